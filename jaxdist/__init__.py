@@ -1,0 +1,1 @@
+"""jaxdist: data-parallel training of Flax models on many devices."""
