@@ -1,0 +1,160 @@
+"""Canonical reduction: sums over a batch whose bits do not depend on the number of devices or processes.
+
+The global batch is cut into a fixed number of logical shards. Each is computed by one single-device program, the very
+same machine code on every layout (see `executable`), and the results, one flat vector each, are added in a fixed binary
+tree: first over a device's own shards, pair by pair as they arrive, then over the devices (`reduce.tree_sum_over_axis`).
+One program for the whole step would not do: XLA simplifies, fuses and parallelises a one-device program otherwise than
+a many-device one, and the bits follow.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxdist import executable
+from jaxdist.mesh import DATA_AXIS
+from jaxdist.metrics import Batch
+
+PyTree: TypeAlias = Any
+ShardFn: TypeAlias = Callable[[PyTree, Batch, jax.Array], PyTree]
+"""`shard_fn(shared, shard, index) -> sums`: pure; `index` is the logical shard's number (int32 scalar)."""
+
+
+class LogicalShardSums:
+    """Computes every logical shard's sums on the device that holds it, and adds up those of each device.
+
+    Calling it with (shared, batch) returns a global array of shape (devices, size): row i is the flat sum of device
+    i's shards, and `unravel` makes a tree of one such row. The programs are compiled at the first call, once.
+    """
+
+    def __init__(self, shard_fn: ShardFn, mesh: Mesh, *, logical_shards: int, axis: str = DATA_AXIS):
+        check_layout(mesh, logical_shards=logical_shards, axis=axis)
+        self.mesh, self.axis, self.num_devices = mesh, axis, mesh.shape[axis]
+        self.shards_per_device = logical_shards // self.num_devices
+        self.unravel: Callable[[jax.Array], PyTree] | None = None
+        self._shard_fn = shard_fn
+        self._devices = list(mesh.local_devices)
+        self._split = jax.jit(self._map_split())
+        self._shard_programs: list[executable.Program] = []
+        self._add_programs: list[executable.Program] = []
+        self._indices = self._place_indices()
+
+    def __call__(self, shared: PyTree, batch: Batch) -> jax.Array:
+        """Return the devices' sums, dispatched and not waited for.
+
+        Args:
+          shared: replicated global arrays, given whole to every shard.
+          batch: global arrays, cut over the axis in their leading dim.
+        """
+        parts = [batch] if self.shards_per_device == 1 else self._split(batch)
+        shared_views, part_views = self._views(shared), [self._views(part) for part in parts]
+        if not self._shard_programs:
+            self._compile(shared_views[0], part_views[0][0])
+        trees = [_PairwiseSum(add) for add in self._add_programs]
+        for part, views in enumerate(part_views):
+            for place, program in enumerate(self._shard_programs):
+                trees[place].push(program(shared_views[place], views[place], self._indices[place][part]))
+        rows = [tree.result() for tree in trees]
+        sharding = NamedSharding(self.mesh, PartitionSpec(self.axis))
+        return jax.make_array_from_single_device_arrays((self.num_devices, rows[0].shape[1]), sharding, rows)
+
+    def _compile(self, shared: PyTree, shard: Batch) -> None:
+        index = self._indices[0][0]
+        shapes = jax.eval_shape(self._shard_fn, shared, shard, index)
+        self.unravel = ravel_pytree(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))[1]
+
+        def flat_sums(shared: PyTree, shard: Batch, index: jax.Array) -> jax.Array:
+            return ravel_pytree(self._shard_fn(shared, shard, index))[0][None]
+
+        self._shard_programs = executable.compile_on(jax.jit(flat_sums), (shared, shard, index), self._devices)
+        row = self._shard_programs[0](shared, shard, index)
+        add = jax.jit(jnp.add, donate_argnums=0)
+        self._add_programs = executable.compile_on(add, (row, row), self._devices)
+
+    def _map_split(self) -> Callable[[Batch], list[Batch]]:
+        def split(local: Batch) -> list[Batch]:
+            cut = jax.tree.map(lambda leaf: jnp.split(leaf, self.shards_per_device), local)
+            return [jax.tree.map(lambda _, parts: parts[k], local, cut) for k in range(self.shards_per_device)]
+
+        spec = PartitionSpec(self.axis)
+        return jax.shard_map(split, mesh=self.mesh, in_specs=spec, out_specs=spec, check_vma=False)
+
+    def _place_indices(self) -> list[list[jax.Array]]:
+        places = {device: place for place, device in enumerate(self.mesh.devices.flat)}
+        first = [places[device] * self.shards_per_device for device in self._devices]
+        return [
+            [jax.device_put(jnp.int32(start + part), device) for part in range(self.shards_per_device)]
+            for start, device in zip(first, self._devices, strict=True)
+        ]
+
+    def _views(self, tree: PyTree) -> list[PyTree]:
+        """Return, for each local device, the tree of the single-device arrays that lie on it."""
+        leaves, structure = jax.tree.flatten(tree)
+        # Not addressable_data(i): of a replicated array that is the first replica, whatever i.
+        by_leaf = [[shard.data for shard in leaf.addressable_shards] for leaf in leaves]
+        return [structure.unflatten(views) for views in zip(*by_leaf, strict=True)]
+
+
+class _PairwiseSum:
+    """Adds values in a balanced binary tree as they arrive, like the carries of a binary counter.
+
+    At most log2(n) + 1 partial sums live at a time, where adding them at the end would hold all n.
+    """
+
+    def __init__(self, add: Callable[[jax.Array, jax.Array], jax.Array]):
+        self._add = add
+        self._partial: list[tuple[int, jax.Array]] = []
+
+    def push(self, value: jax.Array) -> None:
+        level = 0
+        while self._partial and self._partial[-1][0] == level:
+            value = self._add(self._partial.pop()[1], value)
+            level += 1
+        self._partial.append((level, value))
+
+    def result(self) -> jax.Array:
+        assert len(self._partial) == 1, "the number of values pushed was not a power of two"
+        return self._partial.pop()[1]
+
+
+def check_layout(mesh: Mesh, *, logical_shards: int, axis: str = DATA_AXIS) -> None:
+    """Raise ValueError where canonical reduction cannot keep its promise on `mesh`."""
+    num_devices = mesh.shape[axis]
+    if logical_shards < 1 or logical_shards & (logical_shards - 1):
+        below = 1 << max(logical_shards.bit_length() - 1, 0)
+        raise ValueError(
+            f"logical_shards must be a power of two, so that one binary tree fits every layout; got {logical_shards}. "
+            f"Nearest valid: {below} or {2 * below}."
+        )
+    if logical_shards % num_devices:
+        raise ValueError(
+            f"Canonical reduction needs a number of devices that divides logical_shards; got {num_devices} devices and "
+            f"{logical_shards} logical shards. Use {_nearest_divisors(num_devices, logical_shards)} devices."
+        )
+    if mesh.size != num_devices:
+        raise ValueError(
+            f"Canonical reduction works on a mesh of the one axis {axis!r}; got {dict(mesh.shape)}. "
+            "Use reduction='mean' on a mesh with more axes."
+        )
+    if len(os.sched_getaffinity(0)) == 1 and os.environ.get("NPROC") is None and mesh.devices.flat[0].platform == "cpu":
+        raise ValueError(
+            "Canonical reduction on CPU devices needs a thread pool of two or more threads: XLA generates other code "
+            "for one. This process may use one core only. Set the environment variable NPROC=2 before it starts."
+        )
+
+
+def _nearest_divisors(number: int, power_of_two: int) -> str:
+    divisors = list(_divisors(power_of_two))
+    return " or ".join(map(str, sorted(sorted(divisors, key=lambda divisor: abs(divisor - number))[:2])))
+
+
+def _divisors(power_of_two: int) -> Iterator[int]:
+    divisor = 1
+    while divisor <= power_of_two:
+        yield divisor
+        divisor *= 2

@@ -1,0 +1,113 @@
+"""Meshes of devices, and the arithmetic that cuts a batch over them."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+DATA_AXIS = "data"
+
+
+def make_mesh(axes: Mapping[str, int] | None = None, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Return a mesh with the named axes, all of them Auto.
+
+    Args:
+      axes: axis name -> size, outermost first; one size may be -1 and takes the devices that are left.
+        None is `{"data": -1}`: every device on the data axis.
+      devices: the devices to use, in order; all of the job's devices by default.
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+
+    >>> make_mesh({"data": -1}).shape["data"] == jax.device_count()
+    True
+    """
+    axes = {DATA_AXIS: -1} if axes is None else dict(axes)
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = _fill_sizes(axes, len(devices))
+    # jax.make_mesh may reorder devices to fit a torus; the caller's order is kept here because canonical reduction
+    # deals logical shards to devices by their place in the mesh, and data order follows the same places.
+    return Mesh(np.asarray(devices).reshape(sizes), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+
+
+def _fill_sizes(axes: Mapping[str, int], num_devices: int) -> tuple[int, ...]:
+    wildcards = [name for name, size in axes.items() if size == -1]
+    wrong = {name: size for name, size in axes.items() if size < 1 and size != -1}
+    if wrong or len(wildcards) > 1 or not axes:
+        raise ValueError(
+            f"Mesh axes need positive sizes, at most one of them -1; got {dict(axes)}. "
+            'Give each axis its number of devices, for example {"data": -1}.'
+        )
+    known = math.prod(size for size in axes.values() if size != -1)
+    if num_devices % known or (not wildcards and known != num_devices):
+        raise ValueError(
+            f"The axis sizes of a mesh must multiply to the number of devices; got {dict(axes)} (product {known}) "
+            f"for {num_devices} devices. Change a size, set one of them to -1, or choose the devices to use."
+        )
+    return tuple(num_devices // known if size == -1 else size for size in axes.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchSizes:
+    """Examples per step, at each level of the mesh. Every field but the counts is in examples."""
+
+    global_batch_size: int
+    host_batch_size: int
+    device_batch_size: int
+    microbatch_size: int
+    num_microbatches: int
+
+
+def batch_sizes(
+    global_batch_size: int,
+    mesh: Mesh,
+    *,
+    axes: Sequence[str] = (DATA_AXIS,),
+    num_microbatches: int = 1,
+    logical_shards: int | None = None,
+) -> BatchSizes:
+    """Return what each host, device and microbatch gets of a global batch.
+
+    Args:
+      global_batch_size: examples of one step, over all devices.
+      mesh: the mesh; the batch is cut over `axes` and repeated over the others.
+      axes: names of the mesh axes the batch is cut over.
+      num_microbatches: parts of a device's batch whose gradients are summed before the update.
+      logical_shards: for canonical reduction, the number of fixed slices of the batch.
+
+    Raises:
+      ValueError: the batch does not divide; the message proposes the nearest sizes that do.
+    """
+    num_shards = math.prod(mesh.shape[axis] for axis in axes)
+    parts = math.lcm(num_shards * num_microbatches, logical_shards or 1)
+    if global_batch_size < 1 or num_microbatches < 1 or global_batch_size % parts:
+        reasons = [f"{num_shards} devices x {num_microbatches} microbatches"]
+        reasons += [f"{logical_shards} logical shards"] if logical_shards else []
+        raise ValueError(
+            f"global_batch_size must be a positive multiple of {parts} ({' and '.join(reasons)}); "
+            f"got {global_batch_size}. Nearest valid: {_nearest_multiples(global_batch_size, parts)}."
+        )
+    device_batch_size = global_batch_size // num_shards
+    return BatchSizes(
+        global_batch_size=global_batch_size,
+        host_batch_size=device_batch_size * _num_local_shards(mesh, axes),
+        device_batch_size=device_batch_size,
+        microbatch_size=device_batch_size // num_microbatches,
+        num_microbatches=num_microbatches,
+    )
+
+
+def _nearest_multiples(number: int, divisor: int) -> str:
+    below = number // divisor * divisor
+    return f"{below} or {below + divisor}" if below > 0 else f"{divisor}"
+
+
+def _num_local_shards(mesh: Mesh, axes: Sequence[str]) -> int:
+    """Return how many different slices of the batch the devices of this process hold."""
+    dims = [mesh.axis_names.index(axis) for axis in axes]
+    process = jax.process_index()
+    places = np.argwhere(np.vectorize(lambda device: device.process_index == process, otypes=[bool])(mesh.devices))
+    return len({tuple(place[dims]) for place in places})

@@ -1,0 +1,214 @@
+"""Builders of the training step: `step(state, batch) -> (state, metrics)`, the state donated.
+
+Each builder takes everything static (loss, optimizer, mesh) and differs from the others in one thing alone: how the
+devices' sums become the global mean. What a step does with the mean stands once, in `apply_averages`.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxdist import canonical, reduce
+from jaxdist.mesh import DATA_AXIS
+from jaxdist.metrics import Batch
+from jaxdist.state import TrainState
+
+Metrics: TypeAlias = dict[str, jax.Array]
+Step: TypeAlias = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+LossScaleFn: TypeAlias = Callable[[Any], jax.Array | None]
+
+NONFINITE_LEAF = "nonfinite_leaf"
+RESERVED_METRICS = frozenset({"loss", NONFINITE_LEAF})
+
+
+def data_parallel_step(
+    loss_fn: reduce.LossFn,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    axis: str = DATA_AXIS,
+    num_microbatches: int = 1,
+    loss_scale_fn: LossScaleFn | None = None,
+) -> Step:
+    """Return the jitted step of ordinary data parallelism: a replica on every device, gradients averaged by all-reduce.
+
+    Equal to the one-device step on the whole batch up to the order of additions, also for batches with padding and
+    with `num_microbatches` > 1. `batch` must lie over `axis` in its leading dim; the state is replicated and donated.
+
+    Args:
+      loss_fn: see `reduce.LossFn`.
+      optimizer: applied to the mean gradients, on every replica alike.
+      mesh: a mesh with the axis `axis`.
+      axis: the mesh axis the batch is cut over.
+      num_microbatches: parts of each device's batch, computed one after the other.
+      loss_scale_fn: opt_state -> the scale of the loss (float16), or None.
+    """
+    local_step = _make_local_step(loss_fn, optimizer, axis, num_microbatches, loss_scale_fn)
+    # check_vma=False: gradients taken inside stay local, as `reduce` expects, and a loss_fn written for one device
+    # runs unchanged (the check refuses every scan whose carry starts from a constant). Under the default, grad with
+    # respect to replicated params would already sum over the axis and the mean would be num_devices times too large.
+    mapped = jax.shard_map(
+        local_step,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(axis)),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+    return jax.jit(mapped, donate_argnums=0)
+
+
+def pmap_step(
+    loss_fn: reduce.LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    devices: list[jax.Device] | None = None,
+    num_microbatches: int = 1,
+    loss_scale_fn: LossScaleFn | None = None,
+) -> Step:
+    """Return `data_parallel_step` written with `jax.pmap`, for readers who know pmap: the same numbers.
+
+    The batch comes whole, with the global leading dim; it is folded to (devices, examples per device) here. The state
+    is not donated: pmap cannot donate an argument that it broadcasts.
+    """
+    devices = jax.local_devices() if devices is None else devices
+    local_step = _make_local_step(loss_fn, optimizer, DATA_AXIS, num_microbatches, loss_scale_fn)
+    mapped = jax.pmap(local_step, axis_name=DATA_AXIS, in_axes=(None, 0), out_axes=None, devices=devices)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        folded = jax.tree.map(lambda leaf: leaf.reshape(len(devices), -1, *leaf.shape[1:]), batch)
+        return mapped(state, folded)
+
+    return step
+
+
+def canonical_step(
+    loss_fn: reduce.LossFn,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    logical_shards: int = 8,
+    axis: str = DATA_AXIS,
+    loss_scale_fn: LossScaleFn | None = None,
+) -> Step:
+    """Return a data-parallel step that gives the same bits on every number of devices that divides `logical_shards`.
+
+    Two stages: the logical shards' sums (see `canonical`), then one small program: tree over the devices, division,
+    optimizer. Optimization barriers keep XLA from fusing these differently on different layouts. The bits belong to
+    one jaxlib and one kind of device.
+
+    Raises:
+      ValueError: `logical_shards` is no power of two, or the mesh does not divide it.
+    """
+
+    def shard_fn(shared: tuple[Any, ...], shard: Batch, index: jax.Array) -> reduce.Sums:
+        params, model_state, key, step, loss_scale = shared
+        own_key = jax.random.fold_in(jax.random.fold_in(key, step), index)
+        return reduce.local_sums(loss_fn, params, model_state, shard, own_key, loss_scale)
+
+    shard_sums = canonical.LogicalShardSums(shard_fn, mesh, logical_shards=logical_shards, axis=axis)
+
+    def local_update(state: TrainState, row: jax.Array) -> tuple[TrainState, Metrics]:
+        total = jax.lax.optimization_barrier(reduce.tree_sum_over_axis(row[0], axis, shard_sums.num_devices))
+        averages = reduce.average(shard_sums.unravel(total), state.model_state)
+        averages = jax.lax.optimization_barrier(averages)
+        return apply_averages(state, averages, optimizer, keep_on_nonfinite=loss_scale_fn is None)
+
+    update = jax.jit(
+        jax.shard_map(
+            local_update,
+            mesh=mesh,
+            in_specs=(PartitionSpec(), PartitionSpec(axis)),
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        ),
+        donate_argnums=0,
+    )
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        loss_scale = loss_scale_fn(state.opt_state) if loss_scale_fn else None
+        rows = shard_sums((state.params, state.model_state, state.key, state.step, loss_scale), batch)
+        return update(state, rows)
+
+    return step
+
+
+def _make_local_step(
+    loss_fn: reduce.LossFn,
+    optimizer: optax.GradientTransformation,
+    axis: str,
+    num_microbatches: int,
+    loss_scale_fn: LossScaleFn | None,
+) -> Step:
+    """Return what one device does of the step, inside shard_map or pmap."""
+
+    def local_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        sums = reduce.accumulate_sums(
+            loss_fn,
+            state.params,
+            state.model_state,
+            batch,
+            jax.random.fold_in(state.key, state.step),
+            num_microbatches=num_microbatches,
+            first_index=jax.lax.axis_index(axis) * num_microbatches,
+            loss_scale=loss_scale_fn(state.opt_state) if loss_scale_fn else None,
+        )
+        averages = reduce.average(reduce.mean_over_axis(sums, axis), state.model_state)
+        return apply_averages(state, averages, optimizer, keep_on_nonfinite=loss_scale_fn is None)
+
+    return local_step
+
+
+def apply_averages(
+    state: TrainState,
+    averages: reduce.Averages,
+    optimizer: optax.GradientTransformation,
+    *,
+    keep_on_nonfinite: bool = True,
+) -> tuple[TrainState, Metrics]:
+    """Return the state after the update, and the step's metrics.
+
+    Where the loss or a gradient is not finite the state stays as it was, step count included, so that what went wrong
+    can be looked at with the very params it happened to. `nonfinite_leaf` (int32) is then the first such leaf in tree
+    order, or the number of leaves when the gradients are fine and the loss is not; otherwise -1.
+
+    Args:
+      state: the state before the step.
+      averages: the global means.
+      optimizer: gives the updates.
+      keep_on_nonfinite: False leaves the decision to the optimizer (dynamic loss scaling skips by itself).
+    """
+    reduce.check_metric_names(averages.metrics, RESERVED_METRICS)
+    grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), averages.grads, state.params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    new_state = TrainState(
+        state.step + 1, optax.apply_updates(state.params, updates), averages.model_state, opt_state, state.key
+    )
+    first = first_nonfinite(averages)
+    if keep_on_nonfinite:
+        new_state = _keep_where(first >= 0, state, new_state)
+    return new_state, {"loss": averages.loss, **averages.metrics, NONFINITE_LEAF: first}
+
+
+def first_nonfinite(averages: reduce.Averages) -> jax.Array:
+    """Return the index of the first gradient leaf with a non-finite value, num leaves for the loss alone, or -1."""
+    values = [*jax.tree.leaves(averages.grads), averages.loss]
+    # A sum is infinite or NaN as soon as one term is; unlike isfinite().all() it reads each gradient as it is.
+    bad = jnp.stack([~jnp.isfinite(jnp.sum(jnp.abs(value))) for value in values])
+    return jnp.where(bad.any(), jnp.argmax(bad), -1).astype(jnp.int32)
+
+
+def _keep_where(condition: jax.Array, old: TrainState, new: TrainState) -> TrainState:
+    kept = [
+        jax.tree.map(lambda a, b: jnp.where(condition, a, b), before, after)
+        for before, after in (
+            (old.step, new.step),
+            (old.params, new.params),
+            (old.model_state, new.model_state),
+            (old.opt_state, new.opt_state),
+        )
+    ]
+    return TrainState(*kept, key=new.key)
