@@ -1,0 +1,349 @@
+"""The run record: what `run.json` says about a run, and the small accounts it is filled from.
+
+The one idea: the file is always whole and always strict JSON. It is replaced by a rename, never edited, and a number
+that JSON cannot hold (NaN, an infinity) is written as null.
+"""
+
+import bisect
+import contextlib
+import dataclasses
+import enum
+import functools
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import pathlib
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+
+FILE_NAME = "run.json"
+
+END_REASONS = (
+    "target_reached",
+    "max_steps",
+    "max_epochs",
+    "max_seconds",
+    "patience",
+    "nonfinite",
+    "preempted",
+    "hang",
+    "error",
+)
+
+ACCOUNTS = ("input", "compute", "checkpoint", "eval", "compile", "restart", "other")
+
+Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | None"
+"""What JSON can hold."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """What `run.json` holds; each field is a key of the file, except that `extra`'s items become keys of their own."""
+
+    end_reason: str | None
+    """One of END_REASONS, None while the run goes on."""
+    step: int
+    examples_seen: int
+    params_sha256: str | None
+    metrics: Mapping[str, float | None]
+    """The last value of each, `train/loss` or `eval/accuracy` say; None where it was not finite."""
+    strategy: str
+    reduction: str
+    num_devices: int
+    num_processes: int
+    examples_per_second: float | None
+    step_seconds: Mapping[str, float | None]
+    """`p50` and `p95`, seconds; see StepTimes."""
+    time_seconds: Mapping[str, float]
+    """Seconds by account; see Stopwatch."""
+    compile_count: int
+    restarts: int
+    config: Any
+    """The experiment; written through `plain`."""
+    versions: Mapping[str, str | None]
+    command: str
+    """The command line as one would type it again, quoted for a shell."""
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Further top-level keys, `ps` of the parameter server say. None of them may be one of the names above."""
+
+    def __post_init__(self) -> None:
+        if self.end_reason is not None and self.end_reason not in END_REASONS:
+            raise ValueError(f"end_reason must be null or one of {', '.join(END_REASONS)}; got {self.end_reason!r}.")
+        taken = sorted((set(KEYS) | {"extra"}) & set(self.extra))
+        if taken:
+            raise ValueError(f"extra may only add keys to the run record; {taken} are its own. Use other names.")
+
+    def to_json(self) -> dict[str, Plain]:
+        """Return the content of run.json, the contract's keys first."""
+        content = {key: plain(getattr(self, key)) for key in KEYS} | {"metrics": numbers(self.metrics)}
+        return content | {key: plain(value) for key, value in self.extra.items()}
+
+    def write(self, run_dir: str | os.PathLike[str]) -> pathlib.Path:
+        """Replace `run_dir`'s run.json atomically and return its path. One process writes at a time.
+
+        Raises OSError, naming the file, when the directory is missing, not writable or full; the older record stays.
+        """
+        path = pathlib.Path(run_dir) / FILE_NAME
+        write_atomically(path, json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n")
+        return path
+
+    @classmethod
+    def read(cls, run_dir: str | os.PathLike[str]) -> "RunRecord":
+        """Return the record of `run_dir`; ValueError when damaged or not ours, OSError when out of reach."""
+        path = pathlib.Path(run_dir) / FILE_NAME
+        advice = "Name another run directory, or move the file away."
+        try:
+            content = json.loads(path.read_bytes())
+        except ValueError as error:  # not JSON, or not even UTF-8
+            raise ValueError(f"A run record must be JSON; {path} is not ({error}). {advice}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"A run record must be a JSON object; {path} holds a {type(content).__name__}. {advice}")
+        missing = [key for key in KEYS if key not in content]
+        if missing:
+            raise ValueError(f"{path} is not a jaxdist run record: it lacks {', '.join(missing)}. {advice}")
+        extra = {key: value for key, value in content.items() if key not in KEYS}
+        try:
+            return cls(**{key: content[key] for key in KEYS}, extra=extra)
+        except ValueError as error:
+            raise ValueError(f"{path} is not a jaxdist run record: {error} {advice}") from error
+
+
+KEYS = tuple(field.name for field in dataclasses.fields(RunRecord) if field.name != "extra")
+"""The top-level keys that every run.json has, in order."""
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+    """Replace the file `path` by `text`: whoever reads it, at any moment, finds the old content or the new, whole.
+
+    Raises OSError naming the file.
+    """
+    # In the same directory, because a rename is atomic only inside one file system; one fixed name, so that a process
+    # killed half way leaves at most one such file, and the next write takes it over.
+    draft = path.with_name(path.name + ".tmp")
+    with naming(draft):
+        with open(draft, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)  # the rename itself is durable only when the directory is
+        finally:
+            os.close(directory)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Let every OSError raised inside name `path`: a failing write (disk full) does not say which file by itself."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror or str(error), os.fspath(path)) from error
+
+
+def params_sha256(params: Any) -> str:
+    """Return the SHA-256, in hex, over the bytes of the leaves of `params`: in tree order, each in C order.
+
+    Shapes, dtypes and names do not enter, only bytes. A leaf is fetched whole, one leaf at a time: sharded leaves are
+    put together, of a replicated leaf this process's first replica is read (that replicas agree is a guard's business).
+
+    Raises ValueError for a leaf whose shards lie partly on other processes.
+    """
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        # Flat and as bytes, because hashlib takes neither bfloat16 nor a scalar's buffer.
+        digest.update(np.ascontiguousarray(_local_value(path, leaf)).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _local_value(path: tuple[Any, ...], leaf: Any) -> np.ndarray:
+    if not isinstance(leaf, jax.Array):
+        return np.asarray(leaf)
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    if leaf.is_fully_addressable:
+        return np.asarray(leaf)
+    if leaf.is_fully_replicated:
+        return np.asarray(leaf.addressable_data(0))
+    raise ValueError(
+        "params_sha256 needs every leaf whole on this process; "
+        f"{jax.tree_util.keystr(path)} is sharded over several ({leaf.sharding}). "
+        "Replicate the params first, on all processes: jax.device_put(params, NamedSharding(mesh, PartitionSpec()))."
+    )
+
+
+class Stopwatch:
+    """Where the wall time goes: every moment since the start belongs to exactly one account.
+
+    Accounts nest: `with watch.account("compile")` inside `with watch.account("compute")` takes its time from the outer
+    one, and what no account claims is `other`; so the accounts always add up to the wall time. For one thread.
+
+    Args:
+      carried: time_seconds of the run that this one resumes; counted on.
+      clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self, carried: Mapping[str, float] | None = None, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._seconds = dict.fromkeys(ACCOUNTS, 0.0)
+        for name, seconds in (carried or {}).items():
+            self.add(name, seconds)
+        self._clock = clock
+        self._open = ["other"]
+        self._since = clock()
+
+    @contextlib.contextmanager
+    def account(self, name: str) -> Iterator[None]:
+        """Charge the time inside the `with` to `name`, one of ACCOUNTS."""
+        _check_account(name)
+        self._settle()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._settle()
+            self._open.pop()
+
+    def add(self, name: str, seconds: float) -> None:
+        """Charge time that passed before the stopwatch started, the way from a failure to this restart say."""
+        _check_account(name)
+        self._seconds[name] += seconds
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds of each account until now."""
+        self._settle()
+        return dict(self._seconds)
+
+    def _settle(self) -> None:
+        now = self._clock()
+        self._seconds[self._open[-1]] += now - self._since
+        self._since = now
+
+
+def _check_account(name: str) -> None:
+    if name not in ACCOUNTS:
+        raise ValueError(f"Time is charged to one of {', '.join(ACCOUNTS)}; got {name!r}.")
+
+
+class StepTimes:
+    """Quantiles of step durations in bounded memory: a histogram with bins 1% apart, from 1 microsecond to a day.
+
+    A quantile is therefore right to 0.5%, whatever the number of steps and in whatever order they came; a duration
+    outside the range counts as its nearest end. The idea is DDSketch's (Masson, Rim and Lee, 2019).
+    """
+
+    _EDGES = tuple(1e-6 * 1.01**index for index in range(2534))
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(self._EDGES) + 1)
+        self._total = 0
+
+    def add(self, seconds: float) -> None:
+        """Count one step of this duration."""
+        self._counts[bisect.bisect_left(self._EDGES, seconds)] += 1
+        self._total += 1
+
+    def quantile(self, fraction: float) -> float | None:
+        """Return the seconds that this fraction of the steps did not exceed; None before the first step."""
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"A quantile's fraction lies in [0, 1]; got {fraction}.")
+        if not self._total:
+            return None
+        wanted = max(1, math.ceil(fraction * self._total))
+        index = bisect.bisect_left(list(itertools.accumulate(self._counts)), wanted)
+        return self._EDGES[min(index, len(self._EDGES) - 1)] / math.sqrt(1.01)  # the middle of the bin
+
+    def summary(self) -> dict[str, float | None]:
+        """Return the run record's `step_seconds`: p50 and p95."""
+        return {"p50": self.quantile(0.5), "p95": self.quantile(0.95)}
+
+
+def versions() -> dict[str, str | None]:
+    """Return the version of Python and of each package that shapes the numbers; None for one that is not installed."""
+    names = {"orbax": "orbax-checkpoint"}
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax", "jaxdist")
+    return {"python": platform.python_version()} | {name: _version(names.get(name, name)) for name in packages}
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def plain(value: Any) -> Plain:
+    """Return `value` as plain JSON data that is equal for equal configurations, in this process or another.
+
+    Dataclasses, Flax Linen modules among them, and named tuples become an object with their class (the key `class`,
+    which no field can have) and their fields, those declared `repr=False` left out. Functions, classes and methods
+    become their qualified name; any other object becomes that of its class. Arrays become {shape, dtype}; a number that
+    is not finite becomes null.
+    """
+    match value:
+        case None | bool() | str():
+            return value
+        case enum.Enum():
+            return plain(value.value)
+        case int():
+            return int(value)
+        case float():
+            return float(value) if math.isfinite(value) else None
+        case np.generic():
+            return plain(value.item()) if value.dtype.kind in "biuf" else plain(value.astype(np.float32).item())
+        case jax.Array() | np.ndarray():
+            return {"shape": list(value.shape), "dtype": str(value.dtype)}
+        case np.dtype() | os.PathLike():
+            return str(value)
+        case functools.partial():
+            return {"class": "functools.partial", "func": plain(value.func), "args": plain(value.args)} | {
+                "keywords": plain(value.keywords)
+            }
+        case Mapping():
+            return {str(key): plain(item) for key, item in value.items()}
+        case set() | frozenset():
+            return sorted((plain(item) for item in value), key=json.dumps)
+    if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
+        return qualified_name(value)
+    return _plain_object(value)
+
+
+def numbers(metrics: Mapping[str, Any]) -> dict[str, Plain]:
+    """Return the metrics as JSON numbers: whatever float() takes (a scalar jax.Array too), None where not finite."""
+    return {
+        name: value if value is None or isinstance(value, int) else plain(float(value))
+        for name, value in metrics.items()
+    }
+
+
+def _plain_object(value: Any) -> Plain:
+    name = qualified_name(type(value))
+    if dataclasses.is_dataclass(value):
+        fields = [field.name for field in dataclasses.fields(value) if field.repr]
+        return {"class": name} | {field: plain(getattr(value, field)) for field in fields}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return {"class": name} | {field: plain(getattr(value, field)) for field in value._fields}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return name
+
+
+def qualified_name(definition: Any) -> str:
+    """Return `module.name` of a class or function; a script's module is its file's name, however it was started."""
+    module = getattr(definition, "__module__", None) or "builtins"
+    if module == "__main__":
+        module = pathlib.Path(getattr(sys.modules["__main__"], "__file__", None) or "__main__").stem
+    return f"{module}.{definition.__qualname__}"
