@@ -1,0 +1,154 @@
+"""From a source to host batches: which ids a batch has, read ahead of need, the last batch padded and masked.
+
+Every batch is a pure function of (source, seed, epoch, position, global_batch_size). A process computes only its own
+rows of it, and those are the same rows whichever process, thread or restart computes them.
+"""
+
+import collections
+import os
+from collections.abc import Callable, Generator, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxdist.data import assembly, order
+from jaxdist.data.position import Position
+from jaxdist.data.source import Source
+
+
+class HostBatch(NamedTuple):
+    """The rows of a global batch that this process holds, and the position once that batch was trained on."""
+
+    batch: assembly.HostArrays
+    position: Position
+
+
+class Loader:
+    """Iterates over (host batch, Position after it); each call of `iter` begins at `start` again.
+
+    Args:
+      source: the data set.
+      global_batch_size: examples of a batch over all processes. The last batch of an epoch is padded up to it with
+        copies of its first example, whose mask is 0.
+      seed: of the order and of `example_fn`'s randomness.
+      shuffle: True for a new permutation of all examples in each epoch, False for the source's order, or an Order.
+      num_epochs: stop when this many epochs, those before `start` included, are done; None goes on for ever.
+      example_fn: called with (example, random).
+      rows: which rows of the global batch this process needs, ascending. None: all of them when iterated directly, and
+        what the sharding says when given to `feed`.
+      num_threads: threads that assemble batches; 0 assembles in the caller's thread.
+      read_ahead: batches in work beyond the one that is consumed.
+      start: a stored position to go on from.
+
+    Raises:
+      ValueError: fewer examples than a batch in a loader that trains (it shuffles, or never ends); a position that
+        belongs to other data, another seed or another order.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        global_batch_size: int,
+        seed: int,
+        shuffle: bool | order.Order = True,
+        num_epochs: int | None = None,
+        example_fn: assembly.ExampleFn | None = None,
+        rows: np.ndarray | None = None,
+        num_threads: int | None = None,
+        read_ahead: int = 2,
+        start: Position | None = None,
+    ):
+        self.source, self.seed, self.example_fn = source, int(seed), example_fn
+        self.global_batch_size, self.num_epochs, self.read_ahead = global_batch_size, num_epochs, read_ahead
+        self.order = as_order(shuffle)
+        self.num_threads = min(os.cpu_count() or 1, 8) if num_threads is None else num_threads
+        self.rows = None if rows is None else _checked_rows(rows, global_batch_size)
+        _check_counts(self, trains=not isinstance(self.order, order.Sequential) or num_epochs is None)
+        self.beginning = Position(0, 0, len(source), self.seed, self.order.version, source.fingerprint())
+        if start is not None:
+            start.check_resumable(self.beginning)
+        self.start = self.beginning if start is None else start
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of a whole epoch, the padded one included."""
+        return -(-len(self.source) // self.global_batch_size)
+
+    def with_rows(self, rows: np.ndarray) -> "Loader":
+        """Return a loader of the same global batches for other rows of them."""
+        other = object.__new__(Loader)
+        other.__dict__.update(self.__dict__, rows=_checked_rows(rows, self.global_batch_size))
+        return other
+
+    def __iter__(self) -> Generator[HostBatch, None, None]:
+        assembler = self._make_assembler()
+        pending: collections.deque[tuple[Callable[[], assembly.HostArrays], Position]] = collections.deque()
+        try:
+            for plan, after in self._plans():
+                pending.append((assembler.submit(plan), after))
+                if len(pending) > self.read_ahead:
+                    finish, reached = pending.popleft()
+                    yield HostBatch(finish(), reached)
+            while pending:
+                finish, reached = pending.popleft()
+                yield HostBatch(finish(), reached)
+        finally:
+            assembler.close()
+
+    def _make_assembler(self) -> assembly.Assembler:
+        recipe = assembly.Recipe(self.source, self.example_fn, self.seed)
+        if self.num_threads == 0:
+            return assembly.SerialAssembler(recipe)
+        return assembly.ThreadAssembler(recipe, self.num_threads)
+
+    def _plans(self) -> Iterator[tuple[assembly.Plan, Position]]:
+        """Yield what to read for each batch, and the position after it."""
+        num_examples, epoch, position = len(self.source), self.start.epoch, self.start.position
+        rows = np.arange(self.global_batch_size) if self.rows is None else self.rows
+        while True:
+            if position == num_examples:
+                epoch, position = epoch + 1, 0
+            if self.num_epochs is not None and epoch >= self.num_epochs:
+                return
+            stop = min(position + self.global_batch_size, num_examples)
+            ids = self.order(num_examples, self.seed, epoch, position, stop)
+            true_rows = rows < stop - position
+            plan = assembly.Plan(epoch, ids[np.where(true_rows, rows, 0)], true_rows.astype(np.float32))
+            position = stop
+            yield plan, Position(epoch, position, *_identity(self.beginning))
+
+
+def as_order(shuffle: bool | order.Order) -> order.Order:
+    """Return the order that `shuffle` asks for."""
+    if isinstance(shuffle, bool):
+        return order.Shuffled() if shuffle else order.Sequential()
+    return shuffle
+
+
+def _identity(position: Position) -> tuple[int, int, str, str]:
+    return position.num_examples, position.seed, position.order_version, position.fingerprint
+
+
+def _checked_rows(rows: np.ndarray, global_batch_size: int) -> np.ndarray:
+    rows = np.asarray(rows, np.int64)
+    if rows.ndim != 1 or not len(rows) or rows[0] < 0 or rows[-1] >= global_batch_size or (np.diff(rows) <= 0).any():
+        raise ValueError(
+            f"rows must be one or more ascending row numbers in [0, {global_batch_size}), the global batch; "
+            f"got {rows}. `jaxdist.data.placement.process_rows` computes them."
+        )
+    return rows
+
+
+def _check_counts(loader: Loader, *, trains: bool) -> None:
+    num_examples, global_batch_size = len(loader.source), loader.global_batch_size
+    for name, least in (("global_batch_size", 1), ("num_threads", 0), ("read_ahead", 0)):
+        if getattr(loader, name) < least:
+            raise ValueError(f"{name} must be at least {least}; got {getattr(loader, name)}.")
+    if num_examples == 0:
+        raise ValueError("The source is empty; a loader needs at least one example.")
+    if trains and num_examples < global_batch_size:
+        raise ValueError(
+            f"Training needs at least one batch of examples: the source has {num_examples}, global_batch_size is "
+            f"{global_batch_size}. Lower global_batch_size to {num_examples} or less, or add data."
+        )

@@ -1,0 +1,137 @@
+"""From host batches to global arrays on the mesh, a few batches ahead of the step.
+
+Which rows a process supplies is read off the sharding, so it is right for any mesh: with replicated axes several
+devices (and processes) hold copies of the same rows, and each process computes the rows it needs by itself.
+"""
+
+import contextlib
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxdist.data.assembly import HostArrays
+from jaxdist.data.loader import Loader
+from jaxdist.data.position import Position
+
+
+def batch_sharding(mesh: Mesh, axes: Sequence[str] = ("data",)) -> NamedSharding:
+    """Return the sharding of a batch: dim 0 spread over `axes`, copies along all others."""
+    missing = [axis for axis in axes if axis not in mesh.shape]
+    if missing or not axes:
+        raise ValueError(f"The batch is to be spread over the axes {tuple(axes)}; the mesh has {dict(mesh.shape)}.")
+    return NamedSharding(mesh, PartitionSpec(tuple(axes)))
+
+
+def process_rows(mesh: Mesh, global_batch_size: int, axes: Sequence[str] = ("data",)) -> np.ndarray:
+    """Return the rows of a global batch that this process's devices hold, ascending, int64.
+
+    Raises:
+      ValueError: global_batch_size is not a multiple of the devices along `axes`.
+    """
+    rows = [np.arange(global_batch_size)[index] for _, index in _device_slices(mesh, axes, global_batch_size)]
+    return np.unique(np.concatenate(rows))
+
+
+def place(
+    batch: HostArrays, rows: np.ndarray, mesh: Mesh, global_batch_size: int, axes: Sequence[str]
+) -> dict[str, jax.Array]:
+    """Return the global arrays whose rows `rows` are those of `batch`, which must not change any more."""
+    sharding = batch_sharding(mesh, axes)
+    slices = _device_slices(mesh, axes, global_batch_size)
+    # A device's rows are contiguous in the global batch, and so in `rows`, which has all of them in order.
+    begins = {index.start: int(np.searchsorted(rows, index.start)) for _, index in slices}
+    placed: dict[str, jax.Array] = {}
+    for name, array in batch.items():
+        shards = [array[begins[index.start] :][: index.stop - index.start] for _, index in slices]
+        arrays = jax.device_put(shards, [device for device, _ in slices])
+        shape = (global_batch_size, *array.shape[1:])
+        placed[name] = jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+    return placed
+
+
+def feed(
+    loader: Loader, mesh: Mesh, axes: Sequence[str] = ("data",), prefetch: int = 2
+) -> Iterator[tuple[dict[str, jax.Array], Position]]:
+    """Yield (batch, Position after it), the batch as global arrays spread over `axes`; `prefetch` batches wait placed.
+
+    Closing the iterator (or dropping it) ends its thread and those of the loader. An exception of the loader is raised
+    here, in its turn.
+
+    Raises:
+      ValueError: global_batch_size does not divide over `axes`; the loader has other rows than this process needs.
+    """
+    rows = process_rows(mesh, loader.global_batch_size, axes)
+    if loader.rows is not None and not np.array_equal(loader.rows, rows):
+        raise ValueError(
+            f"The loader supplies {len(loader.rows)} rows of the global batch, but this process's devices hold rows "
+            f"{rows[0]} to {rows[-1]} ({len(rows)} of them). Leave the loader's `rows` out: feed finds them itself."
+        )
+    if prefetch < 1:
+        raise ValueError(f"prefetch must be at least 1; got {prefetch}.")
+    return _prefetched(loader.with_rows(rows), rows, mesh, tuple(axes), prefetch)
+
+
+def _prefetched(
+    loader: Loader, rows: np.ndarray, mesh: Mesh, axes: tuple[str, ...], prefetch: int
+) -> Iterator[tuple[dict[str, jax.Array], Position]]:
+    ready: queue.SimpleQueue = queue.SimpleQueue()
+    room = threading.Semaphore(prefetch)
+    stopped = threading.Event()
+    arguments = (loader, rows, mesh, axes, ready, room, stopped)
+    thread = threading.Thread(target=_place_ahead, args=arguments, name="jaxdist-feed", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
+                return
+            room.release()
+            yield item
+    finally:
+        stopped.set()
+        room.release()
+        thread.join()
+
+
+def _place_ahead(
+    loader: Loader,
+    rows: np.ndarray,
+    mesh: Mesh,
+    axes: tuple[str, ...],
+    ready: queue.SimpleQueue,
+    room: threading.Semaphore,
+    stopped: threading.Event,
+) -> None:
+    """Place batches while there is room for them; the last item is None, or the exception that ended it."""
+    try:
+        with contextlib.closing(iter(loader)) as batches:
+            while room.acquire() and not stopped.is_set():
+                item = next(batches, None)
+                if item is None:
+                    break
+                ready.put((place(item.batch, rows, mesh, loader.global_batch_size, axes), item.position))
+        ready.put(None)
+    except Exception as error:  # handed to the consumer, who raises it
+        ready.put(error)
+
+
+def _device_slices(mesh: Mesh, axes: Sequence[str], global_batch_size: int) -> list[tuple[jax.Device, slice]]:
+    """Return this process's devices, each with its slice of the batch, start and stop filled in."""
+    sharding = batch_sharding(mesh, axes)
+    num_shards = int(np.prod([mesh.shape[axis] for axis in axes]))
+    if global_batch_size < 1 or global_batch_size % num_shards:
+        raise ValueError(
+            f"The global batch must divide evenly over the mesh axes {tuple(axes)}: global_batch_size is "
+            f"{global_batch_size}, the devices along them are {num_shards}. Choose a multiple of {num_shards}."
+        )
+    slices = []
+    for device, index in sharding.addressable_devices_indices_map((global_batch_size,)).items():
+        assert index is not None  # only devices of other processes have none
+        slices.append((device, slice(*index[0].indices(global_batch_size)[:2])))
+    return slices

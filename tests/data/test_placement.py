@@ -1,0 +1,119 @@
+import threading
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from jaxdist.data import ArraySource, Loader, feed, process_rows
+
+
+def make_mesh(**axes):
+    shape = tuple(axes.values())
+    devices = np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape)
+    return jax.sharding.Mesh(devices, tuple(axes), axis_types=(AxisType.Auto,) * len(shape))
+
+
+def source_of(num_examples):
+    return ArraySource(
+        {
+            "id": np.arange(num_examples, dtype=np.int32),
+            "x": np.random.default_rng(0).random((num_examples, 3), np.float32),
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("mesh_axes", "axes"),
+    [
+        ({"data": 1}, ("data",)),
+        ({"data": 8}, ("data",)),
+        ({"data": 4, "model": 2}, ("data",)),
+        ({"model": 2, "data": 4}, ("data",)),
+        ({"data": 2, "fsdp": 4}, ("data", "fsdp")),
+        ({"fsdp": 4, "data": 2}, ("data", "fsdp")),
+        ({"replica": 2, "model": 2, "data": 2}, ("data",)),
+    ],
+)
+def test_the_global_batch_is_the_host_batch_on_any_mesh(mesh_axes, axes):
+    mesh = make_mesh(**mesh_axes)
+    loader = Loader(source_of(20), global_batch_size=8, seed=3, num_epochs=1)
+    expected = list(loader)
+    found = list(feed(loader, mesh, axes))
+    assert len(found) == len(expected) == 3
+    for (batch, position), (host_batch, host_position) in zip(found, expected):
+        assert position == host_position
+        assert set(batch) == {"id", "x", "mask"}
+        for name, array in batch.items():
+            np.testing.assert_array_equal(array, host_batch[name])
+            assert array.sharding.spec == jax.sharding.PartitionSpec(axes)
+            for shard in array.addressable_shards:
+                np.testing.assert_array_equal(shard.data, host_batch[name][shard.index])
+
+
+def test_batches_keep_their_values_while_later_ones_are_read():
+    loader = Loader(source_of(64), global_batch_size=8, seed=3, num_epochs=1)
+    kept = [batch for batch, _ in feed(loader, make_mesh(data=2), prefetch=3)]
+    for batch, (host_batch, _) in zip(kept, loader):
+        np.testing.assert_array_equal(batch["x"], host_batch["x"])
+
+
+def test_feed_reads_only_a_few_batches_ahead():
+    read, wanted = [], 6
+    enough = threading.Event()
+
+    class Counting(ArraySource):
+        def __getitems__(self, ids):
+            read.append(len(ids))
+            if len(read) >= wanted:
+                enough.set()
+            return super().__getitems__(ids)
+
+    loader = Loader(Counting({"x": np.zeros((1000, 2))}), global_batch_size=4, seed=0, read_ahead=2, num_threads=1)
+    batches = feed(loader, make_mesh(data=2), prefetch=3)
+    next(batches)
+    # One consumed, three placed, two read ahead of them: six batches were asked for, and no seventh can be.
+    assert enough.wait(20)
+    batches.close()
+    assert len(read) == wanted
+
+
+def test_closing_or_finishing_ends_every_thread():
+    before = set(threading.enumerate())
+    loader = Loader(source_of(200), global_batch_size=8, seed=0, example_fn=lambda e, r: e, num_threads=3)
+    batches = feed(loader, make_mesh(data=2))
+    next(batches)
+    assert set(threading.enumerate()) - before
+    batches.close()
+    assert set(threading.enumerate()) == before
+    assert len(list(feed(Loader(source_of(16), global_batch_size=8, seed=0, num_epochs=1), make_mesh(data=2)))) == 2
+    assert set(threading.enumerate()) == before
+
+
+def test_an_exception_arrives_after_the_batches_before_it():
+    def fail_late(example, random):
+        if example["id"] == 12:
+            raise RuntimeError("example twelve")
+        return example
+
+    loader = Loader(source_of(40), global_batch_size=4, seed=0, shuffle=False, example_fn=fail_late)
+    batches = feed(loader, make_mesh(data=2))
+    assert [next(batches)[1].position for _ in range(3)] == [4, 8, 12]
+    with pytest.raises(RuntimeError, match="example twelve"):
+        next(batches)
+
+
+def test_process_rows_are_all_rows_for_one_process():
+    np.testing.assert_array_equal(process_rows(make_mesh(data=4, model=2), 8), np.arange(8))
+
+
+def test_bad_settings_are_refused_before_reading():
+    loader = Loader(source_of(20), global_batch_size=6, seed=0)
+    with pytest.raises(ValueError, match="multiple of 4"):
+        feed(loader, make_mesh(data=4))
+    with pytest.raises(ValueError, match="mesh has"):
+        feed(loader, make_mesh(data=2), axes=("batch",))
+    with pytest.raises(ValueError, match="prefetch"):
+        feed(loader, make_mesh(data=2), prefetch=0)
+    with pytest.raises(ValueError, match="Leave the loader's"):
+        feed(loader.with_rows(np.arange(3)), make_mesh(data=2))
