@@ -1,0 +1,298 @@
+"""Progress: what a person sees of a run while it lasts.
+
+The one idea: `update` may be called at every step because it nearly always does nothing. It keeps the latest metrics as
+they are (device arrays included) and turns them into text only when the next redraw is due. There is no thread.
+"""
+
+import collections
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TextIO
+
+import rich.console
+import rich.progress
+
+SHOWN = ("loss", "accuracy")
+"""The metrics a bar has room for, by the last part of their name; lines show all of them."""
+
+
+class Progress(Protocol):
+    """Shows a run. A context manager, too: leaving it, by an exception or Ctrl-C as well, closes it."""
+
+    def update(self, step: int, metrics: Mapping[str, Any] | None = None) -> None:
+        """Note that `step` is finished, and the latest metrics (whatever float() takes); redraw if that is due."""
+
+    def finish(self, summary: Mapping[str, object]) -> None:
+        """Close, then print how the run ended, an entry a line: end reason, where the run record lies, and so on."""
+
+    def close(self) -> None:
+        """Give the terminal back as it was found. May be called twice."""
+
+    def __enter__(self) -> "Progress": ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """What is known about the end of a run; the first bound reached ends it. None: no such bound."""
+
+    max_steps: int | None = None
+    max_epochs: float | None = None
+    max_seconds: float | None = None
+    steps_per_epoch: int | None = None
+    """Needed for `max_epochs` to say anything about steps."""
+
+    def last_step(self) -> int | None:
+        """Return the step that ends the run, None when no bound in steps is known."""
+        ends = [] if self.max_steps is None else [self.max_steps]
+        if self.max_epochs is not None and self.steps_per_epoch is not None:
+            ends.append(math.ceil(self.max_epochs * self.steps_per_epoch))
+        return min(ends, default=None)
+
+    def seconds_left(self, step: int, elapsed_seconds: float, steps_per_second: float | None) -> float | None:
+        """Return the time left by the bound that comes first, None when none is known or the pace is not."""
+        left = [] if self.max_seconds is None else [self.max_seconds - elapsed_seconds]
+        last_step = self.last_step()
+        if last_step is not None and steps_per_second:
+            left.append((last_step - step) / steps_per_second)
+        return max(min(left), 0.0) if left else None
+
+    def fraction(self, step: int, elapsed_seconds: float) -> float | None:
+        """Return how much of the run is done, in [0, 1], by the bound that is nearest; None when none is known."""
+        done = [] if self.max_seconds is None else [elapsed_seconds / max(self.max_seconds, 1e-9)]
+        last_step = self.last_step()
+        if last_step is not None:
+            done.append(step / max(last_step, 1))
+        return min(max(done), 1.0) if done else None
+
+
+def make_progress(
+    bounds: Bounds,
+    *,
+    global_batch_size: int,
+    start_step: int = 0,
+    silent: bool = False,
+    stream: TextIO | None = None,
+) -> Progress:
+    """Return a bar if the stream is a terminal, else plain lines; nothing at all when silent.
+
+    Args:
+      bounds: what is known about the end; `max_seconds` counts from this call.
+      global_batch_size: turns steps/s into examples/s (for people: a ragged last batch counts as a whole one).
+      start_step: the step a resumed run goes on from.
+      silent: with --json, and on every process but process 0.
+      stream: standard error unless given, so that standard output stays free for results.
+    """
+    if silent:
+        return Silent()
+    stream = stream or sys.stderr
+    pace = Pace(bounds, global_batch_size=global_batch_size, start_step=start_step)
+    console = rich.console.Console(file=stream, highlight=False)
+    # Asked of the stream: to rich, FORCE_COLOR alone makes a log file a terminal.
+    return Bar(pace, console) if stream.isatty() and not console.is_dumb_terminal else Lines(pace, stream)
+
+
+class Pace:
+    """How fast a run goes and how long it still has, from the last `window` samples; the first step starts the count.
+
+    Args:
+      clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        bounds: Bounds,
+        *,
+        global_batch_size: int,
+        start_step: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+        window: int = 100,
+    ) -> None:
+        self.clock = clock
+        self.step = start_step
+        self._bounds = bounds
+        self._global_batch_size = global_batch_size
+        self._start = clock()
+        self._samples: collections.deque[tuple[float, int]] = collections.deque(maxlen=window)
+
+    def sample(self, step: int) -> None:
+        """Note that `step` is finished now."""
+        self.step = step
+        self._samples.append((self.clock(), step))
+
+    @property
+    def elapsed_seconds(self) -> float:
+        """Seconds since the start of this process's part of the run."""
+        return self.clock() - self._start
+
+    @property
+    def steps_per_second(self) -> float | None:
+        """Steps a second over the window, None before two samples."""
+        if len(self._samples) < 2:
+            return None
+        (first_time, first_step), (last_time, last_step) = self._samples[0], self._samples[-1]
+        return (last_step - first_step) / (last_time - first_time) if last_time > first_time else None
+
+    @property
+    def examples_per_second(self) -> float | None:
+        """Examples a second over the window, None before two samples."""
+        return None if self.steps_per_second is None else self.steps_per_second * self._global_batch_size
+
+    @property
+    def seconds_left(self) -> float | None:
+        """See Bounds."""
+        return self._bounds.seconds_left(self.step, self.elapsed_seconds, self.steps_per_second)
+
+    @property
+    def fraction(self) -> float | None:
+        """See Bounds."""
+        return self._bounds.fraction(self.step, self.elapsed_seconds)
+
+    def text(self) -> str:
+        """Return step, examples/s and time left, as far as they are known."""
+        last_step = self._bounds.last_step()
+        parts = [f"step {self.step}" + ("" if last_step is None else f"/{last_step}")]
+        if self.examples_per_second is not None:
+            parts.append(f"{self.examples_per_second:,.0f} examples/s")
+        if self.seconds_left is not None:
+            parts.append(f"{format_seconds(self.seconds_left)} left")
+        return "  ".join(parts)
+
+
+class Silent:
+    """Shows nothing."""
+
+    def update(self, step: int, metrics: Mapping[str, Any] | None = None) -> None:
+        """See Progress."""
+
+    def finish(self, summary: Mapping[str, object]) -> None:
+        """See Progress."""
+
+    def close(self) -> None:
+        """See Progress."""
+
+    def __enter__(self) -> "Silent":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class Lines:
+    """Plain lines for a log file: the first step's, then one every `every_seconds`, and the last."""
+
+    def __init__(self, pace: Pace, stream: TextIO, *, every_seconds: float = 10.0) -> None:
+        self._pace = pace
+        self._stream = stream
+        self._every_seconds = every_seconds
+        self._due = -math.inf
+        self._latest: dict[str, Any] = {}
+        self._unsaid = False
+
+    def update(self, step: int, metrics: Mapping[str, Any] | None = None) -> None:
+        """See Progress."""
+        self._latest.update(metrics or {})
+        self._pace.step, self._unsaid = step, True
+        now = self._pace.clock()
+        if now >= self._due:
+            self._due = now + self._every_seconds
+            self._say()
+
+    def finish(self, summary: Mapping[str, object]) -> None:
+        """See Progress."""
+        if self._unsaid:
+            self._say()
+        print(format_summary(summary), file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """See Progress."""
+
+    def __enter__(self) -> "Lines":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _say(self) -> None:
+        self._unsaid = False
+        self._pace.sample(self._pace.step)
+        print("  ".join([self._pace.text(), *format_metrics(self._latest)]), file=self._stream, flush=True)
+
+
+class Bar:
+    """One line at the foot of a terminal, redrawn in place; what is printed meanwhile appears above it."""
+
+    def __init__(self, pace: Pace, console: rich.console.Console, *, every_seconds: float = 0.1) -> None:
+        self._pace = pace
+        self._every_seconds = every_seconds
+        self._latest: dict[str, Any] = {}
+        self._due = -math.inf
+        self._bar = rich.progress.Progress(
+            rich.progress.BarColumn(bar_width=20),
+            rich.progress.TextColumn("{task.description}", markup=False),
+            console=console,
+            auto_refresh=False,
+            # Printing to a standard output that is a file or a pipe must not land on the terminal.
+            redirect_stdout=sys.stdout.isatty(),
+            redirect_stderr=sys.stderr.isatty(),
+        )
+        self._task = self._bar.add_task(f"{pace.text()}  compiling", total=None)
+        self._bar.start()
+        # rich hides the cursor until the end, but a process killed outright has no chance to show it again.
+        console.show_cursor(True)
+
+    def update(self, step: int, metrics: Mapping[str, Any] | None = None) -> None:
+        """See Progress."""
+        self._latest.update(metrics or {})
+        self._pace.step = step
+        now = self._pace.clock()
+        if now >= self._due:
+            self._due = now + self._every_seconds
+            self._draw()
+
+    def finish(self, summary: Mapping[str, object]) -> None:
+        """See Progress."""
+        self._draw()
+        self.close()
+        self._bar.console.print(format_summary(summary), markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """See Progress."""
+        # Nothing is fetched from a device here: after an error or in a hang that may raise, or wait for ever.
+        self._bar.stop()
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _draw(self) -> None:
+        self._pace.sample(self._pace.step)
+        shown = {name: value for name, value in self._latest.items() if name.rpartition("/")[2] in SHOWN}
+        text = "  ".join([self._pace.text(), *format_metrics(shown)])
+        fraction = self._pace.fraction
+        total = None if fraction is None else 1.0
+        self._bar.update(self._task, description=text, completed=fraction or 0.0, total=total, refresh=True)
+
+
+def format_metrics(metrics: Mapping[str, Any]) -> list[str]:
+    """Return `name value` for each metric, four significant digits; `train/` goes without saying."""
+    return [f"{name.removeprefix('train/')} {float(value):.4g}" for name, value in metrics.items()]
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration as people write it: 0:07, 12:05, 1:02:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def format_summary(summary: Mapping[str, object]) -> str:
+    """Return an entry a line, the names padded to one width."""
+    width = max(map(len, summary), default=0)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in summary.items())
