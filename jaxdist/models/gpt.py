@@ -1,0 +1,63 @@
+"""Decoder-only transformer (GPT-2; Radford et al., 2019), in Linen: its frozen fields can be overridden by `--set`.
+
+Dropout acts on the embeddings and on each branch's output, not on the attention weights: those exist only inside the
+attention kernel.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.nn import initializers
+
+from jaxdist.models.transformer import Block
+
+
+class GPT(nn.Module):
+    """Token and position embeddings, causal transformer blocks, a last normalisation, logits over the vocabulary."""
+
+    vocab_size: int
+    """Number of different tokens; 256 for bytes."""
+    context_length: int
+    """Longest sequence the position embedding covers."""
+    num_layers: int
+    """Number of transformer blocks."""
+    num_heads: int
+    """Attention heads of each block; they divide the width."""
+    width: int
+    """Features of the residual stream."""
+    dropout_rate: float = 0.0
+    """Probability with which a feature is zeroed in training."""
+    tie_embeddings: bool = True
+    """Use the token embedding as the last layer's matrix, too."""
+    remat: bool = False
+    """Compute each block's activations again in the backward pass instead of keeping them."""
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, *, train: bool) -> jax.Array:
+        """Return logits (B, T, vocab_size) for integer tokens (B, T), T at most context_length."""
+        length = tokens.shape[1]
+        if length > self.context_length:
+            raise ValueError(f"GPT's context_length is {self.context_length}, but the tokens are {length} long.")
+        init = initializers.normal(0.02)
+        # The variance of the residual stream would grow with every branch added to it.
+        residual_init = initializers.normal(0.02 / (2 * self.num_layers) ** 0.5)
+        embed = nn.Embed(self.vocab_size, self.width, embedding_init=init, name="token_embedding")
+        positions = self.param("position_embedding", init, (self.context_length, self.width))
+        x = embed(tokens) + jnp.expand_dims(positions[:length], 0)
+        x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
+        block_type = nn.remat(Block) if self.remat else Block
+        for index in range(self.num_layers):
+            # An explicit name: with and without remat the params are the same tree.
+            block = block_type(
+                self.num_heads, True, self.dropout_rate, train, init, residual_init, name=f"block_{index}"
+            )
+            x = block(x)
+        x = nn.LayerNorm(name="final_norm")(x)
+        if self.tie_embeddings:
+            return embed.attend(x)
+        return nn.Dense(self.vocab_size, use_bias=False, kernel_init=init, name="head")(x)
+
+
+def gpt2_small(*, dropout_rate: float = 0.1, remat: bool = False) -> GPT:
+    """Return GPT-2 small: 124,439,808 parameters."""
+    return GPT(50257, 1024, num_layers=12, num_heads=12, width=768, dropout_rate=dropout_rate, remat=remat)

@@ -1,0 +1,58 @@
+"""The pre-normalised transformer block (Vaswani et al., 2017; Radford et al., 2019) that GPT and ViT are stacks of."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import Initializer
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention."""
+
+    num_heads: int
+    """Attention heads; they divide the width."""
+    causal: bool
+    """Let a position attend only to itself and those before it."""
+    kernel_init: Initializer
+    """Initialiser of the matrix that makes queries, keys and values."""
+    residual_init: Initializer
+    """Initialiser of the matrix that joins the heads."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return an array of the shape and dtype of `x`, (B, T, width); the softmax is computed in float32."""
+        batch_size, length, width = x.shape
+        if width % self.num_heads != 0:
+            raise ValueError(f"num_heads must divide the width, but got {self.num_heads} heads and width {width}.")
+        fused = nn.Dense(3 * width, kernel_init=self.kernel_init, name="qkv")(x)
+        by_head = (batch_size, length, self.num_heads, width // self.num_heads)
+        query, key, value = (part.reshape(by_head) for part in jnp.split(fused, 3, axis=-1))
+        heads = jax.nn.dot_product_attention(query, key, value, is_causal=self.causal)
+        return nn.Dense(width, kernel_init=self.residual_init, name="out")(heads.reshape(x.shape))
+
+
+class Block(nn.Module):
+    """Attention, then a two-layer perceptron with GELU, each on the normalised input and added to it."""
+
+    num_heads: int
+    """Attention heads; they divide the width."""
+    causal: bool
+    """Let a position attend only to itself and those before it."""
+    dropout_rate: float
+    """Probability with which a feature of each branch's output is zeroed in training."""
+    train: bool
+    """Whether this call trains; a field, because a rematerialised call traces its arguments."""
+    kernel_init: Initializer
+    """Initialiser of the matrices at a branch's beginning."""
+    residual_init: Initializer
+    """Initialiser of the matrices whose output is added to the residual stream."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return an array of the shape and dtype of `x`, (B, T, width)."""
+        width = x.shape[-1]
+        drop = nn.Dropout(self.dropout_rate, deterministic=not self.train)
+        attention = Attention(self.num_heads, self.causal, self.kernel_init, self.residual_init, name="attention")
+        x = x + drop(attention(nn.LayerNorm(name="attention_norm")(x)))
+        hidden = nn.Dense(4 * width, kernel_init=self.kernel_init, name="mlp_in")(nn.LayerNorm(name="mlp_norm")(x))
+        return x + drop(nn.Dense(width, kernel_init=self.residual_init, name="mlp_out")(nn.gelu(hidden)))
