@@ -1,8 +1,9 @@
 """Canonical reduction: sums over a batch whose bits do not depend on the number of devices or processes.
 
 The global batch is cut into a fixed number of logical shards. Each is computed by one single-device program, the very
-same machine code on every layout (see `executable`), and the results, one flat vector each, are added in a fixed binary
-tree: first over a device's own shards, pair by pair as they arrive, then over the devices (`reduce.tree_sum_over_axis`).
+same machine code on every layout (see `executable`), and the results, one flat vector each, are added in a fixed
+binary tree: first over a device's own shards, pair by pair as they arrive, then over the devices
+(`reduce.tree_sum_over_axis`).
 One program for the whole step would not do: XLA simplifies, fuses and parallelises a one-device program otherwise than
 a many-device one, and the bits follow.
 """
@@ -36,7 +37,7 @@ class LogicalShardSums:
         check_layout(mesh, logical_shards=logical_shards, axis=axis)
         self.mesh, self.axis, self.num_devices = mesh, axis, mesh.shape[axis]
         self.shards_per_device = logical_shards // self.num_devices
-        self.unravel: Callable[[jax.Array], PyTree] | None = None
+        self._unravel: Callable[[jax.Array], PyTree] | None = None
         self._shard_fn = shard_fn
         self._devices = list(mesh.local_devices)
         self._split = jax.jit(self._map_split())
@@ -63,10 +64,15 @@ class LogicalShardSums:
         sharding = NamedSharding(self.mesh, PartitionSpec(self.axis))
         return jax.make_array_from_single_device_arrays((self.num_devices, rows[0].shape[1]), sharding, rows)
 
+    def unravel(self, row: jax.Array) -> PyTree:
+        """Return the tree of sums that a flat row of shape (size,) holds; known after the first call."""
+        assert self._unravel is not None, "the shards' program is compiled at the first call"
+        return self._unravel(row)
+
     def _compile(self, shared: PyTree, shard: Batch) -> None:
         index = self._indices[0][0]
         shapes = jax.eval_shape(self._shard_fn, shared, shard, index)
-        self.unravel = ravel_pytree(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))[1]
+        self._unravel = ravel_pytree(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))[1]
 
         def flat_sums(shared: PyTree, shard: Batch, index: jax.Array) -> jax.Array:
             return ravel_pytree(self._shard_fn(shared, shard, index))[0][None]
@@ -78,8 +84,8 @@ class LogicalShardSums:
 
     def _map_split(self) -> Callable[[Batch], list[Batch]]:
         def split(local: Batch) -> list[Batch]:
-            cut = jax.tree.map(lambda leaf: jnp.split(leaf, self.shards_per_device), local)
-            return [jax.tree.map(lambda _, parts: parts[k], local, cut) for k in range(self.shards_per_device)]
+            cut = {name: jnp.split(leaf, self.shards_per_device) for name, leaf in local.items()}
+            return [dict(zip(cut, parts, strict=True)) for parts in zip(*cut.values(), strict=True)]
 
         spec = PartitionSpec(self.axis)
         return jax.shard_map(split, mesh=self.mesh, in_specs=spec, out_specs=spec, check_vma=False)

@@ -92,13 +92,14 @@ def canonical_step(
     *,
     logical_shards: int = 8,
     axis: str = DATA_AXIS,
+    num_microbatches: int = 1,
     loss_scale_fn: LossScaleFn | None = None,
 ) -> Step:
     """Return a data-parallel step that gives the same bits on every number of devices that divides `logical_shards`.
 
     Two stages: the logical shards' sums (see `canonical`), then one small program: tree over the devices, division,
     optimizer. Optimization barriers keep XLA from fusing these differently on different layouts. The bits belong to
-    one jaxlib and one kind of device.
+    one jaxlib and one kind of device. `num_microbatches` cuts each logical shard, whatever the layout.
 
     Raises:
       ValueError: `logical_shards` is no power of two, or the mesh does not divide it.
@@ -106,8 +107,16 @@ def canonical_step(
 
     def shard_fn(shared: tuple[Any, ...], shard: Batch, index: jax.Array) -> reduce.Sums:
         params, model_state, key, step, loss_scale = shared
-        own_key = jax.random.fold_in(jax.random.fold_in(key, step), index)
-        return reduce.local_sums(loss_fn, params, model_state, shard, own_key, loss_scale)
+        return reduce.accumulate_sums(
+            loss_fn,
+            params,
+            model_state,
+            shard,
+            jax.random.fold_in(key, step),
+            num_microbatches=num_microbatches,
+            first_index=index * num_microbatches,
+            loss_scale=loss_scale,
+        )
 
     shard_sums = canonical.LogicalShardSums(shard_fn, mesh, logical_shards=logical_shards, axis=axis)
 
@@ -202,13 +211,13 @@ def first_nonfinite(averages: reduce.Averages) -> jax.Array:
 
 
 def _keep_where(condition: jax.Array, old: TrainState, new: TrainState) -> TrainState:
-    kept = [
-        jax.tree.map(lambda a, b: jnp.where(condition, a, b), before, after)
-        for before, after in (
-            (old.step, new.step),
-            (old.params, new.params),
-            (old.model_state, new.model_state),
-            (old.opt_state, new.opt_state),
-        )
-    ]
-    return TrainState(*kept, key=new.key)
+    def kept(before: Any, after: Any) -> Any:
+        return jax.tree.map(lambda a, b: jnp.where(condition, a, b), before, after)
+
+    return TrainState(
+        kept(old.step, new.step),
+        kept(old.params, new.params),
+        kept(old.model_state, new.model_state),
+        kept(old.opt_state, new.opt_state),
+        new.key,
+    )
