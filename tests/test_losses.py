@@ -1,0 +1,66 @@
+"""Losses: one value per example or token, equal to the formula."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from jaxdist import losses
+
+LOGITS = st.floats(-50, 50, width=32)
+
+
+def reference(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    logits = logits.astype(np.float64)
+    shifted = logits - logits.max(-1, keepdims=True)
+    log_probabilities = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return -np.take_along_axis(log_probabilities, labels[..., None], axis=-1)[..., 0]
+
+
+@given(hnp.arrays(np.float32, (4, 5), elements=LOGITS), hnp.arrays(np.int32, 4, elements=st.integers(0, 4)))
+def test_classification_is_cross_entropy_and_accuracy_of_each_example(logits, labels):
+    values, metrics = losses.classification(jnp.asarray(logits), {"label": jnp.asarray(labels)})
+    np.testing.assert_allclose(values, reference(logits, labels), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(metrics["accuracy"], (logits.argmax(-1) == labels).astype(np.float32))
+    assert values.shape == metrics["accuracy"].shape == (4,)
+
+
+@given(hnp.arrays(np.float32, (2, 4, 5), elements=LOGITS), hnp.arrays(np.int32, (2, 4), elements=st.integers(0, 4)))
+def test_next_token_scores_each_position_against_the_token_after_it(logits, tokens):
+    values, metrics = losses.next_token(jnp.asarray(logits), {"tokens": jnp.asarray(tokens)})
+    np.testing.assert_allclose(values, reference(logits[:, :-1], tokens[:, 1:]), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(metrics["bits_per_byte"], values / math.log(2), rtol=1e-6)
+
+
+def test_a_model_that_knows_nothing_of_bytes_needs_eight_bits():
+    batch = {"tokens": jnp.arange(6, dtype=jnp.uint8).reshape(2, 3)}
+    _, metrics = losses.next_token(jnp.zeros((2, 3, 256)), batch)
+    np.testing.assert_allclose(metrics["bits_per_byte"], np.full((2, 2), 8.0), rtol=1e-6)
+
+
+def test_the_softmax_of_bfloat16_logits_is_computed_in_float32():
+    # 1000 equal classes: a bfloat16 sum stops growing at 256.
+    logits = jnp.zeros((1, 1000), jnp.bfloat16)
+    values, _ = losses.classification(logits, {"label": jnp.zeros(1, jnp.int32)})
+    assert values.dtype == jnp.float32
+    np.testing.assert_allclose(values, [math.log(1000)], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("loss", "outputs", "batch", "message"),
+    [
+        (losses.classification, jnp.zeros((2, 3)), {"image": jnp.zeros(2)}, "'label'.*'image'"),
+        (losses.classification, jnp.zeros((2, 3)), {"label": jnp.zeros(2)}, "integers.*float32"),
+        (losses.classification, jnp.zeros((2, 3)), {"label": jnp.zeros((2, 3), jnp.int32)}, "one-hot"),
+        (losses.next_token, jnp.zeros((2, 3, 5)), {"tokens": jnp.zeros((2, 4), jnp.int32)}, "shift by one"),
+        (losses.next_token, jnp.zeros((2, 1, 5)), {"tokens": jnp.zeros((2, 1), jnp.int32)}, "T >= 2"),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_refused(loss, outputs, batch, message):
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(loss, outputs, batch)
