@@ -123,7 +123,7 @@ def build(
     decay = [optax.add_decayed_weights(optimizer.weight_decay, mask)] if optimizer.weight_decay else []
     decoupled = optimizer.name in ("adamw", "lion")
     return optax.chain(
-        *([] if optimizer.clip_norm is None else [clip_by_global_norm(optimizer.clip_norm)]),
+        *([] if optimizer.clip_norm is None else [optax.clip_by_global_norm(optimizer.clip_norm)]),
         *([] if decoupled else decay),
         _rule(optimizer),
         *(decay if decoupled else []),
@@ -180,21 +180,6 @@ def learning_rate_at(
         optimizer, global_batch_size=global_batch_size, steps_per_epoch=steps_per_epoch, max_steps=max_steps
     )
     return float(schedule(step - 1))
-
-
-def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """Return a transformation that scales updates down to a global norm of `max_norm` (Pascanu et al., 2012).
-
-    It multiplies by one factor where optax divides each element and multiplies again: a compiler may turn that division
-    by a scalar into a product on one layout and not on another, and the bits would differ.
-    """
-
-    def update(updates: PyTree, state: optax.EmptyState, params: PyTree = None) -> tuple[PyTree, optax.EmptyState]:
-        norm = optax.tree.norm(updates)
-        factor = jax.lax.optimization_barrier(max_norm / jnp.maximum(norm, max_norm))
-        return jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype), updates), state
-
-    return optax.GradientTransformation(optax.init_empty_state, update)
 
 
 class EmaState(NamedTuple):

@@ -19,10 +19,10 @@ from jaxdist.optimizers import Optimizer, Schedule
 NAMES = ("sgd", "momentum", "nesterov", "adam", "adamw", "lion")
 
 
-def make_params(seed=0):
+def make_params(seed=0, rows=7):
     rng = np.random.default_rng(seed)
     return {
-        "kernel": jnp.asarray(rng.standard_normal((7, 5)), jnp.float32),
+        "kernel": jnp.asarray(rng.standard_normal((rows, 5)), jnp.float32),
         "bias": jnp.asarray(rng.standard_normal(5), jnp.float32),
         "scale": jnp.float32(1.5),
     }
@@ -71,20 +71,12 @@ def test_decay_may_hold_for_all():
     jax.tree.map(lambda update, param: np.testing.assert_array_equal(update, -0.5 * param), updates, params)
 
 
-@given(st.floats(0.01, 100))
-def test_clipping_equals_optax_and_leaves_small_gradients_their_bits(max_norm):
-    grads = make_params()
-    ours = optimizers.clip_by_global_norm(max_norm).update(grads, optax.EmptyState())[0]
-    theirs = optax.clip_by_global_norm(max_norm).update(grads, optax.EmptyState())[0]
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), ours, theirs)
-    if optax.tree.norm(grads) <= max_norm:
-        jax.tree.map(np.testing.assert_array_equal, ours, grads)
-
-
-def test_the_description_clips():
-    built = optimizers.build(Optimizer(name="sgd", learning_rate=1.0, clip_norm=0.25), global_batch_size=1)
+@pytest.mark.parametrize("clip_norm", [0.25, 100.0])
+def test_the_global_norm_is_clipped(clip_norm):
+    built = optimizers.build(Optimizer(name="sgd", learning_rate=1.0, clip_norm=clip_norm), global_batch_size=1)
     updates, _ = built.update(make_params(), built.init(make_params()), make_params())
-    assert optax.tree.norm(updates) == pytest.approx(0.25)
+    expected = min(clip_norm, float(optax.tree.norm(make_params())))
+    assert optax.tree.norm(updates) == pytest.approx(expected)
 
 
 def rate(step, *, batch=32, epoch=None, last=None, learning_rate=0.8, base=None, **schedule):
@@ -192,7 +184,7 @@ def test_the_bits_are_the_same_on_one_device_and_on_eight(name):
         ema_decay=0.9,
         schedule=Schedule(name="cosine", warmup=3),
     )
-    built = optimizers.build(described, global_batch_size=1, max_steps=12)
+    built = optimizers.build(described, global_batch_size=1, max_steps=8)
 
     def step(params, opt_state, grads):
         updates, opt_state = built.update(jax.lax.optimization_barrier(grads), opt_state, params)
@@ -202,11 +194,11 @@ def test_the_bits_are_the_same_on_one_device_and_on_eight(name):
         mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
         spec = PartitionSpec()
         mapped = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False))
-        params = jax.device_put(make_params(), NamedSharding(mesh, spec))
-        opt_state = jax.device_put(built.init(make_params()), NamedSharding(mesh, spec))
-        for number in range(10):
+        params = jax.device_put(make_params(rows=20_000), NamedSharding(mesh, spec))
+        opt_state = jax.device_put(built.init(make_params(rows=20_000)), NamedSharding(mesh, spec))
+        for number in range(6):
             params, opt_state = mapped(
-                params, opt_state, jax.device_put(make_params(number), NamedSharding(mesh, spec))
+                params, opt_state, jax.device_put(make_params(number, rows=20_000), NamedSharding(mesh, spec))
             )
         return params, opt_state
 
