@@ -5,6 +5,7 @@ rows of it, and those are the same rows whichever process, thread or restart com
 """
 
 import collections
+import dataclasses
 import os
 from collections.abc import Callable, Generator, Iterator
 from typing import NamedTuple
@@ -73,7 +74,7 @@ class Loader:
     @property
     def steps_per_epoch(self) -> int:
         """Batches of a whole epoch, the padded one included."""
-        return -(-len(self.source) // self.global_batch_size)
+        return self.order.num_batches(len(self.source), self.global_batch_size)
 
     def with_rows(self, rows: np.ndarray) -> "Loader":
         """Return a loader of the same global batches for other rows of them."""
@@ -111,12 +112,10 @@ class Loader:
                 epoch, position = epoch + 1, 0
             if self.num_epochs is not None and epoch >= self.num_epochs:
                 return
-            stop = min(position + self.global_batch_size, num_examples)
-            ids = self.order(num_examples, self.seed, epoch, position, stop)
-            true_rows = rows < stop - position
-            plan = assembly.Plan(epoch, ids[np.where(true_rows, rows, 0)], true_rows.astype(np.float32))
-            position = stop
-            yield plan, Position(epoch, position, *_identity(self.beginning))
+            batch = self.order.batch(num_examples, self.seed, epoch, position, self.global_batch_size)
+            position = batch.after
+            plan = assembly.Plan(epoch, batch.ids[rows], batch.mask[rows])
+            yield plan, dataclasses.replace(self.beginning, epoch=epoch, position=position)
 
 
 def as_order(shuffle: bool | order.Order) -> order.Order:
@@ -124,10 +123,6 @@ def as_order(shuffle: bool | order.Order) -> order.Order:
     if isinstance(shuffle, bool):
         return order.Shuffled() if shuffle else order.Sequential()
     return shuffle
-
-
-def _identity(position: Position) -> tuple[int, int, str, str]:
-    return position.num_examples, position.seed, position.order_version, position.fingerprint
 
 
 def _checked_rows(rows: np.ndarray, global_batch_size: int) -> np.ndarray:

@@ -7,9 +7,11 @@ Finite Domains" (2002), prove that cycle walking keeps a permutation a permutati
 way. A rotation by a keyed offset comes first, so that even in a tiny data set each example is equally likely anywhere.
 """
 
+import abc
+import bisect
 import dataclasses
 import hashlib
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -22,19 +24,49 @@ _NUM_ROUNDS = 8
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio, odd
 
 
+class Batch(NamedTuple):
+    """The ids of a batch, one a row; rows whose mask is 0 are padding. `after` is the position behind the batch."""
+
+    ids: np.ndarray
+    mask: np.ndarray
+    after: int
+
+
 class Order(Protocol):
-    """Which example stands at which position of an epoch. `version` names the scheme and its settings."""
+    """Which example stands at which position of an epoch, and which positions make a batch."""
 
     @property
     def version(self) -> str:
-        """A short text that differs whenever the ids may differ."""
+        """A short text that differs whenever the ids may differ: the scheme's version and its settings."""
 
+    def batch(self, num_examples: int, seed: int, epoch: int, start: int, size: int) -> Batch:
+        """Return the batch of `size` rows that begins at position `start`, which is below num_examples."""
+
+    def num_batches(self, num_examples: int, size: int) -> int:
+        """Return the number of batches of `size` rows in an epoch."""
+
+
+class _Contiguous(abc.ABC):
+    """An order whose batches are runs of positions; the last one is padded with its first id."""
+
+    @abc.abstractmethod
     def __call__(self, num_examples: int, seed: int, epoch: int, start: int, stop: int) -> np.ndarray:
         """Return the ids at positions [start, stop) of the epoch, int64."""
 
+    def batch(self, num_examples: int, seed: int, epoch: int, start: int, size: int) -> Batch:
+        """See Order."""
+        after = min(start + size, num_examples)
+        ids = self(num_examples, seed, epoch, start, after)
+        mask = (np.arange(size) < after - start).astype(np.float32)
+        return Batch(np.concatenate([ids, np.full(size - len(ids), ids[0])]), mask, after)
+
+    def num_batches(self, num_examples: int, size: int) -> int:
+        """See Order."""
+        return -(-num_examples // size)
+
 
 @dataclasses.dataclass(frozen=True)
-class Sequential:
+class Sequential(_Contiguous):
     """Examples in the order of the source, in every epoch."""
 
     @property
@@ -43,13 +75,13 @@ class Sequential:
         return f"sequential-{ORDER_VERSION}"
 
     def __call__(self, num_examples: int, seed: int, epoch: int, start: int, stop: int) -> np.ndarray:
-        """See Order."""
-        _check_range(num_examples, seed, epoch, start, stop)
+        """Return the ids at positions [start, stop) of the epoch, int64."""
+        _check_range(num_examples, epoch, start, stop)
         return np.arange(start, stop, dtype=np.int64)
 
 
 @dataclasses.dataclass(frozen=True)
-class Shuffled:
+class Shuffled(_Contiguous):
     """A permutation of all examples, another one in every epoch and for every seed."""
 
     @property
@@ -58,10 +90,158 @@ class Shuffled:
         return f"shuffled-{ORDER_VERSION}"
 
     def __call__(self, num_examples: int, seed: int, epoch: int, start: int, stop: int) -> np.ndarray:
-        """See Order."""
-        _check_range(num_examples, seed, epoch, start, stop)
+        """Return the ids at positions [start, stop) of the epoch, int64."""
+        _check_range(num_examples, epoch, start, stop)
         permutation = Permutation.make(num_examples, "shuffled", seed, epoch)
         return permutation(np.arange(start, stop, dtype=np.int64))
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockShuffled(_Contiguous):
+    """A permutation of blocks of `block_size` neighbours, each block permuted in itself: for storage that seeks slowly.
+
+    A run of positions touches few blocks, so a source that reads or caches whole blocks reads each about once an epoch.
+    """
+
+    block_size: int
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise ValueError(f"block_size must be at least 1; got {self.block_size}.")
+
+    @property
+    def version(self) -> str:
+        """See Order."""
+        return f"blocks-{ORDER_VERSION}:{self.block_size}"
+
+    def __call__(self, num_examples: int, seed: int, epoch: int, start: int, stop: int) -> np.ndarray:
+        """Return the ids at positions [start, stop) of the epoch, int64."""
+        _check_range(num_examples, epoch, start, stop)
+        num_blocks, size = -(-num_examples // self.block_size), self.block_size
+        if start == stop:
+            return np.empty(0, np.int64)
+        blocks = Permutation.make(num_blocks, "blocks", seed, epoch)
+        # The source's last block may be short, and may come at any place; what follows it begins that much earlier.
+        short, missing = int(blocks.inverse(np.array([num_blocks - 1]))[0]), num_blocks * size - num_examples
+        behind_short = (short + 1) * size - missing
+        parts = []
+        while start < stop:
+            place = start // size if start < behind_short else (start + missing) // size
+            begin = place * size - (missing if place > short else 0)
+            end = begin + size - (missing if place == short else 0)
+            block = int(blocks(np.array([place]))[0])
+            inside = Permutation.make(end - begin, "in block", seed, epoch, block)
+            parts.append(block * size + inside(np.arange(start, min(stop, end), dtype=np.int64) - begin))
+            start = end
+        return np.concatenate(parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixed(_Contiguous):
+    """Several sources, one behind the other in the ids, drawn in fixed proportions: see `mix`.
+
+    Of any sum(weights) positions that begin at a multiple of it, source i has exactly weights[i], evenly spread. Each
+    source is gone through without end, every pass another permutation that holds each of its examples once. An epoch is
+    as many positions as the sources have examples in all; the next epoch goes on where it ended.
+    """
+
+    sizes: tuple[int, ...]
+    weights: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.sizes) != len(self.weights) or not self.sizes or min(self.sizes) < 1:
+            raise ValueError(f"Mixed needs a weight for each non-empty source; got {self.sizes} and {self.weights}.")
+        if not all(isinstance(weight, int) and weight > 0 for weight in self.weights) or sum(self.weights) > 10**6:
+            raise ValueError(
+                f"Weights are positive whole numbers that sum to a million or less, such as (7, 2, 1) for 0.7, 0.2 and "
+                f"0.1; got {self.weights}."
+            )
+
+    @property
+    def version(self) -> str:
+        """See Order."""
+        return f"mixed-{ORDER_VERSION}:{','.join(map(str, self.weights))}"
+
+    def __call__(self, num_examples: int, seed: int, epoch: int, start: int, stop: int) -> np.ndarray:
+        """Return the ids at positions [start, stop) of the epoch, int64."""
+        _check_range(num_examples, epoch, start, stop)
+        if num_examples != sum(self.sizes):
+            raise ValueError(f"These sources have {sum(self.sizes)} examples in all; got num_examples={num_examples}.")
+        turn = np.array(spread(self.weights))
+        cycles, places = np.divmod(np.arange(start, stop, dtype=np.int64) + epoch * num_examples, len(turn))
+        ids = np.empty(stop - start, np.int64)
+        for index, (size, weight) in enumerate(zip(self.sizes, self.weights)):
+            rank = np.cumsum(turn == index) - 1  # how many of this source's turns come before, in a cycle
+            mine = turn[places] == index
+            passes, within = np.divmod(cycles[mine] * weight + rank[places[mine]], size)
+            drawn = np.empty(len(within), np.int64)
+            for number in np.unique(passes).tolist():
+                permutation = Permutation.make(size, "mixed", index, seed, number)
+                drawn[passes == number] = permutation(within[passes == number])
+            ids[mine] = sum(self.sizes[:index]) + drawn
+        return ids
+
+
+def spread(weights: tuple[int, ...]) -> list[int]:
+    """Return sum(weights) turns, weights[i] of them i, those of each i as evenly spaced as can be."""
+    turns = [((2 * k + 1) / (2 * weight), index) for index, weight in enumerate(weights) for k in range(weight)]
+    return [index for _, index in sorted(turns)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dealt:
+    """Shards that live on different hosts: shard v fills the v-th part of each batch from a permutation of its own.
+
+    `sizes` are the examples of each shard, in the order of their ids. A shard that runs out early pads its part. A
+    position counts the examples of all shards; each has given equally many of them, as far as it could.
+    """
+
+    sizes: tuple[int, ...]
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.sizes or min(self.sizes) < 1:
+            raise ValueError(f"Every shard needs at least one example; got the sizes {self.sizes}.")
+
+    @property
+    def version(self) -> str:
+        """See Order."""
+        sizes = hashlib.sha256(str(self.sizes).encode()).hexdigest()[:8]
+        return f"dealt-{ORDER_VERSION}:{len(self.sizes)} shards {sizes}{'' if self.shuffle else ' unshuffled'}"
+
+    def batch(self, num_examples: int, seed: int, epoch: int, start: int, size: int) -> Batch:
+        """See Order."""
+        _check_range(num_examples, epoch, start, num_examples)
+        if size % len(self.sizes) or num_examples != sum(self.sizes):
+            raise ValueError(
+                f"A batch takes equally many rows of each of the {len(self.sizes)} shards (with {sum(self.sizes)} "
+                f"examples), so global_batch_size must be a multiple of {len(self.sizes)}; got {size}, and "
+                f"{num_examples} examples."
+            )
+        rows, first = size // len(self.sizes), self._taken_from_each(start)
+        ids, mask, offset = [], [], 0
+        for shard, shard_size in enumerate(self.sizes):
+            places = np.arange(first, first + rows, dtype=np.int64)
+            true_places = places < shard_size
+            places = np.where(true_places, places, 0)
+            if self.shuffle:
+                places = Permutation.make(shard_size, "dealt", shard, seed, epoch)(places)
+            ids.append(offset + places)
+            mask.append(true_places.astype(np.float32))
+            offset += shard_size
+        return Batch(np.concatenate(ids), np.concatenate(mask), self._position(first + rows))
+
+    def num_batches(self, num_examples: int, size: int) -> int:
+        """See Order."""
+        return -(-max(self.sizes) // (size // len(self.sizes)))
+
+    def _position(self, taken: int) -> int:
+        """Return the examples given once `taken` were asked of each shard."""
+        return int(np.minimum(self.sizes, taken).sum())
+
+    def _taken_from_each(self, position: int) -> int:
+        """Invert `_position`, which rises strictly until the largest shard is empty."""
+        return bisect.bisect_left(range(max(self.sizes) + 1), position, key=self._position)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +302,7 @@ def _mix(values: np.ndarray, key: np.uint64) -> np.ndarray:
     return values
 
 
-def _check_range(num_examples: int, seed: int, epoch: int, start: int, stop: int) -> None:
+def _check_range(num_examples: int, epoch: int, start: int, stop: int) -> None:
     if not 0 <= num_examples <= MAX_EXAMPLES:
         raise ValueError(f"num_examples must be in [0, 2**62]; got {num_examples}.")
     if epoch < 0:
@@ -130,5 +310,5 @@ def _check_range(num_examples: int, seed: int, epoch: int, start: int, stop: int
     if not 0 <= start <= stop <= num_examples:
         raise ValueError(
             f"Positions must satisfy 0 <= start <= stop <= num_examples; got start={start}, stop={stop}, "
-            f"num_examples={num_examples} (seed {seed}, epoch {epoch})."
+            f"num_examples={num_examples}."
         )
