@@ -45,6 +45,34 @@ class Functions(NamedTuple):
     eval_fn: Callable[..., Any]
 
 
+def from_model(
+    model: Any, loss: Loss | None, example_batch: Mapping[str, Any], *, inputs: str | Sequence[str] = "image"
+) -> Functions:
+    """Return the functions of whatever an experiment calls its model.
+
+    Args:
+      model: a Linen module, a callable from `nnx.Rngs` to an NNX module, or Functions, which come back as they are.
+      loss: see `Loss`; Functions have their own.
+      example_batch: see `linen`.
+      inputs: see `linen`.
+
+    Raises:
+      ValueError: the model is none of these, or its loss is missing.
+    """
+    if isinstance(model, Functions):
+        return model
+    if loss is None:
+        raise ValueError("A Flax module needs a loss(outputs, batch); `jaxdist.losses` has the usual ones.")
+    if isinstance(model, flax_linen.Module):
+        return linen(model, loss, example_batch, inputs=inputs)
+    if callable(model):
+        return nnx(model, loss, example_batch, inputs=inputs)
+    raise ValueError(
+        "A model is a Linen module, a callable from nnx.Rngs to an NNX module, or adapters.Functions; "
+        f"got {type(model).__name__}."
+    )
+
+
 def linen(
     module: flax_linen.Module, loss: Loss, example_batch: Mapping[str, Any], *, inputs: str | Sequence[str] = "image"
 ) -> Functions:

@@ -1,0 +1,162 @@
+"""The command line: which experiment, on what, where to. It selects and overrides; everything else is in the experiment.
+
+JAX and all that stands on it are imported by the commands that need them, so that `--help` answers at once.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxdist.config import Experiment
+    from jaxdist.record import RunRecord
+
+EXIT_OK, EXIT_FAILED, EXIT_USER = 0, 1, 2
+
+
+def main(experiment: str | None = None) -> None:
+    """Run the command line and exit; with `experiment`, that file's own `train` command."""
+    arguments = sys.argv[1:] if experiment is None else ["train", experiment, *sys.argv[1:]]
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit status: 0 done, 1 failed, 2 the user's mistake, 75 try again."""
+    options = make_parser().parse_args(arguments)
+    options.command = shlex.join(["jaxdist", *arguments])
+    # Deferred with the rest of the package: see the module's docstring.
+    from jaxdist.errors import UserError
+
+    try:
+        return options.handler(options)
+    except UserError as error:
+        print(f"jaxdist: {error}", file=sys.stderr)
+        return EXIT_USER
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    parser = argparse.ArgumentParser(prog="jaxdist", description="Train Flax models on many devices.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    train = _add(commands, "train", train_command, "train an experiment until its stop rule ends it")
+    _add_experiment(train)
+    train.add_argument("--processes", type=_positive, metavar="P", help="processes on this machine (default 1)")
+    train.add_argument("--run-dir", type=pathlib.Path, metavar="DIR", help="default runs/NAME-TIME")
+    train.add_argument("--resume", action="store_true", help="go on with the run in --run-dir (default: the newest)")
+    train.add_argument("--json", action="store_true", help="show nothing, print the run record as one JSON object")
+    verify = _add(commands, "verify", verify_command, "compare a few steps on 1, 2, 4, 8 devices with one device")
+    _add_experiment(verify)
+    verify.add_argument("--steps", type=_positive, default=5, metavar="K", help="steps on each layout (default 5)")
+    verify.add_argument("--json", action="store_true", help="print the table as one JSON object")
+    doctor = _add(commands, "doctor", doctor_command, "what is installed, what is visible, what will bite")
+    doctor.add_argument("--devices", type=_positive, metavar="N", help="fake CPU devices to try (default 8)")
+    return parser
+
+
+def _add(
+    commands: Any, name: str, handler: Callable[[argparse.Namespace], int], summary: str
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    command.set_defaults(handler=handler)
+    return command
+
+
+def _add_experiment(command: argparse.ArgumentParser) -> None:
+    command.add_argument("experiment", metavar="EXPERIMENT", help="a Python file with get_config()")
+    command.add_argument(
+        "--devices", type=_positive, metavar="N", help="devices per process; fake CPU devices without accelerators"
+    )
+    command.add_argument("--strategy", metavar="S", help="data-parallel, zero1, fsdp, parameter-server, ...")
+    command.add_argument("--reduction", choices=("mean", "canonical"), help="canonical: the same bits on any devices")
+    command.add_argument("--max-steps", type=_positive, metavar="K", help="short for --set stop.max_steps=K")
+    command.add_argument(
+        "--set", dest="assignments", nargs="+", action="extend", default=[], metavar="A.B=VALUE", help="override a setting"
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a positive whole number is needed; got {text!r}")
+    return int(text)
+
+
+def train_command(options: argparse.Namespace) -> int:
+    """Train in this process, or start the processes that do."""
+    from jaxdist.launch import local, runtime
+
+    if options.processes and options.processes > 1 and not runtime.in_job():
+        return local.run_command(options)
+    devices = runtime.start(options.devices)
+    return _train_here(options, devices)
+
+
+def _train_here(options: argparse.Namespace, devices: Sequence[Any]) -> int:
+    from jaxdist import signals, train
+
+    experiment = load(options)
+    run_dir = options.run_dir or train.default_run_dir(experiment.name, resume=options.resume)
+    with signals.stop_on_signal() as request:
+        made = train.train(
+            experiment,
+            train.RunOptions(
+                run_dir=run_dir,
+                resume=options.resume,
+                silent=options.json,
+                command=options.command,
+                stop_requested=lambda step: bool(request),
+            ),
+            devices=devices,
+        )
+    if options.json:
+        print(json.dumps(made.to_json() | {"run_dir": str(run_dir)}))
+    return exit_status(made)
+
+
+def exit_status(made: "RunRecord") -> int:
+    """Return the exit status that goes with how a run ended."""
+    from jaxdist.signals import EXIT_RETRY
+
+    if made.end_reason in ("preempted", "hang"):
+        return EXIT_RETRY
+    return EXIT_FAILED if made.end_reason in ("nonfinite", "error", None) else EXIT_OK
+
+
+def verify_command(options: argparse.Namespace) -> int:
+    """Compare layouts; exit 1 when a promise is broken."""
+    from jaxdist import verify
+    from jaxdist.launch import runtime
+
+    devices = runtime.start(options.devices or 8)
+    report = verify.verify(load(options), devices=devices, num_steps=options.steps)
+    print(json.dumps(report.to_json()) if options.json else report)
+    return EXIT_OK if report.kept else EXIT_FAILED
+
+
+def doctor_command(options: argparse.Namespace) -> int:
+    """Print what is installed and visible."""
+    from jaxdist import doctor
+    from jaxdist.launch import runtime
+
+    print(doctor.examine(runtime.start(options.devices or 8)))
+    return EXIT_OK
+
+
+def load(options: argparse.Namespace) -> "Experiment":
+    """Return the experiment that the command line selects, with its overrides."""
+    from jaxdist import config
+
+    assignments = list(options.assignments)
+    assignments += [f"strategy={options.strategy}"] if options.strategy else []
+    assignments += [f"reduction={options.reduction}"] if options.reduction else []
+    assignments += [f"stop.max_steps={options.max_steps}"] if options.max_steps else []
+    return config.override(config.load_experiment(options.experiment), assignments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+"""Experiments: the frozen dataclass an experiment file returns, loading that file, and typed overrides.
+
+Configuration is plain Python. What a user may override is exactly what the dataclasses declare; an unknown name is an
+error that proposes the nearest one.
+"""
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import pathlib
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias
+
+import optax
+import pydantic
+
+from jaxdist.data import Source
+from jaxdist.errors import UserError
+from jaxdist.optimizers import Optimizer
+from jaxdist.stop import Stop
+from jaxdist.writers import Kind
+
+ExampleFn: TypeAlias = Callable[[Any, Any], Any]
+
+
+class ConfigError(UserError):
+    """An experiment, or an override of one, that cannot be used as it is."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """What an experiment trains and evaluates on.
+
+    Attributes:
+      train: the training examples.
+      eval: the held-out examples, or None.
+      example_fn: `example_fn(example, random) -> example`, applied to training examples.
+      eval_example_fn: the same for evaluation.
+      shuffle: whether each epoch has an order of its own.
+      num_threads: threads that assemble batches; None chooses.
+      prefetch: batches placed on the devices ahead of the step.
+    """
+
+    train: Source
+    eval: Source | None = None
+    example_fn: ExampleFn | None = None
+    eval_example_fn: ExampleFn | None = None
+    shuffle: bool = True
+    num_threads: int | None = None
+    prefetch: int = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """When to evaluate: every `every_steps` steps, or, where that is None, after every `every_epochs` epochs."""
+
+    every_steps: int | None = None
+    every_epochs: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoints:
+    """What is saved, and what is kept of it.
+
+    Attributes:
+      every_steps: steps between saves; the last step is always saved.
+      keep_last: how many of the newest are kept.
+      keep_every: steps whose multiples are kept for good; None keeps none.
+      best_metric: the metric whose best checkpoint is kept, `eval/accuracy` say.
+      best_mode: whether more or less of it is better.
+    """
+
+    every_steps: int = 200
+    keep_last: int = 2
+    keep_every: int | None = None
+    best_metric: str | None = None
+    best_mode: Literal["max", "min"] = "max"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Guards:
+    """How often the checks of `guard` run; 0 switches one off.
+
+    Attributes:
+      check_replicas_every: steps between comparisons of the replicas' bits.
+      recompile: whether a second compile of the step is reported.
+    """
+
+    check_replicas_every: int = 200
+    recompile: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything that decides what is trained; where and on how many devices is the command line's business.
+
+    Attributes:
+      name: names the run directory; by default the experiment file's stem.
+      model: a Linen module, a callable from `nnx.Rngs` to an NNX module, or `adapters.Functions`.
+      loss: `loss(outputs, batch) -> (values, {name: values})` per example or token; see `losses`. Unused with Functions.
+      inputs: the batch field, or fields, the model is called with.
+      data: the examples.
+      optimizer: an `optimizers.Optimizer`, or an optax.GradientTransformation.
+      global_batch_size: examples of one step, over all devices.
+      stop: when training ends.
+      eval: when to evaluate.
+      strategy: how the model is spread over the devices.
+      mesh: axis names and sizes; None is one data axis over all devices.
+      reduction: `mean` (the hardware's all-reduce) or `canonical` (the same bits on any number of devices).
+      logical_shards: fixed slices of the batch in canonical reduction, a power of two.
+      num_microbatches: parts of each device's batch, computed one after the other.
+      precision: dtype of the computation; params are float32 always.
+      seed: of the params, the order of examples, dropout and augmentation.
+      checkpoints: what is saved.
+      guards: how often the checks run.
+      log_every: steps between rows of training metrics.
+      writers: where metrics go besides the screen.
+    """
+
+    name: str = ""
+    model: Any
+    loss: Any = None
+    inputs: str | tuple[str, ...] = "image"
+    data: Data
+    optimizer: Optimizer | optax.GradientTransformation
+    global_batch_size: int
+    stop: Stop
+    eval: Evaluation = Evaluation()
+    strategy: str = "data-parallel"
+    mesh: dict[str, int] | None = None
+    reduction: Literal["mean", "canonical"] = "mean"
+    logical_shards: int = 8
+    num_microbatches: int = 1
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    seed: int = 0
+    checkpoints: Checkpoints = Checkpoints()
+    guards: Guards = Guards()
+    log_every: int = 20
+    writers: tuple[Kind, ...] = ("jsonl", "csv", "tensorboard")
+
+
+def load_experiment(path: str) -> Experiment:
+    """Return what the `get_config()` of the Python file `path` returns.
+
+    Raises:
+      ConfigError: the file is missing or broken, or has no such function, or it returns something else.
+    """
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise ConfigError(f"An experiment is a Python file; there is none at {path!r}. Check the path.")
+    module = _run_file(file)
+    get_config = getattr(module, "get_config", None)
+    if not callable(get_config):
+        raise ConfigError(f"An experiment file defines get_config(); {path} does not. Add one that returns Experiment.")
+    try:
+        experiment = get_config()
+    except Exception as error:
+        raise ConfigError(f"get_config() of {path} failed: {type(error).__name__}: {error}") from error
+    if not isinstance(experiment, Experiment):
+        raise ConfigError(
+            f"get_config() must return a jaxdist.Experiment; that of {path} returned {type(experiment).__name__}."
+        )
+    return experiment if experiment.name else dataclasses.replace(experiment, name=file.stem)
+
+
+def _run_file(file: pathlib.Path) -> Any:
+    # The stem as name makes qualified names in the run record the same however the file was started; a file that runs
+    # as a script is loaded a second time under it, which is why experiments only define things.
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module
+    sys.path.insert(0, str(file.parent.resolve()))
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(f"{file} cannot be loaded: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.pop(0)
+    return module
+
+
+def override(experiment: Experiment, assignments: Sequence[str]) -> Experiment:
+    """Return `experiment` with each `a.b=value` applied; values are parsed by the type the field declares.
+
+    Raises:
+      ConfigError: not an assignment, no such field (the nearest name is proposed), or a value of another type.
+    """
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals or not path:
+            raise ConfigError(f"--set takes NAME=VALUE, for example optimizer.learning_rate=3e-4; got {assignment!r}.")
+        experiment = _replace(experiment, path.split("."), text, path)
+    return experiment
+
+
+def _replace(value: Any, names: list[str], text: str, path: str) -> Any:
+    fields = _settable_fields(value)
+    name = names[0]
+    if name not in fields:
+        raise ConfigError(_unknown(path, name, list(fields), type(value).__name__))
+    if len(names) == 1:
+        new = _parse(typing.get_type_hints(type(value)).get(name, str), text, path, getattr(value, name))
+    else:
+        new = _replace(getattr(value, name), names[1:], text, path)
+    try:
+        return dataclasses.replace(value, **{name: new})
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path}={text} is refused: {error}") from error
+
+
+def _settable_fields(value: Any) -> list[str]:
+    if not dataclasses.is_dataclass(value):
+        return []
+    # Flax gives every Linen module the fields parent and name, which are not hyperparameters.
+    return [field.name for field in dataclasses.fields(value) if field.init and field.name != "parent"]
+
+
+def _unknown(path: str, name: str, fields: list[str], owner: str) -> str:
+    if not fields:
+        return f"There is no setting {path!r}: {owner} has no settings of its own."
+    nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
+    proposal = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    return f"There is no setting {path!r}: {owner} has no field {name!r}.{proposal} It has: {', '.join(fields)}."
+
+
+def _parse(hint: Any, text: str, path: str, current: Any) -> Any:
+    if dataclasses.is_dataclass(current) and not isinstance(current, type):
+        names = ", ".join(_settable_fields(current))
+        raise ConfigError(f"{path} is a group of settings; set one of its fields: {names}.")
+    try:
+        adapter = pydantic.TypeAdapter(hint, config=pydantic.ConfigDict(arbitrary_types_allowed=True))
+    except (pydantic.errors.PydanticUserError, TypeError) as error:
+        raise ConfigError(f"{path} cannot be set on the command line; edit the experiment file.") from error
+    for candidate in _readings(text):
+        try:
+            return adapter.validate_python(candidate)
+        except pydantic.ValidationError:
+            continue
+    raise ConfigError(f"{path} takes {_type_name(hint)}; got {text!r}.")
+
+
+def _readings(text: str) -> list[Any]:
+    """Return what `text` may stand for, likeliest first: None, itself, a Python literal."""
+    readings: list[Any] = [None] if text.lower() in ("none", "null") else []
+    readings.append(text)
+    try:
+        readings.append(ast.literal_eval(text))
+    except (ValueError, SyntaxError):
+        pass
+    return readings
+
+
+def _type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")

@@ -1,0 +1,19 @@
+"""The one error the command line shows as a message and not as a traceback."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(ValueError):
+    """What a user can mend: the message names the rule, what was received and what to do."""
+
+
+@contextmanager
+def as_user_error() -> Iterator[None]:
+    """Turn a ValueError into a UserError: for the stages that only check and build what the user asked for."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from error

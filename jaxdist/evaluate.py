@@ -1,0 +1,81 @@
+"""Evaluation on the mesh that trains, exact on a ragged last batch: totals and counts, divided once at the end."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxdist import canonical, reduce
+from jaxdist import metrics as metrics_lib
+from jaxdist.mesh import DATA_AXIS
+from jaxdist.metrics import Batch, Mean
+
+PyTree: TypeAlias = Any
+EvalFn: TypeAlias = Callable[..., Any]
+"""`eval_fn(params, batch, key[, model_state]) -> (loss, metrics)`; nothing random, model_state only read."""
+EvalStep: TypeAlias = Callable[[PyTree, PyTree, Batch], dict[str, Mean]]
+"""`eval_step(params, model_state, batch) -> {name: Mean over the true examples of the global batch}`."""
+
+
+def eval_step(eval_fn: EvalFn) -> EvalStep:
+    """Return the jitted evaluation of one global batch; works with every layout of the params."""
+
+    def step(params: PyTree, model_state: PyTree, batch: Batch) -> dict[str, Mean]:
+        return _means(eval_fn, params, model_state, batch)
+
+    return jax.jit(step)
+
+
+def canonical_eval_step(eval_fn: EvalFn, mesh: Mesh, *, logical_shards: int, axis: str = DATA_AXIS) -> EvalStep:
+    """Return an `eval_step` whose losses and metrics are bit-identical on every layout (see `canonical`)."""
+
+    def shard_fn(shared: tuple[PyTree, PyTree], shard: Batch, index: jax.Array) -> dict[str, Mean]:
+        del index
+        return _means(eval_fn, *shared, shard)
+
+    shard_sums = canonical.LogicalShardSums(shard_fn, mesh, logical_shards=logical_shards, axis=axis)
+
+    def add_over_devices(row: jax.Array) -> dict[str, Mean]:
+        return shard_sums.unravel(reduce.tree_sum_over_axis(row[0], axis, shard_sums.num_devices))
+
+    finish = jax.jit(
+        jax.shard_map(
+            add_over_devices, mesh=mesh, in_specs=PartitionSpec(axis), out_specs=PartitionSpec(), check_vma=False
+        )
+    )
+
+    def step(params: PyTree, model_state: PyTree, batch: Batch) -> dict[str, Mean]:
+        return finish(shard_sums((params, model_state), batch))
+
+    return step
+
+
+def evaluate(step: EvalStep, params: PyTree, model_state: PyTree, batches: Iterable[Batch]) -> dict[str, float]:
+    """Return the mean of the loss and of each metric over all true examples of `batches`.
+
+    Totals are added on the host in double precision, so counts are exact integers and the result does not depend on
+    how the examples were dealt to batches (up to the rounding inside each batch).
+
+    Raises:
+      ValueError: there was nothing to evaluate.
+    """
+    parts = [step(params, model_state, batch) for batch in batches]
+    if not parts:
+        raise ValueError("Evaluation needs at least one example; the evaluation source is empty.")
+    fetched = jax.device_get(parts)
+    return {
+        name: math.fsum(float(part[name].total) for part in fetched)
+        / math.fsum(float(part[name].count) for part in fetched)
+        for name in fetched[0]
+    }
+
+
+def _means(eval_fn: EvalFn, params: PyTree, model_state: PyTree, batch: Batch) -> dict[str, Mean]:
+    # Evaluation is deterministic; loss functions that want a key all the same get a constant one.
+    key = jax.random.key(0)
+    state = () if model_state is None else (model_state,)
+    loss, metrics = eval_fn(params, batch, key, *state)
+    means = {name: metrics_lib.as_mean(value, batch) for name, value in {"loss": loss, **metrics}.items()}
+    return means

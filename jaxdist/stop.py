@@ -1,0 +1,158 @@
+"""Why training ends: small rules over the progress so far, composed with `first_of`.
+
+A rule is a function `rule(progress) -> end reason or None`. Rules keep nothing themselves: what they look at is in the
+Progress, which is saved with each checkpoint, so a resumed run ends where the undisturbed one would have.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeAlias
+
+StopRule: TypeAlias = Callable[["Progress"], str | None]
+Mode: TypeAlias = Literal["max", "min"]
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+      step: finished steps.
+      epoch: finished epochs.
+      examples_seen: true examples trained on, each epoch counted anew.
+      seconds: wall time of training over all attempts.
+      metrics: the last value of each metric: `train/loss`, `eval/accuracy` and the like.
+      history: every value an evaluation gave, by metric name.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    examples_seen: int = 0
+    seconds: float = 0.0
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    history: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+
+    def record_evaluation(self, metrics: Mapping[str, float]) -> None:
+        """Take in the result of one evaluation."""
+        self.metrics.update(metrics)
+        for name, value in metrics.items():
+            self.history.setdefault(name, []).append(value)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of this."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "Progress":
+        """Return the Progress that `to_json` gave."""
+        return cls(**fields)
+
+
+def first_of(*rules: StopRule) -> StopRule:
+    """Return the rule that ends when any of `rules` does, with the reason of the first in order."""
+
+    def rule(progress: Progress) -> str | None:
+        return next((reason for reason in (each(progress) for each in rules) if reason), None)
+
+    return rule
+
+
+def max_steps(limit: int) -> StopRule:
+    """End after `limit` steps."""
+    return lambda progress: "max_steps" if progress.step >= limit else None
+
+
+def max_epochs(limit: int) -> StopRule:
+    """End after `limit` whole epochs."""
+    return lambda progress: "max_epochs" if progress.epoch >= limit else None
+
+
+def max_seconds(limit: float) -> StopRule:
+    """End after `limit` seconds of training."""
+    return lambda progress: "max_seconds" if progress.seconds >= limit else None
+
+
+def target(metric: str, value: float, *, mode: Mode = "max") -> StopRule:
+    """End when `metric` has reached `value`: at least for mode "max", at most for "min"."""
+    sign = _sign(mode)
+
+    def rule(progress: Progress) -> str | None:
+        reached = metric in progress.metrics and sign * progress.metrics[metric] >= sign * value
+        return "target_reached" if reached else None
+
+    return rule
+
+
+def patience(metric: str, evaluations: int, *, mode: Mode = "max") -> StopRule:
+    """End when the best value of `metric` is `evaluations` evaluations old."""
+    sign = _sign(mode)
+
+    def rule(progress: Progress) -> str | None:
+        values = [sign * value for value in progress.history.get(metric, [])]
+        if not values:
+            return None
+        best = max(range(len(values)), key=lambda i: (values[i], -i))
+        return "patience" if len(values) - 1 - best >= evaluations else None
+
+    return rule
+
+
+def nonfinite(metric: str = "train/loss") -> StopRule:
+    """End when `metric` is NaN or infinite."""
+    return lambda progress: "nonfinite" if not math.isfinite(progress.metrics.get(metric, 0.0)) else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stop:
+    """When an experiment ends; every limit that is set counts, whichever comes first.
+
+    Attributes:
+      max_steps: steps.
+      max_epochs: passes over the training examples.
+      max_seconds: wall time of training, over all attempts.
+      target_metric: name of the metric that `target` and `patience` look at.
+      target: the value to reach.
+      patience: evaluations without a better value.
+      mode: whether more ("max") or less ("min") is better.
+    """
+
+    max_steps: int | None = None
+    max_epochs: int | None = None
+    max_seconds: float | None = None
+    target_metric: str = "eval/accuracy"
+    target: float | None = None
+    patience: int | None = None
+    mode: Mode = "max"
+
+    def rule(self) -> StopRule:
+        """Return the rule these limits stand for.
+
+        Raises:
+          ValueError: no limit is set, or one is not positive.
+        """
+        limits = {
+            "max_steps": self.max_steps,
+            "max_epochs": self.max_epochs,
+            "max_seconds": self.max_seconds,
+            "patience": self.patience,
+        }
+        for name, limit in limits.items():
+            if limit is not None and limit <= 0:
+                raise ValueError(f"stop.{name} must be positive; got {limit}.")
+        rules = [nonfinite()]
+        rules += [target(self.target_metric, self.target, mode=self.mode)] if self.target is not None else []
+        rules += [max_steps(self.max_steps)] if self.max_steps is not None else []
+        rules += [max_epochs(self.max_epochs)] if self.max_epochs is not None else []
+        rules += [patience(self.target_metric, self.patience, mode=self.mode)] if self.patience is not None else []
+        rules += [max_seconds(self.max_seconds)] if self.max_seconds is not None else []
+        if len(rules) == 1:
+            raise ValueError(
+                "A run needs a rule that ends it; none is set. Set one of stop.max_steps, stop.max_epochs, "
+                "stop.max_seconds, stop.target or stop.patience."
+            )
+        return first_of(*rules)
+
+
+def _sign(mode: Mode) -> int:
+    return 1 if mode == "max" else -1

@@ -1,0 +1,290 @@
+"""Training one experiment in this process, from a run directory to its run record."""
+
+import dataclasses
+import os
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from jaxdist import checkpoint, errors, guard, hooks, loop, progress, record, stop, training, writers
+from jaxdist.config import ConfigError, Experiment
+from jaxdist.data import Position
+from jaxdist.state import TrainState
+
+CHECKPOINTS_NAME = "checkpoints"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What the command line decides, not the experiment.
+
+    Attributes:
+      run_dir: where the run record, the metrics and the checkpoints go.
+      resume: go on from the newest checkpoint there.
+      silent: show nothing while training.
+      command: the command line, for the run record.
+      stop_requested: asked after each step whether to stop and save; see `loop.fit`.
+    """
+
+    run_dir: pathlib.Path
+    resume: bool = False
+    silent: bool = False
+    command: str = ""
+    stop_requested: Callable[[int], bool] = lambda step: False
+
+
+def default_run_dir(name: str, *, resume: bool, root: pathlib.Path = pathlib.Path("runs")) -> pathlib.Path:
+    """Return `runs/NAME-TIME`, or, to resume, the newest such directory."""
+    if not resume:
+        return root / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    earlier = sorted(path for path in root.glob(f"{name}-[0-9]*-[0-9]*") if path.is_dir())
+    if not earlier:
+        raise ConfigError(f"There is no run of {name} to resume in {root}/. Name one with --run-dir.")
+    return earlier[-1]
+
+
+def prepare_run_dir(experiment: Experiment, run_dir: pathlib.Path, *, resume: bool) -> record.RunRecord | None:
+    """Create the run directory, or check that it may be used; return the record of the run to resume.
+
+    Raises:
+      ConfigError: not writable, holding another experiment's run, or a run that `resume` does not ask for; or
+        nothing to resume. Nothing is overwritten.
+    """
+    exists = (run_dir / record.FILE_NAME).exists()
+    if resume and not exists:
+        raise ConfigError(f"--resume needs a run to go on with; {run_dir} holds none. Drop --resume to start one.")
+    earlier = None
+    if exists:
+        earlier = record.RunRecord.read(run_dir)
+        theirs, ours = earlier.extra.get("identity"), training.identity(experiment)
+        if theirs != ours:
+            raise ConfigError(
+                f"{run_dir} holds a run of another experiment ({theirs}); this one is {ours}: its name, model, data or "
+                "seed differ. Choose another --run-dir."
+            )
+        if not resume:
+            raise ConfigError(f"{run_dir} already holds a run. Add --resume to go on with it, or choose another.")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"The run directory must be writable; {run_dir} is not: {error.strerror}.") from error
+    return earlier
+
+
+def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.Device]) -> record.RunRecord:
+    """Train `experiment` on `devices` until its stop rule ends it; return the run record, which is written too.
+
+    Raises:
+      UserError: settings that cannot work, a run directory that cannot be used, a checkpoint that is damaged.
+    """
+    with errors.as_user_error():
+        training.check_experiment(experiment)
+        stop_rule = experiment.stop.rule()
+        parts = training.put_together(experiment, devices=devices)
+        earlier = prepare_run_dir(experiment, options.run_dir, resume=options.resume)
+        stopwatch = record.Stopwatch(earlier.time_seconds if earlier else None)
+        checkpointer = _make_checkpointer(experiment, options.run_dir)
+    try:
+        with errors.as_user_error():
+            start = _start(parts, checkpointer, stopwatch, resume=options.resume)
+        return _Run(parts, options, checkpointer, stopwatch, start, earlier).execute(stop_rule)
+    finally:
+        checkpointer.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Start:
+    """Where a run begins: the state, the data position (None for the first) and the progress so far."""
+
+    state: TrainState
+    position: Position | None
+    progress: stop.Progress
+
+
+def _start(
+    parts: training.Training, checkpointer: checkpoint.Checkpointer, stopwatch: record.Stopwatch, *, resume: bool
+) -> _Start:
+    if not resume or checkpointer.latest_step() is None:
+        # A run that ended before its first checkpoint is resumed from its first step: nothing else is lost.
+        with stopwatch.account("compile"):
+            return _Start(parts.create_state(), None, stop.Progress())
+    with stopwatch.account("restart"):
+        state, data_state = checkpointer.restore(parts.abstract_state())
+        position = Position.from_json(data_state["position"])
+        return _Start(state, position, stop.Progress.from_json(data_state["progress"]))
+
+
+def _make_checkpointer(experiment: Experiment, run_dir: pathlib.Path) -> checkpoint.Checkpointer:
+    settings = experiment.checkpoints
+    return checkpoint.Checkpointer(
+        run_dir / CHECKPOINTS_NAME,
+        identity=training.identity(experiment),
+        keep_last=settings.keep_last,
+        keep_every=settings.keep_every,
+        best_metric=settings.best_metric,
+        best_mode=settings.best_mode,
+    )
+
+
+class _Run:
+    """One attempt at a run: from its start to its end, with everything that reports on it."""
+
+    def __init__(
+        self,
+        parts: training.Training,
+        options: RunOptions,
+        checkpointer: checkpoint.Checkpointer,
+        stopwatch: record.Stopwatch,
+        start: _Start,
+        earlier: record.RunRecord | None,
+    ):
+        self.parts, self.options, self.checkpointer = parts, options, checkpointer
+        self.stopwatch, self.start, self.earlier = stopwatch, start, earlier
+        self.experiment = parts.experiment
+        self.step_times = record.StepTimes()
+        self.sentinel = guard.RecompileSentinel()
+        resumed_step = start.progress.step if options.resume else None
+        self.writers = writers.make_writers(options.run_dir, self.experiment.writers, resumed_step=resumed_step)
+        self.log = hooks.LogMetrics(self.writers, every=self.experiment.log_every, extra=self._learning_rate)
+        self.evaluate = self._make_evaluate()
+        self.save = hooks.Save(
+            checkpointer.save,
+            stopwatch,
+            every_steps=self.experiment.checkpoints.every_steps,
+            before=[self.log.flush],
+            after=[lambda now: self.write_record(None, now)],
+        )
+
+    def execute(self, stop_rule: stop.StopRule) -> record.RunRecord:
+        """Train, evaluate once more if need be, save, and write the record."""
+        with self._make_display() as display:
+            result = loop.fit(
+                self._watched_step,
+                self.start.state,
+                self.parts.batches(self.start.position),
+                stop=stop_rule,
+                hooks=self._make_hooks(display),
+                progress=self.start.progress,
+                stop_requested=self.options.stop_requested,
+                stopwatch=self.stopwatch,
+                step_times=self.step_times,
+            )
+            self.log.flush()
+            if result.nonfinite:
+                self._report_nonfinite(result)
+            else:
+                self._finish(result)
+            final = self.write_record(result.end_reason, result.progress, result.state)
+            display.finish(_summary(final, self.options.run_dir, self.checkpointer))
+        for writer in self.writers:
+            writer.close()
+        return final
+
+    def _finish(self, result: loop.FitResult) -> None:
+        """Evaluate and save the last step, unless that was done; a preempted run has no time for an evaluation."""
+        if self.evaluate and result.end_reason != "preempted" and self.evaluate.last_step != result.progress.step:
+            self.evaluate.run(result.state, result.progress)
+        if result.position is not None:
+            self.save.run(result.state, result.position, result.progress)
+        self.checkpointer.wait()
+
+    def _watched_step(self, state: TrainState, batch: Any) -> Any:
+        outputs = self.parts.step(state, batch)
+        if self.experiment.guards.recompile:
+            self.sentinel.observe(self.parts.step, (state, batch))
+        return outputs
+
+    def _make_hooks(self, display: progress.Progress) -> list[loop.Hook]:
+        found: list[loop.Hook] = [self.log, hooks.show_progress(display)]
+        found += [self.evaluate] if self.evaluate else []
+        every = self.experiment.guards.check_replicas_every
+        if every:
+            found.append(hooks.every(every, lambda info: guard.check_replicas(info.state, self.parts.strategy.mesh)))
+        return [*found, self.save]
+
+    def _make_evaluate(self) -> hooks.Evaluate | None:
+        if self.parts.eval_step is None:
+            return None
+        when = self.experiment.eval
+        return hooks.Evaluate(
+            self.parts.evaluate,
+            self.writers,
+            self.stopwatch,
+            every_steps=when.every_steps,
+            every_epochs=when.every_epochs,
+        )
+
+    def _make_display(self) -> progress.Progress:
+        limits = self.experiment.stop
+        bounds = progress.Bounds(
+            max_steps=limits.max_steps,
+            max_epochs=limits.max_epochs,
+            max_seconds=limits.max_seconds,
+            steps_per_epoch=self.parts.loader.steps_per_epoch,
+        )
+        return progress.make_progress(
+            bounds,
+            global_batch_size=self.experiment.global_batch_size,
+            start_step=self.start.progress.step,
+            silent=self.options.silent or jax.process_index() != 0,
+        )
+
+    def _learning_rate(self, step: int) -> Mapping[str, float]:
+        return {} if self.parts.learning_rate is None else {"learning_rate": self.parts.learning_rate(step)}
+
+    def _report_nonfinite(self, result: loop.FitResult) -> None:
+        assert result.nonfinite is not None
+        # The state is the one of the bad step, or one good step later: see the loop. The report says so if the fault
+        # does not show again.
+        report = guard.explain_nonfinite(
+            self.parts.functions.loss_fn, result.state, result.nonfinite.batch, step=result.nonfinite.step
+        )
+        (self.options.run_dir / "nonfinite.txt").write_text(f"{report}\n")
+
+    def write_record(
+        self, end_reason: str | None, now: stop.Progress, state: TrainState | None = None
+    ) -> record.RunRecord:
+        """Write run.json and return it; the hash of the params is taken at the end only, when `state` is given."""
+        seconds = self.stopwatch.seconds()
+        busy = seconds["compute"] + seconds["input"]
+        made = record.RunRecord(
+            end_reason=end_reason,
+            step=now.step,
+            examples_seen=now.examples_seen,
+            params_sha256=None if state is None else record.params_sha256(state.params),
+            metrics=now.metrics,
+            strategy=self.experiment.strategy,
+            reduction=self.experiment.reduction,
+            num_devices=self.parts.strategy.mesh.size,
+            num_processes=jax.process_count(),
+            examples_per_second=now.examples_seen / busy if busy > 0 else None,
+            step_seconds=self.step_times.summary(),
+            time_seconds=seconds,
+            compile_count=self.sentinel.compile_count,
+            restarts=(self.earlier.restarts + 1) if self.earlier else 0,
+            config=self.experiment,
+            versions=record.versions(),
+            command=self.options.command,
+            extra={"identity": training.identity(self.experiment)},
+        )
+        if jax.process_index() == 0:
+            made.write(self.options.run_dir)
+        return made
+
+
+def _summary(made: record.RunRecord, run_dir: pathlib.Path, checkpointer: checkpoint.Checkpointer) -> dict[str, object]:
+    shown = {name: f"{value:.4g}" for name, value in made.metrics.items() if name.startswith("eval/") and value is not None}
+    return {
+        "end reason": made.end_reason,
+        "step": made.step,
+        **shown,
+        "run record": run_dir / record.FILE_NAME,
+        "metrics": run_dir / writers.JSONL_NAME,
+        "checkpoint": f"{run_dir / CHECKPOINTS_NAME} (step {checkpointer.latest_step()})",
+    }

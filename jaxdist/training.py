@@ -1,0 +1,205 @@
+"""The parts of one experiment on given devices: loaders, functions, optimizer, state, steps. Nothing runs here."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import optax
+
+from jaxdist import adapters, data, evaluate, mesh, optimizers, precision, record, state, step, strategies
+from jaxdist.config import ConfigError, Experiment
+from jaxdist.metrics import Batch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """An experiment put together for some devices.
+
+    Attributes:
+      experiment: what was asked for.
+      strategy: mesh, layout and how the batch is cut.
+      sizes: examples per device and so on.
+      loader: the training batches, from the first.
+      functions: of the model, in the experiment's precision.
+      optimizer: in optax.
+      learning_rate: step -> learning rate; None where the optimizer is optax's own.
+      step: the training step.
+      eval_step: the evaluation step, or None without held-out data.
+    """
+
+    experiment: Experiment
+    strategy: strategies.Strategy
+    sizes: mesh.BatchSizes
+    loader: data.Loader
+    functions: adapters.Functions
+    optimizer: optax.GradientTransformation
+    learning_rate: Callable[[int], float] | None
+    step: step.Step
+    eval_step: evaluate.EvalStep | None
+
+    def create_state(self) -> state.TrainState:
+        """Return the state before the first step."""
+        return state.create_state(
+            self.functions.init_fn,
+            self.optimizer,
+            mesh=self.strategy.mesh,
+            seed=self.experiment.seed,
+            layout=self.strategy.layout,
+        )
+
+    def abstract_state(self) -> state.TrainState:
+        """Return the state's shapes, dtypes and shardings."""
+        return state.abstract_state(
+            self.functions.init_fn, self.optimizer, mesh=self.strategy.mesh, layout=self.strategy.layout
+        )
+
+    def batches(self, start: data.Position | None = None) -> Iterator[tuple[Batch, data.Position]]:
+        """Return the training batches on the mesh, each with the position after it, from `start` on."""
+        loader = self.loader if start is None else make_loader(self.experiment, start=start)
+        return data.feed(loader, self.strategy.mesh, self.strategy.batch_axes, self.experiment.data.prefetch)
+
+    def evaluate(self, train_state: state.TrainState) -> dict[str, float]:
+        """Return loss and metrics on the held-out data; of the averaged params, where the optimizer keeps them."""
+        assert self.eval_step is not None
+        source = self.experiment.data.eval
+        assert source is not None
+        loader = data.Loader(
+            source,
+            global_batch_size=self.experiment.global_batch_size,
+            seed=self.experiment.seed,
+            shuffle=False,
+            num_epochs=1,
+            example_fn=self.experiment.data.eval_example_fn,
+            num_threads=self.experiment.data.num_threads,
+        )
+        averaged = optimizers.ema_params(train_state.opt_state)
+        params = train_state.params if averaged is None else averaged
+        batches = data.feed(loader, self.strategy.mesh, self.strategy.batch_axes, self.experiment.data.prefetch)
+        return evaluate.evaluate(
+            self.eval_step, params, train_state.model_state, (batch for batch, _ in batches)
+        )
+
+
+def put_together(experiment: Experiment, *, devices: Sequence[jax.Device]) -> Training:
+    """Return the Training of `experiment` on `devices`.
+
+    Raises:
+      ValueError: settings that do not fit the devices, the data or each other; the message says which.
+    """
+    strategy = strategies.build(
+        experiment.strategy,
+        devices=devices,
+        mesh_axes=experiment.mesh,
+        reduction=experiment.reduction,
+        logical_shards=experiment.logical_shards,
+    )
+    sizes = mesh.batch_sizes(
+        experiment.global_batch_size,
+        strategy.mesh,
+        axes=strategy.batch_axes,
+        num_microbatches=experiment.num_microbatches,
+        logical_shards=strategy.logical_shards,
+    )
+    loader = make_loader(experiment)
+    functions = make_functions(experiment, example_batch(loader))
+    known_end = {"steps_per_epoch": loader.steps_per_epoch, "max_steps": last_step(experiment, loader.steps_per_epoch)}
+    optimizer, learning_rate = _make_optimizer(experiment, known_end)
+    scaled = experiment.precision == "float16"
+    return Training(
+        experiment=experiment,
+        strategy=strategy,
+        sizes=sizes,
+        loader=loader,
+        functions=functions,
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        step=strategy.make_step(
+            functions.loss_fn,
+            optimizer,
+            num_microbatches=experiment.num_microbatches,
+            loss_scale_fn=precision.loss_scale if scaled else None,
+        ),
+        eval_step=None if experiment.data.eval is None else strategy.make_eval_step(functions.eval_fn),
+    )
+
+
+def make_loader(experiment: Experiment, start: data.Position | None = None) -> data.Loader:
+    """Return the loader of the training examples; it goes on for ever, since the stop rules say when to end."""
+    return data.Loader(
+        experiment.data.train,
+        global_batch_size=experiment.global_batch_size,
+        seed=experiment.seed,
+        shuffle=experiment.data.shuffle,
+        example_fn=experiment.data.example_fn,
+        num_threads=experiment.data.num_threads,
+        start=start,
+    )
+
+
+def example_batch(loader: data.Loader) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return shapes and dtypes of a global batch, by reading its first row."""
+    batches = iter(loader.with_rows([0]))
+    try:
+        first = next(batches).batch
+    finally:
+        batches.close()
+    return {
+        name: jax.ShapeDtypeStruct((loader.global_batch_size, *array.shape[1:]), array.dtype)
+        for name, array in first.items()
+    }
+
+
+def make_functions(experiment: Experiment, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> adapters.Functions:
+    """Return the model's functions in the experiment's precision."""
+    functions = adapters.from_model(experiment.model, experiment.loss, shapes, inputs=experiment.inputs)
+    apply = functools.partial(precision.apply_precision, precision=experiment.precision)
+    return functions._replace(loss_fn=apply(functions.loss_fn), eval_fn=apply(functions.eval_fn))
+
+
+def last_step(experiment: Experiment, steps_per_epoch: int) -> int | None:
+    """Return the step that the run certainly ends at, None where no limit is known."""
+    stop = experiment.stop
+    ends = [] if stop.max_steps is None else [stop.max_steps]
+    ends += [] if stop.max_epochs is None else [math.ceil(stop.max_epochs * steps_per_epoch)]
+    return min(ends, default=None)
+
+
+def identity(experiment: Experiment) -> str:
+    """Return what a run directory belongs to: the experiment's name, and a hash of its model and its data.
+
+    Devices, strategy, stop rules, batch size and the like are not part of it: a run may be resumed with others.
+    """
+    content = json.dumps([record.plain(experiment.model), experiment.data.train.fingerprint(), experiment.seed])
+    return f"{experiment.name}:{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+
+
+def _make_optimizer(
+    experiment: Experiment, known_end: Mapping[str, int | None]
+) -> tuple[optax.GradientTransformation, Callable[[int], float] | None]:
+    described = experiment.optimizer
+    settings: dict[str, Any] = {"global_batch_size": experiment.global_batch_size, **known_end}
+    optimizer = optimizers.build(described, **settings)
+    if experiment.precision == "float16":
+        optimizer = precision.dynamic_loss_scale(optimizer)
+    if not isinstance(described, optimizers.Optimizer):
+        return optimizer, None
+    schedule = jax.jit(optimizers.make_schedule(described, **settings), backend="cpu")
+    return optimizer, lambda number: float(schedule(number - 1))
+
+
+def check_experiment(experiment: Experiment) -> None:
+    """Raise ConfigError where settings contradict each other whatever the devices."""
+    for name in ("global_batch_size", "num_microbatches", "log_every"):
+        if getattr(experiment, name) < 1:
+            raise ConfigError(f"{name} must be at least 1; got {getattr(experiment, name)}.")
+    if experiment.stop.target is not None and experiment.data.eval is None:
+        if experiment.stop.target_metric.startswith("eval/"):
+            raise ConfigError(
+                f"stop.target looks at {experiment.stop.target_metric}, and the experiment has no data.eval. "
+                "Give it held-out data, or set stop.target_metric to a train/ metric."
+            )
