@@ -1,0 +1,239 @@
+"""What a checkpoint says about itself: its leaves, and the SHA-256 of every piece of each.
+
+A piece is the part of a leaf that one device owned when it was saved; a replicated leaf has one piece, all of it. Each
+process hashes the pieces it writes, from the same memory they are written from, and lists them in a file of its own.
+Reading joins the lists and compares every hash, on whatever mesh: pieces are places in the global array.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import os
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+import tensorstore
+
+PyTree: TypeAlias = Any
+JSON: TypeAlias = dict[str, Any]
+
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be written, or is not one this experiment can be restored from."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """What lies on disk is not what was saved: a file is missing, cut short or changed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """A leaf of a state as it is written.
+
+    Attributes:
+      path: where it is in the state, `params['dense']['kernel']` say.
+      file: the name it is stored under.
+      dtype: its dtype in the state.
+      data: the array that is stored: the leaf itself, or the uint32 data of a typed key.
+    """
+
+    path: str
+    file: str
+    dtype: str
+    data: jax.Array
+
+
+def leaves_of(state: PyTree) -> list[Leaf]:
+    """Return the leaves of `state` in tree order.
+
+    Raises:
+      CheckpointError: a leaf is not a jax.Array.
+    """
+    with_paths = jax.tree_util.tree_leaves_with_path(state)
+    return [_make_leaf(position, path_name(path), leaf) for position, (path, leaf) in enumerate(with_paths)]
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """Return a tree path as a user would write it after `state.`."""
+    return jax.tree_util.keystr(tuple(path)).removeprefix(".")
+
+
+def _make_leaf(position: int, path: str, leaf: Any) -> Leaf:
+    if not isinstance(leaf, jax.Array):
+        raise CheckpointError(f"A state holds jax.Arrays only; {path} is a {type(leaf).__name__}. Make it a jax.Array.")
+    # The number keeps names apart that differ only in characters a file name cannot hold; the rest is for people.
+    file = f"{position:05}.{re.sub(r'[^A-Za-z0-9_]+', '.', path).strip('.')[-120:]}"
+    is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return Leaf(path, file, str(leaf.dtype), jax.random.key_data(leaf) if is_key else leaf)
+
+
+def host_pieces(leaf: Leaf) -> list[tuple[list[list[int]], np.ndarray]]:
+    """Return the pieces of `leaf` that this process owns, each with its place: `[start, stop]` for every dim.
+
+    Waits for the values. On CPU devices they are views of the device's memory: the runtime never reuses a buffer that
+    is looked at from outside, not even one that is donated; the program it was donated to gets fresh memory instead.
+    """
+    return [
+        ([list(part.indices(size)[:2]) for part, size in zip(shard.index, leaf.data.shape)], np.asarray(shard.data))
+        for shard in leaf.data.addressable_shards
+        if shard.replica_id == 0
+    ]
+
+
+def describe(leaf: Leaf, pieces: Sequence[tuple[list[list[int]], np.ndarray]]) -> JSON:
+    """Return what the manifest says about `leaf`; hashes the pieces."""
+    return {
+        "file": leaf.file,
+        "dtype": leaf.dtype,
+        "stored_dtype": str(leaf.data.dtype),
+        "stored_shape": list(leaf.data.shape),
+        "pieces": [{"index": index, "sha256": _sha256(values)} for index, values in pieces],
+    }
+
+
+def write(directory: pathlib.Path, leaves: Mapping[str, JSON], extra: JSON) -> None:
+    """Write this process's part of a manifest into `directory`."""
+    body = {"leaves": dict(leaves), "extra": extra}
+    file = directory / _file_name(jax.process_index())
+    file.write_text(json.dumps({"body": body, "sha256": _json_sha256(body)}))
+
+
+def _file_name(process: int) -> str:
+    return f"process-{process}.json"
+
+
+def _sha256(values: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data).hexdigest()
+
+
+def _json_sha256(body: JSON) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """The manifest of one checkpoint.
+
+    Attributes:
+      directory: where the arrays lie.
+      leaves: path in the state -> what `describe` said, the pieces of all processes together.
+      extra: what else was saved, by process 0.
+    """
+
+    directory: pathlib.Path
+    leaves: dict[str, JSON]
+    extra: JSON
+
+    def check_fits(self, structs: Mapping[str, Any]) -> None:
+        """Check that the checkpoint has the leaves of `structs` (path -> shape and dtype), and no others.
+
+        Raises:
+          CheckpointError: it has not; names the first leaves that differ.
+        """
+        saved = {path: (_logical_shape(leaf), leaf["dtype"]) for path, leaf in self.leaves.items()}
+        wanted = {path: (tuple(struct.shape), str(struct.dtype)) for path, struct in structs.items()}
+        problems = [f"{path} is not in the checkpoint" for path in wanted if path not in saved]
+        problems += [f"{path} is in the checkpoint only" for path in saved if path not in wanted]
+        problems += [
+            f"{path} is {_show(saved[path])} in the checkpoint and {_show(wanted[path])} here"
+            for path in wanted
+            if path in saved and wanted[path] != saved[path]
+        ]
+        if problems:
+            more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+            raise CheckpointError(
+                f"The state in {self.directory} is not of the wanted form: {'; '.join(problems[:3])}{more}. "
+                "Restore with the model and optimizer it was saved with, or train into another directory."
+            )
+
+    def read_leaf(self, path: str) -> np.ndarray:
+        """Return the values of a leaf, every piece of them verified.
+
+        Raises:
+          DamagedCheckpointError: they are not what was saved, or cannot be read.
+        """
+        leaf = self.leaves[path]
+        values = _read_array(self.directory / leaf["file"], path, leaf)
+        if sum(math.prod(stop - start for start, stop in piece["index"]) for piece in leaf["pieces"]) != values.size:
+            raise DamagedCheckpointError(f"The manifest of {self.directory} lacks hashes of leaf {path}.")
+        for piece in leaf["pieces"]:
+            part = values[tuple(slice(start, stop) for start, stop in piece["index"])]
+            if _sha256(part) != piece["sha256"]:
+                raise DamagedCheckpointError(
+                    f"Leaf {path} is damaged: {self.directory / leaf['file']} does not hold what was saved "
+                    "(its SHA-256 differs)."
+                )
+        return values
+
+
+def read(directory: pathlib.Path, *, arrays: pathlib.Path) -> Manifest:
+    """Return the manifest in `directory`, whose arrays lie in `arrays`.
+
+    Raises:
+      DamagedCheckpointError: there is none, or it is damaged.
+      CheckpointError: another version of jaxdist wrote it.
+    """
+    files = sorted(directory.glob(_file_name(0).replace("0", "*")))
+    first = directory / _file_name(0)
+    if first not in files:
+        raise DamagedCheckpointError(f"{first} is missing: the checkpoint is damaged, or jaxdist did not write it.")
+    body = _read_file(first)
+    if body["extra"]["format"] != FORMAT:
+        raise CheckpointError(
+            f"{first} has format {body['extra']['format']}; this version of jaxdist reads format {FORMAT}. "
+            "Restore it with the version that saved it."
+        )
+    others = [_read_file(file) for file in files if file != first]
+    for other, (path, leaf) in itertools.product(others, body["leaves"].items()):
+        leaf["pieces"] += other["leaves"][path]["pieces"]
+    return Manifest(arrays, body["leaves"], body["extra"])
+
+
+def _read_file(file: pathlib.Path) -> JSON:
+    try:
+        content = json.loads(file.read_bytes())
+        body, sha256 = content["body"], content["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedCheckpointError(f"{file} cannot be read: {error!r}.") from error
+    if _json_sha256(body) != sha256:
+        raise DamagedCheckpointError(f"{file} is damaged: it does not hold what was saved (its SHA-256 differs).")
+    return body
+
+
+def _read_array(directory: pathlib.Path, path: str, leaf: JSON) -> np.ndarray:
+    shape, dtype = tuple(leaf["stored_shape"]), np.dtype(leaf["stored_dtype"])
+    if math.prod(shape) == 0:
+        return np.zeros(shape, dtype)
+    spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{directory}{os.sep}"}}
+    store = _result(tensorstore.open(spec, read=True, open=True), directory, path)
+    # Before reading: a damaged shape may ask for more memory than there is.
+    if (store.shape, store.dtype.numpy_dtype) != (shape, dtype):
+        raise DamagedCheckpointError(
+            f"Leaf {path} is damaged: {directory} holds {_show((store.shape, store.dtype.name))}, saved was "
+            f"{_show((shape, str(dtype)))}."
+        )
+    return _result(store.read(), directory, path)
+
+
+def _result(future: Any, directory: pathlib.Path, path: str) -> Any:
+    error = future.exception()
+    if error is not None:
+        raise DamagedCheckpointError(f"Leaf {path} is damaged: {directory} cannot be read: {error}.") from error
+    return future.result()
+
+
+def _logical_shape(leaf: JSON) -> tuple[int, ...]:
+    shape = tuple(leaf["stored_shape"])
+    return shape[:-1] if leaf["dtype"].startswith("key<") else shape
+
+
+def _show(shape_and_dtype: tuple[tuple[int, ...], str]) -> str:
+    return f"{shape_and_dtype[1]}{list(shape_and_dtype[0])}"
