@@ -75,22 +75,24 @@ def make_progress(
     *,
     global_batch_size: int,
     start_step: int = 0,
+    carried_seconds: float = 0.0,
     silent: bool = False,
     stream: TextIO | None = None,
 ) -> Progress:
     """Return a bar if the stream is a terminal, else plain lines; nothing at all when silent.
 
     Args:
-      bounds: what is known about the end; `max_seconds` counts from this call.
+      bounds: what is known about the end; `max_seconds` counts from this call, less the carried seconds.
       global_batch_size: turns steps/s into examples/s (for people: a ragged last batch counts as a whole one).
       start_step: the step a resumed run goes on from.
+      carried_seconds: what a resumed run has used of its time already.
       silent: with --json, and on every process but process 0.
       stream: standard error unless given, so that standard output stays free for results.
     """
     if silent:
         return Silent()
     stream = stream or sys.stderr
-    pace = Pace(bounds, global_batch_size=global_batch_size, start_step=start_step)
+    pace = Pace(bounds, global_batch_size=global_batch_size, start_step=start_step, carried_seconds=carried_seconds)
     console = rich.console.Console(file=stream, highlight=False)
     # Asked of the stream: to rich, FORCE_COLOR alone makes a log file a terminal.
     return Bar(pace, console) if stream.isatty() and not console.is_dumb_terminal else Lines(pace, stream)
@@ -109,6 +111,7 @@ class Pace:
         *,
         global_batch_size: int,
         start_step: int = 0,
+        carried_seconds: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
         window: int = 100,
     ) -> None:
@@ -116,7 +119,7 @@ class Pace:
         self.step = start_step
         self._bounds = bounds
         self._global_batch_size = global_batch_size
-        self._start = clock()
+        self._start = clock() - carried_seconds
         self._samples: collections.deque[tuple[float, int]] = collections.deque(maxlen=window)
 
     def sample(self, step: int) -> None:
@@ -126,7 +129,7 @@ class Pace:
 
     @property
     def elapsed_seconds(self) -> float:
-        """Seconds since the start of this process's part of the run."""
+        """Seconds since the start of the run, the carried ones included."""
         return self.clock() - self._start
 
     @property

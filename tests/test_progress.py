@@ -63,6 +63,15 @@ def test_the_first_steps_compile_does_not_count_in_the_pace():
     assert pace.seconds_left == 47.5
 
 
+def test_a_resumed_run_has_used_some_of_its_time():
+    clock = Clock()
+    bounds = progress.Bounds(max_seconds=100.0)
+    pace = progress.Pace(bounds, global_batch_size=1, carried_seconds=60.0, clock=clock)
+    clock.now += 5.0
+    assert pace.seconds_left == pytest.approx(35.0)
+    assert pace.fraction == pytest.approx(0.65)
+
+
 @given(
     max_steps=st.none() | st.integers(1, 100),
     max_epochs=st.none() | st.integers(1, 10),
