@@ -88,9 +88,11 @@ def _positive(text: str) -> int:
 
 def train_command(options: argparse.Namespace) -> int:
     """Train in this process, or start the processes that do."""
-    from jaxdist.launch import local, runtime
+    from jaxdist.launch import runtime
 
     if options.processes and options.processes > 1 and not runtime.in_job():
+        from jaxdist.launch import local
+
         return local.run_command(options)
     devices = runtime.start(options.devices)
     return _train_here(options, devices)

@@ -1,0 +1,71 @@
+"""Preparing this process before JAX's backend starts: devices, threads, compilation cache, the job it belongs to."""
+
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import jax
+
+from jaxdist.errors import UserError
+
+PROCESS_ID, NUM_PROCESSES, COORDINATOR = "JAXDIST_PROCESS_ID", "JAXDIST_NUM_PROCESSES", "JAXDIST_COORDINATOR"
+"""Environment variables by which a launcher tells a process its place in the job."""
+
+LEAST_COMPILE_SECONDS = 0.5
+
+
+def in_job(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether this process was started by our launcher as one of several."""
+    return NUM_PROCESSES in environment
+
+
+def start(num_devices: int | None = None) -> Sequence[jax.Device]:
+    """Prepare JAX, join the job if this process belongs to one, and return the devices to train on, of all processes.
+
+    Must run before anything asks JAX for its devices.
+
+    Args:
+      num_devices: devices of each process. Without accelerators that many fake CPU devices are made; with them the
+        first that many are taken. None takes what is there: every accelerator, or one CPU device.
+
+    Raises:
+      UserError: more devices are asked for than there are accelerators.
+    """
+    # XLA sizes its thread pool by NPROC, else by the usable cores; with exactly one thread it generates other code, and
+    # canonical reduction would give other bits on a one-core machine.
+    if len(os.sched_getaffinity(0)) == 1:
+        os.environ.setdefault("NPROC", "2")
+    jax.config.update("jax_num_cpu_devices", num_devices or 1)
+    use_compilation_cache()
+    if in_job():
+        _join_job(os.environ)
+    local = jax.local_devices()
+    wanted = num_devices or len(local)
+    if wanted > len(local):
+        raise UserError(
+            f"--devices asks for {wanted} devices per process, but this machine has {len(local)} "
+            f"({local[0].device_kind}). Ask for at most {len(local)}, or set JAX_PLATFORMS=cpu for fake CPU devices."
+        )
+    by_process: dict[int, list[jax.Device]] = {}
+    for device in jax.devices():
+        by_process.setdefault(device.process_index, []).append(device)
+    return [device for _, devices in sorted(by_process.items()) for device in devices[:wanted]]
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs on disk between runs, unless the user has configured JAX's cache."""
+    if jax.config.jax_compilation_cache_dir is None:
+        home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(home / "jaxdist" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_COMPILE_SECONDS)
+
+
+def _join_job(environment: Mapping[str, str]) -> None:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # JAX's preemption service would swallow SIGTERM; ours decides what a signal means.
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.distributed.initialize(
+        coordinator_address=environment[COORDINATOR],
+        num_processes=int(environment[NUM_PROCESSES]),
+        process_id=int(environment[PROCESS_ID]),
+    )
