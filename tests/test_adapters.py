@@ -238,13 +238,14 @@ def digits() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     return {k: v[:1408] for k, v in fields.items()}, {k: v[1408:] for k, v in fields.items()}
 
 
-def train_on_digits(kind: str, *, num_epochs: int = 3, batch_size: int = 64) -> float:
+def train_on_digits(kind: str, *, num_epochs: int = 4, batch_size: int = 64) -> float:
     """Return the held-out accuracy after a plain single-device Adam loop."""
     adapt, model = ADAPT[kind]
     train, held_out = digits()
-    fns = adapt(model(num_classes=10, width=8, batch_norm=True, dropout_rate=0.1), losses.classification, train)
+    fns = adapt(model(num_classes=10, width=16, batch_norm=True, dropout_rate=0.1), losses.classification, train)
     params, model_state = jax.jit(fns.init_fn)(jax.random.key(0))
-    optimizer = optax.adam(5e-3)
+    # Decayed to zero: at a constant rate the accuracy after the last step is a matter of luck.
+    optimizer = optax.adam(optax.cosine_decay_schedule(5e-3, num_epochs * (1408 // batch_size)))
     opt_state = optimizer.init(params)
 
     @jax.jit
@@ -268,5 +269,5 @@ def train_on_digits(kind: str, *, num_epochs: int = 3, batch_size: int = 64) -> 
 def test_linen_and_nnx_learn_the_digits_equally_well():
     accuracy = {kind: train_on_digits(kind) for kind in KINDS}
     assert min(accuracy.values()) > 0.95
-    # The inits differ, so the accuracies agree up to chance: 389 held-out digits, standard error 0.008 at 0.975.
-    assert abs(accuracy["linen"] - accuracy["nnx"]) < 0.03, accuracy
+    # The inits differ, so the accuracies agree up to chance: 389 held-out digits, standard error 0.005 at 0.99.
+    assert abs(accuracy["linen"] - accuracy["nnx"]) < 0.02, accuracy
