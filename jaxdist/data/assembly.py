@@ -16,10 +16,14 @@ import numpy as np
 from jaxdist.data.source import Example, Source
 from jaxdist.metrics import MASK
 
-ExampleFn: TypeAlias = Callable[[Example, np.random.Generator], Mapping[str, np.ndarray]]
+ExampleFn: TypeAlias = Callable[[Example, np.random.Generator], Example]
 """Maps an example to what the model sees; `random` depends on (seed, epoch, example id) and nothing else."""
 
 HostArrays: TypeAlias = dict[str, np.ndarray]
+
+
+class ExampleError(ValueError):
+    """An example that could not be read or transformed; the message names it, the cause is chained."""
 
 
 class Plan(NamedTuple):
@@ -115,7 +119,7 @@ class BatchBuffer:
         self._num_rows = num_rows
         self._lock = threading.Lock()
 
-    def write(self, row: int, example_id: int, example: Mapping[str, np.ndarray]) -> None:
+    def write(self, row: int, example_id: int, example: Example) -> None:
         """Copy `example` into `row`; ValueError where its fields, shapes or dtypes differ from those of other rows."""
         fields = {name: np.asarray(value) for name, value in example.items()}
         with self._lock:
@@ -152,12 +156,15 @@ def fill(buffer: BatchBuffer, recipe: Recipe, plan: Plan, begin: int, end: int) 
         buffer.write(row, example_id, make_example(recipe, plan.epoch, example_id))
 
 
-def make_example(recipe: Recipe, epoch: int, example_id: int) -> Mapping[str, np.ndarray]:
-    """Read one example and transform it."""
-    example = recipe.source[example_id]
-    if recipe.example_fn is None:
-        return example
-    return recipe.example_fn(example, example_random(recipe.seed, epoch, example_id))
+def make_example(recipe: Recipe, epoch: int, example_id: int) -> Example:
+    """Read one example and transform it; ExampleError where either fails."""
+    try:
+        example = recipe.source[example_id]
+        if recipe.example_fn is None:
+            return example
+        return recipe.example_fn(example, example_random(recipe.seed, epoch, example_id))
+    except Exception as error:  # whatever the user's source or function raises: say which example it was
+        raise ExampleError(f"Example {example_id} (epoch {epoch}): {type(error).__name__}: {error}") from error
 
 
 def example_random(seed: int, epoch: int, example_id: int) -> np.random.Generator:

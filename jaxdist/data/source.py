@@ -9,7 +9,7 @@ from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
-Example: TypeAlias = Mapping[str, np.ndarray]
+Example: TypeAlias = Mapping[str, np.ndarray | np.generic]
 """The fields of one example by name; a scalar field `"mask"` of 0 marks an example that does not count."""
 
 _WHOLE_BYTES = 64 * 2**20
@@ -41,10 +41,15 @@ class CorruptExample(ValueError):
 class ArraySource:
     """Examples held in arrays (or memmaps) that share dim 0.
 
-    >>> source = ArraySource({"image": images, "label": labels})
+    >>> source = ArraySource({"image": images, "label": labels}, num_classes={"label": 10})
+
+    Args:
+      arrays: the fields, none of them of Python objects.
+      num_classes: fields that hold class numbers, each with the number of its classes; all are checked here, because a
+        label out of range would train on as a NaN or as another class.
     """
 
-    def __init__(self, arrays: Mapping[str, np.ndarray]):
+    def __init__(self, arrays: Mapping[str, np.ndarray], *, num_classes: Mapping[str, int] | None = None):
         self.arrays = {name: np.asanyarray(array) for name, array in arrays.items()}
         sizes = {name: array.shape[0] if array.ndim else None for name, array in self.arrays.items()}
         if not sizes:
@@ -54,6 +59,8 @@ class ArraySource:
         for name, array in self.arrays.items():
             if array.dtype.hasobject:
                 raise ValueError(f"Field {name!r} holds Python objects; convert it to an array of numbers first.")
+        for name, count in (num_classes or {}).items():
+            check_labels(self.arrays[name], name, count)
         self._size = next(iter(self.arrays.values())).shape[0]
         self._fingerprint: str | None = None
 
@@ -75,6 +82,18 @@ class ArraySource:
             parts = [f"{name}={fingerprint_array(array)}" for name, array in sorted(self.arrays.items())]
             self._fingerprint = fingerprint_text("arrays", *parts)
         return self._fingerprint
+
+
+def check_labels(labels: np.ndarray, name: str, num_classes: int) -> None:
+    """Raise ValueError, naming the first such example, unless all `labels` are whole numbers in [0, num_classes)."""
+    if labels.dtype.kind not in "iu":
+        raise ValueError(f"Labels are whole numbers; field {name!r} has the dtype {labels.dtype}.")
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if wrong.size:
+        raise ValueError(
+            f"Label out of range: example {wrong[0]} has {name} {labels.reshape(-1)[wrong[0]]}, and so have "
+            f"{wrong.size} examples in all; {num_classes} classes are numbered 0 to {num_classes - 1}."
+        )
 
 
 def fingerprint_text(kind: str, *parts: object) -> str:

@@ -6,6 +6,7 @@ import pytest
 from jax.sharding import AxisType
 
 from jaxdist.data import ArraySource, Loader, feed, process_rows
+from jaxdist.data.assembly import ExampleError
 
 
 def make_mesh(**axes):
@@ -99,7 +100,7 @@ def test_an_exception_arrives_after_the_batches_before_it():
     loader = Loader(source_of(40), global_batch_size=4, seed=0, shuffle=False, example_fn=fail_late)
     batches = feed(loader, make_mesh(data=2))
     assert [next(batches)[1].position for _ in range(3)] == [4, 8, 12]
-    with pytest.raises(RuntimeError, match="example twelve"):
+    with pytest.raises(ExampleError, match=r"Example 12 \(epoch 0\): RuntimeError: example twelve"):
         next(batches)
 
 

@@ -1,0 +1,162 @@
+"""Ready transforms: `transform(example, random) -> example`, pure, picklable, to be put in a row with `Chain`.
+
+Each changes one field (`image` or `audio` by default) and passes the others on.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxdist.data import extras
+from jaxdist.data.folders import decode_image
+from jaxdist.data.source import Example, check_labels
+
+Transform = Callable[[Example, np.random.Generator], Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """Applies transforms one after the other."""
+
+    transforms: Sequence[Transform]
+
+    def __call__(self, example: Example, random: np.random.Generator) -> Mapping[str, Any]:
+        """Return the example after all transforms."""
+        for transform in self.transforms:
+            example = transform(example, random)
+        return example
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeImage:
+    """Encoded bytes (uint8, one dim) -> uint8 (height, width, 3)."""
+
+    field: str = "image"
+
+    def __call__(self, example: Example, random: np.random.Generator) -> Mapping[str, Any]:
+        """Return the example with its image decoded; CorruptExample where it cannot be."""
+        data = np.asarray(example[self.field]).tobytes()
+        return {**example, self.field: decode_image(data, name=f"field {self.field!r}")}
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomCrop:
+    """Cuts `height` x `width` out of the image at a random place, after adding `padding` black pixels on each side."""
+
+    height: int
+    width: int
+    padding: int = 0
+    field: str = "image"
+
+    def __call__(self, example: Example, random: np.random.Generator) -> Mapping[str, Any]:
+        """Return the example with its image cropped; ValueError where it is too small."""
+        image = _padded(np.asarray(example[self.field]), self.padding)
+        spare = _spare(image, self.height, self.width)
+        top, left = random.integers(0, spare[0] + 1), random.integers(0, spare[1] + 1)
+        return {**example, self.field: image[top : top + self.height, left : left + self.width]}
+
+
+@dataclasses.dataclass(frozen=True)
+class CentreCrop:
+    """Cuts `height` x `width` out of the middle of the image."""
+
+    height: int
+    width: int
+    field: str = "image"
+
+    def __call__(self, example: Example, random: np.random.Generator) -> Mapping[str, Any]:
+        """Return the example with its image cropped; ValueError where it is too small."""
+        image = np.asarray(example[self.field])
+        spare = _spare(image, self.height, self.width)
+        top, left = spare[0] // 2, spare[1] // 2
+        return {**example, self.field: image[top : top + self.height, left : left + self.width]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Resize:
+    """Scales an image of uint8 to `height` x `width`, bilinear with antialiasing."""
+
+    height: int
+    width: int
+    field: str = "image"
+
+    def __call__(self, example: Example, random: np.random.Generator) -> Mapping[str, Any]:
+        """Return the example with its image scaled."""
+        image = extras.require("PIL.Image")
+        picture = image.fromarray(np.asarray(example[self.field]))
+        scaled = picture.resize((self.width, self.height), image.Resampling.BILINEAR)
+        return {**example, self.field: np.asarray(scaled)}
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomFlip:
+    """Mirrors the image left to right in half of the cases."""
+
+    field: str = "image"
+
+    def __call__(self, example: Example, random: np.random.Generator) -> Mapping[str, Any]:
+        """Return the example, its image mirrored or not."""
+        image = np.asarray(example[self.field])
+        return {**example, self.field: image[:, ::-1] if random.integers(2) else image}
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalise:
+    """(value / scale - mean) / std, float32. `mean` and `std` are numbers, or one a channel (the last dim)."""
+
+    mean: float | tuple[float, ...] = 0.0
+    std: float | tuple[float, ...] = 1.0
+    scale: float = 255.0
+    field: str = "image"
+
+    def __call__(self, example: Example, random: np.random.Generator) -> Mapping[str, Any]:
+        """Return the example with the field normalised."""
+        mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
+        values = np.asarray(example[self.field]).astype(np.float32)
+        return {**example, self.field: (values / np.float32(self.scale) - mean) / std}
+
+
+@dataclasses.dataclass(frozen=True)
+class Spectrogram:
+    """Audio (samples,) -> log power float32 (frames, window // 2 + 1): Hann windows, `hop` samples apart."""
+
+    window: int = 400
+    hop: int = 160
+    field: str = "audio"
+
+    def __call__(self, example: Example, random: np.random.Generator) -> Mapping[str, Any]:
+        """Return the example with the field as a spectrogram; ValueError where it is shorter than a window."""
+        audio = np.asarray(example[self.field], np.float32)
+        if len(audio) < self.window:
+            raise ValueError(f"A spectrogram needs at least one window of {self.window} samples; got {len(audio)}.")
+        frames = np.lib.stride_tricks.sliding_window_view(audio, self.window)[:: self.hop]
+        power = np.abs(np.fft.rfft(frames * np.hanning(self.window).astype(np.float32))) ** 2
+        return {**example, self.field: np.log(power + 1e-10).astype(np.float32)}
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckLabel:
+    """Refuses an example whose label is not in [0, num_classes)."""
+
+    num_classes: int
+    field: str = "label"
+
+    def __call__(self, example: Example, random: np.random.Generator) -> Example:
+        """Return the example as it is; ValueError where its label is out of range."""
+        check_labels(np.asarray(example[self.field]).reshape(-1), self.field, self.num_classes)
+        return example
+
+
+def _padded(image: np.ndarray, padding: int) -> np.ndarray:
+    widths = [(padding, padding)] * 2 + [(0, 0)] * (image.ndim - 2)
+    return np.pad(image, widths) if padding else image
+
+
+def _spare(image: np.ndarray, height: int, width: int) -> tuple[int, int]:
+    """Return by how much the image is higher and wider; ValueError where it is smaller."""
+    spare = image.shape[0] - height, image.shape[1] - width
+    if min(spare) < 0:
+        raise ValueError(f"Cannot crop {height} x {width} out of an image of {image.shape[0]} x {image.shape[1]}.")
+    return spare
