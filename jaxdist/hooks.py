@@ -76,7 +76,6 @@ class Evaluate:
     ):
         self._evaluate, self._writers, self._stopwatch = evaluate, writers, stopwatch
         self._every_steps, self._every_epochs = every_steps, every_epochs
-        self.last_step: int | None = None
 
     def __call__(self, info: StepInfo) -> None:
         """Evaluate if this step is due."""
@@ -85,7 +84,6 @@ class Evaluate:
 
     def run(self, state: TrainState, progress: Progress) -> None:
         """Evaluate now."""
-        self.last_step = progress.step
         with self._stopwatch.account("eval"):
             metrics = {f"eval/{name}": value for name, value in self._evaluate(state).items()}
         progress.record_evaluation(metrics)
@@ -116,8 +114,12 @@ class Save:
         self.last_step: int | None = None
 
     def __call__(self, info: StepInfo) -> None:
-        """Save if this step is due."""
-        if info.step % self._every_steps == 0:
+        """Save if this step is due and was made.
+
+        Where the loss or gradient was not finite, the loop ends after the next step; a checkpoint made meanwhile would
+        count the lost step as done. Reading the flag waits for the step, which saving does anyway.
+        """
+        if info.step % self._every_steps == 0 and int(info.metrics[NONFINITE_LEAF].addressable_data(0)) < 0:
             self.run(info.state, info.position, info.progress)
 
     def run(self, state: TrainState, position: Any, progress: Progress) -> None:

@@ -74,7 +74,15 @@ class NonFinite:
 
 @dataclasses.dataclass(frozen=True)
 class FitResult:
-    """How training ended: `end_reason` is one of the run record's, `position` where the data stand."""
+    """How training ended.
+
+    Attributes:
+      state: the state after the last step.
+      end_reason: one of the run record's.
+      position: where the data stand; None if no step was made.
+      progress: the run so far.
+      nonfinite: the step that was not finite, if that is why it ended.
+    """
 
     state: TrainState
     end_reason: str
@@ -101,7 +109,7 @@ def fit(
       step: see `jaxdist.step`; donates the state.
       state: the state to start from; must not be used afterwards.
       batches: pairs of a global batch and the data position after it.
-      stop: looked at after each step and its hooks.
+      stop: looked at after each step and its hooks, and before the first step of a resumed run.
       hooks: called in order after each step was dispatched.
       progress: what a resumed run goes on from; updated in place.
       stop_requested: called with the step's number after each step; True ends the run as preempted.
@@ -118,11 +126,13 @@ def fit(
     account, last_time, seconds_before = "compile", time.monotonic(), progress.seconds
     start_time = last_time
 
-    while True:
+    # A resumed run may have been over already: one step more would not be the run that was never stopped.
+    reason = (stop(progress) if progress.step else None) or ""
+    while not reason:
         with stopwatch.account("input"):
             item = next(iterator, None)
         if item is None:
-            reason: str | None = "max_epochs"
+            reason = "max_epochs"
             break
         batch, next_position = item
         with stopwatch.account(account):
@@ -138,9 +148,7 @@ def fit(
         previous = (progress.step, batch, metrics[NONFINITE_LEAF])
         last_time = _record_time(step_times, last_time, skip=account == "compile")
         account = "compute"
-        reason = stop(progress) or ("preempted" if stop_requested(progress.step) else None)
-        if reason:
-            break
+        reason = stop(progress) or ("preempted" if stop_requested(progress.step) else "")
 
     with stopwatch.account("compute"):
         bad = _nonfinite(previous)

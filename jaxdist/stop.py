@@ -24,6 +24,7 @@ class Progress:
       seconds: wall time of training over all attempts.
       metrics: the last value of each metric: `train/loss`, `eval/accuracy` and the like.
       history: every value an evaluation gave, by metric name.
+      last_evaluation: the step of the newest evaluation, 0 before the first.
     """
 
     step: int = 0
@@ -32,9 +33,11 @@ class Progress:
     seconds: float = 0.0
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     history: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    last_evaluation: int = 0
 
     def record_evaluation(self, metrics: Mapping[str, float]) -> None:
-        """Take in the result of one evaluation."""
+        """Take in the result of an evaluation after the present step."""
+        self.last_evaluation = self.step
         self.metrics.update(metrics)
         for name, value in metrics.items():
             self.history.setdefault(name, []).append(value)
@@ -89,7 +92,8 @@ def patience(metric: str, evaluations: int, *, mode: Mode = "max") -> StopRule:
     sign = _sign(mode)
 
     def rule(progress: Progress) -> str | None:
-        values = [sign * value for value in progress.history.get(metric, [])]
+        # NaN is worse than any value; left as it is, it would compare as neither better nor worse.
+        values = [-math.inf if math.isnan(value) else sign * value for value in progress.history.get(metric, [])]
         if not values:
             return None
         best = max(range(len(values)), key=lambda i: (values[i], -i))

@@ -1,9 +1,12 @@
 """Training one experiment in this process, from a run directory to its run record."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
+import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -90,12 +93,11 @@ def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.
         earlier = prepare_run_dir(experiment, options.run_dir, resume=options.resume)
         stopwatch = record.Stopwatch(earlier.time_seconds if earlier else None)
         checkpointer = _make_checkpointer(experiment, options.run_dir)
-    try:
+    with contextlib.closing(checkpointer):
         with errors.as_user_error():
             start = _start(parts, checkpointer, stopwatch, resume=options.resume)
-        return _Run(parts, options, checkpointer, stopwatch, start, earlier).execute(stop_rule)
-    finally:
-        checkpointer.close()
+            run = _Run(parts, options, checkpointer, stopwatch, start, earlier)
+        return run.execute(stop_rule)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +134,10 @@ def _make_checkpointer(experiment: Experiment, run_dir: pathlib.Path) -> checkpo
     )
 
 
+class RecompileWarning(UserWarning):
+    """The step was compiled a second time: a run that should take seconds a step may take minutes."""
+
+
 class _Run:
     """One attempt at a run: from its start to its end, with everything that reports on it."""
 
@@ -149,6 +155,8 @@ class _Run:
         self.experiment = parts.experiment
         self.step_times = record.StepTimes()
         self.sentinel = guard.RecompileSentinel()
+        # From here on the directory is this run's: whatever happens next, it can be resumed.
+        self.write_record(None, start.progress)
         resumed_step = start.progress.step if options.resume else None
         self.writers = writers.make_writers(options.run_dir, self.experiment.writers, resumed_step=resumed_step)
         self.log = hooks.LogMetrics(self.writers, every=self.experiment.log_every, extra=self._learning_rate)
@@ -158,12 +166,15 @@ class _Run:
             stopwatch,
             every_steps=self.experiment.checkpoints.every_steps,
             before=[self.log.flush],
-            after=[lambda now: self.write_record(None, now)],
+            after=[self._record_checkpoint],
         )
 
     def execute(self, stop_rule: stop.StopRule) -> record.RunRecord:
         """Train, evaluate once more if need be, save, and write the record."""
-        with self._make_display() as display:
+        with contextlib.ExitStack() as stack:
+            for writer in self.writers:
+                stack.callback(writer.close)
+            display = stack.enter_context(self._make_display())
             result = loop.fit(
                 self._watched_step,
                 self.start.state,
@@ -182,13 +193,12 @@ class _Run:
                 self._finish(result)
             final = self.write_record(result.end_reason, result.progress, result.state)
             display.finish(_summary(final, self.options.run_dir, self.checkpointer))
-        for writer in self.writers:
-            writer.close()
         return final
 
     def _finish(self, result: loop.FitResult) -> None:
         """Evaluate and save the last step, unless that was done; a preempted run has no time for an evaluation."""
-        if self.evaluate and result.end_reason != "preempted" and self.evaluate.last_step != result.progress.step:
+        evaluated = result.progress.last_evaluation == result.progress.step
+        if self.evaluate and result.end_reason != "preempted" and not evaluated:
             self.evaluate.run(result.state, result.progress)
         if result.position is not None:
             self.save.run(result.state, result.position, result.progress)
@@ -197,7 +207,9 @@ class _Run:
     def _watched_step(self, state: TrainState, batch: Any) -> Any:
         outputs = self.parts.step(state, batch)
         if self.experiment.guards.recompile:
-            self.sentinel.observe(self.parts.step, (state, batch))
+            recompile = self.sentinel.observe(self.parts.step, (state, batch))
+            if recompile:
+                warnings.warn(str(recompile), RecompileWarning, stacklevel=1)
         return outputs
 
     def _make_hooks(self, display: progress.Progress) -> list[loop.Hook]:
@@ -232,20 +244,28 @@ class _Run:
             bounds,
             global_batch_size=self.experiment.global_batch_size,
             start_step=self.start.progress.step,
+            carried_seconds=self.start.progress.seconds,
             silent=self.options.silent or jax.process_index() != 0,
         )
 
     def _learning_rate(self, step: int) -> Mapping[str, float]:
         return {} if self.parts.learning_rate is None else {"learning_rate": self.parts.learning_rate(step)}
 
+    def _record_checkpoint(self, now: stop.Progress) -> None:
+        self.write_record(None, now)
+
     def _report_nonfinite(self, result: loop.FitResult) -> None:
         assert result.nonfinite is not None
-        # The state is the one of the bad step, or one good step later: see the loop. The report says so if the fault
-        # does not show again.
+        # The step after the bad one was dispatched before its flag was read, so the state may be one good update later;
+        # the report says so where the fault does not show again.
         report = guard.explain_nonfinite(
             self.parts.functions.loss_fn, result.state, result.nonfinite.batch, step=result.nonfinite.step
         )
-        (self.options.run_dir / "nonfinite.txt").write_text(f"{report}\n")
+        saved = self.checkpointer.latest_step()
+        kept = "No checkpoint was saved yet." if saved is None else f"The checkpoint of step {saved} is kept."
+        if jax.process_index() == 0:
+            (self.options.run_dir / "nonfinite.txt").write_text(f"{report}\n{kept}\n")
+            print(f"{report}\n{kept}", file=sys.stderr)
 
     def write_record(
         self, end_reason: str | None, now: stop.Progress, state: TrainState | None = None
@@ -279,11 +299,11 @@ class _Run:
 
 
 def _summary(made: record.RunRecord, run_dir: pathlib.Path, checkpointer: checkpoint.Checkpointer) -> dict[str, object]:
-    shown = {name: f"{value:.4g}" for name, value in made.metrics.items() if name.startswith("eval/") and value is not None}
+    evaluated = {name: value for name, value in made.metrics.items() if name.startswith("eval/") and value is not None}
     return {
         "end reason": made.end_reason,
         "step": made.step,
-        **shown,
+        **{name: f"{value:.4g}" for name, value in evaluated.items()},
         "run record": run_dir / record.FILE_NAME,
         "metrics": run_dir / writers.JSONL_NAME,
         "checkpoint": f"{run_dir / CHECKPOINTS_NAME} (step {checkpointer.latest_step()})",
