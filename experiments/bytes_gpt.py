@@ -1,6 +1,6 @@
 """A byte-level language model of the Python standard library's own source; the metric is bits per byte.
 
-    jaxdist train experiments/bytes_gpt.py --devices 4
+jaxdist train experiments/bytes_gpt.py --devices 4
 """
 
 import pathlib

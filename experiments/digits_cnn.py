@@ -1,6 +1,6 @@
 """A convolutional network on scikit-learn's handwritten digits: 1,797 images of 8x8, trained to 98.5 % and more.
 
-    jaxdist train experiments/digits_cnn.py --devices 8
+jaxdist train experiments/digits_cnn.py --devices 8
 """
 
 import numpy as np

@@ -1,6 +1,6 @@
 """A multi-layer perceptron on the handwritten digits: the smallest experiment there is.
 
-    jaxdist train experiments/digits_mlp.py --devices 2
+jaxdist train experiments/digits_mlp.py --devices 2
 """
 
 from digits_cnn import load_digits

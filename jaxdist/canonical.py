@@ -103,7 +103,7 @@ class LogicalShardSums:
         leaves, structure = jax.tree.flatten(tree)
         # Not addressable_data(i): of a replicated array that is the first replica, whatever i.
         by_leaf = [[shard.data for shard in leaf.addressable_shards] for leaf in leaves]
-        return [structure.unflatten(views) for views in zip(*by_leaf, strict=True)]
+        return [jax.tree.unflatten(structure, views) for views in zip(*by_leaf, strict=True)]
 
 
 class _PairwiseSum:

@@ -1,12 +1,10 @@
-"""The command line: which experiment, on what, where to. It selects and overrides; everything else is in the experiment.
+"""The command line: which experiment, on what, where to. It selects and overrides; the rest is in the experiment.
 
 JAX and all that stands on it are imported by the commands that need them, so that `--help` answers at once.
 """
 
 import argparse
-import dataclasses
 import json
-import os
 import pathlib
 import shlex
 import sys
@@ -29,6 +27,7 @@ def main(experiment: str | None = None) -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit status: 0 done, 1 failed, 2 the user's mistake, 75 try again."""
     options = make_parser().parse_args(arguments)
+    options.arguments = arguments
     options.command = shlex.join(["jaxdist", *arguments])
     # Deferred with the rest of the package: see the module's docstring.
     from jaxdist.errors import UserError
@@ -76,7 +75,13 @@ def _add_experiment(command: argparse.ArgumentParser) -> None:
     command.add_argument("--reduction", choices=("mean", "canonical"), help="canonical: the same bits on any devices")
     command.add_argument("--max-steps", type=_positive, metavar="K", help="short for --set stop.max_steps=K")
     command.add_argument(
-        "--set", dest="assignments", nargs="+", action="extend", default=[], metavar="A.B=VALUE", help="override a setting"
+        "--set",
+        dest="assignments",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="A.B=VALUE",
+        help="override a setting",
     )
 
 
@@ -91,15 +96,23 @@ def train_command(options: argparse.Namespace) -> int:
     from jaxdist.launch import runtime
 
     if options.processes and options.processes > 1 and not runtime.in_job():
-        from jaxdist.launch import local
+        return _start_processes(options)
+    return _train_here(options, runtime.start(options.devices))
 
-        return local.run_command(options)
-    devices = runtime.start(options.devices)
-    return _train_here(options, devices)
+
+def _start_processes(options: argparse.Namespace) -> int:
+    """Start the processes of a job; the run directory is chosen here, so that all of them have the same."""
+    from jaxdist import train
+    from jaxdist.launch import local
+
+    run_dir = options.run_dir or train.default_run_dir(load(options).name, resume=options.resume)
+    arguments = [*options.arguments, "--run-dir", str(run_dir)]
+    return local.train_processes(arguments, num_processes=options.processes, run_dir=run_dir)
 
 
 def _train_here(options: argparse.Namespace, devices: Sequence[Any]) -> int:
     from jaxdist import signals, train
+    from jaxdist.launch import agreement, runtime
 
     experiment = load(options)
     run_dir = options.run_dir or train.default_run_dir(experiment.name, resume=options.resume)
@@ -111,11 +124,11 @@ def _train_here(options: argparse.Namespace, devices: Sequence[Any]) -> int:
                 resume=options.resume,
                 silent=options.json,
                 command=options.command,
-                stop_requested=lambda step: bool(request),
+                stop_requested=agreement.agreed_stop(lambda: bool(request)),
             ),
             devices=devices,
         )
-    if options.json:
+    if options.json and runtime.is_first():
         print(json.dumps(made.to_json() | {"run_dir": str(run_dir)}))
     return exit_status(made)
 

@@ -5,11 +5,13 @@ error that proposes the nearest one.
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
 import pathlib
 import sys
+import traceback
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
@@ -100,7 +102,7 @@ class Experiment:
     Attributes:
       name: names the run directory; by default the experiment file's stem.
       model: a Linen module, a callable from `nnx.Rngs` to an NNX module, or `adapters.Functions`.
-      loss: `loss(outputs, batch) -> (values, {name: values})` per example or token; see `losses`. Unused with Functions.
+      loss: `loss(outputs, batch) -> (values, {name: values})` per example or token; see `losses`.
       inputs: the batch field, or fields, the model is called with.
       data: the examples.
       optimizer: an `optimizers.Optimizer`, or an optax.GradientTransformation.
@@ -149,8 +151,9 @@ def load_experiment(path: str) -> Experiment:
       ConfigError: the file is missing or broken, or has no such function, or it returns something else.
     """
     file = pathlib.Path(path)
-    if not file.is_file():
-        raise ConfigError(f"An experiment is a Python file; there is none at {path!r}. Check the path.")
+    if not file.is_file() or file.suffix != ".py":
+        what = "there is none" if not file.exists() else "it is something else"
+        raise ConfigError(f"An experiment is a Python file, NAME.py; at {path!r} {what}. Check the path.")
     module = _run_file(file)
     get_config = getattr(module, "get_config", None)
     if not callable(get_config):
@@ -158,7 +161,7 @@ def load_experiment(path: str) -> Experiment:
     try:
         experiment = get_config()
     except Exception as error:
-        raise ConfigError(f"get_config() of {path} failed: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"get_config() of {path} failed: {_describe(error, file)}") from error
     if not isinstance(experiment, Experiment):
         raise ConfigError(
             f"get_config() must return a jaxdist.Experiment; that of {path} returned {type(experiment).__name__}."
@@ -170,17 +173,25 @@ def _run_file(file: pathlib.Path) -> Any:
     # The stem as name makes qualified names in the run record the same however the file was started; a file that runs
     # as a script is loaded a second time under it, which is why experiments only define things.
     spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[file.stem] = module
     sys.path.insert(0, str(file.parent.resolve()))
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise ConfigError(f"{file} cannot be loaded: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{file} cannot be loaded: {_describe(error, file)}") from error
     finally:
         sys.path.pop(0)
     return module
+
+
+def _describe(error: Exception, file: pathlib.Path) -> str:
+    """Return the error in a line, with the last line of the experiment file that was on its way."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if pathlib.Path(frame.filename) == file]
+    return f"{type(error).__name__}: {error}" + (f" (line {lines[-1]})" if lines else "")
 
 
 def override(experiment: Experiment, assignments: Sequence[str]) -> Experiment:
@@ -215,8 +226,9 @@ def _replace(value: Any, names: list[str], text: str, path: str) -> Any:
 def _settable_fields(value: Any) -> list[str]:
     if not dataclasses.is_dataclass(value):
         return []
+    names = [field.name for field in dataclasses.fields(value) if field.init]
     # Flax gives every Linen module the fields parent and name, which are not hyperparameters.
-    return [field.name for field in dataclasses.fields(value) if field.init and field.name != "parent"]
+    return [name for name in names if name not in ("parent", "name")] if "parent" in names else names
 
 
 def _unknown(path: str, name: str, fields: list[str], owner: str) -> str:
@@ -231,27 +243,26 @@ def _parse(hint: Any, text: str, path: str, current: Any) -> Any:
     if dataclasses.is_dataclass(current) and not isinstance(current, type):
         names = ", ".join(_settable_fields(current))
         raise ConfigError(f"{path} is a group of settings; set one of its fields: {names}.")
+    if hint is Any:  # Says nothing; the value that is there may.
+        hint = type(current)
     try:
         adapter = pydantic.TypeAdapter(hint, config=pydantic.ConfigDict(arbitrary_types_allowed=True))
     except (pydantic.errors.PydanticUserError, TypeError) as error:
         raise ConfigError(f"{path} cannot be set on the command line; edit the experiment file.") from error
     for candidate in _readings(text):
-        try:
+        with contextlib.suppress(pydantic.ValidationError):
             return adapter.validate_python(candidate)
-        except pydantic.ValidationError:
-            continue
     raise ConfigError(f"{path} takes {_type_name(hint)}; got {text!r}.")
 
 
 def _readings(text: str) -> list[Any]:
-    """Return what `text` may stand for, likeliest first: None, itself, a Python literal."""
+    """Return what `text` may stand for, likeliest first: None, a Python tuple or dict, itself, words between commas."""
     readings: list[Any] = [None] if text.lower() in ("none", "null") else []
-    readings.append(text)
-    try:
-        readings.append(ast.literal_eval(text))
-    except (ValueError, SyntaxError):
-        pass
-    return readings
+    with contextlib.suppress(ValueError, SyntaxError):
+        literal = ast.literal_eval(text)
+        # A field may take a string or a tuple of them: whoever writes brackets means the tuple.
+        return [*readings, literal, text] if isinstance(literal, (tuple, list, dict)) else [*readings, text, literal]
+    return [*readings, text, text.split(",")]
 
 
 def _type_name(hint: Any) -> str:

@@ -24,7 +24,7 @@ def examine(devices: Sequence[jax.Device]) -> str:
     lines = [f"{name:<12} {version or 'not installed'}" for name, version in record.versions().items()]
     lines += ["", f"{'platform':<12} {platform.platform()}", f"{'cores':<12} {_usable_cores()}"]
     lines.append(f"{'devices':<12} {len(devices)} x {devices[0].device_kind} ({devices[0].platform})")
-    lines.append(f"{'cache':<12} {jax.config.jax_compilation_cache_dir or 'none'}")
+    lines.append(f"{'cache':<12} {jax.config.values['jax_compilation_cache_dir'] or 'none'}")
     lines += ["", *(f"extra {name:<12} {_state_of(modules)}" for name, modules in EXTRAS.items())]
     warnings = list_warnings(devices)
     lines += ["", *(f"! {warning}" for warning in warnings)] if warnings else ["", "Nothing here will bite."]

@@ -10,10 +10,10 @@ class UserError(ValueError):
 
 @contextmanager
 def as_user_error() -> Iterator[None]:
-    """Turn a ValueError into a UserError: for the stages that only check and build what the user asked for."""
+    """Turn a ValueError or OSError into a UserError: for the stages that only check and build what was asked for."""
     try:
         yield
     except UserError:
         raise
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise UserError(str(error)) from error

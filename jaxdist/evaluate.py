@@ -1,5 +1,6 @@
 """Evaluation on the mesh that trains, exact on a ragged last batch: totals and counts, divided once at the end."""
 
+import collections
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
@@ -17,6 +18,9 @@ EvalFn: TypeAlias = Callable[..., Any]
 """`eval_fn(params, batch, key[, model_state]) -> (loss, metrics)`; nothing random, model_state only read."""
 EvalStep: TypeAlias = Callable[[PyTree, PyTree, Batch], dict[str, Mean]]
 """`eval_step(params, model_state, batch) -> {name: Mean over the true examples of the global batch}`."""
+
+_AHEAD = 2
+"""Batches being evaluated while the host goes on."""
 
 
 def eval_step(eval_fn: EvalFn) -> EvalStep:
@@ -55,21 +59,34 @@ def canonical_eval_step(eval_fn: EvalFn, mesh: Mesh, *, logical_shards: int, axi
 def evaluate(step: EvalStep, params: PyTree, model_state: PyTree, batches: Iterable[Batch]) -> dict[str, float]:
     """Return the mean of the loss and of each metric over all true examples of `batches`.
 
-    Totals are added on the host in double precision, so counts are exact integers and the result does not depend on
-    how the examples were dealt to batches (up to the rounding inside each batch).
+    Totals are added on the host in double precision and rounded once, so counts are exact integers and the result does
+    not depend on how the examples were dealt to batches (up to the rounding inside each batch). A metric without any
+    true example, or token, is NaN.
 
     Raises:
       ValueError: there was nothing to evaluate.
     """
-    parts = [step(params, model_state, batch) for batch in batches]
-    if not parts:
+    pending: collections.deque[dict[str, Mean]] = collections.deque()
+    fetched: list[dict[str, Mean]] = []
+    for batch in batches:
+        pending.append(step(params, model_state, batch))
+        # A few batches are on their way while the host places the next ones; without a bound all would be, at once.
+        if len(pending) > _AHEAD:
+            fetched.append(_fetch(pending.popleft()))
+    fetched += [_fetch(part) for part in pending]
+    if not fetched:
         raise ValueError("Evaluation needs at least one example; the evaluation source is empty.")
-    fetched = jax.device_get(parts)
-    return {
-        name: math.fsum(float(part[name].total) for part in fetched)
-        / math.fsum(float(part[name].count) for part in fetched)
-        for name in fetched[0]
-    }
+    return {name: _quotient([part[name] for part in fetched]) for name in fetched[0]}
+
+
+def _fetch(part: dict[str, Mean]) -> dict[str, Mean]:
+    # The result is replicated: this process's first replica is the whole of it, also where others hold more.
+    return jax.device_get(jax.tree.map(lambda leaf: leaf.addressable_data(0), part))
+
+
+def _quotient(means: list[Mean]) -> float:
+    count = math.fsum(float(mean.count) for mean in means)
+    return math.fsum(float(mean.total) for mean in means) / count if count else math.nan
 
 
 def _means(eval_fn: EvalFn, params: PyTree, model_state: PyTree, batch: Batch) -> dict[str, Mean]:
@@ -77,5 +94,4 @@ def _means(eval_fn: EvalFn, params: PyTree, model_state: PyTree, batch: Batch) -
     key = jax.random.key(0)
     state = () if model_state is None else (model_state,)
     loss, metrics = eval_fn(params, batch, key, *state)
-    means = {name: metrics_lib.as_mean(value, batch) for name, value in {"loss": loss, **metrics}.items()}
-    return means
+    return {name: metrics_lib.as_mean(value, batch) for name, value in {"loss": loss, **metrics}.items()}

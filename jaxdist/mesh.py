@@ -82,12 +82,11 @@ def batch_sizes(
       ValueError: the batch does not divide; the message proposes the nearest sizes that do.
     """
     num_shards = math.prod(mesh.shape[axis] for axis in axes)
-    parts = math.lcm(num_shards * num_microbatches, logical_shards or 1)
+    parts = math.lcm(num_shards, logical_shards or 1) * num_microbatches
     if global_batch_size < 1 or num_microbatches < 1 or global_batch_size % parts:
-        reasons = [f"{num_shards} devices x {num_microbatches} microbatches"]
-        reasons += [f"{logical_shards} logical shards"] if logical_shards else []
+        cut = f"{num_shards} devices" if logical_shards is None else f"{logical_shards} logical shards"
         raise ValueError(
-            f"global_batch_size must be a positive multiple of {parts} ({' and '.join(reasons)}); "
+            f"global_batch_size must be a positive multiple of {parts} ({cut} x {num_microbatches} microbatches); "
             f"got {global_batch_size}. Nearest valid: {_nearest_multiples(global_batch_size, parts)}."
         )
     device_batch_size = global_batch_size // num_shards

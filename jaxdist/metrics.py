@@ -16,7 +16,7 @@ class Mean(NamedTuple):
     """A mean that can still be added up: both fields are scalars, float32."""
 
     total: jax.Array
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count, which nobody asks of a mean
 
     @property
     def value(self) -> jax.Array:

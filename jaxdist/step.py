@@ -4,6 +4,7 @@ Each builder takes everything static (loss, optimizer, mesh) and differs from th
 devices' sums become the global mean. What a step does with the mean stands once, in `apply_averages`.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -12,14 +13,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxdist import canonical, reduce
+from jaxdist import canonical, precision, reduce
 from jaxdist.mesh import DATA_AXIS
 from jaxdist.metrics import Batch
 from jaxdist.state import TrainState
 
 Metrics: TypeAlias = dict[str, jax.Array]
 Step: TypeAlias = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-LossScaleFn: TypeAlias = Callable[[Any], jax.Array | None]
 
 NONFINITE_LEAF = "nonfinite_leaf"
 RESERVED_METRICS = frozenset({"loss", NONFINITE_LEAF})
@@ -32,7 +32,6 @@ def data_parallel_step(
     *,
     axis: str = DATA_AXIS,
     num_microbatches: int = 1,
-    loss_scale_fn: LossScaleFn | None = None,
 ) -> Step:
     """Return the jitted step of ordinary data parallelism: a replica on every device, gradients averaged by all-reduce.
 
@@ -45,9 +44,8 @@ def data_parallel_step(
       mesh: a mesh with the axis `axis`.
       axis: the mesh axis the batch is cut over.
       num_microbatches: parts of each device's batch, computed one after the other.
-      loss_scale_fn: opt_state -> the scale of the loss (float16), or None.
     """
-    local_step = _make_local_step(loss_fn, optimizer, axis, num_microbatches, loss_scale_fn)
+    local_step = _make_local_step(loss_fn, optimizer, axis, num_microbatches)
     # check_vma=False: gradients taken inside stay local, as `reduce` expects, and a loss_fn written for one device
     # runs unchanged (the check refuses every scan whose carry starts from a constant). Under the default, grad with
     # respect to replicated params would already sum over the axis and the mean would be num_devices times too large.
@@ -67,7 +65,6 @@ def pmap_step(
     *,
     devices: list[jax.Device] | None = None,
     num_microbatches: int = 1,
-    loss_scale_fn: LossScaleFn | None = None,
 ) -> Step:
     """Return `data_parallel_step` written with `jax.pmap`, for readers who know pmap: the same numbers.
 
@@ -75,7 +72,7 @@ def pmap_step(
     is not donated: pmap cannot donate an argument that it broadcasts.
     """
     devices = jax.local_devices() if devices is None else devices
-    local_step = _make_local_step(loss_fn, optimizer, DATA_AXIS, num_microbatches, loss_scale_fn)
+    local_step = _make_local_step(loss_fn, optimizer, DATA_AXIS, num_microbatches)
     mapped = jax.pmap(local_step, axis_name=DATA_AXIS, in_axes=(None, 0), out_axes=None, devices=devices)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -93,7 +90,6 @@ def canonical_step(
     logical_shards: int = 8,
     axis: str = DATA_AXIS,
     num_microbatches: int = 1,
-    loss_scale_fn: LossScaleFn | None = None,
 ) -> Step:
     """Return a data-parallel step that gives the same bits on every number of devices that divides `logical_shards`.
 
@@ -124,7 +120,7 @@ def canonical_step(
         total = jax.lax.optimization_barrier(reduce.tree_sum_over_axis(row[0], axis, shard_sums.num_devices))
         averages = reduce.average(shard_sums.unravel(total), state.model_state)
         averages = jax.lax.optimization_barrier(averages)
-        return apply_averages(state, averages, optimizer, keep_on_nonfinite=loss_scale_fn is None)
+        return apply_averages(state, averages, optimizer)
 
     update = jax.jit(
         jax.shard_map(
@@ -138,7 +134,7 @@ def canonical_step(
     )
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        loss_scale = loss_scale_fn(state.opt_state) if loss_scale_fn else None
+        loss_scale = precision.loss_scale(state.opt_state)
         rows = shard_sums((state.params, state.model_state, state.key, state.step, loss_scale), batch)
         return update(state, rows)
 
@@ -150,7 +146,6 @@ def _make_local_step(
     optimizer: optax.GradientTransformation,
     axis: str,
     num_microbatches: int,
-    loss_scale_fn: LossScaleFn | None,
 ) -> Step:
     """Return what one device does of the step, inside shard_map or pmap."""
 
@@ -163,10 +158,10 @@ def _make_local_step(
             jax.random.fold_in(state.key, state.step),
             num_microbatches=num_microbatches,
             first_index=jax.lax.axis_index(axis) * num_microbatches,
-            loss_scale=loss_scale_fn(state.opt_state) if loss_scale_fn else None,
+            loss_scale=precision.loss_scale(state.opt_state),
         )
         averages = reduce.average(reduce.mean_over_axis(sums, axis), state.model_state)
-        return apply_averages(state, averages, optimizer, keep_on_nonfinite=loss_scale_fn is None)
+        return apply_averages(state, averages, optimizer)
 
     return local_step
 
@@ -175,8 +170,6 @@ def apply_averages(
     state: TrainState,
     averages: reduce.Averages,
     optimizer: optax.GradientTransformation,
-    *,
-    keep_on_nonfinite: bool = True,
 ) -> tuple[TrainState, Metrics]:
     """Return the state after the update, and the step's metrics.
 
@@ -184,11 +177,13 @@ def apply_averages(
     can be looked at with the very params it happened to. `nonfinite_leaf` (int32) is then the first such leaf in tree
     order, or the number of leaves when the gradients are fine and the loss is not; otherwise -1.
 
+    Under dynamic loss scaling (float16) an overflow while the scale can still fall is no fault: the optimizer skips
+    that update and lowers the scale, and `nonfinite_leaf` is -1.
+
     Args:
       state: the state before the step.
       averages: the global means.
       optimizer: gives the updates.
-      keep_on_nonfinite: False leaves the decision to the optimizer (dynamic loss scaling skips by itself).
     """
     reduce.check_metric_names(averages.metrics, RESERVED_METRICS)
     grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), averages.grads, state.params)
@@ -197,9 +192,15 @@ def apply_averages(
         state.step + 1, optax.apply_updates(state.params, updates), averages.model_state, opt_state, state.key
     )
     first = first_nonfinite(averages)
-    if keep_on_nonfinite:
-        new_state = _keep_where(first >= 0, state, new_state)
-    return new_state, {"loss": averages.loss, **averages.metrics, NONFINITE_LEAF: first}
+    loss_scale = precision.loss_scale(state.opt_state)
+    if loss_scale is not None:
+        # The optimizer skips the update, but statistics of activations that overflowed are kept out here.
+        new_state = dataclasses.replace(
+            new_state, model_state=_where(first >= 0, state.model_state, new_state.model_state)
+        )
+        excused = jnp.isfinite(averages.loss) & (loss_scale > precision.MIN_LOSS_SCALE)
+        first = jnp.where(excused, -1, first)
+    return _where(first >= 0, state, new_state), {"loss": averages.loss, **averages.metrics, NONFINITE_LEAF: first}
 
 
 def first_nonfinite(averages: reduce.Averages) -> jax.Array:
@@ -210,14 +211,5 @@ def first_nonfinite(averages: reduce.Averages) -> jax.Array:
     return jnp.where(bad.any(), jnp.argmax(bad), -1).astype(jnp.int32)
 
 
-def _keep_where(condition: jax.Array, old: TrainState, new: TrainState) -> TrainState:
-    def kept(before: Any, after: Any) -> Any:
-        return jax.tree.map(lambda a, b: jnp.where(condition, a, b), before, after)
-
-    return TrainState(
-        kept(old.step, new.step),
-        kept(old.params, new.params),
-        kept(old.model_state, new.model_state),
-        kept(old.opt_state, new.opt_state),
-        new.key,
-    )
+def _where(condition: jax.Array, chosen: Any, otherwise: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), chosen, otherwise)

@@ -52,10 +52,9 @@ class Strategy:
         optimizer: optax.GradientTransformation,
         *,
         num_microbatches: int = 1,
-        loss_scale_fn: steps.LossScaleFn | None = None,
     ) -> steps.Step:
         """Return `step(state, batch) -> (state, metrics)`; the state is donated."""
-        return self.step_builder(loss_fn, optimizer, num_microbatches=num_microbatches, loss_scale_fn=loss_scale_fn)
+        return self.step_builder(loss_fn, optimizer, num_microbatches=num_microbatches)
 
     def make_eval_step(self, eval_fn: evaluate.EvalFn) -> evaluate.EvalStep:
         """Return the evaluation of one global batch, of the same reduction as the step."""
@@ -111,7 +110,6 @@ def _data_parallel(mesh: Mesh, reduction: str, logical_shards: int) -> Strategy:
             optimizer: optax.GradientTransformation,
             *,
             num_microbatches: int,
-            loss_scale_fn: steps.LossScaleFn | None,
         ) -> steps.Step:
             return steps.canonical_step(
                 loss_fn,
@@ -119,7 +117,6 @@ def _data_parallel(mesh: Mesh, reduction: str, logical_shards: int) -> Strategy:
                 mesh,
                 logical_shards=logical_shards,
                 num_microbatches=num_microbatches,
-                loss_scale_fn=loss_scale_fn,
             )
 
         return Strategy("data-parallel", mesh, layout.replicated, (DATA_AXIS,), logical_shards, build_canonical)
@@ -129,10 +126,7 @@ def _data_parallel(mesh: Mesh, reduction: str, logical_shards: int) -> Strategy:
         optimizer: optax.GradientTransformation,
         *,
         num_microbatches: int,
-        loss_scale_fn: steps.LossScaleFn | None,
     ) -> steps.Step:
-        return steps.data_parallel_step(
-            loss_fn, optimizer, mesh, num_microbatches=num_microbatches, loss_scale_fn=loss_scale_fn
-        )
+        return steps.data_parallel_step(loss_fn, optimizer, mesh, num_microbatches=num_microbatches)
 
     return Strategy("data-parallel", mesh, layout.replicated, (DATA_AXIS,), None, build_mean)

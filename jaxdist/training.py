@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from jaxdist import adapters, data, evaluate, mesh, optimizers, precision, record, state, step, strategies
@@ -80,9 +81,7 @@ class Training:
         averaged = optimizers.ema_params(train_state.opt_state)
         params = train_state.params if averaged is None else averaged
         batches = data.feed(loader, self.strategy.mesh, self.strategy.batch_axes, self.experiment.data.prefetch)
-        return evaluate.evaluate(
-            self.eval_step, params, train_state.model_state, (batch for batch, _ in batches)
-        )
+        return evaluate.evaluate(self.eval_step, params, train_state.model_state, (batch for batch, _ in batches))
 
 
 def put_together(experiment: Experiment, *, devices: Sequence[jax.Device]) -> Training:
@@ -109,7 +108,6 @@ def put_together(experiment: Experiment, *, devices: Sequence[jax.Device]) -> Tr
     functions = make_functions(experiment, example_batch(loader))
     known_end = {"steps_per_epoch": loader.steps_per_epoch, "max_steps": last_step(experiment, loader.steps_per_epoch)}
     optimizer, learning_rate = _make_optimizer(experiment, known_end)
-    scaled = experiment.precision == "float16"
     return Training(
         experiment=experiment,
         strategy=strategy,
@@ -122,7 +120,6 @@ def put_together(experiment: Experiment, *, devices: Sequence[jax.Device]) -> Tr
             functions.loss_fn,
             optimizer,
             num_microbatches=experiment.num_microbatches,
-            loss_scale_fn=precision.loss_scale if scaled else None,
         ),
         eval_step=None if experiment.data.eval is None else strategy.make_eval_step(functions.eval_fn),
     )
@@ -143,7 +140,7 @@ def make_loader(experiment: Experiment, start: data.Position | None = None) -> d
 
 def example_batch(loader: data.Loader) -> dict[str, jax.ShapeDtypeStruct]:
     """Return shapes and dtypes of a global batch, by reading its first row."""
-    batches = iter(loader.with_rows([0]))
+    batches = iter(loader.with_rows(np.zeros(1, np.int64)))
     try:
         first = next(batches).batch
     finally:
@@ -183,9 +180,7 @@ def _make_optimizer(
 ) -> tuple[optax.GradientTransformation, Callable[[int], float] | None]:
     described = experiment.optimizer
     settings: dict[str, Any] = {"global_batch_size": experiment.global_batch_size, **known_end}
-    optimizer = optimizers.build(described, **settings)
-    if experiment.precision == "float16":
-        optimizer = precision.dynamic_loss_scale(optimizer)
+    optimizer = precision.with_loss_scale(optimizers.build(described, **settings), experiment.precision)
     if not isinstance(described, optimizers.Optimizer):
         return optimizer, None
     schedule = jax.jit(optimizers.make_schedule(described, **settings), backend="cpu")
@@ -197,9 +192,9 @@ def check_experiment(experiment: Experiment) -> None:
     for name in ("global_batch_size", "num_microbatches", "log_every"):
         if getattr(experiment, name) < 1:
             raise ConfigError(f"{name} must be at least 1; got {getattr(experiment, name)}.")
-    if experiment.stop.target is not None and experiment.data.eval is None:
-        if experiment.stop.target_metric.startswith("eval/"):
-            raise ConfigError(
-                f"stop.target looks at {experiment.stop.target_metric}, and the experiment has no data.eval. "
-                "Give it held-out data, or set stop.target_metric to a train/ metric."
-            )
+    watched = experiment.stop.target_metric
+    if experiment.stop.target is not None and experiment.data.eval is None and watched.startswith("eval/"):
+        raise ConfigError(
+            f"stop.target looks at {watched}, and the experiment has no data.eval. "
+            "Give it held-out data, or set stop.target_metric to a train/ metric."
+        )

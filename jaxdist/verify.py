@@ -52,8 +52,8 @@ def verify(experiment: Experiment, *, devices: Sequence[jax.Device], num_steps: 
 
     Canonical reduction promises the same bits, with the experiment's own optimizer. The mean promises one device's
     params up to the order of additions; that is compared under SGD, because an adaptive optimizer turns the smallest
-    difference of a gradient near zero into a whole step. It is promised only where a step draws nothing per device: with
-    dropout or batch statistics each device has its own, and the table says how far apart that makes the layouts.
+    difference of a gradient near zero into a whole step. It is promised only where a step draws nothing per device:
+    with dropout or batch statistics each device has its own, and the table says how far apart that makes the layouts.
 
     Raises:
       UserError: the experiment does not work on these layouts.

@@ -1,7 +1,10 @@
 """Preparing this process before JAX's backend starts: devices, threads, compilation cache, the job it belongs to."""
 
+import ctypes
 import os
 import pathlib
+import signal
+import sys
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -9,7 +12,8 @@ import jax
 from jaxdist.errors import UserError
 
 PROCESS_ID, NUM_PROCESSES, COORDINATOR = "JAXDIST_PROCESS_ID", "JAXDIST_NUM_PROCESSES", "JAXDIST_COORDINATOR"
-"""Environment variables by which a launcher tells a process its place in the job."""
+PARENT_ID = "JAXDIST_PARENT_ID"
+"""Environment variables by which a launcher tells a process its place in the job, and whose child it is."""
 
 LEAST_COMPILE_SECONDS = 0.5
 
@@ -17,6 +21,11 @@ LEAST_COMPILE_SECONDS = 0.5
 def in_job(environment: Mapping[str, str] = os.environ) -> bool:
     """Return whether this process was started by our launcher as one of several."""
     return NUM_PROCESSES in environment
+
+
+def is_first(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether this process speaks for the job: the only one, or process 0."""
+    return environment.get(PROCESS_ID, "0") == "0"
 
 
 def start(num_devices: int | None = None) -> Sequence[jax.Device]:
@@ -38,6 +47,7 @@ def start(num_devices: int | None = None) -> Sequence[jax.Device]:
     jax.config.update("jax_num_cpu_devices", num_devices or 1)
     use_compilation_cache()
     if in_job():
+        _die_with_parent(os.environ)
         _join_job(os.environ)
     local = jax.local_devices()
     wanted = num_devices or len(local)
@@ -54,10 +64,18 @@ def start(num_devices: int | None = None) -> Sequence[jax.Device]:
 
 def use_compilation_cache() -> None:
     """Keep compiled programs on disk between runs, unless the user has configured JAX's cache."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "jaxdist" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_COMPILE_SECONDS)
+
+
+def _die_with_parent(environment: Mapping[str, str]) -> None:
+    """Have the kernel kill this process when its launcher dies: nobody else would end a process in a collective."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if PARENT_ID in environment and os.getppid() != int(environment[PARENT_ID]):
+        sys.exit("The launcher of this process has ended already.")
 
 
 def _join_job(environment: Mapping[str, str]) -> None:
