@@ -1,0 +1,128 @@
+import io
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxdist.data import ArraySource, CorruptExample, Loader, transforms
+from jaxdist.data.wrap import MapSource
+
+IMAGE = np.arange(5 * 4 * 3, dtype=np.uint8).reshape(5, 4, 3)
+
+
+def apply(transform, field="image", value=IMAGE, seed=0):
+    return pickle.loads(pickle.dumps(transform))({field: value, "label": np.int32(3)}, np.random.default_rng(seed))
+
+
+def places(image):
+    """Where a crop of IMAGE was cut."""
+    return [
+        (top, left)
+        for top in range(6 - image.shape[0])
+        for left in range(5 - image.shape[1])
+        if np.array_equal(IMAGE[top : top + image.shape[0], left : left + image.shape[1]], image)
+    ]
+
+
+def test_random_crops_reach_every_place():
+    crops = [apply(transforms.RandomCrop(3, 2), seed=seed) for seed in range(200)]
+    assert all(crop["label"] == 3 for crop in crops)
+    found = {place for crop in crops for place in places(crop["image"])}
+    assert found == {(top, left) for top in range(3) for left in range(3)}
+    padded = [apply(transforms.RandomCrop(5, 4, padding=1), seed=seed)["image"] for seed in range(100)]
+    assert any(np.array_equal(crop, IMAGE) for crop in padded)
+    assert any(not crop[0].any() and crop[1:].any() for crop in padded)
+    with pytest.raises(ValueError, match="Cannot crop 6 x 2 out of an image of 5 x 4"):
+        apply(transforms.RandomCrop(6, 2))
+
+
+def test_centre_crop_and_resize():
+    np.testing.assert_array_equal(apply(transforms.CentreCrop(3, 2))["image"], IMAGE[1:4, 1:3])
+    assert apply(transforms.Resize(10, 8))["image"].shape == (10, 8, 3)
+    np.testing.assert_array_equal(apply(transforms.Resize(5, 4))["image"], IMAGE)
+
+
+def test_half_of_the_images_are_mirrored():
+    flipped = [
+        np.array_equal(apply(transforms.RandomFlip(), seed=seed)["image"], IMAGE[:, ::-1]) for seed in range(400)
+    ]
+    assert abs(np.mean(flipped) - 0.5) < 0.1
+    kept = [np.array_equal(apply(transforms.RandomFlip(), seed=seed)["image"], IMAGE) for seed in range(400)]
+    assert sum(flipped) + sum(kept) == 400
+
+
+def test_normalise_centres_each_channel():
+    image = apply(transforms.Normalise(mean=(0.1, 0.2, 0.3), std=(0.5, 1.0, 2.0)))["image"]
+    assert image.dtype == np.float32
+    np.testing.assert_allclose(image, (IMAGE / 255 - [0.1, 0.2, 0.3]) / [0.5, 1, 2], atol=1e-6)
+
+
+def test_encoded_images_are_decoded():
+    data = io.BytesIO()
+    Image.fromarray(IMAGE).save(data, "png")
+    encoded = np.frombuffer(data.getvalue(), np.uint8)
+    np.testing.assert_array_equal(apply(transforms.DecodeImage(), value=encoded)["image"], IMAGE)
+    with pytest.raises(CorruptExample, match="field 'image'"):
+        apply(transforms.DecodeImage(), value=encoded[:20])
+
+
+def test_the_spectrogram_of_a_tone_peaks_at_its_frequency():
+    tone = np.sin(2 * np.pi * 1000 * np.arange(8000) / 8000).astype(np.float32)
+    spectrogram = apply(transforms.Spectrogram(window=400, hop=160), "audio", tone)["audio"]
+    assert spectrogram.shape == (48, 201)
+    assert spectrogram.dtype == np.float32
+    assert (spectrogram.argmax(axis=1) == 1000 * 400 // 8000).all()
+    with pytest.raises(ValueError, match="at least one window"):
+        apply(transforms.Spectrogram(), "audio", tone[:10])
+
+
+def test_labels_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="Label out of range"):
+        apply(transforms.CheckLabel(3))
+    apply(transforms.CheckLabel(4))
+    labels = np.array([0, 1, 5, 9])
+    with pytest.raises(ValueError, match=r"example 2 has label 5, and so have 2 examples.*0 to 4"):
+        ArraySource({"label": labels}, num_classes={"label": 5})
+    with pytest.raises(ValueError, match="whole numbers"):
+        ArraySource({"label": labels / 2}, num_classes={"label": 5})
+
+
+def test_a_chain_augments_the_same_in_any_batch():
+    source = ArraySource({"image": np.stack([IMAGE + i for i in range(9)]), "label": np.arange(9)})
+    chain = transforms.Chain((transforms.RandomCrop(3, 3, padding=1), transforms.RandomFlip(), transforms.Normalise()))
+
+    def load(**settings):
+        loader = Loader(source, seed=0, num_epochs=1, example_fn=chain, **settings)
+        rows = [(int(l), i) for b, _ in loader for i, l, m in zip(b["image"], b["label"], b["mask"]) if m]
+        return np.stack([image for _, image in sorted(rows, key=lambda row: row[0])])
+
+    np.testing.assert_array_equal(load(global_batch_size=4), load(global_batch_size=3, num_threads=0))
+
+
+class Pairs:
+    def __init__(self, values):
+        self.values = values
+
+    def __len__(self):
+        return len(self.values)
+
+    def __getitem__(self, index):
+        return [self.values[index], self.values[index] + 1], self.values[index] % 2
+
+
+def test_map_style_data_sets_are_wrapped():
+    source = MapSource(Pairs([1, 2, 3]), names=("x", "label"))
+    ((batch, _),) = Loader(source, global_batch_size=3, seed=0, shuffle=False, num_epochs=1)
+    assert batch["x"].tolist() == [[1, 2], [2, 3], [3, 4]]
+    assert batch["label"].tolist() == [1, 0, 1]
+    assert source.fingerprint() == MapSource(Pairs([1, 2, 3]), names=("x", "label")).fingerprint()
+    assert source.fingerprint() != MapSource(Pairs([1, 2, 4]), names=("x", "label")).fingerprint()
+    named = MapSource(Pairs([1, 2, 4]), names=("x", "label"), fingerprint="v2")
+    assert named.fingerprint() == MapSource(Pairs([5]), names=("x", "label"), fingerprint="v2").fingerprint()
+    dicts = MapSource([{"a": Image.fromarray(IMAGE)}])
+    np.testing.assert_array_equal(dicts[0]["a"], IMAGE)
+    with pytest.raises(ValueError, match="2 values without names"):
+        MapSource(Pairs([1]))[0]
+    with pytest.raises(ValueError, match="generator has no __len__"):
+        MapSource(x for x in range(3))
