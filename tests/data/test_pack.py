@@ -64,14 +64,8 @@ def test_examples_that_do_not_fit_are_named():
 @hypothesis.given(lengths, st.integers(1, 9), st.integers(1, 30))
 def test_batches_of_a_bucket_have_its_length_and_an_epoch_has_all_examples(sizes, batch_size, block_size):
     source = Bucketed(Sentences(sizes), np.array(sizes), boundaries=(5, 12, 20), block_size=block_size)
-    loader = Loader(
-        source,
-        shuffle=source.order(),
-        global_batch_size=min(batch_size, len(sizes)),
-        seed=1,
-        num_epochs=1,
-        num_threads=0,
-    )
+    size = min(batch_size, len(sizes))
+    loader = Loader(source, shuffle=source.order(), global_batch_size=size, seed=1, num_epochs=1, num_threads=0)
     batches = [batch for batch, _ in loader]
     assert len(batches) == loader.steps_per_epoch
     seen = []
