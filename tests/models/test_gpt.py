@@ -7,12 +7,12 @@ import pytest
 
 from jaxdist.models import gpt
 
-MODEL = gpt.GPT(11, 6, num_layers=2, num_heads=2, width=8)
+MODEL = gpt.GPT(11, 6, num_layers=1, num_heads=2, width=8)
 TOKENS = jnp.array([[3, 1, 4, 1, 5, 9]])
 
 
 def test_a_token_changes_the_logits_from_its_own_position_on():
-    variables = MODEL.init(jax.random.key(0), TOKENS, train=False)
+    variables = jax.jit(lambda: MODEL.init(jax.random.key(0), TOKENS, train=False))()
     logits = jax.jit(lambda tokens: MODEL.apply(variables, tokens, train=False))
     expected = logits(TOKENS)
     for position in range(6):
@@ -29,8 +29,9 @@ def test_untied_embeddings_add_one_matrix():
 
 
 def test_a_short_sequence_uses_the_first_positions_and_a_long_one_is_refused():
-    variables = MODEL.init(jax.random.key(0), TOKENS, train=False)
-    whole, short = (MODEL.apply(variables, TOKENS[:, :length], train=False) for length in (6, 4))
+    variables = jax.jit(lambda: MODEL.init(jax.random.key(0), TOKENS, train=False))()
+    logits = jax.jit(lambda tokens: MODEL.apply(variables, tokens, train=False))
+    whole, short = logits(TOKENS), logits(TOKENS[:, :4])
     np.testing.assert_allclose(short, whole[:, :4], rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"context_length is 6.*7 long"):
         MODEL.apply(variables, jnp.zeros((1, 7), jnp.int32), train=False)

@@ -15,7 +15,7 @@ def test_a_new_block_without_projection_is_the_identity_followed_by_relu(kind):
     channels = 2 * resnet.EXPANSION[kind]
     x = jax.random.normal(jax.random.key(0), (2, 4, 4, channels))
     block = resnet.Block(kind, 2, 1, train=False)
-    y, variables = block.init_with_output(jax.random.key(1), x, None)
+    y, variables = jax.jit(block.init_with_output)(jax.random.key(1), x, None)
     np.testing.assert_array_equal(y, jnp.maximum(x, 0))
     assert len([name for name in variables["params"] if name.endswith("_conv")]) == (2 if kind == "basic" else 3)
 

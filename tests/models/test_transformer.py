@@ -15,7 +15,7 @@ INIT = initializers.normal(0.5)
 def test_attention_is_the_published_formula(causal):
     attention = Attention(num_heads=2, causal=causal, kernel_init=INIT, residual_init=INIT)
     x = jax.random.normal(jax.random.key(0), (3, 4, 6))
-    actual, variables = attention.init_with_output(jax.random.key(1), x)
+    actual, variables = jax.jit(attention.init_with_output)(jax.random.key(1), x)
     kernel, out = (np.asarray(variables["params"][name]["kernel"], np.float64) for name in ("qkv", "out"))
     query, key, value = np.split(np.asarray(x, np.float64) @ kernel, 3, axis=-1)
     heads = []
