@@ -70,6 +70,14 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_COMPILE_SECONDS)
 
 
+def _keep_standard_output_clean() -> None:
+    """Send what native code prints to standard error: gloo announces its connections on standard output."""
+    sys.stdout.flush()
+    ours = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = os.fdopen(ours, "w", buffering=1)
+
+
 def _die_with_parent(environment: Mapping[str, str]) -> None:
     """Have the kernel kill this process when its launcher dies: nobody else would end a process in a collective."""
     pr_set_pdeathsig = 1
@@ -79,6 +87,7 @@ def _die_with_parent(environment: Mapping[str, str]) -> None:
 
 
 def _join_job(environment: Mapping[str, str]) -> None:
+    _keep_standard_output_clean()
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # JAX's preemption service would swallow SIGTERM; ours decides what a signal means.
     jax.config.update("jax_enable_preemption_service", False)
