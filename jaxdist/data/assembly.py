@@ -9,11 +9,11 @@ import itertools
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
-from jaxdist.data.source import Example, Source
+from jaxdist.data.source import CorruptExample, Example, Source
 from jaxdist.metrics import MASK
 
 ExampleFn: TypeAlias = Callable[[Example, np.random.Generator], Example]
@@ -23,7 +23,7 @@ HostArrays: TypeAlias = dict[str, np.ndarray]
 
 
 class ExampleError(ValueError):
-    """An example that could not be read or transformed; the message names it, the cause is chained."""
+    """An example that could not be read or transformed; the message names it."""
 
 
 class Plan(NamedTuple):
@@ -35,22 +35,30 @@ class Plan(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """How an id becomes an example."""
+    """How an id becomes an example, and what becomes of one that cannot be read."""
 
     source: Source
     example_fn: ExampleFn | None
     seed: int
+    on_bad: Literal["raise", "skip"]
 
     @property
     def whole(self) -> bool:
         """Whether the source hands over whole batches and nothing is left to do with their examples."""
-        return self.example_fn is None and hasattr(self.source, "__getitems__")
+        return self.example_fn is None and self.on_bad == "raise" and hasattr(self.source, "__getitems__")
+
+
+class Made(NamedTuple):
+    """A batch without its mask, and what was wrong with rows that could not be read, by row."""
+
+    arrays: HostArrays
+    bad: dict[int, str]
 
 
 class Assembler(Protocol):
     """Turns plans into batches, possibly ahead of time."""
 
-    def submit(self, plan: Plan) -> Callable[[], HostArrays]:
+    def submit(self, plan: Plan) -> Callable[[], Made]:
         """Begin a batch; the returned function waits for it, and raises what its making raised."""
 
     def close(self) -> None:
@@ -63,17 +71,9 @@ class SerialAssembler:
     def __init__(self, recipe: Recipe):
         self._recipe = recipe
 
-    def submit(self, plan: Plan) -> Callable[[], HostArrays]:
+    def submit(self, plan: Plan) -> Callable[[], Made]:
         """See Assembler."""
-
-        def finish() -> HostArrays:
-            if self._recipe.whole:
-                return with_mask(gather(self._recipe.source, plan.ids), plan.mask)
-            buffer = BatchBuffer(len(plan.ids))
-            fill(buffer, self._recipe, plan, 0, len(plan.ids))
-            return with_mask(buffer.arrays, plan.mask)
-
-        return finish
+        return lambda: make_rows(self._recipe, plan.epoch, plan.ids)
 
     def close(self) -> None:
         """See Assembler."""
@@ -86,23 +86,18 @@ class ThreadAssembler:
         self._recipe, self._num_threads = recipe, num_threads
         self._pool = ThreadPoolExecutor(num_threads, "jaxdist-data")
 
-    def submit(self, plan: Plan) -> Callable[[], HostArrays]:
+    def submit(self, plan: Plan) -> Callable[[], Made]:
         """See Assembler."""
         if self._recipe.whole:
-            future = self._pool.submit(gather, self._recipe.source, plan.ids)
-            return lambda: with_mask(future.result(), plan.mask)
+            return self._pool.submit(make_rows, self._recipe, plan.epoch, plan.ids).result
         buffer = BatchBuffer(len(plan.ids))
-        bounds = np.linspace(0, len(plan.ids), self._num_threads + 1, dtype=np.int64).tolist()
-        futures = [
-            self._pool.submit(fill, buffer, self._recipe, plan, begin, end)
-            for begin, end in itertools.pairwise(bounds)
-            if begin < end
-        ]
+        parts = split_evenly(len(plan.ids), self._num_threads)
+        futures = [self._pool.submit(fill, buffer, self._recipe, plan.epoch, plan.ids, *part) for part in parts]
 
-        def finish() -> HostArrays:
+        def finish() -> Made:
             for future in futures:
                 future.result()
-            return with_mask(buffer.arrays, plan.mask)
+            return buffer.finish()
 
         return finish
 
@@ -112,12 +107,14 @@ class ThreadAssembler:
 
 
 class BatchBuffer:
-    """The arrays of one batch, allocated when the first example shows their shapes; threads may write at once."""
+    """The arrays of some rows, allocated when the first example shows their shapes; threads may write at once."""
 
-    def __init__(self, num_rows: int):
+    def __init__(self, num_rows: int, allocate: Callable[[dict[str, tuple]], HostArrays] | None = None):
+        """Begin a buffer; `allocate` maps {name: (shape, dtype)} to arrays that nobody else writes."""
         self.arrays: HostArrays = {}
-        self._num_rows = num_rows
-        self._lock = threading.Lock()
+        self.bad: dict[int, str] = {}
+        self._num_rows, self._lock = num_rows, threading.Lock()
+        self._allocate = allocate or (lambda layout: {name: np.empty(*spec) for name, spec in layout.items()})
 
     def write(self, row: int, example_id: int, example: Example) -> None:
         """Copy `example` into `row`; ValueError where its fields, shapes or dtypes differ from those of other rows."""
@@ -125,7 +122,8 @@ class BatchBuffer:
         with self._lock:
             if not self.arrays:
                 check_fields(fields, example_id)
-                self.arrays = {name: np.empty((self._num_rows, *v.shape), v.dtype) for name, v in fields.items()}
+                layout = {name: ((self._num_rows, *value.shape), value.dtype) for name, value in fields.items()}
+                self.arrays = self._allocate(layout)
         found = {name: (value.shape, value.dtype) for name, value in fields.items()}
         expected = {name: (array.shape[1:], array.dtype) for name, array in self.arrays.items()}
         if found != expected:
@@ -136,24 +134,36 @@ class BatchBuffer:
         for name, value in fields.items():
             self.arrays[name][row] = value
 
-
-def check_fields(fields: Mapping[str, np.ndarray], example_id: int) -> None:
-    """Raise ValueError unless each field is an array of numbers."""
-    if not fields:
-        raise ValueError(f"Example {example_id} has no fields; an example is a dict of arrays.")
-    for name, value in fields.items():
-        if value.dtype.kind not in "biufcV":
-            raise ValueError(
-                f"Field {name!r} of example {example_id} has the dtype {value.dtype}, which no device can hold; "
-                "turn it into numbers, or leave it out, in `example_fn`."
-            )
+    def finish(self) -> Made:
+        """Return the rows once all are written; rows that could not be read hold zeros."""
+        if not self.arrays:
+            raise ExampleError(f"No example of a batch could be read: {'; '.join(list(self.bad.values())[:3])}")
+        for array in self.arrays.values() if self.bad else ():
+            array[list(self.bad)] = 0
+        return Made(self.arrays, self.bad)
 
 
-def fill(buffer: BatchBuffer, recipe: Recipe, plan: Plan, begin: int, end: int) -> None:
+def make_rows(recipe: Recipe, epoch: int, ids: np.ndarray) -> Made:
+    """Make the rows of some ids, one after the other, in arrays that only the caller holds."""
+    if recipe.whole:
+        return Made(gather(recipe.source, ids), {})
+    buffer = BatchBuffer(len(ids))
+    fill(buffer, recipe, epoch, ids, 0, len(ids))
+    return buffer.finish()
+
+
+def fill(buffer: BatchBuffer, recipe: Recipe, epoch: int, ids: np.ndarray, begin: int, end: int) -> None:
     """Make the rows [begin, end) of a batch."""
     for row in range(begin, end):
-        example_id = int(plan.ids[row])
-        buffer.write(row, example_id, make_example(recipe, plan.epoch, example_id))
+        example_id = int(ids[row])
+        try:
+            example = make_example(recipe, epoch, example_id)
+        except ExampleError as error:
+            if recipe.on_bad == "raise" or not isinstance(error.__cause__, CorruptExample):
+                raise
+            buffer.bad[row] = str(error)
+            continue
+        buffer.write(row, example_id, example)
 
 
 def make_example(recipe: Recipe, epoch: int, example_id: int) -> Example:
@@ -184,6 +194,29 @@ def gather(source: Source, ids: np.ndarray) -> HostArrays:
     return {name: array if array.flags.owndata else array.copy() for name, array in batch.items()}
 
 
-def with_mask(batch: HostArrays, mask: np.ndarray) -> HostArrays:
-    """Return the batch with its mask: 0 where `mask` is, and where the example's own mask is."""
-    return {**batch, MASK: mask * (batch[MASK].astype(np.float32) if MASK in batch else np.float32(1))}
+def check_fields(fields: Mapping[str, np.ndarray], example_id: int) -> None:
+    """Raise ValueError unless each field is an array of numbers."""
+    if not fields:
+        raise ValueError(f"Example {example_id} has no fields; an example is a dict of arrays.")
+    for name, value in fields.items():
+        if value.dtype.kind not in "biufcV":
+            raise ValueError(
+                f"Field {name!r} of example {example_id} has the dtype {value.dtype}, which no device can hold; "
+                "turn it into numbers, or leave it out, in `example_fn`."
+            )
+
+
+def with_mask(made: Made, mask: np.ndarray) -> HostArrays:
+    """Return the batch with its mask: 0 where `mask` is, where an example's own is, and where none could be read."""
+    mask = mask.copy()
+    mask[list(made.bad)] = 0
+    if MASK not in made.arrays:
+        return {**made.arrays, MASK: mask}
+    own = made.arrays[MASK].astype(np.float32)
+    return {**made.arrays, MASK: own * mask.reshape(-1, *[1] * (own.ndim - 1))}
+
+
+def split_evenly(num_rows: int, num_parts: int) -> list[tuple[int, int]]:
+    """Return up to `num_parts` non-empty ranges (begin, end) that make up range(num_rows)."""
+    bounds = np.linspace(0, num_rows, num_parts + 1, dtype=np.int64).tolist()
+    return [(begin, end) for begin, end in itertools.pairwise(bounds) if begin < end]

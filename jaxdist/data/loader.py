@@ -6,15 +6,18 @@ rows of it, and those are the same rows whichever process, thread or restart com
 
 import collections
 import dataclasses
+import logging
 import os
 from collections.abc import Callable, Generator, Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from jaxdist.data import assembly, order
+from jaxdist.data import assembly, order, workers
 from jaxdist.data.position import Position
 from jaxdist.data.source import Source
+
+_logger = logging.getLogger(__name__)
 
 
 class HostBatch(NamedTuple):
@@ -38,7 +41,10 @@ class Loader:
       rows: which rows of the global batch this process needs, ascending. None: all of them when iterated directly, and
         what the sharding says when given to `feed`.
       num_threads: threads that assemble batches; 0 assembles in the caller's thread.
+      num_workers: processes that assemble batches, instead of threads; for an example_fn that holds the GIL.
       read_ahead: batches in work beyond the one that is consumed.
+      on_bad: "raise" ends with the first example that cannot be read (`CorruptExample`); "skip" leaves a row of zeros
+        with mask 0 in its place, logs a warning that names it, and notes it in `skipped`.
       start: a stored position to go on from.
 
     Raises:
@@ -57,13 +63,17 @@ class Loader:
         example_fn: assembly.ExampleFn | None = None,
         rows: np.ndarray | None = None,
         num_threads: int | None = None,
+        num_workers: int = 0,
         read_ahead: int = 2,
+        on_bad: Literal["raise", "skip"] = "raise",
         start: Position | None = None,
     ):
         self.source, self.seed, self.example_fn = source, int(seed), example_fn
         self.global_batch_size, self.num_epochs, self.read_ahead = global_batch_size, num_epochs, read_ahead
         self.order = as_order(shuffle)
         self.num_threads = min(os.cpu_count() or 1, 8) if num_threads is None else num_threads
+        self.num_workers, self.on_bad = num_workers, on_bad
+        self.skipped: list[str] = []
         self.rows = None if rows is None else _checked_rows(rows, global_batch_size)
         _check_counts(self, trains=not isinstance(self.order, order.Sequential) or num_epochs is None)
         self.beginning = Position(0, 0, len(source), self.seed, self.order.version, source.fingerprint())
@@ -84,21 +94,38 @@ class Loader:
 
     def __iter__(self) -> Generator[HostBatch, None, None]:
         assembler = self._make_assembler()
-        pending: collections.deque[tuple[Callable[[], assembly.HostArrays], Position]] = collections.deque()
+        pending: collections.deque[tuple[Callable[[], assembly.Made], assembly.Plan, Position]] = collections.deque()
         try:
             for plan, after in self._plans():
-                pending.append((assembler.submit(plan), after))
+                pending.append((assembler.submit(plan), plan, after))
                 if len(pending) > self.read_ahead:
-                    finish, reached = pending.popleft()
-                    yield HostBatch(finish(), reached)
+                    yield self._finish(*pending.popleft())
             while pending:
-                finish, reached = pending.popleft()
-                yield HostBatch(finish(), reached)
+                yield self._finish(*pending.popleft())
         finally:
             assembler.close()
 
+    def first_example(self) -> assembly.HostArrays:
+        """Return the first example of the epoch at `start` as a batch of one row has it, mask included."""
+        plan, _ = next(self._plans())
+        first = assembly.Plan(plan.epoch, plan.ids[:1], plan.mask[:1])
+        return assembly.with_mask(assembly.make_rows(self._recipe, first.epoch, first.ids), first.mask)
+
+    def _finish(self, finish: Callable[[], assembly.Made], plan: assembly.Plan, after: Position) -> HostBatch:
+        made = finish()
+        for message in made.bad.values():
+            _logger.warning("Skipped a bad example, %d so far: %s", len(self.skipped) + 1, message)
+            self.skipped.append(message)
+        return HostBatch(assembly.with_mask(made, plan.mask), after)
+
+    @property
+    def _recipe(self) -> assembly.Recipe:
+        return assembly.Recipe(self.source, self.example_fn, self.seed, self.on_bad)
+
     def _make_assembler(self) -> assembly.Assembler:
-        recipe = assembly.Recipe(self.source, self.example_fn, self.seed)
+        recipe = self._recipe
+        if self.num_workers:
+            return workers.WorkerAssembler(recipe, self.num_workers, num_slots=self.read_ahead + 1)
         if self.num_threads == 0:
             return assembly.SerialAssembler(recipe)
         return assembly.ThreadAssembler(recipe, self.num_threads)
@@ -137,9 +164,11 @@ def _checked_rows(rows: np.ndarray, global_batch_size: int) -> np.ndarray:
 
 def _check_counts(loader: Loader, *, trains: bool) -> None:
     num_examples, global_batch_size = len(loader.source), loader.global_batch_size
-    for name, least in (("global_batch_size", 1), ("num_threads", 0), ("read_ahead", 0)):
+    for name, least in (("global_batch_size", 1), ("num_threads", 0), ("num_workers", 0), ("read_ahead", 0)):
         if getattr(loader, name) < least:
             raise ValueError(f"{name} must be at least {least}; got {getattr(loader, name)}.")
+    if loader.on_bad not in ("raise", "skip"):
+        raise ValueError(f"on_bad is 'raise' or 'skip'; got {loader.on_bad!r}.")
     if num_examples == 0:
         raise ValueError("The source is empty; a loader needs at least one example.")
     if trains and num_examples < global_batch_size:

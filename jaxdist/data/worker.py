@@ -1,0 +1,202 @@
+"""What runs inside a worker process, and what it shares with the trainer: tasks, reports and slots of memory.
+
+The trainer's side is in `workers`.
+"""
+
+import importlib.util
+import io
+import mmap
+import multiprocessing
+import multiprocessing.connection
+import os
+import pathlib
+import pickle
+import signal
+import sys
+import threading
+import traceback
+from importlib.machinery import PathFinder
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from jaxdist.data.assembly import BatchBuffer, HostArrays, Recipe, fill, gather
+
+_ALIGNMENT = 64
+
+
+class _Detachable(Protocol):
+    """A file descriptor that came with the process."""
+
+    def detach(self) -> int:
+        """Return the descriptor, which is now the caller's to close."""
+
+
+class Task(NamedTuple):
+    """Rows to make, and the slot to put them in."""
+
+    slot: int
+    epoch: int
+    ids: np.ndarray
+
+
+class Layout(NamedTuple):
+    """Where an array lies in a slot."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    offset: int
+
+
+class Rows(NamedTuple):
+    """Report: the rows lie in the slot; `bad` says what was wrong with those that could not be read."""
+
+    slot: int
+    layouts: dict[str, Layout]
+    bad: dict[int, str]
+
+
+class Trouble(NamedTuple):
+    """Report: making the rows raised."""
+
+    slot: int
+    message: str
+    trace: str
+
+
+class Slot:
+    """Memory shared by two processes: a file without a name, which grows when it must and vanishes with its users."""
+
+    def __init__(self, fd: int):
+        self._fd = fd
+        self._map: mmap.mmap | None = None
+
+    def reserve(self, size: int) -> None:
+        """Make the slot at least `size` bytes large."""
+        if os.fstat(self._fd).st_size < size:
+            os.ftruncate(self._fd, size)
+
+    def view(self, layout: Layout) -> np.ndarray:
+        """Return the array that lies at `layout`; it stays valid until the other side is told that the slot is free."""
+        count = int(np.prod(layout.shape))
+        if not count:
+            return np.empty(layout.shape, layout.dtype)
+        if self._map is None or len(self._map) < layout.offset + count * layout.dtype.itemsize:
+            self._map = mmap.mmap(self._fd, os.fstat(self._fd).st_size)
+        return np.frombuffer(self._map, layout.dtype, count, layout.offset).reshape(layout.shape)
+
+
+def run_worker(
+    connection: multiprocessing.connection.Connection,
+    slot_files: list[_Detachable],
+    current_file: _Detachable,
+    payload: bytes,
+) -> None:
+    """Serve tasks until the connection ends; the main function of a worker process.
+
+    `current_file` always holds (epoch, id) of the example in work, for whoever finds this process dead.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the trainer's to handle
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    jax.config.update("jax_platforms", "cpu")  # the accelerators belong to the trainer
+    try:
+        slots = [Slot(file.detach()) for file in slot_files]
+        current = Slot(current_file.detach()).view(Layout((2,), np.dtype(np.int64), 0))
+        recipe = load_recipe(payload)
+    except Exception as error:  # told to the trainer, who raises it
+        connection.send(Trouble(-1, f"A worker process could not begin: {error!r}", traceback.format_exc()))
+        return
+    while True:
+        try:
+            task = connection.recv()
+        except EOFError:
+            return
+        connection.send(_report(recipe, slots[task.slot], current, task))
+
+
+def _report(recipe: Recipe, slot: Slot, current: np.ndarray, task: Task) -> Rows | Trouble:
+    layouts: dict[str, Layout] = {}
+
+    def allocate(wanted: dict[str, tuple]) -> HostArrays:
+        offset = 0
+        for name, (shape, dtype) in wanted.items():
+            layouts[name] = Layout(shape, dtype, offset)
+            offset += -(-int(np.prod(shape)) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+        slot.reserve(offset)
+        return {name: slot.view(layout) for name, layout in layouts.items()}
+
+    try:
+        current[:] = task.epoch, task.ids[0]
+        if recipe.whole:
+            arrays = gather(recipe.source, task.ids)
+            for name, view in allocate({name: (array.shape, array.dtype) for name, array in arrays.items()}).items():
+                view[...] = arrays[name]
+            return Rows(task.slot, layouts, {})
+        buffer = BatchBuffer(len(task.ids), allocate)
+        for row, example_id in enumerate(task.ids.tolist()):
+            current[1] = example_id
+            fill(buffer, recipe, task.epoch, task.ids, row, row + 1)
+        return Rows(task.slot, layouts, buffer.bad)
+    except Exception as error:  # told to the trainer, who raises it
+        return Trouble(task.slot, str(error), traceback.format_exc())
+
+
+def _end_with_parent() -> None:
+    """End this process when the trainer is gone, however it went and whatever a transform is doing."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+class _ModuleFinder(pickle.Pickler):
+    """Pickles, and notes the modules of all classes and functions it meets."""
+
+    def __init__(self, file: io.BytesIO):
+        super().__init__(file)
+        self.modules: set[str] = set()
+
+    def reducer_override(self, obj: Any) -> Any:
+        self.modules.add(getattr(obj, "__module__", None) or "")
+        return NotImplemented
+
+
+def dump_recipe(recipe: Recipe) -> bytes:
+    """Return the recipe as bytes for `load_recipe` in another process.
+
+    Modules that were loaded from a file and cannot be imported by name, as experiments are, travel as their path.
+
+    Raises:
+      ValueError: the source or the example_fn cannot be pickled.
+    """
+    file = io.BytesIO()
+    pickler = _ModuleFinder(file)
+    try:
+        pickler.dump(recipe)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"Worker processes need a source and an example_fn that can be pickled: {error}. Define the function "
+            "at the top level of a module (not as a lambda), or use threads: num_workers=0."
+        ) from error
+    paths = {}
+    for name in sorted(pickler.modules):
+        path = getattr(sys.modules.get(name), "__file__", None)
+        if path and name not in ("", "__main__", "__mp_main__") and "." not in name:
+            spec = PathFinder.find_spec(name)
+            if spec is None or spec.origin != path:
+                paths[name] = os.path.abspath(path)
+    return pickle.dumps((paths, file.getvalue()))
+
+
+def load_recipe(payload: bytes) -> Recipe:
+    """Return the recipe that `dump_recipe` made bytes of."""
+    paths, recipe = pickle.loads(payload)
+    for name, path in paths.items():
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        sys.path.insert(0, str(pathlib.Path(path).parent))
+        spec.loader.exec_module(sys.modules[name])
+    return pickle.loads(recipe)
