@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeAlias
 
 import optax
 import pydantic
+import pydantic_core
 
 from jaxdist.data import Source
 from jaxdist.errors import UserError
@@ -247,7 +248,7 @@ def _parse(hint: Any, text: str, path: str, current: Any) -> Any:
         hint = type(current)
     try:
         adapter = pydantic.TypeAdapter(hint, config=pydantic.ConfigDict(arbitrary_types_allowed=True))
-    except (pydantic.errors.PydanticUserError, TypeError) as error:
+    except (pydantic.errors.PydanticUserError, pydantic_core.SchemaError, TypeError) as error:
         raise ConfigError(f"{path} cannot be set on the command line; edit the experiment file.") from error
     for candidate in _readings(text):
         with contextlib.suppress(pydantic.ValidationError):

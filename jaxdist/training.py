@@ -1,6 +1,7 @@
 """The parts of one experiment on given devices: loaders, functions, optimizer, state, steps. Nothing runs here."""
 
 import dataclasses
+import difflib
 import functools
 import hashlib
 import json
@@ -105,7 +106,9 @@ def put_together(experiment: Experiment, *, devices: Sequence[jax.Device]) -> Tr
         logical_shards=strategy.logical_shards,
     )
     loader = make_loader(experiment)
-    functions = make_functions(experiment, example_batch(loader))
+    shapes = example_batch(loader)
+    functions = make_functions(experiment, shapes)
+    check_watched_metrics(experiment, functions, shapes)
     known_end = {"steps_per_epoch": loader.steps_per_epoch, "max_steps": last_step(experiment, loader.steps_per_epoch)}
     optimizer, learning_rate = _make_optimizer(experiment, known_end)
     return Training(
@@ -183,18 +186,77 @@ def _make_optimizer(
     optimizer = precision.with_loss_scale(optimizers.build(described, **settings), experiment.precision)
     if not isinstance(described, optimizers.Optimizer):
         return optimizer, None
-    schedule = jax.jit(optimizers.make_schedule(described, **settings), backend="cpu")
-    return optimizer, lambda number: float(schedule(number - 1))
+    schedule = jax.jit(optimizers.make_schedule(described, **settings))
+    # On the host, so that logging it does not queue behind the steps on an accelerator.
+    host = jax.local_devices(backend="cpu")[0]
+    return optimizer, lambda number: float(schedule(jax.device_put(np.int32(number - 1), host)))
+
+
+_LEAST = {
+    "global_batch_size": 1,
+    "num_microbatches": 1,
+    "log_every": 1,
+    "eval.every_steps": 1,
+    "eval.every_epochs": 1,
+    "checkpoints.every_steps": 1,
+    "checkpoints.keep_last": 1,
+    "checkpoints.keep_every": 1,
+    "guards.check_replicas_every": 0,
+    "data.prefetch": 1,
+    "data.num_threads": 0,
+}
+"""The least value of each counting setting; None is always allowed where the type allows it."""
 
 
 def check_experiment(experiment: Experiment) -> None:
-    """Raise ConfigError where settings contradict each other whatever the devices."""
-    for name in ("global_batch_size", "num_microbatches", "log_every"):
-        if getattr(experiment, name) < 1:
-            raise ConfigError(f"{name} must be at least 1; got {getattr(experiment, name)}.")
+    """Raise ConfigError where settings make no sense, or contradict each other, whatever the devices."""
+    for name, least in _LEAST.items():
+        value: Any = functools.reduce(getattr, name.split("."), experiment)
+        if value is not None and value < least:
+            raise ConfigError(f"{name} must be at least {least}; got {value}.")
     watched = experiment.stop.target_metric
-    if experiment.stop.target is not None and experiment.data.eval is None and watched.startswith("eval/"):
+    looks = experiment.stop.target is not None or experiment.stop.patience is not None
+    if looks and experiment.data.eval is None and watched.startswith("eval/"):
         raise ConfigError(
-            f"stop.target looks at {watched}, and the experiment has no data.eval. "
+            f"The stop rule looks at {watched}, and the experiment has no data.eval. "
             "Give it held-out data, or set stop.target_metric to a train/ metric."
         )
+
+
+def check_watched_metrics(
+    experiment: Experiment, functions: adapters.Functions, shapes: Mapping[str, jax.ShapeDtypeStruct]
+) -> None:
+    """Raise ConfigError where a stop rule, or the choice of the best checkpoint, waits for a metric that never comes.
+
+    Args:
+      experiment: what was asked for.
+      functions: of its model; they are traced, not run.
+      shapes: of a batch.
+    """
+    stop, best = experiment.stop, experiment.checkpoints.best_metric
+    watched = {"checkpoints.best_metric": best} if best is not None else {}
+    if stop.target is not None or stop.patience is not None:
+        watched["stop.target_metric"] = stop.target_metric
+    if not watched:
+        return
+    reported = _metric_names(functions, shapes, evaluated=experiment.data.eval is not None)
+    for setting, metric in watched.items():
+        if metric not in reported:
+            nearest = difflib.get_close_matches(metric, reported, n=1, cutoff=0.0)[0]
+            raise ConfigError(
+                f"{setting} is {metric!r}, which this experiment does not report. Did you mean {nearest!r}? "
+                f"It reports: {', '.join(reported)}."
+            )
+    if stop.patience is not None and not stop.target_metric.startswith("eval/"):
+        raise ConfigError(f"stop.patience counts evaluations, but {stop.target_metric} is no eval/ metric. Name one.")
+
+
+def _metric_names(
+    functions: adapters.Functions, shapes: Mapping[str, jax.ShapeDtypeStruct], *, evaluated: bool
+) -> list[str]:
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    created = jax.eval_shape(functions.init_fn, key)
+    params, *model_state = created if isinstance(created, tuple) and len(created) == 2 else (created,)
+    found = {"train": functions.loss_fn} | ({"eval": functions.eval_fn} if evaluated else {})
+    names = {part: jax.eval_shape(fn, params, dict(shapes), key, *model_state)[1] for part, fn in found.items()}
+    return [f"{part}/{name}" for part, metrics in names.items() for name in ("loss", *metrics)]

@@ -1,0 +1,47 @@
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from jaxdist import signals
+
+SECOND = """
+import os, signal
+from jaxdist import signals
+with signals.stop_on_signal() as request:
+    os.kill(os.getpid(), {first})
+    print("noted", request.signal.name, flush=True)
+    os.kill(os.getpid(), {second})
+    print("still here", flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", signals.STOP_SIGNALS)
+def test_the_first_signal_is_a_request_and_says_so(number, capfd):
+    with signals.stop_on_signal() as request:
+        assert not request
+        os.kill(os.getpid(), number)
+        assert request
+        assert request.signal is number
+    assert f"{number.name}: saving and stopping after this step" in capfd.readouterr().err
+
+
+def test_the_handlers_before_are_put_back():
+    before = [signal.getsignal(number) for number in signals.STOP_SIGNALS]
+    with contextlib.suppress(RuntimeError), signals.stop_on_signal():
+        assert before != [signal.getsignal(number) for number in signals.STOP_SIGNALS]
+        raise RuntimeError
+    assert [signal.getsignal(number) for number in signals.STOP_SIGNALS] == before
+
+
+@pytest.mark.parametrize(("first", "second"), [("SIGTERM", "SIGTERM"), ("SIGINT", "SIGTERM"), ("SIGUSR1", "SIGINT")])
+def test_the_second_signal_leaves_at_once(first, second):
+    numbers = {"first": int(signal.Signals[first]), "second": int(signal.Signals[second])}
+    done = subprocess.run(
+        [sys.executable, "-c", SECOND.format(**numbers)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout == f"noted {first}\n"
+    assert done.returncode == 128 + numbers["second"]

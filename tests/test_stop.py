@@ -1,0 +1,119 @@
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxdist import stop
+from jaxdist.stop import Progress, Stop
+
+VALUES = st.one_of(st.integers(-3, 3).map(float), st.just(math.nan))
+LIMITS = [("max_steps", "step"), ("max_epochs", "epoch"), ("max_seconds", "seconds")]
+
+
+@pytest.mark.parametrize(("name", "field"), LIMITS)
+@given(limit=st.integers(1, 1000))
+def test_a_limit_ends_when_it_is_reached_and_not_before(name, field, limit):
+    rule = getattr(stop, name)(limit)
+    assert [rule(Progress(**{field: limit + off})) for off in (-1, 0, 1)] == [None, name, name]
+
+
+@given(value=st.floats(-10, 10), target=st.floats(-10, 10))
+def test_target_is_reached_from_the_better_side(value, target):
+    progress = Progress(metrics={"m": value})
+    assert (stop.target("m", target)(progress) == "target_reached") == (value >= target)
+    assert (stop.target("m", target, mode="min")(progress) == "target_reached") == (value <= target)
+
+
+def test_target_waits_for_its_metric_and_nan_does_not_reach_it():
+    rule = stop.target("eval/accuracy", 0.5)
+    assert rule(Progress()) is None
+    assert rule(Progress(metrics={"train/accuracy": 1.0})) is None
+    assert rule(Progress(metrics={"eval/accuracy": math.nan})) is None
+    assert rule(Progress(metrics={"eval/accuracy": 0.5})) == "target_reached"
+
+
+@given(values=st.lists(VALUES, max_size=12), evaluations=st.integers(1, 5), mode=st.sampled_from(["max", "min"]))
+def test_patience_counts_evaluations_without_a_better_value(values, evaluations, mode):
+    best, stale = None, 0
+    for value in values:
+        if best is None or (not math.isnan(value) and (value > best if mode == "max" else value < best)):
+            best, stale = (-math.inf if mode == "max" else math.inf) if math.isnan(value) else value, 0
+        else:
+            stale += 1
+    rule = stop.patience("m", evaluations, mode=mode)
+    assert (rule(Progress(history={"m": values})) == "patience") == (stale >= evaluations)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_nonfinite_ends_on_every_kind_of_it(value):
+    rule = stop.nonfinite()
+    assert rule(Progress(metrics={"train/loss": value})) == "nonfinite"
+    assert rule(Progress(metrics={"train/loss": 1e30})) is None
+    assert rule(Progress()) is None
+
+
+@given(reasons=st.lists(st.sampled_from([None, "max_steps", "patience", "target_reached"]), max_size=5))
+def test_first_of_gives_the_first_reason_in_order(reasons):
+    rule = stop.first_of(*[lambda progress, reason=reason: reason for reason in reasons])
+    assert rule(Progress()) == next((reason for reason in reasons if reason), None)
+
+
+@given(
+    step=st.integers(0, 50),
+    epoch=st.integers(0, 9),
+    seconds=st.floats(0, 100),
+    evaluations=st.lists(st.floats(0, 1), max_size=6),
+)
+def test_every_rule_says_the_same_after_a_checkpoint(step, epoch, seconds, evaluations):
+    """Rules keep nothing themselves: a progress that was stored and read again ends the same way."""
+    progress = Progress(step=step, epoch=epoch, seconds=seconds)
+    for value in evaluations:
+        progress.record_evaluation({"eval/accuracy": value})
+    restored = Progress.from_json(json.loads(json.dumps(progress.to_json())))
+    assert restored == progress
+    limits = {"max_steps": 30, "max_epochs": 6, "max_seconds": 60.0, "target": 0.9, "patience": 2}
+    for name, limit in limits.items():
+        rule = Stop(**{name: limit}).rule()
+        assert rule(progress) == rule(restored)
+
+
+def test_recording_an_evaluation_keeps_the_last_value_the_history_and_the_step():
+    progress = Progress(step=7)
+    progress.record_evaluation({"eval/a": 1.0, "eval/b": 2.0})
+    progress.step = 9
+    progress.record_evaluation({"eval/a": 3.0})
+    assert progress.metrics == {"eval/a": 3.0, "eval/b": 2.0}
+    assert progress.history == {"eval/a": [1.0, 3.0], "eval/b": [2.0]}
+    assert progress.last_evaluation == 9
+
+
+def test_all_the_limits_that_are_set_count_and_a_reached_target_goes_first():
+    rule = Stop(max_steps=10, max_epochs=2, max_seconds=5.0, target=0.9, patience=1).rule()
+    assert rule(Progress(step=9, epoch=1, seconds=4.9, metrics={"eval/accuracy": 0.8})) is None
+    assert rule(Progress(step=10, metrics={"eval/accuracy": 0.95})) == "target_reached"
+    assert rule(Progress(step=10)) == "max_steps"
+    assert rule(Progress(epoch=2)) == "max_epochs"
+    assert rule(Progress(seconds=5.0)) == "max_seconds"
+    assert rule(Progress(history={"eval/accuracy": [0.5, 0.4]})) == "patience"
+    assert rule(Progress(step=10, metrics={"train/loss": math.nan})) == "nonfinite"
+
+
+def test_target_and_patience_look_at_the_named_metric_in_its_mode():
+    rule = Stop(target_metric="eval/loss", mode="min", target=0.1, patience=2).rule()
+    assert rule(Progress(metrics={"eval/loss": 0.05})) == "target_reached"
+    assert rule(Progress(history={"eval/loss": [0.5, 0.4, 0.3]})) is None
+    assert rule(Progress(history={"eval/loss": [0.3, 0.4, 0.5]})) == "patience"
+
+
+def test_a_run_without_an_end_is_refused():
+    with pytest.raises(ValueError, match=r"needs a rule that ends it.*stop\.max_steps"):
+        Stop().rule()
+
+
+@pytest.mark.parametrize("name", ["max_steps", "max_epochs", "max_seconds", "patience"])
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_must_be_positive(name, limit):
+    with pytest.raises(ValueError, match=rf"stop\.{name} must be positive; got {limit}"):
+        Stop(**{name: limit}).rule()
