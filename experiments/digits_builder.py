@@ -3,7 +3,9 @@
 1,797 grey pictures of 8 x 8 with 17 shades; four of five are for training, the others for the test.
 """
 
+import fcntl
 import os
+import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,9 +37,16 @@ class Digits(tfds.core.GeneratorBasedBuilder):
                 yield number, {"image": image.reshape(8, 8, 1).astype(np.uint8), "label": int(label)}
 
 
-def prepare(data_dir: str | os.PathLike, *, file_format: str = "array_record") -> str:
-    """Prepare the data set in `data_dir` unless it is there already; return the folder of its prepared version."""
+def prepare(data_dir: str | os.PathLike | None = None) -> str:
+    """Prepare the data set in `data_dir` unless it is there already; return the folder of its prepared version.
+
+    The default is the folder of all TFDS data sets: $TFDS_DATA_DIR, or ~/tensorflow_datasets.
+    """
     tfds.disable_progress_bar()
-    builder = Digits(data_dir=os.fspath(data_dir), file_format=file_format)
-    builder.download_and_prepare()
+    builder = Digits(data_dir=data_dir and os.fspath(data_dir), file_format="array_record")
+    root = pathlib.Path(builder.data_dir).parent
+    root.mkdir(parents=True, exist_ok=True)
+    with open(root / "prepare.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # several processes of a run may get here at once
+        builder.download_and_prepare()
     return os.fspath(builder.data_dir)
