@@ -388,8 +388,7 @@ def _place(values: np.ndarray, struct: Any) -> jax.Array:
     placed = jax.make_array_from_callback(values.shape, struct.sharding, lambda index: values[index])
     if not jax.dtypes.issubdtype(struct.dtype, jax.dtypes.prng_key):
         return placed
-    impl = _key_impl(struct.dtype)
-    return jax.jit(lambda data: jax.random.wrap_key_data(data, impl=impl), out_shardings=struct.sharding)(placed)
+    return jax.random.wrap_key_data(placed, impl=_key_impl(struct.dtype))
 
 
 def _key_impl(dtype: Any) -> Any:
