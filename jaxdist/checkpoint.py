@@ -9,6 +9,7 @@ that names the leaf.
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import logging
@@ -77,7 +78,7 @@ class Checkpointer:
         self._identity = identity
         self._keep_last, self._keep_every = keep_last, keep_every
         self._best_metric, self._best_sign = best_metric, 1.0 if best_mode == "max" else -1.0
-        self._metrics: dict[int, Mapping[str, float]] = {}
+        self._scores: dict[pathlib.Path, float] = {}
         self._orbax: ocp.AsyncCheckpointer | None = None
         self._saving: tuple[int, concurrent.futures.Future[None]] | None = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
@@ -101,7 +102,7 @@ class Checkpointer:
           metrics: the values that decide which step is best.
 
         Raises:
-          CheckpointError: the directory cannot be written, or the previous save failed.
+          CheckpointError: the directory cannot be written, or belongs to another experiment; the previous save failed.
         """
         self.wait()
         extra = {
@@ -113,9 +114,10 @@ class Checkpointer:
         }
         json.dumps(extra)  # What JSON cannot hold is found out here, where the caller sees it.
         leaves = manifests.leaves_of(state)
-        self._make_ready()
         if self._orbax is None:
+            self._refuse_foreign()
             self._orbax = _async_checkpointer()
+        self._make_ready()
         self._orbax.save(self._new_path(step), args=_save_args(leaves, extra))
         self._saving = step, self._thread.submit(self._finish, self._orbax, step)
 
@@ -151,7 +153,9 @@ class Checkpointer:
 
     def best_step(self) -> int | None:
         """Return the committed step whose `best_metric` is best (the earliest among equals), or None."""
-        scores = {step: self._score(step) for step in self.steps()}
+        if self._best_metric is None:
+            return None
+        scores = {step: self._score(paths[-1]) for step, paths in sorted(self._committed().items())}
         best = max(scores, key=lambda step: scores[step], default=None)
         return best if best is not None and scores[best] > -math.inf else None
 
@@ -167,7 +171,7 @@ class Checkpointer:
           CheckpointError: there is no such step, it belongs to another experiment, or it is damaged
             (DamagedCheckpointError).
         """
-        manifest = self._manifest(self._existing(step))
+        manifest = self._manifest(self._existing(step)[1])
         for _ in _each_ahead(manifest.read_leaf, manifest.leaves):
             pass
 
@@ -186,15 +190,15 @@ class Checkpointer:
             from the template's; or it is damaged (DamagedCheckpointError). Nothing is ever restored in part.
         """
         self.wait()
-        step = self._existing(step)
+        step, path = self._existing(step)
         structs, treedef = _template_leaves(template)
         try:
-            manifest = self._manifest(step)
+            manifest = self._manifest(path)
             manifest.check_fits(structs)
             read = _each_ahead(manifest.read_leaf, structs)
             leaves = [_place(values, struct) for values, struct in zip(read, structs.values(), strict=True)]
         except DamagedCheckpointError as error:
-            raise DamagedCheckpointError(f"{error} {self._advice(step)}") from error
+            raise DamagedCheckpointError(f"{error} {self._advice(step, path)}") from error
         return jax.tree.unflatten(treedef, leaves), manifest.extra["data_state"]
 
     def _committed(self) -> dict[int, list[pathlib.Path]]:
@@ -213,6 +217,12 @@ class Checkpointer:
         previous = _STEP_NAME.fullmatch(paths[-1].name)
         assert previous is not None
         return self._directory / f"{step}.{int(previous[2] or 0) + 1}"
+
+    def _refuse_foreign(self) -> None:
+        """Raise if another experiment saves here: its steps would be taken for old ones of this, and removed."""
+        for paths in self._committed().values():
+            with contextlib.suppress(DamagedCheckpointError):
+                self._manifest(paths[-1])
 
     def _make_ready(self) -> None:
         """Make the directory, find out whether it can be written, remove what interrupted saves left behind."""
@@ -248,13 +258,16 @@ class Checkpointer:
         replaced = [path for step in steps for path in committed[step][:-1]]
         return replaced + [committed[step][-1] for step in steps if step not in keep]
 
-    def _score(self, step: int) -> float:
-        if self._best_metric is None:
-            return -math.inf
-        if step not in self._metrics:
-            self._metrics[step] = self._manifest(step).extra["metrics"]
-        score = self._best_sign * self._metrics[step].get(self._best_metric, math.nan)
-        return -math.inf if math.isnan(score) else score
+    def _score(self, path: pathlib.Path) -> float:
+        """Return how good the step in `path` is, higher is better; minus infinity where it does not say."""
+        if path not in self._scores:
+            try:
+                metrics = self._manifest(path).extra["metrics"]
+            except DamagedCheckpointError:
+                metrics = {}  # It cannot be restored, so it is nobody's best; a save must not fail because of it.
+            score = self._best_sign * metrics.get(self._best_metric, math.nan)
+            self._scores[path] = -math.inf if math.isnan(score) else score
+        return self._scores[path]
 
     def _write_error(self, what: str, error: BaseException) -> CheckpointError:
         latest = self.latest_step()
@@ -264,23 +277,25 @@ class Checkpointer:
             "Free space there, make it writable, or choose another directory; then resume."
         )
 
-    def _existing(self, step: int | None) -> int:
-        steps = self.steps()
-        if not steps or (step is not None and step not in steps):
+    def _existing(self, step: int | None) -> tuple[int, pathlib.Path]:
+        """Return `step`, or the newest if None, and where it lies."""
+        committed = self._committed()
+        if not committed or (step is not None and step not in committed):
             raise CheckpointError(
                 f"There is no checkpoint{'' if step is None else f' of step {step}'} in {self._directory}; it holds "
-                f"{f'steps {steps}' if steps else 'none'}. Name a step that exists, or start without resuming."
+                f"{f'steps {sorted(committed)}' if committed else 'none'}. "
+                "Name a step that exists, or start without resuming."
             )
-        return steps[-1] if step is None else step
+        step = max(committed) if step is None else step
+        return step, committed[step][-1]
 
-    def _manifest(self, step: int) -> manifests.Manifest:
-        path = self._committed()[step][-1]
+    def _manifest(self, path: pathlib.Path) -> manifests.Manifest:
         manifest = manifests.read(path / _MANIFEST, arrays=path / _STATE)
         found = manifest.extra["identity"]
         if found != self._identity:
             raise CheckpointError(
-                f"A checkpoint can only be restored by the experiment that saved it; {path} belongs to {found!r}, this "
-                f"is {self._identity!r}. Choose another directory, or the experiment that saved it."
+                f"A directory of checkpoints belongs to the experiment that saved them; {path} belongs to {found!r}, "
+                f"this is {self._identity!r}. Choose another directory, or the experiment that saved it."
             )
         return manifest
 
@@ -293,11 +308,11 @@ class Checkpointer:
             return step
         return None
 
-    def _advice(self, step: int) -> str:
+    def _advice(self, step: int, path: pathlib.Path) -> str:
         intact = self._newest_intact(other for other in self.steps() if other != step)
         if intact is None:
             return "No other step there is intact: start again, or bring back a copy of the directory."
-        return f"Step {intact} is intact: restore that one, or remove {self._committed()[step][-1]}."
+        return f"Step {intact} is intact: restore that one, or remove {path}."
 
 
 @dataclasses.dataclass
