@@ -3,9 +3,8 @@
 The global batch is cut into a fixed number of logical shards. Each is computed by one single-device program, the very
 same machine code on every layout (see `executable`), and the results, one flat vector each, are added in a fixed
 binary tree: first over a device's own shards, pair by pair as they arrive, then over the devices
-(`reduce.tree_sum_over_axis`).
-One program for the whole step would not do: XLA simplifies, fuses and parallelises a one-device program otherwise than
-a many-device one, and the bits follow.
+(`reduce.tree_sum_over_axis`). Additions are all that a program partitioned over the devices does here: XLA simplifies,
+fuses and parallelises a one-device program otherwise than a many-device one, and the bits follow.
 """
 
 import os
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxdist import executable
+from jaxdist import executable, reduce
 from jaxdist.mesh import DATA_AXIS
 from jaxdist.metrics import Batch
 
@@ -27,10 +26,10 @@ ShardFn: TypeAlias = Callable[[PyTree, Batch, jax.Array], PyTree]
 
 
 class LogicalShardSums:
-    """Computes every logical shard's sums on the device that holds it, and adds up those of each device.
+    """Computes every logical shard's sums on the device that holds it, and adds them up.
 
-    Calling it with (shared, batch) returns a global array of shape (devices, size): row i is the flat sum of device
-    i's shards, and `unravel` makes a tree of one such row. The programs are compiled at the first call, once.
+    Calling it with (shared, batch) returns the sum over the global batch, a replicated flat vector of which `unravel`
+    makes a tree. The programs are compiled at the first call, once.
     """
 
     def __init__(self, shard_fn: ShardFn, mesh: Mesh, *, logical_shards: int, axis: str = DATA_AXIS):
@@ -41,19 +40,22 @@ class LogicalShardSums:
         self._shard_fn = shard_fn
         self._devices = list(mesh.local_devices)
         self._split = jax.jit(self._map_split())
+        self._add_over_devices = jax.jit(self._map_tree_sum())
         self._shard_programs: list[executable.Program] = []
         self._add_programs: list[executable.Program] = []
         self._indices = self._place_indices()
 
     def __call__(self, shared: PyTree, batch: Batch) -> jax.Array:
-        """Return the devices' sums, dispatched and not waited for.
+        """Return the sum over all logical shards, shape (size,), dispatched and not waited for.
 
         Args:
           shared: replicated global arrays, given whole to every shard.
           batch: global arrays, cut over the axis in their leading dim.
         """
         parts = [batch] if self.shards_per_device == 1 else self._split(batch)
-        shared_views, part_views = self._views(shared), [self._views(part) for part in parts]
+        num_devices = len(self._devices)
+        shared_views = executable.device_views(shared, num_devices)
+        part_views = [executable.device_views(part, num_devices) for part in parts]
         if not self._shard_programs:
             self._compile(shared_views[0], part_views[0][0])
         trees = [_PairwiseSum(add) for add in self._add_programs]
@@ -62,12 +64,13 @@ class LogicalShardSums:
                 trees[place].push(program(shared_views[place], views[place], self._indices[place][part]))
         rows = [tree.result() for tree in trees]
         sharding = NamedSharding(self.mesh, PartitionSpec(self.axis))
-        return jax.make_array_from_single_device_arrays((self.num_devices, rows[0].shape[1]), sharding, rows)
+        rows_shape = (self.num_devices, rows[0].shape[1])
+        return self._add_over_devices(jax.make_array_from_single_device_arrays(rows_shape, sharding, rows))
 
-    def unravel(self, row: jax.Array) -> PyTree:
-        """Return the tree of sums that a flat row of shape (size,) holds; known after the first call."""
+    def unravel(self, total: jax.Array) -> PyTree:
+        """Return the tree of sums that a flat vector holds; known after the first call."""
         assert self._unravel is not None, "the shards' program is compiled at the first call"
-        return self._unravel(row)
+        return self._unravel(total)
 
     def _compile(self, shared: PyTree, shard: Batch) -> None:
         index = self._indices[0][0]
@@ -90,6 +93,15 @@ class LogicalShardSums:
         spec = PartitionSpec(self.axis)
         return jax.shard_map(split, mesh=self.mesh, in_specs=spec, out_specs=spec, check_vma=False)
 
+    def _map_tree_sum(self) -> Callable[[jax.Array], jax.Array]:
+        return jax.shard_map(
+            lambda row: reduce.tree_sum_over_axis(row[0], self.axis, self.num_devices),
+            mesh=self.mesh,
+            in_specs=PartitionSpec(self.axis),
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        )
+
     def _place_indices(self) -> list[list[jax.Array]]:
         places = {device: place for place, device in enumerate(self.mesh.devices.flat)}
         first = [places[device] * self.shards_per_device for device in self._devices]
@@ -97,13 +109,6 @@ class LogicalShardSums:
             [jax.device_put(jnp.int32(start + part), device) for part in range(self.shards_per_device)]
             for start, device in zip(first, self._devices, strict=True)
         ]
-
-    def _views(self, tree: PyTree) -> list[PyTree]:
-        """Return, for each local device, the tree of the single-device arrays that lie on it."""
-        leaves, structure = jax.tree.flatten(tree)
-        # Not addressable_data(i): of a replicated array that is the first replica, whatever i.
-        by_leaf = [[shard.data for shard in leaf.addressable_shards] for leaf in leaves]
-        return [jax.tree.unflatten(structure, views) for views in zip(*by_leaf, strict=True)]
 
 
 class _PairwiseSum:

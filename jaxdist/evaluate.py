@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
-from jaxdist import canonical, reduce
+from jaxdist import canonical
 from jaxdist import metrics as metrics_lib
 from jaxdist.mesh import DATA_AXIS
 from jaxdist.metrics import Batch, Mean
@@ -41,14 +41,7 @@ def canonical_eval_step(eval_fn: EvalFn, mesh: Mesh, *, logical_shards: int, axi
 
     shard_sums = canonical.LogicalShardSums(shard_fn, mesh, logical_shards=logical_shards, axis=axis)
 
-    def add_over_devices(row: jax.Array) -> dict[str, Mean]:
-        return shard_sums.unravel(reduce.tree_sum_over_axis(row[0], axis, shard_sums.num_devices))
-
-    finish = jax.jit(
-        jax.shard_map(
-            add_over_devices, mesh=mesh, in_specs=PartitionSpec(axis), out_specs=PartitionSpec(), check_vma=False
-        )
-    )
+    finish = jax.jit(shard_sums.unravel)
 
     def step(params: PyTree, model_state: PyTree, batch: Batch) -> dict[str, Mean]:
         return finish(shard_sums((params, model_state), batch))

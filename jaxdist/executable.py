@@ -13,8 +13,47 @@ import jax
 import numpy as np
 from jax._src import compiler
 from jax.experimental import serialize_executable
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+PyTree: TypeAlias = Any
 Program: TypeAlias = Callable[..., Any]
+
+
+class ReplicatedProgram:
+    """A function of replicated global arrays, computed on every device by the very same single-device program.
+
+    Called like `function`, with trees of arrays that are replicated over `mesh`; returns such trees. Compiled at the
+    first call, for its shapes. A program partitioned over the mesh would do the same sums, but not to the bit: XLA
+    simplifies it otherwise for one device than for many (for instance, it replaces divisions by a product with the
+    reciprocal where enough of them share a divisor, and shares more or fewer of them).
+    """
+
+    def __init__(self, function: Callable[..., Any], mesh: Mesh, *, donate_argnums: tuple[int, ...] = ()):
+        self._function = jax.jit(function, donate_argnums=donate_argnums)
+        self._devices = list(mesh.local_devices)
+        self._sharding = NamedSharding(mesh, PartitionSpec())
+        self._programs: list[Program] = []
+
+    def __call__(self, *args: PyTree) -> Any:
+        """Return the global arrays of the result, dispatched and not waited for."""
+        views = device_views(args, len(self._devices))
+        if not self._programs:
+            self._programs = compile_on(self._function, views[0], self._devices)
+        results = [program(*view) for program, view in zip(self._programs, views, strict=True)]
+        return jax.tree.map(self._assemble, *results)
+
+    def _assemble(self, *replicas: jax.Array) -> jax.Array:
+        return jax.make_array_from_single_device_arrays(replicas[0].shape, self._sharding, replicas)
+
+
+def device_views(tree: PyTree, num_devices: int) -> list[PyTree]:
+    """Return, for each of this process's devices in mesh order, the tree of the single-device arrays that lie on it."""
+    leaves = jax.tree.leaves(tree)
+    if not leaves:
+        return [tree] * num_devices
+    # Not addressable_data(i): of a replicated array that is the first replica, whatever i.
+    by_leaf = [[shard.data for shard in leaf.addressable_shards] for leaf in leaves]
+    return [jax.tree.unflatten(jax.tree.structure(tree), views) for views in zip(*by_leaf, strict=True)]
 
 
 def compile_on(function: jax.stages.Wrapped, args: tuple[Any, ...], devices: list[jax.Device]) -> list[Program]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxdist import canonical, precision, reduce
+from jaxdist import canonical, executable, precision, reduce
 from jaxdist.mesh import DATA_AXIS
 from jaxdist.metrics import Batch
 from jaxdist.state import TrainState
@@ -93,9 +93,9 @@ def canonical_step(
 ) -> Step:
     """Return a data-parallel step that gives the same bits on every number of devices that divides `logical_shards`.
 
-    Two stages: the logical shards' sums (see `canonical`), then one small program: tree over the devices, division,
-    optimizer. Optimization barriers keep XLA from fusing these differently on different layouts. The bits belong to
-    one jaxlib and one kind of device. `num_microbatches` cuts each logical shard, whatever the layout.
+    Two stages: the logical shards' sums (see `canonical`), then the division and the optimizer, on every replica by the
+    same machine code (see `executable`). The bits belong to one jaxlib and one kind of device. `num_microbatches` cuts
+    each logical shard, whatever the layout.
 
     Raises:
       ValueError: `logical_shards` is no power of two, or the mesh does not divide it.
@@ -116,27 +116,16 @@ def canonical_step(
 
     shard_sums = canonical.LogicalShardSums(shard_fn, mesh, logical_shards=logical_shards, axis=axis)
 
-    def local_update(state: TrainState, row: jax.Array) -> tuple[TrainState, Metrics]:
-        total = jax.lax.optimization_barrier(reduce.tree_sum_over_axis(row[0], axis, shard_sums.num_devices))
+    def update(state: TrainState, total: jax.Array) -> tuple[TrainState, Metrics]:
         averages = reduce.average(shard_sums.unravel(total), state.model_state)
-        averages = jax.lax.optimization_barrier(averages)
         return apply_averages(state, averages, optimizer)
 
-    update = jax.jit(
-        jax.shard_map(
-            local_update,
-            mesh=mesh,
-            in_specs=(PartitionSpec(), PartitionSpec(axis)),
-            out_specs=PartitionSpec(),
-            check_vma=False,
-        ),
-        donate_argnums=0,
-    )
+    update_everywhere = executable.ReplicatedProgram(update, mesh, donate_argnums=(0,))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         loss_scale = precision.loss_scale(state.opt_state)
-        rows = shard_sums((state.params, state.model_state, state.key, state.step, loss_scale), batch)
-        return update(state, rows)
+        total = shard_sums((state.params, state.model_state, state.key, state.step, loss_scale), batch)
+        return update_everywhere(state, total)
 
     return step
 
