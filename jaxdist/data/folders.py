@@ -18,11 +18,17 @@ class ImageFolder:
     """Images by class: `image` uint8 (height, width, 3), `label` int32. JPEG, PNG and what else Pillow reads.
 
     Images differ in size; bring them to one in `example_fn` (see `transforms`).
+
+    Args:
+      root: the folder of the classes' folders.
+      decode: False leaves `image` as the file's bytes, uint8 (bytes,); see `transforms.DecodeImage`.
     """
 
-    def __init__(self, root: str | os.PathLike):
-        extras.require("PIL.Image")
-        extras.require("simplejpeg")
+    def __init__(self, root: str | os.PathLike, *, decode: bool = True):
+        if decode:
+            extras.require("PIL.Image")
+            extras.require("simplejpeg")
+        self._decode = decode
         self.classes, self._files, self._labels = list_by_class(root, IMAGE_SUFFIXES)
 
     def __len__(self) -> int:
@@ -30,12 +36,13 @@ class ImageFolder:
 
     def __getitem__(self, index: int) -> Example:
         path = self._files[index]
-        image = decode_image(pathlib.Path(path).read_bytes(), name=f"{path} (example {index})")
+        data = pathlib.Path(path).read_bytes()
+        image = decode_image(data, name=path) if self._decode else np.frombuffer(data, np.uint8)
         return {"image": image, "label": np.int32(self._labels[index])}
 
     def fingerprint(self) -> str:
         """Return the hash of all class names, file names and file sizes."""
-        return _fingerprint("images", self.classes, self._files)
+        return _fingerprint("images" if self._decode else "encoded images", self.classes, self._files)
 
 
 class WavFolder:

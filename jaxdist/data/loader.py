@@ -105,11 +105,15 @@ class Loader:
         finally:
             assembler.close()
 
+    def plans(self) -> Iterator[assembly.Plan]:
+        """Yield which ids the batches have, without reading any."""
+        return (plan for plan, _ in self._plans())
+
     def first_example(self) -> assembly.HostArrays:
         """Return the first example of the epoch at `start` as a batch of one row has it, mask included."""
         plan, _ = next(self._plans())
         first = assembly.Plan(plan.epoch, plan.ids[:1], plan.mask[:1])
-        return assembly.with_mask(assembly.make_rows(self._recipe, first.epoch, first.ids), first.mask)
+        return assembly.with_mask(assembly.make_rows(self.recipe, first.epoch, first.ids), first.mask)
 
     def _finish(self, finish: Callable[[], assembly.Made], plan: assembly.Plan, after: Position) -> HostBatch:
         made = finish()
@@ -119,11 +123,12 @@ class Loader:
         return HostBatch(assembly.with_mask(made, plan.mask), after)
 
     @property
-    def _recipe(self) -> assembly.Recipe:
+    def recipe(self) -> assembly.Recipe:
+        """How an id becomes an example."""
         return assembly.Recipe(self.source, self.example_fn, self.seed, self.on_bad)
 
     def _make_assembler(self) -> assembly.Assembler:
-        recipe = self._recipe
+        recipe = self.recipe
         if self.num_workers:
             return workers.WorkerAssembler(recipe, self.num_workers, num_slots=self.read_ahead + 1)
         if self.num_threads == 0:

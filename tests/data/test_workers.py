@@ -140,7 +140,7 @@ def test_functions_of_a_file_that_is_no_module_reach_the_worker(tmp_path):
         assert name in sys.modules
     batches = load(SOURCE, example_fn=module.double, num_workers=1, shuffle=False)
     assert batches[0].batch["id"].tolist() == list(range(0, 16, 2))
-    recipe = Loader(SOURCE, global_batch_size=4, seed=0, example_fn=module.double)._recipe
+    recipe = Loader(SOURCE, global_batch_size=4, seed=0, example_fn=module.double).recipe
     assert load_recipe(dump_recipe(recipe)).example_fn is not module.double
     for name in ("an_experiment", "helper_of_it"):
         del sys.modules[name]

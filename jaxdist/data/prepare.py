@@ -1,0 +1,228 @@
+"""Making a data set ready: text to token files, any source to ArrayRecord files, in shards.
+
+A shard is written under another name and renamed when it is whole, so an interrupted preparation goes on with the first
+shard that is missing. `prepared.json` says what the shards were made of, and refuses shards of something else; its
+`manifest` lets hosts without shared storage each read only their shards (see `combine.Sharded`).
+"""
+
+import bisect
+import itertools
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TextIO
+
+import numpy as np
+import rich.console
+import rich.progress
+
+from jaxdist.data import extras
+from jaxdist.data.combine import Manifest
+from jaxdist.data.folders import IMAGE_SUFFIXES, ImageFolder, WavFolder
+from jaxdist.data.memmap import find_files
+from jaxdist.data.records import ArrayRecordSource, encode_example
+from jaxdist.data.source import Source, fingerprint_array, fingerprint_text
+from jaxdist.data.tables import ParquetSource, csv_source
+from jaxdist.data.tfds import TfdsSource
+
+PREPARED = "prepared.json"
+TOKENS_PER_SHARD = 2**26
+EXAMPLES_PER_SHARD = 2**14
+
+Progress = Callable[[int, int], None]
+"""Called with what is done and what there is to do, in tokens or examples."""
+
+
+class Prepared(NamedTuple):
+    """What was made: the shards' paths, the tokens or examples in them, and how many shards were there before."""
+
+    paths: list[str]
+    total: int
+    num_kept: int
+
+
+def prepare(
+    source: str | Source, out: str | os.PathLike, *, shard_size: int | None = None, stream: TextIO | None = None
+) -> Prepared:
+    """Prepare `source` in the folder `out`, with a progress bar; what the command line calls.
+
+    Args:
+      source: a text file or a folder of `.txt` files, which become tokens, one a byte; or what `open_source` knows, or
+        a Source, which become ArrayRecord files.
+      out: a new folder, or one in which the same preparation was begun.
+      shard_size: tokens or examples of a shard.
+      stream: where the progress bar goes; None is standard error.
+    """
+    columns = (*rich.progress.Progress.get_default_columns(), rich.progress.MofNCompleteColumn())
+    with rich.progress.Progress(*columns, console=rich.console.Console(file=stream or sys.stderr)) as bar:
+        task = bar.add_task("Preparing")
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        if isinstance(source, str) and is_text(source):
+            return prepare_tokens(source, out, tokens_per_shard=shard_size or TOKENS_PER_SHARD, progress=show)
+        opened = open_source(source) if isinstance(source, str) else source
+        return prepare_records(opened, out, examples_per_shard=shard_size or EXAMPLES_PER_SHARD, progress=show)
+
+
+def is_text(path: str) -> bool:
+    """Return whether `path` is a `.txt` file or a folder that holds some."""
+    folder = pathlib.Path(path)
+    return folder.suffix == ".txt" or (folder.is_dir() and any(folder.glob("*.txt")))
+
+
+def open_source(name: str) -> Source:
+    """Return the source that `name` stands for.
+
+    `tfds:NAME:SPLIT`; a `.csv` file; a `.parquet` file or a folder of them; a folder of images or of WAV files by
+    class. Images stay encoded (field `image`, bytes; decode them with `transforms.DecodeImage`).
+
+    Raises:
+      ValueError: nothing of that is there.
+    """
+    if name.startswith("tfds:"):
+        dataset, _, split = name.removeprefix("tfds:").rpartition(":")
+        if not dataset:
+            raise ValueError(f"A TFDS source is written tfds:NAME:SPLIT, such as tfds:mnist:train; got {name!r}.")
+        return TfdsSource(dataset, split=split)
+    path = pathlib.Path(name)
+    if path.suffix == ".csv":
+        return csv_source(path)
+    if path.suffix == ".parquet" or any(path.glob("*.parquet")):
+        return ParquetSource(path)
+    suffixes = {file.suffix.lower() for file in path.glob("*/**/*")}
+    if suffixes & set(IMAGE_SUFFIXES):
+        return ImageFolder(path, decode=False)
+    if ".wav" in suffixes:
+        return WavFolder(path)
+    raise ValueError(
+        f"Do not know how to read {name!r}. A source is a .txt, .csv or .parquet file, a folder of such files, a "
+        "folder of images or WAV files in folders by class, or tfds:NAME:SPLIT."
+    )
+
+
+def prepare_tokens(
+    paths: Any, out: str | os.PathLike, *, tokens_per_shard: int = TOKENS_PER_SHARD, progress: Progress | None = None
+) -> Prepared:
+    """Write the bytes of text files, one after the other, as `.npy` files of uint8 tokens for `TokenSource`."""
+    files = find_files(paths, "*.txt")
+    text = _Bytes(files)
+    if not len(text):
+        raise ValueError(f"There is no text in {', '.join(files[:5])}: every file is empty.")
+    made_of = fingerprint_text("text", *(fingerprint_array(part) for part in text.parts))
+    shards = _Shards(out, "tokens", made_of, len(text), tokens_per_shard, ".npy")
+
+    def write(path: pathlib.Path, begin: int, end: int) -> None:
+        with open(path, "wb") as file:
+            np.save(file, text.read(begin, end))
+
+    return shards.write_all(write, progress)
+
+
+def prepare_records(
+    source: Source,
+    out: str | os.PathLike,
+    *,
+    examples_per_shard: int = EXAMPLES_PER_SHARD,
+    progress: Progress | None = None,
+) -> Prepared:
+    """Write the examples of a source as ArrayRecord files for `ArrayRecordSource`."""
+    module = extras.require("array_record.python.array_record_module")
+    shards = _Shards(out, "records", source.fingerprint(), len(source), examples_per_shard, ".array_record")
+
+    def write(path: pathlib.Path, begin: int, end: int) -> None:
+        # One record a group: whoever reads in random order decompresses nothing in vain.
+        writer = module.ArrayRecordWriter(str(path), "group_size:1")
+        for index in range(begin, end):
+            writer.write(encode_example({name: np.asarray(value) for name, value in source[index].items()}))
+        writer.close()
+
+    made = shards.write_all(write, progress)
+    shards.note(manifest=Manifest.of([ArrayRecordSource(path) for path in made.paths]).to_json())
+    return made
+
+
+def read_manifest(folder: str | os.PathLike) -> Manifest:
+    """Return the manifest of a folder of prepared records: the number and the fingerprint of every shard's examples."""
+    values = json.loads((pathlib.Path(folder) / PREPARED).read_text())
+    if "manifest" not in values:
+        raise ValueError(f"{os.fspath(folder)} has no manifest: it holds {values['kind']}, or is not finished.")
+    return Manifest.from_json(values["manifest"])
+
+
+class _Bytes:
+    """Several files as one run of bytes."""
+
+    def __init__(self, paths: list[str]):
+        self.parts = [np.memmap(path, np.uint8, "r") for path in paths if os.path.getsize(path)]
+        self._ends = list(itertools.accumulate(map(len, self.parts)))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def read(self, begin: int, end: int) -> np.ndarray:
+        pieces = []
+        while begin < end:
+            number = bisect.bisect_right(self._ends, begin)
+            stop = min(end, self._ends[number])
+            offset = self._ends[number] - len(self.parts[number])
+            pieces.append(self.parts[number][begin - offset : stop - offset])
+            begin = stop
+        return np.concatenate(pieces)
+
+
+class _Shards:
+    """The shards of one preparation, some of which may be there already."""
+
+    def __init__(self, out: str | os.PathLike, kind: str, made_of: str, total: int, size: int, suffix: str):
+        if size < 1:
+            raise ValueError(f"A shard needs at least 1 token or example; got shard_size={size}.")
+        self._folder, self._total, self._size = pathlib.Path(out), total, size
+        self._count = -(-total // size)
+        self._names = [f"{kind}-{number:05d}-of-{self._count:05d}{suffix}" for number in range(self._count)]
+        self._notes = {"kind": kind, "made_of": made_of, "total": total, "shard_size": size}
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._check()
+        self.note()
+
+    def _check(self) -> None:
+        """Raise ValueError where the folder holds another preparation."""
+        path = self._folder / PREPARED
+        if not path.exists():
+            return
+        found = json.loads(path.read_text())
+        differing = [name for name, value in self._notes.items() if found.get(name) != value]
+        if differing:
+            was, now = ({name: values.get(name) for name in differing} for values in (found, self._notes))
+            raise ValueError(
+                f"{self._folder} holds another preparation: it has {was}, this one has {now}. Choose a new folder."
+            )
+
+    def note(self, **more: Any) -> None:
+        """Write down what the shards are made of, atomically."""
+        self._notes |= more
+        temporary = self._folder / f".{PREPARED}.tmp"
+        temporary.write_text(json.dumps(self._notes, indent=1) + "\n")
+        os.replace(temporary, self._folder / PREPARED)
+
+    def write_all(self, write: Callable[[pathlib.Path, int, int], None], progress: Progress | None) -> Prepared:
+        """Call `write(path, begin, end)` for every shard that is missing."""
+        num_kept = 0
+        for name, begin, end in self._ranges():
+            path = self._folder / name
+            if path.exists():
+                num_kept += 1
+            else:
+                temporary = self._folder / f".{name}.tmp"
+                write(temporary, begin, end)
+                os.replace(temporary, path)
+            if progress is not None:
+                progress(end, self._total)
+        return Prepared([str(self._folder / name) for name in self._names], self._total, num_kept)
+
+    def _ranges(self) -> Iterator[tuple[str, int, int]]:
+        for number, name in enumerate(self._names):
+            yield name, number * self._size, min((number + 1) * self._size, self._total)

@@ -1,0 +1,148 @@
+import io
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxdist.data import ArraySource, Loader, prepare, transforms
+from jaxdist.data.combine import Sharded
+from jaxdist.data.inspect import inspect, render
+from jaxdist.data.memmap import TokenSource
+from jaxdist.data.records import ArrayRecordSource
+
+TEXTS = {"a.txt": "to be or not to be", "b.txt": "", "c.txt": "that is the question"}
+
+
+@pytest.fixture
+def texts(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name, text in TEXTS.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+def tokens_of(folder):
+    return b"".join(np.load(path).tobytes() for path in sorted(folder.glob("*.npy"))).decode()
+
+
+def test_text_becomes_tokens_in_shards(texts, tmp_path):
+    made = prepare.prepare(str(texts), tmp_path / "out", shard_size=10, stream=io.StringIO())
+    assert made.total == 38
+    assert [os.path.basename(path) for path in made.paths] == [f"tokens-0000{i}-of-00004.npy" for i in range(4)]
+    assert tokens_of(tmp_path / "out") == "".join(TEXTS.values())
+    source = TokenSource(tmp_path / "out", length=5)
+    assert bytes(source[3]["tokens"].astype(np.uint8)) == b" beth"
+    assert tokens_of(tmp_path / "out").startswith("to be or")
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kind", ["tokens", "records"])
+def test_an_interrupted_preparation_goes_on(texts, tmp_path, kind):
+    source = ArraySource({"id": np.arange(35)})
+
+    def run(out, progress=None):
+        if kind == "tokens":
+            return prepare.prepare_tokens(texts, out, tokens_per_shard=10, progress=progress)
+        return prepare.prepare_records(source, out, examples_per_shard=10, progress=progress)
+
+    def interrupt(done, total):
+        if done == 20:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run(tmp_path / "out", interrupt)
+    kept = sorted(tmp_path.glob("out/*-of-00004.*"))
+    (tmp_path / "out" / f".{kept[0].name.replace('00000', '00002', 1)}.tmp").write_bytes(b"half a shard")
+    before = [path.stat().st_mtime_ns for path in kept]
+    seen = []
+    made = run(tmp_path / "out", lambda done, total: seen.append((done, total)))
+    assert (made.num_kept, len(made.paths)) == (2, 4)
+    assert [path.stat().st_mtime_ns for path in kept] == before
+    assert [done for done, _ in seen] == [10, 20, 30, made.total]
+    whole = run(tmp_path / "whole")
+    for ours, theirs in zip(made.paths, whole.paths):
+        with open(ours, "rb") as one, open(theirs, "rb") as other:
+            assert one.read() == other.read()
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_a_folder_of_another_preparation_is_refused(texts, tmp_path):
+    prepare.prepare_tokens(texts, tmp_path / "out", tokens_per_shard=10)
+    with pytest.raises(ValueError, match=r"holds another preparation.*'shard_size': 10.*'shard_size': 9"):
+        prepare.prepare_tokens(texts, tmp_path / "out", tokens_per_shard=9)
+    (texts / "a.txt").write_text("To be or not to be")
+    with pytest.raises(ValueError, match="made_of"):
+        prepare.prepare_tokens(texts, tmp_path / "out", tokens_per_shard=10)
+    with pytest.raises(ValueError, match="no manifest"):
+        prepare.read_manifest(tmp_path / "out")
+
+
+def test_records_are_the_examples_and_can_be_dealt_to_hosts(tmp_path):
+    source = ArraySource({"id": np.arange(25), "x": np.random.default_rng(0).random((25, 2))})
+    made = prepare.prepare(source, tmp_path / "out", shard_size=10, stream=io.StringIO())
+    records = ArrayRecordSource(tmp_path / "out")
+    assert len(records) == 25
+    for index in range(25):
+        np.testing.assert_array_equal(records[index]["x"], source[index]["x"])
+    manifest = prepare.read_manifest(tmp_path / "out")
+    assert manifest.sizes == (10, 10, 5)
+    sharded = Sharded({2: ArrayRecordSource(made.paths[2])}, manifest)
+    assert sharded[22]["id"] == 22
+
+
+def test_folders_of_images_keep_their_encoding(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        Image.fromarray(np.full((4, 5, 3), len(name) + (name == "dog"), np.uint8)).save(
+            tmp_path / "in" / name / "1.png"
+        )
+    prepare.prepare(str(tmp_path / "in"), tmp_path / "out", stream=io.StringIO())
+    source = ArrayRecordSource(tmp_path / "out")
+    assert source[1]["image"].tobytes() == (tmp_path / "in" / "dog" / "1.png").read_bytes()
+    ((batch, _),) = Loader(
+        source, global_batch_size=2, seed=0, shuffle=False, num_epochs=1, example_fn=transforms.DecodeImage()
+    )
+    assert batch["image"].shape == (2, 4, 5, 3)
+    assert batch["label"].tolist() == [0, 1]
+
+
+def test_tables_are_opened_and_unknown_sources_explained(tmp_path):
+    (tmp_path / "t.csv").write_text("a,b\n1,2\n")
+    assert len(prepare.open_source(str(tmp_path / "t.csv"))) == 1
+    with pytest.raises(ValueError, match="Do not know how to read"):
+        prepare.open_source(str(tmp_path / "nothing"))
+    with pytest.raises(ValueError, match="tfds:NAME:SPLIT"):
+        prepare.open_source("tfds:mnist")
+
+
+def test_inspect_shows_fields_pictures_text_and_where_time_goes():
+    images = np.zeros((20, 4, 3, 1), np.uint8)
+    images[:, 1, 2] = 255
+    source = ArraySource(
+        {"image": images, "label": np.full(20, 7), "text": np.frombuffer(b"hello" * 20, np.uint8).reshape(20, 5)}
+    )
+    for example_fn in (None, lambda example, random: {**example, "noise": random.random(12)}):
+        found = inspect(Loader(source, global_batch_size=8, seed=0, example_fn=example_fn))
+        assert set(found.microseconds) == {"source", "transform", "assembly", "wait"}
+        assert (found.microseconds["transform"] > 0) == (example_fn is not None)
+        assert found.microseconds["source"] > 0
+        assert found.fields["image"] == ((4, 3, 1), "uint8", 0.0, 255.0)
+        text = render(found)
+        assert "\n        \n      @@\n        \n" in text.replace("  \n", "  \n")
+        assert "'hello'" in text
+        assert "label 7" in text
+        assert "20 examples" in text
+        assert "throughput" in text
+        assert ("noise: [" in text) == (example_fn is not None)
+
+
+def test_inspect_of_one_batch():
+    source = ArraySource({"x": np.zeros((3, 2))})
+    found = inspect(Loader(source, global_batch_size=4, seed=0, shuffle=False, num_epochs=1))
+    assert found.examples_per_second > 0
+    assert len(found.examples) == 3
