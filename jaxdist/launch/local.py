@@ -5,6 +5,7 @@ process fails the others cannot go on: they are told to end, then made to, and t
 """
 
 import dataclasses
+import math
 import os
 import pathlib
 import signal
@@ -19,8 +20,12 @@ from types import FrameType
 from typing import IO
 
 from jaxdist.launch import runtime
+from jaxdist.signals import EXIT_RETRY
 
+LOOPBACK = "127.0.0.1"
 GRACE_SECONDS = 5.0
+ORDERLY_SECONDS = 15.0
+"""How long the others may take to end once one process has ended with EXIT_RETRY."""
 LOG_TAIL_LINES = 40
 
 
@@ -44,6 +49,9 @@ def run_job(
 ) -> JobResult:
     """Run `command` in `num_processes` processes and wait for all of them.
 
+    A process that ends with `EXIT_RETRY` (preempted, or the watchdog found a hang) has not failed: the others, which
+    were told the same, get some seconds to end too.
+
     Args:
       command: the program and its arguments, the same for every process.
       num_processes: how many; each finds its place in its environment (see `runtime`).
@@ -54,24 +62,25 @@ def run_job(
 
     Returns:
       The exit status: 0 if all processes ended with 0, else that of the first that failed (128 + signal when killed).
+      None has failed and the status is EXIT_RETRY where one ended with that.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     shared = {**os.environ, **(environment or {}), runtime.NUM_PROCESSES: str(num_processes)}
-    shared[runtime.COORDINATOR] = f"127.0.0.1:{free_port()}"
     shared[runtime.PARENT_ID] = str(os.getpid())
     with ExitStack() as stack:
-        processes = []
+        shared[runtime.COORDINATOR] = f"{LOOPBACK}:{stack.enter_context(reserved_port())}"
+        processes: list[subprocess.Popen[bytes]] = []
+        stack.callback(_end, processes)
         for number in range(num_processes):
             output = None
             if number or not show_first:
                 output = stack.enter_context(open(log_path(log_dir, number), "wb"))
             processes.append(_start(command, {**shared, runtime.PROCESS_ID: str(number)}, output))
-        stack.callback(_end, processes)
         with _forwarding_signals(processes):
             failed = _wait(processes, timeout_seconds)
-        if failed is None:
-            return JobResult(0)
         _end(processes)
+    if failed is None:
+        return JobResult(EXIT_RETRY if any(process.returncode for process in processes) else 0)
     status = processes[failed].returncode
     return JobResult(128 - status if status < 0 else status, failed, _tail(log_path(log_dir, failed)))
 
@@ -81,11 +90,17 @@ def log_path(log_dir: pathlib.Path, process: int) -> pathlib.Path:
     return log_dir / f"process-{process}.log"
 
 
-def free_port() -> int:
-    """Return a TCP port of the loopback interface that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """Yield a TCP port of the loopback interface that is the coordinator's alone while the context lasts.
+
+    The port stays bound here, without listening. The coordinator (gRPC, which sets SO_REUSEPORT) may bind it too;
+    another program of this machine, which asks for any free port, will not be given it.
+    """
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind((LOOPBACK, 0))
+        yield held.getsockname()[1]
 
 
 def _start(command: Sequence[str], environment: Mapping[str, str], output: IO[bytes] | None) -> subprocess.Popen[bytes]:
@@ -94,7 +109,7 @@ def _start(command: Sequence[str], environment: Mapping[str, str], output: IO[by
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]], timeout_seconds: float | None) -> int | None:
-    """Return the number of the first process that failed, None when all have ended well."""
+    """Return the number of the first process that failed, None when all have ended well, or some and time is up."""
     ended: dict[int, int] = {}
     change = threading.Condition()
 
@@ -106,17 +121,20 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], timeout_seconds: float |
 
     for number, process in enumerate(processes):
         threading.Thread(target=watch, args=(number, process), daemon=True).start()
-    deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+    deadline = math.inf if timeout_seconds is None else time.monotonic() + timeout_seconds
+    orderly = math.inf
     with change:
-        while len(ended) < len(processes):
-            failed = next((number for number, status in ended.items() if status), None)
-            if failed is not None:
+        while True:
+            failed = next((number for number, status in ended.items() if status not in (0, EXIT_RETRY)), None)
+            now = time.monotonic()
+            if EXIT_RETRY in ended.values():
+                orderly = min(orderly, now + ORDERLY_SECONDS)
+            if failed is not None or len(ended) == len(processes) or now >= orderly:
                 return failed
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0:
+            if now >= deadline:
                 raise TimeoutError(f"The job took longer than {timeout_seconds} s; processes ended: {sorted(ended)}.")
-            change.wait(left)
-        return next((number for number, status in ended.items() if status), None)
+            left = min(deadline, orderly) - now
+            change.wait(None if left == math.inf else left)
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:

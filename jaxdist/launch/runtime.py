@@ -5,9 +5,13 @@ import os
 import pathlib
 import signal
 import sys
+import types
 from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jaxdist.errors import UserError
 
@@ -47,7 +51,7 @@ def start(num_devices: int | None = None) -> Sequence[jax.Device]:
     jax.config.update("jax_num_cpu_devices", num_devices or 1)
     use_compilation_cache()
     if in_job():
-        _die_with_parent(os.environ)
+        die_with_parent(os.environ)
         _join_job(os.environ)
     local = jax.local_devices()
     wanted = num_devices or len(local)
@@ -78,7 +82,7 @@ def _keep_standard_output_clean() -> None:
     sys.stdout = os.fdopen(ours, "w", buffering=1)
 
 
-def _die_with_parent(environment: Mapping[str, str]) -> None:
+def die_with_parent(environment: Mapping[str, str]) -> None:
     """Have the kernel kill this process when its launcher dies: nobody else would end a process in a collective."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
@@ -93,6 +97,41 @@ def _join_job(environment: Mapping[str, str]) -> None:
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         coordinator_address=environment[COORDINATOR],
+        # By default the coordinator would listen on every interface of the machine.
+        coordinator_bind_address=environment[COORDINATOR],
         num_processes=int(environment[NUM_PROCESSES]),
         process_id=int(environment[PROCESS_ID]),
     )
+    sys.excepthook = _fail_at_once
+    _meet()
+
+
+def leave(exit_status: int) -> NoReturn:
+    """End this process; in a job of several, a failed one ends at once.
+
+    Python's own way out would wait for the others, up to five minutes, in JAX's shutdown: they wait for this process in
+    a collective, and its message would reach nobody.
+    """
+    if in_job() and exit_status:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_status)
+    sys.exit(exit_status)
+
+
+def _fail_at_once(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+    sys.__excepthook__(kind, error, trace)
+    leave(1)
+
+
+def _meet() -> None:
+    """Run one collective over all devices while every process is at the same place.
+
+    Gloo connects the processes at their first collective and gives them 30 seconds to get there. Connected now, they
+    may take as long as they need to compile the first step.
+    """
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("device",))
+    ones = jax.make_array_from_callback(
+        (mesh.size,), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("device")), lambda index: np.ones(1)
+    )
+    jax.block_until_ready(jax.jit(jnp.sum)(ones))

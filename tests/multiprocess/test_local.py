@@ -1,0 +1,143 @@
+"""Real processes without JAX: what the launcher does with their ends, their output and its own end."""
+
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from jaxdist.launch import local, runtime
+from jaxdist.signals import EXIT_RETRY
+
+PLACE = f"import os, sys, signal, time; place = int(os.environ['{runtime.PROCESS_ID}']); "
+STUCK = "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+
+
+def run(code, tmp_path, processes=2, **settings):
+    return local.run_job([sys.executable, "-c", PLACE + code], num_processes=processes, log_dir=tmp_path, **settings)
+
+
+def wait_until(condition, seconds=30.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "this never came true"
+        time.sleep(0.02)
+
+
+def is_running(process_id):
+    try:
+        state = pathlib.Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def test_each_process_has_its_place_and_its_log(tmp_path):
+    result = run("print('I am', place, 'of', os.environ['JAXDIST_NUM_PROCESSES'])", tmp_path)
+    assert result == local.JobResult(0)
+    for number in range(2):
+        assert local.log_path(tmp_path, number).read_text() == f"I am {number} of 2\n"
+
+
+def test_the_first_failure_is_reported_and_the_stuck_one_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "GRACE_SECONDS", 0.2)
+    result = run(f"print('mine', flush=True); place and sys.exit(3); {STUCK}", tmp_path)
+    assert result == local.JobResult(3, 1, "mine")
+
+
+def test_a_killed_process_gives_the_status_a_shell_would(tmp_path):
+    result = run("place or os.kill(os.getpid(), signal.SIGKILL); time.sleep(600)", tmp_path)
+    assert (result.exit_status, result.failed_process) == (128 + signal.SIGKILL, 0)
+
+
+def test_after_an_orderly_retry_the_others_may_end_by_themselves(tmp_path):
+    """A second SIGTERM would cut short what a process does after it was preempted."""
+    code = f"""
+waited = tmp = os.path.join({str(tmp_path)!r}, 'first-has-ended')
+if place == 0:
+    open(waited, 'w').close(); sys.exit({EXIT_RETRY})
+while not os.path.exists(waited): time.sleep(0.01)
+signal.signal(signal.SIGTERM, lambda *_: os._exit(99))
+time.sleep(0.5); sys.exit({EXIT_RETRY})
+"""
+    assert run("\n" + code, tmp_path) == local.JobResult(EXIT_RETRY)
+
+
+def test_a_stopped_process_does_not_outlive_an_orderly_retry(tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "ORDERLY_SECONDS", 0.3)
+    monkeypatch.setattr(local, "GRACE_SECONDS", 0.2)
+    result = run(f"place and os.kill(os.getpid(), signal.SIGSTOP); sys.exit({EXIT_RETRY})", tmp_path)
+    assert result == local.JobResult(EXIT_RETRY)
+
+
+def test_a_job_that_takes_too_long_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "GRACE_SECONDS", 0.2)
+    code = f"open(os.path.join({str(tmp_path)!r}, str(os.getpid())), 'w').close(); {STUCK}"
+    with pytest.raises(TimeoutError, match=r"longer than 2.0 s; processes ended: \[\]"):
+        run(code, tmp_path, timeout_seconds=2.0)
+    started = [int(path.name) for path in tmp_path.iterdir() if path.name.isdigit()]
+    assert len(started) == 2
+    assert not any(is_running(each) for each in started)
+
+
+LAUNCHER = """
+import pathlib, sys
+from jaxdist.launch import local
+result = local.run_job(
+    [sys.executable, "-c", sys.argv[1]], num_processes=2, log_dir=pathlib.Path(sys.argv[2])
+)
+sys.exit(result.exit_status)
+"""
+
+
+def start_launcher(code, tmp_path):
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, code, str(tmp_path)])
+    wait_until(lambda: len([path for path in tmp_path.iterdir() if path.name.isdigit()]) == 2)
+    return launcher, [int(path.name) for path in tmp_path.iterdir() if path.name.isdigit()]
+
+
+def test_signals_to_the_launcher_reach_every_process_once(tmp_path):
+    code = f"""
+{PLACE}
+def note(number, frame):
+    print(signal.Signals(number).name, flush=True); sys.exit({EXIT_RETRY})
+signal.signal(signal.SIGTERM, note)
+open(os.path.join({str(tmp_path)!r}, str(os.getpid())), 'w').close()
+time.sleep(600)
+"""
+    launcher, _ = start_launcher(code, tmp_path)
+    launcher.terminate()
+    assert launcher.wait(timeout=30) == EXIT_RETRY
+    assert [local.log_path(tmp_path, number).read_text() for number in range(2)] == 2 * ["SIGTERM\n"]
+
+
+def test_processes_die_with_their_launcher(tmp_path):
+    """Even those that ignore SIGTERM, as a process in a collective does."""
+    code = f"""
+{PLACE}
+from jaxdist.launch import runtime
+runtime.die_with_parent(os.environ)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+open(os.path.join({str(tmp_path)!r}, str(os.getpid())), 'w').close()
+time.sleep(600)
+"""
+    launcher, children = start_launcher(code, tmp_path)
+    assert all(is_running(child) for child in children)
+    launcher.kill()
+    launcher.wait(timeout=30)
+    wait_until(lambda: not any(is_running(child) for child in children))
+
+
+def test_a_reserved_port_is_given_to_nobody_else_but_the_coordinator():
+    with local.reserved_port() as port:
+        with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
+            stranger.bind((local.LOOPBACK, port))
+        with socket.socket() as coordinator:
+            coordinator.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            coordinator.bind((local.LOOPBACK, port))
+            coordinator.listen()
+            with socket.create_connection((local.LOOPBACK, port), timeout=5):
+                pass
