@@ -13,8 +13,7 @@ from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
-from jaxdist.data.source import CorruptExample, Example, Source
-from jaxdist.metrics import MASK
+from jaxdist.data.source import MASK, CorruptExample, Example, Source
 
 ExampleFn: TypeAlias = Callable[[Example, np.random.Generator], Example]
 """Maps an example to what the model sees; `random` depends on (seed, epoch, example id) and nothing else."""

@@ -3,17 +3,13 @@
 import bisect
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
 
 from jaxdist.data import order
-from jaxdist.data.placement import process_rows
-from jaxdist.data.source import Example, Source, fingerprint_text
-from jaxdist.metrics import MASK
+from jaxdist.data.source import MASK, Example, Source, fingerprint_text
 
 
 class Concatenated:
@@ -92,7 +88,7 @@ class Manifest:
 class Sharded:
     """A data set in shards of which this host can read only some; iterate it in the order `Sharded.order()`.
 
-    >>> numbers = host_shards(mesh, len(manifest.sizes))
+    >>> numbers = placement.host_shards(mesh, len(manifest.sizes))
     >>> source = Sharded({number: open_shard(number) for number in numbers}, manifest)
     >>> loader = Loader(source, shuffle=source.order(), global_batch_size=64, seed=0)
 
@@ -120,7 +116,7 @@ class Sharded:
         if number not in self._shards:
             raise ValueError(
                 f"Example {index} lies in shard {number}, but this host has the shards {sorted(self._shards)}. "
-                "`host_shards` says which shards a host needs."
+                "`placement.host_shards` says which shards a host needs."
             )
         return self._shards[number][index - self._starts[number]]
 
@@ -131,10 +127,3 @@ class Sharded:
     def fingerprint(self) -> str:
         """Return the fingerprint of all shards, those of other hosts included."""
         return fingerprint_text("sharded", *self._manifest.fingerprints)
-
-
-def host_shards(mesh: Mesh, num_shards: int, axes: Sequence[str] = ("data",)) -> list[int]:
-    """Return the numbers of the shards whose examples this process's devices need."""
-    num_rows = math.lcm(num_shards, math.prod(mesh.shape[axis] for axis in axes))
-    rows = process_rows(mesh, num_rows, axes)
-    return np.unique(rows // (num_rows // num_shards)).tolist()

@@ -5,6 +5,7 @@ devices (and processes) hold copies of the same rows, and each process computes 
 """
 
 import contextlib
+import math
 import queue
 import threading
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,13 @@ def process_rows(mesh: Mesh, global_batch_size: int, axes: Sequence[str] = ("dat
     """
     rows = [np.arange(global_batch_size)[index] for _, index in _device_slices(mesh, axes, global_batch_size)]
     return np.unique(np.concatenate(rows))
+
+
+def host_shards(mesh: Mesh, num_shards: int, axes: Sequence[str] = ("data",)) -> list[int]:
+    """Return the numbers of the shards whose examples this process's devices need."""
+    num_rows = math.lcm(num_shards, math.prod(mesh.shape[axis] for axis in axes))
+    rows = process_rows(mesh, num_rows, axes)
+    return np.unique(rows // (num_rows // num_shards)).tolist()
 
 
 def place(

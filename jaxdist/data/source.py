@@ -12,6 +12,9 @@ import numpy as np
 Example: TypeAlias = Mapping[str, np.ndarray | np.generic]
 """The fields of one example by name; a scalar field `"mask"` of 0 marks an example that does not count."""
 
+MASK = "mask"
+"""The field that is 1 for a row that counts; `metrics.MASK`, whose module needs JAX, as worker processes do not."""
+
 _WHOLE_BYTES = 64 * 2**20
 _SAMPLE_BYTES, _NUM_SAMPLES = 2**16, 512
 

@@ -18,7 +18,6 @@ import traceback
 from importlib.machinery import PathFinder
 from typing import Any, NamedTuple, Protocol
 
-import jax
 import numpy as np
 
 from jaxdist.data.assembly import BatchBuffer, HostArrays, Recipe, fill, gather
@@ -99,7 +98,7 @@ def run_worker(
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the trainer's to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    jax.config.update("jax_platforms", "cpu")  # the accelerators belong to the trainer
+    os.environ["JAX_PLATFORMS"] = "cpu"  # should a transform use JAX: the accelerators belong to the trainer
     try:
         slots = [Slot(file.detach()) for file in slot_files]
         current = Slot(current_file.detach()).view(Layout((2,), np.dtype(np.int64), 0))

@@ -6,7 +6,8 @@ import pytest
 from jax.sharding import AxisType
 
 from jaxdist.data import ArraySource, Loader
-from jaxdist.data.combine import Concatenated, Filtered, Manifest, Sharded, host_shards, mix
+from jaxdist.data.combine import Concatenated, Filtered, Manifest, Sharded, mix
+from jaxdist.data.placement import host_shards
 
 
 def part(begin, end):

@@ -1,0 +1,19 @@
+import subprocess
+import sys
+
+from jaxdist import metrics
+from jaxdist.data import source
+
+
+def test_reading_data_needs_neither_jax_nor_any_optional_package():
+    """Worker processes import this; JAX alone would cost each of them a second and 130 MB."""
+    heavy = ["jax", "flax", "PIL", "pyarrow", "tensorflow", "tensorflow_datasets", "simplejpeg", "array_record"]
+    modules = "loader worker combine memmap folders tables records tfds wrap pack transforms".split()
+    imports = ", ".join(f"jaxdist.data.{name}" for name in modules)
+    code = f"import sys, {imports}; print(sorted(set({heavy}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_the_mask_has_one_name():
+    assert source.MASK == metrics.MASK
