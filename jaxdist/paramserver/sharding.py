@@ -1,0 +1,107 @@
+"""Which server holds which part of the params: leaves cut into contiguous blocks, dealt out largest first.
+
+A block is a range of one leaf, flattened in C order. Blocks have at most `block_bytes`, so one block is one piece of a
+message, and no server holds more than one block's worth above another: each block goes to the lightest server
+(Graham's longest-processing-time rule), which bounds the difference by the largest block.
+"""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+BLOCK_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Elements [start, stop) of leaf number `leaf`; `row` elements make one row (1 for vectors and scalars)."""
+
+    leaf: int
+    start: int
+    stop: int
+    row: int
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """The blocks of each server and the leaves they were cut from; the same on every process of a run."""
+
+    shards: tuple[tuple[Block, ...], ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[np.dtype, ...]
+
+    @property
+    def num_bytes(self) -> tuple[int, ...]:
+        """Bytes each server holds."""
+        return tuple(sum(_bytes(block, self.dtypes) for block in shard) for shard in self.shards)
+
+    def split(self, leaves: Sequence[np.ndarray]) -> tuple[tuple[np.ndarray, ...], ...]:
+        """Return each server's blocks of `leaves` as 1-d arrays, views where the leaf is contiguous."""
+        self._check(leaves)
+        flat = [np.ascontiguousarray(leaf).reshape(-1) for leaf in leaves]
+        return tuple(tuple(flat[b.leaf][b.start : b.stop] for b in shard) for shard in self.shards)
+
+    def join(self, shards: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
+        """Return the leaves whose blocks `split` gave as `shards`, in freshly allocated arrays."""
+        leaves = [np.empty(shape, dtype) for shape, dtype in zip(self.shapes, self.dtypes, strict=True)]
+        flat = [leaf.reshape(-1) for leaf in leaves]
+        for blocks, pieces in zip(self.shards, shards, strict=True):
+            for block, piece in zip(blocks, pieces, strict=True):
+                flat[block.leaf][block.start : block.stop] = piece
+        return leaves
+
+    def _check(self, leaves: Sequence[np.ndarray]) -> None:
+        got = [(tuple(leaf.shape), np.dtype(leaf.dtype)) for leaf in leaves]
+        want = list(zip(self.shapes, self.dtypes, strict=True))
+        if got != want:
+            wrong = next((i for i, pair in enumerate(zip(got, want)) if pair[0] != pair[1]), min(len(got), len(want)))
+            raise ValueError(
+                f"these leaves are not the ones that were sharded: leaf {wrong} of {len(got)} is "
+                f"{got[wrong] if wrong < len(got) else 'missing'}, expected "
+                f"{want[wrong] if wrong < len(want) else 'none'}; pass a tree with the params' structure"
+            )
+
+
+def _bytes(block: Block, dtypes: Sequence[np.dtype]) -> int:
+    return (block.stop - block.start) * dtypes[block.leaf].itemsize
+
+
+def _cut(leaf: int, shape: tuple[int, ...], itemsize: int, block_bytes: int) -> list[Block]:
+    """Cut one leaf, between rows where a row fits into a block (so that a push of some rows stays rows)."""
+    size = int(np.prod(shape, dtype=np.int64))
+    row = int(np.prod(shape[1:], dtype=np.int64)) if len(shape) > 1 else 1
+    capacity = max(1, block_bytes // itemsize)
+    row = row if 0 < row <= capacity else 1
+    length = capacity // row * row
+    return [Block(leaf, start, min(start + length, size), row) for start in range(0, size, length)]
+
+
+def make_sharding(params: Any, *, num_servers: int, block_bytes: int = BLOCK_BYTES) -> Sharding:
+    """Return how the leaves of `params` (arrays or ShapeDtypeStructs, in tree order) are spread over the servers.
+
+    Raises:
+      ValueError: no server, a block size below one byte, or fewer blocks than servers.
+    """
+    if num_servers < 1 or block_bytes < 1:
+        raise ValueError(f"need at least 1 server and 1 byte a block, got {num_servers} and {block_bytes}")
+    leaves = jax.tree.leaves(params)
+    shapes = tuple(tuple(leaf.shape) for leaf in leaves)
+    dtypes = tuple(np.dtype(leaf.dtype) for leaf in leaves)
+    blocks = [b for i, shape in enumerate(shapes) for b in _cut(i, shape, dtypes[i].itemsize, block_bytes)]
+    if len(blocks) < num_servers:
+        raise ValueError(
+            f"{num_servers} servers share {len(blocks)} blocks of at most {block_bytes} bytes, so some would hold "
+            f"nothing: ask for at most {len(blocks)} servers (ps.servers) or smaller blocks"
+        )
+    shards: list[list[Block]] = [[] for _ in range(num_servers)]
+    load = [(0, server) for server in range(num_servers)]
+    for block in sorted(blocks, key=lambda b: -_bytes(b, dtypes)):
+        held, server = heapq.heappop(load)
+        shards[server].append(block)
+        heapq.heappush(load, (held + _bytes(block, dtypes), server))
+    ordered = tuple(tuple(sorted(shard, key=lambda b: (b.leaf, b.start))) for shard in shards)
+    return Sharding(ordered, shapes, dtypes)

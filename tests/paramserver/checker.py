@@ -1,0 +1,324 @@
+"""Judges a simulated run by its events alone. Imports nothing of the parameter server: it must not share its mistakes.
+
+What it relies on: every update names the fingerprint of the history before and after it, so the history of a shard is
+the path from its final fingerprint back to 0. Updates that no surviving copy has are not on it.
+"""
+
+from collections import Counter, defaultdict
+from itertools import pairwise
+
+import numpy as np
+
+
+class Broken(AssertionError):
+    """An invariant does not hold; the message begins with its name."""
+
+
+def require(condition, rule, text):
+    if not condition:
+        raise Broken(f"{rule}: {text}")
+
+
+def named(events, kind):
+    return [event for event in events if type(event.what).__name__ == kind]
+
+
+class Run:
+    """A run's events, put in the order the rules below want."""
+
+    def __init__(self, simulation):
+        self.settings = simulation.settings
+        self.events = simulation.events
+        self.processes = simulation.processes
+        self.initial = simulation.params
+        self.gradient = simulation.gradient
+        self.clip = simulation.clip
+        s = self.settings
+        self.sync = s.mode == "sync" or (s.mode == "bounded" and s.max_staleness == 0)
+        self.views = [event.what.view for event in named(self.events, "ViewRecord")]
+        self.rolled_back = any(view.restore_epoch > 1 for view in self.views)
+        cuts = named(self.events, "Cut")
+        require(bool(cuts), "result", "nobody read the params at the end")
+        self.final = cuts[-1].what.shards
+        require(cuts[-1].what.step == s.max_steps, "result", f"the params read last are of step {cuts[-1].what.step}")
+        self.paths = [self._path(shard) for shard in range(s.servers)]
+
+    def _path(self, shard):
+        parents = {}
+        for event in named(self.events, "Applied"):
+            if event.what.shard == shard:
+                parents[event.what.after] = event.what
+        path, chain = [], self.final[shard].chain
+        while chain:
+            require(chain in parents, "history", f"shard {shard} holds an update nobody saw")
+            path.append(parents[chain])
+            chain = parents[chain].before
+        path.reverse()
+        return path
+
+
+def identity(contributor):
+    return contributor.worker, contributor.incarnation, contributor.sequence
+
+
+def applied_once(run):
+    for shard, path in enumerate(run.paths):
+        counts = Counter(identity(c) for update in path for c in update.contributors)
+        twice = [who for who, n in counts.items() if n > 1]
+        require(
+            not twice, "exactly once", f"shard {shard} applied (worker, incarnation, sequence) {twice} more than once"
+        )
+        versions = [update.version for update in path]
+        require(versions == list(range(1, len(path) + 1)), "versions", f"shard {shard} went through {versions}")
+
+
+def batch_range(settings, step):
+    steps = (settings.num_examples + settings.global_batch_size - 1) // settings.global_batch_size
+    start = (step % steps) * settings.global_batch_size
+    return step // steps, start, min(start + settings.global_batch_size, settings.num_examples)
+
+
+def same_contributors(run):
+    if not run.sync:
+        return
+    for step, updates in enumerate(zip(*run.paths, strict=False), 1):
+        first = [identity(c) for c in updates[0].contributors]
+        for shard, update in enumerate(updates):
+            got = [identity(c) for c in update.contributors]
+            require(got == first, "same contributors", f"step {step}: shard 0 has {first}, shard {shard} has {got}")
+
+
+def examples_once(run):
+    (examples_once_sync if run.sync else examples_once_async)(run)
+
+
+def examples_once_sync(run):
+    for shard, path in enumerate(run.paths):
+        require(len(path) == run.settings.max_steps, "complete", f"shard {shard} made {len(path)} steps")
+        for step, update in enumerate(path):
+            epoch, start, stop = batch_range(run.settings, step)
+            at = start
+            for lease in sorted((c.lease for c in update.contributors), key=lambda lease: lease.start):
+                require(lease.data_epoch == epoch, "examples", f"step {step} took examples of epoch {lease.data_epoch}")
+                require(lease.start == at, "examples", f"step {step}: range starts at {lease.start}, expected {at}")
+                at = lease.stop
+            require(at == stop, "examples", f"step {step} covers examples up to {at} of {stop}")
+
+
+def examples_once_async(run):
+    on_shards = defaultdict(set)
+    for shard, path in enumerate(run.paths):
+        for update in path:
+            (c,) = update.contributors
+            wanted = batch_range(run.settings, c.lease.step)
+            require((c.lease.data_epoch, c.lease.start, c.lease.stop) == wanted, "examples", f"{c.lease} is {wanted}")
+            on_shards[c.lease.step, identity(c)].add(shard)
+    whole = Counter(step for (step, _), shards in on_shards.items() if len(shards) == run.settings.servers)
+    expected = dict.fromkeys(range(run.settings.max_steps), 1)
+    require(dict(whole) == expected, "examples", f"pushes on all shards, by batch: {dict(sorted(whole.items()))}")
+
+
+def fenced_stay_out(run):
+    members = {view.epoch: {(m.worker, m.incarnation) for m in view.members} for view in run.views}
+    if run.sync:
+        return  # there the commit decides, and a push staged by a worker that died may still be chosen
+    for shard, path in enumerate(run.paths):
+        for update in path:
+            for c in update.contributors:
+                inside = (c.worker, c.incarnation) in members[update.epoch]
+                require(
+                    inside, "fencing", f"shard {shard} applied a push of {identity(c)}, no member of {update.epoch}"
+                )
+
+
+def bounded_reads(run):
+    if run.settings.mode != "bounded" or run.sync:
+        return
+    bound = run.settings.max_staleness
+    for event in named(run.events, "Served"):
+        read = event.what
+        path = run.paths[read.shard]
+        chains = [0, *(update.after for update in path)]
+        if read.chain not in chains:
+            continue  # served from a history that was rolled back with whatever was computed from it
+        for update in path[chains.index(read.chain) :]:
+            require(
+                update.clock >= read.clock - bound,
+                "bounded reads",
+                f"worker {read.worker} read shard {read.shard} at clock {read.clock} without the update of worker "
+                f"{update.contributors[0].worker} at clock {update.clock}, though the bound is {bound}",
+            )
+
+
+def reads_have_a_future(run):
+    """Without a roll-back, whatever was served is part of the history that survives."""
+    if run.rolled_back:
+        return
+    for event in named(run.events, "Served"):
+        read = event.what
+        chains = [0, *(update.after for update in run.paths[read.shard])]
+        require(read.chain in chains, "reads", f"shard {read.shard} served a history that did not survive")
+
+
+def one_primary(run):
+    leaders = defaultdict(set)
+    for event in named(run.events, "Leads"):
+        leaders[event.what.shard, event.what.epoch].add((event.node, event.boot))
+    for (shard, epoch), nodes in leaders.items():
+        require(len(nodes) == 1, "one primary", f"shard {shard} has primaries {nodes} in epoch {epoch}")
+
+
+def acknowledged_survive(run):
+    if run.rolled_back or run.sync:
+        return  # in sync mode `examples_once` demands every step there is
+    held = [{identity(c) for update in path for c in update.contributors} for path in run.paths]
+    for event in named(run.events, "PushAck"):
+        ack = event.what
+        if ack.status in ("applied", "duplicate"):
+            who = identity(ack)
+            require(who in held[ack.shard], "acknowledged", f"shard {ack.shard} acknowledged {who} and lost it")
+
+
+def stop_together(run):
+    exits = {event.node: event.what for event in named(run.events, "Exit")}
+    require(set(exits) == set(run.processes), "stop", f"only {sorted(exits)} ended")
+    ends = {(end.step, end.reason) for end in exits.values()}
+    require(ends == {(run.settings.max_steps, "max_steps")}, "stop", f"the processes ended with {ends}")
+    decided = {(e.what.step, e.what.reason) for e in named(run.events, "StopRecord")}
+    require(len(decided) == 1, "stop", f"the end was decided as {decided}")
+
+
+def incarnations_are_new(run):
+    given = {}
+    for view in run.views:
+        for member in view.members:
+            owner = given.setdefault(member.incarnation, member.worker)
+            require(owner == member.worker, "incarnations", f"{member.incarnation} was given out twice")
+    epochs = [view.epoch for view in run.views]
+    require(epochs == sorted(set(epochs)), "epochs", f"they do not grow: {epochs}")
+
+
+def snapshots_are_whole(run):
+    """A manifest becomes durable after the files it names; these are one cut and hold their exactly-once tables."""
+    files = {}
+    for event in run.events:
+        if not isinstance(event.what, tuple):
+            continue
+        _, name, content = event.what
+        files[name] = content
+        if type(content).__name__ != "Manifest":
+            continue
+        missing = [shard.name for shard in content.shards if shard.name not in files]
+        require(not missing, "snapshots", f"{name} is durable before {missing}")
+        states = [files[shard.name] for shard in content.shards]
+        if run.sync:
+            versions = {state.version for state in states}
+            require(versions == {content.step}, "snapshots", f"{name} of step {content.step} has versions {versions}")
+        for state in states:
+            require(bool(state.seen) or not state.version, "snapshots", f"{name} lacks its exactly-once table")
+
+
+def step_by_hand(params, velocity, grads, clip, norm_squared):
+    if clip:
+        factor = np.float32(min(1.0, clip / (norm_squared**0.5 + 1e-12)))
+        grads = [factor * g for g in grads]
+    velocity = [np.float32(0.9) * v + g for v, g in zip(velocity, grads)]
+    return [p - np.float32(0.1) * v for p, v in zip(params, velocity)], velocity
+
+
+def same_bits(run):
+    """The final params are, bit for bit, what one process computes from the same history."""
+    replay = replay_sync(run) if run.sync else replay_async(run)
+    # The squares of a global norm may be added in another order.
+    equal = (lambda a, b: np.allclose(a, b, rtol=1e-5, atol=1e-6)) if run.clip else np.array_equal
+    for shard, params in enumerate(replay or ()):
+        for block, (got, want) in enumerate(zip(run.final[shard].pieces, params, strict=True)):
+            require(equal(got, want), "same bits", f"shard {shard}, block {block}: {got} is not {want}")
+
+
+def replay_sync(run):
+    """Train on whole batches, slice by slice in ascending order, without any of what happened."""
+    s = run.settings
+    slices = s.workers - s.backup_workers
+    params = [list(shard) for shard in run.initial]
+    velocity = [[np.zeros_like(p) for p in shard] for shard in params]
+    for step in range(s.max_steps):
+        epoch, start, stop = batch_range(s, step)
+        cuts = [start + (stop - start) * i // slices for i in range(slices + 1)]
+        pushes = [run.gradient(Examples(epoch, a, b), params) for a, b in pairwise(cuts)]
+        if not all(push.finite for push in pushes):
+            continue
+        grads = []
+        for shard in range(s.servers):
+            sums = list(pushes[0].pieces[shard])
+            for push in pushes[1:]:
+                sums = [a + b for a, b in zip(sums, push.pieces[shard])]
+            grads.append([total / np.float32(sum(p.count for p in pushes)) for total in sums])
+        squares = sum(float((g.astype(np.float64) ** 2).sum()) for shard in grads for g in shard)
+        for shard in range(s.servers):
+            params[shard], velocity[shard] = step_by_hand(
+                params[shard], velocity[shard], grads[shard], run.clip, squares
+            )
+    return params
+
+
+class Examples:
+    def __init__(self, data_epoch, start, stop):
+        self.data_epoch, self.start, self.stop = data_epoch, start, stop
+
+
+def replay_async(run):
+    """Compute every push again from the versions it pulled; None when a torn push hides one of those."""
+    pulled = defaultdict(dict)
+    for shard, path in enumerate(run.paths):
+        for update in path:
+            pulled[identity(update.contributors[0])][shard] = update.version - 1 - update.staleness
+    if any(len(versions) < run.settings.servers for versions in pulled.values()):
+        return None
+    states = [[(list(params), [np.zeros_like(p) for p in params])] for params in run.initial]
+    left = [list(path) for path in run.paths]
+    gradients = {}
+    while any(left):
+        moved = False
+        for shard, updates in enumerate(left):
+            while updates:
+                (c,) = updates[0].contributors
+                versions = pulled[identity(c)]
+                if identity(c) not in gradients:
+                    if any(len(states[n]) <= versions[n] for n in versions):
+                        break
+                    params = [states[n][versions[n]][0] for n in range(len(states))]
+                    gradients[identity(c)] = run.gradient(c.lease, params)
+                push = gradients[identity(c)]
+                after = states[shard][-1]
+                if push.finite:
+                    grads = [total / np.float32(push.count) for total in push.pieces[shard]]
+                    after = step_by_hand(*after, grads, run.clip, push.norm_squared)
+                states[shard].append(after)
+                updates.pop(0)
+                moved = True
+        require(moved, "causality", "pushes depend on each other in a circle")
+    return [history[-1][0] for history in states]
+
+
+RULES = (
+    applied_once,
+    same_contributors,
+    examples_once,
+    fenced_stay_out,
+    bounded_reads,
+    reads_have_a_future,
+    one_primary,
+    acknowledged_survive,
+    stop_together,
+    incarnations_are_new,
+    snapshots_are_whole,
+    same_bits,
+)
+
+
+def check(simulation):
+    """Raise Broken if the run broke a rule."""
+    run = Run(simulation)
+    for rule in RULES:
+        rule(run)

@@ -1,0 +1,127 @@
+"""A tiny training problem for simulated runs, whose float32 sums depend on their order, and runs drawn from a seed."""
+
+import random
+
+import checker
+import numpy as np
+
+from jaxdist.paramserver import messages
+from jaxdist.paramserver.settings import Settings, Timers
+from jaxdist.paramserver.simulator import Faults, Simulation
+
+SIZES = {1: ((3, 2),), 2: ((3,), (2,)), 3: ((2,), (2,), (1,))}
+TIMERS = Timers(heartbeat=0.1, retry=0.15, dead_after=0.6, stuck_after=1.5)
+
+
+CLIP = 0.5
+
+
+class Momentum:
+    """Heavy-ball SGD in numpy: order and number of updates show in the bits."""
+
+    def __init__(self, clip=False):
+        self.needs_norm = clip
+
+    def init(self, params):
+        return tuple(np.zeros_like(p) for p in params)
+
+    def update(self, params, opt_state, grads, *, scale, norm_squared):
+        if self.needs_norm:
+            factor = np.float32(min(1.0, CLIP / (norm_squared**0.5 + 1e-12)))
+            grads = tuple(factor * g for g in grads)
+        velocity = tuple(np.float32(0.9) * v + g for v, g in zip(opt_state, grads))
+        return tuple(p - np.float32(0.1 * scale) * v for p, v in zip(params, velocity)), velocity
+
+
+def initial_params(servers):
+    rng = np.random.default_rng(7)
+    return tuple(tuple(rng.normal(size=n).astype(np.float32) for n in sizes) for sizes in SIZES[servers])
+
+
+def gradient(lease, params):
+    """Return the summed gradient of a lease: depends on its examples and the params, with wide-ranging magnitudes."""
+    count = lease.stop - lease.start
+    rng = random.Random(lease.data_epoch * 1_000_003 + lease.start * 1009 + lease.stop)
+    finite = rng.random() < 0.97
+    pieces = []
+    for shard in params:
+        noise = [
+            np.array([rng.gauss(0, 1) * 10 ** rng.uniform(-3, 3) for _ in range(p.size)], np.float32) for p in shard
+        ]
+        pieces.append(tuple(np.float32(count) * (np.float32(0.2) * p + g) for p, g in zip(shard, noise)))
+    if not finite:
+        pieces[0] = (np.full_like(pieces[0][0], np.nan), *pieces[0][1:])
+    squares = sum(float((g.astype(np.float64) ** 2).sum()) for shard in pieces for g in shard) / max(count, 1) ** 2
+    metrics = (messages.Metric("loss", 1.0 * count, count),)
+    return messages.Computed(0, 0, float(count), finite, squares, tuple(pieces), metrics)
+
+
+def draw_settings(rng: random.Random) -> Settings:
+    mode = rng.choice(["sync", "sync", "bounded", "async"])
+    workers = rng.randint(1, 4)
+    durability = rng.choice(["none", "snapshot", "replicated", "replicated"])
+    backup = rng.randint(0, workers - 1) if mode == "sync" and rng.random() < 0.4 else 0
+    snapshots = durability == "snapshot" or (durability == "replicated" and rng.random() < 0.3)
+    batch = rng.randint(5, 9)
+    return Settings(
+        num_examples=rng.randint(2, 4) * batch + rng.randint(0, batch - 1),
+        global_batch_size=batch,
+        max_steps=rng.randint(4, 10),
+        workers=workers,
+        servers=rng.randint(1, 3),
+        mode=mode,
+        max_staleness=rng.randint(0, 3) if mode == "bounded" else 0,
+        backup_workers=backup,
+        durability=durability,
+        snapshot_every=rng.randint(1, 4) if snapshots else 0,
+        read_every=rng.choice([0, 0, 2, 3]),
+        timers=TIMERS,
+    )
+
+
+def draw_faults(rng: random.Random) -> Faults:
+    def sometimes(high):
+        return rng.uniform(0, high) if rng.random() < 0.6 else 0.0
+
+    return Faults(
+        until=rng.uniform(1.0, 3.0),
+        drop=sometimes(0.15),
+        repeat=sometimes(0.3),
+        slow=sometimes(0.3),
+        cuts=sometimes(1.5),
+        kills=sometimes(2.5),
+        pauses=sometimes(1.5),
+        crash_at_append=sometimes(0.1),
+        disk_full=sometimes(0.3),
+        slow_worker=rng.choice([1.0, 1.0, 5.0]),
+    )
+
+
+def simulate(seed, *, settings=None, faults=None, machines=None, clip=None):
+    """Play the run a seed stands for, with what is given instead of drawn."""
+    rng = random.Random(seed)
+    drawn_settings, drawn_faults = draw_settings(rng), draw_faults(rng)
+    clip = rng.random() < 0.3 if clip is None else clip
+    settings = settings or drawn_settings
+    simulation = Simulation(
+        seed=seed,
+        settings=settings,
+        faults=faults or drawn_faults,
+        params=initial_params(settings.servers),
+        gradient=gradient,
+        make_updater=lambda: Momentum(clip),
+        machines=machines,
+    )
+    simulation.clip = CLIP if clip else None
+    return simulation.run()
+
+
+def play(seed, **instead):
+    """Simulate and judge; an error names the seed that replays it."""
+    try:
+        simulation = simulate(seed, **instead)
+        checker.check(simulation)
+    except Exception as error:
+        error.add_note(f"seed {seed}: workload.play({seed}) in tests/paramserver replays it")
+        raise
+    return simulation
