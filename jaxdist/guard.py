@@ -258,7 +258,8 @@ def _show_sharding(sharding: jax.sharding.Sharding) -> str:
     entries = list(sharding.spec)
     while entries and entries[-1] is None:
         entries.pop()
-    return f"{PartitionSpec(*entries)} on {sharding.mesh}"
+    ids = [device.id for device in sharding.mesh.devices.flat]
+    return f"{PartitionSpec(*entries)} on mesh {dict(sharding.mesh.shape)} of devices {ids[0]} to {ids[-1]}"
 
 
 def _compare(old: Mapping[str, _Form], new: Mapping[str, _Form]) -> list[Change]:

@@ -548,6 +548,7 @@ def test_a_save_killed_at_any_moment_leaves_the_old_state_or_the_new_one(tmp_pat
 
 PROCESS = """
     import sys
+    import time
     import jax
     process, port, directory = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     jax.config.update("jax_platforms", "cpu")
@@ -572,6 +573,13 @@ PROCESS = """
     specs = {"whole": P(), "rows": P("data"), "columns": P(None, "data")}
     state = {name: put(whole, spec) for name, spec in specs.items()}
     state["key"] = jax.jit(lambda: jax.random.key(3), out_shardings=NamedSharding(over, P()))()
+    superfluous = checkpoint.Checkpointer._superfluous
+
+    def slowly(self, saved):
+        time.sleep(0.3)  # Nobody may see the directory before process 0 has put it in order.
+        return superfluous(self, saved)
+
+    checkpoint.Checkpointer._superfluous = slowly
     with checkpoint.Checkpointer(directory, identity="test", keep_last=1) as checkpointer:
         for step in (1, 2):
             checkpointer.save(step, state, {"step": step}, {})
