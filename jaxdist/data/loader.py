@@ -5,7 +5,6 @@ rows of it, and those are the same rows whichever process, thread or restart com
 """
 
 import collections
-import dataclasses
 import logging
 import os
 from collections.abc import Callable, Generator, Iterator
@@ -40,7 +39,8 @@ class Loader:
       example_fn: called with (example, random).
       rows: which rows of the global batch this process needs, ascending. None: all of them when iterated directly, and
         what the sharding says when given to `feed`.
-      num_threads: threads that assemble batches; 0 assembles in the caller's thread.
+      num_threads: threads that assemble batches; 0 assembles in the caller's thread, which is best where the source
+        reads whole batches quickly and there is no example_fn: None chooses it there, else one a core, up to 8.
       num_workers: processes that assemble batches, instead of threads; for an example_fn that holds the GIL.
       read_ahead: batches in work beyond the one that is consumed.
       on_bad: "raise" ends with the first example that cannot be read (`CorruptExample`); "skip" leaves a row of zeros
@@ -70,9 +70,9 @@ class Loader:
     ):
         self.source, self.seed, self.example_fn = source, int(seed), example_fn
         self.global_batch_size, self.num_epochs, self.read_ahead = global_batch_size, num_epochs, read_ahead
-        self.order = as_order(shuffle)
-        self.num_threads = min(os.cpu_count() or 1, 8) if num_threads is None else num_threads
-        self.num_workers, self.on_bad = num_workers, on_bad
+        self.on_bad, self.order = on_bad, as_order(shuffle)
+        self.num_threads = self._choose_threads() if num_threads is None else num_threads
+        self.num_workers = num_workers
         self.skipped: list[str] = []
         self.rows = None if rows is None else _checked_rows(rows, global_batch_size)
         _check_counts(self, trains=not isinstance(self.order, order.Sequential) or num_epochs is None)
@@ -127,6 +127,10 @@ class Loader:
         """How an id becomes an example."""
         return assembly.Recipe(self.source, self.example_fn, self.seed, self.on_bad)
 
+    def _choose_threads(self) -> int:
+        # A handover between threads costs more than gathering a batch from memory; `feed` reads ahead in any case.
+        return 0 if self.recipe.whole else min(os.cpu_count() or 1, 8)
+
     def _make_assembler(self) -> assembly.Assembler:
         recipe = self.recipe
         if self.num_workers:
@@ -138,16 +142,13 @@ class Loader:
     def _plans(self) -> Iterator[tuple[assembly.Plan, Position]]:
         """Yield what to read for each batch, and the position after it."""
         num_examples, epoch, position = len(self.source), self.start.epoch, self.start.position
-        rows = np.arange(self.global_batch_size) if self.rows is None else self.rows
-        while True:
-            if position == num_examples:
-                epoch, position = epoch + 1, 0
-            if self.num_epochs is not None and epoch >= self.num_epochs:
-                return
-            batch = self.order.batch(num_examples, self.seed, epoch, position, self.global_batch_size)
-            position = batch.after
-            plan = assembly.Plan(epoch, batch.ids[rows], batch.mask[rows])
-            yield plan, dataclasses.replace(self.beginning, epoch=epoch, position=position)
+        rows = slice(None) if self.rows is None else self.rows
+        names = self.beginning.order_version, self.beginning.fingerprint
+        while self.num_epochs is None or epoch < self.num_epochs:
+            for batch in self.order.batches(num_examples, self.seed, epoch, position, self.global_batch_size):
+                plan = assembly.Plan(epoch, batch.ids[rows], batch.mask[rows])
+                yield plan, Position(epoch, batch.after, num_examples, self.seed, *names)
+            epoch, position = epoch + 1, 0
 
 
 def as_order(shuffle: bool | order.Order) -> order.Order:

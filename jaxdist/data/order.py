@@ -11,6 +11,7 @@ import abc
 import bisect
 import dataclasses
 import hashlib
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -20,6 +21,7 @@ ORDER_VERSION = 1
 
 MAX_EXAMPLES = 2**62
 
+_IDS_AT_A_TIME = 4096
 _NUM_ROUNDS = 8
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio, odd
 
@@ -39,11 +41,11 @@ class Order(Protocol):
     def version(self) -> str:
         """A short text that differs whenever the ids may differ: the scheme's version and its settings."""
 
-    def batch(self, num_examples: int, seed: int, epoch: int, start: int, size: int) -> Batch:
-        """Return the batch of `size` rows that begins at position `start`, which is below num_examples."""
+    def batches(self, num_examples: int, seed: int, epoch: int, start: int, size: int) -> Iterator[Batch]:
+        """Yield the batches of `size` rows from position `start` to the end of the epoch."""
 
     def num_batches(self, num_examples: int, size: int) -> int:
-        """Return the number of batches of `size` rows in an epoch."""
+        """Return the number of batches of `size` rows in a whole epoch."""
 
 
 class _Contiguous(abc.ABC):
@@ -53,16 +55,25 @@ class _Contiguous(abc.ABC):
     def __call__(self, num_examples: int, seed: int, epoch: int, start: int, stop: int) -> np.ndarray:
         """Return the ids at positions [start, stop) of the epoch, int64."""
 
-    def batch(self, num_examples: int, seed: int, epoch: int, start: int, size: int) -> Batch:
+    def batches(self, num_examples: int, seed: int, epoch: int, start: int, size: int) -> Iterator[Batch]:
         """See Order."""
-        after = min(start + size, num_examples)
-        ids = self(num_examples, seed, epoch, start, after)
-        mask = (np.arange(size) < after - start).astype(np.float32)
-        return Batch(np.concatenate([ids, np.full(size - len(ids), ids[0])]), mask, after)
+        # Many ids at a time: what a call costs besides them is more than the ids of a small batch.
+        run = max(_IDS_AT_A_TIME // size, 1) * size
+        for begin in range(start, num_examples, run):
+            ids = self(num_examples, seed, epoch, begin, min(begin + run, num_examples))
+            for first in range(0, len(ids), size):
+                yield padded_batch(ids[first : first + size], size, begin + first)
 
     def num_batches(self, num_examples: int, size: int) -> int:
         """See Order."""
         return -(-num_examples // size)
+
+
+def padded_batch(ids: np.ndarray, size: int, start: int) -> Batch:
+    """Return the batch of `ids`, which begin at position `start`; where they are too few, the first one fills it up."""
+    mask = (np.arange(size) < len(ids)).astype(np.float32)
+    rows = ids if len(ids) == size else np.concatenate([ids, np.full(size - len(ids), ids[0])])
+    return Batch(rows, mask, start + len(ids))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,8 +220,15 @@ class Dealt:
         sizes = hashlib.sha256(str(self.sizes).encode()).hexdigest()[:8]
         return f"dealt-{ORDER_VERSION}:{len(self.sizes)} shards {sizes}{'' if self.shuffle else ' unshuffled'}"
 
-    def batch(self, num_examples: int, seed: int, epoch: int, start: int, size: int) -> Batch:
+    def batches(self, num_examples: int, seed: int, epoch: int, start: int, size: int) -> Iterator[Batch]:
         """See Order."""
+        while start < num_examples:
+            batch = self.batch(num_examples, seed, epoch, start, size)
+            yield batch
+            start = batch.after
+
+    def batch(self, num_examples: int, seed: int, epoch: int, start: int, size: int) -> Batch:
+        """Return the batch that begins at position `start`, which is below num_examples."""
         _check_range(num_examples, epoch, start, num_examples)
         if size % len(self.sizes) or num_examples != sum(self.sizes):
             raise ValueError(

@@ -8,7 +8,7 @@ import bisect
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -185,8 +185,15 @@ class Blocks:
         """See Order."""
         return f"bucketed-{order.ORDER_VERSION}:{fingerprint_text('sizes', *self.sizes)}"
 
-    def batch(self, num_examples: int, seed: int, epoch: int, start: int, size: int) -> order.Batch:
+    def batches(self, num_examples: int, seed: int, epoch: int, start: int, size: int) -> Iterator[order.Batch]:
         """See Order."""
+        while start < num_examples:
+            batch = self.batch(num_examples, seed, epoch, start, size)
+            yield batch
+            start = batch.after
+
+    def batch(self, num_examples: int, seed: int, epoch: int, start: int, size: int) -> order.Batch:
+        """Return the batch that begins at position `start`, which is below num_examples."""
         if num_examples != sum(self.sizes) or not 0 <= start < num_examples:
             raise ValueError(f"These blocks have {sum(self.sizes)} examples; got {num_examples}, position {start}.")
         blocks, begins = _shuffled_blocks(self.sizes, seed, epoch)
@@ -195,8 +202,7 @@ class Blocks:
         count = min(size, self.sizes[block] - within)
         inside = order.Permutation.make(self.sizes[block], "in bucket", seed, epoch, block)
         ids = sum(self.sizes[:block]) + inside(np.arange(within, within + count, dtype=np.int64))
-        mask = (np.arange(size) < count).astype(np.float32)
-        return order.Batch(np.concatenate([ids, np.full(size - count, ids[0])]), mask, start + count)
+        return order.padded_batch(ids, size, start)
 
     def num_batches(self, num_examples: int, size: int) -> int:
         """See Order."""
