@@ -1,0 +1,65 @@
+"""Where each process says what it is doing, outside the collectives: one small file a process, in a common directory.
+
+A process stuck in a collective cannot be asked, and one that is stopped cannot answer; but what it wrote last can be
+read by anyone. On one machine the directory is in memory; on several it must be one they all see.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+
+_SIZE = 256
+"""Bytes of a record, padded with spaces: it is written by one call, over the one before."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a process says it is doing.
+
+    Attributes:
+      step: number of finished steps.
+      phase: an account of the stopwatch: input, compute, checkpoint, eval, compile, restart, other; or "done".
+      beat: counts the reports, so that one who says the same twice differs from one who says nothing.
+    """
+
+    step: int
+    phase: str
+    beat: int
+
+
+class Writer:
+    """Writes one process's reports."""
+
+    def __init__(self, directory: pathlib.Path, process: int):
+        directory.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(_path(directory, process), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._beat = 0
+
+    def write(self, step: int, phase: str) -> None:
+        """Replace the last report."""
+        self._beat += 1
+        text = json.dumps(dataclasses.asdict(Report(step, phase, self._beat)))
+        os.pwrite(self._file, text.ljust(_SIZE - 1).encode() + b"\n", 0)
+
+    def close(self) -> None:
+        """Close the file; the last report stays."""
+        os.close(self._file)
+
+
+def read(directory: pathlib.Path, process: int) -> Report | None:
+    """Return the last report of a process; None before its first, and when read in the middle of a write."""
+    try:
+        return Report(**json.loads(_path(directory, process).read_bytes()))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def clear(directory: pathlib.Path) -> None:
+    """Forget all reports: those of the processes of an earlier attempt say nothing about the next."""
+    for path in directory.glob("process-*.report"):
+        path.unlink()
+
+
+def _path(directory: pathlib.Path, process: int) -> pathlib.Path:
+    return directory / f"process-{process}.report"

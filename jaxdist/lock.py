@@ -1,0 +1,81 @@
+"""One run directory, one job: a lock that its owner's death opens.
+
+The kernel holds the lock (flock) for as long as the process that took it lives, however that process ends, so a lock is
+never left behind. What the file says about its owner is for the message alone.
+"""
+
+import fcntl
+import json
+import os
+import pathlib
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from jaxdist.errors import UserError
+
+FILE_NAME = "lock"
+
+
+class LockedError(UserError):
+    """Another job that is alive works in the directory."""
+
+
+@contextmanager
+def locked(directory: pathlib.Path, *, purpose: str) -> Iterator[None]:
+    """Hold the lock of `directory`, which is made if need be, while the context lasts.
+
+    Processes started inside do not inherit the lock: it belongs to this process alone.
+
+    Args:
+      directory: what only one job may write to.
+      purpose: said to whoever is refused, "jaxdist train x.py" say.
+
+    Raises:
+      LockedError: another process holds it; the message names it.
+      OSError: the directory cannot be written, or its file system has no locks.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(directory / FILE_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        _take(descriptor, directory)
+        owner = {"process": os.getpid(), "host": socket.gethostname(), "purpose": purpose}
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(owner).encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def is_locked(directory: pathlib.Path) -> bool:
+    """Return whether a living process holds the lock of `directory`."""
+    try:
+        descriptor = os.open(directory / FILE_NAME, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _take(descriptor: int, directory: pathlib.Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        said = os.pread(descriptor, 4096, 0).decode(errors="replace")
+        raise LockedError(
+            f"One job at a time may work in {directory}; {_describe(said)} does. "
+            "Wait for it, end it, or choose another directory."
+        ) from error
+
+
+def _describe(said: str) -> str:
+    try:
+        owner = json.loads(said)
+        return f"process {owner['process']} on {owner['host']} ({owner['purpose']})"
+    except (ValueError, KeyError, TypeError):  # it has the lock, but has not said who it is yet
+        return "another process"

@@ -1,0 +1,127 @@
+"""The verdict without processes: a pure function of what each process last said, and for how long."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxdist.launch import board, watchdog
+
+LIMITS = watchdog.Limits(hang_seconds=100.0, slow_seconds=1000.0)
+
+
+def view(step, phase, same, silent=0.0):
+    return watchdog.View(step, phase, same, silent)
+
+
+def judge(*views, limits=LIMITS):
+    return watchdog.judge(dict(enumerate(views)), limits, silence_seconds=20.0)
+
+
+def test_the_process_that_reads_is_blamed_not_those_that_wait_for_it():
+    verdict = judge(
+        view(812, "compute", 141), view(811, "compute", 141), view(812, "compute", 140), view(811, "input", 142)
+    )
+    assert verdict.culprits == (3,)
+    assert "process 3 is in input for 142 s; the others wait in step 813" in verdict.text
+    assert "  process 0: step 812, compute for 141 s" in verdict.text
+
+
+def test_a_process_that_gives_no_sign_of_life_is_blamed_first_and_does_not_report():
+    verdict = judge(view(7, "compute", 150, silent=150), view(7, "input", 150))
+    assert verdict.culprits == (0,)
+    assert verdict.reporter == 1
+    assert "process 0: step 7, compute for 150 s, no sign of life for 150 s" in verdict.text
+
+
+def test_the_lowest_step_is_blamed_when_all_are_in_a_step():
+    assert judge(view(5, "compute", 101), view(4, "compute", 101)).culprits == (1,)
+
+
+def test_a_slow_first_compile_is_no_stall_for_those_who_wait_for_it():
+    assert judge(view(0, "compute", 900), view(0, "compile", 900)) is None
+    assert judge(view(0, "compute", 1000), view(0, "compile", 1000)).culprits
+
+
+def test_a_process_that_is_done_does_not_hold_up_anybody():
+    assert judge(view(9, "done", 500), view(9, "done", 500)) is None
+    assert judge(view(9, "done", 500, silent=500), view(9, "input", 101)).culprits == (1,)
+
+
+@given(
+    views=st.lists(
+        st.builds(
+            watchdog.View,
+            st.integers(0, 5),
+            st.sampled_from(["input", "compute", "compile", "eval", "checkpoint", "done"]),
+            st.floats(0, 2000),
+            st.floats(0, 2000),
+        ),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_nobody_is_blamed_who_is_within_the_limit_or_done(views):
+    verdict = judge(*views)
+    active = [each for each in views if each.phase != "done"]
+    assert (verdict is None) == (not active or any(each.same_seconds < LIMITS.of(each.phase) for each in active))
+    if verdict:
+        assert all(views[culprit].phase != "done" for culprit in verdict.culprits)
+        assert views[verdict.reporter].phase != "done"
+
+
+def test_the_observer_measures_by_its_own_clock():
+    now = [0.0]
+    observer = watchdog.Observer(1, clock=lambda: now[0])
+    observer.note(0, board.Report(1, "input", 1))
+    now[0] = 4.0
+    observer.note(0, board.Report(1, "input", 2))
+    now[0] = 6.0
+    observer.note(0, None)
+    assert observer.views() == {0: view(1, "input", 6.0, 2.0)}
+    observer.note(0, board.Report(2, "input", 3))
+    assert observer.views() == {0: view(2, "input", 0.0, 0.0)}
+
+
+def test_a_report_is_read_back_and_an_absent_or_torn_one_is_none(tmp_path):
+    assert board.read(tmp_path, 0) is None
+    writer = board.Writer(tmp_path, 0)
+    writer.write(12, "checkpoint")
+    writer.write(3, "eval")
+    assert board.read(tmp_path, 0) == board.Report(3, "eval", 2)
+    writer.close()
+    path = next(tmp_path.iterdir())
+    path.write_bytes(path.read_bytes()[:10])
+    assert board.read(tmp_path, 0) is None
+    board.clear(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_thread_reports_for_its_process_and_says_when_it_is_done(tmp_path):
+    where = {"step": 3}
+    writer = board.Writer(tmp_path, 0)
+    seen = []
+
+    def read(process):
+        seen.append(board.read(tmp_path, process))
+        return seen[-1]
+
+    dog = watchdog.Watchdog(
+        writer,
+        read,
+        process=0,
+        num_processes=1,
+        where=lambda: (where["step"], "input"),
+        limits=LIMITS,
+        every_seconds=0.001,
+    )
+    with dog:
+        while len(seen) < 3:
+            pass
+    assert seen[0] == board.Report(3, "input", 1)
+    assert board.read(tmp_path, 0).phase == watchdog.DONE
+
+
+@pytest.mark.parametrize("phase", ["input", "compute", "other"])
+def test_limits_of_a_slow_phase_never_lie_below_those_of_a_quick_one(phase):
+    limits = watchdog.Limits(hang_seconds=5000.0, slow_seconds=10.0)
+    assert limits.of("compile") == limits.of(phase) == 5000.0
