@@ -5,14 +5,16 @@ loaded for each device. That saves the compile time and is what canonical reduct
 the same one.
 """
 
+import contextlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 from jax._src import compiler
 from jax.experimental import serialize_executable
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 PyTree: TypeAlias = Any
@@ -64,11 +66,31 @@ def compile_on(function: jax.stages.Wrapped, args: tuple[Any, ...], devices: lis
       args: arrays on `devices[0]`, whose shapes and dtypes the program is made for.
       devices: local devices of one kind; `args` must lie on the first of them.
     """
-    compiled = function.lower(*args).compile()
+    lowered = function.lower(*args)
     if len(devices) == 1:
-        return [compiled]
+        return [lowered.compile()]
+    with _without_persistent_cache():
+        compiled = lowered.compile()
     payload, in_tree, out_tree = serialize_executable.serialize(compiled)
     return [compiled, *(_load(payload, in_tree, out_tree, device) for device in devices[1:])]
+
+
+@contextlib.contextmanager
+def _without_persistent_cache() -> Iterator[None]:
+    """Compile anew: what comes from JAX's persistent cache cannot be serialized once more.
+
+    On CPU devices it has lost its kernels then ("Function ... not found" on every device but the first, for which the
+    first waits in the next collective until XLA ends the process; jaxlib 0.10 and 0.12).
+    """
+    name = "jax_enable_compilation_cache"
+    before = jax.config.values[name]
+    jax.config.update(name, False)
+    compilation_cache.reset_cache()  # JAX asks once whether the cache is in use, and remembers
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+        compilation_cache.reset_cache()
 
 
 def _load(payload: bytes, in_tree: Any, out_tree: Any, device: jax.Device) -> Program:
