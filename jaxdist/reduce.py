@@ -12,14 +12,23 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from jaxdist import metrics as metrics_lib
+from jaxdist.layout import spec_axes
 from jaxdist.metrics import Batch, Mean
 
 PyTree: TypeAlias = Any
 LossFn: TypeAlias = Callable[..., Any]
 """`loss_fn(params, batch, key) -> (loss, metrics)`; with model_state: `loss_fn(params, batch, key, model_state) ->
 (loss, metrics, model_state)`. loss and each metric: a scalar (mean over the batch's true examples) or a Mean."""
+
+GatherFn: TypeAlias = Callable[[PyTree, jax.Array], PyTree]
+"""`gather_fn(shards, has_examples) -> params`: the whole params from the shards that the devices hold, see `gather`."""
+
+_GATHERED = "gathered_param"
+_DROP_GATHERED = jax.checkpoint_policies.save_anything_except_these_names(_GATHERED)
 
 HALVING_MIN_SIZE = 1 << 15
 """Elements from which recursive halving beats doubling: below it, latency counts and not bandwidth."""
@@ -63,24 +72,37 @@ def local_sums(
     batch: Batch,
     key: jax.Array,
     loss_scale: jax.Array | None = None,
+    gather_fn: GatherFn | None = None,
 ) -> Sums:
     """Return the Sums over the true examples of `batch`: gradients, loss, metrics, weighted model_state.
 
     A batch of padding alone contributes exact zeros, also where its loss is 0/0. `loss_scale` multiplies the loss
-    before differentiation and divides the gradients after it (float16).
+    before differentiation and divides the gradients after it (float16). With a `gather_fn`, `params` are this device's
+    shards and so are the gradients, which are then sums over all devices.
     """
     scale = jnp.float32(1.0) if loss_scale is None else loss_scale
+    num_examples = metrics_lib.num_examples(batch)
+
+    def evaluate(params: PyTree) -> tuple[Mean, dict[str, Mean], PyTree]:
+        whole = params if gather_fn is None else gather_fn(params, num_examples > 0)
+        return evaluate_loss(loss_fn, whole, model_state, batch, key)
+
+    if gather_fn is not None:
+        # Without it, every gathered param would stay in memory until the backward pass has used it.
+        evaluate = jax.checkpoint(evaluate, policy=_DROP_GATHERED)
 
     def summed_loss(params: PyTree) -> tuple[jax.Array, Any]:
-        loss, metrics, new_model_state = evaluate_loss(loss_fn, params, model_state, batch, key)
+        loss, metrics, new_model_state = evaluate(params)
         return loss.total * scale, (loss, metrics, new_model_state)
 
     grads, (loss, metrics, new_model_state) = jax.grad(summed_loss, has_aux=True)(params)
-    num_examples = metrics_lib.num_examples(batch)
     grads = jax.tree.map(lambda grad: _at_least_float32(grad) / scale, grads) if loss_scale is not None else grads
     weighted = jax.tree.map(lambda leaf: _at_least_float32(leaf) * num_examples, new_model_state)
-    sums = Sums(jax.tree.map(_at_least_float32, grads), loss, metrics, weighted, num_examples)
-    return jax.tree.map(lambda leaf: jnp.where(num_examples > 0, leaf, jnp.zeros_like(leaf)), sums)
+    grads = jax.tree.map(_at_least_float32, grads)
+    sums = Sums(grads, loss, metrics, weighted, num_examples)
+    kept = jax.tree.map(lambda leaf: jnp.where(num_examples > 0, leaf, jnp.zeros_like(leaf)), sums)
+    # Gathered params' gradients hold other devices' examples by now; `gather` has kept the padding out of them.
+    return kept if gather_fn is None else kept._replace(grads=grads)
 
 
 def accumulate_sums(
@@ -93,6 +115,7 @@ def accumulate_sums(
     num_microbatches: int,
     first_index: jax.Array | int,
     loss_scale: jax.Array | None = None,
+    gather_fn: GatherFn | None = None,
 ) -> Sums:
     """Return the Sums of `batch`, computed one microbatch after the other (gradient accumulation).
 
@@ -105,11 +128,12 @@ def accumulate_sums(
       num_microbatches: parts to cut `batch` into.
       first_index: index of this device's first microbatch in the global batch.
       loss_scale: see `local_sums`.
+      gather_fn: see `local_sums`.
     """
 
     def sums_of(index: jax.Array | int, microbatch: Batch) -> Sums:
         own_key = jax.random.fold_in(key, first_index + index)
-        return local_sums(loss_fn, params, model_state, microbatch, own_key, loss_scale)
+        return local_sums(loss_fn, params, model_state, microbatch, own_key, loss_scale, gather_fn)
 
     if num_microbatches == 1:
         return sums_of(0, batch)
@@ -127,6 +151,46 @@ def accumulate_sums(
 def mean_over_axis(sums: Sums, axis: str | tuple[str, ...]) -> Sums:
     """Average `sums` over a mesh axis by `lax.pmean`, totals and counts alike: their quotients are the global means."""
     return lax.pmean(sums, axis)
+
+
+def gather(leaf: jax.Array, spec: PartitionSpec, has_examples: jax.Array) -> jax.Array:
+    """Return, inside shard_map, the whole of a leaf of which `spec` tells how its shards lie over the manual axes.
+
+    Differentiated, it is a reduce-scatter, to which a device without true examples adds exact zeros.
+    """
+    for dim, axes in enumerate(spec):
+        leaf = leaf if axes is None else lax.all_gather(leaf, axes, axis=dim, tiled=True)
+    return checkpoint_name(_zero_cotangent_unless(leaf, has_examples), _GATHERED)
+
+
+@jax.custom_vjp
+def _zero_cotangent_unless(leaf: jax.Array, condition: jax.Array) -> jax.Array:
+    del condition
+    return leaf
+
+
+# The gradient of a loss that is 0/0 is NaN, and would be added to other devices' before `local_sums` can drop it.
+_zero_cotangent_unless.defvjp(
+    lambda leaf, condition: (leaf, condition),
+    lambda condition, cotangent: (jnp.where(condition, cotangent, jnp.zeros_like(cotangent)), None),
+)
+
+
+def sum_over_axes(
+    grad: jax.Array, axes: tuple[str, ...], *, param_spec: PartitionSpec, grad_spec: PartitionSpec
+) -> jax.Array:
+    """Return, inside shard_map, the shard that `grad_spec` gives this device of a gradient's sum over `axes`.
+
+    Over the axes in `param_spec` it has been added up already: differentiating `gather` is a reduce-scatter. Over those
+    in `grad_spec` alone it is reduced and scattered here, over all others reduced.
+    """
+    left = [axis for axis in axes if axis not in spec_axes(param_spec)]
+    for dim, entry in enumerate(grad_spec):
+        scattered = [axis for axis in spec_axes(PartitionSpec(entry)) if axis in left]
+        if scattered:
+            grad = lax.psum_scatter(grad, tuple(scattered), scatter_dimension=dim, tiled=True)
+            left = [axis for axis in left if axis not in scattered]
+    return lax.psum(grad, tuple(left)) if left else grad
 
 
 def average(sums: Sums, model_state: PyTree) -> Averages:

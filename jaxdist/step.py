@@ -14,6 +14,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxdist import canonical, executable, precision, reduce
+from jaxdist import layout as layouts
 from jaxdist.mesh import DATA_AXIS
 from jaxdist.metrics import Batch
 from jaxdist.state import TrainState
@@ -90,12 +91,16 @@ def canonical_step(
     logical_shards: int = 8,
     axis: str = DATA_AXIS,
     num_microbatches: int = 1,
+    layout: layouts.Layout = layouts.replicated,
 ) -> Step:
     """Return a data-parallel step that gives the same bits on every number of devices that divides `logical_shards`.
 
     Two stages: the logical shards' sums (see `canonical`), then the division and the optimizer, on every replica by the
     same machine code (see `executable`). The bits belong to one jaxlib and one kind of device. `num_microbatches` cuts
-    each logical shard, whatever the layout.
+    each logical shard, whatever the number of devices.
+
+    A `layout` that cuts the state (`layout.zero1`) holds between the steps alone: for the update the state is gathered,
+    because a program on shards would not give the bits of one on the whole.
 
     Raises:
       ValueError: `logical_shards` is no power of two, or the mesh does not divide it.
@@ -127,7 +132,16 @@ def canonical_step(
         total = shard_sums((state.params, state.model_state, state.key, state.step, loss_scale), batch)
         return update_everywhere(state, total)
 
-    return step
+    if layout is layouts.replicated:
+        return step
+    gather = jax.jit(lambda state: layouts.constrain(state, mesh, layouts.replicated), donate_argnums=0)
+    cut = jax.jit(lambda state: layouts.constrain(state, mesh, layout), donate_argnums=0)
+
+    def step_between_cuts(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        new_state, metrics = step(gather(state), batch)
+        return cut(new_state), metrics
+
+    return step_between_cuts
 
 
 def _make_local_step(

@@ -1,29 +1,39 @@
 """Strategies by name: what spreads a model and its batch over the devices.
 
-A strategy is a mesh, a layout and the builder of the step that goes with them. Nothing in a model or in its loss knows
+A strategy is a mesh, a layout and the step that goes with them. Nothing in a model or in its loss knows
 which was chosen.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import optax
 from jax.sharding import Mesh
 
-from jaxdist import canonical, evaluate, layout, reduce
+from jaxdist import canonical, evaluate, reduce, sharded
+from jaxdist import layout as layouts
 from jaxdist import step as steps
 from jaxdist.mesh import DATA_AXIS, make_mesh
 
 REDUCTIONS = ("mean", "canonical")
+MODEL_AXIS = "model"
+SHARD_AXIS = "fsdp"
 
 PURPOSES: Mapping[str, str] = {
-    "data-parallel": "a whole replica on every device, gradients averaged; the simplest and fastest where it fits",
+    "data-parallel": "a whole replica on every device, gradients averaged; the simplest, and fastest where it fits",
+    "zero1": "replicas whose optimizer state is cut over the devices; for optimizers that outweigh the params (Adam)",
+    "fsdp": "params, gradients and optimizer state cut over all devices; for models too large for one device",
+    "hsdp": "fsdp inside each host, replicas across hosts; where the network between hosts is slow",
+    "tensor": "matrices cut over a model axis beside the data axis; for layers too large or batches too small for fsdp",
 }
 ELSEWHERE: Mapping[str, str] = {
     "parameter-server": "islands of devices that meet at a server, synchronously or not",
 }
 """Strategies that are no layout of one mesh; the command line builds them otherwise."""
+
+CANONICAL = ("data-parallel", "zero1")
+"""Strategies whose update is the same program on every device, which canonical reduction asks for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,25 +46,37 @@ class Strategy:
       layout: which part of each leaf of the state lies where; for `state.create_state`.
       batch_axes: mesh axes the batch is cut over; for the data feed and `mesh.batch_sizes`.
       logical_shards: number of fixed slices of the batch under canonical reduction, else None.
-      step_builder: called by `make_step`.
     """
 
     name: str
     mesh: Mesh
-    layout: layout.Layout
+    layout: layouts.Layout
     batch_axes: tuple[str, ...]
     logical_shards: int | None
-    step_builder: Callable[..., steps.Step]
 
     def make_step(
-        self,
-        loss_fn: reduce.LossFn,
-        optimizer: optax.GradientTransformation,
-        *,
-        num_microbatches: int = 1,
+        self, loss_fn: reduce.LossFn, optimizer: optax.GradientTransformation, *, num_microbatches: int = 1
     ) -> steps.Step:
         """Return `step(state, batch) -> (state, metrics)`; the state is donated."""
-        return self.step_builder(loss_fn, optimizer, num_microbatches=num_microbatches)
+        if self.logical_shards is not None:
+            return steps.canonical_step(
+                loss_fn,
+                optimizer,
+                self.mesh,
+                logical_shards=self.logical_shards,
+                num_microbatches=num_microbatches,
+                layout=self.layout,
+            )
+        if self.layout is layouts.replicated and len(self.batch_axes) == 1:
+            return steps.data_parallel_step(loss_fn, optimizer, self.mesh, num_microbatches=num_microbatches)
+        return sharded.sharded_step(
+            loss_fn,
+            optimizer,
+            self.mesh,
+            layout=self.layout,
+            batch_axes=self.batch_axes,
+            num_microbatches=num_microbatches,
+        )
 
     def make_eval_step(self, eval_fn: evaluate.EvalFn) -> evaluate.EvalStep:
         """Return the evaluation of one global batch, of the same reduction as the step."""
@@ -70,6 +92,8 @@ def build(
     mesh_axes: Mapping[str, int] | None = None,
     reduction: str = "mean",
     logical_shards: int = 8,
+    rules: layouts.Rules | None = None,
+    axis_rules: Mapping[str, str | None] | None = None,
 ) -> Strategy:
     """Return the strategy called `name`.
 
@@ -79,14 +103,68 @@ def build(
       mesh_axes: axis name -> size (one may be -1); None is the strategy's own default.
       reduction: how gradients are added up, `mean` or `canonical`.
       logical_shards: for canonical reduction, the number of fixed slices of the global batch.
+      rules: for `tensor`, (regular expression, spec) pairs; None is the rules of our GPT and ViT.
+      axis_rules: mesh axes for the names that Flax modules gave to the dims of their params. A name that is an axis of
+        the mesh needs no rule. Named dims go before what the strategy says by itself.
 
     Raises:
-      ValueError: there is no such strategy or reduction, or they do not go together.
+      ValueError: there is no such strategy or reduction, they do not go together, or the mesh lacks an axis.
     """
     check_name(name)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}.")
-    return _data_parallel(make_mesh(mesh_axes, devices=devices), reduction, logical_shards)
+    if reduction == "canonical" and name not in CANONICAL:
+        raise ValueError(
+            f"Strategy {name!r} cannot honour reduction='canonical': its update is cut over the devices, and "
+            f"other cuts give other bits. Use reduction='mean', or one of the strategies {', '.join(CANONICAL)}."
+        )
+    if rules is not None and name != "tensor":
+        raise ValueError(f"rules belong to strategy 'tensor'; {name!r} has no use for them. Remove them.")
+    mesh = _make_mesh(name, mesh_axes, devices)
+    layout, batch_axes = _layout(name, mesh, rules)
+    if name != "data-parallel":
+        layout = layouts.by_names({**{axis: axis for axis in mesh.axis_names}, **(axis_rules or {})}, otherwise=layout)
+    logical = logical_shards if reduction == "canonical" else None
+    if logical is not None:
+        canonical.check_layout(mesh, logical_shards=logical_shards)
+    return Strategy(name, mesh, layout, batch_axes, logical)
+
+
+def _make_mesh(name: str, mesh_axes: Mapping[str, int] | None, devices: Sequence[jax.Device] | None) -> Mesh:
+    defaults: dict[str, Mapping[str, int]] = {
+        "hsdp": {DATA_AXIS: jax.process_count(), SHARD_AXIS: -1},
+        "tensor": {DATA_AXIS: 1, MODEL_AXIS: -1},
+    }
+    mesh = make_mesh(mesh_axes or defaults.get(name), devices=devices)
+    needed = {"hsdp": (DATA_AXIS, SHARD_AXIS), "tensor": (DATA_AXIS, MODEL_AXIS)}.get(name, (DATA_AXIS,))
+    missing = [axis for axis in needed if axis not in mesh.shape]
+    if missing:
+        raise ValueError(
+            f"Strategy {name!r} needs the mesh axes {', '.join(needed)}; got {dict(mesh.shape)}. "
+            f"Add {', '.join(missing)}, or leave the mesh out for the default."
+        )
+    idle = [axis for axis in mesh.axis_names if axis not in (*needed, SHARD_AXIS) and mesh.shape[axis] > 1]
+    if idle:
+        raise ValueError(
+            f"Strategy {name!r} has no use for the mesh axes {', '.join(idle)} of {dict(mesh.shape)}. Remove them."
+        )
+    return mesh
+
+
+def _layout(name: str, mesh: Mesh, rules: layouts.Rules | None) -> tuple[layouts.Layout, tuple[str, ...]]:
+    """Return the layout of a strategy and the mesh axes its batch is cut over."""
+    batch_axes = (DATA_AXIS, SHARD_AXIS) if SHARD_AXIS in mesh.shape else (DATA_AXIS,)
+    shard_axis = batch_axes[-1]
+    if name == "zero1":
+        return layouts.zero1(mesh, axis=shard_axis), batch_axes
+    if name in ("fsdp", "hsdp"):
+        return layouts.fsdp(mesh, axis=shard_axis), batch_axes
+    if name == "tensor":
+        if SHARD_AXIS not in mesh.shape:
+            return layouts.by_path(layouts.transformer_rules(MODEL_AXIS) if rules is None else rules), batch_axes
+        rules = layouts.transformer_rules(MODEL_AXIS, shard_axis=SHARD_AXIS) if rules is None else rules
+        return layouts.by_path(rules, otherwise=layouts.fsdp(mesh, axis=SHARD_AXIS)), batch_axes
+    return layouts.replicated, batch_axes
 
 
 def check_name(name: str) -> None:
@@ -99,34 +177,3 @@ def check_name(name: str) -> None:
             f"Strategy {name!r} is no layout of one mesh; it is started by `jaxdist train`, not built here."
         )
     raise ValueError(f"There is no strategy {name!r}. Choose one of\n{known}")
-
-
-def _data_parallel(mesh: Mesh, reduction: str, logical_shards: int) -> Strategy:
-    if reduction == "canonical":
-        canonical.check_layout(mesh, logical_shards=logical_shards)
-
-        def build_canonical(
-            loss_fn: reduce.LossFn,
-            optimizer: optax.GradientTransformation,
-            *,
-            num_microbatches: int,
-        ) -> steps.Step:
-            return steps.canonical_step(
-                loss_fn,
-                optimizer,
-                mesh,
-                logical_shards=logical_shards,
-                num_microbatches=num_microbatches,
-            )
-
-        return Strategy("data-parallel", mesh, layout.replicated, (DATA_AXIS,), logical_shards, build_canonical)
-
-    def build_mean(
-        loss_fn: reduce.LossFn,
-        optimizer: optax.GradientTransformation,
-        *,
-        num_microbatches: int,
-    ) -> steps.Step:
-        return steps.data_parallel_step(loss_fn, optimizer, mesh, num_microbatches=num_microbatches)
-
-    return Strategy("data-parallel", mesh, layout.replicated, (DATA_AXIS,), None, build_mean)
