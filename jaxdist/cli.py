@@ -53,6 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_experiment(verify)
     verify.add_argument("--steps", type=_positive, default=5, metavar="K", help="steps on each layout (default 5)")
     verify.add_argument("--json", action="store_true", help="print the table as one JSON object")
+    _add_data(_add(commands, "data", lambda options: EXIT_USER, "make a data set ready; look at one and time it"))
     doctor = _add(commands, "doctor", doctor_command, "what is installed, what is visible, what will bite")
     doctor.add_argument("--devices", type=_positive, metavar="N", help="fake CPU devices to try (default 8)")
     return parser
@@ -64,6 +65,20 @@ def _add(
     command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
     command.set_defaults(handler=handler)
     return command
+
+
+def _add_data(command: argparse.ArgumentParser) -> None:
+    commands = command.add_subparsers(required=True, metavar="COMMAND")
+    prepare = _add(commands, "prepare", prepare_command, "write a source as sharded tokens or ArrayRecord files")
+    prepare.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="text files (bytes become tokens), images, WAV files, a table, or tfds:NAME:SPLIT",
+    )
+    prepare.add_argument("out", metavar="OUT", help="a new folder, or one whose preparation was interrupted")
+    prepare.add_argument("--shard-size", type=_positive, metavar="N", help="tokens or examples of a shard")
+    inspect = _add(commands, "inspect", inspect_command, "shapes, examples, throughput, and where the time goes")
+    _add_experiment(inspect)
 
 
 def _add_experiment(command: argparse.ArgumentParser) -> None:
@@ -151,6 +166,28 @@ def verify_command(options: argparse.Namespace) -> int:
     report = verify.verify(load(options), devices=devices, num_steps=options.steps)
     print(json.dumps(report.to_json()) if options.json else report)
     return EXIT_OK if report.kept else EXIT_FAILED
+
+
+def prepare_command(options: argparse.Namespace) -> int:
+    """Write a source as shards."""
+    from jaxdist import errors
+    from jaxdist.data import prepare
+
+    with errors.as_user_error():
+        print(prepare.prepare(options.source, options.out, shard_size=options.shard_size))
+    return EXIT_OK
+
+
+def inspect_command(options: argparse.Namespace) -> int:
+    """Print what an experiment's training data are and what they cost."""
+    from jaxdist import errors, training
+    from jaxdist.data import inspect
+    from jaxdist.launch import runtime
+
+    runtime.start(options.devices)
+    with errors.as_user_error():
+        print(inspect.render(inspect.inspect(training.make_loader(load(options)))))
+    return EXIT_OK
 
 
 def doctor_command(options: argparse.Namespace) -> int:
