@@ -21,6 +21,7 @@ import pydantic
 import pydantic_core
 
 from jaxdist.data import Source
+from jaxdist.data.order import Order
 from jaxdist.errors import UserError
 from jaxdist.optimizers import Optimizer
 from jaxdist.stop import Stop
@@ -43,8 +44,11 @@ class Data:
       example_fn: `example_fn(example, random) -> example`, applied to training examples.
       eval_example_fn: the same for evaluation.
       shuffle: whether each epoch has an order of its own.
+      order: an Order of `data.order`, in place of what `shuffle` says.
       num_threads: threads that assemble batches; None chooses.
+      num_workers: processes that do instead, for an example_fn written in Python.
       prefetch: batches placed on the devices ahead of the step.
+      on_bad: whether an example that cannot be read ends the run, or is skipped (mask 0) and reported.
     """
 
     train: Source
@@ -52,8 +56,11 @@ class Data:
     example_fn: ExampleFn | None = None
     eval_example_fn: ExampleFn | None = None
     shuffle: bool = True
+    order: Order | None = None
     num_threads: int | None = None
+    num_workers: int = 0
     prefetch: int = 2
+    on_bad: Literal["raise", "skip"] = "raise"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -78,6 +78,8 @@ class Training:
             num_epochs=1,
             example_fn=self.experiment.data.eval_example_fn,
             num_threads=self.experiment.data.num_threads,
+            num_workers=self.experiment.data.num_workers,
+            on_bad=self.experiment.data.on_bad,
         )
         averaged = optimizers.ema_params(train_state.opt_state)
         params = train_state.params if averaged is None else averaged
@@ -134,9 +136,11 @@ def make_loader(experiment: Experiment, start: data.Position | None = None) -> d
         experiment.data.train,
         global_batch_size=experiment.global_batch_size,
         seed=experiment.seed,
-        shuffle=experiment.data.shuffle,
+        shuffle=experiment.data.order or experiment.data.shuffle,
         example_fn=experiment.data.example_fn,
         num_threads=experiment.data.num_threads,
+        num_workers=experiment.data.num_workers,
+        on_bad=experiment.data.on_bad,
         start=start,
     )
 
