@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 from jaxdist import checkpoint, errors, guard, hooks, loop, progress, record, stop, training, writers
 from jaxdist.config import ConfigError, Experiment
@@ -18,6 +19,7 @@ from jaxdist.data import Position
 from jaxdist.state import TrainState
 
 CHECKPOINTS_NAME = "checkpoints"
+_RUN_FILES = (CHECKPOINTS_NAME, writers.JSONL_NAME, writers.CSV_NAME, writers.TENSORBOARD_NAME)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,12 @@ def prepare_run_dir(experiment: Experiment, run_dir: pathlib.Path, *, resume: bo
             )
         if not resume:
             raise ConfigError(f"{run_dir} already holds a run. Add --resume to go on with it, or choose another.")
+    leftovers = [name for name in _RUN_FILES if (run_dir / name).exists()]
+    if leftovers and not exists:
+        raise ConfigError(
+            f"{run_dir} holds {', '.join(leftovers)} but no {record.FILE_NAME}, so nobody knows what run they are of. "
+            "Choose another --run-dir, or move them away."
+        )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         probe = run_dir / f".writable-{os.getpid()}"
@@ -91,6 +99,9 @@ def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.
         stop_rule = experiment.stop.rule()
         parts = training.put_together(experiment, devices=devices)
         earlier = prepare_run_dir(experiment, options.run_dir, resume=options.resume)
+        if jax.process_count() > 1:
+            # Process 0 writes to the directory next; by then the others must have looked at it.
+            multihost_utils.sync_global_devices("the run directory is checked")
         stopwatch = record.Stopwatch(earlier.time_seconds if earlier else None)
         checkpointer = _make_checkpointer(experiment, options.run_dir)
     with contextlib.closing(checkpointer):
@@ -170,7 +181,14 @@ class _Run:
         )
 
     def execute(self, stop_rule: stop.StopRule) -> record.RunRecord:
-        """Train, evaluate once more if need be, save, and write the record."""
+        """Train, evaluate once more if need be, save, and write the record; of an error, too, before it is raised."""
+        try:
+            return self._train(stop_rule)
+        except Exception:
+            self.write_record("error", self.start.progress)
+            raise
+
+    def _train(self, stop_rule: stop.StopRule) -> record.RunRecord:
         with contextlib.ExitStack() as stack:
             for writer in self.writers:
                 stack.callback(writer.close)
