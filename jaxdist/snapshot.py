@@ -2,8 +2,8 @@
 
 A snapshot lies in files of a directory in memory (/dev/shm), which belongs to the supervisor and not to the process
 that trains. The state is copied on the devices, so the next step may be dispatched at once; a thread waits for the copy
-and writes it. The idea of recovering from memory close by, and from disk only when that is lost, is Gemini's (Wang et al.,
-SOSP 2023).
+and writes it. The idea of recovering from memory close by, and from disk only when that is lost, is that of Gemini
+(Wang et al., SOSP 2023).
 
 Each process writes the pieces of the state it owns into one of three slots in turn. While a slot is being written the
 two others are whole. A process that has written step n knows that step n was computed, hence begun by every process,

@@ -31,11 +31,19 @@ LOG_TAIL_LINES = 40
 
 @dataclasses.dataclass(frozen=True)
 class JobResult:
-    """How a job ended: its exit status, and which process failed first, with the end of its log (None: none did)."""
+    """How a job ended.
+
+    Attributes:
+      exit_status: see run_job.
+      failed_process: the one that failed first; None where none did.
+      message: the end of its log.
+      asked_to_stop: whether a signal asked this process, and so the job, to end.
+    """
 
     exit_status: int
     failed_process: int | None = None
     message: str = ""
+    asked_to_stop: bool = False
 
 
 def run_job(
@@ -76,13 +84,14 @@ def run_job(
             if number or not show_first:
                 output = stack.enter_context(open(log_path(log_dir, number), "wb"))
             processes.append(_start(command, {**shared, runtime.PROCESS_ID: str(number)}, output))
-        with _forwarding_signals(processes):
+        with _forwarding_signals(processes) as forwarded:
             failed = _wait(processes, timeout_seconds)
         _end(processes)
+    asked = bool(forwarded)
     if failed is None:
-        return JobResult(EXIT_RETRY if any(process.returncode for process in processes) else 0)
+        return JobResult(EXIT_RETRY if any(process.returncode for process in processes) else 0, asked_to_stop=asked)
     status = processes[failed].returncode
-    return JobResult(128 - status if status < 0 else status, failed, _tail(log_path(log_dir, failed)))
+    return JobResult(128 - status if status < 0 else status, failed, _tail(log_path(log_dir, failed)), asked)
 
 
 def log_path(log_dir: pathlib.Path, process: int) -> pathlib.Path:
@@ -152,21 +161,23 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 @contextmanager
-def _forwarding_signals(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """Pass on SIGINT, SIGTERM and SIGUSR1, each as often as it comes."""
+def _forwarding_signals(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """Pass on SIGINT, SIGTERM and SIGUSR1, each as often as it comes; yields the list of those that came."""
+    forwarded: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield forwarded
         return
 
     def forward(number: int, frame: FrameType | None) -> None:
         del frame
+        forwarded.append(number)
         for process in processes:
             process.send_signal(number)
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     before = {number: signal.signal(number, forward) for number in numbers}
     try:
-        yield
+        yield forwarded
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
