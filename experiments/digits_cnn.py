@@ -27,10 +27,15 @@ def load_digits() -> tuple[jaxdist.ArraySource, jaxdist.ArraySource]:
 def get_config() -> jaxdist.Experiment:
     train, held_out = load_digits()
     return jaxdist.Experiment(
-        model=cnn.CNN(num_classes=10, width=16),
+        model=cnn.CNN(num_classes=10, width=24, dropout_rate=0.3),
         loss=losses.classification,
         data=jaxdist.Data(train=train, eval=held_out),
-        optimizer=jaxdist.Optimizer(name="adamw", learning_rate=2e-3, weight_decay=1e-4),
+        optimizer=jaxdist.Optimizer(
+            name="adamw",
+            learning_rate=3e-3,
+            weight_decay=1e-4,
+            schedule=jaxdist.Schedule(name="cosine", length=20, unit="epochs", final_fraction=0.1),
+        ),
         global_batch_size=64,
         stop=jaxdist.Stop(target=0.985, max_epochs=60),
     )
