@@ -96,9 +96,14 @@ class Committed:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """All params after `step`, one answer a shard: for evaluation, for a checkpoint, for the end."""
+    """All params after `step`, one answer a shard: for evaluation, for a checkpoint, and (`last`) for the end.
+
+    No lease goes out until it is answered with messages.Verdict.
+    """
 
     step: int
+    last: bool
+    ledger: messages.LedgerState
     shards: tuple[messages.ReadAnswer, ...]
 
 

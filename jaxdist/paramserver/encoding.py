@@ -1,8 +1,8 @@
 """Messages as bytes: an explicit little-endian encoding driven by the dataclasses' types. Nothing is ever unpickled.
 
-A message is a *head* and its array buffers. The head declares, for each array, dtype, shape and CRC-32; the buffers are
-the arrays' own memory, so sending them copies nothing. `to_frames` cuts all of it into frames of at most 4 MiB, each
-with a length and a checksum of its own; a reader refuses whatever does not match.
+A message is a *head* and its array buffers. The head declares, for each array, dtype, shape and CRC-32, and has a
+checksum of its own; the buffers are the arrays' own memory, so sending them copies nothing. `blocks` cuts all of it
+into blocks of at most 4 MiB for the wire; `frame` makes a record of a log. A reader refuses whatever does not match.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ DTYPES = (
 )
 MAGIC = b"jxd1"
 _FRAME = struct.Struct("<4sII")
-_HEAD = struct.Struct("<IQ")
+_HEAD = struct.Struct("<4sIIQ")
 
 Buffer = bytes | memoryview
 
@@ -266,6 +266,9 @@ KINDS: tuple[type, ...] = (
     messages.NormRecord,
     messages.Read,
     messages.ReadAnswer,
+    messages.Verdict,
+    messages.VerdictRecord,
+    messages.CutFile,
 )
 _NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
 
@@ -282,7 +285,8 @@ def encode(message: messages.Message) -> list[Buffer]:
     writer.head += _BYTE.pack(_NUMBERS[type(message)])
     _codec(KINDS[_NUMBERS[type(message)]])[0](writer, message)
     size = sum(len(memory) for memory in writer.buffers)
-    return [_HEAD.pack(len(writer.head), size), bytes(writer.head), *writer.buffers]
+    head = bytes(writer.head)
+    return [_HEAD.pack(MAGIC, len(head), zlib.crc32(head), size), head, *writer.buffers]
 
 
 def decode(data: Buffer) -> Any:
@@ -294,9 +298,13 @@ def decode(data: Buffer) -> Any:
     view = memoryview(data)
     if len(view) < _HEAD.size:
         raise EncodingError(f"{len(view)} bytes are too few for a message")
-    head, buffers = _HEAD.unpack(view[: _HEAD.size])
+    magic, head, checksum, buffers = _HEAD.unpack(view[: _HEAD.size])
+    if magic != MAGIC:
+        raise EncodingError(f"a message begins with {MAGIC!r}, not with {magic!r}")
     if head + buffers + _HEAD.size != len(view) or head < 1:
         raise EncodingError(f"a message of {head} + {buffers} bytes was declared, {len(view) - _HEAD.size} arrived")
+    if zlib.crc32(view[_HEAD.size : _HEAD.size + head]) != checksum:
+        raise EncodingError("a message's head arrived with another checksum")
     reader = _Reader(view[_HEAD.size : _HEAD.size + head], view[_HEAD.size + head :])
     (number,) = reader.unpack(_BYTE)
     if number >= len(KINDS):
@@ -315,7 +323,7 @@ def to_bytes(message: messages.Message) -> bytes:
 
 
 def frame(payload: Buffer) -> bytes:
-    """Return `payload` behind a header with its length and CRC-32: a record of a log, or a block on the wire."""
+    """Return `payload` behind a header with its length and CRC-32: a record of a log."""
     return b"".join((_FRAME.pack(MAGIC, len(payload), zlib.crc32(payload)), payload))
 
 

@@ -379,6 +379,23 @@ class StopAck:
 
 
 @dataclass(frozen=True, slots=True)
+class CutFile:
+    """All params after `step` (see effects.Cut), as they are written down for whoever watches the run."""
+
+    step: int
+    last: bool
+    shards: tuple[ReadAnswer, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whoever looked at the params after `step` (effects.Cut) says: go on (empty), or end for `end_reason`."""
+
+    step: int
+    end_reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Halt:
     """Somebody who watches the run wants it ended, for `reason`, as soon as the step in hand is."""
 
@@ -543,6 +560,14 @@ class SnapshotRecord:
 
     name: str
     ledger: LedgerState
+
+
+@dataclass(frozen=True, slots=True)
+class VerdictRecord:
+    """The params after `step` were looked at, with this result."""
+
+    step: int
+    end_reason: str
 
 
 @dataclass(frozen=True, slots=True)

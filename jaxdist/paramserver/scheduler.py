@@ -98,6 +98,7 @@ class Scheduler:
         self.snapshotting = ""
         self.snapshot_done: dict[int, messages.SnapshotDone] = {}
         self.reading = 0
+        self.judging = False
         self.answers: dict[int, messages.ReadAnswer] = {}
 
     def _replay(self, record: messages.Message) -> None:
@@ -110,6 +111,7 @@ class Scheduler:
             assert isinstance(self.ledger, StepLedger)
             self.last_commit, self.norm_squared = record, None
             self.ledger.advance()
+            self._note_nonfinite(not record.skip)
         elif isinstance(record, messages.NormRecord):
             self.norm_squared = record.norm_squared
         elif isinstance(record, messages.CompleteRecord):
@@ -117,6 +119,9 @@ class Scheduler:
             self.ledger.complete(record.contributor.lease.step)
         elif isinstance(record, messages.SnapshotRecord):
             self.snapshot, self.snapshot_at = (record.name, record.ledger), self.ledger.step
+        elif isinstance(record, messages.VerdictRecord):
+            self.read_at, self.halted = record.step, record.end_reason
+            self.read_last = self._ending()
         elif isinstance(record, messages.StopRecord):
             self.stop = record
 
@@ -431,8 +436,7 @@ class Scheduler:
         return passed or (bool(every) and self._ending() and self.snapshot_at < self.step)
 
     def _read_due(self) -> bool:
-        every = self.settings.read_every
-        passed = bool(every) and self.step // every > self.read_at // every
+        passed = any(self.step // every > self.read_at // every for every in self.settings.read_every)
         return passed or (self._ending() and not self.read_last)
 
     def _quiet(self) -> bool:
@@ -506,6 +510,7 @@ class Scheduler:
             self._decide(out)
         else:
             self._complete(contributor, done.metrics, out)
+            self._note_nonfinite(done.finite)
         self._dispatch(now, out)
 
     def _complete(self, push: Contributor, metrics: tuple[messages.Metric, ...], out: effects.Output) -> None:
@@ -528,9 +533,14 @@ class Scheduler:
         out.do(effects.Committed(record.step, examples, self.ledger.metrics()))
         self.ledger.advance()
         self.last_commit = record
+        self._note_nonfinite(not record.skip)
         self.norms, self.norm_squared, self.committed = {}, None, set()
         if self._settled():
             self._repeat_commit(out)
+
+    def _note_nonfinite(self, finite: bool) -> None:
+        if not finite and self.settings.stop_on_nonfinite:
+            self.halted = self.halted or "nonfinite"
 
     def _repeat_commit(self, out: effects.Output) -> None:
         record = self.last_commit
@@ -575,7 +585,7 @@ class Scheduler:
                 self.snapshotting = f"{self.step:010d}-{self.epoch}-{self.attempts}"
                 self._order_snapshots(out)
         elif self._read_due():
-            if not self.reading:
+            if not self.reading and not self.judging:
                 self.attempts += 1
                 self.reading = self.attempts
                 self._order_reads(out)
@@ -595,8 +605,18 @@ class Scheduler:
         self.answers[answer.shard] = answer
         if len(self.answers) < self.settings.servers:
             return
-        out.do(effects.Cut(self.step, tuple(self.answers[number] for number in sorted(self.answers))))
-        self.reading, self.answers, self.read_at, self.read_last = 0, {}, self.step, self._ending()
+        answers = tuple(self.answers[number] for number in sorted(self.answers))
+        out.do(effects.Cut(self.step, self._ending(), self.ledger.state(), answers))
+        self.reading, self.answers, self.judging = 0, {}, True
+
+    def _verdict(self, verdict: messages.Verdict, now: float, out: effects.Output) -> None:
+        if not self.judging or verdict.step != self.step:
+            return
+        out.do(effects.Append(messages.VerdictRecord(verdict.step, verdict.end_reason)))
+        self.judging, self.read_at, self.read_last = False, self.step, self._ending()
+        if verdict.end_reason and not self._ending():
+            # The params that were just looked at are the last ones.
+            self.halted, self.read_last = verdict.end_reason, True
         self._dispatch(now, out)
 
     def _order_snapshots(self, out: effects.Output) -> None:
@@ -693,6 +713,7 @@ _ACTIONS: dict[type, Callable[..., None]] = {
     messages.SnapshotDone: Scheduler._snapshot_written,
     messages.ReadAnswer: Scheduler._read_answer,
     messages.Written: Scheduler._manifest_written,
+    messages.Verdict: Scheduler._verdict,
     messages.Halt: Scheduler._halt,
 }
 _STOPPED: dict[type, Callable[..., None]] = {

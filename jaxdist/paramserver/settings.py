@@ -41,7 +41,8 @@ class Settings:
       backup_workers: workers a step does not wait for (sync mode).
       durability: none, snapshot or replicated.
       snapshot_every: steps between two consistent cuts; 0 makes none.
-      read_every: steps between two readings of all params by the scheduler (effects.Cut); 0 reads at the end only.
+      read_every: periods, in steps, after which the scheduler reads all params (effects.Cut); the end always counts.
+      stop_on_nonfinite: end the run, with reason `nonfinite`, at a gradient that is not; it is left out either way.
       damp_staleness: multiply an update by 1 / (1 + staleness) (bounded and async).
       timers: seconds.
     """
@@ -56,7 +57,8 @@ class Settings:
     backup_workers: int = 0
     durability: Durability = "none"
     snapshot_every: int = 0
-    read_every: int = 0
+    read_every: tuple[int, ...] = ()
+    stop_on_nonfinite: bool = False
     damp_staleness: bool = False
     timers: Timers = Timers()
 
@@ -93,8 +95,8 @@ class Settings:
             )
 
     def _check_durability(self) -> None:
-        if self.read_every < 0:
-            raise ValueError(f"read_every must be at least 0, got {self.read_every}")
+        if any(period < 1 for period in self.read_every):
+            raise ValueError(f"the periods in read_every must be at least 1, got {self.read_every}")
         if self.snapshot_every < 0 or (self.durability == "snapshot" and not self.snapshot_every):
             raise ValueError(f"ps.durability=snapshot needs ps.snapshot_every of at least 1, got {self.snapshot_every}")
         if self.durability == "none" and self.snapshot_every:
@@ -122,6 +124,43 @@ class Settings:
     def steps_per_epoch(self) -> int:
         """Steps of one data epoch, the last, ragged one included."""
         return -(-self.num_examples // self.global_batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterServer:
+    """What a user may set under `ps.`; see Settings."""
+
+    workers: int = 2
+    servers: int = 1
+    mode: Mode = "sync"
+    max_staleness: int = 0
+    backup_workers: int = 0
+    durability: Durability = "none"
+    snapshot_every: int = 0
+    damp_staleness: bool = False
+    dead_after_seconds: float = 5.0
+
+    def settings(
+        self, *, num_examples: int, global_batch_size: int, max_steps: int, read_every: tuple[int, ...]
+    ) -> Settings:
+        """Return the Settings of a training run; raises ValueError where they contradict each other."""
+        beat = self.dead_after_seconds / 10
+        return Settings(
+            num_examples=num_examples,
+            global_batch_size=global_batch_size,
+            max_steps=max_steps,
+            workers=self.workers,
+            servers=self.servers,
+            mode=self.mode,
+            max_staleness=self.max_staleness,
+            backup_workers=self.backup_workers,
+            durability=self.durability,
+            snapshot_every=self.snapshot_every,
+            read_every=read_every,
+            stop_on_nonfinite=True,
+            damp_staleness=self.damp_staleness,
+            timers=Timers(beat, 2 * beat, self.dead_after_seconds, max(300.0, self.dead_after_seconds)),
+        )
 
 
 def worker_name(worker: int) -> str:

@@ -108,11 +108,13 @@ class Simulation:
         make_updater: Callable[[], Updater],
         machines: Machines | None = None,
         compute_seconds: Callable[[random.Random, int], float] = lambda rng, worker: rng.uniform(0.02, 0.2),
+        judge: Callable[[effects.Cut], str] = lambda cut: "",
     ) -> None:
         self.seed, self.settings, self.faults = seed, settings, faults
         self.params, self.gradient, self.make_updater = params, gradient, make_updater
         self.machines = machines or Machines()
         self.compute_seconds = compute_seconds
+        self.judge = judge
         self.rng = random.Random(seed)
         self.now = 0.0
         self.queue: list[tuple[float, int, Callable[[], None]]] = []
@@ -358,6 +360,17 @@ class Simulation:
 
         self._at(seconds, finish)
 
+    def _cut_taken(self, process: _Process, effect: effects.Cut) -> None:
+        self._note(process, effect)
+        life = process.life
+        verdict = messages.Verdict(effect.step, self.judge(effect))
+
+        def finish() -> None:
+            if process.life == life:
+                self._deliver(process.name, verdict)
+
+        self._at(self.rng.uniform(0.0, 0.05), finish)
+
     def _exit(self, process: _Process, effect: effects.Exit) -> None:
         self._note(process, effect)
         process.exit = effect
@@ -379,4 +392,5 @@ _DO: dict[type, Callable[..., None]] = {
     effects.Load: Simulation._load,
     effects.Compute: Simulation._compute,
     effects.Exit: Simulation._exit,
+    effects.Cut: Simulation._cut_taken,
 }

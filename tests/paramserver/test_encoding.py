@@ -73,16 +73,11 @@ def test_arrays_are_not_copied_on_the_way_out():
 
 
 @given(position=st.integers(0), value=st.integers(1, 255))
-def test_a_flipped_byte_is_noticed_or_changes_only_a_number(position, value):
-    """Array bytes are under a checksum; a damaged head either fails or still is a message (frames guard heads)."""
+def test_a_flipped_byte_is_noticed(position, value):
     data = bytearray(encoding.to_bytes(push((np.arange(100, dtype=np.float32),))))
     data[position % len(data)] ^= value
-    try:
-        got = encoding.decode(bytes(data))
-    except encoding.EncodingError:
-        return
-    assert isinstance(got, messages.Push)
-    assert position % len(data) < len(data) - 400
+    with pytest.raises(encoding.EncodingError):
+        encoding.decode(bytes(data))
 
 
 @given(st.binary(max_size=200))

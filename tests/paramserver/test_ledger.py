@@ -91,7 +91,7 @@ def test_metrics_are_added_as_totals_and_counts():
         ({"durability": "snapshot"}, "needs ps.snapshot_every"),
         ({"snapshot_every": 3}, "has no effect with ps.durability=none"),
         ({"damp_staleness": True}, "no effect without staleness"),
-        ({"read_every": -1}, "read_every must be at least 0"),
+        ({"read_every": (0,)}, "periods in read_every"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(changes, words):

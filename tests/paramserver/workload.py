@@ -74,7 +74,7 @@ def draw_settings(rng: random.Random) -> Settings:
         backup_workers=backup,
         durability=durability,
         snapshot_every=rng.randint(1, 4) if snapshots else 0,
-        read_every=rng.choice([0, 0, 2, 3]),
+        read_every=rng.choice([(), (), (2,), (3, 5)]),
         timers=TIMERS,
     )
 

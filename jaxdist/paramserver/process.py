@@ -1,0 +1,210 @@
+"""One process of a parameter-server run: `python -m jaxdist.paramserver.process NAME SPEC`.
+
+SPEC is a JSON file (see `run`) that names the experiment, the settings and everybody's address. The process plays the
+part its name says until the run ends, and dies with the process that started it.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+import sys
+import time
+from typing import Any
+
+from jaxdist.paramserver import effects, encoding, messages
+from jaxdist.paramserver.node import Log, Node, write_file
+from jaxdist.paramserver.scheduler import Scheduler
+from jaxdist.paramserver.settings import SCHEDULER, ParameterServer, Settings, Timers, server_shard, worker_number
+from jaxdist.paramserver.wire import Security, Wire
+
+TOKEN = "JAXDIST_PS_TOKEN"
+"""Environment variable with the run's secret, so that it is in no file and on no command line."""
+
+OBSERVER = "observer"
+STEPS_NAME, CUT_NAME, LOG_NAME = "steps.jsonl", "cut", "scheduler.log"
+_STATISTICS_SECONDS = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What every process of a run knows.
+
+    Attributes:
+      experiment: path of the experiment file.
+      assignments: overrides of it, as on the command line.
+      chosen: the settings under `ps.`.
+      settings: all settings of the protocol.
+      peers: process name -> `host:port`.
+      directory: the run's own folder for logs, snapshots and cuts.
+      resume: name of the snapshot to go on from; empty for a fresh run.
+      devices: devices of each worker.
+    """
+
+    experiment: str
+    assignments: list[str]
+    chosen: dict[str, Any]
+    settings: dict[str, Any]
+    peers: dict[str, str]
+    directory: str
+    resume: str
+    devices: int
+
+    def write(self, path: pathlib.Path) -> None:
+        """Write the file that `read` reads."""
+        write_file(path, [json.dumps(dataclasses.asdict(self)).encode()])
+
+    @classmethod
+    def read(cls, path: pathlib.Path) -> "Spec":
+        """Return the Spec in a file."""
+        return cls(**json.loads(path.read_text()))
+
+    def make_settings(self) -> Settings:
+        """Return the protocol's settings."""
+        fields = dict(self.settings)
+        fields["timers"] = Timers(**fields["timers"])
+        fields["read_every"] = tuple(fields["read_every"])
+        return Settings(**fields)
+
+
+class Statistics:
+    """Counts what run.json tells of a process, in a file that outlives it."""
+
+    def __init__(self, path: pathlib.Path, machine: Any) -> None:
+        self.path, self.machine = path, machine
+        self.staleness: dict[int, int] = {}
+        self.updates = 0
+        self.written_at = 0.0
+
+    def observe(self, effect: effects.Effect) -> None:
+        """Take in an effect."""
+        if isinstance(effect, effects.Applied) and getattr(self.machine, "primary", False):
+            self.updates += 1
+            self.staleness[effect.staleness] = self.staleness.get(effect.staleness, 0) + 1
+        if isinstance(effect, effects.Exit) or time.monotonic() - self.written_at > _STATISTICS_SECONDS:
+            self.write()
+
+    def write(self) -> None:
+        """Write the file."""
+        self.written_at = time.monotonic()
+        counters = {"updates": self.updates, **getattr(self.machine, "counters", {})}
+        content = {"counters": counters, "staleness": self.staleness}
+        draft = self.path.with_suffix(".part")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(json.dumps(content))
+        draft.replace(self.path)
+
+
+class Report:
+    """What the scheduler's process leaves for whoever watches the run: a line a step, and the params of a cut."""
+
+    def __init__(self, directory: pathlib.Path) -> None:
+        self.directory = directory
+        self._steps = (directory / STEPS_NAME).open("a", buffering=1)
+
+    def observe(self, effect: effects.Effect) -> None:
+        """Write down a step or a cut."""
+        if isinstance(effect, effects.Committed):
+            metrics = {m.name: m.total / m.count for m in effect.metrics if m.count}
+            row = {"step": effect.step, "examples": effect.examples, "metrics": metrics, "time": time.time()}
+            self._steps.write(json.dumps(row) + "\n")
+        elif isinstance(effect, effects.Cut):
+            content = messages.CutFile(effect.step, effect.last, effect.shards)
+            write_file(self.directory / CUT_NAME, encoding.encode(content))
+
+
+def main(arguments: list[str]) -> int:
+    """Play one part; return the exit status."""
+    name, path = arguments
+    logging.basicConfig(level=logging.INFO, format=f"{name}: %(message)s", stream=sys.stderr)
+    spec = Spec.read(pathlib.Path(path))
+    made = _make_scheduler(spec) if name == SCHEDULER else _make_other(name, spec)
+    node, statistics = made
+    wire = Wire(
+        listen=spec.peers[name],
+        peers=spec.peers,
+        receive=node.receive,
+        security=Security(token=os.environ.get(TOKEN, "")),
+    )
+    end = node.run(wire)
+    statistics.write()
+    wire.flush(5.0)
+    wire.close()
+    if end.step < 0:
+        logging.getLogger(__name__).error(end.reason)
+    return 0 if end.step >= 0 else 1
+
+
+def _statistics(name: str, spec: Spec, machine: Any) -> Statistics:
+    file = f"{name.replace('/', '-')}-{os.getpid()}.json"
+    return Statistics(pathlib.Path(spec.directory) / "statistics" / file, machine)
+
+
+def _make_scheduler(spec: Spec) -> tuple[Node, Statistics]:
+    directory = pathlib.Path(spec.directory)
+    log = Log(directory / LOG_NAME)
+    resume = None
+    if spec.resume and not log.records:
+        resume = encoding.decode((directory / spec.resume / "manifest").read_bytes())
+    machine = Scheduler(settings=spec.make_settings(), records=log.records, resume=resume)
+    statistics, report = _statistics(SCHEDULER, spec, machine), Report(directory)
+
+    def observe(effect: effects.Effect) -> None:
+        statistics.observe(effect)
+        report.observe(effect)
+
+    return Node(machine, directory=directory, log=log, observe=observe), statistics
+
+
+def _make_other(name: str, spec: Spec) -> tuple[Node, Statistics]:
+    # JAX and the experiment are heavy, and the scheduler, which must be back quickly, needs neither.
+    from jaxdist import config
+    from jaxdist.launch import runtime
+    from jaxdist.paramserver import training
+
+    devices = runtime.start(spec.devices)
+    experiment = config.override(config.load_experiment(spec.experiment), spec.assignments)
+    plan = training.make_plan(experiment, ParameterServer(**spec.chosen))
+    plan = dataclasses.replace(plan, settings=spec.make_settings())
+    boot = time.time_ns()
+    number = worker_number(name)
+    if number is not None:
+        return _make_worker(number, boot, plan, devices, name, spec)
+    return _make_server(name, boot, plan, spec)
+
+
+def _make_worker(number: int, boot: int, plan: Any, devices: Any, name: str, spec: Spec) -> tuple[Node, Statistics]:
+    from jaxdist.paramserver.training import Island
+    from jaxdist.paramserver.worker import Worker
+
+    island = Island(plan, devices)
+    machine = Worker(worker=number, boot=boot, settings=plan.settings)
+    statistics = _statistics(name, spec, machine)
+    directory = pathlib.Path(spec.directory)
+    return Node(machine, directory=directory, gradient=island.gradient, observe=statistics.observe), statistics
+
+
+def _make_server(name: str, boot: int, plan: Any, spec: Spec) -> tuple[Node, Statistics]:
+    from jaxdist.paramserver import training
+    from jaxdist.paramserver.server import Server
+
+    shard = server_shard(name)
+    assert shard is not None
+    first = training.make_shard(plan, shard)
+    start = first.export()
+
+    def make_shard() -> Any:
+        first.adopt(start)
+        return first
+
+    machine = Server(node=name, boot=boot, settings=plan.settings, make_shard=make_shard)
+    statistics = _statistics(name, spec, machine)
+    return Node(machine, directory=pathlib.Path(spec.directory), observe=statistics.observe), statistics
+
+
+if __name__ == "__main__":
+    from jaxdist.launch.runtime import die_with_parent
+
+    die_with_parent(os.environ)
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,205 @@
+"""An experiment on the parameter server: initial params, a shard's optimizer, a worker's gradient, an evaluation.
+
+What is trained is the pair (params, model_state) as one list of leaves. Params move by the optimizer; model_state, the
+statistics a model keeps, is averaged over the examples of a step and replaced.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxdist import data, evaluate, optimizers, reduce, training
+from jaxdist.config import ConfigError, Experiment
+from jaxdist.paramserver import effects, messages
+from jaxdist.paramserver.optimizer import OptaxUpdater, classify
+from jaxdist.paramserver.settings import ParameterServer, Settings
+from jaxdist.paramserver.shard import Shard
+from jaxdist.paramserver.sharding import Sharding, make_sharding
+
+NO_LIMIT = 1 << 40
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """An experiment put together for the parameter server; every process of a run makes the same one."""
+
+    experiment: Experiment
+    settings: Settings
+    loader: data.Loader
+    functions: Any
+    optimizer: Any
+    sharding: Sharding
+    structure: Any
+    num_params: int
+
+
+def make_plan(experiment: Experiment, chosen: ParameterServer) -> Plan:
+    """Return the Plan of `experiment`.
+
+    Raises:
+      ValueError: settings that contradict each other, or that the parameter server cannot keep.
+    """
+    training.check_experiment(experiment)
+    if experiment.precision == "float16":
+        raise ConfigError("the parameter server does not scale losses; use precision=bfloat16 or float32")
+    loader = training.make_loader(experiment)
+    functions = training.make_functions(experiment, training.example_batch(loader))
+    known_end = {"steps_per_epoch": loader.steps_per_epoch, "max_steps": _last_step(experiment, loader)}
+    optimizer = optimizers.build(experiment.optimizer, global_batch_size=experiment.global_batch_size, **known_end)
+    shapes = jax.eval_shape(functions.init_fn, jax.random.key(0))
+    params, model_state = shapes if isinstance(shapes, tuple) and len(shapes) == 2 else (shapes, None)
+    leaves, structure = jax.tree.flatten((params, model_state))
+    sharding = make_sharding(leaves, num_servers=chosen.servers)
+    settings = chosen.settings(
+        num_examples=len(experiment.data.train),
+        global_batch_size=experiment.global_batch_size,
+        max_steps=known_end["max_steps"] or NO_LIMIT,
+        read_every=_read_periods(experiment, loader.steps_per_epoch),
+    )
+    return Plan(experiment, settings, loader, functions, optimizer, sharding, structure, len(jax.tree.leaves(params)))
+
+
+def _last_step(experiment: Experiment, loader: data.Loader) -> int | None:
+    return training.last_step(experiment, loader.steps_per_epoch)
+
+
+def _read_periods(experiment: Experiment, steps_per_epoch: int) -> tuple[int, ...]:
+    if experiment.data.eval is None:
+        return ()
+    every = experiment.eval
+    return (every.every_steps or every.every_epochs * steps_per_epoch,)
+
+
+def initial_leaves(plan: Plan) -> list[np.ndarray]:
+    """Return the leaves before the first step, the same that `state.create_state` makes from this seed."""
+    init_key, _ = jax.random.split(jax.random.key(plan.experiment.seed))
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(_pair(jax.jit(plan.functions.init_fn)(init_key)))]
+
+
+def _pair(created: Any) -> tuple[Any, Any]:
+    return created if isinstance(created, tuple) and len(created) == 2 else (created, None)
+
+
+def check_optimizer(plan: Plan) -> None:
+    """Raise ValueError when the experiment's optimizer cannot run on shards."""
+    classify(plan.optimizer, plan.sharding.shapes[: plan.num_params])
+
+
+def make_shard(plan: Plan, number: int) -> Shard:
+    """Return shard `number` before the first step."""
+    blocks = plan.sharding.shards[number]
+    shapes = plan.sharding.shapes[: plan.num_params]
+    kind = classify(plan.optimizer, shapes)
+    ranks = [len(plan.sharding.shapes[block.leaf]) for block in blocks if block.leaf < plan.num_params]
+    updater = OptaxUpdater(plan.optimizer, kind=kind, ranks=ranks)
+    params = plan.sharding.split(initial_leaves(plan))[number]
+    return Shard(shard=number, settings=plan.settings, updater=updater, params=params)
+
+
+class Island:
+    """A worker's devices: computes the gradient sums of a lease, data-parallel over the local devices."""
+
+    def __init__(self, plan: Plan, devices: Sequence[jax.Device]) -> None:
+        self.plan = plan
+        self._placement = NamedSharding(Mesh(np.asarray(devices), ("data",)), PartitionSpec("data"))
+        _, self._key = jax.random.split(jax.random.key(plan.experiment.seed))
+        self._sums = jax.jit(self._compute_sums)
+        size = plan.experiment.global_batch_size
+        rows = -(-size // plan.settings.num_slices)
+        self._rows = -(-rows // len(devices)) * len(devices)
+
+    def _compute_sums(self, leaves: Any, batch: Any, step: jax.Array, slice_: jax.Array) -> Any:
+        plan = self.plan
+        params, model_state = jax.tree.unflatten(plan.structure, leaves)
+        microbatches = plan.experiment.num_microbatches
+        sums = reduce.accumulate_sums(
+            plan.functions.loss_fn,
+            params,
+            model_state,
+            batch,
+            jax.random.fold_in(self._key, step),
+            num_microbatches=microbatches,
+            first_index=slice_ * microbatches,
+        )
+        # Statistics are averaged over examples, gradients over what the loss counts; one divisor serves both.
+        ratio = jnp.where(sums.num_examples > 0, sums.loss.count / sums.num_examples, 0.0)
+        state = jax.tree.map(lambda leaf: leaf * ratio, sums.model_state)
+        grads = jax.tree.leaves(sums.grads)
+        finite = jnp.stack([jnp.isfinite(sums.loss.total), *(jnp.isfinite(leaf).all() for leaf in grads)]).all()
+        squares = sum(jnp.vdot(leaf, leaf) for leaf in grads)
+        return (*grads, *jax.tree.leaves(state)), sums.loss, sums.metrics, finite, squares
+
+    def gradient(self, compute: effects.Compute) -> messages.Computed:
+        """Return what a worker pushes for the lease."""
+        plan, lease = self.plan, compute.lease
+        batch = self._batch(lease)
+        leaves = plan.sharding.join(compute.params)
+        batch = jax.device_put(batch, self._placement)
+        sums, loss, metrics, finite, squares = jax.device_get(
+            self._sums(leaves, batch, np.int32(lease.step), np.int32(lease.slice))
+        )
+        pieces = plan.sharding.split([leaf.astype(d) for leaf, d in zip(sums, plan.sharding.dtypes, strict=True)])
+        count = float(loss.count)
+        rows = [messages.Metric("loss", float(loss.total), count)]
+        rows += [messages.Metric(name, float(mean.total), float(mean.count)) for name, mean in metrics.items()]
+        norm_squared = float(squares) / max(count, 1.0) ** 2
+        return messages.Computed(
+            compute.incarnation, compute.sequence, count, bool(finite), norm_squared, pieces, tuple(rows)
+        )
+
+    def _batch(self, lease: messages.Lease) -> dict[str, np.ndarray]:
+        """Return the lease's examples, padded to one size, so that the gradient compiles once."""
+        size = self.plan.experiment.global_batch_size
+        first = lease.step % self.plan.settings.steps_per_epoch * size
+        rows = np.arange(lease.start - first, max(lease.stop, lease.start + 1) - first)
+        rows = np.minimum(rows, size - 1)
+        loader = self.plan.loader.with_rows(rows)
+        loader.read_ahead, loader.num_threads = 0, 0
+        loader.start = dataclasses.replace(loader.beginning, epoch=lease.data_epoch, position=first)
+        batches = iter(loader)
+        batch = next(batches).batch
+        batches.close()
+        padded = {
+            name: np.concatenate([array, np.repeat(array[:1], self._rows - len(array), axis=0)])
+            for name, array in batch.items()
+        }
+        padded["mask"] = padded["mask"] * (np.arange(self._rows) < lease.stop - lease.start)
+        return padded
+
+
+class Judge:
+    """Evaluates the params of a cut."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._step = evaluate.eval_step(plan.functions.eval_fn)
+
+    def trees(self, cut: messages.CutFile) -> tuple[Any, Any]:
+        """Return (params, model_state) of a cut."""
+        leaves = self.plan.sharding.join([answer.pieces for answer in cut.shards])
+        params, model_state = jax.tree.unflatten(self.plan.structure, leaves)
+        return params, model_state
+
+    def evaluate(self, cut: messages.CutFile) -> dict[str, float]:
+        """Return `eval/...` metrics of a cut; nothing without held-out data."""
+        experiment = self.plan.experiment
+        source = experiment.data.eval
+        if source is None:
+            return {}
+        loader = data.Loader(
+            source,
+            global_batch_size=experiment.global_batch_size,
+            seed=experiment.seed,
+            shuffle=False,
+            num_epochs=1,
+            example_fn=experiment.data.eval_example_fn,
+            num_threads=0,
+        )
+        params, model_state = self.trees(cut)
+        found = evaluate.evaluate(self._step, params, model_state, (batch for batch, _ in loader))
+        return {f"eval/{name}": value for name, value in found.items()}
