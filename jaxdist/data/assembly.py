@@ -9,9 +9,10 @@ import itertools
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
+from numpy.random.bit_generator import ISeedSequence
 
 from jaxdist.data.source import MASK, CorruptExample, Example, Source
 
@@ -179,7 +180,19 @@ def make_example(recipe: Recipe, epoch: int, example_id: int) -> Example:
 def example_random(seed: int, epoch: int, example_id: int) -> np.random.Generator:
     """Return the random generator of an example in an epoch: the same in any process, thread and batch."""
     text = f"jaxdist example {seed} {epoch} {example_id}".encode()
-    return np.random.Generator(np.random.PCG64(int.from_bytes(hashlib.blake2b(text, digest_size=16).digest())))
+    seed_sequence = _HashedSeed(hashlib.blake2b(text, digest_size=32).digest())
+    return np.random.Generator(np.random.PCG64(seed_sequence))  # type: ignore[arg-type]
+
+
+class _HashedSeed(ISeedSequence):
+    """A hash as the seed of a bit generator: numpy takes five times as long to spread an integer over its state."""
+
+    def __init__(self, digest: bytes):
+        self._digest = digest
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> np.ndarray:
+        """Return the first words of the hash."""
+        return np.frombuffer(self._digest, dtype)[:n_words]
 
 
 def gather(source: Source, ids: np.ndarray) -> HostArrays:

@@ -36,7 +36,8 @@ class ImageFolder:
 
     def __getitem__(self, index: int) -> Example:
         path = self._files[index]
-        data = pathlib.Path(path).read_bytes()
+        with open(path, "rb", buffering=0) as file:
+            data = file.read()
         image = decode_image(data, name=path) if self._decode else np.frombuffer(data, np.uint8)
         return {"image": image, "label": np.int32(self._labels[index])}
 
