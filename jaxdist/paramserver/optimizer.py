@@ -40,7 +40,7 @@ def classify(optimizer: optax.GradientTransformation, shapes: Sequence[tuple[int
         ) from error
     for kind in ("elementwise", "global_norm"):
         if _close(whole, _try_pieces(optimizer, params, grads, ghost=kind == "global_norm")):
-            return kind  # type: ignore[return-value]
+            return kind
     raise ValueError(
         "this optimizer gives other updates on pieces of the params than on the whole, so it cannot run on the shards "
         "of a parameter server: it mixes elements otherwise than by the global norm of the gradients. Use one that "
@@ -132,18 +132,22 @@ class OptaxUpdater:
         rest = 0.0
         if self.needs_norm:
             rest = math.sqrt(max(norm_squared - sum(float(np.vdot(g, g)) for g in grads[:n]), 0.0))
-        updated, leaves = self._step(params[:n], opt_state, self._tree(grads[:n], rest), np.float32(scale))
+        # Left out where it is 1: one more product changes how the compiler rounds the ones around it.
+        factor = None if scale == 1.0 else np.float32(scale)
+        updated, leaves = self._step(params[:n], opt_state, self._tree(grads[:n], rest), factor)
         return (*map(np.asarray, updated), *grads[n:]), tuple(map(np.asarray, leaves))
 
     def _tree(self, blocks: Arrays, rest: float) -> Arrays:
         ghost = (np.full((1,), rest, np.float32),) if self.needs_norm else ()
         return (*(with_rank(block, rank) for block, rank in zip(blocks, self.ranks, strict=True)), *ghost)
 
-    def _update(self, params: Any, opt_state: Any, grads: Any, scale: jax.Array) -> tuple[Any, Any]:
+    def _update(self, params: Any, opt_state: Any, grads: Any, scale: jax.Array | None) -> tuple[Any, Any]:
         state = jax.tree.unflatten(self._structure, opt_state)
         blocks = tuple(with_rank(block, rank) for block, rank in zip(params, self.ranks, strict=True))
         whole = (*blocks, jnp.zeros((1,), jnp.float32)) if self.needs_norm else blocks
         updates, state = self._optimizer.update(grads, state, whole)
-        updates = jax.tree.map(lambda update: update * scale, updates[: len(blocks)])
+        updates = updates[: len(blocks)]
+        if scale is not None:
+            updates = jax.tree.map(lambda update: update * scale, updates)
         updated = optax.apply_updates(blocks, updates)
         return tuple(leaf.reshape(-1) for leaf in updated), jax.tree.leaves(state)

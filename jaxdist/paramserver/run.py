@@ -74,7 +74,6 @@ def train(options: Options) -> record.RunRecord:
     """
     experiment = override(load_experiment(options.experiment), options.assignments)
     plan = plans.make_plan(experiment, options.chosen)
-    plans.check_optimizer(plan)
     rule = experiment.stop.rule()
     earlier = prepare_run_dir(experiment, options.run_dir, resume=options.resume)
     directory = options.run_dir / DIRECTORY_NAME

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxdist import data, evaluate, optimizers, reduce, training
 from jaxdist.config import ConfigError, Experiment
 from jaxdist.paramserver import effects, messages
-from jaxdist.paramserver.optimizer import OptaxUpdater, classify
+from jaxdist.paramserver.optimizer import Kind, OptaxUpdater, classify
 from jaxdist.paramserver.settings import ParameterServer, Settings
 from jaxdist.paramserver.shard import Shard
 from jaxdist.paramserver.sharding import Sharding, make_sharding
@@ -36,6 +36,7 @@ class Plan:
     sharding: Sharding
     structure: Any
     num_params: int
+    kind: Kind
 
 
 def make_plan(experiment: Experiment, chosen: ParameterServer) -> Plan:
@@ -61,7 +62,9 @@ def make_plan(experiment: Experiment, chosen: ParameterServer) -> Plan:
         max_steps=known_end["max_steps"] or NO_LIMIT,
         read_every=_read_periods(experiment, loader.steps_per_epoch),
     )
-    return Plan(experiment, settings, loader, functions, optimizer, sharding, structure, len(jax.tree.leaves(params)))
+    num_params = len(jax.tree.leaves(params))
+    kind = classify(optimizer, sharding.shapes[:num_params])
+    return Plan(experiment, settings, loader, functions, optimizer, sharding, structure, num_params, kind)
 
 
 def _last_step(experiment: Experiment, loader: data.Loader) -> int | None:
@@ -85,18 +88,11 @@ def _pair(created: Any) -> tuple[Any, Any]:
     return created if isinstance(created, tuple) and len(created) == 2 else (created, None)
 
 
-def check_optimizer(plan: Plan) -> None:
-    """Raise ValueError when the experiment's optimizer cannot run on shards."""
-    classify(plan.optimizer, plan.sharding.shapes[: plan.num_params])
-
-
 def make_shard(plan: Plan, number: int) -> Shard:
     """Return shard `number` before the first step."""
     blocks = plan.sharding.shards[number]
-    shapes = plan.sharding.shapes[: plan.num_params]
-    kind = classify(plan.optimizer, shapes)
     ranks = [len(plan.sharding.shapes[block.leaf]) for block in blocks if block.leaf < plan.num_params]
-    updater = OptaxUpdater(plan.optimizer, kind=kind, ranks=ranks)
+    updater = OptaxUpdater(plan.optimizer, kind=plan.kind, ranks=ranks)
     params = plan.sharding.split(initial_leaves(plan))[number]
     return Shard(shard=number, settings=plan.settings, updater=updater, params=params)
 
