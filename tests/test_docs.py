@@ -1,0 +1,296 @@
+"""The README and the guide are run: what they show happens, what they name exists, and the reference is the code's.
+
+How a page is read (`docs/**/*.md` and `README.md`):
+
+- The python blocks of a page run one after the other in one namespace, in a folder that has a copy of `experiments/`.
+- A text block right after a python block is exactly what that block prints.
+- `<!-- file: experiments/mine.py -->` before a python block: a file of that name, for what comes after it.
+- `<!-- not run: why -->` before a python block: it is parsed only.
+- Lines of any other block that begin with `jaxdist` are commands: they must parse, load the experiment they name and
+  accept its settings.
+"""
+
+import ast
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import sys
+import typing
+from collections.abc import Iterator
+
+import jax
+import optax
+import pytest
+
+import jaxdist
+from jaxdist import cli, config, losses, optimizers, record, signals, stop, strategies, train, writers
+from jaxdist.models import cnn
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+REFERENCE = ROOT / "docs" / "reference.md"
+
+BLOCK = re.compile(
+    r"(?:<!-- (?P<mark>[^>]*?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
+)
+COMMAND = re.compile(r"^(?: {4})?(?:\$ )?(?P<words>(?:[A-Z_]+=\S+ )*(?:jaxdist|python experiments/\S+).*?)(?:  +#.*)?$")
+LINK = re.compile(r"\[[^\]]*\]\((?P<target>[^)\s]+)\)")
+NAMED_FILE = re.compile(r"`((?:jaxdist|tests|experiments|benchmarks|docs)/[\w./]*\.(?:py|md))`")
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A fenced block: its language, its text, the comment before it, and the output that the next block shows."""
+
+    language: str
+    text: str
+    mark: str
+    line: int
+    output: str | None
+
+
+def blocks(page: pathlib.Path) -> list[Block]:
+    content = page.read_text()
+    found = list(BLOCK.finditer(content))
+    return [
+        Block(
+            match["language"],
+            match["text"],
+            match["mark"] or "",
+            content.count("\n", 0, match.start("text")),
+            _output_after(content, match, following),
+        )
+        for match, following in zip(found, [*found[1:], None])
+    ]
+
+
+def _output_after(content: str, block: re.Match[str], following: re.Match[str] | None) -> str | None:
+    is_output = following is not None and following["language"] == "text" and following["mark"] is None
+    return following["text"] if is_output and not content[block.end() : following.start()].strip() else None
+
+
+def test_comments_before_blocks_are_known():
+    marks = [block.mark for page in PAGES for block in blocks(page) if block.mark]
+    assert [mark for mark in marks if not mark.startswith(("file: ", "not run: "))] == []
+
+
+def page_id(page: pathlib.Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@contextlib.contextmanager
+def workspace(folder: pathlib.Path) -> Iterator[None]:
+    """Work in a folder that looks like the repository to a reader, and forget afterwards what was imported there."""
+    shutil.copytree(ROOT / "experiments", folder / "experiments", ignore=shutil.ignore_patterns("__pycache__"))
+    modules, path, here = set(sys.modules), list(sys.path), os.getcwd()
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        os.chdir(here)
+        sys.path[:] = path
+        for name in set(sys.modules) - modules:
+            if str(folder) in str(getattr(sys.modules[name], "__file__", "")):
+                del sys.modules[name]
+
+
+def write_files(page: pathlib.Path) -> None:
+    for block in blocks(page):
+        if block.mark.startswith("file: "):
+            pathlib.Path(block.mark.removeprefix("file: ")).write_text(block.text)
+
+
+def readme_names() -> dict[str, typing.Any]:
+    """Return what the README's excerpts take as given."""
+    source = jaxdist.ArraySource({"image": jax.numpy.zeros((8, 4)), "label": jax.numpy.zeros(8, int)})
+    return {
+        "jaxdist": jaxdist,
+        "cnn": cnn,
+        "losses": losses,
+        "load_digits": lambda: (source, source),
+        "init_fn": lambda key: jax.random.normal(key, (4,)),
+        "loss_fn": lambda params, batch, key: (((batch["x"] * params) ** 2).mean(), {}),
+        "optimizer": optax.sgd(0.1),
+        "batch": {"x": jax.numpy.ones((16, 4))},
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_python_blocks_run_and_print_what_the_page_says(page, tmp_path):
+    names = readme_names() if page == README else {}
+    names |= {"__name__": "page"}
+    with workspace(tmp_path), jax.numpy_rank_promotion("allow"):
+        write_files(page)
+        for block in blocks(page):
+            if block.language != "python":
+                continue
+            # The line numbers of a traceback are those of the page.
+            code = ast.parse("\n" * block.line + block.text, filename=str(page))
+            if block.mark.startswith(("file: ", "not run: ")):
+                continue
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
+                exec(compile(code, str(page), "exec"), names)
+            if block.output is not None:
+                assert printed.getvalue() == block.output, f"{page}, line {block.line}"
+        if page == README:
+            assert isinstance(names["get_config"](), jaxdist.Experiment)
+
+
+def commands(page: pathlib.Path) -> list[list[str]]:
+    """Return the words of each command that the page shows outside of python blocks, without `NAME=value` before it."""
+    without_python = BLOCK.sub(lambda m: "" if m["language"] == "python" else m["text"], page.read_text())
+    without_python = without_python.replace("\\\n", " ")
+    found = [shlex.split(match["words"]) for match in map(COMMAND.match, without_python.splitlines()) if match]
+    return [[word for index, word in enumerate(words) if index or "=" not in word] for words in found]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_commands_parse_and_name_what_exists(page, tmp_path, monkeypatch):
+    with workspace(tmp_path):
+        write_files(page)
+        for program, *words in commands(page):
+            if program == "python":
+                assert pathlib.Path(words[0]).is_file(), words[0]
+                words = ["train", *words]
+            elif program != "jaxdist":
+                continue
+            if "--help" in words:
+                continue
+            options = cli.make_parser().parse_args(words)
+            if hasattr(options, "experiment"):
+                monkeypatch.syspath_prepend(str(tmp_path / "experiments"))
+                assert cli.load(options).name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_resolve(page):
+    content = page.read_text()
+    for target in LINK.findall(BLOCK.sub("", content)):
+        if target.startswith(("http://", "https://")):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = (page.parent / file).resolve() if file else page
+        assert linked.exists(), target
+        if anchor:
+            assert anchor in anchors(linked), target
+    for name in NAMED_FILE.findall(content):
+        made_by_page = [block.mark for block in blocks(page) if block.mark == f"file: {name}"]
+        assert made_by_page or (ROOT / name).exists(), name
+
+
+def anchors(page: pathlib.Path) -> set[str]:
+    titles = re.findall(r"^#+ (.*)$", BLOCK.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+def test_every_page_is_reached_from_the_index():
+    index = ROOT / "docs" / "README.md"
+    linked = {(index.parent / target.partition("#")[0]).resolve() for target in LINK.findall(index.read_text())}
+    missing = {page_id(page) for page in PAGES if page not in (README, index) and page not in linked}
+    assert not missing, f"link them from docs/README.md: {missing}"
+
+
+def table(title: str) -> list[list[str]]:
+    """Return the rows, without the head, of the first table under the heading `title` of the reference."""
+    section = re.search(rf"^#+ {re.escape(title)}$\n(.*?)(?=^#|\Z)", REFERENCE.read_text(), re.MULTILINE | re.DOTALL)
+    assert section, f"docs/reference.md has no section {title!r}"
+    rows = re.findall(r"^\|(.*)\|$", section[1], re.MULTILINE)
+    # A vertical bar inside a cell is written \|.
+    return [[cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", row)] for row in rows[2:]]
+
+
+def first_column(title: str) -> list[str]:
+    return [row[0].strip("`") for row in table(title)]
+
+
+DATACLASSES = (
+    jaxdist.Experiment,
+    jaxdist.Data,
+    jaxdist.Optimizer,
+    jaxdist.Schedule,
+    jaxdist.Stop,
+    jaxdist.Evaluation,
+    jaxdist.Checkpoints,
+    jaxdist.Guards,
+)
+
+
+@pytest.mark.parametrize("kind", DATACLASSES, ids=lambda kind: kind.__name__)
+def test_reference_lists_the_fields_of(kind):
+    """Where this fails, a field came, went or changed its default: say so in docs/reference.md."""
+    assert [row[:2] for row in table(kind.__name__)] == [
+        [f"`{field.name}`", default_text(field)] for field in dataclasses.fields(kind)
+    ]
+
+
+def default_text(field: dataclasses.Field) -> str:
+    if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+        return "required"
+    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return f"`{type(value).__name__}()`" if dataclasses.is_dataclass(value) else f"`{value!r}`"
+
+
+def options_of(*names: str) -> list[str]:
+    """Return the options of a command as the reference writes them: `--devices N`."""
+    parser = cli.make_parser()
+    for name in names:
+        choices = next(action.choices for action in parser._actions if action.choices and action.nargs)
+        parser = choices[name]
+    shown = []
+    for action in parser._actions:
+        option = action.option_strings[-1] if action.option_strings else ""
+        if option == "--help":
+            continue
+        value = action.metavar or ("|".join(action.choices) if action.choices else "")
+        shown.append(f"{option} {value}".strip() + (" ..." if option and action.nargs == "+" else ""))
+    return shown
+
+
+@pytest.mark.parametrize(
+    "command", ["train", "verify", "doctor", "data prepare", "data inspect"], ids=lambda name: name.replace(" ", "-")
+)
+def test_reference_lists_the_options_of(command):
+    """Where this fails, an option came or went: say so in docs/reference.md."""
+    assert sorted(first_column(f"jaxdist {command}")) == sorted(options_of(*command.split()))
+
+
+def test_reference_lists_the_commands():
+    """Where this fails, a command came or went: say so in docs/reference.md, and test its options above."""
+    choices = next(action.choices for action in cli.make_parser()._actions if action.choices and action.nargs)
+    titles = re.findall(r"^### jaxdist (\w+)", REFERENCE.read_text(), re.MULTILINE)
+    assert set(titles) == set(choices)
+
+
+def test_reference_lists_the_exit_statuses():
+    statuses = {cli.EXIT_OK, cli.EXIT_FAILED, cli.EXIT_USER, signals.EXIT_RETRY}
+    assert set(map(int, first_column("Exit status"))) == statuses
+
+
+def test_reference_lists_strategies_end_reasons_and_accounts():
+    assert first_column("Strategies") == [*strategies.PURPOSES, *strategies.ELSEWHERE]
+    assert first_column("End reasons") == list(record.END_REASONS)
+    assert first_column("Accounts") == list(record.ACCOUNTS)
+
+
+def test_reference_lists_the_optimizers_settings():
+    assert first_column("Optimizers") == list(optimizers._SETTINGS)
+
+
+def test_reference_lists_what_a_run_writes(tmp_path):
+    """Where this fails, run.json or metrics.jsonl got or lost a key: say so in docs/reference.md."""
+    experiment = config.load_experiment(str(ROOT / "tests" / "tiny_experiment.py"))
+    experiment = dataclasses.replace(experiment, stop=stop.Stop(max_steps=2))
+    train.train(experiment, train.RunOptions(run_dir=tmp_path, silent=True), devices=jax.devices()[:1])
+    assert first_column("run.json") == list(json.loads((tmp_path / record.FILE_NAME).read_text()))
+    rows = [json.loads(line) for line in (tmp_path / writers.JSONL_NAME).read_text().splitlines()]
+    names = {name for row in rows for name in row}
+    assert set(first_column("metrics.jsonl")) == names
