@@ -3,11 +3,11 @@ import json
 import pathlib
 import re
 
+import compile_cache
 import jax
 import numpy as np
 import pytest
 import tiny_experiment
-from jax.experimental.compilation_cache import compilation_cache
 
 import jaxdist
 from jaxdist import config, errors, record, testing, train, training
@@ -16,19 +16,8 @@ from jaxdist.stop import Progress
 
 @pytest.fixture(scope="module", autouse=True)
 def shared_compilations(tmp_path_factory):
-    """Every run compiles the same few programs anew; from a cache they come ten times as fast."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    with compile_cache.compile_once(tmp_path_factory.mktemp("xla")):
+        yield
 
 
 class Killed(BaseException):

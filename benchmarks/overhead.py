@@ -1,0 +1,320 @@
+"""What jaxdist's training loop costs beside a bare hand-written one, and canonical beside mean reduction.
+
+python benchmarks/overhead.py [--devices N] [--rounds N] [--only WORK ...] [--json]
+
+Each side trains the same model with the same loss and optimizer on batches that lie in device memory. Sides take turns
+in short rounds in one process; a round's ratio is that of neighbours in time, and the median over the rounds is shown.
+`fit` runs with what `jaxdist train` gives it: metrics to JSONL every 20 steps, a silent progress display, the account
+of time, the recompile sentinel and the question whether to stop. The bare loop is what one would write by hand: a
+jitted shard_map, donated state, nothing fetched but the loss every 20 steps.
+
+Memory is the most that a process had resident while it trained, each side in a process of its own; compiling, which
+needs more than these small models, is over by then.
+"""
+
+import argparse
+import dataclasses
+import gc
+import itertools
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxdist import adapters, guard, hooks, loop, losses, make_mesh, progress, record, signals, state, step, stop, writers
+from jaxdist.launch import agreement
+from jaxdist.models import cnn, gpt, mlp
+
+LOG_EVERY = 20
+NUM_BATCHES = 8
+ROUND_SECONDS = 0.4
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A model to train, its batches, and the throughput ratios that are promised for it."""
+
+    model: nn.Module
+    field: str
+    batch: Callable[[np.random.Generator], dict[str, np.ndarray]]
+    loss: adapters.Loss
+    least_ratio: float
+
+
+def images(random: np.random.Generator) -> dict[str, np.ndarray]:
+    labels = random.integers(0, 10, 64).astype(np.int32)
+    return {"image": random.random((64, 8, 8, 1)).astype(np.float32), "label": labels}
+
+
+def tokens(random: np.random.Generator) -> dict[str, np.ndarray]:
+    return {"tokens": random.integers(0, 256, (16, 64)).astype(np.int32)}
+
+
+WORKS = {
+    "mlp": Work(mlp.MLP(num_classes=10, width=32), "image", images, losses.classification, 0.97),
+    "cnn": Work(cnn.CNN(num_classes=10, width=16), "image", images, losses.classification, 0.99),
+    "gpt": Work(gpt.GPT(256, 64, num_layers=2, num_heads=4, width=64), "tokens", tokens, losses.next_token, 0.99),
+}
+LEAST_CANONICAL_RATIO = 0.9
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A data position, as far as the loop looks at it."""
+
+    epoch: int
+    position: int
+    num_examples: int
+
+
+class Side:
+    """One way to train a work: `run(num_steps)` trains so many steps more and waits for the last."""
+
+    def __init__(self, work: Work, mesh: Mesh, folder: pathlib.Path):
+        random = np.random.default_rng(0)
+        sharding = NamedSharding(mesh, PartitionSpec("data"))
+        self.work, self.mesh, self.folder = work, mesh, folder
+        self.batches = [jax.device_put(self.host_batch(random), sharding) for _ in range(NUM_BATCHES)]
+        self.optimizer = optax.adamw(1e-3)
+
+    def host_batch(self, random: np.random.Generator) -> dict[str, np.ndarray]:
+        return self.work.batch(random)
+
+    def run(self, num_steps: int) -> None:
+        raise NotImplementedError
+
+
+class Bare(Side):
+    """A competent user's own loop."""
+
+    def __init__(self, work: Work, mesh: Mesh, folder: pathlib.Path):
+        super().__init__(work, mesh, folder)
+        replicated = NamedSharding(mesh, PartitionSpec())
+        self.step = self.make_step()
+        self.state = jax.jit(self.init, out_shardings=replicated)(jax.random.key(0))
+        self.count, self.losses = 0, []
+
+    def init(self, key: jax.Array) -> Any:
+        example = jnp.asarray(self.host_batch(np.random.default_rng(0))[self.work.field][:1])
+        params = self.work.model.init(key, example, train=False)["params"]
+        return params, self.optimizer.init(params)
+
+    def make_step(self) -> Callable[..., Any]:
+        def loss_fn(params: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+            outputs = self.work.model.apply({"params": params}, batch[self.work.field], train=True)
+            values, metrics = self.work.loss(outputs, batch)
+            return values.mean(), {name: each.mean() for name, each in metrics.items()}
+
+        def local_step(train_state: Any, batch: Any) -> Any:
+            params, opt_state = train_state
+            varying = jax.lax.pcast(params, "data", to="varying")
+            (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(varying, batch)
+            grads, metrics = jax.lax.pmean((grads, {"loss": loss, **metrics}), "data")
+            updates, opt_state = self.optimizer.update(grads, opt_state, params)
+            return (optax.apply_updates(params, updates), opt_state), metrics
+
+        specs = (PartitionSpec(), PartitionSpec("data"))
+        mapped = jax.shard_map(local_step, mesh=self.mesh, in_specs=specs, out_specs=PartitionSpec())
+        return jax.jit(mapped, donate_argnums=0)
+
+    def run(self, num_steps: int) -> None:
+        for batch in itertools.islice(itertools.cycle(self.batches), num_steps):
+            self.state, metrics = self.step(self.state, batch)
+            self.count += 1
+            if self.count % LOG_EVERY == 0:
+                self.losses.append(float(metrics["loss"]))
+        jax.block_until_ready(self.state)
+
+
+class Fit(Side):
+    """jaxdist's loop, with the hooks that `jaxdist train` gives it."""
+
+    def __init__(self, work: Work, mesh: Mesh, folder: pathlib.Path):
+        super().__init__(work, mesh, folder)
+        functions = adapters.linen(work.model, work.loss, self.batches[0], inputs=work.field)
+        self.step = self.make_step(functions.loss_fn)
+        self.state = state.create_state(functions.init_fn, self.optimizer, mesh=mesh, seed=0)
+        self.progress = stop.Progress()
+        file = folder / f"{type(self).__name__}-{id(self)}.jsonl"
+        self.log = hooks.LogMetrics([writers.JsonlWriter(file)], every=LOG_EVERY, extra=lambda step: {})
+        self.sentinel = guard.RecompileSentinel()
+
+    def host_batch(self, random: np.random.Generator) -> dict[str, np.ndarray]:
+        # The loader gives every batch its mask.
+        batch = super().host_batch(random)
+        return batch | {"mask": np.ones(len(batch[self.work.field]), np.float32)}
+
+    def make_step(self, loss_fn: Callable[..., Any]) -> step.Step:
+        return step.data_parallel_step(loss_fn, self.optimizer, self.mesh)
+
+    def watched_step(self, train_state: state.TrainState, batch: Any) -> Any:
+        outputs = self.step(train_state, batch)
+        self.sentinel.observe(self.step, (train_state, batch))
+        return outputs
+
+    def positioned(self) -> Iterator[tuple[Any, Place]]:
+        for number, batch in enumerate(itertools.cycle(self.batches)):
+            yield batch, Place(0, number, 1 << 40)
+
+    def run(self, num_steps: int) -> None:
+        rule = stop.Stop(max_steps=self.progress.step + num_steps, max_seconds=1e9, target=2.0).rule()
+        with signals.stop_on_signal() as request, progress.Silent() as display:
+            result = loop.fit(
+                self.watched_step,
+                self.state,
+                self.positioned(),
+                stop=rule,
+                hooks=[self.log, hooks.show_progress(display)],
+                progress=self.progress,
+                stop_requested=agreement.agreed_stop(lambda: bool(request)),
+                stopwatch=record.Stopwatch(),
+                step_times=record.StepTimes(),
+            )
+        assert result.end_reason == "max_steps", result.end_reason
+        self.state = result.state
+
+
+class Canonical(Fit):
+    """The same with canonical reduction, the batch cut into the default number of logical shards."""
+
+    def make_step(self, loss_fn: Callable[..., Any]) -> step.Step:
+        return step.canonical_step(loss_fn, self.optimizer, self.mesh)
+
+
+SIDES = {"bare": Bare, "fit": Fit, "canonical": Canonical}
+
+
+def seconds(side: Side, num_steps: int) -> float:
+    start = time.perf_counter()
+    side.run(num_steps)
+    return time.perf_counter() - start
+
+
+def steps_per_round(side: Side) -> int:
+    """Return the steps that fill a round; the side is compiled and warm afterwards."""
+    side.run(2 * LOG_EVERY)
+    each = min(seconds(side, LOG_EVERY) for _ in range(3)) / LOG_EVERY
+    return max(1, round(ROUND_SECONDS / each / LOG_EVERY)) * LOG_EVERY
+
+
+def take_turns(sides: dict[str, Side], num_rounds: int) -> dict[str, list[float]]:
+    """Return each side's steps per second in each round; the order within a round rotates."""
+    num_steps = max(steps_per_round(side) for side in sides.values())
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    names = list(sides)
+    gc.collect()
+    gc.disable()
+    for number in range(num_rounds):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            rates[name].append(num_steps / seconds(sides[name], num_steps))
+        gc.collect()
+    gc.enable()
+    return rates
+
+
+def compare(name: str, ours: list[float], theirs: list[float], unit: str, least: float | None) -> dict[str, Any]:
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return {
+        "name": name,
+        "ours": round(statistics.median(ours), 2),
+        "theirs": round(statistics.median(theirs), 2),
+        "ratio": round(statistics.median(ratios), 4),
+        "unit": unit,
+        "repeats": len(ratios),
+        "least": least,
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    packages = {"jax": jax, "flax": flax, "optax": optax}
+    return {"python": platform.python_version()} | {name: module.__version__ for name, module in packages.items()}
+
+
+def measure_work(name: str, mesh: Mesh, num_rounds: int) -> list[dict[str, Any]]:
+    work = WORKS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        sides = {kind: make(work, mesh, pathlib.Path(folder)) for kind, make in SIDES.items()}
+        rates = take_turns(sides, num_rounds)
+    return [
+        compare(f"{name}: fit / bare loop", rates["fit"], rates["bare"], "steps/s", work.least_ratio),
+        compare(f"{name}: canonical / mean", rates["canonical"], rates["fit"], "steps/s", LEAST_CANONICAL_RATIO),
+    ]
+
+
+def measure_memory(name: str, num_devices: int) -> list[dict[str, Any]]:
+    """Return the sides' resident memory, each measured in a process of its own."""
+    peaks = {}
+    for kind in SIDES:
+        command = [sys.executable, __file__, "--devices", str(num_devices), "--memory-of", name, kind]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        peaks[kind] = float(done.stdout.splitlines()[-1])
+    return [
+        compare(f"{name}: fit / bare loop, memory", [peaks["fit"]], [peaks["bare"]], "MiB", None),
+        compare(f"{name}: canonical / mean, memory", [peaks["canonical"]], [peaks["fit"]], "MiB", None),
+    ]
+
+
+def print_memory(name: str, kind: str, mesh: Mesh) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        side = SIDES[kind](WORKS[name], mesh, pathlib.Path(folder))
+        side.run(LOG_EVERY)
+        gc.collect()
+        pathlib.Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
+        side.run(5 * LOG_EVERY)
+        status = pathlib.Path("/proc/self/status").read_text()
+    peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    print(int(peak.split()[1]) / 1024)
+
+
+def show(row: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({key: value for key, value in row.items() if key != "least"}), flush=True)
+        return
+    wanted = "" if row["least"] is None else f"at least {row['least']}" + (" " if row["ratio"] >= row["least"] else "  MISSED")
+    print(f"{row['name']:<34} {row['ours']:>10} {row['theirs']:>10}  {row['unit']:<8} {row['ratio']:>7}  {wanted}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--devices", type=int, default=2, help="fake CPU devices")
+    parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--only", nargs="+", choices=WORKS, default=list(WORKS))
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    jax.config.update("jax_num_cpu_devices", options.devices)
+    os.environ.setdefault("NPROC", str(max(2, len(os.sched_getaffinity(0)))))
+    mesh = make_mesh(devices=jax.devices()[: options.devices])
+    if options.memory_of:
+        print_memory(*options.memory_of, mesh)
+        return
+    if not options.json:
+        print(f"{options.devices} devices, {options.rounds} rounds; {versions()}")
+        print(f"{'':<34} {'ours':>10} {'theirs':>10}  {'unit':<8} {'ratio':>7}")
+    for name in options.only:
+        for row in measure_work(name, mesh, options.rounds):
+            show(row, options.json)
+        for row in [] if options.no_memory else measure_memory(name, options.devices):
+            show(row, options.json)
+
+
+if __name__ == "__main__":
+    main()
