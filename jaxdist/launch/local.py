@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import IO
@@ -27,6 +27,7 @@ GRACE_SECONDS = 5.0
 ORDERLY_SECONDS = 15.0
 """How long the others may take to end once one process has ended with EXIT_RETRY."""
 LOG_TAIL_LINES = 40
+_LOOK_SECONDS = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,7 @@ def run_job(
     environment: Mapping[str, str] | None = None,
     show_first: bool = False,
     timeout_seconds: float | None = None,
+    started: Callable[[Sequence[int]], None] = lambda process_ids: None,
 ) -> JobResult:
     """Run `command` in `num_processes` processes and wait for all of them.
 
@@ -67,6 +69,7 @@ def run_job(
       environment: set for every process, besides this process's own.
       show_first: process 0 writes to this process's standard output and error instead of its log.
       timeout_seconds: the job is ended when it takes longer.
+      started: called with the process ids once all have started.
 
     Returns:
       The exit status: 0 if all processes ended with 0, else that of the first that failed (128 + signal when killed).
@@ -84,6 +87,7 @@ def run_job(
             if number or not show_first:
                 output = stack.enter_context(open(log_path(log_dir, number), "wb"))
             processes.append(_start(command, {**shared, runtime.PROCESS_ID: str(number)}, output))
+        started([process.pid for process in processes])
         with _forwarding_signals(processes) as forwarded:
             failed = _wait(processes, timeout_seconds)
         _end(processes)
@@ -138,11 +142,16 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], timeout_seconds: float |
             now = time.monotonic()
             if EXIT_RETRY in ended.values():
                 orderly = min(orderly, now + ORDERLY_SECONDS)
-            if failed is not None or len(ended) == len(processes) or now >= orderly:
+            running = [process for number, process in enumerate(processes) if number not in ended]
+            # A process that is stopped will not end by itself, however long the others wait for it.
+            pointless = orderly < math.inf and all(is_stopped(process.pid) for process in running)
+            if failed is not None or not running or pointless or now >= orderly:
                 return failed
             if now >= deadline:
                 raise TimeoutError(f"The job took longer than {timeout_seconds} s; processes ended: {sorted(ended)}.")
             left = min(deadline, orderly) - now
+            if orderly < math.inf:
+                left = min(left, _LOOK_SECONDS)
             change.wait(None if left == math.inf else left)
 
 
@@ -150,7 +159,10 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     """Ask what still runs to end, and after a while make it."""
     running = [process for process in processes if process.poll() is None]
     for process in running:
-        process.terminate()
+        if is_stopped(process.pid):
+            process.kill()
+        else:
+            process.terminate()
     deadline = time.monotonic() + GRACE_SECONDS
     for process in running:
         try:
@@ -158,6 +170,16 @@ def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def is_stopped(process_id: int) -> bool:
+    """Return whether a process was stopped by a signal: it takes no other then but SIGKILL."""
+    try:
+        status = pathlib.Path(f"/proc/{process_id}/stat").read_text()
+    except OSError:
+        return False
+    # The name in parentheses may hold anything; the state is the first field after it.
+    return status.rpartition(")")[2].split()[0] == "T"
 
 
 @contextmanager

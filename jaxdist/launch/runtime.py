@@ -27,6 +27,11 @@ def in_job(environment: Mapping[str, str] = os.environ) -> bool:
     return NUM_PROCESSES in environment
 
 
+def is_alone(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether no launcher of ours started this process."""
+    return PARENT_ID not in environment
+
+
 def is_first(environment: Mapping[str, str] = os.environ) -> bool:
     """Return whether this process speaks for the job: the only one, or process 0."""
     return environment.get(PROCESS_ID, "0") == "0"
@@ -50,8 +55,9 @@ def start(num_devices: int | None = None) -> Sequence[jax.Device]:
         os.environ.setdefault("NPROC", "2")
     jax.config.update("jax_num_cpu_devices", num_devices or 1)
     use_compilation_cache()
-    if in_job():
+    if not is_alone():
         die_with_parent(os.environ)
+    if in_job() and os.environ[NUM_PROCESSES] != "1":
         _join_job(os.environ)
     local = jax.local_devices()
     wanted = num_devices or len(local)

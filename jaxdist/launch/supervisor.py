@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from jaxdist import lock, record
 from jaxdist.launch import board, local
@@ -190,6 +191,13 @@ class Events:
             file.write(json.dumps({"event": event, "time": now} | details) + "\n")
 
 
+def read_events(run_dir: pathlib.Path) -> list[dict[str, Any]]:
+    """Return the notes in a run directory, oldest first; a line that is being written is left out."""
+    path = run_dir / EVENTS_NAME
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
     """What is supervised.
@@ -227,7 +235,6 @@ def run(job: Job, *, num_processes: int, policy: Policy | None = None) -> int:
 
 def _attempt(job: Job, memory: pathlib.Path, events: Events, *, number: int, num_processes: int) -> Attempt:
     board.clear(memory)
-    events.note("start", attempt=number, processes=num_processes)
     environment = {MEMORY: str(memory)} | ({FAILED_AT: str(events.failed_at)} if events.failed_at else {})
     resume = ["--resume"] if number and (job.run_dir / record.FILE_NAME).exists() else []
     before = _changed_at(job.run_dir)
@@ -237,6 +244,7 @@ def _attempt(job: Job, memory: pathlib.Path, events: Events, *, number: int, num
         log_dir=job.run_dir / "logs" / f"attempt-{number}",
         environment=environment,
         show_first=job.show_first,
+        started=lambda ids: events.note("start", attempt=number, process_ids=ids, memory=str(memory)),
     )
     if result.failed_process is not None and result.message:
         _say(f"process {result.failed_process} failed first:\n{result.message}")

@@ -108,13 +108,12 @@ def _describe(views: Mapping[int, View], culprits: Sequence[int], silence_second
 
 def _headline(views: Mapping[int, View], culprits: Sequence[int]) -> str:
     others = [view for number, view in views.items() if number not in culprits and view.phase != DONE]
-    who = " and ".join(f"process {number}" for number in culprits)
     first = views[culprits[0]]
+    who = " and ".join(f"process {number}" for number in culprits)
     holds = f"{who} {'is' if len(culprits) == 1 else 'are'} in {first.phase} for {first.same_seconds:.0f} s"
-    if not others:
-        return f"{holds}; no other process waits."
     # The step that the others wait in is the one after the last they finished.
-    return f"{holds}; the others wait in step {max(view.step for view in others) + 1}."
+    wait = f"the others wait in step {max(view.step for view in others) + 1}" if others else "no other process waits"
+    return f"{holds}; {wait}."
 
 
 class Observer:
@@ -189,6 +188,10 @@ class Watchdog:
         self._thread.join()
         self._writer.write(self._where()[0], DONE)
         self._writer.close()
+
+    def report(self) -> None:
+        """Report now, from the thread that trains: whoever reads the board sees every step."""
+        self._writer.write(*self._where())
 
     def _run(self) -> None:
         observer = Observer(self._num_processes)

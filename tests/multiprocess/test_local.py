@@ -66,9 +66,9 @@ time.sleep(0.5); sys.exit({EXIT_RETRY})
     assert run("\n" + code, tmp_path) == local.JobResult(EXIT_RETRY)
 
 
-def test_a_stopped_process_does_not_outlive_an_orderly_retry(tmp_path, monkeypatch):
-    monkeypatch.setattr(local, "ORDERLY_SECONDS", 0.3)
-    monkeypatch.setattr(local, "GRACE_SECONDS", 0.2)
+def test_a_stopped_process_does_not_outlive_an_orderly_retry_nor_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "ORDERLY_SECONDS", 1000.0)
+    monkeypatch.setattr(local, "GRACE_SECONDS", 1000.0)
     result = run(f"place and os.kill(os.getpid(), signal.SIGSTOP); sys.exit({EXIT_RETRY})", tmp_path)
     assert result == local.JobResult(EXIT_RETRY)
 
