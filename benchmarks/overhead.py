@@ -36,7 +36,21 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxdist import adapters, guard, hooks, loop, losses, make_mesh, progress, record, signals, state, step, stop, writers
+from jaxdist import (
+    adapters,
+    guard,
+    hooks,
+    loop,
+    losses,
+    make_mesh,
+    progress,
+    record,
+    signals,
+    state,
+    step,
+    stop,
+    writers,
+)
 from jaxdist.launch import agreement
 from jaxdist.models import cnn, gpt, mlp
 
@@ -93,9 +107,11 @@ class Side:
         self.optimizer = optax.adamw(1e-3)
 
     def host_batch(self, random: np.random.Generator) -> dict[str, np.ndarray]:
+        """Return one batch as the side wants it."""
         return self.work.batch(random)
 
     def run(self, num_steps: int) -> None:
+        """Train so many steps more and wait for the last."""
         raise NotImplementedError
 
 
@@ -110,11 +126,14 @@ class Bare(Side):
         self.count, self.losses = 0, []
 
     def init(self, key: jax.Array) -> Any:
+        """Return params and optimizer state."""
         example = jnp.asarray(self.host_batch(np.random.default_rng(0))[self.work.field][:1])
         params = self.work.model.init(key, example, train=False)["params"]
         return params, self.optimizer.init(params)
 
     def make_step(self) -> Callable[..., Any]:
+        """Return the step a competent user writes."""
+
         def loss_fn(params: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
             outputs = self.work.model.apply({"params": params}, batch[self.work.field], train=True)
             values, metrics = self.work.loss(outputs, batch)
@@ -133,6 +152,7 @@ class Bare(Side):
         return jax.jit(mapped, donate_argnums=0)
 
     def run(self, num_steps: int) -> None:
+        """See Side."""
         for batch in itertools.islice(itertools.cycle(self.batches), num_steps):
             self.state, metrics = self.step(self.state, batch)
             self.count += 1
@@ -155,23 +175,28 @@ class Fit(Side):
         self.sentinel = guard.RecompileSentinel()
 
     def host_batch(self, random: np.random.Generator) -> dict[str, np.ndarray]:
+        """Add the mask."""
         # The loader gives every batch its mask.
         batch = super().host_batch(random)
         return batch | {"mask": np.ones(len(batch[self.work.field]), np.float32)}
 
     def make_step(self, loss_fn: Callable[..., Any]) -> step.Step:
+        """Return the step with mean reduction."""
         return step.data_parallel_step(loss_fn, self.optimizer, self.mesh)
 
     def watched_step(self, train_state: state.TrainState, batch: Any) -> Any:
+        """Step as `jaxdist train` does."""
         outputs = self.step(train_state, batch)
         self.sentinel.observe(self.step, (train_state, batch))
         return outputs
 
     def positioned(self) -> Iterator[tuple[Any, Place]]:
+        """Yield batches with positions, for ever."""
         for number, batch in enumerate(itertools.cycle(self.batches)):
             yield batch, Place(0, number, 1 << 40)
 
     def run(self, num_steps: int) -> None:
+        """See Side."""
         rule = stop.Stop(max_steps=self.progress.step + num_steps, max_seconds=1e9, target=2.0).rule()
         with signals.stop_on_signal() as request, progress.Silent() as display:
             result = loop.fit(
@@ -193,6 +218,7 @@ class Canonical(Fit):
     """The same with canonical reduction, the batch cut into the default number of logical shards."""
 
     def make_step(self, loss_fn: Callable[..., Any]) -> step.Step:
+        """Return the step with canonical reduction."""
         return step.canonical_step(loss_fn, self.optimizer, self.mesh)
 
 
@@ -287,8 +313,15 @@ def show(row: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps({key: value for key, value in row.items() if key != "least"}), flush=True)
         return
-    wanted = "" if row["least"] is None else f"at least {row['least']}" + (" " if row["ratio"] >= row["least"] else "  MISSED")
-    print(f"{row['name']:<34} {row['ours']:>10} {row['theirs']:>10}  {row['unit']:<8} {row['ratio']:>7}  {wanted}", flush=True)
+    wanted = (
+        ""
+        if row["least"] is None
+        else f"at least {row['least']}" + (" " if row["ratio"] >= row["least"] else "  MISSED")
+    )
+    print(
+        f"{row['name']:<34} {row['ours']:>10} {row['theirs']:>10}  {row['unit']:<8} {row['ratio']:>7}  {wanted}",
+        flush=True,
+    )
 
 
 def main() -> None:

@@ -3,9 +3,11 @@
 1,797 grey pictures of 8 x 8 with 17 shades; four of five are for training, the others for the test.
 """
 
+import contextlib
 import fcntl
 import os
 import pathlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,5 +50,6 @@ def prepare(data_dir: str | os.PathLike | None = None) -> str:
     root.mkdir(parents=True, exist_ok=True)
     with open(root / "prepare.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # several processes of a run may get here at once
-        builder.download_and_prepare()
+        with contextlib.redirect_stdout(sys.stderr):  # standard output belongs to the run record
+            builder.download_and_prepare()
     return os.fspath(builder.data_dir)

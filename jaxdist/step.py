@@ -57,7 +57,52 @@ def data_parallel_step(
         out_specs=PartitionSpec(),
         check_vma=False,
     )
-    return jax.jit(mapped, donate_argnums=0)
+
+    def keyless_step(state: TrainState, key: _PlainKey, batch: Batch) -> tuple[TrainState, Metrics]:
+        new_state, metrics = mapped(_with_key(state, key.typed()), batch)
+        return _with_key(new_state, None), metrics
+
+    return _KeepsKey(jax.jit(keyless_step, donate_argnums=0))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _PlainKey:
+    """A typed key as the integers it consists of."""
+
+    data: jax.Array
+    impl: Any = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, key: jax.Array) -> "_PlainKey":
+        return cls(jax.random.key_data(key), jax.random.key_impl(key))
+
+    def typed(self) -> jax.Array:
+        return jax.random.wrap_key_data(self.data, impl=self.impl)
+
+
+class _KeepsKey:
+    """A step out of `program(state without key, plain key, batch)`, which leaves the key where it is.
+
+    The key stays the same from step to step, so it need not pass through the program; and a program that takes or
+    returns typed keys is called by JAX's slow path, which is most of the time of a small step.
+    """
+
+    def __init__(self, program: Callable[[TrainState, _PlainKey, Batch], tuple[TrainState, Metrics]]):
+        self._program = program
+        self._key: jax.Array | None = None
+        if hasattr(program, "_cache_size"):
+            self._cache_size = program._cache_size  # for the recompile sentinel
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        if state.key is not self._key:
+            self._key, self._plain_key = state.key, _PlainKey.of(state.key)
+        new_state, metrics = self._program(_with_key(state, None), self._plain_key, batch)
+        return _with_key(new_state, state.key), metrics
+
+
+def _with_key(state: TrainState, key: Any) -> TrainState:
+    return TrainState(state.step, state.params, state.model_state, state.opt_state, key)
 
 
 def pmap_step(
@@ -113,7 +158,7 @@ def canonical_step(
             params,
             model_state,
             shard,
-            jax.random.fold_in(key, step),
+            jax.random.fold_in(key.typed(), step),
             num_microbatches=num_microbatches,
             first_index=index * num_microbatches,
             loss_scale=loss_scale,
@@ -127,11 +172,12 @@ def canonical_step(
 
     update_everywhere = executable.ReplicatedProgram(update, mesh, donate_argnums=(0,))
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def keyless_step(state: TrainState, key: _PlainKey, batch: Batch) -> tuple[TrainState, Metrics]:
         loss_scale = precision.loss_scale(state.opt_state)
-        total = shard_sums((state.params, state.model_state, state.key, state.step, loss_scale), batch)
+        total = shard_sums((state.params, state.model_state, key, state.step, loss_scale), batch)
         return update_everywhere(state, total)
 
+    step = _KeepsKey(keyless_step)
     if layout is layouts.replicated:
         return step
     gather = jax.jit(lambda state: layouts.constrain(state, mesh, layouts.replicated), donate_argnums=0)
