@@ -33,10 +33,16 @@ def locked(directory: pathlib.Path, *, purpose: str) -> Iterator[None]:
 
     Raises:
       LockedError: another process holds it; the message names it.
-      OSError: the directory cannot be written, or its file system has no locks.
+      UserError: the directory cannot be written.
+      OSError: its file system has no locks.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(directory / FILE_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory / FILE_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise UserError(
+            f"The directory of a job must be writable; {directory} is not: {error.strerror}. Choose another."
+        ) from error
     try:
         _take(descriptor, directory)
         owner = {"process": os.getpid(), "host": socket.gethostname(), "purpose": purpose}

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from jaxdist import lock
+from jaxdist import errors, lock
 
 OWNER = """
 import pathlib, sys, time
@@ -71,3 +71,12 @@ def test_an_owner_that_has_not_said_who_it_is_is_still_the_owner(tmp_path):
         (tmp_path / lock.FILE_NAME).write_text("")
         with pytest.raises(lock.LockedError, match="another process does"), lock.locked(tmp_path, purpose="second"):
             pass
+
+
+def test_a_directory_that_cannot_be_made_is_the_users_to_mend(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(errors.UserError, match=r"must be writable; .*file/run is not"),
+        lock.locked(tmp_path / "file" / "run", purpose="first"),
+    ):
+        pass

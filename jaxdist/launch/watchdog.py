@@ -169,7 +169,7 @@ class Watchdog:
         num_processes: int,
         where: Callable[[], tuple[int, str]],
         limits: Limits,
-        on_hang: Callable[[Verdict], None] = lambda verdict: None,
+        on_hang: Callable[[Verdict], object] = lambda verdict: None,
         every_seconds: float | None = None,
     ):
         self._writer, self._read, self._where = writer, read, where
