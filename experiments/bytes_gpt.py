@@ -32,9 +32,7 @@ def _windows(files: list[pathlib.Path]) -> jaxdist.ArraySource:
 def get_config() -> jaxdist.Experiment:
     train, held_out = load_windows()
     return jaxdist.Experiment(
-        model=gpt.GPT(
-            vocab_size=256, context_length=CONTEXT_LENGTH, num_layers=2, num_heads=4, width=64, dropout_rate=0.1
-        ),
+        model=gpt.GPT(vocab_size=256, context_length=CONTEXT_LENGTH, num_layers=2, num_heads=4, width=64),
         loss=losses.next_token,
         inputs="tokens",
         data=jaxdist.Data(train=train, eval=held_out),
@@ -43,7 +41,7 @@ def get_config() -> jaxdist.Experiment:
             learning_rate=3e-3,
             weight_decay=0.1,
             clip_norm=1.0,
-            schedule=jaxdist.Schedule(name="cosine", warmup=20, final_fraction=0.1),
+            schedule=jaxdist.Schedule(name="cosine", warmup=20, length=400, final_fraction=0.1),
         ),
         global_batch_size=32,
         stop=jaxdist.Stop(max_steps=400),

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxdist import checkpoint, errors, guard, hooks, loop, progress, record, stop, training, writers
 from jaxdist.config import ConfigError, Experiment
@@ -285,6 +286,12 @@ class _Run:
             (self.options.run_dir / "nonfinite.txt").write_text(f"{report}\n{kept}\n")
             print(f"{report}\n{kept}", file=sys.stderr)
 
+    def _whole(self, params: Any) -> Any:
+        """Return `params` so that each process holds all of them; every process must call it."""
+        if all(leaf.is_fully_addressable or leaf.is_fully_replicated for leaf in jax.tree.leaves(params)):
+            return params
+        return jax.device_put(params, NamedSharding(self.parts.strategy.mesh, PartitionSpec()))
+
     def write_record(
         self, end_reason: str | None, now: stop.Progress, state: TrainState | None = None
     ) -> record.RunRecord:
@@ -295,7 +302,7 @@ class _Run:
             end_reason=end_reason,
             step=now.step,
             examples_seen=now.examples_seen,
-            params_sha256=None if state is None else record.params_sha256(state.params),
+            params_sha256=None if state is None else record.params_sha256(self._whole(state.params)),
             metrics=now.metrics,
             strategy=self.experiment.strategy,
             reduction=self.experiment.reduction,
