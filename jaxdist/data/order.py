@@ -22,7 +22,7 @@ ORDER_VERSION = 1
 MAX_EXAMPLES = 2**62
 
 _IDS_AT_A_TIME = 4096
-_NUM_ROUNDS = 8
+_NUM_ROUNDS = 6
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio, odd
 
 
@@ -312,11 +312,11 @@ class Permutation:
 
 
 def _mix(values: np.ndarray, key: np.uint64) -> np.ndarray:
-    """A keyed hash of 64 bits to 64 bits: multiply, fold the good high bits down, multiply, fold (as in splitmix64)."""
+    """A keyed hash of up to 32 bits to 32 bits: multiply, fold the high bits down, multiply, take the high bits."""
     values = (values ^ key) * _MULTIPLIER
     values ^= values >> np.uint64(32)
     values *= _MULTIPLIER
-    values ^= values >> np.uint64(29)
+    values >>= np.uint64(32)
     return values
 
 

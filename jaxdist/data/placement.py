@@ -49,16 +49,20 @@ def place(
 ) -> dict[str, jax.Array]:
     """Return the global arrays whose rows `rows` are those of `batch`, which must not change any more."""
     sharding = batch_sharding(mesh, axes)
+    if sharding.is_fully_addressable:
+        return jax.device_put(batch, sharding)
+    # Between processes, device_put would first compare the processes' copies of the whole batch: place shard by shard.
     slices = _device_slices(mesh, axes, global_batch_size)
+    devices = [device for device, _ in slices]
     # A device's rows are contiguous in the global batch, and so in `rows`, which has all of them in order.
-    begins = {index.start: int(np.searchsorted(rows, index.start)) for _, index in slices}
-    placed: dict[str, jax.Array] = {}
-    for name, array in batch.items():
-        shards = [array[begins[index.start] :][: index.stop - index.start] for _, index in slices]
-        arrays = jax.device_put(shards, [device for device, _ in slices])
-        shape = (global_batch_size, *array.shape[1:])
-        placed[name] = jax.make_array_from_single_device_arrays(shape, sharding, arrays)
-    return placed
+    begins = [int(np.searchsorted(rows, index.start)) for _, index in slices]
+    ends = [begin + index.stop - index.start for begin, (_, index) in zip(begins, slices)]
+    shards = {name: [array[begin:end] for begin, end in zip(begins, ends)] for name, array in batch.items()}
+    placed = jax.device_put(shards, dict.fromkeys(batch, devices))
+    return {
+        name: jax.make_array_from_single_device_arrays((global_batch_size, *array.shape[1:]), sharding, placed[name])
+        for name, array in batch.items()
+    }
 
 
 def feed(
