@@ -28,7 +28,6 @@ GatherFn: TypeAlias = Callable[[PyTree, jax.Array], PyTree]
 """`gather_fn(shards, has_examples) -> params`: the whole params from the shards that the devices hold, see `gather`."""
 
 _GATHERED = "gathered_param"
-_DROP_GATHERED = jax.checkpoint_policies.save_anything_except_these_names(_GATHERED)
 
 HALVING_MIN_SIZE = 1 << 15
 """Elements from which recursive halving beats doubling: below it, latency counts and not bandwidth."""
@@ -89,7 +88,7 @@ def local_sums(
 
     if gather_fn is not None:
         # Without it, every gathered param would stay in memory until the backward pass has used it.
-        evaluate = jax.checkpoint(evaluate, policy=_DROP_GATHERED)
+        evaluate = jax.checkpoint(evaluate, policy=_is_kept_for_backward)
 
     def summed_loss(params: PyTree) -> tuple[jax.Array, Any]:
         loss, metrics, new_model_state = evaluate(params)
@@ -161,6 +160,11 @@ def gather(leaf: jax.Array, spec: PartitionSpec, has_examples: jax.Array) -> jax
     for dim, axes in enumerate(spec):
         leaf = leaf if axes is None else lax.all_gather(leaf, axes, axis=dim, tiled=True)
     return checkpoint_name(_zero_cotangent_unless(leaf, has_examples), _GATHERED)
+
+
+def _is_kept_for_backward(primitive: Any, *_: Any, **params: Any) -> bool:
+    """Keep everything but gathered params: neither what `gather` returns nor the collective's result behind it."""
+    return primitive.name != lax.all_gather_p.name and params.get("name") != _GATHERED
 
 
 @jax.custom_vjp

@@ -7,7 +7,7 @@ what looks at all gradients at once (a global norm) is right whatever the layout
 `model` axis say, are left to XLA everywhere.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -47,12 +47,13 @@ def sharded_step(
       batch_axes: mesh axes that the batch's leading dim is cut over.
       num_microbatches: parts of each device's batch, computed one after the other.
     """
-    batch_axes = tuple(batch_axes)
+    # A manual axis of one device gains nothing, and XLA refuses sums over it beside an axis left to it.
+    cut_axes = tuple(axis for axis in batch_axes if mesh.shape[axis] > 1)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, steps.Metrics]:
         param_specs = layouts.specs(state, mesh, layout).params
         grad_specs = _grad_specs(state.params, param_specs, mesh, layout)
-        sums = _mapped_sums(loss_fn, mesh, batch_axes, num_microbatches, param_specs, grad_specs)(
+        sums = _mapped_sums(loss_fn, mesh, cut_axes, num_microbatches, param_specs, grad_specs)(
             state.params,
             state.model_state,
             batch,
@@ -74,16 +75,14 @@ def _mapped_sums(
     num_microbatches: int,
     param_specs: PyTree,
     grad_specs: PyTree,
-) -> Any:
+) -> Callable[..., reduce.Sums]:
     """Return (params, model_state, batch, key, loss_scale) -> Sums over the global batch, grads cut as `grad_specs`."""
-    held, wanted = (
-        layouts.map_specs(lambda spec: layouts.keep_axes(spec, batch_axes), tree) for tree in (param_specs, grad_specs)
-    )
+    held = layouts.map_specs(lambda spec: layouts.keep_axes(spec, batch_axes), param_specs)
+    wanted = layouts.map_specs(lambda spec: layouts.keep_axes(spec, batch_axes), grad_specs)
+    gather = _make_gather(held)
 
-    any_cut = any(jax.tree.leaves(layouts.map_specs(lambda spec: bool(layouts.spec_axes(spec)), held)))
-
-    def gather(params: PyTree, has_examples: jax.Array) -> PyTree:
-        return jax.tree.map(lambda leaf, spec: reduce.gather(leaf, spec, has_examples), params, held)
+    def sum_grad(grad: jax.Array, param_spec: PartitionSpec, grad_spec: PartitionSpec) -> jax.Array:
+        return reduce.sum_over_axes(grad, batch_axes, param_spec=param_spec, grad_spec=grad_spec)
 
     def local_sums(
         params: PyTree, model_state: PyTree, batch: Batch, key: jax.Array, loss_scale: jax.Array | None
@@ -95,20 +94,15 @@ def _mapped_sums(
             batch,
             key,
             num_microbatches=num_microbatches,
-            first_index=jax.lax.axis_index(batch_axes) * num_microbatches,
+            first_index=jax.lax.axis_index(batch_axes) * num_microbatches if batch_axes else 0,
             loss_scale=loss_scale,
-            gather_fn=gather if any_cut else None,
+            gather_fn=gather,
         )
-        grads = jax.tree.map(
-            lambda grad, param_spec, grad_spec: reduce.sum_over_axes(
-                grad, batch_axes, param_spec=param_spec, grad_spec=grad_spec
-            ),
-            sums.grads,
-            held,
-            wanted,
-        )
+        grads = jax.tree.map(sum_grad, sums.grads, held, wanted)
         return jax.lax.psum(sums._replace(grads=None), batch_axes)._replace(grads=grads)
 
+    if not batch_axes:
+        return local_sums
     whole: Any = PartitionSpec()
     return jax.shard_map(
         local_sums,
@@ -119,6 +113,17 @@ def _mapped_sums(
         # As in `data_parallel_step`: gradients stay local, and a loss_fn for one device runs unchanged.
         check_vma=False,
     )
+
+
+def _make_gather(held: PyTree) -> reduce.GatherFn | None:
+    """Return what makes whole params of shards that lie as `held` says, or None where none is cut."""
+    if not any(jax.tree.leaves(layouts.map_specs(lambda spec: bool(layouts.spec_axes(spec)), held))):
+        return None
+
+    def gather(params: PyTree, has_examples: jax.Array) -> PyTree:
+        return jax.tree.map(lambda leaf, spec: reduce.gather(leaf, spec, has_examples), params, held)
+
+    return gather
 
 
 def _grad_specs(params: PyTree, param_specs: PyTree, mesh: Mesh, layout: layouts.Layout) -> PyTree:
