@@ -5,7 +5,7 @@ import os
 import hypothesis
 import jax
 
-# Child processes of a test choose their own number of devices, so this is configuration and not an environment variable.
+# Child processes of a test choose their own number of devices: configuration, not an environment variable.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_rank_promotion", "raise")
