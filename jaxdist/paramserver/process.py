@@ -1,24 +1,28 @@
-"""One process of a parameter-server run: `python -m jaxdist.paramserver.process NAME SPEC`.
+"""A process of a parameter-server run: `python -m jaxdist.paramserver.process scheduler SPEC`, the one without JAX.
 
 SPEC is a JSON file (see `run`) that names the experiment, the settings and everybody's address. The process plays the
 part its name says until the run ends, and dies with the process that started it.
 """
 
+import ctypes
 import dataclasses
 import json
 import logging
 import os
 import pathlib
+import signal
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from jaxdist.paramserver import effects, encoding, messages
 from jaxdist.paramserver.node import Log, Node, write_file
 from jaxdist.paramserver.scheduler import Scheduler
-from jaxdist.paramserver.settings import SCHEDULER, ParameterServer, Settings, Timers, server_shard, worker_number
+from jaxdist.paramserver.settings import Settings, Timers
 from jaxdist.paramserver.wire import Security, Wire
 
+PARENT_ID = "JAXDIST_PARENT_ID"
 TOKEN = "JAXDIST_PS_TOKEN"
 """Environment variable with the run's secret, so that it is in no file and on no command line."""
 
@@ -114,13 +118,23 @@ class Report:
             write_file(self.directory / CUT_NAME, encoding.encode(content))
 
 
-def main(arguments: list[str]) -> int:
-    """Play one part; return the exit status."""
+Make = Callable[[str, Spec], tuple[Node, Statistics]]
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it dies; see `launch.runtime`, which needs JAX."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if PARENT_ID in os.environ and os.getppid() != int(os.environ[PARENT_ID]):
+        sys.exit("The process that started this one has ended already.")
+
+
+def main(arguments: list[str], make: Make) -> int:
+    """Play the part that `make` makes; return the exit status."""
     name, path = arguments
     logging.basicConfig(level=logging.INFO, format=f"{name}: %(message)s", stream=sys.stderr)
     spec = Spec.read(pathlib.Path(path))
-    made = _make_scheduler(spec) if name == SCHEDULER else _make_other(name, spec)
-    node, statistics = made
+    node, statistics = make(name, spec)
     wire = Wire(
         listen=spec.peers[name],
         peers=spec.peers,
@@ -136,19 +150,21 @@ def main(arguments: list[str]) -> int:
     return 0 if end.step >= 0 else 1
 
 
-def _statistics(name: str, spec: Spec, machine: Any) -> Statistics:
+def statistics_of(name: str, spec: Spec, machine: Any) -> Statistics:
+    """Return the counters of the process `name`."""
     file = f"{name.replace('/', '-')}-{os.getpid()}.json"
     return Statistics(pathlib.Path(spec.directory) / "statistics" / file, machine)
 
 
-def _make_scheduler(spec: Spec) -> tuple[Node, Statistics]:
+def make_scheduler(name: str, spec: Spec) -> tuple[Node, Statistics]:
+    """Return the scheduler and its counters, with what its log says."""
     directory = pathlib.Path(spec.directory)
     log = Log(directory / LOG_NAME)
     resume = None
     if spec.resume and not log.records:
         resume = encoding.decode((directory / spec.resume / "manifest").read_bytes())
     machine = Scheduler(settings=spec.make_settings(), records=log.records, resume=resume)
-    statistics, report = _statistics(SCHEDULER, spec, machine), Report(directory)
+    statistics, report = statistics_of(name, spec, machine), Report(directory)
 
     def observe(effect: effects.Effect) -> None:
         statistics.observe(effect)
@@ -157,54 +173,6 @@ def _make_scheduler(spec: Spec) -> tuple[Node, Statistics]:
     return Node(machine, directory=directory, log=log, observe=observe), statistics
 
 
-def _make_other(name: str, spec: Spec) -> tuple[Node, Statistics]:
-    # JAX and the experiment are heavy, and the scheduler, which must be back quickly, needs neither.
-    from jaxdist import config
-    from jaxdist.launch import runtime
-    from jaxdist.paramserver import training
-
-    devices = runtime.start(spec.devices)
-    experiment = config.override(config.load_experiment(spec.experiment), spec.assignments)
-    plan = training.make_plan(experiment, ParameterServer(**spec.chosen))
-    plan = dataclasses.replace(plan, settings=spec.make_settings())
-    boot = time.time_ns()
-    number = worker_number(name)
-    if number is not None:
-        return _make_worker(number, boot, plan, devices, name, spec)
-    return _make_server(name, boot, plan, spec)
-
-
-def _make_worker(number: int, boot: int, plan: Any, devices: Any, name: str, spec: Spec) -> tuple[Node, Statistics]:
-    from jaxdist.paramserver.training import Island
-    from jaxdist.paramserver.worker import Worker
-
-    island = Island(plan, devices)
-    machine = Worker(worker=number, boot=boot, settings=plan.settings)
-    statistics = _statistics(name, spec, machine)
-    directory = pathlib.Path(spec.directory)
-    return Node(machine, directory=directory, gradient=island.gradient, observe=statistics.observe), statistics
-
-
-def _make_server(name: str, boot: int, plan: Any, spec: Spec) -> tuple[Node, Statistics]:
-    from jaxdist.paramserver import training
-    from jaxdist.paramserver.server import Server
-
-    shard = server_shard(name)
-    assert shard is not None
-    first = training.make_shard(plan, shard)
-    start = first.export()
-
-    def make_shard() -> Any:
-        first.adopt(start)
-        return first
-
-    machine = Server(node=name, boot=boot, settings=plan.settings, make_shard=make_shard)
-    statistics = _statistics(name, spec, machine)
-    return Node(machine, directory=pathlib.Path(spec.directory), observe=statistics.observe), statistics
-
-
 if __name__ == "__main__":
-    from jaxdist.launch.runtime import die_with_parent
-
-    die_with_parent(os.environ)
-    sys.exit(main(sys.argv[1:]))
+    die_with_parent()
+    sys.exit(main(sys.argv[1:], make_scheduler))

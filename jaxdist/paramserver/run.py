@@ -4,6 +4,7 @@ The process that calls `train` is the run's observer: it holds what decides the 
 nothing of the protocol, so any of the processes it started may die at any moment.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -21,7 +22,7 @@ import jax
 
 from jaxdist import progress, record, stop, training, writers
 from jaxdist.config import ConfigError, load_experiment, override
-from jaxdist.launch import local, runtime
+from jaxdist.launch import local
 from jaxdist.paramserver import encoding, membership, messages, wire
 from jaxdist.paramserver import process as processes
 from jaxdist.paramserver import training as plans
@@ -188,10 +189,11 @@ class Run:
         log.parent.mkdir(parents=True, exist_ok=True)
         environment = os.environ | {
             processes.TOKEN: self.token,
-            runtime.PARENT_ID: str(os.getpid()),
+            processes.PARENT_ID: str(os.getpid()),
             "PYTHONUNBUFFERED": "1",
         }
-        command = [sys.executable, "-m", "jaxdist.paramserver.process", name, str(self.directory / "spec.json")]
+        module = "process" if name == SCHEDULER else "member"
+        command = [sys.executable, "-m", f"jaxdist.paramserver.{module}", name, str(self.directory / "spec.json")]
         with log.open("ab") as output:
             self.children[name] = subprocess.Popen(
                 command, env=environment, stdout=output, stderr=output, start_new_session=True
@@ -363,8 +365,6 @@ class Run:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train from the command line: `EXPERIMENT [--run-dir DIR] [--resume] [--set ps.workers=4 NAME=VALUE ...]`."""
-    import argparse
-
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("experiment")
     parser.add_argument("--run-dir", type=pathlib.Path, required=True)

@@ -197,5 +197,5 @@ class Judge:
             num_threads=0,
         )
         params, model_state = self.trees(cut)
-        found = evaluate.evaluate(self._step, params, model_state, (batch for batch, _ in loader))
+        found = evaluate.evaluate(self._step, params, model_state, (jax.device_put(batch) for batch, _ in loader))
         return {f"eval/{name}": value for name, value in found.items()}

@@ -58,7 +58,7 @@ def pid_of(name):
             parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue
-        if name.encode() in words and b"jaxdist.paramserver.process" in words and parent == os.getpid():
+        if name.encode() in words and b"jaxdist.paramserver." in b" ".join(words) and parent == os.getpid():
             return int(entry.name)
     raise AssertionError(f"no process plays {name}")
 

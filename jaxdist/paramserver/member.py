@@ -1,0 +1,60 @@
+"""A server or worker process: `python -m jaxdist.paramserver.member NAME SPEC`.
+
+The scheduler is started from `process` instead: it needs neither JAX nor the experiment, and must be back quickly.
+"""
+
+import dataclasses
+import pathlib
+import sys
+import time
+from typing import Any
+
+from jaxdist import config
+from jaxdist.launch import runtime
+from jaxdist.paramserver import training
+from jaxdist.paramserver.node import Node
+from jaxdist.paramserver.process import Spec, Statistics, die_with_parent, main, statistics_of
+from jaxdist.paramserver.server import Server
+from jaxdist.paramserver.settings import ParameterServer, server_shard, worker_number
+from jaxdist.paramserver.worker import Worker
+
+
+def make(name: str, spec: Spec) -> tuple[Node, Statistics]:
+    """Return the server or worker called `name`, and its counters."""
+    devices = runtime.start(spec.devices)
+    experiment = config.override(config.load_experiment(spec.experiment), spec.assignments)
+    plan = training.make_plan(experiment, ParameterServer(**spec.chosen))
+    plan = dataclasses.replace(plan, settings=spec.make_settings())
+    boot = time.time_ns()
+    number = worker_number(name)
+    if number is not None:
+        return _make_worker(number, boot, plan, devices, name, spec)
+    return _make_server(name, boot, plan, spec)
+
+
+def _make_worker(number: int, boot: int, plan: Any, devices: Any, name: str, spec: Spec) -> tuple[Node, Statistics]:
+    island = training.Island(plan, devices)
+    machine = Worker(worker=number, boot=boot, settings=plan.settings)
+    statistics = statistics_of(name, spec, machine)
+    directory = pathlib.Path(spec.directory)
+    return Node(machine, directory=directory, gradient=island.gradient, observe=statistics.observe), statistics
+
+
+def _make_server(name: str, boot: int, plan: Any, spec: Spec) -> tuple[Node, Statistics]:
+    shard = server_shard(name)
+    assert shard is not None
+    first = training.make_shard(plan, shard)
+    start = first.export()
+
+    def make_shard() -> Any:
+        first.adopt(start)
+        return first
+
+    machine = Server(node=name, boot=boot, settings=plan.settings, make_shard=make_shard)
+    statistics = statistics_of(name, spec, machine)
+    return Node(machine, directory=pathlib.Path(spec.directory), observe=statistics.observe), statistics
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    sys.exit(main(sys.argv[1:], make))
