@@ -388,20 +388,22 @@ class Scheduler:
         for number, place in enumerate(self.view.shards):
             if not place.backup:
                 continue
-            primary, backup = self._alive(place.primary, now), self._alive(place.backup, now)
-            # With both silent it is the scheduler that is cut off: wait.
-            if backup and not primary and place.synced:
+            primary, backup = self._silence(place.primary, now), self._silence(place.backup, now)
+            dead = self.settings.timers.dead_after
+            # The survivor must have been heard of lately: with both silent it is the scheduler that is cut off, and
+            # whoever it dropped now might be the only one left. It waits.
+            if primary > dead and backup < dead / 2 and place.synced:
                 self.counters["failovers"] += 1
                 after = membership.without_primary(place)
-            elif primary and not backup:
+            elif backup > dead and primary < dead / 2:
                 after = membership.without_backup(place)
             else:
                 continue
             out.do(effects.Warn(f"shard {number} is served by {after.primary} alone"))
             self._change(now, out, shards=membership.put(self.view.shards, number, after))
 
-    def _alive(self, node: str, now: float) -> bool:
-        return now - self.lives[node].seen_at <= self.settings.timers.dead_after
+    def _silence(self, node: str, now: float) -> float:
+        return now - self.lives[node].seen_at
 
     # Leases.
 

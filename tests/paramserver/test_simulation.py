@@ -36,6 +36,11 @@ def test_ten_thousand_schedules_keep_every_invariant():
         workload.play(seed)
 
 
+def test_a_scheduler_that_was_cut_off_drops_no_last_copy():
+    """Every heartbeat late by nearly the same: it once took the backup for dead a moment before the primary was."""
+    workload.play(1_001_200)
+
+
 def test_the_same_seed_is_the_same_run():
     first, second = (workload.simulate(11, faults=HARSH) for _ in range(2))
     assert [repr(event) for event in first.events] == [repr(event) for event in second.events]
