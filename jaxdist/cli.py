@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from jaxdist.record import RunRecord
 
 EXIT_OK, EXIT_FAILED, EXIT_USER = 0, 1, 2
+PARAMETER_SERVER = "parameter-server"
 
 
 def main(experiment: str | None = None) -> None:
@@ -110,9 +111,37 @@ def train_command(options: argparse.Namespace) -> int:
     """Train in this process, or start the processes that do."""
     from jaxdist.launch import runtime
 
+    if options.strategy == PARAMETER_SERVER:
+        return _train_by_server(options)
     if options.processes and options.processes > 1 and not runtime.in_job():
         return _start_processes(options)
     return _train_here(options, runtime.start(options.devices))
+
+
+def _train_by_server(options: argparse.Namespace) -> int:
+    """Start the scheduler, servers and workers of a parameter server; `--devices` counts those of each worker."""
+    from jaxdist import errors, signals, train
+    from jaxdist.paramserver import run
+
+    if options.processes:
+        raise errors.UserError("A parameter server has ps.workers and ps.servers; leave --processes out.")
+    experiment = load(options)
+    run_dir = options.run_dir or train.default_run_dir(experiment.name, resume=options.resume)
+    with signals.stop_on_signal() as request, errors.as_user_error():
+        made = run.train(
+            run.Options(
+                experiment=options.experiment,
+                chosen=experiment.ps,
+                run_dir=run_dir,
+                assignments=overrides(options),
+                resume=options.resume,
+                devices=options.devices or 1,
+                silent=options.json,
+                command=options.command,
+                stop_requested=lambda: bool(request),
+            )
+        )
+    return _report(made, run_dir, as_json=options.json)
 
 
 def _start_processes(options: argparse.Namespace) -> int:
@@ -143,7 +172,11 @@ def _train_here(options: argparse.Namespace, devices: Sequence[Any]) -> int:
             ),
             devices=devices,
         )
-    if options.json and runtime.is_first():
+    return _report(made, run_dir, as_json=options.json and runtime.is_first())
+
+
+def _report(made: "RunRecord", run_dir: pathlib.Path, *, as_json: bool) -> int:
+    if as_json:
         print(json.dumps(made.to_json() | {"run_dir": str(run_dir)}))
     return exit_status(made)
 
@@ -203,11 +236,16 @@ def load(options: argparse.Namespace) -> "Experiment":
     """Return the experiment that the command line selects, with its overrides."""
     from jaxdist import config
 
+    return config.override(config.load_experiment(options.experiment), overrides(options))
+
+
+def overrides(options: argparse.Namespace) -> list[str]:
+    """Return what the command line changes in the experiment, as assignments."""
     assignments = list(options.assignments)
     assignments += [f"strategy={options.strategy}"] if options.strategy else []
     assignments += [f"reduction={options.reduction}"] if options.reduction else []
     assignments += [f"stop.max_steps={options.max_steps}"] if options.max_steps else []
-    return config.override(config.load_experiment(options.experiment), assignments)
+    return assignments
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from jaxdist.data import Source
 from jaxdist.data.order import Order
 from jaxdist.errors import UserError
 from jaxdist.optimizers import Optimizer
+from jaxdist.paramserver.settings import ParameterServer
 from jaxdist.stop import Stop
 from jaxdist.writers import Kind
 
@@ -118,6 +119,7 @@ class Experiment:
       stop: when training ends.
       eval: when to evaluate.
       strategy: how the model is spread over the devices.
+      ps: for the strategy parameter-server: how many workers and servers, mode, durability.
       mesh: axis names and sizes; None is one data axis over all devices.
       reduction: `mean` (the hardware's all-reduce) or `canonical` (the same bits on any number of devices).
       logical_shards: fixed slices of the batch in canonical reduction, a power of two.
@@ -140,6 +142,7 @@ class Experiment:
     stop: Stop
     eval: Evaluation = Evaluation()
     strategy: str = "data-parallel"
+    ps: ParameterServer = dataclasses.field(default_factory=ParameterServer)
     mesh: dict[str, int] | None = None
     reduction: Literal["mean", "canonical"] = "mean"
     logical_shards: int = 8
