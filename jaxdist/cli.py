@@ -128,19 +128,22 @@ def _train_by_server(options: argparse.Namespace) -> int:
     experiment = load(options)
     run_dir = options.run_dir or train.default_run_dir(experiment.name, resume=options.resume)
     with signals.stop_on_signal() as request, errors.as_user_error():
-        made = run.train(
-            run.Options(
-                experiment=options.experiment,
-                chosen=experiment.ps,
-                run_dir=run_dir,
-                assignments=overrides(options),
-                resume=options.resume,
-                devices=options.devices or 1,
-                silent=options.json,
-                command=options.command,
-                stop_requested=lambda: bool(request),
-            )
+        settings = run.Options(
+            experiment=options.experiment,
+            chosen=experiment.ps,
+            run_dir=run_dir,
+            assignments=overrides(options),
+            resume=options.resume,
+            devices=options.devices or 1,
+            silent=options.json,
+            command=options.command,
+            stop_requested=lambda: bool(request),
         )
+        try:
+            made = run.train(settings)
+        except run.RunFailed as error:
+            print(f"jaxdist: {error}", file=sys.stderr)
+            return EXIT_FAILED
     return _report(made, run_dir, as_json=options.json)
 
 
