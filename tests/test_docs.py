@@ -31,6 +31,7 @@ import pytest
 import jaxdist
 from jaxdist import cli, config, losses, optimizers, record, signals, stop, strategies, train, writers
 from jaxdist.models import cnn
+from jaxdist.paramserver import settings
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -221,6 +222,7 @@ DATACLASSES = (
     jaxdist.Evaluation,
     jaxdist.Checkpoints,
     jaxdist.Guards,
+    settings.ParameterServer,
 )
 
 
