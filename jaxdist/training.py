@@ -146,15 +146,10 @@ def make_loader(experiment: Experiment, start: data.Position | None = None) -> d
 
 
 def example_batch(loader: data.Loader) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return shapes and dtypes of a global batch, by reading its first row."""
-    batches = iter(loader.with_rows(np.zeros(1, np.int64)))
-    try:
-        first = next(batches).batch
-    finally:
-        batches.close()
+    """Return shapes and dtypes of a global batch, by reading its first example."""
     return {
         name: jax.ShapeDtypeStruct((loader.global_batch_size, *array.shape[1:]), array.dtype)
-        for name, array in first.items()
+        for name, array in loader.first_example().items()
     }
 
 

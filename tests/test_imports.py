@@ -41,7 +41,7 @@ HEAVY = {
 }
 """Packages that are large or optional: each is wrapped by one module, which may import it where it is needed."""
 
-LAZY = {"jaxdist", "jaxdist.cli"}
+LAZY = {"jaxdist", "jaxdist.cli", "jaxdist.data"}
 """Modules that import late on purpose: `jaxdist --help` answers before JAX is loaded."""
 
 
