@@ -222,6 +222,7 @@ DATACLASSES = (
     jaxdist.Evaluation,
     jaxdist.Checkpoints,
     jaxdist.Guards,
+    config.Recovery,
     settings.ParameterServer,
 )
 
@@ -258,7 +259,9 @@ def options_of(*names: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "verify", "doctor", "data prepare", "data inspect"], ids=lambda name: name.replace(" ", "-")
+    "command",
+    ["train", "verify", "chaos", "doctor", "data prepare", "data inspect"],
+    ids=lambda name: name.replace(" ", "-"),
 )
 def test_reference_lists_the_options_of(command):
     """Where this fails, an option came or went: say so in docs/reference.md."""
