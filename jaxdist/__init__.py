@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from jaxdist.config import Evaluation as Evaluation
     from jaxdist.config import Experiment as Experiment
     from jaxdist.config import Guards as Guards
+    from jaxdist.config import Recovery as Recovery
     from jaxdist.data import ArraySource as ArraySource
     from jaxdist.loop import fit as fit
     from jaxdist.mesh import make_mesh as make_mesh
@@ -34,6 +35,7 @@ _HOMES = {
     "Evaluation": "config",
     "Experiment": "config",
     "Guards": "config",
+    "Recovery": "config",
     "Mean": "metrics",
     "Optimizer": "optimizers",
     "Schedule": "optimizers",

@@ -4,10 +4,12 @@ JAX and all that stands on it are imported by the commands that need them, so th
 """
 
 import argparse
+import contextlib
 import json
 import pathlib
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +57,15 @@ def make_parser() -> argparse.ArgumentParser:
     verify.add_argument("--steps", type=_positive, default=5, metavar="K", help="steps on each layout (default 5)")
     verify.add_argument("--json", action="store_true", help="print the table as one JSON object")
     _add_data(_add(commands, "data", lambda options: EXIT_USER, "make a data set ready; look at one and time it"))
+    chaos = _add(commands, "chaos", chaos_command, "kill an experiment's processes at random; prove bits and ledger")
+    _add_experiment(chaos)
+    chaos.add_argument("--processes", type=_positive, default=2, metavar="P", help="processes (default 2)")
+    chaos.add_argument("--kills", type=int, default=5, metavar="N", help="processes to kill (default 5)")
+    chaos.add_argument("--stops", type=int, default=1, metavar="N", help="processes to stop (default 1)")
+    chaos.add_argument("--starves", type=int, default=1, metavar="N", help="processes to deny the disk (default 1)")
+    chaos.add_argument("--seed", type=int, default=0, metavar="S", help="of the plan (default 0)")
+    chaos.add_argument("--directory", type=pathlib.Path, metavar="DIR", help="for both runs; default a new one")
+    chaos.add_argument("--json", action="store_true", help="print the result as one JSON object")
     doctor = _add(commands, "doctor", doctor_command, "what is installed, what is visible, what will bite")
     doctor.add_argument("--devices", type=_positive, metavar="N", help="fake CPU devices to try (default 8)")
     return parser
@@ -113,7 +124,7 @@ def train_command(options: argparse.Namespace) -> int:
 
     if options.strategy == PARAMETER_SERVER:
         return _train_by_server(options)
-    if options.processes and options.processes > 1 and not runtime.in_job():
+    if options.processes and not runtime.in_job():
         return _start_processes(options)
     return _train_here(options, runtime.start(options.devices))
 
@@ -150,20 +161,24 @@ def _train_by_server(options: argparse.Namespace) -> int:
 def _start_processes(options: argparse.Namespace) -> int:
     """Start the processes of a job; the run directory is chosen here, so that all of them have the same."""
     from jaxdist import train
-    from jaxdist.launch import local
 
-    run_dir = options.run_dir or train.default_run_dir(load(options).name, resume=options.resume)
-    arguments = [*options.arguments, "--run-dir", str(run_dir)]
-    return local.train_processes(arguments, num_processes=options.processes, run_dir=run_dir)
+    experiment = load(options)
+    run_dir = options.run_dir or train.default_run_dir(experiment.name, resume=options.resume)
+    return train.supervise(
+        experiment, [*options.arguments, "--run-dir", str(run_dir)], run_dir=run_dir, num_processes=options.processes
+    )
 
 
 def _train_here(options: argparse.Namespace, devices: Sequence[Any]) -> int:
-    from jaxdist import signals, train
+    from jaxdist import lock, signals, train
     from jaxdist.launch import agreement, runtime
 
     experiment = load(options)
     run_dir = options.run_dir or train.default_run_dir(experiment.name, resume=options.resume)
-    with signals.stop_on_signal() as request:
+    with contextlib.ExitStack() as stack:
+        request = stack.enter_context(signals.stop_on_signal())
+        if runtime.is_alone():
+            stack.enter_context(lock.locked(run_dir, purpose=options.command))
         made = train.train(
             experiment,
             train.RunOptions(
@@ -224,6 +239,38 @@ def inspect_command(options: argparse.Namespace) -> int:
     with errors.as_user_error():
         print(inspect.render(inspect.inspect(training.make_loader(load(options)))))
     return EXIT_OK
+
+
+def chaos_command(options: argparse.Namespace) -> int:
+    """Compare a run in peace with one under fire; exit 1 when they differ."""
+    from jaxdist.launch import chaos
+
+    options.reduction = options.reduction or "canonical"
+    experiment = load(options)
+    directory = options.directory or pathlib.Path(tempfile.mkdtemp(prefix="jaxdist-chaos-"))
+    report = chaos.run(
+        chaos_arguments(options),
+        directory,
+        seed=options.seed,
+        num_processes=options.processes,
+        num_examples=len(experiment.data.train),
+        kills=options.kills,
+        stops=options.stops,
+        starves=options.starves,
+    )
+    print(json.dumps(report.to_json()) if options.json else f"{report}\nboth runs   {directory}")
+    return EXIT_OK if report.identical else EXIT_FAILED
+
+
+def chaos_arguments(options: argparse.Namespace) -> list[str]:
+    """Return the command of the runs that chaos compares."""
+    arguments = [sys.executable, "-m", "jaxdist.cli", "train", options.experiment]
+    arguments += ["--processes", str(options.processes)]
+    for flag in ("devices", "strategy", "reduction", "max_steps"):
+        value = getattr(options, flag)
+        arguments += [] if value is None else [f"--{flag.replace('_', '-')}", str(value)]
+    settings = ["recovery.hang_seconds=10", *options.assignments]
+    return [*arguments, "--set", *settings, "recovery.ledger=true", "recovery.max_fruitless=1000000"]
 
 
 def doctor_command(options: argparse.Namespace) -> int:

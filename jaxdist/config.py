@@ -105,6 +105,29 @@ class Guards:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Recovery:
+    """How a run survives.
+
+    Attributes:
+      snapshot_every: steps between snapshots in memory, of which at most so many are done again after a death; 0 takes
+        none. Only a supervised run (`--processes`) takes any: without a supervisor nobody would keep them.
+      hang_seconds: a step, or the reading of a batch, that takes longer in all processes is a hang.
+      slow_seconds: the same for compiling, evaluating, saving and restoring.
+      ledger: whether each step's examples are recorded.
+      max_fruitless: attempts in a row without a step that lasts, after which a supervised job has failed.
+      min_processes: a supervised job that fails again and again goes on with fewer processes, down to this number;
+        None never lowers it.
+    """
+
+    snapshot_every: int = 1
+    hang_seconds: float = 300.0
+    slow_seconds: float = 3600.0
+    ledger: bool = False
+    max_fruitless: int = 3
+    min_processes: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
     """Everything that decides what is trained; where and on how many devices is the command line's business.
 
@@ -128,6 +151,7 @@ class Experiment:
       seed: of the params, the order of examples, dropout and augmentation.
       checkpoints: what is saved.
       guards: how often the checks run.
+      recovery: how the run survives what kills it.
       log_every: steps between rows of training metrics.
       writers: where metrics go besides the screen.
     """
@@ -151,6 +175,7 @@ class Experiment:
     seed: int = 0
     checkpoints: Checkpoints = Checkpoints()
     guards: Guards = Guards()
+    recovery: Recovery = Recovery()
     log_every: int = 20
     writers: tuple[Kind, ...] = ("jsonl", "csv", "tensorboard")
 

@@ -217,6 +217,11 @@ class Stopwatch:
             self._settle()
             self._open.pop()
 
+    @property
+    def phase(self) -> str:
+        """The account that time is charged to now; may be read from another thread."""
+        return self._open[-1]
+
     def add(self, name: str, seconds: float) -> None:
         """Charge time that passed before the stopwatch started, the way from a failure to this restart say."""
         _check_account(name)

@@ -81,13 +81,16 @@ class Snapshots:
         steps = {slot: -1 if file is None else file.header["step"] for slot, file in files.items()}
         self._slots.sort(key=lambda slot: steps[slot])
 
-    def save(self, step: int, state: PyTree, data_state: Mapping[str, Any]) -> None:
+    def save(
+        self, step: int, state: PyTree, data_state: Mapping[str, Any], *, nonfinite: jax.Array | None = None
+    ) -> None:
         """Take a snapshot of `state`, which may be donated as soon as this returns; waits for the snapshot before.
 
         Args:
           step: number of finished steps.
           state: pytree of jax.Arrays.
           data_state: where the data stand; anything JSON can hold.
+          nonfinite: the step's flag; a step that was not finite was not made, and gives no snapshot.
 
         Raises:
           OSError: the memory is full; the snapshots before are unharmed.
@@ -101,9 +104,14 @@ class Snapshots:
             "leaves": [[leaf.path, leaf.dtype, str(leaf.data.dtype), list(leaf.data.shape)] for leaf in leaves],
         }
         self.wait()
+        self._writing = self._thread.submit(self._write_next, header, pieces, nonfinite)
+
+    def _write_next(self, header: JSON, pieces: Sequence[_Piece], nonfinite: jax.Array | None) -> None:
+        if nonfinite is not None and int(nonfinite.addressable_data(0)) >= 0:
+            return
         slot = self._slots.pop(0)
         self._slots.append(slot)
-        self._writing = self._thread.submit(_write, _slot_path(self._directory, self._process, slot), header, pieces)
+        _write(_slot_path(self._directory, self._process, slot), header, pieces)
 
     def wait(self) -> None:
         """Return when nothing is being written any more; raises what the writing raised."""

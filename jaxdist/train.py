@@ -6,6 +6,7 @@ import os
 import pathlib
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,9 +15,23 @@ import jax
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxdist import checkpoint, errors, guard, hooks, loop, progress, record, stop, training, writers
+from jaxdist import (
+    checkpoint,
+    errors,
+    guard,
+    hooks,
+    loop,
+    progress,
+    record,
+    recovery,
+    snapshot,
+    stop,
+    training,
+    writers,
+)
 from jaxdist.config import ConfigError, Experiment
 from jaxdist.data import Position
+from jaxdist.launch import runtime, supervisor, watchdog
 from jaxdist.state import TrainState
 
 CHECKPOINTS_NAME = "checkpoints"
@@ -104,12 +119,30 @@ def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.
             # Process 0 writes to the directory next; by then the others must have looked at it.
             multihost_utils.sync_global_devices("the run directory is checked")
         stopwatch = record.Stopwatch(earlier.time_seconds if earlier else None)
+        stopwatch.add("restart", recovery.seconds_since_failure())
         checkpointer = _make_checkpointer(experiment, options.run_dir)
-    with contextlib.closing(checkpointer):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(checkpointer))
         with errors.as_user_error():
-            start = _start(parts, checkpointer, stopwatch, resume=options.resume)
-            run = _Run(parts, options, checkpointer, stopwatch, start, earlier)
+            snapshots = recovery.open_snapshots(
+                experiment.recovery, training.identity(experiment), parts.abstract_state()
+            )
+            if snapshots:
+                stack.enter_context(contextlib.closing(snapshots))
+            start = _start(parts, checkpointer, snapshots, stopwatch, resume=options.resume)
+            run = _Run(parts, options, checkpointer, snapshots, stopwatch, start, earlier)
         return run.execute(stop_rule)
+
+
+def supervise(experiment: Experiment, arguments: Sequence[str], *, run_dir: pathlib.Path, num_processes: int) -> int:
+    """Run the command line `arguments` in `num_processes` supervised processes; return the exit status."""
+    with contextlib.closing(_make_checkpointer(experiment, run_dir)) as checkpointer:
+        job = supervisor.Job(
+            command=[sys.executable, "-m", "jaxdist.cli", *arguments],
+            run_dir=run_dir,
+            saved_step=lambda memory: recovery.saved_step(memory, checkpointer, training.identity(experiment)),
+        )
+        return supervisor.run(job, num_processes=num_processes, policy=recovery.policy(experiment.recovery))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,16 +155,26 @@ class _Start:
 
 
 def _start(
-    parts: training.Training, checkpointer: checkpoint.Checkpointer, stopwatch: record.Stopwatch, *, resume: bool
+    parts: training.Training,
+    checkpointer: checkpoint.Checkpointer,
+    snapshots: snapshot.Snapshots | None,
+    stopwatch: record.Stopwatch,
+    *,
+    resume: bool,
 ) -> _Start:
-    if not resume or checkpointer.latest_step() is None:
+    with stopwatch.account("restart"):
+        found = recovery.restore_newest(parts.abstract_state(), checkpointer, snapshots) if resume else None
+    if found is None:
         # A run that ended before its first checkpoint is resumed from its first step: nothing else is lost.
         with stopwatch.account("compile"):
-            return _Start(parts.create_state(), None, stop.Progress())
-    with stopwatch.account("restart"):
-        state, data_state = checkpointer.restore(parts.abstract_state())
+            start = _Start(parts.create_state(), None, stop.Progress())
+    else:
+        state, data_state = found
         position = Position.from_json(data_state["position"])
-        return _Start(state, position, stop.Progress.from_json(data_state["progress"]))
+        start = _Start(state, position, stop.Progress.from_json(data_state["progress"]))
+    if snapshots:
+        snapshots.begin(start.progress.step)
+    return start
 
 
 def _make_checkpointer(experiment: Experiment, run_dir: pathlib.Path) -> checkpoint.Checkpointer:
@@ -158,11 +201,12 @@ class _Run:
         parts: training.Training,
         options: RunOptions,
         checkpointer: checkpoint.Checkpointer,
+        snapshots: snapshot.Snapshots | None,
         stopwatch: record.Stopwatch,
         start: _Start,
         earlier: record.RunRecord | None,
     ):
-        self.parts, self.options, self.checkpointer = parts, options, checkpointer
+        self.parts, self.options, self.checkpointer, self.snapshots = parts, options, checkpointer, snapshots
         self.stopwatch, self.start, self.earlier = stopwatch, start, earlier
         self.experiment = parts.experiment
         self.step_times = record.StepTimes()
@@ -187,19 +231,25 @@ class _Run:
             return self._train(stop_rule)
         except Exception:
             self.write_record("error", self.start.progress)
+            if jax.process_count() > 1:
+                # On the way out a checkpointer would wait for processes that wait for this one.
+                traceback.print_exc()
+                runtime.leave(1)
             raise
 
     def _train(self, stop_rule: stop.StopRule) -> record.RunRecord:
         with contextlib.ExitStack() as stack:
             for writer in self.writers:
                 stack.callback(writer.close)
+            dog = stack.enter_context(self._make_watchdog())
+            ledger_hooks = stack.enter_context(self._make_ledger())
             display = stack.enter_context(self._make_display())
             result = loop.fit(
                 self._watched_step,
                 self.start.state,
                 self.parts.batches(self.start.position),
                 stop=stop_rule,
-                hooks=self._make_hooks(display),
+                hooks=[lambda info: dog.report(), *self._make_hooks(display, ledger_hooks)],
                 progress=self.start.progress,
                 stop_requested=self.options.stop_requested,
                 stopwatch=self.stopwatch,
@@ -231,12 +281,28 @@ class _Run:
                 warnings.warn(str(recompile), RecompileWarning, stacklevel=1)
         return outputs
 
-    def _make_hooks(self, display: progress.Progress) -> list[loop.Hook]:
+    def _make_watchdog(self) -> watchdog.Watchdog:
+        now = self.start.progress
+        return recovery.watched(
+            self.experiment.recovery,
+            self.options.run_dir,
+            where=lambda: (now.step, self.stopwatch.phase),
+            on_hang=lambda verdict: self.make_record("hang", now).write(self.options.run_dir),
+        )
+
+    def _make_ledger(self) -> contextlib.AbstractContextManager[list[loop.Hook]]:
+        settings, start = self.experiment.recovery, self.start
+        return recovery.recorded(settings, self.options.run_dir, step=start.progress.step, place=start.position)
+
+    def _make_hooks(self, display: progress.Progress, ledger_hooks: Sequence[loop.Hook]) -> list[loop.Hook]:
         found: list[loop.Hook] = [self.log, hooks.show_progress(display)]
         found += [self.evaluate] if self.evaluate else []
         every = self.experiment.guards.check_replicas_every
         if every:
             found.append(hooks.every(every, lambda info: guard.check_replicas(info.state, self.parts.strategy.mesh)))
+        found += ledger_hooks
+        if self.snapshots:
+            found.append(recovery.snapshot_hook(self.snapshots, self.experiment.recovery.snapshot_every))
         return [*found, self.save]
 
     def _make_evaluate(self) -> hooks.Evaluate | None:
@@ -295,10 +361,19 @@ class _Run:
     def write_record(
         self, end_reason: str | None, now: stop.Progress, state: TrainState | None = None
     ) -> record.RunRecord:
-        """Write run.json and return it; the hash of the params is taken at the end only, when `state` is given."""
+        """Write run.json, on process 0, and return what it says."""
+        made = self.make_record(end_reason, now, state)
+        if jax.process_index() == 0:
+            made.write(self.options.run_dir)
+        return made
+
+    def make_record(
+        self, end_reason: str | None, now: stop.Progress, state: TrainState | None = None
+    ) -> record.RunRecord:
+        """Return the run record; the hash of the params is taken at the end only, when `state` is given."""
         seconds = self.stopwatch.seconds()
         busy = seconds["compute"] + seconds["input"]
-        made = record.RunRecord(
+        return record.RunRecord(
             end_reason=end_reason,
             step=now.step,
             examples_seen=now.examples_seen,
@@ -318,9 +393,6 @@ class _Run:
             command=self.options.command,
             extra={"identity": training.identity(self.experiment)},
         )
-        if jax.process_index() == 0:
-            made.write(self.options.run_dir)
-        return made
 
 
 def _summary(made: record.RunRecord, run_dir: pathlib.Path, checkpointer: checkpoint.Checkpointer) -> dict[str, object]:

@@ -201,6 +201,9 @@ _LEAST = {
     "checkpoints.keep_last": 1,
     "checkpoints.keep_every": 1,
     "guards.check_replicas_every": 0,
+    "recovery.snapshot_every": 0,
+    "recovery.max_fruitless": 1,
+    "recovery.min_processes": 1,
     "data.prefetch": 1,
     "data.num_threads": 0,
 }

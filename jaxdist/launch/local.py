@@ -11,7 +11,6 @@ import pathlib
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -209,12 +208,3 @@ def _tail(path: pathlib.Path) -> str:
     if not path.exists():
         return ""
     return "\n".join(path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
-
-
-def train_processes(arguments: Sequence[str], *, num_processes: int, run_dir: pathlib.Path) -> int:
-    """Run `jaxdist` with `arguments` in several processes; process 0 has the terminal, the others log to `run_dir`."""
-    command = [sys.executable, "-m", "jaxdist.cli", *arguments]
-    result = run_job(command, num_processes=num_processes, log_dir=run_dir / "logs", show_first=True)
-    if result.failed_process:
-        print(f"jaxdist: process {result.failed_process} failed first:\n{result.message}", file=sys.stderr)
-    return result.exit_status

@@ -1,0 +1,114 @@
+"""What a run does so that it survives: snapshots, the example ledger, the watchdog; and where it goes on after a death.
+
+The supervisor (`launch.supervisor`) starts the processes and keeps the memory; this is the part inside them.
+"""
+
+import contextlib
+import os
+import pathlib
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+
+from jaxdist import checkpoint, ledger, snapshot
+from jaxdist.config import Recovery
+from jaxdist.launch import board, supervisor, watchdog
+from jaxdist.loop import Hook, StepInfo
+from jaxdist.step import NONFINITE_LEAF
+
+BOARD_NAME = "board"
+
+
+def policy(settings: Recovery) -> supervisor.Policy:
+    """Return the supervisor's policy."""
+    return supervisor.Policy(max_fruitless=settings.max_fruitless, min_processes=settings.min_processes)
+
+
+def memory(environment: Mapping[str, str] = os.environ) -> pathlib.Path | None:
+    """Return the directory in memory that the supervisor keeps, None without one."""
+    return pathlib.Path(environment[supervisor.MEMORY]) if supervisor.MEMORY in environment else None
+
+
+def seconds_since_failure(environment: Mapping[str, str] = os.environ) -> float:
+    """Return how long ago the attempt before this one failed, 0 for the first."""
+    failed_at = environment.get(supervisor.FAILED_AT)
+    return 0.0 if failed_at is None else max(0.0, time.time() - float(failed_at))
+
+
+def open_snapshots(settings: Recovery, identity: str, template: Any) -> snapshot.Snapshots | None:
+    """Return where snapshots go, None if the run takes none; says so where memory is too small for them."""
+    directory = memory()
+    if directory is None or not settings.snapshot_every:
+        return None
+    needed = snapshot.NUM_SLOTS * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(template))
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        print(
+            f"jaxdist: snapshots are off: they need {needed / 2**20:.0f} MiB in {directory.parent}, {free / 2**20:.0f} "
+            "are free. A restart goes on from the newest checkpoint.",
+            file=sys.stderr,
+        )
+        return None
+    return snapshot.Snapshots(directory, identity=identity)
+
+
+def restore_newest(
+    template: Any, checkpointer: checkpoint.Checkpointer, snapshots: snapshot.Snapshots | None
+) -> tuple[Any, dict[str, Any]] | None:
+    """Return the newest state that survives and its data_state: from memory, else from disk; None if there is none."""
+    saved = checkpointer.latest_step()
+    in_memory = snapshots.latest_step() if snapshots else None
+    if snapshots and in_memory is not None and (saved is None or in_memory >= saved):
+        return snapshots.restore(template, in_memory)
+    return None if saved is None else checkpointer.restore(template)
+
+
+def saved_step(directory: pathlib.Path, checkpointer: checkpoint.Checkpointer, identity: str) -> int:
+    """Return the newest step that survives in memory or on disk, 0 for none; for the supervisor, starts no JAX."""
+    in_memory = snapshot.Snapshots(directory, identity=identity, process=0).latest_step()
+    return max(in_memory or 0, checkpointer.latest_step() or 0)
+
+
+def snapshot_hook(snapshots: snapshot.Snapshots, every: int) -> Hook:
+    """Return the hook that takes a snapshot every n steps."""
+
+    def take(info: StepInfo) -> None:
+        if info.step % every == 0:
+            data_state = {"position": info.position.to_json(), "progress": info.progress.to_json()}
+            snapshots.save(info.step, info.state, data_state, nonfinite=info.metrics[NONFINITE_LEAF])
+
+    return take
+
+
+@contextlib.contextmanager
+def recorded(settings: Recovery, run_dir: pathlib.Path, *, step: int, place: Any) -> Iterator[list[Hook]]:
+    """Yield the hook that keeps the ledger, if one is to be kept, on process 0; closes it."""
+    if not settings.ledger or jax.process_index() != 0:
+        yield []
+        return
+    with contextlib.closing(ledger.Recorder(run_dir, step=step, place=place)) as recorder:
+        yield [recorder]
+
+
+def watched(
+    settings: Recovery,
+    run_dir: pathlib.Path,
+    where: Callable[[], tuple[int, str]],
+    on_hang: Callable[[watchdog.Verdict], object],
+) -> watchdog.Watchdog:
+    """Return the watchdog of this process, to be used as a context around training."""
+    directory = memory() or run_dir / BOARD_NAME
+    process = jax.process_index()
+    return watchdog.Watchdog(
+        board.Writer(directory, process),
+        lambda number: board.read(directory, number),
+        process=process,
+        num_processes=jax.process_count(),
+        where=where,
+        limits=watchdog.Limits(hang_seconds=settings.hang_seconds, slow_seconds=settings.slow_seconds),
+        on_hang=on_hang,
+    )

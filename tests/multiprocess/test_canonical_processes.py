@@ -1,0 +1,85 @@
+"""Canonical bits and sharded layouts over two real processes."""
+
+import hashlib
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxdist import adapters, losses, strategies, testing
+from jaxdist import layout as layouts
+from jaxdist import state as states
+from jaxdist.models import cnn, gpt
+
+BATCH_SIZE = 16
+MASK = (np.arange(BATCH_SIZE) < 13).astype(np.float32)
+
+
+def images(seed):
+    random = np.random.default_rng(seed)
+    image = random.normal(size=(BATCH_SIZE, 8, 8, 1)).astype(np.float32)
+    return {"image": image, "label": random.integers(0, 10, BATCH_SIZE).astype(np.int32), "mask": MASK}
+
+
+def tokens(seed):
+    return {"tokens": np.random.default_rng(seed).integers(0, 32, (BATCH_SIZE, 12)).astype(np.int32), "mask": MASK}
+
+
+def model(name):
+    if name == "gpt":
+        module = gpt.GPT(32, 12, num_layers=1, num_heads=2, width=16, dropout_rate=0.1)
+        return adapters.linen(module, losses.next_token, tokens(0), inputs="tokens"), tokens
+    module = cnn.CNN(10, width=4, num_stages=1, batch_norm=name == "cnn with batch norm")
+    return adapters.linen(module, losses.classification, images(0)), images
+
+
+def train(model_name, strategy_name, reduction, num_steps, num_devices=None):
+    """Train on all devices of the job; return the hash of the params and how many numbers they hold, summed."""
+    functions, make_batch = model(model_name)
+    optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(1e-3))
+    strategy = strategies.build(strategy_name, reduction=reduction, devices=jax.devices()[:num_devices])
+    state = states.create_state(functions.init_fn, optimizer, mesh=strategy.mesh, seed=0, layout=strategy.layout)
+    step = strategy.make_step(functions.loss_fn, optimizer)
+    sharding = NamedSharding(strategy.mesh, PartitionSpec(strategy.batch_axes))
+    for index in range(num_steps):
+        batch = {
+            name: jax.make_array_from_callback(leaf.shape, sharding, lambda index, leaf=leaf: leaf[index])
+            for name, leaf in make_batch(index % 4).items()
+        }
+        state, metrics = step(state, batch)
+    whole = jax.jit(lambda params: layouts.constrain(params, strategy.mesh, layouts.replicated))(state.params)
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(whole)]
+    digest = hashlib.sha256(b"".join(leaf.tobytes() for leaf in leaves)).hexdigest()
+    return {"hash": digest, "loss": float(metrics["loss"]), "sizes": [float(np.abs(leaf).sum()) for leaf in leaves]}
+
+
+@pytest.mark.parametrize("model_name", ["cnn with batch norm", "gpt"])
+def test_two_processes_give_the_bits_of_one(model_name):
+    arguments = (model_name, "data-parallel", "canonical", 10)
+    results = testing.run_processes(train, *arguments, processes=2, devices=2)
+    assert {result["hash"] for result in results} == {train(*arguments, 1)["hash"]}
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("model_name", ["cnn", "cnn with batch norm", "gpt"])
+def test_a_hundred_steps_have_the_same_bits_on_every_layout(model_name):
+    """On one and eight devices of one process, and on one, two and four devices of each of two."""
+    arguments = (model_name, "data-parallel", "canonical", 100)
+    hashes = {train(*arguments, num_devices)["hash"] for num_devices in (1, 8)}
+    for devices in (1, 2, 4):
+        results = testing.run_processes(train, *arguments, processes=2, devices=devices)
+        hashes |= {result["hash"] for result in results}
+    assert len(hashes) == 1
+
+
+@pytest.mark.parametrize("strategy_name", ["zero1", "fsdp"])
+def test_layouts_over_two_processes_equal_those_in_one(strategy_name):
+    """Two processes of four devices against one of eight, after three steps."""
+    arguments = ("cnn", strategy_name, "mean", 3)
+    here = train(*arguments)
+    for result in testing.run_processes(train, *arguments, processes=2, devices=4):
+        np.testing.assert_allclose(result["loss"], here["loss"], rtol=1e-6)
+        np.testing.assert_allclose(result["sizes"], here["sizes"], rtol=1e-6)

@@ -1,0 +1,45 @@
+"""The promise itself, with real processes: what is killed or stopped goes on, and ends in the very same bits."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from jaxdist import record
+
+EXPERIMENT = pathlib.Path(__file__).parents[1] / "tiny_experiment.py"
+
+
+def jaxdist(*arguments):
+    command = [sys.executable, "-m", "jaxdist.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(
+    "strikes",
+    [
+        {"kills": 2},
+        pytest.param({"stops": 1}, marks=pytest.mark.soak),
+        pytest.param({"starves": 1}, marks=pytest.mark.soak),
+    ],
+)
+def test_a_run_under_fire_makes_the_model_of_a_run_in_peace(tmp_path, strikes):
+    wanted = {"kills": 0, "stops": 0, "starves": 0} | strikes
+    flags = [text for name, count in wanted.items() for text in (f"--{name}", count)]
+    done = jaxdist(
+        "chaos", EXPERIMENT, "--processes", 2, "--devices", 1, "--seed", 3, "--directory", tmp_path, "--json", *flags,
+        "--max-steps", 40, "--set", "recovery.hang_seconds=4",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(done.stdout)
+    assert report["identical"]
+    assert report["restarts"] >= sum(strikes.values())
+    assert record.RunRecord.read(tmp_path / "disturbed").restarts == report["restarts"]
+    if "stops" in strikes:
+        output = (tmp_path / "disturbed" / "output.txt").read_text()
+        logs = "".join(path.read_text() for path in tmp_path.glob("disturbed/logs/*/*.log"))
+        assert "The job hangs: process" in output + logs
+        assert "no sign of life" in output + logs
