@@ -95,12 +95,7 @@ def make_run(name, devices, **scaling):
     optimizer = optax.adam(0.02)
     if name == "float16":
         optimizer = precision.dynamic_loss_scale(optimizer, **scaling)
-    train = step.data_parallel_step(
-        precision.apply_precision(loss_fn, name),
-        optimizer,
-        mesh,
-        loss_scale_fn=precision.loss_scale if name == "float16" else None,
-    )
+    train = step.data_parallel_step(precision.apply_precision(loss_fn, name), optimizer, mesh)
     created = state.create_state(init_fn, optimizer, mesh=mesh, seed=0)
     placed = jax.device_put(make_batch(), NamedSharding(mesh, PartitionSpec("data")))
     return train, created, placed
