@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 	$(BIN)/jaxdist train experiments/digits_cnn.py --devices 8
 
 test: $(VENV)/.tested
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2
 
 soak: $(VENV)/.tested
 	$(BIN)/python -m pytest -m soak --timeout 3600
