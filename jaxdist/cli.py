@@ -4,7 +4,6 @@ JAX and all that stands on it are imported by the commands that need them, so th
 """
 
 import argparse
-import contextlib
 import json
 import pathlib
 import shlex
@@ -170,15 +169,12 @@ def _start_processes(options: argparse.Namespace) -> int:
 
 
 def _train_here(options: argparse.Namespace, devices: Sequence[Any]) -> int:
-    from jaxdist import lock, signals, train
+    from jaxdist import signals, train
     from jaxdist.launch import agreement, runtime
 
     experiment = load(options)
     run_dir = options.run_dir or train.default_run_dir(experiment.name, resume=options.resume)
-    with contextlib.ExitStack() as stack:
-        request = stack.enter_context(signals.stop_on_signal())
-        if runtime.is_alone():
-            stack.enter_context(lock.locked(run_dir, purpose=options.command))
+    with signals.stop_on_signal() as request:
         made = train.train(
             experiment,
             train.RunOptions(

@@ -20,6 +20,7 @@ from jaxdist import (
     errors,
     guard,
     hooks,
+    lock,
     loop,
     progress,
     record,
@@ -110,20 +111,21 @@ def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.
     Raises:
       UserError: settings that cannot work, a run directory that cannot be used, a checkpoint that is damaged.
     """
-    with errors.as_user_error():
-        training.check_experiment(experiment)
-        stop_rule = experiment.stop.rule()
-        parts = training.put_together(experiment, devices=devices)
-        earlier = prepare_run_dir(experiment, options.run_dir, resume=options.resume)
-        if jax.process_count() > 1:
-            # Process 0 writes to the directory next; by then the others must have looked at it.
-            multihost_utils.sync_global_devices("the run directory is checked")
-        stopwatch = record.Stopwatch(earlier.time_seconds if earlier else None)
-        stopwatch.add("restart", recovery.seconds_since_failure())
-        checkpointer = _make_checkpointer(experiment, options.run_dir)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.closing(checkpointer))
         with errors.as_user_error():
+            training.check_experiment(experiment)
+            stop_rule = experiment.stop.rule()
+            parts = training.put_together(experiment, devices=devices)
+            earlier = prepare_run_dir(experiment, options.run_dir, resume=options.resume)
+            if runtime.is_alone():
+                # Not before the checks: what is refused leaves no trace. A supervisor holds the lock for its processes.
+                stack.enter_context(lock.locked(options.run_dir, purpose=options.command))
+            if jax.process_count() > 1:
+                # Process 0 writes to the directory next; by then the others must have looked at it.
+                multihost_utils.sync_global_devices("the run directory is checked")
+            stopwatch = record.Stopwatch(earlier.time_seconds if earlier else None)
+            stopwatch.add("restart", recovery.seconds_since_failure())
+            checkpointer = stack.enter_context(contextlib.closing(_make_checkpointer(experiment, options.run_dir)))
             snapshots = recovery.open_snapshots(
                 experiment.recovery, training.identity(experiment), parts.abstract_state()
             )

@@ -148,7 +148,9 @@ def make_loader(experiment: Experiment, start: data.Position | None = None) -> d
 def example_batch(loader: data.Loader) -> dict[str, jax.ShapeDtypeStruct]:
     """Return shapes and dtypes of a global batch, by reading its first example."""
     return {
-        name: jax.ShapeDtypeStruct((loader.global_batch_size, *array.shape[1:]), array.dtype)
+        name: jax.ShapeDtypeStruct(
+            (loader.global_batch_size, *array.shape[1:]), jax.dtypes.canonicalize_dtype(array.dtype)
+        )
         for name, array in loader.first_example().items()
     }
 
