@@ -125,7 +125,7 @@ def _odd_devices(prints: np.ndarray, spec: PartitionSpec, mesh: Mesh) -> list[st
         if len(values) == 1:
             continue
         # Where no value is in the majority nobody knows who is right, and all of them are named.
-        common = values[counts.argmax()] if counts.max() * 2 > len(group) else None
+        common = values[np.argmax(counts)] if np.max(counts) * 2 > len(group) else None
         odd += [int(index) for index in group if common is None or prints[index] != common]
     return [f"{device} (process {device.process_index})" for device in mesh.devices.flat[odd]]
 

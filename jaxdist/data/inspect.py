@@ -151,8 +151,9 @@ def _picture(value: np.ndarray) -> list[str]:
     grey = value.astype(np.float64) if value.ndim == 2 else value.astype(np.float64).mean(axis=-1)
     step = -(-max(grey.shape) // _MAX_WIDTH)
     grey = grey[::step, ::step]
-    span = max(grey.max() - grey.min(), 1e-12)
-    levels = ((grey - grey.min()) / span * (len(_SHADES) - 1)).round().astype(int)
+    darkest = np.min(grey)
+    span = max(np.max(grey) - darkest, 1e-12)
+    levels = ((grey - darkest) / span * (len(_SHADES) - 1)).round().astype(int)
     return ["  " + "".join(2 * _SHADES[level] for level in row) for row in levels]
 
 
