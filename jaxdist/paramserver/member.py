@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxdist import config
 from jaxdist.launch import runtime
-from jaxdist.paramserver import training
+from jaxdist.paramserver import faults, training
 from jaxdist.paramserver.node import Node
 from jaxdist.paramserver.process import Spec, Statistics, die_with_parent, main, statistics_of
 from jaxdist.paramserver.server import Server
@@ -37,7 +37,14 @@ def _make_worker(number: int, boot: int, plan: Any, devices: Any, name: str, spe
     machine = Worker(worker=number, boot=boot, settings=plan.settings)
     statistics = statistics_of(name, spec, machine)
     directory = pathlib.Path(spec.directory)
-    return Node(machine, directory=directory, gradient=island.gradient, observe=statistics.observe), statistics
+    node = Node(
+        machine,
+        directory=directory,
+        gradient=island.gradient,
+        observe=statistics.observe,
+        point=faults.faults_of(name, directory),
+    )
+    return node, statistics
 
 
 def _make_server(name: str, boot: int, plan: Any, spec: Spec) -> tuple[Node, Statistics]:
@@ -52,7 +59,9 @@ def _make_server(name: str, boot: int, plan: Any, spec: Spec) -> tuple[Node, Sta
 
     machine = Server(node=name, boot=boot, settings=plan.settings, make_shard=make_shard)
     statistics = statistics_of(name, spec, machine)
-    return Node(machine, directory=pathlib.Path(spec.directory), observe=statistics.observe), statistics
+    directory = pathlib.Path(spec.directory)
+    point = faults.faults_of(name, directory)
+    return Node(machine, directory=directory, observe=statistics.observe, point=point), statistics
 
 
 if __name__ == "__main__":

@@ -8,15 +8,19 @@ import logging
 import os
 import pathlib
 import queue
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable
 from concurrent import futures
 from typing import Any, Protocol
 
-from jaxdist.paramserver import effects, encoding, messages
+from jaxdist.paramserver import codec, effects, encoding, faults, messages
 
 _logger = logging.getLogger(__name__)
+
+MOST_WAITING = 16
+ROOM_SECONDS = 30.0
 
 Gradient = Callable[[effects.Compute], messages.Computed]
 
@@ -58,7 +62,7 @@ class Log:
         os.fsync(self._file.fileno())
 
 
-def write_file(path: pathlib.Path, parts: Iterable[encoding.Buffer]) -> int:
+def write_file(path: pathlib.Path, parts: Iterable[codec.Buffer]) -> int:
     """Write a file wholly or not at all; return the CRC-32 of its bytes. Durable on return."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -92,6 +96,7 @@ class Node:
       gradient: computes what a worker asks for, in a thread of its own.
       observe: called with the effects that only inform (effects.Committed, effects.Cut, effects.Applied, ...).
       tick_seconds: how often time passes for the machine.
+      point: told of everything this node does; see `faults`.
     """
 
     def __init__(
@@ -103,17 +108,25 @@ class Node:
         gradient: Gradient | None = None,
         observe: Callable[[effects.Effect], None] = lambda effect: None,
         tick_seconds: float = 0.05,
+        point: faults.Point = faults.no_faults,
     ) -> None:
         self.machine, self.directory, self._log, self._gradient = machine, directory, log, gradient
         self._observe, self._tick_seconds = observe, tick_seconds
-        self._inbox: queue.SimpleQueue[messages.Message] = queue.SimpleQueue()
+        self._point = point
+        self._inbox: queue.SimpleQueue[tuple[messages.Message, bool]] = queue.SimpleQueue()
+        self._room = threading.Semaphore(MOST_WAITING)
         self._pool = futures.ThreadPoolExecutor(1, "compute")
         self._disk = futures.ThreadPoolExecutor(1, "disk")
         self.exit: effects.Exit | None = None
 
     def receive(self, message: messages.Message) -> None:
-        """Hand a message to the machine; callable from any thread."""
-        self._inbox.put(message)
+        """Hand over a message that arrived, from any thread; waits while many wait to be handled, or drops it then."""
+        if self._room.acquire(timeout=ROOM_SECONDS):
+            self._inbox.put((message, True))
+
+    def _report(self, message: messages.Message) -> None:
+        """Hand over what this process itself found out."""
+        self._inbox.put((message, False))
 
     def run(self, wire: Sender) -> effects.Exit:
         """Feed the machine until it says that its part is over."""
@@ -125,20 +138,26 @@ class Node:
                 self._feed(messages.Tick(), now, wire)
                 continue
             try:
-                message = self._inbox.get(timeout=tick_at - now)
+                message, arrived = self._inbox.get(timeout=tick_at - now)
             except queue.Empty:
                 continue
+            if arrived:
+                self._room.release()
             self._feed(message, time.monotonic(), wire)
         self._disk.shutdown()
         self._pool.shutdown(wait=False, cancel_futures=True)
         return self.exit
 
     def _feed(self, message: messages.Message, now: float, wire: Sender) -> None:
+        self._point("hear", message)
         replies, todo = self.machine.handle(message, now)
         for effect in todo:
+            self._point("do", effect)
             self._do(effect)
+            self._point("did", effect)
         for to, reply in replies:
-            wire.send(to, reply)
+            for _ in range(self._point("send", reply)):
+                wire.send(to, reply)
 
     def _do(self, effect: effects.Effect) -> None:
         match effect:
@@ -161,13 +180,13 @@ class Node:
         try:
             checksum = write_file(self.directory / name, encoding.encode(content))
         except OSError as error:
-            self.receive(messages.Written(name, 0, f"{error.strerror} ({self.directory / name})"))
+            self._report(messages.Written(name, 0, f"{error.strerror} ({self.directory / name})"))
         else:
-            self.receive(messages.Written(name, checksum, ""))
+            self._report(messages.Written(name, checksum, ""))
 
     def _load(self, name: str) -> None:
         path = self.directory / name
-        self.receive(messages.Loaded(name, path.read_bytes() if path.exists() else None))
+        self._report(messages.Loaded(name, path.read_bytes() if path.exists() else None))
 
     def _compute(self, effect: effects.Compute) -> None:
         assert self._gradient is not None
@@ -177,4 +196,4 @@ class Node:
             # The thread's caller is the protocol, which would wait: the process ends instead, and others step in.
             _logger.exception("the gradient of %s failed", effect.lease)
             os._exit(1)
-        self.receive(computed)
+        self._report(computed)

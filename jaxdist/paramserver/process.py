@@ -16,16 +16,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from jaxdist.paramserver import effects, encoding, messages
+from jaxdist.paramserver import effects, encoding, faults, messages
 from jaxdist.paramserver.node import Log, Node, write_file
 from jaxdist.paramserver.scheduler import Scheduler
 from jaxdist.paramserver.settings import Settings, Timers
-from jaxdist.paramserver.wire import Security, Wire
+from jaxdist.paramserver.wire import Security, Wire, reuse_freed_memory
 
 PARENT_ID = "JAXDIST_PARENT_ID"
-TOKEN = "JAXDIST_PS_TOKEN"
-"""Environment variable with the run's secret, so that it is in no file and on no command line."""
-
 OBSERVER = "observer"
 STEPS_NAME, CUT_NAME, LOG_NAME = "steps.jsonl", "cut", "scheduler.log"
 _STATISTICS_SECONDS = 0.5
@@ -132,6 +129,7 @@ def die_with_parent() -> None:
 def main(arguments: list[str], make: Make) -> int:
     """Play the part that `make` makes; return the exit status."""
     name, path = arguments
+    reuse_freed_memory()
     logging.basicConfig(level=logging.INFO, format=f"{name}: %(message)s", stream=sys.stderr)
     spec = Spec.read(pathlib.Path(path))
     node, statistics = make(name, spec)
@@ -139,7 +137,7 @@ def main(arguments: list[str], make: Make) -> int:
         listen=spec.peers[name],
         peers=spec.peers,
         receive=node.receive,
-        security=Security(token=os.environ.get(TOKEN, "")),
+        security=Security.read(os.environ),
     )
     end = node.run(wire)
     statistics.write()
@@ -170,7 +168,8 @@ def make_scheduler(name: str, spec: Spec) -> tuple[Node, Statistics]:
         statistics.observe(effect)
         report.observe(effect)
 
-    return Node(machine, directory=directory, log=log, observe=observe), statistics
+    point = faults.faults_of(name, directory)
+    return Node(machine, directory=directory, log=log, observe=observe, point=point), statistics
 
 
 if __name__ == "__main__":

@@ -188,7 +188,7 @@ class Run:
         log = self.directory / "logs" / f"{name.replace('/', '-')}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         environment = os.environ | {
-            processes.TOKEN: self.token,
+            wire.TOKEN: self.token,
             processes.PARENT_ID: str(os.getpid()),
             "PYTHONUNBUFFERED": "1",
         }

@@ -6,21 +6,29 @@ queue of bounded bytes, and the receiver takes in a bounded number of bytes at a
 """
 
 import collections
+import contextlib
+import ctypes
 import hmac
 import ipaddress
 import os
+import pathlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 from dataclasses import dataclass
 from typing import Any
 
-from jaxdist.paramserver import encoding, messages
+from jaxdist.data import extras
+from jaxdist.paramserver import codec, encoding, messages
 
 METHOD = "/jaxdist.ParameterServer/Deliver"
 MAX_BYTES_IN_FLIGHT = 256 << 20
 DEADLINE_SECONDS = 30.0
-_TOKEN = "jaxdist-token"
+TOKEN = "JAXDIST_PS_TOKEN"
+"""Environment variable with the run's secret, so that it is in no file and on no command line."""
+CERTIFICATE, KEY, ROOT = "JAXDIST_PS_CERTIFICATE", "JAXDIST_PS_KEY", "JAXDIST_PS_ROOT"
+"""Environment variables with the paths of the PEM files for mutual TLS."""
+_METADATA = "jaxdist-token"
 
 
 @dataclass(frozen=True)
@@ -39,15 +47,30 @@ class Security:
     key: bytes = b""
     root: bytes = b""
 
+    @classmethod
+    def read(cls, environment: Mapping[str, str]) -> "Security":
+        """Return what `environment` says: a token itself, or the three files' paths; see TOKEN and CERTIFICATE."""
+        paths = [environment.get(name, "") for name in (CERTIFICATE, KEY, ROOT)]
+        return cls(environment.get(TOKEN, ""), *(pathlib.Path(path).read_bytes() if path else b"" for path in paths))
+
     def check(self, host: str) -> None:
         """Raise ValueError unless this is enough for `host`."""
         if bool(self.certificate) != bool(self.key) or bool(self.certificate) != bool(self.root):
             raise ValueError("mutual TLS needs all three: a certificate, its key and the root that signed it")
         if not is_loopback(host) and not self.token and not self.certificate:
             raise ValueError(
-                f"{host} can be reached from other machines, and anyone there could push: give a token or "
-                "certificates, or listen on 127.0.0.1"
+                f"{host} can be reached from other machines, and anyone there could push: give a token (in {TOKEN}) "
+                f"or certificates (in {CERTIFICATE}, {KEY} and {ROOT}), or listen on 127.0.0.1"
             )
+
+
+def reuse_freed_memory() -> None:
+    """Have freed blocks stay with this process (glibc): pages asked for anew each time cost more than copying them."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3
+        mallopt(trim_threshold, 1 << 30)
+        mallopt(mmap_threshold, 32 << 20)
 
 
 def is_loopback(host: str) -> bool:
@@ -80,9 +103,9 @@ class Wire:
         receive: Callable[[messages.Message], None],
         security: Security = Security(),
     ) -> None:
-        import grpc
-
-        self._grpc = grpc
+        # What it logs below that level is about peers that went away, which is nobody's worry here.
+        os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+        self._grpc = grpc = extras.require("grpc", extra="paramserver")
         self._receive, self._security, self.peers = receive, security, dict(peers)
         security.check(listen.rpartition(":")[0])
         self._budget = _Budget(MAX_BYTES_IN_FLIGHT)
@@ -108,31 +131,34 @@ class Wire:
     def _deliver(self, blocks: Iterator[bytes], context: Any) -> bytes:
         grpc = self._grpc
         if self._security.token:
-            given = dict(context.invocation_metadata()).get(_TOKEN, "")
+            given = dict(context.invocation_metadata()).get(_METADATA, "")
             if not hmac.compare_digest(given, self._security.token):
                 context.abort(grpc.StatusCode.UNAUTHENTICATED, "the token is missing or another one")
-        size = 0
         try:
-            parts = []
-            for block in blocks:
-                self._budget.take(len(block))
-                size += len(block)
-                parts.append(block)
-            message = encoding.decode(parts[0] if len(parts) == 1 else b"".join(parts))
-        except encoding.EncodingError as error:
+            self._take_in(blocks)
+        except codec.EncodingError as error:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        else:
-            self._receive(message)
-        finally:
-            self._budget.give(size)
         return b""
+
+    def _take_in(self, blocks: Iterator[bytes]) -> None:
+        """Receive one message; its bytes count as held until `receive` returns."""
+        parts = [next(blocks, b"")]
+        declared = encoding.declared_bytes(parts[0])
+        with self._budget.held(declared):
+            size = len(parts[0])
+            for block in blocks:
+                parts.append(block)
+                size += len(block)
+                if size > declared:
+                    raise codec.EncodingError(f"more than the {declared} bytes that were declared arrive")
+            self._receive(encoding.decode(parts))
 
     def send(self, to: str, message: messages.Message) -> None:
         """Queue `message` for the process named `to`; it is dropped when that cannot be reached."""
         if to not in self._senders:
             if to not in self.peers:
                 return
-            self._senders[to] = _Sender(self._channel(self.peers[to]), self._security.token)
+            self._senders[to] = _Sender(self._channel(self.peers[to]), self._security.token, self._grpc.RpcError)
         self._senders[to].put(encoding.encode(message))
 
     def _channel(self, address: str) -> Any:
@@ -155,44 +181,47 @@ class Wire:
 
 
 class _Budget:
-    """A number of bytes that may be held at once; one block always may."""
+    """A number of bytes that may be held at once. A message gets all it needs or waits; one of any size always fits."""
 
     def __init__(self, size: int) -> None:
         self._free, self._size = size, size
         self._changed = threading.Condition()
 
-    def take(self, count: int) -> None:
+    @contextlib.contextmanager
+    def held(self, count: int, seconds: float = DEADLINE_SECONDS) -> Iterator[None]:
+        count = min(count, self._size)
         with self._changed:
-            self._changed.wait_for(lambda: self._free >= count or self._free == self._size, DEADLINE_SECONDS)
+            if not self._changed.wait_for(lambda: self._free >= count, seconds):
+                raise codec.EncodingError(f"no room for {count} bytes")
             self._free -= count
-
-    def give(self, count: int) -> None:
-        with self._changed:
-            self._free += count
-            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += count
+                self._changed.notify_all()
 
 
 class _Sender:
     """Sends to one peer, one message after the other, from a thread of its own."""
 
-    def __init__(self, channel: Any, token: str) -> None:
-        self._channel = channel
-        self._metadata = ((_TOKEN, token),) if token else None
+    def __init__(self, channel: Any, token: str, rpc_error: type[Exception]) -> None:
+        self._channel, self._rpc_error = channel, rpc_error
+        self._metadata = ((_METADATA, token),) if token else None
         self._call = channel.stream_unary(METHOD)
-        self._queue: collections.deque[list[encoding.Buffer]] = collections.deque()
+        self._queue: collections.deque[encoding.Encoded] = collections.deque()
         self._bytes = 0
         self._closed = False
         self._changed = threading.Condition()
         threading.Thread(target=self._run, daemon=True, name="wire").start()
 
-    def put(self, buffers: list[encoding.Buffer]) -> None:
-        size = sum(map(len, buffers))
+    def put(self, message: encoding.Encoded) -> None:
         with self._changed:
             # Whoever waits for an answer sends again; dropping is better than holding bytes without bound.
-            if self._queue and self._bytes + size > MAX_BYTES_IN_FLIGHT:
+            if self._queue and self._bytes + message.num_bytes > MAX_BYTES_IN_FLIGHT:
                 return
-            self._queue.append(buffers)
-            self._bytes += size
+            self._queue.append(message)
+            self._bytes += message.num_bytes
             self._changed.notify_all()
 
     def _run(self) -> None:
@@ -201,19 +230,17 @@ class _Sender:
                 self._changed.wait_for(lambda: self._queue or self._closed)
                 if self._closed:
                     return
-                buffers = self._queue[0]
-            self._deliver(buffers)
+                message = self._queue[0]
+            self._deliver(message)
             with self._changed:
                 self._queue.popleft()
-                self._bytes -= sum(map(len, buffers))
+                self._bytes -= message.num_bytes
                 self._changed.notify_all()
 
-    def _deliver(self, buffers: list[encoding.Buffer]) -> None:
-        import grpc
-
+    def _deliver(self, message: encoding.Encoded) -> None:
         try:
-            self._call(encoding.blocks(buffers), timeout=DEADLINE_SECONDS, metadata=self._metadata)
-        except (grpc.RpcError, ValueError):  # a channel that was closed meanwhile raises ValueError
+            self._call(iter(message), timeout=DEADLINE_SECONDS, metadata=self._metadata)
+        except (self._rpc_error, ValueError):  # a channel that was closed meanwhile raises ValueError
             return
 
     def flush(self, timeout_seconds: float) -> None:

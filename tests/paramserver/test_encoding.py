@@ -66,10 +66,12 @@ def push(pieces):
     return messages.Push(0, 1, 2, 3, 4, 5, lease, 4.0, True, 1.0, pieces)
 
 
-def test_arrays_are_not_copied_on_the_way_out():
-    array = np.arange(1000, dtype=np.float32)
-    buffers = encoding.encode(push((array,)))
-    assert np.shares_memory(np.frombuffer(buffers[-1], np.float32), array)
+def test_a_large_array_is_taken_from_its_block_as_it_lies():
+    array = np.arange(encoding.SMALL_BYTES, dtype=np.float32)
+    blocks = list(encoding.encode(push((array, array[:10]))))
+    got = encoding.decode(blocks).pieces
+    assert [np.array_equal(piece, array[: piece.size]) for piece in got] == [True, True]
+    assert any(np.shares_memory(got[0], np.frombuffer(block, np.uint8)) for block in blocks)
 
 
 @given(position=st.integers(0), value=st.integers(1, 255))
@@ -116,9 +118,16 @@ def test_a_torn_log_keeps_the_records_before_the_tear(payloads, cut, junk):
     assert [bytes(p) for p in encoding.unframe(log + bytes([junk]))] == payloads
 
 
-@given(st.lists(st.binary(max_size=30)), st.integers(1, 12))
-def test_blocks_are_bounded_and_lose_nothing(buffers, size):
-    blocks = list(encoding.blocks(buffers, block_bytes=size))
-    assert b"".join(blocks) == b"".join(buffers)
-    assert all(len(block) == size for block in blocks[:-1])
-    assert all(0 < len(block) <= size for block in blocks)
+SIZES = st.lists(st.integers(0, 40_000), max_size=5)
+
+
+@given(sizes=SIZES, block_bytes=st.integers(100, 200_000), cut=st.integers(1, 10_000))
+def test_blocks_are_bounded_and_may_be_cut_anew(sizes, block_bytes, cut):
+    message = push(tuple(np.arange(size, dtype=np.float32) for size in sizes))
+    encoded = encoding.encode(message, block_bytes=block_bytes)
+    blocks = list(encoded)
+    data = b"".join(blocks)
+    assert len(data) == encoded.num_bytes
+    assert all(0 < len(block) <= block_bytes for block in blocks)
+    assert same(message, encoding.decode(blocks))
+    assert same(message, encoding.decode([data[:cut], data[cut:]]))
