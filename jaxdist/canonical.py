@@ -8,7 +8,7 @@ fuses and parallelises a one-device program otherwise than a many-device one, an
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -152,11 +152,20 @@ def check_layout(mesh: Mesh, *, logical_shards: int, axis: str = DATA_AXIS) -> N
             f"Canonical reduction works on a mesh of the one axis {axis!r}; got {dict(mesh.shape)}. "
             "Use reduction='mean' on a mesh with more axes."
         )
-    if len(os.sched_getaffinity(0)) == 1 and os.environ.get("NPROC") is None and mesh.devices.flat[0].platform == "cpu":
+    if thread_pool_size(os.environ) < 2 and mesh.devices.flat[0].platform == "cpu":
         raise ValueError(
             "Canonical reduction on CPU devices needs a thread pool of two or more threads: XLA generates other code "
-            "for one. This process may use one core only. Set the environment variable NPROC=2 before it starts."
+            "for one. Here it has one: PJRT_NPROC or NPROC in the environment says so, or this process may use "
+            "one core only. Set PJRT_NPROC=2 before it starts; more threads than cores do no harm."
         )
+
+
+def thread_pool_size(environment: Mapping[str, str]) -> int:
+    """Return how many threads XLA computes with on CPU devices: what it reads in the environment, or usable cores."""
+    for name in ("PJRT_NPROC", "NPROC"):
+        if environment.get(name, "").isdigit():
+            return int(environment[name])
+    return len(os.sched_getaffinity(0))
 
 
 def _nearest_divisors(number: int, power_of_two: int) -> str:

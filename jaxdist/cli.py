@@ -4,6 +4,7 @@ JAX and all that stands on it are imported by the commands that need them, so th
 """
 
 import argparse
+import contextlib
 import json
 import pathlib
 import shlex
@@ -137,7 +138,7 @@ def _train_by_server(options: argparse.Namespace) -> int:
         raise errors.UserError("A parameter server has ps.workers and ps.servers; leave --processes out.")
     experiment = load(options)
     run_dir = options.run_dir or train.default_run_dir(experiment.name, resume=options.resume)
-    with signals.stop_on_signal() as request, errors.as_user_error():
+    with signals.stop_on_signal() as request, errors.as_user_error(), record_alone_on_stdout(options):
         settings = run.Options(
             experiment=options.experiment,
             chosen=experiment.ps,
@@ -174,7 +175,7 @@ def _train_here(options: argparse.Namespace, devices: Sequence[Any]) -> int:
 
     experiment = load(options)
     run_dir = options.run_dir or train.default_run_dir(experiment.name, resume=options.resume)
-    with signals.stop_on_signal() as request:
+    with signals.stop_on_signal() as request, record_alone_on_stdout(options):
         made = train.train(
             experiment,
             train.RunOptions(
@@ -210,7 +211,9 @@ def verify_command(options: argparse.Namespace) -> int:
     from jaxdist.launch import runtime
 
     devices = runtime.start(options.devices or 8)
-    report = verify.verify(load(options), devices=devices, num_steps=options.steps)
+    experiment = load(options)
+    with record_alone_on_stdout(options):
+        report = verify.verify(experiment, devices=devices, num_steps=options.steps)
     print(json.dumps(report.to_json()) if options.json else report)
     return EXIT_OK if report.kept else EXIT_FAILED
 
@@ -282,7 +285,13 @@ def load(options: argparse.Namespace) -> "Experiment":
     """Return the experiment that the command line selects, with its overrides."""
     from jaxdist import config
 
-    return config.override(config.load_experiment(options.experiment), overrides(options))
+    with record_alone_on_stdout(options):
+        return config.override(config.load_experiment(options.experiment), overrides(options))
+
+
+def record_alone_on_stdout(options: argparse.Namespace) -> contextlib.AbstractContextManager[object]:
+    """With --json, send what experiments and writers print to standard error: one JSON object has standard output."""
+    return contextlib.redirect_stdout(sys.stderr) if getattr(options, "json", False) else contextlib.nullcontext()
 
 
 def overrides(options: argparse.Namespace) -> list[str]:

@@ -196,7 +196,7 @@ def load_experiment(path: str) -> Experiment:
         raise ConfigError(f"An experiment file defines get_config(); {path} does not. Add one that returns Experiment.")
     try:
         experiment = get_config()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"get_config() of {path} failed: {_describe(error, file)}") from error
     if not isinstance(experiment, Experiment):
         raise ConfigError(
@@ -216,14 +216,14 @@ def _run_file(file: pathlib.Path) -> Any:
     sys.path.insert(0, str(file.parent.resolve()))
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"{file} cannot be loaded: {_describe(error, file)}") from error
     finally:
         sys.path.pop(0)
     return module
 
 
-def _describe(error: Exception, file: pathlib.Path) -> str:
+def _describe(error: BaseException, file: pathlib.Path) -> str:
     """Return the error in a line, with the last line of the experiment file that was on its way."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if pathlib.Path(frame.filename) == file]

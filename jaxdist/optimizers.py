@@ -29,7 +29,8 @@ class Schedule:
     warmup: float | None = None
     """Length of the warm-up, in `unit`. None: none, or that of Goyal et al. where the learning rate is scaled up."""
     length: float | None = None
-    """Where the decay ends, in `unit`, counted from the first step. None: at the end of the run."""
+    """Where the decay ends, in `unit`, counted from the first step. None: at the end of the run, max_steps or
+    max_epochs of its stop rule; then a run with another end has another schedule from its first step on."""
     final_fraction: float = 0.0
     """The learning rate after the decay, as a fraction of its peak."""
     unit: Literal["steps", "epochs"] = "steps"
@@ -148,11 +149,11 @@ def make_schedule(
         warmup = _scaled_warmup(steps_per_epoch)
     else:
         warmup = round((schedule.warmup or 0) * steps_per_unit)
-    end = _decay_end(schedule, steps_per_unit, max_steps)
+    end = _decay_end(schedule, steps_per_unit, warmup=warmup, max_steps=max_steps)
     if end is not None and end <= warmup:
         raise ValueError(
             f"The {schedule.name} decay must end after the warm-up; it ends at step {end} and the warm-up at {warmup}. "
-            "Set optimizer.schedule.warmup lower, or optimizer.schedule.length or max_steps higher."
+            "Set optimizer.schedule.warmup lower, or optimizer.schedule.length higher."
         )
     # Reciprocals of constants here, so that no layout's compiler gets to choose between dividing and multiplying.
     per_warmup, per_decay = 1 / max(warmup, 1), 1 / (1 if end is None else end - warmup)
@@ -250,7 +251,7 @@ def _decay(schedule: Schedule, done: jax.Array) -> jax.Array:
     return schedule.final_fraction + (1 - schedule.final_fraction) * left
 
 
-def _decay_end(schedule: Schedule, steps_per_unit: float, max_steps: int | None) -> int | None:
+def _decay_end(schedule: Schedule, steps_per_unit: float, *, warmup: int, max_steps: int | None) -> int | None:
     if schedule.name == "constant":
         if schedule.length is not None or schedule.final_fraction:
             raise ValueError(
@@ -263,9 +264,9 @@ def _decay_end(schedule: Schedule, steps_per_unit: float, max_steps: int | None)
     if max_steps is None:
         raise ValueError(
             f"A {schedule.name} decay needs to know where it ends, and this run has no last step. "
-            "Set optimizer.schedule.length (in optimizer.schedule.unit), or max_steps or max_epochs of the run."
+            "Set optimizer.schedule.length (in optimizer.schedule.unit), or stop.max_steps or stop.max_epochs."
         )
-    return max_steps
+    return max(max_steps, warmup + 1)  # A run that ends inside its warm-up never comes to the decay.
 
 
 def _steps_per_unit(schedule: Schedule, steps_per_epoch: int | None) -> float:

@@ -32,7 +32,7 @@ from jaxdist import (
 )
 from jaxdist.config import ConfigError, Experiment
 from jaxdist.data import Position
-from jaxdist.launch import runtime, supervisor, watchdog
+from jaxdist.launch import agreement, runtime, supervisor, watchdog
 from jaxdist.state import TrainState
 
 CHECKPOINTS_NAME = "checkpoints"
@@ -297,7 +297,8 @@ class _Run:
         return recovery.recorded(settings, self.options.run_dir, step=start.progress.step, place=start.position)
 
     def _make_hooks(self, display: progress.Progress, ledger_hooks: Sequence[loop.Hook]) -> list[loop.Hook]:
-        found: list[loop.Hook] = [self.log, hooks.show_progress(display)]
+        found: list[loop.Hook] = [self._agree_on_time()] if self.experiment.stop.max_seconds is not None else []
+        found += [self.log, hooks.show_progress(display)]
         found += [self.evaluate] if self.evaluate else []
         every = self.experiment.guards.check_replicas_every
         if every:
@@ -306,6 +307,15 @@ class _Run:
         if self.snapshots:
             found.append(recovery.snapshot_hook(self.snapshots, self.experiment.recovery.snapshot_every))
         return [*found, self.save]
+
+    def _agree_on_time(self) -> loop.Hook:
+        """Return the hook that gives every process one clock, since max_seconds must end all of them at one step."""
+        agreed = agreement.agreed_seconds(self.start.progress.seconds)
+
+        def agree(info: loop.StepInfo) -> None:
+            info.progress.seconds = agreed(info.progress.seconds)
+
+        return agree
 
     def _make_evaluate(self) -> hooks.Evaluate | None:
         if self.parts.eval_step is None:

@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import os
 from unittest import mock
@@ -196,12 +197,26 @@ def test_a_layout_that_cannot_keep_the_promise_is_refused(axes, num_devices, log
         steps.canonical_step(loss_fn, OPTIMIZERS["sgd"], mesh, logical_shards=logical_shards)
 
 
-def test_a_thread_pool_of_one_is_refused():
+@pytest.mark.parametrize(
+    ("cores", "environment", "threads"),
+    [
+        (1, {}, 1),
+        (4, {}, 4),
+        (1, {"NPROC": "2"}, 2),
+        (4, {"NPROC": "1"}, 1),
+        (4, {"NPROC": "2", "PJRT_NPROC": "1"}, 1),
+        (1, {"NPROC": "1", "PJRT_NPROC": "3"}, 3),
+        (4, {"NPROC": "many"}, 4),
+    ],
+)
+def test_a_thread_pool_of_one_is_refused(cores, environment, threads):
     """XLA then generates other code, and the bits would not be those of other machines."""
-    environment = {name: value for name, value in os.environ.items() if name != "NPROC"}
+    cleared = {name: value for name, value in os.environ.items() if "NPROC" not in name}
     with (
-        mock.patch.object(os, "sched_getaffinity", return_value={0}),
-        mock.patch.dict(os.environ, environment, clear=True),
-        pytest.raises(ValueError, match="Set the environment variable NPROC=2"),
+        mock.patch.object(os, "sched_getaffinity", return_value=set(range(cores))),
+        mock.patch.dict(os.environ, cleared | environment, clear=True),
     ):
-        canonical.check_layout(make_mesh(), logical_shards=8)
+        assert canonical.thread_pool_size(os.environ) == threads
+        refused = pytest.raises(ValueError, match="Set PJRT_NPROC=2") if threads == 1 else contextlib.nullcontext()
+        with refused:
+            canonical.check_layout(make_mesh(), logical_shards=8)

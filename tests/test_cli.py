@@ -62,6 +62,16 @@ def test_training_prints_one_json_object_and_nothing_else(tmp_path, capsys):
     assert made["command"] == shlex.join(["jaxdist", *arguments])
 
 
+def test_what_an_experiment_prints_keeps_out_of_the_json(tmp_path, capsys):
+    experiment = tmp_path / "talking.py"
+    experiment.write_text("import tiny_experiment\nprint('hello')\nget_config = tiny_experiment.get_config\n")
+    arguments = ["train", str(experiment), "--max-steps", "1", "--run-dir", str(tmp_path / "run"), "--json"]
+    assert cli.run([*arguments, "--set", "writers=console"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["step"] == 1
+    assert shown.err.startswith("hello\nstep 1 ")
+
+
 def test_without_json_a_person_is_told_where_everything_lies(tmp_path, capsys):
     run_dir = tmp_path / "run"
     arguments = ["train", TINY, "--set", "seed=3", "stop.max_steps=2", "--set", "model.width=4"]
@@ -117,6 +127,8 @@ def test_a_bad_experiment_file_is_the_users_mistake(tmp_path, capsys):
         "x = 1": "defines get_config()",
         "def get_config(): return 3": "must return a jaxdist.Experiment",
         "def get_config(): return {}[3]": "get_config() of",
+        "import sys; sys.exit(3)": "cannot be loaded: SystemExit: 3",
+        "def get_config(): raise SystemExit": "failed: SystemExit",
     }.items():
         (tmp_path / "broken.py").write_text(text)
         refused(capsys, message, tmp_path / "broken.py", *run_dir)
@@ -245,6 +257,7 @@ def start(environment, run_dir, *arguments):
         [sys.executable, "-m", "jaxdist.cli", "train", TINY, *LONG, *TELLING, "--run-dir", str(run_dir), *arguments],
         env=environment,
         stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
     )
 

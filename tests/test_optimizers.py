@@ -237,7 +237,7 @@ def test_a_description_that_cannot_be_is_refused(changes, complaint):
         ({"unit": "days"}, "steps, epochs"),
         ({"warmup": -1}, "warmup must be at least 0"),
         ({"length": 0}, "length must be above 0"),
-        ({"name": "cosine"}, "Set optimizer.schedule.length .* or max_steps"),
+        ({"name": "cosine"}, "Set optimizer.schedule.length .* or stop.max_steps"),
         ({"name": "linear", "length": 5, "warmup": 5}, "it ends at step 5 and the warm-up at 5"),
         ({"length": 5}, "have no effect"),
         ({"final_fraction": 0.5}, "have no effect"),
@@ -247,6 +247,17 @@ def test_a_description_that_cannot_be_is_refused(changes, complaint):
 def test_a_schedule_that_cannot_be_is_refused(schedule, complaint):
     with pytest.raises(ValueError, match=complaint):
         optimizers.build(Optimizer(name="sgd", learning_rate=0.1, schedule=Schedule(**schedule)), global_batch_size=32)
+
+
+def test_a_run_that_ends_inside_its_warm_up_needs_no_other_schedule():
+    schedule = Schedule(name="cosine", warmup=20)
+    described = Optimizer(name="sgd", learning_rate=1.0, schedule=schedule)
+    for max_steps in (5, 20, 100):
+        rates = [
+            optimizers.learning_rate_at(described, step, global_batch_size=1, max_steps=max_steps)
+            for step in range(1, min(max_steps, 20) + 1)
+        ]
+        np.testing.assert_allclose(rates, [step / 20 for step in range(1, len(rates) + 1)], rtol=1e-6)
 
 
 def test_one_field_is_overridden_at_a_time():

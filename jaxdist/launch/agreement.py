@@ -1,4 +1,4 @@
-"""Agreeing on the step to stop at: a signal reaches processes at different moments, but all must stop at one step."""
+"""Agreeing on the step to stop at: signals and clocks differ from process to process, but all must stop at one step."""
 
 from collections.abc import Callable
 
@@ -16,16 +16,45 @@ def agreed_stop(requested: Callable[[], bool]) -> Callable[[int], bool]:
     """
     if jax.process_count() == 1:
         return lambda step: requested()
-    devices = [next(d for d in jax.devices() if d.process_index == p) for p in range(jax.process_count())]
-    mesh = Mesh(np.asarray(devices), ("process",), axis_types=(AxisType.Auto,))
-    votes_lie, result_lies = NamedSharding(mesh, PartitionSpec("process")), NamedSharding(mesh, PartitionSpec())
-    count = jax.jit(jnp.sum, out_shardings=result_lies)
-    pending: list[jax.Array] = []
+    count = _sum_a_call_late()
 
     def stop_requested(step: int) -> bool:
         del step
-        vote = jax.make_array_from_process_local_data(votes_lie, np.array([requested()], np.int32))
-        pending.append(count(vote))
-        return len(pending) > 1 and int(pending.pop(0).addressable_data(0)) > 0
+        votes = count(float(requested()))
+        return votes is not None and votes > 0
 
     return stop_requested
+
+
+def agreed_seconds(start: float) -> Callable[[float], float]:
+    """Return `agreed(seconds)`, to be called at each step: the same number on every process, whatever their clocks say.
+
+    In a job of several processes it is what process 0 said a step ago, and `start` at the first step.
+    """
+    if jax.process_count() == 1:
+        return lambda seconds: seconds
+    share = _sum_a_call_late()
+
+    def agreed(seconds: float) -> float:
+        shared = share(seconds if jax.process_index() == 0 else 0.0)
+        return start if shared is None else shared
+
+    return agreed
+
+
+def _sum_a_call_late() -> Callable[[float], float | None]:
+    """Return a function whose calls give the sum, over the processes, of what they passed a call ago; None at first.
+
+    That sum was made on the devices meanwhile, so nobody waits for it.
+    """
+    devices = [next(d for d in jax.devices() if d.process_index == p) for p in range(jax.process_count())]
+    mesh = Mesh(np.asarray(devices), ("process",), axis_types=(AxisType.Auto,))
+    values_lie, result_lies = NamedSharding(mesh, PartitionSpec("process")), NamedSharding(mesh, PartitionSpec())
+    add = jax.jit(jnp.sum, out_shardings=result_lies)
+    pending: list[jax.Array] = []
+
+    def exchange(value: float) -> float | None:
+        pending.append(add(jax.make_array_from_process_local_data(values_lie, np.array([value], np.float32))))
+        return float(pending.pop(0).addressable_data(0)) if len(pending) > 1 else None
+
+    return exchange

@@ -49,8 +49,8 @@ def start(num_devices: int | None = None) -> Sequence[jax.Device]:
     Raises:
       UserError: more devices are asked for than there are accelerators.
     """
-    # XLA sizes its thread pool by NPROC, else by the usable cores; with exactly one thread it generates other code, and
-    # canonical reduction would give other bits on a one-core machine.
+    # XLA sizes its thread pool by PJRT_NPROC, NPROC or the usable cores; with exactly one thread it generates other
+    # code, and canonical reduction would give other bits on a one-core machine.
     if len(os.sched_getaffinity(0)) == 1:
         os.environ.setdefault("NPROC", "2")
     jax.config.update("jax_num_cpu_devices", num_devices or 1)
@@ -59,15 +59,20 @@ def start(num_devices: int | None = None) -> Sequence[jax.Device]:
         die_with_parent(os.environ)
     if in_job() and os.environ[NUM_PROCESSES] != "1":
         _join_job(os.environ)
-    local = jax.local_devices()
-    wanted = num_devices or len(local)
+    return first_of_each_process(num_devices or jax.local_device_count(), jax.local_devices(), jax.devices())
+
+
+def first_of_each_process(
+    wanted: int, local: Sequence[jax.Device], everywhere: Sequence[jax.Device]
+) -> Sequence[jax.Device]:
+    """Return the first `wanted` devices of each process; UserError where this one has fewer (`local`)."""
     if wanted > len(local):
         raise UserError(
             f"--devices asks for {wanted} devices per process, but this machine has {len(local)} "
             f"({local[0].device_kind}). Ask for at most {len(local)}, or set JAX_PLATFORMS=cpu for fake CPU devices."
         )
     by_process: dict[int, list[jax.Device]] = {}
-    for device in jax.devices():
+    for device in everywhere:
         by_process.setdefault(device.process_index, []).append(device)
     return [device for _, devices in sorted(by_process.items()) for device in devices[:wanted]]
 

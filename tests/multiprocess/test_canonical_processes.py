@@ -1,6 +1,8 @@
 """Canonical bits and sharded layouts over two real processes."""
 
+import contextlib
 import hashlib
+import os
 
 import jax
 import numpy as np
@@ -62,17 +64,39 @@ def test_two_processes_give_the_bits_of_one(model_name):
     assert {result["hash"] for result in results} == {train(*arguments, 1)["hash"]}
 
 
+LAYOUTS = [(1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (2, 2), (2, 4)]
+"""Processes, and devices of each."""
+
+
 @pytest.mark.soak
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(3000)
 @pytest.mark.parametrize("model_name", ["cnn", "cnn with batch norm", "gpt"])
-def test_a_hundred_steps_have_the_same_bits_on_every_layout(model_name):
-    """On one and eight devices of one process, and on one, two and four devices of each of two."""
-    arguments = (model_name, "data-parallel", "canonical", 100)
-    hashes = {train(*arguments, num_devices)["hash"] for num_devices in (1, 8)}
-    for devices in (1, 2, 4):
-        results = testing.run_processes(train, *arguments, processes=2, devices=devices)
-        hashes |= {result["hash"] for result in results}
-    assert len(hashes) == 1
+def test_a_hundred_steps_have_the_same_bits_on_every_layout_and_number_of_cores(model_name, monkeypatch):
+    """Compiled anew each time; one core is what the scheduler gives, four are what XLA is told it has."""
+    monkeypatch.delenv("NPROC", raising=False)
+    anew = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    hashes = {}
+    for processes, devices in LAYOUTS:
+        for cores in (1, 2, 4) if (processes, devices) in [(1, 1), (1, 4), (2, 2)] else (2,):
+            with on_one_core() if cores == 1 else contextlib.nullcontext():
+                results = testing.run_processes(
+                    train, model_name, "data-parallel", "canonical", 100,
+                    processes=processes, devices=devices, timeout_seconds=600,
+                    environment=anew if cores == 1 else anew | {"NPROC": str(cores)},
+                )  # fmt: skip
+            hashes[processes, devices, cores] = {result["hash"] for result in results}
+    assert len(set.union(*hashes.values())) == 1, hashes
+
+
+@contextlib.contextmanager
+def on_one_core():
+    """Let this process, and those it starts, use one core alone."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 @pytest.mark.parametrize("strategy_name", ["zero1", "fsdp"])
