@@ -33,13 +33,13 @@ def run(arguments: Sequence[str]) -> int:
     options.arguments = arguments
     options.command = shlex.join(["jaxdist", *arguments])
     # Deferred with the rest of the package: see the module's docstring.
-    from jaxdist.errors import UserError
+    from jaxdist.errors import RunFailedError, UserError
 
     try:
         return options.handler(options)
-    except UserError as error:
+    except (UserError, RunFailedError) as error:
         print(f"jaxdist: {error}", file=sys.stderr)
-        return EXIT_USER
+        return EXIT_USER if isinstance(error, UserError) else EXIT_FAILED
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""The one error the command line shows as a message and not as a traceback."""
+"""The errors that the command line shows as a message and not as a traceback."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,6 +6,10 @@ from contextlib import contextmanager
 
 class UserError(ValueError):
     """What a user can mend: the message names the rule, what was received and what to do."""
+
+
+class RunFailedError(Exception):
+    """What ended a run that was well begun, a full disk say: the message says all there is to say."""
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import os
 import pathlib
 import sys
@@ -36,6 +37,7 @@ from jaxdist.launch import agreement, runtime, supervisor, watchdog
 from jaxdist.state import TrainState
 
 CHECKPOINTS_NAME = "checkpoints"
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 _RUN_FILES = (CHECKPOINTS_NAME, writers.JSONL_NAME, writers.CSV_NAME, writers.TENSORBOARD_NAME)
 
 
@@ -231,12 +233,15 @@ class _Run:
         """Train, evaluate once more if need be, save, and write the record; of an error, too, before it is raised."""
         try:
             return self._train(stop_rule)
-        except Exception:
-            self.write_record("error", self.start.progress)
+        except Exception as error:
+            with contextlib.suppress(OSError):  # on a full disk, say: what happened first is what the user is told
+                self.write_record("error", self.start.progress)
             if jax.process_count() > 1:
                 # On the way out a checkpointer would wait for processes that wait for this one.
                 traceback.print_exc()
                 runtime.leave(1)
+            if isinstance(error, checkpoint.CheckpointError) or getattr(error, "errno", None) in _DISK_IS_FULL:
+                raise errors.RunFailedError(str(error)) from error
             raise
 
     def _train(self, stop_rule: stop.StopRule) -> record.RunRecord:

@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import json
 import pathlib
 import re
@@ -10,7 +11,7 @@ import pytest
 import tiny_experiment
 
 import jaxdist
-from jaxdist import config, errors, record, testing, train, training
+from jaxdist import checkpoint, config, errors, record, testing, train, training
 from jaxdist.stop import Progress
 
 
@@ -204,6 +205,28 @@ def test_an_error_is_recorded_and_raised(tmp_path):
         train.train(tiny_experiment.get_config(), options, devices=jax.devices()[:2])
     made = read_record(tmp_path / "run")
     assert (made["end_reason"], made["step"]) == ("error", 6)
+    assert run(tmp_path / "run", resume=True).end_reason == "max_steps"
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device", "runs/a/metrics.csv")
+
+
+@pytest.mark.parametrize("error", [FULL, checkpoint.CheckpointError("Free space")])
+def test_a_full_disk_is_one_message_and_the_run_can_be_resumed(tmp_path, error, monkeypatch):
+    def fail(step):
+        if step == 6:
+            monkeypatch.setattr(record.RunRecord, "write", write)
+            raise error
+        return False
+
+    def write(*_):
+        raise FULL
+
+    options = train.RunOptions(run_dir=tmp_path / "run", silent=True, stop_requested=fail)
+    with pytest.raises(errors.RunFailedError, match="space") as raised:
+        train.train(tiny_experiment.get_config(), options, devices=jax.devices()[:2])
+    assert raised.value.__cause__ is error
+    monkeypatch.undo()
     assert run(tmp_path / "run", resume=True).end_reason == "max_steps"
 
 

@@ -1,0 +1,36 @@
+"""Two processes whose signals and clocks differ, and that must do the same all the same."""
+
+import jax
+
+from jaxdist import testing
+from jaxdist.launch import agreement
+
+NUM_STEPS = 6
+
+
+def stops_and_clocks():
+    """Ask process 1 alone to stop after step 3; its clock goes ten times as fast."""
+    process = jax.process_index()
+    step_now = [0]
+    stop_requested = agreement.agreed_stop(lambda: process == 1 and step_now[0] >= 3)
+    agreed_seconds = agreement.agreed_seconds(0.5)
+    stops, clocks = [], []
+    for step in range(1, NUM_STEPS + 1):
+        step_now[0] = step
+        clocks.append(agreed_seconds(step * (1.0 + 9.0 * process)))
+        stops.append(stop_requested(step))
+    return stops, clocks
+
+
+def test_all_processes_stop_at_one_step_and_have_one_clock():
+    expected = [[False, False, False, True, True, True], [0.5, 1.0, 2.0, 3.0, 4.0, 5.0]]
+    assert testing.run_processes(stops_and_clocks) == [expected, expected]
+
+
+def test_one_process_goes_by_its_own():
+    stop = []
+    stop_requested = agreement.agreed_stop(lambda: bool(stop))
+    assert not stop_requested(1)
+    stop.append("now")
+    assert stop_requested(2)
+    assert agreement.agreed_seconds(0.0)(7.25) == 7.25
