@@ -24,7 +24,9 @@ PARAMETER_SERVER = "parameter-server"
 def main(experiment: str | None = None) -> None:
     """Run the command line and exit; with `experiment`, that file's own `train` command."""
     arguments = sys.argv[1:] if experiment is None else ["train", experiment, *sys.argv[1:]]
-    sys.exit(run(arguments))
+    status = run(arguments)
+    runtime = sys.modules.get("jaxdist.launch.runtime")
+    (runtime.leave if runtime else sys.exit)(status)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -39,7 +41,7 @@ def run(arguments: Sequence[str]) -> int:
         return options.handler(options)
     except (UserError, RunFailedError) as error:
         print(f"jaxdist: {error}", file=sys.stderr)
-        return EXIT_USER if isinstance(error, UserError) else EXIT_FAILED
+        return error.exit_status
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -51,6 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument("--processes", type=_positive, metavar="P", help="processes on this machine (default 1)")
     train.add_argument("--run-dir", type=pathlib.Path, metavar="DIR", help="default runs/NAME-TIME")
     train.add_argument("--resume", action="store_true", help="go on with the run in --run-dir (default: the newest)")
+    train.add_argument("--restartable", action="store_true", help="go on with the run in --run-dir if there is one")
     train.add_argument("--json", action="store_true", help="show nothing, print the run record as one JSON object")
     verify = _add(commands, "verify", verify_command, "compare a few steps on 1, 2, 4, 8 devices with one device")
     _add_experiment(verify)
@@ -120,11 +123,15 @@ def _positive(text: str) -> int:
 
 def train_command(options: argparse.Namespace) -> int:
     """Train in this process, or start the processes that do."""
-    from jaxdist.launch import runtime
+    from jaxdist.errors import UserError
+    from jaxdist.launch import cluster, runtime
 
     if options.strategy == PARAMETER_SERVER:
         return _train_by_server(options)
     if options.processes and not runtime.in_job():
+        place = cluster.find()
+        if place is not None:
+            raise UserError(f"--processes starts a job, and this process belongs to one: {place}. Leave it out.")
         return _start_processes(options)
     return _train_here(options, runtime.start(options.devices))
 
@@ -173,14 +180,13 @@ def _train_here(options: argparse.Namespace, devices: Sequence[Any]) -> int:
     from jaxdist import signals, train
     from jaxdist.launch import agreement, runtime
 
-    experiment = load(options)
-    run_dir = options.run_dir or train.default_run_dir(experiment.name, resume=options.resume)
     with signals.stop_on_signal() as request, record_alone_on_stdout(options):
+        experiment, run_dir, resume = _agree(options)
         made = train.train(
             experiment,
             train.RunOptions(
                 run_dir=run_dir,
-                resume=options.resume,
+                resume=resume,
                 silent=options.json,
                 command=options.command,
                 stop_requested=agreement.agreed_stop(lambda: bool(request)),
@@ -188,6 +194,26 @@ def _train_here(options: argparse.Namespace, devices: Sequence[Any]) -> int:
             devices=devices,
         )
     return _report(made, run_dir, as_json=options.json and runtime.is_first())
+
+
+def _agree(options: argparse.Namespace) -> tuple["Experiment", pathlib.Path, bool]:
+    """Return the experiment, its run directory and whether to resume: the same on every process of the job, or else."""
+    from jaxdist import errors, record, train, training
+    from jaxdist.launch import fingerprint
+
+    try:
+        experiment = load(options)
+        run_dir = options.run_dir or train.default_run_dir(experiment.name, resume=options.resume)
+        facts = fingerprint.of_experiment(options.experiment, record.plain(experiment))
+        facts |= {"data and model": training.identity(experiment), "--resume": options.resume}
+    except errors.UserError as error:
+        fingerprint.compare("experiment", {"mistake": str(error)})
+        raise
+    fingerprint.compare("experiment", facts | {"--run-dir": str(options.run_dir)})
+    run_dir = pathlib.Path(fingerprint.from_first("run directory", str(run_dir)))
+    there = options.restartable and (run_dir / record.FILE_NAME).exists()
+    resume = options.resume or fingerprint.from_first("restart", str(there)) == str(True)
+    return experiment, run_dir, resume
 
 
 def _report(made: "RunRecord", run_dir: pathlib.Path, *, as_json: bool) -> int:

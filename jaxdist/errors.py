@@ -7,9 +7,19 @@ from contextlib import contextmanager
 class UserError(ValueError):
     """What a user can mend: the message names the rule, what was received and what to do."""
 
+    exit_status = 2
+
+
+class TryAgain(UserError):
+    """What may well be over at the next attempt: a host that cannot be reached, a process that did not come."""
+
+    exit_status = 75  # EX_TEMPFAIL, see `signals`
+
 
 class RunFailedError(Exception):
     """What ended a run that was well begun, a full disk say: the message says all there is to say."""
+
+    exit_status = 1
 
 
 @contextmanager

@@ -119,7 +119,7 @@ def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.
             stop_rule = experiment.stop.rule()
             parts = training.put_together(experiment, devices=devices)
             earlier = prepare_run_dir(experiment, options.run_dir, resume=options.resume)
-            if runtime.is_alone():
+            if runtime.is_alone() and runtime.is_first():
                 # Not before the checks: what is refused leaves no trace. A supervisor holds the lock for its processes.
                 stack.enter_context(lock.locked(options.run_dir, purpose=options.command))
             if jax.process_count() > 1:

@@ -5,6 +5,7 @@ import os
 import pathlib
 import signal
 import sys
+import threading
 import types
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
@@ -14,12 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdist.errors import UserError
+from jaxdist.launch import cluster, fingerprint, meeting
+from jaxdist.signals import EXIT_RETRY
 
-PROCESS_ID, NUM_PROCESSES, COORDINATOR = "JAXDIST_PROCESS_ID", "JAXDIST_NUM_PROCESSES", "JAXDIST_COORDINATOR"
+PROCESS_ID, NUM_PROCESSES, COORDINATOR = cluster.PROCESS_ID, cluster.NUM_PROCESSES, cluster.COORDINATOR
 PARENT_ID = "JAXDIST_PARENT_ID"
-"""Environment variables by which a launcher tells a process its place in the job, and whose child it is."""
+"""Environment variable: whose child a process is."""
 
 LEAST_COMPILE_SECONDS = 0.5
+_LEAVE_SECONDS = 3.0
+"""How long a process that gives up waits for the others to do so too."""
 
 
 def in_job(environment: Mapping[str, str] = os.environ) -> bool:
@@ -32,9 +37,9 @@ def is_alone(environment: Mapping[str, str] = os.environ) -> bool:
     return PARENT_ID not in environment
 
 
-def is_first(environment: Mapping[str, str] = os.environ) -> bool:
+def is_first() -> bool:
     """Return whether this process speaks for the job: the only one, or process 0."""
-    return environment.get(PROCESS_ID, "0") == "0"
+    return jax.process_index() == 0
 
 
 def start(num_devices: int | None = None) -> Sequence[jax.Device]:
@@ -57,8 +62,11 @@ def start(num_devices: int | None = None) -> Sequence[jax.Device]:
     use_compilation_cache()
     if not is_alone():
         die_with_parent(os.environ)
-    if in_job() and os.environ[NUM_PROCESSES] != "1":
-        _join_job(os.environ)
+    place = cluster.find()
+    if jax.distributed.is_initialized():  # by whoever called us, Ray Train say
+        _compare_and_meet(num_devices)
+    elif place is not None:
+        _join_job(place, num_devices)
     return first_of_each_process(num_devices or jax.local_device_count(), jax.local_devices(), jax.devices())
 
 
@@ -101,33 +109,41 @@ def die_with_parent(environment: Mapping[str, str]) -> None:
         sys.exit("The launcher of this process has ended already.")
 
 
-def _join_job(environment: Mapping[str, str]) -> None:
+def _join_job(place: cluster.Place, num_devices: int | None) -> None:
     _keep_standard_output_clean()
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # JAX's preemption service would swallow SIGTERM; ours decides what a signal means.
     jax.config.update("jax_enable_preemption_service", False)
-    jax.distributed.initialize(
-        coordinator_address=environment[COORDINATOR],
-        # By default the coordinator would listen on every interface of the machine.
-        coordinator_bind_address=environment[COORDINATOR],
-        num_processes=int(environment[NUM_PROCESSES]),
-        process_id=int(environment[PROCESS_ID]),
-    )
+    if place.process_id == 0 and place.engine != cluster.LAUNCHER:
+        print(f"jaxdist: {place}", file=sys.stderr)
+    meeting.join(place)
     sys.excepthook = _fail_at_once
+    _compare_and_meet(num_devices)
+
+
+def _compare_and_meet(num_devices: int | None) -> None:
+    fingerprint.compare("start", fingerprint.of_start(num_devices))
+    local = jax.local_devices()
+    fingerprint.compare("devices", {"devices": num_devices or len(local), "kind of device": local[0].device_kind})
     _meet()
 
 
 def leave(exit_status: int) -> NoReturn:
-    """End this process; in a job of several, a failed one ends at once.
+    """End this process; one of several that has failed does not wait for the others, or not for long.
 
-    Python's own way out would wait for the others, up to five minutes, in JAX's shutdown: they wait for this process in
-    a collective, and its message would reach nobody.
+    Python's own way out would wait for them, up to five minutes, in JAX's shutdown: they may wait for this process in
+    a collective, and its message would reach nobody. Where all leave for the same reason, they part in good order.
     """
-    if in_job() and exit_status:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(exit_status)
-    sys.exit(exit_status)
+    if exit_status in (0, EXIT_RETRY) or not jax.distributed.is_initialized():
+        sys.exit(exit_status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if exit_status == UserError.exit_status:
+        timer = threading.Timer(_LEAVE_SECONDS, os._exit, [exit_status])
+        timer.daemon = True
+        timer.start()
+        jax.distributed.shutdown()
+    os._exit(exit_status)
 
 
 def _fail_at_once(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
