@@ -1,7 +1,7 @@
 """All processes of a job must run the same: compared at the start, where a difference can still be named.
 
 Later it would show as a hang in a collective, or not at all. The facts travel through the coordinator's store, since
-collectives need what is being compared. Process 0 collects and compares, so that each of N processes says its facts once.
+collectives need what is being compared. Process 0 collects and compares: each of N processes says its facts once.
 """
 
 import collections
