@@ -83,12 +83,12 @@ def find() -> Place | None:
 def _stated(environment: Mapping[str, str], engine: type[clusters.ClusterEnv] | None) -> Place:
     """Return the place that the JAX_ variables state; an engine may number the processes instead."""
     count, number = environment.get(JAX_PROCESSES), environment.get(JAX_ID)
-    name = "JAX_COORDINATOR_ADDRESS"
-    if count is None and number is None and engine is not None:
-        count, number, name = str(engine.get_process_count()), str(engine.get_process_id()), _name(engine)
+    name = JAX_ADDRESS
     for tasks, count_name, number_name in _TASKS:
         if count is None and number is None and count_name in environment and number_name in environment:
             count, number, name = environment[count_name], environment[number_name], tasks
+    if count is None and number is None and engine is not None:
+        count, number, name = str(engine.get_process_count()), str(engine.get_process_id()), _name(engine)
     missing = [name for name, value in ((JAX_PROCESSES, count), (JAX_ID, number)) if value is None]
     if count is None or number is None:
         raise UserError(
@@ -101,10 +101,16 @@ def _stated(environment: Mapping[str, str], engine: type[clusters.ClusterEnv] | 
 def _detected(engine: type[clusters.ClusterEnv] | None) -> Place | None:
     if engine is None:
         return None
-    count = engine.get_process_count()
-    if count == 1:
-        return None
-    address = engine.get_coordinator_address(_FIND_SECONDS, os.environ.get(PORT))
+    try:
+        count = engine.get_process_count()
+        if count == 1:
+            return None
+        address = engine.get_coordinator_address(_FIND_SECONDS, os.environ.get(PORT))
+    except (RuntimeError, OSError, KeyError) as error:
+        raise UserError(
+            f"This process belongs to a job of {_name(engine)}, but JAX cannot tell where the others meet: {error} Set "
+            f"{JAX_ADDRESS} to HOST:PORT of process 0, the same for all."
+        ) from error
     place = _place(_name(engine), address, str(count), str(engine.get_process_id()))
     number = None if cloud_tpu_init.running_in_cloud_tpu_vm else engine.get_local_process_id()
     return dataclasses.replace(place, local_device_ids=None if number is None else (number,))

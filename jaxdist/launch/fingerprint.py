@@ -95,11 +95,8 @@ def of_start(num_devices: int | None) -> dict[str, Any]:
 def of_experiment(path: str | os.PathLike[str], config: Any) -> dict[str, Any]:
     """Return what an experiment is made of: its settings, one by one, and the code beside its file that was loaded."""
     folder = pathlib.Path(path).resolve().parent
-    files = {pathlib.Path(path).resolve()} | {
-        pathlib.Path(module.__file__).resolve()
-        for module in [*sys.modules.values()]
-        if getattr(module, "__file__", None)
-    }
+    loaded: list[str] = [file for module in [*sys.modules.values()] if (file := getattr(module, "__file__", None))]
+    files = {pathlib.Path(file).resolve() for file in (path, *loaded)}
     beside = sorted(file for file in files if file.is_relative_to(folder) and "site-packages" not in file.parts)
     hashes = {f"file {file.relative_to(folder)}": _hash(file) for file in beside if file.suffix == ".py"}
     return {f"setting {name}": value for name, value in _flat("", config).items()} | hashes
