@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxdist.config import Experiment
     from jaxdist.record import RunRecord
+    from jaxdist.signals import StopRequest
 
 EXIT_OK, EXIT_FAILED, EXIT_USER = 0, 1, 2
 PARAMETER_SERVER = "parameter-server"
@@ -123,6 +124,7 @@ def _positive(text: str) -> int:
 
 def train_command(options: argparse.Namespace) -> int:
     """Train in this process, or start the processes that do."""
+    from jaxdist import signals
     from jaxdist.errors import UserError
     from jaxdist.launch import cluster, runtime
 
@@ -133,7 +135,9 @@ def train_command(options: argparse.Namespace) -> int:
         if place is not None:
             raise UserError(f"--processes starts a job, and this process belongs to one: {place}. Leave it out.")
         return _start_processes(options)
-    return _train_here(options, runtime.start(options.devices))
+    # From the start: a signal that comes while the processes connect is not lost either.
+    with signals.stop_on_signal() as request:
+        return _train_here(options, runtime.start(options.devices), request)
 
 
 def _train_by_server(options: argparse.Namespace) -> int:
@@ -167,21 +171,30 @@ def _train_by_server(options: argparse.Namespace) -> int:
 
 def _start_processes(options: argparse.Namespace) -> int:
     """Start the processes of a job; the run directory is chosen here, so that all of them have the same."""
-    from jaxdist import train
+    from jaxdist.launch import nursery
 
-    experiment = load(options)
-    run_dir = options.run_dir or train.default_run_dir(experiment.name, resume=options.resume)
-    return train.supervise(
-        experiment, [*options.arguments, "--run-dir", str(run_dir)], run_dir=run_dir, num_processes=options.processes
-    )
+    # It imports what the processes need while this one finds out whether they are to be started at all.
+    with nursery.Nursery(["jaxdist.train", "jaxdist.launch.agreement"], experiment=options.experiment) as nest:
+        from jaxdist import train
+
+        experiment = load(options)
+        run_dir = options.run_dir or train.default_run_dir(experiment.name, resume=options.resume)
+        return train.supervise(
+            experiment,
+            [*options.arguments, "--run-dir", str(run_dir)],
+            run_dir=run_dir,
+            num_processes=options.processes,
+            nest=nest,
+        )
 
 
-def _train_here(options: argparse.Namespace, devices: Sequence[Any]) -> int:
-    from jaxdist import signals, train
+def _train_here(options: argparse.Namespace, devices: Sequence[Any], request: "StopRequest") -> int:
+    from jaxdist import recovery, train
     from jaxdist.launch import agreement, runtime
 
-    with signals.stop_on_signal() as request, record_alone_on_stdout(options):
+    with record_alone_on_stdout(options):
         experiment, run_dir, resume = _agree(options)
+        is_over = recovery.deadline(experiment.recovery)
         made = train.train(
             experiment,
             train.RunOptions(
@@ -189,7 +202,7 @@ def _train_here(options: argparse.Namespace, devices: Sequence[Any]) -> int:
                 resume=resume,
                 silent=options.json,
                 command=options.command,
-                stop_requested=agreement.agreed_stop(lambda: bool(request)),
+                stop_requested=agreement.agreed_stop(lambda: bool(request) or is_over()),
             ),
             devices=devices,
         )

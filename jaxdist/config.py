@@ -117,6 +117,8 @@ class Recovery:
       max_fruitless: attempts in a row without a step that lasts, after which a supervised job has failed.
       min_processes: a supervised job that fails again and again goes on with fewer processes, down to this number;
         None never lowers it.
+      deadline_seconds: after so many seconds, restarts included, the run stops as if by SIGTERM: saved, "preempted",
+        exit status 75; None sets none.
     """
 
     snapshot_every: int = 1
@@ -125,6 +127,7 @@ class Recovery:
     ledger: bool = False
     max_fruitless: int = 3
     min_processes: int | None = None
+    deadline_seconds: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

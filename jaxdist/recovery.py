@@ -4,6 +4,7 @@ The supervisor (`launch.supervisor`) starts the processes and keeps the memory; 
 """
 
 import contextlib
+import math
 import os
 import pathlib
 import shutil
@@ -16,16 +17,23 @@ import jax
 
 from jaxdist import checkpoint, ledger, snapshot
 from jaxdist.config import Recovery
-from jaxdist.launch import board, supervisor, watchdog
+from jaxdist.launch import supervisor, watchdog
 from jaxdist.loop import Hook, StepInfo
 from jaxdist.step import NONFINITE_LEAF
 
 BOARD_NAME = "board"
+STOPPED_MARGIN_SECONDS = 5.0
+"""The processes see first that one of them is stopped, and say more about it than the supervisor can."""
 
 
 def policy(settings: Recovery) -> supervisor.Policy:
     """Return the supervisor's policy."""
-    return supervisor.Policy(max_fruitless=settings.max_fruitless, min_processes=settings.min_processes)
+    return supervisor.Policy(
+        max_fruitless=settings.max_fruitless,
+        min_processes=settings.min_processes,
+        deadline_seconds=settings.deadline_seconds,
+        stopped_seconds=settings.hang_seconds + STOPPED_MARGIN_SECONDS,
+    )
 
 
 def memory(environment: Mapping[str, str] = os.environ) -> pathlib.Path | None:
@@ -37,6 +45,16 @@ def seconds_since_failure(environment: Mapping[str, str] = os.environ) -> float:
     """Return how long ago the attempt before this one failed, 0 for the first."""
     failed_at = environment.get(supervisor.FAILED_AT)
     return 0.0 if failed_at is None else max(0.0, time.time() - float(failed_at))
+
+
+def deadline(settings: Recovery, environment: Mapping[str, str] = os.environ) -> Callable[[], bool]:
+    """Return the function that says whether the time the job was given is over.
+
+    The supervisor knows when the job began; a process that has none above it takes its own beginning, which is now.
+    """
+    given = math.inf if settings.deadline_seconds is None else time.time() + settings.deadline_seconds
+    end = float(environment.get(supervisor.DEADLINE, given))
+    return lambda: time.time() >= end
 
 
 def open_snapshots(settings: Recovery, identity: str, template: Any) -> snapshot.Snapshots | None:
@@ -104,8 +122,7 @@ def watched(
     directory = memory() or run_dir / BOARD_NAME
     process = jax.process_index()
     return watchdog.Watchdog(
-        board.Writer(directory, process),
-        lambda number: board.read(directory, number),
+        directory,
         process=process,
         num_processes=jax.process_count(),
         where=where,

@@ -10,7 +10,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import IO, Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -33,7 +33,7 @@ from jaxdist import (
 )
 from jaxdist.config import ConfigError, Experiment
 from jaxdist.data import Position
-from jaxdist.launch import agreement, runtime, supervisor, watchdog
+from jaxdist.launch import agreement, local, nursery, runtime, supervisor, watchdog
 from jaxdist.state import TrainState
 
 CHECKPOINTS_NAME = "checkpoints"
@@ -113,6 +113,7 @@ def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.
     Raises:
       UserError: settings that cannot work, a run directory that cannot be used, a checkpoint that is damaged.
     """
+    run: _Run | None = None
     with contextlib.ExitStack() as stack:
         with errors.as_user_error():
             training.check_experiment(experiment)
@@ -122,29 +123,55 @@ def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.
             if runtime.is_alone() and runtime.is_first():
                 # Not before the checks: what is refused leaves no trace. A supervisor holds the lock for its processes.
                 stack.enter_context(lock.locked(options.run_dir, purpose=options.command))
-            if jax.process_count() > 1:
-                # Process 0 writes to the directory next; by then the others must have looked at it.
-                multihost_utils.sync_global_devices("the run directory is checked")
             stopwatch = record.Stopwatch(earlier.time_seconds if earlier else None)
             stopwatch.add("restart", recovery.seconds_since_failure())
-            checkpointer = stack.enter_context(contextlib.closing(_make_checkpointer(experiment, options.run_dir)))
-            snapshots = recovery.open_snapshots(
-                experiment.recovery, training.identity(experiment), parts.abstract_state()
+            dog = stack.enter_context(
+                recovery.watched(
+                    experiment.recovery,
+                    options.run_dir,
+                    where=lambda: (run.start.progress.step if run else 0, stopwatch.phase),
+                    on_hang=lambda verdict: run.record_hang() if run else None,
+                )
             )
+            with stopwatch.account("restart"):
+                if jax.process_count() > 1:
+                    # Process 0 writes to the directory next; by then the others must have looked at it.
+                    multihost_utils.sync_global_devices("the run directory is checked")
+                checkpointer = stack.enter_context(contextlib.closing(_make_checkpointer(experiment, options.run_dir)))
+                snapshots = recovery.open_snapshots(
+                    experiment.recovery, training.identity(experiment), parts.abstract_state()
+                )
             if snapshots:
                 stack.enter_context(contextlib.closing(snapshots))
             start = _start(parts, checkpointer, snapshots, stopwatch, resume=options.resume)
             run = _Run(parts, options, checkpointer, snapshots, stopwatch, start, earlier)
-        return run.execute(stop_rule)
+        dog.report()
+        return run.execute(stop_rule, dog)
 
 
-def supervise(experiment: Experiment, arguments: Sequence[str], *, run_dir: pathlib.Path, num_processes: int) -> int:
-    """Run the command line `arguments` in `num_processes` supervised processes; return the exit status."""
+def supervise(
+    experiment: Experiment,
+    arguments: Sequence[str],
+    *,
+    run_dir: pathlib.Path,
+    num_processes: int,
+    nest: nursery.Nursery | None = None,
+) -> int:
+    """Run the command line `arguments` in `num_processes` supervised processes; return the exit status.
+
+    The processes come from the nursery `nest` where there is one and it can, and are started afresh else.
+    """
+
+    def start(command: Sequence[str], environment: Mapping[str, str], output: IO[bytes] | None) -> local.Process:
+        child = nest.start(command, environment, output) if nest else None
+        return child or local.start(command, environment, output)
+
     with contextlib.closing(_make_checkpointer(experiment, run_dir)) as checkpointer:
         job = supervisor.Job(
             command=[sys.executable, "-m", "jaxdist.cli", *arguments],
             run_dir=run_dir,
             saved_step=lambda memory: recovery.saved_step(memory, checkpointer, training.identity(experiment)),
+            start=start,
         )
         return supervisor.run(job, num_processes=num_processes, policy=recovery.policy(experiment.recovery))
 
@@ -229,10 +256,10 @@ class _Run:
             after=[self._record_checkpoint],
         )
 
-    def execute(self, stop_rule: stop.StopRule) -> record.RunRecord:
+    def execute(self, stop_rule: stop.StopRule, dog: watchdog.Watchdog) -> record.RunRecord:
         """Train, evaluate once more if need be, save, and write the record; of an error, too, before it is raised."""
         try:
-            return self._train(stop_rule)
+            return self._train(stop_rule, dog)
         except Exception as error:
             with contextlib.suppress(OSError):  # on a full disk, say: what happened first is what the user is told
                 self.write_record("error", self.start.progress)
@@ -244,11 +271,10 @@ class _Run:
                 raise errors.RunFailedError(str(error)) from error
             raise
 
-    def _train(self, stop_rule: stop.StopRule) -> record.RunRecord:
+    def _train(self, stop_rule: stop.StopRule, dog: watchdog.Watchdog) -> record.RunRecord:
         with contextlib.ExitStack() as stack:
             for writer in self.writers:
                 stack.callback(writer.close)
-            dog = stack.enter_context(self._make_watchdog())
             ledger_hooks = stack.enter_context(self._make_ledger())
             display = stack.enter_context(self._make_display())
             result = loop.fit(
@@ -288,14 +314,9 @@ class _Run:
                 warnings.warn(str(recompile), RecompileWarning, stacklevel=1)
         return outputs
 
-    def _make_watchdog(self) -> watchdog.Watchdog:
-        now = self.start.progress
-        return recovery.watched(
-            self.experiment.recovery,
-            self.options.run_dir,
-            where=lambda: (now.step, self.stopwatch.phase),
-            on_hang=lambda verdict: self.make_record("hang", now).write(self.options.run_dir),
-        )
+    def record_hang(self) -> None:
+        """Write down that the run hangs; from the watchdog's thread, while the main one is stuck."""
+        self.make_record("hang", self.start.progress).write(self.options.run_dir)
 
     def _make_ledger(self) -> contextlib.AbstractContextManager[list[loop.Hook]]:
         settings, start = self.experiment.recovery, self.start

@@ -45,3 +45,24 @@ def test_the_second_signal_leaves_at_once(first, second):
     )
     assert done.stdout == f"noted {first}\n"
     assert done.returncode == 128 + numbers["second"]
+
+
+STUCK = """
+import ctypes
+from jaxdist import signals
+library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+with signals.stop_on_signal():
+    library.pthread_mutex_lock(mutex)
+    print("ready", flush=True)
+    library.pthread_mutex_lock(mutex)  # never returns, and no signal interrupts it: as in a collective
+"""
+
+
+def test_both_signals_are_heard_in_native_code_that_never_returns():
+    with subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as stuck:
+        assert stuck.stdout.readline() == b"ready\n"
+        stuck.terminate()
+        assert stuck.stderr.readline() == b"\n"
+        assert stuck.stderr.readline().startswith(b"SIGTERM: saving")
+        stuck.terminate()
+        assert stuck.wait(timeout=60) == 128 + signal.SIGTERM

@@ -4,11 +4,16 @@ A process stuck in a collective cannot be asked, and one that is stopped cannot 
 read by anyone. On one machine the directory is in memory; on several it must be one they all see.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
+import tempfile
+import time
+from typing import Any
 
+_VERDICT = "verdict.json"
 _SIZE = 256
 """Bytes of a record, padded with spaces: it is written by one call, over the one before."""
 
@@ -21,11 +26,13 @@ class Report:
       step: number of finished steps.
       phase: an account of the stopwatch: input, compute, checkpoint, eval, compile, restart, other; or "done".
       beat: counts the reports, so that one who says the same twice differs from one who says nothing.
+      time: when, in seconds since 1970 by the clock of its machine; for people, since machines differ.
     """
 
     step: int
     phase: str
     beat: int
+    time: float = 0.0
 
 
 class Writer:
@@ -39,7 +46,7 @@ class Writer:
     def write(self, step: int, phase: str) -> None:
         """Replace the last report."""
         self._beat += 1
-        text = json.dumps(dataclasses.asdict(Report(step, phase, self._beat)))
+        text = json.dumps(dataclasses.asdict(Report(step, phase, self._beat, time.time())))
         os.pwrite(self._file, text.ljust(_SIZE - 1).encode() + b"\n", 0)
 
     def close(self) -> None:
@@ -55,9 +62,28 @@ def read(directory: pathlib.Path, process: int) -> Report | None:
         return None
 
 
+def publish(directory: pathlib.Path, verdict: dict[str, Any]) -> None:
+    """Hang up a verdict for all to read, unless another is there: the first counts."""
+    with tempfile.NamedTemporaryFile("w", dir=directory, prefix=_VERDICT) as file:
+        file.write(json.dumps(verdict))
+        file.flush()
+        # A link appears whole and fails where the name is taken; a rename would replace what others have read.
+        with contextlib.suppress(FileExistsError):
+            os.link(file.name, directory / _VERDICT)
+
+
+def published(directory: pathlib.Path, *, since: float) -> dict[str, Any] | None:
+    """Return the verdict that hangs there, None without one; one older than `since` is of an earlier attempt."""
+    path = directory / _VERDICT
+    try:
+        return json.loads(path.read_bytes()) if path.stat().st_mtime >= since else None
+    except FileNotFoundError:
+        return None
+
+
 def clear(directory: pathlib.Path) -> None:
     """Forget all reports: those of the processes of an earlier attempt say nothing about the next."""
-    for path in directory.glob("process-*.report"):
+    for path in [*directory.glob("process-*.report"), *directory.glob(f"{_VERDICT}*")]:
         path.unlink()
 
 

@@ -24,6 +24,8 @@ from jaxdist.launch import board, supervisor
 Kind = Literal["kill", "stop", "starve"]
 
 _POLL_SECONDS = 0.002
+_STAGES = ("detect", "restart", "restore", "compile")
+_NUM_STAGES = len(_STAGES) - 1
 _EARLY_SHARE = 0.25
 _EARLY_SECONDS = 6.0
 
@@ -46,13 +48,35 @@ class Strike:
     early_seconds: float | None = None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lost:
+    """Where the seconds went from a strike to the next step that had not been made before.
+
+    Attributes:
+      detect: until the next attempt was started; with it the attempts in between, should one have failed.
+      restart: until all its processes had joined and built what they train.
+      restore: until all had their state.
+      compile: until the step was made: with compiled programs, from the cache for the most part, and after the step or
+        two that had to be made again.
+    """
+
+    detect: float
+    restart: float
+    restore: float
+    compile: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.detect + self.restart + self.restore + self.compile
+
+
 @dataclasses.dataclass(frozen=True)
 class Hit:
-    """A strike that was delivered, and how long until a step was made that had not been made before it, in seconds."""
+    """A strike that was delivered, and what it cost."""
 
     strike: Strike
-    detected_seconds: float
-    lost_seconds: float
+    lost: Lost
 
 
 def plan(
@@ -116,12 +140,10 @@ class Striker:
             before = _highest_step(attempt)
             if not _deliver(strike, attempt["process_ids"][strike.process]):
                 continue
-            struck = time.time()
-            after = self._await_recovery(attempt["attempt"], before)
-            if after is None:
+            lost = self._await_recovery(time.time(), attempt["attempt"], before)
+            if lost is None:
                 return
-            ended = next(e for e in self._events("end") if e["attempt"] == attempt["attempt"])
-            self.hits.append(Hit(strike, max(0.0, ended["time"] - struck), after - struck))
+            self.hits.append(Hit(strike, lost))
 
     def _await_moment(self, strike: Strike) -> dict[str, Any] | None:
         """Return the attempt that is running when the strike is due, None when the job is over before."""
@@ -137,12 +159,20 @@ class Striker:
                 return attempt
         return None
 
-    def _await_recovery(self, struck: int, before: int) -> float | None:
-        """Return when a later attempt has made a step beyond `before`; None when the job is over before."""
+    def _await_recovery(self, struck: float, attempt: int, before: int) -> Lost | None:
+        """Return what it took until a later attempt made a step beyond `before`; None when the job is over before."""
+        passed: list[float] = []
         while not self._over.wait(_POLL_SECONDS):
-            attempt = self._attempt()
-            if attempt is not None and attempt["attempt"] > struck and _highest_step(attempt) > before:
-                return time.time()
+            running = self._attempt()
+            if running is None or running["attempt"] == attempt:
+                continue
+            if not passed or passed[0] != running["time"]:
+                passed = [running["time"]]
+            now, reports = time.time(), _reports(running)
+            stage = _stage(reports, before)
+            passed += [now] * (stage + 1 - len(passed))
+            if stage == _NUM_STAGES:
+                return Lost(**dict(zip(_STAGES, map(float.__sub__, passed, [struck, *passed]))))
         return None
 
     def _attempt(self) -> dict[str, Any] | None:
@@ -150,13 +180,22 @@ class Striker:
         events = supervisor.read_events(self._run_dir)
         return events[-1] if events and events[-1]["event"] == "start" else None
 
-    def _events(self, kind: str) -> list[dict[str, Any]]:
-        return [event for event in supervisor.read_events(self._run_dir) if event["event"] == kind]
+
+def _reports(attempt: dict[str, Any]) -> list[board.Report | None]:
+    return [board.read(pathlib.Path(attempt["memory"]), number) for number in range(len(attempt["process_ids"]))]
 
 
 def _highest_step(attempt: dict[str, Any]) -> int:
-    reports = [board.read(pathlib.Path(attempt["memory"]), n) for n in range(len(attempt["process_ids"]))]
-    return max((report.step for report in reports if report is not None), default=0)
+    return max((report.step for report in _reports(attempt) if report is not None), default=0)
+
+
+def _stage(reports: Sequence[board.Report | None], before: int) -> int:
+    """Return how many of the stages after the first an attempt has behind it; see Lost."""
+    if any(report is None for report in reports):
+        return 0
+    if any(report.step > before for report in reports if report):
+        return 3
+    return 1 if any(report.phase == "restart" for report in reports if report) else 2
 
 
 def _deliver(strike: Strike, process_id: int) -> bool:
@@ -200,7 +239,6 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Return what `--json` prints."""
-        lost = [hit.lost_seconds for hit in self.hits]
         return {
             "identical": self.identical,
             "params_sha256": {"undisturbed": self.peace[0], "disturbed": self.fire[0]},
@@ -209,19 +247,20 @@ class Report:
             "planned": self.planned,
             "strikes": {kind: sum(h.strike.kind == kind for h in self.hits) for kind in ("kill", "stop", "starve")},
             "restarts": self.restarts,
-            "detect_seconds": _summary([hit.detected_seconds for hit in self.hits]),
-            "lost_seconds": _summary(lost),
+            "lost_seconds": _summary([hit.lost.total for hit in self.hits]),
+            "split_seconds": {stage: _summary([getattr(hit.lost, stage) for hit in self.hits]) for stage in _STAGES},
         }
 
     def __str__(self) -> str:
         content = self.to_json()
-        strikes, lost, detect = content["strikes"], content["lost_seconds"], content["detect_seconds"]
+        strikes, lost, split = content["strikes"], content["lost_seconds"], content["split_seconds"]
+        stages = ", ".join(f"{stage} {seconds['p50']:.1f}" for stage, seconds in split.items())
         lines = [
             f"strikes     {strikes['kill']} kills, {strikes['stop']} stops, {strikes['starve']} starved of disk "
             f"({len(self.hits)} of {self.planned} planned)",
             f"restarts    {self.restarts}",
-            f"seconds     p50 {lost['p50']:.1f}, max {lost['max']:.1f} from a strike to the next new step "
-            f"(noticed after p50 {detect['p50']:.1f}, max {detect['max']:.1f})",
+            f"seconds     p50 {lost['p50']:.1f}, max {lost['max']:.1f} from a strike to the next new step",
+            f"of these    p50 {stages}",
             f"steps       {self.peace[1]} undisturbed, {self.fire[1]} disturbed",
             f"params      {self.peace[0]} undisturbed",
             f"            {self.fire[0]} disturbed",

@@ -14,9 +14,9 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
-from typing import IO
+from typing import IO, Any, Protocol, TypeAlias
 
 from jaxdist.launch import runtime
 from jaxdist.signals import EXIT_RETRY
@@ -27,6 +27,72 @@ ORDERLY_SECONDS = 15.0
 """How long the others may take to end once one process has ended with EXIT_RETRY."""
 LOG_TAIL_LINES = 40
 _LOOK_SECONDS = 0.5
+
+
+class Process(Protocol):
+    """A process of a job, as `subprocess.Popen` makes them."""
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
+
+    @property
+    def returncode(self) -> int | None:
+        """Its exit status, minus the signal that killed it; None until `poll` or `wait` has seen its end."""
+
+    def poll(self) -> int | None:
+        """Return its exit status, None while it runs."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Return its exit status once it has ended; raises subprocess.TimeoutExpired."""
+
+    def send_signal(self, sig: int, /) -> None:
+        """Send a signal, unless it has ended."""
+
+    def terminate(self) -> None:
+        """Send SIGTERM."""
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+
+
+def start(command: Sequence[str], environment: Mapping[str, str], output: IO[bytes] | None) -> Process:
+    """Start a process in a session of its own; without `output` it shares this one's."""
+    errors = None if output is None else subprocess.STDOUT
+    return subprocess.Popen(command, env=environment, stdout=output, stderr=errors, start_new_session=True)
+
+
+Start: TypeAlias = Callable[[Sequence[str], Mapping[str, str], IO[bytes] | None], Process]
+
+
+class Signals:
+    """Passes SIGINT, SIGTERM and SIGUSR1 on to the processes of a job, each as often as it comes, while it is entered.
+
+    Attributes:
+      received: those that came.
+      processes: those that get them.
+    """
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self.processes: Sequence[Process] = ()
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Signals":
+        if threading.current_thread() is threading.main_thread():
+            numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+            self._before = {number: signal.signal(number, self._forward) for number in numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _forward(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        self.received.append(number)
+        for process in self.processes:
+            process.send_signal(number)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +121,9 @@ def run_job(
     show_first: bool = False,
     timeout_seconds: float | None = None,
     started: Callable[[Sequence[int]], None] = lambda process_ids: None,
+    start: Start = start,
+    signals: Signals | None = None,
+    grace_seconds: float = GRACE_SECONDS,
 ) -> JobResult:
     """Run `command` in `num_processes` processes and wait for all of them.
 
@@ -69,6 +138,9 @@ def run_job(
       show_first: process 0 writes to this process's standard output and error instead of its log.
       timeout_seconds: the job is ended when it takes longer.
       started: called with the process ids once all have started.
+      start: starts one.
+      signals: passes on the signals; None does so while the job runs.
+      grace_seconds: how long a process may take to end once it is asked to, before it is made to.
 
     Returns:
       The exit status: 0 if all processes ended with 0, else that of the first that failed (128 + signal when killed).
@@ -77,23 +149,26 @@ def run_job(
     log_dir.mkdir(parents=True, exist_ok=True)
     shared = {**os.environ, **(environment or {}), runtime.NUM_PROCESSES: str(num_processes)}
     shared[runtime.PARENT_ID] = str(os.getpid())
+    processes: list[Process] = []
     with ExitStack() as stack:
         shared[runtime.COORDINATOR] = f"{LOOPBACK}:{stack.enter_context(reserved_port())}"
-        processes: list[subprocess.Popen[bytes]] = []
-        stack.callback(_end, processes)
+        passed_on = stack.enter_context(Signals()) if signals is None else signals
+        stack.callback(_end, processes, grace_seconds)
+        passed_on.processes = processes
         for number in range(num_processes):
             output = None
             if number or not show_first:
                 output = stack.enter_context(open(log_path(log_dir, number), "wb"))
-            processes.append(_start(command, {**shared, runtime.PROCESS_ID: str(number)}, output))
+            processes.append(start(command, {**shared, runtime.PROCESS_ID: str(number)}, output))
+        if passed_on.received:  # the processes that started after it have not heard of it
+            return JobResult(EXIT_RETRY, asked_to_stop=True)
         started([process.pid for process in processes])
-        with _forwarding_signals(processes) as forwarded:
-            failed = _wait(processes, timeout_seconds)
-        _end(processes)
-    asked = bool(forwarded)
+        failed = _wait(processes, timeout_seconds)
+    asked = bool(passed_on.received)
     if failed is None:
         return JobResult(EXIT_RETRY if any(process.returncode for process in processes) else 0, asked_to_stop=asked)
     status = processes[failed].returncode
+    assert status is not None
     return JobResult(128 - status if status < 0 else status, failed, _tail(log_path(log_dir, failed)), asked)
 
 
@@ -115,17 +190,12 @@ def reserved_port() -> Iterator[int]:
         yield held.getsockname()[1]
 
 
-def _start(command: Sequence[str], environment: Mapping[str, str], output: IO[bytes] | None) -> subprocess.Popen[bytes]:
-    errors = None if output is None else subprocess.STDOUT
-    return subprocess.Popen(command, env=environment, stdout=output, stderr=errors, start_new_session=True)
-
-
-def _wait(processes: Sequence[subprocess.Popen[bytes]], timeout_seconds: float | None) -> int | None:
+def _wait(processes: Sequence[Process], timeout_seconds: float | None) -> int | None:
     """Return the number of the first process that failed, None when all have ended well, or some and time is up."""
     ended: dict[int, int] = {}
     change = threading.Condition()
 
-    def watch(number: int, process: subprocess.Popen[bytes]) -> None:
+    def watch(number: int, process: Process) -> None:
         status = process.wait()
         with change:
             ended[number] = status
@@ -154,21 +224,33 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], timeout_seconds: float |
             change.wait(None if left == math.inf else left)
 
 
-def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Ask what still runs to end, and after a while make it."""
+def _end(processes: Sequence[Process], grace_seconds: float) -> None:
+    """Ask what still runs to end, and after a while make it; and what they have started and left behind."""
     running = [process for process in processes if process.poll() is None]
     for process in running:
         if is_stopped(process.pid):
             process.kill()
         else:
             process.terminate()
-    deadline = time.monotonic() + GRACE_SECONDS
+    deadline = time.monotonic() + grace_seconds
     for process in running:
         try:
             process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+    for process in processes:
+        _end_group(process.pid)
+
+
+def _end_group(process_id: int) -> None:
+    """Kill what is left of the group that a process led: its data workers, say, when it was killed itself."""
+    with suppress(ProcessLookupError):
+        os.killpg(process_id, signal.SIGKILL)
+    # Where this process adopts orphans (see `nursery`) it has to see them off, too.
+    with suppress(ChildProcessError):
+        while os.waitid(os.P_PGID, process_id, os.WEXITED) is not None:
+            pass
 
 
 def is_stopped(process_id: int) -> bool:
@@ -179,29 +261,6 @@ def is_stopped(process_id: int) -> bool:
         return False
     # The name in parentheses may hold anything; the state is the first field after it.
     return status.rpartition(")")[2].split()[0] == "T"
-
-
-@contextmanager
-def _forwarding_signals(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
-    """Pass on SIGINT, SIGTERM and SIGUSR1, each as often as it comes; yields the list of those that came."""
-    forwarded: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield forwarded
-        return
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        del frame
-        forwarded.append(number)
-        for process in processes:
-            process.send_signal(number)
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    before = {number: signal.signal(number, forward) for number in numbers}
-    try:
-        yield forwarded
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _tail(path: pathlib.Path) -> str:

@@ -8,28 +8,37 @@ on how many processes is a pure function of the attempts so far; see `decide`.
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jaxdist import lock, record
 from jaxdist.launch import board, local
+from jaxdist.signals import EXIT_RETRY
 
 MEMORY = "JAXDIST_MEMORY"
 """Environment variable: the directory in memory for snapshots and reports."""
 FAILED_AT = "JAXDIST_FAILED_AT"
 """Environment variable: when the attempt before failed, in seconds since 1970."""
 
+DEADLINE = "JAXDIST_DEADLINE"
+"""Environment variable: when the job is to stop, in seconds since 1970."""
+
 EVENTS_NAME = "restarts.jsonl"
 _MEMORY_ROOT = pathlib.Path("/dev/shm")
 _PREFIX = "jaxdist-"
 _EXIT_USER = 2
+_LOOK_SECONDS = 0.1
+_STOPPED_LOOK_SECONDS = 0.5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +58,8 @@ class Policy:
     first_delay_seconds: float = 1.0
     longest_delay_seconds: float = 60.0
     min_processes: int | None = None
+    deadline_seconds: float | None = None
+    stopped_seconds: float = math.inf
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +69,7 @@ class Attempt:
     Attributes:
       num_processes: it ran on.
       exit_status: of the job.
-      asked_to_stop: whether the supervisor was told to end it.
+      asked_to_stop: whether the supervisor was told to end it, or its time was over.
       end_reason: what the run record says; None where the attempt ended without saying.
       saved_step: the newest step that survives, in memory or on disk.
     """
@@ -132,6 +143,7 @@ def supervise(
     say: Callable[[str], None],
     start_step: int = 0,
     sleep: Callable[[float], None] = time.sleep,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> int:
     """Make attempts until `decide` ends it; return the exit status.
 
@@ -141,7 +153,8 @@ def supervise(
       policy: see Policy.
       say: shows a line to the user.
       start_step: the newest saved step before the first attempt.
-      sleep: waits for so many seconds.
+      sleep: waits for so many seconds, or until `stopped`.
+      stopped: whether the supervisor was asked to end; then no further attempt is made.
     """
     attempts: list[Attempt] = []
     while True:
@@ -157,6 +170,8 @@ def supervise(
         say(f"the job ended with status {last.exit_status}; going on from step {last.saved_step}{fewer}{pause}")
         num_processes = processes
         sleep(decision.delay_seconds)
+        if stopped():
+            return EXIT_RETRY
 
 
 @contextlib.contextmanager
@@ -207,12 +222,14 @@ class Job:
       run_dir: of the run; must not be in use by another job.
       saved_step: returns the newest step that survives, given the directory in memory.
       show_first: process 0 has the terminal; else all processes log to files.
+      start: starts a process.
     """
 
     command: Sequence[str]
     run_dir: pathlib.Path
     saved_step: Callable[[pathlib.Path], int]
     show_first: bool = True
+    start: local.Start = local.start
 
 
 def run(job: Job, *, num_processes: int, policy: Policy | None = None) -> int:
@@ -221,42 +238,133 @@ def run(job: Job, *, num_processes: int, policy: Policy | None = None) -> int:
     Raises:
       LockedError: another job works in the run directory.
     """
-    events = Events(job.run_dir)
-    with lock.locked(job.run_dir, purpose=shlex.join(job.command)), memory_directory() as memory:
-        start_step = job.saved_step(memory)
-
-        def attempt(number: int, processes: int) -> Attempt:
-            return _attempt(job, memory, events, number=number, num_processes=processes)
-
+    policy = policy or Policy()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(lock.locked(job.run_dir, purpose=shlex.join(job.command)))
+        memory = stack.enter_context(memory_directory())
+        attempts = _Attempts(job, policy, memory, stack.enter_context(local.Signals()))
         return supervise(
-            attempt, num_processes=num_processes, policy=policy or Policy(), say=_say, start_step=start_step
+            attempts.make,
+            num_processes=num_processes,
+            policy=policy,
+            say=_say,
+            start_step=job.saved_step(memory),
+            sleep=attempts.sleep,
+            stopped=attempts.stopped,
         )
 
 
-def _attempt(job: Job, memory: pathlib.Path, events: Events, *, number: int, num_processes: int) -> Attempt:
-    board.clear(memory)
-    environment = {MEMORY: str(memory)} | ({FAILED_AT: str(events.failed_at)} if events.failed_at else {})
-    resume = ["--resume"] if number and (job.run_dir / record.FILE_NAME).exists() else []
-    before = _changed_at(job.run_dir)
-    result = local.run_job(
-        [*job.command, *resume],
-        num_processes=num_processes,
-        log_dir=job.run_dir / "logs" / f"attempt-{number}",
-        environment=environment,
-        show_first=job.show_first,
-        started=lambda ids: events.note("start", attempt=number, process_ids=ids, memory=str(memory)),
-    )
-    if result.failed_process is not None and result.message:
-        _say(f"process {result.failed_process} failed first:\n{result.message}")
-    made = Attempt(
-        num_processes=num_processes,
-        exit_status=result.exit_status,
-        asked_to_stop=result.asked_to_stop,
-        end_reason=record.RunRecord.read(job.run_dir).end_reason if _changed_at(job.run_dir) != before else None,
-        saved_step=job.saved_step(memory),
-    )
-    events.note("end", attempt=number, status=made.exit_status, failed=result.failed_process, saved=made.saved_step)
-    return made
+class _Attempts:
+    """Makes the attempts of one job."""
+
+    def __init__(self, job: Job, policy: Policy, memory: pathlib.Path, signals: local.Signals):
+        self._job, self._policy, self._memory, self._signals = job, policy, memory, signals
+        self._events = Events(job.run_dir)
+        self._deadline = math.inf if policy.deadline_seconds is None else time.time() + policy.deadline_seconds
+
+    def stopped(self) -> bool:
+        """Return whether a signal came, or the time is over."""
+        return bool(self._signals.received) or time.time() >= self._deadline
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep, but no longer than until it is to stop: a signal's handler runs, but does not end time.sleep."""
+        end = time.monotonic() + seconds
+        while not self.stopped() and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, _LOOK_SECONDS))
+
+    def make(self, number: int, num_processes: int) -> Attempt:
+        """Run the job once, to its end."""
+        job, events = self._job, self._events
+        board.clear(self._memory)
+        before = _changed_at(job.run_dir)
+        resume = ["--resume"] if number and (job.run_dir / record.FILE_NAME).exists() else []
+        with _StoppedWatch(self._memory, self._policy.stopped_seconds) as watch:
+
+            def started(process_ids: Sequence[int]) -> None:
+                events.note("start", attempt=number, process_ids=process_ids, memory=str(self._memory))
+                watch.begin(process_ids)
+
+            result = local.run_job(
+                [*job.command, *resume],
+                num_processes=num_processes,
+                log_dir=job.run_dir / "logs" / f"attempt-{number}",
+                environment=self._environment(),
+                show_first=job.show_first,
+                started=started,
+                start=job.start,
+                signals=self._signals,
+                # In a collective they cannot hear; what they had to save is in memory, or on disk already.
+                grace_seconds=0.0,
+            )
+        if result.failed_process is not None and result.message:
+            _say(f"process {result.failed_process} failed first:\n{result.message}")
+        end_reason = record.RunRecord.read(job.run_dir).end_reason if _changed_at(job.run_dir) != before else None
+        made = Attempt(
+            num_processes=num_processes,
+            exit_status=_exit_status(result, self._signals),
+            asked_to_stop=result.asked_to_stop or (end_reason == "preempted" and self.stopped()),
+            end_reason=end_reason,
+            saved_step=job.saved_step(self._memory),
+        )
+        events.note("end", attempt=number, status=made.exit_status, failed=result.failed_process, saved=made.saved_step)
+        return made
+
+    def _environment(self) -> dict[str, str]:
+        environment = {MEMORY: str(self._memory)}
+        if self._events.failed_at:
+            environment[FAILED_AT] = str(self._events.failed_at)
+        if self._deadline < math.inf:
+            environment[DEADLINE] = str(self._deadline)
+        return environment
+
+
+class _StoppedWatch:
+    """The thread that kills a process of the job that has been stopped too long.
+
+    The watchdogs of the other processes notice it too, and sooner. But there may be no other, or all may be stopped, or
+    none may have come so far as to watch.
+    """
+
+    def __init__(self, memory: pathlib.Path, limit_seconds: float):
+        self._memory, self._limit_seconds = memory, limit_seconds
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> "_StoppedWatch":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self._thread:
+            self._thread.join()
+
+    def begin(self, process_ids: Sequence[int]) -> None:
+        """Watch these processes, children of this one, from now on."""
+        self._thread = threading.Thread(target=self._run, args=(process_ids,), name="jaxdist-stopped", daemon=True)
+        self._thread.start()
+
+    def _run(self, process_ids: Sequence[int]) -> None:
+        since: dict[int, float] = {}
+        while not self._over.wait(_STOPPED_LOOK_SECONDS):
+            now = time.monotonic()
+            for number, process_id in enumerate(process_ids):
+                if not local.is_stopped(process_id):
+                    since.pop(number, None)
+                elif now - since.setdefault(number, now) >= self._limit_seconds:
+                    self._end(number, process_id)
+
+    def _end(self, number: int, process_id: int) -> None:
+        report = board.read(self._memory, number)
+        where = f"in step {report.step + 1}, {report.phase}" if report else "before its first step"
+        _say(f"The job hangs: process {number} was stopped for {self._limit_seconds:.0f} s ({where}); it is killed.")
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process_id, signal.SIGKILL)
+
+
+def _exit_status(result: local.JobResult, signals: local.Signals) -> int:
+    """Return that of the job; of one that a single signal ended before it could listen, "retry": nothing was begun."""
+    unheard = len(signals.received) == 1 and result.exit_status == 128 + signals.received[0]
+    return EXIT_RETRY if unheard else result.exit_status
 
 
 def _changed_at(run_dir: pathlib.Path) -> int:

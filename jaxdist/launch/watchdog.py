@@ -1,13 +1,16 @@
 """The watchdog: notices that a job stands still, says who holds it up, and ends it so that it can be restarted.
 
 In SPMD training one stuck process stops all the others, silently, in the next collective. Each process therefore
-reports its step and phase on a board and reads the others' reports, from a thread of its own. All come to the same
-verdict, since it is a pure function of what stands on the board and for how long.
+reports its step and phase on a board and reads the others' reports, from a thread of its own. The
+verdict is a pure function of what stands on the board and for how long; the first to reach it hangs it up, and all show
+that one.
 """
 
+import contextlib
 import dataclasses
 import faulthandler
 import os
+import pathlib
 import sys
 import threading
 import time
@@ -50,12 +53,14 @@ class View:
       phase: the last phase.
       same_seconds: how long it has reported these.
       silent_seconds: how long ago its last report came.
+      heard: whether any report came; a process that still imports gives none.
     """
 
     step: int
     phase: str
     same_seconds: float
     silent_seconds: float
+    heard: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +76,8 @@ def judge(views: Mapping[int, View], limits: Limits, *, silence_seconds: float) 
     """Return the verdict on a job, None as long as any process may still be at work.
 
     The job hangs when every process that is not done has overstayed the limit of its phase. So a process that waits in
-    a step for another that compiles is no stall, however short the limit of a step.
+    a step for another that compiles is no stall, however short the limit of a step. It hangs, too, when one has given
+    no sign of life for `limits.hang_seconds`, whatever its phase: one that works reports, however slow the work.
 
     Args:
       views: by process number.
@@ -79,7 +85,10 @@ def judge(views: Mapping[int, View], limits: Limits, *, silence_seconds: float) 
       silence_seconds: a process that has not reported for this long does not answer: it is stopped, or its machine is.
     """
     active = {number: view for number, view in views.items() if view.phase != DONE}
-    if not active or any(view.same_seconds < limits.of(view.phase) for view in active.values()):
+    stopped = any(view.heard and view.silent_seconds >= limits.hang_seconds for view in active.values())
+    if not stopped and any(view.same_seconds < limits.of(view.phase) for view in active.values()):
+        return None
+    if not active:
         return None
     silent = [number for number, view in active.items() if view.silent_seconds >= silence_seconds]
     culprits = tuple(sorted(silent or _furthest_behind(active)))
@@ -141,7 +150,13 @@ class Observer:
         """Return what is known of each process now."""
         now = self._clock()
         return {
-            process: View(report.step, report.phase, now - self._new_since[process], now - self._heard_at[process])
+            process: View(
+                report.step,
+                report.phase,
+                now - self._new_since[process],
+                now - self._heard_at[process],
+                heard=report.beat > 0,
+            )
             for process, report in self._reports.items()
         }
 
@@ -150,8 +165,7 @@ class Watchdog:
     """The thread that reports for this process, reads what the others report, and acts on the verdict.
 
     Args:
-      writer: this process's reports.
-      read: returns the last report of a process.
+      directory: of the board.
       process: number of this process.
       num_processes: of the job.
       where: returns this process's step and phase; called from the thread.
@@ -162,8 +176,7 @@ class Watchdog:
 
     def __init__(
         self,
-        writer: board.Writer,
-        read: Callable[[int], board.Report | None],
+        directory: pathlib.Path,
         *,
         process: int,
         num_processes: int,
@@ -172,7 +185,9 @@ class Watchdog:
         on_hang: Callable[[Verdict], object] = lambda verdict: None,
         every_seconds: float | None = None,
     ):
-        self._writer, self._read, self._where = writer, read, where
+        self._directory, self._where = directory, where
+        self._writer = board.Writer(directory, process)
+        self._since = time.time()
         self._process, self._num_processes = process, num_processes
         self._limits, self._on_hang = limits, on_hang
         self._every_seconds = min(0.5, limits.hang_seconds / 10) if every_seconds is None else every_seconds
@@ -200,8 +215,14 @@ class Watchdog:
         while not self._stopped.is_set():
             self._writer.write(*self._where())
             for number in range(self._num_processes):
-                observer.note(number, self._read(number))
+                observer.note(number, board.read(self._directory, number))
             verdict = judge(observer.views(), self._limits, silence_seconds=silence_seconds)
+            if verdict:
+                with contextlib.suppress(OSError):  # a verdict that cannot be hung up is one process's own
+                    board.publish(self._directory, dataclasses.asdict(verdict))
+            published = board.published(self._directory, since=self._since)
+            if published:
+                verdict = Verdict(tuple(published["culprits"]), published["reporter"], published["text"])
             if verdict:
                 self._end(verdict)
             self._stopped.wait(self._every_seconds)

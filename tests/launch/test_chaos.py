@@ -59,7 +59,8 @@ def test_ledgers_are_held_to_each_other_and_to_the_data(tmp_path):
 
 
 def make_report(**changes):
-    hit = chaos.Hit(chaos.Strike("kill", 0, 3), 0.25, 4.0)
+    lost = chaos.Lost(detect=0.25, restart=2.0, restore=0.5, compile=1.25)
+    hit = chaos.Hit(chaos.Strike("kill", 0, 3), lost)
     values = {"planned": 2, "hits": [hit], "restarts": 1, "peace": ("a", 9), "fire": ("a", 9), "ledger": "exact"}
     return chaos.Report(**values | changes)
 
@@ -78,6 +79,8 @@ def test_the_report_says_what_was_done_and_what_it_cost():
     content = make_report().to_json()
     assert content["strikes"] == {"kill": 1, "stop": 0, "starve": 0}
     assert content["lost_seconds"] == {"p50": 4.0, "max": 4.0}
+    assert content["split_seconds"]["restart"] == {"p50": 2.0, "max": 2.0}
+    assert "of these    p50 detect 0.2, restart 2.0, restore 0.5, compile 1.2" in str(make_report())
     assert "1 kills, 0 stops, 0 starved of disk (1 of 2 planned)" in str(make_report())
     assert chaos.Report(0, [], 0, ("a", 1), ("a", 1), "exact").to_json()["lost_seconds"] == {"p50": 0.0, "max": 0.0}
 
