@@ -152,7 +152,6 @@ def _train_by_server(options: argparse.Namespace) -> int:
     with signals.stop_on_signal() as request, errors.as_user_error(), record_alone_on_stdout(options):
         settings = run.Options(
             experiment=options.experiment,
-            chosen=experiment.ps,
             run_dir=run_dir,
             assignments=overrides(options),
             resume=options.resume,

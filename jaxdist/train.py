@@ -137,7 +137,7 @@ def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.
                 if jax.process_count() > 1:
                     # Process 0 writes to the directory next; by then the others must have looked at it.
                     multihost_utils.sync_global_devices("the run directory is checked")
-                checkpointer = stack.enter_context(contextlib.closing(_make_checkpointer(experiment, options.run_dir)))
+                checkpointer = stack.enter_context(contextlib.closing(make_checkpointer(experiment, options.run_dir)))
                 snapshots = recovery.open_snapshots(
                     experiment.recovery, training.identity(experiment), parts.abstract_state()
                 )
@@ -166,7 +166,7 @@ def supervise(
         child = nest.start(command, environment, output) if nest else None
         return child or local.start(command, environment, output)
 
-    with contextlib.closing(_make_checkpointer(experiment, run_dir)) as checkpointer:
+    with contextlib.closing(make_checkpointer(experiment, run_dir)) as checkpointer:
         job = supervisor.Job(
             command=[sys.executable, "-m", "jaxdist.cli", *arguments],
             run_dir=run_dir,
@@ -208,7 +208,8 @@ def _start(
     return start
 
 
-def _make_checkpointer(experiment: Experiment, run_dir: pathlib.Path) -> checkpoint.Checkpointer:
+def make_checkpointer(experiment: Experiment, run_dir: pathlib.Path) -> checkpoint.Checkpointer:
+    """Return the checkpoints of a run directory."""
     settings = experiment.checkpoints
     return checkpoint.Checkpointer(
         run_dir / CHECKPOINTS_NAME,

@@ -15,7 +15,7 @@ from jaxdist.paramserver import faults, training
 from jaxdist.paramserver.node import Node
 from jaxdist.paramserver.process import Spec, Statistics, die_with_parent, main, statistics_of
 from jaxdist.paramserver.server import Server
-from jaxdist.paramserver.settings import ParameterServer, server_shard, worker_number
+from jaxdist.paramserver.settings import server_shard, worker_number
 from jaxdist.paramserver.worker import Worker
 
 
@@ -23,7 +23,7 @@ def make(name: str, spec: Spec) -> tuple[Node, Statistics]:
     """Return the server or worker called `name`, and its counters."""
     devices = runtime.start(spec.devices)
     experiment = config.override(config.load_experiment(spec.experiment), spec.assignments)
-    plan = training.make_plan(experiment, ParameterServer(**spec.chosen))
+    plan = training.make_plan(experiment, experiment.ps)
     plan = dataclasses.replace(plan, settings=spec.make_settings())
     boot = time.time_ns()
     number = worker_number(name)

@@ -353,7 +353,7 @@ class Read:
 
 @dataclass(frozen=True, slots=True)
 class ReadAnswer:
-    """A shard's params, and the fingerprint of the updates they hold."""
+    """A shard's params and optimizer state, and the fingerprint of the updates they hold."""
 
     epoch: int
     shard: int
@@ -361,6 +361,7 @@ class ReadAnswer:
     version: int
     chain: int
     pieces: tuple[np.ndarray, ...]
+    opt_state: tuple[np.ndarray, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,15 +377,6 @@ class StopAck:
     """`node` stops."""
 
     node: str
-
-
-@dataclass(frozen=True, slots=True)
-class CutFile:
-    """All params after `step` (see effects.Cut), as they are written down for whoever watches the run."""
-
-    step: int
-    last: bool
-    shards: tuple[ReadAnswer, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -519,6 +511,16 @@ class LedgerState:
 
     step: int
     beyond: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CutFile:
+    """All params after `step` (see effects.Cut), as they are written down for whoever watches the run."""
+
+    step: int
+    last: bool
+    ledger: LedgerState
+    shards: tuple[ReadAnswer, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,8 @@ import optax
 Kind = Literal["elementwise", "global_norm"]
 Arrays = tuple[np.ndarray, ...]
 
+GHOST_SHAPE = (1,)
+
 
 def classify(optimizer: optax.GradientTransformation, shapes: Sequence[tuple[int, ...]]) -> Kind:
     """Return how `optimizer` can run on shards of params of these shapes.
@@ -88,7 +90,7 @@ def _halves(leaves: list[np.ndarray], side: int) -> list[np.ndarray]:
 
 
 def _with_ghost(tree: list[np.ndarray], value: float, *, ghost: bool) -> list[np.ndarray]:
-    return [*tree, np.full((1,), value, np.float32)] if ghost else tree
+    return [*tree, np.full(GHOST_SHAPE, value, np.float32)] if ghost else tree
 
 
 def with_rank(block: Any, rank: int) -> Any:
@@ -138,13 +140,13 @@ class OptaxUpdater:
         return (*map(np.asarray, updated), *grads[n:]), tuple(map(np.asarray, leaves))
 
     def _tree(self, blocks: Arrays, rest: float) -> Arrays:
-        ghost = (np.full((1,), rest, np.float32),) if self.needs_norm else ()
+        ghost = (np.full(GHOST_SHAPE, rest, np.float32),) if self.needs_norm else ()
         return (*(with_rank(block, rank) for block, rank in zip(blocks, self.ranks, strict=True)), *ghost)
 
     def _update(self, params: Any, opt_state: Any, grads: Any, scale: jax.Array | None) -> tuple[Any, Any]:
         state = jax.tree.unflatten(self._structure, opt_state)
         blocks = tuple(with_rank(block, rank) for block, rank in zip(params, self.ranks, strict=True))
-        whole = (*blocks, jnp.zeros((1,), jnp.float32)) if self.needs_norm else blocks
+        whole = (*blocks, jnp.zeros(GHOST_SHAPE, jnp.float32)) if self.needs_norm else blocks
         updates, state = self._optimizer.update(grads, state, whole)
         updates = updates[: len(blocks)]
         if scale is not None:

@@ -24,7 +24,9 @@ from jaxdist.paramserver.wire import Security, Wire, reuse_freed_memory
 
 PARENT_ID = "JAXDIST_PARENT_ID"
 OBSERVER = "observer"
-STEPS_NAME, CUT_NAME, LOG_NAME = "steps.jsonl", "cut", "scheduler.log"
+DIRECTORY_NAME, STATISTICS_NAME = "ps", "statistics"
+"""The run's own folder in a run directory; the counters in it."""
+STEPS_NAME, CUT_NAME, LOG_NAME, SPEC_NAME = "steps.jsonl", "cut", "scheduler.log", "spec.json"
 _STATISTICS_SECONDS = 0.5
 
 
@@ -35,7 +37,6 @@ class Spec:
     Attributes:
       experiment: path of the experiment file.
       assignments: overrides of it, as on the command line.
-      chosen: the settings under `ps.`.
       settings: all settings of the protocol.
       peers: process name -> `host:port`.
       directory: the run's own folder for logs, snapshots and cuts.
@@ -45,7 +46,6 @@ class Spec:
 
     experiment: str
     assignments: list[str]
-    chosen: dict[str, Any]
     settings: dict[str, Any]
     peers: dict[str, str]
     directory: str
@@ -111,7 +111,7 @@ class Report:
             row = {"step": effect.step, "examples": effect.examples, "metrics": metrics, "time": time.time()}
             self._steps.write(json.dumps(row) + "\n")
         elif isinstance(effect, effects.Cut):
-            content = messages.CutFile(effect.step, effect.last, effect.shards)
+            content = messages.CutFile(effect.step, effect.last, effect.ledger, effect.shards)
             write_file(self.directory / CUT_NAME, encoding.encode(content))
 
 
@@ -151,7 +151,7 @@ def main(arguments: list[str], make: Make) -> int:
 def statistics_of(name: str, spec: Spec, machine: Any) -> Statistics:
     """Return the counters of the process `name`."""
     file = f"{name.replace('/', '-')}-{os.getpid()}.json"
-    return Statistics(pathlib.Path(spec.directory) / "statistics" / file, machine)
+    return Statistics(pathlib.Path(spec.directory) / STATISTICS_NAME / file, machine)
 
 
 def make_scheduler(name: str, spec: Spec) -> tuple[Node, Statistics]:

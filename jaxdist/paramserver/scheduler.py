@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from jaxdist.paramserver import effects, ledger, membership, messages
 from jaxdist.paramserver.ledger import FRESH, BatchLedger, StepLedger
 from jaxdist.paramserver.messages import Contributor, Lease, LedgerState, Manifest
-from jaxdist.paramserver.server import shard_file
-from jaxdist.paramserver.settings import Settings, server_shard, worker_name, worker_number
+from jaxdist.paramserver.settings import Settings, manifest_file, server_shard, shard_file, worker_name, worker_number
 
 LINGER = 4  # how many times `dead_after` the scheduler waits for the others to acknowledge the end
 
@@ -695,11 +694,6 @@ class Scheduler:
         elif now >= self.retry_at:
             self.retry_at = now + self.settings.timers.retry
             self._send_stop(self.awaiting_stop, out)
-
-
-def manifest_file(snapshot: str) -> str:
-    """Return the name of a snapshot's manifest, which is written last."""
-    return f"{snapshot}/manifest"
 
 
 _ACTIONS: dict[type, Callable[..., None]] = {

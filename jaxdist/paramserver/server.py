@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from jaxdist.paramserver import effects, encoding, messages
-from jaxdist.paramserver.settings import SCHEDULER, Settings, server_shard, worker_name
+from jaxdist.paramserver.settings import SCHEDULER, Settings, server_shard, shard_file, worker_name
 from jaxdist.paramserver.shard import Outcome, Shard, ack
 
 NO_STATE = -1
@@ -318,8 +318,10 @@ class Server:
             return
         shard = self.shard
         answer = Outcome()
-        params = messages.ReadAnswer(read.epoch, self.number, read.number, shard.version, shard.chain, shard.params)
-        answer.send(SCHEDULER, params)
+        content = messages.ReadAnswer(
+            read.epoch, self.number, read.number, shard.version, shard.chain, shard.params, shard.opt_state
+        )
+        answer.send(SCHEDULER, content)
         self._submit(messages.Nothing(), answer, now, out)
 
     def _snapshot(self, order: messages.Snapshot, now: float, out: effects.Output) -> None:
@@ -348,11 +350,6 @@ class Server:
 def _let_go(outcome: Outcome, out: effects.Output) -> None:
     out.replies += outcome.replies
     out.effects += outcome.effects
-
-
-def shard_file(snapshot: str, shard: int) -> str:
-    """Return the name of a shard's file in a snapshot."""
-    return f"{snapshot}/shard-{shard}"
 
 
 _ACTIONS: dict[type, Callable[..., None]] = {

@@ -183,3 +183,13 @@ def server_shard(name: str) -> int | None:
     """Return the shard a process name serves; None when it is not a server's."""
     parts = name.split("/")
     return int(parts[1]) if len(parts) == 3 and parts[0] == "server" and parts[1].isdecimal() else None
+
+
+def shard_file(snapshot: str, shard: int) -> str:
+    """Return the name of a shard's file in a snapshot."""
+    return f"{snapshot}/shard-{shard}"
+
+
+def manifest_file(snapshot: str) -> str:
+    """Return the name of a snapshot's manifest, which is written last."""
+    return f"{snapshot}/manifest"

@@ -20,6 +20,8 @@ from jaxdist.paramserver.optimizer import Kind, OptaxUpdater, classify
 from jaxdist.paramserver.settings import ParameterServer, Settings
 from jaxdist.paramserver.shard import Shard
 from jaxdist.paramserver.sharding import Sharding, make_sharding
+from jaxdist.paramserver.whole import OptimizerCut
+from jaxdist.state import TrainState
 
 NO_LIMIT = 1 << 40
 
@@ -37,6 +39,16 @@ class Plan:
     structure: Any
     num_params: int
     kind: Kind
+
+    def cut(self) -> OptimizerCut:
+        """Return how the optimizer's state is cut into those of the shards."""
+        return OptimizerCut(self.optimizer, self.sharding, self.num_params, self.kind == "global_norm")
+
+    def resharded(self, num_servers: int) -> "Plan":
+        """Return the plan for another number of servers."""
+        pairs = zip(self.sharding.shapes, self.sharding.dtypes)
+        leaves = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in pairs]
+        return dataclasses.replace(self, sharding=make_sharding(leaves, num_servers=num_servers))
 
 
 def make_plan(experiment: Experiment, chosen: ParameterServer) -> Plan:
@@ -64,18 +76,40 @@ def make_plan(experiment: Experiment, chosen: ParameterServer) -> Plan:
     )
     num_params = len(jax.tree.leaves(params))
     kind = classify(optimizer, sharding.shapes[:num_params])
-    return Plan(experiment, settings, loader, functions, optimizer, sharding, structure, num_params, kind)
+    plan = Plan(experiment, settings, loader, functions, optimizer, sharding, structure, num_params, kind)
+    _check_order(plan)
+    plan.cut()  # refuses what cannot be cut
+    return plan
+
+
+def _check_order(plan: Plan) -> None:
+    if plan.loader.steps_per_epoch != plan.settings.steps_per_epoch:
+        raise ConfigError(
+            f"the parameter server leases every example of an epoch, {plan.settings.steps_per_epoch} batches; this "
+            f"order has {plan.loader.steps_per_epoch}. Use an order that shows each example once"
+        )
 
 
 def _last_step(experiment: Experiment, loader: data.Loader) -> int | None:
     return training.last_step(experiment, loader.steps_per_epoch)
 
 
-def _read_periods(experiment: Experiment, steps_per_epoch: int) -> tuple[int, ...]:
+def _evaluation_period(experiment: Experiment, steps_per_epoch: int) -> int | None:
     if experiment.data.eval is None:
-        return ()
+        return None
     every = experiment.eval
-    return (every.every_steps or every.every_epochs * steps_per_epoch,)
+    return every.every_steps or every.every_epochs * steps_per_epoch
+
+
+def _read_periods(experiment: Experiment, steps_per_epoch: int) -> tuple[int, ...]:
+    """Return how often the params are looked at: for checkpoints, and for evaluations."""
+    evaluations = _evaluation_period(experiment, steps_per_epoch)
+    return (experiment.checkpoints.every_steps, *([] if evaluations is None else [evaluations]))
+
+
+def evaluation_period(plan: Plan) -> int | None:
+    """Return the steps from one evaluation to the next; None without held-out data."""
+    return _evaluation_period(plan.experiment, plan.settings.steps_per_epoch)
 
 
 def initial_leaves(plan: Plan) -> list[np.ndarray]:
@@ -168,21 +202,40 @@ class Island:
         return padded
 
 
+def position(plan: Plan, step: int) -> data.Position:
+    """Return where the data stand after `step` batches."""
+    epoch, within = divmod(step, plan.settings.steps_per_epoch)
+    if step and not within:  # the end of an epoch, not the beginning of the next
+        epoch, within = epoch - 1, plan.settings.steps_per_epoch
+    seen = min(within * plan.settings.global_batch_size, plan.settings.num_examples)
+    return dataclasses.replace(plan.loader.beginning, epoch=epoch, position=seen)
+
+
+def train_state(plan: Plan, step: int, leaves: Sequence[np.ndarray], opt_leaves: Sequence[np.ndarray]) -> TrainState:
+    """Return the state that data-parallel training has after the same steps, on this process's first device."""
+    params, model_state = jax.tree.unflatten(plan.structure, leaves)
+    opt_state = jax.tree.unflatten(jax.tree.structure(jax.eval_shape(plan.optimizer.init, params)), opt_leaves)
+    _, key = jax.random.split(jax.random.key(plan.experiment.seed))
+    return jax.device_put(
+        TrainState(jnp.asarray(step, jnp.int32), params, model_state, opt_state, key), jax.local_devices()[0]
+    )
+
+
 class Judge:
-    """Evaluates the params of a cut."""
+    """Looks at the state of a cut."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self._step = evaluate.eval_step(plan.functions.eval_fn)
 
-    def trees(self, cut: messages.CutFile) -> tuple[Any, Any]:
-        """Return (params, model_state) of a cut."""
+    def state(self, cut: messages.CutFile) -> TrainState:
+        """Return the training state of a cut."""
         leaves = self.plan.sharding.join([answer.pieces for answer in cut.shards])
-        params, model_state = jax.tree.unflatten(self.plan.structure, leaves)
-        return params, model_state
+        opt_leaves = self.plan.cut().join([answer.opt_state for answer in cut.shards])
+        return train_state(self.plan, cut.step, leaves, opt_leaves)
 
-    def evaluate(self, cut: messages.CutFile) -> dict[str, float]:
-        """Return `eval/...` metrics of a cut; nothing without held-out data."""
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """Return `eval/...` metrics, of the averaged params where the optimizer keeps them; none without data."""
         experiment = self.plan.experiment
         source = experiment.data.eval
         if source is None:
@@ -195,7 +248,10 @@ class Judge:
             num_epochs=1,
             example_fn=experiment.data.eval_example_fn,
             num_threads=0,
+            on_bad=experiment.data.on_bad,
         )
-        params, model_state = self.trees(cut)
-        found = evaluate.evaluate(self._step, params, model_state, (jax.device_put(batch) for batch, _ in loader))
+        averaged = optimizers.ema_params(state.opt_state)
+        params = state.params if averaged is None else averaged
+        batches = (jax.device_put(batch) for batch, _ in loader)
+        found = evaluate.evaluate(self._step, params, state.model_state, batches)
         return {f"eval/{name}": value for name, value in found.items()}

@@ -14,18 +14,23 @@ import tiny_experiment
 
 from jaxdist import record
 from jaxdist.paramserver import run
-from jaxdist.paramserver.settings import ParameterServer
 
 EXPERIMENT = tiny_experiment.__file__
 LIMIT_SECONDS = 240
 
 
 def options(run_dir, *, steps, assignments=(), resume=False, **chosen):
+    settings = [f"ps.{name}={value}" for name, value in {"dead_after_seconds": 2.0, **chosen}.items()]
     return run.Options(
         experiment=EXPERIMENT,
-        chosen=ParameterServer(**{"dead_after_seconds": 2.0, **chosen}),
         run_dir=run_dir,
-        assignments=[f"stop.max_steps={steps}", "eval.every_steps=1000", *assignments],
+        assignments=[
+            f"stop.max_steps={steps}",
+            "eval.every_steps=1000",
+            "checkpoints.every_steps=1000",
+            *settings,
+            *assignments,
+        ],
         resume=resume,
         silent=True,
     )
@@ -151,8 +156,9 @@ def test_stale_modes_train_and_tell_their_staleness(tmp_path, chosen):
 @pytest.mark.timeout(LIMIT_SECONDS)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_no_process_outlives_its_parent(tmp_path, number):
-    command = [sys.executable, "-m", "jaxdist.paramserver.run", EXPERIMENT, "--run-dir", str(tmp_path), "--json"]
-    parent = subprocess.Popen([*command, "--set", "stop.max_steps=100000"], start_new_session=True)
+    command = [sys.executable, "-m", "jaxdist.cli", "train", EXPERIMENT, "--run-dir", str(tmp_path), "--json"]
+    command += ["--strategy", "parameter-server", "--max-steps", "100000"]
+    parent = subprocess.Popen(command, start_new_session=True)
     steps = tmp_path / "ps" / "steps.jsonl"
     while not steps.exists() or steps.read_text().count("\n") < 5:
         assert parent.poll() is None

@@ -8,9 +8,9 @@ import pytest
 import workload
 
 from jaxdist.paramserver import effects, messages
-from jaxdist.paramserver.scheduler import Scheduler, manifest_file
+from jaxdist.paramserver.scheduler import Scheduler
 from jaxdist.paramserver.server import Server
-from jaxdist.paramserver.settings import Settings
+from jaxdist.paramserver.settings import Settings, manifest_file
 from jaxdist.paramserver.shard import Shard
 from jaxdist.paramserver.simulator import Faults, Machines
 
