@@ -219,18 +219,19 @@ class Simulation:
         """Return True when the loss of any one server loses nothing: every shard has two full copies."""
         if not self.settings.replicated:
             return True
-        scheduler = self.processes[SCHEDULER].machine
-        if scheduler is None or scheduler.view is None or not all(p.synced for p in scheduler.view.shards):
+        machine = self.processes[SCHEDULER].machine
+        if machine is None or machine.state.view is None or not all(p.synced for p in machine.state.view.shards):
             return False
-        boots = {name: b for p in scheduler.view.shards for name, b in _both(p)}
+        state = machine.state
+        boots = {name: b for p in state.view.shards for name, b in _both(p)}
         servers = [p for p in self.processes.values() if server_shard(p.name) is not None]
         return all(
             p.machine is not None
             and p.paused_until <= self.now
-            and p.name in scheduler.lives
-            and self.now - scheduler.lives[p.name].seen_at < self.settings.timers.dead_after / 2
+            and p.name in state.lives
+            and self.now - state.lives[p.name].seen_at < self.settings.timers.dead_after / 2
             and boots.get(p.name) == p.machine.boot
-            and p.machine.epoch == scheduler.view.epoch
+            and p.machine.epoch == state.view.epoch
             for p in servers
         )
 
@@ -381,6 +382,7 @@ def _both(place: messages.ShardView) -> tuple[tuple[str, int], tuple[str, int]]:
 
 
 def _brief(machine: Any) -> dict[str, Any]:
+    machine = getattr(machine, "state", machine)
     names = ("phase", "epoch", "step", "primary", "incarnation", "lease", "workers", "acks", "view")
     return {name: getattr(machine, name) for name in names if hasattr(machine, name)}
 
