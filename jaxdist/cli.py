@@ -129,7 +129,8 @@ def train_command(options: argparse.Namespace) -> int:
     from jaxdist.launch import cluster, runtime
 
     if options.strategy == PARAMETER_SERVER:
-        return _train_by_server(options)
+        with signals.stop_on_signal() as request:
+            return _train_by_server(options, request)
     if options.processes and not runtime.in_job():
         place = cluster.find()
         if place is not None:
@@ -140,16 +141,16 @@ def train_command(options: argparse.Namespace) -> int:
         return _train_here(options, runtime.start(options.devices), request)
 
 
-def _train_by_server(options: argparse.Namespace) -> int:
+def _train_by_server(options: argparse.Namespace, request: "StopRequest") -> int:
     """Start the scheduler, servers and workers of a parameter server; `--devices` counts those of each worker."""
-    from jaxdist import errors, signals, train
+    from jaxdist import errors, train
     from jaxdist.paramserver import run
 
     if options.processes:
         raise errors.UserError("A parameter server has ps.workers and ps.servers; leave --processes out.")
     experiment = load(options)
     run_dir = options.run_dir or train.default_run_dir(experiment.name, resume=options.resume)
-    with signals.stop_on_signal() as request, errors.as_user_error(), record_alone_on_stdout(options):
+    with record_alone_on_stdout(options):
         settings = run.Options(
             experiment=options.experiment,
             run_dir=run_dir,
@@ -160,11 +161,7 @@ def _train_by_server(options: argparse.Namespace) -> int:
             command=options.command,
             stop_requested=lambda: bool(request),
         )
-        try:
-            made = run.train(settings)
-        except run.RunFailed as error:
-            print(f"jaxdist: {error}", file=sys.stderr)
-            return EXIT_FAILED
+        made = run.train(settings)
     return _report(made, run_dir, as_json=options.json)
 
 
@@ -193,6 +190,8 @@ def _train_here(options: argparse.Namespace, devices: Sequence[Any], request: "S
 
     with record_alone_on_stdout(options):
         experiment, run_dir, resume = _agree(options)
+        if experiment.strategy == PARAMETER_SERVER:  # as the experiment says, not the command line
+            return _train_by_server(options, request)
         is_over = recovery.deadline(experiment.recovery)
         made = train.train(
             experiment,

@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from jaxdist.paramserver import process
+from jaxdist.errors import RunFailedError
+from jaxdist.paramserver import process, wire
 from jaxdist.paramserver.settings import SCHEDULER, server_shard
 
 MOST_DEATHS = 5
@@ -17,10 +18,6 @@ MOST_DEATHS = 5
 GRACE_SECONDS = 5.0
 LOG_TAIL_LINES = 20
 _LOOK_SECONDS = 0.05
-
-
-class RunFailed(RuntimeError):
-    """A run that could not go on; the message says which process, and ends with its log."""
 
 
 class Crew(Protocol):
@@ -33,7 +30,7 @@ class Crew(Protocol):
         ...
 
     def look_after(self) -> None:
-        """Restart what died; raises RunFailed for what dies again and again, or for a scheduler that gave up."""
+        """Restart what died; raises RunFailedError for what dies again and again, or for a scheduler that gave up."""
         ...
 
     def progressed(self) -> None:
@@ -78,17 +75,17 @@ class LocalCrew:
             )
 
     def look_after(self) -> None:
-        """Restart what died; raises RunFailed for what dies again and again, or for a scheduler that gave up."""
+        """Restart what died; raises RunFailedError for what dies again and again, or for a scheduler that gave up."""
         for name, child in list(self._children.items()):
             status = child.poll()
             if status is None or (status == 0 and name != SCHEDULER):
                 continue  # alive, or it heard of the end before we did
             if status == 0:
-                raise RunFailed(f"the scheduler ended the run.\n{log_tail(self.directory, name)}")
+                raise RunFailedError(f"the scheduler ended the run.\n{log_tail(self.directory, name)}")
             self._deaths[name] += 1
             if self._deaths[name] > MOST_DEATHS:
                 tail = log_tail(self.directory, name)
-                raise RunFailed(f"{name} died {self._deaths[name]} times without a step in between.\n{tail}")
+                raise RunFailedError(f"{name} died {self._deaths[name]} times without a step in between.\n{tail}")
             self.restarts += 1
             self._start(name)
 
@@ -119,7 +116,7 @@ def command(name: str, directory: pathlib.Path) -> list[str]:
 
 def environment(name: str, token: str) -> Mapping[str, str]:
     """Return what is set for the process that plays the part `name`, which is a child of this one."""
-    shared = {process.TOKEN: token, process.PARENT_ID: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
+    shared = {wire.TOKEN: token, process.PARENT_ID: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
     # A server keeps its shard in the host's memory; the accelerators are the workers'.
     return shared | ({"JAX_PLATFORMS": "cpu"} if server_shard(name) is not None else {})
 

@@ -1,4 +1,4 @@
-"""The scheduler's cuts, taken while no push is under way: snapshots on disk, and reads of all shards for the watcher."""
+"""The scheduler's cuts, taken while no push is under way: snapshots on disk, reads of all shards for the watcher."""
 
 from jaxdist.paramserver import effects, ending, messages
 from jaxdist.paramserver.effects import Output

@@ -12,11 +12,9 @@ from jaxdist.launch import local
 from jaxdist.paramserver import membership, observer, resume, wire
 from jaxdist.paramserver import process as processes
 from jaxdist.paramserver import training as plans
-from jaxdist.paramserver.crew import LocalCrew, RunFailed
+from jaxdist.paramserver.crew import LocalCrew
 from jaxdist.paramserver.settings import SCHEDULER, worker_name
 from jaxdist.train import make_checkpointer, prepare_run_dir
-
-__all__ = ["Options", "RunFailed", "train"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +47,7 @@ def train(options: Options) -> record.RunRecord:
 
     Raises:
       UserError: settings that cannot work, a run directory that cannot be used, a checkpoint that is damaged.
-      RunFailed: a process that dies again and again, or a loss that the chosen durability cannot make good.
+      RunFailedError: a process that dies again and again, or a loss that the chosen durability cannot make good.
     """
     with contextlib.ExitStack() as stack:
         with errors.as_user_error():
