@@ -17,12 +17,12 @@ def test_attention_is_the_published_formula(causal):
     x = jax.random.normal(jax.random.key(0), (3, 4, 6))
     actual, variables = jax.jit(attention.init_with_output)(jax.random.key(1), x)
     kernel, out = (np.asarray(variables["params"][name]["kernel"], np.float64) for name in ("qkv", "out"))
-    query, key, value = np.split(np.asarray(x, np.float64) @ kernel, 3, axis=-1)
     heads = []
-    for head in (slice(0, 3), slice(3, 6)):
-        scores = query[..., head] @ key[..., head].swapaxes(1, 2) / np.sqrt(3)
+    for columns in np.split(kernel, 2, axis=-1):
+        query, key, value = np.split(np.asarray(x, np.float64) @ columns, 3, axis=-1)
+        scores = query @ key.swapaxes(1, 2) / np.sqrt(3)
         weights = np.exp(scores) * (np.tri(4) if causal else 1.0)
-        heads.append(weights / weights.sum(-1, keepdims=True) @ value[..., head])
+        heads.append(weights / weights.sum(-1, keepdims=True) @ value)
     np.testing.assert_allclose(actual, np.concatenate(heads, axis=-1) @ out, rtol=1e-4, atol=1e-5)
 
 
