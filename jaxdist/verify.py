@@ -1,7 +1,8 @@
 """A user's own check of the promises: a few steps of an experiment on several layouts, against one device."""
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import optax
 
 from jaxdist import errors, record, training
-from jaxdist.config import Experiment
+from jaxdist.config import Experiment, Layout
 
 TOLERANCE = 1e-5
 """Largest difference of a parameter, relative to the largest parameter, that reordered float32 additions explain."""
@@ -48,7 +49,10 @@ class Report:
 
 
 def verify(experiment: Experiment, *, devices: Sequence[jax.Device], num_steps: int = 5) -> Report:
-    """Train `num_steps` steps on 1, 2, 4, 8 of `devices` (as many as there are) and compare the params.
+    """Train `num_steps` steps on 1, 2, 4, 8 of `devices` and compare the params with those of one device.
+
+    Of these numbers, those are tried that there are devices for and that fit the experiment's mesh. What they are
+    compared with is the one-device step of the strategy data-parallel, whatever the experiment's strategy.
 
     Canonical reduction promises the same bits, with the experiment's own optimizer. The mean promises one device's
     params up to the order of additions; that is compared under SGD, because an adaptive optimizer turns the smallest
@@ -63,16 +67,34 @@ def verify(experiment: Experiment, *, devices: Sequence[jax.Device], num_steps: 
         experiment = dataclasses.replace(experiment, optimizer=optax.sgd(0.1))
     with errors.as_user_error():
         training.check_experiment(experiment)
-        parts = {n: training.put_together(experiment, devices=devices[:n]) for n in _device_counts(len(devices))}
-    exact = not canonical and _is_deterministic(parts[1])
-    params = {n: _train(part, num_steps) for n, part in parts.items()}
-    rows = [_compare(n, params[n], params[1], canonical=canonical, exact=exact) for n in parts]
+        specification = training.put_together(_on_one_device(experiment), devices=devices[:1])
+        counts = _device_counts(experiment.mesh, len(devices))
+        parts = {n: training.put_together(experiment, devices=devices[:n]) for n in counts}
+    exact = not canonical and _is_deterministic(specification)
+    reference = _train(specification, num_steps)
+    done = {1: reference} if experiment.strategy == "data-parallel" else {}
+    params = {n: done[n] if n in done else _train(part, num_steps) for n, part in parts.items()}
+    rows = [_compare(n, params[n], reference, canonical=canonical, exact=exact) for n in parts]
     kept = all(row.verdict in ("identical", "equal", "apart") for row in rows)
     return Report(_title(experiment, num_steps), rows, kept, _conclude(rows, canonical=canonical, exact=exact))
 
 
-def _device_counts(available: int) -> list[int]:
-    return [n for n in (1, 2, 4, 8) if n <= available]
+def _on_one_device(experiment: Experiment) -> Experiment:
+    return dataclasses.replace(experiment, strategy="data-parallel", mesh=None, layout=Layout())
+
+
+def _device_counts(axes: Mapping[str, int] | None, available: int) -> list[int]:
+    """Return those of 1, 2, 4, 8 and the size of the whole mesh that fit the mesh axes and the devices there are."""
+    sizes = list((axes or {"data": -1}).values())
+    known = math.prod(size for size in sizes if size > 0)
+    counts = [n for n in (1, 2, 4, 8) if n % known == 0] if -1 in sizes else [known]
+    fitting = [n for n in counts if n <= available]
+    if not fitting:
+        raise ValueError(
+            f"The mesh {axes} needs {'a multiple of ' if -1 in sizes else ''}{known} devices, and there are "
+            f"{available}. Change --devices or --set mesh."
+        )
+    return fitting
 
 
 def _train(parts: training.Training, num_steps: int) -> Any:
