@@ -1,43 +1,84 @@
 """Bytes held and sent per device and step by each strategy, read off the compiled step of a GPT on 8 fake devices.
 
 python benchmarks/communication.py [--json] [--docs docs/layouts.md]
+
+"theirs" is what the textbook says that a ring sends; see `textbook`.
 """
 
 import argparse
+import functools
 import json
 import pathlib
+import re
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
-jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_platforms", "cpu")
-
-import jax.numpy as jnp  # noqa: E402
-import optax  # noqa: E402
-from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
-
-from jaxdist import adapters, collectives, losses, strategies  # noqa: E402
-from jaxdist import state as states  # noqa: E402
-from jaxdist.models import gpt  # noqa: E402
+from jaxdist import adapters, collectives, losses, strategies
+from jaxdist import layout as layouts
+from jaxdist import state as states
+from jaxdist.models import gpt
 
 NUM_DEVICES = 8
-STRATEGIES = (
-    ("data-parallel", None, 2.0),
-    ("zero1", None, 2.0),
-    ("fsdp", None, 3.0),
-    ("hsdp", {"data": 2, "fsdp": 4}, None),
-    ("tensor", {"data": 2, "model": 4}, None),
-)
-"""(strategy, mesh, textbook passes over the params: sent bytes are passes * M * (n - 1) / n)."""
-
-EXAMPLES, LENGTH = 16, 32
+EXAMPLES, LENGTH, NUM_LAYERS, WIDTH = 128, 32, 2, 128
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
 
 
-def measure(name: str, mesh_axes: dict[str, int] | None) -> dict[str, float]:
-    strategy = strategies.build(name, mesh_axes=mesh_axes)
+class Case(NamedTuple):
+    strategy: str
+    mesh_axes: dict[str, int] | None = None
+    remat: bool = False
+
+    def __str__(self) -> str:
+        mesh = "" if self.mesh_axes is None else " " + json.dumps(self.mesh_axes)
+        return f"{self.strategy}{mesh}{', remat' if self.remat else ''}"
+
+
+CASES = (
+    Case("data-parallel"),
+    Case("data-parallel", remat=True),
+    Case("zero1"),
+    Case("fsdp"),
+    Case("fsdp", {"data": 2, "fsdp": 4}),
+    Case("tensor", {"data": 2, "model": 4}),
+)
+
+
+@functools.cache
+def rows() -> list[dict[str, Any]]:
+    """Return one row a case, the keys of every benchmark first."""
+    return [row(case) for case in CASES]
+
+
+def row(case: Case) -> dict[str, Any]:
+    strategy = strategies.build(case.strategy, mesh_axes=case.mesh_axes, devices=jax.devices()[:NUM_DEVICES])
+    program, state = compile_step(strategy, remat=case.remat)
+    memory, found = program.memory_analysis(), collectives.collectives(program.as_text())
+    ours, theirs = collectives.sent_bytes(found), textbook(case, state)
+    return {
+        "name": f"communication/{case}",
+        "ours": ours,
+        "theirs": theirs,
+        "ratio": ours / theirs,
+        "unit": "bytes sent per device and step",
+        "repeats": 1,
+        "versions": {"jax": jax.__version__},
+        "whole_param_bytes": whole_bytes(state.params),
+        "param_bytes": device_bytes(state.params),
+        "opt_state_bytes": device_bytes(state.opt_state),
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "collectives": {kind: number for kind, (number, _) in collectives.summarize(found).items()},
+    }
+
+
+def compile_step(strategy: strategies.Strategy, *, remat: bool) -> tuple[Any, states.TrainState]:
+    """Return the compiled step of the GPT, and its abstract state."""
     shape = jax.ShapeDtypeStruct((EXAMPLES, LENGTH), jnp.int32)
-    model = gpt.GPT(256, LENGTH, num_layers=2, num_heads=8, width=128)
+    model = gpt.GPT(256, LENGTH, NUM_LAYERS, num_heads=8, width=WIDTH, remat=remat)
     functions = adapters.linen(model, losses.next_token, {"tokens": shape}, inputs="tokens")
     state = states.abstract_state(functions.init_fn, OPTIMIZER, mesh=strategy.mesh, layout=strategy.layout)
     sharding = NamedSharding(strategy.mesh, PartitionSpec(strategy.batch_axes))
@@ -45,70 +86,74 @@ def measure(name: str, mesh_axes: dict[str, int] | None) -> dict[str, float]:
     step = strategy.make_step(functions.loss_fn, OPTIMIZER)
     lowered = jax.jit(lambda state, batch: step(state, batch), donate_argnums=0).lower(state, batch)
     # On CPU, XLA drops barriers early and then merges the two gathers of a param, which accelerators keep apart.
-    program = lowered.compile(compiler_options={"xla_disable_hlo_passes": "cse_barrier_expander"})
-    found = collectives.collectives(program.as_text())
-    return {
-        "param_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params)),
-        "argument_bytes": program.memory_analysis().argument_size_in_bytes,
-        "sent_bytes": collectives.sent_bytes(found),
-        "collectives": {kind: number for kind, (number, _) in collectives.summarize(found).items()},
-    }
+    return lowered.compile(compiler_options={"xla_disable_hlo_passes": "cse_barrier_expander"}), state
 
 
-def rows() -> list[dict]:
-    measured = []
-    for name, mesh_axes, passes in STRATEGIES:
-        row = measure(name, mesh_axes)
-        textbook = None if passes is None else passes * row["param_bytes"] * (NUM_DEVICES - 1) / NUM_DEVICES
-        ratio = None if textbook is None else row["sent_bytes"] / textbook
-        shown = name if mesh_axes is None else f"{name} {mesh_axes}"
-        report = {"name": f"communication/{shown}", "ours": row["sent_bytes"], "theirs": textbook, "ratio": ratio}
-        how = {"unit": "bytes sent per device and step", "repeats": 1, "versions": {"jax": jax.__version__}}
-        measured.append({**report, **how, **row})
-    return measured
+def textbook(case: Case, state: states.TrainState) -> float:
+    """Return the bytes that one device sends in a ring: M (n-1)/n to gather or to scatter M bytes over n devices.
+
+    An all-reduce is both. Data parallelism all-reduces the gradients. ZeRO's first stage scatters them, and gathers
+    the params. FSDP gathers the params twice and scatters the gradients, inside a group where there are several; the
+    groups then all-reduce a shard. Tensor parallelism all-reduces the activations of each branch of each block, forward
+    and backward, and over the data axis the gradients of what a device holds.
+    """
+    param_bytes = whole_bytes(state.params)
+    axes = case.mesh_axes or {"data": NUM_DEVICES}
+    if case.strategy == "tensor":
+        activation_bytes = EXAMPLES // axes["data"] * LENGTH * WIDTH * 4
+        all_reduces = 4 * NUM_LAYERS * _ring(2 * activation_bytes, axes["model"])
+        return all_reduces + _ring(2 * device_bytes(state.params), axes["data"])
+    if "fsdp" in axes:
+        return _ring(3 * param_bytes, axes["fsdp"]) + _ring(2 * param_bytes / axes["fsdp"], axes["data"])
+    return _ring({"data-parallel": 2, "zero1": 2, "fsdp": 3}[case.strategy] * param_bytes, axes["data"])
 
 
-def table(measured: list[dict]) -> str:
-    whole = measured[0]
-    lines = [
-        "| strategy | state and batch held, of data-parallel | sent, in params | against the textbook | collectives |"
-    ]
-    lines.append("|---|---|---|---|---|")
-    for row in measured:
-        ratio = "" if row["ratio"] is None else f"{row['ratio']:.3f}"
-        held = row["argument_bytes"] / whole["argument_bytes"]
-        kinds = ", ".join(f"{number} {kind}" for kind, number in row["collectives"].items())
-        name = row["name"].removeprefix("communication/")
-        lines.append(f"| {name} | {held:.3f} | {row['sent_bytes'] / row['param_bytes']:.3f} | {ratio} | {kinds} |")
-    return "\n".join(lines)
+def _ring(num_bytes: float, num_devices: int) -> float:
+    return num_bytes * (num_devices - 1) / num_devices
 
 
-DOCS = """# What each strategy holds and sends
+def whole_bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
-For one device and one step, read off the compiled program of a small GPT with AdamW and clipping on {devices} devices
-(jax {version}); "in params" is in units of the size of all params. The textbook: an all-reduce of M bytes over n
-devices sends 2 M (n-1)/n, ZeRO's first stage the same (reduce-scatter, then all-gather), FSDP half as much again. A
-param that the backward pass does not need (an embedding) is gathered once only, which is why FSDP sends a little less.
 
-{table}
+def device_bytes(tree: Any) -> int:
+    return sum(place.device_bytes for place in layouts.places(tree))
 
-Made by `python benchmarks/communication.py --docs docs/layouts.md`.
-"""
+
+def table(measured: list[dict[str, Any]]) -> str:
+    """Return the rows as a table in Markdown; what is held in parts of what the first row holds."""
+    titles = ["strategy", "params", "optimizer state", "state and batch", "temporaries", "sent, in params"]
+    titles += ["sent, of the textbook", "collectives"]
+    lines = [titles, ["---"] * len(titles)]
+    for each in measured:
+        held = ("param_bytes", "opt_state_bytes", "argument_bytes", "temporary_bytes")
+        figures = [each[name] / measured[0][name] for name in held]
+        figures += [each["ours"] / each["whole_param_bytes"], each["ratio"]]
+        kinds = ", ".join(f"{number} {kind}" for kind, number in each["collectives"].items())
+        name = f"`{each['name'].removeprefix('communication/')}`"
+        lines.append([name, *(f"{figure:.3f}" for figure in figures), kinds])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+BEGIN, END = "<!-- made by benchmarks/communication.py -->\n", "\n<!-- end -->"
+
+
+def page_with(measured: list[dict[str, Any]], page: str) -> str:
+    """Return `page` with the table between the two comments made anew, and the version of JAX below it."""
+    made = f"{BEGIN}{table(measured)}\n\njax {jax.__version__}, {NUM_DEVICES} devices{END}"
+    return re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: made, page, flags=re.DOTALL)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    parser.add_argument("--docs", type=pathlib.Path, metavar="FILE", help="write the table as a page of the docs")
+    parser.add_argument("--docs", type=pathlib.Path, metavar="FILE", help="make the table in a page of the docs anew")
     options = parser.parse_args()
-    measured = rows()
-    if options.json:
-        print("\n".join(json.dumps(row) for row in measured))
-    else:
-        print(table(measured))
+    jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
+    jax.config.update("jax_platforms", "cpu")
+    print("\n".join(map(json.dumps, rows())) if options.json else table(rows()))
     if options.docs:
-        page = DOCS.format(devices=NUM_DEVICES, version=jax.__version__, table=table(measured))
-        options.docs.write_text(page, encoding="utf-8")
+        options.docs.write_text(page_with(rows(), options.docs.read_text()))
 
 
 if __name__ == "__main__":
