@@ -13,14 +13,17 @@ if TYPE_CHECKING:
     from jaxdist.config import Evaluation as Evaluation
     from jaxdist.config import Experiment as Experiment
     from jaxdist.config import Guards as Guards
+    from jaxdist.config import Layout as Layout
     from jaxdist.config import Recovery as Recovery
     from jaxdist.data import ArraySource as ArraySource
+    from jaxdist.layout import describe as describe
     from jaxdist.loop import fit as fit
     from jaxdist.mesh import make_mesh as make_mesh
     from jaxdist.metrics import Mean as Mean
     from jaxdist.metrics import masked_mean as masked_mean
     from jaxdist.optimizers import Optimizer as Optimizer
     from jaxdist.optimizers import Schedule as Schedule
+    from jaxdist.sharded import sharded_step as sharded_step
     from jaxdist.state import TrainState as TrainState
     from jaxdist.state import create_state as create_state
     from jaxdist.step import canonical_step as canonical_step
@@ -35,6 +38,7 @@ _HOMES = {
     "Evaluation": "config",
     "Experiment": "config",
     "Guards": "config",
+    "Layout": "config",
     "Recovery": "config",
     "Mean": "metrics",
     "Optimizer": "optimizers",
@@ -44,11 +48,13 @@ _HOMES = {
     "canonical_step": "step",
     "create_state": "state",
     "data_parallel_step": "step",
+    "describe": "layout",
     "fit": "loop",
     "main": "cli",
     "make_mesh": "mesh",
     "masked_mean": "metrics",
     "pmap_step": "step",
+    "sharded_step": "sharded",
 }
 
 __all__ = sorted(_HOMES)

@@ -108,7 +108,7 @@ def linen(
         params: PyTree, model_state: PyTree, batch: Batch, key: jax.Array, *, train: bool
     ) -> tuple[Any, PyTree]:
         return module.apply(
-            {"params": params, **(model_state or {})},
+            {"params": _unboxed(params), **(model_state or {})},
             *(batch[name] for name in fields),
             rngs={"params": key},  # Linen draws from this stream whatever has none of its own name
             mutable=collections if train else [],
@@ -142,6 +142,7 @@ def nnx(
       ValueError: a field is missing, or the module has batch statistics and takes no `mask`.
     """
     fields = _input_fields(inputs, example_batch)
+    make_module = _without_mesh(make_module)
     abstract = flax_nnx.eval_shape(lambda: make_module(flax_nnx.Rngs(0)))
     graph, *templates = _split(abstract)
     param_template, random_template, state_template = (dict(flax_nnx.to_flat_state(part)) for part in templates)
@@ -257,14 +258,47 @@ def _split(module: flax_nnx.Module) -> tuple[Any, flax_nnx.State, flax_nnx.State
     return graph, params, random_state, rest
 
 
+def _unboxed(params: PyTree) -> PyTree:
+    """Return the arrays without the boxes that name their dims.
+
+    Flax's own unboxing would lay an array out over the mesh axes of those names, which is the layout's business.
+    """
+
+    def is_box(node: Any) -> bool:
+        return isinstance(node, flax_linen.meta.AxisMetadata)
+
+    return jax.tree.map(lambda node: jax.tree.leaves(node)[0] if is_box(node) else node, params, is_leaf=is_box)
+
+
+def _without_mesh(make_module: Callable[[flax_nnx.Rngs], flax_nnx.Module]) -> Callable[..., flax_nnx.Module]:
+    """Return `make_module` for modules that name the dims of their params: Flax would look for a mesh at once."""
+
+    def make(rngs: flax_nnx.Rngs) -> flax_nnx.Module:
+        with flax_nnx.use_eager_sharding(False):
+            return make_module(rngs)
+
+    return make
+
+
 def _to_tree(state: flax_nnx.State, template: Mapping[tuple, Any]) -> dict[str, Any]:
-    """Return the arrays at the template's paths as nested dicts with string keys; drop what else the call has left."""
+    """Return the arrays at the template's paths as nested dicts with string keys; drop what else the call has left.
+
+    An array whose dims the module has named comes in the box that Linen puts around such a one; see `layout.by_names`.
+    """
     flat = dict(flax_nnx.to_flat_state(state))
-    return traverse_util.unflatten_dict({tuple(map(str, path)): flat[path].get_value() for path in template})
+    return traverse_util.unflatten_dict({tuple(map(str, path)): _boxed(flat[path]) for path in template})
+
+
+def _boxed(variable: Any) -> Any:
+    named = variable.get_metadata("out_sharding", None)
+    if named is None:
+        return variable.get_value()
+    names = getattr(named, "spec", named)  # A NamedSharding names mesh axes.
+    return flax_linen.Partitioned(variable.get_value(), tuple(names))
 
 
 def _from_tree(tree: Mapping[str, Any], template: Mapping[tuple, Any]) -> flax_nnx.State:
-    flat = traverse_util.flatten_dict(tree)
+    flat = traverse_util.flatten_dict(_unboxed(tree))
     return flax_nnx.from_flat_state(
         {path: variable.replace(flat[tuple(map(str, path))]) for path, variable in template.items()}
     )

@@ -102,7 +102,7 @@ def _add_experiment(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--devices", type=_positive, metavar="N", help="devices per process; fake CPU devices without accelerators"
     )
-    command.add_argument("--strategy", metavar="S", help="data-parallel, zero1, fsdp, parameter-server, ...")
+    command.add_argument("--strategy", metavar="S", help="data-parallel, zero1, fsdp, hsdp, tensor, parameter-server")
     command.add_argument("--reduction", choices=("mean", "canonical"), help="canonical: the same bits on any devices")
     command.add_argument("--max-steps", type=_positive, metavar="K", help="short for --set stop.max_steps=K")
     command.add_argument(

@@ -20,6 +20,7 @@ import optax
 import pydantic
 import pydantic_core
 
+from jaxdist import layout as layouts
 from jaxdist.data import Source
 from jaxdist.data.order import Order
 from jaxdist.errors import UserError
@@ -131,6 +132,23 @@ class Recovery:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How the state is cut, where the strategy leaves a choice.
+
+    Attributes:
+      rules: for the strategy tensor, pairs of a regular expression and the mesh axes of each dim, None for one that is
+        not cut: `(("mlp_in/kernel", (None, "model")),)`. The first found in a leaf's path decides. None is the rules of
+        our GPT and ViT.
+      names: mesh axes for the names that Flax modules gave to the dims of their params: `{"embed": "model"}`.
+      min_size: elements below which zero1, fsdp and hsdp leave a leaf whole.
+    """
+
+    rules: tuple[tuple[str, tuple[str | tuple[str, ...] | None, ...]], ...] | None = None
+    names: dict[str, str | None] | None = None
+    min_size: int = layouts.MIN_SIZE
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
     """Everything that decides what is trained; where and on how many devices is the command line's business.
 
@@ -146,7 +164,8 @@ class Experiment:
       eval: when to evaluate.
       strategy: how the model is spread over the devices.
       ps: for the strategy parameter-server: how many workers and servers, mode, durability.
-      mesh: axis names and sizes; None is one data axis over all devices.
+      mesh: axis names and sizes; None is what the strategy makes of all devices.
+      layout: what the strategy leaves open: rules, names, the size of a leaf worth cutting.
       reduction: `mean` (the hardware's all-reduce) or `canonical` (the same bits on any number of devices).
       logical_shards: fixed slices of the batch in canonical reduction, a power of two.
       num_microbatches: parts of each device's batch, computed one after the other.
@@ -171,6 +190,7 @@ class Experiment:
     strategy: str = "data-parallel"
     ps: ParameterServer = dataclasses.field(default_factory=ParameterServer)
     mesh: dict[str, int] | None = None
+    layout: Layout = Layout()
     reduction: Literal["mean", "canonical"] = "mean"
     logical_shards: int = 8
     num_microbatches: int = 1

@@ -6,6 +6,7 @@ got, and the step derives every collective from it.
 """
 
 import dataclasses
+import difflib
 import math
 import re
 import warnings
@@ -22,8 +23,9 @@ MIN_SIZE = 1024
 
 
 Layout: TypeAlias = Callable[[str, Any], PartitionSpec]
-Rules: TypeAlias = Sequence[tuple[str, PartitionSpec]]
-"""(regular expression, spec) pairs: the first whose expression is found in a leaf's path decides."""
+Rules: TypeAlias = Sequence[tuple[str, PartitionSpec | tuple[Any, ...]]]
+"""(regular expression, spec) pairs: the first whose expression is found in a leaf's path decides. A spec may be written
+as a plain tuple of mesh axes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,10 @@ class NamedLeaf:
     shape: tuple[int, ...]
     dtype: Any
     names: tuple[Any, ...]
+
+    def each_name(self) -> list[str]:
+        """Return all names; a dim may have several, as a tuple."""
+        return [name for entry in self.names for name in _entries(entry)]
 
 
 Leaf: TypeAlias = jax.Array | jax.ShapeDtypeStruct | NamedLeaf
@@ -94,12 +100,12 @@ class ByPath:
 
     rules: tuple[tuple[str, PartitionSpec], ...]
     otherwise: Layout
+    for_any_model: bool
 
     def __call__(self, path: str, leaf: Leaf) -> PartitionSpec:
         """Return the spec of the first rule found in `path`, or what `otherwise` says."""
         for pattern, spec in self.rules:
-            # An optimizer keeps other things under a param's name, too: factored moments, say, with fewer dims.
-            if re.search(pattern, path) and (path.startswith("params/") or len(leaf.shape) >= len(spec)):
+            if re.search(pattern, path) and _concerns(spec, path, leaf):
                 return spec
         return self.otherwise(path, leaf)
 
@@ -109,16 +115,35 @@ class ByPath:
         return [pattern for pattern, _ in self.rules if not any(re.search(pattern, path) for path in paths)]
 
 
-def by_path(rules: Rules, *, otherwise: Layout = replicated) -> ByPath:
+def _concerns(spec: PartitionSpec, path: str, leaf: Leaf) -> bool:
+    # An optimizer keeps other things under a param's name, too: factored moments, say, with fewer dims.
+    return path.startswith("params/") or len(leaf.shape) >= len(spec)
+
+
+def by_path(rules: Rules, *, otherwise: Layout = replicated, for_any_model: bool = False) -> ByPath:
     """Return a layout given by rules on paths: for tensor-parallel axes, where each matrix wants its own dim.
 
-    The optimizer state of a param has the param's path in its own, so a rule covers both.
+    The optimizer state of a param has the param's path in its own, so a rule covers both. A rule that matches no leaf
+    is refused by whatever lays out a tree.
+
+    Args:
+      rules: see `Rules`.
+      otherwise: decides about leaves that no rule matches.
+      for_any_model: the rules were not written for the model at hand: where its modules name their dims, which goes
+        before rules, they may match nothing.
 
     >>> layout = by_path([("mlp_in/kernel$", PartitionSpec(None, "model"))])
     >>> layout("params/block_0/mlp_in/kernel", jax.ShapeDtypeStruct((4, 16), "float32"))
     PartitionSpec(None, 'model')
     """
-    return ByPath(tuple((pattern, spec) for pattern, spec in rules), otherwise)
+    for pattern, _ in rules:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"A rule begins with a regular expression; {pattern!r} is none: {error}. Mend it."
+            ) from error
+    return ByPath(tuple((pattern, PartitionSpec(*spec)) for pattern, spec in rules), otherwise, for_any_model)
 
 
 def transformer_rules(model_axis: str = "model", *, shard_axis: str | None = None) -> Rules:
@@ -139,26 +164,38 @@ def transformer_rules(model_axis: str = "model", *, shard_axis: str | None = Non
 
 @dataclasses.dataclass(frozen=True)
 class ByNames:
-    """The layout that `by_names` returns."""
+    """The layout that `by_names` returns; `unmatched` tells which of its rules are about names that nobody gave."""
 
+    mesh_axes: tuple[str, ...]
     axis_rules: Mapping[str, str | None]
     otherwise: Layout
 
     def __call__(self, path: str, leaf: Leaf) -> PartitionSpec:
         """Return the spec that the leaf's names give, or what `otherwise` says where they cut nothing."""
-        names = leaf.names if isinstance(leaf, NamedLeaf) else ()
-        axes = [self.axis_rules.get(name) if name is not None else None for name in names]
-        return PartitionSpec(*axes) if any(axes) else self.otherwise(path, leaf)
+        spec = PartitionSpec(*map(self._axes, leaf.names)) if isinstance(leaf, NamedLeaf) else PartitionSpec()
+        return spec if any(spec) and _concerns(spec, path, leaf) else self.otherwise(path, leaf)
+
+    def unmatched(self, names: Iterable[str]) -> list[str]:
+        """Return the names that have a rule and are not among `names`."""
+        return sorted(set(self.axis_rules) - set(names))
+
+    def _axes(self, entry: Any) -> Any:
+        own = {axis: axis for axis in self.mesh_axes}
+        axes = [axis for name in _entries(entry) if (axis := {**own, **self.axis_rules}.get(name)) is not None]
+        return None if not axes else axes[0] if len(axes) == 1 else tuple(axes)
 
 
-def by_names(axis_rules: Mapping[str, str | None], *, otherwise: Layout = replicated) -> ByNames:
+def by_names(
+    mesh: Mesh, axis_rules: Mapping[str, str | None] | None = None, *, otherwise: Layout = replicated
+) -> ByNames:
     """Return a layout that follows the names which modules have given to the dims of their params (Flax metadata).
 
     Args:
-      axis_rules: name -> mesh axis, or None for a dim that is not cut. A name without a rule is not cut either.
+      mesh: a name that is an axis of it needs no rule.
+      axis_rules: name -> mesh axis, or None for a dim that is not cut. Other names without a rule are not cut either.
       otherwise: decides about leaves without names, or with none that has a rule.
     """
-    return ByNames(dict(axis_rules), otherwise)
+    return ByNames(mesh.axis_names, dict(axis_rules or {}), otherwise)
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -173,30 +210,56 @@ def specs(tree: PyTree, mesh: Mesh, layout: Layout) -> PyTree:
       ValueError: a spec names an axis the mesh has not, or one that does not divide the leaf's dim, or has more dims
         than the leaf; or a rule of `by_path` matches no leaf.
     """
-    paths = []
+    leaves: dict[str, Leaf] = {}
 
     def spec_of(path: tuple[Any, ...], node: Any) -> Any:
-        leaf = _named_leaf(node) if _has_names(node) else node
         name = path_name(path)
-        paths.append(name)
+        leaf = leaves[name] = _named_leaf(node) if _has_names(node) else node
         spec = layout(name, leaf)
         check_spec(name, leaf, spec, mesh)
         return jax.tree.map(lambda _: spec, node) if _has_names(node) else spec
 
     chosen = jax.tree_util.tree_map_with_path(spec_of, tree, is_leaf=_has_names)
-    named = isinstance(layout, ByNames) and any(map(_has_names, jax.tree.leaves(tree, is_leaf=_has_names)))
-    if not named:  # Names take the place of rules.
-        _check_rules(layout, paths)
+    _check_rules(layout, leaves)
     return chosen
 
 
-def _check_rules(layout: Layout, paths: list[str]) -> None:
-    rules = layout.otherwise if isinstance(layout, ByNames) else layout
-    if isinstance(rules, ByPath) and (unmatched := rules.unmatched(paths)):
+def _check_rules(layout: Layout, leaves: Mapping[str, Leaf]) -> None:
+    """Raise ValueError where a rule of `layout` is about no leaf at all."""
+    names = sorted({name for leaf in leaves.values() if isinstance(leaf, NamedLeaf) for name in leaf.each_name()})
+    if isinstance(layout, ByNames):
+        _check_names(layout, names)
+        layout = layout.otherwise
+    if isinstance(layout, ByPath) and (unmatched := layout.unmatched(leaves)) and not (names and layout.for_any_model):
+        nearest = _nearest_path(unmatched[0], leaves)
         raise ValueError(
             f"Every rule of a layout must match a leaf; nothing matches {', '.join(map(repr, unmatched))}. "
-            f"Change or remove it. There are, for example, {', '.join(paths[:8])}."
+            f"Change or remove it; the nearest to {unmatched[0]!r} is {nearest} of shape {leaves[nearest].shape}. "
+            f"There are, for example, {', '.join(list(leaves)[:8])}."
         )
+
+
+def _check_names(layout: ByNames, names: Sequence[str]) -> None:
+    if unmatched := layout.unmatched(names):
+        known = "None is given."
+        if names:
+            nearest = difflib.get_close_matches(unmatched[0], names, n=1, cutoff=0.0)[0]
+            known = f"Did you mean {nearest!r}? They are {', '.join(map(repr, names))}."
+        raise ValueError(
+            "Every name with a mesh axis must be one that the model's modules give to a dim; "
+            f"{', '.join(map(repr, unmatched))} is none. {known} Change or remove it."
+        )
+
+
+def _nearest_path(pattern: str, paths: Iterable[str]) -> str:
+    """Return the path one of whose ends is most like `pattern`."""
+
+    def likeness(path: str) -> float:
+        parts = path.split("/")
+        ends = ["/".join(parts[start:]) for start in range(len(parts))]
+        return max(difflib.SequenceMatcher(None, pattern, end).ratio() for end in ends)
+
+    return max(paths, key=likeness)
 
 
 def shardings(tree: PyTree, mesh: Mesh, layout: Layout) -> PyTree:
@@ -230,8 +293,12 @@ def _named_leaf(box: Any) -> NamedLeaf:
 
 def spec_axes(spec: PartitionSpec) -> tuple[str, ...]:
     """Return the mesh axes that `spec` names, in the order of dims."""
-    entries = [entry if isinstance(entry, tuple) else (entry,) for entry in spec if entry is not None]
-    return tuple(axis for entry in entries for axis in entry)
+    return tuple(axis for entry in spec for axis in _entries(entry))
+
+
+def _entries(entry: Any) -> tuple[Any, ...]:
+    """Return what one dim is cut over, or named by: nothing, one thing, or several in a tuple."""
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
 def keep_axes(spec: PartitionSpec, axes: Sequence[str]) -> PartitionSpec:
@@ -250,6 +317,13 @@ def check_spec(path: str, leaf: Leaf, spec: PartitionSpec, mesh: Mesh) -> None:
         raise ValueError(
             f"{path} has shape {tuple(leaf.shape)}, but its spec {spec} is for {len(spec)} dims. "
             f"Give it at most {len(leaf.shape)} entries."
+        )
+    axes = spec_axes(spec)
+    twice = sorted({axis for axis in axes if axes.count(axis) > 1})
+    if twice:
+        raise ValueError(
+            f"{path} of shape {tuple(leaf.shape)} cannot be cut as {spec}: it names the mesh axis {twice[0]!r} twice, "
+            "and an axis cuts one dim alone. Leave it out of all dims but one."
         )
     for dim, entry in enumerate(spec):
         axes = spec_axes(PartitionSpec(entry))
@@ -290,7 +364,8 @@ class LeafPlace:
 def places(tree: PyTree) -> list[LeafPlace]:
     """Return a LeafPlace for each leaf of `tree`: arrays on a mesh, or ShapeDtypeStructs with shardings."""
     found = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_has_names):
+        (leaf,) = jax.tree.leaves(node)
         shard_shape = leaf.sharding.shard_shape(leaf.shape)
         # A key's dtype says nothing of its data: the bytes are those of an eval_shape of it.
         data = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf

@@ -41,10 +41,20 @@ def create_state(
     One jitted program makes it, so no device ever holds more than its own shards, and the train step, which sees the
     same shardings from its first call to its last, compiles once.
     """
+    return state_program(init_fn, optimizer, mesh=mesh, layout=layout)(jax.random.key(seed))
+
+
+def state_program(
+    init_fn: InitFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    mesh: Mesh,
+    layout: layouts.Layout = layouts.replicated,
+) -> jax.stages.Wrapped:
+    """Return the jitted function of a key that `create_state` calls; its `lower` shows what it will do."""
     make = _make_state_fn(init_fn, optimizer)
-    key = jax.random.key(seed)
-    shardings = layouts.shardings(jax.eval_shape(make, key), mesh, layout)
-    return jax.jit(make, out_shardings=shardings)(key)
+    shardings = layouts.shardings(jax.eval_shape(make, jax.random.key(0)), mesh, layout)
+    return jax.jit(make, out_shardings=shardings)
 
 
 def abstract_state(

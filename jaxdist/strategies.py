@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxdist import canonical, evaluate, reduce, sharded
 from jaxdist import layout as layouts
@@ -93,7 +93,8 @@ def build(
     reduction: str = "mean",
     logical_shards: int = 8,
     rules: layouts.Rules | None = None,
-    axis_rules: Mapping[str, str | None] | None = None,
+    names: Mapping[str, str | None] | None = None,
+    min_size: int = layouts.MIN_SIZE,
 ) -> Strategy:
     """Return the strategy called `name`.
 
@@ -103,9 +104,10 @@ def build(
       mesh_axes: axis name -> size (one may be -1); None is the strategy's own default.
       reduction: how gradients are added up, `mean` or `canonical`.
       logical_shards: for canonical reduction, the number of fixed slices of the global batch.
-      rules: for `tensor`, (regular expression, spec) pairs; None is the rules of our GPT and ViT.
-      axis_rules: mesh axes for the names that Flax modules gave to the dims of their params. A name that is an axis of
-        the mesh needs no rule. Named dims go before what the strategy says by itself.
+      rules: for `tensor`, see `layout.by_path`; None is the rules of our GPT and ViT.
+      names: mesh axes for the names that Flax modules gave to the dims of their params. A name that is an axis of the
+        mesh needs none. Named dims go before what the strategy says by itself.
+      min_size: elements below which `zero1`, `fsdp` and `hsdp` leave a leaf whole.
 
     Raises:
       ValueError: there is no such strategy or reduction, they do not go together, or the mesh lacks an axis.
@@ -120,30 +122,40 @@ def build(
         )
     if rules is not None and name != "tensor":
         raise ValueError(f"rules belong to strategy 'tensor'; {name!r} has no use for them. Remove them.")
-    mesh = _make_mesh(name, mesh_axes, devices)
-    layout, batch_axes = _layout(name, mesh, rules)
+    if names and name == "data-parallel":
+        raise ValueError("Strategy 'data-parallel' cuts no param, so names have no use. Remove them.")
+    chosen = [axis for _, spec in rules or () for axis in layouts.spec_axes(PartitionSpec(*spec))]
+    chosen += [axis for axis in (names or {}).values() if axis is not None]
+    mesh = _make_mesh(name, mesh_axes, devices, chosen)
+    batch_axes = (DATA_AXIS, SHARD_AXIS) if SHARD_AXIS in mesh.shape else (DATA_AXIS,)
+    layout = _layout(name, mesh, rules, min_size)
     if name != "data-parallel":
-        layout = layouts.by_names({**{axis: axis for axis in mesh.axis_names}, **(axis_rules or {})}, otherwise=layout)
+        layout = layouts.by_names(mesh, names, otherwise=layout)
     logical = logical_shards if reduction == "canonical" else None
     if logical is not None:
         canonical.check_layout(mesh, logical_shards=logical_shards)
     return Strategy(name, mesh, layout, batch_axes, logical)
 
 
-def _make_mesh(name: str, mesh_axes: Mapping[str, int] | None, devices: Sequence[jax.Device] | None) -> Mesh:
+def _make_mesh(
+    name: str, axes: Mapping[str, int] | None, devices: Sequence[jax.Device] | None, chosen: Sequence[str]
+) -> Mesh:
+    """Return the mesh; `chosen` are the axes that rules and names are about."""
     defaults: dict[str, Mapping[str, int]] = {
         "hsdp": {DATA_AXIS: jax.process_count(), SHARD_AXIS: -1},
         "tensor": {DATA_AXIS: 1, MODEL_AXIS: -1},
     }
-    mesh = make_mesh(mesh_axes or defaults.get(name), devices=devices)
-    needed = {"hsdp": (DATA_AXIS, SHARD_AXIS), "tensor": (DATA_AXIS, MODEL_AXIS)}.get(name, (DATA_AXIS,))
+    mesh = make_mesh(axes or defaults.get(name), devices=devices)
+    own = {"hsdp": (DATA_AXIS, SHARD_AXIS), "tensor": (DATA_AXIS, MODEL_AXIS)}.get(name, (DATA_AXIS,))
+    needed = tuple(dict.fromkeys((DATA_AXIS, *chosen) if chosen and name == "tensor" else (*own, *chosen)))
     missing = [axis for axis in needed if axis not in mesh.shape]
     if missing:
+        other = "rename them in layout.rules and layout.names" if chosen else "leave the mesh out for the default"
         raise ValueError(
             f"Strategy {name!r} needs the mesh axes {', '.join(needed)}; got {dict(mesh.shape)}. "
-            f"Add {', '.join(missing)}, or leave the mesh out for the default."
+            f"Add {', '.join(missing)}, or {other}."
         )
-    idle = [axis for axis in mesh.axis_names if axis not in (*needed, SHARD_AXIS) and mesh.shape[axis] > 1]
+    idle = [axis for axis in mesh.axis_names if axis not in (*own, *chosen, SHARD_AXIS) and mesh.shape[axis] > 1]
     if idle:
         raise ValueError(
             f"Strategy {name!r} has no use for the mesh axes {', '.join(idle)} of {dict(mesh.shape)}. Remove them."
@@ -151,20 +163,22 @@ def _make_mesh(name: str, mesh_axes: Mapping[str, int] | None, devices: Sequence
     return mesh
 
 
-def _layout(name: str, mesh: Mesh, rules: layouts.Rules | None) -> tuple[layouts.Layout, tuple[str, ...]]:
-    """Return the layout of a strategy and the mesh axes its batch is cut over."""
-    batch_axes = (DATA_AXIS, SHARD_AXIS) if SHARD_AXIS in mesh.shape else (DATA_AXIS,)
-    shard_axis = batch_axes[-1]
+def _layout(name: str, mesh: Mesh, rules: layouts.Rules | None, min_size: int) -> layouts.Layout:
+    shard_axis = SHARD_AXIS if SHARD_AXIS in mesh.shape else DATA_AXIS
     if name == "zero1":
-        return layouts.zero1(mesh, axis=shard_axis), batch_axes
+        return layouts.zero1(mesh, axis=shard_axis, min_size=min_size)
     if name in ("fsdp", "hsdp"):
-        return layouts.fsdp(mesh, axis=shard_axis), batch_axes
+        return layouts.fsdp(mesh, axis=shard_axis, min_size=min_size)
     if name == "tensor":
-        if SHARD_AXIS not in mesh.shape:
-            return layouts.by_path(layouts.transformer_rules(MODEL_AXIS) if rules is None else rules), batch_axes
-        rules = layouts.transformer_rules(MODEL_AXIS, shard_axis=SHARD_AXIS) if rules is None else rules
-        return layouts.by_path(rules, otherwise=layouts.fsdp(mesh, axis=SHARD_AXIS)), batch_axes
-    return layouts.replicated, batch_axes
+        return _tensor_layout(mesh, rules, min_size)
+    return layouts.replicated
+
+
+def _tensor_layout(mesh: Mesh, rules: layouts.Rules | None, min_size: int) -> layouts.Layout:
+    shards = SHARD_AXIS in mesh.shape
+    otherwise = layouts.fsdp(mesh, axis=SHARD_AXIS, min_size=min_size) if shards else layouts.replicated
+    ready = layouts.transformer_rules(MODEL_AXIS, shard_axis=SHARD_AXIS if shards else None)
+    return layouts.by_path(ready if rules is None else rules, otherwise=otherwise, for_any_model=rules is None)
 
 
 def check_name(name: str) -> None:

@@ -100,6 +100,9 @@ def put_together(experiment: Experiment, *, devices: Sequence[jax.Device]) -> Tr
         mesh_axes=experiment.mesh,
         reduction=experiment.reduction,
         logical_shards=experiment.logical_shards,
+        rules=experiment.layout.rules,
+        names=experiment.layout.names,
+        min_size=experiment.layout.min_size,
     )
     sizes = mesh.batch_sizes(
         experiment.global_batch_size,
@@ -114,6 +117,8 @@ def put_together(experiment: Experiment, *, devices: Sequence[jax.Device]) -> Tr
     check_watched_metrics(experiment, functions, shapes)
     known_end = {"steps_per_epoch": loader.steps_per_epoch, "max_steps": last_step(experiment, loader.steps_per_epoch)}
     optimizer, learning_rate = _make_optimizer(experiment, known_end)
+    # A leaf that cannot be cut as asked is found here, where nothing has been written yet.
+    state.abstract_state(functions.init_fn, optimizer, mesh=strategy.mesh, layout=strategy.layout)
     return Training(
         experiment=experiment,
         strategy=strategy,
@@ -205,6 +210,7 @@ _LEAST = {
     "checkpoints.keep_last": 1,
     "checkpoints.keep_every": 1,
     "guards.check_replicas_every": 0,
+    "layout.min_size": 0,
     "recovery.snapshot_every": 0,
     "recovery.max_fruitless": 1,
     "recovery.min_processes": 1,

@@ -222,6 +222,7 @@ DATACLASSES = (
     jaxdist.Evaluation,
     jaxdist.Checkpoints,
     jaxdist.Guards,
+    jaxdist.Layout,
     config.Recovery,
     settings.ParameterServer,
 )

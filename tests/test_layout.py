@@ -4,11 +4,13 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
-from small_problem import init_params
+from small_problem import init_params, place
 
+from jaxdist import adapters, losses, strategies, testing
 from jaxdist import layout as layouts
 from jaxdist import state as states
 from jaxdist.mesh import make_mesh
@@ -68,12 +70,14 @@ TREE = {"params": {"dense": {"kernel": leaf(12, 30), "bias": leaf(30)}}}
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        (("kernal", P("model")), r"nothing matches 'kernal'.*params/dense/bias, params/dense/kernel"),
+        (("kernal", P("model")),
+         r"nothing matches 'kernal'.*nearest to 'kernal' is params/dense/kernel of shape \(12, 30\)"),
         (("kernel", P(None, "model")), r"params/dense/kernel of shape \(12, 30\).*dim 1 \(30\) does not divide by 4.*"
          r"mesh axis 'model'. Cut dim 0 instead or make the dim 28 or 32"),
         (("bias", P(None, "model")), r"params/dense/bias has shape \(30,\), but its spec .* at most 1"),
         (("kernel", P("modle")), r"spec of params/dense/kernel names the mesh axis 'modle', but the mesh has"),
         (("kernel", P(None, ("data", "model"))), "does not divide by 8"),
+        (("kernel", P("model", "model")), r"dense/kernel of shape \(12, 30\).* names the mesh axis 'model' twice"),
     ],
 )  # fmt: skip
 def test_a_rule_that_cannot_be_followed_names_leaf_shape_axis_and_remedy(rule, message):
@@ -105,29 +109,67 @@ def test_the_ready_rules_cut_each_branch_by_columns_then_rows(model, example):
 
 
 class Named(nn.Module):
-    """One dim named by a mesh axis, one by a logical name, and a bias without names."""
+    """One dim named by a mesh axis, one by a logical name, and biases without names."""
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, image, *, train):
         direct = nn.with_partitioning(nn.initializers.normal(), (None, "model"))
         logical = nn.with_logical_partitioning(nn.initializers.normal(), ("hidden", "embed"))
-        x = nn.Dense(16, kernel_init=direct, name="direct")(x)
+        x = nn.tanh(nn.Dense(16, kernel_init=direct, name="direct")(image))
         return nn.Dense(8, kernel_init=logical, name="logical")(x)
 
 
-def test_names_that_flax_modules_give_their_dims_are_honoured_in_params_and_optimizer_state():
-    mesh = make_mesh({"data": 2, "model": 4})
-    layout = layouts.by_names({"model": "model", "hidden": "model"})
+class NamedNnx(nnx.Module):
+    """The same in NNX."""
 
-    def init(key):
-        return Named().init(key, jnp.zeros((1, 8)))["params"]
+    def __init__(self, rngs):
+        direct = nnx.with_partitioning(nnx.initializers.normal(), (None, "model"))
+        logical = nnx.with_partitioning(nnx.initializers.normal(), ("hidden", "embed"))
+        self.direct = nnx.Linear(8, 16, kernel_init=direct, rngs=rngs)
+        self.logical = nnx.Linear(16, 8, kernel_init=logical, rngs=rngs)
 
-    state = states.create_state(init, optax.adam(0.1), mesh=mesh, seed=0, layout=layout)
-    for tree in (state.params, state.opt_state[0].mu):
-        plain = nn.unbox(tree)
-        assert plain["direct"]["kernel"].sharding.spec == P(None, "model")
-        assert plain["logical"]["kernel"].addressable_shards[0].data.shape == (4, 8)
-        assert plain["logical"]["bias"].sharding.is_fully_replicated
+    def __call__(self, image):
+        return self.logical(nnx.tanh(self.direct(image)))
+
+
+IMAGES = {
+    "image": np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32),
+    "label": np.arange(16, dtype=np.int32) % 8,
+}
+
+
+@pytest.mark.parametrize("module", [Named(), NamedNnx], ids=["linen", "nnx"])
+def test_names_that_flax_modules_give_their_dims_are_honoured(module):
+    """In params and optimizer state; and a step gives the numbers of plain replicas."""
+    functions = adapters.from_model(module, losses.classification, IMAGES)
+    named = strategies.build("tensor", mesh_axes={"data": 2, "model": 4}, names={"hidden": "model"})
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    trained = []
+    for strategy in (named, strategies.build("data-parallel")):
+        state = states.create_state(functions.init_fn, optimizer, mesh=strategy.mesh, seed=0, layout=strategy.layout)
+        if strategy is named:
+            places = {place.path: place.spec for place in layouts.places(state)}
+            for tree in ("params", "opt_state/0/trace"):
+                assert places[f"{tree}/direct/kernel"] == P(None, "model")
+                assert places[f"{tree}/logical/kernel"] == P("model", None)
+                assert places[f"{tree}/logical/bias"] == P()
+        state, _ = strategy.make_step(functions.loss_fn, optimizer)(state, place(IMAGES, strategy.mesh, "data"))
+        trained.append(jax.device_get(state.params))
+    testing.assert_trees_close(*trained, tolerance=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"hiden": "model"}, "'hiden' is none. Did you mean 'hidden'.* They are 'embed', 'hidden', 'model'"),
+        ({"hidden": "model", "embed": "model"}, r"params/logical/kernel of shape \(16, 8\).*axis 'model' twice"),
+    ],
+)
+def test_a_name_that_cannot_be_followed_says_why(names, message):
+    functions = adapters.from_model(Named(), losses.classification, IMAGES)
+    strategy = strategies.build("tensor", mesh_axes={"data": 2, "model": 4}, names=names)
+    with pytest.raises(ValueError, match=message):
+        states.abstract_state(functions.init_fn, optax.sgd(0.1), mesh=strategy.mesh, layout=strategy.layout)
 
 
 def test_describe_tells_leaf_shape_spec_and_bytes_of_every_leaf():

@@ -38,6 +38,8 @@ def test_a_strategy_that_cannot_be_canonical_says_so(name):
         ("hsdp", {"mesh_axes": {"data": 8}}, "needs the mesh axes data, fsdp"),
         ("data-parallel", {"mesh_axes": {"data": 2, "model": 4}}, "has no use for the mesh axes model"),
         ("fsdp", {"rules": []}, "rules belong to strategy 'tensor'"),
+        ("tensor", {"rules": [("w", P("expert"))]}, "needs the mesh axes data, expert; got .*Add expert, or rename"),
+        ("data-parallel", {"names": {"embed": "data"}}, "names have no use"),
     ],
 )
 def test_settings_that_do_not_fit_a_strategy_are_refused(name, options, message):
