@@ -7,13 +7,15 @@ done, the answer has not left). The environment variable FAULTS holds lines `PRO
     server/0/a send PushAck 3 kill
 
 COUNT says at which passing of the label; a rate like 0.1 says how often. Actions: `kill` (SIGKILL), `stop` (SIGSTOP;
-whoever tests sends SIGCONT), `lose` and `repeat` (for `send` only: the message does not leave, or leaves twice). With a
-COUNT a line comes true once in a run: a file in the run's folder remembers it for the process's next life.
+whoever tests sends SIGCONT), `full` (from now on this process writes no file beyond some hundred bytes, as on a full
+disk), `lose` and `repeat` (for `send` only: the message does not leave, or leaves twice). With a COUNT a line comes
+true once in a run: a file in the run's folder remembers it for the process's next life.
 """
 
 import os
 import pathlib
 import random
+import resource
 import signal
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -21,6 +23,10 @@ from dataclasses import dataclass
 from typing import Any
 
 FAULTS = "JAXDIST_PS_FAULTS"
+
+ACTIONS = ("kill", "stop", "full", "lose", "repeat")
+FULL_BYTES = 500
+"""Enough for the counters that every process writes, not for a shard."""
 
 Point = Callable[[str, Any], int]
 """Called with what is done (hear, do, did, send) and with what; returns how many times to do it."""
@@ -44,7 +50,7 @@ class Fault:
     def parse(cls, line: str) -> "Fault":
         """Return the fault a line stands for; raises ValueError where it is none."""
         words = line.split()
-        if len(words) != 5 or words[4] not in ("kill", "stop", "lose", "repeat"):
+        if len(words) != 5 or words[4] not in ACTIONS:
             raise ValueError(f"a fault is PROCESS VERB KIND COUNT ACTION, got {line!r}")
         if words[4] in ("lose", "repeat") and words[1] != "send":
             raise ValueError(f"only what is sent can be lost or repeated, got {line!r}")
@@ -88,7 +94,9 @@ class _Points:
         return True
 
     def _act(self, action: str) -> int:
-        if action in ("kill", "stop"):
+        if action == "full":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (FULL_BYTES, resource.RLIM_INFINITY))
+        elif action in ("kill", "stop"):
             os.kill(os.getpid(), signal.SIGKILL if action == "kill" else signal.SIGSTOP)
         return {"lose": 0, "repeat": 2}.get(action, 1)
 

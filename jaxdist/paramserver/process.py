@@ -13,7 +13,7 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxdist.paramserver import effects, encoding, faults, messages
@@ -102,7 +102,23 @@ class Report:
 
     def __init__(self, directory: pathlib.Path) -> None:
         self.directory = directory
-        self._steps = (directory / STEPS_NAME).open("a", buffering=1)
+        self._steps = (directory / STEPS_NAME).open("a+", buffering=1)
+
+    def catch_up(self, machine: Scheduler, records: Sequence[messages.Message]) -> None:
+        """Write the line of a step that the last life decided and had no time to tell of; its metrics are lost."""
+        kinds = (messages.CommitRecord, messages.CompleteRecord, messages.ViewRecord)
+        last = next((record for record in reversed(records) if isinstance(record, kinds)), None)
+        if isinstance(last, messages.CommitRecord):
+            leases = [push.lease for push in last.contributors]
+        elif isinstance(last, messages.CompleteRecord):
+            leases = [last.contributor.lease]
+        else:
+            return
+        self._steps.seek(0)
+        told = [json.loads(line)["step"] for line in self._steps if line.endswith("\n")]
+        if told[-1:] != [machine.state.step]:
+            examples = sum(lease.stop - lease.start for lease in leases)
+            self.observe(effects.Committed(machine.state.step, examples, ()))
 
     def observe(self, effect: effects.Effect) -> None:
         """Write down a step or a cut."""
@@ -163,6 +179,8 @@ def make_scheduler(name: str, spec: Spec) -> tuple[Node, Statistics]:
         resume = encoding.decode((directory / spec.resume / "manifest").read_bytes())
     machine = Scheduler(settings=spec.make_settings(), records=log.records, resume=resume)
     statistics, report = statistics_of(name, spec, machine), Report(directory)
+
+    report.catch_up(machine, log.records)
 
     def observe(effect: effects.Effect) -> None:
         statistics.observe(effect)

@@ -13,10 +13,11 @@ import pytest
 import tiny_experiment
 
 from jaxdist import record
-from jaxdist.paramserver import run
+from jaxdist.paramserver import faults, run
 
 EXPERIMENT = tiny_experiment.__file__
 LIMIT_SECONDS = 240
+REPLICATED = {"steps": 60, "workers": 2, "servers": 1, "durability": "replicated"}
 
 
 def options(run_dir, *, steps, assignments=(), resume=False, **chosen):
@@ -104,13 +105,27 @@ def test_a_calm_run_leaves_the_record_every_run_leaves(calm):
     assert calm.extra["ps"]["staleness"] == {0: 60}
 
 
+def struck(tmp_path, monkeypatch, *lines, **chosen):
+    """Train with faults, all of which must come true; return the record."""
+    monkeypatch.setenv(faults.FAULTS, "\n".join(lines))
+    made = run.train(options(tmp_path, **{**REPLICATED, **chosen}))
+    happened = list((tmp_path / "ps" / "faults").glob("*"))
+    assert len(happened) == sum(float(line.split()[3]) >= 1 for line in lines), happened
+    return made
+
+
 @pytest.mark.timeout(LIMIT_SECONDS)
-def test_killing_a_worker_a_primary_and_the_scheduler_changes_no_bit(tmp_path, calm):
-    deeds = [(8, kill("worker/0")), (20, kill("scheduler")), (32, kill("server/0/a"))]
-    made = disturbed(tmp_path, deeds, steps=60, workers=2, servers=1, durability="replicated")
+def test_killed_after_a_decision_and_before_an_answer(tmp_path, monkeypatch, calm):
+    made = struck(
+        tmp_path,
+        monkeypatch,
+        "worker/0 send Done 4 kill",
+        "scheduler did CommitRecord 20 kill",
+        "server/0/a send PushAck 70 kill",
+    )
     assert made.params_sha256 == calm.params_sha256
-    assert made.restarts >= 3
     assert made.examples_seen == calm.examples_seen
+    assert made.restarts >= 3
     assert made.extra["ps"]["failovers"] >= 1
 
 
