@@ -50,7 +50,7 @@ class Side:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            start_new_session=True,
+            process_group=0,
         )
         self.name, self.turns = name, []
 
@@ -77,7 +77,7 @@ class Side:
             return statistics.median(turn["units"] / turn["seconds"] for turn in self.turns)
         if what == "cpu":
             return statistics.median(1000 * turn["cpu"] / turn["units"] for turn in self.turns)
-        return max(turn["memory_mb"] for turn in self.turns)
+        return max(turn[what] for turn in self.turns)
 
     def close(self) -> None:
         """End the process."""
@@ -132,7 +132,8 @@ def compare(work: str, peers: str, folder: pathlib.Path, repeats: int) -> Iterat
         for side in theirs:
             yield result(f"{work}: {side.name}", ours.median("rate"), side.median("rate"), unit, repeats) | {
                 "cpu_seconds_per_1000": [ours.median("cpu"), side.median("cpu")],
-                "memory_mb": [ours.median("memory"), side.median("memory")],
+                "memory_mb": [ours.median("memory_mb"), side.median("memory_mb")],
+                "written_mb": [ours.median("written_mb"), side.median("written_mb")],
             }
 
 

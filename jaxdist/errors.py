@@ -3,6 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+EXIT_USER = 2
+"""Exit status of a command that was the user's mistake."""
+
 
 class UserError(ValueError):
     """What a user can mend: the message names the rule, what was received and what to do."""

@@ -15,6 +15,7 @@ import optax
 
 from jaxdist import adapters, data, evaluate, mesh, optimizers, precision, record, state, step, strategies
 from jaxdist.config import ConfigError, Experiment
+from jaxdist.data import wrap
 from jaxdist.metrics import Batch
 
 
@@ -180,7 +181,8 @@ def identity(experiment: Experiment) -> str:
 
     Devices, strategy, stop rules, batch size and the like are not part of it: a run may be resumed with others.
     """
-    content = json.dumps([record.plain(experiment.model), experiment.data.train.fingerprint(), experiment.seed])
+    fingerprint = wrap.as_source(experiment.data.train).fingerprint()
+    content = json.dumps([record.plain(experiment.model), fingerprint, experiment.seed])
     return f"{experiment.name}:{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
 

@@ -6,6 +6,7 @@ told.
 
 import hashlib
 import itertools
+import math
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -132,7 +133,7 @@ class BatchBuffer:
                 f"another one of its batch has {expected}. Pad, crop or bucket the examples, in `example_fn` say."
             )
         for name, value in fields.items():
-            self.arrays[name][row] = value
+            copy_into(self.arrays[name][row, ...], value)
 
     def finish(self) -> Made:
         """Return the rows once all are written; rows that could not be read hold zeros."""
@@ -141,6 +142,18 @@ class BatchBuffer:
         for array in self.arrays.values() if self.bad else ():
             array[list(self.bad)] = 0
         return Made(self.arrays, self.bad)
+
+
+def copy_into(target: np.ndarray, value: np.ndarray) -> None:
+    """Do `target[...] = value`, and do it quickly also where the rows of `value` are bytes in reverse order."""
+    # This is a mirrored image: see `transforms.DecodeCropFlip`.
+    if value.ndim == 3 and value.dtype == np.uint8 and value.strides[1:] == (-value.shape[2], -1):
+        # numpy copies byte by byte. Words in reverse order, each to the other byte order, are the same bytes.
+        height, width, channels = value.shape
+        rows, size = value[:, ::-1, ::-1].reshape(height, width * channels), math.gcd(width * channels, 8)
+        target.reshape(rows.shape).view(f">u{size}")[...] = rows.view(f"<u{size}")[:, ::-1]
+    else:
+        target[...] = value
 
 
 def make_rows(recipe: Recipe, epoch: int, ids: np.ndarray) -> Made:
@@ -174,7 +187,8 @@ def make_example(recipe: Recipe, epoch: int, example_id: int) -> Example:
             return example
         return recipe.example_fn(example, example_random(recipe.seed, epoch, example_id))
     except Exception as error:  # whatever the user's source or function raises: say which example it was
-        raise ExampleError(f"Example {example_id} (epoch {epoch}): {type(error).__name__}: {error}") from error
+        where = f", {recipe.source.location(example_id)}" if hasattr(recipe.source, "location") else ""
+        raise ExampleError(f"Example {example_id} (epoch {epoch}){where}: {type(error).__name__}: {error}") from error
 
 
 def example_random(seed: int, epoch: int, example_id: int) -> np.random.Generator:

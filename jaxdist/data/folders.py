@@ -5,6 +5,7 @@ import os
 import pathlib
 import wave
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -36,10 +37,13 @@ class ImageFolder:
 
     def __getitem__(self, index: int) -> Example:
         path = self._files[index]
-        with open(path, "rb", buffering=0) as file:
-            data = file.read()
+        data = read_file(path)
         image = decode_image(data, name=path) if self._decode else np.frombuffer(data, np.uint8)
         return {"image": image, "label": np.int32(self._labels[index])}
+
+    def location(self, index: int) -> str:
+        """Return the file of an example."""
+        return self._files[index]
 
     def fingerprint(self) -> str:
         """Return the hash of all class names, file names and file sizes."""
@@ -100,15 +104,31 @@ def list_by_class(root: str | os.PathLike, suffixes: Sequence[str]) -> tuple[lis
     return classes, files, labels
 
 
-def decode_image(data: bytes, *, name: str) -> np.ndarray:
+def read_file(path: str) -> bytes:
+    """Return a file's content; CorruptExample where it is gone or cannot be read."""
+    try:
+        # A file object would cost half as much again as reading a small file.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise CorruptExample(f"Unreadable file: {error}") from error
+    try:
+        data = os.read(descriptor, size := os.fstat(descriptor).st_size)
+        while len(data) < size and (more := os.read(descriptor, size - len(data))):
+            data += more
+        return data
+    finally:
+        os.close(descriptor)
+
+
+def decode_image(data: bytes, *, name: str, channels: Literal["RGB", "BGR"] = "RGB") -> np.ndarray:
     """Return the picture in `data` as uint8 (height, width, 3); CorruptExample, naming `name`, where there is none."""
     simplejpeg = extras.require("simplejpeg")
     try:
         if simplejpeg.is_jpeg(data):
-            return simplejpeg.decode_jpeg(data, fastdct=True)
+            return simplejpeg.decode_jpeg(data, channels, fastdct=True)
         image = extras.require("PIL.Image")
         with image.open(io.BytesIO(data)) as picture:
-            return np.asarray(picture.convert("RGB"))
+            return np.asarray(picture.convert("RGB"))[..., :: 1 if channels == "RGB" else -1]
     except (ValueError, OSError, SyntaxError) as error:  # what the two decoders raise for broken data
         raise CorruptExample(f"Unreadable image: {name}: {error}") from error
 

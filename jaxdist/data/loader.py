@@ -15,6 +15,7 @@ import numpy as np
 from jaxdist.data import assembly, order, workers
 from jaxdist.data.position import Position
 from jaxdist.data.source import Source
+from jaxdist.data.wrap import as_source
 
 _logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ class Loader:
     """Iterates over (host batch, Position after it); each call of `iter` begins at `start` again.
 
     Args:
-      source: the data set.
+      source: the data set, a Source or any map-style data set whose items are dicts (see `wrap.MapSource`).
       global_batch_size: examples of a batch over all processes. The last batch of an epoch is padded up to it with
         copies of its first example, whose mask is 0.
       seed: of the order and of `example_fn`'s randomness.
@@ -68,6 +69,7 @@ class Loader:
         on_bad: Literal["raise", "skip"] = "raise",
         start: Position | None = None,
     ):
+        source = as_source(source)
         self.source, self.seed, self.example_fn = source, int(seed), example_fn
         self.global_batch_size, self.num_epochs, self.read_ahead = global_batch_size, num_epochs, read_ahead
         self.on_bad, self.order = on_bad, as_order(shuffle)

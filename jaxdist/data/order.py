@@ -23,6 +23,8 @@ MAX_EXAMPLES = 2**62
 
 _IDS_AT_A_TIME = 4096
 _NUM_ROUNDS = 6
+"""With so many, pairs of positions are as good as independent, from ten examples on; fewer would need more rounds."""
+
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio, odd
 
 

@@ -24,7 +24,7 @@ class Source(Protocol):
     """A data set with random access.
 
     A source may also have `__getitems__(ids) -> dict`, which returns many examples with their fields stacked on dim 0,
-    in arrays that nobody else holds.
+    in arrays that nobody else holds; and `location(index) -> str`, which tells messages the file an example lies in.
     """
 
     def __len__(self) -> int:

@@ -5,9 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from jaxdist.data.source import Example, fingerprint_array, fingerprint_text
+from jaxdist.data.source import Example, Source, fingerprint_array, fingerprint_text
 
 _NUM_SAMPLES = 16
+
+
+def as_source(dataset: Any) -> Source:
+    """Return `dataset` where it is a Source, and otherwise a MapSource of it, as far as its items have names."""
+    return dataset if isinstance(dataset, Source) else MapSource(dataset)
 
 
 class MapSource:
@@ -32,6 +37,8 @@ class MapSource:
                     "first (`jaxdist data prepare`), or load it into arrays (`ArraySource`)."
                 )
         self._dataset, self._names, self._fingerprint = dataset, tuple(names), fingerprint
+        if len(dataset):
+            self[0]  # items without names are refused here, not in the middle of a run
 
     def __len__(self) -> int:
         return len(self._dataset)

@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 from typing import IO, Any, Protocol, TypeAlias
 
+from jaxdist.errors import EXIT_USER
 from jaxdist.launch import runtime
 from jaxdist.signals import EXIT_RETRY
 
@@ -27,6 +28,8 @@ ORDERLY_SECONDS = 15.0
 """How long the others may take to end once one process has ended with EXIT_RETRY."""
 LOG_TAIL_LINES = 40
 _LOOK_SECONDS = 0.5
+_NOISE = "[Gloo] Rank "
+"""Begins what gloo says of every connection that it makes."""
 
 
 class Process(Protocol):
@@ -102,7 +105,7 @@ class JobResult:
     Attributes:
       exit_status: see run_job.
       failed_process: the one that failed first; None where none did.
-      message: the end of its log.
+      message: the end of its log; empty where process 0 has shown the same mistake of the user.
       asked_to_stop: whether a signal asked this process, and so the job, to end.
     """
 
@@ -169,7 +172,10 @@ def run_job(
         return JobResult(EXIT_RETRY if any(process.returncode for process in processes) else 0, asked_to_stop=asked)
     status = processes[failed].returncode
     assert status is not None
-    return JobResult(128 - status if status < 0 else status, failed, _tail(log_path(log_dir, failed)), asked)
+    # A mistake that all processes found, process 0 has shown already.
+    shown = show_first and processes[0].returncode == status == EXIT_USER
+    message = "" if shown else _tail(log_path(log_dir, failed))
+    return JobResult(128 - status if status < 0 else status, failed, message, asked)
 
 
 def log_path(log_dir: pathlib.Path, process: int) -> pathlib.Path:
@@ -266,4 +272,5 @@ def is_stopped(process_id: int) -> bool:
 def _tail(path: pathlib.Path) -> str:
     if not path.exists():
         return ""
-    return "\n".join(path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
+    lines = path.read_text(errors="replace").splitlines()
+    return "\n".join([line for line in lines if not line.startswith(_NOISE)][-LOG_TAIL_LINES:])

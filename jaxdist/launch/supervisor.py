@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jaxdist import lock, record
+from jaxdist.errors import EXIT_USER
 from jaxdist.launch import board, local
 from jaxdist.signals import EXIT_RETRY
 
@@ -36,7 +37,6 @@ DEADLINE = "JAXDIST_DEADLINE"
 EVENTS_NAME = "restarts.jsonl"
 _MEMORY_ROOT = pathlib.Path("/dev/shm")
 _PREFIX = "jaxdist-"
-_EXIT_USER = 2
 _LOOK_SECONDS = 0.1
 _STOPPED_LOOK_SECONDS = 0.5
 
@@ -105,7 +105,7 @@ def decide(attempts: Sequence[Attempt], policy: Policy, *, start_step: int = 0) 
     """
     last = attempts[-1]
     own_end = last.end_reason not in (None, "hang", "error", "preempted")
-    if last.exit_status in (0, _EXIT_USER) or last.asked_to_stop or own_end:
+    if last.exit_status in (0, EXIT_USER) or last.asked_to_stop or own_end:
         return End(last.exit_status)
     fruitless = num_fruitless(attempts, start_step=start_step)
     if fruitless >= policy.max_fruitless:

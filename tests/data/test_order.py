@@ -72,14 +72,50 @@ def test_neighbours_are_unrelated():
     assert abs(distance.mean() / (size / 3) - 1) < 0.05
 
 
+def excess_of_pairs(size, num_orders):
+    """How far, in standard deviations, the ids at positions 0 and 1 are from all pairs being equally likely."""
+    ids = np.stack([order.Shuffled()(size, seed, 0, 0, 2) for seed in range(num_orders)])
+    counts = np.bincount(ids[:, 0] * size + ids[:, 1], minlength=size**2).reshape(size, size)
+    counts = counts[~np.eye(size, dtype=bool)]
+    expected = num_orders / len(counts)
+    return (((counts - expected) ** 2 / expected).sum() - len(counts)) / np.sqrt(2 * len(counts))
+
+
+def excess_of_neighbours(size, distance):
+    """The same for the high bits of the ids that stand `distance` apart in one order."""
+    ids = order.Shuffled()(size, 1, 0, 0, size) * 16 // size
+    counts = np.bincount(ids[:-distance] * 16 + ids[distance:], minlength=256)
+    expected = counts.sum() / 256
+    return (((counts - expected) ** 2 / expected).sum() - 255) / np.sqrt(2 * 255)
+
+
+def test_the_rounds_of_the_network_suffice(monkeypatch):
+    """Positions are independent as far as pairs tell; with half the rounds they are not, and this test sees it."""
+    for size in (10, 32):
+        assert abs(excess_of_pairs(size, 3000)) < 5
+    for distance in (1, 2, 64, 256):
+        assert abs(excess_of_neighbours(65_536, distance)) < 5
+    monkeypatch.setattr(order, "_NUM_ROUNDS", 3)
+    assert excess_of_pairs(32, 3000) > 20
+    assert excess_of_neighbours(65_536, 1) > 20
+
+
 def test_the_scheme_has_not_changed():
     """If this fails, stored positions would be misread: raise ORDER_VERSION, then renew these numbers."""
     assert order.ORDER_VERSION == 1
-    assert order.Shuffled()(1000, 7, 3, 500, 506).tolist() == GOLDEN
     assert order.Shuffled().version == "shuffled-1"
+    for scheme, expected in GOLDEN.items():
+        assert scheme(1000, 7, 3, 500, 506).tolist() == expected, scheme
+    dealt = order.Dealt((500, 300, 200)).batch(1000, 7, 3, 12, 6)
+    assert dealt.ids.tolist() == GOLDEN_DEALT
 
 
-GOLDEN = [934, 428, 303, 702, 886, 532]
+GOLDEN = {
+    order.Shuffled(): [934, 428, 303, 702, 886, 532],
+    order.BlockShuffled(64): [720, 736, 760, 758, 755, 759],
+    order.Mixed((900, 100), (3, 1)): [7, 368, 914, 437, 365, 225],
+}
+GOLDEN_DEALT = [180, 259, 564, 507, 866, 804]
 
 
 @pytest.mark.parametrize(

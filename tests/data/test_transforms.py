@@ -1,11 +1,14 @@
 import io
 import pickle
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 from PIL import Image
 
-from jaxdist.data import ArraySource, CorruptExample, Loader, transforms
+from jaxdist.data import ArraySource, CorruptExample, Loader, assembly, transforms
+from jaxdist.data.folders import ImageFolder
 from jaxdist.data.wrap import MapSource
 
 IMAGE = np.arange(5 * 4 * 3, dtype=np.uint8).reshape(5, 4, 3)
@@ -100,6 +103,60 @@ def test_a_chain_augments_the_same_in_any_batch():
     np.testing.assert_array_equal(load(global_batch_size=4), load(global_batch_size=3, num_threads=0))
 
 
+@pytest.fixture
+def photographs(tmp_path):
+    """A folder of encoded images, JPEG and PNG, of a size each."""
+    random = np.random.default_rng(0)
+    for number, (height, width) in enumerate([(40, 56), (33, 41), (40, 40), (35, 34)]):
+        ramp = np.linspace(0, 200, height * width * 3).reshape(height, width, 3) + random.normal(0, 9, (1, width, 3))
+        picture = Image.fromarray(np.clip(ramp, 0, 255).astype(np.uint8))
+        (tmp_path / "class").mkdir(exist_ok=True)
+        picture.save(tmp_path / "class" / f"{number}.{'png' if number == 2 else 'jpg'}")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (33, 34), (1, 1), (33, 5)])
+def test_decoding_cropping_and_flipping_in_one_go_changes_no_bit(photographs, height, width):
+    source = ImageFolder(photographs, decode=False)
+    chain = transforms.Chain((transforms.DecodeImage(), transforms.RandomCrop(height, width), transforms.RandomFlip()))
+    for settings in ({"num_threads": 0}, {"num_threads": 2}):
+        loaders = [
+            Loader(source, global_batch_size=3, seed=1, num_epochs=4, example_fn=example_fn, **settings)
+            for example_fn in (chain, transforms.DecodeCropFlip(height, width))
+        ]
+        for (expected, _), (found, _) in zip(*loaders, strict=True):
+            np.testing.assert_array_equal(found["image"], expected["image"])
+            assert found["image"].flags.c_contiguous
+
+
+def test_a_broken_file_is_named_however_it_is_decoded(photographs):
+    path = photographs / "class" / "1.jpg"
+    path.write_bytes(path.read_bytes()[:100])
+    for decode, example_fn in (
+        (True, None),
+        (False, transforms.DecodeImage()),
+        (False, transforms.DecodeCropFlip(8, 8)),
+    ):
+        loader = Loader(
+            ImageFolder(photographs, decode=decode), global_batch_size=4, seed=0, num_epochs=1, example_fn=example_fn
+        )
+        with pytest.raises(ValueError, match=r"Example 1 .*class/1\.jpg.*Unreadable image"):
+            list(loader)
+    with pytest.raises(ValueError, match="Cannot crop 99 x 8"):
+        apply(transforms.DecodeCropFlip(99, 8), value=np.fromfile(photographs / "class" / "0.jpg", np.uint8))
+
+
+@hypothesis.given(st.integers(0, 5), st.integers(1, 9), st.integers(1, 4), st.integers(0, 2))
+def test_mirrored_views_are_copied_as_they_are(height, width, channels, margin):
+    random = np.random.default_rng(0)
+    image = random.integers(0, 255, (height + 1, width + margin, channels), np.uint8)[1:, margin:]
+    for view in (image, image[:, ::-1, ::-1], image[:, ::-1], image[::-1, ::-1, ::-1]):
+        rows = np.zeros((3, *image.shape), np.uint8)
+        assembly.copy_into(rows[1], view)
+        np.testing.assert_array_equal(rows[1], view)
+        assert not rows[[0, 2]].any()
+
+
 class Pairs:
     def __init__(self, values):
         self.values = values
@@ -126,3 +183,12 @@ def test_map_style_data_sets_are_wrapped():
         MapSource(Pairs([1]))[0]
     with pytest.raises(ValueError, match="generator has no __len__"):
         MapSource(x for x in range(3))
+
+
+def test_loaders_take_map_style_data_sets_as_they_are():
+    dicts = [{"x": [i, i + 1], "label": i % 2} for i in range(5)]
+    loader = Loader(dicts, global_batch_size=5, seed=0, shuffle=False, num_epochs=1)
+    assert next(iter(loader)).batch["label"].tolist() == [0, 1, 0, 1, 0]
+    assert loader.start.fingerprint == MapSource(dicts).fingerprint()
+    with pytest.raises(ValueError, match="2 values without names"):
+        Loader(Pairs([1, 2]), global_batch_size=1, seed=0)

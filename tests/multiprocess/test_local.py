@@ -53,6 +53,22 @@ def test_a_killed_process_gives_the_status_a_shell_would(tmp_path):
     assert (result.exit_status, result.failed_process) == (128 + signal.SIGKILL, 0)
 
 
+def test_a_mistake_that_process_0_has_shown_is_not_told_twice(tmp_path, capfd):
+    ready = tmp_path / "ready"
+    code = f"""
+if place:
+    while not os.path.exists({str(ready)!r}): time.sleep(0.01)
+    print('[Gloo] Rank 1 is connected'); sys.exit('mine' if {{elsewhere}} else 2)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))
+open({str(ready)!r}, 'w').close(); print('my mistake', flush=True); time.sleep(600)
+"""
+    shown = run("\n" + code.format(elsewhere=False), tmp_path, show_first=True)
+    assert shown == local.JobResult(2, 1, "")
+    ready.unlink()
+    assert run("\n" + code.format(elsewhere=True), tmp_path, show_first=True) == local.JobResult(1, 1, "mine")
+    assert capfd.readouterr().out == 2 * "my mistake\n"
+
+
 def test_after_an_orderly_retry_the_others_may_end_by_themselves(tmp_path):
     """A second SIGTERM would cut short what a process does after it was preempted."""
     code = f"""
