@@ -42,6 +42,12 @@ class Prepared(NamedTuple):
     total: int
     num_kept: int
 
+    def __str__(self) -> str:
+        folder = os.path.dirname(self.paths[0]) if self.paths else ""
+        kept = f", {self.num_kept:,} of them from before" if self.num_kept else ""
+        what = "tokens" if self.paths and self.paths[0].endswith(".npy") else "examples"
+        return f"{self.total:,} {what} in {len(self.paths):,} shards{kept}: {folder}"
+
 
 def prepare(
     source: str | Source, out: str | os.PathLike, *, shard_size: int | None = None, stream: TextIO | None = None

@@ -21,7 +21,7 @@ def augment(example, random):
     return {"id": example["id"], "noise": random.random(3, np.float32)}
 
 
-def make_loader(start=None):
+def make_loader(num_workers=0):
     source = ArraySource({"id": np.arange(NUM_EXAMPLES, dtype=np.int32)})
     return Loader(
         source,
@@ -30,7 +30,7 @@ def make_loader(start=None):
         num_epochs=NUM_EPOCHS,
         example_fn=augment,
         num_threads=2,
-        start=start,
+        num_workers=num_workers,
     )
 
 
@@ -54,10 +54,10 @@ def make_mesh(axes):
     return jax.sharding.Mesh(devices, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 
 
-def feed_here(axes, sharded):
+def feed_here(axes, sharded, num_workers):
     """Return, for each step, this process's rows (by number: the fields' digests), the position, and the true count."""
     mesh = make_mesh(axes)
-    loader = make_sharded_loader(host_shards(mesh, 4)) if sharded else make_loader()
+    loader = make_sharded_loader(host_shards(mesh, 4)) if sharded else make_loader(num_workers)
     count = jax.jit(lambda mask: mask.sum())
     steps = []
     for batch, position in feed(loader, mesh):
@@ -78,18 +78,18 @@ def expected_steps(sharded):
 
 
 @pytest.mark.parametrize(
-    ("processes", "axes", "sharded"),
+    ("processes", "axes", "sharded", "num_workers"),
     [
-        (2, {"data": 4}, False),
-        (4, {"data": 4}, False),
-        (2, {"model": 2, "data": 2}, False),  # every process holds the whole batch
-        (2, {"data": 2, "model": 2}, True),
+        (2, {"data": 4}, False, 2),
+        (4, {"data": 4}, False, 0),
+        (2, {"model": 2, "data": 2}, False, 0),  # every process holds the whole batch
+        (2, {"data": 2, "model": 2}, True, 0),
     ],
     ids=str,
 )
-def test_the_global_batch_is_the_same_on_any_number_of_processes(processes, axes, sharded):
+def test_the_global_batch_is_the_same_on_any_number_of_processes(processes, axes, sharded, num_workers):
     devices = math.prod(axes.values()) // processes
-    found = testing.run_processes(feed_here, axes, sharded, processes=processes, devices=devices)
+    found = testing.run_processes(feed_here, axes, sharded, num_workers, processes=processes, devices=devices)
     held = {"data": BATCH_SIZE // processes}.get(next(iter(axes)), BATCH_SIZE)
     assert all(len(result["rows"]) == held for result in found)
     expected = list(expected_steps(sharded))

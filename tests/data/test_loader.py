@@ -1,3 +1,4 @@
+import itertools
 import json
 import threading
 
@@ -95,30 +96,35 @@ def test_stops_and_restarts_with_other_hosts_and_batch_sizes_lose_and_repeat_not
             assert len(ids) == position.position
 
 
-def test_brute_force_each_example_once_per_epoch():
-    for num_examples in range(1, 201):
-        ids = np.concatenate(list(epoch_parts(num_examples)))
-        np.testing.assert_array_equal(np.sort(ids), np.arange(num_examples))
-
-
-def epoch_parts(num_examples):
-    """The true ids of one epoch, host by host, with a number of hosts and a batch size that vary with the size."""
-    num_hosts, per_host = 1 + num_examples % 8, 1 + (num_examples * 7) % 11
-    size = num_hosts * per_host
+def epoch_of_hosts(source, num_hosts, per_host):
+    """Return the true ids of an epoch, host by host, and how many steps each host takes."""
+    size, ids, steps = num_hosts * per_host, [], []
     for host in range(num_hosts):
-        rows = np.arange(host * per_host, (host + 1) * per_host)
         loader = Loader(
-            source_of(num_examples),
+            source,
             global_batch_size=size,
             seed=0,
             num_threads=0,
             num_epochs=1,
-            rows=rows,
-            shuffle=size <= num_examples,
+            rows=np.arange(host * per_host, (host + 1) * per_host),
+            shuffle=size <= len(source),  # data for training have a batch at least
         )
-        assert len(list(loader)) == loader.steps_per_epoch
-        for batch, _ in loader:
-            yield batch["id"][batch["mask"] == 1]
+        batches = [batch for batch, _ in loader]
+        ids += [batch["id"][batch["mask"] == 1] for batch in batches]
+        steps.append(len(batches))
+        assert len(batches) == loader.steps_per_epoch
+    return np.concatenate(ids), set(steps)
+
+
+@pytest.mark.parametrize(
+    "every", [pytest.param(1, marks=pytest.mark.soak, id="all"), pytest.param(17, id="every 17th")]
+)
+def test_brute_force_each_example_once_per_epoch_and_all_hosts_take_the_same_steps(every):
+    cases = itertools.product(range(1, 201), range(1, 9), (1, 2, 3, 5, 8, 13))
+    for num_examples, num_hosts, per_host in itertools.islice(cases, 0, None, every):
+        ids, steps = epoch_of_hosts(source_of(num_examples), num_hosts, per_host)
+        np.testing.assert_array_equal(np.sort(ids), np.arange(num_examples))
+        assert len(steps) == 1
 
 
 @pytest.mark.parametrize("num_threads", [0, 1, 4])

@@ -62,6 +62,8 @@ def test_an_interrupted_preparation_goes_on(texts, tmp_path, kind):
     seen = []
     made = run(tmp_path / "out", lambda done, total: seen.append((done, total)))
     assert (made.num_kept, len(made.paths)) == (2, 4)
+    what = "tokens" if kind == "tokens" else "examples"
+    assert str(made) == f"{made.total} {what} in 4 shards, 2 of them from before: {tmp_path / 'out'}"
     assert [path.stat().st_mtime_ns for path in kept] == before
     assert [done for done, _ in seen] == [10, 20, 30, made.total]
     whole = run(tmp_path / "whole")
