@@ -103,9 +103,9 @@ def _open_builder(name: str, data_dir: str | None) -> Any:
         command = f"tfds build {name} --file_format=array_record" + (f" --data_dir={data_dir}" if data_dir else "")
         where = data_dir or "the folder of tfds, $TFDS_DATA_DIR or ~/tensorflow_datasets"
         raise ValueError(
-            f"There is no prepared data set {name!r} in {where}. Where there is internet, run: {command} (some builders "
-            "need TensorFlow to prepare; none needs it to be read). A data set of several configurations is named with "
-            "one, as in c4/en; what cannot be downloaded, such as imagenet2012, lies in a folder: --manual_dir=FOLDER."
+            f"There is no prepared data set {name!r} in {where}. Where there is internet, run: {command} (some "
+            "builders need TensorFlow to prepare; none needs it to be read). A data set of several configurations is "
+            "named with one, as in c4/en; what has to be fetched by hand, as imagenet2012, with --manual_dir=FOLDER."
         ) from error
 
 
