@@ -56,6 +56,9 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="go on with the run in --run-dir (default: the newest)")
     train.add_argument("--restartable", action="store_true", help="go on with the run in --run-dir if there is one")
     train.add_argument("--json", action="store_true", help="show nothing, print the run record as one JSON object")
+    _add_launch(
+        _add(commands, "launch", launch_command, "start an experiment's processes: here, on hosts, by an engine")
+    )
     verify = _add(commands, "verify", verify_command, "compare a few steps on 1, 2, 4, 8 devices with one device")
     _add_experiment(verify)
     verify.add_argument("--steps", type=_positive, default=5, metavar="K", help="steps on each layout (default 5)")
@@ -95,6 +98,27 @@ def _add_data(command: argparse.ArgumentParser) -> None:
     prepare.add_argument("--shard-size", type=_positive, metavar="N", help="tokens or examples of a shard")
     inspect = _add(commands, "inspect", inspect_command, "shapes, examples, throughput, and where the time goes")
     _add_experiment(inspect)
+
+
+def _add_launch(command: argparse.ArgumentParser) -> None:
+    _add_experiment(command)
+    command.set_defaults(resume=False)
+    command.add_argument("--run-dir", type=pathlib.Path, metavar="DIR", help="on a file system that all hosts share")
+    command.add_argument("--processes", type=_positive, default=1, metavar="P", help="on each host (default 1)")
+    command.add_argument("--hosts", type=_positive, default=1, metavar="N", help="how many (default 1)")
+    command.add_argument("--host-index", type=int, metavar="I", help="without an engine: which host this is, from 0")
+    command.add_argument("--coordinator", metavar="HOST:PORT", help="without an engine: a free port of host 0")
+    command.add_argument("--engine", choices=("slurm", "kubernetes", "ray"), help="starts the processes")
+    command.add_argument("--dry-run", action="store_true", help="print what would be started, and start nothing")
+    command.add_argument(
+        "--with",
+        dest="engine_settings",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="tell the engine: partition=gpu time=1:00:00, image=... claim=..., address=...",
+    )
 
 
 def _add_experiment(command: argparse.ArgumentParser) -> None:
@@ -240,6 +264,87 @@ def exit_status(made: "RunRecord") -> int:
     if made.end_reason in ("preempted", "hang"):
         return EXIT_RETRY
     return EXIT_FAILED if made.end_reason in ("nonfinite", "error", None) else EXIT_OK
+
+
+def launch_command(options: argparse.Namespace) -> int:
+    """Start the processes of a job, or show what would be started."""
+    from jaxdist.errors import UserError
+
+    here = (options.hosts, options.host_index, options.coordinator)
+    if options.engine:
+        if here[1:] != (None, None):
+            raise UserError(
+                "An engine numbers the hosts and finds a coordinator; leave --host-index and --coordinator out."
+            )
+        return _launch_by_engine(options)
+    if options.engine_settings:
+        raise UserError(f"--with tells an engine; got {options.engine_settings[0]!r} and no --engine. Name one.")
+    if here != (1, None, None):
+        return _launch_on_host(options)
+    options.arguments = ["train", options.experiment, *train_arguments(options), "--processes", str(options.processes)]
+    if options.dry_run:
+        print(shlex.join(["jaxdist", *options.arguments]))
+        return EXIT_OK
+    return _start_processes(options)
+
+
+def _launch_by_engine(options: argparse.Namespace) -> int:
+    """Hand the job to SLURM, Kubernetes or Ray; its run directory is chosen here, the same for every restart."""
+    from jaxdist import train
+    from jaxdist.launch import engines, kubernetes, request
+
+    settings = request.settings_of(options.engine_settings)
+    experiment = load(options)
+    in_pods = options.engine == "kubernetes"
+    run_dir = options.run_dir or train.default_run_dir(experiment.name, resume=False)
+    if in_pods and not options.run_dir:
+        run_dir = pathlib.Path(kubernetes.default_run_dir(run_dir.name, settings))
+    asked = request.Request(
+        name=experiment.name,
+        # The file systems of pods are their own; elsewhere the processes may start in another directory.
+        experiment=pathlib.Path(options.experiment) if in_pods else pathlib.Path(options.experiment).resolve(),
+        arguments=train_arguments(options),
+        run_dir=run_dir if in_pods else run_dir.resolve(),
+        hosts=options.hosts,
+        processes=options.processes,
+        settings=settings,
+    )
+    if options.dry_run:
+        print(engines.show(options.engine, asked).rstrip())
+        return EXIT_OK
+    return engines.start(options.engine, asked)
+
+
+def _launch_on_host(options: argparse.Namespace) -> int:
+    """Supervise this host's processes of a job on several hosts."""
+    from jaxdist import train
+    from jaxdist.errors import UserError
+    from jaxdist.launch import hosts
+
+    if options.host_index is None or options.coordinator is None or options.run_dir is None:
+        raise UserError(
+            "A job on several hosts is started on each of them, with the same --hosts, --coordinator HOST:PORT (of "
+            "host 0) and --run-dir (on a file system they share), and a --host-index of its own. Name them all, or an "
+            "--engine."
+        )
+    host = hosts.Host(
+        index=options.host_index, count=options.hosts, coordinator=options.coordinator, num_processes=options.processes
+    )
+    arguments = ["train", options.experiment, *train_arguments(options)]
+    arguments += ["--run-dir", str(options.run_dir), "--restartable"]
+    if options.dry_run:
+        print(shlex.join(["jaxdist", *arguments]))
+        return EXIT_OK
+    return train.supervise_host(load(options), arguments, host, run_dir=options.run_dir)
+
+
+def train_arguments(options: argparse.Namespace) -> list[str]:
+    """Return what the command line says of the experiment, as arguments of `jaxdist train`."""
+    arguments = []
+    for flag in ("devices", "strategy", "reduction", "max_steps"):
+        value = getattr(options, flag)
+        arguments += [] if value is None else [f"--{flag.replace('_', '-')}", str(value)]
+    return [*arguments, "--set", *options.assignments] if options.assignments else arguments
 
 
 def verify_command(options: argparse.Namespace) -> int:

@@ -33,7 +33,7 @@ from jaxdist import (
 )
 from jaxdist.config import ConfigError, Experiment
 from jaxdist.data import Position
-from jaxdist.launch import agreement, local, nursery, runtime, supervisor, watchdog
+from jaxdist.launch import agreement, hosts, local, nursery, runtime, supervisor, watchdog
 from jaxdist.state import TrainState
 
 CHECKPOINTS_NAME = "checkpoints"
@@ -174,6 +174,18 @@ def supervise(
             start=start,
         )
         return supervisor.run(job, num_processes=num_processes, policy=recovery.policy(experiment.recovery))
+
+
+def supervise_host(experiment: Experiment, arguments: Sequence[str], host: hosts.Host, *, run_dir: pathlib.Path) -> int:
+    """Run one host's part of a job on several, the command line `arguments` in each process; return the exit status."""
+    with contextlib.closing(_make_checkpointer(experiment, run_dir)) as checkpointer:
+        return hosts.run(
+            host,
+            [sys.executable, "-m", "jaxdist.cli", *arguments],
+            run_dir=run_dir,
+            saved_step=lambda: checkpointer.latest_step() or 0,
+            policy=recovery.policy(experiment.recovery),
+        )
 
 
 @dataclasses.dataclass(frozen=True)

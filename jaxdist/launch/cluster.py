@@ -16,6 +16,9 @@ from jaxdist.errors import UserError
 PROCESS_ID, NUM_PROCESSES, COORDINATOR = "JAXDIST_PROCESS_ID", "JAXDIST_NUM_PROCESSES", "JAXDIST_COORDINATOR"
 """Environment variables by which our launcher tells a process its place in the job."""
 
+MEETING, FIRST, ALL = "JAXDIST_MEETING", "JAXDIST_FIRST_PROCESS", "JAXDIST_ALL_PROCESSES"
+"""Further ones, in a job on several hosts: where to meet, this host's first process, and how many there are on all."""
+
 JAX_ADDRESS, JAX_PROCESSES, JAX_ID = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 BIND_ADDRESS = "JAX_COORDINATOR_BIND_ADDRESS"
 PORT = "JAX_COORDINATOR_PORT"
@@ -68,6 +71,9 @@ def find() -> Place | None:
       UserError: it is one of several, but the environment does not say where they meet, or contradicts itself.
     """
     environment = os.environ
+    if MEETING in environment:
+        number = int(environment[FIRST]) + int(environment[PROCESS_ID])
+        return _place("jaxdist launch --hosts", environment[MEETING], environment[ALL], str(number))
     if NUM_PROCESSES in environment:
         # A job that we start listens where we say; what the user says of others is not meant for it.
         ours = _place(LAUNCHER, environment[COORDINATOR], environment[NUM_PROCESSES], environment[PROCESS_ID])

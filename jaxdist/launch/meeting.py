@@ -23,6 +23,7 @@ CONNECT_SECONDS = "JAXDIST_CONNECT_SECONDS"
 """Environment variable: how long the processes of a job wait for each other at its start."""
 _DEFAULT_CONNECT_SECONDS = 300.0
 _RETRY_SECONDS = 0.2
+_TRY_SECONDS = 3.0
 _TLS = ("jax_mtls_cert_file", "jax_mtls_key_file", "jax_mtls_ca_file", "jax_mtls_peer_uri_prefix")
 
 
@@ -93,7 +94,7 @@ def await_coordinator(place: cluster.Place, deadline: float) -> None:
     begun = time.monotonic()
     while True:
         try:
-            with socket.create_connection(address, timeout=max(0.1, deadline - time.monotonic())):
+            with socket.create_connection(address, timeout=min(_TRY_SECONDS, max(0.1, deadline - time.monotonic()))):
                 return
         except OSError as error:
             if time.monotonic() + _RETRY_SECONDS >= deadline:
