@@ -15,11 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxdist.errors import UserError
+from jaxdist.launch import meeting
 from jaxdist.launch.request import Request
 from jaxdist.signals import EXIT_RETRY
 
 KNOWN = ("address", "cpus", "gpus", "restarts")
 _PLACING_SECONDS = 60
+_ANSWER_SECONDS = 5.0
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 20.0
 # It dies with its actor: Ray ends actors with SIGKILL.
@@ -105,8 +107,10 @@ def _connect(address: str) -> Any:
     except ImportError as error:
         raise UserError("--engine ray needs the package ray: pip install 'jaxdist[ray]'.") from error
     try:
+        if ":" in address and "://" not in address:  # of which Ray would wait minutes for an answer
+            socket.create_connection(meeting.split(address), timeout=_ANSWER_SECONDS).close()
         ray.init(address=address, logging_level="ERROR")
-    except ConnectionError as error:
+    except OSError as error:  # ConnectionError among it
         raise UserError(
             f"--engine ray needs a Ray cluster that runs; none is found at {address!r}. Start one (ray start --head), "
             "or name it with --with address=HOST:PORT."

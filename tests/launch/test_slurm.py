@@ -1,0 +1,167 @@
+"""The batch script; and, marked `cluster`, a SLURM of one node that runs it."""
+
+import json
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+
+import pytest
+import slurm_cluster
+
+from jaxdist import cli
+from jaxdist.errors import UserError
+from jaxdist.launch import slurm
+from jaxdist.launch.request import Request, settings_of
+
+EXPERIMENT = pathlib.Path(__file__).parents[1] / "tiny_experiment.py"
+
+
+def request(**changes):
+    values = {
+        "name": "tiny",
+        "experiment": pathlib.Path("/shared/my experiments/x.py"),
+        "arguments": ["--devices", "2", "--set", "name=a b"],
+        "run_dir": pathlib.Path("/shared/run dir"),
+        "hosts": 2,
+        "processes": 4,
+    }
+    return Request(**values | changes)
+
+
+def directives(text):
+    found = re.findall(r"^#SBATCH --([a-z-]+)(?:=(.*))?$", text, re.MULTILINE)
+    return {name: shlex.split(value)[0] if value else "" for name, value in found}
+
+
+def test_the_script_asks_for_hosts_processes_requeue_and_a_warning():
+    found = directives(slurm.script(request(), directory="/shared"))
+    assert (found["nodes"], found["ntasks-per-node"], found["requeue"]) == ("2", "4", "")
+    assert found["signal"] == "USR1@120"  # to the tasks, not to the script
+
+
+def test_what_the_processes_run_survives_quoting():
+    text = slurm.script(request(), directory="/shared", python="/venv/bin/python")
+    (line,) = [line for line in text.splitlines() if line.startswith("srun ")]
+    assert shlex.split(line)[2:] == [
+        *("/venv/bin/python", "-m", "jaxdist.cli", "train", "/shared/my experiments/x.py"),
+        *("--devices", "2", "--set", "name=a b", "--run-dir", "/shared/run dir", "--restartable"),
+    ]
+
+
+def test_the_users_options_are_added_and_come_after_the_defaults():
+    settings = settings_of(["partition=gpu", "signal=USR1@600", "comment=a; rm -rf b", "exclusive="])
+    found = directives(slurm.script(request(settings=settings), directory="/"))
+    assert (found["partition"], found["signal"], found["exclusive"]) == ("gpu", "USR1@600", "")
+    assert found["comment"] == "a; rm -rf b"
+
+
+@pytest.mark.parametrize("name", ["nodes", "output", "Partition", "-p", "x y", "a\n#SBATCH --b"])
+def test_an_option_that_is_none_or_is_decided_here_is_refused(name):
+    with pytest.raises(UserError, match="long options of sbatch"):
+        slurm.script(request(settings={name: "1"}), directory="/")
+
+
+def test_bash_can_read_the_script():
+    text = slurm.script(request(), directory="/shared")
+    assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("status", "reason", "count", "requeued"),
+    [
+        (75, "preempted", 0, True),
+        (75, "preempted", slurm.MOST_REQUEUES, False),
+        (137, "hang", 0, True),
+        (1, None, 0, False),
+        (2, None, 0, False),
+        (0, "max_steps", 0, False),
+    ],
+)
+def test_the_script_requeues_after_75_and_after_a_hang_and_nothing_else(tmp_path, status, reason, count, requeued):
+    for name, body in {"srun": f"exit {status}", "scontrol": f'echo "$@" > {tmp_path}/asked'}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "run.json").write_text(json.dumps({"end_reason": reason}, indent=2))
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(count)}
+    text = slurm.script(request(run_dir=tmp_path), directory="/")
+    done = subprocess.run(["bash", "-c", text], env=environment, check=False)
+    assert done.returncode == status
+    asked = (tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else None
+    assert asked == ("requeue 7\n" if requeued else None)
+
+
+def test_a_machine_without_slurm_is_told_so_and_shown_the_script(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    arguments = ["launch", str(EXPERIMENT), "--engine", "slurm", "--run-dir", str(tmp_path / "run")]
+    assert cli.run(arguments) == 2
+    assert "needs sbatch, which this machine does not have" in capsys.readouterr().err
+    assert cli.run([*arguments, "--dry-run"]) == 0
+    assert capsys.readouterr().out.startswith("#!/bin/bash\n#SBATCH ")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    missing = slurm_cluster.missing()
+    assert not missing, f"this test needs {', '.join(missing)} (Debian: apt-get install slurm-wlm munge; run as root)"
+    with (
+        tempfile.TemporaryDirectory(prefix="jaxdist-slurm-") as folder,
+        slurm_cluster.running(pathlib.Path(folder)) as e,
+    ):
+        yield {**e, "JAX_PLATFORMS": "cpu"}
+
+
+def launch(environment, run_dir, *arguments):
+    command = [sys.executable, "-m", "jaxdist.cli", "launch", str(EXPERIMENT), "--engine", "slurm", "--processes", "2"]
+    command += ["--devices", "2", "--reduction", "canonical", "--run-dir", str(run_dir), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def job_field(environment, number, name):
+    done = subprocess.run(["scontrol", "show", "job", number], env=environment, capture_output=True, text=True)
+    return re.search(rf"\b{name}=(\S+)", done.stdout).group(1)
+
+
+def wait_until(condition, seconds=300.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "this never came true"
+        time.sleep(0.2)
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(900)
+def test_slurm_itself_accepts_the_script(cluster, tmp_path):
+    shown = launch(cluster, tmp_path / "run", "--dry-run", "--with", "time=10", "comment=a b")
+    path = tmp_path / "script"
+    path.write_text(shown.stdout)
+    tested = subprocess.run(["sbatch", "--test-only", path], env=cluster, capture_output=True, text=True, check=False)
+    assert tested.returncode == 0, tested.stderr
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(900)
+def test_a_job_that_is_preempted_is_requeued_and_ends_in_the_bits_of_one_process(cluster, tmp_path):
+    steps = ["--max-steps", "600"]
+    run_dir = tmp_path / "run"
+    launched = launch(cluster, run_dir, *steps, "--with", "time=20")
+    assert launched.returncode == 0, launched.stderr
+    number = re.match(r"SLURM job (\d+);", launched.stdout).group(1)
+    metrics = run_dir / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 50)
+    subprocess.run(["scancel", "--signal=USR1", number], env=cluster, check=True)
+    wait_until(lambda: job_field(cluster, number, "Restarts") == "1")
+    subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now"], env=cluster, check=False)
+    wait_until(lambda: job_field(cluster, number, "JobState") == "COMPLETED")
+    made = json.loads((run_dir / "run.json").read_text())
+    assert (made["end_reason"], made["step"], made["restarts"]) == ("max_steps", 600, 1)
+    assert (made["num_processes"], made["num_devices"]) == (2, 4)
+    alone = [sys.executable, "-m", "jaxdist.cli", "train", str(EXPERIMENT), "--devices", "4", "--json"]
+    alone += ["--reduction", "canonical", "--run-dir", str(tmp_path / "alone"), *steps]
+    done = subprocess.run(alone, env=cluster, capture_output=True, text=True, check=True)
+    assert made["params_sha256"] == json.loads(done.stdout)["params_sha256"]
