@@ -178,7 +178,7 @@ def supervise(
 
 def supervise_host(experiment: Experiment, arguments: Sequence[str], host: hosts.Host, *, run_dir: pathlib.Path) -> int:
     """Run one host's part of a job on several, the command line `arguments` in each process; return the exit status."""
-    with contextlib.closing(_make_checkpointer(experiment, run_dir)) as checkpointer:
+    with contextlib.closing(make_checkpointer(experiment, run_dir)) as checkpointer:
         return hosts.run(
             host,
             [sys.executable, "-m", "jaxdist.cli", *arguments],

@@ -7,12 +7,16 @@ coordinator. A restart goes on from the newest checkpoint, so the run directory 
 
 import dataclasses
 import pathlib
+import shlex
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 from jaxdist import lock, record
 from jaxdist.errors import UserError
 from jaxdist.launch import cluster, local, supervisor
+
+_LOOK_SECONDS = 0.1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,41 +70,68 @@ def run(
     """
     place = run_dir if host.index == 0 else run_dir / f"host-{host.index}"
     policy = dataclasses.replace(policy, min_processes=None)  # all hosts would have to agree on fewer
-    with lock.locked(place, purpose=" ".join(command)):
-        events = supervisor.Events(place)
-
-        def attempt(number: int, processes: int) -> supervisor.Attempt:
-            result = local.run_job(
-                command,
-                num_processes=processes,
-                log_dir=run_dir / "logs" / f"host-{host.index}" / f"attempt-{number}",
-                environment=host.environment(),
-                show_first=host.index == 0,
-                started=lambda ids: events.note("start", attempt=number, process_ids=ids),
-            )
-            if result.failed_process is not None and result.message:
-                _say(f"process {result.failed_process} of host {host.index} failed first:\n{result.message}")
-            reason = _end_reason(run_dir)
-            events.note("end", attempt=number, status=result.exit_status, end_reason=reason)
-            return supervisor.Attempt(
-                num_processes=processes,
-                exit_status=result.exit_status,
-                # Whichever host was asked to stop, the job has stopped on all.
-                asked_to_stop=result.asked_to_stop or reason == "preempted",
-                end_reason=reason,
-                saved_step=saved_step(),
-            )
-
+    with lock.locked(place, purpose=shlex.join(command)), local.Signals() as signals:
+        attempts = _Attempts(host, command, run_dir, supervisor.Events(place), signals, saved_step)
         return supervisor.supervise(
-            attempt, num_processes=host.num_processes, policy=policy, say=_say, start_step=saved_step()
+            attempts.make,
+            num_processes=host.num_processes,
+            policy=policy,
+            say=_say,
+            start_step=saved_step(),
+            sleep=attempts.sleep,
+            stopped=attempts.stopped,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Attempts:
+    """Makes the attempts of one host."""
+
+    host: Host
+    command: Sequence[str]
+    run_dir: pathlib.Path
+    events: supervisor.Events
+    signals: local.Signals
+    saved_step: Callable[[], int]
+
+    def stopped(self) -> bool:
+        """Return whether a signal came."""
+        return bool(self.signals.received)
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep, but no longer than until a signal comes."""
+        end = time.monotonic() + seconds
+        while not self.stopped() and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, _LOOK_SECONDS))
+
+    def make(self, number: int, num_processes: int) -> supervisor.Attempt:
+        """Run this host's processes once, to their end."""
+        result = local.run_job(
+            self.command,
+            num_processes=num_processes,
+            log_dir=self.run_dir / "logs" / f"host-{self.host.index}" / f"attempt-{number}",
+            environment=self.host.environment(),
+            show_first=self.host.index == 0,
+            started=lambda ids: self.events.note("start", attempt=number, process_ids=ids),
+            signals=self.signals,
+        )
+        if result.failed_process is not None and result.message:
+            _say(f"process {result.failed_process} of host {self.host.index} failed first:\n{result.message}")
+        reason = _end_reason(self.run_dir)
+        self.events.note("end", attempt=number, status=result.exit_status, end_reason=reason)
+        return supervisor.Attempt(
+            num_processes=num_processes,
+            exit_status=result.exit_status,
+            # Whichever host was asked to stop, the job has stopped on all.
+            asked_to_stop=result.asked_to_stop or reason == "preempted",
+            end_reason=reason,
+            saved_step=self.saved_step(),
         )
 
 
 def _end_reason(run_dir: pathlib.Path) -> str | None:
-    if not (run_dir / record.FILE_NAME).exists():
-        return None
-    # Each attempt begins by writing null there, so it is of this one, or of none that began.
-    return record.RunRecord.read(run_dir).end_reason
+    """Return how the run ended, None while it goes on: each attempt that gets that far begins by writing None."""
+    return record.RunRecord.read(run_dir).end_reason if (run_dir / record.FILE_NAME).exists() else None
 
 
 def _say(message: str) -> None:

@@ -109,7 +109,7 @@ def _pod_rules() -> list[dict[str, Any]]:
 def _rules() -> list[dict[str, Any]]:
     # Of a job that failed by a rule of its own only the message says which: "... failed with exit code 2 matching ...".
     pattern = f"failed with exit code {UserError.exit_status} "
-    rules = [
+    rules: list[dict[str, Any]] = [
         {"name": "mistake", "action": "FailJobSet", "onJobFailureMessagePatterns": [pattern]},
         {"name": "retry", "action": "RestartJobSetAndIgnoreMaxRestarts"},
     ]
