@@ -2,7 +2,8 @@
 
 python benchmarks/overhead.py [--devices N] [--rounds N] [--only WORK ...] [--json]
 
-Each side trains the same model with the same loss and optimizer on batches that lie in device memory. Sides take turns
+Each side trains the same model with the same loss and optimizer on batches that lie in device memory: those of
+experiments/digits_cnn.py and bytes_gpt.py, and an MLP so small that dispatching it is the work. Sides take turns
 in short rounds in one process; a round's ratio is that of neighbours in time, and the median over the rounds is shown.
 `fit` runs with what `jaxdist train` gives it: metrics to JSONL every 20 steps, a silent progress display, the account
 of time, the recompile sentinel and the question whether to stop. The bare loop is what one would write by hand: a
@@ -29,7 +30,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,11 +38,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxdist import (
     adapters,
+    config,
     guard,
     hooks,
     loop,
-    losses,
     make_mesh,
+    optimizers,
     progress,
     record,
     signals,
@@ -52,8 +53,9 @@ from jaxdist import (
     writers,
 )
 from jaxdist.launch import agreement
-from jaxdist.models import cnn, gpt, mlp
+from jaxdist.models import mlp
 
+EXPERIMENTS = pathlib.Path(__file__).parent.parent / "experiments"
 LOG_EVERY = 20
 NUM_BATCHES = 8
 ROUND_SECONDS = 0.4
@@ -61,29 +63,36 @@ ROUND_SECONDS = 0.4
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """A model to train, its batches, and the throughput ratios that are promised for it."""
+    """What is trained, and the throughput ratio that `fit` is to reach on it."""
 
-    model: nn.Module
-    field: str
-    batch: Callable[[np.random.Generator], dict[str, np.ndarray]]
-    loss: adapters.Loss
+    experiment: config.Experiment
+    optimizer: optax.GradientTransformation
     least_ratio: float
 
-
-def images(random: np.random.Generator) -> dict[str, np.ndarray]:
-    labels = random.integers(0, 10, 64).astype(np.int32)
-    return {"image": random.random((64, 8, 8, 1)).astype(np.float32), "label": labels}
-
-
-def tokens(random: np.random.Generator) -> dict[str, np.ndarray]:
-    return {"tokens": random.integers(0, 256, (16, 64)).astype(np.int32)}
+    def batch(self, random: np.random.Generator) -> dict[str, np.ndarray]:
+        """Return a global batch of the experiment's own examples."""
+        source = self.experiment.data.train
+        examples = [source[int(id_)] for id_ in random.integers(0, len(source), self.experiment.global_batch_size)]
+        return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
 
 
-WORKS = {
-    "mlp": Work(mlp.MLP(num_classes=10, width=32), "image", images, losses.classification, 0.97),
-    "cnn": Work(cnn.CNN(num_classes=10, width=16), "image", images, losses.classification, 0.99),
-    "gpt": Work(gpt.GPT(256, 64, num_layers=2, num_heads=4, width=64), "tokens", tokens, losses.next_token, 0.99),
-}
+def make_work(name: str) -> Work:
+    """Return the experiment of that name in experiments/; for the MLP one so small that dispatching it is the work."""
+    file, least_ratio = {"mlp": ("digits_mlp", 0.97), "cnn": ("digits_cnn", 0.99), "gpt": ("bytes_gpt", 0.99)}[name]
+    sys.path.insert(0, str(EXPERIMENTS))
+    experiment = config.load_experiment(str(EXPERIMENTS / f"{file}.py"))
+    if name == "mlp":
+        small, adamw = mlp.MLP(num_classes=10, width=32), config.Optimizer(name="adamw", learning_rate=1e-3)
+        experiment = dataclasses.replace(experiment, model=small, optimizer=adamw)
+    batch_size = experiment.global_batch_size
+    steps_per_epoch = len(experiment.data.train) // batch_size
+    optimizer = optimizers.build(
+        experiment.optimizer, global_batch_size=batch_size, steps_per_epoch=steps_per_epoch, max_steps=None
+    )
+    return Work(experiment, optimizer, least_ratio)
+
+
+WORKS = ("mlp", "cnn", "gpt")
 LEAST_CANONICAL_RATIO = 0.9
 
 
@@ -104,7 +113,6 @@ class Side:
         sharding = NamedSharding(mesh, PartitionSpec("data"))
         self.work, self.mesh, self.folder = work, mesh, folder
         self.batches = [jax.device_put(self.host_batch(random), sharding) for _ in range(NUM_BATCHES)]
-        self.optimizer = optax.adamw(1e-3)
 
     def host_batch(self, random: np.random.Generator) -> dict[str, np.ndarray]:
         """Return one batch as the side wants it."""
@@ -126,29 +134,32 @@ class Bare(Side):
         self.count, self.losses = 0, []
 
     def init(self, key: jax.Array) -> Any:
-        """Return params and optimizer state."""
-        example = jnp.asarray(self.host_batch(np.random.default_rng(0))[self.work.field][:1])
-        params = self.work.model.init(key, example, train=False)["params"]
-        return params, self.optimizer.init(params)
+        """Return params, optimizer state and the number of steps made."""
+        experiment = self.work.experiment
+        example = jnp.asarray(self.host_batch(np.random.default_rng(0))[experiment.inputs][:1])
+        params = experiment.model.init(key, example, train=False)["params"]
+        return params, self.work.optimizer.init(params), jnp.int32(0)
 
     def make_step(self) -> Callable[..., Any]:
         """Return the step a competent user writes."""
+        experiment, optimizer = self.work.experiment, self.work.optimizer
 
-        def loss_fn(params: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-            outputs = self.work.model.apply({"params": params}, batch[self.work.field], train=True)
-            values, metrics = self.work.loss(outputs, batch)
+        def loss_fn(params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+            inputs = batch[experiment.inputs]
+            outputs = experiment.model.apply({"params": params}, inputs, train=True, rngs={"dropout": key})
+            values, metrics = experiment.loss(outputs, batch)
             return values.mean(), {name: each.mean() for name, each in metrics.items()}
 
         def local_step(train_state: Any, batch: Any) -> Any:
-            params, opt_state = train_state
-            varying = jax.lax.pcast(params, "data", to="varying")
-            (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(varying, batch)
+            params, opt_state, count = train_state
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(1), count), jax.lax.axis_index("data"))
+            (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key)
             grads, metrics = jax.lax.pmean((grads, {"loss": loss, **metrics}), "data")
-            updates, opt_state = self.optimizer.update(grads, opt_state, params)
-            return (optax.apply_updates(params, updates), opt_state), metrics
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            return (optax.apply_updates(params, updates), opt_state, count + 1), metrics
 
         specs = (PartitionSpec(), PartitionSpec("data"))
-        mapped = jax.shard_map(local_step, mesh=self.mesh, in_specs=specs, out_specs=PartitionSpec())
+        mapped = jax.shard_map(local_step, mesh=self.mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
         return jax.jit(mapped, donate_argnums=0)
 
     def run(self, num_steps: int) -> None:
@@ -166,9 +177,10 @@ class Fit(Side):
 
     def __init__(self, work: Work, mesh: Mesh, folder: pathlib.Path):
         super().__init__(work, mesh, folder)
-        functions = adapters.linen(work.model, work.loss, self.batches[0], inputs=work.field)
+        experiment = work.experiment
+        functions = adapters.from_model(experiment.model, experiment.loss, self.batches[0], inputs=experiment.inputs)
         self.step = self.make_step(functions.loss_fn)
-        self.state = state.create_state(functions.init_fn, self.optimizer, mesh=mesh, seed=0)
+        self.state = state.create_state(functions.init_fn, work.optimizer, mesh=mesh, seed=0)
         self.progress = stop.Progress()
         file = folder / f"{type(self).__name__}-{id(self)}.jsonl"
         self.log = hooks.LogMetrics([writers.JsonlWriter(file)], every=LOG_EVERY, extra=lambda step: {})
@@ -178,11 +190,11 @@ class Fit(Side):
         """Add the mask."""
         # The loader gives every batch its mask.
         batch = super().host_batch(random)
-        return batch | {"mask": np.ones(len(batch[self.work.field]), np.float32)}
+        return batch | {"mask": np.ones(self.work.experiment.global_batch_size, np.float32)}
 
     def make_step(self, loss_fn: Callable[..., Any]) -> step.Step:
         """Return the step with mean reduction."""
-        return step.data_parallel_step(loss_fn, self.optimizer, self.mesh)
+        return step.data_parallel_step(loss_fn, self.work.optimizer, self.mesh)
 
     def watched_step(self, train_state: state.TrainState, batch: Any) -> Any:
         """Step as `jaxdist train` does."""
@@ -219,7 +231,7 @@ class Canonical(Fit):
 
     def make_step(self, loss_fn: Callable[..., Any]) -> step.Step:
         """Return the step with canonical reduction."""
-        return step.canonical_step(loss_fn, self.optimizer, self.mesh)
+        return step.canonical_step(loss_fn, self.work.optimizer, self.mesh)
 
 
 SIDES = {"bare": Bare, "fit": Fit, "canonical": Canonical}
@@ -274,7 +286,7 @@ def versions() -> dict[str, str]:
 
 
 def measure_work(name: str, mesh: Mesh, num_rounds: int) -> list[dict[str, Any]]:
-    work = WORKS[name]
+    work = make_work(name)
     with tempfile.TemporaryDirectory() as folder:
         sides = {kind: make(work, mesh, pathlib.Path(folder)) for kind, make in SIDES.items()}
         rates = take_turns(sides, num_rounds)
@@ -299,7 +311,7 @@ def measure_memory(name: str, num_devices: int) -> list[dict[str, Any]]:
 
 def print_memory(name: str, kind: str, mesh: Mesh) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        side = SIDES[kind](WORKS[name], mesh, pathlib.Path(folder))
+        side = SIDES[kind](make_work(name), mesh, pathlib.Path(folder))
         side.run(LOG_EVERY)
         gc.collect()
         pathlib.Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -38,11 +39,11 @@ class LogicalShardSums:
         self.shards_per_device = logical_shards // self.num_devices
         self._unravel: Callable[[jax.Array], PyTree] | None = None
         self._shard_fn = shard_fn
-        self._devices = list(mesh.local_devices)
         self._split = jax.jit(self._map_split())
+        whole, cut = PartitionSpec(), PartitionSpec(axis)
+        self._shard_sums = executable.PerDeviceProgram(self._flat_sums, mesh, in_specs=(whole, cut, cut), out_spec=cut)
+        self._add = jax.jit(jnp.add, donate_argnums=0)
         self._add_over_devices = jax.jit(self._map_tree_sum())
-        self._shard_programs: list[executable.Program] = []
-        self._add_programs: list[executable.Program] = []
         self._indices = self._place_indices()
 
     def __call__(self, shared: PyTree, batch: Batch) -> jax.Array:
@@ -53,37 +54,19 @@ class LogicalShardSums:
           batch: global arrays, cut over the axis in their leading dim.
         """
         parts = [batch] if self.shards_per_device == 1 else self._split(batch)
-        num_devices = len(self._devices)
-        shared_views = executable.device_views(shared, num_devices)
-        part_views = [executable.device_views(part, num_devices) for part in parts]
-        if not self._shard_programs:
-            self._compile(shared_views[0], part_views[0][0])
-        trees = [_PairwiseSum(add) for add in self._add_programs]
-        for part, views in enumerate(part_views):
-            for place, program in enumerate(self._shard_programs):
-                trees[place].push(program(shared_views[place], views[place], self._indices[place][part]))
-        rows = [tree.result() for tree in trees]
-        sharding = NamedSharding(self.mesh, PartitionSpec(self.axis))
-        rows_shape = (self.num_devices, rows[0].shape[1])
-        return self._add_over_devices(jax.make_array_from_single_device_arrays(rows_shape, sharding, rows))
+        rows = _PairwiseSum(self._add)
+        for part, index in zip(parts, self._indices, strict=True):
+            rows.push(self._shard_sums(shared, part, index))
+        return self._add_over_devices(rows.result())
 
     def unravel(self, total: jax.Array) -> PyTree:
         """Return the tree of sums that a flat vector holds; known after the first call."""
         assert self._unravel is not None, "the shards' program is compiled at the first call"
         return self._unravel(total)
 
-    def _compile(self, shared: PyTree, shard: Batch) -> None:
-        index = self._indices[0][0]
-        shapes = jax.eval_shape(self._shard_fn, shared, shard, index)
-        self._unravel = ravel_pytree(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))[1]
-
-        def flat_sums(shared: PyTree, shard: Batch, index: jax.Array) -> jax.Array:
-            return ravel_pytree(self._shard_fn(shared, shard, index))[0][None]
-
-        self._shard_programs = executable.compile_on(jax.jit(flat_sums), (shared, shard, index), self._devices)
-        row = self._shard_programs[0](shared, shard, index)
-        add = jax.jit(jnp.add, donate_argnums=0)
-        self._add_programs = executable.compile_on(add, (row, row), self._devices)
+    def _flat_sums(self, shared: PyTree, shard: Batch, index: jax.Array) -> jax.Array:
+        sums, self._unravel = ravel_pytree(self._shard_fn(shared, shard, index[0]))
+        return sums[None]
 
     def _map_split(self) -> Callable[[Batch], list[Batch]]:
         def split(local: Batch) -> list[Batch]:
@@ -102,13 +85,12 @@ class LogicalShardSums:
             check_vma=False,
         )
 
-    def _place_indices(self) -> list[list[jax.Array]]:
-        places = {device: place for place, device in enumerate(self.mesh.devices.flat)}
-        first = [places[device] * self.shards_per_device for device in self._devices]
-        return [
-            [jax.device_put(jnp.int32(start + part), device) for part in range(self.shards_per_device)]
-            for start, device in zip(first, self._devices, strict=True)
-        ]
+    def _place_indices(self) -> list[jax.Array]:
+        """Return, for each turn, the number of the logical shard that each device computes in it."""
+        sharding = NamedSharding(self.mesh, PartitionSpec(self.axis))
+        numbers = np.arange(self.num_devices * self.shards_per_device, dtype=np.int32)
+        turns = numbers.reshape(self.num_devices, self.shards_per_device).T
+        return [jax.make_array_from_callback(turn.shape, sharding, turn.__getitem__) for turn in turns]
 
 
 class _PairwiseSum:

@@ -1,122 +1,181 @@
-"""One compiled single-device program, the very same machine code on each device.
+"""One compiled single-device program that runs on every device of a mesh, the very same machine code on each.
 
-`jax.jit` compiles a program again for every device it runs on. Here it is compiled once and its serialized form is
-loaded for each device. That saves the compile time and is what canonical reduction rests on: not an equal program but
-the same one.
+`jax.jit` makes another program for every number of devices: XLA partitions, simplifies, fuses and parallelises it
+otherwise. Here a function is compiled once, for one device, and its serialized form is loaded as replicas that run side
+by side, one on each device (what `pmap` does, without the collectives). That is what canonical reduction rests on: not
+an equal program but the same one. Loading takes milliseconds, and one call dispatches all replicas.
 """
 
-import contextlib
-import io
-from collections.abc import Callable, Iterator
+import time
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
 import numpy as np
-from jax._src import compiler
-from jax.experimental import serialize_executable
-from jax.experimental.compilation_cache import compilation_cache
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax._src import compilation_cache, compiler
+from jax._src.interpreters import pxla
+from jax._src.lib import xla_client
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 PyTree: TypeAlias = Any
-Program: TypeAlias = Callable[..., Any]
+
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
-class ReplicatedProgram:
-    """A function of replicated global arrays, computed on every device by the very same single-device program.
+class PerDeviceProgram:
+    """`function`, run by each device of `mesh` on what it holds of the arguments.
 
-    Called like `function`, with trees of arrays that are replicated over `mesh`; returns such trees. Compiled at the
-    first call, for its shapes. A program partitioned over the mesh would do the same sums, but not to the bit: XLA
-    simplifies it otherwise for one device than for many (for instance, it replaces divisions by a product with the
-    reciprocal where enough of them share a divisor, and shares more or fewer of them).
-    """
-
-    def __init__(self, function: Callable[..., Any], mesh: Mesh, *, donate_argnums: tuple[int, ...] = ()):
-        self._function = jax.jit(function, donate_argnums=donate_argnums)
-        self._devices = list(mesh.local_devices)
-        self._sharding = NamedSharding(mesh, PartitionSpec())
-        self._programs: list[Program] = []
-
-    def __call__(self, *args: PyTree) -> Any:
-        """Return the global arrays of the result, dispatched and not waited for."""
-        views = device_views(args, len(self._devices))
-        if not self._programs:
-            self._programs = compile_on(self._function, views[0], self._devices)
-        results = [program(*view) for program, view in zip(self._programs, views, strict=True)]
-        return jax.tree.map(self._assemble, *results)
-
-    def _assemble(self, *replicas: jax.Array) -> jax.Array:
-        return jax.make_array_from_single_device_arrays(replicas[0].shape, self._sharding, replicas)
-
-
-def device_views(tree: PyTree, num_devices: int) -> list[PyTree]:
-    """Return, for each of this process's devices in mesh order, the tree of the single-device arrays that lie on it."""
-    leaves = jax.tree.leaves(tree)
-    if not leaves:
-        return [tree] * num_devices
-    # Not addressable_data(i): of a replicated array that is the first replica, whatever i.
-    by_leaf = [[shard.data for shard in leaf.addressable_shards] for leaf in leaves]
-    return [jax.tree.unflatten(jax.tree.structure(tree), views) for views in zip(*by_leaf, strict=True)]
-
-
-def compile_on(function: jax.stages.Wrapped, args: tuple[Any, ...], devices: list[jax.Device]) -> list[Program]:
-    """Compile `function` once and return the program loaded on each of `devices`, in their order.
+    Called with trees of global arrays, as `in_specs` say: `PartitionSpec()` for what every device holds whole,
+    `PartitionSpec(axis)` for what is cut in the leading dim. Returns global arrays in the same way. There is no
+    communication, so what is said to be replicated must come from replicated arguments alone. Compiled at the first
+    call, for its shapes.
 
     Args:
-      function: a jitted function of arrays.
-      args: arrays on `devices[0]`, whose shapes and dtypes the program is made for.
-      devices: local devices of one kind; `args` must lie on the first of them.
+      function: of single-device arrays; traced once.
+      mesh: devices of one kind.
+      in_specs: one for each argument, for all its leaves.
+      out_spec: for all leaves of the result.
+      donate_argnums: arguments whose memory the result may take.
     """
-    lowered = function.lower(*args)
-    if len(devices) == 1:
-        return [lowered.compile()]
-    with _without_persistent_cache():
-        compiled = lowered.compile()
-    payload, in_tree, out_tree = serialize_executable.serialize(compiled)
-    return [compiled, *(_load(payload, in_tree, out_tree, device) for device in devices[1:])]
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        mesh: Mesh,
+        *,
+        in_specs: tuple[PartitionSpec, ...],
+        out_spec: PartitionSpec,
+        donate_argnums: tuple[int, ...] = (),
+    ):
+        # keep_unused, so that the compiled program's arguments are the leaves of ours, one by one.
+        self._function = jax.jit(function, donate_argnums=donate_argnums, keep_unused=True)
+        self._mesh, self._in_specs, self._out_spec = mesh, in_specs, out_spec
+        self._program: jax.stages.Compiled | None = None
+
+    def __call__(self, *args: PyTree) -> Any:
+        """Return the result's global arrays, dispatched and not waited for."""
+        if self._program is None:
+            self._program = self._compile(args)
+        return self._program(*args)
+
+    def _compile(self, args: tuple[PyTree, ...]) -> jax.stages.Compiled:
+        shardings = [
+            NamedSharding(self._mesh, spec)
+            for spec, arg in zip(self._in_specs, args, strict=True)
+            for _ in jax.tree.leaves(arg)
+        ]
+        leaves, structure = jax.tree.flatten(args)
+        device = self._mesh.local_devices[0]
+        local = [_local(leaf, sharding, device) for leaf, sharding in zip(leaves, shardings, strict=True)]
+        local_args = jax.tree.unflatten(structure, local)
+        lowered = self._function.lower(*local_args)
+        results = jax.tree.leaves(jax.eval_shape(self._function, *local_args))
+        mesh_executable = _wrap(
+            _load(lowered, device, list(self._mesh.devices.flat)),
+            self._mesh,
+            [_global_aval(leaf, sharding) for leaf, sharding in zip(local, shardings, strict=True)],
+            shardings,
+            [_global_aval(leaf, NamedSharding(self._mesh, self._out_spec)) for leaf in results],
+            [NamedSharding(self._mesh, self._out_spec)] * len(results),
+        )
+        return jax.stages.Compiled(mesh_executable, [], lowered.args_info, lowered.out_tree, no_kwargs=True)
 
 
-@contextlib.contextmanager
-def _without_persistent_cache() -> Iterator[None]:
-    """Compile anew: what comes from JAX's persistent cache cannot be serialized once more.
+def _local(leaf: jax.Array, sharding: NamedSharding, device: jax.Device) -> jax.ShapeDtypeStruct:
+    shape = sharding.shard_shape(leaf.shape)
+    weak_type = bool(jax.typeof(leaf).weak_type)
+    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=SingleDeviceSharding(device), weak_type=weak_type)
 
-    On CPU devices it has lost its kernels then ("Function ... not found" on every device but the first, for which the
-    first waits in the next collective until XLA ends the process; jaxlib 0.10 and 0.12).
+
+def _global_aval(local: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.core.ShapedArray:
+    parts = sharding.num_devices if tuple(sharding.spec) else 1
+    shape = (local.shape[0] * parts, *local.shape[1:]) if parts > 1 else local.shape
+    return jax.core.ShapedArray(shape, local.dtype, weak_type=bool(local.weak_type))
+
+
+def _load(lowered: jax.stages.Lowered, device: jax.Device, devices: Sequence[jax.Device]) -> Any:
+    """Return XLA's executable of `lowered`, made for the one `device`, with a replica on each of `devices`.
+
+    JAX's persistent cache is used under a key of our own, the same for all processes and any number of devices, and
+    its bytes are loaded with our placement: an executable that JAX loaded from there cannot be serialized once more
+    (on CPU devices its kernels are lost then; jaxlib 0.10 and 0.12).
     """
-    name = "jax_enable_compilation_cache"
-    before = jax.config.values[name]
-    jax.config.update(name, False)
-    compilation_cache.reset_cache()  # JAX asks once whether the cache is in use, and remembers
+    module: Any = lowered.compiler_ir()
+    backend = device.client
+    options = compiler.get_compile_options(
+        num_replicas=len(devices),
+        num_partitions=1,
+        device_assignment=np.array([[each.id] for each in devices]),
+        backend=backend,
+    )
+    placement = (xla_client.DeviceList(tuple(devices)), options)
+    key = None
+    if compilation_cache.is_cache_used(backend):
+        anywhere = compiler.get_compile_options(num_replicas=1, num_partitions=1, backend=backend)
+        key = compilation_cache.get_cache_key(module, np.array([device]), anywhere, backend)
+        cached = _read_cache(key, backend, placement)
+        if cached is not None:
+            return cached
+    compiled = _compile(module, device, key)
+    return compiled if len(devices) == 1 else backend.deserialize_executable(compiled.serialize(), *placement)
+
+
+def _compile(module: Any, device: jax.Device, key: str | None) -> Any:
+    """Return the executable of `module` on `device`, compiled anew, and keep it in the cache under `key`."""
+    backend, name = device.client, module.operation.attributes["sym_name"].value
+    options = compiler.get_compile_options(
+        num_replicas=1, num_partitions=1, device_assignment=np.array([[device.id]]), backend=backend
+    )
+    start = time.monotonic()
+    compiled = compiler.backend_compile_and_load(backend, module, xla_client.DeviceList((device,)), options, [])
+    seconds = time.monotonic() - start
+    jax.monitoring.record_event_duration_secs(_COMPILE_EVENT, seconds, fun_name=name)
+    # Process 0 alone writes, and only what took long to compile, as JAX does.
+    worth_keeping = seconds >= jax.config.values["jax_persistent_cache_min_compile_time_secs"]
+    if key is not None and worth_keeping and jax.process_index() == 0:
+        compilation_cache.put_executable_and_time(key, name, compiled, backend, int(seconds))
+    return compiled
+
+
+def _read_cache(key: str, backend: Any, placement: tuple[Any, Any]) -> Any:
+    devices, options = placement
     try:
-        yield
-    finally:
-        jax.config.update(name, before)
-        compilation_cache.reset_cache()
+        return compilation_cache.get_executable_and_time(key, options, backend, devices)[0]
+    except Exception as error:  # a damaged entry is whatever zstandard, zlib or XLA raise
+        warnings.warn(f"An entry of the compilation cache cannot be read, compiling anew: {error}", stacklevel=2)
+        return None
 
 
-def _load(payload: bytes, in_tree: Any, out_tree: Any, device: jax.Device) -> Program:
-    unloaded, args_info, no_kwargs = _Relocator(payload, device).load()
-    return jax.stages.Compiled(unloaded.load(), [], in_tree.unflatten(args_info), out_tree, no_kwargs=no_kwargs)
-
-
-class _Relocator(serialize_executable._JaxPjrtUnpickler):
-    """Reads our own program's serialized form with its one device replaced by another.
-
-    JAX's public `deserialize_and_load` insists on the device the program was compiled for; these two hooks are all
-    that stands between it and any other device. The bytes come from `serialize` a moment ago, never from outside.
-    """
-
-    def __init__(self, payload: bytes, device: jax.Device):
-        super().__init__(io.BytesIO(payload), device.client, [device])
-        self.device = device
-
-    def persistent_load(self, pid: tuple[Any, ...]) -> Any:
-        if pid[0] == "device":
-            return self.device
-        if pid[0] == "exec":
-            options = compiler.get_compile_options(
-                num_replicas=1, num_partitions=1, device_assignment=np.array([[self.device.id]])
-            )
-            return self.backend.deserialize_executable(
-                pid[1], executable_devices=self.execution_devices, compile_options=options
-            )
-        return super().persistent_load(pid)
+def _wrap(
+    executable: Any,
+    mesh: Mesh,
+    input_avals: list[jax.core.ShapedArray],
+    input_shardings: list[NamedSharding],
+    output_avals: list[jax.core.ShapedArray],
+    output_shardings: list[NamedSharding],
+) -> Any:
+    """Return what `jax.stages.Compiled` calls: it takes and gives global arrays, by JAX's fast path."""
+    devices = tuple(mesh.devices.flat)
+    return pxla.UnloadedMeshExecutable(
+        xla_executable=executable,
+        device_list=xla_client.DeviceList(devices),
+        backend=mesh.local_devices[0].client,
+        input_avals=input_avals,
+        input_shardings=input_shardings,
+        output_avals=output_avals,
+        output_shardings=output_shardings,
+        committed=True,
+        name="per_device_program",
+        unordered_effects=[],
+        ordered_effects=[],
+        keepalive=[],
+        host_callbacks=[],
+        kept_var_idx=set(range(len(input_avals))),
+        mut=None,
+        xla_in_layouts=[None] * len(input_avals),
+        dispatch_in_layouts=[None] * len(input_avals),
+        xla_out_layouts=[None] * len(output_avals),
+        all_args_info=None,
+        pgle_profiler=None,
+    ).load()

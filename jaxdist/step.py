@@ -170,7 +170,10 @@ def canonical_step(
         averages = reduce.average(shard_sums.unravel(total), state.model_state)
         return apply_averages(state, averages, optimizer)
 
-    update_everywhere = executable.ReplicatedProgram(update, mesh, donate_argnums=(0,))
+    whole = PartitionSpec()
+    update_everywhere = executable.PerDeviceProgram(
+        update, mesh, in_specs=(whole, whole), out_spec=whole, donate_argnums=(0,)
+    )
 
     def keyless_step(state: TrainState, key: _PlainKey, batch: Batch) -> tuple[TrainState, Metrics]:
         loss_scale = precision.loss_scale(state.opt_state)

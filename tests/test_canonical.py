@@ -3,6 +3,7 @@ import functools
 import os
 from unittest import mock
 
+import compile_cache
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -151,6 +152,42 @@ def test_everything_compiles_at_the_first_step():
     assert later == []
     # The split of a device's batch, a shard's sums, the addition of two shards, the tree over devices, the update.
     assert len(first) <= 5, first
+
+
+@contextlib.contextmanager
+def counted_cache_misses():
+    """Give a function that counts the programs compiled so far, not read from the persistent cache, by JAX itself."""
+    events = []
+    request, hit = (f"/jax/compilation_cache/{name}" for name in ("compile_requests_use_cache", "cache_hits"))
+
+    def listen(event, **details):
+        events.append(event)
+
+    jax.monitoring.register_event_listener(listen)
+    try:
+        yield lambda: events.count(request) - events.count(hit)
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
+
+
+def test_a_second_start_compiles_nothing_and_gives_the_same_bits(tmp_path):
+    """On any number of devices; a restart after a crash does not wait for the compiler."""
+    hashes, misses = set(), []
+    with compile_cache.compile_once(tmp_path):
+        for _ in range(2):
+            for num_devices in (1, 2, 4):
+                mesh = make_mesh(devices=jax.devices()[:num_devices])
+                step = steps.canonical_step(loss_fn, OPTIMIZERS["adamw"], mesh)
+                state, batch = new_state(OPTIMIZERS["adamw"], mesh), place(numpy_batch(), mesh, "data")
+                with counted_cache_misses() as by_jax, counted_compiles() as compiles:
+                    state, _ = step(state, batch)
+                ours = [name for name in compiles if name in ("jit_flat_sums", "jit_update")]
+                misses.append((len(ours), by_jax()))
+                hashes.add(fingerprint(jax.device_get(state.params)))
+    assert len(hashes) == 1
+    # The first start compiles the shards' and the update's program once for all numbers of devices.
+    assert [ours for ours, _ in misses] == [2, 0, 0, 0, 0, 0]
+    assert [jax_misses for _, jax_misses in misses[3:]] == [0, 0, 0]
 
 
 def test_the_state_is_donated():

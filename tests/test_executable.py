@@ -1,53 +1,90 @@
+import compile_cache
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_problem import counted_compiles
+from jax.sharding import NamedSharding, PartitionSpec
+from small_problem import counted_compiles, place
 
 from jaxdist import executable
+from jaxdist.mesh import make_mesh
+
+WHOLE, CUT = PartitionSpec(), PartitionSpec("data")
 
 
-def product(tree, index):
-    return {"sum": tree["a"] @ tree["b"] + index, "pair": (tree["a"].sum(), None)}
+def product(tree, rows):
+    return {"sum": rows @ tree["b"] + tree["i"], "pair": (rows[:1] * 2, None)}
 
 
-def arguments(device):
-    tree = {"a": np.arange(12, dtype=np.float32).reshape(3, 4), "b": np.ones((4, 2), np.float32)}
-    return jax.device_put((tree, jnp.int32(7)), device)
+def arguments(mesh):
+    tree = {"b": np.arange(8, dtype=np.float32).reshape(4, 2), "i": np.int32(7)}
+    rows = np.random.default_rng(0).normal(size=(3 * mesh.size, 4)).astype(np.float32)
+    return place(tree, mesh), place(rows, mesh, "data")
 
 
-def test_one_compilation_runs_on_every_device():
-    devices = jax.devices()
-    args = arguments(devices[0])
+@pytest.mark.parametrize("num_devices", [1, 2, 8])
+def test_one_compilation_runs_on_every_device(num_devices):
+    mesh = make_mesh(devices=jax.devices()[:num_devices])
+    program = executable.PerDeviceProgram(product, mesh, in_specs=(WHOLE, CUT), out_spec=CUT)
+    tree, rows = arguments(mesh)
     with counted_compiles() as compiles:
-        programs = executable.compile_on(jax.jit(product), args, devices)
+        result = program(tree, rows)
     assert len(compiles) == 1
-    expected = product(*args)
-    for device, program in zip(devices, programs, strict=True):
-        result = program(*arguments(device))
-        assert result["sum"].devices() == {device}
-        jax.tree.map(np.testing.assert_array_equal, result, expected)
+    assert result["sum"].shape == (3 * num_devices, 2)
+    assert result["sum"].sharding == NamedSharding(mesh, CUT)
+    for place_, shard in enumerate(result["sum"].addressable_shards):
+        expected = jax.jit(product)(jax.device_get(tree), np.asarray(rows)[3 * place_ : 3 * place_ + 3])
+        assert shard.device == mesh.devices.flat[place_]
+        np.testing.assert_array_equal(shard.data, expected["sum"])
 
 
-def test_a_single_device_needs_no_loading():
-    device = jax.devices()[3]
-    (program,) = executable.compile_on(jax.jit(product), arguments(device), [device])
-    assert program(*arguments(device))["sum"].devices() == {device}
+def test_what_it_returns_feeds_it_and_other_programs():
+    mesh = make_mesh(devices=jax.devices()[:4])
+    program = executable.PerDeviceProgram(lambda x: x + 1, mesh, in_specs=(CUT,), out_spec=CUT)
+    x = place(np.zeros((8, 3), np.float32), mesh, "data")
+    assert float(jax.jit(jnp.sum)(program(program(x)))) == 48.0
 
 
 def test_donation_holds_on_every_device():
-    devices = jax.devices()[:2]
-    add = jax.jit(jnp.add, donate_argnums=0)
-    programs = executable.compile_on(add, (jnp.ones(4), jnp.ones(4)), devices)
-    for device, program in zip(devices, programs, strict=True):
-        given, other = jax.device_put((jnp.full(4, 2.0), jnp.ones(4)), device)
+    mesh = make_mesh(devices=jax.devices()[:2])
+    program = executable.PerDeviceProgram(jnp.add, mesh, in_specs=(WHOLE, WHOLE), out_spec=WHOLE, donate_argnums=(0,))
+    for _ in range(3):
+        given, other = place((np.full(4, 2.0, np.float32), np.ones(4, np.float32)), mesh)
         np.testing.assert_array_equal(program(given, other), np.full(4, 3.0))
         assert given.is_deleted()
+        assert not other.is_deleted()
 
 
 def test_another_shape_is_refused():
-    devices = jax.devices()[:2]
-    programs = executable.compile_on(jax.jit(jnp.sin), (jnp.ones(4),), devices)
-    for device, program in zip(devices, programs, strict=True):
-        with pytest.raises(TypeError, match="compiled"):
-            program(jax.device_put(jnp.ones(5), device))
+    mesh = make_mesh(devices=jax.devices()[:2])
+    program = executable.PerDeviceProgram(jnp.sin, mesh, in_specs=(WHOLE,), out_spec=WHOLE)
+    program(place(np.ones(4, np.float32), mesh))
+    with pytest.raises(TypeError, match="compiled"):
+        program(place(np.ones(5, np.float32), mesh))
+
+
+def test_a_second_start_reads_the_program_from_the_cache_for_any_number_of_devices(tmp_path):
+    """Each program object is new, as in a new process."""
+    num_compiles, results = [], []
+    with compile_cache.compile_once(tmp_path):
+        for num_devices in (1, 8, 2, 1):
+            mesh = make_mesh(devices=jax.devices()[:num_devices])
+            program = executable.PerDeviceProgram(product, mesh, in_specs=(WHOLE, CUT), out_spec=CUT)
+            with counted_compiles() as compiles:
+                results.append(np.asarray(program(*arguments(mesh))["sum"].addressable_data(0)))
+            num_compiles.append(len(compiles))
+    assert num_compiles == [1, 0, 0, 0]
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])
+
+
+def test_a_damaged_entry_of_the_cache_is_compiled_anew(tmp_path):
+    mesh = make_mesh(devices=jax.devices()[:2])
+    x = place(np.ones(4, np.float32), mesh)
+    with compile_cache.compile_once(tmp_path):
+        executable.PerDeviceProgram(jnp.sin, mesh, in_specs=(WHOLE,), out_spec=WHOLE)(x)
+        for file in tmp_path.glob("*-cache"):
+            file.write_bytes(file.read_bytes()[:100])
+        program = executable.PerDeviceProgram(jnp.sin, mesh, in_specs=(WHOLE,), out_spec=WHOLE)
+        with pytest.warns(UserWarning, match="compilation cache cannot be read"):
+            np.testing.assert_allclose(program(x), np.sin(np.ones(4)), rtol=1e-6)
