@@ -116,8 +116,8 @@ class Save:
     def __call__(self, info: StepInfo) -> None:
         """Save if this step is due and was made.
 
-        Where the loss or gradient was not finite, the loop ends after the next step; a checkpoint made meanwhile would
-        count the lost step as done. Reading the flag waits for the step, which saving does anyway.
+        Where the loss or gradient was not finite, the loop ends a few steps later; a checkpoint made meanwhile would
+        count the lost steps as done. Reading the flag waits for the step, which saving does anyway.
         """
         if info.step % self._every_steps == 0 and int(info.metrics[NONFINITE_LEAF].addressable_data(0)) < 0:
             self.run(info.state, info.position, info.progress)

@@ -225,9 +225,11 @@ def apply_averages(
 ) -> tuple[TrainState, Metrics]:
     """Return the state after the update, and the step's metrics.
 
-    Where the loss or a gradient is not finite the state stays as it was, step count included, so that what went wrong
-    can be looked at with the very params it happened to. `nonfinite_leaf` (int32) is then the first such leaf in tree
-    order, or the number of leaves when the gradients are fine and the loss is not; otherwise -1.
+    Where the loss or a gradient is not finite the state stays as it was, so that what went wrong can be looked at with
+    the very params it happened to. `nonfinite_leaf` (int32) is then the first such leaf in tree order, or the number of
+    leaves when the gradients are fine and the loss is not; otherwise -1. The state is marked by `~step` in place of its
+    step. A step from a marked state leaves it alone, with a loss of NaN and a `nonfinite_leaf` that is not -1: whoever
+    looks only after several steps has lost nothing. `unmarked` gives the state to go on from, if one wants to.
 
     Under dynamic loss scaling (float16) an overflow while the scale can still fall is no fault: the optimizer skips
     that update and lowers the scale, and `nonfinite_leaf` is -1.
@@ -252,7 +254,16 @@ def apply_averages(
         )
         excused = jnp.isfinite(averages.loss) & (loss_scale > precision.MIN_LOSS_SCALE)
         first = jnp.where(excused, -1, first)
-    return _where(first >= 0, state, new_state), {"loss": averages.loss, **averages.metrics, NONFINITE_LEAF: first}
+    marked = state.step < 0
+    first = jnp.where(marked, jnp.maximum(first, 0), first)
+    kept = dataclasses.replace(state, step=jnp.where(marked, state.step, ~state.step))
+    loss = jnp.where(marked, jnp.nan, averages.loss)
+    return _where(first >= 0, kept, new_state), {"loss": loss, **averages.metrics, NONFINITE_LEAF: first}
+
+
+def unmarked(state: TrainState) -> TrainState:
+    """Return the state without the mark that a step which was not finite left on it (see `apply_averages`)."""
+    return dataclasses.replace(state, step=jnp.where(state.step < 0, ~state.step, state.step))
 
 
 def first_nonfinite(averages: reduce.Averages) -> jax.Array:

@@ -392,8 +392,6 @@ class _Run:
 
     def _report_nonfinite(self, result: loop.FitResult) -> None:
         assert result.nonfinite is not None
-        # The step after the bad one was dispatched before its flag was read, so the state may be one good update later;
-        # the report says so where the fault does not show again.
         report = guard.explain_nonfinite(
             self.parts.functions.loss_fn, result.state, result.nonfinite.batch, step=result.nonfinite.step
         )

@@ -172,22 +172,21 @@ def counted_cache_misses():
 
 def test_a_second_start_compiles_nothing_and_gives_the_same_bits(tmp_path):
     """On any number of devices; a restart after a crash does not wait for the compiler."""
-    hashes, misses = set(), []
+    hashes, num_compiles = set(), []
     with compile_cache.compile_once(tmp_path):
-        for _ in range(2):
-            for num_devices in (1, 2, 4):
-                mesh = make_mesh(devices=jax.devices()[:num_devices])
-                step = steps.canonical_step(loss_fn, OPTIMIZERS["adamw"], mesh)
-                state, batch = new_state(OPTIMIZERS["adamw"], mesh), place(numpy_batch(), mesh, "data")
-                with counted_cache_misses() as by_jax, counted_compiles() as compiles:
-                    state, _ = step(state, batch)
-                ours = [name for name in compiles if name in ("jit_flat_sums", "jit_update")]
-                misses.append((len(ours), by_jax()))
-                hashes.add(fingerprint(jax.device_get(state.params)))
+        for num_devices in (2, 1, 4, 2):
+            mesh = make_mesh(devices=jax.devices()[:num_devices])
+            step = steps.canonical_step(loss_fn, OPTIMIZERS["adamw"], mesh)
+            state, batch = new_state(OPTIMIZERS["adamw"], mesh), place(numpy_batch(), mesh, "data")
+            with counted_cache_misses() as by_jax, counted_compiles() as compiles:
+                state, _ = step(state, batch)
+            num_compiles.append(sum(name in ("jit__flat_sums", "jit_update") for name in compiles))
+            hashes.add(fingerprint(jax.device_get(state.params)))
     assert len(hashes) == 1
-    # The first start compiles the shards' and the update's program once for all numbers of devices.
-    assert [ours for ours, _ in misses] == [2, 0, 0, 0, 0, 0]
-    assert [jax_misses for _, jax_misses in misses[3:]] == [0, 0, 0]
+    # The first start compiles the shards' and the update's program, for all numbers of devices.
+    assert num_compiles == [2, 0, 0, 0]
+    # What a start on as many devices has compiled before, JAX itself reads from the cache, too.
+    assert by_jax() == 0
 
 
 def test_the_state_is_donated():
@@ -215,6 +214,7 @@ def test_a_nonfinite_shard_leaves_the_state_alone():
     batch["y"][20] = np.inf
     state, step_metrics = step(state, place(batch, mesh, "data"))
     assert int(step_metrics["nonfinite_leaf"]) == 0
+    state = steps.unmarked(state)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get((state.step, state.params, state.opt_state)), before)
 
 

@@ -24,7 +24,7 @@ class Place:
 class FakeDevice:
     """Notes in `events` what is dispatched and what is read back; a step's values can be read once it was dispatched.
 
-    The state is the number of updates made; a batch that is NaN makes none.
+    The state is the number of updates made; a batch that is NaN makes none and marks the state, as our steps do.
     """
 
     def __init__(self):
@@ -33,10 +33,11 @@ class FakeDevice:
     def step(self, state, batch):
         number = sum(kind == "dispatch" for kind, _ in self.events) + 1
         self.events.append(("dispatch", number))
-        finite = math.isfinite(batch["x"])
-        return FakeState(state.step + finite), {
+        finite, marked = math.isfinite(batch["x"]), state.step < 0
+        after = state.step if marked else state.step + 1 if finite else ~state.step
+        return FakeState(after), {
             "loss": FakeScalar(self, number, batch["x"]),
-            NONFINITE_LEAF: FakeScalar(self, number, -1 if finite else 2),
+            NONFINITE_LEAF: FakeScalar(self, number, 2 if not finite else 0 if marked else -1),
         }
 
 
@@ -70,15 +71,21 @@ def fit(device, values, *, stop=lambda progress: None, **options):
     return loop.fit(device.step, FakeState(0), make_batches(values), stop=stop, **options)
 
 
-@given(num_steps=st.integers(1, 8))
-def test_a_step_is_read_back_only_after_the_next_was_dispatched(num_steps):
-    """Nothing else is: between two dispatches the loop waits for no more than the flag of the step before."""
+@given(num_steps=st.integers(1, 40))
+def test_the_loop_waits_every_few_steps_only_and_for_a_step_dispatched_a_while_ago(num_steps):
+    """The others go on meanwhile; at the end it waits for the last."""
     device = FakeDevice()
     fit(device, [0.0] * num_steps)
-    expected = [("dispatch", 1)]
-    for number in range(2, num_steps + 1):
-        expected += [("dispatch", number), ("read", number - 1)]
-    assert device.events == [*expected, ("read", num_steps)]
+    *during, last = device.events
+    assert last == ("read", num_steps)
+    dispatched, read = 0, 0
+    for kind, number in during:
+        if kind == "dispatch":
+            dispatched = number
+        else:
+            assert number == dispatched - loop.LOOK_EVERY == read + loop.LOOK_EVERY
+            read = number
+        assert dispatched - read <= 2 * loop.LOOK_EVERY
 
 
 @given(num_steps=st.integers(1, 12), num_examples=st.integers(1, 7), batch_size=st.integers(1, 4))
@@ -155,23 +162,28 @@ def test_a_requested_stop_ends_after_the_step_and_a_reached_end_goes_first():
     assert both.end_reason == "max_steps"
 
 
-@given(bad=st.integers(1, 6))
-def test_a_step_that_is_not_finite_ends_the_run_and_hands_back_its_batch(bad):
-    values = [math.nan if number == bad else float(number) for number in range(1, 7)]
+@given(bad=st.integers(1, 30), more=st.lists(st.integers(1, 30)))
+def test_a_step_that_is_not_finite_ends_the_run_where_it_stood_before_it(bad, more):
+    """Whatever comes after it, and however late the loop looks."""
+    values = [math.nan if number == bad or (number > bad and number in more) else number for number in range(1, 31)]
     seen = []
     result = fit(FakeDevice(), values, hooks=[lambda info: seen.append(info.step)])
     assert result.end_reason == "nonfinite"
     assert (result.nonfinite.step, result.nonfinite.leaf) == (bad, 2)
     assert math.isnan(result.nonfinite.batch["x"])
-    # One step more was on its way already; no hook, and so no checkpoint, comes after it.
-    assert seen == list(range(1, bad + 1))
-    assert result.progress.step == bad
-    assert result.position == Place((bad - 1) // 3, (bad - 1) % 3 * 2 + 2, 6)
+    # The state, the progress and the position agree on the updates made; a few more steps were on their way in vain.
+    assert int(result.state.step) == result.progress.step == bad - 1
+    assert seen == list(range(1, len(seen) + 1))
+    assert len(seen) < bad + 2 * loop.LOOK_EVERY
+    done = [(number // 3 if number % 3 else number // 3 - 1, (number - 1) % 3 * 2 + 2) for number in range(1, bad)]
+    assert result.position == (Place(*done[-1], 6) if done else None)
+    assert result.progress.examples_seen == 2 * (bad - 1)
+    assert result.progress.epoch == (bad - 1) // 3
 
 
 def test_the_last_step_is_looked_at_before_its_end_is_called_good():
     result = fit(FakeDevice(), [0.0, math.nan], stop=stop.max_steps(2))
-    assert (result.end_reason, result.nonfinite.step, result.state) == ("nonfinite", 2, FakeState(1))
+    assert (result.end_reason, result.nonfinite.step, int(result.state.step)) == ("nonfinite", 2, 1)
 
 
 def test_a_run_that_was_over_makes_no_further_step():
@@ -211,6 +223,13 @@ def test_time_goes_to_its_accounts_and_the_compiling_step_is_not_timed():
     seconds = stopwatch.seconds()
     assert (seconds["compile"], seconds["compute"], seconds["input"]) == (10.0, 2.0, 1.5)
     assert len(times) == 2
+
+
+@given(num_steps=st.integers(1, 20))
+def test_every_step_but_the_first_is_timed(num_steps):
+    times = []
+    fit(FakeDevice(), [0.0] * num_steps, step_times=Times(times))
+    assert len(times) == num_steps - 1
 
 
 @dataclasses.dataclass

@@ -222,14 +222,24 @@ def test_a_nonfinite_step_is_named_and_leaves_the_state_alone(poisoned_fields, l
     optimizer = optax.adam(0.1)
     state = states.create_state(lambda key: dict.fromkeys("abc", jnp.ones(())), optimizer, mesh=mesh, seed=0)
     before = jax.device_get((state.step, state.params, state.opt_state))
-    batch = {name: np.zeros(8, np.float32) for name in ("b", "c", "constant")}
+    fine = {name: np.zeros(8, np.float32) for name in ("b", "c", "constant")}
+    batch = {name: values.copy() for name, values in fine.items()}
     for name in poisoned_fields:
         batch[name][5] = np.nan
-    state, step_metrics = steps.data_parallel_step(poisoned_loss, optimizer, mesh)(state, place(batch, mesh, "data"))
+    step = steps.data_parallel_step(poisoned_loss, optimizer, mesh)
+    state, step_metrics = step(state, place(batch, mesh, "data"))
     assert int(step_metrics["nonfinite_leaf"]) == leaf
-    after = jax.device_get((state.step, state.params, state.opt_state))
+    after = jax.device_get((steps.unmarked(state).step, state.params, state.opt_state))
     if leaf >= 0:
         jax.tree.map(np.testing.assert_array_equal, after, before)
+        # A state that this happened to is left alone, and says so, until the mark is taken off.
+        state, step_metrics = step(state, place(fine, mesh, "data"))
+        assert int(step_metrics["nonfinite_leaf"]) >= 0
+        assert np.isnan(step_metrics["loss"])
+        state = steps.unmarked(state)
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get((state.step, state.params, state.opt_state)), before)
+        state, step_metrics = step(state, place(fine, mesh, "data"))
+        assert (int(step_metrics["nonfinite_leaf"]), int(state.step)) == (-1, 1)
     else:
         assert int(after[0]) == 1
         assert after[1]["a"] != before[1]["a"]
