@@ -23,7 +23,7 @@ def make(name: str, spec: Spec) -> tuple[Node, Statistics]:
     """Return the server or worker called `name`, and its counters."""
     devices = runtime.start(spec.devices)
     experiment = config.override(config.load_experiment(spec.experiment), spec.assignments)
-    plan = training.make_plan(experiment, experiment.ps)
+    plan = training.make_plan(experiment, experiment.ps, kind=spec.kind)
     plan = dataclasses.replace(plan, settings=spec.make_settings())
     boot = time.time_ns()
     number = worker_number(name)

@@ -57,27 +57,34 @@ def _small(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _try_whole(
     optimizer: optax.GradientTransformation, params: list[np.ndarray], steps: list[list[np.ndarray]]
 ) -> list[np.ndarray]:
-    state, updates = optimizer.init(params), params
-    for grads in steps:
-        updates, state = optimizer.update(grads, state, params)
-    return [np.asarray(leaf).reshape(-1) for leaf in updates]
+    return [leaf.reshape(-1) for leaf in _last_updates(optimizer, params, steps)]
+
+
+def _last_updates(
+    optimizer: optax.GradientTransformation, params: list[np.ndarray], steps: list[list[np.ndarray]]
+) -> list[np.ndarray]:
+    def play(params: Any, steps: Any) -> Any:
+        state, updates = optimizer.init(params), params
+        for grads in steps:
+            updates, state = optimizer.update(grads, state, params)
+        return updates
+
+    return [np.asarray(leaf) for leaf in jax.jit(play)(params, steps)]  # one program: compiling is all the cost
 
 
 def _try_pieces(
     optimizer: optax.GradientTransformation, params: list[np.ndarray], steps: list[list[np.ndarray]], *, ghost: bool
 ) -> list[np.ndarray]:
     """Update two halves of every leaf by themselves, and put the halves together again."""
-    halves = [_halves(params, side) for side in (0, 1)]
-    trees = [_with_ghost(half, 0.0, ghost=ghost) for half in halves]
-    states = [optimizer.init(tree) for tree in trees]
-    updates: list[list[Any]] = [[], []]
-    for grads in steps:
-        norm = sum(float(np.vdot(g, g)) for g in grads)
-        for side in (0, 1):
-            mine = _halves(grads, side)
-            rest = math.sqrt(max(norm - sum(float(np.vdot(g, g)) for g in mine), 0.0))
-            grown, states[side] = optimizer.update(_with_ghost(mine, rest, ghost=ghost), states[side], trees[side])
-            updates[side] = [np.asarray(leaf).reshape(-1) for leaf in grown[: len(mine)]]
+    updates = []
+    for side in (0, 1):
+        mine = [_halves(grads, side) for grads in steps]
+        norms = [sum(float(np.vdot(g, g)) for g in grads) for grads in steps]
+        rests = [norm - sum(float(np.vdot(g, g)) for g in half) for norm, half in zip(norms, mine)]
+        grown = [_with_ghost(half, math.sqrt(max(rest, 0.0)), ghost=ghost) for half, rest in zip(mine, rests)]
+        tree = _with_ghost(_halves(params, side), 0.0, ghost=ghost)
+        found = _last_updates(optimizer, tree, grown)
+        updates.append([leaf.reshape(-1) for leaf in found[: len(mine[0])]])
     second = iter(updates[1])
     return [np.concatenate([half, next(second)]) if leaf.size > 1 else half for half, leaf in zip(updates[0], params)]
 

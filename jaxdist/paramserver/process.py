@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from jaxdist.paramserver import effects, encoding, faults, messages
 from jaxdist.paramserver.node import Log, Node, write_file
@@ -42,6 +42,7 @@ class Spec:
       directory: the run's own folder for logs, snapshots and cuts.
       resume: name of the snapshot to go on from; empty for a fresh run.
       devices: devices of each worker.
+      kind: how the optimizer runs on shards (see `optimizer.classify`).
     """
 
     experiment: str
@@ -51,6 +52,7 @@ class Spec:
     directory: str
     resume: str
     devices: int
+    kind: Literal["elementwise", "global_norm"]
 
     def write(self, path: pathlib.Path) -> None:
         """Write the file that `read` reads."""

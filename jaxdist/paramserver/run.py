@@ -76,6 +76,7 @@ def _write_spec(options: Options, plan: plans.Plan, start: resume.Start, directo
             directory=str(directory.absolute()),
             resume=start.snapshot,
             devices=options.devices,
+            kind=plan.kind,
         )
         spec.write(directory / processes.SPEC_NAME)
     return spec

@@ -20,6 +20,7 @@ from jaxdist.paramserver.optimizer import Kind, OptaxUpdater, classify
 from jaxdist.paramserver.settings import ParameterServer, Settings
 from jaxdist.paramserver.shard import Shard
 from jaxdist.paramserver.sharding import Sharding, make_sharding
+from jaxdist.paramserver.sparse import sparse
 from jaxdist.paramserver.whole import OptimizerCut
 from jaxdist.state import TrainState
 
@@ -51,8 +52,13 @@ class Plan:
         return dataclasses.replace(self, sharding=make_sharding(leaves, num_servers=num_servers))
 
 
-def make_plan(experiment: Experiment, chosen: ParameterServer) -> Plan:
+def make_plan(experiment: Experiment, chosen: ParameterServer, *, kind: Kind | None = None) -> Plan:
     """Return the Plan of `experiment`.
+
+    Args:
+      experiment: what to train.
+      chosen: its settings under `ps.`.
+      kind: how the optimizer can run on shards, where that was found out already; None tries it.
 
     Raises:
       ValueError: settings that contradict each other, or that the parameter server cannot keep.
@@ -75,7 +81,7 @@ def make_plan(experiment: Experiment, chosen: ParameterServer) -> Plan:
         read_every=_read_periods(experiment, loader.steps_per_epoch),
     )
     num_params = len(jax.tree.leaves(params))
-    kind = classify(optimizer, sharding.shapes[:num_params])
+    kind = kind or classify(optimizer, sharding.shapes[:num_params])
     plan = Plan(experiment, settings, loader, functions, optimizer, sharding, structure, num_params, kind)
     _check_order(plan)
     plan.cut()  # refuses what cannot be cut
@@ -173,7 +179,11 @@ class Island:
         sums, loss, metrics, finite, squares = jax.device_get(
             self._sums(leaves, batch, np.int32(lease.step), np.int32(lease.slice))
         )
-        pieces = plan.sharding.split([leaf.astype(d) for leaf, d in zip(sums, plan.sharding.dtypes, strict=True)])
+        flat = plan.sharding.split([leaf.astype(d) for leaf, d in zip(sums, plan.sharding.dtypes, strict=True)])
+        pieces = tuple(
+            tuple(sparse(piece, block.row) for piece, block in zip(shard, blocks, strict=True))
+            for shard, blocks in zip(flat, plan.sharding.shards, strict=True)
+        )
         count = float(loss.count)
         rows = [messages.Metric("loss", float(loss.total), count)]
         rows += [messages.Metric(name, float(mean.total), float(mean.count)) for name, mean in metrics.items()]

@@ -42,7 +42,7 @@ def leaves_of(plan):
 
 
 def serve(plan):
-    """Train by the protocol, in this process; return the leaves at the end."""
+    """Train by the protocol, in this process; return the leaves at the end, and the optimizer's."""
     island = plans.Island(plan, jax.devices()[:1])
 
     def gradient(lease, params):
@@ -59,11 +59,12 @@ def serve(plan):
         compute_seconds=lambda rng, worker: rng.uniform(0.01, 0.1),
     ).run()
     cut = [event.what for event in simulation.events if isinstance(event.what, effects.Cut)][-1]
-    return plan.sharding.join([answer.pieces for answer in cut.shards])
+    leaves = plan.sharding.join([answer.pieces for answer in cut.shards])
+    return leaves, plan.cut().join([answer.opt_state for answer in cut.shards])
 
 
 def one_process(plan):
-    """Train on the union batch, slice by slice in ascending order, with the optimizer on whole leaves."""
+    """Train on the union batch, slice by slice in ascending order, with the optimizer on whole leaves; return both."""
     island = plans.Island(plan, jax.devices()[:1])
     slices = plan.settings.num_slices
     params, whole = (
@@ -89,7 +90,7 @@ def one_process(plan):
             sums = [a + b for a, b in zip(sums, whole.sharding.join(push.pieces))]
         count = np.float32(sum(push.count for push in pushes))
         params, state = update(params, state, tuple(leaf / count for leaf in sums))
-    return [np.asarray(leaf) for leaf in params]
+    return [np.asarray(leaf) for leaf in params], [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
 
 
 def plans_lease(plan, step, slice_):
@@ -105,7 +106,8 @@ def test_sync_is_one_process_on_the_union_batch_to_the_bit(workers):
     reference = one_process(make_plan(workers, 1))
     for servers in (1, 2, 3):
         served = serve(make_plan(workers, servers))
-        assert all(np.array_equal(a, b) for a, b in zip(served, reference, strict=True)), servers
+        for found, wanted in zip(served, reference):
+            assert all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True)), servers
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -115,14 +117,14 @@ def test_sync_is_the_all_reduce_path(workers):
     state = parts.create_state()
     for _, (batch, _) in zip(range(STEPS), parts.batches()):
         state, _ = parts.step(state, batch)
-    served = serve(make_plan(workers, 2))
+    served, _ = serve(make_plan(workers, 2))
     for got, want in zip(served, jax.tree.leaves(state.params), strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
 
 
 def test_clipping_by_the_global_norm_is_the_same_on_shards():
     clip = ["optimizer.clip_norm=0.05"]
-    served, reference = serve(make_plan(2, 3, clip)), one_process(make_plan(2, 1, clip))
+    (served, _), (reference, _) = serve(make_plan(2, 3, clip)), one_process(make_plan(2, 1, clip))
     for got, want in zip(served, reference, strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
 

@@ -1,0 +1,134 @@
+"""Where a run goes on: checkpoints and snapshots hold one state, whoever saved it, whatever the number of servers."""
+
+import contextlib
+import dataclasses
+import itertools
+
+import jax
+import numpy as np
+import optax
+import pytest
+import tiny_experiment
+
+from jaxdist import config, stop, train, training
+from jaxdist.paramserver import resume, whole
+from jaxdist.paramserver import training as plans
+from jaxdist.paramserver.sharding import make_sharding
+
+EVERYTHING = ["optimizer.name=adamw", "optimizer.weight_decay=0.01", "optimizer.clip_norm=1", "optimizer.ema_decay=0.9"]
+
+
+def experiment_of(*assignments):
+    return config.override(tiny_experiment.get_config(), [*EVERYTHING, "ps.servers=3", *assignments])
+
+
+def same(some, others):
+    return len(some) == len(others) and all(
+        np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(some, others, strict=True)
+    )
+
+
+@contextlib.contextmanager
+def trained(tmp_path, experiment, num_steps=5):
+    """Yield the state and the checkpoints of a data-parallel run that saved after `num_steps`."""
+    parts = training.put_together(experiment, devices=jax.devices()[:1])
+    state = parts.create_state()
+    batches = list(itertools.islice(parts.batches(), num_steps))
+    for batch, _ in batches:
+        state, _ = parts.step(state, batch)
+    progress = stop.Progress(step=num_steps, epoch=1, examples_seen=68)
+    with contextlib.closing(train.make_checkpointer(experiment, tmp_path)) as checkpointer:
+        data_state = {"position": batches[-1][1].to_json(), "progress": progress.to_json()}
+        checkpointer.save(num_steps, state, data_state, {})
+        checkpointer.wait()
+        yield state, checkpointer
+
+
+def test_a_checkpoint_of_any_strategy_is_dealt_to_servers_and_read_by_others(tmp_path):
+    directory = tmp_path / "ps"
+    with trained(tmp_path, experiment_of()) as (state, checkpointer):
+        plan = plans.make_plan(experiment_of(), experiment_of().ps)
+        start = resume.begin(plan, checkpointer, directory)
+    assert same(jax.tree.leaves(start.state.opt_state), jax.tree.leaves(state.opt_state))
+    assert same(jax.tree.leaves(start.state.params), jax.tree.leaves(state.params))
+    assert (start.progress.step, int(start.state.step), [p.name for p in resume.snapshots(directory)]) == (
+        5,
+        5,
+        [start.snapshot],
+    )
+    with contextlib.closing(train.make_checkpointer(experiment_of(), tmp_path / "elsewhere")) as none:
+        two = plans.make_plan(experiment_of("ps.servers=2"), experiment_of("ps.servers=2").ps)
+        again = resume.begin(two, none, directory)
+    assert again.snapshot != start.snapshot
+    assert (again.progress.step, again.progress.epoch, again.progress.examples_seen) == (5, 1, 52 + 16)
+    assert same(jax.tree.leaves(again.state.opt_state), jax.tree.leaves(state.opt_state))
+    assert same(jax.tree.leaves(again.state.params), jax.tree.leaves(state.params))
+
+
+def test_a_snapshot_counts_only_when_it_is_newer_and_intact(tmp_path):
+    directory = tmp_path / "ps"
+    with trained(tmp_path, experiment_of()) as (_, checkpointer):
+        plan = plans.make_plan(experiment_of(), experiment_of().ps)
+        leaves = [np.zeros(shape, dtype) for shape, dtype in zip(plan.sharding.shapes, plan.sharding.dtypes)]
+        opt_leaves = [np.zeros(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(opt_shapes(plan))]
+        for step in (4, 8, 9):
+            found = resume._Found(resume.messages.LedgerState(step, ()), leaves, opt_leaves, stop.Progress())
+            name = resume._write(plan, found, directory)
+        damaged = directory / name / "shard-1"
+        damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+        start = resume.begin(plan, checkpointer, directory)
+    assert (start.progress.step, start.progress.epoch, start.progress.examples_seen) == (8, 2, 104)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(start.state.params))
+
+
+def opt_shapes(plan):
+    params, _ = jax.tree.unflatten(plan.structure, [jax.ShapeDtypeStruct(s, np.float32) for s in plan.sharding.shapes])
+    return jax.eval_shape(plan.optimizer.init, params)
+
+
+def test_another_batch_size_is_refused_where_it_cuts_a_batch(tmp_path):
+    with trained(tmp_path, experiment_of()) as (_, checkpointer):
+        other = experiment_of("global_batch_size=12")
+        with pytest.raises(config.ConfigError, match="Resume with the global_batch_size"):
+            resume.begin(plans.make_plan(other, other.ps), checkpointer, tmp_path / "ps")
+
+
+@pytest.mark.parametrize("servers", [1, 2, 5])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.adamw(1e-3, mask=lambda params: jax.tree.map(lambda p: np.ndim(p) > 1, params)),
+        optax.chain(optax.clip_by_global_norm(1.0), optax.masked(optax.trace(0.9), lambda t: jax.tree.map(np.ndim, t))),
+    ],
+)
+def test_an_optimizers_state_is_cut_and_joined_without_loss(optimizer, servers):
+    rng = np.random.default_rng(0)
+    shapes = [(7, 3), (5,), (), (4, 2, 2), (6,)]
+    leaves = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+    state = jax.tree.map(lambda leaf: rng.normal(size=np.shape(leaf)).astype(leaf.dtype), optimizer.init(leaves[:4]))
+    sharding = make_sharding(leaves, num_servers=servers, block_bytes=20)
+    cut = whole.OptimizerCut(optimizer, sharding, num_params=4, ghost=True)
+    assert same(cut.join(cut.split(jax.tree.leaves(state))), [np.asarray(leaf) for leaf in jax.tree.leaves(state)])
+
+
+def test_what_is_not_shaped_like_the_params_is_refused():
+    sharding = make_sharding([np.zeros((8, 8), np.float32)], num_servers=1)
+    odd = optax.GradientTransformation(lambda params: jax.tree.map(lambda p: np.zeros(p.shape[0]), params), None)
+    with pytest.raises(ValueError, match=r"shape \(8,\) for a param of shape \(8, 8\)"):
+        whole.OptimizerCut(odd, sharding, num_params=1, ghost=False)
+
+
+def test_only_the_newest_snapshots_are_kept(tmp_path):
+    for name in ("0000000002-1-1", "0000000004-1-2", "0000000006-2-1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest").touch()
+    (tmp_path / "0000000008-2-2").mkdir()  # under way
+    resume.remove_snapshots(tmp_path, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0000000004-1-2", "0000000006-2-1", "0000000008-2-2"]
+
+
+def test_the_data_stand_at_the_end_of_an_epoch_not_before_the_next():
+    plan = plans.make_plan(experiment_of(), experiment_of().ps)
+    places = [(place.epoch, place.position) for place in (plans.position(plan, step) for step in (0, 3, 4, 5, 8))]
+    assert places == [(0, 0), (0, 48), (0, 52), (1, 16), (1, 52)]
+    assert dataclasses.replace(plans.position(plan, 3), position=0) == plan.loader.beginning
