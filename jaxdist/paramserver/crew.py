@@ -23,7 +23,10 @@ _LOOK_SECONDS = 0.05
 class Crew(Protocol):
     """Whoever keeps the processes of a run alive: this machine, or the engine of a cluster."""
 
-    restarts: int
+    @property
+    def restarts(self) -> int:
+        """Starts of a process beyond its first."""
+        ...
 
     def start(self) -> None:
         """Start all processes."""

@@ -4,15 +4,16 @@ import contextlib
 import dataclasses
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
-from jaxdist import checkpoint, errors, lock, record
+from jaxdist import errors, lock, record
 from jaxdist.config import load_experiment, override
 from jaxdist.launch import local
-from jaxdist.paramserver import membership, observer, resume, wire
+from jaxdist.paramserver import host, membership, observer, resume, wire
 from jaxdist.paramserver import process as processes
 from jaxdist.paramserver import training as plans
-from jaxdist.paramserver.crew import LocalCrew
+from jaxdist.paramserver.crew import Crew, LocalCrew
+from jaxdist.paramserver.ray_crew import RayCrew
 from jaxdist.paramserver.settings import SCHEDULER, worker_name
 from jaxdist.train import make_checkpointer, prepare_run_dir
 
@@ -58,35 +59,61 @@ def train(options: Options) -> record.RunRecord:
             directory = options.run_dir / processes.DIRECTORY_NAME
             checkpointer = stack.enter_context(contextlib.closing(make_checkpointer(experiment, options.run_dir)))
             start = resume.begin(plan, checkpointer, directory)
-            spec = _write_spec(options, plan, start, directory)
-        return _watch(options, plan, spec, start, earlier, checkpointer)
+            crew, peers, security = _place(options, plan, directory)
+            stack.callback(crew.close, orderly=False)
+            _write_spec(options, plan, start, directory, peers)
+        watcher = observer.Observer(
+            plan,
+            options.run_dir,
+            start,
+            earlier,
+            checkpointer,
+            silent=options.silent,
+            command=options.command,
+            num_devices=options.devices,
+        )
+        watcher.write_record(None)
+        return _watch(watcher, crew, peers, security, options.stop_requested)
 
 
-def _write_spec(options: Options, plan: plans.Plan, start: resume.Start, directory: pathlib.Path) -> processes.Spec:
+def _place(options: Options, plan: plans.Plan, directory: pathlib.Path) -> tuple[Crew, dict[str, str], wire.Security]:
+    """Return who keeps the processes, everybody's address, and how they prove to each other who they are."""
+    chosen, names = plan.experiment.ps, part_names(plan)
+    security = host.security_of(chosen.hosts)
+    if chosen.engine == "ray":
+        cluster = RayCrew(names, directory, {wire.TOKEN: security.token}, devices=options.devices)
+        return cluster, {**cluster.peers, **_local_ports([processes.OBSERVER])}, security
+    if chosen.hosts:
+        host.check(chosen.hosts, names)
+        peers = host.deal(names, chosen.hosts, chosen.port)
+        peers[processes.OBSERVER] = f"{chosen.hosts[0]}:{chosen.port + len(names)}"
+        return LocalCrew(host.names_at(peers, chosen.hosts[0]), directory, security.token), peers, security
+    return LocalCrew(names, directory, security.token), _local_ports([processes.OBSERVER, *names]), security
+
+
+def _local_ports(names: Sequence[str]) -> dict[str, str]:
+    with contextlib.ExitStack() as stack:
+        return {name: f"{local.LOOPBACK}:{stack.enter_context(local.reserved_port())}" for name in names}
+
+
+def _write_spec(
+    options: Options, plan: plans.Plan, start: resume.Start, directory: pathlib.Path, peers: dict[str, str]
+) -> None:
     """Remove what belongs to an earlier attempt only, and write down what every process must know."""
     for name in (processes.LOG_NAME, processes.CUT_NAME, processes.STEPS_NAME, processes.SPEC_NAME):
         (directory / name).unlink(missing_ok=True)
     shutil.rmtree(directory / processes.STATISTICS_NAME, ignore_errors=True)
-    with _ports(plan) as peers:
-        spec = processes.Spec(
-            experiment=str(pathlib.Path(options.experiment).absolute()),
-            assignments=list(options.assignments),
-            settings=dataclasses.asdict(plan.settings),
-            peers=peers,
-            directory=str(directory.absolute()),
-            resume=start.snapshot,
-            devices=options.devices,
-            kind=plan.kind,
-        )
-        spec.write(directory / processes.SPEC_NAME)
-    return spec
-
-
-@contextlib.contextmanager
-def _ports(plan: plans.Plan) -> Iterator[dict[str, str]]:
-    with contextlib.ExitStack() as stack:
-        names = [processes.OBSERVER, *part_names(plan)]
-        yield {name: f"{local.LOOPBACK}:{stack.enter_context(local.reserved_port())}" for name in names}
+    spec = processes.Spec(
+        experiment=str(pathlib.Path(options.experiment).absolute()),
+        assignments=list(options.assignments),
+        settings=dataclasses.asdict(plan.settings),
+        peers=peers,
+        directory=str(directory.absolute()),
+        resume=start.snapshot,
+        devices=options.devices,
+        kind=plan.kind,
+    )
+    spec.write(directory / processes.SPEC_NAME)
 
 
 def part_names(plan: plans.Plan) -> list[str]:
@@ -96,35 +123,15 @@ def part_names(plan: plans.Plan) -> list[str]:
 
 
 def _watch(
-    options: Options,
-    plan: plans.Plan,
-    spec: processes.Spec,
-    start: resume.Start,
-    earlier: record.RunRecord | None,
-    checkpointer: checkpoint.Checkpointer,
+    watcher: observer.Observer,
+    crew: Crew,
+    peers: dict[str, str],
+    security: wire.Security,
+    stop_requested: Callable[[], bool],
 ) -> record.RunRecord:
-    watcher = observer.Observer(
-        plan,
-        options.run_dir,
-        start,
-        earlier,
-        checkpointer,
-        silent=options.silent,
-        command=options.command,
-        num_devices=options.devices,
-    )
-    watcher.write_record(None)
-    token = wire.new_token()
-    crew = LocalCrew(part_names(plan), pathlib.Path(spec.directory), token)
-    line = wire.Wire(
-        listen=spec.peers[processes.OBSERVER],
-        peers=spec.peers,
-        receive=lambda message: None,
-        security=wire.Security(token=token),
-    )
+    line = wire.Wire(listen=peers[processes.OBSERVER], peers=peers, receive=lambda message: None, security=security)
     try:
-        made = watcher.run(crew, line.send, options.stop_requested)
+        return watcher.run(crew, line.send, stop_requested)
     finally:
         crew.close(orderly=watcher.end_reason is not None)
         line.close()
-    return made

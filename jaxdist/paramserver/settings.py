@@ -139,6 +139,16 @@ class ParameterServer:
     snapshot_every: int = 0
     damp_staleness: bool = False
     dead_after_seconds: float = 5.0
+    engine: Literal["processes", "ray"] = "processes"
+    """Who keeps the processes alive: this machine (with `hosts`, each machine its own), or a Ray cluster."""
+    hosts: tuple[str, ...] = ()
+    """Addresses of several machines, the one that trains first; see `host`. Empty: this machine, on the loopback."""
+    port: int = 7800
+    """With `hosts`: the first of the ports that the processes listen on."""
+
+    def __post_init__(self) -> None:
+        if self.hosts and self.engine != "processes":
+            raise ValueError(f"ps.hosts belongs to ps.engine=processes; {self.engine} places the processes itself")
 
     def settings(
         self, *, num_examples: int, global_batch_size: int, max_steps: int, read_every: tuple[int, ...]

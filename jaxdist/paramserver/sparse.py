@@ -21,5 +21,5 @@ def sparse(piece: np.ndarray, row: int) -> Piece:
     # A look at a few rows first: a dense block is not worth a pass over all of it.
     if 2 * np.count_nonzero(rows[:: max(len(rows) // _SAMPLE, 1)].any(axis=1)) > _SAMPLE:
         return piece
-    (ids,) = rows.any(axis=1).nonzero()
+    ids = np.flatnonzero(rows.any(axis=1))
     return piece if 2 * len(ids) > len(rows) else Rows(ids, rows[ids])

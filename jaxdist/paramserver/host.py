@@ -1,0 +1,119 @@
+"""Several machines: which process runs where, and the part of a machine that is not the first.
+
+`ps.hosts` lists addresses, the first being the machine that trains (`jaxdist train`). On each of the others
+
+    JAXDIST_PS_TOKEN=... python -m jaxdist.paramserver.host RUN_DIR ADDRESS
+
+waits for the run in RUN_DIR, which all machines see, starts the processes of its address, restarts those that die, and
+ends with the run or with the machine that trains.
+"""
+
+import os
+import pathlib
+import socket
+import sys
+import time
+from collections.abc import Sequence
+
+from jaxdist.errors import RunFailedError
+from jaxdist.paramserver import process, wire
+from jaxdist.paramserver.crew import LocalCrew
+from jaxdist.paramserver.settings import SCHEDULER
+from jaxdist.signals import EXIT_RETRY
+
+_LOOK_SECONDS = 0.2
+_GONE_SECONDS = 10.0
+
+
+def deal(names: Sequence[str], hosts: Sequence[str], first_port: int) -> dict[str, str]:
+    """Return each process's HOST:PORT: those of one kind go round the hosts, the scheduler to the first."""
+    peers, dealt = {}, dict.fromkeys(("scheduler", "server", "worker"), 0)
+    for number, name in enumerate(names):
+        kind = name.split("/")[0]
+        peers[name] = f"{hosts[dealt[kind] % len(hosts)]}:{first_port + number}"
+        dealt[kind] += 1
+    return peers
+
+
+def names_at(peers: dict[str, str], host: str) -> list[str]:
+    """Return the processes that run at the address `host`, the observer apart."""
+    found = [name for name, address in peers.items() if address.rpartition(":")[0] == host]
+    return [name for name in found if name != process.OBSERVER]
+
+
+def security_of(hosts: Sequence[str]) -> wire.Security:
+    """Return how the processes prove who they are: as the environment says, else by a new token on one machine.
+
+    Raises:
+      ValueError: several machines, and nothing they could all know.
+    """
+    given = wire.Security.read(os.environ)
+    for host in hosts:
+        given.check(host)
+    return given if given.token or given.certificate else wire.Security(token=wire.new_token())
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Play the part of one machine; return the exit status."""
+    run_dir, host = pathlib.Path(arguments[0]), arguments[1]
+    directory = run_dir / process.DIRECTORY_NAME
+    spec = _wait_for_run(directory)
+    security_of([host])
+    crew = LocalCrew(names_at(spec.peers, host), directory, os.environ.get(wire.TOKEN, ""))
+    crew.start()
+    orderly = False
+    try:
+        orderly = _watch(crew, spec.peers[process.OBSERVER])
+    except RunFailedError as error:
+        print(f"jaxdist: {error}", file=sys.stderr)
+        return 1
+    finally:
+        crew.close(orderly=orderly)
+    return 0 if orderly else EXIT_RETRY
+
+
+def _wait_for_run(directory: pathlib.Path) -> process.Spec:
+    """Return the spec once the machine that trains answers at the address in it: an older run's does not."""
+    while True:
+        path = directory / process.SPEC_NAME
+        if path.exists():
+            spec = process.Spec.read(path)
+            if _answers(spec.peers[process.OBSERVER]):
+                return spec
+        time.sleep(_LOOK_SECONDS)
+
+
+def _watch(crew: LocalCrew, observer: str) -> bool:
+    """Look after the processes; return True when they ended by themselves, False when nobody trains any more."""
+    heard_at = time.monotonic()
+    while not crew.all_ended():
+        crew.look_after()
+        if _answers(observer):
+            heard_at = time.monotonic()
+        elif time.monotonic() - heard_at > _GONE_SECONDS:
+            return False
+        time.sleep(_LOOK_SECONDS)
+    return True
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=2.0).close()
+    except OSError:
+        return False
+    return True
+
+
+def check(hosts: Sequence[str], settings_names: Sequence[str]) -> None:
+    """Raise ValueError where a host would have nothing to do."""
+    idle = len(hosts) - max(sum(name.split("/")[0] == kind for name in settings_names) for kind in ("server", "worker"))
+    if idle > 0 or len(set(hosts)) < len(hosts):
+        raise ValueError(
+            f"each of ps.hosts is another machine with at least one worker or server; got {', '.join(hosts)} for "
+            f"{len(settings_names) - 1} of them besides the {SCHEDULER}. Leave some out, or set ps.workers higher"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
