@@ -22,6 +22,11 @@ def experiment_of(*assignments):
     return config.override(tiny_experiment.get_config(), [*EVERYTHING, "ps.servers=3", *assignments])
 
 
+def plan_of(*assignments):
+    experiment = experiment_of(*assignments)
+    return plans.make_plan(experiment, experiment.ps, kind="global_norm")  # as trying the optimizer would find
+
+
 def same(some, others):
     return len(some) == len(others) and all(
         np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(some, others, strict=True)
@@ -29,35 +34,32 @@ def same(some, others):
 
 
 @contextlib.contextmanager
-def trained(tmp_path, experiment, num_steps=5):
-    """Yield the state and the checkpoints of a data-parallel run that saved after `num_steps`."""
+def trained(tmp_path, experiment, *, num_updates=0):
+    """Yield the state and the checkpoints of a data-parallel run that saved after 5 steps (so many of them made)."""
     parts = training.put_together(experiment, devices=jax.devices()[:1])
     state = parts.create_state()
-    batches = list(itertools.islice(parts.batches(), num_steps))
-    for batch, _ in batches:
+    batches = list(itertools.islice(parts.batches(), 5))
+    for batch, _ in batches[:num_updates]:
         state, _ = parts.step(state, batch)
-    progress = stop.Progress(step=num_steps, epoch=1, examples_seen=68)
+    progress = stop.Progress(step=5, epoch=1, examples_seen=68)
     with contextlib.closing(train.make_checkpointer(experiment, tmp_path)) as checkpointer:
         data_state = {"position": batches[-1][1].to_json(), "progress": progress.to_json()}
-        checkpointer.save(num_steps, state, data_state, {})
+        checkpointer.save(5, state, data_state, {})
         checkpointer.wait()
         yield state, checkpointer
 
 
 def test_a_checkpoint_of_any_strategy_is_dealt_to_servers_and_read_by_others(tmp_path):
     directory = tmp_path / "ps"
-    with trained(tmp_path, experiment_of()) as (state, checkpointer):
-        plan = plans.make_plan(experiment_of(), experiment_of().ps)
+    with trained(tmp_path, experiment_of(), num_updates=2) as (state, checkpointer):
+        plan = plan_of()
         start = resume.begin(plan, checkpointer, directory)
     assert same(jax.tree.leaves(start.state.opt_state), jax.tree.leaves(state.opt_state))
     assert same(jax.tree.leaves(start.state.params), jax.tree.leaves(state.params))
-    assert (start.progress.step, int(start.state.step), [p.name for p in resume.snapshots(directory)]) == (
-        5,
-        5,
-        [start.snapshot],
-    )
+    assert (start.progress.step, int(start.state.step)) == (5, 5)
+    assert [path.name for path in resume.snapshots(directory)] == [start.snapshot]
     with contextlib.closing(train.make_checkpointer(experiment_of(), tmp_path / "elsewhere")) as none:
-        two = plans.make_plan(experiment_of("ps.servers=2"), experiment_of("ps.servers=2").ps)
+        two = plan_of("ps.servers=2")
         again = resume.begin(two, none, directory)
     assert again.snapshot != start.snapshot
     assert (again.progress.step, again.progress.epoch, again.progress.examples_seen) == (5, 1, 52 + 16)
@@ -68,7 +70,7 @@ def test_a_checkpoint_of_any_strategy_is_dealt_to_servers_and_read_by_others(tmp
 def test_a_snapshot_counts_only_when_it_is_newer_and_intact(tmp_path):
     directory = tmp_path / "ps"
     with trained(tmp_path, experiment_of()) as (_, checkpointer):
-        plan = plans.make_plan(experiment_of(), experiment_of().ps)
+        plan = plan_of()
         leaves = [np.zeros(shape, dtype) for shape, dtype in zip(plan.sharding.shapes, plan.sharding.dtypes)]
         opt_leaves = [np.zeros(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(opt_shapes(plan))]
         for step in (4, 8, 9):
@@ -88,9 +90,8 @@ def opt_shapes(plan):
 
 def test_another_batch_size_is_refused_where_it_cuts_a_batch(tmp_path):
     with trained(tmp_path, experiment_of()) as (_, checkpointer):
-        other = experiment_of("global_batch_size=12")
         with pytest.raises(config.ConfigError, match="Resume with the global_batch_size"):
-            resume.begin(plans.make_plan(other, other.ps), checkpointer, tmp_path / "ps")
+            resume.begin(plan_of("global_batch_size=12"), checkpointer, tmp_path / "ps")
 
 
 @pytest.mark.parametrize("servers", [1, 2, 5])
@@ -128,7 +129,7 @@ def test_only_the_newest_snapshots_are_kept(tmp_path):
 
 
 def test_the_data_stand_at_the_end_of_an_epoch_not_before_the_next():
-    plan = plans.make_plan(experiment_of(), experiment_of().ps)
+    plan = plan_of()
     places = [(place.epoch, place.position) for place in (plans.position(plan, step) for step in (0, 3, 4, 5, 8))]
     assert places == [(0, 0), (0, 48), (0, 52), (1, 16), (1, 52)]
     assert dataclasses.replace(plans.position(plan, 3), position=0) == plan.loader.beginning
