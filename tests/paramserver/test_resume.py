@@ -89,9 +89,9 @@ def opt_shapes(plan):
 
 
 def test_another_batch_size_is_refused_where_it_cuts_a_batch(tmp_path):
-    with trained(tmp_path, experiment_of()) as (_, checkpointer):
-        with pytest.raises(config.ConfigError, match="Resume with the global_batch_size"):
-            resume.begin(plan_of("global_batch_size=12"), checkpointer, tmp_path / "ps")
+    refused = pytest.raises(config.ConfigError, match="Resume with the global_batch_size")
+    with trained(tmp_path, experiment_of()) as (_, checkpointer), refused:
+        resume.begin(plan_of("global_batch_size=12"), checkpointer, tmp_path / "ps")
 
 
 @pytest.mark.parametrize("servers", [1, 2, 5])
