@@ -38,12 +38,13 @@ def train(capsys, name, run_dir, *more):
     return json.loads(capsys.readouterr().out)
 
 
-def test_strategies_agree_on_the_loss_and_a_run_of_one_resumes_under_any_other(capsys, tmp_path):
-    records = {name: train(capsys, name, tmp_path / name) for name in WAYS}
+def test_strategies_agree_on_the_loss_and_a_run_of_one_resumes_under_another(capsys, tmp_path):
+    """Of all pairs, `test_relayout.py` sees the bits."""
+    records = {name: train(capsys, name, tmp_path / name) for name in ("data-parallel", "zero1", "fsdp")}
     expected = records["data-parallel"]["metrics"]["train/loss"]
     for name, record in records.items():
         assert record["metrics"]["train/loss"] == pytest.approx(expected, abs=1e-5), name
-    for name in WAYS:
+    for name in ("tensor", "hsdp", "data-parallel"):
         resumed = train(capsys, name, tmp_path / "fsdp", "--resume")
         assert (resumed["strategy"], resumed["step"]) == (name, 6)
         assert resumed["params_sha256"] == records["fsdp"]["params_sha256"]
