@@ -261,7 +261,7 @@ def options_of(*names: str) -> list[str]:
 
 @pytest.mark.parametrize(
     "command",
-    ["train", "verify", "chaos", "doctor", "data prepare", "data inspect"],
+    ["train", "launch", "verify", "chaos", "doctor", "data prepare", "data inspect"],
     ids=lambda name: name.replace(" ", "-"),
 )
 def test_reference_lists_the_options_of(command):
