@@ -59,6 +59,11 @@ class PerDeviceProgram:
             self._program = self._compile(args)
         return self._program(*args)
 
+    @property
+    def num_compiles(self) -> int:
+        """How often it was compiled: once at the most, for it refuses arguments of another form."""
+        return int(self._program is not None)
+
     def _compile(self, args: tuple[PyTree, ...]) -> jax.stages.Compiled:
         shardings = [
             NamedSharding(self._mesh, spec)

@@ -88,11 +88,16 @@ class _KeepsKey:
     returns typed keys is called by JAX's slow path, which is most of the time of a small step.
     """
 
-    def __init__(self, program: Callable[[TrainState, _PlainKey, Batch], tuple[TrainState, Metrics]]):
+    def __init__(
+        self,
+        program: Callable[[TrainState, _PlainKey, Batch], tuple[TrainState, Metrics]],
+        cache_size: Callable[[], int] | None = None,
+    ):
         self._program = program
         self._key: jax.Array | None = None
-        if hasattr(program, "_cache_size"):
-            self._cache_size = program._cache_size  # for the recompile sentinel
+        cache_size = cache_size or getattr(program, "_cache_size", None)
+        if cache_size is not None:
+            self._cache_size = cache_size  # for the recompile sentinel
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         if state.key is not self._key:
@@ -180,7 +185,8 @@ def canonical_step(
         total = shard_sums((state.params, state.model_state, key, state.step, loss_scale), batch)
         return update_everywhere(state, total)
 
-    step = _KeepsKey(keyless_step)
+    # Programs that were compiled for one shape refuse any other, so there is nothing more for the sentinel to find.
+    step = _KeepsKey(keyless_step, cache_size=lambda: update_everywhere.num_compiles)
     if layout is layouts.replicated:
         return step
     gather = jax.jit(lambda state: layouts.constrain(state, mesh, layouts.replicated), donate_argnums=0)

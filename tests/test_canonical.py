@@ -20,7 +20,7 @@ from small_problem import (
     place,
 )
 
-from jaxdist import adapters, canonical, losses
+from jaxdist import adapters, canonical, guard, losses
 from jaxdist import state as states
 from jaxdist import step as steps
 from jaxdist.mesh import make_mesh
@@ -187,6 +187,17 @@ def test_a_second_start_compiles_nothing_and_gives_the_same_bits(tmp_path):
     assert num_compiles == [2, 0, 0, 0]
     # What a start on as many devices has compiled before, JAX itself reads from the cache, too.
     assert by_jax() == 0
+
+
+def test_the_sentinel_counts_one_compile_without_looking_at_every_argument():
+    mesh, sentinel = make_mesh(devices=jax.devices()[:2]), guard.RecompileSentinel()
+    step = small_canonical_step(2, 16)
+    state, batch = new_state(OPTIMIZERS["adamw"], mesh), place(numpy_batch(), mesh, "data")
+    for _ in range(2):
+        before = state
+        state, _ = step(before, batch)
+        assert sentinel.observe(step, (before, batch)) is None
+    assert (sentinel.compile_count, step._cache_size()) == (1, 1)
 
 
 def test_the_state_is_donated():
