@@ -1,0 +1,76 @@
+"""Runs of real processes that are stopped, killed whole and resumed, here and on a Ray cluster of two nodes.
+
+pytest -m soak tests/paramserver/test_run.py        # Ray's needs the extra: pip install 'jaxdist[ray]'
+"""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny_experiment
+
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(600)]
+
+
+def command(run_dir, *settings, steps=40, flags=()):
+    start = [sys.executable, "-m", "jaxdist.cli", "train", tiny_experiment.__file__, "--strategy", "parameter-server"]
+    start += ["--run-dir", str(run_dir), "--max-steps", str(steps), "--json", *flags]
+    return [*start, "--set", "eval.every_steps=1000", "checkpoints.every_steps=10", "ps.workers=2", *settings]
+
+
+def record_of(run_dir):
+    return json.loads((pathlib.Path(run_dir) / "run.json").read_text())
+
+
+def wait_for_steps(process, run_dir, count):
+    steps = pathlib.Path(run_dir) / "ps" / "steps.jsonl"
+    while not steps.exists() or steps.read_text().count("\n") < count:
+        assert process.poll() is None, "the run was over before the mischief was"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("calm") / "run"
+    subprocess.run(command(run_dir), check=True)
+    return record_of(run_dir)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGINT, 75), (signal.SIGTERM, 75)])
+def test_a_run_that_was_stopped_resumes_on_other_servers_with_the_same_bits(tmp_path, calm, number, status):
+    run_dir = tmp_path / "run"
+    process = subprocess.Popen(command(run_dir, "ps.servers=1", steps=40))
+    wait_for_steps(process, run_dir, 15)
+    process.send_signal(number)
+    assert process.wait() == status
+    assert record_of(run_dir)["end_reason"] == (None if number == signal.SIGKILL else "preempted")
+    subprocess.run(command(run_dir, "ps.servers=3", flags=["--resume"]), check=True)
+    resumed = record_of(run_dir)
+    assert (resumed["params_sha256"], resumed["step"]) == (calm["params_sha256"], 40)
+    assert resumed["examples_seen"] == calm["examples_seen"]
+
+
+def test_ray_restarts_what_dies_and_the_bits_stay(tmp_path, calm):
+    from ray import cluster_utils
+
+    cluster = cluster_utils.Cluster()
+    try:
+        for _ in range(2):
+            cluster.add_node(num_cpus=2, object_store_memory=80_000_000)
+        run_dir = tmp_path / "run"
+        process = subprocess.Popen(
+            command(run_dir, "ps.engine=ray"), env={**os.environ, "RAY_ADDRESS": cluster.address}
+        )
+        wait_for_steps(process, run_dir, 5)
+        part = ["pgrep", "-f", f"paramserver.member worker/1 {run_dir}"]
+        os.kill(int(subprocess.run(part, capture_output=True, check=True, text=True).stdout.split()[0]), signal.SIGKILL)
+        assert process.wait() == 0
+        assert record_of(run_dir)["params_sha256"] == calm["params_sha256"]
+        assert record_of(run_dir)["restarts"] == 1
+    finally:
+        cluster.shutdown()
