@@ -26,6 +26,7 @@ _NUM_ROUNDS = 6
 """With so many, pairs of positions are as good as independent, from ten examples on; fewer would need more rounds."""
 
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio, odd
+_HALF = np.uint64(32)
 
 
 class Batch(NamedTuple):
@@ -304,22 +305,23 @@ class Permutation:
         shift, mask = np.uint64(low_bits), np.uint64((1 << low_bits) - 1)
         high_mask = np.uint64((1 << (num_bits - low_bits)) - 1)
         high, low = values >> shift, values & mask
+        mixed, scratch = np.empty_like(low), np.empty_like(low)
         for index in rounds:
-            key = np.uint64(self.round_keys[index])
-            if index % 2:
-                high ^= _mix(low, key) & high_mask
-            else:
-                low ^= _mix(high, key) & mask
+            source, target, kept = (low, high, high_mask) if index % 2 else (high, low, mask)
+            _mix(source, np.uint64(self.round_keys[index]), mixed, scratch)
+            np.bitwise_and(mixed, kept, out=mixed)
+            np.bitwise_xor(target, mixed, out=target)
         return (high << shift) | low
 
 
-def _mix(values: np.ndarray, key: np.uint64) -> np.ndarray:
-    """A keyed hash of up to 32 bits to 32 bits: multiply, fold the high bits down, multiply, take the high bits."""
-    values = (values ^ key) * _MULTIPLIER
-    values ^= values >> np.uint64(32)
-    values *= _MULTIPLIER
-    values >>= np.uint64(32)
-    return values
+def _mix(values: np.ndarray, key: np.uint64, mixed: np.ndarray, scratch: np.ndarray) -> None:
+    """Hash up to 32 bits to 32 bits, into `mixed`: multiply, fold the high bits down, multiply, take the high bits."""
+    np.bitwise_xor(values, key, out=mixed)
+    np.multiply(mixed, _MULTIPLIER, out=mixed)
+    np.right_shift(mixed, _HALF, out=scratch)
+    np.bitwise_xor(mixed, scratch, out=mixed)
+    np.multiply(mixed, _MULTIPLIER, out=mixed)
+    np.right_shift(mixed, _HALF, out=mixed)
 
 
 def _check_range(num_examples: int, epoch: int, start: int, stop: int) -> None:
