@@ -263,9 +263,11 @@ def start(environment, run_dir, *arguments):
 
 
 def finish(process):
-    """Return the exit status and the last line."""
+    """Return the exit status and the run record that was printed."""
     output, _ = process.communicate(timeout=100)
-    return process.returncode, output.splitlines()[-1]
+    records = [line for line in output.splitlines() if line.startswith("{")]
+    assert len(records) == 1, output
+    return process.returncode, records[0]
 
 
 def wait_for_step(process, step):
@@ -278,16 +280,16 @@ def wait_for_step(process, step):
 @pytest.fixture(scope="module")
 def never_stopped(environment, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("never") / "run"
-    status, last_line = finish(start(environment, run_dir))
+    status, printed = finish(start(environment, run_dir))
     assert status == 0
-    return run_dir, json.loads(last_line)
+    return run_dir, json.loads(printed)
 
 
 def assert_as_never_stopped(environment, run_dir, never_stopped):
     """Resume the run of `run_dir` in a new process; it must end as the one that was never stopped."""
-    status, last_line = finish(start(environment, run_dir, "--resume"))
+    status, printed = finish(start(environment, run_dir, "--resume"))
     other_dir, expected = never_stopped
-    made = json.loads(last_line)
+    made = json.loads(printed)
     assert status == 0
     for key in ("end_reason", "step", "examples_seen", "params_sha256", "metrics"):
         assert made[key] == expected[key]
