@@ -194,7 +194,7 @@ def _start_processes(options: argparse.Namespace) -> int:
     from jaxdist.launch import nursery
 
     # It imports what the processes need while this one finds out whether they are to be started at all.
-    with nursery.Nursery(["jaxdist.train", "jaxdist.launch.agreement"], experiment=options.experiment) as nest:
+    with nursery.Nursery(nursery.TRAINING, experiment=options.experiment) as nest:
         from jaxdist import train
 
         experiment = load(options)

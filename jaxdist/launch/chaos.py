@@ -23,7 +23,7 @@ from jaxdist.launch import board, supervisor
 
 Kind = Literal["kill", "stop", "starve"]
 
-_POLL_SECONDS = 0.002
+_POLL_SECONDS = 0.005
 _STAGES = ("detect", "restart", "restore", "compile")
 _NUM_STAGES = len(_STAGES) - 1
 _EARLY_SHARE = 0.25
@@ -73,10 +73,22 @@ class Lost:
 
 @dataclasses.dataclass(frozen=True)
 class Hit:
-    """A strike that was delivered, and what it cost."""
+    """A strike that was delivered, and what it cost.
+
+    Attributes:
+      strike: what was done.
+      lost: how long it took to recover.
+      verdict: whom the watchdog named as the cause, and after how many seconds; None where it came to no verdict.
+    """
 
     strike: Strike
     lost: Lost
+    verdict: tuple[tuple[int, ...], float] | None = None
+
+    @property
+    def named(self) -> bool:
+        """Whether the verdict names the process that was struck, and no other."""
+        return self.verdict is not None and self.verdict[0] == (self.strike.process,)
 
 
 def plan(
@@ -140,10 +152,12 @@ class Striker:
             before = _highest_step(attempt)
             if not _deliver(strike, attempt["process_ids"][strike.process]):
                 continue
-            lost = self._await_recovery(time.time(), attempt["attempt"], before)
+            struck = time.time()
+            verdict = self._await_end(struck, attempt)
+            lost = self._await_recovery(struck, attempt["attempt"], before)
             if lost is None:
                 return
-            self.hits.append(Hit(strike, lost))
+            self.hits.append(Hit(strike, lost, verdict))
 
     def _await_moment(self, strike: Strike) -> dict[str, Any] | None:
         """Return the attempt that is running when the strike is due, None when the job is over before."""
@@ -157,6 +171,16 @@ class Striker:
                     return attempt
             elif report is not None and report.step >= strike.step:
                 return attempt
+        return None
+
+    def _await_end(self, struck: float, attempt: dict[str, Any]) -> tuple[tuple[int, ...], float] | None:
+        """Return the watchdog's verdict, should it come to one before the attempt is over."""
+        while not self._over.wait(_POLL_SECONDS):
+            published = board.published(pathlib.Path(attempt["memory"]), since=struck)
+            if published is not None:
+                return tuple(published["culprits"]), time.time() - struck
+            if self._attempt() != attempt:
+                return None
         return None
 
     def _await_recovery(self, struck: float, attempt: int, before: int) -> Lost | None:
@@ -239,6 +263,7 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Return what `--json` prints."""
+        stops = [hit for hit in self.hits if hit.strike.kind == "stop"]
         return {
             "identical": self.identical,
             "params_sha256": {"undisturbed": self.peace[0], "disturbed": self.fire[0]},
@@ -247,6 +272,8 @@ class Report:
             "planned": self.planned,
             "strikes": {kind: sum(h.strike.kind == kind for h in self.hits) for kind in ("kill", "stop", "starve")},
             "restarts": self.restarts,
+            "verdicts": {"right": sum(hit.named for hit in stops), "of": len(stops)},
+            "verdict_seconds": _summary([hit.verdict[1] for hit in stops if hit.verdict]),
             "lost_seconds": _summary([hit.lost.total for hit in self.hits]),
             "split_seconds": {stage: _summary([getattr(hit.lost, stage) for hit in self.hits]) for stage in _STAGES},
         }
@@ -254,6 +281,7 @@ class Report:
     def __str__(self) -> str:
         content = self.to_json()
         strikes, lost, split = content["strikes"], content["lost_seconds"], content["split_seconds"]
+        right, after = content["verdicts"], content["verdict_seconds"]
         stages = ", ".join(f"{stage} {seconds['p50']:.1f}" for stage, seconds in split.items())
         lines = [
             f"strikes     {strikes['kill']} kills, {strikes['stop']} stops, {strikes['starve']} starved of disk "
@@ -261,6 +289,8 @@ class Report:
             f"restarts    {self.restarts}",
             f"seconds     p50 {lost['p50']:.1f}, max {lost['max']:.1f} from a strike to the next new step",
             f"of these    p50 {stages}",
+            f"verdicts    {right['right']} of {right['of']} stopped processes named, after p50 {after['p50']:.1f}, "
+            f"max {after['max']:.1f} s",
             f"steps       {self.peace[1]} undisturbed, {self.fire[1]} disturbed",
             f"params      {self.peace[0]} undisturbed",
             f"            {self.fire[0]} disturbed",

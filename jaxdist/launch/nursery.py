@@ -22,6 +22,9 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
+TRAINING = ("jaxdist.train", "jaxdist.launch.agreement", "jaxdist.launch.cluster", "jaxdist.launch.fingerprint")
+"""What a process that trains imports."""
+
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _MAX_MESSAGE = 1 << 20
 _READY, _UNSAFE = b"ready", b"unsafe"

@@ -85,6 +85,15 @@ def test_the_report_says_what_was_done_and_what_it_cost():
     assert chaos.Report(0, [], 0, ("a", 1), ("a", 1), "exact").to_json()["lost_seconds"] == {"p50": 0.0, "max": 0.0}
 
 
+def test_the_report_says_whether_the_watchdog_named_the_stopped_process():
+    lost = chaos.Lost(detect=5.0, restart=1.0, restore=0.0, compile=1.0)
+    stop = chaos.Strike("stop", 1, 3)
+    hits = [chaos.Hit(stop, lost, verdict) for verdict in (((1,), 4.0), ((0, 1), 6.0), ((0,), 5.0), None)]
+    content = make_report(hits=[*hits, chaos.Hit(chaos.Strike("kill", 0, 5), lost)], planned=5).to_json()
+    assert content["verdicts"] == {"right": 1, "of": 4}
+    assert content["verdict_seconds"] == {"p50": 5.0, "max": 6.0}
+
+
 VICTIM = """
 import sys
 for line in sys.stdin:

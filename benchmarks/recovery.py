@@ -1,0 +1,166 @@
+"""What a death costs: killed, stopped and snapshotted jobs, measured.
+
+python benchmarks/recovery.py kills [--kills N] [--seed S] [--experiment FILE] [--processes P] [--json]
+python benchmarks/recovery.py stops [--stops N] [--seed S] [--json]
+python benchmarks/recovery.py snapshot [--rounds N] [--every N ...] [--json]
+
+`kills` is `jaxdist chaos` with SIGKILLs alone, default timers: the seconds from a kill to the next step that had not
+been made, their split, and whether params and ledger are those of the undisturbed run. `stops` stops processes of a
+small job and asks whether the watchdog named the right one, and how long after its limit. `snapshot` trains with a
+snapshot every n steps and without any, in turns of the same process, on two devices; the ratio is that of steps a
+second of neighbouring rounds, median.
+
+The soak: kills with seeds 1 to 4 and 25 kills each; stops with 20.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import pathlib
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from jaxdist import config, loop, record, recovery, snapshot, stop, training
+from jaxdist.launch import chaos, runtime
+
+ROOT = pathlib.Path(__file__).parents[1]
+ALLOWED_SECONDS = 10.0
+HANG_SECONDS = 3.0
+ROUND_STEPS = 40
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("kills", "stops", "snapshot"))
+    parser.add_argument("--experiment", default=str(ROOT / "experiments" / "digits_cnn.py"))
+    parser.add_argument("--kills", type=int, default=25)
+    parser.add_argument("--stops", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--every", type=int, nargs="+", default=[1, 10])
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    options = parser.parse_args()
+    rows = {"kills": kills, "stops": stops, "snapshot": snapshots}[options.what](options)
+    for row in rows:
+        row |= {"versions": record.versions(), "machine": f"{os.cpu_count()} cores, {platform.machine()}"}
+        print(json.dumps(row) if options.json else "\n".join(f"{name:12} {value}" for name, value in row.items()))
+
+
+def kills(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    arguments = [options.experiment, "--processes", str(options.processes), "--devices", "1"]
+    arguments += ["--max-steps", str(max(60, 2 * options.kills))]
+    report = fire(options.experiment, arguments, options, kills=options.kills)
+    found = report.to_json()
+    yield {
+        "name": f"kill to next step, {pathlib.Path(options.experiment).stem}, {options.processes} processes",
+        "ours": found["lost_seconds"]["p50"],
+        "theirs": ALLOWED_SECONDS,
+        "ratio": found["lost_seconds"]["p50"] / ALLOWED_SECONDS,
+        "unit": "s (theirs: what is allowed)",
+        "repeats": len(report.hits),
+        "each": [round(hit.lost.total, 2) for hit in report.hits],
+        "report": found,
+    }
+
+
+def stops(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    experiment = str(ROOT / "tests" / "tiny_experiment.py")
+    arguments = [experiment, "--processes", "2", "--devices", "1", "--max-steps", str(4 * options.stops)]
+    settings = [f"recovery.hang_seconds={HANG_SECONDS}"]
+    report = fire(experiment, [*arguments, "--set", *settings], options, stops=options.stops)
+    found = report.to_json()
+    yield {
+        "name": "stop to verdict, tiny experiment, 2 processes",
+        "ours": found["verdict_seconds"]["p50"],
+        "theirs": HANG_SECONDS,
+        "ratio": found["verdict_seconds"]["p50"] / HANG_SECONDS,
+        "unit": "s (theirs: recovery.hang_seconds)",
+        "repeats": found["verdicts"]["of"],
+        "right": found["verdicts"]["right"],
+        "report": found,
+    }
+
+
+def fire(experiment: str, arguments: list[str], options: argparse.Namespace, **strikes: int) -> chaos.Report:
+    settings = ["recovery.ledger=true", "recovery.max_fruitless=1000000"]
+    command = [sys.executable, "-m", "jaxdist.cli", "train", *arguments, "--reduction", "canonical"]
+    command += settings if "--set" in command else ["--set", *settings]
+    with tempfile.TemporaryDirectory(prefix="jaxdist-recovery-") as folder:
+        return chaos.run(
+            command,
+            pathlib.Path(folder),
+            seed=options.seed,
+            num_processes=int(arguments[arguments.index("--processes") + 1]),
+            num_examples=len(config.load_experiment(experiment).data.train),
+            **{"kills": 0, **strikes},
+        )
+
+
+def snapshots(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    devices = runtime.start(2)
+    for name in ("digits_cnn", "bytes_gpt"):
+        experiment = config.load_experiment(str(ROOT / "experiments" / f"{name}.py"))
+        parts = training.put_together(experiment, devices=devices)
+        trainer = _Trainer(parts)
+        for every in options.every:
+            ratios, rates = [], []
+            for _ in range(options.rounds + 1):  # the first warms up
+                without, with_ = trainer.rate(None), trainer.rate(every)
+                ratios.append(with_ / without)
+                rates.append((with_, without))
+            ours, theirs = (statistics.median(side) for side in zip(*rates[1:]))
+            yield {
+                "name": f"steps a second with a snapshot every {every}, {name}",
+                "ours": ours,
+                "theirs": theirs,
+                "ratio": statistics.median(ratios[1:]),
+                "unit": "steps/s (theirs: without snapshots)",
+                "repeats": options.rounds,
+            }
+        trainer.close()
+
+
+class _Trainer:
+    """Trains one model on and on, with snapshots or without, as `jaxdist train` takes them."""
+
+    def __init__(self, parts: training.Training):
+        self._parts, self._state = parts, parts.create_state()
+        self._batches = [item for item, _ in zip(parts.batches(), range(8))]
+        self._progress = stop.Progress()
+        self._folder = tempfile.TemporaryDirectory(prefix="jaxdist-recovery-", dir="/dev/shm")
+        self._snapshots = snapshot.Snapshots(pathlib.Path(self._folder.name), identity="benchmark")
+
+    def rate(self, every: int | None) -> float:
+        """Return steps a second."""
+        hooks = [] if every is None else [recovery.snapshot_hook(self._snapshots, every)]
+        rule = stop.max_steps(self._progress.step + ROUND_STEPS)
+        begin = time.perf_counter()
+        result = loop.fit(
+            self._parts.step,
+            self._state,
+            itertools.cycle(self._batches),
+            stop=rule,
+            hooks=hooks,
+            progress=self._progress,
+        )
+        jax.block_until_ready(result.state.params)
+        self._snapshots.wait()
+        self._state, self._progress = result.state, result.progress
+        return ROUND_STEPS / (time.perf_counter() - begin)
+
+    def close(self) -> None:
+        self._snapshots.close()
+        self._folder.cleanup()
+
+
+if __name__ == "__main__":
+    main()
