@@ -172,6 +172,7 @@ def supervise(
             run_dir=run_dir,
             saved_step=lambda memory: recovery.saved_step(memory, checkpointer, training.identity(experiment)),
             start=start,
+            remove_at_end=nest.remove_at_end if nest else lambda directory: None,
         )
         return supervisor.run(job, num_processes=num_processes, policy=recovery.policy(experiment.recovery))
 

@@ -4,6 +4,8 @@ Importing JAX, Flax and Orbax costs every process seconds of processor time, and
 A fork of a process that has paid already pays nothing. Forking is sound while the process has one thread and no
 backend of JAX runs. The nursery sees to both: it starts none itself, looks at its threads before it offers a fork, and
 declines where an import (of the user's experiment, say) has started any. Whoever asked then starts processes afresh.
+
+It outlives whoever asked, by a moment: what the other cannot remove when it is killed, the nursery does.
 """
 
 import contextlib
@@ -13,6 +15,7 @@ import os
 import pathlib
 import runpy
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,7 +28,7 @@ from typing import IO, Any
 TRAINING = ("jaxdist.train", "jaxdist.launch.agreement", "jaxdist.launch.cluster", "jaxdist.launch.fingerprint")
 """What a process that trains imports."""
 
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_PR_SET_CHILD_SUBREAPER = 36
 _MAX_MESSAGE = 1 << 20
 _READY, _UNSAFE = b"ready", b"unsafe"
 
@@ -88,7 +91,7 @@ class Nursery:
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(theirs.fileno()), str(os.getpid()), experiment or "", *preload],
+                [sys.executable, "-m", __name__, str(theirs.fileno()), experiment or "", *preload],
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
@@ -102,8 +105,8 @@ class Nursery:
 
     def close(self) -> None:
         """End the nursery; the processes it started go on."""
-        self._channel.close()
         self._process.kill()
+        self._channel.close()
         self._process.wait()
         _prctl(_PR_SET_CHILD_SUBREAPER, 0)
 
@@ -131,6 +134,11 @@ class Nursery:
         self._usable = bool(reply)
         return Child(int(reply)) if reply else None
 
+    def remove_at_end(self, directory: pathlib.Path) -> None:
+        """Have `directory` removed when this process has ended, however it ended."""
+        with contextlib.suppress(OSError):
+            self._channel.send(json.dumps({"remove": str(directory)}).encode())
+
     def _receive(self) -> bytes:
         try:
             return self._channel.recv(_MAX_MESSAGE)
@@ -145,14 +153,10 @@ def _prctl(option: int, value: int) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Be a nursery, until the one who asks has ended; in a forked process, be that."""
     channel = socket.socket(fileno=int(arguments[0]))
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(arguments[1]):
-        return
-    _preload(arguments[3:], arguments[2])
-    if not _may_fork():
-        channel.send(_UNSAFE)
-        return
-    channel.send(_READY)
+    _preload(arguments[2:], arguments[1])
+    usable = _may_fork()
+    with contextlib.suppress(BrokenPipeError):
+        channel.send(_READY if usable else _UNSAFE)
     request = _serve(channel)
     channel.close()
     if request is not None:
@@ -184,10 +188,17 @@ def _may_fork() -> bool:
 
 def _serve(channel: socket.socket) -> dict[str, Any] | None:
     """Fork whenever asked, and say the new process's number; return what was asked for in a fork, None at the end."""
+    doomed: list[str] = []
     while True:
         message, streams, _, _ = socket.recv_fds(channel, _MAX_MESSAGE, 2)
         if not message:
+            for directory in doomed:
+                shutil.rmtree(directory, ignore_errors=True)
             return None
+        request: dict[str, Any] = json.loads(message)
+        if "remove" in request:
+            doomed.append(request["remove"])
+            continue
         process_id = _fork_orphan()
         if not process_id:
             os.setsid()
@@ -196,7 +207,6 @@ def _serve(channel: socket.socket) -> dict[str, Any] | None:
         for stream in streams:
             os.close(stream)
         if not process_id:
-            request: dict[str, Any] = json.loads(message)
             return request
         channel.send(str(process_id).encode())
 

@@ -223,6 +223,7 @@ class Job:
       saved_step: returns the newest step that survives, given the directory in memory.
       show_first: process 0 has the terminal; else all processes log to files.
       start: starts a process.
+      remove_at_end: told of the directory in memory, to remove it should this process be killed.
     """
 
     command: Sequence[str]
@@ -230,6 +231,7 @@ class Job:
     saved_step: Callable[[pathlib.Path], int]
     show_first: bool = True
     start: local.Start = local.start
+    remove_at_end: Callable[[pathlib.Path], object] = lambda directory: None
 
 
 def run(job: Job, *, num_processes: int, policy: Policy | None = None) -> int:
@@ -242,6 +244,7 @@ def run(job: Job, *, num_processes: int, policy: Policy | None = None) -> int:
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock.locked(job.run_dir, purpose=shlex.join(job.command)))
         memory = stack.enter_context(memory_directory())
+        job.remove_at_end(memory)
         attempts = _Attempts(job, policy, memory, stack.enter_context(local.Signals()))
         return supervise(
             attempts.make,

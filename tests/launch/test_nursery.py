@@ -94,6 +94,7 @@ OWNER = """
 import os, pathlib, signal, sys
 from jaxdist.launch import nursery
 nest = nursery.Nursery()
+nest.remove_at_end(pathlib.Path(sys.argv[2]))
 with open(sys.argv[1], "wb") as output:
     child = nest.start([sys.executable, "-m", "born"], os.environ | {"JAXDIST_PARENT_ID": str(os.getpid())}, output)
 print(nest._process.pid, child.pid, flush=True)
@@ -106,7 +107,8 @@ def test_nothing_outlives_an_owner_that_is_killed(module, tmp_path):
         "import os, threading; from jaxdist.launch import runtime; "
         "runtime.die_with_parent(os.environ); threading.Event().wait()"
     )
-    command = [sys.executable, "-c", OWNER, str(tmp_path / "log")]
+    command = [sys.executable, "-c", OWNER, str(tmp_path / "log"), str(tmp_path / "doomed")]
+    (tmp_path / "doomed").mkdir()
     done = subprocess.run(command, stdout=subprocess.PIPE, check=False, timeout=60)
     for process_id in map(int, done.stdout.split()):
         with contextlib.suppress(ProcessLookupError):
@@ -114,3 +116,4 @@ def test_nothing_outlives_an_owner_that_is_killed(module, tmp_path):
             descriptor = os.pidfd_open(process_id)
             assert select.select([descriptor], [], [], 60)[0]
             os.close(descriptor)
+    assert not (tmp_path / "doomed").exists()
