@@ -8,6 +8,7 @@ import contextlib
 import json
 import pathlib
 import shlex
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -386,6 +387,8 @@ def chaos_command(options: argparse.Namespace) -> int:
     """Compare a run in peace with one under fire; exit 1 when they differ."""
     from jaxdist.launch import chaos
 
+    # As Ctrl-C does, so that the job it watches ends with it.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     options.reduction = options.reduction or "canonical"
     experiment = load(options)
     directory = options.directory or pathlib.Path(tempfile.mkdtemp(prefix="jaxdist-chaos-"))

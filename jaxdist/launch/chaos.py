@@ -357,10 +357,14 @@ def compare_ledgers(peace_dir: pathlib.Path, fire_dir: pathlib.Path, *, num_exam
 
 def _train(command: Sequence[str], run_dir: pathlib.Path) -> int:
     run_dir.mkdir(parents=True)
-    with open(run_dir / "output.txt", "wb") as output:
-        return subprocess.run(
-            [*command, "--run-dir", str(run_dir)], stdout=output, stderr=subprocess.STDOUT, check=False
-        ).returncode
+    with (
+        open(run_dir / "output.txt", "wb") as output,
+        subprocess.Popen([*command, "--run-dir", str(run_dir)], stdout=output, stderr=subprocess.STDOUT) as job,
+    ):
+        try:
+            return job.wait()
+        finally:
+            job.terminate()  # on the way out of a Ctrl-C, say: the job is not left behind
 
 
 def _summary(seconds: Sequence[float]) -> dict[str, float]:
