@@ -64,9 +64,11 @@ def signalled_in_every_phase(folder):
     return undisturbed, [*parts, run(f"{folder}/disturbed", resume=True)], sent
 
 
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.soak), 2])
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("processes", [1, 2])
 def test_a_signal_in_any_phase_to_one_process_stops_all_at_one_step_and_loses_nothing(tmp_path, processes):
-    results = testing.run_processes(signalled_in_every_phase, str(tmp_path), processes=processes)
+    results = testing.run_processes(signalled_in_every_phase, str(tmp_path), processes=processes, timeout_seconds=500.0)
     undisturbed, parts, _ = results[0]
     assert [result[:2] for result in results] == processes * [[undisturbed, parts]]
     assert results[-1][2] == len(PHASES) * [True]
