@@ -10,7 +10,8 @@ small job and asks whether the watchdog named the right one, and how long after 
 snapshot every n steps and without any, in turns of the same process, on two devices; the ratio is that of steps a
 second of neighbouring rounds, median.
 
-The soak: kills with seeds 1 to 4 and 25 kills each; stops with 20. No figures were recorded yet: it wants a quiet machine.
+The soak: kills with seeds 1 to 4 and 25 kills each; stops with 20. It wants a quiet machine; no figures of one are
+recorded yet.
 """
 
 import argparse
