@@ -1,11 +1,15 @@
 """The scheduler's leases: who computes what next. No lease goes out before all shards work under the current view."""
 
+from collections.abc import Sequence
+
 from jaxdist.paramserver import commits, cuts, membership, messages, views
 from jaxdist.paramserver.effects import Output
 from jaxdist.paramserver.ledger import BatchLedger, StepLedger
 from jaxdist.paramserver.messages import Contributor
 from jaxdist.paramserver.scheduler_state import SchedulerState, Worker
 from jaxdist.paramserver.settings import worker_name
+
+OVERDUE = 2.0
 
 
 def dispatch(state: SchedulerState, now: float, out: Output) -> None:
@@ -17,15 +21,28 @@ def dispatch(state: SchedulerState, now: float, out: Output) -> None:
         return
     idle = [(w.seconds, number) for number, w in state.workers.items() if w.idle and not w.benched]
     for _, number in sorted(idle):
-        lease = state.ledger.pick(number)
+        lease = state.ledger.pick(number, lambda holders, number=number: _may_copy(state, number, holders, now))
         if lease is None:
-            break
+            continue
         worker = state.workers[number]
         worker.idle, worker.lease, worker.granted_at = False, lease, now
         worker.sequence += 1
         _grant(state, number, worker, out)
     if state.gated():
         _bench(state, now, out)
+
+
+def _may_copy(state: SchedulerState, number: int, holders: Sequence[int], now: float) -> bool:
+    """Return whether an idle worker should compute what others are at.
+
+    One that has had its part in this step waits for them as long again as it took itself: it would be busy with a copy
+    nobody needs when the next step begins.
+    """
+    worker = state.workers[number]
+    if worker.step < state.step:
+        return True
+    since = [state.workers[holder].granted_at for holder in holders if holder in state.workers]
+    return now - min(since, default=now) > OVERDUE * worker.seconds
 
 
 def _grant(state: SchedulerState, number: int, worker: Worker, out: Output) -> None:
@@ -75,6 +92,7 @@ def on_ask(state: SchedulerState, ask: messages.Ask, now: float, out: Output) ->
         return False
     if worker.lease is not None:
         state.ledger.give_back(ask.worker, worker.lease)
+        worker.seconds = max(worker.seconds, now - worker.granted_at)  # the step was made without it
         worker.lease = None
     worker.finished = worker.sequence = max(ask.sequence, worker.sequence)
     worker.idle = True
@@ -89,7 +107,7 @@ def on_done(state: SchedulerState, done: messages.Done, now: float, out: Output)
     out.send(worker_name(done.worker), messages.DoneAck(done.worker, done.incarnation, done.sequence))
     if done.sequence <= worker.finished:
         return False
-    worker.seconds = now - worker.granted_at
+    worker.seconds, worker.step = now - worker.granted_at, done.lease.step
     worker.sequence = max(worker.sequence, done.sequence)
     worker.finished, worker.lease = done.sequence, None
     worker.clock = max(worker.clock, done.clock + 1)

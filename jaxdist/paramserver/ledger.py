@@ -5,12 +5,14 @@ mode its batch is cut into slices, one lease each; otherwise one lease is the wh
 the books move when a push is committed and never before, so a lease whose worker died is handed out again.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from jaxdist.paramserver.messages import Contributor, Lease, LedgerState, Metric
 from jaxdist.paramserver.settings import Settings
 
 FRESH = LedgerState(0, ())
+
+MayCopy = Callable[[Sequence[int]], bool]
 
 
 def lease(settings: Settings, step: int, slice_: int = 0) -> Lease:
@@ -47,9 +49,16 @@ class StepLedger:
         """Return what must be remembered."""
         return LedgerState(self.step, ())
 
-    def pick(self, worker: int) -> Lease | None:
-        """Return what `worker` should compute next: a slice nobody has or, with backup workers, another's slice."""
-        missing = [i for i in range(self.settings.num_slices) if i not in self.ready and worker not in self.holders[i]]
+    def pick(self, worker: int, may_copy: MayCopy = lambda holders: True) -> Lease | None:
+        """Return what `worker` should compute next: a slice nobody has or, with backup workers, another's slice.
+
+        A slice that others have is copied only where `may_copy(its holders)`.
+        """
+        missing = [
+            i
+            for i, holders in enumerate(self.holders)
+            if i not in self.ready and worker not in holders and (not holders or may_copy(holders))
+        ]
         if not missing:
             return None
         # The slice with the fewest workers on it; among equals the first, which has been out longest.
@@ -122,8 +131,8 @@ class BatchLedger:
             step += 1
         return step if step < self.settings.max_steps else None
 
-    def pick(self, worker: int) -> Lease | None:
-        """Return what `worker` should compute next."""
+    def pick(self, worker: int, may_copy: MayCopy = lambda holders: True) -> Lease | None:
+        """Return what `worker` should compute next; a batch is never out twice."""
         step = self.next_step()
         if step is None:
             return None

@@ -39,6 +39,7 @@ class Worker:
     lease: Lease | None = None
     granted_at: float = 0.0
     seconds: float = 0.0  # how long its last lease took
+    step: int = -1  # the step of its last finished lease
 
 
 class SchedulerState:

@@ -14,9 +14,9 @@ import workload
 from jaxdist.paramserver import effects, messages
 from jaxdist.paramserver.scheduler import Scheduler
 from jaxdist.paramserver.server import Server
-from jaxdist.paramserver.settings import Settings, manifest_file, shard_file
+from jaxdist.paramserver.settings import Settings, Timers, manifest_file, shard_file
 from jaxdist.paramserver.shard import Shard
-from jaxdist.paramserver.simulator import Faults, Machines
+from jaxdist.paramserver.simulator import Faults, Machines, Simulation
 
 CALM = Faults(until=0.0)
 HARSH = Faults(until=3.0, drop=0.1, repeat=0.3, slow=0.3, cuts=0.5, kills=2.0, pauses=1.5, crash_at_append=0.05)
@@ -112,6 +112,29 @@ def test_backup_workers_make_a_slow_worker_harmless():
     spared = workload.play(7, settings=settings(workers=4, backup_workers=1), faults=slow)
     steady = workload.play(7, settings=settings(workers=3), faults=CALM)
     assert committed_at(spared) < 2 * committed_at(steady) < committed_at(waits)
+
+
+def steps_a_second(slowness, **chosen):
+    """Return the speed of workers that need a second for a step's equal share, worker 0 `slowness` times as long."""
+    made = settings(workers=8, global_batch_size=8, num_examples=80, max_steps=20, **chosen)
+    seconds = 8 / made.num_slices
+    simulation = Simulation(
+        seed=1,
+        settings=dataclasses.replace(made, timers=Timers(dead_after=60.0)),
+        faults=CALM,
+        params=workload.initial_params(made.servers),
+        gradient=workload.gradient,
+        make_updater=workload.Momentum,
+        compute_seconds=lambda rng, worker: rng.uniform(0.9, 1.1) * seconds * (slowness if worker == 0 else 1.0),
+    ).run(patience=1000.0)
+    times = [event.time for event in checker.named(simulation.events, "CommitRecord")]
+    return (len(times) - 1) / (times[-1] - times[0])
+
+
+def test_with_a_backup_worker_a_slow_one_costs_a_fifth_at_most():
+    full = steps_a_second(1.0)
+    assert steps_a_second(5.0) < 0.3 * full
+    assert steps_a_second(5.0, backup_workers=1) > 0.8 * full
 
 
 def committed_at(simulation):
