@@ -1,5 +1,6 @@
 """The scheduler's leases: who computes what next. No lease goes out before all shards work under the current view."""
 
+import functools
 from collections.abc import Sequence
 
 from jaxdist.paramserver import commits, cuts, membership, messages, views
@@ -21,7 +22,7 @@ def dispatch(state: SchedulerState, now: float, out: Output) -> None:
         return
     idle = [(w.seconds, number) for number, w in state.workers.items() if w.idle and not w.benched]
     for _, number in sorted(idle):
-        lease = state.ledger.pick(number, lambda holders, number=number: _may_copy(state, number, holders, now))
+        lease = state.ledger.pick(number, functools.partial(_may_copy, state, now, number))
         if lease is None:
             continue
         worker = state.workers[number]
@@ -32,7 +33,7 @@ def dispatch(state: SchedulerState, now: float, out: Output) -> None:
         _bench(state, now, out)
 
 
-def _may_copy(state: SchedulerState, number: int, holders: Sequence[int], now: float) -> bool:
+def _may_copy(state: SchedulerState, now: float, number: int, holders: Sequence[int]) -> bool:
     """Return whether an idle worker should compute what others are at.
 
     One that has had its part in this step waits for them as long again as it took itself: it would be busy with a copy
