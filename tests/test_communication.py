@@ -1,6 +1,6 @@
 """What each strategy holds and sends, read off the compiled step: the bounds, the textbook, and the table of the docs.
 
-One test, because the programs of the six rows are compiled once in a process.
+The table takes the programs of six rows, most of two minutes to compile, so it is checked by the soak.
 """
 
 import importlib.util
@@ -22,18 +22,29 @@ def communication():
     return module
 
 
-@pytest.mark.timeout(300)
-def test_memory_and_traffic_keep_their_bounds_and_the_docs_show_them(communication):
-    measured = {row["name"].removeprefix("communication/"): row for row in communication.rows()}
-    whole, remat, zero1, fsdp = (measured[name] for name in ("data-parallel", "data-parallel, remat", "zero1", "fsdp"))
+def check_bounds(measured):
+    whole, zero1, fsdp = (measured[name] for name in ("data-parallel", "zero1", "fsdp"))
     assert zero1["opt_state_bytes"] <= (1 / 8 + 0.02) * whole["opt_state_bytes"]
     assert whole["argument_bytes"] - zero1["argument_bytes"] >= (7 / 8 - 0.02) * whole["opt_state_bytes"]
     assert fsdp["argument_bytes"] <= (1 / 8 + 0.05) * whole["argument_bytes"]
-    assert remat["temporary_bytes"] < 0.9 * whole["temporary_bytes"]
-    for row in measured.values():
-        assert row["ratio"] == pytest.approx(1, rel=0.05), row["name"]
+    for name, row in measured.items():
+        assert row["ratio"] == pytest.approx(1, rel=0.05), name
     assert set(whole["collectives"]) == {"all-reduce"}
     assert {"all-gather", "reduce-scatter"} <= set(zero1["collectives"]) & set(fsdp["collectives"])
+
+
+def test_memory_and_traffic_keep_their_bounds(communication):
+    cases = (case for case in communication.CASES if str(case) in ("data-parallel", "zero1", "fsdp"))
+    check_bounds({str(case): communication.row(case) for case in cases})
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(300)
+def test_every_row_keeps_its_bounds_and_the_docs_show_it(communication):
+    measured = {row["name"].removeprefix("communication/"): row for row in communication.rows()}
+    check_bounds(measured)
+    whole, remat = measured["data-parallel"], measured["data-parallel, remat"]
+    assert remat["temporary_bytes"] < 0.9 * whole["temporary_bytes"]
     (tensor,) = [row for name, row in measured.items() if name.startswith("tensor")]
     assert set(tensor["collectives"]) == {"all-reduce"}, "column, then row: nothing moves inside a branch"
     check_page(communication, PAGE.read_text())

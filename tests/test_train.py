@@ -11,7 +11,7 @@ import pytest
 import tiny_experiment
 
 import jaxdist
-from jaxdist import checkpoint, config, errors, record, testing, train, training
+from jaxdist import checkpoint, config, errors, record, recovery, testing, train, training
 from jaxdist.stop import Progress
 
 
@@ -50,7 +50,7 @@ def read_checkpoint(run_dir, *assignments):
     """Return state and progress of the newest checkpoint; seconds, which never are the same, left out."""
     experiment = config.override(tiny_experiment.get_config(), assignments)
     parts = training.put_together(experiment, devices=jax.devices()[:1])
-    checkpointer = train._make_checkpointer(experiment, run_dir)
+    checkpointer = train.make_checkpointer(experiment, run_dir)
     state, data_state = checkpointer.restore(parts.abstract_state())
     checkpointer.close()
     progress = Progress.from_json(data_state["progress"])
@@ -262,7 +262,9 @@ def test_narrow_precision_trains(tmp_path, precision):
 
 
 def contents(folder):
-    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Return the files below a folder with their bytes, but not the signs of life that a process gives at its start."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.parent.name != recovery.BOARD_NAME)
+    return {path: path.read_bytes() for path in files}
 
 
 def refused(match, run_dir, *assignments, **options):

@@ -57,7 +57,7 @@ def train(model_name, strategy_name, reduction, num_steps, num_devices=None):
     return {"hash": digest, "loss": float(metrics["loss"]), "sizes": [float(np.abs(leaf).sum()) for leaf in leaves]}
 
 
-@pytest.mark.parametrize("model_name", ["cnn with batch norm", "gpt"])
+@pytest.mark.parametrize("model_name", [pytest.param("cnn with batch norm", marks=pytest.mark.soak), "gpt"])
 def test_two_processes_give_the_bits_of_one(model_name):
     arguments = (model_name, "data-parallel", "canonical", 10)
     results = testing.run_processes(train, *arguments, processes=2, devices=2)
@@ -99,7 +99,7 @@ def on_one_core():
         os.sched_setaffinity(0, before)
 
 
-@pytest.mark.parametrize("strategy_name", ["zero1", "fsdp"])
+@pytest.mark.parametrize("strategy_name", [pytest.param("zero1", marks=pytest.mark.soak), "fsdp"])
 def test_layouts_over_two_processes_equal_those_in_one(strategy_name):
     """Two processes of four devices against one of eight, after three steps."""
     arguments = ("cnn", strategy_name, "mean", 3)

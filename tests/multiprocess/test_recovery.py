@@ -31,12 +31,13 @@ def test_a_run_under_fire_makes_the_model_of_a_run_in_peace(tmp_path, strikes):
     flags = [text for name, count in wanted.items() for text in (f"--{name}", count)]
     done = jaxdist(
         "chaos", EXPERIMENT, "--processes", 2, "--devices", 1, "--seed", 3, "--directory", tmp_path, "--json", *flags,
-        "--max-steps", 40, "--set", "recovery.hang_seconds=4",
+        "--max-steps", 200, "--set", "recovery.hang_seconds=4",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)
     assert report["identical"]
-    assert report["restarts"] >= sum(strikes.values())
+    # The run may be over before the moment of the last strike.
+    assert report["restarts"] >= sum(report["strikes"].values()) >= 1
     assert record.RunRecord.read(tmp_path / "disturbed").restarts == report["restarts"]
     if "stops" in strikes:
         output = (tmp_path / "disturbed" / "output.txt").read_text()

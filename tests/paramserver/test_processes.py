@@ -114,6 +114,7 @@ def struck(tmp_path, monkeypatch, *lines, **chosen):
     return made
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(LIMIT_SECONDS)
 def test_killed_after_a_decision_and_before_an_answer(tmp_path, monkeypatch, calm):
     made = struck(
