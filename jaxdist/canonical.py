@@ -45,9 +45,12 @@ class LogicalShardSums:
         self._add = jax.jit(jnp.add, donate_argnums=0)
         self._add_over_devices = jax.jit(self._map_tree_sum())
         self._indices = self._place_indices()
+        # A one-device program on CPU computes in XLA's thread pool; a collective keeps its thread of that pool while it
+        # waits for the other devices. Were both on their way at once, they could wait for each other for ever.
+        self._waits_for_rows = self.num_devices > 1 and mesh.devices.flat[0].platform == "cpu"
 
     def __call__(self, shared: PyTree, batch: Batch) -> jax.Array:
-        """Return the sum over all logical shards, shape (size,), dispatched and not waited for.
+        """Return the sum over all logical shards, shape (size,), dispatched; on CPU devices the shards were waited for.
 
         Args:
           shared: replicated global arrays, given whole to every shard.
@@ -57,7 +60,10 @@ class LogicalShardSums:
         rows = _PairwiseSum(self._add)
         for part, index in zip(parts, self._indices, strict=True):
             rows.push(self._shard_sums(shared, part, index))
-        return self._add_over_devices(rows.result())
+        row = rows.result()
+        if self._waits_for_rows:
+            jax.block_until_ready(row)
+        return self._add_over_devices(row)
 
     def unravel(self, total: jax.Array) -> PyTree:
         """Return the tree of sums that a flat vector holds; known after the first call."""
