@@ -275,9 +275,22 @@ def unmarked(state: TrainState) -> TrainState:
 def first_nonfinite(averages: reduce.Averages) -> jax.Array:
     """Return the index of the first gradient leaf with a non-finite value, num leaves for the loss alone, or -1."""
     values = [*jax.tree.leaves(averages.grads), averages.loss]
-    # A sum is infinite or NaN as soon as one term is; unlike isfinite().all() it reads each gradient as it is.
-    bad = jnp.stack([~jnp.isfinite(jnp.sum(jnp.abs(value))) for value in values])
+    bad = jnp.stack([_has_nonfinite(value) for value in values])
     return jnp.where(bad.any(), jnp.argmax(bad), -1).astype(jnp.int32)
+
+
+def _has_nonfinite(value: jax.Array) -> jax.Array:
+    """Return whether a value is infinite or NaN, the floats whose exponent bits are all ones.
+
+    The largest of integers is the same in any order, so XLA vectorises it, where a sum of floats is one long chain of
+    additions: a hundredth of a small step.
+    """
+    if jnp.iscomplexobj(value):
+        return _has_nonfinite(value.real) | _has_nonfinite(value.imag)
+    bits = jnp.finfo(value.dtype).bits
+    unsigned = jnp.dtype(f"uint{bits}")
+    full_exponent = jax.lax.bitcast_convert_type(jnp.asarray(jnp.inf, value.dtype), unsigned)
+    return jnp.max(jax.lax.bitcast_convert_type(value, unsigned) & full_exponent, initial=0) == full_exponent
 
 
 def _where(condition: jax.Array, chosen: Any, otherwise: Any) -> Any:
