@@ -258,7 +258,7 @@ def steps_per_round(side: Side) -> int:
     """Return the steps that fill a round; the side is compiled and warm afterwards."""
     side.run(2 * LOG_EVERY)
     each = min(seconds(side, LOG_EVERY) for _ in range(3)) / LOG_EVERY
-    return max(1, round(ROUND_SECONDS / each / LOG_EVERY)) * LOG_EVERY
+    return max(1, round(ROUND_SECONDS / each))
 
 
 def take_turns(sides: dict[str, Side], num_rounds: int) -> dict[str, list[float]]:
