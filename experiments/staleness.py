@@ -3,7 +3,7 @@
 python experiments/staleness.py [--json] [--figure docs/staleness.svg]
 
 Gradients, optimizer, scheduler, servers and workers are the real ones; only the clock and the network are simulated. A
-gradient takes a second, and one in ten takes ten. Bound 0 is bulk-synchronous: a step waits for all workers, each with
+gradient takes a second, and one in ten takes six. Bound 0 is bulk-synchronous: a step waits for all workers, each with
 its slice. With a larger bound a worker pushes by itself and may be so many clocks ahead of the slowest. A worker's
 gradient is over the same number of examples in both, and every bound has the learning rate that serves it best.
 
@@ -34,7 +34,7 @@ from jaxdist.paramserver.simulator import Faults, Simulation
 BOUNDS = (0, 1, 2, 4, 8, 16)
 RATES = (0.2, 0.4, 0.8, 1.6)
 """Learning rates of a step over all workers' examples; a push by itself moves by the worker's share of it."""
-SLOW, SHARE_SLOW = 10.0, 0.1
+SLOW, SHARE_SLOW = 6.0, 0.1
 TIMERS = Timers(heartbeat=0.5, retry=1.0, dead_after=5.0, stuck_after=600.0)
 MOST_SECONDS = 5000.0
 NEVER = 1 << 40
@@ -167,7 +167,7 @@ class Laboratory:
 
 
 def straggling(rng: random.Random, worker: int) -> float:
-    """Return how long a gradient takes when one in ten takes ten times as long."""
+    """Return how long a gradient takes: a second, give or take, or SLOW times that."""
     return rng.uniform(0.9, 1.1) * (SLOW if rng.random() < SHARE_SLOW else 1.0)
 
 

@@ -22,7 +22,8 @@ PROCESS_ID, NUM_PROCESSES, COORDINATOR = cluster.PROCESS_ID, cluster.NUM_PROCESS
 PARENT_ID = "JAXDIST_PARENT_ID"
 """Environment variable: whose child a process is."""
 
-LEAST_COMPILE_SECONDS = 0.5
+LEAST_COMPILE_SECONDS = 0.0
+"""Every program is kept: at a restart the whole job waits for each that is compiled anew, however small."""
 _LEAVE_SECONDS = 3.0
 """How long a process that gives up waits for the others to do so too."""
 
