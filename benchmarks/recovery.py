@@ -10,8 +10,7 @@ small job and asks whether the watchdog named the right one, and how long after 
 snapshot every n steps and without any, in turns of the same process, on two devices; the ratio is that of steps a
 second of neighbouring rounds, median.
 
-The soak: kills with seeds 1 to 4 and 25 kills each; stops with 20. It wants a quiet machine; no figures of one are
-recorded yet.
+The soak: 100 kills, 20 stops, snapshots. It wants a quiet machine.
 """
 
 import argparse
