@@ -75,8 +75,7 @@ def kills(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def stops(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     experiment = str(ROOT / "tests" / "tiny_experiment.py")
     arguments = [experiment, "--processes", "2", "--devices", "1", "--max-steps", str(4 * options.stops)]
-    settings = [f"recovery.hang_seconds={HANG_SECONDS}"]
-    report = fire(experiment, [*arguments, "--set", *settings], options, stops=options.stops)
+    report = fire(experiment, arguments, options, f"recovery.hang_seconds={HANG_SECONDS}", stops=options.stops)
     found = report.to_json()
     yield {
         "name": "stop to verdict, tiny experiment, 2 processes",
@@ -90,10 +89,11 @@ def stops(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     }
 
 
-def fire(experiment: str, arguments: list[str], options: argparse.Namespace, **strikes: int) -> chaos.Report:
-    settings = ["recovery.ledger=true", "recovery.max_fruitless=1000000"]
+def fire(
+    experiment: str, arguments: list[str], options: argparse.Namespace, *settings: str, **strikes: int
+) -> chaos.Report:
     command = [sys.executable, "-m", "jaxdist.cli", "train", *arguments, "--reduction", "canonical"]
-    command += settings if "--set" in command else ["--set", *settings]
+    command += ["--set", "recovery.ledger=true", "recovery.max_fruitless=1000000", *settings]
     with tempfile.TemporaryDirectory(prefix="jaxdist-recovery-") as folder:
         return chaos.run(
             command,
