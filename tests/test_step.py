@@ -22,7 +22,7 @@ from small_problem import (
     reference_params,
 )
 
-from jaxdist import metrics
+from jaxdist import metrics, reduce
 from jaxdist import state as states
 from jaxdist import step as steps
 from jaxdist.mesh import make_mesh
@@ -252,3 +252,20 @@ def test_a_metric_may_not_take_the_name_of_the_steps_own():
     step = steps.data_parallel_step(lambda params, batch, key: (params["w"], {"loss": params["w"]}), optimizer, mesh)
     with pytest.raises(ValueError, match=r"loss_fn returned metrics \['loss'\]"):
         step(state, place(numpy_batch(), mesh, "data"))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.complex64])
+def test_the_first_leaf_that_is_not_finite_is_found_in_every_dtype(dtype):
+    largest = jnp.finfo(dtype).max
+
+    def first(*leaves, loss=0.0):
+        grads = [jnp.array(leaf, dtype) for leaf in leaves]
+        return int(steps.first_nonfinite(reduce.Averages(grads, jnp.float32(loss), {}, None)))
+
+    # Finite values whose sum is infinite are finite.
+    assert first([], [-largest, -largest], [0.0]) == -1
+    for bad in (np.inf, -np.inf, np.nan, -np.nan):
+        assert first([1.0], [0.0, bad], [bad]) == 1
+        assert first([1.0], [2.0], loss=bad) == 2
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        assert first([1.0], [complex(0.0, np.nan)]) == 1
