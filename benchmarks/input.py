@@ -121,7 +121,8 @@ def make_peers(folder: pathlib.Path) -> str:
 def compare(work: str, peers: str, folder: pathlib.Path, repeats: int) -> Iterator[dict]:
     unit, num_batches, ours_name, their_names = WORKS[work]
     with contextlib.ExitStack() as stack:
-        sides = [Side(sys.executable, ours_name, folder), *(Side(peers, name, folder) for name in their_names)]
+        names = [ours_name, *their_names]
+        sides = [Side(sys.executable if name.startswith("ours") else peers, name, folder) for name in names]
         for side in sides:
             stack.callback(side.close)
             side.read(2 * num_batches)  # imports, compiles, fills buffers
@@ -214,6 +215,8 @@ def main() -> None:
         "--peers", type=pathlib.Path, default=pathlib.Path.home() / ".cache" / "jaxdist" / "benchmark-peers"
     )
     options = parser.parse_args()
+    # Python's way out ends the halted sides, too; a default SIGTERM would leave them.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     versions = {name: importlib.metadata.version(name) for name in ("jax", "numpy", "simplejpeg")}
     versions |= dict(peer.split("==") for peer in PEERS if "simplejpeg" not in peer) | {
         "python": platform.python_version()

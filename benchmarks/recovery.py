@@ -6,9 +6,9 @@ python benchmarks/recovery.py snapshot [--rounds N] [--every N ...] [--json]
 
 `kills` is `jaxdist chaos` with SIGKILLs alone, default timers: the seconds from a kill to the next step that had not
 been made, their split, and whether params and ledger are those of the undisturbed run. `stops` stops processes of a
-small job and asks whether the watchdog named the right one, and how long after its limit. `snapshot` trains with a
-snapshot every n steps and without any, in turns of the same process, on two devices; the ratio is that of steps a
-second of neighbouring rounds, median.
+small job and asks whether the watchdog named the right one, and how long after its limit. `snapshot` trains with
+snapshots, as often as by default and every n steps, and without any, in turns of the same process, on two devices; the
+ratio is that of steps a second of neighbouring rounds, median.
 
 The soak: 100 kills, 20 stops, snapshots. It wants a quiet machine.
 """
@@ -34,7 +34,7 @@ from jaxdist.launch import chaos, runtime
 ROOT = pathlib.Path(__file__).parents[1]
 ALLOWED_SECONDS = 10.0
 HANG_SECONDS = 3.0
-ROUND_STEPS = 40
+ROUND_SECONDS = 1.0
 
 
 def main() -> None:
@@ -109,20 +109,18 @@ def snapshots(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     devices = runtime.start(2)
     for name in ("digits_cnn", "bytes_gpt"):
         experiment = config.load_experiment(str(ROOT / "experiments" / f"{name}.py"))
-        parts = training.put_together(experiment, devices=devices)
-        trainer = _Trainer(parts)
-        for every in options.every:
-            ratios, rates = [], []
-            for _ in range(options.rounds + 1):  # the first warms up
-                without, with_ = trainer.rate(None), trainer.rate(every)
-                ratios.append(with_ / without)
-                rates.append((with_, without))
-            ours, theirs = (statistics.median(side) for side in zip(*rates[1:]))
+        trainer = _Trainer(training.put_together(experiment, devices=devices))
+        for every in [None, *options.every]:
+            sides: dict[str, list[float]] = {"with": [], "without": []}
+            hooks = {"with": trainer.snapshot_hook(every), "without": None}
+            for side in [*sides] * (options.rounds + 1):
+                sides[side].append(trainer.rate(hooks[side]))
+            with_, without = (rates[1:] for rates in sides.values())  # the first round warms up
             yield {
-                "name": f"steps a second with a snapshot every {every}, {name}",
-                "ours": ours,
-                "theirs": theirs,
-                "ratio": statistics.median(ratios[1:]),
+                "name": f"steps a second with a snapshot every {every or 'so often (default)'}, {name}",
+                "ours": statistics.median(with_),
+                "theirs": statistics.median(without),
+                "ratio": statistics.median(a / b for a, b in zip(with_, without, strict=True)),
                 "unit": "steps/s (theirs: without snapshots)",
                 "repeats": options.rounds,
             }
@@ -135,27 +133,34 @@ class _Trainer:
     def __init__(self, parts: training.Training):
         self._parts, self._state = parts, parts.create_state()
         self._batches = [item for item, _ in zip(parts.batches(), range(8))]
-        self._progress = stop.Progress()
+        self._progress, self._times = stop.Progress(), record.StepTimes()
         self._folder = tempfile.TemporaryDirectory(prefix="jaxdist-recovery-", dir="/dev/shm")
         self._snapshots = snapshot.Snapshots(pathlib.Path(self._folder.name), identity="benchmark")
+        self._steps = 8
+        self._steps = max(8, int(ROUND_SECONDS * max(self.rate(None) for _ in range(3))))
 
-    def rate(self, every: int | None) -> float:
+    def snapshot_hook(self, every: int | None) -> loop.Hook:
+        """Return the hook that takes them every n steps, or as often as by default."""
+        settings = config.Recovery(snapshot_every=every)
+        return recovery.snapshots_when_due(self._snapshots, settings, lambda: self._times.quantile(0.5))
+
+    def rate(self, hook: loop.Hook | None) -> float:
         """Return steps a second."""
-        hooks = [] if every is None else [recovery.snapshot_hook(self._snapshots, every)]
-        rule = stop.max_steps(self._progress.step + ROUND_STEPS)
+        rule = stop.max_steps(self._progress.step + self._steps)
         begin = time.perf_counter()
         result = loop.fit(
             self._parts.step,
             self._state,
             itertools.cycle(self._batches),
             stop=rule,
-            hooks=hooks,
+            hooks=[hook] if hook else [],
             progress=self._progress,
+            step_times=self._times,
         )
         jax.block_until_ready(result.state.params)
         self._snapshots.wait()
         self._state, self._progress = result.state, result.progress
-        return ROUND_STEPS / (time.perf_counter() - begin)
+        return self._steps / (time.perf_counter() - begin)
 
     def close(self) -> None:
         self._snapshots.close()

@@ -111,7 +111,8 @@ class Recovery:
 
     Attributes:
       snapshot_every: steps between snapshots in memory, of which at most so many are done again after a death; 0 takes
-        none. Only a supervised run (`--processes`) takes any: without a supervisor nobody would keep them.
+        none, None as many as cost about two percent of the time. Only a supervised run (`--processes`) takes any:
+        without a supervisor nobody would keep them.
       hang_seconds: a step, or the reading of a batch, that takes longer in all processes is a hang.
       slow_seconds: the same for compiling, evaluating, saving and restoring.
       ledger: whether each step's examples are recorded.
@@ -122,7 +123,7 @@ class Recovery:
         exit status 75; None sets none.
     """
 
-    snapshot_every: int = 1
+    snapshot_every: int | None = None
     hang_seconds: float = 300.0
     slow_seconds: float = 3600.0
     ledger: bool = False

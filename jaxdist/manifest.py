@@ -6,6 +6,7 @@ Reading joins the lists and compares every hash, on whatever mesh: pieces are pl
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -57,8 +58,20 @@ def leaves_of(state: PyTree) -> list[Leaf]:
     Raises:
       CheckpointError: a leaf is not a jax.Array.
     """
-    with_paths = jax.tree_util.tree_leaves_with_path(state)
-    return [_make_leaf(position, path_name(path), leaf) for position, (path, leaf) in enumerate(with_paths)]
+    leaves, treedef = jax.tree.flatten(state)
+    return [_make_leaf(path, file, leaf) for (path, file), leaf in zip(_names(treedef), leaves, strict=True)]
+
+
+@functools.lru_cache(maxsize=64)  # a state that is saved after every step has the same names each time
+def _names(treedef: Any) -> list[tuple[str, str]]:
+    """Return each leaf's path, and the name it is stored under."""
+    with_paths = jax.tree_util.tree_leaves_with_path(jax.tree.unflatten(treedef, range(treedef.num_leaves)))
+    paths = [path_name(path) for path, _ in with_paths]
+    # The number keeps names apart that differ only in characters a file name cannot hold; the rest is for people.
+    return [
+        (path, f"{position:05}.{re.sub(r'[^A-Za-z0-9_]+', '.', path).strip('.')[-120:]}")
+        for position, path in enumerate(paths)
+    ]
 
 
 def path_name(path: Sequence[Any]) -> str:
@@ -66,11 +79,9 @@ def path_name(path: Sequence[Any]) -> str:
     return jax.tree_util.keystr(tuple(path)).removeprefix(".")
 
 
-def _make_leaf(position: int, path: str, leaf: Any) -> Leaf:
+def _make_leaf(path: str, file: str, leaf: Any) -> Leaf:
     if not isinstance(leaf, jax.Array):
         raise CheckpointError(f"A state holds jax.Arrays only; {path} is a {type(leaf).__name__}. Make it a jax.Array.")
-    # The number keeps names apart that differ only in characters a file name cannot hold; the rest is for people.
-    file = f"{position:05}.{re.sub(r'[^A-Za-z0-9_]+', '.', path).strip('.')[-120:]}"
     is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return Leaf(path, file, str(leaf.dtype), jax.random.key_data(leaf) if is_key else leaf)
 

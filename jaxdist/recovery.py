@@ -17,11 +17,17 @@ import jax
 
 from jaxdist import checkpoint, ledger, snapshot
 from jaxdist.config import Recovery
-from jaxdist.launch import supervisor, watchdog
+from jaxdist.hooks import every
+from jaxdist.launch import agreement, supervisor, watchdog
 from jaxdist.loop import Hook, StepInfo
 from jaxdist.step import NONFINITE_LEAF
 
 BOARD_NAME = "board"
+SNAPSHOT_SHARE = 0.01
+"""Of the time, that snapshots may take where the run decides how often. What they cost besides, caches and the devices'
+order, is about as much again: two percent in all."""
+MOST_STEPS = 1000
+"""Between two snapshots, however short the steps."""
 STOPPED_MARGIN_SECONDS = 5.0
 """The processes see first that one of them is stopped, and say more about it than the supervisor can."""
 
@@ -60,7 +66,7 @@ def deadline(settings: Recovery, environment: Mapping[str, str] = os.environ) ->
 def open_snapshots(settings: Recovery, identity: str, template: Any) -> snapshot.Snapshots | None:
     """Return where snapshots go, None if the run takes none; says so where memory is too small for them."""
     directory = memory()
-    if directory is None or not settings.snapshot_every:
+    if directory is None or settings.snapshot_every == 0:
         return None
     needed = snapshot.NUM_SLOTS * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(template))
     free = shutil.disk_usage(directory).free
@@ -91,15 +97,69 @@ def saved_step(directory: pathlib.Path, checkpointer: checkpoint.Checkpointer, i
     return max(in_memory or 0, checkpointer.latest_step() or 0)
 
 
-def snapshot_hook(snapshots: snapshot.Snapshots, every: int) -> Hook:
-    """Return the hook that takes a snapshot every n steps."""
+def snapshot_hook(snapshots: snapshot.Snapshots) -> Hook:
+    """Return the hook that takes a snapshot after each step it is called with."""
 
     def take(info: StepInfo) -> None:
-        if info.step % every == 0:
-            data_state = {"position": info.position.to_json(), "progress": info.progress.to_json()}
-            snapshots.save(info.step, info.state, data_state, nonfinite=info.metrics[NONFINITE_LEAF])
+        data_state = {"position": info.position.to_json(), "progress": info.progress.to_json()}
+        snapshots.save(info.step, info.state, data_state, nonfinite=info.metrics[NONFINITE_LEAF])
 
     return take
+
+
+def snapshots_when_due(
+    snapshots: snapshot.Snapshots, settings: Recovery, step_seconds: Callable[[], float | None]
+) -> Hook:
+    """Return the hook that takes snapshots as often as `settings` ask for; see `Paced` for `step_seconds`."""
+    take = snapshot_hook(snapshots)
+    if settings.snapshot_every is not None:
+        return every(settings.snapshot_every, take)
+    return Paced(
+        take,
+        cost_seconds=lambda: snapshots.cost_seconds,
+        step_seconds=step_seconds,
+        agreed=agreement.agreed_number(1.0),
+    )
+
+
+class Paced:
+    """A hook that calls another so seldom that it costs a fixed share of the time, at the same steps on every process.
+
+    The first step is always among them, so a run that makes any progress keeps it. What a call costs and how long a
+    step takes are measured on the way; the idea is CheckFreq's (Mohan et al., FAST 2021).
+
+    Args:
+      take: the hook that is called.
+      cost_seconds: what a call costs, as far as is known.
+      step_seconds: how long a step takes; None while nobody knows.
+      agreed: makes one number of what the processes measure; see `agreement.agreed_number`.
+      share: of the time, that the calls may take.
+    """
+
+    def __init__(
+        self,
+        take: Hook,
+        *,
+        cost_seconds: Callable[[], float],
+        step_seconds: Callable[[], float | None],
+        agreed: Callable[[float], float],
+        share: float = SNAPSHOT_SHARE,
+    ):
+        self._take, self._cost_seconds, self._step_seconds = take, cost_seconds, step_seconds
+        self._agreed, self._share, self._next = agreed, share, 0
+
+    def __call__(self, info: StepInfo) -> None:
+        """Call the other hook if its turn has come."""
+        if info.step >= self._next:
+            self._take(info)
+            self._next = info.step + int(self._agreed(self._interval()))
+
+    def _interval(self) -> float:
+        step_seconds = self._step_seconds()
+        if step_seconds is None:
+            return 1.0
+        steps = math.ceil(self._cost_seconds() / (self._share * step_seconds))
+        return float(min(max(1, steps), MOST_STEPS))
 
 
 @contextlib.contextmanager

@@ -345,12 +345,13 @@ class _Run:
             found.append(hooks.every(every, lambda info: guard.check_replicas(info.state, self.parts.strategy.mesh)))
         found += ledger_hooks
         if self.snapshots:
-            found.append(recovery.snapshot_hook(self.snapshots, self.experiment.recovery.snapshot_every))
+            settings = self.experiment.recovery
+            found.append(recovery.snapshots_when_due(self.snapshots, settings, lambda: self.step_times.quantile(0.5)))
         return [*found, self.save]
 
     def _agree_on_time(self) -> loop.Hook:
         """Return the hook that gives every process one clock, since max_seconds must end all of them at one step."""
-        agreed = agreement.agreed_seconds(self.start.progress.seconds)
+        agreed = agreement.agreed_number(self.start.progress.seconds)
 
         def agree(info: loop.StepInfo) -> None:
             info.progress.seconds = agreed(info.progress.seconds)

@@ -1,12 +1,16 @@
 import functools
+import itertools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxdist import snapshot, testing
+from jaxdist import recovery, snapshot, testing
 from jaxdist.mesh import make_mesh
 
 REPLICATED = PartitionSpec()
@@ -158,3 +162,34 @@ def test_full_memory_is_an_error_and_the_earlier_snapshots_stay(tmp_path, monkey
         snapshots.wait()
     assert snapshots.latest_step() == 3
     assert snapshot.needed_bytes(make_state(mesh, 1)) == 3 * (4 + 8 + 6 + 64)
+
+
+@given(
+    cost=st.floats(0, 100),
+    step_seconds=st.floats(1e-4, 10),
+    known_after=st.integers(1, 20),
+    share=st.sampled_from([0.01, 0.02, 0.5]),
+    start=st.integers(0, 10_000),
+)
+def test_snapshots_cost_no_more_than_their_share_and_no_run_goes_without(cost, step_seconds, known_after, share, start):
+    taken, now = [], start
+
+    def take(info):
+        taken.append(info.step)
+
+    paced = recovery.Paced(
+        take,
+        cost_seconds=lambda: cost,
+        step_seconds=lambda: step_seconds if now - start >= known_after else None,
+        agreed=lambda number: number,
+        share=share,
+    )
+    for now in range(start + 1, start + 3001):
+        paced(types.SimpleNamespace(step=now))
+    assert taken[:known_after] == list(range(start + 1, start + known_after + 1))
+    gaps = {after - before for before, after in itertools.pairwise(taken[known_after - 1 :])}
+    assert len(gaps) == 1
+    gap = gaps.pop()
+    assert gap <= recovery.MOST_STEPS
+    assert cost <= share * gap * step_seconds * (1 + 1e-9) or gap == recovery.MOST_STEPS
+    assert gap == 1 or cost > share * (gap - 1) * step_seconds * (1 - 1e-9)

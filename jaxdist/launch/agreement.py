@@ -26,17 +26,18 @@ def agreed_stop(requested: Callable[[], bool]) -> Callable[[int], bool]:
     return stop_requested
 
 
-def agreed_seconds(start: float) -> Callable[[float], float]:
-    """Return `agreed(seconds)`, to be called at each step: the same number on every process, whatever their clocks say.
+def agreed_number(start: float) -> Callable[[float], float]:
+    """Return `agreed(number)`, to be called at the same steps everywhere: one number (float32) on every process.
 
-    In a job of several processes it is what process 0 said a step ago, and `start` at the first step.
+    In a job of several processes it is what process 0 said a call ago, and `start` at the first call. So whatever
+    follows from a clock, which each process reads for itself, can be the same for all.
     """
     if jax.process_count() == 1:
-        return lambda seconds: seconds
+        return lambda number: number
     share = _sum_a_call_late()
 
-    def agreed(seconds: float) -> float:
-        shared = share(seconds if jax.process_index() == 0 else 0.0)
+    def agreed(number: float) -> float:
+        shared = share(number if jax.process_index() == 0 else 0.0)
         return start if shared is None else shared
 
     return agreed

@@ -1,6 +1,6 @@
 """The scheduler's commits: a step is made once its slices are staged on all shards, and told until all have it."""
 
-from jaxdist.paramserver import effects, messages
+from jaxdist.paramserver import effects, journal, messages
 from jaxdist.paramserver.effects import Output
 from jaxdist.paramserver.ledger import BatchLedger, StepLedger
 from jaxdist.paramserver.scheduler_state import SchedulerState
@@ -12,7 +12,7 @@ def decide(state: SchedulerState, out: Output) -> None:
     contributors = state.ledger.contributors()
     if contributors is None or state.last_commit is not None or state.halted:
         return
-    record = messages.CommitRecord(state.step + 1, not state.ledger.finite(), contributors)
+    record = journal.CommitRecord(state.step + 1, not state.ledger.finite(), contributors)
     out.do(effects.Append(record))
     examples = sum(c.lease.stop - c.lease.start for c in contributors)
     out.do(effects.Committed(record.step, examples, state.ledger.metrics()))
@@ -47,7 +47,7 @@ def on_norms(state: SchedulerState, norms: messages.Norms, now: float, out: Outp
     if len(state.norms) == state.settings.servers:
         # Written down, because a shard that finished cannot tell its share a second time.
         state.norm_squared = sum(sum(state.norms[number]) for number in sorted(state.norms))
-        out.do(effects.Append(messages.NormRecord(state.norm_squared)))
+        out.do(effects.Append(journal.NormRecord(state.norm_squared)))
         if state.settled():
             repeat(state, out)
 
@@ -70,5 +70,5 @@ def complete(
     """Note that every shard applied this push by itself (bounded and async)."""
     assert isinstance(state.ledger, BatchLedger)
     if state.ledger.complete(push.lease.step):
-        out.do(effects.Append(messages.CompleteRecord(push)))
+        out.do(effects.Append(journal.CompleteRecord(push)))
         out.do(effects.Committed(state.step, push.lease.stop - push.lease.start, metrics))

@@ -1,9 +1,9 @@
 """The scheduler's cuts, taken while no push is under way: snapshots on disk, reads of all shards for the watcher."""
 
-from jaxdist.paramserver import effects, ending, messages
+from jaxdist.paramserver import effects, ending, journal, messages
 from jaxdist.paramserver.effects import Output
+from jaxdist.paramserver.journal import Manifest
 from jaxdist.paramserver.ledger import StepLedger
-from jaxdist.paramserver.messages import Manifest
 from jaxdist.paramserver.scheduler_state import SchedulerState
 from jaxdist.paramserver.settings import manifest_file, shard_file
 
@@ -70,7 +70,7 @@ def on_snapshot_done(state: SchedulerState, done: messages.SnapshotDone, now: fl
     state.snapshot_done[done.shard] = done
     if len(state.snapshot_done) == state.settings.servers:
         shards = tuple(
-            messages.ManifestShard(n, shard_file(done.name, n), state.snapshot_done[n].checksum)
+            journal.ManifestShard(n, shard_file(done.name, n), state.snapshot_done[n].checksum)
             for n in sorted(state.snapshot_done)
         )
         manifest = Manifest(done.name, state.step, state.incarnations, state.ledger.state(), shards)
@@ -85,7 +85,7 @@ def on_written(state: SchedulerState, written: messages.Written, now: float, out
         _give_up_snapshot(state, f"{written.name}: {written.error}", out)
         return
     state.snapshot = (state.snapshotting, state.ledger.state())
-    out.do(effects.Append(messages.SnapshotRecord(*state.snapshot)))
+    out.do(effects.Append(journal.SnapshotRecord(*state.snapshot)))
     _close_snapshot(state)
 
 
@@ -126,7 +126,7 @@ def on_verdict(state: SchedulerState, verdict: messages.Verdict, now: float, out
     """Go on after a cut, or let it be the last."""
     if not state.judging or verdict.step != state.step:
         return
-    out.do(effects.Append(messages.VerdictRecord(verdict.step, verdict.end_reason)))
+    out.do(effects.Append(journal.VerdictRecord(verdict.step, verdict.end_reason)))
     state.judging, state.read_at, state.read_last = False, state.step, state.ending()
     if verdict.end_reason and not state.ending():
         # The params that were just looked at are the last ones.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxdist.paramserver import messages
+from jaxdist.paramserver import journal, messages
 
 
 class Send(NamedTuple):
@@ -103,7 +103,7 @@ class Cut:
 
     step: int
     last: bool
-    ledger: messages.LedgerState
+    ledger: journal.LedgerState
     shards: tuple[messages.ReadAnswer, ...]
 
 

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from jaxdist.paramserver import messages
+from jaxdist.paramserver import journal, messages
 from jaxdist.paramserver.codec import Buffer, EncodingError, Reader, Stream, Writer, checksum, codec
 
 FRAME_BYTES = 4 << 20
@@ -51,18 +51,18 @@ KINDS: tuple[type, ...] = (
     messages.Replicated,
     messages.Transfer,
     messages.ShardState,
-    messages.ViewRecord,
-    messages.CommitRecord,
-    messages.CompleteRecord,
-    messages.SnapshotRecord,
-    messages.StopRecord,
-    messages.Manifest,
-    messages.NormRecord,
+    journal.ViewRecord,
+    journal.CommitRecord,
+    journal.CompleteRecord,
+    journal.SnapshotRecord,
+    journal.StopRecord,
+    journal.Manifest,
+    journal.NormRecord,
     messages.Read,
     messages.ReadAnswer,
     messages.Verdict,
-    messages.VerdictRecord,
-    messages.CutFile,
+    journal.VerdictRecord,
+    journal.CutFile,
 )
 _NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from jaxdist.paramserver import effects, messages
+from jaxdist.paramserver import effects, journal, messages
 from jaxdist.paramserver.effects import Output
 from jaxdist.paramserver.scheduler_state import SchedulerState
 
@@ -11,7 +11,7 @@ LINGER = 4  # how many times `dead_after` the scheduler waits for the others to 
 
 def end(state: SchedulerState, reason: str, now: float, out: Output) -> None:
     """End the run."""
-    state.stop = messages.StopRecord(state.step, reason)
+    state.stop = journal.StopRecord(state.step, reason)
     out.do(effects.Append(state.stop))
     state.awaiting_stop = set(state.everybody())
     state.stopped_at = now

@@ -7,7 +7,8 @@ the books move when a push is committed and never before, so a lease whose worke
 
 from collections.abc import Callable, Iterable, Sequence
 
-from jaxdist.paramserver.messages import Contributor, Lease, LedgerState, Metric
+from jaxdist.paramserver.journal import LedgerState
+from jaxdist.paramserver.messages import Contributor, Lease, Metric
 from jaxdist.paramserver.settings import Settings
 
 FRESH = LedgerState(0, ())

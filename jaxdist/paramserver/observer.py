@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxdist import checkpoint, progress, record, stop, training, writers
-from jaxdist.paramserver import encoding, messages
+from jaxdist.paramserver import encoding, journal, messages
 from jaxdist.paramserver import process as processes
 from jaxdist.paramserver import training as plans
 from jaxdist.paramserver.crew import Crew
@@ -190,7 +190,7 @@ class Observer:
             return
         self.seen_cut = written
         cut = encoding.decode(path.read_bytes())
-        assert isinstance(cut, messages.CutFile)
+        assert isinstance(cut, journal.CutFile)
         self._read_steps(steps)  # those up to the cut were written before it
         self.progress.step = max(self.progress.step, cut.step)
         self.state = self.judge.state(cut)
@@ -203,10 +203,10 @@ class Observer:
         self.end_reason = reason or None
         self.write_record(None)
 
-    def _due(self, cut: messages.CutFile, period: int) -> bool:
+    def _due(self, cut: journal.CutFile, period: int) -> bool:
         return cut.last or cut.step // period > self.cut_step // period
 
-    def _evaluate(self, cut: messages.CutFile, state: TrainState) -> None:
+    def _evaluate(self, cut: journal.CutFile, state: TrainState) -> None:
         """Evaluate if that is due; a run that is stopped has no time for it, and one that diverged no use."""
         period = plans.evaluation_period(self.plan)
         done = self.progress.last_evaluation == cut.step > 0
@@ -220,7 +220,7 @@ class Observer:
     def _diverged(self) -> bool:
         return stop.nonfinite()(self.progress) is not None
 
-    def _save(self, cut: messages.CutFile, state: TrainState, reason: str) -> None:
+    def _save(self, cut: journal.CutFile, state: TrainState, reason: str) -> None:
         """Save if that is due, and at every end but that of a run that diverged."""
         every = self.plan.experiment.checkpoints.every_steps
         if self.saved == cut.step or self._diverged() or not (reason or self._due(cut, every)):

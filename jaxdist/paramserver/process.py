@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from jaxdist.paramserver import effects, encoding, faults, messages
+from jaxdist.paramserver import effects, encoding, faults, journal, messages
 from jaxdist.paramserver.node import Log, Node, write_file
 from jaxdist.paramserver.scheduler import Scheduler
 from jaxdist.paramserver.settings import Settings, Timers
@@ -108,11 +108,11 @@ class Report:
 
     def catch_up(self, machine: Scheduler, records: Sequence[messages.Message]) -> None:
         """Write the line of a step that the last life decided and had no time to tell of; its metrics are lost."""
-        kinds = (messages.CommitRecord, messages.CompleteRecord, messages.ViewRecord)
+        kinds = (journal.CommitRecord, journal.CompleteRecord, journal.ViewRecord)
         last = next((record for record in reversed(records) if isinstance(record, kinds)), None)
-        if isinstance(last, messages.CommitRecord):
+        if isinstance(last, journal.CommitRecord):
             leases = [push.lease for push in last.contributors]
-        elif isinstance(last, messages.CompleteRecord):
+        elif isinstance(last, journal.CompleteRecord):
             leases = [last.contributor.lease]
         else:
             return
@@ -129,7 +129,7 @@ class Report:
             row = {"step": effect.step, "examples": effect.examples, "metrics": metrics, "time": time.time()}
             self._steps.write(json.dumps(row) + "\n")
         elif isinstance(effect, effects.Cut):
-            content = messages.CutFile(effect.step, effect.last, effect.ledger, effect.shards)
+            content = journal.CutFile(effect.step, effect.last, effect.ledger, effect.shards)
             write_file(self.directory / CUT_NAME, encoding.encode(content))
 
 

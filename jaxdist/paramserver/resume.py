@@ -17,7 +17,7 @@ import numpy as np
 from jaxdist import checkpoint, mesh, stop
 from jaxdist import state as states
 from jaxdist.config import ConfigError
-from jaxdist.paramserver import encoding, messages, training
+from jaxdist.paramserver import encoding, journal, messages, training
 from jaxdist.paramserver.node import write_file
 from jaxdist.paramserver.settings import Settings, manifest_file, shard_file
 
@@ -42,7 +42,7 @@ class Start:
 
 @dataclasses.dataclass(frozen=True)
 class _Found:
-    ledger: messages.LedgerState
+    ledger: journal.LedgerState
     leaves: list[np.ndarray]
     opt_leaves: list[np.ndarray]
     progress: stop.Progress
@@ -103,7 +103,7 @@ def _from_checkpoint(plan: training.Plan, checkpointer: checkpoint.Checkpointer)
         )
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves((restored.params, restored.model_state))]
     opt_leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(restored.opt_state)]
-    return _Found(messages.LedgerState(low, beyond), leaves, opt_leaves, progress)
+    return _Found(journal.LedgerState(low, beyond), leaves, opt_leaves, progress)
 
 
 def _from_snapshots(plan: training.Plan, directory: pathlib.Path, saved: _Found | None) -> _Found | None:
@@ -123,7 +123,7 @@ def _from_snapshots(plan: training.Plan, directory: pathlib.Path, saved: _Found 
     return None
 
 
-def _progress(plan: training.Plan, manifest: messages.Manifest, before: stop.Progress) -> stop.Progress:
+def _progress(plan: training.Plan, manifest: journal.Manifest, before: stop.Progress) -> stop.Progress:
     """Return the progress at a snapshot: evaluations are known as of the checkpoint, steps and examples exactly."""
     settings, place = plan.settings, training.position(plan, manifest.ledger.step)
     ahead = sum(_batch_size(settings, step) for step in manifest.ledger.beyond)
@@ -140,7 +140,7 @@ def _batch_size(settings: Settings, step: int) -> int:
     return min(settings.global_batch_size, settings.num_examples - first)
 
 
-def _read(path: pathlib.Path) -> tuple[messages.Manifest, list[messages.ShardState]] | None:
+def _read(path: pathlib.Path) -> tuple[journal.Manifest, list[messages.ShardState]] | None:
     """Return a snapshot's content; None where a file of it is damaged."""
     try:
         manifest: Any = encoding.decode((path / "manifest").read_bytes())
@@ -161,7 +161,7 @@ def _write(plan: training.Plan, found: _Found, directory: pathlib.Path) -> str:
     for number, (params, opt_state) in enumerate(pairs):
         shard = messages.ShardState(found.step, 0, 0, params, opt_state, (), (), 0, (), (), (), None)
         checksum = write_file(directory / shard_file(name, number), encoding.encode(shard))
-        rows.append(messages.ManifestShard(number, shard_file(name, number), checksum))
-    manifest = messages.Manifest(name, found.step, 0, found.ledger, tuple(rows))
+        rows.append(journal.ManifestShard(number, shard_file(name, number), checksum))
+    manifest = journal.Manifest(name, found.step, 0, found.ledger, tuple(rows))
     write_file(directory / manifest_file(name), encoding.encode(manifest))
     return name

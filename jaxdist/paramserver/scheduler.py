@@ -8,7 +8,7 @@ and staged pushes are asked of the workers and the shards again after a restart.
 
 from collections.abc import Callable, Iterable
 
-from jaxdist.paramserver import commits, cuts, effects, ending, leases, messages, views
+from jaxdist.paramserver import commits, cuts, effects, ending, journal, leases, messages, views
 from jaxdist.paramserver.scheduler_state import SchedulerState
 from jaxdist.paramserver.settings import Settings
 
@@ -21,7 +21,7 @@ class Scheduler:
         *,
         settings: Settings,
         records: Iterable[messages.Message] = (),
-        resume: messages.Manifest | None = None,
+        resume: journal.Manifest | None = None,
     ) -> None:
         self.state = SchedulerState(settings, resume)
         self._retry_at = 0.0

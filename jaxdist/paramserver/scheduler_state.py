@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
-from jaxdist.paramserver import messages
+from jaxdist.paramserver import journal, messages
+from jaxdist.paramserver.journal import LedgerState, Manifest
 from jaxdist.paramserver.ledger import FRESH, BatchLedger, StepLedger
-from jaxdist.paramserver.messages import Lease, LedgerState, Manifest
+from jaxdist.paramserver.messages import Lease
 from jaxdist.paramserver.settings import Settings, worker_name
 
 
@@ -57,7 +58,7 @@ class SchedulerState:
         self.view: messages.View | None = None
         # The books, and the commit that not every shard has yet.
         self.ledger = self.books(self.snapshot[1])
-        self.last_commit: messages.CommitRecord | None = None
+        self.last_commit: journal.CommitRecord | None = None
         self.committed: set[int] = set()
         self.norms: dict[int, tuple[float, ...]] = {}
         self.norm_squared: float | None = None
@@ -69,7 +70,7 @@ class SchedulerState:
         self.forget_progress()
         # The end.
         self.halted = ""
-        self.stop: messages.StopRecord | None = None
+        self.stop: journal.StopRecord | None = None
         self.awaiting_stop: set[str] = set()
         self.stopped_at = 0.0
         self.exited = False
@@ -89,27 +90,27 @@ class SchedulerState:
 
     def replay(self, record: messages.Message) -> None:
         """Take in a record of an earlier life's log."""
-        if isinstance(record, messages.ViewRecord):
+        if isinstance(record, journal.ViewRecord):
             self.view, self.incarnations = record.view, record.incarnations
             self.boots = {row.node: row.boot for row in record.boots}
             if record.ledger is not None:
                 self.ledger, self.last_commit = self.books(record.ledger), None
-        elif isinstance(record, messages.CommitRecord):
+        elif isinstance(record, journal.CommitRecord):
             assert isinstance(self.ledger, StepLedger)
             self.last_commit, self.norm_squared = record, None
             self.ledger.advance()
             self.note_nonfinite(not record.skip)
-        elif isinstance(record, messages.NormRecord):
+        elif isinstance(record, journal.NormRecord):
             self.norm_squared = record.norm_squared
-        elif isinstance(record, messages.CompleteRecord):
+        elif isinstance(record, journal.CompleteRecord):
             assert isinstance(self.ledger, BatchLedger)
             self.ledger.complete(record.contributor.lease.step)
-        elif isinstance(record, messages.SnapshotRecord):
+        elif isinstance(record, journal.SnapshotRecord):
             self.snapshot, self.snapshot_at = (record.name, record.ledger), self.ledger.step
-        elif isinstance(record, messages.VerdictRecord):
+        elif isinstance(record, journal.VerdictRecord):
             self.read_at, self.halted = record.step, record.end_reason
             self.read_last = self.ending()
-        elif isinstance(record, messages.StopRecord):
+        elif isinstance(record, journal.StopRecord):
             self.stop = record
 
     @property

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxdist import data, evaluate, optimizers, reduce, training
 from jaxdist.config import ConfigError, Experiment
-from jaxdist.paramserver import effects, messages
+from jaxdist.paramserver import effects, journal, messages
 from jaxdist.paramserver.optimizer import Kind, OptaxUpdater, classify
 from jaxdist.paramserver.settings import ParameterServer, Settings
 from jaxdist.paramserver.shard import Shard
@@ -238,7 +238,7 @@ class Judge:
         self.plan = plan
         self._step = evaluate.eval_step(plan.functions.eval_fn)
 
-    def state(self, cut: messages.CutFile) -> TrainState:
+    def state(self, cut: journal.CutFile) -> TrainState:
         """Return the training state of a cut."""
         leaves = self.plan.sharding.join([answer.pieces for answer in cut.shards])
         opt_leaves = self.plan.cut().join([answer.opt_state for answer in cut.shards])

@@ -1,9 +1,10 @@
 """The scheduler's membership: who takes part is a view, every change of it a new epoch that all shards acknowledge."""
 
-from jaxdist.paramserver import commits, effects, ending, ledger, membership, messages
+from jaxdist.paramserver import commits, effects, ending, journal, ledger, membership, messages
 from jaxdist.paramserver.effects import Output
+from jaxdist.paramserver.journal import LedgerState
 from jaxdist.paramserver.ledger import StepLedger
-from jaxdist.paramserver.messages import Contributor, LedgerState
+from jaxdist.paramserver.messages import Contributor
 from jaxdist.paramserver.scheduler_state import Life, SchedulerState, Worker
 from jaxdist.paramserver.settings import server_shard, worker_name, worker_number
 
@@ -20,7 +21,7 @@ def _announce(state: SchedulerState, view: messages.View, books: LedgerState | N
     state.view = view
     state.forget_progress()
     boots = tuple(messages.Register(node, boot) for node, boot in state.boots.items())
-    out.do(effects.Append(messages.ViewRecord(view, state.incarnations, boots, books)))
+    out.do(effects.Append(journal.ViewRecord(view, state.incarnations, boots, books)))
     for node in state.everybody():
         out.send(node, view)
 

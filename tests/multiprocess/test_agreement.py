@@ -1,8 +1,10 @@
 """Two processes whose signals and clocks differ, and that must do the same all the same."""
 
+import types
+
 import jax
 
-from jaxdist import testing
+from jaxdist import recovery, testing
 from jaxdist.launch import agreement
 
 NUM_STEPS = 6
@@ -13,7 +15,7 @@ def stops_and_clocks():
     process = jax.process_index()
     step_now = [0]
     stop_requested = agreement.agreed_stop(lambda: process == 1 and step_now[0] >= 3)
-    agreed_seconds = agreement.agreed_seconds(0.5)
+    agreed_seconds = agreement.agreed_number(0.5)
     stops, clocks = [], []
     for step in range(1, NUM_STEPS + 1):
         step_now[0] = step
@@ -33,4 +35,23 @@ def test_one_process_goes_by_its_own():
     assert not stop_requested(1)
     stop.append("now")
     assert stop_requested(2)
-    assert agreement.agreed_seconds(0.0)(7.25) == 7.25
+    assert agreement.agreed_number(0.0)(7.25) == 7.25
+
+
+def snapshot_steps():
+    """Take snapshots that cost process 0 half a step and process 1 nothing, for 2 % of the time."""
+    taken = []
+    paced = recovery.Paced(
+        lambda info: taken.append(info.step),
+        cost_seconds=lambda: 0.5 if jax.process_index() == 0 else 0.0,
+        step_seconds=lambda: 1.0,
+        agreed=agreement.agreed_number(1.0),
+        share=0.02,
+    )
+    for step in range(1, 60):
+        paced(types.SimpleNamespace(step=step))
+    return taken
+
+
+def test_all_processes_take_their_snapshots_at_the_same_steps():
+    assert testing.run_processes(snapshot_steps) == [[1, 2, 27, 52]] * 2

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxdist.paramserver.journal import LedgerState
 from jaxdist.paramserver.ledger import BatchLedger, StepLedger, add_metrics, lease
-from jaxdist.paramserver.messages import Contributor, LedgerState, Metric
+from jaxdist.paramserver.messages import Contributor, Metric
 from jaxdist.paramserver.settings import Settings
 
 

@@ -11,7 +11,7 @@ import checker
 import pytest
 import workload
 
-from jaxdist.paramserver import effects, messages
+from jaxdist.paramserver import effects, journal, messages
 from jaxdist.paramserver.scheduler import Scheduler
 from jaxdist.paramserver.server import Server
 from jaxdist.paramserver.settings import Settings, Timers, manifest_file, shard_file
@@ -187,8 +187,8 @@ class HastyScheduler(Scheduler):
         replies, todo = super().handle(message, now)
         name, state = self.state.snapshotting, self.state
         if name and name != before:
-            shards = tuple(messages.ManifestShard(n, shard_file(name, n), 0) for n in range(state.settings.servers))
-            manifest = messages.Manifest(name, state.step, 0, state.ledger.state(), shards)
+            shards = tuple(journal.ManifestShard(n, shard_file(name, n), 0) for n in range(state.settings.servers))
+            manifest = journal.Manifest(name, state.step, 0, state.ledger.state(), shards)
             todo.append(effects.Write(manifest_file(name), manifest))
         return replies, todo
 
@@ -199,7 +199,7 @@ class CarelessScheduler(Scheduler):
     def handle(self, message, now):
         replies, todo = super().handle(message, now)
         return replies, [
-            e for e in todo if not (isinstance(e, effects.Append) and isinstance(e.record, messages.CommitRecord))
+            e for e in todo if not (isinstance(e, effects.Append) and isinstance(e.record, journal.CommitRecord))
         ]
 
 
