@@ -30,7 +30,7 @@ PEERS = ["tensorflow-cpu==2.21.0", "torch==2.13.0", "torchdata==0.11.0", "grain=
 NUM_JPEGS, NUM_TOKENS = 1024, 2**25
 
 WORKS = {
-    "jpeg": ("images/s", 24, "ours jpeg", ["tf.data jpeg", "torch jpeg", "grain jpeg, 2 threads of batches",
+    "jpeg": ("images/s", 96, "ours jpeg", ["tf.data jpeg", "torch jpeg", "grain jpeg, 2 threads of batches",
                                          "grain jpeg, 16 threads", "grain jpeg, 2 workers", "ours jpeg, 2 threads"]),
     "tokens": ("tokens/s", 1000, "ours tokens", ["torch tokens", "grain tokens"]),
     "elements": ("elements/s", 1000, "ours elements", ["torch elements"]),

@@ -241,7 +241,7 @@ def _agree(options: argparse.Namespace) -> tuple["Experiment", pathlib.Path, boo
         experiment = load(options)
         run_dir = options.run_dir or train.default_run_dir(experiment.name, resume=options.resume)
         facts = fingerprint.of_experiment(options.experiment, record.plain(experiment))
-        facts |= {"data and model": training.identity(experiment), "--resume": options.resume}
+        facts |= {"data and model": str(training.identity(experiment)), "--resume": options.resume}
     except errors.UserError as error:
         fingerprint.compare("experiment", {"mistake": str(error)})
         raise

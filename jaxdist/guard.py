@@ -283,6 +283,7 @@ class NonFiniteReport:
       leaf: the first leaf of the params, in tree order, whose gradient is not finite; None if all gradients are.
       positions: rows of the global batch whose own loss or gradient is not finite.
       fields: field of the batch -> rows of true examples in which it is not finite.
+      integers: field that holds one integer a row, a label say -> its values in `positions`.
       params: leaves of the params that are not finite themselves.
     """
 
@@ -291,6 +292,7 @@ class NonFiniteReport:
     leaf: str | None
     positions: tuple[int, ...]
     fields: Mapping[str, tuple[int, ...]]
+    integers: Mapping[str, tuple[int, ...]]
     params: tuple[str, ...]
 
     @property
@@ -308,19 +310,21 @@ class NonFiniteReport:
         lines = [f"Step {self.step}: the loss is {self.loss:g}."]
         lines += [f"First gradient that is not finite: {self.leaf}."] if self.leaf else ["All gradients are finite."]
         if self.positions:
-            lines.append(f"Rows of the batch whose own loss or gradient is not finite: {_show_rows(self.positions)}.")
+            lines.append(f"Rows of the batch whose own loss or gradient is not finite: {_show(self.positions)}.")
         else:
             lines.append("No row has a loss or gradient that is not finite by itself: the rows overflow together.")
+        for field, values in self.integers.items():
+            lines.append(f"Their {field!r}: {_show(values)}.")
         for field, rows in self.fields.items():
-            lines.append(f"The batch's {field!r} holds values that are not finite in rows {_show_rows(rows)}.")
+            lines.append(f"The batch's {field!r} holds values that are not finite in rows {_show(rows)}.")
         if self.params:
             lines.append(f"Not finite before the step already: {', '.join(_first(self.params))}.")
         return "\n".join(lines)
 
 
-def _show_rows(rows: tuple[int, ...]) -> str:
-    more = f" and {len(rows) - 2 * _MAX_SHOWN} more" if len(rows) > 2 * _MAX_SHOWN else ""
-    return ", ".join(map(str, rows[: 2 * _MAX_SHOWN])) + more
+def _show(numbers: tuple[int, ...]) -> str:
+    more = f" and {len(numbers) - 2 * _MAX_SHOWN} more" if len(numbers) > 2 * _MAX_SHOWN else ""
+    return ", ".join(map(str, numbers[: 2 * _MAX_SHOWN])) + more
 
 
 def explain_nonfinite(
@@ -342,7 +346,9 @@ def explain_nonfinite(
     loss, leaves = jax.jit(functools.partial(_finite_gradients, loss_fn), out_shardings=shards.replicated)(state, batch)
     rows = shards.each_row(functools.partial(_rows_are_finite, loss_fn))(state, batch)
     params = jax.jit(_finite_leaves, out_shardings=shards.replicated)(state.params)
-    loss, leaves, rows, params = jax.device_get(jax.tree.map(_local, (loss, leaves, rows, params)))
+    integers = jax.jit(_integers, out_shardings=shards.replicated)(batch)
+    found = jax.tree.map(_local, (loss, leaves, rows, params, integers))
+    loss, leaves, rows, params, integers = jax.device_get(found)
     names = [f"params{jax.tree_util.keystr(path)}" for path, _ in jax.tree_util.tree_leaves_with_path(state.params)]
     bad_leaves = [name for name, finite in zip(names, leaves, strict=True) if not finite]
     used = rows[MASK]
@@ -354,6 +360,7 @@ def explain_nonfinite(
         leaf=bad_leaves[0] if bad_leaves else None,
         positions=positions,
         fields={name: rows for name, rows in bad_rows.items() if rows},
+        integers={name: tuple(values[list(positions)].tolist()) for name, values in integers.items() if positions},
         params=tuple(name for name, finite in zip(names, params, strict=True) if not finite),
     )
 
@@ -363,6 +370,11 @@ _OWN = ""  # The key of a row's own loss and gradient, among those of the batch'
 
 def _local(array: jax.Array) -> jax.Array:
     return array.addressable_data(0)
+
+
+def _integers(batch: Batch) -> Batch:
+    """Return the fields that hold one integer a row."""
+    return {name: each for name, each in batch.items() if each.ndim == 1 and jnp.issubdtype(each.dtype, jnp.integer)}
 
 
 def _positions(flags: np.ndarray) -> tuple[int, ...]:

@@ -17,6 +17,8 @@ from jaxdist.metrics import Batch
 def classification(outputs: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return softmax cross entropy in nats and the metric `accuracy` (1 or 0), both float32 of shape (B,).
 
+    The cross entropy is NaN where a label is none of the classes.
+
     Args:
       outputs: logits, shape (B, classes).
       batch: holds `label`, integers of shape (B,).
@@ -27,7 +29,7 @@ def classification(outputs: jax.Array, batch: Batch) -> tuple[jax.Array, dict[st
             f"classification needs logits (B, classes) and labels (B,), but got {outputs.shape} and {labels.shape}; "
             "labels are class indices, not one-hot rows."
         )
-    values = optax.softmax_cross_entropy_with_integer_labels(outputs.astype(jnp.float32), labels)
+    values = _cross_entropy(outputs, labels)
     return values, {"accuracy": (outputs.argmax(axis=-1) == labels).astype(jnp.float32)}
 
 
@@ -47,9 +49,14 @@ def next_token(outputs: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, j
             f"next_token needs logits (B, T, vocabulary) and tokens (B, T) with T >= 2, but got {outputs.shape} and "
             f"{tokens.shape}; pass the model all T tokens, the shift by one is done here."
         )
-    logits = outputs[:, :-1].astype(jnp.float32)
-    values = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    values = _cross_entropy(outputs[:, :-1], tokens[:, 1:])
     return values, {"bits_per_byte": values / math.log(2.0)}
+
+
+def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    values = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
+    # A label beyond the last class gives NaN already; a negative one would silently count from the last class back.
+    return jnp.where(labels < 0, jnp.nan, values)
 
 
 def _integers(batch: Batch, field: str, *, needed_by: str) -> jax.Array:

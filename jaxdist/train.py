@@ -33,6 +33,7 @@ from jaxdist import (
 )
 from jaxdist.config import ConfigError, Experiment
 from jaxdist.data import Position
+from jaxdist.data.assembly import BadExampleError
 from jaxdist.launch import agreement, hosts, local, nursery, runtime, supervisor, watchdog
 from jaxdist.state import TrainState
 
@@ -70,7 +71,7 @@ def default_run_dir(name: str, *, resume: bool, root: pathlib.Path = pathlib.Pat
     return earlier[-1]
 
 
-def prepare_run_dir(experiment: Experiment, run_dir: pathlib.Path, *, resume: bool) -> record.RunRecord | None:
+def prepare_run_dir(identity: training.Identity, run_dir: pathlib.Path, *, resume: bool) -> record.RunRecord | None:
     """Create the run directory, or check that it may be used; return the record of the run to resume.
 
     Raises:
@@ -83,11 +84,12 @@ def prepare_run_dir(experiment: Experiment, run_dir: pathlib.Path, *, resume: bo
     earlier = None
     if exists:
         earlier = record.RunRecord.read(run_dir)
-        theirs, ours = earlier.extra.get("identity"), training.identity(experiment)
-        if theirs != ours:
+        said = earlier.extra.get("identity")
+        theirs = said if isinstance(said, dict) else {}
+        if theirs != dataclasses.asdict(identity):
             raise ConfigError(
-                f"{run_dir} holds a run of another experiment ({theirs}); this one is {ours}: its name, model, data or "
-                "seed differ. Choose another --run-dir."
+                f"{run_dir} holds a run of another experiment: {identity.differences(theirs)}. "
+                "Choose another --run-dir."
             )
         if not resume:
             raise ConfigError(f"{run_dir} already holds a run. Add --resume to go on with it, or choose another.")
@@ -119,7 +121,7 @@ def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.
             training.check_experiment(experiment)
             stop_rule = experiment.stop.rule()
             parts = training.put_together(experiment, devices=devices)
-            earlier = prepare_run_dir(experiment, options.run_dir, resume=options.resume)
+            earlier = prepare_run_dir(parts.identity, options.run_dir, resume=options.resume)
             if runtime.is_alone() and runtime.is_first():
                 # Not before the checks: what is refused leaves no trace. A supervisor holds the lock for its processes.
                 stack.enter_context(lock.locked(options.run_dir, purpose=options.command))
@@ -137,10 +139,10 @@ def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.
                 if jax.process_count() > 1:
                     # Process 0 writes to the directory next; by then the others must have looked at it.
                     multihost_utils.sync_global_devices("the run directory is checked")
-                checkpointer = stack.enter_context(contextlib.closing(make_checkpointer(experiment, options.run_dir)))
-                snapshots = recovery.open_snapshots(
-                    experiment.recovery, training.identity(experiment), parts.abstract_state()
+                checkpointer = stack.enter_context(
+                    contextlib.closing(make_checkpointer(experiment, options.run_dir, parts.identity))
                 )
+                snapshots = recovery.open_snapshots(experiment.recovery, str(parts.identity), parts.abstract_state)
             if snapshots:
                 stack.enter_context(contextlib.closing(snapshots))
             start = _start(parts, checkpointer, snapshots, stopwatch, resume=options.resume)
@@ -166,11 +168,12 @@ def supervise(
         child = nest.start(command, environment, output) if nest else None
         return child or local.start(command, environment, output)
 
-    with contextlib.closing(make_checkpointer(experiment, run_dir)) as checkpointer:
+    identity = training.identity(experiment)
+    with contextlib.closing(make_checkpointer(experiment, run_dir, identity)) as checkpointer:
         job = supervisor.Job(
             command=[sys.executable, "-m", "jaxdist.cli", *arguments],
             run_dir=run_dir,
-            saved_step=lambda memory: recovery.saved_step(memory, checkpointer, training.identity(experiment)),
+            saved_step=lambda memory: recovery.saved_step(memory, checkpointer, str(identity)),
             start=start,
             remove_at_end=nest.remove_at_end if nest else lambda directory: None,
         )
@@ -179,7 +182,8 @@ def supervise(
 
 def supervise_host(experiment: Experiment, arguments: Sequence[str], host: hosts.Host, *, run_dir: pathlib.Path) -> int:
     """Run one host's part of a job on several, the command line `arguments` in each process; return the exit status."""
-    with contextlib.closing(make_checkpointer(experiment, run_dir)) as checkpointer:
+    identity = training.identity(experiment)
+    with contextlib.closing(make_checkpointer(experiment, run_dir, identity)) as checkpointer:
         return hosts.run(
             host,
             [sys.executable, "-m", "jaxdist.cli", *arguments],
@@ -207,7 +211,7 @@ def _start(
     resume: bool,
 ) -> _Start:
     with stopwatch.account("restart"):
-        found = recovery.restore_newest(parts.abstract_state(), checkpointer, snapshots) if resume else None
+        found = recovery.restore_newest(parts.abstract_state, checkpointer, snapshots) if resume else None
     if found is None:
         # A run that ended before its first checkpoint is resumed from its first step: nothing else is lost.
         with stopwatch.account("compile"):
@@ -221,12 +225,14 @@ def _start(
     return start
 
 
-def make_checkpointer(experiment: Experiment, run_dir: pathlib.Path) -> checkpoint.Checkpointer:
+def make_checkpointer(
+    experiment: Experiment, run_dir: pathlib.Path, identity: training.Identity
+) -> checkpoint.Checkpointer:
     """Return the checkpoints of a run directory."""
     settings = experiment.checkpoints
     return checkpoint.Checkpointer(
         run_dir / CHECKPOINTS_NAME,
-        identity=training.identity(experiment),
+        identity=str(identity),
         keep_last=settings.keep_last,
         keep_every=settings.keep_every,
         best_metric=settings.best_metric,
@@ -277,12 +283,16 @@ class _Run:
         except Exception as error:
             with contextlib.suppress(OSError):  # on a full disk, say: what happened first is what the user is told
                 self.write_record("error", self.start.progress)
+            explained = _explained(error)
             if jax.process_count() > 1:
                 # On the way out a checkpointer would wait for processes that wait for this one.
-                traceback.print_exc()
-                runtime.leave(1)
-            if isinstance(error, checkpoint.CheckpointError) or getattr(error, "errno", None) in _DISK_IS_FULL:
-                raise errors.RunFailedError(str(error)) from error
+                if explained is None:
+                    traceback.print_exc()
+                else:
+                    print(f"jaxdist: {explained}", file=sys.stderr)
+                runtime.leave(1 if explained is None else explained.exit_status)
+            if explained is not None:
+                raise explained from error
             raise
 
     def _train(self, stop_rule: stop.StopRule, dog: watchdog.Watchdog) -> record.RunRecord:
@@ -442,8 +452,17 @@ class _Run:
             config=self.experiment,
             versions=record.versions(),
             command=self.options.command,
-            extra={"identity": training.identity(self.experiment)},
+            extra={"identity": dataclasses.asdict(self.parts.identity)},
         )
+
+
+def _explained(error: Exception) -> errors.UserError | errors.RunFailedError | None:
+    """Return the error whose message says all there is to say to a user, None where the traceback says more."""
+    if isinstance(error, BadExampleError):
+        return errors.UserError(f"{error}. Mend or remove it, or leave such examples out with data.on_bad=skip.")
+    if isinstance(error, checkpoint.CheckpointError) or getattr(error, "errno", None) in _DISK_IS_FULL:
+        return errors.RunFailedError(str(error))
+    return None
 
 
 def _summary(made: record.RunRecord, run_dir: pathlib.Path, checkpointer: checkpoint.Checkpointer) -> dict[str, object]:

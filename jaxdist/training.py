@@ -25,23 +25,27 @@ class Training:
 
     Attributes:
       experiment: what was asked for.
+      identity: what its run directory belongs to.
       strategy: mesh, layout and how the batch is cut.
       sizes: examples per device and so on.
       loader: the training batches, from the first.
       functions: of the model, in the experiment's precision.
       optimizer: in optax.
       learning_rate: step -> learning rate; None where the optimizer is optax's own.
+      abstract_state: the state's shapes, dtypes and shardings, as jax.ShapeDtypeStructs.
       step: the training step.
       eval_step: the evaluation step, or None without held-out data.
     """
 
     experiment: Experiment
+    identity: "Identity"
     strategy: strategies.Strategy
     sizes: mesh.BatchSizes
     loader: data.Loader
     functions: adapters.Functions
     optimizer: optax.GradientTransformation
     learning_rate: Callable[[int], float] | None
+    abstract_state: state.TrainState
     step: step.Step
     eval_step: evaluate.EvalStep | None
 
@@ -53,12 +57,6 @@ class Training:
             mesh=self.strategy.mesh,
             seed=self.experiment.seed,
             layout=self.strategy.layout,
-        )
-
-    def abstract_state(self) -> state.TrainState:
-        """Return the state's shapes, dtypes and shardings."""
-        return state.abstract_state(
-            self.functions.init_fn, self.optimizer, mesh=self.strategy.mesh, layout=self.strategy.layout
         )
 
     def batches(self, start: data.Position | None = None) -> Iterator[tuple[Batch, data.Position]]:
@@ -114,19 +112,21 @@ def put_together(experiment: Experiment, *, devices: Sequence[jax.Device]) -> Tr
     loader = make_loader(experiment)
     shapes = example_batch(loader)
     functions = make_functions(experiment, shapes)
-    check_watched_metrics(experiment, functions, shapes)
     known_end = {"steps_per_epoch": loader.steps_per_epoch, "max_steps": last_step(experiment, loader.steps_per_epoch)}
     optimizer, learning_rate = _make_optimizer(experiment, known_end)
     # A leaf that cannot be cut as asked is found here, where nothing has been written yet.
-    state.abstract_state(functions.init_fn, optimizer, mesh=strategy.mesh, layout=strategy.layout)
+    abstract = state.abstract_state(functions.init_fn, optimizer, mesh=strategy.mesh, layout=strategy.layout)
+    check_watched_metrics(experiment, functions, abstract, shapes)
     return Training(
         experiment=experiment,
+        identity=identity(experiment),
         strategy=strategy,
         sizes=sizes,
         loader=loader,
         functions=functions,
         optimizer=optimizer,
         learning_rate=learning_rate,
+        abstract_state=abstract,
         step=strategy.make_step(
             functions.loss_fn,
             optimizer,
@@ -176,14 +176,43 @@ def last_step(experiment: Experiment, steps_per_epoch: int) -> int | None:
     return min(ends, default=None)
 
 
-def identity(experiment: Experiment) -> str:
-    """Return what a run directory belongs to: the experiment's name, and a hash of its model and its data.
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """What a run directory belongs to. Devices, strategy, stop rules, batch size and the like are not part of it.
 
-    Devices, strategy, stop rules, batch size and the like are not part of it: a run may be resumed with others.
+    Attributes:
+      name: of the experiment.
+      model: hash of its settings.
+      data: fingerprint of the training data.
+      seed: of the experiment.
     """
-    fingerprint = wrap.as_source(experiment.data.train).fingerprint()
-    content = json.dumps([record.plain(experiment.model), fingerprint, experiment.seed])
-    return f"{experiment.name}:{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+
+    name: str
+    model: str
+    data: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.name}:{_short_hash([self.model, self.data, self.seed])}"
+
+    def differences(self, other: Mapping[str, Any]) -> str:
+        """Return what differs from an identity as `dataclasses.asdict` gave it."""
+        parts = [(name, other.get(name), value) for name, value in dataclasses.asdict(self).items()]
+        return "; ".join(f"its {name} was {theirs}, now {ours}" for name, theirs, ours in parts if theirs != ours)
+
+
+def identity(experiment: Experiment) -> Identity:
+    """Return the identity of `experiment`; takes the fingerprint of its data, which may look at every file."""
+    return Identity(
+        name=experiment.name,
+        model=_short_hash(record.plain(experiment.model)),
+        data=wrap.as_source(experiment.data.train).fingerprint(),
+        seed=experiment.seed,
+    )
+
+
+def _short_hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 
 def _make_optimizer(
@@ -236,13 +265,17 @@ def check_experiment(experiment: Experiment) -> None:
 
 
 def check_watched_metrics(
-    experiment: Experiment, functions: adapters.Functions, shapes: Mapping[str, jax.ShapeDtypeStruct]
+    experiment: Experiment,
+    functions: adapters.Functions,
+    abstract: state.TrainState,
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
 ) -> None:
     """Raise ConfigError where a stop rule, or the choice of the best checkpoint, waits for a metric that never comes.
 
     Args:
       experiment: what was asked for.
       functions: of its model; they are traced, not run.
+      abstract: the state's shapes and dtypes.
       shapes: of a batch.
     """
     stop, best = experiment.stop, experiment.checkpoints.best_metric
@@ -251,7 +284,7 @@ def check_watched_metrics(
         watched["stop.target_metric"] = stop.target_metric
     if not watched:
         return
-    reported = _metric_names(functions, shapes, evaluated=experiment.data.eval is not None)
+    reported = _metric_names(functions, abstract, shapes, evaluated=experiment.data.eval is not None)
     for setting, metric in watched.items():
         if metric not in reported:
             nearest = difflib.get_close_matches(metric, reported, n=1, cutoff=0.0)[0]
@@ -264,11 +297,16 @@ def check_watched_metrics(
 
 
 def _metric_names(
-    functions: adapters.Functions, shapes: Mapping[str, jax.ShapeDtypeStruct], *, evaluated: bool
+    functions: adapters.Functions,
+    abstract: state.TrainState,
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    *,
+    evaluated: bool,
 ) -> list[str]:
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    created = jax.eval_shape(functions.init_fn, key)
-    params, *model_state = created if isinstance(created, tuple) and len(created) == 2 else (created,)
+    model_state = [] if abstract.model_state is None else [abstract.model_state]
     found = {"train": functions.loss_fn} | ({"eval": functions.eval_fn} if evaluated else {})
-    names = {part: jax.eval_shape(fn, params, dict(shapes), key, *model_state)[1] for part, fn in found.items()}
+    names = {
+        part: jax.eval_shape(fn, abstract.params, dict(shapes), abstract.key, *model_state)[1]
+        for part, fn in found.items()
+    }
     return [f"{part}/{name}" for part, metrics in names.items() for name in ("loss", *metrics)]

@@ -263,9 +263,11 @@ def test_the_rows_the_leaf_and_the_step_are_named(kind, rows_per_device):
 def test_a_value_of_the_input_that_is_not_finite_is_pointed_at():
     x = np.ones((8, 3))
     x[4, 1] = np.inf
-    report = guard.explain_nonfinite(mean_loss, make_state(PARAMS), make_batch(x), step=12)
+    batch = make_batch(x) | {"label": jnp.arange(8) * 10, "text": jnp.zeros((8, 2), jnp.int32)}
+    report = guard.explain_nonfinite(mean_loss, make_state(PARAMS), batch, step=12)
     assert (report.step, report.leaf, report.positions) == (12, "params['b']", (4,))
     assert report.fields == {"x": (4,)}
+    assert report.integers == {"label": (40,)}
     assert "'x' holds values that are not finite in rows 4" in str(report)
 
 

@@ -51,6 +51,15 @@ def test_the_softmax_of_bfloat16_logits_is_computed_in_float32():
     np.testing.assert_allclose(values, [math.log(1000)], rtol=1e-6)
 
 
+@pytest.mark.parametrize("label", [-1, -5, 5, 2**31 - 1])
+def test_a_label_that_is_no_class_is_never_taken_for_one(label):
+    labels = jnp.asarray([label, 2])
+    values, _ = losses.classification(jnp.zeros((2, 5)), {"label": labels})
+    assert np.isnan(values).tolist() == [True, False]
+    values, _ = losses.next_token(jnp.zeros((1, 3, 5)), {"tokens": jnp.asarray([[0, label, 2]])})
+    assert np.isnan(values).tolist() == [[True, False]]
+
+
 @pytest.mark.parametrize(
     ("loss", "outputs", "batch", "message"),
     [

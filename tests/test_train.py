@@ -12,6 +12,7 @@ import tiny_experiment
 
 import jaxdist
 from jaxdist import checkpoint, config, errors, record, recovery, testing, train, training
+from jaxdist.data import CorruptExample
 from jaxdist.stop import Progress
 
 
@@ -50,8 +51,8 @@ def read_checkpoint(run_dir, *assignments):
     """Return state and progress of the newest checkpoint; seconds, which never are the same, left out."""
     experiment = config.override(tiny_experiment.get_config(), assignments)
     parts = training.put_together(experiment, devices=jax.devices()[:1])
-    checkpointer = train.make_checkpointer(experiment, run_dir)
-    state, data_state = checkpointer.restore(parts.abstract_state())
+    checkpointer = train.make_checkpointer(experiment, run_dir, parts.identity)
+    state, data_state = checkpointer.restore(parts.abstract_state)
     checkpointer.close()
     progress = Progress.from_json(data_state["progress"])
     return state, dataclasses.replace(progress, seconds=0.0), data_state["position"]
@@ -208,6 +209,22 @@ def test_an_error_is_recorded_and_raised(tmp_path):
     assert run(tmp_path / "run", resume=True).end_reason == "max_steps"
 
 
+def corrupt_at_30(example, random):
+    if (example["image"] == tiny_experiment.get_config().data.train[30]["image"]).all():
+        raise CorruptExample("pictures/30.png: it ends too early")
+    return example
+
+
+def test_corrupt_data_are_one_message_and_may_be_left_out(tmp_path):
+    config = tiny_experiment.get_config()
+    experiment = dataclasses.replace(config, data=dataclasses.replace(config.data, example_fn=corrupt_at_30))
+    with pytest.raises(errors.UserError, match=r"Example 30 .epoch 0.: pictures/30.png.*data\.on_bad=skip"):
+        run(tmp_path / "raise", experiment=experiment)
+    assert read_record(tmp_path / "raise")["end_reason"] == "error"
+    skipping = run(tmp_path / "skip", "data.on_bad=skip", "stop.max_epochs=1", experiment=experiment)
+    assert (skipping.end_reason, skipping.step) == ("max_epochs", 4)
+
+
 FULL = OSError(errno.ENOSPC, "No space left on device", "runs/a/metrics.csv")
 
 
@@ -275,9 +292,9 @@ def refused(match, run_dir, *assignments, **options):
 def test_a_directory_that_holds_a_run_is_not_written_to(undisturbed):
     before = contents(undisturbed)
     refused(r"already holds a run\. Add --resume", undisturbed)
-    refused(r"a run of another experiment \(tiny:.*this one is other:", undisturbed, "name=other")
-    refused("another experiment", undisturbed, "model.width=9", resume=True)
-    refused("another experiment", undisturbed, "seed=1", resume=True)
+    refused(r"another experiment: its name was tiny, now other\. Choose", undisturbed, "name=other")
+    refused(r"another experiment: its model was \w+, now \w+\. Choose", undisturbed, "model.width=9", resume=True)
+    refused(r"another experiment: its seed was 0, now 1\. Choose", undisturbed, "seed=1", resume=True)
     assert contents(undisturbed) == before
 
 

@@ -27,7 +27,7 @@ def test_the_parts_fit_each_other(experiment):
     assert parts.sizes.device_batch_size == 8
     assert parts.loader.steps_per_epoch == 4
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), parts.create_state())
-    assert shapes == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), parts.abstract_state())
+    assert shapes == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), parts.abstract_state)
 
 
 def test_batches_go_on_from_a_position_and_never_end(experiment):

@@ -27,6 +27,10 @@ class ExampleError(ValueError):
     """An example that could not be read or transformed; the message names it."""
 
 
+class BadExampleError(ExampleError):
+    """An example whose data are corrupt; the message names its file and number."""
+
+
 class Plan(NamedTuple):
     """What one process reads for one batch: a row for each id, and whether that row counts (or is padding)."""
 
@@ -171,8 +175,8 @@ def fill(buffer: BatchBuffer, recipe: Recipe, epoch: int, ids: np.ndarray, begin
         example_id = int(ids[row])
         try:
             example = make_example(recipe, epoch, example_id)
-        except ExampleError as error:
-            if recipe.on_bad == "raise" or not isinstance(error.__cause__, CorruptExample):
+        except BadExampleError as error:
+            if recipe.on_bad == "raise":
                 raise
             buffer.bad[row] = str(error)
             continue
@@ -180,15 +184,19 @@ def fill(buffer: BatchBuffer, recipe: Recipe, epoch: int, ids: np.ndarray, begin
 
 
 def make_example(recipe: Recipe, epoch: int, example_id: int) -> Example:
-    """Read one example and transform it; ExampleError where either fails."""
+    """Read one example and transform it; ExampleError where either fails, BadExampleError for corrupt data."""
     try:
         example = recipe.source[example_id]
         if recipe.example_fn is None:
             return example
         return recipe.example_fn(example, example_random(recipe.seed, epoch, example_id))
     except Exception as error:  # whatever the user's source or function raises: say which example it was
-        where = f", {recipe.source.location(example_id)}" if hasattr(recipe.source, "location") else ""
-        raise ExampleError(f"Example {example_id} (epoch {epoch}){where}: {type(error).__name__}: {error}") from error
+        location = recipe.source.location(example_id) if hasattr(recipe.source, "location") else ""
+        where = f", {location}" if location and location not in str(error) else ""
+        place = f"Example {example_id} (epoch {epoch}){where}"
+        if isinstance(error, CorruptExample):
+            raise BadExampleError(f"{place}: {error}") from error
+        raise ExampleError(f"{place}: {type(error).__name__}: {error}") from error
 
 
 def example_random(seed: int, epoch: int, example_id: int) -> np.random.Generator:

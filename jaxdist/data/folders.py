@@ -130,7 +130,9 @@ def decode_image(data: bytes, *, name: str, channels: Literal["RGB", "BGR"] = "R
         with image.open(io.BytesIO(data)) as picture:
             return np.asarray(picture.convert("RGB"))[..., :: 1 if channels == "RGB" else -1]
     except (ValueError, OSError, SyntaxError) as error:  # what the two decoders raise for broken data
-        raise CorruptExample(f"Unreadable image: {name}: {error}") from error
+        # Pillow names the buffer that we made where it does not know the format.
+        reason = "of no known format" if "cannot identify" in str(error) else error
+        raise CorruptExample(f"Unreadable image: {name}: {reason}") from error
 
 
 def read_wav(path: str | os.PathLike) -> tuple[np.ndarray, int]:

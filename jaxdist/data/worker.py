@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from jaxdist.data.assembly import BatchBuffer, HostArrays, Recipe, fill, gather
+from jaxdist.data.assembly import BadExampleError, BatchBuffer, HostArrays, Recipe, fill, gather
 
 _ALIGNMENT = 64
 
@@ -57,11 +57,12 @@ class Rows(NamedTuple):
 
 
 class Trouble(NamedTuple):
-    """Report: making the rows raised."""
+    """Report: making the rows raised; `corrupt` where the data were, and not the code, to blame."""
 
     slot: int
     message: str
     trace: str
+    corrupt: bool = False
 
 
 class Slot:
@@ -138,7 +139,7 @@ def _report(recipe: Recipe, slot: Slot, current: np.ndarray, task: Task) -> Rows
             fill(buffer, recipe, task.epoch, task.ids, row, row + 1)
         return Rows(task.slot, layouts, buffer.bad)
     except Exception as error:  # told to the trainer, who raises it
-        return Trouble(task.slot, str(error), traceback.format_exc())
+        return Trouble(task.slot, str(error), traceback.format_exc(), isinstance(error, BadExampleError))
 
 
 def _end_with_parent() -> None:

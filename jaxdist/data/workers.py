@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxdist.data.assembly import ExampleError, HostArrays, Made, Plan, Recipe, split_evenly
+from jaxdist.data.assembly import BadExampleError, ExampleError, HostArrays, Made, Plan, Recipe, split_evenly
 from jaxdist.data.worker import Layout, Rows, Slot, Task, Trouble, dump_recipe, run_worker
 
 _SHARED_MEMORY = pathlib.Path("/dev/shm")
@@ -118,7 +118,7 @@ class _Worker:
 
     def _take(self, report: Rows | Trouble) -> None:
         if isinstance(report, Trouble):
-            error = ExampleError(report.message)
+            error = BadExampleError(report.message) if report.corrupt else ExampleError(report.message)
             error.add_note(f"In a worker process:\n{report.trace}")
             if report.slot < 0:
                 raise error

@@ -6,6 +6,7 @@ process writes, and answers each cut with a verdict: go on, or end.
 """
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 import time
@@ -60,6 +61,7 @@ class Observer:
         self.plan, self.run_dir, self.start, self.earlier = plan, run_dir, start, earlier
         self.directory = run_dir / processes.DIRECTORY_NAME
         self.checkpointer, self.silent, self.command, self.num_devices = checkpointer, silent, command, num_devices
+        self.identity = dataclasses.asdict(training.identity(plan.experiment))
         self.rule = plan.experiment.stop.rule()
         self.judge = plans.Judge(plan)
         self.progress = start.progress
@@ -276,7 +278,7 @@ class Observer:
             config=self.plan.experiment,
             versions=record.versions(),
             command=self.command,
-            extra={"identity": training.identity(self.plan.experiment), "ps": self.statistics()},
+            extra={"identity": self.identity, "ps": self.statistics()},
         )
         made.write(self.run_dir)
         return made

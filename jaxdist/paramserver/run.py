@@ -6,7 +6,7 @@ import pathlib
 import shutil
 from collections.abc import Callable, Sequence
 
-from jaxdist import errors, lock, record
+from jaxdist import errors, lock, record, training
 from jaxdist.config import load_experiment, override
 from jaxdist.launch import local
 from jaxdist.paramserver import host, membership, observer, resume, wire
@@ -54,10 +54,13 @@ def train(options: Options) -> record.RunRecord:
         with errors.as_user_error():
             experiment = override(load_experiment(options.experiment), options.assignments)
             plan = plans.make_plan(experiment, experiment.ps)
-            earlier = prepare_run_dir(experiment, options.run_dir, resume=options.resume)
+            identity = training.identity(experiment)
+            earlier = prepare_run_dir(identity, options.run_dir, resume=options.resume)
             stack.enter_context(lock.locked(options.run_dir, purpose=options.command))
             directory = options.run_dir / processes.DIRECTORY_NAME
-            checkpointer = stack.enter_context(contextlib.closing(make_checkpointer(experiment, options.run_dir)))
+            checkpointer = stack.enter_context(
+                contextlib.closing(make_checkpointer(experiment, options.run_dir, identity))
+            )
             start = resume.begin(plan, checkpointer, directory)
             crew, peers, security = _place(options, plan, directory)
             stack.callback(crew.close, orderly=False)

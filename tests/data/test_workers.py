@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxdist.data import ArraySource, CorruptExample, Loader
-from jaxdist.data.assembly import ExampleError
+from jaxdist.data.assembly import BadExampleError, ExampleError
 from jaxdist.data.worker import dump_recipe, load_recipe
 from jaxdist.data.workers import WorkerDied
 
@@ -106,13 +106,14 @@ def test_bad_examples_are_skipped_counted_and_named(settings, caplog):
     assert not np.concatenate([batch["id"][batch["mask"] == 0] for batch in batches]).any()
     assert len(loader.skipped) == len(caplog.records) == 14
     assert any("file-9.png" in message for message in loader.skipped)
-    with pytest.raises(ExampleError, match=r"file-\d+\.png"):
+    with pytest.raises(BadExampleError, match=r"Example \d+ \(epoch 0\): file-\d+\.png"):
         load(SOURCE, example_fn=corrupt_thirds, **settings)
 
 
 def test_only_corrupt_examples_are_skipped():
-    with pytest.raises(ExampleError, match="KeyError"):
+    with pytest.raises(ExampleError, match="KeyError") as caught:
         load(SOURCE, example_fn=fail_at_17, on_bad="skip", num_threads=0)
+    assert not isinstance(caught.value, BadExampleError)
     with pytest.raises(ValueError, match="on_bad"):
         Loader(SOURCE, global_batch_size=4, seed=0, on_bad="ignore")
 

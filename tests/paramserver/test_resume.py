@@ -42,7 +42,7 @@ def trained(tmp_path, experiment, *, num_updates=0):
     for batch, _ in batches[:num_updates]:
         state, _ = parts.step(state, batch)
     progress = stop.Progress(step=5, epoch=1, examples_seen=68)
-    with contextlib.closing(train.make_checkpointer(experiment, tmp_path)) as checkpointer:
+    with contextlib.closing(train.make_checkpointer(experiment, tmp_path, parts.identity)) as checkpointer:
         data_state = {"position": batches[-1][1].to_json(), "progress": progress.to_json()}
         checkpointer.save(5, state, data_state, {})
         checkpointer.wait()
@@ -58,7 +58,8 @@ def test_a_checkpoint_of_any_strategy_is_dealt_to_servers_and_read_by_others(tmp
     assert same(jax.tree.leaves(start.state.params), jax.tree.leaves(state.params))
     assert (start.progress.step, int(start.state.step)) == (5, 5)
     assert [path.name for path in resume.snapshots(directory)] == [start.snapshot]
-    with contextlib.closing(train.make_checkpointer(experiment_of(), tmp_path / "elsewhere")) as none:
+    identity = training.identity(experiment_of())
+    with contextlib.closing(train.make_checkpointer(experiment_of(), tmp_path / "elsewhere", identity)) as none:
         two = plan_of("ps.servers=2")
         again = resume.begin(two, none, directory)
     assert again.snapshot != start.snapshot
