@@ -6,6 +6,7 @@ JAX and all that stands on it are imported by the commands that need them, so th
 import argparse
 import contextlib
 import json
+import os
 import pathlib
 import shlex
 import signal
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxdist.config import Experiment
+    from jaxdist.launch.request import Request
     from jaxdist.record import RunRecord
     from jaxdist.signals import StopRequest
 
@@ -168,7 +170,7 @@ def train_command(options: argparse.Namespace) -> int:
 
 def _train_by_server(options: argparse.Namespace, request: "StopRequest") -> int:
     """Start the scheduler, servers and workers of a parameter server; `--devices` counts those of each worker."""
-    from jaxdist import errors, train
+    from jaxdist import errors, record, train
     from jaxdist.paramserver import run
 
     if options.processes:
@@ -180,7 +182,7 @@ def _train_by_server(options: argparse.Namespace, request: "StopRequest") -> int
             experiment=options.experiment,
             run_dir=run_dir,
             assignments=overrides(options),
-            resume=options.resume,
+            resume=options.resume or (options.restartable and (run_dir / record.FILE_NAME).exists()),
             devices=options.devices or 1,
             silent=options.json,
             command=options.command,
@@ -272,14 +274,17 @@ def launch_command(options: argparse.Namespace) -> int:
     from jaxdist.errors import UserError
 
     here = (options.hosts, options.host_index, options.coordinator)
-    if options.engine:
-        if here[1:] != (None, None):
-            raise UserError(
-                "An engine numbers the hosts and finds a coordinator; leave --host-index and --coordinator out."
-            )
-        return _launch_by_engine(options)
-    if options.engine_settings:
+    if options.engine and here[1:] != (None, None):
+        raise UserError(
+            "An engine numbers the hosts and finds a coordinator; leave --host-index and --coordinator out."
+        )
+    if options.engine_settings and not options.engine:
         raise UserError(f"--with tells an engine; got {options.engine_settings[0]!r} and no --engine. Name one.")
+    experiment = load(options)
+    if experiment.strategy == PARAMETER_SERVER:
+        return _launch_servers(options, experiment)
+    if options.engine:
+        return _launch_by_engine(options, _request(options, experiment))
     if here != (1, None, None):
         return _launch_on_host(options)
     options.arguments = ["train", options.experiment, *train_arguments(options), "--processes", str(options.processes)]
@@ -289,18 +294,41 @@ def launch_command(options: argparse.Namespace) -> int:
     return _start_processes(options)
 
 
-def _launch_by_engine(options: argparse.Namespace) -> int:
-    """Hand the job to SLURM, Kubernetes or Ray; its run directory is chosen here, the same for every restart."""
+def _launch_servers(options: argparse.Namespace, experiment: "Experiment") -> int:
+    """Start a parameter server here, on a Ray cluster, or on the hosts of an engine."""
+    from jaxdist.errors import UserError
+
+    if options.processes > 1:
+        raise UserError("A parameter server has ps.workers and ps.servers; leave --processes out.")
+    if options.engine in ("slurm", "kubernetes"):
+        return _launch_by_engine(options, _request(options, experiment))
+    if options.hosts > 1:
+        raise UserError(
+            "Ray places a parameter server on its nodes as it likes; without an engine, `jaxdist train` starts it on "
+            "the machines of --set ps.hosts=ADDRESS,ADDRESS. Leave --hosts out."
+        )
+    asked = _request(options, experiment)
+    settings = asked.only("Ray", ("address",))
+    arguments = ["train", str(asked.experiment), *asked.arguments, "--run-dir", str(asked.run_dir)]
+    arguments += ["--strategy", PARAMETER_SERVER, *(["--set", "ps.engine=ray"] if options.engine else [])]
+    if options.dry_run:
+        print(shlex.join(["jaxdist", *arguments]))
+        return EXIT_OK
+    os.environ.update({"RAY_ADDRESS": settings["address"]} if settings else {})
+    return run(arguments)
+
+
+def _request(options: argparse.Namespace, experiment: "Experiment") -> "Request":
+    """Return what is asked for; the run directory is chosen here, the same for every restart."""
     from jaxdist import train
-    from jaxdist.launch import engines, kubernetes, request
+    from jaxdist.launch import kubernetes, request
 
     settings = request.settings_of(options.engine_settings)
-    experiment = load(options)
     in_pods = options.engine == "kubernetes"
     run_dir = options.run_dir or train.default_run_dir(experiment.name, resume=False)
     if in_pods and not options.run_dir:
         run_dir = pathlib.Path(kubernetes.default_run_dir(run_dir.name, settings))
-    asked = request.Request(
+    return request.Request(
         name=experiment.name,
         # The file systems of pods are their own; elsewhere the processes may start in another directory.
         experiment=pathlib.Path(options.experiment) if in_pods else pathlib.Path(options.experiment).resolve(),
@@ -308,8 +336,15 @@ def _launch_by_engine(options: argparse.Namespace) -> int:
         run_dir=run_dir if in_pods else run_dir.resolve(),
         hosts=options.hosts,
         processes=options.processes,
+        parameter_server=experiment.strategy == PARAMETER_SERVER,
         settings=settings,
     )
+
+
+def _launch_by_engine(options: argparse.Namespace, asked: "Request") -> int:
+    """Hand the job to SLURM, Kubernetes or Ray."""
+    from jaxdist.launch import engines
+
     if options.dry_run:
         print(engines.show(options.engine, asked).rstrip())
         return EXIT_OK

@@ -18,7 +18,7 @@ from jaxdist.signals import EXIT_RETRY
 
 GROUP, CONTAINER, VOLUME = "processes", "train", "runs"
 PORT = 8476
-KNOWN = ("image", "claim", "mount", "namespace", "cpu", "memory", "gpus", "tpus", "max-restarts")
+KNOWN = ("image", "claim", "mount", "namespace", "cpu", "memory", "gpus", "tpus", "max-restarts", "secret")
 _DEFAULT_MOUNT = "/runs"
 _GRACE_SECONDS = 120
 _POD_INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
@@ -35,7 +35,8 @@ def manifest(request: Request) -> dict[str, Any]:
     Raises:
       UserError: the image or the claim is missing, a setting is unknown, or the run directory is not in the claim.
     """
-    settings = request.only("Kubernetes", KNOWN, required=("image", "claim"))
+    needed = ("image", "claim", "secret") if request.parameter_server else ("image", "claim")
+    settings = request.only("Kubernetes", KNOWN, required=needed)
     mount = settings.get("mount", _DEFAULT_MOUNT)
     if not request.run_dir.is_relative_to(mount):
         raise UserError(
@@ -72,15 +73,8 @@ def _pod(request: Request, name: str, pods: int, mount: str) -> dict[str, Any]:
     container = {
         "name": CONTAINER,
         "image": request.settings["image"],
-        "command": ["python", "-m", "jaxdist.cli", *request.train()],
-        "env": [
-            # The name that the JobSet's network gives the first pod of the first (and only) job.
-            {"name": "JAX_COORDINATOR_ADDRESS", "value": f"{name}-{GROUP}-0-0.{name}:{PORT}"},
-            {"name": "JAX_NUM_PROCESSES", "value": str(pods)},
-            {"name": "JAX_PROCESS_ID", "valueFrom": {"fieldRef": {"fieldPath": _POD_INDEX}}},
-            {"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},
-            {"name": "JAX_COORDINATOR_BIND_ADDRESS", "value": f"$(POD_IP):{PORT}"},
-        ],
+        "command": ["python", "-m", request.module, *request.train()],
+        "env": _servers_meet(request, name, pods) if request.parameter_server else _processes_meet(name, pods),
         "resources": {"limits": _limits(request)},
         "volumeMounts": [{"name": VOLUME, "mountPath": mount}],
     }
@@ -90,6 +84,29 @@ def _pod(request: Request, name: str, pods: int, mount: str) -> dict[str, Any]:
         "containers": [container],
         "volumes": [{"name": VOLUME, "persistentVolumeClaim": {"claimName": request.settings["claim"]}}],
     }
+
+
+def _host(name: str, pod: int) -> str:
+    """Return the name that the JobSet's network gives a pod of the first (and only) job."""
+    return f"{name}-{GROUP}-0-{pod}.{name}"
+
+
+def _processes_meet(name: str, pods: int) -> list[dict[str, Any]]:
+    return [
+        {"name": "JAX_COORDINATOR_ADDRESS", "value": f"{_host(name, 0)}:{PORT}"},
+        {"name": "JAX_NUM_PROCESSES", "value": str(pods)},
+        {"name": "JAX_PROCESS_ID", "valueFrom": {"fieldRef": {"fieldPath": _POD_INDEX}}},
+        {"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},
+        {"name": "JAX_COORDINATOR_BIND_ADDRESS", "value": f"$(POD_IP):{PORT}"},
+    ]
+
+
+def _servers_meet(request: Request, name: str, pods: int) -> list[dict[str, Any]]:
+    secret = {"name": request.settings["secret"], "key": "token"}
+    return [
+        {"name": "JAXDIST_PS_HOSTS", "value": ",".join(_host(name, pod) for pod in range(pods))},
+        {"name": "JAXDIST_PS_TOKEN", "valueFrom": {"secretKeyRef": secret}},
+    ]
 
 
 def _limits(request: Request) -> dict[str, str]:

@@ -18,6 +18,7 @@ class Request:
       run_dir: on a file system that all hosts share.
       hosts: how many.
       processes: on each host.
+      parameter_server: its servers and workers are to be placed, by one process on each host.
       settings: what the engine is told, as `--with KEY=VALUE` says it.
     """
 
@@ -27,11 +28,17 @@ class Request:
     run_dir: pathlib.Path
     hosts: int = 1
     processes: int = 1
+    parameter_server: bool = False
     settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def train(self) -> list[str]:
         """Return the arguments of the `jaxdist` command that each process runs; it can be started again and again."""
         return ["train", str(self.experiment), *self.arguments, "--run-dir", str(self.run_dir), "--restartable"]
+
+    @property
+    def module(self) -> str:
+        """The Python module that each process runs, with the arguments of `train`."""
+        return "jaxdist.paramserver.machine" if self.parameter_server else "jaxdist.cli"
 
     def only(self, engine: str, known: Sequence[str], required: Sequence[str] = ()) -> Mapping[str, str]:
         """Return the settings; UserError where one is not `known` or a `required` one is missing."""

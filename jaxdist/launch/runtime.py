@@ -55,6 +55,22 @@ def start(num_devices: int | None = None) -> Sequence[jax.Device]:
     Raises:
       UserError: more devices are asked for than there are accelerators.
     """
+    _prepare(num_devices)
+    place = cluster.find()
+    if jax.distributed.is_initialized():  # by whoever called us, Ray Train say
+        _compare_and_meet(num_devices)
+    elif place is not None:
+        _join_job(place, num_devices)
+    return first_of_each_process(num_devices or jax.local_device_count(), jax.local_devices(), jax.devices())
+
+
+def start_by_itself(num_devices: int) -> Sequence[jax.Device]:
+    """Do as `start` does, but join nothing: a worker of a parameter server is no part of the job it runs in."""
+    _prepare(num_devices)
+    return first_of_each_process(num_devices, jax.local_devices(), jax.devices())
+
+
+def _prepare(num_devices: int | None) -> None:
     # XLA sizes its thread pool by PJRT_NPROC, NPROC or the usable cores; with exactly one thread it generates other
     # code, and canonical reduction would give other bits on a one-core machine.
     if len(os.sched_getaffinity(0)) == 1:
@@ -63,12 +79,6 @@ def start(num_devices: int | None = None) -> Sequence[jax.Device]:
     use_compilation_cache()
     if not is_alone():
         die_with_parent(os.environ)
-    place = cluster.find()
-    if jax.distributed.is_initialized():  # by whoever called us, Ray Train say
-        _compare_and_meet(num_devices)
-    elif place is not None:
-        _join_job(place, num_devices)
-    return first_of_each_process(num_devices or jax.local_device_count(), jax.local_devices(), jax.devices())
 
 
 def first_of_each_process(

@@ -20,6 +20,11 @@ MOST_REQUEUES = 100
 _DEFAULTS = {"open-mode": "append", "signal": "USR1@120"}
 _OPTION = re.compile(r"[a-z][a-z-]*")
 _OURS = ("job-name", "nodes", "ntasks-per-node", "chdir", "output", "requeue")
+_PARAMETER_SERVER = (
+    'export JAXDIST_PS_HOSTS="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd, -)"',
+    """export JAXDIST_PS_TOKEN="${JAXDIST_PS_TOKEN:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \\n')}\"""",
+)
+"""What the machines of a parameter server must know: each other, and a secret."""
 _WAIT_SECONDS = 60
 """How long the other tasks may go on once one has ended: a killed one leaves them waiting in a collective."""
 
@@ -52,11 +57,12 @@ def script(request: Request, *, directory: str, python: str = sys.executable) ->
         **request.settings,
     }
     directives = [f"#SBATCH --{name}{'=' + shlex.quote(value) if value else ''}" for name, value in options.items()]
-    train = shlex.join([python, "-m", "jaxdist.cli", *request.train()])
+    train = shlex.join([python, "-m", request.module, *request.train()])
     return "\n".join(
         [
             "#!/bin/bash",
             *directives,
+            *(_PARAMETER_SERVER if request.parameter_server else ()),
             f"srun --wait={_WAIT_SECONDS} {train}",
             "status=$?",
             f"# {EXIT_RETRY} asks for another attempt; after a hang one process may not have been able to say so.",

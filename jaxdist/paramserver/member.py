@@ -21,7 +21,7 @@ from jaxdist.paramserver.worker import Worker
 
 def make(name: str, spec: Spec) -> tuple[Node, Statistics]:
     """Return the server or worker called `name`, and its counters."""
-    devices = runtime.start(spec.devices)
+    devices = runtime.start_by_itself(spec.devices)
     experiment = config.override(config.load_experiment(spec.experiment), spec.assignments)
     plan = training.make_plan(experiment, experiment.ps, kind=spec.kind)
     plan = dataclasses.replace(plan, settings=spec.make_settings())

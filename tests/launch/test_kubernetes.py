@@ -58,6 +58,17 @@ def test_the_manifest_is_of_the_schema():
     assert_of_the_schema(kubernetes.manifest(request(settings=every)))
 
 
+def test_the_pods_of_a_parameter_server_know_each_other_and_a_secret():
+    manifest = kubernetes.manifest(request(settings=NEEDED | {"secret": "team"}, processes=1, parameter_server=True))
+    assert_of_the_schema(manifest)
+    container = container_of(manifest)
+    assert container["command"][:4] == ["python", "-m", "jaxdist.paramserver.machine", "train"]
+    hosts, token = container["env"]
+    assert hosts == {"name": "JAXDIST_PS_HOSTS", "value": "tiny-processes-0-0.tiny,tiny-processes-0-1.tiny"}
+    assert token["valueFrom"]["secretKeyRef"] == {"name": "team", "key": "token"}
+    assert job_of(manifest)["completionMode"] == "Indexed"  # gives each pod JOB_COMPLETION_INDEX
+
+
 @pytest.mark.parametrize(
     "path",
     [
