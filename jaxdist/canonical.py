@@ -2,7 +2,7 @@
 
 The global batch is cut into a fixed number of logical shards. Each is computed by one single-device program, the very
 same machine code on every layout (see `executable`), and the results, one flat vector each, are added in a fixed
-binary tree: first over a device's own shards, pair by pair as they arrive, then over the devices
+binary tree: first over a device's own shards as they arrive, then over the devices
 (`reduce.tree_sum_over_axis`). Additions are all that a program partitioned over the devices does here: XLA simplifies,
 fuses and parallelises a one-device program otherwise than a many-device one, and the bits follow.
 """
@@ -42,7 +42,7 @@ class LogicalShardSums:
         self._split = jax.jit(self._map_split())
         whole, cut = PartitionSpec(), PartitionSpec(axis)
         self._shard_sums = executable.PerDeviceProgram(self._flat_sums, mesh, in_specs=(whole, cut, cut), out_spec=cut)
-        self._add = jax.jit(jnp.add, donate_argnums=0)
+        self._add = jax.jit(_add_in_pairs, donate_argnums=0)
         self._add_over_devices = jax.jit(self._map_tree_sum())
         self._indices = self._place_indices()
         # A one-device program on CPU computes in XLA's thread pool; a collective keeps its thread of that pool while it
@@ -57,7 +57,7 @@ class LogicalShardSums:
           batch: global arrays, cut over the axis in their leading dim.
         """
         parts = [batch] if self.shards_per_device == 1 else self._split(batch)
-        rows = _PairwiseSum(self._add)
+        rows = _TreeSum(self._add)
         for part, index in zip(parts, self._indices, strict=True):
             rows.push(self._shard_sums(shared, part, index))
         row = rows.result()
@@ -99,26 +99,38 @@ class LogicalShardSums:
         return [jax.make_array_from_callback(turn.shape, sharding, turn.__getitem__) for turn in turns]
 
 
-class _PairwiseSum:
-    """Adds values in a balanced binary tree as they arrive, like the carries of a binary counter.
+class _TreeSum:
+    """Adds values in a balanced binary tree as they arrive, two levels of it at a time, like the carries of a counter.
 
-    At most log2(n) + 1 partial sums live at a time, where adding them at the end would hold all n.
+    Few partial sums live at a time (five of eight values), where adding them at the end would hold all; and one program
+    adds four, where dispatching three of them would cost more than the additions.
     """
 
-    def __init__(self, add: Callable[[jax.Array, jax.Array], jax.Array]):
+    def __init__(self, add: Callable[..., jax.Array]):
         self._add = add
         self._partial: list[tuple[int, jax.Array]] = []
 
     def push(self, value: jax.Array) -> None:
-        level = 0
-        while self._partial and self._partial[-1][0] == level:
-            value = self._add(self._partial.pop()[1], value)
-            level += 1
-        self._partial.append((level, value))
+        self._partial.append((0, value))
+        while [level for level, _ in self._partial[-4:]] == 4 * [self._partial[-1][0]]:
+            self._combine(4)
 
     def result(self) -> jax.Array:
+        if len(self._partial) == 2:
+            self._combine(2)
         assert len(self._partial) == 1, "the number of values pushed was not a power of two"
         return self._partial.pop()[1]
+
+    def _combine(self, count: int) -> None:
+        summands, self._partial = self._partial[-count:], self._partial[:-count]
+        total = self._add(*(value for _, value in summands))
+        self._partial.append((summands[0][0] + count // 2, total))
+
+
+def _add_in_pairs(*values: jax.Array) -> jax.Array:
+    """Return the sum of two values, or of four as the sum of two sums."""
+    first, second, *rest = values
+    return first + second + _add_in_pairs(*rest) if rest else first + second
 
 
 def check_layout(mesh: Mesh, *, logical_shards: int, axis: str = DATA_AXIS) -> None:
