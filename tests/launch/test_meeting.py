@@ -15,7 +15,15 @@ from jaxdist.launch import local, meeting
 EXPERIMENT = pathlib.Path(__file__).parents[1] / "tiny_experiment.py"
 
 
-def start(port, number, run_dir, *arguments, seconds=60):
+CERTIFICATES = pathlib.Path(__file__).parents[1] / "paramserver" / "certificates"
+WITH_CERTIFICATE = {
+    "JAX_MTLS_CERT_FILE": str(CERTIFICATES / "node.pem"),
+    "JAX_MTLS_KEY_FILE": str(CERTIFICATES / "key.pem"),
+    "JAX_MTLS_CA_FILE": str(CERTIFICATES / "root.pem"),
+}
+
+
+def start(port, number, run_dir, *arguments, seconds=60, environment=None):
     place = {
         "JAX_PLATFORMS": "cpu",
         "JAX_COORDINATOR_ADDRESS": f"{local.LOOPBACK}:{port}",
@@ -26,7 +34,7 @@ def start(port, number, run_dir, *arguments, seconds=60):
     command = [sys.executable, "-m", "jaxdist.cli", "train", str(EXPERIMENT), "--run-dir", str(run_dir), *arguments]
     return subprocess.Popen(
         command,
-        env={**os.environ, **place},
+        env={**os.environ, **place, **(environment or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -103,3 +111,27 @@ def test_tls_is_refused_where_jax_has_none(monkeypatch):
     else:
         with pytest.raises(UserError, match="JAX_MTLS_CERT_FILE asks for mutual TLS"):
             meeting.check_tls()
+
+
+def test_with_tls_processes_with_a_certificate_meet(tmp_path):
+    port = free_port()
+    both = [start(port, number, tmp_path / "run", environment=WITH_CERTIFICATE) for number in (0, 1)]
+    for status, output in [ends(process) for process in both]:
+        if hasattr(jax.config, "jax_mtls_cert_file"):
+            assert status == 0, output
+        else:
+            assert status == 2, output
+            assert "asks for mutual TLS" in output
+
+
+def test_with_tls_a_process_without_a_certificate_is_turned_away(tmp_path):
+    port = free_port()
+    coordinator = start(port, 0, tmp_path / "run", seconds=8, environment=WITH_CERTIFICATE)
+    stranger = start(port, 1, tmp_path / "run", seconds=8)
+    (status, output), (strange_status, strange_output) = ends(coordinator), ends(stranger)
+    has_tls = hasattr(jax.config, "jax_mtls_cert_file")
+    assert status == (75 if has_tls else 2), output
+    assert strange_status == 75, strange_output
+    # With TLS there is a coordinator, which does not answer; without it there is none.
+    assert ("Not all 2 processes came" if has_tls else "could not reach the coordinator") in strange_output
+    assert not (tmp_path / "run").exists()
