@@ -116,15 +116,40 @@ def cluster():
         yield {**e, "JAX_PLATFORMS": "cpu"}
 
 
+TWO_PROCESSES = ("--processes", "2", "--devices", "2", "--reduction", "canonical")
+
+
 def launch(environment, run_dir, *arguments):
-    command = [sys.executable, "-m", "jaxdist.cli", "launch", str(EXPERIMENT), "--engine", "slurm", "--processes", "2"]
-    command += ["--devices", "2", "--reduction", "canonical", "--run-dir", str(run_dir), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "jaxdist.cli", "launch", str(EXPERIMENT), "--engine", "slurm"]
+    command += ["--run-dir", str(run_dir), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def train_here(environment, run_dir, *arguments):
+    """Train without SLURM; return the run record."""
+    command = [sys.executable, "-m", "jaxdist.cli", "train", str(EXPERIMENT), "--run-dir", str(run_dir), "--json"]
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
 
 
 def job_field(environment, number, name):
     done = subprocess.run(["scontrol", "show", "job", number], env=environment, capture_output=True, text=True)
     return re.search(rf"\b{name}=(\S+)", done.stdout).group(1)
+
+
+def node_state(environment):
+    done = subprocess.run(["sinfo", "--noheader", "--format=%T"], env=environment, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def wait_for_end(environment, number, run_dir):
+    """Wait until the job is over; fails with its output if it failed."""
+    # SLURM forgets a job some minutes after its end, so whatever its end is it must be seen at once.
+    wait_until(lambda: job_field(environment, number, "JobState") in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"))
+    output = "\n".join(path.read_text() for path in run_dir.glob("slurm-*.log"))
+    assert job_field(environment, number, "JobState") == "COMPLETED", output
 
 
 def wait_until(condition, seconds=900.0):
@@ -137,9 +162,8 @@ def wait_until(condition, seconds=900.0):
 @pytest.mark.cluster
 @pytest.mark.timeout(2000)
 def test_slurm_itself_accepts_the_script(cluster, tmp_path):
-    shown = launch(cluster, tmp_path / "run", "--dry-run", "--with", "time=10", "comment=a b")
     path = tmp_path / "script"
-    path.write_text(shown.stdout)
+    path.write_text(launch(cluster, tmp_path / "run", *TWO_PROCESSES, "--dry-run", "--with", "time=10", "comment=a b"))
     tested = subprocess.run(["sbatch", "--test-only", path], env=cluster, capture_output=True, text=True, check=False)
     assert tested.returncode == 0, tested.stderr
 
@@ -149,19 +173,29 @@ def test_slurm_itself_accepts_the_script(cluster, tmp_path):
 def test_a_job_that_is_preempted_is_requeued_and_ends_in_the_bits_of_one_process(cluster, tmp_path):
     steps = ["--max-steps", "600"]
     run_dir = tmp_path / "run"
-    launched = launch(cluster, run_dir, *steps, "--with", "time=20")
-    assert launched.returncode == 0, launched.stderr
-    number = re.match(r"SLURM job (\d+);", launched.stdout).group(1)
+    launched = launch(cluster, run_dir, *TWO_PROCESSES, *steps, "--with", "time=20")
+    number = re.match(r"SLURM job (\d+);", launched).group(1)
     metrics = run_dir / "metrics.jsonl"
     wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 50)
     subprocess.run(["scancel", "--signal=USR1", number], env=cluster, check=True)
     wait_until(lambda: job_field(cluster, number, "Restarts") == "1")
+    # SLURM would wait two minutes. As soon as it has cleaned up it may start the job, and not before: it would fail.
+    wait_until(lambda: node_state(cluster) == "idle")
     subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now"], env=cluster, check=False)
-    wait_until(lambda: job_field(cluster, number, "JobState") == "COMPLETED")
+    wait_for_end(cluster, number, run_dir)
     made = json.loads((run_dir / "run.json").read_text())
     assert (made["end_reason"], made["step"], made["restarts"]) == ("max_steps", 600, 1)
     assert (made["num_processes"], made["num_devices"]) == (2, 4)
-    alone = [sys.executable, "-m", "jaxdist.cli", "train", str(EXPERIMENT), "--devices", "4", "--json"]
-    alone += ["--reduction", "canonical", "--run-dir", str(tmp_path / "alone"), *steps]
-    done = subprocess.run(alone, env=cluster, capture_output=True, text=True, check=True)
-    assert made["params_sha256"] == json.loads(done.stdout)["params_sha256"]
+    alone = train_here(cluster, tmp_path / "alone", "--devices", "4", "--reduction", "canonical", *steps)
+    assert made["params_sha256"] == alone["params_sha256"]
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(2000)
+def test_slurm_starts_a_parameter_server(cluster, tmp_path):
+    settings = ["--strategy", "parameter-server", "--max-steps", "20", "--set", "ps.workers=2", "ps.servers=2"]
+    number = re.match(r"SLURM job (\d+);", launch(cluster, tmp_path / "run", *settings, "--with", "time=20")).group(1)
+    wait_for_end(cluster, number, tmp_path / "run")
+    made = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (made["end_reason"], made["step"]) == ("max_steps", 20)
+    assert made["params_sha256"] == train_here(cluster, tmp_path / "alone", *settings)["params_sha256"]
