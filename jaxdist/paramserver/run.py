@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 import shutil
 from collections.abc import Callable, Sequence
@@ -9,7 +10,7 @@ from collections.abc import Callable, Sequence
 from jaxdist import errors, lock, record, training
 from jaxdist.config import load_experiment, override
 from jaxdist.launch import local
-from jaxdist.paramserver import host, membership, observer, resume, wire
+from jaxdist.paramserver import faults, host, membership, observer, resume, wire
 from jaxdist.paramserver import process as processes
 from jaxdist.paramserver import training as plans
 from jaxdist.paramserver.crew import Crew, LocalCrew
@@ -84,7 +85,9 @@ def _place(options: Options, plan: plans.Plan, directory: pathlib.Path) -> tuple
     chosen, names = plan.experiment.ps, part_names(plan)
     security = host.security_of(chosen.hosts)
     if chosen.engine == "ray":
-        cluster = RayCrew(names, directory, {wire.TOKEN: security.token}, devices=options.devices)
+        # What the actors find in their environment is that of the cluster, not of this process.
+        told = {name: os.environ[name] for name in (faults.FAULTS,) if name in os.environ}
+        cluster = RayCrew(names, directory, {wire.TOKEN: security.token, **told}, devices=options.devices)
         return cluster, {**cluster.peers, **_local_ports([processes.OBSERVER])}, security
     if chosen.hosts:
         host.check(chosen.hosts, names)

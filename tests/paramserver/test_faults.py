@@ -62,7 +62,7 @@ def test_stopped_for_twenty_seconds(tmp_path, monkeypatch, calm, process):  # no
         marks = mischief.directory / "faults"
         while not (marks.exists() and any(marks.iterdir())):
             time.sleep(0.02)
-        pid = pid_of(process)
+        pid = pid_of(process, mischief.directory)
         threading.Timer(20.0, lambda: signal_if_there(pid, signal.SIGCONT)).start()
 
     mischief = Mischief(tmp_path, [(0, wake)])
@@ -95,7 +95,7 @@ def test_one_worker_five_times_slower(tmp_path, calm):  # noqa: F811
     over = threading.Event()
 
     def slow_down(mischief):
-        pid = pid_of("worker/1")
+        pid = pid_of("worker/1", mischief.directory)
         for number in itertools.cycle((signal.SIGSTOP, signal.SIGCONT)):
             with_it = over.wait(0.2 if number == signal.SIGCONT else 0.05)
             signal_if_there(pid, signal.SIGCONT if with_it else number)

@@ -13,10 +13,12 @@ import pytest
 import tiny_experiment
 
 from jaxdist import record
-from jaxdist.paramserver import faults, run
+from jaxdist.paramserver import faults, process, run
 
 EXPERIMENT = tiny_experiment.__file__
 LIMIT_SECONDS = 240
+ENGINE = "JAXDIST_TEST_ENGINE"
+"""Environment variable: what places the processes; see test_on_ray.py."""
 REPLICATED = {"steps": 60, "workers": 2, "servers": 1, "durability": "replicated"}
 
 
@@ -29,6 +31,7 @@ def options(run_dir, *, steps, assignments=(), resume=False, **chosen):
             f"stop.max_steps={steps}",
             "eval.every_steps=1000",
             "checkpoints.every_steps=1000",
+            f"ps.engine={os.environ.get(ENGINE, 'processes')}",
             *settings,
             *assignments,
         ],
@@ -56,26 +59,26 @@ class Mischief(threading.Thread):
             self.done.append(after)
 
 
-def pid_of(name):
-    """Return the newest process that plays the part `name`."""
+def pid_of(name, directory):
+    """Return the newest process that plays the part `name` in the run whose own folder is `directory`."""
+    spec = str(directory / process.SPEC_NAME).encode()
     for entry in sorted(pathlib.Path("/proc").glob("[0-9]*"), key=lambda path: -int(path.name)):
         try:
             words = (entry / "cmdline").read_bytes().split(b"\0")
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue
-        if name.encode() in words and b"jaxdist.paramserver." in b" ".join(words) and parent == os.getpid():
+        if name.encode() in words and spec in words:
             return int(entry.name)
     raise AssertionError(f"no process plays {name}")
 
 
 def kill(name):
-    return lambda mischief: os.kill(pid_of(name), signal.SIGKILL)
+    return lambda mischief: os.kill(pid_of(name, mischief.directory), signal.SIGKILL)
 
 
 def freeze(name, seconds):
     def deed(mischief):
-        pid = pid_of(name)
+        pid = pid_of(name, mischief.directory)
         os.kill(pid, signal.SIGSTOP)
         threading.Timer(seconds, lambda: os.kill(pid, signal.SIGCONT)).start()
 

@@ -1,10 +1,6 @@
-"""Runs of real processes that are stopped, killed whole and resumed, here and on a Ray cluster of two nodes.
-
-pytest -m soak tests/paramserver/test_run.py        # Ray's needs the extra: pip install 'jaxdist[ray]'
-"""
+"""Runs of real processes that are stopped, killed whole and resumed."""
 
 import json
-import os
 import pathlib
 import signal
 import subprocess
@@ -53,24 +49,3 @@ def test_a_run_that_was_stopped_resumes_on_other_servers_with_the_same_bits(tmp_
     resumed = record_of(run_dir)
     assert (resumed["params_sha256"], resumed["step"]) == (calm["params_sha256"], 40)
     assert resumed["examples_seen"] == calm["examples_seen"]
-
-
-def test_ray_restarts_what_dies_and_the_bits_stay(tmp_path, calm):
-    from ray import cluster_utils
-
-    cluster = cluster_utils.Cluster()
-    try:
-        for _ in range(2):
-            cluster.add_node(num_cpus=2, object_store_memory=80_000_000)
-        run_dir = tmp_path / "run"
-        process = subprocess.Popen(
-            command(run_dir, "ps.engine=ray"), env={**os.environ, "RAY_ADDRESS": cluster.address}
-        )
-        wait_for_steps(process, run_dir, 5)
-        part = ["pgrep", "-f", f"paramserver.member worker/1 {run_dir}"]
-        os.kill(int(subprocess.run(part, capture_output=True, check=True, text=True).stdout.split()[0]), signal.SIGKILL)
-        assert process.wait() == 0
-        assert record_of(run_dir)["params_sha256"] == calm["params_sha256"]
-        assert record_of(run_dir)["restarts"] == 1
-    finally:
-        cluster.shutdown()
