@@ -18,7 +18,7 @@ import jax
 from jaxdist import checkpoint, ledger, snapshot
 from jaxdist.config import Recovery
 from jaxdist.hooks import every
-from jaxdist.launch import agreement, supervisor, watchdog
+from jaxdist.launch import agreement, fingerprint, supervisor, watchdog
 from jaxdist.loop import Hook, StepInfo
 from jaxdist.step import NONFINITE_LEAF
 
@@ -64,18 +64,23 @@ def deadline(settings: Recovery, environment: Mapping[str, str] = os.environ) ->
 
 
 def open_snapshots(settings: Recovery, identity: str, template: Any) -> snapshot.Snapshots | None:
-    """Return where snapshots go, None if the run takes none; says so where memory is too small for them."""
+    """Return where snapshots go, None if the run takes none; says so where memory is too small for them.
+
+    Every process must call it: process 0 decides, since all take the same snapshots or none does.
+    """
     directory = memory()
     if directory is None or settings.snapshot_every == 0:
         return None
     needed = snapshot.NUM_SLOTS * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(template))
-    free = shutil.disk_usage(directory).free
-    if needed > free:
-        print(
-            f"jaxdist: snapshots are off: they need {needed / 2**20:.0f} MiB in {directory.parent}, {free / 2**20:.0f} "
-            "are free. A restart goes on from the newest checkpoint.",
-            file=sys.stderr,
-        )
+    # Those of the attempt before are overwritten.
+    free = shutil.disk_usage(directory).free + snapshot.held_bytes(directory)
+    if fingerprint.from_first("memory for snapshots", str(needed <= free)) != str(True):
+        if jax.process_index() == 0:
+            print(
+                f"jaxdist: snapshots are off: they need {needed / 2**20:.0f} MiB in {directory.parent}, "
+                f"{free / 2**20:.0f} are free. A restart goes on from the newest checkpoint.",
+                file=sys.stderr,
+            )
         return None
     return snapshot.Snapshots(directory, identity=identity)
 

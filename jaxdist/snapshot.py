@@ -179,10 +179,9 @@ class Snapshots:
         return found
 
 
-def needed_bytes(state: PyTree) -> int:
-    """Return the memory that the snapshots of this process's part of `state` take."""
-    pieces = _pieces(manifests.leaves_of(state))
-    return NUM_SLOTS * sum(piece.data.nbytes for piece in pieces)
+def held_bytes(directory: pathlib.Path) -> int:
+    """Return the memory that the snapshots in `directory` take."""
+    return sum(path.stat().st_size for path in directory.glob(_PATTERN))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,7 @@
+import contextlib
 import functools
 import itertools
+import shutil
 import types
 
 import jax
@@ -10,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxdist import recovery, snapshot, testing
+from jaxdist import config, recovery, snapshot, testing
+from jaxdist.launch import supervisor
 from jaxdist.mesh import make_mesh
 
 REPLICATED = PartitionSpec()
@@ -161,7 +164,18 @@ def test_full_memory_is_an_error_and_the_earlier_snapshots_stay(tmp_path, monkey
     with pytest.raises(OSError, match="No space left"):
         snapshots.wait()
     assert snapshots.latest_step() == 3
-    assert snapshot.needed_bytes(make_state(mesh, 1)) == 3 * (4 + 8 + 6 + 64)
+
+
+def test_where_memory_is_too_small_none_are_taken_and_what_is_overwritten_counts_as_free(tmp_path, monkeypatch, capsys):
+    template = abstract(make_state(make_mesh({"data": -1}), 1))
+    small = shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: small)
+    monkeypatch.setenv(supervisor.MEMORY, str(tmp_path))
+    assert recovery.open_snapshots(config.Recovery(), "a", template) is None
+    assert "snapshots are off" in capsys.readouterr().err
+    (tmp_path / "process-0.slot-1.snapshot").write_bytes(bytes(1000))
+    with contextlib.closing(recovery.open_snapshots(config.Recovery(), "a", template)):
+        assert not capsys.readouterr().err
 
 
 @given(
