@@ -28,6 +28,7 @@ import numpy as np
 HERE = pathlib.Path(__file__).parent
 PEERS = ["tensorflow-cpu==2.21.0", "torch==2.13.0", "torchdata==0.11.0", "grain==0.2.18", "simplejpeg==1.9.0"]
 NUM_JPEGS, NUM_TOKENS = 1024, 2**25
+_GRACE_SECONDS = 20.0
 
 WORKS = {
     "jpeg": ("images/s", 96, "ours jpeg", ["tf.data jpeg", "torch jpeg", "grain jpeg, 2 threads of batches",
@@ -80,8 +81,15 @@ class Side:
         return max(turn[what] for turn in self.turns)
 
     def close(self) -> None:
-        """End the process."""
-        os.killpg(self._process.pid, signal.SIGKILL)
+        """End the process: by itself if it can, so that it removes what it has in shared memory."""
+        os.killpg(self._process.pid, signal.SIGCONT)
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_GRACE_SECONDS)
+        with contextlib.suppress(ProcessLookupError):  # it has left nobody
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._log.close()
 
