@@ -314,7 +314,8 @@ def _launch_servers(options: argparse.Namespace, experiment: "Experiment") -> in
     if options.dry_run:
         print(shlex.join(["jaxdist", *arguments]))
         return EXIT_OK
-    os.environ.update({"RAY_ADDRESS": settings["address"]} if settings else {})
+    if settings:
+        os.environ["RAY_ADDRESS"] = settings["address"]
     return run(arguments)
 
 

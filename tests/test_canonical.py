@@ -268,3 +268,28 @@ def test_a_thread_pool_of_one_is_refused(cores, environment, threads):
         refused = pytest.raises(ValueError, match="Set PJRT_NPROC=2") if threads == 1 else contextlib.nullcontext()
         with refused:
             canonical.check_layout(make_mesh(), logical_shards=8)
+
+
+class Summand:
+    """Remembers which additions it came from."""
+
+    def __init__(self, form):
+        self.form = form
+
+    def __add__(self, other):
+        return Summand((self.form, other.form))
+
+
+def balanced(numbers):
+    half = len(numbers) // 2
+    return (balanced(numbers[:half]), balanced(numbers[half:])) if half else numbers[0]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8, 16, 32, 64, 128])
+def test_values_are_added_in_a_balanced_tree_and_few_are_kept(count):
+    tree, most = canonical._TreeSum(canonical._add_in_pairs), 0
+    for number in range(count):
+        tree.push(Summand(number))
+        most = max(most, len(tree._partial))
+    assert most <= 2 + 1.5 * np.log2(count)
+    assert tree.result().form == balanced(list(range(count)))

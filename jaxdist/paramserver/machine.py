@@ -5,7 +5,6 @@
 The engine says which of them this machine is. The first trains, the others keep their processes alive (see `host`).
 """
 
-import ipaddress
 import os
 import signal
 import socket
@@ -63,7 +62,7 @@ def addresses(names: Sequence[str], index: int, *, timeout_seconds: float = _NAM
       TryAgain: a name stands for no address, in time.
     """
     found = [_address(name, timeout_seconds) for name in names]
-    if len(names) > 1 and not _is_address(names[index]):
+    if len(names) > 1 and found[index] != names[index]:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((found[1 if index == 0 else 0], 9))  # chooses a route, and sends nothing
             found[index] = probe.getsockname()[0]
@@ -79,14 +78,6 @@ def _address(name: str, timeout_seconds: float) -> str:
             if time.monotonic() > deadline:
                 raise TryAgain(f"The machine {name!r} has no address after {timeout_seconds:g} s: {error}.") from error
             time.sleep(0.5)
-
-
-def _is_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ class Observer:
         earlier: record.RunRecord | None,
         checkpointer: checkpoint.Checkpointer,
         *,
+        identity: training.Identity,
         silent: bool,
         command: str,
         num_devices: int,
@@ -61,7 +62,7 @@ class Observer:
         self.plan, self.run_dir, self.start, self.earlier = plan, run_dir, start, earlier
         self.directory = run_dir / processes.DIRECTORY_NAME
         self.checkpointer, self.silent, self.command, self.num_devices = checkpointer, silent, command, num_devices
-        self.identity = dataclasses.asdict(training.identity(plan.experiment))
+        self.identity = dataclasses.asdict(identity)
         self.rule = plan.experiment.stop.rule()
         self.judge = plans.Judge(plan)
         self.progress = start.progress

@@ -72,6 +72,7 @@ def train(options: Options) -> record.RunRecord:
             start,
             earlier,
             checkpointer,
+            identity=identity,
             silent=options.silent,
             command=options.command,
             num_devices=options.devices,

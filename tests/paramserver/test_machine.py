@@ -4,9 +4,11 @@ import contextlib
 import json
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -56,8 +58,9 @@ def test_a_machine_without_an_address_is_worth_another_attempt(capsys, monkeypat
     assert "needs JAXDIST_PS_HOSTS" in capsys.readouterr().err
 
 
-def run_script(folder, run_dir, *arguments):
-    """Run the batch script of two machines, 127.0.0.1 and 127.0.0.2, as SLURM would; return its exit status."""
+@contextlib.contextmanager
+def running(folder, run_dir, *arguments):
+    """Run the batch script of two machines, 127.0.0.1 and 127.0.0.2, as SLURM would; yield its process."""
     request = Request(
         name="tiny",
         experiment=EXPERIMENT,
@@ -85,30 +88,56 @@ def run_script(folder, run_dir, *arguments):
     }
     environment.pop("JAXDIST_PS_TOKEN", None)
     text = slurm.script(request, directory=str(folder), python=sys.executable)
-    return subprocess.run(["bash", "-c", text], env=environment, check=False, timeout=200).returncode
+    job = subprocess.Popen(["bash", "-c", text], env=environment)
+    try:
+        yield job
+    finally:
+        for number in machines_of(run_dir):  # which take their processes with them
+            os.kill(number, signal.SIGKILL)
+        job.wait()
 
 
 def read_record(run_dir):
     return json.loads((run_dir / "run.json").read_text())
 
 
-def test_two_machines_of_a_batch_job_give_the_bits_of_one_and_a_requeue_goes_on(tmp_path):
-    chosen = ["ps.workers=2", "ps.servers=2", "guards.check_replicas_every=0"]
+def machines_of(run_dir):
+    """Return the numbers of the processes that play the machines of a run."""
+    found = []
+    for entry in pathlib.Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (entry / "cmdline").read_bytes().decode().split("\0")
+            ours = words[0] == sys.executable and {"jaxdist.paramserver.machine", str(run_dir)} <= set(words)
+            found += [int(entry.name)] if ours else []
+    return found
+
+
+def test_two_machines_that_are_preempted_and_requeued_give_the_bits_of_one(tmp_path):
+    chosen = ["ps.workers=2", "ps.servers=2", "stop.max_steps=200", "eval.every_steps=1000"]
     with contextlib.ExitStack() as stack:
         first_port = stack.enter_context(local.reserved_port())
-    status = run_script(tmp_path, tmp_path / "two", *chosen, f"ps.port={first_port}", "stop.max_steps=6")
-    outputs = {index: (tmp_path / f"output.{index}").read_text() for index in (0, 1)}
-    assert status == 0, outputs
-    logs = {path.stem for path in (tmp_path / "two" / "ps" / "logs").iterdir()}
+    run_dir, steps = tmp_path / "two", tmp_path / "two" / "ps" / "steps.jsonl"
+    with running(tmp_path, run_dir, *chosen, f"ps.port={first_port}") as job:
+        while not steps.exists() or steps.read_text().count("\n") < 10:
+            assert job.poll() is None, [path.read_text() for path in tmp_path.glob("output.*")]
+            time.sleep(0.05)
+        machines = machines_of(run_dir)
+        assert len(machines) == 2
+        for number in machines:
+            os.kill(number, signal.SIGUSR1)
+        assert job.wait(100) == 75
+    preempted = read_record(run_dir)
+    assert preempted["end_reason"] == "preempted"
+    logs = {path.stem for path in (run_dir / "ps" / "logs").iterdir()}
     assert logs == {"scheduler", "server-0-a", "server-1-a", "worker-0", "worker-1"}
-    # The job is started once more, as after a preemption: it finds its run, and the other machine comes along.
-    status = run_script(tmp_path, tmp_path / "two", *chosen, f"ps.port={first_port}", "stop.max_steps=10")
-    assert status == 0, {index: (tmp_path / f"output.{index}").read_text() for index in (0, 1)}
+    with running(tmp_path, run_dir, *chosen, f"ps.port={first_port}") as job:
+        assert job.wait(200) == 0
     one = tmp_path / "one"
     arguments = ["train", str(EXPERIMENT), "--strategy", "parameter-server", "--run-dir", str(one), "--json"]
-    assert cli.run([*arguments, "--set", *chosen, "stop.max_steps=10"]) == 0
-    resumed, undisturbed = read_record(tmp_path / "two"), read_record(one)
-    assert (resumed["step"], resumed["restarts"]) == (10, 1)
+    assert cli.run([*arguments, "--set", *chosen]) == 0
+    resumed, undisturbed = read_record(run_dir), read_record(one)
+    assert (resumed["step"], resumed["restarts"]) == (200, 1)
+    assert 10 <= preempted["step"] < 200
     assert resumed["params_sha256"] == undisturbed["params_sha256"]
 
 
