@@ -318,7 +318,7 @@ class _Run:
             else:
                 self._finish(result)
             final = self.write_record(result.end_reason, result.progress, result.state)
-            display.finish(_summary(final, self.options.run_dir, self.checkpointer))
+            display.finish(summary(final, self.options.run_dir, self.checkpointer))
         return final
 
     def _finish(self, result: loop.FitResult) -> None:
@@ -465,7 +465,8 @@ def _explained(error: Exception) -> errors.UserError | errors.RunFailedError | N
     return None
 
 
-def _summary(made: record.RunRecord, run_dir: pathlib.Path, checkpointer: checkpoint.Checkpointer) -> dict[str, object]:
+def summary(made: record.RunRecord, run_dir: pathlib.Path, checkpointer: checkpoint.Checkpointer) -> dict[str, object]:
+    """Return what a user is shown when a run has ended."""
     evaluated = {name: value for name, value in made.metrics.items() if name.startswith("eval/") and value is not None}
     return {
         "end reason": made.end_reason,

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from jaxdist import checkpoint, progress, record, stop, training, writers
+from jaxdist import checkpoint, progress, record, stop, train, training, writers
 from jaxdist.paramserver import encoding, journal, messages
 from jaxdist.paramserver import process as processes
 from jaxdist.paramserver import training as plans
@@ -84,21 +84,22 @@ class Observer:
     def run(self, crew: Crew, send: Send, stop_requested: Callable[[], bool]) -> record.RunRecord:
         """Watch until the run ends; return the record, which is written too."""
         self.end_reason = self.rule(self.progress) if self.progress.step else None
-        try:
-            if self.end_reason is None:
-                with contextlib.ExitStack() as stack:
-                    display = stack.enter_context(self._display())
-                    self.phase = stack.enter_context(contextlib.ExitStack())
-                    self._charge("compile")
-                    self._watch(crew, send, stop_requested, display)
-            self.checkpointer.wait()
-        except BaseException:
-            self.write_record("error")
-            raise
-        finally:
-            for writer in self.writers:
-                writer.close()
-        return self.write_record(self.end_reason, final=True)
+        with self._display() as display:
+            try:
+                if self.end_reason is None:
+                    with contextlib.ExitStack() as self.phase:
+                        self._charge("compile")
+                        self._watch(crew, send, stop_requested, display)
+                self.checkpointer.wait()
+            except BaseException:
+                self.write_record("error")
+                raise
+            finally:
+                for writer in self.writers:
+                    writer.close()
+            made = self.write_record(self.end_reason, final=True)
+            display.finish(train.summary(made, self.run_dir, self.checkpointer))
+        return made
 
     def _watch(self, crew: Crew, send: Send, stop_requested: Callable[[], bool], display: Any) -> None:
         started, before = time.monotonic(), self.progress.seconds

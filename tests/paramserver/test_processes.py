@@ -1,8 +1,10 @@
 """Real processes on this machine: killed, stopped and restarted, they end in the bits of the undisturbed run."""
 
+import dataclasses
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -106,6 +108,19 @@ def test_a_calm_run_leaves_the_record_every_run_leaves(calm):
     assert calm.restarts == 0
     assert calm.extra["ps"]["updates"] == 60
     assert calm.extra["ps"]["staleness"] == {0: 60}
+
+
+@pytest.mark.timeout(LIMIT_SECONDS)
+def test_the_end_of_a_run_is_shown_as_that_of_every_run(tmp_path, capsys):
+    run.train(dataclasses.replace(options(tmp_path, steps=3, workers=1, servers=1), silent=False))
+    shown = capsys.readouterr()
+    for line in (
+        r"end reason +max_steps",
+        r"eval/accuracy +0\.\d+",
+        r"run record .*run\.json",
+        r"checkpoint .*\(step 3\)",
+    ):
+        assert re.search(line, shown.out + shown.err), shown
 
 
 def struck(tmp_path, monkeypatch, *lines, **chosen):
