@@ -328,7 +328,7 @@ def _show(numbers: tuple[int, ...]) -> str:
 
 
 def explain_nonfinite(
-    loss_fn: Callable[..., Any], state: TrainState, batch: Batch, *, step: int | None = None
+    loss_fn: Callable[..., Any], state: TrainState, batch: Batch, *, step: int | None = None, first_row: int = 0
 ) -> NonFiniteReport:
     """Find out why the step from `state` with `batch` had a loss or gradient that is not finite.
 
@@ -341,6 +341,7 @@ def explain_nonfinite(
       state: the state before the step.
       batch: the global batch of the step.
       step: its number; by default the one after `state.step`.
+      first_row: where in the global batch `batch` begins, if it is a part of it.
     """
     shards = _RowShards(batch)
     loss, leaves = jax.jit(functools.partial(_finite_gradients, loss_fn), out_shardings=shards.replicated)(state, batch)
@@ -353,14 +354,14 @@ def explain_nonfinite(
     bad_leaves = [name for name, finite in zip(names, leaves, strict=True) if not finite]
     used = rows[MASK]
     bad_rows = {name: _positions(used & ~finite) for name, finite in rows.items() if name != MASK}
-    positions = bad_rows.pop(_OWN)
+    own = bad_rows.pop(_OWN)
     return NonFiniteReport(
         step=int(_local(state.step)) + 1 if step is None else step,
         loss=float(loss),
         leaf=bad_leaves[0] if bad_leaves else None,
-        positions=positions,
-        fields={name: rows for name, rows in bad_rows.items() if rows},
-        integers={name: tuple(values[list(positions)].tolist()) for name, values in integers.items() if positions},
+        positions=_from(first_row, own),
+        fields={name: _from(first_row, rows) for name, rows in bad_rows.items() if rows},
+        integers={name: tuple(values[list(own)].tolist()) for name, values in integers.items() if own},
         params=tuple(name for name, finite in zip(names, params, strict=True) if not finite),
     )
 
@@ -379,6 +380,10 @@ def _integers(batch: Batch) -> Batch:
 
 def _positions(flags: np.ndarray) -> tuple[int, ...]:
     return tuple(np.flatnonzero(flags).tolist())
+
+
+def _from(first: int, rows: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(first + row for row in rows)
 
 
 class _RowShards:

@@ -407,11 +407,8 @@ class _Run:
         report = guard.explain_nonfinite(
             self.parts.functions.loss_fn, result.state, result.nonfinite.batch, step=result.nonfinite.step
         )
-        saved = self.checkpointer.latest_step()
-        kept = "No checkpoint was saved yet." if saved is None else f"The checkpoint of step {saved} is kept."
         if jax.process_index() == 0:
-            (self.options.run_dir / "nonfinite.txt").write_text(f"{report}\n{kept}\n")
-            print(f"{report}\n{kept}", file=sys.stderr)
+            write_nonfinite(self.options.run_dir, str(report), self.checkpointer)
 
     def _whole(self, params: Any) -> Any:
         """Return `params` so that each process holds all of them; every process must call it."""
@@ -463,6 +460,14 @@ def _explained(error: Exception) -> errors.UserError | errors.RunFailedError | N
     if isinstance(error, checkpoint.CheckpointError) or getattr(error, "errno", None) in _DISK_IS_FULL:
         return errors.RunFailedError(str(error))
     return None
+
+
+def write_nonfinite(run_dir: pathlib.Path, report: str, checkpointer: checkpoint.Checkpointer) -> None:
+    """Write and show why a run ended as `nonfinite`, and what it leaves to go on from."""
+    saved = checkpointer.latest_step()
+    kept = "No checkpoint was saved yet." if saved is None else f"The checkpoint of step {saved} is kept."
+    (run_dir / "nonfinite.txt").write_text(f"{report}\n{kept}\n")
+    print(f"{report}\n{kept}", file=sys.stderr)
 
 
 def summary(made: record.RunRecord, run_dir: pathlib.Path, checkpointer: checkpoint.Checkpointer) -> dict[str, object]:

@@ -113,7 +113,7 @@ def put_together(experiment: Experiment, *, devices: Sequence[jax.Device]) -> Tr
     shapes = example_batch(loader)
     functions = make_functions(experiment, shapes)
     known_end = {"steps_per_epoch": loader.steps_per_epoch, "max_steps": last_step(experiment, loader.steps_per_epoch)}
-    optimizer, learning_rate = _make_optimizer(experiment, known_end)
+    optimizer, learning_rate = make_optimizer(experiment, known_end)
     # A leaf that cannot be cut as asked is found here, where nothing has been written yet.
     abstract = state.abstract_state(functions.init_fn, optimizer, mesh=strategy.mesh, layout=strategy.layout)
     check_watched_metrics(experiment, functions, abstract, shapes)
@@ -215,9 +215,15 @@ def _short_hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 
-def _make_optimizer(
+def make_optimizer(
     experiment: Experiment, known_end: Mapping[str, int | None]
 ) -> tuple[optax.GradientTransformation, Callable[[int], float] | None]:
+    """Return the optimizer of `experiment`, and step -> learning rate (None where the optimizer is optax's own).
+
+    Args:
+      experiment: what to train.
+      known_end: `steps_per_epoch` and `max_steps`, as `optimizers.build` takes them.
+    """
     described = experiment.optimizer
     settings: dict[str, Any] = {"global_batch_size": experiment.global_batch_size, **known_end}
     optimizer = precision.with_loss_scale(optimizers.build(described, **settings), experiment.precision)

@@ -40,7 +40,7 @@ def take(state: SchedulerState, now: float, out: Output) -> None:
             state.reading = state.attempts
             _order_reads(state, out)
     else:
-        ending.end(state, state.halted or "max_steps", now, out)
+        ending.end(state, state.end_reason(), now, out)
 
 
 def repeat(state: SchedulerState, out: Output) -> None:
@@ -118,7 +118,7 @@ def on_read_answer(state: SchedulerState, answer: messages.ReadAnswer, now: floa
     if len(state.answers) < state.settings.servers:
         return
     answers = tuple(state.answers[number] for number in sorted(state.answers))
-    out.do(effects.Cut(state.step, state.ending(), state.ledger.state(), answers))
+    out.do(effects.Cut(state.step, state.end_reason(), state.ledger.state(), answers))
     state.reading, state.answers, state.judging = 0, {}, True
 
 

@@ -96,13 +96,13 @@ class Committed:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """All params after `step`, one answer a shard: for evaluation, for a checkpoint, and (`last`) for the end.
+    """All params after `step`, one answer a shard: for evaluation, for a checkpoint, and for the end.
 
     No lease goes out until it is answered with messages.Verdict.
     """
 
     step: int
-    last: bool
+    end_reason: str  # empty where the run goes on
     ledger: journal.LedgerState
     shards: tuple[messages.ReadAnswer, ...]
 

@@ -5,7 +5,7 @@
     JAXDIST_PS_TOKEN=... python -m jaxdist.paramserver.host RUN_DIR ADDRESS
 
 waits for the run in RUN_DIR, which all machines see, starts the processes of its address, restarts those that die, and
-ends with the run or with the machine that trains.
+ends with the run, or with status 75 when the machine that trains is gone before the run has ended.
 """
 
 import os
@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from jaxdist import record
 from jaxdist.errors import RunFailedError
 from jaxdist.paramserver import process, wire
 from jaxdist.paramserver.crew import LocalCrew
@@ -63,7 +64,8 @@ def main(arguments: Sequence[str]) -> int:
     crew.start()
     orderly = False
     try:
-        orderly = _watch(crew, spec.peers[process.OBSERVER])
+        # One that died late, and starts again, finds nobody to tell it of the end: the record does.
+        orderly = _watch(crew, spec.peers[process.OBSERVER]) or _has_ended(run_dir)
     except RunFailedError as error:
         print(f"jaxdist: {error}", file=sys.stderr)
         return 1
@@ -87,13 +89,18 @@ def _watch(crew: LocalCrew, observer: str) -> bool:
     """Look after the processes; return True when they ended by themselves, False when nobody trains any more."""
     heard_at = time.monotonic()
     while not crew.all_ended():
-        crew.look_after()
         if _answers(observer):
             heard_at = time.monotonic()
+            crew.look_after()
         elif time.monotonic() - heard_at > _GONE_SECONDS:
             return False
         time.sleep(_LOOK_SECONDS)
     return True
+
+
+def _has_ended(run_dir: pathlib.Path) -> bool:
+    """Return True where the machine that trains has written down how the run ended."""
+    return record.RunRecord.read(run_dir).end_reason is not None
 
 
 def _answers(address: str) -> bool:

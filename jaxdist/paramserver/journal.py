@@ -21,7 +21,7 @@ class CutFile:
     """All params after `step` (see effects.Cut), as they are written down for whoever watches the run."""
 
     step: int
-    last: bool
+    end_reason: str
     ledger: LedgerState
     shards: tuple[ReadAnswer, ...]
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from jaxdist import config
 from jaxdist.launch import runtime
-from jaxdist.paramserver import faults, training
-from jaxdist.paramserver.node import Node
-from jaxdist.paramserver.process import Spec, Statistics, die_with_parent, main, statistics_of
+from jaxdist.paramserver import effects, faults, messages, training
+from jaxdist.paramserver.node import Node, write_file
+from jaxdist.paramserver.process import NONFINITE_NAME, Spec, Statistics, die_with_parent, main, statistics_of
 from jaxdist.paramserver.server import Server
 from jaxdist.paramserver.settings import server_shard, worker_number
 from jaxdist.paramserver.worker import Worker
@@ -37,10 +37,19 @@ def _make_worker(number: int, boot: int, plan: Any, devices: Any, name: str, spe
     machine = Worker(worker=number, boot=boot, settings=plan.settings)
     statistics = statistics_of(name, spec, machine)
     directory = pathlib.Path(spec.directory)
+
+    def gradient(compute: effects.Compute) -> messages.Computed:
+        computed = island.gradient(compute)
+        if not computed.finite:
+            # Before anybody hears of it: whoever ends the run finds the report.
+            path = directory / NONFINITE_NAME / f"worker-{number}.txt"
+            write_file(path, [f"{name}. {island.explain_nonfinite(compute)}".encode()])
+        return computed
+
     node = Node(
         machine,
         directory=directory,
-        gradient=island.gradient,
+        gradient=gradient,
         observe=statistics.observe,
         point=faults.faults_of(name, directory),
     )

@@ -26,6 +26,7 @@ from jaxdist.state import TrainState
 POLL_SECONDS = 0.05
 REPEAT_SECONDS = 1.0
 """How often an answer is given again until it shows that it was heard."""
+NONFINITE = "nonfinite"
 KEPT_SNAPSHOTS = 2
 """The newest may not be in force yet; the one before it is."""
 
@@ -91,6 +92,8 @@ class Observer:
                         self._charge("compile")
                         self._watch(crew, send, stop_requested, display)
                 self.checkpointer.wait()
+                if self.end_reason == NONFINITE:
+                    self._report_nonfinite()
             except BaseException:
                 self.write_record("error")
                 raise
@@ -179,6 +182,9 @@ class Observer:
         self.progress.epoch = step // self.plan.settings.steps_per_epoch
         self.progress.metrics.update(named)
         if step == 1 or step % self.plan.experiment.log_every == 0:
+            if self.plan.learning_rate is not None:
+                named["train/learning_rate"] = self.plan.learning_rate(step)
+                self.progress.metrics.update(named)
             self._write_metrics(step, named)
 
     def _write_metrics(self, step: int, metrics: dict[str, float]) -> None:
@@ -199,7 +205,7 @@ class Observer:
         self.progress.step = max(self.progress.step, cut.step)
         self.state = self.judge.state(cut)
         self._evaluate(cut, self.state)
-        reason = self.rule(self.progress) or self.halt or ("max_steps" if cut.last else "")
+        reason = NONFINITE if self._diverged(cut) else self.rule(self.progress) or self.halt or cut.end_reason
         self._save(cut, self.state, reason)
         self.cut_step = cut.step
         self.judged = messages.Verdict(cut.step, reason)
@@ -208,26 +214,32 @@ class Observer:
         self.write_record(None)
 
     def _due(self, cut: journal.CutFile, period: int) -> bool:
-        return cut.last or cut.step // period > self.cut_step // period
+        return bool(cut.end_reason) or cut.step // period > self.cut_step // period
 
     def _evaluate(self, cut: journal.CutFile, state: TrainState) -> None:
         """Evaluate if that is due; a run that is stopped has no time for it, and one that diverged no use."""
         period = plans.evaluation_period(self.plan)
         done = self.progress.last_evaluation == cut.step > 0
-        if period is None or done or self.halt == "preempted" or not self._due(cut, period) or self._diverged():
+        if period is None or done or self.halt == "preempted" or not self._due(cut, period) or self._diverged(cut):
             return
         with self.stopwatch.account("eval"):
             found = self.judge.evaluate(state)
         self.progress.record_evaluation(found)
         self._write_metrics(cut.step, found)
 
-    def _diverged(self) -> bool:
-        return stop.nonfinite()(self.progress) is not None
+    def _diverged(self, cut: journal.CutFile) -> bool:
+        """Return True where a gradient was not finite, or the loss is not."""
+        return cut.end_reason == NONFINITE or stop.nonfinite()(self.progress) is not None
+
+    def _report_nonfinite(self) -> None:
+        """Gather what the workers found out about it."""
+        found = sorted((self.directory / processes.NONFINITE_NAME).glob("*.txt"))
+        train.write_nonfinite(self.run_dir, "\n".join(path.read_text() for path in found), self.checkpointer)
 
     def _save(self, cut: journal.CutFile, state: TrainState, reason: str) -> None:
         """Save if that is due, and at every end but that of a run that diverged."""
         every = self.plan.experiment.checkpoints.every_steps
-        if self.saved == cut.step or self._diverged() or not (reason or self._due(cut, every)):
+        if self.saved == cut.step or self._diverged(cut) or not (reason or self._due(cut, every)):
             return
         self.saved = cut.step
         place = plans.position(self.plan, cut.ledger.step)

@@ -26,6 +26,8 @@ PARENT_ID = "JAXDIST_PARENT_ID"
 OBSERVER = "observer"
 DIRECTORY_NAME, STATISTICS_NAME = "ps", "statistics"
 """The run's own folder in a run directory; the counters in it."""
+NONFINITE_NAME = "nonfinite"
+"""The folder with what workers found out about gradients that are not finite."""
 STEPS_NAME, CUT_NAME, LOG_NAME, SPEC_NAME = "steps.jsonl", "cut", "scheduler.log", "spec.json"
 _STATISTICS_SECONDS = 0.5
 
@@ -129,7 +131,7 @@ class Report:
             row = {"step": effect.step, "examples": effect.examples, "metrics": metrics, "time": time.time()}
             self._steps.write(json.dumps(row) + "\n")
         elif isinstance(effect, effects.Cut):
-            content = journal.CutFile(effect.step, effect.last, effect.ledger, effect.shards)
+            content = journal.CutFile(effect.step, effect.end_reason, effect.ledger, effect.shards)
             write_file(self.directory / CUT_NAME, encoding.encode(content))
 
 

@@ -109,7 +109,8 @@ def _write_spec(
     """Remove what belongs to an earlier attempt only, and write down what every process must know."""
     for name in (processes.LOG_NAME, processes.CUT_NAME, processes.STEPS_NAME, processes.SPEC_NAME):
         (directory / name).unlink(missing_ok=True)
-    shutil.rmtree(directory / processes.STATISTICS_NAME, ignore_errors=True)
+    for name in (processes.STATISTICS_NAME, processes.NONFINITE_NAME):
+        shutil.rmtree(directory / name, ignore_errors=True)
     spec = processes.Spec(
         experiment=str(pathlib.Path(options.experiment).absolute()),
         assignments=list(options.assignments),

@@ -142,9 +142,13 @@ class SchedulerState:
         """Return True when readers wait for each other's clocks."""
         return self.settings.mode == "bounded" and not self.settings.synchronous
 
+    def end_reason(self) -> str:
+        """Return why no more steps are to be made; empty where the run goes on."""
+        return self.halted or ("max_steps" if self.step >= self.settings.max_steps else "")
+
     def ending(self) -> bool:
         """Return True when no more steps are to be made."""
-        return bool(self.halted) or self.step >= self.settings.max_steps
+        return bool(self.end_reason())
 
     def note_nonfinite(self, finite: bool) -> None:
         """Take note whether a push was finite; where not, the run may have to end."""

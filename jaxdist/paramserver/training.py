@@ -5,7 +5,7 @@ statistics a model keeps, is averaged over the examples of a step and replaced.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxdist import data, evaluate, optimizers, reduce, training
+from jaxdist import data, evaluate, guard, optimizers, reduce, training
 from jaxdist.config import ConfigError, Experiment
 from jaxdist.paramserver import effects, journal, messages
 from jaxdist.paramserver.optimizer import Kind, OptaxUpdater, classify
@@ -36,6 +36,7 @@ class Plan:
     loader: data.Loader
     functions: Any
     optimizer: Any
+    learning_rate: Callable[[int], float] | None
     sharding: Sharding
     structure: Any
     num_params: int
@@ -69,7 +70,7 @@ def make_plan(experiment: Experiment, chosen: ParameterServer, *, kind: Kind | N
     loader = training.make_loader(experiment)
     functions = training.make_functions(experiment, training.example_batch(loader))
     known_end = {"steps_per_epoch": loader.steps_per_epoch, "max_steps": _last_step(experiment, loader)}
-    optimizer = optimizers.build(experiment.optimizer, global_batch_size=experiment.global_batch_size, **known_end)
+    optimizer, learning_rate = training.make_optimizer(experiment, known_end)
     shapes = jax.eval_shape(functions.init_fn, jax.random.key(0))
     params, model_state = shapes if isinstance(shapes, tuple) and len(shapes) == 2 else (shapes, None)
     leaves, structure = jax.tree.flatten((params, model_state))
@@ -82,7 +83,9 @@ def make_plan(experiment: Experiment, chosen: ParameterServer, *, kind: Kind | N
     )
     num_params = len(jax.tree.leaves(params))
     kind = kind or classify(optimizer, sharding.shapes[:num_params])
-    plan = Plan(experiment, settings, loader, functions, optimizer, sharding, structure, num_params, kind)
+    plan = Plan(
+        experiment, settings, loader, functions, optimizer, learning_rate, sharding, structure, num_params, kind
+    )
     _check_order(plan)
     plan.cut()  # refuses what cannot be cut
     return plan
@@ -192,15 +195,30 @@ class Island:
             compute.incarnation, compute.sequence, count, bool(finite), norm_squared, pieces, tuple(rows)
         )
 
+    def explain_nonfinite(self, compute: effects.Compute) -> guard.NonFiniteReport:
+        """Return why the gradient of the lease is not finite; its loss is that of the worker's part of the batch."""
+        plan, lease = self.plan, compute.lease
+        params, model_state = jax.tree.unflatten(plan.structure, plan.sharding.join(compute.params))
+        state = TrainState(jnp.asarray(lease.step, jnp.int32), params, model_state, (), self._key)
+        batch = jax.device_put(self._batch(lease), self._placement)
+        return guard.explain_nonfinite(
+            plan.functions.loss_fn, state, batch, step=lease.step + 1, first_row=self._first_row(lease)
+        )
+
+    def _first_row(self, lease: messages.Lease) -> int:
+        """Return which row of the global batch is the lease's first."""
+        within = lease.step % self.plan.settings.steps_per_epoch
+        return lease.start - within * self.plan.experiment.global_batch_size
+
     def _batch(self, lease: messages.Lease) -> dict[str, np.ndarray]:
         """Return the lease's examples, padded to one size, so that the gradient compiles once."""
         size = self.plan.experiment.global_batch_size
-        first = lease.step % self.plan.settings.steps_per_epoch * size
-        rows = np.arange(lease.start - first, max(lease.stop, lease.start + 1) - first)
+        first = self._first_row(lease)
+        rows = np.arange(first, first + max(lease.stop - lease.start, 1))
         rows = np.minimum(rows, size - 1)
         loader = self.plan.loader.with_rows(rows)
         loader.read_ahead, loader.num_threads = 0, 0
-        loader.start = dataclasses.replace(loader.beginning, epoch=lease.data_epoch, position=first)
+        loader.start = dataclasses.replace(loader.beginning, epoch=lease.data_epoch, position=lease.start - first)
         batches = iter(loader)
         batch = next(batches).batch
         batches.close()

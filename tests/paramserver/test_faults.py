@@ -13,9 +13,10 @@ import threading
 import time
 
 import numpy as np
+import proxy
 import pytest
 import tiny_experiment
-from test_processes import Mischief, calm, options, pid_of, struck  # noqa: F401 (calm is a fixture)
+from test_processes import REPLICATED, Mischief, calm, options, pid_of, struck  # noqa: F401 (calm is a fixture)
 
 from jaxdist.paramserver import faults, messages, run, wire
 
@@ -88,6 +89,21 @@ def test_a_tenth_of_all_messages_lost_and_a_tenth_repeated(tmp_path, monkeypatch
     made = struck(tmp_path, monkeypatch, "* send * 0.1 lose", "* send * 0.1 repeat")
     assert made.params_sha256 == calm.params_sha256
     assert made.examples_seen == calm.examples_seen
+
+
+@pytest.mark.soak
+def test_a_network_that_loses_a_tenth_and_delivers_a_tenth_twice(tmp_path, monkeypatch, calm):  # noqa: F811
+    with proxy.between_all(monkeypatch, lost=0.1, repeated=0.1) as proxies:
+        made = run.train(options(tmp_path, **REPLICATED))
+    assert (made.params_sha256, made.examples_seen) == (calm.params_sha256, calm.examples_seen)
+    assert set(proxies) == {"observer", "scheduler", "server/0/a", "server/0/b", "worker/0", "worker/1"}
+    passed, lost, repeated = (
+        sum(getattr(each, name) for each in proxies.values()) for name in ("passed", "lost", "repeated")
+    )
+    assert passed > 600
+    assert 0.05 < lost / passed < 0.15
+    assert 0.05 < repeated / passed < 0.15
+    assert made.extra["ps"]["duplicates_refused"] > 0
 
 
 @pytest.mark.soak

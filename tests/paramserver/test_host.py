@@ -1,7 +1,11 @@
 """Several machines: every process has one place, and the address of a machine needs a secret."""
 
+import json
+import socket
+
 import pytest
 
+from jaxdist import record
 from jaxdist.paramserver import host, process, wire
 
 NAMES = ["scheduler", "server/0/a", "server/0/b", "server/1/a", "server/1/b", "worker/0", "worker/1", "worker/2"]
@@ -29,3 +33,34 @@ def test_another_machine_needs_a_secret_that_is_given(monkeypatch):
         host.security_of(["127.0.0.1", "10.0.0.2"])
     monkeypatch.setenv(wire.TOKEN, "secret")
     assert host.security_of(["10.0.0.2"]).token == "secret"
+
+
+@pytest.mark.parametrize(("reason", "status"), [("max_steps", 0), ("preempted", 0), (None, 75)])
+def test_a_process_that_missed_the_end_is_no_reason_for_another_attempt(tmp_path, monkeypatch, reason, status):
+    trainer = socket.create_server(("127.0.0.1", 0))
+    address = f"127.0.0.1:{trainer.getsockname()[1]}"
+    content = {"experiment": "x.py", "assignments": [], "settings": {}, "resume": "", "devices": 1}
+    spec = process.Spec(
+        **content,
+        directory=str(tmp_path),
+        peers={process.OBSERVER: address, "worker/0": "127.0.0.2:1"},
+        kind="elementwise",
+    )
+    spec.write(tmp_path / process.DIRECTORY_NAME / process.SPEC_NAME)
+    kept = []
+
+    class DeafCrew(host.LocalCrew):
+        def start(self):
+            (tmp_path / record.FILE_NAME).write_text(json.dumps(dict.fromkeys(record.KEYS) | {"end_reason": reason}))
+            trainer.close()
+
+        def all_ended(self):
+            return False
+
+        def close(self, *, orderly):
+            kept.append((self.names, orderly))
+
+    monkeypatch.setattr(host, "LocalCrew", DeafCrew)
+    monkeypatch.setattr(host, "_GONE_SECONDS", 0.1)
+    assert host.main([str(tmp_path), "127.0.0.2"]) == status
+    assert kept == [(["worker/0"], reason is not None)]

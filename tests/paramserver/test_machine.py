@@ -112,6 +112,11 @@ def machines_of(run_dir):
     return found
 
 
+def said(folder):
+    """Return what the machines and their processes had to say."""
+    return {path.name: path.read_text() for path in [*folder.glob("output.*"), *folder.glob("*/ps/logs/*")]}
+
+
 def test_two_machines_that_are_preempted_and_requeued_give_the_bits_of_one(tmp_path):
     chosen = ["ps.workers=2", "ps.servers=2", "stop.max_steps=200", "eval.every_steps=1000"]
     with contextlib.ExitStack() as stack:
@@ -119,19 +124,19 @@ def test_two_machines_that_are_preempted_and_requeued_give_the_bits_of_one(tmp_p
     run_dir, steps = tmp_path / "two", tmp_path / "two" / "ps" / "steps.jsonl"
     with running(tmp_path, run_dir, *chosen, f"ps.port={first_port}") as job:
         while not steps.exists() or steps.read_text().count("\n") < 10:
-            assert job.poll() is None, [path.read_text() for path in tmp_path.glob("output.*")]
+            assert job.poll() is None, said(tmp_path)
             time.sleep(0.05)
         machines = machines_of(run_dir)
         assert len(machines) == 2
         for number in machines:
             os.kill(number, signal.SIGUSR1)
-        assert job.wait(100) == 75
+        assert job.wait(100) == 75, said(tmp_path)
     preempted = read_record(run_dir)
     assert preempted["end_reason"] == "preempted"
     logs = {path.stem for path in (run_dir / "ps" / "logs").iterdir()}
     assert logs == {"scheduler", "server-0-a", "server-1-a", "worker-0", "worker-1"}
     with running(tmp_path, run_dir, *chosen, f"ps.port={first_port}") as job:
-        assert job.wait(200) == 0
+        assert job.wait(200) == 0, said(tmp_path)
     one = tmp_path / "one"
     arguments = ["train", str(EXPERIMENT), "--strategy", "parameter-server", "--run-dir", str(one), "--json"]
     assert cli.run([*arguments, "--set", *chosen]) == 0

@@ -11,10 +11,12 @@ import sys
 import threading
 import time
 
+import jax
 import pytest
+import root_experiment
 import tiny_experiment
 
-from jaxdist import record
+from jaxdist import config, record, train
 from jaxdist.paramserver import faults, process, run
 
 EXPERIMENT = tiny_experiment.__file__
@@ -105,9 +107,28 @@ def test_a_calm_run_leaves_the_record_every_run_leaves(calm):
     assert (calm.end_reason, calm.step, calm.strategy) == ("max_steps", 60, "parameter-server")
     assert calm.examples_seen == 15 * tiny_experiment.NUM_TRAIN
     assert {"train/loss", "eval/accuracy"} <= set(calm.metrics)
+    assert calm.metrics["train/learning_rate"] == pytest.approx(0.1)
     assert calm.restarts == 0
     assert calm.extra["ps"]["updates"] == 60
     assert calm.extra["ps"]["staleness"] == {0: 60}
+
+
+@pytest.mark.timeout(LIMIT_SECONDS)
+def test_a_gradient_that_is_not_finite_is_explained_as_in_every_run(tmp_path, capsys):
+    """The loss is finite, so nothing but the gradient's own check ends the run."""
+    chosen = options(tmp_path / "served", steps=10, workers=2, servers=1, assignments=["model.dropout_rate=0.0"])
+    made = run.train(dataclasses.replace(chosen, experiment=root_experiment.__file__))
+    assert made.end_reason == "nonfinite"
+    report = (tmp_path / "served" / "nonfinite.txt").read_text()
+    assert report in capsys.readouterr().err
+    experiment = config.override(root_experiment.get_config(), ["model.dropout_rate=0.0"])
+    train.train(experiment, train.RunOptions(run_dir=tmp_path / "one", silent=True), devices=jax.devices()[:1])
+    specification = (tmp_path / "one" / "nonfinite.txt").read_text()
+    # The same step, leaf, rows and labels; the loss is that of the worker's rows.
+    without_loss = [
+        re.sub(r"^(worker/\d\. )?Step (\d+): the loss is .*", r"step \2", text) for text in (report, specification)
+    ]
+    assert without_loss[0] == without_loss[1], report
 
 
 @pytest.mark.timeout(LIMIT_SECONDS)
