@@ -5,9 +5,11 @@ process fails the others cannot go on: they are told to end, then made to, and t
 """
 
 import dataclasses
+import itertools
 import math
 import os
 import pathlib
+import random
 import signal
 import socket
 import subprocess
@@ -28,6 +30,8 @@ ORDERLY_SECONDS = 15.0
 """How long the others may take to end once one process has ended with EXIT_RETRY."""
 LOG_TAIL_LINES = 40
 _LOOK_SECONDS = 0.5
+_GIVEN_PORTS = pathlib.Path("/proc/sys/net/ipv4/ip_local_port_range")
+_LEAST_PORT = 10_000
 _NOISE = "[Gloo] Rank "
 """Begins what gloo says of every connection that it makes."""
 
@@ -194,6 +198,29 @@ def reserved_port() -> Iterator[int]:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         held.bind((LOOPBACK, 0))
         yield held.getsockname()[1]
+
+
+def quiet_ports(count: int) -> list[int]:
+    """Return free TCP ports of the loopback interface, from below those that outgoing connections are given.
+
+    A process that dies and starts again wants its port back, which any program's connection might have taken meanwhile.
+    """
+    first_given = int(_GIVEN_PORTS.read_text().split()[0]) if _GIVEN_PORTS.exists() else _LEAST_PORT
+    below = range(_LEAST_PORT, max(_LEAST_PORT, first_given))
+    drawn = random.SystemRandom().sample(below, min(len(below), 50 * count))
+    with ExitStack() as stack:
+        # Where there are none below, any that is free.
+        bound = (_bind(stack, port) for port in itertools.chain(drawn, itertools.repeat(0)))
+        return list(itertools.islice((port for port in bound if port is not None), count))
+
+
+def _bind(stack: ExitStack, port: int) -> int | None:
+    held = stack.enter_context(socket.socket())
+    try:
+        held.bind((LOOPBACK, port))
+    except OSError:
+        return None
+    return held.getsockname()[1]
 
 
 def _wait(processes: Sequence[Process], timeout_seconds: float | None) -> int | None:

@@ -13,10 +13,10 @@ import pathlib
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from jaxdist import record
-from jaxdist.errors import RunFailedError
+from jaxdist.errors import RunFailedError, UserError, as_user_error
 from jaxdist.paramserver import process, wire
 from jaxdist.paramserver.crew import LocalCrew
 from jaxdist.paramserver.settings import SCHEDULER
@@ -56,22 +56,30 @@ def security_of(hosts: Sequence[str]) -> wire.Security:
 
 def main(arguments: Sequence[str]) -> int:
     """Play the part of one machine; return the exit status."""
-    run_dir, host = pathlib.Path(arguments[0]), arguments[1]
+    try:
+        return 0 if _keep_processes(pathlib.Path(arguments[0]), arguments[1]) else EXIT_RETRY
+    except (UserError, RunFailedError) as error:
+        print(f"jaxdist: {error}", file=sys.stderr)
+        return error.exit_status
+
+
+def _keep_processes(run_dir: pathlib.Path, host: str) -> bool:
+    """Keep the processes of `host` until nobody needs them; return whether that is because the run has ended."""
     directory = run_dir / process.DIRECTORY_NAME
-    spec = _wait_for_run(directory)
-    security_of([host])
-    crew = LocalCrew(names_at(spec.peers, host), directory, os.environ.get(wire.TOKEN, ""))
+    with as_user_error():
+        security_of([host])
+        spec = _wait_for_run(directory)
+        names = names_at(spec.peers, host)
+        check_ports([spec.peers[name] for name in names])
+    crew = LocalCrew(names, directory, os.environ.get(wire.TOKEN, ""))
     crew.start()
-    orderly = False
+    ended = False
     try:
         # One that died late, and starts again, finds nobody to tell it of the end: the record does.
-        orderly = _watch(crew, spec.peers[process.OBSERVER]) or _has_ended(run_dir)
-    except RunFailedError as error:
-        print(f"jaxdist: {error}", file=sys.stderr)
-        return 1
+        ended = _watch(crew, spec.peers[process.OBSERVER]) or _has_ended(run_dir)
     finally:
-        crew.close(orderly=orderly)
-    return 0 if orderly else EXIT_RETRY
+        crew.close(orderly=ended)
+    return ended
 
 
 def _wait_for_run(directory: pathlib.Path) -> process.Spec:
@@ -120,6 +128,19 @@ def check(hosts: Sequence[str], settings_names: Sequence[str]) -> None:
             f"each of ps.hosts is another machine with at least one worker or server; got {', '.join(hosts)} for "
             f"{len(settings_names) - 1} of them besides the {SCHEDULER}. Leave some out, or set ps.workers higher"
         )
+
+
+def check_ports(addresses: Iterable[str]) -> None:
+    """Raise ValueError where this machine cannot listen on one of the addresses, HOST:PORT each."""
+    for address in addresses:
+        host, _, port = address.rpartition(":")
+        try:
+            socket.create_server((host, int(port))).close()
+        except OSError as error:
+            raise ValueError(
+                f"ps.hosts and ps.port have this machine listen on {address}, and it cannot: {os.strerror(error.errno or 0)}. Set "
+                "ps.port to the first of as many free ports as there are processes, or correct ps.hosts."
+            ) from error
 
 
 if __name__ == "__main__":

@@ -153,18 +153,23 @@ def main(arguments: list[str], make: Make) -> int:
     logging.basicConfig(level=logging.INFO, format=f"{name}: %(message)s", stream=sys.stderr)
     spec = Spec.read(pathlib.Path(path))
     node, statistics = make(name, spec)
-    wire = Wire(
-        listen=spec.peers[name],
-        peers=spec.peers,
-        receive=node.receive,
-        security=Security.read(os.environ),
-    )
+    logger = logging.getLogger(__name__)
+    try:
+        wire = Wire(
+            listen=spec.peers[name],
+            peers=spec.peers,
+            receive=node.receive,
+            security=Security.read(os.environ),
+        )
+    except OSError as error:
+        logger.error(str(error))
+        return 1
     end = node.run(wire)
     statistics.write()
     wire.flush(5.0)
     wire.close()
     if end.step < 0:
-        logging.getLogger(__name__).error(end.reason)
+        logger.error(end.reason)
     return 0 if end.step >= 0 else 1
 
 

@@ -94,13 +94,14 @@ def _place(options: Options, plan: plans.Plan, directory: pathlib.Path) -> tuple
         host.check(chosen.hosts, names)
         peers = host.deal(names, chosen.hosts, chosen.port)
         peers[processes.OBSERVER] = f"{chosen.hosts[0]}:{chosen.port + len(names)}"
-        return LocalCrew(host.names_at(peers, chosen.hosts[0]), directory, security.token), peers, security
+        here = host.names_at(peers, chosen.hosts[0])
+        host.check_ports([peers[name] for name in (*here, processes.OBSERVER)])
+        return LocalCrew(here, directory, security.token), peers, security
     return LocalCrew(names, directory, security.token), _local_ports([processes.OBSERVER, *names]), security
 
 
 def _local_ports(names: Sequence[str]) -> dict[str, str]:
-    with contextlib.ExitStack() as stack:
-        return {name: f"{local.LOOPBACK}:{stack.enter_context(local.reserved_port())}" for name in names}
+    return {name: f"{local.LOOPBACK}:{port}" for name, port in zip(names, local.quiet_ports(len(names)), strict=True)}
 
 
 def _write_spec(

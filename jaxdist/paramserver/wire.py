@@ -126,7 +126,7 @@ class Wire:
                 return self._server.add_secure_port(listen, credentials)
             return self._server.add_insecure_port(listen)
         except RuntimeError as error:
-            raise OSError(f"cannot listen on {listen}: {error}") from error
+            raise OSError(f"cannot listen on {listen}: the port is taken, or the address another machine's") from error
 
     def _deliver(self, blocks: Iterator[bytes], context: Any) -> bytes:
         grpc = self._grpc

@@ -1,5 +1,6 @@
 """Real processes without JAX: what the launcher does with their ends, their output and its own end."""
 
+import contextlib
 import pathlib
 import signal
 import socket
@@ -145,6 +146,20 @@ time.sleep(600)
     launcher.kill()
     launcher.wait(timeout=30)
     wait_until(lambda: not any(is_running(child) for child in children))
+
+
+@pytest.mark.parametrize("given", ["32768\t60999\n", "1024 65535", None])
+def test_ports_of_processes_that_start_again(tmp_path, monkeypatch, given):
+    path = tmp_path / "range"
+    if given:
+        path.write_text(given)
+    monkeypatch.setattr(local, "_GIVEN_PORTS", path)
+    ports = local.quiet_ports(20)
+    assert len(set(ports)) == 20
+    assert all(port < 32768 for port in ports) or given != "32768\t60999\n"
+    with contextlib.ExitStack() as stack:
+        for port in ports:
+            stack.enter_context(socket.create_server((local.LOOPBACK, port)))
 
 
 def test_a_reserved_port_is_given_to_nobody_else_but_the_coordinator():

@@ -4,8 +4,10 @@ import json
 import socket
 
 import pytest
+import tiny_experiment
 
-from jaxdist import record
+from jaxdist import cli, record
+from jaxdist.launch import local
 from jaxdist.paramserver import host, process, wire
 
 NAMES = ["scheduler", "server/0/a", "server/0/b", "server/1/a", "server/1/b", "worker/0", "worker/1", "worker/2"]
@@ -64,3 +66,15 @@ def test_a_process_that_missed_the_end_is_no_reason_for_another_attempt(tmp_path
     monkeypatch.setattr(host, "_GONE_SECONDS", 0.1)
     assert host.main([str(tmp_path), "127.0.0.2"]) == status
     assert kept == [(["worker/0"], reason is not None)]
+
+
+def test_a_port_that_is_taken_is_said_before_anything_starts(tmp_path, capsys, monkeypatch):
+    [first] = local.quiet_ports(1)
+    run_dir, hosts = str(tmp_path / "run"), ["ps.hosts=127.0.0.1", f"ps.port={first}"]
+    arguments = ["train", tiny_experiment.__file__, "--strategy", "parameter-server", "--run-dir", run_dir]
+    with socket.create_server(("127.0.0.1", first + 1)):
+        assert cli.run([*arguments, "--set", *hosts]) == 2
+    assert f"listen on 127.0.0.1:{first + 1}, and it cannot: Address already in use. Set" in capsys.readouterr().err
+    monkeypatch.setenv(wire.TOKEN, "secret")
+    assert cli.run([*arguments, "--set", "ps.hosts=192.0.2.1", f"ps.port={first}"]) == 2
+    assert f"listen on 192.0.2.1:{first}, and it cannot: Cannot assign" in capsys.readouterr().err

@@ -119,8 +119,7 @@ def said(folder):
 
 def test_two_machines_that_are_preempted_and_requeued_give_the_bits_of_one(tmp_path):
     chosen = ["ps.workers=2", "ps.servers=2", "stop.max_steps=200", "eval.every_steps=1000"]
-    with contextlib.ExitStack() as stack:
-        first_port = stack.enter_context(local.reserved_port())
+    [first_port] = local.quiet_ports(1)
     run_dir, steps = tmp_path / "two", tmp_path / "two" / "ps" / "steps.jsonl"
     with running(tmp_path, run_dir, *chosen, f"ps.port={first_port}") as job:
         while not steps.exists() or steps.read_text().count("\n") < 10:
