@@ -31,10 +31,10 @@ from jaxdist.paramserver.node import Node
 from jaxdist.paramserver.server import Server
 from jaxdist.paramserver.settings import Settings, server_name, worker_name
 from jaxdist.paramserver.shard import Shard
+from jaxdist.paramserver.sharding import BLOCK_BYTES
 from jaxdist.paramserver.wire import Wire, reuse_freed_memory
 
 NUM_BYTES = 64 << 20
-BLOCK_BYTES = 4 << 20
 BLOCKS = tuple(np.zeros(BLOCK_BYTES // 4, np.float32) for _ in range(NUM_BYTES // BLOCK_BYTES))
 LEASE = messages.Lease(0, 0, 0, 0, 1)
 SERVER, WORKER = server_name(0, 0), worker_name(0)
@@ -71,7 +71,7 @@ class WithoutBooks:
         if isinstance(message, messages.Push):
             assert not self.shard.complaint(message)
             count = np.float32(message.count)
-            self.shard.params = tuple((piece / count).astype(np.float32) for piece in message.pieces)
+            self.shard.params = tuple(piece / count for piece in message.pieces)
             out.send(WORKER, messages.PushAck(0, 0, 1, message.sequence, "applied"))
         elif isinstance(message, messages.Pull):
             out.send(WORKER, messages.Pulled(0, 0, 1, message.sequence, message.version, self.shard.params))

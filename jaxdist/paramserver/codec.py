@@ -8,7 +8,7 @@ import dataclasses
 import struct
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -33,35 +33,46 @@ class EncodingError(ValueError):
 
 
 class Stream:
-    """Reads bytes that arrived as several blocks, from front to back, without joining what lies in one block."""
+    """Reads a message from front to back as its blocks arrive, without joining what lies in one block.
 
-    def __init__(self, blocks: Iterable[Buffer]) -> None:
-        self._blocks = [block for block in blocks if len(block)]
-        self._blocks.reverse()
-        self._at = 0  # in the last of them
-        self.left = sum(map(len, self._blocks))
+    `left` is how many of its bytes are still to come; whoever reads says so once it is known.
+    """
 
-    def pieces(self, count: int) -> list[Buffer]:
-        """Return the next `count` bytes as they lie in their blocks; whole blocks as the objects they are."""
+    def __init__(self, blocks: Iterable[Buffer], left: int) -> None:
+        self._blocks = iter(blocks)
+        self._block: Buffer = b""
+        self._at = 0
+        self.left = left
+
+    def pieces(self, count: int) -> Iterator[Buffer]:
+        """Yield the next `count` bytes as they lie in their blocks; whole blocks as the objects they are."""
         if count > self.left:
             raise EncodingError(f"{count} bytes were declared, {self.left} follow")
         self.left -= count
-        found: list[Buffer] = []
         while count:
-            block = self._blocks[-1]
+            block = self._current()
             part = block if self._at == 0 and len(block) <= count else memoryview(block)[self._at : self._at + count]
-            found.append(part)
             count -= len(part)
             self._at += len(part)
-            if self._at == len(block):
-                self._blocks.pop()
-                self._at = 0
-        return found
+            yield part
+
+    def _current(self) -> Buffer:
+        """Return the block that the next byte is in."""
+        while self._at == len(self._block):
+            block = next(self._blocks, None)
+            if block is None:
+                raise EncodingError(f"a message ends before the {self.left} bytes and more that are missing")
+            self._block, self._at = block, 0
+        return self._block
 
     def take(self, count: int) -> Buffer:
         """Return the next `count` bytes in one piece."""
-        pieces = self.pieces(count)
+        pieces = list(self.pieces(count))
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def is_at_end(self) -> bool:
+        """Return True when neither this message nor its blocks go on."""
+        return not self.left and self._at == len(self._block) and not any(map(len, self._blocks))
 
 
 class Reader:
@@ -139,8 +150,11 @@ def _read_array(reader: Reader) -> np.ndarray:
         if not 0 <= size <= MAX_ARRAY_BYTES:
             raise EncodingError(f"an array of shape {shape} was declared")
         count *= size
-    pieces = reader.arrays.pieces(count)
-    reader.checksums.append(checksum(pieces))
+    pieces, value = [], 0
+    for piece in reader.arrays.pieces(count):  # while the next one is on its way
+        value = checksum([piece], value)
+        pieces.append(piece)
+    reader.checksums.append(value)
     memory = pieces[0] if len(pieces) == 1 else b"".join(pieces)
     return np.frombuffer(memory, dtype=dtype).reshape(shape)
 

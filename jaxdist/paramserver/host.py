@@ -138,8 +138,9 @@ def check_ports(addresses: Iterable[str]) -> None:
             socket.create_server((host, int(port))).close()
         except OSError as error:
             raise ValueError(
-                f"ps.hosts and ps.port have this machine listen on {address}, and it cannot: {os.strerror(error.errno or 0)}. Set "
-                "ps.port to the first of as many free ports as there are processes, or correct ps.hosts."
+                f"ps.hosts and ps.port have this machine listen on {address}, and it cannot: "
+                f"{os.strerror(error.errno or 0)}. Set ps.port to the first of as many free ports as there are "
+                "processes, or correct ps.hosts."
             ) from error
 
 

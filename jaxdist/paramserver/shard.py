@@ -230,7 +230,7 @@ class Shard:
             total = dense(pushes[0].pieces[block], param)
             for push in pushes[1:]:
                 total = total + dense(push.pieces[block], param)
-            sums.append((total / np.asarray(count, total.dtype)).astype(total.dtype))
+            sums.append((total / np.asarray(count, total.dtype)).astype(total.dtype, copy=False))
         return tuple(sums)
 
     def _update(self, grads: Arrays, *, scale: float, norm_squared: float) -> None:
@@ -275,6 +275,11 @@ class Shard:
 
 
 def _is_finite(values: np.ndarray) -> bool:
+    if values.dtype in (np.float32, np.float64):
+        with np.errstate(all="ignore"):
+            # One pass over the memory; whether the squares overflow only, two more tell.
+            if np.isfinite(np.vdot(values, values)):
+                return True
     # Extremes pass on what is not finite, and make no array of their own.
     return bool(np.isfinite(values.max()) and np.isfinite(values.min()))
 

@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
-BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = 2 << 20
+"""A block that fits a frame of the wire is not put together again where it arrives."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Messages between processes over gRPC: raw bytes in blocks of at most 4 MiB, a deadline on every call.
+"""Messages between processes over gRPC: raw bytes in blocks of at most 2 MiB, a deadline on every call.
 
 One call carries one message, as a stream of blocks, and is answered with nothing once the receiver has taken it
 in. A message that cannot be delivered is dropped: whoever needs an answer asks again. Each peer has one sender with a
@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import hmac
 import ipaddress
+import itertools
 import os
 import pathlib
 import threading
@@ -142,16 +143,9 @@ class Wire:
 
     def _take_in(self, blocks: Iterator[bytes]) -> None:
         """Receive one message; its bytes count as held until `receive` returns."""
-        parts = [next(blocks, b"")]
-        declared = encoding.declared_bytes(parts[0])
-        with self._budget.held(declared):
-            size = len(parts[0])
-            for block in blocks:
-                parts.append(block)
-                size += len(block)
-                if size > declared:
-                    raise codec.EncodingError(f"more than the {declared} bytes that were declared arrive")
-            self._receive(encoding.decode(parts))
+        first = next(blocks, b"")
+        with self._budget.held(encoding.declared_bytes(first)):
+            self._receive(encoding.decode(itertools.chain([first], blocks)))
 
     def send(self, to: str, message: messages.Message) -> None:
         """Queue `message` for the process named `to`; it is dropped when that cannot be reached."""
