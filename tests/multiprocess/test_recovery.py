@@ -31,7 +31,7 @@ def test_a_run_under_fire_makes_the_model_of_a_run_in_peace(tmp_path, strikes):
     flags = [text for name, count in wanted.items() for text in (f"--{name}", count)]
     done = jaxdist(
         "chaos", EXPERIMENT, "--processes", 2, "--devices", 1, "--seed", 3, "--directory", tmp_path, "--json", *flags,
-        "--max-steps", 200, "--set", "recovery.hang_seconds=4",
+        "--max-steps", 200, "--set", "recovery.hang_seconds=4", "checkpoints.every_steps=20",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)
