@@ -14,7 +14,7 @@ from jaxdist.paramserver import journal, messages
 from jaxdist.paramserver.codec import Buffer, EncodingError, Reader, Stream, Writer, checksum, codec
 
 FRAME_BYTES = 2 << 20
-"""Half of it, and twice as much, were slower in benchmarks/parameter_server.py: what was sent is in the cache still."""
+"""Twice as much, and an eighth, were slower in benchmarks/parameter_server.py; half as much was no better."""
 SMALL_BYTES = 64 << 10
 MAGIC = b"jxd2"
 _FRAME = struct.Struct("<4sII")
