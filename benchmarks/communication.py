@@ -17,10 +17,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxdist import adapters, collectives, losses, strategies
-from jaxdist import layout as layouts
-from jaxdist import state as states
+from jaxdist import adapters, losses
 from jaxdist.models import gpt
+from jaxdist.plan import collectives
+from jaxdist.spmd import layout as layouts
+from jaxdist.spmd import state as states
+from jaxdist.spmd import strategies
 
 NUM_DEVICES = 8
 EXAMPLES, LENGTH, NUM_LAYERS, WIDTH = 128, 32, 2, 128

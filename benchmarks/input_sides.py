@@ -18,7 +18,7 @@ READ_AHEAD_SECONDS = 0.5
 
 def ours_jpeg(folder: pathlib.Path, num_threads: int, num_workers: int) -> Iterator[int]:
     from jaxdist.data import Loader
-    from jaxdist.data.folders import ImageFolder
+    from jaxdist.data.sources.folders import ImageFolder
     from jaxdist.data.transforms import DecodeCropFlip
 
     source, augment = ImageFolder(folder / "jpeg", decode=False), DecodeCropFlip(CROP, CROP)
@@ -107,7 +107,7 @@ def grain_jpeg(folder: pathlib.Path, num_threads: int, num_workers: int, whole_b
 
 def ours_tokens(folder: pathlib.Path) -> Iterator[int]:
     from jaxdist.data import Loader
-    from jaxdist.data.memmap import TokenSource
+    from jaxdist.data.sources.memmap import TokenSource
 
     for batch, _ in Loader(TokenSource(folder / "tokens", length=WINDOW), global_batch_size=BATCH_SIZE, seed=0):
         assert batch["tokens"].shape == (BATCH_SIZE, WINDOW)

@@ -42,24 +42,15 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxdist import (
-    adapters,
-    config,
-    guard,
-    hooks,
-    loop,
-    make_mesh,
-    optimizers,
-    progress,
-    record,
-    signals,
-    state,
-    step,
-    stop,
-    writers,
-)
-from jaxdist.launch import agreement
+from jaxdist import adapters, make_mesh, optimizers, stop
+from jaxdist.config import experiments
+from jaxdist.guards import guard
+from jaxdist.launch import signals
+from jaxdist.launch.joining import agreement
 from jaxdist.models import mlp
+from jaxdist.run import hooks, loop, progress_display
+from jaxdist.rundir import record, writers
+from jaxdist.spmd import state, step
 
 EXPERIMENTS = pathlib.Path(__file__).parent.parent / "experiments"
 LOG_EVERY = 20
@@ -71,7 +62,7 @@ ROUND_SECONDS = 0.4
 class Work:
     """What is trained, and the throughput ratio that `fit` is to reach on it, if any."""
 
-    experiment: config.Experiment
+    experiment: experiments.Experiment
     optimizer: optax.GradientTransformation
     least_ratio: float | None
 
@@ -86,9 +77,9 @@ def make_work(name: str) -> Work:
     """Return the experiment of that name in experiments/, changed as the module's docstring says."""
     file, least_ratio = WORKS[name]
     sys.path.insert(0, str(EXPERIMENTS))
-    experiment = config.load_experiment(str(EXPERIMENTS / f"{file}.py"))
+    experiment = experiments.load_experiment(str(EXPERIMENTS / f"{file}.py"))
     if name == "mlp":
-        small, adamw = mlp.MLP(num_classes=10, width=32), config.Optimizer(name="adamw", learning_rate=1e-3)
+        small, adamw = mlp.MLP(num_classes=10, width=32), experiments.Optimizer(name="adamw", learning_rate=1e-3)
         experiment = dataclasses.replace(experiment, model=small, optimizer=adamw)
     if name == "cnn":
         experiment = dataclasses.replace(experiment, global_batch_size=256)
@@ -236,7 +227,7 @@ class Fit(Side):
     def run(self, num_steps: int) -> None:
         """See Side."""
         rule = stop.Stop(max_steps=self.progress.step + num_steps, max_seconds=1e9, target=2.0).rule()
-        with signals.stop_on_signal() as request, progress.Silent() as display:
+        with signals.stop_on_signal() as request, progress_display.Silent() as display:
             result = loop.fit(
                 self.watched_step,
                 self.state,

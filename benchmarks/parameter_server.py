@@ -26,13 +26,13 @@ from typing import Any
 
 import numpy as np
 
-from jaxdist.paramserver import effects, messages
-from jaxdist.paramserver.node import Node
-from jaxdist.paramserver.server import Server
-from jaxdist.paramserver.settings import Settings, server_name, worker_name
-from jaxdist.paramserver.shard import Shard
-from jaxdist.paramserver.sharding import BLOCK_BYTES
-from jaxdist.paramserver.wire import Wire, reuse_freed_memory
+from jaxdist.paramserver.processes.driver import Node
+from jaxdist.paramserver.protocol import effects, messages
+from jaxdist.paramserver.protocol.server import Server
+from jaxdist.paramserver.protocol.settings import Settings, server_name, worker_name
+from jaxdist.paramserver.protocol.shard import Shard
+from jaxdist.paramserver.run.sharding import BLOCK_BYTES
+from jaxdist.paramserver.wire.streams import Wire, reuse_freed_memory
 
 NUM_BYTES = 64 << 20
 BLOCKS = tuple(np.zeros(BLOCK_BYTES // 4, np.float32) for _ in range(NUM_BYTES // BLOCK_BYTES))

@@ -19,8 +19,8 @@ import sys
 import tempfile
 from typing import Any
 
-from jaxdist import record
-from jaxdist.paramserver import faults
+from jaxdist.paramserver.processes import faults
+from jaxdist.rundir import record
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
 PARAMETER_SERVER = ("--strategy", "parameter-server")

@@ -28,8 +28,13 @@ from typing import Any
 
 import jax
 
-from jaxdist import config, loop, record, recovery, snapshot, stop, training
-from jaxdist.launch import chaos, runtime
+from jaxdist import stop
+from jaxdist.checkpoint import snapshots as snapshot
+from jaxdist.config import experiments
+from jaxdist.launch.joining import runtime
+from jaxdist.launch.supervising import chaos
+from jaxdist.run import components, loop, recovery
+from jaxdist.rundir import record
 
 ROOT = pathlib.Path(__file__).parents[1]
 ALLOWED_SECONDS = 10.0
@@ -100,7 +105,7 @@ def fire(
             pathlib.Path(folder),
             seed=options.seed,
             num_processes=int(arguments[arguments.index("--processes") + 1]),
-            num_examples=len(config.load_experiment(experiment).data.train),
+            num_examples=len(experiments.load_experiment(experiment).data.train),
             **{"kills": 0, **strikes},
         )
 
@@ -108,8 +113,8 @@ def fire(
 def snapshots(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     devices = runtime.start(2)
     for name in ("digits_cnn", "bytes_gpt"):
-        experiment = config.load_experiment(str(ROOT / "experiments" / f"{name}.py"))
-        trainer = _Trainer(training.put_together(experiment, devices=devices))
+        experiment = experiments.load_experiment(str(ROOT / "experiments" / f"{name}.py"))
+        trainer = _Trainer(components.put_together(experiment, devices=devices))
         for every in [None, *options.every]:
             sides: dict[str, list[float]] = {"with": [], "without": []}
             hooks = {"with": trainer.snapshot_hook(every), "without": None}
@@ -130,7 +135,7 @@ def snapshots(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 class _Trainer:
     """Trains one model on and on, with snapshots or without, as `jaxdist train` takes them."""
 
-    def __init__(self, parts: training.Training):
+    def __init__(self, parts: components.Training):
         self._parts, self._state = parts, parts.create_state()
         self._batches = [item for item, _ in zip(parts.batches(), range(8))]
         self._progress, self._times = stop.Progress(), record.StepTimes()
@@ -141,7 +146,7 @@ class _Trainer:
 
     def snapshot_hook(self, every: int | None) -> loop.Hook:
         """Return the hook that takes them every n steps, or as often as by default."""
-        settings = config.Recovery(snapshot_every=every)
+        settings = experiments.Recovery(snapshot_every=every)
         return recovery.snapshots_when_due(self._snapshots, settings, lambda: self._times.quantile(0.5))
 
     def rate(self, hook: loop.Hook | None) -> float:

@@ -7,7 +7,8 @@ import digits_builder
 
 import jaxdist
 from jaxdist import losses
-from jaxdist.data import tfds, transforms
+from jaxdist.data import transforms
+from jaxdist.data.sources import tfds
 from jaxdist.models import cnn
 
 SHADES = 16.0  # pixels are whole numbers from 0 to 16

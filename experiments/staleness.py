@@ -25,11 +25,14 @@ import digits_mlp
 import jax
 
 import jaxdist
-from jaxdist import data, evaluate, record
+from jaxdist import data
 from jaxdist.models import mlp
-from jaxdist.paramserver import effects, messages, optimizer, training
-from jaxdist.paramserver.settings import ParameterServer, Settings, Timers
+from jaxdist.paramserver.protocol import effects, messages
+from jaxdist.paramserver.protocol.settings import ParameterServer, Settings, Timers
+from jaxdist.paramserver.run import island, shard_optimizer
 from jaxdist.paramserver.simulator import Faults, Simulation
+from jaxdist.rundir import record
+from jaxdist.spmd import evaluate
 
 BOUNDS = (0, 1, 2, 4, 8, 16)
 RATES = (0.2, 0.4, 0.8, 1.6)
@@ -86,15 +89,15 @@ class Laboratory:
         self.problem, self.synchronous = problem, synchronous
         mode = "sync" if synchronous else "async"
         chosen = ParameterServer(workers=problem.workers, mode=mode, backup_workers=backup_workers)
-        self.plan = training.make_plan(problem.experiment(synchronous=synchronous), chosen)
-        self.island = training.Island(self.plan, jax.local_devices()[:1])
+        self.plan = island.make_plan(problem.experiment(synchronous=synchronous), chosen)
+        self.island = island.Island(self.plan, jax.local_devices()[:1])
         self.eval_step = evaluate.eval_step(self.plan.functions.eval_fn)
         held_out = self.plan.experiment.data.eval
         loader = data.Loader(
             held_out, global_batch_size=len(held_out), seed=0, shuffle=False, num_epochs=1, num_threads=0
         )
         self.held_out = [jax.device_put(batch) for batch, _ in loader]
-        self.params = self.plan.sharding.split(training.initial_leaves(self.plan))
+        self.params = self.plan.sharding.split(island.initial_leaves(self.plan))
 
     def settings(self, bound: int) -> Settings:
         """Return the settings of a run that ends when it is interrupted."""
@@ -142,7 +145,7 @@ class Laboratory:
             faults=Faults(until=0.0),
             params=self.params,
             gradient=gradient,
-            make_updater=lambda: optimizer.OptaxUpdater(optax, kind="elementwise", ranks=self._ranks()),
+            make_updater=lambda: shard_optimizer.OptaxUpdater(optax, kind="elementwise", ranks=self._ranks()),
             compute_seconds=compute_seconds,
         )
         try:

@@ -7,54 +7,54 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxdist.cli import main as main
-    from jaxdist.config import Checkpoints as Checkpoints
-    from jaxdist.config import Data as Data
-    from jaxdist.config import Evaluation as Evaluation
-    from jaxdist.config import Experiment as Experiment
-    from jaxdist.config import Guards as Guards
-    from jaxdist.config import Layout as Layout
-    from jaxdist.config import Recovery as Recovery
+    from jaxdist.cli.main import main as main
+    from jaxdist.config.experiments import Checkpoints as Checkpoints
+    from jaxdist.config.experiments import Data as Data
+    from jaxdist.config.experiments import Evaluation as Evaluation
+    from jaxdist.config.experiments import Experiment as Experiment
+    from jaxdist.config.experiments import Guards as Guards
+    from jaxdist.config.experiments import Layout as Layout
+    from jaxdist.config.experiments import Recovery as Recovery
     from jaxdist.data import ArraySource as ArraySource
-    from jaxdist.layout import describe as describe
-    from jaxdist.loop import fit as fit
-    from jaxdist.mesh import make_mesh as make_mesh
-    from jaxdist.metrics import Mean as Mean
-    from jaxdist.metrics import masked_mean as masked_mean
     from jaxdist.optimizers import Optimizer as Optimizer
     from jaxdist.optimizers import Schedule as Schedule
-    from jaxdist.sharded import sharded_step as sharded_step
-    from jaxdist.state import TrainState as TrainState
-    from jaxdist.state import create_state as create_state
-    from jaxdist.step import canonical_step as canonical_step
-    from jaxdist.step import data_parallel_step as data_parallel_step
-    from jaxdist.step import pmap_step as pmap_step
+    from jaxdist.run.loop import fit as fit
+    from jaxdist.spmd.layout import describe as describe
+    from jaxdist.spmd.mesh import make_mesh as make_mesh
+    from jaxdist.spmd.metrics import Mean as Mean
+    from jaxdist.spmd.metrics import masked_mean as masked_mean
+    from jaxdist.spmd.sharded import sharded_step as sharded_step
+    from jaxdist.spmd.state import TrainState as TrainState
+    from jaxdist.spmd.state import create_state as create_state
+    from jaxdist.spmd.step import canonical_step as canonical_step
+    from jaxdist.spmd.step import data_parallel_step as data_parallel_step
+    from jaxdist.spmd.step import pmap_step as pmap_step
     from jaxdist.stop import Stop as Stop
 
 _HOMES = {
     "ArraySource": "data",
-    "Checkpoints": "config",
-    "Data": "config",
-    "Evaluation": "config",
-    "Experiment": "config",
-    "Guards": "config",
-    "Layout": "config",
-    "Recovery": "config",
-    "Mean": "metrics",
+    "Checkpoints": "config.experiments",
+    "Data": "config.experiments",
+    "Evaluation": "config.experiments",
+    "Experiment": "config.experiments",
+    "Guards": "config.experiments",
+    "Layout": "config.experiments",
+    "Recovery": "config.experiments",
+    "Mean": "spmd.metrics",
     "Optimizer": "optimizers",
     "Schedule": "optimizers",
     "Stop": "stop",
-    "TrainState": "state",
-    "canonical_step": "step",
-    "create_state": "state",
-    "data_parallel_step": "step",
-    "describe": "layout",
-    "fit": "loop",
-    "main": "cli",
-    "make_mesh": "mesh",
-    "masked_mean": "metrics",
-    "pmap_step": "step",
-    "sharded_step": "sharded",
+    "TrainState": "spmd.state",
+    "canonical_step": "spmd.step",
+    "create_state": "spmd.state",
+    "data_parallel_step": "spmd.step",
+    "describe": "spmd.layout",
+    "fit": "run.loop",
+    "main": "cli.main",
+    "make_mesh": "spmd.mesh",
+    "masked_mean": "spmd.metrics",
+    "pmap_step": "spmd.step",
+    "sharded_step": "spmd.sharded",
 }
 
 __all__ = sorted(_HOMES)

@@ -17,7 +17,7 @@ from flax import linen as flax_linen
 from flax import nnx as flax_nnx
 from flax import traverse_util
 
-from jaxdist.metrics import MASK, Batch, Mean, masked_mean
+from jaxdist.spmd.metrics import MASK, Batch, Mean, masked_mean
 
 PyTree: TypeAlias = Any
 

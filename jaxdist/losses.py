@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxdist.metrics import Batch
+from jaxdist.spmd.metrics import Batch
 
 
 def classification(outputs: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -26,7 +26,8 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
-from jaxdist.launch import local, runtime
+from jaxdist.launch.joining import runtime
+from jaxdist.launch.supervising import local_job
 
 PyTree: TypeAlias = Any
 
@@ -66,7 +67,7 @@ def run_processes(
             "results": folder,
         }
         command = [sys.executable, "-c", "import sys; from jaxdist import testing; testing.run_task(sys.argv[1])"]
-        result = local.run_job(
+        result = local_job.run_job(
             [*command, json.dumps(task)],
             num_processes=processes,
             log_dir=pathlib.Path(folder),

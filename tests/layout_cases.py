@@ -6,8 +6,8 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxdist import layout as layouts
-from jaxdist.mesh import make_mesh
+from jaxdist.spmd import layout as layouts
+from jaxdist.spmd.mesh import make_mesh
 
 P = PartitionSpec
 COLUMN_THEN_ROW = [("first", P(None, "model")), ("second", P("model"))]

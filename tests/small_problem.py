@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxdist import state as states
+from jaxdist.spmd import state as states
 
 NUM_EXAMPLES = 32
 NUM_FEATURES = 8

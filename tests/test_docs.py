@@ -29,9 +29,15 @@ import optax
 import pytest
 
 import jaxdist
-from jaxdist import cli, config, losses, optimizers, record, signals, stop, strategies, train, writers
+from jaxdist import losses, optimizers, stop
+from jaxdist.cli import main
+from jaxdist.config import experiments
+from jaxdist.launch import signals
 from jaxdist.models import cnn
-from jaxdist.paramserver import settings
+from jaxdist.paramserver.protocol import settings
+from jaxdist.run import attempt
+from jaxdist.rundir import record, writers
+from jaxdist.spmd import strategies
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -166,10 +172,10 @@ def test_commands_parse_and_name_what_exists(page, tmp_path, monkeypatch):
                 continue
             if "--help" in words:
                 continue
-            options = cli.make_parser().parse_args(words)
+            options = main.make_parser().parse_args(words)
             if hasattr(options, "experiment"):
                 monkeypatch.syspath_prepend(str(tmp_path / "experiments"))
-                assert cli.load(options).name
+                assert main.load(options).name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
@@ -223,7 +229,7 @@ DATACLASSES = (
     jaxdist.Checkpoints,
     jaxdist.Guards,
     jaxdist.Layout,
-    config.Recovery,
+    experiments.Recovery,
     settings.ParameterServer,
 )
 
@@ -245,7 +251,7 @@ def default_text(field: dataclasses.Field) -> str:
 
 def options_of(*names: str) -> list[str]:
     """Return the options of a command as the reference writes them: `--devices N`."""
-    parser = cli.make_parser()
+    parser = main.make_parser()
     for name in names:
         choices = next(action.choices for action in parser._actions if action.choices and action.nargs)
         parser = choices[name]
@@ -271,13 +277,13 @@ def test_reference_lists_the_options_of(command):
 
 def test_reference_lists_the_commands():
     """Where this fails, a command came or went: say so in docs/reference.md, and test its options above."""
-    choices = next(action.choices for action in cli.make_parser()._actions if action.choices and action.nargs)
+    choices = next(action.choices for action in main.make_parser()._actions if action.choices and action.nargs)
     titles = re.findall(r"^### jaxdist (\w+)", REFERENCE.read_text(), re.MULTILINE)
     assert set(titles) == set(choices)
 
 
 def test_reference_lists_the_exit_statuses():
-    statuses = {cli.EXIT_OK, cli.EXIT_FAILED, cli.EXIT_USER, signals.EXIT_RETRY}
+    statuses = {main.EXIT_OK, main.EXIT_FAILED, main.EXIT_USER, signals.EXIT_RETRY}
     assert set(map(int, first_column("Exit status"))) == statuses
 
 
@@ -293,9 +299,9 @@ def test_reference_lists_the_optimizers_settings():
 
 def test_reference_lists_what_a_run_writes(tmp_path):
     """Where this fails, run.json or metrics.jsonl got or lost a key: say so in docs/reference.md."""
-    experiment = config.load_experiment(str(ROOT / "tests" / "tiny_experiment.py"))
+    experiment = experiments.load_experiment(str(ROOT / "tests" / "tiny_experiment.py"))
     experiment = dataclasses.replace(experiment, stop=stop.Stop(max_steps=2))
-    train.train(experiment, train.RunOptions(run_dir=tmp_path, silent=True), devices=jax.devices()[:1])
+    attempt.train(experiment, attempt.RunOptions(run_dir=tmp_path, silent=True), devices=jax.devices()[:1])
     assert first_column("run.json") == list(json.loads((tmp_path / record.FILE_NAME).read_text()))
     rows = [json.loads(line) for line in (tmp_path / writers.JSONL_NAME).read_text().splitlines()]
     names = {name for row in rows for name in row}

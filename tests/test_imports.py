@@ -58,7 +58,7 @@ def imported_names(node: ast.AST) -> list[str]:
         return [alias.name for alias in node.names]
     if isinstance(node, ast.ImportFrom):
         assert node.level == 0, "imports are absolute"
-        # `from jaxdist import step` imports the module jaxdist.step, not what jaxdist/__init__.py holds.
+        # `from jaxdist import step` imports the module jaxdist.spmd.step, not what jaxdist/__init__.py holds.
         dotted = [f"{node.module}.{alias.name}" for alias in node.names]
         return [name if name in MODULES else str(node.module) for name in dotted]
     return []

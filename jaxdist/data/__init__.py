@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxdist.data.loader import Loader
 from jaxdist.data.position import Position
-from jaxdist.data.source import ArraySource, CorruptExample, Source
+from jaxdist.data.sources.source import ArraySource, CorruptExample, Source
 
 __all__ = ["ArraySource", "CorruptExample", "Loader", "Position", "Source"]
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 import numpy as np
 from numpy.random.bit_generator import ISeedSequence
 
-from jaxdist.data.source import MASK, CorruptExample, Example, Source
+from jaxdist.data.sources.source import MASK, CorruptExample, Example, Source
 
 ExampleFn: TypeAlias = Callable[[Example, np.random.Generator], Example]
 """Maps an example to what the model sees; `random` depends on (seed, epoch, example id) and nothing else."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxdist.data.assembly import BatchBuffer, HostArrays, Made, example_random, gather, with_mask
 from jaxdist.data.loader import Loader
-from jaxdist.data.source import MASK
+from jaxdist.data.sources.source import MASK
 
 _SHADES = " .:-=+*#%@"
 _MAX_WIDTH = 48

@@ -12,10 +12,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from jaxdist.data import assembly, order, workers
+from jaxdist.data import assembly, assembly_pool, order
 from jaxdist.data.position import Position
-from jaxdist.data.source import Source
-from jaxdist.data.wrap import as_source
+from jaxdist.data.sources.source import Source
+from jaxdist.data.sources.wrap import as_source
 
 _logger = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ class Loader:
     def _make_assembler(self) -> assembly.Assembler:
         recipe = self.recipe
         if self.num_workers:
-            return workers.WorkerAssembler(recipe, self.num_workers, num_slots=self.read_ahead + 1)
+            return assembly_pool.WorkerAssembler(recipe, self.num_workers, num_slots=self.read_ahead + 1)
         if self.num_threads == 0:
             return assembly.SerialAssembler(recipe)
         return assembly.ThreadAssembler(recipe, self.num_threads)

@@ -18,14 +18,14 @@ import numpy as np
 import rich.console
 import rich.progress
 
-from jaxdist.data import extras
-from jaxdist.data.combine import Manifest
-from jaxdist.data.folders import IMAGE_SUFFIXES, ImageFolder, WavFolder
-from jaxdist.data.memmap import find_files
-from jaxdist.data.records import ArrayRecordSource, encode_example
-from jaxdist.data.source import Source, fingerprint_array, fingerprint_text
-from jaxdist.data.tables import ParquetSource, csv_source
-from jaxdist.data.tfds import TfdsSource
+from jaxdist import extras
+from jaxdist.data.sources.combine import Manifest
+from jaxdist.data.sources.folders import IMAGE_SUFFIXES, ImageFolder, WavFolder
+from jaxdist.data.sources.memmap import find_files
+from jaxdist.data.sources.records import ArrayRecordSource, encode_example
+from jaxdist.data.sources.source import Source, fingerprint_array, fingerprint_text
+from jaxdist.data.sources.tables import ParquetSource, csv_source
+from jaxdist.data.sources.tfds import TfdsSource
 
 PREPARED = "prepared.json"
 TOKENS_PER_SHARD = 2**26

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxdist.data import extras
-from jaxdist.data.folders import decode_image
-from jaxdist.data.source import Example, check_labels
+from jaxdist import extras
+from jaxdist.data.sources.folders import decode_image
+from jaxdist.data.sources.source import Example, check_labels
 
 Transform = Callable[[Example, np.random.Generator], Mapping[str, Any]]
 

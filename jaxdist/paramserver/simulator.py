@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from jaxdist.paramserver import effects, encoding, membership, messages
-from jaxdist.paramserver.scheduler import Scheduler
-from jaxdist.paramserver.server import Server
-from jaxdist.paramserver.settings import SCHEDULER, Settings, server_shard, worker_name, worker_number
-from jaxdist.paramserver.shard import Shard, Updater
-from jaxdist.paramserver.worker import Worker
+from jaxdist.paramserver.protocol import effects, messages, succession
+from jaxdist.paramserver.protocol.scheduler.scheduler import Scheduler
+from jaxdist.paramserver.protocol.server import Server
+from jaxdist.paramserver.protocol.settings import SCHEDULER, Settings, server_shard, worker_name, worker_number
+from jaxdist.paramserver.protocol.shard import Shard, Updater
+from jaxdist.paramserver.protocol.worker import Worker
+from jaxdist.paramserver.wire import encoding
 
 Gradient = Callable[[messages.Lease, tuple[tuple[np.ndarray, ...], ...]], messages.Computed]
 
@@ -124,7 +125,7 @@ class Simulation:
         self.files: dict[str, bytes] = {}
         self.events: list[Event] = []
         self.isolated: dict[str, float] = {}
-        names = [SCHEDULER, *membership.server_nodes(settings), *map(worker_name, range(settings.workers))]
+        names = [SCHEDULER, *succession.server_nodes(settings), *map(worker_name, range(settings.workers))]
         self.processes = {name: _Process(name) for name in names}
 
     # Running.

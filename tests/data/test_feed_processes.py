@@ -10,8 +10,8 @@ from jax.sharding import AxisType
 
 from jaxdist import testing
 from jaxdist.data import ArraySource, Loader, feed, process_rows
-from jaxdist.data.combine import Manifest, Sharded
 from jaxdist.data.placement import host_shards
+from jaxdist.data.sources.combine import Manifest, Sharded
 
 NUM_EXAMPLES, BATCH_SIZE, NUM_EPOCHS = 45, 8, 2
 FIELDS = ("id", "noise", "mask")

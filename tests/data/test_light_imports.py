@@ -1,8 +1,8 @@
 import subprocess
 import sys
 
-from jaxdist import metrics
-from jaxdist.data import source
+from jaxdist.data.sources import source
+from jaxdist.spmd import metrics
 
 
 def test_reading_data_needs_neither_jax_nor_any_optional_package():

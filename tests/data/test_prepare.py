@@ -6,10 +6,10 @@ import pytest
 from PIL import Image
 
 from jaxdist.data import ArraySource, Loader, prepare, transforms
-from jaxdist.data.combine import Sharded
 from jaxdist.data.inspect import inspect, render
-from jaxdist.data.memmap import TokenSource
-from jaxdist.data.records import ArrayRecordSource
+from jaxdist.data.sources.combine import Sharded
+from jaxdist.data.sources.memmap import TokenSource
+from jaxdist.data.sources.records import ArrayRecordSource
 
 TEXTS = {"a.txt": "to be or not to be", "b.txt": "", "c.txt": "that is the question"}
 

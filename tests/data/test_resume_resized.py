@@ -10,8 +10,9 @@ import jax
 import pytest
 import tiny_experiment
 
-from jaxdist import cli, ledger
-from jaxdist.launch import runtime
+from jaxdist.cli import main
+from jaxdist.launch.joining import runtime
+from jaxdist.rundir import ledger
 
 EXPERIMENT = pathlib.Path(tiny_experiment.__file__)
 
@@ -31,8 +32,8 @@ def losses(run_dir):
 def test_one_process_stopped_at_step_10_and_two_that_go_on_are_one_process_that_never_stopped(tmp_path, monkeypatch):
     never, stopped = tmp_path / "never", tmp_path / "stopped"
     monkeypatch.setattr(runtime, "start", lambda num_devices=None: jax.devices()[: num_devices or 1])
-    assert cli.run(command(never, 20)) == 0
-    assert cli.run(command(stopped, 10)) == 0
+    assert main.run(command(never, 20)) == 0
+    assert main.run(command(stopped, 10)) == 0
     assert list(losses(stopped)) == list(range(1, 11))
 
     two = [sys.executable, "-m", "jaxdist.cli", *command(stopped, 20, "--resume", "--processes", 2)]

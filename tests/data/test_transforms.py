@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from jaxdist.data import ArraySource, CorruptExample, Loader, assembly, transforms
-from jaxdist.data.folders import ImageFolder
-from jaxdist.data.wrap import MapSource
+from jaxdist.data.sources.folders import ImageFolder
+from jaxdist.data.sources.wrap import MapSource
 
 IMAGE = np.arange(5 * 4 * 3, dtype=np.uint8).reshape(5, 4, 3)
 

@@ -4,8 +4,9 @@ import types
 
 import jax
 
-from jaxdist import recovery, testing
-from jaxdist.launch import agreement
+from jaxdist import testing
+from jaxdist.launch.joining import agreement
+from jaxdist.run import recovery
 
 NUM_STEPS = 6
 

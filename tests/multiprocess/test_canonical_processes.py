@@ -10,10 +10,11 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxdist import adapters, losses, strategies, testing
-from jaxdist import layout as layouts
-from jaxdist import state as states
+from jaxdist import adapters, losses, testing
 from jaxdist.models import cnn, gpt
+from jaxdist.spmd import layout as layouts
+from jaxdist.spmd import state as states
+from jaxdist.spmd import strategies
 
 BATCH_SIZE = 16
 MASK = (np.arange(BATCH_SIZE) < 13).astype(np.float32)

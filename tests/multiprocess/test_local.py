@@ -10,15 +10,18 @@ import time
 
 import pytest
 
-from jaxdist.launch import local, runtime
-from jaxdist.signals import EXIT_RETRY
+from jaxdist.launch.joining import runtime
+from jaxdist.launch.signals import EXIT_RETRY
+from jaxdist.launch.supervising import local_job
 
 PLACE = f"import os, sys, signal, time; place = int(os.environ['{runtime.PROCESS_ID}']); "
 STUCK = "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
 
 
 def run(code, tmp_path, processes=2, **settings):
-    return local.run_job([sys.executable, "-c", PLACE + code], num_processes=processes, log_dir=tmp_path, **settings)
+    return local_job.run_job(
+        [sys.executable, "-c", PLACE + code], num_processes=processes, log_dir=tmp_path, **settings
+    )
 
 
 def wait_until(condition, seconds=30.0):
@@ -38,15 +41,15 @@ def is_running(process_id):
 
 def test_each_process_has_its_place_and_its_log(tmp_path):
     result = run("print('I am', place, 'of', os.environ['JAXDIST_NUM_PROCESSES'])", tmp_path)
-    assert result == local.JobResult(0)
+    assert result == local_job.JobResult(0)
     for number in range(2):
-        assert local.log_path(tmp_path, number).read_text() == f"I am {number} of 2\n"
+        assert local_job.log_path(tmp_path, number).read_text() == f"I am {number} of 2\n"
 
 
 def test_the_first_failure_is_reported_and_the_stuck_one_is_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr(local, "GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(local_job, "GRACE_SECONDS", 0.2)
     result = run(f"print('mine', flush=True); place and sys.exit(3); {STUCK}", tmp_path)
-    assert result == local.JobResult(3, 1, "mine")
+    assert result == local_job.JobResult(3, 1, "mine")
 
 
 def test_a_killed_process_gives_the_status_a_shell_would(tmp_path):
@@ -64,9 +67,9 @@ signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))
 open({str(ready)!r}, 'w').close(); print('my mistake', flush=True); time.sleep(600)
 """
     shown = run("\n" + code.format(elsewhere=False), tmp_path, show_first=True)
-    assert shown == local.JobResult(2, 1, "")
+    assert shown == local_job.JobResult(2, 1, "")
     ready.unlink()
-    assert run("\n" + code.format(elsewhere=True), tmp_path, show_first=True) == local.JobResult(1, 1, "mine")
+    assert run("\n" + code.format(elsewhere=True), tmp_path, show_first=True) == local_job.JobResult(1, 1, "mine")
     assert capfd.readouterr().out == 2 * "my mistake\n"
 
 
@@ -80,18 +83,18 @@ while not os.path.exists(waited): time.sleep(0.01)
 signal.signal(signal.SIGTERM, lambda *_: os._exit(99))
 time.sleep(0.5); sys.exit({EXIT_RETRY})
 """
-    assert run("\n" + code, tmp_path) == local.JobResult(EXIT_RETRY)
+    assert run("\n" + code, tmp_path) == local_job.JobResult(EXIT_RETRY)
 
 
 def test_a_stopped_process_does_not_outlive_an_orderly_retry_nor_is_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(local, "ORDERLY_SECONDS", 1000.0)
-    monkeypatch.setattr(local, "GRACE_SECONDS", 1000.0)
+    monkeypatch.setattr(local_job, "ORDERLY_SECONDS", 1000.0)
+    monkeypatch.setattr(local_job, "GRACE_SECONDS", 1000.0)
     result = run(f"place and os.kill(os.getpid(), signal.SIGSTOP); sys.exit({EXIT_RETRY})", tmp_path)
-    assert result == local.JobResult(EXIT_RETRY)
+    assert result == local_job.JobResult(EXIT_RETRY)
 
 
 def test_a_job_that_takes_too_long_is_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr(local, "GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(local_job, "GRACE_SECONDS", 0.2)
     code = f"open(os.path.join({str(tmp_path)!r}, str(os.getpid())), 'w').close(); {STUCK}"
     with pytest.raises(TimeoutError, match=r"longer than 2.0 s; processes ended: \[\]"):
         run(code, tmp_path, timeout_seconds=2.0)
@@ -128,7 +131,7 @@ time.sleep(600)
     launcher, _ = start_launcher(code, tmp_path)
     launcher.terminate()
     assert launcher.wait(timeout=30) == EXIT_RETRY
-    assert [local.log_path(tmp_path, number).read_text() for number in range(2)] == 2 * ["SIGTERM\n"]
+    assert [local_job.log_path(tmp_path, number).read_text() for number in range(2)] == 2 * ["SIGTERM\n"]
 
 
 def test_processes_die_with_their_launcher(tmp_path):
@@ -153,22 +156,22 @@ def test_ports_of_processes_that_start_again(tmp_path, monkeypatch, given):
     path = tmp_path / "range"
     if given:
         path.write_text(given)
-    monkeypatch.setattr(local, "_GIVEN_PORTS", path)
-    ports = local.quiet_ports(20)
+    monkeypatch.setattr(local_job, "_GIVEN_PORTS", path)
+    ports = local_job.quiet_ports(20)
     assert len(set(ports)) == 20
     assert all(port < 32768 for port in ports) or given != "32768\t60999\n"
     with contextlib.ExitStack() as stack:
         for port in ports:
-            stack.enter_context(socket.create_server((local.LOOPBACK, port)))
+            stack.enter_context(socket.create_server((local_job.LOOPBACK, port)))
 
 
 def test_a_reserved_port_is_given_to_nobody_else_but_the_coordinator():
-    with local.reserved_port() as port:
+    with local_job.reserved_port() as port:
         with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
-            stranger.bind((local.LOOPBACK, port))
+            stranger.bind((local_job.LOOPBACK, port))
         with socket.socket() as coordinator:
             coordinator.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            coordinator.bind((local.LOOPBACK, port))
+            coordinator.bind((local_job.LOOPBACK, port))
             coordinator.listen()
-            with socket.create_connection((local.LOOPBACK, port), timeout=5):
+            with socket.create_connection((local_job.LOOPBACK, port), timeout=5):
                 pass

@@ -13,8 +13,15 @@ import time
 import jax
 import pytest
 
-from jaxdist import checkpoint, cli, config, record, signals, testing, train
-from jaxdist.launch import agreement, board, supervisor
+from jaxdist import testing
+from jaxdist.checkpoint import checkpoints
+from jaxdist.cli import main
+from jaxdist.config import experiments
+from jaxdist.launch import signals
+from jaxdist.launch.joining import agreement
+from jaxdist.launch.supervising import board, supervisor
+from jaxdist.run import attempt
+from jaxdist.rundir import record
 
 EXPERIMENT = pathlib.Path(__file__).parents[1] / "tiny_experiment.py"
 PHASES = ("compile", "input", "compute", "eval", "checkpoint", "writing")
@@ -23,7 +30,7 @@ STEPS = 24
 
 def signalled_once(phase, number):
     """Send this process a signal when it next enters a phase: an account of the stopwatch, or the writing of files."""
-    owner, name = (checkpoint.manifests, "write") if phase == "writing" else (record.Stopwatch, "account")
+    owner, name = (checkpoints.manifests, "write") if phase == "writing" else (record.Stopwatch, "account")
     original, sent = getattr(owner, name), []
 
     def entered(*args):
@@ -39,16 +46,16 @@ def signalled_once(phase, number):
 def run(run_dir, *, resume):
     """Run the experiment here, as `jaxdist train` does; return how it ended."""
     assignments = [f"stop.max_steps={STEPS}", "eval.every_steps=2", "checkpoints.every_steps=3", "reduction=canonical"]
-    experiment = config.override(config.load_experiment(str(EXPERIMENT)), assignments)
+    experiment = experiments.override(experiments.load_experiment(str(EXPERIMENT)), assignments)
     with signals.stop_on_signal() as request:
-        options = train.RunOptions(
+        options = attempt.RunOptions(
             run_dir=pathlib.Path(run_dir),
             resume=resume,
             silent=True,
             stop_requested=agreement.agreed_stop(lambda: bool(request)),
         )
-        made = train.train(experiment, options, devices=jax.devices())
-    return {"end": made.end_reason, "status": cli.exit_status(made), "step": made.step, "hash": made.params_sha256}
+        made = attempt.train(experiment, options, devices=jax.devices())
+    return {"end": made.end_reason, "status": main.exit_status(made), "step": made.step, "hash": made.params_sha256}
 
 
 def signalled_in_every_phase(folder):
@@ -116,7 +123,7 @@ def test_however_a_supervised_job_ends_it_leaves_nothing_behind(tmp_path, number
         ended = record.RunRecord.read(tmp_path)
         assert (ended.end_reason, ended.restarts) == ("preempted", 0)
         assert f"{number.name}: saving and stopping" in output
-        with contextlib.closing(checkpoint.Checkpointer(tmp_path / "checkpoints", identity="x")) as checkpointer:
+        with contextlib.closing(checkpoints.Checkpointer(tmp_path / "checkpoints", identity="x")) as checkpointer:
             assert checkpointer.latest_step() == ended.step
 
 

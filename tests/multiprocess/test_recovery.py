@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from jaxdist import record
+from jaxdist.rundir import record
 
 EXPERIMENT = pathlib.Path(__file__).parents[1] / "tiny_experiment.py"
 

@@ -5,8 +5,8 @@ import random
 import checker
 import numpy as np
 
-from jaxdist.paramserver import messages
-from jaxdist.paramserver.settings import Settings, Timers
+from jaxdist.paramserver.protocol import messages
+from jaxdist.paramserver.protocol.settings import Settings, Timers
 from jaxdist.paramserver.simulator import Faults, Simulation
 
 SIZES = {1: ((3, 2),), 2: ((3,), (2,)), 3: ((2,), (2,), (1,))}

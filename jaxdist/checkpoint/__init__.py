@@ -1,0 +1,1 @@
+"""State that outlives a step: checkpoints on disk, snapshots in memory, and the manifest that verifies both."""

@@ -1,0 +1,424 @@
+"""Checkpoints on Orbax: written while training goes on, committed whole or not at all, verified when read.
+
+A committed step is a directory named by its number (`40`, or `40.1` where it was saved a second time). In it, `state/`
+holds one array per leaf and `manifest/` their hashes, with the position in the data, the metrics and the identity of
+the experiment. Orbax copies the state off the devices, writes it from a background thread and renames the finished
+directory into place. Reading verifies every hash, so what comes back is the very bits that were saved, or an error
+that names the leaf.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal, TypeAlias
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from jaxdist.checkpoint import manifest as manifests
+from jaxdist.checkpoint.manifest import CheckpointError, DamagedCheckpointError
+
+__all__ = ["CheckpointError", "Checkpointer", "DamagedCheckpointError"]
+
+PyTree: TypeAlias = Any
+
+_STATE, _MANIFEST = "state", "manifest"
+_STEP_NAME = re.compile(r"(0|[1-9]\d*)(?:\.([1-9]\d*))?")
+_REMOVED = "removed-"
+_ORBAX_UNFINISHED = ".orbax-checkpoint-tmp"
+_NUM_READERS = 8
+_BARRIER_TIMEOUT_SECONDS = 1200
+
+
+class Checkpointer:
+    """Saves and restores training states in one directory, which every process of the job must see.
+
+    Each process of a multi-process job makes its own and calls the same methods at the same steps.
+
+    >>> with Checkpointer("runs/a/checkpoints", identity="digits_cnn") as checkpointer:  # doctest: +SKIP
+    ...     checkpointer.save(step, state, position.to_json(), {"eval/accuracy": 0.98})
+    ...     state, data_state = checkpointer.restore(abstract_state)
+
+    Args:
+      directory: where the steps lie; made by the first save.
+      identity: says which experiment the checkpoints belong to; restoring under another one is refused.
+      keep_last: how many of the newest steps stay.
+      keep_every: steps divisible by this stay for ever.
+      best_metric: name of the metric whose best step stays too; steps saved without it do not compete.
+      best_mode: whether "max" or "min" is best.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        identity: str,
+        keep_last: int = 2,
+        keep_every: int | None = None,
+        best_metric: str | None = None,
+        best_mode: Literal["max", "min"] = "max",
+    ):
+        if keep_last < 1 or (keep_every is not None and keep_every < 1) or best_mode not in ("max", "min"):
+            raise ValueError(
+                'keep_last and keep_every must be at least 1 and best_mode "max" or "min"; got '
+                f"keep_last={keep_last}, keep_every={keep_every}, best_mode={best_mode!r}."
+            )
+        self._directory = pathlib.Path(directory).absolute()
+        self._identity = identity
+        self._keep_last, self._keep_every = keep_last, keep_every
+        self._best_metric, self._best_sign = best_metric, 1.0 if best_mode == "max" else -1.0
+        self._scores: dict[pathlib.Path, float] = {}
+        self._orbax: ocp.AsyncCheckpointer | None = None
+        self._saving: tuple[int, concurrent.futures.Future[None]] | None = None
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def save(self, step: int, state: PyTree, data_state: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """Start saving `state` as `step`, and return as soon as it may be donated to the next step.
+
+        Waits for the previous save, then for the state to be computed and copied to the host; hashing, writing and the
+        removal of old steps happen in the background. A step that is there already is replaced.
+
+        Args:
+          step: number of finished steps.
+          state: pytree of jax.Arrays, typed keys included, laid out over any mesh.
+          data_state: where the data stands; anything JSON can hold.
+          metrics: the values that decide which step is best.
+
+        Raises:
+          CheckpointError: the directory cannot be written, or belongs to another experiment; the previous save failed.
+        """
+        self.wait()
+        extra = {
+            "format": manifests.FORMAT,
+            "identity": self._identity,
+            "step": step,
+            "data_state": data_state,
+            "metrics": {name: float(value) for name, value in metrics.items()},
+        }
+        json.dumps(extra)  # What JSON cannot hold is found out here, where the caller sees it.
+        leaves = manifests.leaves_of(state)
+        if self._orbax is None:
+            self._refuse_foreign()
+            self._orbax = _async_checkpointer()
+        self._make_ready()
+        self._orbax.save(self._new_path(step), args=_save_args(leaves, extra))
+        self._saving = step, self._thread.submit(self._finish, self._orbax, step)
+
+    def wait(self) -> None:
+        """Return when nothing is being saved any more.
+
+        Raises:
+          CheckpointError: the save failed; the checkpoints before it are unharmed.
+        """
+        if self._saving is not None:
+            (step, future), self._saving = self._saving, None
+            error = future.exception()
+            if error is not None:
+                raise self._write_error(f"of step {step}", error) from error
+
+    def close(self) -> None:
+        """Wait for the last save and end the background threads; raises what `wait` raises."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            if self._orbax is not None:
+                self._orbax.close()
+                self._orbax = None
+
+    def steps(self) -> list[int]:
+        """Return the committed steps, ascending. A save that was interrupted never shows up."""
+        return sorted(self._committed())
+
+    def latest_step(self) -> int | None:
+        """Return the newest committed step, or None."""
+        return max(self._committed(), default=None)
+
+    def best_step(self) -> int | None:
+        """Return the committed step whose `best_metric` is best (the earliest among equals), or None."""
+        if self._best_metric is None:
+            return None
+        scores = {step: self._score(paths[-1]) for step, paths in sorted(self._committed().items())}
+        best = max(scores, key=lambda step: scores[step], default=None)
+        return best if best is not None and scores[best] > -math.inf else None
+
+    def newest_intact(self) -> int | None:
+        """Return the newest step of this experiment that `verify` finds intact, or None."""
+        self.wait()
+        return self._newest_intact(self.steps())
+
+    def verify(self, step: int) -> None:
+        """Read all of `step` and compare the hashes; needs no template.
+
+        Raises:
+          CheckpointError: there is no such step, it belongs to another experiment, or it is damaged
+            (DamagedCheckpointError).
+        """
+        manifest = self._manifest(self._existing(step)[1])
+        for _ in _each_ahead(manifest.read_leaf, manifest.leaves):
+            pass
+
+    def restore(self, template: PyTree, step: int | None = None) -> tuple[PyTree, dict[str, Any]]:
+        """Return the state and data_state of `step`, the newest by default, bit for bit as they were saved.
+
+        Every leaf is read and verified on the host, a few at a time, then laid out as the template says: the mesh, the
+        number of devices and of processes may differ from those it was saved under.
+
+        Args:
+          template: the state's structure; leaves are jax.ShapeDtypeStructs with a sharding (or jax.Arrays).
+          step: which step.
+
+        Raises:
+          CheckpointError: there is no such step; it belongs to another experiment; its leaves, shapes or dtypes differ
+            from the template's; or it is damaged (DamagedCheckpointError). Nothing is ever restored in part.
+        """
+        self.wait()
+        step, path = self._existing(step)
+        structs, treedef = _template_leaves(template)
+        try:
+            manifest = self._manifest(path)
+            manifest.check_fits(structs)
+            read = _each_ahead(manifest.read_leaf, structs)
+            leaves = [_place(values, struct) for values, struct in zip(read, structs.values(), strict=True)]
+        except DamagedCheckpointError as error:
+            raise DamagedCheckpointError(f"{error} {self._advice(step, path)}") from error
+        return jax.tree.unflatten(treedef, leaves), manifest.extra["data_state"]
+
+    def _committed(self) -> dict[int, list[pathlib.Path]]:
+        """Return step -> its directories, the one that counts last."""
+        found: dict[int, list[tuple[int, pathlib.Path]]] = {}
+        for path in self._directory.iterdir() if self._directory.is_dir() else ():
+            if match := _STEP_NAME.fullmatch(path.name):
+                found.setdefault(int(match[1]), []).append((int(match[2] or 0), path))
+        return {step: [path for _, path in sorted(paths)] for step, paths in found.items()}
+
+    def _new_path(self, step: int) -> pathlib.Path:
+        # A second save gets a name of its own, so the first stays until the second is committed.
+        paths = self._committed().get(step)
+        if not paths:
+            return self._directory / str(step)
+        previous = _STEP_NAME.fullmatch(paths[-1].name)
+        assert previous is not None
+        return self._directory / f"{step}.{int(previous[2] or 0) + 1}"
+
+    def _refuse_foreign(self) -> None:
+        """Raise if another experiment saves here: its steps would be taken for old ones of this, and removed."""
+        for paths in self._committed().values():
+            with contextlib.suppress(DamagedCheckpointError):
+                self._manifest(paths[-1])
+
+    def _make_ready(self) -> None:
+        """Make the directory, find out whether it can be written, remove what interrupted saves left behind."""
+        if jax.process_index() != 0:
+            return
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self._directory):
+                for path in list(self._directory.iterdir()):
+                    if path.name.startswith(_REMOVED) or _ORBAX_UNFINISHED in path.name:
+                        shutil.rmtree(path)
+        except OSError as error:
+            raise self._write_error("", error) from error
+
+    def _finish(self, orbax: ocp.AsyncCheckpointer, step: int) -> None:
+        """Wait for the commit, then remove what is not to be kept; all processes return when that is done."""
+        orbax.wait_until_finished()
+        if jax.process_index() == 0:
+            for path in self._superfluous(step):
+                # The rename comes first: a removal that is killed half-way must not leave a step that looks complete.
+                removed = path.rename(path.with_name(f"{_REMOVED}{path.name}"))
+                shutil.rmtree(removed)
+        barrier = ocp.multihost.get_barrier_sync_fn(processes=_all_processes())
+        barrier(key=f"jaxdist_checkpoint_{step}", timeout_ms=_BARRIER_TIMEOUT_SECONDS * 1000)
+
+    def _superfluous(self, saved: int) -> list[pathlib.Path]:
+        committed = self._committed()
+        # Steps beyond the one just saved come from a run that went back to an earlier step. They do not count as the
+        # newest, or the step just saved would be the first to go, and they are not ours to remove.
+        steps = sorted(step for step in committed if step <= saved)
+        keep = {*steps[-self._keep_last :], self.best_step()}
+        keep.update(step for step in steps if self._keep_every and step % self._keep_every == 0)
+        replaced = [path for step in steps for path in committed[step][:-1]]
+        return replaced + [committed[step][-1] for step in steps if step not in keep]
+
+    def _score(self, path: pathlib.Path) -> float:
+        """Return how good the step in `path` is, higher is better; minus infinity where it does not say."""
+        if path not in self._scores:
+            try:
+                metrics = self._manifest(path).extra["metrics"]
+            except DamagedCheckpointError:
+                metrics = {}  # It cannot be restored, so it is nobody's best; a save must not fail because of it.
+            score = self._best_sign * metrics.get(self._best_metric, math.nan)
+            self._scores[path] = -math.inf if math.isnan(score) else score
+        return self._scores[path]
+
+    def _write_error(self, what: str, error: BaseException) -> CheckpointError:
+        latest = self.latest_step()
+        return CheckpointError(
+            f"A checkpoint {what + ' ' if what else ''}could not be written to {self._directory}: {error}. "
+            f"{f'Step {latest} is unharmed.' if latest is not None else 'It holds no earlier checkpoint.'} "
+            "Free space there, make it writable, or choose another directory; then resume."
+        )
+
+    def _existing(self, step: int | None) -> tuple[int, pathlib.Path]:
+        """Return `step`, or the newest if None, and where it lies."""
+        committed = self._committed()
+        if not committed or (step is not None and step not in committed):
+            raise CheckpointError(
+                f"There is no checkpoint{'' if step is None else f' of step {step}'} in {self._directory}; it holds "
+                f"{f'steps {sorted(committed)}' if committed else 'none'}. "
+                "Name a step that exists, or start without resuming."
+            )
+        step = max(committed) if step is None else step
+        return step, committed[step][-1]
+
+    def _manifest(self, path: pathlib.Path) -> manifests.Manifest:
+        manifest = manifests.read(path / _MANIFEST, arrays=path / _STATE)
+        found = manifest.extra["identity"]
+        if found != self._identity:
+            raise CheckpointError(
+                f"A directory of checkpoints belongs to the experiment that saved them; {path} belongs to {found!r}, "
+                f"this is {self._identity!r}. Choose another directory, or the experiment that saved it."
+            )
+        return manifest
+
+    def _newest_intact(self, steps: Iterable[int]) -> int | None:
+        for step in sorted(steps, reverse=True):
+            try:
+                self.verify(step)
+            except CheckpointError:
+                continue
+            return step
+        return None
+
+    def _advice(self, step: int, path: pathlib.Path) -> str:
+        intact = self._newest_intact(other for other in self.steps() if other != step)
+        if intact is None:
+            return "No other step there is intact: start again, or bring back a copy of the directory."
+        return f"Step {intact} is intact: restore that one, or remove {path}."
+
+
+@dataclasses.dataclass
+class _ManifestSave(ocp.args.CheckpointArgs):
+    leaves: list[manifests.Leaf]
+    extra: dict[str, Any]
+
+
+class _ManifestHandler(ocp.AsyncCheckpointHandler):
+    """Hashes the leaves and writes the manifest, as one more item of what Orbax commits together."""
+
+    async def async_save(self, directory: Any, args: _ManifestSave) -> list[Any]:
+        pieces = [manifests.host_pieces(leaf) for leaf in args.leaves]
+        return [ocp.future.CommitFutureAwaitingContractedSignals(self._write(directory, args, pieces))]
+
+    async def _write(self, directory: Any, args: _ManifestSave, pieces: list[Any]) -> None:
+        # In a thread of Orbax, once the directory is there.
+        described = {leaf.path: manifests.describe(leaf, owned) for leaf, owned in zip(args.leaves, pieces)}
+        manifests.write(pathlib.Path(directory), described, args.extra)
+
+    def save(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("Manifests are written as part of an asynchronous save.")
+
+    def restore(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("Manifests are read by Checkpointer.restore.")
+
+
+# Orbax knows a handler by its arguments for saving and for restoring; nothing is restored through this one.
+ocp.args.register_with_handler(_ManifestHandler, for_save=True, for_restore=True)(_ManifestSave)
+
+
+def _save_args(leaves: list[manifests.Leaf], extra: dict[str, Any]) -> ocp.args.Composite:
+    # Orbax refuses arrays without elements; their shape in the manifest says all there is to say.
+    arrays = {leaf.file: leaf.data for leaf in leaves if leaf.data.size}
+    return ocp.args.Composite(**{_STATE: ocp.args.PyTreeSave(arrays), _MANIFEST: _ManifestSave(leaves, extra)})
+
+
+def _async_checkpointer() -> ocp.AsyncCheckpointer:
+    _quiet_orbax()
+    # Naming the processes makes Orbax meet at the coordinator. Otherwise it meets by running programs on the devices,
+    # some of them from its background thread, between training steps that differ from process to process.
+    processes = ocp.options.MultiprocessingOptions(active_processes=_all_processes())
+    # Each piece is written by one process, so that its hash and its bytes come from the same memory.
+    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False, enable_write_sharding_file=False)
+    state = ocp.PyTreeCheckpointHandler(
+        # One plain directory per leaf, uncompressed (floats hardly shrink): damage has an address, writing is cheap.
+        use_ocdbt=False,
+        use_compression=False,
+        # Without pinned memory, Orbax and the hashes look at one copy of the state on the host.
+        enable_pinned_host_transfer=False,
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, arrays)),
+        multiprocessing_options=processes,
+    )
+    items = ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(multiprocessing_options=processes),
+        **{_STATE: state, _MANIFEST: _ManifestHandler()},
+    )
+    return ocp.AsyncCheckpointer(items, timeout_secs=_BARRIER_TIMEOUT_SECONDS, multiprocessing_options=processes)
+
+
+def _all_processes() -> set[int]:
+    return set(range(jax.process_count()))
+
+
+def _quiet_orbax() -> None:
+    """Keep Orbax's running commentary out of the log; what it has to complain about is raised."""
+    logging.getLogger("absl").addFilter(_is_not_orbax)
+
+
+def _is_not_orbax(record: logging.LogRecord) -> bool:
+    return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+def _template_leaves(template: PyTree) -> tuple[dict[str, Any], Any]:
+    with_paths, treedef = jax.tree_util.tree_flatten_with_path(template)
+    structs = {manifests.path_name(path): leaf for path, leaf in with_paths}
+    for path, struct in structs.items():
+        if getattr(struct, "sharding", None) is None:
+            raise CheckpointError(
+                f"Every leaf of the template needs a sharding, which says where to restore it; {path} has none. "
+                "Pass jax.ShapeDtypeStruct(shape, dtype, sharding=...), as state.abstract_state makes them."
+            )
+    return structs, treedef
+
+
+def _place(values: np.ndarray, struct: Any) -> jax.Array:
+    """Return the values laid out as `struct` says; this process provides the pieces of its own devices."""
+    placed = jax.make_array_from_callback(values.shape, struct.sharding, lambda index: values[index])
+    if not jax.dtypes.issubdtype(struct.dtype, jax.dtypes.prng_key):
+        return placed
+    return jax.random.wrap_key_data(placed, impl=_key_impl(struct.dtype))
+
+
+def _key_impl(dtype: Any) -> Any:
+    impls = []
+    jax.eval_shape(lambda key: impls.append(jax.random.key_impl(key)), jax.ShapeDtypeStruct((), dtype))
+    return impls[0]
+
+
+def _each_ahead(fn: Callable[[str], np.ndarray], items: Iterable[str]) -> Iterator[np.ndarray]:
+    """Yield `fn` of each item in order, computed a few ahead by threads: the host never holds all leaves at once."""
+    with concurrent.futures.ThreadPoolExecutor(_NUM_READERS) as threads:
+        pending: collections.deque[concurrent.futures.Future[np.ndarray]] = collections.deque()
+        for item in items:
+            pending.append(threads.submit(fn, item))
+            if len(pending) == _NUM_READERS:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()

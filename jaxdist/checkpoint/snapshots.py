@@ -1,0 +1,324 @@
+"""Snapshots of the state in memory that outlives the process: what a restart goes on from, as recent as a step ago.
+
+A snapshot lies in files of a directory in memory (/dev/shm), which belongs to the supervisor and not to the process
+that trains. The state is copied on the devices, so the next step may be dispatched at once; a thread waits for the copy
+and writes it. The idea of recovering from memory close by, and from disk only when that is lost, is that of Gemini
+(Wang et al., SOSP 2023).
+
+Each process writes the pieces of the state it owns into one of three slots in turn. While a slot is being written the
+two others are whole. A process that has written step n knows that step n was computed, hence begun by every process,
+hence that each has written step n - 2: so all have a step in common, at whatever moment any of them dies.
+"""
+
+import concurrent.futures
+import dataclasses
+import io
+import itertools
+import json
+import os
+import pathlib
+import time
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdist.checkpoint import manifest as manifests
+
+PyTree: TypeAlias = Any
+JSON: TypeAlias = dict[str, Any]
+
+NUM_SLOTS = 3
+_PATTERN = "process-*.slot-*.snapshot"
+_PREFIX = 32
+"""Bytes of the header's length and checksum."""
+
+
+class SnapshotError(ValueError):
+    """A snapshot that cannot be used for this state."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """A part of a leaf that this process owns: [start, stop) of every dim, and the values, on one device."""
+
+    leaf: int
+    index: list[list[int]]
+    data: jax.Array
+
+
+class Snapshots:
+    """Takes snapshots, and restores the newest; every process of the job on this machine makes its own.
+
+    Args:
+      directory: in memory, common to all processes, empty for a new run.
+      identity: says what the snapshots belong to; those of another identity are not used.
+      process: number of this process.
+
+    Attributes:
+      cost_seconds: what the newest one took, here and on the thread, without the waiting for steps to be computed.
+    """
+
+    def __init__(self, directory: pathlib.Path, *, identity: str, process: int | None = None):
+        self.cost_seconds = 0.0
+        directory.mkdir(parents=True, exist_ok=True)
+        self._directory, self._identity = directory, identity
+        self._process = jax.process_index() if process is None else process
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "snapshot")
+        self._writing: concurrent.futures.Future[None] | None = None
+        self._slots = list(range(NUM_SLOTS))
+
+    def begin(self, step: int) -> None:
+        """Forget what lies beyond `step`, from which training goes on: no model that is alive comes from there.
+
+        Every process calls this once, before it trains.
+        """
+        for path in self._directory.glob(_PATTERN):
+            file, number = _open(path), int(path.name.split(".")[0].removeprefix("process-"))
+            ours = number == self._process or (self._process == 0 and number >= jax.process_count())
+            if ours and (file is None or file.header["step"] > step):
+                path.unlink()
+        # The oldest is overwritten first, the one that training goes on from last.
+        files = {slot: _open(_slot_path(self._directory, self._process, slot)) for slot in self._slots}
+        steps = {slot: -1 if file is None else file.header["step"] for slot, file in files.items()}
+        self._slots.sort(key=lambda slot: steps[slot])
+
+    def save(
+        self, step: int, state: PyTree, data_state: Mapping[str, Any], *, nonfinite: jax.Array | None = None
+    ) -> None:
+        """Take a snapshot of `state`, which may be donated as soon as this returns; waits for the snapshot before.
+
+        Args:
+          step: number of finished steps.
+          state: pytree of jax.Arrays.
+          data_state: where the data stand; anything JSON can hold.
+          nonfinite: the step's flag; a step that was not finite was not made, and gives no snapshot.
+
+        Raises:
+          OSError: the memory is full; the snapshots before are unharmed.
+        """
+        begin = time.perf_counter()
+        leaves = manifests.leaves_of(state)
+        pieces = _copied(_pieces(leaves))
+        header = {
+            "identity": self._identity,
+            "step": step,
+            "data_state": data_state,
+            "leaves": [[leaf.path, leaf.dtype, str(leaf.data.dtype), list(leaf.data.shape)] for leaf in leaves],
+        }
+        taken = time.perf_counter() - begin
+        self.wait()
+        self._writing = self._thread.submit(self._write_next, header, pieces, nonfinite, taken)
+
+    def _write_next(
+        self, header: JSON, pieces: Sequence[_Piece], nonfinite: jax.Array | None, seconds_before: float
+    ) -> None:
+        if nonfinite is not None and int(nonfinite.addressable_data(0)) >= 0:
+            return
+        jax.block_until_ready([piece.data for piece in pieces])
+        begin = time.perf_counter()
+        slot = self._slots.pop(0)
+        self._slots.append(slot)
+        _write(_slot_path(self._directory, self._process, slot), header, pieces)
+        self.cost_seconds = seconds_before + time.perf_counter() - begin
+
+    def wait(self) -> None:
+        """Return when nothing is being written any more; raises what the writing raised."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def close(self) -> None:
+        """Wait for the last snapshot and end the thread."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def latest_step(self) -> int | None:
+        """Return the newest step of which every piece is there and whole, None if there is none.
+
+        Call it before training goes on: all processes must come to the same answer.
+        """
+        found = self._by_step()
+        return next((step for step in sorted(found, reverse=True) if _is_whole(found[step])), None)
+
+    def restore(self, template: PyTree, step: int) -> tuple[PyTree, dict[str, Any]]:
+        """Return the state and data_state of `step`, bit for bit, laid out as the template says.
+
+        Args:
+          template: the state's structure; leaves are jax.ShapeDtypeStructs with a sharding (or jax.Arrays).
+          step: one that `latest_step` returned.
+
+        Raises:
+          SnapshotError: the snapshot has other leaves, shapes or dtypes.
+        """
+        files = self._by_step()[step]
+        header = files[0].header
+        with_paths, treedef = jax.tree_util.tree_flatten_with_path(template)
+        expected = [[manifests.path_name(path), str(leaf.dtype)] for path, leaf in with_paths]
+        if expected != [leaf[:2] for leaf in header["leaves"]]:
+            raise SnapshotError(
+                f"The snapshot of step {step} has other leaves than the state of this experiment. "
+                "Resume without it: it belongs to a job that is over."
+            )
+        values = _joined(files)
+        leaves = [_place(value, leaf) for value, (_, leaf) in zip(values, with_paths, strict=True)]
+        return jax.tree.unflatten(treedef, leaves), header["data_state"]
+
+    def _by_step(self) -> dict[int, list["_File"]]:
+        """Return step -> what the processes wrote of it."""
+        found: dict[int, list[_File]] = {}
+        for path in sorted(self._directory.glob(_PATTERN)):
+            file = _open(path)
+            if file is not None and file.header["identity"] == self._identity:
+                found.setdefault(file.header["step"], []).append(file)
+        return found
+
+
+def held_bytes(directory: pathlib.Path) -> int:
+    """Return the memory that the snapshots in `directory` take."""
+    return sum(path.stat().st_size for path in directory.glob(_PATTERN))
+
+
+@dataclasses.dataclass(frozen=True)
+class _File:
+    """What one slot holds: its header, which was verified, and its bytes, which were not."""
+
+    header: JSON
+    content: np.ndarray
+    offset: int
+
+    def pieces(self) -> list[tuple[JSON, np.ndarray]]:
+        """Return each piece's description and bytes."""
+        ends = itertools.accumulate((piece["num_bytes"] for piece in self.header["pieces"]), initial=self.offset)
+        return [
+            (piece, self.content[begin:end])
+            for piece, (begin, end) in zip(self.header["pieces"], itertools.pairwise(ends))
+        ]
+
+    def is_intact(self) -> bool:
+        """Return whether every piece has the checksum it was written with."""
+        return all(zlib.crc32(np.ascontiguousarray(value).data) == piece["crc32"] for piece, value in self.pieces())
+
+
+def _pieces(leaves: Sequence[manifests.Leaf]) -> list[_Piece]:
+    return [
+        _Piece(number, [list(part.indices(size)[:2]) for part, size in zip(shard.index, leaf.data.shape)], shard.data)
+        for number, leaf in enumerate(leaves)
+        for shard in leaf.data.addressable_shards
+        if shard.replica_id == 0
+    ]
+
+
+def _copied(pieces: Sequence[_Piece]) -> list[_Piece]:
+    """Return the pieces with copies of their data, made by one program on each device."""
+    by_device: dict[jax.Device, list[_Piece]] = {}
+    for piece in pieces:
+        by_device.setdefault(next(iter(piece.data.devices())), []).append(piece)
+    return [
+        dataclasses.replace(piece, data=copy)
+        for group in by_device.values()
+        for piece, copy in zip(group, _copy([piece.data for piece in group]), strict=True)
+    ]
+
+
+@jax.jit
+def _copy(arrays: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.copy(array) for array in arrays]
+
+
+def _write(path: pathlib.Path, header: JSON, pieces: Sequence[_Piece]) -> None:
+    """Overwrite a slot in place: its header's length and checksum, the header, the data.
+
+    Waits for the values before it touches the file. The length is written last, so a slot that a dead process left
+    half-written is seen to be; in place, because memory that is freed and taken anew costs more than the copy.
+    """
+    values = [np.ascontiguousarray(np.asarray(piece.data)).reshape(-1).view(np.uint8) for piece in pieces]
+    described = [
+        {"leaf": piece.leaf, "index": piece.index, "num_bytes": value.nbytes, "crc32": zlib.crc32(value.data)}
+        for piece, value in zip(pieces, values)
+    ]
+    text = json.dumps(header | {"pieces": described}).encode()
+    with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "wb", buffering=0) as file:
+        _write_all(file, b" " * _PREFIX)
+        _write_all(file, text)
+        for value in values:
+            _write_all(file, value.data)
+        file.truncate()
+        file.seek(0)
+        _write_all(file, f"{len(text):16d}{zlib.crc32(text):16d}".encode())
+
+
+def _write_all(file: io.RawIOBase, data: Any) -> None:
+    """Write everything: one call may write a part only, where memory runs out or the part is very large."""
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) :]
+
+
+def _open(path: pathlib.Path) -> _File | None:
+    """Return what a slot holds, None where it is absent or not whole."""
+    if not path.exists() or path.stat().st_size < _PREFIX:
+        return None
+    content = np.memmap(path, np.uint8, mode="r")
+    try:
+        length, checksum = int(content[:16].tobytes()), int(content[16:_PREFIX].tobytes())
+    except ValueError:
+        return None
+    text = content[_PREFIX : _PREFIX + length].tobytes()
+    if zlib.crc32(text) != checksum:
+        return None
+    header = json.loads(text)
+    whole = _PREFIX + length + sum(piece["num_bytes"] for piece in header["pieces"])
+    return _File(header, content, _PREFIX + length) if whole == len(content) else None
+
+
+def _is_whole(files: Sequence[_File]) -> bool:
+    """Return whether the pieces are intact and cover every element of every leaf."""
+    shapes = [tuple(leaf[3]) for leaf in files[0].header["leaves"]]
+    covered = [0] * len(shapes)
+    seen = set()
+    for file in files:
+        for piece, _ in file.pieces():
+            place = (piece["leaf"], json.dumps(piece["index"]))
+            if place not in seen:
+                seen.add(place)
+                covered[piece["leaf"]] += int(np.prod([stop - start for start, stop in piece["index"]], dtype=np.int64))
+    covers = covered == [int(np.prod(shape, dtype=np.int64)) for shape in shapes]
+    return covers and all(file.is_intact() for file in files)
+
+
+def _joined(files: Sequence[_File]) -> list[np.ndarray]:
+    """Return the leaves, whole."""
+    leaves = [np.empty(shape, dtype) for _, _, dtype, shape in files[0].header["leaves"]]
+    for file in files:
+        for piece, value in file.pieces():
+            leaf = leaves[piece["leaf"]]
+            index = tuple(slice(*bounds) for bounds in piece["index"])
+            leaf[index] = value.view(leaf.dtype).reshape(leaf[index].shape)
+    return leaves
+
+
+def _place(values: np.ndarray, struct: Any) -> jax.Array:
+    """Return the values laid out as `struct` says."""
+    is_key = jax.dtypes.issubdtype(struct.dtype, jax.dtypes.prng_key)
+    expected = tuple(struct.shape)
+    if values.shape[: len(expected)] != expected:
+        raise SnapshotError(f"The snapshot holds an array of shape {values.shape} where {expected} is expected.")
+    placed = jax.make_array_from_callback(values.shape, struct.sharding, lambda index: values[index])
+    return _wrap_key(placed, struct) if is_key else placed
+
+
+def _wrap_key(data: jax.Array, struct: Any) -> jax.Array:
+    impls: list[Any] = []
+    jax.eval_shape(lambda key: impls.append(jax.random.key_impl(key)), jax.ShapeDtypeStruct((), struct.dtype))
+    wrap = jax.jit(lambda values: jax.random.wrap_key_data(values, impl=impls[0]), out_shardings=struct.sharding)
+    return wrap(data)
+
+
+def _slot_path(directory: pathlib.Path, process: int, slot: int) -> pathlib.Path:
+    return directory / f"process-{process}.slot-{slot}.snapshot"

@@ -1,0 +1,1 @@
+"""The command line: the parser, one file a command, and the entry points of `python -m`."""

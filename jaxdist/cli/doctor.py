@@ -1,0 +1,61 @@
+"""What is installed, what is visible, what will bite: the facts to look at before a run, and to paste into a report."""
+
+import importlib.util
+import os
+import platform
+import shutil
+from collections.abc import Sequence
+
+import jax
+
+from jaxdist.rundir import record
+
+EXTRAS = {
+    "data": ("tensorflow_datasets", "array_record", "pyarrow", "PIL"),
+    "examples": ("sklearn",),
+    "paramserver": ("grpc",),
+    "ray": ("ray",),
+}
+LEAST_FREE_BYTES = 2 << 30
+
+
+def examine(devices: Sequence[jax.Device]) -> str:
+    """Return a report on this machine as text: versions, devices, extras, and warnings."""
+    lines = [f"{name:<12} {version or 'not installed'}" for name, version in record.versions().items()]
+    lines += ["", f"{'platform':<12} {platform.platform()}", f"{'cores':<12} {_usable_cores()}"]
+    lines.append(f"{'devices':<12} {len(devices)} x {devices[0].device_kind} ({devices[0].platform})")
+    lines.append(f"{'cache':<12} {jax.config.values['jax_compilation_cache_dir'] or 'none'}")
+    lines += ["", *(f"extra {name:<12} {_state_of(modules)}" for name, modules in EXTRAS.items())]
+    warnings = list_warnings(devices)
+    lines += ["", *(f"! {warning}" for warning in warnings)] if warnings else ["", "Nothing here will bite."]
+    return "\n".join(lines)
+
+
+def list_warnings(devices: Sequence[jax.Device]) -> list[str]:
+    """Return what is likely to cause trouble on this machine, one sentence each."""
+    warnings = []
+    if devices[0].platform == "cpu" and _usable_cores() == 1:
+        warnings.append(
+            "One usable core: canonical reduction needs NPROC=2 or more in the environment to give the bits of other "
+            "machines (jaxdist sets it for the processes it starts)."
+        )
+    if devices[0].platform != "cpu":
+        warnings.append(
+            "The bits of canonical reduction belong to one kind of device; on GPUs, set "
+            "XLA_FLAGS=--xla_gpu_deterministic_ops=true."
+        )
+    free = shutil.disk_usage(os.getcwd()).free
+    if free < LEAST_FREE_BYTES:
+        warnings.append(f"Only {free / 2**30:.1f} GiB are free here; checkpoints and run directories need room.")
+    if "--xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        warnings.append("XLA_FLAGS sets the number of fake CPU devices; --devices does that, and the two may clash.")
+    return warnings
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _state_of(modules: Sequence[str]) -> str:
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    return f"lacks {', '.join(missing)}" if missing else "installed"

@@ -1,0 +1,232 @@
+"""Assembly in worker processes, for transforms that hold the GIL.
+
+Each worker owns a few slots of shared memory. It writes the rows it was asked for into a slot and reports; the trainer
+copies them into the batch's fresh arrays, and the slot is free again. Pipes carry ids and reports only. The trainer's
+side runs in one thread, the one that iterates.
+"""
+
+import collections
+import multiprocessing
+import multiprocessing.connection
+import os
+import pathlib
+import tempfile
+from collections.abc import Callable
+from multiprocessing.reduction import DupFd
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxdist.data.assembly import BadExampleError, ExampleError, HostArrays, Made, Plan, Recipe, split_evenly
+from jaxdist.data.assembly_process import Layout, Rows, Slot, Task, Trouble, dump_recipe, run_worker
+
+_SHARED_MEMORY = pathlib.Path("/dev/shm")
+
+
+class WorkerDied(RuntimeError):
+    """A worker process ended while it was needed; the message names the example it was making."""
+
+
+class WorkerAssembler:
+    """Splits each batch over worker processes; `close` ends them.
+
+    Args:
+      recipe: what the workers make; its source and example_fn must be picklable.
+      num_workers: processes.
+      num_slots: parts of batches that a worker may have finished or waiting at a time.
+    """
+
+    def __init__(self, recipe: Recipe, num_workers: int, num_slots: int):
+        self._waiting: collections.deque[_Part] = collections.deque()
+        payload = dump_recipe(recipe)
+        self._workers = [_Worker(number, payload, num_slots) for number in range(num_workers)]
+
+    def submit(self, plan: Plan) -> Callable[[], Made]:
+        """See Assembler."""
+        ranges = split_evenly(len(plan.ids), len(self._workers))
+        batch = _Batch(len(plan.ids), len(ranges))
+        self._waiting += [_Part(batch, begin, plan.epoch, plan.ids[begin:end]) for begin, end in ranges]
+        self._dispatch()
+        return lambda: self._finish(batch)
+
+    def _finish(self, batch: "_Batch") -> Made:
+        while batch.num_missing:
+            self._receive()
+            self._dispatch()
+        return batch.finish()
+
+    def _dispatch(self) -> None:
+        """Give waiting parts to workers with a free slot, the idlest first."""
+        while self._waiting:
+            worker = max(self._workers, key=lambda worker: len(worker.free))
+            if not worker.free:
+                return
+            worker.begin(self._waiting.popleft())
+
+    def _receive(self) -> None:
+        """Wait for a report or the end of a worker, and take it in."""
+        waited: dict[Any, _Worker] = {worker.connection: worker for worker in self._workers}
+        waited |= {worker.process.sentinel: worker for worker in self._workers}
+        ready = multiprocessing.connection.wait(list(waited))
+        for worker in dict.fromkeys(waited[item] for item in ready):
+            worker.receive()
+
+    def close(self) -> None:
+        """See Assembler. Workers keep nothing, so they are not asked but killed."""
+        for worker in self._workers:
+            worker.process.kill()
+        for worker in self._workers:
+            worker.close()
+
+
+class _Worker:
+    """The trainer's end of one worker process."""
+
+    def __init__(self, number: int, payload: bytes, num_slots: int):
+        context = multiprocessing.get_context("spawn")
+        self._fds = [_nameless_file() for _ in range(num_slots + 1)]
+        os.ftruncate(self._fds[-1], 16)
+        self._slots = [Slot(fd) for fd in self._fds[:-1]]
+        self._current = Slot(self._fds[-1]).view(Layout((2,), np.dtype(np.int64), 0))
+        self.free = list(range(num_slots))
+        self._parts: dict[int, _Part] = {}
+        self.connection, theirs = context.Pipe()
+        # DupFd may only be made while a process is being started, hence the wrapper.
+        arguments = (theirs, [_Inherited(fd) for fd in self._fds[:-1]], _Inherited(self._fds[-1]), payload)
+        self.process = context.Process(target=run_worker, args=arguments, name=f"jaxdist-data-{number}", daemon=True)
+        self.process.start()
+        theirs.close()  # so that reading ends when the worker does
+
+    def begin(self, part: "_Part") -> None:
+        """Send the worker to work on `part`, in a free slot."""
+        slot = self.free.pop()
+        self._parts[slot] = part
+        try:
+            self.connection.send(Task(slot, part.epoch, part.ids))
+        except BrokenPipeError:
+            raise self._died() from None
+
+    def receive(self) -> None:
+        """Take in all reports that have come; WorkerDied where the worker has ended."""
+        try:
+            while self.connection.poll():
+                self._take(self.connection.recv())
+        except (EOFError, ConnectionResetError):
+            raise self._died() from None
+        if not self.process.is_alive():
+            raise self._died()
+
+    def _take(self, report: Rows | Trouble) -> None:
+        if isinstance(report, Trouble):
+            error = BadExampleError(report.message) if report.corrupt else ExampleError(report.message)
+            error.add_note(f"In a worker process:\n{report.trace}")
+            if report.slot < 0:
+                raise error
+            self._parts.pop(report.slot).fail(error)
+        else:
+            views = {name: self._slots[report.slot].view(layout) for name, layout in report.layouts.items()}
+            self._parts.pop(report.slot).store(views, report.bad)
+        self.free.append(report.slot)
+
+    def _died(self) -> WorkerDied:
+        self.process.join(timeout=5)
+        code = self.process.exitcode
+        how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with status {code}"
+        epoch, example_id = self._current.tolist()
+        doing = f"while making example {example_id} (epoch {epoch})" if self._parts else "while idle"
+        return WorkerDied(
+            f"Worker process {self.process.pid} {how} {doing}. Signal 9 mostly means that memory ran out: use fewer "
+            "workers, or less memory in example_fn."
+        )
+
+    def close(self) -> None:
+        """Wait for the end of the killed worker and let its memory go."""
+        self.process.join()
+        self.process.close()
+        self.connection.close()
+        for fd in self._fds:
+            os.close(fd)
+
+
+class _Inherited:
+    """A file descriptor as a process argument: the child gets a duplicate of it."""
+
+    def __init__(self, fd: int):
+        self._fd = fd
+
+    def __reduce__(self) -> tuple:
+        return _identity, (DupFd(self._fd),)
+
+
+def _identity(value: Any) -> Any:
+    return value
+
+
+class _Batch:
+    """The rows of a batch, as far as its parts have come."""
+
+    def __init__(self, num_rows: int, num_missing: int):
+        self.num_missing = num_missing
+        self._num_rows = num_rows
+        self._arrays: HostArrays = {}
+        self._bad: dict[int, str] = {}
+        self._error: Exception | None = None
+
+    def store(self, begin: int, rows: HostArrays, bad: dict[int, str]) -> None:
+        """Copy rows into the batch from row `begin` on."""
+        self.num_missing -= 1
+        self._bad |= {begin + row: message for row, message in bad.items()}
+        if rows and not self._arrays:
+            self._arrays = {name: np.empty((self._num_rows, *v.shape[1:]), v.dtype) for name, v in rows.items()}
+        found = {name: (value.shape[1:], value.dtype) for name, value in rows.items()}
+        expected = {name: (value.shape[1:], value.dtype) for name, value in self._arrays.items()}
+        if rows and found != expected:
+            self.fail(
+                ExampleError(
+                    f"Examples of a batch must have the same fields, shapes and dtypes; got {found} and {expected}. "
+                    "Pad, crop or bucket the examples, in `example_fn` say."
+                ),
+                missing=0,
+            )
+            return
+        for name, value in rows.items():
+            self._arrays[name][begin : begin + len(value)] = value
+
+    def fail(self, error: Exception, *, missing: int = 1) -> None:
+        """Note the first error of the batch, which `finish` raises."""
+        self.num_missing -= missing
+        self._error = self._error or error
+
+    def finish(self) -> Made:
+        """Return the whole batch, or raise what was wrong with it."""
+        if self._error is not None:
+            raise self._error
+        if not self._arrays:
+            raise ExampleError(f"No example of a batch could be read: {'; '.join(list(self._bad.values())[:3])}")
+        for array in self._arrays.values() if self._bad else ():
+            array[list(self._bad)] = 0
+        return Made(self._arrays, self._bad)
+
+
+class _Part(NamedTuple):
+    """Some rows of a batch, from `begin` on."""
+
+    batch: _Batch
+    begin: int
+    epoch: int
+    ids: np.ndarray
+
+    def store(self, rows: HostArrays, bad: dict[int, str]) -> None:
+        """Put the made rows into the batch."""
+        self.batch.store(self.begin, rows, bad)
+
+    def fail(self, error: Exception) -> None:
+        """Tell the batch that these rows could not be made."""
+        self.batch.fail(error)
+
+
+def _nameless_file() -> int:
+    """Return a new file in memory without a name: it is gone when the last process that holds it is."""
+    folder = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return os.dup(file.fileno())

@@ -1,0 +1,129 @@
+"""Sources made of sources: one behind the other, mixed, filtered by a mask, or dealt out in shards to several hosts."""
+
+import bisect
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxdist.data import order
+from jaxdist.data.sources.source import MASK, Example, Source, fingerprint_text
+
+
+class Concatenated:
+    """Several sources as one: the ids of the second begin where those of the first end."""
+
+    def __init__(self, sources: Sequence[Source]):
+        self.sources = tuple(sources)
+        self._ends = list(itertools.accumulate(len(source) for source in self.sources))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> Example:
+        part = bisect.bisect_right(self._ends, index)
+        return self.sources[part][index - (self._ends[part - 1] if part else 0)]
+
+    def fingerprint(self) -> str:
+        """See Source."""
+        return fingerprint_text("concatenated", *(source.fingerprint() for source in self.sources))
+
+
+def mix(sources: Sequence[Source], weights: Sequence[int]) -> tuple[Concatenated, order.Mixed]:
+    """Return the source and the order that draw from `sources` in the proportion of the whole numbers `weights`.
+
+    >>> source, shuffle = mix([web, books], (3, 1))
+    >>> loader = Loader(source, shuffle=shuffle, global_batch_size=64, seed=0)
+    """
+    return Concatenated(sources), order.Mixed(tuple(len(source) for source in sources), tuple(weights))
+
+
+class Filtered:
+    """A source some of whose examples do not count: they keep their places, and their mask is 0.
+
+    No process needs to know which examples the others leave out, so the number of steps stays equal everywhere.
+    """
+
+    def __init__(self, source: Source, keep_fn: Callable[[Example], bool], *, version: str):
+        """Wrap `source`; `version` names the rule in the fingerprint, so change it when `keep_fn` changes."""
+        self._source, self._keep_fn, self._version = source, keep_fn, version
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Example:
+        example = self._source[index]
+        kept = np.asarray(bool(self._keep_fn(example)), np.float32)
+        return {**example, MASK: kept * np.asarray(example.get(MASK, 1), np.float32)}
+
+    def fingerprint(self) -> str:
+        """See Source."""
+        return fingerprint_text("filtered", self._source.fingerprint(), self._version)
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What every host must know of all shards: how many examples each has, and its fingerprint."""
+
+    sizes: tuple[int, ...]
+    fingerprints: tuple[str, ...]
+
+    @classmethod
+    def of(cls, shards: Sequence[Source]) -> "Manifest":
+        """Return the manifest of all shards, for whoever can see all of them (while preparing them, say)."""
+        return cls(tuple(map(len, shards)), tuple(shard.fingerprint() for shard in shards))
+
+    def to_json(self) -> dict[str, list]:
+        """Return a dict that JSON can hold."""
+        return {"sizes": list(self.sizes), "fingerprints": list(self.fingerprints)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Manifest":
+        """Return the manifest that `to_json` wrote."""
+        return cls(tuple(values["sizes"]), tuple(values["fingerprints"]))
+
+
+class Sharded:
+    """A data set in shards of which this host can read only some; iterate it in the order `Sharded.order()`.
+
+    >>> numbers = placement.host_shards(mesh, len(manifest.sizes))
+    >>> source = Sharded({number: open_shard(number) for number in numbers}, manifest)
+    >>> loader = Loader(source, shuffle=source.order(), global_batch_size=64, seed=0)
+
+    Each shard fills its own part of every batch, so the batches are the same however the shards are dealt to hosts.
+    """
+
+    def __init__(self, shards: Mapping[int, Source], manifest: Manifest):
+        self._shards, self._manifest = dict(shards), manifest
+        self._starts = [0, *itertools.accumulate(manifest.sizes)]
+        for number, shard in self._shards.items():
+            found = (len(shard), shard.fingerprint())
+            if not 0 <= number < len(manifest.sizes):
+                raise ValueError(f"The manifest has {len(manifest.sizes)} shards; there is no shard {number}.")
+            if found != (manifest.sizes[number], manifest.fingerprints[number]):
+                raise ValueError(
+                    f"Shard {number} is not the manifest's: it has {found[0]} examples and the fingerprint {found[1]}, "
+                    f"the manifest says {manifest.sizes[number]} and {manifest.fingerprints[number]}. Copy it again."
+                )
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: int) -> Example:
+        number = bisect.bisect_right(self._starts, index) - 1
+        if number not in self._shards:
+            raise ValueError(
+                f"Example {index} lies in shard {number}, but this host has the shards {sorted(self._shards)}. "
+                "`placement.host_shards` says which shards a host needs."
+            )
+        return self._shards[number][index - self._starts[number]]
+
+    def order(self, *, shuffle: bool = True) -> order.Dealt:
+        """Return the order in which each shard fills its own part of every batch."""
+        return order.Dealt(self._manifest.sizes, shuffle)
+
+    def fingerprint(self) -> str:
+        """Return the fingerprint of all shards, those of other hosts included."""
+        return fingerprint_text("sharded", *self._manifest.fingerprints)

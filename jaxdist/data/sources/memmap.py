@@ -1,0 +1,137 @@
+"""Arrays and token streams in files, read through memory maps: what is not used takes no memory.
+
+The maps are opened by whoever reads, so these sources travel to other processes as file names.
+"""
+
+import bisect
+import itertools
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from jaxdist.data.sources.source import ArraySource, CorruptExample, Example, fingerprint_array, fingerprint_text
+
+
+class NpySource(ArraySource):
+    """Examples in `.npy` files, one file a field, that share dim 0.
+
+    >>> source = NpySource({"image": "images.npy", "label": "labels.npy"})
+    """
+
+    def __init__(self, paths: Mapping[str, str | os.PathLike]):
+        self._paths = {name: os.fspath(path) for name, path in paths.items()}
+        super().__init__({name: open_npy(path) for name, path in self._paths.items()})
+
+    def __reduce__(self) -> tuple:
+        return NpySource, (self._paths,)
+
+
+class TokenSource:
+    """Windows of `length` tokens, int32, of token files: each token is in one window, as field `tokens`.
+
+    Windows do not cross files; fewer than `length` tokens at the end of a file belong to no window.
+
+    Args:
+      paths: a file, several, or a folder of `.npy` files: `.npy` files of one dim, or raw files of `dtype`.
+      length: tokens of a window.
+      dtype: of raw files; np.uint8 reads any text as bytes.
+
+    Raises:
+      ValueError: no file, no window, or a file that does not hold whole tokens.
+    """
+
+    def __init__(
+        self,
+        paths: str | os.PathLike | Sequence[str | os.PathLike],
+        *,
+        length: int,
+        dtype: np.dtype | type | None = None,
+    ):
+        if length < 1:
+            raise ValueError(f"length must be at least 1 token; got {length}.")
+        self._paths, self._length, self._dtype = find_files(paths, "*.npy"), length, dtype
+        self._open()
+        if not len(self):
+            raise ValueError(f"No file has {length} tokens, the length of a window: {', '.join(self._paths[:5])}.")
+
+    def _open(self) -> None:
+        self._files = [_open_tokens(path, self._dtype) for path in self._paths]
+        self._windows = [tokens[: len(tokens) // self._length * self._length] for tokens in self._files]
+        self._windows = [tokens.reshape(-1, self._length) for tokens in self._windows]
+        self._ends = list(itertools.accumulate(len(windows) for windows in self._windows))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Example:
+        part = bisect.bisect_right(self._ends, index)
+        return {"tokens": self._windows[part][index - self._ends[part]].astype(np.int32)}
+
+    def __getitems__(self, ids: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """Return the windows `ids`, shape (len(ids), length)."""
+        ids = np.asarray(ids)
+        if len(self._windows) == 1:
+            return {"tokens": self._windows[0].take(ids, axis=0).astype(np.int32, copy=False)}
+        tokens = np.empty((len(ids), self._length), np.int32)
+        parts = np.searchsorted(self._ends, ids, side="right")
+        for part in np.unique(parts).tolist():
+            mine = parts == part
+            tokens[mine] = self._windows[part][ids[mine] - self._ends[part]]
+        return {"tokens": tokens}
+
+    def fingerprint(self) -> str:
+        """Return the hash of the window's length and of the files' contents (a sample of them where they are large)."""
+        return fingerprint_text("tokens", self._length, *map(fingerprint_array, self._files))
+
+    def __getstate__(self) -> dict:
+        return {"_paths": self._paths, "_length": self._length, "_dtype": self._dtype}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+
+def text_bytes(paths: str | os.PathLike | Sequence[str | os.PathLike], *, length: int) -> TokenSource:
+    """Return the windows of `length` bytes of text files (or of the `.txt` files of a folder): 256 different tokens."""
+    return TokenSource(find_files(paths, "*.txt"), length=length, dtype=np.uint8)
+
+
+def find_files(paths: str | os.PathLike | Sequence[str | os.PathLike], pattern: str) -> list[str]:
+    """Return the paths as a list; a folder stands for its files that match `pattern`, sorted by name."""
+    listed = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    found: list[str] = []
+    for path in map(pathlib.Path, listed):
+        if not path.exists():
+            raise ValueError(f"No such file or folder: {path}.")
+        found += sorted(map(str, path.glob(pattern))) if path.is_dir() else [str(path)]
+    if not found:
+        raise ValueError(f"No file matches {pattern} in {', '.join(map(str, listed)) or 'an empty list of paths'}.")
+    return found
+
+
+def open_npy(path: str | os.PathLike) -> np.ndarray:
+    """Return the array of a `.npy` file, mapped read-only; CorruptExample where the file is not whole."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise CorruptExample(f"{os.fspath(path)} is not a whole .npy file of numbers: {error}") from error
+    except FileNotFoundError as error:
+        raise ValueError(f"No such file: {os.fspath(path)}.") from error
+
+
+def _open_tokens(path: str, dtype: np.dtype | type | None) -> np.ndarray:
+    if path.endswith(".npy"):
+        tokens = open_npy(path)
+    elif dtype is None:
+        raise ValueError(f"{path} is no .npy file; give the dtype of its tokens, such as dtype=np.uint16.")
+    elif os.path.getsize(path) % np.dtype(dtype).itemsize:
+        raise CorruptExample(
+            f"{path} has {os.path.getsize(path)} bytes, which are no whole tokens of {np.dtype(dtype)}."
+        )
+    else:
+        tokens = np.memmap(path, dtype, mode="r") if os.path.getsize(path) else np.empty(0, dtype)
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        raise ValueError(f"{path} must hold integers in one dim; got {tokens.dtype} of shape {tokens.shape}.")
+    return tokens

@@ -1,0 +1,221 @@
+"""Examples of different lengths in batches of one shape: packed into rows with segment ids, or bucketed by length.
+
+Both are indices prepared from the lengths alone, so the packed or bucketed data set is a source like any other:
+seekable, and each of its examples once an epoch.
+"""
+
+import bisect
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from jaxdist.data import order
+from jaxdist.data.sources.source import Example, Source, fingerprint_array, fingerprint_text
+
+
+def example_lengths(source: Source, field: str) -> np.ndarray:
+    """Return the size of dim 0 of `field` in every example, int64. It reads the whole source: keep the result."""
+    return np.array([len(np.asarray(source[index][field])) for index in range(len(source))], np.int64)
+
+
+def pack_index(lengths: np.ndarray, row_length: int) -> list[list[int]]:
+    """Return rows of example ids, the lengths of each row at most `row_length` in all, each example in one row.
+
+    Best-fit decreasing (Johnson 1973: at most about 11/9 of the fewest rows possible): from the longest to the
+    shortest, each into the row with the least room that suffices. Rows with equal room are kept together, so that it
+    takes O(examples * row_length) at worst.
+    """
+    lengths = np.asarray(lengths)
+    too_long = np.flatnonzero((lengths > row_length) | (lengths < 1))
+    if too_long.size:
+        raise ValueError(
+            f"A packed example has 1 to {row_length} elements, the length of a row. Example {too_long[0]} has "
+            f"{lengths[too_long[0]]}, and {too_long.size} examples in all do not fit: split or filter them first."
+        )
+    rows: list[list[int]] = []
+    rows_by_room: dict[int, list[int]] = {}
+    rooms: list[int] = []  # the keys of rows_by_room, ascending
+    for example_id in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[example_id])
+        place = bisect.bisect_left(rooms, length)
+        if place == len(rooms):
+            rows.append([])
+            row, room = len(rows) - 1, row_length
+        else:
+            room = rooms[place]
+            row = rows_by_room[room].pop()
+            if not rows_by_room[room]:
+                del rows_by_room[room], rooms[place]
+        rows[row].append(example_id)
+        if room > length:
+            if room - length not in rows_by_room:
+                bisect.insort(rooms, room - length)
+            rows_by_room.setdefault(room - length, []).append(row)
+    return rows
+
+
+class Packed:
+    """Rows of `row_length` elements, each of one or more whole examples of `source`, one behind the other.
+
+    A row has the packed fields, filled up with `pad`; `segment_ids` int32, 1 for the row's first example, 2 for its
+    second, 0 for filling; and `positions` int32, which count from 0 in every example.
+
+    Args:
+      source: its packed fields all have dim 0 of the example's length.
+      lengths: of every example; see `example_lengths`.
+      row_length: elements of a row.
+      fields: which fields to pack; the others are left out.
+      pad: fills the rows up.
+    """
+
+    def __init__(
+        self, source: Source, lengths: np.ndarray, *, row_length: int, fields: Sequence[str] = ("tokens",), pad: int = 0
+    ):
+        if len(lengths) != len(source):
+            raise ValueError(f"There must be a length for each of the {len(source)} examples; got {len(lengths)}.")
+        self._source, self._lengths, self._row_length = source, np.asarray(lengths), row_length
+        self._fields, self._pad = tuple(fields), pad
+        rows = pack_index(self._lengths, row_length)
+        self._ids = np.fromiter(itertools.chain.from_iterable(rows), np.int64, len(self._lengths))
+        self._bounds = np.cumsum([0, *map(len, rows)])
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    def __getitem__(self, index: int) -> Example:
+        ids = self._ids[self._bounds[index] : self._bounds[index + 1]].tolist()
+        examples = [self._source[example_id] for example_id in ids]
+        lengths = self._lengths[ids]
+        for example_id, example, length in zip(ids, examples, lengths.tolist()):
+            found = {name: len(np.asarray(example[name])) for name in self._fields}
+            if set(found.values()) != {length}:
+                raise ValueError(f"Example {example_id} was packed with the length {length}; it now has {found}.")
+        row = {name: self._filled([np.asarray(example[name]) for example in examples]) for name in self._fields}
+        segment_ids = np.repeat(np.arange(1, len(ids) + 1, dtype=np.int32), lengths)
+        positions = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
+        return row | {"segment_ids": self._filled([segment_ids], pad=0), "positions": self._filled([positions], pad=0)}
+
+    def _filled(self, parts: list[np.ndarray], pad: int | None = None) -> np.ndarray:
+        size = sum(map(len, parts))
+        shape = (self._row_length - size, *parts[0].shape[1:])
+        filling = np.full(shape, self._pad if pad is None else pad, parts[0].dtype)
+        return np.concatenate([*parts, filling])
+
+    def fingerprint(self) -> str:
+        """See Source."""
+        settings = (self._row_length, self._fields, self._pad, fingerprint_array(self._lengths))
+        return fingerprint_text("packed", self._source.fingerprint(), *settings)
+
+
+class Bucketed:
+    """A source sorted by length into buckets; each example is padded to its bucket's length. Iterate it in `order()`.
+
+    >>> source = Bucketed(sentences, example_lengths(sentences, "tokens"), boundaries=(64, 128, 256))
+    >>> loader = Loader(source, shuffle=source.order(), global_batch_size=32, seed=0)
+
+    All examples of a batch come from one bucket, so a step compiles once for each bucket.
+
+    Args:
+      source: its padded fields all have dim 0 of the example's length.
+      lengths: of every example.
+      boundaries: the buckets' lengths, ascending; the last one holds the longest example.
+      block_size: how many neighbours of a bucket are shuffled together; a batch comes from one block.
+      fields: which fields to pad.
+      pad: fills the fields up. A field `length` int32 tells the example's own.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        lengths: np.ndarray,
+        *,
+        boundaries: Sequence[int],
+        block_size: int = 4096,
+        fields: Sequence[str] = ("tokens",),
+        pad: int = 0,
+    ):
+        self._source, self._lengths, self._boundaries = source, np.asarray(lengths), np.asarray(boundaries)
+        self._fields, self._pad = tuple(fields), pad
+        if len(lengths) != len(source):
+            raise ValueError(f"There must be a length for each of the {len(source)} examples; got {len(lengths)}.")
+        if (np.diff(self._boundaries) <= 0).any() or self._lengths.max() > self._boundaries[-1]:
+            raise ValueError(
+                f"Boundaries must ascend, and the last one hold the longest example, {self._lengths.max()} elements; "
+                f"got {self._boundaries.tolist()}."
+            )
+        self._buckets = np.searchsorted(self._boundaries, self._lengths)
+        self._ids = np.argsort(self._buckets, kind="stable")
+        counts = np.bincount(self._buckets, minlength=len(self._boundaries)).tolist()
+        blocks = [min(block_size, count - begin) for count in counts for begin in range(0, count, block_size)]
+        self._order = Blocks(tuple(blocks))
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, index: int) -> Example:
+        example_id = int(self._ids[index])
+        example, size = self._source[example_id], self._boundaries[self._buckets[example_id]]
+        padded = {name: _pad_to(np.asarray(example[name]), size, self._pad) for name in self._fields}
+        return {**example, **padded, "length": np.int32(self._lengths[example_id])}
+
+    def order(self) -> "Blocks":
+        """Return the order whose batches each come from one bucket."""
+        return self._order
+
+    def fingerprint(self) -> str:
+        """See Source."""
+        settings = (self._boundaries.tolist(), self._fields, self._pad, fingerprint_array(self._lengths))
+        return fingerprint_text("bucketed", self._source.fingerprint(), *settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """An order of blocks of the given sizes, shuffled, each shuffled in itself; no batch has examples of two blocks.
+
+    The last batch of each block is padded.
+    """
+
+    sizes: tuple[int, ...]
+
+    @property
+    def version(self) -> str:
+        """See Order."""
+        return f"bucketed-{order.ORDER_VERSION}:{fingerprint_text('sizes', *self.sizes)}"
+
+    def batches(self, num_examples: int, seed: int, epoch: int, start: int, size: int) -> Iterator[order.Batch]:
+        """See Order."""
+        while start < num_examples:
+            batch = self.batch(num_examples, seed, epoch, start, size)
+            yield batch
+            start = batch.after
+
+    def batch(self, num_examples: int, seed: int, epoch: int, start: int, size: int) -> order.Batch:
+        """Return the batch that begins at position `start`, which is below num_examples."""
+        if num_examples != sum(self.sizes) or not 0 <= start < num_examples:
+            raise ValueError(f"These blocks have {sum(self.sizes)} examples; got {num_examples}, position {start}.")
+        blocks, begins = _shuffled_blocks(self.sizes, seed, epoch)
+        place = int(np.searchsorted(begins, start, side="right")) - 1
+        block, within = int(blocks[place]), start - int(begins[place])
+        count = min(size, self.sizes[block] - within)
+        inside = order.Permutation.make(self.sizes[block], "in bucket", seed, epoch, block)
+        ids = sum(self.sizes[:block]) + inside(np.arange(within, within + count, dtype=np.int64))
+        return order.padded_batch(ids, size, start)
+
+    def num_batches(self, num_examples: int, size: int) -> int:
+        """See Order."""
+        return sum(-(-block // size) for block in self.sizes)
+
+
+@functools.lru_cache(maxsize=8)
+def _shuffled_blocks(sizes: tuple[int, ...], seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the blocks in their order, and the position at which each begins."""
+    blocks = order.Permutation.make(len(sizes), "buckets", seed, epoch)(np.arange(len(sizes)))
+    counts = np.array(sizes)[blocks]
+    return blocks, np.cumsum(counts) - counts
+
+
+def _pad_to(array: np.ndarray, size: int, pad: int) -> np.ndarray:
+    return np.concatenate([array, np.full((size - len(array), *array.shape[1:]), pad, array.dtype)])

@@ -1,0 +1,170 @@
+"""Record files with random access: TFRecord (by an index of ours) and ArrayRecord; and a plain encoding of examples.
+
+A TFRecord file is a chain: length (8 bytes, little-endian), its checksum (4), the data, their checksum (4). Walking the
+lengths once gives every record's place. The checksum is CRC-32C, rotated and offset ("masked").
+"""
+
+import bisect
+import itertools
+import json
+import mmap
+import os
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxdist import extras
+from jaxdist.data.sources.memmap import find_files
+from jaxdist.data.sources.source import CorruptExample, Example, fingerprint_text
+
+DecodeFn = Callable[[bytes], Example]
+
+
+class FilePart(NamedTuple):
+    """Some consecutive records of a file."""
+
+    path: str
+    skip: int
+    take: int
+
+
+class TfRecords:
+    """The records of TFRecord files as bytes, by number. Needs no TensorFlow.
+
+    Raises:
+      CorruptExample: a file that ends within a record, or a length that contradicts its checksum, when opened; data
+        that contradict theirs, when read. The message names the file and the record's number in it.
+    """
+
+    def __init__(self, parts: Sequence[FilePart]):
+        self._parts = tuple(parts)
+        self._crc32c = extras.require("google_crc32c")
+        self._places = [self._index(part) for part in self._parts]
+        self._ends = list(itertools.accumulate(len(places) for places in self._places))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> bytes:
+        number = bisect.bisect_right(self._ends, index)
+        part, within = self._parts[number], index - self._ends[number] + len(self._places[number])
+        begin, length = self._places[number][within].tolist()
+        with open(part.path, "rb") as file:
+            data = os.pread(file.fileno(), length + 4, begin)
+        if len(data) != length + 4 or self._masked(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
+            raise CorruptExample(f"{part.path}, record {part.skip + within}: the data contradict their checksum.")
+        return data[:-4]
+
+    def _index(self, part: FilePart) -> np.ndarray:
+        """Return where the data of each record begin, and their length, shape (records, 2)."""
+        size = os.path.getsize(part.path)
+        if size == 0:
+            return np.empty((0, 2), np.int64)
+        places: list[tuple[int, int]] = []
+        offset = 0
+        with open(part.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            while offset < size and len(places) < part.skip + part.take:
+                header = data[offset : offset + 12]
+                if len(header) < 12:
+                    raise CorruptExample(f"{part.path}, record {len(places)}: the file ends within its header.")
+                length, checksum = struct.unpack("<QI", header)
+                if self._masked(header[:8]) != checksum:
+                    raise CorruptExample(f"{part.path}, record {len(places)}: its length contradicts its checksum.")
+                if offset + 16 + length > size:
+                    raise CorruptExample(f"{part.path}, record {len(places)}: the file ends within its data.")
+                places.append((offset + 12, length))
+                offset += 16 + length
+        if len(places) < part.skip + part.take:
+            raise CorruptExample(f"{part.path} has {len(places)} records, expected were {part.skip + part.take}.")
+        return np.array(places[part.skip :], np.int64).reshape(-1, 2)
+
+    def _masked(self, data: bytes) -> int:
+        crc = self._crc32c.value(data)
+        return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+    def __getstate__(self) -> dict:
+        return {"parts": self._parts}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(state["parts"])  # type: ignore[misc]
+
+
+class ArrayRecordSource:
+    """The records of ArrayRecord files, each decoded to an example.
+
+    Args:
+      paths: a file, several, or a folder of `.array_record` files.
+      decode_fn: bytes to example; the default reads what `encode_example` wrote.
+    """
+
+    def __init__(
+        self,
+        paths: str | os.PathLike | Sequence[str | os.PathLike],
+        *,
+        decode_fn: DecodeFn | None = None,
+    ):
+        self._paths, self._decode_fn = find_files(paths, "*.array_record*"), decode_fn or decode_example
+        self._open()
+
+    def _open(self) -> None:
+        module = extras.require("array_record.python.array_record_data_source")
+        try:
+            self._records = module.ArrayRecordDataSource(self._paths)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise CorruptExample(f"Not whole ArrayRecord files: {', '.join(self._paths[:3])}: {error}") from error
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._decode_fn(read_array_record(self._records, index, self._paths))
+
+    def fingerprint(self) -> str:
+        """Return the hash of the number of records, of the file sizes and of a few records."""
+        return fingerprint_text(
+            "array_record", *map(os.path.getsize, self._paths), *sample_records(self._records, len(self))
+        )
+
+    def __getstate__(self) -> dict:
+        return {"_paths": self._paths, "_decode_fn": self._decode_fn}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+
+def read_array_record(records: Any, index: int, paths: Sequence[str]) -> bytes:
+    """Return a record of an ArrayRecordDataSource; CorruptExample names the number, and the files it is in."""
+    try:
+        return records[index]
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise CorruptExample(f"Record {index} of {', '.join(paths[:3])} cannot be read: {error}") from error
+
+
+def sample_records(records: Any, num_records: int) -> list[str]:
+    """Return the sizes and hashes of up to 16 evenly spread records."""
+    ids = np.unique(np.linspace(0, max(num_records - 1, 0), min(num_records, 16), dtype=np.int64)).tolist()
+    return [fingerprint_text("record", records[index].hex()) for index in ids]
+
+
+def encode_example(example: Mapping[str, np.ndarray]) -> bytes:
+    """Return the example as bytes: a line of JSON with names, dtypes and shapes, then the arrays' bytes in C order."""
+    arrays = {name: np.asarray(value) for name, value in example.items()}
+    header = [[name, array.dtype.str, list(array.shape)] for name, array in arrays.items()]
+    return json.dumps(header).encode() + b"\n" + b"".join(array.tobytes() for array in arrays.values())
+
+
+def decode_example(data: bytes) -> dict[str, np.ndarray]:
+    """Return the example that `encode_example` wrote; its arrays are read-only views of `data`."""
+    line, _, body = data.partition(b"\n")
+    try:
+        header = json.loads(line)
+    except ValueError as error:
+        raise CorruptExample(f"Not an encoded example: it begins with {data[:20]!r}. Give a decode_fn.") from error
+    arrays, offset = {}, 0
+    for name, dtype, shape in header:
+        array = np.frombuffer(body, dtype, int(np.prod(shape)), offset).reshape(shape)
+        arrays[name], offset = array, offset + array.nbytes
+    return arrays

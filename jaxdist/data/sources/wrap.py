@@ -1,0 +1,65 @@
+"""Any object with `__len__` and `__getitem__` as a source: Hugging Face, torch and Grain data sets among them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxdist.data.sources.source import Example, Source, fingerprint_array, fingerprint_text
+
+_NUM_SAMPLES = 16
+
+
+def as_source(dataset: Any) -> Source:
+    """Return `dataset` where it is a Source, and otherwise a MapSource of it, as far as its items have names."""
+    return dataset if isinstance(dataset, Source) else MapSource(dataset)
+
+
+class MapSource:
+    """Wraps a map-style data set.
+
+    >>> source = MapSource(torch_dataset, names=("image", "label"))
+    >>> source = MapSource(hugging_face_dataset)
+
+    Args:
+      dataset: its items are dicts, or tuples, or single arrays; their values anything numpy makes numbers of (Pillow
+        images, torch tensors, lists).
+      names: of the fields where the items are tuples or single arrays.
+      fingerprint: names the data and their version. None uses the data set's own `_fingerprint` where it has one, and
+        otherwise hashes the length and 16 evenly spread items.
+    """
+
+    def __init__(self, dataset: Any, *, names: Sequence[str] = (), fingerprint: str | None = None):
+        for method in ("__len__", "__getitem__"):
+            if not hasattr(dataset, method):
+                raise ValueError(
+                    f"A source needs random access; {type(dataset).__name__} has no {method}. Write a stream to files "
+                    "first (`jaxdist data prepare`), or load it into arrays (`ArraySource`)."
+                )
+        self._dataset, self._names, self._fingerprint = dataset, tuple(names), fingerprint
+        if len(dataset):
+            self[0]  # items without names are refused here, not in the middle of a run
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Example:
+        item = self._dataset[index]
+        if isinstance(item, Mapping):
+            return {name: np.asarray(value) for name, value in item.items()}
+        values = item if isinstance(item, tuple | list) else (item,)
+        if len(values) != len(self._names):
+            raise ValueError(
+                f"Items of {type(self._dataset).__name__} have {len(values)} values without names; name them, as in "
+                f"names=('image', 'label'). Got names={self._names}."
+            )
+        return {name: np.asarray(value) for name, value in zip(self._names, values)}
+
+    def fingerprint(self) -> str:
+        """See Source."""
+        given = self._fingerprint or getattr(self._dataset, "_fingerprint", None)
+        if given is not None:
+            return fingerprint_text("map", given, *self._names)
+        ids = np.unique(np.linspace(0, len(self) - 1, min(len(self), _NUM_SAMPLES), dtype=np.int64)).tolist()
+        fields = [f"{name}={fingerprint_array(np.asarray(v))}" for i in ids for name, v in sorted(self[i].items())]
+        return fingerprint_text("map", len(self), *fields)

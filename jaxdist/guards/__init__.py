@@ -1,0 +1,1 @@
+"""Checks for what goes wrong silently: replicas that drift apart, a second compilation, values that are not finite."""

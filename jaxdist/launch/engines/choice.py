@@ -1,0 +1,31 @@
+"""`jaxdist launch --engine`: shows or starts a job by SLURM, Kubernetes or Ray."""
+
+import os
+import sys
+
+from jaxdist.launch.engines import kubernetes, ray, slurm
+from jaxdist.launch.engines.request import Request
+
+
+def show(engine: str, request: Request) -> str:
+    """Return what `start` would hand to the engine."""
+    match engine:
+        case "slurm":
+            return slurm.script(request, directory=os.getcwd())
+        case "kubernetes":
+            return kubernetes.to_yaml(kubernetes.manifest(request))
+        case _:
+            return ray.describe(request)
+
+
+def start(engine: str, request: Request) -> int:
+    """Start the job; return 0 once SLURM or Kubernetes has it, or with Ray the exit status of the job when it ends."""
+    match engine:
+        case "slurm":
+            number = slurm.submit(request, show(engine, request))
+            print(f"SLURM job {number}; its output goes to {request.run_dir}/slurm-{number}.log")
+        case "kubernetes":
+            print(kubernetes.submit(show(engine, request)))
+        case _:
+            return ray.run(request, say=lambda message: print(f"jaxdist: {message}", file=sys.stderr))
+    return 0

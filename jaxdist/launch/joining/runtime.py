@@ -1,0 +1,175 @@
+"""Preparing this process before JAX's backend starts: devices, threads, compilation cache, the job it belongs to."""
+
+import ctypes
+import os
+import pathlib
+import signal
+import sys
+import threading
+import types
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdist.errors import UserError
+from jaxdist.launch.joining import coordinator, places, same_on_all
+from jaxdist.launch.signals import EXIT_RETRY
+
+PROCESS_ID, NUM_PROCESSES, COORDINATOR = places.PROCESS_ID, places.NUM_PROCESSES, places.COORDINATOR
+PARENT_ID = "JAXDIST_PARENT_ID"
+"""Environment variable: whose child a process is."""
+
+LEAST_COMPILE_SECONDS = 0.0
+"""Every program is kept: at a restart the whole job waits for each that is compiled anew, however small."""
+_LEAVE_SECONDS = 3.0
+"""How long a process that gives up waits for the others to do so too."""
+
+
+def in_job(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether this process was started by our launcher as one of several."""
+    return NUM_PROCESSES in environment
+
+
+def is_alone(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether no launcher of ours started this process."""
+    return PARENT_ID not in environment
+
+
+def is_first() -> bool:
+    """Return whether this process speaks for the job: the only one, or process 0."""
+    return jax.process_index() == 0
+
+
+def start(num_devices: int | None = None) -> Sequence[jax.Device]:
+    """Prepare JAX, join the job if this process belongs to one, and return the devices to train on, of all processes.
+
+    Must run before anything asks JAX for its devices.
+
+    Args:
+      num_devices: devices of each process. Without accelerators that many fake CPU devices are made; with them the
+        first that many are taken. None takes what is there: every accelerator, or one CPU device.
+
+    Raises:
+      UserError: more devices are asked for than there are accelerators.
+    """
+    _prepare(num_devices)
+    place = places.find()
+    if jax.distributed.is_initialized():  # by whoever called us, Ray Train say
+        _compare_and_meet(num_devices)
+    elif place is not None:
+        _join_job(place, num_devices)
+    return first_of_each_process(num_devices or jax.local_device_count(), jax.local_devices(), jax.devices())
+
+
+def start_by_itself(num_devices: int) -> Sequence[jax.Device]:
+    """Do as `start` does, but join nothing: a worker of a parameter server is no part of the job it runs in."""
+    _prepare(num_devices)
+    return first_of_each_process(num_devices, jax.local_devices(), jax.devices())
+
+
+def _prepare(num_devices: int | None) -> None:
+    # XLA sizes its thread pool by PJRT_NPROC, NPROC or the usable cores; with exactly one thread it generates other
+    # code, and canonical reduction would give other bits on a one-core machine.
+    if len(os.sched_getaffinity(0)) == 1:
+        os.environ.setdefault("NPROC", "2")
+    jax.config.update("jax_num_cpu_devices", num_devices or 1)
+    use_compilation_cache()
+    if not is_alone():
+        die_with_parent(os.environ)
+
+
+def first_of_each_process(
+    wanted: int, local: Sequence[jax.Device], everywhere: Sequence[jax.Device]
+) -> Sequence[jax.Device]:
+    """Return the first `wanted` devices of each process; UserError where this one has fewer (`local`)."""
+    if wanted > len(local):
+        raise UserError(
+            f"--devices asks for {wanted} devices per process, but this machine has {len(local)} "
+            f"({local[0].device_kind}). Ask for at most {len(local)}, or set JAX_PLATFORMS=cpu for fake CPU devices."
+        )
+    by_process: dict[int, list[jax.Device]] = {}
+    for device in everywhere:
+        by_process.setdefault(device.process_index, []).append(device)
+    return [device for _, devices in sorted(by_process.items()) for device in devices[:wanted]]
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs on disk between runs, unless the user has configured JAX's cache."""
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(home / "jaxdist" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_COMPILE_SECONDS)
+
+
+def _keep_standard_output_clean() -> None:
+    """Send what native code prints to standard error: gloo announces its connections on standard output."""
+    sys.stdout.flush()
+    ours = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = os.fdopen(ours, "w", buffering=1)
+
+
+def die_with_parent(environment: Mapping[str, str]) -> None:
+    """Have the kernel kill this process when its launcher dies: nobody else would end a process in a collective."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if PARENT_ID in environment and os.getppid() != int(environment[PARENT_ID]):
+        sys.exit("The launcher of this process has ended already.")
+
+
+def _join_job(place: places.Place, num_devices: int | None) -> None:
+    _keep_standard_output_clean()
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # JAX's preemption service would swallow SIGTERM; ours decides what a signal means.
+    jax.config.update("jax_enable_preemption_service", False)
+    if place.process_id == 0 and place.engine != places.LAUNCHER:
+        print(f"jaxdist: {place}", file=sys.stderr)
+    coordinator.join(place)
+    sys.excepthook = _fail_at_once
+    _compare_and_meet(num_devices)
+
+
+def _compare_and_meet(num_devices: int | None) -> None:
+    same_on_all.compare("start", same_on_all.of_start(num_devices))
+    local = jax.local_devices()
+    same_on_all.compare("devices", {"devices": num_devices or len(local), "kind of device": local[0].device_kind})
+    _meet()
+
+
+def leave(exit_status: int) -> NoReturn:
+    """End this process; one of several that has failed does not wait for the others, or not for long.
+
+    Python's own way out would wait for them, up to five minutes, in JAX's shutdown: they may wait for this process in
+    a collective, and its message would reach nobody. Where all leave for the same reason, they part in good order.
+    """
+    if exit_status in (0, EXIT_RETRY) or not jax.distributed.is_initialized():
+        sys.exit(exit_status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if exit_status == UserError.exit_status:
+        timer = threading.Timer(_LEAVE_SECONDS, os._exit, [exit_status])
+        timer.daemon = True
+        timer.start()
+        jax.distributed.shutdown()
+    os._exit(exit_status)
+
+
+def _fail_at_once(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+    sys.__excepthook__(kind, error, trace)
+    leave(1)
+
+
+def _meet() -> None:
+    """Run one collective over all devices while every process is at the same place.
+
+    Gloo connects the processes at their first collective and gives them 30 seconds to get there. Connected now, they
+    may take as long as they need to compile the first step.
+    """
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("device",))
+    ones = jax.make_array_from_callback(
+        (mesh.size,), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("device")), lambda index: np.ones(1)
+    )
+    jax.block_until_ready(jax.jit(jnp.sum)(ones))

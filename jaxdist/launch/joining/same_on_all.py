@@ -1,0 +1,142 @@
+"""All processes of a job must run the same: compared at the start, where a difference can still be named.
+
+Later it would show as a hang in a collective, or not at all. The facts travel through the coordinator's store, since
+collectives need what is being compared. Process 0 collects and compares: each of N processes says its facts once.
+"""
+
+import collections
+import hashlib
+import json
+import os
+import pathlib
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax._src import distributed
+
+from jaxdist.errors import TryAgain, UserError
+from jaxdist.rundir import record
+
+_SECONDS = 3600.0
+"""How long to wait for a process that loads its data; one that dies is noticed by its missing heartbeat."""
+_HOST = "host"
+_MOST_NAMED = 8
+_SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_threefry_partitionable")
+
+
+def compare(name: str, facts: Mapping[str, Any], *, timeout_seconds: float = _SECONDS) -> None:
+    """Return if all processes of the job have the same facts; every process calls this once for each name.
+
+    Raises:
+      UserError: they differ; on every process the same message, which names who differs in what.
+      TryAgain: a process did not say its facts in time.
+    """
+    client, process, count = _job()
+    if client is None:
+        return
+    client.key_value_set(_key(name, process), json.dumps({_HOST: socket.gethostname(), **facts}))
+    if process == 0:
+        told = [json.loads(_get(client, name, number, timeout_seconds)) for number in range(count)]
+        client.key_value_set(_key(name, "verdict"), describe(told))
+    verdict = _get(client, name, "verdict", timeout_seconds)
+    if verdict:
+        raise UserError(verdict)
+
+
+def from_first(name: str, value: str) -> str:
+    """Return process 0's value on every process; each calls this once for each name."""
+    client, process, _ = _job()
+    if client is None:
+        return value
+    if process == 0:
+        client.key_value_set(_key(name, "first"), value)
+    return _get(client, name, "first", _SECONDS)
+
+
+def describe(told: Sequence[Mapping[str, Any]]) -> str:
+    """Return which processes differ in what from the others, "" where none does; `told[n]` is what process n said.
+
+    What most processes say is taken to be right, and what process 0 says where as many say otherwise.
+    """
+    lines = []
+    for name in sorted({name for facts in told for name in facts} - {_HOST}):
+        values = [json.dumps(facts.get(name)) for facts in told]
+        usual = max(values, key=lambda value: (values.count(value), value == values[0]))
+        deviant = collections.defaultdict(list)
+        for number, value in enumerate(values):
+            if value != usual:
+                deviant[value].append(number)
+        lines += [
+            f"  {name}: {_people(numbers, told)} {'has' if len(numbers) == 1 else 'have'} {value}, the others {usual}"
+            for value, numbers in deviant.items()
+        ]
+    if not lines:
+        return ""
+    more = [f"  ... and {len(lines) - _MOST_NAMED} more"] if len(lines) > _MOST_NAMED else []
+    rule = "All processes of a job must run the same; these differ. Make them equal and start again."
+    return "\n".join([rule, *lines[:_MOST_NAMED], *more])
+
+
+def of_start(num_devices: int | None) -> dict[str, Any]:
+    """Return what must be equal before any computation: versions, code, devices asked for, and how JAX is set."""
+    return {
+        "--devices": num_devices,
+        "JAX_PLATFORMS": jax.config.values.get("jax_platforms"),
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS"),
+        **{f"version of {name}": version for name, version in record.versions().items()},
+        **{name: str(jax.config.values.get(name)) for name in _SETTINGS},
+        **_hashes(pathlib.Path(__file__).parents[1], "*.py"),
+    }
+
+
+def of_experiment(path: str | os.PathLike[str], config: Any) -> dict[str, Any]:
+    """Return what an experiment is made of: its settings, one by one, and the code beside its file that was loaded."""
+    folder = pathlib.Path(path).resolve().parent
+    loaded: list[str] = [file for module in [*sys.modules.values()] if (file := getattr(module, "__file__", None))]
+    files = {pathlib.Path(file).resolve() for file in (path, *loaded)}
+    beside = sorted(file for file in files if file.is_relative_to(folder) and "site-packages" not in file.parts)
+    hashes = {f"file {file.relative_to(folder)}": _hash(file) for file in beside if file.suffix == ".py"}
+    return {f"setting {name}": value for name, value in _flat("", config).items()} | hashes
+
+
+def _hashes(folder: pathlib.Path, pattern: str) -> dict[str, str]:
+    return {f"file {path.relative_to(folder.parent)}": _hash(path) for path in sorted(folder.rglob(pattern))}
+
+
+def _hash(path: pathlib.Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+def _flat(prefix: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    return {
+        name: leaf
+        for key, part in value.items()
+        for name, leaf in _flat(f"{prefix}.{key}" if prefix else str(key), part).items()
+    }
+
+
+def _people(numbers: Sequence[int], told: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(f"process {number} ({told[number].get(_HOST)})" for number in numbers)
+
+
+def _job() -> tuple[Any, int, int]:
+    """Return the store of the coordinator (None outside a job), this process's number, and how many there are."""
+    state = distributed.global_state
+    return state.client, state.process_id, state.num_processes
+
+
+def _key(name: str, part: object) -> str:
+    return f"jaxdist/{name}/{part}"
+
+
+def _get(client: Any, name: str, part: object, seconds: float) -> str:
+    try:
+        return client.blocking_key_value_get(_key(name, part), int(seconds * 1000))
+    except jax.errors.JaxRuntimeError as error:
+        who = f"process {part}" if isinstance(part, int) else "process 0"
+        raise TryAgain(f"Waited {seconds:g} s for what {who} has to say of its {name}, in vain: {error}") from error

@@ -1,0 +1,371 @@
+"""Chaos: run an experiment twice, once in peace and once under fire, and prove that both made the same model.
+
+Under fire its processes are killed, stopped and starved of disk at random steps and at random moments of their start.
+The plan is drawn from a seed before anything starts. What strikes is outside the job and knows of it only what anyone
+may read: the supervisor's notes and the reports on the board.
+"""
+
+import dataclasses
+import os
+import pathlib
+import random
+import resource
+import signal
+import statistics
+import subprocess
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from jaxdist.launch.supervising import board, supervisor
+from jaxdist.rundir import ledger, record
+
+Kind = Literal["kill", "stop", "starve"]
+
+_POLL_SECONDS = 0.005
+_STAGES = ("detect", "restart", "restore", "compile")
+_NUM_STAGES = len(_STAGES) - 1
+_EARLY_SHARE = 0.25
+_EARLY_SECONDS = 6.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Strike:
+    """What is done to one process, and when.
+
+    Attributes:
+      kind: "kill" (SIGKILL), "stop" (SIGSTOP: alive, but does nothing) or "starve" (it can write no file any more).
+      process: number of the process.
+      step: when it reports this step.
+      early_seconds: None, or instead of at a step, so long after the start of an attempt: while it imports, connects,
+        restores or compiles.
+    """
+
+    kind: Kind
+    process: int
+    step: int
+    early_seconds: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lost:
+    """Where the seconds went from a strike to the next step that had not been made before.
+
+    Attributes:
+      detect: until the next attempt was started; with it the attempts in between, should one have failed.
+      restart: until all its processes had joined and built what they train.
+      restore: until all had their state.
+      compile: until the step was made: with compiled programs, from the cache for the most part, and after the step or
+        two that had to be made again.
+    """
+
+    detect: float
+    restart: float
+    restore: float
+    compile: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.detect + self.restart + self.restore + self.compile
+
+
+@dataclasses.dataclass(frozen=True)
+class Hit:
+    """A strike that was delivered, and what it cost.
+
+    Attributes:
+      strike: what was done.
+      lost: how long it took to recover.
+      verdict: whom the watchdog named as the cause, and after how many seconds; None where it came to no verdict.
+    """
+
+    strike: Strike
+    lost: Lost
+    verdict: tuple[tuple[int, ...], float] | None = None
+
+    @property
+    def named(self) -> bool:
+        """Whether the verdict names the process that was struck, and no other."""
+        return self.verdict is not None and self.verdict[0] == (self.strike.process,)
+
+
+def plan(
+    seed: int, *, num_processes: int, num_steps: int, kills: int, stops: int = 0, starves: int = 0
+) -> list[Strike]:
+    """Return the strikes in the order of their steps; every process gets its turn, process 0 too.
+
+    Args:
+      seed: the plan is a pure function of it and of the other arguments.
+      num_processes: of the job.
+      num_steps: of the undisturbed run.
+      kills: how many processes are killed.
+      stops: how many are stopped.
+      starves: how many are starved of disk.
+    """
+    source = random.Random(seed)
+    counts: dict[Kind, int] = {"kill": kills, "stop": stops, "starve": starves}
+    kinds = [kind for kind, count in counts.items() for _ in range(count)]
+    source.shuffle(kinds)
+    # The last tenth is left in peace, so that even the last strike comes before the end.
+    steps = sorted(source.choices(range(1, max(2, num_steps * 9 // 10)), k=len(kinds)))
+    order = [process for _ in kinds for process in source.sample(range(num_processes), num_processes)]
+    return [
+        Strike(
+            kind,
+            process,
+            step,
+            source.uniform(0.0, _EARLY_SECONDS) if kind == "kill" and source.random() < _EARLY_SHARE else None,
+        )
+        for kind, process, step in zip(kinds, order, steps)
+    ]
+
+
+class Striker:
+    """The thread that delivers the strikes of a plan to the job in a run directory, one after the other.
+
+    Args:
+      run_dir: of the job.
+      strikes: in order; the next is due once the job has recovered from the one before.
+    """
+
+    def __init__(self, run_dir: pathlib.Path, strikes: Sequence[Strike]):
+        self.hits: list[Hit] = []
+        self._run_dir, self._strikes = run_dir, strikes
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="jaxdist-chaos", daemon=True)
+
+    def __enter__(self) -> "Striker":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        for strike in self._strikes:
+            attempt = self._await_moment(strike)
+            if attempt is None:
+                return
+            before = _highest_step(attempt)
+            if not _deliver(strike, attempt["process_ids"][strike.process]):
+                continue
+            struck = time.time()
+            verdict = self._await_end(struck, attempt)
+            lost = self._await_recovery(struck, attempt["attempt"], before)
+            if lost is None:
+                return
+            self.hits.append(Hit(strike, lost, verdict))
+
+    def _await_moment(self, strike: Strike) -> dict[str, Any] | None:
+        """Return the attempt that is running when the strike is due, None when the job is over before."""
+        while not self._over.wait(_POLL_SECONDS):
+            attempt = self._attempt()
+            if attempt is None:
+                continue
+            report = board.read(pathlib.Path(attempt["memory"]), strike.process)
+            if strike.early_seconds is not None:
+                if time.time() - attempt["time"] >= strike.early_seconds:
+                    return attempt
+            elif report is not None and report.step >= strike.step:
+                return attempt
+        return None
+
+    def _await_end(self, struck: float, attempt: dict[str, Any]) -> tuple[tuple[int, ...], float] | None:
+        """Return the watchdog's verdict, should it come to one before the attempt is over."""
+        while not self._over.wait(_POLL_SECONDS):
+            published = board.published(pathlib.Path(attempt["memory"]), since=struck)
+            if published is not None:
+                return tuple(published["culprits"]), time.time() - struck
+            if self._attempt() != attempt:
+                return None
+        return None
+
+    def _await_recovery(self, struck: float, attempt: int, before: int) -> Lost | None:
+        """Return what it took until a later attempt made a step beyond `before`; None when the job is over before."""
+        passed: list[float] = []
+        while not self._over.wait(_POLL_SECONDS):
+            running = self._attempt()
+            if running is None or running["attempt"] == attempt:
+                continue
+            if not passed or passed[0] != running["time"]:
+                passed = [running["time"]]
+            now, reports = time.time(), _reports(running)
+            stage = _stage(reports, before)
+            passed += [now] * (stage + 1 - len(passed))
+            if stage == _NUM_STAGES:
+                return Lost(**dict(zip(_STAGES, map(float.__sub__, passed, [struck, *passed]))))
+        return None
+
+    def _attempt(self) -> dict[str, Any] | None:
+        """Return the notes on the attempt that is running, None between two."""
+        events = supervisor.read_events(self._run_dir)
+        return events[-1] if events and events[-1]["event"] == "start" else None
+
+
+def _reports(attempt: dict[str, Any]) -> list[board.Report | None]:
+    return [board.read(pathlib.Path(attempt["memory"]), number) for number in range(len(attempt["process_ids"]))]
+
+
+def _highest_step(attempt: dict[str, Any]) -> int:
+    return max((report.step for report in _reports(attempt) if report is not None), default=0)
+
+
+def _stage(reports: Sequence[board.Report | None], before: int) -> int:
+    """Return how many of the stages after the first an attempt has behind it; see Lost."""
+    if any(report is None for report in reports):
+        return 0
+    if any(report.step > before for report in reports if report):
+        return 3
+    return 1 if any(report.phase == "restart" for report in reports if report) else 2
+
+
+def _deliver(strike: Strike, process_id: int) -> bool:
+    """Do it; return False if the process had ended by itself."""
+    try:
+        if strike.kind == "starve":
+            # As on a full disk, every write fails; a file that is mapped or was written stays as it is.
+            _, hard = resource.prlimit(process_id, resource.RLIMIT_FSIZE)
+            resource.prlimit(process_id, resource.RLIMIT_FSIZE, (0, hard))
+        else:
+            os.kill(process_id, signal.SIGKILL if strike.kind == "kill" else signal.SIGSTOP)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What chaos found out.
+
+    Attributes:
+      planned: number of strikes planned.
+      hits: those delivered and recovered from.
+      restarts: attempts after the first.
+      peace: params_sha256 and steps of the undisturbed run.
+      fire: the same of the other.
+      ledger: "exact", or what is wrong with the ledger.
+    """
+
+    planned: int
+    hits: Sequence[Hit]
+    restarts: int
+    peace: tuple[str | None, int]
+    fire: tuple[str | None, int]
+    ledger: str
+
+    @property
+    def identical(self) -> bool:
+        """Whether both runs made the same params in the same number of steps, from the same examples."""
+        return self.peace == self.fire and self.peace[0] is not None and self.ledger == "exact"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `--json` prints."""
+        stops = [hit for hit in self.hits if hit.strike.kind == "stop"]
+        return {
+            "identical": self.identical,
+            "params_sha256": {"undisturbed": self.peace[0], "disturbed": self.fire[0]},
+            "steps": {"undisturbed": self.peace[1], "disturbed": self.fire[1]},
+            "ledger": self.ledger,
+            "planned": self.planned,
+            "strikes": {kind: sum(h.strike.kind == kind for h in self.hits) for kind in ("kill", "stop", "starve")},
+            "restarts": self.restarts,
+            "verdicts": {"right": sum(hit.named for hit in stops), "of": len(stops)},
+            "verdict_seconds": _summary([hit.verdict[1] for hit in stops if hit.verdict]),
+            "lost_seconds": _summary([hit.lost.total for hit in self.hits]),
+            "split_seconds": {stage: _summary([getattr(hit.lost, stage) for hit in self.hits]) for stage in _STAGES},
+        }
+
+    def __str__(self) -> str:
+        content = self.to_json()
+        strikes, lost, split = content["strikes"], content["lost_seconds"], content["split_seconds"]
+        right, after = content["verdicts"], content["verdict_seconds"]
+        stages = ", ".join(f"{stage} {seconds['p50']:.1f}" for stage, seconds in split.items())
+        lines = [
+            f"strikes     {strikes['kill']} kills, {strikes['stop']} stops, {strikes['starve']} starved of disk "
+            f"({len(self.hits)} of {self.planned} planned)",
+            f"restarts    {self.restarts}",
+            f"seconds     p50 {lost['p50']:.1f}, max {lost['max']:.1f} from a strike to the next new step",
+            f"of these    p50 {stages}",
+            f"verdicts    {right['right']} of {right['of']} stopped processes named, after p50 {after['p50']:.1f}, "
+            f"max {after['max']:.1f} s",
+            f"steps       {self.peace[1]} undisturbed, {self.fire[1]} disturbed",
+            f"params      {self.peace[0]} undisturbed",
+            f"            {self.fire[0]} disturbed",
+            f"examples    {self.ledger}",
+            "identical" if self.identical else "NOT identical",
+        ]
+        return "\n".join(lines)
+
+
+def run(
+    command: Sequence[str],
+    directory: pathlib.Path,
+    *,
+    seed: int,
+    num_processes: int,
+    num_examples: int,
+    kills: int,
+    stops: int = 0,
+    starves: int = 0,
+) -> Report:
+    """Run `command` (which gets `--run-dir`) in peace and under fire; return what came of it.
+
+    Args:
+      command: trains in supervised processes and records the ledger.
+      directory: gets the two run directories, `undisturbed` and `disturbed`.
+      seed: of the plan.
+      num_processes: that the command starts.
+      num_examples: of an epoch, for the ledger.
+      kills: see `plan`.
+      stops: see `plan`.
+      starves: see `plan`.
+
+    Raises:
+      RuntimeError: the undisturbed run failed.
+    """
+    peace_dir, fire_dir = directory / "undisturbed", directory / "disturbed"
+    status = _train(command, peace_dir)
+    if status:
+        raise RuntimeError(f"The undisturbed run ended with status {status}; its logs are in {peace_dir / 'logs'}.")
+    peace = record.RunRecord.read(peace_dir)
+    strikes = plan(seed, num_processes=num_processes, num_steps=peace.step, kills=kills, stops=stops, starves=starves)
+    with Striker(fire_dir, strikes) as striker:
+        _train(command, fire_dir)
+    fire = record.RunRecord.read(fire_dir)
+    return Report(
+        planned=len(strikes),
+        hits=striker.hits,
+        restarts=sum(event["event"] == "start" for event in supervisor.read_events(fire_dir)) - 1,
+        peace=(peace.params_sha256, peace.step),
+        fire=(fire.params_sha256, fire.step),
+        ledger=compare_ledgers(peace_dir, fire_dir, num_examples=num_examples),
+    )
+
+
+def compare_ledgers(peace_dir: pathlib.Path, fire_dir: pathlib.Path, *, num_examples: int) -> str:
+    """Return "exact" if both runs used each example of each epoch once, in the same steps; else what is wrong."""
+    try:
+        peace, fire = ledger.read(peace_dir), ledger.read(fire_dir)
+        ledger.check(fire, num_examples=num_examples)
+    except ledger.LedgerError as error:
+        return str(error)
+    return "exact" if peace == fire else "each example was used once, but not in the steps of the undisturbed run"
+
+
+def _train(command: Sequence[str], run_dir: pathlib.Path) -> int:
+    run_dir.mkdir(parents=True)
+    with (
+        open(run_dir / "output.txt", "wb") as output,
+        subprocess.Popen([*command, "--run-dir", str(run_dir)], stdout=output, stderr=subprocess.STDOUT) as job,
+    ):
+        try:
+            return job.wait()
+        finally:
+            job.terminate()  # on the way out of a Ctrl-C, say: the job is not left behind
+
+
+def _summary(seconds: Sequence[float]) -> dict[str, float]:
+    return {"p50": statistics.median(seconds), "max": max(seconds)} if seconds else {"p50": 0.0, "max": 0.0}

@@ -1,0 +1,254 @@
+"""The nursery: a process that has imported what the processes of a job need, and forks one whenever it is asked.
+
+Importing JAX, Flax and Orbax costs every process seconds of processor time, and at a restart all of them pay at once.
+A fork of a process that has paid already pays nothing. Forking is sound while the process has one thread and no
+backend of JAX runs. The nursery sees to both: it starts none itself, looks at its threads before it offers a fork, and
+declines where an import (of the user's experiment, say) has started any. Whoever asked then starts processes afresh.
+
+It outlives whoever asked, by a moment: what the other cannot remove when it is killed, the nursery does.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import pathlib
+import runpy
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import IO, Any
+
+TRAINING = (
+    "jaxdist.run.attempt",
+    "jaxdist.launch.joining.agreement",
+    "jaxdist.launch.joining.places",
+    "jaxdist.launch.joining.same_on_all",
+)
+"""What a process that trains imports."""
+
+_PR_SET_CHILD_SUBREAPER = 36
+_MAX_MESSAGE = 1 << 20
+_READY, _UNSAFE = b"ready", b"unsafe"
+
+
+class Child:
+    """A process forked by the nursery and adopted by this one: what `subprocess.Popen` offers of its own."""
+
+    def __init__(self, process_id: int):
+        self.pid = process_id
+        self.returncode: int | None = None
+        self._descriptor = os.pidfd_open(process_id)
+        self._lock = threading.Lock()
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def poll(self) -> int | None:
+        """Return the exit status, minus the signal that killed it, or None while it runs."""
+        with self._lock:
+            if self.returncode is None:
+                ended, status = os.waitpid(self.pid, os.WNOHANG)
+                self.returncode = os.waitstatus_to_exitcode(status) if ended else None
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Return the exit status once it has ended; raises subprocess.TimeoutExpired."""
+        poll = select.poll()
+        poll.register(self._descriptor, select.POLLIN)
+        if not poll.poll(None if timeout is None else timeout * 1000):
+            raise subprocess.TimeoutExpired(str(self.pid), timeout or 0.0)
+        status = self.poll()
+        assert status is not None
+        return status
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless it has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._descriptor, number)
+
+    def terminate(self) -> None:
+        """Send SIGTERM."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+
+class Nursery:
+    """Starts processes that run a module as `python -m MODULE` does, minus the imports.
+
+    Args:
+      preload: modules to import before; not those to be run.
+      experiment: a Python file whose imports are made before, too. It is run under another name, and again by each
+        process; what it raises is left to them.
+    """
+
+    def __init__(self, preload: Sequence[str] = (), *, experiment: str | None = None):
+        self._usable: bool | None = None
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # A forked process is orphaned on purpose; being the reaper makes it this process's own child.
+        _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__, str(theirs.fileno()), experiment or "", *preload],
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        self._channel = ours
+
+    def __enter__(self) -> "Nursery":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the nursery; the processes it started go on."""
+        self._process.kill()
+        self._channel.close()
+        self._process.wait()
+        _prctl(_PR_SET_CHILD_SUBREAPER, 0)
+
+    def start(self, command: Sequence[str], environment: Mapping[str, str], output: IO[bytes] | None) -> Child | None:
+        """Start a process and return it; None where the nursery cannot, or is no more.
+
+        Args:
+          command: `[sys.executable, "-m", module, arguments...]`.
+          environment: of the process.
+          output: takes its standard output and error; None shares this process's.
+        """
+        if self._usable is None:
+            self._usable = self._receive() == _READY
+        if not self._usable:
+            return None
+        changed = {name: value for name, value in environment.items() if os.environ.get(name) != value}
+        request = json.dumps({"module": command[2], "arguments": command[3:], "environment": changed}).encode()
+        streams = [1, 2] if output is None else 2 * [output.fileno()]
+        try:
+            socket.send_fds(self._channel, [request], streams)
+        except OSError:
+            self._usable = False
+            return None
+        reply = self._receive()
+        self._usable = bool(reply)
+        return Child(int(reply)) if reply else None
+
+    def remove_at_end(self, directory: pathlib.Path) -> None:
+        """Have `directory` removed when this process has ended, however it ended."""
+        with contextlib.suppress(OSError):
+            self._channel.send(json.dumps({"remove": str(directory)}).encode())
+
+    def _receive(self) -> bytes:
+        try:
+            return self._channel.recv(_MAX_MESSAGE)
+        except OSError:  # it was killed
+            return b""
+
+
+def _prctl(option: int, value: int) -> None:
+    ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Be a nursery, until the one who asks has ended; in a forked process, be that."""
+    channel = socket.socket(fileno=int(arguments[0]))
+    _preload(arguments[2:], arguments[1])
+    usable = _may_fork()
+    with contextlib.suppress(BrokenPipeError):
+        channel.send(_READY if usable else _UNSAFE)
+    request = _serve(channel)
+    channel.close()
+    if request is not None:
+        _run(request)
+
+
+def _preload(modules: Sequence[str], experiment: str) -> None:
+    for module in modules:
+        __import__(module)
+    if experiment:
+        sys.path.insert(0, str(pathlib.Path(experiment).resolve().parent))
+        # Whatever is wrong with the file, the process that trains it says so better.
+        with contextlib.suppress(Exception):
+            runpy.run_path(experiment, run_name="jaxdist_preloaded")
+        sys.path.pop(0)
+
+
+def _may_fork() -> bool:
+    """Return whether this process has one thread.
+
+    OpenBLAS, and whatever else is made to be forked, ends its threads before a fork; so one is made, and then counted.
+    """
+    trial = os.fork()
+    if not trial:
+        os._exit(0)
+    os.waitpid(trial, 0)
+    return len(os.listdir("/proc/self/task")) == 1
+
+
+def _serve(channel: socket.socket) -> dict[str, Any] | None:
+    """Fork whenever asked, and say the new process's number; return what was asked for in a fork, None at the end."""
+    doomed: list[str] = []
+    while True:
+        message, streams, _, _ = socket.recv_fds(channel, _MAX_MESSAGE, 2)
+        if not message:
+            for directory in doomed:
+                shutil.rmtree(directory, ignore_errors=True)
+            return None
+        request: dict[str, Any] = json.loads(message)
+        if "remove" in request:
+            doomed.append(request["remove"])
+            continue
+        process_id = _fork_orphan()
+        if not process_id:
+            os.setsid()
+            for stream, number in zip(streams, (1, 2), strict=True):
+                os.dup2(stream, number)
+        for stream in streams:
+            os.close(stream)
+        if not process_id:
+            return request
+        channel.send(str(process_id).encode())
+
+
+def _fork_orphan() -> int:
+    """Return the number of a new process whose parent is this one's, 0 in that process.
+
+    It is forked by a process that ends at once, and goes on when it has been adopted.
+    """
+    (told, tell), (gate, open_gate) = os.pipe(), os.pipe()
+    between = os.fork()
+    if not between:
+        child = os.fork()
+        if child:
+            os.write(tell, str(child).encode())
+            os._exit(0)
+        os.close(open_gate)
+        os.read(gate, 1)
+        for descriptor in (told, tell, gate):
+            os.close(descriptor)
+        return 0
+    os.waitpid(between, 0)
+    child = int(os.read(told, 32))
+    for descriptor in (told, tell, gate, open_gate):
+        os.close(descriptor)
+    return child
+
+
+def _run(request: Mapping[str, Any]) -> None:
+    """Be `python -m MODULE`."""
+    os.environ.update(request["environment"])
+    sys.argv = [request["module"], *request["arguments"]]
+    sys.stdout.reconfigure(line_buffering=os.isatty(1))  # type: ignore[union-attr]
+    if "numpy" in sys.modules:  # each process that starts afresh has its own
+        sys.modules["numpy"].random.seed()
+    runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

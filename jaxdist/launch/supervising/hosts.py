@@ -1,0 +1,139 @@
+"""One job on several hosts without an engine: on each, the same command supervises that host's processes.
+
+The supervisors do not talk to each other. When the job fails, it fails on all hosts (a process that has lost its peers
+in a collective, or to the watchdog, ends), and on each the processes are started again and wait for the others at the
+coordinator. A restart goes on from the newest checkpoint, so the run directory must be on a file system they share.
+"""
+
+import dataclasses
+import pathlib
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from jaxdist.errors import UserError
+from jaxdist.launch.joining import places
+from jaxdist.launch.supervising import local_job, supervisor
+from jaxdist.rundir import lock, record
+
+_LOOK_SECONDS = 0.1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Host:
+    """One of the hosts of a job.
+
+    Attributes:
+      index: its number; process 0 runs on host 0.
+      count: how many hosts there are.
+      coordinator: HOST:PORT of host 0, the same on all.
+      num_processes: on each host.
+    """
+
+    index: int
+    count: int
+    coordinator: str
+    num_processes: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise UserError(f"--host-index counts the hosts from 0; got {self.index} of {self.count}.")
+
+    def environment(self) -> dict[str, str]:
+        """Return what tells the processes of this host their place among those of all hosts."""
+        return {
+            places.MEETING: self.coordinator,
+            places.FIRST: str(self.index * self.num_processes),
+            places.ALL: str(self.count * self.num_processes),
+        }
+
+
+def run(
+    host: Host,
+    command: Sequence[str],
+    *,
+    run_dir: pathlib.Path,
+    saved_step: Callable[[], int],
+    policy: supervisor.Policy,
+) -> int:
+    """Run this host's part of the job to its end, through its failures; return its exit status.
+
+    Args:
+      host: which one this is.
+      command: the program and its arguments; it must be able to go on with a run that is there.
+      run_dir: of the run, on a file system that all hosts share.
+      saved_step: returns the newest step with a checkpoint.
+      policy: when to give up.
+
+    Raises:
+      LockedError: another job works in the run directory.
+    """
+    place = run_dir if host.index == 0 else run_dir / f"host-{host.index}"
+    policy = dataclasses.replace(policy, min_processes=None)  # all hosts would have to agree on fewer
+    with lock.locked(place, purpose=shlex.join(command)), local_job.Signals() as signals:
+        attempts = _Attempts(host, command, run_dir, supervisor.Events(place), signals, saved_step)
+        return supervisor.supervise(
+            attempts.make,
+            num_processes=host.num_processes,
+            policy=policy,
+            say=_say,
+            start_step=saved_step(),
+            sleep=attempts.sleep,
+            stopped=attempts.stopped,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Attempts:
+    """Makes the attempts of one host."""
+
+    host: Host
+    command: Sequence[str]
+    run_dir: pathlib.Path
+    events: supervisor.Events
+    signals: local_job.Signals
+    saved_step: Callable[[], int]
+
+    def stopped(self) -> bool:
+        """Return whether a signal came."""
+        return bool(self.signals.received)
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep, but no longer than until a signal comes."""
+        end = time.monotonic() + seconds
+        while not self.stopped() and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, _LOOK_SECONDS))
+
+    def make(self, number: int, num_processes: int) -> supervisor.Attempt:
+        """Run this host's processes once, to their end."""
+        result = local_job.run_job(
+            self.command,
+            num_processes=num_processes,
+            log_dir=self.run_dir / "logs" / f"host-{self.host.index}" / f"attempt-{number}",
+            environment=self.host.environment(),
+            show_first=self.host.index == 0,
+            started=lambda ids: self.events.note("start", attempt=number, process_ids=ids),
+            signals=self.signals,
+        )
+        if result.failed_process is not None and result.message:
+            _say(f"process {result.failed_process} of host {self.host.index} failed first:\n{result.message}")
+        reason = _end_reason(self.run_dir)
+        self.events.note("end", attempt=number, status=result.exit_status, end_reason=reason)
+        return supervisor.Attempt(
+            num_processes=num_processes,
+            exit_status=result.exit_status,
+            # Whichever host was asked to stop, the job has stopped on all.
+            asked_to_stop=result.asked_to_stop or reason == "preempted",
+            end_reason=reason,
+            saved_step=self.saved_step(),
+        )
+
+
+def _end_reason(run_dir: pathlib.Path) -> str | None:
+    """Return how the run ended, None while it goes on: each attempt that gets that far begins by writing None."""
+    return record.RunRecord.read(run_dir).end_reason if (run_dir / record.FILE_NAME).exists() else None
+
+
+def _say(message: str) -> None:
+    print(f"jaxdist: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,303 @@
+"""Processes of one job on this machine, joined by `jax.distributed` over the loopback interface.
+
+Each process runs in a session of its own, so that a Ctrl-C reaches the parent alone, which passes it on once. When one
+process fails the others cannot go on: they are told to end, then made to, and the first failure is the one reported.
+"""
+
+import dataclasses
+import itertools
+import math
+import os
+import pathlib
+import random
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from types import FrameType
+from typing import IO, Any, Protocol, TypeAlias
+
+from jaxdist.errors import EXIT_USER
+from jaxdist.launch.joining import runtime
+from jaxdist.launch.signals import EXIT_RETRY
+
+LOOPBACK = "127.0.0.1"
+GRACE_SECONDS = 5.0
+ORDERLY_SECONDS = 15.0
+"""How long the others may take to end once one process has ended with EXIT_RETRY."""
+LOG_TAIL_LINES = 40
+_LOOK_SECONDS = 0.5
+_GIVEN_PORTS = pathlib.Path("/proc/sys/net/ipv4/ip_local_port_range")
+_LEAST_PORT = 10_000
+_NOISE = "[Gloo] Rank "
+"""Begins what gloo says of every connection that it makes."""
+
+
+class Process(Protocol):
+    """A process of a job, as `subprocess.Popen` makes them."""
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
+
+    @property
+    def returncode(self) -> int | None:
+        """Its exit status, minus the signal that killed it; None until `poll` or `wait` has seen its end."""
+
+    def poll(self) -> int | None:
+        """Return its exit status, None while it runs."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Return its exit status once it has ended; raises subprocess.TimeoutExpired."""
+
+    def send_signal(self, sig: int, /) -> None:
+        """Send a signal, unless it has ended."""
+
+    def terminate(self) -> None:
+        """Send SIGTERM."""
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+
+
+def start(command: Sequence[str], environment: Mapping[str, str], output: IO[bytes] | None) -> Process:
+    """Start a process in a session of its own; without `output` it shares this one's."""
+    errors = None if output is None else subprocess.STDOUT
+    return subprocess.Popen(command, env=environment, stdout=output, stderr=errors, start_new_session=True)
+
+
+Start: TypeAlias = Callable[[Sequence[str], Mapping[str, str], IO[bytes] | None], Process]
+
+
+class Signals:
+    """Passes SIGINT, SIGTERM and SIGUSR1 on to the processes of a job, each as often as it comes, while it is entered.
+
+    Attributes:
+      received: those that came.
+      processes: those that get them.
+    """
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self.processes: Sequence[Process] = ()
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Signals":
+        if threading.current_thread() is threading.main_thread():
+            numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+            self._before = {number: signal.signal(number, self._forward) for number in numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _forward(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        self.received.append(number)
+        for process in self.processes:
+            process.send_signal(number)
+
+
+@dataclasses.dataclass(frozen=True)
+class JobResult:
+    """How a job ended.
+
+    Attributes:
+      exit_status: see run_job.
+      failed_process: the one that failed first; None where none did.
+      message: the end of its log; empty where process 0 has shown the same mistake of the user.
+      asked_to_stop: whether a signal asked this process, and so the job, to end.
+    """
+
+    exit_status: int
+    failed_process: int | None = None
+    message: str = ""
+    asked_to_stop: bool = False
+
+
+def run_job(
+    command: Sequence[str],
+    *,
+    num_processes: int,
+    log_dir: pathlib.Path,
+    environment: Mapping[str, str] | None = None,
+    show_first: bool = False,
+    timeout_seconds: float | None = None,
+    started: Callable[[Sequence[int]], None] = lambda process_ids: None,
+    start: Start = start,
+    signals: Signals | None = None,
+    grace_seconds: float = GRACE_SECONDS,
+) -> JobResult:
+    """Run `command` in `num_processes` processes and wait for all of them.
+
+    A process that ends with `EXIT_RETRY` (preempted, or the watchdog found a hang) has not failed: the others, which
+    were told the same, get some seconds to end too.
+
+    Args:
+      command: the program and its arguments, the same for every process.
+      num_processes: how many; each finds its place in its environment (see `runtime`).
+      log_dir: gets process-N.log, standard output and standard error of process N.
+      environment: set for every process, besides this process's own.
+      show_first: process 0 writes to this process's standard output and error instead of its log.
+      timeout_seconds: the job is ended when it takes longer.
+      started: called with the process ids once all have started.
+      start: starts one.
+      signals: passes on the signals; None does so while the job runs.
+      grace_seconds: how long a process may take to end once it is asked to, before it is made to.
+
+    Returns:
+      The exit status: 0 if all processes ended with 0, else that of the first that failed (128 + signal when killed).
+      None has failed and the status is EXIT_RETRY where one ended with that.
+    """
+    log_dir.mkdir(parents=True, exist_ok=True)
+    shared = {**os.environ, **(environment or {}), runtime.NUM_PROCESSES: str(num_processes)}
+    shared[runtime.PARENT_ID] = str(os.getpid())
+    processes: list[Process] = []
+    with ExitStack() as stack:
+        shared[runtime.COORDINATOR] = f"{LOOPBACK}:{stack.enter_context(reserved_port())}"
+        passed_on = stack.enter_context(Signals()) if signals is None else signals
+        stack.callback(_end, processes, grace_seconds)
+        passed_on.processes = processes
+        for number in range(num_processes):
+            output = None
+            if number or not show_first:
+                output = stack.enter_context(open(log_path(log_dir, number), "wb"))
+            processes.append(start(command, {**shared, runtime.PROCESS_ID: str(number)}, output))
+        if passed_on.received:  # the processes that started after it have not heard of it
+            return JobResult(EXIT_RETRY, asked_to_stop=True)
+        started([process.pid for process in processes])
+        failed = _wait(processes, timeout_seconds)
+    asked = bool(passed_on.received)
+    if failed is None:
+        return JobResult(EXIT_RETRY if any(process.returncode for process in processes) else 0, asked_to_stop=asked)
+    status = processes[failed].returncode
+    assert status is not None
+    # A mistake that all processes found, process 0 has shown already.
+    shown = show_first and processes[0].returncode == status == EXIT_USER
+    message = "" if shown else _tail(log_path(log_dir, failed))
+    return JobResult(128 - status if status < 0 else status, failed, message, asked)
+
+
+def log_path(log_dir: pathlib.Path, process: int) -> pathlib.Path:
+    """Return where the output of a process goes."""
+    return log_dir / f"process-{process}.log"
+
+
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """Yield a TCP port of the loopback interface that is the coordinator's alone while the context lasts.
+
+    The port stays bound here, without listening. The coordinator (gRPC, which sets SO_REUSEPORT) may bind it too;
+    another program of this machine, which asks for any free port, will not be given it.
+    """
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind((LOOPBACK, 0))
+        yield held.getsockname()[1]
+
+
+def quiet_ports(count: int) -> list[int]:
+    """Return free TCP ports of the loopback interface, from below those that outgoing connections are given.
+
+    A process that dies and starts again wants its port back, which any program's connection might have taken meanwhile.
+    """
+    first_given = int(_GIVEN_PORTS.read_text().split()[0]) if _GIVEN_PORTS.exists() else _LEAST_PORT
+    below = range(_LEAST_PORT, max(_LEAST_PORT, first_given))
+    drawn = random.SystemRandom().sample(below, min(len(below), 50 * count))
+    with ExitStack() as stack:
+        # Where there are none below, any that is free.
+        bound = (_bind(stack, port) for port in itertools.chain(drawn, itertools.repeat(0)))
+        return list(itertools.islice((port for port in bound if port is not None), count))
+
+
+def _bind(stack: ExitStack, port: int) -> int | None:
+    held = stack.enter_context(socket.socket())
+    try:
+        held.bind((LOOPBACK, port))
+    except OSError:
+        return None
+    return held.getsockname()[1]
+
+
+def _wait(processes: Sequence[Process], timeout_seconds: float | None) -> int | None:
+    """Return the number of the first process that failed, None when all have ended well, or some and time is up."""
+    ended: dict[int, int] = {}
+    change = threading.Condition()
+
+    def watch(number: int, process: Process) -> None:
+        status = process.wait()
+        with change:
+            ended[number] = status
+            change.notify()
+
+    for number, process in enumerate(processes):
+        threading.Thread(target=watch, args=(number, process), daemon=True).start()
+    deadline = math.inf if timeout_seconds is None else time.monotonic() + timeout_seconds
+    orderly = math.inf
+    with change:
+        while True:
+            failed = next((number for number, status in ended.items() if status not in (0, EXIT_RETRY)), None)
+            now = time.monotonic()
+            if EXIT_RETRY in ended.values():
+                orderly = min(orderly, now + ORDERLY_SECONDS)
+            running = [process for number, process in enumerate(processes) if number not in ended]
+            # A process that is stopped will not end by itself, however long the others wait for it.
+            pointless = orderly < math.inf and all(is_stopped(process.pid) for process in running)
+            if failed is not None or not running or pointless or now >= orderly:
+                return failed
+            if now >= deadline:
+                raise TimeoutError(f"The job took longer than {timeout_seconds} s; processes ended: {sorted(ended)}.")
+            left = min(deadline, orderly) - now
+            if orderly < math.inf:
+                left = min(left, _LOOK_SECONDS)
+            change.wait(None if left == math.inf else left)
+
+
+def _end(processes: Sequence[Process], grace_seconds: float) -> None:
+    """Ask what still runs to end, and after a while make it; and what they have started and left behind."""
+    running = [process for process in processes if process.poll() is None]
+    for process in running:
+        if is_stopped(process.pid):
+            process.kill()
+        else:
+            process.terminate()
+    deadline = time.monotonic() + grace_seconds
+    for process in running:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    for process in processes:
+        _end_group(process.pid)
+
+
+def _end_group(process_id: int) -> None:
+    """Kill what is left of the group that a process led: its data workers, say, when it was killed itself."""
+    with suppress(ProcessLookupError):
+        os.killpg(process_id, signal.SIGKILL)
+    # Where this process adopts orphans (see `nursery`) it has to see them off, too.
+    with suppress(ChildProcessError):
+        while os.waitid(os.P_PGID, process_id, os.WEXITED) is not None:
+            pass
+
+
+def is_stopped(process_id: int) -> bool:
+    """Return whether a process was stopped by a signal: it takes no other then but SIGKILL."""
+    try:
+        status = pathlib.Path(f"/proc/{process_id}/stat").read_text()
+    except OSError:
+        return False
+    # The name in parentheses may hold anything; the state is the first field after it.
+    return status.rpartition(")")[2].split()[0] == "T"
+
+
+def _tail(path: pathlib.Path) -> str:
+    if not path.exists():
+        return ""
+    lines = path.read_text(errors="replace").splitlines()
+    return "\n".join([line for line in lines if not line.startswith(_NOISE)][-LOG_TAIL_LINES:])

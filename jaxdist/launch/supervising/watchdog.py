@@ -1,0 +1,244 @@
+"""The watchdog: notices that a job stands still, says who holds it up, and ends it so that it can be restarted.
+
+In SPMD training one stuck process stops all the others, silently, in the next collective. Each process therefore
+reports its step and phase on a board and reads the others' reports, from a thread of its own. The
+verdict is a pure function of what stands on the board and for how long; the first to reach it hangs it up, and all show
+that one.
+"""
+
+import contextlib
+import dataclasses
+import faulthandler
+import os
+import pathlib
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TextIO
+
+from jaxdist.launch.signals import EXIT_RETRY
+from jaxdist.launch.supervising import board
+
+DONE = "done"
+_OWN_WORK = (("input", "eval"), ("other",))
+"""Phases by how surely a process in them is at work of its own; in all others it may be waiting for the rest."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How long a process may report the same step and phase.
+
+    Attributes:
+      hang_seconds: in any phase but the slow ones.
+      slow_seconds: while it compiles, evaluates, saves or restores, which may take long without a sign of life.
+      slow_phases: which these are.
+    """
+
+    hang_seconds: float = 300.0
+    slow_seconds: float = 3600.0
+    slow_phases: tuple[str, ...] = ("compile", "eval", "checkpoint", "restart")
+
+    def of(self, phase: str) -> float:
+        """Return the seconds that `phase` may take."""
+        return max(self.hang_seconds, self.slow_seconds) if phase in self.slow_phases else self.hang_seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """What one process sees of another, or of itself.
+
+    Attributes:
+      step: the last step it reported.
+      phase: the last phase.
+      same_seconds: how long it has reported these.
+      silent_seconds: how long ago its last report came.
+      heard: whether any report came; a process that still imports gives none.
+    """
+
+    step: int
+    phase: str
+    same_seconds: float
+    silent_seconds: float
+    heard: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """A job stands still: the processes that hold it up, the one that is to write it down, and the table to show."""
+
+    culprits: tuple[int, ...]
+    reporter: int
+    text: str
+
+
+def judge(views: Mapping[int, View], limits: Limits, *, silence_seconds: float) -> Verdict | None:
+    """Return the verdict on a job, None as long as any process may still be at work.
+
+    The job hangs when every process that is not done has overstayed the limit of its phase. So a process that waits in
+    a step for another that compiles is no stall, however short the limit of a step. It hangs, too, when one has given
+    no sign of life for `limits.hang_seconds`, whatever its phase: one that works reports, however slow the work.
+
+    Args:
+      views: by process number.
+      limits: see Limits.
+      silence_seconds: a process that has not reported for this long does not answer: it is stopped, or its machine is.
+    """
+    active = {number: view for number, view in views.items() if view.phase != DONE}
+    stopped = any(view.heard and view.silent_seconds >= limits.hang_seconds for view in active.values())
+    if not stopped and any(view.same_seconds < limits.of(view.phase) for view in active.values()):
+        return None
+    if not active:
+        return None
+    silent = [number for number, view in active.items() if view.silent_seconds >= silence_seconds]
+    culprits = tuple(sorted(silent or _furthest_behind(active)))
+    answering = sorted(set(active) - set(silent)) or sorted(active)
+    return Verdict(culprits, answering[0], _describe(views, culprits, silence_seconds))
+
+
+def _furthest_behind(active: Mapping[int, View]) -> list[int]:
+    """Return the processes that the others wait for: not waiting themselves, or else at the lowest step."""
+    lowest = min(view.step for view in active.values())
+    behind = [number for number, view in active.items() if view.step == lowest]
+    for phases in _OWN_WORK:
+        at_work = [number for number in behind if active[number].phase in phases]
+        if at_work:
+            return at_work
+    return behind
+
+
+def _describe(views: Mapping[int, View], culprits: Sequence[int], silence_seconds: float) -> str:
+    lines = []
+    for number, view in sorted(views.items()):
+        silent = f", no sign of life for {view.silent_seconds:.0f} s" if view.silent_seconds >= silence_seconds else ""
+        lines.append(f"  process {number}: step {view.step}, {view.phase} for {view.same_seconds:.0f} s{silent}")
+    return "\n".join([f"The job hangs: {_headline(views, culprits)}", *lines])
+
+
+def _headline(views: Mapping[int, View], culprits: Sequence[int]) -> str:
+    others = [view for number, view in views.items() if number not in culprits and view.phase != DONE]
+    first = views[culprits[0]]
+    who = " and ".join(f"process {number}" for number in culprits)
+    holds = f"{who} {'is' if len(culprits) == 1 else 'are'} in {first.phase} for {first.same_seconds:.0f} s"
+    # The step that the others wait in is the one after the last they finished.
+    wait = f"the others wait in step {max(view.step for view in others) + 1}" if others else "no other process waits"
+    return f"{holds}; {wait}."
+
+
+class Observer:
+    """Keeps how long ago each process last reported something, and something new, by this process's own clock."""
+
+    def __init__(self, num_processes: int, *, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        now = clock()
+        self._reports: dict[int, board.Report] = {n: board.Report(0, "restart", 0) for n in range(num_processes)}
+        self._new_since = dict.fromkeys(range(num_processes), now)
+        self._heard_at = dict.fromkeys(range(num_processes), now)
+
+    def note(self, process: int, report: board.Report | None) -> None:
+        """Take in what stands on the board for a process."""
+        last = self._reports[process]
+        if report is None or report == last:
+            return
+        now = self._clock()
+        self._heard_at[process] = now
+        if (report.step, report.phase) != (last.step, last.phase):
+            self._new_since[process] = now
+        self._reports[process] = report
+
+    def views(self) -> dict[int, View]:
+        """Return what is known of each process now."""
+        now = self._clock()
+        return {
+            process: View(
+                report.step,
+                report.phase,
+                now - self._new_since[process],
+                now - self._heard_at[process],
+                heard=report.beat > 0,
+            )
+            for process, report in self._reports.items()
+        }
+
+
+class Watchdog:
+    """The thread that reports for this process, reads what the others report, and acts on the verdict.
+
+    Args:
+      directory: of the board.
+      process: number of this process.
+      num_processes: of the job.
+      where: returns this process's step and phase; called from the thread.
+      limits: what counts as a stall.
+      on_hang: called with the verdict, on the process it names as the reporter; for the run record.
+      every_seconds: how often to report and look.
+    """
+
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        *,
+        process: int,
+        num_processes: int,
+        where: Callable[[], tuple[int, str]],
+        limits: Limits,
+        on_hang: Callable[[Verdict], object] = lambda verdict: None,
+        every_seconds: float | None = None,
+    ):
+        self._directory, self._where = directory, where
+        self._writer = board.Writer(directory, process)
+        self._since = time.time()
+        self._process, self._num_processes = process, num_processes
+        self._limits, self._on_hang = limits, on_hang
+        self._every_seconds = min(0.5, limits.hang_seconds / 10) if every_seconds is None else every_seconds
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="jaxdist-watchdog", daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+        self._writer.write(self._where()[0], DONE)
+        self._writer.close()
+
+    def report(self) -> None:
+        """Report now, from the thread that trains: whoever reads the board sees every step."""
+        self._writer.write(*self._where())
+
+    def _run(self) -> None:
+        observer = Observer(self._num_processes)
+        # A thread that waits for the processor is late by seconds on a busy machine; a stopped process for ever.
+        silence_seconds = max(10 * self._every_seconds, self._limits.hang_seconds / 2)
+        while not self._stopped.is_set():
+            self._writer.write(*self._where())
+            for number in range(self._num_processes):
+                observer.note(number, board.read(self._directory, number))
+            verdict = judge(observer.views(), self._limits, silence_seconds=silence_seconds)
+            if verdict:
+                with contextlib.suppress(OSError):  # a verdict that cannot be hung up is one process's own
+                    board.publish(self._directory, dataclasses.asdict(verdict))
+            published = board.published(self._directory, since=self._since)
+            if published:
+                verdict = Verdict(tuple(published["culprits"]), published["reporter"], published["text"])
+            if verdict:
+                self._end(verdict)
+            self._stopped.wait(self._every_seconds)
+
+    def _end(self, verdict: Verdict) -> None:
+        """Show the verdict and the stacks, have it written down, and leave: the main thread is in a collective."""
+        show(verdict, sys.stderr)
+        try:
+            if verdict.reporter == self._process:
+                self._on_hang(verdict)
+        finally:
+            os._exit(EXIT_RETRY)
+
+
+def show(verdict: Verdict, output: TextIO) -> None:
+    """Print the table and the stacks of all threads of this process."""
+    print(f"{verdict.text}\nThis process's stacks:", file=output, flush=True)
+    faulthandler.dump_traceback(file=output, all_threads=True)
+    output.flush()

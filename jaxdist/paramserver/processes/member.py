@@ -1,0 +1,80 @@
+"""A server or worker process: `python -m jaxdist.paramserver.processes.member NAME SPEC`.
+
+The scheduler is started from `process` instead: it needs neither JAX nor the experiment, and must be back quickly.
+"""
+
+import dataclasses
+import pathlib
+import sys
+import time
+from typing import Any
+
+from jaxdist.config import experiments
+from jaxdist.launch.joining import runtime
+from jaxdist.paramserver.processes import faults
+from jaxdist.paramserver.processes.driver import Node, write_file
+from jaxdist.paramserver.processes.process import NONFINITE_NAME, Spec, Statistics, die_with_parent, main, statistics_of
+from jaxdist.paramserver.protocol import effects, messages
+from jaxdist.paramserver.protocol.server import Server
+from jaxdist.paramserver.protocol.settings import server_shard, worker_number
+from jaxdist.paramserver.protocol.worker import Worker
+from jaxdist.paramserver.run import island as training
+
+
+def make(name: str, spec: Spec) -> tuple[Node, Statistics]:
+    """Return the server or worker called `name`, and its counters."""
+    devices = runtime.start_by_itself(spec.devices)
+    experiment = experiments.override(experiments.load_experiment(spec.experiment), spec.assignments)
+    plan = training.make_plan(experiment, experiment.ps, kind=spec.kind)
+    plan = dataclasses.replace(plan, settings=spec.make_settings())
+    boot = time.time_ns()
+    number = worker_number(name)
+    if number is not None:
+        return _make_worker(number, boot, plan, devices, name, spec)
+    return _make_server(name, boot, plan, spec)
+
+
+def _make_worker(number: int, boot: int, plan: Any, devices: Any, name: str, spec: Spec) -> tuple[Node, Statistics]:
+    island = training.Island(plan, devices)
+    machine = Worker(worker=number, boot=boot, settings=plan.settings)
+    statistics = statistics_of(name, spec, machine)
+    directory = pathlib.Path(spec.directory)
+
+    def gradient(compute: effects.Compute) -> messages.Computed:
+        computed = island.gradient(compute)
+        if not computed.finite:
+            # Before anybody hears of it: whoever ends the run finds the report.
+            path = directory / NONFINITE_NAME / f"worker-{number}.txt"
+            write_file(path, [f"{name}. {island.explain_nonfinite(compute)}".encode()])
+        return computed
+
+    node = Node(
+        machine,
+        directory=directory,
+        gradient=gradient,
+        observe=statistics.observe,
+        point=faults.faults_of(name, directory),
+    )
+    return node, statistics
+
+
+def _make_server(name: str, boot: int, plan: Any, spec: Spec) -> tuple[Node, Statistics]:
+    shard = server_shard(name)
+    assert shard is not None
+    first = training.make_shard(plan, shard)
+    start = first.export()
+
+    def make_shard() -> Any:
+        first.adopt(start)
+        return first
+
+    machine = Server(node=name, boot=boot, settings=plan.settings, make_shard=make_shard)
+    statistics = statistics_of(name, spec, machine)
+    directory = pathlib.Path(spec.directory)
+    point = faults.faults_of(name, directory)
+    return Node(machine, directory=directory, observe=statistics.observe, point=point), statistics
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    sys.exit(main(sys.argv[1:], make))

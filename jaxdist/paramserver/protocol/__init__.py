@@ -1,0 +1,1 @@
+"""The protocol as state machines: messages in, messages and effects out; no I/O, no clock, no JAX."""

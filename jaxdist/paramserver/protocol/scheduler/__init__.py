@@ -1,0 +1,1 @@
+"""The scheduler's state machine, a file for each of its stages."""

@@ -1,0 +1,371 @@
+"""A server: one copy of one shard, primary or backup, as a state machine without I/O.
+
+The primary turns requests into log entries, applies each at once, sends it to its backup and holds the answer back
+until the backup has it. Reads are entries too (empty ones), so a primary that was replaced without knowing can answer
+nobody. Who is primary, the scheduler says, in a view; without a backup in the view the answers leave at once.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+
+from jaxdist.paramserver.protocol import effects, messages
+from jaxdist.paramserver.protocol.settings import SCHEDULER, Settings, server_shard, shard_file, worker_name
+from jaxdist.paramserver.protocol.shard import Outcome, Shard, ack
+from jaxdist.paramserver.wire import encoding
+
+NO_STATE = -1
+MAX_EARLY = 256  # log entries a backup keeps while one before them is missing
+
+
+class Server:
+    """One process's copy of a shard. `handle` is the whole interface."""
+
+    def __init__(self, *, node: str, boot: int, settings: Settings, make_shard: Callable[[], Shard]) -> None:
+        number = server_shard(node)
+        assert number is not None, f"{node} is no server's name"
+        self.node, self.boot, self.number, self.settings = node, boot, number, settings
+        self.make_shard = make_shard
+        self.counters = {"duplicates_refused": 0, "fenced": 0, "refused": 0}
+        self.heartbeat_at = 0.0
+        self.progress = 0
+        self.stopped = False
+        self._forget()
+
+    def _forget(self) -> None:
+        """Hold nothing and belong nowhere."""
+        self.shard: Shard = self.make_shard()
+        self.view: messages.View | None = None
+        self.pending: messages.View | None = None  # a view that waits for the file it restores
+        self.restored = NO_STATE  # the restore epoch of the state held
+        self.primary = False
+        self.index = 0  # the last log entry applied here
+        self.unsent: deque[tuple[float, messages.Replicate]] = deque()  # not acknowledged by the backup
+        self.early: dict[int, messages.Replicate] = {}  # entries that overtook one before them
+        self.held: deque[tuple[int, Outcome]] = deque()  # answers that wait for the backup
+        self.transfer_index: int | None = None
+        self.transfer_at = 0.0
+        self.waiting: dict[int, messages.Pull] = {}
+        self.order: messages.Snapshot | None = None  # the newest snapshot asked for
+        self.snapshot_done: messages.SnapshotDone | None = None
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the view this server works under; -1 before the first."""
+        return self.view.epoch if self.view else -1
+
+    def handle(self, message: messages.Message, now: float) -> tuple[list[effects.Send], list[effects.Effect]]:
+        """Take in one message; return what to send after the effects are done."""
+        out = effects.Output()
+        action = _ACTIONS.get(type(message))
+        if action is not None and (not self.stopped or isinstance(message, messages.Stop)):
+            self.progress += not isinstance(message, messages.Tick)
+            action(self, message, now, out)
+        return out.replies, out.effects
+
+    # Membership.
+
+    def _tick(self, message: messages.Tick, now: float, out: effects.Output) -> None:
+        if now >= self.heartbeat_at:
+            self.heartbeat_at = now + self.settings.timers.heartbeat
+            if self.view is None and self.pending is None:
+                out.send(SCHEDULER, messages.Register(self.node, self.boot))
+            else:
+                out.send(SCHEDULER, messages.Heartbeat(self.node, self.boot, self.epoch, self.progress, False))
+        if self.primary:
+            self._retry(now, out)
+
+    def _retry(self, now: float, out: effects.Output) -> None:
+        """Send again what the backup has not acknowledged for a while."""
+        due = now - self.settings.timers.retry
+        if self.transfer_index is not None:
+            if self.transfer_at <= due:
+                self._transfer(now, out)
+        elif self.unsent and self.unsent[0][0] <= due:
+            self.unsent = deque((now, replace(entry, epoch=self.epoch)) for _, entry in self.unsent)
+            for _, entry in list(self.unsent)[:MAX_EARLY]:
+                out.send(self._place.backup, entry)
+
+    @property
+    def _place(self) -> messages.ShardView:
+        assert self.view is not None
+        return self.view.shards[self.number]
+
+    def _on_view(self, view: messages.View, now: float, out: effects.Output) -> None:
+        newest = max(self.epoch, self.pending.epoch if self.pending else -1)
+        if view.epoch < newest:
+            return
+        if view.epoch == newest:
+            if self.primary and self.pending is None:
+                self._submit(messages.Nothing(), Outcome(), now, out, acknowledge_view=True)
+            return
+        place = view.shards[self.number]
+        me = (self.node, self.boot)
+        if me not in ((place.primary, place.primary_boot), (place.backup, place.backup_boot)):
+            self._leave(out)
+        elif self.restored < view.restore_epoch and (place.primary == self.node or place.synced):
+            self._restore(view, now, out)
+        else:
+            self._enter(view, now, out)
+
+    def _leave(self, out: effects.Output) -> None:
+        """Replaced by another copy: start over as a new life of this process."""
+        if self.view is not None or self.pending is not None:
+            self._forget()
+            self.boot += 1
+            out.send(SCHEDULER, messages.Register(self.node, self.boot))
+
+    def _restore(self, view: messages.View, now: float, out: effects.Output) -> None:
+        boot, counters = self.boot, self.counters
+        self._forget()
+        self.boot, self.counters = boot, counters
+        if view.restore:
+            self.pending = view
+            out.do(effects.Load(shard_file(view.restore, self.number)))
+        else:
+            self.restored = view.restore_epoch
+            self._enter(view, now, out)
+
+    def _loaded(self, loaded: messages.Loaded, now: float, out: effects.Output) -> None:
+        view = self.pending
+        if view is None or loaded.name != shard_file(view.restore, self.number):
+            return
+        state = encoding.decode(loaded.data) if loaded.data is not None else None
+        if not isinstance(state, messages.ShardState):
+            out.do(effects.Exit(-1, f"{loaded.name} is missing or is no shard's state, though its manifest names it"))
+            return
+        self.shard.adopt(replace(state, epoch=0, staged=()))
+        self.pending, self.restored = None, view.restore_epoch
+        self._enter(view, now, out)
+
+    def _enter(self, view: messages.View, now: float, out: effects.Output) -> None:
+        """Work under `view`, for which this server has its state (or, as a new backup, will be sent it)."""
+        before = self._place if self.view else None
+        self.view, self.pending, self.early = view, None, {}
+        place = self._place
+        if place.primary != self.node:
+            self.primary = False
+            return
+        self.primary = True
+        out.do(effects.Leads(self.number, view.epoch))
+        if before is None or (before.backup, before.backup_boot) != (place.backup, place.backup_boot):
+            self._change_backup(now, out)
+        elif place.synced:
+            self.transfer_index = None
+        self._submit(messages.Members(view.epoch, view.members), Outcome(), now, out, acknowledge_view=True)
+
+    def _change_backup(self, now: float, out: effects.Output) -> None:
+        self.unsent.clear()
+        self.transfer_index = None
+        if self._place.backup and not self._place.synced:
+            self._transfer(now, out)
+        elif not self._place.backup:
+            self._release(self.index, out)
+
+    # The log and its copy.
+
+    def _submit(
+        self,
+        entry: messages.Entry,
+        extra: Outcome,
+        now: float,
+        out: effects.Output,
+        *,
+        acknowledge_view: bool = False,
+    ) -> None:
+        """Apply `entry`, copy it, and let its outcome (and `extra`) go when it is safe."""
+        outcome = self.shard.apply(entry)
+        outcome.replies += extra.replies
+        outcome.effects += extra.effects
+        if acknowledge_view:
+            outcome.send(SCHEDULER, self._view_ack())
+        self.index += 1
+        if self._place.backup:
+            self.held.append((self.index, outcome))
+            record = messages.Replicate(self.number, self.epoch, self.index, self.shard.chain, entry)
+            self.unsent.append((now, record))
+            if self.transfer_index is None:
+                out.send(self._place.backup, record)
+        else:
+            _let_go(outcome, out)
+        if self.waiting and not isinstance(entry, messages.Nothing):
+            self._serve_waiting(now, out)
+
+    def _view_ack(self) -> messages.ViewAck:
+        shard = self.shard
+        return messages.ViewAck(
+            self.number, self.node, self.boot, self.epoch, shard.version, shard.front, shard.seen_rows()
+        )
+
+    def _transfer(self, now: float, out: effects.Output) -> None:
+        self.unsent.clear()
+        self.transfer_index, self.transfer_at = self.index, now
+        place = self._place
+        state = messages.Transfer(self.number, self.epoch, self.index, place.backup_boot, self.shard.export())
+        out.send(place.backup, state)
+
+    def _release(self, index: int, out: effects.Output) -> None:
+        while self.held and self.held[0][0] <= index:
+            _let_go(self.held.popleft()[1], out)
+
+    def _replicated(self, answer: messages.Replicated, now: float, out: effects.Output) -> None:
+        place = self._place if self.primary else None
+        if place is None or (place.backup, place.backup_boot) != (answer.node, answer.boot):
+            return
+        if answer.epoch != self.epoch:
+            return
+        while self.unsent and self.unsent[0][1].index <= answer.index:
+            self.unsent.popleft()
+        if self.transfer_index is not None and answer.index >= self.transfer_index:
+            self.transfer_index = None
+            for _, entry in self.unsent:
+                out.send(place.backup, entry)
+        if self.transfer_index is None:
+            self._release(answer.index, out)
+            if not place.synced:
+                out.send(SCHEDULER, messages.Synced(self.number, self.epoch, place.backup, place.backup_boot))
+
+    def _is_my_primary(self, epoch: int) -> bool:
+        return self.view is not None and not self.primary and epoch == self.epoch
+
+    def _replicate(self, record: messages.Replicate, now: float, out: effects.Output) -> None:
+        if not self._is_my_primary(record.epoch) or self.restored == NO_STATE:
+            return
+        if self.index < record.index <= self.index + MAX_EARLY:
+            self.early[record.index] = record
+        while (entry := self.early.pop(self.index + 1, None)) is not None:
+            out.effects += self.shard.apply(entry.entry).effects
+            self.index += 1
+            if self.shard.chain != entry.chain:
+                out.do(effects.Exit(-1, f"the copies of shard {self.number} drifted apart at log entry {self.index}"))
+                return
+        self._acknowledge(out)
+
+    def _adopt(self, transfer: messages.Transfer, now: float, out: effects.Output) -> None:
+        if not self._is_my_primary(transfer.epoch) or transfer.boot != self.boot:
+            return
+        if self.restored == NO_STATE or self.index < transfer.index:
+            assert self.view is not None
+            self.shard.adopt(transfer.state)
+            self.index, self.restored = transfer.index, self.view.restore_epoch
+            self.early = {}
+        self._acknowledge(out)
+
+    def _acknowledge(self, out: effects.Output) -> None:
+        answer = messages.Replicated(self.number, self.epoch, self.node, self.boot, self.index)
+        out.send(self._place.primary, answer)
+
+    # Workers.
+
+    def _push(self, push: messages.Push, now: float, out: effects.Output) -> None:
+        if not self.primary:
+            return
+        reason = self.shard.complaint(push)
+        if reason:
+            self.counters["refused"] += 1
+            out.send(worker_name(push.worker), ack(push, "refused", reason))
+            return
+        status = self.shard.verdict(push)
+        if status in ("staged", "applied"):
+            self._submit(push, Outcome(), now, out)
+            return
+        if status != "obsolete":
+            self.counters["fenced" if status == "fenced" else "duplicates_refused"] += 1
+        refusal = Outcome()
+        refusal.send(worker_name(push.worker), ack(push, status))
+        self._submit(messages.Nothing(), refusal, now, out)
+
+    def _pull(self, pull: messages.Pull, now: float, out: effects.Output) -> None:
+        if not self.primary or not self.shard.is_member(pull.worker, pull.incarnation):
+            return
+        if self.shard.may_read(pull):
+            self.waiting.pop(pull.worker, None)
+            self._serve(pull, now, out)
+        else:
+            self.waiting[pull.worker] = pull
+
+    def _serve_waiting(self, now: float, out: effects.Output) -> None:
+        for pull in list(self.waiting.values()):
+            if self.waiting.get(pull.worker) is pull:
+                del self.waiting[pull.worker]
+                self._pull(pull, now, out)
+
+    def _serve(self, pull: messages.Pull, now: float, out: effects.Output) -> None:
+        shard = self.shard
+        answer = Outcome()
+        pulled = messages.Pulled(self.number, pull.worker, pull.incarnation, pull.sequence, shard.version, shard.params)
+        answer.send(worker_name(pull.worker), pulled)
+        answer.do(effects.Served(self.number, self.epoch, pull.worker, pull.clock, shard.version, shard.chain))
+        self._submit(messages.Nothing(), answer, now, out)
+
+    # The scheduler.
+
+    def _commit(self, commit: messages.Commit, now: float, out: effects.Output) -> None:
+        if not self.primary or commit.epoch != self.epoch:
+            return
+        if commit.step > self.shard.version:
+            self._submit(commit, Outcome(), now, out)
+        else:
+            known = Outcome()
+            known.send(SCHEDULER, messages.CommitAck(self.number, self.shard.version))
+            self._submit(messages.Nothing(), known, now, out)
+
+    def _finish(self, finish: messages.Finish, now: float, out: effects.Output) -> None:
+        if self.primary and finish.epoch == self.epoch:
+            self._submit(finish, Outcome(), now, out)
+
+    def _read(self, read: messages.Read, now: float, out: effects.Output) -> None:
+        if not self.primary or read.epoch != self.epoch:
+            return
+        shard = self.shard
+        answer = Outcome()
+        content = messages.ReadAnswer(
+            read.epoch, self.number, read.number, shard.version, shard.chain, shard.params, shard.opt_state
+        )
+        answer.send(SCHEDULER, content)
+        self._submit(messages.Nothing(), answer, now, out)
+
+    def _snapshot(self, order: messages.Snapshot, now: float, out: effects.Output) -> None:
+        if not self.primary or order.epoch != self.epoch:
+            return
+        newest = (self.order.epoch, self.order.number) if self.order else (-1, -1)
+        if (order.epoch, order.number) > newest:
+            self.order, self.snapshot_done = order, None
+            out.do(effects.Write(shard_file(order.name, self.number), self.shard.export()))
+        elif order == self.order and self.snapshot_done is not None:
+            out.send(SCHEDULER, self.snapshot_done)
+
+    def _written(self, written: messages.Written, now: float, out: effects.Output) -> None:
+        if self.order is not None and written.name == shard_file(self.order.name, self.number):
+            name = self.order.name
+            self.snapshot_done = messages.SnapshotDone(self.number, name, written.checksum, written.error)
+            out.send(SCHEDULER, self.snapshot_done)
+
+    def _stop(self, stop: messages.Stop, now: float, out: effects.Output) -> None:
+        out.send(SCHEDULER, messages.StopAck(self.node))
+        if not self.stopped:
+            self.stopped = True
+            out.do(effects.Exit(stop.step, stop.reason))
+
+
+def _let_go(outcome: Outcome, out: effects.Output) -> None:
+    out.replies += outcome.replies
+    out.effects += outcome.effects
+
+
+_ACTIONS: dict[type, Callable[..., None]] = {
+    messages.Tick: Server._tick,
+    messages.View: Server._on_view,
+    messages.Loaded: Server._loaded,
+    messages.Written: Server._written,
+    messages.Replicated: Server._replicated,
+    messages.Replicate: Server._replicate,
+    messages.Transfer: Server._adopt,
+    messages.Push: Server._push,
+    messages.Pull: Server._pull,
+    messages.Commit: Server._commit,
+    messages.Finish: Server._finish,
+    messages.Read: Server._read,
+    messages.Snapshot: Server._snapshot,
+    messages.Stop: Server._stop,
+}

@@ -1,0 +1,293 @@
+"""A shard of the params with its optimizer: a deterministic machine that turns log entries into updates.
+
+Weights, optimizer state, exactly-once table, clocks and staged pushes are one value (`export` and `adopt`), so whatever
+is copied to a backup or written to disk holds all of them or none. Two shards that apply the same entries in the same
+order have the same bits; `chain`, a fingerprint of the updates so far, lets a primary and its backup notice if not.
+"""
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from jaxdist.paramserver.protocol import effects, messages
+from jaxdist.paramserver.protocol.settings import SCHEDULER, Settings, worker_name
+
+Arrays = tuple[np.ndarray, ...]
+
+
+class Updater(Protocol):
+    """The optimizer of one shard. Arrays are never changed in place; whoever holds an old one keeps it."""
+
+    needs_norm: bool
+
+    def init(self, params: Arrays) -> Arrays:
+        """Return the optimizer state for blocks `params`."""
+        ...
+
+    def update(
+        self, params: Arrays, opt_state: Arrays, grads: Arrays, *, scale: float, norm_squared: float
+    ) -> tuple[Arrays, Arrays]:
+        """Return params and state after one step along mean gradients `grads`.
+
+        Args:
+          params: the blocks.
+          opt_state: what `init` or the last update gave.
+          grads: the mean gradient, one array for each block.
+          scale: factor on the update.
+          norm_squared: squared norm of the mean gradient over all shards; only meaningful with `needs_norm`.
+        """
+        ...
+
+
+class Outcome(effects.Output):
+    """What applying an entry gives rise to; held back until the entry is safe."""
+
+
+def _extend(chain: int, contributors: Sequence[messages.Contributor], version: int) -> int:
+    digest = hashlib.blake2b(struct.pack("<Qq", chain, version), digest_size=8)
+    for c in contributors:
+        digest.update(struct.pack("<5q", c.worker, c.incarnation, c.sequence, c.lease.step, c.lease.slice))
+    return int.from_bytes(digest.digest(), "little") >> 1
+
+
+def dense(piece: messages.Piece, like: np.ndarray) -> np.ndarray:
+    """Return a push's piece as an array of the block's size; repeated rows add up, in the order they are listed."""
+    if not isinstance(piece, messages.Rows):
+        return piece
+    out = np.zeros_like(like)
+    width = piece.values.shape[1]
+    np.add.at(out.reshape(-1, width), piece.ids, piece.values)
+    return out
+
+
+def ack(push: messages.Push, status: str, reason: str = "") -> messages.PushAck:
+    """Return the answer to `push`."""
+    return messages.PushAck(push.shard, push.worker, push.incarnation, push.sequence, status, reason)
+
+
+class Shard:
+    """One shard, as far as it is a function of its log."""
+
+    def __init__(self, *, shard: int, settings: Settings, updater: Updater, params: Arrays) -> None:
+        self.shard, self.settings, self.updater = shard, settings, updater
+        self.adopt(messages.ShardState(0, 0, 0, params, updater.init(params), (), (), 0, (), (), (), None))
+
+    # The unit of durability.
+
+    def adopt(self, state: messages.ShardState) -> None:
+        """Become `state`."""
+        self.version, self.chain, self.epoch = state.version, state.chain, state.epoch
+        self.params, self.opt_state = state.params, state.opt_state
+        self.seen = {row.worker: row for row in state.seen}
+        self.clocks, self.front = dict(state.clocks), state.front
+        self.members = {member.worker: member for member in state.members}
+        self.staged = {(p.worker, p.incarnation, p.sequence): p for p in state.staged}
+        self.summed, self.summing = state.summed, state.summing
+
+    def export(self) -> messages.ShardState:
+        """Return the whole state; later updates leave it as it is."""
+        return messages.ShardState(
+            self.version,
+            self.chain,
+            self.epoch,
+            self.params,
+            self.opt_state,
+            self.seen_rows(),
+            tuple(self.clocks.items()),
+            self.front,
+            tuple(self.members.values()),
+            tuple(self.staged.values()),
+            self.summed,
+            self.summing,
+        )
+
+    def seen_rows(self) -> tuple[messages.Seen, ...]:
+        """Return the exactly-once table."""
+        return tuple(row for _, row in sorted(self.seen.items()))
+
+    # Questions that change nothing.
+
+    def is_member(self, worker: int, incarnation: int) -> bool:
+        """Return True when this life of the worker belongs to the run."""
+        member = self.members.get(worker)
+        return member is not None and member.incarnation == incarnation
+
+    def may_read(self, pull: messages.Pull) -> bool:
+        """Return True when the params hold every update `pull` must see.
+
+        In bounded mode a reader at clock c sees all updates with clock at most c - max_staleness - 1 (Ho et al., "More
+        effective distributed ML via a stale synchronous parallel parameter server", 2013), its own included.
+        """
+        if self.version < pull.version:
+            return False
+        if self.settings.mode != "bounded" or self.settings.synchronous:
+            return True
+        return min(self.clocks.values(), default=pull.clock) >= pull.clock - self.settings.max_staleness
+
+    def complaint(self, push: messages.Push) -> str:
+        """Return why the pieces of `push` do not fit this shard; empty when they do."""
+        if len(push.pieces) != len(self.params):
+            return f"{len(push.pieces)} pieces for {len(self.params)} blocks"
+        for number, (piece, param) in enumerate(zip(push.pieces, self.params)):
+            values = piece.values if isinstance(piece, messages.Rows) else piece
+            if values.dtype != param.dtype:
+                return f"block {number} has dtype {param.dtype}, the push brings {values.dtype}"
+            if isinstance(piece, messages.Rows):
+                if not _rows_fit(piece, param):
+                    return f"the rows of block {number} do not fit its {param.size} elements"
+            elif values.shape != param.shape:
+                return f"block {number} has shape {param.shape}, the push brings {values.shape}"
+            if push.finite and values.size and not _is_finite(values):
+                return f"block {number} is declared finite and is not"
+        return "" if push.count >= 0 else f"a count of {push.count} examples"
+
+    def verdict(self, push: messages.Push) -> str:
+        """Return what applying `push` now would do: fenced, duplicate, obsolete, staged or applied."""
+        if not self.is_member(push.worker, push.incarnation):
+            return "fenced"
+        row = self.seen.get(push.worker)
+        applied = row is not None and (push.incarnation, push.sequence) <= (row.incarnation, row.sequence)
+        if applied or (push.worker, push.incarnation, push.sequence) in self.staged:
+            return "duplicate"
+        if not self.settings.synchronous:
+            return "applied"
+        return "obsolete" if push.lease.step < self.version or self.summing is not None else "staged"
+
+    # Log entries.
+
+    def apply(self, entry: messages.Entry) -> Outcome:
+        """Apply one log entry; the same entries in the same order give the same bits on every copy."""
+        outcome = Outcome()
+        if isinstance(entry, messages.Push):
+            self._push(outcome, entry)
+        elif isinstance(entry, messages.Commit):
+            self._commit(outcome, entry)
+        elif isinstance(entry, messages.Finish):
+            self._finish(outcome, entry)
+        elif isinstance(entry, messages.Members):
+            self._set_members(entry)
+        return outcome
+
+    def _push(self, outcome: Outcome, push: messages.Push) -> None:
+        status = self.verdict(push)
+        assert status in ("staged", "applied"), f"a {status} push has no place in the log"
+        if status == "staged":
+            self.staged[(push.worker, push.incarnation, push.sequence)] = push
+        else:
+            self._apply_push(outcome, push)
+        outcome.send(worker_name(push.worker), ack(push, status))
+
+    def _apply_push(self, outcome: Outcome, push: messages.Push) -> None:
+        staleness = self.version - push.version
+        scale = 1.0 / (1.0 + staleness) if self.settings.damp_staleness else 1.0
+        contributor = messages.Contributor(push.worker, push.incarnation, push.sequence, push.lease)
+        skip = not push.finite or push.count <= 0
+        if not skip:
+            self._update(self._mean([push]), scale=scale, norm_squared=push.norm_squared)
+        self.clocks[push.worker] = max(push.clock + 1, self.clocks.get(push.worker, 0))
+        self.front = max(self.front, push.clock + 1)
+        self._record(outcome, (contributor,), push.clock, staleness, skip)
+
+    def _commit(self, outcome: Outcome, commit: messages.Commit) -> None:
+        if self.summing is None:
+            assert commit.step == self.version + 1, f"commit {commit.step} at version {self.version}"
+            pushes = [self.staged[(c.worker, c.incarnation, c.sequence)] for c in self._ordered(commit)]
+            self.summing = commit
+            self.summed = () if commit.skip else self._mean(pushes)
+        if self.updater.needs_norm and not commit.skip:
+            squares = tuple(float(np.vdot(g, g)) for g in (g.astype(np.float64) for g in self.summed))
+            outcome.send(SCHEDULER, messages.Norms(self.shard, commit.step, squares))
+        else:
+            self._finish_commit(outcome, 0.0)
+
+    def _finish(self, outcome: Outcome, finish: messages.Finish) -> None:
+        if self.summing is not None and finish.step == self.summing.step:
+            self._finish_commit(outcome, finish.norm_squared)
+        elif finish.step <= self.version:
+            outcome.send(SCHEDULER, messages.CommitAck(self.shard, self.version))
+
+    def _finish_commit(self, outcome: Outcome, norm_squared: float) -> None:
+        commit = self.summing
+        assert commit is not None
+        if not commit.skip:
+            self._update(self.summed, scale=1.0, norm_squared=norm_squared)
+        self.summing, self.summed = None, ()
+        self._record(outcome, commit.contributors, messages.NO_CLOCK, 0, commit.skip)
+        self.staged = {key: push for key, push in self.staged.items() if push.lease.step >= self.version}
+        outcome.send(SCHEDULER, messages.CommitAck(self.shard, self.version))
+
+    def _ordered(self, commit: messages.Commit) -> list[messages.Contributor]:
+        # Slices ascend with the worker id of an undisturbed run, and stay where they are when another worker steps in.
+        return sorted(commit.contributors, key=lambda c: c.lease.slice)
+
+    def _mean(self, pushes: Sequence[messages.Push]) -> Arrays:
+        count = sum(push.count for push in pushes)
+        sums = []
+        for block, param in enumerate(self.params):
+            total = dense(pushes[0].pieces[block], param)
+            for push in pushes[1:]:
+                total = total + dense(push.pieces[block], param)
+            sums.append((total / np.asarray(count, total.dtype)).astype(total.dtype, copy=False))
+        return tuple(sums)
+
+    def _update(self, grads: Arrays, *, scale: float, norm_squared: float) -> None:
+        self.params, self.opt_state = self.updater.update(
+            self.params, self.opt_state, grads, scale=scale, norm_squared=norm_squared
+        )
+
+    def _record(
+        self,
+        outcome: Outcome,
+        contributors: tuple[messages.Contributor, ...],
+        clock: int,
+        staleness: int,
+        skipped: bool,
+    ) -> None:
+        """Mark the pushes as applied, in the same breath as the weights they changed."""
+        for c in contributors:
+            row = self.seen.get(c.worker)
+            if row is None or (row.incarnation, row.sequence) < (c.incarnation, c.sequence):
+                self.seen[c.worker] = messages.Seen(c.worker, c.incarnation, c.sequence, c.lease.step)
+        before = self.chain
+        self.version += 1
+        self.chain = _extend(before, contributors, self.version)
+        applied = effects.Applied(
+            self.shard, self.epoch, self.version, before, self.chain, contributors, clock, staleness, skipped
+        )
+        outcome.do(applied)
+
+    def _set_members(self, entry: messages.Members) -> None:
+        if entry.epoch <= self.epoch:
+            return
+        known, self.epoch = self.members, entry.epoch
+        self.members = {member.worker: member for member in entry.members}
+        clocks = {}
+        for worker, member in self.members.items():
+            stays = worker in known and known[worker].incarnation == member.incarnation
+            # A bench floor is no clock the member reached: what counts when it comes back is the floor it gets then.
+            held = self.clocks[worker] if stays and known[worker].floor < messages.BENCHED else member.floor
+            clocks[worker] = max(member.floor, held)
+            self.front = max(self.front, member.floor % messages.BENCHED)
+        self.clocks = clocks
+
+
+def _is_finite(values: np.ndarray) -> bool:
+    if values.dtype in (np.float32, np.float64):
+        with np.errstate(all="ignore"):
+            # One pass over the memory; whether the squares overflow only, two more tell.
+            if np.isfinite(np.vdot(values, values)):
+                return True
+    # Extremes pass on what is not finite, and make no array of their own.
+    return bool(np.isfinite(values.max()) and np.isfinite(values.min()))
+
+
+def _rows_fit(piece: messages.Rows, param: np.ndarray) -> bool:
+    if piece.values.ndim != 2 or piece.ids.ndim != 1 or len(piece.ids) != len(piece.values):
+        return False
+    width = piece.values.shape[1]
+    if not width or param.size % width or piece.ids.dtype.kind != "i":
+        return False
+    return bool(((piece.ids >= 0) & (piece.ids < param.size // width)).all())

@@ -1,0 +1,239 @@
+"""A worker: asks for a lease, pulls, has the gradient computed, pushes, reports; a state machine without I/O.
+
+One request is open at a time (to several shards at once), and everything it says may be said again: every request
+carries its lease's sequence number, so a repeated one is answered from what is already there.
+"""
+
+from collections.abc import Callable
+
+from jaxdist.paramserver.protocol import effects, messages
+from jaxdist.paramserver.protocol.settings import SCHEDULER, Settings, worker_name
+
+
+class Worker:
+    """One worker process. `handle` is the whole interface."""
+
+    def __init__(self, *, worker: int, boot: int, settings: Settings) -> None:
+        self.worker, self.boot, self.settings = worker, boot, settings
+        self.node = worker_name(worker)
+        self.progress = 0
+        self.heartbeat_at = 0.0
+        self._begin()
+
+    def _begin(self) -> None:
+        """Belong nowhere yet."""
+        self.phase = "joining"
+        self.incarnation = 0
+        self.view: messages.View | None = None
+        self.sequence = 0  # the last lease that was begun
+        self.clock = 0
+        self.lease: messages.Lease | None = None
+        self.asked_at = float("-inf")
+        self.pulled: dict[int, messages.Pulled] = {}
+        self.computed: messages.Computed | None = None
+        self.acknowledged: set[int] = set()
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the newest view heard of; -1 before the first."""
+        return self.view.epoch if self.view else -1
+
+    def handle(self, message: messages.Message, now: float) -> tuple[list[effects.Send], list[effects.Effect]]:
+        """Take in one message; return what to send after the effects are done."""
+        out = effects.Output()
+        action = _ACTIONS.get(type(message))
+        if action is not None and (self.phase != "stopped" or isinstance(message, messages.Stop)):
+            action(self, message, now, out)
+        return out.replies, out.effects
+
+    # Membership.
+
+    def _tick(self, message: messages.Tick, now: float, out: effects.Output) -> None:
+        if now >= self.heartbeat_at:
+            self._beat(now, out)
+        if self.phase != "computing" and now - self.asked_at >= self.settings.timers.retry:
+            self._request(now, out)
+
+    def _beat(self, now: float, out: effects.Output) -> None:
+        self.heartbeat_at = now + self.settings.timers.heartbeat
+        if self.phase == "joining":
+            return
+        busy = self.phase == "computing"
+        out.send(
+            SCHEDULER,
+            messages.Heartbeat(
+                self.node, self.boot, self.epoch, self.progress, busy, self.sequence, self.clock, self.lease
+            ),
+        )
+
+    def _welcome(self, welcome: messages.Welcome, now: float, out: effects.Output) -> None:
+        if self.phase == "joining" and welcome.boot == self.boot:
+            self.incarnation, self.view = welcome.incarnation, welcome.view
+            self._enter("asking", now, out)
+
+    def _fenced(self, fenced: messages.Fenced, now: float, out: effects.Output) -> None:
+        if fenced.boot == self.boot:
+            self._rejoin(now, out)
+
+    def _rejoin(self, now: float, out: effects.Output) -> None:
+        """Start over as a new life: nothing of the old one is used again."""
+        self.boot += 1
+        self._begin()
+        self._request(now, out)
+
+    def _on_view(self, view: messages.View, now: float, out: effects.Output) -> None:
+        if self.phase == "joining" or view.epoch <= self.epoch:
+            return
+        self.view = view
+        self._beat(now, out)
+        if self.phase != "computing":
+            self._request(now, out)
+
+    # The round.
+
+    def _enter(self, phase: str, now: float, out: effects.Output) -> None:
+        self.phase = phase
+        self.progress += 1
+        self._request(now, out)
+
+    def _request(self, now: float, out: effects.Output) -> None:
+        """Say (again) what this phase waits for an answer to."""
+        self.asked_at = now
+        if self.phase == "joining":
+            out.send(SCHEDULER, messages.Register(self.node, self.boot))
+        elif self.phase == "asking":
+            out.send(SCHEDULER, messages.Ask(self.worker, self.incarnation, self.sequence))
+        elif self.phase == "pulling":
+            self._send_pulls(out)
+        elif self.phase == "pushing":
+            self._send_pushes(out)
+        elif self.phase == "reporting":
+            self._send_done(out)
+
+    def _to_shards(self, done: object, out: effects.Output, make: Callable[[int], messages.Message]) -> None:
+        assert self.view is not None
+        for number, place in enumerate(self.view.shards):
+            if number not in done:  # type: ignore[operator]
+                out.send(place.primary, make(number))
+
+    def _grant(self, grant: messages.Grant, now: float, out: effects.Output) -> None:
+        current = grant.incarnation == self.incarnation and grant.epoch == self.epoch
+        if not current or grant.sequence <= self.sequence or self.phase not in ("asking", "reporting"):
+            return
+        self.lease, self.sequence, self.clock = grant.lease, grant.sequence, grant.clock
+        self.pulled, self.computed, self.acknowledged = {}, None, set()
+        self._enter("pulling", now, out)
+
+    def _send_pulls(self, out: effects.Output) -> None:
+        assert self.lease is not None
+        version = self.lease.step if self.settings.synchronous else 0
+        self._to_shards(
+            self.pulled,
+            out,
+            lambda n: messages.Pull(n, self.worker, self.incarnation, self.sequence, version, self.clock),
+        )
+
+    def _on_pulled(self, pulled: messages.Pulled, now: float, out: effects.Output) -> None:
+        if self.phase != "pulling" or (pulled.incarnation, pulled.sequence) != (self.incarnation, self.sequence):
+            return
+        assert self.lease is not None
+        assert self.view is not None
+        if self.settings.synchronous and pulled.version != self.lease.step:
+            self._free(now, out)  # the step was made without this lease
+            return
+        self.pulled[pulled.shard] = pulled
+        self.progress += 1
+        if len(self.pulled) == len(self.view.shards):
+            self.phase = "computing"
+            params = tuple(self.pulled[n].pieces for n in range(len(self.pulled)))
+            out.do(effects.Compute(self.incarnation, self.sequence, self.lease, params))
+            self._beat(now, out)
+
+    def _on_computed(self, computed: messages.Computed, now: float, out: effects.Output) -> None:
+        mine = (computed.incarnation, computed.sequence) == (self.incarnation, self.sequence)
+        if mine and self.phase == "computing":
+            self.computed = computed
+            self._enter("pushing", now, out)
+
+    def _send_pushes(self, out: effects.Output) -> None:
+        self._to_shards(self.acknowledged, out, self._push)
+
+    def _push(self, shard: int) -> messages.Push:
+        computed, lease = self.computed, self.lease
+        assert computed is not None
+        assert lease is not None
+        return messages.Push(
+            shard,
+            self.worker,
+            self.incarnation,
+            self.sequence,
+            self.pulled[shard].version,
+            self.clock,
+            lease,
+            computed.count,
+            computed.finite,
+            computed.norm_squared,
+            computed.pieces[shard],
+        )
+
+    def _push_ack(self, ack: messages.PushAck, now: float, out: effects.Output) -> None:
+        if self.phase != "pushing" or (ack.incarnation, ack.sequence) != (self.incarnation, self.sequence):
+            return
+        assert self.view is not None
+        if ack.status == "refused":
+            self.phase = "stopped"
+            out.do(effects.Exit(-1, f"shard {ack.shard} refused a push of {self.node}: {ack.reason}"))
+        elif ack.status == "fenced":
+            self._rejoin(now, out)
+        elif ack.status == "obsolete":
+            self._free(now, out)
+        else:
+            self.acknowledged.add(ack.shard)
+            self.progress += 1
+            if len(self.acknowledged) == len(self.view.shards):
+                self._enter("reporting", now, out)
+
+    def _send_done(self, out: effects.Output) -> None:
+        assert self.lease is not None
+        assert self.computed is not None
+        finite, metrics = self.computed.finite, self.computed.metrics
+        out.send(
+            SCHEDULER,
+            messages.Done(self.worker, self.incarnation, self.sequence, self.clock, self.lease, finite, metrics),
+        )
+
+    def _done_ack(self, ack: messages.DoneAck, now: float, out: effects.Output) -> None:
+        if self.phase == "reporting" and (ack.incarnation, ack.sequence) == (self.incarnation, self.sequence):
+            self.clock += 1
+            self._free(now, out)
+
+    def _revoke(self, revoke: messages.Revoke, now: float, out: effects.Output) -> None:
+        mine = (revoke.incarnation, revoke.sequence) == (self.incarnation, self.sequence)
+        if mine and self.phase == "pulling":
+            self._free(now, out)
+
+    def _free(self, now: float, out: effects.Output) -> None:
+        """Hold no lease any more, finished or not."""
+        self.lease, self.computed, self.pulled = None, None, {}
+        self._enter("asking", now, out)
+
+    def _stop(self, stop: messages.Stop, now: float, out: effects.Output) -> None:
+        out.send(SCHEDULER, messages.StopAck(self.node))
+        if self.phase != "stopped":
+            self.phase = "stopped"
+            out.do(effects.Exit(stop.step, stop.reason))
+
+
+_ACTIONS: dict[type, Callable[..., None]] = {
+    messages.Tick: Worker._tick,
+    messages.Welcome: Worker._welcome,
+    messages.Fenced: Worker._fenced,
+    messages.View: Worker._on_view,
+    messages.Grant: Worker._grant,
+    messages.Pulled: Worker._on_pulled,
+    messages.Computed: Worker._on_computed,
+    messages.PushAck: Worker._push_ack,
+    messages.DoneAck: Worker._done_ack,
+    messages.Revoke: Worker._revoke,
+    messages.Stop: Worker._stop,
+}

@@ -1,0 +1,1 @@
+"""A parameter-server run: the experiment on its servers and workers, watched by an observer."""

@@ -1,0 +1,171 @@
+"""Where a run goes on: the newest checkpoint, or what its servers wrote down after it, dealt to the servers there now.
+
+Both hold the whole state and how many batches are trained, so neither the number of servers nor that of workers, nor
+the strategy that saved the checkpoint, has to be the present one.
+"""
+
+import dataclasses
+import pathlib
+import shutil
+import time
+import zlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxdist import stop
+from jaxdist.checkpoint import checkpoints
+from jaxdist.config.experiments import ConfigError
+from jaxdist.paramserver.processes.driver import write_file
+from jaxdist.paramserver.protocol import journal, messages
+from jaxdist.paramserver.protocol.settings import Settings, manifest_file, shard_file
+from jaxdist.paramserver.run import island
+from jaxdist.paramserver.wire import encoding
+from jaxdist.spmd import mesh
+from jaxdist.spmd import state as states
+
+BEYOND = "beyond"
+"""Key of a checkpoint's data_state: batches that are trained though one before them is not (bounded and async)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    Attributes:
+      progress: the run so far.
+      snapshot: the name of what every server loads first; empty for the first step.
+      state: the training state there; None for the first step.
+    """
+
+    progress: stop.Progress
+    snapshot: str = ""
+    state: states.TrainState | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    ledger: journal.LedgerState
+    leaves: list[np.ndarray]
+    opt_leaves: list[np.ndarray]
+    progress: stop.Progress
+
+    @property
+    def step(self) -> int:
+        return self.ledger.step + len(self.ledger.beyond)
+
+
+def begin(plan: island.Plan, checkpointer: checkpoints.Checkpointer, directory: pathlib.Path) -> Start:
+    """Return where the run in `directory` goes on, and leave there the one snapshot the new servers load.
+
+    Raises:
+      CheckpointError: the newest checkpoint is damaged or of another experiment.
+      ConfigError: it does not stand between two batches of this size.
+    """
+    found = _from_checkpoint(plan, checkpointer)
+    newer = _from_snapshots(plan, directory, found)
+    found = newer or found
+    if found is None:
+        remove_snapshots(directory, keep=0)
+        return Start(stop.Progress())
+    name = _write(plan, found, directory)
+    for path in snapshots(directory):
+        if path.name != name:
+            shutil.rmtree(path)
+    return Start(found.progress, name, island.train_state(plan, found.step, found.leaves, found.opt_leaves))
+
+
+def snapshots(directory: pathlib.Path) -> list[pathlib.Path]:
+    """Return the complete snapshots in `directory`, oldest first."""
+    return sorted(path.parent for path in directory.glob(manifest_file("*")))
+
+
+def remove_snapshots(directory: pathlib.Path, *, keep: int) -> None:
+    """Remove all complete snapshots but the newest `keep`."""
+    found = snapshots(directory)
+    for path in found[: len(found) - keep]:
+        (path / "manifest").unlink()  # first: what is removed half-way must not look complete
+        shutil.rmtree(path)
+
+
+def _from_checkpoint(plan: island.Plan, checkpointer: checkpoints.Checkpointer) -> _Found | None:
+    if checkpointer.latest_step() is None:
+        return None
+    one_device = mesh.make_mesh(devices=jax.local_devices()[:1])
+    template = states.abstract_state(plan.functions.init_fn, plan.optimizer, mesh=one_device)
+    restored, data_state = checkpointer.restore(template)
+    progress = stop.Progress.from_json(data_state["progress"])
+    beyond = tuple(data_state.get(BEYOND, ()))
+    low = progress.step - len(beyond)
+    expected, stored = island.position(plan, low).to_json(), data_state["position"]
+    if expected != stored:
+        raise ConfigError(
+            f"The parameter server counts whole batches: after {low} of {plan.settings.global_batch_size} examples the "
+            f"data stand at {expected}, the checkpoint of step {progress.step} stands at {stored}. Resume with the "
+            "global_batch_size, data and order it was trained with."
+        )
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves((restored.params, restored.model_state))]
+    opt_leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(restored.opt_state)]
+    return _Found(journal.LedgerState(low, beyond), leaves, opt_leaves, progress)
+
+
+def _from_snapshots(plan: island.Plan, directory: pathlib.Path, saved: _Found | None) -> _Found | None:
+    """Return the newest intact snapshot that is newer than the checkpoint, None if there is none."""
+    for path in reversed(snapshots(directory)):
+        content = _read(path)
+        if content is None:
+            continue
+        manifest, shards = content
+        if saved is not None and manifest.step <= saved.step:
+            return None
+        old = plan.resharded(len(shards))
+        leaves = old.sharding.join([shard.params for shard in shards])
+        opt_leaves = old.cut().join([shard.opt_state for shard in shards])
+        progress = _progress(plan, manifest, saved.progress if saved else stop.Progress())
+        return _Found(manifest.ledger, leaves, opt_leaves, progress)
+    return None
+
+
+def _progress(plan: island.Plan, manifest: journal.Manifest, before: stop.Progress) -> stop.Progress:
+    """Return the progress at a snapshot: evaluations are known as of the checkpoint, steps and examples exactly."""
+    settings, place = plan.settings, island.position(plan, manifest.ledger.step)
+    ahead = sum(_batch_size(settings, step) for step in manifest.ledger.beyond)
+    return dataclasses.replace(
+        before,
+        step=manifest.step,
+        epoch=manifest.step // settings.steps_per_epoch,
+        examples_seen=place.epoch * settings.num_examples + place.position + ahead,
+    )
+
+
+def _batch_size(settings: Settings, step: int) -> int:
+    first = step % settings.steps_per_epoch * settings.global_batch_size
+    return min(settings.global_batch_size, settings.num_examples - first)
+
+
+def _read(path: pathlib.Path) -> tuple[journal.Manifest, list[messages.ShardState]] | None:
+    """Return a snapshot's content; None where a file of it is damaged."""
+    try:
+        manifest: Any = encoding.decode((path / "manifest").read_bytes())
+        data = [(path.parent / shard.name).read_bytes() for shard in manifest.shards]
+        if any(zlib.crc32(each) != shard.checksum for each, shard in zip(data, manifest.shards)):
+            return None
+        return manifest, [encoding.decode(each) for each in data]
+    except (OSError, encoding.EncodingError):
+        return None
+
+
+def _write(plan: island.Plan, found: _Found, directory: pathlib.Path) -> str:
+    """Write the snapshot that the run starts from, dealt to the servers it has; return its name."""
+    # A name of its own: the snapshot that is being read may be an earlier start from this very step.
+    name = f"{found.step:010d}-start-{time.time_ns()}"
+    rows = []
+    pairs = zip(plan.sharding.split(found.leaves), plan.cut().split(found.opt_leaves), strict=True)
+    for number, (params, opt_state) in enumerate(pairs):
+        shard = messages.ShardState(found.step, 0, 0, params, opt_state, (), (), 0, (), (), (), None)
+        checksum = write_file(directory / shard_file(name, number), encoding.encode(shard))
+        rows.append(journal.ManifestShard(number, shard_file(name, number), checksum))
+    manifest = journal.Manifest(name, found.step, 0, found.ledger, tuple(rows))
+    write_file(directory / manifest_file(name), encoding.encode(manifest))
+    return name

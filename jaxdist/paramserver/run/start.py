@@ -1,0 +1,156 @@
+"""A parameter-server run from its settings to its record: checks, resumes, starts the processes, watches them."""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Sequence
+
+from jaxdist import errors
+from jaxdist.config.experiments import load_experiment, override
+from jaxdist.launch.supervising import local_job
+from jaxdist.paramserver.processes import faults, machines
+from jaxdist.paramserver.processes import process as processes
+from jaxdist.paramserver.processes.crew import Crew, LocalCrew
+from jaxdist.paramserver.processes.ray_crew import RayCrew
+from jaxdist.paramserver.protocol import succession
+from jaxdist.paramserver.protocol.settings import SCHEDULER, worker_name
+from jaxdist.paramserver.run import island as plans
+from jaxdist.paramserver.run import observer, resume
+from jaxdist.paramserver.wire import streams
+from jaxdist.run import components
+from jaxdist.run.attempt import make_checkpointer, prepare_run_dir
+from jaxdist.rundir import lock, record
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the command line decides.
+
+    Attributes:
+      experiment: path of the experiment file.
+      run_dir: where everything goes.
+      assignments: overrides of the experiment, `ps.` ones among them.
+      resume: go on from the newest checkpoint in `run_dir`.
+      devices: devices of each worker.
+      silent: show nothing.
+      command: for the run record.
+      stop_requested: asked often; True ends the run as preempted.
+    """
+
+    experiment: str
+    run_dir: pathlib.Path
+    assignments: Sequence[str] = ()
+    resume: bool = False
+    devices: int = 1
+    silent: bool = False
+    command: str = ""
+    stop_requested: Callable[[], bool] = lambda: False
+
+
+def train(options: Options) -> record.RunRecord:
+    """Train by parameter server until the stop rule ends it; return the run record, which is written too.
+
+    Raises:
+      UserError: settings that cannot work, a run directory that cannot be used, a checkpoint that is damaged.
+      RunFailedError: a process that dies again and again, or a loss that the chosen durability cannot make good.
+    """
+    with contextlib.ExitStack() as stack:
+        with errors.as_user_error():
+            experiment = override(load_experiment(options.experiment), options.assignments)
+            plan = plans.make_plan(experiment, experiment.ps)
+            identity = components.identity(experiment)
+            earlier = prepare_run_dir(identity, options.run_dir, resume=options.resume)
+            stack.enter_context(lock.locked(options.run_dir, purpose=options.command))
+            directory = options.run_dir / processes.DIRECTORY_NAME
+            checkpointer = stack.enter_context(
+                contextlib.closing(make_checkpointer(experiment, options.run_dir, identity))
+            )
+            start = resume.begin(plan, checkpointer, directory)
+            crew, peers, security = _place(options, plan, directory)
+            stack.callback(crew.close, orderly=False)
+            _write_spec(options, plan, start, directory, peers)
+        watcher = observer.Observer(
+            plan,
+            options.run_dir,
+            start,
+            earlier,
+            checkpointer,
+            identity=identity,
+            silent=options.silent,
+            command=options.command,
+            num_devices=options.devices,
+        )
+        watcher.write_record(None)
+        return _watch(watcher, crew, peers, security, options.stop_requested)
+
+
+def _place(
+    options: Options, plan: plans.Plan, directory: pathlib.Path
+) -> tuple[Crew, dict[str, str], streams.Security]:
+    """Return who keeps the processes, everybody's address, and how they prove to each other who they are."""
+    chosen, names = plan.experiment.ps, part_names(plan)
+    security = machines.security_of(chosen.hosts)
+    if chosen.engine == "ray":
+        # What the actors find in their environment is that of the cluster, not of this process.
+        told = {name: os.environ[name] for name in (faults.FAULTS,) if name in os.environ}
+        cluster = RayCrew(names, directory, {streams.TOKEN: security.token, **told}, devices=options.devices)
+        return cluster, {**cluster.peers, **_local_ports([processes.OBSERVER])}, security
+    if chosen.hosts:
+        machines.check(chosen.hosts, names)
+        peers = machines.deal(names, chosen.hosts, chosen.port)
+        peers[processes.OBSERVER] = f"{chosen.hosts[0]}:{chosen.port + len(names)}"
+        here = machines.names_at(peers, chosen.hosts[0])
+        machines.check_ports([peers[name] for name in (*here, processes.OBSERVER)])
+        return LocalCrew(here, directory, security.token), peers, security
+    return LocalCrew(names, directory, security.token), _local_ports([processes.OBSERVER, *names]), security
+
+
+def _local_ports(names: Sequence[str]) -> dict[str, str]:
+    return {
+        name: f"{local_job.LOOPBACK}:{port}"
+        for name, port in zip(names, local_job.quiet_ports(len(names)), strict=True)
+    }
+
+
+def _write_spec(
+    options: Options, plan: plans.Plan, start: resume.Start, directory: pathlib.Path, peers: dict[str, str]
+) -> None:
+    """Remove what belongs to an earlier attempt only, and write down what every process must know."""
+    for name in (processes.LOG_NAME, processes.CUT_NAME, processes.STEPS_NAME, processes.SPEC_NAME):
+        (directory / name).unlink(missing_ok=True)
+    for name in (processes.STATISTICS_NAME, processes.NONFINITE_NAME):
+        shutil.rmtree(directory / name, ignore_errors=True)
+    spec = processes.Spec(
+        experiment=str(pathlib.Path(options.experiment).absolute()),
+        assignments=list(options.assignments),
+        settings=dataclasses.asdict(plan.settings),
+        peers=peers,
+        directory=str(directory.absolute()),
+        resume=start.snapshot,
+        devices=options.devices,
+        kind=plan.kind,
+    )
+    spec.write(directory / processes.SPEC_NAME)
+
+
+def part_names(plan: plans.Plan) -> list[str]:
+    """Return the names of all processes of a run, the observer apart."""
+    workers = [worker_name(number) for number in range(plan.settings.workers)]
+    return [SCHEDULER, *succession.server_nodes(plan.settings), *workers]
+
+
+def _watch(
+    watcher: observer.Observer,
+    crew: Crew,
+    peers: dict[str, str],
+    security: streams.Security,
+    stop_requested: Callable[[], bool],
+) -> record.RunRecord:
+    line = streams.Wire(listen=peers[processes.OBSERVER], peers=peers, receive=lambda message: None, security=security)
+    try:
+        return watcher.run(crew, line.send, stop_requested)
+    finally:
+        crew.close(orderly=watcher.end_reason is not None)
+        line.close()

@@ -1,0 +1,131 @@
+"""An optimizer's state as a whole, which is what checkpoints hold, and as the states of server shards.
+
+A shard's state is that of its blocks, a whole one that of the leaves. Both are laid out here with a marked tuple in
+place of the params, so that the places where an optimizer keeps one array for each param stand out; what stands
+elsewhere (a count of steps) is the same on every shard.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from jaxdist.paramserver.run.shard_optimizer import GHOST_SHAPE, with_rank
+from jaxdist.paramserver.run.sharding import Block, Sharding
+
+
+@jax.tree_util.register_pytree_node_class
+class Marked:
+    """A tuple of params that can be told from every other tuple in an optimizer's state."""
+
+    def __init__(self, items: Sequence[Any]) -> None:
+        self.items = tuple(items)
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], None]:
+        """Return the params."""
+        return self.items, None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, items: Sequence[Any]) -> "Marked":
+        """Return what held these params."""
+        return cls(items)
+
+
+@dataclass(frozen=True)
+class OptimizerCut:
+    """How an optimizer's state is cut into those of the shards.
+
+    Attributes:
+      optimizer: optax.
+      sharding: of the params and, after them, the model state.
+      num_params: how many of the leaves are params.
+      ghost: whether each shard holds one element more (see `optimizer`).
+
+    Raises:
+      ValueError: the optimizer keeps something for each param that is not shaped like it.
+    """
+
+    optimizer: optax.GradientTransformation
+    sharding: Sharding
+    num_params: int
+    ghost: bool
+
+    def __post_init__(self) -> None:
+        params = self._params()
+        for part in _parts(self._state(params))[0]:
+            for kept, param in zip(part.items, params) if isinstance(part, Marked) else ():
+                if _is_array(kept) and kept.shape != param.shape:
+                    raise ValueError(
+                        f"the parameter server cuts the optimizer's state as it cuts the params; this optimizer keeps "
+                        f"an array of shape {kept.shape} for a param of shape {param.shape}. Use one whose state has "
+                        "the params' shapes, or another strategy"
+                    )
+
+    def join(self, states: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
+        """Return the leaves of the whole state, given those of each shard's."""
+        parts, structure = _parts(self._state(self._params()))
+        shards = [
+            _parts(jax.tree.unflatten(jax.tree.structure(self._state(self._blocks(shard))), leaves))[0]
+            for shard, leaves in enumerate(states)
+        ]
+        joined = [self._join_part(part, [shard[number] for shard in shards]) for number, part in enumerate(parts)]
+        return jax.tree.leaves(jax.tree.unflatten(structure, joined))
+
+    def _join_part(self, part: Any, pieces: Sequence[Any]) -> Any:
+        if not isinstance(part, Marked):
+            return np.asarray(pieces[0])
+        whole = [np.empty(kept.shape, kept.dtype) if _is_array(kept) else kept for kept in part.items]
+        for shard, piece in enumerate(pieces):
+            for block, values in zip(self._param_blocks(shard), piece.items):
+                if _is_array(values):
+                    whole[block.leaf].reshape(-1)[block.start : block.stop] = np.reshape(values, -1)
+        return Marked(whole)
+
+    def split(self, leaves: Sequence[np.ndarray]) -> list[tuple[np.ndarray, ...]]:
+        """Return the leaves of each shard's state, given those of the whole."""
+        structure = jax.tree.structure(self._state(self._params()))
+        parts, _ = _parts(jax.tree.unflatten(structure, leaves))
+        ghosts, _ = _parts(self.optimizer.init(Marked([np.zeros(GHOST_SHAPE, np.float32)] if self.ghost else [])))
+        return [self._split_shard(shard, parts, ghosts) for shard in range(len(self.sharding.shards))]
+
+    def _split_shard(self, shard: int, parts: Sequence[Any], ghosts: Sequence[Any]) -> tuple[np.ndarray, ...]:
+        blocks, made = self._param_blocks(shard), []
+        for part, ghost in zip(parts, ghosts, strict=True):
+            if isinstance(part, Marked):
+                made.append(Marked([*(self._cut(part.items[block.leaf], block) for block in blocks), *ghost.items]))
+            else:
+                made.append(part)
+        return tuple(np.asarray(leaf) for leaf in jax.tree.leaves(made))
+
+    def _cut(self, kept: Any, block: Block) -> Any:
+        """Return the block's part of what is kept for a param; nothing where nothing is kept."""
+        return with_rank(np.reshape(kept, -1)[block.start : block.stop], kept.ndim) if _is_array(kept) else kept
+
+    def _state(self, params: Sequence[Any]) -> Any:
+        return jax.eval_shape(self.optimizer.init, Marked(params))
+
+    def _params(self) -> list[jax.ShapeDtypeStruct]:
+        pairs = zip(self.sharding.shapes[: self.num_params], self.sharding.dtypes)
+        return [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in pairs]
+
+    def _param_blocks(self, shard: int) -> list[Block]:
+        return [block for block in self.sharding.shards[shard] if block.leaf < self.num_params]
+
+    def _blocks(self, shard: int) -> list[jax.ShapeDtypeStruct]:
+        found = []
+        for block in self._param_blocks(shard):
+            flat = np.broadcast_to(np.float32(0), block.stop - block.start)
+            shape = with_rank(flat, len(self.sharding.shapes[block.leaf])).shape
+            found.append(jax.ShapeDtypeStruct(shape, self.sharding.dtypes[block.leaf]))
+        return [*found, *([jax.ShapeDtypeStruct(GHOST_SHAPE, np.float32)] if self.ghost else [])]
+
+
+def _parts(tree: Any) -> tuple[list[Any], Any]:
+    return jax.tree.flatten(tree, is_leaf=lambda node: isinstance(node, Marked))
+
+
+def _is_array(kept: Any) -> bool:
+    return hasattr(kept, "shape")

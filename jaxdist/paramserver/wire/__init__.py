@@ -1,0 +1,1 @@
+"""Messages as bytes, and the streams, tokens and TLS that carry them."""

@@ -1,0 +1,184 @@
+"""Messages as bytes: blocks for the wire and for files, frames for a log.
+
+A message is a *prefix*, a *head* (its numbers and names, and dtype and shape of each array), the arrays' bytes, and
+their CRC-32Cs. It is written as blocks of at most 2 MiB: a large array begins a block of its own, so that a reader can
+take it as it lies, small ones share. The head has a checksum of its own; a reader refuses whatever does not match.
+"""
+
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from jaxdist.paramserver.protocol import journal, messages
+from jaxdist.paramserver.wire.codec import Buffer, EncodingError, Reader, Stream, Writer, checksum, codec
+
+FRAME_BYTES = 2 << 20
+"""Twice as much, and an eighth, were slower in benchmarks/parameter_server.py; half as much was no better."""
+SMALL_BYTES = 64 << 10
+MAGIC = b"jxd2"
+_FRAME = struct.Struct("<4sII")
+_PREFIX = struct.Struct("<4sIIQI")
+_CHECKSUM = struct.Struct("<I")
+
+# The position of a class in this table is its number on the wire: append, never reorder.
+KINDS: tuple[type, ...] = (
+    messages.Register,
+    messages.Welcome,
+    messages.Fenced,
+    messages.Heartbeat,
+    messages.View,
+    messages.ViewAck,
+    messages.Synced,
+    messages.Ask,
+    messages.Grant,
+    messages.Revoke,
+    messages.Pull,
+    messages.Pulled,
+    messages.Push,
+    messages.PushAck,
+    messages.Done,
+    messages.DoneAck,
+    messages.Commit,
+    messages.Norms,
+    messages.Finish,
+    messages.CommitAck,
+    messages.Snapshot,
+    messages.SnapshotDone,
+    messages.Stop,
+    messages.StopAck,
+    messages.Halt,
+    messages.Replicate,
+    messages.Replicated,
+    messages.Transfer,
+    messages.ShardState,
+    journal.ViewRecord,
+    journal.CommitRecord,
+    journal.CompleteRecord,
+    journal.SnapshotRecord,
+    journal.StopRecord,
+    journal.Manifest,
+    journal.NormRecord,
+    messages.Read,
+    messages.ReadAnswer,
+    messages.Verdict,
+    journal.VerdictRecord,
+    journal.CutFile,
+)
+_NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
+
+
+class Encoded:
+    """A message on its way out. Iterating gives its blocks; until then the arrays' memory is not copied."""
+
+    def __init__(self, writer: Writer, *, block_bytes: int) -> None:
+        head = bytes(writer.head)
+        size = sum(map(len, writer.arrays))
+        self._start = _PREFIX.pack(MAGIC, len(head), zlib.crc32(head), size, len(writer.arrays)) + head
+        self._arrays, self._block_bytes = writer.arrays, block_bytes
+        self.num_bytes = len(self._start) + size + _CHECKSUM.size * len(writer.arrays)
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Yield blocks of at most `block_bytes`."""
+        pending = bytearray(self._start)
+        checksums = bytearray()
+        for array in self._arrays:
+            if len(array) < SMALL_BYTES:
+                small = bytes(array)
+                checksums += _CHECKSUM.pack(checksum([small]))
+                pending += small
+                continue
+            yield from self._cut(pending)
+            pending = bytearray()
+            value = 0
+            for start in range(0, len(array), self._block_bytes):
+                block = bytes(array[start : start + self._block_bytes])
+                value = checksum([block], value)
+                yield block
+            checksums += _CHECKSUM.pack(value)
+        yield from self._cut(pending + checksums)
+
+    def _cut(self, data: bytearray) -> Iterator[bytes]:
+        for start in range(0, len(data), self._block_bytes):
+            yield bytes(data[start : start + self._block_bytes])
+
+
+def encode(message: messages.Message, *, block_bytes: int = FRAME_BYTES) -> Encoded:
+    """Return `message` as blocks, each made when it is asked for.
+
+    Raises:
+      EncodingError: the message, or a dtype in it, is not one that travels.
+    """
+    if type(message) not in _NUMBERS:
+        raise EncodingError(f"{type(message).__name__} is not a message that travels")
+    writer = Writer()
+    writer.head.append(_NUMBERS[type(message)])
+    codec(KINDS[_NUMBERS[type(message)]])[0](writer, message)
+    return Encoded(writer, block_bytes=block_bytes)
+
+
+def declared_bytes(start: Buffer) -> int:
+    """Return how many bytes the message has that begins with `start`; raises EncodingError where that is none."""
+    if len(start) < _PREFIX.size:
+        raise EncodingError(f"{len(start)} bytes are too few for a message")
+    magic, head_size, _, size, num_arrays = _PREFIX.unpack(start[: _PREFIX.size])
+    if magic != MAGIC:
+        raise EncodingError(f"a message begins with {MAGIC!r}, not with {magic!r}")
+    return _PREFIX.size + head_size + size + _CHECKSUM.size * num_arrays
+
+
+def decode(data: Buffer | Iterable[Buffer]) -> Any:
+    """Return the message that `encode` gave as the block or blocks `data`, however they were cut since.
+
+    Each block is read, and its checksum taken, before the next is asked for. Arrays that lie in one are views of it.
+
+    Raises:
+      EncodingError: anything does not fit: lengths, types, dtypes, shapes or checksums.
+    """
+    stream = Stream([data] if isinstance(data, Buffer) else data, _PREFIX.size)
+    prefix = stream.take(_PREFIX.size)
+    stream.left = declared_bytes(prefix) - _PREFIX.size
+    _, head_size, head_checksum, _, num_arrays = _PREFIX.unpack(prefix)
+    if not head_size:
+        raise EncodingError("a message without a head arrived")
+    head = stream.take(head_size)
+    if zlib.crc32(head) != head_checksum:
+        raise EncodingError("a message's head arrived with another checksum")
+    return _read(head, stream, num_arrays)
+
+
+def _read(head: Buffer, stream: Stream, num_arrays: int) -> Any:
+    number, reader = head[0], Reader(memoryview(head)[1:], stream)
+    if number >= len(KINDS):
+        raise EncodingError(f"there is no message number {number}")
+    message = codec(KINDS[number])[1](reader)
+    if len(reader.head) or len(reader.checksums) != num_arrays or stream.left != _CHECKSUM.size * num_arrays:
+        raise EncodingError(f"a {KINDS[number].__name__} does not fill the bytes that were declared")
+    for place, value in enumerate(reader.checksums):
+        if _CHECKSUM.unpack(stream.take(_CHECKSUM.size))[0] != value:
+            raise EncodingError(f"array {place} of a {KINDS[number].__name__} arrived with another checksum")
+    if not stream.is_at_end():
+        raise EncodingError(f"more than the bytes that were declared arrive with a {KINDS[number].__name__}")
+    return message
+
+
+def to_bytes(message: messages.Message) -> bytes:
+    """Return `message` as one string of bytes."""
+    return b"".join(encode(message))
+
+
+def frame(payload: Buffer) -> bytes:
+    """Return `payload` behind a header with its length and CRC-32: a record of a log."""
+    return b"".join((_FRAME.pack(MAGIC, len(payload), zlib.crc32(payload)), payload))
+
+
+def unframe(data: Buffer) -> Iterator[memoryview]:
+    """Yield the payloads of the frames in `data` up to the first that is torn or damaged."""
+    view = memoryview(data)
+    while len(view) >= _FRAME.size:
+        magic, size, checksum = _FRAME.unpack(view[: _FRAME.size])
+        payload = view[_FRAME.size : _FRAME.size + size]
+        if magic != MAGIC or len(payload) != size or zlib.crc32(payload) != checksum:
+            return
+        yield payload
+        view = view[_FRAME.size + size :]

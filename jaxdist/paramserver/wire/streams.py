@@ -1,0 +1,265 @@
+"""Messages between processes over gRPC: raw bytes in blocks of at most 2 MiB, a deadline on every call.
+
+One call carries one message, as a stream of blocks, and is answered with nothing once the receiver has taken it
+in. A message that cannot be delivered is dropped: whoever needs an answer asks again. Each peer has one sender with a
+queue of bounded bytes, and the receiver takes in a bounded number of bytes at a time: memory is bounded on both ends.
+"""
+
+import collections
+import contextlib
+import ctypes
+import hmac
+import ipaddress
+import itertools
+import os
+import pathlib
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent import futures
+from dataclasses import dataclass
+from typing import Any
+
+from jaxdist import extras
+from jaxdist.paramserver.protocol import messages
+from jaxdist.paramserver.wire import codec, encoding
+
+METHOD = "/jaxdist.ParameterServer/Deliver"
+MAX_BYTES_IN_FLIGHT = 256 << 20
+DEADLINE_SECONDS = 30.0
+TOKEN = "JAXDIST_PS_TOKEN"
+"""Environment variable with the run's secret, so that it is in no file and on no command line."""
+CERTIFICATE, KEY, ROOT = "JAXDIST_PS_CERTIFICATE", "JAXDIST_PS_KEY", "JAXDIST_PS_ROOT"
+"""Environment variables with the paths of the PEM files for mutual TLS."""
+_METADATA = "jaxdist-token"
+
+
+@dataclass(frozen=True)
+class Security:
+    """How processes prove to each other that they belong together.
+
+    Attributes:
+      token: a secret all processes of a run share; sent with every call.
+      certificate: PEM chain of this process, for mutual TLS together with `key` and `root`.
+      key: its PEM private key.
+      root: the PEM certificate that signed every process's.
+    """
+
+    token: str = ""
+    certificate: bytes = b""
+    key: bytes = b""
+    root: bytes = b""
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str]) -> "Security":
+        """Return what `environment` says: a token itself, or the three files' paths; see TOKEN and CERTIFICATE."""
+        paths = [environment.get(name, "") for name in (CERTIFICATE, KEY, ROOT)]
+        return cls(environment.get(TOKEN, ""), *(pathlib.Path(path).read_bytes() if path else b"" for path in paths))
+
+    def check(self, host: str) -> None:
+        """Raise ValueError unless this is enough for `host`."""
+        if bool(self.certificate) != bool(self.key) or bool(self.certificate) != bool(self.root):
+            raise ValueError("mutual TLS needs all three: a certificate, its key and the root that signed it")
+        if not is_loopback(host) and not self.token and not self.certificate:
+            raise ValueError(
+                f"{host} can be reached from other machines, and anyone there could push: give a token (in {TOKEN}) "
+                f"or certificates (in {CERTIFICATE}, {KEY} and {ROOT}), or listen on 127.0.0.1"
+            )
+
+
+def reuse_freed_memory() -> None:
+    """Have freed blocks stay with this process (glibc): pages asked for anew each time cost more than copying them."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3
+        mallopt(trim_threshold, 1 << 30)
+        mallopt(mmap_threshold, 32 << 20)
+
+
+def is_loopback(host: str) -> bool:
+    """Return True for an address that only this machine can reach."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class Wire:
+    """One process's connection to its peers.
+
+    Args:
+      listen: `host:port` to listen on; port 0 takes a free one (see `port`).
+      peers: process name -> `host:port`.
+      receive: called, from a gRPC thread, with every message that arrives whole.
+      security: see Security.
+
+    Raises:
+      ValueError: the address needs more security than there is.
+      OSError: the address is taken.
+    """
+
+    def __init__(
+        self,
+        *,
+        listen: str,
+        peers: dict[str, str],
+        receive: Callable[[messages.Message], None],
+        security: Security = Security(),
+    ) -> None:
+        # What it logs below that level is about peers that went away, which is nobody's worry here.
+        os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+        self._grpc = grpc = extras.require("grpc", extra="paramserver")
+        self._receive, self._security, self.peers = receive, security, dict(peers)
+        security.check(listen.rpartition(":")[0])
+        self._budget = _Budget(MAX_BYTES_IN_FLIGHT)
+        self._senders: dict[str, _Sender] = {}
+        self._server = grpc.server(futures.ThreadPoolExecutor(16), options=_OPTIONS)
+        handler = grpc.stream_unary_rpc_method_handler(self._deliver)
+        service, method = METHOD[1:].split("/")
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
+        self.port = self._bind(listen)
+        self._server.start()
+
+    def _bind(self, listen: str) -> int:
+        s = self._security
+        try:
+            if s.certificate:
+                pair = [(s.key, s.certificate)]
+                credentials = self._grpc.ssl_server_credentials(pair, s.root, require_client_auth=True)
+                return self._server.add_secure_port(listen, credentials)
+            return self._server.add_insecure_port(listen)
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {listen}: the port is taken, or the address another machine's") from error
+
+    def _deliver(self, blocks: Iterator[bytes], context: Any) -> bytes:
+        grpc = self._grpc
+        if self._security.token:
+            given = dict(context.invocation_metadata()).get(_METADATA, "")
+            if not hmac.compare_digest(given, self._security.token):
+                context.abort(grpc.StatusCode.UNAUTHENTICATED, "the token is missing or another one")
+        try:
+            self._take_in(blocks)
+        except codec.EncodingError as error:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        return b""
+
+    def _take_in(self, blocks: Iterator[bytes]) -> None:
+        """Receive one message; its bytes count as held until `receive` returns."""
+        first = next(blocks, b"")
+        with self._budget.held(encoding.declared_bytes(first)):
+            self._receive(encoding.decode(itertools.chain([first], blocks)))
+
+    def send(self, to: str, message: messages.Message) -> None:
+        """Queue `message` for the process named `to`; it is dropped when that cannot be reached."""
+        if to not in self._senders:
+            if to not in self.peers:
+                return
+            self._senders[to] = _Sender(self._channel(self.peers[to]), self._security.token, self._grpc.RpcError)
+        self._senders[to].put(encoding.encode(message))
+
+    def _channel(self, address: str) -> Any:
+        s = self._security
+        if s.certificate:
+            credentials = self._grpc.ssl_channel_credentials(s.root, s.key, s.certificate)
+            return self._grpc.secure_channel(address, credentials, options=_OPTIONS)
+        return self._grpc.insecure_channel(address, options=_OPTIONS)
+
+    def flush(self, timeout_seconds: float) -> None:
+        """Wait until what was queued is delivered or dropped, at most so long."""
+        for sender in self._senders.values():
+            sender.flush(timeout_seconds)
+
+    def close(self) -> None:
+        """Stop listening and sending."""
+        for sender in self._senders.values():
+            sender.close()
+        self._server.stop(None)
+
+
+class _Budget:
+    """A number of bytes that may be held at once. A message gets all it needs or waits; one of any size always fits."""
+
+    def __init__(self, size: int) -> None:
+        self._free, self._size = size, size
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def held(self, count: int, seconds: float = DEADLINE_SECONDS) -> Iterator[None]:
+        count = min(count, self._size)
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._free >= count, seconds):
+                raise codec.EncodingError(f"no room for {count} bytes")
+            self._free -= count
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += count
+                self._changed.notify_all()
+
+
+class _Sender:
+    """Sends to one peer, one message after the other, from a thread of its own."""
+
+    def __init__(self, channel: Any, token: str, rpc_error: type[Exception]) -> None:
+        self._channel, self._rpc_error = channel, rpc_error
+        self._metadata = ((_METADATA, token),) if token else None
+        self._call = channel.stream_unary(METHOD)
+        self._queue: collections.deque[encoding.Encoded] = collections.deque()
+        self._bytes = 0
+        self._closed = False
+        self._changed = threading.Condition()
+        threading.Thread(target=self._run, daemon=True, name="wire").start()
+
+    def put(self, message: encoding.Encoded) -> None:
+        with self._changed:
+            # Whoever waits for an answer sends again; dropping is better than holding bytes without bound.
+            if self._queue and self._bytes + message.num_bytes > MAX_BYTES_IN_FLIGHT:
+                return
+            self._queue.append(message)
+            self._bytes += message.num_bytes
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue or self._closed)
+                if self._closed:
+                    return
+                message = self._queue[0]
+            self._deliver(message)
+            with self._changed:
+                self._queue.popleft()
+                self._bytes -= message.num_bytes
+                self._changed.notify_all()
+
+    def _deliver(self, message: encoding.Encoded) -> None:
+        try:
+            self._call(iter(message), timeout=DEADLINE_SECONDS, metadata=self._metadata)
+        except (self._rpc_error, ValueError):  # a channel that was closed meanwhile raises ValueError
+            return
+
+    def flush(self, timeout_seconds: float) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._queue, timeout_seconds)
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._channel.close()
+
+
+_OPTIONS = (
+    ("grpc.max_receive_message_length", encoding.FRAME_BYTES + 1024),
+    ("grpc.max_send_message_length", encoding.FRAME_BYTES + 1024),
+    # A peer that comes back is found again at once, whatever the back-off has grown to.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 500),
+    ("grpc.so_reuseport", 0),
+)
+
+
+def new_token() -> str:
+    """Return a fresh secret for one run."""
+    return os.urandom(16).hex()

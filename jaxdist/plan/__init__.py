@@ -1,0 +1,1 @@
+"""What a compiled program will need and do, read off the program."""

@@ -1,0 +1,1 @@
+"""One run: the loop, its hooks, an attempt in a process, recovery."""

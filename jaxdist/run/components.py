@@ -1,0 +1,320 @@
+"""The parts of one experiment on given devices: loaders, functions, optimizer, state, steps. Nothing runs here."""
+
+import dataclasses
+import difflib
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from jaxdist import adapters, data, optimizers
+from jaxdist.config.experiments import ConfigError, Experiment
+from jaxdist.data.sources import wrap
+from jaxdist.rundir import record
+from jaxdist.spmd import evaluate, mesh, precision, state, step, strategies
+from jaxdist.spmd.metrics import Batch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """An experiment put together for some devices.
+
+    Attributes:
+      experiment: what was asked for.
+      identity: what its run directory belongs to.
+      strategy: mesh, layout and how the batch is cut.
+      sizes: examples per device and so on.
+      loader: the training batches, from the first.
+      functions: of the model, in the experiment's precision.
+      optimizer: in optax.
+      learning_rate: step -> learning rate; None where the optimizer is optax's own.
+      abstract_state: the state's shapes, dtypes and shardings, as jax.ShapeDtypeStructs.
+      step: the training step.
+      eval_step: the evaluation step, or None without held-out data.
+    """
+
+    experiment: Experiment
+    identity: "Identity"
+    strategy: strategies.Strategy
+    sizes: mesh.BatchSizes
+    loader: data.Loader
+    functions: adapters.Functions
+    optimizer: optax.GradientTransformation
+    learning_rate: Callable[[int], float] | None
+    abstract_state: state.TrainState
+    step: step.Step
+    eval_step: evaluate.EvalStep | None
+
+    def create_state(self) -> state.TrainState:
+        """Return the state before the first step."""
+        return state.create_state(
+            self.functions.init_fn,
+            self.optimizer,
+            mesh=self.strategy.mesh,
+            seed=self.experiment.seed,
+            layout=self.strategy.layout,
+        )
+
+    def batches(self, start: data.Position | None = None) -> Iterator[tuple[Batch, data.Position]]:
+        """Return the training batches on the mesh, each with the position after it, from `start` on."""
+        loader = self.loader if start is None else make_loader(self.experiment, start=start)
+        return data.feed(loader, self.strategy.mesh, self.strategy.batch_axes, self.experiment.data.prefetch)
+
+    def evaluate(self, train_state: state.TrainState) -> dict[str, float]:
+        """Return loss and metrics on the held-out data; of the averaged params, where the optimizer keeps them."""
+        assert self.eval_step is not None
+        source = self.experiment.data.eval
+        assert source is not None
+        loader = data.Loader(
+            source,
+            global_batch_size=self.experiment.global_batch_size,
+            seed=self.experiment.seed,
+            shuffle=False,
+            num_epochs=1,
+            example_fn=self.experiment.data.eval_example_fn,
+            num_threads=self.experiment.data.num_threads,
+            num_workers=self.experiment.data.num_workers,
+            on_bad=self.experiment.data.on_bad,
+        )
+        averaged = optimizers.ema_params(train_state.opt_state)
+        params = train_state.params if averaged is None else averaged
+        batches = data.feed(loader, self.strategy.mesh, self.strategy.batch_axes, self.experiment.data.prefetch)
+        return evaluate.evaluate(self.eval_step, params, train_state.model_state, (batch for batch, _ in batches))
+
+
+def put_together(experiment: Experiment, *, devices: Sequence[jax.Device]) -> Training:
+    """Return the Training of `experiment` on `devices`.
+
+    Raises:
+      ValueError: settings that do not fit the devices, the data or each other; the message says which.
+    """
+    strategy = strategies.build(
+        experiment.strategy,
+        devices=devices,
+        mesh_axes=experiment.mesh,
+        reduction=experiment.reduction,
+        logical_shards=experiment.logical_shards,
+        rules=experiment.layout.rules,
+        names=experiment.layout.names,
+        min_size=experiment.layout.min_size,
+    )
+    sizes = mesh.batch_sizes(
+        experiment.global_batch_size,
+        strategy.mesh,
+        axes=strategy.batch_axes,
+        num_microbatches=experiment.num_microbatches,
+        logical_shards=strategy.logical_shards,
+    )
+    loader = make_loader(experiment)
+    shapes = example_batch(loader)
+    functions = make_functions(experiment, shapes)
+    known_end = {"steps_per_epoch": loader.steps_per_epoch, "max_steps": last_step(experiment, loader.steps_per_epoch)}
+    optimizer, learning_rate = make_optimizer(experiment, known_end)
+    # A leaf that cannot be cut as asked is found here, where nothing has been written yet.
+    abstract = state.abstract_state(functions.init_fn, optimizer, mesh=strategy.mesh, layout=strategy.layout)
+    check_watched_metrics(experiment, functions, abstract, shapes)
+    return Training(
+        experiment=experiment,
+        identity=identity(experiment),
+        strategy=strategy,
+        sizes=sizes,
+        loader=loader,
+        functions=functions,
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        abstract_state=abstract,
+        step=strategy.make_step(
+            functions.loss_fn,
+            optimizer,
+            num_microbatches=experiment.num_microbatches,
+        ),
+        eval_step=None if experiment.data.eval is None else strategy.make_eval_step(functions.eval_fn),
+    )
+
+
+def make_loader(experiment: Experiment, start: data.Position | None = None) -> data.Loader:
+    """Return the loader of the training examples; it goes on for ever, since the stop rules say when to end."""
+    return data.Loader(
+        experiment.data.train,
+        global_batch_size=experiment.global_batch_size,
+        seed=experiment.seed,
+        shuffle=experiment.data.order or experiment.data.shuffle,
+        example_fn=experiment.data.example_fn,
+        num_threads=experiment.data.num_threads,
+        num_workers=experiment.data.num_workers,
+        on_bad=experiment.data.on_bad,
+        start=start,
+    )
+
+
+def example_batch(loader: data.Loader) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return shapes and dtypes of a global batch, by reading its first example."""
+    return {
+        name: jax.ShapeDtypeStruct(
+            (loader.global_batch_size, *array.shape[1:]), jax.dtypes.canonicalize_dtype(array.dtype)
+        )
+        for name, array in loader.first_example().items()
+    }
+
+
+def make_functions(experiment: Experiment, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> adapters.Functions:
+    """Return the model's functions in the experiment's precision."""
+    functions = adapters.from_model(experiment.model, experiment.loss, shapes, inputs=experiment.inputs)
+    apply = functools.partial(precision.apply_precision, precision=experiment.precision)
+    return functions._replace(loss_fn=apply(functions.loss_fn), eval_fn=apply(functions.eval_fn))
+
+
+def last_step(experiment: Experiment, steps_per_epoch: int) -> int | None:
+    """Return the step that the run certainly ends at, None where no limit is known."""
+    stop = experiment.stop
+    ends = [] if stop.max_steps is None else [stop.max_steps]
+    ends += [] if stop.max_epochs is None else [math.ceil(stop.max_epochs * steps_per_epoch)]
+    return min(ends, default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """What a run directory belongs to. Devices, strategy, stop rules, batch size and the like are not part of it.
+
+    Attributes:
+      name: of the experiment.
+      model: hash of its settings.
+      data: fingerprint of the training data.
+      seed: of the experiment.
+    """
+
+    name: str
+    model: str
+    data: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.name}:{_short_hash([self.model, self.data, self.seed])}"
+
+    def differences(self, other: Mapping[str, Any]) -> str:
+        """Return what differs from an identity as `dataclasses.asdict` gave it."""
+        parts = [(name, other.get(name), value) for name, value in dataclasses.asdict(self).items()]
+        return "; ".join(f"its {name} was {theirs}, now {ours}" for name, theirs, ours in parts if theirs != ours)
+
+
+def identity(experiment: Experiment) -> Identity:
+    """Return the identity of `experiment`; takes the fingerprint of its data, which may look at every file."""
+    return Identity(
+        name=experiment.name,
+        model=_short_hash(record.plain(experiment.model)),
+        data=wrap.as_source(experiment.data.train).fingerprint(),
+        seed=experiment.seed,
+    )
+
+
+def _short_hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+
+
+def make_optimizer(
+    experiment: Experiment, known_end: Mapping[str, int | None]
+) -> tuple[optax.GradientTransformation, Callable[[int], float] | None]:
+    """Return the optimizer of `experiment`, and step -> learning rate (None where the optimizer is optax's own).
+
+    Args:
+      experiment: what to train.
+      known_end: `steps_per_epoch` and `max_steps`, as `optimizers.build` takes them.
+    """
+    described = experiment.optimizer
+    settings: dict[str, Any] = {"global_batch_size": experiment.global_batch_size, **known_end}
+    optimizer = precision.with_loss_scale(optimizers.build(described, **settings), experiment.precision)
+    if not isinstance(described, optimizers.Optimizer):
+        return optimizer, None
+    schedule = jax.jit(optimizers.make_schedule(described, **settings))
+    # On the host, so that logging it does not queue behind the steps on an accelerator.
+    host = jax.local_devices(backend="cpu")[0]
+    return optimizer, lambda number: float(schedule(jax.device_put(np.int32(number - 1), host)))
+
+
+_LEAST = {
+    "global_batch_size": 1,
+    "num_microbatches": 1,
+    "log_every": 1,
+    "eval.every_steps": 1,
+    "eval.every_epochs": 1,
+    "checkpoints.every_steps": 1,
+    "checkpoints.keep_last": 1,
+    "checkpoints.keep_every": 1,
+    "guards.check_replicas_every": 0,
+    "layout.min_size": 0,
+    "recovery.snapshot_every": 0,
+    "recovery.max_fruitless": 1,
+    "recovery.min_processes": 1,
+    "data.prefetch": 1,
+    "data.num_threads": 0,
+}
+"""The least value of each counting setting; None is always allowed where the type allows it."""
+
+
+def check_experiment(experiment: Experiment) -> None:
+    """Raise ConfigError where settings make no sense, or contradict each other, whatever the devices."""
+    for name, least in _LEAST.items():
+        value: Any = functools.reduce(getattr, name.split("."), experiment)
+        if value is not None and value < least:
+            raise ConfigError(f"{name} must be at least {least}; got {value}.")
+    watched = experiment.stop.target_metric
+    looks = experiment.stop.target is not None or experiment.stop.patience is not None
+    if looks and experiment.data.eval is None and watched.startswith("eval/"):
+        raise ConfigError(
+            f"The stop rule looks at {watched}, and the experiment has no data.eval. "
+            "Give it held-out data, or set stop.target_metric to a train/ metric."
+        )
+
+
+def check_watched_metrics(
+    experiment: Experiment,
+    functions: adapters.Functions,
+    abstract: state.TrainState,
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+) -> None:
+    """Raise ConfigError where a stop rule, or the choice of the best checkpoint, waits for a metric that never comes.
+
+    Args:
+      experiment: what was asked for.
+      functions: of its model; they are traced, not run.
+      abstract: the state's shapes and dtypes.
+      shapes: of a batch.
+    """
+    stop, best = experiment.stop, experiment.checkpoints.best_metric
+    watched = {"checkpoints.best_metric": best} if best is not None else {}
+    if stop.target is not None or stop.patience is not None:
+        watched["stop.target_metric"] = stop.target_metric
+    if not watched:
+        return
+    reported = _metric_names(functions, abstract, shapes, evaluated=experiment.data.eval is not None)
+    for setting, metric in watched.items():
+        if metric not in reported:
+            nearest = difflib.get_close_matches(metric, reported, n=1, cutoff=0.0)[0]
+            raise ConfigError(
+                f"{setting} is {metric!r}, which this experiment does not report. Did you mean {nearest!r}? "
+                f"It reports: {', '.join(reported)}."
+            )
+    if stop.patience is not None and not stop.target_metric.startswith("eval/"):
+        raise ConfigError(f"stop.patience counts evaluations, but {stop.target_metric} is no eval/ metric. Name one.")
+
+
+def _metric_names(
+    functions: adapters.Functions,
+    abstract: state.TrainState,
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    *,
+    evaluated: bool,
+) -> list[str]:
+    model_state = [] if abstract.model_state is None else [abstract.model_state]
+    found = {"train": functions.loss_fn} | ({"eval": functions.eval_fn} if evaluated else {})
+    names = {
+        part: jax.eval_shape(fn, abstract.params, dict(shapes), abstract.key, *model_state)[1]
+        for part, fn in found.items()
+    }
+    return [f"{part}/{name}" for part, metrics in names.items() for name in ("loss", *metrics)]

@@ -1,0 +1,199 @@
+"""What a run does so that it survives: snapshots, the example ledger, the watchdog; and where it goes on after a death.
+
+The supervisor (`launch.supervisor`) starts the processes and keeps the memory; this is the part inside them.
+"""
+
+import contextlib
+import math
+import os
+import pathlib
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+
+from jaxdist.checkpoint import checkpoints
+from jaxdist.checkpoint import snapshots as snapshot
+from jaxdist.config.experiments import Recovery
+from jaxdist.launch.joining import agreement, same_on_all
+from jaxdist.launch.supervising import supervisor, watchdog
+from jaxdist.run.hooks import every
+from jaxdist.run.loop import Hook, StepInfo
+from jaxdist.rundir import ledger
+from jaxdist.spmd.step import NONFINITE_LEAF
+
+BOARD_NAME = "board"
+SNAPSHOT_SHARE = 0.01
+"""Of the time, that snapshots may take where the run decides how often. What they cost besides, caches and the devices'
+order, is about as much again: two percent in all."""
+MOST_STEPS = 1000
+"""Between two snapshots, however short the steps."""
+STOPPED_MARGIN_SECONDS = 5.0
+"""The processes see first that one of them is stopped, and say more about it than the supervisor can."""
+
+
+def policy(settings: Recovery) -> supervisor.Policy:
+    """Return the supervisor's policy."""
+    return supervisor.Policy(
+        max_fruitless=settings.max_fruitless,
+        min_processes=settings.min_processes,
+        deadline_seconds=settings.deadline_seconds,
+        stopped_seconds=settings.hang_seconds + STOPPED_MARGIN_SECONDS,
+    )
+
+
+def memory(environment: Mapping[str, str] = os.environ) -> pathlib.Path | None:
+    """Return the directory in memory that the supervisor keeps, None without one."""
+    return pathlib.Path(environment[supervisor.MEMORY]) if supervisor.MEMORY in environment else None
+
+
+def seconds_since_failure(environment: Mapping[str, str] = os.environ) -> float:
+    """Return how long ago the attempt before this one failed, 0 for the first."""
+    failed_at = environment.get(supervisor.FAILED_AT)
+    return 0.0 if failed_at is None else max(0.0, time.time() - float(failed_at))
+
+
+def deadline(settings: Recovery, environment: Mapping[str, str] = os.environ) -> Callable[[], bool]:
+    """Return the function that says whether the time the job was given is over.
+
+    The supervisor knows when the job began; a process that has none above it takes its own beginning, which is now.
+    """
+    given = math.inf if settings.deadline_seconds is None else time.time() + settings.deadline_seconds
+    end = float(environment.get(supervisor.DEADLINE, given))
+    return lambda: time.time() >= end
+
+
+def open_snapshots(settings: Recovery, identity: str, template: Any) -> snapshot.Snapshots | None:
+    """Return where snapshots go, None if the run takes none; says so where memory is too small for them.
+
+    Every process must call it: process 0 decides, since all take the same snapshots or none does.
+    """
+    directory = memory()
+    if directory is None or settings.snapshot_every == 0:
+        return None
+    needed = snapshot.NUM_SLOTS * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(template))
+    # Those of the attempt before are overwritten.
+    free = shutil.disk_usage(directory).free + snapshot.held_bytes(directory)
+    if same_on_all.from_first("memory for snapshots", str(needed <= free)) != str(True):
+        if jax.process_index() == 0:
+            print(
+                f"jaxdist: snapshots are off: they need {needed / 2**20:.0f} MiB in {directory.parent}, "
+                f"{free / 2**20:.0f} are free. A restart goes on from the newest checkpoint.",
+                file=sys.stderr,
+            )
+        return None
+    return snapshot.Snapshots(directory, identity=identity)
+
+
+def restore_newest(
+    template: Any, checkpointer: checkpoints.Checkpointer, snapshots: snapshot.Snapshots | None
+) -> tuple[Any, dict[str, Any]] | None:
+    """Return the newest state that survives and its data_state: from memory, else from disk; None if there is none."""
+    saved = checkpointer.latest_step()
+    in_memory = snapshots.latest_step() if snapshots else None
+    if snapshots and in_memory is not None and (saved is None or in_memory >= saved):
+        return snapshots.restore(template, in_memory)
+    return None if saved is None else checkpointer.restore(template)
+
+
+def saved_step(directory: pathlib.Path, checkpointer: checkpoints.Checkpointer, identity: str) -> int:
+    """Return the newest step that survives in memory or on disk, 0 for none; for the supervisor, starts no JAX."""
+    in_memory = snapshot.Snapshots(directory, identity=identity, process=0).latest_step()
+    return max(in_memory or 0, checkpointer.latest_step() or 0)
+
+
+def snapshot_hook(snapshots: snapshot.Snapshots) -> Hook:
+    """Return the hook that takes a snapshot after each step it is called with."""
+
+    def take(info: StepInfo) -> None:
+        data_state = {"position": info.position.to_json(), "progress": info.progress.to_json()}
+        snapshots.save(info.step, info.state, data_state, nonfinite=info.metrics[NONFINITE_LEAF])
+
+    return take
+
+
+def snapshots_when_due(
+    snapshots: snapshot.Snapshots, settings: Recovery, step_seconds: Callable[[], float | None]
+) -> Hook:
+    """Return the hook that takes snapshots as often as `settings` ask for; see `Paced` for `step_seconds`."""
+    take = snapshot_hook(snapshots)
+    if settings.snapshot_every is not None:
+        return every(settings.snapshot_every, take)
+    return Paced(
+        take,
+        cost_seconds=lambda: snapshots.cost_seconds,
+        step_seconds=step_seconds,
+        agreed=agreement.agreed_number(1.0),
+    )
+
+
+class Paced:
+    """A hook that calls another so seldom that it costs a fixed share of the time, at the same steps on every process.
+
+    The first step is always among them, so a run that makes any progress keeps it. What a call costs and how long a
+    step takes are measured on the way; the idea is CheckFreq's (Mohan et al., FAST 2021).
+
+    Args:
+      take: the hook that is called.
+      cost_seconds: what a call costs, as far as is known.
+      step_seconds: how long a step takes; None while nobody knows.
+      agreed: makes one number of what the processes measure; see `agreement.agreed_number`.
+      share: of the time, that the calls may take.
+    """
+
+    def __init__(
+        self,
+        take: Hook,
+        *,
+        cost_seconds: Callable[[], float],
+        step_seconds: Callable[[], float | None],
+        agreed: Callable[[float], float],
+        share: float = SNAPSHOT_SHARE,
+    ):
+        self._take, self._cost_seconds, self._step_seconds = take, cost_seconds, step_seconds
+        self._agreed, self._share, self._next = agreed, share, 0
+
+    def __call__(self, info: StepInfo) -> None:
+        """Call the other hook if its turn has come."""
+        if info.step >= self._next:
+            self._take(info)
+            self._next = info.step + int(self._agreed(self._interval()))
+
+    def _interval(self) -> float:
+        step_seconds = self._step_seconds()
+        if step_seconds is None:
+            return 1.0
+        steps = math.ceil(self._cost_seconds() / (self._share * step_seconds))
+        return float(min(max(1, steps), MOST_STEPS))
+
+
+@contextlib.contextmanager
+def recorded(settings: Recovery, run_dir: pathlib.Path, *, step: int, place: Any) -> Iterator[list[Hook]]:
+    """Yield the hook that keeps the ledger, if one is to be kept, on process 0; closes it."""
+    if not settings.ledger or jax.process_index() != 0:
+        yield []
+        return
+    with contextlib.closing(ledger.Recorder(run_dir, step=step, place=place)) as recorder:
+        yield [recorder]
+
+
+def watched(
+    settings: Recovery,
+    run_dir: pathlib.Path,
+    where: Callable[[], tuple[int, str]],
+    on_hang: Callable[[watchdog.Verdict], object],
+) -> watchdog.Watchdog:
+    """Return the watchdog of this process, to be used as a context around training."""
+    directory = memory() or run_dir / BOARD_NAME
+    process = jax.process_index()
+    return watchdog.Watchdog(
+        directory,
+        process=process,
+        num_processes=jax.process_count(),
+        where=where,
+        limits=watchdog.Limits(hang_seconds=settings.hang_seconds, slow_seconds=settings.slow_seconds),
+        on_hang=on_hang,
+    )

@@ -1,0 +1,157 @@
+"""A user's own check of the promises: a few steps of an experiment on several layouts, against one device."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from jaxdist import errors
+from jaxdist.config.experiments import Experiment, Layout
+from jaxdist.run import components
+from jaxdist.rundir import record
+
+TOLERANCE = 1e-5
+"""Largest difference of a parameter, relative to the largest parameter, that reordered float32 additions explain."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One layout: its number of devices, SHA-256 of the params, largest difference to one device, and the verdict."""
+
+    num_devices: int
+    params_sha256: str
+    largest_difference: float
+    verdict: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The table of layouts; `kept` is False when a promise was broken."""
+
+    title: str
+    rows: list[Row]
+    kept: bool
+    conclusion: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as plain data."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        lines = [self.title, f"{'devices':>7}  {'params SHA-256':<16}  {'largest difference':>18}  verdict"]
+        lines += [
+            f"{row.num_devices:>7}  {row.params_sha256[:16]:<16}  {row.largest_difference:>18.3g}  {row.verdict}"
+            for row in self.rows
+        ]
+        return "\n".join([*lines, self.conclusion])
+
+
+def verify(experiment: Experiment, *, devices: Sequence[jax.Device], num_steps: int = 5) -> Report:
+    """Train `num_steps` steps on 1, 2, 4, 8 of `devices` and compare the params with those of one device.
+
+    Of these numbers, those are tried that there are devices for and that fit the experiment's mesh. What they are
+    compared with is the one-device step of the strategy data-parallel, whatever the experiment's strategy.
+
+    Canonical reduction promises the same bits, with the experiment's own optimizer. The mean promises one device's
+    params up to the order of additions; that is compared under SGD, because an adaptive optimizer turns the smallest
+    difference of a gradient near zero into a whole step. It is promised only where a step draws nothing per device:
+    with dropout or batch statistics each device has its own, and the table says how far apart that makes the layouts.
+
+    Raises:
+      UserError: the experiment does not work on these layouts.
+    """
+    canonical = experiment.reduction == "canonical"
+    if not canonical:
+        experiment = dataclasses.replace(experiment, optimizer=optax.sgd(0.1))
+    with errors.as_user_error():
+        components.check_experiment(experiment)
+        specification = components.put_together(_on_one_device(experiment), devices=devices[:1])
+        counts = _device_counts(experiment.mesh, len(devices))
+        parts = {n: components.put_together(experiment, devices=devices[:n]) for n in counts}
+    exact = not canonical and _is_deterministic(specification)
+    reference = _train(specification, num_steps)
+    done = {1: reference} if experiment.strategy == "data-parallel" else {}
+    params = {n: done[n] if n in done else _train(part, num_steps) for n, part in parts.items()}
+    rows = [_compare(n, params[n], reference, canonical=canonical, exact=exact) for n in parts]
+    kept = all(row.verdict in ("identical", "equal", "apart") for row in rows)
+    return Report(_title(experiment, num_steps), rows, kept, _conclude(rows, canonical=canonical, exact=exact))
+
+
+def _on_one_device(experiment: Experiment) -> Experiment:
+    return dataclasses.replace(experiment, strategy="data-parallel", mesh=None, layout=Layout())
+
+
+def _device_counts(axes: Mapping[str, int] | None, available: int) -> list[int]:
+    """Return those of 1, 2, 4, 8 and the size of the whole mesh that fit the mesh axes and the devices there are."""
+    sizes = list((axes or {"data": -1}).values())
+    known = math.prod(size for size in sizes if size > 0)
+    counts = [n for n in (1, 2, 4, 8) if n % known == 0] if -1 in sizes else [known]
+    fitting = [n for n in counts if n <= available]
+    if not fitting:
+        raise ValueError(
+            f"The mesh {axes} needs {'a multiple of ' if -1 in sizes else ''}{known} devices, and there are "
+            f"{available}. Change --devices or --set mesh."
+        )
+    return fitting
+
+
+def _train(parts: components.Training, num_steps: int) -> Any:
+    state = parts.create_state()
+    batches = parts.batches()
+    for _ in range(num_steps):
+        batch, _ = next(batches)
+        state, _ = parts.step(state, batch)
+    return jax.tree.map(np.asarray, jax.device_get(state.params))
+
+
+def _is_deterministic(parts: components.Training) -> bool:
+    """Return whether the loss is the same under two keys and keeps no statistics."""
+    state = parts.create_state()
+    if state.model_state is not None:
+        return False
+    batch, _ = next(parts.batches())
+    loss = jax.jit(parts.functions.loss_fn)
+    first, second = (loss(state.params, batch, jax.random.key(seed)) for seed in (1, 2))
+    return all(bool(np.array_equal(a, b)) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))
+
+
+def _compare(num_devices: int, params: Any, reference: Any, *, canonical: bool, exact: bool) -> Row:
+    pairs = list(zip(jax.tree.leaves(params), jax.tree.leaves(reference), strict=True))
+    difference = max(float(np.max(np.abs(a.astype(np.float64) - b), initial=0.0)) for a, b in pairs)
+    scale = max(float(np.max(np.abs(b), initial=0.0)) for _, b in pairs)
+    digest, expected = record.params_sha256(params), record.params_sha256(reference)
+    if digest == expected:
+        verdict = "identical"
+    elif canonical:
+        verdict = "BROKEN: other bits"
+    elif difference <= TOLERANCE * scale:
+        verdict = "equal"
+    else:
+        verdict = "BROKEN: too far apart" if exact or not np.isfinite(difference) else "apart"
+    return Row(num_devices, digest, difference, verdict)
+
+
+def _title(experiment: Experiment, num_steps: int) -> str:
+    optimizer = "its own optimizer" if experiment.reduction == "canonical" else "SGD"
+    return (
+        f"{experiment.name}: {num_steps} steps with {optimizer}, strategy {experiment.strategy}, "
+        f"reduction {experiment.reduction}"
+    )
+
+
+def _conclude(rows: Sequence[Row], *, canonical: bool, exact: bool) -> str:
+    broken = [row.num_devices for row in rows if row.verdict.startswith("BROKEN")]
+    if broken:
+        return f"Promise broken on {broken} devices."
+    if canonical:
+        return "Promise kept: the same bits on every layout."
+    if exact:
+        return f"Promise kept: every layout equals one device to {TOLERANCE:g} of the largest parameter."
+    return (
+        "Nothing is promised here: dropout or batch statistics differ per device under reduction mean. "
+        "Use --reduction canonical for the same bits."
+    )

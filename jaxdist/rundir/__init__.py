@@ -1,0 +1,1 @@
+"""What is stored in a run directory: record, metrics, example ledger, lock."""

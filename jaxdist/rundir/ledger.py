@@ -1,0 +1,141 @@
+"""The example ledger: which examples each step trained on, and the proof that none was lost or used twice.
+
+One short line a step: the step, the epoch and the half-open range of positions in the order of that epoch. The order
+is a pure function of seed, epoch and position, so a range says exactly which examples they were. A run that goes on
+from an earlier step says so; what was trained after that step then belongs to a model that no longer exists, and the
+checker follows the lineage of the one that survived.
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from jaxdist.run.loop import StepInfo
+
+FILE_NAME = "ledger.txt"
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A step of the surviving model: it trained on the positions [begin, end) of `epoch`."""
+
+    step: int
+    epoch: int
+    begin: int
+    end: int
+
+
+class Place(Protocol):
+    """Where the data stand; a `data.Position`, say."""
+
+    @property
+    def epoch(self) -> int:
+        """The epoch, from 0."""
+
+    @property
+    def position(self) -> int:
+        """Examples of the epoch that were trained on."""
+
+
+class LedgerError(ValueError):
+    """The ledger shows an example that was lost or used twice, or cannot be read; the message says which."""
+
+
+class Recorder:
+    """The hook that writes the ledger; on process 0 only, since all processes train on parts of one batch.
+
+    Args:
+      run_dir: where ledger.txt lies; an earlier one is gone on with.
+      step: the step that training goes on from, 0 for a new run.
+      place: where the data stand there; None at the very beginning.
+    """
+
+    def __init__(self, run_dir: pathlib.Path, *, step: int = 0, place: Place | None = None):
+        # Unbuffered, each line one write: what was written survives the death of this process.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        self._file = os.open(run_dir / FILE_NAME, flags, 0o644)
+        self._epoch, self._position = (place.epoch, place.position) if place else (0, 0)
+        # The line break ends what an earlier process may have left half-written.
+        os.write(self._file, f"\nfrom {step}\n".encode())
+
+    def __call__(self, info: StepInfo) -> None:
+        """Write down the step."""
+        epoch, end = info.position.epoch, info.position.position
+        begin = self._position if epoch == self._epoch else 0
+        os.write(self._file, f"{info.step} {epoch} {begin} {end}\n".encode())
+        self._epoch, self._position = epoch, end
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._file)
+
+
+def read(run_dir: pathlib.Path) -> list[Entry]:
+    """Return the entries of the surviving model, in the order of its steps.
+
+    Raises:
+      LedgerError: a line cannot be read (unless it was cut short by the end of its process), or a process says it went
+        on from a step that nobody recorded.
+    """
+    try:
+        text = (run_dir / FILE_NAME).read_text()
+    except FileNotFoundError as error:
+        raise LedgerError(f"{run_dir} has no ledger. Record one: --set recovery.ledger=true.") from error
+    return lineage(text.split("\n"))
+
+
+def lineage(lines: Sequence[str]) -> list[Entry]:
+    """Return the entries that count among the lines of a ledger; see `read`."""
+    entries: list[Entry] = []
+    for number, line in enumerate(lines, start=1):
+        words = line.split()
+        is_cut = number == len(lines) or (number + 1 < len(lines) and lines[number].startswith("from "))
+        if not words:
+            continue
+        if words[0] == "from" and len(words) == 2:
+            entries = _until(entries, int(words[1]))
+        elif len(words) == 4 and number < len(lines):
+            entries.append(Entry(*map(int, words)))
+        elif not is_cut:
+            raise LedgerError(f"Line {number} of the ledger cannot be read: {line!r}. The file was changed or damaged.")
+    return entries
+
+
+def _until(entries: list[Entry], step: int) -> list[Entry]:
+    kept = [entry for entry in entries if entry.step <= step]
+    if (kept[-1].step if kept else 0) != step:
+        raise LedgerError(
+            f"The ledger has a process go on from step {step}, but the last step before it is "
+            f"{kept[-1].step if kept else 0}: what was trained in between was not recorded."
+        )
+    return kept
+
+
+def check(entries: Iterable[Entry], *, num_examples: int) -> int:
+    """Return the number of whole epochs in which the entries used each of `num_examples` examples exactly once.
+
+    Raises:
+      LedgerError: a step is missing or recorded twice, or an example of an epoch was lost or used twice; the message
+        names the step and the positions. The last epoch may be unfinished.
+    """
+    step, epoch, position = 0, 0, 0
+    for entry in entries:
+        if entry.step != step + 1:
+            raise LedgerError(f"After step {step} the ledger goes on with step {entry.step}.")
+        if position == num_examples:
+            epoch, position = epoch + 1, 0
+        if entry.epoch != epoch:
+            raise LedgerError(
+                f"Step {entry.step} trained on epoch {entry.epoch} when {position} of {num_examples} examples of epoch "
+                f"{epoch} were used."
+            )
+        if entry.begin != position or not entry.begin < entry.end <= num_examples:
+            happened = "lost" if entry.begin > position else "used twice"
+            raise LedgerError(
+                f"Step {entry.step} trained on positions [{entry.begin}, {entry.end}) of epoch {epoch}; the next "
+                f"unused one was {position} of {num_examples}, so examples were {happened}."
+            )
+        step, position = entry.step, entry.end
+    return epoch + (num_examples > 0 and position == num_examples)

@@ -1,0 +1,284 @@
+"""Writers: where metrics go while a run lasts, one row a step.
+
+The one idea: a file of metrics holds every step once and in order. Metrics of the same step that come in several parts
+(training, then evaluation) become one row; a resumed run first drops the rows after the step it resumes from, because
+it is about to write them again.
+"""
+
+import csv
+import errno
+import io
+import json
+import os
+import pathlib
+import socket
+import struct
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Protocol, TextIO, TypeAlias
+
+import jax
+
+from jaxdist.rundir import record
+
+Kind: TypeAlias = Literal["console", "jsonl", "csv", "tensorboard"]
+
+JSONL_NAME = "metrics.jsonl"
+CSV_NAME = "metrics.csv"
+TENSORBOARD_NAME = "tensorboard"
+
+
+class Writer(Protocol):
+    """Takes the metrics of one step after another."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write metrics of `step`, at once; the same step again adds to its row. Raises OSError naming the file."""
+
+    def close(self) -> None:
+        """Let go of the file. May be called twice."""
+
+
+def make_writers(
+    run_dir: str | os.PathLike[str], kinds: Sequence[Kind] = ("jsonl",), *, resumed_step: int | None = None
+) -> list[Writer]:
+    """Return the writers of this process: those asked for on process 0, none on the others.
+
+    Args:
+      run_dir: exists; holds metrics.jsonl, metrics.csv and tensorboard/.
+      kinds: any of console, jsonl, csv, tensorboard.
+      resumed_step: the step whose checkpoint the run goes on from. None for a fresh run: a file that exists already is
+        then refused (FileExistsError).
+    """
+    if jax.process_index() != 0:
+        return []
+    run_dir = pathlib.Path(run_dir)
+    return [_make_writer(run_dir, kind, resumed_step) for kind in kinds]
+
+
+def _make_writer(run_dir: pathlib.Path, kind: Kind, resumed_step: int | None) -> Writer:
+    match kind:
+        case "console":
+            return ConsoleWriter()
+        case "jsonl":
+            return JsonlWriter(run_dir / JSONL_NAME, resumed_step=resumed_step)
+        case "csv":
+            return CsvWriter(run_dir / CSV_NAME, resumed_step=resumed_step)
+        case "tensorboard":
+            return TensorBoardWriter(run_dir / TENSORBOARD_NAME, resumed_step=resumed_step)
+    raise ValueError(f"A writer is one of console, jsonl, csv, tensorboard; got {kind!r}.")
+
+
+def format_metrics(metrics: Mapping[str, float]) -> str:
+    """Return the metrics as one line for people: four significant digits each, in the order given."""
+    return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+
+
+class ConsoleWriter:
+    """Prints a plain line a call, to standard output unless another stream is given."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stdout
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Print one line; see Writer."""
+        print(f"step {step}  {format_metrics(metrics)}", file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Leave the stream open: it is not ours. See Writer."""
+
+
+class JsonlWriter:
+    """Writes one JSON object a line, each with `step`. NaN and the infinities become null.
+
+    A line counts only with its newline: one torn by a kill is dropped on resume. ValueError for any other damage.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, resumed_step: int | None = None) -> None:
+        self._rows = _Rows(pathlib.Path(path), _step_of_json, header_lines=0, resumed_step=resumed_step)
+        self._last = json.loads(self._rows.last) if self._rows.last else {}
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append the row, or add to the last one; see Writer."""
+        again = self._rows.accept(step, metrics)
+        self._last = (self._last if again else {"step": step}) | record.numbers(metrics)
+        self._rows.put(step, json.dumps(self._last, allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        """See Writer."""
+        self._rows.close()
+
+
+class CsvWriter:
+    """Writes a table with the column `step` first; a column that appears later is added, empty in the rows before it.
+
+    A new column rewrites the whole file (beside it, then a rename), so it costs as much as the file is long.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, resumed_step: int | None = None) -> None:
+        self._path = pathlib.Path(path)
+        self._rows = _Rows(self._path, _step_of_csv, header_lines=1, resumed_step=resumed_step)
+        self._columns = _csv_fields(self._rows.header)
+        last = zip(self._columns, _csv_fields(self._rows.last))
+        self._last = {name: field for name, field in last if field}
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append the row, or add to the last one; see Writer."""
+        again = self._rows.accept(step, metrics)
+        self._last = (self._last if again else {"step": str(step)}) | {k: repr(float(v)) for k, v in metrics.items()}
+        new = [name for name in self._last if name not in self._columns]
+        if new:
+            self._add_columns(new)
+        self._rows.put(step, _csv_line([self._last.get(name, "") for name in self._columns]))
+
+    def close(self) -> None:
+        """See Writer."""
+        self._rows.close()
+
+    def _add_columns(self, new: list[str]) -> None:
+        self._columns += new
+        self._rows.close()
+        old = self._path.read_text(encoding="utf-8").splitlines()[1:]
+        rows = "".join(line + "," * len(new) + "\n" for line in old)
+        record.write_atomically(self._path, _csv_line(self._columns) + rows)
+        self._rows = _Rows(self._path, _step_of_csv, header_lines=1, resumed_step=sys.maxsize)
+
+
+class TensorBoardWriter:
+    """Writes scalars to a new TensorBoard event file in `log_dir`; a resumed run tells TensorBoard what to forget.
+
+    Written at once and on the caller's thread: tensorboardX's own SummaryWriter hands events to a thread, where a full
+    disk goes unseen until the queue blocks for ever. So only its message types and checksum are used.
+    """
+
+    def __init__(self, log_dir: str | os.PathLike[str], *, resumed_step: int | None = None) -> None:
+        from tensorboardX import proto, record_writer, summary
+
+        self._Event, self._scalar, self._checksum = proto.event_pb2.Event, summary.scalar, record_writer.masked_crc32c
+        log_dir = pathlib.Path(log_dir)
+        log_dir.mkdir(parents=True, exist_ok=True)
+        older = sorted(log_dir.glob("events.out.tfevents.*"))
+        if older and resumed_step is None:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(older[0]))
+        # TensorBoard reads the files in the order of their names: the time, then a count for two within one second.
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{len(older):06d}"
+        self._path = log_dir / name
+        self._file = open(self._path, "xb", buffering=0)  # noqa: SIM115 - lives as long as the writer
+        self._put(self._Event(wall_time=time.time(), file_version="brain.Event:2"))
+        if resumed_step is not None:
+            start = proto.event_pb2.SessionLog(status=proto.event_pb2.SessionLog.START)
+            self._put(self._Event(wall_time=time.time(), step=resumed_step + 1, session_log=start))
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write one event with all the scalars; see Writer."""
+        event = self._Event(wall_time=time.time(), step=step)
+        for name, value in metrics.items():
+            event.summary.value.extend(self._scalar(name, float(value)).value)
+        self._put(event)
+
+    def close(self) -> None:
+        """See Writer."""
+        self._file.close()
+
+    def _put(self, event: Any) -> None:
+        """Write one TFRecord: length, its checksum, the message, its checksum; little-endian."""
+        message = event.SerializeToString()
+        length = struct.pack("<Q", len(message))
+        checksums = [struct.pack("<I", self._checksum(part)) for part in (length, message)]
+        _write_all(self._path, self._file, length + checksums[0] + message + checksums[1])
+
+
+class _Rows:
+    """A file of header lines, then one line a step in rising order, of which the last may be put again.
+
+    `step_of` returns a line's step, -1 for a header; ValueError and the like when it is neither.
+    """
+
+    def __init__(
+        self, path: pathlib.Path, step_of: Callable[[str], int], *, header_lines: int, resumed_step: int | None
+    ) -> None:
+        self._path = path
+        self.header = self.last = ""
+        self._last_step = -1
+        self._start = self._end = 0  # byte offsets of the last row
+        fresh = resumed_step is None or not path.exists()
+        self._file = open(path, "x+b" if fresh else "r+b", buffering=0)  # noqa: SIM115 - lives as long as the writer
+        if resumed_step is not None:
+            try:
+                self._keep(step_of, header_lines, resumed_step)
+            except BaseException:
+                self._file.close()
+                raise
+
+    def accept(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Return whether `step` is the last row's; ValueError when it is earlier, or a metric is called `step`."""
+        if "step" in metrics:
+            raise ValueError(f"A metric may not be called 'step', the column of the step itself; {self._path}.")
+        if step < self._last_step:
+            raise ValueError(f"Rows are written in the order of steps; {self._path} has {self._last_step}, got {step}.")
+        return step == self._last_step
+
+    def put(self, step: int, line: str) -> None:
+        """Write `line`, which ends in a newline, as the row of `step`: over the last row if that is its step."""
+        if step != self._last_step:
+            self._start = self._end
+        self._file.seek(self._start)
+        # One write over the old row and never a truncation first: a kill in between must not lose what was there.
+        data = line.encode()
+        _write_all(self._path, self._file, data)
+        self._end = self._start + len(data)
+        self._file.truncate(self._end)
+        self._last_step = step
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _keep(self, step_of: Callable[[str], int], header_lines: int, resumed_step: int) -> None:
+        """Keep the whole lines up to the resumed step and drop what follows."""
+        lines = [line for line in io.BytesIO(self._file.readall()) if line.endswith(b"\n")]  # all but a torn last one
+        for number, line in enumerate(lines, 1):
+            try:
+                text = line.decode()
+                step = step_of(text)
+                if (step < 0) != (number <= header_lines):
+                    raise ValueError(f"{header_lines} header lines come first")
+            except (ValueError, KeyError, TypeError, IndexError) as error:
+                raise ValueError(
+                    f"{self._path}, line {number} is not a row of metrics with a step ({error}). "
+                    "Name another run directory, or move the file away."
+                ) from error
+            if step > resumed_step:
+                break
+            if number <= header_lines:
+                self.header = text
+            else:
+                self.last, self._last_step, self._start = text, step, self._end
+            self._end += len(line)
+        with record.naming(self._path):
+            self._file.truncate(self._end)
+
+
+def _write_all(path: pathlib.Path, file: io.FileIO, data: bytes) -> None:
+    """Write through to the operating system: a killed process loses nothing, and a full disk is noticed here."""
+    with record.naming(path):
+        while data:
+            data = data[file.write(data) :]
+
+
+def _step_of_json(line: str) -> int:
+    return int(json.loads(line)["step"])
+
+
+def _step_of_csv(line: str) -> int:
+    first = _csv_fields(line)[0]
+    return -1 if first == "step" else int(first)
+
+
+def _csv_fields(line: str) -> list[str]:
+    return next(csv.reader([line]), [])
+
+
+def _csv_line(fields: Sequence[str]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(fields)
+    return text.getvalue()

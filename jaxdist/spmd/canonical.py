@@ -1,0 +1,182 @@
+"""Canonical reduction: sums over a batch whose bits do not depend on the number of devices or processes.
+
+The global batch is cut into a fixed number of logical shards. Each is computed by one single-device program, the very
+same machine code on every layout (see `executable`), and the results, one flat vector each, are added in a fixed
+binary tree: first over a device's own shards as they arrive, then over the devices
+(`reduce.tree_sum_over_axis`). Additions are all that a program partitioned over the devices does here: XLA simplifies,
+fuses and parallelises a one-device program otherwise than a many-device one, and the bits follow.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxdist.spmd import device_program, reduce
+from jaxdist.spmd.mesh import DATA_AXIS
+from jaxdist.spmd.metrics import Batch
+
+PyTree: TypeAlias = Any
+ShardFn: TypeAlias = Callable[[PyTree, Batch, jax.Array], PyTree]
+"""`shard_fn(shared, shard, index) -> sums`: pure; `index` is the logical shard's number (int32 scalar)."""
+
+
+class LogicalShardSums:
+    """Computes every logical shard's sums on the device that holds it, and adds them up.
+
+    Calling it with (shared, batch) returns the sum over the global batch, a replicated flat vector of which `unravel`
+    makes a tree. The programs are compiled at the first call, once.
+    """
+
+    def __init__(self, shard_fn: ShardFn, mesh: Mesh, *, logical_shards: int, axis: str = DATA_AXIS):
+        check_layout(mesh, logical_shards=logical_shards, axis=axis)
+        self.mesh, self.axis, self.num_devices = mesh, axis, mesh.shape[axis]
+        self.shards_per_device = logical_shards // self.num_devices
+        self._unravel: Callable[[jax.Array], PyTree] | None = None
+        self._shard_fn = shard_fn
+        self._split = jax.jit(self._map_split())
+        whole, cut = PartitionSpec(), PartitionSpec(axis)
+        self._shard_sums = device_program.PerDeviceProgram(
+            self._flat_sums, mesh, in_specs=(whole, cut, cut), out_spec=cut
+        )
+        self._add = jax.jit(_add_in_pairs, donate_argnums=0)
+        self._add_over_devices = jax.jit(self._map_tree_sum())
+        self._indices = self._place_indices()
+        # A one-device program on CPU computes in XLA's thread pool; a collective keeps its thread of that pool while it
+        # waits for the other devices. Were both on their way at once, they could wait for each other for ever.
+        self._waits_for_rows = self.num_devices > 1 and mesh.devices.flat[0].platform == "cpu"
+
+    def __call__(self, shared: PyTree, batch: Batch) -> jax.Array:
+        """Return the sum over all logical shards, shape (size,), dispatched; on CPU devices the shards were waited for.
+
+        Args:
+          shared: replicated global arrays, given whole to every shard.
+          batch: global arrays, cut over the axis in their leading dim.
+        """
+        parts = [batch] if self.shards_per_device == 1 else self._split(batch)
+        rows = _TreeSum(self._add)
+        for part, index in zip(parts, self._indices, strict=True):
+            rows.push(self._shard_sums(shared, part, index))
+        row = rows.result()
+        if self._waits_for_rows:
+            jax.block_until_ready(row)
+        return self._add_over_devices(row)
+
+    def unravel(self, total: jax.Array) -> PyTree:
+        """Return the tree of sums that a flat vector holds; known after the first call."""
+        assert self._unravel is not None, "the shards' program is compiled at the first call"
+        return self._unravel(total)
+
+    def _flat_sums(self, shared: PyTree, shard: Batch, index: jax.Array) -> jax.Array:
+        sums, self._unravel = ravel_pytree(self._shard_fn(shared, shard, index[0]))
+        return sums[None]
+
+    def _map_split(self) -> Callable[[Batch], list[Batch]]:
+        def split(local: Batch) -> list[Batch]:
+            cut = {name: jnp.split(leaf, self.shards_per_device) for name, leaf in local.items()}
+            return [dict(zip(cut, parts, strict=True)) for parts in zip(*cut.values(), strict=True)]
+
+        spec = PartitionSpec(self.axis)
+        return jax.shard_map(split, mesh=self.mesh, in_specs=spec, out_specs=spec, check_vma=False)
+
+    def _map_tree_sum(self) -> Callable[[jax.Array], jax.Array]:
+        return jax.shard_map(
+            lambda row: reduce.tree_sum_over_axis(row[0], self.axis, self.num_devices),
+            mesh=self.mesh,
+            in_specs=PartitionSpec(self.axis),
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        )
+
+    def _place_indices(self) -> list[jax.Array]:
+        """Return, for each turn, the number of the logical shard that each device computes in it."""
+        sharding = NamedSharding(self.mesh, PartitionSpec(self.axis))
+        numbers = np.arange(self.num_devices * self.shards_per_device, dtype=np.int32)
+        turns = numbers.reshape(self.num_devices, self.shards_per_device).T
+        return [jax.make_array_from_callback(turn.shape, sharding, turn.__getitem__) for turn in turns]
+
+
+class _TreeSum:
+    """Adds values in a balanced binary tree as they arrive, two levels of it at a time, like the carries of a counter.
+
+    Few partial sums live at a time (five of eight values), where adding them at the end would hold all; and one program
+    adds four, where dispatching three of them would cost more than the additions.
+    """
+
+    def __init__(self, add: Callable[..., jax.Array]):
+        self._add = add
+        self._partial: list[tuple[int, jax.Array]] = []
+
+    def push(self, value: jax.Array) -> None:
+        self._partial.append((0, value))
+        while [level for level, _ in self._partial[-4:]] == 4 * [self._partial[-1][0]]:
+            self._combine(4)
+
+    def result(self) -> jax.Array:
+        if len(self._partial) == 2:
+            self._combine(2)
+        assert len(self._partial) == 1, "the number of values pushed was not a power of two"
+        return self._partial.pop()[1]
+
+    def _combine(self, count: int) -> None:
+        summands, self._partial = self._partial[-count:], self._partial[:-count]
+        total = self._add(*(value for _, value in summands))
+        self._partial.append((summands[0][0] + count // 2, total))
+
+
+def _add_in_pairs(*values: jax.Array) -> jax.Array:
+    """Return the sum of two values, or of four as the sum of two sums."""
+    first, second, *rest = values
+    return first + second + _add_in_pairs(*rest) if rest else first + second
+
+
+def check_layout(mesh: Mesh, *, logical_shards: int, axis: str = DATA_AXIS) -> None:
+    """Raise ValueError where canonical reduction cannot keep its promise on `mesh`."""
+    num_devices = mesh.shape[axis]
+    if logical_shards < 1 or logical_shards & (logical_shards - 1):
+        below = 1 << max(logical_shards.bit_length() - 1, 0)
+        raise ValueError(
+            f"logical_shards must be a power of two, so that one binary tree fits every layout; got {logical_shards}. "
+            f"Nearest valid: {below} or {2 * below}."
+        )
+    if logical_shards % num_devices:
+        raise ValueError(
+            f"Canonical reduction needs a number of devices that divides logical_shards; got {num_devices} devices and "
+            f"{logical_shards} logical shards. Use {_nearest_divisors(num_devices, logical_shards)} devices."
+        )
+    if mesh.size != num_devices:
+        raise ValueError(
+            f"Canonical reduction works on a mesh of the one axis {axis!r}; got {dict(mesh.shape)}. "
+            "Use reduction='mean' on a mesh with more axes."
+        )
+    if thread_pool_size(os.environ) < 2 and mesh.devices.flat[0].platform == "cpu":
+        raise ValueError(
+            "Canonical reduction on CPU devices needs a thread pool of two or more threads: XLA generates other code "
+            "for one. Here it has one: PJRT_NPROC or NPROC in the environment says so, or this process may use "
+            "one core only. Set PJRT_NPROC=2 before it starts; more threads than cores do no harm."
+        )
+
+
+def thread_pool_size(environment: Mapping[str, str]) -> int:
+    """Return how many threads XLA computes with on CPU devices: what it reads in the environment, or usable cores."""
+    for name in ("PJRT_NPROC", "NPROC"):
+        if environment.get(name, "").isdigit():
+            return int(environment[name])
+    return len(os.sched_getaffinity(0))
+
+
+def _nearest_divisors(number: int, power_of_two: int) -> str:
+    divisors = list(_divisors(power_of_two))
+    return " or ".join(map(str, sorted(sorted(divisors, key=lambda divisor: abs(divisor - number))[:2])))
+
+
+def _divisors(power_of_two: int) -> Iterator[int]:
+    divisor = 1
+    while divisor <= power_of_two:
+        yield divisor
+        divisor *= 2

@@ -1,0 +1,289 @@
+"""From local gradients to the global mean. This module alone owns that path.
+
+Every device sums over its own examples: gradients of the *summed* loss, and beside each sum the count it belongs to.
+Sums add up exactly over microbatches, devices and hosts whatever the number of true examples in each; one division at
+the end makes the mean. Two reductions add up the devices' sums: `mean_over_axis` (the all-reduce of the hardware, fast,
+its order of additions its own) and `tree_sum_over_axis` (a fixed binary tree, the same bits on any number of devices).
+"""
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+
+from jaxdist.spmd import metrics as metrics_lib
+from jaxdist.spmd.layout import spec_axes
+from jaxdist.spmd.metrics import Batch, Mean
+
+PyTree: TypeAlias = Any
+LossFn: TypeAlias = Callable[..., Any]
+"""`loss_fn(params, batch, key) -> (loss, metrics)`; with model_state: `loss_fn(params, batch, key, model_state) ->
+(loss, metrics, model_state)`. loss and each metric: a scalar (mean over the batch's true examples) or a Mean."""
+
+GatherFn: TypeAlias = Callable[[PyTree, jax.Array], PyTree]
+"""`gather_fn(shards, has_examples) -> params`: the whole params from the shards that the devices hold, see `gather`."""
+
+_GATHERED = "gathered_param"
+
+PACKED_MAX_SIZE = 1 << 14
+"""Elements up to which a leaf travels with others in one all-reduce; the copying costs less than one more meeting."""
+
+HALVING_MIN_SIZE = 1 << 15
+"""Elements from which recursive halving beats doubling: below it, latency counts and not bandwidth."""
+
+
+class Sums(NamedTuple):
+    """Sums over some examples, every leaf at least float32. The Sums of disjoint examples add up leaf by leaf."""
+
+    grads: PyTree
+    loss: Mean
+    metrics: dict[str, Mean]
+    model_state: PyTree
+    num_examples: jax.Array
+
+
+class Averages(NamedTuple):
+    """What a step needs of the whole batch: mean gradients, loss and metrics (float32 scalars), new model_state."""
+
+    grads: PyTree
+    loss: jax.Array
+    metrics: dict[str, jax.Array]
+    model_state: PyTree
+
+
+def evaluate_loss(
+    loss_fn: LossFn, params: PyTree, model_state: PyTree, batch: Batch, key: jax.Array
+) -> tuple[Mean, dict[str, Mean], PyTree]:
+    """Call `loss_fn` in the form its model has, and return (loss, metrics, model_state) with Means for averages."""
+    if model_state is None:
+        loss, metrics = loss_fn(params, batch, key)
+    else:
+        loss, metrics, model_state = loss_fn(params, batch, key, model_state)
+    means = {name: metrics_lib.as_mean(value, batch) for name, value in metrics.items()}
+    return metrics_lib.as_mean(loss, batch), means, model_state
+
+
+def local_sums(
+    loss_fn: LossFn,
+    params: PyTree,
+    model_state: PyTree,
+    batch: Batch,
+    key: jax.Array,
+    loss_scale: jax.Array | None = None,
+    gather_fn: GatherFn | None = None,
+) -> Sums:
+    """Return the Sums over the true examples of `batch`: gradients, loss, metrics, weighted model_state.
+
+    A batch of padding alone contributes exact zeros, also where its loss is 0/0. `loss_scale` multiplies the loss
+    before differentiation and divides the gradients after it (float16). With a `gather_fn`, `params` are this device's
+    shards and so are the gradients, which are then sums over all devices.
+    """
+    scale = jnp.float32(1.0) if loss_scale is None else loss_scale
+    num_examples = metrics_lib.num_examples(batch)
+
+    def evaluate(params: PyTree) -> tuple[Mean, dict[str, Mean], PyTree]:
+        whole = params if gather_fn is None else gather_fn(params, num_examples > 0)
+        return evaluate_loss(loss_fn, whole, model_state, batch, key)
+
+    if gather_fn is not None:
+        # Without it, every gathered param would stay in memory until the backward pass has used it.
+        evaluate = jax.checkpoint(evaluate, policy=_is_kept_for_backward)
+
+    def summed_loss(params: PyTree) -> tuple[jax.Array, Any]:
+        loss, metrics, new_model_state = evaluate(params)
+        return loss.total * scale, (loss, metrics, new_model_state)
+
+    grads, (loss, metrics, new_model_state) = jax.grad(summed_loss, has_aux=True)(params)
+    grads = jax.tree.map(lambda grad: _at_least_float32(grad) / scale, grads) if loss_scale is not None else grads
+    weighted = jax.tree.map(lambda leaf: _at_least_float32(leaf) * num_examples, new_model_state)
+    grads = jax.tree.map(_at_least_float32, grads)
+    sums = Sums(grads, loss, metrics, weighted, num_examples)
+    kept = jax.tree.map(lambda leaf: jnp.where(num_examples > 0, leaf, jnp.zeros_like(leaf)), sums)
+    # Gathered params' gradients hold other devices' examples by now; `gather` has kept the padding out of them.
+    return kept if gather_fn is None else kept._replace(grads=grads)
+
+
+def accumulate_sums(
+    loss_fn: LossFn,
+    params: PyTree,
+    model_state: PyTree,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    num_microbatches: int,
+    first_index: jax.Array | int,
+    loss_scale: jax.Array | None = None,
+    gather_fn: GatherFn | None = None,
+) -> Sums:
+    """Return the Sums of `batch`, computed one microbatch after the other (gradient accumulation).
+
+    Args:
+      loss_fn: see LossFn.
+      params: parameters, whole.
+      model_state: statistics every microbatch starts from; their new values are averaged by example count.
+      batch: this device's examples; the leading dim is a multiple of `num_microbatches`.
+      key: the step's key; each microbatch folds in its own index, counted over the global batch.
+      num_microbatches: parts to cut `batch` into.
+      first_index: index of this device's first microbatch in the global batch.
+      loss_scale: see `local_sums`.
+      gather_fn: see `local_sums`.
+    """
+
+    def sums_of(index: jax.Array | int, microbatch: Batch) -> Sums:
+        own_key = jax.random.fold_in(key, first_index + index)
+        return local_sums(loss_fn, params, model_state, microbatch, own_key, loss_scale, gather_fn)
+
+    if num_microbatches == 1:
+        return sums_of(0, batch)
+    microbatches = jax.tree.map(lambda leaf: leaf.reshape(num_microbatches, -1, *leaf.shape[1:]), batch)
+    indices = jnp.arange(num_microbatches)
+    shapes = jax.eval_shape(sums_of, indices[0], jax.tree.map(lambda leaf: leaf[0], microbatches))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+    def add(total: Sums, part: tuple[jax.Array, Batch]) -> tuple[Sums, None]:
+        return jax.tree.map(jnp.add, total, sums_of(*part)), None
+
+    return lax.scan(add, zeros, (indices, microbatches))[0]
+
+
+def mean_over_axis(sums: Sums, axis: str | tuple[str, ...]) -> Sums:
+    """Average `sums` over a mesh axis by `lax.pmean`, totals and counts alike: their quotients are the global means.
+
+    Small leaves travel together: what they cost is the meeting of the devices, not their bytes (tensor fusion of
+    Horovod; Sergeev and Del Balso, 2018).
+    """
+    leaves, structure = jax.tree.flatten(sums)
+    packed: dict[Any, list[int]] = {}
+    for place, leaf in enumerate(leaves):
+        if leaf.size <= PACKED_MAX_SIZE:
+            packed.setdefault(leaf.dtype, []).append(place)
+    large = {place: leaf for place, leaf in enumerate(leaves) if leaf.size > PACKED_MAX_SIZE}
+    vectors = [jnp.concatenate([leaves[place].reshape(-1) for place in places]) for places in packed.values()]
+    vectors, means = lax.pmean((vectors, large), axis)
+    for vector, places in zip(vectors, packed.values(), strict=True):
+        ends = list(itertools.accumulate(leaves[place].size for place in places))
+        for place, piece in zip(places, jnp.split(vector, ends[:-1]), strict=True):
+            means[place] = piece.reshape(leaves[place].shape)
+    return jax.tree.unflatten(structure, [means[place] for place in range(len(leaves))])
+
+
+def gather(leaf: jax.Array, spec: PartitionSpec, has_examples: jax.Array) -> jax.Array:
+    """Return, inside shard_map, the whole of a leaf of which `spec` tells how its shards lie over the manual axes.
+
+    Differentiated, it is a reduce-scatter, to which a device without true examples adds exact zeros.
+    """
+    for dim, axes in enumerate(spec):
+        leaf = leaf if axes is None else lax.all_gather(leaf, axes, axis=dim, tiled=True)
+    return checkpoint_name(_zero_cotangent_unless(leaf, has_examples), _GATHERED)
+
+
+def _is_kept_for_backward(primitive: Any, *_: Any, **params: Any) -> bool:
+    """Keep everything but gathered params: neither what `gather` returns nor the collective's result behind it."""
+    return primitive.name != lax.all_gather_p.name and params.get("name") != _GATHERED
+
+
+@jax.custom_vjp
+def _zero_cotangent_unless(leaf: jax.Array, condition: jax.Array) -> jax.Array:
+    del condition
+    return leaf
+
+
+# The gradient of a loss that is 0/0 is NaN, and would be added to other devices' before `local_sums` can drop it.
+_zero_cotangent_unless.defvjp(
+    lambda leaf, condition: (leaf, condition),
+    lambda condition, cotangent: (jnp.where(condition, cotangent, jnp.zeros_like(cotangent)), None),
+)
+
+
+def sum_over_axes(
+    grad: jax.Array, axes: tuple[str, ...], *, param_spec: PartitionSpec, grad_spec: PartitionSpec
+) -> jax.Array:
+    """Return, inside shard_map, the shard that `grad_spec` gives this device of a gradient's sum over `axes`.
+
+    Over the axes in `param_spec` it has been added up already: differentiating `gather` is a reduce-scatter. Over those
+    in `grad_spec` alone it is reduced and scattered here, over all others reduced.
+    """
+    left = [axis for axis in axes if axis not in spec_axes(param_spec)]
+    for dim, entry in enumerate(grad_spec):
+        scattered = [axis for axis in spec_axes(PartitionSpec(entry)) if axis in left]
+        if scattered:
+            grad = lax.psum_scatter(grad, tuple(scattered), scatter_dimension=dim, tiled=True)
+            left = [axis for axis in left if axis not in scattered]
+    return lax.psum(grad, tuple(left)) if left else grad
+
+
+def average(sums: Sums, model_state: PyTree) -> Averages:
+    """Return the means that `sums` stand for; `model_state` gives the dtypes of its new value."""
+    grads = jax.tree.map(lambda grad: grad / sums.loss.count, sums.grads)
+    new_model_state = jax.tree.map(
+        lambda old, leaf: (leaf / sums.num_examples).astype(old.dtype), model_state, sums.model_state
+    )
+    return Averages(grads, sums.loss.value, {k: mean.value for k, mean in sums.metrics.items()}, new_model_state)
+
+
+def tree_sum_over_axis(vector: jax.Array, axis: str, num_devices: int) -> jax.Array:
+    """Return the sum over a mesh axis of 2^k devices in a fixed tree: neighbours first, then pairs of pairs.
+
+    The order of additions depends on the devices' places alone, so it continues the tree that each device began over
+    its own logical shards. Large vectors go by recursive halving and an all-gather, at the cost of a ring; small ones
+    by recursive doubling (Thakur, Rabenseifner and Gropp 2005). Both add the same numbers in the same order.
+
+    Args:
+      vector: float array of one dim, different on each device.
+      axis: name of the mesh axis.
+      num_devices: size of the axis, a power of two.
+    """
+    if vector.size < HALVING_MIN_SIZE:
+        return _recursive_doubling(vector, axis, num_devices)
+    return _recursive_halving(vector, axis, num_devices)
+
+
+def _recursive_doubling(vector: jax.Array, axis: str, num_devices: int) -> jax.Array:
+    distance = 1
+    while distance < num_devices:
+        vector = vector + lax.ppermute(vector, axis, _swap_pairs(num_devices, distance))
+        distance *= 2
+    return vector
+
+
+def _recursive_halving(vector: jax.Array, axis: str, num_devices: int) -> jax.Array:
+    size = vector.size
+    chunk = jnp.pad(vector, (0, -size % num_devices))
+    index = lax.axis_index(axis)
+    distance = 1
+    while distance < num_devices:
+        halves = chunk.reshape(2, -1)
+        side = (index // distance) % 2
+        received = lax.ppermute(halves[1 - side], axis, _swap_pairs(num_devices, distance))
+        chunk = halves[side] + received
+        distance *= 2
+    # Device i ends with the chunk whose number has i's bits reversed: its first exchange chose the largest half.
+    gathered = lax.all_gather(chunk, axis)
+    num_bits = num_devices.bit_length() - 1
+    order = jnp.array([int(f"{i:0{num_bits}b}"[::-1], 2) if num_bits else 0 for i in range(num_devices)])
+    return gathered[order].reshape(-1)[:size]
+
+
+def _swap_pairs(num_devices: int, distance: int) -> list[tuple[int, int]]:
+    return [(i, i ^ distance) for i in range(num_devices)]
+
+
+def _at_least_float32(leaf: jax.Array) -> jax.Array:
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        raise ValueError(
+            f"Only floating values can be averaged over replicas; a leaf of dtype {leaf.dtype} and shape {leaf.shape} "
+            "is among the params or the model_state. Keep counters in the loop, or make them floating."
+        )
+    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+
+
+def check_metric_names(metrics: Mapping[str, Any], reserved: frozenset[str]) -> None:
+    """Raise ValueError where a loss_fn names a metric like one of the step's own."""
+    clash = sorted(reserved & set(metrics))
+    if clash:
+        raise ValueError(f"loss_fn returned metrics {clash}, names that the step itself reports. Rename them.")

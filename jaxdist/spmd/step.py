@@ -1,0 +1,297 @@
+"""Builders of the training step: `step(state, batch) -> (state, metrics)`, the state donated.
+
+Each builder takes everything static (loss, optimizer, mesh) and differs from the others in one thing alone: how the
+devices' sums become the global mean. What a step does with the mean stands once, in `apply_averages`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxdist.spmd import canonical, device_program, precision, reduce
+from jaxdist.spmd import layout as layouts
+from jaxdist.spmd.mesh import DATA_AXIS
+from jaxdist.spmd.metrics import Batch
+from jaxdist.spmd.state import TrainState
+
+Metrics: TypeAlias = dict[str, jax.Array]
+Step: TypeAlias = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+NONFINITE_LEAF = "nonfinite_leaf"
+RESERVED_METRICS = frozenset({"loss", NONFINITE_LEAF})
+
+
+def data_parallel_step(
+    loss_fn: reduce.LossFn,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    axis: str = DATA_AXIS,
+    num_microbatches: int = 1,
+) -> Step:
+    """Return the jitted step of ordinary data parallelism: a replica on every device, gradients averaged by all-reduce.
+
+    Equal to the one-device step on the whole batch up to the order of additions, also for batches with padding and
+    with `num_microbatches` > 1. `batch` must lie over `axis` in its leading dim; the state is replicated and donated.
+
+    Args:
+      loss_fn: see `reduce.LossFn`.
+      optimizer: applied to the mean gradients, on every replica alike.
+      mesh: a mesh with the axis `axis`.
+      axis: the mesh axis the batch is cut over.
+      num_microbatches: parts of each device's batch, computed one after the other.
+    """
+    local_step = _make_local_step(loss_fn, optimizer, axis, num_microbatches)
+    # check_vma=False: gradients taken inside stay local, as `reduce` expects, and a loss_fn written for one device
+    # runs unchanged (the check refuses every scan whose carry starts from a constant). Under the default, grad with
+    # respect to replicated params would already sum over the axis and the mean would be num_devices times too large.
+    mapped = jax.shard_map(
+        local_step,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(axis)),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+
+    def keyless_step(state: TrainState, key: _PlainKey, batch: Batch) -> tuple[TrainState, Metrics]:
+        new_state, metrics = mapped(_with_key(state, key.typed()), batch)
+        return _with_key(new_state, None), metrics
+
+    return _KeepsKey(jax.jit(keyless_step, donate_argnums=0))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _PlainKey:
+    """A typed key as the integers it consists of."""
+
+    data: jax.Array
+    impl: Any = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, key: jax.Array) -> "_PlainKey":
+        return cls(jax.random.key_data(key), jax.random.key_impl(key))
+
+    def typed(self) -> jax.Array:
+        return jax.random.wrap_key_data(self.data, impl=self.impl)
+
+
+class _KeepsKey:
+    """A step out of `program(state without key, plain key, batch)`, which leaves the key where it is.
+
+    The key stays the same from step to step, so it need not pass through the program; and a program that takes or
+    returns typed keys is called by JAX's slow path, which is most of the time of a small step.
+    """
+
+    def __init__(
+        self,
+        program: Callable[[TrainState, _PlainKey, Batch], tuple[TrainState, Metrics]],
+        cache_size: Callable[[], int] | None = None,
+    ):
+        self._program = program
+        self._key: jax.Array | None = None
+        cache_size = cache_size or getattr(program, "_cache_size", None)
+        if cache_size is not None:
+            self._cache_size = cache_size  # for the recompile sentinel
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        if state.key is not self._key:
+            self._key, self._plain_key = state.key, _PlainKey.of(state.key)
+        new_state, metrics = self._program(_with_key(state, None), self._plain_key, batch)
+        return _with_key(new_state, state.key), metrics
+
+
+def _with_key(state: TrainState, key: Any) -> TrainState:
+    return TrainState(state.step, state.params, state.model_state, state.opt_state, key)
+
+
+def pmap_step(
+    loss_fn: reduce.LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    devices: list[jax.Device] | None = None,
+    num_microbatches: int = 1,
+) -> Step:
+    """Return `data_parallel_step` written with `jax.pmap`, for readers who know pmap: the same numbers.
+
+    The batch comes whole, with the global leading dim; it is folded to (devices, examples per device) here. The state
+    is not donated: pmap cannot donate an argument that it broadcasts.
+    """
+    devices = jax.local_devices() if devices is None else devices
+    local_step = _make_local_step(loss_fn, optimizer, DATA_AXIS, num_microbatches)
+    mapped = jax.pmap(local_step, axis_name=DATA_AXIS, in_axes=(None, 0), out_axes=None, devices=devices)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        folded = jax.tree.map(lambda leaf: leaf.reshape(len(devices), -1, *leaf.shape[1:]), batch)
+        return mapped(state, folded)
+
+    return step
+
+
+def canonical_step(
+    loss_fn: reduce.LossFn,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    logical_shards: int = 8,
+    axis: str = DATA_AXIS,
+    num_microbatches: int = 1,
+    layout: layouts.Layout = layouts.replicated,
+) -> Step:
+    """Return a data-parallel step that gives the same bits on every number of devices that divides `logical_shards`.
+
+    Two stages: the logical shards' sums (see `canonical`), then the division and the optimizer, on every replica by the
+    same machine code (see `executable`). The bits belong to one jaxlib and one kind of device. `num_microbatches` cuts
+    each logical shard, whatever the number of devices.
+
+    A `layout` that cuts the state (`layout.zero1`) holds between the steps alone: for the update the state is gathered,
+    because a program on shards would not give the bits of one on the whole.
+
+    Raises:
+      ValueError: `logical_shards` is no power of two, or the mesh does not divide it.
+    """
+
+    def shard_fn(shared: tuple[Any, ...], shard: Batch, index: jax.Array) -> reduce.Sums:
+        params, model_state, key, step, loss_scale = shared
+        return reduce.accumulate_sums(
+            loss_fn,
+            params,
+            model_state,
+            shard,
+            jax.random.fold_in(key.typed(), step),
+            num_microbatches=num_microbatches,
+            first_index=index * num_microbatches,
+            loss_scale=loss_scale,
+        )
+
+    shard_sums = canonical.LogicalShardSums(shard_fn, mesh, logical_shards=logical_shards, axis=axis)
+
+    def update(state: TrainState, total: jax.Array) -> tuple[TrainState, Metrics]:
+        averages = reduce.average(shard_sums.unravel(total), state.model_state)
+        return apply_averages(state, averages, optimizer)
+
+    whole = PartitionSpec()
+    update_everywhere = device_program.PerDeviceProgram(
+        update, mesh, in_specs=(whole, whole), out_spec=whole, donate_argnums=(0,)
+    )
+
+    def keyless_step(state: TrainState, key: _PlainKey, batch: Batch) -> tuple[TrainState, Metrics]:
+        loss_scale = precision.loss_scale(state.opt_state)
+        total = shard_sums((state.params, state.model_state, key, state.step, loss_scale), batch)
+        return update_everywhere(state, total)
+
+    # Programs that were compiled for one shape refuse any other, so there is nothing more for the sentinel to find.
+    step = _KeepsKey(keyless_step, cache_size=lambda: update_everywhere.num_compiles)
+    if layout is layouts.replicated:
+        return step
+    gather = jax.jit(lambda state: layouts.constrain(state, mesh, layouts.replicated), donate_argnums=0)
+    cut = jax.jit(lambda state: layouts.constrain(state, mesh, layout), donate_argnums=0)
+
+    def step_between_cuts(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        new_state, metrics = step(gather(state), batch)
+        return cut(new_state), metrics
+
+    return step_between_cuts
+
+
+def _make_local_step(
+    loss_fn: reduce.LossFn,
+    optimizer: optax.GradientTransformation,
+    axis: str,
+    num_microbatches: int,
+) -> Step:
+    """Return what one device does of the step, inside shard_map or pmap."""
+
+    def local_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        sums = reduce.accumulate_sums(
+            loss_fn,
+            state.params,
+            state.model_state,
+            batch,
+            jax.random.fold_in(state.key, state.step),
+            num_microbatches=num_microbatches,
+            first_index=jax.lax.axis_index(axis) * num_microbatches,
+            loss_scale=precision.loss_scale(state.opt_state),
+        )
+        averages = reduce.average(reduce.mean_over_axis(sums, axis), state.model_state)
+        return apply_averages(state, averages, optimizer)
+
+    return local_step
+
+
+def apply_averages(
+    state: TrainState,
+    averages: reduce.Averages,
+    optimizer: optax.GradientTransformation,
+) -> tuple[TrainState, Metrics]:
+    """Return the state after the update, and the step's metrics.
+
+    Where the loss or a gradient is not finite the state stays as it was, so that what went wrong can be looked at with
+    the very params it happened to. `nonfinite_leaf` (int32) is then the first such leaf in tree order, or the number of
+    leaves when the gradients are fine and the loss is not; otherwise -1. The state is marked by `~step` in place of its
+    step. A step from a marked state leaves it alone, with a loss of NaN and a `nonfinite_leaf` that is not -1: whoever
+    looks only after several steps has lost nothing. `unmarked` gives the state to go on from, if one wants to.
+
+    Under dynamic loss scaling (float16) an overflow while the scale can still fall is no fault: the optimizer skips
+    that update and lowers the scale, and `nonfinite_leaf` is -1.
+
+    Args:
+      state: the state before the step.
+      averages: the global means.
+      optimizer: gives the updates.
+    """
+    reduce.check_metric_names(averages.metrics, RESERVED_METRICS)
+    grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), averages.grads, state.params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    new_state = TrainState(
+        state.step + 1, optax.apply_updates(state.params, updates), averages.model_state, opt_state, state.key
+    )
+    first = first_nonfinite(averages)
+    loss_scale = precision.loss_scale(state.opt_state)
+    if loss_scale is not None:
+        # The optimizer skips the update, but statistics of activations that overflowed are kept out here.
+        new_state = dataclasses.replace(
+            new_state, model_state=_where(first >= 0, state.model_state, new_state.model_state)
+        )
+        excused = jnp.isfinite(averages.loss) & (loss_scale > precision.MIN_LOSS_SCALE)
+        first = jnp.where(excused, -1, first)
+    marked = state.step < 0
+    first = jnp.where(marked, jnp.maximum(first, 0), first)
+    kept = dataclasses.replace(state, step=jnp.where(marked, state.step, ~state.step))
+    loss = jnp.where(marked, jnp.nan, averages.loss)
+    return _where(first >= 0, kept, new_state), {"loss": loss, **averages.metrics, NONFINITE_LEAF: first}
+
+
+def unmarked(state: TrainState) -> TrainState:
+    """Return the state without the mark that a step which was not finite left on it (see `apply_averages`)."""
+    return dataclasses.replace(state, step=jnp.where(state.step < 0, ~state.step, state.step))
+
+
+def first_nonfinite(averages: reduce.Averages) -> jax.Array:
+    """Return the index of the first gradient leaf with a non-finite value, num leaves for the loss alone, or -1."""
+    values = [*jax.tree.leaves(averages.grads), averages.loss]
+    bad = jnp.stack([_has_nonfinite(value) for value in values])
+    return jnp.where(bad.any(), jnp.argmax(bad), -1).astype(jnp.int32)
+
+
+def _has_nonfinite(value: jax.Array) -> jax.Array:
+    """Return whether a value is infinite or NaN, the floats whose exponent bits are all ones.
+
+    The largest of integers is the same in any order, so XLA vectorises it, where a sum of floats is one long chain of
+    additions: a hundredth of a small step.
+    """
+    if jnp.iscomplexobj(value):
+        return _has_nonfinite(value.real) | _has_nonfinite(value.imag)
+    bits = jnp.finfo(value.dtype).bits
+    unsigned = jnp.dtype(f"uint{bits}")
+    full_exponent = jax.lax.bitcast_convert_type(jnp.asarray(jnp.inf, value.dtype), unsigned)
+    return jnp.max(jax.lax.bitcast_convert_type(value, unsigned) & full_exponent, initial=0) == full_exponent
+
+
+def _where(condition: jax.Array, chosen: Any, otherwise: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), chosen, otherwise)

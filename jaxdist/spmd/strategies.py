@@ -1,0 +1,193 @@
+"""Strategies by name: what spreads a model and its batch over the devices.
+
+A strategy is a mesh, a layout and the step that goes with them. Nothing in a model or in its loss knows
+which was chosen.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax
+import optax
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxdist.spmd import canonical, evaluate, reduce, sharded
+from jaxdist.spmd import layout as layouts
+from jaxdist.spmd import step as steps
+from jaxdist.spmd.mesh import DATA_AXIS, make_mesh
+
+REDUCTIONS = ("mean", "canonical")
+MODEL_AXIS = "model"
+SHARD_AXIS = "fsdp"
+
+PURPOSES: Mapping[str, str] = {
+    "data-parallel": "a whole replica on every device, gradients averaged; the simplest, and fastest where it fits",
+    "zero1": "replicas whose optimizer state is cut over the devices; for optimizers that outweigh the params (Adam)",
+    "fsdp": "params, gradients and optimizer state cut over all devices; for models too large for one device",
+    "hsdp": "fsdp inside each host, replicas across hosts; where the network between hosts is slow",
+    "tensor": "matrices cut over a model axis beside the data axis; for layers too large or batches too small for fsdp",
+}
+ELSEWHERE: Mapping[str, str] = {
+    "parameter-server": "islands of devices that meet at a server, synchronously or not",
+}
+"""Strategies that are no layout of one mesh; the command line builds them otherwise."""
+
+CANONICAL = ("data-parallel", "zero1")
+"""Strategies whose update is the same program on every device, which canonical reduction asks for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Strategy:
+    """A chosen way to spread training over devices.
+
+    Attributes:
+      name: what the user picked.
+      mesh: the devices.
+      layout: which part of each leaf of the state lies where; for `state.create_state`.
+      batch_axes: mesh axes the batch is cut over; for the data feed and `mesh.batch_sizes`.
+      logical_shards: number of fixed slices of the batch under canonical reduction, else None.
+    """
+
+    name: str
+    mesh: Mesh
+    layout: layouts.Layout
+    batch_axes: tuple[str, ...]
+    logical_shards: int | None
+
+    def make_step(
+        self, loss_fn: reduce.LossFn, optimizer: optax.GradientTransformation, *, num_microbatches: int = 1
+    ) -> steps.Step:
+        """Return `step(state, batch) -> (state, metrics)`; the state is donated."""
+        if self.logical_shards is not None:
+            return steps.canonical_step(
+                loss_fn,
+                optimizer,
+                self.mesh,
+                logical_shards=self.logical_shards,
+                num_microbatches=num_microbatches,
+                layout=self.layout,
+            )
+        if self.layout is layouts.replicated and len(self.batch_axes) == 1:
+            return steps.data_parallel_step(loss_fn, optimizer, self.mesh, num_microbatches=num_microbatches)
+        return sharded.sharded_step(
+            loss_fn,
+            optimizer,
+            self.mesh,
+            layout=self.layout,
+            batch_axes=self.batch_axes,
+            num_microbatches=num_microbatches,
+        )
+
+    def make_eval_step(self, eval_fn: evaluate.EvalFn) -> evaluate.EvalStep:
+        """Return the evaluation of one global batch, of the same reduction as the step."""
+        if self.logical_shards is None:
+            return evaluate.eval_step(eval_fn)
+        return evaluate.canonical_eval_step(eval_fn, self.mesh, logical_shards=self.logical_shards)
+
+
+def build(
+    name: str,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    mesh_axes: Mapping[str, int] | None = None,
+    reduction: str = "mean",
+    logical_shards: int = 8,
+    rules: layouts.Rules | None = None,
+    names: Mapping[str, str | None] | None = None,
+    min_size: int = layouts.MIN_SIZE,
+) -> Strategy:
+    """Return the strategy called `name`.
+
+    Args:
+      name: one of `PURPOSES`.
+      devices: the devices to use, all by default.
+      mesh_axes: axis name -> size (one may be -1); None is the strategy's own default.
+      reduction: how gradients are added up, `mean` or `canonical`.
+      logical_shards: for canonical reduction, the number of fixed slices of the global batch.
+      rules: for `tensor`, see `layout.by_path`; None is the rules of our GPT and ViT.
+      names: mesh axes for the names that Flax modules gave to the dims of their params. A name that is an axis of the
+        mesh needs none. Named dims go before what the strategy says by itself.
+      min_size: elements below which `zero1`, `fsdp` and `hsdp` leave a leaf whole.
+
+    Raises:
+      ValueError: there is no such strategy or reduction, they do not go together, or the mesh lacks an axis.
+    """
+    check_name(name)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}.")
+    if reduction == "canonical" and name not in CANONICAL:
+        raise ValueError(
+            f"Strategy {name!r} cannot honour reduction='canonical': its update is cut over the devices, and "
+            f"other cuts give other bits. Use reduction='mean', or one of the strategies {', '.join(CANONICAL)}."
+        )
+    if rules is not None and name != "tensor":
+        raise ValueError(f"rules belong to strategy 'tensor'; {name!r} has no use for them. Remove them.")
+    if names and name == "data-parallel":
+        raise ValueError("Strategy 'data-parallel' cuts no param, so names have no use. Remove them.")
+    chosen = [axis for _, spec in rules or () for axis in layouts.spec_axes(PartitionSpec(*spec))]
+    chosen += [axis for axis in (names or {}).values() if axis is not None]
+    mesh = _make_mesh(name, mesh_axes, devices, chosen)
+    batch_axes = (DATA_AXIS, SHARD_AXIS) if SHARD_AXIS in mesh.shape else (DATA_AXIS,)
+    layout = _layout(name, mesh, rules, min_size)
+    if name != "data-parallel":
+        layout = layouts.by_names(mesh, names, otherwise=layout)
+    logical = logical_shards if reduction == "canonical" else None
+    if logical is not None:
+        canonical.check_layout(mesh, logical_shards=logical_shards)
+    return Strategy(name, mesh, layout, batch_axes, logical)
+
+
+def _make_mesh(
+    name: str, axes: Mapping[str, int] | None, devices: Sequence[jax.Device] | None, chosen: Sequence[str]
+) -> Mesh:
+    """Return the mesh; `chosen` are the axes that rules and names are about."""
+    defaults: dict[str, Mapping[str, int]] = {
+        "hsdp": {DATA_AXIS: jax.process_count(), SHARD_AXIS: -1},
+        "tensor": {DATA_AXIS: 1, MODEL_AXIS: -1},
+    }
+    mesh = make_mesh(axes or defaults.get(name), devices=devices)
+    own = {"hsdp": (DATA_AXIS, SHARD_AXIS), "tensor": (DATA_AXIS, MODEL_AXIS)}.get(name, (DATA_AXIS,))
+    needed = tuple(dict.fromkeys((DATA_AXIS, *chosen) if chosen and name == "tensor" else (*own, *chosen)))
+    missing = [axis for axis in needed if axis not in mesh.shape]
+    if missing:
+        other = "rename them in layout.rules and layout.names" if chosen else "leave the mesh out for the default"
+        raise ValueError(
+            f"Strategy {name!r} needs the mesh axes {', '.join(needed)}; got {dict(mesh.shape)}. "
+            f"Add {', '.join(missing)}, or {other}."
+        )
+    idle = [axis for axis in mesh.axis_names if axis not in (*own, *chosen, SHARD_AXIS) and mesh.shape[axis] > 1]
+    if idle:
+        raise ValueError(
+            f"Strategy {name!r} has no use for the mesh axes {', '.join(idle)} of {dict(mesh.shape)}. Remove them."
+        )
+    return mesh
+
+
+def _layout(name: str, mesh: Mesh, rules: layouts.Rules | None, min_size: int) -> layouts.Layout:
+    shard_axis = SHARD_AXIS if SHARD_AXIS in mesh.shape else DATA_AXIS
+    if name == "zero1":
+        return layouts.zero1(mesh, axis=shard_axis, min_size=min_size)
+    if name in ("fsdp", "hsdp"):
+        return layouts.fsdp(mesh, axis=shard_axis, min_size=min_size)
+    if name == "tensor":
+        return _tensor_layout(mesh, rules, min_size)
+    return layouts.replicated
+
+
+def _tensor_layout(mesh: Mesh, rules: layouts.Rules | None, min_size: int) -> layouts.Layout:
+    shards = SHARD_AXIS in mesh.shape
+    otherwise = layouts.fsdp(mesh, axis=SHARD_AXIS, min_size=min_size) if shards else layouts.replicated
+    ready = layouts.transformer_rules(MODEL_AXIS, shard_axis=SHARD_AXIS if shards else None)
+    return layouts.by_path(ready if rules is None else rules, otherwise=otherwise, for_any_model=rules is None)
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError where `name` is no strategy of one mesh; the message says which exist and what each is for."""
+    if name in PURPOSES:
+        return
+    known = "\n".join(f"  {each}: {purpose}" for each, purpose in {**PURPOSES, **ELSEWHERE}.items())
+    if name in ELSEWHERE:
+        raise ValueError(
+            f"Strategy {name!r} is no layout of one mesh; it is started by `jaxdist train`, not built here."
+        )
+    raise ValueError(f"There is no strategy {name!r}. Choose one of\n{known}")

@@ -1,0 +1,212 @@
+import contextlib
+import functools
+import itertools
+import shutil
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxdist import testing
+from jaxdist.checkpoint import snapshots as snapshot
+from jaxdist.config import experiments
+from jaxdist.launch.supervising import supervisor
+from jaxdist.run import recovery
+from jaxdist.spmd.mesh import make_mesh
+
+REPLICATED = PartitionSpec()
+DATA = {"position": {"epoch": 1, "position": 7}}
+
+
+def make_state(mesh, step, spec=REPLICATED):
+    """A state with a key, a scalar, a bfloat16 leaf, an empty one, and one laid out by `spec`."""
+    replicated = NamedSharding(mesh, PartitionSpec())
+    put = functools.partial(jax.device_put, device=replicated)
+    return {
+        "step": put(np.int32(step)),
+        "key": put(jax.random.key(step)),
+        "half": put(jnp.full((3,), step, jnp.bfloat16)),
+        "empty": put(np.zeros((0, 2), np.float32)),
+        "kernel": jax.device_put(np.arange(16.0, dtype=np.float32).reshape(8, 2) + step, NamedSharding(mesh, spec)),
+    }
+
+
+def abstract(state, mesh=None):
+    def describe(leaf):
+        sharding = leaf.sharding if mesh is None else NamedSharding(mesh, leaf.sharding.spec)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(describe, state)
+
+
+def save_steps(directory, mesh, steps, spec=REPLICATED):
+    snapshots = snapshot.Snapshots(directory, identity="a")
+    snapshots.begin(steps[0] - 1)
+    for step in steps:
+        snapshots.save(step, make_state(mesh, step, spec), DATA | {"step": step})
+    snapshots.close()
+
+
+@pytest.mark.parametrize("spec", [PartitionSpec(), PartitionSpec("data")])
+@pytest.mark.parametrize("devices_after", [1, 2, 8])
+def test_the_newest_snapshot_comes_back_bit_for_bit_on_any_mesh(tmp_path, spec, devices_after):
+    before = make_mesh({"data": -1}, devices=jax.devices()[:4])
+    save_steps(tmp_path, before, range(1, 6), spec)
+    after = make_mesh({"data": -1}, devices=jax.devices()[:devices_after])
+    snapshots = snapshot.Snapshots(tmp_path, identity="a")
+    assert snapshots.latest_step() == 5
+    expected = make_state(before, 5, spec)
+    state, data_state = snapshots.restore(abstract(expected, after), 5)
+    testing.assert_trees_equal(state, expected)
+    assert all(leaf.sharding.mesh == after for leaf in jax.tree.leaves(state))
+    assert data_state == DATA | {"step": 5}
+
+
+def test_the_state_may_be_donated_as_soon_as_save_returns(tmp_path):
+    mesh = make_mesh({"data": -1})
+    step = jax.jit(lambda state: jax.tree.map(lambda x: x * 2.0, state), donate_argnums=0)
+    state = {"x": jax.device_put(np.ones((64, 64), np.float32), NamedSharding(mesh, PartitionSpec()))}
+    snapshots = snapshot.Snapshots(tmp_path, identity="a")
+    snapshots.begin(0)
+    for number in range(1, 9):
+        state = step(state)
+        snapshots.save(number, state, {})
+        state = step(state)
+    snapshots.close()
+    restored, _ = snapshots.restore(abstract(state), snapshots.latest_step())
+    np.testing.assert_array_equal(np.asarray(restored["x"]), np.full((64, 64), 2.0**15, np.float32))
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip_data", "flip_header", "empty", "half_written"])
+def test_a_slot_that_is_not_whole_is_passed_over(tmp_path, damage):
+    mesh = make_mesh({"data": -1})
+    save_steps(tmp_path, mesh, range(1, 5))
+    newest = max(tmp_path.iterdir(), key=lambda path: snapshot._open(path).header["step"])
+    content = bytearray(newest.read_bytes())
+    if damage == "cut":
+        content = content[:-1]
+    elif damage == "flip_data":
+        content[-3] ^= 4
+    elif damage == "flip_header":
+        content[60] ^= 1
+    elif damage == "empty":
+        content = bytearray()
+    else:
+        content[:32] = b" " * 32
+    newest.write_bytes(content)
+    assert snapshot.Snapshots(tmp_path, identity="a").latest_step() == 3
+
+
+def test_what_lies_beyond_the_step_that_training_goes_on_from_is_forgotten(tmp_path):
+    mesh = make_mesh({"data": -1})
+    save_steps(tmp_path, mesh, range(1, 7))
+    snapshots = snapshot.Snapshots(tmp_path, identity="a")
+    snapshots.begin(5)
+    assert snapshots.latest_step() == 5
+    for _ in range(2):  # neither of these overwrites step 5 before it is whole itself
+        snapshots.save(6, make_state(mesh, 6), {})
+    snapshots.wait()
+    assert {snapshot._open(path).header["step"] for path in tmp_path.iterdir()} == {5, 6}
+    snapshots.begin(0)
+    assert snapshots.latest_step() is None
+    snapshots.close()
+
+
+def test_pieces_of_one_process_alone_are_no_snapshot(tmp_path):
+    """As on two processes: a step counts when the pieces of both are there."""
+    mesh = make_mesh({"data": -1}, devices=jax.devices()[:2])
+    state = make_state(mesh, 3, PartitionSpec("data"))
+    leaves = snapshot.manifests.leaves_of(state)
+    pieces = snapshot._pieces(leaves)
+    header = {
+        "identity": "a",
+        "step": 3,
+        "data_state": {},
+        "leaves": [[leaf.path, leaf.dtype, str(leaf.data.dtype), list(leaf.data.shape)] for leaf in leaves],
+    }
+    first = [piece for piece in pieces if piece.index != [[4, 8], [0, 2]]]
+    assert len(first) == len(pieces) - 1
+    snapshot._write(snapshot._slot_path(tmp_path, 0, 0), header, first)
+    snapshots = snapshot.Snapshots(tmp_path, identity="a", process=1)
+    assert snapshots.latest_step() is None
+    snapshot._write(snapshot._slot_path(tmp_path, 1, 0), header, pieces[-1:] if pieces[-1] not in first else pieces)
+    assert snapshots.latest_step() == 3
+    testing.assert_trees_equal(snapshots.restore(abstract(state), 3)[0], state)
+
+
+def test_snapshots_of_another_run_are_not_used_and_other_leaves_are_refused(tmp_path):
+    mesh = make_mesh({"data": -1})
+    save_steps(tmp_path, mesh, [1])
+    assert snapshot.Snapshots(tmp_path, identity="b").latest_step() is None
+    template = abstract(make_state(mesh, 1))
+    template["bias"] = template.pop("half")
+    with pytest.raises(snapshot.SnapshotError, match="other leaves"):
+        snapshot.Snapshots(tmp_path, identity="a").restore(template, 1)
+    template = abstract(make_state(mesh, 1))
+    template["kernel"] = jax.ShapeDtypeStruct((4, 2), np.float32, sharding=template["kernel"].sharding)
+    with pytest.raises(snapshot.SnapshotError, match=r"shape \(8, 2\) where \(4, 2\)"):
+        snapshot.Snapshots(tmp_path, identity="a").restore(template, 1)
+
+
+def test_full_memory_is_an_error_and_the_earlier_snapshots_stay(tmp_path, monkeypatch):
+    mesh = make_mesh({"data": -1})
+    save_steps(tmp_path, mesh, range(1, 4))
+    snapshots = snapshot.Snapshots(tmp_path, identity="a")
+    snapshots.begin(3)
+
+    def full(file, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(snapshot, "_write_all", full)
+    snapshots.save(4, make_state(mesh, 4), {})
+    with pytest.raises(OSError, match="No space left"):
+        snapshots.wait()
+    assert snapshots.latest_step() == 3
+
+
+def test_where_memory_is_too_small_none_are_taken_and_what_is_overwritten_counts_as_free(tmp_path, monkeypatch, capsys):
+    template = abstract(make_state(make_mesh({"data": -1}), 1))
+    small = shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: small)
+    monkeypatch.setenv(supervisor.MEMORY, str(tmp_path))
+    assert recovery.open_snapshots(experiments.Recovery(), "a", template) is None
+    assert "snapshots are off" in capsys.readouterr().err
+    (tmp_path / "process-0.slot-1.snapshot").write_bytes(bytes(1000))
+    with contextlib.closing(recovery.open_snapshots(experiments.Recovery(), "a", template)):
+        assert not capsys.readouterr().err
+
+
+@given(
+    cost=st.floats(0, 100),
+    step_seconds=st.floats(1e-4, 10),
+    known_after=st.integers(1, 20),
+    share=st.sampled_from([0.01, 0.02, 0.5]),
+    start=st.integers(0, 10_000),
+)
+def test_snapshots_cost_no_more_than_their_share_and_no_run_goes_without(cost, step_seconds, known_after, share, start):
+    taken, now = [], start
+
+    def take(info):
+        taken.append(info.step)
+
+    paced = recovery.Paced(
+        take,
+        cost_seconds=lambda: cost,
+        step_seconds=lambda: step_seconds if now - start >= known_after else None,
+        agreed=lambda number: number,
+        share=share,
+    )
+    for now in range(start + 1, start + 3001):
+        paced(types.SimpleNamespace(step=now))
+    assert taken[:known_after] == list(range(start + 1, start + known_after + 1))
+    gaps = {after - before for before, after in itertools.pairwise(taken[known_after - 1 :])}
+    assert len(gaps) == 1
+    gap = gaps.pop()
+    assert gap <= recovery.MOST_STEPS
+    assert cost <= share * gap * step_seconds * (1 + 1e-9) or gap == recovery.MOST_STEPS
+    assert gap == 1 or cost > share * (gap - 1) * step_seconds * (1 - 1e-9)

@@ -1,0 +1,339 @@
+import json
+import os
+import pathlib
+import random
+import shlex
+import signal
+import subprocess
+import sys
+
+import compile_cache
+import jax
+import numpy as np
+import pytest
+import tiny_experiment
+
+from jaxdist.cli import main
+from jaxdist.launch.joining import runtime
+
+TINY = str(pathlib.Path(tiny_experiment.__file__))
+
+
+@pytest.fixture(autouse=True)
+def on_the_test_devices(monkeypatch):
+    """Commands prepare a process of their own; here they get what this process has."""
+    monkeypatch.setattr(runtime, "start", lambda num_devices=None: jax.devices()[: num_devices or 1])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_compilations(tmp_path_factory):
+    with compile_cache.compile_once(tmp_path_factory.mktemp("xla")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """For real processes: one compilation cache, which all of them share."""
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("xla")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "NPROC": "2", **cache}
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def read_metrics(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_training_prints_one_json_object_and_nothing_else(tmp_path, capsys):
+    arguments = ["train", TINY, "--devices", "2", "--max-steps", "3", "--run-dir", str(tmp_path / "run"), "--json"]
+    assert main.run(arguments) == 0
+    shown = capsys.readouterr()
+    made = json.loads(shown.out)
+    assert shown.out.count("\n") == 1
+    assert shown.err == ""
+    assert made.pop("run_dir") == str(tmp_path / "run")
+    assert made == json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (made["end_reason"], made["step"], made["num_devices"]) == ("max_steps", 3, 2)
+    assert made["command"] == shlex.join(["jaxdist", *arguments])
+
+
+def test_what_an_experiment_prints_keeps_out_of_the_json(tmp_path, capsys):
+    experiment = tmp_path / "talking.py"
+    experiment.write_text("import tiny_experiment\nprint('hello')\nget_config = tiny_experiment.get_config\n")
+    arguments = ["train", str(experiment), "--max-steps", "1", "--run-dir", str(tmp_path / "run"), "--json"]
+    assert main.run([*arguments, "--set", "writers=console"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["step"] == 1
+    assert shown.err.startswith("hello\nstep 1 ")
+
+
+def test_without_json_a_person_is_told_where_everything_lies(tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    arguments = ["train", TINY, "--set", "seed=3", "stop.max_steps=2", "--set", "model.width=4"]
+    assert main.run([*arguments, "--run-dir", str(run_dir)]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    for expected in (
+        "end reason",
+        "max_steps",
+        "eval/accuracy",
+        f"{run_dir}/run.json",
+        f"{run_dir}/checkpoints (step 2)",
+    ):
+        assert expected in shown.err
+    made = json.loads((run_dir / "run.json").read_text())
+    assert (made["config"]["seed"], made["config"]["model"]["width"]) == (3, 4)
+
+
+def test_the_short_options_are_overrides(tmp_path, capsys):
+    arguments = ["--reduction", "canonical", "--strategy", "data-parallel", "--max-steps", "1", "--json"]
+    assert main.run(["train", TINY, *arguments, "--run-dir", str(tmp_path / "run")]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert (made["reduction"], made["strategy"], made["step"]) == ("canonical", "data-parallel", 1)
+
+
+def test_the_default_directory_and_its_resume(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main.run(["train", TINY, "--resume"]) == 2
+    assert "no run of tiny to resume in runs/" in capsys.readouterr().err
+    assert main.run(["train", TINY, "--max-steps", "1", "--json"]) == 0
+    first = json.loads(capsys.readouterr().out)["run_dir"]
+    assert main.run(["train", TINY, "--max-steps", "2", "--json", "--resume"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert (again["run_dir"], again["step"], again["restarts"]) == (first, 2, 1)
+
+
+def refused(capsys, match, *arguments):
+    """Assert exit 2 and one clear message: no traceback, nothing on standard output."""
+    assert main.run(["train", *map(str, arguments)]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("jaxdist: ")
+    assert "Traceback" not in shown.err
+    assert match in shown.err
+
+
+def test_a_bad_experiment_file_is_the_users_mistake(tmp_path, capsys):
+    run_dir = ["--run-dir", tmp_path / "run"]
+    refused(capsys, "there is none", tmp_path / "absent.py", *run_dir)
+    for text, message in {
+        "def get_config(:": "cannot be loaded: SyntaxError",
+        "1 / 0": "cannot be loaded: ZeroDivisionError: division by zero (line 1)",
+        "x = 1": "defines get_config()",
+        "def get_config(): return 3": "must return a jaxdist.Experiment",
+        "def get_config(): return {}[3]": "get_config() of",
+        "import sys; sys.exit(3)": "cannot be loaded: SystemExit: 3",
+        "def get_config(): raise SystemExit": "failed: SystemExit",
+    }.items():
+        (tmp_path / "broken.py").write_text(text)
+        refused(capsys, message, tmp_path / "broken.py", *run_dir)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("optimizer.learnig_rate=1", "Did you mean 'learning_rate'?"),
+        ("seed=many", "seed takes int; got 'many'"),
+        ("optimizer=adam", "optimizer is a group of settings"),
+        ("seed", "--set takes NAME=VALUE"),
+        ("global_batch_size=15", "14 or 16"),
+        ("strategy=magic", "There is no strategy 'magic'"),
+        ("optimizer.momentum=2", "optimizer.momentum must be at least 0 and below 1"),
+        ("log_every=0", "log_every must be at least 1"),
+        ("stop.target_metric=eval/f1 stop.target=1", "which this experiment does not report"),
+        ("inputs=pixels", "inputs must be fields of the batch"),
+        ("global_batch_size=64", "global_batch_size is 64"),
+    ],
+)
+def test_a_bad_setting_is_the_users_mistake(tmp_path, capsys, assignment, message):
+    arguments = [TINY, "--devices", "2", "--run-dir", tmp_path / "run"]
+    refused(capsys, message, *arguments, "--set", *assignment.split(" "))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bad_run_directory_is_the_users_mistake_and_stays_as_it_was(tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    assert main.run(["train", TINY, "--max-steps", "1", "--run-dir", str(run_dir), "--json"]) == 0
+    (tmp_path / "file").write_text("a file")
+    before = contents(tmp_path)
+    capsys.readouterr()
+    refused(capsys, "already holds a run. Add --resume", TINY, "--run-dir", run_dir)
+    refused(capsys, "holds a run of another experiment", TINY, "--run-dir", run_dir, "--set", "name=other")
+    refused(capsys, "holds a run of another experiment", TINY, "--run-dir", run_dir, "--resume", "--set", "seed=7")
+    refused(capsys, "--resume needs a run", TINY, "--run-dir", tmp_path / "absent", "--resume")
+    refused(capsys, "must be writable", TINY, "--run-dir", tmp_path / "file" / "run")
+    refused(capsys, "must be writable", TINY, "--run-dir", "/proc/jaxdist")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["fly"],
+        ["train"],
+        ["train", TINY, "--devices", "0"],
+        ["train", TINY, "--max-steps", "-3"],
+        ["train", TINY, "--max-steps", "many"],
+        ["train", TINY, "--reduction", "sum"],
+        ["train", TINY, "--no-such-option"],
+    ],
+)
+def test_a_bad_command_line_is_the_users_mistake(arguments, capsys):
+    with pytest.raises(SystemExit) as raised:
+        main.run(arguments)
+    assert raised.value.code == 2
+    assert "usage: jaxdist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("end_reason", "status"),
+    [
+        *[(reason, 0) for reason in ("target_reached", "max_steps", "max_epochs", "max_seconds", "patience")],
+        *[(reason, 75) for reason in ("preempted", "hang")],
+        *[(reason, 1) for reason in ("nonfinite", "error", None)],
+    ],
+)
+def test_the_exit_status_says_how_a_run_ended(end_reason, status):
+    class Made:
+        pass
+
+    Made.end_reason = end_reason
+    assert main.exit_status(Made) == status
+
+
+def test_a_loss_that_is_not_finite_fails(tmp_path, capsys):
+    experiment = tmp_path / "diverging.py"
+    experiment.write_text(
+        "import tiny_experiment, dataclasses, jaxdist\n"
+        "import numpy as np\n"
+        "def get_config():\n"
+        "    source = tiny_experiment.make_source(52, 0)\n"
+        "    source.arrays['image'][:] = np.nan\n"
+        "    made = tiny_experiment.get_config()\n"
+        "    return dataclasses.replace(made, data=jaxdist.Data(train=source))\n"
+    )
+    assert main.run(["train", str(experiment), "--run-dir", str(tmp_path / "run"), "--json"]) == 1
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["end_reason"] == "nonfinite"
+    assert "Step 1: the loss is nan." in shown.err
+
+
+def test_help_loads_neither_jax_nor_numpy():
+    """That is what makes it quick."""
+    code = (
+        "import sys\n"
+        "from jaxdist import cli\n"
+        "try:\n"
+        "    cli.main()\n"
+        "except SystemExit as end:\n"
+        "    assert end.code == 0, end.code\n"
+        "loaded = {name.partition('.')[0] for name in sys.modules}\n"
+        "assert not loaded & {'jax', 'jaxlib', 'numpy', 'flax', 'optax', 'orbax', 'rich', 'pydantic'}, loaded\n"
+    )
+    for arguments in (["--help"], ["train", "--help"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert "usage: jaxdist" in done.stdout
+
+
+# Real processes from here on.
+
+NUM_STEPS = 300
+LONG = ["--devices", "2", "--max-steps", str(NUM_STEPS), "--json"]
+TELLING = ["--set", "writers=jsonl,console", "checkpoints.every_steps=25"]
+
+
+def start(environment, run_dir, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "jaxdist.cli", "train", TINY, *LONG, *TELLING, "--run-dir", str(run_dir), *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process):
+    """Return the exit status and the run record that was printed."""
+    output, _ = process.communicate(timeout=100)
+    records = [line for line in output.splitlines() if line.startswith("{")]
+    assert len(records) == 1, output
+    return process.returncode, records[0]
+
+
+def wait_for_step(process, step):
+    for line in process.stdout:
+        if line.startswith(f"step {step} "):
+            return
+    raise AssertionError(f"the run ended before step {step}")
+
+
+@pytest.fixture(scope="module")
+def never_stopped(environment, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("never") / "run"
+    status, printed = finish(start(environment, run_dir))
+    assert status == 0
+    return run_dir, json.loads(printed)
+
+
+def assert_as_never_stopped(environment, run_dir, never_stopped):
+    """Resume the run of `run_dir` in a new process; it must end as the one that was never stopped."""
+    status, printed = finish(start(environment, run_dir, "--resume"))
+    other_dir, expected = never_stopped
+    made = json.loads(printed)
+    assert status == 0
+    for key in ("end_reason", "step", "examples_seen", "params_sha256", "metrics"):
+        assert made[key] == expected[key]
+    assert made["restarts"] == 1
+    assert read_metrics(run_dir) == read_metrics(other_dir)
+
+
+def test_sigterm_saves_and_exits_with_75_and_the_resumed_run_ends_the_same(environment, tmp_path, never_stopped):
+    process = start(environment, tmp_path / "run")
+    wait_for_step(process, 40)
+    process.send_signal(signal.SIGTERM)
+    status, _ = finish(process)
+    made = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (status, made["end_reason"]) == (75, "preempted")
+    assert 40 <= made["step"] < NUM_STEPS
+    assert (tmp_path / "run" / "checkpoints" / str(made["step"])).is_dir()
+    assert_as_never_stopped(environment, tmp_path / "run", never_stopped)
+
+
+def test_a_run_killed_at_a_random_moment_and_resumed_ends_the_same(environment, tmp_path, never_stopped):
+    process = start(environment, tmp_path / "run")
+    wait_for_step(process, random.Random(os.getpid()).randrange(1, NUM_STEPS - 60))
+    process.kill()
+    process.communicate(timeout=100)
+    assert process.returncode == -signal.SIGKILL
+    made = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert made["end_reason"] is None
+    assert_as_never_stopped(environment, tmp_path / "run", never_stopped)
+
+
+def test_an_experiment_that_cannot_be_found_in_a_real_process(environment):
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxdist.cli", "train", "no/such/file.py"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("jaxdist: An experiment is a Python file")
+
+
+def test_the_metrics_of_a_run_are_finite(never_stopped):
+    run_dir, made = never_stopped
+    assert [row["step"] for row in read_metrics(run_dir)] == list(range(1, NUM_STEPS + 1))
+    assert all(np.isfinite(value) for value in made["metrics"].values())

@@ -1,0 +1,188 @@
+import dataclasses
+import textwrap
+
+import optax
+import pytest
+import tiny_experiment
+
+from jaxdist.config import experiments
+from jaxdist.config.experiments import ConfigError
+from jaxdist.errors import UserError
+
+
+@pytest.fixture
+def experiment():
+    return tiny_experiment.get_config()
+
+
+def write(folder, text, name="given.py"):
+    path = folder / name
+    path.write_text(textwrap.dedent(text))
+    return str(path)
+
+
+LOADS = """
+    import tiny_experiment
+    def get_config():
+        return tiny_experiment.get_config()
+"""
+
+
+def test_a_file_is_loaded_and_named_after_itself_unless_it_names_itself(tmp_path):
+    assert experiments.load_experiment(write(tmp_path, LOADS)).name == "tiny"
+    nameless = LOADS.replace(
+        "tiny_experiment.get_config()", "dataclasses.replace(tiny_experiment.get_config(), name='')"
+    )
+    path = write(tmp_path, "    import dataclasses\n" + nameless, name="my_own.py")
+    assert experiments.load_experiment(path).name == "my_own"
+
+
+def test_a_file_may_import_its_neighbour_and_a_main_block_does_not_run(tmp_path):
+    write(tmp_path, LOADS, name="neighbour_of_given.py")
+    path = write(
+        tmp_path,
+        """
+        from neighbour_of_given import get_config
+        if __name__ == "__main__":
+            raise RuntimeError("this is no script now")
+        """,
+    )
+    assert experiments.load_experiment(path).global_batch_size == 16
+
+
+BROKEN = {
+    "syntax": ("def get_config(:\n", r"given\.py cannot be loaded: SyntaxError: .*line 1"),
+    "import": ("\nimport no_such_module_here\n", r"ModuleNotFoundError: No module named .*\(line 2\)"),
+    "raises": ("x = 1\n\nx / 0\n", r"cannot be loaded: ZeroDivisionError: .*\(line 3\)"),
+    "absent": ("x = 1\n", r"defines get_config\(\); .*given\.py does not"),
+    "no function": ("get_config = 3\n", r"defines get_config\(\)"),
+    "wrong type": ("def get_config():\n    return {'seed': 0}\n", r"must return a jaxdist\.Experiment.* returned dict"),
+    "none": ("def get_config():\n    pass\n", r"returned NoneType"),
+    "fails": (
+        "def get_config():\n    return {}['x']\n",
+        r"get_config\(\) of .*given\.py failed: KeyError: 'x' \(line 2\)",
+    ),
+    "refused": (
+        "import jaxdist\ndef get_config():\n    return jaxdist.Optimizer(name='sgd', learning_rate=-1)\n",
+        r"failed: ValueError: optimizer\.learning_rate must be at least 0.*\(line 3\)",
+    ),
+    "incomplete": ("import jaxdist\ndef get_config():\n    return jaxdist.Experiment()\n", r"missing .* required"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_broken_file_is_one_clear_message(tmp_path, what):
+    text, message = BROKEN[what]
+    path = tmp_path / "given.py"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message) as raised:
+        experiments.load_experiment(str(path))
+    assert isinstance(raised.value, UserError)
+    assert "\n" not in str(raised.value).strip()
+
+
+def test_a_missing_file_a_folder_and_no_python_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"'.*absent\.py' there is none"):
+        experiments.load_experiment(str(tmp_path / "absent.py"))
+    with pytest.raises(ConfigError, match="it is something else"):
+        experiments.load_experiment(str(tmp_path))
+    with pytest.raises(ConfigError, match="it is something else"):
+        experiments.load_experiment(write(tmp_path, "seed: 3", name="config.yaml"))
+
+
+def get(experiment, path):
+    for name in path.split("."):
+        experiment = getattr(experiment, name)
+    return experiment
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "value"),
+    [
+        ("seed", "7", 7),
+        ("global_batch_size", "0x20", 32),
+        ("optimizer.learning_rate", "3e-4", 3e-4),
+        ("optimizer.learning_rate", "1", 1.0),
+        ("optimizer.schedule.name", "cosine", "cosine"),
+        ("optimizer.clip_norm", "1.5", 1.5),
+        ("stop.max_steps", "none", None),
+        ("stop.max_steps", "None", None),
+        ("stop.max_epochs", "3", 3),
+        ("name", "none", "none"),
+        ("data.shuffle", "false", False),
+        ("reduction", "canonical", "canonical"),
+        ("writers", "jsonl,csv", ("jsonl", "csv")),
+        ("writers", "('csv',)", ("csv",)),
+        ("writers", "()", ()),
+        ("inputs", "image", "image"),
+        ("inputs", "('image', 'label')", ("image", "label")),
+        ("mesh", "{'data': 2}", {"data": 2}),
+        ("model.width", "24", 24),
+        ("model.dropout_rate", "0.5", 0.5),
+        ("checkpoints.best_metric", "eval/accuracy", "eval/accuracy"),
+    ],
+)
+def test_an_override_is_parsed_by_the_type_of_its_field(experiment, path, text, value):
+    found = get(experiments.override(experiment, [f"{path}={text}"]), path)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_an_override_changes_its_field_alone_and_leaves_the_experiment_as_it_was(experiment):
+    changed = experiments.override(experiment, ["optimizer.schedule.warmup=5", "model.width=24", "seed=3"])
+    assert experiment.model.width == 8
+    assert experiment.optimizer.schedule.warmup is None
+    assert dataclasses.replace(changed, seed=0, model=experiment.model, optimizer=experiment.optimizer) == experiment
+    assert changed.optimizer == dataclasses.replace(
+        experiment.optimizer, schedule=dataclasses.replace(experiment.optimizer.schedule, warmup=5)
+    )
+
+
+def test_the_last_of_two_overrides_counts(experiment):
+    assert experiments.override(experiment, ["seed=1", "seed=2"]).seed == 2
+
+
+REFUSED = {
+    "optimizer.learnig_rate=1": r"Optimizer has no field 'learnig_rate'\. Did you mean 'learning_rate'\?",
+    "optimiser.learning_rate=1": r"Experiment has no field 'optimiser'\. Did you mean 'optimizer'\?",
+    "model.widht=3": r"MLP has no field 'widht'\. Did you mean 'width'\?",
+    "stop.max_step=3": r"Stop has no field 'max_step'\. Did you mean 'max_steps'\?",
+    "zzz=1": r"no field 'zzz'\. It has: name, model,",
+    "model.name=x": r"MLP has no field 'name'",
+    "model.parent=None": r"MLP has no field 'parent'",
+    "seed.value=1": r"'seed\.value': int has no settings of its own",
+    "stop.max_steps.x=1": r"int has no settings",
+    "global_batch_size=many": r"global_batch_size takes int; got 'many'",
+    "global_batch_size=2.5": r"takes int; got '2\.5'",
+    "global_batch_size=": r"takes int; got ''",
+    "optimizer.learning_rate=fast": r"takes float; got 'fast'",
+    "optimizer.learning_rate=-1": r"is refused: optimizer\.learning_rate must be at least 0; got -1\.0",
+    "optimizer.schedule.name=cosin": r"takes one of constant, cosine, linear; got 'cosin'",
+    "precision=float8": r"takes one of float32, bfloat16, float16; got 'float8'",
+    "data.shuffle=perhaps": r"data\.shuffle takes bool",
+    "writers=jsonl,xml": r"writers takes tuple.*got 'jsonl,xml'",
+    "data.train=digits": r"data\.train takes Source",
+    "data.example_fn=flip": r"data\.example_fn takes",
+    "loss=classification": r"loss takes function",
+    "optimizer=adam": r"optimizer is a group of settings; set one of its fields: name, learning_rate,",
+    "optimizer.schedule=cosine": r"optimizer\.schedule is a group of settings; set one of its fields: name, warmup",
+    "model=mlp": r"model is a group of settings; set one of its fields: num_classes, width, num_layers, dropout_rate\.",
+    "seed": r"NAME=VALUE.*got 'seed'",
+    "=3": r"NAME=VALUE",
+    "optimizer..name=sgd": r"no field ''",
+}
+
+
+@pytest.mark.parametrize("assignment", REFUSED)
+def test_what_cannot_be_set_is_refused_with_the_way_out(experiment, assignment):
+    with pytest.raises(ConfigError, match=REFUSED[assignment]) as raised:
+        experiments.override(experiment, [assignment])
+    assert "\n" not in str(raised.value)
+
+
+def test_an_optimizer_of_optax_has_no_settings(experiment):
+    ready = dataclasses.replace(experiment, optimizer=optax.sgd(0.1))
+    with pytest.raises(ConfigError, match="no settings of its own"):
+        experiments.override(ready, ["optimizer.learning_rate=1"])
+    with pytest.raises(ConfigError, match="optimizer cannot be set on the command line; edit the experiment file"):
+        experiments.override(ready, ["optimizer=adam"])

@@ -1,0 +1,88 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from jaxdist.data import ArraySource, Loader
+from jaxdist.data.placement import host_shards
+from jaxdist.data.sources.combine import Concatenated, Filtered, Manifest, Sharded, mix
+
+
+def part(begin, end):
+    return ArraySource({"id": np.arange(begin, end)})
+
+
+def test_concatenated_sources_keep_their_order_and_their_fingerprints():
+    source = Concatenated([part(0, 3), part(3, 4), part(4, 9)])
+    assert [int(source[index]["id"]) for index in range(len(source))] == list(range(9))
+    assert source.fingerprint() != Concatenated([part(0, 3), part(3, 9)]).fingerprint()
+    assert source.fingerprint() == Concatenated([part(0, 3), part(3, 4), part(4, 9)]).fingerprint()
+
+
+def test_a_mixture_resumes_anywhere():
+    def load(size, start=None):
+        source, shuffle = mix([part(0, 20), part(20, 25)], (2, 1))
+        return Loader(source, shuffle=shuffle, global_batch_size=size, seed=0, num_epochs=2, start=start)
+
+    items = list(load(6))
+    whole = np.concatenate([batch["id"][batch["mask"] == 1] for batch, _ in items])
+    assert np.count_nonzero(whole[:24] >= 20) == 8
+    resumed = list(load(5, start=items[2].position))
+    rest = np.concatenate([batch["id"][batch["mask"] == 1] for batch, _ in resumed])
+    np.testing.assert_array_equal(rest, whole[18:])
+
+
+def test_filtered_examples_keep_their_row_and_lose_their_mask():
+    source = Filtered(part(0, 7), lambda example: example["id"] % 3 == 0, version="thirds")
+    batches = [batch for batch, _ in Loader(source, global_batch_size=4, seed=0, shuffle=False, num_epochs=1)]
+    assert [batch["mask"].tolist() for batch in batches] == [[1, 0, 0, 1], [0, 0, 1, 0]]
+    assert source.fingerprint() != Filtered(part(0, 7), lambda e: True, version="all").fingerprint()
+
+
+SHARDS = [part(0, 5), part(5, 7), part(7, 16), part(16, 20)]
+
+
+@pytest.mark.parametrize("num_hosts", [1, 2, 4])
+def test_shards_on_hosts_give_the_batches_of_one_host_with_all_of_them(num_hosts):
+    manifest = Manifest.from_json(json.loads(json.dumps(Manifest.of(SHARDS).to_json())))
+    per_host, rows_per_host = len(SHARDS) // num_hosts, 8 // num_hosts
+
+    def load(numbers, rows=None):
+        source = Sharded({number: SHARDS[number] for number in numbers}, manifest)
+        return Loader(source, shuffle=source.order(), global_batch_size=8, seed=3, num_epochs=2, rows=rows)
+
+    alone = list(load(range(4)))
+    assert len(alone) == 2 * load(range(4)).steps_per_epoch == 10
+    hosts = [
+        list(
+            load(
+                range(host * per_host, (host + 1) * per_host),
+                np.arange(host * rows_per_host, (host + 1) * rows_per_host),
+            )
+        )
+        for host in range(num_hosts)
+    ]
+    for step, (batch, position) in enumerate(alone):
+        assert all(host[step].position == position for host in hosts)
+        for name, array in batch.items():
+            np.testing.assert_array_equal(array, np.concatenate([host[step].batch[name] for host in hosts]))
+    for epoch in (alone[:5], alone[5:]):
+        ids = np.concatenate([batch["id"][batch["mask"] == 1] for batch, _ in epoch])
+        assert sorted(ids) == list(range(20))
+
+
+def test_shards_that_are_missing_or_not_the_manifests_are_refused():
+    manifest = Manifest.of(SHARDS)
+    with pytest.raises(ValueError, match=r"shard 3.*has the shards \[0, 1\]"):
+        Sharded({0: SHARDS[0], 1: SHARDS[1]}, manifest)[17]
+    with pytest.raises(ValueError, match="Shard 1 is not the manifest's"):
+        Sharded({1: part(5, 8)}, manifest)
+    with pytest.raises(ValueError, match="no shard 9"):
+        Sharded({9: part(5, 8)}, manifest)
+
+
+def test_host_shards_follow_the_mesh():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("data",), axis_types=(AxisType.Auto,))
+    assert host_shards(mesh, 6) == list(range(6))

@@ -1,0 +1,93 @@
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from jaxdist.data import Loader
+from jaxdist.data.sources.pack import Blocks, Bucketed, Packed, example_lengths, pack_index
+
+
+class Sentences:
+    """Example i is i + 1, repeated."""
+
+    def __init__(self, lengths):
+        self.lengths = lengths
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __getitem__(self, index):
+        return {"tokens": np.full(self.lengths[index], index + 1, np.int32)}
+
+    def fingerprint(self):
+        return f"sentences:{self.lengths}"
+
+
+lengths = st.lists(st.integers(1, 20), min_size=1, max_size=100)
+
+
+@hypothesis.given(lengths, st.integers(20, 50))
+def test_every_example_is_packed_into_one_row_that_holds_it(sizes, row_length):
+    rows = pack_index(np.array(sizes), row_length)
+    assert sorted(i for row in rows for i in row) == list(range(len(sizes)))
+    assert all(sum(sizes[i] for i in row) <= row_length for row in rows)
+    # No two rows could be one, or best fit would have made them one.
+    totals = sorted(sum(sizes[i] for i in row) for row in rows)
+    assert len(totals) < 2 or totals[0] + totals[1] > row_length
+
+
+@hypothesis.given(lengths)
+def test_rows_give_the_examples_back_by_their_segments(sizes):
+    source = Sentences(sizes)
+    packed = Packed(source, example_lengths(source, "tokens"), row_length=25, pad=-1)
+    found = []
+    for row in (packed[index] for index in range(len(packed))):
+        assert {name: value.shape for name, value in row.items()} == dict.fromkeys(row, (25,))
+        assert (row["tokens"][row["segment_ids"] == 0] == -1).all()
+        for segment in range(1, row["segment_ids"].max() + 1):
+            inside = row["segment_ids"] == segment
+            (token,) = set(row["tokens"][inside].tolist())
+            np.testing.assert_array_equal(row["positions"][inside], np.arange(sizes[token - 1]))
+            found.append(token - 1)
+    assert sorted(found) == list(range(len(sizes)))
+
+
+def test_examples_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match="Example 1 has 30, and 2 examples"):
+        pack_index(np.array([3, 30, 0]), 25)
+    with pytest.raises(ValueError, match="a length for each"):
+        Packed(Sentences([3, 4]), np.array([3]), row_length=5)
+    with pytest.raises(ValueError, match="Example 1 was packed with the length 3"):
+        Packed(Sentences([3, 4]), np.array([3, 3]), row_length=6)[0]
+
+
+@hypothesis.given(lengths, st.integers(1, 9), st.integers(1, 30))
+def test_batches_of_a_bucket_have_its_length_and_an_epoch_has_all_examples(sizes, batch_size, block_size):
+    source = Bucketed(Sentences(sizes), np.array(sizes), boundaries=(5, 12, 20), block_size=block_size)
+    size = min(batch_size, len(sizes))
+    loader = Loader(source, shuffle=source.order(), global_batch_size=size, seed=1, num_epochs=1, num_threads=0)
+    batches = [batch for batch, _ in loader]
+    assert len(batches) == loader.steps_per_epoch
+    seen = []
+    for batch in batches:
+        width = batch["tokens"].shape[1]
+        shorter = {5: 0, 12: 5, 20: 12}[width]
+        assert ((batch["length"] > shorter) & (batch["length"] <= width)).all()
+        np.testing.assert_array_equal((batch["tokens"] > 0).sum(axis=1), batch["length"])
+        seen += batch["tokens"][batch["mask"] == 1, 0].tolist()
+    assert sorted(seen) == list(range(1, len(sizes) + 1))
+
+
+@hypothesis.given(st.lists(st.integers(1, 20), min_size=1, max_size=8), st.lists(st.integers(1, 9), min_size=1))
+def test_blocks_lose_nothing_when_the_batch_size_changes(sizes, batch_sizes):
+    scheme, total, position, seen, step = Blocks(tuple(sizes)), sum(sizes), 0, [], 0
+    while position < total:
+        batch = scheme.batch(total, 0, 1, position, batch_sizes[step % len(batch_sizes)])
+        seen += batch.ids[batch.mask == 1].tolist()
+        position, step = batch.after, step + 1
+    assert sorted(seen) == list(range(total))
+
+
+def test_boundaries_must_hold_the_longest_example():
+    with pytest.raises(ValueError, match="longest example, 9"):
+        Bucketed(Sentences([3, 9]), np.array([3, 9]), boundaries=(4, 8))

@@ -1,0 +1,210 @@
+"""Worker processes: the same batches as threads, and a clean end, however it comes."""
+
+import importlib.util
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from jaxdist.data import ArraySource, CorruptExample, Loader
+from jaxdist.data.assembly import BadExampleError, ExampleError
+from jaxdist.data.assembly_pool import WorkerDied
+from jaxdist.data.assembly_process import dump_recipe, load_recipe
+
+SOURCE = ArraySource({"id": np.arange(40)})
+
+
+def jitter(example, random):
+    """Rows grow with the size of the epoch's first ids, so that slots must grow, too."""
+    return {"id": example["id"], "noise": random.random((3, 50))}
+
+
+def fail_at_17(example, random):
+    if example["id"] == 17:
+        raise KeyError("no such thing")
+    return example
+
+
+def corrupt_thirds(example, random):
+    if example["id"] % 3 == 0:
+        raise CorruptExample(f"file-{example['id']}.png")
+    return example
+
+
+def die_at_17(example, random):
+    if example["id"] == 17:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return example
+
+
+class Growing:
+    """Example i has i // 8 + 1 elements, so each batch is larger than the one before."""
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        return {"x": np.full((index // 8 + 1) * 3000, index, np.int32)}
+
+    def fingerprint(self):
+        return "growing"
+
+
+def load(source, **settings):
+    return list(Loader(source, **{"global_batch_size": 8, "seed": 0, "num_epochs": 1, **settings}))
+
+
+def assert_same(ours, theirs):
+    assert len(ours) == len(theirs)
+    for (batch, position), (other, other_position) in zip(ours, theirs):
+        assert position == other_position
+        assert set(batch) == set(other)
+        for name, array in batch.items():
+            np.testing.assert_array_equal(array, other[name])
+            assert array.flags.owndata  # a view of a slot would change under JAX
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_workers_make_the_batches_of_threads(num_workers):
+    settings = {"example_fn": jitter, "global_batch_size": 7, "num_epochs": 2}
+    assert_same(load(SOURCE, num_workers=num_workers, **settings), load(SOURCE, num_threads=0, **settings))
+
+
+def test_sources_that_read_whole_batches_and_batches_that_grow():
+    assert_same(load(SOURCE, num_workers=1), load(SOURCE))
+    assert_same(load(Growing(), num_workers=2, shuffle=False), load(Growing(), shuffle=False))
+
+
+def test_an_exception_in_a_worker_names_the_example_and_ends_all_workers():
+    loader = Loader(SOURCE, global_batch_size=8, seed=0, shuffle=False, example_fn=fail_at_17, num_workers=2)
+    batches = iter(loader)
+    assert [next(batches).position.position for _ in range(2)] == [8, 16]
+    with pytest.raises(ExampleError, match=r"Example 17 \(epoch 0\): KeyError: 'no such thing'") as caught:
+        next(batches)
+    assert "fail_at_17" in caught.value.__notes__[0]
+
+
+def test_a_killed_worker_is_noticed_at_once_and_its_example_named():
+    loader = Loader(SOURCE, global_batch_size=8, seed=0, shuffle=False, example_fn=die_at_17, num_workers=2)
+    with pytest.raises(WorkerDied, match=r"was killed by signal 9 while making example 17 \(epoch 0\)"):
+        list(loader)
+
+
+@pytest.mark.parametrize("settings", [{"num_threads": 2}, {"num_threads": 0}, {"num_workers": 2}], ids=str)
+def test_bad_examples_are_skipped_counted_and_named(settings, caplog):
+    loader = Loader(
+        SOURCE, global_batch_size=8, seed=0, num_epochs=1, example_fn=corrupt_thirds, on_bad="skip", **settings
+    )
+    batches = [batch for batch, _ in loader]
+    ids = np.concatenate([batch["id"][batch["mask"] == 1] for batch in batches])
+    assert sorted(ids) == [i for i in range(40) if i % 3]
+    assert not np.concatenate([batch["id"][batch["mask"] == 0] for batch in batches]).any()
+    assert len(loader.skipped) == len(caplog.records) == 14
+    assert any("file-9.png" in message for message in loader.skipped)
+    with pytest.raises(BadExampleError, match=r"Example \d+ \(epoch 0\): file-\d+\.png"):
+        load(SOURCE, example_fn=corrupt_thirds, **settings)
+
+
+def test_only_corrupt_examples_are_skipped():
+    with pytest.raises(ExampleError, match="KeyError") as caught:
+        load(SOURCE, example_fn=fail_at_17, on_bad="skip", num_threads=0)
+    assert not isinstance(caught.value, BadExampleError)
+    with pytest.raises(ValueError, match="on_bad"):
+        Loader(SOURCE, global_batch_size=4, seed=0, on_bad="ignore")
+
+
+def test_what_cannot_be_sent_to_a_worker_is_refused():
+    with pytest.raises(ValueError, match="top level of a module"):
+        load(SOURCE, example_fn=lambda example, random: example, num_workers=1)
+
+
+def test_functions_of_a_file_that_is_no_module_reach_the_worker(tmp_path):
+    """An experiment is loaded from its path, and cannot be imported by its name."""
+    (tmp_path / "helper_of_it.py").write_text("TWO = 2\n")
+    path = tmp_path / "an_experiment.py"
+    path.write_text(
+        "from helper_of_it import TWO\n\ndef double(example, random):\n    return {'id': example['id'] * TWO}\n"
+    )
+    spec = importlib.util.spec_from_file_location("an_experiment", path)
+    module = sys.modules["an_experiment"] = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(tmp_path))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(tmp_path))
+    for name in ("an_experiment", "helper_of_it"):
+        assert name in sys.modules
+    batches = load(SOURCE, example_fn=module.double, num_workers=1, shuffle=False)
+    assert batches[0].batch["id"].tolist() == list(range(0, 16, 2))
+    recipe = Loader(SOURCE, global_batch_size=4, seed=0, example_fn=module.double).recipe
+    assert load_recipe(dump_recipe(recipe)).example_fn is not module.double
+    for name in ("an_experiment", "helper_of_it"):
+        del sys.modules[name]
+    sys.path.remove(str(tmp_path))
+
+
+TRAINER = """
+import multiprocessing, time, numpy as np
+from jaxdist.data import ArraySource, Loader
+from test_assembly_pool import slow
+
+if __name__ == "__main__":
+    source = ArraySource({"id": np.arange(1000)})
+    batches = iter(Loader(source, global_batch_size=4, seed=0, example_fn=slow, num_workers=2))
+    next(batches)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    while True:
+        next(batches)
+"""
+
+
+def slow(example, random):
+    time.sleep(0.01)
+    return {"x": np.zeros(10**5) + example["id"]}
+
+
+def is_alive(pid):
+    try:
+        state = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/stat").exists(), reason="reads the state of processes from /proc")
+def test_nothing_is_alive_and_no_memory_is_left_after_the_trainer_was_killed(tmp_path):
+    script = tmp_path / "trainer.py"
+    script.write_text(TRAINER)
+    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parent)}
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment) as trainer:
+        pids = [int(pid) for pid in trainer.stdout.readline().split()]
+        assert len(pids) == 2
+        group = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if parent_of(pid) == trainer.pid]
+        assert set(pids) <= set(group)
+        # Only what this trainer uses is looked at: other programs' shared memory comes and goes.
+        used = {name for pid in [trainer.pid, *group] for name in shared_memory(pid)}
+        trainer.kill()
+        deadline = time.monotonic() + 5
+        while any(map(is_alive, group)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not [pid for pid in group if is_alive(pid)]
+    assert not used & set(os.listdir("/dev/shm"))
+
+
+def shared_memory(pid):
+    """Return the names in /dev/shm that a process has open or mapped."""
+    links = [os.readlink(link) for link in pathlib.Path(f"/proc/{pid}/fd").iterdir()]
+    mapped = [line.split()[-1] for line in pathlib.Path(f"/proc/{pid}/maps").read_text().splitlines()]
+    return {path.removeprefix("/dev/shm/") for path in links + mapped if path.startswith("/dev/shm/")}
+
+
+def parent_of(pid):
+    try:
+        return int(pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return None

@@ -1,0 +1,138 @@
+"""Real processes that cannot come together: each says one thing, soon, and leaves nothing behind."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from jaxdist.errors import UserError
+from jaxdist.launch.joining import coordinator as meeting
+from jaxdist.launch.supervising import local_job
+
+EXPERIMENT = pathlib.Path(__file__).parents[2] / "tiny_experiment.py"
+
+
+CERTIFICATES = pathlib.Path(__file__).parents[2] / "paramserver" / "certificates"
+WITH_CERTIFICATE = {
+    "JAX_MTLS_CERT_FILE": str(CERTIFICATES / "node.pem"),
+    "JAX_MTLS_KEY_FILE": str(CERTIFICATES / "key.pem"),
+    "JAX_MTLS_CA_FILE": str(CERTIFICATES / "root.pem"),
+}
+
+
+def start(port, number, run_dir, *arguments, seconds=60, environment=None):
+    place = {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COORDINATOR_ADDRESS": f"{local_job.LOOPBACK}:{port}",
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_PROCESS_ID": str(number),
+        meeting.CONNECT_SECONDS: str(seconds),
+    }
+    command = [sys.executable, "-m", "jaxdist.cli", "train", str(EXPERIMENT), "--run-dir", str(run_dir), *arguments]
+    return subprocess.Popen(
+        command,
+        env={**os.environ, **place, **(environment or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def ends(process):
+    try:
+        output, _ = process.communicate(timeout=90)
+    finally:
+        process.kill()
+    return process.returncode, output
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind((local_job.LOOPBACK, 0))
+        return probe.getsockname()[1]
+
+
+def test_processes_that_run_different_settings_are_told_so_and_leave_no_run(tmp_path):
+    port = free_port()
+    both = [
+        start(port, 0, tmp_path / "run"),
+        start(port, 1, tmp_path / "run", "--set", "optimizer.learning_rate=0.7"),
+    ]
+    results = [ends(process) for process in both]
+    for status, output in results:
+        assert status == 2, output
+        assert "setting optimizer.learning_rate: process 1" in output
+        assert "Traceback" not in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_coordinator_that_is_not_there_is_named(tmp_path):
+    port = free_port()
+    status, output = ends(start(port, 1, tmp_path / "run", seconds=1))
+    assert status == 75
+    assert f"could not reach the coordinator at 127.0.0.1:{port}" in output
+    assert "Traceback" not in output
+
+
+def test_processes_that_do_not_come_are_not_waited_for_for_ever(tmp_path):
+    status, output = ends(start(free_port(), 0, tmp_path / "run", seconds=1))
+    assert status == 75
+    assert "Not all 2 processes came" in output
+    assert "Traceback" not in output
+
+
+def test_a_port_that_is_taken_is_named_even_where_it_could_be_shared():
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.bind((local_job.LOOPBACK, 0))
+        other.listen()
+        address = "{}:{}".format(*other.getsockname())
+        with pytest.raises(UserError, match=rf"listen at {address}: Address already in use"):
+            meeting.check_free(address)
+
+
+def test_an_address_of_another_machine_is_refused():
+    with pytest.raises(UserError, match="start process 0 on the host that has this address"):
+        meeting.check_free("192.0.2.1:80")
+
+
+def test_collectives_listen_where_the_coordinator_does():
+    assert meeting.own_address(f"{local_job.LOOPBACK}:1") == local_job.LOOPBACK
+    assert meeting.own_address("[::1]:1") == "::1"
+
+
+def test_tls_is_refused_where_jax_has_none(monkeypatch):
+    monkeypatch.setenv("JAX_MTLS_CERT_FILE", "cert.pem")
+    if hasattr(jax.config, "jax_mtls_cert_file"):
+        meeting.check_tls()
+    else:
+        with pytest.raises(UserError, match="JAX_MTLS_CERT_FILE asks for mutual TLS"):
+            meeting.check_tls()
+
+
+def test_with_tls_processes_with_a_certificate_meet(tmp_path):
+    port = free_port()
+    both = [start(port, number, tmp_path / "run", environment=WITH_CERTIFICATE) for number in (0, 1)]
+    for status, output in [ends(process) for process in both]:
+        if hasattr(jax.config, "jax_mtls_cert_file"):
+            assert status == 0, output
+        else:
+            assert status == 2, output
+            assert "asks for mutual TLS" in output
+
+
+def test_with_tls_a_process_without_a_certificate_is_turned_away(tmp_path):
+    port = free_port()
+    coordinator = start(port, 0, tmp_path / "run", seconds=8, environment=WITH_CERTIFICATE)
+    stranger = start(port, 1, tmp_path / "run", seconds=8)
+    (status, output), (strange_status, strange_output) = ends(coordinator), ends(stranger)
+    has_tls = hasattr(jax.config, "jax_mtls_cert_file")
+    assert status == (75 if has_tls else 2), output
+    assert strange_status == 75, strange_output
+    # With TLS there is a coordinator, which does not answer; without it there is none.
+    assert ("Not all 2 processes came" if has_tls else "could not reach the coordinator") in strange_output
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,65 @@
+import json
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxdist.launch.joining import same_on_all
+
+FACTS = st.dictionaries(st.sampled_from(["jax", "lr", "file a.py"]), st.sampled_from([1, 2, "x", None]))
+
+
+def told(*facts):
+    return [{"host": f"h{number}", **each} for number, each in enumerate(facts)]
+
+
+@given(FACTS, st.integers(1, 6))
+def test_processes_that_say_the_same_are_equal_whatever_their_hosts(facts, count):
+    assert same_on_all.describe(told(*[facts] * count)) == ""
+
+
+@given(st.lists(FACTS, min_size=2, max_size=6))
+def test_a_difference_names_a_process_and_the_fact(facts):
+    text = same_on_all.describe(told(*facts))
+    names = {name for each in facts for name in each}
+    different = {name for name in names if len({json.dumps(each.get(name)) for each in facts}) > 1}
+    assert bool(text) == bool(different)
+    for name in different:
+        assert f"  {name}: process " in text
+
+
+def test_most_processes_are_taken_to_be_right():
+    text = same_on_all.describe(told({"jax": "1"}, {"jax": "2"}, {"jax": "2"}, {"jax": "3"}))
+    assert 'jax: process 0 (h0) has "1", the others "2"' in text
+    assert 'jax: process 3 (h3) has "3", the others "2"' in text
+
+
+def test_process_0_is_taken_to_be_right_where_as_many_say_otherwise():
+    text = same_on_all.describe(told({"jax": "1"}, {"jax": "2"}))
+    assert text.endswith('jax: process 1 (h1) has "2", the others "1"')
+
+
+def test_a_long_list_of_differences_is_cut():
+    text = same_on_all.describe(told({}, {f"file {n:02}.py": "x" for n in range(20)}))
+    assert text.count("process 1") == 8
+    assert text.endswith("... and 12 more")
+
+
+def test_a_changed_file_of_the_experiment_is_named(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("a = 1\n")
+    before = same_on_all.of_experiment(path, {"optimizer": {"learning_rate": 0.1}})
+    path.write_text("a = 2\n")
+    after = same_on_all.of_experiment(path, {"optimizer": {"learning_rate": 0.2}})
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"file mine.py", "setting optimizer.learning_rate"}
+
+
+def test_the_start_says_versions_devices_and_every_file_of_the_package():
+    facts = same_on_all.of_start(3)
+    assert facts["--devices"] == 3
+    assert {"version of jax", "version of python", "file jaxdist/cli/main.py", "jax_enable_x64"} <= set(facts)
+
+
+def test_outside_a_job_there_is_nobody_to_differ_from():
+    same_on_all.compare("anything", {"a": 1})
+    assert same_on_all.from_first("anything", "mine") == "mine"

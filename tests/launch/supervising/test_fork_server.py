@@ -1,0 +1,119 @@
+"""Processes forked from one that has done the imports: like those started afresh, and the caller's own children."""
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from jaxdist.launch.supervising import fork_server
+
+SHOW = """
+import json, os, sys
+import numpy as np
+print(json.dumps({
+    "name": __name__, "argv": sys.argv[1:], "said": os.environ.get("SAID"), "parent": os.getppid(),
+    "leader": os.getsid(0) == os.getpid(), "preloaded": "colorsys" in sys.modules,
+    "random": int(np.random.randint(1 << 30)),
+}))
+sys.exit(3)
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """Return the command of a module that the test writes."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+
+    def write(code, *arguments):
+        (tmp_path / "born.py").write_text(code)
+        return [sys.executable, "-m", "born", *arguments]
+
+    return write
+
+
+def start(nest, command, path, **environment):
+    with open(path, "wb") as output:
+        child = nest.start(command, {**os.environ, **environment}, output)
+    assert child is not None
+    return child
+
+
+def test_a_child_is_like_a_process_started_afresh_minus_the_imports(module, tmp_path):
+    with fork_server.Nursery(["colorsys"]) as nest:
+        command = module(SHOW, "a", "b")
+        children = [start(nest, command, tmp_path / name, SAID=name) for name in ("first", "second")]
+        assert [child.wait(timeout=60) for child in children] == [3, 3]
+        assert [child.poll() for child in children] == [3, 3]
+    said = [json.loads((tmp_path / name).read_text()) for name in ("first", "second")]
+    assert said[0].pop("random") != said[1].pop("random")
+    common = {"name": "__main__", "argv": ["a", "b"], "parent": os.getpid(), "leader": True, "preloaded": True}
+    assert said == [common | {"said": "first"}, common | {"said": "second"}]
+
+
+def test_a_child_can_be_killed_and_outlives_the_nursery(module, tmp_path):
+    with fork_server.Nursery() as nest:
+        child = start(nest, module("import threading; threading.Event().wait()"), tmp_path / "log")
+    assert child.poll() is None
+    with pytest.raises(subprocess.TimeoutExpired):
+        child.wait(timeout=0.01)
+    child.kill()
+    assert child.wait(timeout=60) == -signal.SIGKILL
+    child.terminate()  # it has ended: nothing happens
+
+
+STARTS_A_THREAD = "import threading; threading.Thread(target=threading.Event().wait, daemon=True).start()"
+
+
+@pytest.mark.parametrize("code", [STARTS_A_THREAD, "import jax; jax.devices()"])
+def test_what_has_threads_is_not_forked(module, tmp_path, code):
+    (tmp_path / "experiment.py").write_text(code)
+    with fork_server.Nursery(experiment=str(tmp_path / "experiment.py")) as nest:
+        assert nest.start(module(SHOW), os.environ, None) is None
+        assert nest.start(module(SHOW), os.environ, None) is None
+
+
+def test_an_experiment_that_fails_is_left_to_the_process_that_trains_it(module, tmp_path):
+    (tmp_path / "experiment.py").write_text("import colorsys, missing_module")
+    with fork_server.Nursery(experiment=str(tmp_path / "experiment.py")) as nest:
+        assert start(nest, module("import sys; sys.exit('colorsys' not in sys.modules)"), tmp_path / "log").wait() == 0
+
+
+def test_a_nursery_that_was_killed_starts_nothing(module):
+    with fork_server.Nursery() as nest:
+        os.killpg(nest._process.pid, signal.SIGKILL)
+        nest._process.wait()
+        assert nest.start(module(SHOW), os.environ, None) is None
+
+
+OWNER = """
+import os, pathlib, signal, sys
+from jaxdist.launch import nursery
+nest = nursery.Nursery()
+nest.remove_at_end(pathlib.Path(sys.argv[2]))
+with open(sys.argv[1], "wb") as output:
+    child = nest.start([sys.executable, "-m", "born"], os.environ | {"JAXDIST_PARENT_ID": str(os.getpid())}, output)
+print(nest._process.pid, child.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_nothing_outlives_an_owner_that_is_killed(module, tmp_path):
+    module(
+        "import os, threading; from jaxdist.launch import runtime; "
+        "runtime.die_with_parent(os.environ); threading.Event().wait()"
+    )
+    command = [sys.executable, "-c", OWNER, str(tmp_path / "log"), str(tmp_path / "doomed")]
+    (tmp_path / "doomed").mkdir()
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=False, timeout=60)
+    for process_id in map(int, done.stdout.split()):
+        with contextlib.suppress(ProcessLookupError):
+            # Nobody's children here: a descriptor of a process can be waited for all the same.
+            descriptor = os.pidfd_open(process_id)
+            assert select.select([descriptor], [], [], 60)[0]
+            os.close(descriptor)
+    assert not (tmp_path / "doomed").exists()

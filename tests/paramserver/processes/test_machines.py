@@ -1,0 +1,82 @@
+"""Several machines: every process has one place, and the address of a machine needs a secret."""
+
+import json
+import socket
+
+import pytest
+import tiny_experiment
+
+from jaxdist.cli import main
+from jaxdist.launch.supervising import local_job
+from jaxdist.paramserver.processes import machines, process
+from jaxdist.paramserver.wire import streams
+from jaxdist.rundir import record
+
+NAMES = ["scheduler", "server/0/a", "server/0/b", "server/1/a", "server/1/b", "worker/0", "worker/1", "worker/2"]
+
+
+def test_the_copies_of_a_shard_and_the_workers_go_round_the_hosts():
+    peers = machines.deal(NAMES, ["10.0.0.1", "10.0.0.2"], 7800)
+    peers[process.OBSERVER] = "10.0.0.1:7900"
+    assert machines.names_at(peers, "10.0.0.1") == ["scheduler", "server/0/a", "server/1/a", "worker/0", "worker/2"]
+    assert machines.names_at(peers, "10.0.0.2") == ["server/0/b", "server/1/b", "worker/1"]
+    assert len(set(peers.values())) == len(peers)
+
+
+@pytest.mark.parametrize("hosts", [["a", "a"], ["a", "b", "c", "d", "e"]])
+def test_a_host_with_nothing_to_do_is_refused(hosts):
+    with pytest.raises(ValueError, match=r"each of ps\.hosts"):
+        machines.check(hosts, NAMES)
+    machines.check(["a", "b", "c", "d"], NAMES)
+
+
+def test_another_machine_needs_a_secret_that_is_given(monkeypatch):
+    monkeypatch.delenv(streams.TOKEN, raising=False)
+    assert machines.security_of([]).token != machines.security_of(["127.0.0.1"]).token
+    with pytest.raises(ValueError, match=r"10\.0\.0\.2 can be reached"):
+        machines.security_of(["127.0.0.1", "10.0.0.2"])
+    monkeypatch.setenv(streams.TOKEN, "secret")
+    assert machines.security_of(["10.0.0.2"]).token == "secret"
+
+
+@pytest.mark.parametrize(("reason", "status"), [("max_steps", 0), ("preempted", 0), (None, 75)])
+def test_a_process_that_missed_the_end_is_no_reason_for_another_attempt(tmp_path, monkeypatch, reason, status):
+    trainer = socket.create_server(("127.0.0.1", 0))
+    address = f"127.0.0.1:{trainer.getsockname()[1]}"
+    content = {"experiment": "x.py", "assignments": [], "settings": {}, "resume": "", "devices": 1}
+    spec = process.Spec(
+        **content,
+        directory=str(tmp_path),
+        peers={process.OBSERVER: address, "worker/0": "127.0.0.2:1"},
+        kind="elementwise",
+    )
+    spec.write(tmp_path / process.DIRECTORY_NAME / process.SPEC_NAME)
+    kept = []
+
+    class DeafCrew(machines.LocalCrew):
+        def start(self):
+            (tmp_path / record.FILE_NAME).write_text(json.dumps(dict.fromkeys(record.KEYS) | {"end_reason": reason}))
+            trainer.close()
+
+        def all_ended(self):
+            return False
+
+        def close(self, *, orderly):
+            kept.append((self.names, orderly))
+
+    monkeypatch.setattr(machines, "LocalCrew", DeafCrew)
+    monkeypatch.setattr(machines, "_GONE_SECONDS", 0.1)
+    assert machines.main([str(tmp_path), "127.0.0.2"]) == status
+    assert kept == [(["worker/0"], reason is not None)]
+
+
+def test_a_port_that_is_taken_is_said_before_anything_starts(tmp_path, capsys, monkeypatch):
+    [first] = local_job.quiet_ports(1)
+    run_dir, hosts = str(tmp_path / "run"), ["ps.hosts=127.0.0.1", f"ps.port={first}"]
+    arguments = ["train", tiny_experiment.__file__, "--strategy", "parameter-server", "--run-dir", run_dir]
+    with socket.create_server(("127.0.0.1", first + 1)):
+        assert main.run([*arguments, "--set", *hosts]) == 2
+    assert f"listen on 127.0.0.1:{first + 1}, and it cannot: Address already in use. Set" in capsys.readouterr().err
+    monkeypatch.setenv(streams.TOKEN, "secret")
+    assert main.run([*arguments, "--set", "ps.hosts=192.0.2.1", f"ps.port={first}"]) == 2
+    assert f"listen on 192.0.2.1:{first}, and it cannot: Cannot assign" in capsys.readouterr().err

@@ -1,0 +1,64 @@
+"""A worker by itself, where a run would meet the case too rarely."""
+
+import numpy as np
+
+from jaxdist.paramserver.protocol import effects, messages
+from jaxdist.paramserver.protocol.settings import SCHEDULER, Settings
+from jaxdist.paramserver.protocol.worker import Worker
+
+SETTINGS = Settings(num_examples=20, global_batch_size=6, max_steps=9, mode="async")
+SHARD = messages.ShardView("server/0/a", 1, "", 0, False)
+LEASE = messages.Lease(0, 0, 0, 0, 6)
+
+
+def view(epoch, incarnation):
+    return messages.View(epoch, (messages.Member(0, incarnation, 0),), (SHARD,), 1, "")
+
+
+def join(worker, epoch, incarnation):
+    worker.handle(messages.Tick(), 0.0)
+    worker.handle(messages.Welcome(worker.node, worker.boot, incarnation, view(epoch, incarnation)), 0.0)
+
+
+def compute(worker, epoch, incarnation):
+    worker.handle(messages.Grant(0, incarnation, epoch, 1, 0, LEASE), 0.0)
+    _, todo = worker.handle(messages.Pulled(0, 0, incarnation, 1, 0, (np.zeros(2, np.float32),)), 0.0)
+    return next(effect for effect in todo if isinstance(effect, effects.Compute))
+
+
+def test_a_gradient_of_an_earlier_life_is_not_pushed():
+    """Both lives number their leases from 1; the older gradient belongs to other examples."""
+    worker = Worker(worker=0, boot=10, settings=SETTINGS)
+    join(worker, 1, 1)
+    old = compute(worker, 1, 1)
+    worker.handle(messages.Fenced(worker.node, worker.boot), 1.0)
+    join(worker, 2, 2)
+    new = compute(worker, 2, 2)
+    assert (old.sequence, new.sequence) == (1, 1)
+    late = messages.Computed(old.incarnation, 1, 6.0, True, 0.0, ((np.ones(2, np.float32),),), ())
+    assert worker.handle(late, 2.0) == ([], [])
+    (sent,), _ = worker.handle(messages.Computed(new.incarnation, 1, 6.0, True, 0.0, late.pieces, ()), 2.0)
+    assert sent.to == "server/0/a"
+    assert sent.message.incarnation == 2
+
+
+def test_a_grant_of_an_older_epoch_is_ignored():
+    worker = Worker(worker=0, boot=10, settings=SETTINGS)
+    join(worker, 5, 1)
+    assert worker.handle(messages.Grant(0, 1, 4, 1, 0, LEASE), 0.0) == ([], [])
+
+
+def test_a_refused_push_ends_the_worker_and_says_why():
+    worker = Worker(worker=0, boot=10, settings=SETTINGS)
+    join(worker, 1, 1)
+    compute(worker, 1, 1)
+    worker.handle(messages.Computed(1, 1, 6.0, True, 0.0, ((np.ones(2, np.float32),),), ()), 1.0)
+    _, (end,) = worker.handle(messages.PushAck(0, 0, 1, 1, "refused", "block 0 has dtype float32"), 1.0)
+    assert "block 0 has dtype float32" in end.reason
+
+
+def test_whatever_is_unanswered_is_said_again():
+    worker = Worker(worker=0, boot=10, settings=SETTINGS)
+    for now in (0.0, 2.0, 4.0):
+        replies, _ = worker.handle(messages.Tick(), now)
+        assert effects.Send(SCHEDULER, messages.Register("worker/0", 10)) in replies

@@ -1,0 +1,156 @@
+"""The parameter server trains like one process: the same bits for the same order of sums, on any number of servers."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import optax
+import pytest
+import tiny_experiment
+
+from jaxdist.config import experiments
+from jaxdist.paramserver.protocol import effects, messages
+from jaxdist.paramserver.protocol.settings import ParameterServer
+from jaxdist.paramserver.run import island as plans
+from jaxdist.paramserver.simulator import Faults, Machines, Simulation
+from jaxdist.run import components
+
+STEPS = 6
+NO_DROPOUT = ["model.dropout_rate=0.0", f"stop.max_steps={STEPS}"]
+
+
+def make_plan(workers, servers, assignments=(), **changes):
+    experiment = experiments.override(tiny_experiment.get_config(), [*NO_DROPOUT, *assignments])
+    plan = plans.make_plan(experiment, ParameterServer(workers=workers, servers=servers, **changes))
+    # The experiment is tiny: small blocks spread it over the servers.
+    return dataclasses.replace(
+        plan,
+        sharding=plans.make_sharding(
+            jax.tree.unflatten(plan.structure, leaves_of(plan)), num_servers=servers, block_bytes=64
+        ),
+    )
+
+
+@functools.cache
+def _leaves():
+    plan = plans.make_plan(experiments.override(tiny_experiment.get_config(), NO_DROPOUT), ParameterServer(workers=1))
+    return plans.initial_leaves(plan)
+
+
+def leaves_of(plan):
+    return _leaves()
+
+
+def serve(plan):
+    """Train by the protocol, in this process; return the leaves at the end, and the optimizer's."""
+    island = plans.Island(plan, jax.devices()[:1])
+
+    def gradient(lease, params):
+        return island.gradient(effects.Compute(0, 0, lease, params))
+
+    simulation = Simulation(
+        seed=1,
+        settings=plan.settings,
+        faults=Faults(until=0.0),
+        params=plan.sharding.split(leaves_of(plan)),
+        gradient=gradient,
+        make_updater=lambda: None,
+        machines=Machines(shard=lambda *, shard, **rest: plans.make_shard(plan, shard)),
+        compute_seconds=lambda rng, worker: rng.uniform(0.01, 0.1),
+    ).run()
+    cut = [event.what for event in simulation.events if isinstance(event.what, effects.Cut)][-1]
+    leaves = plan.sharding.join([answer.pieces for answer in cut.shards])
+    return leaves, plan.cut().join([answer.opt_state for answer in cut.shards])
+
+
+def one_process(plan):
+    """Train on the union batch, slice by slice in ascending order, with the optimizer on whole leaves; return both."""
+    island = plans.Island(plan, jax.devices()[:1])
+    slices = plan.settings.num_slices
+    params, whole = (
+        tuple(leaves_of(plan)),
+        dataclasses.replace(plan, sharding=plans.make_sharding(list(leaves_of(plan)), num_servers=1)),
+    )
+    island.plan = whole
+    state = plan.optimizer.init(params)
+
+    @jax.jit
+    def update(params, state, grads):
+        updates, state = plan.optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for step in range(STEPS):
+        pushes = []
+        for slice_ in range(slices):
+            lease = plans_lease(plan, step, slice_)
+            split = whole.sharding.split([np.asarray(p) for p in params])
+            pushes.append(island.gradient(effects.Compute(0, 0, lease, split)))
+        sums = whole.sharding.join(pushes[0].pieces)
+        for push in pushes[1:]:
+            sums = [a + b for a, b in zip(sums, whole.sharding.join(push.pieces))]
+        count = np.float32(sum(push.count for push in pushes))
+        params, state = update(params, state, tuple(leaf / count for leaf in sums))
+    return [np.asarray(leaf) for leaf in params], [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+
+
+def plans_lease(plan, step, slice_):
+    """Return slice `slice_` of a batch, counted here by hand: 52 examples in batches of 16 are 4 steps."""
+    epoch, within = divmod(step, 4)
+    start, stop = within * 16, min(within * 16 + 16, 52)
+    cuts = [start + (stop - start) * i // plan.settings.num_slices for i in range(plan.settings.num_slices + 1)]
+    return messages.Lease(step, slice_, epoch, cuts[slice_], cuts[slice_ + 1])
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_sync_is_one_process_on_the_union_batch_to_the_bit(workers):
+    reference = one_process(make_plan(workers, 1))
+    for servers in (1, 2, 3):
+        served = serve(make_plan(workers, servers))
+        for found, wanted in zip(served, reference):
+            assert all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True)), servers
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_sync_is_the_all_reduce_path(workers):
+    experiment = experiments.override(tiny_experiment.get_config(), NO_DROPOUT)
+    parts = components.put_together(experiment, devices=jax.devices()[:2])
+    state = parts.create_state()
+    for _, (batch, _) in zip(range(STEPS), parts.batches()):
+        state, _ = parts.step(state, batch)
+    served, _ = serve(make_plan(workers, 2))
+    for got, want in zip(served, jax.tree.leaves(state.params), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
+
+
+def test_clipping_by_the_global_norm_is_the_same_on_shards():
+    clip = ["optimizer.clip_norm=0.05"]
+    (served, _), (reference, _) = serve(make_plan(2, 3, clip)), one_process(make_plan(2, 1, clip))
+    for got, want in zip(served, reference, strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
+
+
+def test_an_island_of_several_devices_computes_the_same_sums():
+    plan = make_plan(2, 1)
+    lease = plans_lease(plan, 3, 1)  # of the ragged batch
+    compute = effects.Compute(0, 0, lease, plan.sharding.split(leaves_of(plan)))
+    one, four = (plans.Island(plan, jax.devices()[:n]).gradient(compute) for n in (1, 4))
+    assert (one.count, one.finite) == (four.count, four.finite) == (2.0, True)
+    for a, b in zip(one.pieces[0], four.pieces[0]):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+
+
+def test_an_empty_lease_pushes_zeros():
+    plan = make_plan(4, 1)
+    lease = messages.Lease(3, 3, 0, 52, 52)
+    pushed = plans.Island(plan, jax.devices()[:1]).gradient(
+        effects.Compute(0, 0, lease, plan.sharding.split(leaves_of(plan)))
+    )
+    assert pushed.count == 0
+    assert pushed.finite
+    assert not any(piece.any() for piece in pushed.pieces[0])
+
+
+def test_loss_scaling_is_refused():
+    with pytest.raises(ValueError, match="does not scale losses"):
+        make_plan(1, 1, ["precision=float16"])

@@ -1,0 +1,138 @@
+"""Where a run goes on: checkpoints and snapshots hold one state, whoever saved it, whatever the number of servers."""
+
+import contextlib
+import dataclasses
+import itertools
+
+import jax
+import numpy as np
+import optax
+import pytest
+import tiny_experiment
+
+from jaxdist import stop
+from jaxdist.config import experiments
+from jaxdist.paramserver.run import island as plans
+from jaxdist.paramserver.run import resume, whole_optimizer
+from jaxdist.paramserver.run.sharding import make_sharding
+from jaxdist.run import attempt, components
+
+EVERYTHING = ["optimizer.name=adamw", "optimizer.weight_decay=0.01", "optimizer.clip_norm=1", "optimizer.ema_decay=0.9"]
+
+
+def experiment_of(*assignments):
+    return experiments.override(tiny_experiment.get_config(), [*EVERYTHING, "ps.servers=3", *assignments])
+
+
+def plan_of(*assignments):
+    experiment = experiment_of(*assignments)
+    return plans.make_plan(experiment, experiment.ps, kind="global_norm")  # as trying the optimizer would find
+
+
+def same(some, others):
+    return len(some) == len(others) and all(
+        np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(some, others, strict=True)
+    )
+
+
+@contextlib.contextmanager
+def trained(tmp_path, experiment, *, num_updates=0):
+    """Yield the state and the checkpoints of a data-parallel run that saved after 5 steps (so many of them made)."""
+    parts = components.put_together(experiment, devices=jax.devices()[:1])
+    state = parts.create_state()
+    batches = list(itertools.islice(parts.batches(), 5))
+    for batch, _ in batches[:num_updates]:
+        state, _ = parts.step(state, batch)
+    progress = stop.Progress(step=5, epoch=1, examples_seen=68)
+    with contextlib.closing(attempt.make_checkpointer(experiment, tmp_path, parts.identity)) as checkpointer:
+        data_state = {"position": batches[-1][1].to_json(), "progress": progress.to_json()}
+        checkpointer.save(5, state, data_state, {})
+        checkpointer.wait()
+        yield state, checkpointer
+
+
+def test_a_checkpoint_of_any_strategy_is_dealt_to_servers_and_read_by_others(tmp_path):
+    directory = tmp_path / "ps"
+    with trained(tmp_path, experiment_of(), num_updates=2) as (state, checkpointer):
+        plan = plan_of()
+        start = resume.begin(plan, checkpointer, directory)
+    assert same(jax.tree.leaves(start.state.opt_state), jax.tree.leaves(state.opt_state))
+    assert same(jax.tree.leaves(start.state.params), jax.tree.leaves(state.params))
+    assert (start.progress.step, int(start.state.step)) == (5, 5)
+    assert [path.name for path in resume.snapshots(directory)] == [start.snapshot]
+    identity = components.identity(experiment_of())
+    with contextlib.closing(attempt.make_checkpointer(experiment_of(), tmp_path / "elsewhere", identity)) as none:
+        two = plan_of("ps.servers=2")
+        again = resume.begin(two, none, directory)
+    assert again.snapshot != start.snapshot
+    assert (again.progress.step, again.progress.epoch, again.progress.examples_seen) == (5, 1, 52 + 16)
+    assert same(jax.tree.leaves(again.state.opt_state), jax.tree.leaves(state.opt_state))
+    assert same(jax.tree.leaves(again.state.params), jax.tree.leaves(state.params))
+
+
+def test_a_snapshot_counts_only_when_it_is_newer_and_intact(tmp_path):
+    directory = tmp_path / "ps"
+    with trained(tmp_path, experiment_of()) as (_, checkpointer):
+        plan = plan_of()
+        leaves = [np.zeros(shape, dtype) for shape, dtype in zip(plan.sharding.shapes, plan.sharding.dtypes)]
+        opt_leaves = [np.zeros(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(opt_shapes(plan))]
+        for step in (4, 8, 9):
+            found = resume._Found(resume.journal.LedgerState(step, ()), leaves, opt_leaves, stop.Progress())
+            name = resume._write(plan, found, directory)
+        damaged = directory / name / "shard-1"
+        damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+        start = resume.begin(plan, checkpointer, directory)
+    assert (start.progress.step, start.progress.epoch, start.progress.examples_seen) == (8, 2, 104)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(start.state.params))
+
+
+def opt_shapes(plan):
+    params, _ = jax.tree.unflatten(plan.structure, [jax.ShapeDtypeStruct(s, np.float32) for s in plan.sharding.shapes])
+    return jax.eval_shape(plan.optimizer.init, params)
+
+
+def test_another_batch_size_is_refused_where_it_cuts_a_batch(tmp_path):
+    refused = pytest.raises(experiments.ConfigError, match="Resume with the global_batch_size")
+    with trained(tmp_path, experiment_of()) as (_, checkpointer), refused:
+        resume.begin(plan_of("global_batch_size=12"), checkpointer, tmp_path / "ps")
+
+
+@pytest.mark.parametrize("servers", [1, 2, 5])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.adamw(1e-3, mask=lambda params: jax.tree.map(lambda p: np.ndim(p) > 1, params)),
+        optax.chain(optax.clip_by_global_norm(1.0), optax.masked(optax.trace(0.9), lambda t: jax.tree.map(np.ndim, t))),
+    ],
+)
+def test_an_optimizers_state_is_cut_and_joined_without_loss(optimizer, servers):
+    rng = np.random.default_rng(0)
+    shapes = [(7, 3), (5,), (), (4, 2, 2), (6,)]
+    leaves = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+    state = jax.tree.map(lambda leaf: rng.normal(size=np.shape(leaf)).astype(leaf.dtype), optimizer.init(leaves[:4]))
+    sharding = make_sharding(leaves, num_servers=servers, block_bytes=20)
+    cut = whole_optimizer.OptimizerCut(optimizer, sharding, num_params=4, ghost=True)
+    assert same(cut.join(cut.split(jax.tree.leaves(state))), [np.asarray(leaf) for leaf in jax.tree.leaves(state)])
+
+
+def test_what_is_not_shaped_like_the_params_is_refused():
+    sharding = make_sharding([np.zeros((8, 8), np.float32)], num_servers=1)
+    odd = optax.GradientTransformation(lambda params: jax.tree.map(lambda p: np.zeros(p.shape[0]), params), None)
+    with pytest.raises(ValueError, match=r"shape \(8,\) for a param of shape \(8, 8\)"):
+        whole_optimizer.OptimizerCut(odd, sharding, num_params=1, ghost=False)
+
+
+def test_only_the_newest_snapshots_are_kept(tmp_path):
+    for name in ("0000000002-1-1", "0000000004-1-2", "0000000006-2-1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest").touch()
+    (tmp_path / "0000000008-2-2").mkdir()  # under way
+    resume.remove_snapshots(tmp_path, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0000000004-1-2", "0000000006-2-1", "0000000008-2-2"]
+
+
+def test_the_data_stand_at_the_end_of_an_epoch_not_before_the_next():
+    plan = plan_of()
+    places = [(place.epoch, place.position) for place in (plans.position(plan, step) for step in (0, 3, 4, 5, 8))]
+    assert places == [(0, 0), (0, 48), (0, 52), (1, 16), (1, 52)]
+    assert dataclasses.replace(plans.position(plan, 3), position=0) == plan.loader.beginning

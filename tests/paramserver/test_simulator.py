@@ -1,0 +1,299 @@
+"""Whole runs under the simulator, judged by an independent checker; and proofs that the checker sees what it should."""
+
+import dataclasses
+import os
+import pathlib
+import random
+import subprocess
+import sys
+
+import checker
+import pytest
+import workload
+
+from jaxdist.paramserver.protocol import effects, journal, messages
+from jaxdist.paramserver.protocol.scheduler.scheduler import Scheduler
+from jaxdist.paramserver.protocol.server import Server
+from jaxdist.paramserver.protocol.settings import Settings, Timers, manifest_file, shard_file
+from jaxdist.paramserver.protocol.shard import Shard
+from jaxdist.paramserver.simulator import Faults, Machines, Simulation
+
+CALM = Faults(until=0.0)
+HARSH = Faults(until=3.0, drop=0.1, repeat=0.3, slow=0.3, cuts=0.5, kills=2.0, pauses=1.5, crash_at_append=0.05)
+
+
+def settings(**changes):
+    chosen = {"num_examples": 22, "global_batch_size": 7, "max_steps": 8, "timers": workload.TIMERS, **changes}
+    return Settings(**chosen)
+
+
+@pytest.mark.parametrize("block", range(10))
+def test_schedules_keep_every_invariant(block):
+    for seed in range(block * 40, (block + 1) * 40):
+        workload.play(seed)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("block", range(50))
+def test_ten_thousand_schedules_keep_every_invariant(block):
+    """Two processes (`-n 2`) play them in under ten minutes."""
+    for seed in range(1_000_000 + block * 200, 1_000_000 + (block + 1) * 200):
+        workload.play(seed)
+
+
+def test_a_scheduler_that_was_cut_off_drops_no_last_copy():
+    """Every heartbeat late by nearly the same: it once took the backup for dead a moment before the primary was."""
+    workload.play(1_001_200)
+
+
+def test_the_same_seed_is_the_same_run():
+    first, second = (workload.simulate(11, faults=HARSH) for _ in range(2))
+    assert [repr(event) for event in first.events] == [repr(event) for event in second.events]
+
+
+def test_a_seed_replays_in_another_process():
+    """Sets of names are ordered otherwise in each process; a run must not be."""
+    script = (
+        "import sys, zlib; sys.path.insert(0, sys.argv[1]); import workload\n"
+        "runs = [workload.simulate(seed) for seed in (1, 7, 20)]\n"
+        "print(zlib.crc32(repr([run.events for run in runs]).encode()))"
+    )
+    command = [sys.executable, "-c", script, str(pathlib.Path(workload.__file__).parent)]
+    found = [
+        subprocess.run(command, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, check=True).stdout
+        for seed in ("1", "2")
+    ]
+    assert found[0] == found[1]
+
+
+def test_an_error_names_its_seed():
+    with pytest.raises(checker.Broken) as caught:
+        workload.play(5, settings=settings(workers=3), machines=Machines(shard=UnorderedShard), clip=False)
+    assert "seed 5" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize("durability", ["none", "replicated"])
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_sync_ends_in_the_same_bits_whatever_happens(workers, durability):
+    chosen = settings(workers=workers, servers=2, durability=durability)
+    calm = workload.play(1, settings=chosen, faults=CALM, clip=False)
+    harsh = workload.play(2, settings=chosen, faults=HARSH, clip=False)
+    assert bits(calm) == bits(harsh)
+
+
+@pytest.mark.parametrize("servers", [1, 2, 3])
+def test_bounded_by_zero_is_sync(servers):
+    sync, bounded = (
+        workload.play(3, settings=settings(workers=3, servers=servers, mode=mode), faults=CALM)
+        for mode in ("sync", "bounded")
+    )
+    assert bits(sync) == bits(bounded)
+
+
+@pytest.mark.parametrize("mode", ["bounded", "async"])
+def test_one_worker_is_never_stale_so_every_mode_is_sync(mode):
+    bound = {"max_staleness": 2} if mode == "bounded" else {}
+    sync = workload.play(4, settings=settings(), faults=CALM, clip=False)
+    other = workload.play(4, settings=settings(mode=mode, **bound), faults=CALM, clip=False)
+    assert bits(sync) == bits(other)
+
+
+def test_backup_workers_do_not_change_the_bits():
+    """The slices of a step are fixed by the workers it waits for, not by who computes them."""
+    plain = workload.play(5, settings=settings(workers=3), faults=CALM, clip=False)
+    spare = workload.play(6, settings=settings(workers=5, backup_workers=2), faults=HARSH, clip=False)
+    assert bits(plain) == bits(spare)
+
+
+def test_backup_workers_make_a_slow_worker_harmless():
+    slow = Faults(until=1e9, slow_worker=20.0)
+    waits = workload.play(7, settings=settings(workers=3), faults=slow)
+    spared = workload.play(7, settings=settings(workers=4, backup_workers=1), faults=slow)
+    steady = workload.play(7, settings=settings(workers=3), faults=CALM)
+    assert committed_at(spared) < 2 * committed_at(steady) < committed_at(waits)
+
+
+def steps_a_second(slowness, **chosen):
+    """Return the speed of workers that need a second for a step's equal share, worker 0 `slowness` times as long."""
+    made = settings(workers=8, global_batch_size=8, num_examples=80, max_steps=20, **chosen)
+    seconds = 8 / made.num_slices
+    simulation = Simulation(
+        seed=1,
+        settings=dataclasses.replace(made, timers=Timers(dead_after=60.0)),
+        faults=CALM,
+        params=workload.initial_params(made.servers),
+        gradient=workload.gradient,
+        make_updater=workload.Momentum,
+        compute_seconds=lambda rng, worker: rng.uniform(0.9, 1.1) * seconds * (slowness if worker == 0 else 1.0),
+    ).run(patience=1000.0)
+    times = [event.time for event in checker.named(simulation.events, "CommitRecord")]
+    return (len(times) - 1) / (times[-1] - times[0])
+
+
+def test_with_a_backup_worker_a_slow_one_costs_a_fifth_at_most():
+    full = steps_a_second(1.0)
+    assert steps_a_second(5.0) < 0.3 * full
+    assert steps_a_second(5.0, backup_workers=1) > 0.8 * full
+
+
+def committed_at(simulation):
+    return max(event.time for event in checker.named(simulation.events, "CommitRecord"))
+
+
+def bits(simulation):
+    cut = checker.named(simulation.events, "Cut")[-1].what
+    return [piece.tobytes() for shard in cut.shards for piece in shard.pieces]
+
+
+# Planted bugs: each must turn a handful of runs red.
+
+
+class UnfencedShard(Shard):
+    def is_member(self, worker, incarnation):
+        return True
+
+
+class ForgetfulShard(Shard):
+    def export(self):
+        return dataclasses.replace(super().export(), seen=())
+
+
+class ForgetfulServer(Server):
+    """Keeps its table beside the replicated state: whoever takes over has none."""
+
+    def _enter(self, view, now, out):
+        if not self.primary and view.shards[self.number].primary == self.node:
+            self.shard.seen = {}
+        super()._enter(view, now, out)
+
+
+class UnorderedShard(Shard):
+    def _ordered(self, commit):
+        arrived = list(self.staged)
+        return sorted(commit.contributors, key=lambda c: arrived.index((c.worker, c.incarnation, c.sequence)))
+
+
+class UngatedShard(Shard):
+    def may_read(self, pull):
+        return self.version >= pull.version
+
+
+class HastyScheduler(Scheduler):
+    """Writes the manifest first."""
+
+    def handle(self, message, now):
+        before = self.state.snapshotting
+        replies, todo = super().handle(message, now)
+        name, state = self.state.snapshotting, self.state
+        if name and name != before:
+            shards = tuple(journal.ManifestShard(n, shard_file(name, n), 0) for n in range(state.settings.servers))
+            manifest = journal.Manifest(name, state.step, 0, state.ledger.state(), shards)
+            todo.append(effects.Write(manifest_file(name), manifest))
+        return replies, todo
+
+
+class CarelessScheduler(Scheduler):
+    """Acts on a commit before it is written down."""
+
+    def handle(self, message, now):
+        replies, todo = super().handle(message, now)
+        return replies, [
+            e for e in todo if not (isinstance(e, effects.Append) and isinstance(e.record, journal.CommitRecord))
+        ]
+
+
+class EagerServer(Server):
+    """Answers before its backup has the entry."""
+
+    def _submit(self, entry, extra, now, out, *, acknowledge_view=False):
+        super()._submit(entry, extra, now, out, acknowledge_view=acknowledge_view)
+        self._release(self.index, out)
+
+
+ASYNC = {"mode": "async", "workers": 4, "servers": 2, "max_steps": 12}
+REPLICATED = {**ASYNC, "durability": "replicated"}
+LONG = {"until": 8.0, "kills": 6.0, "drop": 0.3, "pauses": 0.3, "cuts": 0.0}
+PLANTED = {
+    "no fencing": (Machines(shard=UnfencedShard), ASYNC, {}, "fencing"),
+    "dedup table not stored": (
+        Machines(shard=ForgetfulShard),
+        {**ASYNC, "durability": "snapshot", "snapshot_every": 2},
+        {},
+        "snapshots",
+    ),
+    "dedup table not copied": (
+        Machines(server=ForgetfulServer),
+        {**REPLICATED, "servers": 1, "max_steps": 40},
+        LONG,
+        "exactly once|examples",
+    ),
+    "unordered sum": (Machines(shard=UnorderedShard), {"workers": 3, "servers": 2}, {}, "same bits"),
+    "unbounded reads": (
+        Machines(shard=UngatedShard),
+        {"mode": "bounded", "max_staleness": 1, "workers": 3},
+        {},
+        "bounded reads",
+    ),
+    "manifest written first": (
+        Machines(scheduler=HastyScheduler),
+        {"durability": "snapshot", "snapshot_every": 2},
+        {},
+        "snapshots",
+    ),
+    "commit not logged": (Machines(scheduler=CarelessScheduler), {"workers": 2}, {"kills": 3.0}, ""),
+    "acknowledged before copied": (Machines(server=EagerServer), REPLICATED, {"kills": 4.0}, "acknowledged|reads"),
+}
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+def test_a_planted_bug_turns_the_suite_red(bug):
+    machines, changes, worse, rule = PLANTED[bug]
+    faults = dataclasses.replace(HARSH, **worse)
+    broken = []
+    for seed in range(150):
+        try:
+            workload.play(seed, settings=settings(**changes), faults=faults, machines=machines, clip=False)
+        except AssertionError as error:
+            broken.append(str(error))
+            if any(str(error).startswith(wanted) for wanted in rule.split("|")):
+                return
+        except KeyError as error:
+            broken.append(repr(error))
+    pytest.fail(f"150 schedules did not show it as {rule!r}; seen: {broken[:3]}")
+
+
+def test_without_a_planted_bug_these_schedules_are_green():
+    for seed, (_, changes, worse, _) in enumerate(PLANTED.values()):
+        for offset in range(5):
+            workload.play(100 * seed + offset, settings=settings(**changes), faults=dataclasses.replace(HARSH, **worse))
+
+
+def test_a_lost_shard_without_durability_ends_the_run_and_says_so():
+    class Fragile(Server):
+        def handle(self, message, now):
+            if now > 0.8 and isinstance(message, messages.Push) and self.boot < 10_000:
+                self.boot, self.view = 50_000, None
+                self.make_shard()
+                self._forget()
+                return [], []
+            return super().handle(message, now)
+
+    run = workload.simulate(1, settings=settings(servers=1), faults=CALM, machines=Machines(server=Fragile))
+    ends = {(event.what.reason) for event in checker.named(run.events, "Exit")}
+    assert ends == {"error"}
+    assert any("there is no snapshot" in event.what.text for event in checker.named(run.events, "Warn"))
+
+
+def test_the_rules_are_all_exercised():
+    """A few hundred drawn runs meet every mode, roll-backs, fail-overs, fenced pushes and duplicates."""
+    met = set()
+    for seed in range(120):
+        rng = random.Random(seed)
+        met.add(workload.draw_settings(rng).mode)
+        run = workload.simulate(seed)
+        met |= {event.what.status for event in checker.named(run.events, "PushAck")}
+        scheduler = run.processes["scheduler"].machine
+        met |= {name for name, count in scheduler.counters.items() if count}
+        met |= {"restart"} if run.processes["scheduler"].life > 1 else set()
+    assert met >= {"sync", "bounded", "async", "duplicate", "fenced", "obsolete", "failovers", "rollbacks", "restart"}

@@ -1,0 +1,45 @@
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxdist.plan import collectives
+from jaxdist.spmd.mesh import make_mesh
+
+HLO = """
+  %a = (f32[128]{0}, f32[]) all-reduce(%x, %y), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  %b = bf16[8,16]{1,0} all-gather(%x), channel_id=2, replica_groups=[2,4]<=[8], dimensions={0}
+  %c = f32[16]{0} reduce-scatter(%x), replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={0}
+  %d = f32[10]{0} collective-permute(%x), channel_id=4, source_target_pairs={{0,1},{1,0}}
+  %e = (f32[4]{0}, f32[16]{0}) all-gather-start(%x), channel_id=5, replica_groups={{0,1,2,3}}, dimensions={0}
+  %f = f32[16]{0} all-gather-done(%e)
+  %g = f32[16]{0} all-reduce(%x), channel_id=6, replica_groups={{0},{1}}, to_apply=%add
+"""
+
+
+def test_collectives_are_read_with_their_bytes_and_devices():
+    found = collectives.collectives(HLO)
+    assert [(each.kind, each.num_bytes, each.num_devices) for each in found] == [
+        ("all-reduce", 516, 4),
+        ("all-gather", 256, 4),
+        ("reduce-scatter", 256, 4),
+        ("collective-permute", 40, 2),
+        ("all-gather", 64, 4),
+    ]
+    assert [each.sent_bytes for each in found] == [774, 192, 192, 40, 48]
+    assert collectives.summarize(found)["all-gather"] == (2, 240)
+
+
+@pytest.mark.parametrize(
+    ("function", "out_spec", "sent"),
+    [
+        (lambda x: jax.lax.psum(x, "data"), P(), 2 * 7 / 8),
+        (lambda x: jax.lax.psum_scatter(x, "data", tiled=True), P("data"), 7 / 8),
+        (lambda x: jax.lax.all_gather(x, "data", tiled=True), P(), 7),
+    ],
+)
+def test_a_compiled_program_tells_the_bytes_of_a_ring(function, out_spec, sent):
+    """Of 64 floats on each device."""
+    mapped = jax.shard_map(function, mesh=make_mesh(), in_specs=P("data"), out_specs=out_spec, check_vma=False)
+    program = jax.jit(mapped).lower(jax.ShapeDtypeStruct((512,), jnp.float32)).compile()
+    assert collectives.sent_bytes(collectives.collectives(program.as_text())) == sent * 64 * 4

@@ -1,0 +1,361 @@
+import dataclasses
+import errno
+import json
+import pathlib
+import re
+
+import compile_cache
+import jax
+import numpy as np
+import pytest
+import tiny_experiment
+
+import jaxdist
+from jaxdist import errors, testing
+from jaxdist.checkpoint import checkpoints
+from jaxdist.config import experiments as config
+from jaxdist.data import CorruptExample
+from jaxdist.run import attempt, components, recovery
+from jaxdist.rundir import record
+from jaxdist.stop import Progress
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_compilations(tmp_path_factory):
+    with compile_cache.compile_once(tmp_path_factory.mktemp("xla")):
+        yield
+
+
+class Killed(BaseException):
+    """Ends a run as nothing else does: no checkpoint, no record."""
+
+
+def run(run_dir, *assignments, num_devices=2, resume=False, preempt=None, kill=None, experiment=None):
+    def stop_requested(step):
+        if step == kill:
+            raise Killed
+        return step == preempt
+
+    experiment = config.override(experiment or tiny_experiment.get_config(), assignments)
+    options = attempt.RunOptions(
+        run_dir=run_dir, resume=resume, silent=True, command="a command", stop_requested=stop_requested
+    )
+    return attempt.train(experiment, options, devices=jax.devices()[:num_devices])
+
+
+def read_record(run_dir):
+    return json.loads((run_dir / "run.json").read_text())
+
+
+def read_metrics(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_checkpoint(run_dir, *assignments):
+    """Return state and progress of the newest checkpoint; seconds, which never are the same, left out."""
+    experiment = config.override(tiny_experiment.get_config(), assignments)
+    parts = components.put_together(experiment, devices=jax.devices()[:1])
+    checkpointer = attempt.make_checkpointer(experiment, run_dir, parts.identity)
+    state, data_state = checkpointer.restore(parts.abstract_state)
+    checkpointer.close()
+    progress = Progress.from_json(data_state["progress"])
+    return state, dataclasses.replace(progress, seconds=0.0), data_state["position"]
+
+
+def assert_same_run(run_dir, other, *assignments):
+    """The same params, optimizer, position, epochs and evaluations, and each row of metrics once."""
+    state, *rest = read_checkpoint(run_dir, *assignments)
+    other_state, *other_rest = read_checkpoint(other, *assignments)
+    testing.assert_trees_equal(state, other_state)
+    assert rest == other_rest
+    assert read_metrics(run_dir) == read_metrics(other)
+    for key in ("end_reason", "step", "examples_seen", "params_sha256", "metrics"):
+        assert read_record(run_dir)[key] == read_record(other)[key]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The run of 10 steps that nothing happened to."""
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    run(run_dir)
+    return run_dir
+
+
+def test_a_run_leaves_its_record_its_metrics_and_its_checkpoints(undisturbed):
+    made = read_record(undisturbed)
+    assert set(record.KEYS) <= set(made)
+    assert (made["end_reason"], made["step"], made["restarts"]) == ("max_steps", 10, 0)
+    assert made["examples_seen"] == 2 * tiny_experiment.NUM_TRAIN + 2 * 16
+    assert (made["strategy"], made["reduction"], made["num_devices"]) == ("data-parallel", "mean", 2)
+    assert (made["num_processes"], made["compile_count"], made["command"]) == (1, 1, "a command")
+    state, progress, position = read_checkpoint(undisturbed)
+    assert made["params_sha256"] == record.params_sha256(state.params)
+    assert made["metrics"] == progress.metrics
+    assert set(made["metrics"]) == {f"{part}/{name}" for part in ("train", "eval") for name in ("loss", "accuracy")} | {
+        "train/learning_rate"
+    }
+    assert made["config"]["optimizer"]["learning_rate"] == 0.1
+    assert (position["epoch"], position["position"]) == (2, 32)
+    rows = read_metrics(undisturbed)
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert [row["step"] for row in rows if "eval/accuracy" in row] == [4, 8, 10]
+    assert sorted(path.name for path in (undisturbed / "checkpoints").iterdir()) == ["10", "8"]
+
+
+@pytest.mark.parametrize("step", [1, 4, 6, 9])
+def test_a_run_that_was_preempted_continues_as_if_never_stopped(undisturbed, tmp_path, step):
+    first = run(tmp_path / "run", preempt=step)
+    assert (first.end_reason, first.step) == ("preempted", step)
+    assert run(tmp_path / "run", resume=True).restarts == 1
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.parametrize("step", [2, 4, 7])
+def test_a_run_that_was_killed_continues_from_its_last_checkpoint(undisturbed, tmp_path, step):
+    """Rows of metrics written after that checkpoint are written again, not twice; before the first, all are."""
+    with pytest.raises(Killed):
+        run(tmp_path / "run", kill=step)
+    assert read_record(tmp_path / "run")["end_reason"] is None
+    run(tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_a_run_that_is_disturbed_again_and_again_ends_the_same(undisturbed, tmp_path):
+    run(tmp_path / "run", preempt=3)
+    run(tmp_path / "run", preempt=5, resume=True)
+    with pytest.raises(Killed):
+        run(tmp_path / "run", kill=6, resume=True)
+    assert run(tmp_path / "run", resume=True).restarts == 3
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_in_canonical_mode_the_bits_survive_a_move_to_another_number_of_devices(tmp_path):
+    canonical = ["reduction=canonical", "model.dropout_rate=0.3"]
+    run(tmp_path / "never", *canonical, num_devices=2)
+    run(tmp_path / "moved", *canonical, num_devices=4, preempt=3)
+    run(tmp_path / "moved", *canonical, num_devices=1, preempt=6, resume=True)
+    assert run(tmp_path / "moved", *canonical, num_devices=8, resume=True).num_devices == 8
+    assert_same_run(tmp_path / "moved", tmp_path / "never", *canonical)
+
+
+def test_in_mean_mode_a_move_changes_the_rounding_alone(undisturbed, tmp_path):
+    calm = ["model.dropout_rate=0.0"]
+    run(tmp_path / "never", *calm, num_devices=2)
+    run(tmp_path / "moved", *calm, num_devices=4, preempt=5)
+    run(tmp_path / "moved", *calm, num_devices=1, resume=True)
+    moved, never = (read_checkpoint(tmp_path / name, *calm)[0].params for name in ("moved", "never"))
+    testing.assert_trees_close(moved, never, tolerance=1e-6)
+
+
+def test_resuming_a_run_that_is_over_changes_nothing(undisturbed, tmp_path):
+    run(tmp_path / "run")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    again = run(tmp_path / "run", resume=True)
+    assert (again.end_reason, again.step, again.restarts) == ("max_steps", 10, 1)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_a_run_that_is_over_goes_on_with_a_later_end(undisturbed, tmp_path):
+    run(tmp_path / "run", "stop.max_steps=5")
+    longer = run(tmp_path / "run", resume=True)
+    assert (longer.step, longer.params_sha256) == (10, read_record(undisturbed)["params_sha256"])
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(1, 11))
+
+
+def test_patience_counts_over_a_resume(tmp_path):
+    """At a rate of zero nothing gets better: the first evaluation is the best, and three more end the run."""
+    patient = ["optimizer.learning_rate=0", "stop.patience=3", "stop.max_steps=None", "eval.every_steps=2"]
+    never = run(tmp_path / "never", *patient)
+    assert (never.end_reason, never.step) == ("patience", 8)
+    run(tmp_path / "stopped", *patient, preempt=5)
+    again = run(tmp_path / "stopped", *patient, resume=True)
+    assert (again.end_reason, again.step) == ("patience", 8)
+    assert_same_run(tmp_path / "stopped", tmp_path / "never", *patient)
+
+
+def test_a_reached_target_ends_the_run(tmp_path):
+    made = run(tmp_path / "run", "stop.target=0.3", "stop.max_steps=None", "eval.every_steps=3")
+    assert (made.end_reason, made.step) == ("target_reached", 3)
+    assert made.metrics["eval/accuracy"] >= 0.3
+
+
+def test_max_epochs_counts_ragged_epochs(tmp_path):
+    made = run(tmp_path / "run", "stop.max_epochs=2", "stop.max_steps=None")
+    assert (made.end_reason, made.step, made.examples_seen) == ("max_epochs", 8, 104)
+
+
+def test_the_record_is_there_from_the_start_and_says_that_the_run_goes_on(tmp_path):
+    seen = {}
+
+    def look(step):
+        seen[step] = read_record(tmp_path / "run")
+        return False
+
+    options = attempt.RunOptions(run_dir=tmp_path / "run", silent=True, stop_requested=look)
+    attempt.train(tiny_experiment.get_config(), options, devices=jax.devices()[:2])
+    assert [seen[step]["step"] for step in (3, 4, 7, 8)] == [0, 4, 4, 8]
+    assert {made["end_reason"] for made in seen.values()} == {None}
+    assert {made["params_sha256"] for made in seen.values()} == {None}
+
+
+def test_an_error_is_recorded_and_raised(tmp_path):
+    def fail(step):
+        if step == 6:
+            raise RuntimeError("broken")
+        return False
+
+    options = attempt.RunOptions(run_dir=tmp_path / "run", silent=True, stop_requested=fail)
+    with pytest.raises(RuntimeError, match="broken"):
+        attempt.train(tiny_experiment.get_config(), options, devices=jax.devices()[:2])
+    made = read_record(tmp_path / "run")
+    assert (made["end_reason"], made["step"]) == ("error", 6)
+    assert run(tmp_path / "run", resume=True).end_reason == "max_steps"
+
+
+def corrupt_at_30(example, random):
+    if (example["image"] == tiny_experiment.get_config().data.train[30]["image"]).all():
+        raise CorruptExample("pictures/30.png: it ends too early")
+    return example
+
+
+def test_corrupt_data_are_one_message_and_may_be_left_out(tmp_path):
+    config = tiny_experiment.get_config()
+    experiment = dataclasses.replace(config, data=dataclasses.replace(config.data, example_fn=corrupt_at_30))
+    with pytest.raises(errors.UserError, match=r"Example 30 .epoch 0.: pictures/30.png.*data\.on_bad=skip"):
+        run(tmp_path / "raise", experiment=experiment)
+    assert read_record(tmp_path / "raise")["end_reason"] == "error"
+    skipping = run(tmp_path / "skip", "data.on_bad=skip", "stop.max_epochs=1", experiment=experiment)
+    assert (skipping.end_reason, skipping.step) == ("max_epochs", 4)
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device", "runs/a/metrics.csv")
+
+
+@pytest.mark.parametrize("error", [FULL, checkpoints.CheckpointError("Free space")])
+def test_a_full_disk_is_one_message_and_the_run_can_be_resumed(tmp_path, error, monkeypatch):
+    def fail(step):
+        if step == 6:
+            monkeypatch.setattr(record.RunRecord, "write", write)
+            raise error
+        return False
+
+    def write(*_):
+        raise FULL
+
+    options = attempt.RunOptions(run_dir=tmp_path / "run", silent=True, stop_requested=fail)
+    with pytest.raises(errors.RunFailedError, match="space") as raised:
+        attempt.train(tiny_experiment.get_config(), options, devices=jax.devices()[:2])
+    assert raised.value.__cause__ is error
+    monkeypatch.undo()
+    assert run(tmp_path / "run", resume=True).end_reason == "max_steps"
+
+
+def with_nan(number):
+    """Return the tiny experiment, whose training example `number` holds a NaN."""
+    experiment = tiny_experiment.get_config()
+    fields = {name: values.copy() for name, values in experiment.data.train.arrays.items()}
+    fields["image"][number, 2] = np.nan
+    source = jaxdist.ArraySource(fields)
+    unshuffled = dataclasses.replace(experiment.data, train=source, shuffle=False)
+    return dataclasses.replace(experiment, data=unshuffled)
+
+
+def test_a_step_that_is_not_finite_is_explained_and_the_good_checkpoint_kept(tmp_path, capsys):
+    """Example 37 is row 5 of step 3; the checkpoint of step 2 is the last good one."""
+    made = run(tmp_path / "run", "checkpoints.every_steps=1", experiment=with_nan(37))
+    # Two updates were made, of 16 examples each; the record says what the state says.
+    assert (made.end_reason, made.step, made.examples_seen) == ("nonfinite", 2, 32)
+    report = (tmp_path / "run" / "nonfinite.txt").read_text()
+    assert "Step 3: the loss is nan" in report
+    assert re.search(r"First gradient that is not finite: params\S+", report)
+    assert re.search(r"not finite: 5\.", report)
+    assert report in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["1", "2"]
+    # The params are those of a finite update.
+    assert made.metrics["train/loss"] != made.metrics["train/loss"]
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_narrow_precision_trains(tmp_path, precision):
+    made = run(tmp_path / "run", f"precision={precision}", "stop.max_steps=3")
+    assert made.end_reason == "max_steps"
+
+
+def contents(folder):
+    """Return the files below a folder with their bytes, but not the signs of life that a process gives at its start."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.parent.name != recovery.BOARD_NAME)
+    return {path: path.read_bytes() for path in files}
+
+
+def refused(match, run_dir, *assignments, **options):
+    with pytest.raises(errors.UserError, match=match):
+        run(run_dir, *assignments, **options)
+
+
+def test_a_directory_that_holds_a_run_is_not_written_to(undisturbed):
+    before = contents(undisturbed)
+    refused(r"already holds a run\. Add --resume", undisturbed)
+    refused(r"another experiment: its name was tiny, now other\. Choose", undisturbed, "name=other")
+    refused(r"another experiment: its model was \w+, now \w+\. Choose", undisturbed, "model.width=9", resume=True)
+    refused(r"another experiment: its seed was 0, now 1\. Choose", undisturbed, "seed=1", resume=True)
+    assert contents(undisturbed) == before
+
+
+def test_nothing_to_resume(tmp_path):
+    refused("--resume needs a run", tmp_path / "absent", resume=True)
+    assert not (tmp_path / "absent").exists()
+
+
+def test_a_directory_that_cannot_be_written(tmp_path):
+    """The tests may run as root, who may write anywhere but here."""
+    (tmp_path / "file").write_text("a file")
+    refused("must be writable; .*file is not", tmp_path / "file")
+    refused("must be writable; .*file/run is not", tmp_path / "file" / "run")
+    refused("must be writable", pathlib.Path("/proc/jaxdist"))
+    assert (tmp_path / "file").read_text() == "a file"
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints/3/x", "tensorboard/events"])
+def test_files_of_a_run_without_its_record_are_not_written_to(tmp_path, name):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("precious")
+    before = contents(tmp_path)
+    refused(rf"{name.split('/')[0]}.* but no run\.json", tmp_path)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_a_damaged_record_is_named(tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    refused(r"run\.json", tmp_path, resume=True)
+    assert (tmp_path / "run.json").read_text() == text
+
+
+def test_a_damaged_checkpoint_is_named_and_nothing_is_overwritten(tmp_path):
+    run(tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints" / "10" / "state").rglob("*"):
+        if path.is_file() and path.stat().st_size > 20:
+            path.write_bytes(bytes(path.stat().st_size))
+    before = contents(tmp_path / "run")
+    refused("Step 8 is intact", tmp_path / "run", "stop.max_steps=12", resume=True)
+    assert contents(tmp_path / "run") == before
+
+
+def test_wrong_settings_create_nothing(tmp_path):
+    refused("14 or 16", tmp_path / "run", "global_batch_size=15")
+    refused("no strategy 'magic'", tmp_path / "run", "strategy=magic")
+    refused(r"stop\.max_steps must be positive", tmp_path / "run", "stop.max_steps=0")
+    refused("needs a rule that ends it", tmp_path / "run", "stop.max_steps=None")
+    refused("no effect on momentum", tmp_path / "run", "optimizer.beta1=0.5")
+    refused("power of two", tmp_path / "run", "reduction=canonical", "logical_shards=6")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_default_run_dir_is_the_newest_when_resuming(tmp_path):
+    assert re.fullmatch(r"tiny-\d{8}-\d{6}", attempt.default_run_dir("tiny", resume=False, root=tmp_path).name)
+    with pytest.raises(errors.UserError, match="no run of tiny to resume"):
+        attempt.default_run_dir("tiny", resume=True, root=tmp_path)
+    for name in ("tiny-20260101-000000", "tiny-20270101-000000", "tiny-other-20280101-000000"):
+        (tmp_path / name).mkdir()
+    assert attempt.default_run_dir("tiny", resume=True, root=tmp_path).name == "tiny-20270101-000000"

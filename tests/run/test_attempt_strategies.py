@@ -1,0 +1,127 @@
+"""Strategies from the command line: the same losses, resuming onto another, and what is refused."""
+
+import json
+import pathlib
+
+import compile_cache
+import jax
+import pytest
+
+from jaxdist.cli import main
+from jaxdist.launch.joining import runtime
+from jaxdist.spmd import strategies
+
+TINY = str(pathlib.Path(__file__).parents[1] / "tiny_experiment.py")
+COMMON = ["--devices", "8", "--max-steps", "6", "--json", "--set", "model.dropout_rate=0", "layout.min_size=8"]
+WAYS = {
+    "data-parallel": [],
+    "zero1": [],
+    "fsdp": [],
+    "hsdp": ["mesh={'data': 2, 'fsdp': 4}"],
+    "tensor": ["mesh={'data': 2, 'model': 4}", "layout.rules=[('Dense_0/kernel', (None, 'model'))]"],
+}
+
+
+@pytest.fixture(autouse=True)
+def on_the_test_devices(monkeypatch):
+    """Commands prepare a process of their own; here they get what this process has."""
+    monkeypatch.setattr(runtime, "start", lambda num_devices=None: jax.devices()[: num_devices or 1])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_compilations(tmp_path_factory):
+    with compile_cache.compile_once(tmp_path_factory.mktemp("xla")):
+        yield
+
+
+def train(capsys, name, run_dir, *more):
+    assert main.run(["train", TINY, "--strategy", name, "--run-dir", str(run_dir), *COMMON, *WAYS[name], *more]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_strategies_agree_on_the_loss_and_a_run_of_one_resumes_under_another(capsys, tmp_path):
+    """Of all pairs, `test_relayout.py` sees the bits."""
+    records = {name: train(capsys, name, tmp_path / name) for name in ("data-parallel", "zero1", "fsdp")}
+    expected = records["data-parallel"]["metrics"]["train/loss"]
+    for name, record in records.items():
+        assert record["metrics"]["train/loss"] == pytest.approx(expected, abs=1e-5), name
+    for name in ("tensor", "hsdp", "data-parallel"):
+        resumed = train(capsys, name, tmp_path / "fsdp", "--resume")
+        assert (resumed["strategy"], resumed["step"]) == (name, 6)
+        assert resumed["params_sha256"] == records["fsdp"]["params_sha256"]
+
+
+def test_canonical_zero1_has_the_hash_of_canonical_data_parallel(capsys, tmp_path):
+    options = ["--reduction", "canonical", "--devices", "2", "--max-steps", "3"]
+    records = [train(capsys, name, tmp_path / name, *options) for name in ("data-parallel", "zero1")]
+    assert records[0]["params_sha256"] == records[1]["params_sha256"]
+    assert [record["strategy"] for record in records] == ["data-parallel", "zero1"]
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_the_gpt_of_the_experiments_has_the_same_losses_under_every_strategy(capsys, tmp_path):
+    experiment = str(pathlib.Path(__file__).parents[2] / "experiments" / "bytes_gpt.py")
+    found = {}
+    for name in ("data-parallel", "zero1", "fsdp"):
+        arguments = ["--strategy", name, "--devices", "8", "--max-steps", "20", "--json"]
+        assert main.run(["train", experiment, *arguments, "--run-dir", str(tmp_path / name)]) == 0
+        found[name] = json.loads(capsys.readouterr().out)["metrics"]
+    for metrics in found.values():
+        assert metrics == {name: pytest.approx(value, abs=1e-5) for name, value in found["data-parallel"].items()}
+
+
+def test_verify_compares_every_strategy_with_the_one_device_step(capsys):
+    fixed = ["--set", "model.dropout_rate=0", "layout.min_size=8"]
+    for strategy, devices, more in (("fsdp", [1, 2, 4, 8], []), ("tensor", [8], WAYS["tensor"])):
+        options = ["--strategy", strategy, "--steps", "2", "--json", *fixed, *more]
+        assert main.run(["verify", TINY, *options]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert [row["num_devices"] for row in report["rows"]] == devices
+        assert {row["verdict"] for row in report["rows"]} <= {"equal", "identical"}
+        assert f"strategy {strategy}" in report["title"]
+
+
+def test_verify_says_which_devices_a_mesh_needs(capsys):
+    assert main.run(["verify", TINY, "--devices", "2", "--strategy", "tensor", "--set", *WAYS["tensor"]]) == 2
+    assert "needs 8 devices, and there are 2" in capsys.readouterr().err
+
+
+MODEL_AXIS = "mesh={'data': 2, 'model': 4}"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "settings", "message"),
+    [
+        ("pipeline", [], "There is no strategy 'pipeline'"),
+        ("fsdp", ["reduction=canonical"], "'fsdp' cannot honour reduction='canonical'"),
+        ("tensor", [MODEL_AXIS], "nothing matches 'attention/qkv/kernel'"),
+        (
+            "tensor",
+            [MODEL_AXIS, "layout.rules=[('Dens_0/kernel', (None, 'model'))]"],
+            "the nearest to 'Dens_0/kernel' is params/Dense_0/kernel of shape (6, 8)",
+        ),
+        (
+            "tensor",
+            [MODEL_AXIS, "layout.rules=[('Dense_0/kernel', ('model',))]"],
+            "dim 0 (6) does not divide by 4, the size of mesh axis 'model'. Cut dim 1 instead or make the dim 4 or 8",
+        ),
+        ("tensor", ["layout.rules=[('kernel', ('modle',))]"], "needs the mesh axes data, modle"),
+        ("tensor", ["layout.rules=kernel"], "layout.rules takes"),
+        ("tensor", ["layout.rules=[('(kernel', ('model',))]"], "'(kernel' is none: missing )"),
+        ("fsdp", [MODEL_AXIS], "has no use for the mesh axes model"),
+        ("fsdp", ["layout.rules=[('kernel', ('data',))]"], "rules belong to strategy 'tensor'"),
+        ("fsdp", ["layout.names={'embed': 'data'}"], "'embed' is none. None is given"),
+        ("data-parallel", ["layout.names={'embed': 'data'}"], "names have no use"),
+        ("fsdp", ["layout.min_size=-1"], "layout.min_size must be at least 0"),
+    ],
+)
+def test_what_cannot_be_laid_out_is_the_users_mistake(capsys, tmp_path, strategy, settings, message):
+    arguments = ["train", TINY, "--devices", "8", "--strategy", strategy, "--run-dir", str(tmp_path / "run")]
+    assert main.run([*arguments, *(["--set", *settings] if settings else [])]) == 2
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert "Traceback" not in shown.err
+    assert not (tmp_path / "run").exists()
+    if strategy == "pipeline":
+        assert all(f"{name}: {purpose}" in shown.err for name, purpose in strategies.PURPOSES.items())

@@ -1,0 +1,197 @@
+import dataclasses
+
+import jax
+import numpy as np
+import optax
+import pytest
+import tiny_experiment
+
+import jaxdist
+from jaxdist import optimizers
+from jaxdist.config import experiments
+from jaxdist.config.experiments import ConfigError
+from jaxdist.models import mlp
+from jaxdist.run import components
+
+
+@pytest.fixture
+def experiment():
+    return tiny_experiment.get_config()
+
+
+def put_together(experiment, num_devices=2):
+    return components.put_together(experiment, devices=jax.devices()[:num_devices])
+
+
+def test_the_parts_fit_each_other(experiment):
+    parts = put_together(experiment)
+    assert parts.strategy.mesh.size == 2
+    assert parts.sizes.device_batch_size == 8
+    assert parts.loader.steps_per_epoch == 4
+    shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), parts.create_state())
+    assert shapes == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), parts.abstract_state)
+
+
+def test_batches_go_on_from_a_position_and_never_end(experiment):
+    parts = put_together(experiment)
+    batches = parts.batches()
+    first = [next(batches) for _ in range(6)]
+    assert [position.epoch for _, position in first] == [0] * 4 + [1] * 2
+    again = parts.batches(first[2][1])
+    for batch, position in first[3:]:
+        other, other_position = next(again)
+        assert other_position == position
+        assert jax.tree.all(jax.tree.map(np.array_equal, batch, other))
+    batches.close()
+    again.close()
+
+
+def test_evaluation_counts_each_held_out_example_once(experiment):
+    parts = put_together(experiment)
+    state = parts.create_state()
+    fields = experiment.data.eval.arrays
+    outputs = experiment.model.apply({"params": state.params}, fields["image"], train=False)
+    accuracy = (np.argmax(outputs, axis=1) == fields["label"]).mean()
+    loss = optax.softmax_cross_entropy_with_integer_labels(outputs, fields["label"]).mean()
+    assert parts.evaluate(state) == {"accuracy": pytest.approx(accuracy), "loss": pytest.approx(float(loss), rel=1e-5)}
+
+
+def test_averaged_params_are_evaluated_where_the_optimizer_keeps_them(experiment):
+    averaging = put_together(experiments.override(experiment, ["optimizer.ema_decay=0.9"]))
+    state = averaging.create_state()
+    with_zeros = dataclasses.replace(
+        state,
+        opt_state=jax.tree.map(
+            lambda node: node._replace(params=jax.tree.map(np.zeros_like, node.params)) if is_ema(node) else node,
+            state.opt_state,
+            is_leaf=is_ema,
+        ),
+    )
+    assert averaging.evaluate(with_zeros)["loss"] == pytest.approx(np.log(2), rel=1e-5)
+    assert averaging.evaluate(state)["loss"] != pytest.approx(np.log(2), rel=1e-5)
+
+
+def is_ema(node):
+    return isinstance(node, optimizers.EmaState)
+
+
+def test_the_learning_rate_of_a_step_is_that_of_its_update(experiment):
+    parts = put_together(
+        experiments.override(
+            experiment, ["optimizer.schedule.name=linear", "optimizer.schedule.warmup=2", "stop.max_steps=6"]
+        )
+    )
+    assert [parts.learning_rate(step) for step in (1, 2, 3, 7)] == pytest.approx([0.05, 0.1, 0.1, 0.0])
+    assert put_together(dataclasses.replace(experiment, optimizer=optax.sgd(0.1))).learning_rate is None
+
+
+@pytest.mark.parametrize(
+    ("stop", "step"),
+    [
+        ({"max_steps": 7}, 7),
+        ({"max_epochs": 3}, 12),
+        ({"max_steps": 20, "max_epochs": 3}, 12),
+        ({"max_seconds": 9.0}, None),
+    ],
+)
+def test_the_last_step_is_the_earliest_limit_that_is_known(experiment, stop, step):
+    changed = dataclasses.replace(experiment, stop=jaxdist.Stop(**stop))
+    assert components.last_step(changed, steps_per_epoch=4) == step
+
+
+def test_a_schedule_without_a_known_end_is_refused(experiment):
+    endless = dataclasses.replace(experiment, stop=jaxdist.Stop(max_seconds=5.0))
+    with pytest.raises(ValueError, match="needs to know where it ends"):
+        put_together(experiments.override(endless, ["optimizer.schedule.name=cosine"]))
+
+
+CHANGES = {
+    "name": True,
+    "model": True,
+    "seed": True,
+    "data": True,
+    "stop": False,
+    "global_batch_size": False,
+    "reduction": False,
+}
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_identity_is_name_model_data_and_seed(experiment, field):
+    values = {
+        "name": "other",
+        "model": mlp.MLP(num_classes=2, width=9, num_layers=1),
+        "seed": 1,
+        "data": jaxdist.Data(train=tiny_experiment.make_source(52, 7)),
+        "stop": jaxdist.Stop(max_steps=99),
+        "global_batch_size": 8,
+        "reduction": "canonical",
+    }
+    changed = dataclasses.replace(experiment, **{field: values[field]})
+    assert (components.identity(changed) != components.identity(experiment)) == CHANGES[field]
+    assert components.identity(tiny_experiment.get_config()) == components.identity(experiment)
+
+
+def test_a_batch_that_does_not_divide_names_the_nearest_that_do(experiment):
+    with pytest.raises(ValueError, match=r"15.*14 or 16"):
+        put_together(dataclasses.replace(experiment, global_batch_size=15))
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("global_batch_size=0", "global_batch_size must be at least 1; got 0"),
+        ("num_microbatches=0", "num_microbatches must be at least 1"),
+        ("log_every=0", "log_every must be at least 1"),
+        ("eval.every_steps=0", r"eval\.every_steps must be at least 1"),
+        ("eval.every_epochs=-1", r"eval\.every_epochs must be at least 1"),
+        ("checkpoints.every_steps=0", r"checkpoints\.every_steps must be at least 1"),
+        ("checkpoints.keep_last=0", r"checkpoints\.keep_last must be at least 1"),
+        ("checkpoints.keep_every=0", r"checkpoints\.keep_every must be at least 1"),
+        ("guards.check_replicas_every=-1", r"guards\.check_replicas_every must be at least 0"),
+        ("data.prefetch=0", r"data\.prefetch must be at least 1"),
+        ("data.num_threads=-1", r"data\.num_threads must be at least 0"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_before_anything_starts(experiment, assignment, message):
+    with pytest.raises(ConfigError, match=message):
+        components.check_experiment(experiments.override(experiment, [assignment]))
+
+
+def test_a_target_or_patience_on_held_out_data_needs_some(experiment):
+    alone = dataclasses.replace(experiment, data=jaxdist.Data(train=experiment.data.train))
+    for limits in ({"target": 0.9}, {"patience": 2}):
+        with pytest.raises(ConfigError, match=r"eval/accuracy.*no data\.eval"):
+            components.check_experiment(dataclasses.replace(alone, stop=jaxdist.Stop(**limits)))
+    components.check_experiment(
+        dataclasses.replace(alone, stop=jaxdist.Stop(target=0.9, target_metric="train/accuracy"))
+    )
+    components.check_experiment(alone)
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        (
+            ["stop.target=0.9", "stop.target_metric=eval/acuracy"],
+            r"stop\.target_metric is 'eval/acuracy'.*'eval/accuracy'",
+        ),
+        (
+            ["stop.patience=2", "stop.target_metric=accuracy"],
+            r"'accuracy'.*It reports: train/loss, train/accuracy, eval",
+        ),
+        (
+            ["stop.patience=2", "stop.target_metric=train/loss"],
+            r"counts evaluations, but train/loss is no eval/ metric",
+        ),
+        (["checkpoints.best_metric=eval/f1"], r"checkpoints\.best_metric is 'eval/f1'"),
+    ],
+)
+def test_a_metric_that_will_never_come_is_not_waited_for(experiment, assignments, message):
+    with pytest.raises(ConfigError, match=message):
+        put_together(experiments.override(experiment, assignments))
+
+
+def test_metrics_that_will_come_may_be_waited_for(experiment):
+    watching = ["stop.patience=2", "stop.target=0.1", "stop.mode=min", "stop.target_metric=eval/loss"]
+    put_together(experiments.override(experiment, [*watching, "checkpoints.best_metric=train/accuracy"]))

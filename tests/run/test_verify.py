@@ -1,0 +1,83 @@
+"""`jaxdist verify`: a promise that is kept, and promises broken on purpose."""
+
+import dataclasses
+import itertools
+import json
+
+import compile_cache
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny_experiment
+
+import jaxdist
+from jaxdist import adapters
+from jaxdist.cli import main
+from jaxdist.launch.joining import runtime
+from jaxdist.run import verify
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_compilations(tmp_path_factory):
+    with compile_cache.compile_once(tmp_path_factory.mktemp("xla")):
+        yield
+
+
+def linear(loss_fn, **settings):
+    """Return the tiny experiment with a model of one matrix, and `loss_fn(outputs, batch, key)` as its loss."""
+
+    def mean_loss(params, batch, key):
+        return loss_fn(batch["image"] @ params["w"], batch, key), {}
+
+    functions = adapters.Functions(lambda key: {"w": jax.random.normal(key, (6,))}, mean_loss, mean_loss)
+    return dataclasses.replace(tiny_experiment.get_config(), model=functions, loss=None, **settings)
+
+
+def squares(outputs, batch, key=None):
+    del key
+    return jaxdist.masked_mean((outputs - batch["label"]) ** 2, batch["mask"])
+
+
+def check(experiment, num_devices=2):
+    return verify.verify(experiment, devices=jax.devices()[:num_devices], num_steps=3)
+
+
+@pytest.mark.parametrize("strategy", ["data-parallel", "zero1", "fsdp"])
+def test_the_mean_is_kept_up_to_rounding(strategy):
+    report = check(linear(squares, strategy=strategy), num_devices=4)
+    assert report.kept
+    assert [row.num_devices for row in report.rows] == [1, 2, 4]
+    assert {row.verdict for row in report.rows} <= {"identical", "equal"}
+
+
+def test_where_each_device_draws_its_own_nothing_is_promised():
+    report = check(linear(lambda outputs, batch, key: squares(outputs + jax.random.normal(key), batch)))
+    assert report.kept
+    assert [row.verdict for row in report.rows] == ["identical", "apart"]
+    assert "Nothing is promised here: dropout" in str(report)
+
+
+def test_a_loss_that_depends_on_the_devices_breaks_the_mean():
+    """It adds up a device's examples, where the package averages over all of them."""
+    report = check(linear(lambda outputs, batch, key: jnp.sum(batch["mask"] * (outputs - batch["label"]) ** 2) / 16))
+    assert not report.kept
+    assert [row.verdict for row in report.rows] == ["identical", "BROKEN: too far apart"]
+    assert report.rows[1].largest_difference > 0.01
+    assert "Promise broken on [2] devices." in str(report)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_status_says_whether_the_canonical_bits_are_the_same(broken, capsys, monkeypatch):
+    """Broken, the model is another one each time it is compiled, by the least that float32 can tell apart."""
+    times_compiled = itertools.count()
+
+    def drifting(outputs, batch, key):
+        del key
+        return squares(outputs * (1.0 + 2.0**-23 * (next(times_compiled) if broken else 0)), batch)
+
+    monkeypatch.setattr(runtime, "start", lambda num_devices=None: jax.devices()[: num_devices or 1])
+    monkeypatch.setattr(main, "load", lambda options: linear(drifting, reduction="canonical"))
+    assert main.run(["verify", "any.py", "--devices", "2", "--json"]) == (1 if broken else 0)
+    report = json.loads(capsys.readouterr().out)
+    assert [row["verdict"] for row in report["rows"]] == ["identical", "BROKEN: other bits" if broken else "identical"]
+    assert len({row["params_sha256"] for row in report["rows"]}) == (2 if broken else 1)

@@ -1,0 +1,104 @@
+import dataclasses
+import types
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxdist.rundir import ledger
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    epoch: int
+    position: int
+
+
+def place_after(step, num_examples, batch_size):
+    """Where the data stand after `step` steps; None before the first."""
+    if step == 0:
+        return None
+    steps_per_epoch = -(-num_examples // batch_size)
+    epoch, step_in_epoch = divmod(step - 1, steps_per_epoch)
+    return Place(epoch, min((step_in_epoch + 1) * batch_size, num_examples))
+
+
+def record(run_dir, begin, end, num_examples, batch_size):
+    """Train from step `begin` to step `end`, as far as the ledger sees it."""
+    recorder = ledger.Recorder(run_dir, step=begin, place=place_after(begin, num_examples, batch_size))
+    for step in range(begin + 1, end + 1):
+        recorder(types.SimpleNamespace(step=step, position=place_after(step, num_examples, batch_size)))
+    recorder.close()
+
+
+@given(
+    num_examples=st.integers(1, 20),
+    batch_size=st.integers(1, 8),
+    attempts=st.lists(st.tuples(st.integers(0, 10), st.integers(1, 15)), min_size=1, max_size=6),
+)
+def test_any_history_of_restarts_leaves_each_example_once(tmp_path_factory, num_examples, batch_size, attempts):
+    run_dir = tmp_path_factory.mktemp("run")
+    reached = 0
+    for steps_back, steps in attempts:
+        begin = max(0, reached - steps_back)
+        reached = begin + steps
+        record(run_dir, begin, reached, num_examples, batch_size)
+    entries = ledger.read(run_dir)
+    assert [entry.step for entry in entries] == list(range(1, reached + 1))
+    whole = ledger.check(entries, num_examples=num_examples)
+    assert whole == reached // -(-num_examples // batch_size)
+
+
+@given(
+    damage=st.sampled_from(["drop", "repeat", "shift", "shorten"]),
+    where=st.integers(0, 8),
+)
+def test_any_lost_or_repeated_example_is_found(damage, where):
+    entries = [ledger.Entry(s, (s - 1) // 5, (s - 1) % 5 * 2, min((s - 1) % 5 * 2 + 2, 9)) for s in range(1, 11)]
+    assert ledger.check(entries, num_examples=9) == 2
+    entry = entries[where]
+    entries[where : where + 1] = {
+        "drop": [],
+        "repeat": [entry, entry],
+        "shift": [dataclasses.replace(entry, begin=entry.begin + 1)],
+        "shorten": [dataclasses.replace(entry, end=entry.end - 1)],
+    }[damage]
+    with pytest.raises(ledger.LedgerError):
+        ledger.check(entries, num_examples=9)
+
+
+def test_the_message_says_whether_examples_were_lost_or_used_twice():
+    first = ledger.Entry(1, 0, 0, 4)
+    with pytest.raises(ledger.LedgerError, match=r"Step 2 .*positions \[6, 8\).*were lost"):
+        ledger.check([first, ledger.Entry(2, 0, 6, 8)], num_examples=8)
+    with pytest.raises(ledger.LedgerError, match="were used twice"):
+        ledger.check([first, ledger.Entry(2, 0, 2, 8)], num_examples=8)
+    with pytest.raises(ledger.LedgerError, match="epoch 1 when 4 of 8 examples of epoch 0"):
+        ledger.check([first, ledger.Entry(2, 1, 0, 4)], num_examples=8)
+
+
+def test_a_line_cut_short_by_a_death_does_not_count(tmp_path):
+    record(tmp_path, 0, 3, 8, 2)
+    path = tmp_path / ledger.FILE_NAME
+    path.write_text(path.read_text()[:-3])
+    assert [entry.step for entry in ledger.read(tmp_path)] == [1, 2]
+    record(tmp_path, 2, 4, 8, 2)
+    assert ledger.check(ledger.read(tmp_path), num_examples=8) == 1
+
+
+def test_a_damaged_line_and_a_gap_are_refused(tmp_path):
+    record(tmp_path, 0, 3, 8, 2)
+    path = tmp_path / ledger.FILE_NAME
+    whole = path.read_text()
+    path.write_text(whole.replace("2 0 2 4\n", "2 0 2\n"))
+    with pytest.raises(ledger.LedgerError, match="Line 4 of the ledger cannot be read"):
+        ledger.read(tmp_path)
+    path.write_text(whole)
+    record(tmp_path, 5, 6, 8, 2)
+    with pytest.raises(ledger.LedgerError, match="go on from step 5, but the last step before it is 3"):
+        ledger.read(tmp_path)
+
+
+def test_a_run_without_a_ledger_says_how_to_record_one(tmp_path):
+    with pytest.raises(ledger.LedgerError, match=r"--set recovery\.ledger=true"):
+        ledger.read(tmp_path)

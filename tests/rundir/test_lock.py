@@ -1,0 +1,83 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from jaxdist import errors
+from jaxdist.rundir import lock
+
+OWNER = """
+import pathlib, sys, time
+from jaxdist import lock
+with lock.locked(pathlib.Path(sys.argv[1]), purpose="a test"):
+    print("taken", flush=True)
+    time.sleep(600)
+"""
+
+
+def start_owner(directory):
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(directory)], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout.readline() == "taken\n"
+    return owner
+
+
+def test_the_second_job_is_refused_and_told_who_the_first_is(tmp_path):
+    owner = start_owner(tmp_path)
+    try:
+        with (
+            pytest.raises(lock.LockedError, match=rf"process {owner.pid} on .* \(a test\) does"),
+            lock.locked(tmp_path, purpose="another"),
+        ):
+            pass
+        assert lock.is_locked(tmp_path)
+        assert json.loads((tmp_path / lock.FILE_NAME).read_text())["process"] == owner.pid
+    finally:
+        owner.kill()
+        owner.wait()
+        owner.stdout.close()
+
+
+def test_a_dead_owner_holds_nothing(tmp_path):
+    owner = start_owner(tmp_path)
+    owner.send_signal(signal.SIGKILL)
+    owner.wait()
+    owner.stdout.close()
+    assert not lock.is_locked(tmp_path)
+    with lock.locked(tmp_path, purpose="the heir"):
+        assert lock.is_locked(tmp_path)
+    assert not lock.is_locked(tmp_path)
+
+
+def test_a_child_does_not_keep_the_lock_of_its_dead_parent(tmp_path):
+    with lock.locked(tmp_path, purpose="the parent"):
+        child = subprocess.Popen(["sleep", "600"], close_fds=False)
+    try:
+        assert not lock.is_locked(tmp_path)
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_a_directory_is_made_and_an_unlocked_one_is_said_to_be(tmp_path):
+    assert not lock.is_locked(tmp_path / "new")
+    with lock.locked(tmp_path / "new", purpose="first"):
+        assert os.path.isdir(tmp_path / "new")
+
+
+def test_an_owner_that_has_not_said_who_it_is_is_still_the_owner(tmp_path):
+    with lock.locked(tmp_path, purpose="first"):
+        (tmp_path / lock.FILE_NAME).write_text("")
+        with pytest.raises(lock.LockedError, match="another process does"), lock.locked(tmp_path, purpose="second"):
+            pass
+
+
+def test_a_directory_that_cannot_be_made_is_the_users_to_mend(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(errors.UserError, match=r"must be writable; .*file/run is not"),
+        lock.locked(tmp_path / "file" / "run", purpose="first"),
+    ):
+        pass

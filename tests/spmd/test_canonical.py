@@ -1,0 +1,297 @@
+import contextlib
+import functools
+import os
+from unittest import mock
+
+import compile_cache
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from small_problem import (
+    OPTIMIZERS,
+    assert_close,
+    counted_compiles,
+    fingerprint,
+    loss_fn,
+    new_state,
+    numpy_batch,
+    place,
+)
+
+from jaxdist import adapters, losses
+from jaxdist.guards import guard
+from jaxdist.models import cnn, gpt
+from jaxdist.spmd import canonical
+from jaxdist.spmd import state as states
+from jaxdist.spmd import step as steps
+from jaxdist.spmd.mesh import make_mesh
+
+LAYOUTS = (1, 2, 4, 8)
+BATCH_SIZE = 16
+MASK = (np.arange(BATCH_SIZE) < 13).astype(np.float32)
+"""Ragged: with eight logical shards, one of them is padding alone and one has a single example."""
+
+
+def images(seed):
+    random = np.random.default_rng(seed)
+    return {
+        "image": random.normal(size=(BATCH_SIZE, 8, 8, 1)).astype(np.float32),
+        "label": random.integers(0, 10, BATCH_SIZE).astype(np.int32),
+        "mask": MASK,
+    }
+
+
+def tokens(seed):
+    return {"tokens": np.random.default_rng(seed).integers(0, 32, (BATCH_SIZE, 12)).astype(np.int32), "mask": MASK}
+
+
+MODELS = {
+    "cnn": (
+        adapters.linen(cnn.CNN(10, width=4, num_stages=1), losses.classification, images(0)),
+        images,
+        optax.sgd(0.1, momentum=0.9),
+    ),
+    "cnn with batch norm": (
+        adapters.linen(cnn.CNN(10, width=4, num_stages=1, batch_norm=True), losses.classification, images(0)),
+        images,
+        OPTIMIZERS["adamw"],
+    ),
+    "gpt with dropout": (
+        adapters.linen(
+            gpt.GPT(32, 12, num_layers=1, num_heads=2, width=16, dropout_rate=0.1),
+            losses.next_token,
+            tokens(0),
+            inputs="tokens",
+        ),
+        tokens,
+        optax.chain(OPTIMIZERS["adamw"], optax.ema(0.9)),
+    ),
+}
+
+
+def train(functions, batches, optimizer, num_devices, **options):
+    mesh = make_mesh(devices=jax.devices()[:num_devices])
+    step = steps.canonical_step(functions.loss_fn, optimizer, mesh, **options)
+    state = states.create_state(functions.init_fn, optimizer, mesh=mesh, seed=0)
+    for batch in batches:
+        state, step_metrics = step(state, place(batch, mesh, "data"))
+    return jax.device_get((state.params, state.model_state, state.opt_state, step_metrics))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_same_bits_on_every_number_of_devices(model):
+    """Of params, statistics, optimizer state, loss and metrics."""
+    functions, make_batch, optimizer = MODELS[model]
+    batches = [make_batch(seed) for seed in range(4)]
+    results = {num_devices: train(functions, batches, optimizer, num_devices) for num_devices in LAYOUTS}
+    assert len({fingerprint(result) for result in results.values()}) == 1
+    start = functions.init_fn(jax.random.split(jax.random.key(0))[0])
+    params = start[0] if results[1][1] is not None else start
+    assert fingerprint(results[1][0]) != fingerprint(params), "nothing was trained"
+
+
+@functools.cache
+def small_canonical_step(num_devices, logical_shards, num_microbatches=1):
+    return steps.canonical_step(
+        loss_fn,
+        OPTIMIZERS["adamw"],
+        make_mesh(devices=jax.devices()[:num_devices]),
+        logical_shards=logical_shards,
+        num_microbatches=num_microbatches,
+    )
+
+
+def small_train(step, num_devices):
+    mesh = make_mesh(devices=jax.devices()[:num_devices])
+    state = new_state(OPTIMIZERS["adamw"], mesh)
+    for seed in range(3):
+        batch = numpy_batch(seed, mask=np.arange(32) < 21)
+        state, step_metrics = step(state, place(batch, mesh, "data"))
+    return jax.device_get((state.params, state.opt_state, step_metrics))
+
+
+@pytest.mark.parametrize(("logical_shards", "num_microbatches"), [(4, 1), (16, 1), (8, 2)])
+def test_the_number_of_logical_shards_and_microbatches_is_free(logical_shards, num_microbatches):
+    layouts = [num_devices for num_devices in LAYOUTS if num_devices <= logical_shards]
+    results = [small_train(small_canonical_step(each, logical_shards, num_microbatches), each) for each in layouts]
+    assert len({fingerprint(result) for result in results}) == 1
+
+
+def test_close_to_the_mean_reduction():
+    mesh = make_mesh()
+    mean = small_train(steps.data_parallel_step(loss_fn, OPTIMIZERS["adamw"], mesh), 8)
+    assert_close(small_train(small_canonical_step(8, 8), 8), mean, tolerance=2e-6)
+
+
+def test_logical_shards_have_keys_of_their_own():
+    def noise_loss(params, batch, key):
+        del batch
+        noise = jax.random.uniform(key)
+        return params["w"] * 0, {"noise": noise, "square": noise**2}
+
+    mesh = make_mesh(devices=jax.devices()[:2])
+    optimizer = optax.sgd(0.1)
+    state = states.create_state(lambda key: {"w": jnp.ones(())}, optimizer, mesh=mesh, seed=0)
+    key = jax.random.fold_in(state.key, state.step)
+    expected = jnp.array([jax.random.uniform(jax.random.fold_in(key, index)) for index in range(8)])
+    _, step_metrics = steps.canonical_step(noise_loss, optimizer, mesh)(state, place(numpy_batch(), mesh, "data"))
+    assert_close(step_metrics["noise"], expected.mean())
+    assert_close(step_metrics["square"], jnp.square(expected).mean())
+
+
+def test_everything_compiles_at_the_first_step():
+    mesh = make_mesh(devices=jax.devices()[:4])
+    step = steps.canonical_step(loss_fn, OPTIMIZERS["adamw"], mesh)
+    state = new_state(OPTIMIZERS["adamw"], mesh)
+    batches = [place(numpy_batch(seed), mesh, "data") for seed in range(3)]
+    with counted_compiles() as first:
+        state, _ = step(state, batches[0])
+    with counted_compiles() as later:
+        for batch in batches[1:]:
+            state, _ = step(state, batch)
+    assert later == []
+    # The split of a device's batch, a shard's sums, the addition of two shards, the tree over devices, the update.
+    assert len(first) <= 5, first
+
+
+@contextlib.contextmanager
+def counted_cache_misses():
+    """Give a function that counts the programs compiled so far, not read from the persistent cache, by JAX itself."""
+    events = []
+    request, hit = (f"/jax/compilation_cache/{name}" for name in ("compile_requests_use_cache", "cache_hits"))
+
+    def listen(event, **details):
+        events.append(event)
+
+    jax.monitoring.register_event_listener(listen)
+    try:
+        yield lambda: events.count(request) - events.count(hit)
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
+
+
+def test_a_second_start_compiles_nothing_and_gives_the_same_bits(tmp_path):
+    """On any number of devices; a restart after a crash does not wait for the compiler."""
+    hashes, num_compiles = set(), []
+    with compile_cache.compile_once(tmp_path):
+        for num_devices in (2, 1, 4, 2):
+            mesh = make_mesh(devices=jax.devices()[:num_devices])
+            step = steps.canonical_step(loss_fn, OPTIMIZERS["adamw"], mesh)
+            state, batch = new_state(OPTIMIZERS["adamw"], mesh), place(numpy_batch(), mesh, "data")
+            with counted_cache_misses() as by_jax, counted_compiles() as compiles:
+                state, _ = step(state, batch)
+            num_compiles.append(sum(name in ("jit__flat_sums", "jit_update") for name in compiles))
+            hashes.add(fingerprint(jax.device_get(state.params)))
+    assert len(hashes) == 1
+    # The first start compiles the shards' and the update's program, for all numbers of devices.
+    assert num_compiles == [2, 0, 0, 0]
+    # What a start on as many devices has compiled before, JAX itself reads from the cache, too.
+    assert by_jax() == 0
+
+
+def test_the_sentinel_counts_one_compile_without_looking_at_every_argument():
+    mesh, sentinel = make_mesh(devices=jax.devices()[:2]), guard.RecompileSentinel()
+    step = small_canonical_step(2, 16)
+    state, batch = new_state(OPTIMIZERS["adamw"], mesh), place(numpy_batch(), mesh, "data")
+    for _ in range(2):
+        before = state
+        state, _ = step(before, batch)
+        assert sentinel.observe(step, (before, batch)) is None
+    assert (sentinel.compile_count, step._cache_size()) == (1, 1)
+
+
+def test_the_state_is_donated():
+    mesh = make_mesh(devices=jax.devices()[:2])
+    state = new_state(OPTIMIZERS["adamw"], mesh)
+    small_canonical_step(2, 16)(state, place(numpy_batch(), mesh, "data"))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+
+
+def test_the_order_of_the_devices_changes_no_bit():
+    reverse = make_mesh(devices=jax.devices()[3::-1])
+    state = new_state(OPTIMIZERS["adamw"], reverse)
+    step = steps.canonical_step(loss_fn, OPTIMIZERS["adamw"], reverse, logical_shards=16)
+    for seed in range(3):
+        state, _ = step(state, place(numpy_batch(seed, mask=np.arange(32) < 21), reverse, "data"))
+    assert fingerprint(jax.device_get(state.params)) == fingerprint(small_train(small_canonical_step(4, 16), 4)[0])
+
+
+def test_a_nonfinite_shard_leaves_the_state_alone():
+    mesh = make_mesh(devices=jax.devices()[:2])
+    step = small_canonical_step(2, 16)
+    state = new_state(OPTIMIZERS["adamw"], mesh)
+    before = jax.device_get((state.step, state.params, state.opt_state))
+    batch = numpy_batch()
+    batch["y"][20] = np.inf
+    state, step_metrics = step(state, place(batch, mesh, "data"))
+    assert int(step_metrics["nonfinite_leaf"]) == 0
+    state = steps.unmarked(state)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get((state.step, state.params, state.opt_state)), before)
+
+
+@pytest.mark.parametrize(
+    ("axes", "num_devices", "logical_shards", "message"),
+    [
+        ({"data": -1}, 8, 12, r"power of two, .* got 12\. Nearest valid: 8 or 16"),
+        ({"data": -1}, 8, 0, r"power of two, .* got 0\. Nearest valid: 1 or 2"),
+        ({"data": -1}, 8, 4, "got 8 devices and 4 logical shards. Use 2 or 4 devices"),
+        ({"data": -1}, 3, 8, "got 3 devices and 8 logical shards. Use 2 or 4 devices"),
+        ({"data": 4, "model": 2}, 8, 8, "one axis 'data'; got .*Use reduction='mean'"),
+    ],
+)
+def test_a_layout_that_cannot_keep_the_promise_is_refused(axes, num_devices, logical_shards, message):
+    mesh = make_mesh(axes, devices=jax.devices()[:num_devices])
+    with pytest.raises(ValueError, match=message):
+        steps.canonical_step(loss_fn, OPTIMIZERS["sgd"], mesh, logical_shards=logical_shards)
+
+
+@pytest.mark.parametrize(
+    ("cores", "environment", "threads"),
+    [
+        (1, {}, 1),
+        (4, {}, 4),
+        (1, {"NPROC": "2"}, 2),
+        (4, {"NPROC": "1"}, 1),
+        (4, {"NPROC": "2", "PJRT_NPROC": "1"}, 1),
+        (1, {"NPROC": "1", "PJRT_NPROC": "3"}, 3),
+        (4, {"NPROC": "many"}, 4),
+    ],
+)
+def test_a_thread_pool_of_one_is_refused(cores, environment, threads):
+    """XLA then generates other code, and the bits would not be those of other machines."""
+    cleared = {name: value for name, value in os.environ.items() if "NPROC" not in name}
+    with (
+        mock.patch.object(os, "sched_getaffinity", return_value=set(range(cores))),
+        mock.patch.dict(os.environ, cleared | environment, clear=True),
+    ):
+        assert canonical.thread_pool_size(os.environ) == threads
+        refused = pytest.raises(ValueError, match="Set PJRT_NPROC=2") if threads == 1 else contextlib.nullcontext()
+        with refused:
+            canonical.check_layout(make_mesh(), logical_shards=8)
+
+
+class Summand:
+    """Remembers which additions it came from."""
+
+    def __init__(self, form):
+        self.form = form
+
+    def __add__(self, other):
+        return Summand((self.form, other.form))
+
+
+def balanced(numbers):
+    half = len(numbers) // 2
+    return (balanced(numbers[:half]), balanced(numbers[half:])) if half else numbers[0]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8, 16, 32, 64, 128])
+def test_values_are_added_in_a_balanced_tree_and_few_are_kept(count):
+    tree, most = canonical._TreeSum(canonical._add_in_pairs), 0
+    for number in range(count):
+        tree.push(Summand(number))
+        most = max(most, len(tree._partial))
+    assert most <= 2 + 1.5 * np.log2(count)
+    assert tree.result().form == balanced(list(range(count)))

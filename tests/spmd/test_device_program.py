@@ -1,0 +1,92 @@
+import compile_cache
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from small_problem import counted_compiles, place
+
+from jaxdist.spmd import device_program
+from jaxdist.spmd.mesh import make_mesh
+
+WHOLE, CUT = PartitionSpec(), PartitionSpec("data")
+
+
+def product(tree, rows):
+    return {"sum": rows @ tree["b"] + tree["i"], "pair": (rows[:1] * 2, None)}
+
+
+def arguments(mesh):
+    tree = {"b": np.arange(8, dtype=np.float32).reshape(4, 2), "i": np.int32(7)}
+    rows = np.random.default_rng(0).normal(size=(3 * mesh.size, 4)).astype(np.float32)
+    return place(tree, mesh), place(rows, mesh, "data")
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 8])
+def test_one_compilation_runs_on_every_device(num_devices):
+    mesh = make_mesh(devices=jax.devices()[:num_devices])
+    program = device_program.PerDeviceProgram(product, mesh, in_specs=(WHOLE, CUT), out_spec=CUT)
+    tree, rows = arguments(mesh)
+    with counted_compiles() as compiles:
+        result = program(tree, rows)
+    assert len(compiles) == 1
+    assert result["sum"].shape == (3 * num_devices, 2)
+    assert result["sum"].sharding == NamedSharding(mesh, CUT)
+    for place_, shard in enumerate(result["sum"].addressable_shards):
+        expected = jax.jit(product)(jax.device_get(tree), np.asarray(rows)[3 * place_ : 3 * place_ + 3])
+        assert shard.device == mesh.devices.flat[place_]
+        np.testing.assert_array_equal(shard.data, expected["sum"])
+
+
+def test_what_it_returns_feeds_it_and_other_programs():
+    mesh = make_mesh(devices=jax.devices()[:4])
+    program = device_program.PerDeviceProgram(lambda x: x + 1, mesh, in_specs=(CUT,), out_spec=CUT)
+    x = place(np.zeros((8, 3), np.float32), mesh, "data")
+    assert float(jax.jit(jnp.sum)(program(program(x)))) == 48.0
+
+
+def test_donation_holds_on_every_device():
+    mesh = make_mesh(devices=jax.devices()[:2])
+    program = device_program.PerDeviceProgram(
+        jnp.add, mesh, in_specs=(WHOLE, WHOLE), out_spec=WHOLE, donate_argnums=(0,)
+    )
+    for _ in range(3):
+        given, other = place((np.full(4, 2.0, np.float32), np.ones(4, np.float32)), mesh)
+        np.testing.assert_array_equal(program(given, other), np.full(4, 3.0))
+        assert given.is_deleted()
+        assert not other.is_deleted()
+
+
+def test_another_shape_is_refused():
+    mesh = make_mesh(devices=jax.devices()[:2])
+    program = device_program.PerDeviceProgram(jnp.sin, mesh, in_specs=(WHOLE,), out_spec=WHOLE)
+    program(place(np.ones(4, np.float32), mesh))
+    with pytest.raises(TypeError, match="compiled"):
+        program(place(np.ones(5, np.float32), mesh))
+
+
+def test_a_second_start_reads_the_program_from_the_cache_for_any_number_of_devices(tmp_path):
+    """Each program object is new, as in a new process."""
+    num_compiles, results = [], []
+    with compile_cache.compile_once(tmp_path):
+        for num_devices in (1, 8, 2, 1):
+            mesh = make_mesh(devices=jax.devices()[:num_devices])
+            program = device_program.PerDeviceProgram(product, mesh, in_specs=(WHOLE, CUT), out_spec=CUT)
+            with counted_compiles() as compiles:
+                results.append(np.asarray(program(*arguments(mesh))["sum"].addressable_data(0)))
+            num_compiles.append(len(compiles))
+    assert num_compiles == [1, 0, 0, 0]
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])
+
+
+def test_a_damaged_entry_of_the_cache_is_compiled_anew(tmp_path):
+    mesh = make_mesh(devices=jax.devices()[:2])
+    x = place(np.ones(4, np.float32), mesh)
+    with compile_cache.compile_once(tmp_path):
+        device_program.PerDeviceProgram(jnp.sin, mesh, in_specs=(WHOLE,), out_spec=WHOLE)(x)
+        for file in tmp_path.glob("*-cache"):
+            file.write_bytes(file.read_bytes()[:100])
+        program = device_program.PerDeviceProgram(jnp.sin, mesh, in_specs=(WHOLE,), out_spec=WHOLE)
+        with pytest.warns(UserWarning, match="compilation cache cannot be read"):
+            np.testing.assert_allclose(program(x), np.sin(np.ones(4)), rtol=1e-6)

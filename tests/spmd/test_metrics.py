@@ -1,0 +1,51 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxdist.spmd import metrics
+
+ROWS = st.lists(st.tuples(st.floats(-100, 100, width=32), st.booleans()), min_size=1, max_size=12)
+
+
+@given(ROWS, st.integers(0, 12))
+def test_the_means_of_unequal_parts_add_up_to_the_mean_of_the_whole(rows, cut):
+    values, mask = (jnp.array(column, jnp.float32) for column in zip(*rows, strict=True))
+    parts = [metrics.masked_mean(values[piece], mask[piece]) for piece in (slice(cut), slice(cut, None))]
+    whole = metrics.masked_mean(values, mask)
+    np.testing.assert_allclose(parts[0].total + parts[1].total, whole.total, rtol=1e-5, atol=1e-3)
+    assert parts[0].count + parts[1].count == whole.count == sum(kept for _, kept in rows)
+
+
+def test_padding_may_hold_anything():
+    values = jnp.array([1.0, jnp.nan, 3.0, jnp.inf])
+    mean = metrics.masked_mean(values, jnp.array([1, 0, 1, 0]))
+    assert (float(mean.total), float(mean.count), float(mean.value)) == (4.0, 2.0, 2.0)
+
+
+def test_a_mask_over_examples_counts_every_token_of_them():
+    mean = metrics.masked_mean(jnp.ones((3, 5)), jnp.array([1, 0, 1]))
+    assert (float(mean.total), float(mean.count)) == (10.0, 10.0)
+    assert float(metrics.masked_mean(jnp.ones((3, 5))).count) == 15.0
+    assert metrics.masked_mean(jnp.ones(3, jnp.bfloat16)).total.dtype == jnp.float32
+
+
+def test_a_mean_over_nothing_is_nan():
+    assert jnp.isnan(metrics.masked_mean(jnp.ones(2), jnp.zeros(2)).value)
+
+
+@pytest.mark.parametrize(
+    ("batch", "count"), [({"x": np.ones((6, 2))}, 6), ({"x": np.ones(3), "mask": np.eye(3)[0]}, 1)]
+)
+def test_examples_are_counted_by_the_mask_or_all(batch, count):
+    assert float(metrics.num_examples({name: jnp.asarray(leaf) for name, leaf in batch.items()})) == count
+
+
+def test_a_plain_scalar_stands_for_the_true_examples():
+    batch = {"mask": jnp.array([1.0, 1.0, 0.0])}
+    mean = metrics.as_mean(jnp.float32(5.0), batch)
+    assert (float(mean.total), float(mean.count)) == (10.0, 2.0)
+    assert metrics.as_mean(mean, batch) is mean
+    empty = metrics.as_mean(jnp.float32(jnp.nan), {"mask": jnp.zeros(3)})
+    assert (float(empty.total), float(empty.count)) == (0.0, 0.0)

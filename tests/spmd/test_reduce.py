@@ -1,0 +1,148 @@
+import functools
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec
+from small_problem import (
+    NUM_EXAMPLES,
+    assert_close,
+    example_losses,
+    init_params,
+    loss_fn,
+    numpy_batch,
+)
+
+from jaxdist.spmd import metrics, reduce
+from jaxdist.spmd.mesh import make_mesh
+
+AXIS = "data"
+
+
+def numpy_tree_sum(rows):
+    """Neighbours first, then pairs of pairs."""
+    while len(rows) > 1:
+        rows = rows[0::2] + rows[1::2]
+    return rows[0]
+
+
+@functools.cache
+def both_sums(num_devices):
+    """Doubling and halving of the same rows, one row a device; every device's result comes back."""
+    mesh = make_mesh(devices=jax.devices()[:num_devices])
+
+    def sums(rows):
+        with mock.patch.object(reduce, "HALVING_MIN_SIZE", rows.size + 1):
+            doubling = reduce.tree_sum_over_axis(rows[0], AXIS, num_devices)
+        with mock.patch.object(reduce, "HALVING_MIN_SIZE", 0):
+            halving = reduce.tree_sum_over_axis(rows[0], AXIS, num_devices)
+        return doubling[None], halving[None]
+
+    spec = PartitionSpec(AXIS)
+    return jax.jit(jax.shard_map(sums, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
+
+
+@settings(max_examples=12)
+@given(st.sampled_from([1, 2, 4, 8]), st.integers(1, 40), st.integers(0, 10**6))
+def test_doubling_halving_and_a_tree_in_numpy_agree_to_the_bit(num_devices, size, seed):
+    """Of values so unequal that another order of additions gives other bits."""
+    random = np.random.default_rng(seed)
+    rows = random.normal(size=(num_devices, size)) * 10.0 ** random.integers(-6, 6, size=(num_devices, size))
+    rows = rows.astype(np.float32)
+    expected = np.broadcast_to(numpy_tree_sum(rows), rows.shape)
+    for result in both_sums(num_devices)(rows):
+        np.testing.assert_array_equal(result, expected)
+
+
+def test_large_vectors_are_halved_and_small_ones_doubled():
+    mesh = make_mesh()
+
+    def program(size):
+        tree_sum = functools.partial(reduce.tree_sum_over_axis, axis=AXIS, num_devices=8)
+        mapped = jax.shard_map(
+            lambda row: tree_sum(row[0]),
+            mesh=mesh,
+            in_specs=PartitionSpec(AXIS),
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        )
+        return jax.jit(mapped).lower(jax.ShapeDtypeStruct((8, size), jnp.float32)).as_text()
+
+    assert "all_gather" not in program(reduce.HALVING_MIN_SIZE - 1)
+    assert "all_gather" in program(reduce.HALVING_MIN_SIZE)
+
+
+MASK = np.arange(NUM_EXAMPLES) % 3 > 0
+
+
+def sums_of(batch, **options):
+    return reduce.local_sums(loss_fn, init_params(jax.random.key(0)), None, batch, jax.random.key(1), **options)
+
+
+def test_sums_of_parts_add_up_to_the_sums_of_the_whole():
+    batch = numpy_batch(mask=MASK)
+    cuts = (slice(0, 5), slice(5, 17), slice(17, None))
+    parts = [sums_of({name: leaf[cut] for name, leaf in batch.items()}) for cut in cuts]
+    assert_close(functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), parts), sums_of(batch), tolerance=1e-4)
+
+
+def test_the_average_of_the_sums_is_the_gradient_of_the_mean():
+    batch = numpy_batch(mask=MASK)
+    averages = reduce.average(sums_of(batch), None)
+
+    def mean(params):
+        return example_losses(params, batch)[MASK].mean()
+
+    params = init_params(jax.random.key(0))
+    assert_close(averages.grads, jax.grad(mean)(params), tolerance=1e-5)
+    assert_close(averages.loss, mean(params))
+
+
+def test_padding_alone_gives_exact_zeros_though_its_loss_is_nan():
+    batch = numpy_batch(mask=np.zeros(NUM_EXAMPLES))
+    assert jnp.isnan(loss_fn(init_params(jax.random.key(0)), batch, None)[0])
+    for leaf in jax.tree.leaves(sums_of(batch)):
+        np.testing.assert_array_equal(leaf, np.zeros_like(leaf))
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 2, 4])
+def test_microbatches_change_no_sum(num_microbatches):
+    batch = {name: jnp.asarray(leaf) for name, leaf in numpy_batch(mask=MASK).items()}
+    sums = reduce.accumulate_sums(
+        loss_fn,
+        init_params(jax.random.key(0)),
+        None,
+        batch,
+        jax.random.key(1),
+        num_microbatches=num_microbatches,
+        first_index=0,
+    )
+    assert_close(sums, sums_of(batch), tolerance=1e-4)
+
+
+def test_a_loss_scale_is_taken_out_of_the_gradients_again():
+    batch = numpy_batch(mask=MASK)
+    assert_close(sums_of(batch, loss_scale=jnp.float32(1024.0)), sums_of(batch))
+
+
+def test_gradients_of_half_precision_params_are_added_up_in_float32():
+    def half_loss(params, batch, key):
+        del key
+        return metrics.masked_mean(batch["x"] @ params["w"].astype(jnp.float32)), {}
+
+    params = {"w": jnp.ones(8, jnp.bfloat16)}
+    sums = reduce.local_sums(half_loss, params, None, numpy_batch(), jax.random.key(0))
+    assert sums.grads["w"].dtype == jnp.float32
+
+
+def test_counters_in_the_model_state_are_refused():
+    def counting_loss(params, batch, key, model_state):
+        del batch, key
+        return params["w"], {}, {"calls": model_state["calls"] + 1}
+
+    with pytest.raises(ValueError, match="Only floating values can be averaged over replicas; a leaf of dtype int32"):
+        reduce.local_sums(counting_loss, {"w": jnp.ones(())}, {"calls": jnp.int32(0)}, numpy_batch(), jax.random.key(0))

@@ -1,0 +1,68 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+from small_problem import counted_compiles, init_params
+
+from jaxdist.spmd import state as states
+from jaxdist.spmd.mesh import make_mesh
+
+
+def columns(path, leaf):
+    return PartitionSpec(None, "data") if path.endswith("first") and leaf.ndim == 2 else PartitionSpec()
+
+
+def test_every_leaf_is_born_where_the_layout_says():
+    mesh = make_mesh()
+    state = states.create_state(init_params, optax.adam(0.1), mesh=mesh, seed=0, layout=columns)
+    for tree in (state.params, state.opt_state[0].mu, state.opt_state[0].nu):
+        assert tree["first"].sharding == NamedSharding(mesh, PartitionSpec(None, "data"))
+        assert tree["first"].addressable_shards[0].data.shape == (8, 2)
+        assert tree["second"].sharding.is_fully_replicated
+    assert state.step.dtype == jnp.int32
+    assert int(state.step) == 0
+    assert jnp.issubdtype(state.key.dtype, jax.dtypes.prng_key)
+
+
+def test_one_program_creates_the_whole_state():
+    mesh = make_mesh()
+    with counted_compiles() as compiles:
+        states.create_state(init_params, optax.adam(0.1), mesh=mesh, seed=3)
+    assert [name for name in compiles if "make" in name] == ["jit(make)"] or compiles.count("make") == 1, compiles
+
+
+def test_the_layout_changes_no_number_and_the_seed_changes_all():
+    mesh = make_mesh()
+    whole = states.create_state(init_params, optax.adam(0.1), mesh=mesh, seed=0)
+    cut = states.create_state(init_params, optax.adam(0.1), mesh=mesh, seed=0, layout=columns)
+    other = states.create_state(init_params, optax.adam(0.1), mesh=mesh, seed=1)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(whole.params), jax.device_get(cut.params))
+    assert not np.array_equal(whole.params["first"], other.params["first"])
+    assert not np.array_equal(jax.random.key_data(whole.key), jax.random.key_data(other.key))
+
+
+def test_a_stateful_model_brings_its_state_along():
+    def init(key):
+        return {"w": jax.random.normal(key, (4,))}, {"running_mean": jnp.ones((2,))}
+
+    state = states.create_state(init, optax.sgd(0.1), mesh=make_mesh(), seed=0)
+    assert set(state.params) == {"w"}
+    np.testing.assert_array_equal(state.model_state["running_mean"], [1, 1])
+    stateless = states.create_state(lambda key: init(key)[0], optax.sgd(0.1), mesh=make_mesh(), seed=0)
+    assert stateless.model_state is None
+
+
+def test_the_abstract_state_describes_the_real_one_without_making_it():
+    mesh = make_mesh()
+    arguments = {"mesh": mesh, "layout": columns}
+    abstract = states.abstract_state(init_params, optax.adam(0.1), **arguments)
+    real = states.create_state(init_params, optax.adam(0.1), seed=0, **arguments)
+    assert jax.tree.structure(abstract) == jax.tree.structure(real)
+
+    def check(shape, leaf):
+        assert isinstance(shape, jax.ShapeDtypeStruct)
+        assert (shape.shape, shape.dtype) == (leaf.shape, leaf.dtype)
+        assert shape.sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
+
+    jax.tree.map(check, abstract, real)

@@ -1,0 +1,271 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from small_problem import (
+    NUM_EXAMPLES,
+    NUM_FEATURES,
+    OPTIMIZERS,
+    assert_close,
+    counted_compiles,
+    example_losses,
+    loss_fn,
+    new_state,
+    numpy_batch,
+    place,
+    reference_params,
+)
+
+from jaxdist.spmd import metrics, reduce
+from jaxdist.spmd import state as states
+from jaxdist.spmd import step as steps
+from jaxdist.spmd.mesh import make_mesh
+
+DEVICES = (1, 2, 4, 8)
+
+
+def mesh_of(num_devices):
+    return make_mesh(devices=jax.devices()[:num_devices])
+
+
+@functools.cache
+def shared_step(num_devices, num_microbatches, optimizer_name):
+    return steps.data_parallel_step(
+        loss_fn, OPTIMIZERS[optimizer_name], mesh_of(num_devices), num_microbatches=num_microbatches
+    )
+
+
+@functools.cache
+def host_state(optimizer_name):
+    """The first state as numpy arrays, and its key's data."""
+    state = new_state(OPTIMIZERS[optimizer_name], mesh_of(1))
+    return jax.device_get(dataclasses.replace(state, key=jax.random.key_data(state.key)))
+
+
+def placed_state(optimizer_name, mesh):
+    """A fresh copy, which a step may donate."""
+    state = place(jax.tree.map(np.copy, host_state(optimizer_name)), mesh)
+    return dataclasses.replace(state, key=jax.random.wrap_key_data(state.key))
+
+
+def train(step, state, mesh, batches):
+    for batch in batches:
+        state, step_metrics = step(state, place(batch, mesh, "data"))
+    return state, step_metrics
+
+
+MASKS = st.lists(
+    st.lists(st.booleans(), min_size=NUM_EXAMPLES, max_size=NUM_EXAMPLES).filter(any), min_size=2, max_size=2
+)
+RAGGED = [[index < 21 for index in range(NUM_EXAMPLES)], [index == 5 for index in range(NUM_EXAMPLES)]]
+
+
+@pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
+@pytest.mark.parametrize("num_microbatches", [1, 2, 4])
+@pytest.mark.parametrize("num_devices", DEVICES)
+def test_equals_the_one_device_step_whatever_the_mask(num_devices, num_microbatches, optimizer_name):
+    """Fully padded devices and microbatches included: RAGGED leaves up to seven of eight devices without examples."""
+    mesh = mesh_of(num_devices)
+    step = shared_step(num_devices, num_microbatches, optimizer_name)
+
+    @settings(max_examples=4)
+    @given(MASKS)
+    @example(RAGGED)
+    def check(masks):
+        batches = [numpy_batch(seed, mask) for seed, mask in enumerate(masks)]
+        state, step_metrics = train(step, placed_state(optimizer_name, mesh), mesh, batches)
+        expected = reference(optimizer_name, batches)
+        assert_close(state.params, expected)
+        assert int(step_metrics["nonfinite_leaf"]) == -1
+        assert int(state.step) == len(batches)
+
+    check()
+
+
+def reference(optimizer_name, batches):
+    return reference_params(OPTIMIZERS[optimizer_name], host_state(optimizer_name).params, batches)
+
+
+def test_the_gradient_is_the_mean_and_not_the_sum_over_devices():
+    """Under SGD, which shows the factor 8 of a gradient that shard_map summed already; Adam would hide it."""
+    mesh = mesh_of(8)
+    batch = numpy_batch()
+    before = host_state("sgd").params
+    state, _ = shared_step(8, 1, "sgd")(placed_state("sgd", mesh), place(batch, mesh, "data"))
+    grads = jax.grad(lambda params: jnp.mean(example_losses(params, batch)))(before)
+    assert_close(
+        jax.tree.map(jnp.subtract, before, jax.device_get(state.params)), jax.tree.map(lambda g: 0.05 * g, grads)
+    )
+
+
+def test_loss_and_metrics_are_means_over_the_true_examples():
+    mesh = mesh_of(8)
+    batch = numpy_batch(mask=RAGGED[0])
+    _, step_metrics = shared_step(8, 1, "sgd")(placed_state("sgd", mesh), place(batch, mesh, "data"))
+    values = np.asarray(example_losses(host_state("sgd").params, batch))[:21]
+    assert set(step_metrics) == {"loss", "above_one", "nonfinite_leaf"}
+    assert_close(step_metrics["loss"], values.mean())
+    assert_close(step_metrics["above_one"], (values > 1).mean())
+    assert all(value.shape == () for value in step_metrics.values())
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 4])
+def test_pmap_gives_the_same_numbers(num_microbatches):
+    mesh = mesh_of(4)
+    batches = [numpy_batch(seed, mask) for seed, mask in enumerate(RAGGED)]
+    twin = steps.pmap_step(loss_fn, OPTIMIZERS["adamw"], devices=jax.devices()[:4], num_microbatches=num_microbatches)
+    state = placed_state("adamw", mesh_of(1))
+    for batch in batches:
+        state, step_metrics = twin(state, batch)
+    expected, expected_metrics = train(
+        shared_step(4, num_microbatches, "adamw"), placed_state("adamw", mesh), mesh, batches
+    )
+    assert_close(state.params, expected.params)
+    assert_close(step_metrics, expected_metrics)
+
+
+def running_mean_loss(params, batch, key, model_state):
+    """A model with a running mean of its inputs, as batch normalisation keeps one."""
+    del key
+    mean = metrics.masked_mean(batch["x"][:, 0], batch["mask"]).value
+    value = metrics.masked_mean(jnp.square(batch["x"][:, 0] * params["w"]), batch["mask"])
+    return value, {}, {"running_mean": 0.9 * model_state["running_mean"] + 0.1 * mean}
+
+
+def test_model_state_is_averaged_by_example_counts():
+    """An uneven mask: the plain mean over devices would give another running mean, and NaN for the empty ones."""
+    mesh = mesh_of(8)
+    batch = numpy_batch(mask=RAGGED[0])
+    optimizer = optax.sgd(0.1)
+    state = states.create_state(
+        lambda key: ({"w": jnp.ones(())}, {"running_mean": jnp.float32(2.0)}), optimizer, mesh=mesh, seed=0
+    )
+    state, _ = steps.data_parallel_step(running_mean_loss, optimizer, mesh)(state, place(batch, mesh, "data"))
+    assert_close(state.model_state["running_mean"], 0.9 * 2.0 + 0.1 * batch["x"][:21, 0].mean())
+    assert_close(state.params["w"], 1 - 0.1 * 2 * np.square(batch["x"][:21, 0]).mean())
+
+
+def test_compiles_once_from_the_first_state_on():
+    mesh = mesh_of(8)
+    step = steps.data_parallel_step(loss_fn, OPTIMIZERS["adamw"], mesh)
+    state = new_state(OPTIMIZERS["adamw"], mesh)
+    batches = [place(numpy_batch(seed), mesh, "data") for seed in range(3)]
+    with counted_compiles() as compiles:
+        for batch in batches:
+            state, _ = step(state, batch)
+    assert len(compiles) == 1, compiles
+
+
+def test_the_state_is_donated():
+    mesh = mesh_of(8)
+    state = new_state(OPTIMIZERS["sgd"], mesh)
+    shared_step(8, 1, "sgd")(state, place(numpy_batch(), mesh, "data"))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+
+
+def test_a_loss_may_scan_from_a_constant():
+    """shard_map's default check refuses such a carry, which a loss_fn for one device writes without a thought."""
+    mesh = mesh_of(8)
+
+    def scanned_loss(params, batch, key):
+        del key
+        total, _ = jax.lax.scan(lambda carry, x: (carry + (x * params["w"]).sum(), None), 0.0, batch["x"])
+        return total / batch["x"].shape[0], {}
+
+    optimizer = optax.sgd(0.1)
+    state = states.create_state(lambda key: {"w": jnp.ones(NUM_FEATURES)}, optimizer, mesh=mesh, seed=0)
+    batch = {"x": numpy_batch()["x"]}
+    state, _ = steps.data_parallel_step(scanned_loss, optimizer, mesh)(state, place(batch, mesh, "data"))
+    assert_close(state.params["w"], 1 - 0.1 * batch["x"].mean(axis=0))
+
+
+def test_every_microbatch_of_every_device_has_a_key_of_its_own():
+    mesh = mesh_of(4)
+
+    def noise_loss(params, batch, key):
+        noise = jax.random.uniform(key)
+        return params["w"] * 0, {"noise": noise, "square": noise**2}
+
+    optimizer = optax.sgd(0.1)
+    step = steps.data_parallel_step(noise_loss, optimizer, mesh, num_microbatches=2)
+    state = states.create_state(lambda key: {"w": jnp.ones(())}, optimizer, mesh=mesh, seed=0)
+    seen = []
+    for _ in range(2):
+        key = jax.random.fold_in(state.key, state.step)
+        expected = jnp.array([jax.random.uniform(jax.random.fold_in(key, index)) for index in range(8)])
+        state, step_metrics = step(state, place(numpy_batch(), mesh, "data"))
+        assert_close(step_metrics["noise"], expected.mean())
+        assert_close(step_metrics["square"], jnp.square(expected).mean())
+        seen.append(float(step_metrics["noise"]))
+    assert seen[0] != seen[1]
+
+
+def poisoned_loss(params, batch, key):
+    """Linear in each leaf, so that the leaf that meets the poison is the one whose gradient is not finite."""
+    del key
+    finite = sum(params[name] for name in "abc")
+    poison = sum(jnp.mean(batch[name] * params[name]) for name in "bc")
+    return finite + poison + jnp.mean(batch["constant"]), {}
+
+
+@pytest.mark.parametrize(
+    ("poisoned_fields", "leaf"), [((), -1), (("b",), 1), (("c",), 2), (("b", "c"), 1), (("constant",), 3)]
+)
+def test_a_nonfinite_step_is_named_and_leaves_the_state_alone(poisoned_fields, leaf):
+    mesh = mesh_of(4)
+    optimizer = optax.adam(0.1)
+    state = states.create_state(lambda key: dict.fromkeys("abc", jnp.ones(())), optimizer, mesh=mesh, seed=0)
+    before = jax.device_get((state.step, state.params, state.opt_state))
+    fine = {name: np.zeros(8, np.float32) for name in ("b", "c", "constant")}
+    batch = {name: values.copy() for name, values in fine.items()}
+    for name in poisoned_fields:
+        batch[name][5] = np.nan
+    step = steps.data_parallel_step(poisoned_loss, optimizer, mesh)
+    state, step_metrics = step(state, place(batch, mesh, "data"))
+    assert int(step_metrics["nonfinite_leaf"]) == leaf
+    after = jax.device_get((steps.unmarked(state).step, state.params, state.opt_state))
+    if leaf >= 0:
+        jax.tree.map(np.testing.assert_array_equal, after, before)
+        # A state that this happened to is left alone, and says so, until the mark is taken off.
+        state, step_metrics = step(state, place(fine, mesh, "data"))
+        assert int(step_metrics["nonfinite_leaf"]) >= 0
+        assert np.isnan(step_metrics["loss"])
+        state = steps.unmarked(state)
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get((state.step, state.params, state.opt_state)), before)
+        state, step_metrics = step(state, place(fine, mesh, "data"))
+        assert (int(step_metrics["nonfinite_leaf"]), int(state.step)) == (-1, 1)
+    else:
+        assert int(after[0]) == 1
+        assert after[1]["a"] != before[1]["a"]
+
+
+def test_a_metric_may_not_take_the_name_of_the_steps_own():
+    mesh = mesh_of(2)
+    optimizer = optax.sgd(0.1)
+    state = states.create_state(lambda key: {"w": jnp.ones(())}, optimizer, mesh=mesh, seed=0)
+    step = steps.data_parallel_step(lambda params, batch, key: (params["w"], {"loss": params["w"]}), optimizer, mesh)
+    with pytest.raises(ValueError, match=r"loss_fn returned metrics \['loss'\]"):
+        step(state, place(numpy_batch(), mesh, "data"))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.complex64])
+def test_the_first_leaf_that_is_not_finite_is_found_in_every_dtype(dtype):
+    largest = jnp.finfo(dtype).max
+
+    def first(*leaves, loss=0.0):
+        grads = [jnp.array(leaf, dtype) for leaf in leaves]
+        return int(steps.first_nonfinite(reduce.Averages(grads, jnp.float32(loss), {}, None)))
+
+    # Finite values whose sum is infinite are finite.
+    assert first([], [-largest, -largest], [0.0]) == -1
+    for bad in (np.inf, -np.inf, np.nan, -np.nan):
+        assert first([1.0], [0.0, bad], [bad]) == 1
+        assert first([1.0], [2.0], loss=bad) == 2
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        assert first([1.0], [complex(0.0, np.nan)]) == 1
