@@ -48,8 +48,8 @@ from jaxdist.guards import guard
 from jaxdist.launch import signals
 from jaxdist.launch.joining import agreement
 from jaxdist.models import mlp
-from jaxdist.run import hooks, loop, progress_display
-from jaxdist.rundir import record, writers
+from jaxdist.run import hooks, loop, progress_display, stopwatch
+from jaxdist.rundir import writers
 from jaxdist.spmd import state, step
 
 EXPERIMENTS = pathlib.Path(__file__).parent.parent / "experiments"
@@ -236,8 +236,8 @@ class Fit(Side):
                 hooks=[self.log, hooks.show_progress(display)],
                 progress=self.progress,
                 stop_requested=agreement.agreed_stop(lambda: bool(request)),
-                stopwatch=record.Stopwatch(),
-                step_times=record.StepTimes(),
+                stopwatch=stopwatch.Stopwatch(),
+                step_times=stopwatch.StepTimes(),
             )
         assert result.end_reason == "max_steps", result.end_reason
         self.state = result.state

@@ -33,7 +33,7 @@ from jaxdist.checkpoint import snapshots as snapshot
 from jaxdist.config import experiments
 from jaxdist.launch.joining import runtime
 from jaxdist.launch.supervising import chaos
-from jaxdist.run import components, loop, recovery
+from jaxdist.run import components, loop, recovery, stopwatch
 from jaxdist.rundir import record
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -138,7 +138,7 @@ class _Trainer:
     def __init__(self, parts: components.Training):
         self._parts, self._state = parts, parts.create_state()
         self._batches = [item for item, _ in zip(parts.batches(), range(8))]
-        self._progress, self._times = stop.Progress(), record.StepTimes()
+        self._progress, self._times = stop.Progress(), stopwatch.StepTimes()
         self._folder = tempfile.TemporaryDirectory(prefix="jaxdist-recovery-", dir="/dev/shm")
         self._snapshots = snapshot.Snapshots(pathlib.Path(self._folder.name), identity="benchmark")
         self._steps = 8

@@ -35,7 +35,7 @@ from jaxdist.config import experiments
 from jaxdist.launch import signals
 from jaxdist.models import cnn
 from jaxdist.paramserver.protocol import settings
-from jaxdist.run import attempt
+from jaxdist.run import attempt, stopwatch
 from jaxdist.rundir import record, writers
 from jaxdist.spmd import strategies
 
@@ -290,7 +290,7 @@ def test_reference_lists_the_exit_statuses():
 def test_reference_lists_strategies_end_reasons_and_accounts():
     assert first_column("Strategies") == [*strategies.PURPOSES, *strategies.ELSEWHERE]
     assert first_column("End reasons") == list(record.END_REASONS)
-    assert first_column("Accounts") == list(record.ACCOUNTS)
+    assert first_column("Accounts") == list(stopwatch.ACCOUNTS)
 
 
 def test_reference_lists_the_optimizers_settings():

@@ -26,6 +26,7 @@ from jaxdist.data.sources.records import ArrayRecordSource, encode_example
 from jaxdist.data.sources.source import Source, fingerprint_array, fingerprint_text
 from jaxdist.data.sources.tables import ParquetSource, csv_source
 from jaxdist.data.sources.tfds import TfdsSource
+from jaxdist.rundir import files
 
 PREPARED = "prepared.json"
 TOKENS_PER_SHARD = 2**26
@@ -210,9 +211,7 @@ class _Shards:
     def note(self, **more: Any) -> None:
         """Write down what the shards are made of, atomically."""
         self._notes |= more
-        temporary = self._folder / f".{PREPARED}.tmp"
-        temporary.write_text(json.dumps(self._notes, indent=1) + "\n")
-        os.replace(temporary, self._folder / PREPARED)
+        files.write_text(self._folder / PREPARED, json.dumps(self._notes, indent=1) + "\n")
 
     def write_all(self, write: Callable[[pathlib.Path, int, int], None], progress: Progress | None) -> Prepared:
         """Call `write(path, begin, end)` for every shard that is missing."""
@@ -224,7 +223,7 @@ class _Shards:
             else:
                 temporary = self._folder / f".{name}.tmp"
                 write(temporary, begin, end)
-                os.replace(temporary, path)
+                files.commit(temporary, path)
             if progress is not None:
                 progress(end, self._total)
         return Prepared([str(self._folder / name) for name in self._names], self._total, num_kept)

@@ -27,6 +27,7 @@ from jaxdist.launch.joining import agreement, runtime
 from jaxdist.launch.supervising import fork_server, hosts, local_job, supervisor, watchdog
 from jaxdist.run import components, hooks, loop, recovery
 from jaxdist.run import progress_display as progress
+from jaxdist.run.stopwatch import StepTimes, Stopwatch
 from jaxdist.rundir import lock, record, writers
 from jaxdist.spmd.state import TrainState
 
@@ -118,7 +119,7 @@ def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.
             if runtime.is_alone() and runtime.is_first():
                 # Not before the checks: what is refused leaves no trace. A supervisor holds the lock for its processes.
                 stack.enter_context(lock.locked(options.run_dir, purpose=options.command))
-            stopwatch = record.Stopwatch(earlier.time_seconds if earlier else None)
+            stopwatch = Stopwatch(earlier.time_seconds if earlier else None)
             stopwatch.add("restart", recovery.seconds_since_failure())
             dog = stack.enter_context(
                 recovery.watched(
@@ -199,7 +200,7 @@ def _start(
     parts: components.Training,
     checkpointer: checkpoints.Checkpointer,
     snapshots: snapshot.Snapshots | None,
-    stopwatch: record.Stopwatch,
+    stopwatch: Stopwatch,
     *,
     resume: bool,
 ) -> _Start:
@@ -246,14 +247,14 @@ class _Run:
         options: RunOptions,
         checkpointer: checkpoints.Checkpointer,
         snapshots: snapshot.Snapshots | None,
-        stopwatch: record.Stopwatch,
+        stopwatch: Stopwatch,
         start: _Start,
         earlier: record.RunRecord | None,
     ):
         self.parts, self.options, self.checkpointer, self.snapshots = parts, options, checkpointer, snapshots
         self.stopwatch, self.start, self.earlier = stopwatch, start, earlier
         self.experiment = parts.experiment
-        self.step_times = record.StepTimes()
+        self.step_times = StepTimes()
         self.sentinel = guard.RecompileSentinel()
         # From here on the directory is this run's: whatever happens next, it can be resumed.
         self.write_record(None, start.progress)

@@ -10,7 +10,7 @@ import jax
 
 from jaxdist.run.loop import Hook, StepInfo
 from jaxdist.run.progress_display import Progress as ProgressDisplay
-from jaxdist.rundir.record import Stopwatch
+from jaxdist.run.stopwatch import Stopwatch
 from jaxdist.rundir.writers import Writer
 from jaxdist.spmd.state import TrainState
 from jaxdist.spmd.step import NONFINITE_LEAF, Metrics

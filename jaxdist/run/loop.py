@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from jaxdist import stop as stop_rules
-from jaxdist.rundir.record import StepTimes, Stopwatch
+from jaxdist.run.stopwatch import StepTimes, Stopwatch
 from jaxdist.spmd.metrics import Batch
 from jaxdist.spmd.state import TrainState
 from jaxdist.spmd.step import NONFINITE_LEAF, Metrics, Step, unmarked

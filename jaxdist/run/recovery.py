@@ -177,7 +177,7 @@ def recorded(settings: Recovery, run_dir: pathlib.Path, *, step: int, place: Any
         yield []
         return
     with contextlib.closing(ledger.Recorder(run_dir, step=step, place=place)) as recorder:
-        yield [recorder]
+        yield [lambda info: recorder.add(info.step, info.position)]
 
 
 def watched(

@@ -1,7 +1,7 @@
 """The example ledger: which examples each step trained on, and the proof that none was lost or used twice.
 
 One short line a step: the step, the epoch and the half-open range of positions in the order of that epoch. The order
-is a pure function of seed, epoch and position, so a range says exactly which examples they were. A run that goes on
+is a pure function of seed, epoch and position, so a range says exactly which examples they were. A run that continues
 from an earlier step says so; what was trained after that step then belongs to a model that no longer exists, and the
 checker follows the lineage of the one that survived.
 """
@@ -11,8 +11,6 @@ import os
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Protocol
-
-from jaxdist.run.loop import StepInfo
 
 FILE_NAME = "ledger.txt"
 
@@ -28,7 +26,7 @@ class Entry:
 
 
 class Place(Protocol):
-    """Where the data stand; a `data.Position`, say."""
+    """A position in the data, for example a `data.Position`."""
 
     @property
     def epoch(self) -> int:
@@ -44,12 +42,12 @@ class LedgerError(ValueError):
 
 
 class Recorder:
-    """The hook that writes the ledger; on process 0 only, since all processes train on parts of one batch.
+    """Writes the ledger; on process 0 only, since all processes train on parts of one batch.
 
     Args:
-      run_dir: where ledger.txt lies; an earlier one is gone on with.
-      step: the step that training goes on from, 0 for a new run.
-      place: where the data stand there; None at the very beginning.
+      run_dir: the directory of ledger.txt; an existing file is appended to.
+      step: the step that training continues from, 0 for a new run.
+      place: the position in the data after that step; None at the very beginning.
     """
 
     def __init__(self, run_dir: pathlib.Path, *, step: int = 0, place: Place | None = None):
@@ -60,12 +58,11 @@ class Recorder:
         # The line break ends what an earlier process may have left half-written.
         os.write(self._file, f"\nfrom {step}\n".encode())
 
-    def __call__(self, info: StepInfo) -> None:
-        """Write down the step."""
-        epoch, end = info.position.epoch, info.position.position
-        begin = self._position if epoch == self._epoch else 0
-        os.write(self._file, f"{info.step} {epoch} {begin} {end}\n".encode())
-        self._epoch, self._position = epoch, end
+    def add(self, step: int, place: Place) -> None:
+        """Add the line of a step; `place` is the position in the data after it."""
+        begin = self._position if place.epoch == self._epoch else 0
+        os.write(self._file, f"{step} {place.epoch} {begin} {place.position}\n".encode())
+        self._epoch, self._position = place.epoch, place.position
 
     def close(self) -> None:
         """Close the file."""
@@ -76,8 +73,8 @@ def read(run_dir: pathlib.Path) -> list[Entry]:
     """Return the entries of the surviving model, in the order of its steps.
 
     Raises:
-      LedgerError: a line cannot be read (unless it was cut short by the end of its process), or a process says it went
-        on from a step that nobody recorded.
+      LedgerError: a line cannot be read (unless it was cut short by the end of its process), or a process continued
+        from a step that was not recorded.
     """
     try:
         text = (run_dir / FILE_NAME).read_text()
@@ -107,8 +104,8 @@ def _until(entries: list[Entry], step: int) -> list[Entry]:
     kept = [entry for entry in entries if entry.step <= step]
     if (kept[-1].step if kept else 0) != step:
         raise LedgerError(
-            f"The ledger has a process go on from step {step}, but the last step before it is "
-            f"{kept[-1].step if kept else 0}: what was trained in between was not recorded."
+            f"The ledger shows a process that continues from step {step}, but the last recorded step is "
+            f"{kept[-1].step if kept else 0}: the steps in between were not recorded."
         )
     return kept
 
@@ -123,7 +120,7 @@ def check(entries: Iterable[Entry], *, num_examples: int) -> int:
     step, epoch, position = 0, 0, 0
     for entry in entries:
         if entry.step != step + 1:
-            raise LedgerError(f"After step {step} the ledger goes on with step {entry.step}.")
+            raise LedgerError(f"After step {step} the ledger continues with step {entry.step}.")
         if position == num_examples:
             epoch, position = epoch + 1, 0
         if entry.epoch != epoch:

@@ -4,26 +4,24 @@ The one idea: the file is always whole and always strict JSON. It is replaced by
 that JSON cannot hold (NaN, an infinity) is written as null.
 """
 
-import bisect
-import contextlib
 import dataclasses
 import enum
 import functools
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import math
 import os
 import pathlib
 import platform
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import jax
 import numpy as np
+
+from jaxdist.rundir import files
 
 FILE_NAME = "run.json"
 
@@ -38,8 +36,6 @@ END_REASONS = (
     "hang",
     "error",
 )
-
-ACCOUNTS = ("input", "compute", "checkpoint", "eval", "compile", "restart", "other")
 
 Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | None"
 """What JSON can hold."""
@@ -93,7 +89,7 @@ class RunRecord:
         Raises OSError, naming the file, when the directory is missing, not writable or full; the older record stays.
         """
         path = pathlib.Path(run_dir) / FILE_NAME
-        write_atomically(path, json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n")
+        files.write_text(path, json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n")
         return path
 
     @classmethod
@@ -119,38 +115,6 @@ class RunRecord:
 
 KEYS = tuple(field.name for field in dataclasses.fields(RunRecord) if field.name != "extra")
 """The top-level keys that every run.json has, in order."""
-
-
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Replace the file `path` by `text`: whoever reads it, at any moment, finds the old content or the new, whole.
-
-    Raises OSError naming the file.
-    """
-    # In the same directory, because a rename is atomic only inside one file system; one fixed name, so that a process
-    # killed half way leaves at most one such file, and the next write takes it over.
-    draft = path.with_name(path.name + ".tmp")
-    with naming(draft):
-        with open(draft, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)  # the rename itself is durable only when the directory is
-        finally:
-            os.close(directory)
-
-
-@contextlib.contextmanager
-def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Let every OSError raised inside name `path`: a failing write (disk full) does not say which file by itself."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror or str(error), os.fspath(path)) from error
 
 
 def params_sha256(params: Any) -> str:
@@ -182,98 +146,6 @@ def _local_value(path: tuple[Any, ...], leaf: Any) -> np.ndarray:
         f"{jax.tree_util.keystr(path)} is sharded over several ({leaf.sharding}). "
         "Replicate the params first, on all processes: jax.device_put(params, NamedSharding(mesh, PartitionSpec()))."
     )
-
-
-class Stopwatch:
-    """Where the wall time goes: every moment since the start belongs to exactly one account.
-
-    Accounts nest: `with watch.account("compile")` inside `with watch.account("compute")` takes its time from the outer
-    one, and what no account claims is `other`; so the accounts always add up to the wall time. For one thread.
-
-    Args:
-      carried: time_seconds of the run that this one resumes; counted on.
-      clock: seconds, monotonic.
-    """
-
-    def __init__(
-        self, carried: Mapping[str, float] | None = None, *, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._seconds = dict.fromkeys(ACCOUNTS, 0.0)
-        for name, seconds in (carried or {}).items():
-            self.add(name, seconds)
-        self._clock = clock
-        self._open = ["other"]
-        self._since = clock()
-
-    @contextlib.contextmanager
-    def account(self, name: str) -> Iterator[None]:
-        """Charge the time inside the `with` to `name`, one of ACCOUNTS."""
-        _check_account(name)
-        self._settle()
-        self._open.append(name)
-        try:
-            yield
-        finally:
-            self._settle()
-            self._open.pop()
-
-    @property
-    def phase(self) -> str:
-        """The account that time is charged to now; may be read from another thread."""
-        return self._open[-1]
-
-    def add(self, name: str, seconds: float) -> None:
-        """Charge time that passed before the stopwatch started, the way from a failure to this restart say."""
-        _check_account(name)
-        self._seconds[name] += seconds
-
-    def seconds(self) -> dict[str, float]:
-        """Return the seconds of each account until now."""
-        self._settle()
-        return dict(self._seconds)
-
-    def _settle(self) -> None:
-        now = self._clock()
-        self._seconds[self._open[-1]] += now - self._since
-        self._since = now
-
-
-def _check_account(name: str) -> None:
-    if name not in ACCOUNTS:
-        raise ValueError(f"Time is charged to one of {', '.join(ACCOUNTS)}; got {name!r}.")
-
-
-class StepTimes:
-    """Quantiles of step durations in bounded memory: a histogram with bins 1% apart, from 1 microsecond to a day.
-
-    A quantile is therefore right to 0.5%, whatever the number of steps and in whatever order they came; a duration
-    outside the range counts as its nearest end. The idea is DDSketch's (Masson, Rim and Lee, 2019).
-    """
-
-    _EDGES = tuple(1e-6 * 1.01**index for index in range(2534))
-
-    def __init__(self) -> None:
-        self._counts = [0] * (len(self._EDGES) + 1)
-        self._total = 0
-
-    def add(self, seconds: float) -> None:
-        """Count one step of this duration."""
-        self._counts[bisect.bisect_left(self._EDGES, seconds)] += 1
-        self._total += 1
-
-    def quantile(self, fraction: float) -> float | None:
-        """Return the seconds that this fraction of the steps did not exceed; None before the first step."""
-        if not 0 <= fraction <= 1:
-            raise ValueError(f"A quantile's fraction lies in [0, 1]; got {fraction}.")
-        if not self._total:
-            return None
-        wanted = max(1, math.ceil(fraction * self._total))
-        index = bisect.bisect_left(list(itertools.accumulate(self._counts)), wanted)
-        return self._EDGES[min(index, len(self._EDGES) - 1)] / math.sqrt(1.01)  # the middle of the bin
-
-    def summary(self) -> dict[str, float | None]:
-        """Return the run record's `step_seconds`: p50 and p95."""
-        return {"p50": self.quantile(0.5), "p95": self.quantile(0.95)}
 
 
 def versions() -> dict[str, str | None]:

@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol, TextIO, TypeAlias
 
 import jax
 
-from jaxdist.rundir import record
+from jaxdist.rundir import files, record
 
 Kind: TypeAlias = Literal["console", "jsonl", "csv", "tensorboard"]
 
@@ -140,7 +140,7 @@ class CsvWriter:
         self._rows.close()
         old = self._path.read_text(encoding="utf-8").splitlines()[1:]
         rows = "".join(line + "," * len(new) + "\n" for line in old)
-        record.write_atomically(self._path, _csv_line(self._columns) + rows)
+        files.write_text(self._path, _csv_line(self._columns) + rows)
         self._rows = _Rows(self._path, _step_of_csv, header_lines=1, resumed_step=sys.maxsize)
 
 
@@ -254,13 +254,13 @@ class _Rows:
             else:
                 self.last, self._last_step, self._start = text, step, self._end
             self._end += len(line)
-        with record.naming(self._path):
+        with files.naming(self._path):
             self._file.truncate(self._end)
 
 
 def _write_all(path: pathlib.Path, file: io.FileIO, data: bytes) -> None:
     """Write through to the operating system: a killed process loses nothing, and a full disk is noticed here."""
-    with record.naming(path):
+    with files.naming(path):
         while data:
             data = data[file.write(data) :]
 

@@ -20,7 +20,7 @@ from jaxdist.config import experiments
 from jaxdist.launch import signals
 from jaxdist.launch.joining import agreement
 from jaxdist.launch.supervising import board, supervisor
-from jaxdist.run import attempt
+from jaxdist.run import attempt, stopwatch
 from jaxdist.rundir import record
 
 EXPERIMENT = pathlib.Path(__file__).parents[1] / "tiny_experiment.py"
@@ -30,7 +30,7 @@ STEPS = 24
 
 def signalled_once(phase, number):
     """Send this process a signal when it next enters a phase: an account of the stopwatch, or the writing of files."""
-    owner, name = (checkpoints.manifests, "write") if phase == "writing" else (record.Stopwatch, "account")
+    owner, name = (checkpoints.manifests, "write") if phase == "writing" else (stopwatch.Stopwatch, "account")
     original, sent = getattr(owner, name), []
 
     def entered(*args):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from jaxdist.run import hooks
 from jaxdist.run.loop import StepInfo
-from jaxdist.rundir import record
+from jaxdist.run.stopwatch import Stopwatch
 from jaxdist.spmd.step import NONFINITE_LEAF
 from jaxdist.stop import Progress
 
@@ -107,7 +107,7 @@ def test_fetch_gives_numbers_without_the_loops_own_flag():
 def test_evaluation_is_due_by_steps_or_else_at_the_end_of_epochs(when, expected):
     """Epochs of 4 steps."""
     progress, rows = Progress(), Rows()
-    evaluate = hooks.Evaluate(lambda state: {"accuracy": 0.5}, [rows], record.Stopwatch(), **when)
+    evaluate = hooks.Evaluate(lambda state: {"accuracy": 0.5}, [rows], Stopwatch(), **when)
     for step in range(1, 13):
         progress.epoch = step // 4
         evaluate(make_info(step, position=Place((step - 1) % 4 * 2 + 2), progress=progress))
@@ -124,7 +124,7 @@ def test_an_evaluation_is_of_the_state_after_the_step_and_its_time_is_accounted(
         clock[0] += 2.0
         return {"accuracy": 0.25}
 
-    stopwatch = record.Stopwatch(clock=lambda: clock[0])
+    stopwatch = Stopwatch(clock=lambda: clock[0])
     info = make_info(4, position=Place(8))
     info.progress.epoch = 1
     hooks.Evaluate(evaluate, [], stopwatch)(info)
@@ -142,7 +142,7 @@ class Saved:
 
 
 def make_save(saved, **options):
-    return hooks.Save(saved, record.Stopwatch(), every_steps=3, **options)
+    return hooks.Save(saved, Stopwatch(), every_steps=3, **options)
 
 
 def test_saving_keeps_state_position_and_progress():
@@ -162,7 +162,7 @@ def test_what_is_pending_is_written_before_and_the_record_after():
     saved = Saved()
     save = hooks.Save(
         lambda *args: order.append("save"),
-        record.Stopwatch(),
+        Stopwatch(),
         every_steps=1,
         before=[lambda: order.append("before")],
         after=[lambda progress: order.append(progress.step)],

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxdist import stop
-from jaxdist.run import loop
-from jaxdist.rundir import record
+from jaxdist.run import loop, stopwatch
 from jaxdist.spmd.step import NONFINITE_LEAF
 
 
@@ -209,7 +208,7 @@ def test_the_count_starts_at_the_state_where_no_progress_is_given():
 
 def test_time_goes_to_its_accounts_and_the_compiling_step_is_not_timed():
     clock = Clock()
-    stopwatch = record.Stopwatch(clock=lambda: clock.now)
+    watch = stopwatch.Stopwatch(clock=lambda: clock.now)
     times = []
 
     def step(state, batch):
@@ -221,8 +220,8 @@ def test_time_goes_to_its_accounts_and_the_compiling_step_is_not_timed():
             clock.now += 0.5
             yield item
 
-    loop.fit(step, FakeState(0), batches(), stop=lambda progress: None, stopwatch=stopwatch, step_times=Times(times))
-    seconds = stopwatch.seconds()
+    loop.fit(step, FakeState(0), batches(), stop=lambda progress: None, stopwatch=watch, step_times=Times(times))
+    seconds = watch.seconds()
     assert (seconds["compile"], seconds["compute"], seconds["input"]) == (10.0, 2.0, 1.5)
     assert len(times) == 2
 

@@ -1,5 +1,4 @@
 import dataclasses
-import types
 
 import pytest
 from hypothesis import given
@@ -27,7 +26,7 @@ def record(run_dir, begin, end, num_examples, batch_size):
     """Train from step `begin` to step `end`, as far as the ledger sees it."""
     recorder = ledger.Recorder(run_dir, step=begin, place=place_after(begin, num_examples, batch_size))
     for step in range(begin + 1, end + 1):
-        recorder(types.SimpleNamespace(step=step, position=place_after(step, num_examples, batch_size)))
+        recorder.add(step, place_after(step, num_examples, batch_size))
     recorder.close()
 
 
@@ -95,7 +94,7 @@ def test_a_damaged_line_and_a_gap_are_refused(tmp_path):
         ledger.read(tmp_path)
     path.write_text(whole)
     record(tmp_path, 5, 6, 8, 2)
-    with pytest.raises(ledger.LedgerError, match="go on from step 5, but the last step before it is 3"):
+    with pytest.raises(ledger.LedgerError, match="continues from step 5, but the last recorded step is 3"):
         ledger.read(tmp_path)
 
 

@@ -11,7 +11,7 @@ from jaxdist.rundir import lock
 
 OWNER = """
 import pathlib, sys, time
-from jaxdist import lock
+from jaxdist.rundir import lock
 with lock.locked(pathlib.Path(sys.argv[1]), purpose="a test"):
     print("taken", flush=True)
     time.sleep(600)

@@ -10,7 +10,6 @@ import pathlib
 import queue
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterable
 from concurrent import futures
 from typing import Any, Protocol
@@ -18,6 +17,7 @@ from typing import Any, Protocol
 from jaxdist.paramserver.processes import faults
 from jaxdist.paramserver.protocol import effects, messages
 from jaxdist.paramserver.wire import codec, encoding
+from jaxdist.rundir import files
 
 _logger = logging.getLogger(__name__)
 
@@ -65,27 +65,9 @@ class Log:
 
 
 def write_file(path: pathlib.Path, parts: Iterable[codec.Buffer]) -> int:
-    """Write a file wholly or not at all; return the CRC-32 of its bytes. Durable on return."""
+    """Write a file, and its folder, wholly or not at all; return the CRC-32 of its bytes. Durable on return."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    checksum = 0
-    try:
-        with partial.open("wb") as file:
-            for part in parts:
-                file.write(part)
-                checksum = zlib.crc32(part, checksum)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-    return checksum
+    return files.write(path, parts)
 
 
 class Node:

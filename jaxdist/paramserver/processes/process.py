@@ -99,10 +99,7 @@ class Statistics:
         self.written_at = time.monotonic()
         counters = {"updates": self.updates, **getattr(self.machine, "counters", {})}
         content = {"counters": counters, "staleness": self.staleness}
-        draft = self.path.with_suffix(".part")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps(content))
-        draft.replace(self.path)
+        write_file(self.path, [json.dumps(content).encode()])
 
 
 class Report:

@@ -23,7 +23,7 @@ from jaxdist.paramserver.protocol.settings import SCHEDULER
 from jaxdist.paramserver.run import island as plans
 from jaxdist.paramserver.run.resume import BEYOND, Start, remove_snapshots
 from jaxdist.paramserver.wire import encoding
-from jaxdist.run import attempt, components, progress_display
+from jaxdist.run import attempt, components, progress_display, stopwatch
 from jaxdist.rundir import record, writers
 from jaxdist.spmd.state import TrainState
 
@@ -71,8 +71,8 @@ class Observer:
         self.rule = plan.experiment.stop.rule()
         self.judge = plans.Judge(plan)
         self.progress = start.progress
-        self.stopwatch = record.Stopwatch(earlier.time_seconds if earlier else None)
-        self.step_times = record.StepTimes()
+        self.stopwatch = stopwatch.Stopwatch(earlier.time_seconds if earlier else None)
+        self.step_times = stopwatch.StepTimes()
         self.last_time: float | None = None
         self.seen_cut = 0  # when the file of the newest cut was written
         self.cut_step = start.progress.step

@@ -1,0 +1,60 @@
+"""Files that are replaced whole: a reader finds the old content or the new, and what was written survives a crash."""
+
+import contextlib
+import os
+import pathlib
+import zlib
+from collections.abc import Iterable, Iterator
+
+
+def write(path: pathlib.Path, parts: Iterable[bytes | memoryview]) -> int:
+    """Replace the file `path` by the bytes of `parts`, one after the other; return their CRC-32. Durable on return.
+
+    Raises OSError naming the file; the older file stays.
+    """
+    # Named after the process, because a process that was replaced may still be writing the same file.
+    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    checksum = 0
+    with naming(draft):
+        try:
+            with open(draft, "wb") as file:
+                for part in parts:
+                    file.write(part)
+                    checksum = zlib.crc32(part, checksum)
+            commit(draft, path)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
+    return checksum
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Replace the file `path` by `text` in UTF-8; see `write`."""
+    write(path, [text.encode()])
+
+
+def commit(draft: pathlib.Path, path: pathlib.Path) -> None:
+    """Make the finished file `draft` durable and rename it to `path`, in the same directory."""
+    _sync(draft)
+    # A rename is atomic only inside one file system, hence the same directory.
+    os.replace(draft, path)
+    _sync(path.parent)  # the rename itself is durable only when the directory is
+
+
+def _sync(path: pathlib.Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Let every OSError raised inside name `path`: a failing write (disk full) does not say which file by itself."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror or str(error), os.fspath(path)) from error

@@ -1,0 +1,50 @@
+"""Files that are replaced whole: the old content or the new, whatever happens in between."""
+
+import os
+import zlib
+
+import pytest
+
+from jaxdist.rundir import files
+
+
+def test_a_file_is_replaced_by_its_parts_and_their_checksum_returned(tmp_path):
+    path = tmp_path / "state"
+    path.write_bytes(b"old and longer than the new content")
+    assert files.write(path, [b"new ", memoryview(b"content")]) == zlib.crc32(b"new content")
+    assert path.read_bytes() == b"new content"
+    files.write_text(path, "naïve")
+    assert path.read_bytes() == "naïve".encode()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def failing_parts():
+    yield b"half of the new"
+    raise OSError(28, "No space left on device")
+
+
+def test_a_write_that_fails_keeps_the_old_content_leaves_no_draft_and_names_the_file(tmp_path):
+    path = tmp_path / "state"
+    files.write(path, [b"old"])
+    with pytest.raises(OSError, match=r"state\.\d+\.tmp"):
+        files.write(path, failing_parts())
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_content_is_durable_before_its_name_and_the_name_before_the_return(tmp_path, monkeypatch):
+    events = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted_fsync(descriptor):
+        events.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def noted_replace(source, target):
+        events.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    files.write(tmp_path / "state", [b"new"])
+    assert events == [f"state.{os.getpid()}.tmp", "rename", tmp_path.name]
