@@ -7,6 +7,8 @@ rows of it, and those are the same rows whichever process, thread or restart com
 import collections
 import logging
 import os
+import threading
+import weakref
 from collections.abc import Callable, Generator, Iterator
 from typing import Literal, NamedTuple
 
@@ -30,13 +32,16 @@ class HostBatch(NamedTuple):
 class Loader:
     """Iterates over (host batch, Position after it); each call of `iter` begins at `start` again.
 
+    Worker processes that have made all batches of one iteration are kept for the next one, until `close` (or the end of
+    a `with` block). An iteration that is left early ends its workers.
+
     Args:
       source: the data set, a Source or any map-style data set whose items are dicts (see `wrap.MapSource`).
       global_batch_size: examples of a batch over all processes. The last batch of an epoch is padded up to it with
         copies of its first example, whose mask is 0.
       seed: of the order and of `example_fn`'s randomness.
       shuffle: True for a new permutation of all examples in each epoch, False for the source's order, or an Order.
-      num_epochs: stop when this many epochs, those before `start` included, are done; None goes on for ever.
+      num_epochs: stop when this many epochs, those before `start` included, are done; None continues forever.
       example_fn: called with (example, random).
       rows: which rows of the global batch this process needs, ascending. None: all of them when iterated directly, and
         what the sharding says when given to `feed`.
@@ -46,7 +51,7 @@ class Loader:
       read_ahead: batches in work beyond the one that is consumed.
       on_bad: "raise" ends with the first example that cannot be read (`CorruptExample`); "skip" leaves a row of zeros
         with mask 0 in its place, logs a warning that names it, and notes it in `skipped`.
-      start: a stored position to go on from.
+      start: a stored position to continue from.
 
     Raises:
       ValueError: fewer examples than a batch in a loader that trains (it shuffles, or never ends); a position that
@@ -82,6 +87,7 @@ class Loader:
         if start is not None:
             start.check_resumable(self.beginning)
         self.start = self.beginning if start is None else start
+        self._kept = _KeptWorkers()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -89,13 +95,32 @@ class Loader:
         return self.order.num_batches(len(self.source), self.global_batch_size)
 
     def with_rows(self, rows: np.ndarray) -> "Loader":
-        """Return a loader of the same global batches for other rows of them."""
+        """Return a loader of the same global batches for other rows of them; the two share their workers."""
+        return self._with(rows=_checked_rows(rows, self.global_batch_size))
+
+    def starting_at(self, position: Position) -> "Loader":
+        """Return a loader that begins at `position` of the same data; the two share their workers."""
+        position.check_resumable(self.beginning)
+        return self._with(start=position)
+
+    def _with(self, **changes: object) -> "Loader":
         other = object.__new__(Loader)
-        other.__dict__.update(self.__dict__, rows=_checked_rows(rows, self.global_batch_size))
+        other.__dict__.update(self.__dict__, **changes)
         return other
+
+    def close(self) -> None:
+        """End the worker processes that are kept for the next iteration; the loader can still be iterated."""
+        self._kept.close()
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def __iter__(self) -> Generator[HostBatch, None, None]:
         assembler = self._make_assembler()
+        finished = False
         pending: collections.deque[tuple[Callable[[], assembly.Made], assembly.Plan, Position]] = collections.deque()
         try:
             for plan, after in self._plans():
@@ -104,8 +129,10 @@ class Loader:
                     yield self._finish(*pending.popleft())
             while pending:
                 yield self._finish(*pending.popleft())
+            finished = True
         finally:
-            assembler.close()
+            if not (finished and isinstance(assembler, assembly_pool.WorkerAssembler) and self._kept.keep(assembler)):
+                assembler.close()
 
     def plans(self) -> Iterator[assembly.Plan]:
         """Yield which ids the batches have, without reading any."""
@@ -136,7 +163,8 @@ class Loader:
     def _make_assembler(self) -> assembly.Assembler:
         recipe = self.recipe
         if self.num_workers:
-            return assembly_pool.WorkerAssembler(recipe, self.num_workers, num_slots=self.read_ahead + 1)
+            kept = self._kept.take()
+            return kept or assembly_pool.WorkerAssembler(recipe, self.num_workers, num_slots=self.read_ahead + 1)
         if self.num_threads == 0:
             return assembly.SerialAssembler(recipe)
         return assembly.ThreadAssembler(recipe, self.num_threads)
@@ -151,6 +179,38 @@ class Loader:
                 plan = assembly.Plan(epoch, batch.ids[rows], batch.mask[rows])
                 yield plan, Position(epoch, batch.after, num_examples, self.seed, *names)
             epoch, position = epoch + 1, 0
+
+
+class _KeptWorkers:
+    """The idle workers of a loader and of the loaders made from it; they end with the last of these."""
+
+    def __init__(self) -> None:
+        self._idle: list[assembly_pool.WorkerAssembler] = []
+        self._lock = threading.Lock()
+        self._end = weakref.finalize(self, _close_all, self._idle)
+
+    def take(self) -> assembly_pool.WorkerAssembler | None:
+        """Return idle workers, which are the caller's from now on; None where there are none."""
+        with self._lock:
+            return self._idle.pop() if self._idle else None
+
+    def keep(self, assembler: assembly_pool.WorkerAssembler) -> bool:
+        """Keep `assembler` and return True, unless others are kept already."""
+        with self._lock:
+            if not self._idle:
+                self._idle.append(assembler)
+                return True
+            return False
+
+    def close(self) -> None:
+        """End the kept workers."""
+        with self._lock:
+            _close_all(self._idle)
+
+
+def _close_all(assemblers: list[assembly_pool.WorkerAssembler]) -> None:
+    while assemblers:
+        assemblers.pop().close()
 
 
 def as_order(shuffle: bool | order.Order) -> order.Order:

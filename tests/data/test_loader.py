@@ -1,5 +1,8 @@
+import gc
 import itertools
 import json
+import multiprocessing
+import os
 import threading
 
 import hypothesis
@@ -228,6 +231,43 @@ def test_closing_early_ends_the_threads():
     assert set(threading.enumerate()) - before
     iterator.close()
     assert set(threading.enumerate()) == before
+
+
+def with_pid(example, random):
+    return {"id": example["id"], "pid": np.int64(os.getpid())}
+
+
+def test_workers_are_kept_for_the_next_iteration_until_the_loader_is_closed():
+    settings = {"seed": 0, "num_epochs": 1, "example_fn": with_pid, "num_workers": 2, "shuffle": False}
+    with Loader(source_of(12), global_batch_size=4, **settings) as loader:
+        first, positions = collect(loader)
+        again, _ = collect(loader)
+        rest, _ = collect(loader.starting_at(positions[0]).with_rows(np.arange(2, 4)))
+        assert [true_ids(batch) for batch in again] == [true_ids(batch) for batch in first]
+        assert [true_ids(batch) for batch in rest] == [[6, 7], [10, 11]]
+        pids = {int(pid) for batch in first for pid in batch["pid"]}
+        assert {int(pid) for batch in [*again, *rest] for pid in batch["pid"]} <= pids
+        assert pids == {child.pid for child in multiprocessing.active_children()}
+    assert not multiprocessing.active_children()
+    batches = iter(loader)
+    assert int(next(batches).batch["pid"][0]) not in pids
+    batches.close()  # before its end: what is still in work is dropped with the workers
+    assert not multiprocessing.active_children()
+
+
+def test_a_forgotten_loader_ends_its_workers():
+    loader = Loader(source_of(4), global_batch_size=4, seed=0, num_epochs=1, example_fn=with_pid, num_workers=1)
+    collect(loader)
+    assert multiprocessing.active_children()
+    del loader
+    gc.collect()
+    assert not multiprocessing.active_children()
+
+
+def test_a_loader_starts_at_positions_of_its_own_data_only():
+    loader = Loader(source_of(8), global_batch_size=4, seed=0)
+    with pytest.raises(ValueError, match="seed"):
+        loader.starting_at(Loader(source_of(8), global_batch_size=4, seed=1).beginning)
 
 
 def test_batches_own_their_memory():
