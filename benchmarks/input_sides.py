@@ -17,9 +17,7 @@ READ_AHEAD_SECONDS = 0.5
 
 
 def ours_jpeg(folder: pathlib.Path, num_threads: int, num_workers: int) -> Iterator[int]:
-    from jaxdist.data import Loader
-    from jaxdist.data.sources.folders import ImageFolder
-    from jaxdist.data.transforms import DecodeCropFlip
+    from jaxdist.data import DecodeCropFlip, ImageFolder, Loader
 
     source, augment = ImageFolder(folder / "jpeg", decode=False), DecodeCropFlip(CROP, CROP)
     settings = {"num_threads": num_threads, "num_workers": num_workers, "read_ahead": 1}
@@ -106,8 +104,7 @@ def grain_jpeg(folder: pathlib.Path, num_threads: int, num_workers: int, whole_b
 
 
 def ours_tokens(folder: pathlib.Path) -> Iterator[int]:
-    from jaxdist.data import Loader
-    from jaxdist.data.sources.memmap import TokenSource
+    from jaxdist.data import Loader, TokenSource
 
     for batch, _ in Loader(TokenSource(folder / "tokens", length=WINDOW), global_batch_size=BATCH_SIZE, seed=0):
         assert batch["tokens"].shape == (BATCH_SIZE, WINDOW)

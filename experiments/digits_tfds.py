@@ -6,9 +6,7 @@ jaxdist train experiments/digits_tfds.py --devices 4
 import digits_builder
 
 import jaxdist
-from jaxdist import losses
-from jaxdist.data import transforms
-from jaxdist.data.sources import tfds
+from jaxdist import data, losses
 from jaxdist.models import cnn
 
 SHADES = 16.0  # pixels are whole numbers from 0 to 16
@@ -16,8 +14,8 @@ SHADES = 16.0  # pixels are whole numbers from 0 to 16
 
 def get_config() -> jaxdist.Experiment:
     folder = digits_builder.prepare()
-    train, held_out = (tfds.TfdsSource(folder, split=split, fields=("image", "label")) for split in ("train", "test"))
-    scale = transforms.Normalise(scale=SHADES)
+    train, held_out = (data.TfdsSource(folder, split=split, fields=("image", "label")) for split in ("train", "test"))
+    scale = data.Normalise(scale=SHADES)
     return jaxdist.Experiment(
         model=cnn.CNN(num_classes=10, width=16),
         loss=losses.classification,

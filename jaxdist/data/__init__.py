@@ -1,20 +1,92 @@
 """The input pipeline: sources, order, assembly of batches and placement on the mesh.
 
-Only `placement` needs JAX. `feed` and `process_rows` are imported from it when first used, so that worker processes
-start without JAX.
+The public names below are imported when first used: worker processes start without JAX, which only `placement` needs.
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jaxdist.data.loader import Loader
-from jaxdist.data.position import Position
-from jaxdist.data.sources.source import ArraySource, CorruptExample, Source
+if TYPE_CHECKING:
+    from jaxdist.data import order as order
+    from jaxdist.data import transforms as transforms
+    from jaxdist.data.loader import Loader as Loader
+    from jaxdist.data.order import BlockShuffled as BlockShuffled
+    from jaxdist.data.order import Dealt as Dealt
+    from jaxdist.data.order import Mixed as Mixed
+    from jaxdist.data.order import Order as Order
+    from jaxdist.data.order import Sequential as Sequential
+    from jaxdist.data.order import Shuffled as Shuffled
+    from jaxdist.data.placement import feed as feed
+    from jaxdist.data.placement import host_shards as host_shards
+    from jaxdist.data.placement import process_rows as process_rows
+    from jaxdist.data.position import Position as Position
+    from jaxdist.data.prepare import read_shard_list as read_shard_list
+    from jaxdist.data.sources.combine import Concatenated as Concatenated
+    from jaxdist.data.sources.combine import Filtered as Filtered
+    from jaxdist.data.sources.combine import Sharded as Sharded
+    from jaxdist.data.sources.combine import ShardList as ShardList
+    from jaxdist.data.sources.combine import mix as mix
+    from jaxdist.data.sources.folders import ImageFolder as ImageFolder
+    from jaxdist.data.sources.folders import WavFolder as WavFolder
+    from jaxdist.data.sources.memmap import NpySource as NpySource
+    from jaxdist.data.sources.memmap import TokenSource as TokenSource
+    from jaxdist.data.sources.memmap import text_bytes as text_bytes
+    from jaxdist.data.sources.pack import Bucketed as Bucketed
+    from jaxdist.data.sources.pack import Packed as Packed
+    from jaxdist.data.sources.pack import example_lengths as example_lengths
+    from jaxdist.data.sources.records import ArrayRecordSource as ArrayRecordSource
+    from jaxdist.data.sources.source import ArraySource as ArraySource
+    from jaxdist.data.sources.source import CorruptExample as CorruptExample
+    from jaxdist.data.sources.source import Source as Source
+    from jaxdist.data.sources.tables import ParquetSource as ParquetSource
+    from jaxdist.data.sources.tables import csv_source as csv_source
+    from jaxdist.data.sources.tfds import TfdsSource as TfdsSource
+    from jaxdist.data.sources.wrap import MapSource as MapSource
+    from jaxdist.data.transforms import CentreCrop as CentreCrop
+    from jaxdist.data.transforms import Chain as Chain
+    from jaxdist.data.transforms import CheckLabel as CheckLabel
+    from jaxdist.data.transforms import DecodeCropFlip as DecodeCropFlip
+    from jaxdist.data.transforms import DecodeImage as DecodeImage
+    from jaxdist.data.transforms import Normalise as Normalise
+    from jaxdist.data.transforms import RandomCrop as RandomCrop
+    from jaxdist.data.transforms import RandomFlip as RandomFlip
+    from jaxdist.data.transforms import Resize as Resize
+    from jaxdist.data.transforms import Spectrogram as Spectrogram
 
-__all__ = ["ArraySource", "CorruptExample", "Loader", "Position", "Source"]
+_NAMES = {
+    "loader": ("Loader",),
+    "order": ("BlockShuffled", "Dealt", "Mixed", "Order", "Sequential", "Shuffled"),
+    "placement": ("feed", "host_shards", "process_rows"),
+    "position": ("Position",),
+    "prepare": ("read_shard_list",),
+    "sources.combine": ("Concatenated", "Filtered", "ShardList", "Sharded", "mix"),
+    "sources.folders": ("ImageFolder", "WavFolder"),
+    "sources.memmap": ("NpySource", "TokenSource", "text_bytes"),
+    "sources.pack": ("Bucketed", "Packed", "example_lengths"),
+    "sources.records": ("ArrayRecordSource",),
+    "sources.source": ("ArraySource", "CorruptExample", "Source"),
+    "sources.tables": ("ParquetSource", "csv_source"),
+    "sources.tfds": ("TfdsSource",),
+    "sources.wrap": ("MapSource",),
+    "transforms": (
+        *("CentreCrop", "Chain", "CheckLabel", "DecodeCropFlip", "DecodeImage"),
+        *("Normalise", "RandomCrop", "RandomFlip", "Resize", "Spectrogram"),
+    ),
+}
+
+_MODULES = ("order", "transforms")
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
+
+__all__ = sorted([*_HOMES, *_MODULES])
 
 
 def __getattr__(name: str) -> Any:
-    if name not in ("feed", "process_rows"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("jaxdist.data.placement"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"jaxdist.data.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'jaxdist.data' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"jaxdist.data.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -31,7 +31,7 @@ class BadExampleError(ExampleError):
     """An example whose data are corrupt; the message names its file and number."""
 
 
-class Plan(NamedTuple):
+class BatchPlan(NamedTuple):
     """What one process reads for one batch: a row for each id, and whether that row counts (or is padding)."""
 
     epoch: int
@@ -63,7 +63,7 @@ class Made(NamedTuple):
 class Assembler(Protocol):
     """Turns plans into batches, possibly ahead of time."""
 
-    def submit(self, plan: Plan) -> Callable[[], Made]:
+    def submit(self, plan: BatchPlan) -> Callable[[], Made]:
         """Begin a batch; the returned function waits for it, and raises what its making raised."""
 
     def close(self) -> None:
@@ -76,7 +76,7 @@ class SerialAssembler:
     def __init__(self, recipe: Recipe):
         self._recipe = recipe
 
-    def submit(self, plan: Plan) -> Callable[[], Made]:
+    def submit(self, plan: BatchPlan) -> Callable[[], Made]:
         """See Assembler."""
         return lambda: make_rows(self._recipe, plan.epoch, plan.ids)
 
@@ -91,7 +91,7 @@ class ThreadAssembler:
         self._recipe, self._num_threads = recipe, num_threads
         self._pool = ThreadPoolExecutor(num_threads, "jaxdist-data")
 
-    def submit(self, plan: Plan) -> Callable[[], Made]:
+    def submit(self, plan: BatchPlan) -> Callable[[], Made]:
         """See Assembler."""
         if self._recipe.whole:
             return self._pool.submit(make_rows, self._recipe, plan.epoch, plan.ids).result
@@ -115,11 +115,11 @@ class BatchBuffer:
     """The arrays of some rows, allocated when the first example shows their shapes; threads may write at once."""
 
     def __init__(self, num_rows: int, allocate: Callable[[dict[str, tuple]], HostArrays] | None = None):
-        """Begin a buffer; `allocate` maps {name: (shape, dtype)} to arrays that nobody else writes."""
+        """Begin a buffer; `allocate` maps {name: (shape, dtype)} to arrays that nothing else writes."""
         self.arrays: HostArrays = {}
         self.bad: dict[int, str] = {}
         self._num_rows, self._lock = num_rows, threading.Lock()
-        self._allocate = allocate or (lambda layout: {name: np.empty(*spec) for name, spec in layout.items()})
+        self._allocate = allocate or (lambda wanted: {name: np.empty(*spec) for name, spec in wanted.items()})
 
     def write(self, row: int, example_id: int, example: Example) -> None:
         """Copy `example` into `row`; ValueError where its fields, shapes or dtypes differ from those of other rows."""
@@ -127,14 +127,14 @@ class BatchBuffer:
         with self._lock:
             if not self.arrays:
                 check_fields(fields, example_id)
-                layout = {name: ((self._num_rows, *value.shape), value.dtype) for name, value in fields.items()}
-                self.arrays = self._allocate(layout)
+                wanted = {name: ((self._num_rows, *value.shape), value.dtype) for name, value in fields.items()}
+                self.arrays = self._allocate(wanted)
         found = {name: (value.shape, value.dtype) for name, value in fields.items()}
         expected = {name: (array.shape[1:], array.dtype) for name, array in self.arrays.items()}
         if found != expected:
             raise ValueError(
                 f"Examples of a batch must have the same fields, shapes and dtypes. Example {example_id} has {found}, "
-                f"another one of its batch has {expected}. Pad, crop or bucket the examples, in `example_fn` say."
+                f"another one of its batch has {expected}. Pad, crop or bucket them, for example in `example_fn`."
             )
         for name, value in fields.items():
             copy_into(self.arrays[name][row, ...], value)

@@ -17,17 +17,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxdist.data.assembly import BadExampleError, ExampleError, HostArrays, Made, Plan, Recipe, split_evenly
-from jaxdist.data.assembly_process import Layout, Rows, Slot, Task, Trouble, dump_recipe, run_worker
+from jaxdist.data.assembly import BadExampleError, BatchPlan, ExampleError, HostArrays, Made, Recipe, split_evenly
+from jaxdist.data.assembly_process import ArrayPlace, Rows, Slot, Task, Trouble, dump_recipe, run_assembly_process
 
 _SHARED_MEMORY = pathlib.Path("/dev/shm")
 
 
-class WorkerDied(RuntimeError):
+class AssemblyProcessDied(RuntimeError):
     """A worker process ended while it was needed; the message names the example it was making."""
 
 
-class WorkerAssembler:
+class ProcessAssembler:
     """Splits each batch over worker processes; `close` ends them.
 
     Args:
@@ -39,9 +39,9 @@ class WorkerAssembler:
     def __init__(self, recipe: Recipe, num_workers: int, num_slots: int):
         self._waiting: collections.deque[_Part] = collections.deque()
         payload = dump_recipe(recipe)
-        self._workers = [_Worker(number, payload, num_slots) for number in range(num_workers)]
+        self._workers = [_AssemblyProcess(number, payload, num_slots) for number in range(num_workers)]
 
-    def submit(self, plan: Plan) -> Callable[[], Made]:
+    def submit(self, plan: BatchPlan) -> Callable[[], Made]:
         """See Assembler."""
         ranges = split_evenly(len(plan.ids), len(self._workers))
         batch = _Batch(len(plan.ids), len(ranges))
@@ -65,7 +65,7 @@ class WorkerAssembler:
 
     def _receive(self) -> None:
         """Wait for a report or the end of a worker, and take it in."""
-        waited: dict[Any, _Worker] = {worker.connection: worker for worker in self._workers}
+        waited: dict[Any, _AssemblyProcess] = {worker.connection: worker for worker in self._workers}
         waited |= {worker.process.sentinel: worker for worker in self._workers}
         ready = multiprocessing.connection.wait(list(waited))
         for worker in dict.fromkeys(waited[item] for item in ready):
@@ -79,7 +79,7 @@ class WorkerAssembler:
             worker.close()
 
 
-class _Worker:
+class _AssemblyProcess:
     """The trainer's end of one worker process."""
 
     def __init__(self, number: int, payload: bytes, num_slots: int):
@@ -87,13 +87,15 @@ class _Worker:
         self._fds = [_nameless_file() for _ in range(num_slots + 1)]
         os.ftruncate(self._fds[-1], 16)
         self._slots = [Slot(fd) for fd in self._fds[:-1]]
-        self._current = Slot(self._fds[-1]).view(Layout((2,), np.dtype(np.int64), 0))
+        self._current = Slot(self._fds[-1]).view(ArrayPlace((2,), np.dtype(np.int64), 0))
         self.free = list(range(num_slots))
         self._parts: dict[int, _Part] = {}
         self.connection, theirs = context.Pipe()
         # DupFd may only be made while a process is being started, hence the wrapper.
         arguments = (theirs, [_Inherited(fd) for fd in self._fds[:-1]], _Inherited(self._fds[-1]), payload)
-        self.process = context.Process(target=run_worker, args=arguments, name=f"jaxdist-data-{number}", daemon=True)
+        self.process = context.Process(
+            target=run_assembly_process, args=arguments, name=f"jaxdist-data-{number}", daemon=True
+        )
         self.process.start()
         theirs.close()  # so that reading ends when the worker does
 
@@ -107,7 +109,7 @@ class _Worker:
             raise self._died() from None
 
     def receive(self) -> None:
-        """Take in all reports that have come; WorkerDied where the worker has ended."""
+        """Take in all reports that have come; AssemblyProcessDied where the worker has ended."""
         try:
             while self.connection.poll():
                 self._take(self.connection.recv())
@@ -124,17 +126,17 @@ class _Worker:
                 raise error
             self._parts.pop(report.slot).fail(error)
         else:
-            views = {name: self._slots[report.slot].view(layout) for name, layout in report.layouts.items()}
+            views = {name: self._slots[report.slot].view(place) for name, place in report.places.items()}
             self._parts.pop(report.slot).store(views, report.bad)
         self.free.append(report.slot)
 
-    def _died(self) -> WorkerDied:
+    def _died(self) -> AssemblyProcessDied:
         self.process.join(timeout=5)
         code = self.process.exitcode
         how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with status {code}"
         epoch, example_id = self._current.tolist()
         doing = f"while making example {example_id} (epoch {epoch})" if self._parts else "while idle"
-        return WorkerDied(
+        return AssemblyProcessDied(
             f"Worker process {self.process.pid} {how} {doing}. Signal 9 mostly means that memory ran out: use fewer "
             "workers, or less memory in example_fn."
         )
@@ -184,7 +186,7 @@ class _Batch:
             self.fail(
                 ExampleError(
                     f"Examples of a batch must have the same fields, shapes and dtypes; got {found} and {expected}. "
-                    "Pad, crop or bucket the examples, in `example_fn` say."
+                    "Pad, crop or bucket the examples, for example in `example_fn`."
                 ),
                 missing=0,
             )

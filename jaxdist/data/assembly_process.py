@@ -1,6 +1,6 @@
 """What runs inside a worker process, and what it shares with the trainer: tasks, reports and slots of memory.
 
-The trainer's side is in `workers`.
+The trainer's side is in `assembly_pool`.
 """
 
 import importlib.util
@@ -40,7 +40,7 @@ class Task(NamedTuple):
     ids: np.ndarray
 
 
-class Layout(NamedTuple):
+class ArrayPlace(NamedTuple):
     """Where an array lies in a slot."""
 
     shape: tuple[int, ...]
@@ -52,7 +52,7 @@ class Rows(NamedTuple):
     """Report: the rows lie in the slot; `bad` says what was wrong with those that could not be read."""
 
     slot: int
-    layouts: dict[str, Layout]
+    places: dict[str, ArrayPlace]
     bad: dict[int, str]
 
 
@@ -77,17 +77,17 @@ class Slot:
         if os.fstat(self._fd).st_size < size:
             os.ftruncate(self._fd, size)
 
-    def view(self, layout: Layout) -> np.ndarray:
-        """Return the array that lies at `layout`; it stays valid until the other side is told that the slot is free."""
-        count = int(np.prod(layout.shape))
+    def view(self, place: ArrayPlace) -> np.ndarray:
+        """Return the array that lies at `place`; it stays valid until the other side is told that the slot is free."""
+        count = int(np.prod(place.shape))
         if not count:
-            return np.empty(layout.shape, layout.dtype)
-        if self._map is None or len(self._map) < layout.offset + count * layout.dtype.itemsize:
+            return np.empty(place.shape, place.dtype)
+        if self._map is None or len(self._map) < place.offset + count * place.dtype.itemsize:
             self._map = mmap.mmap(self._fd, os.fstat(self._fd).st_size)
-        return np.frombuffer(self._map, layout.dtype, count, layout.offset).reshape(layout.shape)
+        return np.frombuffer(self._map, place.dtype, count, place.offset).reshape(place.shape)
 
 
-def run_worker(
+def run_assembly_process(
     connection: multiprocessing.connection.Connection,
     slot_files: list[_Detachable],
     current_file: _Detachable,
@@ -95,14 +95,14 @@ def run_worker(
 ) -> None:
     """Serve tasks until the connection ends; the main function of a worker process.
 
-    `current_file` always holds (epoch, id) of the example in work, for whoever finds this process dead.
+    `current_file` always holds (epoch, id) of the example in work, for the trainer to name if this process dies.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the trainer's to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["JAX_PLATFORMS"] = "cpu"  # should a transform use JAX: the accelerators belong to the trainer
     try:
         slots = [Slot(file.detach()) for file in slot_files]
-        current = Slot(current_file.detach()).view(Layout((2,), np.dtype(np.int64), 0))
+        current = Slot(current_file.detach()).view(ArrayPlace((2,), np.dtype(np.int64), 0))
         recipe = load_recipe(payload)
     except Exception as error:  # told to the trainer, who raises it
         connection.send(Trouble(-1, f"A worker process could not begin: {error!r}", traceback.format_exc()))
@@ -116,15 +116,15 @@ def run_worker(
 
 
 def _report(recipe: Recipe, slot: Slot, current: np.ndarray, task: Task) -> Rows | Trouble:
-    layouts: dict[str, Layout] = {}
+    places: dict[str, ArrayPlace] = {}
 
     def allocate(wanted: dict[str, tuple]) -> HostArrays:
         offset = 0
         for name, (shape, dtype) in wanted.items():
-            layouts[name] = Layout(shape, dtype, offset)
+            places[name] = ArrayPlace(shape, dtype, offset)
             offset += -(-int(np.prod(shape)) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
         slot.reserve(offset)
-        return {name: slot.view(layout) for name, layout in layouts.items()}
+        return {name: slot.view(place) for name, place in places.items()}
 
     try:
         current[:] = task.epoch, task.ids[0]
@@ -132,12 +132,12 @@ def _report(recipe: Recipe, slot: Slot, current: np.ndarray, task: Task) -> Rows
             arrays = gather(recipe.source, task.ids)
             for name, view in allocate({name: (array.shape, array.dtype) for name, array in arrays.items()}).items():
                 view[...] = arrays[name]
-            return Rows(task.slot, layouts, {})
+            return Rows(task.slot, places, {})
         buffer = BatchBuffer(len(task.ids), allocate)
         for row, example_id in enumerate(task.ids.tolist()):
             current[1] = example_id
             fill(buffer, recipe, task.epoch, task.ids, row, row + 1)
-        return Rows(task.slot, layouts, buffer.bad)
+        return Rows(task.slot, places, buffer.bad)
     except Exception as error:  # told to the trainer, who raises it
         return Trouble(task.slot, str(error), traceback.format_exc(), isinstance(error, BadExampleError))
 

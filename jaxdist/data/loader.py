@@ -10,7 +10,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -27,6 +27,9 @@ class HostBatch(NamedTuple):
 
     batch: assembly.HostArrays
     position: Position
+
+
+_Pending: TypeAlias = tuple[Callable[[], assembly.Made], assembly.BatchPlan, Position]
 
 
 class Loader:
@@ -121,7 +124,7 @@ class Loader:
     def __iter__(self) -> Generator[HostBatch, None, None]:
         assembler = self._make_assembler()
         finished = False
-        pending: collections.deque[tuple[Callable[[], assembly.Made], assembly.Plan, Position]] = collections.deque()
+        pending: collections.deque[_Pending] = collections.deque()
         try:
             for plan, after in self._plans():
                 pending.append((assembler.submit(plan), plan, after))
@@ -131,20 +134,20 @@ class Loader:
                 yield self._finish(*pending.popleft())
             finished = True
         finally:
-            if not (finished and isinstance(assembler, assembly_pool.WorkerAssembler) and self._kept.keep(assembler)):
+            if not (finished and isinstance(assembler, assembly_pool.ProcessAssembler) and self._kept.keep(assembler)):
                 assembler.close()
 
-    def plans(self) -> Iterator[assembly.Plan]:
+    def plans(self) -> Iterator[assembly.BatchPlan]:
         """Yield which ids the batches have, without reading any."""
         return (plan for plan, _ in self._plans())
 
     def first_example(self) -> assembly.HostArrays:
         """Return the first example of the epoch at `start` as a batch of one row has it, mask included."""
         plan, _ = next(self._plans())
-        first = assembly.Plan(plan.epoch, plan.ids[:1], plan.mask[:1])
+        first = assembly.BatchPlan(plan.epoch, plan.ids[:1], plan.mask[:1])
         return assembly.with_mask(assembly.make_rows(self.recipe, first.epoch, first.ids), first.mask)
 
-    def _finish(self, finish: Callable[[], assembly.Made], plan: assembly.Plan, after: Position) -> HostBatch:
+    def _finish(self, finish: Callable[[], assembly.Made], plan: assembly.BatchPlan, after: Position) -> HostBatch:
         made = finish()
         for message in made.bad.values():
             _logger.warning("Skipped a bad example, %d so far: %s", len(self.skipped) + 1, message)
@@ -164,19 +167,19 @@ class Loader:
         recipe = self.recipe
         if self.num_workers:
             kept = self._kept.take()
-            return kept or assembly_pool.WorkerAssembler(recipe, self.num_workers, num_slots=self.read_ahead + 1)
+            return kept or assembly_pool.ProcessAssembler(recipe, self.num_workers, num_slots=self.read_ahead + 1)
         if self.num_threads == 0:
             return assembly.SerialAssembler(recipe)
         return assembly.ThreadAssembler(recipe, self.num_threads)
 
-    def _plans(self) -> Iterator[tuple[assembly.Plan, Position]]:
+    def _plans(self) -> Iterator[tuple[assembly.BatchPlan, Position]]:
         """Yield what to read for each batch, and the position after it."""
         num_examples, epoch, position = len(self.source), self.start.epoch, self.start.position
         rows = slice(None) if self.rows is None else self.rows
         names = self.beginning.order_version, self.beginning.fingerprint
         while self.num_epochs is None or epoch < self.num_epochs:
             for batch in self.order.batches(num_examples, self.seed, epoch, position, self.global_batch_size):
-                plan = assembly.Plan(epoch, batch.ids[rows], batch.mask[rows])
+                plan = assembly.BatchPlan(epoch, batch.ids[rows], batch.mask[rows])
                 yield plan, Position(epoch, batch.after, num_examples, self.seed, *names)
             epoch, position = epoch + 1, 0
 
@@ -185,16 +188,16 @@ class _KeptWorkers:
     """The idle workers of a loader and of the loaders made from it; they end with the last of these."""
 
     def __init__(self) -> None:
-        self._idle: list[assembly_pool.WorkerAssembler] = []
+        self._idle: list[assembly_pool.ProcessAssembler] = []
         self._lock = threading.Lock()
         self._end = weakref.finalize(self, _close_all, self._idle)
 
-    def take(self) -> assembly_pool.WorkerAssembler | None:
+    def take(self) -> assembly_pool.ProcessAssembler | None:
         """Return idle workers, which are the caller's from now on; None where there are none."""
         with self._lock:
             return self._idle.pop() if self._idle else None
 
-    def keep(self, assembler: assembly_pool.WorkerAssembler) -> bool:
+    def keep(self, assembler: assembly_pool.ProcessAssembler) -> bool:
         """Keep `assembler` and return True, unless others are kept already."""
         with self._lock:
             if not self._idle:
@@ -208,7 +211,7 @@ class _KeptWorkers:
             _close_all(self._idle)
 
 
-def _close_all(assemblers: list[assembly_pool.WorkerAssembler]) -> None:
+def _close_all(assemblers: list[assembly_pool.ProcessAssembler]) -> None:
     while assemblers:
         assemblers.pop().close()
 

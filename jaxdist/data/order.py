@@ -32,7 +32,7 @@ _FEW = 8
 _HALF = np.uint64(32)
 
 
-class Batch(NamedTuple):
+class BatchIds(NamedTuple):
     """The ids of a batch, one a row; rows whose mask is 0 are padding. `after` is the position behind the batch."""
 
     ids: np.ndarray
@@ -47,7 +47,7 @@ class Order(Protocol):
     def version(self) -> str:
         """A short text that differs whenever the ids may differ: the scheme's version and its settings."""
 
-    def batches(self, num_examples: int, seed: int, epoch: int, start: int, size: int) -> Iterator[Batch]:
+    def batches(self, num_examples: int, seed: int, epoch: int, start: int, size: int) -> Iterator[BatchIds]:
         """Yield the batches of `size` rows from position `start` to the end of the epoch."""
 
     def num_batches(self, num_examples: int, size: int) -> int:
@@ -61,7 +61,7 @@ class _Contiguous(abc.ABC):
     def __call__(self, num_examples: int, seed: int, epoch: int, start: int, stop: int) -> np.ndarray:
         """Return the ids at positions [start, stop) of the epoch, int64."""
 
-    def batches(self, num_examples: int, seed: int, epoch: int, start: int, size: int) -> Iterator[Batch]:
+    def batches(self, num_examples: int, seed: int, epoch: int, start: int, size: int) -> Iterator[BatchIds]:
         """See Order."""
         # Many ids at a time: what a call costs besides them is more than the ids of a small batch.
         run = max(_IDS_AT_A_TIME // size, 1) * size
@@ -75,11 +75,11 @@ class _Contiguous(abc.ABC):
         return -(-num_examples // size)
 
 
-def padded_batch(ids: np.ndarray, size: int, start: int) -> Batch:
+def padded_batch(ids: np.ndarray, size: int, start: int) -> BatchIds:
     """Return the batch of `ids`, which begin at position `start`; where they are too few, the first one fills it up."""
     mask = (np.arange(size) < len(ids)).astype(np.float32)
     rows = ids if len(ids) == size else np.concatenate([ids, np.full(size - len(ids), ids[0])])
-    return Batch(rows, mask, start + len(ids))
+    return BatchIds(rows, mask, start + len(ids))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,14 +226,14 @@ class Dealt:
         sizes = hashlib.sha256(str(self.sizes).encode()).hexdigest()[:8]
         return f"dealt-{ORDER_VERSION}:{len(self.sizes)} shards {sizes}{'' if self.shuffle else ' unshuffled'}"
 
-    def batches(self, num_examples: int, seed: int, epoch: int, start: int, size: int) -> Iterator[Batch]:
+    def batches(self, num_examples: int, seed: int, epoch: int, start: int, size: int) -> Iterator[BatchIds]:
         """See Order."""
         while start < num_examples:
             batch = self.batch(num_examples, seed, epoch, start, size)
             yield batch
             start = batch.after
 
-    def batch(self, num_examples: int, seed: int, epoch: int, start: int, size: int) -> Batch:
+    def batch(self, num_examples: int, seed: int, epoch: int, start: int, size: int) -> BatchIds:
         """Return the batch that begins at position `start`, which is below num_examples."""
         _check_range(num_examples, epoch, start, num_examples)
         if size % len(self.sizes) or num_examples != sum(self.sizes):
@@ -253,7 +253,7 @@ class Dealt:
             ids.append(offset + places)
             mask.append(true_places.astype(np.float32))
             offset += shard_size
-        return Batch(np.concatenate(ids), np.concatenate(mask), self._position(first + rows))
+        return BatchIds(np.concatenate(ids), np.concatenate(mask), self._position(first + rows))
 
     def num_batches(self, num_examples: int, size: int) -> int:
         """See Order."""

@@ -2,7 +2,7 @@
 
 A shard is written under another name and renamed when it is whole, so an interrupted preparation goes on with the first
 shard that is missing. `prepared.json` says what the shards were made of, and refuses shards of something else; its
-`manifest` lets hosts without shared storage each read only their shards (see `combine.Sharded`).
+`shards` (a `ShardList`) lets hosts without shared storage each read only their shards (see `combine.Sharded`).
 """
 
 import bisect
@@ -19,7 +19,7 @@ import rich.console
 import rich.progress
 
 from jaxdist import extras
-from jaxdist.data.sources.combine import Manifest
+from jaxdist.data.sources.combine import ShardList
 from jaxdist.data.sources.folders import IMAGE_SUFFIXES, ImageFolder, WavFolder
 from jaxdist.data.sources.memmap import find_files
 from jaxdist.data.sources.records import ArrayRecordSource, encode_example
@@ -32,7 +32,7 @@ PREPARED = "prepared.json"
 TOKENS_PER_SHARD = 2**26
 EXAMPLES_PER_SHARD = 2**14
 
-Progress = Callable[[int, int], None]
+ShowProgress = Callable[[int, int], None]
 """Called with what is done and what there is to do, in tokens or examples."""
 
 
@@ -112,7 +112,11 @@ def open_source(name: str) -> Source:
 
 
 def prepare_tokens(
-    paths: Any, out: str | os.PathLike, *, tokens_per_shard: int = TOKENS_PER_SHARD, progress: Progress | None = None
+    paths: Any,
+    out: str | os.PathLike,
+    *,
+    tokens_per_shard: int = TOKENS_PER_SHARD,
+    progress: ShowProgress | None = None,
 ) -> Prepared:
     """Write the bytes of text files, one after the other, as `.npy` files of uint8 tokens for `TokenSource`."""
     files = find_files(paths, "*.txt")
@@ -134,7 +138,7 @@ def prepare_records(
     out: str | os.PathLike,
     *,
     examples_per_shard: int = EXAMPLES_PER_SHARD,
-    progress: Progress | None = None,
+    progress: ShowProgress | None = None,
 ) -> Prepared:
     """Write the examples of a source as ArrayRecord files for `ArrayRecordSource`."""
     module = extras.require("array_record.python.array_record_module")
@@ -148,16 +152,17 @@ def prepare_records(
         writer.close()
 
     made = shards.write_all(write, progress)
-    shards.note(manifest=Manifest.of([ArrayRecordSource(path) for path in made.paths]).to_json())
+    shards.note(shards=ShardList.of([ArrayRecordSource(path) for path in made.paths]).to_json())
     return made
 
 
-def read_manifest(folder: str | os.PathLike) -> Manifest:
-    """Return the manifest of a folder of prepared records: the number and the fingerprint of every shard's examples."""
+def read_shard_list(folder: str | os.PathLike) -> ShardList:
+    """Return the shard list of a folder of prepared records."""
     values = json.loads((pathlib.Path(folder) / PREPARED).read_text())
-    if "manifest" not in values:
-        raise ValueError(f"{os.fspath(folder)} has no manifest: it holds {values['kind']}, or is not finished.")
-    return Manifest.from_json(values["manifest"])
+    found = values.get("shards", values.get("manifest"))  # version 0.1 wrote "manifest"
+    if found is None:
+        raise ValueError(f"{os.fspath(folder)} has no shard list: it holds {values['kind']}, or is not finished.")
+    return ShardList.from_json(found)
 
 
 class _Bytes:
@@ -213,7 +218,7 @@ class _Shards:
         self._notes |= more
         files.write_text(self._folder / PREPARED, json.dumps(self._notes, indent=1) + "\n")
 
-    def write_all(self, write: Callable[[pathlib.Path, int, int], None], progress: Progress | None) -> Prepared:
+    def write_all(self, write: Callable[[pathlib.Path, int, int], None], progress: ShowProgress | None) -> Prepared:
         """Call `write(path, begin, end)` for every shard that is missing."""
         num_kept = 0
         for name, begin, end in self._ranges():

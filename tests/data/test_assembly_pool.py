@@ -13,7 +13,7 @@ import pytest
 
 from jaxdist.data import ArraySource, CorruptExample, Loader
 from jaxdist.data.assembly import BadExampleError, ExampleError
-from jaxdist.data.assembly_pool import WorkerDied
+from jaxdist.data.assembly_pool import AssemblyProcessDied
 from jaxdist.data.assembly_process import dump_recipe, load_recipe
 
 SOURCE = ArraySource({"id": np.arange(40)})
@@ -91,7 +91,7 @@ def test_an_exception_in_a_worker_names_the_example_and_ends_all_workers():
 
 def test_a_killed_worker_is_noticed_at_once_and_its_example_named():
     loader = Loader(SOURCE, global_batch_size=8, seed=0, shuffle=False, example_fn=die_at_17, num_workers=2)
-    with pytest.raises(WorkerDied, match=r"was killed by signal 9 while making example 17 \(epoch 0\)"):
+    with pytest.raises(AssemblyProcessDied, match=r"was killed by signal 9 while making example 17 \(epoch 0\)"):
         list(loader)
 
 
@@ -180,7 +180,7 @@ def is_alive(pid):
 def test_nothing_is_alive_and_no_memory_is_left_after_the_trainer_was_killed(tmp_path):
     script = tmp_path / "trainer.py"
     script.write_text(TRAINER)
-    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(pathlib.Path(__file__).parent), *sys.path])}
     with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment) as trainer:
         pids = [int(pid) for pid in trainer.stdout.readline().split()]
         assert len(pids) == 2

@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 from jaxdist import testing
 from jaxdist.data import ArraySource, Loader, feed, process_rows
 from jaxdist.data.placement import host_shards
-from jaxdist.data.sources.combine import Manifest, Sharded
+from jaxdist.data.sources.combine import Sharded, ShardList
 
 NUM_EXAMPLES, BATCH_SIZE, NUM_EPOCHS = 45, 8, 2
 FIELDS = ("id", "noise", "mask")
@@ -39,7 +39,9 @@ def make_shard(number):
 
 
 def make_sharded_loader(numbers):
-    source = Sharded({number: make_shard(number) for number in numbers}, Manifest.of([make_shard(n) for n in range(4)]))
+    source = Sharded(
+        {number: make_shard(number) for number in numbers}, ShardList.of([make_shard(n) for n in range(4)])
+    )
     return Loader(
         source, shuffle=source.order(), global_batch_size=BATCH_SIZE, seed=4, num_epochs=2, example_fn=augment
     )

@@ -80,8 +80,8 @@ def test_a_folder_of_another_preparation_is_refused(texts, tmp_path):
     (texts / "a.txt").write_text("To be or not to be")
     with pytest.raises(ValueError, match="made_of"):
         prepare.prepare_tokens(texts, tmp_path / "out", tokens_per_shard=10)
-    with pytest.raises(ValueError, match="no manifest"):
-        prepare.read_manifest(tmp_path / "out")
+    with pytest.raises(ValueError, match="no shard list"):
+        prepare.read_shard_list(tmp_path / "out")
 
 
 def test_records_are_the_examples_and_can_be_dealt_to_hosts(tmp_path):
@@ -91,9 +91,9 @@ def test_records_are_the_examples_and_can_be_dealt_to_hosts(tmp_path):
     assert len(records) == 25
     for index in range(25):
         np.testing.assert_array_equal(records[index]["x"], source[index]["x"])
-    manifest = prepare.read_manifest(tmp_path / "out")
-    assert manifest.sizes == (10, 10, 5)
-    sharded = Sharded({2: ArrayRecordSource(made.paths[2])}, manifest)
+    shard_list = prepare.read_shard_list(tmp_path / "out")
+    assert shard_list.sizes == (10, 10, 5)
+    sharded = Sharded({2: ArrayRecordSource(made.paths[2])}, shard_list)
     assert sharded[22]["id"] == 22
 
 

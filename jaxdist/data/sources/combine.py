@@ -64,15 +64,15 @@ class Filtered:
 
 
 @dataclasses.dataclass(frozen=True)
-class Manifest:
+class ShardList:
     """What every host must know of all shards: how many examples each has, and its fingerprint."""
 
     sizes: tuple[int, ...]
     fingerprints: tuple[str, ...]
 
     @classmethod
-    def of(cls, shards: Sequence[Source]) -> "Manifest":
-        """Return the manifest of all shards, for whoever can see all of them (while preparing them, say)."""
+    def of(cls, shards: Sequence[Source]) -> "ShardList":
+        """Return the list of all shards, for a process that can read all of them."""
         return cls(tuple(map(len, shards)), tuple(shard.fingerprint() for shard in shards))
 
     def to_json(self) -> dict[str, list]:
@@ -80,32 +80,33 @@ class Manifest:
         return {"sizes": list(self.sizes), "fingerprints": list(self.fingerprints)}
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "Manifest":
-        """Return the manifest that `to_json` wrote."""
+    def from_json(cls, values: Mapping[str, Any]) -> "ShardList":
+        """Return the list that `to_json` wrote."""
         return cls(tuple(values["sizes"]), tuple(values["fingerprints"]))
 
 
 class Sharded:
     """A data set in shards of which this host can read only some; iterate it in the order `Sharded.order()`.
 
-    >>> numbers = placement.host_shards(mesh, len(manifest.sizes))
-    >>> source = Sharded({number: open_shard(number) for number in numbers}, manifest)
+    >>> numbers = placement.host_shards(mesh, len(shard_list.sizes))
+    >>> source = Sharded({number: open_shard(number) for number in numbers}, shard_list)
     >>> loader = Loader(source, shuffle=source.order(), global_batch_size=64, seed=0)
 
     Each shard fills its own part of every batch, so the batches are the same however the shards are dealt to hosts.
     """
 
-    def __init__(self, shards: Mapping[int, Source], manifest: Manifest):
-        self._shards, self._manifest = dict(shards), manifest
-        self._starts = [0, *itertools.accumulate(manifest.sizes)]
+    def __init__(self, shards: Mapping[int, Source], shard_list: ShardList):
+        self._shards, self._shard_list = dict(shards), shard_list
+        self._starts = [0, *itertools.accumulate(shard_list.sizes)]
         for number, shard in self._shards.items():
             found = (len(shard), shard.fingerprint())
-            if not 0 <= number < len(manifest.sizes):
-                raise ValueError(f"The manifest has {len(manifest.sizes)} shards; there is no shard {number}.")
-            if found != (manifest.sizes[number], manifest.fingerprints[number]):
+            if not 0 <= number < len(shard_list.sizes):
+                raise ValueError(f"There is no shard {number}: the shard list has {len(shard_list.sizes)} shards.")
+            if found != (shard_list.sizes[number], shard_list.fingerprints[number]):
                 raise ValueError(
-                    f"Shard {number} is not the manifest's: it has {found[0]} examples and the fingerprint {found[1]}, "
-                    f"the manifest says {manifest.sizes[number]} and {manifest.fingerprints[number]}. Copy it again."
+                    f"Shard {number} differs from the shard list: it has {found[0]} examples and the fingerprint "
+                    f"{found[1]}, the list says {shard_list.sizes[number]} and {shard_list.fingerprints[number]}. "
+                    "Copy it again."
                 )
 
     def __len__(self) -> int:
@@ -122,8 +123,8 @@ class Sharded:
 
     def order(self, *, shuffle: bool = True) -> order.Dealt:
         """Return the order in which each shard fills its own part of every batch."""
-        return order.Dealt(self._manifest.sizes, shuffle)
+        return order.Dealt(self._shard_list.sizes, shuffle)
 
     def fingerprint(self) -> str:
         """Return the fingerprint of all shards, those of other hosts included."""
-        return fingerprint_text("sharded", *self._manifest.fingerprints)
+        return fingerprint_text("sharded", *self._shard_list.fingerprints)

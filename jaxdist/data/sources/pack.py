@@ -185,14 +185,14 @@ class Blocks:
         """See Order."""
         return f"bucketed-{order.ORDER_VERSION}:{fingerprint_text('sizes', *self.sizes)}"
 
-    def batches(self, num_examples: int, seed: int, epoch: int, start: int, size: int) -> Iterator[order.Batch]:
+    def batches(self, num_examples: int, seed: int, epoch: int, start: int, size: int) -> Iterator[order.BatchIds]:
         """See Order."""
         while start < num_examples:
             batch = self.batch(num_examples, seed, epoch, start, size)
             yield batch
             start = batch.after
 
-    def batch(self, num_examples: int, seed: int, epoch: int, start: int, size: int) -> order.Batch:
+    def batch(self, num_examples: int, seed: int, epoch: int, start: int, size: int) -> order.BatchIds:
         """Return the batch that begins at position `start`, which is below num_examples."""
         if num_examples != sum(self.sizes) or not 0 <= start < num_examples:
             raise ValueError(f"These blocks have {sum(self.sizes)} examples; got {num_examples}, position {start}.")

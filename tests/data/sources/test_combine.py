@@ -7,7 +7,7 @@ from jax.sharding import AxisType
 
 from jaxdist.data import ArraySource, Loader
 from jaxdist.data.placement import host_shards
-from jaxdist.data.sources.combine import Concatenated, Filtered, Manifest, Sharded, mix
+from jaxdist.data.sources.combine import Concatenated, Filtered, Sharded, ShardList, mix
 
 
 def part(begin, end):
@@ -46,11 +46,11 @@ SHARDS = [part(0, 5), part(5, 7), part(7, 16), part(16, 20)]
 
 @pytest.mark.parametrize("num_hosts", [1, 2, 4])
 def test_shards_on_hosts_give_the_batches_of_one_host_with_all_of_them(num_hosts):
-    manifest = Manifest.from_json(json.loads(json.dumps(Manifest.of(SHARDS).to_json())))
+    shard_list = ShardList.from_json(json.loads(json.dumps(ShardList.of(SHARDS).to_json())))
     per_host, rows_per_host = len(SHARDS) // num_hosts, 8 // num_hosts
 
     def load(numbers, rows=None):
-        source = Sharded({number: SHARDS[number] for number in numbers}, manifest)
+        source = Sharded({number: SHARDS[number] for number in numbers}, shard_list)
         return Loader(source, shuffle=source.order(), global_batch_size=8, seed=3, num_epochs=2, rows=rows)
 
     alone = list(load(range(4)))
@@ -73,14 +73,14 @@ def test_shards_on_hosts_give_the_batches_of_one_host_with_all_of_them(num_hosts
         assert sorted(ids) == list(range(20))
 
 
-def test_shards_that_are_missing_or_not_the_manifests_are_refused():
-    manifest = Manifest.of(SHARDS)
+def test_shards_that_are_missing_or_differ_from_the_list_are_refused():
+    shard_list = ShardList.of(SHARDS)
     with pytest.raises(ValueError, match=r"shard 3.*has the shards \[0, 1\]"):
-        Sharded({0: SHARDS[0], 1: SHARDS[1]}, manifest)[17]
-    with pytest.raises(ValueError, match="Shard 1 is not the manifest's"):
-        Sharded({1: part(5, 8)}, manifest)
+        Sharded({0: SHARDS[0], 1: SHARDS[1]}, shard_list)[17]
+    with pytest.raises(ValueError, match="Shard 1 differs from the shard list"):
+        Sharded({1: part(5, 8)}, shard_list)
     with pytest.raises(ValueError, match="no shard 9"):
-        Sharded({9: part(5, 8)}, manifest)
+        Sharded({9: part(5, 8)}, shard_list)
 
 
 def test_host_shards_follow_the_mesh():
