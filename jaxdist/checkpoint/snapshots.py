@@ -1,8 +1,8 @@
-"""Snapshots of the state in memory that outlives the process: what a restart goes on from, as recent as a step ago.
+"""Snapshots of the state, in memory that outlives the process: a restart continues from one as recent as a step ago.
 
-A snapshot lies in files of a directory in memory (/dev/shm), which belongs to the supervisor and not to the process
-that trains. The state is copied on the devices, so the next step may be dispatched at once; a thread waits for the copy
-and writes it. The idea of recovering from memory close by, and from disk only when that is lost, is that of Gemini
+A snapshot is stored in files of a directory in memory (/dev/shm), which belongs to the supervisor and not to the
+process that trains. The state is copied on the devices, so the next step may be dispatched at once; a thread waits for
+the copy and writes it. The idea of recovering from nearby memory, and from disk only if that is lost, is Gemini's
 (Wang et al., SOSP 2023).
 
 Each process writes the pieces of the state it owns into one of three slots in turn. While a slot is being written the
@@ -54,12 +54,12 @@ class Snapshots:
     """Takes snapshots, and restores the newest; every process of the job on this machine makes its own.
 
     Args:
-      directory: in memory, common to all processes, empty for a new run.
-      identity: says what the snapshots belong to; those of another identity are not used.
+      directory: directory in memory, common to all processes, empty for a new run.
+      identity: names the experiment; snapshots of another identity are not used.
       process: number of this process.
 
     Attributes:
-      cost_seconds: what the newest one took, here and on the thread, without the waiting for steps to be computed.
+      cost_seconds: seconds that the newest one took, here and on the thread, without the wait for the step.
     """
 
     def __init__(self, directory: pathlib.Path, *, identity: str, process: int | None = None):
@@ -72,7 +72,7 @@ class Snapshots:
         self._slots = list(range(NUM_SLOTS))
 
     def begin(self, step: int) -> None:
-        """Forget what lies beyond `step`, from which training goes on: no model that is alive comes from there.
+        """Delete the snapshots beyond `step`, from which training continues: they belong to steps to be done again.
 
         Every process calls this once, before it trains.
         """
@@ -81,7 +81,7 @@ class Snapshots:
             ours = number == self._process or (self._process == 0 and number >= jax.process_count())
             if ours and (file is None or file.header["step"] > step):
                 path.unlink()
-        # The oldest is overwritten first, the one that training goes on from last.
+        # The oldest is overwritten first, the one that training continues from last.
         files = {slot: _open(_slot_path(self._directory, self._process, slot)) for slot in self._slots}
         steps = {slot: -1 if file is None else file.header["step"] for slot, file in files.items()}
         self._slots.sort(key=lambda slot: steps[slot])
@@ -94,8 +94,8 @@ class Snapshots:
         Args:
           step: number of finished steps.
           state: pytree of jax.Arrays.
-          data_state: where the data stand; anything JSON can hold.
-          nonfinite: the step's flag; a step that was not finite was not made, and gives no snapshot.
+          data_state: position in the data; anything JSON can hold.
+          nonfinite: the step's flag; a step that was not finite is not applied, and gives no snapshot.
 
         Raises:
           OSError: the memory is full; the snapshots before are unharmed.
@@ -126,7 +126,7 @@ class Snapshots:
         self.cost_seconds = seconds_before + time.perf_counter() - begin
 
     def wait(self) -> None:
-        """Return when nothing is being written any more; raises what the writing raised."""
+        """Wait until no snapshot is being written; raises what the writing raised."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
             writing.result()
@@ -139,9 +139,9 @@ class Snapshots:
             self._thread.shutdown()
 
     def latest_step(self) -> int | None:
-        """Return the newest step of which every piece is there and whole, None if there is none.
+        """Return the newest step of which every piece is present and whole, None if there is none.
 
-        Call it before training goes on: all processes must come to the same answer.
+        Call it before training continues: all processes must come to the same answer.
         """
         found = self._by_step()
         return next((step for step in sorted(found, reverse=True) if _is_whole(found[step])), None)
@@ -162,8 +162,8 @@ class Snapshots:
         expected = [[manifests.path_name(path), str(leaf.dtype)] for path, leaf in with_paths]
         if expected != [leaf[:2] for leaf in header["leaves"]]:
             raise SnapshotError(
-                f"The snapshot of step {step} has other leaves than the state of this experiment. "
-                "Resume without it: it belongs to a job that is over."
+                f"A snapshot must have the leaves of this experiment's state; that of step {step} has others. "
+                "It belongs to another job; resume without it."
             )
         values = _joined(files)
         leaves = [_place(value, leaf) for value, (_, leaf) in zip(values, with_paths, strict=True)]
@@ -180,13 +180,13 @@ class Snapshots:
 
 
 def held_bytes(directory: pathlib.Path) -> int:
-    """Return the memory that the snapshots in `directory` take."""
+    """Return the bytes that the snapshots in `directory` take."""
     return sum(path.stat().st_size for path in directory.glob(_PATTERN))
 
 
 @dataclasses.dataclass(frozen=True)
 class _File:
-    """What one slot holds: its header, which was verified, and its bytes, which were not."""
+    """The content of a slot: its header, which was verified, and its bytes, which were not."""
 
     header: JSON
     content: np.ndarray
@@ -234,8 +234,9 @@ def _copy(arrays: list[jax.Array]) -> list[jax.Array]:
 def _write(path: pathlib.Path, header: JSON, pieces: Sequence[_Piece]) -> None:
     """Overwrite a slot in place: its header's length and checksum, the header, the data.
 
-    Waits for the values before it touches the file. The length is written last, so a slot that a dead process left
-    half-written is seen to be; in place, because memory that is freed and taken anew costs more than the copy.
+    Waits for the values before it touches the file. The length is written last, so that a slot that a dead process left
+    half-written is recognized. The file is overwritten in place, because freeing and allocating memory costs more than
+    the copy.
     """
     values = [np.ascontiguousarray(np.asarray(piece.data)).reshape(-1).view(np.uint8) for piece in pieces]
     described = [
@@ -254,14 +255,14 @@ def _write(path: pathlib.Path, header: JSON, pieces: Sequence[_Piece]) -> None:
 
 
 def _write_all(file: io.RawIOBase, data: Any) -> None:
-    """Write everything: one call may write a part only, where memory runs out or the part is very large."""
+    """Write all of `data`: one call may write only a part, if memory runs out or the part is very large."""
     left = memoryview(data)
     while left:
         left = left[file.write(left) :]
 
 
 def _open(path: pathlib.Path) -> _File | None:
-    """Return what a slot holds, None where it is absent or not whole."""
+    """Return the content of a slot, None if it is absent or not whole."""
     if not path.exists() or path.stat().st_size < _PREFIX:
         return None
     content = np.memmap(path, np.uint8, mode="r")

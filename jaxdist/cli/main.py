@@ -199,7 +199,7 @@ def _start_processes(options: argparse.Namespace) -> int:
     from jaxdist.launch.supervising import fork_server
 
     # It imports what the processes need while this one finds out whether they are to be started at all.
-    with fork_server.Nursery(fork_server.TRAINING, experiment=options.experiment) as nest:
+    with fork_server.ForkServer(fork_server.TRAINING, experiment=options.experiment) as forks:
         from jaxdist.run import attempt as train
 
         experiment = load(options)
@@ -209,7 +209,7 @@ def _start_processes(options: argparse.Namespace) -> int:
             [*options.arguments, "--run-dir", str(run_dir)],
             run_dir=run_dir,
             num_processes=options.processes,
-            nest=nest,
+            forks=forks,
         )
 
 

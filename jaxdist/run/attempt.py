@@ -151,15 +151,15 @@ def supervise(
     *,
     run_dir: pathlib.Path,
     num_processes: int,
-    nest: fork_server.Nursery | None = None,
+    forks: fork_server.ForkServer | None = None,
 ) -> int:
     """Run the command line `arguments` in `num_processes` supervised processes; return the exit status.
 
-    The processes come from the nursery `nest` where there is one and it can, and are started afresh else.
+    The processes are forked by `forks` if it is given and can, and started afresh otherwise.
     """
 
     def start(command: Sequence[str], environment: Mapping[str, str], output: IO[bytes] | None) -> local_job.Process:
-        child = nest.start(command, environment, output) if nest else None
+        child = forks.start(command, environment, output) if forks else None
         return child or local_job.start(command, environment, output)
 
     identity = components.identity(experiment)
@@ -169,7 +169,7 @@ def supervise(
             run_dir=run_dir,
             saved_step=lambda memory: recovery.saved_step(memory, checkpointer, str(identity)),
             start=start,
-            remove_at_end=nest.remove_at_end if nest else lambda directory: None,
+            remove_at_end=forks.remove_at_end if forks else lambda directory: None,
         )
         return supervisor.run(job, num_processes=num_processes, policy=recovery.policy(experiment.recovery))
 

@@ -145,7 +145,7 @@ def test_snapshots_of_another_run_are_not_used_and_other_leaves_are_refused(tmp_
     assert snapshot.Snapshots(tmp_path, identity="b").latest_step() is None
     template = abstract(make_state(mesh, 1))
     template["bias"] = template.pop("half")
-    with pytest.raises(snapshot.SnapshotError, match="other leaves"):
+    with pytest.raises(snapshot.SnapshotError, match="must have the leaves"):
         snapshot.Snapshots(tmp_path, identity="a").restore(template, 1)
     template = abstract(make_state(mesh, 1))
     template["kernel"] = jax.ShapeDtypeStruct((4, 2), np.float32, sharding=template["kernel"].sharding)

@@ -113,7 +113,7 @@ def test_however_a_supervised_job_ends_it_leaves_nothing_behind(tmp_path, number
     with job:
         job.send_signal(number)
         assert job.wait(timeout=60) == status
-        # All hold its output open, the nursery too: the end of it is the end of them.
+        # All hold its output open, the fork server too: its end is the end of them all.
         output = job.stdout.read().decode()
     for process in processes:
         assert select.select([process], [], [], 30)[0]

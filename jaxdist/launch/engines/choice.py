@@ -1,4 +1,4 @@
-"""`jaxdist launch --engine`: shows or starts a job by SLURM, Kubernetes or Ray."""
+"""`jaxdist launch --engine`: shows or starts a job through SLURM, Kubernetes or Ray."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ from jaxdist.launch.engines.request import Request
 
 
 def show(engine: str, request: Request) -> str:
-    """Return what `start` would hand to the engine."""
+    """Return what `start` would give to the engine."""
     match engine:
         case "slurm":
             return slurm.script(request, directory=os.getcwd())
@@ -19,11 +19,11 @@ def show(engine: str, request: Request) -> str:
 
 
 def start(engine: str, request: Request) -> int:
-    """Start the job; return 0 once SLURM or Kubernetes has it, or with Ray the exit status of the job when it ends."""
+    """Start the job; return 0 once SLURM or Kubernetes accepts it; with Ray run it and return its exit status."""
     match engine:
         case "slurm":
             number = slurm.submit(request, show(engine, request))
-            print(f"SLURM job {number}; its output goes to {request.run_dir}/slurm-{number}.log")
+            print(f"SLURM job {number}; its output goes to {request.run_dir}/slurm-{number}.log.")
         case "kubernetes":
             print(kubernetes.submit(show(engine, request)))
         case _:

@@ -25,7 +25,7 @@ _POD_INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
 
 
 def default_run_dir(request_name: str, settings: dict[str, str]) -> str:
-    """Return where a run goes if nobody says: below the mounted claim."""
+    """Return the default run directory: below the mounted claim."""
     return f"{settings.get('mount', _DEFAULT_MOUNT)}/{request_name}"
 
 
@@ -40,8 +40,8 @@ def manifest(request: Request) -> dict[str, Any]:
     mount = settings.get("mount", _DEFAULT_MOUNT)
     if not request.run_dir.is_relative_to(mount):
         raise UserError(
-            f"The run directory must lie in the claim, which is mounted at {mount}; {request.run_dir} does not, and "
-            "would be lost with its pod. Choose another --run-dir, or another --with mount."
+            f"The run directory must be in the claim, which is mounted at {mount}; {request.run_dir} is not, and would "
+            "be lost with its pod. Choose another --run-dir or another --with mount."
         )
     name = _dns_name(request.name)
     pods = request.hosts * request.processes
@@ -124,7 +124,7 @@ def _pod_rules() -> list[dict[str, Any]]:
 
 
 def _rules() -> list[dict[str, Any]]:
-    # Of a job that failed by a rule of its own only the message says which: "... failed with exit code 2 matching ...".
+    # If a job fails by a pod failure rule, only its message names the rule: "... failed with exit code 2 matching ...".
     pattern = f"failed with exit code {UserError.exit_status} "
     rules: list[dict[str, Any]] = [
         {"name": "mistake", "action": "FailJobSet", "onJobFailureMessagePatterns": [pattern]},
@@ -139,15 +139,15 @@ def to_yaml(content: dict[str, Any]) -> str:
 
 
 def submit(text: str) -> str:
-    """Create the JobSet; return what kubectl says.
+    """Create the JobSet; return the output of kubectl.
 
     Raises:
-      UserError: there is no kubectl here, or the cluster refuses; the message is its own.
+      UserError: there is no kubectl here, or the cluster refuses the job; the message is the cluster's.
     """
     if shutil.which("kubectl") is None:
         raise UserError(
-            "--engine kubernetes needs kubectl, which this machine does not have. Install it, or add --dry-run and "
-            "create the manifest from where it is."
+            "--engine kubernetes needs the program kubectl; this machine does not have it. Install it, or add "
+            "--dry-run and create the printed manifest from a machine that has it."
         )
     done = subprocess.run(["kubectl", "create", "-f", "-"], input=text, capture_output=True, text=True)
     if done.returncode:
@@ -156,7 +156,7 @@ def submit(text: str) -> str:
 
 
 def _dns_name(name: str) -> str:
-    """Return `name` as Kubernetes wants it; short, for the pods' names contain it and are labels of DNS."""
+    """Return `name` as a DNS label; short, because the pods' names contain it."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40].strip("-") or "run"
 
 

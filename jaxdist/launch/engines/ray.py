@@ -1,8 +1,8 @@
-"""Ray: the processes of a job on a Ray cluster that is already there, one actor each.
+"""Ray: the processes of a job on an existing Ray cluster, one actor each.
 
-An actor only starts a process, passes on what it prints and what it is told, and reports how it ended; training is in
-the process, which joins the others by the JAX_ variables as on any other engine. A job that ends with status 75, or
-loses an actor with its node, is started again.
+An actor only starts a process, passes on its output and signals to it, and reports how it ended; training is in the
+process, which joins the others by the JAX_ variables as on any other engine. A job that ends with status 75, or loses
+an actor with its node, is restarted.
 """
 
 import os
@@ -25,13 +25,11 @@ _ANSWER_SECONDS = 5.0
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 20.0
 # It dies with its actor: Ray ends actors with SIGKILL.
-_START = (
-    "import os; from jaxdist.launch import runtime; runtime.die_with_parent({}); from jaxdist import cli; cli.main()"
-)
+_START = "from jaxdist.launch import parent; parent.die_with_parent({}); from jaxdist.cli import main; main.main()"
 
 
 class Member:
-    """One process of the job; lives in an actor with two threads, so that it can be told to stop while it runs."""
+    """One process of the job; it is in an actor with two threads, so that it can be asked to stop while it runs."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
@@ -46,7 +44,7 @@ class Member:
             return address, probe.getsockname()[1]
 
     def run(self, arguments: Sequence[str], environment: Mapping[str, str]) -> int:
-        """Run `jaxdist ARGUMENTS` to its end; return its exit status. Ray passes on what it prints."""
+        """Run `jaxdist ARGUMENTS` to its end; return its exit status. Ray passes on its output."""
         self._process = subprocess.Popen(
             [sys.executable, "-c", _START, *arguments],
             env={**os.environ, **environment},
@@ -76,7 +74,7 @@ def describe(request: Request) -> str:
 
 
 def run(request: Request, *, say: Callable[[str], None]) -> int:
-    """Run the job to its end; return its exit status, as one process would have given it.
+    """Run the job to its end; return the exit status that a job of one process would have.
 
     Raises:
       UserError: Ray is not installed, there is no cluster, or it is too small.
@@ -92,7 +90,7 @@ def run(request: Request, *, say: Callable[[str], None]) -> int:
             status = _attempt(ray, request, group, stops)
             if status != EXIT_RETRY or stops:
                 break
-            say(f"the job ended with status {status}; start {restart + 2}")
+            say(f"The job ended with status {status}; it is restarted (attempt {restart + 2}).")
         ray.util.remove_placement_group(group)
         return status
     finally:
@@ -107,13 +105,13 @@ def _connect(address: str) -> Any:
     except ImportError as error:
         raise UserError("--engine ray needs the package ray: pip install 'jaxdist[ray]'.") from error
     try:
-        if ":" in address and "://" not in address:  # of which Ray would wait minutes for an answer
+        if ":" in address and "://" not in address:  # Ray would wait minutes for an answer
             socket.create_connection(coordinator.split(address), timeout=_ANSWER_SECONDS).close()
         ray.init(address=address, logging_level="ERROR")
     except OSError as error:  # ConnectionError among it
         raise UserError(
-            f"--engine ray needs a Ray cluster that runs; none is found at {address!r}. Start one (ray start --head), "
-            "or name it with --with address=HOST:PORT."
+            f"--engine ray needs a running Ray cluster; none is found at {address!r}. Start one (ray start --head), "
+            "or name another with --with address=HOST:PORT."
         ) from error
     return ray
 
@@ -131,8 +129,8 @@ def _reserve(ray: Any, request: Request) -> Any:
     except ray.exceptions.GetTimeoutError as error:
         ray.util.remove_placement_group(group)
         raise UserError(
-            f"The Ray cluster has no room for {request.hosts} nodes with {_bundle(request)} free on each, after "
-            f"{_PLACING_SECONDS} s. It has {ray.cluster_resources()}. Ask for fewer, or add nodes."
+            f"The job needs {request.hosts} nodes with {_bundle(request)} free on each; the Ray cluster did not have "
+            f"them within {_PLACING_SECONDS} s. It has {ray.cluster_resources()}. Ask for fewer, or add nodes."
         ) from error
     return group
 
@@ -168,7 +166,7 @@ def _attempt(ray: Any, request: Request, group: Any, stops: list[int]) -> int:
 
 
 def _watch(ray: Any, members: Sequence[Any], runs: Sequence[Any], stops: list[int]) -> int:
-    """Return the status of the job: the first that is neither 0 nor 75, else the largest. Passes on signals."""
+    """Return the status of the job, the first that is neither 0 nor 75, else the largest; pass on signals."""
     waiting, passed_on, statuses = list(runs), 0, []
     deadline = float("inf")
     while waiting and time.monotonic() < deadline:
@@ -178,7 +176,7 @@ def _watch(ray: Any, members: Sequence[Any], runs: Sequence[Any], stops: list[in
         if failed:
             return failed[0] if failed[0] > 0 else 128 - failed[0]
         if EXIT_RETRY in statuses:
-            # A process that hangs does not end by itself, however long the others wait for it.
+            # A process that hangs never ends by itself.
             deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
         for number in stops[passed_on:]:
             ray.get([member.stop.remote(number) for member in members])

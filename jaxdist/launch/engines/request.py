@@ -1,4 +1,4 @@
-"""What `jaxdist launch` was asked for, whatever engine starts it."""
+"""What `jaxdist launch` was asked to start, the same for every engine."""
 
 import dataclasses
 import pathlib
@@ -12,14 +12,14 @@ class Request:
     """A job to be started.
 
     Attributes:
-      name: of the experiment.
+      name: name of the experiment.
       experiment: path of its file, the same on every host.
-      arguments: of `jaxdist train` besides the experiment and the run directory.
-      run_dir: on a file system that all hosts share.
-      hosts: how many.
-      processes: on each host.
-      parameter_server: its servers and workers are to be placed, by one process on each host.
-      settings: what the engine is told, as `--with KEY=VALUE` says it.
+      arguments: arguments of `jaxdist train` besides the experiment and the run directory.
+      run_dir: run directory, on a file system that all hosts share.
+      hosts: number of hosts.
+      processes: number of processes on each host.
+      parameter_server: whether one process on each host places the servers and workers of a parameter server.
+      settings: settings of the engine, given as `--with KEY=VALUE`.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Request:
     settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def train(self) -> list[str]:
-        """Return the arguments of the `jaxdist` command that each process runs; it can be started again and again."""
+        """Return the arguments of the `jaxdist` command that each process runs; the command can be restarted."""
         return ["train", str(self.experiment), *self.arguments, "--run-dir", str(self.run_dir), "--restartable"]
 
     @property

@@ -1,7 +1,8 @@
 """SLURM: the batch script of a job, and its submission.
 
-`srun` starts the processes and JAX finds its place in what SLURM tells them. Some time before the limit, and when the
-job is preempted, they get a signal, save and end with status 75; the script then has the job requeued, and it goes on.
+`srun` starts the processes and JAX finds its place in SLURM's environment variables. Some time before the limit, and
+when the job is preempted, they get a signal, save and end with status 75; the script then has the job requeued, and it
+continues.
 """
 
 import re
@@ -24,27 +25,27 @@ _PARAMETER_SERVER = (
     'export JAXDIST_PS_HOSTS="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd, -)"',
     """export JAXDIST_PS_TOKEN="${JAXDIST_PS_TOKEN:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \\n')}\"""",
 )
-"""What the machines of a parameter server must know: each other, and a secret."""
+"""What the machines of a parameter server need: each other's names and a secret."""
 _WAIT_SECONDS = 60
-"""How long the other tasks may go on once one has ended: a killed one leaves them waiting in a collective."""
+"""How long the other tasks may run once one has ended: a killed one leaves them waiting in a collective."""
 
 
 def script(request: Request, *, directory: str, python: str = sys.executable) -> str:
     """Return the batch script.
 
     Args:
-      request: `settings` are long options of sbatch, partition and time say; an empty value makes a bare option.
-      directory: where the job runs.
-      python: of the nodes.
+      request: `settings` are long options of sbatch, for example partition; an empty value makes a bare option.
+      directory: directory in which the job runs.
+      python: Python interpreter on the nodes.
 
     Raises:
-      UserError: a setting that is no long option, or is decided here.
+      UserError: a setting that is not a long option, or is set by this module.
     """
     for name in request.settings:
         if not _OPTION.fullmatch(name) or name in _OURS:
             raise UserError(
-                f"--with takes long options of sbatch without their dashes, partition=gpu say, but for "
-                f"{', '.join(_OURS)}; got {name!r}."
+                f"--with takes long options of sbatch without their dashes, for example partition=gpu, except "
+                f"{', '.join(_OURS)}; got {name!r}. Correct it."
             )
     options = {
         "job-name": request.name,
@@ -65,7 +66,7 @@ def script(request: Request, *, directory: str, python: str = sys.executable) ->
             *(_PARAMETER_SERVER if request.parameter_server else ()),
             f"srun --wait={_WAIT_SECONDS} {train}",
             "status=$?",
-            f"# {EXIT_RETRY} asks for another attempt; after a hang one process may not have been able to say so.",
+            f"# {EXIT_RETRY} asks for another attempt; after a hang a process may not have been able to exit with it.",
             f'if [ $status -eq {EXIT_RETRY} ] || grep -qs \'"end_reason": "hang"\' '
             f"{shlex.quote(str(request.run_dir / record.FILE_NAME))}; then",
             f'  if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {MOST_REQUEUES} ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
@@ -84,8 +85,8 @@ def submit(request: Request, text: str) -> str:
     """
     if shutil.which("sbatch") is None:
         raise UserError(
-            "--engine slurm needs sbatch, which this machine does not have. Run it on a login node of the cluster, or "
-            "add --dry-run to look at the script."
+            "--engine slurm needs the program sbatch; this machine does not have it. Run the command on a login node "
+            "of the cluster, or add --dry-run to print the script."
         )
     request.run_dir.mkdir(parents=True, exist_ok=True)
     path = request.run_dir / SCRIPT_NAME

@@ -1,9 +1,7 @@
 """Preparing this process before JAX's backend starts: devices, threads, compilation cache, the job it belongs to."""
 
-import ctypes
 import os
 import pathlib
-import signal
 import sys
 import threading
 import types
@@ -15,12 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdist.errors import UserError
+from jaxdist.launch import parent
 from jaxdist.launch.joining import coordinator, places, same_on_all
 from jaxdist.launch.signals import EXIT_RETRY
 
 PROCESS_ID, NUM_PROCESSES, COORDINATOR = places.PROCESS_ID, places.NUM_PROCESSES, places.COORDINATOR
-PARENT_ID = "JAXDIST_PARENT_ID"
-"""Environment variable: whose child a process is."""
 
 LEAST_COMPILE_SECONDS = 0.0
 """Every program is kept: at a restart the whole job waits for each that is compiled anew, however small."""
@@ -35,7 +32,7 @@ def in_job(environment: Mapping[str, str] = os.environ) -> bool:
 
 def is_alone(environment: Mapping[str, str] = os.environ) -> bool:
     """Return whether no launcher of ours started this process."""
-    return PARENT_ID not in environment
+    return parent.PARENT_ID not in environment
 
 
 def is_first() -> bool:
@@ -78,7 +75,7 @@ def _prepare(num_devices: int | None) -> None:
     jax.config.update("jax_num_cpu_devices", num_devices or 1)
     use_compilation_cache()
     if not is_alone():
-        die_with_parent(os.environ)
+        parent.die_with_parent()
 
 
 def first_of_each_process(
@@ -110,14 +107,6 @@ def _keep_standard_output_clean() -> None:
     ours = os.dup(1)
     os.dup2(2, 1)
     sys.stdout = os.fdopen(ours, "w", buffering=1)
-
-
-def die_with_parent(environment: Mapping[str, str]) -> None:
-    """Have the kernel kill this process when its launcher dies: nobody else would end a process in a collective."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if PARENT_ID in environment and os.getppid() != int(environment[PARENT_ID]):
-        sys.exit("The launcher of this process has ended already.")
 
 
 def _join_job(place: places.Place, num_devices: int | None) -> None:

@@ -1,7 +1,7 @@
-"""Where each process says what it is doing, outside the collectives: one small file a process, in a common directory.
+"""The board: each process reports what it is doing in one small file, outside the collectives.
 
-A process stuck in a collective cannot be asked, and one that is stopped cannot answer; but what it wrote last can be
-read by anyone. On one machine the directory is in memory; on several it must be one they all see.
+A process stuck in a collective cannot be asked, and one that is stopped cannot answer; but any process can read its
+last report. On one machine the directory is in memory; on several it must be one they all see.
 """
 
 import contextlib
@@ -15,18 +15,18 @@ from typing import Any
 
 _VERDICT = "verdict.json"
 _SIZE = 256
-"""Bytes of a record, padded with spaces: it is written by one call, over the one before."""
+"""Bytes of a report, padded with spaces: each is written by one call, over the one before."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a process says it is doing.
+    """What a process is doing, as it reports it.
 
     Attributes:
       step: number of finished steps.
       phase: an account of the stopwatch: input, compute, checkpoint, eval, compile, restart, other; or "done".
-      beat: counts the reports, so that one who says the same twice differs from one who says nothing.
-      time: when, in seconds since 1970 by the clock of its machine; for people, since machines differ.
+      beat: counts the reports, so that a process that reports the same twice differs from one that is silent.
+      time: seconds since 1970 by the clock of its machine; for people, since clocks differ.
     """
 
     step: int
@@ -63,17 +63,17 @@ def read(directory: pathlib.Path, process: int) -> Report | None:
 
 
 def publish(directory: pathlib.Path, verdict: dict[str, Any]) -> None:
-    """Hang up a verdict for all to read, unless another is there: the first counts."""
+    """Publish a verdict for all processes to read, unless another is there: the first counts."""
     with tempfile.NamedTemporaryFile("w", dir=directory, prefix=_VERDICT) as file:
         file.write(json.dumps(verdict))
         file.flush()
-        # A link appears whole and fails where the name is taken; a rename would replace what others have read.
+        # A link appears whole and fails if the name is taken; a rename would replace what others have read.
         with contextlib.suppress(FileExistsError):
             os.link(file.name, directory / _VERDICT)
 
 
 def published(directory: pathlib.Path, *, since: float) -> dict[str, Any] | None:
-    """Return the verdict that hangs there, None without one; one older than `since` is of an earlier attempt."""
+    """Return the published verdict, None without one; a verdict older than `since` is of an earlier attempt."""
     path = directory / _VERDICT
     try:
         return json.loads(path.read_bytes()) if path.stat().st_mtime >= since else None
@@ -82,7 +82,7 @@ def published(directory: pathlib.Path, *, since: float) -> dict[str, Any] | None
 
 
 def clear(directory: pathlib.Path) -> None:
-    """Forget all reports: those of the processes of an earlier attempt say nothing about the next."""
+    """Delete all reports: those of an earlier attempt say nothing about the next."""
     for path in [*directory.glob("process-*.report"), *directory.glob(f"{_VERDICT}*")]:
         path.unlink()
 

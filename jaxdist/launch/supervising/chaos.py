@@ -1,8 +1,8 @@
-"""Chaos: run an experiment twice, once in peace and once under fire, and prove that both made the same model.
+"""Chaos: run an experiment twice, undisturbed and under faults, and prove that both runs made the same model.
 
-Under fire its processes are killed, stopped and starved of disk at random steps and at random moments of their start.
-The plan is drawn from a seed before anything starts. What strikes is outside the job and knows of it only what anyone
-may read: the supervisor's notes and the reports on the board.
+Its processes are killed, stopped and denied the disk at random steps and at random moments of their start. The plan is
+drawn from a seed before anything starts. The faults come from outside the job, which is observed only through
+the supervisor's events and the reports on the board.
 """
 
 import dataclasses
@@ -108,7 +108,7 @@ def plan(
     counts: dict[Kind, int] = {"kill": kills, "stop": stops, "starve": starves}
     kinds = [kind for kind, count in counts.items() for _ in range(count)]
     source.shuffle(kinds)
-    # The last tenth is left in peace, so that even the last strike comes before the end.
+    # No strike in the last tenth of the steps, so that even the last one comes before the end.
     steps = sorted(source.choices(range(1, max(2, num_steps * 9 // 10)), k=len(kinds)))
     order = [process for _ in kinds for process in source.sample(range(num_processes), num_processes)]
     return [
@@ -160,7 +160,7 @@ class Striker:
             self.hits.append(Hit(strike, lost, verdict))
 
     def _await_moment(self, strike: Strike) -> dict[str, Any] | None:
-        """Return the attempt that is running when the strike is due, None when the job is over before."""
+        """Return the attempt that runs when the strike is due, None if the job is over before."""
         while not self._over.wait(_POLL_SECONDS):
             attempt = self._attempt()
             if attempt is None:
@@ -184,7 +184,7 @@ class Striker:
         return None
 
     def _await_recovery(self, struck: float, attempt: int, before: int) -> Lost | None:
-        """Return what it took until a later attempt made a step beyond `before`; None when the job is over before."""
+        """Return what it took until a later attempt made a step beyond `before`; None if the job is over before."""
         passed: list[float] = []
         while not self._over.wait(_POLL_SECONDS):
             running = self._attempt()
@@ -200,7 +200,7 @@ class Striker:
         return None
 
     def _attempt(self) -> dict[str, Any] | None:
-        """Return the notes on the attempt that is running, None between two."""
+        """Return the start event of the attempt that is running, None between two."""
         events = supervisor.read_events(self._run_dir)
         return events[-1] if events and events[-1]["event"] == "start" else None
 
@@ -214,7 +214,7 @@ def _highest_step(attempt: dict[str, Any]) -> int:
 
 
 def _stage(reports: Sequence[board.Report | None], before: int) -> int:
-    """Return how many of the stages after the first an attempt has behind it; see Lost."""
+    """Return how many of the stages after the first an attempt has completed; see Lost."""
     if any(report is None for report in reports):
         return 0
     if any(report.step > before for report in reports if report):
@@ -223,7 +223,7 @@ def _stage(reports: Sequence[board.Report | None], before: int) -> int:
 
 
 def _deliver(strike: Strike, process_id: int) -> bool:
-    """Do it; return False if the process had ended by itself."""
+    """Deliver a strike; return False if the process had ended by itself."""
     try:
         if strike.kind == "starve":
             # As on a full disk, every write fails; a file that is mapped or was written stays as it is.
@@ -238,7 +238,7 @@ def _deliver(strike: Strike, process_id: int) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What chaos found out.
+    """The result of a chaos run.
 
     Attributes:
       planned: number of strikes planned.
@@ -311,12 +311,12 @@ def run(
     stops: int = 0,
     starves: int = 0,
 ) -> Report:
-    """Run `command` (which gets `--run-dir`) in peace and under fire; return what came of it.
+    """Run `command` (which gets `--run-dir`) undisturbed and under faults; return the report.
 
     Args:
       command: trains in supervised processes and records the ledger.
       directory: gets the two run directories, `undisturbed` and `disturbed`.
-      seed: of the plan.
+      seed: seed of the plan.
       num_processes: that the command starts.
       num_examples: of an epoch, for the ledger.
       kills: see `plan`.
@@ -364,7 +364,7 @@ def _train(command: Sequence[str], run_dir: pathlib.Path) -> int:
         try:
             return job.wait()
         finally:
-            job.terminate()  # on the way out of a Ctrl-C, say: the job is not left behind
+            job.terminate()  # on the way out of an exception such as a Ctrl-C: the job is not left behind
 
 
 def _summary(seconds: Sequence[float]) -> dict[str, float]:

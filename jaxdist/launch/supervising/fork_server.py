@@ -1,11 +1,12 @@
-"""The nursery: a process that has imported what the processes of a job need, and forks one whenever it is asked.
+"""The fork server: a process that has imported what the processes of a job need, and forks one on request.
 
 Importing JAX, Flax and Orbax costs every process seconds of processor time, and at a restart all of them pay at once.
-A fork of a process that has paid already pays nothing. Forking is sound while the process has one thread and no
-backend of JAX runs. The nursery sees to both: it starts none itself, looks at its threads before it offers a fork, and
-declines where an import (of the user's experiment, say) has started any. Whoever asked then starts processes afresh.
+A fork of a process that has imported them pays nothing. Forking is safe while the process has one thread and no
+backend of JAX runs. The fork server therefore starts no thread, counts its threads before it offers a fork, and
+declines if an import (for example of the user's experiment) has started any. The supervisor then starts processes
+afresh.
 
-It outlives whoever asked, by a moment: what the other cannot remove when it is killed, the nursery does.
+The fork server outlives the supervisor by a moment: it removes what a supervisor that was killed could not.
 """
 
 import contextlib
@@ -39,7 +40,7 @@ _READY, _UNSAFE = b"ready", b"unsafe"
 
 
 class Child:
-    """A process forked by the nursery and adopted by this one: what `subprocess.Popen` offers of its own."""
+    """A process forked by the fork server and adopted by this one, with the methods of `subprocess.Popen`."""
 
     def __init__(self, process_id: int):
         self.pid = process_id
@@ -80,13 +81,13 @@ class Child:
         self.send_signal(signal.SIGKILL)
 
 
-class Nursery:
+class ForkServer:
     """Starts processes that run a module as `python -m MODULE` does, minus the imports.
 
     Args:
       preload: modules to import before; not those to be run.
       experiment: a Python file whose imports are made before, too. It is run under another name, and again by each
-        process; what it raises is left to them.
+        process; each process reports what it raises.
     """
 
     def __init__(self, preload: Sequence[str] = (), *, experiment: str | None = None):
@@ -102,21 +103,21 @@ class Nursery:
             )
         self._channel = ours
 
-    def __enter__(self) -> "Nursery":
+    def __enter__(self) -> "ForkServer":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """End the nursery; the processes it started go on."""
+        """End the fork server; the processes it started continue."""
         self._process.kill()
         self._channel.close()
         self._process.wait()
         _prctl(_PR_SET_CHILD_SUBREAPER, 0)
 
     def start(self, command: Sequence[str], environment: Mapping[str, str], output: IO[bytes] | None) -> Child | None:
-        """Start a process and return it; None where the nursery cannot, or is no more.
+        """Start a process and return it; None if the fork server cannot, or has ended.
 
         Args:
           command: `[sys.executable, "-m", module, arguments...]`.
@@ -156,7 +157,7 @@ def _prctl(option: int, value: int) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Be a nursery, until the one who asks has ended; in a forked process, be that."""
+    """Run the fork server until its supervisor has ended; in a forked process, run the module it was forked for."""
     channel = socket.socket(fileno=int(arguments[0]))
     _preload(arguments[2:], arguments[1])
     usable = _may_fork()
@@ -173,7 +174,7 @@ def _preload(modules: Sequence[str], experiment: str) -> None:
         __import__(module)
     if experiment:
         sys.path.insert(0, str(pathlib.Path(experiment).resolve().parent))
-        # Whatever is wrong with the file, the process that trains it says so better.
+        # If the file has a mistake, the process that trains it reports it.
         with contextlib.suppress(Exception):
             runpy.run_path(experiment, run_name="jaxdist_preloaded")
         sys.path.pop(0)
@@ -182,7 +183,7 @@ def _preload(modules: Sequence[str], experiment: str) -> None:
 def _may_fork() -> bool:
     """Return whether this process has one thread.
 
-    OpenBLAS, and whatever else is made to be forked, ends its threads before a fork; so one is made, and then counted.
+    Libraries that support forking, such as OpenBLAS, end their threads before a fork; so fork once, then count.
     """
     trial = os.fork()
     if not trial:
@@ -192,7 +193,7 @@ def _may_fork() -> bool:
 
 
 def _serve(channel: socket.socket) -> dict[str, Any] | None:
-    """Fork whenever asked, and say the new process's number; return what was asked for in a fork, None at the end."""
+    """Fork on each request and send the child's number; return the request in a child, None at the end."""
     doomed: list[str] = []
     while True:
         message, streams, _, _ = socket.recv_fds(channel, _MAX_MESSAGE, 2)
@@ -217,9 +218,9 @@ def _serve(channel: socket.socket) -> dict[str, Any] | None:
 
 
 def _fork_orphan() -> int:
-    """Return the number of a new process whose parent is this one's, 0 in that process.
+    """Return the number of a new process whose parent is this one's parent, 0 in the new process.
 
-    It is forked by a process that ends at once, and goes on when it has been adopted.
+    It is forked by a process that ends at once, and continues when it has been adopted.
     """
     (told, tell), (gate, open_gate) = os.pipe(), os.pipe()
     between = os.fork()
@@ -241,7 +242,7 @@ def _fork_orphan() -> int:
 
 
 def _run(request: Mapping[str, Any]) -> None:
-    """Be `python -m MODULE`."""
+    """Do as `python -m MODULE` does."""
     os.environ.update(request["environment"])
     sys.argv = [request["module"], *request["arguments"]]
     sys.stdout.reconfigure(line_buffering=os.isatty(1))  # type: ignore[union-attr]

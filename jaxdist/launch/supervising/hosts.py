@@ -2,7 +2,7 @@
 
 The supervisors do not talk to each other. When the job fails, it fails on all hosts (a process that has lost its peers
 in a collective, or to the watchdog, ends), and on each the processes are started again and wait for the others at the
-coordinator. A restart goes on from the newest checkpoint, so the run directory must be on a file system they share.
+coordinator. A restart continues from the newest checkpoint, so the run directory must be on a file system they share.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ class Host:
             raise UserError(f"--host-index counts the hosts from 0; got {self.index} of {self.count}.")
 
     def environment(self) -> dict[str, str]:
-        """Return what tells the processes of this host their place among those of all hosts."""
+        """Return the environment variables that give the processes of this host their place among all processes."""
         return {
             places.MEETING: self.coordinator,
             places.FIRST: str(self.index * self.num_processes),
@@ -61,10 +61,10 @@ def run(
 
     Args:
       host: which one this is.
-      command: the program and its arguments; it must be able to go on with a run that is there.
+      command: the program and its arguments; it must be able to continue an existing run.
       run_dir: of the run, on a file system that all hosts share.
       saved_step: returns the newest step with a checkpoint.
-      policy: when to give up.
+      policy: when to restart; see supervisor.Policy.
 
     Raises:
       LockedError: another job works in the run directory.
@@ -117,7 +117,7 @@ class _Attempts:
             signals=self.signals,
         )
         if result.failed_process is not None and result.message:
-            _say(f"process {result.failed_process} of host {self.host.index} failed first:\n{result.message}")
+            _say(f"Process {result.failed_process} of host {self.host.index} failed first:\n{result.message}")
         reason = _end_reason(self.run_dir)
         self.events.note("end", attempt=number, status=result.exit_status, end_reason=reason)
         return supervisor.Attempt(
@@ -131,7 +131,7 @@ class _Attempts:
 
 
 def _end_reason(run_dir: pathlib.Path) -> str | None:
-    """Return how the run ended, None while it goes on: each attempt that gets that far begins by writing None."""
+    """Return how the run ended, None while it runs: each attempt begins by writing None."""
     return record.RunRecord.read(run_dir).end_reason if (run_dir / record.FILE_NAME).exists() else None
 
 

@@ -1,7 +1,7 @@
 """Processes of one job on this machine, joined by `jax.distributed` over the loopback interface.
 
 Each process runs in a session of its own, so that a Ctrl-C reaches the parent alone, which passes it on once. When one
-process fails the others cannot go on: they are told to end, then made to, and the first failure is the one reported.
+process fails the others cannot continue: they are asked to end, then killed, and the first failure is reported.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from types import FrameType
 from typing import IO, Any, Protocol, TypeAlias
 
 from jaxdist.errors import EXIT_USER
+from jaxdist.launch import parent
 from jaxdist.launch.joining import runtime
 from jaxdist.launch.signals import EXIT_RETRY
 
@@ -76,8 +77,8 @@ class Signals:
     """Passes SIGINT, SIGTERM and SIGUSR1 on to the processes of a job, each as often as it comes, while it is entered.
 
     Attributes:
-      received: those that came.
-      processes: those that get them.
+      received: the signals that came.
+      processes: the processes that get them.
     """
 
     def __init__(self) -> None:
@@ -109,7 +110,7 @@ class JobResult:
     Attributes:
       exit_status: see run_job.
       failed_process: the one that failed first; None where none did.
-      message: the end of its log; empty where process 0 has shown the same mistake of the user.
+      message: the end of its log; empty if process 0 has shown the same user error.
       asked_to_stop: whether a signal asked this process, and so the job, to end.
     """
 
@@ -135,7 +136,7 @@ def run_job(
     """Run `command` in `num_processes` processes and wait for all of them.
 
     A process that ends with `EXIT_RETRY` (preempted, or the watchdog found a hang) has not failed: the others, which
-    were told the same, get some seconds to end too.
+    were told the same, get `ORDERLY_SECONDS` to end too.
 
     Args:
       command: the program and its arguments, the same for every process.
@@ -147,15 +148,15 @@ def run_job(
       started: called with the process ids once all have started.
       start: starts one.
       signals: passes on the signals; None does so while the job runs.
-      grace_seconds: how long a process may take to end once it is asked to, before it is made to.
+      grace_seconds: how long a process may take to end once it is asked to, before it is killed.
 
     Returns:
       The exit status: 0 if all processes ended with 0, else that of the first that failed (128 + signal when killed).
-      None has failed and the status is EXIT_RETRY where one ended with that.
+      If one ended with EXIT_RETRY and none failed, the status is EXIT_RETRY.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     shared = {**os.environ, **(environment or {}), runtime.NUM_PROCESSES: str(num_processes)}
-    shared[runtime.PARENT_ID] = str(os.getpid())
+    shared[parent.PARENT_ID] = str(os.getpid())
     processes: list[Process] = []
     with ExitStack() as stack:
         shared[runtime.COORDINATOR] = f"{LOOPBACK}:{stack.enter_context(reserved_port())}"
@@ -167,7 +168,7 @@ def run_job(
             if number or not show_first:
                 output = stack.enter_context(open(log_path(log_dir, number), "wb"))
             processes.append(start(command, {**shared, runtime.PROCESS_ID: str(number)}, output))
-        if passed_on.received:  # the processes that started after it have not heard of it
+        if passed_on.received:  # the processes that started after the signal did not get it
             return JobResult(EXIT_RETRY, asked_to_stop=True)
         started([process.pid for process in processes])
         failed = _wait(processes, timeout_seconds)
@@ -176,7 +177,7 @@ def run_job(
         return JobResult(EXIT_RETRY if any(process.returncode for process in processes) else 0, asked_to_stop=asked)
     status = processes[failed].returncode
     assert status is not None
-    # A mistake that all processes found, process 0 has shown already.
+    # Process 0 has shown a mistake that all processes found.
     shown = show_first and processes[0].returncode == status == EXIT_USER
     message = "" if shown else _tail(log_path(log_dir, failed))
     return JobResult(128 - status if status < 0 else status, failed, message, asked)
@@ -192,7 +193,7 @@ def reserved_port() -> Iterator[int]:
     """Yield a TCP port of the loopback interface that is the coordinator's alone while the context lasts.
 
     The port stays bound here, without listening. The coordinator (gRPC, which sets SO_REUSEPORT) may bind it too;
-    another program of this machine, which asks for any free port, will not be given it.
+    another program on this machine that asks for any free port will not be given it.
     """
     with socket.socket() as held:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -203,13 +204,13 @@ def reserved_port() -> Iterator[int]:
 def quiet_ports(count: int) -> list[int]:
     """Return free TCP ports of the loopback interface, from below those that outgoing connections are given.
 
-    A process that dies and starts again wants its port back, which any program's connection might have taken meanwhile.
+    A process that is restarted needs its port again, which the connection of any program might have taken meanwhile.
     """
     first_given = int(_GIVEN_PORTS.read_text().split()[0]) if _GIVEN_PORTS.exists() else _LEAST_PORT
     below = range(_LEAST_PORT, max(_LEAST_PORT, first_given))
     drawn = random.SystemRandom().sample(below, min(len(below), 50 * count))
     with ExitStack() as stack:
-        # Where there are none below, any that is free.
+        # If there are none below, any free port.
         bound = (_bind(stack, port) for port in itertools.chain(drawn, itertools.repeat(0)))
         return list(itertools.islice((port for port in bound if port is not None), count))
 
@@ -258,7 +259,7 @@ def _wait(processes: Sequence[Process], timeout_seconds: float | None) -> int | 
 
 
 def _end(processes: Sequence[Process], grace_seconds: float) -> None:
-    """Ask what still runs to end, and after a while make it; and what they have started and left behind."""
+    """Ask the processes that still run to end, kill them after `grace_seconds`, and kill what they left behind."""
     running = [process for process in processes if process.poll() is None]
     for process in running:
         if is_stopped(process.pid):
@@ -277,10 +278,10 @@ def _end(processes: Sequence[Process], grace_seconds: float) -> None:
 
 
 def _end_group(process_id: int) -> None:
-    """Kill what is left of the group that a process led: its data workers, say, when it was killed itself."""
+    """Kill what is left of the group that a process led: its data workers, for example, when it was killed itself."""
     with suppress(ProcessLookupError):
         os.killpg(process_id, signal.SIGKILL)
-    # Where this process adopts orphans (see `nursery`) it has to see them off, too.
+    # Where this process adopts orphans (see `fork_server`) it has to reap them, too.
     with suppress(ChildProcessError):
         while os.waitid(os.P_PGID, process_id, os.WEXITED) is not None:
             pass

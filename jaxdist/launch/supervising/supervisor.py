@@ -1,8 +1,8 @@
-"""The supervisor: starts a job, and starts it again when it fails, from the newest state that survived.
+"""The supervisor: starts a job, and restarts it when it fails, from the newest state that survived.
 
-It outlives every process of the job, so it keeps what must outlive them too: the lock of the run directory and a
-directory in memory with the snapshots and the reports of the processes. Whether to go on after a failure, how soon and
-on how many processes is a pure function of the attempts so far; see `decide`.
+It outlives every process of the job, so it holds what must outlive them: the lock of the run directory and a directory
+in memory with the snapshots and the reports of the processes. Whether to restart after a failure, how soon and on how
+many processes is a pure function of the attempts so far; see `decide`.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ FAILED_AT = "JAXDIST_FAILED_AT"
 """Environment variable: when the attempt before failed, in seconds since 1970."""
 
 DEADLINE = "JAXDIST_DEADLINE"
-"""Environment variable: when the job is to stop, in seconds since 1970."""
+"""Environment variable: when the job must stop, in seconds since 1970."""
 
 EVENTS_NAME = "restarts.jsonl"
 _MEMORY_ROOT = pathlib.Path("/dev/shm")
@@ -43,15 +43,17 @@ _STOPPED_LOOK_SECONDS = 0.5
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Policy:
-    """When to start again.
+    """When to restart a job.
 
     Attributes:
-      max_fruitless: attempts in a row that may fail without having made a step that lasts; then the job has failed.
-      first_delay_seconds: pause before the attempt after a first fruitless one; it doubles with each further one. After
-        an attempt that made progress there is none.
-      longest_delay_seconds: at most this long.
-      min_processes: after two fruitless attempts the job goes on with half the processes, down to this number; None
-        never lowers it.
+      max_fruitless: attempts in a row that may fail without raising the newest saved step; then the job has failed.
+      first_delay_seconds: pause after a first fruitless attempt; it doubles with each further one. After an attempt
+        that made progress there is no pause.
+      longest_delay_seconds: longest pause.
+      min_processes: after two fruitless attempts the job continues on half the processes, down to this number; None
+        keeps their number.
+      deadline_seconds: the job is asked to stop so long after its start; None never.
+      stopped_seconds: a process that is stopped (SIGSTOP) for so long is killed.
     """
 
     max_fruitless: int = 3
@@ -67,10 +69,10 @@ class Attempt:
     """How one attempt ended.
 
     Attributes:
-      num_processes: it ran on.
-      exit_status: of the job.
-      asked_to_stop: whether the supervisor was told to end it, or its time was over.
-      end_reason: what the run record says; None where the attempt ended without saying.
+      num_processes: number of processes it ran on.
+      exit_status: exit status of the job.
+      asked_to_stop: whether a signal or the deadline asked it to stop.
+      end_reason: that of the run record; None if the attempt ended without writing one.
       saved_step: the newest step that survives, in memory or on disk.
     """
 
@@ -83,7 +85,7 @@ class Attempt:
 
 @dataclasses.dataclass(frozen=True)
 class Restart:
-    """Start again, after a pause, on so many processes."""
+    """Restart the job after a pause, on so many processes."""
 
     delay_seconds: float
     num_processes: int
@@ -91,7 +93,7 @@ class Restart:
 
 @dataclasses.dataclass(frozen=True)
 class End:
-    """Do not start again; `reason` is empty where there is nothing to explain."""
+    """Do not restart the job; `reason` is empty if there is nothing to explain."""
 
     exit_status: int
     reason: str = ""
@@ -100,8 +102,8 @@ class End:
 def decide(attempts: Sequence[Attempt], policy: Policy, *, start_step: int = 0) -> Restart | End:
     """Return what to do after the last of `attempts`, all of one job that began with `start_step` steps saved.
 
-    A job is over when it ended well, by its own rules (a loss that is not finite, say), by the user's mistake or wish.
-    Everything else, a crash, a kill, a hang, is worth another attempt as long as attempts bear fruit.
+    A job is over when it ended well, by its own rules (for example a loss that is not finite), by a user error or on
+    request. Everything else, a crash, a kill, a hang, is followed by another attempt as long as attempts make progress.
     """
     last = attempts[-1]
     own_end = last.end_reason not in (None, "hang", "error", "preempted")
@@ -111,15 +113,15 @@ def decide(attempts: Sequence[Attempt], policy: Policy, *, start_step: int = 0) 
     if fruitless >= policy.max_fruitless:
         return End(
             last.exit_status,
-            f"{fruitless} attempts in a row failed without a step that lasts (the newest saved step is "
-            f"{last.saved_step}). Mend the cause and go on with --resume.",
+            f"{fruitless} attempts in a row failed without saving a new step (the newest saved step is "
+            f"{last.saved_step}). Fix the cause and continue with --resume.",
         )
     delay = 0.0 if not fruitless else policy.first_delay_seconds * 2.0 ** (fruitless - 1)
     return Restart(min(delay, policy.longest_delay_seconds), _next_processes(last.num_processes, fruitless, policy))
 
 
 def num_fruitless(attempts: Sequence[Attempt], *, start_step: int = 0) -> int:
-    """Return how many of the last attempts did not raise the newest saved step."""
+    """Return how many attempts in a row, up to the last, did not raise the newest saved step."""
     steps = [start_step, *(attempt.saved_step for attempt in attempts)]
     count = 0
     for before, after in zip(reversed(steps[:-1]), reversed(steps[1:])):
@@ -149,12 +151,12 @@ def supervise(
 
     Args:
       attempt: `attempt(number, num_processes)` runs one to its end; the first number is 0.
-      num_processes: of the first attempt.
+      num_processes: number of processes of the first attempt.
       policy: see Policy.
       say: shows a line to the user.
       start_step: the newest saved step before the first attempt.
       sleep: waits for so many seconds, or until `stopped`.
-      stopped: whether the supervisor was asked to end; then no further attempt is made.
+      stopped: returns whether the supervisor was asked to stop; then no further attempt is made.
     """
     attempts: list[Attempt] = []
     while True:
@@ -167,7 +169,7 @@ def supervise(
         last, processes = attempts[-1], decision.num_processes
         fewer = f" on {processes} processes instead of {num_processes}" if processes != num_processes else ""
         pause = f" in {decision.delay_seconds:g} s" if decision.delay_seconds else ""
-        say(f"the job ended with status {last.exit_status}; going on from step {last.saved_step}{fewer}{pause}")
+        say(f"The job ended with status {last.exit_status}; it continues from step {last.saved_step}{fewer}{pause}.")
         num_processes = processes
         sleep(decision.delay_seconds)
         if stopped():
@@ -178,7 +180,7 @@ def supervise(
 def memory_directory(root: pathlib.Path = _MEMORY_ROOT) -> Iterator[pathlib.Path]:
     """Yield a directory in memory for this supervisor; remove it at the end, and those of supervisors that died."""
     for path in root.glob(f"{_PREFIX}*"):
-        # An owner that was killed could not clean up; its lock is open.
+        # A supervisor that was killed could not clean up; its lock is free.
         ours = path.is_dir() and path.stat().st_uid == os.getuid() and (path / lock.FILE_NAME).exists()
         if ours and not lock.is_locked(path):
             shutil.rmtree(path, ignore_errors=True)
@@ -191,7 +193,7 @@ def memory_directory(root: pathlib.Path = _MEMORY_ROOT) -> Iterator[pathlib.Path
 
 
 class Events:
-    """Notes in the run directory when attempts began and ended: restarts.jsonl, one object a line."""
+    """Records in restarts.jsonl in the run directory when attempts began and ended, one object a line."""
 
     def __init__(self, run_dir: pathlib.Path):
         self._path = run_dir / EVENTS_NAME
@@ -207,7 +209,7 @@ class Events:
 
 
 def read_events(run_dir: pathlib.Path) -> list[dict[str, Any]]:
-    """Return the notes in a run directory, oldest first; a line that is being written is left out."""
+    """Return the events of a run directory, oldest first; a line that is being written is left out."""
     path = run_dir / EVENTS_NAME
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
@@ -219,11 +221,11 @@ class Job:
 
     Attributes:
       command: the program and its arguments; `--resume` is added from the second attempt on.
-      run_dir: of the run; must not be in use by another job.
+      run_dir: run directory; must not be in use by another job.
       saved_step: returns the newest step that survives, given the directory in memory.
-      show_first: process 0 has the terminal; else all processes log to files.
+      show_first: process 0 writes to the terminal; otherwise all processes log to files.
       start: starts a process.
-      remove_at_end: told of the directory in memory, to remove it should this process be killed.
+      remove_at_end: called with the directory in memory, to have it removed if this process is killed.
     """
 
     command: Sequence[str]
@@ -266,11 +268,11 @@ class _Attempts:
         self._deadline = math.inf if policy.deadline_seconds is None else time.time() + policy.deadline_seconds
 
     def stopped(self) -> bool:
-        """Return whether a signal came, or the time is over."""
+        """Return whether a signal came or the deadline has passed."""
         return bool(self._signals.received) or time.time() >= self._deadline
 
     def sleep(self, seconds: float) -> None:
-        """Sleep, but no longer than until it is to stop: a signal's handler runs, but does not end time.sleep."""
+        """Sleep, but no longer than until a stop is requested: a signal's handler does not end time.sleep."""
         end = time.monotonic() + seconds
         while not self.stopped() and (left := end - time.monotonic()) > 0:
             time.sleep(min(left, _LOOK_SECONDS))
@@ -296,11 +298,11 @@ class _Attempts:
                 started=started,
                 start=job.start,
                 signals=self._signals,
-                # In a collective they cannot hear; what they had to save is in memory, or on disk already.
+                # Processes in a collective do not react to a signal; their state is in memory or on disk already.
                 grace_seconds=0.0,
             )
         if result.failed_process is not None and result.message:
-            _say(f"process {result.failed_process} failed first:\n{result.message}")
+            _say(f"Process {result.failed_process} failed first:\n{result.message}")
         end_reason = record.RunRecord.read(job.run_dir).end_reason if _changed_at(job.run_dir) != before else None
         made = Attempt(
             num_processes=num_processes,
@@ -324,8 +326,8 @@ class _Attempts:
 class _StoppedWatch:
     """The thread that kills a process of the job that has been stopped too long.
 
-    The watchdogs of the other processes notice it too, and sooner. But there may be no other, or all may be stopped, or
-    none may have come so far as to watch.
+    The watchdogs of the other processes notice it sooner. But there may be no other process, all may be stopped, or
+    none may have started its watchdog yet.
     """
 
     def __init__(self, memory: pathlib.Path, limit_seconds: float):
@@ -365,7 +367,7 @@ class _StoppedWatch:
 
 
 def _exit_status(result: local_job.JobResult, signals: local_job.Signals) -> int:
-    """Return that of the job; of one that a single signal ended before it could listen, "retry": nothing was begun."""
+    """Return the status of the job; EXIT_RETRY if a single signal ended it before it handled signals."""
     unheard = len(signals.received) == 1 and result.exit_status == 128 + signals.received[0]
     return EXIT_RETRY if unheard else result.exit_status
 

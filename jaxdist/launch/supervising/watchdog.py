@@ -1,9 +1,8 @@
-"""The watchdog: notices that a job stands still, says who holds it up, and ends it so that it can be restarted.
+"""The watchdog: notices that a job hangs, names the process that holds it up, and ends the job for a restart.
 
 In SPMD training one stuck process stops all the others, silently, in the next collective. Each process therefore
-reports its step and phase on a board and reads the others' reports, from a thread of its own. The
-verdict is a pure function of what stands on the board and for how long; the first to reach it hangs it up, and all show
-that one.
+reports its step and phase on a board and reads the others' reports, from a thread of its own. The verdict is a pure
+function of what is on the board and for how long; the first process to reach it publishes it, and all show that one.
 """
 
 import contextlib
@@ -22,7 +21,7 @@ from jaxdist.launch.supervising import board
 
 DONE = "done"
 _OWN_WORK = (("input", "eval"), ("other",))
-"""Phases by how surely a process in them is at work of its own; in all others it may be waiting for the rest."""
+"""Phases in which a process does work of its own, the surest first; in all others it may wait for the rest."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +52,7 @@ class View:
       phase: the last phase.
       same_seconds: how long it has reported these.
       silent_seconds: how long ago its last report came.
-      heard: whether any report came; a process that still imports gives none.
+      heard: whether any report came; a process that still imports has sent none.
     """
 
     step: int
@@ -65,7 +64,7 @@ class View:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """A job stands still: the processes that hold it up, the one that is to write it down, and the table to show."""
+    """The verdict on a job that hangs: the processes that hold it up, the one that records it, the table to show."""
 
     culprits: tuple[int, ...]
     reporter: int
@@ -75,9 +74,9 @@ class Verdict:
 def judge(views: Mapping[int, View], limits: Limits, *, silence_seconds: float) -> Verdict | None:
     """Return the verdict on a job, None as long as any process may still be at work.
 
-    The job hangs when every process that is not done has overstayed the limit of its phase. So a process that waits in
-    a step for another that compiles is no stall, however short the limit of a step. It hangs, too, when one has given
-    no sign of life for `limits.hang_seconds`, whatever its phase: one that works reports, however slow the work.
+    The job hangs when every process that is not done has exceeded the limit of its phase. So a process that waits in
+    a step for another that compiles does not hang, however short the limit of a step. The job also hangs when a process
+    has not reported for `limits.hang_seconds`, whatever its phase: one that works reports, however slow the work.
 
     Args:
       views: by process number.
@@ -126,7 +125,7 @@ def _headline(views: Mapping[int, View], culprits: Sequence[int]) -> str:
 
 
 class Observer:
-    """Keeps how long ago each process last reported something, and something new, by this process's own clock."""
+    """Keeps how long ago each process last reported, and last reported something new, by this process's own clock."""
 
     def __init__(self, num_processes: int, *, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
@@ -136,7 +135,7 @@ class Observer:
         self._heard_at = dict.fromkeys(range(num_processes), now)
 
     def note(self, process: int, report: board.Report | None) -> None:
-        """Take in what stands on the board for a process."""
+        """Take in the report of a process."""
         last = self._reports[process]
         if report is None or report == last:
             return
@@ -205,12 +204,12 @@ class Watchdog:
         self._writer.close()
 
     def report(self) -> None:
-        """Report now, from the thread that trains: whoever reads the board sees every step."""
+        """Report now, from the thread that trains, so that the board shows every step."""
         self._writer.write(*self._where())
 
     def _run(self) -> None:
         observer = Observer(self._num_processes)
-        # A thread that waits for the processor is late by seconds on a busy machine; a stopped process for ever.
+        # On a busy machine a thread may report seconds late; a stopped process never reports.
         silence_seconds = max(10 * self._every_seconds, self._limits.hang_seconds / 2)
         while not self._stopped.is_set():
             self._writer.write(*self._where())
@@ -218,7 +217,7 @@ class Watchdog:
                 observer.note(number, board.read(self._directory, number))
             verdict = judge(observer.views(), self._limits, silence_seconds=silence_seconds)
             if verdict:
-                with contextlib.suppress(OSError):  # a verdict that cannot be hung up is one process's own
+                with contextlib.suppress(OSError):  # a verdict that cannot be published is shown by this process alone
                     board.publish(self._directory, dataclasses.asdict(verdict))
             published = board.published(self._directory, since=self._since)
             if published:
@@ -228,7 +227,7 @@ class Watchdog:
             self._stopped.wait(self._every_seconds)
 
     def _end(self, verdict: Verdict) -> None:
-        """Show the verdict and the stacks, have it written down, and leave: the main thread is in a collective."""
+        """Show the verdict and the stacks, record the hang, and leave: the main thread is in a collective."""
         show(verdict, sys.stderr)
         try:
             if verdict.reporter == self._process:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from jaxdist.errors import RunFailedError
+from jaxdist.launch import parent
 from jaxdist.paramserver.processes import process
 from jaxdist.paramserver.protocol.settings import SCHEDULER, server_shard
 from jaxdist.paramserver.wire import streams
@@ -120,7 +121,7 @@ def command(name: str, directory: pathlib.Path) -> list[str]:
 
 def environment(name: str, token: str) -> Mapping[str, str]:
     """Return what is set for the process that plays the part `name`, which is a child of this one."""
-    shared = {streams.TOKEN: token, process.PARENT_ID: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
+    shared = {streams.TOKEN: token, parent.PARENT_ID: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
     # A server keeps its shard in the host's memory; the accelerators are the workers'.
     return shared | ({"JAX_PLATFORMS": "cpu"} if server_shard(name) is not None else {})
 

@@ -10,10 +10,11 @@ import time
 from typing import Any
 
 from jaxdist.config import experiments
+from jaxdist.launch import parent
 from jaxdist.launch.joining import runtime
 from jaxdist.paramserver.processes import faults
 from jaxdist.paramserver.processes.driver import Node, write_file
-from jaxdist.paramserver.processes.process import NONFINITE_NAME, Spec, Statistics, die_with_parent, main, statistics_of
+from jaxdist.paramserver.processes.process import NONFINITE_NAME, Spec, Statistics, main, statistics_of
 from jaxdist.paramserver.protocol import effects, messages
 from jaxdist.paramserver.protocol.server import Server
 from jaxdist.paramserver.protocol.settings import server_shard, worker_number
@@ -76,5 +77,5 @@ def _make_server(name: str, boot: int, plan: Any, spec: Spec) -> tuple[Node, Sta
 
 
 if __name__ == "__main__":
-    die_with_parent()
+    parent.die_with_parent()
     sys.exit(main(sys.argv[1:], make))

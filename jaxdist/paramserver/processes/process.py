@@ -6,18 +6,17 @@ SPEC is a JSON file (see `run`) that names the experiment, the settings and ever
 part its name says until the run ends, and dies with the process that started it.
 """
 
-import ctypes
 import dataclasses
 import json
 import logging
 import os
 import pathlib
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from jaxdist.launch import parent
 from jaxdist.paramserver.processes import faults
 from jaxdist.paramserver.processes.driver import Log, Node, write_file
 from jaxdist.paramserver.protocol import effects, journal, messages
@@ -26,7 +25,6 @@ from jaxdist.paramserver.protocol.settings import Settings, Timers
 from jaxdist.paramserver.wire import encoding
 from jaxdist.paramserver.wire.streams import Security, Wire, reuse_freed_memory
 
-PARENT_ID = "JAXDIST_PARENT_ID"
 OBSERVER = "observer"
 DIRECTORY_NAME, STATISTICS_NAME = "ps", "statistics"
 """The run's own folder in a run directory; the counters in it."""
@@ -139,14 +137,6 @@ class Report:
 Make = Callable[[str, Spec], tuple[Node, Statistics]]
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the one that started it dies; see `launch.runtime`, which needs JAX."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if PARENT_ID in os.environ and os.getppid() != int(os.environ[PARENT_ID]):
-        sys.exit("The process that started this one has ended already.")
-
-
 def main(arguments: list[str], make: Make) -> int:
     """Play the part that `make` makes; return the exit status."""
     name, path = arguments
@@ -201,5 +191,5 @@ def make_scheduler(name: str, spec: Spec) -> tuple[Node, Statistics]:
 
 
 if __name__ == "__main__":
-    die_with_parent()
+    parent.die_with_parent()
     sys.exit(main(sys.argv[1:], make_scheduler))

@@ -1,6 +1,6 @@
 """What is handed to Ray; and, marked `cluster`, a Ray of two nodes on this machine that runs it.
 
-python -m pytest -m cluster tests/launch/test_ray.py        # where ray is installed beside jaxdist
+python -m pytest -m cluster tests/launch/engines/test_ray.py        # where ray is installed beside jaxdist
 """
 
 import json
@@ -129,7 +129,7 @@ def test_a_process_that_is_preempted_has_the_job_started_again(address, tmp_path
     os.kill(trainers(tmp_path / "run")[0], signal.SIGUSR1)
     status, output = ends(launched)
     assert status == 0, output
-    assert "status 75; start 2" in output
+    assert "status 75; it is restarted (attempt 2)" in output
     made = json.loads((tmp_path / "run" / "run.json").read_text())
     assert made["restarts"] == 1
     assert made["params_sha256"] == alone(tmp_path / "alone", *steps)["params_sha256"]
@@ -151,4 +151,4 @@ def test_a_driver_that_is_asked_to_stop_stops_the_job(address, tmp_path):
 def test_a_cluster_that_is_too_small_is_said(address, tmp_path):
     status, output = ends(start(address, tmp_path / "run", processes=50))
     assert status == 2, output
-    assert "has no room for 2 nodes" in output
+    assert "needs 2 nodes" in output

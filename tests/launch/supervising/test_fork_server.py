@@ -36,17 +36,17 @@ def module(tmp_path, monkeypatch):
     return write
 
 
-def start(nest, command, path, **environment):
+def start(server, command, path, **environment):
     with open(path, "wb") as output:
-        child = nest.start(command, {**os.environ, **environment}, output)
+        child = server.start(command, {**os.environ, **environment}, output)
     assert child is not None
     return child
 
 
 def test_a_child_is_like_a_process_started_afresh_minus_the_imports(module, tmp_path):
-    with fork_server.Nursery(["colorsys"]) as nest:
+    with fork_server.ForkServer(["colorsys"]) as server:
         command = module(SHOW, "a", "b")
-        children = [start(nest, command, tmp_path / name, SAID=name) for name in ("first", "second")]
+        children = [start(server, command, tmp_path / name, SAID=name) for name in ("first", "second")]
         assert [child.wait(timeout=60) for child in children] == [3, 3]
         assert [child.poll() for child in children] == [3, 3]
     said = [json.loads((tmp_path / name).read_text()) for name in ("first", "second")]
@@ -55,9 +55,9 @@ def test_a_child_is_like_a_process_started_afresh_minus_the_imports(module, tmp_
     assert said == [common | {"said": "first"}, common | {"said": "second"}]
 
 
-def test_a_child_can_be_killed_and_outlives_the_nursery(module, tmp_path):
-    with fork_server.Nursery() as nest:
-        child = start(nest, module("import threading; threading.Event().wait()"), tmp_path / "log")
+def test_a_child_can_be_killed_and_outlives_the_fork_server(module, tmp_path):
+    with fork_server.ForkServer() as server:
+        child = start(server, module("import threading; threading.Event().wait()"), tmp_path / "log")
     assert child.poll() is None
     with pytest.raises(subprocess.TimeoutExpired):
         child.wait(timeout=0.01)
@@ -72,40 +72,41 @@ STARTS_A_THREAD = "import threading; threading.Thread(target=threading.Event().w
 @pytest.mark.parametrize("code", [STARTS_A_THREAD, "import jax; jax.devices()"])
 def test_what_has_threads_is_not_forked(module, tmp_path, code):
     (tmp_path / "experiment.py").write_text(code)
-    with fork_server.Nursery(experiment=str(tmp_path / "experiment.py")) as nest:
-        assert nest.start(module(SHOW), os.environ, None) is None
-        assert nest.start(module(SHOW), os.environ, None) is None
+    with fork_server.ForkServer(experiment=str(tmp_path / "experiment.py")) as server:
+        assert server.start(module(SHOW), os.environ, None) is None
+        assert server.start(module(SHOW), os.environ, None) is None
 
 
 def test_an_experiment_that_fails_is_left_to_the_process_that_trains_it(module, tmp_path):
     (tmp_path / "experiment.py").write_text("import colorsys, missing_module")
-    with fork_server.Nursery(experiment=str(tmp_path / "experiment.py")) as nest:
-        assert start(nest, module("import sys; sys.exit('colorsys' not in sys.modules)"), tmp_path / "log").wait() == 0
+    with fork_server.ForkServer(experiment=str(tmp_path / "experiment.py")) as server:
+        assert (
+            start(server, module("import sys; sys.exit('colorsys' not in sys.modules)"), tmp_path / "log").wait() == 0
+        )
 
 
-def test_a_nursery_that_was_killed_starts_nothing(module):
-    with fork_server.Nursery() as nest:
-        os.killpg(nest._process.pid, signal.SIGKILL)
-        nest._process.wait()
-        assert nest.start(module(SHOW), os.environ, None) is None
+def test_a_fork_server_that_was_killed_starts_nothing(module):
+    with fork_server.ForkServer() as server:
+        os.killpg(server._process.pid, signal.SIGKILL)
+        server._process.wait()
+        assert server.start(module(SHOW), os.environ, None) is None
 
 
 OWNER = """
 import os, pathlib, signal, sys
-from jaxdist.launch import nursery
-nest = nursery.Nursery()
-nest.remove_at_end(pathlib.Path(sys.argv[2]))
+from jaxdist.launch.supervising import fork_server
+server = fork_server.ForkServer()
+server.remove_at_end(pathlib.Path(sys.argv[2]))
 with open(sys.argv[1], "wb") as output:
-    child = nest.start([sys.executable, "-m", "born"], os.environ | {"JAXDIST_PARENT_ID": str(os.getpid())}, output)
-print(nest._process.pid, child.pid, flush=True)
+    child = server.start([sys.executable, "-m", "born"], os.environ | {"JAXDIST_PARENT_ID": str(os.getpid())}, output)
+print(server._process.pid, child.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
 def test_nothing_outlives_an_owner_that_is_killed(module, tmp_path):
     module(
-        "import os, threading; from jaxdist.launch import runtime; "
-        "runtime.die_with_parent(os.environ); threading.Event().wait()"
+        "import os, threading; from jaxdist.launch import parent; parent.die_with_parent(); threading.Event().wait()"
     )
     command = [sys.executable, "-c", OWNER, str(tmp_path / "log"), str(tmp_path / "doomed")]
     (tmp_path / "doomed").mkdir()

@@ -96,7 +96,7 @@ def test_attempts_are_bounded_by_the_steps_they_make(saved, max_fruitless):
 def test_memory_is_cleaned_up_at_the_end_and_after_a_supervisor_that_was_killed(tmp_path):
     code = """
 import os, pathlib, signal, sys
-from jaxdist.launch import supervisor
+from jaxdist.launch.supervising import supervisor
 with supervisor.memory_directory(pathlib.Path(sys.argv[1])):
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -145,7 +145,7 @@ def test_a_job_is_started_again_until_it_ends_well(tmp_path, monkeypatch, capfd)
     assert [(each["event"], each.get("status")) for each in events] == [
         ("start", None), ("end", KILLED), ("start", None), ("end", KILLED), ("start", None), ("end", 0),
     ]  # fmt: skip
-    assert "the job ended with status 137; going on from step 2" in capfd.readouterr().err
+    assert "The job ended with status 137; it continues from step 2." in capfd.readouterr().err
     assert not lock.is_locked(tmp_path)
 
 

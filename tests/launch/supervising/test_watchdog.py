@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 from hypothesis import given
@@ -97,33 +96,6 @@ def test_the_observer_measures_by_its_own_clock():
     assert observer.views() == {0: view(2, "input", 0.0, 0.0)}
 
 
-def test_a_report_is_read_back_and_an_absent_or_torn_one_is_none(tmp_path):
-    assert board.read(tmp_path, 0) is None
-    writer = board.Writer(tmp_path, 0)
-    writer.write(12, "checkpoint")
-    writer.write(3, "eval")
-    report = board.read(tmp_path, 0)
-    assert (report.step, report.phase, report.beat) == (3, "eval", 2)
-    assert abs(report.time - time.time()) < 3600.0
-    writer.close()
-    path = next(tmp_path.iterdir())
-    path.write_bytes(path.read_bytes()[:10])
-    assert board.read(tmp_path, 0) is None
-    board.clear(tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_first_verdict_is_everybodys_and_that_of_an_earlier_attempt_nobodys(tmp_path):
-    assert board.published(tmp_path, since=0.0) is None
-    board.publish(tmp_path, {"text": "first"})
-    board.publish(tmp_path, {"text": "second"})
-    assert board.published(tmp_path, since=0.0) == {"text": "first"}
-    assert board.published(tmp_path, since=(tmp_path / "verdict.json").stat().st_mtime + 1.0) is None
-    assert len(list(tmp_path.iterdir())) == 1
-    board.clear(tmp_path)
-    assert board.published(tmp_path, since=0.0) is None
-
-
 def test_the_thread_reports_for_its_process_and_says_when_it_is_done(tmp_path):
     asked = threading.Semaphore(0)
 
@@ -141,7 +113,7 @@ def test_the_thread_reports_for_its_process_and_says_when_it_is_done(tmp_path):
 
 HANGING = """
 import pathlib, sys, threading
-from jaxdist.launch import watchdog
+from jaxdist.launch.supervising import watchdog
 directory, process = pathlib.Path(sys.argv[1]), int(sys.argv[2])
 watchdog.Watchdog(
     directory, process=process, num_processes=2, where=lambda: (5 - process, "input"),

@@ -105,8 +105,8 @@ def test_a_job_that_takes_too_long_is_ended(tmp_path, monkeypatch):
 
 LAUNCHER = """
 import pathlib, sys
-from jaxdist.launch import local
-result = local.run_job(
+from jaxdist.launch.supervising import local_job
+result = local_job.run_job(
     [sys.executable, "-c", sys.argv[1]], num_processes=2, log_dir=pathlib.Path(sys.argv[2])
 )
 sys.exit(result.exit_status)
@@ -138,8 +138,8 @@ def test_processes_die_with_their_launcher(tmp_path):
     """Even those that ignore SIGTERM, as a process in a collective does."""
     code = f"""
 {PLACE}
-from jaxdist.launch import runtime
-runtime.die_with_parent(os.environ)
+from jaxdist.launch import parent
+parent.die_with_parent()
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 open(os.path.join({str(tmp_path)!r}, str(os.getpid())), 'w').close()
 time.sleep(600)

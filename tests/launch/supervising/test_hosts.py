@@ -1,6 +1,6 @@
-"""Two hosts, truly: network namespaces with addresses of their own, joined by a cable that can be cut.
+"""The part of one host; and, marked `root`, two hosts: network namespaces joined by a cable that can be cut.
 
-python -m pytest -m root tests/multiprocess/test_hosts.py        # as root, with iproute2
+python -m pytest -m root tests/launch/supervising/test_hosts.py        # as root, with iproute2
 """
 
 import contextlib
@@ -15,9 +15,41 @@ import time
 
 import pytest
 
-EXPERIMENT = pathlib.Path(__file__).parents[1] / "tiny_experiment.py"
+from jaxdist.errors import UserError
+from jaxdist.launch.joining import places
+from jaxdist.launch.supervising import hosts as supervising_hosts
+from jaxdist.launch.supervising import supervisor
+
+EXPERIMENT = pathlib.Path(__file__).parents[2] / "tiny_experiment.py"
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
 PORT = 7640
+
+
+def test_each_host_numbers_its_processes_after_those_of_the_hosts_before():
+    host = supervising_hosts.Host(index=2, count=3, coordinator="first:1", num_processes=4)
+    assert host.environment() == {places.MEETING: "first:1", places.FIRST: "8", places.ALL: "12"}
+    for index in (-1, 3):
+        with pytest.raises(UserError, match=f"from 0; got {index} of 3"):
+            supervising_hosts.Host(index=index, count=3, coordinator="first:1", num_processes=4)
+
+
+ONE_HOST = """
+import json, os, pathlib, sys
+run_dir = pathlib.Path(sys.argv[1])
+with open(run_dir / "seen", "a") as file:
+    file.write(os.environ["JAXDIST_PROCESS_ID"] + "\\n")
+sys.exit(9 if (run_dir / "seen").read_text().count("\\n") < 3 else 0)
+"""
+
+
+def test_the_processes_of_a_host_are_restarted_until_they_end_well(tmp_path, capfd):
+    host = supervising_hosts.Host(index=1, count=2, coordinator="first:1", num_processes=1)
+    policy = supervisor.Policy(first_delay_seconds=0.01)
+    command = [sys.executable, "-c", ONE_HOST, str(tmp_path)]
+    assert supervising_hosts.run(host, command, run_dir=tmp_path, saved_step=lambda: 0, policy=policy) == 0
+    ends = [event["status"] for event in supervisor.read_events(tmp_path / "host-1") if event["event"] == "end"]
+    assert ends == [9, 9, 0]
+    assert "The job ended with status 9; it continues from step 0 in 0.02 s." in capfd.readouterr().err
 
 
 def ip(*arguments):
