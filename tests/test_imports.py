@@ -23,7 +23,8 @@ FLOORS = (
     ("config",),
     ("launch.engines",),
     ("launch.supervising",),
-    ("launch.joining", "launch.signals"),
+    ("launch.joining",),
+    ("launch.parent", "launch.signals"),
     ("data",),
     ("rundir",),
     ("guards",),
@@ -44,7 +45,6 @@ PLANNED = {"schedules"}
 MOST_ENTRIES, MOST_FILES = 22, 16
 UPWARD = {
     ("config", "paramserver.protocol"),
-    ("launch.joining", "launch.signals"),
     ("paramserver.processes", "paramserver.run"),
     ("paramserver.protocol", "paramserver.wire"),
     ("rundir", "run"),
