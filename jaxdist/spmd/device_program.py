@@ -12,11 +12,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
-import numpy as np
-from jax._src import compilation_cache, compiler
-from jax._src.interpreters import pxla
-from jax._src.lib import xla_client
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from jaxdist.spmd import jax_private
 
 PyTree: TypeAlias = Any
 
@@ -76,7 +74,7 @@ class PerDeviceProgram:
         local_args = jax.tree.unflatten(structure, local)
         lowered = self._function.lower(*local_args)
         results = jax.tree.leaves(jax.eval_shape(self._function, *local_args))
-        mesh_executable = _wrap(
+        mesh_executable = jax_private.mesh_executable(
             _load(lowered, device, list(self._mesh.devices.flat)),
             self._mesh,
             [_global_aval(leaf, sharding) for leaf, sharding in zip(local, shardings, strict=True)],
@@ -107,80 +105,31 @@ def _load(lowered: jax.stages.Lowered, device: jax.Device, devices: Sequence[jax
     (on CPU devices its kernels are lost then; jaxlib 0.10 and 0.12).
     """
     module: Any = lowered.compiler_ir()
-    backend = device.client
-    options = compiler.get_compile_options(
-        num_replicas=len(devices),
-        num_partitions=1,
-        device_assignment=np.array([[each.id] for each in devices]),
-        backend=backend,
-    )
-    placement = (xla_client.DeviceList(tuple(devices)), options)
-    key = None
-    if compilation_cache.is_cache_used(backend):
-        anywhere = compiler.get_compile_options(num_replicas=1, num_partitions=1, backend=backend)
-        key = compilation_cache.get_cache_key(module, np.array([device]), anywhere, backend)
-        cached = _read_cache(key, backend, placement)
-        if cached is not None:
-            return cached
+    key = jax_private.cache_key(module, device)
+    cached = None if key is None else _read_cache(key, devices)
+    if cached is not None:
+        return cached
     compiled = _compile(module, device, key)
-    return compiled if len(devices) == 1 else backend.deserialize_executable(compiled.serialize(), *placement)
+    return compiled if len(devices) == 1 else jax_private.load_executable(compiled.serialize(), devices)
 
 
 def _compile(module: Any, device: jax.Device, key: str | None) -> Any:
     """Return the executable of `module` on `device`, compiled anew, and keep it in the cache under `key`."""
-    backend, name = device.client, module.operation.attributes["sym_name"].value
-    options = compiler.get_compile_options(
-        num_replicas=1, num_partitions=1, device_assignment=np.array([[device.id]]), backend=backend
-    )
+    name = module.operation.attributes["sym_name"].value
     start = time.monotonic()
-    compiled = compiler.backend_compile_and_load(backend, module, xla_client.DeviceList((device,)), options, [])
+    compiled = jax_private.compile_module(module, device)
     seconds = time.monotonic() - start
     jax.monitoring.record_event_duration_secs(_COMPILE_EVENT, seconds, fun_name=name)
     # Process 0 alone writes, and only what took long to compile, as JAX does.
     worth_keeping = seconds >= jax.config.values["jax_persistent_cache_min_compile_time_secs"]
     if key is not None and worth_keeping and jax.process_index() == 0:
-        compilation_cache.put_executable_and_time(key, name, compiled, backend, int(seconds))
+        jax_private.write_cache(key, name, compiled, device, seconds=seconds)
     return compiled
 
 
-def _read_cache(key: str, backend: Any, placement: tuple[Any, Any]) -> Any:
-    devices, options = placement
+def _read_cache(key: str, devices: Sequence[jax.Device]) -> Any:
     try:
-        return compilation_cache.get_executable_and_time(key, options, backend, devices)[0]
+        return jax_private.read_cache(key, devices)
     except Exception as error:  # a damaged entry is whatever zstandard, zlib or XLA raise
         warnings.warn(f"An entry of the compilation cache cannot be read, compiling anew: {error}", stacklevel=2)
         return None
-
-
-def _wrap(
-    executable: Any,
-    mesh: Mesh,
-    input_avals: list[jax.core.ShapedArray],
-    input_shardings: list[NamedSharding],
-    output_avals: list[jax.core.ShapedArray],
-    output_shardings: list[NamedSharding],
-) -> Any:
-    """Return what `jax.stages.Compiled` calls: it takes and gives global arrays, by JAX's fast path."""
-    devices = tuple(mesh.devices.flat)
-    return pxla.UnloadedMeshExecutable(
-        xla_executable=executable,
-        device_list=xla_client.DeviceList(devices),
-        backend=mesh.local_devices[0].client,
-        input_avals=input_avals,
-        input_shardings=input_shardings,
-        output_avals=output_avals,
-        output_shardings=output_shardings,
-        committed=True,
-        name="per_device_program",
-        unordered_effects=[],
-        ordered_effects=[],
-        keepalive=[],
-        host_callbacks=[],
-        kept_var_idx=set(range(len(input_avals))),
-        mut=None,
-        xla_in_layouts=[None] * len(input_avals),
-        dispatch_in_layouts=[None] * len(input_avals),
-        xla_out_layouts=[None] * len(output_avals),
-        all_args_info=None,
-        pgle_profiler=None,
-    ).load()

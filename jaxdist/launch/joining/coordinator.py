@@ -13,11 +13,10 @@ import time
 from collections.abc import Iterator
 
 import jax
-from jax._src import distributed, xla_bridge
-from jax._src.lib import _jax
 
 from jaxdist.errors import TryAgain, UserError
 from jaxdist.launch.joining import places
+from jaxdist.spmd import jax_private
 
 CONNECT_SECONDS = "JAXDIST_CONNECT_SECONDS"
 """Environment variable: how long the processes of a job wait for each other at its start."""
@@ -57,7 +56,7 @@ def join(place: places.Place) -> None:
             # At the end of this time JAX aborts; the limit that matters is ours.
             initialization_timeout=int(2 * seconds) + 60,
         )
-    use_gloo_at(own_address(place.coordinator if place.process_id else place.bind_address))
+    jax_private.use_gloo_at(own_address(place.coordinator if place.process_id else place.bind_address))
 
 
 def connect_seconds() -> float:
@@ -113,16 +112,6 @@ def own_address(coordinator: str) -> str:
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(target)
         return probe.getsockname()[0]
-
-
-def use_gloo_at(address: str) -> None:
-    """Have collectives between CPU devices listen at `address`, not wherever the machine's name leads."""
-
-    def make_client() -> object:
-        client = distributed.global_state.client
-        return xla_bridge.make_cpu_client(_jax.make_gloo_tcp_collectives(client, hostname=address))
-
-    xla_bridge.register_backend_factory("cpu", make_client, priority=0, fail_quietly=False)
 
 
 def check_tls() -> None:

@@ -9,9 +9,8 @@ import dataclasses
 import os
 from collections.abc import Mapping
 
-from jax._src import cloud_tpu_init, clusters
-
 from jaxdist.errors import UserError
+from jaxdist.spmd import jax_private
 
 PROCESS_ID, NUM_PROCESSES, COORDINATOR = "JAXDIST_PROCESS_ID", "JAXDIST_NUM_PROCESSES", "JAXDIST_COORDINATOR"
 """Environment variables by which our launcher tells a process its place in the job."""
@@ -86,7 +85,7 @@ def find() -> Place | None:
     return dataclasses.replace(place, bind_address=environment.get(BIND_ADDRESS, place.coordinator))
 
 
-def _stated(environment: Mapping[str, str], engine: type[clusters.ClusterEnv] | None) -> Place:
+def _stated(environment: Mapping[str, str], engine: jax_private.Engine | None) -> Place:
     """Return the place that the JAX_ variables state; an engine may number the processes instead."""
     count, number = environment.get(JAX_PROCESSES), environment.get(JAX_ID)
     name = JAX_ADDRESS
@@ -104,7 +103,7 @@ def _stated(environment: Mapping[str, str], engine: type[clusters.ClusterEnv] | 
     return _place(name, environment[JAX_ADDRESS], count, number)
 
 
-def _detected(engine: type[clusters.ClusterEnv] | None) -> Place | None:
+def _detected(engine: jax_private.Engine | None) -> Place | None:
     if engine is None:
         return None
     try:
@@ -118,20 +117,20 @@ def _detected(engine: type[clusters.ClusterEnv] | None) -> Place | None:
             f"{JAX_ADDRESS} to HOST:PORT of process 0, the same for all."
         ) from error
     place = _place(_name(engine), address, str(count), str(engine.get_process_id()))
-    number = None if cloud_tpu_init.running_in_cloud_tpu_vm else engine.get_local_process_id()
+    number = None if jax_private.is_on_cloud_tpu() else engine.get_local_process_id()
     return dataclasses.replace(place, local_device_ids=None if number is None else (number,))
 
 
-def _detect() -> type[clusters.ClusterEnv] | None:
+def _detect() -> jax_private.Engine | None:
     """Return what JAX recognises. It takes every pod of Kubernetes for a part of a Job; a notebook is none."""
-    for engine in clusters.ClusterEnv._cluster_types:
-        in_a_job = engine is not clusters.K8sCluster or "JOB_COMPLETION_INDEX" in os.environ
+    for engine in jax_private.known_engines():
+        in_a_job = engine.__name__ != "K8sCluster" or "JOB_COMPLETION_INDEX" in os.environ
         if not engine.opt_in_only_method and in_a_job and engine.is_env_present():
             return engine
     return None
 
 
-def _name(engine: type[clusters.ClusterEnv]) -> str:
+def _name(engine: jax_private.Engine) -> str:
     return _NAMES.get(engine.__name__, engine.__name__)
 
 

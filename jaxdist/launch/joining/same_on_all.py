@@ -15,10 +15,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax._src import distributed
 
 from jaxdist.errors import TryAgain, UserError
 from jaxdist.rundir import record
+from jaxdist.spmd import jax_private
 
 _SECONDS = 3600.0
 """How long to wait for a process that loads its data; one that dies is noticed by its missing heartbeat."""
@@ -88,7 +88,7 @@ def of_start(num_devices: int | None) -> dict[str, Any]:
         "XLA_FLAGS": os.environ.get("XLA_FLAGS"),
         **{f"version of {name}": version for name, version in record.versions().items()},
         **{name: str(jax.config.values.get(name)) for name in _SETTINGS},
-        **_hashes(pathlib.Path(__file__).parents[1], "*.py"),
+        **_hashes(pathlib.Path(__file__).parents[2], "*.py"),
     }
 
 
@@ -126,8 +126,7 @@ def _people(numbers: Sequence[int], told: Sequence[Mapping[str, Any]]) -> str:
 
 def _job() -> tuple[Any, int, int]:
     """Return the store of the coordinator (None outside a job), this process's number, and how many there are."""
-    state = distributed.global_state
-    return state.client, state.process_id, state.num_processes
+    return jax_private.coordinator_store(), *jax_private.process_of_job()
 
 
 def _key(name: str, part: object) -> str:

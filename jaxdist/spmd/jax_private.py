@@ -1,0 +1,159 @@
+"""The one door to JAX's private modules: no other module imports `jax._src`.
+
+Each function says why JAX's public API does not do. `tests/spmd/test_jax_private.py` calls every one of them and runs
+under each supported version of JAX, so that a new version shows here first.
+"""
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+from jax._src import cloud_tpu_init, clusters, compilation_cache, compiler, distributed, xla_bridge
+from jax._src.interpreters import pxla
+from jax._src.lib import _jax, xla_client
+from jax.sharding import Mesh, NamedSharding
+
+Engine: TypeAlias = type[clusters.ClusterEnv]
+Placement: TypeAlias = tuple[Any, Any]
+"""Where an executable's replicas are to run: XLA's list of devices and its compile options."""
+
+
+def coordinator_store() -> Any:
+    """Return the key-value store of the job's coordinator, None outside a job.
+
+    `jax.distributed` offers no store, and `multihost_utils` moves values by collectives, which must not run beside
+    those of a training step. Its methods: `key_value_set(key, text, allow_overwrite)`, `blocking_key_value_get(key,
+    milliseconds)`, `key_value_try_get(key)`, `wait_at_barrier(name, milliseconds)`.
+    """
+    return distributed.global_state.client
+
+
+def process_of_job() -> tuple[int, int]:
+    """Return this process's number and how many there are in the job.
+
+    `jax.process_index` and `jax.process_count` start JAX's backend, which must wait until the processes have compared
+    their settings.
+    """
+    state = distributed.global_state
+    return state.process_id, state.num_processes
+
+
+def use_gloo_at(address: str) -> None:
+    """Have the collectives between CPU devices of this job listen at `address`.
+
+    `jax_cpu_collectives_implementation` makes gloo, but at an address that gloo finds from the machine's name.
+    """
+
+    def make_client() -> object:
+        collectives = _jax.make_gloo_tcp_collectives(distributed.global_state.client, hostname=address)
+        return xla_bridge.make_cpu_client(collectives)
+
+    xla_bridge.register_backend_factory("cpu", make_client, priority=0, fail_quietly=False)
+
+
+def known_engines() -> Sequence[Engine]:
+    """Return the engines (SLURM, Open MPI, ...) whose environment JAX can read, in the order in which it asks them.
+
+    `jax.distributed.initialize` reads them too, but joins the job at once: it cannot be asked which job that is.
+    """
+    return tuple(clusters.ClusterEnv._cluster_types)
+
+
+def is_on_cloud_tpu() -> bool:
+    """Return whether this process runs on a Cloud TPU machine; no public name says so before the backend starts."""
+    return bool(cloud_tpu_init.running_in_cloud_tpu_vm)
+
+
+def placement(devices: Sequence[jax.Device]) -> Placement:
+    """Return the placement of a program with one replica on each of `devices`.
+
+    Under `jax.jit` a program for many devices is another program than the one for a single device.
+    """
+    options = compiler.get_compile_options(
+        num_replicas=len(devices),
+        num_partitions=1,
+        device_assignment=np.array([[device.id] for device in devices]),
+        backend=devices[0].client,
+    )
+    return xla_client.DeviceList(tuple(devices)), options
+
+
+def compile_module(module: Any, device: jax.Device) -> Any:
+    """Return XLA's executable of a lowered module on one device; serializable, which `Lowered.compile`'s need not be.
+
+    An executable that JAX loaded from its persistent cache cannot be serialized again (on CPU devices its kernels are
+    lost; jaxlib 0.10 and 0.12), and `Lowered.compile` may return such a one.
+    """
+    device_list, options = placement([device])
+    return compiler.backend_compile_and_load(device.client, module, device_list, options, [])
+
+
+def load_executable(serialized: bytes, devices: Sequence[jax.Device]) -> Any:
+    """Return the executable with a replica on each of `devices`.
+
+    `jax.experimental.serialize_executable` loads only onto as many devices as the program was compiled for.
+    """
+    return devices[0].client.deserialize_executable(serialized, *placement(devices))
+
+
+def cache_key(module: Any, device: jax.Device) -> str | None:
+    """Return the key of `module` in JAX's persistent compilation cache, None where the cache is off.
+
+    The key is made for one device, whatever the number of replicas; JAX's own key changes with that number.
+    """
+    if not compilation_cache.is_cache_used(device.client):
+        return None
+    options = compiler.get_compile_options(num_replicas=1, num_partitions=1, backend=device.client)
+    return compilation_cache.get_cache_key(module, np.array([device]), options, device.client)
+
+
+def read_cache(key: str, devices: Sequence[jax.Device]) -> Any:
+    """Return the cached executable with a replica on each of `devices`, None where there is none.
+
+    There is no public way to the entries of the cache. A damaged entry raises whatever zstandard, zlib or XLA raise.
+    """
+    device_list, options = placement(devices)
+    return compilation_cache.get_executable_and_time(key, options, devices[0].client, device_list)[0]
+
+
+def write_cache(key: str, name: str, executable: Any, device: jax.Device, *, seconds: float) -> None:
+    """Keep an executable in JAX's persistent cache; `seconds` is what it took to compile. See `read_cache`."""
+    compilation_cache.put_executable_and_time(key, name, executable, device.client, int(seconds))
+
+
+def mesh_executable(
+    executable: Any,
+    mesh: Mesh,
+    input_avals: list[jax.core.ShapedArray],
+    input_shardings: list[NamedSharding],
+    output_avals: list[jax.core.ShapedArray],
+    output_shardings: list[NamedSharding],
+) -> Any:
+    """Return what `jax.stages.Compiled` wraps: it takes and returns global arrays, by JAX's fast path.
+
+    Publicly such an object comes only from `jax.jit(...).lower(...).compile()`, which partitions one program over the
+    mesh in place of running replicas of a single-device one.
+    """
+    return pxla.UnloadedMeshExecutable(
+        xla_executable=executable,
+        device_list=xla_client.DeviceList(tuple(mesh.devices.flat)),
+        backend=mesh.local_devices[0].client,
+        input_avals=input_avals,
+        input_shardings=input_shardings,
+        output_avals=output_avals,
+        output_shardings=output_shardings,
+        committed=True,
+        name="per_device_program",
+        unordered_effects=[],
+        ordered_effects=[],
+        keepalive=[],
+        host_callbacks=[],
+        kept_var_idx=set(range(len(input_avals))),
+        mut=None,
+        xla_in_layouts=[None] * len(input_avals),
+        dispatch_in_layouts=[None] * len(input_avals),
+        xla_out_layouts=[None] * len(output_avals),
+        all_args_info=None,
+        pgle_profiler=None,
+    ).load()

@@ -1,0 +1,118 @@
+"""Every private name of JAX that the package uses, each called once: a new version of JAX is checked here first."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import compile_cache
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+import jaxdist
+from jaxdist.spmd import jax_private
+from jaxdist.spmd.mesh import make_mesh
+
+PACKAGE = pathlib.Path(jaxdist.__file__).parent
+
+
+def lowered_double():
+    return jax.jit(lambda x: 2 * x, keep_unused=True).lower(jax.ShapeDtypeStruct((3,), np.float32))
+
+
+def imports_private_modules(path):
+    nodes = ast.walk(ast.parse(path.read_text()))
+    imported = [name for node in nodes for name in names_of(node)]
+    return any(name.startswith("jax._src") for name in imported)
+
+
+def names_of(node):
+    if isinstance(node, ast.ImportFrom):
+        return [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+
+
+def test_it_is_the_only_module_that_imports_private_ones():
+    importers = [path for path in PACKAGE.rglob("*.py") if imports_private_modules(path)]
+    assert importers == [PACKAGE / "spmd" / "jax_private.py"]
+
+
+def test_every_function_is_tested_here():
+    tree = ast.parse((PACKAGE / "spmd" / "jax_private.py").read_text())
+    functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    tests = pathlib.Path(__file__).read_text()
+    assert [name for name in functions if f"jax_private.{name}(" not in tests] == []
+
+
+def test_outside_a_job_there_is_no_store_and_one_process():
+    assert jax_private.coordinator_store() is None
+    assert jax_private.process_of_job() == (0, 1)
+
+
+JOB_OF_ONE = """
+import jax, socket
+from jaxdist.spmd import jax_private
+with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    address = "{}:{}".format(*probe.getsockname())
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(address, num_processes=1, process_id=0, cluster_detection_method="deactivate")
+store = jax_private.coordinator_store()
+assert jax_private.process_of_job() == (0, 1)
+store.key_value_set("a", "1")
+store.key_value_set("a", "2", allow_overwrite=True)
+assert store.key_value_try_get("a") == "2" == store.blocking_key_value_get("a", 1000)
+try:
+    store.key_value_set("a", "3")
+except jax.errors.JaxRuntimeError as error:
+    assert "ALREADY_EXISTS" in str(error)
+try:
+    store.key_value_try_get("b")
+except jax.errors.JaxRuntimeError as error:
+    assert "NOT_FOUND" in str(error)
+store.wait_at_barrier("b", 1000)
+jax_private.use_gloo_at("127.0.0.1")
+assert float(jax.numpy.ones(3).sum()) == 3.0
+"""
+
+
+def test_in_a_job_the_store_keeps_values_and_gloo_listens_where_it_is_told():
+    done = subprocess.run([sys.executable, "-c", JOB_OF_ONE], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_engines_are_the_ones_we_have_names_for():
+    names = {engine.__name__ for engine in jax_private.known_engines()}
+    assert {"OmpiCluster", "SlurmCluster", "GkeTpuCluster", "GceTpuCluster", "K8sCluster"} <= names
+    for engine in jax_private.known_engines():
+        assert engine.is_env_present() is False or engine.opt_in_only_method
+    assert jax_private.is_on_cloud_tpu() is False
+
+
+def test_a_module_compiled_for_one_device_is_loaded_on_several():
+    devices = jax.devices()[:2]
+    compiled = jax_private.compile_module(lowered_double().compiler_ir(), devices[0])
+    device_list, options = jax_private.placement(devices)
+    assert (len(device_list), options.num_replicas, options.num_partitions) == (2, 2, 1)
+    mesh = make_mesh(devices=devices)
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    aval = jax.core.ShapedArray((6,), jnp.float32)
+    loaded = jax_private.load_executable(compiled.serialize(), devices)
+    program = jax_private.mesh_executable(loaded, mesh, [aval], [sharding], [aval], [sharding])
+    (result,) = program.call(jax.device_put(np.arange(6, dtype=np.float32), sharding))
+    for shard, expected in zip(result.addressable_shards, ([0, 2, 4], [6, 8, 10]), strict=True):
+        np.testing.assert_array_equal(shard.data, expected)
+
+
+def test_the_cache_gives_back_what_was_put_there(tmp_path):
+    device = jax.devices()[0]
+    with compile_cache.compile_once(tmp_path):
+        module = lowered_double().compiler_ir()
+        key = jax_private.cache_key(module, device)
+        assert jax_private.read_cache(key, [device]) is None
+        compiled = jax_private.compile_module(module, device)
+        jax_private.write_cache(key, "double", compiled, device, seconds=1.0)
+        assert jax_private.read_cache(key, jax.devices()[:2]) is not None
+        assert len(list(tmp_path.iterdir())) >= 1
