@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdist.paramserver.processes.driver import Node
+from jaxdist.paramserver.processes.driver import Driver
 from jaxdist.paramserver.protocol import effects, messages
 from jaxdist.paramserver.protocol.server import Server
 from jaxdist.paramserver.protocol.settings import Settings, server_name, worker_name
@@ -95,7 +95,7 @@ def make_server() -> Server:
 def serve(kind: str, peer: str) -> None:
     """Be the server process: print the port, then serve until told to stop."""
     reuse_freed_memory()
-    node = Node(make_server() if kind == "ours" else WithoutBooks(), directory=pathlib.Path())
+    node = Driver(make_server() if kind == "ours" else WithoutBooks(), directory=pathlib.Path())
     wire = Wire(listen="127.0.0.1:0", peers={WORKER: peer}, receive=node.receive)
     print(wire.port, flush=True)
     node.run(wire)

@@ -29,7 +29,7 @@ from jaxdist import data
 from jaxdist.models import mlp
 from jaxdist.paramserver.protocol import effects, messages
 from jaxdist.paramserver.protocol.settings import ParameterServer, Settings, Timers
-from jaxdist.paramserver.run import island, shard_optimizer
+from jaxdist.paramserver.run import island, shard_optimizer, shared_plan
 from jaxdist.paramserver.simulator import Faults, Simulation
 from jaxdist.rundir import record
 from jaxdist.spmd import evaluate
@@ -89,7 +89,7 @@ class Laboratory:
         self.problem, self.synchronous = problem, synchronous
         mode = "sync" if synchronous else "async"
         chosen = ParameterServer(workers=problem.workers, mode=mode, backup_workers=backup_workers)
-        self.plan = island.make_plan(problem.experiment(synchronous=synchronous), chosen)
+        self.plan = shared_plan.make_plan(problem.experiment(synchronous=synchronous), chosen)
         self.island = island.Island(self.plan, jax.local_devices()[:1])
         self.eval_step = evaluate.eval_step(self.plan.functions.eval_fn)
         held_out = self.plan.experiment.data.eval
@@ -97,7 +97,7 @@ class Laboratory:
             held_out, global_batch_size=len(held_out), seed=0, shuffle=False, num_epochs=1, num_threads=0
         )
         self.held_out = [jax.device_put(batch) for batch, _ in loader]
-        self.params = self.plan.sharding.split(island.initial_leaves(self.plan))
+        self.params = self.plan.sharding.split(shared_plan.initial_leaves(self.plan))
 
     def settings(self, bound: int) -> Settings:
         """Return the settings of a run that ends when it is interrupted."""

@@ -45,7 +45,6 @@ PLANNED = {"schedules"}
 MOST_ENTRIES, MOST_FILES = 22, 16
 UPWARD = {
     ("config", "paramserver.protocol"),
-    ("paramserver.processes", "paramserver.run"),
     ("paramserver.protocol", "paramserver.wire"),
     ("rundir", "run"),
 }

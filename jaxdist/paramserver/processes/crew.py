@@ -11,9 +11,9 @@ from typing import Protocol
 
 from jaxdist.errors import RunFailedError
 from jaxdist.launch import parent
-from jaxdist.paramserver.processes import process
+from jaxdist.paramserver.processes import run_folder
 from jaxdist.paramserver.protocol.settings import SCHEDULER, server_shard
-from jaxdist.paramserver.wire import streams
+from jaxdist.paramserver.wire import security
 
 MOST_DEATHS = 5
 """A process that dies so often without a step in between will not do better the next time."""
@@ -52,7 +52,7 @@ class LocalCrew:
 
     Args:
       names: which parts they play.
-      directory: the run's own folder, where the file `process.SPEC_NAME` is and their logs go.
+      directory: the run's own folder, where the file `run_folder.SPEC_NAME` is and their logs go.
       token: the secret of the run.
     """
 
@@ -115,13 +115,14 @@ class LocalCrew:
 
 def command(name: str, directory: pathlib.Path) -> list[str]:
     """Return the command line of the process that plays the part `name`."""
-    module = "process" if name == SCHEDULER else "member"
-    return [sys.executable, "-m", f"jaxdist.paramserver.{module}", name, str(directory / process.SPEC_NAME)]
+    module = "processes.scheduler_process" if name == SCHEDULER else "run.jax_process"
+    spec = str(directory / run_folder.SPEC_NAME)
+    return [sys.executable, "-m", f"jaxdist.paramserver.{module}", name, spec]
 
 
 def environment(name: str, token: str) -> Mapping[str, str]:
     """Return what is set for the process that plays the part `name`, which is a child of this one."""
-    shared = {streams.TOKEN: token, parent.PARENT_ID: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
+    shared = {security.TOKEN: token, parent.PARENT_ID: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
     # A server keeps its shard in the host's memory; the accelerators are the workers'.
     return shared | ({"JAX_PLATFORMS": "cpu"} if server_shard(name) is not None else {})
 

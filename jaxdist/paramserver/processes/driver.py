@@ -70,7 +70,7 @@ def write_file(path: pathlib.Path, parts: Iterable[codec.Buffer]) -> int:
     return files.write(path, parts)
 
 
-class Node:
+class Driver:
     """Drives one machine until it exits.
 
     Args:

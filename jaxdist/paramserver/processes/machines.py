@@ -17,10 +17,10 @@ from collections.abc import Iterable, Sequence
 
 from jaxdist.errors import RunFailedError, UserError, as_user_error
 from jaxdist.launch.signals import EXIT_RETRY
-from jaxdist.paramserver.processes import process
+from jaxdist.paramserver.processes import run_folder
 from jaxdist.paramserver.processes.crew import LocalCrew
 from jaxdist.paramserver.protocol.settings import SCHEDULER
-from jaxdist.paramserver.wire import streams
+from jaxdist.paramserver.wire import security
 from jaxdist.rundir import record
 
 _LOOK_SECONDS = 0.2
@@ -40,19 +40,19 @@ def deal(names: Sequence[str], hosts: Sequence[str], first_port: int) -> dict[st
 def names_at(peers: dict[str, str], host: str) -> list[str]:
     """Return the processes that run at the address `host`, the observer apart."""
     found = [name for name, address in peers.items() if address.rpartition(":")[0] == host]
-    return [name for name in found if name != process.OBSERVER]
+    return [name for name in found if name != run_folder.OBSERVER]
 
 
-def security_of(hosts: Sequence[str]) -> streams.Security:
+def security_of(hosts: Sequence[str]) -> security.Security:
     """Return how the processes prove who they are: as the environment says, else by a new token on one machine.
 
     Raises:
       ValueError: several machines, and nothing they could all know.
     """
-    given = streams.Security.read(os.environ)
+    given = security.Security.read(os.environ)
     for host in hosts:
         given.check(host)
-    return given if given.token or given.certificate else streams.Security(token=streams.new_token())
+    return given if given.token or given.certificate else security.Security(token=security.new_token())
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -66,30 +66,30 @@ def main(arguments: Sequence[str]) -> int:
 
 def _keep_processes(run_dir: pathlib.Path, host: str) -> bool:
     """Keep the processes of `host` until nobody needs them; return whether that is because the run has ended."""
-    directory = run_dir / process.DIRECTORY_NAME
+    directory = run_dir / run_folder.DIRECTORY_NAME
     with as_user_error():
         security_of([host])
         spec = _wait_for_run(directory)
         names = names_at(spec.peers, host)
         check_ports([spec.peers[name] for name in names])
-    crew = LocalCrew(names, directory, os.environ.get(streams.TOKEN, ""))
+    crew = LocalCrew(names, directory, os.environ.get(security.TOKEN, ""))
     crew.start()
     ended = False
     try:
         # One that died late, and starts again, finds nobody to tell it of the end: the record does.
-        ended = _watch(crew, spec.peers[process.OBSERVER]) or _has_ended(run_dir)
+        ended = _watch(crew, spec.peers[run_folder.OBSERVER]) or _has_ended(run_dir)
     finally:
         crew.close(orderly=ended)
     return ended
 
 
-def _wait_for_run(directory: pathlib.Path) -> process.Spec:
+def _wait_for_run(directory: pathlib.Path) -> run_folder.Spec:
     """Return the spec once the machine that trains answers at the address in it: an older run's does not."""
     while True:
-        path = directory / process.SPEC_NAME
+        path = directory / run_folder.SPEC_NAME
         if path.exists():
-            spec = process.Spec.read(path)
-            if _answers(spec.peers[process.OBSERVER]):
+            spec = run_folder.Spec.read(path)
+            if _answers(spec.peers[run_folder.OBSERVER]):
                 return spec
         time.sleep(_LOOK_SECONDS)
 

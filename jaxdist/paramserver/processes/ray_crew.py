@@ -16,6 +16,7 @@ from jaxdist import extras
 from jaxdist.errors import RunFailedError
 from jaxdist.paramserver.processes import crew
 from jaxdist.paramserver.protocol.settings import SCHEDULER, worker_number
+from jaxdist.paramserver.wire import security
 
 _STARTS = "starts"
 _PLACING_SECONDS = 60.0
@@ -36,7 +37,7 @@ class Part:
         with (folder / _STARTS / name.replace("/", "-")).open("a") as starts:
             starts.write("1")
         with crew.log_path(folder, name).open("ab") as log:
-            everything = {**os.environ, **environment, **crew.environment(name, environment[crew.streams.TOKEN])}
+            everything = {**os.environ, **environment, **crew.environment(name, environment[security.TOKEN])}
             status = subprocess.call(crew.command(name, folder), env=everything, stdout=log, stderr=log)
         if status:
             os._exit(1)

@@ -16,11 +16,11 @@ from typing import Any
 
 from jaxdist import stop
 from jaxdist.checkpoint import checkpoints
-from jaxdist.paramserver.processes import process as processes
+from jaxdist.paramserver.processes import run_folder
 from jaxdist.paramserver.processes.crew import Crew
 from jaxdist.paramserver.protocol import journal, messages
 from jaxdist.paramserver.protocol.settings import SCHEDULER
-from jaxdist.paramserver.run import island as plans
+from jaxdist.paramserver.run import judge, shared_plan
 from jaxdist.paramserver.run.resume import BEYOND, Start, remove_snapshots
 from jaxdist.paramserver.wire import encoding
 from jaxdist.run import attempt, components, progress_display, stopwatch
@@ -53,7 +53,7 @@ class Observer:
 
     def __init__(
         self,
-        plan: plans.Plan,
+        plan: shared_plan.Plan,
         run_dir: pathlib.Path,
         start: Start,
         earlier: record.RunRecord | None,
@@ -65,11 +65,11 @@ class Observer:
         num_devices: int,
     ) -> None:
         self.plan, self.run_dir, self.start, self.earlier = plan, run_dir, start, earlier
-        self.directory = run_dir / processes.DIRECTORY_NAME
+        self.directory = run_dir / run_folder.DIRECTORY_NAME
         self.checkpointer, self.silent, self.command, self.num_devices = checkpointer, silent, command, num_devices
         self.identity = dataclasses.asdict(identity)
         self.rule = plan.experiment.stop.rule()
-        self.judge = plans.Judge(plan)
+        self.judge = judge.Judge(plan)
         self.progress = start.progress
         self.stopwatch = stopwatch.Stopwatch(earlier.time_seconds if earlier else None)
         self.step_times = stopwatch.StepTimes()
@@ -112,7 +112,7 @@ class Observer:
         started, before = time.monotonic(), self.progress.seconds
         repeat_at = 0.0
         crew.start()
-        with (self.directory / processes.STEPS_NAME).open("a+") as steps:
+        with (self.directory / run_folder.STEPS_NAME).open("a+") as steps:
             while self.end_reason is None:
                 crew.look_after()
                 self.restarts = crew.restarts
@@ -198,7 +198,7 @@ class Observer:
     # Cuts.
 
     def _judge_cut(self, steps: Any, send: Send) -> None:
-        path = self.directory / processes.CUT_NAME
+        path = self.directory / run_folder.CUT_NAME
         written = path.stat().st_mtime_ns if path.exists() else 0
         if written == self.seen_cut:
             return
@@ -222,7 +222,7 @@ class Observer:
 
     def _evaluate(self, cut: journal.CutFile, state: TrainState) -> None:
         """Evaluate if that is due; a run that is stopped has no time for it, and one that diverged no use."""
-        period = plans.evaluation_period(self.plan)
+        period = shared_plan.evaluation_period(self.plan)
         done = self.progress.last_evaluation == cut.step > 0
         if period is None or done or self.halt == "preempted" or not self._due(cut, period) or self._diverged(cut):
             return
@@ -237,7 +237,7 @@ class Observer:
 
     def _report_nonfinite(self) -> None:
         """Gather what the workers found out about it."""
-        found = sorted((self.directory / processes.NONFINITE_NAME).glob("*.txt"))
+        found = sorted((self.directory / run_folder.NONFINITE_NAME).glob("*.txt"))
         attempt.write_nonfinite(self.run_dir, "\n".join(path.read_text() for path in found), self.checkpointer)
 
     def _save(self, cut: journal.CutFile, state: TrainState, reason: str) -> None:
@@ -246,7 +246,7 @@ class Observer:
         if self.saved == cut.step or self._diverged(cut) or not (reason or self._due(cut, every)):
             return
         self.saved = cut.step
-        place = plans.position(self.plan, cut.ledger.step)
+        place = shared_plan.position(self.plan, cut.ledger.step)
         data_state: dict[str, Any] = {"position": place.to_json(), "progress": self.progress.to_json()}
         if cut.ledger.beyond:
             data_state[BEYOND] = list(cut.ledger.beyond)
@@ -266,7 +266,7 @@ class Observer:
         """Return the `ps` entry of run.json: what all processes counted, dead ones included."""
         counters: Counter[str] = Counter()
         staleness: Counter[int] = Counter()
-        for path in (self.directory / processes.STATISTICS_NAME).glob("*.json"):
+        for path in (self.directory / run_folder.STATISTICS_NAME).glob("*.json"):
             with contextlib.suppress(json.JSONDecodeError):
                 content = json.loads(path.read_text())
                 counters.update(content["counters"])

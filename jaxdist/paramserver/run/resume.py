@@ -20,7 +20,7 @@ from jaxdist.config.experiments import ConfigError
 from jaxdist.paramserver.processes.driver import write_file
 from jaxdist.paramserver.protocol import journal, messages
 from jaxdist.paramserver.protocol.settings import Settings, manifest_file, shard_file
-from jaxdist.paramserver.run import island
+from jaxdist.paramserver.run import judge, shared_plan
 from jaxdist.paramserver.wire import encoding
 from jaxdist.spmd import mesh
 from jaxdist.spmd import state as states
@@ -56,7 +56,7 @@ class _Found:
         return self.ledger.step + len(self.ledger.beyond)
 
 
-def begin(plan: island.Plan, checkpointer: checkpoints.Checkpointer, directory: pathlib.Path) -> Start:
+def begin(plan: shared_plan.Plan, checkpointer: checkpoints.Checkpointer, directory: pathlib.Path) -> Start:
     """Return where the run in `directory` goes on, and leave there the one snapshot the new servers load.
 
     Raises:
@@ -73,7 +73,7 @@ def begin(plan: island.Plan, checkpointer: checkpoints.Checkpointer, directory: 
     for path in snapshots(directory):
         if path.name != name:
             shutil.rmtree(path)
-    return Start(found.progress, name, island.train_state(plan, found.step, found.leaves, found.opt_leaves))
+    return Start(found.progress, name, judge.train_state(plan, found.step, found.leaves, found.opt_leaves))
 
 
 def snapshots(directory: pathlib.Path) -> list[pathlib.Path]:
@@ -89,7 +89,7 @@ def remove_snapshots(directory: pathlib.Path, *, keep: int) -> None:
         shutil.rmtree(path)
 
 
-def _from_checkpoint(plan: island.Plan, checkpointer: checkpoints.Checkpointer) -> _Found | None:
+def _from_checkpoint(plan: shared_plan.Plan, checkpointer: checkpoints.Checkpointer) -> _Found | None:
     if checkpointer.latest_step() is None:
         return None
     one_device = mesh.make_mesh(devices=jax.local_devices()[:1])
@@ -98,7 +98,7 @@ def _from_checkpoint(plan: island.Plan, checkpointer: checkpoints.Checkpointer) 
     progress = stop.Progress.from_json(data_state["progress"])
     beyond = tuple(data_state.get(BEYOND, ()))
     low = progress.step - len(beyond)
-    expected, stored = island.position(plan, low).to_json(), data_state["position"]
+    expected, stored = shared_plan.position(plan, low).to_json(), data_state["position"]
     if expected != stored:
         raise ConfigError(
             f"The parameter server counts whole batches: after {low} of {plan.settings.global_batch_size} examples the "
@@ -110,7 +110,7 @@ def _from_checkpoint(plan: island.Plan, checkpointer: checkpoints.Checkpointer) 
     return _Found(journal.LedgerState(low, beyond), leaves, opt_leaves, progress)
 
 
-def _from_snapshots(plan: island.Plan, directory: pathlib.Path, saved: _Found | None) -> _Found | None:
+def _from_snapshots(plan: shared_plan.Plan, directory: pathlib.Path, saved: _Found | None) -> _Found | None:
     """Return the newest intact snapshot that is newer than the checkpoint, None if there is none."""
     for path in reversed(snapshots(directory)):
         content = _read(path)
@@ -127,9 +127,9 @@ def _from_snapshots(plan: island.Plan, directory: pathlib.Path, saved: _Found | 
     return None
 
 
-def _progress(plan: island.Plan, manifest: journal.Manifest, before: stop.Progress) -> stop.Progress:
+def _progress(plan: shared_plan.Plan, manifest: journal.Manifest, before: stop.Progress) -> stop.Progress:
     """Return the progress at a snapshot: evaluations are known as of the checkpoint, steps and examples exactly."""
-    settings, place = plan.settings, island.position(plan, manifest.ledger.step)
+    settings, place = plan.settings, shared_plan.position(plan, manifest.ledger.step)
     ahead = sum(_batch_size(settings, step) for step in manifest.ledger.beyond)
     return dataclasses.replace(
         before,
@@ -156,7 +156,7 @@ def _read(path: pathlib.Path) -> tuple[journal.Manifest, list[messages.ShardStat
         return None
 
 
-def _write(plan: island.Plan, found: _Found, directory: pathlib.Path) -> str:
+def _write(plan: shared_plan.Plan, found: _Found, directory: pathlib.Path) -> str:
     """Write the snapshot that the run starts from, dealt to the servers it has; return its name."""
     # A name of its own: the snapshot that is being read may be an earlier start from this very step.
     name = f"{found.step:010d}-start-{time.time_ns()}"

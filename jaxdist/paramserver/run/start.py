@@ -10,15 +10,14 @@ from collections.abc import Callable, Sequence
 from jaxdist import errors
 from jaxdist.config.experiments import load_experiment, override
 from jaxdist.launch.supervising import local_job
-from jaxdist.paramserver.processes import faults, machines
-from jaxdist.paramserver.processes import process as processes
+from jaxdist.paramserver.processes import faults, machines, run_folder
 from jaxdist.paramserver.processes.crew import Crew, LocalCrew
 from jaxdist.paramserver.processes.ray_crew import RayCrew
 from jaxdist.paramserver.protocol import succession
 from jaxdist.paramserver.protocol.settings import SCHEDULER, worker_name
-from jaxdist.paramserver.run import island as plans
-from jaxdist.paramserver.run import observer, resume
+from jaxdist.paramserver.run import observer, resume, shared_plan
 from jaxdist.paramserver.wire import streams
+from jaxdist.paramserver.wire.security import TOKEN, Security
 from jaxdist.run import components
 from jaxdist.run.attempt import make_checkpointer, prepare_run_dir
 from jaxdist.rundir import lock, record
@@ -59,11 +58,11 @@ def train(options: Options) -> record.RunRecord:
     with contextlib.ExitStack() as stack:
         with errors.as_user_error():
             experiment = override(load_experiment(options.experiment), options.assignments)
-            plan = plans.make_plan(experiment, experiment.ps)
+            plan = shared_plan.make_plan(experiment, experiment.ps)
             identity = components.identity(experiment)
             earlier = prepare_run_dir(identity, options.run_dir, resume=options.resume)
             stack.enter_context(lock.locked(options.run_dir, purpose=options.command))
-            directory = options.run_dir / processes.DIRECTORY_NAME
+            directory = options.run_dir / run_folder.DIRECTORY_NAME
             checkpointer = stack.enter_context(
                 contextlib.closing(make_checkpointer(experiment, options.run_dir, identity))
             )
@@ -86,25 +85,23 @@ def train(options: Options) -> record.RunRecord:
         return _watch(watcher, crew, peers, security, options.stop_requested)
 
 
-def _place(
-    options: Options, plan: plans.Plan, directory: pathlib.Path
-) -> tuple[Crew, dict[str, str], streams.Security]:
+def _place(options: Options, plan: shared_plan.Plan, directory: pathlib.Path) -> tuple[Crew, dict[str, str], Security]:
     """Return who keeps the processes, everybody's address, and how they prove to each other who they are."""
     chosen, names = plan.experiment.ps, part_names(plan)
     security = machines.security_of(chosen.hosts)
     if chosen.engine == "ray":
         # What the actors find in their environment is that of the cluster, not of this process.
         told = {name: os.environ[name] for name in (faults.FAULTS,) if name in os.environ}
-        cluster = RayCrew(names, directory, {streams.TOKEN: security.token, **told}, devices=options.devices)
-        return cluster, {**cluster.peers, **_local_ports([processes.OBSERVER])}, security
+        cluster = RayCrew(names, directory, {TOKEN: security.token, **told}, devices=options.devices)
+        return cluster, {**cluster.peers, **_local_ports([run_folder.OBSERVER])}, security
     if chosen.hosts:
         machines.check(chosen.hosts, names)
         peers = machines.deal(names, chosen.hosts, chosen.port)
-        peers[processes.OBSERVER] = f"{chosen.hosts[0]}:{chosen.port + len(names)}"
+        peers[run_folder.OBSERVER] = f"{chosen.hosts[0]}:{chosen.port + len(names)}"
         here = machines.names_at(peers, chosen.hosts[0])
-        machines.check_ports([peers[name] for name in (*here, processes.OBSERVER)])
+        machines.check_ports([peers[name] for name in (*here, run_folder.OBSERVER)])
         return LocalCrew(here, directory, security.token), peers, security
-    return LocalCrew(names, directory, security.token), _local_ports([processes.OBSERVER, *names]), security
+    return LocalCrew(names, directory, security.token), _local_ports([run_folder.OBSERVER, *names]), security
 
 
 def _local_ports(names: Sequence[str]) -> dict[str, str]:
@@ -115,14 +112,14 @@ def _local_ports(names: Sequence[str]) -> dict[str, str]:
 
 
 def _write_spec(
-    options: Options, plan: plans.Plan, start: resume.Start, directory: pathlib.Path, peers: dict[str, str]
+    options: Options, plan: shared_plan.Plan, start: resume.Start, directory: pathlib.Path, peers: dict[str, str]
 ) -> None:
     """Remove what belongs to an earlier attempt only, and write down what every process must know."""
-    for name in (processes.LOG_NAME, processes.CUT_NAME, processes.STEPS_NAME, processes.SPEC_NAME):
+    for name in (run_folder.LOG_NAME, run_folder.CUT_NAME, run_folder.STEPS_NAME, run_folder.SPEC_NAME):
         (directory / name).unlink(missing_ok=True)
-    for name in (processes.STATISTICS_NAME, processes.NONFINITE_NAME):
+    for name in (run_folder.STATISTICS_NAME, run_folder.NONFINITE_NAME):
         shutil.rmtree(directory / name, ignore_errors=True)
-    spec = processes.Spec(
+    spec = run_folder.Spec(
         experiment=str(pathlib.Path(options.experiment).absolute()),
         assignments=list(options.assignments),
         settings=dataclasses.asdict(plan.settings),
@@ -132,10 +129,10 @@ def _write_spec(
         devices=options.devices,
         kind=plan.kind,
     )
-    spec.write(directory / processes.SPEC_NAME)
+    spec.write(directory / run_folder.SPEC_NAME)
 
 
-def part_names(plan: plans.Plan) -> list[str]:
+def part_names(plan: shared_plan.Plan) -> list[str]:
     """Return the names of all processes of a run, the observer apart."""
     workers = [worker_name(number) for number in range(plan.settings.workers)]
     return [SCHEDULER, *succession.server_nodes(plan.settings), *workers]
@@ -145,10 +142,10 @@ def _watch(
     watcher: observer.Observer,
     crew: Crew,
     peers: dict[str, str],
-    security: streams.Security,
+    security: Security,
     stop_requested: Callable[[], bool],
 ) -> record.RunRecord:
-    line = streams.Wire(listen=peers[processes.OBSERVER], peers=peers, receive=lambda message: None, security=security)
+    line = streams.Wire(listen=peers[run_folder.OBSERVER], peers=peers, receive=lambda message: None, security=security)
     try:
         return watcher.run(crew, line.send, stop_requested)
     finally:

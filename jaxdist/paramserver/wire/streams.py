@@ -9,61 +9,22 @@ import collections
 import contextlib
 import ctypes
 import hmac
-import ipaddress
 import itertools
 import os
-import pathlib
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent import futures
-from dataclasses import dataclass
 from typing import Any
 
 from jaxdist import extras
 from jaxdist.paramserver.protocol import messages
 from jaxdist.paramserver.wire import codec, encoding
+from jaxdist.paramserver.wire.security import UNSECURED, Security
 
 METHOD = "/jaxdist.ParameterServer/Deliver"
 MAX_BYTES_IN_FLIGHT = 256 << 20
 DEADLINE_SECONDS = 30.0
-TOKEN = "JAXDIST_PS_TOKEN"
-"""Environment variable with the run's secret, so that it is in no file and on no command line."""
-CERTIFICATE, KEY, ROOT = "JAXDIST_PS_CERTIFICATE", "JAXDIST_PS_KEY", "JAXDIST_PS_ROOT"
-"""Environment variables with the paths of the PEM files for mutual TLS."""
 _METADATA = "jaxdist-token"
-
-
-@dataclass(frozen=True)
-class Security:
-    """How processes prove to each other that they belong together.
-
-    Attributes:
-      token: a secret all processes of a run share; sent with every call.
-      certificate: PEM chain of this process, for mutual TLS together with `key` and `root`.
-      key: its PEM private key.
-      root: the PEM certificate that signed every process's.
-    """
-
-    token: str = ""
-    certificate: bytes = b""
-    key: bytes = b""
-    root: bytes = b""
-
-    @classmethod
-    def read(cls, environment: Mapping[str, str]) -> "Security":
-        """Return what `environment` says: a token itself, or the three files' paths; see TOKEN and CERTIFICATE."""
-        paths = [environment.get(name, "") for name in (CERTIFICATE, KEY, ROOT)]
-        return cls(environment.get(TOKEN, ""), *(pathlib.Path(path).read_bytes() if path else b"" for path in paths))
-
-    def check(self, host: str) -> None:
-        """Raise ValueError unless this is enough for `host`."""
-        if bool(self.certificate) != bool(self.key) or bool(self.certificate) != bool(self.root):
-            raise ValueError("mutual TLS needs all three: a certificate, its key and the root that signed it")
-        if not is_loopback(host) and not self.token and not self.certificate:
-            raise ValueError(
-                f"{host} can be reached from other machines, and anyone there could push: give a token (in {TOKEN}) "
-                f"or certificates (in {CERTIFICATE}, {KEY} and {ROOT}), or listen on 127.0.0.1"
-            )
 
 
 def reuse_freed_memory() -> None:
@@ -73,14 +34,6 @@ def reuse_freed_memory() -> None:
         trim_threshold, mmap_threshold = -1, -3
         mallopt(trim_threshold, 1 << 30)
         mallopt(mmap_threshold, 32 << 20)
-
-
-def is_loopback(host: str) -> bool:
-    """Return True for an address that only this machine can reach."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 class Wire:
@@ -103,7 +56,7 @@ class Wire:
         listen: str,
         peers: dict[str, str],
         receive: Callable[[messages.Message], None],
-        security: Security = Security(),
+        security: Security = UNSECURED,
     ) -> None:
         # What it logs below that level is about peers that went away, which is nobody's worry here.
         os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
@@ -258,8 +211,3 @@ _OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 500),
     ("grpc.so_reuseport", 0),
 )
-
-
-def new_token() -> str:
-    """Return a fresh secret for one run."""
-    return os.urandom(16).hex()

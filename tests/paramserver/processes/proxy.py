@@ -6,7 +6,7 @@ from concurrent import futures
 
 import grpc
 
-from jaxdist.paramserver.processes import crew, process
+from jaxdist.paramserver.processes import crew, run_folder
 from jaxdist.paramserver.run import start
 from jaxdist.paramserver.wire import streams
 
@@ -60,14 +60,14 @@ def between_all(monkeypatch, *, lost, repeated):
         return {other: peers[name] if other == name else proxies[other].address for other in peers}
 
     def started(name, directory):
-        spec = process.Spec.read(directory / process.SPEC_NAME)
+        spec = run_folder.Spec.read(directory / run_folder.SPEC_NAME)
         spec.peers.update(seen_by(name, spec.peers))
         path = directory / f"{name.replace('/', '-')}.json"
         spec.write(path)
         return [*command(name, directory)[:-1], str(path)]
 
     def connected(*, peers, **others):
-        return connect(peers=seen_by(process.OBSERVER, peers), **others)
+        return connect(peers=seen_by(run_folder.OBSERVER, peers), **others)
 
     monkeypatch.setattr(start, "_place", placed)
     monkeypatch.setattr(crew, "command", started)

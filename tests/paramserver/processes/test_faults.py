@@ -21,7 +21,7 @@ from test_processes import REPLICATED, Mischief, calm, options, pid_of, struck  
 from jaxdist.paramserver.processes import faults
 from jaxdist.paramserver.protocol import messages
 from jaxdist.paramserver.run import start
-from jaxdist.paramserver.wire import streams
+from jaxdist.paramserver.wire import security, streams
 
 pytestmark = [pytest.mark.timeout(600)]
 
@@ -146,7 +146,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path):
 
 @pytest.mark.soak
 def test_noise_strangers_and_wrong_dtypes_on_the_ports(tmp_path, monkeypatch, calm):  # noqa: F811
-    monkeypatch.setattr(streams, "new_token", lambda: "known")
+    monkeypatch.setattr(security, "new_token", lambda: "known")
 
     def disturb(mischief):
         peers = json.loads((mischief.directory / "spec.json").read_text())["peers"]
@@ -156,7 +156,7 @@ def test_noise_strangers_and_wrong_dtypes_on_the_ports(tmp_path, monkeypatch, ca
                 stranger.sendall(np.random.default_rng(len(name)).bytes(5000))
         for token in ("known", "guessed"):
             end = streams.Wire(
-                listen="127.0.0.1:0", peers=peers, receive=lambda message: None, security=streams.Security(token=token)
+                listen="127.0.0.1:0", peers=peers, receive=lambda message: None, security=security.Security(token=token)
             )
             lease = messages.Lease(0, 0, 0, 0, 1)
             piece = np.zeros(3, np.float64)

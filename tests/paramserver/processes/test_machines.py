@@ -8,8 +8,8 @@ import tiny_experiment
 
 from jaxdist.cli import main
 from jaxdist.launch.supervising import local_job
-from jaxdist.paramserver.processes import machines, process
-from jaxdist.paramserver.wire import streams
+from jaxdist.paramserver.processes import machines, run_folder
+from jaxdist.paramserver.wire import security
 from jaxdist.rundir import record
 
 NAMES = ["scheduler", "server/0/a", "server/0/b", "server/1/a", "server/1/b", "worker/0", "worker/1", "worker/2"]
@@ -17,7 +17,7 @@ NAMES = ["scheduler", "server/0/a", "server/0/b", "server/1/a", "server/1/b", "w
 
 def test_the_copies_of_a_shard_and_the_workers_go_round_the_hosts():
     peers = machines.deal(NAMES, ["10.0.0.1", "10.0.0.2"], 7800)
-    peers[process.OBSERVER] = "10.0.0.1:7900"
+    peers[run_folder.OBSERVER] = "10.0.0.1:7900"
     assert machines.names_at(peers, "10.0.0.1") == ["scheduler", "server/0/a", "server/1/a", "worker/0", "worker/2"]
     assert machines.names_at(peers, "10.0.0.2") == ["server/0/b", "server/1/b", "worker/1"]
     assert len(set(peers.values())) == len(peers)
@@ -31,11 +31,11 @@ def test_a_host_with_nothing_to_do_is_refused(hosts):
 
 
 def test_another_machine_needs_a_secret_that_is_given(monkeypatch):
-    monkeypatch.delenv(streams.TOKEN, raising=False)
+    monkeypatch.delenv(security.TOKEN, raising=False)
     assert machines.security_of([]).token != machines.security_of(["127.0.0.1"]).token
     with pytest.raises(ValueError, match=r"10\.0\.0\.2 can be reached"):
         machines.security_of(["127.0.0.1", "10.0.0.2"])
-    monkeypatch.setenv(streams.TOKEN, "secret")
+    monkeypatch.setenv(security.TOKEN, "secret")
     assert machines.security_of(["10.0.0.2"]).token == "secret"
 
 
@@ -44,13 +44,13 @@ def test_a_process_that_missed_the_end_is_no_reason_for_another_attempt(tmp_path
     trainer = socket.create_server(("127.0.0.1", 0))
     address = f"127.0.0.1:{trainer.getsockname()[1]}"
     content = {"experiment": "x.py", "assignments": [], "settings": {}, "resume": "", "devices": 1}
-    spec = process.Spec(
+    spec = run_folder.Spec(
         **content,
         directory=str(tmp_path),
-        peers={process.OBSERVER: address, "worker/0": "127.0.0.2:1"},
+        peers={run_folder.OBSERVER: address, "worker/0": "127.0.0.2:1"},
         kind="elementwise",
     )
-    spec.write(tmp_path / process.DIRECTORY_NAME / process.SPEC_NAME)
+    spec.write(tmp_path / run_folder.DIRECTORY_NAME / run_folder.SPEC_NAME)
     kept = []
 
     class DeafCrew(machines.LocalCrew):
@@ -77,6 +77,6 @@ def test_a_port_that_is_taken_is_said_before_anything_starts(tmp_path, capsys, m
     with socket.create_server(("127.0.0.1", first + 1)):
         assert main.run([*arguments, "--set", *hosts]) == 2
     assert f"listen on 127.0.0.1:{first + 1}, and it cannot: Address already in use. Set" in capsys.readouterr().err
-    monkeypatch.setenv(streams.TOKEN, "secret")
+    monkeypatch.setenv(security.TOKEN, "secret")
     assert main.run([*arguments, "--set", "ps.hosts=192.0.2.1", f"ps.port={first}"]) == 2
     assert f"listen on 192.0.2.1:{first}, and it cannot: Cannot assign" in capsys.readouterr().err

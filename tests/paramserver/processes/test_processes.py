@@ -17,7 +17,7 @@ import root_experiment
 import tiny_experiment
 
 from jaxdist.config import experiments
-from jaxdist.paramserver.processes import faults, process
+from jaxdist.paramserver.processes import faults, run_folder
 from jaxdist.paramserver.run import start as run
 from jaxdist.run import attempt
 from jaxdist.rundir import record
@@ -68,7 +68,7 @@ class Mischief(threading.Thread):
 
 def pid_of(name, directory):
     """Return the newest process that plays the part `name` in the run whose own folder is `directory`."""
-    spec = str(directory / process.SPEC_NAME).encode()
+    spec = str(directory / run_folder.SPEC_NAME).encode()
     for entry in sorted(pathlib.Path("/proc").glob("[0-9]*"), key=lambda path: -int(path.name)):
         try:
             words = (entry / "cmdline").read_bytes().split(b"\0")

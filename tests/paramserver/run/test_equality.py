@@ -12,7 +12,8 @@ import tiny_experiment
 from jaxdist.config import experiments
 from jaxdist.paramserver.protocol import effects, messages
 from jaxdist.paramserver.protocol.settings import ParameterServer
-from jaxdist.paramserver.run import island as plans
+from jaxdist.paramserver.run import shared_plan as plans
+from jaxdist.paramserver.run.island import Island
 from jaxdist.paramserver.simulator import Faults, Machines, Simulation
 from jaxdist.run import components
 
@@ -44,7 +45,7 @@ def leaves_of(plan):
 
 def serve(plan):
     """Train by the protocol, in this process; return the leaves at the end, and the optimizer's."""
-    island = plans.Island(plan, jax.devices()[:1])
+    island = Island(plan, jax.devices()[:1])
 
     def gradient(lease, params):
         return island.gradient(effects.Compute(0, 0, lease, params))
@@ -66,7 +67,7 @@ def serve(plan):
 
 def one_process(plan):
     """Train on the union batch, slice by slice in ascending order, with the optimizer on whole leaves; return both."""
-    island = plans.Island(plan, jax.devices()[:1])
+    island = Island(plan, jax.devices()[:1])
     slices = plan.settings.num_slices
     params, whole = (
         tuple(leaves_of(plan)),
@@ -134,7 +135,7 @@ def test_an_island_of_several_devices_computes_the_same_sums():
     plan = make_plan(2, 1)
     lease = plans_lease(plan, 3, 1)  # of the ragged batch
     compute = effects.Compute(0, 0, lease, plan.sharding.split(leaves_of(plan)))
-    one, four = (plans.Island(plan, jax.devices()[:n]).gradient(compute) for n in (1, 4))
+    one, four = (Island(plan, jax.devices()[:n]).gradient(compute) for n in (1, 4))
     assert (one.count, one.finite) == (four.count, four.finite) == (2.0, True)
     for a, b in zip(one.pieces[0], four.pieces[0]):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
@@ -143,7 +144,7 @@ def test_an_island_of_several_devices_computes_the_same_sums():
 def test_an_empty_lease_pushes_zeros():
     plan = make_plan(4, 1)
     lease = messages.Lease(3, 3, 0, 52, 52)
-    pushed = plans.Island(plan, jax.devices()[:1]).gradient(
+    pushed = Island(plan, jax.devices()[:1]).gradient(
         effects.Compute(0, 0, lease, plan.sharding.split(leaves_of(plan)))
     )
     assert pushed.count == 0

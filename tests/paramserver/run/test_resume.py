@@ -12,8 +12,8 @@ import tiny_experiment
 
 from jaxdist import stop
 from jaxdist.config import experiments
-from jaxdist.paramserver.run import island as plans
 from jaxdist.paramserver.run import resume, whole_optimizer
+from jaxdist.paramserver.run import shared_plan as plans
 from jaxdist.paramserver.run.sharding import make_sharding
 from jaxdist.run import attempt, components
 

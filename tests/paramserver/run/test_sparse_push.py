@@ -12,7 +12,8 @@ from jaxdist.paramserver.protocol import effects, messages
 from jaxdist.paramserver.protocol.scheduler import lease_table
 from jaxdist.paramserver.protocol.settings import ParameterServer
 from jaxdist.paramserver.protocol.shard import dense
-from jaxdist.paramserver.run import island as plans
+from jaxdist.paramserver.run import shared_plan as plans
+from jaxdist.paramserver.run.island import Island
 from jaxdist.paramserver.run.sparse_push import LEAST_ROWS, sparse
 
 
@@ -46,7 +47,7 @@ def test_a_worker_pushes_the_rows_of_the_tokens_it_saw():
         stop=jaxdist.Stop(max_steps=1),
     )
     plan = plans.make_plan(experiment, ParameterServer(workers=1, servers=2))
-    island = plans.Island(plan, jax.devices()[:1])
+    island = Island(plan, jax.devices()[:1])
     params = plan.sharding.split(plans.initial_leaves(plan))
     pushed = island.gradient(effects.Compute(0, 0, lease_table.lease(plan.settings, 0), params))
     rows = [piece for shard in pushed.pieces for piece in shard if isinstance(piece, messages.Rows)]

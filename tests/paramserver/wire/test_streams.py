@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxdist.paramserver.protocol import messages
-from jaxdist.paramserver.wire import codec, encoding, streams
+from jaxdist.paramserver.wire import codec, encoding, security, streams
 
 CERTIFICATES = pathlib.Path(__file__).parents[1] / "certificates"
 HELLO = messages.Register("worker/0", 1)
 PEM = [(CERTIFICATES / name).read_bytes() for name in ("node.pem", "key.pem", "root.pem")]
-TLS = streams.Security("", *PEM)
-OPEN = streams.Security()
-SECRET = streams.Security(token="secret")
+TLS = security.Security("", *PEM)
+OPEN = security.Security()
+SECRET = security.Security(token="secret")
 
 
 @contextlib.contextmanager
@@ -55,7 +55,7 @@ def test_a_message_of_many_blocks_arrives_whole_and_in_order(security):
 
 @pytest.mark.parametrize(
     ("ours", "theirs"),
-    [(SECRET, OPEN), (SECRET, streams.Security(token="guess")), (TLS, OPEN)],
+    [(SECRET, OPEN), (SECRET, security.Security(token="guess")), (TLS, OPEN)],
     ids=["no token", "another token", "no certificate"],
 )
 def test_a_stranger_is_not_heard(ours, theirs):
@@ -71,17 +71,17 @@ def test_an_address_others_can_reach_is_refused_without_security():
     with pytest.raises(ValueError, match=r"10\.0\.0\.1 can be reached from other machines.*JAXDIST_PS_TOKEN"):
         streams.Wire(listen="10.0.0.1:0", peers={}, receive=lambda message: None)
     with pytest.raises(ValueError, match="all three"):
-        streams.Security(certificate=b"x").check("127.0.0.1")
+        security.Security(certificate=b"x").check("127.0.0.1")
     for enough in (SECRET, TLS):
         enough.check("10.0.0.1")
 
 
 def test_security_is_read_from_the_environment():
-    names = dict(zip((streams.CERTIFICATE, streams.KEY, streams.ROOT), ("node.pem", "key.pem", "root.pem")))
+    names = dict(zip((security.CERTIFICATE, security.KEY, security.ROOT), ("node.pem", "key.pem", "root.pem")))
     environment = {name: str(CERTIFICATES / file) for name, file in names.items()}
-    assert streams.Security.read(environment) == TLS
-    assert streams.Security.read({streams.TOKEN: "secret"}) == SECRET
-    assert streams.Security.read({}) == OPEN
+    assert security.Security.read(environment) == TLS
+    assert security.Security.read({security.TOKEN: "secret"}) == SECRET
+    assert security.Security.read({}) == OPEN
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
-"""A server or worker process: `python -m jaxdist.paramserver.processes.member NAME SPEC`.
+"""A server or worker process: `python -m jaxdist.paramserver.run.jax_process NAME SPEC`.
 
-The scheduler is started from `process` instead: it needs neither JAX nor the experiment, and must be back quickly.
+Both need JAX and the experiment; the scheduler needs neither and has a module of its own.
 """
 
 import dataclasses
@@ -12,21 +12,23 @@ from typing import Any
 from jaxdist.config import experiments
 from jaxdist.launch import parent
 from jaxdist.launch.joining import runtime
-from jaxdist.paramserver.processes import faults
-from jaxdist.paramserver.processes.driver import Node, write_file
-from jaxdist.paramserver.processes.process import NONFINITE_NAME, Spec, Statistics, main, statistics_of
+from jaxdist.paramserver.processes import faults, role
+from jaxdist.paramserver.processes.driver import Driver, write_file
+from jaxdist.paramserver.processes.reports import Statistics, statistics_of
+from jaxdist.paramserver.processes.run_folder import NONFINITE_NAME, Spec
 from jaxdist.paramserver.protocol import effects, messages
 from jaxdist.paramserver.protocol.server import Server
 from jaxdist.paramserver.protocol.settings import server_shard, worker_number
 from jaxdist.paramserver.protocol.worker import Worker
-from jaxdist.paramserver.run import island as training
+from jaxdist.paramserver.run import shared_plan
+from jaxdist.paramserver.run.island import Island
 
 
-def make(name: str, spec: Spec) -> tuple[Node, Statistics]:
+def make(name: str, spec: Spec) -> tuple[Driver, Statistics]:
     """Return the server or worker called `name`, and its counters."""
     devices = runtime.start_by_itself(spec.devices)
     experiment = experiments.override(experiments.load_experiment(spec.experiment), spec.assignments)
-    plan = training.make_plan(experiment, experiment.ps, kind=spec.kind)
+    plan = shared_plan.make_plan(experiment, experiment.ps, kind=spec.kind)
     plan = dataclasses.replace(plan, settings=spec.make_settings())
     boot = time.time_ns()
     number = worker_number(name)
@@ -35,8 +37,8 @@ def make(name: str, spec: Spec) -> tuple[Node, Statistics]:
     return _make_server(name, boot, plan, spec)
 
 
-def _make_worker(number: int, boot: int, plan: Any, devices: Any, name: str, spec: Spec) -> tuple[Node, Statistics]:
-    island = training.Island(plan, devices)
+def _make_worker(number: int, boot: int, plan: Any, devices: Any, name: str, spec: Spec) -> tuple[Driver, Statistics]:
+    island = Island(plan, devices)
     machine = Worker(worker=number, boot=boot, settings=plan.settings)
     statistics = statistics_of(name, spec, machine)
     directory = pathlib.Path(spec.directory)
@@ -49,20 +51,20 @@ def _make_worker(number: int, boot: int, plan: Any, devices: Any, name: str, spe
             write_file(path, [f"{name}. {island.explain_nonfinite(compute)}".encode()])
         return computed
 
-    node = Node(
+    driver = Driver(
         machine,
         directory=directory,
         gradient=gradient,
         observe=statistics.observe,
         point=faults.faults_of(name, directory),
     )
-    return node, statistics
+    return driver, statistics
 
 
-def _make_server(name: str, boot: int, plan: Any, spec: Spec) -> tuple[Node, Statistics]:
+def _make_server(name: str, boot: int, plan: Any, spec: Spec) -> tuple[Driver, Statistics]:
     shard = server_shard(name)
     assert shard is not None
-    first = training.make_shard(plan, shard)
+    first = shared_plan.make_shard(plan, shard)
     start = first.export()
 
     def make_shard() -> Any:
@@ -73,9 +75,9 @@ def _make_server(name: str, boot: int, plan: Any, spec: Spec) -> tuple[Node, Sta
     statistics = statistics_of(name, spec, machine)
     directory = pathlib.Path(spec.directory)
     point = faults.faults_of(name, directory)
-    return Node(machine, directory=directory, observe=statistics.observe, point=point), statistics
+    return Driver(machine, directory=directory, observe=statistics.observe, point=point), statistics
 
 
 if __name__ == "__main__":
     parent.die_with_parent()
-    sys.exit(main(sys.argv[1:], make))
+    sys.exit(role.main(sys.argv[1:], make))

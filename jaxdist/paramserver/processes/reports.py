@@ -1,0 +1,81 @@
+"""What the processes of a run count and report, in files that outlive them: counters, a line a step, a cut."""
+
+import json
+import os
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from jaxdist.paramserver.processes.driver import write_file
+from jaxdist.paramserver.processes.run_folder import CUT_NAME, STATISTICS_NAME, STEPS_NAME, Spec
+from jaxdist.paramserver.protocol import effects, journal, messages
+from jaxdist.paramserver.protocol.scheduler.scheduler import Scheduler
+from jaxdist.paramserver.wire import encoding
+
+_STATISTICS_SECONDS = 0.5
+
+
+class Statistics:
+    """Counts what run.json tells of a process, in a file that outlives it."""
+
+    def __init__(self, path: pathlib.Path, machine: Any) -> None:
+        self.path, self.machine = path, machine
+        self.staleness: dict[int, int] = {}
+        self.updates = 0
+        self.written_at = 0.0
+
+    def observe(self, effect: effects.Effect) -> None:
+        """Take in an effect."""
+        if isinstance(effect, effects.Applied) and getattr(self.machine, "primary", False):
+            self.updates += 1
+            self.staleness[effect.staleness] = self.staleness.get(effect.staleness, 0) + 1
+        if isinstance(effect, effects.Exit) or time.monotonic() - self.written_at > _STATISTICS_SECONDS:
+            self.write()
+
+    def write(self) -> None:
+        """Write the file."""
+        self.written_at = time.monotonic()
+        counters = {"updates": self.updates, **getattr(self.machine, "counters", {})}
+        content = {"counters": counters, "staleness": self.staleness}
+        write_file(self.path, [json.dumps(content).encode()])
+
+
+def statistics_of(name: str, spec: Spec, machine: Any) -> Statistics:
+    """Return the counters of the process `name`."""
+    file = f"{name.replace('/', '-')}-{os.getpid()}.json"
+    return Statistics(pathlib.Path(spec.directory) / STATISTICS_NAME / file, machine)
+
+
+class Report:
+    """What the scheduler's process leaves for whoever watches the run: a line a step, and the params of a cut."""
+
+    def __init__(self, directory: pathlib.Path) -> None:
+        self.directory = directory
+        self._steps = (directory / STEPS_NAME).open("a+", buffering=1)
+
+    def catch_up(self, machine: Scheduler, records: Sequence[messages.Message]) -> None:
+        """Write the line of a step that the last life decided and had no time to tell of; its metrics are lost."""
+        kinds = (journal.CommitRecord, journal.CompleteRecord, journal.ViewRecord)
+        last = next((record for record in reversed(records) if isinstance(record, kinds)), None)
+        if isinstance(last, journal.CommitRecord):
+            leases = [push.lease for push in last.contributors]
+        elif isinstance(last, journal.CompleteRecord):
+            leases = [last.contributor.lease]
+        else:
+            return
+        self._steps.seek(0)
+        told = [json.loads(line)["step"] for line in self._steps if line.endswith("\n")]
+        if told[-1:] != [machine.state.step]:
+            examples = sum(lease.stop - lease.start for lease in leases)
+            self.observe(effects.Committed(machine.state.step, examples, ()))
+
+    def observe(self, effect: effects.Effect) -> None:
+        """Write down a step or a cut."""
+        if isinstance(effect, effects.Committed):
+            metrics = {m.name: m.total / m.count for m in effect.metrics if m.count}
+            row = {"step": effect.step, "examples": effect.examples, "metrics": metrics, "time": time.time()}
+            self._steps.write(json.dumps(row) + "\n")
+        elif isinstance(effect, effects.Cut):
+            content = journal.CutFile(effect.step, effect.end_reason, effect.ledger, effect.shards)
+            write_file(self.directory / CUT_NAME, encoding.encode(content))

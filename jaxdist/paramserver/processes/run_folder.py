@@ -1,0 +1,57 @@
+"""The folder of a parameter-server run, `ps` in its run directory: what is stored there, and the Spec in it."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any, Literal
+
+from jaxdist.paramserver.processes.driver import write_file
+from jaxdist.paramserver.protocol.settings import Settings, Timers
+
+OBSERVER = "observer"
+DIRECTORY_NAME, STATISTICS_NAME = "ps", "statistics"
+"""The run's own folder in a run directory; the counters in it."""
+NONFINITE_NAME = "nonfinite"
+"""The folder with what workers found out about gradients that are not finite."""
+STEPS_NAME, CUT_NAME, LOG_NAME, SPEC_NAME = "steps.jsonl", "cut", "scheduler.log", "spec.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What every process of a run knows.
+
+    Attributes:
+      experiment: path of the experiment file.
+      assignments: overrides of it, as on the command line.
+      settings: all settings of the protocol.
+      peers: process name -> `host:port`.
+      directory: the run's own folder for logs, snapshots and cuts.
+      resume: name of the snapshot to go on from; empty for a fresh run.
+      devices: devices of each worker.
+      kind: how the optimizer runs on shards (see `optimizer.classify`).
+    """
+
+    experiment: str
+    assignments: list[str]
+    settings: dict[str, Any]
+    peers: dict[str, str]
+    directory: str
+    resume: str
+    devices: int
+    kind: Literal["elementwise", "global_norm"]
+
+    def write(self, path: pathlib.Path) -> None:
+        """Write the file that `read` reads."""
+        write_file(path, [json.dumps(dataclasses.asdict(self)).encode()])
+
+    @classmethod
+    def read(cls, path: pathlib.Path) -> "Spec":
+        """Return the Spec in a file."""
+        return cls(**json.loads(path.read_text()))
+
+    def make_settings(self) -> Settings:
+        """Return the protocol's settings."""
+        fields = dict(self.settings)
+        fields["timers"] = Timers(**fields["timers"])
+        fields["read_every"] = tuple(fields["read_every"])
+        return Settings(**fields)

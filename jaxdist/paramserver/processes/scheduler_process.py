@@ -1,0 +1,41 @@
+"""The scheduler's process: `python -m jaxdist.paramserver.processes.scheduler_process scheduler SPEC`.
+
+It loads neither JAX nor the experiment, and so is back quickly after a crash.
+"""
+
+import pathlib
+import sys
+
+from jaxdist.launch import parent
+from jaxdist.paramserver.processes import faults, role
+from jaxdist.paramserver.processes.driver import Driver, Log
+from jaxdist.paramserver.processes.reports import Report, Statistics, statistics_of
+from jaxdist.paramserver.processes.run_folder import LOG_NAME, Spec
+from jaxdist.paramserver.protocol import effects
+from jaxdist.paramserver.protocol.scheduler.scheduler import Scheduler
+from jaxdist.paramserver.wire import encoding
+
+
+def make_scheduler(name: str, spec: Spec) -> tuple[Driver, Statistics]:
+    """Return the scheduler and its counters, with what its log says."""
+    directory = pathlib.Path(spec.directory)
+    log = Log(directory / LOG_NAME)
+    resume = None
+    if spec.resume and not log.records:
+        resume = encoding.decode((directory / spec.resume / "manifest").read_bytes())
+    machine = Scheduler(settings=spec.make_settings(), records=log.records, resume=resume)
+    statistics, report = statistics_of(name, spec, machine), Report(directory)
+
+    report.catch_up(machine, log.records)
+
+    def observe(effect: effects.Effect) -> None:
+        statistics.observe(effect)
+        report.observe(effect)
+
+    point = faults.faults_of(name, directory)
+    return Driver(machine, directory=directory, log=log, observe=observe, point=point), statistics
+
+
+if __name__ == "__main__":
+    parent.die_with_parent()
+    sys.exit(role.main(sys.argv[1:], make_scheduler))

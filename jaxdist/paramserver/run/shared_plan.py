@@ -1,0 +1,145 @@
+"""An experiment put together for the parameter server: the Plan that every process of a run makes for itself.
+
+What is trained is the pair (params, model_state) as one list of leaves. Params move by the optimizer; model_state, the
+statistics a model keeps, is averaged over the examples of a step and replaced.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxdist import data
+from jaxdist.config.experiments import ConfigError, Experiment
+from jaxdist.paramserver.protocol.settings import ParameterServer, Settings
+from jaxdist.paramserver.protocol.shard import Shard
+from jaxdist.paramserver.run.shard_optimizer import Kind, OptaxUpdater, classify
+from jaxdist.paramserver.run.sharding import Sharding, make_sharding
+from jaxdist.paramserver.run.whole_optimizer import OptimizerCut
+from jaxdist.run import components
+
+NO_LIMIT = 1 << 40
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """An experiment put together for the parameter server; every process of a run makes the same one."""
+
+    experiment: Experiment
+    settings: Settings
+    loader: data.Loader
+    functions: Any
+    optimizer: Any
+    learning_rate: Callable[[int], float] | None
+    sharding: Sharding
+    structure: Any
+    num_params: int
+    kind: Kind
+
+    def cut(self) -> OptimizerCut:
+        """Return how the optimizer's state is cut into those of the shards."""
+        return OptimizerCut(self.optimizer, self.sharding, self.num_params, self.kind == "global_norm")
+
+    def resharded(self, num_servers: int) -> "Plan":
+        """Return the plan for another number of servers."""
+        pairs = zip(self.sharding.shapes, self.sharding.dtypes)
+        leaves = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in pairs]
+        return dataclasses.replace(self, sharding=make_sharding(leaves, num_servers=num_servers))
+
+
+def make_plan(experiment: Experiment, chosen: ParameterServer, *, kind: Kind | None = None) -> Plan:
+    """Return the Plan of `experiment`.
+
+    Args:
+      experiment: what to train.
+      chosen: its settings under `ps.`.
+      kind: how the optimizer can run on shards, where that was found out already; None tries it.
+
+    Raises:
+      ValueError: settings that contradict each other, or that the parameter server cannot keep.
+    """
+    components.check_experiment(experiment)
+    if experiment.precision == "float16":
+        raise ConfigError("the parameter server does not scale losses; use precision=bfloat16 or float32")
+    loader = components.make_loader(experiment)
+    functions = components.make_functions(experiment, components.example_batch(loader))
+    known_end = {"steps_per_epoch": loader.steps_per_epoch, "max_steps": _last_step(experiment, loader)}
+    optimizer, learning_rate = components.make_optimizer(experiment, known_end)
+    shapes = jax.eval_shape(functions.init_fn, jax.random.key(0))
+    params, model_state = shapes if isinstance(shapes, tuple) and len(shapes) == 2 else (shapes, None)
+    leaves, structure = jax.tree.flatten((params, model_state))
+    sharding = make_sharding(leaves, num_servers=chosen.servers)
+    settings = chosen.settings(
+        num_examples=len(experiment.data.train),
+        global_batch_size=experiment.global_batch_size,
+        max_steps=known_end["max_steps"] or NO_LIMIT,
+        read_every=_read_periods(experiment, loader.steps_per_epoch),
+    )
+    num_params = len(jax.tree.leaves(params))
+    kind = kind or classify(optimizer, sharding.shapes[:num_params])
+    plan = Plan(
+        experiment, settings, loader, functions, optimizer, learning_rate, sharding, structure, num_params, kind
+    )
+    _check_order(plan)
+    plan.cut()  # refuses what cannot be cut
+    return plan
+
+
+def _check_order(plan: Plan) -> None:
+    if plan.loader.steps_per_epoch != plan.settings.steps_per_epoch:
+        raise ConfigError(
+            f"the parameter server leases every example of an epoch, {plan.settings.steps_per_epoch} batches; this "
+            f"order has {plan.loader.steps_per_epoch}. Use an order that shows each example once"
+        )
+
+
+def _last_step(experiment: Experiment, loader: data.Loader) -> int | None:
+    return components.last_step(experiment, loader.steps_per_epoch)
+
+
+def _evaluation_period(experiment: Experiment, steps_per_epoch: int) -> int | None:
+    if experiment.data.eval is None:
+        return None
+    every = experiment.eval
+    return every.every_steps or every.every_epochs * steps_per_epoch
+
+
+def _read_periods(experiment: Experiment, steps_per_epoch: int) -> tuple[int, ...]:
+    """Return how often the params are looked at: for checkpoints, and for evaluations."""
+    evaluations = _evaluation_period(experiment, steps_per_epoch)
+    return (experiment.checkpoints.every_steps, *([] if evaluations is None else [evaluations]))
+
+
+def evaluation_period(plan: Plan) -> int | None:
+    """Return the steps from one evaluation to the next; None without held-out data."""
+    return _evaluation_period(plan.experiment, plan.settings.steps_per_epoch)
+
+
+def initial_leaves(plan: Plan) -> list[np.ndarray]:
+    """Return the leaves before the first step, the same that `state.create_state` makes from this seed."""
+    init_key, _ = jax.random.split(jax.random.key(plan.experiment.seed))
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(_pair(jax.jit(plan.functions.init_fn)(init_key)))]
+
+
+def _pair(created: Any) -> tuple[Any, Any]:
+    return created if isinstance(created, tuple) and len(created) == 2 else (created, None)
+
+
+def make_shard(plan: Plan, number: int) -> Shard:
+    """Return shard `number` before the first step."""
+    blocks = plan.sharding.shards[number]
+    ranks = [len(plan.sharding.shapes[block.leaf]) for block in blocks if block.leaf < plan.num_params]
+    updater = OptaxUpdater(plan.optimizer, kind=plan.kind, ranks=ranks)
+    params = plan.sharding.split(initial_leaves(plan))[number]
+    return Shard(shard=number, settings=plan.settings, updater=updater, params=params)
+
+
+def position(plan: Plan, step: int) -> data.Position:
+    """Return where the data stand after `step` batches."""
+    epoch, within = divmod(step, plan.settings.steps_per_epoch)
+    if step and not within:  # the end of an epoch, not the beginning of the next
+        epoch, within = epoch - 1, plan.settings.steps_per_epoch
+    seen = min(within * plan.settings.global_batch_size, plan.settings.num_examples)
+    return dataclasses.replace(plan.loader.beginning, epoch=epoch, position=seen)
