@@ -87,8 +87,8 @@ def make_shard() -> Shard:
 def make_server() -> Server:
     """Return a server that is primary of the only shard, with one member."""
     server = Server(node=SERVER, boot=1, settings=SETTINGS, make_shard=make_shard)
-    place = messages.ShardView(SERVER, 1, "", 0, False)
-    server.handle(messages.View(1, (messages.Member(0, 1, 0),), (place,), 1, ""), 0.0)
+    place = messages.ShardPlace(SERVER, 1, "", 0, False)
+    server.handle(messages.Membership(1, (messages.Member(0, 1, 0),), (place,), 1, ""), 0.0)
     return server
 
 

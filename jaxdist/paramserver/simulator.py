@@ -1,7 +1,7 @@
 """A whole run in one thread: seeded clock, network, disk and kills around the unchanged state machines.
 
 Everything random comes from one generator, so a seed replays a run exactly. The network drops, repeats, reorders and
-delays, and cuts nodes off; a disk write may be torn or lost when its process dies around the fsync; processes are
+delays, and isolates processes; a disk write may be torn or lost when its process dies around the fsync; processes are
 killed, paused (and come back as zombies) and restarted. After `Faults.until` nothing bad happens any more, so the run
 must come to its end. The idea is that of FoundationDB's simulation (Zhou et al., 2021).
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdist.paramserver.protocol import effects, messages, succession
+from jaxdist.paramserver.protocol import effects, journal, messages, succession
 from jaxdist.paramserver.protocol.scheduler.scheduler import Scheduler
 from jaxdist.paramserver.protocol.server import Server
 from jaxdist.paramserver.protocol.settings import SCHEDULER, Settings, server_shard, worker_name, worker_number
@@ -37,7 +37,7 @@ class Faults:
       drop: share of messages lost.
       repeat: share of messages delivered twice.
       slow: share of messages delayed by up to 0.3 s, and thereby overtaken.
-      cuts: partitions a second; each isolates one process for up to 1 s.
+      partitions: partitions a second; each isolates one process for up to 1 s.
       kills: kills a second.
       pauses: SIGSTOPs a second; each lasts up to 2 s.
       crash_at_append: share of log appends during which the process dies.
@@ -49,7 +49,7 @@ class Faults:
     drop: float = 0.0
     repeat: float = 0.0
     slow: float = 0.0
-    cuts: float = 0.0
+    partitions: float = 0.0
     kills: float = 0.0
     pauses: float = 0.0
     crash_at_append: float = 0.0
@@ -59,16 +59,16 @@ class Faults:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that happened: an effect, a logged record, or a message that was heard by `node`."""
+    """Something that happened: an effect, a logged record, or a message that was received by `process`."""
 
     time: float
-    node: str
+    process: str
     boot: int
     what: Any
 
 
 @dataclass
-class Machines:
+class Roles:
     """The state machines a simulation runs; a test may plant a faulty one."""
 
     scheduler: Callable[..., Scheduler] = Scheduler
@@ -80,7 +80,7 @@ class Machines:
 @dataclass(slots=True)
 class _Process:
     name: str
-    machine: Any = None
+    role: Any = None
     life: int = 0  # grows with every kill, so that what an earlier life had scheduled is recognised
     paused_until: float = 0.0
     backlog: list[messages.Message] = field(default_factory=list)
@@ -107,13 +107,13 @@ class Simulation:
         params: tuple[tuple[np.ndarray, ...], ...],
         gradient: Gradient,
         make_updater: Callable[[], Updater],
-        machines: Machines | None = None,
+        roles: Roles | None = None,
         compute_seconds: Callable[[random.Random, int], float] = lambda rng, worker: rng.uniform(0.02, 0.2),
-        judge: Callable[[effects.Cut], str] = lambda cut: "",
+        judge: Callable[[journal.Cut], str] = lambda cut: "",
     ) -> None:
         self.seed, self.settings, self.faults = seed, settings, faults
         self.params, self.gradient, self.make_updater = params, gradient, make_updater
-        self.machines = machines or Machines()
+        self.roles = roles or Roles()
         self.compute_seconds = compute_seconds
         self.judge = judge
         self.rng = random.Random(seed)
@@ -125,7 +125,7 @@ class Simulation:
         self.files: dict[str, bytes] = {}
         self.events: list[Event] = []
         self.isolated: dict[str, float] = {}
-        names = [SCHEDULER, *succession.server_nodes(settings), *map(worker_name, range(settings.workers))]
+        names = [SCHEDULER, *succession.server_names(settings), *map(worker_name, range(settings.workers))]
         self.processes = {name: _Process(name) for name in names}
 
     # Running.
@@ -138,14 +138,14 @@ class Simulation:
         """
         for name in self.processes:
             self._at(self.rng.uniform(0.0, 0.1), lambda name=name: self._boot(name))  # type: ignore[misc]
-        self._plan(self.faults.cuts, self._cut)
+        self._plan(self.faults.partitions, self._partition)
         self._plan(self.faults.kills, self._kill_somebody)
         self._plan(self.faults.pauses, self._pause_somebody)
         deadline = self.faults.until + patience
         while self.queue and not all(process.exit for process in self.processes.values()):
             self.now, _, action = heapq.heappop(self.queue)
             if self.now > deadline:
-                left = {name: _brief(p.machine) for name, p in self.processes.items() if not p.exit}
+                left = {name: _brief(p.role) for name, p in self.processes.items() if not p.exit}
                 raise Stuck(f"at {self.now:.1f} s these have not ended: {left}")
             action()
         return self
@@ -168,11 +168,11 @@ class Simulation:
     def _boot(self, name: str) -> None:
         process = self.processes[name]
         self.boots += 1
-        boot = self.boots * 1000  # room for the lives a process gives itself
+        boot = self.boots * 1000  # room for the further boots a process gives itself
         process.life += 1
         process.backlog = []
         process.paused_until = 0.0
-        process.machine = self._make(name, boot)
+        process.role = self._make(name, boot)
         life = process.life
         self._at(self.rng.uniform(0, TICK), lambda: self._tick(process, life))
 
@@ -181,18 +181,18 @@ class Simulation:
             records = [encoding.decode(payload) for payload in encoding.unframe(bytes(self.log))]
             # What a torn append left behind is cut off before anything is added after it.
             self.log = bytearray(b"".join(encoding.frame(encoding.to_bytes(record)) for record in records))
-            return self.machines.scheduler(settings=self.settings, records=records)
+            return self.roles.scheduler(settings=self.settings, records=records)
         worker = worker_number(name)
         if worker is not None:
-            return self.machines.worker(worker=worker, boot=boot, settings=self.settings)
+            return self.roles.worker(worker=worker, boot=boot, settings=self.settings)
         number = server_shard(name)
         assert number is not None
-        return self.machines.server(
-            node=name, boot=boot, settings=self.settings, make_shard=lambda: self._make_shard(number)
+        return self.roles.server(
+            name=name, boot=boot, settings=self.settings, make_shard=lambda: self._make_shard(number)
         )
 
     def _make_shard(self, number: int) -> Shard:
-        return self.machines.shard(
+        return self.roles.shard(
             shard=number, settings=self.settings, updater=self.make_updater(), params=self.params[number]
         )
 
@@ -205,12 +205,12 @@ class Simulation:
 
     def _kill(self, process: _Process) -> None:
         process.life += 1
-        process.machine = None
+        process.role = None
         self._at(self.rng.uniform(0.05, 0.8), lambda: self._boot(process.name))
 
     def _victims(self) -> list[_Process]:
         """Return who may be hurt without breaking a promise of this durability."""
-        alive = [p for p in self.processes.values() if p.machine is not None and not p.exit]
+        alive = [p for p in self.processes.values() if p.role is not None and not p.exit]
         victims = [p for p in alive if p.paused_until <= self.now]
         if self.settings.durability == "none" or not self._servers_whole():
             return [p for p in victims if server_shard(p.name) is None]
@@ -220,19 +220,19 @@ class Simulation:
         """Return True when the loss of any one server loses nothing: every shard has two full copies."""
         if not self.settings.replicated:
             return True
-        machine = self.processes[SCHEDULER].machine
-        if machine is None or machine.state.view is None or not all(p.synced for p in machine.state.view.shards):
+        role = self.processes[SCHEDULER].role
+        if role is None or role.state.membership is None or not all(p.synced for p in role.state.membership.shards):
             return False
-        state = machine.state
-        boots = {name: b for p in state.view.shards for name, b in _both(p)}
+        state = role.state
+        boots = {name: b for p in state.membership.shards for name, b in _both(p)}
         servers = [p for p in self.processes.values() if server_shard(p.name) is not None]
         return all(
-            p.machine is not None
+            p.role is not None
             and p.paused_until <= self.now
-            and p.name in state.lives
-            and self.now - state.lives[p.name].seen_at < self.settings.timers.dead_after / 2
-            and boots.get(p.name) == p.machine.boot
-            and p.machine.epoch == state.view.epoch
+            and p.name in state.processes
+            and self.now - state.processes[p.name].seen_at < self.settings.timers.dead_after / 2
+            and boots.get(p.name) == p.role.boot
+            and p.role.term == state.membership.term
             for p in servers
         )
 
@@ -257,7 +257,7 @@ class Simulation:
             if process.life == life:
                 self._feed(process, message)
 
-    def _cut(self) -> None:
+    def _partition(self) -> None:
         name = self.rng.choice(list(self.processes))
         self.isolated[name] = self.now + self.rng.uniform(0.1, 1.0)
 
@@ -282,7 +282,7 @@ class Simulation:
 
     def _deliver(self, to: str, message: messages.Message) -> None:
         process = self.processes[to]
-        if process.machine is None:
+        if process.role is None:
             return
         if process.paused_until > self.now:
             process.backlog.append(message)
@@ -292,11 +292,11 @@ class Simulation:
     # Effects.
 
     def _feed(self, process: _Process, message: messages.Message) -> None:
-        if process.machine is None:
+        if process.role is None:
             return
         if type(message) in _HEARD:
             self._note(process, message)
-        replies, todo = process.machine.handle(message, self.now)
+        replies, todo = process.role.handle(message, self.now)
         try:
             for effect in todo:
                 _DO.get(type(effect), Simulation._note)(self, process, effect)
@@ -307,7 +307,7 @@ class Simulation:
             self._send(process.name, to, reply)
 
     def _note(self, process: _Process, what: Any) -> None:
-        self.events.append(Event(self.now, process.name, getattr(process.machine, "boot", 0), what))
+        self.events.append(Event(self.now, process.name, getattr(process.role, "boot", 0), what))
 
     def _append(self, process: _Process, effect: effects.Append) -> None:
         data = encoding.frame(encoding.to_bytes(effect.record))
@@ -362,10 +362,10 @@ class Simulation:
 
         self._at(seconds, finish)
 
-    def _cut_taken(self, process: _Process, effect: effects.Cut) -> None:
+    def _show_cut(self, process: _Process, effect: effects.ShowCut) -> None:
         self._note(process, effect)
         life = process.life
-        verdict = messages.Verdict(effect.step, self.judge(effect))
+        verdict = messages.Verdict(effect.cut.step, self.judge(effect.cut))
 
         def finish() -> None:
             if process.life == life:
@@ -378,14 +378,14 @@ class Simulation:
         process.exit = effect
 
 
-def _both(place: messages.ShardView) -> tuple[tuple[str, int], tuple[str, int]]:
+def _both(place: messages.ShardPlace) -> tuple[tuple[str, int], tuple[str, int]]:
     return (place.primary, place.primary_boot), (place.backup, place.backup_boot)
 
 
-def _brief(machine: Any) -> dict[str, Any]:
-    machine = getattr(machine, "state", machine)
-    names = ("phase", "epoch", "step", "primary", "incarnation", "lease", "workers", "acks", "view")
-    return {name: getattr(machine, name) for name in names if hasattr(machine, name)}
+def _brief(role: Any) -> dict[str, Any]:
+    known = getattr(role, "state", role)
+    names = ("phase", "term", "step", "primary", "incarnation", "lease", "workers", "acks", "membership")
+    return {name: getattr(known, name) for name in names if hasattr(known, name)}
 
 
 _HEARD = (messages.PushAck, messages.CommitAck)
@@ -395,5 +395,5 @@ _DO: dict[type, Callable[..., None]] = {
     effects.Load: Simulation._load,
     effects.Compute: Simulation._compute,
     effects.Exit: Simulation._exit,
-    effects.Cut: Simulation._cut_taken,
+    effects.ShowCut: Simulation._show_cut,
 }

@@ -35,12 +35,12 @@ class Run:
         self.clip = simulation.clip
         s = self.settings
         self.sync = s.mode == "sync" or (s.mode == "bounded" and s.max_staleness == 0)
-        self.views = [event.what.view for event in named(self.events, "ViewRecord")]
-        self.rolled_back = any(view.restore_epoch > 1 for view in self.views)
-        cuts = named(self.events, "Cut")
+        self.memberships = [event.what.membership for event in named(self.events, "MembershipRecord")]
+        self.rolled_back = any(membership.restore_term > 1 for membership in self.memberships)
+        cuts = [event.what.cut for event in named(self.events, "ShowCut")]
         require(bool(cuts), "result", "nobody read the params at the end")
-        self.final = cuts[-1].what.shards
-        require(cuts[-1].what.step == s.max_steps, "result", f"the params read last are of step {cuts[-1].what.step}")
+        self.final = cuts[-1].shards
+        require(cuts[-1].step == s.max_steps, "result", f"the params read last are of step {cuts[-1].step}")
         self.paths = [self._path(shard) for shard in range(s.servers)]
 
     def _path(self, shard):
@@ -99,7 +99,7 @@ def examples_once_sync(run):
             epoch, start, stop = batch_range(run.settings, step)
             at = start
             for lease in sorted((c.lease for c in update.contributors), key=lambda lease: lease.start):
-                require(lease.data_epoch == epoch, "examples", f"step {step} took examples of epoch {lease.data_epoch}")
+                require(lease.epoch == epoch, "examples", f"step {step} took examples of epoch {lease.epoch}")
                 require(lease.start == at, "examples", f"step {step}: range starts at {lease.start}, expected {at}")
                 at = lease.stop
             require(at == stop, "examples", f"step {step} covers examples up to {at} of {stop}")
@@ -111,7 +111,7 @@ def examples_once_async(run):
         for update in path:
             (c,) = update.contributors
             wanted = batch_range(run.settings, c.lease.step)
-            require((c.lease.data_epoch, c.lease.start, c.lease.stop) == wanted, "examples", f"{c.lease} is {wanted}")
+            require((c.lease.epoch, c.lease.start, c.lease.stop) == wanted, "examples", f"{c.lease} is {wanted}")
             on_shards[c.lease.step, identity(c)].add(shard)
     whole = Counter(step for (step, _), shards in on_shards.items() if len(shards) == run.settings.servers)
     expected = dict.fromkeys(range(run.settings.max_steps), 1)
@@ -119,16 +119,16 @@ def examples_once_async(run):
 
 
 def fenced_stay_out(run):
-    members = {view.epoch: {(m.worker, m.incarnation) for m in view.members} for view in run.views}
+    members = {
+        membership.term: {(m.worker, m.incarnation) for m in membership.members} for membership in run.memberships
+    }
     if run.sync:
         return  # there the commit decides, and a push staged by a worker that died may still be chosen
     for shard, path in enumerate(run.paths):
         for update in path:
             for c in update.contributors:
-                inside = (c.worker, c.incarnation) in members[update.epoch]
-                require(
-                    inside, "fencing", f"shard {shard} applied a push of {identity(c)}, no member of {update.epoch}"
-                )
+                inside = (c.worker, c.incarnation) in members[update.term]
+                require(inside, "fencing", f"shard {shard} applied a push of {identity(c)}, no member of {update.term}")
 
 
 def bounded_reads(run):
@@ -163,9 +163,9 @@ def reads_have_a_future(run):
 def one_primary(run):
     leaders = defaultdict(set)
     for event in named(run.events, "Leads"):
-        leaders[event.what.shard, event.what.epoch].add((event.node, event.boot))
-    for (shard, epoch), nodes in leaders.items():
-        require(len(nodes) == 1, "one primary", f"shard {shard} has primaries {nodes} in epoch {epoch}")
+        leaders[event.what.shard, event.what.term].add((event.process, event.boot))
+    for (shard, term), names in leaders.items():
+        require(len(names) == 1, "one primary", f"shard {shard} has primaries {names} in term {term}")
 
 
 def acknowledged_survive(run):
@@ -180,7 +180,7 @@ def acknowledged_survive(run):
 
 
 def stop_together(run):
-    exits = {event.node: event.what for event in named(run.events, "Exit")}
+    exits = {event.process: event.what for event in named(run.events, "Exit")}
     require(set(exits) == set(run.processes), "stop", f"only {sorted(exits)} ended")
     ends = {(end.step, end.reason) for end in exits.values()}
     require(ends == {(run.settings.max_steps, "max_steps")}, "stop", f"the processes ended with {ends}")
@@ -190,12 +190,12 @@ def stop_together(run):
 
 def incarnations_are_new(run):
     given = {}
-    for view in run.views:
-        for member in view.members:
+    for membership in run.memberships:
+        for member in membership.members:
             owner = given.setdefault(member.incarnation, member.worker)
             require(owner == member.worker, "incarnations", f"{member.incarnation} was given out twice")
-    epochs = [view.epoch for view in run.views]
-    require(epochs == sorted(set(epochs)), "epochs", f"they do not grow: {epochs}")
+    terms = [membership.term for membership in run.memberships]
+    require(terms == sorted(set(terms)), "terms", f"they do not grow: {terms}")
 
 
 def snapshots_are_whole(run):
@@ -206,7 +206,7 @@ def snapshots_are_whole(run):
             continue
         _, name, content = event.what
         files[name] = content
-        if type(content).__name__ != "Manifest":
+        if type(content).__name__ != "SavedCut":
             continue
         missing = [shard.name for shard in content.shards if shard.name not in files]
         require(not missing, "snapshots", f"{name} is durable before {missing}")
@@ -263,8 +263,8 @@ def replay_sync(run):
 
 
 class Examples:
-    def __init__(self, data_epoch, start, stop):
-        self.data_epoch, self.start, self.stop = data_epoch, start, stop
+    def __init__(self, epoch, start, stop):
+        self.epoch, self.start, self.stop = epoch, start, stop
 
 
 def replay_async(run):

@@ -14,12 +14,12 @@ import workload
 from jaxdist.paramserver.protocol import effects, journal, messages
 from jaxdist.paramserver.protocol.scheduler.scheduler import Scheduler
 from jaxdist.paramserver.protocol.server import Server
-from jaxdist.paramserver.protocol.settings import Settings, Timers, manifest_file, shard_file
+from jaxdist.paramserver.protocol.settings import Settings, Timers, saved_cut_file, shard_file
 from jaxdist.paramserver.protocol.shard import Shard
-from jaxdist.paramserver.simulator import Faults, Machines, Simulation
+from jaxdist.paramserver.simulator import Faults, Roles, Simulation
 
 CALM = Faults(until=0.0)
-HARSH = Faults(until=3.0, drop=0.1, repeat=0.3, slow=0.3, cuts=0.5, kills=2.0, pauses=1.5, crash_at_append=0.05)
+HARSH = Faults(until=3.0, drop=0.1, repeat=0.3, slow=0.3, partitions=0.5, kills=2.0, pauses=1.5, crash_at_append=0.05)
 
 
 def settings(**changes):
@@ -69,7 +69,7 @@ def test_a_seed_replays_in_another_process():
 
 def test_an_error_names_its_seed():
     with pytest.raises(checker.Broken) as caught:
-        workload.play(5, settings=settings(workers=3), machines=Machines(shard=UnorderedShard), clip=False)
+        workload.play(5, settings=settings(workers=3), roles=Roles(shard=UnorderedShard), clip=False)
     assert "seed 5" in caught.value.__notes__[0]
 
 
@@ -142,7 +142,7 @@ def committed_at(simulation):
 
 
 def bits(simulation):
-    cut = checker.named(simulation.events, "Cut")[-1].what
+    cut = checker.named(simulation.events, "ShowCut")[-1].what.cut
     return [piece.tobytes() for shard in cut.shards for piece in shard.pieces]
 
 
@@ -162,10 +162,10 @@ class ForgetfulShard(Shard):
 class ForgetfulServer(Server):
     """Keeps its table beside the replicated state: whoever takes over has none."""
 
-    def _enter(self, view, now, out):
-        if not self.primary and view.shards[self.number].primary == self.node:
+    def _enter(self, membership, now, out):
+        if not self.primary and membership.shards[self.number].primary == self.name:
             self.shard.seen = {}
-        super()._enter(view, now, out)
+        super()._enter(membership, now, out)
 
 
 class UnorderedShard(Shard):
@@ -183,13 +183,13 @@ class HastyScheduler(Scheduler):
     """Writes the manifest first."""
 
     def handle(self, message, now):
-        before = self.state.snapshotting
+        before = self.state.saving
         replies, todo = super().handle(message, now)
-        name, state = self.state.snapshotting, self.state
+        name, state = self.state.saving, self.state
         if name and name != before:
-            shards = tuple(journal.ManifestShard(n, shard_file(name, n), 0) for n in range(state.settings.servers))
-            manifest = journal.Manifest(name, state.step, 0, state.ledger.state(), shards)
-            todo.append(effects.Write(manifest_file(name), manifest))
+            shards = tuple(journal.SavedShard(n, shard_file(name, n), 0) for n in range(state.settings.servers))
+            manifest = journal.SavedCut(name, state.step, 0, state.lease_table.trained(), shards)
+            todo.append(effects.Write(saved_cut_file(name), manifest))
         return replies, todo
 
 
@@ -206,54 +206,54 @@ class CarelessScheduler(Scheduler):
 class EagerServer(Server):
     """Answers before its backup has the entry."""
 
-    def _submit(self, entry, extra, now, out, *, acknowledge_view=False):
-        super()._submit(entry, extra, now, out, acknowledge_view=acknowledge_view)
+    def _submit(self, entry, extra, now, out, *, acknowledge_membership=False):
+        super()._submit(entry, extra, now, out, acknowledge_membership=acknowledge_membership)
         self._release(self.index, out)
 
 
 ASYNC = {"mode": "async", "workers": 4, "servers": 2, "max_steps": 12}
 REPLICATED = {**ASYNC, "durability": "replicated"}
-LONG = {"until": 8.0, "kills": 6.0, "drop": 0.3, "pauses": 0.3, "cuts": 0.0}
+LONG = {"until": 8.0, "kills": 6.0, "drop": 0.3, "pauses": 0.3, "partitions": 0.0}
 PLANTED = {
-    "no fencing": (Machines(shard=UnfencedShard), ASYNC, {}, "fencing"),
+    "no fencing": (Roles(shard=UnfencedShard), ASYNC, {}, "fencing"),
     "dedup table not stored": (
-        Machines(shard=ForgetfulShard),
+        Roles(shard=ForgetfulShard),
         {**ASYNC, "durability": "snapshot", "snapshot_every": 2},
         {},
         "snapshots",
     ),
     "dedup table not copied": (
-        Machines(server=ForgetfulServer),
+        Roles(server=ForgetfulServer),
         {**REPLICATED, "servers": 1, "max_steps": 40},
         LONG,
         "exactly once|examples",
     ),
-    "unordered sum": (Machines(shard=UnorderedShard), {"workers": 3, "servers": 2}, {}, "same bits"),
+    "unordered sum": (Roles(shard=UnorderedShard), {"workers": 3, "servers": 2}, {}, "same bits"),
     "unbounded reads": (
-        Machines(shard=UngatedShard),
+        Roles(shard=UngatedShard),
         {"mode": "bounded", "max_staleness": 1, "workers": 3},
         {},
         "bounded reads",
     ),
     "manifest written first": (
-        Machines(scheduler=HastyScheduler),
+        Roles(scheduler=HastyScheduler),
         {"durability": "snapshot", "snapshot_every": 2},
         {},
         "snapshots",
     ),
-    "commit not logged": (Machines(scheduler=CarelessScheduler), {"workers": 2}, {"kills": 3.0}, ""),
-    "acknowledged before copied": (Machines(server=EagerServer), REPLICATED, {"kills": 4.0}, "acknowledged|reads"),
+    "commit not logged": (Roles(scheduler=CarelessScheduler), {"workers": 2}, {"kills": 3.0}, ""),
+    "acknowledged before copied": (Roles(server=EagerServer), REPLICATED, {"kills": 4.0}, "acknowledged|reads"),
 }
 
 
 @pytest.mark.parametrize("bug", PLANTED)
 def test_a_planted_bug_turns_the_suite_red(bug):
-    machines, changes, worse, rule = PLANTED[bug]
+    roles, changes, worse, rule = PLANTED[bug]
     faults = dataclasses.replace(HARSH, **worse)
     broken = []
     for seed in range(150):
         try:
-            workload.play(seed, settings=settings(**changes), faults=faults, machines=machines, clip=False)
+            workload.play(seed, settings=settings(**changes), faults=faults, roles=roles, clip=False)
         except AssertionError as error:
             broken.append(str(error))
             if any(str(error).startswith(wanted) for wanted in rule.split("|")):
@@ -273,13 +273,13 @@ def test_a_lost_shard_without_durability_ends_the_run_and_says_so():
     class Fragile(Server):
         def handle(self, message, now):
             if now > 0.8 and isinstance(message, messages.Push) and self.boot < 10_000:
-                self.boot, self.view = 50_000, None
+                self.boot, self.membership = 50_000, None
                 self.make_shard()
                 self._forget()
                 return [], []
             return super().handle(message, now)
 
-    run = workload.simulate(1, settings=settings(servers=1), faults=CALM, machines=Machines(server=Fragile))
+    run = workload.simulate(1, settings=settings(servers=1), faults=CALM, roles=Roles(server=Fragile))
     ends = {(event.what.reason) for event in checker.named(run.events, "Exit")}
     assert ends == {"error"}
     assert any("there is no snapshot" in event.what.text for event in checker.named(run.events, "Warn"))
@@ -293,7 +293,7 @@ def test_the_rules_are_all_exercised():
         met.add(workload.draw_settings(rng).mode)
         run = workload.simulate(seed)
         met |= {event.what.status for event in checker.named(run.events, "PushAck")}
-        scheduler = run.processes["scheduler"].machine
+        scheduler = run.processes["scheduler"].role
         met |= {name for name, count in scheduler.counters.items() if count}
         met |= {"restart"} if run.processes["scheduler"].life > 1 else set()
     assert met >= {"sync", "bounded", "async", "duplicate", "fenced", "obsolete", "failovers", "rollbacks", "restart"}

@@ -41,7 +41,7 @@ def initial_params(servers):
 def gradient(lease, params):
     """Return the summed gradient of a lease: depends on its examples and the params, with wide-ranging magnitudes."""
     count = lease.stop - lease.start
-    rng = random.Random(lease.data_epoch * 1_000_003 + lease.start * 1009 + lease.stop)
+    rng = random.Random(lease.epoch * 1_000_003 + lease.start * 1009 + lease.stop)
     finite = rng.random() < 0.97
     pieces = []
     for shard in params:
@@ -88,7 +88,7 @@ def draw_faults(rng: random.Random) -> Faults:
         drop=sometimes(0.15),
         repeat=sometimes(0.3),
         slow=sometimes(0.3),
-        cuts=sometimes(1.5),
+        partitions=sometimes(1.5),
         kills=sometimes(2.5),
         pauses=sometimes(1.5),
         crash_at_append=sometimes(0.1),
@@ -97,7 +97,7 @@ def draw_faults(rng: random.Random) -> Faults:
     )
 
 
-def simulate(seed, *, settings=None, faults=None, machines=None, clip=None):
+def simulate(seed, *, settings=None, faults=None, roles=None, clip=None):
     """Play the run a seed stands for, with what is given instead of drawn."""
     rng = random.Random(seed)
     drawn_settings, drawn_faults = draw_settings(rng), draw_faults(rng)
@@ -110,7 +110,7 @@ def simulate(seed, *, settings=None, faults=None, machines=None, clip=None):
         params=initial_params(settings.servers),
         gradient=gradient,
         make_updater=lambda: Momentum(clip),
-        machines=machines,
+        roles=roles,
     )
     simulation.clip = CLIP if clip else None
     return simulation.run()

@@ -78,7 +78,7 @@ class Driver:
       directory: where its files are.
       log: of a scheduler.
       gradient: computes what a worker asks for, in a thread of its own.
-      observe: called with the effects that only inform (effects.Committed, effects.Cut, effects.Applied, ...).
+      observe: called with the effects that only inform (effects.Committed, effects.ShowCut, effects.Applied, ...).
       tick_seconds: how often time passes for the machine.
       point: told of everything this node does; see `faults`.
     """

@@ -56,7 +56,7 @@ class Report:
 
     def catch_up(self, machine: Scheduler, records: Sequence[messages.Message]) -> None:
         """Write the line of a step that the last life decided and had no time to tell of; its metrics are lost."""
-        kinds = (journal.CommitRecord, journal.CompleteRecord, journal.ViewRecord)
+        kinds = (journal.CommitRecord, journal.CompleteRecord, journal.MembershipRecord)
         last = next((record for record in reversed(records) if isinstance(record, kinds)), None)
         if isinstance(last, journal.CommitRecord):
             leases = [push.lease for push in last.contributors]
@@ -76,6 +76,5 @@ class Report:
             metrics = {m.name: m.total / m.count for m in effect.metrics if m.count}
             row = {"step": effect.step, "examples": effect.examples, "metrics": metrics, "time": time.time()}
             self._steps.write(json.dumps(row) + "\n")
-        elif isinstance(effect, effects.Cut):
-            content = journal.CutFile(effect.step, effect.end_reason, effect.ledger, effect.shards)
-            write_file(self.directory / CUT_NAME, encoding.encode(content))
+        elif isinstance(effect, effects.ShowCut):
+            write_file(self.directory / CUT_NAME, encoding.encode(effect.cut))

@@ -1,6 +1,7 @@
-"""What a state machine wants done besides sending replies; its driver does it, in order, before the replies leave.
+"""What a state machine asks its driver to do besides sending replies: in order, and before the replies leave.
 
-That order is the write-ahead rule: when a driver dies between two effects, nobody has heard of what was not durable.
+That order is the write-ahead rule: if the driver dies between two effects, no other process has heard of anything that
+was not durable.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from jaxdist.paramserver.protocol import journal, messages
 
 
 class Send(NamedTuple):
-    """A reply: `message` goes to the process named `to`."""
+    """A message for the process named `to`."""
 
     to: str
     message: messages.Message
@@ -20,14 +21,14 @@ class Send(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Append:
-    """Add `record` to the log and make it durable before going on."""
+    """Append `record` to the log and make it durable before the next effect."""
 
     record: messages.Message
 
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """Make a file, wholly or not at all; answer with messages.Written."""
+    """Write a file atomically; the driver answers with messages.Written."""
 
     name: str
     content: messages.Message
@@ -35,14 +36,14 @@ class Write:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Read a file; answer with messages.Loaded."""
+    """Read a file; the driver answers with messages.Loaded."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """Compute the gradient of `lease` from `params` (per shard its blocks); answer with messages.Computed."""
+    """Compute the gradient of `lease` from `params` (one tuple of blocks per shard); see messages.Computed."""
 
     incarnation: int
     sequence: int
@@ -52,10 +53,10 @@ class Compute:
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """For the record: a copy of a shard made update `version`; `before`, `after` are fingerprints of its history."""
+    """For observers: a copy of a shard made update `version`; `before` and `after` fingerprint its history."""
 
     shard: int
-    epoch: int
+    term: int
     version: int
     before: int
     after: int
@@ -67,10 +68,10 @@ class Applied:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """For the record: params of a shard, of history `chain`, left for a worker that reads under `clock`."""
+    """For observers: a worker reading at `clock` was sent the params of a shard whose history is `chain`."""
 
     shard: int
-    epoch: int
+    term: int
     worker: int
     clock: int
     version: int
@@ -79,15 +80,15 @@ class Served:
 
 @dataclass(frozen=True, slots=True)
 class Leads:
-    """For the record: this process is primary of `shard` under `epoch`."""
+    """For observers: this process is the primary of `shard` in `term`."""
 
     shard: int
-    epoch: int
+    term: int
 
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """For the record: `step` is done, with these metrics (totals and counts)."""
+    """For observers: `step` is committed, with these metrics (totals and counts)."""
 
     step: int
     examples: int
@@ -95,45 +96,42 @@ class Committed:
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
-    """All params after `step`, one answer a shard: for evaluation, for a checkpoint, and for the end.
+class ShowCut:
+    """Give `cut` to the observer: for an evaluation, a checkpoint, or the end of the run.
 
-    No lease goes out until it is answered with messages.Verdict.
+    No lease is granted until the observer answers with messages.Verdict.
     """
 
-    step: int
-    end_reason: str  # empty where the run goes on
-    ledger: journal.LedgerState
-    shards: tuple[messages.ReadAnswer, ...]
+    cut: journal.Cut
 
 
 @dataclass(frozen=True, slots=True)
 class Warn:
-    """Tell the user."""
+    """Log a warning for the user."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """The machine's part is over, after `step`, for `reason`."""
+    """End this process, after `step`, for `reason`; a negative step is an error."""
 
     step: int
     reason: str
 
 
-Effect = Append | Write | Load | Compute | Applied | Served | Leads | Committed | Cut | Warn | Exit
+Effect = Append | Write | Load | Compute | Applied | Served | Leads | Committed | ShowCut | Warn | Exit
 
 
 class Output:
-    """Replies and effects, collected while a message is handled."""
+    """The replies and effects of one handled message."""
 
     def __init__(self) -> None:
         self.replies: list[Send] = []
         self.effects: list[Effect] = []
 
     def send(self, to: str, message: messages.Message) -> None:
-        """Add a reply; nothing is sent to the empty name."""
+        """Add a reply; the empty name stands for no process."""
         if to:
             self.replies.append(Send(to, message))
 

@@ -1,44 +1,45 @@
-"""What is written down: the scheduler's log, before it acts on it; snapshots' manifests; the params for who watches.
+"""What is stored in files: the records of the scheduler's log, saved cuts, and the cut that the observer reads.
 
-Frozen dataclasses like the messages, and encoded the same way (see `encoding`); they lie in files and never travel.
+Frozen dataclasses like the messages, and encoded the same way (see `encoding`). A record is durable before the
+scheduler acts on it.
 """
 
 from dataclasses import dataclass
 
-from jaxdist.paramserver.protocol.messages import Contributor, ReadAnswer, Register, View
+from jaxdist.paramserver.protocol.messages import Contributor, Membership, ReadAnswer, Register
 
 
 @dataclass(frozen=True, slots=True)
-class LedgerState:
-    """Which steps' examples are trained: all of those before `step`, and the ones in `beyond`."""
+class Trained:
+    """The steps whose examples are trained: all steps before `step`, and the ones in `beyond`."""
 
     step: int
     beyond: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class CutFile:
-    """All params after `step` (see effects.Cut), as they are written down for whoever watches the run."""
+class Cut:
+    """All shards after `step`; `end_reason` is empty while the run continues."""
 
     step: int
     end_reason: str
-    ledger: LedgerState
+    trained: Trained
     shards: tuple[ReadAnswer, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class ViewRecord:
-    """A change of membership; `incarnations` is how many were ever given out. With `ledger`, also a return to it."""
+class MembershipRecord:
+    """A change of membership; `incarnations` is how many were ever given out. With `trained`, also a rollback to it."""
 
-    view: View
+    membership: Membership
     incarnations: int
     boots: tuple[Register, ...]
-    ledger: LedgerState | None
+    trained: Trained | None
 
 
 @dataclass(frozen=True, slots=True)
 class CommitRecord:
-    """Step `step` is made of these pushes."""
+    """Step `step` consists of these pushes; `skip` applies none of them."""
 
     step: int
     skip: bool
@@ -54,22 +55,22 @@ class NormRecord:
 
 @dataclass(frozen=True, slots=True)
 class CompleteRecord:
-    """One push, on every shard, by itself (bounded and async)."""
+    """Every shard applied this push by itself (bounded and async)."""
 
     contributor: Contributor
 
 
 @dataclass(frozen=True, slots=True)
-class SnapshotRecord:
-    """A snapshot is complete on disk."""
+class SavedCutRecord:
+    """The saved cut `name` is complete on disk."""
 
     name: str
-    ledger: LedgerState
+    trained: Trained
 
 
 @dataclass(frozen=True, slots=True)
 class VerdictRecord:
-    """The params after `step` were looked at, with this result."""
+    """The verdict of the observer on the cut after `step`."""
 
     step: int
     end_reason: str
@@ -84,8 +85,8 @@ class StopRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class ManifestShard:
-    """A shard's file in a snapshot."""
+class SavedShard:
+    """The file of one shard in a saved cut, and the CRC-32 of its bytes."""
 
     shard: int
     name: str
@@ -93,11 +94,11 @@ class ManifestShard:
 
 
 @dataclass(frozen=True, slots=True)
-class Manifest:
-    """A snapshot: written last, when every file it names is on disk. Incarnations go on after `incarnations`."""
+class SavedCut:
+    """A saved cut: written last, when every file it names is on disk. `incarnations` is how many were given out."""
 
     name: str
     step: int
     incarnations: int
-    ledger: LedgerState
-    shards: tuple[ManifestShard, ...]
+    trained: Trained
+    shards: tuple[SavedShard, ...]

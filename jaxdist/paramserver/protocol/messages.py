@@ -1,7 +1,7 @@
-"""What workers, servers and the scheduler say to each other: frozen dataclasses, holding numbers, names and arrays.
+"""The messages between workers, servers and the scheduler: frozen dataclasses of numbers, names and arrays.
 
-A message is a value: it may be lost, repeated or overtaken, so each one carries who speaks (worker, incarnation), which
-of its requests this is (sequence) and, from the scheduler, under which membership (epoch). `encoding` gives the bytes.
+A message may be lost, repeated or overtaken, so each one carries its sender (worker, incarnation), the number of the
+request (sequence) and, from the scheduler, the term of the membership it belongs to. `encoding` turns it into bytes.
 """
 
 from dataclasses import dataclass
@@ -12,26 +12,26 @@ NO_CLOCK = -1
 """The clock of a request outside the bounded mode."""
 
 BENCHED = 1 << 60
-"""The clock floor of a member that holds no lease: nobody waits for it."""
+"""The clock floor of a member that holds no lease: no reader waits for it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The examples a worker may turn into one push: positions [start, stop) of data epoch `data_epoch`.
+    """The examples a worker may turn into one push: positions [start, stop) of `epoch`.
 
-    `step` is the step those examples belong to (counted from 0), `slice` their place in its batch.
+    `step` is the step of these examples (counted from 0), `slice` their place in its batch.
     """
 
     step: int
     slice: int
-    data_epoch: int
+    epoch: int
     start: int
     stop: int
 
 
 @dataclass(frozen=True, slots=True)
 class Contributor:
-    """The push that stands for one slice of a committed step, and the examples it was computed from."""
+    """The push of one slice of a committed step, and the lease it was computed from."""
 
     worker: int
     incarnation: int
@@ -49,8 +49,8 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
-class ShardView:
-    """Who serves a shard. `boot` tells lives of a process apart; `synced` says the backup may take over."""
+class ShardPlace:
+    """The processes that serve a shard. A boot number tells starts of a process apart; `synced` allows a failover."""
 
     primary: str
     primary_boot: int
@@ -60,19 +60,19 @@ class ShardView:
 
 
 @dataclass(frozen=True, slots=True)
-class View:
-    """Membership under `epoch`. Shards whose state is older than `restore_epoch` first load snapshot `restore`."""
+class Membership:
+    """The processes of the run in `term`. A shard with older state than `restore_term` first loads cut `restore`."""
 
-    epoch: int
+    term: int
     members: tuple[Member, ...]
-    shards: tuple[ShardView, ...]
-    restore_epoch: int
+    shards: tuple[ShardPlace, ...]
+    restore_term: int
     restore: str
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """One row of the exactly-once table: the last push of a worker that was applied, and the step its lease was for."""
+    """One row of the exactly-once table: the last applied push of a worker, and the step of its lease."""
 
     worker: int
     incarnation: int
@@ -91,45 +91,45 @@ class Rows:
 Piece = np.ndarray | Rows
 
 
-# Joining and staying: processes <-> scheduler.
+# Membership: processes <-> scheduler.
 
 
 @dataclass(frozen=True, slots=True)
 class Register:
-    """Process `node`, in its life `boot` (grows with every restart), wants to take part."""
+    """Process `name` wants to join. `boot` grows with every start of the process."""
 
-    node: str
+    name: str
     boot: int
 
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """The scheduler's answer to a worker: the incarnation it pushes under."""
+    """The scheduler's answer to a worker: the incarnation that its pushes carry."""
 
-    node: str
+    name: str
     boot: int
     incarnation: int
-    view: View
+    membership: Membership
 
 
 @dataclass(frozen=True, slots=True)
 class Fenced:
-    """`node` in life `boot` is no longer a member: forget everything and register anew."""
+    """Boot `boot` of `name` is no longer a member: it must forget everything and register again."""
 
-    node: str
+    name: str
     boot: int
 
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """Alive. `progress` counts finished actions; `busy` says the next one depends on nobody else.
+    """A sign of life. `progress` counts finished actions; `busy` says that the next one depends on this process alone.
 
-    `lease`, `sequence` and `clock` tell a restarted scheduler what this worker holds.
+    From `lease`, `sequence` and `clock` a restarted scheduler learns what the worker holds.
     """
 
-    node: str
+    name: str
     boot: int
-    epoch: int
+    term: int
     progress: int
     busy: bool
     sequence: int = 0
@@ -138,13 +138,13 @@ class Heartbeat:
 
 
 @dataclass(frozen=True, slots=True)
-class ViewAck:
-    """A primary works under `epoch`; `seen` is its exactly-once table, `front` the highest clock it ever knew."""
+class MembershipAck:
+    """A primary entered `term`; `seen` is its exactly-once table, `front` the highest clock it ever saw."""
 
     shard: int
-    node: str
+    name: str
     boot: int
-    epoch: int
+    term: int
     version: int
     front: int
     seen: tuple[Seen, ...]
@@ -152,20 +152,20 @@ class ViewAck:
 
 @dataclass(frozen=True, slots=True)
 class Synced:
-    """The backup of `shard` holds everything its primary acknowledges from now on."""
+    """The backup of `shard` now holds everything that its primary has acknowledged."""
 
     shard: int
-    epoch: int
+    term: int
     backup: str
     backup_boot: int
 
 
-# A worker's round: ask, pull, compute, push, report.
+# A lease: ask, pull, compute, push, report.
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A worker is free; `sequence` is the last lease it finished or gave back."""
+    """A worker wants a lease; `sequence` is the last one it finished or returned."""
 
     worker: int
     incarnation: int
@@ -174,11 +174,11 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Lease number `sequence` of this incarnation, to be computed under `clock`."""
+    """Lease number `sequence` of this incarnation, to be computed at `clock`."""
 
     worker: int
     incarnation: int
-    epoch: int
+    term: int
     sequence: int
     clock: int
     lease: Lease
@@ -186,7 +186,7 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Revoke:
-    """Give the lease back if its params have not all arrived yet."""
+    """Return the lease unless all its params have arrived."""
 
     worker: int
     incarnation: int
@@ -195,7 +195,7 @@ class Revoke:
 
 @dataclass(frozen=True, slots=True)
 class Pull:
-    """Ask for a shard's params at `version` or later that hold every update the bound demands of `clock`."""
+    """Ask for a shard's params: `version` or later, with every update that the staleness bound requires at `clock`."""
 
     shard: int
     worker: int
@@ -207,7 +207,7 @@ class Pull:
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
-    """A shard's params, one array a block."""
+    """A shard's params, one array per block."""
 
     shard: int
     worker: int
@@ -221,8 +221,8 @@ class Pulled:
 class Push:
     """A shard's part of one gradient: the sum over the lease's examples, of which there were `count`.
 
-    `version` is the shard version it was computed from, `norm_squared` belongs to the whole mean gradient, over all
-    shards; `finite` is False when any leaf on any shard is not.
+    `version` is the shard version it was computed from. `norm_squared` and `finite` describe the mean gradient over all
+    shards.
     """
 
     shard: int
@@ -240,7 +240,7 @@ class Push:
 
 @dataclass(frozen=True, slots=True)
 class PushAck:
-    """What became of a push: staged, applied, duplicate (of an applied one), obsolete, fenced or refused (why)."""
+    """The result of a push: staged, applied, duplicate, obsolete, fenced, or refused for `reason`."""
 
     shard: int
     worker: int
@@ -252,7 +252,7 @@ class PushAck:
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A mean that can still be added up."""
+    """A mean as its total and count, so that means add up."""
 
     name: str
     total: float
@@ -274,7 +274,7 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class DoneAck:
-    """The scheduler knows."""
+    """The scheduler received Done."""
 
     worker: int
     incarnation: int
@@ -286,9 +286,9 @@ class DoneAck:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """Make the step after `step - 1` from exactly these staged pushes, in this order; `skip` applies nothing."""
+    """Apply step `step` from exactly these staged pushes, in this order; `skip` applies none."""
 
-    epoch: int
+    term: int
     shard: int
     step: int
     skip: bool
@@ -306,9 +306,9 @@ class Norms:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The squared global norm of step `step`'s gradient: now apply it."""
+    """Apply step `step`; its gradient has this squared global norm."""
 
-    epoch: int
+    term: int
     shard: int
     step: int
     norm_squared: float
@@ -316,25 +316,25 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class CommitAck:
-    """The shard is at `step` or beyond."""
+    """The shard has applied `step`, or a later one."""
 
     shard: int
     step: int
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
-    """Write your state down under `name`; no push is in flight while this is asked. `number` grows within an epoch."""
+class SaveCut:
+    """Save the shard as part of cut `name`. Sent while no push is in flight; `number` grows within a term."""
 
-    epoch: int
+    term: int
     shard: int
     number: int
     name: str
 
 
 @dataclass(frozen=True, slots=True)
-class SnapshotDone:
-    """The shard's file is on disk, `checksum` is the CRC-32 of its bytes; or it is not, for `error`."""
+class CutSaved:
+    """The shard's file of cut `name` is on disk, with this CRC-32; or `error` says why it is not."""
 
     shard: int
     name: str
@@ -344,18 +344,18 @@ class SnapshotDone:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """The scheduler wants a shard's params while no push is in flight. `number` grows within an epoch."""
+    """Ask for a shard's content. Sent while no push is in flight; `number` grows within a term."""
 
-    epoch: int
+    term: int
     shard: int
     number: int
 
 
 @dataclass(frozen=True, slots=True)
 class ReadAnswer:
-    """A shard's params and optimizer state, and the fingerprint of the updates they hold."""
+    """A shard's params and optimizer state, and the fingerprint of their update history."""
 
-    epoch: int
+    term: int
     shard: int
     number: int
     version: int
@@ -374,14 +374,14 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class StopAck:
-    """`node` stops."""
+    """Process `name` stops."""
 
-    node: str
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whoever looked at the params after `step` (effects.Cut) says: go on (empty), or end for `end_reason`."""
+    """The observer's answer to the cut after `step`: end for `end_reason`, or continue when it is empty."""
 
     step: int
     end_reason: str
@@ -389,7 +389,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Halt:
-    """Somebody who watches the run wants it ended, for `reason`, as soon as the step in hand is."""
+    """The observer asks to end the run, for `reason`, after the current step."""
 
     reason: str
 
@@ -398,27 +398,27 @@ class Halt:
 
 
 @dataclass(frozen=True, slots=True)
-class Members:
-    """The members of `epoch`, as an entry of a shard's log."""
+class SetMembers:
+    """Entry of a shard's log: the members of `term`."""
 
-    epoch: int
+    term: int
     members: tuple[Member, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Nothing:
-    """An entry that changes nothing: its acknowledgement shows that the primary still is one."""
+class NoOp:
+    """Entry that changes nothing; its acknowledgement shows that the sender is still the primary."""
 
 
-Entry = Push | Commit | Finish | Members | Nothing
+Entry = Push | Commit | Finish | SetMembers | NoOp
 
 
 @dataclass(frozen=True, slots=True)
 class Replicate:
-    """Entry number `index` of a shard's log; `chain` is the fingerprint of all updates once it is applied."""
+    """Entry number `index` of a shard's log; `chain` is the fingerprint of all updates after it."""
 
     shard: int
-    epoch: int
+    term: int
     index: int
     chain: int
     entry: Entry
@@ -429,19 +429,19 @@ class Replicated:
     """The backup holds everything up to entry `index`."""
 
     shard: int
-    epoch: int
-    node: str
+    term: int
+    name: str
     boot: int
     index: int
 
 
 @dataclass(frozen=True, slots=True)
 class ShardState:
-    """A shard as one value: weights, optimizer, exactly-once table, clocks and what is staged."""
+    """A shard as one value: params, optimizer state, exactly-once table, clocks and staged pushes."""
 
     version: int
     chain: int
-    epoch: int
+    term: int
     params: tuple[np.ndarray, ...]
     opt_state: tuple[np.ndarray, ...]
     seen: tuple[Seen, ...]
@@ -458,13 +458,13 @@ class Transfer:
     """The whole state of a shard after log entry `index`, for a new backup."""
 
     shard: int
-    epoch: int
+    term: int
     index: int
     boot: int
     state: ShardState
 
 
-# What a machine's own driver tells it. These never travel.
+# From the driver of the same process. These never travel.
 
 
 @dataclass(frozen=True, slots=True)
@@ -503,4 +503,4 @@ class Loaded:
 
 
 Message = object
-"""Any of the dataclasses above."""
+"""Any dataclass of this module."""

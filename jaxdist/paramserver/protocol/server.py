@@ -1,8 +1,8 @@
 """A server: one copy of one shard, primary or backup, as a state machine without I/O.
 
-The primary turns requests into log entries, applies each at once, sends it to its backup and holds the answer back
-until the backup has it. Reads are entries too (empty ones), so a primary that was replaced without knowing can answer
-nobody. Who is primary, the scheduler says, in a view; without a backup in the view the answers leave at once.
+The primary turns requests into log entries, applies each at once, sends it to its backup, and holds the answer back
+until the backup has the entry. Reads are (empty) entries too, so a primary that was replaced without knowing it cannot
+answer. The scheduler names the primary in the membership; if that names no backup, answers leave at once.
 """
 
 from collections import deque
@@ -15,16 +15,16 @@ from jaxdist.paramserver.protocol.shard import Outcome, Shard, ack
 from jaxdist.paramserver.wire import encoding
 
 NO_STATE = -1
-MAX_EARLY = 256  # log entries a backup keeps while one before them is missing
+MAX_EARLY = 256  # log entries a backup keeps while an earlier one is missing
 
 
 class Server:
     """One process's copy of a shard. `handle` is the whole interface."""
 
-    def __init__(self, *, node: str, boot: int, settings: Settings, make_shard: Callable[[], Shard]) -> None:
-        number = server_shard(node)
-        assert number is not None, f"{node} is no server's name"
-        self.node, self.boot, self.number, self.settings = node, boot, number, settings
+    def __init__(self, *, name: str, boot: int, settings: Settings, make_shard: Callable[[], Shard]) -> None:
+        number = server_shard(name)
+        assert number is not None, f"{name!r} is not the name of a server"
+        self.name, self.boot, self.number, self.settings = name, boot, number, settings
         self.make_shard = make_shard
         self.counters = {"duplicates_refused": 0, "fenced": 0, "refused": 0}
         self.heartbeat_at = 0.0
@@ -33,29 +33,29 @@ class Server:
         self._forget()
 
     def _forget(self) -> None:
-        """Hold nothing and belong nowhere."""
+        """Drop all state and membership."""
         self.shard: Shard = self.make_shard()
-        self.view: messages.View | None = None
-        self.pending: messages.View | None = None  # a view that waits for the file it restores
-        self.restored = NO_STATE  # the restore epoch of the state held
+        self.membership: messages.Membership | None = None
+        self.pending: messages.Membership | None = None  # a membership that waits until its saved cut is loaded
+        self.restored = NO_STATE  # the restore term of the state held
         self.primary = False
         self.index = 0  # the last log entry applied here
         self.unsent: deque[tuple[float, messages.Replicate]] = deque()  # not acknowledged by the backup
-        self.early: dict[int, messages.Replicate] = {}  # entries that overtook one before them
+        self.early: dict[int, messages.Replicate] = {}  # entries that arrived before an earlier one
         self.held: deque[tuple[int, Outcome]] = deque()  # answers that wait for the backup
         self.transfer_index: int | None = None
         self.transfer_at = 0.0
         self.waiting: dict[int, messages.Pull] = {}
-        self.order: messages.Snapshot | None = None  # the newest snapshot asked for
-        self.snapshot_done: messages.SnapshotDone | None = None
+        self.order: messages.SaveCut | None = None  # the newest cut to save
+        self.cut_saved: messages.CutSaved | None = None
 
     @property
-    def epoch(self) -> int:
-        """The epoch of the view this server works under; -1 before the first."""
-        return self.view.epoch if self.view else -1
+    def term(self) -> int:
+        """The term this server is in; -1 before the first."""
+        return self.membership.term if self.membership else -1
 
     def handle(self, message: messages.Message, now: float) -> tuple[list[effects.Send], list[effects.Effect]]:
-        """Take in one message; return what to send after the effects are done."""
+        """Handle one message; return what to send after the effects are done."""
         out = effects.Output()
         action = _ACTIONS.get(type(message))
         if action is not None and (not self.stopped or isinstance(message, messages.Stop)):
@@ -68,91 +68,97 @@ class Server:
     def _tick(self, message: messages.Tick, now: float, out: effects.Output) -> None:
         if now >= self.heartbeat_at:
             self.heartbeat_at = now + self.settings.timers.heartbeat
-            if self.view is None and self.pending is None:
-                out.send(SCHEDULER, messages.Register(self.node, self.boot))
+            if self.membership is None and self.pending is None:
+                out.send(SCHEDULER, messages.Register(self.name, self.boot))
             else:
-                out.send(SCHEDULER, messages.Heartbeat(self.node, self.boot, self.epoch, self.progress, False))
+                out.send(SCHEDULER, messages.Heartbeat(self.name, self.boot, self.term, self.progress, False))
         if self.primary:
             self._retry(now, out)
 
     def _retry(self, now: float, out: effects.Output) -> None:
-        """Send again what the backup has not acknowledged for a while."""
+        """Send what the backup has not acknowledged for a while again."""
         due = now - self.settings.timers.retry
         if self.transfer_index is not None:
             if self.transfer_at <= due:
                 self._transfer(now, out)
         elif self.unsent and self.unsent[0][0] <= due:
-            self.unsent = deque((now, replace(entry, epoch=self.epoch)) for _, entry in self.unsent)
+            self.unsent = deque((now, replace(entry, term=self.term)) for _, entry in self.unsent)
             for _, entry in list(self.unsent)[:MAX_EARLY]:
                 out.send(self._place.backup, entry)
 
     @property
-    def _place(self) -> messages.ShardView:
-        assert self.view is not None
-        return self.view.shards[self.number]
+    def _place(self) -> messages.ShardPlace:
+        assert self.membership is not None
+        return self.membership.shards[self.number]
 
-    def _on_view(self, view: messages.View, now: float, out: effects.Output) -> None:
-        newest = max(self.epoch, self.pending.epoch if self.pending else -1)
-        if view.epoch < newest:
+    def _on_membership(self, membership: messages.Membership, now: float, out: effects.Output) -> None:
+        newest = max(self.term, self.pending.term if self.pending else -1)
+        if membership.term < newest:
             return
-        if view.epoch == newest:
+        if membership.term == newest:
             if self.primary and self.pending is None:
-                self._submit(messages.Nothing(), Outcome(), now, out, acknowledge_view=True)
+                self._submit(messages.NoOp(), Outcome(), now, out, acknowledge_membership=True)
             return
-        place = view.shards[self.number]
-        me = (self.node, self.boot)
+        place = membership.shards[self.number]
+        me = (self.name, self.boot)
         if me not in ((place.primary, place.primary_boot), (place.backup, place.backup_boot)):
             self._leave(out)
-        elif self.restored < view.restore_epoch and (place.primary == self.node or place.synced):
-            self._restore(view, now, out)
+        elif self.restored < membership.restore_term and (place.primary == self.name or place.synced):
+            self._restore(membership, now, out)
         else:
-            self._enter(view, now, out)
+            self._enter(membership, now, out)
 
     def _leave(self, out: effects.Output) -> None:
-        """Replaced by another copy: start over as a new life of this process."""
-        if self.view is not None or self.pending is not None:
+        """Start over under a new boot number: another copy has replaced this one."""
+        if self.membership is not None or self.pending is not None:
             self._forget()
             self.boot += 1
-            out.send(SCHEDULER, messages.Register(self.node, self.boot))
+            out.send(SCHEDULER, messages.Register(self.name, self.boot))
 
-    def _restore(self, view: messages.View, now: float, out: effects.Output) -> None:
+    def _restore(self, membership: messages.Membership, now: float, out: effects.Output) -> None:
         boot, counters = self.boot, self.counters
         self._forget()
         self.boot, self.counters = boot, counters
-        if view.restore:
-            self.pending = view
-            out.do(effects.Load(shard_file(view.restore, self.number)))
+        if membership.restore:
+            self.pending = membership
+            out.do(effects.Load(shard_file(membership.restore, self.number)))
         else:
-            self.restored = view.restore_epoch
-            self._enter(view, now, out)
+            self.restored = membership.restore_term
+            self._enter(membership, now, out)
 
     def _loaded(self, loaded: messages.Loaded, now: float, out: effects.Output) -> None:
-        view = self.pending
-        if view is None or loaded.name != shard_file(view.restore, self.number):
+        membership = self.pending
+        if membership is None or loaded.name != shard_file(membership.restore, self.number):
             return
         state = encoding.decode(loaded.data) if loaded.data is not None else None
         if not isinstance(state, messages.ShardState):
-            out.do(effects.Exit(-1, f"{loaded.name} is missing or is no shard's state, though its manifest names it"))
+            out.do(
+                effects.Exit(
+                    -1, f"{loaded.name} is missing or is not the state of a shard, though its saved cut names it."
+                )
+            )
             return
-        self.shard.adopt(replace(state, epoch=0, staged=()))
-        self.pending, self.restored = None, view.restore_epoch
-        self._enter(view, now, out)
+        self.shard.adopt(replace(state, term=0, staged=()))
+        self.pending, self.restored = None, membership.restore_term
+        self._enter(membership, now, out)
 
-    def _enter(self, view: messages.View, now: float, out: effects.Output) -> None:
-        """Work under `view`, for which this server has its state (or, as a new backup, will be sent it)."""
-        before = self._place if self.view else None
-        self.view, self.pending, self.early = view, None, {}
+    def _enter(self, membership: messages.Membership, now: float, out: effects.Output) -> None:
+        """Enter the term of `membership`: the state for it is here, or will be sent to a new backup."""
+        before = self._place if self.membership else None
+        self.membership, self.pending, self.early = membership, None, {}
         place = self._place
-        if place.primary != self.node:
+        if place.primary != self.name:
             self.primary = False
             return
         self.primary = True
-        out.do(effects.Leads(self.number, view.epoch))
+        out.do(effects.Leads(self.number, membership.term))
         if before is None or (before.backup, before.backup_boot) != (place.backup, place.backup_boot):
             self._change_backup(now, out)
         elif place.synced:
             self.transfer_index = None
-        self._submit(messages.Members(view.epoch, view.members), Outcome(), now, out, acknowledge_view=True)
+        self._submit(
+            messages.SetMembers(membership.term, membership.members), Outcome(), now, out, acknowledge_membership=True
+        )
 
     def _change_backup(self, now: float, out: effects.Output) -> None:
         self.unsent.clear()
@@ -171,37 +177,37 @@ class Server:
         now: float,
         out: effects.Output,
         *,
-        acknowledge_view: bool = False,
+        acknowledge_membership: bool = False,
     ) -> None:
-        """Apply `entry`, copy it, and let its outcome (and `extra`) go when it is safe."""
+        """Apply `entry` and copy it to the backup; release its outcome and `extra` once the backup has it."""
         outcome = self.shard.apply(entry)
         outcome.replies += extra.replies
         outcome.effects += extra.effects
-        if acknowledge_view:
-            outcome.send(SCHEDULER, self._view_ack())
+        if acknowledge_membership:
+            outcome.send(SCHEDULER, self._membership_ack())
         self.index += 1
         if self._place.backup:
             self.held.append((self.index, outcome))
-            record = messages.Replicate(self.number, self.epoch, self.index, self.shard.chain, entry)
+            record = messages.Replicate(self.number, self.term, self.index, self.shard.chain, entry)
             self.unsent.append((now, record))
             if self.transfer_index is None:
                 out.send(self._place.backup, record)
         else:
             _let_go(outcome, out)
-        if self.waiting and not isinstance(entry, messages.Nothing):
+        if self.waiting and not isinstance(entry, messages.NoOp):
             self._serve_waiting(now, out)
 
-    def _view_ack(self) -> messages.ViewAck:
+    def _membership_ack(self) -> messages.MembershipAck:
         shard = self.shard
-        return messages.ViewAck(
-            self.number, self.node, self.boot, self.epoch, shard.version, shard.front, shard.seen_rows()
+        return messages.MembershipAck(
+            self.number, self.name, self.boot, self.term, shard.version, shard.front, shard.seen_rows()
         )
 
     def _transfer(self, now: float, out: effects.Output) -> None:
         self.unsent.clear()
         self.transfer_index, self.transfer_at = self.index, now
         place = self._place
-        state = messages.Transfer(self.number, self.epoch, self.index, place.backup_boot, self.shard.export())
+        state = messages.Transfer(self.number, self.term, self.index, place.backup_boot, self.shard.export())
         out.send(place.backup, state)
 
     def _release(self, index: int, out: effects.Output) -> None:
@@ -210,9 +216,9 @@ class Server:
 
     def _replicated(self, answer: messages.Replicated, now: float, out: effects.Output) -> None:
         place = self._place if self.primary else None
-        if place is None or (place.backup, place.backup_boot) != (answer.node, answer.boot):
+        if place is None or (place.backup, place.backup_boot) != (answer.name, answer.boot):
             return
-        if answer.epoch != self.epoch:
+        if answer.term != self.term:
             return
         while self.unsent and self.unsent[0][1].index <= answer.index:
             self.unsent.popleft()
@@ -223,13 +229,13 @@ class Server:
         if self.transfer_index is None:
             self._release(answer.index, out)
             if not place.synced:
-                out.send(SCHEDULER, messages.Synced(self.number, self.epoch, place.backup, place.backup_boot))
+                out.send(SCHEDULER, messages.Synced(self.number, self.term, place.backup, place.backup_boot))
 
-    def _is_my_primary(self, epoch: int) -> bool:
-        return self.view is not None and not self.primary and epoch == self.epoch
+    def _is_my_primary(self, term: int) -> bool:
+        return self.membership is not None and not self.primary and term == self.term
 
     def _replicate(self, record: messages.Replicate, now: float, out: effects.Output) -> None:
-        if not self._is_my_primary(record.epoch) or self.restored == NO_STATE:
+        if not self._is_my_primary(record.term) or self.restored == NO_STATE:
             return
         if self.index < record.index <= self.index + MAX_EARLY:
             self.early[record.index] = record
@@ -237,22 +243,22 @@ class Server:
             out.effects += self.shard.apply(entry.entry).effects
             self.index += 1
             if self.shard.chain != entry.chain:
-                out.do(effects.Exit(-1, f"the copies of shard {self.number} drifted apart at log entry {self.index}"))
+                out.do(effects.Exit(-1, f"The copies of shard {self.number} differ after log entry {self.index}."))
                 return
         self._acknowledge(out)
 
     def _adopt(self, transfer: messages.Transfer, now: float, out: effects.Output) -> None:
-        if not self._is_my_primary(transfer.epoch) or transfer.boot != self.boot:
+        if not self._is_my_primary(transfer.term) or transfer.boot != self.boot:
             return
         if self.restored == NO_STATE or self.index < transfer.index:
-            assert self.view is not None
+            assert self.membership is not None
             self.shard.adopt(transfer.state)
-            self.index, self.restored = transfer.index, self.view.restore_epoch
+            self.index, self.restored = transfer.index, self.membership.restore_term
             self.early = {}
         self._acknowledge(out)
 
     def _acknowledge(self, out: effects.Output) -> None:
-        answer = messages.Replicated(self.number, self.epoch, self.node, self.boot, self.index)
+        answer = messages.Replicated(self.number, self.term, self.name, self.boot, self.index)
         out.send(self._place.primary, answer)
 
     # Workers.
@@ -273,7 +279,7 @@ class Server:
             self.counters["fenced" if status == "fenced" else "duplicates_refused"] += 1
         refusal = Outcome()
         refusal.send(worker_name(push.worker), ack(push, status))
-        self._submit(messages.Nothing(), refusal, now, out)
+        self._submit(messages.NoOp(), refusal, now, out)
 
     def _pull(self, pull: messages.Pull, now: float, out: effects.Output) -> None:
         if not self.primary or not self.shard.is_member(pull.worker, pull.incarnation):
@@ -295,54 +301,54 @@ class Server:
         answer = Outcome()
         pulled = messages.Pulled(self.number, pull.worker, pull.incarnation, pull.sequence, shard.version, shard.params)
         answer.send(worker_name(pull.worker), pulled)
-        answer.do(effects.Served(self.number, self.epoch, pull.worker, pull.clock, shard.version, shard.chain))
-        self._submit(messages.Nothing(), answer, now, out)
+        answer.do(effects.Served(self.number, self.term, pull.worker, pull.clock, shard.version, shard.chain))
+        self._submit(messages.NoOp(), answer, now, out)
 
     # The scheduler.
 
     def _commit(self, commit: messages.Commit, now: float, out: effects.Output) -> None:
-        if not self.primary or commit.epoch != self.epoch:
+        if not self.primary or commit.term != self.term:
             return
         if commit.step > self.shard.version:
             self._submit(commit, Outcome(), now, out)
         else:
             known = Outcome()
             known.send(SCHEDULER, messages.CommitAck(self.number, self.shard.version))
-            self._submit(messages.Nothing(), known, now, out)
+            self._submit(messages.NoOp(), known, now, out)
 
     def _finish(self, finish: messages.Finish, now: float, out: effects.Output) -> None:
-        if self.primary and finish.epoch == self.epoch:
+        if self.primary and finish.term == self.term:
             self._submit(finish, Outcome(), now, out)
 
     def _read(self, read: messages.Read, now: float, out: effects.Output) -> None:
-        if not self.primary or read.epoch != self.epoch:
+        if not self.primary or read.term != self.term:
             return
         shard = self.shard
         answer = Outcome()
         content = messages.ReadAnswer(
-            read.epoch, self.number, read.number, shard.version, shard.chain, shard.params, shard.opt_state
+            read.term, self.number, read.number, shard.version, shard.chain, shard.params, shard.opt_state
         )
         answer.send(SCHEDULER, content)
-        self._submit(messages.Nothing(), answer, now, out)
+        self._submit(messages.NoOp(), answer, now, out)
 
-    def _snapshot(self, order: messages.Snapshot, now: float, out: effects.Output) -> None:
-        if not self.primary or order.epoch != self.epoch:
+    def _save_cut(self, order: messages.SaveCut, now: float, out: effects.Output) -> None:
+        if not self.primary or order.term != self.term:
             return
-        newest = (self.order.epoch, self.order.number) if self.order else (-1, -1)
-        if (order.epoch, order.number) > newest:
-            self.order, self.snapshot_done = order, None
+        newest = (self.order.term, self.order.number) if self.order else (-1, -1)
+        if (order.term, order.number) > newest:
+            self.order, self.cut_saved = order, None
             out.do(effects.Write(shard_file(order.name, self.number), self.shard.export()))
-        elif order == self.order and self.snapshot_done is not None:
-            out.send(SCHEDULER, self.snapshot_done)
+        elif order == self.order and self.cut_saved is not None:
+            out.send(SCHEDULER, self.cut_saved)
 
     def _written(self, written: messages.Written, now: float, out: effects.Output) -> None:
         if self.order is not None and written.name == shard_file(self.order.name, self.number):
             name = self.order.name
-            self.snapshot_done = messages.SnapshotDone(self.number, name, written.checksum, written.error)
-            out.send(SCHEDULER, self.snapshot_done)
+            self.cut_saved = messages.CutSaved(self.number, name, written.checksum, written.error)
+            out.send(SCHEDULER, self.cut_saved)
 
     def _stop(self, stop: messages.Stop, now: float, out: effects.Output) -> None:
-        out.send(SCHEDULER, messages.StopAck(self.node))
+        out.send(SCHEDULER, messages.StopAck(self.name))
         if not self.stopped:
             self.stopped = True
             out.do(effects.Exit(stop.step, stop.reason))
@@ -355,7 +361,7 @@ def _let_go(outcome: Outcome, out: effects.Output) -> None:
 
 _ACTIONS: dict[type, Callable[..., None]] = {
     messages.Tick: Server._tick,
-    messages.View: Server._on_view,
+    messages.Membership: Server._on_membership,
     messages.Loaded: Server._loaded,
     messages.Written: Server._written,
     messages.Replicated: Server._replicated,
@@ -366,6 +372,6 @@ _ACTIONS: dict[type, Callable[..., None]] = {
     messages.Commit: Server._commit,
     messages.Finish: Server._finish,
     messages.Read: Server._read,
-    messages.Snapshot: Server._snapshot,
+    messages.SaveCut: Server._save_cut,
     messages.Stop: Server._stop,
 }

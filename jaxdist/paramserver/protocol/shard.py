@@ -1,8 +1,8 @@
 """A shard of the params with its optimizer: a deterministic machine that turns log entries into updates.
 
-Weights, optimizer state, exactly-once table, clocks and staged pushes are one value (`export` and `adopt`), so whatever
-is copied to a backup or written to disk holds all of them or none. Two shards that apply the same entries in the same
-order have the same bits; `chain`, a fingerprint of the updates so far, lets a primary and its backup notice if not.
+Params, optimizer state, exactly-once table, clocks and staged pushes are one value (`export` and `adopt`), so a backup
+or a file holds all of them or none. Two shards that apply the same entries in the same order have the same bits.
+`chain` is a fingerprint of the updates so far.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ Arrays = tuple[np.ndarray, ...]
 
 
 class Updater(Protocol):
-    """The optimizer of one shard. Arrays are never changed in place; whoever holds an old one keeps it."""
+    """The optimizer of one shard. It never changes an array in place, so an old one stays valid."""
 
     needs_norm: bool
 
@@ -43,7 +43,7 @@ class Updater(Protocol):
 
 
 class Outcome(effects.Output):
-    """What applying an entry gives rise to; held back until the entry is safe."""
+    """The replies and effects of a log entry, held back until the backup has the entry."""
 
 
 def _extend(chain: int, contributors: Sequence[messages.Contributor], version: int) -> int:
@@ -54,7 +54,7 @@ def _extend(chain: int, contributors: Sequence[messages.Contributor], version: i
 
 
 def dense(piece: messages.Piece, like: np.ndarray) -> np.ndarray:
-    """Return a push's piece as an array of the block's size; repeated rows add up, in the order they are listed."""
+    """Return a push's piece as an array of the block's size; repeated rows add up in the order they are listed."""
     if not isinstance(piece, messages.Rows):
         return piece
     out = np.zeros_like(like)
@@ -69,7 +69,7 @@ def ack(push: messages.Push, status: str, reason: str = "") -> messages.PushAck:
 
 
 class Shard:
-    """One shard, as far as it is a function of its log."""
+    """One shard: a function of its log."""
 
     def __init__(self, *, shard: int, settings: Settings, updater: Updater, params: Arrays) -> None:
         self.shard, self.settings, self.updater = shard, settings, updater
@@ -79,7 +79,7 @@ class Shard:
 
     def adopt(self, state: messages.ShardState) -> None:
         """Become `state`."""
-        self.version, self.chain, self.epoch = state.version, state.chain, state.epoch
+        self.version, self.chain, self.term = state.version, state.chain, state.term
         self.params, self.opt_state = state.params, state.opt_state
         self.seen = {row.worker: row for row in state.seen}
         self.clocks, self.front = dict(state.clocks), state.front
@@ -88,11 +88,11 @@ class Shard:
         self.summed, self.summing = state.summed, state.summing
 
     def export(self) -> messages.ShardState:
-        """Return the whole state; later updates leave it as it is."""
+        """Return the whole state; later updates do not change it."""
         return messages.ShardState(
             self.version,
             self.chain,
-            self.epoch,
+            self.term,
             self.params,
             self.opt_state,
             self.seen_rows(),
@@ -108,15 +108,15 @@ class Shard:
         """Return the exactly-once table."""
         return tuple(row for _, row in sorted(self.seen.items()))
 
-    # Questions that change nothing.
+    # Queries.
 
     def is_member(self, worker: int, incarnation: int) -> bool:
-        """Return True when this life of the worker belongs to the run."""
+        """Return whether this incarnation of the worker is a member."""
         member = self.members.get(worker)
         return member is not None and member.incarnation == incarnation
 
     def may_read(self, pull: messages.Pull) -> bool:
-        """Return True when the params hold every update `pull` must see.
+        """Return whether the params hold every update that `pull` must see.
 
         In bounded mode a reader at clock c sees all updates with clock at most c - max_staleness - 1 (Ho et al., "More
         effective distributed ML via a stale synchronous parallel parameter server", 2013), its own included.
@@ -128,24 +128,24 @@ class Shard:
         return min(self.clocks.values(), default=pull.clock) >= pull.clock - self.settings.max_staleness
 
     def complaint(self, push: messages.Push) -> str:
-        """Return why the pieces of `push` do not fit this shard; empty when they do."""
+        """Return why `push` does not fit this shard, as a sentence; empty if it does."""
         if len(push.pieces) != len(self.params):
-            return f"{len(push.pieces)} pieces for {len(self.params)} blocks"
+            return f"The push has {len(push.pieces)} pieces, the shard has {len(self.params)} blocks."
         for number, (piece, param) in enumerate(zip(push.pieces, self.params)):
             values = piece.values if isinstance(piece, messages.Rows) else piece
             if values.dtype != param.dtype:
-                return f"block {number} has dtype {param.dtype}, the push brings {values.dtype}"
+                return f"Block {number} has dtype {param.dtype}, its piece has {values.dtype}."
             if isinstance(piece, messages.Rows):
                 if not _rows_fit(piece, param):
-                    return f"the rows of block {number} do not fit its {param.size} elements"
+                    return f"The rows for block {number} do not fit its {param.size} elements."
             elif values.shape != param.shape:
-                return f"block {number} has shape {param.shape}, the push brings {values.shape}"
+                return f"Block {number} has shape {param.shape}, its piece has {values.shape}."
             if push.finite and values.size and not _is_finite(values):
-                return f"block {number} is declared finite and is not"
-        return "" if push.count >= 0 else f"a count of {push.count} examples"
+                return f"The piece for block {number} is declared finite and is not."
+        return "" if push.count >= 0 else f"The push counts {push.count} examples; a count is at least 0."
 
     def verdict(self, push: messages.Push) -> str:
-        """Return what applying `push` now would do: fenced, duplicate, obsolete, staged or applied."""
+        """Return the status that `push` would get now: fenced, duplicate, obsolete, staged or applied."""
         if not self.is_member(push.worker, push.incarnation):
             return "fenced"
         row = self.seen.get(push.worker)
@@ -167,13 +167,13 @@ class Shard:
             self._commit(outcome, entry)
         elif isinstance(entry, messages.Finish):
             self._finish(outcome, entry)
-        elif isinstance(entry, messages.Members):
+        elif isinstance(entry, messages.SetMembers):
             self._set_members(entry)
         return outcome
 
     def _push(self, outcome: Outcome, push: messages.Push) -> None:
         status = self.verdict(push)
-        assert status in ("staged", "applied"), f"a {status} push has no place in the log"
+        assert status in ("staged", "applied"), f"a push that is {status} is in the log"
         if status == "staged":
             self.staged[(push.worker, push.incarnation, push.sequence)] = push
         else:
@@ -220,7 +220,7 @@ class Shard:
         outcome.send(SCHEDULER, messages.CommitAck(self.shard, self.version))
 
     def _ordered(self, commit: messages.Commit) -> list[messages.Contributor]:
-        # Slices ascend with the worker id of an undisturbed run, and stay where they are when another worker steps in.
+        # By slice, so that the sum has the same bits whichever worker computed a slice.
         return sorted(commit.contributors, key=lambda c: c.lease.slice)
 
     def _mean(self, pushes: Sequence[messages.Push]) -> Arrays:
@@ -246,7 +246,7 @@ class Shard:
         staleness: int,
         skipped: bool,
     ) -> None:
-        """Mark the pushes as applied, in the same breath as the weights they changed."""
+        """Mark the pushes as applied, in the same entry as the update of the params."""
         for c in contributors:
             row = self.seen.get(c.worker)
             if row is None or (row.incarnation, row.sequence) < (c.incarnation, c.sequence):
@@ -255,19 +255,19 @@ class Shard:
         self.version += 1
         self.chain = _extend(before, contributors, self.version)
         applied = effects.Applied(
-            self.shard, self.epoch, self.version, before, self.chain, contributors, clock, staleness, skipped
+            self.shard, self.term, self.version, before, self.chain, contributors, clock, staleness, skipped
         )
         outcome.do(applied)
 
-    def _set_members(self, entry: messages.Members) -> None:
-        if entry.epoch <= self.epoch:
+    def _set_members(self, entry: messages.SetMembers) -> None:
+        if entry.term <= self.term:
             return
-        known, self.epoch = self.members, entry.epoch
+        known, self.term = self.members, entry.term
         self.members = {member.worker: member for member in entry.members}
         clocks = {}
         for worker, member in self.members.items():
             stays = worker in known and known[worker].incarnation == member.incarnation
-            # A bench floor is no clock the member reached: what counts when it comes back is the floor it gets then.
+            # A bench floor is not a clock that the member reached; on its return the floor it gets then counts.
             held = self.clocks[worker] if stays and known[worker].floor < messages.BENCHED else member.floor
             clocks[worker] = max(member.floor, held)
             self.front = max(self.front, member.floor % messages.BENCHED)
@@ -277,10 +277,10 @@ class Shard:
 def _is_finite(values: np.ndarray) -> bool:
     if values.dtype in (np.float32, np.float64):
         with np.errstate(all="ignore"):
-            # One pass over the memory; whether the squares overflow only, two more tell.
+            # One pass over the memory; if only the squares overflow, the two passes below find that out.
             if np.isfinite(np.vdot(values, values)):
                 return True
-    # Extremes pass on what is not finite, and make no array of their own.
+    # The extremes are not finite if any value is not, and need no temporary array.
     return bool(np.isfinite(values.max()) and np.isfinite(values.min()))
 
 

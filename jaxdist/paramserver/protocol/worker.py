@@ -1,7 +1,7 @@
 """A worker: asks for a lease, pulls, has the gradient computed, pushes, reports; a state machine without I/O.
 
-One request is open at a time (to several shards at once), and everything it says may be said again: every request
-carries its lease's sequence number, so a repeated one is answered from what is already there.
+One request is open at a time (to several shards at once), and any request may be repeated: it carries the sequence
+number of its lease, so a repeated one is answered from what is already there.
 """
 
 from collections.abc import Callable
@@ -15,17 +15,17 @@ class Worker:
 
     def __init__(self, *, worker: int, boot: int, settings: Settings) -> None:
         self.worker, self.boot, self.settings = worker, boot, settings
-        self.node = worker_name(worker)
+        self.name = worker_name(worker)
         self.progress = 0
         self.heartbeat_at = 0.0
         self._begin()
 
     def _begin(self) -> None:
-        """Belong nowhere yet."""
+        """Forget everything: this process is not a member yet."""
         self.phase = "joining"
         self.incarnation = 0
-        self.view: messages.View | None = None
-        self.sequence = 0  # the last lease that was begun
+        self.membership: messages.Membership | None = None
+        self.sequence = 0  # the last lease that was granted
         self.clock = 0
         self.lease: messages.Lease | None = None
         self.asked_at = float("-inf")
@@ -34,12 +34,12 @@ class Worker:
         self.acknowledged: set[int] = set()
 
     @property
-    def epoch(self) -> int:
-        """The epoch of the newest view heard of; -1 before the first."""
-        return self.view.epoch if self.view else -1
+    def term(self) -> int:
+        """The newest term this worker heard of; -1 before the first."""
+        return self.membership.term if self.membership else -1
 
     def handle(self, message: messages.Message, now: float) -> tuple[list[effects.Send], list[effects.Effect]]:
-        """Take in one message; return what to send after the effects are done."""
+        """Handle one message; return what to send after the effects are done."""
         out = effects.Output()
         action = _ACTIONS.get(type(message))
         if action is not None and (self.phase != "stopped" or isinstance(message, messages.Stop)):
@@ -62,13 +62,13 @@ class Worker:
         out.send(
             SCHEDULER,
             messages.Heartbeat(
-                self.node, self.boot, self.epoch, self.progress, busy, self.sequence, self.clock, self.lease
+                self.name, self.boot, self.term, self.progress, busy, self.sequence, self.clock, self.lease
             ),
         )
 
     def _welcome(self, welcome: messages.Welcome, now: float, out: effects.Output) -> None:
         if self.phase == "joining" and welcome.boot == self.boot:
-            self.incarnation, self.view = welcome.incarnation, welcome.view
+            self.incarnation, self.membership = welcome.incarnation, welcome.membership
             self._enter("asking", now, out)
 
     def _fenced(self, fenced: messages.Fenced, now: float, out: effects.Output) -> None:
@@ -76,20 +76,20 @@ class Worker:
             self._rejoin(now, out)
 
     def _rejoin(self, now: float, out: effects.Output) -> None:
-        """Start over as a new life: nothing of the old one is used again."""
+        """Start over under a new boot number: nothing from before is used again."""
         self.boot += 1
         self._begin()
         self._request(now, out)
 
-    def _on_view(self, view: messages.View, now: float, out: effects.Output) -> None:
-        if self.phase == "joining" or view.epoch <= self.epoch:
+    def _on_membership(self, membership: messages.Membership, now: float, out: effects.Output) -> None:
+        if self.phase == "joining" or membership.term <= self.term:
             return
-        self.view = view
+        self.membership = membership
         self._beat(now, out)
         if self.phase != "computing":
             self._request(now, out)
 
-    # The round.
+    # The phases of a lease.
 
     def _enter(self, phase: str, now: float, out: effects.Output) -> None:
         self.phase = phase
@@ -97,10 +97,10 @@ class Worker:
         self._request(now, out)
 
     def _request(self, now: float, out: effects.Output) -> None:
-        """Say (again) what this phase waits for an answer to."""
+        """Send (again) the request whose answer this phase waits for."""
         self.asked_at = now
         if self.phase == "joining":
-            out.send(SCHEDULER, messages.Register(self.node, self.boot))
+            out.send(SCHEDULER, messages.Register(self.name, self.boot))
         elif self.phase == "asking":
             out.send(SCHEDULER, messages.Ask(self.worker, self.incarnation, self.sequence))
         elif self.phase == "pulling":
@@ -111,13 +111,13 @@ class Worker:
             self._send_done(out)
 
     def _to_shards(self, done: object, out: effects.Output, make: Callable[[int], messages.Message]) -> None:
-        assert self.view is not None
-        for number, place in enumerate(self.view.shards):
+        assert self.membership is not None
+        for number, place in enumerate(self.membership.shards):
             if number not in done:  # type: ignore[operator]
                 out.send(place.primary, make(number))
 
     def _grant(self, grant: messages.Grant, now: float, out: effects.Output) -> None:
-        current = grant.incarnation == self.incarnation and grant.epoch == self.epoch
+        current = grant.incarnation == self.incarnation and grant.term == self.term
         if not current or grant.sequence <= self.sequence or self.phase not in ("asking", "reporting"):
             return
         self.lease, self.sequence, self.clock = grant.lease, grant.sequence, grant.clock
@@ -137,13 +137,13 @@ class Worker:
         if self.phase != "pulling" or (pulled.incarnation, pulled.sequence) != (self.incarnation, self.sequence):
             return
         assert self.lease is not None
-        assert self.view is not None
+        assert self.membership is not None
         if self.settings.synchronous and pulled.version != self.lease.step:
-            self._free(now, out)  # the step was made without this lease
+            self._free(now, out)  # the step was committed without this lease
             return
         self.pulled[pulled.shard] = pulled
         self.progress += 1
-        if len(self.pulled) == len(self.view.shards):
+        if len(self.pulled) == len(self.membership.shards):
             self.phase = "computing"
             params = tuple(self.pulled[n].pieces for n in range(len(self.pulled)))
             out.do(effects.Compute(self.incarnation, self.sequence, self.lease, params))
@@ -179,10 +179,10 @@ class Worker:
     def _push_ack(self, ack: messages.PushAck, now: float, out: effects.Output) -> None:
         if self.phase != "pushing" or (ack.incarnation, ack.sequence) != (self.incarnation, self.sequence):
             return
-        assert self.view is not None
+        assert self.membership is not None
         if ack.status == "refused":
             self.phase = "stopped"
-            out.do(effects.Exit(-1, f"shard {ack.shard} refused a push of {self.node}: {ack.reason}"))
+            out.do(effects.Exit(-1, f"Shard {ack.shard} refused a push of {self.name}: {ack.reason}"))
         elif ack.status == "fenced":
             self._rejoin(now, out)
         elif ack.status == "obsolete":
@@ -190,7 +190,7 @@ class Worker:
         else:
             self.acknowledged.add(ack.shard)
             self.progress += 1
-            if len(self.acknowledged) == len(self.view.shards):
+            if len(self.acknowledged) == len(self.membership.shards):
                 self._enter("reporting", now, out)
 
     def _send_done(self, out: effects.Output) -> None:
@@ -213,12 +213,12 @@ class Worker:
             self._free(now, out)
 
     def _free(self, now: float, out: effects.Output) -> None:
-        """Hold no lease any more, finished or not."""
+        """Give up the lease, finished or not, and ask for the next."""
         self.lease, self.computed, self.pulled = None, None, {}
         self._enter("asking", now, out)
 
     def _stop(self, stop: messages.Stop, now: float, out: effects.Output) -> None:
-        out.send(SCHEDULER, messages.StopAck(self.node))
+        out.send(SCHEDULER, messages.StopAck(self.name))
         if self.phase != "stopped":
             self.phase = "stopped"
             out.do(effects.Exit(stop.step, stop.reason))
@@ -228,7 +228,7 @@ _ACTIONS: dict[type, Callable[..., None]] = {
     messages.Tick: Worker._tick,
     messages.Welcome: Worker._welcome,
     messages.Fenced: Worker._fenced,
-    messages.View: Worker._on_view,
+    messages.Membership: Worker._on_membership,
     messages.Grant: Worker._grant,
     messages.Pulled: Worker._on_pulled,
     messages.Computed: Worker._on_computed,

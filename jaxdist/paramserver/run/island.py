@@ -95,7 +95,7 @@ class Island:
         rows = np.minimum(rows, size - 1)
         loader = self.plan.loader.with_rows(rows)
         loader.read_ahead, loader.num_threads = 0, 0
-        loader.start = dataclasses.replace(loader.beginning, epoch=lease.data_epoch, position=lease.start - first)
+        loader.start = dataclasses.replace(loader.beginning, epoch=lease.epoch, position=lease.start - first)
         batches = iter(loader)
         batch = next(batches).batch
         batches.close()

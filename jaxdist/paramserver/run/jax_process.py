@@ -71,7 +71,7 @@ def _make_server(name: str, boot: int, plan: Any, spec: Spec) -> tuple[Driver, S
         first.adopt(start)
         return first
 
-    machine = Server(node=name, boot=boot, settings=plan.settings, make_shard=make_shard)
+    machine = Server(name=name, boot=boot, settings=plan.settings, make_shard=make_shard)
     statistics = statistics_of(name, spec, machine)
     directory = pathlib.Path(spec.directory)
     point = faults.faults_of(name, directory)

@@ -30,7 +30,7 @@ class Judge:
         self.plan = plan
         self._step = evaluate.eval_step(plan.functions.eval_fn)
 
-    def state(self, cut: journal.CutFile) -> TrainState:
+    def state(self, cut: journal.Cut) -> TrainState:
         """Return the training state of a cut."""
         leaves = self.plan.sharding.join([answer.pieces for answer in cut.shards])
         opt_leaves = self.plan.cut().join([answer.opt_state for answer in cut.shards])

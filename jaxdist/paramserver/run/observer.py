@@ -204,7 +204,7 @@ class Observer:
             return
         self.seen_cut = written
         cut = encoding.decode(path.read_bytes())
-        assert isinstance(cut, journal.CutFile)
+        assert isinstance(cut, journal.Cut)
         self._read_steps(steps)  # those up to the cut were written before it
         self.progress.step = max(self.progress.step, cut.step)
         self.state = self.judge.state(cut)
@@ -217,10 +217,10 @@ class Observer:
         self.end_reason = reason or None
         self.write_record(None)
 
-    def _due(self, cut: journal.CutFile, period: int) -> bool:
+    def _due(self, cut: journal.Cut, period: int) -> bool:
         return bool(cut.end_reason) or cut.step // period > self.cut_step // period
 
-    def _evaluate(self, cut: journal.CutFile, state: TrainState) -> None:
+    def _evaluate(self, cut: journal.Cut, state: TrainState) -> None:
         """Evaluate if that is due; a run that is stopped has no time for it, and one that diverged no use."""
         period = shared_plan.evaluation_period(self.plan)
         done = self.progress.last_evaluation == cut.step > 0
@@ -231,7 +231,7 @@ class Observer:
         self.progress.record_evaluation(found)
         self._write_metrics(cut.step, found)
 
-    def _diverged(self, cut: journal.CutFile) -> bool:
+    def _diverged(self, cut: journal.Cut) -> bool:
         """Return True where a gradient was not finite, or the loss is not."""
         return cut.end_reason == NONFINITE or stop.nonfinite()(self.progress) is not None
 
@@ -240,16 +240,16 @@ class Observer:
         found = sorted((self.directory / run_folder.NONFINITE_NAME).glob("*.txt"))
         attempt.write_nonfinite(self.run_dir, "\n".join(path.read_text() for path in found), self.checkpointer)
 
-    def _save(self, cut: journal.CutFile, state: TrainState, reason: str) -> None:
+    def _save(self, cut: journal.Cut, state: TrainState, reason: str) -> None:
         """Save if that is due, and at every end but that of a run that diverged."""
         every = self.plan.experiment.checkpoints.every_steps
         if self.saved == cut.step or self._diverged(cut) or not (reason or self._due(cut, every)):
             return
         self.saved = cut.step
-        place = shared_plan.position(self.plan, cut.ledger.step)
+        place = shared_plan.position(self.plan, cut.trained.step)
         data_state: dict[str, Any] = {"position": place.to_json(), "progress": self.progress.to_json()}
-        if cut.ledger.beyond:
-            data_state[BEYOND] = list(cut.ledger.beyond)
+        if cut.trained.beyond:
+            data_state[BEYOND] = list(cut.trained.beyond)
         with self.stopwatch.account("checkpoint"):
             self.checkpointer.save(cut.step, state, data_state, self.progress.metrics)
 

@@ -19,7 +19,7 @@ from jaxdist.checkpoint import checkpoints
 from jaxdist.config.experiments import ConfigError
 from jaxdist.paramserver.processes.driver import write_file
 from jaxdist.paramserver.protocol import journal, messages
-from jaxdist.paramserver.protocol.settings import Settings, manifest_file, shard_file
+from jaxdist.paramserver.protocol.settings import Settings, saved_cut_file, shard_file
 from jaxdist.paramserver.run import judge, shared_plan
 from jaxdist.paramserver.wire import encoding
 from jaxdist.spmd import mesh
@@ -46,14 +46,14 @@ class Start:
 
 @dataclasses.dataclass(frozen=True)
 class _Found:
-    ledger: journal.LedgerState
+    trained: journal.Trained
     leaves: list[np.ndarray]
     opt_leaves: list[np.ndarray]
     progress: stop.Progress
 
     @property
     def step(self) -> int:
-        return self.ledger.step + len(self.ledger.beyond)
+        return self.trained.step + len(self.trained.beyond)
 
 
 def begin(plan: shared_plan.Plan, checkpointer: checkpoints.Checkpointer, directory: pathlib.Path) -> Start:
@@ -78,7 +78,7 @@ def begin(plan: shared_plan.Plan, checkpointer: checkpoints.Checkpointer, direct
 
 def snapshots(directory: pathlib.Path) -> list[pathlib.Path]:
     """Return the complete snapshots in `directory`, oldest first."""
-    return sorted(path.parent for path in directory.glob(manifest_file("*")))
+    return sorted(path.parent for path in directory.glob(saved_cut_file("*")))
 
 
 def remove_snapshots(directory: pathlib.Path, *, keep: int) -> None:
@@ -107,7 +107,7 @@ def _from_checkpoint(plan: shared_plan.Plan, checkpointer: checkpoints.Checkpoin
         )
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves((restored.params, restored.model_state))]
     opt_leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(restored.opt_state)]
-    return _Found(journal.LedgerState(low, beyond), leaves, opt_leaves, progress)
+    return _Found(journal.Trained(low, beyond), leaves, opt_leaves, progress)
 
 
 def _from_snapshots(plan: shared_plan.Plan, directory: pathlib.Path, saved: _Found | None) -> _Found | None:
@@ -123,14 +123,14 @@ def _from_snapshots(plan: shared_plan.Plan, directory: pathlib.Path, saved: _Fou
         leaves = old.sharding.join([shard.params for shard in shards])
         opt_leaves = old.cut().join([shard.opt_state for shard in shards])
         progress = _progress(plan, manifest, saved.progress if saved else stop.Progress())
-        return _Found(manifest.ledger, leaves, opt_leaves, progress)
+        return _Found(manifest.trained, leaves, opt_leaves, progress)
     return None
 
 
-def _progress(plan: shared_plan.Plan, manifest: journal.Manifest, before: stop.Progress) -> stop.Progress:
+def _progress(plan: shared_plan.Plan, manifest: journal.SavedCut, before: stop.Progress) -> stop.Progress:
     """Return the progress at a snapshot: evaluations are known as of the checkpoint, steps and examples exactly."""
-    settings, place = plan.settings, shared_plan.position(plan, manifest.ledger.step)
-    ahead = sum(_batch_size(settings, step) for step in manifest.ledger.beyond)
+    settings, place = plan.settings, shared_plan.position(plan, manifest.trained.step)
+    ahead = sum(_batch_size(settings, step) for step in manifest.trained.beyond)
     return dataclasses.replace(
         before,
         step=manifest.step,
@@ -144,7 +144,7 @@ def _batch_size(settings: Settings, step: int) -> int:
     return min(settings.global_batch_size, settings.num_examples - first)
 
 
-def _read(path: pathlib.Path) -> tuple[journal.Manifest, list[messages.ShardState]] | None:
+def _read(path: pathlib.Path) -> tuple[journal.SavedCut, list[messages.ShardState]] | None:
     """Return a snapshot's content; None where a file of it is damaged."""
     try:
         manifest: Any = encoding.decode((path / "manifest").read_bytes())
@@ -165,7 +165,7 @@ def _write(plan: shared_plan.Plan, found: _Found, directory: pathlib.Path) -> st
     for number, (params, opt_state) in enumerate(pairs):
         shard = messages.ShardState(found.step, 0, 0, params, opt_state, (), (), 0, (), (), (), None)
         checksum = write_file(directory / shard_file(name, number), encoding.encode(shard))
-        rows.append(journal.ManifestShard(number, shard_file(name, number), checksum))
-    manifest = journal.Manifest(name, found.step, 0, found.ledger, tuple(rows))
-    write_file(directory / manifest_file(name), encoding.encode(manifest))
+        rows.append(journal.SavedShard(number, shard_file(name, number), checksum))
+    manifest = journal.SavedCut(name, found.step, 0, found.trained, tuple(rows))
+    write_file(directory / saved_cut_file(name), encoding.encode(manifest))
     return name

@@ -135,7 +135,7 @@ def _write_spec(
 def part_names(plan: shared_plan.Plan) -> list[str]:
     """Return the names of all processes of a run, the observer apart."""
     workers = [worker_name(number) for number in range(plan.settings.workers)]
-    return [SCHEDULER, *succession.server_nodes(plan.settings), *workers]
+    return [SCHEDULER, *succession.server_names(plan.settings), *workers]
 
 
 def _watch(

@@ -34,13 +34,13 @@ pytestmark = [pytest.mark.timeout(600)]
         ("do Compute", "send PushAck", "did CommitRecord"),
         ("send Push", "send Replicate", "send Commit"),
         ("send Done", "hear Commit", "send Grant"),
-        ("hear DoneAck", "send CommitAck", "do ViewRecord"),
-        ("send Pull", "send Pulled", "did ViewRecord"),
+        ("hear DoneAck", "send CommitAck", "do MembershipRecord"),
+        ("send Pull", "send Pulled", "did MembershipRecord"),
     ],
 )
 def test_killed_at_a_labelled_point(tmp_path, monkeypatch, calm, labels):  # noqa: F811
     worker, server, scheduler = labels
-    count = 3 if "View" in scheduler else 25
+    count = 3 if "Membership" in scheduler else 25
     made = struck(
         tmp_path,
         monkeypatch,

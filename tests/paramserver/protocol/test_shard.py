@@ -20,7 +20,7 @@ def settings(**changes):
 
 def shard(**changes):
     made = Shard(shard=0, settings=settings(**changes), updater=workload.Momentum(), params=PARAMS)
-    made.apply(messages.Members(1, (messages.Member(0, 1, 0), messages.Member(1, 2, 0))))
+    made.apply(messages.SetMembers(1, (messages.Member(0, 1, 0), messages.Member(1, 2, 0))))
     return made
 
 
@@ -34,11 +34,11 @@ def push(pieces=None, *, worker=0, incarnation=1, sequence=1, version=0, clock=0
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"pieces": PARAMS[:1]}, "1 pieces for 2 blocks"),
-        ({"pieces": (PARAMS[0].astype(np.float64), PARAMS[1])}, "dtype float32, the push brings float64"),
+        ({"pieces": PARAMS[:1]}, "1 pieces, the shard has 2 blocks"),
+        ({"pieces": (PARAMS[0].astype(np.float64), PARAMS[1])}, "dtype float32, its piece has float64"),
         ({"pieces": (PARAMS[0][:3], PARAMS[1])}, "shape"),
         ({"pieces": (PARAMS[0] * np.nan, PARAMS[1])}, "declared finite and is not"),
-        ({"count": -1.0}, "a count of -1.0"),
+        ({"count": -1.0}, "counts -1.0 examples"),
         ({"pieces": (messages.Rows(np.array([3]), np.ones((1, 2), np.float32)), PARAMS[1])}, "do not fit"),
         ({"pieces": (messages.Rows(np.array([0]), np.ones((1, 4), np.float32)), PARAMS[1])}, "do not fit"),
     ],
@@ -69,7 +69,7 @@ def test_a_push_counts_once_and_zombies_do_not():
     assert one.verdict(push()) == "duplicate"
     assert one.verdict(push(sequence=2)) == "applied"
     assert one.verdict(push(incarnation=7)) == "fenced"
-    one.apply(messages.Members(2, (messages.Member(0, 3, 0),)))
+    one.apply(messages.SetMembers(2, (messages.Member(0, 3, 0),)))
     assert one.verdict(push(sequence=2)) == "fenced"
     assert one.verdict(push(incarnation=3)) == "applied"
 
@@ -116,6 +116,6 @@ def test_a_bounded_read_waits_for_the_slowest():
     one.apply(push(worker=1, incarnation=2, clock=0))
     one.apply(push(worker=0, clock=0))
     assert one.may_read(messages.Pull(0, 0, 1, 1, 0, 2))
-    one.apply(messages.Members(2, (messages.Member(0, 1, 0), messages.Member(1, 2, messages.BENCHED))))
+    one.apply(messages.SetMembers(2, (messages.Member(0, 1, 0), messages.Member(1, 2, messages.BENCHED))))
     one.apply(push(worker=0, sequence=2, clock=1))
     assert one.may_read(messages.Pull(0, 0, 1, 1, 0, 3))

@@ -7,21 +7,21 @@ from jaxdist.paramserver.protocol.settings import SCHEDULER, Settings
 from jaxdist.paramserver.protocol.worker import Worker
 
 SETTINGS = Settings(num_examples=20, global_batch_size=6, max_steps=9, mode="async")
-SHARD = messages.ShardView("server/0/a", 1, "", 0, False)
+SHARD = messages.ShardPlace("server/0/a", 1, "", 0, False)
 LEASE = messages.Lease(0, 0, 0, 0, 6)
 
 
-def view(epoch, incarnation):
-    return messages.View(epoch, (messages.Member(0, incarnation, 0),), (SHARD,), 1, "")
+def membership(term, incarnation):
+    return messages.Membership(term, (messages.Member(0, incarnation, 0),), (SHARD,), 1, "")
 
 
-def join(worker, epoch, incarnation):
+def join(worker, term, incarnation):
     worker.handle(messages.Tick(), 0.0)
-    worker.handle(messages.Welcome(worker.node, worker.boot, incarnation, view(epoch, incarnation)), 0.0)
+    worker.handle(messages.Welcome(worker.name, worker.boot, incarnation, membership(term, incarnation)), 0.0)
 
 
-def compute(worker, epoch, incarnation):
-    worker.handle(messages.Grant(0, incarnation, epoch, 1, 0, LEASE), 0.0)
+def compute(worker, term, incarnation):
+    worker.handle(messages.Grant(0, incarnation, term, 1, 0, LEASE), 0.0)
     _, todo = worker.handle(messages.Pulled(0, 0, incarnation, 1, 0, (np.zeros(2, np.float32),)), 0.0)
     return next(effect for effect in todo if isinstance(effect, effects.Compute))
 
@@ -31,7 +31,7 @@ def test_a_gradient_of_an_earlier_life_is_not_pushed():
     worker = Worker(worker=0, boot=10, settings=SETTINGS)
     join(worker, 1, 1)
     old = compute(worker, 1, 1)
-    worker.handle(messages.Fenced(worker.node, worker.boot), 1.0)
+    worker.handle(messages.Fenced(worker.name, worker.boot), 1.0)
     join(worker, 2, 2)
     new = compute(worker, 2, 2)
     assert (old.sequence, new.sequence) == (1, 1)

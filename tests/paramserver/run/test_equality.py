@@ -14,7 +14,7 @@ from jaxdist.paramserver.protocol import effects, messages
 from jaxdist.paramserver.protocol.settings import ParameterServer
 from jaxdist.paramserver.run import shared_plan as plans
 from jaxdist.paramserver.run.island import Island
-from jaxdist.paramserver.simulator import Faults, Machines, Simulation
+from jaxdist.paramserver.simulator import Faults, Roles, Simulation
 from jaxdist.run import components
 
 STEPS = 6
@@ -57,10 +57,10 @@ def serve(plan):
         params=plan.sharding.split(leaves_of(plan)),
         gradient=gradient,
         make_updater=lambda: None,
-        machines=Machines(shard=lambda *, shard, **rest: plans.make_shard(plan, shard)),
+        roles=Roles(shard=lambda *, shard, **rest: plans.make_shard(plan, shard)),
         compute_seconds=lambda rng, worker: rng.uniform(0.01, 0.1),
     ).run()
-    cut = [event.what for event in simulation.events if isinstance(event.what, effects.Cut)][-1]
+    cut = [event.what.cut for event in simulation.events if isinstance(event.what, effects.ShowCut)][-1]
     leaves = plan.sharding.join([answer.pieces for answer in cut.shards])
     return leaves, plan.cut().join([answer.opt_state for answer in cut.shards])
 

@@ -77,7 +77,7 @@ def test_a_snapshot_counts_only_when_it_is_newer_and_intact(tmp_path):
         leaves = [np.zeros(shape, dtype) for shape, dtype in zip(plan.sharding.shapes, plan.sharding.dtypes)]
         opt_leaves = [np.zeros(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(opt_shapes(plan))]
         for step in (4, 8, 9):
-            found = resume._Found(resume.journal.LedgerState(step, ()), leaves, opt_leaves, stop.Progress())
+            found = resume._Found(resume.journal.Trained(step, ()), leaves, opt_leaves, stop.Progress())
             name = resume._write(plan, found, directory)
         damaged = directory / name / "shard-1"
         damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")

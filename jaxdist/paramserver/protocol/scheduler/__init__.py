@@ -1,1 +1,1 @@
-"""The scheduler's state machine, a file for each of its stages."""
+"""The scheduler's state machine: one module for each stage."""

@@ -1,22 +1,22 @@
-"""The scheduler's commits: a step is made once its slices are staged on all shards, and told until all have it."""
+"""The commits stage: a step is committed once its slices are staged on all shards, and sent until all applied it."""
 
 from jaxdist.paramserver.protocol import effects, journal, messages
 from jaxdist.paramserver.protocol.effects import Output
-from jaxdist.paramserver.protocol.scheduler.lease_table import BatchLedger, StepLedger
+from jaxdist.paramserver.protocol.scheduler.lease_table import BatchLeases, StepLeases
 from jaxdist.paramserver.protocol.scheduler.scheduler_state import SchedulerState
 
 
 def decide(state: SchedulerState, out: Output) -> None:
-    """Commit the step once every slice is staged everywhere and the step before is done with."""
-    assert isinstance(state.ledger, StepLedger)
-    contributors = state.ledger.contributors()
+    """Commit the step once every slice is staged on every shard and the step before is applied."""
+    assert isinstance(state.lease_table, StepLeases)
+    contributors = state.lease_table.contributors()
     if contributors is None or state.last_commit is not None or state.halted:
         return
-    record = journal.CommitRecord(state.step + 1, not state.ledger.finite(), contributors)
+    record = journal.CommitRecord(state.step + 1, not state.lease_table.finite(), contributors)
     out.do(effects.Append(record))
     examples = sum(c.lease.stop - c.lease.start for c in contributors)
-    out.do(effects.Committed(record.step, examples, state.ledger.metrics()))
-    state.ledger.advance()
+    out.do(effects.Committed(record.step, examples, state.lease_table.metrics()))
+    state.lease_table.advance()
     state.last_commit = record
     state.note_nonfinite(not record.skip)
     state.norms, state.norm_squared, state.committed = {}, None, set()
@@ -25,27 +25,27 @@ def decide(state: SchedulerState, out: Output) -> None:
 
 
 def repeat(state: SchedulerState, out: Output) -> None:
-    """Tell the shards that do not have the last commit yet."""
+    """Send the last commit to the shards that have not acknowledged it."""
     record = state.last_commit
-    if record is None or state.view is None:
+    if record is None or state.membership is None:
         return
-    for number, place in enumerate(state.view.shards):
+    for number, place in enumerate(state.membership.shards):
         if number in state.committed:
             continue
-        # A shard that has not summed yet ignores Finish, one that has ignores a second Commit's sum.
-        commit = messages.Commit(state.epoch, number, record.step, record.skip, record.contributors)
+        # A shard that has not summed yet ignores Finish; one that has summed ignores a second Commit.
+        commit = messages.Commit(state.term, number, record.step, record.skip, record.contributors)
         out.send(place.primary, commit)
         if state.norm_squared is not None:
-            out.send(place.primary, messages.Finish(state.epoch, number, record.step, state.norm_squared))
+            out.send(place.primary, messages.Finish(state.term, number, record.step, state.norm_squared))
 
 
 def on_norms(state: SchedulerState, norms: messages.Norms, now: float, out: Output) -> None:
-    """Add up the shards' shares of the gradient's global norm, and tell them the sum."""
+    """Add up the shards' parts of the gradient's global norm, and send them the sum."""
     if state.last_commit is None or norms.step != state.last_commit.step or state.norm_squared is not None:
         return
     state.norms[norms.shard] = norms.squares
     if len(state.norms) == state.settings.servers:
-        # Written down, because a shard that finished cannot tell its share a second time.
+        # Logged, because a shard that has applied the step cannot report its part again.
         state.norm_squared = sum(sum(state.norms[number]) for number in sorted(state.norms))
         out.do(effects.Append(journal.NormRecord(state.norm_squared)))
         if state.settled():
@@ -53,7 +53,7 @@ def on_norms(state: SchedulerState, norms: messages.Norms, now: float, out: Outp
 
 
 def on_commit_ack(state: SchedulerState, ack: messages.CommitAck, now: float, out: Output) -> bool:
-    """Take note that a shard has the step; return whether all have it, so that the next may begin."""
+    """Note that a shard applied the step; return whether all have, so that the next may begin."""
     if state.last_commit is None or ack.step < state.last_commit.step:
         return False
     state.committed.add(ack.shard)
@@ -68,7 +68,7 @@ def complete(
     state: SchedulerState, push: messages.Contributor, metrics: tuple[messages.Metric, ...], out: Output
 ) -> None:
     """Note that every shard applied this push by itself (bounded and async)."""
-    assert isinstance(state.ledger, BatchLedger)
-    if state.ledger.complete(push.lease.step):
+    assert isinstance(state.lease_table, BatchLeases)
+    if state.lease_table.complete(push.lease.step):
         out.do(effects.Append(journal.CompleteRecord(push)))
         out.do(effects.Committed(state.step, push.lease.stop - push.lease.start, metrics))

@@ -1,23 +1,23 @@
-"""The scheduler's cuts, taken while no push is under way: snapshots on disk, reads of all shards for the watcher."""
+"""The cuts stage: all shards at one version, saved to disk or read for the observer, while no push is in flight."""
 
 from jaxdist.paramserver.protocol import effects, journal, messages
 from jaxdist.paramserver.protocol.effects import Output
-from jaxdist.paramserver.protocol.journal import Manifest
+from jaxdist.paramserver.protocol.journal import SavedCut
 from jaxdist.paramserver.protocol.scheduler import ending
-from jaxdist.paramserver.protocol.scheduler.lease_table import StepLedger
+from jaxdist.paramserver.protocol.scheduler.lease_table import StepLeases
 from jaxdist.paramserver.protocol.scheduler.scheduler_state import SchedulerState
-from jaxdist.paramserver.protocol.settings import manifest_file, shard_file
+from jaxdist.paramserver.protocol.settings import saved_cut_file, shard_file
 
 
 def is_due(state: SchedulerState) -> bool:
-    """Return True while no lease may go out: a cut is due, or the end."""
-    return _snapshot_due(state) or _read_due(state) or state.ending()
+    """Return whether a cut or the end of the run is due, so that no lease may be granted."""
+    return _save_due(state) or _read_due(state) or state.ending()
 
 
-def _snapshot_due(state: SchedulerState) -> bool:
+def _save_due(state: SchedulerState) -> bool:
     every = state.settings.snapshot_every
-    passed = bool(every) and state.step // every > state.snapshot_at // every
-    return passed or (bool(every) and state.ending() and state.snapshot_at < state.step)
+    passed = bool(every) and state.step // every > state.saved_at // every
+    return passed or (bool(every) and state.ending() and state.saved_at < state.step)
 
 
 def _read_due(state: SchedulerState) -> bool:
@@ -26,15 +26,15 @@ def _read_due(state: SchedulerState) -> bool:
 
 
 def take(state: SchedulerState, now: float, out: Output) -> None:
-    """Begin the cut that is due, or end the run, if no push can be on its way to a shard."""
-    quiet = state.last_commit is None if isinstance(state.ledger, StepLedger) else not state.ledger.out
+    """Begin the cut that is due, or end the run, if no push can be in flight."""
+    quiet = state.last_commit is None if isinstance(state.lease_table, StepLeases) else not state.lease_table.out
     if not quiet:
         return
-    if _snapshot_due(state):
-        if not state.snapshotting:
+    if _save_due(state):
+        if not state.saving:
             state.attempts += 1
-            state.snapshotting = f"{state.step:010d}-{state.epoch}-{state.attempts}"
-            _order_snapshots(state, out)
+            state.saving = f"{state.step:010d}-{state.term}-{state.attempts}"
+            _order_saves(state, out)
     elif _read_due(state):
         if not state.reading and not state.judging:
             state.attempts += 1
@@ -45,95 +45,95 @@ def take(state: SchedulerState, now: float, out: Output) -> None:
 
 
 def repeat(state: SchedulerState, out: Output) -> None:
-    """Ask again the shards that have not answered."""
-    _order_snapshots(state, out)
+    """Ask the shards that have not answered again."""
+    _order_saves(state, out)
     _order_reads(state, out)
 
 
-# Snapshots.
+# Saved cuts.
 
 
-def _order_snapshots(state: SchedulerState, out: Output) -> None:
-    if not state.snapshotting or state.view is None:
+def _order_saves(state: SchedulerState, out: Output) -> None:
+    if not state.saving or state.membership is None:
         return
-    for number, place in enumerate(state.view.shards):
-        if number not in state.snapshot_done:
-            out.send(place.primary, messages.Snapshot(state.epoch, number, state.attempts, state.snapshotting))
+    for number, place in enumerate(state.membership.shards):
+        if number not in state.saved_shards:
+            out.send(place.primary, messages.SaveCut(state.term, number, state.attempts, state.saving))
 
 
-def on_snapshot_done(state: SchedulerState, done: messages.SnapshotDone, now: float, out: Output) -> None:
-    """Take note of a shard's file; with the last one, write the manifest."""
-    if not state.snapshotting or done.name != state.snapshotting:
+def on_cut_saved(state: SchedulerState, done: messages.CutSaved, now: float, out: Output) -> None:
+    """Note that a shard's file is on disk; after the last one, write the file that names them all."""
+    if not state.saving or done.name != state.saving:
         return
     if done.error:
-        _give_up_snapshot(state, f"{shard_file(done.name, done.shard)}: {done.error}", out)
+        _give_up_save(state, f"{shard_file(done.name, done.shard)}: {done.error}", out)
         return
-    state.snapshot_done[done.shard] = done
-    if len(state.snapshot_done) == state.settings.servers:
+    state.saved_shards[done.shard] = done
+    if len(state.saved_shards) == state.settings.servers:
         shards = tuple(
-            journal.ManifestShard(n, shard_file(done.name, n), state.snapshot_done[n].checksum)
-            for n in sorted(state.snapshot_done)
+            journal.SavedShard(n, shard_file(done.name, n), state.saved_shards[n].checksum)
+            for n in sorted(state.saved_shards)
         )
-        manifest = Manifest(done.name, state.step, state.incarnations, state.ledger.state(), shards)
-        out.do(effects.Write(manifest_file(done.name), manifest))
+        saved = SavedCut(done.name, state.step, state.incarnations, state.lease_table.trained(), shards)
+        out.do(effects.Write(saved_cut_file(done.name), saved))
 
 
 def on_written(state: SchedulerState, written: messages.Written, now: float, out: Output) -> None:
-    """Put the snapshot in force whose manifest is on disk."""
-    if not state.snapshotting or written.name != manifest_file(state.snapshotting):
+    """Note that the saved cut is complete: from now on a lost shard returns to it."""
+    if not state.saving or written.name != saved_cut_file(state.saving):
         return
     if written.error:
-        _give_up_snapshot(state, f"{written.name}: {written.error}", out)
+        _give_up_save(state, f"{written.name}: {written.error}", out)
         return
-    state.snapshot = (state.snapshotting, state.ledger.state())
-    out.do(effects.Append(journal.SnapshotRecord(*state.snapshot)))
-    _close_snapshot(state)
+    state.saved_cut = (state.saving, state.lease_table.trained())
+    out.do(effects.Append(journal.SavedCutRecord(*state.saved_cut)))
+    _close_save(state)
 
 
-def _give_up_snapshot(state: SchedulerState, why: str, out: Output) -> None:
-    """Train on without this snapshot; the next one is tried at its time."""
-    out.do(effects.Warn(f"the snapshot of step {state.step} was not written ({why}); the one before stays in force"))
-    _close_snapshot(state)
+def _give_up_save(state: SchedulerState, why: str, out: Output) -> None:
+    """Continue without this saved cut; the next one is tried when it is due."""
+    out.do(effects.Warn(f"The snapshot of step {state.step} was not written ({why}). The one before it stays in use."))
+    _close_save(state)
 
 
-def _close_snapshot(state: SchedulerState) -> None:
-    state.snapshotting, state.snapshot_at, state.snapshot_done = "", state.step, {}
+def _close_save(state: SchedulerState) -> None:
+    state.saving, state.saved_at, state.saved_shards = "", state.step, {}
 
 
 # Reads.
 
 
 def _order_reads(state: SchedulerState, out: Output) -> None:
-    if not state.reading or state.view is None:
+    if not state.reading or state.membership is None:
         return
-    for number, place in enumerate(state.view.shards):
+    for number, place in enumerate(state.membership.shards):
         if number not in state.answers:
-            out.send(place.primary, messages.Read(state.epoch, number, state.reading))
+            out.send(place.primary, messages.Read(state.term, number, state.reading))
 
 
 def on_read_answer(state: SchedulerState, answer: messages.ReadAnswer, now: float, out: Output) -> None:
-    """Take in a shard's content; with the last one, hand the cut to the observer."""
-    if not state.reading or (answer.epoch, answer.number) != (state.epoch, state.reading):
+    """Keep a shard's content; after the last one, show the cut to the observer."""
+    if not state.reading or (answer.term, answer.number) != (state.term, state.reading):
         return
     state.answers[answer.shard] = answer
     if len(state.answers) < state.settings.servers:
         return
     answers = tuple(state.answers[number] for number in sorted(state.answers))
-    out.do(effects.Cut(state.step, state.end_reason(), state.ledger.state(), answers))
+    out.do(effects.ShowCut(journal.Cut(state.step, state.end_reason(), state.lease_table.trained(), answers)))
     state.reading, state.answers, state.judging = 0, {}, True
 
 
 def on_verdict(state: SchedulerState, verdict: messages.Verdict, now: float, out: Output) -> None:
-    """Go on after a cut, or let it be the last."""
+    """Continue after a cut, or end the run with it."""
     if not state.judging or verdict.step != state.step:
         return
     out.do(effects.Append(journal.VerdictRecord(verdict.step, verdict.end_reason)))
     state.judging, state.read_at, state.read_last = False, state.step, state.ending()
     if verdict.end_reason and not state.ending():
-        # The params that were just looked at are the last ones.
+        # This cut is the last one: the observer has the final params already.
         state.halted, state.read_last = verdict.end_reason, True
 
 
 def on_halt(state: SchedulerState, halt: messages.Halt, now: float, out: Output) -> None:
-    """Make no more steps."""
+    """Commit no further step."""
     state.halted = state.halted or halt.reason

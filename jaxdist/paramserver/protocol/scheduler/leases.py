@@ -1,4 +1,4 @@
-"""The scheduler's leases: who computes what next. No lease goes out before all shards work under the current view."""
+"""The leases stage: which worker computes what. No lease is granted before all shards have entered the term."""
 
 import functools
 from collections.abc import Sequence
@@ -7,23 +7,23 @@ from jaxdist.paramserver.protocol import messages, succession
 from jaxdist.paramserver.protocol.effects import Output
 from jaxdist.paramserver.protocol.messages import Contributor
 from jaxdist.paramserver.protocol.scheduler import commits, cuts, membership
-from jaxdist.paramserver.protocol.scheduler.lease_table import BatchLedger, StepLedger
-from jaxdist.paramserver.protocol.scheduler.scheduler_state import SchedulerState, Worker
+from jaxdist.paramserver.protocol.scheduler.lease_table import BatchLeases, StepLeases
+from jaxdist.paramserver.protocol.scheduler.scheduler_state import SchedulerState, WorkerStatus
 from jaxdist.paramserver.protocol.settings import worker_name
 
 OVERDUE = 2.0
 
 
 def dispatch(state: SchedulerState, now: float, out: Output) -> None:
-    """Hand out whatever may be handed out; with something else due, do that instead."""
-    if not state.settled() or not all(worker.heard for worker in state.workers.values()):
+    """Grant the leases that may be granted, or begin the cut or the end that is due."""
+    if not state.settled() or not all(worker.reported for worker in state.workers.values()):
         return
     if cuts.is_due(state):
         cuts.take(state, now, out)
         return
     idle = [(w.seconds, number) for number, w in state.workers.items() if w.idle and not w.benched]
     for _, number in sorted(idle):
-        lease = state.ledger.pick(number, functools.partial(_may_copy, state, now, number))
+        lease = state.lease_table.pick(number, functools.partial(_may_copy, state, now, number))
         if lease is None:
             continue
         worker = state.workers[number]
@@ -35,10 +35,10 @@ def dispatch(state: SchedulerState, now: float, out: Output) -> None:
 
 
 def _may_copy(state: SchedulerState, now: float, number: int, holders: Sequence[int]) -> bool:
-    """Return whether an idle worker should compute what others are at.
+    """Return whether an idle worker should compute a slice that others hold.
 
-    One that has had its part in this step waits for them as long again as it took itself: it would be busy with a copy
-    nobody needs when the next step begins.
+    One that has finished a lease of this step first waits as long again as that took: otherwise it would still be busy
+    with a copy that is not needed when the next step begins.
     """
     worker = state.workers[number]
     if worker.step < state.step:
@@ -47,22 +47,22 @@ def _may_copy(state: SchedulerState, now: float, number: int, holders: Sequence[
     return now - min(since, default=now) > OVERDUE * worker.seconds
 
 
-def _grant(state: SchedulerState, number: int, worker: Worker, out: Output) -> None:
+def _grant(state: SchedulerState, number: int, worker: WorkerStatus, out: Output) -> None:
     assert worker.lease is not None
-    grant = messages.Grant(number, worker.incarnation, state.epoch, worker.sequence, worker.clock, worker.lease)
+    grant = messages.Grant(number, worker.incarnation, state.term, worker.sequence, worker.clock, worker.lease)
     out.send(worker_name(number), grant)
 
 
 def _bench(state: SchedulerState, now: float, out: Output) -> None:
-    """Let nobody wait for the clock of a worker without a lease, and let it back in at the front."""
-    assert isinstance(state.ledger, BatchLedger)
-    assert state.view is not None
-    work = state.ledger.next_step() is not None
+    """Let no reader wait for the clock of a worker without work; once there is work, set its clock to the front."""
+    assert isinstance(state.lease_table, BatchLeases)
+    assert state.membership is not None
+    work = state.lease_table.next_step() is not None
     wrong = {number: w for number, w in state.workers.items() if w.idle and w.benched == work}
     if not wrong:
         return
     floor = _front(state)
-    members = state.view.members
+    members = state.membership.members
     for number, worker in wrong.items():
         worker.benched = not work
         worker.clock = worker.clock if worker.benched else max(floor, worker.clock)
@@ -72,29 +72,29 @@ def _bench(state: SchedulerState, now: float, out: Output) -> None:
 
 
 def _front(state: SchedulerState) -> int:
-    """Return the clock no reader was ever beyond: whoever joins there owes nobody an update."""
+    """Return the highest clock that any reader ever had: a worker that joins there owes no update."""
     clocks = [worker.clock for worker in state.workers.values()]
     return max([*clocks, *(ack.front for ack in state.acks.values())], default=0)
 
 
 def revoke(state: SchedulerState, out: Output) -> None:
-    """Ask for the leases of workers that wait for a clock which will not move any more."""
+    """Ask workers to return leases that wait for a clock which will not advance any more."""
     for number, worker in state.workers.items():
-        if worker.lease is not None and isinstance(state.ledger, BatchLedger):
+        if worker.lease is not None and isinstance(state.lease_table, BatchLeases):
             out.send(worker_name(number), messages.Revoke(number, worker.incarnation, worker.sequence))
 
 
 def on_ask(state: SchedulerState, ask: messages.Ask, now: float, out: Output) -> bool:
-    """Take note that a worker is free; return whether it is to be given something new."""
+    """Note that a worker is free; return whether it may be granted something new."""
     worker = state.worker(ask.worker, ask.incarnation)
-    if worker is None or not worker.heard or ask.sequence < worker.finished:
+    if worker is None or not worker.reported or ask.sequence < worker.finished:
         return False
     if worker.lease is not None and ask.sequence < worker.sequence:
-        _grant(state, ask.worker, worker, out)  # the answer was lost
+        _grant(state, ask.worker, worker, out)  # the first grant was lost
         return False
     if worker.lease is not None:
-        state.ledger.give_back(ask.worker, worker.lease)
-        worker.seconds = max(worker.seconds, now - worker.granted_at)  # the step was made without it
+        state.lease_table.give_back(ask.worker, worker.lease)
+        worker.seconds = max(worker.seconds, now - worker.granted_at)  # the step was committed without it
         worker.lease = None
     worker.finished = worker.sequence = max(ask.sequence, worker.sequence)
     worker.idle = True
@@ -102,7 +102,7 @@ def on_ask(state: SchedulerState, ask: messages.Ask, now: float, out: Output) ->
 
 
 def on_done(state: SchedulerState, done: messages.Done, now: float, out: Output) -> bool:
-    """Take note that every shard acknowledged a push; return whether that was news."""
+    """Note that every shard acknowledged a push; return whether that is new."""
     worker = state.worker(done.worker, done.incarnation)
     if worker is None:
         return False
@@ -114,8 +114,8 @@ def on_done(state: SchedulerState, done: messages.Done, now: float, out: Output)
     worker.finished, worker.lease = done.sequence, None
     worker.clock = max(worker.clock, done.clock + 1)
     contributor = Contributor(done.worker, done.incarnation, done.sequence, done.lease)
-    if isinstance(state.ledger, StepLedger):
-        state.ledger.finish(contributor, done.finite, done.metrics)
+    if isinstance(state.lease_table, StepLeases):
+        state.lease_table.finish(contributor, done.finite, done.metrics)
         commits.decide(state, out)
     else:
         commits.complete(state, contributor, done.metrics, out)

@@ -1,9 +1,8 @@
-"""The scheduler: hands out leases, decides commits, keeps the membership, ends the run; a state machine without I/O.
+"""The scheduler: grants leases, commits steps, keeps the membership, ends the run; a state machine without I/O.
 
-It writes down what it decides before anybody hears of it (effects.Append), and forgets the rest at will: leases, clocks
-and staged pushes are asked of the workers and the shards again after a restart. What it knows is one object
-(`scheduler_state`); what it does with a message is said by a module for each stage: `views`, `leases`, `commits`,
-`cuts` and `ending`.
+It logs each decision before any process hears of it (effects.Append). The rest need not be durable: after a restart the
+workers and shards report their leases, clocks and staged pushes. Its state is one object (`scheduler_state`), and each
+stage is one module: `membership`, `leases`, `commits`, `cuts`, `ending`.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,14 +14,14 @@ from jaxdist.paramserver.protocol.settings import Settings
 
 
 class Scheduler:
-    """Decides. `records` is the log of an earlier life, `resume` the manifest of an earlier run."""
+    """The scheduler. `records` is its log from before a restart, `resume` the saved cut that a run resumes from."""
 
     def __init__(
         self,
         *,
         settings: Settings,
         records: Iterable[messages.Message] = (),
-        resume: journal.Manifest | None = None,
+        resume: journal.SavedCut | None = None,
     ) -> None:
         self.state = SchedulerState(settings, resume)
         self._retry_at = 0.0
@@ -33,11 +32,11 @@ class Scheduler:
 
     @property
     def counters(self) -> dict[str, int]:
-        """What run.json tells."""
+        """The counters that run.json reports."""
         return self.state.counters
 
     def handle(self, message: messages.Message, now: float) -> tuple[list[effects.Send], list[effects.Effect]]:
-        """Take in one message; return what to send after the effects are done."""
+        """Handle one message; return what to send after the effects are done."""
         out = effects.Output()
         state = self.state
         if self._restarted:
@@ -59,21 +58,21 @@ class Scheduler:
         due = now >= self._retry_at
         if state.stop is not None:
             ending.on_tick(state, due, now, out)
-        elif state.view is not None:
-            membership.bury(state, now, out)
-        if not due or state.view is None:
+        elif state.membership is not None:
+            membership.drop_silent(state, now, out)
+        if not due or state.membership is None:
             return
         self._retry_at = now + state.settings.timers.retry
         if state.stop is None:
             self._repeat(now, out)
 
     def _repeat(self, now: float, out: effects.Output) -> None:
-        """Say again what has not been answered."""
+        """Repeat what has not been answered."""
         state = self.state
-        assert state.view is not None
-        for number, place in enumerate(state.view.shards):
+        assert state.membership is not None
+        for number, place in enumerate(state.membership.shards):
             if number not in state.acks:
-                out.send(place.primary, state.view)
+                out.send(place.primary, state.membership)
         if state.settled():
             commits.repeat(state, out)
             cuts.repeat(state, out)
@@ -90,16 +89,16 @@ _ACTIONS: dict[type, Callable[..., None]] = {
 }
 _FREEING: dict[type, Callable[..., bool | None]] = {
     messages.Heartbeat: membership.on_heartbeat,
-    messages.ViewAck: membership.on_view_ack,
+    messages.MembershipAck: membership.on_membership_ack,
     messages.Ask: leases.on_ask,
     messages.Done: leases.on_done,
     messages.CommitAck: commits.on_commit_ack,
-    messages.SnapshotDone: cuts.on_snapshot_done,
+    messages.CutSaved: cuts.on_cut_saved,
     messages.Written: cuts.on_written,
     messages.Verdict: cuts.on_verdict,
     messages.Halt: cuts.on_halt,
 }
-"""Messages after which there may be something to hand out, unless the action returns False."""
+"""Messages after which a lease may be granted, unless the action returns False."""
 _STOPPED: dict[type, Callable[..., None]] = {
     messages.Register: ending.answer,
     messages.Heartbeat: ending.answer,

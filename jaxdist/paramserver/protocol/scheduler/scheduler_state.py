@@ -1,17 +1,17 @@
-"""What the scheduler knows: the run's membership, its books and whatever is under way, and how a log brings it back."""
+"""The scheduler's state: membership, lease table and what is in progress, and how a log restores it."""
 
 from dataclasses import dataclass
 
 from jaxdist.paramserver.protocol import journal, messages
-from jaxdist.paramserver.protocol.journal import LedgerState, Manifest
+from jaxdist.paramserver.protocol.journal import SavedCut, Trained
 from jaxdist.paramserver.protocol.messages import Lease
-from jaxdist.paramserver.protocol.scheduler.lease_table import FRESH, BatchLedger, StepLedger
+from jaxdist.paramserver.protocol.scheduler.lease_table import FRESH, BatchLeases, StepLeases
 from jaxdist.paramserver.protocol.settings import Settings, worker_name
 
 
 @dataclass(slots=True)
-class Life:
-    """What is known of a process: when it was heard of, and when it last got anywhere."""
+class ProcessStatus:
+    """When a process was last heard from, and when it last made progress."""
 
     boot: int
     seen_at: float
@@ -20,22 +20,22 @@ class Life:
     busy: bool = False
 
     def note(self, beat: messages.Heartbeat, now: float) -> None:
-        """Take in a heartbeat."""
+        """Note a heartbeat."""
         if beat.progress != self.progress or not beat.busy:
             self.progress, self.progress_at = beat.progress, now
         self.seen_at, self.busy = now, beat.busy
 
 
 @dataclass(slots=True)
-class Worker:
-    """What the scheduler knows of one incarnation."""
+class WorkerStatus:
+    """What the scheduler knows about one incarnation of a worker."""
 
     incarnation: int
-    heard: bool = True  # False after a restart of the scheduler, until the worker says what it holds
+    reported: bool = True  # False after a restart of the scheduler, until the worker reports what it holds
     idle: bool = False
     benched: bool = False
-    sequence: int = 0  # the last lease handed out
-    finished: int = 0  # the last lease that came back
+    sequence: int = 0  # the last lease granted
+    finished: int = 0  # the last lease finished or returned
     clock: int = 0
     lease: Lease | None = None
     granted_at: float = 0.0
@@ -44,27 +44,27 @@ class Worker:
 
 
 class SchedulerState:
-    """Everything the scheduler's stages read and change. Only they do: see `scheduler` for who does what."""
+    """The values that the scheduler's stages read and change, and nothing else does; see `scheduler`."""
 
-    def __init__(self, settings: Settings, resume: Manifest | None) -> None:
+    def __init__(self, settings: Settings, resume: SavedCut | None) -> None:
         self.settings = settings
         self.counters = {"torn_pushes": 0, "failovers": 0, "fenced": 0, "rollbacks": 0}
-        self.snapshot = (resume.name, resume.ledger) if resume else ("", FRESH)  # what a lost shard goes back to
+        self.saved_cut = (resume.name, resume.trained) if resume else ("", FRESH)  # what a lost shard returns to
         # Membership.
-        self.lives: dict[str, Life] = {}
+        self.processes: dict[str, ProcessStatus] = {}
         self.boots: dict[str, int] = {}
-        self.workers: dict[int, Worker] = {}
+        self.workers: dict[int, WorkerStatus] = {}
         self.incarnations = resume.incarnations if resume else 0
-        self.view: messages.View | None = None
-        # The books, and the commit that not every shard has yet.
-        self.ledger = self.books(self.snapshot[1])
+        self.membership: messages.Membership | None = None
+        # The lease table, and the commit that not every shard has applied yet.
+        self.lease_table = self.make_lease_table(self.saved_cut[1])
         self.last_commit: journal.CommitRecord | None = None
         self.committed: set[int] = set()
         self.norms: dict[int, tuple[float, ...]] = {}
         self.norm_squared: float | None = None
         self.torn: set[tuple[int, int, int]] = set()
         # Cuts.
-        self.snapshot_at = self.read_at = self.ledger.step
+        self.saved_at = self.read_at = self.lease_table.step
         self.read_last = False
         self.attempts = 0
         self.forget_progress()
@@ -75,38 +75,38 @@ class SchedulerState:
         self.stopped_at = 0.0
         self.exited = False
 
-    def books(self, ledger: LedgerState) -> StepLedger | BatchLedger:
-        """Return the ledger of this mode that stands at `ledger`."""
-        return (StepLedger if self.settings.synchronous else BatchLedger)(self.settings, ledger)
+    def make_lease_table(self, trained: Trained) -> StepLeases | BatchLeases:
+        """Return the lease table of this mode after the steps in `trained`."""
+        return (StepLeases if self.settings.synchronous else BatchLeases)(self.settings, trained)
 
     def forget_progress(self) -> None:
-        """Drop whatever belongs to one epoch only."""
-        self.acks: dict[int, messages.ViewAck] = {}
-        self.snapshotting = ""
-        self.snapshot_done: dict[int, messages.SnapshotDone] = {}
+        """Forget what belongs to one term only."""
+        self.acks: dict[int, messages.MembershipAck] = {}
+        self.saving = ""
+        self.saved_shards: dict[int, messages.CutSaved] = {}
         self.reading = 0
         self.judging = False
         self.answers: dict[int, messages.ReadAnswer] = {}
 
     def replay(self, record: messages.Message) -> None:
-        """Take in a record of an earlier life's log."""
-        if isinstance(record, journal.ViewRecord):
-            self.view, self.incarnations = record.view, record.incarnations
-            self.boots = {row.node: row.boot for row in record.boots}
-            if record.ledger is not None:
-                self.ledger, self.last_commit = self.books(record.ledger), None
+        """Apply a record of the log that was written before a restart."""
+        if isinstance(record, journal.MembershipRecord):
+            self.membership, self.incarnations = record.membership, record.incarnations
+            self.boots = {row.name: row.boot for row in record.boots}
+            if record.trained is not None:
+                self.lease_table, self.last_commit = self.make_lease_table(record.trained), None
         elif isinstance(record, journal.CommitRecord):
-            assert isinstance(self.ledger, StepLedger)
+            assert isinstance(self.lease_table, StepLeases)
             self.last_commit, self.norm_squared = record, None
-            self.ledger.advance()
+            self.lease_table.advance()
             self.note_nonfinite(not record.skip)
         elif isinstance(record, journal.NormRecord):
             self.norm_squared = record.norm_squared
         elif isinstance(record, journal.CompleteRecord):
-            assert isinstance(self.ledger, BatchLedger)
-            self.ledger.complete(record.contributor.lease.step)
-        elif isinstance(record, journal.SnapshotRecord):
-            self.snapshot, self.snapshot_at = (record.name, record.ledger), self.ledger.step
+            assert isinstance(self.lease_table, BatchLeases)
+            self.lease_table.complete(record.contributor.lease.step)
+        elif isinstance(record, journal.SavedCutRecord):
+            self.saved_cut, self.saved_at = (record.name, record.trained), self.lease_table.step
         elif isinstance(record, journal.VerdictRecord):
             self.read_at, self.halted = record.step, record.end_reason
             self.read_last = self.ending()
@@ -114,43 +114,43 @@ class SchedulerState:
             self.stop = record
 
     @property
-    def epoch(self) -> int:
-        """The current epoch; 0 before the first view."""
-        return self.view.epoch if self.view else 0
+    def term(self) -> int:
+        """The current term; 0 before the first membership."""
+        return self.membership.term if self.membership else 0
 
     @property
     def step(self) -> int:
-        """Steps done."""
-        return self.ledger.step
+        """The number of trained steps."""
+        return self.lease_table.step
 
-    def worker(self, number: int, incarnation: int) -> Worker | None:
-        """Return this life of a worker, None if it is no member."""
+    def worker(self, number: int, incarnation: int) -> WorkerStatus | None:
+        """Return the status of this incarnation of a worker; None unless it is a member."""
         worker = self.workers.get(number)
         return worker if worker is not None and worker.incarnation == incarnation else None
 
-    def everybody(self) -> list[str]:
-        """Return the names of all servers and workers of the view."""
-        assert self.view is not None
-        servers = [name for place in self.view.shards for name in (place.primary, place.backup) if name]
-        return servers + [worker_name(member.worker) for member in self.view.members]
+    def all_names(self) -> list[str]:
+        """Return the names of all servers and workers in the membership."""
+        assert self.membership is not None
+        servers = [name for place in self.membership.shards for name in (place.primary, place.backup) if name]
+        return servers + [worker_name(member.worker) for member in self.membership.members]
 
     def settled(self) -> bool:
-        """Return True when all shards work under the current view."""
+        """Return whether all shards have entered the current term."""
         return len(self.acks) == self.settings.servers
 
     def gated(self) -> bool:
-        """Return True when readers wait for each other's clocks."""
+        """Return whether readers wait for each other's clocks."""
         return self.settings.mode == "bounded" and not self.settings.synchronous
 
     def end_reason(self) -> str:
-        """Return why no more steps are to be made; empty where the run goes on."""
+        """Return why no further step is committed; empty while the run continues."""
         return self.halted or ("max_steps" if self.step >= self.settings.max_steps else "")
 
     def ending(self) -> bool:
-        """Return True when no more steps are to be made."""
+        """Return whether no further step is committed."""
         return bool(self.end_reason())
 
     def note_nonfinite(self, finite: bool) -> None:
-        """Take note whether a push was finite; where not, the run may have to end."""
+        """Note whether a push was finite; if not, the run may have to end."""
         if not finite and self.settings.stop_on_nonfinite:
             self.halted = self.halted or "nonfinite"
