@@ -177,11 +177,11 @@ def end_to_end(repeats: int) -> dict:
     """Time the digits' step fed by the pipeline, and fed with batches that lie on the devices already."""
     import jax
 
-    from jaxdist.config import experiments
+    from jaxdist.config import loading
     from jaxdist.run import components
 
     trained = components.put_together(
-        experiments.load_experiment(str(HERE.parent / "experiments" / "digits_cnn.py")), devices=jax.devices()[:1]
+        loading.load_experiment(str(HERE.parent / "experiments" / "digits_cnn.py")), devices=jax.devices()[:1]
     )
     state, num_steps = trained.create_state(), 40
     kept = [batch for batch, _ in (lambda it: [next(it) for _ in range(8)])(trained.batches())]

@@ -43,7 +43,8 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxdist import adapters, make_mesh, optimizers, stop
-from jaxdist.config import experiments
+from jaxdist.config import experiment as config
+from jaxdist.config import loading
 from jaxdist.guards import guard
 from jaxdist.launch import signals
 from jaxdist.launch.joining import agreement
@@ -62,7 +63,7 @@ ROUND_SECONDS = 0.4
 class Work:
     """What is trained, and the throughput ratio that `fit` is to reach on it, if any."""
 
-    experiment: experiments.Experiment
+    experiment: config.Experiment
     optimizer: optax.GradientTransformation
     least_ratio: float | None
 
@@ -77,9 +78,9 @@ def make_work(name: str) -> Work:
     """Return the experiment of that name in experiments/, changed as the module's docstring says."""
     file, least_ratio = WORKS[name]
     sys.path.insert(0, str(EXPERIMENTS))
-    experiment = experiments.load_experiment(str(EXPERIMENTS / f"{file}.py"))
+    experiment = loading.load_experiment(str(EXPERIMENTS / f"{file}.py"))
     if name == "mlp":
-        small, adamw = mlp.MLP(num_classes=10, width=32), experiments.Optimizer(name="adamw", learning_rate=1e-3)
+        small, adamw = mlp.MLP(num_classes=10, width=32), config.Optimizer(name="adamw", learning_rate=1e-3)
         experiment = dataclasses.replace(experiment, model=small, optimizer=adamw)
     if name == "cnn":
         experiment = dataclasses.replace(experiment, global_batch_size=256)

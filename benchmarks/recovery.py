@@ -30,7 +30,8 @@ import jax
 
 from jaxdist import stop
 from jaxdist.checkpoint import snapshots as snapshot
-from jaxdist.config import experiments
+from jaxdist.config import experiment as config
+from jaxdist.config import loading
 from jaxdist.launch.joining import runtime
 from jaxdist.launch.supervising import chaos
 from jaxdist.run import components, loop, recovery, stopwatch
@@ -105,7 +106,7 @@ def fire(
             pathlib.Path(folder),
             seed=options.seed,
             num_processes=int(arguments[arguments.index("--processes") + 1]),
-            num_examples=len(experiments.load_experiment(experiment).data.train),
+            num_examples=len(loading.load_experiment(experiment).data.train),
             **{"kills": 0, **strikes},
         )
 
@@ -113,7 +114,7 @@ def fire(
 def snapshots(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     devices = runtime.start(2)
     for name in ("digits_cnn", "bytes_gpt"):
-        experiment = experiments.load_experiment(str(ROOT / "experiments" / f"{name}.py"))
+        experiment = loading.load_experiment(str(ROOT / "experiments" / f"{name}.py"))
         trainer = _Trainer(components.put_together(experiment, devices=devices))
         for every in [None, *options.every]:
             sides: dict[str, list[float]] = {"with": [], "without": []}
@@ -146,7 +147,7 @@ class _Trainer:
 
     def snapshot_hook(self, every: int | None) -> loop.Hook:
         """Return the hook that takes them every n steps, or as often as by default."""
-        settings = experiments.Recovery(snapshot_every=every)
+        settings = config.Recovery(snapshot_every=every)
         return recovery.snapshots_when_due(self._snapshots, settings, lambda: self._times.quantile(0.5))
 
     def rate(self, hook: loop.Hook | None) -> float:

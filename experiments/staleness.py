@@ -26,9 +26,10 @@ import jax
 
 import jaxdist
 from jaxdist import data
+from jaxdist.config.parameter_server import ParameterServer
 from jaxdist.models import mlp
 from jaxdist.paramserver.protocol import effects, messages
-from jaxdist.paramserver.protocol.settings import ParameterServer, Settings, Timers
+from jaxdist.paramserver.protocol.settings import Settings, Timers
 from jaxdist.paramserver.run import island, shard_optimizer, shared_plan
 from jaxdist.paramserver.simulator import Faults, Simulation
 from jaxdist.rundir import record

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxdist.cli.main import main as main
-    from jaxdist.config.experiments import Checkpoints as Checkpoints
-    from jaxdist.config.experiments import Data as Data
-    from jaxdist.config.experiments import Evaluation as Evaluation
-    from jaxdist.config.experiments import Experiment as Experiment
-    from jaxdist.config.experiments import Guards as Guards
-    from jaxdist.config.experiments import Layout as Layout
-    from jaxdist.config.experiments import Recovery as Recovery
+    from jaxdist.config.experiment import Checkpoints as Checkpoints
+    from jaxdist.config.experiment import Data as Data
+    from jaxdist.config.experiment import Evaluation as Evaluation
+    from jaxdist.config.experiment import Experiment as Experiment
+    from jaxdist.config.experiment import Guards as Guards
+    from jaxdist.config.experiment import LayoutSettings as LayoutSettings
+    from jaxdist.config.experiment import Recovery as Recovery
     from jaxdist.data import ArraySource as ArraySource
     from jaxdist.optimizers import Optimizer as Optimizer
     from jaxdist.optimizers import Schedule as Schedule
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ArraySource": "data",
-    "Checkpoints": "config.experiments",
-    "Data": "config.experiments",
-    "Evaluation": "config.experiments",
-    "Experiment": "config.experiments",
-    "Guards": "config.experiments",
-    "Layout": "config.experiments",
-    "Recovery": "config.experiments",
+    "Checkpoints": "config.experiment",
+    "Data": "config.experiment",
+    "Evaluation": "config.experiment",
+    "Experiment": "config.experiment",
+    "Guards": "config.experiment",
+    "LayoutSettings": "config.experiment",
+    "Recovery": "config.experiment",
     "Mean": "spmd.metrics",
     "Optimizer": "optimizers",
     "Schedule": "optimizers",

@@ -1,28 +1,43 @@
-"""The errors that the command line shows as a message and not as a traceback."""
+"""The errors that the command line shows as a message and not as a traceback, and the statuses it exits with."""
 
+import enum
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-EXIT_USER = 2
-"""Exit status of a command that was the user's mistake."""
+
+class ExitStatus(enum.IntEnum):
+    """What the exit status of a command says. A contract: see "Exit status" in docs/reference.md."""
+
+    OK = 0
+    """Done; of a run, its stop rule ended it."""
+    FAILED = 1
+    """Anything that is not one of the others."""
+    USER = 2
+    """The user's mistake: one message says what it is."""
+    RETRY = 75
+    """Start it again (EX_TEMPFAIL of sysexits.h): the run was preempted, hangs, or something was not there yet."""
 
 
 class UserError(ValueError):
-    """What a user can mend: the message names the rule, what was received and what to do."""
+    """What a user can correct: the message names the rule, what was received and what to do."""
 
-    exit_status = 2
+    exit_status = ExitStatus.USER
+
+
+class ConfigError(UserError):
+    """An experiment, or an override of one, that cannot be used as it is."""
 
 
 class TryAgain(UserError):
     """What may well be over at the next attempt: a host that cannot be reached, a process that did not come."""
 
-    exit_status = 75  # EX_TEMPFAIL, see `signals`
+    exit_status = ExitStatus.RETRY
 
 
 class RunFailedError(Exception):
-    """What ended a run that was well begun, a full disk say: the message says all there is to say."""
+    """What ended a run that had begun well, for example a full disk: the message says all there is to say."""
 
-    exit_status = 1
+    exit_status = ExitStatus.FAILED
 
 
 @contextmanager

@@ -30,11 +30,12 @@ import pytest
 
 import jaxdist
 from jaxdist import losses, optimizers, stop
-from jaxdist.cli import main
-from jaxdist.config import experiments
-from jaxdist.launch import signals
+from jaxdist.cli import selected_experiment
+from jaxdist.cli.parser import make_parser
+from jaxdist.config import experiment as config
+from jaxdist.config import loading, parameter_server
+from jaxdist.errors import ExitStatus
 from jaxdist.models import cnn
-from jaxdist.paramserver.protocol import settings
 from jaxdist.run import attempt, stopwatch
 from jaxdist.rundir import record, writers
 from jaxdist.spmd import strategies
@@ -172,10 +173,10 @@ def test_commands_parse_and_name_what_exists(page, tmp_path, monkeypatch):
                 continue
             if "--help" in words:
                 continue
-            options = main.make_parser().parse_args(words)
+            options = make_parser().parse_args(words)
             if hasattr(options, "experiment"):
                 monkeypatch.syspath_prepend(str(tmp_path / "experiments"))
-                assert main.load(options).name
+                assert selected_experiment.load(options).name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
@@ -228,9 +229,9 @@ DATACLASSES = (
     jaxdist.Evaluation,
     jaxdist.Checkpoints,
     jaxdist.Guards,
-    jaxdist.Layout,
-    experiments.Recovery,
-    settings.ParameterServer,
+    jaxdist.LayoutSettings,
+    config.Recovery,
+    parameter_server.ParameterServer,
 )
 
 
@@ -251,12 +252,12 @@ def default_text(field: dataclasses.Field) -> str:
 
 def options_of(*names: str) -> list[str]:
     """Return the options of a command as the reference writes them: `--devices N`."""
-    parser = main.make_parser()
+    command = make_parser()
     for name in names:
-        choices = next(action.choices for action in parser._actions if action.choices and action.nargs)
-        parser = choices[name]
+        choices = next(action.choices for action in command._actions if action.choices and action.nargs == "A...")
+        command = choices[name]
     shown = []
-    for action in parser._actions:
+    for action in command._actions:
         option = action.option_strings[-1] if action.option_strings else ""
         if option == "--help":
             continue
@@ -277,14 +278,13 @@ def test_reference_lists_the_options_of(command):
 
 def test_reference_lists_the_commands():
     """Where this fails, a command came or went: say so in docs/reference.md, and test its options above."""
-    choices = next(action.choices for action in main.make_parser()._actions if action.choices and action.nargs)
+    choices = next(action.choices for action in make_parser()._actions if action.choices and action.nargs)
     titles = re.findall(r"^### jaxdist (\w+)", REFERENCE.read_text(), re.MULTILINE)
     assert set(titles) == set(choices)
 
 
 def test_reference_lists_the_exit_statuses():
-    statuses = {main.EXIT_OK, main.EXIT_FAILED, main.EXIT_USER, signals.EXIT_RETRY}
-    assert set(map(int, first_column("Exit status"))) == statuses
+    assert set(map(int, first_column("Exit status"))) == set(ExitStatus)
 
 
 def test_reference_lists_strategies_end_reasons_and_accounts():
@@ -299,7 +299,7 @@ def test_reference_lists_the_optimizers_settings():
 
 def test_reference_lists_what_a_run_writes(tmp_path):
     """Where this fails, run.json or metrics.jsonl got or lost a key: say so in docs/reference.md."""
-    experiment = experiments.load_experiment(str(ROOT / "tests" / "tiny_experiment.py"))
+    experiment = loading.load_experiment(str(ROOT / "tests" / "tiny_experiment.py"))
     experiment = dataclasses.replace(experiment, stop=stop.Stop(max_steps=2))
     attempt.train(experiment, attempt.RunOptions(run_dir=tmp_path, silent=True), devices=jax.devices()[:1])
     assert first_column("run.json") == list(json.loads((tmp_path / record.FILE_NAME).read_text()))

@@ -10,7 +10,7 @@ import sys
 import jax
 import pytest
 
-from jaxdist.cli import main
+from jaxdist.cli import main, selected_experiment
 from jaxdist.launch.joining import runtime
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -59,8 +59,8 @@ def test_every_experiment_is_run_here():
 def test_an_experiment_trains_tiny(name, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(runtime, "start", lambda num_devices=None: jax.devices()[: num_devices or 1])
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
-    load = main.load
-    monkeypatch.setattr(main, "load", lambda options: with_little_held_out(load(options)))
+    load = selected_experiment.load
+    monkeypatch.setattr(selected_experiment, "load", lambda options: with_little_held_out(load(options)))
     arguments = ["--devices", "2", "--max-steps", "2", "--set", *TINY[name], "global_batch_size=16"]
     run_dir = ["--run-dir", str(tmp_path / "run"), "--json"]
     assert main.run(["train", str(EXPERIMENTS / f"{name}.py"), *arguments, *run_dir]) == 0

@@ -70,7 +70,7 @@ HEAVY = {
 }
 """Packages that are large or optional: each is wrapped by one module, which may import it where it is needed."""
 
-LAZY = {"jaxdist", "jaxdist.cli.main", "jaxdist.data"}
+LAZY = {"jaxdist", "jaxdist.data"}
 """Modules that import late on purpose: `jaxdist --help` answers before JAX is loaded."""
 
 

@@ -12,7 +12,8 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
-from jaxdist.cli import main as cli
+from jaxdist.cli import main as command_line
+from jaxdist.cli import parser
 from jaxdist.errors import TryAgain, UserError
 from jaxdist.paramserver.processes import machines
 
@@ -34,15 +35,15 @@ def main(arguments: Sequence[str]) -> int:
         return error.exit_status
     if index == 0:
         hosts = ["--set", f"ps.hosts={','.join(found)}"] if len(found) > 1 else []
-        return cli.run([*arguments, "--strategy", cli.PARAMETER_SERVER, *hosts])
+        return command_line.run([*arguments, "--strategy", parser.PARAMETER_SERVER, *hosts])
     for number in (signal.SIGTERM, signal.SIGUSR1):
-        # The first machine hears it as well, stops the run and saves, for which it needs the processes here.
+        # The first machine receives it as well, stops the run and saves, for which it needs the processes here.
         signal.signal(number, lambda number, frame: None)
     return machines.main([arguments[arguments.index("--run-dir") + 1], found[index]])
 
 
 def place(environment: Mapping[str, str]) -> tuple[list[str], int]:
-    """Return the names of all machines and the number of this one; UserError where nobody says them."""
+    """Return the names of all machines and the number of this one; UserError where the environment does not say."""
     index = next((environment[name] for name in _INDICES if name in environment), None)
     if HOSTS not in environment or index is None:
         raise UserError(
@@ -55,11 +56,11 @@ def place(environment: Mapping[str, str]) -> tuple[list[str], int]:
 def addresses(names: Sequence[str], index: int, *, timeout_seconds: float = _NAMED_SECONDS) -> list[str]:
     """Return the addresses of machines, the same on each of them; `index` is the one that asks.
 
-    Its own name may lead a machine to its loopback interface, where nobody else would find it; so it takes the address
-    that it is seen under by another.
+    Its own name may lead a machine to its loopback interface, where no other machine finds it; so it takes the address
+    that the others reach it by.
 
     Raises:
-      TryAgain: a name stands for no address, in time.
+      TryAgain: a name has no address in time.
     """
     found = [_address(name, timeout_seconds) for name in names]
     if len(names) > 1 and found[index] != names[index]:

@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-EXIT_RETRY = 75
-"""Exit status of a run that was preempted: start it again with --resume (EX_TEMPFAIL of sysexits.h)."""
 
 
 class StopRequest:

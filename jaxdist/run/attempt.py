@@ -19,9 +19,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxdist import errors, stop
 from jaxdist.checkpoint import checkpoints
 from jaxdist.checkpoint import snapshots as snapshot
-from jaxdist.config.experiments import ConfigError, Experiment
+from jaxdist.config.experiment import Experiment
 from jaxdist.data import Position
 from jaxdist.data.assembly import BadExampleError
+from jaxdist.errors import ConfigError
 from jaxdist.guards import guard
 from jaxdist.launch.joining import agreement, runtime
 from jaxdist.launch.supervising import fork_server, hosts, local_job, supervisor, watchdog

@@ -14,8 +14,9 @@ import numpy as np
 import optax
 
 from jaxdist import adapters, data, optimizers
-from jaxdist.config.experiments import ConfigError, Experiment
+from jaxdist.config.experiment import Experiment
 from jaxdist.data.sources import wrap
+from jaxdist.errors import ConfigError
 from jaxdist.rundir import record
 from jaxdist.spmd import evaluate, mesh, precision, state, step, strategies
 from jaxdist.spmd.metrics import Batch

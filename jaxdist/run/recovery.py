@@ -17,7 +17,7 @@ import jax
 
 from jaxdist.checkpoint import checkpoints
 from jaxdist.checkpoint import snapshots as snapshot
-from jaxdist.config.experiments import Recovery
+from jaxdist.config.experiment import Recovery
 from jaxdist.launch.joining import agreement, same_on_all
 from jaxdist.launch.supervising import supervisor, watchdog
 from jaxdist.run.hooks import every

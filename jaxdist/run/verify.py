@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from jaxdist import errors
-from jaxdist.config.experiments import Experiment, Layout
+from jaxdist.config.experiment import Experiment, LayoutSettings
 from jaxdist.run import components
 from jaxdist.rundir import record
 
@@ -82,7 +82,7 @@ def verify(experiment: Experiment, *, devices: Sequence[jax.Device], num_steps: 
 
 
 def _on_one_device(experiment: Experiment) -> Experiment:
-    return dataclasses.replace(experiment, strategy="data-parallel", mesh=None, layout=Layout())
+    return dataclasses.replace(experiment, strategy="data-parallel", mesh=None, layout=LayoutSettings())
 
 
 def _device_counts(axes: Mapping[str, int] | None, available: int) -> list[int]:

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxdist import testing
 from jaxdist.checkpoint import snapshots as snapshot
-from jaxdist.config import experiments
+from jaxdist.config import experiment as config
 from jaxdist.launch.supervising import supervisor
 from jaxdist.run import recovery
 from jaxdist.spmd.mesh import make_mesh
@@ -174,10 +174,10 @@ def test_where_memory_is_too_small_none_are_taken_and_what_is_overwritten_counts
     small = shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: small)
     monkeypatch.setenv(supervisor.MEMORY, str(tmp_path))
-    assert recovery.open_snapshots(experiments.Recovery(), "a", template) is None
+    assert recovery.open_snapshots(config.Recovery(), "a", template) is None
     assert "snapshots are off" in capsys.readouterr().err
     (tmp_path / "process-0.slot-1.snapshot").write_bytes(bytes(1000))
-    with contextlib.closing(recovery.open_snapshots(experiments.Recovery(), "a", template)):
+    with contextlib.closing(recovery.open_snapshots(config.Recovery(), "a", template)):
         assert not capsys.readouterr().err
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny_experiment
 
-from jaxdist.cli import main
+from jaxdist.cli import main, train_work
 from jaxdist.launch.joining import runtime
 
 TINY = str(pathlib.Path(tiny_experiment.__file__))
@@ -205,7 +205,7 @@ def test_the_exit_status_says_how_a_run_ended(end_reason, status):
         pass
 
     Made.end_reason = end_reason
-    assert main.exit_status(Made) == status
+    assert train_work.exit_status(Made) == status
 
 
 def test_a_loss_that_is_not_finite_fails(tmp_path, capsys):
@@ -229,7 +229,7 @@ def test_help_loads_neither_jax_nor_numpy():
     """That is what makes it quick."""
     code = (
         "import sys\n"
-        "from jaxdist import cli\n"
+        "from jaxdist.cli import main as cli\n"
         "try:\n"
         "    cli.main()\n"
         "except SystemExit as end:\n"

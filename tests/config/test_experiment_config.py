@@ -5,9 +5,8 @@ import optax
 import pytest
 import tiny_experiment
 
-from jaxdist.config import experiments
-from jaxdist.config.experiments import ConfigError
-from jaxdist.errors import UserError
+from jaxdist.config import loading, overrides
+from jaxdist.errors import ConfigError, UserError
 
 
 @pytest.fixture
@@ -29,12 +28,12 @@ LOADS = """
 
 
 def test_a_file_is_loaded_and_named_after_itself_unless_it_names_itself(tmp_path):
-    assert experiments.load_experiment(write(tmp_path, LOADS)).name == "tiny"
+    assert loading.load_experiment(write(tmp_path, LOADS)).name == "tiny"
     nameless = LOADS.replace(
         "tiny_experiment.get_config()", "dataclasses.replace(tiny_experiment.get_config(), name='')"
     )
     path = write(tmp_path, "    import dataclasses\n" + nameless, name="my_own.py")
-    assert experiments.load_experiment(path).name == "my_own"
+    assert loading.load_experiment(path).name == "my_own"
 
 
 def test_a_file_may_import_its_neighbour_and_a_main_block_does_not_run(tmp_path):
@@ -47,7 +46,7 @@ def test_a_file_may_import_its_neighbour_and_a_main_block_does_not_run(tmp_path)
             raise RuntimeError("this is no script now")
         """,
     )
-    assert experiments.load_experiment(path).global_batch_size == 16
+    assert loading.load_experiment(path).global_batch_size == 16
 
 
 BROKEN = {
@@ -76,18 +75,18 @@ def test_a_broken_file_is_one_clear_message(tmp_path, what):
     path = tmp_path / "given.py"
     path.write_text(text)
     with pytest.raises(ConfigError, match=message) as raised:
-        experiments.load_experiment(str(path))
+        loading.load_experiment(str(path))
     assert isinstance(raised.value, UserError)
     assert "\n" not in str(raised.value).strip()
 
 
 def test_a_missing_file_a_folder_and_no_python_file(tmp_path):
     with pytest.raises(ConfigError, match=r"'.*absent\.py' there is none"):
-        experiments.load_experiment(str(tmp_path / "absent.py"))
+        loading.load_experiment(str(tmp_path / "absent.py"))
     with pytest.raises(ConfigError, match="it is something else"):
-        experiments.load_experiment(str(tmp_path))
+        loading.load_experiment(str(tmp_path))
     with pytest.raises(ConfigError, match="it is something else"):
-        experiments.load_experiment(write(tmp_path, "seed: 3", name="config.yaml"))
+        loading.load_experiment(write(tmp_path, "seed: 3", name="config.yaml"))
 
 
 def get(experiment, path):
@@ -123,13 +122,13 @@ def get(experiment, path):
     ],
 )
 def test_an_override_is_parsed_by_the_type_of_its_field(experiment, path, text, value):
-    found = get(experiments.override(experiment, [f"{path}={text}"]), path)
+    found = get(overrides.override(experiment, [f"{path}={text}"]), path)
     assert found == value
     assert type(found) is type(value)
 
 
 def test_an_override_changes_its_field_alone_and_leaves_the_experiment_as_it_was(experiment):
-    changed = experiments.override(experiment, ["optimizer.schedule.warmup=5", "model.width=24", "seed=3"])
+    changed = overrides.override(experiment, ["optimizer.schedule.warmup=5", "model.width=24", "seed=3"])
     assert experiment.model.width == 8
     assert experiment.optimizer.schedule.warmup is None
     assert dataclasses.replace(changed, seed=0, model=experiment.model, optimizer=experiment.optimizer) == experiment
@@ -139,7 +138,7 @@ def test_an_override_changes_its_field_alone_and_leaves_the_experiment_as_it_was
 
 
 def test_the_last_of_two_overrides_counts(experiment):
-    assert experiments.override(experiment, ["seed=1", "seed=2"]).seed == 2
+    assert overrides.override(experiment, ["seed=1", "seed=2"]).seed == 2
 
 
 REFUSED = {
@@ -176,13 +175,13 @@ REFUSED = {
 @pytest.mark.parametrize("assignment", REFUSED)
 def test_what_cannot_be_set_is_refused_with_the_way_out(experiment, assignment):
     with pytest.raises(ConfigError, match=REFUSED[assignment]) as raised:
-        experiments.override(experiment, [assignment])
+        overrides.override(experiment, [assignment])
     assert "\n" not in str(raised.value)
 
 
 def test_an_optimizer_of_optax_has_no_settings(experiment):
     ready = dataclasses.replace(experiment, optimizer=optax.sgd(0.1))
     with pytest.raises(ConfigError, match="no settings of its own"):
-        experiments.override(ready, ["optimizer.learning_rate=1"])
+        overrides.override(ready, ["optimizer.learning_rate=1"])
     with pytest.raises(ConfigError, match="optimizer cannot be set on the command line; edit the experiment file"):
-        experiments.override(ready, ["optimizer=adam"])
+        overrides.override(ready, ["optimizer=adam"])

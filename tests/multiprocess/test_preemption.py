@@ -15,8 +15,8 @@ import pytest
 
 from jaxdist import testing
 from jaxdist.checkpoint import checkpoints
-from jaxdist.cli import main
-from jaxdist.config import experiments
+from jaxdist.cli import train_work
+from jaxdist.config import loading, overrides
 from jaxdist.launch import signals
 from jaxdist.launch.joining import agreement
 from jaxdist.launch.supervising import board, supervisor
@@ -46,7 +46,7 @@ def signalled_once(phase, number):
 def run(run_dir, *, resume):
     """Run the experiment here, as `jaxdist train` does; return how it ended."""
     assignments = [f"stop.max_steps={STEPS}", "eval.every_steps=2", "checkpoints.every_steps=3", "reduction=canonical"]
-    experiment = experiments.override(experiments.load_experiment(str(EXPERIMENT)), assignments)
+    experiment = overrides.override(loading.load_experiment(str(EXPERIMENT)), assignments)
     with signals.stop_on_signal() as request:
         options = attempt.RunOptions(
             run_dir=pathlib.Path(run_dir),
@@ -55,7 +55,12 @@ def run(run_dir, *, resume):
             stop_requested=agreement.agreed_stop(lambda: bool(request)),
         )
         made = attempt.train(experiment, options, devices=jax.devices())
-    return {"end": made.end_reason, "status": main.exit_status(made), "step": made.step, "hash": made.params_sha256}
+    return {
+        "end": made.end_reason,
+        "status": train_work.exit_status(made),
+        "step": made.step,
+        "hash": made.params_sha256,
+    }
 
 
 def signalled_in_every_phase(folder):

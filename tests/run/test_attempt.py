@@ -13,7 +13,7 @@ import tiny_experiment
 import jaxdist
 from jaxdist import errors, testing
 from jaxdist.checkpoint import checkpoints
-from jaxdist.config import experiments as config
+from jaxdist.config import overrides
 from jaxdist.data import CorruptExample
 from jaxdist.run import attempt, components, recovery
 from jaxdist.rundir import record
@@ -36,7 +36,7 @@ def run(run_dir, *assignments, num_devices=2, resume=False, preempt=None, kill=N
             raise Killed
         return step == preempt
 
-    experiment = config.override(experiment or tiny_experiment.get_config(), assignments)
+    experiment = overrides.override(experiment or tiny_experiment.get_config(), assignments)
     options = attempt.RunOptions(
         run_dir=run_dir, resume=resume, silent=True, command="a command", stop_requested=stop_requested
     )
@@ -53,7 +53,7 @@ def read_metrics(run_dir):
 
 def read_checkpoint(run_dir, *assignments):
     """Return state and progress of the newest checkpoint; seconds, which never are the same, left out."""
-    experiment = config.override(tiny_experiment.get_config(), assignments)
+    experiment = overrides.override(tiny_experiment.get_config(), assignments)
     parts = components.put_together(experiment, devices=jax.devices()[:1])
     checkpointer = attempt.make_checkpointer(experiment, run_dir, parts.identity)
     state, data_state = checkpointer.restore(parts.abstract_state)

@@ -8,8 +8,8 @@ import tiny_experiment
 
 import jaxdist
 from jaxdist import optimizers
-from jaxdist.config import experiments
-from jaxdist.config.experiments import ConfigError
+from jaxdist.config import overrides
+from jaxdist.errors import ConfigError
 from jaxdist.models import mlp
 from jaxdist.run import components
 
@@ -57,7 +57,7 @@ def test_evaluation_counts_each_held_out_example_once(experiment):
 
 
 def test_averaged_params_are_evaluated_where_the_optimizer_keeps_them(experiment):
-    averaging = put_together(experiments.override(experiment, ["optimizer.ema_decay=0.9"]))
+    averaging = put_together(overrides.override(experiment, ["optimizer.ema_decay=0.9"]))
     state = averaging.create_state()
     with_zeros = dataclasses.replace(
         state,
@@ -77,7 +77,7 @@ def is_ema(node):
 
 def test_the_learning_rate_of_a_step_is_that_of_its_update(experiment):
     parts = put_together(
-        experiments.override(
+        overrides.override(
             experiment, ["optimizer.schedule.name=linear", "optimizer.schedule.warmup=2", "stop.max_steps=6"]
         )
     )
@@ -102,7 +102,7 @@ def test_the_last_step_is_the_earliest_limit_that_is_known(experiment, stop, ste
 def test_a_schedule_without_a_known_end_is_refused(experiment):
     endless = dataclasses.replace(experiment, stop=jaxdist.Stop(max_seconds=5.0))
     with pytest.raises(ValueError, match="needs to know where it ends"):
-        put_together(experiments.override(endless, ["optimizer.schedule.name=cosine"]))
+        put_together(overrides.override(endless, ["optimizer.schedule.name=cosine"]))
 
 
 CHANGES = {
@@ -155,7 +155,7 @@ def test_a_batch_that_does_not_divide_names_the_nearest_that_do(experiment):
 )
 def test_settings_that_make_no_sense_are_refused_before_anything_starts(experiment, assignment, message):
     with pytest.raises(ConfigError, match=message):
-        components.check_experiment(experiments.override(experiment, [assignment]))
+        components.check_experiment(overrides.override(experiment, [assignment]))
 
 
 def test_a_target_or_patience_on_held_out_data_needs_some(experiment):
@@ -189,9 +189,9 @@ def test_a_target_or_patience_on_held_out_data_needs_some(experiment):
 )
 def test_a_metric_that_will_never_come_is_not_waited_for(experiment, assignments, message):
     with pytest.raises(ConfigError, match=message):
-        put_together(experiments.override(experiment, assignments))
+        put_together(overrides.override(experiment, assignments))
 
 
 def test_metrics_that_will_come_may_be_waited_for(experiment):
     watching = ["stop.patience=2", "stop.target=0.1", "stop.mode=min", "stop.target_metric=eval/loss"]
-    put_together(experiments.override(experiment, [*watching, "checkpoints.best_metric=train/accuracy"]))
+    put_together(overrides.override(experiment, [*watching, "checkpoints.best_metric=train/accuracy"]))

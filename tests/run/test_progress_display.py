@@ -177,7 +177,7 @@ def test_a_log_file_gets_lines(monkeypatch, force_color):
 
 
 SCRIPT = """
-from jaxdist import progress
+from jaxdist.run import progress_display as progress
 with progress.make_progress(progress.Bounds(max_steps=2), global_batch_size=1) as shown:
     print("kept apart", flush=True)
     shown.update(1, {"loss": 0.5})

@@ -12,9 +12,8 @@ from typing import Any
 
 import yaml
 
-from jaxdist.errors import UserError
+from jaxdist.errors import ExitStatus, UserError
 from jaxdist.launch.engines.request import Request
-from jaxdist.launch.signals import EXIT_RETRY
 
 GROUP, CONTAINER, VOLUME = "processes", "train", "runs"
 PORT = 8476
@@ -120,12 +119,12 @@ def _pod_rules() -> list[dict[str, Any]]:
         return {"action": "FailJob", "onExitCodes": codes}
 
     disrupted = {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
-    return [exit_status(UserError.exit_status), exit_status(EXIT_RETRY), disrupted]
+    return [exit_status(int(ExitStatus.USER)), exit_status(int(ExitStatus.RETRY)), disrupted]
 
 
 def _rules() -> list[dict[str, Any]]:
     # If a job fails by a pod failure rule, only its message names the rule: "... failed with exit code 2 matching ...".
-    pattern = f"failed with exit code {UserError.exit_status} "
+    pattern = f"failed with exit code {ExitStatus.USER} "
     rules: list[dict[str, Any]] = [
         {"name": "mistake", "action": "FailJobSet", "onJobFailureMessagePatterns": [pattern]},
         {"name": "retry", "action": "RestartJobSetAndIgnoreMaxRestarts"},

@@ -14,10 +14,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jaxdist.errors import UserError
+from jaxdist.errors import ExitStatus, UserError
 from jaxdist.launch.engines.request import Request
 from jaxdist.launch.joining import coordinator
-from jaxdist.launch.signals import EXIT_RETRY
 
 KNOWN = ("address", "cpus", "gpus", "restarts")
 _PLACING_SECONDS = 60
@@ -88,7 +87,7 @@ def run(request: Request, *, say: Callable[[str], None]) -> int:
         group = _reserve(ray, request)
         for restart in range(_whole(settings, "restarts", 10) + 1):
             status = _attempt(ray, request, group, stops)
-            if status != EXIT_RETRY or stops:
+            if status != ExitStatus.RETRY or stops:
                 break
             say(f"The job ended with status {status}; it is restarted (attempt {restart + 2}).")
         ray.util.remove_placement_group(group)
@@ -159,7 +158,7 @@ def _attempt(ray: Any, request: Request, group: Any, stops: list[int]) -> int:
         ]
         return _watch(ray, members, runs, stops)
     except ray.exceptions.RayActorError:
-        return EXIT_RETRY
+        return ExitStatus.RETRY
     finally:
         for member in members:
             ray.kill(member)
@@ -172,16 +171,16 @@ def _watch(ray: Any, members: Sequence[Any], runs: Sequence[Any], stops: list[in
     while waiting and time.monotonic() < deadline:
         ended, waiting = ray.wait(waiting, timeout=_POLL_SECONDS)
         statuses += ray.get(ended)
-        failed = [status for status in statuses if status not in (0, EXIT_RETRY)]
+        failed = [status for status in statuses if status not in (0, ExitStatus.RETRY)]
         if failed:
             return failed[0] if failed[0] > 0 else 128 - failed[0]
-        if EXIT_RETRY in statuses:
+        if ExitStatus.RETRY in statuses:
             # A process that hangs never ends by itself.
             deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
         for number in stops[passed_on:]:
             ray.get([member.stop.remote(number) for member in members])
             passed_on += 1
-    return max(statuses, default=EXIT_RETRY)
+    return max(statuses, default=ExitStatus.RETRY)
 
 
 def _whole(settings: Mapping[str, str], name: str, default: int) -> int:

@@ -11,9 +11,8 @@ import shutil
 import subprocess
 import sys
 
-from jaxdist.errors import UserError
+from jaxdist.errors import ExitStatus, UserError
 from jaxdist.launch.engines.request import Request
-from jaxdist.launch.signals import EXIT_RETRY
 from jaxdist.rundir import record
 
 SCRIPT_NAME = "launch.sbatch"
@@ -66,8 +65,8 @@ def script(request: Request, *, directory: str, python: str = sys.executable) ->
             *(_PARAMETER_SERVER if request.parameter_server else ()),
             f"srun --wait={_WAIT_SECONDS} {train}",
             "status=$?",
-            f"# {EXIT_RETRY} asks for another attempt; after a hang a process may not have been able to exit with it.",
-            f'if [ $status -eq {EXIT_RETRY} ] || grep -qs \'"end_reason": "hang"\' '
+            f"# {ExitStatus.RETRY} asks for another attempt; after a hang a process may not have managed to exit so.",
+            f'if [ $status -eq {ExitStatus.RETRY} ] || grep -qs \'"end_reason": "hang"\' '
             f"{shlex.quote(str(request.run_dir / record.FILE_NAME))}; then",
             f'  if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {MOST_REQUEUES} ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
             "fi",

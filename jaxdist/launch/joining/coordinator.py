@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import jax
 
-from jaxdist.errors import TryAgain, UserError
+from jaxdist.errors import ExitStatus, TryAgain, UserError
 from jaxdist.launch.joining import places
 from jaxdist.spmd import jax_private
 
@@ -136,7 +136,7 @@ def _leaving_at(deadline: float, message: str) -> Iterator[None]:
 
     def leave() -> None:
         print(f"jaxdist: {message}. Start them all; {CONNECT_SECONDS} sets the time.", file=sys.stderr, flush=True)
-        os._exit(TryAgain.exit_status)
+        os._exit(ExitStatus.RETRY)
 
     timer = threading.Timer(max(0.0, deadline - time.monotonic()), leave)
     timer.daemon = True

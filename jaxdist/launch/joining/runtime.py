@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdist.errors import UserError
+from jaxdist.errors import ExitStatus, UserError
 from jaxdist.launch import parent
 from jaxdist.launch.joining import coordinator, places, same_on_all
-from jaxdist.launch.signals import EXIT_RETRY
 
 PROCESS_ID, NUM_PROCESSES, COORDINATOR = places.PROCESS_ID, places.NUM_PROCESSES, places.COORDINATOR
 
@@ -134,11 +133,11 @@ def leave(exit_status: int) -> NoReturn:
     Python's own way out would wait for them, up to five minutes, in JAX's shutdown: they may wait for this process in
     a collective, and its message would reach nobody. Where all leave for the same reason, they part in good order.
     """
-    if exit_status in (0, EXIT_RETRY) or not jax.distributed.is_initialized():
+    if exit_status in (0, ExitStatus.RETRY) or not jax.distributed.is_initialized():
         sys.exit(exit_status)
     sys.stdout.flush()
     sys.stderr.flush()
-    if exit_status == UserError.exit_status:
+    if exit_status == ExitStatus.USER:
         timer = threading.Timer(_LEAVE_SECONDS, os._exit, [exit_status])
         timer.daemon = True
         timer.start()

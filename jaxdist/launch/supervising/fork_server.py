@@ -26,14 +26,6 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
-TRAINING = (
-    "jaxdist.run.attempt",
-    "jaxdist.launch.joining.agreement",
-    "jaxdist.launch.joining.places",
-    "jaxdist.launch.joining.same_on_all",
-)
-"""What a process that trains imports."""
-
 _PR_SET_CHILD_SUBREAPER = 36
 _MAX_MESSAGE = 1 << 20
 _READY, _UNSAFE = b"ready", b"unsafe"

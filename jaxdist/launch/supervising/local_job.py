@@ -20,15 +20,14 @@ from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 from typing import IO, Any, Protocol, TypeAlias
 
-from jaxdist.errors import EXIT_USER
+from jaxdist.errors import ExitStatus
 from jaxdist.launch import parent
 from jaxdist.launch.joining import runtime
-from jaxdist.launch.signals import EXIT_RETRY
 
 LOOPBACK = "127.0.0.1"
 GRACE_SECONDS = 5.0
 ORDERLY_SECONDS = 15.0
-"""How long the others may take to end once one process has ended with EXIT_RETRY."""
+"""How long the others may take to end once one process has ended with ExitStatus.RETRY."""
 LOG_TAIL_LINES = 40
 _LOOK_SECONDS = 0.5
 _GIVEN_PORTS = pathlib.Path("/proc/sys/net/ipv4/ip_local_port_range")
@@ -135,8 +134,8 @@ def run_job(
 ) -> JobResult:
     """Run `command` in `num_processes` processes and wait for all of them.
 
-    A process that ends with `EXIT_RETRY` (preempted, or the watchdog found a hang) has not failed: the others, which
-    were told the same, get `ORDERLY_SECONDS` to end too.
+    A process that ends with `ExitStatus.RETRY` (preempted, or the watchdog found a hang) has not failed: the others,
+    which were told the same, get `ORDERLY_SECONDS` to end too.
 
     Args:
       command: the program and its arguments, the same for every process.
@@ -152,7 +151,7 @@ def run_job(
 
     Returns:
       The exit status: 0 if all processes ended with 0, else that of the first that failed (128 + signal when killed).
-      If one ended with EXIT_RETRY and none failed, the status is EXIT_RETRY.
+      If one ended with ExitStatus.RETRY and none failed, the status is ExitStatus.RETRY.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     shared = {**os.environ, **(environment or {}), runtime.NUM_PROCESSES: str(num_processes)}
@@ -169,16 +168,17 @@ def run_job(
                 output = stack.enter_context(open(log_path(log_dir, number), "wb"))
             processes.append(start(command, {**shared, runtime.PROCESS_ID: str(number)}, output))
         if passed_on.received:  # the processes that started after the signal did not get it
-            return JobResult(EXIT_RETRY, asked_to_stop=True)
+            return JobResult(ExitStatus.RETRY, asked_to_stop=True)
         started([process.pid for process in processes])
         failed = _wait(processes, timeout_seconds)
     asked = bool(passed_on.received)
     if failed is None:
-        return JobResult(EXIT_RETRY if any(process.returncode for process in processes) else 0, asked_to_stop=asked)
+        again = any(process.returncode for process in processes)
+        return JobResult(ExitStatus.RETRY if again else ExitStatus.OK, asked_to_stop=asked)
     status = processes[failed].returncode
     assert status is not None
     # Process 0 has shown a mistake that all processes found.
-    shown = show_first and processes[0].returncode == status == EXIT_USER
+    shown = show_first and processes[0].returncode == status == ExitStatus.USER
     message = "" if shown else _tail(log_path(log_dir, failed))
     return JobResult(128 - status if status < 0 else status, failed, message, asked)
 
@@ -241,9 +241,9 @@ def _wait(processes: Sequence[Process], timeout_seconds: float | None) -> int | 
     orderly = math.inf
     with change:
         while True:
-            failed = next((number for number, status in ended.items() if status not in (0, EXIT_RETRY)), None)
+            failed = next((number for number, status in ended.items() if status not in (0, ExitStatus.RETRY)), None)
             now = time.monotonic()
-            if EXIT_RETRY in ended.values():
+            if ExitStatus.RETRY in ended.values():
                 orderly = min(orderly, now + ORDERLY_SECONDS)
             running = [process for number, process in enumerate(processes) if number not in ended]
             # A process that is stopped will not end by itself, however long the others wait for it.

@@ -21,8 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from jaxdist.errors import EXIT_USER
-from jaxdist.launch.signals import EXIT_RETRY
+from jaxdist.errors import ExitStatus
 from jaxdist.launch.supervising import board, local_job
 from jaxdist.rundir import lock, record
 
@@ -107,7 +106,7 @@ def decide(attempts: Sequence[Attempt], policy: Policy, *, start_step: int = 0) 
     """
     last = attempts[-1]
     own_end = last.end_reason not in (None, "hang", "error", "preempted")
-    if last.exit_status in (0, EXIT_USER) or last.asked_to_stop or own_end:
+    if last.exit_status in (0, ExitStatus.USER) or last.asked_to_stop or own_end:
         return End(last.exit_status)
     fruitless = num_fruitless(attempts, start_step=start_step)
     if fruitless >= policy.max_fruitless:
@@ -173,7 +172,7 @@ def supervise(
         num_processes = processes
         sleep(decision.delay_seconds)
         if stopped():
-            return EXIT_RETRY
+            return ExitStatus.RETRY
 
 
 @contextlib.contextmanager
@@ -367,9 +366,9 @@ class _StoppedWatch:
 
 
 def _exit_status(result: local_job.JobResult, signals: local_job.Signals) -> int:
-    """Return the status of the job; EXIT_RETRY if a single signal ended it before it handled signals."""
+    """Return the status of the job; ExitStatus.RETRY if a single signal ended it before it handled signals."""
     unheard = len(signals.received) == 1 and result.exit_status == 128 + signals.received[0]
-    return EXIT_RETRY if unheard else result.exit_status
+    return ExitStatus.RETRY if unheard else result.exit_status
 
 
 def _changed_at(run_dir: pathlib.Path) -> int:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TextIO
 
-from jaxdist.launch.signals import EXIT_RETRY
+from jaxdist.errors import ExitStatus
 from jaxdist.launch.supervising import board
 
 DONE = "done"
@@ -233,7 +233,7 @@ class Watchdog:
             if verdict.reporter == self._process:
                 self._on_hang(verdict)
         finally:
-            os._exit(EXIT_RETRY)
+            os._exit(ExitStatus.RETRY)
 
 
 def show(verdict: Verdict, output: TextIO) -> None:

@@ -15,8 +15,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 
-from jaxdist.errors import RunFailedError, UserError, as_user_error
-from jaxdist.launch.signals import EXIT_RETRY
+from jaxdist.errors import ExitStatus, RunFailedError, UserError, as_user_error
 from jaxdist.paramserver.processes import run_folder
 from jaxdist.paramserver.processes.crew import LocalCrew
 from jaxdist.paramserver.protocol.settings import SCHEDULER
@@ -58,7 +57,7 @@ def security_of(hosts: Sequence[str]) -> security.Security:
 def main(arguments: Sequence[str]) -> int:
     """Play the part of one machine; return the exit status."""
     try:
-        return 0 if _keep_processes(pathlib.Path(arguments[0]), arguments[1]) else EXIT_RETRY
+        return 0 if _keep_processes(pathlib.Path(arguments[0]), arguments[1]) else ExitStatus.RETRY
     except (UserError, RunFailedError) as error:
         print(f"jaxdist: {error}", file=sys.stderr)
         return error.exit_status

@@ -53,5 +53,5 @@ class Spec:
         """Return the protocol's settings."""
         fields = dict(self.settings)
         fields["timers"] = Timers(**fields["timers"])
-        fields["read_every"] = tuple(fields["read_every"])
+        fields |= {name: tuple(fields[name]) for name in ("read_every", "hosts")}
         return Settings(**fields)

@@ -1,10 +1,8 @@
 """The settings of a parameter-server run (processes, mode, durability, timers), and the names of its processes."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
 
-Mode = Literal["sync", "bounded", "async"]
-Durability = Literal["none", "snapshot", "replicated"]
+from jaxdist.config.parameter_server import ParameterServer
 
 SCHEDULER = "scheduler"
 
@@ -26,24 +24,17 @@ class Timers:
             )
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(ParameterServer):
     """The settings under `ps.`, and what the protocol must know about the training run.
 
     Attributes:
       num_examples: examples of one epoch.
       global_batch_size: examples of one step.
       max_steps: the run ends after this step.
-      workers: worker processes. In sync mode a batch is divided into `workers - backup_workers` slices.
-      servers: shards of the params.
-      mode: sync, bounded or async.
-      max_staleness: clocks a worker may be ahead of the slowest (bounded mode; 0 is the sync mode).
-      backup_workers: number of workers that a step does not wait for (sync mode).
-      durability: none, snapshot or replicated.
-      snapshot_every: steps between two saved cuts; 0 saves none.
+      workers: see ParameterServer, as for the other settings under `ps.`.
       read_every: periods, in steps, after which the observer gets a cut (effects.ShowCut); it always gets the last one.
       stop_on_nonfinite: end the run, with reason `nonfinite`, at a gradient that is not finite; it is never applied.
-      damp_staleness: multiply an update by 1 / (1 + staleness) (bounded and async).
       timers: seconds.
     """
 
@@ -51,18 +42,34 @@ class Settings:
     global_batch_size: int
     max_steps: int
     workers: int = 1
-    servers: int = 1
-    mode: Mode = "sync"
-    max_staleness: int = 0
-    backup_workers: int = 0
-    durability: Durability = "none"
-    snapshot_every: int = 0
     read_every: tuple[int, ...] = ()
     stop_on_nonfinite: bool = False
-    damp_staleness: bool = False
     timers: Timers = Timers()
 
+    @classmethod
+    def of(
+        cls,
+        chosen: ParameterServer,
+        *,
+        num_examples: int,
+        global_batch_size: int,
+        max_steps: int,
+        read_every: tuple[int, ...],
+    ) -> "Settings":
+        """Return the Settings of a training run; raises ValueError if they contradict each other."""
+        beat = chosen.dead_after_seconds / 10
+        return cls(
+            **{field.name: getattr(chosen, field.name) for field in fields(chosen)},
+            num_examples=num_examples,
+            global_batch_size=global_batch_size,
+            max_steps=max_steps,
+            read_every=read_every,
+            stop_on_nonfinite=True,
+            timers=Timers(beat, 2 * beat, chosen.dead_after_seconds, max(300.0, chosen.dead_after_seconds)),
+        )
+
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("num_examples", "global_batch_size", "max_steps", "workers", "servers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -126,53 +133,6 @@ class Settings:
     def steps_per_epoch(self) -> int:
         """The number of steps of one epoch, including the last, ragged one."""
         return -(-self.num_examples // self.global_batch_size)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParameterServer:
-    """The settings that a user may set under `ps.`; see Settings."""
-
-    workers: int = 2
-    servers: int = 1
-    mode: Mode = "sync"
-    max_staleness: int = 0
-    backup_workers: int = 0
-    durability: Durability = "none"
-    snapshot_every: int = 0
-    damp_staleness: bool = False
-    dead_after_seconds: float = 5.0
-    engine: Literal["processes", "ray"] = "processes"
-    """What keeps the processes alive: this machine (with `hosts`, each machine its own), or a Ray cluster."""
-    hosts: tuple[str, ...] = ()
-    """Addresses of several machines, first the one that starts the run. Empty: this machine, on the loopback."""
-    port: int = 7800
-    """With `hosts`: the first of the ports that the processes listen on."""
-
-    def __post_init__(self) -> None:
-        if self.hosts and self.engine != "processes":
-            raise ValueError(f"ps.hosts needs ps.engine=processes; {self.engine} places the processes itself.")
-
-    def settings(
-        self, *, num_examples: int, global_batch_size: int, max_steps: int, read_every: tuple[int, ...]
-    ) -> Settings:
-        """Return the Settings of a training run; raises ValueError if they contradict each other."""
-        beat = self.dead_after_seconds / 10
-        return Settings(
-            num_examples=num_examples,
-            global_batch_size=global_batch_size,
-            max_steps=max_steps,
-            workers=self.workers,
-            servers=self.servers,
-            mode=self.mode,
-            max_staleness=self.max_staleness,
-            backup_workers=self.backup_workers,
-            durability=self.durability,
-            snapshot_every=self.snapshot_every,
-            read_every=read_every,
-            stop_on_nonfinite=True,
-            damp_staleness=self.damp_staleness,
-            timers=Timers(beat, 2 * beat, self.dead_after_seconds, max(300.0, self.dead_after_seconds)),
-        )
 
 
 def worker_name(worker: int) -> str:

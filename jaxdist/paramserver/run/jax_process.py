@@ -9,7 +9,7 @@ import sys
 import time
 from typing import Any
 
-from jaxdist.config import experiments
+from jaxdist.config import loading, overrides
 from jaxdist.launch import parent
 from jaxdist.launch.joining import runtime
 from jaxdist.paramserver.processes import faults, role
@@ -27,7 +27,7 @@ from jaxdist.paramserver.run.island import Island
 def make(name: str, spec: Spec) -> tuple[Driver, Statistics]:
     """Return the server or worker called `name`, and its counters."""
     devices = runtime.start_by_itself(spec.devices)
-    experiment = experiments.override(experiments.load_experiment(spec.experiment), spec.assignments)
+    experiment = overrides.override(loading.load_experiment(spec.experiment), spec.assignments)
     plan = shared_plan.make_plan(experiment, experiment.ps, kind=spec.kind)
     plan = dataclasses.replace(plan, settings=spec.make_settings())
     boot = time.time_ns()

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxdist import stop
 from jaxdist.checkpoint import checkpoints
-from jaxdist.config.experiments import ConfigError
+from jaxdist.errors import ConfigError
 from jaxdist.paramserver.processes.driver import write_file
 from jaxdist.paramserver.protocol import journal, messages
 from jaxdist.paramserver.protocol.settings import Settings, saved_cut_file, shard_file

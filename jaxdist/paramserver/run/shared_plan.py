@@ -12,8 +12,10 @@ import jax
 import numpy as np
 
 from jaxdist import data
-from jaxdist.config.experiments import ConfigError, Experiment
-from jaxdist.paramserver.protocol.settings import ParameterServer, Settings
+from jaxdist.config.experiment import Experiment
+from jaxdist.config.parameter_server import ParameterServer
+from jaxdist.errors import ConfigError
+from jaxdist.paramserver.protocol.settings import Settings
 from jaxdist.paramserver.protocol.shard import Shard
 from jaxdist.paramserver.run.shard_optimizer import Kind, OptaxUpdater, classify
 from jaxdist.paramserver.run.sharding import Sharding, make_sharding
@@ -71,7 +73,8 @@ def make_plan(experiment: Experiment, chosen: ParameterServer, *, kind: Kind | N
     params, model_state = shapes if isinstance(shapes, tuple) and len(shapes) == 2 else (shapes, None)
     leaves, structure = jax.tree.flatten((params, model_state))
     sharding = make_sharding(leaves, num_servers=chosen.servers)
-    settings = chosen.settings(
+    settings = Settings.of(
+        chosen,
         num_examples=len(experiment.data.train),
         global_batch_size=experiment.global_batch_size,
         max_steps=known_end["max_steps"] or NO_LIMIT,

@@ -8,7 +8,8 @@ import shutil
 from collections.abc import Callable, Sequence
 
 from jaxdist import errors
-from jaxdist.config.experiments import load_experiment, override
+from jaxdist.config.loading import load_experiment
+from jaxdist.config.overrides import override
 from jaxdist.launch.supervising import local_job
 from jaxdist.paramserver.processes import faults, machines, run_folder
 from jaxdist.paramserver.processes.crew import Crew, LocalCrew

@@ -10,8 +10,8 @@ import time
 
 import pytest
 
+from jaxdist.errors import ExitStatus
 from jaxdist.launch.joining import runtime
-from jaxdist.launch.signals import EXIT_RETRY
 from jaxdist.launch.supervising import local_job
 
 PLACE = f"import os, sys, signal, time; place = int(os.environ['{runtime.PROCESS_ID}']); "
@@ -78,19 +78,19 @@ def test_after_an_orderly_retry_the_others_may_end_by_themselves(tmp_path):
     code = f"""
 waited = tmp = os.path.join({str(tmp_path)!r}, 'first-has-ended')
 if place == 0:
-    open(waited, 'w').close(); sys.exit({EXIT_RETRY})
+    open(waited, 'w').close(); sys.exit({ExitStatus.RETRY})
 while not os.path.exists(waited): time.sleep(0.01)
 signal.signal(signal.SIGTERM, lambda *_: os._exit(99))
-time.sleep(0.5); sys.exit({EXIT_RETRY})
+time.sleep(0.5); sys.exit({ExitStatus.RETRY})
 """
-    assert run("\n" + code, tmp_path) == local_job.JobResult(EXIT_RETRY)
+    assert run("\n" + code, tmp_path) == local_job.JobResult(ExitStatus.RETRY)
 
 
 def test_a_stopped_process_does_not_outlive_an_orderly_retry_nor_is_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(local_job, "ORDERLY_SECONDS", 1000.0)
     monkeypatch.setattr(local_job, "GRACE_SECONDS", 1000.0)
-    result = run(f"place and os.kill(os.getpid(), signal.SIGSTOP); sys.exit({EXIT_RETRY})", tmp_path)
-    assert result == local_job.JobResult(EXIT_RETRY)
+    result = run(f"place and os.kill(os.getpid(), signal.SIGSTOP); sys.exit({ExitStatus.RETRY})", tmp_path)
+    assert result == local_job.JobResult(ExitStatus.RETRY)
 
 
 def test_a_job_that_takes_too_long_is_ended(tmp_path, monkeypatch):
@@ -123,14 +123,14 @@ def test_signals_to_the_launcher_reach_every_process_once(tmp_path):
     code = f"""
 {PLACE}
 def note(number, frame):
-    print(signal.Signals(number).name, flush=True); sys.exit({EXIT_RETRY})
+    print(signal.Signals(number).name, flush=True); sys.exit({ExitStatus.RETRY})
 signal.signal(signal.SIGTERM, note)
 open(os.path.join({str(tmp_path)!r}, str(os.getpid())), 'w').close()
 time.sleep(600)
 """
     launcher, _ = start_launcher(code, tmp_path)
     launcher.terminate()
-    assert launcher.wait(timeout=30) == EXIT_RETRY
+    assert launcher.wait(timeout=30) == ExitStatus.RETRY
     assert [local_job.log_path(tmp_path, number).read_text() for number in range(2)] == 2 * ["SIGTERM\n"]
 
 

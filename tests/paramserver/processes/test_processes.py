@@ -16,7 +16,7 @@ import pytest
 import root_experiment
 import tiny_experiment
 
-from jaxdist.config import experiments
+from jaxdist.config import overrides
 from jaxdist.paramserver.processes import faults, run_folder
 from jaxdist.paramserver.run import start as run
 from jaxdist.run import attempt
@@ -124,7 +124,7 @@ def test_a_gradient_that_is_not_finite_is_explained_as_in_every_run(tmp_path, ca
     assert made.end_reason == "nonfinite"
     report = (tmp_path / "served" / "nonfinite.txt").read_text()
     assert report in capsys.readouterr().err
-    experiment = experiments.override(root_experiment.get_config(), ["model.dropout_rate=0.0"])
+    experiment = overrides.override(root_experiment.get_config(), ["model.dropout_rate=0.0"])
     attempt.train(experiment, attempt.RunOptions(run_dir=tmp_path / "one", silent=True), devices=jax.devices()[:1])
     specification = (tmp_path / "one" / "nonfinite.txt").read_text()
     # The same step, leaf, rows and labels; the loss is that of the worker's rows.

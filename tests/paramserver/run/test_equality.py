@@ -9,9 +9,9 @@ import optax
 import pytest
 import tiny_experiment
 
-from jaxdist.config import experiments
+from jaxdist.config import overrides
+from jaxdist.config.parameter_server import ParameterServer
 from jaxdist.paramserver.protocol import effects, messages
-from jaxdist.paramserver.protocol.settings import ParameterServer
 from jaxdist.paramserver.run import shared_plan as plans
 from jaxdist.paramserver.run.island import Island
 from jaxdist.paramserver.simulator import Faults, Roles, Simulation
@@ -22,7 +22,7 @@ NO_DROPOUT = ["model.dropout_rate=0.0", f"stop.max_steps={STEPS}"]
 
 
 def make_plan(workers, servers, assignments=(), **changes):
-    experiment = experiments.override(tiny_experiment.get_config(), [*NO_DROPOUT, *assignments])
+    experiment = overrides.override(tiny_experiment.get_config(), [*NO_DROPOUT, *assignments])
     plan = plans.make_plan(experiment, ParameterServer(workers=workers, servers=servers, **changes))
     # The experiment is tiny: small blocks spread it over the servers.
     return dataclasses.replace(
@@ -35,7 +35,7 @@ def make_plan(workers, servers, assignments=(), **changes):
 
 @functools.cache
 def _leaves():
-    plan = plans.make_plan(experiments.override(tiny_experiment.get_config(), NO_DROPOUT), ParameterServer(workers=1))
+    plan = plans.make_plan(overrides.override(tiny_experiment.get_config(), NO_DROPOUT), ParameterServer(workers=1))
     return plans.initial_leaves(plan)
 
 
@@ -114,7 +114,7 @@ def test_sync_is_one_process_on_the_union_batch_to_the_bit(workers):
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_sync_is_the_all_reduce_path(workers):
-    experiment = experiments.override(tiny_experiment.get_config(), NO_DROPOUT)
+    experiment = overrides.override(tiny_experiment.get_config(), NO_DROPOUT)
     parts = components.put_together(experiment, devices=jax.devices()[:2])
     state = parts.create_state()
     for _, (batch, _) in zip(range(STEPS), parts.batches()):

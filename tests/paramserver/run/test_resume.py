@@ -10,8 +10,8 @@ import optax
 import pytest
 import tiny_experiment
 
-from jaxdist import stop
-from jaxdist.config import experiments
+from jaxdist import errors, stop
+from jaxdist.config import overrides
 from jaxdist.paramserver.run import resume, whole_optimizer
 from jaxdist.paramserver.run import shared_plan as plans
 from jaxdist.paramserver.run.sharding import make_sharding
@@ -21,7 +21,7 @@ EVERYTHING = ["optimizer.name=adamw", "optimizer.weight_decay=0.01", "optimizer.
 
 
 def experiment_of(*assignments):
-    return experiments.override(tiny_experiment.get_config(), [*EVERYTHING, "ps.servers=3", *assignments])
+    return overrides.override(tiny_experiment.get_config(), [*EVERYTHING, "ps.servers=3", *assignments])
 
 
 def plan_of(*assignments):
@@ -92,7 +92,7 @@ def opt_shapes(plan):
 
 
 def test_another_batch_size_is_refused_where_it_cuts_a_batch(tmp_path):
-    refused = pytest.raises(experiments.ConfigError, match="Resume with the global_batch_size")
+    refused = pytest.raises(errors.ConfigError, match="Resume with the global_batch_size")
     with trained(tmp_path, experiment_of()) as (_, checkpointer), refused:
         resume.begin(plan_of("global_batch_size=12"), checkpointer, tmp_path / "ps")
 

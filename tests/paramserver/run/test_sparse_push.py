@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 import jaxdist
 from jaxdist import losses
+from jaxdist.config.parameter_server import ParameterServer
 from jaxdist.models import gpt
 from jaxdist.paramserver.protocol import effects, messages
 from jaxdist.paramserver.protocol.scheduler import lease_table
-from jaxdist.paramserver.protocol.settings import ParameterServer
 from jaxdist.paramserver.protocol.shard import dense
 from jaxdist.paramserver.run import shared_plan as plans
 from jaxdist.paramserver.run.island import Island

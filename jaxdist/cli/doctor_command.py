@@ -1,5 +1,6 @@
-"""What is installed, what is visible, what will bite: the facts to look at before a run, and to paste into a report."""
+"""`jaxdist doctor`: what is installed, what is visible, what will bite; to look at before a run, or to report."""
 
+import argparse
 import importlib.util
 import os
 import platform
@@ -8,6 +9,8 @@ from collections.abc import Sequence
 
 import jax
 
+from jaxdist.errors import ExitStatus
+from jaxdist.launch.joining import runtime
 from jaxdist.rundir import record
 
 EXTRAS = {
@@ -17,6 +20,12 @@ EXTRAS = {
     "ray": ("ray",),
 }
 LEAST_FREE_BYTES = 2 << 30
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Print what is installed and visible."""
+    print(examine(runtime.start(options.devices or 8)))
+    return ExitStatus.OK
 
 
 def examine(devices: Sequence[jax.Device]) -> str:

@@ -1,39 +1,20 @@
-"""Experiments: the frozen dataclass an experiment file returns, loading that file, and typed overrides.
+"""Experiments: the frozen dataclass that an experiment file returns, and the groups of settings in it."""
 
-Configuration is plain Python. What a user may override is exactly what the dataclasses declare; an unknown name is an
-error that proposes the nearest one.
-"""
-
-import ast
-import contextlib
 import dataclasses
-import difflib
-import importlib.util
-import pathlib
-import sys
-import traceback
-import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
 import optax
-import pydantic
-import pydantic_core
 
+from jaxdist.config.parameter_server import ParameterServer
 from jaxdist.data import Source
 from jaxdist.data.order import Order
-from jaxdist.errors import UserError
 from jaxdist.optimizers import Optimizer
-from jaxdist.paramserver.protocol.settings import ParameterServer
 from jaxdist.rundir.writers import Kind
 from jaxdist.spmd import layout as layouts
 from jaxdist.stop import Stop
 
 ExampleFn: TypeAlias = Callable[[Any, Any], Any]
-
-
-class ConfigError(UserError):
-    """An experiment, or an override of one, that cannot be used as it is."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,7 +114,7 @@ class Recovery:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Layout:
+class LayoutSettings:
     """How the state is cut, where the strategy leaves a choice.
 
     Attributes:
@@ -191,7 +172,7 @@ class Experiment:
     strategy: str = "data-parallel"
     ps: ParameterServer = dataclasses.field(default_factory=ParameterServer)
     mesh: dict[str, int] | None = None
-    layout: Layout = Layout()
+    layout: LayoutSettings = LayoutSettings()
     reduction: Literal["mean", "canonical"] = "mean"
     logical_shards: int = 8
     num_microbatches: int = 1
@@ -202,130 +183,3 @@ class Experiment:
     recovery: Recovery = Recovery()
     log_every: int = 20
     writers: tuple[Kind, ...] = ("jsonl", "csv", "tensorboard")
-
-
-def load_experiment(path: str) -> Experiment:
-    """Return what the `get_config()` of the Python file `path` returns.
-
-    Raises:
-      ConfigError: the file is missing or broken, or has no such function, or it returns something else.
-    """
-    file = pathlib.Path(path)
-    if not file.is_file() or file.suffix != ".py":
-        what = "there is none" if not file.exists() else "it is something else"
-        raise ConfigError(f"An experiment is a Python file, NAME.py; at {path!r} {what}. Check the path.")
-    module = _run_file(file)
-    get_config = getattr(module, "get_config", None)
-    if not callable(get_config):
-        raise ConfigError(f"An experiment file defines get_config(); {path} does not. Add one that returns Experiment.")
-    try:
-        experiment = get_config()
-    except (Exception, SystemExit) as error:
-        raise ConfigError(f"get_config() of {path} failed: {_describe(error, file)}") from error
-    if not isinstance(experiment, Experiment):
-        raise ConfigError(
-            f"get_config() must return a jaxdist.Experiment; that of {path} returned {type(experiment).__name__}."
-        )
-    return experiment if experiment.name else dataclasses.replace(experiment, name=file.stem)
-
-
-def _run_file(file: pathlib.Path) -> Any:
-    # The stem as name makes qualified names in the run record the same however the file was started; a file that runs
-    # as a script is loaded a second time under it, which is why experiments only define things.
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[file.stem] = module
-    sys.path.insert(0, str(file.parent.resolve()))
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise ConfigError(f"{file} cannot be loaded: {_describe(error, file)}") from error
-    finally:
-        sys.path.pop(0)
-    return module
-
-
-def _describe(error: BaseException, file: pathlib.Path) -> str:
-    """Return the error in a line, with the last line of the experiment file that was on its way."""
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if pathlib.Path(frame.filename) == file]
-    return f"{type(error).__name__}: {error}" + (f" (line {lines[-1]})" if lines else "")
-
-
-def override(experiment: Experiment, assignments: Sequence[str]) -> Experiment:
-    """Return `experiment` with each `a.b=value` applied; values are parsed by the type the field declares.
-
-    Raises:
-      ConfigError: not an assignment, no such field (the nearest name is proposed), or a value of another type.
-    """
-    for assignment in assignments:
-        path, equals, text = assignment.partition("=")
-        if not equals or not path:
-            raise ConfigError(f"--set takes NAME=VALUE, for example optimizer.learning_rate=3e-4; got {assignment!r}.")
-        experiment = _replace(experiment, path.split("."), text, path)
-    return experiment
-
-
-def _replace(value: Any, names: list[str], text: str, path: str) -> Any:
-    fields = _settable_fields(value)
-    name = names[0]
-    if name not in fields:
-        raise ConfigError(_unknown(path, name, list(fields), type(value).__name__))
-    if len(names) == 1:
-        new = _parse(typing.get_type_hints(type(value)).get(name, str), text, path, getattr(value, name))
-    else:
-        new = _replace(getattr(value, name), names[1:], text, path)
-    try:
-        return dataclasses.replace(value, **{name: new})
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{path}={text} is refused: {error}") from error
-
-
-def _settable_fields(value: Any) -> list[str]:
-    if not dataclasses.is_dataclass(value):
-        return []
-    names = [field.name for field in dataclasses.fields(value) if field.init]
-    # Flax gives every Linen module the fields parent and name, which are not hyperparameters.
-    return [name for name in names if name not in ("parent", "name")] if "parent" in names else names
-
-
-def _unknown(path: str, name: str, fields: list[str], owner: str) -> str:
-    if not fields:
-        return f"There is no setting {path!r}: {owner} has no settings of its own."
-    nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
-    proposal = f" Did you mean {nearest[0]!r}?" if nearest else ""
-    return f"There is no setting {path!r}: {owner} has no field {name!r}.{proposal} It has: {', '.join(fields)}."
-
-
-def _parse(hint: Any, text: str, path: str, current: Any) -> Any:
-    if dataclasses.is_dataclass(current) and not isinstance(current, type):
-        names = ", ".join(_settable_fields(current))
-        raise ConfigError(f"{path} is a group of settings; set one of its fields: {names}.")
-    if hint is Any:  # Says nothing; the value that is there may.
-        hint = type(current)
-    try:
-        adapter = pydantic.TypeAdapter(hint, config=pydantic.ConfigDict(arbitrary_types_allowed=True))
-    except (pydantic.errors.PydanticUserError, pydantic_core.SchemaError, TypeError) as error:
-        raise ConfigError(f"{path} cannot be set on the command line; edit the experiment file.") from error
-    for candidate in _readings(text):
-        with contextlib.suppress(pydantic.ValidationError):
-            return adapter.validate_python(candidate)
-    raise ConfigError(f"{path} takes {_type_name(hint)}; got {text!r}.")
-
-
-def _readings(text: str) -> list[Any]:
-    """Return what `text` may stand for, likeliest first: None, a Python tuple or dict, itself, words between commas."""
-    readings: list[Any] = [None] if text.lower() in ("none", "null") else []
-    with contextlib.suppress(ValueError, SyntaxError):
-        literal = ast.literal_eval(text)
-        # A field may take a string or a tuple of them: whoever writes brackets means the tuple.
-        return [*readings, literal, text] if isinstance(literal, (tuple, list, dict)) else [*readings, text, literal]
-    return [*readings, text, text.split(",")]
-
-
-def _type_name(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")

@@ -1,0 +1,27 @@
+"""`jaxdist data`: write a source as shards; show what an experiment's data are and cost."""
+
+import argparse
+
+from jaxdist import errors
+from jaxdist.cli import selected_experiment
+from jaxdist.data import inspect as inspection
+from jaxdist.data import prepare as preparation
+from jaxdist.errors import ExitStatus
+from jaxdist.launch.joining import runtime
+from jaxdist.run import components
+
+
+def prepare(options: argparse.Namespace) -> int:
+    """Write a source as shards."""
+    with errors.as_user_error():
+        print(preparation.prepare(options.source, options.out, shard_size=options.shard_size))
+    return ExitStatus.OK
+
+
+def inspect(options: argparse.Namespace) -> int:
+    """Print what an experiment's training data are and what they cost."""
+    runtime.start(options.devices)
+    with errors.as_user_error():
+        loader = components.make_loader(selected_experiment.load(options))
+        print(inspection.render(inspection.inspect(loader)))
+    return ExitStatus.OK

@@ -1,0 +1,151 @@
+"""The parser of the command line. It loads neither JAX nor the package's work: `--help` answers at once.
+
+A command's handler is named as text, "module:function", and imported once the command is known.
+"""
+
+import argparse
+import importlib
+import importlib.metadata
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from jaxdist import extras
+from jaxdist.errors import ExitStatus
+
+PARAMETER_SERVER = "parameter-server"
+"""The strategy that has processes of its own kinds."""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    parser = argparse.ArgumentParser(prog="jaxdist", description="Train Flax models on many devices.")
+    parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and exit")
+    parser.add_argument(
+        "--print-completion", action=_PrintCompletion, choices=("bash", "zsh", "tcsh"), help="print a completion script"
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    train = _add(commands, "train", "train_command:train", "train an experiment until its stop rule ends it")
+    _add_experiment(train)
+    train.add_argument("--processes", type=_positive, metavar="P", help="processes on this machine (default 1)")
+    train.add_argument("--run-dir", type=pathlib.Path, metavar="DIR", help="of the run (default runs/NAME-TIME)")
+    train.add_argument("--resume", action="store_true", help="continue the run in --run-dir (default: the newest)")
+    train.add_argument("--restartable", action="store_true", help="continue the run in --run-dir if there is one")
+    train.add_argument("--json", action="store_true", help="show nothing, print the run record as one JSON object")
+    summary = "start an experiment's processes: here, on hosts, by an engine"
+    _add_launch(_add(commands, "launch", "launch_command:launch", summary))
+    summary = "compare a few steps on 1, 2, 4, 8 devices with one device"
+    verify = _add(commands, "verify", "verify_command:verify", summary)
+    _add_experiment(verify)
+    verify.add_argument("--steps", type=_positive, default=5, metavar="K", help="steps on each layout (default 5)")
+    verify.add_argument("--json", action="store_true", help="print the table as one JSON object")
+    _add_data(_add(commands, "data", "", "make a data set ready; look at one and time it"))
+    summary = "kill an experiment's processes at random; prove bits and ledger"
+    chaos = _add(commands, "chaos", "chaos_command:chaos", summary)
+    _add_experiment(chaos)
+    chaos.add_argument("--processes", type=_positive, default=2, metavar="P", help="processes (default 2)")
+    chaos.add_argument("--kills", type=int, default=5, metavar="N", help="processes to kill (default 5)")
+    chaos.add_argument("--stops", type=int, default=1, metavar="N", help="processes to stop (default 1)")
+    chaos.add_argument("--starves", type=int, default=1, metavar="N", help="processes to deny the disk (default 1)")
+    chaos.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the plan (default 0)")
+    chaos.add_argument("--directory", type=pathlib.Path, metavar="DIR", help="for both runs (default: a new one)")
+    chaos.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    doctor = _add(commands, "doctor", "doctor_command:doctor", "what is installed, what is visible, what will bite")
+    doctor.add_argument("--devices", type=_positive, metavar="N", help="fake CPU devices to try (default 8)")
+    return parser
+
+
+def find_handler(name: str) -> Callable[..., int]:
+    """Return the function that `name`, "module:function", names."""
+    module, _, function = name.partition(":")
+    handler: Callable[..., int] = getattr(importlib.import_module(module), function)
+    return handler
+
+
+def _add(commands: Any, name: str, handler: str, summary: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    command.set_defaults(handler=f"jaxdist.cli.{handler}")
+    return command
+
+
+def _add_data(command: argparse.ArgumentParser) -> None:
+    commands = command.add_subparsers(required=True, metavar="COMMAND")
+    prepare = _add(commands, "prepare", "data_command:prepare", "write a source as sharded tokens or ArrayRecord files")
+    prepare.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="text files (bytes become tokens), images, WAV files, a table, or tfds:NAME:SPLIT",
+    )
+    prepare.add_argument("out", metavar="OUT", help="a new folder, or one whose preparation was interrupted")
+    prepare.add_argument("--shard-size", type=_positive, metavar="N", help="tokens or examples of a shard")
+    inspect = _add(commands, "inspect", "data_command:inspect", "shapes, examples, throughput, and where the time goes")
+    _add_experiment(inspect)
+
+
+def _add_launch(command: argparse.ArgumentParser) -> None:
+    _add_experiment(command)
+    command.set_defaults(resume=False)
+    command.add_argument(
+        "--run-dir",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="on a file system that all hosts share",
+    )
+    command.add_argument("--processes", type=_positive, default=1, metavar="P", help="on each host (default 1)")
+    command.add_argument("--hosts", type=_positive, default=1, metavar="N", help="hosts of the job (default 1)")
+    command.add_argument("--host-index", type=int, metavar="I", help="without an engine: which host this is, from 0")
+    command.add_argument("--coordinator", metavar="HOST:PORT", help="without an engine: host 0 and a free port on it")
+    command.add_argument("--engine", choices=("slurm", "kubernetes", "ray"), help="what starts the processes")
+    command.add_argument("--dry-run", action="store_true", help="print what would be started, and start nothing")
+    command.add_argument(
+        "--with",
+        dest="engine_settings",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="settings for the engine: partition=gpu time=1:00:00, image=... claim=..., address=...",
+    )
+
+
+def _add_experiment(command: argparse.ArgumentParser) -> None:
+    command.add_argument("experiment", metavar="EXPERIMENT", help="a Python file with get_config()")
+    command.add_argument(
+        "--devices", type=_positive, metavar="N", help="devices per process; fake CPU devices without accelerators"
+    )
+    command.add_argument("--strategy", metavar="S", help="data-parallel, zero1, fsdp, hsdp, tensor, parameter-server")
+    command.add_argument("--reduction", choices=("mean", "canonical"), help="canonical: the same bits on any devices")
+    command.add_argument("--max-steps", type=_positive, metavar="K", help="short for --set stop.max_steps=K")
+    command.add_argument(
+        "--set",
+        dest="assignments",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="A.B=VALUE",
+        help="override a setting",
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a positive whole number is needed; got {text!r}")
+    return int(text)
+
+
+class _ShowVersion(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(f"jaxdist {importlib.metadata.version('jaxdist')}")
+        parser.exit()
+
+
+class _PrintCompletion(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, shell: Any, option: str | None = None) -> None:
+        try:
+            shtab = extras.require("shtab", extra="completion")
+        except extras.MissingExtra as missing:
+            print(f"jaxdist: {missing}", file=sys.stderr)
+            parser.exit(ExitStatus.USER)
+        print(shtab.complete(parser, shell))
+        parser.exit()

@@ -1,0 +1,40 @@
+"""The experiment that a command line selects, with its overrides; and the same selection as arguments of a command."""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Sequence
+
+from jaxdist.config.experiment import Experiment
+from jaxdist.config.loading import load_experiment
+from jaxdist.config.overrides import override
+
+
+def load(options: argparse.Namespace) -> Experiment:
+    """Return the experiment that the command line selects, with its overrides."""
+    with record_alone_on_stdout(options):
+        return override(load_experiment(options.experiment), assignments(options))
+
+
+def record_alone_on_stdout(options: argparse.Namespace) -> contextlib.AbstractContextManager[object]:
+    """With --json, send what experiments and writers print to standard error: one JSON object has standard output."""
+    return contextlib.redirect_stdout(sys.stderr) if getattr(options, "json", False) else contextlib.nullcontext()
+
+
+def assignments(options: argparse.Namespace) -> list[str]:
+    """Return what the command line changes in the experiment, as assignments."""
+    found = list(options.assignments)
+    found += [f"strategy={options.strategy}"] if options.strategy else []
+    found += [f"reduction={options.reduction}"] if options.reduction else []
+    found += [f"stop.max_steps={options.max_steps}"] if options.max_steps else []
+    return found
+
+
+def as_arguments(options: argparse.Namespace, *, before: Sequence[str] = (), after: Sequence[str] = ()) -> list[str]:
+    """Return the same selection as arguments of `jaxdist train`, with assignments before and after the user's own."""
+    arguments = []
+    for flag in ("devices", "strategy", "reduction", "max_steps"):
+        value = getattr(options, flag)
+        arguments += [] if value is None else [f"--{flag.replace('_', '-')}", str(value)]
+    settings = [*before, *options.assignments, *after]
+    return [*arguments, "--set", *settings] if settings else arguments

@@ -1,0 +1,31 @@
+"""`jaxdist train`: chooses between training in this process and starting supervised processes that do.
+
+This file imports little, so that signals are heard, and the fork server has begun to import, before JAX is loaded.
+"""
+
+import argparse
+import os
+
+from jaxdist.cli import parser
+from jaxdist.launch import signals
+from jaxdist.launch.supervising import fork_server
+
+WORK = "jaxdist.cli.train_work"
+"""What trains, and what the processes of a job import beforehand."""
+_IN_JOB = "JAXDIST_NUM_PROCESSES"
+
+
+def train(options: argparse.Namespace) -> int:
+    """Train in this process, or start the processes that do."""
+    if options.processes and options.strategy != parser.PARAMETER_SERVER and _IN_JOB not in os.environ:
+        return supervise(options)
+    # From the start: a signal that arrives during the imports or while the processes connect is not lost.
+    with signals.stop_on_signal() as request:
+        return parser.find_handler(f"{WORK}:train")(options, request)
+
+
+def supervise(options: argparse.Namespace) -> int:
+    """Start the processes of a job on this machine and supervise them."""
+    # The fork server imports what the processes need while this one finds out whether they are to be started at all.
+    with fork_server.ForkServer((WORK,), experiment=options.experiment) as forks:
+        return parser.find_handler(f"{WORK}:supervise")(options, forks)

@@ -1,0 +1,113 @@
+"""The work of `jaxdist train`: in this process, alone or as one of a job; by a parameter server; or supervised."""
+
+import argparse
+import json
+import pathlib
+from collections.abc import Sequence
+
+import jax
+
+from jaxdist import errors
+from jaxdist.cli import parser, selected_experiment
+from jaxdist.config.experiment import Experiment
+from jaxdist.errors import ExitStatus
+from jaxdist.launch.joining import agreement, places, runtime, same_on_all
+from jaxdist.launch.signals import StopRequest
+from jaxdist.launch.supervising import fork_server
+from jaxdist.paramserver.run import start as paramserver
+from jaxdist.run import attempt, components, recovery
+from jaxdist.rundir import record
+
+
+def train(options: argparse.Namespace, request: StopRequest) -> int:
+    """Train in this process."""
+    if options.strategy == parser.PARAMETER_SERVER:
+        return _train_by_server(options, request)
+    return _train_here(options, runtime.start(options.devices), request)
+
+
+def supervise(options: argparse.Namespace, forks: fork_server.ForkServer) -> int:
+    """Supervise the processes of a job; the run directory is chosen here, so that all of them have the same."""
+    place = places.find()
+    if place is not None:
+        raise errors.UserError(f"--processes starts a job, and this process belongs to one: {place}. Leave it out.")
+    experiment = selected_experiment.load(options)
+    run_dir = options.run_dir or attempt.default_run_dir(experiment.name, resume=options.resume)
+    return attempt.supervise(
+        experiment,
+        [*options.arguments, "--run-dir", str(run_dir)],
+        run_dir=run_dir,
+        num_processes=options.processes,
+        forks=forks,
+    )
+
+
+def exit_status(made: record.RunRecord) -> ExitStatus:
+    """Return the exit status that goes with how a run ended."""
+    if made.end_reason in ("preempted", "hang"):
+        return ExitStatus.RETRY
+    return ExitStatus.FAILED if made.end_reason in ("nonfinite", "error", None) else ExitStatus.OK
+
+
+def _train_by_server(options: argparse.Namespace, request: StopRequest) -> int:
+    """Start the scheduler, servers and workers of a parameter server; `--devices` counts those of each worker."""
+    if options.processes:
+        raise errors.UserError("A parameter server has ps.workers and ps.servers; leave --processes out.")
+    experiment = selected_experiment.load(options)
+    run_dir = options.run_dir or attempt.default_run_dir(experiment.name, resume=options.resume)
+    with selected_experiment.record_alone_on_stdout(options):
+        settings = paramserver.Options(
+            experiment=options.experiment,
+            run_dir=run_dir,
+            assignments=selected_experiment.assignments(options),
+            resume=options.resume or (options.restartable and (run_dir / record.FILE_NAME).exists()),
+            devices=options.devices or 1,
+            silent=options.json,
+            command=options.command,
+            stop_requested=lambda: bool(request),
+        )
+        made = paramserver.train(settings)
+    return _report(made, run_dir, as_json=options.json)
+
+
+def _train_here(options: argparse.Namespace, devices: Sequence[jax.Device], request: StopRequest) -> int:
+    with selected_experiment.record_alone_on_stdout(options):
+        experiment, run_dir, resume = _agree(options)
+        if experiment.strategy == parser.PARAMETER_SERVER:  # as the experiment says, not the command line
+            return _train_by_server(options, request)
+        is_over = recovery.deadline(experiment.recovery)
+        made = attempt.train(
+            experiment,
+            attempt.RunOptions(
+                run_dir=run_dir,
+                resume=resume,
+                silent=options.json,
+                command=options.command,
+                stop_requested=agreement.agreed_stop(lambda: bool(request) or is_over()),
+            ),
+            devices=devices,
+        )
+    return _report(made, run_dir, as_json=options.json and runtime.is_first())
+
+
+def _agree(options: argparse.Namespace) -> tuple[Experiment, pathlib.Path, bool]:
+    """Return the experiment, its run directory and whether to resume: the same on every process of the job, or else."""
+    try:
+        experiment = selected_experiment.load(options)
+        run_dir = options.run_dir or attempt.default_run_dir(experiment.name, resume=options.resume)
+        facts = same_on_all.of_experiment(options.experiment, record.plain(experiment))
+        facts |= {"data and model": str(components.identity(experiment)), "--resume": options.resume}
+    except errors.UserError as error:
+        same_on_all.compare("experiment", {"mistake": str(error)})
+        raise
+    same_on_all.compare("experiment", facts | {"--run-dir": str(options.run_dir)})
+    run_dir = pathlib.Path(same_on_all.from_first("run directory", str(run_dir)))
+    there = options.restartable and (run_dir / record.FILE_NAME).exists()
+    resume = options.resume or same_on_all.from_first("restart", str(there)) == str(True)
+    return experiment, run_dir, resume
+
+
+def _report(made: record.RunRecord, run_dir: pathlib.Path, *, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps(made.to_json() | {"run_dir": str(run_dir)}))
+    return exit_status(made)

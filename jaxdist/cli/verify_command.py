@@ -1,0 +1,19 @@
+"""`jaxdist verify`: the same steps on several layouts, compared with one device."""
+
+import argparse
+import json
+
+from jaxdist.cli import selected_experiment
+from jaxdist.errors import ExitStatus
+from jaxdist.launch.joining import runtime
+from jaxdist.run import verify as verification
+
+
+def verify(options: argparse.Namespace) -> int:
+    """Compare layouts; exit 1 when a promise is broken."""
+    devices = runtime.start(options.devices or 8)
+    experiment = selected_experiment.load(options)
+    with selected_experiment.record_alone_on_stdout(options):
+        report = verification.verify(experiment, devices=devices, num_steps=options.steps)
+    print(json.dumps(report.to_json()) if options.json else report)
+    return ExitStatus.OK if report.kept else ExitStatus.FAILED

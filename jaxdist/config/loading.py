@@ -1,0 +1,61 @@
+"""Loading an experiment file: a Python file whose `get_config()` returns an Experiment."""
+
+import dataclasses
+import importlib.util
+import pathlib
+import sys
+import traceback
+from typing import Any
+
+from jaxdist.config.experiment import Experiment
+from jaxdist.errors import ConfigError
+
+
+def load_experiment(path: str) -> Experiment:
+    """Return what the `get_config()` of the Python file `path` returns.
+
+    Raises:
+      ConfigError: the file is missing or broken, or has no such function, or it returns something else.
+    """
+    file = pathlib.Path(path)
+    if not file.is_file() or file.suffix != ".py":
+        what = "there is none" if not file.exists() else "it is something else"
+        raise ConfigError(f"An experiment is a Python file, NAME.py; at {path!r} {what}. Check the path.")
+    module = _run_file(file)
+    get_config = getattr(module, "get_config", None)
+    if not callable(get_config):
+        raise ConfigError(f"An experiment file defines get_config(); {path} does not. Add one that returns Experiment.")
+    try:
+        experiment = get_config()
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"get_config() of {path} failed: {_describe(error, file)}") from error
+    if not isinstance(experiment, Experiment):
+        raise ConfigError(
+            f"get_config() must return a jaxdist.Experiment; that of {path} returned {type(experiment).__name__}."
+        )
+    return experiment if experiment.name else dataclasses.replace(experiment, name=file.stem)
+
+
+def _run_file(file: pathlib.Path) -> Any:
+    # The stem as name makes qualified names in the run record the same however the file was started; a file that runs
+    # as a script is loaded a second time under it, which is why experiments only define things.
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module
+    sys.path.insert(0, str(file.parent.resolve()))
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"{file} cannot be loaded: {_describe(error, file)}") from error
+    finally:
+        sys.path.pop(0)
+    return module
+
+
+def _describe(error: BaseException, file: pathlib.Path) -> str:
+    """Return the error in a line, with the last line of the experiment file that was on its way."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if pathlib.Path(frame.filename) == file]
+    return f"{type(error).__name__}: {error}" + (f" (line {lines[-1]})" if lines else "")

@@ -1,0 +1,95 @@
+"""Typed overrides of an experiment's settings: what the dataclasses declare can be set, by the type they declare.
+
+An unknown name is an error that proposes the nearest one.
+"""
+
+import ast
+import contextlib
+import dataclasses
+import difflib
+import typing
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import pydantic
+import pydantic_core
+
+from jaxdist.config.experiment import Experiment
+from jaxdist.errors import ConfigError
+
+
+def override(experiment: Experiment, assignments: Sequence[str]) -> Experiment:
+    """Return `experiment` with each `a.b=value` applied; values are parsed by the type the field declares.
+
+    Raises:
+      ConfigError: not an assignment, no such field (the nearest name is proposed), or a value of another type.
+    """
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals or not path:
+            raise ConfigError(f"--set takes NAME=VALUE, for example optimizer.learning_rate=3e-4; got {assignment!r}.")
+        experiment = _replace(experiment, path.split("."), text, path)
+    return experiment
+
+
+def _replace(value: Any, names: list[str], text: str, path: str) -> Any:
+    fields = _settable_fields(value)
+    name = names[0]
+    if name not in fields:
+        raise ConfigError(_unknown(path, name, list(fields), type(value).__name__))
+    if len(names) == 1:
+        new = _parse(typing.get_type_hints(type(value)).get(name, str), text, path, getattr(value, name))
+    else:
+        new = _replace(getattr(value, name), names[1:], text, path)
+    try:
+        return dataclasses.replace(value, **{name: new})
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path}={text} is refused: {error}") from error
+
+
+def _settable_fields(value: Any) -> list[str]:
+    if not dataclasses.is_dataclass(value):
+        return []
+    names = [field.name for field in dataclasses.fields(value) if field.init]
+    # Flax gives every Linen module the fields parent and name, which are not hyperparameters.
+    return [name for name in names if name not in ("parent", "name")] if "parent" in names else names
+
+
+def _unknown(path: str, name: str, fields: list[str], owner: str) -> str:
+    if not fields:
+        return f"There is no setting {path!r}: {owner} has no settings of its own."
+    nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
+    proposal = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    return f"There is no setting {path!r}: {owner} has no field {name!r}.{proposal} It has: {', '.join(fields)}."
+
+
+def _parse(hint: Any, text: str, path: str, current: Any) -> Any:
+    if dataclasses.is_dataclass(current) and not isinstance(current, type):
+        names = ", ".join(_settable_fields(current))
+        raise ConfigError(f"{path} is a group of settings; set one of its fields: {names}.")
+    if hint is Any:  # Says nothing; the value that is there may.
+        hint = type(current)
+    try:
+        adapter = pydantic.TypeAdapter(hint, config=pydantic.ConfigDict(arbitrary_types_allowed=True))
+    except (pydantic.errors.PydanticUserError, pydantic_core.SchemaError, TypeError) as error:
+        raise ConfigError(f"{path} cannot be set on the command line; edit the experiment file.") from error
+    for candidate in _readings(text):
+        with contextlib.suppress(pydantic.ValidationError):
+            return adapter.validate_python(candidate)
+    raise ConfigError(f"{path} takes {_type_name(hint)}; got {text!r}.")
+
+
+def _readings(text: str) -> list[Any]:
+    """Return what `text` may stand for, likeliest first: None, a Python tuple or dict, itself, words between commas."""
+    readings: list[Any] = [None] if text.lower() in ("none", "null") else []
+    with contextlib.suppress(ValueError, SyntaxError):
+        literal = ast.literal_eval(text)
+        # A field may take a string or a tuple of them: whoever writes brackets means the tuple.
+        return [*readings, literal, text] if isinstance(literal, (tuple, list, dict)) else [*readings, text, literal]
+    return [*readings, text, text.split(",")]
+
+
+def _type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
