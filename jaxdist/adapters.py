@@ -17,6 +17,7 @@ from flax import linen as flax_linen
 from flax import nnx as flax_nnx
 from flax import traverse_util
 
+from jaxdist.errors import ConfigError
 from jaxdist.spmd.metrics import MASK, Batch, Mean, masked_mean
 
 PyTree: TypeAlias = Any
@@ -71,6 +72,23 @@ def from_model(
         "A model is a Linen module, a callable from nnx.Rngs to an NNX module, or adapters.Functions; "
         f"got {type(model).__name__}."
     )
+
+
+def check_model(model: Any) -> None:
+    """Raise ConfigError unless `model` may be one: the message says how to turn it into one."""
+    kind = type(model).__name__
+    if isinstance(model, type) and issubclass(model, flax_linen.Module):
+        raise ConfigError(f"Experiment.model takes a module, not its class. Call the class: {model.__name__}(...).")
+    if isinstance(model, flax_nnx.Module):
+        raise ConfigError(
+            f"Experiment.model takes a callable from nnx.Rngs to an NNX module, so that params can be created on the "
+            f"devices; got a module that is made already. Write lambda rngs: {kind}(..., rngs=rngs)."
+        )
+    if not (isinstance(model, flax_linen.Module | Functions) or callable(model)):
+        raise ConfigError(
+            "Experiment.model takes a Linen module, a callable from nnx.Rngs to an NNX module, or adapters.Functions; "
+            f"got an object of the class {kind}."
+        )
 
 
 def linen(

@@ -1,6 +1,11 @@
 """The errors that the command line shows as a message and not as a traceback, and the statuses it exits with."""
 
 import enum
+import os
+import pathlib
+import site
+import sysconfig
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,6 +21,8 @@ class ExitStatus(enum.IntEnum):
     """The user's mistake: one message says what it is."""
     RETRY = 75
     """Start it again (EX_TEMPFAIL of sysexits.h): the run was preempted, hangs, or something was not there yet."""
+    INTERRUPTED = 130
+    """Ctrl-C before there was anything to save, as the shell reports it."""
 
 
 class UserError(ValueError):
@@ -42,10 +49,57 @@ class RunFailedError(Exception):
 
 @contextmanager
 def as_user_error() -> Iterator[None]:
-    """Turn a ValueError or OSError into a UserError: for the stages that only check and build what was asked for."""
+    """Turn what the user caused into a UserError: for the stages that only check and build what was asked for.
+
+    That is every ValueError and OSError, and whatever the user's own code raised; the message then ends with its place.
+    """
     try:
         yield
-    except UserError:
+    except (UserError, RunFailedError):
         raise
-    except (ValueError, OSError) as error:
-        raise UserError(str(error)) from error
+    except Exception as error:
+        if place_of(error) is None and not isinstance(error, ValueError | OSError):
+            raise
+        raise UserError(describe(error)) from error
+
+
+def describe(error: BaseException) -> str:
+    """Return the error in a line: what it says, and the line of the user's code that led to it, if there is one."""
+    message = " ".join(str(error).split())
+    place = place_of(error)
+    ours = isinstance(error, UserError) or (place is None and isinstance(error, ValueError | OSError))
+    if not ours:
+        message = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    return message if place is None else f"{message} ({place})"
+
+
+def place_of(error: BaseException) -> str | None:
+    """Return "FILE:LINE, in FUNCTION" of the innermost line of the user's own code; None if there is none.
+
+    The models of this package count as user's code: they are called with what the user gave.
+    """
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if _is_users(frame.filename):
+            return f"{_shortest(frame.filename)}:{frame.lineno}, in {frame.name}"
+    return None
+
+
+_PACKAGE = pathlib.Path(__file__).parent
+_MODELS = _PACKAGE / "models"
+_LIBRARIES = [
+    *(pathlib.Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
+    *map(pathlib.Path, [*site.getsitepackages(), site.getusersitepackages()]),
+]
+
+
+def _is_users(filename: str) -> bool:
+    if filename.startswith("<"):
+        return False
+    path = pathlib.Path(filename).absolute()
+    if path.is_relative_to(_PACKAGE):
+        return path.is_relative_to(_MODELS)
+    return not any(path.is_relative_to(library) for library in _LIBRARIES)
+
+
+def _shortest(filename: str) -> str:
+    return min(filename, os.path.relpath(filename), key=len)

@@ -259,7 +259,7 @@ def options_of(*names: str) -> list[str]:
     shown = []
     for action in command._actions:
         option = action.option_strings[-1] if action.option_strings else ""
-        if option == "--help":
+        if option in ("--help", "--traceback"):
             continue
         value = action.metavar or ("|".join(action.choices) if action.choices else "")
         shown.append(f"{option} {value}".strip() + (" ..." if option and action.nargs == "+" else ""))

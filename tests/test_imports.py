@@ -31,6 +31,7 @@ FLOORS = (
     ("checkpoint",),
     ("adapters", "losses", "models", "optimizers", "schedules", "stop"),
     ("spmd",),
+    ("setting_group",),
     ("errors", "extras"),
 )
 """From the top floor down, each a set of rooms: a folder with all that is in it, or a module.
@@ -44,7 +45,6 @@ PLANNED = {"schedules"}
 
 MOST_ENTRIES, MOST_FILES = 22, 16
 UPWARD = {
-    ("config", "paramserver.protocol"),
     ("paramserver.protocol", "paramserver.wire"),
     ("rundir", "run"),
 }

@@ -2,10 +2,11 @@
 
 import shlex
 import sys
+import traceback
 from collections.abc import Sequence
 
 from jaxdist.cli import parser
-from jaxdist.errors import RunFailedError, UserError
+from jaxdist.errors import ExitStatus, RunFailedError, UserError
 
 
 def main(experiment: str | None = None) -> None:
@@ -25,5 +26,10 @@ def run(arguments: Sequence[str]) -> int:
     try:
         return parser.find_handler(options.handler)(options)
     except (UserError, RunFailedError) as error:
+        if options.traceback:
+            traceback.print_exception(error)
         print(f"jaxdist: {error}", file=sys.stderr)
         return error.exit_status
+    except KeyboardInterrupt:
+        print("jaxdist: Interrupted; nothing was left to save.", file=sys.stderr)
+        return ExitStatus.INTERRUPTED

@@ -6,20 +6,28 @@ from typing import Any, Literal, TypeAlias
 
 import optax
 
+from jaxdist import adapters
+from jaxdist.config import data_fields
 from jaxdist.config.parameter_server import ParameterServer
 from jaxdist.data import Source
 from jaxdist.data.order import Order
+from jaxdist.errors import ConfigError
 from jaxdist.optimizers import Optimizer
 from jaxdist.rundir.writers import Kind
+from jaxdist.setting_group import setting_group, show
 from jaxdist.spmd import layout as layouts
 from jaxdist.stop import Stop
 
 ExampleFn: TypeAlias = Callable[[Any, Any], Any]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@setting_group
 class Data:
     """What an experiment trains and evaluates on.
+
+    Examples may be given as a Source, as any data set with `len` and items that are dicts, as a dict of arrays
+    (`{"image": images, "label": labels}`), as a DataFrame, whose columns are the fields, or as a pair of arrays
+    `(x, y)`, which become the fields "image" and "label".
 
     Attributes:
       train: the training examples.
@@ -45,8 +53,14 @@ class Data:
     prefetch: int = 2
     on_bad: Literal["raise", "skip"] = "raise"
 
+    @staticmethod
+    def accept(values: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings with the examples made Sources."""
+        given = {name: values[name] for name in ("train", "eval") if values.get(name) is not None}
+        return values | {name: data_fields.as_source(examples, f"Data.{name}") for name, examples in given.items()}
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+
+@setting_group
 class Evaluation:
     """When to evaluate: every `every_steps` steps, or, where that is None, after every `every_epochs` epochs."""
 
@@ -54,7 +68,7 @@ class Evaluation:
     every_epochs: int = 1
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@setting_group
 class Checkpoints:
     """What is saved, and what is kept of it.
 
@@ -73,7 +87,7 @@ class Checkpoints:
     best_mode: Literal["max", "min"] = "max"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@setting_group
 class Guards:
     """How often the checks of `guard` run; 0 switches one off.
 
@@ -86,7 +100,7 @@ class Guards:
     recompile: bool = True
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@setting_group
 class Recovery:
     """How a run survives.
 
@@ -113,7 +127,7 @@ class Recovery:
     deadline_seconds: float | None = None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@setting_group
 class LayoutSettings:
     """How the state is cut, where the strategy leaves a choice.
 
@@ -130,7 +144,7 @@ class LayoutSettings:
     min_size: int = layouts.MIN_SIZE
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@setting_group
 class Experiment:
     """Everything that decides what is trained; where and on how many devices is the command line's business.
 
@@ -162,7 +176,7 @@ class Experiment:
 
     name: str = ""
     model: Any
-    loss: Any = None
+    loss: Callable[[Any, Any], Any] | None = None
     inputs: str | tuple[str, ...] = "image"
     data: Data
     optimizer: Optimizer | optax.GradientTransformation
@@ -183,3 +197,35 @@ class Experiment:
     recovery: Recovery = Recovery()
     log_every: int = 20
     writers: tuple[Kind, ...] = ("jsonl", "csv", "tensorboard")
+
+    @staticmethod
+    def accept(values: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings; raises ConfigError where an object is of another kind than the one that is meant."""
+        if "model" in values:
+            adapters.check_model(values["model"])
+        if "optimizer" in values:
+            _check_optimizer(values["optimizer"])
+        if "stop" in values and not isinstance(values["stop"], Stop):
+            raise ConfigError(
+                f"Experiment.stop takes a jaxdist.Stop; got {show(values['stop'])}. Write, for example, "
+                "jaxdist.Stop(max_steps=1000)."
+            )
+        if isinstance(values.get("inputs"), list):
+            values = values | {"inputs": tuple(values["inputs"])}
+        return values
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    if isinstance(optimizer, Optimizer | optax.GradientTransformation):
+        return
+    advice = "Write, for example, jaxdist.Optimizer(name='adam', learning_rate=1e-3) or optax.adam(1e-3)."
+    if isinstance(optimizer, optax.MultiSteps):
+        advice = "Use its gradient_transformation(); or set num_microbatches, which adds up gradients inside one step."
+    elif callable(optimizer):
+        advice = f"Call it with a learning rate, as in optax.{getattr(optimizer, '__name__', 'adam')}(1e-3)."
+    elif isinstance(optimizer, str):
+        advice = f"Write jaxdist.Optimizer(name={optimizer!r}, learning_rate=...)."
+    raise ConfigError(
+        f"Experiment.optimizer takes a jaxdist.Optimizer or an optax.GradientTransformation; got {show(optimizer)}. "
+        f"{advice}"
+    )

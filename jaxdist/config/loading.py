@@ -4,9 +4,9 @@ import dataclasses
 import importlib.util
 import pathlib
 import sys
-import traceback
 from typing import Any
 
+from jaxdist import errors
 from jaxdist.config.experiment import Experiment
 from jaxdist.errors import ConfigError
 
@@ -28,7 +28,7 @@ def load_experiment(path: str) -> Experiment:
     try:
         experiment = get_config()
     except (Exception, SystemExit) as error:
-        raise ConfigError(f"get_config() of {path} failed: {_describe(error, file)}") from error
+        raise ConfigError(f"get_config() of {path} failed: {errors.describe(error)}") from error
     if not isinstance(experiment, Experiment):
         raise ConfigError(
             f"get_config() must return a jaxdist.Experiment; that of {path} returned {type(experiment).__name__}."
@@ -44,18 +44,12 @@ def _run_file(file: pathlib.Path) -> Any:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[file.stem] = module
-    sys.path.insert(0, str(file.parent.resolve()))
+    # As for `python FILE`, and for good: get_config(), the model and the loss may import what stands beside the file.
+    folder = str(file.parent.resolve())
+    if folder not in sys.path[:1]:
+        sys.path.insert(0, folder)
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise ConfigError(f"{file} cannot be loaded: {_describe(error, file)}") from error
-    finally:
-        sys.path.pop(0)
+        raise ConfigError(f"{file} cannot be loaded: {errors.describe(error)}") from error
     return module
-
-
-def _describe(error: BaseException, file: pathlib.Path) -> str:
-    """Return the error in a line, with the last line of the experiment file that was on its way."""
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if pathlib.Path(frame.filename) == file]
-    return f"{type(error).__name__}: {error}" + (f" (line {lines[-1]})" if lines else "")

@@ -6,16 +6,16 @@ An unknown name is an error that proposes the nearest one.
 import ast
 import contextlib
 import dataclasses
-import difflib
 import typing
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pydantic
 import pydantic_core
 
 from jaxdist.config.experiment import Experiment
 from jaxdist.errors import ConfigError
+from jaxdist.setting_group import describe_kind, nearest
 
 
 def override(experiment: Experiment, assignments: Sequence[str]) -> Experiment:
@@ -28,7 +28,10 @@ def override(experiment: Experiment, assignments: Sequence[str]) -> Experiment:
         path, equals, text = assignment.partition("=")
         if not equals or not path:
             raise ConfigError(f"--set takes NAME=VALUE, for example optimizer.learning_rate=3e-4; got {assignment!r}.")
-        experiment = _replace(experiment, path.split("."), text, path)
+        try:
+            experiment = _replace(experiment, path.split("."), text, path)
+        except _NoSuchSetting as missing:
+            raise ConfigError(_explain(experiment, path, missing)) from None
     return experiment
 
 
@@ -36,7 +39,7 @@ def _replace(value: Any, names: list[str], text: str, path: str) -> Any:
     fields = _settable_fields(value)
     name = names[0]
     if name not in fields:
-        raise ConfigError(_unknown(path, name, list(fields), type(value).__name__))
+        raise _NoSuchSetting(value, name, fields)
     if len(names) == 1:
         new = _parse(typing.get_type_hints(type(value)).get(name, str), text, path, getattr(value, name))
     else:
@@ -55,12 +58,28 @@ def _settable_fields(value: Any) -> list[str]:
     return [name for name in names if name not in ("parent", "name")] if "parent" in names else names
 
 
-def _unknown(path: str, name: str, fields: list[str], owner: str) -> str:
-    if not fields:
-        return f"There is no setting {path!r}: {owner} has no settings of its own."
-    nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
-    proposal = f" Did you mean {nearest[0]!r}?" if nearest else ""
-    return f"There is no setting {path!r}: {owner} has no field {name!r}.{proposal} It has: {', '.join(fields)}."
+class _NoSuchSetting(Exception):
+    """A name that a group of settings does not have."""
+
+    def __init__(self, owner: Any, name: str, fields: list[str]) -> None:
+        super().__init__(owner, name, fields)
+        self.owner, self.name, self.fields = type(owner).__name__, name, fields
+
+
+def _explain(experiment: Experiment, path: str, missing: _NoSuchSetting) -> str:
+    """Return why there is no setting `path`, and what may be meant: the name in another group, or the nearest here."""
+    start = f"There is no setting {path!r}: {missing.owner}"
+    if not missing.fields:
+        return f"{start} has no settings of its own."
+    elsewhere = [found for found in _all_paths(experiment) if found.rpartition(".")[2] == missing.name]
+    proposal = f" Did you mean {elsewhere[0]!r}?" if elsewhere else nearest(missing.name, missing.fields)
+    return f"{start} has no field {missing.name!r}.{proposal} It has: {', '.join(missing.fields)}."
+
+
+def _all_paths(value: Any, prefix: str = "") -> Iterator[str]:
+    for name in _settable_fields(value):
+        yield prefix + name
+        yield from _all_paths(getattr(value, name, None), f"{prefix}{name}.")
 
 
 def _parse(hint: Any, text: str, path: str, current: Any) -> Any:
@@ -76,7 +95,7 @@ def _parse(hint: Any, text: str, path: str, current: Any) -> Any:
     for candidate in _readings(text):
         with contextlib.suppress(pydantic.ValidationError):
             return adapter.validate_python(candidate)
-    raise ConfigError(f"{path} takes {_type_name(hint)}; got {text!r}.")
+    raise ConfigError(f"{path} takes {describe_kind(hint)}; got {text!r}.")
 
 
 def _readings(text: str) -> list[Any]:
@@ -86,10 +105,5 @@ def _readings(text: str) -> list[Any]:
         literal = ast.literal_eval(text)
         # A field may take a string or a tuple of them: whoever writes brackets means the tuple.
         return [*readings, literal, text] if isinstance(literal, (tuple, list, dict)) else [*readings, text, literal]
-    return [*readings, text, text.split(",")]
-
-
-def _type_name(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+    words = [text.split(",")]
+    return [*readings, *words, text] if "," in text else [*readings, text, *words]

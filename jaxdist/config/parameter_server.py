@@ -1,13 +1,14 @@
 """The settings of the strategy parameter-server, under `ps.`."""
 
-import dataclasses
 from typing import Literal
+
+from jaxdist.setting_group import setting_group
 
 Mode = Literal["sync", "bounded", "async"]
 Durability = Literal["none", "snapshot", "replicated"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@setting_group
 class ParameterServer:
     """How many workers and servers there are, what they wait for, and what survives when one dies.
 

@@ -123,7 +123,7 @@ def test_a_bad_experiment_file_is_the_users_mistake(tmp_path, capsys):
     refused(capsys, "there is none", tmp_path / "absent.py", *run_dir)
     for text, message in {
         "def get_config(:": "cannot be loaded: SyntaxError",
-        "1 / 0": "cannot be loaded: ZeroDivisionError: division by zero (line 1)",
+        "1 / 0": "cannot be loaded: ZeroDivisionError: division by zero (",
         "x = 1": "defines get_config()",
         "def get_config(): return 3": "must return a jaxdist.Experiment",
         "def get_config(): return {}[3]": "get_config() of",
@@ -138,8 +138,9 @@ def test_a_bad_experiment_file_is_the_users_mistake(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
+        ("learning_rate=1", "Did you mean 'optimizer.learning_rate'?"),
         ("optimizer.learnig_rate=1", "Did you mean 'learning_rate'?"),
-        ("seed=many", "seed takes int; got 'many'"),
+        ("seed=many", "seed takes a whole number; got 'many'"),
         ("optimizer=adam", "optimizer is a group of settings"),
         ("seed", "--set takes NAME=VALUE"),
         ("global_batch_size=15", "14 or 16"),
@@ -223,6 +224,24 @@ def test_a_loss_that_is_not_finite_fails(tmp_path, capsys):
     shown = capsys.readouterr()
     assert json.loads(shown.out)["end_reason"] == "nonfinite"
     assert "Step 1: the loss is nan." in shown.err
+
+
+def test_the_traceback_is_shown_when_it_is_asked_for(tmp_path, capsys):
+    (tmp_path / "broken.py").write_text("1 / 0")
+    for more, shown in (([], False), (["--traceback"], True)):
+        assert main.run(["train", str(tmp_path / "broken.py"), *more]) == 2
+        error = capsys.readouterr().err
+        assert ("Traceback" in error) is shown
+        assert error.splitlines()[-1].startswith("jaxdist: ")
+
+
+def test_ctrl_c_is_one_line(capsys, monkeypatch):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main.parser, "find_handler", interrupted)
+    assert main.run(["verify", TINY]) == 130
+    assert capsys.readouterr().err == "jaxdist: Interrupted; nothing was left to save.\n"
 
 
 def test_help_loads_neither_jax_nor_numpy():
