@@ -11,7 +11,7 @@ from jaxdist import errors
 from jaxdist.cli import parser, selected_experiment
 from jaxdist.config.experiment import Experiment
 from jaxdist.errors import ExitStatus
-from jaxdist.launch.joining import agreement, places, runtime, same_on_all
+from jaxdist.launch.joining import places, runtime, same_on_all
 from jaxdist.launch.signals import StopRequest
 from jaxdist.launch.supervising import fork_server
 from jaxdist.paramserver.run import start as paramserver
@@ -83,7 +83,7 @@ def _train_here(options: argparse.Namespace, devices: Sequence[jax.Device], requ
                 resume=resume,
                 silent=options.json,
                 command=options.command,
-                stop_requested=agreement.agreed_stop(lambda: bool(request) or is_over()),
+                stop_requested=lambda step: bool(request) or is_over(),
             ),
             devices=devices,
         )

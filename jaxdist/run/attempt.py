@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import functools
 import os
 import pathlib
 import sys
@@ -13,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any
 
 import jax
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxdist import errors, stop
@@ -46,7 +46,7 @@ class RunOptions:
       resume: go on from the newest checkpoint there.
       silent: show nothing while training.
       command: the command line, for the run record.
-      stop_requested: asked after each step whether to stop and save; see `loop.fit`.
+      stop_requested: asked after each step whether this process wants to stop and save; all then stop at one step.
     """
 
     run_dir: pathlib.Path
@@ -130,10 +130,10 @@ def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.
                     on_hang=lambda verdict: run.record_hang() if run else None,
                 )
             )
+            agreed = stack.enter_context(agreement.of_job())
             with stopwatch.account("restart"):
-                if jax.process_count() > 1:
-                    # Process 0 writes to the directory next; by then the others must have looked at it.
-                    multihost_utils.sync_global_devices("the run directory is checked")
+                # Process 0 writes to the directory next; by then the others must have looked at it.
+                agreed.meet("the run directory is checked")
                 checkpointer = stack.enter_context(
                     contextlib.closing(make_checkpointer(experiment, options.run_dir, parts.identity))
                 )
@@ -141,7 +141,7 @@ def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.
             if snapshots:
                 stack.enter_context(contextlib.closing(snapshots))
             start = _start(parts, checkpointer, snapshots, stopwatch, resume=options.resume)
-            run = _Run(parts, options, checkpointer, snapshots, stopwatch, start, earlier)
+            run = _Run(parts, options, checkpointer, snapshots, stopwatch, start, earlier, agreed)
         dog.report()
         return run.execute(stop_rule, dog)
 
@@ -251,9 +251,10 @@ class _Run:
         stopwatch: Stopwatch,
         start: _Start,
         earlier: record.RunRecord | None,
+        agreed: agreement.Agreement,
     ):
         self.parts, self.options, self.checkpointer, self.snapshots = parts, options, checkpointer, snapshots
-        self.stopwatch, self.start, self.earlier = stopwatch, start, earlier
+        self.stopwatch, self.start, self.earlier, self.agreed = stopwatch, start, earlier, agreed
         self.experiment = parts.experiment
         self.step_times = StepTimes()
         self.sentinel = guard.RecompileSentinel()
@@ -303,7 +304,7 @@ class _Run:
                 stop=stop_rule,
                 hooks=[lambda info: dog.report(), *self._make_hooks(display, ledger_hooks)],
                 progress=self.start.progress,
-                stop_requested=self.options.stop_requested,
+                stop_requested=self.agreed.stop(self.options.stop_requested),
                 stopwatch=self.stopwatch,
                 step_times=self.step_times,
             )
@@ -351,12 +352,14 @@ class _Run:
         found += ledger_hooks
         if self.snapshots:
             settings = self.experiment.recovery
-            found.append(recovery.snapshots_when_due(self.snapshots, settings, lambda: self.step_times.quantile(0.5)))
+            agreed = self.agreed.number("snapshot interval", 1.0)
+            step_seconds = functools.partial(self.step_times.quantile, 0.5)
+            found.append(recovery.snapshots_when_due(self.snapshots, settings, step_seconds, agreed))
         return [*found, self.save]
 
     def _agree_on_time(self) -> loop.Hook:
         """Return the hook that gives every process one clock, since max_seconds must end all of them at one step."""
-        agreed = agreement.agreed_number(self.start.progress.seconds)
+        agreed = self.agreed.number("seconds", self.start.progress.seconds)
 
         def agree(info: loop.StepInfo) -> None:
             info.progress.seconds = agreed(info.progress.seconds)

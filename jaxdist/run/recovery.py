@@ -18,7 +18,7 @@ import jax
 from jaxdist.checkpoint import checkpoints
 from jaxdist.checkpoint import snapshots as snapshot
 from jaxdist.config.experiment import Recovery
-from jaxdist.launch.joining import agreement, same_on_all
+from jaxdist.launch.joining import same_on_all
 from jaxdist.launch.supervising import supervisor, watchdog
 from jaxdist.run.hooks import every
 from jaxdist.run.loop import Hook, StepInfo
@@ -116,9 +116,12 @@ def snapshot_hook(snapshots: snapshot.Snapshots) -> Hook:
 
 
 def snapshots_when_due(
-    snapshots: snapshot.Snapshots, settings: Recovery, step_seconds: Callable[[], float | None]
+    snapshots: snapshot.Snapshots,
+    settings: Recovery,
+    step_seconds: Callable[[], float | None],
+    agreed: Callable[[float], float],
 ) -> Hook:
-    """Return the hook that takes snapshots as often as `settings` ask for; see `Paced` for `step_seconds`."""
+    """Return the hook that takes snapshots as often as `settings` ask for; see `Paced` for the functions."""
     take = snapshot_hook(snapshots)
     if settings.snapshot_every is not None:
         return every(settings.snapshot_every, take)
@@ -126,7 +129,7 @@ def snapshots_when_due(
         take,
         cost_seconds=lambda: snapshots.cost_seconds,
         step_seconds=step_seconds,
-        agreed=agreement.agreed_number(1.0),
+        agreed=agreed,
     )
 
 
@@ -139,8 +142,8 @@ class Paced:
     Args:
       take: the hook that is called.
       cost_seconds: what a call costs, as far as is known.
-      step_seconds: how long a step takes; None while nobody knows.
-      agreed: makes one number of what the processes measure; see `agreement.agreed_number`.
+      step_seconds: how long a step takes; None while it is not known.
+      agreed: makes one number of what the processes measure; see `agreement.Agreement.number`.
       share: of the time, that the calls may take.
     """
 

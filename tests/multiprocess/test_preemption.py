@@ -18,7 +18,6 @@ from jaxdist.checkpoint import checkpoints
 from jaxdist.cli import train_work
 from jaxdist.config import loading, overrides
 from jaxdist.launch import signals
-from jaxdist.launch.joining import agreement
 from jaxdist.launch.supervising import board, supervisor
 from jaxdist.run import attempt, stopwatch
 from jaxdist.rundir import record
@@ -52,7 +51,7 @@ def run(run_dir, *, resume):
             run_dir=pathlib.Path(run_dir),
             resume=resume,
             silent=True,
-            stop_requested=agreement.agreed_stop(lambda: bool(request)),
+            stop_requested=lambda step: bool(request),
         )
         made = attempt.train(experiment, options, devices=jax.devices())
     return {

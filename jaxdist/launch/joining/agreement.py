@@ -1,61 +1,292 @@
-"""Agreeing on the step to stop at: signals and clocks differ from process to process, but all must stop at one step."""
+"""What the processes of a job agree on while they train: the step to stop at, and numbers that a clock decides.
 
-from collections.abc import Callable
+Signals and clocks differ from process to process, but all must stop at one step and take snapshots at the same steps.
+Process 0 decides. Each decision says what holds from a certain step on, and after how many steps the next one follows;
+it is published while the steps before that one are computed. So every process reads the same decision at the same
+step, by induction, and normally it is there before it is needed.
+
+Decisions travel through the coordinator's key-value store, never through a collective. Two programs that communicate
+between processes must not be in flight at once unless they run over the same devices: on CPU devices each waiting
+participant holds a thread of XLA's pool, XLA orders only programs over the same devices, and participants of two
+programs, taken up in another order by each process, wait for each other forever (docs/guide/processes.md).
+"""
+
+import collections
+import contextlib
+import dataclasses
+import itertools
+import json
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxdist.spmd import jax_private
+
+EVERY_SECONDS = 0.25
+"""Time between two decisions, where steps are shorter; longer steps have a decision each."""
+MOST_STEPS = 1000
+_WINDOW = 8
+"""Steps over which their duration is measured: the loop dispatches up to eight before it waits for the devices."""
+_KEPT = 64
+"""Decisions that stay in the store. Each is at least a step after the one before, and process 0 is at most eight steps
+ahead of what every process has dispatched: the others have long read the ones before these."""
+_TRY_SECONDS = 2.0
+"""How long one request for a decision may wait; between two, a process that leaves is not waited for."""
+_MEET_MILLISECONDS = 3_600_000
+"""How long a process is waited for; one that died is noticed by its missing heartbeat."""
+_RUNS = itertools.count()
+"""Numbers the agreements of this process: a program that trains twice must not read the decisions of its first run."""
 
 
-def agreed_stop(requested: Callable[[], bool]) -> Callable[[int], bool]:
-    """Return `stop_requested(step)` for `loop.fit`: true on every process at the same step, soon after any wants it.
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What holds from the step on at which it takes effect.
 
-    In a job of several processes each step casts a vote, and the vote of the step before decides: it was counted on
-    the devices meanwhile, so nobody waits for it.
+    Attributes:
+      stop: whether training ends after that step.
+      numbers: by name, as process 0 measured them when it decided.
+      next_after: steps until the next decision takes effect.
     """
-    if jax.process_count() == 1:
-        return lambda step: requested()
-    count = _sum_a_call_late()
 
-    def stop_requested(step: int) -> bool:
-        del step
-        votes = count(float(requested()))
-        return votes is not None and votes > 0
-
-    return stop_requested
+    stop: bool
+    numbers: Mapping[str, float]
+    next_after: int
 
 
-def agreed_number(start: float) -> Callable[[float], float]:
-    """Return `agreed(number)`, to be called at the same steps everywhere: one number (float32) on every process.
+class Channel(Protocol):
+    """Carries decisions from process 0 to all, and requests to stop from all to process 0."""
 
-    In a job of several processes it is what process 0 said a call ago, and `start` at the first call. So whatever
-    follows from a clock, which each process reads for itself, can be the same for all.
-    """
-    if jax.process_count() == 1:
+    def publish(self, decision: Decision) -> None:
+        """Send the next decision; returns at once. Called by process 0."""
+
+    def receive(self) -> Decision:
+        """Return the next decision; waits for it. Called by every process."""
+
+    def ask(self) -> None:
+        """Ask process 0 to end training."""
+
+    def asked(self) -> bool:
+        """Return whether any process has asked; it may take a moment to be known."""
+
+    def meet(self, name: str) -> None:
+        """Return once every process has called this with the same name; each name once."""
+
+
+class Agreement(Protocol):
+    """What a run asks; `Alone` answers in a job of one process, `Shared` in larger ones."""
+
+    def stop(self, wanted: Callable[[int], bool]) -> Callable[[int], bool]:
+        """Return `stop_requested(step)` for `loop.fit`: true on every process at one step, soon after any wants it."""
+
+    def number(self, name: str, start: float) -> Callable[[float], float]:
+        """Return `agreed(number)`: what process 0 passed a while ago, `start` at first; the same at the same step."""
+
+    def meet(self, name: str) -> None:
+        """Return once every process has called this with the same name; each name once in a run."""
+
+
+class Alone:
+    """The agreement of a process with itself."""
+
+    def stop(self, wanted: Callable[[int], bool]) -> Callable[[int], bool]:
+        """Return `wanted`."""
+        return wanted
+
+    def number(self, name: str, start: float) -> Callable[[float], float]:
+        """Return the function that returns its argument."""
+        del name, start
         return lambda number: number
-    share = _sum_a_call_late()
 
-    def agreed(number: float) -> float:
-        shared = share(number if jax.process_index() == 0 else 0.0)
-        return start if shared is None else shared
-
-    return agreed
+    def meet(self, name: str) -> None:
+        """Return at once."""
 
 
-def _sum_a_call_late() -> Callable[[float], float | None]:
-    """Return a function whose calls give the sum, over the processes, of what they passed a call ago; None at first.
+class Shared:
+    """The agreement of several processes; each makes one, and calls its functions at the same steps.
 
-    That sum was made on the devices meanwhile, so nobody waits for it.
+    Args:
+      channel: to the others.
+      decides: whether this is process 0.
+      clock: seconds, for the time between two decisions.
     """
-    devices = [next(d for d in jax.devices() if d.process_index == p) for p in range(jax.process_count())]
-    mesh = Mesh(np.asarray(devices), ("process",), axis_types=(AxisType.Auto,))
-    values_lie, result_lies = NamedSharding(mesh, PartitionSpec("process")), NamedSharding(mesh, PartitionSpec())
-    add = jax.jit(jnp.sum, out_shardings=result_lies)
-    pending: list[jax.Array] = []
 
-    def exchange(value: float) -> float | None:
-        pending.append(add(jax.make_array_from_process_local_data(values_lie, np.array([value], np.float32))))
-        return float(pending.pop(0).addressable_data(0)) if len(pending) > 1 else None
+    def __init__(self, channel: Channel, *, decides: bool, clock: Callable[[], float] = time.monotonic):
+        self._channel, self._decides = channel, decides
+        self._pace = _Pace(clock)
+        self._measured: dict[str, float] = {}
+        self._agreed: Mapping[str, float] = {}
+        self._due: int | None = None
+        self._asked = False
 
-    return exchange
+    def number(self, name: str, start: float) -> Callable[[float], float]:
+        """Return a function to be called at the same steps everywhere; see `Agreement`."""
+
+        def agreed(number: float) -> float:
+            self._measured[name] = number
+            return self._agreed.get(name, start)
+
+        return agreed
+
+    def stop(self, wanted: Callable[[int], bool]) -> Callable[[int], bool]:
+        """Return a function to be called after every step; see `Agreement`."""
+
+        def stop_requested(step: int) -> bool:
+            if not self._asked and wanted(step):
+                self._asked = True
+                self._channel.ask()
+            return self._take(step)
+
+        return stop_requested
+
+    def meet(self, name: str) -> None:
+        """Wait for the others at the coordinator; see `Agreement`."""
+        self._channel.meet(name)
+
+    def due(self, step: int) -> bool:
+        """Return whether a decision takes effect at `step`."""
+        return step == self._due
+
+    def _take(self, step: int) -> bool:
+        """Put into force the decision that takes effect at `step`, and decide the next; return whether to stop."""
+        decision = Decision(False, {}, 1)
+        if self._due is not None:
+            if not self.due(step):
+                return False
+            decision = self._channel.receive()
+            self._agreed = decision.numbers
+        self._due = step + decision.next_after
+        if self._decides:
+            stop = self._asked or self._channel.asked()
+            self._channel.publish(Decision(stop, dict(self._measured), self._pace.steps(step)))
+        return decision.stop
+
+
+class _Pace:
+    """Counts how many steps are made in EVERY_SECONDS."""
+
+    def __init__(self, clock: Callable[[], float]):
+        self._clock = clock
+        self._seen: collections.deque[tuple[int, float]] = collections.deque()
+
+    def steps(self, step: int) -> int:
+        """Return the number, as far as it is known at `step`; 1 until enough steps were seen."""
+        now = self._clock()
+        self._seen.append((step, now))
+        while len(self._seen) > 1 and step - self._seen[1][0] >= _WINDOW:
+            self._seen.popleft()
+        first, then = self._seen[0]
+        if step - first < _WINDOW:
+            return 1
+        return max(1, min(MOST_STEPS, int(EVERY_SECONDS * (step - first) / max(now - then, 1e-9))))
+
+
+class StoreChannel:
+    """A channel through the coordinator's store. A thread talks to it, so that training does not wait for it.
+
+    Args:
+      store: see `jax_private.coordinator_store`.
+      prefix: of the keys, the same on every process, and of no earlier run.
+      process: number of this process; process 0 publishes.
+    """
+
+    def __init__(self, store: Any, prefix: str, *, process: int):
+        self._store, self._prefix, self._process = store, prefix, process
+        self._outgoing: queue.SimpleQueue[Decision | None] = queue.SimpleQueue()
+        self._incoming: queue.SimpleQueue[Decision | Exception] = queue.SimpleQueue()
+        self._wanted = threading.Semaphore(1)
+        self._asked, self._closed = threading.Event(), threading.Event()
+        work = self._write_all if process == 0 else self._read_all
+        self._thread = threading.Thread(target=self._run, args=(work,), name="jaxdist-agreement", daemon=True)
+        self._thread.start()
+
+    def publish(self, decision: Decision) -> None:
+        """Hand the decision to the thread, which writes it; this process has it already."""
+        self._incoming.put(decision)
+        self._outgoing.put(decision)
+
+    def receive(self) -> Decision:
+        """Return the next decision, and have the thread fetch the one after it."""
+        item = self._incoming.get()
+        if isinstance(item, Exception):
+            raise item
+        self._wanted.release()
+        return item
+
+    def ask(self) -> None:
+        """Write the request into the store: one call in the life of a job."""
+        self._store.key_value_set(f"{self._prefix}/stop/{self._process}", "")
+
+    def asked(self) -> bool:
+        """Return whether the thread has seen a request."""
+        return self._asked.is_set()
+
+    def close(self) -> None:
+        """End the thread, after what process 0 decided was written."""
+        self._closed.set()
+        self._outgoing.put(None)
+        self._wanted.release()
+        self._thread.join()
+
+    def meet(self, name: str) -> None:
+        """Return once every process has called this with the same name; each name once."""
+        self._store.wait_at_barrier(f"{self._prefix}/{name}", _MEET_MILLISECONDS)
+
+    def _run(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except jax.errors.JaxRuntimeError as error:  # the coordinator is gone; training hears of it where it waits
+            self._incoming.put(error)
+
+    def _write_all(self) -> None:
+        for number in itertools.count():
+            decision = self._next_to_write()
+            if decision is None:
+                return
+            self._store.key_value_set(self._key(number), json.dumps(dataclasses.asdict(decision)))
+            if number >= _KEPT:
+                self._store.key_value_delete(self._key(number - _KEPT))
+
+    def _next_to_write(self) -> Decision | None:
+        """Return the next decision, None at the end; until it comes, look for requests to stop."""
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self._outgoing.get(timeout=EVERY_SECONDS)
+            if self._store.key_value_dir_get(f"{self._prefix}/stop/"):
+                self._asked.set()
+
+    def _read_all(self) -> None:
+        for number in itertools.count():
+            self._wanted.acquire()
+            text = self._wait_for(self._key(number))
+            if text is None:
+                return
+            self._incoming.put(Decision(**json.loads(text)))
+
+    def _wait_for(self, key: str) -> str | None:
+        """Return the value of `key` once it is there, None once this process leaves."""
+        while not self._closed.is_set():
+            try:
+                return self._store.blocking_key_value_get(key, int(_TRY_SECONDS * 1000))
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
+        return None
+
+    def _key(self, number: int) -> str:
+        return f"{self._prefix}/decision/{number}"
+
+
+@contextlib.contextmanager
+def of_job() -> Iterator[Agreement]:
+    """Yield the agreement of this job's processes for one run; every process enters the same ones in the same order."""
+    if jax.process_count() == 1:
+        yield Alone()
+        return
+    prefix = f"jaxdist/agreement/{next(_RUNS)}"
+    channel = StoreChannel(jax_private.coordinator_store(), prefix, process=jax.process_index())
+    with contextlib.closing(channel):
+        yield Shared(channel, decides=jax.process_index() == 0)
