@@ -212,12 +212,15 @@ class Simulation:
         """Return who may be hurt without breaking a promise of this durability."""
         alive = [p for p in self.processes.values() if p.role is not None and not p.exit]
         victims = [p for p in alive if p.paused_until <= self.now]
-        if self.settings.durability == "none" or not self._servers_whole():
+        s = self.settings
+        # With saved cuts the promise is a rollback, however many copies of a shard are lost at once.
+        rollback = s.durability == "snapshot" or (bool(s.snapshot_every) and self.rng.random() < 0.3)
+        if not rollback and (s.durability == "none" or not self._servers_whole()):
             return [p for p in victims if server_shard(p.name) is None]
         return victims
 
     def _servers_whole(self) -> bool:
-        """Return True when the loss of any one server loses nothing: every shard has two full copies."""
+        """Return whether the loss of any one server loses nothing: every shard has two full copies."""
         if not self.settings.replicated:
             return True
         role = self.processes[SCHEDULER].role
@@ -320,6 +323,14 @@ class Simulation:
         if crash:
             raise _Died
 
+    def _compact(self, process: _Process, effect: effects.Compact) -> None:
+        crash = self._troubled and self.rng.random() < self.faults.crash_at_append
+        if crash and self.rng.random() < 0.5:
+            raise _Died  # before the rename: the log is still the old one
+        self.log = bytearray(encoding.frame(encoding.to_bytes(effect.record)))
+        if crash:
+            raise _Died
+
     def _write(self, process: _Process, effect: effects.Write) -> None:
         data = encoding.to_bytes(effect.content)
         full = self._troubled and self.rng.random() < self.faults.disk_full
@@ -391,6 +402,7 @@ def _brief(role: Any) -> dict[str, Any]:
 _HEARD = (messages.PushAck, messages.CommitAck)
 _DO: dict[type, Callable[..., None]] = {
     effects.Append: Simulation._append,
+    effects.Compact: Simulation._compact,
     effects.Write: Simulation._write,
     effects.Load: Simulation._load,
     effects.Compute: Simulation._compute,

@@ -203,6 +203,17 @@ class CarelessScheduler(Scheduler):
         ]
 
 
+class ForgetfulLog(Scheduler):
+    """Shortens its log to the cut that was saved, not to the steps that were trained."""
+
+    def handle(self, message, now):
+        replies, todo = super().handle(message, now)
+        return replies, [self._shorten(effect) if isinstance(effect, effects.Compact) else effect for effect in todo]
+
+    def _shorten(self, effect):
+        return effects.Compact(dataclasses.replace(effect.record, trained=journal.Trained(0, ())))
+
+
 class EagerServer(Server):
     """Answers before its backup has the entry."""
 
@@ -242,6 +253,7 @@ PLANTED = {
         "snapshots",
     ),
     "commit not logged": (Roles(scheduler=CarelessScheduler), {"workers": 2}, {"kills": 3.0}, ""),
+    "log cut too short": (Roles(scheduler=ForgetfulLog), {**ASYNC, "read_every": (3,)}, {"kills": 4.0}, ""),
     "acknowledged before copied": (Roles(server=EagerServer), REPLICATED, {"kills": 4.0}, "acknowledged|reads"),
 }
 

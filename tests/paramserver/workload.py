@@ -75,6 +75,7 @@ def draw_settings(rng: random.Random) -> Settings:
         durability=durability,
         snapshot_every=rng.randint(1, 4) if snapshots else 0,
         read_every=rng.choice([(), (), (2,), (3, 5)]),
+        check_copies_every=rng.randint(0, 3),
         timers=TIMERS,
     )
 

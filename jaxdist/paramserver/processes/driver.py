@@ -63,6 +63,12 @@ class Log:
         self._file.flush()
         os.fsync(self._file.fileno())
 
+    def replace(self, record: messages.Message) -> None:
+        """Make `record` the whole log, atomically and durably."""
+        write_file(self.path, [encoding.frame(encoding.to_bytes(record))])
+        self._file.close()
+        self._file = self.path.open("ab")
+
 
 def write_file(path: pathlib.Path, parts: Iterable[codec.Buffer]) -> int:
     """Write a file, and its folder, wholly or not at all; return the CRC-32 of its bytes. Durable on return."""
@@ -148,6 +154,9 @@ class Driver:
             case effects.Append(record):
                 assert self._log is not None
                 self._log.append(record)
+            case effects.Compact(record):
+                assert self._log is not None
+                self._log.replace(record)
             case effects.Write(name, content):
                 self._disk.submit(self._write, name, content)
             case effects.Load(name):

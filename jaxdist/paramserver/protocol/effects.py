@@ -27,6 +27,13 @@ class Append:
 
 
 @dataclass(frozen=True, slots=True)
+class Compact:
+    """Replace the whole log by `record`, atomically and durably, before the next effect."""
+
+    record: journal.StateRecord
+
+
+@dataclass(frozen=True, slots=True)
 class Write:
     """Write a file atomically; the driver answers with messages.Written."""
 
@@ -120,7 +127,7 @@ class Exit:
     reason: str
 
 
-Effect = Append | Write | Load | Compute | Applied | Served | Leads | Committed | ShowCut | Warn | Exit
+Effect = Append | Compact | Write | Load | Compute | Applied | Served | Leads | Committed | ShowCut | Warn | Exit
 
 
 class Output:

@@ -69,6 +69,20 @@ class SavedCutRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class StateRecord:
+    """What the log says between two steps, in one record that replaces all before it.
+
+    `saved_at` and `read_at` are the steps of the last attempt to save a cut and of the last cut that was shown.
+    """
+
+    membership: MembershipRecord
+    saved: SavedCutRecord
+    trained: Trained
+    saved_at: int
+    read_at: int
+
+
+@dataclass(frozen=True, slots=True)
 class VerdictRecord:
     """The verdict of the observer on the cut after `step`."""
 

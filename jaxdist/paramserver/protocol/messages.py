@@ -160,6 +160,15 @@ class Synced:
     backup_boot: int
 
 
+@dataclass(frozen=True, slots=True)
+class Diverged:
+    """Server `name` found that the copies of its shard differ; `reason` is the sentence for the user."""
+
+    name: str
+    boot: int
+    reason: str
+
+
 # A lease: ask, pull, compute, push, report.
 
 
@@ -268,6 +277,7 @@ class Done:
     sequence: int
     clock: int
     lease: Lease
+    count: float
     finite: bool
     metrics: tuple[Metric, ...]
 

@@ -30,6 +30,7 @@ class Server:
         self.heartbeat_at = 0.0
         self.progress = 0
         self.stopped = False
+        self.diverged = ""  # how this copy of the shard differs from its primary's: it takes no further part
         self._forget()
 
     def _forget(self) -> None:
@@ -58,7 +59,8 @@ class Server:
         """Handle one message; return what to send after the effects are done."""
         out = effects.Output()
         action = _ACTIONS.get(type(message))
-        if action is not None and (not self.stopped or isinstance(message, messages.Stop)):
+        out_of_service = self.stopped or (self.diverged and not isinstance(message, messages.Tick))
+        if action is not None and (not out_of_service or isinstance(message, messages.Stop)):
             self.progress += not isinstance(message, messages.Tick)
             action(self, message, now, out)
         return out.replies, out.effects
@@ -68,7 +70,9 @@ class Server:
     def _tick(self, message: messages.Tick, now: float, out: effects.Output) -> None:
         if now >= self.heartbeat_at:
             self.heartbeat_at = now + self.settings.timers.heartbeat
-            if self.membership is None and self.pending is None:
+            if self.diverged:
+                out.send(SCHEDULER, messages.Diverged(self.name, self.boot, self.diverged))
+            elif self.membership is None and self.pending is None:
                 out.send(SCHEDULER, messages.Register(self.name, self.boot))
             else:
                 out.send(SCHEDULER, messages.Heartbeat(self.name, self.boot, self.term, self.progress, False))
@@ -243,7 +247,8 @@ class Server:
             out.effects += self.shard.apply(entry.entry).effects
             self.index += 1
             if self.shard.chain != entry.chain:
-                out.do(effects.Exit(-1, f"The copies of shard {self.number} differ after log entry {self.index}."))
+                self.diverged = f"The copies of shard {self.number} differ after update {self.shard.version}."
+                out.send(SCHEDULER, messages.Diverged(self.name, self.boot, self.diverged))
                 return
         self._acknowledge(out)
 

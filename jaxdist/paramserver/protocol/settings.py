@@ -35,6 +35,7 @@ class Settings(ParameterServer):
       workers: see ParameterServer, as for the other settings under `ps.`.
       read_every: periods, in steps, after which the observer gets a cut (effects.ShowCut); it always gets the last one.
       stop_on_nonfinite: end the run, with reason `nonfinite`, at a gradient that is not finite; it is never applied.
+      check_copies_every: updates after which the copies of a shard compare params and optimizer state; 0 never does.
       timers: seconds.
     """
 
@@ -44,6 +45,7 @@ class Settings(ParameterServer):
     workers: int = 1
     read_every: tuple[int, ...] = ()
     stop_on_nonfinite: bool = False
+    check_copies_every: int = 0
     timers: Timers = Timers()
 
     @classmethod
@@ -55,6 +57,7 @@ class Settings(ParameterServer):
         global_batch_size: int,
         max_steps: int,
         read_every: tuple[int, ...],
+        check_copies_every: int = 0,
     ) -> "Settings":
         """Return the Settings of a training run; raises ValueError if they contradict each other."""
         beat = chosen.dead_after_seconds / 10
@@ -65,6 +68,7 @@ class Settings(ParameterServer):
             max_steps=max_steps,
             read_every=read_every,
             stop_on_nonfinite=True,
+            check_copies_every=check_copies_every,
             timers=Timers(beat, 2 * beat, chosen.dead_after_seconds, max(300.0, chosen.dead_after_seconds)),
         )
 

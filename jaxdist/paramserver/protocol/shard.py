@@ -2,7 +2,7 @@
 
 Params, optimizer state, exactly-once table, clocks and staged pushes are one value (`export` and `adopt`), so a backup
 or a file holds all of them or none. Two shards that apply the same entries in the same order have the same bits.
-`chain` is a fingerprint of the updates so far.
+`chain` is a fingerprint of the updates so far and, at every `check_copies_every`-th, of params and optimizer state.
 """
 
 import hashlib
@@ -50,6 +50,13 @@ def _extend(chain: int, contributors: Sequence[messages.Contributor], version: i
     digest = hashlib.blake2b(struct.pack("<Qq", chain, version), digest_size=8)
     for c in contributors:
         digest.update(struct.pack("<5q", c.worker, c.incarnation, c.sequence, c.lease.step, c.lease.slice))
+    return int.from_bytes(digest.digest(), "little") >> 1
+
+
+def _fold(chain: int, arrays: Sequence[np.ndarray]) -> int:
+    digest = hashlib.blake2b(struct.pack("<Q", chain), digest_size=8)
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return int.from_bytes(digest.digest(), "little") >> 1
 
 
@@ -254,6 +261,9 @@ class Shard:
         before = self.chain
         self.version += 1
         self.chain = _extend(before, contributors, self.version)
+        every = self.settings.check_copies_every
+        if self.settings.replicated and every and self.version % every == 0:
+            self.chain = _fold(self.chain, (*self.params, *self.opt_state))
         applied = effects.Applied(
             self.shard, self.term, self.version, before, self.chain, contributors, clock, staleness, skipped
         )

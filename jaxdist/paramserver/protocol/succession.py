@@ -45,10 +45,10 @@ def put(shards: tuple[ShardPlace, ...], number: int, place: ShardPlace) -> tuple
     return (*shards[:number], place, *shards[number + 1 :])
 
 
-def with_member(members: tuple[Member, ...], member: Member) -> tuple[Member, ...]:
-    """Return `members` with `member` in place of any other incarnation of the same worker."""
-    others = [other for other in members if other.worker != member.worker]
-    return tuple(sorted([*others, member], key=lambda m: m.worker))
+def with_members(members: tuple[Member, ...], new: dict[int, Member]) -> tuple[Member, ...]:
+    """Return `members` with those in `new` (by worker) in place of other incarnations of the same workers."""
+    by_worker = {member.worker: member for member in members} | new
+    return tuple(by_worker[worker] for worker in sorted(by_worker))
 
 
 def next_membership(membership: Membership, **changes: object) -> Membership:

@@ -196,11 +196,11 @@ class Worker:
     def _send_done(self, out: effects.Output) -> None:
         assert self.lease is not None
         assert self.computed is not None
-        finite, metrics = self.computed.finite, self.computed.metrics
-        out.send(
-            SCHEDULER,
-            messages.Done(self.worker, self.incarnation, self.sequence, self.clock, self.lease, finite, metrics),
+        c = self.computed
+        done = messages.Done(
+            self.worker, self.incarnation, self.sequence, self.clock, self.lease, c.count, c.finite, c.metrics
         )
+        out.send(SCHEDULER, done)
 
     def _done_ack(self, ack: messages.DoneAck, now: float, out: effects.Output) -> None:
         if self.phase == "reporting" and (ack.incarnation, ack.sequence) == (self.incarnation, self.sequence):

@@ -79,6 +79,7 @@ def make_plan(experiment: Experiment, chosen: ParameterServer, *, kind: Kind | N
         global_batch_size=experiment.global_batch_size,
         max_steps=known_end["max_steps"] or NO_LIMIT,
         read_every=_read_periods(experiment, loader.steps_per_epoch),
+        check_copies_every=experiment.guards.check_replicas_every or 0,
     )
     num_params = len(jax.tree.leaves(params))
     kind = kind or classify(optimizer, sharding.shapes[:num_params])

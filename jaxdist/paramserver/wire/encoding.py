@@ -64,6 +64,8 @@ KINDS: tuple[type, ...] = (
     messages.Verdict,
     journal.VerdictRecord,
     journal.Cut,
+    journal.StateRecord,
+    messages.Diverged,
 )
 _NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
 

@@ -9,10 +9,11 @@ from jaxdist.paramserver.protocol.scheduler.scheduler_state import SchedulerStat
 def decide(state: SchedulerState, out: Output) -> None:
     """Commit the step once every slice is staged on every shard and the step before is applied."""
     assert isinstance(state.lease_table, StepLeases)
-    contributors = state.lease_table.contributors()
-    if contributors is None or state.last_commit is not None or state.halted:
+    if not state.lease_table.is_complete() or state.last_commit is not None or state.halted:
         return
-    record = journal.CommitRecord(state.step + 1, not state.lease_table.finite(), contributors)
+    contributors = state.lease_table.contributors()
+    finite = state.lease_table.finite() and note_counted(state.step + 1, state.lease_table.count(), out)
+    record = journal.CommitRecord(state.step + 1, not finite, contributors)
     out.do(effects.Append(record))
     examples = sum(c.lease.stop - c.lease.start for c in contributors)
     out.do(effects.Committed(record.step, examples, state.lease_table.metrics()))
@@ -22,6 +23,13 @@ def decide(state: SchedulerState, out: Output) -> None:
     state.norms, state.norm_squared, state.committed = {}, None, set()
     if state.settled():
         repeat(state, out)
+
+
+def note_counted(step: int, count: float, out: Output) -> bool:
+    """Return whether a batch counts any example; the mean of none is not finite, on one device either."""
+    if count <= 0:
+        out.do(effects.Warn(f"The loss counted no example in step {step}, so its mean is not finite."))
+    return count > 0
 
 
 def repeat(state: SchedulerState, out: Output) -> None:

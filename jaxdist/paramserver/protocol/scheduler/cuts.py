@@ -88,6 +88,13 @@ def on_written(state: SchedulerState, written: messages.Written, now: float, out
     state.saved_cut = (state.saving, state.lease_table.trained())
     out.do(effects.Append(journal.SavedCutRecord(*state.saved_cut)))
     _close_save(state)
+    _compact(state, out)
+
+
+def _compact(state: SchedulerState, out: Output) -> None:
+    """Shorten the log to what a restart needs; a cut is taken between two steps, when that is little."""
+    if not state.ending():  # the end needs its own records, and makes the log no longer
+        out.do(effects.Compact(state.state_record()))
 
 
 def _give_up_save(state: SchedulerState, why: str, out: Output) -> None:
@@ -132,6 +139,7 @@ def on_verdict(state: SchedulerState, verdict: messages.Verdict, now: float, out
     if verdict.end_reason and not state.ending():
         # This cut is the last one: the observer has the final params already.
         state.halted, state.read_last = verdict.end_reason, True
+    _compact(state, out)
 
 
 def on_halt(state: SchedulerState, halt: messages.Halt, now: float, out: Output) -> None:

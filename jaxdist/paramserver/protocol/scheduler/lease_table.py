@@ -5,10 +5,11 @@ batch is divided into slices, one lease each; otherwise one lease is the whole b
 trained, so the lease of a worker that died is granted again.
 """
 
+import heapq
 from collections.abc import Callable, Iterable, Sequence
 
 from jaxdist.paramserver.protocol.journal import Trained
-from jaxdist.paramserver.protocol.messages import Contributor, Lease, Metric
+from jaxdist.paramserver.protocol.messages import Contributor, Done, Lease, Metric
 from jaxdist.paramserver.protocol.settings import Settings
 
 FRESH = Trained(0, ())
@@ -25,6 +26,11 @@ def lease(settings: Settings, step: int, slice_: int = 0) -> Lease:
     return Lease(step, slice_, epoch, first, stop)
 
 
+def contributor(done: Done) -> Contributor:
+    """Return the push that `done` reports."""
+    return Contributor(done.worker, done.incarnation, done.sequence, done.lease)
+
+
 def add_metrics(lists: Iterable[Iterable[Metric]]) -> tuple[Metric, ...]:
     """Return the sum of the given metrics by name: totals and counts added in order."""
     sums: dict[str, tuple[float, float]] = {}
@@ -36,38 +42,53 @@ def add_metrics(lists: Iterable[Iterable[Metric]]) -> tuple[Metric, ...]:
 
 
 class StepLeases:
-    """The lease table of sync mode: one step at a time, its slices leased until all pushes have arrived."""
+    """The lease table of sync mode: one step at a time, its slices leased until all pushes have arrived.
+
+    Granting and finishing a lease costs the same for any number of workers, unless backup workers look for copies.
+    """
 
     def __init__(self, settings: Settings, state: Trained = FRESH) -> None:
         self.settings, self.step = settings, state.step
         self._open()
 
     def _open(self) -> None:
-        self.holders: list[list[int]] = [[] for _ in range(self.settings.num_slices)]
-        self.ready: dict[int, tuple[Contributor, bool, tuple[Metric, ...]]] = {}
+        slices = range(self.settings.num_slices)
+        self.holders: list[list[int]] = [[] for _ in slices]
+        self.done: dict[int, Done] = {}
+        self.missing = dict.fromkeys(slices)  # slices without a push, in order
+        self.free = list(slices)  # a heap of slices without a holder; see _next_free
 
     def trained(self) -> Trained:
         """Return the steps that are trained."""
         return Trained(self.step, ())
+
+    def is_idle(self) -> bool:
+        """Return whether no lease can be granted now."""
+        return self._next_free() is None and (not self.settings.backup_workers or not self.missing)
+
+    def _next_free(self) -> int | None:
+        while self.free and (self.holders[self.free[0]] or self.free[0] in self.done):
+            heapq.heappop(self.free)
+        return self.free[0] if self.free else None
 
     def pick(self, worker: int, may_copy: MayCopy = lambda holders: True) -> Lease | None:
         """Lease a slice to `worker` and return it: a free one or, with backup workers, one that others hold too.
 
         A slice that others hold is leased again only if `may_copy(its holders)`.
         """
-        missing = [
-            i
-            for i, holders in enumerate(self.holders)
-            if i not in self.ready and worker not in holders and (not holders or may_copy(holders))
-        ]
-        if not missing:
-            return None
-        # The slice with the fewest holders; among equals the first, which has been leased longest.
-        chosen = min(missing, key=lambda i: (len(self.holders[i]), i))
-        if len(self.holders[chosen]) > self.settings.backup_workers:
+        chosen = self._next_free()
+        if chosen is None and self.settings.backup_workers:
+            chosen = self._pick_copy(worker, may_copy)
+        if chosen is None:
             return None
         self.holders[chosen].append(worker)
         return lease(self.settings, self.step, chosen)
+
+    def _pick_copy(self, worker: int, may_copy: MayCopy) -> int | None:
+        """Return the missing slice with the fewest holders; among equals the first, which has been leased longest."""
+        held = [(len(self.holders[i]), i) for i in self.missing if worker not in self.holders[i]]
+        few = sorted((number, i) for number, i in held if number <= self.settings.backup_workers)
+        return next((i for _, i in few if may_copy(self.holders[i])), None)
 
     def hold(self, worker: int, held: Lease) -> None:
         """Note that `worker` holds this lease, as a restarted scheduler learns."""
@@ -78,25 +99,34 @@ class StepLeases:
         """Take back a lease that `worker` will not finish."""
         if held.step == self.step and worker in self.holders[held.slice]:
             self.holders[held.slice].remove(worker)
+            if not self.holders[held.slice]:
+                heapq.heappush(self.free, held.slice)
 
-    def finish(self, push: Contributor, finite: bool, metrics: tuple[Metric, ...]) -> None:
+    def finish(self, done: Done) -> None:
         """Note that a slice's push is staged on every shard; the first push of a slice counts."""
-        if push.lease.step == self.step:
-            self.ready.setdefault(push.lease.slice, (push, finite, metrics))
+        if done.lease.step == self.step:
+            self.done.setdefault(done.lease.slice, done)
+            self.missing.pop(done.lease.slice, None)
 
-    def contributors(self) -> tuple[Contributor, ...] | None:
-        """Return one push for each slice, in slice order; None until all have arrived."""
-        if len(self.ready) < self.settings.num_slices:
-            return None
-        return tuple(self.ready[i][0] for i in range(self.settings.num_slices))
+    def is_complete(self) -> bool:
+        """Return whether every slice has a push."""
+        return not self.missing
+
+    def contributors(self) -> tuple[Contributor, ...]:
+        """Return one push for each slice, in slice order."""
+        return tuple(contributor(self.done[i]) for i in sorted(self.done))
 
     def finite(self) -> bool:
         """Return whether every value of the pushes that arrived is finite."""
-        return all(finite for _, finite, _ in self.ready.values())
+        return all(done.finite for done in self.done.values())
+
+    def count(self) -> float:
+        """Return how many examples the pushes that arrived count."""
+        return sum(done.count for done in self.done.values())
 
     def metrics(self) -> tuple[Metric, ...]:
         """Return the metrics of the step, added in slice order."""
-        return add_metrics(self.ready[i][2] for i in sorted(self.ready))
+        return add_metrics(self.done[i].metrics for i in sorted(self.done))
 
     def advance(self) -> None:
         """Move on to the next step: this one is committed."""
@@ -131,6 +161,10 @@ class BatchLeases:
         while step in self.beyond or step in self.out:
             step += 1
         return step if step < self.settings.max_steps else None
+
+    def is_idle(self) -> bool:
+        """Return whether no lease can be granted now."""
+        return self.next_step() is None
 
     def pick(self, worker: int, may_copy: MayCopy = lambda holders: True) -> Lease | None:
         """Lease the next batch to `worker` and return it; a batch is never leased twice at once."""

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 
 from jaxdist.paramserver.protocol import messages, succession
 from jaxdist.paramserver.protocol.effects import Output
-from jaxdist.paramserver.protocol.messages import Contributor
 from jaxdist.paramserver.protocol.scheduler import commits, cuts, membership
-from jaxdist.paramserver.protocol.scheduler.lease_table import BatchLeases, StepLeases
+from jaxdist.paramserver.protocol.scheduler.lease_table import BatchLeases, StepLeases, contributor
 from jaxdist.paramserver.protocol.scheduler.scheduler_state import SchedulerState, WorkerStatus
 from jaxdist.paramserver.protocol.settings import worker_name
 
@@ -16,22 +15,31 @@ OVERDUE = 2.0
 
 def dispatch(state: SchedulerState, now: float, out: Output) -> None:
     """Grant the leases that may be granted, or begin the cut or the end that is due."""
-    if not state.settled() or not all(worker.reported for worker in state.workers.values()):
+    if state.unreported or not state.settled():
         return
     if cuts.is_due(state):
         cuts.take(state, now, out)
         return
-    idle = [(w.seconds, number) for number, w in state.workers.items() if w.idle and not w.benched]
-    for _, number in sorted(idle):
+    if not state.lease_table.is_idle():
+        _grant_to_idle(state, now, out)
+    if state.gated():
+        _bench(state, now, out)
+
+
+def _grant_to_idle(state: SchedulerState, now: float, out: Output) -> None:
+    """Grant leases to idle workers, the fastest first, until there are no more of either."""
+    free = [(state.workers[number].seconds, number) for number in state.idle if not state.workers[number].benched]
+    for _, number in sorted(free):
+        if state.lease_table.is_idle():
+            return
         lease = state.lease_table.pick(number, functools.partial(_may_copy, state, now, number))
         if lease is None:
             continue
         worker = state.workers[number]
-        worker.idle, worker.lease, worker.granted_at = False, lease, now
+        state.idle.discard(number)
+        worker.lease, worker.granted_at = lease, now
         worker.sequence += 1
         _grant(state, number, worker, out)
-    if state.gated():
-        _bench(state, now, out)
 
 
 def _may_copy(state: SchedulerState, now: float, number: int, holders: Sequence[int]) -> bool:
@@ -58,17 +66,17 @@ def _bench(state: SchedulerState, now: float, out: Output) -> None:
     assert isinstance(state.lease_table, BatchLeases)
     assert state.membership is not None
     work = state.lease_table.next_step() is not None
-    wrong = {number: w for number, w in state.workers.items() if w.idle and w.benched == work}
+    wrong = {number: state.workers[number] for number in sorted(state.idle) if state.workers[number].benched == work}
     if not wrong:
         return
     floor = _front(state)
-    members = state.membership.members
+    members = {}
     for number, worker in wrong.items():
         worker.benched = not work
         worker.clock = worker.clock if worker.benched else max(floor, worker.clock)
         bound = messages.BENCHED if worker.benched else worker.clock
-        members = succession.with_member(members, messages.Member(number, worker.incarnation, bound))
-    membership.change(state, now, out, members=members)
+        members[number] = messages.Member(number, worker.incarnation, bound)
+    membership.change(state, now, out, members=succession.with_members(state.membership.members, members))
 
 
 def _front(state: SchedulerState) -> int:
@@ -87,7 +95,7 @@ def revoke(state: SchedulerState, out: Output) -> None:
 def on_ask(state: SchedulerState, ask: messages.Ask, now: float, out: Output) -> bool:
     """Note that a worker is free; return whether it may be granted something new."""
     worker = state.worker(ask.worker, ask.incarnation)
-    if worker is None or not worker.reported or ask.sequence < worker.finished:
+    if worker is None or ask.worker in state.unreported or ask.sequence < worker.finished:
         return False
     if worker.lease is not None and ask.sequence < worker.sequence:
         _grant(state, ask.worker, worker, out)  # the first grant was lost
@@ -97,7 +105,7 @@ def on_ask(state: SchedulerState, ask: messages.Ask, now: float, out: Output) ->
         worker.seconds = max(worker.seconds, now - worker.granted_at)  # the step was committed without it
         worker.lease = None
     worker.finished = worker.sequence = max(ask.sequence, worker.sequence)
-    worker.idle = True
+    state.idle.add(ask.worker)
     return True
 
 
@@ -113,11 +121,10 @@ def on_done(state: SchedulerState, done: messages.Done, now: float, out: Output)
     worker.sequence = max(worker.sequence, done.sequence)
     worker.finished, worker.lease = done.sequence, None
     worker.clock = max(worker.clock, done.clock + 1)
-    contributor = Contributor(done.worker, done.incarnation, done.sequence, done.lease)
     if isinstance(state.lease_table, StepLeases):
-        state.lease_table.finish(contributor, done.finite, done.metrics)
+        state.lease_table.finish(done)
         commits.decide(state, out)
     else:
-        commits.complete(state, contributor, done.metrics, out)
-        state.note_nonfinite(done.finite)
+        commits.complete(state, contributor(done), done.metrics, out)
+        state.note_nonfinite(done.finite and commits.note_counted(done.lease.step + 1, done.count, out))
     return True

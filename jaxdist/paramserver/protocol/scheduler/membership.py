@@ -1,6 +1,8 @@
 """The membership stage: every process that joins or leaves starts a new term, which all shards acknowledge."""
 
-from jaxdist.paramserver.protocol import effects, journal, messages, succession
+from dataclasses import replace
+
+from jaxdist.paramserver.protocol import effects, messages, succession
 from jaxdist.paramserver.protocol.effects import Output
 from jaxdist.paramserver.protocol.journal import Trained
 from jaxdist.paramserver.protocol.messages import Contributor
@@ -21,10 +23,14 @@ def change(
 def _announce(state: SchedulerState, membership: messages.Membership, trained: Trained | None, out: Output) -> None:
     state.membership = membership
     state.forget_progress()
-    boots = tuple(messages.Register(name, boot) for name, boot in state.boots.items())
-    out.do(effects.Append(journal.MembershipRecord(membership, state.incarnations, boots, trained)))
+    out.do(effects.Append(state.membership_record(trained)))
     for name in state.all_names():
-        out.send(name, membership)
+        out.send(name, seen_by(name, membership))
+
+
+def seen_by(name: str, membership: messages.Membership) -> messages.Membership:
+    """Return what a process needs of a membership: a worker sends to servers only, and members are many."""
+    return membership if worker_number(name) is None else replace(membership, members=())
 
 
 def recover(state: SchedulerState, now: float, out: Output) -> None:
@@ -36,7 +42,8 @@ def recover(state: SchedulerState, now: float, out: Output) -> None:
     for member in state.membership.members:
         benched = member.floor >= messages.BENCHED
         clock = 0 if benched else member.floor
-        state.workers[member.worker] = WorkerStatus(member.incarnation, reported=False, benched=benched, clock=clock)
+        state.workers[member.worker] = WorkerStatus(member.incarnation, benched=benched, clock=clock)
+    state.idle, state.unreported = set(), set(state.workers)
     state.awaiting_stop = set(state.all_names())
     state.stopped_at = now
     if state.stop is None:
@@ -60,7 +67,7 @@ def on_register(state: SchedulerState, request: messages.Register, now: float, o
     state.boots[request.name] = request.boot
     state.processes[request.name] = ProcessStatus(request.boot, now, progress_at=now)
     if worker is not None:
-        _worker_joins(state, request, worker, now, out)
+        state.joining.add(worker)
     elif state.membership is not None:
         _server_returns(state, request, now, out)
     elif all(name in state.boots for name in succession.server_names(state.settings)):
@@ -75,23 +82,37 @@ def _greet_again(state: SchedulerState, request: messages.Register, out: Output)
         return
     if worker is None:
         out.send(request.name, state.membership)
+    elif worker in state.joining:
+        return  # the next tick answers
     elif worker in state.workers:
-        incarnation = state.workers[worker].incarnation
-        out.send(request.name, messages.Welcome(request.name, request.boot, incarnation, state.membership))
+        _welcome(state, worker, out)
     else:
         out.send(request.name, messages.Fenced(request.name, request.boot))
 
 
-def _worker_joins(state: SchedulerState, request: messages.Register, worker: int, now: float, out: Output) -> None:
+def _welcome(state: SchedulerState, worker: int, out: Output) -> None:
     assert state.membership is not None
-    _drop_worker(state, worker)
-    state.incarnations += 1
+    name = worker_name(worker)
+    seen, incarnation = seen_by(name, state.membership), state.workers[worker].incarnation
+    out.send(name, messages.Welcome(name, state.boots[name], incarnation, seen))
+
+
+def admit(state: SchedulerState, now: float, out: Output) -> None:
+    """Make the workers that registered since the last tick members, all in one new term."""
+    if not state.joining or state.membership is None:
+        return
+    members = state.membership.members
     # Its first clock is set when all clocks are known (see leases._bench); until then no reader waits for it.
     benched = state.gated()
-    state.workers[worker] = WorkerStatus(state.incarnations, benched=benched)
-    member = messages.Member(worker, state.incarnations, messages.BENCHED if benched else 0)
-    change(state, now, out, members=succession.with_member(state.membership.members, member))
-    out.send(request.name, messages.Welcome(request.name, request.boot, state.incarnations, state.membership))
+    joining, state.joining = sorted(state.joining), set()
+    for worker in joining:
+        _drop_worker(state, worker)
+        state.incarnations += 1
+        state.workers[worker] = WorkerStatus(state.incarnations, benched=benched)
+    new = {w: messages.Member(w, state.workers[w].incarnation, messages.BENCHED if benched else 0) for w in joining}
+    change(state, now, out, members=succession.with_members(members, new))
+    for worker in joining:
+        _welcome(state, worker, out)
 
 
 def _server_returns(state: SchedulerState, request: messages.Register, now: float, out: Output) -> None:
@@ -147,8 +168,8 @@ def on_heartbeat(state: SchedulerState, beat: messages.Heartbeat, now: float, ou
         return False
     status.note(beat, now)
     if state.membership is not None and beat.term < state.membership.term:
-        out.send(beat.name, state.membership)
-    elif worker is not None and not state.workers[worker].reported:
+        out.send(beat.name, seen_by(beat.name, state.membership))
+    elif worker is not None and worker in state.unreported:
         _hear(state, worker, beat, now)
         return True
     return False
@@ -157,7 +178,7 @@ def on_heartbeat(state: SchedulerState, beat: messages.Heartbeat, now: float, ou
 def _hear(state: SchedulerState, number: int, beat: messages.Heartbeat, now: float) -> None:
     """Note what a worker holds, after a restart of the scheduler."""
     worker = state.workers[number]
-    worker.reported = True
+    state.unreported.discard(number)
     worker.sequence = max(worker.sequence, beat.sequence)
     worker.clock = max(worker.clock, beat.clock)
     if beat.lease is not None and beat.sequence > worker.finished:
@@ -217,6 +238,13 @@ def on_synced(state: SchedulerState, note: messages.Synced, now: float, out: Out
         change(state, now, out, shards=succession.put(state.membership.shards, note.shard, synced))
 
 
+def on_diverged(state: SchedulerState, note: messages.Diverged, now: float, out: Output) -> None:
+    """End the run: two copies of a shard differ, and nothing tells which of them is right."""
+    if state.boots.get(note.name) == note.boot:
+        out.do(effects.Warn(f"{note.reason} One of them was computed wrongly. The newest checkpoint is kept."))
+        ending.end(state, "error", now, out)
+
+
 # Processes that leave.
 
 
@@ -229,19 +257,24 @@ def drop_silent(state: SchedulerState, now: float, out: Output) -> None:
 
 def _drop_silent_workers(state: SchedulerState, now: float, out: Output) -> None:
     timers = state.settings.timers
+    gone = set()
     for number in list(state.workers):
         status = state.processes[worker_name(number)]
         stuck = status.busy and now - status.progress_at > timers.stuck_after
         if now - status.seen_at > timers.dead_after or stuck:
             what = "makes no progress" if stuck else "is silent"
             out.do(effects.Warn(f"Worker {number} {what}. Its lease goes to another worker."))
-            assert state.membership is not None
             _drop_worker(state, number)
-            change(state, now, out, members=tuple(m for m in state.membership.members if m.worker != number))
+            gone.add(number)
+    if gone:
+        assert state.membership is not None
+        change(state, now, out, members=tuple(m for m in state.membership.members if m.worker not in gone))
 
 
 def _drop_worker(state: SchedulerState, worker: int) -> None:
     gone = state.workers.pop(worker, None)
+    state.idle.discard(worker)
+    state.unreported.discard(worker)
     if gone is None:
         return
     state.counters["fenced"] += 1

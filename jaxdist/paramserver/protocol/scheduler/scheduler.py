@@ -13,6 +13,25 @@ from jaxdist.paramserver.protocol.scheduler.scheduler_state import SchedulerStat
 from jaxdist.paramserver.protocol.settings import Settings
 
 
+class AwakeClock:
+    """Time as far as this process could hear others: it advances by at most `longest` between two messages.
+
+    A scheduler that stood still (a slow disk, a suspended machine) handles its next tick before the heartbeats that
+    arrived meanwhile. By the wall clock every process would be silent then, and be dropped.
+    """
+
+    def __init__(self, longest: float) -> None:
+        self._longest, self._read_at = longest, 0.0
+        self._now: float | None = None
+
+    def advance(self, now: float) -> float:
+        """Return this clock's time at `now`; a clock that is set back does not move it."""
+        passed = min(max(now - self._read_at, 0.0), self._longest)
+        self._now = now if self._now is None else self._now + passed
+        self._read_at = now
+        return self._now
+
+
 class Scheduler:
     """The scheduler. `records` is its log from before a restart, `resume` the saved cut that a run resumes from."""
 
@@ -24,6 +43,7 @@ class Scheduler:
         resume: journal.SavedCut | None = None,
     ) -> None:
         self.state = SchedulerState(settings, resume)
+        self._clock = AwakeClock(settings.timers.heartbeat)
         self._retry_at = 0.0
         self._restarted = False
         for record in records:
@@ -39,6 +59,7 @@ class Scheduler:
         """Handle one message; return what to send after the effects are done."""
         out = effects.Output()
         state = self.state
+        now = self._clock.advance(now)
         if self._restarted:
             self._restarted = False
             membership.recover(state, now, out)
@@ -60,6 +81,7 @@ class Scheduler:
             ending.on_tick(state, due, now, out)
         elif state.membership is not None:
             membership.drop_silent(state, now, out)
+            membership.admit(state, now, out)
         if not due or state.membership is None:
             return
         self._retry_at = now + state.settings.timers.retry
@@ -84,6 +106,7 @@ class Scheduler:
 _ACTIONS: dict[type, Callable[..., None]] = {
     messages.Register: membership.on_register,
     messages.Synced: membership.on_synced,
+    messages.Diverged: membership.on_diverged,
     messages.Norms: commits.on_norms,
     messages.ReadAnswer: cuts.on_read_answer,
 }

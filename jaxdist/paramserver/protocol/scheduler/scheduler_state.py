@@ -31,8 +31,6 @@ class WorkerStatus:
     """What the scheduler knows about one incarnation of a worker."""
 
     incarnation: int
-    reported: bool = True  # False after a restart of the scheduler, until the worker reports what it holds
-    idle: bool = False
     benched: bool = False
     sequence: int = 0  # the last lease granted
     finished: int = 0  # the last lease finished or returned
@@ -54,6 +52,9 @@ class SchedulerState:
         self.processes: dict[str, ProcessStatus] = {}
         self.boots: dict[str, int] = {}
         self.workers: dict[int, WorkerStatus] = {}
+        self.joining: set[int] = set()  # workers that registered since the last tick
+        self.idle: set[int] = set()  # workers that asked for a lease and have none
+        self.unreported: set[int] = set()  # after a restart of the scheduler: workers that have not said what they hold
         self.incarnations = resume.incarnations if resume else 0
         self.membership: messages.Membership | None = None
         # The lease table, and the commit that not every shard has applied yet.
@@ -90,11 +91,10 @@ class SchedulerState:
 
     def replay(self, record: messages.Message) -> None:
         """Apply a record of the log that was written before a restart."""
-        if isinstance(record, journal.MembershipRecord):
-            self.membership, self.incarnations = record.membership, record.incarnations
-            self.boots = {row.name: row.boot for row in record.boots}
-            if record.trained is not None:
-                self.lease_table, self.last_commit = self.make_lease_table(record.trained), None
+        if isinstance(record, journal.StateRecord):
+            self._replay_state(record)
+        elif isinstance(record, journal.MembershipRecord):
+            self._replay_membership(record)
         elif isinstance(record, journal.CommitRecord):
             assert isinstance(self.lease_table, StepLeases)
             self.last_commit, self.norm_squared = record, None
@@ -112,6 +112,37 @@ class SchedulerState:
             self.read_last = self.ending()
         elif isinstance(record, journal.StopRecord):
             self.stop = record
+
+    def _replay_state(self, record: journal.StateRecord) -> None:
+        self._replay_membership(record.membership)
+        self.saved_cut = (record.saved.name, record.saved.trained)
+        self.lease_table, self.last_commit = self.make_lease_table(record.trained), None
+        self.saved_at, self.read_at = record.saved_at, record.read_at
+
+    def _replay_membership(self, record: journal.MembershipRecord) -> None:
+        self.membership, self.incarnations = record.membership, record.incarnations
+        self.boots = {row.name: row.boot for row in record.boots}
+        if record.trained is not None:  # the first membership, or a rollback
+            self.saved_cut = (record.membership.restore, record.trained)
+            self.lease_table, self.last_commit = self.make_lease_table(record.trained), None
+            self.saved_at = self.read_at = self.lease_table.step
+
+    def membership_record(self, trained: Trained | None = None) -> journal.MembershipRecord:
+        """Return the membership as a record of the log; `trained` is what the run starts from or rolls back to."""
+        assert self.membership is not None
+        boots = tuple(messages.Register(name, boot) for name, boot in self.boots.items())
+        return journal.MembershipRecord(self.membership, self.incarnations, boots, trained)
+
+    def state_record(self) -> journal.StateRecord:
+        """Return the record that replaces the log, between two steps: replaying it gives this state."""
+        assert self.last_commit is None
+        return journal.StateRecord(
+            self.membership_record(),
+            journal.SavedCutRecord(*self.saved_cut),
+            self.lease_table.trained(),
+            self.saved_at,
+            self.read_at,
+        )
 
     @property
     def term(self) -> int:

@@ -1,0 +1,62 @@
+"""The commits stage: a step is logged before any shard hears of it, and repeated until all applied it."""
+
+import pytest
+import stages
+
+from jaxdist.paramserver.protocol import messages
+
+
+def half_done(**changes):
+    cast = stages.Cast(stages.settings(workers=2, servers=2, **changes)).join()
+    leases = [cast.ask(0), cast.ask(1)]
+    cast.finish(1, leases[1])
+    return cast, leases[0]
+
+
+def test_a_step_is_committed_in_slice_order_once_all_pushes_are_staged():
+    cast, lease = half_done()
+    sent, done = cast.finish(0, lease)
+    (record,) = stages.named(stages.named(done, "Append"), "Append")
+    assert [c.worker for c in record.record.contributors] == [0, 1]
+    (told,) = stages.named(done, "Committed")
+    assert (told.step, told.examples, told.metrics) == (1, 6, (messages.Metric("loss", 2.0, 4.0),))
+    assert [commit.shard for commit in stages.named(sent, "Commit")] == [0, 1]
+
+
+@pytest.mark.parametrize(("changes", "warns"), [({"count": 0.0}, True), ({"finite": False}, False)])
+def test_a_step_without_a_finite_mean_is_applied_nowhere_and_ends_the_run(changes, warns):
+    cast = stages.Cast(stages.settings(stop_on_nonfinite=True)).join()
+    sent, done = cast.finish(0, cast.ask(0), **changes)
+    assert [commit.skip for commit in stages.named(sent, "Commit")] == [True]
+    assert cast.state.end_reason() == "nonfinite"
+    assert bool(stages.named(done, "Warn")) == warns
+
+
+def test_a_slice_may_count_nothing_if_another_counts_something():
+    cast, lease = half_done()
+    sent, _ = cast.finish(0, lease, count=0.0)
+    assert [commit.skip for commit in stages.named(sent, "Commit")] == [False, False]
+
+
+def test_a_batch_that_counts_nothing_ends_an_asynchronous_run_too():
+    cast = stages.Cast(stages.settings(mode="async", stop_on_nonfinite=True)).join()
+    cast.finish(0, cast.ask(0), count=0.0)
+    assert cast.state.end_reason() == "nonfinite"
+
+
+def test_only_shards_that_have_not_acknowledged_hear_it_again():
+    cast, lease = half_done()
+    cast.finish(0, lease)
+    cast.tell(messages.CommitAck(0, 1))
+    for _ in range(4):
+        sent, _ = cast.tick(0.5)
+    assert {commit.shard for commit in stages.named(cast.tick(1.0)[0] + sent, "Commit")} == {1}
+
+
+def test_norms_are_added_in_shard_order_and_logged():
+    cast, lease = half_done()
+    cast.finish(0, lease)
+    cast.tell(messages.Norms(1, 1, (4.0,)))
+    sent, done = cast.tell(messages.Norms(0, 1, (1.0, 2.0)))
+    assert [effect.record.norm_squared for effect in stages.named(done, "Append")] == [7.0]
+    assert [finish.norm_squared for finish in stages.named(sent, "Finish")] == [7.0, 7.0]

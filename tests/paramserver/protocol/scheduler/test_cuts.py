@@ -1,0 +1,93 @@
+"""The cuts stage: no lease while one is due, what it leaves on disk, and a log that stays short."""
+
+import stages
+
+from jaxdist.paramserver.protocol import messages
+from jaxdist.paramserver.protocol.journal import Trained
+
+
+def saving(**changes):
+    return stages.Cast(stages.settings(durability="snapshot", snapshot_every=2, servers=2, **changes)).join()
+
+
+def test_a_cut_is_saved_when_due_and_then_leases_are_granted_again():
+    cast = saving()
+    cast.step()
+    assert not cast.state.saving
+    cast.step()
+    assert cast.state.saving.startswith("0000000002-")
+    assert cast.ask(0, 2) is None
+    sent, _ = cast.save_cut()
+    assert stages.named(sent, "Grant")
+    assert cast.state.saved_cut[1] == Trained(2, ())
+
+
+def test_a_cut_that_cannot_be_written_is_named_and_the_one_before_stays():
+    cast = saving()
+    cast.step()
+    cast.step()
+    before = cast.state.saved_cut
+    _, done = cast.tell(messages.CutSaved(1, cast.state.saving, 0, "No space left on device"))
+    assert "No space left on device" in stages.named(done, "Warn")[0].text
+    assert cast.state.saved_cut == before
+    assert not cast.state.saving
+
+
+def test_the_log_is_replaced_at_every_cut_and_says_the_same():
+    cast = saving(read_every=(3,), max_steps=30)
+    longest = 0
+    for _ in range(20):
+        cast.step()
+        longest = max(longest, len(cast.log))
+        if cast.state.saving:
+            cast.save_cut()
+        if cast.state.reading:
+            cast.answer_cut()
+        known, back = cast.state, cast.restarted().state
+        assert back.membership == known.membership
+        assert back.incarnations == known.incarnations
+        assert back.lease_table.trained() == known.lease_table.trained()
+        assert (back.saved_cut, back.saved_at, back.read_at) == (known.saved_cut, known.saved_at, known.read_at)
+    assert longest < 12
+
+
+def test_batches_done_out_of_order_survive_in_a_compact_log():
+    cast = stages.Cast(stages.settings(mode="async", workers=2, read_every=(1,))).join()
+    cast.ask(0)
+    lease = cast.ask(1)
+    cast.finish(1, lease)
+    for _ in range(3):
+        cast.tick(0.5)
+    cast.tell(messages.Ask(0, cast.state.workers[0].incarnation, 1))  # revoked: it gave its lease back
+    assert cast.state.reading
+    cast.answer_cut()
+    assert len(cast.log) == 1
+    assert cast.restarted().state.lease_table.trained() == Trained(0, (1,))
+
+
+def test_a_resumed_run_that_lost_its_scheduler_still_knows_where_it_began():
+    """A shard lost before the first cut of the resumed run returns to the cut it was resumed from."""
+    from jaxdist.paramserver.protocol.journal import SavedCut
+
+    resume = SavedCut("0000000004-start-1", 4, 3, Trained(4, ()), ())
+    cast = stages.Cast(stages.settings(durability="snapshot", snapshot_every=3), resume=resume).join()
+    back = cast.restarted()
+    assert back.state.saved_cut == ("0000000004-start-1", Trained(4, ()))
+    assert back.state.step == 4
+
+
+def test_the_last_cut_is_shown_before_the_run_ends():
+    cast = stages.Cast(stages.settings(max_steps=1)).join()
+    cast.step()
+    assert cast.state.reading
+    cast.tell(messages.ReadAnswer(cast.state.term, 0, cast.state.reading, 1, 7, (), ()))
+    _, done = cast.tell(messages.Verdict(1, "max_steps"))
+    assert cast.state.stop is not None
+    assert [type(effect.record).__name__ for effect in stages.named(done, "Append")] == ["VerdictRecord", "StopRecord"]
+
+
+def test_a_verdict_may_end_the_run_at_this_cut():
+    cast = stages.Cast(stages.settings(read_every=(1,))).join()
+    cast.step()
+    cast.answer_cut("patience")
+    assert (cast.state.stop.step, cast.state.stop.reason) == (1, "patience")

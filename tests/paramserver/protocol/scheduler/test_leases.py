@@ -1,0 +1,66 @@
+"""The leases stage: who is granted what, what is repeated, and when nothing is granted."""
+
+import pytest
+import stages
+
+from jaxdist.paramserver.protocol import messages
+
+
+def test_no_lease_before_every_shard_entered_the_term():
+    cast = stages.Cast(stages.settings(servers=2, workers=2)).join()
+    cast.tell(messages.Register("worker/1", 2))
+    cast.tick()
+    assert cast.ask(0) is None
+    cast.tell(cast.entered(0))
+    assert cast.ask(0) is None
+    sent, _ = cast.tell(cast.entered(1))
+    assert [grant.worker for grant in stages.named(sent, "Grant")] == [0]
+
+
+def test_a_lost_grant_is_repeated_and_a_returned_lease_granted_again():
+    cast = stages.Cast(stages.settings(workers=2)).join()
+    lease = cast.ask(0)
+    assert cast.ask(0) == lease
+    assert cast.ask(1).slice == 1
+    incarnation = cast.state.workers[0].incarnation
+    sent, _ = cast.tell(messages.Ask(0, incarnation, 1))  # gave it back
+    (grant,) = stages.named(sent, "Grant")
+    assert (grant.lease, grant.sequence) == (lease, 2)
+
+
+def test_the_fastest_worker_is_served_first():
+    cast = stages.Cast(stages.settings(workers=3, backup_workers=2)).join()
+    for number, seconds in ((0, 3.0), (1, 1.0), (2, 2.0)):
+        cast.state.workers[number].seconds = seconds
+        cast.state.idle.add(number)
+    cast.state.workers[0].step = cast.state.workers[1].step = cast.state.workers[2].step = 0
+    sent, _ = cast.tell(messages.Halt(""))
+    assert [grant.worker for grant in stages.named(sent, "Grant")] == [1]
+
+
+@pytest.mark.parametrize(("waited", "copies"), [(0.5, False), (1.5, True)])
+def test_a_worker_that_had_its_part_waits_as_long_again_before_it_copies(waited, copies):
+    cast = stages.Cast(stages.settings(workers=3, backup_workers=1)).join()
+    first, _ = cast.ask(0), cast.ask(1)
+    cast.wait(1.0)
+    cast.finish(0, first)
+    cast.wait(waited)
+    assert (cast.ask(0, 1) is not None) == copies
+
+
+def test_a_worker_of_an_earlier_incarnation_gets_nothing():
+    cast = stages.Cast(stages.settings()).join()
+    assert cast.tell(messages.Ask(0, 99, 0)) == ([], [])
+    assert cast.tell(messages.Done(0, 99, 1, 0, messages.Lease(0, 0, 0, 0, 6), 6.0, True, ())) == ([], [])
+
+
+def test_without_work_a_bounded_worker_is_benched_and_returns_at_the_front():
+    chosen = stages.settings(workers=2, mode="bounded", max_staleness=1, max_steps=1)
+    cast = stages.Cast(chosen).join()
+    cast.ask(0)
+    cast.ask(1)
+    cast.enter_term()
+    cast.ask(0)
+    cast.ask(1)
+    floors = {member.worker: member.floor for member in cast.state.membership.members}
+    assert sum(floor >= messages.BENCHED for floor in floors.values()) == 1

@@ -1,0 +1,52 @@
+"""The scheduler's state: what a restart learns from the log, and what the processes must report again."""
+
+import stages
+
+from jaxdist.paramserver.protocol import journal, messages
+
+
+def test_a_restarted_scheduler_repeats_its_commit_and_waits_for_reports():
+    cast = stages.Cast(stages.settings(workers=2)).join()
+    leases = [cast.ask(0), cast.ask(1)]
+    for number in (0, 1):
+        cast.finish(number, leases[number])
+    back = cast.restarted()
+    assert back.state.step == 1
+    assert back.state.last_commit == cast.state.last_commit
+    back.tick()
+    assert back.state.unreported == {0, 1}
+    sent, _ = back.enter_term()
+    assert [commit.step for commit in stages.named(sent, "Commit")] == [1]
+    back.applied(1)
+    assert back.ask(0, 1) is None
+    beats = [messages.Heartbeat(f"worker/{n}", 1, back.state.term, 0, False, 1) for n in (0, 1)]
+    back.tell(*beats)
+    assert back.ask(0, 1) is not None
+
+
+def test_a_worker_reports_the_lease_it_holds():
+    cast = stages.Cast(stages.settings(workers=2)).join()
+    lease = cast.ask(0)
+    back = cast.restarted()
+    back.tick()
+    back.enter_term()
+    back.tell(messages.Heartbeat("worker/0", 1, back.state.term, 0, True, 1, 0, lease))
+    back.tell(messages.Heartbeat("worker/1", 1, back.state.term, 0, False))
+    assert back.ask(1).slice != lease.slice
+
+
+def test_the_end_is_remembered():
+    cast = stages.Cast(stages.settings(max_steps=1)).join()
+    cast.step()
+    cast.answer_cut()
+    assert cast.restarted().state.stop == journal.StopRecord(1, "max_steps")
+
+
+def test_a_norm_is_remembered_with_its_commit():
+    cast = stages.Cast(stages.settings()).join()
+    cast.finish(0, cast.ask(0))
+    cast.tell(messages.Norms(0, 1, (2.0,)))
+    back = cast.restarted()
+    back.tick()
+    sent, _ = back.enter_term()
+    assert [finish.norm_squared for finish in stages.named(sent, "Finish")] == [2.0]

@@ -1,0 +1,177 @@
+"""A server and its copy: what is held back, what a rollback leaves behind, and copies that differ."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import stages
+import workload
+
+from jaxdist.paramserver.protocol import effects, messages
+from jaxdist.paramserver.protocol.server import Server
+from jaxdist.paramserver.protocol.shard import Shard
+from jaxdist.paramserver.wire import encoding
+
+PARAMS = (np.arange(4, dtype=np.float32),)
+PRIMARY, BACKUP = "server/0/a", "server/0/b"
+SETTINGS = stages.settings(mode="async", durability="replicated", snapshot_every=2, check_copies_every=2)
+
+
+def membership(term, *, restore_term=1, restore="", backup=BACKUP, synced=True):
+    place = messages.ShardPlace(PRIMARY, 1, backup, 1 if backup else 0, synced and bool(backup))
+    return messages.Membership(term, (messages.Member(0, 1, 0),), (place,), restore_term, restore)
+
+
+def server(name, **changes):
+    chosen = dataclasses.replace(SETTINGS, **changes)
+
+    def make_shard():
+        return Shard(shard=0, settings=chosen, updater=workload.Momentum(), params=PARAMS)
+
+    return Server(name=name, boot=1, settings=chosen, make_shard=make_shard)
+
+
+def push(sequence):
+    lease = messages.Lease(sequence, 0, 0, 0, 2)
+    return messages.Push(0, 0, 1, sequence, 0, 0, lease, 2.0, True, 0.0, (np.ones(4, np.float32),))
+
+
+def tell(one, *received):
+    sent = []
+    for message in received:
+        sent += one.handle(message, 0.0)[0]
+    return sent
+
+
+def pair():
+    """Return a primary and its backup in term 1, with nothing in flight."""
+    first, second = server(PRIMARY), server(BACKUP)
+    tell(second, membership(1))
+    deliver(first, second, tell(first, membership(1)))
+    return first, second
+
+
+def deliver(first, second, sent):
+    """Pass messages between two copies until neither sends more; return what went to others."""
+    outside, sent = [], list(sent)
+    while sent:
+        to, message = sent.pop(0)
+        one = {PRIMARY: first, BACKUP: second}.get(to)
+        if one is None:
+            outside.append((to, message))
+        else:
+            sent += tell(one, message)
+    return outside
+
+
+def kinds(sent):
+    return [type(message).__name__ for _, message in sent]
+
+
+def test_an_answer_waits_for_the_backup():
+    first, second = pair()
+    sent = tell(first, push(1))
+    assert kinds(sent) == ["Replicate"]
+    assert kinds(deliver(first, second, sent)) == ["PushAck"]
+
+
+def test_without_a_backup_an_answer_leaves_at_once():
+    one = server(PRIMARY, durability="snapshot")
+    tell(one, membership(1, backup=""))
+    assert kinds(tell(one, push(1))) == ["PushAck"]
+
+
+def rolled_back(pushes):
+    """Return a pair after a rollback in term 2, and a message of each kind that was sent before it."""
+    first, second = pair()
+    early = {}
+    for sequence in range(1, pushes + 1):
+        sent = tell(first, push(sequence))
+        early["Replicate"] = sent[0].message
+        early["Replicated"] = tell(second, early["Replicate"])[0].message
+        tell(first, early["Replicated"])
+    transfer = messages.Transfer(0, 1, first.index, 1, first.shard.export())
+    early["Transfer"] = transfer
+    after = membership(2, restore_term=2)
+    tell(second, after)
+    deliver(first, second, tell(first, after))
+    return first, second, early
+
+
+@pytest.mark.parametrize("kind", ["Replicate", "Transfer"])
+def test_a_backup_takes_nothing_from_before_a_rollback(kind):
+    _, second, early = rolled_back(3)
+    index, version = second.index, second.shard.version
+    assert early[kind].index > index
+    tell(second, early[kind])
+    assert (second.index, second.shard.version, second.early, second.diverged) == (index, version, {}, "")
+
+
+def test_an_acknowledgement_from_before_a_rollback_releases_nothing():
+    first, second, early = rolled_back(3)
+    sent = tell(first, push(1))
+    assert kinds(sent) == ["Replicate"]
+    assert early["Replicated"].index >= first.index
+    assert tell(first, early["Replicated"]) == []
+    assert kinds(deliver(first, second, sent)) == ["PushAck"]
+
+
+@pytest.mark.parametrize("what", ["params", "opt_state"])
+def test_copies_that_differ_are_found_at_the_next_check(what):
+    """The updates are the same; the arrays are not."""
+    first, second = pair()
+    for sequence in (1, 2):
+        if sequence == 2:
+            arrays = getattr(second.shard, what)
+            setattr(second.shard, what, tuple(np.nextafter(array, np.float32(9)) for array in arrays))
+        outside = deliver(first, second, tell(first, push(sequence)))
+        assert kinds(outside) == (["PushAck"] if sequence == 1 else ["Diverged"])
+    assert "after update 2" in second.diverged
+    assert kinds(tell(second, messages.Tick())) == ["Diverged"]
+    assert tell(second, tell(first, push(3))[0].message) == []
+    assert kinds(tell(second, messages.Stop(3, "error"))) == ["StopAck"]
+
+
+def test_copies_that_do_not_differ_go_on():
+    first, second = pair()
+    for sequence in range(1, 6):
+        assert kinds(deliver(first, second, tell(first, push(sequence)))) == ["PushAck"]
+    assert first.shard.chain == second.shard.chain
+
+
+def test_a_new_backup_gets_the_whole_state():
+    first, _ = pair()
+    new = server(BACKUP)
+    tell(new, dataclasses.replace(membership(2, synced=False)))
+    tell(first, membership(2, backup=""))
+    sent = tell(first, membership(3, synced=False))
+    assert kinds(sent) == ["Transfer"]
+    tell(new, membership(3, synced=False))
+    assert "Synced" in kinds(deliver(first, new, sent))
+    assert new.shard.chain == first.shard.chain
+
+
+def test_a_server_that_was_replaced_starts_over_under_a_new_boot():
+    first, _ = pair()
+    place = messages.ShardPlace(BACKUP, 1, "", 0, False)
+    (again,) = tell(first, messages.Membership(2, (), (place,), 1, ""))
+    assert again.message == messages.Register(PRIMARY, 2)
+    assert first.shard.version == 0
+
+
+def test_a_missing_file_of_a_saved_cut_ends_the_server_and_is_named():
+    one = server(PRIMARY, durability="snapshot")
+    _, todo = one.handle(membership(2, restore_term=2, restore="0000000004-1-1", backup=""), 0.0)
+    assert [effect.name for effect in todo] == ["0000000004-1-1/shard-0"]
+    _, (end,) = one.handle(messages.Loaded("0000000004-1-1/shard-0", None), 0.0)
+    assert isinstance(end, effects.Exit)
+    assert "0000000004-1-1/shard-0 is missing" in end.reason
+
+
+def test_a_saved_shard_is_loaded_before_the_term_is_entered():
+    saved = Shard(shard=0, settings=SETTINGS, updater=workload.Momentum(), params=PARAMS)
+    saved.version = 7
+    one = server(PRIMARY, durability="snapshot")
+    assert tell(one, membership(2, restore_term=2, restore="c", backup="")) == []
+    sent = tell(one, messages.Loaded("c/shard-0", encoding.to_bytes(saved.export())))
+    assert [(message.term, message.version) for _, message in sent] == [(2, 7)]
