@@ -11,6 +11,7 @@ from jaxdist.config import data_fields
 from jaxdist.config.parameter_server import ParameterServer
 from jaxdist.data import Source
 from jaxdist.data.order import Order
+from jaxdist.data.sources import vocabulary
 from jaxdist.errors import ConfigError
 from jaxdist.optimizers import Optimizer
 from jaxdist.rundir.writers import Kind
@@ -57,7 +58,9 @@ class Data:
     def accept(values: dict[str, Any]) -> dict[str, Any]:
         """Return the settings with the examples made Sources."""
         given = {name: values[name] for name in ("train", "eval") if values.get(name) is not None}
-        return values | {name: data_fields.as_source(examples, f"Data.{name}") for name, examples in given.items()}
+        sources = {name: data_fields.as_source(examples, f"Data.{name}") for name, examples in given.items()}
+        vocabulary.check_same_vocabulary(list(sources.values()), what="Training and held-out data")
+        return values | sources
 
 
 @setting_group

@@ -27,18 +27,19 @@ if TYPE_CHECKING:
     from jaxdist.data.sources.combine import ShardList as ShardList
     from jaxdist.data.sources.combine import mix as mix
     from jaxdist.data.sources.folders import ImageFolder as ImageFolder
-    from jaxdist.data.sources.folders import WavFolder as WavFolder
+    from jaxdist.data.sources.images import ImageType as ImageType
     from jaxdist.data.sources.memmap import NpySource as NpySource
     from jaxdist.data.sources.memmap import TokenSource as TokenSource
     from jaxdist.data.sources.memmap import text_bytes as text_bytes
     from jaxdist.data.sources.pack import Bucketed as Bucketed
     from jaxdist.data.sources.pack import Packed as Packed
     from jaxdist.data.sources.pack import example_lengths as example_lengths
+    from jaxdist.data.sources.parquet import ParquetSource as ParquetSource
     from jaxdist.data.sources.records import ArrayRecordSource as ArrayRecordSource
+    from jaxdist.data.sources.sounds import SoundFolder as SoundFolder
     from jaxdist.data.sources.source import ArraySource as ArraySource
     from jaxdist.data.sources.source import CorruptExample as CorruptExample
     from jaxdist.data.sources.source import Source as Source
-    from jaxdist.data.sources.tables import ParquetSource as ParquetSource
     from jaxdist.data.sources.tables import csv_source as csv_source
     from jaxdist.data.sources.tfds import TfdsSource as TfdsSource
     from jaxdist.data.sources.wrap import MapSource as MapSource
@@ -60,12 +61,15 @@ _NAMES = {
     "position": ("Position",),
     "prepare": ("read_shard_list",),
     "sources.combine": ("Concatenated", "Filtered", "ShardList", "Sharded", "mix"),
-    "sources.folders": ("ImageFolder", "WavFolder"),
+    "sources.folders": ("ImageFolder",),
+    "sources.images": ("ImageType",),
     "sources.memmap": ("NpySource", "TokenSource", "text_bytes"),
     "sources.pack": ("Bucketed", "Packed", "example_lengths"),
     "sources.records": ("ArrayRecordSource",),
+    "sources.sounds": ("SoundFolder",),
     "sources.source": ("ArraySource", "CorruptExample", "Source"),
-    "sources.tables": ("ParquetSource", "csv_source"),
+    "sources.parquet": ("ParquetSource",),
+    "sources.tables": ("csv_source",),
     "sources.tfds": ("TfdsSource",),
     "sources.wrap": ("MapSource",),
     "transforms": (

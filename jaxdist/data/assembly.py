@@ -54,7 +54,10 @@ class Recipe(NamedTuple):
 
 
 class Made(NamedTuple):
-    """A batch without its mask, and what was wrong with rows that could not be read, by row."""
+    """A batch without its mask, and what was wrong with rows that could not be read, by row.
+
+    Where no row could be read, there are no arrays either.
+    """
 
     arrays: HostArrays
     bad: dict[int, str]
@@ -140,9 +143,7 @@ class BatchBuffer:
             copy_into(self.arrays[name][row, ...], value)
 
     def finish(self) -> Made:
-        """Return the rows once all are written; rows that could not be read hold zeros."""
-        if not self.arrays:
-            raise ExampleError(f"No example of a batch could be read: {'; '.join(list(self.bad.values())[:3])}")
+        """Return the rows once all are written: zeros for those that could not be read, no arrays where none could."""
         for array in self.arrays.values() if self.bad else ():
             array[list(self.bad)] = 0
         return Made(self.arrays, self.bad)
@@ -189,7 +190,9 @@ def make_example(recipe: Recipe, epoch: int, example_id: int) -> Example:
         example = recipe.source[example_id]
         if recipe.example_fn is None:
             return example
-        return recipe.example_fn(example, example_random(recipe.seed, epoch, example_id))
+        made = recipe.example_fn(example, example_random(recipe.seed, epoch, example_id))
+        # A filter means what it says, also before a function that makes a new dict.
+        return {**made, MASK: example[MASK]} if MASK in example and MASK not in made else made
     except Exception as error:  # whatever the user's source or function raises: say which example it was
         location = recipe.source.location(example_id) if hasattr(recipe.source, "location") else ""
         where = f", {location}" if location and location not in str(error) else ""

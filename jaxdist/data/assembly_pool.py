@@ -10,6 +10,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pathlib
+import signal
 import tempfile
 from collections.abc import Callable
 from multiprocessing.reduction import DupFd
@@ -133,13 +134,9 @@ class _AssemblyProcess:
     def _died(self) -> AssemblyProcessDied:
         self.process.join(timeout=5)
         code = self.process.exitcode
-        how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with status {code}"
         epoch, example_id = self._current.tolist()
         doing = f"while making example {example_id} (epoch {epoch})" if self._parts else "while idle"
-        return AssemblyProcessDied(
-            f"Worker process {self.process.pid} {how} {doing}. Signal 9 mostly means that memory ran out: use fewer "
-            "workers, or less memory in example_fn."
-        )
+        return AssemblyProcessDied(f"Worker process {self.process.pid} {how_it_ended(code, doing)}")
 
     def close(self) -> None:
         """Wait for the end of the killed worker and let its memory go."""
@@ -148,6 +145,19 @@ class _AssemblyProcess:
         self.connection.close()
         for fd in self._fds:
             os.close(fd)
+
+
+def how_it_ended(code: int | None, doing: str) -> str:
+    """Return what the exit code of a worker process says, and what to do."""
+    if code is None or code >= 0:
+        return f"ended with status {code} {doing}. Something in example_fn or the source ended the process."
+    hints: dict[int, str] = {
+        signal.SIGKILL: "Mostly memory ran out: use fewer workers, or less memory in example_fn.",
+        signal.SIGBUS: f"Mostly {_SHARED_MEMORY} is full: give it more room, or use fewer workers or smaller batches.",
+        signal.SIGSEGV: "Native code crashed, in a decoder for example: look at this example.",
+    }
+    hint = hints.get(-code, "It was sent by another process, or by native code that failed.")
+    return f"was killed by signal {-code} {doing}. {hint}"
 
 
 class _Inherited:
@@ -203,8 +213,6 @@ class _Batch:
         """Return the whole batch, or raise what was wrong with it."""
         if self._error is not None:
             raise self._error
-        if not self._arrays:
-            raise ExampleError(f"No example of a batch could be read: {'; '.join(list(self._bad.values())[:3])}")
         for array in self._arrays.values() if self._bad else ():
             array[list(self._bad)] = 0
         return Made(self._arrays, self._bad)

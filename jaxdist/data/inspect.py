@@ -11,9 +11,11 @@ import numpy as np
 from jaxdist.data.assembly import BatchBuffer, HostArrays, Made, example_random, gather, with_mask
 from jaxdist.data.loader import Loader
 from jaxdist.data.sources.source import MASK
+from jaxdist.data.sources.vocabulary import vocabulary_of
 
 _SHADES = " .:-=+*#%@"
 _MAX_WIDTH = 48
+_MAX_NAMES = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Inspection:
         `assembly` (copying into the batch); and `wait`, what a step that takes no time waits for an example of the
         loader as it is set up.
       examples_per_second: what the loader delivers as it is set up.
+      vocabulary: by field, the names that its numbers stand for.
     """
 
     source: str
@@ -40,6 +43,7 @@ class Inspection:
     examples: list[HostArrays]
     microseconds: Mapping[str, float]
     examples_per_second: float
+    vocabulary: Mapping[str, tuple[str, ...]]
 
 
 def inspect(loader: Loader, *, num_shown: int = 3, num_batches: int = 20) -> Inspection:
@@ -62,6 +66,7 @@ def inspect(loader: Loader, *, num_shown: int = 3, num_batches: int = 20) -> Ins
         examples=examples,
         microseconds={**_time_stages(loader, min(num_batches, loader.steps_per_epoch)), "wait": 1e6 / delivered},
         examples_per_second=delivered,
+        vocabulary=vocabulary_of(loader.source),
     )
 
 
@@ -80,6 +85,9 @@ def render(inspection: Inspection) -> str:
             ],
         ),
     ]
+    for field, names in inspection.vocabulary.items():
+        shown = ", ".join(f"{number} {name}" for number, name in enumerate(names[:_MAX_NAMES]))
+        lines += ["", f"names of {field}: {shown}{' ...' if len(names) > _MAX_NAMES else ''}"]
     for number, example in enumerate(inspection.examples, start=1):
         lines += ["", f"example {number}: {_scalars(example)}"]
         for name, value in example.items():

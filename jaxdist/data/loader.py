@@ -5,6 +5,7 @@ rows of it, and those are the same rows whichever process, thread or restart com
 """
 
 import collections
+import itertools
 import logging
 import os
 import threading
@@ -16,7 +17,7 @@ import numpy as np
 
 from jaxdist.data import assembly, assembly_pool, order
 from jaxdist.data.position import Position
-from jaxdist.data.sources.source import Source
+from jaxdist.data.sources.source import MASK, Source
 from jaxdist.data.sources.wrap import as_source
 
 _logger = logging.getLogger(__name__)
@@ -43,7 +44,8 @@ class Loader:
       global_batch_size: examples of a batch over all processes. The last batch of an epoch is padded up to it with
         copies of its first example, whose mask is 0.
       seed: of the order and of `example_fn`'s randomness.
-      shuffle: True for a new permutation of all examples in each epoch, False for the source's order, or an Order.
+      shuffle: True for a new permutation of all examples in each epoch, False for the source's order, or an Order. A
+        source that has to be read in an order of its own (`Bucketed`, `Sharded`) is, shuffled or not.
       num_epochs: stop when this many epochs, those before `start` included, are done; None continues forever.
       example_fn: called with (example, random).
       rows: which rows of the global batch this process needs, ascending. None: all of them when iterated directly, and
@@ -80,12 +82,12 @@ class Loader:
         source = as_source(source)
         self.source, self.seed, self.example_fn = source, int(seed), example_fn
         self.global_batch_size, self.num_epochs, self.read_ahead = global_batch_size, num_epochs, read_ahead
-        self.on_bad, self.order = on_bad, as_order(shuffle)
+        self.on_bad, self.order = on_bad, as_order(shuffle, source)
         self.num_threads = self._choose_threads() if num_threads is None else num_threads
         self.num_workers = num_workers
         self.skipped: list[str] = []
         self.rows = None if rows is None else _checked_rows(rows, global_batch_size)
-        _check_counts(self, trains=not isinstance(self.order, order.Sequential) or num_epochs is None)
+        _check_counts(self, trains=shuffle is not False or num_epochs is None)
         self.beginning = Position(0, 0, len(source), self.seed, self.order.version, source.fingerprint())
         if start is not None:
             start.check_resumable(self.beginning)
@@ -142,17 +144,29 @@ class Loader:
         return (plan for plan, _ in self._plans())
 
     def first_example(self) -> assembly.HostArrays:
-        """Return the first example of the epoch at `start` as a batch of one row has it, mask included."""
-        plan, _ = next(self._plans())
-        first = assembly.BatchPlan(plan.epoch, plan.ids[:1], plan.mask[:1])
-        return assembly.with_mask(assembly.make_rows(self.recipe, first.epoch, first.ids), first.mask)
+        """Return the first example at `start` that can be read, as a batch of one row has it, mask included."""
+        for plan in itertools.islice(self.plans(), self.steps_per_epoch):
+            for example_id in plan.ids:
+                made = assembly.make_rows(self.recipe, plan.epoch, np.array([example_id]))
+                if made.arrays:
+                    return assembly.with_mask(made, np.ones(1, np.float32))
+        raise assembly.ExampleError("No example of the whole data set can be read: all are bad.")
 
     def _finish(self, finish: Callable[[], assembly.Made], plan: assembly.BatchPlan, after: Position) -> HostBatch:
         made = finish()
         for message in made.bad.values():
             _logger.warning("Skipped a bad example, %d so far: %s", len(self.skipped) + 1, message)
             self.skipped.append(message)
+        if not made.arrays:
+            made = made._replace(arrays=self._zeros(len(plan.ids)))
         return HostBatch(assembly.with_mask(made, plan.mask), after)
+
+    def _zeros(self, num_rows: int) -> assembly.HostArrays:
+        """Return a batch of zeros, for one no row of which could be read."""
+        first = self.starting_at(self.beginning).first_example()
+        return {
+            name: np.zeros((num_rows, *array.shape[1:]), array.dtype) for name, array in first.items() if name != MASK
+        }
 
     @property
     def recipe(self) -> assembly.Recipe:
@@ -216,11 +230,13 @@ def _close_all(assemblers: list[assembly_pool.ProcessAssembler]) -> None:
         assemblers.pop().close()
 
 
-def as_order(shuffle: bool | order.Order) -> order.Order:
-    """Return the order that `shuffle` asks for."""
-    if isinstance(shuffle, bool):
-        return order.Shuffled() if shuffle else order.Sequential()
-    return shuffle
+def as_order(shuffle: bool | order.Order, source: Source) -> order.Order:
+    """Return the order that `shuffle` asks for; the source's own where it has to be read in one, as buckets have."""
+    if not isinstance(shuffle, bool):
+        return shuffle
+    if hasattr(source, "order"):
+        return source.order(shuffle=shuffle)
+    return order.Shuffled() if shuffle else order.Sequential()
 
 
 def _checked_rows(rows: np.ndarray, global_batch_size: int) -> np.ndarray:

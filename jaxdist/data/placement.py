@@ -5,10 +5,12 @@ devices (and processes) hold copies of the same rows, and each process computes 
 """
 
 import contextlib
+import functools
+import itertools
 import math
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -63,6 +65,29 @@ def place(
         name: jax.make_array_from_single_device_arrays((global_batch_size, *array.shape[1:]), sharding, placed[name])
         for name, array in batch.items()
     }
+
+
+def check_integers(batch: HostArrays, ids: Callable[[], np.ndarray]) -> None:
+    """Raise ValueError where a whole number would be another one on the devices; `ids` returns the rows' examples.
+
+    Devices hold whole numbers of 64 bits as 32, unless `jax_enable_x64` is set.
+    """
+    for name, array in batch.items():
+        if array.dtype.kind not in "iu" or (wanted := jax.dtypes.canonicalize_dtype(array.dtype)) == array.dtype:
+            continue
+        limits = np.iinfo(wanted)
+        if not array.size or (array.min() >= limits.min and array.max() <= limits.max):
+            continue
+        outside = np.argwhere((array < limits.min) | (array > limits.max))[0]
+        raise ValueError(
+            f"Field {name!r} of example {ids()[outside[0]]} holds {array[tuple(outside)]}, but devices hold whole "
+            f"numbers as {wanted}, from {limits.min} to {limits.max}. Number the values anew, split them into two "
+            "fields, or set JAX_ENABLE_X64=1."
+        )
+
+
+def _ids_of_batch(loader: Loader, number: int) -> np.ndarray:
+    return next(itertools.islice(loader.plans(), number, None)).ids
 
 
 def feed(
@@ -123,10 +148,13 @@ def _place_ahead(
     """Place batches while there is room for them; the last item is None, or the exception that ended it."""
     try:
         with contextlib.closing(iter(loader)) as batches:
-            while room.acquire() and not stopped.is_set():
+            for count in itertools.count():
+                if not room.acquire() or stopped.is_set():
+                    break
                 item = next(batches, None)
                 if item is None:
                     break
+                check_integers(item.batch, functools.partial(_ids_of_batch, loader, count))
                 ready.put((place(item.batch, rows, mesh, loader.global_batch_size, axes), item.position))
         ready.put(None)
     except Exception as error:  # handed to the consumer, who raises it

@@ -1,8 +1,8 @@
 """Making a data set ready: text to token files, any source to ArrayRecord files, in shards.
 
-A shard is written under another name and renamed when it is whole, so an interrupted preparation goes on with the first
-shard that is missing. `prepared.json` says what the shards were made of, and refuses shards of something else; its
-`shards` (a `ShardList`) lets hosts without shared storage each read only their shards (see `combine.Sharded`).
+A shard is written under another name and renamed when it is whole, so an interrupted preparation continues with the
+first shard that is missing. `prepared.json` says what the shards were made of and what their numbers stand for;
+its `shards` (a `ShardList`) lets hosts without shared storage each read only their shards (see `combine.Sharded`).
 """
 
 import bisect
@@ -20,15 +20,18 @@ import rich.progress
 
 from jaxdist import extras
 from jaxdist.data.sources.combine import ShardList
-from jaxdist.data.sources.folders import IMAGE_SUFFIXES, ImageFolder, WavFolder
-from jaxdist.data.sources.memmap import find_files
-from jaxdist.data.sources.records import ArrayRecordSource, encode_example
+from jaxdist.data.sources.folders import ImageFolder
+from jaxdist.data.sources.images import IMAGE_SUFFIXES
+from jaxdist.data.sources.listing import find_files, is_hidden, local_path
+from jaxdist.data.sources.parquet import ParquetSource
+from jaxdist.data.sources.records import PREPARED, ArrayRecordSource, encode_example
+from jaxdist.data.sources.sounds import SOUND_SUFFIXES, SoundFolder
 from jaxdist.data.sources.source import Source, fingerprint_array, fingerprint_text
-from jaxdist.data.sources.tables import ParquetSource, csv_source
+from jaxdist.data.sources.tables import csv_source
 from jaxdist.data.sources.tfds import TfdsSource
+from jaxdist.data.sources.vocabulary import vocabulary_of
 from jaxdist.rundir import files
 
-PREPARED = "prepared.json"
 TOKENS_PER_SHARD = 2**26
 EXAMPLES_PER_SHARD = 2**14
 
@@ -69,46 +72,68 @@ def prepare(
         def show(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        if isinstance(source, str) and is_text(source):
+        if isinstance(source, str) and kind_of_data(source) == "text":
             return prepare_tokens(source, out, tokens_per_shard=shard_size or TOKENS_PER_SHARD, progress=show)
         opened = open_source(source) if isinstance(source, str) else source
         return prepare_records(opened, out, examples_per_shard=shard_size or EXAMPLES_PER_SHARD, progress=show)
 
 
-def is_text(path: str) -> bool:
-    """Return whether `path` is a `.txt` file or a folder that holds some."""
-    folder = pathlib.Path(path)
-    return folder.suffix == ".txt" or (folder.is_dir() and any(folder.glob("*.txt")))
+def kind_of_data(name: str) -> str:
+    """Return what `name` stands for: "tfds", "text", "csv", "parquet", "images" or "sounds".
+
+    Raises:
+      ValueError: none of these, or several: a folder of images with text beside them, for example.
+    """
+    if name.startswith("tfds:"):
+        return "tfds"
+    path = local_path(name)
+    if path.is_dir():
+        here = {file.suffix.lower() for file in path.iterdir() if file.is_file() and not is_hidden(file.name)}
+        below = {file.suffix.lower() for file in path.glob("*/**/*")}
+        tests = (
+            ("text", ".txt" in here),
+            ("parquet", ".parquet" in here),
+            ("images", bool(below & set(IMAGE_SUFFIXES))),
+            ("sounds", bool(below & set(SOUND_SUFFIXES))),
+        )
+        kinds = [kind for kind, found in tests if found]
+        if len(kinds) > 1:
+            raise ValueError(
+                f"{path} holds several kinds of data: {' and '.join(kinds)}. Move all but one of them to other folders."
+            )
+    else:
+        kinds = [kind for kind in ("txt", "csv", "tsv", "parquet") if path.suffix.lower() == f".{kind}"]
+        kinds = [{"txt": "text", "tsv": "csv"}.get(kind, kind) for kind in kinds]
+    if not kinds:
+        raise ValueError(
+            f"Cannot tell how to read {name!r}. A source is a .txt, .csv or .parquet file, a folder of .txt or "
+            ".parquet files, a folder of images or sounds in folders by class, or tfds:NAME:SPLIT."
+        )
+    return kinds[0]
 
 
 def open_source(name: str) -> Source:
     """Return the source that `name` stands for.
 
-    `tfds:NAME:SPLIT`; a `.csv` file; a `.parquet` file or a folder of them; a folder of images or of WAV files by
-    class. Images stay encoded (field `image`, bytes; decode them with `transforms.DecodeImage`).
+    `tfds:NAME:SPLIT`; a `.csv` file; a `.parquet` file or a folder of them; a folder of images or of sounds by class.
+    Images stay encoded (field `image`, bytes; decode them with `transforms.DecodeImage`).
 
     Raises:
       ValueError: nothing of that is there.
     """
-    if name.startswith("tfds:"):
+    kind = kind_of_data(name)
+    if kind == "tfds":
         dataset, _, split = name.removeprefix("tfds:").rpartition(":")
         if not dataset:
             raise ValueError(f"A TFDS source is written tfds:NAME:SPLIT, such as tfds:mnist:train; got {name!r}.")
         return TfdsSource(dataset, split=split)
-    path = pathlib.Path(name)
-    if path.suffix == ".csv":
-        return csv_source(path)
-    if path.suffix == ".parquet" or any(path.glob("*.parquet")):
-        return ParquetSource(path)
-    suffixes = {file.suffix.lower() for file in path.glob("*/**/*")}
-    if suffixes & set(IMAGE_SUFFIXES):
-        return ImageFolder(path, decode=False)
-    if ".wav" in suffixes:
-        return WavFolder(path)
-    raise ValueError(
-        f"Do not know how to read {name!r}. A source is a .txt, .csv or .parquet file, a folder of such files, a "
-        "folder of images or WAV files in folders by class, or tfds:NAME:SPLIT."
-    )
+    if kind == "text":
+        raise ValueError(f"{name} is text; `data.text_bytes` reads it, and `jaxdist data prepare` makes tokens of it.")
+    if kind == "images":
+        return ImageFolder(name, decode=False)
+    if kind == "sounds":
+        return SoundFolder(name)
+    return csv_source(name) if kind == "csv" else ParquetSource(name)
 
 
 def prepare_tokens(
@@ -145,14 +170,15 @@ def prepare_records(
     shards = _Shards(out, "records", source.fingerprint(), len(source), examples_per_shard, ".array_record")
 
     def write(path: pathlib.Path, begin: int, end: int) -> None:
-        # One record a group: whoever reads in random order decompresses nothing in vain.
+        # One record a group: reading in random order then decompresses no other record.
         writer = module.ArrayRecordWriter(str(path), "group_size:1")
         for index in range(begin, end):
             writer.write(encode_example({name: np.asarray(value) for name, value in source[index].items()}))
         writer.close()
 
     made = shards.write_all(write, progress)
-    shards.note(shards=ShardList.of([ArrayRecordSource(path) for path in made.paths]).to_json())
+    names = {field: list(values) for field, values in vocabulary_of(source).items()}
+    shards.note(vocabulary=names, shards=ShardList.of([ArrayRecordSource(path) for path in made.paths]).to_json())
     return made
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxdist import extras
-from jaxdist.data.sources.folders import decode_image
+from jaxdist.data.sources.images import RGB, ImageType, decode_image
 from jaxdist.data.sources.source import Example, check_labels
 
 Transform = Callable[[Example, np.random.Generator], Mapping[str, Any]]
@@ -31,14 +31,15 @@ class Chain:
 
 @dataclasses.dataclass(frozen=True)
 class DecodeImage:
-    """Encoded bytes (uint8, one dim) -> uint8 (height, width, 3)."""
+    """Encoded bytes (uint8, one dim) -> (height, width, channels) as `image_type` declares, uint8 RGB by default."""
 
     field: str = "image"
+    image_type: ImageType = RGB
 
     def __call__(self, example: Example, random: np.random.Generator) -> Mapping[str, Any]:
         """Return the example with its image decoded; CorruptExample where it cannot be."""
         data = np.asarray(example[self.field]).tobytes()
-        return {**example, self.field: decode_image(data, name=f"field {self.field!r}")}
+        return {**example, self.field: decode_image(data, self.image_type, name=f"field {self.field!r}")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +75,7 @@ class DecodeCropFlip:
         """Return the example with its image; CorruptExample where it cannot be decoded, ValueError where too small."""
         data, name = np.asarray(example[self.field]).tobytes(), f"field {self.field!r}"
         at_top, at_left, flip = random.random(3)
-        image = decode_image(data, name=name, channels="RGB" if flip < 0.5 else "BGR")
+        image = decode_image(data, name=name, reverse=flip >= 0.5)
         spare = _spare(image, self.height, self.width)
         top, left = _place(at_top, spare[0]), _place(at_left, spare[1])
         image = image[top : top + self.height, left : left + self.width]

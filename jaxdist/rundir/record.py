@@ -167,7 +167,8 @@ def plain(value: Any) -> Plain:
 
     Dataclasses, Flax Linen modules among them, and named tuples become an object with their class (the key `class`,
     which no field can have) and their fields, those declared `repr=False` left out. Functions, classes and methods
-    become their qualified name; any other object becomes that of its class. Arrays become {shape, dtype}; a number that
+    become their qualified name; a data source with a vocabulary an object with both; any other object becomes the name
+    of its class. Arrays become {shape, dtype}; a number that
     is not finite becomes null.
     """
     match value:
@@ -211,6 +212,8 @@ def _plain_object(value: Any) -> Plain:
     if dataclasses.is_dataclass(value):
         fields = [field.name for field in dataclasses.fields(value) if field.repr]
         return {"class": name} | {field: plain(getattr(value, field)) for field in fields}
+    if names := getattr(value, "vocabulary", None):  # a data source: what its numbers stand for
+        return {"class": name, "vocabulary": plain(names)}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return {"class": name} | {field: plain(getattr(value, field)) for field in value._fields}
     if isinstance(value, (list, tuple)):

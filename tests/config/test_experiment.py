@@ -93,3 +93,12 @@ def test_the_columns_of_a_data_frame_are_the_fields():
 
 def test_inputs_may_be_a_list():
     assert change(inputs=["image", "label"]).inputs == ("image", "label")
+
+
+def test_training_and_held_out_data_number_their_names_alike():
+    train, held_out = (jaxdist.ArraySource({"label": np.arange(2)}) for _ in range(2))
+    train.vocabulary, held_out.vocabulary = {"label": ("cat", "dog")}, {"label": ("dog",)}
+    with pytest.raises(ValueError, match="Training and held-out data must number the names of field 'label' alike"):
+        jaxdist.Data(train=train, eval=held_out)
+    held_out.vocabulary = train.vocabulary
+    assert jaxdist.Data(train=train, eval=held_out).eval is held_out

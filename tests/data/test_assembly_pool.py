@@ -13,7 +13,7 @@ import pytest
 
 from jaxdist.data import ArraySource, CorruptExample, Loader
 from jaxdist.data.assembly import BadExampleError, ExampleError
-from jaxdist.data.assembly_pool import AssemblyProcessDied
+from jaxdist.data.assembly_pool import AssemblyProcessDied, how_it_ended
 from jaxdist.data.assembly_process import dump_recipe, load_recipe
 
 SOURCE = ArraySource({"id": np.arange(40)})
@@ -208,3 +208,47 @@ def parent_of(pid):
         return int(pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except (FileNotFoundError, ProcessLookupError):
         return None
+
+
+def corrupt_first_half(example, random):
+    if example["id"] < 20:
+        raise CorruptExample(f"file-{example['id']}.png")
+    return {"x": np.full((2, 3), example["id"], np.int16)}
+
+
+@pytest.mark.parametrize("settings", [{"num_threads": 2}, {"num_threads": 0}, {"num_workers": 2}], ids=str)
+def test_whole_batches_of_bad_examples_are_skipped(settings):
+    settings = {"example_fn": corrupt_first_half, "on_bad": "skip", "shuffle": False, **settings}
+    batches = load(SOURCE, **settings)
+    assert [batch["mask"].sum() for batch, _ in batches] == [0, 0, 4, 8, 8]
+    assert {(batch["x"].shape, batch["x"].dtype) for batch, _ in batches} == {((8, 2, 3), np.dtype(np.int16))}
+    assert not batches[0].batch["x"].any()
+    (batch,) = {batch["x"].shape for batch, _ in load(SOURCE, rows=np.arange(4), **settings)}
+    assert batch == (4, 2, 3)
+    assert Loader(SOURCE, global_batch_size=8, seed=0, **settings).first_example()["x"].shape == (1, 2, 3)
+
+
+def test_where_every_example_is_bad_the_run_ends():
+    settings = {"example_fn": always_corrupt, "on_bad": "skip", "num_threads": 0}
+    with pytest.raises(ExampleError, match="No example of the whole data set can be read"):
+        load(SOURCE, **settings)
+
+
+def always_corrupt(example, random):
+    raise CorruptExample("nothing")
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (3, "ended with status 3"),
+        (-signal.SIGKILL, "memory ran out"),
+        (-signal.SIGBUS, "/dev/shm is full"),
+        (-signal.SIGSEGV, "Native code crashed"),
+        (-signal.SIGUSR1, "sent by another process"),
+    ],
+)
+def test_the_end_of_a_worker_is_explained(code, words):
+    message = how_it_ended(code, "while idle")
+    assert words in message
+    assert ("memory" in message) == (code == -signal.SIGKILL)

@@ -118,3 +118,24 @@ def test_bad_settings_are_refused_before_reading():
         feed(loader, make_mesh(data=2), prefetch=0)
     with pytest.raises(ValueError, match="Leave the loader's"):
         feed(loader.with_rows(np.arange(3)), make_mesh(data=2))
+
+
+@pytest.mark.parametrize("value", [2**31, -(2**31) - 1, 2**32 + 5])
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_a_number_that_would_wrap_on_the_devices_is_refused_by_field_example_and_value(value, shape):
+    labels = np.zeros((20, *shape), np.int64)
+    labels[13] = 7
+    labels[(13, *shape[:0], *(2,) * len(shape))] = value
+    loader = Loader(ArraySource({"label": labels}), global_batch_size=4, seed=0, shuffle=False, num_epochs=1)
+    batches = feed(loader, make_mesh(data=2))
+    with pytest.raises(ValueError, match=rf"'label' of example 13 holds {value}, but devices hold .* as int32"):
+        list(batches)
+    labels[13] = 2**31 - 1
+    assert len(list(feed(loader, make_mesh(data=2)))) == 5
+
+
+def test_unsigned_numbers_that_would_wrap_are_refused():
+    source = ArraySource({"id": np.array([1, 2**32], np.uint64)})
+    loader = Loader(source, global_batch_size=2, seed=0, shuffle=False, num_epochs=1)
+    with pytest.raises(ValueError, match=r"example 1 holds 4294967296, .* as uint32, from 0 to 4294967295"):
+        list(feed(loader, make_mesh(data=1)))

@@ -116,7 +116,7 @@ def test_folders_of_images_keep_their_encoding(tmp_path):
 def test_tables_are_opened_and_unknown_sources_explained(tmp_path):
     (tmp_path / "t.csv").write_text("a,b\n1,2\n")
     assert len(prepare.open_source(str(tmp_path / "t.csv"))) == 1
-    with pytest.raises(ValueError, match="Do not know how to read"):
+    with pytest.raises(ValueError, match="Cannot tell how to read"):
         prepare.open_source(str(tmp_path / "nothing"))
     with pytest.raises(ValueError, match="tfds:NAME:SPLIT"):
         prepare.open_source("tfds:mnist")
@@ -148,3 +148,25 @@ def test_inspect_of_one_batch():
     found = inspect(Loader(source, global_batch_size=4, seed=0, shuffle=False, num_epochs=1))
     assert found.examples_per_second > 0
     assert len(found.examples) == 3
+
+
+def test_text_beside_images_is_not_taken_for_the_data(tmp_path):
+    folder = tmp_path / "in"
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        Image.fromarray(np.zeros((4, 5, 3), np.uint8)).save(folder / name / "1.png")
+    (folder / "README.txt").write_text("pictures of animals")
+    with pytest.raises(ValueError, match="several kinds of data: text and images"):
+        prepare.prepare(str(folder), tmp_path / "out", stream=io.StringIO())
+    assert not (tmp_path / "out").exists()
+    (folder / "README.txt").rename(folder / "README")
+    prepare.prepare(str(folder), tmp_path / "out", stream=io.StringIO())
+    source = ArrayRecordSource(tmp_path / "out")
+    assert source.vocabulary == {"label": ("cat", "dog")}
+    text = render(inspect(Loader(source, global_batch_size=2, seed=0)))
+    assert "names of label: 0 cat, 1 dog" in text
+
+
+def test_addresses_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="local folders only"):
+        prepare.prepare("gs://bucket/x", tmp_path / "out", stream=io.StringIO())

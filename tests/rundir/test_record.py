@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jaxdist.data import ArraySource
 from jaxdist.rundir import record
 
 CONTRACT = [
@@ -231,3 +232,13 @@ def test_a_script_has_one_name_however_it_is_started(tmp_path):
             [sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60
         )
         assert done.stdout == "digits.Config\n"
+
+
+def test_what_the_numbers_of_the_data_stand_for_is_in_the_config():
+    source = ArraySource({"label": np.arange(2)})
+    assert record.plain(source) == "jaxdist.data.sources.source.ArraySource"
+    source.vocabulary = {"label": ("cat", "dog")}
+    assert record.plain(source) == {
+        "class": "jaxdist.data.sources.source.ArraySource",
+        "vocabulary": {"label": ["cat", "dog"]},
+    }

@@ -9,26 +9,37 @@ from typing import Any
 import numpy as np
 
 from jaxdist.data import order
-from jaxdist.data.sources.source import MASK, Example, Source, fingerprint_text
+from jaxdist.data.sources.source import MASK, Example, Source, checked_index, fingerprint_text
+from jaxdist.data.sources.vocabulary import check_same_vocabulary, vocabulary_of
 
 
 class Concatenated:
-    """Several sources as one: the ids of the second begin where those of the first end."""
+    """Several sources as one: the ids of the second begin where those of the first end.
+
+    Each example has a `mask`, 1 unless its source says otherwise, so filtered and other sources can be joined.
+    """
 
     def __init__(self, sources: Sequence[Source]):
         self.sources = tuple(sources)
+        self.vocabulary = check_same_vocabulary(self.sources, what="Sources that are joined")
         self._ends = list(itertools.accumulate(len(source) for source in self.sources))
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> Example:
+        index = checked_index(index, len(self))
         part = bisect.bisect_right(self._ends, index)
-        return self.sources[part][index - (self._ends[part - 1] if part else 0)]
+        return _with_mask(self.sources[part][index - (self._ends[part - 1] if part else 0)])
 
     def fingerprint(self) -> str:
         """See Source."""
         return fingerprint_text("concatenated", *(source.fingerprint() for source in self.sources))
+
+
+def _with_mask(example: Example) -> Example:
+    """Return the example with a mask of its own, so that examples with and without one can share a batch."""
+    return {**example, MASK: np.asarray(example.get(MASK, 1), np.float32)}
 
 
 def mix(sources: Sequence[Source], weights: Sequence[int]) -> tuple[Concatenated, order.Mixed]:
@@ -44,11 +55,13 @@ class Filtered:
     """A source some of whose examples do not count: they keep their places, and their mask is 0.
 
     No process needs to know which examples the others leave out, so the number of steps stays equal everywhere.
+    `Packed` leaves their elements out of its rows.
     """
 
     def __init__(self, source: Source, keep_fn: Callable[[Example], bool], *, version: str):
         """Wrap `source`; `version` names the rule in the fingerprint, so change it when `keep_fn` changes."""
         self._source, self._keep_fn, self._version = source, keep_fn, version
+        self.vocabulary = vocabulary_of(source)
 
     def __len__(self) -> int:
         return len(self._source)
@@ -97,6 +110,7 @@ class Sharded:
 
     def __init__(self, shards: Mapping[int, Source], shard_list: ShardList):
         self._shards, self._shard_list = dict(shards), shard_list
+        self.vocabulary = check_same_vocabulary(list(self._shards.values()), what="Shards")
         self._starts = [0, *itertools.accumulate(shard_list.sizes)]
         for number, shard in self._shards.items():
             found = (len(shard), shard.fingerprint())
@@ -113,13 +127,14 @@ class Sharded:
         return self._starts[-1]
 
     def __getitem__(self, index: int) -> Example:
+        index = checked_index(index, len(self))
         number = bisect.bisect_right(self._starts, index) - 1
         if number not in self._shards:
             raise ValueError(
                 f"Example {index} lies in shard {number}, but this host has the shards {sorted(self._shards)}. "
                 "`placement.host_shards` says which shards a host needs."
             )
-        return self._shards[number][index - self._starts[number]]
+        return _with_mask(self._shards[number][index - self._starts[number]])
 
     def order(self, *, shuffle: bool = True) -> order.Dealt:
         """Return the order in which each shard fills its own part of every batch."""

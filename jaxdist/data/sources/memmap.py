@@ -1,17 +1,24 @@
 """Arrays and token streams in files, read through memory maps: what is not used takes no memory.
 
-The maps are opened by whoever reads, so these sources travel to other processes as file names.
+Each process opens its own maps: these sources are pickled as file names.
 """
 
 import bisect
 import itertools
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jaxdist.data.sources.source import ArraySource, CorruptExample, Example, fingerprint_array, fingerprint_text
+from jaxdist.data.sources.listing import find_files, local_path
+from jaxdist.data.sources.source import (
+    ArraySource,
+    CorruptExample,
+    Example,
+    checked_index,
+    fingerprint_array,
+    fingerprint_text,
+)
 
 
 class NpySource(ArraySource):
@@ -57,6 +64,7 @@ class TokenSource:
             raise ValueError(f"No file has {length} tokens, the length of a window: {', '.join(self._paths[:5])}.")
 
     def _open(self) -> None:
+        self._fingerprint: str | None = None
         self._files = [_open_tokens(path, self._dtype) for path in self._paths]
         self._windows = [tokens[: len(tokens) // self._length * self._length] for tokens in self._files]
         self._windows = [tokens.reshape(-1, self._length) for tokens in self._windows]
@@ -66,6 +74,7 @@ class TokenSource:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Example:
+        index = checked_index(index, len(self))
         part = bisect.bisect_right(self._ends, index)
         return {"tokens": self._windows[part][index - self._ends[part]].astype(np.int32)}
 
@@ -83,7 +92,9 @@ class TokenSource:
 
     def fingerprint(self) -> str:
         """Return the hash of the window's length and of the files' contents (a sample of them where they are large)."""
-        return fingerprint_text("tokens", self._length, *map(fingerprint_array, self._files))
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint_text("tokens", self._length, *map(fingerprint_array, self._files))
+        return self._fingerprint
 
     def __getstate__(self) -> dict:
         return {"_paths": self._paths, "_length": self._length, "_dtype": self._dtype}
@@ -98,23 +109,10 @@ def text_bytes(paths: str | os.PathLike | Sequence[str | os.PathLike], *, length
     return TokenSource(find_files(paths, "*.txt"), length=length, dtype=np.uint8)
 
 
-def find_files(paths: str | os.PathLike | Sequence[str | os.PathLike], pattern: str) -> list[str]:
-    """Return the paths as a list; a folder stands for its files that match `pattern`, sorted by name."""
-    listed = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-    found: list[str] = []
-    for path in map(pathlib.Path, listed):
-        if not path.exists():
-            raise ValueError(f"No such file or folder: {path}.")
-        found += sorted(map(str, path.glob(pattern))) if path.is_dir() else [str(path)]
-    if not found:
-        raise ValueError(f"No file matches {pattern} in {', '.join(map(str, listed)) or 'an empty list of paths'}.")
-    return found
-
-
 def open_npy(path: str | os.PathLike) -> np.ndarray:
     """Return the array of a `.npy` file, mapped read-only; CorruptExample where the file is not whole."""
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        return np.load(local_path(path), mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise CorruptExample(f"{os.fspath(path)} is not a whole .npy file of numbers: {error}") from error
     except FileNotFoundError as error:
@@ -125,10 +123,10 @@ def _open_tokens(path: str, dtype: np.dtype | type | None) -> np.ndarray:
     if path.endswith(".npy"):
         tokens = open_npy(path)
     elif dtype is None:
-        raise ValueError(f"{path} is no .npy file; give the dtype of its tokens, such as dtype=np.uint16.")
+        raise ValueError(f"{path} is not a .npy file; give the dtype of its tokens, such as dtype=np.uint16.")
     elif os.path.getsize(path) % np.dtype(dtype).itemsize:
         raise CorruptExample(
-            f"{path} has {os.path.getsize(path)} bytes, which are no whole tokens of {np.dtype(dtype)}."
+            f"{path} has {os.path.getsize(path)} bytes, which is not a whole number of {np.dtype(dtype)} tokens."
         )
     else:
         tokens = np.memmap(path, dtype, mode="r") if os.path.getsize(path) else np.empty(0, dtype)

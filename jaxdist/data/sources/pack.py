@@ -9,11 +9,13 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from jaxdist.data import order
-from jaxdist.data.sources.source import Example, Source, fingerprint_array, fingerprint_text
+from jaxdist.data.sources.source import MASK, Example, Source, checked_index, fingerprint_array, fingerprint_text
+from jaxdist.data.sources.vocabulary import vocabulary_of
 
 
 def example_lengths(source: Source, field: str) -> np.ndarray:
@@ -61,7 +63,8 @@ class Packed:
     """Rows of `row_length` elements, each of one or more whole examples of `source`, one behind the other.
 
     A row has the packed fields, filled up with `pad`; `segment_ids` int32, 1 for the row's first example, 2 for its
-    second, 0 for filling; and `positions` int32, which count from 0 in every example.
+    second, 0 for filling; and `positions` int32, which count from 0 in every example. Examples whose mask is 0 (see
+    `Filtered`) are left out of their rows; a mask of one number an element is packed like the fields.
 
     Args:
       source: its packed fields all have dim 0 of the example's length.
@@ -78,6 +81,7 @@ class Packed:
             raise ValueError(f"There must be a length for each of the {len(source)} examples; got {len(lengths)}.")
         self._source, self._lengths, self._row_length = source, np.asarray(lengths), row_length
         self._fields, self._pad = tuple(fields), pad
+        self.vocabulary = {field: names for field, names in vocabulary_of(source).items() if field in self._fields}
         rows = pack_index(self._lengths, row_length)
         self._ids = np.fromiter(itertools.chain.from_iterable(rows), np.int64, len(self._lengths))
         self._bounds = np.cumsum([0, *map(len, rows)])
@@ -86,23 +90,35 @@ class Packed:
         return len(self._bounds) - 1
 
     def __getitem__(self, index: int) -> Example:
+        index = checked_index(index, len(self))
         ids = self._ids[self._bounds[index] : self._bounds[index + 1]].tolist()
         examples = [self._source[example_id] for example_id in ids]
-        lengths = self._lengths[ids]
-        for example_id, example, length in zip(ids, examples, lengths.tolist()):
+        lengths = self._lengths[ids].tolist()
+        for example_id, example, length in zip(ids, examples, lengths):
             found = {name: len(np.asarray(example[name])) for name in self._fields}
             if set(found.values()) != {length}:
                 raise ValueError(f"Example {example_id} was packed with the length {length}; it now has {found}.")
-        row = {name: self._filled([np.asarray(example[name]) for example in examples]) for name in self._fields}
-        segment_ids = np.repeat(np.arange(1, len(ids) + 1, dtype=np.int32), lengths)
-        positions = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
-        return row | {"segment_ids": self._filled([segment_ids], pad=0), "positions": self._filled([positions], pad=0)}
+        masks = [np.asarray(example.get(MASK, 1)) for example in examples]
+        kept = [place for place, mask in enumerate(masks) if mask.any()]
+        row = {
+            name: self._filled([np.asarray(examples[i][name]) for i in kept], examples[0][name])
+            for name in self._fields
+        }
+        segment_ids = np.repeat(np.arange(1, len(kept) + 1, dtype=np.int32), [lengths[i] for i in kept])
+        positions = [np.arange(lengths[i], dtype=np.int32) for i in kept]
+        row |= {"segment_ids": _pad_to(segment_ids, self._row_length, 0)}
+        row |= {"positions": self._filled(positions, np.empty(0, np.int32), pad=0)}
+        if not any(MASK in example for example in examples):
+            return row
+        if any(mask.ndim for mask in masks):  # a mask an element
+            parts = [np.broadcast_to(masks[i], lengths[i]).astype(np.float32) for i in kept]
+            return row | {MASK: self._filled(parts, np.empty(0, np.float32), pad=0)}
+        return row | {MASK: np.float32(bool(kept))}
 
-    def _filled(self, parts: list[np.ndarray], pad: int | None = None) -> np.ndarray:
-        size = sum(map(len, parts))
-        shape = (self._row_length - size, *parts[0].shape[1:])
-        filling = np.full(shape, self._pad if pad is None else pad, parts[0].dtype)
-        return np.concatenate([*parts, filling])
+    def _filled(self, parts: list[np.ndarray], like: Any, pad: int | None = None) -> np.ndarray:
+        """Return the parts, one behind the other, filled up to a row; `like` has their dtype where there are none."""
+        joined = np.concatenate(parts) if parts else np.asarray(like)[:0]
+        return _pad_to(joined, self._row_length, self._pad if pad is None else pad)
 
     def fingerprint(self) -> str:
         """See Source."""
@@ -148,6 +164,7 @@ class Bucketed:
             )
         self._buckets = np.searchsorted(self._boundaries, self._lengths)
         self._ids = np.argsort(self._buckets, kind="stable")
+        self.vocabulary = vocabulary_of(source)
         counts = np.bincount(self._buckets, minlength=len(self._boundaries)).tolist()
         blocks = [min(block_size, count - begin) for count in counts for begin in range(0, count, block_size)]
         self._order = Blocks(tuple(blocks))
@@ -156,14 +173,16 @@ class Bucketed:
         return len(self._ids)
 
     def __getitem__(self, index: int) -> Example:
-        example_id = int(self._ids[index])
-        example, size = self._source[example_id], self._boundaries[self._buckets[example_id]]
+        example_id = int(self._ids[checked_index(index, len(self))])
+        example, size = self._source[example_id], int(self._boundaries[self._buckets[example_id]])
         padded = {name: _pad_to(np.asarray(example[name]), size, self._pad) for name in self._fields}
+        if np.ndim(example.get(MASK, 1)):  # a mask an element
+            padded[MASK] = _pad_to(np.asarray(example[MASK]), size, 0)
         return {**example, **padded, "length": np.int32(self._lengths[example_id])}
 
-    def order(self) -> "Blocks":
+    def order(self, *, shuffle: bool = True) -> "Blocks":
         """Return the order whose batches each come from one bucket."""
-        return self._order
+        return dataclasses.replace(self._order, shuffle=shuffle)
 
     def fingerprint(self) -> str:
         """See Source."""
@@ -179,11 +198,13 @@ class Blocks:
     """
 
     sizes: tuple[int, ...]
+    shuffle: bool = True
 
     @property
     def version(self) -> str:
         """See Order."""
-        return f"bucketed-{order.ORDER_VERSION}:{fingerprint_text('sizes', *self.sizes)}"
+        unshuffled = "" if self.shuffle else " unshuffled"
+        return f"bucketed-{order.ORDER_VERSION}:{fingerprint_text('sizes', *self.sizes)}{unshuffled}"
 
     def batches(self, num_examples: int, seed: int, epoch: int, start: int, size: int) -> Iterator[order.BatchIds]:
         """See Order."""
@@ -196,13 +217,14 @@ class Blocks:
         """Return the batch that begins at position `start`, which is below num_examples."""
         if num_examples != sum(self.sizes) or not 0 <= start < num_examples:
             raise ValueError(f"These blocks have {sum(self.sizes)} examples; got {num_examples}, position {start}.")
-        blocks, begins = _shuffled_blocks(self.sizes, seed, epoch)
+        blocks, begins = _places_of_blocks(self.sizes, self.shuffle, seed, epoch)
         place = int(np.searchsorted(begins, start, side="right")) - 1
         block, within = int(blocks[place]), start - int(begins[place])
         count = min(size, self.sizes[block] - within)
-        inside = order.Permutation.make(self.sizes[block], "in bucket", seed, epoch, block)
-        ids = sum(self.sizes[:block]) + inside(np.arange(within, within + count, dtype=np.int64))
-        return order.padded_batch(ids, size, start)
+        places = np.arange(within, within + count, dtype=np.int64)
+        if self.shuffle:
+            places = order.Permutation.make(self.sizes[block], "in bucket", seed, epoch, block)(places)
+        return order.padded_batch(sum(self.sizes[:block]) + places, size, start)
 
     def num_batches(self, num_examples: int, size: int) -> int:
         """See Order."""
@@ -210,9 +232,11 @@ class Blocks:
 
 
 @functools.lru_cache(maxsize=8)
-def _shuffled_blocks(sizes: tuple[int, ...], seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+def _places_of_blocks(sizes: tuple[int, ...], shuffle: bool, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the blocks in their order, and the position at which each begins."""
-    blocks = order.Permutation.make(len(sizes), "buckets", seed, epoch)(np.arange(len(sizes)))
+    blocks = np.arange(len(sizes))
+    if shuffle:
+        blocks = order.Permutation.make(len(sizes), "buckets", seed, epoch)(blocks)
     counts = np.array(sizes)[blocks]
     return blocks, np.cumsum(counts) - counts
 

@@ -9,6 +9,7 @@ import itertools
 import json
 import mmap
 import os
+import pathlib
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,8 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxdist import extras
-from jaxdist.data.sources.memmap import find_files
-from jaxdist.data.sources.source import CorruptExample, Example, fingerprint_text
+from jaxdist.data.sources.listing import find_files, fingerprint_contents
+from jaxdist.data.sources.source import CorruptExample, Example, checked_index, fingerprint_text
+
+PREPARED = "prepared.json"
+"""The file beside prepared records that says what they are."""
 
 DecodeFn = Callable[[bytes], Example]
 
@@ -48,6 +52,7 @@ class TfRecords:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> bytes:
+        index = checked_index(index, len(self))
         number = bisect.bisect_right(self._ends, index)
         part, within = self._parts[number], index - self._ends[number] + len(self._places[number])
         begin, length = self._places[number][within].tolist()
@@ -106,6 +111,7 @@ class ArrayRecordSource:
         decode_fn: DecodeFn | None = None,
     ):
         self._paths, self._decode_fn = find_files(paths, "*.array_record*"), decode_fn or decode_example
+        self.vocabulary = _prepared_vocabulary(self._paths[0])
         self._open()
 
     def _open(self) -> None:
@@ -119,20 +125,26 @@ class ArrayRecordSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
+        index = checked_index(index, len(self))
         return self._decode_fn(read_array_record(self._records, index, self._paths))
 
     def fingerprint(self) -> str:
-        """Return the hash of the number of records, of the file sizes and of a few records."""
-        return fingerprint_text(
-            "array_record", *map(os.path.getsize, self._paths), *sample_records(self._records, len(self))
-        )
+        """Return the hash of the files' sizes and contents (samples of them)."""
+        return fingerprint_contents("array_record", self._paths)
 
     def __getstate__(self) -> dict:
-        return {"_paths": self._paths, "_decode_fn": self._decode_fn}
+        return {"_paths": self._paths, "_decode_fn": self._decode_fn, "vocabulary": self.vocabulary}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         self._open()
+
+
+def _prepared_vocabulary(path: str) -> dict[str, tuple[str, ...]]:
+    """Return the names that `prepare` wrote down beside a file of records; none where it did not make the file."""
+    notes = pathlib.Path(path).parent / PREPARED
+    found = json.loads(notes.read_text()).get("vocabulary", {}) if notes.exists() else {}
+    return {field: tuple(names) for field, names in found.items()}
 
 
 def read_array_record(records: Any, index: int, paths: Sequence[str]) -> bytes:

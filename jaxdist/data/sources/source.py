@@ -4,6 +4,7 @@ An example is a flat dict of numpy arrays (or scalars). Reading must be safe fro
 """
 
 import hashlib
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeAlias, runtime_checkable
 
@@ -24,7 +25,8 @@ class Source(Protocol):
     """A data set with random access.
 
     A source may also have `__getitems__(ids) -> dict`, which returns many examples with their fields stacked on dim 0,
-    in arrays that nobody else holds; and `location(index) -> str`, which tells messages the file an example lies in.
+    in arrays that nothing else holds; `location(index) -> str`, the file of an example, for messages; `vocabulary`, the
+    names that numbers stand for (see `vocabulary`); and `order(shuffle=...) -> Order`, the order it has to be read in.
     """
 
     def __len__(self) -> int:
@@ -39,6 +41,14 @@ class Source(Protocol):
 
 class CorruptExample(ValueError):
     """An example that cannot be read; the message names its file and number."""
+
+
+def checked_index(index: int, size: int) -> int:
+    """Return the example's number in [0, size), counted from the end where it is negative; IndexError where none is."""
+    number = operator.index(index)
+    if not -size <= number < size:
+        raise IndexError(f"There is no example {number}: the source has {size}.")
+    return number + size if number < 0 else number
 
 
 class ArraySource:
@@ -66,6 +76,7 @@ class ArraySource:
             check_labels(self.arrays[name], name, count)
         self._size = next(iter(self.arrays.values())).shape[0]
         self._fingerprint: str | None = None
+        self.vocabulary: Mapping[str, tuple[str, ...]] = {}
 
     def __len__(self) -> int:
         return self._size

@@ -1,158 +1,263 @@
-"""Tables: CSV files held in memory, Parquet files read by row group. A row is an example, a column a field."""
+"""CSV files held in memory: a row is an example, a column a field. Read by pyarrow, to the values that pandas reads."""
 
-import bisect
 import csv
-import itertools
+import io
 import os
-import threading
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxdist import extras
-from jaxdist.data.sources.memmap import find_files
-from jaxdist.data.sources.source import ArraySource, CorruptExample, Example, fingerprint_text
+from jaxdist.data.sources.listing import find_files, read_file
+from jaxdist.data.sources.source import ArraySource, CorruptExample
+
+MISSING_TEXTS = (
+    *("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA"),
+    *("NULL", "NaN", "None", "n/a", "nan", "null"),
+)
+"""What a number that is missing looks like: pandas's list."""
+
+Categories = Sequence[str] | Mapping[str, Sequence[str]]
+
+_MAX_BLOCK = 2**31 - 2
 
 
 def csv_source(
-    path: str | os.PathLike, *, columns: Sequence[str] | None = None, categories: Sequence[str] = ()
+    paths: str | os.PathLike | Sequence[str | os.PathLike],
+    *,
+    columns: Sequence[str] | None = None,
+    categories: Categories = (),
+    missing: float | None = None,
+    delimiter: str | None = None,
+    names: Sequence[str] | None = None,
+    comment: str | None = None,
+    encoding: str = "utf-8",
 ) -> ArraySource:
-    """Return the rows of a CSV file with a header line: whole-number columns int64, others float64.
+    """Return the rows of CSV files: whole numbers as int64 (uint64 from 2**63 on), others float64, true and false bool.
+
+    >>> train = csv_source("train.csv", categories=("colour",))
+    >>> held_out = csv_source("test.csv", categories=train.vocabulary)
 
     Args:
-      path: the file, UTF-8.
-      columns: the columns to keep; None keeps all.
-      categories: columns of texts, which become int32 numbers: the place of the text among the column's sorted texts.
+      paths: a file, several, or a folder of `.csv` files, which all have the same columns. Files that end with `.gz`,
+        `.bz2`, `.zst` or `.lz4` are decompressed.
+      columns: the columns of numbers to keep; None keeps all. Columns in `categories` are kept in any case.
+      categories: columns of texts, which become int32 numbers: the place of the text among the column's sorted texts. A
+        mapping gives each column's texts by number, those of the training data for example; another text is refused.
+      missing: what an empty cell, or one such as NA, becomes in a column of numbers (math.nan, for example), which is
+        float64 then; None refuses it.
+      delimiter: None takes the first of `,`, `;`, tab and `|` that the first line has.
+      names: of the columns, for files without a header line. Of columns of the same name, the second becomes `name.1`.
+      comment: lines that begin with it do not count.
+      encoding: of the text. A byte order mark does no harm.
 
     Raises:
-      ValueError: a column that is missing, or a cell that is no number (its line is named).
+      ValueError: a column that is missing, or holds something else than numbers and is no category.
+      CorruptExample: a row with other cells than the header.
     """
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.reader(file))
-    if len(rows) < 2:
-        raise ValueError(f"{os.fspath(path)} needs a header line and at least one row; it has {len(rows)} lines.")
-    header = rows[0]
-    wanted = list(columns) if columns is not None else header
-    for name in [*wanted, *categories]:
-        if name not in header:
-            raise ValueError(f"{os.fspath(path)} has no column {name!r}; its columns are {header}.")
-    for number, row in enumerate(rows[1:], start=2):
-        if len(row) != len(header):
-            raise CorruptExample(f"{os.fspath(path)}, line {number}: {len(row)} cells under {len(header)} columns.")
-    cells = {name: [row[header.index(name)] for row in rows[1:]] for name in wanted}
-    return ArraySource({name: _column(path, name, texts, name in categories) for name, texts in cells.items()})
+    files = find_files(paths, "*.csv*")
+    given = dict(categories) if isinstance(categories, Mapping) else dict.fromkeys(categories)
+    tables = [_read(path, given, delimiter, names, comment, encoding) for path in files]
+    table = _joined(tables, files)
+    for name in [*(columns or ()), *given]:
+        if name not in table.column_names:
+            raise ValueError(f"{files[0]} has no column {name!r}; its columns are {table.column_names}.")
+    wanted = [name for name in table.column_names if columns is None or name in columns or name in given]
+    arrays, vocabulary = {}, {}
+    for name in wanted:
+        if name in given:
+            vocabulary[name], arrays[name] = numbered(name, table.column(name), given[name])
+        else:
+            arrays[name] = _numbers(name, table.column(name), missing, files)
+    source = ArraySource(arrays)
+    source.vocabulary = vocabulary
+    return source
 
 
-def _column(path: str | os.PathLike, name: str, texts: list[str], is_category: bool) -> np.ndarray:
-    if is_category:
-        return np.unique(np.array(texts), return_inverse=True)[1].astype(np.int32)
+def numbered(name: str, column: Any, known: Sequence[str] | None) -> tuple[tuple[str, ...], np.ndarray]:
+    """Return the names of a column of texts and the number of each row's; ValueError for a text that is not `known`."""
+    compute, pyarrow = extras.require("pyarrow.compute"), extras.require("pyarrow")
+    texts = column.cast(pyarrow.string())
+    if texts.null_count:
+        raise ValueError(f"Column {name!r} has no text in {texts.null_count} rows, so it cannot be a category.")
+    found = sorted(compute.unique(texts).to_pylist())
+    names = tuple(found if known is None else known)
+    unknown = [text for text in found if text not in set(names)]
+    if unknown:
+        raise ValueError(
+            f"Column {name!r} holds {unknown[:5]}, which are not among its known texts, {list(names)[:10]}. "
+            "Add them to the vocabulary, or remove these rows."
+        )
+    numbers = compute.index_in(texts, value_set=pyarrow.array(names, pyarrow.string()))
+    return names, numbers.to_numpy().astype(np.int32)
+
+
+def _read(
+    path: str,
+    categories: Mapping[str, Any],
+    delimiter: str | None,
+    names: Sequence[str] | None,
+    comment: str | None,
+    encoding: str,
+) -> Any:
+    """Return the table in a file, its column names made distinct, texts where they are not numbers."""
+    arrow_csv, pyarrow = extras.require("pyarrow.csv"), extras.require("pyarrow")
+    data = _text_of(path, comment, encoding)
+    delimiter = delimiter or _delimiter_of(data)
+    header, num_lines = _header_of(path, data, delimiter) if names is None else (names, 0)
+    distinct = _distinct(header)
+    texts = {name: pyarrow.string() for name in categories}
+
+    def read(types: Mapping[str, Any], *, use_threads: bool = True) -> Any:
+        # One block: the type of a column is then inferred over all of its rows.
+        block_size = min(max(len(data) + 1, 2**16), _MAX_BLOCK)
+        lines = {"block_size": block_size, "column_names": distinct, "skip_rows": num_lines}
+        return arrow_csv.read_csv(
+            pyarrow.BufferReader(data),
+            read_options=arrow_csv.ReadOptions(**lines, use_threads=use_threads),
+            parse_options=arrow_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+            convert_options=arrow_csv.ConvertOptions(
+                column_types={**texts, **types},
+                null_values=MISSING_TEXTS,
+                strings_can_be_null=False,
+                true_values=["True", "TRUE", "true"],
+                false_values=["False", "FALSE", "false"],
+            ),
+        )
+
     try:
-        return np.array([int(text) for text in texts], np.int64)
+        table = read({})
+        wide = [name for name in distinct if _may_be_wide_integers(table.column(name))]
+        return read(_types_of_wide(read(dict.fromkeys(wide, pyarrow.string())), wide)) if wide else table
+    except pyarrow.ArrowInvalid as error:
+        raise CorruptExample(f"{path} cannot be read as CSV: {_with_row(error, read)}") from error
+
+
+def _with_row(error: Exception, read: Callable[..., Any]) -> str:
+    """Return the error's message with the row in it, which pyarrow only knows when it reads in one thread."""
+    try:
+        read({}, use_threads=False)
+    except extras.require("pyarrow").ArrowInvalid as found:
+        return str(found)
+    return str(error)
+
+
+def _text_of(path: str, comment: str | None, encoding: str) -> bytes:
+    """Return the file's text in UTF-8, decompressed, without comments and byte order mark."""
+    pyarrow = extras.require("pyarrow")
+    data = read_file(path)
+    with pyarrow.input_stream(pyarrow.BufferReader(data), compression=_compression(path)) as stream:
+        data = stream.read()
+    try:
+        text = data.decode(encoding) if encoding.lower() not in ("utf-8", "utf8") else None
+        if text is None and not data.isascii():
+            data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not text in {encoding}: {error}. Name its encoding, as in encoding='latin-1'."
+        ) from error
+    if text is not None:
+        data = text.encode()
+    data = data.removeprefix(b"\xef\xbb\xbf")
+    if comment is not None:
+        mark = comment.encode()
+        data = b"".join(line for line in io.BytesIO(data) if not line.startswith(mark))
+    return data.lstrip(b"\r\n")
+
+
+def _compression(path: str) -> str | None:
+    return {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}.get(os.path.splitext(path)[1].lower())
+
+
+def _delimiter_of(data: bytes) -> str:
+    first_line = data.split(b"\n", 1)[0].decode()
+    return next((mark for mark in (",", ";", "\t", "|") if mark in first_line), ",")
+
+
+def _header_of(path: str, data: bytes, delimiter: str) -> tuple[list[str], int]:
+    """Return the names in the header, and how many lines it takes."""
+    rows = csv.reader(io.TextIOWrapper(io.BytesIO(data), "utf-8", newline=""), delimiter=delimiter)
+    header = next(rows, [])
+    behind = data.split(b"\n", rows.line_num)[rows.line_num :]
+    if not any(text.strip() for text in behind):
+        raise ValueError(f"{path} needs a header line and at least one row, or `names` of its columns.")
+    return header, rows.line_num
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Return the names, the second of equal ones with .1 behind it, as pandas has them."""
+    found: list[str] = []
+    for place, name in enumerate(names):
+        name = name or f"Unnamed: {place}"
+        count, distinct = 0, name
+        while distinct in found:
+            count += 1
+            distinct = f"{name}.{count}"
+        found.append(distinct)
+    return found
+
+
+def _may_be_wide_integers(column: Any) -> bool:
+    """Return whether whole numbers beyond int64 may have become inexact floats."""
+    types, compute = extras.require("pyarrow.types"), extras.require("pyarrow.compute")
+    if not types.is_floating(column.type):
+        return False
+    largest = compute.max(compute.abs(column)).as_py()
+    return largest is not None and largest >= 2**63
+
+
+def _types_of_wide(table: Any, names: Sequence[str]) -> dict[str, Any]:
+    """Return uint64 for columns of whole numbers that fit; ValueError where they do not."""
+    pyarrow = extras.require("pyarrow")
+    found = {}
+    for name in names:
+        texts = [text.strip() for text in table.column(name).to_pylist() if text not in MISSING_TEXTS]
+        if all(re.fullmatch(r"[+-]?\d+", text) for text in texts):
+            if not all(0 <= int(text) < 2**64 for text in texts):
+                raise ValueError(f"Column {name!r} has whole numbers beyond 64 bits. Leave it out of `columns`.")
+            found[name] = pyarrow.uint64()
+    return found
+
+
+def _joined(tables: Sequence[Any], files: Sequence[str]) -> Any:
+    """Return the rows of all tables; ValueError where a file has other columns than the first."""
+    names = tables[0].column_names
+    for table, path in zip(tables, files):
+        if table.column_names != names:
+            raise ValueError(f"{path} has the columns {table.column_names}, {files[0]} has {names}.")
+    return extras.require("pyarrow").concat_tables(tables, promote_options="permissive")
+
+
+def _numbers(name: str, column: Any, missing: float | None, files: Sequence[str]) -> np.ndarray:
+    pyarrow, types = extras.require("pyarrow"), extras.require("pyarrow.types")
+    kind = column.type
+    is_number = types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind) or types.is_null(kind)
+    if not is_number:
+        values = column.to_pylist()
+        row, text = next(((row, value) for row, value in enumerate(values) if not _is_number(value)), (0, values[0]))
+        raise ValueError(
+            f"{', '.join(files[:3])}, row {row + 1}: column {name!r} holds {str(text)!r}, which is no number. Leave "
+            "the column out of `columns`, or name it in `categories`."
+        )
+    if not column.null_count:
+        return np.ascontiguousarray(column.to_numpy())
+    if missing is None:
+        row = next(i for i, value in enumerate(column) if not value.is_valid)
+        raise ValueError(
+            f"{', '.join(files[:3])}, row {row + 1}: column {name!r} has no value, as have {column.null_count} rows in "
+            "all. Say what stands for a missing value, as in missing=math.nan, or leave the column out of `columns`."
+        )
+    floats = (
+        column.cast(pyarrow.float64()) if not types.is_boolean(kind) else column.cast(pyarrow.int8()).cast("float64")
+    )
+    return floats.fill_null(float(missing)).to_numpy().astype(np.float64)
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(str(value).replace("_", "x"))
     except ValueError:
-        pass  # not all whole numbers: read all as floats
-    for number, text in enumerate(texts, start=2):
-        try:
-            float(text)
-        except ValueError:
-            raise CorruptExample(
-                f"{os.fspath(path)}, line {number}: column {name!r} holds {text!r}, which is no number. Leave the "
-                "column out of `columns`, or name it in `categories`."
-            ) from None
-    return np.array([float(text) for text in texts])
-
-
-class ParquetSource:
-    """The rows of Parquet files: numbers, lists of equally many numbers, and bytes (as uint8, for `example_fn`).
-
-    Row groups are the unit of reading, and a few are kept. Files with large row groups read best in the order
-    `BlockShuffled(rows of a row group)`.
-    """
-
-    def __init__(
-        self,
-        paths: str | os.PathLike | Sequence[str | os.PathLike],
-        *,
-        columns: Sequence[str] | None = None,
-        row_groups_kept: int = 8,
-    ):
-        self._paths, self._columns, self._kept = find_files(paths, "*.parquet"), columns, row_groups_kept
-        self._open()
-
-    def _open(self) -> None:
-        parquet = extras.require("pyarrow.parquet")
-        self._lock, self._cache = threading.Lock(), dict[int, Any]()
-        self._files = [_open_parquet(parquet, path) for path in self._paths]
-        self._groups = [
-            (file, group) for file, opened in enumerate(self._files) for group in range(opened.num_row_groups)
-        ]
-        rows = [self._files[file].metadata.row_group(group).num_rows for file, group in self._groups]
-        self._ends = list(itertools.accumulate(rows))
-        names = self._files[0].schema_arrow.names
-        missing = [name for name in self._columns or [] if name not in names]
-        if missing:
-            raise ValueError(f"{self._paths[0]} has no columns {missing}; its columns are {names}.")
-
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    def __getitem__(self, index: int) -> Example:
-        number = bisect.bisect_right(self._ends, index)
-        begin = self._ends[number - 1] if number else 0
-        columns = self._read(number)
-        return {name: _value(column[index - begin], name, index) for name, column in columns.items()}
-
-    def _read(self, number: int) -> dict[str, Any]:
-        """Return the columns of a row group, from the few that were read last where it is among them."""
-        with self._lock:
-            if number in self._cache:
-                self._cache[number] = self._cache.pop(number)  # now the last to be dropped
-                return self._cache[number]
-            file, group = self._groups[number]
-            try:
-                table = self._files[file].read_row_group(group, columns=self._columns)
-            except (OSError, extras.require("pyarrow").ArrowException) as error:
-                raise CorruptExample(f"{self._paths[file]}, row group {group}, cannot be read: {error}") from error
-            columns = {name: _to_numpy(table.column(name)) for name in table.column_names}
-            while len(self._cache) >= self._kept:
-                self._cache.pop(next(iter(self._cache)))
-            self._cache[number] = columns
-            return columns
-
-    def fingerprint(self) -> str:
-        """Return the hash of the schema and of each row group's rows, sizes and column statistics."""
-        parts: list[object] = [self._columns]
-        for opened in self._files:
-            metadata = opened.metadata
-            parts.append(opened.schema_arrow)
-            parts += [metadata.row_group(group).to_dict() for group in range(metadata.num_row_groups)]
-        return fingerprint_text("parquet", *parts)
-
-    def __getstate__(self) -> dict:
-        return {"_paths": self._paths, "_columns": self._columns, "_kept": self._kept}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._open()
-
-
-def _open_parquet(parquet: Any, path: str) -> Any:
-    try:
-        return parquet.ParquetFile(path)
-    except extras.require("pyarrow").ArrowException as error:
-        raise CorruptExample(f"{path} is not a whole Parquet file: {error}") from error
-
-
-def _to_numpy(column: Any) -> Any:
-    """Return numbers as an array, anything else as a list of Python values."""
-    types = extras.require("pyarrow.types")
-    is_number = types.is_integer(column.type) or types.is_floating(column.type) or types.is_boolean(column.type)
-    if is_number and not column.null_count:
-        return column.to_numpy()
-    return column.to_pylist()
-
-
-def _value(value: Any, name: str, index: int) -> np.ndarray:
-    if value is None:
-        raise CorruptExample(f"Column {name!r} of row {index} is empty; fill it, or leave the column out of `columns`.")
-    return np.frombuffer(value, np.uint8) if isinstance(value, bytes) else np.asarray(value)
+        return value is None or str(value) in MISSING_TEXTS
+    return True

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from jaxdist import extras
+from jaxdist.data.sources.parquet import ParquetSource
 from jaxdist.data.sources.records import FilePart, TfRecords, sample_records
 from jaxdist.data.sources.source import CorruptExample, Example, fingerprint_text
-from jaxdist.data.sources.tables import ParquetSource
 
 
 class TfdsSource:

@@ -86,3 +86,47 @@ def test_shards_that_are_missing_or_differ_from_the_list_are_refused():
 def test_host_shards_follow_the_mesh():
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("data",), axis_types=(AxisType.Auto,))
     assert host_shards(mesh, 6) == list(range(6))
+
+
+def even(example):
+    return example["id"] % 2 == 0
+
+
+def true_ids(source, **settings):
+    loader = Loader(source, global_batch_size=4, seed=0, num_epochs=1, num_threads=0, **settings)
+    return sorted(i for batch, _ in loader for i in batch["id"][batch["mask"] == 1].tolist())
+
+
+def test_filters_mean_what_they_say_in_any_composition():
+    evens = Filtered(part(0, 9), even, version="even")
+    joined = Concatenated([evens, part(9, 14), Filtered(part(14, 17), even, version="even")])
+    expected = [0, 2, 4, 6, 8, *range(9, 14), 14, 16]
+    assert true_ids(joined) == expected
+    source, shuffle = mix([part(9, 14), evens], (1, 1))
+    assert set(true_ids(source, shuffle=shuffle)) <= {0, 2, 4, 6, 8, *range(9, 14)}
+    assert true_ids(Filtered(joined, lambda example: example["id"] > 4, version="large")) == expected[3:]
+    shards = {0: evens, 1: part(9, 14)}
+    assert true_ids(Sharded(shards, ShardList.of(list(shards.values())))) == expected[:10]
+
+
+def test_a_function_that_makes_a_new_dict_does_not_undo_a_filter():
+    evens = Filtered(part(0, 9), even, version="even")
+    assert true_ids(evens, example_fn=lambda example, random: {"id": example["id"]}) == [0, 2, 4, 6, 8]
+
+
+def test_joined_sources_count_from_the_end_and_end():
+    joined = Concatenated([part(0, 3), part(3, 5)])
+    assert joined[-1]["id"] == 4
+    assert [int(example["id"]) for example in joined] == [0, 1, 2, 3, 4]
+    for index in (5, -6):
+        with pytest.raises(IndexError, match=f"no example {index}: the source has 5"):
+            joined[index]
+
+
+def test_the_order_of_a_source_that_needs_one_is_taken_by_itself():
+    sharded = Sharded(dict(enumerate(SHARDS)), ShardList.of(SHARDS))
+    for shuffle in (True, False):
+        asked = Loader(sharded, shuffle=sharded.order(shuffle=shuffle), global_batch_size=8, seed=3, num_epochs=1)
+        found = Loader(sharded, shuffle=shuffle, global_batch_size=8, seed=3, num_epochs=1)
+        assert found.beginning == asked.beginning
+        assert true_ids(sharded, shuffle=shuffle) == list(range(20))

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import strategies as st
 
 from jaxdist.data import Loader
+from jaxdist.data.sources.combine import Filtered
 from jaxdist.data.sources.pack import Blocks, Bucketed, Packed, example_lengths, pack_index
 
 
@@ -91,3 +92,46 @@ def test_blocks_lose_nothing_when_the_batch_size_changes(sizes, batch_sizes):
 def test_boundaries_must_hold_the_longest_example():
     with pytest.raises(ValueError, match="longest example, 9"):
         Bucketed(Sentences([3, 9]), np.array([3, 9]), boundaries=(4, 8))
+
+
+class Marked(Sentences):
+    """Sentences whose elements all have a mask: 0 for every third."""
+
+    def __getitem__(self, index):
+        return {**super().__getitem__(index), "mask": np.arange(self.lengths[index]) % 3 > 0}
+
+
+@hypothesis.given(lengths)
+def test_what_was_filtered_out_is_in_no_row(sizes):
+    source = Filtered(Sentences(sizes), lambda example: len(example["tokens"]) % 2 == 0, version="even")
+    found = set()
+    for row in Packed(source, np.array(sizes), row_length=25):
+        inside = row["segment_ids"] > 0
+        assert bool(row["mask"]) == inside.any()
+        assert not row["tokens"][~inside].any()
+        found |= set(row["tokens"][inside].tolist())
+    assert found == {i + 1 for i, size in enumerate(sizes) if size % 2 == 0}
+
+
+def test_masks_of_elements_are_packed_and_padded_like_the_elements():
+    sizes = [4, 7, 2, 9]
+    (row,) = Packed(Marked(sizes), np.array(sizes), row_length=25)
+    assert row["mask"].shape == (25,)
+    for segment in range(1, 5):
+        inside = row["segment_ids"] == segment
+        np.testing.assert_array_equal(row["mask"][inside], row["positions"][inside] % 3 > 0)
+    assert not row["mask"][row["segment_ids"] == 0].any()
+    bucketed = Bucketed(Marked(sizes), np.array(sizes), boundaries=(5, 10))
+    assert {len(example["mask"]) for example in bucketed} == {5, 10}
+
+
+def test_bucketed_data_are_evaluated_in_their_order():
+    sizes = [3, 9, 4, 8, 2, 7, 1]
+    source = Bucketed(Sentences(sizes), np.array(sizes), boundaries=(4, 10), block_size=2)
+    for _ in range(2):
+        loader = Loader(source, global_batch_size=2, seed=0, shuffle=False, num_epochs=1)
+        batches = [batch for batch, _ in loader]
+        assert len(batches) == loader.steps_per_epoch == 4
+        seen = [int(t) for batch in batches for t in batch["tokens"][batch["mask"] == 1][:, 0]]
+        assert seen == [1, 3, 5, 7, 2, 4, 6]
+    assert source[-1]["tokens"][0] == 6

@@ -1,0 +1,191 @@
+"""From an image file's bytes to an array of a declared type: JPEG by libjpeg-turbo, everything else by Pillow.
+
+Numbers of other widths are never clipped. Of 8 bits to 16: times 257, so that white stays white. To float32: unsigned
+8 and 16 bits divided by 255 and 65535; 32-bit integers and floats as they are. To fewer bits: refused, or rounded where
+`deep="scale"` says so.
+"""
+
+import dataclasses
+import io
+from typing import Any, Final, Literal
+
+import numpy as np
+
+from jaxdist import extras
+from jaxdist.data.sources.source import CorruptExample
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+MAX_PIXELS = 2 * 89_478_485
+"""What Pillow, too, refuses as a decompression bomb."""
+
+_PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_ORIENTATION = 274
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageType:
+    """What every image is decoded to.
+
+    Attributes:
+      channels: 1 (grey), 3 (RGB) or 4 (RGBA). Without an alpha channel, colours are those under the transparency.
+      dtype: "uint8", "uint16" or "float32".
+      orient: whether the EXIF orientation is applied (in TIFF files it always is).
+      deep: what to do with integers of 16 bits where `dtype` is "uint8": "refuse", or "scale": round value / 257.
+    """
+
+    channels: Literal[1, 3, 4] = 3
+    dtype: Literal["uint8", "uint16", "float32"] = "uint8"
+    orient: bool = True
+    deep: Literal["refuse", "scale"] = "refuse"
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("channels", (1, 3, 4)),
+            ("dtype", ("uint8", "uint16", "float32")),
+            ("deep", ("refuse", "scale")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} of an image is one of {known}; got {getattr(self, name)!r}.")
+
+
+RGB: Final = ImageType()
+"""Three channels of 8 bits."""
+
+
+def require_decoders() -> None:
+    """Raise MissingExtra unless the decoders are installed."""
+    extras.require("PIL.Image")
+    extras.require("simplejpeg")
+
+
+def decode_image(data: bytes, image_type: ImageType = RGB, *, name: str, reverse: bool = False) -> np.ndarray:
+    """Return the image in `data` as (height, width, channels), the channels in reverse order where `reverse` says so.
+
+    Raises:
+      CorruptExample: there is no readable image; the message has `name`.
+      ValueError: `image_type` cannot represent the image.
+    """
+    if data[:2] == b"\xff\xd8" and image_type.channels != 4:
+        pixels = _decode_jpeg(data, image_type, reverse)
+        if pixels is not None:
+            return _to_dtype(pixels, image_type, name)
+    try:
+        pixels, bits = _decode_with_pillow(data, image_type)
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise many kinds for broken data
+        # Pillow names the buffer made here where it does not know the format.
+        reason = "unknown format" if "cannot identify" in str(error) else error
+        raise CorruptExample(f"Unreadable image: {name}: {reason}") from error
+    if bits == "reduced" and (image_type.dtype == "uint16" or image_type.deep == "refuse"):
+        raise ValueError(
+            f"{name} has 16 bits a colour channel, of which Pillow keeps 8. Convert the file, or accept 8 bits with "
+            'dtype="uint8" (or "float32") and deep="scale".'
+        )
+    return _to_dtype(pixels[..., ::-1] if reverse else pixels, image_type, name)
+
+
+def _decode_jpeg(data: bytes, image_type: ImageType, reverse: bool) -> np.ndarray | None:
+    """Return a JPEG's pixels, uint8; None where Pillow should have a look at it."""
+    simplejpeg = extras.require("simplejpeg")
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if colours in ("CMYK", "YCCK") or height * width > MAX_PIXELS:
+            return None
+        wanted = "GRAY" if image_type.channels == 1 else "BGR" if reverse else "RGB"
+        pixels = simplejpeg.decode_jpeg(data, wanted)
+    except ValueError:  # Pillow is more tolerant, of stray bytes for example
+        return None
+    if image_type.orient and _jpeg_has_exif(data):
+        with extras.require("PIL.Image").open(io.BytesIO(data)) as picture:
+            return _oriented(pixels, _orientation(picture))
+    return pixels
+
+
+def _jpeg_has_exif(data: bytes) -> bool:
+    place = 2
+    while data[place : place + 1] == b"\xff" and (0xE0 <= data[place + 1] <= 0xEF or data[place + 1] == 0xFE):
+        if data[place + 1] == 0xE1 and data[place + 4 : place + 10] == b"Exif\0\0":
+            return True
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return False
+
+
+def _decode_with_pillow(data: bytes, image_type: ImageType) -> tuple[np.ndarray, str]:
+    """Return the pixels in the width of the file, and "reduced" where Pillow has dropped bits."""
+    with extras.require("PIL.Image").open(io.BytesIO(data)) as picture:
+        deep = _is_deep(picture)
+        orientation = _orientation(picture) if image_type.orient and picture.format != "TIFF" else 1
+        if picture.mode in ("F", "I") or picture.mode.startswith("I;16"):
+            pixels = _grey_to_channels(_deep_grey(picture, deep), image_type.channels)
+        else:
+            mode = _PILLOW_MODES[image_type.channels]
+            if picture.mode in ("P", "PA") and mode != "RGBA":  # transparency would not survive a direct conversion
+                picture = picture.convert("RGBA")
+            pixels = np.asarray(picture if picture.mode == mode else picture.convert(mode))
+            pixels = pixels.reshape(*pixels.shape[:2], image_type.channels)
+            return _oriented(pixels, orientation), "reduced" if deep else "whole"
+        return _oriented(pixels, orientation), "whole"
+
+
+def _is_deep(picture: Any) -> bool:
+    """Return whether the file has 16 bits a channel, which Pillow does not tell of colour images."""
+    arguments = picture.tile[0][3] if picture.tile else ()
+    parts = arguments if isinstance(arguments, tuple) else (arguments,)
+    names = [part for part in parts if isinstance(part, str)]
+    highest = parts[1] if picture.format == "PPM" and len(parts) == 2 else 0  # the file's value of white
+    return any("16" in name for name in names) or (isinstance(highest, int) and highest > 255)
+
+
+def _deep_grey(picture: Any, deep: bool) -> np.ndarray:
+    pixels = np.asarray(picture)
+    if picture.mode == "F":
+        return pixels.astype(np.float32)
+    if picture.mode == "I" and not (deep or picture.format in ("PNG", "PPM")):
+        return pixels.astype(np.int32)
+    return pixels.astype(np.uint16)
+
+
+def _grey_to_channels(grey: np.ndarray, channels: int) -> np.ndarray:
+    if channels == 4:
+        opaque = np.full_like(grey, np.iinfo(np.uint16).max if grey.dtype == np.uint16 else 1)
+        return np.stack([grey, grey, grey, opaque], axis=-1)
+    return np.repeat(grey[..., None], channels, axis=-1)
+
+
+def _orientation(picture: Any) -> int:
+    try:
+        return int(picture.getexif().get(_ORIENTATION, 1))
+    except Exception:  # broken EXIF data say nothing; the pixels are whole
+        return 1
+
+
+def _oriented(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Return the image as EXIF's `orientation` means it to be seen."""
+    if orientation not in range(2, 9):
+        return pixels
+    if orientation > 4:
+        pixels = pixels.swapaxes(0, 1)
+    rows, columns = {2: (1, -1), 3: (-1, -1), 4: (-1, 1), 6: (1, -1), 7: (-1, -1), 8: (-1, 1)}.get(orientation, (1, 1))
+    return np.ascontiguousarray(pixels[::rows, ::columns])
+
+
+def _to_dtype(pixels: np.ndarray, image_type: ImageType, name: str) -> np.ndarray:
+    wanted = np.dtype(image_type.dtype)
+    if pixels.dtype == wanted:
+        return pixels
+    if pixels.dtype == np.uint8 and wanted == np.uint16:
+        return pixels.astype(np.uint16) * np.uint16(257)
+    if pixels.dtype == np.uint8:
+        return pixels.astype(np.float32) / np.float32(255)
+    if pixels.dtype == np.uint16 and wanted == np.float32:
+        return pixels.astype(np.float32) / np.float32(65535)
+    if pixels.dtype == np.uint16 and image_type.deep == "scale":
+        return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if pixels.dtype == np.int32 and wanted == np.float32 and np.abs(pixels.astype(np.int64)).max() <= 2**24:
+        return pixels.astype(np.float32)
+    hint = ' or set deep="scale"' if pixels.dtype == np.uint16 else ""
+    raise ValueError(
+        f"{name} holds {pixels.dtype} pixels from {pixels.min()} to {pixels.max()}, which {wanted} cannot represent. "
+        f'Declare another dtype of the images ("uint16", "float32"){hint}.'
+    )

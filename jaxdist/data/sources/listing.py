@@ -1,0 +1,149 @@
+"""Files: which there are, what is in one, and a fingerprint of many."""
+
+import hashlib
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from jaxdist.data.sources.source import CorruptExample, fingerprint_text
+
+_MANY = 4096
+"""So many files are sampled; of fewer, each is."""
+
+_BLOCK, _BLOCKS_PER_FILE = 4096, 64
+
+
+def find_files(paths: str | os.PathLike | Sequence[str | os.PathLike], pattern: str) -> list[str]:
+    """Return the paths as a list; a folder stands for its files that match `pattern`, sorted by name."""
+    listed = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    found: list[str] = []
+    for path in map(local_path, listed):
+        if not path.exists():
+            raise ValueError(f"No such file or folder: {path}.")
+        matching = [file for file in path.glob(pattern) if not is_hidden(file.name)] if path.is_dir() else [path]
+        found += sorted(map(str, matching))
+    if not found:
+        raise ValueError(f"No file matches {pattern} in {', '.join(map(str, listed)) or 'an empty list of paths'}.")
+    return found
+
+
+def local_path(path: str | os.PathLike) -> pathlib.Path:
+    """Return the path of a file or folder on this machine; ValueError for an address such as gs://bucket/x."""
+    if "://" in os.fspath(path):
+        raise ValueError(
+            f"Files are read from local folders only; got {os.fspath(path)!r}. Copy the data here, or mount the "
+            "bucket as a folder."
+        )
+    return pathlib.Path(path)
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a name is one that tools leave behind: `.ipynb_checkpoints`, `._1.png`, `__MACOSX`."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def list_by_class(
+    root: str | os.PathLike, suffixes: Sequence[str], classes: Sequence[str] | None
+) -> tuple[tuple[str, ...], list[str], list[int]]:
+    """Return the classes' names, and all files with one of the suffixes with the number of their class.
+
+    Args:
+      root: the folder of the classes' folders. Hidden files and folders do not count.
+      suffixes: in lower case.
+      classes: the names in the order of their numbers; None takes the folders' in alphabetical order.
+
+    Raises:
+      ValueError: there are no such files, or a folder that is not in `classes`.
+    """
+    folder = local_path(root)
+    if not folder.is_dir():
+        raise ValueError(f"No such folder: {folder}.")
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name))
+    numbers = {name: number for number, name in enumerate(names if classes is None else classes)}
+    unknown = [name for name in names if name not in numbers]
+    if unknown:
+        raise ValueError(
+            f"{folder} has folders that are not among the {len(numbers)} classes: {', '.join(unknown[:5])}. The "
+            f"classes are {', '.join(list(numbers)[:10])}. Remove these folders, or add them to `classes`."
+        )
+    files, labels = [], []
+    for name in names:
+        found = sorted(_walk(os.path.join(folder, name), tuple(suffixes)))
+        files += found
+        labels += [numbers[name]] * len(found)
+    if not files:
+        raise ValueError(
+            f"{folder} holds no files {', '.join(suffixes)} in folders named by class, as in {folder}/CLASS/FILE."
+        )
+    return tuple(numbers), files, labels
+
+
+def _walk(folder: str, suffixes: tuple[str, ...]) -> Iterator[str]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if is_hidden(entry.name):
+                continue
+            if entry.is_dir():
+                yield from _walk(entry.path, suffixes)
+            elif entry.name.lower().endswith(suffixes):  # a link to nothing is listed too, and refused when read
+                yield entry.path
+
+
+def read_file(path: str) -> bytes:
+    """Return a file's content; CorruptExample where it is gone or cannot be read."""
+    try:
+        # A file object would cost half as much again as reading a small file.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            data = os.read(descriptor, size := os.fstat(descriptor).st_size)
+            while len(data) < size and (more := os.read(descriptor, size - len(data))):
+                data += more
+            return data
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise CorruptExample(f"Unreadable file: {error}") from error
+
+
+def fingerprint_files(kind: str, root: str | os.PathLike, files: Sequence[str], *settings: object) -> str:
+    """Return the hash of `settings`, of the files' names below `root` and sizes, and of samples of their contents.
+
+    Up to 4096 files are sampled each, of more so many evenly spread ones. A file of up to 256 kB is read whole, of a
+    larger one 64 evenly spread blocks of 4 kB.
+    """
+    begin = len(os.path.join(root, ""))
+    digest = hashlib.blake2b(digest_size=12)
+    for path in files:
+        digest.update(f"{path[begin:]}\0".encode("utf-8", "surrogateescape"))
+    return fingerprint_contents(kind, files, *settings, digest.hexdigest())
+
+
+def fingerprint_contents(kind: str, files: Sequence[str], *settings: object) -> str:
+    """Return the hash that `fingerprint_files` returns, without the files' names."""
+    digest = hashlib.blake2b(",".join(str(_size(path)) for path in files).encode(), digest_size=12)
+    for place in np.unique(np.linspace(0, len(files) - 1, min(len(files), _MANY), dtype=np.int64)).tolist():
+        for block in _sample(files[place]):
+            digest.update(block)
+    return fingerprint_text(kind, *settings, digest.hexdigest())
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
+
+
+def _sample(path: str) -> Iterator[bytes]:
+    size = _size(path)
+    if size < 0 or not os.path.isfile(path):
+        return
+    with open(path, "rb", buffering=0) as file:
+        if size <= _BLOCK * _BLOCKS_PER_FILE:
+            yield file.read()
+            return
+        for offset in np.linspace(0, size - _BLOCK, _BLOCKS_PER_FILE, dtype=np.int64).tolist():
+            yield os.pread(file.fileno(), _BLOCK, offset)

@@ -1,0 +1,29 @@
+"""Names of numbers: which class or category each number of a field stands for."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Vocabulary = Mapping[str, tuple[str, ...]]
+"""For each field that numbers stand for names in, the names by number. A source may have it as `vocabulary`."""
+
+
+def vocabulary_of(source: Any) -> dict[str, tuple[str, ...]]:
+    """Return the vocabulary of a source; empty where it has none."""
+    return {field: tuple(names) for field, names in (getattr(source, "vocabulary", None) or {}).items()}
+
+
+def check_same_vocabulary(sources: Sequence[Any], *, what: str) -> dict[str, tuple[str, ...]]:
+    """Return the vocabulary that all `sources` share; ValueError where a number means one thing here, another there."""
+    found: dict[str, tuple[str, ...]] = {}
+    for source in sources:
+        for field, names in vocabulary_of(source).items():
+            known = found.setdefault(field, names)
+            if known != names:
+                number = next((i for i, (a, b) in enumerate(zip(known, names)) if a != b), min(len(known), len(names)))
+                one, other = (values[number] if number < len(values) else "no name" for values in (known, names))
+                raise ValueError(
+                    f"{what} must number the names of field {field!r} alike: {number} is {one!r} in one and {other!r} "
+                    f"in the other. Make the vocabulary once and pass it on, as in classes=train.classes (a folder) or "
+                    f"categories=train.vocabulary (a table)."
+                )
+    return found

@@ -1,0 +1,148 @@
+"""Images are what Pillow shows, in the declared type, or they are refused."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from jaxdist.data import CorruptExample, ImageType
+from jaxdist.data.sources.images import decode_image
+
+RANDOM = np.random.default_rng(0)
+PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+def encoded(picture, kind, **settings):
+    file = io.BytesIO()
+    picture.save(file, kind, **settings)
+    return file.getvalue()
+
+
+def smooth(height=12, width=9, channels=3):
+    rows, columns = np.mgrid[:height, :width]
+    return np.stack([(rows * (i + 3) + columns * 5 + 40 * i) % 200 for i in range(channels)], -1).astype(np.uint8)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_eight_bits_of_every_mode_are_pillows(mode, channels):
+    picture = Image.fromarray(smooth(channels=4), "RGBA").convert("RGB" if mode == "CMYK" else mode).convert(mode)
+    data = encoded(picture, "TIFF" if mode == "CMYK" else "PNG")
+    with Image.open(io.BytesIO(data)) as again:
+        colours = again.convert("RGBA") if mode == "P" else again
+        theirs = np.asarray(colours.convert(PILLOW_MODES[channels])).reshape(12, 9, channels)
+    ours = decode_image(data, ImageType(channels), name="x")
+    np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(decode_image(data, ImageType(channels), name="x", reverse=True), theirs[..., ::-1])
+    np.testing.assert_array_equal(decode_image(data, ImageType(channels, "uint16"), name="x"), theirs * np.uint16(257))
+    as_float = decode_image(data, ImageType(channels, "float32"), name="x")
+    np.testing.assert_array_equal(as_float, theirs.astype(np.float32) / np.float32(255))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_sixteen_bits_stay_sixteen_bits_or_are_refused(kind):
+    pixels = RANDOM.integers(291, 694, (7, 5), dtype=np.uint16)
+    data = encoded(Image.fromarray(pixels), kind)
+    for channels in (1, 3):
+        deep = decode_image(data, ImageType(channels, "uint16"), name="x")
+        np.testing.assert_array_equal(deep, np.repeat(pixels[..., None], channels, -1))
+        as_float = decode_image(data, ImageType(channels, "float32"), name="x")
+        np.testing.assert_array_equal(as_float[..., 0], pixels.astype(np.float32) / np.float32(65535))
+    assert (decode_image(data, ImageType(4, "uint16"), name="x")[..., 3] == 65535).all()
+    with pytest.raises(ValueError, match=r'scan\.x holds uint16 pixels from .* which uint8 cannot .*deep="scale"'):
+        decode_image(data, name="scan.x")
+    scaled = decode_image(data, ImageType(1, deep="scale"), name="x")
+    np.testing.assert_array_equal(scaled[..., 0], np.rint(pixels / 257).astype(np.uint8))
+
+
+def test_floats_and_wide_integers_are_taken_as_they_are_or_refused():
+    floats = RANDOM.normal(size=(6, 4)).astype(np.float32)
+    data = encoded(Image.fromarray(floats), "TIFF")
+    np.testing.assert_array_equal(decode_image(data, ImageType(1, "float32"), name="x")[..., 0], floats)
+    integers = encoded(Image.fromarray(np.array([[-5, 70_000]], np.int32)), "TIFF")
+    assert decode_image(integers, ImageType(1, "float32"), name="x").ravel().tolist() == [-5, 70_000]
+    inexact = encoded(Image.fromarray(np.array([[2**24 + 1]], np.int32)), "TIFF")
+    for each, image_type in (
+        (data, ImageType(1)),
+        (integers, ImageType(1, "uint16")),
+        (inexact, ImageType(1, "float32")),
+    ):
+        with pytest.raises(ValueError, match="cannot represent"):
+            decode_image(each, image_type, name="x")
+    with pytest.raises(ValueError, match="cannot represent"):
+        decode_image(integers, ImageType(1, deep="scale"), name="x")
+
+
+def colour_png_of_16_bits():
+    """Pillow writes none, so this is put together by hand."""
+    import struct
+    import zlib
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)
+    row = b"\0" + np.array([1000, 2000, 3000, 4000, 5000, 65535], ">u2").tobytes()
+    chunks = (b"IHDR", header), (b"IDAT", zlib.compress(row)), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks)
+
+
+@pytest.mark.parametrize("data", [colour_png_of_16_bits(), b"P6 2 1 1000\n" + bytes(12)], ids=["png", "ppm"])
+def test_deep_colour_that_pillow_would_reduce_is_refused_unless_asked_for(data):
+    with pytest.raises(ValueError, match="16 bits a colour channel"):
+        decode_image(data, name="x")
+    with pytest.raises(ValueError, match="16 bits a colour channel"):
+        decode_image(data, ImageType(dtype="uint16"), name="x")
+    with Image.open(io.BytesIO(data)) as picture:
+        theirs = np.asarray(picture.convert("RGB"))
+    np.testing.assert_array_equal(decode_image(data, ImageType(deep="scale"), name="x"), theirs)
+
+
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_the_exif_orientation_is_applied(kind, orientation):
+    exif = Image.Exif()
+    exif[274] = orientation
+    lossless = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95, "subsampling": 0}}.get(kind, {})
+    data = encoded(Image.fromarray(smooth()), kind, exif=exif, **lossless)
+    with Image.open(io.BytesIO(data)) as picture:
+        theirs = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+    ours = decode_image(data, name="x")
+    assert ours.shape == theirs.shape
+    np.testing.assert_array_equal(ours, theirs)
+    plain = decode_image(data, ImageType(orient=False), name="x")
+    assert kind == "TIFF" or plain.shape == (12, 9, 3)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_jpeg_is_pillows(mode):
+    data = encoded(Image.fromarray(smooth(64, 48)).convert(mode), "JPEG", quality=95)
+    for channels in (1, 3):
+        with Image.open(io.BytesIO(data)) as picture:
+            theirs = np.asarray(picture.convert(PILLOW_MODES[channels])).reshape(64, 48, channels)
+        ours = decode_image(data, ImageType(channels), name="x")
+        # Pillow makes grey of RGB; libjpeg-turbo has it in the file, so it is not rounded twice.
+        assert np.abs(ours.astype(int) - theirs).max() <= (2 if channels == 1 and mode == "RGB" else 0)
+
+
+def test_a_jpeg_with_stray_bytes_is_read_as_pillow_reads_it():
+    data = encoded(Image.fromarray(smooth()), "JPEG", exif=b"Exif\0\0broken")
+    ours = decode_image(data + b"stray", name="x")
+    np.testing.assert_array_equal(ours, decode_image(data, name="x"))
+
+
+def test_what_is_no_image_is_corrupt(monkeypatch):
+    data = encoded(Image.fromarray(smooth()), "PNG")
+    for broken in (b"", b"hello", data[:45], encoded(Image.fromarray(smooth()), "JPEG")[:100]):
+        with pytest.raises(CorruptExample, match="Unreadable image: a/b"):
+            decode_image(broken, name="a/b")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(CorruptExample, match="decompression bomb"):
+        decode_image(data, name="bomb")
+
+
+def test_unknown_types_are_refused():
+    for settings in ({"channels": 2}, {"dtype": "int8"}, {"deep": "clip"}):
+        with pytest.raises(ValueError, match="is one of"):
+            ImageType(**settings)

@@ -1,0 +1,145 @@
+"""Parquet rows are what pyarrow reads, in the dtype of the schema, or they are refused."""
+
+import datetime
+import decimal
+import pickle
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jaxdist.data import CorruptExample, Loader, ParquetSource
+
+DTYPES = [
+    "bool",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "float16",
+    "float32",
+    "float64",
+]
+
+
+def write(path, columns, **settings):
+    pq.write_table(pa.table(columns), path, **settings)
+    return path
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_dtype_is_kept_as_a_number_and_in_lists(tmp_path, dtype):
+    values = np.random.default_rng(0).integers(0, 100, 10).astype(dtype)
+    kind = pa.from_numpy_dtype(np.dtype(dtype))
+    lists = [values[:i] for i in range(10)]
+    columns = {
+        "x": values,
+        "list": pa.array(lists, pa.list_(kind)),
+        "pair": pa.array([values[:2]] * 10, pa.list_(kind, 2)),
+    }
+    source = ParquetSource(write(tmp_path / "t.parquet", columns, row_group_size=3))
+    for index, example in enumerate(source):
+        assert {value.dtype for value in example.values()} == {np.dtype(dtype)}
+        assert example["x"] == values[index]
+        np.testing.assert_array_equal(example["list"], lists[index])
+        np.testing.assert_array_equal(example["pair"], values[:2])
+
+
+def test_decimals_bytes_and_texts(tmp_path):
+    columns = {
+        "price": [decimal.Decimal("1.25"), decimal.Decimal("-3.50")],
+        "raw": [b"ab", b""],
+        "colour": ["red", "green"],
+        "shade": pa.array(["dark", "light"]).dictionary_encode(),
+    }
+    path = write(tmp_path / "t.parquet", columns)
+    words = {"colour": ("green", "red"), "shade": ("light", "dark")}
+    source = ParquetSource(path, categories=words)
+    assert source.vocabulary == words
+    first, second = source
+    assert (first["price"], second["price"]) == (1.25, -3.5)
+    assert (first["raw"].tobytes(), second["raw"].tobytes()) == (b"ab", b"")
+    assert [int(source[i][name]) for name in words for i in range(2)] == [1, 0, 1, 0]
+    with pytest.raises(ValueError, match=r"holds \['red'\], which are not among"):
+        _ = ParquetSource(path, categories={**words, "colour": ("green", "blue")})[0]
+    with pytest.raises(ValueError, match=r"Column 'colour' is string, .*`categories`"):
+        ParquetSource(path)
+    with pytest.raises(ValueError, match="only columns of texts"):
+        ParquetSource(path, categories={**words, "price": ("1",)})
+
+
+def test_what_is_no_number_is_refused_when_opened(tmp_path):
+    for values in ([datetime.date(2020, 1, 2)], [{"a": 1}], [[[1]]], [["a"]]):
+        path = write(tmp_path / "t.parquet", {"when": values, "x": [1]})
+        with pytest.raises(ValueError, match=r"Column 'when' is .*, which is no number"):
+            ParquetSource(path)
+        assert ParquetSource(path, columns=["x"])[0] == {"x": 1}
+
+
+def test_a_missing_value_changes_neither_the_dtype_nor_other_rows(tmp_path):
+    columns = {"f": pa.array([1.5, None, 3], pa.float32()), "i": pa.array([1, 2, None], pa.int32())}
+    path = write(tmp_path / "t.parquet", columns)
+    source = ParquetSource(path)
+    assert source[0]["f"].dtype == np.float32
+    with pytest.raises(CorruptExample, match="'f' of row 1 has no value"):
+        source[1]
+    filled = ParquetSource(path, missing=-1)
+    assert [(float(e["f"]), int(e["i"])) for e in filled] == [(1.5, 1), (-1, 2), (3, -1)]
+    assert {filled[2][name].dtype.name for name in "fi"} == {"float32", "int32"}
+    with pytest.raises(ValueError, match="int32, which cannot hold missing=nan"):
+        ParquetSource(path, missing=float("nan"))[2]
+    path = write(tmp_path / "l.parquet", {"l": [[1, 2], None]})
+    with pytest.raises(CorruptExample, match="'l' of row 1"):
+        ParquetSource(path)[1]
+    with pytest.raises(CorruptExample, match="1 elements without a value"):
+        ParquetSource(write(tmp_path / "l.parquet", {"l": [[1, None]]}))[0]
+
+
+def test_files_of_one_set_have_one_schema(tmp_path):
+    write(tmp_path / "a.parquet", {"x": pa.array([1], pa.int32()), "y": [1]})
+    write(tmp_path / "b.parquet", {"y": [2], "x": pa.array([2], pa.int32())})
+    assert [int(example["x"]) for example in ParquetSource(tmp_path)] == [1, 2]
+    for columns, message in (
+        ({"x": [2], "y": [2]}, "'x' is int64 in .*b.parquet, and int32 in"),
+        ({"x": pa.array([2], pa.int32())}, "'y' is missing in .*b.parquet"),
+        ({"x": pa.array([2], pa.int32()), "y": [2], "z": [3]}, r"b.parquet has the columns \['z'\]"),
+    ):
+        write(tmp_path / "b.parquet", columns)
+        with pytest.raises(ValueError, match=message):
+            ParquetSource(tmp_path)
+    assert len(ParquetSource(tmp_path, columns=["x"])) == 2
+
+
+def test_rows_are_read_by_group_and_a_few_groups_are_kept(tmp_path):
+    columns = {"id": range(7), "vector": [[i, i + 0.5] for i in range(7)]}
+    write(tmp_path / "a.parquet", columns, row_group_size=3)
+    write(tmp_path / "b.parquet", {"id": range(7, 10), "vector": [[i, i + 0.5] for i in range(7, 10)]})
+    source = pickle.loads(pickle.dumps(ParquetSource(tmp_path, cache_bytes=200)))
+    loader = Loader(source, global_batch_size=4, seed=0, shuffle=False, num_epochs=1, num_threads=2)
+    batches = [batch for batch, _ in loader]
+    np.testing.assert_array_equal(np.concatenate([b["id"][b["mask"] == 1] for b in batches]), np.arange(10))
+    np.testing.assert_array_equal(batches[2]["vector"][1], [9, 9.5])
+    assert len(source._cache) <= 2
+    assert source[-1]["id"] == 9
+    assert source.fingerprint() == ParquetSource(tmp_path).fingerprint()
+    assert source.fingerprint() != ParquetSource(tmp_path, columns=["id"]).fingerprint()
+    with pytest.raises(ValueError, match="no columns"):
+        ParquetSource(tmp_path, columns=["x"])
+
+
+def test_a_changed_label_changes_the_fingerprint(tmp_path):
+    labels = np.array([0, 5, 2, 9])
+    before = ParquetSource(write(tmp_path / "t.parquet", {"y": labels})).fingerprint()
+    labels[2] = 3
+    assert ParquetSource(write(tmp_path / "t.parquet", {"y": labels})).fingerprint() != before
+
+
+def test_a_broken_file_is_named(tmp_path):
+    (tmp_path / "c.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(CorruptExample, match=r"c\.parquet"):
+        ParquetSource(tmp_path / "c.parquet")

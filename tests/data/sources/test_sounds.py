@@ -1,0 +1,101 @@
+"""Sounds are what SciPy and libsndfile read, at one declared rate, or they are refused."""
+
+import numpy as np
+import pytest
+import scipy.io.wavfile
+import scipy.signal
+import soundfile
+
+from jaxdist.data import CorruptExample, Loader, SoundFolder
+from jaxdist.data.sources.sounds import read_sound
+
+RANDOM = np.random.default_rng(0)
+TONE = np.sin(np.arange(400) / 7).astype(np.float32) / 2
+
+
+def scaled(values):
+    """Return what SciPy read as floats in [-1, 1]."""
+    if values.dtype == np.uint8:
+        return values.astype(np.float64) / 128 - 1
+    return values / (2.0 ** (8 * values.dtype.itemsize - 1) if values.dtype.kind == "i" else 1)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "int32", "float32", "float64"])
+def test_wav_of_every_dtype_is_scipys(tmp_path, dtype, channels):
+    values = RANDOM.uniform(-1, 1, (50, channels))
+    info = np.iinfo(dtype) if "int" in dtype else None
+    stored = (RANDOM.integers(info.min, info.max, (50, channels)) if info else values).astype(dtype)
+    scipy.io.wavfile.write(tmp_path / "x.wav", 8000, stored)
+    rate, theirs = scipy.io.wavfile.read(tmp_path / "x.wav")
+    ours, our_rate = read_sound(tmp_path / "x.wav")
+    assert our_rate == rate == 8000
+    np.testing.assert_allclose(ours, scaled(theirs).reshape(50, channels).mean(axis=1), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "subtype", "bound"),
+    [
+        *[("WAV", "PCM_24", 1e-6), ("WAV", "ULAW", 0.02), ("WAV", "ALAW", 0.02), ("WAVEX", "PCM_24", 1e-6)],
+        *[("WAVEX", "FLOAT", 0), ("RF64", "PCM_16", 1e-4), ("FLAC", "PCM_24", 1e-6), ("OGG", "VORBIS", 0.1)],
+    ],
+)
+def test_every_kind_of_file_is_read(tmp_path, kind, subtype, bound):
+    soundfile.write(tmp_path / "x.wav", TONE, 8000, subtype=subtype, format=kind)
+    ours, rate = read_sound(tmp_path / "x.wav")
+    assert rate == 8000
+    np.testing.assert_allclose(ours, TONE, atol=bound)
+    np.testing.assert_array_equal(ours, soundfile.read(tmp_path / "x.wav", dtype="float32")[0])
+
+
+def test_the_other_byte_order_is_read(tmp_path):
+    soundfile.write(tmp_path / "x.wav", TONE, 8000, subtype="PCM_16", endian="BIG", format="WAV")
+    assert (tmp_path / "x.wav").read_bytes()[:4] == b"RIFX"
+    np.testing.assert_allclose(read_sound(tmp_path / "x.wav")[0], TONE, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["WAV", "RIFX"])
+def test_a_sound_that_ends_early_is_corrupt(tmp_path, kind):
+    path = tmp_path / "x.wav"
+    soundfile.write(path, TONE, 8000, format="WAV", endian="BIG" if kind == "RIFX" else "LITTLE")
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(CorruptExample, match=r"Truncated sound: .*x\.wav"):
+        read_sound(path)
+    path.write_bytes(b"RIFFnonsense")
+    with pytest.raises(CorruptExample, match=r"Unreadable sound: .*x\.wav"):
+        read_sound(path)
+
+
+@pytest.fixture
+def sounds(tmp_path):
+    for name, rate in (("no/x.wav", 8000), ("yes/x.wav", 44100), ("yes/y.flac", 1200)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        soundfile.write(tmp_path / name, TONE, rate, subtype="PCM_16")
+    return tmp_path
+
+
+def test_sounds_are_resampled_to_the_declared_rate(sounds):
+    source = SoundFolder(sounds, sample_rate=16000)
+    stored = [soundfile.read(source.location(i), dtype="float32") for i in range(3)]
+    for example, (audio, rate) in zip(source, stored):
+        up, down = (16000 // np.gcd(16000, rate), rate // np.gcd(16000, rate))
+        np.testing.assert_array_equal(example["audio"], scipy.signal.resample_poly(audio, up, down).astype(np.float32))
+    assert [int(example["label"]) for example in source] == [0, 1, 1]
+
+
+def test_mixed_rates_are_refused_where_none_is_declared(sounds):
+    source = SoundFolder(sounds)
+    assert source.sample_rate == 8000
+    assert len(source[0]["audio"]) == 400
+    with pytest.raises(ValueError, match="44100 samples a second, the first file 8000"):
+        source[1]
+
+
+def test_sounds_are_padded_to_one_length(sounds):
+    source = SoundFolder(sounds, num_samples=500, sample_rate=8000, classes=("maybe", "no", "yes"))
+    ((batch, _),) = Loader(source, global_batch_size=3, seed=0, shuffle=False, num_epochs=1)
+    assert batch["audio"].shape == (3, 500)
+    assert batch["length"].tolist() == [400, 73, 500]
+    assert not batch["audio"][0, 400:].any()
+    assert batch["label"].tolist() == [1, 2, 2]
+    assert source.fingerprint() != SoundFolder(sounds).fingerprint()

@@ -1,0 +1,152 @@
+"""CSV files are what pandas reads, or they are refused with what to say."""
+
+import gzip
+import math
+
+import hypothesis
+import numpy as np
+import pandas
+import pytest
+from hypothesis import strategies as st
+
+from jaxdist.data import CorruptExample, csv_source
+
+
+def assert_pandas(path, ours, *, kept=None, **settings):
+    theirs = pandas.read_csv(path, **settings)
+    assert set(ours.arrays) == set(theirs.columns if kept is None else kept)
+    for name, array in ours.arrays.items():
+        expected = theirs[name].to_numpy()
+        assert array.dtype == expected.dtype, name
+        np.testing.assert_array_equal(array, expected)
+
+
+COLUMNS = st.sampled_from(
+    [
+        st.integers(-(2**63), 2**63 - 1).map(str),
+        st.integers(0, 2**64 - 1).map(str),
+        st.floats(allow_nan=False).map(repr),
+        st.one_of(st.integers(-99, 99).map(str), st.floats(-1e9, 1e9).map(repr)),
+        st.one_of(st.integers(-99, 99).map(str), st.sampled_from(["", "NA", "nan", "NULL"])),
+        st.sampled_from(["True", "False"]),
+        st.just(""),
+    ]
+)
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(st.data())
+def test_columns_of_numbers_are_pandas(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("csv") / "t.csv"
+    num_rows = data.draw(st.integers(1, 8))
+    kinds = data.draw(st.lists(COLUMNS, min_size=1, max_size=4))
+    columns = [data.draw(st.lists(kind, min_size=num_rows, max_size=num_rows)) for kind in kinds]
+    delimiter = data.draw(st.sampled_from([",", ";", "\t", "|"]))
+    rows = [delimiter.join([f"c{i}" for i in range(len(columns))] + ["end"])]
+    rows += [delimiter.join([*cells, "1"]) for cells in zip(*columns)]
+    newline = data.draw(st.sampled_from(["\n", "\r\n"]))
+    path.write_bytes((newline.join(rows) + newline * data.draw(st.integers(0, 2))).encode())
+    assert_pandas(path, csv_source(path, missing=math.nan), sep=delimiter)
+
+
+def write(path, text, encoding="utf-8"):
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+def test_texts_are_numbered_where_they_are_categories(tmp_path):
+    path = write(tmp_path / "t.csv", 'size,name,price\n1,b,0.5\n2,"a, x",1\n3,b,2\n')
+    source = csv_source(path, categories=["name"])
+    assert source.arrays["name"].tolist() == [1, 0, 1]
+    assert source.arrays["name"].dtype == np.int32
+    assert source.vocabulary == {"name": ("a, x", "b")}
+    assert list(csv_source(path, columns=["size"], categories=["name"]).arrays) == ["size", "name"]
+    with pytest.raises(ValueError, match="row 1: column 'name' holds 'b'"):
+        csv_source(path)
+    with pytest.raises(ValueError, match="no column 'weight'"):
+        csv_source(path, columns=["weight"])
+
+
+def test_held_out_rows_have_the_numbers_of_the_training_rows(tmp_path):
+    train = csv_source(write(tmp_path / "a.csv", "x,y\n1,ant\n2,cat\n3,bee\n"), categories=("y",))
+    held_out = csv_source(write(tmp_path / "b.csv", "x,y\n1,cat\n2,bee\n"), categories=train.vocabulary)
+    assert held_out.arrays["y"].tolist() == [2, 1]
+    with pytest.raises(ValueError, match=r"holds \['dog'\], which are not among its known texts"):
+        csv_source(write(tmp_path / "c.csv", "x,y\n1,dog\n"), categories=train.vocabulary)
+    numbers = csv_source(write(tmp_path / "d.csv", "x,y\n1,01\n2,1\n3,\n"), categories=("y",))
+    assert numbers.vocabulary == {"y": ("", "01", "1")}
+
+
+def test_what_python_but_no_table_takes_for_a_number_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="'1_000', which is no number"):
+        csv_source(write(tmp_path / "t.csv", "a\n1_000\n"))
+    with pytest.raises(ValueError, match="'2020-01-02', which is no number"):
+        csv_source(write(tmp_path / "t.csv", "a\n2020-01-02\n"))
+
+
+def test_columns_of_one_name_are_all_kept(tmp_path):
+    path = write(tmp_path / "t.csv", "a,b,a,a\n1,2,3,4\n")
+    assert_pandas(path, csv_source(path))
+
+
+def test_missing_values_are_refused_unless_it_is_said_what_they_are(tmp_path):
+    path = write(tmp_path / "t.csv", "a,b\n1,True\n,\n3,False\n")
+    with pytest.raises(ValueError, match="row 2: column 'a' has no value"):
+        csv_source(path)
+    source = csv_source(path, missing=-1)
+    assert source.arrays["a"].tolist() == [1, -1, 3]
+    assert source.arrays["b"].tolist() == [1, -1, 0]
+
+
+def test_the_type_of_a_column_is_that_of_all_its_rows(tmp_path):
+    path = write(tmp_path / "t.csv", "a,b\n" + "1,x\n" * 300_000 + "1.5,y\n")
+    source = csv_source(path, categories=("b",))
+    assert source.arrays["a"].dtype == np.float64
+    assert source.arrays["a"][-1] == 1.5
+
+
+def test_large_cells_comments_encodings_and_headers(tmp_path):
+    path = write(tmp_path / "large.csv", f'a,b\n1,"{"x" * 2_000_000}"\n')
+    assert len(csv_source(path, categories=("b",)).vocabulary["b"][0]) == 2_000_000
+    path = write(tmp_path / "comment.csv", "# by hand\na,b\n# more\n1,2\n\n\n")
+    assert_pandas(path, csv_source(path, comment="#"), comment="#")
+    path = write(tmp_path / "bom.csv", "\ufeffa;b\n1;2\n")
+    assert_pandas(path, csv_source(path), sep=";")
+    path = write(tmp_path / "latin.csv", "größe,b\n1,2\n", "latin-1")
+    assert_pandas(path, csv_source(path, encoding="latin-1"), encoding="latin-1")
+    with pytest.raises(ValueError, match="Name its encoding"):
+        csv_source(path)
+    path = write(tmp_path / "utf16.csv", "a,b\n1,2\n", "utf-16")
+    assert_pandas(path, csv_source(path, encoding="utf-16"), encoding="utf-16")
+    path = write(tmp_path / "bare.csv", "1,2\n3,4\n")
+    assert_pandas(path, csv_source(path, names=["x", "y"]), names=["x", "y"])
+    path = write(tmp_path / "lines.csv", '"a\nb",c\n1,"2"\n')
+    assert_pandas(path, csv_source(path))
+    (tmp_path / "t.csv.gz").write_bytes(gzip.compress(b"a,b\n1,2\n"))
+    assert_pandas(tmp_path / "t.csv.gz", csv_source(tmp_path / "t.csv.gz"))
+
+
+def test_whole_numbers_beyond_64_bits_are_refused(tmp_path):
+    path = write(tmp_path / "t.csv", f"a,b\n{2**63},1e300\n5,2\n")
+    assert_pandas(path, csv_source(path))
+    with pytest.raises(ValueError, match="'a' has whole numbers beyond 64 bits"):
+        csv_source(write(tmp_path / "t.csv", f"a\n{2**64}\n"))
+
+
+def test_rows_of_other_lengths_and_empty_files_are_refused(tmp_path):
+    with pytest.raises(CorruptExample, match="Row #3: Expected 2 columns, got 1"):
+        csv_source(write(tmp_path / "t.csv", "a,b\n1,2\n3\n"))
+    for text in ("", "a,b\n", "\n\n"):
+        with pytest.raises(ValueError, match="at least one row"):
+            csv_source(write(tmp_path / "t.csv", text))
+
+
+def test_several_files_are_one_table_of_one_type(tmp_path):
+    write(tmp_path / "a.csv", "x,y\n1,2\n")
+    write(tmp_path / "b.csv", "x,y\n1.5,3\n")
+    source = csv_source(tmp_path)
+    assert source.arrays["x"].tolist() == [1, 1.5]
+    assert source.arrays["y"].dtype == np.int64
+    write(tmp_path / "b.csv", "y,x\n1.5,3\n")
+    with pytest.raises(ValueError, match=r"b\.csv has the columns"):
+        csv_source(tmp_path)
