@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from jaxdist.data import ArraySource as ArraySource
     from jaxdist.optimizers import Optimizer as Optimizer
     from jaxdist.optimizers import Schedule as Schedule
+    from jaxdist.run import hooks as hooks
     from jaxdist.run.loop import fit as fit
     from jaxdist.spmd.layout import describe as describe
     from jaxdist.spmd.mesh import make_mesh as make_mesh
@@ -50,6 +51,7 @@ _HOMES = {
     "data_parallel_step": "spmd.step",
     "describe": "spmd.layout",
     "fit": "run.loop",
+    "hooks": "run",
     "main": "cli.main",
     "make_mesh": "spmd.mesh",
     "masked_mean": "spmd.metrics",
@@ -63,7 +65,8 @@ __all__ = sorted(_HOMES)
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'jaxdist' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"jaxdist.{_HOMES[name]}"), name)
+    home = importlib.import_module(f"jaxdist.{_HOMES[name]}")
+    return getattr(home, name) if hasattr(home, name) else importlib.import_module(f"{home.__name__}.{name}")
 
 
 def __dir__() -> list[str]:

@@ -306,3 +306,9 @@ def test_reference_lists_what_a_run_writes(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / writers.JSONL_NAME).read_text().splitlines()]
     names = {name for row in rows for name in row}
     assert set(first_column("metrics.jsonl")) == names
+
+
+def test_the_architecture_page_names_every_folder():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    folders = {f"`{path.parent.relative_to(ROOT)}/`" for path in (ROOT / "jaxdist").rglob("*.py")}
+    assert sorted(folder for folder in folders if f"| {folder} |" not in text) == []

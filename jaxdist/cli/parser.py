@@ -51,6 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     chaos.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the plan (default 0)")
     chaos.add_argument("--directory", type=pathlib.Path, metavar="DIR", help="for both runs (default: a new one)")
     chaos.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    _add_plan(_add(commands, "plan", "plan_command:plan", "what training needs on hardware that is not there"))
     doctor = _add(commands, "doctor", "doctor_command:doctor", "what is installed, what is visible, what will bite")
     doctor.add_argument("--devices", type=_positive, metavar="N", help="fake CPU devices to try (default 8)")
     return parser
@@ -82,6 +83,15 @@ def _add_data(command: argparse.ArgumentParser) -> None:
     prepare.add_argument("--shard-size", type=_positive, metavar="N", help="tokens or examples of a shard")
     inspect = _add(commands, "inspect", "data_command:inspect", "shapes, examples, throughput, and where the time goes")
     _add_experiment(inspect)
+
+
+def _add_plan(command: argparse.ArgumentParser) -> None:
+    _add_experiment(command)
+    command.add_argument("--topology", required=True, metavar="T", help="cpu:64, tpu:v5e:16x16")
+    command.add_argument("--search", action="store_true", help="try strategies and microbatches, and rank what fits")
+    command.add_argument("--sweep-devices", metavar="N,N", help="efficiency on these numbers of devices")
+    command.add_argument("--price-per-hour", type=float, metavar="P", help="price of an hour of the whole topology")
+    command.add_argument("--json", action="store_true", help="print the plan as one JSON object")
 
 
 def _add_launch(command: argparse.ArgumentParser) -> None:

@@ -9,11 +9,16 @@ import math
 import re
 from collections.abc import Iterable
 
+from jaxdist.plan.source_lines import SourceLines
+
 _KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _INSTRUCTION = re.compile(rf"= (?P<shape>\(.*?\)|\S+) (?P<kind>{'|'.join(_KINDS)})(?P<start>-start)?\((?P<rest>.*)")
 _ARRAY = re.compile(r"(?P<type>pred|[a-z]+\d+\w*)\[(?P<dims>[\d,]*)\]")
 _GROUPS = re.compile(r"replica_groups=(?:\{\{(?P<first>[\d,]*)\}|\[(?P<groups>\d+),(?P<size>\d+)\])")
 _MESH_GROUPS = re.compile(r"replica_groups=mesh\[(?P<mesh>[^\]]*)\]\s*(?:,[^{]*)?\{(?P<axes>[^}]*)\}")
+_COMPUTATION = re.compile(r"(?:ENTRY )?%?(?P<name>[\w.-]+) \(.*\) -> .*\{$")
+_CALLED = re.compile(r"(?:body|to_apply|calls|condition)=%?([\w.-]+)")
+_TRIP_COUNT = re.compile(r'known_trip_count":\{"n":"(?P<count>\d+)"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,28 +29,69 @@ class Collective:
       kind: all-reduce, all-gather, reduce-scatter, all-to-all or collective-permute.
       num_bytes: size of what it is about, whole: the gathered result, or what is reduced on each device.
       num_devices: devices that take part together.
+      times: how often the program runs it: once, or each turn of the loops it is in.
+      caused_by: `FILE:LINE` of the code that it comes from, empty where the program does not say.
     """
 
     kind: str
     num_bytes: int
     num_devices: int
+    times: int = 1
+    caused_by: str = ""
 
     @property
     def sent_bytes(self) -> float:
-        """Bytes that each device sends, in a ring."""
+        """Bytes that each device sends in a ring, all times together."""
         if self.kind == "collective-permute":
-            return float(self.num_bytes)
+            return float(self.times * self.num_bytes)
         passes = 2 if self.kind == "all-reduce" else 1
-        return passes * self.num_bytes * (self.num_devices - 1) / self.num_devices
+        return self.times * passes * self.num_bytes * (self.num_devices - 1) / self.num_devices
 
 
 def collectives(hlo: str) -> list[Collective]:
-    """Return the collectives of an optimized program, `compiled.as_text()`; each counts once, also inside a loop."""
-    return [
-        _collective(match)
-        for line in hlo.splitlines()
-        if (match := _INSTRUCTION.search(line)) and _num_devices(match) != 1
-    ]
+    """Return the collectives of an optimized program, `compiled.as_text()`.
+
+    One inside a loop counts as often as the loop turns, where the program says how often (a `scan` does), else once.
+    """
+    turns, lines = _turns(hlo), SourceLines(hlo)
+    found, computation = [], ""
+    for line in hlo.splitlines():
+        computation = _head_of(line) or computation
+        match = _INSTRUCTION.search(line)
+        if match and _num_devices(match) != 1:
+            found.append(
+                dataclasses.replace(_collective(match), times=turns.get(computation, 1), caused_by=lines.of(line))
+            )
+    return found
+
+
+def _head_of(line: str) -> str | None:
+    """Return the name of the computation whose text begins in `line`."""
+    head = _COMPUTATION.match(line)
+    return head["name"] if head else None
+
+
+def _turns(hlo: str) -> dict[str, int]:
+    """Return for each computation how often one run of the program runs it."""
+    calls: dict[str, list[tuple[str, int]]] = {}
+    computation = entry = ""
+    for line in hlo.splitlines():
+        head = _head_of(line)
+        computation = head or computation
+        entry = computation if line.startswith("ENTRY") else entry
+        if not head:
+            trips = _TRIP_COUNT.search(line)
+            times = int(trips["count"]) if trips else 1
+            calls.setdefault(computation, []).extend((each, times) for each in _CALLED.findall(line))
+    turns: dict[str, int] = {}
+
+    def visit(name: str, times: int) -> None:
+        turns[name] = turns.get(name, 0) + times
+        for called, more in calls.get(name, []):
+            visit(called, times * more)
+
+    visit(entry, 1)
+    return turns
 
 
 def sent_bytes(found: Iterable[Collective]) -> float:
@@ -58,7 +104,7 @@ def summarize(found: Iterable[Collective]) -> dict[str, tuple[int, float]]:
     kinds: dict[str, list[Collective]] = {}
     for each in found:
         kinds.setdefault(each.kind, []).append(each)
-    return {kind: (len(group), sent_bytes(group)) for kind, group in sorted(kinds.items())}
+    return {kind: (sum(each.times for each in group), sent_bytes(group)) for kind, group in sorted(kinds.items())}
 
 
 def _collective(match: re.Match[str]) -> Collective:

@@ -105,6 +105,14 @@ class _KeepsKey:
         new_state, metrics = self._program(_with_key(state, None), self._plain_key, batch)
         return _with_key(new_state, state.key), metrics
 
+    def trace(self, state: TrainState, batch: Batch) -> jax.stages.Traced:
+        """Return the step traced for a state and a batch given as shapes, as the `trace` of a jitted step does."""
+        key = jax.eval_shape(lambda: _PlainKey.of(jax.random.key(0)))
+        data: Any = jax.ShapeDtypeStruct(key.data.shape, key.data.dtype, sharding=state.step.sharding)
+        program: Any = self._program
+        traced: jax.stages.Traced = program.trace(_with_key(state, None), _PlainKey(data, key.impl), batch)
+        return traced
+
 
 def _with_key(state: TrainState, key: Any) -> TrainState:
     return TrainState(state.step, state.params, state.model_state, state.opt_state, key)

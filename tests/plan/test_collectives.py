@@ -43,3 +43,14 @@ def test_a_compiled_program_tells_the_bytes_of_a_ring(function, out_spec, sent):
     mapped = jax.shard_map(function, mesh=make_mesh(), in_specs=P("data"), out_specs=out_spec, check_vma=False)
     program = jax.jit(mapped).lower(jax.ShapeDtypeStruct((512,), jnp.float32)).compile()
     assert collectives.sent_bytes(collectives.collectives(program.as_text())) == sent * 64 * 4
+
+
+@pytest.mark.parametrize("turns", [1, 5])
+def test_a_collective_in_a_loop_counts_every_turn(turns):
+    def looped(x):
+        return jax.lax.scan(lambda total, row: (total + jax.lax.psum(row, "data"), None), jnp.zeros(4), x)[0]
+
+    mapped = jax.shard_map(looped, mesh=make_mesh(), in_specs=P(None, None), out_specs=P(), check_vma=False)
+    program = jax.jit(mapped).lower(jax.ShapeDtypeStruct((turns, 4), jnp.float32)).compile()
+    found = collectives.collectives(program.as_text())
+    assert collectives.summarize(found) == {"all-reduce": (turns, turns * 2 * 16 * 7 / 8)}

@@ -1,0 +1,153 @@
+"""Hardware that is not there: `cpu:64` and `tpu:v5e:16x16` as devices that programs can be compiled for.
+
+Fake CPU devices are the host's own. For TPUs the compiler comes with the package libtpu, which needs no TPU
+(`jax.experimental.topologies`, an ahead-of-time interface of JAX).
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import math
+import os
+import time
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+
+from jaxdist.errors import UserError
+from jaxdist.launch.joining import runtime
+from jaxdist.plan import chips
+
+EXAMPLES = ("cpu:8", "cpu:64", "tpu:v4:2x2x2", "tpu:v5e:4x4", "tpu:v5e:16x16", "tpu:v5p:4x4x4", "tpu:v6e:16x16")
+MOST_CPU_DEVICES = 256
+_CALIBRATION_SIZE = 768
+_WHERE_NO_TPU_IS = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_MIN_LOG_LEVEL": "3"}
+"""Told to libtpu, which would otherwise ask the cloud's metadata server who it is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Devices to compile for.
+
+    Attributes:
+      name: as the user wrote it.
+      devices: in order; nothing can run on those of a TPU.
+      chip: what one of them can do.
+      runs_here: whether a compiled program could run on this machine.
+    """
+
+    name: str
+    devices: Sequence[jax.Device]
+    chip: chips.Chip
+    runs_here: bool
+
+
+def find(name: str) -> Topology:
+    """Return the topology called `name`, `cpu:N` or `tpu:KIND:AxB`. Must be called before JAX's backend starts.
+
+    Raises:
+      UserError: there is no such topology, or the compiler for it is not installed.
+    """
+    platform, _, rest = name.partition(":")
+    # Nothing is computed but on this machine's processor, whatever accelerators it has.
+    jax.config.update("jax_platforms", "cpu")
+    if platform == "cpu" and rest.isdecimal() and 1 <= int(rest) <= MOST_CPU_DEVICES:
+        devices = runtime.start_by_itself(int(rest))
+        return Topology(name, devices, _this_machine(len(devices)), runs_here=True)
+    kind, _, shape = rest.partition(":")
+    if platform == "tpu" and kind in chips.TPUS:
+        return _tpu(name, kind, shape)
+    raise UserError(_unknown(name))
+
+
+def _tpu(name: str, kind: str, shape: str) -> Topology:
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            f"{name} is compiled for by libtpu, which is not installed. It needs no TPU: pip install 'jaxdist[tpu]'."
+        )
+    for variable, value in _WHERE_NO_TPU_IS.items():
+        os.environ.setdefault(variable, value)
+    runtime.start_by_itself(1)
+    return Topology(name, _described(name, kind, shape), chips.TPUS[kind], runs_here=False)
+
+
+def _described(name: str, kind: str, shape: str) -> Sequence[jax.Device]:
+    try:
+        return topologies.get_topology_desc(f"{kind}:{shape}", "tpu").devices
+    except Exception as error:  # libtpu's own, of several kinds
+        raise UserError(f"libtpu knows no topology {name!r}: {error}. {_known()}") from error
+
+
+def with_devices(topology: Topology, count: int) -> Topology:
+    """Return a topology of the same kind with `count` devices, near a square or a cube.
+
+    Raises:
+      UserError: the kind has none of that size.
+    """
+    platform, _, rest = topology.name.partition(":")
+    if platform == "cpu":
+        if count > len(topology.devices):
+            raise UserError(
+                f"--sweep-devices takes up to {len(topology.devices)} devices of {topology.name}; got {count}. "
+                f"Name a larger topology, cpu:{count}."
+            )
+        return dataclasses.replace(topology, name=f"cpu:{count}", devices=topology.devices[:count])
+    kind = rest.partition(":")[0]
+    shape = "x".join(map(str, even_factors(count, chips.TPUS[kind].dims)))
+    name = f"tpu:{kind}:{shape}"
+    return dataclasses.replace(topology, name=name, devices=_described(name, kind, shape))
+
+
+def even_factors(count: int, dims: int) -> tuple[int, ...]:
+    """Return `dims` factors of `count`, ascending, as equal as they can be: 32 is 4 x 8, and 2 x 4 x 4."""
+    if dims == 1:
+        return (count,)
+    divisors = (each for each in range(1, count + 1) if count % each == 0 and each**dims <= count)
+    first = max(divisors)
+    return tuple(sorted((first, *even_factors(count // first, dims - 1))))
+
+
+def _unknown(name: str) -> str:
+    if name.startswith("gpu:"):
+        return f"A topology of GPUs ({name}) cannot be compiled for yet. {_known()}"
+    nearest = difflib.get_close_matches(name, EXAMPLES, n=1, cutoff=0.0)[0]
+    return f"There is no topology {name!r}. Did you mean {nearest!r}? {_known()}"
+
+
+def _known() -> str:
+    return (
+        f"A topology is cpu:N with N up to {MOST_CPU_DEVICES}, or tpu:KIND:SHAPE with KIND one of "
+        f"{', '.join(chips.TPUS)}; for example {', '.join(EXAMPLES)}."
+    )
+
+
+def _this_machine(num_devices: int) -> chips.Chip:
+    """Return what one fake device gets of this machine, measured: all devices share its cores and its memory."""
+    flops, copied = _measure_matmul(), _measure_copy()
+    share = 1 / num_devices
+    return chips.Chip("cpu", None, flops * share, copied * share, copied * share, 1, "measured on this machine")
+
+
+def _measure_matmul() -> float:
+    size = _CALIBRATION_SIZE
+    multiply = jax.jit(lambda a: a @ a)
+    matrix = jax.device_put(np.ones((size, size), np.float32), jax.devices()[0])
+    return 2 * size**3 / _median_seconds(lambda: multiply(matrix).block_until_ready())
+
+
+def _measure_copy() -> float:
+    source, target = np.ones(1 << 22, np.float64), np.empty(1 << 22, np.float64)
+    return 2 * source.nbytes / _median_seconds(lambda: np.copyto(target, source))
+
+
+def _median_seconds(work: object, repeats: int = 7) -> float:
+    assert callable(work)
+    work()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return math.fsum(sorted(seconds)[repeats // 2 : repeats // 2 + 1])

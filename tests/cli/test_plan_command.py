@@ -1,0 +1,51 @@
+import json
+
+import jax
+import pytest
+import tiny_experiment
+
+from jaxdist.cli import main
+from jaxdist.launch.joining import runtime
+
+TINY = tiny_experiment.__file__
+
+
+@pytest.fixture(autouse=True)
+def devices_that_are_there(monkeypatch):
+    monkeypatch.setattr(runtime, "start_by_itself", lambda count: jax.devices()[:count])
+
+
+def test_a_plan_is_one_json_object(capsys):
+    assert main.run(["plan", TINY, "--topology", "cpu:8", "--max-steps", "100", "--price-per-hour", "2", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["num_devices"] == 8
+    assert content["steps"] == 100
+    assert content["price"] == pytest.approx(2 * content["hours"])
+
+
+def test_a_batch_that_does_not_divide_is_raised_and_said(capsys):
+    assert main.run(["plan", TINY, "--topology", "cpu:8", "--set", "global_batch_size=3", "--json"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["global_batch_size"] == 8
+    assert "planned with global_batch_size=8" in shown.err
+
+
+def test_a_sweep_has_a_row_for_each_number_of_devices(capsys):
+    assert main.run(["plan", TINY, "--topology", "cpu:8", "--sweep-devices", "8,2"]) == 0
+    rows = capsys.readouterr().out.splitlines()[1:]
+    assert [row.split()[0] for row in rows] == ["2", "8"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--topology", "cpu:none"], "There is no topology"),
+        (["--topology", "cpu:8", "--sweep-devices", "8,x"], "--sweep-devices takes numbers"),
+        (["--topology", "cpu:8", "--sweep-devices", "16"], "Name a larger topology, cpu:16"),
+        (["--topology", "cpu:8", "--devices", "4"], "Leave --devices out"),
+        (["--topology", "cpu:8", "--reduction", "canonical"], "--reduction mean"),
+    ],
+)
+def test_mistakes_are_one_message_and_status_2(arguments, message, capsys):
+    assert main.run(["plan", TINY, *arguments]) == 2
+    assert message in capsys.readouterr().err

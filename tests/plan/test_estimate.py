@@ -1,0 +1,101 @@
+"""Plans against the programs that training runs, against formulas, and against what users may get wrong."""
+
+import dataclasses
+import functools
+
+import jax
+import pytest
+import tiny_experiment
+
+from jaxdist import errors
+from jaxdist.plan import chips, estimate, report, search, topology
+from jaxdist.run import components
+
+CHIP = chips.Chip("small", 1 << 30, 1e12, 1e11, 1e10, 1, "made up for a test")
+
+
+def eight_devices():
+    return topology.Topology("cpu:8", jax.devices()[:8], CHIP, runs_here=True)
+
+
+@functools.cache
+def plan(**changes):
+    experiment = dataclasses.replace(tiny_experiment.get_config(), name="tiny", **changes)
+    return experiment, estimate.estimate(experiment, eight_devices())
+
+
+@pytest.mark.parametrize("strategy", ["data-parallel", "zero1", "fsdp"])
+def test_bytes_are_those_of_the_program_that_trains(strategy):
+    experiment, made = plan(strategy=strategy)
+    parts = components.put_together(experiment, devices=jax.devices()[:8])
+    state, (batch, _) = parts.create_state(), next(iter(parts.batches()))
+    program = parts.step.trace(state, batch).lower().compile().memory_analysis()
+    used = program.argument_size_in_bytes + program.output_size_in_bytes - program.alias_size_in_bytes
+    assert made.bytes.total == used + program.temp_size_in_bytes + program.generated_code_size_in_bytes
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state.params))
+    assert made.bytes.params == held
+    parts.step(state, batch)
+
+
+def test_gradients_are_sent_once_around_the_ring():
+    _, made = plan()
+    num_bytes = 4 * made.num_params
+    assert made.collectives["all-reduce"][1] == pytest.approx(2 * num_bytes * 7 / 8, rel=0.1)
+
+
+def test_microbatches_leave_the_flops_alone():
+    one, two = plan()[1], plan(num_microbatches=2)[1]
+    assert one.flops_per_step == two.flops_per_step > 0
+
+
+def test_the_largest_bound_is_the_step():
+    _, made = plan()
+    assert made.step_seconds == max(made.bound_seconds.values()) == made.bound_seconds[made.bound_by]
+    assert 0 < made.model_flops_utilization <= 1
+    content = made.to_json(steps=3600, price_per_hour=2.0)
+    assert content["hours"] == pytest.approx(made.step_seconds)
+    assert content["price"] == pytest.approx(2 * made.step_seconds)
+    required = {"num_devices", "bytes_per_device", "fits", "flops_per_step", "collectives", "step_seconds"}
+    assert required <= set(content)
+
+
+def test_a_device_that_is_too_small_is_said():
+    experiment, made = plan()
+    small = dataclasses.replace(made, device_memory=made.bytes.total - 1)
+    assert made.fits
+    assert small.fits is False
+    assert "DOES NOT FIT, 1 B too much" in report.render(small)
+    assert max(map(len, report.render(made).splitlines())) <= 80
+    del experiment
+
+
+def test_a_canonical_step_is_refused_with_the_way_out():
+    with pytest.raises(errors.UserError, match="--reduction mean"):
+        plan(reduction="canonical")
+
+
+def test_what_does_not_divide_is_the_message_of_training():
+    with pytest.raises(errors.UserError, match="Nearest valid"):
+        plan(global_batch_size=7)
+
+
+def test_a_search_ranks_what_works_and_keeps_what_was_refused():
+    said = []
+    found = search.search(tiny_experiment.get_config(), eight_devices(), show=said.append)
+    works = [each for each in found if each.works]
+    assert found[: len(works)] == works
+    assert [each.estimate.step_seconds for each in works] == sorted(each.estimate.step_seconds for each in works)
+    assert len(said) == len(found)
+    assert {each.assignments[0] for each in works} == {f"strategy={name}" for name in search.STRATEGIES}
+    assert report.render_search(found).splitlines()[-1] == f"Best: --set {' '.join(found[0].assignments)}"
+
+
+def test_nothing_fits_is_said():
+    experiment, made = plan()
+    del experiment
+    large = search.Candidate(("strategy=fsdp", "num_microbatches=1"), dataclasses.replace(made, device_memory=1))
+    refused = search.Candidate(("strategy=zero1", "num_microbatches=1"), None, "It does not divide.")
+    assert search.rank([refused, large]) == [large, refused]
+    text = report.render_search([large, refused])
+    assert "Nothing fits" in text
+    assert "refused: It does not divide." in text
