@@ -104,6 +104,12 @@ class Checkpointer:
         Raises:
           CheckpointError: the directory cannot be written, or belongs to another experiment; the previous save failed.
         """
+        self.save_leaves(step, manifests.leaves_of(state), data_state, metrics)
+
+    def save_leaves(
+        self, step: int, leaves: list[manifests.Leaf], data_state: Mapping[str, Any], metrics: Mapping[str, float]
+    ) -> None:
+        """Do as `save` does for a state that is given by its leaves, in tree order."""
         self.wait()
         extra = {
             "format": manifests.FORMAT,
@@ -113,7 +119,6 @@ class Checkpointer:
             "metrics": {name: float(value) for name, value in metrics.items()},
         }
         json.dumps(extra)  # What JSON cannot hold is found out here, where the caller sees it.
-        leaves = manifests.leaves_of(state)
         if self._orbax is None:
             self._refuse_foreign()
             self._orbax = _async_checkpointer()

@@ -67,11 +67,13 @@ def _names(treedef: Any) -> list[tuple[str, str]]:
     """Return each leaf's path, and the name it is stored under."""
     with_paths = jax.tree_util.tree_leaves_with_path(jax.tree.unflatten(treedef, range(treedef.num_leaves)))
     paths = [path_name(path) for path, _ in with_paths]
+    return [(path, stored_name(position, path)) for position, path in enumerate(paths)]
+
+
+def stored_name(position: int, path: str) -> str:
+    """Return the name under which the leaf at `position` in tree order is stored."""
     # The number keeps names apart that differ only in characters a file name cannot hold; the rest is for people.
-    return [
-        (path, f"{position:05}.{re.sub(r'[^A-Za-z0-9_]+', '.', path).strip('.')[-120:]}")
-        for position, path in enumerate(paths)
-    ]
+    return f"{position:05}.{re.sub(r'[^A-Za-z0-9_]+', '.', path).strip('.')[-120:]}"
 
 
 def path_name(path: Sequence[Any]) -> str:

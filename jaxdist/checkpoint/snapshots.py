@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import pathlib
+import sys
 import time
 import zlib
 from collections.abc import Mapping, Sequence
@@ -35,6 +36,10 @@ NUM_SLOTS = 3
 _PATTERN = "process-*.slot-*.snapshot"
 _PREFIX = 32
 """Bytes of the header's length and checksum."""
+_SLACK = 1 << 16
+"""Bytes reserved beyond a snapshot, since the numbers in its header grow."""
+RETRY_SECONDS = 60.0
+"""Pause after a snapshot that could not be written, for example because the memory is full."""
 
 
 class SnapshotError(ValueError):
@@ -68,6 +73,7 @@ class Snapshots:
         self._directory, self._identity = directory, identity
         self._process = jax.process_index() if process is None else process
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "snapshot")
+        self._retry_at, self._told = 0.0, False
         self._writing: concurrent.futures.Future[None] | None = None
         self._slots = list(range(NUM_SLOTS))
 
@@ -91,15 +97,17 @@ class Snapshots:
     ) -> None:
         """Take a snapshot of `state`, which may be donated as soon as this returns; waits for the snapshot before.
 
+        If a snapshot cannot be written, for example because the memory is full, it and those of the next
+        `RETRY_SECONDS` are left out, with a warning. Older snapshots stay.
+
         Args:
           step: number of finished steps.
           state: pytree of jax.Arrays.
           data_state: position in the data; anything JSON can hold.
           nonfinite: the step's flag; a step that was not finite is not applied, and gives no snapshot.
-
-        Raises:
-          OSError: the memory is full; the snapshots before are unharmed.
         """
+        if time.monotonic() < self._retry_at:
+            return
         begin = time.perf_counter()
         leaves = manifests.leaves_of(state)
         pieces = _copied(_pieces(leaves))
@@ -120,13 +128,32 @@ class Snapshots:
             return
         jax.block_until_ready([piece.data for piece in pieces])
         begin = time.perf_counter()
-        slot = self._slots.pop(0)
-        self._slots.append(slot)
-        _write(_slot_path(self._directory, self._process, slot), header, pieces)
+        paths = [_slot_path(self._directory, self._process, slot) for slot in self._slots]
+        try:
+            _write(paths, header, pieces)
+        except OSError as error:
+            self._pause(error)
+        else:
+            self._slots.append(self._slots.pop(0))
+            if self._told:
+                print("jaxdist: Snapshots are taken again.", file=sys.stderr, flush=True)
+            self._told = False
         self.cost_seconds = seconds_before + time.perf_counter() - begin
 
+    def _pause(self, error: OSError) -> None:
+        self._retry_at = time.monotonic() + RETRY_SECONDS
+        if not self._told:
+            print(
+                f"jaxdist: A snapshot could not be written to {self._directory}: {error.strerror}. The run continues; "
+                f"snapshots are tried again every {RETRY_SECONDS:.0f} s. Until then a restart continues from an older "
+                "snapshot or the newest checkpoint.",
+                file=sys.stderr,
+                flush=True,
+            )
+        self._told = True
+
     def wait(self) -> None:
-        """Wait until no snapshot is being written; raises what the writing raised."""
+        """Wait until no snapshot is being written."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
             writing.result()
@@ -143,8 +170,7 @@ class Snapshots:
 
         Call it before training continues: all processes must come to the same answer.
         """
-        found = self._by_step()
-        return next((step for step in sorted(found, reverse=True) if _is_whole(found[step])), None)
+        return _newest_whole(_by_step(self._directory, self._identity))
 
     def restore(self, template: PyTree, step: int) -> tuple[PyTree, dict[str, Any]]:
         """Return the state and data_state of `step`, bit for bit, laid out as the template says.
@@ -156,7 +182,7 @@ class Snapshots:
         Raises:
           SnapshotError: the snapshot has other leaves, shapes or dtypes.
         """
-        files = self._by_step()[step]
+        files = _by_step(self._directory, self._identity)[step]
         header = files[0].header
         with_paths, treedef = jax.tree_util.tree_flatten_with_path(template)
         expected = [[manifests.path_name(path), str(leaf.dtype)] for path, leaf in with_paths]
@@ -169,19 +195,44 @@ class Snapshots:
         leaves = [_place(value, leaf) for value, (_, leaf) in zip(values, with_paths, strict=True)]
         return jax.tree.unflatten(treedef, leaves), header["data_state"]
 
-    def _by_step(self) -> dict[int, list["_File"]]:
-        """Return step -> what the processes wrote of it."""
-        found: dict[int, list[_File]] = {}
-        for path in sorted(self._directory.glob(_PATTERN)):
-            file = _open(path)
-            if file is not None and file.header["identity"] == self._identity:
-                found.setdefault(file.header["step"], []).append(file)
-        return found
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """A snapshot read without a template: the leaves of the state, whole, in tree order."""
+
+    step: int
+    leaves: list[manifests.Leaf]
+    data_state: JSON
 
 
-def held_bytes(directory: pathlib.Path) -> int:
-    """Return the bytes that the snapshots in `directory` take."""
-    return sum(path.stat().st_size for path in directory.glob(_PATTERN))
+def read_newest(directory: pathlib.Path, *, identity: str, after: int = 0) -> Snapshot | None:
+    """Return the newest whole snapshot beyond step `after`, on this process's first CPU device; None without one."""
+    found = _by_step(directory, identity)
+    step = _newest_whole({step: files for step, files in found.items() if step > after})
+    if step is None:
+        return None
+    header, (device, *_) = found[step][0].header, jax.devices("cpu")
+    with jax.enable_x64(True):  # else values of 64 bits would lose half of them
+        arrays = [jax.device_put(value, device) for value in _joined(found[step])]
+    leaves = [
+        manifests.Leaf(path, manifests.stored_name(position, path), dtype, array)
+        for position, ((path, dtype, *_), array) in enumerate(zip(header["leaves"], arrays, strict=True))
+    ]
+    return Snapshot(step, leaves, header["data_state"])
+
+
+def _by_step(directory: pathlib.Path, identity: str) -> dict[int, list["_File"]]:
+    """Return step -> what the processes wrote of it."""
+    found: dict[int, list[_File]] = {}
+    for path in sorted(directory.glob(_PATTERN)):
+        file = _open(path)
+        if file is not None and file.header["identity"] == identity:
+            found.setdefault(file.header["step"], []).append(file)
+    return found
+
+
+def _newest_whole(found: Mapping[int, list["_File"]]) -> int | None:
+    return next((step for step in sorted(found, reverse=True) if _is_whole(found[step])), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,8 +282,8 @@ def _copy(arrays: list[jax.Array]) -> list[jax.Array]:
     return [jnp.copy(array) for array in arrays]
 
 
-def _write(path: pathlib.Path, header: JSON, pieces: Sequence[_Piece]) -> None:
-    """Overwrite a slot in place: its header's length and checksum, the header, the data.
+def _write(slots: Sequence[pathlib.Path], header: JSON, pieces: Sequence[_Piece]) -> None:
+    """Overwrite the first slot in place: its header's length and checksum, the header, the data.
 
     Waits for the values before it touches the file. The length is written last, so that a slot that a dead process left
     half-written is recognized. The file is overwritten in place, because freeing and allocating memory costs more than
@@ -244,14 +295,30 @@ def _write(path: pathlib.Path, header: JSON, pieces: Sequence[_Piece]) -> None:
         for piece, value in zip(pieces, values)
     ]
     text = json.dumps(header | {"pieces": described}).encode()
-    with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "wb", buffering=0) as file:
+    _reserve(slots, _PREFIX + len(text) + sum(value.nbytes for value in values))
+    with open(os.open(slots[0], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "wb", buffering=0) as file:
         _write_all(file, b" " * _PREFIX)
         _write_all(file, text)
         for value in values:
             _write_all(file, value.data)
-        file.truncate()
         file.seek(0)
         _write_all(file, f"{len(text):16d}{zlib.crc32(text):16d}".encode())
+
+
+def _reserve(slots: Sequence[pathlib.Path], num_bytes: int) -> None:
+    """Take the memory of all slots before the first is written: a snapshot that does not fit harms no older one."""
+    sizes = {path: path.stat().st_size if path.exists() else 0 for path in slots}
+    if min(sizes.values()) >= num_bytes:
+        return
+    try:
+        for path in slots:
+            with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b", buffering=0) as file:
+                os.posix_fallocate(file.fileno(), 0, num_bytes + _SLACK)
+    except OSError:
+        for path, size in sizes.items():
+            if path.exists():
+                os.truncate(path, size)
+        raise
 
 
 def _write_all(file: io.RawIOBase, data: Any) -> None:
@@ -275,7 +342,7 @@ def _open(path: pathlib.Path) -> _File | None:
         return None
     header = json.loads(text)
     whole = _PREFIX + length + sum(piece["num_bytes"] for piece in header["pieces"])
-    return _File(header, content, _PREFIX + length) if whole == len(content) else None
+    return _File(header, content, _PREFIX + length) if whole <= len(content) else None
 
 
 def _is_whole(files: Sequence[_File]) -> bool:

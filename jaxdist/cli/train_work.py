@@ -11,6 +11,7 @@ from jaxdist import errors
 from jaxdist.cli import parser, selected_experiment
 from jaxdist.config.experiment import Experiment
 from jaxdist.errors import ExitStatus
+from jaxdist.launch import viewer
 from jaxdist.launch.joining import places, runtime, same_on_all
 from jaxdist.launch.signals import StopRequest
 from jaxdist.launch.supervising import fork_server
@@ -22,8 +23,11 @@ from jaxdist.rundir import record
 def train(options: argparse.Namespace, request: StopRequest) -> int:
     """Train in this process."""
     if options.strategy == parser.PARAMETER_SERVER:
-        return _train_by_server(options, request)
-    return _train_here(options, runtime.start(options.devices), request)
+        with viewer.Viewer():
+            return _train_by_server(options, request)
+    devices = runtime.start(options.devices)
+    with viewer.Viewer() as shown:
+        return _train_here(options, devices, request, shown)
 
 
 def supervise(options: argparse.Namespace, forks: fork_server.ForkServer) -> int:
@@ -33,13 +37,15 @@ def supervise(options: argparse.Namespace, forks: fork_server.ForkServer) -> int
         raise errors.UserError(f"--processes starts a job, and this process belongs to one: {place}. Leave it out.")
     experiment = selected_experiment.load(options)
     run_dir = options.run_dir or attempt.default_run_dir(experiment.name, resume=options.resume)
-    return attempt.supervise(
-        experiment,
-        [*options.arguments, "--run-dir", str(run_dir)],
-        run_dir=run_dir,
-        num_processes=options.processes,
-        forks=forks,
-    )
+    with viewer.Viewer() as shown:
+        shown.log = run_dir / "logs" / "supervisor.log"
+        return attempt.supervise(
+            experiment,
+            [*options.arguments, "--run-dir", str(run_dir)],
+            run_dir=run_dir,
+            num_processes=options.processes,
+            forks=forks,
+        )
 
 
 def exit_status(made: record.RunRecord) -> ExitStatus:
@@ -70,11 +76,14 @@ def _train_by_server(options: argparse.Namespace, request: StopRequest) -> int:
     return _report(made, run_dir, as_json=options.json)
 
 
-def _train_here(options: argparse.Namespace, devices: Sequence[jax.Device], request: StopRequest) -> int:
+def _train_here(
+    options: argparse.Namespace, devices: Sequence[jax.Device], request: StopRequest, shown: viewer.Viewer
+) -> int:
     with selected_experiment.record_alone_on_stdout(options):
         experiment, run_dir, resume = _agree(options)
         if experiment.strategy == parser.PARAMETER_SERVER:  # as the experiment says, not the command line
             return _train_by_server(options, request)
+        shown.log = run_dir / "logs" / "process-0.log"
         is_over = recovery.deadline(experiment.recovery)
         made = attempt.train(
             experiment,

@@ -97,7 +97,8 @@ def run_assembly_process(
 
     `current_file` always holds (epoch, id) of the example in work, for the trainer to name if this process dies.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the trainer's to handle
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # sent to a whole group, they are for the trainer to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["JAX_PLATFORMS"] = "cpu"  # should a transform use JAX: the accelerators belong to the trainer
     try:

@@ -1,63 +1,73 @@
-"""Stopping politely: the first signal asks the loop to save and end, the second ends the process at once."""
+"""Stopping politely: the first signal asks the loop to save and end, a second one ends the process at once."""
 
 import contextlib
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+from jaxdist.launch import parent
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+SAME_REQUEST_SECONDS = 1.0
+"""Signals that come within this time are one request: a service manager signals a supervisor and its processes, and the
+supervisor passes its own signal on."""
 
 
 class StopRequest:
-    """Whether a stop was asked for."""
+    """Whether a stop was requested.
 
-    def __init__(self) -> None:
+    Args:
+      supervised: a second signal changes nothing: the supervisor ends this process if the user does not want to wait.
+    """
+
+    def __init__(self, *, supervised: bool = False) -> None:
         self.signal: signal.Signals | None = None
+        self._supervised, self._at = supervised, 0.0
         self._noted = threading.Event()
-        self._handled = False
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Be the handler, in the main thread: whoever was interrupted goes on knowing of the request, or not at all."""
-        del frame
-        if self._handled:
-            os._exit(128 + number)
-        self._handled = True
+        """Be the handler, in the main thread: what it interrupts continues once the request is noted."""
+        del number, frame
         self._noted.wait()
 
     def __bool__(self) -> bool:
         return self.signal is not None
 
     def note(self, number: int) -> None:
-        """Take in a signal: say the first, leave at once at the second."""
+        """Take in a signal: announce the first, leave at once at a later one."""
         if self:
-            os._exit(128 + number)
-        self.signal = signal.Signals(number)
-        # os.write, since another thread may be in the middle of a print.
+            if not self._supervised and time.monotonic() - self._at >= SAME_REQUEST_SECONDS:
+                os._exit(128 + number)
+            return
+        self.signal, self._at = signal.Signals(number), time.monotonic()
+        # os.write, since another thread may be in the middle of a print; the terminal may be gone.
         message = f"\n{self.signal.name}: saving and stopping after this step; once more to leave at once.\n"
-        os.write(sys.stderr.fileno(), message.encode())
+        with contextlib.suppress(OSError, ValueError):
+            os.write(sys.stderr.fileno(), message.encode())
         self._noted.set()
 
 
 @contextmanager
-def stop_on_signal() -> Iterator[StopRequest]:
-    """Turn SIGINT, SIGTERM and SIGUSR1 into a request while the context lasts.
+def stop_on_signal(environment: Mapping[str, str] = os.environ) -> Iterator[StopRequest]:
+    """Turn the signals of STOP_SIGNALS into a request while the context lasts; a SIGHUP that is ignored stays so.
 
-    The first signal is noted and said on standard error. The second leaves at once with 128 + its number, as the shell
-    would report it: whoever sends two does not want to wait for a checkpoint. At once means at once: Python runs a
-    handler only when the main thread comes back from native code, which in a collective may be never; so a thread
-    reads the signals, which the interpreter writes to a pipe the moment they come.
+    The first signal is noted and announced on standard error. A second one leaves at once with 128 + its number, as a
+    shell would report it, because a user who sends two does not want to wait for a checkpoint. Python runs a handler
+    only when the main thread returns from native code, which in a collective may be never; so a thread reads the
+    signals, which the interpreter writes to a pipe the moment they come.
     """
-    request = StopRequest()
+    request = StopRequest(supervised=parent.PARENT_ID in environment)
     told, tell = os.pipe()
     os.set_blocking(tell, False)
     reader = threading.Thread(target=_read_signals, args=(told, request), name="jaxdist-signals", daemon=True)
     reader.start()
     pipe_before = signal.set_wakeup_fd(tell)
-    before = {number: signal.signal(number, request.handle) for number in STOP_SIGNALS}
+    before = {number: signal.signal(number, request.handle) for number in heeded()}
     try:
         yield request
     finally:
@@ -69,8 +79,13 @@ def stop_on_signal() -> Iterator[StopRequest]:
         os.close(told)
 
 
+def heeded() -> list[signal.Signals]:
+    """Return the stop signals, without a SIGHUP that is ignored: `nohup` keeps a run alive when its terminal closes."""
+    return [each for each in STOP_SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
+
+
 def _read_signals(told: int, request: StopRequest) -> None:
-    while number := os.read(told, 1):
-        with contextlib.suppress(ValueError):
-            if signal.Signals(number[0]) in STOP_SIGNALS:  # others, of handlers that are not ours, come here, too
-                request.note(number[0])
+    while numbers := os.read(told, 256):
+        # Other handlers' signals come here, too. Those that came before the first was read are one request with it.
+        for number in [number for number in numbers if number in STOP_SIGNALS][:1]:
+            request.note(number)

@@ -26,7 +26,7 @@ from jaxdist.errors import ConfigError
 from jaxdist.guards import guard
 from jaxdist.launch.joining import agreement, runtime
 from jaxdist.launch.supervising import fork_server, hosts, local_job, supervisor, watchdog
-from jaxdist.run import components, hooks, loop, recovery
+from jaxdist.run import components, hooks, loop, recovery, rescue
 from jaxdist.run import progress_display as progress
 from jaxdist.run.stopwatch import StepTimes, Stopwatch
 from jaxdist.rundir import lock, record, writers
@@ -104,6 +104,14 @@ def prepare_run_dir(identity: components.Identity, run_dir: pathlib.Path, *, res
     return earlier
 
 
+def record_identity(run_dir: pathlib.Path) -> Any:
+    """Return the identity that the run record says, None without a record that can be read."""
+    try:
+        return record.RunRecord.read(run_dir).extra.get("identity")
+    except (OSError, ValueError):
+        return None
+
+
 def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.Device]) -> record.RunRecord:
     """Train `experiment` on `devices` until its stop rule ends it; return the run record, which is written too.
 
@@ -137,7 +145,7 @@ def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.
                 checkpointer = stack.enter_context(
                     contextlib.closing(make_checkpointer(experiment, options.run_dir, parts.identity))
                 )
-                snapshots = recovery.open_snapshots(experiment.recovery, str(parts.identity), parts.abstract_state)
+                snapshots = recovery.open_snapshots(experiment.recovery, str(parts.identity))
             if snapshots:
                 stack.enter_context(contextlib.closing(snapshots))
             start = _start(parts, checkpointer, snapshots, stopwatch, resume=options.resume)
@@ -163,14 +171,27 @@ def supervise(
         child = forks.start(command, environment, output) if forks else None
         return child or local_job.start(command, environment, output)
 
+    def at_kill(memory: pathlib.Path) -> None:
+        if forks:
+            forks.run_at_end("jaxdist.run.killed_supervisor", saved.to_text(), str(memory))
+
+    jax.config.update("jax_platforms", "cpu")  # the accelerators belong to the processes
     identity = components.identity(experiment)
+    saved = rescue.Rescue(
+        run_dir=str(run_dir.absolute()),
+        checkpoints=str((run_dir / CHECKPOINTS_NAME).absolute()),
+        identity=str(identity),
+        keep=checkpoint_settings(experiment),
+    )
     with contextlib.closing(make_checkpointer(experiment, run_dir, identity)) as checkpointer:
         job = supervisor.Job(
             command=[sys.executable, "-m", "jaxdist.cli", *arguments],
             run_dir=run_dir,
             saved_step=lambda memory: recovery.saved_step(memory, checkpointer, str(identity)),
             start=start,
-            remove_at_end=forks.remove_at_end if forks else lambda directory: None,
+            save=saved.save,
+            save_left=record_identity(run_dir) == dataclasses.asdict(identity),
+            at_kill=at_kill,
         )
         return supervisor.run(job, num_processes=num_processes, policy=recovery.policy(experiment.recovery))
 
@@ -224,15 +245,15 @@ def make_checkpointer(
     experiment: Experiment, run_dir: pathlib.Path, identity: components.Identity
 ) -> checkpoints.Checkpointer:
     """Return the checkpoints of a run directory."""
-    settings = experiment.checkpoints
     return checkpoints.Checkpointer(
-        run_dir / CHECKPOINTS_NAME,
-        identity=str(identity),
-        keep_last=settings.keep_last,
-        keep_every=settings.keep_every,
-        best_metric=settings.best_metric,
-        best_mode=settings.best_mode,
+        run_dir / CHECKPOINTS_NAME, identity=str(identity), **checkpoint_settings(experiment)
     )
+
+
+def checkpoint_settings(experiment: Experiment) -> dict[str, Any]:
+    """Return the settings of the Checkpointer that say which checkpoints stay."""
+    settings = experiment.checkpoints
+    return {name: getattr(settings, name) for name in ("keep_last", "keep_every", "best_metric", "best_mode")}
 
 
 class RecompileWarning(UserWarning):

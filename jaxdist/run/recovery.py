@@ -7,8 +7,6 @@ import contextlib
 import math
 import os
 import pathlib
-import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -18,14 +16,12 @@ import jax
 from jaxdist.checkpoint import checkpoints
 from jaxdist.checkpoint import snapshots as snapshot
 from jaxdist.config.experiment import Recovery
-from jaxdist.launch.joining import same_on_all
 from jaxdist.launch.supervising import supervisor, watchdog
 from jaxdist.run.hooks import every
 from jaxdist.run.loop import Hook, StepInfo
 from jaxdist.rundir import ledger
 from jaxdist.spmd.step import NONFINITE_LEAF
 
-BOARD_NAME = "board"
 SNAPSHOT_SHARE = 0.01
 """Of the time, that snapshots may take where the run decides how often. What they cost besides, caches and the devices'
 order, is about as much again: two percent in all."""
@@ -66,24 +62,10 @@ def deadline(settings: Recovery, environment: Mapping[str, str] = os.environ) ->
     return lambda: time.time() >= end
 
 
-def open_snapshots(settings: Recovery, identity: str, template: Any) -> snapshot.Snapshots | None:
-    """Return where snapshots go, None if the run takes none; says so where memory is too small for them.
-
-    Every process must call it: process 0 decides, since all take the same snapshots or none does.
-    """
+def open_snapshots(settings: Recovery, identity: str) -> snapshot.Snapshots | None:
+    """Return the snapshots of this process, None if the run takes none."""
     directory = memory()
     if directory is None or settings.snapshot_every == 0:
-        return None
-    needed = snapshot.NUM_SLOTS * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(template))
-    # Those of the attempt before are overwritten.
-    free = shutil.disk_usage(directory).free + snapshot.held_bytes(directory)
-    if same_on_all.from_first("memory for snapshots", str(needed <= free)) != str(True):
-        if jax.process_index() == 0:
-            print(
-                f"jaxdist: snapshots are off: they need {needed / 2**20:.0f} MiB in {directory.parent}, "
-                f"{free / 2**20:.0f} are free. A restart goes on from the newest checkpoint.",
-                file=sys.stderr,
-            )
         return None
     return snapshot.Snapshots(directory, identity=identity)
 
@@ -190,7 +172,7 @@ def watched(
     on_hang: Callable[[watchdog.Verdict], object],
 ) -> watchdog.Watchdog:
     """Return the watchdog of this process, to be used as a context around training."""
-    directory = memory() or run_dir / BOARD_NAME
+    directory = memory() or run_dir / supervisor.BOARD_NAME
     process = jax.process_index()
     return watchdog.Watchdog(
         directory,

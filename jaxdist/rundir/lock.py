@@ -4,17 +4,22 @@ The kernel holds the lock (flock) for as long as the process that took it lives,
 never left behind. What the file says about its owner is for the message alone.
 """
 
+import contextlib
 import fcntl
 import json
 import os
 import pathlib
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from jaxdist.errors import UserError
 
 FILE_NAME = "lock"
+SAVING = "saving the newest state of a job that was killed"
+"""The purpose that is waited for, since it takes seconds only."""
+_SAVING_SECONDS, _LOOK_SECONDS = 60.0, 0.05
 
 
 class LockedError(UserError):
@@ -46,8 +51,9 @@ def locked(directory: pathlib.Path, *, purpose: str) -> Iterator[None]:
     try:
         _take(descriptor, directory)
         owner = {"process": os.getpid(), "host": socket.gethostname(), "purpose": purpose}
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(owner).encode(), 0)
+        with contextlib.suppress(OSError):  # on a full disk the lock holds all the same
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(owner).encode(), 0)
         yield
     finally:
         os.close(descriptor)
@@ -69,14 +75,20 @@ def is_locked(directory: pathlib.Path) -> bool:
 
 
 def _take(descriptor: int, directory: pathlib.Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        said = os.pread(descriptor, 4096, 0).decode(errors="replace")
-        raise LockedError(
-            f"One job at a time may work in {directory}; {_describe(said)} does. "
-            "Wait for it, end it, or choose another directory."
-        ) from error
+    deadline = time.monotonic() + _SAVING_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError as error:
+            said = os.pread(descriptor, 4096, 0).decode(errors="replace")
+            if SAVING in said and time.monotonic() < deadline:
+                time.sleep(_LOOK_SECONDS)
+                continue
+            raise LockedError(
+                f"One job at a time may work in {directory}; {_describe(said)} does. "
+                "Wait for it, end it, or choose another directory."
+            ) from error
 
 
 def _describe(said: str) -> str:

@@ -1,7 +1,7 @@
 import contextlib
 import functools
 import itertools
-import shutil
+import os
 import types
 
 import jax
@@ -14,8 +14,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxdist import testing
 from jaxdist.checkpoint import snapshots as snapshot
-from jaxdist.config import experiment as config
-from jaxdist.launch.supervising import supervisor
 from jaxdist.run import recovery
 from jaxdist.spmd.mesh import make_mesh
 
@@ -87,11 +85,12 @@ def test_a_slot_that_is_not_whole_is_passed_over(tmp_path, damage):
     mesh = make_mesh({"data": -1})
     save_steps(tmp_path, mesh, range(1, 5))
     newest = max(tmp_path.iterdir(), key=lambda path: snapshot._open(path).header["step"])
-    content = bytearray(newest.read_bytes())
+    content, file = bytearray(newest.read_bytes()), snapshot._open(newest)
+    end = file.offset + sum(piece["num_bytes"] for piece in file.header["pieces"])  # what is behind it is reserved
     if damage == "cut":
-        content = content[:-1]
+        content = content[: end - 1]
     elif damage == "flip_data":
-        content[-3] ^= 4
+        content[end - 3] ^= 4
     elif damage == "flip_header":
         content[60] ^= 1
     elif damage == "empty":
@@ -131,10 +130,10 @@ def test_pieces_of_one_process_alone_are_no_snapshot(tmp_path):
     }
     first = [piece for piece in pieces if piece.index != [[4, 8], [0, 2]]]
     assert len(first) == len(pieces) - 1
-    snapshot._write(snapshot._slot_path(tmp_path, 0, 0), header, first)
+    snapshot._write([snapshot._slot_path(tmp_path, 0, 0)], header, first)
     snapshots = snapshot.Snapshots(tmp_path, identity="a", process=1)
     assert snapshots.latest_step() is None
-    snapshot._write(snapshot._slot_path(tmp_path, 1, 0), header, pieces[-1:] if pieces[-1] not in first else pieces)
+    snapshot._write([snapshot._slot_path(tmp_path, 1, 0)], header, pieces[-1:] if pieces[-1] not in first else pieces)
     assert snapshots.latest_step() == 3
     testing.assert_trees_equal(snapshots.restore(abstract(state), 3)[0], state)
 
@@ -153,7 +152,7 @@ def test_snapshots_of_another_run_are_not_used_and_other_leaves_are_refused(tmp_
         snapshot.Snapshots(tmp_path, identity="a").restore(template, 1)
 
 
-def test_full_memory_is_an_error_and_the_earlier_snapshots_stay(tmp_path, monkeypatch):
+def test_full_memory_is_said_once_and_tried_again_and_the_earlier_snapshots_stay(tmp_path, monkeypatch, capsys):
     mesh = make_mesh({"data": -1})
     save_steps(tmp_path, mesh, range(1, 4))
     snapshots = snapshot.Snapshots(tmp_path, identity="a")
@@ -162,23 +161,62 @@ def test_full_memory_is_an_error_and_the_earlier_snapshots_stay(tmp_path, monkey
     def full(file, data):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(snapshot, "_write_all", full)
-    snapshots.save(4, make_state(mesh, 4), {})
-    with pytest.raises(OSError, match="No space left"):
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshot, "_write_all", full)
+        snapshots.save(4, make_state(mesh, 4), {})
         snapshots.wait()
-    assert snapshots.latest_step() == 3
+        assert snapshots.latest_step() == 3
+        assert "A snapshot could not be written" in capsys.readouterr().err
+        snapshots.save(5, make_state(mesh, 5), {})  # not yet
+        snapshots._retry_at = 0.0
+        snapshots.save(6, make_state(mesh, 6), {})
+        snapshots.wait()
+        assert not capsys.readouterr().err, "it is said once"
+    assert snapshots.latest_step() == 3, "one slot was tried, whichever failed"
+    snapshots._retry_at = 0.0
+    snapshots.save(7, make_state(mesh, 7), {})
+    snapshots.close()
+    assert snapshots.latest_step() == 7
+    assert "Snapshots are taken again." in capsys.readouterr().err
 
 
-def test_where_memory_is_too_small_none_are_taken_and_what_is_overwritten_counts_as_free(tmp_path, monkeypatch, capsys):
-    template = abstract(make_state(make_mesh({"data": -1}), 1))
-    small = shutil.disk_usage(tmp_path)._replace(free=100)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: small)
-    monkeypatch.setenv(supervisor.MEMORY, str(tmp_path))
-    assert recovery.open_snapshots(config.Recovery(), "a", template) is None
-    assert "snapshots are off" in capsys.readouterr().err
-    (tmp_path / "process-0.slot-1.snapshot").write_bytes(bytes(1000))
-    with contextlib.closing(recovery.open_snapshots(config.Recovery(), "a", template)):
-        assert not capsys.readouterr().err
+def test_a_snapshot_that_does_not_fit_takes_no_memory_and_harms_no_older_one(tmp_path, monkeypatch, capsys):
+    mesh = make_mesh({"data": -1})
+    save_steps(tmp_path, mesh, [1])
+    reserve, taken = os.posix_fallocate, []
+
+    def nearly_full(descriptor, offset, length):
+        if taken:
+            raise OSError(28, "No space left on device")
+        taken.append(reserve(descriptor, offset, length))
+
+    monkeypatch.setattr(os, "posix_fallocate", nearly_full)
+    larger = {"a": jnp.zeros(1 << 20)}
+    with contextlib.closing(snapshot.Snapshots(tmp_path, identity="a")) as snapshots:
+        snapshots.begin(1)
+        sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+        snapshots.save(2, larger, {})
+        snapshots.wait()
+        assert snapshots.latest_step() == 1
+    assert {path.name: path.stat().st_size for path in tmp_path.iterdir() if path.stat().st_size} == sizes
+    assert "No space left" in capsys.readouterr().err
+
+
+def test_the_newest_snapshot_is_read_without_a_template(tmp_path):
+    mesh = make_mesh({"data": -1})
+    save_steps(tmp_path, mesh, range(1, 4))
+    state = make_state(mesh, 3)
+    found = snapshot.read_newest(tmp_path, identity="a")
+    assert found.step == 3
+    expected = snapshot.manifests.leaves_of(state)
+    assert [(leaf.path, leaf.file, leaf.dtype) for leaf in found.leaves] == [
+        (leaf.path, leaf.file, leaf.dtype) for leaf in expected
+    ]
+    for leaf, wanted in zip(found.leaves, expected):
+        assert np.asarray(leaf.data).tobytes() == np.asarray(wanted.data).tobytes()
+        assert leaf.data.dtype == wanted.data.dtype
+    assert snapshot.read_newest(tmp_path, identity="b") is None
+    assert snapshot.read_newest(tmp_path, identity="a", after=3) is None
 
 
 @given(

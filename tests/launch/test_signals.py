@@ -3,17 +3,21 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
-from jaxdist.launch import signals
+from jaxdist.launch import parent, signals
 
 SECOND = """
-import os, signal
-from jaxdist import signals
+import os, signal, time
+from jaxdist.launch import signals
+signals.SAME_REQUEST_SECONDS = 3.0  # on a busy machine, too
 with signals.stop_on_signal() as request:
-    os.kill(os.getpid(), {first})
+    for _ in range(3):  # of one request
+        os.kill(os.getpid(), {first})
     print("noted", request.signal.name, flush=True)
+    time.sleep(signals.SAME_REQUEST_SECONDS)
     os.kill(os.getpid(), {second})
     print("still here", flush=True)
 """
@@ -39,17 +43,43 @@ def test_the_handlers_before_are_put_back():
 
 @pytest.mark.parametrize(("first", "second"), [("SIGTERM", "SIGTERM"), ("SIGINT", "SIGTERM"), ("SIGUSR1", "SIGINT")])
 def test_the_second_signal_leaves_at_once(first, second):
-    numbers = {"first": int(signal.Signals[first]), "second": int(signal.Signals[second])}
-    done = subprocess.run(
-        [sys.executable, "-c", SECOND.format(**numbers)], capture_output=True, text=True, timeout=60, check=False
-    )
+    done = send(first, second, os.environ)
     assert done.stdout == f"noted {first}\n"
-    assert done.returncode == 128 + numbers["second"]
+    assert done.returncode == 128 + signal.Signals[second]
+
+
+def send(first, second, environment):
+    numbers = {"first": int(signal.Signals[first]), "second": int(signal.Signals[second])}
+    command = [sys.executable, "-c", SECOND.format(**numbers)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_supervised_process_leaves_it_to_its_supervisor_when_to_leave_at_once():
+    done = send("SIGTERM", "SIGTERM", os.environ | {parent.PARENT_ID: "1"})
+    assert done.stdout == "noted SIGTERM\nstill here\n"
+    assert done.returncode == 0
+
+
+def test_a_hangup_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals.stop_on_signal() as request:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not request
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_request_is_noted_when_nobody_can_read_of_it():
+    """The thread that reads signals must outlast a terminal that is closed, or the main thread waits for it forever."""
+    code = "import os; from jaxdist.launch import signals\nwith signals.stop_on_signal() as request:\n"
+    code += " os.close(2); os.kill(os.getpid(), 1)\n assert request"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
 
 
 STUCK = """
 import ctypes
-from jaxdist import signals
+from jaxdist.launch import signals
 library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
 with signals.stop_on_signal():
     library.pthread_mutex_lock(mutex)
@@ -64,5 +94,6 @@ def test_both_signals_are_heard_in_native_code_that_never_returns():
         stuck.terminate()
         assert stuck.stderr.readline() == b"\n"
         assert stuck.stderr.readline().startswith(b"SIGTERM: saving")
+        time.sleep(signals.SAME_REQUEST_SECONDS)
         stuck.terminate()
         assert stuck.wait(timeout=60) == 128 + signal.SIGTERM

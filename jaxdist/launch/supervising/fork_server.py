@@ -6,7 +6,7 @@ backend of JAX runs. The fork server therefore starts no thread, counts its thre
 declines if an import (for example of the user's experiment) has started any. The supervisor then starts processes
 afresh.
 
-The fork server outlives the supervisor by a moment: it removes what a supervisor that was killed could not.
+The fork server outlives the supervisor: it then runs the module that saves what a supervisor that was killed could not.
 """
 
 import contextlib
@@ -16,19 +16,26 @@ import os
 import pathlib
 import runpy
 import select
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
+from jaxdist.launch.supervising import stopped
+
 _PR_SET_CHILD_SUBREAPER = 36
 _MAX_MESSAGE = 1 << 20
 _READY, _UNSAFE = b"ready", b"unsafe"
+_ANSWER_SECONDS = 120.0
+"""How long the imports of the fork server may take; after that the processes make their own."""
+_LOOK_SECONDS = 0.5
+_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""Sent to a whole group, these must not end the fork server, which is needed when the supervisor is killed."""
 
 
 class Child:
@@ -132,12 +139,19 @@ class ForkServer:
         self._usable = bool(reply)
         return Child(int(reply)) if reply else None
 
-    def remove_at_end(self, directory: pathlib.Path) -> None:
-        """Have `directory` removed when this process has ended, however it ended."""
+    def run_at_end(self, module: str, *arguments: str) -> None:
+        """Have a module run as `python -m` does when this process has ended without `close`: when it was killed."""
+        request = {"module": module, "arguments": arguments, "environment": {}}
         with contextlib.suppress(OSError):
-            self._channel.send(json.dumps({"remove": str(directory)}).encode())
+            self._channel.send(json.dumps({"at_end": request}).encode())
 
     def _receive(self) -> bytes:
+        """Return the next message; nothing if the fork server was killed, is stopped, or does not answer in time."""
+        deadline = time.monotonic() + _ANSWER_SECONDS
+        while not select.select([self._channel], [], [], _LOOK_SECONDS)[0]:
+            if stopped.is_stopped(self._process.pid) or time.monotonic() >= deadline:
+                self._process.kill()
+                return b""
         try:
             return self._channel.recv(_MAX_MESSAGE)
         except OSError:  # it was killed
@@ -151,11 +165,12 @@ def _prctl(option: int, value: int) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Run the fork server until its supervisor has ended; in a forked process, run the module it was forked for."""
     channel = socket.socket(fileno=int(arguments[0]))
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in _IGNORED}
     _preload(arguments[2:], arguments[1])
     usable = _may_fork()
     with contextlib.suppress(BrokenPipeError):
         channel.send(_READY if usable else _UNSAFE)
-    request = _serve(channel)
+    request = _serve(channel, before)
     channel.close()
     if request is not None:
         _run(request)
@@ -184,22 +199,22 @@ def _may_fork() -> bool:
     return len(os.listdir("/proc/self/task")) == 1
 
 
-def _serve(channel: socket.socket) -> dict[str, Any] | None:
-    """Fork on each request and send the child's number; return the request in a child, None at the end."""
-    doomed: list[str] = []
+def _serve(channel: socket.socket, handlers: Mapping[signal.Signals, Any]) -> dict[str, Any] | None:
+    """Fork on each request and send the child's number; return the request in a child, that of the end at the end."""
+    at_end: dict[str, Any] | None = None
     while True:
         message, streams, _, _ = socket.recv_fds(channel, _MAX_MESSAGE, 2)
         if not message:
-            for directory in doomed:
-                shutil.rmtree(directory, ignore_errors=True)
-            return None
+            return at_end
         request: dict[str, Any] = json.loads(message)
-        if "remove" in request:
-            doomed.append(request["remove"])
+        if "at_end" in request:
+            at_end = request["at_end"]
             continue
         process_id = _fork_orphan()
         if not process_id:
             os.setsid()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
             for stream, number in zip(streams, (1, 2), strict=True):
                 os.dup2(stream, number)
         for stream in streams:

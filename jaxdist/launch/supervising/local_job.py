@@ -22,7 +22,9 @@ from typing import IO, Any, Protocol, TypeAlias
 
 from jaxdist.errors import ExitStatus
 from jaxdist.launch import parent
+from jaxdist.launch import signals as stop_signals
 from jaxdist.launch.joining import runtime
+from jaxdist.launch.supervising import stopped
 
 LOOPBACK = "127.0.0.1"
 GRACE_SECONDS = 5.0
@@ -73,22 +75,24 @@ Start: TypeAlias = Callable[[Sequence[str], Mapping[str, str], IO[bytes] | None]
 
 
 class Signals:
-    """Passes SIGINT, SIGTERM and SIGUSR1 on to the processes of a job, each as often as it comes, while it is entered.
+    """While entered, passes a stop signal on to the processes of a job; a second one kills them.
+
+    Signals that come within `SAME_REQUEST_SECONDS` of the first are one request.
 
     Attributes:
-      received: the signals that came.
+      received: the first signal of each request.
       processes: the processes that get them.
     """
 
     def __init__(self) -> None:
         self.received: list[int] = []
         self.processes: Sequence[Process] = ()
+        self._first_at = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
         if threading.current_thread() is threading.main_thread():
-            numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-            self._before = {number: signal.signal(number, self._forward) for number in numbers}
+            self._before = {number: signal.signal(number, self._forward) for number in stop_signals.heeded()}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -97,9 +101,13 @@ class Signals:
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
         del frame
+        now = time.monotonic()
+        if self.received and now - self._first_at < stop_signals.SAME_REQUEST_SECONDS:
+            return
+        self._first_at = self._first_at or now
         self.received.append(number)
         for process in self.processes:
-            process.send_signal(number)
+            process.send_signal(number if len(self.received) == 1 else signal.SIGKILL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +161,6 @@ def run_job(
       The exit status: 0 if all processes ended with 0, else that of the first that failed (128 + signal when killed).
       If one ended with ExitStatus.RETRY and none failed, the status is ExitStatus.RETRY.
     """
-    log_dir.mkdir(parents=True, exist_ok=True)
     shared = {**os.environ, **(environment or {}), runtime.NUM_PROCESSES: str(num_processes)}
     shared[parent.PARENT_ID] = str(os.getpid())
     processes: list[Process] = []
@@ -165,7 +172,7 @@ def run_job(
         for number in range(num_processes):
             output = None
             if number or not show_first:
-                output = stack.enter_context(open(log_path(log_dir, number), "wb"))
+                output = stack.enter_context(_open_log(log_path(log_dir, number)))
             processes.append(start(command, {**shared, runtime.PROCESS_ID: str(number)}, output))
         if passed_on.received:  # the processes that started after the signal did not get it
             return JobResult(ExitStatus.RETRY, asked_to_stop=True)
@@ -181,6 +188,14 @@ def run_job(
     shown = show_first and processes[0].returncode == status == ExitStatus.USER
     message = "" if shown else _tail(log_path(log_dir, failed))
     return JobResult(128 - status if status < 0 else status, failed, message, asked)
+
+
+def _open_log(path: pathlib.Path) -> IO[bytes]:
+    """Open a log; on a full disk, or in a directory that has vanished, the output is dropped and the job runs."""
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "wb")
+    return open(os.devnull, "wb")
 
 
 def log_path(log_dir: pathlib.Path, process: int) -> pathlib.Path:
@@ -247,7 +262,7 @@ def _wait(processes: Sequence[Process], timeout_seconds: float | None) -> int | 
                 orderly = min(orderly, now + ORDERLY_SECONDS)
             running = [process for number, process in enumerate(processes) if number not in ended]
             # A process that is stopped will not end by itself, however long the others wait for it.
-            pointless = orderly < math.inf and all(is_stopped(process.pid) for process in running)
+            pointless = orderly < math.inf and all(stopped.is_stopped(process.pid) for process in running)
             if failed is not None or not running or pointless or now >= orderly:
                 return failed
             if now >= deadline:
@@ -262,7 +277,7 @@ def _end(processes: Sequence[Process], grace_seconds: float) -> None:
     """Ask the processes that still run to end, kill them after `grace_seconds`, and kill what they left behind."""
     running = [process for process in processes if process.poll() is None]
     for process in running:
-        if is_stopped(process.pid):
+        if stopped.is_stopped(process.pid):
             process.kill()
         else:
             process.terminate()
@@ -285,16 +300,6 @@ def _end_group(process_id: int) -> None:
     with suppress(ChildProcessError):
         while os.waitid(os.P_PGID, process_id, os.WEXITED) is not None:
             pass
-
-
-def is_stopped(process_id: int) -> bool:
-    """Return whether a process was stopped by a signal: it takes no other then but SIGKILL."""
-    try:
-        status = pathlib.Path(f"/proc/{process_id}/stat").read_text()
-    except OSError:
-        return False
-    # The name in parentheses may hold anything; the state is the first field after it.
-    return status.rpartition(")")[2].split()[0] == "T"
 
 
 def _tail(path: pathlib.Path) -> str:

@@ -23,6 +23,7 @@ from typing import Any
 
 from jaxdist.errors import ExitStatus
 from jaxdist.launch.supervising import board, local_job
+from jaxdist.launch.supervising import stopped as stopped_processes
 from jaxdist.rundir import lock, record
 
 MEMORY = "JAXDIST_MEMORY"
@@ -34,8 +35,13 @@ DEADLINE = "JAXDIST_DEADLINE"
 """Environment variable: when the job must stop, in seconds since 1970."""
 
 EVENTS_NAME = "restarts.jsonl"
-_MEMORY_ROOT = pathlib.Path("/dev/shm")
+BOARD_NAME = "board"
+"""The folder of the board in a run directory whose job has no directory in memory."""
+MEMORY_ROOT = pathlib.Path("/dev/shm")
 _PREFIX = "jaxdist-"
+_OWNER_NAME = "run_dir"
+_KEEP_SECONDS = 24 * 3600.0
+_GOOD_ENDS = ("target_reached", "max_steps", "max_epochs", "max_seconds", "patience")
 _LOOK_SECONDS = 0.1
 _STOPPED_LOOK_SECONDS = 0.5
 
@@ -105,8 +111,9 @@ def decide(attempts: Sequence[Attempt], policy: Policy, *, start_step: int = 0) 
     request. Everything else, a crash, a kill, a hang, is followed by another attempt as long as attempts make progress.
     """
     last = attempts[-1]
-    own_end = last.end_reason not in (None, "hang", "error", "preempted")
-    if last.exit_status in (0, ExitStatus.USER) or last.asked_to_stop or own_end:
+    if last.end_reason in _GOOD_ENDS:  # whatever killed a process after that
+        return End(ExitStatus.OK)
+    if last.exit_status in (ExitStatus.OK, ExitStatus.USER) or last.asked_to_stop or last.end_reason == "nonfinite":
         return End(last.exit_status)
     fruitless = num_fruitless(attempts, start_step=start_step)
     if fruitless >= policy.max_fruitless:
@@ -176,26 +183,45 @@ def supervise(
 
 
 @contextlib.contextmanager
-def memory_directory(root: pathlib.Path = _MEMORY_ROOT) -> Iterator[pathlib.Path]:
-    """Yield a directory in memory for this supervisor; remove it at the end, and those of supervisors that died."""
+def memory_directory(run_dir: pathlib.Path, *, root: pathlib.Path = MEMORY_ROOT) -> Iterator[pathlib.Path]:
+    """Yield a directory in memory for the job in `run_dir`; the caller removes it.
+
+    It gets its name when its lock is held, so another job never takes it for one that was left behind.
+    """
+    draft = pathlib.Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=root))
+    with lock.locked(draft, purpose="snapshots"):
+        # A short link takes no memory of its own, even where there is none left for a file.
+        with contextlib.suppress(OSError):
+            (draft / _OWNER_NAME).symlink_to(run_dir.absolute())
+        yield draft.rename(root / draft.name.removeprefix("."))
+
+
+def left_behind(run_dir: pathlib.Path, *, root: pathlib.Path = MEMORY_ROOT) -> Iterator[pathlib.Path]:
+    """Yield each directory in memory that a killed job of `run_dir` left behind, locked; remove those of no use.
+
+    Those of other run directories stay for a day, so that their runs can be resumed from them.
+    """
     for path in root.glob(f"{_PREFIX}*"):
-        # A supervisor that was killed could not clean up; its lock is free.
-        ours = path.is_dir() and path.stat().st_uid == os.getuid() and (path / lock.FILE_NAME).exists()
-        if ours and not lock.is_locked(path):
-            shutil.rmtree(path, ignore_errors=True)
-    directory = pathlib.Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root))
-    try:
-        with lock.locked(directory, purpose="snapshots"):
-            yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        with contextlib.suppress(OSError, lock.LockedError):
+            if path.stat().st_uid != os.getuid() or not (path / lock.FILE_NAME).exists():
+                continue
+            with lock.locked(path, purpose="snapshots"):
+                owner = path / _OWNER_NAME
+                if owner.is_symlink() and owner.readlink() == run_dir.absolute():
+                    yield path
+                elif not owner.exists() or time.time() - path.stat().st_mtime > _KEEP_SECONDS:
+                    shutil.rmtree(path, ignore_errors=True)
 
 
 class Events:
-    """Records in restarts.jsonl in the run directory when attempts began and ended, one object a line."""
+    """Records in restarts.jsonl in the run directory when attempts began and ended, one object a line.
+
+    A line that cannot be written is left out, with one warning: the job does not depend on it.
+    """
 
     def __init__(self, run_dir: pathlib.Path):
         self._path = run_dir / EVENTS_NAME
+        self._told = False
         self.failed_at: float | None = None
 
     def note(self, event: str, **details: object) -> None:
@@ -203,8 +229,13 @@ class Events:
         now = time.time()
         if event == "end":
             self.failed_at = now
-        with open(self._path, "a") as file:
-            file.write(json.dumps({"event": event, "time": now} | details) + "\n")
+        try:
+            with open(self._path, "a") as file:
+                file.write(json.dumps({"event": event, "time": now} | details) + "\n")
+        except OSError as error:
+            if not self._told:
+                say(f"{self._path} could not be written: {error.strerror}. The job continues without it.")
+            self._told = True
 
 
 def read_events(run_dir: pathlib.Path) -> list[dict[str, Any]]:
@@ -224,7 +255,10 @@ class Job:
       saved_step: returns the newest step that survives, given the directory in memory.
       show_first: process 0 writes to the terminal; otherwise all processes log to files.
       start: starts a process.
-      remove_at_end: called with the directory in memory, to have it removed if this process is killed.
+      save: `save(memory, end_reason)` makes a checkpoint of the newest snapshot in memory, if it is newer than all
+        checkpoints, and returns its step, None otherwise.
+      save_left: whether to save what an earlier job of the run directory, killed with its fork server, left in memory.
+      at_kill: called with the directory in memory, to have it saved and removed if this process is killed.
     """
 
     command: Sequence[str]
@@ -232,7 +266,9 @@ class Job:
     saved_step: Callable[[pathlib.Path], int]
     show_first: bool = True
     start: local_job.Start = local_job.start
-    remove_at_end: Callable[[pathlib.Path], object] = lambda directory: None
+    save: Callable[[pathlib.Path, str], int | None] = lambda memory, end_reason: None
+    save_left: bool = True
+    at_kill: Callable[[pathlib.Path], object] = lambda memory: None
 
 
 def run(job: Job, *, num_processes: int, policy: Policy | None = None) -> int:
@@ -244,18 +280,51 @@ def run(job: Job, *, num_processes: int, policy: Policy | None = None) -> int:
     policy = policy or Policy()
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock.locked(job.run_dir, purpose=shlex.join(job.command)))
-        memory = stack.enter_context(memory_directory())
-        job.remove_at_end(memory)
-        attempts = _Attempts(job, policy, memory, stack.enter_context(local_job.Signals()))
-        return supervise(
-            attempts.make,
-            num_processes=num_processes,
-            policy=policy,
-            say=_say,
-            start_step=job.saved_step(memory),
-            sleep=attempts.sleep,
-            stopped=attempts.stopped,
-        )
+        signals = stack.enter_context(local_job.Signals())
+        for memory in left_behind(job.run_dir) if job.save_left else ():
+            _save(job, memory, "error")
+        memory = stack.enter_context(_memory(job.run_dir))
+        job.at_kill(memory)
+        attempts = _Attempts(job, policy, memory, signals)
+        start_step = job.saved_step(memory)
+        if start_step:
+            say(f"The run continues from the checkpoint of step {start_step}.")
+        try:
+            return supervise(
+                attempts.make,
+                num_processes=num_processes,
+                policy=policy,
+                say=say,
+                start_step=start_step,
+                sleep=attempts.sleep,
+                stopped=attempts.stopped,
+            )
+        finally:
+            _save(job, memory, "preempted" if attempts.stopped() else "error")
+
+
+@contextlib.contextmanager
+def _memory(run_dir: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yield a directory in memory, or the board of the run directory if there can be none."""
+    with contextlib.ExitStack() as stack:
+        try:
+            directory = stack.enter_context(memory_directory(run_dir))
+        except OSError as error:
+            say(f"No directory could be made in {MEMORY_ROOT}: {error.strerror}. The run takes no snapshots.")
+            directory = run_dir / BOARD_NAME
+        yield directory
+
+
+def _save(job: Job, memory: pathlib.Path, end_reason: str) -> None:
+    """Save what is newer than the checkpoints, and remove the directory in memory; it stays if that fails."""
+    try:
+        step = job.save(memory, end_reason)
+    except Exception as error:  # whatever it is, the state must not be removed because of it
+        say(f"The newest state could not be saved and stays in {memory}: {error} It is saved when the run is resumed.")
+        return
+    if step:
+        say(f"Step {step} was saved from memory, as a checkpoint.")
+    shutil.rmtree(memory, ignore_errors=True)
 
 
 class _Attempts:
@@ -301,20 +370,32 @@ class _Attempts:
                 grace_seconds=0.0,
             )
         if result.failed_process is not None and result.message:
-            _say(f"Process {result.failed_process} failed first:\n{result.message}")
-        end_reason = record.RunRecord.read(job.run_dir).end_reason if _changed_at(job.run_dir) != before else None
+            say(f"Process {result.failed_process} failed first:\n{result.message}")
+        end_reason = _end_reason(job.run_dir) if _changed_at(job.run_dir) != before else None
         made = Attempt(
             num_processes=num_processes,
-            exit_status=_exit_status(result, self._signals),
-            asked_to_stop=result.asked_to_stop or (end_reason == "preempted" and self.stopped()),
+            exit_status=self._exit_status(result.exit_status, end_reason),
+            asked_to_stop=self.stopped(),
             end_reason=end_reason,
             saved_step=job.saved_step(self._memory),
         )
         events.note("end", attempt=number, status=made.exit_status, failed=result.failed_process, saved=made.saved_step)
         return made
 
+    def _exit_status(self, status: int, end_reason: str | None) -> int:
+        """Return the status of the job; if it was asked to stop ExitStatus.RETRY, however its processes ended.
+
+        What they had not saved is in memory, and is saved from there. After a second signal it is 128 + its number.
+        """
+        if end_reason == "nonfinite":
+            return ExitStatus.FAILED
+        if not self.stopped() or status in (ExitStatus.OK, ExitStatus.USER):
+            return status
+        received = self._signals.received
+        return ExitStatus.RETRY if len(received) < 2 else 128 + received[-1]
+
     def _environment(self) -> dict[str, str]:
-        environment = {MEMORY: str(self._memory)}
+        environment = {} if self._memory.name == BOARD_NAME else {MEMORY: str(self._memory)}
         if self._events.failed_at:
             environment[FAILED_AT] = str(self._events.failed_at)
         if self._deadline < math.inf:
@@ -352,7 +433,7 @@ class _StoppedWatch:
         while not self._over.wait(_STOPPED_LOOK_SECONDS):
             now = time.monotonic()
             for number, process_id in enumerate(process_ids):
-                if not local_job.is_stopped(process_id):
+                if not stopped_processes.is_stopped(process_id):
                     since.pop(number, None)
                 elif now - since.setdefault(number, now) >= self._limit_seconds:
                     self._end(number, process_id)
@@ -360,21 +441,26 @@ class _StoppedWatch:
     def _end(self, number: int, process_id: int) -> None:
         report = board.read(self._memory, number)
         where = f"in step {report.step + 1}, {report.phase}" if report else "before its first step"
-        _say(f"The job hangs: process {number} was stopped for {self._limit_seconds:.0f} s ({where}); it is killed.")
+        say(f"The job hangs: process {number} was stopped for {self._limit_seconds:.0f} s ({where}); it is killed.")
         with contextlib.suppress(ProcessLookupError):
             os.kill(process_id, signal.SIGKILL)
 
 
-def _exit_status(result: local_job.JobResult, signals: local_job.Signals) -> int:
-    """Return the status of the job; ExitStatus.RETRY if a single signal ended it before it handled signals."""
-    unheard = len(signals.received) == 1 and result.exit_status == 128 + signals.received[0]
-    return ExitStatus.RETRY if unheard else result.exit_status
-
-
 def _changed_at(run_dir: pathlib.Path) -> int:
-    path = run_dir / record.FILE_NAME
-    return path.stat().st_mtime_ns if path.exists() else 0
+    with contextlib.suppress(OSError):
+        return (run_dir / record.FILE_NAME).stat().st_mtime_ns
+    return 0
 
 
-def _say(message: str) -> None:
+def _end_reason(run_dir: pathlib.Path) -> str | None:
+    """Return the end reason of the run record, None if the record is damaged."""
+    try:
+        return record.RunRecord.read(run_dir).end_reason
+    except (OSError, ValueError) as error:
+        say(f"The run record cannot be read: {error}")
+        return None
+
+
+def say(message: str) -> None:
+    """Show a line to the user."""
     print(f"jaxdist: {message}", file=sys.stderr, flush=True)

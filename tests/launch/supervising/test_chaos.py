@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxdist.launch.supervising import chaos, local_job
+from jaxdist.launch.supervising import chaos, stopped
 from jaxdist.rundir import ledger
 
 COUNTS = st.integers(0, 12)
@@ -121,10 +121,10 @@ def test_each_kind_of_strike_does_what_it_says(tmp_path):
     assert write() == "File too large\n"
     assert chaos._deliver(chaos.Strike("stop", 0, 1), victim.pid)
     os.waitpid(victim.pid, os.WUNTRACED)
-    assert local_job.is_stopped(victim.pid)
+    assert stopped.is_stopped(victim.pid)
     assert chaos._deliver(chaos.Strike("kill", 0, 1), victim.pid)
     assert victim.wait(timeout=30) == -signal.SIGKILL
-    assert not local_job.is_stopped(victim.pid)
+    assert not stopped.is_stopped(victim.pid)
     assert not chaos._deliver(chaos.Strike("kill", 0, 1), victim.pid)
     victim.stdin.close()
     victim.stdout.close()

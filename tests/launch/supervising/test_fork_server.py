@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -92,11 +93,32 @@ def test_a_fork_server_that_was_killed_starts_nothing(module):
         assert server.start(module(SHOW), os.environ, None) is None
 
 
+def test_a_fork_server_that_is_stopped_is_not_waited_for(module):
+    with fork_server.ForkServer() as server:
+        os.kill(server._process.pid, signal.SIGSTOP)
+        begin = time.monotonic()
+        assert server.start(module(SHOW), os.environ, None) is None
+        assert time.monotonic() - begin < 30.0
+        assert server._process.wait(timeout=30) == -signal.SIGKILL
+
+
+def test_a_signal_to_the_whole_group_ends_the_children_and_not_the_fork_server(module, tmp_path):
+    with fork_server.ForkServer() as server:
+        command = module("import threading; print('ready', flush=True); threading.Event().wait()")
+        child = start(server, command, tmp_path / "log")
+        while "ready" not in (tmp_path / "log").read_text():
+            time.sleep(0.01)
+        for process_id in (server._process.pid, child.pid):
+            os.kill(process_id, signal.SIGTERM)
+        assert child.wait(timeout=30) == -signal.SIGTERM
+        assert start(server, module("import sys; sys.exit(7)"), tmp_path / "log").wait(timeout=30) == 7
+
+
 OWNER = """
 import os, pathlib, signal, sys
 from jaxdist.launch.supervising import fork_server
 server = fork_server.ForkServer()
-server.remove_at_end(pathlib.Path(sys.argv[2]))
+server.run_at_end("born", "rescue", sys.argv[2])
 with open(sys.argv[1], "wb") as output:
     child = server.start([sys.executable, "-m", "born"], os.environ | {"JAXDIST_PARENT_ID": str(os.getpid())}, output)
 print(server._process.pid, child.pid, flush=True)
@@ -106,7 +128,9 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_nothing_outlives_an_owner_that_is_killed(module, tmp_path):
     module(
-        "import os, threading; from jaxdist.launch import parent; parent.die_with_parent(); threading.Event().wait()"
+        "import os, sys, threading; from jaxdist.launch import parent\n"
+        "if sys.argv[1:2] == ['rescue']: sys.exit(os.rmdir(sys.argv[2]))\n"
+        "parent.die_with_parent(); threading.Event().wait()"
     )
     command = [sys.executable, "-c", OWNER, str(tmp_path / "log"), str(tmp_path / "doomed")]
     (tmp_path / "doomed").mkdir()

@@ -1,6 +1,7 @@
 """Whether and how to go on after a failure, without processes."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -93,23 +94,64 @@ def test_attempts_are_bounded_by_the_steps_they_make(saved, max_fruitless):
     assert f"{max_fruitless} attempts in a row" in said[-1]
 
 
-def test_memory_is_cleaned_up_at_the_end_and_after_a_supervisor_that_was_killed(tmp_path):
-    code = """
+def test_a_run_that_had_ended_is_done_whatever_killed_a_process_after_that():
+    for reason in ("max_steps", "target_reached", "patience"):
+        assert supervisor.decide([failed(3, end_reason=reason)], Policy()) == End(0)
+
+
+KILLED_OWNER = """
 import os, pathlib, signal, sys
 from jaxdist.launch.supervising import supervisor
-with supervisor.memory_directory(pathlib.Path(sys.argv[1])):
+with supervisor.memory_directory(pathlib.Path(sys.argv[2]), root=pathlib.Path(sys.argv[1])):
     os.kill(os.getpid(), signal.SIGKILL)
 """
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=60, check=False)
-    (left,) = tmp_path.iterdir()
-    (tmp_path / "another").mkdir()
-    with supervisor.memory_directory(tmp_path) as memory:
-        assert not left.exists()
+
+
+def leave_behind(root, run_dir):
+    subprocess.run([sys.executable, "-c", KILLED_OWNER, str(root), str(run_dir)], timeout=60, check=False)
+
+
+def test_memory_of_a_killed_job_is_found_by_its_run_alone_and_stays_for_it(tmp_path):
+    root, run_dir, other = tmp_path / "root", tmp_path / "run", tmp_path / "other"
+    for path in (root, run_dir, other):
+        path.mkdir()
+    leave_behind(root, run_dir)
+    (left,) = root.iterdir()
+    (root / "another").mkdir()
+    assert list(supervisor.left_behind(other, root=root)) == []
+    assert list(supervisor.left_behind(run_dir, root=root)) == [left]
+    with supervisor.memory_directory(run_dir, root=root) as memory:
         assert memory.stat().st_mode & 0o777 == 0o700
-        with supervisor.memory_directory(tmp_path) as other:
-            assert memory.exists()
-            assert other != memory
-    assert [path.name for path in tmp_path.iterdir()] == ["another"]
+        assert list(supervisor.left_behind(run_dir, root=root)) == [left], "its own is in use"
+        assert memory.exists()
+    run_dir.rmdir()
+    assert list(supervisor.left_behind(other, root=root)) == []
+    assert [path.name for path in root.iterdir()] == ["another"], "no run can use what is left"
+
+
+def test_jobs_that_start_at_the_same_moment_leave_each_other_alone(tmp_path, monkeypatch):
+    """At each moment of one job's start, another one starts and cleans up."""
+    run_dir, checked = tmp_path / "gone", []
+
+    def intruding(name):
+        original = getattr(os, name)
+
+        def call(*args, **kwargs):
+            result = original(*args, **kwargs)
+            if not checked or checked[-1] != "in":
+                checked.append("in")
+                list(supervisor.left_behind(tmp_path / "other", root=tmp_path))
+                checked.append(name)
+            return result
+
+        return call
+
+    for name in ("open", "mkdir", "rename", "symlink", "pwrite", "ftruncate", "close"):
+        monkeypatch.setattr(os, name, intruding(name))
+    with supervisor.memory_directory(run_dir, root=tmp_path) as memory:
+        list(supervisor.left_behind(tmp_path / "other", root=tmp_path))
+        assert memory.exists()
+    assert {"open", "mkdir", "rename"} <= set(checked)
 
 
 WORKER = """

@@ -1,0 +1,83 @@
+"""Training outlasts its viewer: a closed pipe, terminal or log costs what is shown, never the run.
+
+Output that cannot be shown any more (`| head -1`, a terminal that was closed) continues in a file of the run directory.
+Output that cannot be stored (a log on a full disk) is dropped.
+"""
+
+import contextlib
+import errno
+import os
+import pathlib
+import sys
+from typing import Any, TextIO
+
+_GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ESTALE)
+
+
+class Viewer:
+    """Guards standard output and standard error while it is entered.
+
+    Attributes:
+      log: the file that takes over from a viewer that has gone; None drops the output.
+    """
+
+    def __init__(self) -> None:
+        self.log: pathlib.Path | None = None
+        self._streams = contextlib.ExitStack()
+
+    def __enter__(self) -> "Viewer":
+        for redirect in (contextlib.redirect_stdout, contextlib.redirect_stderr):
+            stream = sys.stdout if redirect is contextlib.redirect_stdout else sys.stderr
+            self._streams.enter_context(redirect(_Guarded(stream, self)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        self._streams.close()
+
+    def take_over(self, descriptor: int) -> None:
+        """Let everything written to `descriptor`, by native code too, go to the log from now on."""
+        with contextlib.suppress(OSError):
+            log = self._open()
+            os.dup2(log, descriptor)
+            os.close(log)
+
+    def _open(self) -> int:
+        with contextlib.suppress(OSError):
+            if self.log is not None:
+                self.log.parent.mkdir(parents=True, exist_ok=True)
+                return os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+
+
+class _Guarded:
+    """A text stream whose writes never raise an OSError."""
+
+    def __init__(self, stream: TextIO, viewer: Viewer):
+        self._stream, self._viewer = stream, viewer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write `text`, to the log if the viewer has gone."""
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._lost(error)
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what is buffered, to the log if the viewer has gone."""
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._lost(error)
+
+    def _lost(self, error: OSError) -> None:
+        # What could not be written is still in the stream's buffer, and is the first that the log gets.
+        if error.errno in _GONE:
+            self._viewer.take_over(self._stream.fileno())
+        with contextlib.suppress(OSError):
+            self._stream.flush()

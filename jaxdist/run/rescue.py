@@ -1,0 +1,80 @@
+"""What a job leaves in memory becomes a checkpoint before the memory goes, whatever ended the job.
+
+The supervisor does it at its end. After a supervisor that was killed the fork server does it (see `killed_supervisor`),
+and if that was killed too, the next start of the run on this machine.
+"""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from jaxdist.checkpoint import checkpoints
+from jaxdist.checkpoint import snapshots as snapshot
+from jaxdist.rundir import record
+
+_PARAMS = re.compile(r"params\b")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rescue:
+    """How the state that a job left in memory is saved.
+
+    Attributes:
+      run_dir: run directory of the job.
+      checkpoints: directory of its checkpoints.
+      identity: identity of its checkpoints and snapshots.
+      keep: the settings of the Checkpointer that say what stays.
+    """
+
+    run_dir: str
+    checkpoints: str
+    identity: str
+    keep: Mapping[str, Any]
+
+    def save(self, memory: pathlib.Path, end_reason: str) -> int | None:
+        """Save the newest snapshot in `memory` if no checkpoint is as new; return its step, None if there was none.
+
+        The run record gets that step, and `end_reason` if the run wrote none.
+
+        Raises:
+          CheckpointError: it could not be written.
+        """
+        with checkpoints.Checkpointer(self.checkpoints, identity=self.identity, **self.keep) as checkpointer:
+            newest = checkpointer.latest_step() or 0
+            found = snapshot.read_newest(memory, identity=self.identity, after=newest)
+            if found:
+                metrics = found.data_state["progress"]["metrics"]
+                checkpointer.save_leaves(found.step, found.leaves, found.data_state, metrics)
+                checkpointer.wait()
+        with contextlib.suppress(OSError, ValueError):  # a record that is damaged cannot say more
+            _record(pathlib.Path(self.run_dir), found, end_reason)
+        return found.step if found else None
+
+    def to_text(self) -> str:
+        """Return this as the argument of a program."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_text(cls, text: str) -> "Rescue":
+        """Return what `to_text` gave."""
+        return cls(**json.loads(text))
+
+
+def _record(run_dir: pathlib.Path, saved: snapshot.Snapshot | None, end_reason: str) -> None:
+    made = record.RunRecord.read(run_dir)
+    if saved:
+        progress = saved.data_state["progress"]
+        params = [leaf.data for leaf in saved.leaves if _PARAMS.match(leaf.path)]
+        made = dataclasses.replace(
+            made,
+            step=saved.step,
+            examples_seen=progress["examples_seen"],
+            metrics=progress["metrics"],
+            params_sha256=record.params_sha256(params),
+        )
+    if saved or made.end_reason is None:
+        dataclasses.replace(made, end_reason=made.end_reason or end_reason).write(run_dir)
