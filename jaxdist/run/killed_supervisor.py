@@ -1,4 +1,4 @@
-"""`python -m jaxdist.run.killed_supervisor RESCUE MEMORY`: what the fork server runs after a supervisor that was killed."""
+"""`python -m jaxdist.run.killed_supervisor RESCUE MEMORY`: what the fork server runs after a killed supervisor."""
 
 import contextlib
 import pathlib

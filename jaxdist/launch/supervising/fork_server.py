@@ -215,8 +215,8 @@ def _serve(channel: socket.socket, handlers: Mapping[signal.Signals, Any]) -> di
             os.setsid()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            for stream, number in zip(streams, (1, 2), strict=True):
-                os.dup2(stream, number)
+            for stream, standard in zip(streams, (1, 2), strict=True):
+                os.dup2(stream, standard)
         for stream in streams:
             os.close(stream)
         if not process_id:
