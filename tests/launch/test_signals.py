@@ -19,6 +19,7 @@ with signals.stop_on_signal() as request:
     print("noted", request.signal.name, flush=True)
     time.sleep(signals.SAME_REQUEST_SECONDS)
     os.kill(os.getpid(), {second})
+    time.sleep({patience})  # a thread ends the process
     print("still here", flush=True)
 """
 
@@ -43,19 +44,19 @@ def test_the_handlers_before_are_put_back():
 
 @pytest.mark.parametrize(("first", "second"), [("SIGTERM", "SIGTERM"), ("SIGINT", "SIGTERM"), ("SIGUSR1", "SIGINT")])
 def test_the_second_signal_leaves_at_once(first, second):
-    done = send(first, second, os.environ)
+    done = send(first, second, os.environ, patience=50.0)
     assert done.stdout == f"noted {first}\n"
     assert done.returncode == 128 + signal.Signals[second]
 
 
-def send(first, second, environment):
+def send(first, second, environment, *, patience):
     numbers = {"first": int(signal.Signals[first]), "second": int(signal.Signals[second])}
-    command = [sys.executable, "-c", SECOND.format(**numbers)]
+    command = [sys.executable, "-c", SECOND.format(**numbers, patience=patience)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
 def test_a_supervised_process_leaves_it_to_its_supervisor_when_to_leave_at_once():
-    done = send("SIGTERM", "SIGTERM", os.environ | {parent.PARENT_ID: "1"})
+    done = send("SIGTERM", "SIGTERM", os.environ | {parent.PARENT_ID: "1"}, patience=0.2)
     assert done.stdout == "noted SIGTERM\nstill here\n"
     assert done.returncode == 0
 
