@@ -43,11 +43,13 @@ class Writer:
         self._file = os.open(_path(directory, process), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._beat = 0
 
-    def write(self, step: int, phase: str) -> None:
-        """Replace the last report."""
+    def write(self, step: int, phase: str) -> Report:
+        """Replace the last report, unless the memory is full; return the new one."""
         self._beat += 1
-        text = json.dumps(dataclasses.asdict(Report(step, phase, self._beat, time.time())))
-        os.pwrite(self._file, text.ljust(_SIZE - 1).encode() + b"\n", 0)
+        report = Report(step, phase, self._beat, time.time())
+        with contextlib.suppress(OSError):
+            os.pwrite(self._file, json.dumps(dataclasses.asdict(report)).ljust(_SIZE - 1).encode() + b"\n", 0)
+        return report
 
     def close(self) -> None:
         """Close the file; the last report stays."""

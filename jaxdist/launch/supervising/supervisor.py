@@ -300,6 +300,7 @@ def run(job: Job, *, num_processes: int, policy: Policy | None = None) -> int:
                 stopped=attempts.stopped,
             )
         finally:
+            attempts.restore_record()
             _save(job, memory, "preempted" if attempts.stopped() else "error")
 
 
@@ -333,11 +334,16 @@ class _Attempts:
     def __init__(self, job: Job, policy: Policy, memory: pathlib.Path, signals: local_job.Signals):
         self._job, self._policy, self._memory, self._signals = job, policy, memory, signals
         self._events = Events(job.run_dir)
+        self._record = _KeptRecord(job.run_dir)
         self._deadline = math.inf if policy.deadline_seconds is None else time.time() + policy.deadline_seconds
 
     def stopped(self) -> bool:
         """Return whether a signal came or the deadline has passed."""
         return bool(self._signals.received) or time.time() >= self._deadline
+
+    def restore_record(self) -> None:
+        """Write the run record again if it has vanished or is damaged."""
+        self._record.restore()
 
     def sleep(self, seconds: float) -> None:
         """Sleep, but no longer than until a stop is requested: a signal's handler does not end time.sleep."""
@@ -349,9 +355,11 @@ class _Attempts:
         """Run the job once, to its end."""
         job, events = self._job, self._events
         board.clear(self._memory)
+        if number:
+            self._record.restore()
         before = _changed_at(job.run_dir)
         resume = ["--resume"] if number and (job.run_dir / record.FILE_NAME).exists() else []
-        with _StoppedWatch(self._memory, self._policy.stopped_seconds) as watch:
+        with _StoppedWatch(self._memory, self._policy.stopped_seconds, self._record.look) as watch:
 
             def started(process_ids: Sequence[int]) -> None:
                 events.note("start", attempt=number, process_ids=process_ids, memory=str(self._memory))
@@ -403,6 +411,39 @@ class _Attempts:
         return environment
 
 
+class _KeptRecord:
+    """The last run record that could be read: without one in the run directory no attempt finds its state."""
+
+    def __init__(self, run_dir: pathlib.Path):
+        self._path = run_dir / record.FILE_NAME
+        self._changed, self._content = 0, b""
+
+    def look(self) -> None:
+        """Keep the record if it is new and whole."""
+        changed = _changed_at(self._path.parent)
+        if changed in (0, self._changed):
+            return
+        with contextlib.suppress(OSError, ValueError):
+            record.RunRecord.read(self._path.parent)
+            self._changed, self._content = changed, self._path.read_bytes()
+
+    def restore(self) -> None:
+        """Write the record again if it has vanished or is damaged."""
+        if not self._content or _is_readable(self._path.parent):
+            return
+        with contextlib.suppress(OSError):  # the attempt says what is wrong with the directory
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_bytes(self._content)
+            say(f"{self._path} was removed or damaged; it is written again.")
+
+
+def _is_readable(run_dir: pathlib.Path) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        record.RunRecord.read(run_dir)
+        return True
+    return False
+
+
 class _StoppedWatch:
     """The thread that kills a process of the job that has been stopped too long.
 
@@ -410,8 +451,8 @@ class _StoppedWatch:
     none may have started its watchdog yet.
     """
 
-    def __init__(self, memory: pathlib.Path, limit_seconds: float):
-        self._memory, self._limit_seconds = memory, limit_seconds
+    def __init__(self, memory: pathlib.Path, limit_seconds: float, look: Callable[[], object] = lambda: None):
+        self._memory, self._limit_seconds, self._look = memory, limit_seconds, look
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -431,6 +472,7 @@ class _StoppedWatch:
     def _run(self, process_ids: Sequence[int]) -> None:
         since: dict[int, float] = {}
         while not self._over.wait(_STOPPED_LOOK_SECONDS):
+            self._look()
             now = time.monotonic()
             for number, process_id in enumerate(process_ids):
                 if not stopped_processes.is_stopped(process_id):

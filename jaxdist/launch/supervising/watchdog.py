@@ -212,9 +212,10 @@ class Watchdog:
         # On a busy machine a thread may report seconds late; a stopped process never reports.
         silence_seconds = max(10 * self._every_seconds, self._limits.hang_seconds / 2)
         while not self._stopped.is_set():
-            self._writer.write(*self._where())
+            own = self._writer.write(*self._where())
             for number in range(self._num_processes):
-                observer.note(number, board.read(self._directory, number))
+                # Its own report it knows even where the board's memory is full.
+                observer.note(number, own if number == self._process else board.read(self._directory, number))
             verdict = judge(observer.views(), self._limits, silence_seconds=silence_seconds)
             if verdict:
                 with contextlib.suppress(OSError):  # a verdict that cannot be published is shown by this process alone
