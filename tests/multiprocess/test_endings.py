@@ -26,16 +26,17 @@ WAIT_SECONDS = 100.0
 class Job:
     """A run of `jaxdist train` in a session of its own; what it prints goes to a file."""
 
-    def __init__(self, run_dir, *arguments, processes=1, steps=FOREVER, save_every=FOREVER, stdout=None):
+    def __init__(
+        self, run_dir, *arguments, processes=1, steps=FOREVER, save_every=FOREVER, output=None, experiment=EXPERIMENT
+    ):
         self.run_dir, self.output = run_dir, run_dir.with_suffix(".out")
-        command = [sys.executable, "-m", "jaxdist.cli", "train", EXPERIMENT, "--run-dir", run_dir, "--devices", "1"]
+        command = [sys.executable, "-m", "jaxdist.cli", "train", experiment, "--run-dir", run_dir, "--devices", "1"]
         command += ["--processes", processes] if processes else []
         command += ["--max-steps", steps, *arguments, "--set", f"checkpoints.every_steps={save_every}"]
         command += ["eval.every_steps=1000000", "recovery.snapshot_every=1", "log_every=1000"]
-        with open(self.output, "ab") as output:
-            self.process = subprocess.Popen(
-                list(map(str, command)), stdout=stdout or output, stderr=output, start_new_session=True
-            )
+        with open(self.output, "ab") as file:
+            shown = file if output is None else output
+            self.process = subprocess.Popen(list(map(str, command)), stdout=shown, stderr=shown, start_new_session=True)
 
     def wait_for(self, condition, what=""):
         deadline = time.monotonic() + WAIT_SECONDS
@@ -159,3 +160,216 @@ def test_a_supervisor_that_is_killed_leaves_a_checkpoint_and_a_resume_waits_for_
     assert again.end() == 0, again.text()
     assert int(re.search(r"continues from the checkpoint of step (\d+)", again.text())[1]) >= step - 2
     assert record.RunRecord.read(job.run_dir).step == step + 50
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+@pytest.mark.parametrize("processes", [0, 2])
+def test_a_stop_signal_saves_the_step_at_hand(start, number, processes):
+    job = start(processes=processes)
+    if processes:
+        job.train_to(20)
+    else:
+        job.wait_for(lambda: (job.run_dir / "metrics.jsonl").exists() and job.text(), "a step")
+    kill(number, job.process.pid)
+    assert job.end() == 75, job.text()
+    made = record.RunRecord.read(job.run_dir)
+    assert (made.end_reason, made.step) == ("preempted", job.saved_step())
+    assert f"{number.name}: saving and stopping" in job.text()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_every_process_of_a_job_is_one_request(start, number):
+    """As systemd and container engines send it: to the supervisor, the fork server and the processes."""
+    job = start(processes=2)
+    job.train_to(20)
+    everyone = [*job.children(), job.process.pid, job.fork_server()]
+    for _ in range(3):
+        kill(number, *everyone)
+    assert job.end() == 75, job.text()
+    made = record.RunRecord.read(job.run_dir)
+    assert (made.end_reason, made.step) == ("preempted", job.saved_step())
+    assert made.step >= 20
+
+
+@pytest.mark.soak
+def test_a_second_signal_leaves_at_once_and_the_state_is_saved_all_the_same(start):
+    job = start()
+    job.train_to(20)
+    kill(signal.SIGSTOP, *job.children())  # it would never save
+    kill(signal.SIGTERM, job.process.pid)
+    time.sleep(1.5)
+    kill(signal.SIGINT, job.process.pid)
+    assert job.end() == 128 + signal.SIGINT, job.text()
+    assert job.saved_step() >= 18
+
+
+@pytest.mark.soak
+def test_a_signal_in_start_up_begins_nothing(start):
+    job = start(processes=2)
+    job.wait_for(job.start_event, "a start")
+    kill(signal.SIGTERM, job.process.pid)
+    assert job.end() == 75, job.text()
+    assert "Traceback" not in job.text()
+
+
+@pytest.mark.soak
+def test_a_process_that_dies_and_then_a_stop(start):
+    """Between two attempts: what is in memory is saved."""
+    job = start()
+    job.train_to(20)
+    step = job.reported_step()
+    kill(signal.SIGKILL, *job.children())
+    kill(signal.SIGTERM, job.process.pid)
+    assert job.end() == 75, job.text()
+    assert job.saved_step() >= step - 2
+    resumes_at(start, job.saved_step(), said=f"continues from the checkpoint of step {job.saved_step()}")
+
+
+@pytest.mark.soak
+def test_a_signal_to_one_process_has_the_job_restarted_where_it_stopped(start):
+    job = start(processes=2)
+    job.train_to(20)
+    first = job.start_event()["attempt"]
+    kill(signal.SIGTERM, job.children()[0])
+    job.wait_for(lambda: (event := job.start_event()) and event["attempt"] > first, "a restart")
+    job.train_to(job.saved_step() + 2)
+    kill(signal.SIGTERM, job.process.pid)
+    assert job.end() == 75
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(400)
+def test_fifteen_kills_in_a_row_while_restoring_too(start):
+    job = start(steps=3000)
+    job.train_to(5)
+    for strike in range(15):
+        event = job.wait_for(job.start_event, "an attempt")
+        if strike % 3:  # trained a little; else it is importing or restoring
+            job.wait_for(lambda: job.reported_step() > 0, "a step")
+        kill(signal.SIGKILL, *event["process_ids"])
+        job.wait_for(lambda before=event: job.start_event() not in (None, before), "the next attempt")
+    assert job.end(200.0) == 0, job.text()
+    assert record.RunRecord.read(job.run_dir).step == 3000
+
+
+@pytest.mark.soak
+def test_three_starts_that_fail_keep_what_the_first_attempt_made(start, tmp_path):
+    broken = tmp_path / "broken_experiment.py"
+    broken.write_text(
+        f"import os, sys\nsys.path.insert(0, {str(EXPERIMENT.parent)!r})\nimport tiny_experiment\n"
+        f"def get_config():\n"
+        f"    if os.path.exists({str(tmp_path / 'break')!r}) and 'JAXDIST_PROCESS_ID' in os.environ: os._exit(9)\n"
+        f"    return tiny_experiment.get_config()\n"
+    )
+    job = start("--set", "recovery.max_fruitless=2", experiment=broken)
+    job.train_to(20)
+    step = job.reported_step()
+    (tmp_path / "break").touch()
+    kill(signal.SIGKILL, *job.children())
+    assert job.end() == 9, job.text()
+    assert "attempts in a row failed" in job.text()
+    assert job.saved_step() >= step - 2
+    assert f"Step {job.saved_step()} was saved from memory" in job.text()
+
+
+@pytest.mark.soak
+def test_when_everything_is_killed_a_resume_continues_from_memory(start):
+    job = start()
+    job.train_to(20)
+    step = job.reported_step()
+    kill(signal.SIGKILL, job.fork_server(), job.process.pid)
+    job.end()
+    assert job.saved_step() == 0
+    again = resumes_at(start, step - 2)
+    assert re.search(r"Step \d+ was saved from memory, as a checkpoint", again.text())
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("processes", [0, 1])
+def test_a_viewer_that_closes_its_end_ends_nothing(start, processes):
+    told, tell = os.pipe()
+    settings = ["--set", "writers=('console','jsonl')", "log_every=1"]
+    job = start(*settings, steps=300, save_every=100, processes=processes, output=tell)
+    os.close(tell)
+    os.close(told)
+    assert job.end(120.0) == 0, job.text()
+    assert record.RunRecord.read(job.run_dir).end_reason == "max_steps"
+
+
+@pytest.mark.soak
+def test_a_fork_server_that_is_killed_or_stopped_costs_a_slower_restart(start):
+    job = start()
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        event = job.train_to(10)
+        if number == signal.SIGSTOP:
+            kill(number, job.fork_server())
+        kill(signal.SIGKILL, *event["process_ids"])
+        job.wait_for(lambda before=event: job.start_event() not in (None, before), "the next attempt")
+    kill(signal.SIGTERM, job.process.pid)
+    assert job.end() == 75, job.text()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("damage", ["emptied", "removed", "vanished", "events"])
+def test_a_run_directory_that_is_damaged_meanwhile_is_no_traceback(start, damage):
+    job = start()
+    event = job.train_to(20)
+    time.sleep(1.0)  # the supervisor looks at the record twice a second
+    path = job.run_dir / record.FILE_NAME
+    if damage == "emptied":
+        path.write_bytes(b"")
+    elif damage == "removed":
+        path.unlink()
+    elif damage == "vanished":
+        job.run_dir.rename(job.run_dir.with_name("moved"))
+    else:
+        events = job.run_dir / supervisor.EVENTS_NAME
+        events.unlink()
+        events.mkdir()
+    kill(signal.SIGKILL, *event["process_ids"])
+    time.sleep(8.0)
+    kill(signal.SIGTERM, job.process.pid)
+    assert job.end() == 75, job.text()
+    assert "Traceback" not in job.text()
+    assert record.RunRecord.read(job.run_dir).step == job.saved_step() >= 18
+
+
+@pytest.mark.soak
+def test_a_run_that_had_ended_is_done_whatever_is_killed_after_that(start):
+    job = start("--set", "recovery.snapshot_every=0", steps=40, processes=2)
+    job.wait_for(lambda: (job.run_dir / record.FILE_NAME).exists() and ended(job.run_dir), "the end")
+    kill(signal.SIGKILL, *[each for each in all_children(job) if each])
+    assert job.end() == 0, job.text()
+
+
+def ended(run_dir):
+    with contextlib.suppress(ValueError):
+        return record.RunRecord.read(run_dir).end_reason
+    return None
+
+
+def all_children(job):
+    return [event["process_ids"] for event in supervisor.read_events(job.run_dir) if event["event"] == "start"][-1]
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("when", ["at the start", "in the middle"])
+def test_a_full_memory_costs_the_snapshots_alone(start, tmp_path, when):
+    """In a mount namespace of its own, so that this machine's /dev/shm stays as it is."""
+    fill = "dd if=/dev/zero of=/dev/shm/fill bs=4k 2>/dev/null; "
+    script = "mount -t tmpfs -o size=600k tmpfs /dev/shm && " + (fill if when == "at the start" else "")
+    later = f"(sleep 25; {fill}) & " if when == "in the middle" else ""
+    command = f"{script}{later}exec {sys.executable} -m jaxdist.cli train {EXPERIMENT} --processes 1 --devices 1 "
+    command += (
+        f"--run-dir {tmp_path / 'run'} --max-steps 2000 --set checkpoints.every_steps=1000 recovery.snapshot_every=1"
+    )
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", command], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    if when == "at the start":
+        assert done.stderr.count("could not be written") <= 2
+    assert record.RunRecord.read(tmp_path / "run").step == 2000
