@@ -67,17 +67,21 @@ def describe(error: BaseException) -> str:
     """Return the error in a line: what it says, and the line of the user's code that led to it, if there is one."""
     message = " ".join(str(error).split())
     place = place_of(error)
-    ours = isinstance(error, UserError) or (place is None and isinstance(error, ValueError | OSError))
+    raised_here = place is None or error.__cause__ is not None
+    ours = isinstance(error, UserError) or (raised_here and isinstance(error, ValueError | OSError))
     if not ours:
         message = f"{type(error).__name__}: {message}" if message else type(error).__name__
-    return message if place is None else f"{message} ({place})"
+    return message if place is None or place in message else f"{message} ({place})"
 
 
 def place_of(error: BaseException) -> str | None:
     """Return "FILE:LINE, in FUNCTION" of the innermost line of the user's own code; None if there is none.
 
-    The models of this package count as user's code: they are called with what the user gave.
+    An error that the package raised from another has the place of that one. The models of this package count as the
+    user's code: they are called with what the user gave.
     """
+    if error.__cause__ is not None and (place := place_of(error.__cause__)):
+        return place
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if _is_users(frame.filename):
             return f"{_shortest(frame.filename)}:{frame.lineno}, in {frame.name}"

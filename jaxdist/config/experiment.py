@@ -19,6 +19,7 @@ from jaxdist.setting_group import setting_group, show
 from jaxdist.spmd import layout as layouts
 from jaxdist.stop import Stop
 
+MOST_SEEDS = 1 << 32
 ExampleFn: TypeAlias = Callable[[Any, Any], Any]
 
 
@@ -213,6 +214,12 @@ class Experiment:
                 f"Experiment.stop takes a jaxdist.Stop; got {show(values['stop'])}. Write, for example, "
                 "jaxdist.Stop(max_steps=1000)."
             )
+        seed = values.get("seed", 0)
+        if isinstance(seed, int) and not 0 <= seed < MOST_SEEDS:
+            raise ConfigError(f"Experiment.seed is from 0 to {MOST_SEEDS - 1}, as JAX's keys take 32 bits; got {seed}.")
+        writers = values.get("writers", ())
+        if isinstance(writers, tuple) and len(set(writers)) < len(writers):
+            raise ConfigError(f"Experiment.writers names each writer once; got {writers}. Remove the second.")
         if isinstance(values.get("inputs"), list):
             values = values | {"inputs": tuple(values["inputs"])}
         return values

@@ -1,7 +1,6 @@
 """The parts of one experiment on given devices: loaders, functions, optimizer, state, steps. Nothing runs here."""
 
 import dataclasses
-import difflib
 import functools
 import hashlib
 import json
@@ -17,6 +16,7 @@ from jaxdist import adapters, data, optimizers
 from jaxdist.config.experiment import Experiment
 from jaxdist.data.sources import wrap
 from jaxdist.errors import ConfigError
+from jaxdist.run import preflight
 from jaxdist.rundir import record
 from jaxdist.spmd import evaluate, mesh, precision, state, step, strategies
 from jaxdist.spmd.metrics import Batch
@@ -70,19 +70,7 @@ class Training:
     def evaluate(self, train_state: state.TrainState) -> dict[str, float]:
         """Return loss and metrics on the held-out data; of the averaged params, where the optimizer keeps them."""
         assert self.eval_step is not None
-        source = self.experiment.data.eval
-        assert source is not None
-        loader = data.Loader(
-            source,
-            global_batch_size=self.experiment.global_batch_size,
-            seed=self.experiment.seed,
-            shuffle=False,
-            num_epochs=1,
-            example_fn=self.experiment.data.eval_example_fn,
-            num_threads=self.experiment.data.num_threads,
-            num_workers=self.experiment.data.num_workers,
-            on_bad=self.experiment.data.on_bad,
-        )
+        loader = make_eval_loader(self.experiment)
         averaged = optimizers.ema_params(train_state.opt_state)
         params = train_state.params if averaged is None else averaged
         batches = data.feed(loader, self.strategy.mesh, self.strategy.batch_axes, self.experiment.data.prefetch)
@@ -119,7 +107,7 @@ def put_together(experiment: Experiment, *, devices: Sequence[jax.Device]) -> Tr
     optimizer, learning_rate = make_optimizer(experiment, known_end)
     # A leaf that cannot be cut as asked is found here, where nothing has been written yet.
     abstract = state.abstract_state(functions.init_fn, optimizer, mesh=strategy.mesh, layout=strategy.layout)
-    check_watched_metrics(experiment, functions, abstract, shapes)
+    preflight.check(experiment, functions, abstract, shapes, eval_shapes(experiment))
     return Training(
         experiment=experiment,
         identity=identity(experiment),
@@ -154,6 +142,22 @@ def make_loader(experiment: Experiment, start: data.Position | None = None) -> d
     )
 
 
+def make_eval_loader(experiment: Experiment) -> data.Loader:
+    """Return the loader of the held-out examples: each of them once, in the source's order."""
+    assert experiment.data.eval is not None
+    return data.Loader(
+        experiment.data.eval,
+        global_batch_size=experiment.global_batch_size,
+        seed=experiment.seed,
+        shuffle=False,
+        num_epochs=1,
+        example_fn=experiment.data.eval_example_fn,
+        num_threads=experiment.data.num_threads,
+        num_workers=experiment.data.num_workers,
+        on_bad=experiment.data.on_bad,
+    )
+
+
 def example_batch(loader: data.Loader) -> dict[str, jax.ShapeDtypeStruct]:
     """Return shapes and dtypes of a global batch, by reading its first example."""
     return {
@@ -162,6 +166,11 @@ def example_batch(loader: data.Loader) -> dict[str, jax.ShapeDtypeStruct]:
         )
         for name, array in loader.first_example().items()
     }
+
+
+def eval_shapes(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct] | None:
+    """Return shapes and dtypes of a batch of held-out examples, None without any."""
+    return None if experiment.data.eval is None else example_batch(make_eval_loader(experiment))
 
 
 def make_functions(experiment: Experiment, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> adapters.Functions:
@@ -271,51 +280,3 @@ def check_experiment(experiment: Experiment) -> None:
             f"The stop rule looks at {watched}, and the experiment has no data.eval. "
             "Give it held-out data, or set stop.target_metric to a train/ metric."
         )
-
-
-def check_watched_metrics(
-    experiment: Experiment,
-    functions: adapters.Functions,
-    abstract: state.TrainState,
-    shapes: Mapping[str, jax.ShapeDtypeStruct],
-) -> None:
-    """Raise ConfigError where a stop rule, or the choice of the best checkpoint, waits for a metric that never comes.
-
-    Args:
-      experiment: what was asked for.
-      functions: of its model; they are traced, not run.
-      abstract: the state's shapes and dtypes.
-      shapes: of a batch.
-    """
-    stop, best = experiment.stop, experiment.checkpoints.best_metric
-    watched = {"checkpoints.best_metric": best} if best is not None else {}
-    if stop.target is not None or stop.patience is not None:
-        watched["stop.target_metric"] = stop.target_metric
-    if not watched:
-        return
-    reported = _metric_names(functions, abstract, shapes, evaluated=experiment.data.eval is not None)
-    for setting, metric in watched.items():
-        if metric not in reported:
-            nearest = difflib.get_close_matches(metric, reported, n=1, cutoff=0.0)[0]
-            raise ConfigError(
-                f"{setting} is {metric!r}, which this experiment does not report. Did you mean {nearest!r}? "
-                f"It reports: {', '.join(reported)}."
-            )
-    if stop.patience is not None and not stop.target_metric.startswith("eval/"):
-        raise ConfigError(f"stop.patience counts evaluations, but {stop.target_metric} is no eval/ metric. Name one.")
-
-
-def _metric_names(
-    functions: adapters.Functions,
-    abstract: state.TrainState,
-    shapes: Mapping[str, jax.ShapeDtypeStruct],
-    *,
-    evaluated: bool,
-) -> list[str]:
-    model_state = [] if abstract.model_state is None else [abstract.model_state]
-    found = {"train": functions.loss_fn} | ({"eval": functions.eval_fn} if evaluated else {})
-    names = {
-        part: jax.eval_shape(fn, abstract.params, dict(shapes), abstract.key, *model_state)[1]
-        for part, fn in found.items()
-    }
-    return [f"{part}/{name}" for part, metrics in names.items() for name in ("loss", *metrics)]

@@ -1,0 +1,84 @@
+"""What can be known to be wrong before a run directory exists: the loss, the evaluation and the metrics, traced.
+
+Nothing is computed here: model and loss are traced with the shapes of a batch, as compiling would do later.
+"""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import jax
+
+from jaxdist import adapters, errors
+from jaxdist.config.experiment import Experiment
+from jaxdist.errors import ConfigError
+from jaxdist.spmd import reduce, state, step
+
+Shapes: TypeAlias = Mapping[str, jax.ShapeDtypeStruct]
+
+RESERVED = step.RESERVED_METRICS | {"learning_rate", "grad_norm"}
+"""Names of metrics that a run reports itself."""
+
+
+def check(
+    experiment: Experiment,
+    functions: adapters.Functions,
+    abstract: state.TrainState,
+    shapes: Shapes,
+    eval_shapes: Shapes | None,
+) -> None:
+    """Trace the loss, and the evaluation where there is one; check what they report.
+
+    Args:
+      experiment: what was asked for.
+      functions: of its model.
+      abstract: the state's shapes and dtypes.
+      shapes: of a training batch.
+      eval_shapes: of a batch of held-out examples, None without any.
+
+    Raises:
+      ConfigError: a metric has a name that the run uses itself, or a rule waits for a metric that never comes.
+      UserError: the user's model or loss raises, with the place where.
+    """
+    reported = [f"train/{name}" for name in _metric_names(functions.loss_fn, abstract, shapes)]
+    if eval_shapes is not None:
+        _check_fields(shapes, eval_shapes)
+        try:
+            found = _metric_names(functions.eval_fn, abstract, eval_shapes)
+        except Exception as error:
+            raise ConfigError(f"The evaluation fails on the examples of data.eval: {errors.describe(error)}") from error
+        reported += [f"eval/{name}" for name in found]
+    _check_watched(experiment, reported)
+
+
+def _metric_names(function: Any, abstract: state.TrainState, shapes: Shapes) -> list[str]:
+    model_state = [] if abstract.model_state is None else [abstract.model_state]
+    metrics = jax.eval_shape(function, abstract.params, dict(shapes), abstract.key, *model_state)[1]
+    reduce.check_metric_names(metrics, RESERVED)
+    return ["loss", *metrics]
+
+
+def _check_fields(shapes: Shapes, eval_shapes: Shapes) -> None:
+    missing = sorted(set(shapes) - set(eval_shapes))
+    if missing:
+        raise ConfigError(
+            f"The examples of data.eval need the fields of the training examples; {', '.join(missing)} is missing. "
+            f"They have: {', '.join(sorted(eval_shapes))}."
+        )
+
+
+def _check_watched(experiment: Experiment, reported: list[str]) -> None:
+    """Raise ConfigError where a stop rule or the choice of the best checkpoint needs a metric that never comes."""
+    stop, best = experiment.stop, experiment.checkpoints.best_metric
+    watched = {"checkpoints.best_metric": best} if best is not None else {}
+    if stop.target is not None or stop.patience is not None:
+        watched["stop.target_metric"] = stop.target_metric
+    for setting, metric in watched.items():
+        if metric not in reported:
+            nearest = difflib.get_close_matches(metric, reported, n=1, cutoff=0.0)[0]
+            raise ConfigError(
+                f"{setting} is {metric!r}, which this experiment does not report. Did you mean {nearest!r}? "
+                f"It reports: {', '.join(reported)}."
+            )
+    if stop.patience is not None and not stop.target_metric.startswith("eval/"):
+        raise ConfigError(f"stop.patience counts evaluations, but {stop.target_metric} is no eval/ metric. Name one.")

@@ -1,0 +1,170 @@
+"""Sixty mistakes that people make, each with the message it gets: one line, exit status 2, and no run directory left.
+
+A row is Python code for one experiment: `change(...)` is the tiny experiment with other settings.
+"""
+
+import pathlib
+
+import compile_cache
+import jax
+import pytest
+import tiny_experiment
+
+from jaxdist.cli import main
+from jaxdist.launch.joining import runtime
+
+HEADER = """
+import dataclasses
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+import optax
+import jaxdist
+import tiny_experiment
+from jaxdist import adapters, losses, Checkpoints, Data, Evaluation, Guards, Optimizer, Recovery, Schedule, Stop
+from jaxdist.models import mlp
+
+TINY = tiny_experiment.get_config()
+IMAGES, LABELS = TINY.data.train.arrays["image"], TINY.data.train.arrays["label"]
+
+def change(**changes):
+    return dataclasses.replace(TINY, **changes)
+
+def data(eval=None, **fields):
+    return Data(train={"image": IMAGES, "label": LABELS, **fields}, eval=eval, num_threads=0)
+
+def fails(outputs, batch):
+    return outputs - batch["image"], {}
+
+def scalar(outputs, batch):
+    return outputs.mean(), {}
+
+def reserved(outputs, batch):
+    return losses.classification(outputs, batch)[0], {"learning_rate": outputs[:, 0]}
+
+def called_loss(outputs, batch):
+    return losses.classification(outputs, batch)[0], {"loss": outputs[:, 0]}
+
+def broken(example, random):
+    return {**example, "image": example["picture"]}
+
+class NoTrain(nn.Module):
+    @nn.compact
+    def __call__(self, image):
+        return nn.Dense(2)(image)
+
+class Deeper(nn.Module):
+    @nn.compact
+    def __call__(self, image, train):
+        return nn.Dense(2)(image) @ jnp.ones((3, 3))
+
+class NoMask(nn.Module):
+    @nn.compact
+    def __call__(self, image, train):
+        return nn.BatchNorm(use_running_average=not train)(nn.Dense(2)(image))
+
+def get_config():
+    return """
+
+MISTAKES = {
+    # What the experiment is made of.
+    "change(model=mlp.MLP)": "Call the class",
+    "change(model='mlp')": "takes a Linen module",
+    "change(model=NoTrain())": "train",
+    "change(model=NoMask())": "mask",
+    "change(model=Deeper())": "in __call__)",
+    "change(loss=None)": "needs a loss",
+    "change(loss='mse')": "takes a function or None; got 'mse'",
+    "change(loss=fails)": "in fails)",
+    "change(loss=scalar)": "'loss' is a scalar",
+    "change(loss=reserved)": "learning_rate",
+    "change(loss=called_loss)": "Rename",
+    "change(loss=losses.next_token)": "needs the batch field 'tokens'",
+    "change(optimizer='adam')": "jaxdist.Optimizer(name='adam'",
+    "change(optimizer=optax.adam)": "optax.adam(1e-3)",
+    "change(optimizer=optax.MultiSteps(optax.sgd(1.0), 2))": "gradient_transformation()",
+    "change(stop=3)": "jaxdist.Stop(max_steps=1000)",
+    "change(data=IMAGES)": "takes a Data",
+    "change(inputs='pixels')": "inputs must be fields of the batch",
+    "change(inputs=3)": "takes a string or tuple",
+    # Names and numbers.
+    "jaxdist.Experiment(globl_batch_size=3)": "Did you mean 'global_batch_size'?",
+    "jaxdist.Experiment(name='x')": "needs the required setting 'model'",
+    "change(global_batch_size='16')": "takes a whole number; got '16'",
+    "change(global_batch_size=0)": "global_batch_size must be at least 1",
+    "change(global_batch_size=15)": "14 or 16",
+    "change(global_batch_size=64)": "global_batch_size is 64",
+    "change(seed=-1)": "from 0 to 4294967295",
+    "change(seed=2**32)": "from 0 to 4294967295",
+    "change(seed=2**64)": "from 0 to 4294967295",
+    "change(seed=1.5)": "takes a whole number",
+    "change(strategy='magic')": "There is no strategy 'magic'",
+    "change(reduction='sum')": "takes one of mean, canonical",
+    "change(precision='float8')": "takes one of float32, bfloat16, float16",
+    "change(num_microbatches=0)": "num_microbatches must be at least 1",
+    "change(reduction='canonical', logical_shards=3)": "logical_shards",
+    "change(mesh={'rows': 3})": "mesh",
+    "change(log_every=0)": "log_every must be at least 1",
+    "change(writers=('xml',))": "got ('xml',)",
+    "change(writers='jsonl')": "got 'jsonl'",
+    "change(writers=('csv', 'csv'))": "each writer once",
+    "change(checkpoints={'every_steps': 3})": "takes a Checkpoints",
+    "change(checkpoints=Checkpoints(every_steps=0))": "checkpoints.every_steps must be at least 1",
+    "change(checkpoints=Checkpoints(best_metric='eval/f1'))": "Did you mean 'eval/",
+    "change(eval=Evaluation(every_steps=0))": "eval.every_steps must be at least 1",
+    "change(guards=Guards(check_replicas_every=-1))": "guards.check_replicas_every must be at least 0",
+    "change(recovery=Recovery(max_fruitless=0))": "recovery.max_fruitless must be at least 1",
+    "change(optimizer=Optimizer(name='sgd', learning_rate=-1))": "optimizer.learning_rate must be at least 0",
+    "change(optimizer=Optimizer(name='sgd', learning_rate=0.1, momentum=0.9))": "has no effect on sgd",
+    "change(optimizer=Optimizer(name='adam', learning_rate=0.1, weight_decay=0.1))": "Use adamw",
+    # When it ends.
+    "change(stop=Stop())": "needs a rule that ends it",
+    "change(stop=Stop(max_steps=0))": "stop.max_steps must be positive",
+    "change(stop=Stop(max_steps=3, patience=-2))": "stop.patience must be positive",
+    "change(stop=Stop(target=1.0, target_metric='eval/f1'))": "which this experiment does not report",
+    "change(stop=Stop(target=1.0, max_steps=3), data=data())": "has no data.eval",
+    "change(stop=Stop(max_steps=9, patience=2, target_metric='train/loss'))": "is no eval/ metric",
+    # The data.
+    "change(data=Data(train='train.csv'))": "got 'train.csv'",
+    "change(data=Data(train=IMAGES))": "a dict of arrays",
+    "change(data=Data(train={'image': IMAGES, 'label': LABELS[:5]}))": "must share dim 0",
+    "change(data=Data(train={'image': IMAGES[:0], 'label': LABELS[:0]}))": "empty",
+    "change(data=data(label=LABELS.astype(np.float32)))": "needs integers in batch['label'], but got float32",
+    "change(data=data(label=np.eye(2)[LABELS].astype(int)))": "not one-hot rows",
+    "change(data=data(name=np.array(['a'] * len(LABELS), dtype=object)))": "'name' holds Python objects",
+    "change(data=data(eval={'image': IMAGES[:0], 'label': LABELS[:0]}))": "empty",
+    "change(data=data(eval={'image': IMAGES}))": "label is missing",
+    "change(data=data(eval={'image': IMAGES[:, :3], 'label': LABELS}))": "The evaluation fails on the examples",
+    "change(data=Data(train={'image': IMAGES, 'label': LABELS}, example_fn=broken))": "in broken)",
+    "change(data=Data(train={'image': IMAGES}, example_fn=3))": "takes a function or None; got 3",
+    # The file itself.
+    "{'seed': 0}": "must return a jaxdist.Experiment",
+    "undefined_name": "NameError: name 'undefined_name' is not defined",
+    "change(": "cannot be loaded: SyntaxError",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_compilations(tmp_path_factory):
+    with compile_cache.compile_once(tmp_path_factory.mktemp("xla")):
+        yield
+
+
+def test_the_table_is_long_enough():
+    assert len(MISTAKES) >= 60
+
+
+@pytest.mark.parametrize("code", MISTAKES)
+def test_a_mistake_is_one_message_and_leaves_no_run_directory(code, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runtime, "start", lambda num_devices=None: jax.devices()[: num_devices or 1])
+    monkeypatch.syspath_prepend(str(pathlib.Path(tiny_experiment.__file__).parent))
+    experiment = tmp_path / "mistaken.py"
+    experiment.write_text(HEADER + code + "\n")
+    run_dir = tmp_path / "run"
+    assert main.run(["train", str(experiment), "--devices", "2", "--run-dir", str(run_dir)]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert MISTAKES[code] in shown.err
+    assert shown.err.startswith("jaxdist: ")
+    assert shown.err.count("\n") == 1 or "There is no strategy" in shown.err
+    assert not run_dir.exists()
