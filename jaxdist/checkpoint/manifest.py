@@ -239,7 +239,9 @@ def _read_array(directory: pathlib.Path, path: str, leaf: JSON) -> np.ndarray:
 def _result(future: Any, directory: pathlib.Path, path: str) -> Any:
     error = future.exception()
     if error is not None:
-        raise DamagedCheckpointError(f"Leaf {path} is damaged: {directory} cannot be read: {error}.") from error
+        # TensorStore appends its whole specification and the places in its source, each in brackets.
+        reason = str(error).partition(" [")[0]
+        raise DamagedCheckpointError(f"Leaf {path} is damaged: {directory} cannot be read: {reason}.") from error
     return future.result()
 
 

@@ -49,7 +49,7 @@ def memory(environment: Mapping[str, str] = os.environ) -> pathlib.Path | None:
 def seconds_since_failure(environment: Mapping[str, str] = os.environ) -> float:
     """Return how long ago the attempt before this one failed, 0 for the first."""
     failed_at = environment.get(supervisor.FAILED_AT)
-    return 0.0 if failed_at is None else max(0.0, time.time() - float(failed_at))
+    return 0.0 if failed_at is None else max(0.0, time.monotonic() - float(failed_at))
 
 
 def deadline(settings: Recovery, environment: Mapping[str, str] = os.environ) -> Callable[[], bool]:
@@ -57,9 +57,9 @@ def deadline(settings: Recovery, environment: Mapping[str, str] = os.environ) ->
 
     The supervisor knows when the job began; a process that has none above it takes its own beginning, which is now.
     """
-    given = math.inf if settings.deadline_seconds is None else time.time() + settings.deadline_seconds
+    given = math.inf if settings.deadline_seconds is None else time.monotonic() + settings.deadline_seconds
     end = float(environment.get(supervisor.DEADLINE, given))
-    return lambda: time.time() >= end
+    return lambda: time.monotonic() >= end
 
 
 def open_snapshots(settings: Recovery, identity: str) -> snapshot.Snapshots | None:

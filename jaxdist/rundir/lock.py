@@ -43,7 +43,8 @@ def locked(directory: pathlib.Path, *, purpose: str) -> Iterator[None]:
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(directory / FILE_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = os.open(directory / FILE_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        os.fchmod(descriptor, 0o600)  # who may open a file may lock it, and so keep the job from starting
     except OSError as error:
         raise UserError(
             f"The directory of a job must be writable; {directory} is not: {error.strerror}. Choose another."

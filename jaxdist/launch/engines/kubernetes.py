@@ -72,7 +72,7 @@ def _pod(request: Request, name: str, pods: int, mount: str) -> dict[str, Any]:
     container = {
         "name": CONTAINER,
         "image": request.settings["image"],
-        "command": ["python", "-m", request.module, *request.train()],
+        "command": ["python", "-m", request.module, *map(_literal, request.train())],
         "env": _servers_meet(request, name, pods) if request.parameter_server else _processes_meet(name, pods),
         "resources": {"limits": _limits(request)},
         "volumeMounts": [{"name": VOLUME, "mountPath": mount}],
@@ -157,6 +157,11 @@ def submit(text: str) -> str:
 def _dns_name(name: str) -> str:
     """Return `name` as a DNS label; short, because the pods' names contain it."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40].strip("-") or "run"
+
+
+def _literal(argument: str) -> str:
+    """Return `argument` so that Kubernetes passes it on as it is: it replaces `$(NAME)` by a variable's value."""
+    return argument.replace("$", "$$")
 
 
 def _whole(name: str, text: str) -> int:

@@ -31,6 +31,14 @@ class Request:
     parameter_server: bool = False
     settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        # In a batch script what follows the end of a line would be a command of its own.
+        texts = {"name of the experiment": self.name, "path of the experiment": str(self.experiment)}
+        texts |= {"run directory": str(self.run_dir)}
+        texts |= {f"argument {argument!r}": argument for argument in self.arguments}
+        texts |= {f"--with {name}": value for name, value in self.settings.items()}
+        check_one_line(texts)
+
     def train(self) -> list[str]:
         """Return the arguments of the `jaxdist` command that each process runs; the command can be restarted."""
         return ["train", str(self.experiment), *self.arguments, "--run-dir", str(self.run_dir), "--restartable"]
@@ -48,6 +56,16 @@ class Request:
             said = f"{unknown[0]!r} is none of them" if unknown else f"{missing[0]} is missing"
             raise UserError(f"--with takes these settings of {engine}: {', '.join(known)}; {said}. Correct it.")
         return self.settings
+
+
+def check_one_line(texts: Mapping[str, str]) -> None:
+    """Raise UserError where a text, named for people, has control characters such as the end of a line."""
+    for name, text in texts.items():
+        if not text.isprintable():
+            raise UserError(
+                f"What is passed to an engine is one line of printable characters; {name} is {text!r}. "
+                "Rename or correct it."
+            )
 
 
 def settings_of(assignments: Sequence[str]) -> dict[str, str]:

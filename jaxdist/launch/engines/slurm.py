@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 from jaxdist.errors import ExitStatus, UserError
-from jaxdist.launch.engines.request import Request
+from jaxdist.launch.engines.request import Request, check_one_line
 from jaxdist.rundir import record
 
 SCRIPT_NAME = "launch.sbatch"
@@ -46,6 +46,7 @@ def script(request: Request, *, directory: str, python: str = sys.executable) ->
                 f"--with takes long options of sbatch without their dashes, for example partition=gpu, except "
                 f"{', '.join(_OURS)}; got {name!r}. Correct it."
             )
+    check_one_line({"working directory": directory, "Python interpreter": python})
     options = {
         "job-name": request.name,
         "nodes": str(request.hosts),

@@ -5,8 +5,8 @@ import pathlib
 import sys
 import threading
 import types
-from collections.abc import Mapping, Sequence
-from typing import NoReturn
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,9 @@ PROCESS_ID, NUM_PROCESSES, COORDINATOR = places.PROCESS_ID, places.NUM_PROCESSES
 
 LEAST_COMPILE_SECONDS = 0.0
 """Every program is kept: at a restart the whole job waits for each that is compiled anew, however small."""
+_COLLECTIVE_FLAG = "xla_gpu_nccl_termination_timeout_seconds"
+_COLLECTIVE_SECONDS = 7200
+"""Beyond what the watchdog allows a process to compile, evaluate or save while the others wait in a collective."""
 _LEAVE_SECONDS = 3.0
 """How long a process that gives up waits for the others to do so too."""
 
@@ -71,10 +74,18 @@ def _prepare(num_devices: int | None) -> None:
     # code, and canonical reduction would give other bits on a one-core machine.
     if len(os.sched_getaffinity(0)) == 1:
         os.environ.setdefault("NPROC", "2")
+    _bound_gpu_collectives(os.environ)
     jax.config.update("jax_num_cpu_devices", num_devices or 1)
     use_compilation_cache()
     if not is_alone():
         parent.die_with_parent()
+
+
+def _bound_gpu_collectives(environment: MutableMapping[str, str]) -> None:
+    """Have XLA end a process whose GPU collective never ends, by default never; what the user has set stays."""
+    flags = environment.get("XLA_FLAGS", "")
+    if _COLLECTIVE_FLAG not in flags:
+        environment["XLA_FLAGS"] = f"{flags} --{_COLLECTIVE_FLAG}={_COLLECTIVE_SECONDS}".strip()
 
 
 def first_of_each_process(
@@ -123,7 +134,10 @@ def _join_job(place: places.Place, num_devices: int | None) -> None:
 def _compare_and_meet(num_devices: int | None) -> None:
     same_on_all.compare("start", same_on_all.of_start(num_devices))
     local = jax.local_devices()
-    same_on_all.compare("devices", {"devices": num_devices or len(local), "kind of device": local[0].device_kind})
+    facts: dict[str, Any] = {"devices": num_devices or len(local), "kind of device": local[0].device_kind}
+    if local[0].platform == "cpu":  # whose kind says nothing of the instructions that XLA compiles to
+        facts["CPU instructions"] = same_on_all.instructions()
+    same_on_all.compare("devices", facts)
     _meet()
 
 

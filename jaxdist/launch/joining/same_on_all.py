@@ -9,6 +9,8 @@ import hashlib
 import json
 import os
 import pathlib
+import platform
+import re
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,6 +25,14 @@ from jaxdist.spmd import jax_private
 _SECONDS = 3600.0
 """How long to wait for a process that loads its data; one that dies is noticed by its missing heartbeat."""
 _HOST = "host"
+_INSTRUCTIONS = {
+    "AVX2 with FMA": {"avx2", "fma"},
+    "AVX": {"avx"},
+    "SSE4.2": {"sse4_2"},
+    "SVE": {"sve"},
+    "NEON": {"asimd"},
+}
+"""By name, the newest first: the features that Linux reports for them."""
 _MOST_NAMED = 8
 _SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_threefry_partitionable")
 
@@ -92,6 +102,19 @@ def of_start(num_devices: int | None) -> dict[str, Any]:
     }
 
 
+def instructions(cpuinfo: str | None = None, machine: str | None = None) -> str:
+    """Return the kind of instructions that XLA compiles to on this machine's CPU; other kinds give other bits.
+
+    AVX2 stands for AVX-512 too: small programs give the same bits on both.
+    """
+    text = pathlib.Path("/proc/cpuinfo").read_text() if cpuinfo is None else cpuinfo
+    machine = platform.machine() if machine is None else machine
+    match = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    features = set(match[1].split()) if match else set()
+    newest = next((name for name, needed in _INSTRUCTIONS.items() if needed <= features), "none of these")
+    return f"{machine}, {newest}"
+
+
 def of_experiment(path: str | os.PathLike[str], config: Any) -> dict[str, Any]:
     """Return what an experiment is made of: its settings, one by one, and the code beside its file that was loaded."""
     folder = pathlib.Path(path).resolve().parent
@@ -137,5 +160,8 @@ def _get(client: Any, name: str, part: object, seconds: float) -> str:
     try:
         return client.blocking_key_value_get(_key(name, part), int(seconds * 1000))
     except jax.errors.JaxRuntimeError as error:
-        who = f"process {part}" if isinstance(part, int) else "process 0"
-        raise TryAgain(f"Waited {seconds:g} s for what {who} has to say of its {name}, in vain: {error}") from error
+        who = part if isinstance(part, int) else 0
+        raise TryAgain(
+            f"Process {who} did not report its {name} within {seconds:g} s, or the coordinator is gone. Look at the "
+            "output of that process, and start the job again."
+        ) from error

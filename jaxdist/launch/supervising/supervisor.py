@@ -226,12 +226,11 @@ class Events:
 
     def note(self, event: str, **details: object) -> None:
         """Add a line with the time in seconds since 1970."""
-        now = time.time()
         if event == "end":
-            self.failed_at = now
+            self.failed_at = time.monotonic()  # one clock for all processes of this machine, and never set back
         try:
             with open(self._path, "a") as file:
-                file.write(json.dumps({"event": event, "time": now} | details) + "\n")
+                file.write(json.dumps({"event": event, "time": time.time()} | details) + "\n")
         except OSError as error:
             if not self._told:
                 say(f"{self._path} could not be written: {error.strerror}. The job continues without it.")
@@ -335,11 +334,11 @@ class _Attempts:
         self._job, self._policy, self._memory, self._signals = job, policy, memory, signals
         self._events = Events(job.run_dir)
         self._record = _KeptRecord(job.run_dir)
-        self._deadline = math.inf if policy.deadline_seconds is None else time.time() + policy.deadline_seconds
+        self._deadline = math.inf if policy.deadline_seconds is None else time.monotonic() + policy.deadline_seconds
 
     def stopped(self) -> bool:
         """Return whether a signal came or the deadline has passed."""
-        return bool(self._signals.received) or time.time() >= self._deadline
+        return bool(self._signals.received) or time.monotonic() >= self._deadline
 
     def restore_record(self) -> None:
         """Write the run record again if it has vanished or is damaged."""

@@ -96,14 +96,19 @@ def judge(views: Mapping[int, View], limits: Limits, *, silence_seconds: float) 
 
 
 def _furthest_behind(active: Mapping[int, View]) -> list[int]:
-    """Return the processes that the others wait for: not waiting themselves, or else at the lowest step."""
+    """Return the processes that the others wait for: not waiting themselves, or else at the lowest step.
+
+    None where those are in a step, and the others in the next one: each process may be ahead of what it has reported,
+    and programs that communicate can wait for each other, with no process to blame.
+    """
     lowest = min(view.step for view in active.values())
     behind = [number for number, view in active.items() if view.step == lowest]
     for phases in _OWN_WORK:
         at_work = [number for number in behind if active[number].phase in phases]
         if at_work:
             return at_work
-    return behind
+    close = max(view.step for view in active.values()) - lowest == 1
+    return [] if close and all(active[number].phase == "compute" for number in behind) else behind
 
 
 def _describe(views: Mapping[int, View], culprits: Sequence[int], silence_seconds: float) -> str:
@@ -116,6 +121,11 @@ def _describe(views: Mapping[int, View], culprits: Sequence[int], silence_second
 
 def _headline(views: Mapping[int, View], culprits: Sequence[int]) -> str:
     others = [view for number, view in views.items() if number not in culprits and view.phase != DONE]
+    if not culprits:
+        return (
+            "every process is in a step, and all answer, so it is not known which one holds up the others. Each "
+            "process's log ends with its stacks."
+        )
     first = views[culprits[0]]
     who = " and ".join(f"process {number}" for number in culprits)
     holds = f"{who} {'is' if len(culprits) == 1 else 'are'} in {first.phase} for {first.same_seconds:.0f} s"

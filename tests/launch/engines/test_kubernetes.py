@@ -181,3 +181,11 @@ def test_the_command_line_prints_the_manifest_and_needs_kubectl_to_create_it(mon
     assert container_of(manifest)["command"][-2].startswith("/runs/tiny-")
     assert main.run(arguments) == 2
     assert "needs kubectl" in capsys.readouterr().err
+
+
+def test_an_argument_is_not_taken_for_a_variable():
+    """Kubernetes replaces `$(NAME)` and makes `$$` one `$`, in the order of the text."""
+    made = kubernetes.manifest(request(arguments=["--set", "name=$(POD_IP)$$"]))
+    pod = made["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert "name=$$(POD_IP)$$$$" in pod["containers"][0]["command"]
+    assert {"name": "JAX_COORDINATOR_BIND_ADDRESS", "value": "$(POD_IP):8476"} in pod["containers"][0]["env"]

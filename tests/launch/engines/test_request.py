@@ -25,6 +25,21 @@ def test_a_setting_that_is_unknown_or_missing_is_named(settings, required, messa
         make(settings=settings).only("X", ("time", "image"), required)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": "tiny\ntouch here"},
+        {"experiment": pathlib.Path("a\nb.py")},
+        {"run_dir": pathlib.Path("run\r")},
+        {"arguments": ["--set", "name=a\nb"]},
+        {"settings": {"partition": "gpu\ntouch here"}},
+    ],
+)
+def test_a_text_of_two_lines_is_refused(changes):
+    with pytest.raises(UserError, match="one line of printable characters"):
+        make(**changes)
+
+
 def test_settings_are_key_and_value():
     assert requests.settings_of(["a=1", "b=", "c=x=y"]) == {"a": "1", "b": "", "c": "x=y"}
     for wrong in ("a", "=1", ""):

@@ -199,3 +199,9 @@ def test_slurm_starts_a_parameter_server(cluster, tmp_path):
     made = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (made["end_reason"], made["step"]) == ("max_steps", 20)
     assert made["params_sha256"] == train_here(cluster, tmp_path / "alone", *settings)["params_sha256"]
+
+
+def test_a_directory_or_an_interpreter_of_two_lines_is_refused():
+    for place in ({"directory": "/a\ntouch b"}, {"directory": "/a", "python": "python\ntouch b"}):
+        with pytest.raises(UserError, match="one line of printable characters"):
+            slurm.script(request(), **place)

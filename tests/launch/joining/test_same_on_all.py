@@ -1,8 +1,11 @@
 import json
 
+import jax
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxdist.errors import TryAgain
 from jaxdist.launch.joining import same_on_all
 
 FACTS = st.dictionaries(st.sampled_from(["jax", "lr", "file a.py"]), st.sampled_from([1, 2, "x", None]))
@@ -63,3 +66,31 @@ def test_the_start_says_versions_devices_and_every_file_of_the_package():
 def test_outside_a_job_there_is_nobody_to_differ_from():
     same_on_all.compare("anything", {"a": 1})
     assert same_on_all.from_first("anything", "mine") == "mine"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "machine", "expected"),
+    [
+        ("flags\t\t: fpu sse4_2 avx avx2 fma avx512f\n", "x86_64", "x86_64, AVX2 with FMA"),
+        ("model\t: 1\nflags\t\t: fpu sse4_2 avx avx2 fma\n", "x86_64", "x86_64, AVX2 with FMA"),
+        ("flags\t\t: fpu sse4_2 avx\n", "x86_64", "x86_64, AVX"),
+        ("flags\t\t: fpu sse4_2\n", "x86_64", "x86_64, SSE4.2"),
+        ("Features\t: fp asimd\n", "aarch64", "aarch64, NEON"),
+        ("", "riscv64", "riscv64, none of these"),
+    ],
+)
+def test_processors_that_compute_other_bits_differ(cpuinfo, machine, expected):
+    assert same_on_all.instructions(cpuinfo, machine) == expected
+
+
+class Silent:
+    """A store in which nothing appears."""
+
+    def blocking_key_value_get(self, key, milliseconds):
+        raise jax.errors.JaxRuntimeError(f"DEADLINE_EXCEEDED: GetKeyValue() timed out with key: {key} [type.x='']")
+
+
+def test_a_process_that_says_nothing_is_named_without_the_words_of_the_store():
+    with pytest.raises(TryAgain, match=r"^Process 3 did not report its devices within 2 s, or") as raised:
+        same_on_all._get(Silent(), "devices", 3, 2.0)
+    assert "GetKeyValue" not in str(raised.value)

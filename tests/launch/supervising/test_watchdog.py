@@ -38,7 +38,14 @@ def test_a_process_that_gives_no_sign_of_life_is_blamed_first_and_does_not_repor
 
 
 def test_the_lowest_step_is_blamed_when_all_are_in_a_step():
-    assert judge(view(5, "compute", 101), view(4, "compute", 101)).culprits == (1,)
+    assert judge(view(6, "compute", 101), view(4, "compute", 101)).culprits == (1,)
+
+
+def test_a_process_that_is_one_step_behind_in_a_step_is_not_blamed():
+    verdict = judge(view(5, "compute", 101), view(4, "compute", 102))
+    assert (verdict.culprits, verdict.reporter) == ((), 0)
+    assert "every process is in a step, and all answer, so it is not known which one holds up" in verdict.text
+    assert "  process 1: step 4, compute for 102 s" in verdict.text
 
 
 def test_a_slow_first_compile_is_no_stall_for_those_who_wait_for_it():
