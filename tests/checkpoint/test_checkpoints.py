@@ -337,6 +337,16 @@ def test_an_array_swapped_for_another_is_found(tmp_path):
         Checkpointer(tmp_path, identity="test").restore(template_of(state))
 
 
+def test_a_leaf_that_is_gone_is_named_without_the_specification_of_the_store(tmp_path):
+    with Checkpointer(tmp_path, identity="test") as checkpointer:
+        checkpointer.save(1, small_state(1), {}, {})
+    for path in (tmp_path / "1" / "state").rglob(".zarray"):
+        path.unlink()
+    with pytest.raises(DamagedCheckpointError, match=r"is damaged: .* cannot be read") as error:
+        Checkpointer(tmp_path, identity="test").restore(template_of(small_state(0)))
+    assert "tensorstore_spec" not in str(error.value)
+
+
 # Foreign checkpoints
 
 

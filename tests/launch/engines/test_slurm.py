@@ -99,7 +99,7 @@ def test_a_machine_without_slurm_is_told_so_and_shown_the_script(monkeypatch, tm
     monkeypatch.setenv("PATH", str(tmp_path))
     arguments = ["launch", str(EXPERIMENT), "--engine", "slurm", "--run-dir", str(tmp_path / "run")]
     assert main.run(arguments) == 2
-    assert "needs sbatch, which this machine does not have" in capsys.readouterr().err
+    assert "needs the program sbatch; this machine does not have it" in capsys.readouterr().err
     assert main.run([*arguments, "--dry-run"]) == 0
     assert capsys.readouterr().out.startswith("#!/bin/bash\n#SBATCH ")
     assert not (tmp_path / "run").exists()
