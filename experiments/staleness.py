@@ -146,7 +146,7 @@ class Laboratory:
             faults=Faults(until=0.0),
             params=self.params,
             gradient=gradient,
-            make_updater=lambda: shard_optimizer.OptaxUpdater(optax, kind="elementwise", ranks=self._ranks()),
+            make_updater=lambda: shard_optimizer.OptaxUpdater(optax, kind="elementwise", shapes=self._shapes()),
             compute_seconds=compute_seconds,
         )
         try:
@@ -156,9 +156,8 @@ class Laboratory:
             made.steps, made.staleness = len(applied), [effect.staleness for effect in applied]
         return made
 
-    def _ranks(self) -> list[int]:
-        sharding = self.plan.sharding
-        return [len(sharding.shapes[block.leaf]) for block in sharding.shards[0]]
+    def _shapes(self) -> list[tuple[int, ...]]:
+        return [self.plan.sharding.shape(block) for block in self.plan.sharding.shards[0]]
 
     def _look(self, made: Run, now: float, params: Any, target: float, most_seconds: float) -> None:
         whole, model_state = jax.tree.unflatten(self.plan.structure, self.plan.sharding.join(params))

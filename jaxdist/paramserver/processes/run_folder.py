@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import pathlib
-from typing import Any, Literal
+from typing import Any
 
 from jaxdist.paramserver.processes.driver import write_file
 from jaxdist.paramserver.protocol.settings import Settings, Timers
@@ -26,9 +26,9 @@ class Spec:
       settings: all settings of the protocol.
       peers: process name -> `host:port`.
       directory: the run's own folder for logs, snapshots and cuts.
-      resume: name of the snapshot to go on from; empty for a fresh run.
+      resume: name of the snapshot to start from; empty for a fresh run.
       devices: devices of each worker.
-      kind: how the optimizer runs on shards (see `optimizer.classify`).
+      kind: how the optimizer runs on shards (see `optimizer_kind`).
     """
 
     experiment: str
@@ -38,7 +38,7 @@ class Spec:
     directory: str
     resume: str
     devices: int
-    kind: Literal["elementwise", "global_norm"]
+    kind: str
 
     def write(self, path: pathlib.Path) -> None:
         """Write the file that `read` reads."""

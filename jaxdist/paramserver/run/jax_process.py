@@ -7,7 +7,7 @@ import dataclasses
 import pathlib
 import sys
 import time
-from typing import Any
+from typing import Any, cast
 
 from jaxdist.config import loading, overrides
 from jaxdist.launch import parent
@@ -22,13 +22,14 @@ from jaxdist.paramserver.protocol.settings import server_shard, worker_number
 from jaxdist.paramserver.protocol.worker import Worker
 from jaxdist.paramserver.run import shared_plan
 from jaxdist.paramserver.run.island import Island
+from jaxdist.paramserver.run.optimizer_kind import Kind
 
 
 def make(name: str, spec: Spec) -> tuple[Driver, Statistics]:
     """Return the server or worker called `name`, and its counters."""
     devices = runtime.start_by_itself(spec.devices)
     experiment = overrides.override(loading.load_experiment(spec.experiment), spec.assignments)
-    plan = shared_plan.make_plan(experiment, experiment.ps, kind=spec.kind)
+    plan = shared_plan.make_plan(experiment, experiment.ps, kind=cast(Kind, spec.kind))
     plan = dataclasses.replace(plan, settings=spec.make_settings())
     boot = time.time_ns()
     number = worker_number(name)

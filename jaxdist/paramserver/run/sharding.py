@@ -34,6 +34,15 @@ class Sharding:
     shards: tuple[tuple[Block, ...], ...]
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[np.dtype, ...]
+    whole_leaves: bool = False
+
+    def shape(self, block: Block) -> tuple[int, ...]:
+        """Return a block's shape for the optimizer: its leaf's, or that of a piece with its leaf's rank.
+
+        The rank is what masks for weight decay look at.
+        """
+        shape = self.shapes[block.leaf]
+        return shape if self.whole_leaves or not shape else (block.stop - block.start,) + (1,) * (len(shape) - 1)
 
     @property
     def num_bytes(self) -> tuple[int, ...]:
@@ -61,9 +70,9 @@ class Sharding:
         if got != want:
             wrong = next((i for i, pair in enumerate(zip(got, want)) if pair[0] != pair[1]), min(len(got), len(want)))
             raise ValueError(
-                f"these leaves are not the ones that were sharded: leaf {wrong} of {len(got)} is "
+                f"These leaves are not the ones that were sharded: leaf {wrong} of {len(got)} is "
                 f"{got[wrong] if wrong < len(got) else 'missing'}, expected "
-                f"{want[wrong] if wrong < len(want) else 'none'}; pass a tree with the params' structure"
+                f"{want[wrong] if wrong < len(want) else 'none'}; pass a tree with the params' structure."
             )
 
 
@@ -81,22 +90,29 @@ def _cut(leaf: int, shape: tuple[int, ...], itemsize: int, block_bytes: int) -> 
     return [Block(leaf, start, min(start + length, size), row) for start in range(0, size, length)]
 
 
-def make_sharding(params: Any, *, num_servers: int, block_bytes: int = BLOCK_BYTES) -> Sharding:
+def make_sharding(
+    params: Any, *, num_servers: int, block_bytes: int = BLOCK_BYTES, whole_leaves: bool = False
+) -> Sharding:
     """Return how the leaves of `params` (arrays or ShapeDtypeStructs, in tree order) are spread over the servers.
+
+    With `whole_leaves` no leaf is cut, for optimizers that need all of a leaf.
 
     Raises:
       ValueError: no server, a block size below one byte, or fewer blocks than servers.
     """
     if num_servers < 1 or block_bytes < 1:
-        raise ValueError(f"need at least 1 server and 1 byte a block, got {num_servers} and {block_bytes}")
+        raise ValueError(f"A sharding needs at least 1 server and 1 byte a block; got {num_servers} and {block_bytes}.")
     leaves = jax.tree.leaves(params)
     shapes = tuple(tuple(leaf.shape) for leaf in leaves)
     dtypes = tuple(np.dtype(leaf.dtype) for leaf in leaves)
-    blocks = [b for i, shape in enumerate(shapes) for b in _cut(i, shape, dtypes[i].itemsize, block_bytes)]
+    blocks = []
+    for leaf, shape in enumerate(shapes):
+        size = int(np.prod(shape, dtype=np.int64)) * dtypes[leaf].itemsize
+        blocks += _cut(leaf, shape, dtypes[leaf].itemsize, max(size, 1) if whole_leaves else block_bytes)
     if len(blocks) < num_servers:
         raise ValueError(
-            f"{num_servers} servers share {len(blocks)} blocks of at most {block_bytes} bytes, so some would hold "
-            f"nothing: ask for at most {len(blocks)} servers (ps.servers) or smaller blocks"
+            f"{num_servers} servers share {len(blocks)} {'leaves' if whole_leaves else 'blocks'}, so some would hold "
+            f"nothing. Set ps.servers to at most {len(blocks)}."
         )
     shards: list[list[Block]] = [[] for _ in range(num_servers)]
     load = [(0, server) for server in range(num_servers)]
@@ -105,4 +121,4 @@ def make_sharding(params: Any, *, num_servers: int, block_bytes: int = BLOCK_BYT
         shards[server].append(block)
         heapq.heappush(load, (held + _bytes(block, dtypes), server))
     ordered = tuple(tuple(sorted(shard, key=lambda b: (b.leaf, b.start))) for shard in shards)
-    return Sharding(ordered, shapes, dtypes)
+    return Sharding(ordered, shapes, dtypes, whole_leaves)

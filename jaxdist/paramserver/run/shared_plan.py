@@ -5,7 +5,7 @@ statistics a model keeps, is averaged over the examples of a step and replaced.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,8 @@ from jaxdist.config.parameter_server import ParameterServer
 from jaxdist.errors import ConfigError
 from jaxdist.paramserver.protocol.settings import Settings
 from jaxdist.paramserver.protocol.shard import Shard
-from jaxdist.paramserver.run.shard_optimizer import Kind, OptaxUpdater, classify
+from jaxdist.paramserver.run.optimizer_kind import Kind, choose_kind, needs_norm, needs_whole_leaves
+from jaxdist.paramserver.run.shard_optimizer import OptaxUpdater
 from jaxdist.paramserver.run.sharding import Sharding, make_sharding
 from jaxdist.paramserver.run.whole_optimizer import OptimizerCut
 from jaxdist.run import components
@@ -42,13 +43,14 @@ class Plan:
 
     def cut(self) -> OptimizerCut:
         """Return how the optimizer's state is cut into those of the shards."""
-        return OptimizerCut(self.optimizer, self.sharding, self.num_params, self.kind == "global_norm")
+        return OptimizerCut(self.optimizer, self.sharding, self.num_params, needs_norm(self.kind))
 
     def resharded(self, num_servers: int) -> "Plan":
         """Return the plan for another number of servers."""
         pairs = zip(self.sharding.shapes, self.sharding.dtypes)
         leaves = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in pairs]
-        return dataclasses.replace(self, sharding=make_sharding(leaves, num_servers=num_servers))
+        whole = self.sharding.whole_leaves
+        return dataclasses.replace(self, sharding=make_sharding(leaves, num_servers=num_servers, whole_leaves=whole))
 
 
 def make_plan(experiment: Experiment, chosen: ParameterServer, *, kind: Kind | None = None) -> Plan:
@@ -57,7 +59,7 @@ def make_plan(experiment: Experiment, chosen: ParameterServer, *, kind: Kind | N
     Args:
       experiment: what to train.
       chosen: its settings under `ps.`.
-      kind: how the optimizer can run on shards, where that was found out already; None tries it.
+      kind: how the optimizer can run on shards, where that is known already; None has it chosen.
 
     Raises:
       ValueError: settings that contradict each other, or that the parameter server cannot keep.
@@ -72,7 +74,6 @@ def make_plan(experiment: Experiment, chosen: ParameterServer, *, kind: Kind | N
     shapes = jax.eval_shape(functions.init_fn, jax.random.key(0))
     params, model_state = shapes if isinstance(shapes, tuple) and len(shapes) == 2 else (shapes, None)
     leaves, structure = jax.tree.flatten((params, model_state))
-    sharding = make_sharding(leaves, num_servers=chosen.servers)
     settings = Settings.of(
         chosen,
         num_examples=len(experiment.data.train),
@@ -82,13 +83,22 @@ def make_plan(experiment: Experiment, chosen: ParameterServer, *, kind: Kind | N
         check_copies_every=experiment.guards.check_replicas_every or 0,
     )
     num_params = len(jax.tree.leaves(params))
-    kind = kind or classify(optimizer, sharding.shapes[:num_params])
+    kind = kind or _choose_kind(optimizer, leaves, num_params, chosen.servers)
+    sharding = make_sharding(leaves, num_servers=chosen.servers, whole_leaves=needs_whole_leaves(kind))
     plan = Plan(
         experiment, settings, loader, functions, optimizer, learning_rate, sharding, structure, num_params, kind
     )
     _check_order(plan)
     plan.cut()  # refuses what cannot be cut
     return plan
+
+
+def _choose_kind(optimizer: Any, leaves: Sequence[jax.ShapeDtypeStruct], num_params: int, num_servers: int) -> Kind:
+    def shards_of(whole_leaves: bool) -> list[list[tuple[int, tuple[int, ...]]]]:
+        sharding = make_sharding(leaves, num_servers=num_servers, whole_leaves=whole_leaves)
+        return [[(b.leaf, sharding.shape(b)) for b in blocks if b.leaf < num_params] for blocks in sharding.shards]
+
+    return choose_kind(optimizer, leaves[:num_params], shards_of)
 
 
 def _check_order(plan: Plan) -> None:
@@ -134,8 +144,8 @@ def _pair(created: Any) -> tuple[Any, Any]:
 def make_shard(plan: Plan, number: int) -> Shard:
     """Return shard `number` before the first step."""
     blocks = plan.sharding.shards[number]
-    ranks = [len(plan.sharding.shapes[block.leaf]) for block in blocks if block.leaf < plan.num_params]
-    updater = OptaxUpdater(plan.optimizer, kind=plan.kind, ranks=ranks)
+    shapes = [plan.sharding.shape(block) for block in blocks if block.leaf < plan.num_params]
+    updater = OptaxUpdater(plan.optimizer, kind=plan.kind, shapes=shapes)
     params = plan.sharding.split(initial_leaves(plan))[number]
     return Shard(shard=number, settings=plan.settings, updater=updater, params=params)
 

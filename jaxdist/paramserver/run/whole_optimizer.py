@@ -13,25 +13,8 @@ import jax
 import numpy as np
 import optax
 
-from jaxdist.paramserver.run.shard_optimizer import GHOST_SHAPE, with_rank
+from jaxdist.paramserver.run.optimizer_kind import GHOST_SHAPE, Marked
 from jaxdist.paramserver.run.sharding import Block, Sharding
-
-
-@jax.tree_util.register_pytree_node_class
-class Marked:
-    """A tuple of params that can be told from every other tuple in an optimizer's state."""
-
-    def __init__(self, items: Sequence[Any]) -> None:
-        self.items = tuple(items)
-
-    def tree_flatten(self) -> tuple[tuple[Any, ...], None]:
-        """Return the params."""
-        return self.items, None
-
-    @classmethod
-    def tree_unflatten(cls, _: None, items: Sequence[Any]) -> "Marked":
-        """Return what held these params."""
-        return cls(items)
 
 
 @dataclass(frozen=True)
@@ -42,7 +25,7 @@ class OptimizerCut:
       optimizer: optax.
       sharding: of the params and, after them, the model state.
       num_params: how many of the leaves are params.
-      ghost: whether each shard holds one element more (see `optimizer`).
+      ghost: whether each shard holds one element more (see `shard_optimizer`).
 
     Raises:
       ValueError: the optimizer keeps something for each param that is not shaped like it.
@@ -57,11 +40,11 @@ class OptimizerCut:
         params = self._params()
         for part in _parts(self._state(params))[0]:
             for kept, param in zip(part.items, params) if isinstance(part, Marked) else ():
-                if _is_array(kept) and kept.shape != param.shape:
+                if _is_array(kept) and kept.shape != param.shape and not self.sharding.whole_leaves:
                     raise ValueError(
-                        f"the parameter server cuts the optimizer's state as it cuts the params; this optimizer keeps "
+                        "The parameter server cuts the optimizer's state as it cuts the params. This optimizer keeps "
                         f"an array of shape {kept.shape} for a param of shape {param.shape}. Use one whose state has "
-                        "the params' shapes, or another strategy"
+                        "the params' shapes, or another strategy."
                     )
 
     def join(self, states: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
@@ -77,10 +60,13 @@ class OptimizerCut:
     def _join_part(self, part: Any, pieces: Sequence[Any]) -> Any:
         if not isinstance(part, Marked):
             return np.asarray(pieces[0])
-        whole = [np.empty(kept.shape, kept.dtype) if _is_array(kept) else kept for kept in part.items]
+        cut = not self.sharding.whole_leaves
+        whole = [np.empty(kept.shape, kept.dtype) if cut and _is_array(kept) else kept for kept in part.items]
         for shard, piece in enumerate(pieces):
             for block, values in zip(self._param_blocks(shard), piece.items):
-                if _is_array(values):
+                if not cut:
+                    whole[block.leaf] = values
+                elif _is_array(values):
                     whole[block.leaf].reshape(-1)[block.start : block.stop] = np.reshape(values, -1)
         return Marked(whole)
 
@@ -102,7 +88,9 @@ class OptimizerCut:
 
     def _cut(self, kept: Any, block: Block) -> Any:
         """Return the block's part of what is kept for a param; nothing where nothing is kept."""
-        return with_rank(np.reshape(kept, -1)[block.start : block.stop], kept.ndim) if _is_array(kept) else kept
+        if self.sharding.whole_leaves or not _is_array(kept):
+            return kept
+        return np.reshape(kept, -1)[block.start : block.stop].reshape(self.sharding.shape(block))
 
     def _state(self, params: Sequence[Any]) -> Any:
         return jax.eval_shape(self.optimizer.init, Marked(params))
@@ -115,11 +103,8 @@ class OptimizerCut:
         return [block for block in self.sharding.shards[shard] if block.leaf < self.num_params]
 
     def _blocks(self, shard: int) -> list[jax.ShapeDtypeStruct]:
-        found = []
-        for block in self._param_blocks(shard):
-            flat = np.broadcast_to(np.float32(0), block.stop - block.start)
-            shape = with_rank(flat, len(self.sharding.shapes[block.leaf])).shape
-            found.append(jax.ShapeDtypeStruct(shape, self.sharding.dtypes[block.leaf]))
+        blocks = self._param_blocks(shard)
+        found = [jax.ShapeDtypeStruct(self.sharding.shape(b), self.sharding.dtypes[b.leaf]) for b in blocks]
         return [*found, *([jax.ShapeDtypeStruct(GHOST_SHAPE, np.float32)] if self.ghost else [])]
 
 
