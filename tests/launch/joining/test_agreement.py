@@ -1,12 +1,17 @@
 """Agreement as pure logic: processes that run in any order, with clocks and wishes of their own, decide alike."""
 
+import ast
 import itertools
+import pathlib
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import jaxdist
 from jaxdist.launch.joining import agreement
+
+PACKAGE = pathlib.Path(jaxdist.__file__).parent
 
 
 class Store:
@@ -127,3 +132,20 @@ def test_alone_a_process_goes_by_its_own():
         wanted = agreed.stop(lambda step: step == 2)
         assert [wanted(step) for step in (1, 2, 3)] == [False, True, False]
         assert agreed.number("seconds", 0.0)(7.25) == 7.25
+
+
+def test_no_module_runs_a_collective_over_devices_other_than_those_of_the_step():
+    """Such a program and the step can wait for each other (docs/guide/processes.md).
+
+    `spmd/mesh.py` makes the mesh of the job; a worker's island is one process; the first meeting ends before training.
+    """
+    makes_meshes, meets = set(), set()
+    for path in PACKAGE.rglob("*.py"):
+        calls = [ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        names = {name.split(".")[-1] for name in calls}
+        makes_meshes |= {str(path.relative_to(PACKAGE))} if names & {"Mesh", "make_mesh"} else set()
+        meets |= names & {"sync_global_devices", "process_allgather", "broadcast_one_to_all", "assert_equal"}
+    assert meets == set()
+    assert {name for name in makes_meshes if name.startswith(("launch/", "checkpoint/", "rundir/", "guards/"))} == {
+        "launch/joining/runtime.py"
+    }
