@@ -45,6 +45,7 @@ class Replace:
     """The cheapest optimizer: the new params are the gradient."""
 
     needs_norm = False
+    num_params = 1 << 30
 
     def init(self, params: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
         """Return no state."""
@@ -148,7 +149,7 @@ class Served:
     def run(self) -> None:
         """Push and pull once."""
         self.sequence += 1
-        push = messages.Push(0, 0, 1, self.sequence, 0, self.sequence, LEASE, 1.0, True, 1.0, self.grads)
+        push = messages.Push(0, 0, 1, self.sequence, 0, self.sequence, LEASE, 1.0, 1.0, True, 1.0, self.grads)
         assert self._ask(push).status == "applied"
         pulled = self._ask(messages.Pull(0, 0, 1, self.sequence, 0, 0))
         assert pulled.pieces[0][0] == self.grads[0][0]

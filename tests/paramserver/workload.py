@@ -19,8 +19,8 @@ CLIP = 0.5
 class Momentum:
     """Heavy-ball SGD in numpy: order and number of updates show in the bits."""
 
-    def __init__(self, clip=False):
-        self.needs_norm = clip
+    def __init__(self, clip=False, num_params=9):
+        self.needs_norm, self.num_params = clip, num_params
 
     def init(self, params):
         return tuple(np.zeros_like(p) for p in params)
@@ -53,7 +53,7 @@ def gradient(lease, params):
         pieces[0] = (np.full_like(pieces[0][0], np.nan), *pieces[0][1:])
     squares = sum(float((g.astype(np.float64) ** 2).sum()) for shard in pieces for g in shard) / max(count, 1) ** 2
     metrics = (messages.Metric("loss", 1.0 * count, count),)
-    return messages.Computed(0, 0, float(count), finite, squares, tuple(pieces), metrics)
+    return messages.Computed(0, 0, float(count), float(count), finite, squares, tuple(pieces), metrics)
 
 
 def draw_settings(rng: random.Random) -> Settings:

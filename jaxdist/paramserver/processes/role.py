@@ -28,7 +28,7 @@ def main(arguments: list[str], make: Make) -> int:
             listen=spec.peers[name],
             peers=spec.peers,
             receive=driver.receive,
-            security=Security.read(os.environ),
+            security=Security.read(os.environ).for_attempt(spec.attempt),
         )
     except OSError as error:
         logger.error(str(error))

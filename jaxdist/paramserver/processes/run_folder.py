@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import time
 from typing import Any
 
 from jaxdist.paramserver.processes.driver import write_file
@@ -16,11 +17,27 @@ NONFINITE_NAME = "nonfinite"
 STEPS_NAME, CUT_NAME, LOG_NAME, SPEC_NAME = "steps.jsonl", "cut", "scheduler.log", "spec.json"
 
 
+BOOTS_NAME = "boots"
+"""The folder with the last boot number of each process."""
+_BOOT_ROOM = 1_000_000
+"""A process that joins again without a restart adds one to its boot number."""
+
+
+def next_boot(directory: pathlib.Path, name: str) -> int:
+    """Return the boot number of a process that starts: larger than all before it, even if the clock was set back."""
+    path = directory / BOOTS_NAME / name.replace("/", "-")
+    before = int(path.read_text()) if path.exists() else 0
+    boot = max(time.time_ns(), before + _BOOT_ROOM)
+    write_file(path, [str(boot).encode()])
+    return boot
+
+
 @dataclasses.dataclass(frozen=True)
 class Spec:
     """What every process of a run knows.
 
     Attributes:
+      attempt: random name of this attempt at the run; see Security.for_attempt.
       experiment: path of the experiment file.
       assignments: overrides of it, as on the command line.
       settings: all settings of the protocol.
@@ -31,6 +48,7 @@ class Spec:
       kind: how the optimizer runs on shards (see `optimizer_kind`).
     """
 
+    attempt: str
     experiment: str
     assignments: list[str]
     settings: dict[str, Any]

@@ -228,7 +228,9 @@ class Pulled:
 
 @dataclass(frozen=True, slots=True)
 class Push:
-    """A shard's part of one gradient: the sum over the lease's examples, of which there were `count`.
+    """A shard's part of one gradient: the sum over the lease's examples, of which the loss counted `count`.
+
+    Blocks of model state are sums too, each example's weighted alike: over `num_examples`.
 
     `version` is the shard version it was computed from. `norm_squared` and `finite` describe the mean gradient over all
     shards.
@@ -242,6 +244,7 @@ class Push:
     clock: int
     lease: Lease
     count: float
+    num_examples: float
     finite: bool
     norm_squared: float
     pieces: tuple[Piece, ...]
@@ -484,11 +487,12 @@ class Tick:
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """The gradient of lease `sequence` of `incarnation`: per shard its pieces, summed over `count` examples."""
+    """The gradient of lease `sequence` of `incarnation`: per shard its pieces, as in Push."""
 
     incarnation: int
     sequence: int
     count: float
+    num_examples: float
     finite: bool
     norm_squared: float
     pieces: tuple[tuple[Piece, ...], ...]

@@ -22,6 +22,7 @@ class Updater(Protocol):
     """The optimizer of one shard. It never changes an array in place, so an old one stays valid."""
 
     needs_norm: bool
+    num_params: int  # of a shard's blocks, the first ones; the others are model state, replaced by its mean
 
     def init(self, params: Arrays) -> Arrays:
         """Return the optimizer state for blocks `params`."""
@@ -149,7 +150,8 @@ class Shard:
                 return f"Block {number} has shape {param.shape}, its piece has {values.shape}."
             if push.finite and values.size and not _is_finite(values):
                 return f"The piece for block {number} is declared finite and is not."
-        return "" if push.count >= 0 else f"The push counts {push.count} examples; a count is at least 0."
+        fewest = min(push.count, push.num_examples)
+        return "" if fewest >= 0 else f"The push counts {fewest} examples; a count is at least 0."
 
     def verdict(self, push: messages.Push) -> str:
         """Return the status that `push` would get now: fenced, duplicate, obsolete, staged or applied."""
@@ -231,9 +233,10 @@ class Shard:
         return sorted(commit.contributors, key=lambda c: c.lease.slice)
 
     def _mean(self, pushes: Sequence[messages.Push]) -> Arrays:
-        count = sum(push.count for push in pushes)
+        counted, num_examples = sum(push.count for push in pushes), sum(push.num_examples for push in pushes)
         sums = []
         for block, param in enumerate(self.params):
+            count = counted if block < self.updater.num_params else num_examples
             total = dense(pushes[0].pieces[block], param)
             for push in pushes[1:]:
                 total = total + dense(push.pieces[block], param)

@@ -171,6 +171,7 @@ class Worker:
             self.clock,
             lease,
             computed.count,
+            computed.num_examples,
             computed.finite,
             computed.norm_squared,
             computed.pieces[shard],

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxdist.guards import guard
 from jaxdist.paramserver.protocol import effects, messages
-from jaxdist.paramserver.run.shared_plan import Plan
+from jaxdist.paramserver.run.shared_plan import Plan, rows_of_a_slice
 from jaxdist.paramserver.run.sparse_push import sparse
 from jaxdist.spmd import reduce
 from jaxdist.spmd.state import TrainState
@@ -25,9 +25,7 @@ class Island:
         self._placement = NamedSharding(Mesh(np.asarray(devices), ("data",)), PartitionSpec("data"))
         _, self._key = jax.random.split(jax.random.key(plan.experiment.seed))
         self._sums = jax.jit(self._compute_sums)
-        size = plan.experiment.global_batch_size
-        rows = -(-size // plan.settings.num_slices)
-        self._rows = -(-rows // len(devices)) * len(devices)
+        self._rows = rows_of_a_slice(plan, len(devices))
 
     def _compute_sums(self, leaves: Any, batch: Any, step: jax.Array, slice_: jax.Array) -> Any:
         plan = self.plan
@@ -42,13 +40,11 @@ class Island:
             num_microbatches=microbatches,
             first_index=slice_ * microbatches,
         )
-        # Statistics are averaged over examples, gradients over what the loss counts; one divisor serves both.
-        ratio = jnp.where(sums.num_examples > 0, sums.loss.count / sums.num_examples, 0.0)
-        state = jax.tree.map(lambda leaf: leaf * ratio, sums.model_state)
         grads = jax.tree.leaves(sums.grads)
         finite = jnp.stack([jnp.isfinite(sums.loss.total), *(jnp.isfinite(leaf).all() for leaf in grads)]).all()
         squares = sum(jnp.vdot(leaf, leaf) for leaf in grads)
-        return (*grads, *jax.tree.leaves(state)), sums.loss, sums.metrics, finite, squares
+        pushed = (*grads, *jax.tree.leaves(sums.model_state))
+        return pushed, sums.loss, sums.num_examples, sums.metrics, finite, squares
 
     def gradient(self, compute: effects.Compute) -> messages.Computed:
         """Return what a worker pushes for the lease."""
@@ -56,7 +52,7 @@ class Island:
         batch = self._batch(lease)
         leaves = plan.sharding.join(compute.params)
         batch = jax.device_put(batch, self._placement)
-        sums, loss, metrics, finite, squares = jax.device_get(
+        sums, loss, num_examples, metrics, finite, squares = jax.device_get(
             self._sums(leaves, batch, np.int32(lease.step), np.int32(lease.slice))
         )
         flat = plan.sharding.split([leaf.astype(d) for leaf, d in zip(sums, plan.sharding.dtypes, strict=True)])
@@ -69,7 +65,14 @@ class Island:
         rows += [messages.Metric(name, float(mean.total), float(mean.count)) for name, mean in metrics.items()]
         norm_squared = float(squares) / max(count, 1.0) ** 2
         return messages.Computed(
-            compute.incarnation, compute.sequence, count, bool(finite), norm_squared, pieces, tuple(rows)
+            compute.incarnation,
+            compute.sequence,
+            count,
+            float(num_examples),
+            bool(finite),
+            norm_squared,
+            pieces,
+            tuple(rows),
         )
 
     def explain_nonfinite(self, compute: effects.Compute) -> guard.NonFiniteReport:

@@ -6,7 +6,6 @@ Both need JAX and the experiment; the scheduler needs neither and has a module o
 import dataclasses
 import pathlib
 import sys
-import time
 from typing import Any, cast
 
 from jaxdist.config import loading, overrides
@@ -15,7 +14,7 @@ from jaxdist.launch.joining import runtime
 from jaxdist.paramserver.processes import faults, role
 from jaxdist.paramserver.processes.driver import Driver, write_file
 from jaxdist.paramserver.processes.reports import Statistics, statistics_of
-from jaxdist.paramserver.processes.run_folder import NONFINITE_NAME, Spec
+from jaxdist.paramserver.processes.run_folder import NONFINITE_NAME, Spec, next_boot
 from jaxdist.paramserver.protocol import effects, messages
 from jaxdist.paramserver.protocol.server import Server
 from jaxdist.paramserver.protocol.settings import server_shard, worker_number
@@ -31,7 +30,7 @@ def make(name: str, spec: Spec) -> tuple[Driver, Statistics]:
     experiment = overrides.override(loading.load_experiment(spec.experiment), spec.assignments)
     plan = shared_plan.make_plan(experiment, experiment.ps, kind=cast(Kind, spec.kind))
     plan = dataclasses.replace(plan, settings=spec.make_settings())
-    boot = time.time_ns()
+    boot = next_boot(pathlib.Path(spec.directory), name)
     number = worker_number(name)
     if number is not None:
         return _make_worker(number, boot, plan, devices, name, spec)

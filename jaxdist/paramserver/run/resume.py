@@ -28,6 +28,8 @@ from jaxdist.spmd import state as states
 BEYOND = "beyond"
 """Key of a checkpoint's data_state: batches that are trained though one before them is not (bounded and async)."""
 
+_SNAPSHOT_NAMES = "[0-9]" * 10 + "-*"
+
 
 @dataclasses.dataclass(frozen=True)
 class Start:
@@ -63,6 +65,7 @@ def begin(plan: shared_plan.Plan, checkpointer: checkpoints.Checkpointer, direct
       CheckpointError: the newest checkpoint is damaged or of another experiment.
       ConfigError: it does not stand between two batches of this size.
     """
+    remove_remnants(directory)
     found = _from_checkpoint(plan, checkpointer)
     newer = _from_snapshots(plan, directory, found)
     found = newer or found
@@ -81,9 +84,28 @@ def snapshots(directory: pathlib.Path) -> list[pathlib.Path]:
     return sorted(path.parent for path in directory.glob(saved_cut_file("*")))
 
 
+def remove_remnants(directory: pathlib.Path) -> None:
+    """Remove what a process that died left half written; none may be running."""
+    for draft in [*directory.rglob("*.tmp"), *directory.rglob("*.part")]:
+        draft.unlink(missing_ok=True)
+    whole = set(snapshots(directory))
+    for path in directory.glob(_SNAPSHOT_NAMES):
+        if path not in whole:
+            shutil.rmtree(path)
+
+
+def _remove_overtaken(directory: pathlib.Path, newest: pathlib.Path) -> None:
+    """Remove snapshots of earlier steps than `newest` that were never completed."""
+    for path in directory.glob(_SNAPSHOT_NAMES):
+        if path.name[:10] < newest.name[:10] and not (path / "manifest").exists():
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def remove_snapshots(directory: pathlib.Path, *, keep: int) -> None:
-    """Remove all complete snapshots but the newest `keep`."""
+    """Remove all snapshots but the newest `keep` that are complete and what may still become one."""
     found = snapshots(directory)
+    if found:
+        _remove_overtaken(directory, found[-1])
     for path in found[: len(found) - keep]:
         (path / "manifest").unlink()  # first: what is removed half-way must not look complete
         shutil.rmtree(path)

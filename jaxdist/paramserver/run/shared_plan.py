@@ -109,6 +109,22 @@ def _check_order(plan: Plan) -> None:
         )
 
 
+def rows_of_a_slice(plan: Plan, num_devices: int) -> int:
+    """Return how many rows a worker computes at once: those of the largest slice, padded to its devices."""
+    rows = -(-plan.experiment.global_batch_size // plan.settings.num_slices)
+    return -(-rows // num_devices) * num_devices
+
+
+def check_microbatches(plan: Plan, num_devices: int) -> None:
+    """Raise ConfigError unless a worker with so many devices can divide its slice into the microbatches."""
+    rows, parts = rows_of_a_slice(plan, num_devices), plan.experiment.num_microbatches
+    if rows % parts:
+        raise ConfigError(
+            f"num_microbatches must divide the rows that a worker computes at once. With {plan.settings.num_slices} "
+            f"slices and {num_devices} devices these are {rows}, got num_microbatches={parts}. Use a divisor of {rows}."
+        )
+
+
 def _last_step(experiment: Experiment, loader: data.Loader) -> int | None:
     return components.last_step(experiment, loader.steps_per_epoch)
 

@@ -18,7 +18,7 @@ from jaxdist.paramserver.protocol import succession
 from jaxdist.paramserver.protocol.settings import SCHEDULER, worker_name
 from jaxdist.paramserver.run import observer, resume, shared_plan
 from jaxdist.paramserver.wire import streams
-from jaxdist.paramserver.wire.security import TOKEN, Security
+from jaxdist.paramserver.wire.security import TOKEN, Security, new_token
 from jaxdist.run import components
 from jaxdist.run.attempt import make_checkpointer, prepare_run_dir
 from jaxdist.rundir import lock, record
@@ -60,6 +60,7 @@ def train(options: Options) -> record.RunRecord:
         with errors.as_user_error():
             experiment = override(load_experiment(options.experiment), options.assignments)
             plan = shared_plan.make_plan(experiment, experiment.ps)
+            shared_plan.check_microbatches(plan, options.devices)
             identity = components.identity(experiment)
             earlier = prepare_run_dir(identity, options.run_dir, resume=options.resume)
             stack.enter_context(lock.locked(options.run_dir, purpose=options.command))
@@ -70,7 +71,7 @@ def train(options: Options) -> record.RunRecord:
             start = resume.begin(plan, checkpointer, directory)
             crew, peers, security = _place(options, plan, directory)
             stack.callback(crew.close, orderly=False)
-            _write_spec(options, plan, start, directory, peers)
+            spec = _write_spec(options, plan, start, directory, peers)
         watcher = observer.Observer(
             plan,
             options.run_dir,
@@ -83,7 +84,7 @@ def train(options: Options) -> record.RunRecord:
             num_devices=options.devices,
         )
         watcher.write_record(None)
-        return _watch(watcher, crew, peers, security, options.stop_requested)
+        return _watch(watcher, crew, peers, security.for_attempt(spec.attempt), options.stop_requested)
 
 
 def _place(options: Options, plan: shared_plan.Plan, directory: pathlib.Path) -> tuple[Crew, dict[str, str], Security]:
@@ -114,13 +115,14 @@ def _local_ports(names: Sequence[str]) -> dict[str, str]:
 
 def _write_spec(
     options: Options, plan: shared_plan.Plan, start: resume.Start, directory: pathlib.Path, peers: dict[str, str]
-) -> None:
-    """Remove what belongs to an earlier attempt only, and write down what every process must know."""
+) -> run_folder.Spec:
+    """Remove what belongs to an earlier attempt only; write and return what every process must know."""
     for name in (run_folder.LOG_NAME, run_folder.CUT_NAME, run_folder.STEPS_NAME, run_folder.SPEC_NAME):
         (directory / name).unlink(missing_ok=True)
     for name in (run_folder.STATISTICS_NAME, run_folder.NONFINITE_NAME):
         shutil.rmtree(directory / name, ignore_errors=True)
     spec = run_folder.Spec(
+        attempt=new_token(),
         experiment=str(pathlib.Path(options.experiment).absolute()),
         assignments=list(options.assignments),
         settings=dataclasses.asdict(plan.settings),
@@ -131,6 +133,7 @@ def _write_spec(
         kind=plan.kind,
     )
     spec.write(directory / run_folder.SPEC_NAME)
+    return spec
 
 
 def part_names(plan: shared_plan.Plan) -> list[str]:

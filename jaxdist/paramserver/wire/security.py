@@ -1,10 +1,11 @@
 """How the processes of a run prove that they belong together: a shared token, mutual TLS, or the loopback address."""
 
+import hmac
 import ipaddress
 import os
 import pathlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 TOKEN = "JAXDIST_PS_TOKEN"
 """Environment variable with the run's secret, so that it is in no file and on no command line."""
@@ -33,6 +34,15 @@ class Security:
         """Return what `environment` says: a token itself, or the three files' paths; see TOKEN and CERTIFICATE."""
         paths = [environment.get(name, "") for name in (CERTIFICATE, KEY, ROOT)]
         return cls(environment.get(TOKEN, ""), *(pathlib.Path(path).read_bytes() if path else b"" for path in paths))
+
+    def for_attempt(self, attempt: str) -> "Security":
+        """Return these with a token of their own for one attempt, which refuses processes left over from another.
+
+        Terms and incarnations begin anew with every attempt, so nothing else would tell those apart.
+        """
+        if not self.token and not self.certificate:
+            return self
+        return replace(self, token=hmac.new(self.token.encode(), attempt.encode(), "sha256").hexdigest())
 
     def check(self, host: str) -> None:
         """Raise ValueError unless this is enough for `host`."""

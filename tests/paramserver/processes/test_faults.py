@@ -160,7 +160,7 @@ def test_noise_strangers_and_wrong_dtypes_on_the_ports(tmp_path, monkeypatch, ca
             )
             lease = messages.Lease(0, 0, 0, 0, 1)
             piece = np.zeros(3, np.float64)
-            end.send("server/0/a", messages.Push(0, 0, 1, 1 << 40, 0, 0, lease, 1.0, True, 0.0, (piece,) * 8))
+            end.send("server/0/a", messages.Push(0, 0, 1, 1 << 40, 0, 0, lease, 1.0, 1.0, True, 0.0, (piece,) * 8))
             end.flush(10.0)
             end.close()
 

@@ -45,6 +45,7 @@ def test_a_process_that_missed_the_end_is_no_reason_for_another_attempt(tmp_path
     address = f"127.0.0.1:{trainer.getsockname()[1]}"
     content = {"experiment": "x.py", "assignments": [], "settings": {}, "resume": "", "devices": 1}
     spec = run_folder.Spec(
+        attempt="a",
         **content,
         directory=str(tmp_path),
         peers={run_folder.OBSERVER: address, "worker/0": "127.0.0.2:1"},

@@ -33,7 +33,7 @@ def server(name, **changes):
 
 def push(sequence):
     lease = messages.Lease(sequence, 0, 0, 0, 2)
-    return messages.Push(0, 0, 1, sequence, 0, 0, lease, 2.0, True, 0.0, (np.ones(4, np.float32),))
+    return messages.Push(0, 0, 1, sequence, 0, 0, lease, 2.0, 2.0, True, 0.0, (np.ones(4, np.float32),))
 
 
 def tell(one, *received):

@@ -27,7 +27,7 @@ def shard(**changes):
 def push(pieces=None, *, worker=0, incarnation=1, sequence=1, version=0, clock=0, **changes):
     lease = messages.Lease(0, 0, 0, 0, 2)
     pieces = tuple(np.ones_like(p) for p in PARAMS) if pieces is None else pieces
-    made = messages.Push(0, worker, incarnation, sequence, version, clock, lease, 2.0, True, 0.0, pieces)
+    made = messages.Push(0, worker, incarnation, sequence, version, clock, lease, 2.0, 2.0, True, 0.0, pieces)
     return dataclasses.replace(made, **changes)
 
 
@@ -93,6 +93,30 @@ def test_a_push_that_is_not_finite_changes_nothing_but_counts():
     assert one.version == 1
     assert np.array_equal(one.params[0], PARAMS[0])
     assert one.verdict(push()) == "duplicate"
+
+
+def test_model_state_is_averaged_over_examples_and_params_over_what_the_loss_counts():
+    class Mean:
+        needs_norm, num_params = False, 1
+
+        def init(self, params):
+            return ()
+
+        def update(self, params, opt_state, grads, *, scale, norm_squared):
+            return grads, opt_state
+
+    one = Shard(shard=0, settings=settings(mode="sync", workers=2), updater=Mean(), params=PARAMS)
+    one.apply(messages.SetMembers(1, (messages.Member(0, 1, 0), messages.Member(1, 2, 0))))
+    parts = []
+    for worker, count, value in ((0, 1.0, 4.0), (1, 7.0, 8.0)):
+        pieces = (np.full(6, value * count, np.float32), np.full(2, value * 2.0, np.float32))
+        made = push(pieces, worker=worker, incarnation=worker + 1, count=count, num_examples=2.0)
+        made = dataclasses.replace(made, lease=messages.Lease(0, worker, 0, 2 * worker, 2 * worker + 2))
+        one.apply(made)
+        parts.append(messages.Contributor(worker, worker + 1, 1, made.lease))
+    one.apply(messages.Commit(1, 0, 1, False, tuple(parts)))
+    assert one.params[0][0] == 7.5
+    assert one.params[1][0] == 6.0
 
 
 def test_the_state_is_one_value_and_travels():

@@ -35,9 +35,9 @@ def test_a_gradient_of_an_earlier_life_is_not_pushed():
     join(worker, 2, 2)
     new = compute(worker, 2, 2)
     assert (old.sequence, new.sequence) == (1, 1)
-    late = messages.Computed(old.incarnation, 1, 6.0, True, 0.0, ((np.ones(2, np.float32),),), ())
+    late = messages.Computed(old.incarnation, 1, 6.0, 6.0, True, 0.0, ((np.ones(2, np.float32),),), ())
     assert worker.handle(late, 2.0) == ([], [])
-    (sent,), _ = worker.handle(messages.Computed(new.incarnation, 1, 6.0, True, 0.0, late.pieces, ()), 2.0)
+    (sent,), _ = worker.handle(messages.Computed(new.incarnation, 1, 6.0, 6.0, True, 0.0, late.pieces, ()), 2.0)
     assert sent.to == "server/0/a"
     assert sent.message.incarnation == 2
 
@@ -52,7 +52,7 @@ def test_a_refused_push_ends_the_worker_and_says_why():
     worker = Worker(worker=0, boot=10, settings=SETTINGS)
     join(worker, 1, 1)
     compute(worker, 1, 1)
-    worker.handle(messages.Computed(1, 1, 6.0, True, 0.0, ((np.ones(2, np.float32),),), ()), 1.0)
+    worker.handle(messages.Computed(1, 1, 6.0, 6.0, True, 0.0, ((np.ones(2, np.float32),),), ()), 1.0)
     _, (end,) = worker.handle(messages.PushAck(0, 0, 1, 1, "refused", "block 0 has dtype float32"), 1.0)
     assert "block 0 has dtype float32" in end.reason
 

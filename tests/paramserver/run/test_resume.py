@@ -136,3 +136,17 @@ def test_the_data_stand_at_the_end_of_an_epoch_not_before_the_next():
     places = [(place.epoch, place.position) for place in (plans.position(plan, step) for step in (0, 3, 4, 5, 8))]
     assert places == [(0, 0), (0, 48), (0, 52), (1, 16), (1, 52)]
     assert dataclasses.replace(plans.position(plan, 3), position=0) == plan.loader.beginning
+
+
+def test_what_a_dead_process_left_half_written_is_removed(tmp_path):
+    whole, half, older = (tmp_path / name for name in ("0000000008-1-1", "0000000010-1-2", "0000000006-1-3"))
+    for path in (whole, half, older):
+        path.mkdir()
+        (path / "shard-0").write_bytes(b"x")
+    (whole / "manifest").write_bytes(b"x")
+    (tmp_path / "cut.77.tmp").write_bytes(b"x")
+    resume.remove_snapshots(tmp_path, keep=2)
+    assert half.exists()  # it may be completed yet
+    assert not older.exists()
+    resume.remove_remnants(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [whole.name]

@@ -64,7 +64,7 @@ def test_every_message_survives(kind, data):
 
 def push(pieces):
     lease = messages.Lease(0, 0, 0, 0, 4)
-    return messages.Push(0, 1, 2, 3, 4, 5, lease, 4.0, True, 1.0, pieces)
+    return messages.Push(0, 1, 2, 3, 4, 5, lease, 4.0, 4.0, True, 1.0, pieces)
 
 
 def test_a_large_array_is_taken_from_its_block_as_it_lies():
