@@ -6,7 +6,7 @@ Progress, which is saved with each checkpoint, so a resumed run ends where the u
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 StopRule: TypeAlias = Callable[["Progress"], str | None]
@@ -89,17 +89,20 @@ def target(metric: str, value: float, *, mode: Mode = "max") -> StopRule:
 
 def patience(metric: str, evaluations: int, *, mode: Mode = "max") -> StopRule:
     """End when the best value of `metric` is `evaluations` evaluations old."""
-    sign = _sign(mode)
 
     def rule(progress: Progress) -> str | None:
-        # NaN is worse than any value; left as it is, it would compare as neither better nor worse.
-        values = [-math.inf if math.isnan(value) else sign * value for value in progress.history.get(metric, [])]
-        if not values:
-            return None
-        best = max(range(len(values)), key=lambda i: (values[i], -i))
-        return "patience" if len(values) - 1 - best >= evaluations else None
+        values = progress.history.get(metric, [])
+        return "patience" if values and best_of(values, mode)[1] >= evaluations else None
 
     return rule
+
+
+def best_of(values: Sequence[float], mode: Mode) -> tuple[float, int]:
+    """Return the best of `values`, the first where several are, and how many came after it."""
+    # NaN is worse than any value; left as it is, it would compare as neither better nor worse.
+    ranked = [-math.inf if math.isnan(value) else _sign(mode) * value for value in values]
+    best = max(range(len(ranked)), key=lambda i: (ranked[i], -i))
+    return values[best], len(values) - 1 - best
 
 
 def nonfinite(metric: str = "train/loss") -> StopRule:

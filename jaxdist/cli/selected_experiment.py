@@ -5,6 +5,7 @@ import contextlib
 import sys
 from collections.abc import Sequence
 
+from jaxdist.cli import waiting
 from jaxdist.config.experiment import Experiment
 from jaxdist.config.loading import load_experiment
 from jaxdist.config.overrides import override
@@ -12,7 +13,8 @@ from jaxdist.config.overrides import override
 
 def load(options: argparse.Namespace) -> Experiment:
     """Return the experiment that the command line selects, with its overrides."""
-    with record_alone_on_stdout(options):
+    silent = getattr(options, "json", False)
+    with record_alone_on_stdout(options), waiting.shown(f"loading {options.experiment}", silent=silent):
         return override(load_experiment(options.experiment), assignments(options))
 
 

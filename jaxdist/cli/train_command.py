@@ -6,7 +6,7 @@ This file imports little, so that signals are heard, and the fork server has beg
 import argparse
 import os
 
-from jaxdist.cli import parser
+from jaxdist.cli import parser, waiting
 from jaxdist.launch import signals
 from jaxdist.launch.supervising import fork_server
 
@@ -21,7 +21,9 @@ def train(options: argparse.Namespace) -> int:
         return supervise(options)
     # From the start: a signal that arrives during the imports or while the processes connect is not lost.
     with signals.stop_on_signal() as request:
-        return parser.find_handler(f"{WORK}:train")(options, request)
+        with waiting.shown("importing JAX", silent=options.json):
+            handler = parser.find_handler(f"{WORK}:train")
+        return handler(options, request)
 
 
 def supervise(options: argparse.Namespace) -> int:

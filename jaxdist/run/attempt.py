@@ -26,7 +26,7 @@ from jaxdist.errors import ConfigError
 from jaxdist.guards import guard
 from jaxdist.launch.joining import agreement, runtime
 from jaxdist.launch.supervising import fork_server, hosts, local_job, supervisor, watchdog
-from jaxdist.run import components, hooks, loop, recovery, rescue
+from jaxdist.run import components, header, hooks, loop, recovery, rescue
 from jaxdist.run import progress_display as progress
 from jaxdist.run.stopwatch import StepTimes, Stopwatch
 from jaxdist.rundir import lock, record, writers
@@ -401,6 +401,9 @@ class _Run:
 
     def _make_display(self) -> progress.Progress:
         limits = self.experiment.stop
+        silent = self.options.silent or jax.process_index() != 0
+        if not silent:
+            print(self._header(), file=sys.stderr, flush=True)
         bounds = progress.Bounds(
             max_steps=limits.max_steps,
             max_epochs=limits.max_epochs,
@@ -412,7 +415,19 @@ class _Run:
             global_batch_size=self.experiment.global_batch_size,
             start_step=self.start.progress.step,
             carried_seconds=self.start.progress.seconds,
-            silent=self.options.silent or jax.process_index() != 0,
+            deciding=progress.deciding(limits, self.start.progress),
+            silent=silent,
+        )
+
+    def _header(self) -> str:
+        return header.render(
+            self.experiment,
+            params=self.parts.abstract_state.params,
+            mesh=self.parts.strategy.mesh,
+            device_batch_size=self.parts.sizes.device_batch_size,
+            steps_per_epoch=self.parts.loader.steps_per_epoch,
+            run_dir=self.options.run_dir,
+            step=self.start.progress.step,
         )
 
     def _learning_rate(self, step: int) -> Mapping[str, float]:

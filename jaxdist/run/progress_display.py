@@ -9,14 +9,18 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TextIO
 
 import rich.console
 import rich.progress
 
+from jaxdist import stop
+
 SHOWN = ("loss", "accuracy")
-"""The metrics a bar has room for, by the last part of their name; lines show all of them."""
+"""The metrics a bar has room for, by the last part of their name, besides the deciding one; lines show all of them."""
+_WIDE, _NARROW = 20, 10
+"""Columns of the bar, on a terminal of 100 columns or more, and on a smaller one."""
 
 
 class Progress(Protocol):
@@ -70,12 +74,44 @@ class Bounds:
         return min(max(done), 1.0) if done else None
 
 
+@dataclasses.dataclass(frozen=True)
+class Deciding:
+    """The metric that a stop rule looks at.
+
+    Attributes:
+      metric: its name.
+      rule: what the stop rule says of it, with mode and patience.
+      history: returns the values that the evaluations gave so far.
+    """
+
+    metric: str
+    rule: stop.Stop
+    history: Callable[[], Sequence[float]]
+
+    def standing(self) -> str:
+        """Return the best value so far, and the evaluations that may still pass without a better one; "" before any."""
+        values = list(self.history())
+        if not values:
+            return ""
+        best, age = stop.best_of(values, self.rule.mode)
+        left = "" if self.rule.patience is None else f", patience {max(self.rule.patience - age, 0)}"
+        return f"(best {best:.4g}{left})"
+
+
+def deciding(rule: stop.Stop, progress: stop.Progress) -> Deciding | None:
+    """Return the metric that decides when a run ends, None where none does."""
+    if rule.target is None and rule.patience is None:
+        return None
+    return Deciding(rule.target_metric, rule, lambda: progress.history.get(rule.target_metric, []))
+
+
 def make_progress(
     bounds: Bounds,
     *,
     global_batch_size: int,
     start_step: int = 0,
     carried_seconds: float = 0.0,
+    deciding: Deciding | None = None,
     silent: bool = False,
     stream: TextIO | None = None,
 ) -> Progress:
@@ -86,6 +122,7 @@ def make_progress(
       global_batch_size: turns steps/s into examples/s (for people: a ragged last batch counts as a whole one).
       start_step: the step a resumed run goes on from.
       carried_seconds: what a resumed run has used of its time already.
+      deciding: the metric that decides when the run ends; it is always shown.
       silent: with --json, and on every process but process 0.
       stream: standard error unless given, so that standard output stays free for results.
     """
@@ -95,7 +132,9 @@ def make_progress(
     pace = Pace(bounds, global_batch_size=global_batch_size, start_step=start_step, carried_seconds=carried_seconds)
     console = rich.console.Console(file=stream, highlight=False)
     # Asked of the stream: to rich, FORCE_COLOR alone makes a log file a terminal.
-    return Bar(pace, console) if stream.isatty() and not console.is_dumb_terminal else Lines(pace, stream)
+    if stream.isatty() and not console.is_dumb_terminal:
+        return Bar(pace, console, deciding=deciding)
+    return Lines(pace, stream, deciding=deciding)
 
 
 class Pace:
@@ -155,7 +194,7 @@ class Pace:
         """See Bounds."""
         return self._bounds.fraction(self.step, self.elapsed_seconds)
 
-    def text(self) -> str:
+    def texts(self) -> list[str]:
         """Return step, examples/s and time left, as far as they are known."""
         last_step = self._bounds.last_step()
         parts = [f"step {self.step}" + ("" if last_step is None else f"/{last_step}")]
@@ -163,7 +202,7 @@ class Pace:
             parts.append(f"{self.examples_per_second:,.0f} examples/s")
         if self.seconds_left is not None:
             parts.append(f"{format_seconds(self.seconds_left)} left")
-        return "  ".join(parts)
+        return parts
 
 
 class Silent:
@@ -188,8 +227,10 @@ class Silent:
 class Lines:
     """Plain lines for a log file: the first step's, then one every `every_seconds`, and the last."""
 
-    def __init__(self, pace: Pace, stream: TextIO, *, every_seconds: float = 10.0) -> None:
-        self._pace = pace
+    def __init__(
+        self, pace: Pace, stream: TextIO, *, every_seconds: float = 10.0, deciding: Deciding | None = None
+    ) -> None:
+        self._pace, self._deciding = pace, deciding
         self._stream = stream
         self._every_seconds = every_seconds
         self._due = -math.inf
@@ -223,19 +264,29 @@ class Lines:
     def _say(self) -> None:
         self._unsaid = False
         self._pace.sample(self._pace.step)
-        print("  ".join([self._pace.text(), *format_metrics(self._latest)]), file=self._stream, flush=True)
+        metrics = format_metrics(self._latest, self._deciding)
+        print("  ".join([*self._pace.texts(), *metrics]), file=self._stream, flush=True)
 
 
 class Bar:
     """One line at the foot of a terminal, redrawn in place; what is printed meanwhile appears above it."""
 
-    def __init__(self, pace: Pace, console: rich.console.Console, *, every_seconds: float = 0.1) -> None:
-        self._pace = pace
+    def __init__(
+        self,
+        pace: Pace,
+        console: rich.console.Console,
+        *,
+        every_seconds: float = 0.1,
+        deciding: Deciding | None = None,
+    ) -> None:
+        self._pace, self._deciding = pace, deciding
+        bar_width = _WIDE if console.width >= 100 else _NARROW
+        self._width = console.width - bar_width - 1
         self._every_seconds = every_seconds
         self._latest: dict[str, Any] = {}
         self._due = -math.inf
         self._bar = rich.progress.Progress(
-            rich.progress.BarColumn(bar_width=20),
+            rich.progress.BarColumn(bar_width=bar_width),
             rich.progress.TextColumn("{task.description}", markup=False),
             console=console,
             auto_refresh=False,
@@ -243,7 +294,7 @@ class Bar:
             redirect_stdout=sys.stdout.isatty(),
             redirect_stderr=sys.stderr.isatty(),
         )
-        self._task = self._bar.add_task(f"{pace.text()}  compiling", total=None)
+        self._task = self._bar.add_task(f"{pace.texts()[0]}  compiling", total=None)
         self._bar.start()
         # rich hides the cursor until the end, but a process killed outright has no chance to show it again.
         console.show_cursor(True)
@@ -274,18 +325,43 @@ class Bar:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def _text(self) -> str:
+        """Return the line beside the bar; where there is no room for all of it, step and deciding metric remain."""
+        decides = None if self._deciding is None else self._deciding.metric
+        shown = {
+            name: value for name, value in self._latest.items() if name == decides or name.rpartition("/")[2] in SHOWN
+        }
+        step, *pace = self._pace.texts()
+        metrics = format_metrics(shown, self._deciding)
+        first = metrics[:1] if decides in shown else []
+        return fitting([step, *first, *pace, *metrics[len(first) :]], self._width, keep=[step, *first])
+
     def _draw(self) -> None:
         self._pace.sample(self._pace.step)
-        shown = {name: value for name, value in self._latest.items() if name.rpartition("/")[2] in SHOWN}
-        text = "  ".join([self._pace.text(), *format_metrics(shown)])
+        text = self._text()
         fraction = self._pace.fraction
         total = None if fraction is None else 1.0
         self._bar.update(self._task, description=text, completed=fraction or 0.0, total=total, refresh=True)
 
 
-def format_metrics(metrics: Mapping[str, Any]) -> list[str]:
-    """Return `name value` for each metric, four significant digits; `train/` goes without saying."""
-    return [f"{name.removeprefix('train/')} {float(value):.4g}" for name, value in metrics.items()]
+def format_metrics(metrics: Mapping[str, Any], deciding: Deciding | None = None) -> list[str]:
+    """Return `name value` for each metric, four significant digits; the deciding one first, with how it stands."""
+    texts = {name: f"{name.removeprefix('train/')} {float(value):.4g}" for name, value in metrics.items()}
+    if deciding is None or deciding.metric not in texts:
+        return list(texts.values())
+    first = f"{texts.pop(deciding.metric)} {deciding.standing()}".rstrip()
+    return [first, *texts.values()]
+
+
+def fitting(parts: Sequence[str], width: int, *, keep: Sequence[str]) -> str:
+    """Return `parts` on one line of at most `width` columns: from the last, those go that are not in `keep`."""
+    left = list(parts)
+    for part in reversed(parts):
+        if len("  ".join(left)) <= width:
+            break
+        if part not in keep:
+            left.remove(part)
+    return "  ".join(left)
 
 
 def format_seconds(seconds: float) -> str:

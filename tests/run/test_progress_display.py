@@ -13,6 +13,7 @@ import rich.console
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxdist import stop
 from jaxdist.run import progress_display
 
 
@@ -207,3 +208,40 @@ def test_a_real_terminal_gets_the_bar_and_standard_output_stays_free(tmp_path):
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (7.4, "0:07"), (725, "12:05"), (3723, "1:02:03")])
 def test_durations(seconds, text):
     assert progress_display.format_seconds(seconds) == text
+
+
+def deciding(*values, **rules):
+    return progress_display.deciding(
+        stop.Stop(**{"target": 0.9, **rules}), stop.Progress(history={"eval/accuracy": list(values)})
+    )
+
+
+def test_the_deciding_metric_comes_with_the_best_value_and_the_patience_left():
+    assert progress_display.deciding(stop.Stop(max_steps=3), stop.Progress()) is None
+    assert deciding().standing() == ""
+    assert deciding(0.5, 0.75, 0.7).standing() == "(best 0.75)"
+    assert deciding(0.5, 0.75, 0.7, float("nan"), patience=5).standing() == "(best 0.75, patience 3)"
+    assert deciding(0.5, 0.75, 0.7, patience=5, mode="min").standing() == "(best 0.5, patience 3)"
+
+
+@pytest.mark.parametrize("width", [70, 80, 120])
+def test_the_deciding_metric_is_never_cut_off(width):
+    clock, console = Clock(), terminal(width)
+    watched = deciding(0.5, 0.75, 0.7, patience=5)
+    with progress_display.Bar(make_pace(clock, max_steps=5000), console, deciding=watched) as bar:
+        run(bar, clock, range(1, 30))
+        bar.update(30, {"eval/loss": 0.25, "eval/accuracy": 0.7})
+        clock.now += 1.0
+        bar.update(31, {"eval/other/accuracy": 0.5, "train/a_rather_long_name/loss": 0.5})
+        last = console.file.getvalue().splitlines()[-1]
+    assert "eval/accuracy 0.7 (best 0.75, patience 4)" in last
+    assert ("examples/s" in last) == (width == 120)
+    assert "…" not in last
+
+
+@given(st.lists(st.text("ab", min_size=1, max_size=9), min_size=1, max_size=6, unique=True), st.integers(1, 60))
+def test_a_line_is_cut_by_whole_parts_that_need_not_be_kept(parts, width):
+    line = progress_display.fitting(parts, width, keep=parts[:1]).split("  ")
+    assert line[0] == parts[0]
+    assert line == [part for part in parts if part in line]
+    assert len("  ".join(line)) <= width or line == parts[:1]

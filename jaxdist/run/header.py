@@ -1,0 +1,74 @@
+"""The first screen of a run: what is about to be trained, on what, and where it will be found."""
+
+import math
+import pathlib
+from typing import Any
+
+import jax
+
+from jaxdist.config.experiment import Experiment
+from jaxdist.run.progress_display import format_summary
+
+
+def render(
+    experiment: Experiment,
+    *,
+    params: Any,
+    mesh: jax.sharding.Mesh,
+    device_batch_size: int,
+    steps_per_epoch: int,
+    run_dir: pathlib.Path,
+    step: int = 0,
+) -> str:
+    """Return the header, a fact a line.
+
+    Args:
+      experiment: what is trained.
+      params: its params, or their shapes.
+      mesh: the devices.
+      device_batch_size: examples of a step on each device.
+      steps_per_epoch: batches of an epoch.
+      run_dir: where the run's files are written.
+      step: the step that a resumed run continues from.
+    """
+    data, stop = experiment.data, experiment.stop
+    held_out = "no held-out examples" if data.eval is None else f"{len(data.eval):,} held out"
+    facts = {
+        experiment.name: f"{_model_name(experiment.model)}, {count_params(params):,} params",
+        "devices": f"{_devices(mesh)}, {experiment.strategy}, reduction {experiment.reduction}",
+        "batch": f"{experiment.global_batch_size} examples a step, {device_batch_size} on each device",
+        "data": f"{len(data.train):,} examples, {steps_per_epoch:,} steps an epoch; {held_out}",
+        "ends at": _ends(stop),
+        "run directory": str(run_dir),
+    }
+    return format_summary(facts | ({"continues": f"after step {step:,}"} if step else {}))
+
+
+def count_params(params: Any) -> int:
+    """Return the number of values in `params`."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def _model_name(model: Any) -> str:
+    name = getattr(model, "__name__", type(model).__name__)
+    return "NNX model" if name == "<lambda>" else str(name)
+
+
+def _devices(mesh: jax.sharding.Mesh) -> str:
+    first = mesh.devices.flat[0]
+    axes = " x ".join(f"{size} {axis}" for axis, size in mesh.shape.items())
+    processes = jax.process_count()
+    where = "" if processes == 1 else f" in {processes} processes"
+    return f"{mesh.size} x {first.device_kind}{where} ({axes})"
+
+
+def _ends(stop: Any) -> str:
+    """Return the stop rules in words, that of a metric first."""
+    sign = "at least" if stop.mode == "max" else "at most"
+    found = [] if stop.target is None else [f"{stop.target_metric} {sign} {stop.target:g}"]
+    if stop.patience is not None:
+        better = "better one" if found else f"better {stop.target_metric}"
+        found.append(f"{stop.patience} evaluations without a {better}")
+    limits = {"steps": stop.max_steps, "epochs": stop.max_epochs, "seconds": stop.max_seconds}
+    found += [f"{limit:,} {unit}" for unit, limit in limits.items() if limit is not None]
+    return ", ".join(found)
