@@ -115,6 +115,7 @@ def _decode_with_pillow(data: bytes, image_type: ImageType) -> tuple[np.ndarray,
     """Return the pixels in the width of the file, and "reduced" where Pillow has dropped bits."""
     with extras.require("PIL.Image").open(io.BytesIO(data)) as picture:
         deep = _is_deep(picture)
+        picture.load()  # here, where broken data raise: `_orientation` would load, too, and hide it
         orientation = _orientation(picture) if image_type.orient and picture.format != "TIFF" else 1
         if picture.mode in ("F", "I") or picture.mode.startswith("I;16"):
             pixels = _grey_to_channels(_deep_grey(picture, deep), image_type.channels)

@@ -21,7 +21,9 @@ MISSING_TEXTS = (
 
 Categories = Sequence[str] | Mapping[str, Sequence[str]]
 
+_MAX_HEADER = 2**16
 _MAX_BLOCK = 2**31 - 2
+_COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
 
 
 def csv_source(
@@ -146,10 +148,11 @@ def _with_row(error: Exception, read: Callable[..., Any]) -> str:
 
 def _text_of(path: str, comment: str | None, encoding: str) -> bytes:
     """Return the file's text in UTF-8, decompressed, without comments and byte order mark."""
-    pyarrow = extras.require("pyarrow")
     data = read_file(path)
-    with pyarrow.input_stream(pyarrow.BufferReader(data), compression=_compression(path)) as stream:
-        data = stream.read()
+    if (compression := _COMPRESSIONS.get(os.path.splitext(path)[1].lower())) is not None:
+        pyarrow = extras.require("pyarrow")
+        with pyarrow.input_stream(pyarrow.BufferReader(data), compression=compression) as stream:
+            data = stream.read()
     try:
         text = data.decode(encoding) if encoding.lower() not in ("utf-8", "utf8") else None
         if text is None and not data.isascii():
@@ -167,12 +170,8 @@ def _text_of(path: str, comment: str | None, encoding: str) -> bytes:
     return data.lstrip(b"\r\n")
 
 
-def _compression(path: str) -> str | None:
-    return {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}.get(os.path.splitext(path)[1].lower())
-
-
 def _delimiter_of(data: bytes) -> str:
-    first_line = data.split(b"\n", 1)[0].decode()
+    first_line = data[: data.find(b"\n") + 1 or None].decode()
     return next((mark for mark in (",", ";", "\t", "|") if mark in first_line), ",")
 
 
@@ -180,8 +179,10 @@ def _header_of(path: str, data: bytes, delimiter: str) -> tuple[list[str], int]:
     """Return the names in the header, and how many lines it takes."""
     rows = csv.reader(io.TextIOWrapper(io.BytesIO(data), "utf-8", newline=""), delimiter=delimiter)
     header = next(rows, [])
-    behind = data.split(b"\n", rows.line_num)[rows.line_num :]
-    if not any(text.strip() for text in behind):
+    end = 0
+    for _ in range(rows.line_num):
+        end = data.find(b"\n", end) + 1 or len(data)
+    if not data[end : end + _MAX_HEADER].strip() and not data[end:].strip():
         raise ValueError(f"{path} needs a header line and at least one row, or `names` of its columns.")
     return header, rows.line_num
 
@@ -204,8 +205,8 @@ def _may_be_wide_integers(column: Any) -> bool:
     types, compute = extras.require("pyarrow.types"), extras.require("pyarrow.compute")
     if not types.is_floating(column.type):
         return False
-    largest = compute.max(compute.abs(column)).as_py()
-    return largest is not None and largest >= 2**63
+    ends = compute.min_max(column)
+    return any(end.is_valid and abs(end.as_py()) >= 2**63 for end in (ends["min"], ends["max"]))
 
 
 def _types_of_wide(table: Any, names: Sequence[str]) -> dict[str, Any]:

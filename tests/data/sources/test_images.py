@@ -132,9 +132,16 @@ def test_a_jpeg_with_stray_bytes_is_read_as_pillow_reads_it():
     np.testing.assert_array_equal(ours, decode_image(data, name="x"))
 
 
+def broken_in_the_middle():
+    """A PNG whose pixels end in nonsense: Pillow, asked a second time, would show the half that it has."""
+    data = bytearray(encoded(Image.fromarray(RANDOM.integers(0, 255, (64, 64, 3), np.uint8)), "PNG"))
+    data[len(data) // 2 : len(data) // 2 + 20] = bytes(20)
+    return bytes(data)
+
+
 def test_what_is_no_image_is_corrupt(monkeypatch):
     data = encoded(Image.fromarray(smooth()), "PNG")
-    for broken in (b"", b"hello", data[:45], encoded(Image.fromarray(smooth()), "JPEG")[:100]):
+    for broken in (b"", b"hello", data[:45], broken_in_the_middle(), encoded(Image.fromarray(smooth()), "JPEG")[:100]):
         with pytest.raises(CorruptExample, match="Unreadable image: a/b"):
             decode_image(broken, name="a/b")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)

@@ -1,0 +1,74 @@
+import numpy as np
+import pytest
+
+from jaxdist.data import ArraySource, CorruptExample
+from jaxdist.data.assembly import (
+    BadExampleError,
+    BatchBuffer,
+    ExampleError,
+    Made,
+    Recipe,
+    copy_into,
+    example_random,
+    make_example,
+    split_evenly,
+    with_mask,
+)
+
+SOURCE = ArraySource({"id": np.arange(5), "mask": np.array([1, 0, 1, 1, 1])})
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("width", [1, 5, 8])
+def test_a_mirrored_image_is_copied_as_it_is(width, channels):
+    image = np.random.default_rng(0).integers(0, 255, (4, width, channels), np.uint8)
+    target = np.empty_like(image)
+    copy_into(target, image[:, ::-1, ::-1])
+    np.testing.assert_array_equal(target, image[:, ::-1, ::-1])
+
+
+def test_parts_are_ranges_of_nearly_one_size():
+    assert split_evenly(7, 3) == [(0, 2), (2, 4), (4, 7)]
+    assert split_evenly(2, 5) == [(0, 1), (1, 2)]
+
+
+def test_the_mask_of_a_batch_is_of_padding_bad_rows_and_examples():
+    made = Made({"x": np.zeros(4), "mask": np.array([1, 1, 0, 1])}, {3: "bad"})
+    assert with_mask(made, np.float32([1, 0, 1, 1]))["mask"].tolist() == [1, 0, 0, 0]
+
+
+def test_an_example_keeps_its_mask_through_a_function_that_drops_it():
+    recipe = Recipe(SOURCE, lambda example, random: {"x": example["id"] * 2}, 0, "raise")
+    assert make_example(recipe, 0, 1) == {"x": 2, "mask": 0}
+    own = Recipe(SOURCE, lambda example, random: {"x": example["id"], "mask": np.float32(1)}, 0, "raise")
+    assert make_example(own, 0, 1)["mask"] == 1
+
+
+def test_errors_say_which_example_it_was():
+    def fail(example, random):
+        raise CorruptExample("broken") if example["id"] == 2 else KeyError("x")
+
+    recipe = Recipe(SOURCE, fail, 0, "raise")
+    with pytest.raises(BadExampleError, match=r"Example 2 \(epoch 4\): broken"):
+        make_example(recipe, 4, 2)
+    with pytest.raises(ExampleError, match=r"Example 3 \(epoch 4\): KeyError"):
+        make_example(recipe, 4, 3)
+
+
+def test_rows_of_other_shapes_and_kinds_are_refused():
+    buffer = BatchBuffer(2)
+    buffer.write(0, 10, {"x": np.zeros(3)})
+    with pytest.raises(ValueError, match="Example 11 has"):
+        buffer.write(1, 11, {"x": np.zeros(2)})
+    for example, message in (({}, "has no fields"), ({"x": np.array("text")}, "which no device can hold")):
+        with pytest.raises(ValueError, match=message):
+            BatchBuffer(1).write(0, 0, example)
+    empty = BatchBuffer(1)
+    empty.bad[0] = "bad"
+    assert empty.finish() == Made({}, {0: "bad"})
+
+
+def test_randomness_is_of_seed_epoch_and_example():
+    draws = {example_random(*name).random() for name in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 11, 1)]}
+    assert len(draws) == 5
+    assert example_random(0, 0, 0).random() in draws
