@@ -26,6 +26,8 @@ from jaxdist.paramserver.wire import encoding
 Gradient = Callable[[messages.Lease, tuple[tuple[np.ndarray, ...], ...]], messages.Computed]
 
 TICK = 0.05
+MOST_WAITING = 16
+"""Messages that wait in a process's inbox, as in the driver."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Faults:
       pauses: SIGSTOPs a second; each lasts up to 2 s.
       crash_at_append: share of log appends during which the process dies.
       disk_full: share of file writes that fail.
+      busy: share of messages that take up to 0.3 s to handle; meanwhile others wait, and a due tick comes first.
+      jumps: forward jumps of a process's clock, by up to 1,000 s, a second.
       slow_worker: how many times slower worker 0 computes.
     """
 
@@ -54,6 +58,8 @@ class Faults:
     pauses: float = 0.0
     crash_at_append: float = 0.0
     disk_full: float = 0.0
+    busy: float = 0.0
+    jumps: float = 0.0
     slow_worker: float = 1.0
 
 
@@ -83,6 +89,7 @@ class _Process:
     role: Any = None
     life: int = 0  # grows with every kill, so that what an earlier life had scheduled is recognised
     paused_until: float = 0.0
+    clock_ahead: float = 0.0
     backlog: list[messages.Message] = field(default_factory=list)
     exit: effects.Exit | None = None
 
@@ -141,6 +148,7 @@ class Simulation:
         self._plan(self.faults.partitions, self._partition)
         self._plan(self.faults.kills, self._kill_somebody)
         self._plan(self.faults.pauses, self._pause_somebody)
+        self._plan(self.faults.jumps, self._jump)
         deadline = self.faults.until + patience
         while self.queue and not all(process.exit for process in self.processes.values()):
             self.now, _, action = heapq.heappop(self.queue)
@@ -247,18 +255,25 @@ class Simulation:
     def _pause_somebody(self) -> None:
         victims = self._victims()
         if victims:
-            process = self.rng.choice(victims)
-            process.paused_until = self.now + self.rng.uniform(0.1, 2.0)
-            life = process.life
-            self._at(process.paused_until - self.now + 1e-6, lambda: self._wake(process, life))
+            self._pause(self.rng.choice(victims), self.rng.uniform(0.1, 2.0))
+
+    def _pause(self, process: _Process, seconds: float) -> None:
+        process.paused_until = self.now + seconds
+        life = process.life
+        self._at(seconds + 1e-6, lambda: self._wake(process, life))
+
+    def _jump(self) -> None:
+        self.rng.choice(list(self.processes.values())).clock_ahead += self.rng.uniform(0.0, 1000.0)
 
     def _wake(self, process: _Process, life: int) -> None:
         if process.life != life or process.paused_until > self.now:
             return
-        backlog, process.backlog = process.backlog, []
-        for message in backlog:
-            if process.life == life:
-                self._feed(process, message)
+        # As in the driver: a tick that is due comes before the messages that wait.
+        backlog, process.backlog = [messages.Tick(), *process.backlog], []
+        while backlog and process.life == life and process.paused_until <= self.now:
+            self._feed(process, backlog.pop(0))
+        if process.life == life:
+            process.backlog = backlog + process.backlog
 
     def _partition(self) -> None:
         name = self.rng.choice(list(self.processes))
@@ -287,7 +302,9 @@ class Simulation:
         process = self.processes[to]
         if process.role is None:
             return
-        if process.paused_until > self.now:
+        if process.paused_until > self.now and len(process.backlog) >= MOST_WAITING:
+            self._at(0.01, lambda: self._deliver(to, message))  # it waits on its way
+        elif process.paused_until > self.now:
             process.backlog.append(message)
         else:
             self._feed(process, message)
@@ -299,7 +316,7 @@ class Simulation:
             return
         if type(message) in _HEARD:
             self._note(process, message)
-        replies, todo = process.role.handle(message, self.now)
+        replies, todo = process.role.handle(message, self.now + process.clock_ahead)
         try:
             for effect in todo:
                 _DO.get(type(effect), Simulation._note)(self, process, effect)
@@ -308,6 +325,8 @@ class Simulation:
             return
         for to, reply in replies:
             self._send(process.name, to, reply)
+        if self._troubled and self.faults.busy and self.rng.random() < self.faults.busy and not process.exit:
+            self._pause(process, self.rng.uniform(0.0, 0.3))
 
     def _note(self, process: _Process, what: Any) -> None:
         self.events.append(Event(self.now, process.name, getattr(process.role, "boot", 0), what))

@@ -246,7 +246,7 @@ def replay_sync(run):
         epoch, start, stop = batch_range(s, step)
         cuts = [start + (stop - start) * i // slices for i in range(slices + 1)]
         pushes = [run.gradient(Examples(epoch, a, b), params) for a, b in pairwise(cuts)]
-        if not all(push.finite for push in pushes):
+        if not all(push.finite for push in pushes) or not sum(push.count for push in pushes):
             continue
         grads = []
         for shard in range(s.servers):
@@ -291,7 +291,7 @@ def replay_async(run):
                     gradients[identity(c)] = run.gradient(c.lease, params)
                 push = gradients[identity(c)]
                 after = states[shard][-1]
-                if push.finite:
+                if push.finite and push.count:
                     grads = [total / np.float32(push.count) for total in push.pieces[shard]]
                     after = step_by_hand(*after, grads, run.clip, push.norm_squared)
                 states[shard].append(after)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import checker
+import numpy as np
 import pytest
 import workload
 
@@ -214,6 +215,23 @@ class ForgetfulLog(Scheduler):
         return effects.Compact(dataclasses.replace(effect.record, trained=journal.Trained(0, ())))
 
 
+class UncountedScheduler(Scheduler):
+    """Divides by what the loss counted without a look at it."""
+
+    def handle(self, message, now):
+        if isinstance(message, messages.Done):
+            message = dataclasses.replace(message, count=1.0)
+        return super().handle(message, now)
+
+
+class WallClockScheduler(Scheduler):
+    """Takes the time it stood still for silence of the others."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self._clock.advance = lambda now: now
+
+
 class EagerServer(Server):
     """Answers before its backup has the entry."""
 
@@ -254,6 +272,12 @@ PLANTED = {
     ),
     "commit not logged": (Roles(scheduler=CarelessScheduler), {"workers": 2}, {"kills": 3.0}, ""),
     "log cut too short": (Roles(scheduler=ForgetfulLog), {**ASYNC, "read_every": (3,)}, {"kills": 4.0}, ""),
+    "nothing counted": (
+        Roles(scheduler=UncountedScheduler),
+        {"num_examples": 70, "max_steps": 30},
+        {},
+        "same bits|at ",
+    ),
     "acknowledged before copied": (Roles(server=EagerServer), REPLICATED, {"kills": 4.0}, "acknowledged|reads"),
 }
 
@@ -265,7 +289,8 @@ def test_a_planted_bug_turns_the_suite_red(bug):
     broken = []
     for seed in range(150):
         try:
-            workload.play(seed, settings=settings(**changes), faults=faults, roles=roles, clip=False)
+            with np.errstate(all="ignore"):
+                workload.play(seed, settings=settings(**changes), faults=faults, roles=roles, clip=False)
         except AssertionError as error:
             broken.append(str(error))
             if any(str(error).startswith(wanted) for wanted in rule.split("|")):
@@ -273,6 +298,31 @@ def test_a_planted_bug_turns_the_suite_red(bug):
         except KeyError as error:
             broken.append(repr(error))
     pytest.fail(f"150 schedules did not show it as {rule!r}; seen: {broken[:3]}")
+
+
+@pytest.mark.parametrize(("scheduler", "drops"), [(Scheduler, False), (WallClockScheduler, True)])
+def test_a_scheduler_that_stands_still_drops_no_one(scheduler, drops):
+    """Its clock jumps, or it is paused; when it wakes, a tick comes before the heartbeats that wait."""
+
+    class Sleepy(scheduler):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.late = 0.0
+
+        def handle(self, message, now):
+            self.late += 5.0 if isinstance(message, messages.CommitAck) else 0.0
+            return super().handle(message, now + self.late)
+
+    chosen = settings(workers=3, servers=2, durability="replicated")
+    run = workload.play(3, settings=chosen, faults=CALM, roles=Roles(scheduler=Sleepy))
+    counters = run.processes["scheduler"].role.counters
+    assert (counters["fenced"] > 0) == drops
+
+
+def test_a_long_run_keeps_a_short_log():
+    chosen = settings(workers=2, max_steps=300, durability="snapshot", snapshot_every=5)
+    run = workload.play(9, settings=chosen, faults=dataclasses.replace(HARSH, until=20.0, kills=0.5))
+    assert len(run.log) < 8_000
 
 
 def test_without_a_planted_bug_these_schedules_are_green():

@@ -49,6 +49,8 @@ def gradient(lease, params):
             np.array([rng.gauss(0, 1) * 10 ** rng.uniform(-3, 3) for _ in range(p.size)], np.float32) for p in shard
         ]
         pieces.append(tuple(np.float32(count) * (np.float32(0.2) * p + g) for p, g in zip(shard, noise)))
+    if rng.random() < 0.04:  # the loss counts none of these examples
+        count, pieces = 0, [tuple(np.zeros_like(g) for g in shard) for shard in pieces]
     if not finite:
         pieces[0] = (np.full_like(pieces[0][0], np.nan), *pieces[0][1:])
     squares = sum(float((g.astype(np.float64) ** 2).sum()) for shard in pieces for g in shard) / max(count, 1) ** 2
@@ -95,6 +97,8 @@ def draw_faults(rng: random.Random) -> Faults:
         crash_at_append=sometimes(0.1),
         disk_full=sometimes(0.3),
         slow_worker=rng.choice([1.0, 1.0, 5.0]),
+        busy=sometimes(0.05),
+        jumps=sometimes(1.0),
     )
 
 
