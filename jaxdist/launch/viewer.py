@@ -66,6 +66,9 @@ class _Guarded:
             return self._stream.write(text)
         except OSError as error:
             self._lost(error)
+            if getattr(self._stream, "write_through", False):  # no buffer still holds the text
+                with contextlib.suppress(OSError):
+                    self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
@@ -76,7 +79,7 @@ class _Guarded:
             self._lost(error)
 
     def _lost(self, error: OSError) -> None:
-        # What could not be written is still in the stream's buffer, and is the first that the log gets.
+        # What a buffered stream could not write is still in its buffer, and is the first that the log gets.
         if error.errno in _GONE:
             self._viewer.take_over(self._stream.fileno())
         with contextlib.suppress(OSError):

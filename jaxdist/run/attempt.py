@@ -26,7 +26,7 @@ from jaxdist.errors import ConfigError
 from jaxdist.guards import guard
 from jaxdist.launch.joining import agreement, runtime
 from jaxdist.launch.supervising import fork_server, hosts, local_job, supervisor, watchdog
-from jaxdist.run import components, header, hooks, loop, recovery, rescue
+from jaxdist.run import components, disk_room, header, hooks, loop, recovery, rescue
 from jaxdist.run import progress_display as progress
 from jaxdist.run.stopwatch import StepTimes, Stopwatch
 from jaxdist.rundir import lock, record, writers
@@ -376,7 +376,8 @@ class _Run:
             agreed = self.agreed.number("snapshot interval", 1.0)
             step_seconds = functools.partial(self.step_times.quantile, 0.5)
             found.append(recovery.snapshots_when_due(self.snapshots, settings, step_seconds, agreed))
-        return [*found, self.save]
+        room = self.agreed.number("room on the disk", 1.0)
+        return [*found, disk_room.unless_full(self.save, self.options.run_dir, agreed=room)]
 
     def _agree_on_time(self) -> loop.Hook:
         """Return the hook that gives every process one clock, since max_seconds must end all of them at one step."""

@@ -1,0 +1,48 @@
+"""Output that nobody can read any more is no reason for a run to end."""
+
+import subprocess
+import sys
+
+TALKATIVE = """
+import os, pathlib, sys
+from jaxdist.launch import viewer
+with viewer.Viewer() as shown:
+    shown.log = pathlib.Path(sys.argv[1]) / "logs" / "rest.log" if sys.argv[1] else None
+    print("first", flush=True)
+    sys.stdin.readline()  # until the reader has gone
+    for number in range(3):
+        print("line", number, flush=True)
+    os.write(1, b"native\\n")
+    print("warning", file=sys.stderr)
+print("after", flush=True)
+"""
+
+
+def lose_reader(log, *, errors=subprocess.PIPE):
+    process = subprocess.Popen(
+        [sys.executable, "-c", TALKATIVE, str(log)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "first\n"
+    process.stdout.close()
+    process.stdin.write("\n")
+    process.stdin.close()
+    said = process.stderr.read() if process.stderr else ""
+    if process.stderr:
+        process.stderr.close()
+    return process.wait(timeout=60), said
+
+
+def test_output_continues_in_the_log_when_its_reader_has_gone(tmp_path):
+    status, said = lose_reader(tmp_path)
+    assert (status, said) == (0, "warning\n")
+    assert (tmp_path / "logs" / "rest.log").read_text() == "line 0\nline 1\nline 2\nnative\nafter\n"
+
+
+def test_without_a_log_the_rest_is_dropped():
+    assert lose_reader("") == (0, "warning\n")
+
+
+def test_a_log_on_a_full_disk_ends_nothing(tmp_path):
+    with open("/dev/full", "w") as full:
+        assert lose_reader(tmp_path, errors=full) == (0, "")

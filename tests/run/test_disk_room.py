@@ -1,0 +1,39 @@
+import shutil
+import types
+
+import jax
+import jax.numpy as jnp
+
+from jaxdist.run import disk_room
+
+STATE = {"params": jnp.zeros((1024, 1024)), "key": jax.random.key(0)}
+
+
+def set_free(monkeypatch, num_bytes, total=1 << 40):
+    usage = types.SimpleNamespace(free=num_bytes, total=total)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+
+
+def test_saves_are_left_out_while_the_disk_is_full_and_it_is_said_once(tmp_path, monkeypatch, capsys):
+    saved = []
+    hook = disk_room.unless_full(lambda info: saved.append(info.step), tmp_path, agreed=lambda number: number)
+    for step, free in enumerate([6 << 20, 4 << 20, 4 << 20, 6 << 20, 4 << 20], start=1):
+        set_free(monkeypatch, free)
+        hook(types.SimpleNamespace(step=step, state=STATE))
+    assert saved == [1, 4]
+    assert capsys.readouterr().err.count("has no room for a checkpoint") == 2, "once a time that it is full"
+
+
+def test_process_0_decides(tmp_path, monkeypatch):
+    """A process that sees room must not save where the others do not."""
+    saved = []
+    hook = disk_room.unless_full(lambda info: saved.append(info.step), tmp_path, agreed=lambda number: 0.0)
+    set_free(monkeypatch, 1 << 40)
+    hook(types.SimpleNamespace(step=1, state=STATE))
+    assert saved == []
+
+
+def test_a_disk_of_unknown_size_or_that_is_gone_is_left_to_the_save(tmp_path, monkeypatch):
+    assert disk_room.has_room(STATE, tmp_path / "missing")
+    set_free(monkeypatch, 0, total=0)
+    assert disk_room.has_room(STATE, tmp_path)
