@@ -65,13 +65,11 @@ class Job:
         return self.start_event()["process_ids"]
 
     def fork_server(self):
-        mine = pathlib.Path("/proc").glob("[0-9]*/stat")
-        fields = {int(path.parent.name): fields for path in mine if (fields := stat(path))}
-        (found,) = [
-            number
-            for number, (_, parent) in fields.items()
-            if parent == self.process.pid and "fork_server" in words(number)
-        ]
+        # The processes that it forked have its command line, and the same parent.
+        fields = {int(path.parent.name): stat(path) for path in pathlib.Path("/proc").glob("[0-9]*/stat")}
+        ours = {number for number, found in fields.items() if found and found[1] == self.process.pid}
+        forked = {each for event in supervisor.read_events(self.run_dir) for each in event.get("process_ids", ())}
+        (found,) = [number for number in ours - forked if "fork_server" in words(number)]
         return found
 
     def end(self, seconds=60.0):

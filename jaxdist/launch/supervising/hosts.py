@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from jaxdist.errors import UserError
+from jaxdist.errors import ExitStatus, UserError
 from jaxdist.launch.joining import places
 from jaxdist.launch.supervising import local_job, supervisor
 from jaxdist.rundir import lock, record
@@ -122,12 +122,18 @@ class _Attempts:
         self.events.note("end", attempt=number, status=result.exit_status, end_reason=reason)
         return supervisor.Attempt(
             num_processes=num_processes,
-            exit_status=result.exit_status,
+            exit_status=_exit_status(result),
             # Whichever host was asked to stop, the job has stopped on all.
             asked_to_stop=result.asked_to_stop or reason == "preempted",
             end_reason=reason,
             saved_step=self.saved_step(),
         )
+
+
+def _exit_status(result: local_job.JobResult) -> int:
+    """Return the status of this host's part; if it was asked to stop ExitStatus.RETRY, however its processes ended."""
+    ended = not result.asked_to_stop or result.exit_status in (ExitStatus.OK, ExitStatus.USER)
+    return result.exit_status if ended else ExitStatus.RETRY
 
 
 def _end_reason(run_dir: pathlib.Path) -> str | None:
