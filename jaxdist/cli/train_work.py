@@ -3,6 +3,7 @@
 import argparse
 import json
 import pathlib
+import sys
 from collections.abc import Sequence
 
 import jax
@@ -84,6 +85,7 @@ def _train_here(
         if experiment.strategy == parser.PARAMETER_SERVER:  # as the experiment says, not the command line
             return _train_by_server(options, request)
         shown.log = run_dir / "logs" / "process-0.log"
+        earlier = _how_it_ended(run_dir) if resume else None
         is_over = recovery.deadline(experiment.recovery)
         made = attempt.train(
             experiment,
@@ -96,7 +98,22 @@ def _train_here(
             ),
             devices=devices,
         )
+    if runtime.is_first() and earlier == (made.step, made.end_reason):
+        print(
+            f"jaxdist: The run in {run_dir} had ended at step {made.step} already ({made.end_reason}); nothing was "
+            "trained. To continue, raise the limit that ended it, for example with --max-steps.",
+            file=sys.stderr,
+        )
     return _report(made, run_dir, as_json=options.json and runtime.is_first())
+
+
+def _how_it_ended(run_dir: pathlib.Path) -> tuple[int, str | None] | None:
+    """Return step and end reason of the run in `run_dir`, None without a record that can be read."""
+    try:
+        earlier = record.RunRecord.read(run_dir)
+    except (OSError, ValueError):
+        return None
+    return earlier.step, earlier.end_reason
 
 
 def _agree(options: argparse.Namespace) -> tuple[Experiment, pathlib.Path, bool]:

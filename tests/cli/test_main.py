@@ -106,6 +106,8 @@ def test_the_default_directory_and_its_resume(tmp_path, capsys, monkeypatch):
     assert main.run(["train", TINY, "--max-steps", "2", "--json", "--resume"]) == 0
     again = json.loads(capsys.readouterr().out)
     assert (again["run_dir"], again["step"], again["restarts"]) == (first, 2, 1)
+    assert main.run(["train", TINY, "--max-steps", "2", "--json", "--resume"]) == 0
+    assert "had ended at step 2 already (max_steps); nothing was trained." in capsys.readouterr().err
 
 
 def refused(capsys, match, *arguments):
