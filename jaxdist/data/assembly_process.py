@@ -41,7 +41,7 @@ class Task(NamedTuple):
 
 
 class ArrayPlace(NamedTuple):
-    """Where an array lies in a slot."""
+    """Where an array is stored in a slot."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -49,7 +49,7 @@ class ArrayPlace(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Report: the rows lie in the slot; `bad` says what was wrong with those that could not be read."""
+    """Report: the rows are stored in the slot; `bad` says what was wrong with those that could not be read."""
 
     slot: int
     places: dict[str, ArrayPlace]
@@ -78,7 +78,7 @@ class Slot:
             os.ftruncate(self._fd, size)
 
     def view(self, place: ArrayPlace) -> np.ndarray:
-        """Return the array that lies at `place`; it stays valid until the other side is told that the slot is free."""
+        """Return the array stored at `place`; it stays valid until the other side is told that the slot is free."""
         count = int(np.prod(place.shape))
         if not count:
             return np.empty(place.shape, place.dtype)

@@ -159,7 +159,7 @@ class Mixed(_Contiguous):
 
     Of any sum(weights) positions that begin at a multiple of it, source i has exactly weights[i], evenly spread. Each
     source is gone through without end, every pass another permutation that holds each of its examples once. An epoch is
-    as many positions as the sources have examples in all; the next epoch goes on where it ended.
+    as many positions as the sources have examples in all; the next epoch continues where it ended.
     """
 
     sizes: tuple[int, ...]

@@ -119,7 +119,7 @@ def open_source(name: str) -> Source:
     Images stay encoded (field `image`, bytes; decode them with `transforms.DecodeImage`).
 
     Raises:
-      ValueError: nothing of that is there.
+      ValueError: it stands for none of these.
     """
     kind = kind_of_data(name)
     if kind == "tfds":

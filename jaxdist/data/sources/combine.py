@@ -131,7 +131,7 @@ class Sharded:
         number = bisect.bisect_right(self._starts, index) - 1
         if number not in self._shards:
             raise ValueError(
-                f"Example {index} lies in shard {number}, but this host has the shards {sorted(self._shards)}. "
+                f"Example {index} is in shard {number}, but this host has the shards {sorted(self._shards)}. "
                 "`placement.host_shards` says which shards a host needs."
             )
         return _with_mask(self._shards[number][index - self._starts[number]])

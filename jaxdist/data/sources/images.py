@@ -157,7 +157,7 @@ def _grey_to_channels(grey: np.ndarray, channels: int) -> np.ndarray:
 def _orientation(picture: Any) -> int:
     try:
         return int(picture.getexif().get(_ORIENTATION, 1))
-    except Exception:  # broken EXIF data say nothing; the pixels are whole
+    except Exception:  # broken EXIF data are ignored; the pixels are whole
         return 1
 
 

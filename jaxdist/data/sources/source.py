@@ -1,4 +1,4 @@
-"""Sources: data sets with random access. A source knows examples by id and nothing of order, batches or devices.
+"""Sources: data sets with random access. A source reads examples by id; it knows no order, batches or devices.
 
 An example is a flat dict of numpy arrays (or scalars). Reading must be safe from several threads at once.
 """

@@ -21,7 +21,7 @@ class TfdsSource:
     >>> source = TfdsSource("/data/digits/1.0.0", split="train[:80%]", fields=("image", "label"))
 
     Args:
-      name: a data set's name, `imagenet2012` or `c4/en:3.1.0` say, or the folder of a prepared version.
+      name: a data set's name, for example `imagenet2012` or `c4/en:3.1.0`, or the folder of a prepared version.
       split: a split or a part of one.
       data_dir: where prepared data sets are; None for tfds's default folder.
       fields: the fields to keep; None keeps all.
