@@ -11,6 +11,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import math
@@ -205,6 +206,16 @@ class Checkpointer:
         except DamagedCheckpointError as error:
             raise DamagedCheckpointError(f"{error} {self._advice(step, path)}") from error
         return jax.tree.unflatten(treedef, leaves), manifest.extra["data_state"]
+
+    def set_aside_after(self, step: int, folder: pathlib.Path) -> None:
+        """Move the steps beyond `step` to a new folder in `folder`; on one process, while none saves."""
+        newer = [path for each, paths in self._committed().items() if each > step for path in paths]
+        if not newer:
+            return
+        number = next(number for number in itertools.count(1) if not (folder / str(number)).exists())
+        (folder / str(number)).mkdir(parents=True)
+        for path in newer:
+            path.rename(folder / str(number) / path.name)
 
     def _committed(self) -> dict[int, list[pathlib.Path]]:
         """Return step -> its directories, the one that counts last."""

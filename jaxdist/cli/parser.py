@@ -31,6 +31,9 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument("--processes", type=_positive, metavar="P", help="processes on this machine (default 1)")
     train.add_argument("--run-dir", type=pathlib.Path, metavar="DIR", help="of the run (default runs/NAME-TIME)")
     train.add_argument("--resume", action="store_true", help="continue the run in --run-dir (default: the newest)")
+    train.add_argument(
+        "--checkpoint", type=_positive, metavar="STEP", help="with --resume: continue from this step, not the newest"
+    )
     train.add_argument("--restartable", action="store_true", help="continue the run in --run-dir if there is one")
     train.add_argument("--json", action="store_true", help="show nothing, print the run record as one JSON object")
     summary = "start an experiment's processes: here, on hosts, by an engine"

@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import dataclasses
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -9,13 +11,42 @@ from jaxdist.cli import waiting
 from jaxdist.config.experiment import Experiment
 from jaxdist.config.loading import load_experiment
 from jaxdist.config.overrides import override
+from jaxdist.rundir import record
 
 
 def load(options: argparse.Namespace) -> Experiment:
     """Return the experiment that the command line selects, with its overrides."""
     silent = getattr(options, "json", False)
     with record_alone_on_stdout(options), waiting.shown(f"loading {options.experiment}", silent=silent):
-        return override(load_experiment(options.experiment), assignments(options))
+        experiment = override(load_experiment(options.experiment), assignments(options))
+    options.command = shown_command(options, experiment)
+    return experiment
+
+
+def shown_command(options: argparse.Namespace, experiment: Experiment) -> str:
+    """Return the command line for the run record, the values of secret settings replaced by `***`.
+
+    Secret are fields declared `repr=False`, which the run record leaves out, and those named like a secret.
+    """
+    shown = {
+        assignment: f"{name}={record.HIDDEN}"
+        for assignment in options.assignments
+        for name in [assignment.partition("=")[0]]
+        if record.is_secret(name) or _is_left_out(experiment, name.split("."))
+    }
+    arguments = getattr(options, "arguments", [])
+    return shlex.join(["jaxdist", *(shown.get(argument, argument) for argument in arguments)])
+
+
+def _is_left_out(value: object, path: Sequence[str]) -> bool:
+    """Return whether a field on the way from `value` along `path` is declared `repr=False`."""
+    for name in path:
+        if not dataclasses.is_dataclass(value):
+            return False
+        if any(field.name == name and not field.repr for field in dataclasses.fields(value)):
+            return True
+        value = getattr(value, name, None)
+    return False
 
 
 def record_alone_on_stdout(options: argparse.Namespace) -> contextlib.AbstractContextManager[object]:

@@ -23,6 +23,7 @@ from jaxdist.rundir import record
 
 def train(options: argparse.Namespace, request: StopRequest) -> int:
     """Train in this process."""
+    _check_checkpoint(options)
     if options.strategy == parser.PARAMETER_SERVER:
         with viewer.Viewer():
             return _train_by_server(options, request)
@@ -36,17 +37,41 @@ def supervise(options: argparse.Namespace, forks: fork_server.ForkServer) -> int
     place = places.find()
     if place is not None:
         raise errors.UserError(f"--processes starts a job, and this process belongs to one: {place}. Leave it out.")
+    _check_checkpoint(options)
     experiment = selected_experiment.load(options)
     run_dir = options.run_dir or attempt.default_run_dir(experiment.name, resume=options.resume)
     with viewer.Viewer() as shown:
         shown.log = run_dir / "logs" / "supervisor.log"
         return attempt.supervise(
             experiment,
-            [*options.arguments, "--run-dir", str(run_dir)],
+            [*_without_checkpoint(options.arguments), "--run-dir", str(run_dir)],
             run_dir=run_dir,
             num_processes=options.processes,
             forks=forks,
+            checkpoint=getattr(options, "checkpoint", None),
         )
+
+
+def _check_checkpoint(options: argparse.Namespace) -> None:
+    """Raise UserError where --checkpoint cannot be meant; `jaxdist launch` does not have it."""
+    if getattr(options, "checkpoint", None) is None:
+        return
+    if not options.resume or options.restartable or options.strategy == parser.PARAMETER_SERVER:
+        raise errors.UserError(
+            "--checkpoint names the step that a run continues from once, so it takes --resume, not --restartable, and "
+            "no parameter server. Add --resume, or leave --checkpoint out."
+        )
+
+
+def _without_checkpoint(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments for the processes: these continue from the newest step, also after a restart."""
+    kept: list[str] = []
+    previous = ""
+    for argument in arguments:
+        if "--checkpoint" not in (argument, previous) and not argument.startswith("--checkpoint="):
+            kept.append(argument)
+        previous = argument
+    return kept
 
 
 def exit_status(made: record.RunRecord) -> ExitStatus:
@@ -92,6 +117,7 @@ def _train_here(
             attempt.RunOptions(
                 run_dir=run_dir,
                 resume=resume,
+                checkpoint=options.checkpoint,
                 silent=options.json,
                 command=options.command,
                 stop_requested=lambda step: bool(request) or is_over(),
@@ -122,7 +148,11 @@ def _agree(options: argparse.Namespace) -> tuple[Experiment, pathlib.Path, bool]
         experiment = selected_experiment.load(options)
         run_dir = options.run_dir or attempt.default_run_dir(experiment.name, resume=options.resume)
         facts = same_on_all.of_experiment(options.experiment, record.plain(experiment))
-        facts |= {"data and model": str(components.identity(experiment)), "--resume": options.resume}
+        facts |= {
+            "data and model": str(components.identity(experiment)),
+            "--resume": options.resume,
+            "--checkpoint": options.checkpoint,
+        }
     except errors.UserError as error:
         same_on_all.compare("experiment", {"mistake": str(error)})
         raise

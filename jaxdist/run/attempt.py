@@ -33,6 +33,8 @@ from jaxdist.rundir import lock, record, writers
 from jaxdist.spmd.state import TrainState
 
 CHECKPOINTS_NAME = "checkpoints"
+SET_ASIDE_NAME = "set-aside"
+"""Folder for checkpoints that are newer than one the user went back to."""
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 _RUN_FILES = (CHECKPOINTS_NAME, writers.JSONL_NAME, writers.CSV_NAME, writers.TENSORBOARD_NAME)
 
@@ -44,6 +46,7 @@ class RunOptions:
     Attributes:
       run_dir: where the run record, the metrics and the checkpoints go.
       resume: go on from the newest checkpoint there.
+      checkpoint: with `resume`, the saved step to continue from; newer ones are set aside. None for the newest.
       silent: show nothing while training.
       command: the command line, for the run record.
       stop_requested: asked after each step whether this process wants to stop and save; all then stop at one step.
@@ -51,6 +54,7 @@ class RunOptions:
 
     run_dir: pathlib.Path
     resume: bool = False
+    checkpoint: int | None = None
     silent: bool = False
     command: str = ""
     stop_requested: Callable[[int], bool] = lambda step: False
@@ -145,6 +149,8 @@ def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.
                 checkpointer = stack.enter_context(
                     contextlib.closing(make_checkpointer(experiment, options.run_dir, parts.identity))
                 )
+                if options.checkpoint is not None:
+                    go_back(checkpointer, options.run_dir, options.checkpoint, agreed)
                 snapshots = recovery.open_snapshots(experiment.recovery, str(parts.identity))
             if snapshots:
                 stack.enter_context(contextlib.closing(snapshots))
@@ -161,10 +167,12 @@ def supervise(
     run_dir: pathlib.Path,
     num_processes: int,
     forks: fork_server.ForkServer | None = None,
+    checkpoint: int | None = None,
 ) -> int:
     """Run the command line `arguments` in `num_processes` supervised processes; return the exit status.
 
-    The processes are forked by `forks` if it is given and can, and started afresh otherwise.
+    The processes are forked by `forks` if it is given and can, and started afresh otherwise. With `checkpoint` they
+    continue from that step, and newer ones are set aside; a restart after a failure continues from the newest.
     """
 
     def start(command: Sequence[str], environment: Mapping[str, str], output: IO[bytes] | None) -> local_job.Process:
@@ -192,8 +200,33 @@ def supervise(
             save=saved.save,
             save_left=record_identity(run_dir) == dataclasses.asdict(identity),
             at_kill=at_kill,
+            begin=lambda: None if checkpoint is None else go_back(checkpointer, run_dir, checkpoint, agreement.Alone()),
         )
         return supervisor.run(job, num_processes=num_processes, policy=recovery.policy(experiment.recovery))
+
+
+def go_back(
+    checkpointer: checkpoints.Checkpointer, run_dir: pathlib.Path, step: int, agreed: agreement.Agreement
+) -> None:
+    """Make `step` the newest checkpoint: move newer ones to the folder `set-aside`, where nothing looks for them.
+
+    Every process of the run must call it, before any reads a checkpoint; process 0 moves.
+
+    Raises:
+      ConfigError: no such step is saved.
+      CheckpointError: it is damaged, or of another experiment. Nothing was moved then.
+    """
+    saved = checkpointer.steps()
+    if step not in saved:
+        held = f"holds steps {', '.join(map(str, saved))}" if saved else "holds none"
+        raise ConfigError(
+            f"--checkpoint names a saved step; {run_dir / CHECKPOINTS_NAME} {held}. Choose another; got {step}."
+        )
+    checkpointer.verify(step)
+    agreed.meet("the checkpoint to continue from is verified")
+    if jax.process_index() == 0:
+        checkpointer.set_aside_after(step, run_dir / SET_ASIDE_NAME)
+    agreed.meet("newer checkpoints are set aside")
 
 
 def supervise_host(experiment: Experiment, arguments: Sequence[str], host: hosts.Host, *, run_dir: pathlib.Path) -> int:

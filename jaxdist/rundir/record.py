@@ -162,6 +162,15 @@ def _version(distribution: str) -> str | None:
         return None
 
 
+HIDDEN = "***"
+_SECRETS = ("password", "secret", "api_key", "access_key", "secret_key", "auth_token", "access_token", "credentials")
+
+
+def is_secret(name: str) -> bool:
+    """Return whether a setting is a secret by its name: its value stays out of the run directory."""
+    return name.lower().endswith(_SECRETS)
+
+
 def plain(value: Any) -> Plain:
     """Return `value` as plain JSON data that is equal for equal configurations, in this process or another.
 
@@ -169,7 +178,7 @@ def plain(value: Any) -> Plain:
     which no field can have) and their fields, those declared `repr=False` left out. Functions, classes and methods
     become their qualified name; a data source with a vocabulary an object with both; any other object becomes the name
     of its class. Arrays become {shape, dtype}; a number that
-    is not finite becomes null.
+    is not finite becomes null; a value whose key or field is named like a secret becomes "***".
     """
     match value:
         case None | bool() | str():
@@ -191,7 +200,7 @@ def plain(value: Any) -> Plain:
                 "keywords": plain(value.keywords)
             }
         case Mapping():
-            return {str(key): plain(item) for key, item in value.items()}
+            return {str(key): _plain_setting(str(key), item) for key, item in value.items()}
         case set() | frozenset():
             return sorted((plain(item) for item in value), key=json.dumps)
     if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
@@ -207,11 +216,15 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, Plain]:
     }
 
 
+def _plain_setting(name: str, value: Any) -> Plain:
+    return HIDDEN if is_secret(name) and not isinstance(value, bool | None) else plain(value)
+
+
 def _plain_object(value: Any) -> Plain:
     name = qualified_name(type(value))
     if dataclasses.is_dataclass(value):
         fields = [field.name for field in dataclasses.fields(value) if field.repr]
-        return {"class": name} | {field: plain(getattr(value, field)) for field in fields}
+        return {"class": name} | {field: _plain_setting(field, getattr(value, field)) for field in fields}
     if names := getattr(value, "vocabulary", None):  # a data source: what its numbers stand for
         return {"class": name, "vocabulary": plain(names)}
     if isinstance(value, tuple) and hasattr(value, "_fields"):

@@ -30,7 +30,7 @@ class Killed(BaseException):
     """Ends a run as nothing else does: no checkpoint, no record."""
 
 
-def run(run_dir, *assignments, num_devices=2, resume=False, preempt=None, kill=None, experiment=None):
+def run(run_dir, *assignments, num_devices=2, resume=False, preempt=None, kill=None, experiment=None, checkpoint=None):
     def stop_requested(step):
         if step == kill:
             raise Killed
@@ -38,7 +38,12 @@ def run(run_dir, *assignments, num_devices=2, resume=False, preempt=None, kill=N
 
     experiment = overrides.override(experiment or tiny_experiment.get_config(), assignments)
     options = attempt.RunOptions(
-        run_dir=run_dir, resume=resume, silent=True, command="a command", stop_requested=stop_requested
+        run_dir=run_dir,
+        resume=resume,
+        checkpoint=checkpoint,
+        silent=True,
+        command="a command",
+        stop_requested=stop_requested,
     )
     return attempt.train(experiment, options, devices=jax.devices()[:num_devices])
 
@@ -359,3 +364,14 @@ def test_the_default_run_dir_is_the_newest_when_resuming(tmp_path):
     for name in ("tiny-20260101-000000", "tiny-20270101-000000", "tiny-other-20280101-000000"):
         (tmp_path / name).mkdir()
     assert attempt.default_run_dir("tiny", resume=True, root=tmp_path).name == "tiny-20270101-000000"
+
+
+def test_a_run_continues_from_the_step_that_is_named_and_keeps_the_newer_ones_aside(tmp_path, undisturbed):
+    run(tmp_path / "run")
+    with pytest.raises(errors.UserError, match=r"holds steps 8, 10\. Choose another; got 5"):
+        run(tmp_path / "run", resume=True, checkpoint=5)
+    made = run(tmp_path / "run", resume=True, checkpoint=8, preempt=9)
+    assert (made.end_reason, made.step) == ("preempted", 9)
+    assert {path.name for path in (tmp_path / "run" / "set-aside" / "1").iterdir()} == {"10"}
+    run(tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", undisturbed)

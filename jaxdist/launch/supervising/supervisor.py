@@ -257,6 +257,7 @@ class Job:
       save: `save(memory, end_reason)` makes a checkpoint of the newest snapshot in memory, if it is newer than all
         checkpoints, and returns its step, None otherwise.
       save_left: whether to save what an earlier job of the run directory, killed with its fork server, left in memory.
+      begin: called before the first attempt, once what an earlier job left was saved.
       at_kill: called with the directory in memory, to have it saved and removed if this process is killed.
     """
 
@@ -268,6 +269,7 @@ class Job:
     save: Callable[[pathlib.Path, str], int | None] = lambda memory, end_reason: None
     save_left: bool = True
     at_kill: Callable[[pathlib.Path], object] = lambda memory: None
+    begin: Callable[[], object] = lambda: None
 
 
 def run(job: Job, *, num_processes: int, policy: Policy | None = None) -> int:
@@ -282,6 +284,7 @@ def run(job: Job, *, num_processes: int, policy: Policy | None = None) -> int:
         signals = stack.enter_context(local_job.Signals())
         for memory in left_behind(job.run_dir) if job.save_left else ():
             _save(job, memory, "error")
+        job.begin()
         memory = stack.enter_context(_memory(job.run_dir))
         job.at_kill(memory)
         attempts = _Attempts(job, policy, memory, signals)

@@ -1,0 +1,48 @@
+import argparse
+import dataclasses
+
+from jaxdist.cli import selected_experiment
+from jaxdist.rundir import record
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+    key: str = dataclasses.field(default="k1", repr=False)
+    bucket: str = "b"
+    options: dict = dataclasses.field(default_factory=lambda: {"secret_key": "k2", "region": "r"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    store: Store = Store()
+    api_key: str = "k3"
+
+
+ASSIGNMENTS = [
+    "store.key=k1 x",
+    "store.bucket=b",
+    "api_key=k3",
+    "store.options.secret_key=k2",
+    "store.options.region=r",
+]
+
+
+def test_the_command_line_of_a_run_record_shows_no_secret():
+    assignments = [*SECRET, *OPEN]
+    options = argparse.Namespace(assignments=assignments, arguments=["train", "x.py", "--set", *assignments])
+    command = selected_experiment.shown_command(options, Settings())
+    hidden = "'store.key=***' 'api_key=***' 'store.options.secret_key=***' store.bucket=b store.options.region=r"
+    assert command == f"jaxdist train x.py --set {hidden}"
+
+
+def test_the_settings_of_a_run_record_show_no_secret():
+    settings = record.plain(Settings())
+    assert settings["api_key"] == "***"
+    assert settings["store"]["options"] == {"secret_key": "***", "region": "r"}
+    assert "k1" not in str(settings)
+    assert record.plain({"pad_token": "<pad>", "max_tokens": 8, "password": 7, "has_secret": True}) == {
+        "pad_token": "<pad>",
+        "max_tokens": 8,
+        "password": "***",
+        "has_secret": True,
+    }
