@@ -18,13 +18,8 @@ class Settings:
     api_key: str = "k3"
 
 
-ASSIGNMENTS = [
-    "store.key=k1 x",
-    "store.bucket=b",
-    "api_key=k3",
-    "store.options.secret_key=k2",
-    "store.options.region=r",
-]
+SECRET = ["store.key=k1 x", "api_key=k3", "store.options.secret_key=k2"]
+OPEN = ["store.bucket=b", "store.options.region=r"]
 
 
 def test_the_command_line_of_a_run_record_shows_no_secret():
