@@ -403,6 +403,10 @@ class Simulation:
 
         self._at(self.rng.uniform(0.0, 0.05), finish)
 
+    def _replace(self, process: _Process, effect: effects.Replace) -> None:
+        self._note(process, effect)
+        self._kill(self.processes[effect.name])
+
     def _exit(self, process: _Process, effect: effects.Exit) -> None:
         self._note(process, effect)
         process.exit = effect
@@ -427,4 +431,5 @@ _DO: dict[type, Callable[..., None]] = {
     effects.Compute: Simulation._compute,
     effects.Exit: Simulation._exit,
     effects.ShowCut: Simulation._show_cut,
+    effects.Replace: Simulation._replace,
 }

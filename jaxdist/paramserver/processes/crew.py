@@ -12,7 +12,7 @@ from typing import Protocol
 from jaxdist.errors import RunFailedError
 from jaxdist.launch import parent
 from jaxdist.paramserver.processes import run_folder
-from jaxdist.paramserver.protocol.settings import SCHEDULER, server_shard
+from jaxdist.paramserver.protocol.settings import SCHEDULER, server_shard, worker_number
 from jaxdist.paramserver.wire import security
 
 MOST_DEATHS = 5
@@ -20,6 +20,11 @@ MOST_DEATHS = 5
 GRACE_SECONDS = 5.0
 LOG_TAIL_LINES = 20
 _LOOK_SECONDS = 0.05
+_GPUS = "CUDA_VISIBLE_DEVICES"
+_STARTING_SECONDS = 120.0
+"""How long a start may take on a busy machine: it loads JAX and compiles."""
+_EARLY_SECONDS = 10.0
+"""A process that exits with 0 was told of the end; the observer knows of it much sooner than this."""
 
 
 class Crew(Protocol):
@@ -61,6 +66,8 @@ class LocalCrew:
         self.restarts = 0
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._deaths: Counter[str] = Counter()
+        self._started_at: dict[str, float] = {}
+        self._exited_at: dict[str, float] = {}
 
     def start(self) -> None:
         """Start all processes."""
@@ -68,31 +75,54 @@ class LocalCrew:
             self._start(name)
 
     def _start(self, name: str) -> None:
+        self._started_at[name] = time.monotonic()
         log = log_path(self.directory, name)
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
             self._children[name] = subprocess.Popen(
                 command(name, self.directory),
-                env={**os.environ, **environment(name, self._token)},
+                env={**os.environ, **environment(name, self._token), **self._accelerators(name)},
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
             )
 
+    def _accelerators(self, name: str) -> Mapping[str, str]:
+        """Return which GPUs of this machine a worker uses: those after its neighbour's."""
+        workers = [each for each in self.names if worker_number(each) is not None]
+        gpus = list_gpus(os.environ)
+        if name not in workers or not gpus:
+            return {}
+        count = run_folder.Spec.read(self.directory / run_folder.SPEC_NAME).devices
+        first = workers.index(name) * count
+        return {_GPUS: ",".join(gpus[number % len(gpus)] for number in range(first, first + min(count, len(gpus))))}
+
     def look_after(self) -> None:
         """Restart what died; raises RunFailedError for what dies again and again, or for a scheduler that gave up."""
         for name, child in list(self._children.items()):
+            if run_folder.take_silent(self.directory, name) and not self._is_starting(name):
+                child.kill()
+                child.wait()
             status = child.poll()
-            if status is None or (status == 0 and name != SCHEDULER):
-                continue  # alive, or it heard of the end before we did
-            if status == 0:
-                raise RunFailedError(f"the scheduler ended the run.\n{log_tail(self.directory, name)}")
+            if status is None or (status == 0 and name != SCHEDULER and not self._left_early(name)):
+                continue  # alive, or told of the end before the observer knew of it
+            if status == 0 and name == SCHEDULER:
+                raise RunFailedError(f"The scheduler ended the run.\n{log_tail(self.directory, name)}")
             self._deaths[name] += 1
             if self._deaths[name] > MOST_DEATHS:
                 tail = log_tail(self.directory, name)
                 raise RunFailedError(f"{name} died {self._deaths[name]} times without a step in between.\n{tail}")
             self.restarts += 1
+            self._exited_at.pop(name, None)
             self._start(name)
+
+    def _is_starting(self, name: str) -> bool:
+        """Return whether a process was started so lately that it may not have had time to say so."""
+        return time.monotonic() - self._started_at.get(name, float("-inf")) < _STARTING_SECONDS
+
+    def _left_early(self, name: str) -> bool:
+        """Return whether a process that exited with 0 did so long ago, while the run goes on."""
+        return time.monotonic() - self._exited_at.setdefault(name, time.monotonic()) > _EARLY_SECONDS
 
     def all_ended(self) -> bool:
         """Return True when no process is left."""
@@ -111,6 +141,13 @@ class LocalCrew:
             if child.poll() is None:
                 child.kill()
             child.wait()
+
+
+def list_gpus(environment: Mapping[str, str], devices: pathlib.Path = pathlib.Path("/dev")) -> list[str]:
+    """Return the GPUs that processes of this machine may use, as CUDA_VISIBLE_DEVICES names them."""
+    if _GPUS in environment:
+        return [each for each in environment[_GPUS].split(",") if each]
+    return [str(number) for number in range(len(list(devices.glob("nvidia[0-9]*"))))]
 
 
 def command(name: str, directory: pathlib.Path) -> list[str]:

@@ -23,6 +23,8 @@ _logger = logging.getLogger(__name__)
 
 MOST_WAITING = 16
 ROOM_SECONDS = 30.0
+PULSE_SECONDS, MOST_SILENT_SECONDS = 0.5, 120.0
+"""How often, and for how long, heartbeats are repeated for a machine that handles one message."""
 
 Gradient = Callable[[effects.Compute], messages.Computed]
 
@@ -108,6 +110,8 @@ class Driver:
         self._pool = futures.ThreadPoolExecutor(1, "compute")
         self._disk = futures.ThreadPoolExecutor(1, "disk")
         self.exit: effects.Exit | None = None
+        self._beat: tuple[str, messages.Heartbeat] | None = None  # the last one that left
+        self._beat_at = 0.0
 
     def receive(self, message: messages.Message) -> None:
         """Hand over a message that arrived, from any thread; waits while many wait to be handled, or drops it then."""
@@ -121,6 +125,7 @@ class Driver:
     def run(self, wire: Sender) -> effects.Exit:
         """Feed the machine until it says that its part is over."""
         tick_at = 0.0
+        threading.Thread(target=self._pulse, args=(wire,), daemon=True, name="pulse").start()
         while self.exit is None:
             now = time.monotonic()
             if now >= tick_at:
@@ -146,8 +151,18 @@ class Driver:
             self._do(effect)
             self._point("did", effect)
         for to, reply in replies:
+            if isinstance(reply, messages.Heartbeat):
+                self._beat, self._beat_at = (to, reply), now
             for _ in range(self._point("send", reply)):
                 wire.send(to, reply)
+
+    def _pulse(self, wire: Sender) -> None:
+        """Repeat the last heartbeat while one message takes long to handle: a process at work is not silent."""
+        while self.exit is None:
+            time.sleep(PULSE_SECONDS)
+            beat, silent = self._beat, time.monotonic() - self._beat_at
+            if beat is not None and PULSE_SECONDS < silent < MOST_SILENT_SECONDS:
+                wire.send(*beat)
 
     def _do(self, effect: effects.Effect) -> None:
         match effect:

@@ -14,7 +14,7 @@ from typing import Any
 
 from jaxdist import extras
 from jaxdist.errors import RunFailedError
-from jaxdist.paramserver.processes import crew
+from jaxdist.paramserver.processes import crew, run_folder
 from jaxdist.paramserver.protocol.settings import SCHEDULER, worker_number
 from jaxdist.paramserver.wire import security
 
@@ -103,6 +103,9 @@ class RayCrew:
 
     def look_after(self) -> None:
         """Raise RunFailedError for what dies again and again, for a lost node, or for a scheduler that gave up."""
+        for name, actor in self._actors.items():
+            if run_folder.take_silent(self.directory, name):
+                self._ray.kill(actor, no_restart=False)
         ended = {ref: name for name, ref in self._runs.items()}
         for ref in self._ray.wait(list(ended), num_returns=len(ended), timeout=0)[0]:
             try:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxdist.paramserver.processes.driver import write_file
-from jaxdist.paramserver.processes.run_folder import CUT_NAME, STATISTICS_NAME, STEPS_NAME, Spec
+from jaxdist.paramserver.processes.run_folder import CUT_NAME, STATISTICS_NAME, STEPS_NAME, Spec, silent_path
 from jaxdist.paramserver.protocol import effects, journal, messages
 from jaxdist.paramserver.protocol.scheduler.scheduler import Scheduler
 from jaxdist.paramserver.wire import encoding
@@ -78,3 +78,5 @@ class Report:
             self._steps.write(json.dumps(row) + "\n")
         elif isinstance(effect, effects.ShowCut):
             write_file(self.directory / CUT_NAME, encoding.encode(effect.cut))
+        elif isinstance(effect, effects.Replace):
+            write_file(silent_path(self.directory, effect.name), [b""])

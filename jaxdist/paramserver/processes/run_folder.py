@@ -15,6 +15,22 @@ DIRECTORY_NAME, STATISTICS_NAME = "ps", "statistics"
 NONFINITE_NAME = "nonfinite"
 """The folder with what workers found out about gradients that are not finite."""
 STEPS_NAME, CUT_NAME, LOG_NAME, SPEC_NAME = "steps.jsonl", "cut", "scheduler.log", "spec.json"
+SILENT_NAME = "silent"
+"""The folder that names processes which do not answer, for the crews that keep them."""
+
+
+def silent_path(directory: pathlib.Path, name: str) -> pathlib.Path:
+    """Return the file whose existence asks the crew of process `name` to end it and start it again."""
+    return directory / SILENT_NAME / name.replace("/", "-")
+
+
+def take_silent(directory: pathlib.Path, name: str) -> bool:
+    """Return whether process `name` has to be ended because it does not answer; True once."""
+    path = silent_path(directory, name)
+    if not path.exists():
+        return False
+    path.unlink()
+    return True
 
 
 BOOTS_NAME = "boots"

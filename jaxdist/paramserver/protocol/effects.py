@@ -120,6 +120,13 @@ class Warn:
 
 
 @dataclass(frozen=True, slots=True)
+class Replace:
+    """End the process `name`, which does not answer; the crew starts it again."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class Exit:
     """End this process, after `step`, for `reason`; a negative step is an error."""
 
@@ -127,7 +134,9 @@ class Exit:
     reason: str
 
 
-Effect = Append | Compact | Write | Load | Compute | Applied | Served | Leads | Committed | ShowCut | Warn | Exit
+Effect = (
+    Append | Compact | Write | Load | Compute | Applied | Served | Leads | Committed | ShowCut | Warn | Replace | Exit
+)
 
 
 class Output:

@@ -119,7 +119,7 @@ def _write_spec(
     """Remove what belongs to an earlier attempt only; write and return what every process must know."""
     for name in (run_folder.LOG_NAME, run_folder.CUT_NAME, run_folder.STEPS_NAME, run_folder.SPEC_NAME):
         (directory / name).unlink(missing_ok=True)
-    for name in (run_folder.STATISTICS_NAME, run_folder.NONFINITE_NAME):
+    for name in (run_folder.STATISTICS_NAME, run_folder.NONFINITE_NAME, run_folder.SILENT_NAME):
         shutil.rmtree(directory / name, ignore_errors=True)
     spec = run_folder.Spec(
         attempt=new_token(),

@@ -1,9 +1,11 @@
-"""The crew of one machine: who is started again, and when."""
+"""The crew of one machine: which processes are started again, and which GPUs they use."""
+
+import time
 
 import pytest
 
 from jaxdist.errors import RunFailedError
-from jaxdist.paramserver.processes import crew
+from jaxdist.paramserver.processes import crew, run_folder
 
 
 class Child:
@@ -11,6 +13,12 @@ class Child:
         self.status = status
 
     def poll(self):
+        return self.status
+
+    def kill(self):
+        self.status = -9
+
+    def wait(self):
         return self.status
 
 
@@ -42,3 +50,53 @@ def test_a_process_that_dies_again_and_again_ends_the_run(tmp_path, monkeypatch)
         made.look_after()
     with pytest.raises(RunFailedError, match="worker/0 died"):
         made.look_after()
+
+
+def test_a_process_that_left_early_is_started_again(tmp_path, monkeypatch):
+    made, started = crew_of(tmp_path, monkeypatch, worker_0=0)
+    made.look_after()
+    assert started == [], "it may have been told of the end before the observer knew of it"
+    monkeypatch.setattr(crew, "_EARLY_SECONDS", -1.0)
+    made.look_after()
+    assert started == ["worker/0"]
+
+
+def test_a_silent_process_is_ended_and_started_again_once(tmp_path, monkeypatch):
+    made, started = crew_of(tmp_path, monkeypatch, server_0_a=None, worker_0=None)
+    path = run_folder.silent_path(tmp_path, "server/0/a")
+    path.parent.mkdir()
+    path.touch()
+    made._started_at["server/0/a"] = time.monotonic()
+    made.look_after()
+    assert started == [], "it is only starting"
+    assert not path.exists()
+    path.touch()
+    made._started_at["server/0/a"] -= 600
+    made.look_after()
+    assert started == ["server/0/a"]
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("visible", "devices", "found"),
+    [
+        ("0,1,2,3", 1, ["0", "1"]),
+        ("0,1,2,3", 2, ["0,1", "2,3"]),
+        ("5,7", 1, ["5", "7"]),
+        ("5", 1, ["5", "5"]),
+        ("", 1, [None, None]),
+    ],
+)
+def test_each_worker_of_a_machine_has_its_own_gpus(tmp_path, monkeypatch, visible, devices, found):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    spec = run_folder.Spec("attempt", "x.py", [], {}, {}, str(tmp_path), "", devices, "elementwise")
+    spec.write(tmp_path / run_folder.SPEC_NAME)
+    made = crew.LocalCrew(["scheduler", "worker/1", "server/0/a", "worker/4"], tmp_path, "secret")
+    assert [made._accelerators(name).get("CUDA_VISIBLE_DEVICES") for name in ("worker/1", "worker/4")] == found
+    assert made._accelerators("server/0/a") == {}
+
+
+def test_gpus_are_counted_where_the_user_names_none(tmp_path):
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    assert crew.list_gpus({}, tmp_path) == ["0", "1"]

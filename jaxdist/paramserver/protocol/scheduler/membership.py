@@ -11,6 +11,9 @@ from jaxdist.paramserver.protocol.scheduler.lease_table import StepLeases
 from jaxdist.paramserver.protocol.scheduler.scheduler_state import ProcessStatus, SchedulerState, WorkerStatus
 from jaxdist.paramserver.protocol.settings import server_shard, worker_name, worker_number
 
+PATIENCE = 6
+"""How many times `dead_after` the only copy of a shard may be silent."""
+
 
 def change(
     state: SchedulerState, now: float, out: Output, *, trained: Trained | None = None, **changes: object
@@ -253,6 +256,7 @@ def drop_silent(state: SchedulerState, now: float, out: Output) -> None:
     _drop_silent_workers(state, now, out)
     if state.settings.replicated:
         _drop_silent_servers(state, now, out)
+    _replace_silent_servers(state, now, out)
 
 
 def _drop_silent_workers(state: SchedulerState, now: float, out: Output) -> None:
@@ -281,6 +285,34 @@ def _drop_worker(state: SchedulerState, worker: int) -> None:
     # A batch that may be on some shards stays leased until all shards have reported what they applied (_settle).
     if gone.lease is not None and isinstance(state.lease_table, StepLeases):
         state.lease_table.give_back(worker, gone.lease)
+
+
+def _replace_silent_servers(state: SchedulerState, now: float, out: Output) -> None:
+    """Have the only copy of a shard started again, or end the run, when it has been silent for long.
+
+    Long, because a server that only stood still would have continued, and its shard is lost with it.
+    """
+    dead = state.settings.timers.dead_after
+    for number, place in enumerate(state.membership.shards if state.membership else ()):
+        status = state.processes[place.primary]
+        silent = now - status.seen_at
+        if place.synced or silent <= dead or state.stop is not None:
+            continue
+        if not status.warned:
+            status.warned = True
+            out.do(effects.Warn(f"Server {place.primary} is silent. It holds the only copy of shard {number}."))
+        if silent <= PATIENCE * dead:
+            continue
+        if not state.settings.snapshot_every:
+            out.do(effects.Warn(f"Server {place.primary} was silent for {silent:.0f} s, and there is no saved cut."))
+            ending.end(state, "error", now, out)
+        elif status.replaced_at is None:
+            status.replaced_at = now
+            out.do(effects.Warn(f"Server {place.primary} was silent for {silent:.0f} s. It is started again."))
+            out.do(effects.Replace(place.primary))
+        elif now - status.replaced_at > state.settings.timers.stuck_after:
+            out.do(effects.Warn(f"Server {place.primary} did not come back. Resume the run without its machine."))
+            ending.end(state, "error", now, out)
 
 
 def _drop_silent_servers(state: SchedulerState, now: float, out: Output) -> None:

@@ -18,12 +18,15 @@ class ProcessStatus:
     progress: int = -1
     progress_at: float = 0.0
     busy: bool = False
+    warned: bool = False
+    replaced_at: float | None = None  # when it was ended for its silence
 
     def note(self, beat: messages.Heartbeat, now: float) -> None:
         """Note a heartbeat."""
         if beat.progress != self.progress or not beat.busy:
             self.progress, self.progress_at = beat.progress, now
         self.seen_at, self.busy = now, beat.busy
+        self.warned, self.replaced_at = False, None
 
 
 @dataclass(slots=True)
