@@ -80,6 +80,10 @@ class Encoded:
         self._arrays, self._block_bytes = writer.arrays, block_bytes
         self.num_bytes = len(self._start) + size + _CHECKSUM.size * len(writer.arrays)
 
+    def is_same(self, other: "Encoded") -> bool:
+        """Return whether both are one message that is sent twice: what it says of itself (numbers, names) is equal."""
+        return self._start == other._start
+
     def __iter__(self) -> Iterator[bytes]:
         """Yield blocks of at most `block_bytes`."""
         pending = bytearray(self._start)

@@ -165,6 +165,9 @@ class _Sender:
 
     def put(self, message: encoding.Encoded) -> None:
         with self._changed:
+            # What is repeated while it waits or travels would only be in the way of itself.
+            if any(message.is_same(other) for other in self._queue):
+                return
             # Whoever waits for an answer sends again; dropping is better than holding bytes without bound.
             if self._queue and self._bytes + message.num_bytes > MAX_BYTES_IN_FLIGHT:
                 return

@@ -1,9 +1,11 @@
 """Messages between real endpoints: delivered whole, refused from strangers, no more bytes than there is room for."""
 
 import contextlib
+import dataclasses
 import pathlib
 import queue
 import socket
+import threading
 
 import grpc
 import numpy as np
@@ -109,6 +111,27 @@ def test_more_bytes_than_declared_are_refused(endpoint):
     end, _ = endpoint
     with pytest.raises(grpc.RpcError, match="more than the"):
         call(end, [*encoding.encode(HELLO), b"more"])
+
+
+def test_a_message_that_is_still_on_its_way_is_not_sent_again():
+    held = threading.Event()
+    heard = queue.Queue()
+
+    def receive(message):
+        heard.put(message)
+        held.wait(30)
+
+    big = transfer(1_000_000)
+    with listening(receive=receive) as (end, _), speaking(end) as peer:
+        peer.send("peer", big)
+        assert heard.get(timeout=30).index == big.index  # and its call is not answered until `held`
+        for _ in range(5):
+            peer.send("peer", big)
+            peer.send("peer", dataclasses.replace(big, index=7))
+        held.set()
+        assert heard.get(timeout=30).index == 7
+        peer.flush(30)
+    assert heard.empty()
 
 
 def test_random_bytes_on_the_port_disturb_nobody(endpoint):
