@@ -45,7 +45,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxdist import adapters, make_mesh, optimizers, stop
 from jaxdist.config import experiment as config
 from jaxdist.config import loading
-from jaxdist.guards import guard
+from jaxdist.guards import recompile
 from jaxdist.launch import signals
 from jaxdist.launch.joining import agreement
 from jaxdist.models import mlp
@@ -202,7 +202,7 @@ class Fit(Side):
         self.progress = stop.Progress()
         file = folder / f"{type(self).__name__}-{id(self)}.jsonl"
         self.log = hooks.LogMetrics([writers.JsonlWriter(file)], every=LOG_EVERY, extra=lambda step: {})
-        self.sentinel = guard.RecompileSentinel()
+        self.sentinel = recompile.RecompileSentinel()
 
     def host_batch(self, random: np.random.Generator) -> dict[str, np.ndarray]:
         """Add the mask."""

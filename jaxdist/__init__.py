@@ -16,15 +16,18 @@ if TYPE_CHECKING:
     from jaxdist.config.experiment import LayoutSettings as LayoutSettings
     from jaxdist.config.experiment import Recovery as Recovery
     from jaxdist.data import ArraySource as ArraySource
+    from jaxdist.optimizers import Group as Group
     from jaxdist.optimizers import Optimizer as Optimizer
-    from jaxdist.optimizers import Schedule as Schedule
+    from jaxdist.optimizers.schedules import Schedule as Schedule
     from jaxdist.run import hooks as hooks
     from jaxdist.run.loop import fit as fit
     from jaxdist.spmd.layout import describe as describe
     from jaxdist.spmd.mesh import make_mesh as make_mesh
     from jaxdist.spmd.metrics import Mean as Mean
+    from jaxdist.spmd.metrics import Weighted as Weighted
     from jaxdist.spmd.metrics import masked_mean as masked_mean
     from jaxdist.spmd.sharded import sharded_step as sharded_step
+    from jaxdist.spmd.state import InitialState as InitialState
     from jaxdist.spmd.state import TrainState as TrainState
     from jaxdist.spmd.state import create_state as create_state
     from jaxdist.spmd.step import canonical_step as canonical_step
@@ -39,13 +42,16 @@ _HOMES = {
     "Evaluation": "config.experiment",
     "Experiment": "config.experiment",
     "Guards": "config.experiment",
+    "Group": "optimizers",
+    "InitialState": "spmd.state",
     "LayoutSettings": "config.experiment",
     "Recovery": "config.experiment",
     "Mean": "spmd.metrics",
     "Optimizer": "optimizers",
-    "Schedule": "optimizers",
+    "Schedule": "optimizers.schedules",
     "Stop": "stop",
     "TrainState": "spmd.state",
+    "Weighted": "spmd.metrics",
     "canonical_step": "spmd.step",
     "create_state": "spmd.state",
     "data_parallel_step": "spmd.step",

@@ -4,26 +4,43 @@ The one idea: a module is turned into functions of (params, batch, key, model_st
 behind it sees pytrees of arrays only. No other module outside `jaxdist.models` imports Flax.
 
 A module is called as `module(*inputs, train=bool)`, where the inputs are batch fields. One that also takes `mask` gets
-the batch's mask as booleans of shape (B,), or None, so that batch normalisation can leave padding rows out.
+the batch's mask as booleans of shape (B,), or None, so that batch normalisation can leave padding rows out. One that
+takes `segment_ids` gets the field of that name, which packed rows have, so that attention keeps their examples apart.
+
+Every module is traced once when its functions are made, at two batch sizes: what can be known to be wrong is refused
+there.
 """
 
+import contextlib
+import functools
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import errors as flax_errors
 from flax import linen as flax_linen
 from flax import nnx as flax_nnx
 from flax import traverse_util
 
 from jaxdist.errors import ConfigError
-from jaxdist.spmd.metrics import MASK, Batch, Mean, masked_mean
+from jaxdist.spmd import precision as precisions
+from jaxdist.spmd.dependence import depends
+from jaxdist.spmd.layout import path_name
+from jaxdist.spmd.metrics import MASK, SEGMENT_IDS, Batch, Mean, Weighted, check_names, masked_mean
+from jaxdist.spmd.precision import Precision
 
 PyTree: TypeAlias = Any
 
-Loss: TypeAlias = Callable[[Any, Batch], tuple[jax.Array, dict[str, jax.Array]]]
-"""`loss(outputs, batch) -> (values, {name: values})`, each per example (B,) or per token (B, T); not averaged."""
+Values: TypeAlias = jax.Array | Weighted | Mean
+"""Per example (B,) or per token (B, T), not averaged; with weights; or a mean whose count the loss knows itself."""
+
+Loss: TypeAlias = Callable[[Any, Batch], tuple[Values, dict[str, Values]]]
+"""`loss(outputs, batch) -> (values, {name: values})`."""
+
 
 _Forward: TypeAlias = Callable[..., tuple[Any, PyTree]]
 """`forward(params, model_state, batch, key, train=bool) -> (outputs, new model_state)`; no state is None."""
@@ -47,27 +64,35 @@ class Functions(NamedTuple):
 
 
 def from_model(
-    model: Any, loss: Loss | None, example_batch: Mapping[str, Any], *, inputs: str | Sequence[str] = "image"
+    model: Any,
+    loss: Loss | None,
+    example_batch: Mapping[str, Any],
+    *,
+    inputs: str | Sequence[str] = "image",
+    precision: Precision = "float32",
 ) -> Functions:
     """Return the functions of whatever an experiment calls its model.
 
     Args:
-      model: a Linen module, a callable from `nnx.Rngs` to an NNX module, or Functions, which come back as they are.
+      model: a Linen module, a callable from `nnx.Rngs` to an NNX module, or Functions.
       loss: see `Loss`; Functions have their own.
       example_batch: see `linen`.
-      inputs: see `linen`.
+      inputs: see `linen`; of Functions, the fields that are cast to the compute dtype.
+      precision: the compute dtype.
 
     Raises:
       ValueError: the model is none of these, or its loss is missing.
     """
     if isinstance(model, Functions):
-        return model
+        fields = (inputs,) if isinstance(inputs, str) else tuple(inputs)
+        cast = functools.partial(precisions.apply_precision, precision=precision, inputs=fields)
+        return model._replace(loss_fn=cast(model.loss_fn), eval_fn=cast(model.eval_fn))
     if loss is None:
         raise ValueError("A Flax module needs a loss(outputs, batch); `jaxdist.losses` has the usual ones.")
     if isinstance(model, flax_linen.Module):
-        return linen(model, loss, example_batch, inputs=inputs)
+        return linen(model, loss, example_batch, inputs=inputs, precision=precision)
     if callable(model):
-        return nnx(model, loss, example_batch, inputs=inputs)
+        return nnx(model, loss, example_batch, inputs=inputs, precision=precision)
     raise ValueError(
         "A model is a Linen module, a callable from nnx.Rngs to an NNX module, or adapters.Functions; "
         f"got {type(model).__name__}."
@@ -92,25 +117,32 @@ def check_model(model: Any) -> None:
 
 
 def linen(
-    module: flax_linen.Module, loss: Loss, example_batch: Mapping[str, Any], *, inputs: str | Sequence[str] = "image"
+    module: flax_linen.Module,
+    loss: Loss,
+    example_batch: Mapping[str, Any],
+    *,
+    inputs: str | Sequence[str] = "image",
+    precision: Precision = "float32",
 ) -> Functions:
     """Return the functions of a Linen module.
 
-    Every collection but `params` is model_state: a dict from the collection's name to its variables. All random streams
-    (`dropout` and others) come from the key given to loss_fn.
+    Every collection but `params` is model_state: a dict from the collection's name to its variables. Each random stream
+    that the module draws from (`dropout` and others) has a key of its own, made of the key given to loss_fn.
 
     Args:
       module: called as `module(*inputs, train=bool)`, and with `mask=` if it takes one.
       loss: see `Loss`; `jaxdist.losses` has the usual ones.
       example_batch: arrays or jax.ShapeDtypeStructs with the shapes of a batch; only shapes and dtypes are used.
       inputs: the batch field, or fields in order, that the module is called with.
+      precision: the dtype that the module computes in; params, statistics and the loss are float32 always.
 
     Raises:
-      ValueError: a field is missing, the module does not take `train`, or it has batch statistics and takes no `mask`.
+      ValueError: a field is missing; the module does not take `train`, or has statistics of the batch and takes no
+        `mask`, or takes no `segment_ids` of packed rows; or the loss does not give values of examples or tokens.
     """
     fields = _input_fields(inputs, example_batch)
     accepted = inspect.signature(type(module).__call__).parameters
-    _check_call(type(module), accepted, required="train")
+    _check_call(type(module), accepted, fields, example_batch, required="train")
 
     def init(key: jax.Array) -> tuple[PyTree, PyTree]:
         rows = [jnp.zeros((1, *example_batch[name].shape[1:]), example_batch[name].dtype) for name in fields]
@@ -118,22 +150,51 @@ def linen(
         model_state = {name: variables[name] for name in variables if name != "params"}
         return variables.get("params", {}), model_state
 
-    collections = sorted(jax.eval_shape(init, jax.random.key(0))[1])
-    if "batch_stats" in collections:
-        _check_call(type(module), accepted, required="mask")
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    collections = sorted(shapes[1])
+    streams: list[str] = []
 
     def forward(
         params: PyTree, model_state: PyTree, batch: Batch, key: jax.Array, *, train: bool
     ) -> tuple[Any, PyTree]:
-        return module.apply(
+        outputs, new_state = module.apply(
             {"params": _unboxed(params), **(model_state or {})},
             *(batch[name] for name in fields),
-            rngs={"params": key},  # Linen draws from this stream whatever has none of its own name
+            rngs=_stream_keys(streams, key) if train else {},
             mutable=collections if train else [],
             **_switches(accepted, batch, train),
         )
+        return outputs, new_state
 
+    forward = _in_precision(forward, precision)
+    _find_streams(streams, forward, shapes, example_batch)
+    _check_model(type(module), accepted, forward, loss, shapes, example_batch)
     return _functions(init, forward, loss, stateful=bool(collections))
+
+
+def _stream_keys(streams: Sequence[str], key: jax.Array) -> dict[str, jax.Array]:
+    """Return a key for each random stream. The first one has the step's key itself."""
+    return {name: jax.random.fold_in(key, index) if index else key for index, name in enumerate(streams)}
+
+
+def _find_streams(
+    streams: list[str], forward: _Forward, shapes: tuple[PyTree, PyTree], example_batch: Mapping[str, Any]
+) -> None:
+    """Fill `streams` with the names of the random streams that a Linen module draws from in training.
+
+    With no stream given, Linen raises an error that names the one it asked for. Given the stream `params` alone, it
+    would draw from that in place of every other, and lifted transformations (`nn.scan`, `nn.vmap`, `nn.RNN`), which
+    split streams by name, would not find the one they are to split: every time step would drop the same features.
+    """
+    while True:
+        try:
+            jax.eval_shape(functools.partial(forward, train=True), *shapes, dict(example_batch), jax.random.key(0))
+            return
+        except flax_errors.InvalidRngError as error:
+            asked = re.search(r'PRNG for "([^"]+)"', str(error))
+            if asked is None or asked[1] in streams:
+                raise
+            streams.append(asked[1])
 
 
 def nnx(
@@ -142,11 +203,12 @@ def nnx(
     example_batch: Mapping[str, Any],
     *,
     inputs: str | Sequence[str] = "image",
+    precision: Precision = "float32",
 ) -> Functions:
     """Return the functions of an NNX module.
 
     params and model_state are plain nested dicts keyed by the module's attribute names. `nnx.Param`s are params, all
-    other variables model_state, save random state: that is made afresh from the key given to loss_fn, so that a step
+    other variables model_state, except random state: that is made anew from the key given to loss_fn, so that a step
     remains a function of its arguments and a checkpoint needs no hidden counters.
 
     Args:
@@ -155,9 +217,10 @@ def nnx(
       loss: see `Loss`; `jaxdist.losses` has the usual ones.
       example_batch: arrays or jax.ShapeDtypeStructs with the shapes of a batch; only its field names are used.
       inputs: the batch field, or fields in order, that the module is called with.
+      precision: see `linen`.
 
     Raises:
-      ValueError: a field is missing, or the module has batch statistics and takes no `mask`.
+      ValueError: see `linen`; but `train` need not be taken.
     """
     fields = _input_fields(inputs, example_batch)
     make_module = _without_mesh(make_module)
@@ -165,8 +228,7 @@ def nnx(
     graph, *templates = _split(abstract)
     param_template, random_template, state_template = (dict(flax_nnx.to_flat_state(part)) for part in templates)
     accepted = inspect.signature(type(abstract).__call__).parameters
-    if any(isinstance(variable, flax_nnx.BatchStat) for variable in state_template.values()):
-        _check_call(type(abstract), accepted, required="mask")
+    _check_call(type(abstract), accepted, fields, example_batch)
 
     def init(key: jax.Array) -> tuple[PyTree, PyTree]:
         _, params, _, state = _split(make_module(flax_nnx.Rngs(key)))
@@ -185,7 +247,28 @@ def nnx(
         outputs = module(*(batch[name] for name in fields), **_switches(accepted, batch, train))
         return outputs, _to_tree(_split(module)[3], state_template)
 
+    forward = _in_precision(forward, precision)
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    _check_model(type(abstract), accepted, forward, loss, shapes, example_batch)
     return _functions(init, forward, loss, stateful=bool(state_template))
+
+
+def _in_precision(forward: _Forward, precision: Precision) -> _Forward:
+    """Return `forward` computed in `precision`; outputs come back in float32, and statistics keep their dtypes."""
+    if precision == "float32":
+        return forward
+    dtype = jnp.dtype(precision)
+
+    def narrow(params: PyTree, model_state: PyTree, batch: Batch, key: jax.Array, *, train: bool) -> tuple[Any, PyTree]:
+        fields = {
+            name: field if name == MASK else precisions.cast_floating(field, dtype) for name, field in batch.items()
+        }
+        params = precisions.cast_floating(params, dtype)
+        outputs, new_state = forward(params, model_state, fields, key, train=train)
+        outputs = precisions.cast_floating(outputs, jnp.float32)
+        return outputs, precisions.with_dtypes_of(model_state or {}, new_state)
+
+    return narrow
 
 
 def _functions(
@@ -218,24 +301,146 @@ def _functions(
 
 def _average(loss: Loss, outputs: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
     values, metrics = loss(outputs, batch)
-    for name, each in {"loss": values, **metrics}.items():
-        if jnp.ndim(each) == 0:
-            raise ValueError(
-                f"The loss passed to an adapter gives one value per example or token, but {name!r} is a scalar; "
-                "return the values before averaging, so that padding rows can be left out."
-            )
     mask = batch.get(MASK)
-    return masked_mean(values, mask), {name: masked_mean(each, mask) for name, each in metrics.items()}
+
+    def average(name: str, each: Values) -> Mean:
+        _refuse_scalar(name, each)
+        return each if isinstance(each, Mean) else masked_mean(each, _mask_of(_shape(each), mask))
+
+    return average("loss", values), {name: average(name, each) for name, each in metrics.items()}
+
+
+def _mask_of(shape: tuple[int, ...], mask: jax.Array | None) -> jax.Array | None:
+    """Return the batch's mask for values of this shape: that of its rows, where its elements are of another shape."""
+    if mask is None or mask.shape == shape[: mask.ndim]:
+        return mask
+    return mask.reshape(mask.shape[0], -1).max(axis=1)
+
+
+def _refuse_scalar(name: str, values: Values) -> None:
+    if not isinstance(values, Mean) and not _shape(values):
+        raise ValueError(
+            f"The loss passed to an adapter gives one value per example or token, but {name!r} is a scalar; "
+            "return the values before averaging, so that padding rows can be left out."
+        )
 
 
 def _switches(accepted: Mapping[str, Any], batch: Batch, train: bool) -> dict[str, Any]:
-    """Return `train` and `mask` for a module that takes them; in a batch of padding only, every row counts.
+    """Return `train`, `mask` and `segment_ids` for a module that takes them; in a batch of padding, every row counts.
 
     Statistics over no rows would be NaN, and a NaN activation makes NaN gradients even where the loss is masked out.
     """
-    mask = batch[MASK] > 0 if MASK in batch else None
+    mask = _mask_of(batch[MASK].shape[:1], batch[MASK]) if MASK in batch else None
+    mask = None if mask is None else mask > 0
     switches = {"train": train, "mask": None if mask is None else mask | ~mask.any()}
+    switches |= {SEGMENT_IDS: batch[SEGMENT_IDS]} if SEGMENT_IDS in batch else {}
     return {name: value for name, value in switches.items() if name in accepted}
+
+
+def _check_model(
+    module_type: type,
+    accepted: Mapping[str, Any],
+    forward: _Forward,
+    loss: Loss,
+    shapes: tuple[PyTree, PyTree],
+    example_batch: Mapping[str, Any],
+) -> None:
+    """Raise ValueError for what tracing shows to be wrong with a module and its loss; nothing is computed."""
+    if shapes[1] and "mask" not in accepted:
+        _check_statistics(module_type, forward, shapes, example_batch)
+    size = _num_rows(example_batch)
+    outputs, values, new_state = _trace(forward, loss, shapes, _resized(example_batch, size))
+    _check_outputs(module_type, outputs)
+    check_names(values[1])
+    for name, each in {"loss": values[0], **values[1]}.items():
+        _refuse_scalar(name, each)
+    _check_same_leaves(module_type, shapes[1], new_state)
+    twice = None
+    with contextlib.suppress(TypeError, ValueError):  # a module that is made for one batch size
+        twice = _trace(forward, loss, shapes, _resized(example_batch, 2 * size))[1]
+    if twice is not None:
+        _check_values(values, twice, size)
+
+
+def _trace(
+    forward: _Forward, loss: Loss, shapes: tuple[PyTree, PyTree], batch: Mapping[str, Any]
+) -> tuple[Any, tuple[Values, dict[str, Values]], PyTree]:
+    """Return the shapes of the module's outputs, of what the loss makes of them, and of the new model_state."""
+
+    def run(params: PyTree, model_state: PyTree, batch: Batch, key: jax.Array) -> tuple[Any, Any, PyTree]:
+        outputs, new_state = forward(params, model_state, batch, key, train=True)
+        return outputs, loss(outputs, batch), new_state
+
+    return jax.eval_shape(run, *shapes, dict(batch), jax.random.key(0))
+
+
+def _num_rows(batch: Mapping[str, Any]) -> int:
+    return next(iter(batch.values())).shape[0]
+
+
+def _resized(batch: Mapping[str, Any], rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    return {name: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype) for name, leaf in batch.items()}
+
+
+def _check_outputs(module_type: type, outputs: Any) -> None:
+    dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(outputs)})
+    if not any(jnp.issubdtype(dtype, jnp.inexact) for dtype in map(np.dtype, dtypes)):
+        raise ValueError(
+            f"{module_type.__name__} returns {', '.join(dtypes) or 'nothing'}, through which no gradient flows; return "
+            "floating outputs, for example logits in place of class indices."
+        )
+
+
+def _check_values(once: tuple[Values, dict[str, Values]], twice: tuple[Values, dict[str, Values]], size: int) -> None:
+    """Check that the first dim of each value is examples, and that no other dim follows the number of examples."""
+    for name, each in {"loss": once[0], **once[1]}.items():
+        other = {"loss": twice[0], **twice[1]}[name]
+        if isinstance(each, Mean):
+            continue
+        before, after = (_shape(value) for value in (each, other))
+        follows = [dim for dim, lengths in enumerate(zip(before, after, strict=True)) if lengths[0] != lengths[1]]
+        if before and follows != [0]:
+            which = " and ".join(f"dim {dim}" for dim in follows) or "no dim"
+            raise ValueError(
+                f"The values of a loss are per example (B,) or per token (B, T), but {name!r} has shape {before} for "
+                f"{size} examples, and {which} of it follows the number of examples. Two shapes such as (B, 1) and "
+                "(B,) broadcast to (B, B): give outputs and target the same shape."
+            )
+
+
+def _shape(values: Any) -> tuple[int, ...]:
+    return (values.values if isinstance(values, Weighted) else values).shape
+
+
+def _check_same_leaves(module_type: type, old: PyTree, new: PyTree) -> None:
+    names = [
+        {path_name(path): (tuple(leaf.shape), leaf.dtype) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (old or {}, new or {})
+    ]
+    differing = sorted(name for name in {**names[0], **names[1]} if names[0].get(name) != names[1].get(name))
+    if differing:
+        raise ValueError(
+            "The variables of a module besides its params must keep their names, shapes and dtypes from step to step; "
+            f"{differing[0]} of {module_type.__name__} does not. A value that `sow` collects belongs in the collection "
+            "'intermediates', which training leaves out; a value that the loss needs must be returned by __call__."
+        )
+
+
+def _check_statistics(
+    module_type: type, forward: _Forward, shapes: tuple[PyTree, PyTree], example_batch: Mapping[str, Any]
+) -> None:
+    """Check that no variable of a module without `mask` depends on the rows of the batch, padding among them."""
+    batch = {name: leaf for name, leaf in example_batch.items() if name != MASK}
+    args = (*shapes, batch, jax.random.key(0))
+    marked: list[Any] = [jax.tree.map(lambda _: False, arg) for arg in args]
+    marked[2] = jax.tree.map(lambda _: True, batch)
+    dependent = depends(lambda *args: forward(*args, train=True)[1], args, marked)
+    names = [path_name(path) for path, found in jax.tree_util.tree_leaves_with_path(dependent) if found]
+    if names:
+        raise ValueError(
+            f"{module_type.__name__} keeps statistics of the batch, {names[0]}, which must leave padding rows out: "
+            "add a parameter named 'mask' to its __call__ and hand it to its normalisation layers."
+        )
 
 
 def _keep_if_empty(batch: Batch, new_state: PyTree, old_state: PyTree) -> PyTree:
@@ -257,16 +462,25 @@ def _input_fields(inputs: str | Sequence[str], example_batch: Mapping[str, Any])
     return fields
 
 
-def _check_call(module_type: type, accepted: Mapping[str, Any], *, required: str) -> None:
-    reason = {
+def _check_call(
+    module_type: type,
+    accepted: Mapping[str, Any],
+    fields: Sequence[str],
+    example_batch: Mapping[str, Any],
+    *,
+    required: str | None = None,
+) -> None:
+    reasons = {
         "train": "is called with train=True or train=False, which turns dropout and batch statistics on and off",
-        "mask": "has batch statistics, which must leave padding rows out: hand the mask to its normalisation layers",
+        SEGMENT_IDS: "gets rows of several packed examples, which it must keep apart",
     }
-    if required not in accepted:
-        raise ValueError(
-            f"{module_type.__name__}.__call__ takes {list(accepted)[1:]}, but the module {reason[required]}; "
-            f"add a parameter named {required!r}."
-        )
+    packed = SEGMENT_IDS in example_batch and SEGMENT_IDS not in fields
+    for name in [*([required] if required else []), *([SEGMENT_IDS] if packed else [])]:
+        if name not in accepted:
+            raise ValueError(
+                f"{module_type.__name__}.__call__ takes {list(accepted)[1:]}, but the module {reasons[name]}; "
+                f"add a parameter named {name!r}."
+            )
 
 
 def _split(module: flax_nnx.Module) -> tuple[Any, flax_nnx.State, flax_nnx.State, flax_nnx.State]:

@@ -1,17 +1,23 @@
-"""Losses that give one value per example or per token, so that whoever averages them can weigh every example exactly.
+"""Losses that give one value per example or per token, so that the mean over a batch can weigh every one exactly.
 
 Each is `loss(outputs, batch) -> (values, metrics)`, the form that `jaxdist.adapters` takes: `values` is what training
 minimises, `metrics` maps a name to values of the same shape. Nothing is averaged here. Logits may have any float dtype;
-the softmax is computed in float32, because a sum over many classes in bfloat16 loses the small ones.
+everything is computed in float32, because a sum over many classes in bfloat16 loses the small ones.
+
+`classification`, `next_token`, `mean_squared_error` and `mean_absolute_error` are such losses themselves; the others
+are made by a function of their settings: `huber(delta=0.5)`, `smoothed(0.1)`, `weighted(classification, "weight")`.
 """
 
 import math
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxdist.spmd.metrics import Batch
+from jaxdist.spmd.metrics import MASK, SEGMENT_IDS, Batch, Weighted
+
+Values: TypeAlias = jax.Array | Weighted
 
 
 def classification(outputs: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -33,15 +39,18 @@ def classification(outputs: jax.Array, batch: Batch) -> tuple[jax.Array, dict[st
     return values, {"accuracy": (outputs.argmax(axis=-1) == labels).astype(jnp.float32)}
 
 
-def next_token(outputs: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+def next_token(outputs: jax.Array, batch: Batch) -> tuple[Values, dict[str, Values]]:
     """Return the cross entropy in nats of each next token and the metric `bits_per_byte`, both float32 (B, T - 1).
 
     The logits at position t are scored against token t + 1, so the logits at the last position are not used. Where the
-    tokens are not bytes, `bits_per_byte` is bits per token.
+    tokens are not bytes, `bits_per_byte` is bits per token. In rows of several packed examples (`segment_ids`), only
+    targets in the same example count: neither the first token of the next one nor filling (segment 0). A mask of
+    tokens (B, T) says which targets count.
 
     Args:
       outputs: logits, shape (B, T, vocabulary).
-      batch: holds `tokens`, integers of shape (B, T), the model's own input; T is at least 2.
+      batch: holds `tokens`, integers of shape (B, T), the model's own input; T is at least 2. And `segment_ids` (B, T)
+        if rows are packed.
     """
     tokens = _integers(batch, "tokens", needed_by="next_token")
     if outputs.ndim != 3 or tokens.shape != outputs.shape[:2] or tokens.shape[1] < 2:
@@ -50,7 +59,15 @@ def next_token(outputs: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, j
             f"{tokens.shape}; pass the model all T tokens, the shift by one is done here."
         )
     values = _cross_entropy(outputs[:, :-1], tokens[:, 1:])
-    return values, {"bits_per_byte": values / math.log(2.0)}
+    bits = values / math.log(2.0)
+    by_token = batch[MASK][:, 1:] if MASK in batch and batch[MASK].ndim == 2 else None
+    if SEGMENT_IDS not in batch and by_token is None:
+        return values, {"bits_per_byte": bits}
+    counts = jnp.ones_like(values) if by_token is None else by_token.astype(jnp.float32)
+    if SEGMENT_IDS in batch:
+        segments = _integers(batch, SEGMENT_IDS, needed_by="next_token on packed rows")
+        counts = jnp.where((segments[:, :-1] == segments[:, 1:]) & (segments[:, 1:] > 0), counts, 0.0)
+    return Weighted(values, counts), {"bits_per_byte": Weighted(bits, counts)}
 
 
 def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:

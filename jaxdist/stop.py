@@ -25,6 +25,10 @@ class Progress:
       metrics: the last value of each metric: `train/loss`, `eval/accuracy` and the like.
       history: every value an evaluation gave, by metric name.
       last_evaluation: the step of the newest evaluation, 0 before the first.
+      global_batch_size: examples of a step; None in a checkpoint of an older version.
+      schedule_offset: steps of the present batch size that the steps made so far lack, or have too many, because some
+        of them were made with another batch size; see `schedule_offset`.
+      empty_batches: steps without an update, because nothing in their batch counted.
     """
 
     step: int = 0
@@ -34,6 +38,9 @@ class Progress:
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     history: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     last_evaluation: int = 0
+    global_batch_size: int | None = None
+    schedule_offset: int = 0
+    empty_batches: int = 0
 
     def record_evaluation(self, metrics: Mapping[str, float]) -> None:
         """Take in the result of an evaluation after the present step."""
@@ -50,6 +57,24 @@ class Progress:
     def from_json(cls, fields: Mapping[str, Any]) -> "Progress":
         """Return the Progress that `to_json` gave."""
         return cls(**fields)
+
+
+def schedule_offset(progress: Progress, *, global_batch_size: int, num_examples: int, steps_per_epoch: int) -> int:
+    """Return what to add to the steps made so far, to have the steps of this batch size that come to as many examples.
+
+    It is found anew only where the batch size changes, so that a run that is resumed without a change has the bits of
+    one that was never stopped.
+
+    Args:
+      progress: of the run that is resumed.
+      global_batch_size: the present one.
+      num_examples: of an epoch.
+      steps_per_epoch: with the present batch size.
+    """
+    if progress.global_batch_size == global_batch_size:
+        return progress.schedule_offset
+    epochs, rest = divmod(progress.examples_seen, num_examples)
+    return epochs * steps_per_epoch + min(math.ceil(rest / global_batch_size), steps_per_epoch) - progress.step
 
 
 def first_of(*rules: StopRule) -> StopRule:

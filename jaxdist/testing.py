@@ -1,6 +1,6 @@
 """Helpers for tests of distributed code, ours and yours: real processes on this machine, and trees to compare.
 
-Fake devices need no helper but one line before JAX starts, in conftest.py say:
+Fake devices need one line before JAX starts, for example in conftest.py:
 
     jax.config.update("jax_num_cpu_devices", 8)
 
@@ -28,6 +28,7 @@ import numpy as np
 
 from jaxdist.launch.joining import runtime
 from jaxdist.launch.supervising import local_job
+from jaxdist.spmd import keys
 
 PyTree: TypeAlias = Any
 
@@ -129,8 +130,7 @@ def _assert_trees(actual: PyTree, expected: PyTree, same: Callable[[np.ndarray, 
 
 
 def _array(leaf: Any) -> np.ndarray:
-    is_key = isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+    return np.asarray(keys.plain(leaf) if isinstance(leaf, jax.Array) else leaf)
 
 
 def _float(leaf: Any) -> np.ndarray:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
 from jaxdist import adapters, losses
-from jaxdist.models import cnn, cnn_nnx
+from jaxdist.models import cnn, cnn_nnx, gpt
+from jaxdist.spmd.metrics import Weighted, masked_mean
 
 ADAPT = {"linen": (adapters.linen, cnn.CNN), "nnx": (adapters.nnx, cnn_nnx.CNN)}
 KINDS = sorted(ADAPT)
@@ -232,9 +233,259 @@ def test_a_module_that_breaks_the_contract_is_refused_at_once(build, message):
 
 
 def test_a_loss_that_averages_is_refused():
-    fns = adapters.linen(cnn.CNN(10, width=2), lambda outputs, batch: (outputs.mean(), {}), EXAMPLE)
     with pytest.raises(ValueError, match="'loss' is a scalar"):
-        jax.eval_shape(fns.loss_fn, jax.eval_shape(fns.init_fn, jax.random.key(0)), make_batch(), jax.random.key(0))
+        adapters.linen(cnn.CNN(10, width=2), lambda outputs, batch: (outputs.mean(), {}), EXAMPLE)
+
+
+# What tracing shows before training
+
+
+def column_target(outputs, batch):
+    return jnp.square(outputs - batch["label"]), {}
+
+
+class _Column(nn.Module):
+    @nn.compact
+    def __call__(self, image, *, train):
+        return nn.Dense(1)(image.reshape(image.shape[0], -1))
+
+
+class _Tokens(nn.Module):
+    @nn.compact
+    def __call__(self, tokens, *, train):
+        return nn.Embed(7, 7)(tokens)
+
+
+def test_a_target_that_broadcasts_against_the_outputs_is_refused():
+    jax.config.update("jax_numpy_rank_promotion", "allow")
+    try:
+        with pytest.raises(ValueError, match=r"'loss' has shape \(6, 6\) for 6 examples, and dim 0 and dim 1 of it"):
+            adapters.linen(_Column(), column_target, EXAMPLE)
+    finally:
+        jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 5])
+def test_a_loss_per_token_is_accepted_also_where_length_and_batch_are_equal(rows):
+    batch = {"tokens": jax.ShapeDtypeStruct((rows, 4), jnp.int32)}
+    fns = adapters.linen(_Tokens(), losses.next_token, batch, inputs="tokens")
+    params, tokens = fns.init_fn(jax.random.key(0)), jnp.zeros((rows, 4), jnp.int32)
+    assert fns.loss_fn(params, {"tokens": tokens}, jax.random.key(0))[0].count == 3 * rows
+
+
+def test_a_loss_that_gives_a_value_for_the_batch_in_place_of_its_examples_is_refused():
+    with pytest.raises(ValueError, match=r"shape \(1, 10\) for 6 examples, and no dim of it follows"):
+        adapters.linen(cnn.CNN(10, width=2), lambda outputs, batch: (outputs.mean(axis=0, keepdims=True), {}), EXAMPLE)
+
+
+@pytest.mark.parametrize("name", ["loss", "learning_rate", "grad_norm", "nonfinite_leaf"])
+def test_a_metric_with_a_name_of_the_package_s_own_is_refused(name):
+    def loss(outputs, batch):
+        return outputs.sum(axis=1), {name: outputs.sum(axis=1)}
+
+    with pytest.raises(ValueError, match=f"cannot be metrics of a loss or an eval_fn; got {name}"):
+        adapters.linen(cnn.CNN(10, width=2), loss, EXAMPLE)
+
+
+def test_integer_outputs_are_refused():
+    class Classes(nn.Module):
+        @nn.compact
+        def __call__(self, image, *, train):
+            return nn.Dense(10)(image.reshape(image.shape[0], -1)).argmax(axis=1)
+
+    with pytest.raises(ValueError, match="Classes returns int32, through which no gradient flows"):
+        adapters.linen(Classes(), lambda outputs, batch: ((outputs - batch["label"]) ** 2.0, {}), EXAMPLE)
+
+
+def test_a_packed_batch_needs_a_module_that_takes_segments():
+    batch = {name: jax.ShapeDtypeStruct((6, 4), jnp.int32) for name in ("tokens", "segment_ids")}
+    with pytest.raises(ValueError, match=r"_Tokens.*keep apart; add a parameter named 'segment_ids'"):
+        adapters.linen(_Tokens(), losses.next_token, batch, inputs="tokens")
+    model = gpt.GPT(7, 4, num_layers=1, num_heads=1, width=4)
+    fns = adapters.linen(model, losses.next_token, batch, inputs="tokens")
+    tokens = {"tokens": jnp.arange(24).reshape(6, 4) % 7, "segment_ids": jnp.tile(jnp.array([1, 1, 2, 2]), (6, 1))}
+    params = fns.init_fn(jax.random.key(0))
+    loss = fns.loss_fn(params, tokens, jax.random.key(0))[0]
+    halves = {"tokens": tokens["tokens"].reshape(12, 2)}
+    alone = adapters.linen(model, losses.next_token, halves, inputs="tokens").loss_fn(
+        params, halves, jax.random.key(0)
+    )[0]
+    assert loss.count == alone.count == 12
+    np.testing.assert_allclose(loss.total, alone.total, rtol=1e-5)
+
+
+def test_means_and_weighted_values_of_a_loss_are_taken_as_they_are():
+    def loss(outputs, batch):
+        values = outputs.sum(axis=1)
+        weighted = Weighted(values, batch["label"].astype(jnp.float32))
+        return weighted, {"own": masked_mean(values, batch["label"] > 4), "weighted": weighted}
+
+    fns = adapters.linen(cnn.CNN(10, width=2, num_stages=1), loss, EXAMPLE)
+    params, batch = fns.init_fn(jax.random.key(0)), make_batch(num_true=4)
+    total, found = fns.eval_fn(params, batch, jax.random.key(0))
+    assert total.count == found["weighted"].count == batch["label"][:4].sum()
+    assert found["own"].count == (batch["label"] > 4).sum()
+
+
+class _Sows(nn.Module):
+    collection: str
+
+    @nn.compact
+    def __call__(self, image, *, train):
+        x = nn.Dense(10)(image.reshape(image.shape[0], -1))
+        self.sow(self.collection, "activity", x.mean())
+        return x
+
+
+def test_what_a_module_sows_is_left_out_or_named():
+    adapters.linen(_Sows("intermediates"), losses.classification, EXAMPLE)
+    with pytest.raises(ValueError, match=r"losses/activity/1 of _Sows does not.*'intermediates'"):
+        adapters.linen(_Sows("losses"), losses.classification, EXAMPLE)
+
+
+class _Spectral(nn.Module):
+    @nn.compact
+    def __call__(self, image, *, train):
+        return nn.SpectralNorm(nn.Dense(10))(image.reshape(image.shape[0], -1), update_stats=train)
+
+
+class _Counts(nn.Module):
+    @nn.compact
+    def __call__(self, image, *, train):
+        calls = self.variable("batch_stats", "calls", lambda: jnp.zeros((), jnp.int32))
+        if train and not self.is_initializing():
+            calls.value += 1
+        return nn.Dense(10)(image.reshape(image.shape[0], -1))
+
+
+@pytest.mark.parametrize("module", [_Spectral(), _Counts()], ids=["spectral norm", "counter"])
+def test_statistics_that_no_row_enters_need_no_mask(module):
+    fns = adapters.linen(module, losses.classification, EXAMPLE)
+    params, model_state = fns.init_fn(jax.random.key(0))
+    *_, new_state = fns.loss_fn(params, make_batch(), jax.random.key(0), model_state)
+    assert jax.tree.structure(new_state) == jax.tree.structure(model_state)
+    assert not all(jax.tree.leaves(jax.tree.map(np.array_equal, new_state, model_state)))
+
+
+# Random streams under lifted transformations
+
+
+class _DropCell(nn.Module):
+    """Drops half of its input, and keeps what was left as its output."""
+
+    @nn.compact
+    def __call__(self, carry, x, train):
+        kept = nn.Dropout(0.5, deterministic=not train)(x)
+        return carry, kept + 0.0 * nn.Dense(x.shape[-1])(kept)
+
+
+class _Scanned(nn.Module):
+    lift: str
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        if self.lift == "scan":
+            cell = nn.scan(
+                _DropCell,
+                variable_broadcast="params",
+                split_rngs={"params": False, "dropout": True},
+                in_axes=(1, nn.broadcast),
+                out_axes=1,
+            )
+            return cell()(jnp.zeros(x.shape[:1]), x, train)[1]
+        cell = nn.vmap(
+            _DropCell,
+            variable_axes={"params": None},
+            split_rngs={"params": False, "dropout": True},
+            in_axes=(None, 1, None),
+            out_axes=1,
+        )
+        return cell()(jnp.zeros(x.shape[:1]), x, train)[1]
+
+
+@pytest.mark.parametrize("lift", ["scan", "vmap"])
+def test_every_time_step_of_a_lifted_module_drops_its_own_features(lift):
+    batch = {"image": jnp.ones((2, 4, 32)), "label": jnp.zeros(2, jnp.int32)}
+
+    def loss(outputs, batch):
+        return jnp.abs(outputs).mean(axis=(1, 2)), {
+            f"kept_{at}": (outputs[:, at] > 0) @ (2.0 ** jnp.arange(32) % 9973) for at in range(4)
+        }
+
+    fns = adapters.linen(_Scanned(lift), loss, batch)
+    _, found = fns.loss_fn(fns.init_fn(jax.random.key(0)), batch, jax.random.key(1))
+    assert len({float(mean.total) for mean in found.values()}) == 4, found
+
+
+def test_two_streams_have_keys_of_their_own_and_one_alone_has_that_of_the_step():
+    class Draws(nn.Module):
+        streams: tuple[str, ...]
+
+        @nn.compact
+        def __call__(self, image, *, train):
+            draws = [jax.random.normal(self.make_rng(name)) if train else 0.0 for name in self.streams]
+            return self.param("w", nn.initializers.ones, (1,)) * jnp.stack([jnp.asarray(each) for each in draws])
+
+    def draws_of(*streams):
+        def loss(outputs, batch):
+            return batch["label"] * 1.0, {
+                name: jnp.full(ROWS, each) for name, each in zip(streams, outputs, strict=True)
+            }
+
+        fns = adapters.linen(Draws(streams), loss, EXAMPLE)
+        _, found = fns.loss_fn(fns.init_fn(jax.random.key(0)), make_batch(), jax.random.key(1))
+        return [float(mean.value) for mean in found.values()]
+
+    first, second = draws_of("dropout", "noise")
+    assert first != second
+    assert draws_of("noise") == draws_of("dropout") == [first]
+
+
+# Precision
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_model_computes_in_bfloat16_and_the_loss_sees_targets_and_outputs_in_float32(kind):
+    """256 and 257 are the same number in bfloat16: a rounded target would be off by one."""
+    seen = {}
+
+    class Linen(nn.Module):
+        @nn.compact
+        def __call__(self, image, *, train):
+            seen["image"] = image.dtype
+            return nn.Dense(1, kernel_init=nn.initializers.zeros)(image.reshape(image.shape[0], -1))[:, 0]
+
+    class NNX(nnx.Module):
+        def __init__(self, rngs):
+            self.dense = nnx.Linear(64, 1, kernel_init=nnx.initializers.zeros, rngs=rngs)
+
+        def __call__(self, image):
+            seen["image"] = image.dtype
+            return self.dense(image.reshape(image.shape[0], -1))[:, 0]
+
+    def loss(outputs, batch):
+        seen["outputs"], seen["target"] = outputs.dtype, batch["target"].dtype
+        return jnp.square(outputs - batch["target"]), {}
+
+    batch = make_batch() | {"target": np.full(ROWS, 257.0, np.float32)}
+    model = Linen() if kind == "linen" else NNX
+    fns = adapters.from_model(model, loss, batch, precision="bfloat16")
+    params = fns.init_fn(jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    for function in (fns.loss_fn, fns.eval_fn):
+        assert function(params, batch, jax.random.key(0))[0].value == 257.0**2
+        assert seen == {"image": jnp.bfloat16, "outputs": jnp.float32, "target": jnp.float32}
+
+
+def test_plain_functions_compute_with_rounded_inputs_and_exact_targets():
+    def loss_fn(params, batch, key):
+        assert (params["w"].dtype, batch["x"].dtype, batch["target"].dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+        return masked_mean(batch["target"] - batch["x"] * params["w"]), {}
+
+    functions = adapters.Functions(lambda key: {"w": jnp.zeros(())}, loss_fn, loss_fn)
+    fns = adapters.from_model(functions, None, {}, inputs="x", precision="bfloat16")
+    batch = {"x": jnp.ones(4), "target": jnp.full(4, 257.0)}
+    assert fns.eval_fn({"w": jnp.zeros(())}, batch, jax.random.key(0))[0].value == 257.0
 
 
 def digits() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

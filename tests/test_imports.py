@@ -30,7 +30,7 @@ FLOORS = (
     ("rundir",),
     ("guards",),
     ("checkpoint",),
-    ("adapters", "losses", "models", "optimizers", "schedules", "stop"),
+    ("adapters", "losses", "models", "optimizers", "stop"),
     ("spmd",),
     ("setting_group",),
     ("errors", "extras"),
@@ -41,7 +41,7 @@ A module may import its own room and those on the floors below; nothing above an
 """
 
 ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-PLANNED = {"schedules"}
+PLANNED: set[str] = set()
 """Rooms that have a floor before they are built."""
 
 MOST_ENTRIES, MOST_FILES = 22, 16

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from jaxdist import losses
+from jaxdist.spmd import metrics
 
 LOGITS = st.floats(-50, 50, width=32)
 
@@ -73,3 +74,21 @@ def test_a_label_that_is_no_class_is_never_taken_for_one(label):
 def test_a_batch_that_does_not_fit_is_refused(loss, outputs, batch, message):
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(loss, outputs, batch)
+
+
+def test_next_token_counts_no_target_of_another_example_and_no_filling():
+    random = np.random.default_rng(0)
+    logits, tokens = random.normal(size=(2, 6, 5)).astype(np.float32), random.integers(0, 5, (2, 6)).astype(np.int32)
+    segments = np.array([[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 0, 0]], np.int32)
+    batch = {"tokens": tokens, "segment_ids": segments}
+    values, found = losses.next_token(jnp.asarray(logits), jax.tree.map(jnp.asarray, batch))
+    pairs = [(0, 0), (0, 1), (0, 3), (1, 0), (1, 1), (1, 2)]
+    expected = np.mean([reference(logits[row : row + 1, at], tokens[row : row + 1, at + 1])[0] for row, at in pairs])
+    np.testing.assert_allclose(metrics.masked_mean(values, jnp.ones(2)).value, expected, rtol=1e-5)
+    np.testing.assert_allclose(metrics.masked_mean(values).count, len(pairs))
+    bits = metrics.masked_mean(found["bits_per_byte"], jnp.array([1, 0]))
+    np.testing.assert_allclose((bits.count, bits.value), (3, expected_bits(logits, tokens)), rtol=1e-5)
+
+
+def expected_bits(logits, tokens):
+    return np.mean([reference(logits[:1, at], tokens[:1, at + 1])[0] for at in (0, 1, 3)]) / math.log(2)

@@ -20,7 +20,7 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -29,6 +29,8 @@ import orbax.checkpoint as ocp
 
 from jaxdist.checkpoint import manifest as manifests
 from jaxdist.checkpoint.manifest import CheckpointError, DamagedCheckpointError
+from jaxdist.checkpoint.pieces import place
+from jaxdist.spmd.layout import path_name
 
 __all__ = ["CheckpointError", "Checkpointer", "DamagedCheckpointError"]
 
@@ -55,7 +57,7 @@ class Checkpointer:
       directory: where the steps lie; made by the first save.
       identity: says which experiment the checkpoints belong to; restoring under another one is refused.
       keep_last: how many of the newest steps stay.
-      keep_every: steps divisible by this stay for ever.
+      keep_every: steps divisible by this are kept forever.
       best_metric: name of the metric whose best step stays too; steps saved without it do not compete.
       best_mode: whether "max" or "min" is best.
     """
@@ -197,12 +199,13 @@ class Checkpointer:
         """
         self.wait()
         step, path = self._existing(step)
-        structs, treedef = _template_leaves(template)
+        with_paths, treedef = jax.tree_util.tree_flatten_with_path(template)
+        structs = _template_leaves(with_paths)
         try:
-            manifest = self._manifest(path)
+            manifest = self._manifest(path).named_as(path for path, _ in with_paths)
             manifest.check_fits(structs)
             read = _each_ahead(manifest.read_leaf, structs)
-            leaves = [_place(values, struct) for values, struct in zip(read, structs.values(), strict=True)]
+            leaves = [place(values, struct) for values, struct in zip(read, structs.values(), strict=True)]
         except DamagedCheckpointError as error:
             raise DamagedCheckpointError(f"{error} {self._advice(step, path)}") from error
         return jax.tree.unflatten(treedef, leaves), manifest.extra["data_state"]
@@ -402,30 +405,16 @@ def _is_not_orbax(record: logging.LogRecord) -> bool:
     return f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
-def _template_leaves(template: PyTree) -> tuple[dict[str, Any], Any]:
-    with_paths, treedef = jax.tree_util.tree_flatten_with_path(template)
-    structs = {manifests.path_name(path): leaf for path, leaf in with_paths}
+def _template_leaves(with_paths: Sequence[tuple[Any, Any]]) -> dict[str, Any]:
+    """Return the leaves of a template by name."""
+    structs = {path_name(path): leaf for path, leaf in with_paths}
     for path, struct in structs.items():
         if getattr(struct, "sharding", None) is None:
             raise CheckpointError(
                 f"Every leaf of the template needs a sharding, which says where to restore it; {path} has none. "
                 "Pass jax.ShapeDtypeStruct(shape, dtype, sharding=...), as state.abstract_state makes them."
             )
-    return structs, treedef
-
-
-def _place(values: np.ndarray, struct: Any) -> jax.Array:
-    """Return the values laid out as `struct` says; this process provides the pieces of its own devices."""
-    placed = jax.make_array_from_callback(values.shape, struct.sharding, lambda index: values[index])
-    if not jax.dtypes.issubdtype(struct.dtype, jax.dtypes.prng_key):
-        return placed
-    return jax.random.wrap_key_data(placed, impl=_key_impl(struct.dtype))
-
-
-def _key_impl(dtype: Any) -> Any:
-    impls = []
-    jax.eval_shape(lambda key: impls.append(jax.random.key_impl(key)), jax.ShapeDtypeStruct((), dtype))
-    return impls[0]
+    return structs
 
 
 def _each_ahead(fn: Callable[[str], np.ndarray], items: Iterable[str]) -> Iterator[np.ndarray]:

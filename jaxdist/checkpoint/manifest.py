@@ -14,17 +14,24 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 import tensorstore
 
+from jaxdist.checkpoint.pieces import owned_pieces
+from jaxdist.spmd import keys
+from jaxdist.spmd.layout import path_name
+
 PyTree: TypeAlias = Any
 JSON: TypeAlias = dict[str, Any]
 
-FORMAT = 1
+FORMAT = 2
+"""Format 1 differs in the names of leaves: `params['dense']['kernel']` in place of `params/dense/kernel`."""
+
+_READABLE = (1, FORMAT)
 
 
 class CheckpointError(ValueError):
@@ -40,7 +47,7 @@ class Leaf:
     """A leaf of a state as it is written.
 
     Attributes:
-      path: where it is in the state, `params['dense']['kernel']` say.
+      path: where it is in the state, for example `params/dense/kernel`.
       file: the name it is stored under.
       dtype: its dtype in the state.
       data: the array that is stored: the leaf itself, or the uint32 data of a typed key.
@@ -76,16 +83,10 @@ def stored_name(position: int, path: str) -> str:
     return f"{position:05}.{re.sub(r'[^A-Za-z0-9_]+', '.', path).strip('.')[-120:]}"
 
 
-def path_name(path: Sequence[Any]) -> str:
-    """Return a tree path as a user would write it after `state.`."""
-    return jax.tree_util.keystr(tuple(path)).removeprefix(".")
-
-
 def _make_leaf(path: str, file: str, leaf: Any) -> Leaf:
     if not isinstance(leaf, jax.Array):
         raise CheckpointError(f"A state holds jax.Arrays only; {path} is a {type(leaf).__name__}. Make it a jax.Array.")
-    is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    return Leaf(path, file, str(leaf.dtype), jax.random.key_data(leaf) if is_key else leaf)
+    return Leaf(path, file, str(leaf.dtype), keys.plain(leaf))
 
 
 def host_pieces(leaf: Leaf) -> list[tuple[list[list[int]], np.ndarray]]:
@@ -94,11 +95,7 @@ def host_pieces(leaf: Leaf) -> list[tuple[list[list[int]], np.ndarray]]:
     Waits for the values. On CPU devices they are views of the device's memory: the runtime never reuses a buffer that
     is looked at from outside, not even one that is donated; the program it was donated to gets fresh memory instead.
     """
-    return [
-        ([list(part.indices(size)[:2]) for part, size in zip(shard.index, leaf.data.shape)], np.asarray(shard.data))
-        for shard in leaf.data.addressable_shards
-        if shard.replica_id == 0
-    ]
+    return [(piece.index, np.asarray(piece.data)) for piece in owned_pieces(leaf.data)]
 
 
 def describe(leaf: Leaf, pieces: Sequence[tuple[list[list[int]], np.ndarray]]) -> JSON:
@@ -144,6 +141,13 @@ class Manifest:
     directory: pathlib.Path
     leaves: dict[str, JSON]
     extra: JSON
+
+    def named_as(self, paths: Iterable[Sequence[Any]]) -> "Manifest":
+        """Return the manifest with the leaves at the given tree paths named in the present format."""
+        if self.extra["format"] == FORMAT:
+            return self
+        names = {jax.tree_util.keystr(tuple(path)).removeprefix("."): path_name(tuple(path)) for path in paths}
+        return dataclasses.replace(self, leaves={names.get(name, name): leaf for name, leaf in self.leaves.items()})
 
     def check_fits(self, structs: Mapping[str, Any]) -> None:
         """Check that the checkpoint has the leaves of `structs` (path -> shape and dtype), and no others.
@@ -199,9 +203,9 @@ def read(directory: pathlib.Path, *, arrays: pathlib.Path) -> Manifest:
     if first not in files:
         raise DamagedCheckpointError(f"{first} is missing: the checkpoint is damaged, or jaxdist did not write it.")
     body = _read_file(first)
-    if body["extra"]["format"] != FORMAT:
+    if body["extra"]["format"] not in _READABLE:
         raise CheckpointError(
-            f"{first} has format {body['extra']['format']}; this version of jaxdist reads format {FORMAT}. "
+            f"{first} has format {body['extra']['format']}; this version of jaxdist reads formats 1 to {FORMAT}. "
             "Restore it with the version that saved it."
         )
     others = [_read_file(file) for file in files if file != first]

@@ -28,6 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdist.checkpoint import manifest as manifests
+from jaxdist.checkpoint.pieces import owned_pieces, place
+from jaxdist.spmd.layout import path_name
 
 PyTree: TypeAlias = Any
 JSON: TypeAlias = dict[str, Any]
@@ -185,7 +187,7 @@ class Snapshots:
         files = _by_step(self._directory, self._identity)[step]
         header = files[0].header
         with_paths, treedef = jax.tree_util.tree_flatten_with_path(template)
-        expected = [[manifests.path_name(path), str(leaf.dtype)] for path, leaf in with_paths]
+        expected = [[path_name(path), str(leaf.dtype)] for path, leaf in with_paths]
         if expected != [leaf[:2] for leaf in header["leaves"]]:
             raise SnapshotError(
                 f"A snapshot must have the leaves of this experiment's state; that of step {step} has others. "
@@ -258,10 +260,9 @@ class _File:
 
 def _pieces(leaves: Sequence[manifests.Leaf]) -> list[_Piece]:
     return [
-        _Piece(number, [list(part.indices(size)[:2]) for part, size in zip(shard.index, leaf.data.shape)], shard.data)
+        _Piece(number, piece.index, piece.data)
         for number, leaf in enumerate(leaves)
-        for shard in leaf.data.addressable_shards
-        if shard.replica_id == 0
+        for piece in owned_pieces(leaf.data)
     ]
 
 
@@ -373,19 +374,10 @@ def _joined(files: Sequence[_File]) -> list[np.ndarray]:
 
 def _place(values: np.ndarray, struct: Any) -> jax.Array:
     """Return the values laid out as `struct` says."""
-    is_key = jax.dtypes.issubdtype(struct.dtype, jax.dtypes.prng_key)
     expected = tuple(struct.shape)
     if values.shape[: len(expected)] != expected:
         raise SnapshotError(f"The snapshot holds an array of shape {values.shape} where {expected} is expected.")
-    placed = jax.make_array_from_callback(values.shape, struct.sharding, lambda index: values[index])
-    return _wrap_key(placed, struct) if is_key else placed
-
-
-def _wrap_key(data: jax.Array, struct: Any) -> jax.Array:
-    impls: list[Any] = []
-    jax.eval_shape(lambda key: impls.append(jax.random.key_impl(key)), jax.ShapeDtypeStruct((), struct.dtype))
-    wrap = jax.jit(lambda values: jax.random.wrap_key_data(values, impl=impls[0]), out_shardings=struct.sharding)
-    return wrap(data)
+    return place(values, struct)
 
 
 def _slot_path(directory: pathlib.Path, process: int, slot: int) -> pathlib.Path:

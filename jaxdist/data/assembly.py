@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 import numpy as np
 from numpy.random.bit_generator import ISeedSequence
 
-from jaxdist.data.sources.source import MASK, CorruptExample, Example, Source
+from jaxdist.data.sources.source import COUNTS, MASK, CorruptExample, Example, Source
 
 ExampleFn: TypeAlias = Callable[[Example, np.random.Generator], Example]
 """Maps an example to what the model sees; `random` depends on (seed, epoch, example id) and nothing else."""
@@ -192,7 +192,7 @@ def make_example(recipe: Recipe, epoch: int, example_id: int) -> Example:
             return example
         made = recipe.example_fn(example, example_random(recipe.seed, epoch, example_id))
         # A filter means what it says, also before a function that makes a new dict.
-        return {**made, MASK: example[MASK]} if MASK in example and MASK not in made else made
+        return {**made, COUNTS: example[COUNTS]} if COUNTS in example and COUNTS not in made else made
     except Exception as error:  # whatever the user's source or function raises: say which example it was
         location = recipe.source.location(example_id) if hasattr(recipe.source, "location") else ""
         where = f", {location}" if location and location not in str(error) else ""
@@ -245,12 +245,18 @@ def check_fields(fields: Mapping[str, np.ndarray], example_id: int) -> None:
 
 def with_mask(made: Made, mask: np.ndarray) -> HostArrays:
     """Return the batch with its mask: 0 where `mask` is, where an example's own is, and where none could be read."""
+    if MASK in made.arrays:
+        raise ValueError(
+            f"{MASK!r} is the name of the package's own field, which says which rows of a batch count; the data has a "
+            "field of this name. Rename it, for example with data.example_fn."
+        )
     mask = mask.copy()
     mask[list(made.bad)] = 0
-    if MASK not in made.arrays:
-        return {**made.arrays, MASK: mask}
-    own = made.arrays[MASK].astype(np.float32)
-    return {**made.arrays, MASK: own * mask.reshape(-1, *[1] * (own.ndim - 1))}
+    fields = {name: array for name, array in made.arrays.items() if name != COUNTS}
+    if COUNTS not in made.arrays:
+        return {**fields, MASK: mask}
+    own = made.arrays[COUNTS].astype(np.float32)
+    return {**fields, MASK: own * mask.reshape(-1, *[1] * (own.ndim - 1))}
 
 
 def split_evenly(num_rows: int, num_parts: int) -> list[tuple[int, int]]:

@@ -33,8 +33,12 @@ class GPT(nn.Module):
     """Compute each block's activations again in the backward pass instead of keeping them."""
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, *, train: bool) -> jax.Array:
-        """Return logits (B, T, vocab_size) for integer tokens (B, T), T at most context_length."""
+    def __call__(self, tokens: jax.Array, *, train: bool, segment_ids: jax.Array | None = None) -> jax.Array:
+        """Return logits (B, T, vocab_size) for integer tokens (B, T), T at most context_length.
+
+        Rows of several packed examples come with `segment_ids` (B, T), the same number for all tokens of one example:
+        a token then sees its own example only, and positions count from 0 in each.
+        """
         length = tokens.shape[1]
         if length > self.context_length:
             raise ValueError(f"GPT's context_length is {self.context_length}, but the tokens are {length} long.")
@@ -43,7 +47,8 @@ class GPT(nn.Module):
         residual_init = initializers.normal(0.02 / (2 * self.num_layers) ** 0.5)
         embed = nn.Embed(self.vocab_size, self.width, embedding_init=init, name="token_embedding")
         positions = self.param("position_embedding", init, (self.context_length, self.width))
-        x = embed(tokens) + jnp.expand_dims(positions[:length], 0)
+        x = embed(tokens) + self._positions(positions, length, segment_ids)
+        mask = None if segment_ids is None else (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
         block_type = nn.remat(Block) if self.remat else Block
         for index in range(self.num_layers):
@@ -51,11 +56,19 @@ class GPT(nn.Module):
             block = block_type(
                 self.num_heads, True, self.dropout_rate, train, init, residual_init, name=f"block_{index}"
             )
-            x = block(x)
+            x = block(x, mask)
         x = nn.LayerNorm(name="final_norm")(x)
         if self.tie_embeddings:
             return embed.attend(x)
         return nn.Dense(self.vocab_size, use_bias=False, kernel_init=init, name="head")(x)
+
+    def _positions(self, table: jax.Array, length: int, segment_ids: jax.Array | None) -> jax.Array:
+        """Return the position embeddings, (1, T, width), or (B, T, width) where rows are packed."""
+        if segment_ids is None:
+            return jnp.expand_dims(table[:length], 0)
+        index = jnp.broadcast_to(jnp.arange(length)[None], segment_ids.shape)
+        begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+        return table[index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)]
 
 
 def gpt2_small(*, dropout_rate: float = 0.1, remat: bool = False) -> GPT:

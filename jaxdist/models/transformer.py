@@ -19,8 +19,11 @@ class Attention(nn.Module):
     """Initialiser of the matrix that joins the heads."""
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return an array of the shape and dtype of `x`, (B, T, width); the softmax is computed in float32."""
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """Return an array of the shape and dtype of `x`, (B, T, width); the softmax is computed in float32.
+
+        `mask` (B, 1, T, T) is True where a position (dim 2) may attend to another (dim 3).
+        """
         batch_size, length, width = x.shape
         if width % self.num_heads != 0:
             raise ValueError(f"num_heads must divide the width, but got {self.num_heads} heads and width {width}.")
@@ -29,7 +32,7 @@ class Attention(nn.Module):
         # need be sent before the heads are joined.
         by_head = fused.reshape(batch_size, length, self.num_heads, 3 * width // self.num_heads)
         query, key, value = jnp.split(by_head, 3, axis=-1)
-        heads = jax.nn.dot_product_attention(query, key, value, is_causal=self.causal)
+        heads = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=self.causal)
         return nn.Dense(width, kernel_init=self.residual_init, name="out")(heads.reshape(x.shape))
 
 
@@ -50,11 +53,11 @@ class Block(nn.Module):
     """Initialiser of the matrices whose output is added to the residual stream."""
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return an array of the shape and dtype of `x`, (B, T, width)."""
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """Return an array of the shape and dtype of `x`, (B, T, width); for `mask` see Attention."""
         width = x.shape[-1]
         drop = nn.Dropout(self.dropout_rate, deterministic=not self.train)
         attention = Attention(self.num_heads, self.causal, self.kernel_init, self.residual_init, name="attention")
-        x = x + drop(attention(nn.LayerNorm(name="attention_norm")(x)))
+        x = x + drop(attention(nn.LayerNorm(name="attention_norm")(x), mask))
         hidden = nn.Dense(4 * width, kernel_init=self.kernel_init, name="mlp_in")(nn.LayerNorm(name="mlp_norm")(x))
         return x + drop(nn.Dense(width, kernel_init=self.residual_init, name="mlp_out")(nn.gelu(hidden)))

@@ -23,7 +23,7 @@ from jaxdist.config.experiment import Experiment
 from jaxdist.data import Position
 from jaxdist.data.assembly import BadExampleError
 from jaxdist.errors import ConfigError
-from jaxdist.guards import guard
+from jaxdist.guards import nonfinite, recompile, replicas
 from jaxdist.launch.joining import agreement, runtime
 from jaxdist.launch.supervising import fork_server, hosts, local_job, supervisor, watchdog
 from jaxdist.run import components, disk_room, header, hooks, loop, recovery, rescue
@@ -155,6 +155,7 @@ def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.
             if snapshots:
                 stack.enter_context(contextlib.closing(snapshots))
             start = _start(parts, checkpointer, snapshots, stopwatch, resume=options.resume)
+            parts = parts.continued(start.progress)
             run = _Run(parts, options, checkpointer, snapshots, stopwatch, start, earlier, agreed)
         dog.report()
         return run.execute(stop_rule, dog)
@@ -311,7 +312,7 @@ class _Run:
         self.stopwatch, self.start, self.earlier, self.agreed = stopwatch, start, earlier, agreed
         self.experiment = parts.experiment
         self.step_times = StepTimes()
-        self.sentinel = guard.RecompileSentinel()
+        self.sentinel = recompile.RecompileSentinel()
         # From here on the directory is this run's: whatever happens next, it can be resumed.
         self.write_record(None, start.progress)
         resumed_step = start.progress.step if options.resume else None
@@ -383,9 +384,9 @@ class _Run:
     def _watched_step(self, state: TrainState, batch: Any) -> Any:
         outputs = self.parts.step(state, batch)
         if self.experiment.guards.recompile:
-            recompile = self.sentinel.observe(self.parts.step, (state, batch))
-            if recompile:
-                warnings.warn(str(recompile), RecompileWarning, stacklevel=1)
+            found = self.sentinel.observe(self.parts.step, (state, batch))
+            if found:
+                warnings.warn(str(found), RecompileWarning, stacklevel=1)
         return outputs
 
     def record_hang(self) -> None:
@@ -402,7 +403,7 @@ class _Run:
         found += [self.evaluate] if self.evaluate else []
         every = self.experiment.guards.check_replicas_every
         if every:
-            found.append(hooks.every(every, lambda info: guard.check_replicas(info.state, self.parts.strategy.mesh)))
+            found.append(hooks.every(every, lambda info: replicas.check_replicas(info.state, self.parts.strategy.mesh)))
         found += ledger_hooks
         if self.snapshots:
             settings = self.experiment.recovery
@@ -443,6 +444,7 @@ class _Run:
             max_epochs=limits.max_epochs,
             max_seconds=limits.max_seconds,
             steps_per_epoch=self.parts.loader.steps_per_epoch,
+            step_offset=self.start.progress.schedule_offset,
         )
         return progress.make_progress(
             bounds,
@@ -472,7 +474,7 @@ class _Run:
 
     def _report_nonfinite(self, result: loop.FitResult) -> None:
         assert result.nonfinite is not None
-        report = guard.explain_nonfinite(
+        report = nonfinite.explain_nonfinite(
             self.parts.functions.loss_fn, result.state, result.nonfinite.batch, step=result.nonfinite.step
         )
         if jax.process_index() == 0:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import optax
 
-from jaxdist import adapters, data, optimizers
+from jaxdist import adapters, data, optimizers, stop
 from jaxdist.config.experiment import Experiment
 from jaxdist.data.sources import wrap
 from jaxdist.errors import ConfigError
@@ -62,6 +62,26 @@ class Training:
             layout=self.strategy.layout,
         )
 
+    def continued(self, progress: stop.Progress) -> "Training":
+        """Return the parts for a run that is resumed: a schedule in epochs continues where the examples brought it.
+
+        `progress` is told the batch size, for the next time.
+        """
+        experiment, loader = self.experiment, self.loader
+        size, described = experiment.global_batch_size, experiment.optimizer
+        sizes = {"num_examples": len(experiment.data.train), "steps_per_epoch": loader.steps_per_epoch}
+        offset = stop.schedule_offset(progress, global_batch_size=size, **sizes) if progress.step else 0
+        progress.global_batch_size, progress.schedule_offset = size, offset
+        known_end = known_ends(experiment, loader.steps_per_epoch)
+        ends_in_epochs = known_end["max_steps"] != experiment.stop.max_steps
+        if not isinstance(described, optimizers.Optimizer) or not offset:
+            return self
+        if not optimizers.follows_epochs(described, ends_in_epochs=ends_in_epochs):
+            return self
+        optimizer, learning_rate = make_optimizer(experiment, known_end, offset=offset)
+        step_fn = make_step(experiment, self.strategy, self.functions, optimizer)
+        return dataclasses.replace(self, optimizer=optimizer, learning_rate=learning_rate, step=step_fn)
+
     def batches(self, start: data.Position | None = None) -> Iterator[tuple[Batch, data.Position]]:
         """Return the training batches on the mesh, each with the position after it, from `start` on."""
         loader = self.loader if start is None else make_loader(self.experiment, start=start)
@@ -103,7 +123,7 @@ def put_together(experiment: Experiment, *, devices: Sequence[jax.Device]) -> Tr
     loader = make_loader(experiment)
     shapes = example_batch(loader)
     functions = make_functions(experiment, shapes)
-    known_end = {"steps_per_epoch": loader.steps_per_epoch, "max_steps": last_step(experiment, loader.steps_per_epoch)}
+    known_end = known_ends(experiment, loader.steps_per_epoch)
     optimizer, learning_rate = make_optimizer(experiment, known_end)
     # A leaf that cannot be cut as asked is found here, where nothing has been written yet.
     abstract = state.abstract_state(functions.init_fn, optimizer, mesh=strategy.mesh, layout=strategy.layout)
@@ -118,11 +138,7 @@ def put_together(experiment: Experiment, *, devices: Sequence[jax.Device]) -> Tr
         optimizer=optimizer,
         learning_rate=learning_rate,
         abstract_state=abstract,
-        step=strategy.make_step(
-            functions.loss_fn,
-            optimizer,
-            num_microbatches=experiment.num_microbatches,
-        ),
+        step=make_step(experiment, strategy, functions, optimizer),
         eval_step=None if experiment.data.eval is None else strategy.make_eval_step(functions.eval_fn),
     )
 
@@ -175,16 +191,31 @@ def eval_shapes(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct] | Non
 
 def make_functions(experiment: Experiment, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> adapters.Functions:
     """Return the model's functions in the experiment's precision."""
-    functions = adapters.from_model(experiment.model, experiment.loss, shapes, inputs=experiment.inputs)
-    apply = functools.partial(precision.apply_precision, precision=experiment.precision)
-    return functions._replace(loss_fn=apply(functions.loss_fn), eval_fn=apply(functions.eval_fn))
+    return adapters.from_model(
+        experiment.model, experiment.loss, shapes, inputs=experiment.inputs, precision=experiment.precision
+    )
+
+
+def make_step(
+    experiment: Experiment,
+    strategy: strategies.Strategy,
+    functions: adapters.Functions,
+    optimizer: optax.GradientTransformation,
+) -> step.Step:
+    """Return the training step."""
+    return strategy.make_step(functions.loss_fn, optimizer, num_microbatches=experiment.num_microbatches)
+
+
+def known_ends(experiment: Experiment, steps_per_epoch: int) -> dict[str, int | None]:
+    """Return `steps_per_epoch` and `max_steps`, as `optimizers.build` takes them."""
+    return {"steps_per_epoch": steps_per_epoch, "max_steps": last_step(experiment, steps_per_epoch)}
 
 
 def last_step(experiment: Experiment, steps_per_epoch: int) -> int | None:
     """Return the step that the run certainly ends at, None where no limit is known."""
-    stop = experiment.stop
-    ends = [] if stop.max_steps is None else [stop.max_steps]
-    ends += [] if stop.max_epochs is None else [math.ceil(stop.max_epochs * steps_per_epoch)]
+    limits = experiment.stop
+    ends = [] if limits.max_steps is None else [limits.max_steps]
+    ends += [] if limits.max_epochs is None else [math.ceil(limits.max_epochs * steps_per_epoch)]
     return min(ends, default=None)
 
 
@@ -228,20 +259,22 @@ def _short_hash(content: Any) -> str:
 
 
 def make_optimizer(
-    experiment: Experiment, known_end: Mapping[str, int | None]
+    experiment: Experiment, known_end: Mapping[str, int | None], *, offset: int = 0
 ) -> tuple[optax.GradientTransformation, Callable[[int], float] | None]:
     """Return the optimizer of `experiment`, and step -> learning rate (None where the optimizer is optax's own).
 
     Args:
       experiment: what to train.
-      known_end: `steps_per_epoch` and `max_steps`, as `optimizers.build` takes them.
+      known_end: see `known_ends`.
+      offset: see `optimizers.build`.
     """
     described = experiment.optimizer
-    settings: dict[str, Any] = {"global_batch_size": experiment.global_batch_size, **known_end}
+    settings: dict[str, Any] = {"global_batch_size": experiment.global_batch_size, "offset": offset, **known_end}
     optimizer = precision.with_loss_scale(optimizers.build(described, **settings), experiment.precision)
     if not isinstance(described, optimizers.Optimizer):
         return optimizer, None
-    schedule = jax.jit(optimizers.make_schedule(described, **settings))
+    made = optimizers.make_schedule(described, **settings)
+    schedule = jax.jit(lambda count: made(count))
     # On the host, so that logging it does not queue behind the steps on an accelerator.
     host = jax.local_devices(backend="cpu")[0]
     return optimizer, lambda number: float(schedule(jax.device_put(np.int32(number - 1), host)))

@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxdist.run.loop import Hook, StepInfo
 from jaxdist.run.progress_display import Progress as ProgressDisplay
 from jaxdist.run.stopwatch import Stopwatch
 from jaxdist.rundir.writers import Writer
 from jaxdist.spmd.state import TrainState
-from jaxdist.spmd.step import NONFINITE_LEAF, Metrics
+from jaxdist.spmd.step import EMPTY_BATCH, NONFINITE_LEAF, Metrics
 from jaxdist.stop import Progress
 
 
@@ -137,6 +138,10 @@ class Save:
 
 
 def fetch(metrics: Metrics) -> dict[str, float]:
-    """Return a step's metrics as numbers, without the flag that is the loop's own; waits for the step."""
-    local = {name: value.addressable_data(0) for name, value in metrics.items() if name != NONFINITE_LEAF}
-    return {name: float(value) for name, value in jax.device_get(local).items()}
+    """Return a step's metrics as numbers, without the flag that is the loop's own; waits for the step.
+
+    A batch in which nothing counted has no mean of anything: what would be NaN is left out.
+    """
+    found = jax.device_get({name: value.addressable_data(0) for name, value in metrics.items()})
+    empty = found.pop(NONFINITE_LEAF, None) == EMPTY_BATCH
+    return {name: float(value) for name, value in found.items() if not (empty and np.isnan(value))}

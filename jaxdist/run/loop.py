@@ -18,7 +18,7 @@ from jaxdist import stop as stop_rules
 from jaxdist.run.stopwatch import StepTimes, Stopwatch
 from jaxdist.spmd.metrics import Batch
 from jaxdist.spmd.state import TrainState
-from jaxdist.spmd.step import NONFINITE_LEAF, Metrics, Step, unmarked
+from jaxdist.spmd.step import EMPTY_BATCH, NONFINITE_LEAF, Metrics, Step, unmarked
 
 
 class DataPosition(Protocol):
@@ -145,6 +145,7 @@ def fit(
             state, metrics = step(state, batch)
             unread.add(_Dispatched.after(progress, position, batch, metrics))
             bad = unread.look(leave=LOOK_EVERY) if unread.count == 2 * LOOK_EVERY else None
+        _count_empty(progress, unread)
         if bad:
             return _ended_nonfinite(bad, state, progress)
         position = next_position
@@ -158,8 +159,16 @@ def fit(
     with stopwatch.account("compute"):
         bad = unread.look(leave=0)
         jax.block_until_ready(state)
+    _count_empty(progress, unread)
     pace.settle()
     return _ended_nonfinite(bad, state, progress) if bad else FitResult(state, reason, position, progress)
+
+
+def _count_empty(progress: stop_rules.Progress, unread: "_Unread") -> None:
+    if unread.empty_batches:
+        progress.empty_batches += unread.empty_batches
+        progress.metrics["train/empty_batches"] = progress.empty_batches
+        unread.empty_batches = 0
 
 
 def _advance(progress: stop_rules.Progress, position: DataPosition, seconds: float) -> None:
@@ -196,6 +205,7 @@ class _Unread:
 
     def __init__(self) -> None:
         self._steps: list[_Dispatched] = []
+        self.empty_batches = 0
 
     @property
     def count(self) -> int:
@@ -210,6 +220,7 @@ class _Unread:
         looked, self._steps = self._steps[:end], self._steps[end:]
         # A flag that is up stays up, so the last one tells of them all.
         if not looked or looked[-1].leaf() < 0:
+            self.empty_batches += sum(each.leaf() == EMPTY_BATCH for each in looked)
             return None
         return next(each for each in looked if each.leaf() >= 0)
 

@@ -12,12 +12,9 @@ import jax
 from jaxdist import adapters, errors
 from jaxdist.config.experiment import Experiment
 from jaxdist.errors import ConfigError
-from jaxdist.spmd import reduce, state, step
+from jaxdist.spmd import evaluate, metrics, reduce, state
 
 Shapes: TypeAlias = Mapping[str, jax.ShapeDtypeStruct]
-
-RESERVED = step.RESERVED_METRICS | {"learning_rate", "grad_norm"}
-"""Names of metrics that a run reports itself."""
 
 
 def check(
@@ -40,22 +37,31 @@ def check(
       ConfigError: a metric has a name that the run uses itself, or a rule waits for a metric that never comes.
       UserError: the user's model or loss raises, with the place where.
     """
-    reported = [f"train/{name}" for name in _metric_names(functions.loss_fn, abstract, shapes)]
+    reported = [f"train/{name}" for name in _trained(functions.loss_fn, abstract, shapes)]
     if eval_shapes is not None:
         _check_fields(shapes, eval_shapes)
         try:
-            found = _metric_names(functions.eval_fn, abstract, eval_shapes)
+            found = _evaluated(functions.eval_fn, abstract, eval_shapes)
         except Exception as error:
             raise ConfigError(f"The evaluation fails on the examples of data.eval: {errors.describe(error)}") from error
         reported += [f"eval/{name}" for name in found]
     _check_watched(experiment, reported)
 
 
-def _metric_names(function: Any, abstract: state.TrainState, shapes: Shapes) -> list[str]:
-    model_state = [] if abstract.model_state is None else [abstract.model_state]
-    metrics = jax.eval_shape(function, abstract.params, dict(shapes), abstract.key, *model_state)[1]
-    reduce.check_metric_names(metrics, RESERVED)
-    return ["loss", *metrics]
+def _trained(loss_fn: Any, abstract: state.TrainState, shapes: Shapes) -> list[str]:
+    """Return the names of the training metrics, of which everything is checked that a step would refuse."""
+
+    def evaluate_loss(params: Any, model_state: Any, batch: Any, key: Any) -> dict[str, Any]:
+        return reduce.evaluate_loss(loss_fn, params, model_state, batch, key)[1]
+
+    found = jax.eval_shape(evaluate_loss, abstract.params, abstract.model_state, dict(shapes), abstract.key)
+    metrics.check_names(found)
+    return ["loss", *found]
+
+
+def _evaluated(eval_fn: Any, abstract: state.TrainState, shapes: Shapes) -> list[str]:
+    """Return the names of what the evaluation gives."""
+    return list(jax.eval_shape(evaluate.eval_step(eval_fn), abstract.params, abstract.model_state, dict(shapes)))
 
 
 def _check_fields(shapes: Shapes, eval_shapes: Shapes) -> None:

@@ -49,12 +49,14 @@ class Bounds:
     max_seconds: float | None = None
     steps_per_epoch: int | None = None
     """Needed for `max_epochs` to say anything about steps."""
+    step_offset: int = 0
+    """What to add to the steps made so far for those of the present batch size; see `stop.Progress`."""
 
     def last_step(self) -> int | None:
         """Return the step that ends the run, None when no bound in steps is known."""
         ends = [] if self.max_steps is None else [self.max_steps]
         if self.max_epochs is not None and self.steps_per_epoch is not None:
-            ends.append(math.ceil(self.max_epochs * self.steps_per_epoch))
+            ends.append(math.ceil(self.max_epochs * self.steps_per_epoch) - self.step_offset)
         return min(ends, default=None)
 
     def seconds_left(self, step: int, elapsed_seconds: float, steps_per_second: float | None) -> float | None:

@@ -22,6 +22,7 @@ import jax
 import numpy as np
 
 from jaxdist.rundir import files
+from jaxdist.spmd import keys
 
 FILE_NAME = "run.json"
 
@@ -135,8 +136,7 @@ def params_sha256(params: Any) -> str:
 def _local_value(path: tuple[Any, ...], leaf: Any) -> np.ndarray:
     if not isinstance(leaf, jax.Array):
         return np.asarray(leaf)
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
+    leaf = keys.plain(leaf)
     if leaf.is_fully_addressable:
         return np.asarray(leaf)
     if leaf.is_fully_replicated:

@@ -83,8 +83,11 @@ def _quotient(means: list[Mean]) -> float:
 
 
 def _means(eval_fn: EvalFn, params: PyTree, model_state: PyTree, batch: Batch) -> dict[str, Mean]:
+    batch = metrics_lib.without_masked_rows(batch)
     # Evaluation is deterministic; loss functions that want a key all the same get a constant one.
-    key = jax.random.key(0)
-    state = () if model_state is None else (model_state,)
-    loss, metrics = eval_fn(params, batch, key, *state)
-    return {name: metrics_lib.as_mean(value, batch) for name, value in {"loss": loss, **metrics}.items()}
+    args = (params, batch, jax.random.key(0), *(() if model_state is None else (model_state,)))
+    loss, metrics = eval_fn(*args)
+    metrics_lib.check_names(metrics)
+    results = {"loss": loss, **metrics}
+    metrics_lib.check_averages(results, eval_fn, args)
+    return {name: metrics_lib.as_mean(value, batch) for name, value in results.items()}

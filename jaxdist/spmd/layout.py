@@ -16,6 +16,8 @@ from typing import Any, TypeAlias
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxdist.spmd import keys
+
 PyTree: TypeAlias = Any
 
 MIN_SIZE = 1024
@@ -368,7 +370,7 @@ def places(tree: PyTree) -> list[LeafPlace]:
         (leaf,) = jax.tree.leaves(node)
         shard_shape = leaf.sharding.shard_shape(leaf.shape)
         # A key's dtype says nothing of its data: the bytes are those of an eval_shape of it.
-        data = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+        data = jax.eval_shape(keys.plain, leaf)
         num_bytes = math.prod(shard_shape) * math.prod(data.shape[len(leaf.shape) :]) * data.dtype.itemsize
         found.append(LeafPlace(path_name(path), tuple(leaf.shape), str(leaf.dtype), leaf.sharding.spec, num_bytes))
     return found
@@ -392,7 +394,3 @@ def describe(tree: PyTree) -> str:
 
 def _short(spec: PartitionSpec) -> str:
     return ", ".join("-" if axes is None else str(axes) for axes in spec) if any(spec) else "replicated"
-
-
-def _is_key(leaf: Any) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)

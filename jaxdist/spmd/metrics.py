@@ -1,22 +1,31 @@
 """Averages as totals and counts: means of unequal parts are exact only when the counts travel with the totals."""
 
-from collections.abc import Mapping
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+
+from jaxdist.spmd.dependence import depends
 
 Batch: TypeAlias = Mapping[str, jax.Array]
 """A flat dict of arrays that share their leading dim (examples); `"mask"`, where present, is 1 for a true example."""
 
 MASK = "mask"
+"""The package's own field: which rows count. A source's field of this name is refused."""
+
+SEGMENT_IDS = "segment_ids"
+"""The field of packed rows that numbers the examples in a row from 1; 0 is filling."""
+
+OWN_NAMES = frozenset({"loss", "learning_rate", "grad_norm", "nonfinite_leaf"})
+"""Metrics that the package itself reports, in training or in evaluation."""
 
 
 class Mean(NamedTuple):
     """A mean that can still be added up: both fields are scalars, float32."""
 
     total: jax.Array
-    count: jax.Array  # type: ignore[assignment]  # hides tuple.count, which nobody asks of a mean
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count, which has no use on a mean
 
     @property
     def value(self) -> jax.Array:
@@ -24,20 +33,58 @@ class Mean(NamedTuple):
         return self.total / self.count
 
 
-def masked_mean(values: jax.Array, mask: jax.Array | None = None) -> Mean:
+class Weighted(NamedTuple):
+    """Values and how much each of them counts: their mean is the sum of values x weights over the sum of weights.
+
+    `weights` (at least 0) has the shape of `values`, or of a leading part of it.
+    """
+
+    values: jax.Array
+    weights: jax.Array
+
+
+def masked_mean(values: jax.Array | Weighted, mask: jax.Array | None = None) -> Mean:
     """Return the Mean over the true examples of `values`.
 
     Args:
-      values: per-example (or per-token) values, shape (examples, ...).
-      mask: shape of a leading part of `values`' shape, (examples,) say; 1 (or True) for what counts. None counts all.
+      values: per-example (or per-token) values, shape (examples, ...), or the same with weights.
+      mask: shape of a leading part of `values`' shape, for example (examples,); 1 (or True) for what counts. None
+        counts all.
     """
+    if isinstance(values, Weighted):
+        values, weights = values
+        mask = weights if mask is None else _like(weights, values) * _like(mask, values)
     values = values.astype(jnp.float32)
     if mask is None:
         return Mean(values.sum(), jnp.float32(values.size))
-    mask = mask.astype(jnp.float32).reshape(mask.shape + (1,) * (values.ndim - mask.ndim))
-    mask = jnp.broadcast_to(mask, values.shape)
+    mask = _like(mask, values)
     # where, not a product: a padding row may hold a NaN, and NaN * 0 is NaN.
     return Mean(jnp.where(mask > 0, values * mask, 0.0).sum(), mask.sum())
+
+
+def _like(mask: jax.Array, values: jax.Array) -> jax.Array:
+    """Return a mask of a leading part of the values' shape as float32 of the whole shape."""
+    mask = mask.astype(jnp.float32).reshape(mask.shape + (1,) * (values.ndim - mask.ndim))
+    return jnp.broadcast_to(mask, values.shape)
+
+
+def without_masked_rows(batch: Batch) -> Batch:
+    """Return the batch with every row that does not count replaced by a copy of the first row that does.
+
+    The mask stays as it is. A mask over the values alone keeps a masked row out of the loss, but not out of its
+    gradient: where the row makes an infinity or a NaN on the way, its zero cotangent becomes NaN. So what the model
+    computes with is made harmless here. A batch in which no row counts comes back as it is.
+    """
+    if MASK not in batch:
+        return batch
+    counts = batch[MASK] if batch[MASK].ndim == 1 else batch[MASK].reshape(batch[MASK].shape[0], -1).max(axis=1)
+    first = jnp.argmax(counts > 0)
+
+    def fill(field: jax.Array) -> jax.Array:
+        row = jax.lax.dynamic_index_in_dim(field, first, keepdims=True)
+        return jnp.where((counts > 0).reshape(-1, *[1] * (field.ndim - 1)), field, row)
+
+    return {name: field if name == MASK else fill(field) for name, field in batch.items()}
 
 
 def num_examples(batch: Batch) -> jax.Array:
@@ -47,9 +94,63 @@ def num_examples(batch: Batch) -> jax.Array:
     return jnp.float32(jax.tree.leaves(batch)[0].shape[0])
 
 
+def check_names(metrics: Mapping[str, Any]) -> None:
+    """Raise ValueError where a loss_fn or an eval_fn names a metric like one of the package's own."""
+    clash = sorted(OWN_NAMES & set(metrics))
+    if clash:
+        raise ValueError(
+            f"The names {', '.join(sorted(OWN_NAMES))} are the package's own and cannot be metrics of a loss or an "
+            f"eval_fn; got {', '.join(clash)}. Rename it."
+        )
+
+
+def check_averages(results: Mapping[str, Any], loss_fn: Callable[..., Any], args: Sequence[Any]) -> None:
+    """Check what a loss_fn or eval_fn returned: averages, none of which counts rows that the mask leaves out.
+
+    A plain scalar is trusted to be a mean over the true examples. One that depends on the rows of the batch and not on
+    its mask cannot be. To find that out, the function is traced once more; a Mean needs no such check.
+
+    Args:
+      results: the loss and the metrics, by name.
+      loss_fn: what returned them.
+      args: what it was called with; the second is the batch.
+
+    Raises:
+      ValueError: a result is neither a scalar nor a Mean, is not floating, or counts rows of padding.
+    """
+    plain = {name: value for name, value in results.items() if not isinstance(value, Mean)}
+    for name, value in plain.items():
+        if jnp.ndim(value) != 0:
+            raise ValueError(
+                f"A loss_fn returns averages, but {name!r} has shape {jnp.shape(value)}; return "
+                "jaxdist.masked_mean(values, batch['mask'])."
+            )
+    loss = results["loss"].total if isinstance(results["loss"], Mean) else results["loss"]
+    if not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+        raise ValueError(f"A loss must be a real floating number; got {jnp.result_type(loss)}. Return its real value.")
+    batch = args[1]
+    if not plain or MASK not in batch:
+        return
+    on_rows, on_mask = (_dependence(loss_fn, args, is_mask=is_mask) for is_mask in (False, True))
+    wrong = [name for name in plain if on_rows[name] and not on_mask[name]]
+    if wrong:
+        raise ValueError(
+            f"Rows of padding, which the batch's field {MASK!r} marks, must not count, but the scalar {wrong[0]!r} "
+            f"does not depend on it. Return jaxdist.masked_mean(values, batch[{MASK!r}]), which counts true rows."
+        )
+
+
+def _dependence(loss_fn: Callable[..., Any], args: Sequence[Any], *, is_mask: bool) -> dict[str, bool]:
+    """Return, by name, whether the loss and each metric depend on the mask, or on any other field of the batch."""
+    marked: list[Any] = [jax.tree.map(lambda _: False, arg) for arg in args]
+    marked[1] = {name: (name == MASK) == is_mask for name in args[1]}
+    loss, found, *_ = depends(loss_fn, args, marked)
+    return {name: any(jax.tree.leaves(value)) for name, value in {"loss": loss, **found}.items()}
+
+
 def as_mean(value: jax.Array | Mean, batch: Batch) -> Mean:
     """Return `value` as a Mean; a plain scalar is a mean over the true examples of `batch`."""
     if isinstance(value, Mean):
         return value
-    count = num_examples(batch)
+    value, count = jnp.asarray(value), num_examples(batch)
     return Mean(jnp.where(count > 0, value.astype(jnp.float32) * count, 0.0), count)

@@ -1,18 +1,20 @@
 """Precision: compute in a narrow dtype, keep params, optimizer and statistics in float32 (Micikevicius et al., 2018).
 
-The one idea: a precision is two wrappers and no more. One, around the loss, casts on the way in; differentiating
-through the cast gives float32 gradients of float32 params. The other, around the optimizer and for float16 alone, holds
-the loss scale in opt_state, where the step finds it (`loss_scale`) and a checkpoint keeps it.
+The one idea: a precision is two wrappers and no more. One casts what the model computes with on the way in;
+differentiating through the cast gives float32 gradients of float32 params. The other, around the optimizer and for
+float16 alone, holds the loss scale in opt_state, where the step finds it (`loss_scale`) and a checkpoint keeps it.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxdist.spmd.metrics import MASK, Batch
+from jaxdist.spmd.metrics import Batch
+from jaxdist.spmd.state import WithInputs
 
 PyTree: TypeAlias = Any
 LossFn: TypeAlias = Callable[..., Any]
@@ -25,25 +27,40 @@ MIN_LOSS_SCALE = 1.0
 MAX_LOSS_SCALE = 2.0**24
 
 
-def apply_precision(loss_fn: LossFn, precision: Precision) -> LossFn:
+def apply_precision(loss_fn: LossFn, precision: Precision, *, inputs: Sequence[str] = ()) -> LossFn:
     """Return `loss_fn`, computed in `precision`; it may be a loss_fn or an eval_fn, stateless or stateful.
 
-    Floating params and batch fields, save the mask, arrive in the compute dtype. model_state arrives as it is and keeps
-    its dtypes. loss and metrics come back in float32, and so do gradients with respect to float32 params.
+    Floating params and the batch fields that the model computes with arrive in the compute dtype; targets and all other
+    fields arrive as they are, because rounding a target changes the loss that is reported. model_state arrives as it is
+    and keeps its dtypes. loss and metrics come back in float32, and so do gradients of float32 params.
+
+    Args:
+      loss_fn: the function.
+      precision: the compute dtype.
+      inputs: batch fields that the model computes with.
     """
     _check_precision(precision)
     if precision == "float32":
         return loss_fn
     dtype = jnp.dtype(precision)
 
+    @functools.wraps(loss_fn)
     def cast_loss_fn(params: PyTree, batch: Batch, key: jax.Array, *model_state: PyTree) -> tuple[Any, ...]:
-        narrow = {name: field if name == MASK else cast_floating(field, dtype) for name, field in batch.items()}
+        narrow = {name: cast_floating(field, dtype) if name in inputs else field for name, field in batch.items()}
         loss, metrics, *new_state = loss_fn(cast_floating(params, dtype), narrow, key, *model_state)
         if new_state:
-            new_state = [jax.tree.map(lambda new, old: new.astype(old.dtype), new_state[0], model_state[0])]
+            new_state = [with_dtypes_of(model_state[0], new_state[0])]
         return cast_floating(loss, jnp.float32), cast_floating(metrics, jnp.float32), *new_state
 
     return cast_loss_fn
+
+
+def with_dtypes_of(old: PyTree, new: PyTree) -> PyTree:
+    """Return `new` with the dtypes of `old`; where their structures differ, `new` as it is, for others to refuse."""
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (old, new)]
+    if structures[0] != structures[1]:
+        return new
+    return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), new, old)
 
 
 def with_loss_scale(optimizer: optax.GradientTransformation, precision: Precision) -> optax.GradientTransformation:
@@ -105,9 +122,13 @@ def dynamic_loss_scale(
         zero = jnp.zeros((), jnp.int32)
         return LossScaleState(jnp.asarray(initial_scale, jnp.float32), zero, jnp.zeros_like(zero), inner.init(params))
 
-    def update(grads: PyTree, state: LossScaleState, params: PyTree = None) -> tuple[PyTree, LossScaleState]:
+    inner_update = optax.with_extra_args_support(inner).update
+
+    def update(
+        grads: PyTree, state: LossScaleState, params: PyTree = None, **extra: Any
+    ) -> tuple[PyTree, LossScaleState]:
         finite = jnp.stack([jnp.isfinite(grad).all() for grad in jax.tree.leaves(grads)]).all()
-        updates, new_inner = inner.update(grads, state.inner, params)
+        updates, new_inner = inner_update(grads, state.inner, params, **extra)
         good_updates = jnp.where(finite, state.good_updates + 1, 0)
         grows = good_updates >= growth_interval
         raised = jnp.where(grows, jnp.minimum(state.scale * factor, MAX_LOSS_SCALE), state.scale)
@@ -120,7 +141,8 @@ def dynamic_loss_scale(
         )
         return _choose(finite, updates, jax.tree.map(jnp.zeros_like, updates)), new_state
 
-    return optax.GradientTransformation(init, update)
+    scaled = optax.GradientTransformationExtraArgs(init, update)
+    return WithInputs.make(scaled, inner.inputs) if isinstance(inner, WithInputs) else scaled
 
 
 def loss_scale(opt_state: PyTree) -> jax.Array | None:

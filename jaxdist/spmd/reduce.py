@@ -7,7 +7,7 @@ its order of additions its own) and `tree_sum_over_axis` (a fixed binary tree, t
 """
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from jaxdist.spmd import metrics as metrics_lib
-from jaxdist.spmd.layout import spec_axes
+from jaxdist.spmd.layout import path_name, spec_axes
 from jaxdist.spmd.metrics import Batch, Mean
 
 PyTree: TypeAlias = Any
@@ -48,24 +48,40 @@ class Sums(NamedTuple):
 
 
 class Averages(NamedTuple):
-    """What a step needs of the whole batch: mean gradients, loss and metrics (float32 scalars), new model_state."""
+    """What a step needs of the whole batch: mean gradients, loss and metrics (float32 scalars), new model_state.
+
+    `count` is what the loss was divided by; where it is 0, nothing in the batch counted and the means are NaN.
+    """
 
     grads: PyTree
     loss: jax.Array
     metrics: dict[str, jax.Array]
     model_state: PyTree
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count, which has no use here
 
 
 def evaluate_loss(
     loss_fn: LossFn, params: PyTree, model_state: PyTree, batch: Batch, key: jax.Array
 ) -> tuple[Mean, dict[str, Mean], PyTree]:
-    """Call `loss_fn` in the form its model has, and return (loss, metrics, model_state) with Means for averages."""
-    if model_state is None:
-        loss, metrics = loss_fn(params, batch, key)
-    else:
-        loss, metrics, model_state = loss_fn(params, batch, key, model_state)
+    """Call `loss_fn` in the form its model has, and return (loss, metrics, model_state) with Means for averages.
+
+    Raises:
+      ValueError: it does not return what this form needs, or a plain scalar that counts padding rows.
+    """
+    batch = metrics_lib.without_masked_rows(batch)
+    args = (params, batch, key) if model_state is None else (params, batch, key, model_state)
+    results = loss_fn(*args)
+    expected = "(loss, metrics)" if model_state is None else "(loss, metrics, model_state)"
+    if not isinstance(results, tuple) or len(results) != len(args) - 1:
+        got = f"{len(results)} values" if isinstance(results, tuple) else type(results).__name__
+        raise ValueError(
+            f"loss_fn must return {expected} for a model {'without' if model_state is None else 'with'} model_state; "
+            f"it returned {got}. What init_fn returns decides which of the two a model is: see jaxdist.InitialState."
+        )
+    loss, metrics, *new_state = results
+    metrics_lib.check_averages({"loss": loss, **metrics}, loss_fn, args)
     means = {name: metrics_lib.as_mean(value, batch) for name, value in metrics.items()}
-    return metrics_lib.as_mean(loss, batch), means, model_state
+    return metrics_lib.as_mean(loss, batch), means, new_state[0] if new_state else None
 
 
 def local_sums(
@@ -94,14 +110,16 @@ def local_sums(
         # Without it, every gathered param would stay in memory until the backward pass has used it.
         evaluate = jax.checkpoint(evaluate, policy=_is_kept_for_backward)
 
+    _check_params(params)
+
     def summed_loss(params: PyTree) -> tuple[jax.Array, Any]:
         loss, metrics, new_model_state = evaluate(params)
         return loss.total * scale, (loss, metrics, new_model_state)
 
     grads, (loss, metrics, new_model_state) = jax.grad(summed_loss, has_aux=True)(params)
-    grads = jax.tree.map(lambda grad: _at_least_float32(grad) / scale, grads) if loss_scale is not None else grads
-    weighted = jax.tree.map(lambda leaf: _at_least_float32(leaf) * num_examples, new_model_state)
-    grads = jax.tree.map(_at_least_float32, grads)
+    grads = jax.tree.map(_descent_direction, grads)
+    grads = jax.tree.map(lambda grad: grad / scale, grads) if loss_scale is not None else grads
+    weighted = jax.tree.map(lambda leaf: _addable(leaf) * num_examples, new_model_state)
     sums = Sums(grads, loss, metrics, weighted, num_examples)
     kept = jax.tree.map(lambda leaf: jnp.where(num_examples > 0, leaf, jnp.zeros_like(leaf)), sums)
     # Gathered params' gradients hold other devices' examples by now; `gather` has kept the padding out of them.
@@ -221,9 +239,10 @@ def average(sums: Sums, model_state: PyTree) -> Averages:
     """Return the means that `sums` stand for; `model_state` gives the dtypes of its new value."""
     grads = jax.tree.map(lambda grad: grad / sums.loss.count, sums.grads)
     new_model_state = jax.tree.map(
-        lambda old, leaf: (leaf / sums.num_examples).astype(old.dtype), model_state, sums.model_state
+        lambda old, leaf: _averaged(leaf / sums.num_examples, old.dtype), model_state, sums.model_state
     )
-    return Averages(grads, sums.loss.value, {k: mean.value for k, mean in sums.metrics.items()}, new_model_state)
+    means = {name: mean.value for name, mean in sums.metrics.items()}
+    return Averages(grads, sums.loss.value, means, new_model_state, sums.loss.count)
 
 
 def tree_sum_over_axis(vector: jax.Array, axis: str, num_devices: int) -> jax.Array:
@@ -273,17 +292,42 @@ def _swap_pairs(num_devices: int, distance: int) -> list[tuple[int, int]]:
     return [(i, i ^ distance) for i in range(num_devices)]
 
 
-def _at_least_float32(leaf: jax.Array) -> jax.Array:
-    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-        raise ValueError(
-            f"Only floating values can be averaged over replicas; a leaf of dtype {leaf.dtype} and shape {leaf.shape} "
-            "is among the params or the model_state. Keep counters in the loop, or make them floating."
-        )
-    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+def _descent_direction(grad: jax.Array) -> jax.Array:
+    """Return a gradient of JAX, at least float32, as what an optimizer subtracts: of a complex param the conjugate."""
+    grad = grad.astype(jnp.promote_types(grad.dtype, jnp.float32))
+    return jnp.conj(grad) if jnp.iscomplexobj(grad) else grad
 
 
-def check_metric_names(metrics: Mapping[str, Any], reserved: frozenset[str]) -> None:
-    """Raise ValueError where a loss_fn names a metric like one of the step's own."""
-    clash = sorted(reserved & set(metrics))
-    if clash:
-        raise ValueError(f"loss_fn returned metrics {clash}, names that the step itself reports. Rename them.")
+def _check_params(params: PyTree) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            raise ValueError(
+                f"Params must be floating or complex, because a gradient is taken of each; params/{path_name(path)} is "
+                f"{leaf.dtype}{list(leaf.shape)}. Keep counters and tables in model_state, or make it floating."
+            )
+
+
+_HALF = 1 << 16
+
+
+def _addable(leaf: jax.Array) -> jax.Array:
+    """Return a leaf of model_state as what can be added up over replicas, at least float32.
+
+    A counter is the same on every replica. Its mean must be exact, and float32 holds integers up to 2**24: so its two
+    halves of 16 bits travel as floats, stacked in a new first dim.
+    """
+    if jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+    if leaf.dtype.itemsize > 4:
+        raise ValueError(f"Counters in model_state have at most 32 bits; got {leaf.dtype}. Make it int32.")
+    whole = leaf.astype(jnp.int32)
+    high = jnp.floor_divide(whole, _HALF)
+    return jnp.stack([high, whole - high * _HALF]).astype(jnp.float32)
+
+
+def _averaged(mean: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Return the mean of what `_addable` gave in the leaf's own dtype."""
+    if jnp.issubdtype(dtype, jnp.inexact):
+        return mean.astype(dtype)
+    high, low = jnp.round(mean).astype(jnp.int32)
+    return (high * _HALF + low).astype(dtype)

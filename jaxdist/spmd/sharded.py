@@ -19,7 +19,7 @@ from jaxdist.spmd import precision, reduce
 from jaxdist.spmd import step as steps
 from jaxdist.spmd.mesh import DATA_AXIS
 from jaxdist.spmd.metrics import Batch
-from jaxdist.spmd.state import TrainState
+from jaxdist.spmd.state import PlacedInputs, TrainState
 
 PyTree: TypeAlias = Any
 
@@ -50,7 +50,7 @@ def sharded_step(
     # A manual axis of one device gains nothing, and XLA refuses sums over it beside an axis left to it.
     cut_axes = tuple(axis for axis in batch_axes if mesh.shape[axis] > 1)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, steps.Metrics]:
+    def step(state: TrainState, inputs: jax.Array | None, batch: Batch) -> tuple[TrainState, steps.Metrics]:
         param_specs = layouts.specs(state, mesh, layout).params
         grad_specs = _grad_specs(state.params, param_specs, mesh, layout)
         sums = _mapped_sums(loss_fn, mesh, cut_axes, num_microbatches, param_specs, grad_specs)(
@@ -62,10 +62,30 @@ def sharded_step(
         )
         grad_shardings = layouts.map_specs(lambda spec: NamedSharding(mesh, spec), grad_specs)
         sums = sums._replace(grads=jax.lax.with_sharding_constraint(sums.grads, grad_shardings))
-        new_state, metrics = steps.apply_averages(state, reduce.average(sums, state.model_state), optimizer)
+        averages = reduce.average(sums, state.model_state)
+        new_state, metrics = steps.apply_averages(state, averages, optimizer, inputs)
         return layouts.constrain(new_state, mesh, layout), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return _GivesInputs(jax.jit(step, donate_argnums=0), PlacedInputs(optimizer, mesh))
+
+
+class _GivesInputs:
+    """A step out of `program(state, optimizer's inputs, batch)`, a jitted function."""
+
+    def __init__(self, program: Any, inputs: PlacedInputs):
+        self._program, self._inputs = program, inputs
+        self._cache_size = program._cache_size  # for the recompile sentinel
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, steps.Metrics]:
+        return self._program(state, self._inputs.placed(), batch)
+
+    def trace(self, state: Any, batch: Any) -> jax.stages.Traced:
+        """Return the step traced for arguments of these shapes and shardings."""
+        return self._program.trace(state, self._inputs.described(), batch)
+
+    def lower(self, state: Any, batch: Any) -> jax.stages.Lowered:
+        """Return the step lowered for such arguments."""
+        return self.trace(state, batch).lower()
 
 
 def _mapped_sums(

@@ -2,18 +2,52 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxdist.spmd import keys
 from jaxdist.spmd import layout as layouts
 
 PyTree: TypeAlias = Any
 InitFn: TypeAlias = Callable[[jax.Array], Any]
-"""`init_fn(key) -> params`, or `(params, model_state)` for a model that keeps statistics."""
+"""`init_fn(key) -> params`, or `(params, model_state)` for a model that keeps statistics; see `InitialState`."""
+
+
+class InitialState(NamedTuple):
+    """What an `init_fn` returns to say by name what is params and what is model_state (None for a stateless model).
+
+    An `init_fn` may return a plain pair in its place: a tuple of two is read as (params, model_state). So params that
+    are themselves a pair must be returned as `InitialState((first, second))`. Every other type, a named tuple included,
+    is params.
+    """
+
+    params: PyTree
+    model_state: PyTree = None
+
+
+def initial_state(init_fn: InitFn, key: jax.Array) -> InitialState:
+    """Return what `init_fn(key)` gives, told apart into params and model_state.
+
+    Raises:
+      ValueError: a plain pair whose second part is an array: more likely params than (params, model_state).
+    """
+    created = init_fn(key)
+    if isinstance(created, InitialState):
+        return created
+    if type(created) is not tuple or len(created) != 2:
+        return InitialState(created)
+    if isinstance(created[1], jax.Array | np.ndarray):
+        raise ValueError(
+            "A pair from init_fn is read as (params, model_state), but the second part of this one is an array of "
+            f"shape {created[1].shape}. Return jaxdist.InitialState((first, second)) if both are params, or "
+            "jaxdist.InitialState(params, model_state) if the array is the model's state."
+        )
+    return InitialState(*created)
 
 
 @jax.tree_util.register_dataclass
@@ -26,6 +60,43 @@ class TrainState:
     model_state: PyTree
     opt_state: PyTree
     key: jax.Array
+
+
+class WithInputs(optax.GradientTransformationExtraArgs):
+    """An optimizer with numbers that enter the compiled step as an argument: others compile nothing.
+
+    Its `update` takes two more arguments, both optional: `step`, the number of finished steps, and `inputs`.
+    """
+
+    inputs: np.ndarray
+
+    @classmethod
+    def make(cls, optimizer: optax.GradientTransformation, inputs: np.ndarray) -> "WithInputs":
+        """Return `optimizer` with its inputs."""
+        made = cls(optimizer.init, optax.with_extra_args_support(optimizer).update)
+        made.inputs = inputs
+        return made
+
+
+class PlacedInputs:
+    """The inputs of an optimizer on every device of a mesh, placed when they are first used; None for one without."""
+
+    def __init__(self, optimizer: optax.GradientTransformation, mesh: Mesh):
+        self._values = optimizer.inputs if isinstance(optimizer, WithInputs) else None
+        self._sharding = NamedSharding(mesh, PartitionSpec())
+        self._placed: jax.Array | None = None
+
+    def placed(self) -> jax.Array | None:
+        """Return the array."""
+        if self._placed is None and self._values is not None:
+            self._placed = jax.device_put(self._values, self._sharding)
+        return self._placed
+
+    def described(self) -> jax.ShapeDtypeStruct | None:
+        """Return its description, for a mesh of devices that are not there."""
+        if self._values is None:
+            return None
+        return jax.ShapeDtypeStruct(self._values.shape, self._values.dtype, sharding=self._sharding)
 
 
 def create_state(
@@ -41,7 +112,7 @@ def create_state(
     One jitted program makes it, so no device ever holds more than its own shards, and the train step, which sees the
     same shardings from its first call to its last, compiles once.
     """
-    return state_program(init_fn, optimizer, mesh=mesh, layout=layout)(jax.random.key(seed))
+    return state_program(init_fn, optimizer, mesh=mesh, layout=layout)(keys.from_seed(seed))
 
 
 def state_program(
@@ -74,9 +145,24 @@ def abstract_state(
 
 def _make_state_fn(init_fn: InitFn, optimizer: optax.GradientTransformation) -> Callable[[jax.Array], TrainState]:
     def make(key: jax.Array) -> TrainState:
-        init_key, train_key = jax.random.split(key)
-        created = init_fn(init_key)
-        params, model_state = created if isinstance(created, tuple) and len(created) == 2 else (created, None)
-        return TrainState(jnp.zeros((), jnp.int32), params, model_state, optimizer.init(params), train_key)
+        run = keys.run_keys(key)
+        params, model_state = initial_state(init_fn, run.init)
+        params, model_state = _strongly_typed((params, model_state))
+        opt_state = _strongly_typed(optimizer.init(params))
+        return TrainState(jnp.zeros((), jnp.int32), params, model_state, opt_state, run.train)
 
     return make
+
+
+def _strongly_typed(tree: PyTree) -> PyTree:
+    """Return the arrays with dtypes that arithmetic keeps.
+
+    A weak type (that of a Python number, or of `jnp.full(n, 1.0)`) becomes a strong one in the first step, for whose
+    result the step would be compiled a second time.
+    """
+
+    def strong(leaf: Any) -> jax.Array:
+        array = jnp.asarray(leaf)
+        return array if keys.is_key(array) else jax.lax.convert_element_type(array, array.dtype)
+
+    return jax.tree.map(strong, tree)

@@ -15,15 +15,17 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxdist.spmd import canonical, device_program, precision, reduce
 from jaxdist.spmd import layout as layouts
+from jaxdist.spmd import metrics as metrics_lib
 from jaxdist.spmd.mesh import DATA_AXIS
 from jaxdist.spmd.metrics import Batch
-from jaxdist.spmd.state import TrainState
+from jaxdist.spmd.state import PlacedInputs, TrainState, WithInputs
 
 Metrics: TypeAlias = dict[str, jax.Array]
 Step: TypeAlias = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 NONFINITE_LEAF = "nonfinite_leaf"
-RESERVED_METRICS = frozenset({"loss", NONFINITE_LEAF})
+EMPTY_BATCH = -2
+"""The value of `nonfinite_leaf` for a batch in which nothing counted."""
 
 
 def data_parallel_step(
@@ -53,16 +55,18 @@ def data_parallel_step(
     mapped = jax.shard_map(
         local_step,
         mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec(axis)),
+        in_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec(axis)),
         out_specs=PartitionSpec(),
         check_vma=False,
     )
 
-    def keyless_step(state: TrainState, key: _PlainKey, batch: Batch) -> tuple[TrainState, Metrics]:
-        new_state, metrics = mapped(_with_key(state, key.typed()), batch)
+    def keyless_step(
+        state: TrainState, key: _PlainKey, inputs: jax.Array | None, batch: Batch
+    ) -> tuple[TrainState, Metrics]:
+        new_state, metrics = mapped(_with_key(state, key.typed()), inputs, batch)
         return _with_key(new_state, None), metrics
 
-    return _KeepsKey(jax.jit(keyless_step, donate_argnums=0))
+    return _KeepsKey(jax.jit(keyless_step, donate_argnums=0), PlacedInputs(optimizer, mesh))
 
 
 @jax.tree_util.register_dataclass
@@ -82,7 +86,7 @@ class _PlainKey:
 
 
 class _KeepsKey:
-    """A step out of `program(state without key, plain key, batch)`, which leaves the key where it is.
+    """A step out of `program(state without key, plain key, optimizer's inputs, batch)`, which leaves the key in place.
 
     The key stays the same from step to step, so it need not pass through the program; and a program that takes or
     returns typed keys is called by JAX's slow path, which is most of the time of a small step.
@@ -90,10 +94,11 @@ class _KeepsKey:
 
     def __init__(
         self,
-        program: Callable[[TrainState, _PlainKey, Batch], tuple[TrainState, Metrics]],
+        program: Callable[[TrainState, _PlainKey, jax.Array | None, Batch], tuple[TrainState, Metrics]],
+        inputs: PlacedInputs,
         cache_size: Callable[[], int] | None = None,
     ):
-        self._program = program
+        self._program, self._inputs = program, inputs
         self._key: jax.Array | None = None
         cache_size = cache_size or getattr(program, "_cache_size", None)
         if cache_size is not None:
@@ -102,7 +107,7 @@ class _KeepsKey:
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         if state.key is not self._key:
             self._key, self._plain_key = state.key, _PlainKey.of(state.key)
-        new_state, metrics = self._program(_with_key(state, None), self._plain_key, batch)
+        new_state, metrics = self._program(_with_key(state, None), self._plain_key, self._inputs.placed(), batch)
         return _with_key(new_state, state.key), metrics
 
     def trace(self, state: TrainState, batch: Batch) -> jax.stages.Traced:
@@ -110,7 +115,8 @@ class _KeepsKey:
         key = jax.eval_shape(lambda: _PlainKey.of(jax.random.key(0)))
         data: Any = jax.ShapeDtypeStruct(key.data.shape, key.data.dtype, sharding=state.step.sharding)
         program: Any = self._program
-        traced: jax.stages.Traced = program.trace(_with_key(state, None), _PlainKey(data, key.impl), batch)
+        plain_key = _PlainKey(data, key.impl)
+        traced: jax.stages.Traced = program.trace(_with_key(state, None), plain_key, self._inputs.described(), batch)
         return traced
 
 
@@ -132,11 +138,12 @@ def pmap_step(
     """
     devices = jax.local_devices() if devices is None else devices
     local_step = _make_local_step(loss_fn, optimizer, DATA_AXIS, num_microbatches)
-    mapped = jax.pmap(local_step, axis_name=DATA_AXIS, in_axes=(None, 0), out_axes=None, devices=devices)
+    mapped = jax.pmap(local_step, axis_name=DATA_AXIS, in_axes=(None, None, 0), out_axes=None, devices=devices)
+    inputs = optimizer.inputs if isinstance(optimizer, WithInputs) else None
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         folded = jax.tree.map(lambda leaf: leaf.reshape(len(devices), -1, *leaf.shape[1:]), batch)
-        return mapped(state, folded)
+        return mapped(state, inputs, folded)
 
     return step
 
@@ -179,22 +186,25 @@ def canonical_step(
 
     shard_sums = canonical.LogicalShardSums(shard_fn, mesh, logical_shards=logical_shards, axis=axis)
 
-    def update(state: TrainState, total: jax.Array) -> tuple[TrainState, Metrics]:
+    def update(state: TrainState, inputs: jax.Array | None, total: jax.Array) -> tuple[TrainState, Metrics]:
         averages = reduce.average(shard_sums.unravel(total), state.model_state)
-        return apply_averages(state, averages, optimizer)
+        return apply_averages(state, averages, optimizer, inputs)
 
     whole = PartitionSpec()
     update_everywhere = device_program.PerDeviceProgram(
-        update, mesh, in_specs=(whole, whole), out_spec=whole, donate_argnums=(0,)
+        update, mesh, in_specs=(whole, whole, whole), out_spec=whole, donate_argnums=(0,)
     )
 
-    def keyless_step(state: TrainState, key: _PlainKey, batch: Batch) -> tuple[TrainState, Metrics]:
+    def keyless_step(
+        state: TrainState, key: _PlainKey, inputs: jax.Array | None, batch: Batch
+    ) -> tuple[TrainState, Metrics]:
         loss_scale = precision.loss_scale(state.opt_state)
         total = shard_sums((state.params, state.model_state, key, state.step, loss_scale), batch)
-        return update_everywhere(state, total)
+        return update_everywhere(state, inputs, total)
 
     # Programs that were compiled for one shape refuse any other, so there is nothing more for the sentinel to find.
-    step = _KeepsKey(keyless_step, cache_size=lambda: update_everywhere.num_compiles)
+    inputs = PlacedInputs(optimizer, mesh)
+    step = _KeepsKey(keyless_step, inputs, cache_size=lambda: update_everywhere.num_compiles)
     if layout is layouts.replicated:
         return step
     gather = jax.jit(lambda state: layouts.constrain(state, mesh, layouts.replicated), donate_argnums=0)
@@ -212,10 +222,10 @@ def _make_local_step(
     optimizer: optax.GradientTransformation,
     axis: str,
     num_microbatches: int,
-) -> Step:
+) -> Callable[[TrainState, jax.Array | None, Batch], tuple[TrainState, Metrics]]:
     """Return what one device does of the step, inside shard_map or pmap."""
 
-    def local_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def local_step(state: TrainState, inputs: jax.Array | None, batch: Batch) -> tuple[TrainState, Metrics]:
         sums = reduce.accumulate_sums(
             loss_fn,
             state.params,
@@ -227,7 +237,7 @@ def _make_local_step(
             loss_scale=precision.loss_scale(state.opt_state),
         )
         averages = reduce.average(reduce.mean_over_axis(sums, axis), state.model_state)
-        return apply_averages(state, averages, optimizer)
+        return apply_averages(state, averages, optimizer, inputs)
 
     return local_step
 
@@ -236,14 +246,18 @@ def apply_averages(
     state: TrainState,
     averages: reduce.Averages,
     optimizer: optax.GradientTransformation,
+    inputs: jax.Array | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Return the state after the update, and the step's metrics.
 
     Where the loss or a gradient is not finite the state stays as it was, so that what went wrong can be looked at with
     the very params it happened to. `nonfinite_leaf` (int32) is then the first such leaf in tree order, or the number of
-    leaves when the gradients are fine and the loss is not; otherwise -1. The state is marked by `~step` in place of its
-    step. A step from a marked state leaves it alone, with a loss of NaN and a `nonfinite_leaf` that is not -1: whoever
-    looks only after several steps has lost nothing. `unmarked` gives the state to go on from, if one wants to.
+    leaves when the gradients are fine and the loss is not; otherwise it is negative. The state is marked by `~step` in
+    place of its step. A step from a marked state leaves it alone, with a loss of NaN and a `nonfinite_leaf` of at least
+    0: a loop that looks only after several steps has lost nothing. `unmarked` gives the state to continue from.
+
+    A batch in which nothing counts makes no update. The step is counted, the loss is NaN and `nonfinite_leaf` is
+    EMPTY_BATCH.
 
     Under dynamic loss scaling (float16) an overflow while the scale can still fall is no fault: the optimizer skips
     that update and lowers the scale, and `nonfinite_leaf` is -1.
@@ -252,10 +266,12 @@ def apply_averages(
       state: the state before the step.
       averages: the global means.
       optimizer: gives the updates.
+      inputs: of the optimizer, if it has some; see `state.WithInputs`.
     """
-    reduce.check_metric_names(averages.metrics, RESERVED_METRICS)
+    metrics_lib.check_names(averages.metrics)
     grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), averages.grads, state.params)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    extra = {"step": state.step, "inputs": inputs} if isinstance(optimizer, WithInputs) else {}
+    updates, opt_state = optax.with_extra_args_support(optimizer).update(grads, state.opt_state, state.params, **extra)
     new_state = TrainState(
         state.step + 1, optax.apply_updates(state.params, updates), averages.model_state, opt_state, state.key
     )
@@ -269,10 +285,13 @@ def apply_averages(
         excused = jnp.isfinite(averages.loss) & (loss_scale > precision.MIN_LOSS_SCALE)
         first = jnp.where(excused, -1, first)
     marked = state.step < 0
+    empty = averages.count == 0
+    first = jnp.where(empty, EMPTY_BATCH, first)
     first = jnp.where(marked, jnp.maximum(first, 0), first)
-    kept = dataclasses.replace(state, step=jnp.where(marked, state.step, ~state.step))
+    next_step = jnp.where(first >= 0, jnp.where(marked, state.step, ~state.step), new_state.step)
+    chosen = dataclasses.replace(_where((first >= 0) | empty, state, new_state), step=next_step)
     loss = jnp.where(marked, jnp.nan, averages.loss)
-    return _where(first >= 0, kept, new_state), {"loss": loss, **averages.metrics, NONFINITE_LEAF: first}
+    return chosen, {"loss": loss, **averages.metrics, NONFINITE_LEAF: first}
 
 
 def unmarked(state: TrainState) -> TrainState:

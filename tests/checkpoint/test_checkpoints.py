@@ -21,7 +21,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxdist.checkpoint import manifest
 from jaxdist.checkpoint.checkpoints import Checkpointer, CheckpointError, DamagedCheckpointError
-from jaxdist.guards import guard
+from jaxdist.guards import recompile, replicas
+from jaxdist.spmd.layout import path_name
 from jaxdist.spmd.mesh import make_mesh
 from jaxdist.spmd.state import TrainState, abstract_state, create_state
 from jaxdist.spmd.step import data_parallel_step
@@ -154,7 +155,7 @@ def test_training_goes_on_from_a_restored_state_as_if_it_had_not_stopped(tmp_pat
     """The same bits, the same program, and nothing shared between the devices' copies (donation would show it)."""
     optimizer = optax.adamw(0.1)
     init = lambda key: {"w": jax.random.normal(key, (3, 2))}  # noqa: E731
-    step, sentinel = data_parallel_step(loss_fn, optimizer, MESH), guard.RecompileSentinel()
+    step, sentinel = data_parallel_step(loss_fn, optimizer, MESH), recompile.RecompileSentinel()
     batch = jax.device_put({"x": np.arange(24, dtype=np.float32).reshape(8, 3)}, NamedSharding(MESH, P("data")))
     state = create_state(init, optimizer, mesh=MESH, seed=0)
     with Checkpointer(tmp_path, identity="test") as checkpointer:
@@ -166,7 +167,7 @@ def test_training_goes_on_from_a_restored_state_as_if_it_had_not_stopped(tmp_pat
     for _ in range(3):
         old, (restored, _) = restored, step(restored, batch)
         assert sentinel.observe(step, (old, batch)) is None
-        guard.check_replicas(restored, MESH)
+        replicas.check_replicas(restored, MESH)
     assert bits(restored) == bits(state)
 
 
@@ -314,7 +315,7 @@ def test_a_damaged_array_is_named(two_steps, tmp_path, kind):
     (file,) = [file for file in all_files(tmp_path / "2") if file.parent.name.endswith("params.w") and file.name == "0"]
     damage(file, kind, 0.5, 3)
     checkpointer = Checkpointer(tmp_path, identity="test")
-    with pytest.raises(DamagedCheckpointError, match=r"params'\]\['w'\] .*2/state/\d+\.params\.w") as error:
+    with pytest.raises(DamagedCheckpointError, match=r"params/w .*2/state/\d+\.params\.w") as error:
         checkpointer.restore(template_of(small_state(0)))
     assert "Step 1 is intact: restore that one, or remove" in str(error.value)
     restored, data_state = checkpointer.restore(template_of(small_state(0)), step=checkpointer.newest_intact())
@@ -333,7 +334,7 @@ def test_an_array_swapped_for_another_is_found(tmp_path):
     first.rename(tmp_path / "kept")
     second.rename(first)
     (tmp_path / "kept").rename(second)
-    with pytest.raises(DamagedCheckpointError, match=r"\['a'\] is damaged"):
+    with pytest.raises(DamagedCheckpointError, match=r"a is damaged"):
         Checkpointer(tmp_path, identity="test").restore(template_of(state))
 
 
@@ -362,20 +363,20 @@ def test_another_experiments_checkpoint_is_refused(two_steps):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t | {"extra": t["params"]["w"]}, r"\['extra'\] is not in the checkpoint"),
-        (lambda t: {"params": t["params"]}, r"\['key'\] is in the checkpoint only"),
+        (lambda t: t | {"extra": t["params"]["w"]}, r"extra is not in the checkpoint"),
+        (lambda t: {"params": t["params"]}, r"key is in the checkpoint only"),
         (
             lambda t: {"params": t["params"]["w"], "key": t["key"]},
-            r"\['params'\] is not .*\['w'\] is in the checkpoint",
+            r"params is not .*w is in the checkpoint",
         ),
-        (lambda t: replaced(t, shape=(2, 2)), r"\['w'\] is float32\[4\] in the checkpoint and float32\[2, 2\] here"),
+        (lambda t: replaced(t, shape=(2, 2)), r"w is float32\[4\] in the checkpoint and float32\[2, 2\] here"),
         (
             lambda t: replaced(t, dtype=jnp.bfloat16),
-            r"\['w'\] is float32\[4\] in the checkpoint and bfloat16\[4\] here",
+            r"w is float32\[4\] in the checkpoint and bfloat16\[4\] here",
         ),
         (
             lambda t: t | {"key": key_struct("rbg")},
-            r"\['key'\] is key<fry>\[\] in the checkpoint and key<rbg>\[\] here",
+            r"key is key<fry>\[\] in the checkpoint and key<rbg>\[\] here",
         ),
         (
             lambda t: t | {"key": jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=t["key"].sharding)},
@@ -415,15 +416,29 @@ def test_a_directory_of_another_tool_and_another_format_are_refused(two_steps, t
     shutil.rmtree(tmp_path / "3")
     body = json.loads((tmp_path / "2" / "manifest" / "process-0.json").read_text())["body"]
     manifest.write(tmp_path / "2" / "manifest", body["leaves"], body["extra"] | {"format": 99})
-    with pytest.raises(CheckpointError, match="has format 99; this version of jaxdist reads format 1"):
+    with pytest.raises(CheckpointError, match="has format 99; this version of jaxdist reads formats 1 to 2"):
         Checkpointer(tmp_path, identity="test").restore(template_of(small_state(0)))
+
+
+def test_a_checkpoint_of_format_1_with_its_other_names_of_leaves_is_restored(two_steps, tmp_path):
+    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(small_state(0))]
+    old_names = {path_name(path): jax.tree_util.keystr(path).removeprefix(".") for path in paths}
+    body = json.loads((tmp_path / "2" / "manifest" / "process-0.json").read_text())["body"]
+    leaves = {old_names[name]: leaf for name, leaf in body["leaves"].items()}
+    assert set(leaves).isdisjoint(body["leaves"])
+    manifest.write(tmp_path / "2" / "manifest", leaves, body["extra"] | {"format": 1})
+    with Checkpointer(tmp_path, identity="test") as checkpointer:
+        assert checkpointer.newest_intact() == 2
+        state, data_state = checkpointer.restore(template_of(small_state(0)))
+    assert (bits(state), data_state) == (bits(small_state(2)), {"position": 2})
 
 
 def test_wrong_settings_and_wrong_states_are_refused(tmp_path):
     with pytest.raises(ValueError, match="keep_last=0"):
         Checkpointer(tmp_path, identity="test", keep_last=0)
     checkpointer = Checkpointer(tmp_path, identity="test")
-    with pytest.raises(CheckpointError, match=r"\['w'\] is a ndarray"):
+    with pytest.raises(CheckpointError, match=r"w is a ndarray"):
         checkpointer.save(1, {"w": np.zeros(3)}, {}, {})
     with pytest.raises(TypeError, match="not JSON serializable"):
         checkpointer.save(1, small_state(0), {"position": object()}, {})
@@ -480,7 +495,8 @@ KILLED_SAVE = """
     jax.config.update("jax_num_cpu_devices", 2)
     import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
-    from jaxdist import checkpoint, mesh
+    from jaxdist.checkpoint import checkpoints as checkpoint
+    from jaxdist.spmd import mesh
 
     source, target = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
     step, events = int(sys.argv[3]), sys.argv[4].split()
@@ -569,7 +585,9 @@ PROCESS = """
     import numpy as np
     from jax.experimental import multihost_utils
     from jax.sharding import NamedSharding, PartitionSpec as P
-    from jaxdist import checkpoint, guard, mesh
+    from jaxdist.checkpoint import checkpoints as checkpoint
+    from jaxdist.guards import replicas
+    from jaxdist.spmd import mesh
 
     def no_device_barrier(name):
         raise AssertionError("a barrier on the devices")
@@ -606,11 +624,11 @@ PROCESS = """
         for name in specs:
             for shard in restored[name].addressable_shards:
                 assert np.array_equal(shard.data, whole[shard.index]), name
-    guard.check_replicas(restored, over)
+    replicas.check_replicas(restored, over)
     drifted = jax.make_array_from_process_local_data(NamedSharding(over, P()), whole + process)
     try:
-        guard.check_replicas({"drifted": drifted}, over)
-    except guard.ReplicaDriftError as error:
+        replicas.check_replicas({"drifted": drifted}, over)
+    except replicas.ReplicaDriftError as error:
         print("process", process, error, flush=True)
 """
 
@@ -642,5 +660,5 @@ def test_two_processes_save_together_and_any_layout_restores_it(tmp_path):
     restored, _ = Checkpointer(tmp_path, identity="test").restore(template)
     assert all(np.array_equal(restored[name], whole) for name in structs)
     os.unlink(tmp_path / "2" / "manifest" / "process-1.json")
-    with pytest.raises(DamagedCheckpointError, match=r"lacks hashes of leaf \['(rows|columns)'\]"):
+    with pytest.raises(DamagedCheckpointError, match=r"lacks hashes of leaf (rows|columns)"):
         Checkpointer(tmp_path, identity="test").restore(template)

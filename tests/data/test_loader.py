@@ -11,6 +11,7 @@ import pytest
 from hypothesis import strategies as st
 
 from jaxdist.data import ArraySource, Loader, Position
+from jaxdist.data.sources.source import COUNTS
 
 
 def source_of(num_examples):
@@ -205,8 +206,16 @@ def test_fewer_examples_than_a_training_batch_are_refused():
     assert batch["mask"].sum() == 5
 
 
-def test_a_field_named_mask_joins_the_padding():
-    source = ArraySource({"id": np.arange(5), "mask": np.array([1, 0, 1, 1, 1], bool)})
+@pytest.mark.parametrize("mask", [np.zeros((5, 3, 3), np.int32), np.ones(5, np.int64)], ids=["segmentation", "column"])
+def test_a_field_of_the_data_named_mask_is_refused(mask):
+    """It would silently become loss weights."""
+    source = ArraySource({"id": np.arange(5), "mask": mask})
+    with pytest.raises(ValueError, match=r"'mask' is the name of the package's own field.*Rename it"):
+        Loader(source, global_batch_size=4, seed=0).first_example()
+
+
+def test_what_a_source_says_of_which_examples_count_joins_the_padding():
+    source = ArraySource({"id": np.arange(5), COUNTS: np.array([1, 0, 1, 1, 1], bool)})
     batches, _ = collect(Loader(source, global_batch_size=4, seed=0, shuffle=False, num_epochs=1))
     assert [batch["mask"].tolist() for batch in batches] == [[1, 0, 1, 1], [1, 0, 0, 0]]
 

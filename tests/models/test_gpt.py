@@ -35,3 +35,14 @@ def test_a_short_sequence_uses_the_first_positions_and_a_long_one_is_refused():
     np.testing.assert_allclose(short, whole[:, :4], rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"context_length is 6.*7 long"):
         MODEL.apply(variables, jnp.zeros((1, 7), jnp.int32), train=False)
+
+
+def test_packed_examples_give_the_logits_that_each_gives_alone():
+    """Attention and positions: as if no other example were in the row; filling (segment 0) changes nothing either."""
+    variables = jax.jit(lambda: MODEL.init(jax.random.key(0), TOKENS, train=False))()
+    packed, segments = jnp.array([[3, 1, 4, 7, 5, 0]]), jnp.array([[1, 1, 1, 2, 2, 0]])
+    logits = MODEL.apply(variables, packed, train=False, segment_ids=segments)
+    for rows in (slice(0, 3), slice(3, 5)):
+        alone = MODEL.apply(variables, packed[:, rows], train=False)
+        np.testing.assert_allclose(logits[:, rows], alone, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(logits[:, 3:5], MODEL.apply(variables, packed, train=False)[:, 3:5], atol=1e-3)

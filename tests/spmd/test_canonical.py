@@ -21,7 +21,7 @@ from small_problem import (
 )
 
 from jaxdist import adapters, losses
-from jaxdist.guards import guard
+from jaxdist.guards import recompile
 from jaxdist.models import cnn, gpt
 from jaxdist.spmd import canonical
 from jaxdist.spmd import state as states
@@ -192,7 +192,7 @@ def test_a_second_start_compiles_nothing_and_gives_the_same_bits(tmp_path):
 
 
 def test_the_sentinel_counts_one_compile_without_looking_at_every_argument():
-    mesh, sentinel = make_mesh(devices=jax.devices()[:2]), guard.RecompileSentinel()
+    mesh, sentinel = make_mesh(devices=jax.devices()[:2]), recompile.RecompileSentinel()
     step = small_canonical_step(2, 16)
     state, batch = new_state(OPTIMIZERS["adamw"], mesh), place(numpy_batch(), mesh, "data")
     for _ in range(2):

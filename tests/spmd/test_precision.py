@@ -52,7 +52,7 @@ def test_narrow_inside_float32_outside(name):
         seen["loss"] = loss
         return loss, {"metric": loss}, {"mean": model_state["mean"] + loss, "seen": loss}
 
-    wrapped = precision.apply_precision(spy, name)
+    wrapped = precision.apply_precision(spy, name, inputs=("image",))
     batch = jax.tree.map(jnp.asarray, make_batch())
     model_state = {"mean": jnp.zeros(()), "seen": jnp.zeros(())}
     params = init_fn(jax.random.key(0))
@@ -95,7 +95,7 @@ def make_run(name, devices, **scaling):
     optimizer = optax.adam(0.02)
     if name == "float16":
         optimizer = precision.dynamic_loss_scale(optimizer, **scaling)
-    train = step.data_parallel_step(precision.apply_precision(loss_fn, name), optimizer, mesh)
+    train = step.data_parallel_step(precision.apply_precision(loss_fn, name, inputs=("image",)), optimizer, mesh)
     created = state.create_state(init_fn, optimizer, mesh=mesh, seed=0)
     placed = jax.device_put(make_batch(), NamedSharding(mesh, PartitionSpec("data")))
     return train, created, placed
@@ -149,7 +149,7 @@ def test_scaling_saves_gradients_that_float16_cannot_hold():
     def tiny_loss(params, batch, key):
         return (params["x"] * batch["factor"] * batch["factor"]).sum().astype(jnp.float32), {}
 
-    wrapped = precision.apply_precision(tiny_loss, "float16")
+    wrapped = precision.apply_precision(tiny_loss, "float16", inputs=("factor",))
     params, batch = {"x": jnp.ones(1)}, {"factor": jnp.full(1, 1e-4)}
 
     def grad(scale):

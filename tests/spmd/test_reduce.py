@@ -139,10 +139,100 @@ def test_gradients_of_half_precision_params_are_added_up_in_float32():
     assert sums.grads["w"].dtype == jnp.float32
 
 
-def test_counters_in_the_model_state_are_refused():
-    def counting_loss(params, batch, key, model_state):
-        del batch, key
-        return params["w"], {}, {"calls": model_state["calls"] + 1}
+@pytest.mark.parametrize(("dtype", "value"), [("int32", 2**31 - 7), ("int32", -5), ("uint32", 2**32 - 3), ("bool", 1)])
+def test_a_counter_in_the_model_state_keeps_its_exact_value(dtype, value):
+    """Float32 holds integers up to 2**24 only; the examples of the parts are as uneven as can be."""
+    counter = {"calls": jnp.asarray(value, dtype)}
 
-    with pytest.raises(ValueError, match="Only floating values can be averaged over replicas; a leaf of dtype int32"):
-        reduce.local_sums(counting_loss, {"w": jnp.ones(())}, {"calls": jnp.int32(0)}, numpy_batch(), jax.random.key(0))
+    def counting_loss(params, batch, key, model_state):
+        return metrics.masked_mean(batch["x"] * params["w"], batch["mask"]), {}, model_state
+
+    batch = numpy_batch(mask=np.arange(NUM_EXAMPLES) < 19)
+    parts = [{name: leaf[rows] for name, leaf in batch.items()} for rows in (slice(3), slice(3, 16), slice(16, 32))]
+    params, key = {"w": jnp.ones(())}, jax.random.key(0)
+    each = [reduce.local_sums(counting_loss, params, counter, part, key) for part in parts]
+    found = reduce.average(functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), each), counter).model_state
+    assert found["calls"].dtype == dtype
+    assert found["calls"] == counter["calls"]
+
+
+@pytest.mark.parametrize("params", [{"table": {"w": jnp.arange(3)}}, {"table": {"w": jnp.ones(3, bool)}}])
+def test_integers_among_the_params_are_refused_by_name(params):
+    with pytest.raises(ValueError, match=r"Params must be floating or complex.*params/table/w is (int32|bool)"):
+        reduce.local_sums(lambda params, batch, key: (0.0, {}), params, None, numpy_batch(), jax.random.key(0))
+
+
+def test_the_gradient_of_a_complex_param_points_downhill():
+    """JAX gives the conjugate of what descends; `optax` subtracts what it is given."""
+
+    def complex_loss(params, batch, key):
+        return metrics.masked_mean(jnp.abs(params["w"] * batch["x"][:, 0] - (1 + 2j) * batch["x"][:, 0]) ** 2), {}
+
+    params = {"w": jnp.zeros((), jnp.complex64)}
+    batch, losses = numpy_batch(), []
+    for _ in range(60):
+        averages = reduce.average(reduce.local_sums(complex_loss, params, None, batch, jax.random.key(0)), None)
+        params = {"w": params["w"] - 0.1 * averages.grads["w"]}
+        losses.append(float(averages.loss))
+    assert losses == sorted(losses, reverse=True)
+    np.testing.assert_allclose(params["w"], 1 + 2j, atol=1e-2)
+
+
+def awkward_loss(params, batch, key):
+    """The direction of each row: its gradient at a row of zeros is 0/0, and NaN where the row is."""
+    direction = batch["x"] / jnp.linalg.norm(batch["x"] * params["scale"][None], axis=1, keepdims=True)
+    values = jnp.square((direction @ params["first"]).sum(axis=1))
+    return metrics.masked_mean(values, batch.get("mask")), {"mean": metrics.masked_mean(values, batch.get("mask"))}
+
+
+@pytest.mark.parametrize("padding", [0.0, np.nan, np.inf, 1e38])
+@pytest.mark.parametrize("num_microbatches", [1, 4])
+def test_a_row_that_does_not_count_changes_no_bit(padding, num_microbatches):
+    """Forward and backward; the last microbatches hold padding alone."""
+    params = {"first": jnp.ones((8, 2)), "scale": jnp.ones(8)}
+    batch = numpy_batch(mask=np.arange(NUM_EXAMPLES) < 13)
+    clean = reduce.average(
+        reduce.local_sums(awkward_loss, params, None, {"x": batch["x"][:13]}, jax.random.key(0)), None
+    )
+    batch["x"][13:] = padding
+    sums = reduce.accumulate_sums(
+        awkward_loss,
+        params,
+        None,
+        jax.tree.map(jnp.asarray, batch),
+        jax.random.key(0),
+        num_microbatches=num_microbatches,
+        first_index=0,
+    )
+    assert_close(reduce.average(sums, None), clean, tolerance=1e-5)
+
+
+def test_a_scalar_that_counts_padding_rows_is_refused_and_one_of_the_params_alone_is_not():
+    def mean_of_all_rows(params, batch, key):
+        return example_losses(params, batch).mean(), {}
+
+    def with_weight_norm(params, batch, key):
+        return loss_fn(params, batch, key)[0], {"norm": jnp.linalg.norm(params["first"])}
+
+    batch, params = numpy_batch(mask=MASK), init_params(jax.random.key(0))
+    with pytest.raises(ValueError, match="but the scalar 'loss' does not depend on it"):
+        reduce.local_sums(mean_of_all_rows, params, None, batch, jax.random.key(0))
+    unmasked = {name: leaf for name, leaf in batch.items() if name != "mask"}
+    assert reduce.local_sums(mean_of_all_rows, params, None, unmasked, jax.random.key(0)).loss.count == NUM_EXAMPLES
+    assert "norm" in reduce.local_sums(with_weight_norm, params, None, batch, jax.random.key(0)).metrics
+
+
+@pytest.mark.parametrize(
+    ("model_state", "results", "message"),
+    [
+        (None, (0.0, {}, {}), r"\(loss, metrics\) for a model without model_state; it returned 3 values"),
+        ({"a": jnp.zeros(2)}, (0.0, {}), r"\(loss, metrics, model_state\).*it returned 2 values"),
+        (None, [0.0, {}], "it returned list"),
+        (None, (jnp.zeros(3), {}), r"'loss' has shape \(3,\)"),
+        (None, (0, {}), "must be a real floating number; got int32"),
+        (None, (1j, {}), "must be a real floating number; got complex64"),
+    ],
+)
+def test_a_loss_that_returns_something_else_is_refused(model_state, results, message):
+    with pytest.raises(ValueError, match=message):
+        reduce.local_sums(lambda *args: results, {"w": jnp.ones(2)}, model_state, numpy_batch(), jax.random.key(0))

@@ -1,11 +1,15 @@
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from small_problem import counted_compiles, init_params
 
 from jaxdist.spmd import state as states
+from jaxdist.spmd import step as steps
 from jaxdist.spmd.mesh import make_mesh
 
 
@@ -66,3 +70,50 @@ def test_the_abstract_state_describes_the_real_one_without_making_it():
         assert shape.sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
 
     jax.tree.map(check, abstract, real)
+
+
+class Pair(NamedTuple):
+    w: jax.Array
+    b: jax.Array
+
+
+@pytest.mark.parametrize(
+    ("created", "params", "model_state"),
+    [
+        ({"w": jnp.ones(2)}, {"w": jnp.ones(2)}, None),
+        (({"w": jnp.ones(2)}, {"mean": jnp.zeros(2)}), {"w": jnp.ones(2)}, {"mean": jnp.zeros(2)}),
+        (states.InitialState((jnp.ones(2), jnp.zeros(()))), (jnp.ones(2), jnp.zeros(())), None),
+        (states.InitialState({"w": jnp.ones(2)}, jnp.zeros(2)), {"w": jnp.ones(2)}, jnp.zeros(2)),
+        (Pair(jnp.ones(2), jnp.zeros(())), Pair(jnp.ones(2), jnp.zeros(())), None),
+        ([jnp.ones(2), jnp.zeros(())], [jnp.ones(2), jnp.zeros(())], None),
+        ((jnp.ones(2), jnp.ones(3), jnp.ones(4)), (jnp.ones(2), jnp.ones(3), jnp.ones(4)), None),
+    ],
+)
+def test_a_pair_is_params_and_model_state_and_anything_else_is_params(created, params, model_state):
+    state = states.create_state(lambda key: created, optax.sgd(0.1), mesh=make_mesh(), seed=0)
+    assert jax.tree.structure(state.params) == jax.tree.structure(params)
+    assert jax.tree.structure(state.model_state) == jax.tree.structure(model_state)
+
+
+def test_a_pair_of_arrays_is_refused_because_it_may_mean_two_things():
+    def init(key):
+        return jax.random.normal(key, (4, 2)), jnp.zeros(2)
+
+    with pytest.raises(ValueError, match=r"shape \(2,\)\. Return jaxdist\.InitialState\(\(first, second\)\)"):
+        states.create_state(init, optax.sgd(0.1), mesh=make_mesh(), seed=0)
+
+
+def test_params_that_are_a_pair_can_be_trained():
+    def init(key):
+        return states.InitialState((jax.random.normal(key, (4,)), jnp.zeros(())))
+
+    def loss(params, batch, key):
+        w, b = params
+        return jnp.square(batch["x"] @ w + b).mean(), {}
+
+    mesh, optimizer = make_mesh(devices=jax.devices()[:2]), optax.sgd(0.1)
+    state = states.create_state(init, optimizer, mesh=mesh, seed=0)
+    batch = {"x": jax.device_put(jnp.ones((4, 4)), NamedSharding(mesh, PartitionSpec("data")))}
+    w, _ = jax.device_get(state.params)
+    state, _ = steps.data_parallel_step(loss, optimizer, mesh)(state, batch)
+    np.testing.assert_allclose(state.params[1], -0.1 * 2 * w.sum(), rtol=1e-5)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxdist.data import order
-from jaxdist.data.sources.source import MASK, Example, Source, checked_index, fingerprint_text
+from jaxdist.data.sources.source import COUNTS, Example, Source, checked_index, fingerprint_text
 from jaxdist.data.sources.vocabulary import check_same_vocabulary, vocabulary_of
 
 
@@ -39,7 +39,7 @@ class Concatenated:
 
 def _with_mask(example: Example) -> Example:
     """Return the example with a mask of its own, so that examples with and without one can share a batch."""
-    return {**example, MASK: np.asarray(example.get(MASK, 1), np.float32)}
+    return {**example, COUNTS: np.asarray(example.get(COUNTS, 1), np.float32)}
 
 
 def mix(sources: Sequence[Source], weights: Sequence[int]) -> tuple[Concatenated, order.Mixed]:
@@ -69,7 +69,7 @@ class Filtered:
     def __getitem__(self, index: int) -> Example:
         example = self._source[index]
         kept = np.asarray(bool(self._keep_fn(example)), np.float32)
-        return {**example, MASK: kept * np.asarray(example.get(MASK, 1), np.float32)}
+        return {**example, COUNTS: kept * np.asarray(example.get(COUNTS, 1), np.float32)}
 
     def fingerprint(self) -> str:
         """See Source."""

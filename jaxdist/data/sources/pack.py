@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxdist.data import order
-from jaxdist.data.sources.source import MASK, Example, Source, checked_index, fingerprint_array, fingerprint_text
+from jaxdist.data.sources.source import COUNTS, Example, Source, checked_index, fingerprint_array, fingerprint_text
 from jaxdist.data.sources.vocabulary import vocabulary_of
 
 
@@ -98,7 +98,7 @@ class Packed:
             found = {name: len(np.asarray(example[name])) for name in self._fields}
             if set(found.values()) != {length}:
                 raise ValueError(f"Example {example_id} was packed with the length {length}; it now has {found}.")
-        masks = [np.asarray(example.get(MASK, 1)) for example in examples]
+        masks = [np.asarray(example.get(COUNTS, 1)) for example in examples]
         kept = [place for place, mask in enumerate(masks) if mask.any()]
         row = {
             name: self._filled([np.asarray(examples[i][name]) for i in kept], examples[0][name])
@@ -108,12 +108,12 @@ class Packed:
         positions = [np.arange(lengths[i], dtype=np.int32) for i in kept]
         row |= {"segment_ids": _pad_to(segment_ids, self._row_length, 0)}
         row |= {"positions": self._filled(positions, np.empty(0, np.int32), pad=0)}
-        if not any(MASK in example for example in examples):
+        if not any(COUNTS in example for example in examples):
             return row
         if any(mask.ndim for mask in masks):  # a mask an element
             parts = [np.broadcast_to(masks[i], lengths[i]).astype(np.float32) for i in kept]
-            return row | {MASK: self._filled(parts, np.empty(0, np.float32), pad=0)}
-        return row | {MASK: np.float32(bool(kept))}
+            return row | {COUNTS: self._filled(parts, np.empty(0, np.float32), pad=0)}
+        return row | {COUNTS: np.float32(bool(kept))}
 
     def _filled(self, parts: list[np.ndarray], like: Any, pad: int | None = None) -> np.ndarray:
         """Return the parts, one behind the other, filled up to a row; `like` has their dtype where there are none."""
@@ -176,8 +176,8 @@ class Bucketed:
         example_id = int(self._ids[checked_index(index, len(self))])
         example, size = self._source[example_id], int(self._boundaries[self._buckets[example_id]])
         padded = {name: _pad_to(np.asarray(example[name]), size, self._pad) for name in self._fields}
-        if np.ndim(example.get(MASK, 1)):  # a mask an element
-            padded[MASK] = _pad_to(np.asarray(example[MASK]), size, 0)
+        if np.ndim(example.get(COUNTS, 1)):  # a mask an element
+            padded[COUNTS] = _pad_to(np.asarray(example[COUNTS]), size, 0)
         return {**example, **padded, "length": np.int32(self._lengths[example_id])}
 
     def order(self, *, shuffle: bool = True) -> "Blocks":

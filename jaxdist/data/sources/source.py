@@ -11,10 +11,14 @@ from typing import Protocol, TypeAlias, runtime_checkable
 import numpy as np
 
 Example: TypeAlias = Mapping[str, np.ndarray | np.generic]
-"""The fields of one example by name; a scalar field `"mask"` of 0 marks an example that does not count."""
+"""The fields of one example by name; a scalar field COUNTS of 0 marks an example that does not count."""
 
 MASK = "mask"
-"""The field that is 1 for a row that counts; `metrics.MASK`, whose module needs JAX, as worker processes do not."""
+"""The field of a batch that is 1 for a row that counts; `metrics.MASK`, whose module needs JAX, as worker processes do
+not. No source may have a field of this name: a target or a column called mask would silently become weights."""
+
+COUNTS = "jaxdist.counts"
+"""The field by which a source says whether an example counts, or which of its elements do; it becomes the mask."""
 
 _WHOLE_BYTES = 64 * 2**20
 _SAMPLE_BYTES, _NUM_SAMPLES = 2**16, 512

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxdist.guards import guard
+from jaxdist.guards import nonfinite
 from jaxdist.paramserver.protocol import effects, messages
 from jaxdist.paramserver.run.shared_plan import Plan, rows_of_a_slice
 from jaxdist.paramserver.run.sparse_push import sparse
@@ -23,7 +23,7 @@ class Island:
     def __init__(self, plan: Plan, devices: Sequence[jax.Device]) -> None:
         self.plan = plan
         self._placement = NamedSharding(Mesh(np.asarray(devices), ("data",)), PartitionSpec("data"))
-        _, self._key = jax.random.split(jax.random.key(plan.experiment.seed))
+        self._key = plan.run_keys().train
         self._sums = jax.jit(self._compute_sums)
         self._rows = rows_of_a_slice(plan, len(devices))
 
@@ -75,13 +75,13 @@ class Island:
             tuple(rows),
         )
 
-    def explain_nonfinite(self, compute: effects.Compute) -> guard.NonFiniteReport:
+    def explain_nonfinite(self, compute: effects.Compute) -> nonfinite.NonFiniteReport:
         """Return why the gradient of the lease is not finite; its loss is that of the worker's part of the batch."""
         plan, lease = self.plan, compute.lease
         params, model_state = jax.tree.unflatten(plan.structure, plan.sharding.join(compute.params))
         state = TrainState(jnp.asarray(lease.step, jnp.int32), params, model_state, (), self._key)
         batch = jax.device_put(self._batch(lease), self._placement)
-        return guard.explain_nonfinite(
+        return nonfinite.explain_nonfinite(
             plan.functions.loss_fn, state, batch, step=lease.step + 1, first_row=self._first_row(lease)
         )
 

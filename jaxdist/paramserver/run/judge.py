@@ -17,7 +17,7 @@ def train_state(plan: Plan, step: int, leaves: Sequence[np.ndarray], opt_leaves:
     """Return the state that data-parallel training has after the same steps, on this process's first device."""
     params, model_state = jax.tree.unflatten(plan.structure, leaves)
     opt_state = jax.tree.unflatten(jax.tree.structure(jax.eval_shape(plan.optimizer.init, params)), opt_leaves)
-    _, key = jax.random.split(jax.random.key(plan.experiment.seed))
+    key = plan.run_keys().train
     return jax.device_put(
         TrainState(jnp.asarray(step, jnp.int32), params, model_state, opt_state, key), jax.local_devices()[0]
     )

@@ -5,13 +5,15 @@ statistics a model keeps, is averaged over the examples of a step and replaced.
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxdist import data
+from jaxdist import data, optimizers
 from jaxdist.config.experiment import Experiment
 from jaxdist.config.parameter_server import ParameterServer
 from jaxdist.errors import ConfigError
@@ -22,6 +24,9 @@ from jaxdist.paramserver.run.shard_optimizer import OptaxUpdater
 from jaxdist.paramserver.run.sharding import Sharding, make_sharding
 from jaxdist.paramserver.run.whole_optimizer import OptimizerCut
 from jaxdist.run import components
+from jaxdist.spmd import keys
+from jaxdist.spmd.layout import path_name
+from jaxdist.spmd.state import initial_state
 
 NO_LIMIT = 1 << 40
 
@@ -40,6 +45,11 @@ class Plan:
     structure: Any
     num_params: int
     kind: Kind
+    ranks: tuple[int, ...]
+
+    def run_keys(self) -> keys.RunKeys:
+        """Return the keys that the experiment's seed gives."""
+        return keys.run_keys(keys.from_seed(self.experiment.seed))
 
     def cut(self) -> OptimizerCut:
         """Return how the optimizer's state is cut into those of the shards."""
@@ -71,8 +81,9 @@ def make_plan(experiment: Experiment, chosen: ParameterServer, *, kind: Kind | N
     functions = components.make_functions(experiment, components.example_batch(loader))
     known_end = {"steps_per_epoch": loader.steps_per_epoch, "max_steps": _last_step(experiment, loader)}
     optimizer, learning_rate = components.make_optimizer(experiment, known_end)
-    shapes = jax.eval_shape(functions.init_fn, jax.random.key(0))
-    params, model_state = shapes if isinstance(shapes, tuple) and len(shapes) == 2 else (shapes, None)
+    make_initial = functools.partial(initial_state, functions.init_fn)
+    params, model_state = jax.eval_shape(make_initial, jax.random.key(0))
+    _check_counters(model_state)
     leaves, structure = jax.tree.flatten((params, model_state))
     settings = Settings.of(
         chosen,
@@ -86,7 +97,17 @@ def make_plan(experiment: Experiment, chosen: ParameterServer, *, kind: Kind | N
     kind = kind or _choose_kind(optimizer, leaves, num_params, chosen.servers)
     sharding = make_sharding(leaves, num_servers=chosen.servers, whole_leaves=needs_whole_leaves(kind))
     plan = Plan(
-        experiment, settings, loader, functions, optimizer, learning_rate, sharding, structure, num_params, kind
+        experiment,
+        settings,
+        loader,
+        functions,
+        optimizer,
+        learning_rate,
+        sharding,
+        structure,
+        num_params,
+        kind,
+        _ranks(params),
     )
     _check_order(plan)
     plan.cut()  # refuses what cannot be cut
@@ -99,6 +120,26 @@ def _choose_kind(optimizer: Any, leaves: Sequence[jax.ShapeDtypeStruct], num_par
         return [[(b.leaf, sharding.shape(b)) for b in blocks if b.leaf < num_params] for blocks in sharding.shards]
 
     return choose_kind(optimizer, leaves[:num_params], shards_of)
+
+
+def _ranks(params: Any) -> tuple[int, ...]:
+    """Return each param's number of dims, 1 for one that does not decay: a shard's optimizer sees no names."""
+    leaves = [(path_name(path), leaf.ndim) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
+    return tuple(ndim if ndim < 2 or optimizers.decays(name, ndim) else 1 for name, ndim in leaves)
+
+
+def _shape_by_rank(shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
+    """Return the shape of a block, flat if the rank of its leaf says that it does not decay."""
+    return (math.prod(shape),) if rank == 1 < len(shape) else shape
+
+
+def _check_counters(model_state: Any) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model_state):
+        if not np.issubdtype(leaf.dtype, np.floating):
+            raise ConfigError(
+                f"The parameter server averages floating statistics only; {path_name(path)} of the model is "
+                f"{leaf.dtype}. Use another strategy, or make it floating."
+            )
 
 
 def _check_order(plan: Plan) -> None:
@@ -149,18 +190,18 @@ def evaluation_period(plan: Plan) -> int | None:
 
 def initial_leaves(plan: Plan) -> list[np.ndarray]:
     """Return the leaves before the first step, the same that `state.create_state` makes from this seed."""
-    init_key, _ = jax.random.split(jax.random.key(plan.experiment.seed))
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(_pair(jax.jit(plan.functions.init_fn)(init_key)))]
-
-
-def _pair(created: Any) -> tuple[Any, Any]:
-    return created if isinstance(created, tuple) and len(created) == 2 else (created, None)
+    make_initial = jax.jit(functools.partial(initial_state, plan.functions.init_fn))
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(make_initial(plan.run_keys().init))]
 
 
 def make_shard(plan: Plan, number: int) -> Shard:
     """Return shard `number` before the first step."""
     blocks = plan.sharding.shards[number]
-    shapes = [plan.sharding.shape(block) for block in blocks if block.leaf < plan.num_params]
+    shapes = [
+        _shape_by_rank(plan.sharding.shape(block), plan.ranks[block.leaf])
+        for block in blocks
+        if block.leaf < plan.num_params
+    ]
     updater = OptaxUpdater(plan.optimizer, kind=plan.kind, shapes=shapes)
     params = plan.sharding.split(initial_leaves(plan))[number]
     return Shard(shard=number, settings=plan.settings, updater=updater, params=params)

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from jaxdist.data import Loader
 from jaxdist.data.sources.combine import Filtered
 from jaxdist.data.sources.pack import Blocks, Bucketed, Packed, example_lengths, pack_index
+from jaxdist.data.sources.source import COUNTS
 
 
 class Sentences:
@@ -98,7 +99,7 @@ class Marked(Sentences):
     """Sentences whose elements all have a mask: 0 for every third."""
 
     def __getitem__(self, index):
-        return {**super().__getitem__(index), "mask": np.arange(self.lengths[index]) % 3 > 0}
+        return {**super().__getitem__(index), COUNTS: np.arange(self.lengths[index]) % 3 > 0}
 
 
 @hypothesis.given(lengths)
@@ -107,7 +108,7 @@ def test_what_was_filtered_out_is_in_no_row(sizes):
     found = set()
     for row in Packed(source, np.array(sizes), row_length=25):
         inside = row["segment_ids"] > 0
-        assert bool(row["mask"]) == inside.any()
+        assert bool(row[COUNTS]) == inside.any()
         assert not row["tokens"][~inside].any()
         found |= set(row["tokens"][inside].tolist())
     assert found == {i + 1 for i, size in enumerate(sizes) if size % 2 == 0}
@@ -116,13 +117,13 @@ def test_what_was_filtered_out_is_in_no_row(sizes):
 def test_masks_of_elements_are_packed_and_padded_like_the_elements():
     sizes = [4, 7, 2, 9]
     (row,) = Packed(Marked(sizes), np.array(sizes), row_length=25)
-    assert row["mask"].shape == (25,)
+    assert row[COUNTS].shape == (25,)
     for segment in range(1, 5):
         inside = row["segment_ids"] == segment
-        np.testing.assert_array_equal(row["mask"][inside], row["positions"][inside] % 3 > 0)
-    assert not row["mask"][row["segment_ids"] == 0].any()
+        np.testing.assert_array_equal(row[COUNTS][inside], row["positions"][inside] % 3 > 0)
+    assert not row[COUNTS][row["segment_ids"] == 0].any()
     bucketed = Bucketed(Marked(sizes), np.array(sizes), boundaries=(5, 10))
-    assert {len(example["mask"]) for example in bucketed} == {5, 10}
+    assert {len(example[COUNTS]) for example in bucketed} == {5, 10}
 
 
 def test_bucketed_data_are_evaluated_in_their_order():

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,9 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxdist import optimizers
-from jaxdist.optimizers import Optimizer, Schedule
+from jaxdist.optimizers import Group, Optimizer
+from jaxdist.optimizers.schedules import Schedule
+from jaxdist.spmd import precision
 
 NAMES = ("sgd", "momentum", "nesterov", "adam", "adamw", "lion")
 
@@ -116,6 +119,170 @@ def test_epochs_are_that_many_steps(name, warmup, length, epoch, step):
     assert at("epochs", epoch) == at("steps", 1)
 
 
+def test_exponential_and_inverse_square_root_equal_optax():
+    ours = [rate(step, name="exponential", length=10, final_fraction=0.01) for step in range(1, 12)]
+    theirs = optax.exponential_decay(0.8, 10, 0.01, end_value=0.008)
+    np.testing.assert_allclose(ours, [theirs(step) for step in range(11)], rtol=1e-5)
+    ours = [rate(step, name="inverse_sqrt", warmup=4) for step in (1, 4, 16, 100)]
+    np.testing.assert_allclose(ours, [0.8 / 4, 0.8, 0.8 * 0.5, 0.8 * 0.2], rtol=1e-6)
+
+
+def test_step_falls_at_each_boundary():
+    rates = [rate(step, name="step", boundaries=(2, 4), decay_factor=0.5) for step in range(1, 7)]
+    np.testing.assert_allclose(rates, [0.8, 0.8, 0.4, 0.4, 0.2, 0.2], rtol=1e-6)
+    by_epoch = [rate(step, name="step", boundaries=(1,), unit="epochs", epoch=3) for step in (3, 4)]
+    np.testing.assert_allclose(by_epoch, [0.8, 0.08], rtol=1e-6)
+
+
+def test_warmup_stable_decay_is_constant_until_the_last_part():
+    settings = {"name": "warmup_stable_decay", "warmup": 2, "length": 12, "decay_fraction": 0.4}
+    rates = [rate(step, **settings) for step in (1, 2, 3, 9, 10, 11, 12, 13, 50)]
+    np.testing.assert_allclose(rates, [0.4, 0.8, 0.8, 0.8, 0.6, 0.4, 0.2, 0.0, 0.0], atol=1e-6)
+
+
+def test_one_cycle_equals_optax():
+    theirs = optax.cosine_onecycle_schedule(100, 0.8, pct_start=0.3, div_factor=25, final_div_factor=1e4)
+    ours = [rate(step, name="one_cycle", length=100, final_fraction=1e-4 / 25) for step in range(1, 102, 10)]
+    np.testing.assert_allclose(ours, [theirs(step) for step in range(0, 101, 10)], rtol=1e-4, atol=1e-6)
+
+
+def test_an_offset_is_that_many_steps_more():
+    described = Optimizer(name="sgd", learning_rate=0.8, schedule=Schedule(name="cosine", warmup=3))
+    make = functools.partial(optimizers.make_schedule, described, global_batch_size=1, max_steps=20)
+    assert [float(make(offset=5)(step)) for step in range(10)] == [float(make()(step + 5)) for step in range(10)]
+
+
+def test_another_learning_rate_is_another_input_of_the_same_program():
+    def lowered(learning_rate):
+        described = Optimizer(name="adamw", learning_rate=learning_rate, weight_decay=0.1, schedule=Schedule(warmup=3))
+        built = optimizers.build(described, global_batch_size=1)
+        params = make_params()
+
+        def update(grads, opt_state, params, step, inputs):
+            return built.update(grads, opt_state, params, step=step, inputs=inputs)
+
+        args = (params, built.init(params), params, jnp.int32(5), jnp.asarray(built.inputs))
+        return built.inputs, jax.jit(update).lower(*args).as_text()
+
+    (first, program), (second, other) = lowered(0.3), lowered(0.7)
+    assert program == other
+    np.testing.assert_allclose(first * 7, second * 3, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adafactor"])
+def test_the_learning_rate_is_that_of_the_step_also_after_updates_that_were_skipped(name):
+    described = Optimizer(name=name, learning_rate=0.8, schedule=Schedule(name="linear"))
+    built = precision.dynamic_loss_scale(optimizers.build(described, global_batch_size=1, max_steps=6))
+    params = {"x": jnp.zeros((2, 2))}
+    opt_state = built.init(params)
+    for step in range(7):
+        grads = {"x": jnp.full((2, 2), jnp.inf if step < 3 else 1.0)}
+        updates, opt_state = built.update(grads, opt_state, params, step=jnp.int32(step), inputs=built.inputs)
+        assert bool((updates["x"] == 0).all()) == (step < 3 or step == 6)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "theirs"),
+    [
+        ("adagrad", {"eps": 1e-5}, lambda rate: optax.adagrad(rate, eps=1e-5)),
+        ("adafactor", {}, optax.adafactor),
+        ("lamb", {"b1": 0.8}, lambda rate: optax.lamb(rate, b1=0.8)),
+        ("rmsprop", {"momentum": 0.5}, lambda rate: optax.rmsprop(rate, momentum=0.5)),
+    ],
+)
+def test_an_optimizer_taken_from_optax_by_name_equals_it(name, arguments, theirs):
+    described = Optimizer(name=name, learning_rate=0.1, schedule=Schedule(name="linear"), arguments=arguments)
+    ours, _ = train(optimizers.build(described, global_batch_size=1, max_steps=8))
+    expected, _ = train(theirs(optax.linear_schedule(0.1, 0.0, 8)))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), ours, expected)
+
+
+def test_every_optimizer_of_optax_that_takes_a_learning_rate_can_be_named():
+    for name in optimizers._of_optax():
+        built = optimizers.build(Optimizer(name=name, learning_rate=0.01), global_batch_size=1)
+        jax.eval_shape(built.init, make_params())
+    assert {"adafactor", "lamb", "rmsprop", "adagrad", "radam", "yogi"} <= set(optimizers._of_optax())
+
+
+@pytest.mark.parametrize(
+    ("path", "num_dims", "decayed"),
+    [
+        ("Dense_0/kernel", 2, True),
+        ("layers/Dense_0/kernel", 3, True),
+        ("embed/embedding", 2, True),
+        ("position_embedding", 2, True),
+        ("first", 2, True),
+        ("Dense_0/bias", 1, False),
+        ("MultiHeadDotProductAttention_0/query/bias", 2, False),
+        ("layers/Dense_0/bias", 2, False),
+        ("layers/LayerNorm_0/scale", 2, False),
+        ("layers/final_norm/weights", 2, False),
+        ("block/b1", 2, False),
+        ("scale", 0, False),
+    ],
+)
+def test_weight_decay_is_for_matrices_by_what_a_param_is(path, num_dims, decayed):
+    assert optimizers.decays(path, num_dims) == decayed
+
+
+def test_the_biases_and_scales_of_scanned_layers_and_of_attention_are_not_decayed():
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            x = nn.LayerNorm()(x + nn.MultiHeadDotProductAttention(2)(x, x))
+            return nn.Dense(x.shape[-1])(x), None
+
+    class Stack(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)()(x, None)[0]
+
+    params = jax.eval_shape(lambda: Stack().init(jax.random.key(0), jnp.ones((1, 4, 8))))["params"]
+    described = Optimizer(name="adamw", learning_rate=0.1, weight_decay=0.1)
+    decayed = {each.path.split("/")[-1] for each in optimizers.describe(described, params) if each.decays}
+    kept = {each.path.split("/")[-1] for each in optimizers.describe(described, params) if not each.decays}
+    assert (decayed, kept) == ({"kernel"}, {"bias", "scale"})
+
+
+def test_groups_have_a_learning_rate_a_decay_and_a_freeze_of_their_own():
+    groups = (Group(pattern="^kernel", learning_rate=0.5, decay=False), Group(pattern="bias", frozen=True))
+    described = Optimizer(
+        name="sgd", learning_rate=1.0, weight_decay=0.1, decay_mask="all", groups=groups, clip_norm=1e3
+    )
+    built = optimizers.build(described, global_batch_size=1)
+    params, grads = make_params(), make_params(1)
+    updates, _ = built.update(grads, built.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], -0.5 * grads["kernel"], rtol=1e-6)
+    np.testing.assert_array_equal(updates["bias"], np.zeros(5))
+    np.testing.assert_allclose(updates["scale"], -(grads["scale"] + 0.1 * params["scale"]), rtol=1e-6)
+    assert [tuple(each) for each in optimizers.describe(described, params)] == [
+        ("bias", False, 1.0, True),
+        ("kernel", False, 0.5, False),
+        ("scale", True, 1.0, False),
+    ]
+
+
+def test_a_frozen_param_counts_in_no_norm():
+    described = Optimizer(name="sgd", learning_rate=1.0, clip_norm=1.0, groups=(Group(pattern="bias", frozen=True),))
+    built = optimizers.build(described, global_batch_size=1)
+    grads = {"kernel": jnp.full((2, 2), 0.5), "bias": jnp.full(3, 100.0)}
+    updates, _ = built.update(grads, built.init(grads), grads)
+    np.testing.assert_allclose(updates["kernel"], np.full((2, 2), -0.5), rtol=1e-6)
+
+
+def test_a_group_that_matches_nothing_is_refused():
+    described = Optimizer(name="sgd", learning_rate=1.0, groups=(Group(pattern="kernels"),))
+    with pytest.raises(ValueError, match=r"nothing matches 'kernels'. The nearest param is kernel"):
+        optimizers.build(described, global_batch_size=1).init(make_params())
+
+
+def test_the_average_of_complex_params_keeps_their_imaginary_part():
+    average = optimizers.ema(0.5)
+    params = {"w": jnp.full(2, 1 + 2j)}
+    _, state = average.update(jax.tree.map(jnp.zeros_like, params), average.init(params), params)
+    np.testing.assert_allclose(state.params["w"], params["w"])
+
+
 def test_the_schedule_drives_the_updates():
     described = Optimizer(name="sgd", learning_rate=0.8, schedule=Schedule(name="linear", warmup=2))
     built = optimizers.build(described, global_batch_size=1, max_steps=6)
@@ -208,7 +375,10 @@ def test_the_bits_are_the_same_on_one_device_and_on_eight(name):
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"name": "adagrad"}, "sgd, momentum, nesterov, adam, adamw, lion"),
+        ({"name": "adaam"}, "sgd, momentum, nesterov, adam, adamw, lion, or .*adafactor.*Did you mean 'adam'"),
+        ({"name": "lbfgs"}, "optimizer.name must be one of"),
+        ({"arguments": {"b1": 0.5}}, "adamw has its own settings"),
+        ({"name": "adagrad", "weight_decay": 0.1}, "adagrad of optax takes .*; got mask, weight_decay"),
         ({"learning_rate": -1.0}, "learning_rate must be at least 0"),
         ({"learning_rate": math.nan}, "learning_rate must be"),
         ({"learning_rate": math.inf}, "learning_rate must be"),
@@ -234,6 +404,10 @@ def test_a_description_that_cannot_be_is_refused(changes, complaint):
     ("schedule", "complaint"),
     [
         ({"name": "polynomial"}, "constant, cosine, linear"),
+        ({"name": "exponential", "length": 5}, "never reaches 0: set"),
+        ({"name": "step"}, "boundaries belong to the schedule 'step'"),
+        ({"boundaries": (3,)}, "boundaries belong to the schedule 'step'"),
+        ({"name": "one_cycle", "length": 5, "warmup": 1}, "one_cycle rises by itself"),
         ({"unit": "days"}, "steps, epochs"),
         ({"warmup": -1}, "warmup must be at least 0"),
         ({"length": 0}, "length must be above 0"),

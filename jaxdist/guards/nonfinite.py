@@ -1,0 +1,185 @@
+"""The explanation of a loss or gradient that is not finite: it names the leaf, and the rows of the batch."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxdist.spmd.layout import path_name
+from jaxdist.spmd.metrics import MASK, Batch, Mean
+from jaxdist.spmd.state import TrainState
+
+PyTree: TypeAlias = Any
+
+_MAX_SHOWN = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class NonFiniteReport:
+    """Where a step's loss or gradient stopped being finite.
+
+    Attributes:
+      step: the step it happened in.
+      loss: of the whole batch.
+      leaf: the first leaf of the params, in tree order, whose gradient is not finite; None if all gradients are.
+      positions: rows of the global batch whose own loss or gradient is not finite.
+      fields: field of the batch -> rows of true examples in which it is not finite.
+      integers: field with one integer a row, for example a label -> its values in `positions`.
+      params: leaves of the params that are not finite themselves.
+    """
+
+    step: int
+    loss: float
+    leaf: str | None
+    positions: tuple[int, ...]
+    fields: Mapping[str, tuple[int, ...]]
+    integers: Mapping[str, tuple[int, ...]]
+    params: tuple[str, ...]
+
+    @property
+    def found(self) -> bool:
+        """Whether anything that is not finite was found."""
+        return bool(self.leaf or self.positions or self.params or not np.isfinite(self.loss))
+
+    def __str__(self) -> str:
+        if not self.found:
+            return (
+                f"Step {self.step} reported a value that is not finite, and computing it again gives finite ones "
+                f"(loss {self.loss:g}). It depends on the random key (dropout), on the order of the additions, "
+                "or on a device that computes wrongly."
+            )
+        lines = [f"Step {self.step}: the loss is {self.loss:g}."]
+        lines += [f"First gradient that is not finite: {self.leaf}."] if self.leaf else ["All gradients are finite."]
+        if self.positions:
+            lines.append(f"Rows of the batch whose own loss or gradient is not finite: {_show(self.positions)}.")
+        else:
+            lines.append("No row has a loss or gradient that is not finite by itself: the rows overflow together.")
+        for field, values in self.integers.items():
+            lines.append(f"Their {field!r}: {_show(values)}.")
+        for field, rows in self.fields.items():
+            lines.append(f"The batch's {field!r} holds values that are not finite in rows {_show(rows)}.")
+        if self.params:
+            lines.append(f"Already not finite before the step: {', '.join(self.params[:_MAX_SHOWN])}.")
+        return "\n".join(lines)
+
+
+def _show(numbers: tuple[int, ...]) -> str:
+    more = f" and {len(numbers) - 2 * _MAX_SHOWN} more" if len(numbers) > 2 * _MAX_SHOWN else ""
+    return ", ".join(map(str, numbers[: 2 * _MAX_SHOWN])) + more
+
+
+def explain_nonfinite(
+    loss_fn: Callable[..., Any], state: TrainState, batch: Batch, *, step: int | None = None, first_row: int = 0
+) -> NonFiniteReport:
+    """Find out why the step from `state` with `batch` had a loss or gradient that is not finite.
+
+    Computes the gradient of the whole batch and that of each row by itself, the rows on the devices they lie on, one
+    after the other: slow, meant for the end of a run. Rows whose mask is 0 are left out. Every process must call it.
+
+    Args:
+      loss_fn: `loss_fn(params, batch, key)`, or with model_state if the state has one. Its key is not the one a
+        device would have folded, so with dropout other values are dropped than in the step.
+      state: the state before the step.
+      batch: the global batch of the step.
+      step: its number; by default the one after `state.step`.
+      first_row: where in the global batch `batch` begins, if it is a part of it.
+    """
+    shards = _RowShards(batch)
+    loss, leaves = jax.jit(functools.partial(_finite_gradients, loss_fn), out_shardings=shards.replicated)(state, batch)
+    rows = shards.each_row(functools.partial(_rows_are_finite, loss_fn))(state, batch)
+    params = jax.jit(_finite_leaves, out_shardings=shards.replicated)(state.params)
+    integers = jax.jit(_integers, out_shardings=shards.replicated)(batch)
+    found = jax.tree.map(_local, (loss, leaves, rows, params, integers))
+    loss, leaves, rows, params, integers = jax.device_get(found)
+    names = [f"params/{path_name(path)}".rstrip("/") for path, _ in jax.tree_util.tree_leaves_with_path(state.params)]
+    bad_leaves = [name for name, finite in zip(names, leaves, strict=True) if not finite]
+    used = rows[MASK]
+    bad_rows = {name: _positions(used & ~finite) for name, finite in rows.items() if name != MASK}
+    own = bad_rows.pop(_OWN)
+    return NonFiniteReport(
+        step=int(_local(state.step)) + 1 if step is None else step,
+        loss=float(loss),
+        leaf=bad_leaves[0] if bad_leaves else None,
+        positions=_from(first_row, own),
+        fields={name: _from(first_row, rows) for name, rows in bad_rows.items() if rows},
+        integers={name: tuple(values[list(own)].tolist()) for name, values in integers.items() if own},
+        params=tuple(name for name, finite in zip(names, params, strict=True) if not finite),
+    )
+
+
+_OWN = ""  # The key of a row's own loss and gradient, among those of the batch's fields.
+
+
+def _local(array: jax.Array) -> jax.Array:
+    return array.addressable_data(0)
+
+
+def _integers(batch: Batch) -> Batch:
+    """Return the fields that hold one integer a row."""
+    return {name: each for name, each in batch.items() if each.ndim == 1 and jnp.issubdtype(each.dtype, jnp.integer)}
+
+
+def _positions(flags: np.ndarray) -> tuple[int, ...]:
+    return tuple(np.flatnonzero(flags).tolist())
+
+
+def _from(first: int, rows: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(first + row for row in rows)
+
+
+class _RowShards:
+    """How the rows of a batch lie over devices."""
+
+    def __init__(self, batch: Batch):
+        sharding = next(iter(batch.values())).sharding
+        self.mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+        self.spec = PartitionSpec(*sharding.spec[:1]) if isinstance(sharding, NamedSharding) else PartitionSpec()
+        self.replicated = sharding if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
+
+    def each_row(self, rows_fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `rows_fn(state, batch)` as a program in which every device works on its own rows."""
+        if self.mesh is None:
+            return jax.jit(rows_fn)
+        specs = (PartitionSpec(), self.spec)
+        mapped = jax.shard_map(rows_fn, mesh=self.mesh, in_specs=specs, out_specs=self.spec, check_vma=False)
+        return jax.jit(mapped, out_shardings=self.replicated)
+
+
+def _rows_are_finite(loss_fn: Callable[..., Any], state: TrainState, batch: Batch) -> dict[str, jax.Array]:
+    """Return bool [rows]: whether the row counts, whether it has a finite loss and gradient, and so for its fields."""
+
+    def row_is_finite(row: Batch) -> jax.Array:
+        loss, leaves = _finite_gradients(loss_fn, state, jax.tree.map(lambda value: value[None], row))
+        return jnp.isfinite(loss) & leaves.all()
+
+    num_rows = next(iter(batch.values())).shape[0]
+    flags = {
+        name: jnp.isfinite(field).reshape(num_rows, -1).all(axis=1)
+        for name, field in batch.items()
+        if jnp.issubdtype(field.dtype, jnp.inexact)
+    }
+    flags[_OWN] = jax.lax.map(row_is_finite, dict(batch))
+    flags[MASK] = batch[MASK] > 0 if MASK in batch else jnp.ones(num_rows, bool)
+    return flags
+
+
+def _finite_gradients(loss_fn: Callable[..., Any], state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Return the loss (float32, scalar), and bool [leaves]: whether each leaf's gradient is finite."""
+    key = jax.random.fold_in(state.key, state.step)
+    extra = () if state.model_state is None else (state.model_state,)
+
+    def scalar_loss(params: PyTree) -> jax.Array:
+        loss = loss_fn(params, batch, key, *extra)[0]
+        return (loss.value if isinstance(loss, Mean) else loss).astype(jnp.float32)
+
+    loss, grads = jax.value_and_grad(scalar_loss)(state.params)
+    return loss, _finite_leaves(grads)
+
+
+def _finite_leaves(tree: PyTree) -> jax.Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)])

@@ -1,0 +1,124 @@
+"""The check for replicas that drift apart: it compares the bits of every copy, and names leaves and devices."""
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxdist.spmd import keys
+from jaxdist.spmd.layout import path_name, spec_axes
+
+PyTree: TypeAlias = Any
+
+_MAX_SHOWN = 8
+
+
+class ReplicaDriftError(RuntimeError):
+    """Copies of an array that must be equal on several devices are not."""
+
+
+def check_replicas(tree: PyTree, mesh: Mesh) -> None:
+    """Check that every copy of every leaf, or of every shard of one, holds the same bits.
+
+    JAX does not: an array made of unequal pieces still calls itself replicated, and shows what its first device has.
+    Each device condenses its own memory to 32 bits per leaf, which all of them exchange: reading the state once is
+    what it costs, and waiting for it. A single changed element is always found; larger changes escape with a chance
+    of 2**-32. Every process of the job must call it, and all come to the same verdict.
+
+    Args:
+      tree: arrays laid out over `mesh`; those cut over some axes are compared along the others.
+      mesh: the mesh.
+
+    Raises:
+      ReplicaDriftError: copies differ; names leaves and devices.
+      ValueError: a leaf is not laid out over `mesh`.
+    """
+    paths_and_leaves = jax.tree_util.tree_leaves_with_path(tree)
+    paths = [path_name(path) for path, _ in paths_and_leaves]
+    leaves = [leaf for _, leaf in paths_and_leaves]
+    specs = tuple(_spec(path, leaf, mesh) for path, leaf in zip(paths, leaves))
+    prints = np.asarray(_fingerprints_fn(mesh, specs)(leaves).addressable_data(0))
+    drifted = {path: _odd_devices(column, spec, mesh) for path, column, spec in zip(paths, prints.T, specs)}
+    drifted = {path: devices for path, devices in drifted.items() if devices}
+    if drifted:
+        shown = itertools.islice(drifted.items(), _MAX_SHOWN)
+        named = "; ".join(f"{path} on {', '.join(devices)}" for path, devices in shown)
+        more = f"; and {len(drifted) - _MAX_SHOWN} more" if len(drifted) > _MAX_SHOWN else ""
+        raise ReplicaDriftError(
+            f"The copies of an array must be equal on all devices that hold it; {len(drifted)} of {len(paths)} leaves "
+            f"are not: {named}{more}. Training on would mix several models. Resume from the last checkpoint. The "
+            "cause is a gradient or a statistic that is not averaged over the devices, data placed as replicated that "
+            "differ per process, or, if it is neither, a broken device."
+        )
+
+
+def _spec(path: str, leaf: jax.Array, mesh: Mesh) -> PartitionSpec:
+    sharding = leaf.sharding
+    if not isinstance(sharding, NamedSharding) or sharding.mesh != mesh:
+        raise ValueError(
+            f"Only arrays laid out over the mesh {dict(mesh.shape)} can be compared; {path} has {sharding}. "
+            "Pass the mesh that the state was created on."
+        )
+    return sharding.spec
+
+
+@functools.lru_cache(maxsize=16)
+def _fingerprints_fn(mesh: Mesh, specs: tuple[PartitionSpec, ...]) -> Callable[[list[jax.Array]], jax.Array]:
+    """Return the program that maps leaves laid out as `specs` to uint32 [devices, leaves], the same on each device."""
+
+    def local(leaves: list[jax.Array]) -> jax.Array:
+        prints = jnp.stack([_fingerprint(leaf) for leaf in leaves])
+        return jax.lax.all_gather(prints, mesh.axis_names)
+
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(list(specs),), out_specs=PartitionSpec(), check_vma=False)
+    return jax.jit(mapped)
+
+
+def _fingerprint(leaf: jax.Array) -> jax.Array:
+    """Return 32 bits that depend on every bit of `leaf` and on where it stands."""
+    words = _words(leaf).reshape(-1)
+    place = jax.lax.iota(jnp.uint32, words.size) * jnp.uint32(0x9E3779B9)
+    # The finalizer of MurmurHash3 (Appleby) is a bijection, so changing one word always changes its term of the sum.
+    mixed = words ^ place
+    mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
+    mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
+    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
+
+
+def _words(leaf: jax.Array) -> jax.Array:
+    """Return the bits of `leaf` as uint32; narrower elements take one word each."""
+    leaf = keys.plain(leaf)
+    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        leaf = jnp.stack([leaf.real, leaf.imag])
+    if leaf.dtype == jnp.bool_ or leaf.dtype.name in ("int4", "uint4", "int2", "uint2"):
+        return leaf.astype(jnp.uint32)
+    unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)
+    return jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
+
+
+def _odd_devices(prints: np.ndarray, spec: PartitionSpec, mesh: Mesh) -> list[str]:
+    """Return the devices whose fingerprint is not the one most holders of the same shard have.
+
+    Args:
+      prints: uint32 [devices], in the order of the mesh.
+      spec: says which axes cut the leaf; devices that differ in other axes only hold the same shard.
+      mesh: the mesh.
+    """
+    cut = spec_axes(spec)
+    kept = [dim for dim, axis in enumerate(mesh.axis_names) if axis in cut]
+    places = np.stack(np.unravel_index(np.arange(mesh.size), mesh.devices.shape), axis=-1)[:, kept]
+    odd: list[int] = []
+    for place in np.unique(places, axis=0):
+        group = np.flatnonzero((places == place).all(axis=1))
+        values, counts = np.unique(prints[group], return_counts=True)
+        if len(values) == 1:
+            continue
+        # Without a majority it is unclear which value is right, and all of the devices are named.
+        common = values[np.argmax(counts)] if np.max(counts) * 2 > len(group) else None
+        odd += [int(index) for index in group if common is None or prints[index] != common]
+    return [f"{device} (process {device.process_index})" for device in mesh.devices.flat[odd]]

@@ -1,0 +1,51 @@
+"""Random keys: how a seed becomes the keys of a run, and how typed keys become plain integers and back."""
+
+from typing import Any, NamedTuple
+
+import jax
+
+SEED_BITS = 64
+
+
+class RunKeys(NamedTuple):
+    """The two keys of a run: `init` makes the params, `train` is kept in the state and gives each step its own."""
+
+    init: jax.Array
+    train: jax.Array
+
+
+def from_seed(seed: int) -> jax.Array:
+    """Return the key of a seed. All 64 bits count: `jax.random.key` alone reads the lower 32.
+
+    Raises:
+      ValueError: the seed is negative or has more than 64 bits.
+    """
+    if not 0 <= seed < 2**SEED_BITS:
+        raise ValueError(f"A seed must be at least 0 and below 2**{SEED_BITS}; got {seed}. Choose a smaller one.")
+    high, low = divmod(seed, 2**32)
+    key = jax.random.key(low)
+    return jax.random.fold_in(key, high) if high else key
+
+
+def run_keys(key: jax.Array) -> RunKeys:
+    """Return the keys of a run whose seed has the key `key`."""
+    return RunKeys(*jax.random.split(key))
+
+
+def is_key(leaf: Any) -> bool:
+    """Return whether an array, or a description of one, is a typed key."""
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def plain(leaf: Any) -> Any:
+    """Return the integers that a typed key consists of; any other array as it is."""
+    return jax.random.key_data(leaf) if is_key(leaf) else leaf
+
+
+def typed(data: jax.Array, like: Any) -> jax.Array:
+    """Return `data` as a typed key if `like` is one (an array or a description of one); otherwise as it is."""
+    if not is_key(like):
+        return data
+    impls: list[Any] = []
+    jax.eval_shape(lambda key: impls.append(jax.random.key_impl(key)), jax.ShapeDtypeStruct((), like.dtype))
+    return jax.random.wrap_key_data(data, impl=impls[0])

@@ -1,0 +1,55 @@
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+from jaxdist.spmd.dependence import depends
+
+X = jnp.ones(3)
+
+
+@jax.custom_vjp
+def with_own_gradient(a, b):
+    return a * 2, b
+
+
+with_own_gradient.defvjp(lambda a, b: (with_own_gradient(a, b), None), lambda _, cotangents: cotangents)
+
+
+def scanned(a, b):
+    """The first result takes `b` in only in the second round, through the carry."""
+
+    def body(carry, x):
+        first, second, third = carry
+        return (second, third, x.sum()), first
+
+    return lax.scan(body, (a.sum(), a.sum(), a.sum()), jnp.stack([b] * 4))[1], a
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda a, b: (a + 1, b + 1), (False, True)),
+        (lambda a, b: (a + b, jnp.zeros(3)), (True, False)),
+        (jax.jit(lambda a, b: (a + 1, b + 1)), (False, True)),
+        (jax.checkpoint(lambda a, b: (jnp.sin(a), b * a)), (False, True)),
+        (with_own_gradient, (False, True)),
+        (lambda a, b: lax.cond(a[0] > 0, lambda: (a, b), lambda: (a + 1, b)), (False, True)),
+        (lambda a, b: lax.cond(b[0] > 0, lambda: (a, a * 2), lambda: (a + 1, a)), (True, True)),
+        (scanned, (True, False)),
+        (lambda a, b: (b, a), (True, False)),
+        (lambda a, b: lax.while_loop(lambda c: c[0][0] < 3, lambda c: (c[0] + 1, c[1] + b), (a, a)), (True, True)),
+    ],
+)
+def test_what_depends_on_the_second_argument(function, expected):
+    assert depends(function, (X, X), (False, True)) == expected
+
+
+def test_descriptions_of_arrays_will_do_and_nothing_is_computed():
+    shape = jax.ShapeDtypeStruct((3,), jnp.float32)
+    found = depends(
+        lambda a, tree: {"sum": a + tree["u"], "v": tree["v"]},
+        (shape, {"u": shape, "v": shape}),
+        (True, {"u": False, "v": False}),
+    )
+    assert found == {"sum": True, "v": False}
