@@ -190,6 +190,21 @@ class Packed(Bare):
         return unravel(jax.lax.pmean(vector, "data"))
 
 
+class Books:
+    """What the hooks need of the Bookkeeper of `jaxdist train`."""
+
+    def __init__(self, writer: writers.JsonlWriter):
+        self.writer, self.display = writer, progress_display.Silent()
+
+    def logs(self, step: int) -> bool:
+        """Return whether the metrics of `step` are written."""
+        return step == 1 or step % LOG_EVERY == 0
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Write them."""
+        self.writer.write(step, {f"train/{name}": value for name, value in metrics.items()})
+
+
 class Fit(Side):
     """jaxdist's loop, with the hooks that `jaxdist train` gives it."""
 
@@ -201,7 +216,8 @@ class Fit(Side):
         self.state = state.create_state(functions.init_fn, work.optimizer, mesh=mesh, seed=0)
         self.progress = stop.Progress()
         file = folder / f"{type(self).__name__}-{id(self)}.jsonl"
-        self.log = hooks.LogMetrics([writers.JsonlWriter(file)], every=LOG_EVERY, extra=lambda step: {})
+        self.books: Any = Books(writers.JsonlWriter(file))
+        self.log = hooks.LogMetrics(self.books)
         self.sentinel = recompile.RecompileSentinel()
 
     def host_batch(self, random: np.random.Generator) -> dict[str, np.ndarray]:
@@ -228,13 +244,13 @@ class Fit(Side):
     def run(self, num_steps: int) -> None:
         """See Side."""
         rule = stop.Stop(max_steps=self.progress.step + num_steps, max_seconds=1e9, target=2.0).rule()
-        with signals.stop_on_signal() as request, progress_display.Silent() as display:
+        with signals.stop_on_signal() as request:
             result = loop.fit(
                 self.watched_step,
                 self.state,
                 self.positioned(),
                 stop=rule,
-                hooks=[self.log, hooks.show_progress(display)],
+                hooks=[self.log, hooks.show_progress(self.books)],
                 progress=self.progress,
                 stop_requested=agreement.agreed_stop(lambda: bool(request)),
                 stopwatch=stopwatch.Stopwatch(),

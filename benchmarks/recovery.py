@@ -136,7 +136,7 @@ def snapshots(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 class _Trainer:
     """Trains one model on and on, with snapshots or without, as `jaxdist train` takes them."""
 
-    def __init__(self, parts: components.Training):
+    def __init__(self, parts: components.Parts):
         self._parts, self._state = parts, parts.create_state()
         self._batches = [item for item, _ in zip(parts.batches(), range(8))]
         self._progress, self._times = stop.Progress(), stopwatch.StepTimes()

@@ -55,12 +55,14 @@ class Functions(NamedTuple):
       init_fn(key) -> (params, model_state);
       loss_fn(params, batch, key, model_state) -> (loss, metrics, new model_state);
       eval_fn(params, batch, key, model_state) -> (loss, metrics).
+    predict_fn(params, batch[, model_state]) -> outputs, a row for each example; None where it is not given.
     loss is a Mean over the true examples (or tokens) of the batch, metrics a flat dict of such.
     """
 
     init_fn: Callable[..., Any]
     loss_fn: Callable[..., Any]
     eval_fn: Callable[..., Any]
+    predict_fn: Callable[..., Any] | None = None
 
 
 def from_model(
@@ -158,7 +160,7 @@ def linen(
         params: PyTree, model_state: PyTree, batch: Batch, key: jax.Array, *, train: bool
     ) -> tuple[Any, PyTree]:
         outputs, new_state = module.apply(
-            {"params": _unboxed(params), **(model_state or {})},
+            {"params": unboxed(params), **(model_state or {})},
             *(batch[name] for name in fields),
             rngs=_stream_keys(streams, key) if train else {},
             mutable=collections if train else [],
@@ -294,9 +296,12 @@ def _functions(
         outputs, _ = forward(params, model_state, batch, key, train=False)
         return _average(loss, outputs, batch)
 
+    def predict(params: PyTree, batch: Batch, model_state: PyTree = None) -> Any:
+        return forward(params, model_state, batch, jax.random.key(0), train=False)[0]
+
     if stateful:
-        return Functions(init, loss_stateful, eval_stateful)
-    return Functions(lambda key: init(key)[0], loss_stateless, eval_stateless)
+        return Functions(init, loss_stateful, eval_stateful, predict)
+    return Functions(lambda key: init(key)[0], loss_stateless, eval_stateless, predict)
 
 
 def _average(loss: Loss, outputs: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
@@ -490,7 +495,7 @@ def _split(module: flax_nnx.Module) -> tuple[Any, flax_nnx.State, flax_nnx.State
     return graph, params, random_state, rest
 
 
-def _unboxed(params: PyTree) -> PyTree:
+def unboxed(params: PyTree) -> PyTree:
     """Return the arrays without the boxes that name their dims.
 
     Flax's own unboxing would lay an array out over the mesh axes of those names, which is the layout's business.
@@ -530,7 +535,7 @@ def _boxed(variable: Any) -> Any:
 
 
 def _from_tree(tree: Mapping[str, Any], template: Mapping[tuple, Any]) -> flax_nnx.State:
-    flat = traverse_util.flatten_dict(_unboxed(tree))
+    flat = traverse_util.flatten_dict(unboxed(tree))
     return flax_nnx.from_flat_state(
         {path: variable.replace(flat[tuple(map(str, path))]) for path, variable in template.items()}
     )

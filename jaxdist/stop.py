@@ -29,6 +29,7 @@ class Progress:
       schedule_offset: steps of the present batch size that the steps made so far lack, or have too many, because some
         of them were made with another batch size; see `schedule_offset`.
       empty_batches: steps without an update, because nothing in their batch counted.
+      best: {metric, value, step} of the best value so far of the metric that is watched, None before the first.
     """
 
     step: int = 0
@@ -41,6 +42,11 @@ class Progress:
     global_batch_size: int | None = None
     schedule_offset: int = 0
     empty_batches: int = 0
+    best: dict[str, Any] | None = None
+
+    def advance(self, step: int, examples_seen: int, num_examples: int) -> None:
+        """Note that `step` is finished; an epoch is finished with the last of its `num_examples` examples."""
+        self.step, self.examples_seen, self.epoch = step, examples_seen, examples_seen // num_examples
 
     def record_evaluation(self, metrics: Mapping[str, float]) -> None:
         """Take in the result of an evaluation after the present step."""
@@ -48,6 +54,14 @@ class Progress:
         self.metrics.update(metrics)
         for name, value in metrics.items():
             self.history.setdefault(name, []).append(value)
+
+    def record_best(self, metric: str, value: float, mode: Mode) -> bool:
+        """Take in the value of the watched metric after the present step; return whether none before was as good."""
+        best = self.best if self.best and self.best["metric"] == metric else None
+        if math.isnan(value) or (best and _sign(mode) * value <= _sign(mode) * best["value"]):
+            return False
+        self.best = {"metric": metric, "value": value, "step": self.step}
+        return True
 
     def to_json(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of this."""

@@ -47,7 +47,6 @@ PLANNED: set[str] = set()
 MOST_ENTRIES, MOST_FILES = 22, 16
 UPWARD = {
     ("paramserver.protocol", "paramserver.wire"),
-    ("rundir", "run"),
 }
 """Imports that still run up, and are to go."""
 

@@ -11,7 +11,7 @@ from jaxdist.errors import ExitStatus, UserError
 from jaxdist.launch.engines import choice, kubernetes
 from jaxdist.launch.engines import request as requests
 from jaxdist.launch.supervising import hosts
-from jaxdist.run import attempt
+from jaxdist.run import directory, supervised
 
 
 def launch(options: argparse.Namespace) -> int:
@@ -47,7 +47,7 @@ def _request(options: argparse.Namespace, experiment: Experiment) -> requests.Re
     """Return what is asked for; the run directory is chosen here, the same for every restart."""
     settings = requests.settings_of(options.engine_settings)
     in_pods = options.engine == "kubernetes"
-    run_dir = options.run_dir or attempt.default_run_dir(experiment.name, resume=False)
+    run_dir = options.run_dir or directory.default_run_dir(experiment.name, resume=False)
     if in_pods and not options.run_dir:
         run_dir = pathlib.Path(kubernetes.default_run_dir(run_dir.name, settings))
     return requests.Request(
@@ -86,7 +86,7 @@ def _launch_on_host(options: argparse.Namespace, experiment: Experiment) -> int:
     arguments += ["--run-dir", str(options.run_dir), "--restartable"]
     if options.dry_run:
         return _show(arguments)
-    return attempt.supervise_host(experiment, arguments, host, run_dir=options.run_dir)
+    return supervised.supervise_host(experiment, arguments, host, run_dir=options.run_dir)
 
 
 def _launch_servers(options: argparse.Namespace, experiment: Experiment) -> int:

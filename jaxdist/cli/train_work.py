@@ -17,7 +17,7 @@ from jaxdist.launch.joining import places, runtime, same_on_all
 from jaxdist.launch.signals import StopRequest
 from jaxdist.launch.supervising import fork_server
 from jaxdist.paramserver.run import start as paramserver
-from jaxdist.run import attempt, components, recovery
+from jaxdist.run import attempt, bookkeeping, components, directory, recovery, supervised
 from jaxdist.rundir import record
 
 
@@ -39,10 +39,10 @@ def supervise(options: argparse.Namespace, forks: fork_server.ForkServer) -> int
         raise errors.UserError(f"--processes starts a job, and this process belongs to one: {place}. Leave it out.")
     _check_checkpoint(options)
     experiment = selected_experiment.load(options)
-    run_dir = options.run_dir or attempt.default_run_dir(experiment.name, resume=options.resume)
+    run_dir = options.run_dir or directory.default_run_dir(experiment.name, resume=options.resume)
     with viewer.Viewer() as shown:
         shown.log = run_dir / "logs" / "supervisor.log"
-        return attempt.supervise(
+        return supervised.supervise(
             experiment,
             [*_without_checkpoint(options.arguments), "--run-dir", str(run_dir)],
             run_dir=run_dir,
@@ -81,12 +81,14 @@ def exit_status(made: record.RunRecord) -> ExitStatus:
     return ExitStatus.FAILED if made.end_reason in ("nonfinite", "error", None) else ExitStatus.OK
 
 
-def _train_by_server(options: argparse.Namespace, request: StopRequest) -> int:
+def _train_by_server(
+    options: argparse.Namespace, request: StopRequest, identity: components.Identity | None = None
+) -> int:
     """Start the scheduler, servers and workers of a parameter server; `--devices` counts those of each worker."""
     if options.processes:
         raise errors.UserError("A parameter server has ps.workers and ps.servers; leave --processes out.")
     experiment = selected_experiment.load(options)
-    run_dir = options.run_dir or attempt.default_run_dir(experiment.name, resume=options.resume)
+    run_dir = options.run_dir or directory.default_run_dir(experiment.name, resume=options.resume)
     with selected_experiment.record_alone_on_stdout(options):
         settings = paramserver.Options(
             experiment=options.experiment,
@@ -97,6 +99,7 @@ def _train_by_server(options: argparse.Namespace, request: StopRequest) -> int:
             silent=options.json,
             command=options.command,
             stop_requested=lambda: bool(request),
+            identity=identity,
         )
         made = paramserver.train(settings)
     return _report(made, run_dir, as_json=options.json)
@@ -106,9 +109,9 @@ def _train_here(
     options: argparse.Namespace, devices: Sequence[jax.Device], request: StopRequest, shown: viewer.Viewer
 ) -> int:
     with selected_experiment.record_alone_on_stdout(options):
-        experiment, run_dir, resume = _agree(options)
+        experiment, identity, run_dir, resume = _agree(options)
         if experiment.strategy == parser.PARAMETER_SERVER:  # as the experiment says, not the command line
-            return _train_by_server(options, request)
+            return _train_by_server(options, request, identity)
         shown.log = run_dir / "logs" / "process-0.log"
         earlier = _how_it_ended(run_dir) if resume else None
         is_over = recovery.deadline(experiment.recovery)
@@ -121,6 +124,10 @@ def _train_here(
                 silent=options.json,
                 command=options.command,
                 stop_requested=lambda step: bool(request) or is_over(),
+                identity=identity,
+                source=bookkeeping.ExperimentSource(
+                    str(pathlib.Path(options.experiment).absolute()), tuple(selected_experiment.assignments(options))
+                ),
             ),
             devices=devices,
         )
@@ -142,17 +149,14 @@ def _how_it_ended(run_dir: pathlib.Path) -> tuple[int, str | None] | None:
     return earlier.step, earlier.end_reason
 
 
-def _agree(options: argparse.Namespace) -> tuple[Experiment, pathlib.Path, bool]:
-    """Return the experiment, its run directory and whether to resume: the same on every process of the job, or else."""
+def _agree(options: argparse.Namespace) -> tuple[Experiment, components.Identity, pathlib.Path, bool]:
+    """Return the experiment, its identity, its run directory and whether to resume: the same on every process."""
     try:
         experiment = selected_experiment.load(options)
-        run_dir = options.run_dir or attempt.default_run_dir(experiment.name, resume=options.resume)
+        run_dir = options.run_dir or directory.default_run_dir(experiment.name, resume=options.resume)
         facts = same_on_all.of_experiment(options.experiment, record.plain(experiment))
-        facts |= {
-            "data and model": str(components.identity(experiment)),
-            "--resume": options.resume,
-            "--checkpoint": options.checkpoint,
-        }
+        identity = components.identity(experiment)
+        facts |= {"data and model": str(identity), "--resume": options.resume, "--checkpoint": options.checkpoint}
     except errors.UserError as error:
         same_on_all.compare("experiment", {"mistake": str(error)})
         raise
@@ -160,7 +164,7 @@ def _agree(options: argparse.Namespace) -> tuple[Experiment, pathlib.Path, bool]
     run_dir = pathlib.Path(same_on_all.from_first("run directory", str(run_dir)))
     there = options.restartable and (run_dir / record.FILE_NAME).exists()
     resume = options.resume or same_on_all.from_first("restart", str(there)) == str(True)
-    return experiment, run_dir, resume
+    return experiment, identity, run_dir, resume
 
 
 def _report(made: record.RunRecord, run_dir: pathlib.Path, *, as_json: bool) -> int:

@@ -6,7 +6,7 @@ import json
 from jaxdist.cli import selected_experiment
 from jaxdist.errors import ExitStatus
 from jaxdist.launch.joining import runtime
-from jaxdist.run import verify as verification
+from jaxdist.run.use import verify as verification
 
 
 def verify(options: argparse.Namespace) -> int:

@@ -57,6 +57,7 @@ class Loader:
       on_bad: "raise" ends with the first example that cannot be read (`CorruptExample`); "skip" leaves a row of zeros
         with mask 0 in its place, logs a warning that names it, and notes it in `skipped`.
       start: a stored position to continue from.
+      fingerprint: of the source, where it is known already; taking it may look at every file.
 
     Raises:
       ValueError: fewer examples than a batch in a loader that trains (it shuffles, or never ends); a position that
@@ -78,6 +79,7 @@ class Loader:
         read_ahead: int = 2,
         on_bad: Literal["raise", "skip"] = "raise",
         start: Position | None = None,
+        fingerprint: str | None = None,
     ):
         source = as_source(source)
         self.source, self.seed, self.example_fn = source, int(seed), example_fn
@@ -88,7 +90,8 @@ class Loader:
         self.skipped: list[str] = []
         self.rows = None if rows is None else _checked_rows(rows, global_batch_size)
         _check_counts(self, trains=shuffle is not False or num_epochs is None)
-        self.beginning = Position(0, 0, len(source), self.seed, self.order.version, source.fingerprint())
+        fingerprint = source.fingerprint() if fingerprint is None else fingerprint
+        self.beginning = Position(0, 0, len(source), self.seed, self.order.version, fingerprint)
         if start is not None:
             start.check_resumable(self.beginning)
         self.start = self.beginning if start is None else start

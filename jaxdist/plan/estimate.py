@@ -171,7 +171,7 @@ def estimate(experiment: Experiment, topology: Topology) -> Estimate:
     return read(compiled, step_flops, parts, topology)
 
 
-def compile_step(parts: components.Training) -> tuple[jax.stages.Compiled, float]:
+def compile_step(parts: components.Parts) -> tuple[jax.stages.Compiled, float]:
     """Return the training step, compiled for the devices that `parts` were put together for, and its FLOPs."""
     rows = NamedSharding(parts.strategy.mesh, PartitionSpec(parts.strategy.batch_axes))
     shapes = components.example_batch(parts.loader)
@@ -181,7 +181,7 @@ def compile_step(parts: components.Training) -> tuple[jax.stages.Compiled, float
     return traced.lower().compile(), flops.count(traced.jaxpr)
 
 
-def read(compiled: jax.stages.Compiled, step_flops: float, parts: components.Training, topology: Topology) -> Estimate:
+def read(compiled: jax.stages.Compiled, step_flops: float, parts: components.Parts, topology: Topology) -> Estimate:
     """Return the Estimate of a compiled step."""
     experiment, mesh, chip = parts.experiment, parts.strategy.mesh, topology.chip
     found = collectives.collectives(compiled.as_text() or "")
@@ -213,7 +213,7 @@ def read(compiled: jax.stages.Compiled, step_flops: float, parts: components.Tra
     )
 
 
-def device_bytes(compiled: jax.stages.Compiled, parts: components.Training) -> DeviceBytes:
+def device_bytes(compiled: jax.stages.Compiled, parts: components.Parts) -> DeviceBytes:
     """Return what one device holds while the compiled step runs."""
     memory: Any = compiled.memory_analysis()
     state = parts.abstract_state

@@ -23,7 +23,7 @@ from jaxdist.spmd.metrics import Batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Training:
+class Parts:
     """An experiment put together for some devices.
 
     Attributes:
@@ -32,11 +32,13 @@ class Training:
       strategy: mesh, layout and how the batch is cut.
       sizes: examples per device and so on.
       loader: the training batches, from the first.
+      eval_loader: the held-out batches, or None.
       functions: of the model, in the experiment's precision.
       optimizer: in optax.
       learning_rate: step -> learning rate; None where the optimizer is optax's own.
       abstract_state: the state's shapes, dtypes and shardings, as jax.ShapeDtypeStructs.
       step: the training step.
+      fields: shapes and dtypes of a global batch.
       eval_step: the evaluation step, or None without held-out data.
     """
 
@@ -45,10 +47,12 @@ class Training:
     strategy: strategies.Strategy
     sizes: mesh.BatchSizes
     loader: data.Loader
+    eval_loader: data.Loader | None
     functions: adapters.Functions
     optimizer: optax.GradientTransformation
     learning_rate: Callable[[int], float] | None
     abstract_state: state.TrainState
+    fields: Mapping[str, jax.ShapeDtypeStruct]
     step: step.Step
     eval_step: evaluate.EvalStep | None
 
@@ -62,7 +66,7 @@ class Training:
             layout=self.strategy.layout,
         )
 
-    def continued(self, progress: stop.Progress) -> "Training":
+    def continued(self, progress: stop.Progress) -> "Parts":
         """Return the parts for a run that is resumed: a schedule in epochs continues where the examples brought it.
 
         `progress` is told the batch size, for the next time.
@@ -84,21 +88,27 @@ class Training:
 
     def batches(self, start: data.Position | None = None) -> Iterator[tuple[Batch, data.Position]]:
         """Return the training batches on the mesh, each with the position after it, from `start` on."""
-        loader = self.loader if start is None else make_loader(self.experiment, start=start)
+        loader = self.loader if start is None else self.loader.starting_at(start)
         return data.feed(loader, self.strategy.mesh, self.strategy.batch_axes, self.experiment.data.prefetch)
 
     def evaluate(self, train_state: state.TrainState) -> dict[str, float]:
         """Return loss and metrics on the held-out data; of the averaged params, where the optimizer keeps them."""
         assert self.eval_step is not None
-        loader = make_eval_loader(self.experiment)
-        averaged = optimizers.ema_params(train_state.opt_state)
-        params = train_state.params if averaged is None else averaged
-        batches = data.feed(loader, self.strategy.mesh, self.strategy.batch_axes, self.experiment.data.prefetch)
+        assert self.eval_loader is not None
+        mesh, axes = self.strategy.mesh, self.strategy.batch_axes
+        batches = data.feed(self.eval_loader, mesh, axes, self.experiment.data.prefetch)
+        params = params_in_use(train_state)
         return evaluate.evaluate(self.eval_step, params, train_state.model_state, (batch for batch, _ in batches))
 
 
-def put_together(experiment: Experiment, *, devices: Sequence[jax.Device]) -> Training:
-    """Return the Training of `experiment` on `devices`.
+def params_in_use(train_state: state.TrainState) -> Any:
+    """Return the params that a trained model is used with: the averaged ones, where the optimizer keeps them."""
+    averaged = optimizers.ema_params(train_state.opt_state)
+    return train_state.params if averaged is None else averaged
+
+
+def put_together(experiment: Experiment, *, devices: Sequence[jax.Device], identity: "Identity | None" = None) -> Parts:
+    """Return the parts of `experiment` on `devices`; its identity, where it is known already, is not taken again.
 
     Raises:
       ValueError: settings that do not fit the devices, the data or each other; the message says which.
@@ -120,31 +130,39 @@ def put_together(experiment: Experiment, *, devices: Sequence[jax.Device]) -> Tr
         num_microbatches=experiment.num_microbatches,
         logical_shards=strategy.logical_shards,
     )
-    loader = make_loader(experiment)
+    loader = make_loader(experiment, fingerprint=identity.data if identity else None)
     shapes = example_batch(loader)
     functions = make_functions(experiment, shapes)
     known_end = known_ends(experiment, loader.steps_per_epoch)
     optimizer, learning_rate = make_optimizer(experiment, known_end)
     # A leaf that cannot be cut as asked is found here, where nothing has been written yet.
     abstract = state.abstract_state(functions.init_fn, optimizer, mesh=strategy.mesh, layout=strategy.layout)
-    preflight.check(experiment, functions, abstract, shapes, eval_shapes(experiment))
-    return Training(
+    eval_loader = None if experiment.data.eval is None else make_eval_loader(experiment)
+    preflight.check(experiment, functions, abstract, shapes, example_batch(eval_loader) if eval_loader else None)
+    return Parts(
         experiment=experiment,
-        identity=identity(experiment),
+        identity=identity or identity_of(experiment, loader.beginning.fingerprint),
         strategy=strategy,
         sizes=sizes,
         loader=loader,
+        eval_loader=eval_loader,
         functions=functions,
         optimizer=optimizer,
         learning_rate=learning_rate,
         abstract_state=abstract,
+        fields=shapes,
         step=make_step(experiment, strategy, functions, optimizer),
         eval_step=None if experiment.data.eval is None else strategy.make_eval_step(functions.eval_fn),
     )
 
 
-def make_loader(experiment: Experiment, start: data.Position | None = None) -> data.Loader:
-    """Return the loader of the training examples; it goes on for ever, since the stop rules say when to end."""
+def make_loader(experiment: Experiment, *, fingerprint: str | None = None) -> data.Loader:
+    """Return the loader of the training examples; it never ends, since the stop rules say when to end.
+
+    Args:
+      experiment: what is trained.
+      fingerprint: of the training data, where it is known already.
+    """
     return data.Loader(
         experiment.data.train,
         global_batch_size=experiment.global_batch_size,
@@ -154,7 +172,7 @@ def make_loader(experiment: Experiment, start: data.Position | None = None) -> d
         num_threads=experiment.data.num_threads,
         num_workers=experiment.data.num_workers,
         on_bad=experiment.data.on_bad,
-        start=start,
+        fingerprint=fingerprint,
     )
 
 
@@ -171,6 +189,7 @@ def make_eval_loader(experiment: Experiment) -> data.Loader:
         num_threads=experiment.data.num_threads,
         num_workers=experiment.data.num_workers,
         on_bad=experiment.data.on_bad,
+        fingerprint="",  # No position in these data is ever stored.
     )
 
 
@@ -182,11 +201,6 @@ def example_batch(loader: data.Loader) -> dict[str, jax.ShapeDtypeStruct]:
         )
         for name, array in loader.first_example().items()
     }
-
-
-def eval_shapes(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct] | None:
-    """Return shapes and dtypes of a batch of held-out examples, None without any."""
-    return None if experiment.data.eval is None else example_batch(make_eval_loader(experiment))
 
 
 def make_functions(experiment: Experiment, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> adapters.Functions:
@@ -246,12 +260,25 @@ class Identity:
 
 def identity(experiment: Experiment) -> Identity:
     """Return the identity of `experiment`; takes the fingerprint of its data, which may look at every file."""
+    return identity_of(experiment, wrap.as_source(experiment.data.train).fingerprint())
+
+
+def identity_of(experiment: Experiment, fingerprint: str) -> Identity:
+    """Return the identity of `experiment`, whose training data have this fingerprint."""
     return Identity(
         name=experiment.name,
-        model=_short_hash(record.plain(experiment.model)),
-        data=wrap.as_source(experiment.data.train).fingerprint(),
+        model=_short_hash(settings_of_model(experiment.model)),
+        data=fingerprint,
         seed=experiment.seed,
     )
+
+
+def settings_of_model(model: Any) -> Any:
+    """Return what a model is made of, as plain data; how it predicts may be added to a model that is trained."""
+    settings = record.plain(model)
+    if isinstance(model, adapters.Functions) and isinstance(settings, dict):
+        settings.pop("predict_fn")
+    return settings
 
 
 def _short_hash(content: Any) -> str:
@@ -313,3 +340,11 @@ def check_experiment(experiment: Experiment) -> None:
             f"The stop rule looks at {watched}, and the experiment has no data.eval. "
             "Give it held-out data, or set stop.target_metric to a train/ metric."
         )
+
+
+def watched_metric(experiment: Experiment) -> tuple[str | None, stop.Mode]:
+    """Return the metric whose best state is kept, None where there is none, and which values of it are good."""
+    kept, ends = experiment.checkpoints, experiment.stop
+    if kept.best_metric is not None:
+        return kept.best_metric, kept.best_mode
+    return (ends.target_metric if ends.target is not None or ends.patience is not None else None), ends.mode

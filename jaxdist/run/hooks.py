@@ -3,19 +3,12 @@
 A hook is a function of StepInfo. None of these decides when training ends: they record, and the stop rules read.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
 import jax
 import numpy as np
 
+from jaxdist.run.bookkeeping import Bookkeeper
 from jaxdist.run.loop import Hook, StepInfo
-from jaxdist.run.progress_display import Progress as ProgressDisplay
-from jaxdist.run.stopwatch import Stopwatch
-from jaxdist.rundir.writers import Writer
-from jaxdist.spmd.state import TrainState
 from jaxdist.spmd.step import EMPTY_BATCH, NONFINITE_LEAF, Metrics
-from jaxdist.stop import Progress
 
 
 def every(num_steps: int, hook: Hook) -> Hook:
@@ -29,112 +22,59 @@ def every(num_steps: int, hook: Hook) -> Hook:
 
 
 class LogMetrics:
-    """Writes the training metrics of every n-th step, and of the first, under `train/`; reads them one step late."""
+    """Writes the training metrics of every n-th step, and of the first; reads them one step late."""
 
-    def __init__(self, writers: Sequence[Writer], *, every: int, extra: Callable[[int], Mapping[str, float]]):
-        self._writers, self._every, self._extra = writers, every, extra
-        self._pending: tuple[int, Metrics, Progress] | None = None
+    def __init__(self, books: Bookkeeper) -> None:
+        self._books = books
+        self._pending: tuple[int, Metrics] | None = None
 
     def __call__(self, info: StepInfo) -> None:
         """Write what is pending, and note this step's metrics if they are due."""
         self.flush()
-        if info.step == 1 or info.step % self._every == 0:
-            self._pending = (info.step, info.metrics, info.progress)
+        if self._books.logs(info.step):
+            self._pending = (info.step, info.metrics)
 
     def flush(self) -> None:
         """Write what is pending; waits for that step."""
         if self._pending is None:
             return
-        step, metrics, progress = self._pending
-        self._pending = None
-        values = fetch(metrics) | dict(self._extra(step))
-        named = {f"train/{name}": value for name, value in values.items()}
-        progress.metrics.update(named)
-        for writer in self._writers:
-            writer.write(step, named)
+        (step, metrics), self._pending = self._pending, None
+        self._books.log(step, fetch(metrics))
 
 
-def show_progress(display: ProgressDisplay) -> Hook:
-    """Return the hook that keeps a progress display up to date."""
-
-    def show(info: StepInfo) -> None:
-        display.update(info.step, info.progress.metrics)
-
-    return show
+def show_progress(books: Bookkeeper) -> Hook:
+    """Return the hook that keeps the display up to date."""
+    return lambda info: books.display.update(info.step, info.progress.metrics)
 
 
-class Evaluate:
-    """Evaluates every n steps, or at the end of every n-th epoch, and writes the result under `eval/`."""
+def evaluate_when_due(books: Bookkeeper) -> Hook:
+    """Return the hook that evaluates when the experiment says so."""
 
-    def __init__(
-        self,
-        evaluate: Callable[[TrainState], Mapping[str, float]],
-        writers: Sequence[Writer],
-        stopwatch: Stopwatch,
-        *,
-        every_steps: int | None = None,
-        every_epochs: int = 1,
-    ):
-        self._evaluate, self._writers, self._stopwatch = evaluate, writers, stopwatch
-        self._every_steps, self._every_epochs = every_steps, every_epochs
+    def evaluate(info: StepInfo) -> None:
+        if books.evaluations.due() and _was_made(info):
+            books.evaluate(info.state)
 
-    def __call__(self, info: StepInfo) -> None:
-        """Evaluate if this step is due."""
-        if self._due(info):
-            self.run(info.state, info.progress)
-
-    def run(self, state: TrainState, progress: Progress) -> None:
-        """Evaluate now."""
-        with self._stopwatch.account("eval"):
-            metrics = {f"eval/{name}": value for name, value in self._evaluate(state).items()}
-        progress.record_evaluation(metrics)
-        for writer in self._writers:
-            writer.write(progress.step, metrics)
-
-    def _due(self, info: StepInfo) -> bool:
-        if self._every_steps is not None:
-            return info.step % self._every_steps == 0
-        at_epoch_end = info.position.position == info.position.num_examples
-        return at_epoch_end and info.progress.epoch % self._every_epochs == 0
+    return evaluate
 
 
-class Save:
-    """Saves a checkpoint every n steps: the state, the data position and the progress."""
+def save_when_due(books: Bookkeeper) -> Hook:
+    """Return the hook that saves a checkpoint when the experiment says so, or the state is the best so far."""
 
-    def __init__(
-        self,
-        save: Callable[[int, TrainState, dict[str, Any], Mapping[str, float]], None],
-        stopwatch: Stopwatch,
-        *,
-        every_steps: int,
-        before: Sequence[Callable[[], None]] = (),
-        after: Sequence[Callable[[Progress], None]] = (),
-    ):
-        self._save, self._stopwatch, self._every_steps = save, stopwatch, every_steps
-        self._before, self._after = before, after
-        self.last_step: int | None = None
+    def save(info: StepInfo) -> None:
+        due = books.saves.due() or books.unsaved_best
+        if due and _was_made(info):
+            books.save(info.state, info.position)
 
-    def __call__(self, info: StepInfo) -> None:
-        """Save if this step is due and was made.
+    return save
 
-        Where the loss or gradient was not finite, the loop ends a few steps later; a checkpoint made meanwhile would
-        count the lost steps as done. Reading the flag waits for the step, which saving does anyway.
-        """
-        if info.step % self._every_steps == 0 and int(info.metrics[NONFINITE_LEAF].addressable_data(0)) < 0:
-            self.run(info.state, info.position, info.progress)
 
-    def run(self, state: TrainState, position: Any, progress: Progress) -> None:
-        """Save now, unless this very step is saved already."""
-        if self.last_step == progress.step:
-            return
-        self.last_step = progress.step
-        for action in self._before:
-            action()
-        with self._stopwatch.account("checkpoint"):
-            data_state = {"position": position.to_json(), "progress": progress.to_json()}
-            self._save(progress.step, state, data_state, progress.metrics)
-        for report in self._after:
-            report(progress)
+def _was_made(info: StepInfo) -> bool:
+    """Return whether the loss and gradient of a step, and of those before it, were finite; waits for the step.
+
+    Where one was not, the loop ends a few steps later; what is evaluated or saved meanwhile would count steps as done
+    that were not made.
+    """
+    return int(info.metrics[NONFINITE_LEAF].addressable_data(0)) < 0
 
 
 def fetch(metrics: Metrics) -> dict[str, float]:

@@ -172,10 +172,8 @@ def _count_empty(progress: stop_rules.Progress, unread: "_Unread") -> None:
 
 
 def _advance(progress: stop_rules.Progress, position: DataPosition, seconds: float) -> None:
-    whole = position.position == position.num_examples
-    progress.step += 1
-    progress.epoch = position.epoch + whole
-    progress.examples_seen = position.epoch * position.num_examples + position.position
+    seen = position.epoch * position.num_examples + position.position
+    progress.advance(progress.step + 1, seen, position.num_examples)
     progress.seconds = seconds
 
 

@@ -47,7 +47,7 @@ class Rescue:
             newest = checkpointer.latest_step() or 0
             found = snapshot.read_newest(memory, identity=self.identity, after=newest)
             if found:
-                metrics = found.data_state["progress"]["metrics"]
+                metrics = _own_metrics(found)
                 checkpointer.save_leaves(found.step, found.leaves, found.data_state, metrics)
                 checkpointer.wait()
         with contextlib.suppress(OSError, ValueError):  # a record that is damaged cannot say more
@@ -62,6 +62,13 @@ class Rescue:
     def from_text(cls, text: str) -> "Rescue":
         """Return what `to_text` gave."""
         return cls(**json.loads(text))
+
+
+def _own_metrics(saved: snapshot.Snapshot) -> dict[str, float]:
+    """Return the metrics of the saved step itself: a checkpoint is not judged by the evaluation of another step."""
+    progress = saved.data_state["progress"]
+    evaluated = progress.get("last_evaluation") == saved.step
+    return {name: value for name, value in progress["metrics"].items() if evaluated or not name.startswith("eval/")}
 
 
 def _record(run_dir: pathlib.Path, saved: snapshot.Snapshot | None, end_reason: str) -> None:

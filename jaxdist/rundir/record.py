@@ -208,6 +208,14 @@ def plain(value: Any) -> Plain:
     return _plain_object(value)
 
 
+def flat(name: str, value: Any) -> dict[str, Any]:
+    """Return plain data as one entry a setting: `{"optimizer.learning_rate": 0.1}`."""
+    if not isinstance(value, Mapping):
+        return {name: value}
+    parts = [flat(f"{name}.{key}" if name else str(key), part) for key, part in value.items()]
+    return {key: leaf for part in parts for key, leaf in part.items()}
+
+
 def numbers(metrics: Mapping[str, Any]) -> dict[str, Plain]:
     """Return the metrics as JSON numbers: whatever float() takes (a scalar jax.Array too), None where not finite."""
     return {

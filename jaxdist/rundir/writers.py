@@ -69,9 +69,14 @@ def _make_writer(run_dir: pathlib.Path, kind: Kind, resumed_step: int | None) ->
     raise ValueError(f"A writer is one of console, jsonl, csv, tensorboard; got {kind!r}.")
 
 
-def format_metrics(metrics: Mapping[str, float]) -> str:
-    """Return the metrics as one line for people: four significant digits each, in the order given."""
-    return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+def format_number(value: Any) -> str:
+    """Return whatever float() takes as people read it: four significant digits."""
+    return f"{float(value):.4g}"
+
+
+def format_metrics(metrics: Mapping[str, Any]) -> str:
+    """Return the metrics as one line for people, in the order given."""
+    return "  ".join(f"{name} {format_number(value)}" for name, value in metrics.items())
 
 
 class ConsoleWriter:

@@ -3,6 +3,7 @@ import errno
 import json
 import pathlib
 import re
+import shutil
 
 import compile_cache
 import jax
@@ -14,8 +15,8 @@ import jaxdist
 from jaxdist import errors, testing
 from jaxdist.checkpoint import checkpoints
 from jaxdist.config import overrides
-from jaxdist.data import CorruptExample
-from jaxdist.run import attempt, components, recovery
+from jaxdist.data import ArraySource, CorruptExample, Loader
+from jaxdist.run import attempt, components, directory, recovery
 from jaxdist.rundir import record
 from jaxdist.stop import Progress
 
@@ -60,7 +61,7 @@ def read_checkpoint(run_dir, *assignments):
     """Return state and progress of the newest checkpoint; seconds, which never are the same, left out."""
     experiment = overrides.override(tiny_experiment.get_config(), assignments)
     parts = components.put_together(experiment, devices=jax.devices()[:1])
-    checkpointer = attempt.make_checkpointer(experiment, run_dir, parts.identity)
+    checkpointer = directory.open_checkpoints(experiment, run_dir, parts.identity)
     state, data_state = checkpointer.restore(parts.abstract_state)
     checkpointer.close()
     progress = Progress.from_json(data_state["progress"])
@@ -357,15 +358,6 @@ def test_wrong_settings_create_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_default_run_dir_is_the_newest_when_resuming(tmp_path):
-    assert re.fullmatch(r"tiny-\d{8}-\d{6}", attempt.default_run_dir("tiny", resume=False, root=tmp_path).name)
-    with pytest.raises(errors.UserError, match="no run of tiny to resume"):
-        attempt.default_run_dir("tiny", resume=True, root=tmp_path)
-    for name in ("tiny-20260101-000000", "tiny-20270101-000000", "tiny-other-20280101-000000"):
-        (tmp_path / name).mkdir()
-    assert attempt.default_run_dir("tiny", resume=True, root=tmp_path).name == "tiny-20270101-000000"
-
-
 def test_a_run_continues_from_the_step_that_is_named_and_keeps_the_newer_ones_aside(tmp_path, undisturbed):
     run(tmp_path / "run")
     with pytest.raises(errors.UserError, match=r"holds steps 8, 10\. Choose another; got 5"):
@@ -375,3 +367,89 @@ def test_a_run_continues_from_the_step_that_is_named_and_keeps_the_newer_ones_as
     assert {path.name for path in (tmp_path / "run" / "set-aside" / "1").iterdir()} == {"10"}
     run(tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "run", undisturbed)
+
+
+class CountedSource(ArraySource):
+    """Counts how often its fingerprint is asked for, which may be to read every file."""
+
+    count = 0
+
+    def fingerprint(self):
+        self.count += 1
+        return super().fingerprint()
+
+
+def counted_experiment():
+    found = tiny_experiment.get_config()
+    train, held_out = (CountedSource(source.arrays) for source in (found.data.train, found.data.eval))
+    return dataclasses.replace(found, data=dataclasses.replace(found.data, train=train, eval=held_out))
+
+
+def test_the_data_are_fingerprinted_once_and_a_known_fingerprint_is_passed_on(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(components.data, "Loader", lambda *args, **kwargs: made.append(0) or Loader(*args, **kwargs))
+    experiment = counted_experiment()
+    first = run(tmp_path / "run", "eval.every_steps=1", preempt=3, experiment=experiment)
+    assert (first.step, experiment.data.train.count, experiment.data.eval.count) == (3, 1, 0)
+    assert len(made) == 2  # one loader of the training data, one for all three evaluations
+
+    experiment = counted_experiment()
+    identity = components.identity(experiment)
+    options = attempt.RunOptions(run_dir=tmp_path / "run", resume=True, silent=True, identity=identity)
+    attempt.train(experiment, options, devices=jax.devices()[:2])
+    assert (experiment.data.train.count, experiment.data.eval.count) == (1, 0)
+
+
+def accuracies(values):
+    """Let the evaluations of any run give these values, one after the other."""
+    remaining = iter(values)
+    return lambda parts, state: {"accuracy": next(remaining), "loss": 1.0}
+
+
+def test_the_best_state_is_saved_when_it_is_found_kept_named_and_loadable(tmp_path, monkeypatch):
+    """Evaluations after steps 2, 4, 6, 8 and 10; checkpoints every 100 steps."""
+    monkeypatch.setattr(components.Parts, "evaluate", accuracies([0.5, 0.9, 0.7, 0.9, 0.1]))
+    settings = ("eval.every_steps=2", "checkpoints.every_steps=100", "checkpoints.keep_last=1")
+    run(tmp_path / "run", *settings, "checkpoints.best_metric=eval/accuracy")
+    best = {"metric": "eval/accuracy", "value": 0.9, "step": 4}
+    assert read_record(tmp_path / "run")["best"] == best
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["10", "4"]
+
+    monkeypatch.setattr(components.Parts, "evaluate", accuracies([0.5, 0.9]))
+    stopped = run(tmp_path / "other", *settings, "checkpoints.best_metric=eval/accuracy", "stop.max_steps=4")
+    assert stopped.extra["best"] == best
+    experiment = tiny_experiment.get_config()
+    parts = components.put_together(experiment, devices=jax.devices()[:1])
+    for run_dir in (tmp_path / "run", tmp_path / "other"):
+        with directory.open_checkpoints(experiment, run_dir, parts.identity) as checkpointer:
+            state, _ = checkpointer.restore(parts.abstract_state, 4)
+        assert record.params_sha256(state.params) == stopped.params_sha256
+
+
+def test_a_resumed_run_knows_the_best_of_the_attempts_before_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(components.Parts, "evaluate", accuracies([0.5, 0.9, 0.7, 0.8, 0.1]))
+    settings = ("eval.every_steps=2", "checkpoints.every_steps=100", "checkpoints.best_metric=eval/accuracy")
+    run(tmp_path / "run", *settings, preempt=5)
+    made = run(tmp_path / "run", *settings, resume=True)
+    assert made.extra["best"] == {"metric": "eval/accuracy", "value": 0.9, "step": 4}
+
+
+def test_a_checkpoint_is_not_judged_by_the_evaluation_of_another_step(tmp_path, monkeypatch):
+    """The checkpoint of step 3 must not be taken for the one whose accuracy was measured after step 2."""
+    monkeypatch.setattr(components.Parts, "evaluate", accuracies([0.9, 0.1, 0.2]))
+    settings = ("eval.every_steps=2", "checkpoints.every_steps=3", "checkpoints.keep_last=1", "stop.max_steps=6")
+    run(tmp_path / "run", *settings, "checkpoints.best_metric=eval/accuracy")
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["2", "6"]
+
+
+@pytest.mark.parametrize("of_version_0_1", [False, True])
+def test_a_resume_whose_checkpoints_are_gone_is_refused_and_changes_nothing(tmp_path, of_version_0_1):
+    run(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    if of_version_0_1:
+        content = {key: value for key, value in read_record(tmp_path / "run").items() if key != "checkpoint"}
+        (tmp_path / "run" / "run.json").write_text(json.dumps(content))
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in ("run.json", "metrics.jsonl")}
+    with pytest.raises(errors.UserError, match=r"a checkpoint of step 10, and .*checkpoints holds none"):
+        run(tmp_path / "run", "stop.max_steps=20", resume=True)
+    assert {name: (tmp_path / "run" / name).read_bytes() for name in before} == before

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import types
 
 import jax.numpy as jnp
 import pytest
@@ -8,7 +9,6 @@ from hypothesis import strategies as st
 
 from jaxdist.run import hooks
 from jaxdist.run.loop import StepInfo
-from jaxdist.run.stopwatch import Stopwatch
 from jaxdist.spmd.step import NONFINITE_LEAF
 from jaxdist.stop import Progress
 
@@ -22,17 +22,26 @@ class Place:
         return dataclasses.asdict(self)
 
 
-class Rows:
-    """A writer that keeps what it is given."""
+class Books:
+    """What the hooks see of a Bookkeeper."""
 
-    def __init__(self):
-        self.rows = []
+    def __init__(self, *, log_every=1, due=lambda: True, best=False):
+        self.unsaved_best = best
+        self.calls, self._log_every = [], log_every
+        self.evaluations = self.saves = types.SimpleNamespace(due=due)
+        self.display = types.SimpleNamespace(update=lambda *shown: self.calls.append(("show", *shown)))
 
-    def write(self, step, metrics):
-        self.rows.append((step, dict(metrics)))
+    def logs(self, step):
+        return step == 1 or step % self._log_every == 0
 
-    def close(self):
-        pass
+    def log(self, step, metrics):
+        self.calls.append((step, dict(metrics)))
+
+    def evaluate(self, state):
+        self.calls.append(("evaluate", state))
+
+    def save(self, state, place):
+        self.calls.append(("save", state, place))
 
 
 def make_info(step, *, loss=0.0, flag=-1, position=None, progress=None):
@@ -56,30 +65,27 @@ def make_info_once(step):
 
 
 def test_metrics_are_written_one_step_late_and_the_first_always():
-    rows = Rows()
-    log = hooks.LogMetrics([rows], every=3, extra=lambda step: {"learning_rate": step / 100})
-    progress, lengths = Progress(), []
+    books = Books(log_every=3)
+    log, lengths = hooks.LogMetrics(books), []
     for step in range(1, 8):
-        log(make_info(step, loss=step, progress=progress))
-        lengths.append(len(rows.rows))
+        log(make_info(step, loss=step))
+        lengths.append(len(books.calls))
     assert lengths == [0, 1, 1, 2, 2, 2, 3]
-    assert [step for step, _ in rows.rows] == [1, 3, 6]
-    assert rows.rows[1] == (3, {"train/loss": 3.0, "train/learning_rate": 0.03})
-    assert progress.metrics == {"train/loss": 6.0, "train/learning_rate": 0.06}
+    assert books.calls == [(step, {"loss": float(step)}) for step in (1, 3, 6)]
 
 
 def test_flushing_writes_what_is_pending_once():
-    rows = Rows()
-    log = hooks.LogMetrics([rows], every=1, extra=lambda step: {})
+    books = Books()
+    log = hooks.LogMetrics(books)
     log.flush()
     log(make_info(1, loss=5.0))
     log.flush()
     log.flush()
-    assert rows.rows == [(1, {"train/loss": 5.0})]
+    assert books.calls == [(1, {"loss": 5.0})]
 
 
 def test_only_the_steps_that_are_logged_are_read_back():
-    log = hooks.LogMetrics([Rows()], every=5, extra=lambda step: {})
+    log = hooks.LogMetrics(Books(log_every=5))
     for step in (2, 3, 4):
         log(StepInfo(step, None, {"loss": Unreadable()}, Place(), Progress(step=step)))
 
@@ -95,118 +101,31 @@ def test_fetch_gives_numbers_without_the_loops_own_flag():
     assert all(type(value) is float for value in values.values())
 
 
-@pytest.mark.parametrize(
-    ("when", "expected"),
-    [
-        ({"every_steps": 3}, [3, 6, 9, 12]),
-        ({"every_steps": 3, "every_epochs": 2}, [3, 6, 9, 12]),
-        ({}, [4, 8, 12]),
-        ({"every_epochs": 2}, [8]),
-    ],
-)
-def test_evaluation_is_due_by_steps_or_else_at_the_end_of_epochs(when, expected):
-    """Epochs of 4 steps."""
-    progress, rows = Progress(), Rows()
-    evaluate = hooks.Evaluate(lambda state: {"accuracy": 0.5}, [rows], Stopwatch(), **when)
-    for step in range(1, 13):
-        progress.epoch = step // 4
-        evaluate(make_info(step, position=Place((step - 1) % 4 * 2 + 2), progress=progress))
-    assert [step for step, _ in rows.rows] == expected
-    assert progress.history == {"eval/accuracy": [0.5] * len(expected)}
-    assert progress.last_evaluation == expected[-1]
+@pytest.mark.parametrize("due", [True, False])
+def test_evaluating_and_saving_happen_when_they_are_due(due):
+    books = Books(due=lambda: due)
+    info = make_info(3, position=Place(3))
+    hooks.evaluate_when_due(books)(info)
+    hooks.save_when_due(books)(info)
+    assert books.calls == ([("evaluate", "state 3"), ("save", "state 3", Place(3))] if due else [])
 
 
-def test_an_evaluation_is_of_the_state_after_the_step_and_its_time_is_accounted():
-    clock, states = [0.0], []
-
-    def evaluate(state):
-        states.append(state)
-        clock[0] += 2.0
-        return {"accuracy": 0.25}
-
-    stopwatch = Stopwatch(clock=lambda: clock[0])
-    info = make_info(4, position=Place(8))
-    info.progress.epoch = 1
-    hooks.Evaluate(evaluate, [], stopwatch)(info)
-    assert states == ["state 4"]
-    assert stopwatch.seconds()["eval"] == 2.0
-    assert info.progress.metrics == {"eval/accuracy": 0.25}
+def test_the_best_state_is_saved_at_once():
+    books = Books(due=lambda: False, best=True)
+    hooks.save_when_due(books)(make_info(3, position=Place(3)))
+    assert books.calls == [("save", "state 3", Place(3))]
 
 
-@dataclasses.dataclass
-class Saved:
-    calls: list = dataclasses.field(default_factory=list)
-
-    def __call__(self, step, state, data_state, metrics):
-        self.calls.append((step, state, data_state, dict(metrics)))
-
-
-def make_save(saved, **options):
-    return hooks.Save(saved, Stopwatch(), every_steps=3, **options)
-
-
-def test_saving_keeps_state_position_and_progress():
-    saved = Saved()
-    save = make_save(saved)
-    for step in range(1, 8):
-        save(make_info(step, position=Place(step), progress=Progress(metrics={"m": 1.0})))
-    assert [call[0] for call in saved.calls] == [3, 6]
-    _, state, data_state, metrics = saved.calls[1]
-    assert (state, metrics) == ("state 6", {"m": 1.0})
-    assert data_state["position"] == Place(6).to_json()
-    assert Progress.from_json(data_state["progress"]) == Progress(step=6, metrics={"m": 1.0})
-
-
-def test_what_is_pending_is_written_before_and_the_record_after():
-    order = []
-    saved = Saved()
-    save = hooks.Save(
-        lambda *args: order.append("save"),
-        Stopwatch(),
-        every_steps=1,
-        before=[lambda: order.append("before")],
-        after=[lambda progress: order.append(progress.step)],
-    )
-    save(make_info(2))
-    assert order == ["before", "save", 2]
-    assert saved.calls == []
-
-
-def test_a_step_is_saved_once():
-    saved = Saved()
-    save = make_save(saved)
-    info = make_info(3)
-    save(info)
-    save.run(info.state, info.position, info.progress)
-    assert len(saved.calls) == 1
-    info.progress.step = 4
-    save.run(info.state, info.position, info.progress)
-    assert [call[0] for call in saved.calls] == [3, 4]
-
-
-def test_a_step_that_was_not_finite_is_not_saved():
-    """Its update was not made; a checkpoint of it would resume behind the batch that nobody learnt from."""
-    saved = Saved()
-    save = make_save(saved)
-    save(make_info(3, loss=math.nan, flag=0))
-    assert saved.calls == []
-
-
-def test_a_failed_save_is_raised_in_the_loop():
-    def fail(*args):
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        make_save(fail)(make_info(3))
+def test_a_step_that_was_not_finite_is_neither_evaluated_nor_saved():
+    """Its update was not made; a checkpoint of it would resume behind the batch that was not learnt from."""
+    books = Books(best=True)
+    info = make_info(3, loss=math.nan, flag=0)
+    hooks.evaluate_when_due(books)(info)
+    hooks.save_when_due(books)(info)
+    assert books.calls == []
 
 
 def test_the_display_gets_the_latest_metrics():
-    shown = []
-
-    class Display:
-        def update(self, step, metrics):
-            shown.append((step, metrics))
-
-    hook = hooks.show_progress(Display())
-    hook(make_info(5, progress=Progress(metrics={"train/loss": 2.0})))
-    assert shown == [(5, {"train/loss": 2.0})]
+    books = Books()
+    hooks.show_progress(books)(make_info(5, progress=Progress(metrics={"train/loss": 2.0})))
+    assert books.calls == [("show", 5, {"train/loss": 2.0})]

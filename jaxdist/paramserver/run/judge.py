@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdist import data, optimizers
 from jaxdist.paramserver.protocol import journal
 from jaxdist.paramserver.run.shared_plan import Plan
+from jaxdist.run import components
 from jaxdist.spmd import evaluate
 from jaxdist.spmd.state import TrainState
 
@@ -29,6 +29,7 @@ class Judge:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self._step = evaluate.eval_step(plan.functions.eval_fn)
+        self._loader = None if plan.experiment.data.eval is None else components.make_eval_loader(plan.experiment)
 
     def state(self, cut: journal.Cut) -> TrainState:
         """Return the training state of a cut."""
@@ -37,23 +38,7 @@ class Judge:
         return train_state(self.plan, cut.step, leaves, opt_leaves)
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
-        """Return `eval/...` metrics, of the averaged params where the optimizer keeps them; none without data."""
-        experiment = self.plan.experiment
-        source = experiment.data.eval
-        if source is None:
-            return {}
-        loader = data.Loader(
-            source,
-            global_batch_size=experiment.global_batch_size,
-            seed=experiment.seed,
-            shuffle=False,
-            num_epochs=1,
-            example_fn=experiment.data.eval_example_fn,
-            num_threads=0,
-            on_bad=experiment.data.on_bad,
-        )
-        averaged = optimizers.ema_params(state.opt_state)
-        params = state.params if averaged is None else averaged
-        batches = (jax.device_put(batch) for batch, _ in loader)
-        found = evaluate.evaluate(self._step, params, state.model_state, batches)
-        return {f"eval/{name}": value for name, value in found.items()}
+        """Return the metrics on the held-out data; of the averaged params, where the optimizer keeps them."""
+        assert self._loader is not None
+        batches = (jax.device_put(batch) for batch, _ in self._loader)
+        return evaluate.evaluate(self._step, components.params_in_use(state), state.model_state, batches)

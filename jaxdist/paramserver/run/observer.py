@@ -6,7 +6,6 @@ process writes, and answers each cut with a verdict: go on, or end.
 """
 
 import contextlib
-import dataclasses
 import json
 import pathlib
 import time
@@ -21,15 +20,15 @@ from jaxdist.paramserver.processes.crew import Crew
 from jaxdist.paramserver.protocol import journal, messages
 from jaxdist.paramserver.protocol.settings import SCHEDULER
 from jaxdist.paramserver.run import judge, shared_plan
-from jaxdist.paramserver.run.resume import BEYOND, Start, remove_snapshots
+from jaxdist.paramserver.run.resume import BEYOND, Start, examples_seen, remove_snapshots
 from jaxdist.paramserver.wire import encoding
-from jaxdist.run import attempt, components, progress_display, stopwatch
-from jaxdist.rundir import record, writers
+from jaxdist.run import bookkeeping, components, stopwatch
+from jaxdist.rundir import record
 from jaxdist.spmd.state import TrainState
 
 POLL_SECONDS = 0.05
 REPEAT_SECONDS = 1.0
-"""How often an answer is given again until it shows that it was heard."""
+"""Between two sendings of an answer, until the run shows that it arrived."""
 NONFINITE = "nonfinite"
 KEPT_SNAPSHOTS = 2
 """The newest may not be in force yet; the one before it is."""
@@ -42,13 +41,14 @@ class Observer:
 
     Args:
       plan: the experiment, put together.
-      run_dir: where the record, the metrics and the checkpoints go; `ps/` in it is the processes' own.
+      run_dir: where the record, the metrics and the checkpoints are written; `ps/` in it is the processes' own.
       start: where the run begins.
       earlier: the record of the run that is resumed.
       checkpointer: of the run directory.
       silent: show nothing.
       command: for the record.
       num_devices: of each worker.
+      source: of the experiment.
     """
 
     def __init__(
@@ -63,64 +63,72 @@ class Observer:
         silent: bool,
         command: str,
         num_devices: int,
+        source: bookkeeping.ExperimentSource,
     ) -> None:
-        self.plan, self.run_dir, self.start, self.earlier = plan, run_dir, start, earlier
-        self.directory = run_dir / run_folder.DIRECTORY_NAME
-        self.checkpointer, self.silent, self.command, self.num_devices = checkpointer, silent, command, num_devices
-        self.identity = dataclasses.asdict(identity)
+        self.plan, self.directory = plan, run_dir / run_folder.DIRECTORY_NAME
         self.rule = plan.experiment.stop.rule()
         self.judge = judge.Judge(plan)
+        settings = plan.settings
+        servers = settings.servers * (2 if settings.replicated else 1)
+        self.books = bookkeeping.Bookkeeper(
+            bookkeeping.Facts(
+                experiment=plan.experiment,
+                identity=identity,
+                run_dir=run_dir,
+                strategy="parameter-server",
+                num_devices=settings.workers * num_devices,
+                num_processes=1 + servers + settings.workers,
+                fields=components.example_batch(plan.loader),
+                steps_per_epoch=settings.steps_per_epoch,
+                learning_rate=plan.learning_rate,
+                command=command,
+                silent=silent,
+                earlier=earlier,
+                source=source,
+            ),
+            checkpointer,
+            start.progress,
+            stopwatch.Stopwatch(earlier.time_seconds if earlier else None),
+            evaluate=None if plan.experiment.data.eval is None else self.judge.evaluate,
+            extra=lambda: {"ps": self.statistics()},
+        )
         self.progress = start.progress
-        self.stopwatch = stopwatch.Stopwatch(earlier.time_seconds if earlier else None)
-        self.step_times = stopwatch.StepTimes()
         self.last_time: float | None = None
         self.seen_cut = 0  # when the file of the newest cut was written
-        self.cut_step = start.progress.step
         self.judged: messages.Verdict | None = None
         self.state = start.state
-        self.saved = start.progress.step if start.state is not None else -1
-        self.restarts = 0
         self.end_reason: str | None = None
         self.halt = ""
-        self.writers = writers.make_writers(
-            run_dir, plan.experiment.writers, resumed_step=start.progress.step if earlier else None
-        )
 
     def run(self, crew: Crew, send: Send, stop_requested: Callable[[], bool]) -> record.RunRecord:
         """Watch until the run ends; return the record, which is written too."""
         self.end_reason = self.rule(self.progress) if self.progress.step else None
-        with self._display() as display:
+        with self.books.shown():
             try:
                 if self.end_reason is None:
                     with contextlib.ExitStack() as self.phase:
                         self._charge("compile")
-                        self._watch(crew, send, stop_requested, display)
-                self.checkpointer.wait()
+                        self._watch(crew, send, stop_requested)
                 if self.end_reason == NONFINITE:
                     self._report_nonfinite()
+                return self.books.finish(str(self.end_reason), self.state.params if self.state else None)
             except BaseException:
-                self.write_record("error")
+                self.books.write_record("error")
                 raise
-            finally:
-                for writer in self.writers:
-                    writer.close()
-            made = self.write_record(self.end_reason, final=True)
-            display.finish(attempt.summary(made, self.run_dir, self.checkpointer))
-        return made
 
-    def _watch(self, crew: Crew, send: Send, stop_requested: Callable[[], bool], display: Any) -> None:
+    def _watch(self, crew: Crew, send: Send, stop_requested: Callable[[], bool]) -> None:
         started, before = time.monotonic(), self.progress.seconds
         repeat_at = 0.0
         crew.start()
         with (self.directory / run_folder.STEPS_NAME).open("a+") as steps:
             while self.end_reason is None:
                 crew.look_after()
-                self.restarts = crew.restarts
+                self.books.process_restarts = crew.restarts
                 if self._read_steps(steps):
-                    if self.stopwatch.phase == "compile":
+                    if self.books.stopwatch.phase == "compile":
                         self._charge("compute")
                     crew.progressed()
-                    display.update(self.progress.step, self.progress.metrics)
+                    self.books.display.update(self.progress.step, self.progress.metrics)
                 self.progress.seconds = before + time.monotonic() - started
                 self._judge_cut(steps, send)
                 self._maybe_halt(stop_requested)
@@ -133,30 +141,14 @@ class Observer:
     def _charge(self, account: str) -> None:
         """Charge the time from now on to `account`: what passes before the first step is no training."""
         self.phase.close()
-        self.phase.enter_context(self.stopwatch.account(account))
+        self.phase.enter_context(self.books.stopwatch.account(account))
 
     def _repeat(self, send: Send) -> None:
-        """Say again what may not have been heard: messages are lost, and a scheduler that is back asks anew."""
+        """Send again what may not have arrived: messages are lost, and a scheduler that restarted asks again."""
         if self.judged is not None:
             send(SCHEDULER, self.judged)
         if self.halt:
             send(SCHEDULER, messages.Halt(self.halt))
-
-    def _display(self) -> Any:
-        limits = self.plan.experiment.stop
-        bounds = progress_display.Bounds(
-            max_steps=limits.max_steps,
-            max_epochs=limits.max_epochs,
-            max_seconds=limits.max_seconds,
-            steps_per_epoch=self.plan.settings.steps_per_epoch,
-        )
-        return progress_display.make_progress(
-            bounds,
-            global_batch_size=self.plan.experiment.global_batch_size,
-            start_step=self.progress.step,
-            carried_seconds=self.progress.seconds,
-            silent=self.silent,
-        )
 
     # Steps.
 
@@ -173,27 +165,17 @@ class Observer:
 
     def _take_step(self, row: dict[str, Any]) -> None:
         step = row["step"]
-        named = {f"train/{name}": value for name, value in row["metrics"].items()}
         if self.last_time is not None:
-            self.step_times.add(max(row["time"] - self.last_time, 0.0))
+            self.books.step_times.add(max(row["time"] - self.last_time, 0.0))
         self.last_time = row["time"]
         # A return to a snapshot counts steps again; files of metrics hold each once.
         if step <= self.progress.step:
             return
         self.judged = None
-        self.progress.step = step
-        self.progress.examples_seen += row["examples"]
-        self.progress.epoch = step // self.plan.settings.steps_per_epoch
-        self.progress.metrics.update(named)
-        if step == 1 or step % self.plan.experiment.log_every == 0:
-            if self.plan.learning_rate is not None:
-                named["train/learning_rate"] = self.plan.learning_rate(step)
-                self.progress.metrics.update(named)
-            self._write_metrics(step, named)
-
-    def _write_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        for writer in self.writers:
-            writer.write(step, metrics)
+        self.progress.advance(step, self.progress.examples_seen + row["examples"], self.plan.settings.num_examples)
+        self.progress.metrics.update({f"train/{name}": value for name, value in row["metrics"].items()})
+        if self.books.logs(step):
+            self.books.log(step, row["metrics"])
 
     # Cuts.
 
@@ -206,52 +188,39 @@ class Observer:
         cut = encoding.decode(path.read_bytes())
         assert isinstance(cut, journal.Cut)
         self._read_steps(steps)  # those up to the cut were written before it
-        self.progress.step = max(self.progress.step, cut.step)
+        if self.progress.step <= cut.step:
+            # Which batches were trained is known exactly here; between cuts, examples are counted step by step.
+            self.progress.advance(cut.step, examples_seen(self.plan, cut.trained), self.plan.settings.num_examples)
         self.state = self.judge.state(cut)
         self._evaluate(cut, self.state)
         reason = NONFINITE if self._diverged(cut) else self.rule(self.progress) or self.halt or cut.end_reason
-        self._save(cut, self.state, reason)
-        self.cut_step = cut.step
+        self._save(cut, self.state, now=self.books.unsaved_best or bool(reason))
         self.judged = messages.Verdict(cut.step, reason)
         send(SCHEDULER, self.judged)
         self.end_reason = reason or None
-        self.write_record(None)
-
-    def _due(self, cut: journal.Cut, period: int) -> bool:
-        return bool(cut.end_reason) or cut.step // period > self.cut_step // period
+        self.books.write_record(None)
 
     def _evaluate(self, cut: journal.Cut, state: TrainState) -> None:
         """Evaluate if that is due; a run that is stopped has no time for it, and one that diverged no use."""
-        period = shared_plan.evaluation_period(self.plan)
-        done = self.progress.last_evaluation == cut.step > 0
-        if period is None or done or self.halt == "preempted" or not self._due(cut, period) or self._diverged(cut):
-            return
-        with self.stopwatch.account("eval"):
-            found = self.judge.evaluate(state)
-        self.progress.record_evaluation(found)
-        self._write_metrics(cut.step, found)
+        due = self.books.evaluations.due() or bool(cut.end_reason)
+        if due and self.halt != "preempted" and not self._diverged(cut):
+            self.books.evaluate(state)
 
     def _diverged(self, cut: journal.Cut) -> bool:
-        """Return True where a gradient was not finite, or the loss is not."""
+        """Return whether a gradient was not finite, or the loss is not."""
         return cut.end_reason == NONFINITE or stop.nonfinite()(self.progress) is not None
 
     def _report_nonfinite(self) -> None:
         """Gather what the workers found out about it."""
         found = sorted((self.directory / run_folder.NONFINITE_NAME).glob("*.txt"))
-        attempt.write_nonfinite(self.run_dir, "\n".join(path.read_text() for path in found), self.checkpointer)
+        self.books.report_nonfinite("\n".join(path.read_text() for path in found))
 
-    def _save(self, cut: journal.Cut, state: TrainState, reason: str) -> None:
-        """Save if that is due, and at every end but that of a run that diverged."""
-        every = self.plan.experiment.checkpoints.every_steps
-        if self.saved == cut.step or self._diverged(cut) or not (reason or self._due(cut, every)):
-            return
-        self.saved = cut.step
-        place = shared_plan.position(self.plan, cut.trained.step)
-        data_state: dict[str, Any] = {"position": place.to_json(), "progress": self.progress.to_json()}
-        if cut.trained.beyond:
-            data_state[BEYOND] = list(cut.trained.beyond)
-        with self.stopwatch.account("checkpoint"):
-            self.checkpointer.save(cut.step, state, data_state, self.progress.metrics)
+    def _save(self, cut: journal.Cut, state: TrainState, *, now: bool) -> None:
+        """Save if that is due or is to be done now, and at every end but that of a run that diverged."""
+        due = self.books.saves.due() or bool(cut.end_reason) or now
+        if due and not self._diverged(cut):
+            beyond = {BEYOND: list(cut.trained.beyond)} if cut.trained.beyond else {}
+            self.books.save(state, shared_plan.position(self.plan, cut.trained.step), **beyond)
 
     def _maybe_halt(self, stop_requested: Callable[[], bool]) -> None:
         limit = self.plan.experiment.stop.max_seconds
@@ -273,30 +242,3 @@ class Observer:
                 staleness.update({int(key): count for key, count in content["staleness"].items()})
         names = ("updates", "duplicates_refused", "fenced", "torn_pushes", "failovers", "rollbacks", "refused")
         return {name: counters[name] for name in names} | {"staleness": dict(sorted(staleness.items()))}
-
-    def write_record(self, end_reason: str | None, *, final: bool = False) -> record.RunRecord:
-        """Write run.json; the hash of the params is taken at the end only."""
-        settings, seconds = self.plan.settings, self.stopwatch.seconds()
-        servers = settings.servers * (2 if settings.replicated else 1)
-        made = record.RunRecord(
-            end_reason=end_reason,
-            step=self.progress.step,
-            examples_seen=self.progress.examples_seen,
-            params_sha256=record.params_sha256(self.state.params) if final and self.state is not None else None,
-            metrics=self.progress.metrics,
-            strategy="parameter-server",
-            reduction=self.plan.experiment.reduction,
-            num_devices=settings.workers * self.num_devices,
-            num_processes=1 + servers + settings.workers,
-            examples_per_second=self.progress.examples_seen / seconds["compute"] if seconds["compute"] else None,
-            step_seconds=self.step_times.summary(),
-            time_seconds=seconds,
-            compile_count=0,
-            restarts=self.restarts + (self.earlier.restarts + 1 if self.earlier else 0),
-            config=self.plan.experiment,
-            versions=record.versions(),
-            command=self.command,
-            extra={"identity": self.identity, "ps": self.statistics()},
-        )
-        made.write(self.run_dir)
-        return made

@@ -151,14 +151,16 @@ def _from_snapshots(plan: shared_plan.Plan, directory: pathlib.Path, saved: _Fou
 
 def _progress(plan: shared_plan.Plan, manifest: journal.SavedCut, before: stop.Progress) -> stop.Progress:
     """Return the progress at a snapshot: evaluations are known as of the checkpoint, steps and examples exactly."""
-    settings, place = plan.settings, shared_plan.position(plan, manifest.trained.step)
-    ahead = sum(_batch_size(settings, step) for step in manifest.trained.beyond)
-    return dataclasses.replace(
-        before,
-        step=manifest.step,
-        epoch=manifest.step // settings.steps_per_epoch,
-        examples_seen=place.epoch * settings.num_examples + place.position + ahead,
-    )
+    progress = dataclasses.replace(before)
+    progress.advance(manifest.step, examples_seen(plan, manifest.trained), plan.settings.num_examples)
+    return progress
+
+
+def examples_seen(plan: shared_plan.Plan, trained: journal.Trained) -> int:
+    """Return how many examples the trained batches hold."""
+    place = shared_plan.position(plan, trained.step)
+    ahead = sum(_batch_size(plan.settings, step) for step in trained.beyond)
+    return place.epoch * plan.settings.num_examples + place.position + ahead
 
 
 def _batch_size(settings: Settings, step: int) -> int:

@@ -63,13 +63,16 @@ class Plan:
         return dataclasses.replace(self, sharding=make_sharding(leaves, num_servers=num_servers, whole_leaves=whole))
 
 
-def make_plan(experiment: Experiment, chosen: ParameterServer, *, kind: Kind | None = None) -> Plan:
+def make_plan(
+    experiment: Experiment, chosen: ParameterServer, *, kind: Kind | None = None, fingerprint: str | None = None
+) -> Plan:
     """Return the Plan of `experiment`.
 
     Args:
       experiment: what to train.
       chosen: its settings under `ps.`.
       kind: how the optimizer can run on shards, where that is known already; None has it chosen.
+      fingerprint: of the training data, where it is known already.
 
     Raises:
       ValueError: settings that contradict each other, or that the parameter server cannot keep.
@@ -77,9 +80,10 @@ def make_plan(experiment: Experiment, chosen: ParameterServer, *, kind: Kind | N
     components.check_experiment(experiment)
     if experiment.precision == "float16":
         raise ConfigError("the parameter server does not scale losses; use precision=bfloat16 or float32")
-    loader = components.make_loader(experiment)
+    loader = components.make_loader(experiment, fingerprint=fingerprint)
     functions = components.make_functions(experiment, components.example_batch(loader))
-    known_end = {"steps_per_epoch": loader.steps_per_epoch, "max_steps": _last_step(experiment, loader)}
+    last_step = components.last_step(experiment, loader.steps_per_epoch)
+    known_end = {"steps_per_epoch": loader.steps_per_epoch, "max_steps": last_step}
     optimizer, learning_rate = components.make_optimizer(experiment, known_end)
     make_initial = functools.partial(initial_state, functions.init_fn)
     params, model_state = jax.eval_shape(make_initial, jax.random.key(0))
@@ -89,7 +93,7 @@ def make_plan(experiment: Experiment, chosen: ParameterServer, *, kind: Kind | N
         chosen,
         num_examples=len(experiment.data.train),
         global_batch_size=experiment.global_batch_size,
-        max_steps=known_end["max_steps"] or NO_LIMIT,
+        max_steps=last_step or NO_LIMIT,
         read_every=_read_periods(experiment, loader.steps_per_epoch),
         check_copies_every=experiment.guards.check_replicas_every or 0,
     )
@@ -166,26 +170,12 @@ def check_microbatches(plan: Plan, num_devices: int) -> None:
         )
 
 
-def _last_step(experiment: Experiment, loader: data.Loader) -> int | None:
-    return components.last_step(experiment, loader.steps_per_epoch)
-
-
-def _evaluation_period(experiment: Experiment, steps_per_epoch: int) -> int | None:
-    if experiment.data.eval is None:
-        return None
-    every = experiment.eval
-    return every.every_steps or every.every_epochs * steps_per_epoch
-
-
 def _read_periods(experiment: Experiment, steps_per_epoch: int) -> tuple[int, ...]:
     """Return how often the params are looked at: for checkpoints, and for evaluations."""
-    evaluations = _evaluation_period(experiment, steps_per_epoch)
-    return (experiment.checkpoints.every_steps, *([] if evaluations is None else [evaluations]))
-
-
-def evaluation_period(plan: Plan) -> int | None:
-    """Return the steps from one evaluation to the next; None without held-out data."""
-    return _evaluation_period(plan.experiment, plan.settings.steps_per_epoch)
+    saves, every = experiment.checkpoints.every_steps, experiment.eval
+    if experiment.data.eval is None:
+        return (saves,)
+    return (saves, every.every_steps or every.every_epochs * steps_per_epoch)
 
 
 def initial_leaves(plan: Plan) -> list[np.ndarray]:

@@ -19,8 +19,7 @@ from jaxdist.paramserver.protocol.settings import SCHEDULER, worker_name
 from jaxdist.paramserver.run import observer, resume, shared_plan
 from jaxdist.paramserver.wire import streams
 from jaxdist.paramserver.wire.security import TOKEN, Security, new_token
-from jaxdist.run import components
-from jaxdist.run.attempt import make_checkpointer, prepare_run_dir
+from jaxdist.run import bookkeeping, components, directory
 from jaxdist.rundir import lock, record
 
 
@@ -37,6 +36,7 @@ class Options:
       silent: show nothing.
       command: for the run record.
       stop_requested: asked often; True ends the run as preempted.
+      identity: of the experiment, where it is known already; taking it may look at every file of the data.
     """
 
     experiment: str
@@ -47,6 +47,7 @@ class Options:
     silent: bool = False
     command: str = ""
     stop_requested: Callable[[], bool] = lambda: False
+    identity: components.Identity | None = None
 
 
 def train(options: Options) -> record.RunRecord:
@@ -59,19 +60,22 @@ def train(options: Options) -> record.RunRecord:
     with contextlib.ExitStack() as stack:
         with errors.as_user_error():
             experiment = override(load_experiment(options.experiment), options.assignments)
-            plan = shared_plan.make_plan(experiment, experiment.ps)
+            known = options.identity.data if options.identity else None
+            plan = shared_plan.make_plan(experiment, experiment.ps, fingerprint=known)
             shared_plan.check_microbatches(plan, options.devices)
-            identity = components.identity(experiment)
-            earlier = prepare_run_dir(identity, options.run_dir, resume=options.resume)
+            identity = components.identity_of(experiment, plan.loader.beginning.fingerprint)
+            earlier = directory.prepare_run_dir(identity, options.run_dir, resume=options.resume)
             stack.enter_context(lock.locked(options.run_dir, purpose=options.command))
-            directory = options.run_dir / run_folder.DIRECTORY_NAME
+            folder = options.run_dir / run_folder.DIRECTORY_NAME
             checkpointer = stack.enter_context(
-                contextlib.closing(make_checkpointer(experiment, options.run_dir, identity))
+                contextlib.closing(directory.open_checkpoints(experiment, options.run_dir, identity))
             )
-            start = resume.begin(plan, checkpointer, directory)
-            crew, peers, security = _place(options, plan, directory)
+            start = resume.begin(plan, checkpointer, folder)
+            if start.state is None:
+                directory.check_nothing_is_lost(earlier, options.run_dir, checkpointer)
+            crew, peers, security = _place(options, plan, folder)
             stack.callback(crew.close, orderly=False)
-            spec = _write_spec(options, plan, start, directory, peers)
+            spec = _write_spec(options, plan, start, folder, peers)
         watcher = observer.Observer(
             plan,
             options.run_dir,
@@ -82,8 +86,10 @@ def train(options: Options) -> record.RunRecord:
             silent=options.silent,
             command=options.command,
             num_devices=options.devices,
+            source=bookkeeping.ExperimentSource(
+                str(pathlib.Path(options.experiment).absolute()), tuple(options.assignments)
+            ),
         )
-        watcher.write_record(None)
         return _watch(watcher, crew, peers, security.for_attempt(spec.attempt), options.stop_requested)
 
 

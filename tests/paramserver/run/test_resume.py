@@ -15,7 +15,8 @@ from jaxdist.config import overrides
 from jaxdist.paramserver.run import resume, whole_optimizer
 from jaxdist.paramserver.run import shared_plan as plans
 from jaxdist.paramserver.run.sharding import make_sharding
-from jaxdist.run import attempt, components
+from jaxdist.run import components
+from jaxdist.run import directory as run_directory
 
 EVERYTHING = ["optimizer.name=adamw", "optimizer.weight_decay=0.01", "optimizer.clip_norm=1", "optimizer.ema_decay=0.9"]
 
@@ -44,7 +45,7 @@ def trained(tmp_path, experiment, *, num_updates=0):
     for batch, _ in batches[:num_updates]:
         state, _ = parts.step(state, batch)
     progress = stop.Progress(step=5, epoch=1, examples_seen=68)
-    with contextlib.closing(attempt.make_checkpointer(experiment, tmp_path, parts.identity)) as checkpointer:
+    with contextlib.closing(run_directory.open_checkpoints(experiment, tmp_path, parts.identity)) as checkpointer:
         data_state = {"position": batches[-1][1].to_json(), "progress": progress.to_json()}
         checkpointer.save(5, state, data_state, {})
         checkpointer.wait()
@@ -61,7 +62,7 @@ def test_a_checkpoint_of_any_strategy_is_dealt_to_servers_and_read_by_others(tmp
     assert (start.progress.step, int(start.state.step)) == (5, 5)
     assert [path.name for path in resume.snapshots(directory)] == [start.snapshot]
     identity = components.identity(experiment_of())
-    with contextlib.closing(attempt.make_checkpointer(experiment_of(), tmp_path / "elsewhere", identity)) as none:
+    with contextlib.closing(run_directory.open_checkpoints(experiment_of(), tmp_path / "elsewhere", identity)) as none:
         two = plan_of("ps.servers=2")
         again = resume.begin(two, none, directory)
     assert again.snapshot != start.snapshot

@@ -99,7 +99,7 @@ def _device_counts(axes: Mapping[str, int] | None, available: int) -> list[int]:
     return fitting
 
 
-def _train(parts: components.Training, num_steps: int) -> Any:
+def _train(parts: components.Parts, num_steps: int) -> Any:
     state = parts.create_state()
     batches = parts.batches()
     for _ in range(num_steps):
@@ -108,7 +108,7 @@ def _train(parts: components.Training, num_steps: int) -> Any:
     return jax.tree.map(np.asarray, jax.device_get(state.params))
 
 
-def _is_deterministic(parts: components.Training) -> bool:
+def _is_deterministic(parts: components.Parts) -> bool:
     """Return whether the loss is the same under two keys and keeps no statistics."""
     state = parts.create_state()
     if state.model_state is not None:

@@ -14,7 +14,7 @@ import jaxdist
 from jaxdist import adapters
 from jaxdist.cli import main
 from jaxdist.launch.joining import runtime
-from jaxdist.run import verify
+from jaxdist.run.use import verify
 
 
 @pytest.fixture(scope="module", autouse=True)

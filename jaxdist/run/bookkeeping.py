@@ -1,0 +1,314 @@
+"""The books of one attempt: its metrics, times, evaluations, checkpoints, display and run record.
+
+Both loops keep the same books: the one that trains in this process, and the one that watches a parameter server. A loop
+advances `progress` and says where the state is; what follows from that is decided here, in one way for both.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import pathlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import jax
+
+from jaxdist.checkpoint import checkpoints
+from jaxdist.config.experiment import Experiment
+from jaxdist.run import components, directory
+from jaxdist.run.progress_display import Bounds, Silent, deciding, make_progress
+from jaxdist.run.stopwatch import StepTimes, Stopwatch
+from jaxdist.rundir import files, origin, record, writers
+from jaxdist.stop import Progress
+
+NONFINITE_NAME = "nonfinite.txt"
+
+
+class Place(Protocol):
+    """A position in the data that a checkpoint can store."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the position as plain data."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentSource:
+    """Where an experiment comes from: its file, and the assignments that override its settings."""
+
+    file: str
+    assignments: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What is known of an attempt when it begins, and does not change.
+
+    Attributes:
+      experiment: what is trained.
+      identity: what the run directory belongs to.
+      run_dir: where the run record, the metrics and the checkpoints are written.
+      strategy: the strategy in use.
+      num_devices: of all processes.
+      num_processes: of the attempt.
+      fields: shapes and dtypes of a global batch.
+      steps_per_epoch: batches of an epoch.
+      learning_rate: step -> learning rate; None where the optimizer is optax's own.
+      command: the command line, for the run record.
+      silent: show nothing.
+      earlier: the record of the run that is resumed.
+      source: the file of the experiment and the settings changed on the command line; None from Python.
+      header: returns what is shown first; None shows no header.
+    """
+
+    experiment: Experiment
+    identity: components.Identity
+    run_dir: pathlib.Path
+    strategy: str
+    num_devices: int
+    num_processes: int
+    fields: Mapping[str, jax.ShapeDtypeStruct]
+    steps_per_epoch: int
+    learning_rate: Callable[[int], float] | None
+    command: str
+    silent: bool
+    earlier: record.RunRecord | None
+    source: ExperimentSource | None = None
+    header: Callable[[], str] | None = None
+
+
+class Schedule:
+    """Says when something is due: every so many steps or, without these, every so many epochs.
+
+    It may be asked after some steps only; it is due once where one or more of its multiples were passed since.
+    """
+
+    def __init__(self, progress: Progress, *, every_steps: int | None = None, every_epochs: int = 1) -> None:
+        self._progress, self._every_steps, self._every_epochs = progress, every_steps, every_epochs
+        self._passed = self._count()
+
+    def due(self) -> bool:
+        """Return whether a multiple was reached since the last call."""
+        before, self._passed = self._passed, self._count()
+        return self._passed > before
+
+    def _count(self) -> int:
+        if self._every_steps is not None:
+            return self._progress.step // self._every_steps
+        return self._progress.epoch // self._every_epochs
+
+
+class Bookkeeper:
+    """Keeps the books of one attempt; from its making on, the run directory is that run's, and can be resumed.
+
+    Args:
+      attempt: what the books are about.
+      checkpointer: of the run directory.
+      progress: where the attempt begins; the loop advances it in place.
+      stopwatch: already running.
+      evaluate: returns the metrics of a state on the held-out data; None without such data.
+      extra: further keys of the run record.
+    """
+
+    def __init__(
+        self,
+        attempt: Facts,
+        checkpointer: checkpoints.Checkpointer,
+        progress: Progress,
+        stopwatch: Stopwatch,
+        *,
+        evaluate: Callable[[Any], Mapping[str, float]] | None,
+        extra: Callable[[], Mapping[str, Any]] = dict,
+    ) -> None:
+        self.attempt, self.checkpointer, self.progress, self.stopwatch = attempt, checkpointer, progress, stopwatch
+        self._evaluate, self._extra = evaluate, extra
+        self.step_times = StepTimes()
+        self.display: Any = Silent()
+        self.compile_count = 0
+        self.process_restarts = 0
+        """Single processes that were started again during this attempt, while the others continued."""
+        self.before_save: Callable[[], None] = lambda: None
+        self.unsaved_best = False
+        """Whether the present state is the best so far, and is to be saved."""
+        self._measured: dict[str, int] = {}
+        """The step that each metric's last value is of."""
+        experiment = attempt.experiment
+        self.evaluations = Schedule(
+            progress, every_steps=experiment.eval.every_steps, every_epochs=experiment.eval.every_epochs
+        )
+        self.saves = Schedule(progress, every_steps=experiment.checkpoints.every_steps)
+        self._saved_step = checkpointer.latest_step()
+        self._origin = self._find_origin()
+        self.write_record(None)
+        resumed_step = progress.step if attempt.earlier else None
+        self._writers = writers.make_writers(attempt.run_dir, experiment.writers, resumed_step=resumed_step)
+
+    @contextlib.contextmanager
+    def shown(self) -> Iterator[None]:
+        """Show the run, and keep its writers open, while the context lasts."""
+        attempt, limits = self.attempt, self.attempt.experiment.stop
+        silent = attempt.silent or jax.process_index() != 0
+        if attempt.header and not silent:
+            print(attempt.header(), file=sys.stderr, flush=True)
+        bounds = Bounds(
+            max_steps=limits.max_steps,
+            max_epochs=limits.max_epochs,
+            max_seconds=limits.max_seconds,
+            steps_per_epoch=attempt.steps_per_epoch,
+            step_offset=self.progress.schedule_offset,
+        )
+        with contextlib.ExitStack() as stack:
+            for writer in self._writers:
+                stack.callback(writer.close)
+            self.display = stack.enter_context(
+                make_progress(
+                    bounds,
+                    global_batch_size=attempt.experiment.global_batch_size,
+                    start_step=self.progress.step,
+                    carried_seconds=self.progress.seconds,
+                    deciding=deciding(limits, self.progress),
+                    silent=silent,
+                )
+            )
+            yield
+
+    def logs(self, step: int) -> bool:
+        """Return whether the training metrics of `step` are written."""
+        return step == 1 or step % self.attempt.experiment.log_every == 0
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write the training metrics of a step, and its learning rate, under `train/`."""
+        rate = self.attempt.learning_rate
+        values = metrics if rate is None else {**metrics, "learning_rate": rate(step)}
+        named = {f"train/{name}": value for name, value in values.items()}
+        self.progress.metrics.update(named)
+        self._write_metrics(step, named)
+
+    def evaluate(self, state: Any) -> None:
+        """Evaluate `state`, that of the present step, unless this is done already or there are no held-out data.
+
+        Where it is the best so far, `unsaved_best` asks for it to be saved.
+        """
+        if self._evaluate is None or self.progress.last_evaluation == self.progress.step:
+            return
+        with self.stopwatch.account("eval"):
+            metrics = {f"eval/{name}": value for name, value in self._evaluate(state).items()}
+        self.progress.record_evaluation(metrics)
+        self._write_metrics(self.progress.step, metrics)
+        self.unsaved_best = self._is_best()
+
+    def _is_best(self) -> bool:
+        """Return whether the watched metric was measured after the present step, and is better than ever before."""
+        metric, mode = components.watched_metric(self.attempt.experiment)
+        if metric is None or self._measured.get(metric) != self.progress.step:
+            return False
+        return self.progress.record_best(metric, self.progress.metrics[metric], mode)
+
+    def save(self, state: Any, place: Place, **more: Any) -> None:
+        """Save a checkpoint of the present step, unless there is one; `more` goes into its data_state."""
+        step, self.unsaved_best = self.progress.step, False
+        if self._saved_step == step:
+            return
+        self._saved_step = step
+        self.before_save()
+        self._is_best()
+        with self.stopwatch.account("checkpoint"):
+            data_state = {"position": place.to_json(), "progress": self.progress.to_json(), **more}
+            # Of another step's metrics, this state knows nothing; the best checkpoint is chosen by its own.
+            own = {name: value for name, value in self.progress.metrics.items() if self._measured.get(name) == step}
+            self.checkpointer.save(step, state, data_state, own)
+        self.write_record(None)
+
+    def finish(self, end_reason: str, params: Any | None) -> record.RunRecord:
+        """Wait for the last checkpoint, write the last record, show how the run ended, and return the record."""
+        self.checkpointer.wait()
+        made = self.write_record(end_reason, params)
+        self.display.finish(self._summary(made))
+        return made
+
+    def write_record(self, end_reason: str | None, params: Any | None = None) -> record.RunRecord:
+        """Write run.json, on process 0, and return what it says."""
+        made = self.make_record(end_reason, params)
+        if jax.process_index() == 0:
+            made.write(self.attempt.run_dir)
+        return made
+
+    def make_record(self, end_reason: str | None, params: Any | None = None) -> record.RunRecord:
+        """Return the run record; the hash of the params is taken at the end only, when they are given."""
+        attempt, seconds = self.attempt, self.stopwatch.seconds()
+        # A loop that waits for its input trains no faster than the input comes, so both count.
+        busy = seconds["input"] + seconds["compute"]
+        earlier_attempts = attempt.earlier.restarts + 1 if attempt.earlier else 0
+        return record.RunRecord(
+            end_reason=end_reason,
+            step=self.progress.step,
+            examples_seen=self.progress.examples_seen,
+            params_sha256=None if params is None else record.params_sha256(params),
+            metrics=self.progress.metrics,
+            strategy=attempt.strategy,
+            reduction=attempt.experiment.reduction,
+            num_devices=attempt.num_devices,
+            num_processes=attempt.num_processes,
+            examples_per_second=self.progress.examples_seen / busy if busy > 0 else None,
+            step_seconds=self.step_times.summary(),
+            time_seconds=seconds,
+            compile_count=self.compile_count,
+            restarts=earlier_attempts + self.process_restarts,
+            config=attempt.experiment,
+            versions=record.versions(),
+            command=attempt.command,
+            extra=self._extra_keys() | dict(self._extra()),
+        )
+
+    def _find_origin(self) -> dict[str, Any]:
+        earlier = self.attempt.earlier.extra if self.attempt.earlier else {}
+        source = self.attempt.source
+        folder = pathlib.Path(source.file).parent if source else pathlib.Path.cwd()
+        return {
+            "started": earlier.get("started") or datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+            "host": origin.host(),
+            "git": origin.git(folder) if jax.process_index() == 0 else None,
+        }
+
+    def _extra_keys(self) -> dict[str, Any]:
+        fields = {
+            name: {"shape": field.shape, "dtype": str(field.dtype)} for name, field in self.attempt.fields.items()
+        }
+        return {
+            "identity": dataclasses.asdict(self.attempt.identity),
+            "experiment": dataclasses.asdict(self.attempt.source) if self.attempt.source else None,
+            "batch": {"fields": fields, "steps_per_epoch": self.attempt.steps_per_epoch},
+            "best": self.progress.best,
+            "checkpoint": self.checkpointer.latest_step(),
+            "peak_memory_bytes": origin.peak_memory_bytes(jax.local_devices()),
+            **self._origin,
+        }
+
+    def report_nonfinite(self, report: str) -> None:
+        """Write and show, on process 0, why a run ended as `nonfinite`, and which checkpoint it leaves."""
+        if jax.process_index() != 0:
+            return
+        saved = self.checkpointer.latest_step()
+        kept = "No checkpoint was saved yet." if saved is None else f"The checkpoint of step {saved} is kept."
+        files.write_text(self.attempt.run_dir / NONFINITE_NAME, f"{report}\n{kept}\n")
+        print(f"{report}\n{kept}", file=sys.stderr)
+
+    def _write_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._measured |= dict.fromkeys(metrics, step)
+        for writer in self._writers:
+            writer.write(step, metrics)
+
+    def _summary(self, made: record.RunRecord) -> dict[str, object]:
+        """Return what a user is shown when a run has ended."""
+        run_dir = self.attempt.run_dir
+        evaluated = {
+            name: value for name, value in made.metrics.items() if name.startswith("eval/") and value is not None
+        }
+        return {
+            "end reason": made.end_reason,
+            "step": made.step,
+            **{name: writers.format_number(value) for name, value in evaluated.items()},
+            "run record": run_dir / record.FILE_NAME,
+            "metrics": run_dir / writers.JSONL_NAME,
+            "checkpoint": f"{run_dir / directory.CHECKPOINTS_NAME} (step {self.checkpointer.latest_step()})",
+        }

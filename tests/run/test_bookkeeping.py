@@ -1,0 +1,203 @@
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_experiment
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxdist.config import overrides
+from jaxdist.run import bookkeeping, components
+from jaxdist.run.stopwatch import Stopwatch
+from jaxdist.rundir import record
+from jaxdist.stop import Progress
+
+
+@dataclasses.dataclass
+class Place:
+    position: int = 0
+
+    def to_json(self):
+        return {"position": self.position}
+
+
+class Checkpoints:
+    """A checkpointer in memory; `waited` counts the calls of wait."""
+
+    def __init__(self, latest=None):
+        self.saved, self._latest, self.waited = [], latest, 0
+
+    def latest_step(self):
+        return self.saved[-1][0] if self.saved else self._latest
+
+    def save(self, step, state, data_state, metrics):
+        self.saved.append((step, state, data_state, dict(metrics)))
+
+    def wait(self):
+        self.waited += 1
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def make_books(
+    run_dir, *assignments, progress=None, checkpoints=None, stopwatch=None, earlier=None, evaluate=None, rate=None
+):
+    experiment = overrides.override(tiny_experiment.get_config(), ["writers=()", *assignments])
+    run_dir.mkdir(exist_ok=True)
+    facts = bookkeeping.Facts(
+        experiment=experiment,
+        identity=components.Identity("tiny", "model", "data", 0),
+        run_dir=run_dir,
+        strategy="data-parallel",
+        num_devices=2,
+        num_processes=1,
+        fields={},
+        steps_per_epoch=4,
+        learning_rate=rate,
+        command="a command",
+        silent=True,
+        earlier=earlier,
+    )
+    return bookkeeping.Bookkeeper(
+        facts, checkpoints or Checkpoints(), progress or Progress(), stopwatch or Stopwatch(), evaluate=evaluate
+    )
+
+
+def rows(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@given(
+    period=st.integers(1, 6),
+    by_steps=st.booleans(),
+    start=st.integers(0, 20),
+    jumps=st.lists(st.integers(1, 9), max_size=20),
+)
+def test_something_is_due_once_where_multiples_were_passed_whether_each_step_was_looked_at_or_not(
+    period, by_steps, start, jumps
+):
+    """Epochs of 3 steps of 2 examples; the last has 1."""
+    progress = Progress()
+
+    def go_to(step):
+        progress.advance(step, step // 3 * 5 + step % 3 * 2, num_examples=5)
+
+    go_to(start)
+    every = {"every_steps": period} if by_steps else {"every_epochs": period}
+    schedule, step, steps_per_period = bookkeeping.Schedule(progress, **every), start, period * (1 if by_steps else 3)
+    for jump in jumps:
+        go_to(step + jump)
+        passed = any(each % steps_per_period == 0 for each in range(step + 1, step + jump + 1))
+        assert schedule.due() == passed
+        assert not schedule.due()
+        step += jump
+
+
+def test_training_metrics_are_written_with_their_learning_rate_the_first_step_always(tmp_path):
+    books = make_books(tmp_path / "run", "log_every=3", "writers=jsonl", rate=lambda step: step / 100)
+    with books.shown():
+        for step in range(1, 7):
+            if books.logs(step):
+                books.log(step, {"loss": float(step)})
+    assert rows(tmp_path / "run") == [
+        {"step": step, "train/loss": float(step), "train/learning_rate": step / 100} for step in (1, 3, 6)
+    ]
+    assert books.progress.metrics == {"train/loss": 6.0, "train/learning_rate": 0.06}
+
+
+def test_a_step_is_evaluated_once_and_its_time_accounted(tmp_path):
+    clock, states = Clock(), []
+
+    def evaluate(state):
+        states.append(state)
+        clock.now += 2.0
+        return {"accuracy": 0.25}
+
+    books = make_books(tmp_path / "run", "writers=jsonl", evaluate=evaluate, stopwatch=Stopwatch(clock=clock))
+    books.progress.advance(4, 32, 8)
+    with books.shown():
+        books.evaluate("state")
+        books.evaluate("state")
+    assert states == ["state"]
+    assert books.make_record(None).time_seconds["eval"] == 2.0
+    assert (books.progress.last_evaluation, books.progress.history) == (4, {"eval/accuracy": [0.25]})
+    assert rows(tmp_path / "run") == [{"step": 4, "eval/accuracy": 0.25}]
+
+
+def test_a_checkpoint_holds_state_position_and_progress_and_is_made_once(tmp_path):
+    kept = Checkpoints()
+    books = make_books(tmp_path / "run", checkpoints=kept)
+    order = []
+    books.before_save = lambda: order.append(len(kept.saved))
+    books.progress.advance(6, 48, 8)
+    books.progress.metrics["eval/accuracy"] = 0.5  # of an earlier step
+    books.log(6, {"loss": 1.0})
+    books.save("state", Place(6), beyond=[9])
+    books.save("state", Place(6))
+    ((step, state, data_state, metrics),) = kept.saved
+    assert (step, state, metrics, order) == (6, "state", {"train/loss": 1.0}, [0])
+    assert data_state["position"] == {"position": 6}
+    assert data_state["beyond"] == [9]
+    assert Progress.from_json(data_state["progress"]) == books.progress
+    assert record.RunRecord.read(tmp_path / "run").step == 6
+
+
+def test_the_step_an_attempt_resumes_from_is_not_saved_again_but_a_newer_one_from_memory_is(tmp_path):
+    kept, progress = Checkpoints(latest=4), Progress(step=4)
+    books = make_books(tmp_path / "run", checkpoints=kept, progress=progress)
+    books.save("state", Place())
+    assert kept.saved == []
+    progress.step = 5
+    books.save("state", Place())
+    assert [step for step, *_ in kept.saved] == [5]
+
+
+def test_examples_per_second_counts_the_time_the_loop_waited_for_its_input(tmp_path):
+    clock = Clock()
+    watch = Stopwatch(clock=clock)
+    books = make_books(tmp_path / "run", stopwatch=watch)
+    for account, seconds in {"compile": 50.0, "input": 3.0, "compute": 1.0, "eval": 20.0}.items():
+        with watch.account(account):
+            clock.now += seconds
+    books.progress.advance(2, 32, 100)
+    assert books.make_record(None).examples_per_second == 8.0
+    assert (
+        make_books(tmp_path / "other", stopwatch=Stopwatch(clock=clock)).make_record(None).examples_per_second is None
+    )
+
+
+def test_restarts_are_the_attempts_before_and_the_processes_started_again(tmp_path):
+    first = make_books(tmp_path / "run").make_record("preempted")
+    assert first.restarts == 0
+    second = make_books(tmp_path / "run", earlier=first)
+    assert second.make_record(None).restarts == 1
+    second.process_restarts = 3
+    assert second.make_record(None).restarts == 4
+    assert make_books(tmp_path / "run", earlier=second.make_record(None)).make_record(None).restarts == 5
+
+
+def test_the_last_record_waits_for_the_checkpoint_and_has_the_hash_of_the_params(tmp_path, capsys):
+    kept, params = Checkpoints(), {"w": jnp.arange(3.0)}
+    books = make_books(tmp_path / "run", checkpoints=kept)
+    with books.shown():
+        made = books.finish("max_steps", params)
+    assert kept.waited == 1
+    assert made.params_sha256 == record.params_sha256({"w": np.arange(3.0, dtype=np.float32)})
+    assert record.RunRecord.read(tmp_path / "run").end_reason == "max_steps"
+    assert books.make_record(None).params_sha256 is None
+
+
+@pytest.mark.parametrize(("latest", "kept"), [(None, "No checkpoint was saved yet."), (7, "step 7 is kept")])
+def test_the_report_on_a_step_that_is_not_finite_says_what_is_kept(tmp_path, capsys, latest, kept):
+    make_books(tmp_path / "run", checkpoints=Checkpoints(latest)).report_nonfinite("Because.")
+    text = (tmp_path / "run" / "nonfinite.txt").read_text()
+    assert text == capsys.readouterr().err
+    assert text.startswith("Because.\n")
+    assert kept in text
