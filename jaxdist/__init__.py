@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from jaxdist.optimizers.schedules import Schedule as Schedule
     from jaxdist.run import hooks as hooks
     from jaxdist.run.loop import fit as fit
+    from jaxdist.run.use.trained import load as load
     from jaxdist.spmd.layout import describe as describe
     from jaxdist.spmd.mesh import make_mesh as make_mesh
     from jaxdist.spmd.metrics import Mean as Mean
@@ -58,6 +59,7 @@ _HOMES = {
     "describe": "spmd.layout",
     "fit": "run.loop",
     "hooks": "run",
+    "load": "run.use.trained",
     "main": "cli.main",
     "make_mesh": "spmd.mesh",
     "masked_mean": "spmd.metrics",

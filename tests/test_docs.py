@@ -174,7 +174,7 @@ def test_commands_parse_and_name_what_exists(page, tmp_path, monkeypatch):
             if "--help" in words:
                 continue
             options = make_parser().parse_args(words)
-            if hasattr(options, "experiment"):
+            if hasattr(options, "assignments"):
                 monkeypatch.syspath_prepend(str(tmp_path / "experiments"))
                 assert selected_experiment.load(options).name
 
@@ -268,7 +268,19 @@ def options_of(*names: str) -> list[str]:
 
 @pytest.mark.parametrize(
     "command",
-    ["train", "launch", "verify", "chaos", "doctor", "data prepare", "data inspect"],
+    [
+        "train",
+        "launch",
+        "verify",
+        "chaos",
+        "doctor",
+        "data prepare",
+        "data inspect",
+        "runs",
+        "eval",
+        "predict",
+        "export",
+    ],
     ids=lambda name: name.replace(" ", "-"),
 )
 def test_reference_lists_the_options_of(command):

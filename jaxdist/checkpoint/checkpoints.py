@@ -334,6 +334,13 @@ class Checkpointer:
         return f"Step {intact} is intact: restore that one, or remove {path}."
 
 
+def save_plain(path: pathlib.Path, tree: PyTree) -> None:
+    """Save a tree of arrays as a checkpoint of plain Orbax, at `path`, which must not exist."""
+    _quiet_orbax()
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path.absolute(), tree)
+
+
 @dataclasses.dataclass
 class _ManifestSave(ocp.args.CheckpointArgs):
     leaves: list[manifests.Leaf]

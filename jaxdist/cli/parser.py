@@ -45,6 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
     verify.add_argument("--json", action="store_true", help="print the table as one JSON object")
     _add_data(_add(commands, "data", "", "make a data set ready; look at one and time it"))
     summary = "kill an experiment's processes at random; prove bits and ledger"
+    _add_uses(commands)
     chaos = _add(commands, "chaos", "chaos_command:chaos", summary)
     _add_experiment(chaos)
     chaos.add_argument("--processes", type=_positive, default=2, metavar="P", help="processes (default 2)")
@@ -95,6 +96,40 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
     command.add_argument("--sweep-devices", metavar="N,N", help="efficiency on these numbers of devices")
     command.add_argument("--price-per-hour", type=float, metavar="P", help="price of an hour of the whole topology")
     command.add_argument("--json", action="store_true", help="print the plan as one JSON object")
+
+
+def _add_uses(commands: Any) -> None:
+    """Add what is done with a run that is trained."""
+    runs = _add(commands, "runs", "use_command:runs", "list the runs of a folder, or compare some")
+    runs.add_argument(
+        "paths", nargs="*", metavar="DIR", help="a folder (default runs), or `compare` and two run directories or more"
+    )
+    runs.add_argument("--json", action="store_true", help="print JSON")
+    evaluate = _add(commands, "eval", "use_command:evaluate", "evaluate a trained model")
+    evaluate.add_argument(
+        "--data", default="eval", metavar="NAME", help="eval (default), train, a file, a folder or tfds:NAME:SPLIT"
+    )
+    evaluate.add_argument("--json", action="store_true", help="print the metrics as one JSON object")
+    predict = _add(commands, "predict", "use_command:predict", "write a trained model's outputs for some examples")
+    export = _add(commands, "export", "use_command:export", "write a trained model in a format that others read")
+    for command in (evaluate, predict, export):
+        command.add_argument("run_dir", type=pathlib.Path, metavar="RUN_DIR", help="the run directory")
+        command.add_argument(
+            "--checkpoint", type=_checkpoint, default="best", metavar="C", help="best (default), last, or a step"
+        )
+        command.add_argument("--experiment", metavar="FILE", help="the experiment, where its file was moved")
+        command.add_argument("--devices", type=_positive, metavar="N", help="devices to compute on")
+    predict.add_argument("input", metavar="INPUT", help="a .npz, .npy, .csv or .parquet file, or a folder of images")
+    predict.add_argument("out", type=pathlib.Path, metavar="OUT", help="a new .npz, .csv or .parquet file")
+    export.add_argument("out", type=pathlib.Path, metavar="OUT", help="a new file, or folder for orbax")
+    formats = ("safetensors", "npz", "orbax", "jax-export")
+    export.add_argument("--format", required=True, choices=formats, help="of the file")
+
+
+def _checkpoint(text: str) -> str:
+    if text not in ("best", "last") and not text.isdigit():
+        raise argparse.ArgumentTypeError(f"best, last or a step is needed; got {text!r}")
+    return text
 
 
 def _add_launch(command: argparse.ArgumentParser) -> None:

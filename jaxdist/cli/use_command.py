@@ -1,0 +1,63 @@
+"""`jaxdist runs`, `eval`, `predict` and `export`: what is done with runs that are trained."""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+
+from jaxdist.errors import ExitStatus
+from jaxdist.launch.joining import runtime
+from jaxdist.run.use import exports, predictions, run_list, trained
+from jaxdist.rundir.writers import format_metrics
+
+COMPARE = "compare"
+
+
+def runs(options: argparse.Namespace) -> int:
+    """List the runs of a folder, or compare those that are named."""
+    if options.paths[:1] == [COMPARE]:
+        found = run_list.compare(options.paths[1:])
+        print(json.dumps(found) if options.json else run_list.show_comparison(options.paths[1:], found))
+        return ExitStatus.OK
+    for folder in options.paths or ["runs"]:
+        entries = run_list.find(pathlib.Path(folder))
+        shown = [dataclasses.asdict(entry) for entry in entries]
+        print(json.dumps(shown) if options.json else run_list.show(entries))
+    return ExitStatus.OK
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Print the metrics of a trained model on a data set."""
+    run = _load(options)
+    settings = run.experiment.data
+    named = {"eval": settings.eval, "train": settings.train}
+    found = run.evaluate(named[options.data] if options.data in named else predictions.read_inputs(options.data))
+    if options.json:
+        print(json.dumps({"run_dir": str(run.run_dir), "step": run.step, "data": options.data, "metrics": found}))
+    else:
+        print(f"step {run.step}, {options.data}: {format_metrics(found)}")
+    return ExitStatus.OK
+
+
+def predict(options: argparse.Namespace) -> int:
+    """Write a row of a trained model's outputs for each example of a file."""
+    predictions.check_output(options.out)
+    run = _load(options)
+    predictions.write(options.out, run.predict(predictions.read_inputs(options.input)))
+    print(f"{options.out}: the outputs of step {run.step}")
+    return ExitStatus.OK
+
+
+def export(options: argparse.Namespace) -> int:
+    """Write a trained model in a format that others read."""
+    run = _load(options)
+    exports.export(run, options.out, options.format)
+    print(f"{options.out}: the model of step {run.step} as {options.format}")
+    return ExitStatus.OK
+
+
+def _load(options: argparse.Namespace) -> trained.TrainedRun:
+    devices = runtime.start(options.devices)
+    named = options.checkpoint
+    checkpoint = named if named in ("best", "last") else int(named)
+    return trained.load(options.run_dir, checkpoint, experiment=options.experiment, devices=devices)

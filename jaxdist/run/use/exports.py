@@ -1,0 +1,118 @@
+"""A trained model in formats of others: safetensors, npz, an Orbax checkpoint, or a compiled function of jax.export.
+
+In the first three, an array has the name of its place in the model: `params.Dense_0.kernel`.
+"""
+
+import io
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax import export as jax_export
+
+from jaxdist import adapters, errors, extras
+from jaxdist.checkpoint import checkpoints
+from jaxdist.run.use.trained import TrainedRun
+from jaxdist.rundir import files
+
+FORMATS = ("safetensors", "npz", "orbax", "jax-export")
+_TOLERANCE = 1e-5
+"""How far a compiled function may be from the model, relative to the largest output: XLA may fuse it differently."""
+
+
+def export(run: TrainedRun, path: pathlib.Path, kind: str) -> None:
+    """Write the model of `run` to `path`, which must not exist, in the format `kind`, one of FORMATS.
+
+    Raises:
+      UserError: there is something at `path`, the format is unknown, or the model cannot be written in it.
+    """
+    if kind not in FORMATS:
+        raise errors.UserError(f"A format is one of {', '.join(FORMATS)}; got {kind!r}.")
+    if path.exists():
+        raise errors.UserError(f"An export does not overwrite anything, and {path} exists. Choose another name.")
+    with errors.as_user_error():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if kind == "safetensors":
+            files.write(path, [_safetensors(run)])
+        elif kind == "npz":
+            files.write(path, [_npz(run)])
+        elif kind == "orbax":
+            checkpoints.save_plain(path, _tree(run))
+        else:
+            files.write(path, [compiled(run)])
+
+
+def named_arrays(run: TrainedRun) -> dict[str, np.ndarray]:
+    """Return the arrays of the model, those of model_state among them, by their names."""
+    leaves = jax.tree_util.tree_leaves_with_path(_tree(run))
+    return {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in leaves}
+
+
+def _tree(run: TrainedRun) -> dict[str, Any]:
+    tree = {"params": adapters.unboxed(run.params)}
+    if run.model_state is not None:
+        tree["model_state"] = adapters.unboxed(run.model_state)
+    return jax.device_get(tree)
+
+
+def _safetensors(run: TrainedRun) -> bytes:
+    module = extras.require("safetensors.numpy", extra="export")
+    about = {"experiment": run.experiment.name, "step": str(run.step), "params_sha256": str(run.record.params_sha256)}
+    return module.save(named_arrays(run), metadata=about)
+
+
+def _npz(run: TrainedRun) -> bytes:
+    content = io.BytesIO()
+    arrays: Mapping[str, Any] = named_arrays(run)
+    np.savez(content, **arrays)
+    return content.getvalue()
+
+
+def compiled(run: TrainedRun) -> bytes:
+    """Return the model as a serialized function of a dict of its inputs, for any number of rows; its params are inside.
+
+    `jax.export.deserialize(content).call({"image": images})` calls it. The function is run once here, and compared.
+
+    Raises:
+      UserError: the model cannot be traced for any number of rows, or the function gives other outputs.
+    """
+    extras.require("flatbuffers", extra="export")  # which jax.export serializes with
+    names = [run.experiment.inputs] if isinstance(run.experiment.inputs, str) else list(run.experiment.inputs)
+    (rows,) = jax_export.symbolic_shape("rows")
+    shapes = {name: jax.ShapeDtypeStruct((rows, *run.fields[name].shape[1:]), run.fields[name].dtype) for name in names}
+    params, model_state = jax.device_get((run.params, run.model_state))
+
+    def call(inputs: dict[str, jax.Array]) -> Any:
+        return run.outputs(params, model_state, inputs)
+
+    try:
+        exported = jax_export.export(jax.jit(call))(shapes)
+    except Exception as error:  # whatever the user's model raises when its number of rows has no value
+        raise errors.UserError(
+            f"jax-export traces the model for any number of rows, which failed: {type(error).__name__}: {error} "
+            "Let the model compute with x.shape[0] and not with a fixed batch size, or choose another format."
+        ) from error
+    content = bytes(exported.serialize())
+    _compare(run, content, {name: _example(shape) for name, shape in shapes.items()})
+    return content
+
+
+def _example(shape: jax.ShapeDtypeStruct) -> np.ndarray:
+    random = np.random.default_rng(0)
+    sizes = (3, *shape.shape[1:])
+    if np.issubdtype(shape.dtype, np.floating):
+        return random.normal(size=sizes).astype(shape.dtype)
+    return random.integers(0, 2, sizes).astype(shape.dtype)
+
+
+def _compare(run: TrainedRun, content: bytes, inputs: dict[str, np.ndarray]) -> None:
+    found = jax_export.deserialize(bytearray(content)).call(inputs)
+    expected = jax.jit(run.outputs)(*jax.device_get((run.params, run.model_state)), inputs)
+    for ours, theirs in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        scale = float(np.max(np.abs(ours), initial=1.0))
+        if not np.allclose(ours, theirs, rtol=0, atol=_TOLERANCE * scale):
+            raise errors.UserError(
+                "The exported function gives other outputs than the model; nothing was written. Choose another format."
+            )

@@ -1,0 +1,77 @@
+"""Inputs read from a file, and predictions written to one: npz, CSV or Parquet."""
+
+import csv
+import io
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxdist import errors, extras
+from jaxdist.data import prepare
+from jaxdist.rundir import files
+
+FORMATS = (".npz", ".csv", ".parquet")
+
+
+def read_inputs(path: pathlib.Path | str) -> Any:
+    """Return the examples of a file or folder: arrays of .npz and .npy, or whatever `jaxdist data prepare` reads.
+
+    Raises:
+      UserError: it is none of these.
+    """
+    path = pathlib.Path(path) if not str(path).startswith("tfds:") else path
+    with errors.as_user_error():
+        if isinstance(path, pathlib.Path) and path.suffix == ".npy":
+            return np.load(path, allow_pickle=False)
+        if isinstance(path, pathlib.Path) and path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as content:
+                return {name: content[name] for name in content.files}
+        return prepare.open_source(str(path))
+
+
+def check_output(path: pathlib.Path) -> None:
+    """Raise UserError where predictions cannot be written to `path`."""
+    if path.suffix not in FORMATS:
+        raise errors.UserError(f"Predictions are written to a file that ends in {', '.join(FORMATS)}; got {path}.")
+    if path.exists():
+        raise errors.UserError(f"Predictions do not overwrite anything, and {path} exists. Choose another name.")
+
+
+def write(path: pathlib.Path, outputs: Any) -> None:
+    """Write outputs, a row an example, to `path`; in a table each number of a row has a column of its own."""
+    check_output(path)
+    with errors.as_user_error():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = io.BytesIO()
+        arrays = _named(outputs)
+        if path.suffix == ".npz":
+            np.savez(content, **arrays)  # type: ignore[arg-type]
+        elif path.suffix == ".parquet":
+            table = extras.require("pyarrow").table(_columns(arrays))
+            extras.require("pyarrow.parquet").write_table(table, content)
+        else:
+            columns = _columns(arrays)
+            text = io.StringIO()
+            rows = csv.writer(text, lineterminator="\n")
+            rows.writerow(columns)
+            rows.writerows(zip(*(column.tolist() for column in columns.values()), strict=True))
+            content.write(text.getvalue().encode())
+        files.write(path, [content.getvalue()])
+
+
+def _named(outputs: Any) -> dict[str, np.ndarray]:
+    """Return the arrays of a pytree by their place in it; a single array is called `output`."""
+    leaves = jax.tree_util.tree_leaves_with_path(outputs)
+    names = (jax.tree_util.keystr(path, simple=True, separator=".") or "output" for path, _ in leaves)
+    return {name: np.asarray(leaf) for name, (_, leaf) in zip(names, leaves, strict=True)}
+
+
+def _columns(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    columns: dict[str, np.ndarray] = {}
+    for name, array in arrays.items():
+        flat = array.reshape(len(array), -1)
+        names = [name] if array.ndim == 1 else [f"{name}_{number}" for number in range(flat.shape[1])]
+        columns |= dict(zip(names, flat.T, strict=True))
+    return columns

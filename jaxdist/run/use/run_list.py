@@ -1,0 +1,122 @@
+"""Runs as a list, and side by side: read off their run records."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxdist import errors
+from jaxdist.rundir import lock, record
+from jaxdist.rundir.writers import format_number
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A run in a list.
+
+    Attributes:
+      name: of its directory.
+      started: when its first attempt began, ISO 8601; None in records of version 0.1.
+      ended: the end reason; `running`, or `interrupted` where it neither ended nor runs.
+      step: finished steps.
+      seconds: wall time over all attempts.
+      best: {metric, value, step}, None where the run watched no metric.
+      metrics: the last value of each.
+    """
+
+    name: str
+    started: str | None
+    ended: str
+    step: int
+    seconds: float
+    best: Mapping[str, Any] | None
+    metrics: Mapping[str, float | None]
+
+
+def find(folder: pathlib.Path) -> list[Entry]:
+    """Return the runs in `folder`, the newest last.
+
+    Raises:
+      UserError: there is no such folder, or no run in it.
+    """
+    if not folder.is_dir():
+        raise errors.UserError(f"Runs are listed in a folder of run directories; there is no folder {folder}.")
+    paths = sorted(path.parent for path in folder.glob(f"*/{record.FILE_NAME}"))
+    if not paths:
+        raise errors.UserError(f"{folder} holds no run: no {record.FILE_NAME} in any of its folders. Name another.")
+    with errors.as_user_error():
+        entries = [_entry(path, record.RunRecord.read(path)) for path in paths]
+    return sorted(entries, key=lambda entry: (entry.started or "", entry.name))
+
+
+def _entry(path: pathlib.Path, made: record.RunRecord) -> Entry:
+    ended = made.end_reason or ("running" if lock.is_locked(path) else "interrupted")
+    seconds = sum(made.time_seconds.values())
+    extra = made.extra
+    return Entry(path.name, extra.get("started"), ended, made.step, seconds, extra.get("best"), made.metrics)
+
+
+def show(entries: Sequence[Entry]) -> str:
+    """Return the list as a table for people."""
+    rows = [("name", "started", "ended", "step", "seconds", "best")]
+    for entry in entries:
+        best = entry.best
+        shown = "" if best is None else f"{best['metric']} {format_number(best['value'])} at step {best['step']}"
+        rows.append((entry.name, entry.started or "", entry.ended, str(entry.step), f"{entry.seconds:.1f}", shown))
+    return _table(rows)
+
+
+def compare(run_dirs: Sequence[str | os.PathLike[str]]) -> dict[str, dict[str, list[Any]]]:
+    """Return what differs between runs: under `config` and `result`, a name and its value in each run.
+
+    Raises:
+      UserError: fewer than two runs, or a directory without one.
+    """
+    if len(run_dirs) < 2:
+        raise errors.UserError(f"A comparison needs two or more run directories; got {len(run_dirs)}.")
+    with errors.as_user_error():
+        made = [record.RunRecord.read(run_dir) for run_dir in run_dirs]
+    configs = [record.flat("", each.config) for each in made]
+    return {"config": _differing(configs), "result": _differing([_result(each) for each in made])}
+
+
+def _result(made: record.RunRecord) -> dict[str, Any]:
+    best = made.extra.get("best") or {}
+    git = made.extra.get("git") or {}
+    return {
+        "end_reason": made.end_reason,
+        "step": made.step,
+        "examples_seen": made.examples_seen,
+        "examples_per_second": made.examples_per_second,
+        "seconds": sum(made.time_seconds.values()),
+        "params_sha256": made.params_sha256,
+        **{f"best.{name}": value for name, value in best.items()},
+        **{f"git.{name}": value for name, value in git.items()},
+        **{f"versions.{name}": version for name, version in made.versions.items()},
+        **made.metrics,
+    }
+
+
+def _differing(parts: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    names = dict.fromkeys(name for part in parts for name in part)
+    values = {name: [part.get(name) for part in parts] for name in names}
+    return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
+
+
+def show_comparison(run_dirs: Sequence[str | os.PathLike[str]], found: Mapping[str, Mapping[str, list[Any]]]) -> str:
+    """Return a comparison as a table for people."""
+    rows = [("", *(pathlib.Path(run_dir).name for run_dir in run_dirs))]
+    for values in found.values():
+        rows += [(name, *map(_cell, each)) for name, each in values.items()]
+    return _table(rows)
+
+
+def _cell(value: Any) -> str:
+    return format_number(value) if isinstance(value, float) else str(value)
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,242 @@
+"""A trained run for use: its params, its predictions, its evaluation; needs the experiment file, not its training data.
+
+>>> run = jaxdist.load("runs/digits_cnn-20261128-120000-000000")  # doctest: +SKIP
+>>> run.predict({"image": images})  # doctest: +SKIP
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+import jax
+import numpy as np
+
+from jaxdist import adapters, data, errors
+from jaxdist.config.experiment import Experiment
+from jaxdist.config.loading import load_experiment
+from jaxdist.config.overrides import override
+from jaxdist.data.sources import wrap
+from jaxdist.run import components, directory
+from jaxdist.rundir import record
+from jaxdist.spmd import evaluate, state, strategies
+
+Which: TypeAlias = int | Literal["best", "last"]
+
+_MOST_NAMED = 5
+_USED = ("model", "loss", "inputs", "precision")
+"""The settings of an experiment that decide what a trained model computes."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainedRun:
+    """What `load` returns.
+
+    Attributes:
+      run_dir: the run directory.
+      record: its run record.
+      experiment: what was trained.
+      step: the step whose checkpoint this is.
+      params: the params; the averaged ones, where the optimizer keeps them.
+      model_state: the statistics that the model keeps, None where it keeps none.
+      functions: of the model.
+      fields: the fields of an example, with shapes and dtypes of a batch.
+      strategy: the mesh that predictions and evaluations are computed on.
+    """
+
+    run_dir: pathlib.Path
+    record: record.RunRecord
+    experiment: Experiment
+    step: int
+    params: Any
+    model_state: Any
+    functions: adapters.Functions
+    fields: Mapping[str, jax.ShapeDtypeStruct]
+    strategy: strategies.Strategy
+
+    def predict(self, inputs: Any) -> Any:
+        """Return the model's outputs as NumPy arrays: a row for each example, in order.
+
+        Args:
+          inputs: a Source or map-style data set, a dict of arrays, or the array of the model's only input. The
+            experiment's `eval_example_fn` is applied, as in an evaluation; labels are not needed.
+
+        Raises:
+          UserError: the model was given as `adapters.Functions` without predict_fn, or the inputs do not fit it.
+        """
+        with errors.as_user_error():
+            source = self._source(inputs)
+            batches = self._batches(source)
+            outputs = [jax.device_get(self._predict(self.params, self.model_state, batch)) for batch in batches]
+            # The last batch is padded.
+            return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(source)], *outputs)
+
+    def evaluate(self, source: Any = None) -> dict[str, float]:
+        """Return the loss and the metrics on `source`, by default the experiment's held-out data, each example once.
+
+        Raises:
+          UserError: there are no such data, or they do not fit the model.
+        """
+        source = self.experiment.data.eval if source is None else source
+        if source is None:
+            raise errors.UserError(
+                f"An evaluation needs data, and {self.experiment.name} has no data.eval. Name a data set."
+            )
+        step = self.strategy.make_eval_step(self.functions.eval_fn)
+        with errors.as_user_error():
+            return evaluate.evaluate(step, self.params, self.model_state, self._batches(self._source(source)))
+
+    def outputs(self, params: Any, model_state: Any, batch: Mapping[str, Any]) -> Any:
+        """Return the model's outputs for a batch: a function that JAX can trace.
+
+        Raises:
+          UserError: the model was given as `adapters.Functions` without predict_fn.
+        """
+        if self.functions.predict_fn is None:
+            raise errors.UserError(
+                "A model given as adapters.Functions predicts by its predict_fn(params, batch); it has none. Add it."
+            )
+        return self.functions.predict_fn(params, batch, *(() if model_state is None else (model_state,)))
+
+    @functools.cached_property
+    def _predict(self) -> Any:
+        return jax.jit(self.outputs)
+
+    def _source(self, inputs: Any) -> data.Source:
+        if isinstance(inputs, Mapping):
+            return data.ArraySource(inputs)
+        if isinstance(inputs, np.ndarray | jax.Array):
+            field = self.experiment.inputs
+            if not isinstance(field, str):
+                raise errors.UserError(f"The model takes the inputs {field}; pass a dict of arrays with these names.")
+            return data.ArraySource({field: np.asarray(inputs)})
+        return wrap.as_source(inputs)
+
+    def _batches(self, source: data.Source) -> Any:
+        settings, mesh = self.experiment.data, self.strategy.mesh
+        loader = data.Loader(
+            source,
+            global_batch_size=math.ceil(self.experiment.global_batch_size / mesh.size) * mesh.size,
+            seed=self.experiment.seed,
+            shuffle=False,
+            num_epochs=1,
+            example_fn=settings.eval_example_fn,
+            num_threads=settings.num_threads,
+            num_workers=settings.num_workers,
+            fingerprint="",  # No position in these data is ever stored.
+        )
+        return (batch for batch, _ in data.feed(loader, mesh, self.strategy.batch_axes, settings.prefetch))
+
+
+def load(
+    run_dir: str | os.PathLike[str],
+    checkpoint: Which = "best",
+    *,
+    experiment: str | os.PathLike[str] | Experiment | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> TrainedRun:
+    """Return the trained model of a run directory.
+
+    Args:
+      run_dir: the run directory.
+      checkpoint: "best" (the last, where the run watched no metric), "last", or a step that has a checkpoint.
+      experiment: the experiment, or its file where that was moved; None is the file that was trained, with the
+        settings it was trained with.
+      devices: what to compute on, all devices by default; the params are replicated.
+
+    Raises:
+      UserError: the directory holds no run, the run has no such checkpoint, or the experiment is not the one trained.
+    """
+    run_dir = pathlib.Path(run_dir)
+    with errors.as_user_error():
+        if not (run_dir / record.FILE_NAME).is_file():
+            raise errors.UserError(f"A run directory holds {record.FILE_NAME}; {run_dir} does not. Name another.")
+        made = record.RunRecord.read(run_dir)
+        found = _experiment_of(made, run_dir, experiment)
+        _check_same(made, found, run_dir)
+        strategy = strategies.build("data-parallel", devices=devices)
+        fields, steps_per_epoch = _data_of(made, found)
+        functions = components.make_functions(found, fields)
+        optimizer, _ = components.make_optimizer(found, components.known_ends(found, steps_per_epoch))
+        template = state.abstract_state(functions.init_fn, optimizer, mesh=strategy.mesh, layout=strategy.layout)
+        identity = components.Identity(**made.extra["identity"])
+        with directory.open_checkpoints(found, run_dir, identity) as checkpointer:
+            step = _chosen_step(made, run_dir, checkpointer.steps(), checkpoint)
+            restored, _ = checkpointer.restore(template, step)
+    params = components.params_in_use(restored)
+    return TrainedRun(run_dir, made, found, step, params, restored.model_state, functions, fields, strategy)
+
+
+def _experiment_of(
+    made: record.RunRecord, run_dir: pathlib.Path, given: str | os.PathLike[str] | Experiment | None
+) -> Experiment:
+    if isinstance(given, Experiment):
+        return given
+    trained = made.extra.get("experiment") or {}
+    file = trained.get("file") if given is None else os.fspath(given)
+    if file is None:
+        raise errors.UserError(
+            f"The record of {run_dir} names no experiment file: it was trained from Python, or by version 0.1. Pass "
+            "experiment=, the file or the Experiment."
+        )
+    if not pathlib.Path(file).is_file():
+        raise errors.UserError(
+            f"The experiment of {run_dir} was {file}, which is not there. Name its new place: experiment= (in a "
+            "command, --experiment)."
+        )
+    return override(load_experiment(file), trained.get("assignments", ()))
+
+
+def _check_same(made: record.RunRecord, found: Experiment, run_dir: pathlib.Path) -> None:
+    """Raise UserError where the experiment computes something else than the one that was trained; name what differs."""
+    now, then = json.loads(json.dumps(record.plain(found))), dict(made.config)
+    now["model"] = json.loads(json.dumps(components.settings_of_model(found.model)))
+    if isinstance(found.model, adapters.Functions) and isinstance(then["model"], dict):
+        then["model"] = {name: value for name, value in then["model"].items() if name != "predict_fn"}
+    pairs = {name: (record.flat(name, then.get(name)), record.flat(name, now.get(name))) for name in _USED}
+    differing = [
+        f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
+        for old, new in pairs.values()
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+    if differing:
+        more = f"; and {len(differing) - _MOST_NAMED} more" if len(differing) > _MOST_NAMED else ""
+        raise errors.UserError(
+            f"A run is loaded with the experiment it was trained with; since {run_dir} was trained, this changed: "
+            f"{'; '.join(differing[:_MOST_NAMED])}{more}. Name the file as it was: experiment= (in a command, "
+            "--experiment)."
+        )
+
+
+def _data_of(made: record.RunRecord, found: Experiment) -> tuple[dict[str, jax.ShapeDtypeStruct], int]:
+    """Return the fields of a batch and the steps of an epoch: recorded, or, of version 0.1, found in the data."""
+    if "batch" not in made.extra:
+        loader = components.make_loader(found, fingerprint="")
+        return components.example_batch(loader), loader.steps_per_epoch
+    batch = made.extra["batch"]
+    fields = {
+        name: jax.ShapeDtypeStruct(tuple(field["shape"]), np.dtype(field["dtype"]))
+        for name, field in batch["fields"].items()
+    }
+    return fields, batch["steps_per_epoch"]
+
+
+def _chosen_step(made: record.RunRecord, run_dir: pathlib.Path, steps: Sequence[int], checkpoint: Which) -> int:
+    if not steps:
+        raise errors.UserError(f"{run_dir} has no checkpoint: the run ended before it saved one. Resume or train it.")
+    best = made.extra.get("best")
+    if checkpoint == "last" or (checkpoint == "best" and best is None):
+        return steps[-1]
+    step = best["step"] if checkpoint == "best" and best else checkpoint
+    if step not in steps:
+        known = ", ".join(map(str, steps))
+        raise errors.UserError(
+            f"{run_dir} has no checkpoint {checkpoint!r} (step {step}); it has those of the steps {known}. Name one of "
+            "these, or 'last'."
+        )
+    return int(step)

@@ -1,0 +1,104 @@
+"""Exports, read back by the libraries they are for."""
+
+import dataclasses
+
+import compile_cache
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import safetensors.numpy
+import tiny_experiment
+from trained_tiny import held_out, train
+
+import jaxdist
+from jaxdist import errors
+from jaxdist.run.use import exports
+
+
+class Normalised(nn.Module):
+    """Has statistics beside its params."""
+
+    @nn.compact
+    def __call__(self, x, *, train, mask=None):
+        hidden = nn.BatchNorm(use_running_average=not train)(
+            nn.Dense(8)(x), mask=None if mask is None else mask[:, None]
+        )
+        return nn.Dense(2)(nn.relu(hidden))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    with compile_cache.compile_once(tmp_path_factory.mktemp("xla")):
+        run_dir = tmp_path_factory.mktemp("normalised") / "run"
+        experiment = dataclasses.replace(tiny_experiment.get_config(), model=Normalised())
+        train(run_dir, file=None, experiment=experiment)
+        yield jaxdist.load(run_dir, experiment=experiment, devices=jax.devices()[:1])
+
+
+def expected(run):
+    leaves = {"params": run.params, "model_state": run.model_state}
+    return {
+        ".".join(str(part.key) for part in path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(leaves)
+    }
+
+
+def assert_same_bits(found, wanted):
+    assert sorted(found) == sorted(wanted)
+    for name, array in wanted.items():
+        assert (found[name].dtype, found[name].tobytes()) == (array.dtype, array.tobytes()), name
+
+
+def test_safetensors_holds_the_very_bits(run, tmp_path):
+    exports.export(run, tmp_path / "model.safetensors", "safetensors")
+    assert_same_bits(safetensors.numpy.load_file(tmp_path / "model.safetensors"), expected(run))
+
+
+def test_npz_holds_the_very_bits(run, tmp_path):
+    exports.export(run, tmp_path / "model.npz", "npz")
+    with np.load(tmp_path / "model.npz") as content:
+        assert_same_bits(dict(content), expected(run))
+
+
+def test_plain_orbax_opens_its_export(run, tmp_path):
+    exports.export(run, tmp_path / "model", "orbax")
+    with ocp.StandardCheckpointer() as checkpointer:
+        found = checkpointer.restore(tmp_path / "model")
+    named = {
+        ".".join(str(part.key) for part in path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(found)
+    }
+    assert_same_bits(named, expected(run))
+
+
+def test_the_compiled_function_is_the_model_for_any_number_of_rows(run, tmp_path):
+    exports.export(run, tmp_path / "model.bin", "jax-export")
+    function = jax.export.deserialize(bytearray((tmp_path / "model.bin").read_bytes()))
+    variables = {"params": run.params, **run.model_state}
+    for num_rows in (1, 5, 21):
+        images = held_out(num_rows)["image"]
+        wanted = run.experiment.model.apply(variables, images, train=False)
+        np.testing.assert_allclose(function.call({"image": images}), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_that_needs_a_fixed_number_of_rows_cannot_be_compiled_for_any(run, tmp_path):
+    fixed = run.functions._replace(predict_fn=lambda params, batch, state: batch["image"] + jnp.zeros((16, 1)))
+    with pytest.raises(errors.UserError, match=r"any number of rows, which failed.*x\.shape\[0\]"):
+        exports.export(dataclasses.replace(run, functions=fixed), tmp_path / "model.bin", "jax-export")
+    assert not (tmp_path / "model.bin").exists()
+
+
+@pytest.mark.parametrize("kind", exports.FORMATS)
+def test_nothing_is_overwritten(run, tmp_path, kind):
+    (tmp_path / "model").write_text("precious")
+    with pytest.raises(errors.UserError, match="does not overwrite anything"):
+        exports.export(run, tmp_path / "model", kind)
+    assert (tmp_path / "model").read_text() == "precious"
+
+
+def test_an_unknown_format_is_refused(run, tmp_path):
+    with pytest.raises(errors.UserError, match="one of safetensors, npz, orbax, jax-export; got 'onnx'"):
+        exports.export(run, tmp_path / "model", "onnx")

@@ -1,0 +1,86 @@
+import dataclasses
+
+import pytest
+
+from jaxdist import errors
+from jaxdist.run.use import run_list
+from jaxdist.rundir import lock, record
+
+
+def write(run_dir, *, started=None, best=None, config=None, **changes):
+    values = {
+        "end_reason": "max_steps",
+        "step": 10,
+        "examples_seen": 160,
+        "params_sha256": "aa",
+        "metrics": {"eval/accuracy": 0.5},
+        "strategy": "data-parallel",
+        "reduction": "mean",
+        "num_devices": 1,
+        "num_processes": 1,
+        "examples_per_second": 100.0,
+        "step_seconds": {"p50": 0.1, "p95": 0.1},
+        "time_seconds": {"input": 1.0, "compute": 2.5},
+        "compile_count": 1,
+        "restarts": 0,
+        "config": config or {"seed": 0},
+        "versions": {"jax": "1"},
+        "command": "jaxdist train x.py",
+        "extra": {"started": started, "best": best},
+    }
+    run_dir.mkdir(parents=True)
+    record.RunRecord(**(values | changes)).write(run_dir)
+    return run_dir
+
+
+def test_runs_are_listed_in_the_order_of_their_start(tmp_path):
+    best = {"metric": "eval/accuracy", "value": 0.75, "step": 6}
+    write(tmp_path / "b", started="2026-11-28T10:00:00", best=best)
+    write(tmp_path / "a", started="2026-11-28T11:00:00", end_reason=None)
+    running = write(tmp_path / "c", started="2026-11-28T12:00:00", end_reason=None)
+    (tmp_path / "no run").mkdir()
+    with lock.locked(running, purpose="a test"):
+        entries = run_list.find(tmp_path)
+    assert [(entry.name, entry.ended) for entry in entries] == [
+        ("b", "max_steps"),
+        ("a", "interrupted"),
+        ("c", "running"),
+    ]
+    assert dataclasses.asdict(entries[0]) == {
+        "name": "b",
+        "started": "2026-11-28T10:00:00",
+        "ended": "max_steps",
+        "step": 10,
+        "seconds": 3.5,
+        "best": best,
+        "metrics": {"eval/accuracy": 0.5},
+    }
+    header, first, *_ = run_list.show(entries).splitlines()
+    assert header.split() == ["name", "started", "ended", "step", "seconds", "best"]
+    assert first.split(maxsplit=5)[-1] == "eval/accuracy 0.75 at step 6"
+
+
+def test_a_comparison_names_what_differs_and_nothing_else(tmp_path):
+    runs = [
+        write(tmp_path / "a", config={"seed": 0, "model": {"width": 32}}, metrics={"train/loss": 0.5}),
+        write(tmp_path / "b", config={"seed": 0, "model": {"width": 64}}, metrics={"train/loss": 0.25, "extra": 1}),
+    ]
+    found = run_list.compare(runs)
+    assert found == {"config": {"model.width": [32, 64]}, "result": {"train/loss": [0.5, 0.25], "extra": [None, 1]}}
+    assert [line.split() for line in run_list.show_comparison(runs, found).splitlines()] == [
+        ["a", "b"],
+        ["model.width", "32", "64"],
+        ["train/loss", "0.5", "0.25"],
+        ["extra", "None", "1"],
+    ]
+
+
+def test_what_holds_no_run_is_named(tmp_path):
+    with pytest.raises(errors.UserError, match="there is no folder"):
+        run_list.find(tmp_path / "missing")
+    with pytest.raises(errors.UserError, match="holds no run"):
+        run_list.find(tmp_path)
+    with pytest.raises(errors.UserError, match="two or more run directories; got 1"):
+        run_list.compare([tmp_path])
+    with pytest.raises(errors.UserError, match=r"run\.json"):
+        run_list.compare([tmp_path, tmp_path])
