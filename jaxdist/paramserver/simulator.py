@@ -374,7 +374,9 @@ class Simulation:
 
         def finish() -> None:
             if process.life == life:
-                self._deliver(process.name, messages.Loaded(effect.name, self.files.get(effect.name)))
+                data = self.files.get(effect.name)
+                content = None if data is None else encoding.decode(data)
+                self._deliver(process.name, messages.Loaded(effect.name, content))
 
         self._at(self.rng.uniform(0.001, 0.02), finish)
 

@@ -4,6 +4,7 @@ One thread feeds the machine; everything else (messages, finished writes, gradie
 effects of a message are done before its replies leave, as `effects` promises.
 """
 
+import contextlib
 import logging
 import os
 import pathlib
@@ -193,8 +194,10 @@ class Driver:
             self._report(messages.Written(name, checksum, ""))
 
     def _load(self, name: str) -> None:
-        path = self.directory / name
-        self._report(messages.Loaded(name, path.read_bytes() if path.exists() else None))
+        content = None
+        with contextlib.suppress(FileNotFoundError, codec.EncodingError):  # the state machine says what that means
+            content = encoding.decode((self.directory / name).read_bytes())
+        self._report(messages.Loaded(name, content))
 
     def _compute(self, effect: effects.Compute) -> None:
         assert self._gradient is not None

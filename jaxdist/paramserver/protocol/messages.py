@@ -510,10 +510,10 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The bytes of file `name`; None when it is missing."""
+    """What file `name` holds; None where it is missing or damaged."""
 
     name: str
-    data: bytes | None
+    content: object | None
 
 
 Message = object

@@ -12,7 +12,6 @@ from dataclasses import replace
 from jaxdist.paramserver.protocol import effects, messages
 from jaxdist.paramserver.protocol.settings import SCHEDULER, Settings, server_shard, shard_file, worker_name
 from jaxdist.paramserver.protocol.shard import Outcome, Shard, ack
-from jaxdist.paramserver.wire import encoding
 
 NO_STATE = -1
 MAX_EARLY = 256  # log entries a backup keeps while an earlier one is missing
@@ -134,7 +133,7 @@ class Server:
         membership = self.pending
         if membership is None or loaded.name != shard_file(membership.restore, self.number):
             return
-        state = encoding.decode(loaded.data) if loaded.data is not None else None
+        state = loaded.content
         if not isinstance(state, messages.ShardState):
             out.do(
                 effects.Exit(

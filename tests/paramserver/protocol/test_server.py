@@ -10,7 +10,6 @@ import workload
 from jaxdist.paramserver.protocol import effects, messages
 from jaxdist.paramserver.protocol.server import Server
 from jaxdist.paramserver.protocol.shard import Shard
-from jaxdist.paramserver.wire import encoding
 
 PARAMS = (np.arange(4, dtype=np.float32),)
 PRIMARY, BACKUP = "server/0/a", "server/0/b"
@@ -173,5 +172,5 @@ def test_a_saved_shard_is_loaded_before_the_term_is_entered():
     saved.version = 7
     one = server(PRIMARY, durability="snapshot")
     assert tell(one, membership(2, restore_term=2, restore="c", backup="")) == []
-    sent = tell(one, messages.Loaded("c/shard-0", encoding.to_bytes(saved.export())))
+    sent = tell(one, messages.Loaded("c/shard-0", saved.export()))
     assert [(message.term, message.version) for _, message in sent] == [(2, 7)]
