@@ -242,11 +242,12 @@ def test_a_signal_to_one_process_has_the_job_restarted_where_it_stopped(start):
 @pytest.mark.timeout(400)
 def test_fifteen_kills_in_a_row_while_restoring_too(start):
     job = start(steps=3000)
-    job.train_to(5)
+    reached = job.reported_step()
     for strike in range(15):
         event = job.wait_for(job.start_event, "an attempt")
-        if strike % 3:  # trained a little; else it is importing or restoring
-            job.wait_for(lambda: job.reported_step() > 0, "a step")
+        if strike % 3:  # made a new step; else it is importing or restoring
+            job.wait_for(lambda before=reached: job.reported_step() > before + 1, "a new step")
+            reached = job.reported_step()
         kill(signal.SIGKILL, *event["process_ids"])
         job.wait_for(lambda before=event: job.start_event() not in (None, before), "the next attempt")
     assert job.end(200.0) == 0, job.text()
