@@ -296,7 +296,8 @@ def _ready_made(optimizer: Optimizer, schedule: RateSchedule) -> optax.GradientT
             f"{optimizer.name} of optax takes {', '.join(known)}; got {', '.join(unknown)}. Leave it out, or choose "
             "another optimizer."
         )
-    inner = optax.inject_hyperparams(function, static_args=tuple(arguments))(learning_rate=0.0, **arguments)
+    others = tuple(name for name in known if name != "learning_rate")
+    inner = optax.inject_hyperparams(function, static_args=others)(learning_rate=0.0, **arguments)
 
     def init(params: PyTree) -> Any:
         return _ReadyState(jnp.zeros((), jnp.int32), inner.init(params))
@@ -328,7 +329,7 @@ class _ReadyState(NamedTuple):
 def _of_optax() -> tuple[str, ...]:
     """Return the names of optax's optimizers that this module does not describe itself: all that take a learning rate.
 
-    Those that need the value of the loss with each update are not among them.
+    Those that need the value of the loss with each update, or a random key, are not among them.
     """
     names = []
     for name in dir(optax):
@@ -337,7 +338,7 @@ def _of_optax() -> tuple[str, ...]:
             parameters = list(inspect.signature(function).parameters.values())
             takes_rate = bool(parameters) and parameters[0].name == "learning_rate"
             ready = all(each.default is not each.empty or each.kind is each.VAR_KEYWORD for each in parameters[1:])
-            names += [name] if takes_rate and ready and name != "lbfgs" else []
+            names += [name] if takes_rate and ready and name not in ("lbfgs", "noisy_sgd") else []
     return tuple(names)
 
 

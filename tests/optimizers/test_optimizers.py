@@ -197,6 +197,7 @@ def test_an_optimizer_taken_from_optax_by_name_equals_it(name, arguments, theirs
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), ours, expected)
 
 
+@pytest.mark.filterwarnings("ignore:`optimistic_adam` is deprecated:DeprecationWarning")
 def test_every_optimizer_of_optax_that_takes_a_learning_rate_can_be_named():
     for name in optimizers._of_optax():
         built = optimizers.build(Optimizer(name=name, learning_rate=0.01), global_batch_size=1)
