@@ -168,8 +168,8 @@ def build(
 class RateSchedule(NamedTuple):
     """A learning rate as a function of the step, with the rates that it starts from and rises to apart.
 
-    `inputs` (float32, 3 elements: where the warm-up starts, its rise, the peak) enter the compiled step as an argument,
-    so that another learning rate compiles nothing. `offset` is what the steps that came before a change of the batch
+    `inputs` (float32, 3 elements: where the warm-up starts, its rise per step, the peak) enter the compiled step as an
+    argument, so that another learning rate compiles nothing. `offset` is what the steps that came before a change of the batch
     size lack, or have too many, in steps of the present size.
     """
 
@@ -211,15 +211,17 @@ class RateSchedule(NamedTuple):
         per_warmup, per_decay = 1 / max(warmup, 1), 1 / (1 if end is None else end - warmup)
 
         def rate(count: jax.Array, inputs: jax.Array) -> jax.Array:
-            first, rise, highest = inputs
+            first, rise_per_step, highest = inputs
             count = count + offset if offset else count
             # The first step of a warm-up already moves: from the start by one part in `warmup`, to the peak at its end.
-            rising = first + rise * (count + 1) * per_warmup
+            rising = first + rise_per_step * (count + 1)
             done = jnp.clip((count - warmup) * per_decay, 0.0, 1.0)
             shape = schedules.factor(schedule, count, done, warmup=warmup, steps_per_unit=steps_per_unit)
             return jnp.where(count < warmup, rising, highest * shape).astype(jnp.float32)
 
-        return cls(rate, np.array([start, peak - start, peak], np.float32))
+        # One product, rounded once: it is what the compiler makes of two constants, and so the bits are the same.
+        rise_per_step = np.float32(peak - start) * np.float32(per_warmup)
+        return cls(rate, np.array([start, rise_per_step, peak], np.float32))
 
 
 make_schedule = RateSchedule.make
