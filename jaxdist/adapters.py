@@ -351,15 +351,16 @@ def _check_model(
     example_batch: Mapping[str, Any],
 ) -> None:
     """Raise ValueError for what tracing shows to be wrong with a module and its loss; nothing is computed."""
+    args = (*shapes, dict(example_batch), jax.random.key(0))
+    _check_same_leaves(module_type, shapes[1], jax.eval_shape(functools.partial(forward, train=True), *args)[1])
     if shapes[1] and "mask" not in accepted:
         _check_statistics(module_type, forward, shapes, example_batch)
     size = _num_rows(example_batch)
-    outputs, values, new_state = _trace(forward, loss, shapes, _resized(example_batch, size))
+    outputs, values = _trace(forward, loss, shapes, _resized(example_batch, size))
     _check_outputs(module_type, outputs)
     check_names(values[1])
     for name, each in {"loss": values[0], **values[1]}.items():
         _refuse_scalar(name, each)
-    _check_same_leaves(module_type, shapes[1], new_state)
     twice = None
     with contextlib.suppress(TypeError, ValueError):  # a module that is made for one batch size
         twice = _trace(forward, loss, shapes, _resized(example_batch, 2 * size))[1]
@@ -369,12 +370,12 @@ def _check_model(
 
 def _trace(
     forward: _Forward, loss: Loss, shapes: tuple[PyTree, PyTree], batch: Mapping[str, Any]
-) -> tuple[Any, tuple[Values, dict[str, Values]], PyTree]:
-    """Return the shapes of the module's outputs, of what the loss makes of them, and of the new model_state."""
+) -> tuple[Any, tuple[Values, dict[str, Values]]]:
+    """Return the shapes of the module's outputs and of what the loss makes of them."""
 
-    def run(params: PyTree, model_state: PyTree, batch: Batch, key: jax.Array) -> tuple[Any, Any, PyTree]:
-        outputs, new_state = forward(params, model_state, batch, key, train=True)
-        return outputs, loss(outputs, batch), new_state
+    def run(params: PyTree, model_state: PyTree, batch: Batch, key: jax.Array) -> tuple[Any, Any]:
+        outputs, _ = forward(params, model_state, batch, key, train=True)
+        return outputs, loss(outputs, batch)
 
     return jax.eval_shape(run, *shapes, dict(batch), jax.random.key(0))
 

@@ -169,8 +169,8 @@ class RateSchedule(NamedTuple):
     """A learning rate as a function of the step, with the rates that it starts from and rises to apart.
 
     `inputs` (float32, 3 elements: where the warm-up starts, its rise per step, the peak) enter the compiled step as an
-    argument, so that another learning rate compiles nothing. `offset` is what the steps that came before a change of the batch
-    size lack, or have too many, in steps of the present size.
+    argument, so that another learning rate compiles nothing. `offset` is what the steps that came before a change of
+    the batch size lack, or have too many, in steps of the present size.
     """
 
     rate: Callable[[jax.Array, jax.Array], jax.Array]
