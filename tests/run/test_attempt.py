@@ -16,7 +16,8 @@ from jaxdist import errors, testing
 from jaxdist.checkpoint import checkpoints
 from jaxdist.config import overrides
 from jaxdist.data import ArraySource, CorruptExample, Loader
-from jaxdist.run import attempt, components, directory, recovery
+from jaxdist.launch.supervising import supervisor
+from jaxdist.run import attempt, components, directory
 from jaxdist.rundir import record
 from jaxdist.stop import Progress
 
@@ -290,7 +291,7 @@ def test_narrow_precision_trains(tmp_path, precision):
 
 def contents(folder):
     """Return the files below a folder with their bytes, but not the signs of life that a process gives at its start."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.parent.name != recovery.BOARD_NAME)
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.parent.name != supervisor.BOARD_NAME)
     return {path: path.read_bytes() for path in files}
 
 

@@ -12,7 +12,7 @@ import tiny_experiment
 
 import jaxdist
 from jaxdist import adapters
-from jaxdist.cli import main
+from jaxdist.cli import main, selected_experiment
 from jaxdist.launch.joining import runtime
 from jaxdist.run.use import verify
 
@@ -76,7 +76,7 @@ def test_the_status_says_whether_the_canonical_bits_are_the_same(broken, capsys,
         return squares(outputs * (1.0 + 2.0**-23 * (next(times_compiled) if broken else 0)), batch)
 
     monkeypatch.setattr(runtime, "start", lambda num_devices=None: jax.devices()[: num_devices or 1])
-    monkeypatch.setattr(main, "load", lambda options: linear(drifting, reduction="canonical"))
+    monkeypatch.setattr(selected_experiment, "load", lambda options: linear(drifting, reduction="canonical"))
     assert main.run(["verify", "any.py", "--devices", "2", "--json"]) == (1 if broken else 0)
     report = json.loads(capsys.readouterr().out)
     assert [row["verdict"] for row in report["rows"]] == ["identical", "BROKEN: other bits" if broken else "identical"]
