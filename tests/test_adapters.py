@@ -429,7 +429,7 @@ def test_two_streams_have_keys_of_their_own_and_one_alone_has_that_of_the_step()
     def draws_of(*streams):
         def loss(outputs, batch):
             return batch["label"] * 1.0, {
-                name: jnp.full(ROWS, each) for name, each in zip(streams, outputs, strict=True)
+                name: jnp.full(batch["label"].shape, each) for name, each in zip(streams, outputs, strict=True)
             }
 
         fns = adapters.linen(Draws(streams), loss, EXAMPLE)
@@ -484,7 +484,7 @@ def test_plain_functions_compute_with_rounded_inputs_and_exact_targets():
 
     functions = adapters.Functions(lambda key: {"w": jnp.zeros(())}, loss_fn, loss_fn)
     fns = adapters.from_model(functions, None, {}, inputs="x", precision="bfloat16")
-    batch = {"x": jnp.ones(4), "target": jnp.full(4, 257.0)}
+    batch = {"x": np.ones(4, np.float32), "target": np.full(4, 257.0, np.float32)}
     assert fns.eval_fn({"w": jnp.zeros(())}, batch, jax.random.key(0))[0].value == 257.0
 
 
