@@ -14,8 +14,9 @@ from jaxdist.data.assembly import (
     split_evenly,
     with_mask,
 )
+from jaxdist.data.sources.source import COUNTS
 
-SOURCE = ArraySource({"id": np.arange(5), "mask": np.array([1, 0, 1, 1, 1])})
+SOURCE = ArraySource({"id": np.arange(5), COUNTS: np.array([1, 0, 1, 1, 1])})
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -33,15 +34,20 @@ def test_parts_are_ranges_of_nearly_one_size():
 
 
 def test_the_mask_of_a_batch_is_of_padding_bad_rows_and_examples():
-    made = Made({"x": np.zeros(4), "mask": np.array([1, 1, 0, 1])}, {3: "bad"})
+    made = Made({"x": np.zeros(4), COUNTS: np.array([1, 1, 0, 1])}, {3: "bad"})
     assert with_mask(made, np.float32([1, 0, 1, 1]))["mask"].tolist() == [1, 0, 0, 0]
 
 
-def test_an_example_keeps_its_mask_through_a_function_that_drops_it():
+def test_a_field_named_like_the_packages_own_mask_is_refused():
+    with pytest.raises(ValueError, match="Rename it"):
+        with_mask(Made({"x": np.zeros(2), "mask": np.ones(2)}, {}), np.ones(2, np.float32))
+
+
+def test_an_example_that_does_not_count_stays_so_through_a_function_that_drops_it():
     recipe = Recipe(SOURCE, lambda example, random: {"x": example["id"] * 2}, 0, "raise")
-    assert make_example(recipe, 0, 1) == {"x": 2, "mask": 0}
-    own = Recipe(SOURCE, lambda example, random: {"x": example["id"], "mask": np.float32(1)}, 0, "raise")
-    assert make_example(own, 0, 1)["mask"] == 1
+    assert make_example(recipe, 0, 1) == {"x": 2, COUNTS: 0}
+    own = Recipe(SOURCE, lambda example, random: {"x": example["id"], COUNTS: np.float32(1)}, 0, "raise")
+    assert make_example(own, 0, 1)[COUNTS] == 1
 
 
 def test_errors_say_which_example_it_was():

@@ -12,7 +12,7 @@ READER = """
 import re, resource, sys
 import numpy as np
 from jaxdist.data import Loader
-from jaxdist.data.memmap import NpySource
+from jaxdist.data.sources.memmap import NpySource
 
 folder, limit = sys.argv[1], int(sys.argv[2])
 source = NpySource({"x": folder + "/x.npy"})
