@@ -38,7 +38,7 @@ def loss_fn(params, batch, key):
     hidden = jax.nn.relu(batch["image"] @ params["first"])
     logits = hidden @ params["second"] + params["bias"][None]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch["label"])
-    return metrics.masked_mean(losses, batch["mask"]), {"logit": logits.mean()}
+    return metrics.masked_mean(losses, batch["mask"]), {"logit": metrics.masked_mean(logits, batch["mask"])}
 
 
 @pytest.mark.parametrize("name", PRECISIONS)
