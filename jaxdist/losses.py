@@ -3,9 +3,6 @@
 Each is `loss(outputs, batch) -> (values, metrics)`, the form that `jaxdist.adapters` takes: `values` is what training
 minimises, `metrics` maps a name to values of the same shape. Nothing is averaged here. Logits may have any float dtype;
 everything is computed in float32, because a sum over many classes in bfloat16 loses the small ones.
-
-`classification`, `next_token`, `mean_squared_error` and `mean_absolute_error` are such losses themselves; the others
-are made by a function of their settings: `huber(delta=0.5)`, `smoothed(0.1)`, `weighted(classification, "weight")`.
 """
 
 import math
