@@ -66,6 +66,7 @@ def run_processes(
             "args": args,
             "devices": devices,
             "results": folder,
+            "path": sys.path,
         }
         command = [sys.executable, "-c", "import sys; from jaxdist import testing; testing.run_task(sys.argv[1])"]
         result = local_job.run_job(
@@ -93,6 +94,8 @@ def run_task(text: str) -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     sys.path.insert(0, str(pathlib.Path(task["file"]).parent))
+    # What the test can import, its processes can import.
+    sys.path.extend(entry for entry in task["path"] if entry not in sys.path)
     spec.loader.exec_module(module)
     result = getattr(module, task["function"])(*task["args"])
     _result_path(task["results"], jax.process_index()).write_text(json.dumps(result))

@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 
+from jaxdist.spmd import jax_private
+
 
 def depends(function: Callable[..., Any], args: Sequence[Any], marked: Sequence[Any]) -> Any:
     """Return a tree like the result of `function(*args)`: whether each leaf depends on a marked leaf of the arguments.
@@ -46,7 +48,7 @@ def _through(equation: Any, inputs: list[bool]) -> list[bool]:
         return everything
     if equation.primitive.name != "scan":
         return _follow(calls[0], inputs)
-    return _through_scan(calls[0], inputs, equation.params["num_consts"], equation.params["num_carry"])
+    return _through_scan(calls[0], inputs, *jax_private.scan_counts(equation.params))
 
 
 def _through_scan(body: Any, inputs: list[bool], num_consts: int, num_carry: int) -> list[bool]:

@@ -4,7 +4,7 @@ Each function says why JAX's public API does not do. `tests/spmd/test_jax_privat
 under each supported version of JAX, so that a new version shows here first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -157,3 +157,14 @@ def mesh_executable(
         all_args_info=None,
         pgle_profiler=None,
     ).load()
+
+
+def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
+    """Return how many operands of a scan are constants and how many are its carry; `params` are the equation's own.
+
+    No public function tells. JAX 0.10 has the two numbers, JAX 0.12 the trees of constants, carry and inputs.
+    """
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    constants, carry, _ = (len(list(part.vals)) for part in params["ft_in"].unpack())
+    return constants, carry

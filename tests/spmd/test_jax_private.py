@@ -116,3 +116,12 @@ def test_the_cache_gives_back_what_was_put_there(tmp_path):
         jax_private.write_cache(key, "double", compiled, device, seconds=1.0)
         assert jax_private.read_cache(key, jax.devices()[:2]) is not None
         assert len(list(tmp_path.iterdir())) >= 1
+
+
+def test_constants_and_carry_of_a_scan_are_counted():
+    def looped(a, b):
+        return jax.lax.scan(lambda carry, x: ({"n": (carry["n"][0] + x * b, a)}, x), {"n": (a, a)}, jnp.ones(4))
+
+    equations = jax.make_jaxpr(looped)(1.0, 2.0).jaxpr.eqns
+    (scan,) = [each for each in equations if each.primitive.name == "scan"]
+    assert jax_private.scan_counts(scan.params) == (2, 2)

@@ -250,7 +250,7 @@ def test_a_metric_may_not_take_the_name_of_the_steps_own():
     optimizer = optax.sgd(0.1)
     state = states.create_state(lambda key: {"w": jnp.ones(())}, optimizer, mesh=mesh, seed=0)
     step = steps.data_parallel_step(lambda params, batch, key: (params["w"], {"loss": params["w"]}), optimizer, mesh)
-    with pytest.raises(ValueError, match="cannot be metrics of a loss.*got loss"):
+    with pytest.raises(ValueError, match=r"cannot be metrics of a loss.*got loss"):
         step(state, place(numpy_batch(), mesh, "data"))
 
 
