@@ -385,7 +385,11 @@ def _num_rows(batch: Mapping[str, Any]) -> int:
 
 
 def _resized(batch: Mapping[str, Any], rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-    return {name: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype) for name, leaf in batch.items()}
+    # The dtype that the field has on the devices: 64-bit integers arrive there with 32.
+    return {
+        name: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), jax.dtypes.canonicalize_dtype(leaf.dtype))
+        for name, leaf in batch.items()
+    }
 
 
 def _check_outputs(module_type: type, outputs: Any) -> None:
