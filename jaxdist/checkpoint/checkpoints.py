@@ -283,7 +283,7 @@ class Checkpointer:
             try:
                 metrics = self._manifest(path).extra["metrics"]
             except DamagedCheckpointError:
-                metrics = {}  # It cannot be restored, so it is nobody's best; a save must not fail because of it.
+                metrics = {}  # It cannot be restored, so it is not the best; a save must not fail because of it.
             score = self._best_sign * metrics.get(self._best_metric, math.nan)
             self._scores[path] = -math.inf if math.isnan(score) else score
         return self._scores[path]

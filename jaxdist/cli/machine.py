@@ -2,7 +2,8 @@
 
     JAXDIST_PS_HOSTS=node1,node2 python -m jaxdist.cli.machine train EXPERIMENT ... --run-dir RUN_DIR
 
-The engine says which of them this machine is. The first trains, the others keep their processes alive (see `host`).
+The engine says which of them this machine is. The first trains; the others keep their processes alive,
+see `processes.machines`.
 """
 
 import os

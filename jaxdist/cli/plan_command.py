@@ -10,7 +10,6 @@ from jaxdist.cli import selected_experiment
 from jaxdist.config.experiment import Experiment
 from jaxdist.errors import ExitStatus, UserError
 from jaxdist.plan import estimate, report, search, topology
-from jaxdist.run import components
 
 
 def plan(options: argparse.Namespace) -> int:
@@ -39,9 +38,7 @@ def plan(options: argparse.Namespace) -> int:
 
 def _plan(experiment: Experiment, where: topology.Topology, price: float | None) -> tuple[str, Any]:
     made = estimate.estimate(experiment, where)
-    loader = components.make_loader(experiment)
-    steps = components.last_step(experiment, loader.steps_per_epoch)
-    return report.render(made, steps=steps, price_per_hour=price), made.to_json(steps=steps, price_per_hour=price)
+    return report.render(made, price_per_hour=price), made.to_json(price_per_hour=price)
 
 
 def _search(experiment: Experiment, where: topology.Topology) -> tuple[str, Any]:

@@ -93,7 +93,7 @@ class Checkpoints:
 
 @setting_group
 class Guards:
-    """How often the checks of `guard` run; 0 switches one off.
+    """How often the checks of `guards` run; 0 switches one off.
 
     Attributes:
       check_replicas_every: steps between comparisons of the replicas' bits.
@@ -111,12 +111,12 @@ class Recovery:
     Attributes:
       snapshot_every: steps between snapshots in memory, of which at most so many are done again after a death; 0 takes
         none, None as many as cost about two percent of the time. Only a supervised run (`--processes`) takes any:
-        without a supervisor nobody would keep them.
+        without a supervisor no process would keep them.
       hang_seconds: a step, or the reading of a batch, that takes longer in all processes is a hang.
       slow_seconds: the same for compiling, evaluating, saving and restoring.
       ledger: whether each step's examples are recorded.
       max_fruitless: attempts in a row without a step that lasts, after which a supervised job has failed.
-      min_processes: a supervised job that fails again and again goes on with fewer processes, down to this number;
+      min_processes: the least number of processes to which a supervised job that keeps failing is reduced;
         None never lowers it.
       deadline_seconds: after so many seconds, restarts included, the run stops as if by SIGTERM: saved, "preempted",
         exit status 75; None sets none.

@@ -103,7 +103,7 @@ def _readings(text: str) -> list[Any]:
     readings: list[Any] = [None] if text.lower() in ("none", "null") else []
     with contextlib.suppress(ValueError, SyntaxError):
         literal = ast.literal_eval(text)
-        # A field may take a string or a tuple of them: whoever writes brackets means the tuple.
+        # A field may take a string or a tuple of strings: brackets mean the tuple.
         return [*readings, literal, text] if isinstance(literal, (tuple, list, dict)) else [*readings, text, literal]
     words = [text.split(",")]
     return [*readings, *words, text] if "," in text else [*readings, text, *words]

@@ -68,9 +68,10 @@ class Estimate:
       num_microbatches: parts of a device's batch.
       global_batch_size: examples of a step.
       num_params: elements, over all devices.
+      steps: the step that the run certainly ends at; None where no limit is known.
       bytes: of one device.
       device_memory: bytes a device has; None where it is the machine's own.
-      flops_per_step: over all devices, as the compiler counts them.
+      flops_per_step: over all devices, counted in the traced step (see `flops`).
       bound_seconds: `compute`, `memory` and `network`, each a lower bound of the step's time.
       compiler_seconds: the compiler's own estimate, where it gives one.
       collectives: kind -> (how many, bytes each device sends in them).
@@ -87,6 +88,7 @@ class Estimate:
     num_microbatches: int
     global_batch_size: int
     num_params: int
+    steps: int | None
     bytes: DeviceBytes
     device_memory: int | None
     flops_per_step: float
@@ -117,10 +119,9 @@ class Estimate:
         """FLOPs of a step / (step_seconds x num_devices x peak FLOP/s): 1 where arithmetic bounds the step."""
         return self.flops_per_step / (self.step_seconds * self.num_devices * self.peak_flops_per_second)
 
-    def to_json(self, *, steps: int | None = None, price_per_hour: float | None = None) -> dict[str, Any]:
-        """Return everything as plain JSON data; with `steps`, hours, and with a price of the whole topology, money."""
-        fields = dataclasses.asdict(self) | {"bytes": None}
-        del fields["bytes"]
+    def to_json(self, *, price_per_hour: float | None = None) -> dict[str, Any]:
+        """Return everything as plain JSON data; the price is that of an hour of the whole topology."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "bytes"}
         return fields | {
             "bytes_per_device": self.bytes.total,
             "bytes_by_kind": dataclasses.asdict(self.bytes),
@@ -132,16 +133,15 @@ class Estimate:
             "collectives": {
                 kind: {"count": count, "sent_bytes": sent} for kind, (count, sent) in self.collectives.items()
             },
-            **cost(self.step_seconds, steps, price_per_hour),
+            **self.cost(price_per_hour),
         }
 
-
-def cost(step_seconds: float, steps: int | None, price_per_hour: float | None) -> dict[str, float]:
-    """Return the hours that `steps` take at least, and what they cost."""
-    if steps is None:
-        return {}
-    hours = steps * step_seconds / 3600
-    return {"steps": steps, "hours": hours} | ({} if price_per_hour is None else {"price": hours * price_per_hour})
+    def cost(self, price_per_hour: float | None) -> dict[str, float]:
+        """Return the `hours` that all steps take at least and, with a price, their `price`; empty without an end."""
+        if self.steps is None:
+            return {}
+        hours = self.steps * self.step_seconds / 3600
+        return {"hours": hours} | ({} if price_per_hour is None else {"price": hours * price_per_hour})
 
 
 def with_dividing_batch(experiment: Experiment, topology: Topology) -> Experiment:
@@ -174,8 +174,7 @@ def estimate(experiment: Experiment, topology: Topology) -> Estimate:
 def compile_step(parts: components.Parts) -> tuple[jax.stages.Compiled, float]:
     """Return the training step, compiled for the devices that `parts` were put together for, and its FLOPs."""
     rows = NamedSharding(parts.strategy.mesh, PartitionSpec(parts.strategy.batch_axes))
-    shapes = components.example_batch(parts.loader)
-    batch = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows) for name, leaf in shapes.items()}
+    batch = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows) for name, leaf in parts.fields.items()}
     step: Any = parts.step
     traced = step.trace(parts.abstract_state, batch)
     return traced.lower().compile(), flops.count(traced.jaxpr)
@@ -201,6 +200,7 @@ def read(compiled: jax.stages.Compiled, step_flops: float, parts: components.Par
         num_microbatches=experiment.num_microbatches,
         global_batch_size=experiment.global_batch_size,
         num_params=sum(leaf.size for leaf in jax.tree.leaves(parts.abstract_state.params)),
+        steps=components.last_step(experiment, parts.loader.steps_per_epoch),
         bytes=held,
         device_memory=chip.memory_bytes,
         flops_per_step=step_flops,

@@ -1,14 +1,14 @@
 """The plan as text: tables that fit 80 columns."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from jaxdist.plan.estimate import Estimate, cost
+from jaxdist.plan.estimate import Estimate
 from jaxdist.plan.search import Candidate
 
 MOST_LINES = 5
 
 
-def render(made: Estimate, *, steps: int | None = None, price_per_hour: float | None = None) -> str:
+def render(made: Estimate, *, price_per_hour: float | None = None) -> str:
     """Return the plan of one way to train."""
     mesh = " x ".join(f"{name} {size}" for name, size in made.mesh.items())
     lines = [
@@ -29,10 +29,10 @@ def render(made: Estimate, *, steps: int | None = None, price_per_hour: float | 
     ]
     if made.compiler_seconds:
         lines.append(f"  the compiler's own estimate: {seconds_text(made.compiler_seconds)}")
-    spent = cost(made.step_seconds, steps, price_per_hour)
+    spent = made.cost(price_per_hour)
     if spent:
         price = f", {spent['price']:,.2f} at {price_per_hour:g} an hour" if "price" in spent else ""
-        lines.append(f"  {steps:,} steps: {spent['hours']:,.2f} h{price}")
+        lines.append(f"  {made.steps:,} steps: {spent['hours']:,.2f} h{price}")
     return "\n".join(lines)
 
 
@@ -89,8 +89,8 @@ def _kinds(made: Estimate) -> list[tuple[str, int]]:
     return [(name, getattr(made.bytes, name)) for name in kinds if getattr(made.bytes, name)]
 
 
-def _rows(rows: object) -> list[str]:
-    return [f"  {name:<14} {text:>12}" for name, text in rows]  # type: ignore[attr-defined]
+def _rows(rows: Iterable[tuple[str, str]]) -> list[str]:
+    return [f"  {name:<14} {text:>12}" for name, text in rows]
 
 
 def _collectives(made: Estimate) -> list[str]:

@@ -7,10 +7,10 @@ Fake CPU devices are the host's own. For TPUs the compiler comes with the packag
 import dataclasses
 import difflib
 import importlib.util
-import math
 import os
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -142,12 +142,11 @@ def _measure_copy() -> float:
     return 2 * source.nbytes / _median_seconds(lambda: np.copyto(target, source))
 
 
-def _median_seconds(work: object, repeats: int = 7) -> float:
-    assert callable(work)
+def _median_seconds(work: Callable[[], object], repeats: int = 7) -> float:
     work()
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - start)
-    return math.fsum(sorted(seconds)[repeats // 2 : repeats // 2 + 1])
+    return statistics.median(seconds)

@@ -42,7 +42,7 @@ class RunOptions:
       command: the command line, for the run record.
       stop_requested: asked after each step whether this process wants to stop and save; all then stop at one step.
       identity: of the experiment, where it is known already; taking it may look at every file of the data.
-      source: the experiment's file and overrides, for whoever loads what was trained.
+      source: the experiment's file and overrides, recorded so that the trained run can be loaded.
     """
 
     run_dir: pathlib.Path

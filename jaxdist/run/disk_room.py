@@ -7,6 +7,7 @@ compared with the size of the state before; process 0 looks, and all agree on th
 import pathlib
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,32 +15,45 @@ import jax
 
 from jaxdist.run.loop import Hook, StepInfo
 
+_LOOK_SECONDS = 1.0
+"""Between two looks at the disk: steps may be far shorter than a look."""
 _BESIDES = 1 << 20
 """Bytes for manifests and metadata of a checkpoint."""
 
 
-def unless_full(save: Hook, directory: pathlib.Path, *, agreed: Callable[[float], float]) -> Hook:
+def unless_full(
+    save: Hook,
+    directory: pathlib.Path,
+    *,
+    agreed: Callable[[float], float],
+    clock: Callable[[], float] = time.monotonic,
+) -> Hook:
     """Return the hook `save`, called only while `directory` has room for a checkpoint of the state.
 
     Args:
       save: saves at the steps that are due.
       directory: on the disk that checkpoints go to.
       agreed: makes one number of what the processes see; see `agreement.Agreement.number`.
+      clock: seconds.
     """
-    told = [False]
+    told, looked_at, fits = False, -float("inf"), True
 
     def save_if_it_fits(info: StepInfo) -> None:
-        room = agreed(float(has_room(info.state, directory)))
+        nonlocal told, looked_at, fits
+        now = clock()
+        if now - looked_at >= _LOOK_SECONDS:
+            looked_at, fits = now, has_room(info.state, directory)
+        room = agreed(float(fits))
         if room:
             save(info)
-        elif not told[0] and jax.process_index() == 0:
+        elif not told and jax.process_index() == 0:
             print(
                 f"jaxdist: The disk of {directory} has no room for a checkpoint. The run continues, and saves again "
                 "when there is room.",
                 file=sys.stderr,
                 flush=True,
             )
-        told[0] = not room
+        told = not room
 
     return save_if_it_fits
 

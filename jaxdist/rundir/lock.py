@@ -34,7 +34,7 @@ def locked(directory: pathlib.Path, *, purpose: str) -> Iterator[None]:
 
     Args:
       directory: what only one job may write to.
-      purpose: said to whoever is refused, "jaxdist train x.py" say.
+      purpose: shown to a job that is refused, for example "jaxdist train x.py".
 
     Raises:
       LockedError: another process holds it; the message names it.

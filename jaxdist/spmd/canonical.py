@@ -1,7 +1,7 @@
 """Canonical reduction: sums over a batch whose bits do not depend on the number of devices or processes.
 
 The global batch is cut into a fixed number of logical shards. Each is computed by one single-device program, the very
-same machine code on every layout (see `executable`), and the results, one flat vector each, are added in a fixed
+same machine code on every layout (see `device_program`), and the results, one flat vector each, are added in a fixed
 binary tree: first over a device's own shards as they arrive, then over the devices
 (`reduce.tree_sum_over_axis`). Additions are all that a program partitioned over the devices does here: XLA simplifies,
 fuses and parallelises a one-device program otherwise than a many-device one, and the bits follow.

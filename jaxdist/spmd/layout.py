@@ -166,7 +166,7 @@ def transformer_rules(model_axis: str = "model", *, shard_axis: str | None = Non
 
 @dataclasses.dataclass(frozen=True)
 class ByNames:
-    """The layout that `by_names` returns; `unmatched` tells which of its rules are about names that nobody gave."""
+    """The layout that `by_names` returns; `unmatched` tells which of its rules are about names that no param has."""
 
     mesh_axes: tuple[str, ...]
     axis_rules: Mapping[str, str | None]

@@ -161,7 +161,7 @@ def canonical_step(
     """Return a data-parallel step that gives the same bits on every number of devices that divides `logical_shards`.
 
     Two stages: the logical shards' sums (see `canonical`), then the division and the optimizer, on every replica by the
-    same machine code (see `executable`). The bits belong to one jaxlib and one kind of device. `num_microbatches` cuts
+    same machine code (`device_program`). The bits belong to one jaxlib and one kind of device. `num_microbatches` cuts
     each logical shard, whatever the number of devices.
 
     A `layout` that cuts the state (`layout.zero1`) holds between the steps alone: for the update the state is gathered,

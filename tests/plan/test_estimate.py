@@ -52,7 +52,7 @@ def test_the_largest_bound_is_the_step():
     _, made = plan()
     assert made.step_seconds == max(made.bound_seconds.values()) == made.bound_seconds[made.bound_by]
     assert 0 < made.model_flops_utilization <= 1
-    content = made.to_json(steps=3600, price_per_hour=2.0)
+    content = dataclasses.replace(made, steps=3600).to_json(price_per_hour=2.0)
     assert content["hours"] == pytest.approx(made.step_seconds)
     assert content["price"] == pytest.approx(2 * made.step_seconds)
     required = {"num_devices", "bytes_per_device", "fits", "flops_per_step", "collectives", "step_seconds"}

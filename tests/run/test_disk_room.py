@@ -1,3 +1,4 @@
+import itertools
 import shutil
 import types
 
@@ -16,12 +17,23 @@ def set_free(monkeypatch, num_bytes, total=1 << 40):
 
 def test_saves_are_left_out_while_the_disk_is_full_and_it_is_said_once(tmp_path, monkeypatch, capsys):
     saved = []
-    hook = disk_room.unless_full(lambda info: saved.append(info.step), tmp_path, agreed=lambda number: number)
+    hook = disk_room.unless_full(
+        lambda info: saved.append(info.step), tmp_path, agreed=lambda number: number, clock=itertools.count().__next__
+    )
     for step, free in enumerate([6 << 20, 4 << 20, 4 << 20, 6 << 20, 4 << 20], start=1):
         set_free(monkeypatch, free)
         hook(types.SimpleNamespace(step=step, state=STATE))
     assert saved == [1, 4]
     assert capsys.readouterr().err.count("has no room for a checkpoint") == 2, "once a time that it is full"
+
+
+def test_the_disk_is_looked_at_once_a_second_however_short_the_steps(tmp_path, monkeypatch):
+    looked, times = [], iter([0.0, 0.2, 0.9, 1.1, 1.5, 2.2])
+    monkeypatch.setattr(disk_room, "has_room", lambda state, directory: looked.append(directory) or True)
+    hook = disk_room.unless_full(lambda info: None, tmp_path, agreed=lambda number: number, clock=times.__next__)
+    for step in range(6):
+        hook(types.SimpleNamespace(step=step, state=STATE))
+    assert len(looked) == 3
 
 
 def test_process_0_decides(tmp_path, monkeypatch):

@@ -71,7 +71,7 @@ def connect_seconds() -> float:
 def check_free(address: str) -> None:
     """Raise UserError unless this process can listen at `address`, HOST:PORT.
 
-    The coordinator itself would not notice: gRPC shares a port with whoever else agrees to share it.
+    The coordinator itself would not notice: gRPC shares a port with any process that agrees to share it.
     """
     host, port = split(address)
     try:

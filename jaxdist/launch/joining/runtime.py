@@ -56,7 +56,7 @@ def start(num_devices: int | None = None) -> Sequence[jax.Device]:
     """
     _prepare(num_devices)
     place = places.find()
-    if jax.distributed.is_initialized():  # by whoever called us, Ray Train say
+    if jax.distributed.is_initialized():  # by the caller, for example Ray Train
         _compare_and_meet(num_devices)
     elif place is not None:
         _join_job(place, num_devices)
@@ -145,7 +145,7 @@ def leave(exit_status: int) -> NoReturn:
     """End this process; one of several that has failed does not wait for the others, or not for long.
 
     Python's own way out would wait for them, up to five minutes, in JAX's shutdown: they may wait for this process in
-    a collective, and its message would reach nobody. Where all leave for the same reason, they part in good order.
+    a collective, and its message would not arrive. Where all leave for the same reason, they part in good order.
     """
     if exit_status in (0, ExitStatus.RETRY) or not jax.distributed.is_initialized():
         sys.exit(exit_status)

@@ -7,7 +7,7 @@ done, the answer has not left). The environment variable FAULTS holds lines `PRO
     server/0/a send PushAck 3 kill
 
 COUNT says at which passing of the label; a rate like 0.1 says how often. Actions: `kill` (SIGKILL), `stop` (SIGSTOP;
-whoever tests sends SIGCONT), `full` (from now on this process writes no file beyond some hundred bytes, as on a full
+the test sends SIGCONT), `full` (from now on this process writes no file beyond some hundred bytes, as on a full
 disk), `lose` and `repeat` (for `send` only: the message does not leave, or leaves twice). With a COUNT a line comes
 true once in a run: a file in the run's folder remembers it for the process's next life.
 """

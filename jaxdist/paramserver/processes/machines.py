@@ -64,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _keep_processes(run_dir: pathlib.Path, host: str) -> bool:
-    """Keep the processes of `host` until nobody needs them; return whether that is because the run has ended."""
+    """Keep the processes of `host` until they are no longer needed; return whether the run has ended."""
     directory = run_dir / run_folder.DIRECTORY_NAME
     with as_user_error():
         security_of([host])
@@ -75,7 +75,7 @@ def _keep_processes(run_dir: pathlib.Path, host: str) -> bool:
     crew.start()
     ended = False
     try:
-        # One that died late, and starts again, finds nobody to tell it of the end: the record does.
+        # A process that died late and starts again learns of the end from the record alone.
         ended = _watch(crew, spec.peers[run_folder.OBSERVER]) or _has_ended(run_dir)
     finally:
         crew.close(orderly=ended)
@@ -94,7 +94,7 @@ def _wait_for_run(directory: pathlib.Path) -> run_folder.Spec:
 
 
 def _watch(crew: LocalCrew, observer: str) -> bool:
-    """Look after the processes; return True when they ended by themselves, False when nobody trains any more."""
+    """Look after the processes; return whether they ended by themselves; False when the machine that trains is gone."""
     heard_at = time.monotonic()
     while not crew.all_ended():
         if _answers(observer):

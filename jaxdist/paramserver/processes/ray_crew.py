@@ -1,7 +1,7 @@
 """The processes of a run on a Ray cluster: one actor each starts it, dies with it, and is started anew by Ray.
 
 The run directory must be one that all nodes see, as for any run on several machines. An actor stays on its node, so an
-address is good for as long as the run: a node that is lost for good ends the run, and `--resume` goes on without it.
+address is good for as long as the run: a node that is lost for good ends the run, and `--resume` continues without it.
 """
 
 import os

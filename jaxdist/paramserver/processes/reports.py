@@ -48,7 +48,7 @@ def statistics_of(name: str, spec: Spec, machine: Any) -> Statistics:
 
 
 class Report:
-    """What the scheduler's process leaves for whoever watches the run: a line a step, and the params of a cut."""
+    """What the scheduler's process writes for the observer: a line a step, and the params of a cut."""
 
     def __init__(self, directory: pathlib.Path) -> None:
         self.directory = directory

@@ -94,7 +94,7 @@ def train(options: Options) -> record.RunRecord:
 
 
 def _place(options: Options, plan: shared_plan.Plan, directory: pathlib.Path) -> tuple[Crew, dict[str, str], Security]:
-    """Return who keeps the processes, everybody's address, and how they prove to each other who they are."""
+    """Return the crew that keeps the processes, their addresses, and how they authenticate to each other."""
     chosen, names = plan.experiment.ps, part_names(plan)
     security = machines.security_of(chosen.hosts)
     if chosen.engine == "ray":

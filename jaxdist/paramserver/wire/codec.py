@@ -35,7 +35,7 @@ class EncodingError(ValueError):
 class Stream:
     """Reads a message from front to back as its blocks arrive, without joining what lies in one block.
 
-    `left` is how many of its bytes are still to come; whoever reads says so once it is known.
+    `left` is how many of its bytes are still to come; the reader sets it once it is known.
     """
 
     def __init__(self, blocks: Iterable[Buffer], left: int) -> None:

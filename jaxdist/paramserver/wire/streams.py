@@ -1,7 +1,7 @@
 """Messages between processes over gRPC: raw bytes in blocks of at most 2 MiB, a deadline on every call.
 
 One call carries one message, as a stream of blocks, and is answered with nothing once the receiver has taken it
-in. A message that cannot be delivered is dropped: whoever needs an answer asks again. Each peer has one sender with a
+in. A message that cannot be delivered is dropped: who needs an answer asks again. Each peer has one sender with a
 queue of bounded bytes, and the receiver takes in a bounded number of bytes at a time: memory is bounded on both ends.
 """
 
@@ -58,7 +58,7 @@ class Wire:
         receive: Callable[[messages.Message], None],
         security: Security = UNSECURED,
     ) -> None:
-        # What it logs below that level is about peers that went away, which is nobody's worry here.
+        # What it logs below that level is about peers that went away, which is no fault here.
         os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
         self._grpc = grpc = extras.require("grpc", extra="paramserver")
         self._receive, self._security, self.peers = receive, security, dict(peers)
