@@ -108,7 +108,7 @@ def test_shards_are_compared_with_their_own_copies_only(spec, peers):
         return
     with pytest.raises(replicas.ReplicaDriftError) as error:
         replicas.check_replicas(drifted, MESH_2D)
-    # Of two copies that differ, nobody knows which is right.
+    # With two copies that differ, it is unknown which one is right.
     assert str(error.value).count("process 0") == (1 if peers > 2 else 2)
     assert f"{MESH_2D.devices.flat[5]} (process 0)" in str(error.value)
 
