@@ -14,9 +14,11 @@ from jaxdist.launch.joining import runtime
 from jaxdist.rundir import record
 
 EXTRAS = {
-    "data": ("tensorflow_datasets", "array_record", "pyarrow", "PIL"),
+    "completion": ("shtab",),
+    "data": ("tensorflow_datasets", "array_record", "pyarrow", "PIL", "simplejpeg", "soundfile", "google_crc32c"),
     "examples": ("sklearn",),
-    "paramserver": ("grpc",),
+    "export": ("safetensors", "flatbuffers"),
+    "paramserver": ("grpc", "google_crc32c"),
     "ray": ("ray",),
 }
 LEAST_FREE_BYTES = 2 << 30

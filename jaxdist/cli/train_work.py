@@ -1,10 +1,10 @@
-"""The work of `jaxdist train`: in this process, alone or as one of a job; by a parameter server; or supervised."""
+"""The work of `jaxdist train`: in this process, alone or as one of a job; or supervised."""
 
 import argparse
 import json
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 
@@ -16,7 +16,6 @@ from jaxdist.launch import viewer
 from jaxdist.launch.joining import places, runtime, same_on_all
 from jaxdist.launch.signals import StopRequest
 from jaxdist.launch.supervising import fork_server
-from jaxdist.paramserver.run import start as paramserver
 from jaxdist.run import attempt, bookkeeping, components, directory, recovery, supervised
 from jaxdist.rundir import record
 
@@ -26,10 +25,16 @@ def train(options: argparse.Namespace, request: StopRequest) -> int:
     _check_checkpoint(options)
     if options.strategy == parser.PARAMETER_SERVER:
         with viewer.Viewer():
-            return _train_by_server(options, request)
+            return _by_server()(options, request)
     devices = runtime.start(options.devices)
     with viewer.Viewer() as shown:
         return _train_here(options, devices, request, shown)
+
+
+def _by_server() -> Callable[..., int]:
+    """Return what trains by a parameter server; its packages are an extra, and take time to import."""
+    with errors.as_user_error():
+        return parser.find_handler("jaxdist.cli.server_work:train")
 
 
 def supervise(options: argparse.Namespace, forks: fork_server.ForkServer) -> int:
@@ -81,37 +86,13 @@ def exit_status(made: record.RunRecord) -> ExitStatus:
     return ExitStatus.FAILED if made.end_reason in ("nonfinite", "error", None) else ExitStatus.OK
 
 
-def _train_by_server(
-    options: argparse.Namespace, request: StopRequest, identity: components.Identity | None = None
-) -> int:
-    """Start the scheduler, servers and workers of a parameter server; `--devices` counts those of each worker."""
-    if options.processes:
-        raise errors.UserError("A parameter server has ps.workers and ps.servers; leave --processes out.")
-    experiment = selected_experiment.load(options)
-    run_dir = options.run_dir or directory.default_run_dir(experiment.name, resume=options.resume)
-    with selected_experiment.record_alone_on_stdout(options):
-        settings = paramserver.Options(
-            experiment=options.experiment,
-            run_dir=run_dir,
-            assignments=selected_experiment.assignments(options),
-            resume=options.resume or (options.restartable and (run_dir / record.FILE_NAME).exists()),
-            devices=options.devices or 1,
-            silent=options.json,
-            command=options.command,
-            stop_requested=lambda: bool(request),
-            identity=identity,
-        )
-        made = paramserver.train(settings)
-    return _report(made, run_dir, as_json=options.json)
-
-
 def _train_here(
     options: argparse.Namespace, devices: Sequence[jax.Device], request: StopRequest, shown: viewer.Viewer
 ) -> int:
     with selected_experiment.record_alone_on_stdout(options):
         experiment, identity, run_dir, resume = _agree(options)
         if experiment.strategy == parser.PARAMETER_SERVER:  # as the experiment says, not the command line
-            return _train_by_server(options, request, identity)
+            return _by_server()(options, request, identity)
         shown.log = run_dir / "logs" / "process-0.log"
         earlier = _how_it_ended(run_dir) if resume else None
         is_over = recovery.deadline(experiment.recovery)
@@ -137,7 +118,7 @@ def _train_here(
             "trained. To continue, raise the limit that ended it, for example with --max-steps.",
             file=sys.stderr,
         )
-    return _report(made, run_dir, as_json=options.json and runtime.is_first())
+    return report(made, run_dir, as_json=options.json and runtime.is_first())
 
 
 def _how_it_ended(run_dir: pathlib.Path) -> tuple[int, str | None] | None:
@@ -167,7 +148,8 @@ def _agree(options: argparse.Namespace) -> tuple[Experiment, components.Identity
     return experiment, identity, run_dir, resume
 
 
-def _report(made: record.RunRecord, run_dir: pathlib.Path, *, as_json: bool) -> int:
+def report(made: record.RunRecord, run_dir: pathlib.Path, *, as_json: bool) -> int:
+    """Print the run record where that is asked for; return the exit status."""
     if as_json:
         print(json.dumps(made.to_json() | {"run_dir": str(run_dir)}))
     return exit_status(made)
