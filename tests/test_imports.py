@@ -24,7 +24,7 @@ FLOORS = (
     ("launch.engines",),
     ("launch.supervising",),
     ("launch.joining",),
-    ("launch.signals", "launch.viewer"),
+    ("launch.signals", "launch.viewer", "launch.waiting"),
     ("launch.parent",),
     ("data",),
     ("rundir",),

@@ -7,10 +7,10 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from jaxdist.cli import waiting
 from jaxdist.config.experiment import Experiment
 from jaxdist.config.loading import load_experiment
 from jaxdist.config.overrides import override
+from jaxdist.launch import waiting
 from jaxdist.rundir import record
 
 

@@ -6,8 +6,8 @@ This file imports little, so that signals are heard, and the fork server has beg
 import argparse
 import os
 
-from jaxdist.cli import parser, waiting
-from jaxdist.launch import signals
+from jaxdist.cli import parser
+from jaxdist.launch import signals, waiting
 from jaxdist.launch.supervising import fork_server
 
 WORK = "jaxdist.cli.train_work"

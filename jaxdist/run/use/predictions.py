@@ -22,6 +22,8 @@ def read_inputs(path: pathlib.Path | str) -> Any:
       UserError: it is none of these.
     """
     path = pathlib.Path(path) if not str(path).startswith("tfds:") else path
+    if isinstance(path, pathlib.Path) and not path.exists():
+        raise errors.UserError(f"INPUT is a file or folder of examples, and there is no {path}. Check the path.")
     with errors.as_user_error():
         if isinstance(path, pathlib.Path) and path.suffix == ".npy":
             return np.load(path, allow_pickle=False)

@@ -54,3 +54,8 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_computed
     with pytest.raises(errors.UserError, match=message):
         predictions.check_output(tmp_path / name)
     assert (tmp_path / "in.csv").read_text() == "precious"
+
+
+def test_an_input_that_is_not_there_is_one_message(tmp_path):
+    with pytest.raises(errors.UserError, match=r"there is no .*nothing\.npz"):
+        predictions.read_inputs(tmp_path / "nothing.npz")

@@ -2,7 +2,7 @@ import io
 
 import pytest
 
-from jaxdist.cli import waiting
+from jaxdist.launch import waiting
 
 
 class Terminal(io.StringIO):
