@@ -306,7 +306,7 @@ def test_reference_lists_strategies_end_reasons_and_accounts():
 
 
 def test_reference_lists_the_optimizers_settings():
-    assert first_column("Optimizers") == list(optimizers._SETTINGS)
+    assert first_column("Optimizers") == list(optimizers.SETTINGS)
 
 
 def test_reference_lists_what_a_run_writes(tmp_path):

@@ -199,10 +199,10 @@ def test_an_optimizer_taken_from_optax_by_name_equals_it(name, arguments, theirs
 
 @pytest.mark.filterwarnings("ignore:`optimistic_adam` is deprecated:DeprecationWarning")
 def test_every_optimizer_of_optax_that_takes_a_learning_rate_can_be_named():
-    for name in optimizers._of_optax():
+    for name in optimizers.of_optax():
         built = optimizers.build(Optimizer(name=name, learning_rate=0.01), global_batch_size=1)
         jax.eval_shape(built.init, make_params())
-    assert {"adafactor", "lamb", "rmsprop", "adagrad", "radam", "yogi"} <= set(optimizers._of_optax())
+    assert {"adafactor", "lamb", "rmsprop", "adagrad", "radam", "yogi"} <= set(optimizers.of_optax())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,135 @@
+"""The learning rate of each step, out of the description of an optimizer and of what is known of the run."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdist.optimizers import schedules
+from jaxdist.optimizers.described import Optimizer
+from jaxdist.optimizers.schedules import Schedule
+
+SCALED_WARMUP_EPOCHS = 5
+"""The warm-up of Goyal et al. (2017), taken where the learning rate is scaled up and no other warm-up is given."""
+
+
+class RateSchedule(NamedTuple):
+    """A learning rate as a function of the step, with the rates that it starts from and rises to apart.
+
+    `inputs` (float32, 3 elements: where the warm-up starts, its rise per step, the peak) enter the compiled step as an
+    argument, so that another learning rate compiles nothing. `offset` is what the steps that came before a change of
+    the batch size lack, or have too many, in steps of the present size.
+    """
+
+    rate: Callable[[jax.Array, jax.Array], jax.Array]
+    inputs: np.ndarray
+
+    def __call__(self, count: jax.Array | int) -> jax.Array:
+        """Return the learning rate after `count` finished steps, float32."""
+        return self.rate(jnp.asarray(count, jnp.float32), jnp.asarray(self.inputs))
+
+    @classmethod
+    def make(
+        cls,
+        optimizer: Optimizer,
+        *,
+        global_batch_size: int,
+        steps_per_epoch: int | None = None,
+        max_steps: int | None = None,
+        offset: int = 0,
+    ) -> "RateSchedule":
+        """Return the schedule of `optimizer`; for the arguments and errors see `build`."""
+        schedule = optimizer.schedule
+        schedule.check()
+        steps_per_unit = _steps_per_unit(schedule, steps_per_epoch)
+        scale = global_batch_size / (optimizer.base_batch_size or global_batch_size)
+        peak = optimizer.learning_rate * scale
+        start = optimizer.learning_rate if scale > 1 else 0.0
+        if schedule.warmup is None and scale > 1:
+            warmup = _scaled_warmup(steps_per_epoch)
+        else:
+            warmup = round((schedule.warmup or 0) * steps_per_unit)
+        end = _decay_end(schedule, steps_per_unit, warmup=warmup, max_steps=max_steps)
+        if end is not None and end <= warmup:
+            raise ValueError(
+                f"The {schedule.name} decay must end after the warm-up; it ends at step {end} and the warm-up at "
+                f"{warmup}. Set optimizer.schedule.warmup lower, or optimizer.schedule.length higher."
+            )
+        # Reciprocals of constants here, so that no layout's compiler gets to choose between dividing and multiplying.
+        per_warmup, per_decay = 1 / max(warmup, 1), 1 / (1 if end is None else end - warmup)
+
+        def rate(count: jax.Array, inputs: jax.Array) -> jax.Array:
+            first, rise_per_step, highest = inputs
+            count = count + offset if offset else count
+            # The first step of a warm-up already moves: from the start by one part in `warmup`, to the peak at its end.
+            rising = first + rise_per_step * (count + 1)
+            done = jnp.clip((count - warmup) * per_decay, 0.0, 1.0)
+            shape = schedules.factor(schedule, count, done, warmup=warmup, steps_per_unit=steps_per_unit)
+            return jnp.where(count < warmup, rising, highest * shape).astype(jnp.float32)
+
+        # One product, rounded once: it is what the compiler makes of two constants, and so the bits are the same.
+        rise_per_step = np.float32(peak - start) * np.float32(per_warmup)
+        return cls(rate, np.array([start, rise_per_step, peak], np.float32))
+
+
+make_schedule = RateSchedule.make
+
+
+def follows_epochs(optimizer: Optimizer, *, ends_in_epochs: bool) -> bool:
+    """Return whether the place in the schedule is a number of epochs, and not of steps.
+
+    It is if the schedule counts epochs, or decays to the end of a run that ends after so many epochs. A run that is
+    resumed with another batch size then continues where the examples it was trained on have brought it.
+    """
+    schedule = optimizer.schedule
+    return schedule.unit == "epochs" or (schedule.ends and schedule.length is None and ends_in_epochs)
+
+
+def learning_rate_at(
+    optimizer: Optimizer,
+    step: int,
+    *,
+    global_batch_size: int,
+    steps_per_epoch: int | None = None,
+    max_steps: int | None = None,
+) -> float:
+    """Return the learning rate of `step`, the first being 1; for the arguments see `build`."""
+    schedule = RateSchedule.make(
+        optimizer, global_batch_size=global_batch_size, steps_per_epoch=steps_per_epoch, max_steps=max_steps
+    )
+    return float(schedule(step - 1))
+
+
+def _decay_end(schedule: Schedule, steps_per_unit: float, *, warmup: int, max_steps: int | None) -> int | None:
+    if not schedule.ends:
+        return None
+    if schedule.length is not None:
+        return round(schedule.length * steps_per_unit)
+    if max_steps is None:
+        raise ValueError(
+            f"A {schedule.name} decay needs to know where it ends, and this run has no last step. "
+            "Set optimizer.schedule.length (in optimizer.schedule.unit), or stop.max_steps or stop.max_epochs."
+        )
+    return max(max_steps, warmup + 1)  # A run that ends inside its warm-up never comes to the decay.
+
+
+def _steps_per_unit(schedule: Schedule, steps_per_epoch: int | None) -> float:
+    if schedule.unit == "steps":
+        return 1
+    if steps_per_epoch is None:
+        raise ValueError(
+            "A schedule in epochs needs the length of an epoch, which this data does not tell. "
+            "Set optimizer.schedule.unit to steps."
+        )
+    return steps_per_epoch
+
+
+def _scaled_warmup(steps_per_epoch: int | None) -> int:
+    if steps_per_epoch is None:
+        raise ValueError(
+            f"A learning rate scaled up with the batch size warms up for {SCALED_WARMUP_EPOCHS} epochs, and the length "
+            "of an epoch is not known. Set optimizer.schedule.warmup (0 for none)."
+        )
+    return SCALED_WARMUP_EPOCHS * steps_per_epoch
