@@ -249,14 +249,19 @@ class StoreChannel:
             self._store.key_value_set(self._key(number), json.dumps(dataclasses.asdict(decision)))
             if number >= _KEPT:
                 self._store.key_value_delete(self._key(number - _KEPT))
+            # Here too: decisions that follow each other closely leave no time in which none is waited for.
+            self._look_for_requests()
 
     def _next_to_write(self) -> Decision | None:
         """Return the next decision, None at the end; until it comes, look for requests to stop."""
         while True:
             with contextlib.suppress(queue.Empty):
                 return self._outgoing.get(timeout=EVERY_SECONDS)
-            if self._store.key_value_dir_get(f"{self._prefix}/stop/"):
-                self._asked.set()
+            self._look_for_requests()
+
+    def _look_for_requests(self) -> None:
+        if not self._asked.is_set() and self._store.key_value_dir_get(f"{self._prefix}/stop/"):
+            self._asked.set()
 
     def _read_all(self) -> None:
         for number in itertools.count():

@@ -1,8 +1,10 @@
 """Agreement as pure logic: processes that run in any order, with clocks and wishes of their own, decide alike."""
 
 import ast
+import contextlib
 import itertools
 import pathlib
+import threading
 
 import pytest
 from hypothesis import given
@@ -149,3 +151,37 @@ def test_no_module_runs_a_collective_over_devices_other_than_those_of_the_step()
     assert {name for name in makes_meshes if name.startswith(("launch/", "checkpoint/", "rundir/", "guards/"))} == {
         "launch/joining/runtime.py"
     }
+
+
+class BusyStore:
+    """A coordinator's store in which a request lies; while one decision is written, training makes the next."""
+
+    def __init__(self):
+        self.publish, self.number_written, self.rests = None, 0, threading.Event()
+
+    def key_value_set(self, key, value):
+        self.number_written += 1
+        if self.number_written < 50:
+            self.publish(agreement.Decision(False, {}, 1))
+        else:
+            self.rests.set()
+
+    def key_value_delete(self, key):
+        pass
+
+    def key_value_dir_get(self, prefix):
+        return [(f"{prefix}1", "")]
+
+
+def test_a_request_is_seen_between_decisions_that_leave_no_pause():
+    store, seen_after = BusyStore(), []
+    with contextlib.closing(agreement.StoreChannel(store, "job", process=0)) as channel:
+
+        def publish(decision):
+            seen_after.append(channel.asked())
+            channel.publish(decision)
+
+        store.publish = publish
+        channel.publish(agreement.Decision(False, {}, 1))
+        assert store.rests.wait(60)
+    assert any(seen_after)
