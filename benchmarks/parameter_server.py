@@ -51,7 +51,7 @@ class Replace:
         """Return no state."""
         return ()
 
-    def update(self, params: Any, opt_state: Any, grads: Any, *, scale: float, norm_squared: float) -> tuple[Any, Any]:
+    def update(self, params: Any, opt_state: Any, grads: Any, **_: Any) -> tuple[Any, Any]:
         """Return the gradient."""
         return grads, opt_state
 

@@ -48,6 +48,12 @@ class Progress:
         """Note that `step` is finished; an epoch is finished with the last of its `num_examples` examples."""
         self.step, self.examples_seen, self.epoch = step, examples_seen, examples_seen // num_examples
 
+    def count_empty(self, steps: int) -> None:
+        """Note steps without an update, because nothing in their batch counted."""
+        if steps:
+            self.empty_batches += steps
+            self.metrics["train/empty_batches"] = self.empty_batches
+
     def record_evaluation(self, metrics: Mapping[str, float]) -> None:
         """Take in the result of an evaluation after the present step."""
         self.last_evaluation = self.step

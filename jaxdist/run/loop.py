@@ -165,10 +165,8 @@ def fit(
 
 
 def _count_empty(progress: stop_rules.Progress, unread: "_Unread") -> None:
-    if unread.empty_batches:
-        progress.empty_batches += unread.empty_batches
-        progress.metrics["train/empty_batches"] = progress.empty_batches
-        unread.empty_batches = 0
+    progress.count_empty(unread.empty_batches)
+    unread.empty_batches = 0
 
 
 def _advance(progress: stop_rules.Progress, position: DataPosition, seconds: float) -> None:

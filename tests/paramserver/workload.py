@@ -25,7 +25,7 @@ class Momentum:
     def init(self, params):
         return tuple(np.zeros_like(p) for p in params)
 
-    def update(self, params, opt_state, grads, *, scale, norm_squared):
+    def update(self, params, opt_state, grads, *, step, scale, norm_squared):
         if self.needs_norm:
             factor = np.float32(min(1.0, CLIP / (norm_squared**0.5 + 1e-12)))
             grads = tuple(factor * g for g in grads)

@@ -12,6 +12,7 @@ import pytest
 
 from jaxdist.spmd import metrics, strategies
 from jaxdist.spmd import state as states
+from jaxdist.spmd import step as steps
 
 VOCABULARY, WIDTH, LENGTH, ROWS = 8, 8, 5, 16
 RATE = 0.5
@@ -59,6 +60,8 @@ def reference(params, batches):
 
 
 BATCHES = [make_batch(0), make_batch(1)]
+EMPTY = {**make_batch(2), "true_tokens": np.zeros((ROWS, LENGTH), np.float32)}
+PADDING = {**make_batch(2), "mask": np.zeros(ROWS, np.float32)}
 RULES = [("first", (None, "model")), ("second", ("model", None))]
 CASES = {
     "data-parallel": {},
@@ -81,7 +84,15 @@ def test_every_strategy_divides_by_the_number_of_true_tokens(case, num_microbatc
     state = states.create_state(init_params, optimizer, mesh=strategy.mesh, seed=0, layout=strategy.layout)
     expected, losses = reference(jax.device_get(state.params), BATCHES)
     sharding = jax.sharding.NamedSharding(strategy.mesh, jax.sharding.PartitionSpec(strategy.batch_axes))
-    for batch, loss in zip(BATCHES, losses, strict=True):
+    # Batches in which nothing counts, because of their weights or of the mask, make no update and are counted.
+    for batch, loss in zip([BATCHES[0], EMPTY, PADDING, BATCHES[1]], [losses[0], None, None, losses[1]], strict=True):
         state, step_metrics = step(state, jax.device_put(batch, sharding))
-        np.testing.assert_allclose(step_metrics["loss"], loss, rtol=1e-5)
+        flag = int(step_metrics[steps.NONFINITE_LEAF])
+        if loss is None:
+            assert flag == steps.EMPTY_BATCH
+            assert np.isnan(step_metrics["loss"])
+        else:
+            assert flag == -1
+            np.testing.assert_allclose(step_metrics["loss"], loss, rtol=1e-5)
+    assert int(state.step) == 4
     jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-5), state.params, expected)

@@ -68,13 +68,15 @@ class Report:
         told = [json.loads(line)["step"] for line in self._steps if line.endswith("\n")]
         if told[-1:] != [machine.state.step]:
             examples = sum(lease.stop - lease.start for lease in leases)
-            self.observe(effects.Committed(machine.state.step, examples, ()))
+            empty = machine.state.empty_step == machine.state.step
+            self.observe(effects.Committed(machine.state.step, examples, (), empty))
 
     def observe(self, effect: effects.Effect) -> None:
         """Write down a step or a cut."""
         if isinstance(effect, effects.Committed):
             metrics = {m.name: m.total / m.count for m in effect.metrics if m.count}
             row = {"step": effect.step, "examples": effect.examples, "metrics": metrics, "time": time.time()}
+            row |= {"empty": True} if effect.empty else {}
             self._steps.write(json.dumps(row) + "\n")
         elif isinstance(effect, effects.ShowCut):
             write_file(self.directory / CUT_NAME, encoding.encode(effect.cut))

@@ -95,11 +95,12 @@ class Leads:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """For observers: `step` is committed, with these metrics (totals and counts)."""
+    """For observers: `step` is committed, with these metrics (totals and counts); `empty` ones made no update."""
 
     step: int
     examples: int
     metrics: tuple[messages.Metric, ...]
+    empty: bool = False
 
 
 @dataclass(frozen=True, slots=True)

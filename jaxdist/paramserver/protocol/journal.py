@@ -47,6 +47,13 @@ class CommitRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class EmptyRecord:
+    """The loss counts no example of step `step`, whose record follows: it makes no update, and training continues."""
+
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
 class NormRecord:
     """The squared global norm of the last committed step's gradient."""
 

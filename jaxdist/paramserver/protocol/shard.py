@@ -29,7 +29,7 @@ class Updater(Protocol):
         ...
 
     def update(
-        self, params: Arrays, opt_state: Arrays, grads: Arrays, *, scale: float, norm_squared: float
+        self, params: Arrays, opt_state: Arrays, grads: Arrays, *, step: int, scale: float, norm_squared: float
     ) -> tuple[Arrays, Arrays]:
         """Return params and state after one step along mean gradients `grads`.
 
@@ -37,6 +37,7 @@ class Updater(Protocol):
           params: the blocks.
           opt_state: what `init` or the last update gave.
           grads: the mean gradient, one array for each block.
+          step: the number of finished steps, those without an update among them.
           scale: factor on the update.
           norm_squared: squared norm of the mean gradient over all shards; only meaningful with `needs_norm`.
         """
@@ -245,7 +246,7 @@ class Shard:
 
     def _update(self, grads: Arrays, *, scale: float, norm_squared: float) -> None:
         self.params, self.opt_state = self.updater.update(
-            self.params, self.opt_state, grads, scale=scale, norm_squared=norm_squared
+            self.params, self.opt_state, grads, step=self.version, scale=scale, norm_squared=norm_squared
         )
 
     def _record(

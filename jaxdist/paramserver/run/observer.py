@@ -174,6 +174,8 @@ class Observer:
         self.judged = None
         self.progress.advance(step, self.progress.examples_seen + row["examples"], self.plan.settings.num_examples)
         self.progress.metrics.update({f"train/{name}": value for name, value in row["metrics"].items()})
+        if row.get("empty"):
+            self.progress.count_empty(1)
         if self.books.logs(step):
             self.books.log(step, row["metrics"])
 

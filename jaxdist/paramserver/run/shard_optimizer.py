@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from jaxdist.paramserver.run.optimizer_kind import GHOST_SHAPE, Kind, needs_norm
+from jaxdist.spmd.state import WithInputs
 
 Arrays = tuple[np.ndarray, ...]
 Shape = tuple[int, ...]
@@ -45,7 +46,7 @@ class OptaxUpdater:
         return tuple(np.asarray(leaf) for leaf in leaves)
 
     def update(
-        self, params: Arrays, opt_state: Arrays, grads: Arrays, *, scale: float, norm_squared: float
+        self, params: Arrays, opt_state: Arrays, grads: Arrays, *, step: int, scale: float, norm_squared: float
     ) -> tuple[Arrays, Arrays]:
         """Return blocks and state after one step; see `shard.Updater`."""
         n = self.num_params
@@ -54,18 +55,22 @@ class OptaxUpdater:
             rest = math.sqrt(max(norm_squared - sum(float(np.vdot(g, g)) for g in grads[:n]), 0.0))
         # Left out where it is 1: one more product changes how the compiler rounds the ones around it.
         factor = None if scale == 1.0 else np.float32(scale)
-        updated, leaves = self._step(params[:n], opt_state, self._tree(grads[:n], rest), factor)
+        updated, leaves = self._step(params[:n], opt_state, self._tree(grads[:n], rest), factor, np.int32(step))
         return (*map(np.asarray, updated), *grads[n:]), tuple(map(np.asarray, leaves))
 
     def _tree(self, blocks: Arrays, rest: float) -> Arrays:
         ghost = (np.full(GHOST_SHAPE, rest, np.float32),) if self.needs_norm else ()
         return (*(block.reshape(shape) for block, shape in zip(blocks, self.shapes, strict=True)), *ghost)
 
-    def _update(self, params: Any, opt_state: Any, grads: Any, scale: jax.Array | None) -> tuple[Any, Any]:
+    def _update(
+        self, params: Any, opt_state: Any, grads: Any, scale: jax.Array | None, step: jax.Array
+    ) -> tuple[Any, Any]:
         state = jax.tree.unflatten(self._structure, opt_state)
         blocks = tuple(block.reshape(shape) for block, shape in zip(params, self.shapes, strict=True))
         whole = (*blocks, jnp.zeros(GHOST_SHAPE, jnp.float32)) if self.needs_norm else blocks
-        updates, state = self._optimizer.update(grads, state, whole)
+        # The learning rate goes by all steps, as on devices: its own count leaves out those without an update.
+        extra = {"step": step} if isinstance(self._optimizer, WithInputs) else {}
+        updates, state = optax.with_extra_args_support(self._optimizer).update(grads, state, whole, **extra)
         updates = updates[: len(blocks)]
         if scale is not None:
             updates = jax.tree.map(lambda update: update * scale, updates)

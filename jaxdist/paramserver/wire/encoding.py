@@ -66,6 +66,7 @@ KINDS: tuple[type, ...] = (
     journal.Cut,
     journal.StateRecord,
     messages.Diverged,
+    journal.EmptyRecord,
 )
 _NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
 

@@ -20,6 +20,7 @@ ARRAYS = (np.arange(3, dtype=np.float32),)
 STORED = {
     "MembershipRecord": (MEMBERSHIP_RECORD, "e915a03149aed351"),
     "CommitRecord": (journal.CommitRecord(5, False, (CONTRIBUTOR,)), "b8c5de4f6714a6e2"),
+    "EmptyRecord": (journal.EmptyRecord(5), "f8a3095c5ac4b7a5"),
     "NormRecord": (journal.NormRecord(2.5), "a18f284c86644433"),
     "CompleteRecord": (journal.CompleteRecord(CONTRIBUTOR), "6bbd6f08580f2121"),
     "SavedCutRecord": (SAVED, "3685880e9d0fb1ef"),

@@ -102,7 +102,7 @@ def test_model_state_is_averaged_over_examples_and_params_over_what_the_loss_cou
         def init(self, params):
             return ()
 
-        def update(self, params, opt_state, grads, *, scale, norm_squared):
+        def update(self, params, opt_state, grads, *, step, scale, norm_squared):
             return grads, opt_state
 
     one = Shard(shard=0, settings=settings(mode="sync", workers=2), updater=Mean(), params=PARAMS)

@@ -9,6 +9,8 @@ import optax
 import pytest
 import tiny_experiment
 
+import jaxdist
+from jaxdist import losses
 from jaxdist.config import overrides
 from jaxdist.config.parameter_server import ParameterServer
 from jaxdist.paramserver.protocol import effects, messages
@@ -16,6 +18,7 @@ from jaxdist.paramserver.run import shared_plan as plans
 from jaxdist.paramserver.run.island import Island
 from jaxdist.paramserver.simulator import Faults, Roles, Simulation
 from jaxdist.run import components
+from jaxdist.spmd import keys
 
 STEPS = 6
 NO_DROPOUT = ["model.dropout_rate=0.0", f"stop.max_steps={STEPS}"]
@@ -150,6 +153,57 @@ def test_an_empty_lease_pushes_zeros():
     assert pushed.count == 0
     assert pushed.finite
     assert not any(piece.any() for piece in pushed.pieces[0])
+
+
+def weighted(outputs, batch):
+    values, _ = losses.classification(outputs, batch)
+    return jaxdist.Weighted(values, batch["weight"]), {}
+
+
+def with_empty_batch():
+    """Return the tiny experiment, whose second batch of each epoch counts nothing, and its 52 examples."""
+    source = tiny_experiment.make_source(tiny_experiment.NUM_TRAIN, 0)
+    fields = {name: np.stack([source[i][name] for i in range(len(source))]) for name in ("image", "label")}
+    fields["weight"] = np.ones(len(source), np.float32)
+    fields["weight"][16:32] = 0.0
+    falling = jaxdist.Schedule(name="linear", length=10)
+    experiment = dataclasses.replace(
+        overrides.override(tiny_experiment.get_config(), NO_DROPOUT),
+        loss=weighted,
+        data=jaxdist.Data(train=fields, shuffle=False, num_threads=0),
+        optimizer=jaxdist.Optimizer(name="sgd", learning_rate=0.5, schedule=falling),
+    )
+    return experiment, fields
+
+
+def by_hand(experiment, fields):
+    """Return the params after SGD on one device with nothing of jaxdist's; empty batches only let the rate fall."""
+    params = experiment.model.init(keys.run_keys(keys.from_seed(0)).init, fields["image"][:1], train=False)
+
+    def mean_loss(params, x, y, weights):
+        logits = experiment.model.apply(params, x, train=False)
+        return (optax.softmax_cross_entropy_with_integer_labels(logits, y) * weights).sum() / weights.sum()
+
+    for step in range(STEPS):
+        rows = slice(step % 4 * 16, step % 4 * 16 + 16)
+        if fields["weight"][rows].any():
+            grads = jax.grad(mean_loss)(params, *(fields[name][rows] for name in ("image", "label", "weight")))
+            rate = 0.5 * (1 - step / 10)
+            params = jax.tree.map(lambda param, grad: param - rate * grad, params, grads)  # noqa: B023
+    return params
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"workers": 2}, {"mode": "bounded", "max_staleness": 1}, {"mode": "async"}],
+    ids=["sync", "bounded", "async"],
+)
+def test_a_batch_of_which_nothing_counts_makes_no_update_and_training_continues(settings):
+    experiment, fields = with_empty_batch()
+    plan = plans.make_plan(experiment, ParameterServer(**{"workers": 1, "servers": 1, **settings}))
+    served, _ = serve(plan)
+    for got, want in zip(served, jax.tree.leaves(by_hand(experiment, fields)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
 
 
 def test_loss_scaling_is_refused():

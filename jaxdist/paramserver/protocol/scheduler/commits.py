@@ -12,24 +12,27 @@ def decide(state: SchedulerState, out: Output) -> None:
     if not state.lease_table.is_complete() or state.last_commit is not None or state.halted:
         return
     contributors = state.lease_table.contributors()
-    finite = state.lease_table.finite() and note_counted(state.step + 1, state.lease_table.count(), out)
-    record = journal.CommitRecord(state.step + 1, not finite, contributors)
+    empty = note_empty(state, state.step + 1, state.lease_table.count(), out)
+    record = journal.CommitRecord(state.step + 1, empty or not state.lease_table.finite(), contributors)
     out.do(effects.Append(record))
     examples = sum(c.lease.stop - c.lease.start for c in contributors)
-    out.do(effects.Committed(record.step, examples, state.lease_table.metrics()))
+    out.do(effects.Committed(record.step, examples, state.lease_table.metrics(), empty))
     state.lease_table.advance()
     state.last_commit = record
-    state.note_nonfinite(not record.skip)
+    state.note_nonfinite(empty or not record.skip)
     state.norms, state.norm_squared, state.committed = {}, None, set()
     if state.settled():
         repeat(state, out)
 
 
-def note_counted(step: int, count: float, out: Output) -> bool:
-    """Return whether a batch counts any example; the mean of none is not finite, on one device either."""
+def note_empty(state: SchedulerState, step: int, count: float, out: Output) -> bool:
+    """Return whether the loss counts no example of a batch, and log it: no strategy makes an update then."""
     if count <= 0:
-        out.do(effects.Warn(f"The loss counted no example in step {step}, so its mean is not finite."))
-    return count > 0
+        # Logged before the step, because a step without an update would be taken for one that is not finite.
+        out.do(effects.Append(journal.EmptyRecord(step)))
+        out.do(effects.Warn(f"The loss counted no example in step {step}, so no update was made."))
+        state.empty_step = step
+    return count <= 0
 
 
 def repeat(state: SchedulerState, out: Output) -> None:
@@ -72,11 +75,11 @@ def on_commit_ack(state: SchedulerState, ack: messages.CommitAck, now: float, ou
     return True
 
 
-def complete(
-    state: SchedulerState, push: messages.Contributor, metrics: tuple[messages.Metric, ...], out: Output
-) -> None:
-    """Note that every shard applied this push by itself (bounded and async)."""
+def complete(state: SchedulerState, push: messages.Contributor, done: messages.Done | None, out: Output) -> None:
+    """Note that every shard applied this push by itself (bounded and async); `done` is lost where its worker died."""
     assert isinstance(state.lease_table, BatchLeases)
     if state.lease_table.complete(push.lease.step):
+        empty = done is not None and note_empty(state, state.step, done.count, out)
         out.do(effects.Append(journal.CompleteRecord(push)))
-        out.do(effects.Committed(state.step, push.lease.stop - push.lease.start, metrics))
+        metrics = () if done is None else done.metrics
+        out.do(effects.Committed(state.step, push.lease.stop - push.lease.start, metrics, empty))

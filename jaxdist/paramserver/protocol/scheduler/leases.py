@@ -125,6 +125,6 @@ def on_done(state: SchedulerState, done: messages.Done, now: float, out: Output)
         state.lease_table.finish(done)
         commits.decide(state, out)
     else:
-        commits.complete(state, contributor(done), done.metrics, out)
-        state.note_nonfinite(done.finite and commits.note_counted(done.lease.step + 1, done.count, out))
+        commits.complete(state, contributor(done), done, out)
+        state.note_nonfinite(done.finite or done.count <= 0)
     return True

@@ -211,7 +211,7 @@ def _settle(state: SchedulerState, out: Output) -> None:
             continue
         if copies == state.settings.servers:
             lease = lease_table.lease(state.settings, step)
-            commits.complete(state, Contributor(worker, incarnation, sequence, lease), (), out)
+            commits.complete(state, Contributor(worker, incarnation, sequence, lease), None, out)
         elif (worker, incarnation, sequence) not in state.torn:
             state.torn.add((worker, incarnation, sequence))
             state.counters["torn_pushes"] += 1

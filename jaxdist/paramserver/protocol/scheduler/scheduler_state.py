@@ -74,6 +74,7 @@ class SchedulerState:
         self.forget_progress()
         # The end.
         self.halted = ""
+        self.empty_step = 0  # the last step of which the loss counted no example
         self.stop: journal.StopRecord | None = None
         self.awaiting_stop: set[str] = set()
         self.stopped_at = 0.0
@@ -102,7 +103,9 @@ class SchedulerState:
             assert isinstance(self.lease_table, StepLeases)
             self.last_commit, self.norm_squared = record, None
             self.lease_table.advance()
-            self.note_nonfinite(not record.skip)
+            self.note_nonfinite(record.step == self.empty_step or not record.skip)
+        elif isinstance(record, journal.EmptyRecord):
+            self.empty_step = record.step
         elif isinstance(record, journal.NormRecord):
             self.norm_squared = record.norm_squared
         elif isinstance(record, journal.CompleteRecord):

@@ -23,13 +23,27 @@ def test_a_step_is_committed_in_slice_order_once_all_pushes_are_staged():
     assert [commit.shard for commit in stages.named(sent, "Commit")] == [0, 1]
 
 
-@pytest.mark.parametrize(("changes", "warns"), [({"count": 0.0}, True), ({"finite": False}, False)])
-def test_a_step_without_a_finite_mean_is_applied_nowhere_and_ends_the_run(changes, warns):
+def test_a_step_that_is_not_finite_is_applied_nowhere_and_ends_the_run():
     cast = stages.Cast(stages.settings(stop_on_nonfinite=True)).join()
-    sent, done = cast.finish(0, cast.ask(0), **changes)
+    sent, _ = cast.finish(0, cast.ask(0), finite=False)
     assert [commit.skip for commit in stages.named(sent, "Commit")] == [True]
     assert cast.state.end_reason() == "nonfinite"
-    assert bool(stages.named(done, "Warn")) == warns
+
+
+@pytest.mark.parametrize("finite", [True, False], ids=["zeros", "0/0"])
+def test_a_batch_of_which_nothing_counts_is_applied_nowhere_and_training_continues(finite):
+    cast = stages.Cast(stages.settings(stop_on_nonfinite=True)).join()
+    sent, done = cast.finish(0, cast.ask(0), count=0.0, finite=finite)
+    assert [commit.skip for commit in stages.named(sent, "Commit")] == [True]
+    (told,) = stages.named(done, "Committed")
+    assert (told.step, told.empty) == (1, True)
+    assert cast.state.end_reason() == ""
+    assert "no update was made" in stages.named(done, "Warn")[0].text
+    records = [effect.record for effect in stages.named(done, "Append")]
+    assert [type(record).__name__ for record in records] == ["EmptyRecord", "CommitRecord"]
+    # A scheduler that restarts reads the same off its log.
+    again = cast.restarted().state
+    assert (again.step, again.end_reason()) == (1, "")
 
 
 def test_a_slice_may_count_nothing_if_another_counts_something():
@@ -38,10 +52,13 @@ def test_a_slice_may_count_nothing_if_another_counts_something():
     assert [commit.skip for commit in stages.named(sent, "Commit")] == [False, False]
 
 
-def test_a_batch_that_counts_nothing_ends_an_asynchronous_run_too():
-    cast = stages.Cast(stages.settings(mode="async", stop_on_nonfinite=True)).join()
-    cast.finish(0, cast.ask(0), count=0.0)
-    assert cast.state.end_reason() == "nonfinite"
+@pytest.mark.parametrize("mode", ["async", "bounded"])
+@pytest.mark.parametrize(("changes", "reason"), [({"count": 0.0}, ""), ({"finite": False}, "nonfinite")])
+def test_an_asynchronous_run_ends_at_what_is_not_finite_and_not_at_an_empty_batch(mode, changes, reason):
+    cast = stages.Cast(stages.settings(mode=mode, stop_on_nonfinite=True)).join()
+    _, done = cast.finish(0, cast.ask(0), **changes)
+    assert cast.state.end_reason() == reason
+    assert [told.empty for told in stages.named(done, "Committed")] == [not reason]
 
 
 def test_only_shards_that_have_not_acknowledged_hear_it_again():
