@@ -1,0 +1,72 @@
+"""The learning rate of each step: warm-up, decay, epochs, and a batch size that changes."""
+
+import functools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from optimizer_cases import rate
+
+from jaxdist import optimizers
+from jaxdist.optimizers import Optimizer
+from jaxdist.optimizers.schedules import Schedule
+
+
+def test_constant():
+    assert [rate(step) for step in (1, 2, 10**6)] == pytest.approx([0.8] * 3)
+    assert [rate(step, warmup=4) for step in (1, 2, 4, 5, 6)] == pytest.approx([0.2, 0.4, 0.8, 0.8, 0.8])
+
+
+def test_linear():
+    rates = [rate(step, name="linear", warmup=2, last=10) for step in range(1, 13)]
+    assert rates == pytest.approx([0.4, 0.8, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0, 0.0], abs=1e-6)
+    assert rate(99, name="linear", length=10, final_fraction=0.25) == pytest.approx(0.2)
+
+
+def test_cosine():
+    rates = [rate(step, name="cosine", last=4) for step in range(1, 6)]
+    assert rates == pytest.approx([0.4 * (1 + math.cos(math.pi * done)) for done in (0, 0.25, 0.5, 0.75, 1)], abs=1e-6)
+    assert rate(5, name="cosine", final_fraction=0.5, last=4) == pytest.approx(0.4)
+
+
+@given(
+    name=st.sampled_from(["constant", "linear", "cosine"]),
+    warmup=st.floats(0, 5),
+    length=st.floats(6, 20),
+    epoch=st.integers(1, 50),
+    step=st.integers(1, 1100),
+)
+def test_epochs_are_that_many_steps(name, warmup, length, epoch, step):
+    def at(unit, length_of_unit):
+        decay = {} if name == "constant" else {"length": round(length * epoch) / length_of_unit}
+        return rate(step, name=name, unit=unit, warmup=round(warmup * epoch) / length_of_unit, epoch=epoch, **decay)
+
+    assert at("epochs", epoch) == at("steps", 1)
+
+
+def test_an_offset_is_that_many_steps_more():
+    described = Optimizer(name="sgd", learning_rate=0.8, schedule=Schedule(name="cosine", warmup=3))
+    make = functools.partial(optimizers.make_schedule, described, global_batch_size=1, max_steps=20)
+    assert [float(make(offset=5)(step)) for step in range(10)] == [float(make()(step + 5)) for step in range(10)]
+
+
+def test_the_linear_scaling_rule_warms_up_from_the_unscaled_rate():
+    rates = [rate(step, learning_rate=0.1, base=32, batch=128, epoch=4) for step in (1, 10, 20, 21, 99)]
+    assert rates == pytest.approx([0.1 + 0.3 / 20, 0.25, 0.4, 0.4, 0.4])
+    assert rate(1, learning_rate=0.1, base=32, batch=128, warmup=0) == pytest.approx(0.4)
+    # A smaller batch has nothing to warm up to.
+    assert rate(1, learning_rate=0.1, base=32, batch=16) == pytest.approx(0.05)
+    assert rate(1, learning_rate=0.1, base=32, batch=32) == pytest.approx(0.1)
+
+
+def test_a_run_that_ends_inside_its_warm_up_needs_no_other_schedule():
+    schedule = Schedule(name="cosine", warmup=20)
+    described = Optimizer(name="sgd", learning_rate=1.0, schedule=schedule)
+    for max_steps in (5, 20, 100):
+        rates = [
+            optimizers.learning_rate_at(described, step, global_batch_size=1, max_steps=max_steps)
+            for step in range(1, min(max_steps, 20) + 1)
+        ]
+        np.testing.assert_allclose(rates, [step / 20 for step in range(1, len(rates) + 1)], rtol=1e-6)
