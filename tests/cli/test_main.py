@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny_experiment
 
-from jaxdist.cli import main, train_work
+from jaxdist.cli import main
 from jaxdist.launch.joining import runtime
 
 TINY = str(pathlib.Path(tiny_experiment.__file__))
@@ -175,42 +175,6 @@ def test_a_bad_run_directory_is_the_users_mistake_and_stays_as_it_was(tmp_path, 
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        [],
-        ["fly"],
-        ["train"],
-        ["train", TINY, "--devices", "0"],
-        ["train", TINY, "--max-steps", "-3"],
-        ["train", TINY, "--max-steps", "many"],
-        ["train", TINY, "--reduction", "sum"],
-        ["train", TINY, "--no-such-option"],
-    ],
-)
-def test_a_bad_command_line_is_the_users_mistake(arguments, capsys):
-    with pytest.raises(SystemExit) as raised:
-        main.run(arguments)
-    assert raised.value.code == 2
-    assert "usage: jaxdist" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("end_reason", "status"),
-    [
-        *[(reason, 0) for reason in ("target_reached", "max_steps", "max_epochs", "max_seconds", "patience")],
-        *[(reason, 75) for reason in ("preempted", "hang")],
-        *[(reason, 1) for reason in ("nonfinite", "error", None)],
-    ],
-)
-def test_the_exit_status_says_how_a_run_ended(end_reason, status):
-    class Made:
-        pass
-
-    Made.end_reason = end_reason
-    assert train_work.exit_status(Made) == status
-
-
 def test_a_loss_that_is_not_finite_fails(tmp_path, capsys):
     experiment = tmp_path / "diverging.py"
     experiment.write_text(
@@ -244,26 +208,6 @@ def test_ctrl_c_is_one_line(capsys, monkeypatch):
     monkeypatch.setattr(main.parser, "find_handler", interrupted)
     assert main.run(["verify", TINY]) == 130
     assert capsys.readouterr().err == "jaxdist: Interrupted; nothing was left to save.\n"
-
-
-def test_help_loads_neither_jax_nor_numpy():
-    """That is what makes it quick."""
-    code = (
-        "import sys\n"
-        "from jaxdist.cli import main as cli\n"
-        "try:\n"
-        "    cli.main()\n"
-        "except SystemExit as end:\n"
-        "    assert end.code == 0, end.code\n"
-        "loaded = {name.partition('.')[0] for name in sys.modules}\n"
-        "assert not loaded & {'jax', 'jaxlib', 'numpy', 'flax', 'optax', 'orbax', 'rich', 'pydantic'}, loaded\n"
-    )
-    for arguments in (["--help"], ["train", "--help"]):
-        done = subprocess.run(
-            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        assert "usage: jaxdist" in done.stdout
 
 
 # Real processes from here on.
