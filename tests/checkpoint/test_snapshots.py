@@ -1,20 +1,15 @@
 import contextlib
 import functools
-import itertools
 import os
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxdist import testing
 from jaxdist.checkpoint import snapshots as snapshot
-from jaxdist.run import recovery
 from jaxdist.spmd.mesh import make_mesh
 
 REPLICATED = PartitionSpec()
@@ -217,34 +212,3 @@ def test_the_newest_snapshot_is_read_without_a_template(tmp_path):
         assert leaf.data.dtype == wanted.data.dtype
     assert snapshot.read_newest(tmp_path, identity="b") is None
     assert snapshot.read_newest(tmp_path, identity="a", after=3) is None
-
-
-@given(
-    cost=st.floats(0, 100),
-    step_seconds=st.floats(1e-4, 10),
-    known_after=st.integers(1, 20),
-    share=st.sampled_from([0.01, 0.02, 0.5]),
-    start=st.integers(0, 10_000),
-)
-def test_snapshots_cost_no_more_than_their_share_and_no_run_goes_without(cost, step_seconds, known_after, share, start):
-    taken, now = [], start
-
-    def take(info):
-        taken.append(info.step)
-
-    paced = recovery.Paced(
-        take,
-        cost_seconds=lambda: cost,
-        step_seconds=lambda: step_seconds if now - start >= known_after else None,
-        agreed=lambda number: number,
-        share=share,
-    )
-    for now in range(start + 1, start + 3001):
-        paced(types.SimpleNamespace(step=now))
-    assert taken[:known_after] == list(range(start + 1, start + known_after + 1))
-    gaps = {after - before for before, after in itertools.pairwise(taken[known_after - 1 :])}
-    assert len(gaps) == 1
-    gap = gaps.pop()
-    assert gap <= recovery.MOST_STEPS
-    assert cost <= share * gap * step_seconds * (1 + 1e-9) or gap == recovery.MOST_STEPS
-    assert gap == 1 or cost > share * (gap - 1) * step_seconds * (1 - 1e-9)

@@ -67,30 +67,6 @@ def test_a_wrong_kind_of_object_is_refused_with_what_to_write(what):
     assert message in str(raised.value)
 
 
-@pytest.mark.parametrize(
-    "given",
-    [
-        {"image": IMAGES, "label": LABELS},
-        {"image": IMAGES.tolist(), "label": list(LABELS)},
-        (IMAGES, LABELS),
-        jaxdist.ArraySource({"image": IMAGES, "label": LABELS}),
-        [{"image": image, "label": label} for image, label in zip(IMAGES, LABELS)],
-    ],
-    ids=["dict", "lists", "pair", "source", "items"],
-)
-def test_examples_are_given_as_users_type_them(given):
-    source = jaxdist.Data(train=given, eval=given).eval
-    assert len(source) == 4
-    np.testing.assert_array_equal(source[3]["image"], IMAGES[3])
-    assert source[3]["label"] == 3
-    assert isinstance(source.fingerprint(), str)
-
-
-def test_the_columns_of_a_data_frame_are_the_fields():
-    source = jaxdist.Data(train=pandas.DataFrame({"height": [1.5, 2.5], "label": [0, 1]})).train
-    assert source[1] == {"height": 2.5, "label": 1}
-
-
 def test_inputs_may_be_a_list():
     assert change(inputs=["image", "label"]).inputs == ("image", "label")
 

@@ -1,6 +1,5 @@
 """Worker processes: the same batches as threads, and a clean end, however it comes."""
 
-import importlib.util
 import os
 import pathlib
 import signal
@@ -14,7 +13,6 @@ import pytest
 from jaxdist.data import ArraySource, CorruptExample, Loader
 from jaxdist.data.assembly import BadExampleError, ExampleError
 from jaxdist.data.assembly_pool import AssemblyProcessDied, how_it_ended
-from jaxdist.data.assembly_process import dump_recipe, load_recipe
 
 SOURCE = ArraySource({"id": np.arange(40)})
 
@@ -116,36 +114,6 @@ def test_only_corrupt_examples_are_skipped():
     assert not isinstance(caught.value, BadExampleError)
     with pytest.raises(ValueError, match="on_bad"):
         Loader(SOURCE, global_batch_size=4, seed=0, on_bad="ignore")
-
-
-def test_what_cannot_be_sent_to_a_worker_is_refused():
-    with pytest.raises(ValueError, match="top level of a module"):
-        load(SOURCE, example_fn=lambda example, random: example, num_workers=1)
-
-
-def test_functions_of_a_file_that_is_no_module_reach_the_worker(tmp_path):
-    """An experiment is loaded from its path, and cannot be imported by its name."""
-    (tmp_path / "helper_of_it.py").write_text("TWO = 2\n")
-    path = tmp_path / "an_experiment.py"
-    path.write_text(
-        "from helper_of_it import TWO\n\ndef double(example, random):\n    return {'id': example['id'] * TWO}\n"
-    )
-    spec = importlib.util.spec_from_file_location("an_experiment", path)
-    module = sys.modules["an_experiment"] = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(tmp_path))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(tmp_path))
-    for name in ("an_experiment", "helper_of_it"):
-        assert name in sys.modules
-    batches = load(SOURCE, example_fn=module.double, num_workers=1, shuffle=False)
-    assert batches[0].batch["id"].tolist() == list(range(0, 16, 2))
-    recipe = Loader(SOURCE, global_batch_size=4, seed=0, example_fn=module.double).recipe
-    assert load_recipe(dump_recipe(recipe)).example_fn is not module.double
-    for name in ("an_experiment", "helper_of_it"):
-        del sys.modules[name]
-    sys.path.remove(str(tmp_path))
 
 
 TRAINER = """

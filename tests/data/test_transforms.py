@@ -9,7 +9,6 @@ from PIL import Image
 
 from jaxdist.data import ArraySource, CorruptExample, Loader, assembly, transforms
 from jaxdist.data.sources.folders import ImageFolder
-from jaxdist.data.sources.wrap import MapSource
 
 IMAGE = np.arange(5 * 4 * 3, dtype=np.uint8).reshape(5, 4, 3)
 
@@ -82,11 +81,6 @@ def test_labels_out_of_range_are_refused():
     with pytest.raises(ValueError, match="Label out of range"):
         apply(transforms.CheckLabel(3))
     apply(transforms.CheckLabel(4))
-    labels = np.array([0, 1, 5, 9])
-    with pytest.raises(ValueError, match=r"example 2 has label 5, and so have 2 examples.*0 to 4"):
-        ArraySource({"label": labels}, num_classes={"label": 5})
-    with pytest.raises(ValueError, match="whole numbers"):
-        ArraySource({"label": labels / 2}, num_classes={"label": 5})
 
 
 def test_a_chain_augments_the_same_in_any_batch():
@@ -155,40 +149,3 @@ def test_mirrored_views_are_copied_as_they_are(height, width, channels, margin):
         assembly.copy_into(rows[1], view)
         np.testing.assert_array_equal(rows[1], view)
         assert not rows[[0, 2]].any()
-
-
-class Pairs:
-    def __init__(self, values):
-        self.values = values
-
-    def __len__(self):
-        return len(self.values)
-
-    def __getitem__(self, index):
-        return [self.values[index], self.values[index] + 1], self.values[index] % 2
-
-
-def test_map_style_data_sets_are_wrapped():
-    source = MapSource(Pairs([1, 2, 3]), names=("x", "label"))
-    ((batch, _),) = Loader(source, global_batch_size=3, seed=0, shuffle=False, num_epochs=1)
-    assert batch["x"].tolist() == [[1, 2], [2, 3], [3, 4]]
-    assert batch["label"].tolist() == [1, 0, 1]
-    assert source.fingerprint() == MapSource(Pairs([1, 2, 3]), names=("x", "label")).fingerprint()
-    assert source.fingerprint() != MapSource(Pairs([1, 2, 4]), names=("x", "label")).fingerprint()
-    named = MapSource(Pairs([1, 2, 4]), names=("x", "label"), fingerprint="v2")
-    assert named.fingerprint() == MapSource(Pairs([5]), names=("x", "label"), fingerprint="v2").fingerprint()
-    dicts = MapSource([{"a": Image.fromarray(IMAGE)}])
-    np.testing.assert_array_equal(dicts[0]["a"], IMAGE)
-    with pytest.raises(ValueError, match="2 values without names"):
-        MapSource(Pairs([1]))[0]
-    with pytest.raises(ValueError, match="generator has no __len__"):
-        MapSource(x for x in range(3))
-
-
-def test_loaders_take_map_style_data_sets_as_they_are():
-    dicts = [{"x": [i, i + 1], "label": i % 2} for i in range(5)]
-    loader = Loader(dicts, global_batch_size=5, seed=0, shuffle=False, num_epochs=1)
-    assert next(iter(loader)).batch["label"].tolist() == [0, 1, 0, 1, 0]
-    assert loader.start.fingerprint == MapSource(dicts).fingerprint()
-    with pytest.raises(ValueError, match="2 values without names"):
-        Loader(Pairs([1, 2]), global_batch_size=1, seed=0)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from jaxdist import errors
 from jaxdist.launch.joining import runtime
-from jaxdist.plan import report, topology
+from jaxdist.plan import topology
 
 
 @pytest.mark.parametrize(
@@ -40,18 +40,6 @@ def test_fake_devices_share_what_this_machine_was_measured_to_do(monkeypatch):
     assert two.runs_here
     assert two.chip.memory_bytes is None
     assert min(two.chip.flops_per_second, eight.chip.memory_bytes_per_second) > 0
-
-
-@pytest.mark.parametrize(
-    ("size", "text"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (5 << 30, "5.00 GiB"), (2 << 40, "2.00 TiB")]
-)
-def test_sizes_have_binary_units(size, text):
-    assert report.size_text(size) == text
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(2.5, "2.5 s"), (0.02, "20 ms"), (3e-5, "30 us"), (4e-8, "40 ns")])
-def test_durations_have_a_fitting_unit(seconds, text):
-    assert report.seconds_text(seconds) == text
 
 
 @given(count=st.integers(1, 5000), dims=st.integers(1, 3))
