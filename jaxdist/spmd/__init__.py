@@ -1,1 +1,1 @@
-"""SPMD training on a mesh: layouts, state, steps and exact averages. The ground floor: imports nothing of ours."""
+"""SPMD training on a mesh: layouts, state, steps and exact averages. Imports no other part of jaxdist."""

@@ -1,10 +1,10 @@
 """Canonical reduction: sums over a batch whose bits do not depend on the number of devices or processes.
 
-The global batch is cut into a fixed number of logical shards. Each is computed by one single-device program, the very
+The global batch is divided into a fixed number of logical shards. Each is computed by one single-device program, the
 same machine code on every layout (see `device_program`), and the results, one flat vector each, are added in a fixed
 binary tree: first over a device's own shards as they arrive, then over the devices
-(`reduce.tree_sum_over_axis`). Additions are all that a program partitioned over the devices does here: XLA simplifies,
-fuses and parallelises a one-device program otherwise than a many-device one, and the bits follow.
+(`reduce.tree_sum_over_axis`). A program partitioned over the devices does additions only: XLA simplifies, fuses and
+parallelises a program for one device differently from one for many devices, and that changes the bits.
 """
 
 import os
@@ -27,10 +27,10 @@ ShardFn: TypeAlias = Callable[[PyTree, Batch, jax.Array], PyTree]
 
 
 class LogicalShardSums:
-    """Computes every logical shard's sums on the device that holds it, and adds them up.
+    """Computes the sums of every logical shard on the device that holds it, and adds them.
 
-    Calling it with (shared, batch) returns the sum over the global batch, a replicated flat vector of which `unravel`
-    makes a tree. The programs are compiled at the first call, once.
+    Calling it with (shared, batch) returns the sum over the global batch, a replicated flat vector that `unravel`
+    turns into a tree. The programs are compiled at the first call, once.
     """
 
     def __init__(self, shard_fn: ShardFn, mesh: Mesh, *, logical_shards: int, axis: str = DATA_AXIS):
@@ -48,15 +48,15 @@ class LogicalShardSums:
         self._add_over_devices = jax.jit(self._map_tree_sum())
         self._indices = self._place_indices()
         # A one-device program on CPU computes in XLA's thread pool; a collective keeps its thread of that pool while it
-        # waits for the other devices. Were both on their way at once, they could wait for each other for ever.
+        # waits for the other devices. If both were in flight at once, they could deadlock.
         self._waits_for_rows = self.num_devices > 1 and mesh.devices.flat[0].platform == "cpu"
 
     def __call__(self, shared: PyTree, batch: Batch) -> jax.Array:
-        """Return the sum over all logical shards, shape (size,), dispatched; on CPU devices the shards were waited for.
+        """Return the dispatched sum over all logical shards, shape (size,); on CPU devices, waits for the shards first.
 
         Args:
           shared: replicated global arrays, given whole to every shard.
-          batch: global arrays, cut over the axis in their leading dim.
+          batch: global arrays, sharded over the axis in their leading dim.
         """
         parts = [batch] if self.shards_per_device == 1 else self._split(batch)
         rows = _TreeSum(self._add)
@@ -102,10 +102,10 @@ class LogicalShardSums:
 
 
 class _TreeSum:
-    """Adds values in a balanced binary tree as they arrive, two levels of it at a time, like the carries of a counter.
+    """Adds values in a balanced binary tree as they arrive, two levels at a time, like the carries of a counter.
 
-    Few partial sums live at a time (five of eight values), where adding them at the end would hold all; and one program
-    adds four, where dispatching three of them would cost more than the additions.
+    Few partial sums are held at a time (five for eight values), where adding at the end would hold all values. One
+    program adds four values, because dispatching three programs would cost more than the additions.
     """
 
     def __init__(self, add: Callable[..., jax.Array]):
@@ -156,14 +156,14 @@ def check_layout(mesh: Mesh, *, logical_shards: int, axis: str = DATA_AXIS) -> N
         )
     if thread_pool_size(os.environ) < 2 and mesh.devices.flat[0].platform == "cpu":
         raise ValueError(
-            "Canonical reduction on CPU devices needs a thread pool of two or more threads: XLA generates other code "
-            "for one. Here it has one: PJRT_NPROC or NPROC in the environment says so, or this process may use "
-            "one core only. Set PJRT_NPROC=2 before it starts; more threads than cores do no harm."
+            "Canonical reduction on CPU devices needs a thread pool of two or more threads: XLA generates different "
+            "code for one. It has one here: PJRT_NPROC or NPROC in the environment sets it, or this process may use "
+            "one core only. Set PJRT_NPROC=2 before it starts; more threads than cores are fine."
         )
 
 
 def thread_pool_size(environment: Mapping[str, str]) -> int:
-    """Return how many threads XLA computes with on CPU devices: what it reads in the environment, or usable cores."""
+    """Return the size of XLA's thread pool on CPU devices: from the environment, or the number of usable cores."""
     for name in ("PJRT_NPROC", "NPROC"):
         if environment.get(name, "").isdigit():
             return int(environment[name])

@@ -52,7 +52,7 @@ def _through(equation: Any, inputs: list[bool]) -> list[bool]:
 
 
 def _through_scan(body: Any, inputs: list[bool], num_consts: int, num_carry: int) -> list[bool]:
-    """Return the marks of a scan's results: what one round writes to the carry, the next one reads."""
+    """Return which results of a scan depend on a marked operand; marks spread through the carry."""
     while True:
         found = _follow(body, inputs)
         carry = slice(num_consts, num_consts + num_carry)
@@ -63,5 +63,5 @@ def _through_scan(body: Any, inputs: list[bool], num_consts: int, num_carry: int
 
 
 def _plain(value: Any) -> Any:
-    """Return the jaxpr of a closed jaxpr; anything else as it is."""
+    """Return the jaxpr of a closed jaxpr; return anything else unchanged."""
     return getattr(value, "jaxpr", value)

@@ -1,9 +1,9 @@
-"""One compiled single-device program that runs on every device of a mesh, the very same machine code on each.
+"""One compiled single-device program that runs on every device of a mesh, the same machine code on each.
 
-`jax.jit` makes another program for every number of devices: XLA partitions, simplifies, fuses and parallelises it
-otherwise. Here a function is compiled once, for one device, and its serialized form is loaded as replicas that run side
-by side, one on each device (what `pmap` does, without the collectives). That is what canonical reduction rests on: not
-an equal program but the same one. Loading takes milliseconds, and one call dispatches all replicas.
+`jax.jit` makes a different program for every number of devices: XLA partitions, simplifies, fuses and parallelises
+each differently. Here a function is compiled once, for one device, and its serialized form is loaded as replicas that
+run side by side, one on each device (what `pmap` does, without the collectives). Canonical reduction depends on it: the
+program is not just equivalent but the same. Loading takes milliseconds, and one call dispatches all replicas.
 """
 
 import time
@@ -22,12 +22,12 @@ _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 class PerDeviceProgram:
-    """`function`, run by each device of `mesh` on what it holds of the arguments.
+    """`function`, run by each device of `mesh` on its part of the arguments.
 
-    Called with trees of global arrays, as `in_specs` say: `PartitionSpec()` for what every device holds whole,
-    `PartitionSpec(axis)` for what is cut in the leading dim. Returns global arrays in the same way. There is no
-    communication, so what is said to be replicated must come from replicated arguments alone. Compiled at the first
-    call, for its shapes.
+    Called with trees of global arrays laid out by `in_specs`: `PartitionSpec()` for what every device holds whole,
+    `PartitionSpec(axis)` for what is sharded in the leading dim. Returns global arrays in the same way. There is no
+    communication, so a replicated result must be computed from replicated arguments only. Compiled at the first call,
+    for its shapes.
 
     Args:
       function: of single-device arrays; traced once.
@@ -59,7 +59,7 @@ class PerDeviceProgram:
 
     @property
     def num_compiles(self) -> int:
-        """How often it was compiled: once at the most, for it refuses arguments of another form."""
+        """How often it was compiled: at most once, because it refuses arguments of other shapes."""
         return int(self._program is not None)
 
     def _compile(self, args: tuple[PyTree, ...]) -> jax.stages.Compiled:
@@ -101,8 +101,8 @@ def _load(lowered: jax.stages.Lowered, device: jax.Device, devices: Sequence[jax
     """Return XLA's executable of `lowered`, made for the one `device`, with a replica on each of `devices`.
 
     JAX's persistent cache is used under a key of our own, the same for all processes and any number of devices, and
-    its bytes are loaded with our placement: an executable that JAX loaded from there cannot be serialized once more
-    (on CPU devices its kernels are lost then; jaxlib 0.10 and 0.12).
+    its bytes are loaded with our placement: an executable that JAX loaded from there cannot be serialized again
+    (on CPU devices its kernels are lost; jaxlib 0.10 and 0.12).
     """
     module: Any = lowered.compiler_ir()
     key = jax_private.cache_key(module, device)
@@ -114,13 +114,13 @@ def _load(lowered: jax.stages.Lowered, device: jax.Device, devices: Sequence[jax
 
 
 def _compile(module: Any, device: jax.Device, key: str | None) -> Any:
-    """Return the executable of `module` on `device`, compiled anew, and keep it in the cache under `key`."""
+    """Compile `module` for `device`, store the executable in the cache under `key`, and return it."""
     name = module.operation.attributes["sym_name"].value
     start = time.monotonic()
     compiled = jax_private.compile_module(module, device)
     seconds = time.monotonic() - start
     jax.monitoring.record_event_duration_secs(_COMPILE_EVENT, seconds, fun_name=name)
-    # Process 0 alone writes, and only what took long to compile, as JAX does.
+    # Only process 0 writes, and only what took long to compile, as JAX does.
     worth_keeping = seconds >= jax.config.values["jax_persistent_cache_min_compile_time_secs"]
     if key is not None and worth_keeping and jax.process_index() == 0:
         jax_private.write_cache(key, name, compiled, device, seconds=seconds)
@@ -131,5 +131,5 @@ def _read_cache(key: str, devices: Sequence[jax.Device]) -> Any:
     try:
         return jax_private.read_cache(key, devices)
     except Exception as error:  # a damaged entry is whatever zstandard, zlib or XLA raise
-        warnings.warn(f"An entry of the compilation cache cannot be read, compiling anew: {error}", stacklevel=2)
+        warnings.warn(f"An entry of the compilation cache cannot be read; compiling again: {error}", stacklevel=2)
         return None

@@ -1,7 +1,7 @@
 """The one door to JAX's private modules: no other module imports `jax._src`.
 
-Each function says why JAX's public API does not do. `tests/spmd/test_jax_private.py` calls every one of them and runs
-under each supported version of JAX, so that a new version shows here first.
+Each function says why JAX's public API does not suffice. `tests/spmd/test_jax_private.py` calls every one of them and
+runs under each supported version of JAX, so that a change in a new version is found there first.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,9 +22,9 @@ Placement: TypeAlias = tuple[Any, Any]
 def coordinator_store() -> Any:
     """Return the key-value store of the job's coordinator, None outside a job.
 
-    `jax.distributed` offers no store, and `multihost_utils` moves values by collectives, which must not run beside
-    those of a training step. Its methods: `key_value_set(key, text, allow_overwrite)`, `blocking_key_value_get(key,
-    milliseconds)`, `key_value_try_get(key)`, `wait_at_barrier(name, milliseconds)`.
+    `jax.distributed` offers no store, and `multihost_utils` moves values by collectives, which must not run at the
+    same time as those of a training step. Its methods: `key_value_set(key, text, allow_overwrite)`,
+    `blocking_key_value_get(key, milliseconds)`, `key_value_try_get(key)`, `wait_at_barrier(name, milliseconds)`.
     """
     return distributed.global_state.client
 
@@ -42,7 +42,7 @@ def process_of_job() -> tuple[int, int]:
 def use_gloo_at(address: str) -> None:
     """Have the collectives between CPU devices of this job listen at `address`.
 
-    `jax_cpu_collectives_implementation` makes gloo, but at an address that gloo finds from the machine's name.
+    `jax_cpu_collectives_implementation` creates gloo at the address that the machine's name resolves to.
     """
 
     def make_client() -> object:
@@ -68,7 +68,7 @@ def is_on_cloud_tpu() -> bool:
 def placement(devices: Sequence[jax.Device]) -> Placement:
     """Return the placement of a program with one replica on each of `devices`.
 
-    Under `jax.jit` a program for many devices is another program than the one for a single device.
+    Under `jax.jit` a program for many devices differs from the one for a single device.
     """
     options = compiler.get_compile_options(
         num_replicas=len(devices),
@@ -80,10 +80,11 @@ def placement(devices: Sequence[jax.Device]) -> Placement:
 
 
 def compile_module(module: Any, device: jax.Device) -> Any:
-    """Return XLA's executable of a lowered module on one device; serializable, which `Lowered.compile`'s need not be.
+    """Return XLA's executable of a lowered module on one device; serializable, which that of `Lowered.compile` may not
+    be.
 
     An executable that JAX loaded from its persistent cache cannot be serialized again (on CPU devices its kernels are
-    lost; jaxlib 0.10 and 0.12), and `Lowered.compile` may return such a one.
+    lost; jaxlib 0.10 and 0.12), and `Lowered.compile` may return one of these.
     """
     device_list, options = placement([device])
     return compiler.backend_compile_and_load(device.client, module, device_list, options, [])
@@ -111,7 +112,7 @@ def cache_key(module: Any, device: jax.Device) -> str | None:
 def read_cache(key: str, devices: Sequence[jax.Device]) -> Any:
     """Return the cached executable with a replica on each of `devices`, None where there is none.
 
-    There is no public way to the entries of the cache. A damaged entry raises whatever zstandard, zlib or XLA raise.
+    There is no public access to the entries of the cache. A damaged entry raises whatever zstandard, zlib or XLA raise.
     """
     device_list, options = placement(devices)
     return compilation_cache.get_executable_and_time(key, options, devices[0].client, device_list)[0]
@@ -132,8 +133,8 @@ def mesh_executable(
 ) -> Any:
     """Return what `jax.stages.Compiled` wraps: it takes and returns global arrays, by JAX's fast path.
 
-    Publicly such an object comes only from `jax.jit(...).lower(...).compile()`, which partitions one program over the
-    mesh in place of running replicas of a single-device one.
+    The public API makes such an object only by `jax.jit(...).lower(...).compile()`, which partitions one program over
+    the mesh instead of running replicas of a single-device program.
     """
     return pxla.UnloadedMeshExecutable(
         xla_executable=executable,
@@ -162,7 +163,7 @@ def mesh_executable(
 def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
     """Return how many operands of a scan are constants and how many are its carry; `params` are the equation's own.
 
-    No public function tells. JAX 0.10 has the two numbers, JAX 0.12 the trees of constants, carry and inputs.
+    There is no public function for it. JAX 0.10 has the two numbers, JAX 0.12 the trees of constants, carry and inputs.
     """
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]

@@ -8,7 +8,7 @@ SEED_BITS = 64
 
 
 class RunKeys(NamedTuple):
-    """The two keys of a run: `init` makes the params, `train` is kept in the state and gives each step its own."""
+    """The two keys of a run: `init` is for the params; `train`, kept in the state, gives each step its key."""
 
     init: jax.Array
     train: jax.Array
@@ -38,12 +38,12 @@ def is_key(leaf: Any) -> bool:
 
 
 def plain(leaf: Any) -> Any:
-    """Return the integers that a typed key consists of; any other array as it is."""
+    """Return the integers that a typed key consists of; return any other array unchanged."""
     return jax.random.key_data(leaf) if is_key(leaf) else leaf
 
 
 def typed(data: jax.Array, like: Any) -> jax.Array:
-    """Return `data` as a typed key if `like` is one (an array or a description of one); otherwise as it is."""
+    """Return `data` as a typed key if `like` is one (an array or a description of one); otherwise unchanged."""
     if not is_key(like):
         return data
     impls: list[Any] = []

@@ -1,8 +1,8 @@
-"""Layouts: the rule that says how each leaf of a state is cut over the mesh.
+"""Layouts: the rule that says how each leaf of a state is sharded over the mesh.
 
 A layout is a function `layout(path, leaf) -> PartitionSpec`. `path` names the leaf with slashes, from the state down:
-`params/Dense_0/kernel`, `opt_state/0/mu/Dense_0/kernel`. Sharding is data: no model and no loss asks which layout it
-got, and the step derives every collective from it.
+`params/Dense_0/kernel`, `opt_state/0/mu/Dense_0/kernel`. Sharding is data: models and losses do
+not depend on the layout, and the step derives every collective from it.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from jaxdist.spmd import keys
 PyTree: TypeAlias = Any
 
 MIN_SIZE = 1024
-"""Elements from which cutting a leaf pays: below it a collective's latency costs more than the memory is worth."""
+"""Elements from which sharding a leaf pays: below it a collective's latency costs more than the memory saved."""
 
 
 Layout: TypeAlias = Callable[[str, Any], PartitionSpec]
@@ -48,13 +48,13 @@ Leaf: TypeAlias = jax.Array | jax.ShapeDtypeStruct | NamedLeaf
 
 
 def replicated(path: str, leaf: Leaf) -> PartitionSpec:
-    """Lay every leaf out whole on every device: the ordinary data-parallel layout."""
+    """Return the spec that keeps every leaf whole on every device: the ordinary data-parallel layout."""
     del path, leaf
     return PartitionSpec()
 
 
 def zero1(mesh: Mesh, *, axis: str = "data", min_size: int = MIN_SIZE) -> Layout:
-    """Return the layout that cuts the optimizer state over `axis`, and nothing else.
+    """Return the layout that shards the optimizer state over `axis`, and nothing else.
 
     ZeRO's first stage (Rajbhandari et al., 2020): each device updates its part of the params, which are then gathered.
     """
@@ -62,14 +62,14 @@ def zero1(mesh: Mesh, *, axis: str = "data", min_size: int = MIN_SIZE) -> Layout
 
 
 def fsdp(mesh: Mesh, *, axis: str = "data", min_size: int = MIN_SIZE) -> Layout:
-    """Return the layout that cuts params, hence gradients, and optimizer state over `axis`.
+    """Return the layout that shards params, and so their gradients, and the optimizer state over `axis`.
 
-    Each leaf of at least `min_size` elements is cut along its largest dim that divides; smaller ones are whole. With
-    the batch cut over a second axis besides, replicas of such groups of devices are kept (hybrid sharding, `hsdp`).
+    Each leaf of at least `min_size` elements is sharded along its largest dim that is divisible by the size of the
+    axis; smaller ones are whole. A batch sharded over a second axis too gives replicas of such groups (hybrid, `hsdp`).
     ZeRO's third stage (Rajbhandari et al., 2020); PyTorch FSDP (Zhao et al., 2023).
 
     Warns:
-      UserWarning: a leaf that is large enough has no dim that divides, and stays whole.
+      UserWarning: a leaf that is large enough has no divisible dim, and stays whole.
     """
     return _largest_dim(("params/", "opt_state/"), mesh, axis, min_size)
 
@@ -81,11 +81,11 @@ def _largest_dim(prefixes: tuple[str, ...], mesh: Mesh, axis: str, min_size: int
         size = math.prod(leaf.shape)
         if not path.startswith(prefixes) or size < min_size or num_shards == 1:
             return PartitionSpec()
-        # Among equal dims the last: a row-major leaf is then cut inside its rows, as a matrix's columns are.
+        # Among equal dims the last: a row-major leaf is then sharded within its rows, by columns.
         dims = [dim for dim, length in enumerate(leaf.shape) if length % num_shards == 0]
         if not dims:
             warnings.warn(
-                f"{path} of shape {tuple(leaf.shape)} stays whole on every device: none of its dims divides by "
+                f"{path} of shape {tuple(leaf.shape)} stays whole on every device: none of its dims is divisible by "
                 f"{num_shards}, the size of the mesh axis {axis!r}.",
                 stacklevel=2,
             )
@@ -98,7 +98,7 @@ def _largest_dim(prefixes: tuple[str, ...], mesh: Mesh, axis: str, min_size: int
 
 @dataclasses.dataclass(frozen=True)
 class ByPath:
-    """The layout that `by_path` returns; `unmatched` tells which rules found no leaf."""
+    """The layout that `by_path` returns; `unmatched` returns the rules that match no leaf."""
 
     rules: tuple[tuple[str, PartitionSpec], ...]
     otherwise: Layout
@@ -118,21 +118,22 @@ class ByPath:
 
 
 def _concerns(spec: PartitionSpec, path: str, leaf: Leaf) -> bool:
-    # An optimizer keeps other things under a param's name, too: factored moments, say, with fewer dims.
+    # An optimizer keeps other things under a param's name, too: for example factored moments, with fewer dims.
     return path.startswith("params/") or len(leaf.shape) >= len(spec)
 
 
 def by_path(rules: Rules, *, otherwise: Layout = replicated, for_any_model: bool = False) -> ByPath:
-    """Return a layout given by rules on paths: for tensor-parallel axes, where each matrix wants its own dim.
+    """Return a layout given by rules on paths: for tensor-parallel axes, where each matrix is sharded along a dim of
+    its own.
 
     The optimizer state of a param has the param's path in its own, so a rule covers both. A rule that matches no leaf
-    is refused by whatever lays out a tree.
+    is refused when a tree is laid out.
 
     Args:
       rules: see `Rules`.
       otherwise: decides about leaves that no rule matches.
-      for_any_model: the rules were not written for the model at hand: where its modules name their dims, which goes
-        before rules, they may match nothing.
+      for_any_model: the rules were not written for the model at hand: where its modules name their dims, which takes
+        precedence over rules, they may match nothing.
 
     >>> layout = by_path([("mlp_in/kernel$", PartitionSpec(None, "model"))])
     >>> layout("params/block_0/mlp_in/kernel", jax.ShapeDtypeStruct((4, 16), "float32"))
@@ -143,7 +144,7 @@ def by_path(rules: Rules, *, otherwise: Layout = replicated, for_any_model: bool
             re.compile(pattern)
         except re.error as error:
             raise ValueError(
-                f"A rule begins with a regular expression; {pattern!r} is none: {error}. Mend it."
+                f"A rule begins with a regular expression; {pattern!r} is not one: {error}. Correct it."
             ) from error
     return ByPath(tuple((pattern, PartitionSpec(*spec)) for pattern, spec in rules), otherwise, for_any_model)
 
@@ -151,8 +152,9 @@ def by_path(rules: Rules, *, otherwise: Layout = replicated, for_any_model: bool
 def transformer_rules(model_axis: str = "model", *, shard_axis: str | None = None) -> Rules:
     """Return the rules that split our GPT and ViT over `model_axis`: column, then row (Shoeybi et al., 2019).
 
-    The first matrix of each branch is cut by its outputs and the second by its inputs, so that what lies between them
-    needs no communication, and one sum ends the branch. `shard_axis` cuts the other dim of each matrix, too (FSDP).
+    The first matrix of each branch is sharded by its outputs and the second by its inputs, so that the computation
+    between them needs no communication, and one sum ends the branch. `shard_axis` shards the other dim of each matrix
+    (FSDP).
     """
     return (
         (r"attention/qkv/kernel", PartitionSpec(shard_axis, model_axis)),
@@ -166,14 +168,14 @@ def transformer_rules(model_axis: str = "model", *, shard_axis: str | None = Non
 
 @dataclasses.dataclass(frozen=True)
 class ByNames:
-    """The layout that `by_names` returns; `unmatched` tells which of its rules are about names that no param has."""
+    """The layout that `by_names` returns; `unmatched` returns the names in its rules that no param has."""
 
     mesh_axes: tuple[str, ...]
     axis_rules: Mapping[str, str | None]
     otherwise: Layout
 
     def __call__(self, path: str, leaf: Leaf) -> PartitionSpec:
-        """Return the spec that the leaf's names give, or what `otherwise` says where they cut nothing."""
+        """Return the spec that the leaf's names give, or what `otherwise` says where they shard nothing."""
         spec = PartitionSpec(*map(self._axes, leaf.names)) if isinstance(leaf, NamedLeaf) else PartitionSpec()
         return spec if any(spec) and _concerns(spec, path, leaf) else self.otherwise(path, leaf)
 
@@ -194,7 +196,8 @@ def by_names(
 
     Args:
       mesh: a name that is an axis of it needs no rule.
-      axis_rules: name -> mesh axis, or None for a dim that is not cut. Other names without a rule are not cut either.
+      axis_rules: name -> mesh axis, or None for a dim that is not sharded. Other names without a rule are not sharded
+        either.
       otherwise: decides about leaves without names, or with none that has a rule.
     """
     return ByNames(mesh.axis_names, dict(axis_rules or {}), otherwise)
@@ -209,7 +212,7 @@ def specs(tree: PyTree, mesh: Mesh, layout: Layout) -> PyTree:
     """Return a tree of PartitionSpec, one for each leaf of `tree`, chosen by `layout` and checked against `mesh`.
 
     Raises:
-      ValueError: a spec names an axis the mesh has not, or one that does not divide the leaf's dim, or has more dims
+      ValueError: a spec names an axis that the mesh lacks, or one that does not divide the leaf's dim, or has more dims
         than the leaf; or a rule of `by_path` matches no leaf.
     """
     leaves: dict[str, Leaf] = {}
@@ -227,7 +230,7 @@ def specs(tree: PyTree, mesh: Mesh, layout: Layout) -> PyTree:
 
 
 def _check_rules(layout: Layout, leaves: Mapping[str, Leaf]) -> None:
-    """Raise ValueError where a rule of `layout` is about no leaf at all."""
+    """Raise ValueError where a rule of `layout` matches no leaf."""
     names = sorted({name for leaf in leaves.values() if isinstance(leaf, NamedLeaf) for name in leaf.each_name()})
     if isinstance(layout, ByNames):
         _check_names(layout, names)
@@ -249,12 +252,12 @@ def _check_names(layout: ByNames, names: Sequence[str]) -> None:
             known = f"Did you mean {nearest!r}? They are {', '.join(map(repr, names))}."
         raise ValueError(
             "Every name with a mesh axis must be one that the model's modules give to a dim; "
-            f"{', '.join(map(repr, unmatched))} is none. {known} Change or remove it."
+            f"{', '.join(map(repr, unmatched))} is not one. {known} Change or remove it."
         )
 
 
 def _nearest_path(pattern: str, paths: Iterable[str]) -> str:
-    """Return the path one of whose ends is most like `pattern`."""
+    """Return the path with an end that is most similar to `pattern`."""
 
     def likeness(path: str) -> float:
         parts = path.split("/")
@@ -284,7 +287,7 @@ def map_specs(function: Callable[[PartitionSpec], Any], specs: PyTree) -> PyTree
 
 
 def _has_names(node: Any) -> bool:
-    """Say whether `node` is a box that Flax has put around an array to name its dims, whatever its class."""
+    """Return whether `node` is a box, of any class, that Flax puts around an array to name its dims."""
     return hasattr(node, "names") and hasattr(node, "replace_boxed")
 
 
@@ -299,7 +302,7 @@ def spec_axes(spec: PartitionSpec) -> tuple[str, ...]:
 
 
 def _entries(entry: Any) -> tuple[Any, ...]:
-    """Return what one dim is cut over, or named by: nothing, one thing, or several in a tuple."""
+    """Return what one dim is sharded over, or named by, as a tuple of none, one or several."""
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
@@ -314,7 +317,7 @@ def keep_axes(spec: PartitionSpec, axes: Sequence[str]) -> PartitionSpec:
 
 
 def check_spec(path: str, leaf: Leaf, spec: PartitionSpec, mesh: Mesh) -> None:
-    """Raise ValueError where `leaf` cannot be cut over `mesh` as `spec` says; the message proposes what would do."""
+    """Raise ValueError where `leaf` cannot be sharded over `mesh` by `spec`; the message proposes alternatives."""
     if len(spec) > len(leaf.shape):
         raise ValueError(
             f"{path} has shape {tuple(leaf.shape)}, but its spec {spec} is for {len(spec)} dims. "
@@ -324,8 +327,8 @@ def check_spec(path: str, leaf: Leaf, spec: PartitionSpec, mesh: Mesh) -> None:
     twice = sorted({axis for axis in axes if axes.count(axis) > 1})
     if twice:
         raise ValueError(
-            f"{path} of shape {tuple(leaf.shape)} cannot be cut as {spec}: it names the mesh axis {twice[0]!r} twice, "
-            "and an axis cuts one dim alone. Leave it out of all dims but one."
+            f"{path} of shape {tuple(leaf.shape)} cannot be sharded as {spec}: it names the mesh axis {twice[0]!r} "
+            "twice, and an axis shards one dim only. Leave it out of all dims but one."
         )
     for dim, entry in enumerate(spec):
         axes = spec_axes(PartitionSpec(entry))
@@ -333,12 +336,13 @@ def check_spec(path: str, leaf: Leaf, spec: PartitionSpec, mesh: Mesh) -> None:
         length = leaf.shape[dim]
         if length % num_shards:
             fitting = [other for other, each in enumerate(leaf.shape) if each % num_shards == 0]
-            advice = [f"cut dim {fitting[0]} instead" if fitting else "leave this leaf whole"]
+            advice = [f"shard dim {fitting[0]} instead" if fitting else "leave this leaf whole"]
             below = length // num_shards * num_shards
             advice += [f"make the dim {' or '.join(str(each) for each in (below, below + num_shards) if each)}"]
             raise ValueError(
-                f"{path} of shape {tuple(leaf.shape)} cannot be cut as {spec}: dim {dim} ({length}) does not divide by "
-                f"{num_shards}, the size of mesh axis {', '.join(map(repr, axes))}. {' or '.join(advice).capitalize()}."
+                f"{path} of shape {tuple(leaf.shape)} cannot be sharded as {spec}: dim {dim} has length {length}, "
+                f"which is not divisible by {num_shards}, the size of mesh axis {', '.join(map(repr, axes))}. "
+                f"{' or '.join(advice).capitalize()}."
             )
 
 
@@ -354,7 +358,7 @@ def _axis_size(mesh: Mesh, axis: str, path: str | None = None) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class LeafPlace:
-    """Where a leaf lies: its path, shape, dtype, spec and the bytes that one device holds of it."""
+    """Where a leaf is placed: its path, shape, dtype, spec and the bytes that one device holds of it."""
 
     path: str
     shape: tuple[int, ...]
@@ -369,7 +373,7 @@ def places(tree: PyTree) -> list[LeafPlace]:
     for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_has_names):
         (leaf,) = jax.tree.leaves(node)
         shard_shape = leaf.sharding.shard_shape(leaf.shape)
-        # A key's dtype says nothing of its data: the bytes are those of an eval_shape of it.
+        # The dtype of a key does not show its size: the bytes are those of the plain integers in it.
         data = jax.eval_shape(keys.plain, leaf)
         num_bytes = math.prod(shard_shape) * math.prod(data.shape[len(leaf.shape) :]) * data.dtype.itemsize
         found.append(LeafPlace(path_name(path), tuple(leaf.shape), str(leaf.dtype), leaf.sharding.spec, num_bytes))

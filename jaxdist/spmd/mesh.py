@@ -1,4 +1,4 @@
-"""Meshes of devices, and the arithmetic that cuts a batch over them."""
+"""Meshes of devices, and the arithmetic that divides a batch over them."""
 
 import dataclasses
 import math
@@ -29,7 +29,7 @@ def make_mesh(axes: Mapping[str, int] | None = None, *, devices: Sequence[jax.De
     devices = jax.devices() if devices is None else list(devices)
     sizes = _fill_sizes(axes, len(devices))
     # jax.make_mesh may reorder devices to fit a torus; the caller's order is kept here because canonical reduction
-    # deals logical shards to devices by their place in the mesh, and data order follows the same places.
+    # assigns logical shards to devices by their place in the mesh, and data order follows the same places.
     return Mesh(np.asarray(devices).reshape(sizes), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 
 
@@ -69,12 +69,12 @@ def batch_sizes(
     num_microbatches: int = 1,
     logical_shards: int | None = None,
 ) -> BatchSizes:
-    """Return what each host, device and microbatch gets of a global batch.
+    """Return how many examples of a global batch each host, device and microbatch gets.
 
     Args:
       global_batch_size: examples of one step, over all devices.
-      mesh: the mesh; the batch is cut over `axes` and repeated over the others.
-      axes: names of the mesh axes the batch is cut over.
+      mesh: the mesh; the batch is sharded over `axes` and replicated over the others.
+      axes: names of the mesh axes the batch is sharded over.
       num_microbatches: parts of a device's batch whose gradients are summed before the update.
       logical_shards: for canonical reduction, the number of fixed slices of the batch.
 

@@ -15,14 +15,14 @@ MASK = "mask"
 """The package's own field: which rows count. A source's field of this name is refused."""
 
 SEGMENT_IDS = "segment_ids"
-"""The field of packed rows that numbers the examples in a row from 1; 0 is filling."""
+"""The field of packed rows that numbers the examples of a row from 1; 0 is padding."""
 
 OWN_NAMES = frozenset({"loss", "learning_rate", "grad_norm", "nonfinite_leaf"})
 """Metrics that the package itself reports, in training or in evaluation."""
 
 
 class Mean(NamedTuple):
-    """A mean that can still be added up: both fields are scalars, float32."""
+    """A mean as a sum that can still be added to others: both fields are scalars, float32."""
 
     total: jax.Array
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count, which has no use on a mean
@@ -34,7 +34,7 @@ class Mean(NamedTuple):
 
 
 class Weighted(NamedTuple):
-    """Values and how much each of them counts: their mean is the sum of values x weights over the sum of weights.
+    """Values and their weights: their mean is the sum of values x weights over the sum of weights.
 
     `weights` (at least 0) has the shape of `values`, or of a leading part of it.
     """
@@ -49,7 +49,7 @@ def masked_mean(values: jax.Array | Weighted, mask: jax.Array | None = None) -> 
     Args:
       values: per-example (or per-token) values, shape (examples, ...), or the same with weights.
       mask: shape of a leading part of `values`' shape, for example (examples,); 1 (or True) for what counts. None
-        counts all.
+        counts everything.
     """
     if isinstance(values, Weighted):
         values, weights = values
@@ -71,9 +71,9 @@ def _like(mask: jax.Array, values: jax.Array) -> jax.Array:
 def without_masked_rows(batch: Batch) -> Batch:
     """Return the batch with every row that does not count replaced by a copy of the first row that does.
 
-    The mask stays as it is. A mask over the values alone keeps a masked row out of the loss, but not out of its
-    gradient: where the row makes an infinity or a NaN on the way, its zero cotangent becomes NaN. So what the model
-    computes with is made harmless here. A batch in which no row counts comes back as it is.
+    The mask is unchanged. A mask over the values alone keeps a masked row out of the loss, but not out of its gradient:
+    where the row produces an infinity or a NaN in between, its zero cotangent becomes NaN. So the model's inputs are
+    replaced here. A batch in which no row counts is returned unchanged.
     """
     if MASK not in batch:
         return batch
@@ -95,7 +95,7 @@ def num_examples(batch: Batch) -> jax.Array:
 
 
 def check_names(metrics: Mapping[str, Any]) -> None:
-    """Raise ValueError where a loss_fn or an eval_fn names a metric like one of the package's own."""
+    """Raise ValueError where a loss_fn or an eval_fn gives a metric one of the package's own names."""
     clash = sorted(OWN_NAMES & set(metrics))
     if clash:
         raise ValueError(
@@ -108,7 +108,7 @@ def check_averages(results: Mapping[str, Any], loss_fn: Callable[..., Any], args
     """Check what a loss_fn or eval_fn returned: averages, none of which counts rows that the mask leaves out.
 
     A plain scalar is trusted to be a mean over the true examples. One that depends on the rows of the batch and not on
-    its mask cannot be. To find that out, the function is traced once more; a Mean needs no such check.
+    its mask cannot be. To find out, the function is traced a second time; a Mean needs no such check.
 
     Args:
       results: the loss and the metrics, by name.

@@ -1,6 +1,6 @@
 """Precision: compute in a narrow dtype, keep params, optimizer and statistics in float32 (Micikevicius et al., 2018).
 
-The one idea: a precision is two wrappers and no more. One casts what the model computes with on the way in;
+The one idea: a precision is two wrappers and no more. One casts the model's inputs and params;
 differentiating through the cast gives float32 gradients of float32 params. The other, around the optimizer and for
 float16 alone, holds the loss scale in opt_state, where the step finds it (`loss_scale`) and a checkpoint keeps it.
 """
@@ -22,7 +22,7 @@ LossFn: TypeAlias = Callable[..., Any]
 Precision: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
 MIN_LOSS_SCALE = 1.0
-"""Where the scale stops falling: gradients that are not finite even there are not the scale's doing."""
+"""Where the scale stops falling: gradients that are not finite even there are not caused by the scale."""
 
 MAX_LOSS_SCALE = 2.0**24
 
@@ -56,7 +56,7 @@ def apply_precision(loss_fn: LossFn, precision: Precision, *, inputs: Sequence[s
 
 
 def with_dtypes_of(old: PyTree, new: PyTree) -> PyTree:
-    """Return `new` with the dtypes of `old`; where their structures differ, `new` as it is, for others to refuse."""
+    """Return `new` with the dtypes of `old`; return `new` unchanged where their structures differ."""
     structures: list[Any] = [jax.tree.structure(tree) for tree in (old, new)]
     if structures[0] != structures[1]:
         return new
@@ -64,9 +64,9 @@ def with_dtypes_of(old: PyTree, new: PyTree) -> PyTree:
 
 
 def with_loss_scale(optimizer: optax.GradientTransformation, precision: Precision) -> optax.GradientTransformation:
-    """Return the optimizer that `precision` needs: under dynamic loss scaling for float16, as it is for the others.
+    """Return the optimizer that `precision` needs: with dynamic loss scaling for float16, unchanged for the others.
 
-    bfloat16 needs none, having the range of float32.
+    bfloat16 needs none, because it has the range of float32.
     """
     _check_precision(precision)
     return dynamic_loss_scale(optimizer) if precision == "float16" else optimizer
@@ -100,12 +100,12 @@ def dynamic_loss_scale(
     """Return `inner` under dynamic loss scaling (Micikevicius et al., 2018).
 
     It takes gradients that are already divided by the scale and averaged over all devices, so that every replica
-    decides alike. Where one is not finite the update is zero, `inner`'s state stays and the scale is divided by
-    `factor`; after `growth_interval` finite updates in a row it is multiplied. It stays within [MIN_LOSS_SCALE,
+    decides the same. Where one is not finite the update is zero, `inner`'s state is unchanged and the scale is divided
+    by `factor`; after `growth_interval` finite updates in a row it is multiplied. It stays within [MIN_LOSS_SCALE,
     MAX_LOSS_SCALE].
 
     Args:
-      inner: the optimizer proper.
+      inner: the optimizer itself.
       initial_scale: a power of two, so that scaling rounds nothing. Too large costs a few skipped updates at the start.
       growth_interval: updates.
       factor: a power of two.
@@ -114,7 +114,7 @@ def dynamic_loss_scale(
       ValueError: a setting out of its range.
     """
     if not MIN_LOSS_SCALE <= initial_scale <= MAX_LOSS_SCALE:
-        raise ValueError(f"initial_scale must lie in [{MIN_LOSS_SCALE}, {MAX_LOSS_SCALE}]; got {initial_scale}.")
+        raise ValueError(f"initial_scale must be in [{MIN_LOSS_SCALE}, {MAX_LOSS_SCALE}]; got {initial_scale}.")
     if growth_interval < 1 or not factor > 1:
         raise ValueError(f"growth_interval must be at least 1 and factor above 1; got {growth_interval} and {factor}.")
 
@@ -146,7 +146,7 @@ def dynamic_loss_scale(
 
 
 def loss_scale(opt_state: PyTree) -> jax.Array | None:
-    """Return the scale that the next loss is to be multiplied by, wherever it stands in opt_state; None without one."""
+    """Return the scale to multiply the next loss by, found anywhere in opt_state; None without loss scaling."""
     state = _find(opt_state)
     return None if state is None else state.scale
 

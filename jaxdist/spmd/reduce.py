@@ -1,9 +1,10 @@
-"""From local gradients to the global mean. This module alone owns that path.
+"""From local gradients to the global mean. No other module computes it.
 
-Every device sums over its own examples: gradients of the *summed* loss, and beside each sum the count it belongs to.
+Every device sums over its own examples: gradients of the *summed* loss, and with each sum its count.
 Sums add up exactly over microbatches, devices and hosts whatever the number of true examples in each; one division at
-the end makes the mean. Two reductions add up the devices' sums: `mean_over_axis` (the all-reduce of the hardware, fast,
-its order of additions its own) and `tree_sum_over_axis` (a fixed binary tree, the same bits on any number of devices).
+the end makes the mean. Two reductions add up the devices' sums: `mean_over_axis` (the hardware's all-reduce: fast,
+in an order of additions of its own) and `tree_sum_over_axis` (a fixed binary tree, the same bits on any number of
+devices).
 """
 
 import itertools
@@ -26,15 +27,15 @@ LossFn: TypeAlias = Callable[..., Any]
 (loss, metrics, model_state)`. loss and each metric: a scalar (mean over the batch's true examples) or a Mean."""
 
 GatherFn: TypeAlias = Callable[[PyTree, jax.Array], PyTree]
-"""`gather_fn(shards, has_examples) -> params`: the whole params from the shards that the devices hold, see `gather`."""
+"""`gather_fn(shards, has_examples) -> params`: the whole params, gathered from the devices' shards; see `gather`."""
 
 _GATHERED = "gathered_param"
 
 PACKED_MAX_SIZE = 1 << 14
-"""Elements up to which a leaf travels with others in one all-reduce; the copying costs less than one more meeting."""
+"""Elements up to which leaves share one all-reduce; copying them costs less than one more collective."""
 
 HALVING_MIN_SIZE = 1 << 15
-"""Elements from which recursive halving beats doubling: below it, latency counts and not bandwidth."""
+"""Elements from which recursive halving beats doubling: below it, latency matters more than bandwidth."""
 
 
 class Sums(NamedTuple):
@@ -63,7 +64,7 @@ class Averages(NamedTuple):
 def evaluate_loss(
     loss_fn: LossFn, params: PyTree, model_state: PyTree, batch: Batch, key: jax.Array
 ) -> tuple[Mean, dict[str, Mean], PyTree]:
-    """Call `loss_fn` in the form its model has, and return (loss, metrics, model_state) with Means for averages.
+    """Call `loss_fn` in the form that its model needs, and return (loss, metrics, model_state) with Means for averages.
 
     Raises:
       ValueError: it does not return what this form needs, or a plain scalar that counts padding rows.
@@ -95,7 +96,7 @@ def local_sums(
 ) -> Sums:
     """Return the Sums over the true examples of `batch`: gradients, loss, metrics, weighted model_state.
 
-    A batch of padding alone contributes exact zeros, also where its loss is 0/0. `loss_scale` multiplies the loss
+    A batch of padding only contributes exact zeros, even where its loss is 0/0. `loss_scale` multiplies the loss
     before differentiation and divides the gradients after it (float16). With a `gather_fn`, `params` are this device's
     shards and so are the gradients, which are then sums over all devices.
     """
@@ -122,7 +123,7 @@ def local_sums(
     weighted = jax.tree.map(lambda leaf: _addable(leaf) * num_examples, new_model_state)
     sums = Sums(grads, loss, metrics, weighted, num_examples)
     kept = jax.tree.map(lambda leaf: jnp.where(num_examples > 0, leaf, jnp.zeros_like(leaf)), sums)
-    # Gathered params' gradients hold other devices' examples by now; `gather` has kept the padding out of them.
+    # The gradients of gathered params already include other devices' examples; `gather` kept the padding out of them.
     return kept if gather_fn is None else kept._replace(grads=grads)
 
 
@@ -138,7 +139,7 @@ def accumulate_sums(
     loss_scale: jax.Array | None = None,
     gather_fn: GatherFn | None = None,
 ) -> Sums:
-    """Return the Sums of `batch`, computed one microbatch after the other (gradient accumulation).
+    """Return the Sums of `batch`, computed one microbatch after another (gradient accumulation).
 
     Args:
       loss_fn: see LossFn.
@@ -146,7 +147,7 @@ def accumulate_sums(
       model_state: statistics every microbatch starts from; their new values are averaged by example count.
       batch: this device's examples; the leading dim is a multiple of `num_microbatches`.
       key: the step's key; each microbatch folds in its own index, counted over the global batch.
-      num_microbatches: parts to cut `batch` into.
+      num_microbatches: parts to divide `batch` into.
       first_index: index of this device's first microbatch in the global batch.
       loss_scale: see `local_sums`.
       gather_fn: see `local_sums`.
@@ -172,8 +173,8 @@ def accumulate_sums(
 def mean_over_axis(sums: Sums, axis: str | tuple[str, ...]) -> Sums:
     """Average `sums` over a mesh axis by `lax.pmean`, totals and counts alike: their quotients are the global means.
 
-    Small leaves travel together: what they cost is the meeting of the devices, not their bytes (tensor fusion of
-    Horovod; Sergeev and Del Balso, 2018).
+    Small leaves share one collective: their cost is its latency, not their bytes (tensor fusion of Horovod; Sergeev and
+    Del Balso, 2018).
     """
     leaves, structure = jax.tree.flatten(sums)
     packed: dict[Any, list[int]] = {}
@@ -191,9 +192,9 @@ def mean_over_axis(sums: Sums, axis: str | tuple[str, ...]) -> Sums:
 
 
 def gather(leaf: jax.Array, spec: PartitionSpec, has_examples: jax.Array) -> jax.Array:
-    """Return, inside shard_map, the whole of a leaf of which `spec` tells how its shards lie over the manual axes.
+    """Return, inside shard_map, the whole leaf; `spec` says how it is sharded over the manual axes.
 
-    Differentiated, it is a reduce-scatter, to which a device without true examples adds exact zeros.
+    Its derivative is a reduce-scatter, to which a device without true examples adds exact zeros.
     """
     for dim, axes in enumerate(spec):
         leaf = leaf if axes is None else lax.all_gather(leaf, axes, axis=dim, tiled=True)
@@ -201,7 +202,7 @@ def gather(leaf: jax.Array, spec: PartitionSpec, has_examples: jax.Array) -> jax
 
 
 def _is_kept_for_backward(primitive: Any, *_: Any, **params: Any) -> bool:
-    """Keep everything but gathered params: neither what `gather` returns nor the collective's result behind it."""
+    """Return whether a value is kept: all but the results of `gather` and of its all-gather."""
     return primitive.name != lax.all_gather_p.name and params.get("name") != _GATHERED
 
 
@@ -223,8 +224,8 @@ def sum_over_axes(
 ) -> jax.Array:
     """Return, inside shard_map, the shard that `grad_spec` gives this device of a gradient's sum over `axes`.
 
-    Over the axes in `param_spec` it has been added up already: differentiating `gather` is a reduce-scatter. Over those
-    in `grad_spec` alone it is reduced and scattered here, over all others reduced.
+    Over the axes in `param_spec` it is summed already, because the derivative of `gather` is a reduce-scatter. Over the
+    axes only in `grad_spec` it is reduced and scattered here, over all others reduced.
     """
     left = [axis for axis in axes if axis not in spec_axes(param_spec)]
     for dim, entry in enumerate(grad_spec):
@@ -248,9 +249,9 @@ def average(sums: Sums, model_state: PyTree) -> Averages:
 def tree_sum_over_axis(vector: jax.Array, axis: str, num_devices: int) -> jax.Array:
     """Return the sum over a mesh axis of 2^k devices in a fixed tree: neighbours first, then pairs of pairs.
 
-    The order of additions depends on the devices' places alone, so it continues the tree that each device began over
-    its own logical shards. Large vectors go by recursive halving and an all-gather, at the cost of a ring; small ones
-    by recursive doubling (Thakur, Rabenseifner and Gropp 2005). Both add the same numbers in the same order.
+    The order of additions depends only on the devices' places, so it continues the tree that each device started over
+    its own logical shards. Large vectors use recursive halving and an all-gather, at the cost of a ring; small ones
+    recursive doubling (Thakur, Rabenseifner and Gropp 2005). Both add the same numbers in the same order.
 
     Args:
       vector: float array of one dim, different on each device.
@@ -293,7 +294,7 @@ def _swap_pairs(num_devices: int, distance: int) -> list[tuple[int, int]]:
 
 
 def _descent_direction(grad: jax.Array) -> jax.Array:
-    """Return a gradient of JAX, at least float32, as what an optimizer subtracts: of a complex param the conjugate."""
+    """Return a gradient from JAX as an optimizer subtracts it: at least float32, conjugated for a complex param."""
     grad = grad.astype(jnp.promote_types(grad.dtype, jnp.float32))
     return jnp.conj(grad) if jnp.iscomplexobj(grad) else grad
 
@@ -311,10 +312,10 @@ _HALF = 1 << 16
 
 
 def _addable(leaf: jax.Array) -> jax.Array:
-    """Return a leaf of model_state as what can be added up over replicas, at least float32.
+    """Return a leaf of model_state in a form that can be summed over replicas, at least float32.
 
     A counter is the same on every replica. Its mean must be exact, and float32 holds integers up to 2**24: so its two
-    halves of 16 bits travel as floats, stacked in a new first dim.
+    halves of 16 bits are sent as floats, stacked in a new first dim.
     """
     if jnp.issubdtype(leaf.dtype, jnp.inexact):
         return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
@@ -326,7 +327,7 @@ def _addable(leaf: jax.Array) -> jax.Array:
 
 
 def _averaged(mean: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Return the mean of what `_addable` gave in the leaf's own dtype."""
+    """Return the mean of values from `_addable`, in the leaf's own dtype."""
     if jnp.issubdtype(dtype, jnp.inexact):
         return mean.astype(dtype)
     high, low = jnp.round(mean).astype(jnp.int32)

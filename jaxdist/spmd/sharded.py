@@ -1,10 +1,10 @@
-"""The step for every layout that is more than replicas: ZeRO, FSDP, tensor axes, and mixtures of them.
+"""The step for every layout that shards the state: ZeRO, FSDP, tensor axes, and mixtures of them.
 
-Two parts in one jitted program. Inside `shard_map`, manual over the axes that cut the batch, each device does what it
+Two parts in one jitted program. Inside `shard_map`, manual over the axes that shard the batch, each device does what it
 does in `data_parallel_step`, with the same keys: it gathers a param where it is needed, and sums up gradients so that
-each device ends with the shard it shall keep. Outside, on the global view, the optimizer runs under shardings, so that
-what looks at all gradients at once (a global norm) is right whatever the layout. Axes that do not cut the batch, a
-`model` axis say, are left to XLA everywhere.
+each device ends with the shard it keeps. Outside, on the global view, the optimizer runs under shardings, so that
+what looks at all gradients at once (a global norm) is right whatever the layout. Axes that do not shard the batch,
+such as a `model` axis, are left to XLA everywhere.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,21 +33,21 @@ def sharded_step(
     batch_axes: Sequence[str] = (DATA_AXIS,),
     num_microbatches: int = 1,
 ) -> steps.Step:
-    """Return the jitted step for a state that lies as `layout` says; it gives the numbers of `data_parallel_step`.
+    """Return the jitted step for a state laid out by `layout`; its numbers are those of `data_parallel_step`.
 
-    The state is donated, and comes back with the very shardings it went in with. Params cut over a batch axis are
+    The state is donated and returned with the same shardings. Params sharded over a batch axis are
     gathered for each microbatch, in the forward pass and again in the backward pass, and held whole no longer than
     they are used.
 
     Args:
       loss_fn: see `reduce.LossFn`.
       optimizer: runs on the global view.
-      mesh: the mesh that layout and batch lie on.
+      mesh: the mesh of layout and batch.
       layout: the layout the state was created with.
-      batch_axes: mesh axes that the batch's leading dim is cut over.
-      num_microbatches: parts of each device's batch, computed one after the other.
+      batch_axes: mesh axes that the batch's leading dim is sharded over.
+      num_microbatches: parts of each device's batch, computed one after another.
     """
-    # A manual axis of one device gains nothing, and XLA refuses sums over it beside an axis left to it.
+    # A manual axis of one device gains nothing, and XLA refuses sums over it together with an automatic axis.
     cut_axes = tuple(axis for axis in batch_axes if mesh.shape[axis] > 1)
 
     def step(state: TrainState, inputs: jax.Array | None, batch: Batch) -> tuple[TrainState, steps.Metrics]:
@@ -96,7 +96,7 @@ def _mapped_sums(
     param_specs: PyTree,
     grad_specs: PyTree,
 ) -> Callable[..., reduce.Sums]:
-    """Return (params, model_state, batch, key, loss_scale) -> Sums over the global batch, grads cut as `grad_specs`."""
+    """Return (params, model_state, batch, key, loss_scale) -> Sums of the global batch, sharded by `grad_specs`."""
     held = layouts.map_specs(lambda spec: layouts.keep_axes(spec, batch_axes), param_specs)
     wanted = layouts.map_specs(lambda spec: layouts.keep_axes(spec, batch_axes), grad_specs)
     gather = _make_gather(held)
@@ -136,7 +136,7 @@ def _mapped_sums(
 
 
 def _make_gather(held: PyTree) -> reduce.GatherFn | None:
-    """Return what makes whole params of shards that lie as `held` says, or None where none is cut."""
+    """Return the function that gathers params sharded by `held`, or None where none is sharded."""
     if not any(jax.tree.leaves(layouts.map_specs(lambda spec: bool(layouts.spec_axes(spec)), held))):
         return None
 
@@ -147,7 +147,7 @@ def _make_gather(held: PyTree) -> reduce.GatherFn | None:
 
 
 def _grad_specs(params: PyTree, param_specs: PyTree, mesh: Mesh, layout: layouts.Layout) -> PyTree:
-    """Return how gradients shall lie: like a param that is cut, else like the optimizer state that belongs to it."""
+    """Return the specs of gradients: that of the param if it is sharded, otherwise that of its optimizer state."""
 
     def spec_of(path: tuple[Any, ...], leaf: jax.Array, param_spec: PartitionSpec) -> PartitionSpec:
         if layouts.spec_axes(param_spec):

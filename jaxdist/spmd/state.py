@@ -1,4 +1,4 @@
-"""What training carries from one step to the next, created already laid out over the mesh."""
+"""The training state: what one step hands to the next, created with its final sharding on the mesh."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,7 +19,7 @@ InitFn: TypeAlias = Callable[[jax.Array], Any]
 
 
 class InitialState(NamedTuple):
-    """What an `init_fn` returns to say by name what is params and what is model_state (None for a stateless model).
+    """What an `init_fn` returns to name its params and its model_state (None for a stateless model).
 
     An `init_fn` may return a plain pair in its place: a tuple of two is read as (params, model_state). So params that
     are themselves a pair must be returned as `InitialState((first, second))`. Every other type, a named tuple included,
@@ -31,7 +31,7 @@ class InitialState(NamedTuple):
 
 
 def initial_state(init_fn: InitFn, key: jax.Array) -> InitialState:
-    """Return what `init_fn(key)` gives, told apart into params and model_state.
+    """Return what `init_fn(key)` gives, separated into params and model_state.
 
     Raises:
       ValueError: a plain pair whose second part is an array: more likely params than (params, model_state).
@@ -63,7 +63,7 @@ class TrainState:
 
 
 class WithInputs(optax.GradientTransformationExtraArgs):
-    """An optimizer with numbers that enter the compiled step as an argument: others compile nothing.
+    """An optimizer with numbers that enter the compiled step as an argument, so that other numbers need no new compile.
 
     Its `update` takes two more arguments, both optional: `step`, the number of finished steps, and `inputs`.
     """
@@ -107,7 +107,7 @@ def create_state(
     seed: int,
     layout: layouts.Layout = layouts.replicated,
 ) -> TrainState:
-    """Return the state before the first step, every leaf born with its final sharding.
+    """Return the state before the first step, every leaf created with its final sharding.
 
     One jitted program makes it, so no device ever holds more than its own shards, and the train step, which sees the
     same shardings from its first call to its last, compiles once.
@@ -122,7 +122,7 @@ def state_program(
     mesh: Mesh,
     layout: layouts.Layout = layouts.replicated,
 ) -> jax.stages.Wrapped:
-    """Return the jitted function of a key that `create_state` calls; its `lower` shows what it will do."""
+    """Return the jitted function of a key that `create_state` calls; `lower` shows the program."""
     make = _make_state_fn(init_fn, optimizer)
     shardings = layouts.shardings(jax.eval_shape(make, jax.random.key(0)), mesh, layout)
     return jax.jit(make, out_shardings=shardings)

@@ -1,7 +1,7 @@
 """Builders of the training step: `step(state, batch) -> (state, metrics)`, the state donated.
 
-Each builder takes everything static (loss, optimizer, mesh) and differs from the others in one thing alone: how the
-devices' sums become the global mean. What a step does with the mean stands once, in `apply_averages`.
+Each builder takes everything static (loss, optimizer, mesh) and differs from the others only in how the devices' sums
+become the global mean. What a step does with the mean is in one place, `apply_averages`.
 """
 
 import dataclasses
@@ -39,13 +39,14 @@ def data_parallel_step(
     """Return the jitted step of ordinary data parallelism: a replica on every device, gradients averaged by all-reduce.
 
     Equal to the one-device step on the whole batch up to the order of additions, also for batches with padding and
-    with `num_microbatches` > 1. `batch` must lie over `axis` in its leading dim; the state is replicated and donated.
+    with `num_microbatches` > 1. `batch` must be sharded over `axis` in its leading dim; the state is replicated and
+    donated.
 
     Args:
       loss_fn: see `reduce.LossFn`.
-      optimizer: applied to the mean gradients, on every replica alike.
+      optimizer: applied to the mean gradients, the same on every replica.
       mesh: a mesh with the axis `axis`.
-      axis: the mesh axis the batch is cut over.
+      axis: the mesh axis the batch is sharded over.
       num_microbatches: parts of each device's batch, computed one after the other.
     """
     local_step = _make_local_step(loss_fn, optimizer, axis, num_microbatches)
@@ -88,8 +89,8 @@ class _PlainKey:
 class _KeepsKey:
     """A step out of `program(state without key, plain key, optimizer's inputs, batch)`, which leaves the key in place.
 
-    The key stays the same from step to step, so it need not pass through the program; and a program that takes or
-    returns typed keys is called by JAX's slow path, which is most of the time of a small step.
+    The key is the same in every step, so it need not pass through the program; and JAX calls a program that takes or
+    returns typed keys by its slow path, which would be most of the time of a small step.
     """
 
     def __init__(
@@ -133,8 +134,8 @@ def pmap_step(
 ) -> Step:
     """Return `data_parallel_step` written with `jax.pmap`, for readers who know pmap: the same numbers.
 
-    The batch comes whole, with the global leading dim; it is folded to (devices, examples per device) here. The state
-    is not donated: pmap cannot donate an argument that it broadcasts.
+    The batch is given whole, with the global leading dim; it is reshaped to (devices, examples per device) here. The
+    state is not donated: pmap cannot donate an argument that it broadcasts.
     """
     devices = jax.local_devices() if devices is None else devices
     local_step = _make_local_step(loss_fn, optimizer, DATA_AXIS, num_microbatches)
@@ -161,11 +162,11 @@ def canonical_step(
     """Return a data-parallel step that gives the same bits on every number of devices that divides `logical_shards`.
 
     Two stages: the logical shards' sums (see `canonical`), then the division and the optimizer, on every replica by the
-    same machine code (`device_program`). The bits belong to one jaxlib and one kind of device. `num_microbatches` cuts
-    each logical shard, whatever the number of devices.
+    same machine code (`device_program`). The bits belong to one jaxlib and one kind of device. `num_microbatches`
+    divides each logical shard, for any number of devices.
 
-    A `layout` that cuts the state (`layout.zero1`) holds between the steps alone: for the update the state is gathered,
-    because a program on shards would not give the bits of one on the whole.
+    A `layout` that shards the state (`layout.zero1`) applies between the steps only: the state is gathered for the
+    update, because a program on shards would not give the same bits as one on the whole.
 
     Raises:
       ValueError: `logical_shards` is no power of two, or the mesh does not divide it.
@@ -202,7 +203,7 @@ def canonical_step(
         total = shard_sums((state.params, state.model_state, key, state.step, loss_scale), batch)
         return update_everywhere(state, inputs, total)
 
-    # Programs that were compiled for one shape refuse any other, so there is nothing more for the sentinel to find.
+    # Programs compiled for one shape refuse any other, so the recompile check has nothing else to find.
     inputs = PlacedInputs(optimizer, mesh)
     step = _KeepsKey(keyless_step, inputs, cache_size=lambda: update_everywhere.num_compiles)
     if layout is layouts.replicated:
@@ -250,8 +251,8 @@ def apply_averages(
 ) -> tuple[TrainState, Metrics]:
     """Return the state after the update, and the step's metrics.
 
-    Where the loss or a gradient is not finite the state stays as it was, so that what went wrong can be looked at with
-    the very params it happened to. `nonfinite_leaf` (int32) is then the first such leaf in tree order, or the number of
+    Where the loss or a gradient is not finite the state stays as it was, so that the failure can be examined with
+    the same params. `nonfinite_leaf` (int32) is then the first such leaf in tree order, or the number of
     leaves when the gradients are fine and the loss is not; otherwise it is negative. The state is marked by `~step` in
     place of its step. A step from a marked state leaves it alone, with a loss of NaN and a `nonfinite_leaf` of at least
     0: a loop that looks only after several steps has lost nothing. `unmarked` gives the state to continue from.

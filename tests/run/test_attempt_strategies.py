@@ -104,11 +104,12 @@ MODEL_AXIS = "mesh={'data': 2, 'model': 4}"
         (
             "tensor",
             [MODEL_AXIS, "layout.rules=[('Dense_0/kernel', ('model',))]"],
-            "dim 0 (6) does not divide by 4, the size of mesh axis 'model'. Cut dim 1 instead or make the dim 4 or 8",
+            "dim 0 has length 6, which is not divisible by 4, the size of mesh axis 'model'. Shard dim 1 instead or "
+            "make the dim 4 or 8",
         ),
         ("tensor", ["layout.rules=[('kernel', ('modle',))]"], "needs the mesh axes data, modle"),
         ("tensor", ["layout.rules=kernel"], "layout.rules takes"),
-        ("tensor", ["layout.rules=[('(kernel', ('model',))]"], "'(kernel' is none: missing )"),
+        ("tensor", ["layout.rules=[('(kernel', ('model',))]"], "'(kernel' is not one: missing )"),
         ("fsdp", [MODEL_AXIS], "has no use for the mesh axes model"),
         ("fsdp", ["layout.rules=[('kernel', ('data',))]"], "rules belong to strategy 'tensor'"),
         ("fsdp", ["layout.names={'embed': 'data'}"], "'embed' is none. None is given"),

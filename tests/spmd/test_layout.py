@@ -53,7 +53,7 @@ def test_fsdp_cuts_the_largest_dim_that_divides_or_none(shape, min_size):
 
 
 def test_fsdp_says_which_large_leaf_it_cannot_cut():
-    with pytest.warns(UserWarning, match=r"params/w of shape \(101, 33\) stays whole .* divides by 8"):
+    with pytest.warns(UserWarning, match=r"params/w of shape \(101, 33\) stays whole .* is divisible by 8"):
         assert layouts.fsdp(make_mesh())("params/w", leaf(101, 33)) == P()
 
 
@@ -73,11 +73,11 @@ TREE = {"params": {"dense": {"kernel": leaf(12, 30), "bias": leaf(30)}}}
     [
         (("kernal", P("model")),
          r"nothing matches 'kernal'.*nearest to 'kernal' is params/dense/kernel of shape \(12, 30\)"),
-        (("kernel", P(None, "model")), r"params/dense/kernel of shape \(12, 30\).*dim 1 \(30\) does not divide by 4.*"
-         r"mesh axis 'model'. Cut dim 0 instead or make the dim 28 or 32"),
+        (("kernel", P(None, "model")), r"kernel of shape \(12, 30\).*dim 1 has length 30, which is not divisible by 4.*"
+         r"mesh axis 'model'. Shard dim 0 instead or make the dim 28 or 32"),
         (("bias", P(None, "model")), r"params/dense/bias has shape \(30,\), but its spec .* at most 1"),
         (("kernel", P("modle")), r"spec of params/dense/kernel names the mesh axis 'modle', but the mesh has"),
-        (("kernel", P(None, ("data", "model"))), "does not divide by 8"),
+        (("kernel", P(None, ("data", "model"))), "is not divisible by 8"),
         (("kernel", P("model", "model")), r"dense/kernel of shape \(12, 30\).* names the mesh axis 'model' twice"),
     ],
 )  # fmt: skip
@@ -162,7 +162,7 @@ def test_names_that_flax_modules_give_their_dims_are_honoured(module):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ({"hiden": "model"}, "'hiden' is none. Did you mean 'hidden'.* They are 'embed', 'hidden', 'model'"),
+        ({"hiden": "model"}, "'hiden' is not one. Did you mean 'hidden'.* They are 'embed', 'hidden', 'model'"),
         ({"hidden": "model", "embed": "model"}, r"params/logical/kernel of shape \(16, 8\).*axis 'model' twice"),
     ],
 )
