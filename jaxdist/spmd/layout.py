@@ -246,7 +246,7 @@ def _check_rules(layout: Layout, leaves: Mapping[str, Leaf]) -> None:
 
 def _check_names(layout: ByNames, names: Sequence[str]) -> None:
     if unmatched := layout.unmatched(names):
-        known = "None is given."
+        known = "They name none."
         if names:
             nearest = difflib.get_close_matches(unmatched[0], names, n=1, cutoff=0.0)[0]
             known = f"Did you mean {nearest!r}? They are {', '.join(map(repr, names))}."

@@ -112,7 +112,7 @@ MODEL_AXIS = "mesh={'data': 2, 'model': 4}"
         ("tensor", ["layout.rules=[('(kernel', ('model',))]"], "'(kernel' is not one: missing )"),
         ("fsdp", [MODEL_AXIS], "has no use for the mesh axes model"),
         ("fsdp", ["layout.rules=[('kernel', ('data',))]"], "rules belong to strategy 'tensor'"),
-        ("fsdp", ["layout.names={'embed': 'data'}"], "'embed' is none. None is given"),
+        ("fsdp", ["layout.names={'embed': 'data'}"], "'embed' is not one. They name none"),
         ("data-parallel", ["layout.names={'embed': 'data'}"], "names have no use"),
         ("fsdp", ["layout.min_size=-1"], "layout.min_size must be at least 0"),
     ],
