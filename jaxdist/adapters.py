@@ -15,8 +15,9 @@ import contextlib
 import functools
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -189,14 +190,34 @@ def _find_streams(
     split streams by name, would not find the one they are to split: every time step would drop the same features.
     """
     while True:
+        looked_for: list[str] = []
         try:
-            jax.eval_shape(functools.partial(forward, train=True), *shapes, dict(example_batch), jax.random.key(0))
-            return
+            with _noting_has_rng(looked_for):
+                jax.eval_shape(functools.partial(forward, train=True), *shapes, dict(example_batch), jax.random.key(0))
         except flax_errors.InvalidRngError as error:
             asked = re.search(r'PRNG for "([^"]+)"', str(error))
             if asked is None or asked[1] in streams:
                 raise
             streams.append(asked[1])
+            continue
+        # A module that draws only where it finds a stream raises nothing, and would never draw.
+        missing = [name for name in dict.fromkeys(looked_for) if name not in (*streams, "params")]
+        if not missing:
+            return
+        streams += missing
+
+
+@contextlib.contextmanager
+def _noting_has_rng(names: list[str]) -> Iterator[None]:
+    """Append the streams that Linen modules look for with `has_rng` to `names` while the context lasts."""
+    has_rng = flax_linen.Module.has_rng
+
+    def noting(module: flax_linen.Module, name: str) -> bool:
+        names.append(name)
+        return has_rng(module, name)
+
+    with mock.patch.object(flax_linen.Module, "has_rng", noting):
+        yield
 
 
 def nnx(

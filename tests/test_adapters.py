@@ -379,6 +379,21 @@ class _DropCell(nn.Module):
         return carry, kept + 0.0 * nn.Dense(x.shape[-1])(kept)
 
 
+class _DropRnnCell(nn.RNNCellBase):
+    train: bool
+
+    @nn.compact
+    def __call__(self, carry, x):
+        return _DropCell()(carry, x, self.train)
+
+    def initialize_carry(self, rng, input_shape):
+        return jnp.zeros(input_shape[:-1])
+
+    @property
+    def num_feature_axes(self):
+        return 1
+
+
 class _Scanned(nn.Module):
     lift: str
 
@@ -393,6 +408,8 @@ class _Scanned(nn.Module):
                 out_axes=1,
             )
             return cell()(jnp.zeros(x.shape[:1]), x, train)[1]
+        if self.lift == "rnn":
+            return nn.RNN(_DropRnnCell(train), split_rngs={"params": False, "dropout": True})(x)
         cell = nn.vmap(
             _DropCell,
             variable_axes={"params": None},
@@ -403,7 +420,7 @@ class _Scanned(nn.Module):
         return cell()(jnp.zeros(x.shape[:1]), x, train)[1]
 
 
-@pytest.mark.parametrize("lift", ["scan", "vmap"])
+@pytest.mark.parametrize("lift", ["scan", "vmap", "rnn"])
 def test_every_time_step_of_a_lifted_module_drops_its_own_features(lift):
     batch = {"image": jnp.ones((2, 4, 32)), "label": jnp.zeros(2, jnp.int32)}
 
@@ -415,6 +432,22 @@ def test_every_time_step_of_a_lifted_module_drops_its_own_features(lift):
     fns = adapters.linen(_Scanned(lift), loss, batch)
     _, found = fns.loss_fn(fns.init_fn(jax.random.key(0)), batch, jax.random.key(1))
     assert len({float(mean.total) for mean in found.values()}) == 4, found
+
+
+def test_a_module_that_draws_where_it_finds_a_stream_finds_it_in_training_alone():
+    class Noisy(nn.Module):
+        @nn.compact
+        def __call__(self, image, *, train):
+            assert not self.has_rng("params") or self.is_initializing()
+            noise = jax.random.normal(self.make_rng("noise"), image.shape) if self.has_rng("noise") else 0.0
+            return nn.Dense(3)((image + noise).reshape(image.shape[0], -1))
+
+    fns = adapters.linen(Noisy(), losses.classification, EXAMPLE)
+    params = fns.init_fn(jax.random.key(0))
+    one, two = (float(fns.loss_fn(params, make_batch(), jax.random.key(seed))[0].total) for seed in (1, 2))
+    still, again = (float(fns.eval_fn(params, make_batch(), jax.random.key(seed))[0].total) for seed in (1, 2))
+    assert one != two
+    assert still == again
 
 
 def test_two_streams_have_keys_of_their_own_and_one_alone_has_that_of_the_step():

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import pathlib
 
+from jaxdist.config import data_fields
 from jaxdist.errors import ExitStatus
 from jaxdist.launch.joining import runtime
 from jaxdist.run.use import exports, predictions, run_list, trained
@@ -30,7 +31,8 @@ def evaluate(options: argparse.Namespace) -> int:
     """Print the metrics of a trained model on a data set."""
     run = _load(options)
     settings = run.experiment.data
-    named = {"eval": settings.eval, "train": settings.train}
+    sets = {name: source for name, source in data_fields.named_sources(settings.eval).items() if name}
+    named = {**sets, "eval": settings.eval, "train": settings.train}
     found = run.evaluate(named[options.data] if options.data in named else predictions.read_inputs(options.data))
     if options.json:
         print(json.dumps({"run_dir": str(run.run_dir), "step": run.step, "data": options.data, "metrics": found}))

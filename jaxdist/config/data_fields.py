@@ -30,6 +30,38 @@ def as_source(examples: Any, setting: str) -> Source:
         raise ConfigError(f"{setting} cannot be used: {error}") from error
 
 
+def as_sources(examples: Any, setting: str) -> Source | dict[str, Source]:
+    """Return the held-out examples as a Source, or several sets of them, given in a dict, as Sources by name.
+
+    Raises:
+      ConfigError: these are no examples, or a name cannot be part of a metric's.
+    """
+    if not _are_sets(examples):
+        return as_source(examples, setting)
+    for name in examples:
+        if not isinstance(name, str) or not name or "/" in name:
+            raise ConfigError(f"A set in {setting} has a name without a slash, such as 'day'; got {name!r}. Rename it.")
+    return {name: as_source(each, f"{setting}[{name!r}]") for name, each in examples.items()}
+
+
+def named_sources(examples: Source | Mapping[str, Source] | None) -> dict[str, Source]:
+    """Return the sets of examples by name; one that is alone has the name ''."""
+    if examples is None:
+        return {}
+    return dict(examples) if isinstance(examples, Mapping) else {"": examples}
+
+
+def _are_sets(examples: Any) -> bool:
+    """Return whether a dict holds sets of examples, and not the arrays of one set."""
+    if not isinstance(examples, Mapping) or not examples:
+        return False
+
+    def is_set(value: Any) -> bool:
+        return isinstance(value, Source | Mapping | tuple) or hasattr(value, "columns")
+
+    return any(map(is_set, examples.values()))
+
+
 def _arrays(examples: Any) -> dict[str, np.ndarray] | None:
     """Return the named arrays that were given, None where something else was."""
     if isinstance(examples, Mapping):

@@ -33,7 +33,8 @@ class Data:
 
     Attributes:
       train: the training examples.
-      eval: the held-out examples, or None.
+      eval: the held-out examples, or None; or several sets of them by name, `{"day": ..., "night": ...}`, whose metrics
+        are `eval/day/accuracy` and so on.
       example_fn: `example_fn(example, random) -> example`, applied to training examples.
       eval_example_fn: the same for evaluation.
       shuffle: whether each epoch has an order of its own.
@@ -45,7 +46,7 @@ class Data:
     """
 
     train: Source
-    eval: Source | None = None
+    eval: Source | dict[str, Source] | None = None
     example_fn: ExampleFn | None = None
     eval_example_fn: ExampleFn | None = None
     shuffle: bool = True
@@ -58,18 +59,40 @@ class Data:
     @staticmethod
     def accept(values: dict[str, Any]) -> dict[str, Any]:
         """Return the settings with the examples made Sources."""
-        given = {name: values[name] for name in ("train", "eval") if values.get(name) is not None}
-        sources = {name: data_fields.as_source(examples, f"Data.{name}") for name, examples in given.items()}
-        vocabulary.check_same_vocabulary(list(sources.values()), what="Training and held-out data")
-        return values | sources
+        found: dict[str, Any] = {}
+        if values.get("train") is not None:
+            found["train"] = data_fields.as_source(values["train"], "Data.train")
+        if values.get("eval") is not None:
+            found["eval"] = data_fields.as_sources(values["eval"], "Data.eval")
+        sources = [source for given in found.values() for source in data_fields.named_sources(given).values()]
+        vocabulary.check_same_vocabulary(sources, what="Training and held-out data")
+        return values | found
 
 
 @setting_group
 class Evaluation:
-    """When to evaluate: every `every_steps` steps, or, where that is None, after every `every_epochs` epochs."""
+    """When to evaluate: every `every_steps` steps, or, where that is None, after every `every_epochs` epochs.
+
+    Attributes:
+      every_steps: steps between evaluations.
+      every_epochs: epochs between them.
+      metrics: metrics that are no means of values of examples, such as `losses.F1()`; see `losses.collected`.
+    """
 
     every_steps: int | None = None
     every_epochs: int = 1
+    metrics: tuple[Any, ...] = ()
+
+    @staticmethod
+    def accept(values: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings; raises ConfigError where something is no metric."""
+        for metric in values.get("metrics", ()):
+            if not all(hasattr(metric, name) for name in ("names", "collect", "compute")) or isinstance(metric, type):
+                raise ConfigError(
+                    "Evaluation.metrics holds objects with names, collect and compute, such as losses.F1(); got "
+                    f"{show(metric)}."
+                )
+        return values
 
 
 @setting_group

@@ -5,8 +5,10 @@ import difflib
 import functools
 import inspect
 import re
+from collections.abc import Callable
 from typing import Any, Literal
 
+import jax
 import optax
 
 from jaxdist.optimizers.schedules import Schedule, check_choice, check_range
@@ -41,9 +43,11 @@ class Optimizer:
 
     name: str
     """sgd, momentum, nesterov, adam, adamw, lion; or any optimizer of optax by its name there, such as adafactor."""
-    learning_rate: float
-    """The peak of the schedule; with `base_batch_size`, that peak at a batch of this size."""
-    schedule: Schedule = dataclasses.field(default_factory=Schedule)
+    learning_rate: float | Callable[[jax.Array], Any]
+    """The peak of the schedule; with `base_batch_size`, that peak at a batch of this size. Or a function of the number
+    of finished steps, such as a schedule of optax, that gives the rate by itself."""
+    schedule: Schedule | Callable[[jax.Array], Any] = dataclasses.field(default_factory=Schedule)
+    """How the rate moves; or a function of the number of finished steps that gives its fraction of the peak."""
     base_batch_size: int | None = None
     """The global batch size that `learning_rate` was found at. Set, it scales the learning rate with the batch size and
     warms up from the unscaled one: the linear scaling rule of Goyal et al. (2017), made for SGD with momentum."""
@@ -78,7 +82,8 @@ class Optimizer:
                 f"{', '.join(of_optax())}); got {self.name!r}. Did you mean {nearest!r}?"
             )
         check_choice("optimizer.decay_mask", self.decay_mask, ("matrices", "all"))
-        check_range("optimizer.learning_rate", self.learning_rate, at_least=0)
+        if not callable(self.learning_rate):
+            check_range("optimizer.learning_rate", self.learning_rate, at_least=0)
         check_range("optimizer.base_batch_size", self.base_batch_size, above=0)
         check_range("optimizer.clip_norm", self.clip_norm, above=0)
         check_range("optimizer.weight_decay", self.weight_decay, at_least=0)

@@ -1,7 +1,7 @@
 """The learning rate of each step, out of the description of an optimizer and of what is known of the run."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,8 @@ class RateSchedule(NamedTuple):
     ) -> "RateSchedule":
         """Return the schedule of `optimizer`; for the arguments and errors see `build`."""
         schedule = optimizer.schedule
+        if callable(schedule) or callable(optimizer.learning_rate):
+            return cls._of_function(optimizer, global_batch_size)
         schedule.check()
         steps_per_unit = _steps_per_unit(schedule, steps_per_epoch)
         scale = global_batch_size / (optimizer.base_batch_size or global_batch_size)
@@ -73,6 +75,26 @@ class RateSchedule(NamedTuple):
         rise_per_step = np.float32(peak - start) * np.float32(per_warmup)
         return cls(rate, np.array([start, rise_per_step, peak], np.float32))
 
+    @classmethod
+    def _of_function(cls, optimizer: Optimizer, global_batch_size: int) -> "RateSchedule":
+        """Return the schedule where a function of the finished steps gives the rate, or its fraction of the peak."""
+        function: Any = optimizer.schedule
+        peak: Any = optimizer.learning_rate
+        if callable(peak):
+            if function != Schedule() or optimizer.base_batch_size:
+                raise ValueError(
+                    "A function as optimizer.learning_rate gives the rate of each step by itself. Leave schedule and "
+                    "base_batch_size out, or give the function as optimizer.schedule: the fraction of the peak."
+                )
+            function, peak = peak, 1.0
+        _check_function(function)
+        peak *= global_batch_size / (optimizer.base_batch_size or global_batch_size)
+
+        def rate(count: jax.Array, inputs: jax.Array) -> jax.Array:
+            return inputs[2] * jnp.asarray(function(count.astype(jnp.int32)), jnp.float32)
+
+        return cls(rate, np.array([0.0, 0.0, peak], np.float32))
+
 
 make_schedule = RateSchedule.make
 
@@ -84,6 +106,8 @@ def follows_epochs(optimizer: Optimizer, *, ends_in_epochs: bool) -> bool:
     resumed with another batch size then continues where the examples it was trained on have brought it.
     """
     schedule = optimizer.schedule
+    if callable(schedule) or callable(optimizer.learning_rate):
+        return False
     return schedule.unit == "epochs" or (schedule.ends and schedule.length is None and ends_in_epochs)
 
 
@@ -100,6 +124,18 @@ def learning_rate_at(
         optimizer, global_batch_size=global_batch_size, steps_per_epoch=steps_per_epoch, max_steps=max_steps
     )
     return float(schedule(step - 1))
+
+
+def _check_function(function: Callable[[jax.Array], Any]) -> None:
+    advice = "It is traced with the number of finished steps, an array: write jnp.where for a condition."
+    try:
+        found = jax.eval_shape(lambda count: jnp.asarray(function(count)), jax.ShapeDtypeStruct((), jnp.int32))
+    except Exception as error:
+        raise ValueError(f"The function given as a schedule fails: {str(error).splitlines()[0]} {advice}") from error
+    if found.shape:
+        raise ValueError(
+            f"The function given as a schedule must return a number; got the shape {found.shape}. {advice}"
+        )
 
 
 def _decay_end(schedule: Schedule, steps_per_unit: float, *, warmup: int, max_steps: int | None) -> int | None:

@@ -71,8 +71,8 @@ def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.
             if runtime.is_alone() and runtime.is_first():
                 # Not before the checks: what is refused leaves no trace. A supervisor holds the lock for its processes.
                 stack.enter_context(lock.locked(options.run_dir, purpose=options.command))
-            if parts.eval_loader is not None:
-                stack.enter_context(parts.eval_loader)
+            for eval_loader in parts.eval_loaders.values():
+                stack.enter_context(eval_loader)
             stopwatch = Stopwatch(earlier.time_seconds if earlier else None)
             stopwatch.add("restart", recovery.seconds_since_failure())
             dog = stack.enter_context(

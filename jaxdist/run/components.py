@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from jaxdist import adapters, data, optimizers, stop
+from jaxdist.config import data_fields
 from jaxdist.config.experiment import Experiment
 from jaxdist.data.sources import wrap
 from jaxdist.errors import ConfigError
@@ -32,7 +33,7 @@ class Parts:
       strategy: mesh, layout and how the batch is cut.
       sizes: examples per device and so on.
       loader: the training batches, from the first.
-      eval_loader: the held-out batches, or None.
+      eval_loaders: the batches of each set of held-out examples by name; '' is the name of one alone.
       functions: of the model, in the experiment's precision.
       optimizer: in optax.
       learning_rate: step -> learning rate; None where the optimizer is optax's own.
@@ -40,6 +41,7 @@ class Parts:
       step: the training step.
       fields: shapes and dtypes of a global batch.
       eval_step: the evaluation step, or None without held-out data.
+      collecting: the metrics of an evaluation that are no means, or None.
     """
 
     experiment: Experiment
@@ -47,7 +49,7 @@ class Parts:
     strategy: strategies.Strategy
     sizes: mesh.BatchSizes
     loader: data.Loader
-    eval_loader: data.Loader | None
+    eval_loaders: Mapping[str, data.Loader]
     functions: adapters.Functions
     optimizer: optax.GradientTransformation
     learning_rate: Callable[[int], float] | None
@@ -55,6 +57,7 @@ class Parts:
     fields: Mapping[str, jax.ShapeDtypeStruct]
     step: step.Step
     eval_step: evaluate.EvalStep | None
+    collecting: evaluate.Collecting | None
 
     def create_state(self) -> state.TrainState:
         """Return the state before the first step."""
@@ -93,12 +96,24 @@ class Parts:
 
     def evaluate(self, train_state: state.TrainState) -> dict[str, float]:
         """Return loss and metrics on the held-out data; of the averaged params, where the optimizer keeps them."""
-        assert self.eval_step is not None
-        assert self.eval_loader is not None
-        mesh, axes = self.strategy.mesh, self.strategy.batch_axes
-        batches = data.feed(self.eval_loader, mesh, axes, self.experiment.data.prefetch)
-        params = params_in_use(train_state)
-        return evaluate.evaluate(self.eval_step, params, train_state.model_state, (batch for batch, _ in batches))
+        step, mesh, axes = self.eval_step, self.strategy.mesh, self.strategy.batch_axes
+        assert step is not None
+        params, model_state = params_in_use(train_state), train_state.model_state
+
+        def evaluate_set(loader: data.Loader) -> dict[str, float]:
+            batches = data.feed(loader, mesh, axes, self.experiment.data.prefetch)
+            return evaluate.evaluate(step, params, model_state, (batch for batch, _ in batches), self.collecting)
+
+        return of_all_sets({name: evaluate_set(loader) for name, loader in self.eval_loaders.items()})
+
+
+def of_all_sets(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Return the metrics of all sets of held-out examples; those of a set with a name begin with that and a slash."""
+    return {
+        f"{name}/{metric}" if name else metric: value
+        for name, metrics in found.items()
+        for metric, value in metrics.items()
+    }
 
 
 def params_in_use(train_state: state.TrainState) -> Any:
@@ -137,22 +152,25 @@ def put_together(experiment: Experiment, *, devices: Sequence[jax.Device], ident
     optimizer, learning_rate = make_optimizer(experiment, known_end)
     # A leaf that cannot be cut as asked is found here, where nothing has been written yet.
     abstract = state.abstract_state(functions.init_fn, optimizer, mesh=strategy.mesh, layout=strategy.layout)
-    eval_loader = None if experiment.data.eval is None else make_eval_loader(experiment)
-    preflight.check(experiment, functions, abstract, shapes, example_batch(eval_loader) if eval_loader else None)
+    eval_loaders = make_eval_loaders(experiment)
+    eval_shapes = {name: example_batch(each) for name, each in eval_loaders.items()}
+    collect_fn = make_collect_fn(experiment, functions)
+    preflight.check(experiment, functions, abstract, shapes, eval_shapes, collect_fn)
     return Parts(
         experiment=experiment,
         identity=identity or identity_of(experiment, loader.beginning.fingerprint),
         strategy=strategy,
         sizes=sizes,
         loader=loader,
-        eval_loader=eval_loader,
+        eval_loaders=eval_loaders,
         functions=functions,
         optimizer=optimizer,
         learning_rate=learning_rate,
         abstract_state=abstract,
         fields=shapes,
         step=make_step(experiment, strategy, functions, optimizer),
-        eval_step=None if experiment.data.eval is None else strategy.make_eval_step(functions.eval_fn),
+        eval_step=strategy.make_eval_step(functions.eval_fn) if eval_loaders else None,
+        collecting=make_collecting(experiment, strategy.make_collect_step, collect_fn),
     )
 
 
@@ -176,11 +194,58 @@ def make_loader(experiment: Experiment, *, fingerprint: str | None = None) -> da
     )
 
 
-def make_eval_loader(experiment: Experiment) -> data.Loader:
-    """Return the loader of the held-out examples: each of them once, in the source's order."""
-    assert experiment.data.eval is not None
+def make_eval_loaders(experiment: Experiment) -> dict[str, data.Loader]:
+    """Return a loader for each set of held-out examples: each of them once, in the source's order."""
+    sources = data_fields.named_sources(experiment.data.eval)
+    return {name: _make_eval_loader(experiment, source) for name, source in sources.items()}
+
+
+def make_collect_fn(experiment: Experiment, functions: adapters.Functions) -> evaluate.CollectFn | None:
+    """Return what collects the rows of the metrics that are no means, by number; None where there are none.
+
+    Raises:
+      ConfigError: the model's outputs cannot be had.
+    """
+    metrics, predict_fn = experiment.eval.metrics, functions.predict_fn
+    if not metrics:
+        return None
+    if predict_fn is None:
+        raise ConfigError(
+            "eval.metrics are computed from the model's outputs, and a model given as adapters.Functions gives them by "
+            "its predict_fn(params, batch); it has none. Add it."
+        )
+
+    def collect(params: Any, model_state: Any, batch: Batch) -> list[Any]:
+        outputs = predict_fn(params, batch, *(() if model_state is None else (model_state,)))
+        return [dict(metric.collect(outputs, batch)) for metric in metrics]
+
+    return collect
+
+
+def make_collecting(
+    experiment: Experiment,
+    make_step: Callable[[evaluate.CollectFn], evaluate.CollectStep],
+    collect_fn: evaluate.CollectFn | None,
+) -> evaluate.Collecting | None:
+    """Return the metrics of an evaluation that are no means; None where there are none."""
+    if collect_fn is None:
+        return None
+
+    def compute(rows: Sequence[Any]) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for metric, own in zip(experiment.eval.metrics, rows, strict=True):
+            values = metric.compute(own)
+            if set(values) != set(metric.names):
+                raise ConfigError(f"{metric} reports {sorted(values)}, but its names are {sorted(metric.names)}.")
+            found |= {name: float(value) for name, value in values.items()}
+        return found
+
+    return evaluate.Collecting(make_step(collect_fn), compute)
+
+
+def _make_eval_loader(experiment: Experiment, source: data.Source) -> data.Loader:
     return data.Loader(
-        experiment.data.eval,
+        source,
         global_batch_size=experiment.global_batch_size,
         seed=experiment.seed,
         shuffle=False,

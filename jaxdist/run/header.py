@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from jaxdist.config import data_fields
 from jaxdist.config.experiment import Experiment
 from jaxdist.run.progress_display import format_summary
 
@@ -32,7 +33,9 @@ def render(
       step: the step that a resumed run continues from.
     """
     data, stop = experiment.data, experiment.stop
-    held_out = "no held-out examples" if data.eval is None else f"{len(data.eval):,} held out"
+    sets = data_fields.named_sources(data.eval)
+    counts = ", ".join(f"{len(source):,} held out{f' ({name})' if name else ''}" for name, source in sets.items())
+    held_out = counts or "no held-out examples"
     facts = {
         experiment.name: f"{_model_name(experiment.model)}, {count_params(params):,} params",
         "devices": f"{_devices(mesh)}, {experiment.strategy}, reduction {experiment.reduction}",

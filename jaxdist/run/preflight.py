@@ -22,7 +22,8 @@ def check(
     functions: adapters.Functions,
     abstract: state.TrainState,
     shapes: Shapes,
-    eval_shapes: Shapes | None,
+    eval_shapes: Mapping[str, Shapes],
+    collect_fn: evaluate.CollectFn | None,
 ) -> None:
     """Trace the loss, and the evaluation where there is one; check what they report.
 
@@ -31,20 +32,24 @@ def check(
       functions: of its model.
       abstract: the state's shapes and dtypes.
       shapes: of a training batch.
-      eval_shapes: of a batch of held-out examples, None without any.
+      eval_shapes: of a batch of each set of held-out examples, by name.
+      collect_fn: collects the rows of the metrics that are no means; None without any.
 
     Raises:
       ConfigError: a metric has a name that the run uses itself, or a rule waits for a metric that never comes.
       UserError: the user's model or loss raises, with the place where.
     """
     reported = [f"train/{name}" for name in _trained(functions.loss_fn, abstract, shapes)]
-    if eval_shapes is not None:
-        _check_fields(shapes, eval_shapes)
+    for name, own_shapes in eval_shapes.items():
+        setting = f"data.eval[{name!r}]" if name else "data.eval"
+        _check_fields(shapes, own_shapes, setting)
         try:
-            found = _evaluated(functions.eval_fn, abstract, eval_shapes)
+            found = _evaluated(functions.eval_fn, abstract, own_shapes)
+            collected = _collected(experiment, collect_fn, abstract, own_shapes)
         except Exception as error:
-            raise ConfigError(f"The evaluation fails on the examples of data.eval: {errors.describe(error)}") from error
-        reported += [f"eval/{name}" for name in found]
+            raise ConfigError(f"The evaluation fails on the examples of {setting}: {errors.describe(error)}") from error
+        _check_collected(found, collected)
+        reported += [f"eval/{name}/{each}" if name else f"eval/{each}" for each in (*found, *collected)]
     _check_watched(experiment, reported)
 
 
@@ -64,11 +69,37 @@ def _evaluated(eval_fn: Any, abstract: state.TrainState, shapes: Shapes) -> list
     return list(jax.eval_shape(evaluate.eval_step(eval_fn), abstract.params, abstract.model_state, dict(shapes)))
 
 
-def _check_fields(shapes: Shapes, eval_shapes: Shapes) -> None:
+def _collected(
+    experiment: Experiment, collect_fn: evaluate.CollectFn | None, abstract: state.TrainState, shapes: Shapes
+) -> list[str]:
+    """Return the names of the metrics that are no means, whose rows are checked to be one for each example."""
+    if collect_fn is None:
+        return []
+    rows = jax.eval_shape(collect_fn, abstract.params, abstract.model_state, dict(shapes))
+    size = next(iter(shapes.values())).shape[0]
+    for metric, own in zip(experiment.eval.metrics, rows, strict=True):
+        wrong = [name for name, leaf in own.items() if leaf.shape[:1] != (size,)]
+        if wrong:
+            raise ValueError(
+                f"{type(metric).__name__} collects a row for each of {size} examples, but {wrong[0]!r} has shape "
+                f"{own[wrong[0]].shape}."
+            )
+    return [name for metric in experiment.eval.metrics for name in metric.names]
+
+
+def _check_collected(means: list[str], collected: list[str]) -> None:
+    metrics.check_names(dict.fromkeys(collected))
+    names = [*means, *collected]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"Each metric of an evaluation has a name of its own; {', '.join(twice)} comes twice.")
+
+
+def _check_fields(shapes: Shapes, eval_shapes: Shapes, setting: str) -> None:
     missing = sorted(set(shapes) - set(eval_shapes))
     if missing:
         raise ConfigError(
-            f"The examples of data.eval need the fields of the training examples; {', '.join(missing)} is missing. "
+            f"The examples of {setting} need the fields of the training examples; {', '.join(missing)} is missing. "
             f"They have: {', '.join(sorted(eval_shapes))}."
         )
 

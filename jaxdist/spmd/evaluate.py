@@ -1,14 +1,20 @@
-"""Evaluation on the mesh that trains, exact on a ragged last batch: totals and counts, divided once at the end."""
+"""Evaluation on the mesh that trains, exact on a ragged last batch.
+
+Means are totals and counts, divided once at the end. What is no mean is computed on the host, from a row for each
+example: the rows are gathered from all devices and processes, in the order of the examples.
+"""
 
 import collections
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
-from jax.sharding import Mesh
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxdist.spmd import canonical
+from jaxdist.spmd import canonical, reduce
 from jaxdist.spmd import metrics as metrics_lib
 from jaxdist.spmd.mesh import DATA_AXIS
 from jaxdist.spmd.metrics import Batch, Mean
@@ -18,6 +24,10 @@ EvalFn: TypeAlias = Callable[..., Any]
 """`eval_fn(params, batch, key[, model_state]) -> (loss, metrics)`; nothing random, model_state only read."""
 EvalStep: TypeAlias = Callable[[PyTree, PyTree, Batch], dict[str, Mean]]
 """`eval_step(params, model_state, batch) -> {name: Mean over the true examples of the global batch}`."""
+CollectFn: TypeAlias = Callable[[PyTree, PyTree, Batch], PyTree]
+"""`collect_fn(params, model_state, batch) -> rows`: a tree of arrays, each with a row for each example."""
+CollectStep: TypeAlias = Callable[[PyTree, PyTree, Batch], tuple[PyTree, jax.Array]]
+"""`collect_step(params, model_state, batch) -> (rows, counts)`, replicated; `counts` says which rows are examples."""
 
 _AHEAD = 2
 """Batches being evaluated while the host goes on."""
@@ -49,8 +59,63 @@ def canonical_eval_step(eval_fn: EvalFn, mesh: Mesh, *, logical_shards: int, axi
     return step
 
 
-def evaluate(step: EvalStep, params: PyTree, model_state: PyTree, batches: Iterable[Batch]) -> dict[str, float]:
-    """Return the mean of the loss and of each metric over all true examples of `batches`.
+def collect_step(collect_fn: CollectFn, mesh: Mesh | None = None) -> CollectStep:
+    """Return the jitted collection of a global batch's rows; a mesh has them gathered from all its devices."""
+
+    def step(params: PyTree, model_state: PyTree, batch: Batch) -> tuple[PyTree, jax.Array]:
+        found = collect_fn(params, model_state, metrics_lib.without_masked_rows(batch)), metrics_lib.counted_rows(batch)
+        return found if mesh is None else jax.lax.with_sharding_constraint(found, NamedSharding(mesh, PartitionSpec()))
+
+    return jax.jit(step)
+
+
+def canonical_collect_step(
+    collect_fn: CollectFn, mesh: Mesh, *, logical_shards: int, axis: str = DATA_AXIS
+) -> CollectStep:
+    """Return a `collect_step` whose rows are bit-identical on every layout (see `canonical`).
+
+    Each logical shard gives its own rows and zeros for all others; the sum of these is all rows.
+    """
+    dtypes: list[PyTree] = []  # known after the first call, as `unravel` is
+
+    def shard_fn(shared: tuple[PyTree, PyTree], shard: Batch, index: jax.Array) -> PyTree:
+        found = collect_fn(*shared, metrics_lib.without_masked_rows(shard)), metrics_lib.counted_rows(shard)
+        dtypes[:] = [jax.tree.map(lambda leaf: leaf.dtype, found)]
+        apart = jax.tree.map(reduce.addable, found)
+        return jax.tree.map(
+            lambda leaf: jnp.zeros((logical_shards, *leaf.shape), leaf.dtype).at[index].set(leaf), apart
+        )
+
+    shard_sums = canonical.LogicalShardSums(shard_fn, mesh, logical_shards=logical_shards, axis=axis)
+
+    def whole(leaf: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+        rows = jax.vmap(lambda shard: reduce.from_addable(shard, dtype))(leaf)
+        return rows.reshape(-1, *rows.shape[2:])
+
+    finish = jax.jit(lambda total: jax.tree.map(whole, shard_sums.unravel(total), dtypes[0]))
+
+    def step(params: PyTree, model_state: PyTree, batch: Batch) -> tuple[PyTree, jax.Array]:
+        found: tuple[PyTree, jax.Array] = finish(shard_sums((params, model_state), batch))
+        return found
+
+    return step
+
+
+class Collecting(NamedTuple):
+    """Metrics of an evaluation that are no means: `compute(rows) -> {name: value}`, given NumPy arrays."""
+
+    step: CollectStep
+    compute: Callable[[PyTree], dict[str, float]]
+
+
+def evaluate(
+    step: EvalStep,
+    params: PyTree,
+    model_state: PyTree,
+    batches: Iterable[Batch],
+    collecting: Collecting | None = None,
+) -> dict[str, float]:
+    """Return the mean of the loss and of each metric over all true examples of `batches`, and what is collected.
 
     Totals are added on the host in double precision and rounded once, so counts are exact integers and the result does
     not depend on how the examples were dealt to batches (up to the rounding inside each batch). A metric without any
@@ -59,20 +124,29 @@ def evaluate(step: EvalStep, params: PyTree, model_state: PyTree, batches: Itera
     Raises:
       ValueError: there was nothing to evaluate.
     """
-    pending: collections.deque[dict[str, Mean]] = collections.deque()
-    fetched: list[dict[str, Mean]] = []
+    pending: collections.deque[Any] = collections.deque()
+    fetched: list[Any] = []
     for batch in batches:
-        pending.append(step(params, model_state, batch))
+        rows = None if collecting is None else collecting.step(params, model_state, batch)
+        pending.append((step(params, model_state, batch), rows))
         # A few batches are on their way while the host places the next ones; without a bound all would be, at once.
         if len(pending) > _AHEAD:
             fetched.append(_fetch(pending.popleft()))
     fetched += [_fetch(part) for part in pending]
     if not fetched:
         raise ValueError("Evaluation needs at least one example; the evaluation source is empty.")
-    return {name: _quotient([part[name] for part in fetched]) for name in fetched[0]}
+    means = [part for part, _ in fetched]
+    found = {name: _quotient([part[name] for part in means]) for name in means[0]}
+    return found if collecting is None else found | collecting.compute(_true_rows([rows for _, rows in fetched]))
 
 
-def _fetch(part: dict[str, Mean]) -> dict[str, Mean]:
+def _true_rows(parts: list[tuple[PyTree, np.ndarray]]) -> PyTree:
+    """Return the rows of all true examples, in order."""
+    chosen = [jax.tree.map(lambda leaf, counts=counts: leaf[counts], rows) for rows, counts in parts]
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *chosen)
+
+
+def _fetch(part: Any) -> Any:
     # The result is replicated: this process's first replica is the whole of it, also where others hold more.
     return jax.device_get(jax.tree.map(lambda leaf: leaf.addressable_data(0), part))
 

@@ -77,14 +77,22 @@ def without_masked_rows(batch: Batch) -> Batch:
     """
     if MASK not in batch:
         return batch
-    counts = batch[MASK] if batch[MASK].ndim == 1 else batch[MASK].reshape(batch[MASK].shape[0], -1).max(axis=1)
-    first = jnp.argmax(counts > 0)
+    counts = counted_rows(batch)
+    first = jnp.argmax(counts)
 
     def fill(field: jax.Array) -> jax.Array:
         row = jax.lax.dynamic_index_in_dim(field, first, keepdims=True)
-        return jnp.where((counts > 0).reshape(-1, *[1] * (field.ndim - 1)), field, row)
+        return jnp.where(counts.reshape(-1, *[1] * (field.ndim - 1)), field, row)
 
     return {name: field if name == MASK else fill(field) for name, field in batch.items()}
+
+
+def counted_rows(batch: Batch) -> jax.Array:
+    """Return which rows of the batch count, bools of shape (B,): of a row of tokens, whether any of them does."""
+    if MASK not in batch:
+        return jnp.ones(jax.tree.leaves(batch)[0].shape[0], bool)
+    mask = batch[MASK]
+    return (mask if mask.ndim == 1 else mask.reshape(mask.shape[0], -1).max(axis=1)) > 0
 
 
 def num_examples(batch: Batch) -> jax.Array:

@@ -52,6 +52,7 @@ class Averages(NamedTuple):
     """What a step needs of the whole batch: mean gradients, loss and metrics (float32 scalars), new model_state.
 
     `count` is what the loss was divided by; where it is 0, nothing in the batch counted and the means are NaN.
+    `grad_norm` is the global norm of the mean gradients, before any clipping.
     """
 
     grads: PyTree
@@ -59,6 +60,7 @@ class Averages(NamedTuple):
     metrics: dict[str, jax.Array]
     model_state: PyTree
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count, which has no use here
+    grad_norm: jax.Array
 
 
 def evaluate_loss(
@@ -120,7 +122,7 @@ def local_sums(
     grads, (loss, metrics, new_model_state) = jax.grad(summed_loss, has_aux=True)(params)
     grads = jax.tree.map(_descent_direction, grads)
     grads = jax.tree.map(lambda grad: grad / scale, grads) if loss_scale is not None else grads
-    weighted = jax.tree.map(lambda leaf: _addable(leaf) * num_examples, new_model_state)
+    weighted = jax.tree.map(lambda leaf: addable(leaf) * num_examples, new_model_state)
     sums = Sums(grads, loss, metrics, weighted, num_examples)
     kept = jax.tree.map(lambda leaf: jnp.where(num_examples > 0, leaf, jnp.zeros_like(leaf)), sums)
     # The gradients of gathered params already include other devices' examples; `gather` kept the padding out of them.
@@ -240,10 +242,19 @@ def average(sums: Sums, model_state: PyTree) -> Averages:
     """Return the means that `sums` stand for; `model_state` gives the dtypes of its new value."""
     grads = jax.tree.map(lambda grad: grad / sums.loss.count, sums.grads)
     new_model_state = jax.tree.map(
-        lambda old, leaf: _averaged(leaf / sums.num_examples, old.dtype), model_state, sums.model_state
+        lambda old, leaf: from_addable(leaf / sums.num_examples, old.dtype), model_state, sums.model_state
     )
     means = {name: mean.value for name, mean in sums.metrics.items()}
-    return Averages(grads, sums.loss.value, means, new_model_state, sums.loss.count)
+    # Of the sums and not of the means: what the optimizer computes with has no other use, and so keeps its bits.
+    grad_norm = jnp.sqrt(sum_of_squares(sums.grads)) / sums.loss.count
+    return Averages(grads, sums.loss.value, means, new_model_state, sums.loss.count, grad_norm)
+
+
+def sum_of_squares(tree: PyTree) -> jax.Array:
+    """Return the sum over all values of a tree of their squared magnitudes, float32."""
+    # A product of vectors is vectorised, where XLA adds up squares in one long chain.
+    flat = [leaf.reshape(-1) for leaf in jax.tree.leaves(tree)]
+    return sum((jnp.vdot(leaf, leaf).real.astype(jnp.float32) for leaf in flat), jnp.float32(0))
 
 
 def tree_sum_over_axis(vector: jax.Array, axis: str, num_devices: int) -> jax.Array:
@@ -311,23 +322,23 @@ def _check_params(params: PyTree) -> None:
 _HALF = 1 << 16
 
 
-def _addable(leaf: jax.Array) -> jax.Array:
-    """Return a leaf of model_state in a form that can be summed over replicas, at least float32.
+def addable(leaf: jax.Array) -> jax.Array:
+    """Return an array in a form that can be summed over replicas, at least float32.
 
-    A counter is the same on every replica. Its mean must be exact, and float32 holds integers up to 2**24: so its two
-    halves of 16 bits are sent as floats, stacked in a new first dim.
+    Integers, such as a counter in model_state, which is the same on every replica, must stay exact, and float32 holds
+    them up to 2**24: so their two halves of 16 bits are sent as floats, stacked in a new first dim.
     """
     if jnp.issubdtype(leaf.dtype, jnp.inexact):
         return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
     if leaf.dtype.itemsize > 4:
-        raise ValueError(f"Counters in model_state have at most 32 bits; got {leaf.dtype}. Make it int32.")
+        raise ValueError(f"Integers that are added up have at most 32 bits; got {leaf.dtype}. Make it int32.")
     whole = leaf.astype(jnp.int32)
     high = jnp.floor_divide(whole, _HALF)
     return jnp.stack([high, whole - high * _HALF]).astype(jnp.float32)
 
 
-def _averaged(mean: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Return the mean of values from `_addable`, in the leaf's own dtype."""
+def from_addable(mean: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Return the mean of values from `addable`, or the sum of one such value and zeros, in the array's own dtype."""
     if jnp.issubdtype(dtype, jnp.inexact):
         return mean.astype(dtype)
     high, low = jnp.round(mean).astype(jnp.int32)

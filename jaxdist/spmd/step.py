@@ -23,6 +23,8 @@ from jaxdist.spmd.state import PlacedInputs, TrainState, WithInputs
 Metrics: TypeAlias = dict[str, jax.Array]
 Step: TypeAlias = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
+GRAD_NORM = "grad_norm"
+"""The metric with the global norm of the mean gradient, before clipping."""
 NONFINITE_LEAF = "nonfinite_leaf"
 EMPTY_BATCH = -2
 """The value of `nonfinite_leaf` for a batch in which nothing counted."""
@@ -292,7 +294,7 @@ def apply_averages(
     next_step = jnp.where(first >= 0, jnp.where(marked, state.step, ~state.step), new_state.step)
     chosen = dataclasses.replace(_where((first >= 0) | empty, state, new_state), step=next_step)
     loss = jnp.where(marked, jnp.nan, averages.loss)
-    return chosen, {"loss": loss, **averages.metrics, NONFINITE_LEAF: first}
+    return chosen, {"loss": loss, **averages.metrics, GRAD_NORM: averages.grad_norm, NONFINITE_LEAF: first}
 
 
 def unmarked(state: TrainState) -> TrainState:

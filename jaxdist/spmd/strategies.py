@@ -84,6 +84,12 @@ class Strategy:
             return evaluate.eval_step(eval_fn)
         return evaluate.canonical_eval_step(eval_fn, self.mesh, logical_shards=self.logical_shards)
 
+    def make_collect_step(self, collect_fn: evaluate.CollectFn) -> evaluate.CollectStep:
+        """Return the collection of a global batch's rows, of the same reduction as the step."""
+        if self.logical_shards is None:
+            return evaluate.collect_step(collect_fn, self.mesh)
+        return evaluate.canonical_collect_step(collect_fn, self.mesh, logical_shards=self.logical_shards)
+
 
 def build(
     name: str,

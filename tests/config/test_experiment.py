@@ -11,6 +11,7 @@ import tiny_experiment
 from flax import nnx
 
 import jaxdist
+from jaxdist import losses
 from jaxdist.errors import ConfigError
 from jaxdist.models import mlp
 
@@ -35,6 +36,11 @@ REFUSED = {
     "an optimizer uncalled": (lambda: change(optimizer=optax.adam), "optax.adam(1e-3)"),
     "MultiSteps": (lambda: change(optimizer=optax.MultiSteps(optax.sgd(1.0), 2)), "gradient_transformation()"),
     "no optimizer at all": (lambda: change(optimizer=None), "takes a jaxdist.Optimizer"),
+    "a metric's class": (lambda: jaxdist.Evaluation(metrics=(losses.F1,)), "got the class F1"),
+    "a set of examples with a slash": (
+        lambda: jaxdist.Data(train={"x": IMAGES}, eval={"a/b": {"x": IMAGES}}),
+        "without a slash",
+    ),
     "a number for a stop rule": (lambda: change(stop=3), "jaxdist.Stop(max_steps=1000)"),
     "a string for a number": (lambda: change(global_batch_size="32"), "takes a whole number; got '32'"),
     "a fraction for a count": (lambda: change(global_batch_size=2.5), "takes a whole number; got 2.5"),
@@ -78,3 +84,12 @@ def test_training_and_held_out_data_number_their_names_alike():
         jaxdist.Data(train=train, eval=held_out)
     held_out.vocabulary = train.vocabulary
     assert jaxdist.Data(train=train, eval=held_out).eval is held_out
+
+
+def test_held_out_examples_may_be_several_sets_by_name():
+    arrays = {"image": IMAGES, "label": LABELS}
+    data = jaxdist.Data(train=arrays, eval={"dicts": arrays, "pairs": (IMAGES, LABELS)})
+    assert [len(source) for source in data.eval.values()] == [4, 4]
+    assert sorted(data.eval["pairs"].arrays) == ["image", "label"]
+    # The arrays of one set are one set.
+    assert len(jaxdist.Data(train=arrays, eval=arrays).eval) == 4

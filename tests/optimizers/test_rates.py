@@ -3,11 +3,14 @@
 import functools
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from optimizer_cases import rate
+from optimizer_cases import rate, train
 
 from jaxdist import optimizers
 from jaxdist.optimizers import Optimizer
@@ -70,3 +73,38 @@ def test_a_run_that_ends_inside_its_warm_up_needs_no_other_schedule():
             for step in range(1, min(max_steps, 20) + 1)
         ]
         np.testing.assert_allclose(rates, [step / 20 for step in range(1, len(rates) + 1)], rtol=1e-6)
+
+
+HALVED = optax.piecewise_constant_schedule(0.4, {3: 0.5})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"learning_rate": HALVED},
+        {"learning_rate": 0.1, "schedule": lambda count: 10 * HALVED(count)},
+        {"learning_rate": 0.2, "base_batch_size": 2, "schedule": lambda count: jnp.where(count < 3, 4.0, 2.0)},
+    ],
+)
+def test_a_plain_function_may_be_the_rate_or_the_schedule(settings):
+    described = Optimizer(name="momentum", **settings)
+    rates = [optimizers.learning_rate_at(described, step, global_batch_size=1) for step in (1, 3, 4, 8)]
+    assert rates == pytest.approx([0.4, 0.4, 0.2, 0.2])
+    ours, _ = train(optimizers.build(described, global_batch_size=1))
+    expected, _ = train(optax.sgd(HALVED, momentum=0.9))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), ours, expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learning_rate": HALVED, "schedule": Schedule(warmup=3)}, "gives the rate of each step by itself"),
+        ({"learning_rate": HALVED, "base_batch_size": 8}, "gives the rate of each step by itself"),
+        ({"learning_rate": HALVED, "schedule": HALVED}, "gives the rate of each step by itself"),
+        ({"learning_rate": lambda count: 0.1 if count < 3 else 0.2}, "write jnp.where"),
+        ({"learning_rate": 0.1, "schedule": lambda count: jnp.ones(2)}, r"must return a number; got the shape \(2,\)"),
+    ],
+)
+def test_a_function_that_cannot_be_a_schedule_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        optimizers.build(Optimizer(name="sgd", **settings), global_batch_size=8)

@@ -5,9 +5,10 @@ import numpy as np
 import optax
 import pytest
 import tiny_experiment
+from sklearn import metrics as sklearn_metrics
 
 import jaxdist
-from jaxdist import optimizers
+from jaxdist import losses, optimizers
 from jaxdist.config import overrides
 from jaxdist.errors import ConfigError
 from jaxdist.models import mlp
@@ -54,6 +55,62 @@ def test_evaluation_counts_each_held_out_example_once(experiment):
     accuracy = (np.argmax(outputs, axis=1) == fields["label"]).mean()
     loss = optax.softmax_cross_entropy_with_integer_labels(outputs, fields["label"]).mean()
     assert parts.evaluate(state) == {"accuracy": pytest.approx(accuracy), "loss": pytest.approx(float(loss), rel=1e-5)}
+
+
+def test_scores_of_several_sets_are_those_of_scikit_learn(experiment):
+    """Ragged ends included: 21 and 5 examples in batches of 16 on 4 devices."""
+    sets = {"day": experiment.data.eval, "night": tiny_experiment.make_source(5, 7)}
+    experiment = dataclasses.replace(
+        experiment,
+        data=jaxdist.Data(train=experiment.data.train, eval=sets, num_threads=0),
+        eval=jaxdist.Evaluation(metrics=(losses.F1(), losses.RocAuc())),
+    )
+    found = {}
+    for reduction in ("mean", "canonical"):
+        parts = put_together(dataclasses.replace(experiment, reduction=reduction), 4)
+        state = parts.create_state()
+        found[reduction] = parts.evaluate(state)
+    for name, source in sets.items():
+        outputs = np.asarray(experiment.model.apply({"params": state.params}, source.arrays["image"], train=False))
+        labels, predicted = source.arrays["label"], np.argmax(outputs, axis=1)
+        wanted = {
+            "accuracy": (predicted == labels).mean(),
+            "f1": sklearn_metrics.f1_score(labels, predicted, average="macro", zero_division=0),
+            "roc_auc": sklearn_metrics.roc_auc_score(labels, outputs[:, 1] - outputs[:, 0]),
+        }
+        for each in found.values():
+            assert {metric: each[f"{name}/{metric}"] for metric in wanted} == pytest.approx(wanted)
+            assert f"{name}/loss" in each
+
+
+class Twice:
+    names = ("accuracy",)
+
+    def collect(self, outputs, batch):
+        return {"rows": outputs[:1] if batch["label"].shape[0] > 1 else outputs}
+
+    def compute(self, rows):
+        return {"accuracy": 1.0}
+
+
+class SameName(Twice):
+    def collect(self, outputs, batch):
+        return {"rows": outputs}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval": jaxdist.Evaluation(metrics=(Twice(),))}, "a row for each of 16 examples"),
+        ({"eval": jaxdist.Evaluation(metrics=(SameName(),))}, "accuracy comes twice"),
+        ({"eval": jaxdist.Evaluation(metrics=(losses.R2(),))}, "needs the batch field 'target'"),
+        ({"stop": jaxdist.Stop(max_steps=3, target=0.9, target_metric="eval/f2")}, "Did you mean 'eval/f1'"),
+    ],
+)
+def test_a_score_that_cannot_be_is_refused_before_the_run(experiment, changes, message):
+    experiment = dataclasses.replace(experiment, eval=jaxdist.Evaluation(metrics=(losses.F1(),)))
+    with pytest.raises(ConfigError, match=message):
+        put_together(dataclasses.replace(experiment, **changes), 1)
 
 
 def test_averaged_params_are_evaluated_where_the_optimizer_keeps_them(experiment):

@@ -19,7 +19,7 @@ def check(traced, *assignments, **eval_shapes):
     experiment, functions, abstract, shapes = traced
     held_out = {**shapes, **eval_shapes} if eval_shapes is not None else None
     held_out = {name: shape for name, shape in held_out.items() if shape is not None}
-    preflight.check(overrides.override(experiment, assignments), functions, abstract, shapes, held_out)
+    preflight.check(overrides.override(experiment, assignments), functions, abstract, shapes, {"": held_out}, None)
 
 
 def test_what_is_right_passes(traced):

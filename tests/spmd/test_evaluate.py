@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxdist import data
+from jaxdist import data, testing
 from jaxdist.spmd import evaluate
 from jaxdist.spmd.mesh import make_mesh
 from jaxdist.spmd.metrics import Mean, masked_mean
@@ -97,6 +97,70 @@ def test_canonical_evaluation_has_the_same_bits_on_every_layout():
         ]
         assert found[1:] == found[:1] * 3
         assert found[0] == pytest.approx(expected(num_examples), rel=1e-5)
+
+
+def collect_fn(params, model_state, batch):
+    """Rows of three kinds, among them integers that float32 does not hold."""
+    assert model_state is None
+    outputs = batch["x"] @ params["w"]
+    return {
+        "output": outputs,
+        "number": (batch["y"] * 1e8).astype(jnp.int32),
+        "above": outputs > batch["y"],
+        "x": batch["x"],
+    }
+
+
+def collected(make_step, num_examples, global_batch_size, num_devices):
+    """Return the rows that an evaluation hands to `compute`."""
+    found = []
+    collecting = evaluate.Collecting(make_step, lambda rows: found.append(rows) or {"rows": float(len(rows["x"]))})
+    parts = batches(num_examples, global_batch_size, num_devices)
+    values = evaluate.evaluate(mean_step(), placed_params(num_devices), None, parts, collecting)
+    assert values["rows"] == num_examples
+    return found[0]
+
+
+def check_rows(rows, num_examples):
+    fields = examples(num_examples)
+    outputs = fields["x"] @ PARAMS["w"]
+    np.testing.assert_array_equal(rows["x"], fields["x"])
+    np.testing.assert_array_equal(rows["number"], (fields["y"] * np.float32(1e8)).astype(np.int32))
+    np.testing.assert_allclose(rows["output"], outputs, rtol=1e-5, atol=1e-6)
+    assert rows["above"].dtype == bool
+    assert rows["above"].sum() == (outputs > fields["y"]).sum()
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 4])
+def test_a_row_of_each_example_is_collected_in_order_whatever_the_devices(num_devices):
+    mesh = mesh_of(num_devices)
+    means = evaluate.collect_step(collect_fn, mesh)
+    canonical = evaluate.canonical_collect_step(collect_fn, mesh, logical_shards=4)
+    for num_examples in (1, 9, 16):
+        check_rows(collected(means, num_examples, 8, num_devices), num_examples)
+        check_rows(collected(canonical, num_examples, 8, num_devices), num_examples)
+
+
+def test_canonical_rows_have_the_same_bits_on_every_layout():
+    found = [
+        collected(evaluate.canonical_collect_step(collect_fn, mesh_of(n), logical_shards=4), 13, 8, n)
+        for n in (1, 2, 4)
+    ]
+    for rows in found[1:]:
+        assert all(rows[name].tobytes() == found[0][name].tobytes() for name in rows)
+
+
+def check_rows_in_process():
+    for make_step in (
+        evaluate.collect_step(collect_fn, mesh_of(4)),
+        evaluate.canonical_collect_step(collect_fn, mesh_of(4), logical_shards=4),
+    ):
+        for num_examples in (5, 11):
+            check_rows(collected(make_step, num_examples, 8, 4), num_examples)
+
+
+def test_two_processes_collect_each_example_once_too():
+    testing.run_processes(check_rows_in_process, processes=2, devices=2)
 
 
 def test_statistics_are_read_and_not_changed():

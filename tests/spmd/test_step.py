@@ -260,7 +260,9 @@ def test_the_first_leaf_that_is_not_finite_is_found_in_every_dtype(dtype):
 
     def first(*leaves, loss=0.0):
         grads = [jnp.array(leaf, dtype) for leaf in leaves]
-        return int(steps.first_nonfinite(reduce.Averages(grads, jnp.float32(loss), {}, None, jnp.float32(1))))
+        return int(
+            steps.first_nonfinite(reduce.Averages(grads, jnp.float32(loss), {}, None, jnp.float32(1), jnp.float32(0)))
+        )
 
     # Finite values whose sum is infinite are finite.
     assert first([], [-largest, -largest], [0.0]) == -1

@@ -50,13 +50,14 @@ def make_batch(seed):
 
 def reference(params, batches):
     """SGD on one device, by hand: the loss is the mean over the true tokens, gathered by indexing."""
-    losses = []
+    losses, norms = [], []
     for batch in batches:
         chosen = np.nonzero(batch["true_tokens"] * batch["mask"][:, None])
         loss, grads = jax.value_and_grad(lambda params: token_losses(params, batch)[chosen].mean())(params)  # noqa: B023
         params = jax.tree.map(lambda param, grad: param - RATE * grad, params, grads)
         losses.append(float(loss))
-    return params, losses
+        norms.append(float(jnp.sqrt(sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(grads)))))
+    return params, losses, norms
 
 
 BATCHES = [make_batch(0), make_batch(1)]
@@ -82,17 +83,18 @@ def test_every_strategy_divides_by_the_number_of_true_tokens(case, num_microbatc
     optimizer = optax.sgd(RATE)
     step = strategy.make_step(token_loss, optimizer, num_microbatches=num_microbatches)
     state = states.create_state(init_params, optimizer, mesh=strategy.mesh, seed=0, layout=strategy.layout)
-    expected, losses = reference(jax.device_get(state.params), BATCHES)
+    expected, losses, norms = reference(jax.device_get(state.params), BATCHES)
     sharding = jax.sharding.NamedSharding(strategy.mesh, jax.sharding.PartitionSpec(strategy.batch_axes))
     # Batches in which nothing counts, because of their weights or of the mask, make no update and are counted.
-    for batch, loss in zip([BATCHES[0], EMPTY, PADDING, BATCHES[1]], [losses[0], None, None, losses[1]], strict=True):
+    wanted = [(losses[0], norms[0]), None, None, (losses[1], norms[1])]
+    for batch, means in zip([BATCHES[0], EMPTY, PADDING, BATCHES[1]], wanted, strict=True):
         state, step_metrics = step(state, jax.device_put(batch, sharding))
         flag = int(step_metrics[steps.NONFINITE_LEAF])
-        if loss is None:
+        if means is None:
             assert flag == steps.EMPTY_BATCH
             assert np.isnan(step_metrics["loss"])
         else:
             assert flag == -1
-            np.testing.assert_allclose(step_metrics["loss"], loss, rtol=1e-5)
+            np.testing.assert_allclose((step_metrics["loss"], step_metrics["grad_norm"]), means, rtol=1e-5)
     assert int(state.step) == 4
     jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-5), state.params, expected)

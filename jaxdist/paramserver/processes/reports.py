@@ -78,6 +78,8 @@ class Report:
             row = {"step": effect.step, "examples": effect.examples, "metrics": metrics, "time": time.time()}
             row |= {"empty": True} if effect.empty else {}
             self._steps.write(json.dumps(row) + "\n")
+        elif isinstance(effect, effects.GradNorm):
+            self._steps.write(json.dumps({"step": effect.step, "grad_norm": effect.norm}) + "\n")
         elif isinstance(effect, effects.ShowCut):
             write_file(self.directory / CUT_NAME, encoding.encode(effect.cut))
         elif isinstance(effect, effects.Replace):

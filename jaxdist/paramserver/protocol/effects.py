@@ -104,6 +104,14 @@ class Committed:
 
 
 @dataclass(frozen=True, slots=True)
+class GradNorm:
+    """For observers: the global norm of the mean gradient of `step`, once all shards have applied it."""
+
+    step: int
+    norm: float
+
+
+@dataclass(frozen=True, slots=True)
 class ShowCut:
     """Give `cut` to the observer: for an evaluation, a checkpoint, or the end of the run.
 
@@ -136,7 +144,20 @@ class Exit:
 
 
 Effect = (
-    Append | Compact | Write | Load | Compute | Applied | Served | Leads | Committed | ShowCut | Warn | Replace | Exit
+    Append
+    | Compact
+    | Write
+    | Load
+    | Compute
+    | Applied
+    | Served
+    | Leads
+    | Committed
+    | GradNorm
+    | ShowCut
+    | Warn
+    | Replace
+    | Exit
 )
 
 

@@ -329,10 +329,11 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class CommitAck:
-    """The shard has applied `step`, or a later one."""
+    """The shard has applied `step`, or a later one; `squares` of its mean gradient, summed, and -1 where unknown."""
 
     shard: int
     step: int
+    squares: float = -1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -317,7 +317,7 @@ class Server:
             self._submit(commit, Outcome(), now, out)
         else:
             known = Outcome()
-            known.send(SCHEDULER, messages.CommitAck(self.number, self.shard.version))
+            known.send(SCHEDULER, messages.CommitAck(self.number, self.shard.version, self.shard.squares))
             self._submit(messages.NoOp(), known, now, out)
 
     def _finish(self, finish: messages.Finish, now: float, out: effects.Output) -> None:

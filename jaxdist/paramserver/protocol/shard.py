@@ -95,6 +95,7 @@ class Shard:
         self.members = {member.worker: member for member in state.members}
         self.staged = {(p.worker, p.incarnation, p.sequence): p for p in state.staged}
         self.summed, self.summing = state.summed, state.summing
+        self.squares = -1.0  # of the last mean gradient; it informs alone, and is no part of the state
 
     def export(self) -> messages.ShardState:
         """Return the whole state; later updates do not change it."""
@@ -207,6 +208,8 @@ class Shard:
             pushes = [self.staged[(c.worker, c.incarnation, c.sequence)] for c in self._ordered(commit)]
             self.summing = commit
             self.summed = () if commit.skip else self._mean(pushes)
+            grads = self.summed[: self.updater.num_params]
+            self.squares = -1.0 if commit.skip else sum(float(np.vdot(g, g).real) for g in grads)
         if self.updater.needs_norm and not commit.skip:
             squares = tuple(float(np.vdot(g, g)) for g in (g.astype(np.float64) for g in self.summed))
             outcome.send(SCHEDULER, messages.Norms(self.shard, commit.step, squares))
@@ -217,7 +220,7 @@ class Shard:
         if self.summing is not None and finish.step == self.summing.step:
             self._finish_commit(outcome, finish.norm_squared)
         elif finish.step <= self.version:
-            outcome.send(SCHEDULER, messages.CommitAck(self.shard, self.version))
+            outcome.send(SCHEDULER, messages.CommitAck(self.shard, self.version, self.squares))
 
     def _finish_commit(self, outcome: Outcome, norm_squared: float) -> None:
         commit = self.summing
@@ -227,7 +230,7 @@ class Shard:
         self.summing, self.summed = None, ()
         self._record(outcome, commit.contributors, messages.NO_CLOCK, 0, commit.skip)
         self.staged = {key: push for key, push in self.staged.items() if push.lease.step >= self.version}
-        outcome.send(SCHEDULER, messages.CommitAck(self.shard, self.version))
+        outcome.send(SCHEDULER, messages.CommitAck(self.shard, self.version, self.squares))
 
     def _ordered(self, commit: messages.Commit) -> list[messages.Contributor]:
         # By slice, so that the sum has the same bits whichever worker computed a slice.

@@ -1,6 +1,7 @@
 """A worker's island: the gradient sums of a lease, data-parallel over the worker's devices."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from jaxdist.paramserver.run.shared_plan import Plan, rows_of_a_slice
 from jaxdist.paramserver.run.sparse_push import sparse
 from jaxdist.spmd import reduce
 from jaxdist.spmd.state import TrainState
+from jaxdist.spmd.step import GRAD_NORM
 
 
 class Island:
@@ -63,7 +65,10 @@ class Island:
         count = float(loss.count)
         rows = [messages.Metric("loss", float(loss.total), count)]
         rows += [messages.Metric(name, float(mean.total), float(mean.count)) for name, mean in metrics.items()]
-        norm_squared = float(squares) / max(count, 1.0) ** 2
+        norm_squared = float(squares) / count**2 if count > 0 else 0.0
+        if count > 0 and not plan.settings.synchronous:
+            # Such a push is an update by itself; of a slice of a batch, only the servers see the whole gradient.
+            rows.append(messages.Metric(GRAD_NORM, math.sqrt(norm_squared), 1.0))
         return messages.Computed(
             compute.incarnation,
             compute.sequence,

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdist.data import Loader
 from jaxdist.paramserver.protocol import journal
 from jaxdist.paramserver.run.shared_plan import Plan
 from jaxdist.run import components
@@ -29,7 +30,9 @@ class Judge:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self._step = evaluate.eval_step(plan.functions.eval_fn)
-        self._loader = None if plan.experiment.data.eval is None else components.make_eval_loader(plan.experiment)
+        self._loaders = components.make_eval_loaders(plan.experiment)
+        collect_fn = components.make_collect_fn(plan.experiment, plan.functions)
+        self._collecting = components.make_collecting(plan.experiment, evaluate.collect_step, collect_fn)
 
     def state(self, cut: journal.Cut) -> TrainState:
         """Return the training state of a cut."""
@@ -39,6 +42,10 @@ class Judge:
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Return the metrics on the held-out data; of the averaged params, where the optimizer keeps them."""
-        assert self._loader is not None
-        batches = (jax.device_put(batch) for batch, _ in self._loader)
-        return evaluate.evaluate(self._step, components.params_in_use(state), state.model_state, batches)
+        params = components.params_in_use(state)
+
+        def evaluate_set(loader: Loader) -> dict[str, float]:
+            batches = (jax.device_put(batch) for batch, _ in loader)
+            return evaluate.evaluate(self._step, params, state.model_state, batches, self._collecting)
+
+        return components.of_all_sets({name: evaluate_set(loader) for name, loader in self._loaders.items()})

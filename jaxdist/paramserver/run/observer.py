@@ -97,6 +97,7 @@ class Observer:
         self.seen_cut = 0  # when the file of the newest cut was written
         self.judged: messages.Verdict | None = None
         self.state = start.state
+        self.unlogged: tuple[int, dict[str, float]] = (0, {})
         self.end_reason: str | None = None
         self.halt = ""
 
@@ -165,6 +166,12 @@ class Observer:
 
     def _take_step(self, row: dict[str, Any]) -> None:
         step = row["step"]
+        if "grad_norm" in row:
+            if step == self.unlogged[0]:
+                self.unlogged[1]["grad_norm"] = row["grad_norm"]
+                self.progress.metrics["train/grad_norm"] = row["grad_norm"]
+            return
+        self._log()
         if self.last_time is not None:
             self.books.step_times.add(max(row["time"] - self.last_time, 0.0))
         self.last_time = row["time"]
@@ -176,8 +183,13 @@ class Observer:
         self.progress.metrics.update({f"train/{name}": value for name, value in row["metrics"].items()})
         if row.get("empty"):
             self.progress.count_empty(1)
-        if self.books.logs(step):
-            self.books.log(step, row["metrics"])
+        self.unlogged = (step, row["metrics"])
+
+    def _log(self) -> None:
+        """Write the metrics of the last step, whose gradient norm comes in a line after it."""
+        (step, found), self.unlogged = self.unlogged, (0, {})
+        if step and self.books.logs(step):
+            self.books.log(step, found)
 
     # Cuts.
 
@@ -190,6 +202,7 @@ class Observer:
         cut = encoding.decode(path.read_bytes())
         assert isinstance(cut, journal.Cut)
         self._read_steps(steps)  # those up to the cut were written before it
+        self._log()
         if self.progress.step <= cut.step:
             # Which batches were trained is known exactly here; between cuts, examples are counted step by step.
             self.progress.advance(cut.step, examples_seen(self.plan, cut.trained), self.plan.settings.num_examples)

@@ -58,8 +58,20 @@ class _Found:
         return self.trained.step + len(self.trained.beyond)
 
 
-def begin(plan: shared_plan.Plan, checkpointer: checkpoints.Checkpointer, directory: pathlib.Path) -> Start:
-    """Return where the run in `directory` goes on, and leave there the one snapshot the new servers load.
+def begin(
+    plan: shared_plan.Plan,
+    checkpointer: checkpoints.Checkpointer,
+    directory: pathlib.Path,
+    *,
+    trained_with: int | None = None,
+) -> Start:
+    """Return where the run in `directory` continues, and leave there the one snapshot the new servers load.
+
+    Args:
+      plan: of the attempt that begins.
+      checkpointer: of the run directory.
+      directory: the processes' own.
+      trained_with: the batch size of the attempt before; None without one.
 
     Raises:
       CheckpointError: the newest checkpoint is damaged or of another experiment.
@@ -68,6 +80,13 @@ def begin(plan: shared_plan.Plan, checkpointer: checkpoints.Checkpointer, direct
     remove_remnants(directory)
     found = _from_checkpoint(plan, checkpointer)
     newer = _from_snapshots(plan, directory, found)
+    size = plan.settings.global_batch_size
+    if newer and trained_with not in (None, size):
+        raise ConfigError(
+            f"The servers wrote down {newer.step} steps of {trained_with} examples after the last checkpoint, and the "
+            f"parameter server counts whole batches; global_batch_size is now {size}. Resume with "
+            f"global_batch_size={trained_with}."
+        )
     found = newer or found
     if found is None:
         remove_snapshots(directory, keep=0)

@@ -70,7 +70,8 @@ def train(options: Options) -> record.RunRecord:
             checkpointer = stack.enter_context(
                 contextlib.closing(directory.open_checkpoints(experiment, options.run_dir, identity))
             )
-            start = resume.begin(plan, checkpointer, folder)
+            trained_with = earlier.config.get("global_batch_size") if earlier else None
+            start = resume.begin(plan, checkpointer, folder, trained_with=trained_with)
             if start.state is None:
                 directory.check_nothing_is_lost(earlier, options.run_dir, checkpointer)
             crew, peers, security = _place(options, plan, folder)

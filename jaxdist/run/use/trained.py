@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from jaxdist import adapters, data, errors
+from jaxdist.config import data_fields
 from jaxdist.config.experiment import Experiment
 from jaxdist.config.loading import load_experiment
 from jaxdist.config.overrides import override
@@ -78,6 +79,8 @@ class TrainedRun:
     def evaluate(self, source: Any = None) -> dict[str, float]:
         """Return the loss and the metrics on `source`, by default the experiment's held-out data, each example once.
 
+        The metrics of several sets of examples by name, `{"day": ..., "night": ...}`, begin with the name and a slash.
+
         Raises:
           UserError: there are no such data, or they do not fit the model.
         """
@@ -88,7 +91,14 @@ class TrainedRun:
             )
         step = self.strategy.make_eval_step(self.functions.eval_fn)
         with errors.as_user_error():
-            return evaluate.evaluate(step, self.params, self.model_state, self._batches(self._source(source)))
+            collect_fn = components.make_collect_fn(self.experiment, self.functions)
+            collecting = components.make_collecting(self.experiment, self.strategy.make_collect_step, collect_fn)
+            sets = data_fields.named_sources(data_fields.as_sources(source, "evaluate"))
+            found = {
+                name: evaluate.evaluate(step, self.params, self.model_state, self._batches(each), collecting)
+                for name, each in sets.items()
+            }
+            return components.of_all_sets(found)
 
     def outputs(self, params: Any, model_state: Any, batch: Mapping[str, Any]) -> Any:
         """Return the model's outputs for a batch: a function that JAX can trace.

@@ -13,6 +13,7 @@ from jaxdist import errors
 from jaxdist.config.experiment import Experiment, LayoutSettings
 from jaxdist.run import components
 from jaxdist.rundir import record
+from jaxdist.spmd.step import NONFINITE_LEAF
 
 TOLERANCE = 1e-5
 """Largest difference of a parameter, relative to the largest parameter, that reordered float32 additions explain."""
@@ -20,7 +21,10 @@ TOLERANCE = 1e-5
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One layout: its number of devices, SHA-256 of the params, largest difference to one device, and the verdict."""
+    """One layout: its number of devices, SHA-256 of the params, largest difference to one device, and the verdict.
+
+    Difference and verdict are about params and model_state.
+    """
 
     num_devices: int
     params_sha256: str
@@ -62,7 +66,7 @@ def verify(experiment: Experiment, *, devices: Sequence[jax.Device], num_steps: 
     with dropout or batch statistics each device has its own, and the table says how far apart that makes the layouts.
 
     Raises:
-      UserError: the experiment does not work on these layouts.
+      UserError: the experiment does not work on these layouts, or its loss is not finite.
     """
     canonical = experiment.reduction == "canonical"
     if not canonical:
@@ -75,8 +79,8 @@ def verify(experiment: Experiment, *, devices: Sequence[jax.Device], num_steps: 
     exact = not canonical and _is_deterministic(specification)
     reference = _train(specification, num_steps)
     done = {1: reference} if experiment.strategy == "data-parallel" else {}
-    params = {n: done[n] if n in done else _train(part, num_steps) for n, part in parts.items()}
-    rows = [_compare(n, params[n], reference, canonical=canonical, exact=exact) for n in parts]
+    trained = {n: done[n] if n in done else _train(part, num_steps) for n, part in parts.items()}
+    rows = [_compare(n, trained[n], reference, canonical=canonical, exact=exact) for n in parts]
     kept = all(row.verdict in ("identical", "equal", "apart") for row in rows)
     return Report(_title(experiment, num_steps), rows, kept, _conclude(rows, canonical=canonical, exact=exact))
 
@@ -100,12 +104,19 @@ def _device_counts(axes: Mapping[str, int] | None, available: int) -> list[int]:
 
 
 def _train(parts: components.Parts, num_steps: int) -> Any:
+    """Return params and model_state after so many steps."""
     state = parts.create_state()
     batches = parts.batches()
     for _ in range(num_steps):
         batch, _ = next(batches)
-        state, _ = parts.step(state, batch)
-    return jax.tree.map(np.asarray, jax.device_get(state.params))
+        state, metrics = parts.step(state, batch)
+    if int(metrics[NONFINITE_LEAF]) >= 0:
+        # The params would be those before the first such step, on every layout.
+        raise errors.UserError(
+            f"The loss or a gradient is not finite within {num_steps} steps on {parts.strategy.mesh.size} devices, so "
+            "there is nothing to compare. Lower the learning rate, or train to see which leaf and rows it is."
+        )
+    return jax.tree.map(np.asarray, jax.device_get((state.params, state.model_state)))
 
 
 def _is_deterministic(parts: components.Parts) -> bool:
@@ -119,12 +130,12 @@ def _is_deterministic(parts: components.Parts) -> bool:
     return all(bool(np.array_equal(a, b)) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))
 
 
-def _compare(num_devices: int, params: Any, reference: Any, *, canonical: bool, exact: bool) -> Row:
-    pairs = list(zip(jax.tree.leaves(params), jax.tree.leaves(reference), strict=True))
-    difference = max(float(np.max(np.abs(a.astype(np.float64) - b), initial=0.0)) for a, b in pairs)
-    scale = max(float(np.max(np.abs(b), initial=0.0)) for _, b in pairs)
-    digest, expected = record.params_sha256(params), record.params_sha256(reference)
-    if digest == expected:
+def _compare(num_devices: int, trained: Any, reference: Any, *, canonical: bool, exact: bool) -> Row:
+    pairs = list(zip(jax.tree.leaves(trained), jax.tree.leaves(reference), strict=True))
+    difference = max(float(np.max(np.abs(_double(a) - _double(b)), initial=0.0)) for a, b in pairs)
+    scale = max(float(np.max(np.abs(b), initial=0.0)) for b in jax.tree.leaves(reference[0]))
+    digest = record.params_sha256(trained[0])
+    if record.params_sha256(trained) == record.params_sha256(reference):
         verdict = "identical"
     elif canonical:
         verdict = "BROKEN: other bits"
@@ -133,6 +144,10 @@ def _compare(num_devices: int, params: Any, reference: Any, *, canonical: bool, 
     else:
         verdict = "BROKEN: too far apart" if exact or not np.isfinite(difference) else "apart"
     return Row(num_devices, digest, difference, verdict)
+
+
+def _double(leaf: np.ndarray) -> np.ndarray:
+    return leaf.astype(np.complex128 if np.iscomplexobj(leaf) else np.float64)
 
 
 def _title(experiment: Experiment, num_steps: int) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -48,12 +49,20 @@ def leaves_of(plan):
 
 def serve(plan):
     """Train by the protocol, in this process; return the leaves at the end, and the optimizer's."""
+    simulation = simulate(plan)
+    cut = [event.what.cut for event in simulation.events if isinstance(event.what, effects.ShowCut)][-1]
+    leaves = plan.sharding.join([answer.pieces for answer in cut.shards])
+    return leaves, plan.cut().join([answer.opt_state for answer in cut.shards])
+
+
+def simulate(plan):
+    """Return the simulation of a run."""
     island = Island(plan, jax.devices()[:1])
 
     def gradient(lease, params):
         return island.gradient(effects.Compute(0, 0, lease, params))
 
-    simulation = Simulation(
+    return Simulation(
         seed=1,
         settings=plan.settings,
         faults=Faults(until=0.0),
@@ -63,9 +72,6 @@ def serve(plan):
         roles=Roles(shard=lambda *, shard, **rest: plans.make_shard(plan, shard)),
         compute_seconds=lambda rng, worker: rng.uniform(0.01, 0.1),
     ).run()
-    cut = [event.what.cut for event in simulation.events if isinstance(event.what, effects.ShowCut)][-1]
-    leaves = plan.sharding.join([answer.pieces for answer in cut.shards])
-    return leaves, plan.cut().join([answer.opt_state for answer in cut.shards])
 
 
 def one_process(plan):
@@ -127,6 +133,20 @@ def test_sync_is_the_all_reduce_path(workers):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
 
 
+def test_the_gradient_norm_is_that_of_the_whole_gradient():
+    """The same for any number of slices and servers, and of the parts pushed asynchronously by one worker."""
+    experiment, fields = with_empty_batch()
+    _, norms = by_hand(experiment, fields)
+    for settings in ({"workers": 3, "servers": 2}, {"workers": 1, "servers": 2, "mode": "async"}):
+        simulation = simulate(plans.make_plan(experiment, ParameterServer(**settings)))
+        told = [event.what for event in simulation.events]
+        found = {each.step: each.norm for each in told if isinstance(each, effects.GradNorm)}
+        for each in told:
+            if isinstance(each, effects.Committed):
+                found.update((each.step, metric.total) for metric in each.metrics if metric.name == "grad_norm")
+        assert found == pytest.approx(norms, rel=1e-5), settings
+
+
 def test_clipping_by_the_global_norm_is_the_same_on_shards():
     clip = ["optimizer.clip_norm=0.05"]
     (served, _), (reference, _) = serve(make_plan(2, 3, clip)), one_process(make_plan(2, 1, clip))
@@ -177,20 +197,22 @@ def with_empty_batch():
 
 
 def by_hand(experiment, fields):
-    """Return the params after SGD on one device with nothing of jaxdist's; empty batches only let the rate fall."""
+    """Return params and norms by step of SGD on one device, with nothing of jaxdist's; an empty batch is left out."""
     params = experiment.model.init(keys.run_keys(keys.from_seed(0)).init, fields["image"][:1], train=False)
 
     def mean_loss(params, x, y, weights):
         logits = experiment.model.apply(params, x, train=False)
         return (optax.softmax_cross_entropy_with_integer_labels(logits, y) * weights).sum() / weights.sum()
 
+    norms = {}
     for step in range(STEPS):
         rows = slice(step % 4 * 16, step % 4 * 16 + 16)
         if fields["weight"][rows].any():
             grads = jax.grad(mean_loss)(params, *(fields[name][rows] for name in ("image", "label", "weight")))
+            norms[step + 1] = float(jnp.sqrt(sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(grads))))
             rate = 0.5 * (1 - step / 10)
             params = jax.tree.map(lambda param, grad: param - rate * grad, params, grads)  # noqa: B023
-    return params
+    return params, norms
 
 
 @pytest.mark.parametrize(
@@ -201,8 +223,8 @@ def by_hand(experiment, fields):
 def test_a_batch_of_which_nothing_counts_makes_no_update_and_training_continues(settings):
     experiment, fields = with_empty_batch()
     plan = plans.make_plan(experiment, ParameterServer(**{"workers": 1, "servers": 1, **settings}))
-    served, _ = serve(plan)
-    for got, want in zip(served, jax.tree.leaves(by_hand(experiment, fields)), strict=True):
+    (served, _), (params, _) = serve(plan), by_hand(experiment, fields)
+    for got, want in zip(served, jax.tree.leaves(params), strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
 
 

@@ -80,9 +80,11 @@ def test_a_snapshot_counts_only_when_it_is_newer_and_intact(tmp_path):
         for step in (4, 8, 9):
             found = resume._Found(resume.journal.Trained(step, ()), leaves, opt_leaves, stop.Progress())
             name = resume._write(plan, found, directory)
+        with pytest.raises(errors.ConfigError, match=r"9 steps of 12 examples.*Resume with global_batch_size=12"):
+            resume.begin(plan, checkpointer, directory, trained_with=12)
         damaged = directory / name / "shard-1"
         damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
-        start = resume.begin(plan, checkpointer, directory)
+        start = resume.begin(plan, checkpointer, directory, trained_with=16)
     assert (start.progress.step, start.progress.epoch, start.progress.examples_seen) == (8, 2, 104)
     assert not any(leaf.any() for leaf in jax.tree.leaves(start.state.params))
 

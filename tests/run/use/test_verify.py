@@ -11,7 +11,7 @@ import pytest
 import tiny_experiment
 
 import jaxdist
-from jaxdist import adapters
+from jaxdist import adapters, errors
 from jaxdist.cli import main, selected_experiment
 from jaxdist.launch.joining import runtime
 from jaxdist.run.use import verify
@@ -81,3 +81,42 @@ def test_the_status_says_whether_the_canonical_bits_are_the_same(broken, capsys,
     report = json.loads(capsys.readouterr().out)
     assert [row["verdict"] for row in report["rows"]] == ["identical", "BROKEN: other bits" if broken else "identical"]
     assert len({row["params_sha256"] for row in report["rows"]}) == (2 if broken else 1)
+
+
+def test_a_loss_that_is_not_finite_keeps_no_promise():
+    """No update is made then, so that the params are the same on every layout."""
+    experiment = linear(lambda outputs, batch, key: squares(outputs * jnp.nan, batch))
+    with pytest.raises(errors.UserError, match="not finite within 3 steps on 1 devices"):
+        check(experiment)
+
+
+def planted(init_fn, loss_fn, **settings):
+    functions = adapters.Functions(init_fn, loss_fn, loss_fn)
+    return dataclasses.replace(tiny_experiment.get_config(), model=functions, loss=None, **settings)
+
+
+def test_a_difference_in_an_imaginary_part_is_found():
+    def loss_fn(params, batch, key):
+        del key
+        # The gradient of the imaginary part alone adds up a device's examples.
+        outputs = batch["image"] @ params["w"].real
+        return squares(outputs, batch).value + jnp.sum(batch["mask"] * params["w"].imag.sum()) / 16, {}
+
+    report = check(planted(lambda key: {"w": jnp.ones(6, jnp.complex64)}, loss_fn))
+    assert [row.verdict for row in report.rows] == ["identical", "BROKEN: too far apart"]
+
+
+def test_a_difference_in_the_model_state_alone_breaks_the_canonical_bits():
+    times_compiled = itertools.count()
+
+    def loss_fn(params, batch, key, model_state):
+        drift = next(times_compiled) * 2.0**-20
+        return squares(batch["image"] @ params["w"], batch), {}, {"seen": model_state["seen"] * 0.5 + 1.0 + drift}
+
+    def eval_fn(params, batch, key, model_state):
+        return squares(batch["image"] @ params["w"], batch), {}
+
+    functions = adapters.Functions(lambda key: ({"w": jnp.ones(6)}, {"seen": jnp.ones(())}), loss_fn, eval_fn)
+    report = check(dataclasses.replace(linear(squares, reduction="canonical"), model=functions))
+    assert [row.verdict for row in report.rows] == ["identical", "BROKEN: other bits"]
+    assert len({row.params_sha256 for row in report.rows}) == 1

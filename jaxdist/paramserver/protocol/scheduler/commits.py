@@ -1,5 +1,7 @@
 """The commits stage: a step is committed once its slices are staged on all shards, and sent until all applied it."""
 
+import math
+
 from jaxdist.paramserver.protocol import effects, journal, messages
 from jaxdist.paramserver.protocol.effects import Output
 from jaxdist.paramserver.protocol.scheduler.lease_table import BatchLeases, StepLeases
@@ -20,7 +22,7 @@ def decide(state: SchedulerState, out: Output) -> None:
     state.lease_table.advance()
     state.last_commit = record
     state.note_nonfinite(empty or not record.skip)
-    state.norms, state.norm_squared, state.committed = {}, None, set()
+    state.norms, state.norm_squared, state.committed, state.squares = {}, None, set(), {}
     if state.settled():
         repeat(state, out)
 
@@ -68,8 +70,11 @@ def on_commit_ack(state: SchedulerState, ack: messages.CommitAck, now: float, ou
     if state.last_commit is None or ack.step < state.last_commit.step:
         return False
     state.committed.add(ack.shard)
+    state.squares[ack.shard] = ack.squares if ack.step == state.last_commit.step else -1.0
     if len(state.committed) < state.settings.servers:
         return False
+    if min(state.squares.values()) >= 0:
+        out.do(effects.GradNorm(state.last_commit.step, math.sqrt(sum(state.squares.values()))))
     state.last_commit = None
     decide(state, out)
     return True

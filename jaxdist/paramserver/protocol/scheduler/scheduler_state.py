@@ -64,6 +64,7 @@ class SchedulerState:
         self.lease_table = self.make_lease_table(self.saved_cut[1])
         self.last_commit: journal.CommitRecord | None = None
         self.committed: set[int] = set()
+        self.squares: dict[int, float] = {}
         self.norms: dict[int, tuple[float, ...]] = {}
         self.norm_squared: float | None = None
         self.torn: set[tuple[int, int, int]] = set()

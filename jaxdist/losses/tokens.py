@@ -1,0 +1,41 @@
+"""Language models: the next token of each position."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jaxdist.losses.classes import cross_entropy
+from jaxdist.losses.targets import Values, integers
+from jaxdist.spmd.metrics import MASK, SEGMENT_IDS, Batch, Weighted
+
+
+def next_token(outputs: jax.Array, batch: Batch) -> tuple[Values, dict[str, Values]]:
+    """Return the cross entropy in nats of each next token and the metric `bits_per_byte`, both float32 (B, T - 1).
+
+    The logits at position t are scored against token t + 1, so the logits at the last position are not used. Where the
+    tokens are not bytes, `bits_per_byte` is bits per token. In rows of several packed examples (`segment_ids`), only
+    targets in the same example count: neither the first token of the next one nor filling (segment 0). A mask of
+    tokens (B, T) says which targets count.
+
+    Args:
+      outputs: logits, shape (B, T, vocabulary).
+      batch: holds `tokens`, integers of shape (B, T), the model's own input; T is at least 2. And `segment_ids` (B, T)
+        if rows are packed.
+    """
+    tokens = integers(batch, "tokens", needed_by="next_token")
+    if outputs.ndim != 3 or tokens.shape != outputs.shape[:2] or tokens.shape[1] < 2:
+        raise ValueError(
+            f"next_token needs logits (B, T, vocabulary) and tokens (B, T) with T >= 2, but got {outputs.shape} and "
+            f"{tokens.shape}; pass the model all T tokens, the shift by one is done here."
+        )
+    values = cross_entropy(outputs[:, :-1], tokens[:, 1:])
+    bits = values / math.log(2.0)
+    by_token = batch[MASK][:, 1:] if MASK in batch and batch[MASK].ndim == 2 else None
+    if SEGMENT_IDS not in batch and by_token is None:
+        return values, {"bits_per_byte": bits}
+    counts = jnp.ones_like(values) if by_token is None else by_token.astype(jnp.float32)
+    if SEGMENT_IDS in batch:
+        segments = integers(batch, SEGMENT_IDS, needed_by="next_token on packed rows")
+        counts = jnp.where((segments[:, :-1] == segments[:, 1:]) & (segments[:, 1:] > 0), counts, 0.0)
+    return Weighted(values, counts), {"bits_per_byte": Weighted(bits, counts)}
