@@ -46,8 +46,9 @@ BATCHES = [make_batch(0), make_batch(1)]
 
 def linen_forward(module):
     def forward(params, model_state, inputs):
-        variables = {"params": params, **(model_state or {})}
-        return module.apply(variables, inputs, train=True, mutable=list(model_state or {}))
+        if model_state is None:
+            return module.apply({"params": params}, inputs, train=True), None
+        return module.apply({"params": params, **model_state}, inputs, train=True, mutable=list(model_state))
 
     return forward
 
@@ -112,9 +113,12 @@ def trained(functions, reduction, num_devices):
     return before, (state.params, state.model_state)
 
 
+CASES = [("linen", name) for name in users_models.LINEN] + [("nnx", name) for name in users_models.NNX]
+QUICK = (("linen", "scan"), ("linen", "batch norm"), ("nnx", "tied weights"))
+
+
 @pytest.mark.parametrize(
-    ("kind", "name"),
-    [("linen", name) for name in users_models.LINEN] + [("nnx", name) for name in users_models.NNX],
+    ("kind", "name"), [case if case in QUICK else pytest.param(*case, marks=pytest.mark.soak) for case in CASES]
 )
 def test_a_users_model_trains_as_it_does_in_plain_flax(kind, name):
     field = "tokens" if name == "tied weights" else "x"

@@ -1,14 +1,17 @@
 import dataclasses
 
+import compile_cache
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import small_problem
 import tiny_experiment
 from sklearn import metrics as sklearn_metrics
 
 import jaxdist
-from jaxdist import losses, optimizers
+from jaxdist import adapters, losses, optimizers
 from jaxdist.config import overrides
 from jaxdist.errors import ConfigError
 from jaxdist.models import mlp
@@ -252,3 +255,72 @@ def test_a_metric_that_will_never_come_is_not_waited_for(experiment, assignments
 def test_metrics_that_will_come_may_be_waited_for(experiment):
     watching = ["stop.patience=2", "stop.target=0.1", "stop.mode=min", "stop.target_metric=eval/loss"]
     put_together(overrides.override(experiment, [*watching, "checkpoints.best_metric=train/accuracy"]))
+
+
+def functions_of(init_fn):
+    def loss_fn(params, batch, key):
+        del key
+        outputs = jnp.abs(batch["image"] @ params["w"]) - batch["label"]
+        return jaxdist.masked_mean(outputs**2, batch["mask"]), {}
+
+    return adapters.Functions(init_fn, loss_fn, loss_fn)
+
+
+def test_complex_params_train_and_average_as_in_plain_jax(experiment):
+    """Under SGD: JAX's gradient of a complex param is the conjugate of what goes downhill."""
+    start = np.linspace(-1, 1, 6) + 1j * np.linspace(1, 0.5, 6)
+    experiment = dataclasses.replace(
+        experiment,
+        model=functions_of(lambda key: {"w": jnp.asarray(start, jnp.complex64)}),
+        loss=None,
+        optimizer=jaxdist.Optimizer(name="sgd", learning_rate=0.1, ema_decay=0.5),
+    )
+    parts = put_together(experiment)
+    state, w = parts.create_state(), start
+    averaged, batches = w, parts.batches()
+    for update in range(1, 6):  # the fourth batch is the ragged one
+        batch, _ = next(batches)
+        state, _ = parts.step(state, batch)
+        x, y = (np.asarray(batch[name], np.float64)[np.asarray(batch["mask"]) > 0] for name in ("image", "label"))
+        outputs = x @ w
+        downhill = ((2 * (np.abs(outputs) - y) * outputs / np.abs(outputs))[:, None] * x).mean(axis=0)
+        w = w - 0.1 * downhill
+        decay = min(0.5, (1 + update) / (10 + update))
+        averaged = decay * averaged + (1 - decay) * w
+    batches.close()
+    np.testing.assert_allclose(state.params["w"], w, rtol=1e-4)
+    kept = components.params_in_use(state)["w"]
+    assert abs(np.asarray(kept).imag).min() > 0.01
+    np.testing.assert_allclose(kept, averaged, rtol=1e-4)
+
+
+def test_an_init_of_weak_types_compiles_the_step_once(experiment):
+    experiment = dataclasses.replace(experiment, model=functions_of(lambda key: {"w": jnp.full(6, 1.0)}), loss=None)
+    parts = put_together(experiment)
+    state, batches = parts.create_state(), parts.batches()
+    with small_problem.counted_compiles() as compiles:
+        state, _ = parts.step(state, next(batches)[0])
+        before = len(compiles)
+        for _ in range(2):
+            state, _ = parts.step(state, next(batches)[0])
+    batches.close()
+    assert 0 < before == len(compiles)
+
+
+def test_a_sweep_over_learning_rates_compiles_the_step_once(experiment, tmp_path):
+    missed, counts = [], []
+
+    def listen(event, **_):
+        if event == "/jax/compilation_cache/cache_misses":
+            missed.append(event)
+
+    jax.monitoring.register_event_listener(listen)
+    with compile_cache.compile_once(tmp_path):
+        for rate in ("0.1", "0.3"):
+            parts = put_together(overrides.override(experiment, [f"optimizer.learning_rate={rate}"]))
+            batches = parts.batches()
+            parts.step(parts.create_state(), next(batches)[0])
+            batches.close()
+            counts.append(len(missed))
+    jax.monitoring.unregister_event_listener(listen)
+    assert 0 < counts[0] == counts[1]
