@@ -13,6 +13,7 @@ from jaxdist import adapters, errors
 from jaxdist.config.experiment import Experiment
 from jaxdist.errors import ConfigError
 from jaxdist.spmd import evaluate, metrics, reduce, state
+from jaxdist.spmd.step import GRAD_NORM
 
 Shapes: TypeAlias = Mapping[str, jax.ShapeDtypeStruct]
 
@@ -61,7 +62,7 @@ def _trained(loss_fn: Any, abstract: state.TrainState, shapes: Shapes) -> list[s
 
     found = jax.eval_shape(evaluate_loss, abstract.params, abstract.model_state, dict(shapes), abstract.key)
     metrics.check_names(found)
-    return ["loss", *found]
+    return ["loss", *found, GRAD_NORM]
 
 
 def _evaluated(eval_fn: Any, abstract: state.TrainState, shapes: Shapes) -> list[str]:

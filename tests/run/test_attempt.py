@@ -99,7 +99,8 @@ def test_a_run_leaves_its_record_its_metrics_and_its_checkpoints(undisturbed):
     assert made["params_sha256"] == record.params_sha256(state.params)
     assert made["metrics"] == progress.metrics
     assert set(made["metrics"]) == {f"{part}/{name}" for part in ("train", "eval") for name in ("loss", "accuracy")} | {
-        "train/learning_rate"
+        "train/learning_rate",
+        "train/grad_norm",
     }
     assert made["config"]["optimizer"]["learning_rate"] == 0.1
     assert (position["epoch"], position["position"]) == (2, 32)

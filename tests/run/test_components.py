@@ -238,7 +238,7 @@ def test_a_target_or_patience_on_held_out_data_needs_some(experiment):
         ),
         (
             ["stop.patience=2", "stop.target_metric=accuracy"],
-            r"'accuracy'.*It reports: train/loss, train/accuracy, eval",
+            r"'accuracy'.*It reports: train/loss, train/accuracy, train/grad_norm, eval",
         ),
         (
             ["stop.patience=2", "stop.target_metric=train/loss"],

@@ -109,7 +109,7 @@ def test_loss_and_metrics_are_means_over_the_true_examples():
     batch = numpy_batch(mask=RAGGED[0])
     _, step_metrics = shared_step(8, 1, "sgd")(placed_state("sgd", mesh), place(batch, mesh, "data"))
     values = np.asarray(example_losses(host_state("sgd").params, batch))[:21]
-    assert set(step_metrics) == {"loss", "above_one", "nonfinite_leaf"}
+    assert set(step_metrics) == {"loss", "above_one", "grad_norm", "nonfinite_leaf"}
     assert_close(step_metrics["loss"], values.mean())
     assert_close(step_metrics["above_one"], (values > 1).mean())
     assert all(value.shape == () for value in step_metrics.values())
