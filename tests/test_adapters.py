@@ -440,7 +440,7 @@ def test_a_module_that_draws_where_it_finds_a_stream_finds_it_in_training_alone(
         def __call__(self, image, *, train):
             assert not self.has_rng("params") or self.is_initializing()
             noise = jax.random.normal(self.make_rng("noise"), image.shape) if self.has_rng("noise") else 0.0
-            return nn.Dense(3)((image + noise).reshape(image.shape[0], -1))
+            return nn.Dense(10)((image + noise).reshape(image.shape[0], -1))
 
     fns = adapters.linen(Noisy(), losses.classification, EXAMPLE)
     params = fns.init_fn(jax.random.key(0))

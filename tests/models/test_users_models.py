@@ -28,8 +28,11 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def shared_compilations(tmp_path_factory):
+    # Programs this small are compiled for longer than they run.
+    jax.config.update("jax_disable_most_optimizations", True)
     with compile_cache.compile_once(tmp_path_factory.mktemp("xla")):
         yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def make_batch(seed):
