@@ -1,14 +1,17 @@
 """Whether a healthy job can stand still: jobs whose steps are trivial, so that communication is all they do.
 
 python benchmarks/deadlock.py [--jobs 2x2 4x1] [--reductions canonical] [--steps N] [--steps-per-job N] [--json]
+python benchmarks/deadlock.py --log deadlock.jsonl --minutes 20      # a piece; the same command again continues
 
 A job `PxD` has P processes of D fake CPU devices. Each is started anew until its steps are made; a job that hangs is
 ended by its watchdog after `--hang-seconds` and counts as a hang, and the exit status is 1. Use more processes and
 devices than there are cores: what is tried is programs that wait for each other and together need more threads than
-XLA's pool has.
+XLA's pool has. With `--log` each job adds a line to a file, and the jobs in that file count, so the steps can be made
+in pieces: `--minutes` ends one. The layouts take turns.
 """
 
 import argparse
+import datetime
 import json
 import os
 import pathlib
@@ -17,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -56,54 +58,80 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=200_000, help="of each layout and reduction")
     parser.add_argument("--steps-per-job", type=int, default=10_000)
     parser.add_argument("--hang-seconds", type=int, default=60)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no further job after that")
+    parser.add_argument("--log", type=pathlib.Path, help="file of the jobs, one JSON object a line; is appended to")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     options = parser.parse_args()
-    hangs = 0
-    for layout in options.jobs:
-        for reduction in options.reductions:
-            row = measure(layout, reduction, options)
-            hangs += row["ours"]
-            print(json.dumps(row) if options.json else "\n".join(f"{name:12} {value}" for name, value in row.items()))
-    return int(hangs > 0)
+    kinds = [(layout, reduction) for layout in options.jobs for reduction in options.reductions]
+    done = read_log(options.log)
+    end = time.monotonic() + 60 * options.minutes
+    while due := [kind for kind in kinds if num_steps(done, kind) < options.steps]:
+        if time.monotonic() >= end:
+            break
+        kind = min(due, key=lambda kind: num_steps(done, kind))
+        done.append(run_job(*kind, options))
+        if options.log:
+            with open(options.log, "a") as file:
+                file.write(json.dumps(done[-1]) + "\n")
+        print(f"{' '.join(kind)}: {num_steps(done, kind)} steps, {done[-1]['failed']} failed", file=sys.stderr)
+    rows = [summary(kind, done) for kind in kinds]
+    for row in rows:
+        print(json.dumps(row) if options.json else "\n".join(f"{name:12} {value}" for name, value in row.items()))
+    return int(any(row["ours"] for row in rows))
 
 
-def measure(layout: str, reduction: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Return how many jobs were run in a layout, their steps, and how many hung."""
-    begin, results = time.monotonic(), []
-    for steps, failed in jobs(layout, reduction, options):
-        results.append((steps, failed))
-        print(f"{layout} {reduction}: {sum(steps for steps, _ in results)} steps, {failed} failed", file=sys.stderr)
+def read_log(path: pathlib.Path | None) -> list[dict[str, Any]]:
+    """Return the jobs that a log holds."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path and path.exists() else []
+
+
+def num_steps(done: list[dict[str, Any]], kind: tuple[str, str]) -> int:
+    """Return how many steps the jobs of a layout and reduction made."""
+    return sum(job["steps"] for job in done if (job["layout"], job["reduction"]) == kind)
+
+
+def summary(kind: tuple[str, str], done: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return how many jobs were run in a layout, their steps, and how many attempts hung."""
+    ours = [job for job in done if (job["layout"], job["reduction"]) == kind]
+    load = max([job["load"] for job in ours], default=0)
     return {
-        "name": f"attempts that hung or failed, {layout}, {reduction}",
-        "ours": sum(failed for _, failed in results),
+        "name": f"attempts that hung or failed, {kind[0]}, {kind[1]}",
+        "ours": sum(job["failed"] for job in ours),
         "theirs": 0,
         "ratio": None,
         "unit": "attempts (theirs: what is allowed)",
-        "repeats": len(results),
-        "steps": sum(steps for steps, _ in results),
-        "seconds": round(time.monotonic() - begin),
+        "repeats": len(ours),
+        "steps": num_steps(done, kind),
+        "seconds": sum(job["seconds"] for job in ours),
         "versions": record.versions(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, load {os.getloadavg()[1]:.0f}",
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, load up to {load}",
     }
 
 
-def jobs(layout: str, reduction: str, options: argparse.Namespace) -> Iterator[tuple[int, int]]:
-    """Run jobs until the steps are made; yield the steps of each and how many of its attempts failed."""
+def run_job(layout: str, reduction: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Run one job; return the steps that it made and how many of its attempts failed."""
     processes, devices = layout.split("x")
-    for _ in range(-(-options.steps // options.steps_per_job)):
-        with tempfile.TemporaryDirectory() as folder:
-            run_dir = pathlib.Path(folder) / "run"
-            command = [sys.executable, "-m", "jaxdist.cli", "train", __file__, "--run-dir", str(run_dir), "--json"]
-            command += ["--processes", processes, "--devices", devices, "--reduction", reduction]
-            command += ["--max-steps", str(options.steps_per_job)]
-            command += ["--set", f"recovery.hang_seconds={options.hang_seconds}"]
-            done = subprocess.run(command, capture_output=True, text=True)
-            made = record.RunRecord.read(run_dir)
-            ends = [event for event in supervisor.read_events(run_dir) if event["event"] == "end"]
-            failed = sum(event["status"] != 0 for event in ends)
-            if failed or done.returncode:
-                print(done.stderr, file=sys.stderr)
-            yield made.step, max(failed, int(done.returncode != 0))
+    begin, started = time.monotonic(), datetime.datetime.now(datetime.UTC)
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir = pathlib.Path(folder) / "run"
+        command = [sys.executable, "-m", "jaxdist.cli", "train", __file__, "--run-dir", str(run_dir), "--json"]
+        command += ["--processes", processes, "--devices", devices, "--reduction", reduction]
+        command += ["--max-steps", str(options.steps_per_job)]
+        command += ["--set", f"recovery.hang_seconds={options.hang_seconds}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        ends = [event for event in supervisor.read_events(run_dir) if event["event"] == "end"]
+        failed = max(sum(event["status"] != 0 for event in ends), int(done.returncode != 0))
+        if failed:
+            print(done.stderr, file=sys.stderr)
+        return {
+            "layout": layout,
+            "reduction": reduction,
+            "steps": record.RunRecord.read(run_dir).step,
+            "failed": failed,
+            "seconds": round(time.monotonic() - begin),
+            "started": started.isoformat(timespec="seconds"),
+            "load": round(os.getloadavg()[1], 1),
+        }
 
 
 if __name__ == "__main__":
