@@ -6,7 +6,6 @@ import errno
 import functools
 import pathlib
 import sys
-import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -192,7 +191,7 @@ class _Run:
             if jax.process_count() > 1:
                 # On the way out a checkpointer would wait for processes that wait for this one.
                 if explained is None:
-                    traceback.print_exc()
+                    runtime.print_for_developers(error)
                 else:
                     print(f"jaxdist: {explained}", file=sys.stderr)
                 runtime.leave(1 if explained is None else explained.exit_status)

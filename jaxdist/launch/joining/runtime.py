@@ -1,9 +1,11 @@
 """Preparing this process before JAX's backend starts: devices, threads, compilation cache, the job it belongs to."""
 
+import contextlib
 import os
 import pathlib
 import sys
 import threading
+import traceback
 import types
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any, NoReturn
@@ -18,6 +20,8 @@ from jaxdist.launch.joining import coordinator, places, same_on_all
 
 PROCESS_ID, NUM_PROCESSES, COORDINATOR = places.PROCESS_ID, places.NUM_PROCESSES, places.COORDINATOR
 
+LOG = "JAXDIST_LOG"
+"""Environment variable: the file that takes what native code prints in a process that shares the user's terminal."""
 LEAST_COMPILE_SECONDS = 0.0
 """Every program is kept: at a restart the whole job waits for each that is compiled anew, however small."""
 _COLLECTIVE_FLAG = "xla_gpu_nccl_termination_timeout_seconds"
@@ -111,16 +115,32 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_COMPILE_SECONDS)
 
 
-def _keep_standard_output_clean() -> None:
-    """Send what native code prints to standard error: gloo announces its connections on standard output."""
+def keep_native_output_apart(environment: Mapping[str, str] = os.environ) -> None:
+    """Let native code print to this process's log, or to standard error without one; Python prints as before.
+
+    Gloo and the coordination service say on both streams what only a developer can read. `sys.__stderr__`, and so
+    what `print_for_developers` prints, goes to the log, too.
+    """
     sys.stdout.flush()
-    ours = os.dup(1)
+    sys.stderr.flush()
+    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+    if LOG in environment:
+        with contextlib.suppress(OSError):  # on a full disk the terminal has to do
+            log = os.open(environment[LOG], os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
+            os.dup2(log, 2)
+            os.close(log)
     os.dup2(2, 1)
-    sys.stdout = os.fdopen(ours, "w", buffering=1)
+
+
+def print_for_developers(error: BaseException) -> None:
+    """Print the traceback to the log: where other processes fail first, it tells a user nothing, or the wrong thing."""
+    with contextlib.suppress(OSError, ValueError):
+        traceback.print_exception(error, file=sys.__stderr__)
 
 
 def _join_job(place: places.Place, num_devices: int | None) -> None:
-    _keep_standard_output_clean()
+    keep_native_output_apart()
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # JAX's preemption service would swallow SIGTERM; ours decides what a signal means.
     jax.config.update("jax_enable_preemption_service", False)
@@ -160,7 +180,8 @@ def leave(exit_status: int) -> NoReturn:
 
 
 def _fail_at_once(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
-    sys.__excepthook__(kind, error, trace)
+    del kind, trace
+    print_for_developers(error)
     leave(1)
 
 

@@ -8,13 +8,12 @@ coordinator. A restart continues from the newest checkpoint, so the run director
 import dataclasses
 import pathlib
 import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
 
 from jaxdist.errors import ExitStatus, UserError
 from jaxdist.launch.joining import places
-from jaxdist.launch.supervising import local_job, supervisor
+from jaxdist.launch.supervising import board, local_job, supervisor
 from jaxdist.rundir import lock, record
 
 _LOOK_SECONDS = 0.1
@@ -77,7 +76,7 @@ def run(
             attempts.make,
             num_processes=host.num_processes,
             policy=policy,
-            say=_say,
+            say=supervisor.say,
             start_step=saved_step(),
             sleep=attempts.sleep,
             stopped=attempts.stopped,
@@ -107,6 +106,7 @@ class _Attempts:
 
     def make(self, number: int, num_processes: int) -> supervisor.Attempt:
         """Run this host's processes once, to their end."""
+        began = time.time()
         result = local_job.run_job(
             self.command,
             num_processes=num_processes,
@@ -116,8 +116,11 @@ class _Attempts:
             started=lambda ids: self.events.note("start", attempt=number, process_ids=ids),
             signals=self.signals,
         )
-        if result.failed_process is not None and result.message:
-            _say(f"Process {result.failed_process} of host {self.host.index} failed first:\n{result.message}")
+        verdict = board.published(self.run_dir / supervisor.BOARD_NAME, since=began)
+        if verdict and self.host.index == 0:
+            supervisor.say(f"{verdict['text']}\nEach process's stacks are in its log in {self.run_dir / 'logs'}.")
+        elif result.failed_process is not None and result.message:
+            supervisor.say(f"Process {result.failed_process} of host {self.host.index} failed first:\n{result.message}")
         reason = _end_reason(self.run_dir)
         self.events.note("end", attempt=number, status=result.exit_status, end_reason=reason)
         return supervisor.Attempt(
@@ -138,8 +141,4 @@ def _exit_status(result: local_job.JobResult) -> int:
 
 def _end_reason(run_dir: pathlib.Path) -> str | None:
     """Return how the run ended, None while it runs: each attempt begins by writing None."""
-    return record.RunRecord.read(run_dir).end_reason if (run_dir / record.FILE_NAME).exists() else None
-
-
-def _say(message: str) -> None:
-    print(f"jaxdist: {message}", file=sys.stderr, flush=True)
+    return supervisor.end_reason_of(run_dir) if (run_dir / record.FILE_NAME).exists() else None

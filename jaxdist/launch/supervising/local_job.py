@@ -10,6 +10,7 @@ import math
 import os
 import pathlib
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -34,8 +35,8 @@ LOG_TAIL_LINES = 40
 _LOOK_SECONDS = 0.5
 _GIVEN_PORTS = pathlib.Path("/proc/sys/net/ipv4/ip_local_port_range")
 _LEAST_PORT = 10_000
-_NOISE = "[Gloo] Rank "
-"""Begins what gloo says of every connection that it makes."""
+_NOISE = re.compile(r"\[Gloo\] Rank |[IWEF]\d{4} [\d:.]+ |WARNING: All log messages before absl::InitializeLog")
+"""Begins what native code says of every connection that it makes or loses."""
 
 
 class Process(Protocol):
@@ -150,7 +151,7 @@ def run_job(
       num_processes: how many; each finds its place in its environment (see `runtime`).
       log_dir: gets process-N.log, standard output and standard error of process N.
       environment: set for every process, besides this process's own.
-      show_first: process 0 writes to this process's standard output and error instead of its log.
+      show_first: process 0 writes to this process's standard output and error, and its native code to its log.
       timeout_seconds: the job is ended when it takes longer.
       started: called with the process ids once all have started.
       start: starts one.
@@ -170,10 +171,11 @@ def run_job(
         stack.callback(_end, processes, grace_seconds)
         passed_on.processes = processes
         for number in range(num_processes):
-            output = None
-            if number or not show_first:
-                output = stack.enter_context(_open_log(log_path(log_dir, number)))
-            processes.append(start(command, {**shared, runtime.PROCESS_ID: str(number)}, output))
+            own = {runtime.PROCESS_ID: str(number)}
+            output: IO[bytes] | None = stack.enter_context(_open_log(log_path(log_dir, number)))
+            if show_first and not number:
+                output, own = None, own | {runtime.LOG: str(log_path(log_dir, number))}
+            processes.append(start(command, shared | own, output))
         if passed_on.received:  # the processes that started after the signal did not get it
             return JobResult(ExitStatus.RETRY, asked_to_stop=True)
         started([process.pid for process in processes])
@@ -256,7 +258,7 @@ def _wait(processes: Sequence[Process], timeout_seconds: float | None) -> int | 
     orderly = math.inf
     with change:
         while True:
-            failed = next((number for number, status in ended.items() if status not in (0, ExitStatus.RETRY)), None)
+            failed = _first_failed(ended)
             now = time.monotonic()
             if ExitStatus.RETRY in ended.values():
                 orderly = min(orderly, now + ORDERLY_SECONDS)
@@ -271,6 +273,13 @@ def _wait(processes: Sequence[Process], timeout_seconds: float | None) -> int | 
             if orderly < math.inf:
                 left = min(left, _LOOK_SECONDS)
             change.wait(None if left == math.inf else left)
+
+
+def _first_failed(ended: Mapping[int, int]) -> int | None:
+    """Return the first process that failed in `ended`, in order of time; one that was killed has made others fail."""
+    killed = [number for number, status in ended.items() if status == -signal.SIGKILL]
+    failed = [number for number, status in ended.items() if status not in (0, ExitStatus.RETRY)]
+    return next(iter([*killed, *failed]), None)
 
 
 def _end(processes: Sequence[Process], grace_seconds: float) -> None:
@@ -305,5 +314,5 @@ def _end_group(process_id: int) -> None:
 def _tail(path: pathlib.Path) -> str:
     if not path.exists():
         return ""
-    lines = path.read_text(errors="replace").splitlines()
-    return "\n".join([line for line in lines if not line.startswith(_NOISE)][-LOG_TAIL_LINES:])
+    lines = path.read_text(errors="replace").strip().splitlines()
+    return "\n".join([line for line in lines if not _NOISE.match(line)][-LOG_TAIL_LINES:])

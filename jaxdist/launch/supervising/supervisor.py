@@ -359,7 +359,8 @@ class _Attempts:
         board.clear(self._memory)
         if number:
             self._record.restore()
-        before = _changed_at(job.run_dir)
+        before, began = _changed_at(job.run_dir), time.time()
+        log_dir = job.run_dir / "logs" / f"attempt-{number}"
         resume = ["--resume"] if number and (job.run_dir / record.FILE_NAME).exists() else []
         with _StoppedWatch(self._memory, self._policy.stopped_seconds, self._record.look) as watch:
 
@@ -370,7 +371,7 @@ class _Attempts:
             result = local_job.run_job(
                 [*job.command, *resume],
                 num_processes=num_processes,
-                log_dir=job.run_dir / "logs" / f"attempt-{number}",
+                log_dir=log_dir,
                 environment=self._environment(),
                 show_first=job.show_first,
                 started=started,
@@ -379,9 +380,11 @@ class _Attempts:
                 # Processes in a collective do not react to a signal; their state is in memory or on disk already.
                 grace_seconds=0.0,
             )
-        if result.failed_process is not None and result.message:
-            say(f"Process {result.failed_process} failed first:\n{result.message}")
-        end_reason = _end_reason(job.run_dir) if _changed_at(job.run_dir) != before else None
+        if verdict := board.published(self._memory, since=began):
+            say(f"{verdict['text']}\nEach process's stacks are in its log in {log_dir}.")
+        elif result.failed_process is not None and result.message:
+            say(f"Process {result.failed_process} failed first. Its log in {log_dir} ends so:\n{result.message}")
+        end_reason = end_reason_of(job.run_dir) if _changed_at(job.run_dir) != before else None
         made = Attempt(
             num_processes=num_processes,
             exit_status=self._exit_status(result.exit_status, end_reason),
@@ -496,7 +499,7 @@ def _changed_at(run_dir: pathlib.Path) -> int:
     return 0
 
 
-def _end_reason(run_dir: pathlib.Path) -> str | None:
+def end_reason_of(run_dir: pathlib.Path) -> str | None:
     """Return the end reason of the run record, None if the record is damaged."""
     try:
         return record.RunRecord.read(run_dir).end_reason

@@ -238,8 +238,12 @@ class Watchdog:
             self._stopped.wait(self._every_seconds)
 
     def _end(self, verdict: Verdict) -> None:
-        """Show the verdict and the stacks, record the hang, and leave: the main thread is in a collective."""
-        show(verdict, sys.stderr)
+        """Show the verdict and the stacks, record the hang, and leave: the main thread is in a collective.
+
+        Where a supervisor shows the verdict to the user, the original standard error is this process's log.
+        """
+        with contextlib.suppress(OSError, ValueError):  # the viewer is gone; the process must leave all the same
+            show(verdict, sys.__stderr__ or sys.stderr)
         try:
             if verdict.reporter == self._process:
                 self._on_hang(verdict)
