@@ -30,9 +30,10 @@ import orbax.checkpoint as ocp
 from jaxdist.checkpoint import manifest as manifests
 from jaxdist.checkpoint.manifest import CheckpointError, DamagedCheckpointError
 from jaxdist.checkpoint.pieces import place
+from jaxdist.spmd import jax_private
 from jaxdist.spmd.layout import path_name
 
-__all__ = ["CheckpointError", "Checkpointer", "DamagedCheckpointError"]
+__all__ = ["CheckpointError", "Checkpointer", "DamagedCheckpointError", "NoRoomError"]
 
 PyTree: TypeAlias = Any
 
@@ -42,6 +43,14 @@ _REMOVED = "removed-"
 _ORBAX_UNFINISHED = ".orbax-checkpoint-tmp"
 _NUM_READERS = 8
 _BARRIER_TIMEOUT_SECONDS = 1200
+_BESIDES, _BESIDES_EACH = 1 << 20, 1 << 14
+"""Bytes for the manifest and metadata of a checkpoint, and for those of each leaf."""
+_SAVES = itertools.count()
+"""Numbers the saves of this process, so that each has a key of its own in the coordinator's store."""
+
+
+class NoRoomError(CheckpointError):
+    """The disk has no room for a checkpoint. Nothing was written, and every process of the job raises this."""
 
 
 class Checkpointer:
@@ -126,7 +135,11 @@ class Checkpointer:
             self._refuse_foreign()
             self._orbax = _async_checkpointer()
         self._make_ready()
-        self._orbax.save(self._new_path(step), args=_save_args(leaves, extra))
+        self._check_room(step, leaves)
+        try:
+            self._orbax.save(self._new_path(step), args=_save_args(leaves, extra))
+        except OSError as error:
+            raise self._write_error(f"of step {step}", error) from error
         self._saving = step, self._thread.submit(self._finish, self._orbax, step)
 
     def wait(self) -> None:
@@ -256,6 +269,23 @@ class Checkpointer:
         except OSError as error:
             raise self._write_error("", error) from error
 
+    def _check_room(self, step: int, leaves: Sequence[manifests.Leaf]) -> None:
+        """Raise NoRoomError, on every process, if process 0 sees that the disk has no room for `leaves`.
+
+        Orbax would fail half-way, on one process, and leave the others in a barrier.
+        """
+        fits, store, key = True, jax_private.coordinator_store(), f"jaxdist/checkpoint/{next(_SAVES)}"
+        if jax.process_index() == 0:
+            disk = shutil.disk_usage(self._directory)
+            needed = needed_bytes([leaf.data.nbytes for leaf in leaves])
+            fits = disk.free >= needed or not disk.total  # a file system that does not tell its size
+            if store is not None and jax.process_count() > 1:
+                store.key_value_set(key, str(fits))
+        elif store is not None:
+            fits = store.blocking_key_value_get(key, _BARRIER_TIMEOUT_SECONDS * 1000) == str(True)
+        if not fits:
+            raise NoRoomError(f"The disk of {self._directory} has no room for the checkpoint of step {step}.")
+
     def _finish(self, orbax: ocp.AsyncCheckpointer, step: int) -> None:
         """Wait for the commit, then remove what is not to be kept; all processes return when that is done."""
         orbax.wait_until_finished()
@@ -334,6 +364,11 @@ class Checkpointer:
         return f"Step {intact} is intact: restore that one, or remove {path}."
 
 
+def needed_bytes(leaves: Sequence[int]) -> int:
+    """Return the room on the disk that a checkpoint needs whose leaves have so many bytes."""
+    return sum(leaves) + _BESIDES_EACH * len(leaves) + _BESIDES
+
+
 def save_plain(path: pathlib.Path, tree: PyTree) -> None:
     """Save a tree of arrays as a checkpoint of plain Orbax, at `path`, which must not exist."""
     _quiet_orbax()
@@ -406,10 +441,16 @@ def _all_processes() -> set[int]:
 def _quiet_orbax() -> None:
     """Keep Orbax's running commentary out of the log; what it has to complain about is raised."""
     logging.getLogger("absl").addFilter(_is_not_orbax)
+    logging.getLogger("asyncio").addFilter(_is_not_of_store)
 
 
 def _is_not_orbax(record: logging.LogRecord) -> bool:
     return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+def _is_not_of_store(record: logging.LogRecord) -> bool:
+    """Return whether a record is not of a task of Orbax that failed together with one whose error is raised."""
+    return record.exc_info is None or "tensorstore_spec" not in str(record.exc_info[1])
 
 
 def _template_leaves(with_paths: Sequence[tuple[Any, Any]]) -> dict[str, Any]:

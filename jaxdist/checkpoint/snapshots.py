@@ -66,13 +66,14 @@ class Snapshots:
       process: number of this process.
 
     Attributes:
+      directory: as given.
       cost_seconds: seconds that the newest one took, here and on the thread, without the wait for the step.
     """
 
     def __init__(self, directory: pathlib.Path, *, identity: str, process: int | None = None):
         self.cost_seconds = 0.0
         directory.mkdir(parents=True, exist_ok=True)
-        self._directory, self._identity = directory, identity
+        self.directory, self._identity = directory, identity
         self._process = jax.process_index() if process is None else process
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "snapshot")
         self._retry_at, self._told = 0.0, False
@@ -84,13 +85,13 @@ class Snapshots:
 
         Every process calls this once, before it trains.
         """
-        for path in self._directory.glob(_PATTERN):
+        for path in self.directory.glob(_PATTERN):
             file, number = _open(path), int(path.name.split(".")[0].removeprefix("process-"))
             ours = number == self._process or (self._process == 0 and number >= jax.process_count())
             if ours and (file is None or file.header["step"] > step):
                 path.unlink()
         # The oldest is overwritten first, the one that training continues from last.
-        files = {slot: _open(_slot_path(self._directory, self._process, slot)) for slot in self._slots}
+        files = {slot: _open(_slot_path(self.directory, self._process, slot)) for slot in self._slots}
         steps = {slot: -1 if file is None else file.header["step"] for slot, file in files.items()}
         self._slots.sort(key=lambda slot: steps[slot])
 
@@ -130,7 +131,7 @@ class Snapshots:
             return
         jax.block_until_ready([piece.data for piece in pieces])
         begin = time.perf_counter()
-        paths = [_slot_path(self._directory, self._process, slot) for slot in self._slots]
+        paths = [_slot_path(self.directory, self._process, slot) for slot in self._slots]
         try:
             _write(paths, header, pieces)
         except OSError as error:
@@ -146,7 +147,7 @@ class Snapshots:
         self._retry_at = time.monotonic() + RETRY_SECONDS
         if not self._told:
             print(
-                f"jaxdist: A snapshot could not be written to {self._directory}: {error.strerror}. The run continues; "
+                f"jaxdist: A snapshot could not be written to {self.directory}: {error.strerror}. The run continues; "
                 f"snapshots are tried again every {RETRY_SECONDS:.0f} s. Until then a restart continues from an older "
                 "snapshot or the newest checkpoint.",
                 file=sys.stderr,
@@ -172,7 +173,7 @@ class Snapshots:
 
         Call it before training continues: all processes must come to the same answer.
         """
-        return _newest_whole(_by_step(self._directory, self._identity))
+        return _newest_whole(_by_step(self.directory, self._identity))
 
     def restore(self, template: PyTree, step: int) -> tuple[PyTree, dict[str, Any]]:
         """Return the state and data_state of `step`, bit for bit, laid out as the template says.
@@ -184,7 +185,7 @@ class Snapshots:
         Raises:
           SnapshotError: the snapshot has other leaves, shapes or dtypes.
         """
-        files = _by_step(self._directory, self._identity)[step]
+        files = _by_step(self.directory, self._identity)[step]
         header = files[0].header
         with_paths, treedef = jax.tree_util.tree_flatten_with_path(template)
         expected = [[path_name(path), str(leaf.dtype)] for path, leaf in with_paths]

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import pathlib
 import sys
@@ -21,12 +20,10 @@ from jaxdist.data.assembly import BadExampleError
 from jaxdist.guards import nonfinite, recompile, replicas
 from jaxdist.launch.joining import agreement, runtime
 from jaxdist.launch.supervising import watchdog
-from jaxdist.run import bookkeeping, components, directory, disk_room, header, hooks, loop, recovery
+from jaxdist.run import bookkeeping, components, directory, disk_room, header, hooks, loop, recovery, rescue
 from jaxdist.run.stopwatch import Stopwatch
-from jaxdist.rundir import lock, record
+from jaxdist.rundir import full_disk, lock, record
 from jaxdist.spmd.state import TrainState
-
-_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,6 +67,8 @@ def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.
             if runtime.is_alone() and runtime.is_first():
                 # Not before the checks: what is refused leaves no trace. A supervisor holds the lock for its processes.
                 stack.enter_context(lock.locked(options.run_dir, purpose=options.command))
+                if options.resume and jax.process_count() == 1:
+                    earlier = rescue.save_left(_rescue_of(parts, options.run_dir)) or earlier
             for eval_loader in parts.eval_loaders.values():
                 stack.enter_context(eval_loader)
             stopwatch = Stopwatch(earlier.time_seconds if earlier else None)
@@ -91,6 +90,10 @@ def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.
             run = _Run(parts, options, start, stopwatch, earlier, agreed)
         dog.report()
         return run.execute(stop_rule, dog)
+
+
+def _rescue_of(parts: components.Parts, run_dir: pathlib.Path) -> rescue.Rescue:
+    return rescue.Rescue.of(run_dir, parts.identity, directory.what_stays(parts.experiment))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,9 +198,9 @@ class _Run:
                 else:
                     print(f"jaxdist: {explained}", file=sys.stderr)
                 runtime.leave(1 if explained is None else explained.exit_status)
-            if explained is not None:
-                raise explained from error
-            raise
+            if explained is None or explained is error:
+                raise
+            raise explained from error
 
     def _train(self, stop_rule: stop.StopRule, dog: watchdog.Watchdog) -> record.RunRecord:
         books, start = self.books, self.start
@@ -229,8 +232,36 @@ class _Run:
             self.books.evaluate(result.state)
         # A resumed run may have been over, its newest state in memory alone.
         position = result.position or self.start.position
-        if position is not None:
+        if position is None:
+            return
+        try:
             self.books.save(result.state, position)
+            self.start.checkpointer.wait()
+        except checkpoints.CheckpointError as error:
+            if not disk_room.is_no_room(error):
+                raise
+            self._keep_in_memory(result.state, position)
+
+    def _keep_in_memory(self, state: TrainState, position: Position) -> None:
+        """Keep the last state in memory, since the disk is full; a supervisor tries to save it once more.
+
+        Raises:
+          RunFailedError: there is no supervisor; the message says where the state is.
+        """
+        books, run_dir, step = self.books, self.options.run_dir, self.books.progress.step
+        data_state = {"position": position.to_json(), "progress": books.progress.to_json()}
+        kept = disk_room.keep_in_memory(
+            run_dir, self.start.snapshots, str(self.parts.identity), step, state, data_state
+        )
+        if kept and self.start.snapshots:
+            books.kept_for_supervisor = True
+            return
+        where = (
+            f"Its state stays in {kept}; free space and continue with --resume on this machine"
+            if kept
+            else ("Free space and continue with --resume from the newest checkpoint")
+        )
+        raise errors.RunFailedError(f"The disk of {run_dir} has no room for the checkpoint of step {step}. {where}.")
 
     def _watched_step(self, state: TrainState, batch: Any) -> Any:
         outputs = self.parts.step(state, batch)
@@ -295,6 +326,8 @@ def _explained(error: Exception) -> errors.UserError | errors.RunFailedError | N
     """Return the error whose message says all there is to say to a user, None where the traceback says more."""
     if isinstance(error, BadExampleError):
         return errors.UserError(f"{error}. Repair or remove it, or skip such examples with data.on_bad=skip.")
-    if isinstance(error, checkpoints.CheckpointError) or getattr(error, "errno", None) in _DISK_IS_FULL:
+    if isinstance(error, errors.RunFailedError):
+        return error
+    if isinstance(error, checkpoints.CheckpointError) or full_disk.is_full(error):
         return errors.RunFailedError(str(error))
     return None

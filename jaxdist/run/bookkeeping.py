@@ -19,7 +19,7 @@ from jaxdist.config.experiment import Experiment
 from jaxdist.run import components, directory
 from jaxdist.run.progress_display import Bounds, Silent, deciding, make_progress
 from jaxdist.run.stopwatch import StepTimes, Stopwatch
-from jaxdist.rundir import files, origin, record, writers
+from jaxdist.rundir import files, full_disk, origin, record, writers
 from jaxdist.stop import Progress
 
 NONFINITE_NAME = "nonfinite.txt"
@@ -139,6 +139,13 @@ class Bookkeeper:
         self.saves = Schedule(progress, every_steps=experiment.checkpoints.every_steps)
         self._saved_step = checkpointer.latest_step()
         self._origin = self._find_origin()
+        self.kept_for_supervisor = False
+        """Whether the last state is in memory alone, since the disk is full; the supervisor tries to save it."""
+        self._is_recorded = attempt.earlier is not None
+        """Whether there is a record: one that is older than the run is worth more than no run."""
+        self._records = full_disk.Backlog[record.RunRecord](
+            lambda made: made.write(attempt.run_dir), record.FILE_NAME, most_kept=1
+        )
         self.write_record(None)
         resumed_step = progress.step if attempt.earlier else None
         self._writers = writers.make_writers(attempt.run_dir, experiment.writers, resumed_step=resumed_step)
@@ -209,7 +216,6 @@ class Bookkeeper:
         step, self.unsaved_best = self.progress.step, False
         if self._saved_step == step:
             return
-        self._saved_step = step
         self.before_save()
         self._is_best()
         with self.stopwatch.account("checkpoint"):
@@ -217,6 +223,7 @@ class Bookkeeper:
             # Of another step's metrics, this state knows nothing; the best checkpoint is chosen by its own.
             own = {name: value for name, value in self.progress.metrics.items() if self._measured.get(name) == step}
             self.checkpointer.save(step, state, data_state, own)
+        self._saved_step = step
         self.write_record(None)
 
     def finish(self, end_reason: str, params: Any | None) -> record.RunRecord:
@@ -227,10 +234,17 @@ class Bookkeeper:
         return made
 
     def write_record(self, end_reason: str | None, params: Any | None = None) -> record.RunRecord:
-        """Write run.json, on process 0, and return what it says."""
+        """Write run.json, on process 0, and return what it says.
+
+        While the run lasts, a record that a full disk does not take is written at the next occasion.
+        """
         made = self.make_record(end_reason, params)
         if jax.process_index() == 0:
-            made.write(self.attempt.run_dir)
+            if self._is_recorded and (end_reason is None or self.kept_for_supervisor):
+                self._records.add(made)
+            else:
+                made.write(self.attempt.run_dir)
+            self._is_recorded = True
         return made
 
     def make_record(self, end_reason: str | None, params: Any | None = None) -> record.RunRecord:
@@ -290,8 +304,9 @@ class Bookkeeper:
             return
         saved = self.checkpointer.latest_step()
         kept = "No checkpoint was saved yet." if saved is None else f"The checkpoint of step {saved} is kept."
-        files.write_text(self.attempt.run_dir / NONFINITE_NAME, f"{report}\n{kept}\n")
         print(f"{report}\n{kept}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # on a full disk what was shown has to do
+            files.write_text(self.attempt.run_dir / NONFINITE_NAME, f"{report}\n{kept}\n")
 
     def _write_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         self._measured |= dict.fromkeys(metrics, step)

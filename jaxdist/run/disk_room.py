@@ -1,24 +1,26 @@
 """A full disk costs checkpoints, not the run: a save that does not fit is left out, with one warning.
 
-A save that fails half-way ends the run, and on several processes leaves the others in a barrier. So the free space is
-compared with the size of the state before; process 0 looks, and all agree on the answer.
+A save that fails half-way leaves the other processes in a barrier, and the supervisor has to restart the job. So the
+free space is compared with the size of the state before; process 0 looks, and all agree on the answer. At the end of a
+run the state that does not fit stays in memory, where the next start of the run finds it.
 """
 
+import contextlib
 import pathlib
 import shutil
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
+from jaxdist.checkpoint import checkpoints, snapshots
+from jaxdist.launch.supervising import supervisor
 from jaxdist.run.loop import Hook, StepInfo
+from jaxdist.rundir import full_disk
 
 _LOOK_SECONDS = 1.0
 """Between two looks at the disk: steps may be far shorter than a look."""
-_BESIDES = 1 << 20
-"""Bytes for manifests and metadata of a checkpoint."""
 
 
 def unless_full(
@@ -41,21 +43,67 @@ def unless_full(
     def save_if_it_fits(info: StepInfo) -> None:
         nonlocal told, looked_at, fits
         now = clock()
-        if now - looked_at >= _LOOK_SECONDS:
+        looks = now - looked_at >= _LOOK_SECONDS
+        if looks:
             looked_at, fits = now, has_room(info.state, directory)
-        room = agreed(float(fits))
-        if room:
-            save(info)
-        elif not told and jax.process_index() == 0:
-            print(
-                f"jaxdist: The disk of {directory} has no room for a checkpoint. The run continues, and saves again "
-                "when there is room.",
-                file=sys.stderr,
-                flush=True,
+        saved = bool(agreed(float(fits))) and _saves(save, info)
+        if not saved and not told and jax.process_index() == 0:
+            full_disk.say(
+                f"The disk of {directory} has no room for a checkpoint. The run continues, and saves again when there "
+                "is room."
             )
-        told = not room
+        told = not saved or (told and not looks)
 
     return save_if_it_fits
+
+
+def _saves(save: Hook, info: StepInfo) -> bool:
+    """Return whether a save, or the one before it, did not fail for a full disk: a quota shows only there."""
+    try:
+        save(info)
+    except checkpoints.CheckpointError as error:
+        if not is_no_room(error):
+            raise
+        return False
+    return True
+
+
+def is_no_room(error: checkpoints.CheckpointError) -> bool:
+    """Return whether a save failed for a full disk on every process alike, so that all of them can go on."""
+    half_way = jax.process_count() == 1 and full_disk.is_full(error)  # of several processes one alone has failed
+    return isinstance(error, checkpoints.NoRoomError) or half_way
+
+
+def keep_in_memory(
+    directory: pathlib.Path,
+    ours: snapshots.Snapshots | None,
+    identity: str,
+    step: int,
+    state: Any,
+    data: Mapping[str, Any],
+) -> str:
+    """Keep the last state of a run whose disk is full in memory; return where it is, "" if nowhere.
+
+    Args:
+      directory: of the run.
+      ours: the snapshots of a supervised job, whose directory is the supervisor's; None without a supervisor.
+      identity: of the run's checkpoints.
+      step: number of finished steps.
+      state: the state; all processes call this.
+      data: the data_state of a checkpoint.
+    """
+    with contextlib.ExitStack() as stack:
+        if ours is None:
+            if jax.process_count() > 1:
+                return ""
+            try:
+                memory = stack.enter_context(supervisor.memory_directory(directory))
+            except OSError:
+                return ""
+            ours = stack.enter_context(contextlib.closing(snapshots.Snapshots(memory, identity=identity)))
+        ours.save(step, state, data)
+        ours.wait()
+        return str(ours.directory) if ours.latest_step() == step else ""
 
 
 def has_room(state: Any, directory: pathlib.Path) -> bool:
@@ -64,5 +112,5 @@ def has_room(state: Any, directory: pathlib.Path) -> bool:
         disk = shutil.disk_usage(directory)
     except OSError:
         return True  # whatever is wrong with the directory, saving to it says so
-    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    return disk.free >= needed + _BESIDES or not disk.total
+    needed = checkpoints.needed_bytes([leaf.nbytes for leaf in jax.tree.leaves(state)])
+    return disk.free >= needed or not disk.total

@@ -9,11 +9,14 @@ import dataclasses
 import json
 import pathlib
 import re
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
 from jaxdist.checkpoint import checkpoints
 from jaxdist.checkpoint import snapshots as snapshot
+from jaxdist.launch.supervising import supervisor
+from jaxdist.run import components, directory
 from jaxdist.rundir import record
 
 _PARAMS = re.compile(r"params\b")
@@ -34,6 +37,14 @@ class Rescue:
     checkpoints: str
     identity: str
     keep: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, run_dir: pathlib.Path, identity: components.Identity, keep: Mapping[str, Any]) -> "Rescue":
+        """Return that of the run in `run_dir`; see the attributes for the rest."""
+        where = run_dir.absolute()
+        return cls(
+            run_dir=str(where), checkpoints=str(where / directory.CHECKPOINTS_NAME), identity=str(identity), keep=keep
+        )
 
     def save(self, memory: pathlib.Path, end_reason: str) -> int | None:
         """Save the newest snapshot in `memory` if no checkpoint is as new; return its step, None if there was none.
@@ -62,6 +73,25 @@ class Rescue:
     def from_text(cls, text: str) -> "Rescue":
         """Return what `to_text` gave."""
         return cls(**json.loads(text))
+
+
+def save_left(left: Rescue) -> record.RunRecord | None:
+    """Save what an earlier job of the run left in the memory of this machine; return the record then, None otherwise.
+
+    The caller holds the lock of the run directory. What cannot be saved stays, and the run continues without it.
+    """
+    found = None
+    for memory in supervisor.left_behind(pathlib.Path(left.run_dir)):
+        try:
+            step = left.save(memory, "error")
+        except checkpoints.CheckpointError as error:
+            supervisor.say(f"The state in {memory} could not be saved and stays there: {error}")
+            continue
+        if step:
+            supervisor.say(f"Step {step} was saved from memory, as a checkpoint.")
+            found = record.RunRecord.read(left.run_dir)
+        shutil.rmtree(memory, ignore_errors=True)
+    return found
 
 
 def _own_metrics(saved: snapshot.Snapshot) -> dict[str, float]:

@@ -44,12 +44,7 @@ def supervise(
 
     jax.config.update("jax_platforms", "cpu")  # the accelerators belong to the processes
     identity = components.identity(experiment)
-    saved = rescue.Rescue(
-        run_dir=str(run_dir.absolute()),
-        checkpoints=str((run_dir / directory.CHECKPOINTS_NAME).absolute()),
-        identity=str(identity),
-        keep=directory.what_stays(experiment),
-    )
+    saved = rescue.Rescue.of(run_dir, identity, directory.what_stays(experiment))
     with contextlib.closing(directory.open_checkpoints(experiment, run_dir, identity)) as checkpointer:
         job = supervisor.Job(
             command=_command(arguments),

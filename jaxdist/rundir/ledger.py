@@ -12,6 +12,8 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+from jaxdist.rundir import full_disk
+
 FILE_NAME = "ledger.txt"
 
 
@@ -54,18 +56,24 @@ class Recorder:
         # Unbuffered, each line one write: what was written survives the death of this process.
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
         self._file = os.open(run_dir / FILE_NAME, flags, 0o644)
+        self._lines = full_disk.Backlog[bytearray](self._write, "the example ledger")
         self._epoch, self._position = (place.epoch, place.position) if place else (0, 0)
         # The line break ends what an earlier process may have left half-written.
-        os.write(self._file, f"\nfrom {step}\n".encode())
+        self._lines.add(bytearray(f"\nfrom {step}\n".encode()))
 
     def add(self, step: int, place: Place) -> None:
         """Add the line of a step; `place` is the position in the data after it."""
         begin = self._position if place.epoch == self._epoch else 0
-        os.write(self._file, f"{step} {place.epoch} {begin} {place.position}\n".encode())
+        self._lines.add(bytearray(f"{step} {place.epoch} {begin} {place.position}\n".encode()))
         self._epoch, self._position = place.epoch, place.position
 
+    def _write(self, line: bytearray) -> None:
+        while line:  # what was written of it before the disk was full is not written again
+            del line[: os.write(self._file, line)]
+
     def close(self) -> None:
-        """Close the file."""
+        """Write what waits for room, as far as there is any, and close the file."""
+        self._lines.flush()
         os.close(self._file)
 
 

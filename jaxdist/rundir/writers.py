@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol, TextIO, TypeAlias
 
 import jax
 
-from jaxdist.rundir import files, record
+from jaxdist.rundir import files, full_disk, record
 
 Kind: TypeAlias = Literal["console", "jsonl", "csv", "tensorboard"]
 
@@ -53,7 +53,7 @@ def make_writers(
     if jax.process_index() != 0:
         return []
     run_dir = pathlib.Path(run_dir)
-    return [_make_writer(run_dir, kind, resumed_step) for kind in kinds]
+    return [_Patient(_make_writer(run_dir, kind, resumed_step), kind) for kind in kinds]
 
 
 def _make_writer(run_dir: pathlib.Path, kind: Kind, resumed_step: int | None) -> Writer:
@@ -67,6 +67,24 @@ def _make_writer(run_dir: pathlib.Path, kind: Kind, resumed_step: int | None) ->
         case "tensorboard":
             return TensorBoardWriter(run_dir / TENSORBOARD_NAME, resumed_step=resumed_step)
     raise ValueError(f"A writer is one of console, jsonl, csv, tensorboard; got {kind!r}.")
+
+
+class _Patient:
+    """A writer whose rows wait while the disk is full."""
+
+    def __init__(self, writer: Writer, kind: Kind) -> None:
+        self._writer = writer
+        rows = full_disk.Backlog[tuple[int, Mapping[str, float]]](lambda row: writer.write(*row), f"{kind} metrics")
+        self._rows = rows
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """See Writer."""
+        self._rows.add((step, dict(metrics)))
+
+    def close(self) -> None:
+        """Write what waits, as far as there is room; see Writer."""
+        self._rows.flush()
+        self._writer.close()
 
 
 def format_number(value: Any) -> str:
@@ -133,20 +151,21 @@ class CsvWriter:
         self._last = (self._last if again else {"step": str(step)}) | {k: repr(float(v)) for k, v in metrics.items()}
         new = [name for name in self._last if name not in self._columns]
         if new:
-            self._add_columns(new)
+            self._rows = self._with_columns(new)
         self._rows.put(step, _csv_line([self._last.get(name, "") for name in self._columns]))
 
     def close(self) -> None:
         """See Writer."""
         self._rows.close()
 
-    def _add_columns(self, new: list[str]) -> None:
-        self._columns += new
-        self._rows.close()
+    def _with_columns(self, new: list[str]) -> "_Rows":
+        """Return the rows of the file with further columns; on a full disk nothing has changed."""
         old = self._path.read_text(encoding="utf-8").splitlines()[1:]
         rows = "".join(line + "," * len(new) + "\n" for line in old)
-        files.write_text(self._path, _csv_line(self._columns) + rows)
-        self._rows = _Rows(self._path, _step_of_csv, header_lines=1, resumed_step=sys.maxsize)
+        files.write_text(self._path, _csv_line([*self._columns, *new]) + rows)
+        self._rows.close()
+        self._columns += new
+        return _Rows(self._path, _step_of_csv, header_lines=1, resumed_step=sys.maxsize)
 
 
 class TensorBoardWriter:
@@ -190,7 +209,13 @@ class TensorBoardWriter:
         message = event.SerializeToString()
         length = struct.pack("<Q", len(message))
         checksums = [struct.pack("<I", self._checksum(part)) for part in (length, message)]
-        _write_all(self._path, self._file, length + checksums[0] + message + checksums[1])
+        start = self._file.tell()
+        try:
+            _write_all(self._path, self._file, length + checksums[0] + message + checksums[1])
+        except OSError:  # TensorBoard would read nothing after half a record
+            self._file.truncate(start)
+            self._file.seek(start)
+            raise
 
 
 class _Rows:

@@ -291,8 +291,9 @@ def run(job: Job, *, num_processes: int, policy: Policy | None = None) -> int:
         start_step = job.saved_step(memory)
         if start_step:
             say(f"The run continues from the checkpoint of step {start_step}.")
+        status: int = ExitStatus.FAILED
         try:
-            return supervise(
+            status = supervise(
                 attempts.make,
                 num_processes=num_processes,
                 policy=policy,
@@ -303,7 +304,8 @@ def run(job: Job, *, num_processes: int, policy: Policy | None = None) -> int:
             )
         finally:
             attempts.restore_record()
-            _save(job, memory, "preempted" if attempts.stopped() else "error")
+            saved = _save(job, memory, "preempted" if attempts.stopped() else "error")
+        return ExitStatus.FAILED if status == ExitStatus.OK and not saved else status
 
 
 @contextlib.contextmanager
@@ -318,16 +320,20 @@ def _memory(run_dir: pathlib.Path) -> Iterator[pathlib.Path]:
         yield directory
 
 
-def _save(job: Job, memory: pathlib.Path, end_reason: str) -> None:
-    """Save what is newer than the checkpoints, and remove the directory in memory; it stays if that fails."""
+def _save(job: Job, memory: pathlib.Path, end_reason: str) -> bool:
+    """Save what is newer than the checkpoints, and remove the directory in memory; if that fails it stays.
+
+    Returns whether nothing is left to be saved.
+    """
     try:
         step = job.save(memory, end_reason)
     except Exception as error:  # whatever it is, the state must not be removed because of it
         say(f"The newest state could not be saved and stays in {memory}: {error} It is saved when the run is resumed.")
-        return
+        return False
     if step:
         say(f"Step {step} was saved from memory, as a checkpoint.")
     shutil.rmtree(memory, ignore_errors=True)
+    return True
 
 
 class _Attempts:

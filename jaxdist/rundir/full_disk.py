@@ -1,0 +1,58 @@
+"""A full disk delays what a run writes and never ends it: what does not fit is kept, and written when there is room."""
+
+import collections
+import errno
+import sys
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+_ERRORS = (errno.ENOSPC, errno.EDQUOT)
+_TEXTS = ("No space left on device", "Disk quota exceeded")
+"""What libraries say that raise no OSError."""
+
+
+def is_full(error: BaseException) -> bool:
+    """Return whether a full disk, or a quota, caused an error."""
+    cause = error.__cause__ or error.__context__
+    ours = getattr(error, "errno", None) in _ERRORS or any(text in str(error) for text in _TEXTS)
+    return ours or (cause is not None and is_full(cause))
+
+
+class Backlog(Generic[Item]):
+    """Writes items in their order; from a full disk on they wait, and each further one tries again.
+
+    Args:
+      write: writes one item, which is written again, whole, if this raises OSError.
+      what: is being written; for the warning, which is shown once a time that the disk is full.
+      most_kept: items that wait for room; beyond that the oldest are dropped.
+    """
+
+    def __init__(self, write: Callable[[Item], object], what: str, *, most_kept: int = 100_000):
+        self._write, self._what, self._told = write, what, False
+        self._waiting: collections.deque[Item] = collections.deque(maxlen=most_kept)
+
+    def add(self, item: Item) -> None:
+        """Write the item, after those that wait; raises every OSError but that of a full disk."""
+        self._waiting.append(item)
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what waits, as far as there is room."""
+        try:
+            while self._waiting:
+                self._write(self._waiting[0])
+                self._waiting.popleft()
+        except OSError as error:
+            if not is_full(error):
+                raise
+            if not self._told:
+                say(f"The disk is full: {self._what} cannot be written. The run continues, and writes later what fits.")
+            self._told = True
+        else:
+            self._told = False
+
+
+def say(message: str) -> None:
+    """Show a line to the user."""
+    print(f"jaxdist: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,140 @@
+"""Jobs that the tests of endings start, watch and kill: real processes of the command line."""
+
+import contextlib
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+from jaxdist.checkpoint import checkpoints
+from jaxdist.launch.supervising import board, supervisor
+
+EXPERIMENT = pathlib.Path(__file__).parents[1] / "tiny_experiment.py"
+FOREVER = 10_000_000
+WAIT_SECONDS = 180.0
+
+
+class Job:
+    """A run of `jaxdist train` in a session of its own; what it prints goes to a file."""
+
+    def __init__(
+        self,
+        run_dir,
+        *arguments,
+        processes=1,
+        steps=FOREVER,
+        save_every=FOREVER,
+        eval_every=FOREVER,
+        output=None,
+        experiment=EXPERIMENT,
+        environment=None,
+    ):
+        self.run_dir, self.output = run_dir, run_dir.with_suffix(".out")
+        self.earlier = len(supervisor.read_events(run_dir))
+        command = [sys.executable, "-m", "jaxdist.cli", "train", experiment, "--run-dir", run_dir, "--devices", "1"]
+        command += ["--processes", processes] if processes else []
+        command += ["--max-steps", steps, *arguments, "--set", f"checkpoints.every_steps={save_every}"]
+        command += [f"eval.every_steps={eval_every}", "recovery.snapshot_every=1", "log_every=1000"]
+        with open(self.output, "ab") as file:
+            shown = file if output is None else output
+            self.process = subprocess.Popen(
+                list(map(str, command)),
+                stdout=shown,
+                stderr=shown,
+                start_new_session=True,
+                env=os.environ | (environment or {}),
+            )
+
+    def wait_for(self, condition, what=""):
+        deadline = time.monotonic() + WAIT_SECONDS
+        while not (found := condition()):
+            assert self.process.poll() is None, f"it ended before: {self.text()}"
+            assert time.monotonic() < deadline, f"{what} never came true: {self.text()}"
+            time.sleep(0.01)
+        return found
+
+    def start_event(self):
+        """Return the event of the attempt that runs, None between two."""
+        events = supervisor.read_events(self.run_dir)[self.earlier :]
+        return events[-1] if events and events[-1]["event"] == "start" else None
+
+    def reported_step(self):
+        event = self.start_event()
+        report = event and board.read(pathlib.Path(event["memory"]), len(event["process_ids"]) - 1)
+        return report.step if report else 0
+
+    def train_to(self, step):
+        """Wait until the last process has reported this step; return the start event."""
+        self.wait_for(lambda: self.reported_step() >= step, f"step {step}")
+        return self.start_event()
+
+    def children(self):
+        return self.start_event()["process_ids"]
+
+    def fork_server(self):
+        # The processes that it forked have its command line, and the same parent.
+        fields = {int(path.parent.name): stat(path) for path in pathlib.Path("/proc").glob("[0-9]*/stat")}
+        ours = {number for number, found in fields.items() if found and found[1] == self.process.pid}
+        forked = {each for event in supervisor.read_events(self.run_dir) for each in event.get("process_ids", ())}
+        (found,) = [number for number in ours - forked if "fork_server" in words(number)]
+        return found
+
+    def end(self, seconds=60.0):
+        return self.process.wait(timeout=seconds)
+
+    def text(self):
+        return self.output.read_text()
+
+    def saved_step(self):
+        with contextlib.closing(checkpoints.Checkpointer(self.run_dir / "checkpoints", identity="x")) as checkpointer:
+            return checkpointer.latest_step() or 0
+
+
+def stat(path):
+    with contextlib.suppress(OSError):
+        fields = path.read_text().rpartition(")")[2].split()
+        return fields[0], int(fields[1])
+    return None
+
+
+def words(number):
+    with contextlib.suppress(OSError):
+        return pathlib.Path(f"/proc/{number}/cmdline").read_text()
+    return ""
+
+
+def kill(number, *process_ids):
+    for process_id in process_ids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process_id, number)
+
+
+@contextlib.contextmanager
+def starting(folder):
+    """Yield a function that starts jobs with run directories in `folder`; end them after that, their memory too."""
+    jobs = []
+
+    def make(*arguments, name="run", **settings):
+        jobs.append(Job(folder / name, *arguments, **settings))
+        return jobs[-1]
+
+    try:
+        yield make
+    finally:
+        _end(jobs)
+
+
+def _end(jobs):
+    for job in jobs:
+        if job.process.poll() is None:
+            job.process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                job.process.wait(timeout=30)
+            job.process.kill()
+            job.process.wait()
+    for job in jobs:
+        for memory in supervisor.left_behind(job.run_dir):
+            for path in memory.iterdir():
+                path.unlink()
+            memory.rmdir()
