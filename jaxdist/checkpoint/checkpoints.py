@@ -11,6 +11,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import logging
@@ -19,6 +20,7 @@ import os
 import pathlib
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
@@ -442,10 +444,26 @@ def _quiet_orbax() -> None:
     """Keep Orbax's running commentary out of the log; what it has to complain about is raised."""
     logging.getLogger("absl").addFilter(_is_not_orbax)
     logging.getLogger("asyncio").addFilter(_is_not_of_store)
+    _quiet_late_callbacks()
 
 
 def _is_not_orbax(record: logging.LogRecord) -> bool:
     return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+@functools.cache
+def _quiet_late_callbacks() -> None:
+    """Drop what a thread of tensorstore reports that finds Orbax's event loop closed: what it waited for is done.
+
+    It reports through Python's hook for errors, which in a job ends the process.
+    """
+    unraisable, uncaught = sys.unraisablehook, sys.excepthook
+    sys.unraisablehook = lambda found: None if _is_late(found.exc_value) else unraisable(found)
+    sys.excepthook = lambda kind, error, trace: None if _is_late(error) else uncaught(kind, error, trace)
+
+
+def _is_late(error: BaseException | None) -> bool:
+    return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
 
 
 def _is_not_of_store(record: logging.LogRecord) -> bool:

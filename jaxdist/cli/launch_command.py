@@ -21,6 +21,7 @@ def launch(options: argparse.Namespace) -> int:
     if experiment.strategy == parser.PARAMETER_SERVER:
         return _launch_servers(options, experiment)
     if options.engine:
+        selected_experiment.refuse_secrets(options, experiment)
         return _launch_by_engine(options, _request(options, experiment))
     if (options.hosts, options.host_index, options.coordinator) != (1, None, None):
         return _launch_on_host(options, experiment)
@@ -84,6 +85,7 @@ def _launch_on_host(options: argparse.Namespace, experiment: Experiment) -> int:
     )
     arguments = ["train", options.experiment, *selected_experiment.as_arguments(options)]
     arguments += ["--run-dir", str(options.run_dir), "--restartable"]
+    arguments = selected_experiment.hide_secrets(options, experiment, arguments)
     if options.dry_run:
         return _show(arguments)
     return supervised.supervise_host(experiment, arguments, host, run_dir=options.run_dir)
@@ -93,6 +95,8 @@ def _launch_servers(options: argparse.Namespace, experiment: Experiment) -> int:
     """Start a parameter server here, on a Ray cluster, or on the hosts of an engine."""
     if options.processes > 1:
         raise UserError("A parameter server has ps.workers and ps.servers; leave --processes out.")
+    if options.engine:
+        selected_experiment.refuse_secrets(options, experiment)
     asked = _request(options, experiment)
     if options.engine in ("slurm", "kubernetes"):
         return _launch_by_engine(options, asked)

@@ -29,5 +29,6 @@ def train(options: argparse.Namespace) -> int:
 def supervise(options: argparse.Namespace) -> int:
     """Start the processes of a job on this machine and supervise them."""
     # The fork server imports what the processes need while this one finds out whether they are to be started at all.
-    with fork_server.ForkServer((WORK,), experiment=options.experiment) as forks:
+    forking = fork_server.ForkServer((WORK,), experiment=options.experiment)
+    with signals.interrupted_by_signals(), forking as forks:
         return parser.find_handler(f"{WORK}:supervise")(options, forks)

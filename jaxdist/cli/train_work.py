@@ -45,11 +45,12 @@ def supervise(options: argparse.Namespace, forks: fork_server.ForkServer) -> int
     _check_checkpoint(options)
     experiment = selected_experiment.load(options)
     run_dir = options.run_dir or directory.default_run_dir(experiment.name, resume=options.resume)
+    arguments = _without_checkpoint(options.arguments)
     with viewer.Viewer() as shown:
         shown.log = run_dir / "logs" / "supervisor.log"
         return supervised.supervise(
             experiment,
-            [*_without_checkpoint(options.arguments), "--run-dir", str(run_dir)],
+            [*selected_experiment.hide_secrets(options, experiment, arguments), "--run-dir", str(run_dir)],
             run_dir=run_dir,
             num_processes=options.processes,
             forks=forks,
@@ -107,7 +108,8 @@ def _train_here(
                 stop_requested=lambda step: bool(request) or is_over(),
                 identity=identity,
                 source=bookkeeping.ExperimentSource(
-                    str(pathlib.Path(options.experiment).absolute()), tuple(selected_experiment.assignments(options))
+                    str(pathlib.Path(options.experiment).absolute()),
+                    tuple(selected_experiment.without_secrets(options, experiment)),
                 ),
             ),
             devices=devices,

@@ -79,6 +79,22 @@ def stop_on_signal(environment: Mapping[str, str] = os.environ) -> Iterator[Stop
         os.close(told)
 
 
+@contextmanager
+def interrupted_by_signals() -> Iterator[None]:
+    """Let every stop signal raise KeyboardInterrupt, with its number, while the context lasts."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        del frame
+        raise KeyboardInterrupt(number)
+
+    before = {number: signal.signal(number, interrupt) for number in heeded()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def heeded() -> list[signal.Signals]:
     """Return the stop signals, without a SIGHUP that is ignored: `nohup` keeps a run alive when its terminal closes."""
     return [each for each in STOP_SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]

@@ -14,6 +14,7 @@ import math
 import os
 import pathlib
 import platform
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any, TypeAlias
@@ -163,12 +164,16 @@ def _version(distribution: str) -> str | None:
 
 
 HIDDEN = "***"
-_SECRETS = ("password", "secret", "api_key", "access_key", "secret_key", "auth_token", "access_token", "credentials")
+_SECRETS = ("password", "secret", "api_key", "access_key", "secret_key", "token", "credentials")
+_OF_VOCABULARIES = re.compile(r"(^|[._])(pad|bos|eos|unk|mask|sep|cls|start|end|stop|new|special)_?token$")
 
 
 def is_secret(name: str) -> bool:
-    """Return whether a setting is a secret by its name: its value stays out of the run directory."""
-    return name.lower().endswith(_SECRETS)
+    """Return whether a setting is a secret by its name: its value stays out of the run directory.
+
+    The tokens of a vocabulary, `pad_token` for example, are none.
+    """
+    return name.lower().endswith(_SECRETS) and not _OF_VOCABULARIES.search(name.lower())
 
 
 def plain(value: Any) -> Plain:
@@ -225,7 +230,8 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, Plain]:
 
 
 def _plain_setting(name: str, value: Any) -> Plain:
-    return HIDDEN if is_secret(name) and not isinstance(value, bool | None) else plain(value)
+    number = isinstance(value, bool | None) or (name.lower().endswith("token") and isinstance(value, int | float))
+    return HIDDEN if is_secret(name) and not number else plain(value)
 
 
 def _plain_object(value: Any) -> Plain:

@@ -91,6 +91,7 @@ class ForkServer:
 
     def __init__(self, preload: Sequence[str] = (), *, experiment: str | None = None):
         self._usable: bool | None = None
+        self._environment = dict(os.environ)  # that of the fork server
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # A forked process is orphaned on purpose; being the reaper makes it this process's own child.
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)
@@ -127,7 +128,7 @@ class ForkServer:
             self._usable = self._receive() == _READY
         if not self._usable:
             return None
-        changed = {name: value for name, value in environment.items() if os.environ.get(name) != value}
+        changed = {name: value for name, value in environment.items() if self._environment.get(name) != value}
         request = json.dumps({"module": command[2], "arguments": command[3:], "environment": changed}).encode()
         streams = [1, 2] if output is None else 2 * [output.fileno()]
         try:
