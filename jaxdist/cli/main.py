@@ -33,5 +33,5 @@ def run(arguments: Sequence[str]) -> int:
         return error.exit_status
     except KeyboardInterrupt as error:
         number = error.args[0] if error.args else signal.SIGINT
-        print(f"jaxdist: {signal.Signals(number).name}: nothing was left to save.", file=sys.stderr)
+        print("jaxdist: Interrupted; nothing was left to save.", file=sys.stderr)
         return ExitStatus.INTERRUPTED if number == signal.SIGINT else ExitStatus.RETRY

@@ -148,7 +148,8 @@ class Bookkeeper:
         )
         self.write_record(None)
         resumed_step = progress.step if attempt.earlier else None
-        self._writers = writers.make_writers(attempt.run_dir, experiment.writers, resumed_step=resumed_step)
+        made = writers.make_writers(attempt.run_dir, experiment.writers, resumed_step=resumed_step)
+        self._writers = [writers.Patient(writer) for writer in made]
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:

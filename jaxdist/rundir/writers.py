@@ -53,7 +53,7 @@ def make_writers(
     if jax.process_index() != 0:
         return []
     run_dir = pathlib.Path(run_dir)
-    return [_Patient(_make_writer(run_dir, kind, resumed_step), kind) for kind in kinds]
+    return [_make_writer(run_dir, kind, resumed_step) for kind in kinds]
 
 
 def _make_writer(run_dir: pathlib.Path, kind: Kind, resumed_step: int | None) -> Writer:
@@ -69,13 +69,12 @@ def _make_writer(run_dir: pathlib.Path, kind: Kind, resumed_step: int | None) ->
     raise ValueError(f"A writer is one of console, jsonl, csv, tensorboard; got {kind!r}.")
 
 
-class _Patient:
+class Patient:
     """A writer whose rows wait while the disk is full."""
 
-    def __init__(self, writer: Writer, kind: Kind) -> None:
+    def __init__(self, writer: Writer) -> None:
         self._writer = writer
-        rows = full_disk.Backlog[tuple[int, Mapping[str, float]]](lambda row: writer.write(*row), f"{kind} metrics")
-        self._rows = rows
+        self._rows = full_disk.Backlog[tuple[int, Mapping[str, float]]](lambda row: writer.write(*row), "metrics")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """See Writer."""

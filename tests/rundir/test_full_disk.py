@@ -1,0 +1,110 @@
+import errno
+
+import pytest
+
+from jaxdist.rundir import full_disk, ledger, writers
+
+
+class Disk:
+    """Takes `room` more bytes of what is written, and says then that it is full."""
+
+    def __init__(self, monkeypatch, module):
+        self.room, self._write = 0, module.os.write
+        monkeypatch.setattr(module.os, "write", self.write)
+
+    def write(self, descriptor, data):
+        part = bytes(data[: self.room])
+        if not part:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.room -= len(part)
+        return self._write(descriptor, part)
+
+
+def full():
+    return OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_what_does_not_fit_is_written_later_in_order_and_said_once(capsys):
+    written, is_full = [], [True]
+
+    def write(item):
+        if is_full[0]:
+            raise full()
+        written.append(item)
+
+    backlog = full_disk.Backlog(write, "x")
+    for item in range(5):
+        backlog.add(item)
+    assert written == []
+    assert capsys.readouterr().err.count("The disk is full: x cannot be written") == 1
+    is_full[0] = False
+    backlog.add(5)
+    assert written == list(range(6))
+
+
+def test_only_the_newest_wait_and_other_errors_are_raised():
+    backlog = full_disk.Backlog(lambda item: (_ for _ in ()).throw(full()), "x", most_kept=1)
+    backlog.add(1)
+    backlog.add(2)
+    with pytest.raises(OSError, match="Input/output"):
+        full_disk.Backlog(lambda item: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")), "x").add(1)
+
+
+def test_a_library_that_raises_no_os_error_is_understood():
+    error = ValueError("x")
+    error.__cause__ = ValueError("RESOURCE_EXHAUSTED: No space left on device [os_error_code='28']")
+    assert full_disk.is_full(error)
+    assert not full_disk.is_full(ValueError("x"))
+
+
+def test_a_ledger_on_a_full_disk_is_whole_when_there_is_room_again(tmp_path, monkeypatch):
+    class Place:
+        def __init__(self, position):
+            self.epoch, self.position = 0, position
+
+    disk = Disk(monkeypatch, ledger)
+    disk.room = 20  # in the middle of a line
+    recorder = ledger.Recorder(tmp_path)
+    for step in range(1, 6):
+        recorder.add(step, Place(8 * step))
+    disk.room = 1000
+    recorder.close()
+    entries = ledger.read(tmp_path)
+    assert [entry.step for entry in entries] == [1, 2, 3, 4, 5]
+    ledger.check(entries, num_examples=48)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "tensorboard"])
+def test_metrics_on_a_full_disk_are_whole_when_there_is_room_again(tmp_path, monkeypatch, kind):
+    """Half a row is written before the disk is full; a new column of a table comes meanwhile."""
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    rows = [(1, {"a": 1.0}), (2, {"a": 2.0}), (3, {"a": 3.0, "b": 4.0}), (4, {"a": 5.0, "b": 6.0})]
+    write_all, is_full = writers._write_all, [False]
+
+    def torn(path, file, data):
+        write_all(path, file, data[: len(data) // 2] if is_full[0] else data)
+        if is_full[0]:
+            raise full()
+
+    monkeypatch.setattr(writers, "_write_all", torn)
+    for folder in (whole, half):
+        folder.mkdir()
+        writer = writers.Patient(writers.make_writers(folder, (kind,))[0])
+        for number, row in enumerate(rows):
+            is_full[0] = folder == half and number in (1, 2)
+            writer.write(*row)
+        writer.close()
+    assert [content(path) for path in files_of(half)] == [content(path) for path in files_of(whole)]
+
+
+def files_of(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def content(path):
+    if "tfevents" not in path.name:
+        return path.read_text()
+    from tensorboard.backend.event_processing import event_file_loader
+
+    events = event_file_loader.EventFileLoader(str(path)).Load()
+    return [(event.step, [value.tag for value in event.summary.value]) for event in events]
