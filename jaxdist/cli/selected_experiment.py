@@ -51,8 +51,8 @@ def _shown(options: argparse.Namespace, experiment: Experiment) -> dict[str, str
 
 def without_secrets(options: argparse.Namespace, experiment: Experiment) -> list[str]:
     """Return what the command line changes in the experiment, as assignments, but for secrets; for the run record."""
-    secret = _shown(options, experiment)
-    return [each for each in assignments(options) if each not in secret and not each.endswith(f"={record.HIDDEN}")]
+    secret = {assignment.partition("=")[0] for assignment in _shown(options, experiment)}
+    return [each for each in assignments(options) if each.partition("=")[0] not in secret]
 
 
 def hide_secrets(options: argparse.Namespace, experiment: Experiment, arguments: Sequence[str]) -> list[str]:

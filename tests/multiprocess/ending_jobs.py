@@ -74,10 +74,8 @@ class Job:
 
     def fork_server(self):
         # The processes that it forked have its command line, and the same parent.
-        fields = {int(path.parent.name): stat(path) for path in pathlib.Path("/proc").glob("[0-9]*/stat")}
-        ours = {number for number, found in fields.items() if found and found[1] == self.process.pid}
         forked = {each for event in supervisor.read_events(self.run_dir) for each in event.get("process_ids", ())}
-        (found,) = [number for number in ours - forked if "fork_server" in words(number)]
+        (found,) = fork_servers(self) - forked
         return found
 
     def end(self, seconds=60.0):
@@ -89,6 +87,13 @@ class Job:
     def saved_step(self):
         with contextlib.closing(checkpoints.Checkpointer(self.run_dir / "checkpoints", identity="x")) as checkpointer:
             return checkpointer.latest_step() or 0
+
+
+def fork_servers(job):
+    """Return the processes that look like the fork server of a job."""
+    fields = {int(path.parent.name): stat(path) for path in pathlib.Path("/proc").glob("[0-9]*/stat")}
+    ours = {number for number, found in fields.items() if found and found[1] == job.process.pid}
+    return {number for number in ours if "fork_server" in words(number)}
 
 
 def stat(path):

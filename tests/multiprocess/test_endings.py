@@ -61,6 +61,23 @@ def test_a_supervisor_that_is_killed_leaves_a_checkpoint_and_a_resume_waits_for_
     assert record.RunRecord.read(job.run_dir).step == step + 50
 
 
+@pytest.mark.parametrize("stopped", [0, pytest.param(1, marks=pytest.mark.soak)])
+def test_a_hang_is_one_message_that_names_the_process(start, stopped):
+    """Nothing of Gloo, no stacks: these are in the logs."""
+    job = start("--set", "recovery.hang_seconds=3", processes=2)
+    event = job.train_to(6)
+    kill(signal.SIGSTOP, event["process_ids"][stopped])
+    job.wait_for(lambda: job.start_event() not in (None, event), "the next attempt")
+    kill(signal.SIGTERM, job.process.pid)
+    assert job.end() == 75, job.text()
+    ends = [each for each in supervisor.read_events(job.run_dir) if each["event"] == "end"]
+    assert ends[0]["status"] == 75
+    assert job.text().count("The job hangs") == 1
+    assert f"The job hangs: process {stopped} is in" in job.text()
+    assert f"log in {job.run_dir / 'logs' / 'attempt-0'}." in job.text()
+    assert not re.search("Gloo|Traceback|Thread 0x", job.text(), re.IGNORECASE)
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 @pytest.mark.parametrize("processes", [0, 2])
@@ -102,6 +119,18 @@ def test_a_second_signal_leaves_at_once_and_the_state_is_saved_all_the_same(star
     kill(signal.SIGINT, job.process.pid)
     assert job.end() == 128 + signal.SIGINT, job.text()
     assert job.saved_step() >= 4
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 75, marks=pytest.mark.soak)]
+)
+def test_a_signal_while_the_supervisor_imports_is_one_line(start, number, status):
+    job = start()
+    job.wait_for(lambda: ending_jobs.fork_servers(job), "the fork server")
+    kill(number, job.process.pid)
+    assert job.end() == status, job.text()
+    assert job.text() == "jaxdist: Interrupted; nothing was left to save.\n"
+    assert not (job.run_dir / record.FILE_NAME).exists()
 
 
 @pytest.mark.soak

@@ -1,5 +1,7 @@
 """Choosing the devices of a job, with accelerators that this machine does not have."""
 
+import subprocess
+import sys
 import types
 
 import pytest
@@ -38,3 +40,27 @@ def test_a_gpu_collective_ends_at_last_unless_the_user_says_when(before, after):
     environment = {} if before is None else {"XLA_FLAGS": before}
     runtime._bound_gpu_collectives(environment)
     assert environment == {"XLA_FLAGS": after}
+
+
+APART = """
+import os, sys
+from jaxdist.launch.joining import runtime
+runtime.keep_native_output_apart()
+os.write(1, b"native 1;")
+os.write(2, b"native 2;")
+print("shown 1")
+print("shown 2", file=sys.stderr)
+runtime.print_for_developers(ValueError("trace"))
+"""
+
+
+@pytest.mark.parametrize("has_log", [True, False])
+def test_native_output_goes_to_the_log_of_the_process_and_not_to_the_user(tmp_path, monkeypatch, has_log):
+    monkeypatch.delenv(runtime.LOG, raising=False)
+    if has_log:
+        monkeypatch.setenv(runtime.LOG, str(tmp_path / "log"))
+    done = subprocess.run([sys.executable, "-c", APART], capture_output=True, text=True, timeout=100, check=True)
+    assert done.stdout == "shown 1\n"
+    native = (tmp_path / "log").read_text() if has_log else done.stderr.replace("shown 2\n", "")
+    assert done.stderr == "shown 2\n" or not has_log
+    assert native == "native 1;native 2;ValueError: trace\n"
