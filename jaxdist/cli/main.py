@@ -1,7 +1,6 @@
 """The command line's entry point: parse, find the command's handler, run it, and exit as the contract says."""
 
 import shlex
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -31,7 +30,6 @@ def run(arguments: Sequence[str]) -> int:
             traceback.print_exception(error)
         print(f"jaxdist: {error}", file=sys.stderr)
         return error.exit_status
-    except KeyboardInterrupt as error:
-        number = error.args[0] if error.args else signal.SIGINT
+    except KeyboardInterrupt:
         print("jaxdist: Interrupted; nothing was left to save.", file=sys.stderr)
-        return ExitStatus.INTERRUPTED if number == signal.SIGINT else ExitStatus.RETRY
+        return ExitStatus.INTERRUPTED

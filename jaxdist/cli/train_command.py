@@ -30,7 +30,7 @@ def supervise(options: argparse.Namespace) -> int:
     """Start the processes of a job on this machine and supervise them."""
     # The fork server imports what the processes need while this one finds out whether they are to be started at all.
     with (
-        signals.interrupted_by_signals(),  # until the job has its own handlers
+        signals.left_at_signals(),  # until the job has its own handlers
         fork_server.ForkServer((WORK,), experiment=options.experiment) as forks,
     ):
         return parser.find_handler(f"{WORK}:supervise")(options, forks)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 
+from jaxdist.errors import ExitStatus
 from jaxdist.launch import parent
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -80,14 +81,19 @@ def stop_on_signal(environment: Mapping[str, str] = os.environ) -> Iterator[Stop
 
 
 @contextmanager
-def interrupted_by_signals() -> Iterator[None]:
-    """Let every stop signal raise KeyboardInterrupt, with its number, while the context lasts."""
+def left_at_signals() -> Iterator[None]:
+    """Leave at once at a stop signal while the context lasts, with one line: nothing has begun yet.
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
+    Not by an exception: one that is raised in the middle of an import of native code can crash the interpreter.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
         del frame
-        raise KeyboardInterrupt(number)
+        with contextlib.suppress(OSError):
+            os.write(2, b"jaxdist: Interrupted; nothing was left to save.\n")
+        os._exit(ExitStatus.INTERRUPTED if number == signal.SIGINT else ExitStatus.RETRY)
 
-    before = {number: signal.signal(number, interrupt) for number in heeded()}
+    before = {number: signal.signal(number, leave) for number in heeded()}
     try:
         yield
     finally:
