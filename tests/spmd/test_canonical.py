@@ -80,16 +80,28 @@ def train(functions, batches, optimizer, num_devices, **options):
     return jax.device_get((state.params, state.model_state, state.opt_state, step_metrics))
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_the_same_bits_on_every_number_of_devices(model):
+def assert_same_bits(model, layouts):
     """Of params, statistics, optimizer state, loss and metrics."""
     functions, make_batch, optimizer = MODELS[model]
     batches = [make_batch(seed) for seed in range(4)]
-    results = {num_devices: train(functions, batches, optimizer, num_devices) for num_devices in LAYOUTS}
+    results = {num_devices: train(functions, batches, optimizer, num_devices) for num_devices in layouts}
     assert len({fingerprint(result) for result in results.values()}) == 1
     start = functions.init_fn(jax.random.split(jax.random.key(0))[0])
     params = start[0] if results[1][1] is not None else start
     assert fingerprint(results[1][0]) != fingerprint(params), "nothing was trained"
+
+
+@pytest.mark.parametrize(
+    ("model", "layouts"), [("cnn", (1, 4)), ("cnn with batch norm", (1, 8)), ("gpt with dropout", (1, 2))]
+)
+def test_the_same_bits_on_one_device_and_on_several(model, layouts):
+    assert_same_bits(model, layouts)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("model", MODELS)
+def test_the_same_bits_on_every_number_of_devices(model):
+    assert_same_bits(model, LAYOUTS)
 
 
 @functools.cache
