@@ -14,7 +14,7 @@ from jaxdist.launch.supervising import chaos as experiment_under_fire
 
 def chaos(options: argparse.Namespace) -> int:
     """Compare an undisturbed run with one whose processes are killed; exit 1 when they differ."""
-    # As Ctrl-C does, so that the job it watches ends with it.
+    # Like Ctrl-C, so that the running job ends too.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     options.reduction = options.reduction or "canonical"
     experiment = selected_experiment.load(options)

@@ -1,4 +1,4 @@
-"""`jaxdist doctor`: what is installed, what is visible, what will bite; to look at before a run, or to report."""
+"""`jaxdist doctor`: what is installed, what is visible, and likely problems, before a run or for a bug report."""
 
 import argparse
 import importlib.util
@@ -38,7 +38,7 @@ def examine(devices: Sequence[jax.Device]) -> str:
     lines.append(f"{'cache':<12} {jax.config.values['jax_compilation_cache_dir'] or 'none'}")
     lines += ["", *(f"extra {name:<12} {_state_of(modules)}" for name, modules in EXTRAS.items())]
     warnings = list_warnings(devices)
-    lines += ["", *(f"! {warning}" for warning in warnings)] if warnings else ["", "Nothing here will bite."]
+    lines += ["", *(f"! {warning}" for warning in warnings)] if warnings else ["", "No problems found."]
     return "\n".join(lines)
 
 

@@ -45,7 +45,7 @@ def _show(arguments: list[str]) -> int:
 
 
 def _request(options: argparse.Namespace, experiment: Experiment) -> requests.Request:
-    """Return what is asked for; the run directory is chosen here, the same for every restart."""
+    """Return the request to an engine; the run directory is chosen here, the same for every restart."""
     settings = requests.settings_of(options.engine_settings)
     in_pods = options.engine == "kubernetes"
     run_dir = options.run_dir or directory.default_run_dir(experiment.name, resume=False)
@@ -53,7 +53,7 @@ def _request(options: argparse.Namespace, experiment: Experiment) -> requests.Re
         run_dir = pathlib.Path(kubernetes.default_run_dir(run_dir.name, settings))
     return requests.Request(
         name=experiment.name,
-        # The file systems of pods are their own; elsewhere the processes may start in another directory.
+        # Pods have file systems of their own; elsewhere the processes may start in another directory.
         experiment=pathlib.Path(options.experiment) if in_pods else pathlib.Path(options.experiment).resolve(),
         arguments=selected_experiment.as_arguments(options),
         run_dir=run_dir if in_pods else run_dir.resolve(),

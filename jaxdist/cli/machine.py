@@ -23,7 +23,7 @@ HOSTS = "JAXDIST_PS_HOSTS"
 _INDICES = ("SLURM_NODEID", "JOB_COMPLETION_INDEX")
 """Environment variables of SLURM and of Kubernetes: the number of this machine, from 0."""
 _NAMED_SECONDS = 60.0
-"""A pod's name is known to the others some time after it has started."""
+"""A pod's name resolves for the others only some time after its start."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -57,8 +57,8 @@ def place(environment: Mapping[str, str]) -> tuple[list[str], int]:
 def addresses(names: Sequence[str], index: int, *, timeout_seconds: float = _NAMED_SECONDS) -> list[str]:
     """Return the addresses of machines, the same on each of them; `index` is the one that asks.
 
-    Its own name may lead a machine to its loopback interface, where no other machine finds it; so it takes the address
-    that the others reach it by.
+    A machine's own name may resolve to its loopback interface, which others cannot reach; so a machine takes the
+    address that it reaches the others from.
 
     Raises:
       TryAgain: a name has no address in time.

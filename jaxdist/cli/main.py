@@ -13,7 +13,7 @@ def main(experiment: str | None = None) -> None:
     """Run the command line and exit; with `experiment`, that file's own `train` command."""
     arguments = sys.argv[1:] if experiment is None else ["train", experiment, *sys.argv[1:]]
     status = run(arguments)
-    # A process that has joined a job leaves it in good order; one that has not never imported this module.
+    # A process that joined a job must leave it cleanly; a process that did not never imported this module.
     runtime = sys.modules.get("jaxdist.launch.joining.runtime")
     (runtime.leave if runtime else sys.exit)(status)
 

@@ -1,4 +1,4 @@
-"""The parser of the command line. It loads neither JAX nor the package's work: `--help` answers at once.
+"""The parser of the command line. It loads neither JAX nor the package's work: `--help` answers immediately.
 
 A command's handler is named as text, "module:function", and imported once the command is known.
 """
@@ -15,7 +15,7 @@ from jaxdist import extras
 from jaxdist.errors import ExitStatus
 
 PARAMETER_SERVER = "parameter-server"
-"""The strategy that has processes of its own kinds."""
+"""The strategy whose processes have different roles."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -43,8 +43,8 @@ def make_parser() -> argparse.ArgumentParser:
     _add_experiment(verify)
     verify.add_argument("--steps", type=_positive, default=5, metavar="K", help="steps on each layout (default 5)")
     verify.add_argument("--json", action="store_true", help="print the table as one JSON object")
-    _add_data(_add(commands, "data", "", "make a data set ready; look at one and time it"))
-    summary = "kill an experiment's processes at random; prove bits and ledger"
+    _add_data(_add(commands, "data", "", "prepare a data set; inspect and time one"))
+    summary = "kill processes at random; compare the bits and the ledger"
     _add_uses(commands)
     chaos = _add(commands, "chaos", "chaos_command:chaos", summary)
     _add_experiment(chaos)
@@ -55,8 +55,8 @@ def make_parser() -> argparse.ArgumentParser:
     chaos.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the plan (default 0)")
     chaos.add_argument("--directory", type=pathlib.Path, metavar="DIR", help="for both runs (default: a new one)")
     chaos.add_argument("--json", action="store_true", help="print the result as one JSON object")
-    _add_plan(_add(commands, "plan", "plan_command:plan", "what training needs on hardware that is not there"))
-    doctor = _add(commands, "doctor", "doctor_command:doctor", "what is installed, what is visible, what will bite")
+    _add_plan(_add(commands, "plan", "plan_command:plan", "estimate memory, time and price on other hardware"))
+    doctor = _add(commands, "doctor", "doctor_command:doctor", "show versions, extras, devices and likely problems")
     doctor.add_argument("--devices", type=_positive, metavar="N", help="fake CPU devices to try (default 8)")
     return parser
 
@@ -71,7 +71,7 @@ def find_handler(name: str) -> Callable[..., int]:
 def _add(commands: Any, name: str, handler: str, summary: str) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
     command.set_defaults(handler=f"jaxdist.cli.{handler}")
-    command.add_argument("--traceback", action="store_true", help="show where a mistake was found, call by call")
+    command.add_argument("--traceback", action="store_true", help="show the traceback of a mistake")
     return command
 
 

@@ -1,4 +1,4 @@
-"""`jaxdist plan`: what training an experiment needs on hardware that is not there."""
+"""`jaxdist plan`: what training an experiment needs on hardware that is not present."""
 
 import argparse
 import dataclasses

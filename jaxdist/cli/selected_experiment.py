@@ -89,7 +89,7 @@ def _is_left_out(value: object, path: Sequence[str]) -> bool:
 
 
 def record_alone_on_stdout(options: argparse.Namespace) -> contextlib.AbstractContextManager[object]:
-    """With --json, send what experiments and writers print to standard error: one JSON object has standard output."""
+    """With --json, send what experiments and writers print to standard error: standard output has one JSON object."""
     return contextlib.redirect_stdout(sys.stderr) if getattr(options, "json", False) else contextlib.nullcontext()
 
 

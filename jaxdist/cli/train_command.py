@@ -1,6 +1,6 @@
 """`jaxdist train`: chooses between training in this process and starting supervised processes that do.
 
-This file imports little, so that signals are heard, and the fork server has begun to import, before JAX is loaded.
+This file imports little, so that signals are handled, and the fork server starts its imports, before JAX is loaded.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def train(options: argparse.Namespace) -> int:
 
 def supervise(options: argparse.Namespace) -> int:
     """Start the processes of a job on this machine and supervise them."""
-    # The fork server imports what the processes need while this one finds out whether they are to be started at all.
+    # The fork server imports what the processes need while this one checks whether to start them.
     with (
         signals.left_at_signals(),  # until the job has its own handlers
         fork_server.ForkServer((WORK,), experiment=options.experiment) as forks,

@@ -32,7 +32,7 @@ def train(options: argparse.Namespace, request: StopRequest) -> int:
 
 
 def _by_server() -> Callable[..., int]:
-    """Return what trains by a parameter server; its packages are an extra, and take time to import."""
+    """Return the handler that trains by a parameter server; its packages are an extra and slow to import."""
     with errors.as_user_error():
         return parser.find_handler("jaxdist.cli.server_work:train")
 
@@ -59,7 +59,7 @@ def supervise(options: argparse.Namespace, forks: fork_server.ForkServer) -> int
 
 
 def _check_checkpoint(options: argparse.Namespace) -> None:
-    """Raise UserError where --checkpoint cannot be meant; `jaxdist launch` does not have it."""
+    """Raise UserError where --checkpoint does not apply; `jaxdist launch` does not have it."""
     if getattr(options, "checkpoint", None) is None:
         return
     if not options.resume or options.restartable or options.strategy == parser.PARAMETER_SERVER:
@@ -70,7 +70,7 @@ def _check_checkpoint(options: argparse.Namespace) -> None:
 
 
 def _without_checkpoint(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments for the processes: these continue from the newest step, also after a restart."""
+    """Return the arguments for the processes, which continue from the newest step, also after a restart."""
     kept: list[str] = []
     previous = ""
     for argument in arguments:
@@ -92,7 +92,7 @@ def _train_here(
 ) -> int:
     with selected_experiment.record_alone_on_stdout(options):
         experiment, identity, run_dir, resume = _agree(options)
-        if experiment.strategy == parser.PARAMETER_SERVER:  # as the experiment says, not the command line
+        if experiment.strategy == parser.PARAMETER_SERVER:  # set in the experiment, not on the command line
             return _by_server()(options, request, identity)
         shown.log = run_dir / "logs" / "process-0.log"
         earlier = _how_it_ended(run_dir) if resume else None

@@ -1,4 +1,4 @@
-"""`jaxdist runs`, `eval`, `predict` and `export`: what is done with runs that are trained."""
+"""`jaxdist runs`, `eval`, `predict` and `export`: commands on trained runs."""
 
 import argparse
 import dataclasses

@@ -1,4 +1,4 @@
-"""What users type where examples are expected, as a Source."""
+"""Turns what users give as examples into a Source."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +17,7 @@ def as_source(examples: Any, setting: str) -> Source:
     """Return `examples` as a Source; see `Data` for what may be given.
 
     Raises:
-      ConfigError: these are no examples; the message names `setting` and what to write.
+      ConfigError: these are not examples; the message names `setting` and what to write.
     """
     if isinstance(examples, Source):
         return examples
@@ -63,7 +63,7 @@ def _are_sets(examples: Any) -> bool:
 
 
 def _arrays(examples: Any) -> dict[str, np.ndarray] | None:
-    """Return the named arrays that were given, None where something else was."""
+    """Return named arrays as a dict; None where something else was given."""
     if isinstance(examples, Mapping):
         return {str(name): np.asarray(values) for name, values in examples.items()}
     if hasattr(examples, "columns") and hasattr(examples, "to_numpy"):  # a DataFrame of pandas or polars

@@ -38,9 +38,9 @@ class Data:
       example_fn: `example_fn(example, random) -> example`, applied to training examples.
       eval_example_fn: the same for evaluation.
       shuffle: whether each epoch has an order of its own.
-      order: an Order of `data.order`, in place of what `shuffle` says.
+      order: an Order of `data.order`; replaces `shuffle`.
       num_threads: threads that assemble batches; None chooses.
-      num_workers: processes that do instead, for an example_fn written in Python.
+      num_workers: processes that assemble batches instead of threads, for an example_fn written in Python.
       prefetch: batches placed on the devices ahead of the step.
       on_bad: whether an example that cannot be read ends the run, or is skipped (mask 0) and reported.
     """
@@ -97,14 +97,14 @@ class Evaluation:
 
 @setting_group
 class Checkpoints:
-    """What is saved, and what is kept of it.
+    """What is saved, and which checkpoints are kept.
 
     Attributes:
       every_steps: steps between saves; the last step is always saved.
       keep_last: how many of the newest are kept.
-      keep_every: steps whose multiples are kept for good; None keeps none.
-      best_metric: the metric whose best checkpoint is kept, `eval/accuracy` say.
-      best_mode: whether more or less of it is better.
+      keep_every: checkpoints at multiples of this many steps are never deleted; None keeps none.
+      best_metric: the metric whose best checkpoint is kept, for example `eval/accuracy`.
+      best_mode: whether larger or smaller values are better.
     """
 
     every_steps: int = 200
@@ -116,7 +116,7 @@ class Checkpoints:
 
 @setting_group
 class Guards:
-    """How often the checks of `guards` run; 0 switches one off.
+    """How often the checks of `guards` run; 0 turns a check off.
 
     Attributes:
       check_replicas_every: steps between comparisons of the replicas' bits.
@@ -129,16 +129,16 @@ class Guards:
 
 @setting_group
 class Recovery:
-    """How a run survives.
+    """How a run survives failures.
 
     Attributes:
-      snapshot_every: steps between snapshots in memory, of which at most so many are done again after a death; 0 takes
+      snapshot_every: steps between in-memory snapshots, and so the most that are repeated after a crash; 0 takes
         none, None as many as cost about two percent of the time. Only a supervised run (`--processes`) takes any:
         without a supervisor no process would keep them.
       hang_seconds: a step, or the reading of a batch, that takes longer in all processes is a hang.
       slow_seconds: the same for compiling, evaluating, saving and restoring.
       ledger: whether each step's examples are recorded.
-      max_fruitless: attempts in a row without a step that lasts, after which a supervised job has failed.
+      max_fruitless: attempts in a row without a new saved step, after which a supervised job fails.
       min_processes: the least number of processes to which a supervised job that keeps failing is reduced;
         None never lowers it.
       deadline_seconds: after so many seconds, restarts included, the run stops as if by SIGTERM: saved, "preempted",
@@ -156,7 +156,7 @@ class Recovery:
 
 @setting_group
 class LayoutSettings:
-    """How the state is cut, where the strategy leaves a choice.
+    """How the state is sharded, where the strategy leaves a choice.
 
     Attributes:
       rules: for the strategy tensor, pairs of a regular expression and the mesh axes of each dim, None for one that is
@@ -173,7 +173,7 @@ class LayoutSettings:
 
 @setting_group
 class Experiment:
-    """Everything that decides what is trained; where and on how many devices is the command line's business.
+    """Everything that decides what is trained; the command line decides where and on how many devices.
 
     Attributes:
       name: names the run directory; by default the experiment file's stem.
@@ -188,7 +188,7 @@ class Experiment:
       strategy: how the model is spread over the devices.
       ps: for the strategy parameter-server: how many workers and servers, mode, durability.
       mesh: axis names and sizes; None is what the strategy makes of all devices.
-      layout: what the strategy leaves open: rules, names, the size of a leaf worth cutting.
+      layout: what the strategy leaves open: rules, names, the least size of a sharded leaf.
       reduction: `mean` (the hardware's all-reduce) or `canonical` (the same bits on any number of devices).
       logical_shards: fixed slices of the batch in canonical reduction, a power of two.
       num_microbatches: parts of each device's batch, computed one after the other.
@@ -196,9 +196,9 @@ class Experiment:
       seed: of the params, the order of examples, dropout and augmentation.
       checkpoints: what is saved.
       guards: how often the checks run.
-      recovery: how the run survives what kills it.
+      recovery: how the run survives failures.
       log_every: steps between rows of training metrics.
-      writers: where metrics go besides the screen.
+      writers: where metrics are written besides the screen.
     """
 
     name: str = ""
@@ -253,7 +253,7 @@ def _check_optimizer(optimizer: Any) -> None:
         return
     advice = "Write, for example, jaxdist.Optimizer(name='adam', learning_rate=1e-3) or optax.adam(1e-3)."
     if isinstance(optimizer, optax.MultiSteps):
-        advice = "Use its gradient_transformation(); or set num_microbatches, which adds up gradients inside one step."
+        advice = "Use its gradient_transformation(); or set num_microbatches, which sums gradients inside one step."
     elif callable(optimizer):
         advice = f"Call it with a learning rate, as in optax.{getattr(optimizer, '__name__', 'adam')}(1e-3)."
     elif isinstance(optimizer, str):

@@ -44,7 +44,7 @@ def _run_file(file: pathlib.Path) -> Any:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[file.stem] = module
-    # As for `python FILE`, and for good: get_config(), the model and the loss may import what stands beside the file.
+    # As for `python FILE`, and permanently: get_config(), the model and the loss may import files of the same folder.
     folder = str(file.parent.resolve())
     if folder not in sys.path[:1]:
         sys.path.insert(0, folder)

@@ -67,7 +67,7 @@ class _NoSuchSetting(Exception):
 
 
 def _explain(experiment: Experiment, path: str, missing: _NoSuchSetting) -> str:
-    """Return why there is no setting `path`, and what may be meant: the name in another group, or the nearest here."""
+    """Return why there is no setting `path`, and a proposal: the name in another group, or the nearest name here."""
     start = f"There is no setting {path!r}: {missing.owner}"
     if not missing.fields:
         return f"{start} has no settings of its own."
@@ -99,7 +99,7 @@ def _parse(hint: Any, text: str, path: str, current: Any) -> Any:
 
 
 def _readings(text: str) -> list[Any]:
-    """Return what `text` may stand for, likeliest first: None, a Python tuple or dict, itself, words between commas."""
+    """Return what `text` may mean, most likely first: None, a Python tuple or dict, itself, words between commas."""
     readings: list[Any] = [None] if text.lower() in ("none", "null") else []
     with contextlib.suppress(ValueError, SyntaxError):
         literal = ast.literal_eval(text)

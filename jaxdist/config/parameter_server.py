@@ -10,7 +10,7 @@ Durability = Literal["none", "snapshot", "replicated"]
 
 @setting_group
 class ParameterServer:
-    """How many workers and servers there are, what they wait for, and what survives when one dies.
+    """How many workers and servers there are, what they wait for, and what survives when one of them fails.
 
     Attributes:
       workers: worker processes. In sync mode a batch is divided into `workers - backup_workers` slices.
@@ -23,7 +23,8 @@ class ParameterServer:
       damp_staleness: multiply an update by 1 / (1 + staleness) (bounded and async).
       dead_after_seconds: seconds without a heartbeat after which a process counts as dead.
       engine: what keeps the processes alive: this machine (with `hosts`, each machine its own), or a Ray cluster.
-      hosts: addresses of several machines, first the one that starts the run; empty is this machine, on the loopback.
+      hosts: addresses of several machines, first the one that starts the run; empty means this machine, on its loopback
+        interface.
       port: with `hosts`, the first of the ports that the processes listen on.
     """
 

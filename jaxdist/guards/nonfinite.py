@@ -21,7 +21,7 @@ _MAX_SHOWN = 8
 
 @dataclasses.dataclass(frozen=True)
 class NonFiniteReport:
-    """Where a step's loss or gradient stopped being finite.
+    """Why a step's loss or gradient was not finite.
 
     Attributes:
       step: the step it happened in.
@@ -76,9 +76,9 @@ def _show(numbers: tuple[int, ...]) -> str:
 def explain_nonfinite(
     loss_fn: Callable[..., Any], state: TrainState, batch: Batch, *, step: int | None = None, first_row: int = 0
 ) -> NonFiniteReport:
-    """Find out why the step from `state` with `batch` had a loss or gradient that is not finite.
+    """Return why the step from `state` with `batch` had a loss or gradient that is not finite.
 
-    Computes the gradient of the whole batch and that of each row by itself, the rows on the devices they lie on, one
+    Computes the gradient of the whole batch and that of each row by itself, the rows on the devices that hold them, one
     after the other: slow, meant for the end of a run. Rows whose mask is 0 are left out. Every process must call it.
 
     Args:
@@ -87,7 +87,7 @@ def explain_nonfinite(
       state: the state before the step.
       batch: the global batch of the step.
       step: its number; by default the one after `state.step`.
-      first_row: where in the global batch `batch` begins, if it is a part of it.
+      first_row: the row of the global batch at which `batch` starts, if it is a part of it.
     """
     shards = _RowShards(batch)
     loss, leaves = jax.jit(functools.partial(_finite_gradients, loss_fn), out_shardings=shards.replicated)(state, batch)
@@ -133,7 +133,7 @@ def _from(first: int, rows: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class _RowShards:
-    """How the rows of a batch lie over devices."""
+    """How the rows of a batch are placed on devices."""
 
     def __init__(self, batch: Batch):
         sharding = next(iter(batch.values())).sharding

@@ -1,4 +1,4 @@
-"""The check for a second compile of the step: it names the argument to blame and what of it changed."""
+"""The check for a second compile of the step: it names the argument to blame and what changed."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -65,8 +65,8 @@ class _Form:
 class RecompileSentinel:
     """Notices when a step is compiled a second time, and which argument is to blame.
 
-    Costs a look at the jitted function's cache per step, under a microsecond; for a step that is no jitted function
-    (several programs, say) a look at the form of every argument.
+    Costs a look at the jitted function's cache per step, under a microsecond; for a step that is not one jitted
+    function (several programs, for example) a look at the form of every argument.
 
     >>> sentinel = RecompileSentinel()
     >>> double = jax.jit(lambda x: 2 * x)
@@ -95,7 +95,7 @@ class RecompileSentinel:
         """
         if not self._may_have_compiled(step_fn, args):
             return None
-        # The cache grows also where nothing is compiled (a key's data is described in another way, say).
+        # The cache also grows without a compile (for example where a key's data is described in another way).
         forms = _forms(args, names)
         if forms in self._known:
             return None
@@ -110,7 +110,7 @@ class RecompileSentinel:
             before, self._cache_size = self._cache_size, cache_size()
             return before != self._cache_size
         # The outputs of a program share their types and shardings from call to call, so comparing is comparing
-        # addresses, for all but the arguments that did change.
+        # addresses, for all but the arguments that changed.
         last, self._last = self._last, [_quick_form(leaf) for leaf in jax.tree.leaves(args)]
         return last != self._last
 
@@ -124,7 +124,7 @@ def _forms(args: Sequence[Any], names: Sequence[str]) -> dict[str, _Form]:
 
 
 def _quick_form(leaf: Any) -> tuple[Any, Any]:
-    # Not isinstance: asking whether something is a jax.Array takes longer than all the rest.
+    # Not isinstance: checking for a jax.Array takes longer than everything else here.
     return (leaf.aval, leaf.sharding) if hasattr(leaf, "aval") else (jax.typeof(leaf), None)
 
 

@@ -25,10 +25,10 @@ class ReplicaDriftError(RuntimeError):
 def check_replicas(tree: PyTree, mesh: Mesh) -> None:
     """Check that every copy of every leaf, or of every shard of one, holds the same bits.
 
-    JAX does not: an array made of unequal pieces still calls itself replicated, and shows what its first device has.
+    JAX does not: an array made of unequal pieces still counts as replicated, and shows the copy of its first device.
     Each device condenses its own memory to 32 bits per leaf, which all of them exchange: reading the state once is
     what it costs, and waiting for it. A single changed element is always found; larger changes escape with a chance
-    of 2**-32. Every process of the job must call it, and all come to the same verdict.
+    of 2**-32. Every process of the job must call it, and all get the same result.
 
     Args:
       tree: arrays laid out over `mesh`; those cut over some axes are compared along the others.
@@ -51,7 +51,7 @@ def check_replicas(tree: PyTree, mesh: Mesh) -> None:
         more = f"; and {len(drifted) - _MAX_SHOWN} more" if len(drifted) > _MAX_SHOWN else ""
         raise ReplicaDriftError(
             f"The copies of an array must be equal on all devices that hold it; {len(drifted)} of {len(paths)} leaves "
-            f"are not: {named}{more}. Training on would mix several models. Resume from the last checkpoint. The "
+            f"are not: {named}{more}. Training further would mix several models. Resume from the last checkpoint. The "
             "cause is a gradient or a statistic that is not averaged over the devices, data placed as replicated that "
             "differ per process, or, if it is neither, a broken device."
         )

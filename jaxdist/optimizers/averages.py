@@ -17,7 +17,8 @@ class EmaState(NamedTuple):
 
 
 def ema(decay: float) -> optax.GradientTransformation:
-    """Return a transformation, the last of a chain, that leaves updates alone and averages the params they lead to.
+    """Return a transformation, the last of a chain, that leaves updates unchanged and averages the params that result
+    from them.
 
     After n updates the decay is min(decay, (1 + n) / (10 + n)), so that a short run's average is not its first params
     (the rule of TensorFlow's ExponentialMovingAverage).
@@ -42,7 +43,7 @@ def ema(decay: float) -> optax.GradientTransformation:
 
 
 def ema_params(opt_state: PyTree) -> PyTree | None:
-    """Return the averaged params of `ema`, at least float32, wherever it stands in the optimizer; None if nowhere."""
+    """Return the averaged params of `ema`, at least float32, wherever it is in the optimizer; None if it has none."""
     found = [node for node in jax.tree.leaves(opt_state, is_leaf=_is_ema) if _is_ema(node)]
     return found[0].params if found else None
 

@@ -29,7 +29,7 @@ def build(
     max_steps: int | None = None,
     offset: int = 0,
 ) -> optax.GradientTransformation:
-    """Return the optax optimizer; one that is ready comes back as it is.
+    """Return the optax optimizer; an optax optimizer is returned unchanged.
 
     In order: clipping, coupled weight decay, the rule, decoupled weight decay, the learning rate, the params' average.
 
@@ -38,7 +38,7 @@ def build(
       global_batch_size: examples of a step, for the linear scaling rule.
       steps_per_epoch: for schedules in epochs. None if unknown.
       max_steps: the last step of the run, for decays without a length. None if unknown.
-      offset: steps to add to those that were made, after a change of the batch size; see `RateSchedule`.
+      offset: steps to add to the count, after a change of the batch size; see `RateSchedule`.
 
     Raises:
       ValueError: settings that contradict each other, have no effect, or need an unknown length.
@@ -65,7 +65,7 @@ def build(
 
 
 def _updates(optimizer: Optimizer, schedule: RateSchedule) -> list[optax.GradientTransformation]:
-    """Return what makes updates of gradients: the rule, its weight decay and the learning rate."""
+    """Return what turns gradients into updates: the rule, its weight decay and the learning rate."""
     if optimizer.name not in SETTINGS:
         return [_ready_made(optimizer, schedule)]
     decay = [_add_decay(optimizer)] if optimizer.weight_decay else []
@@ -75,7 +75,7 @@ def _updates(optimizer: Optimizer, schedule: RateSchedule) -> list[optax.Gradien
 
 
 def _scale_by_rate(schedule: RateSchedule) -> optax.GradientTransformationExtraArgs:
-    """Return what multiplies by the negative learning rate of the step that it is told, or else of its own count."""
+    """Return what multiplies by the negative learning rate of the given step, or of its own count without one."""
 
     def init(params: PyTree) -> optax.ScaleByScheduleState:
         del params
@@ -105,9 +105,9 @@ def _rate_at(schedule: RateSchedule, count: jax.Array, inputs: jax.Array | None)
 
 
 def _ready_made(optimizer: Optimizer, schedule: RateSchedule) -> optax.GradientTransformationExtraArgs:
-    """Return an optimizer of optax, whose learning rate is set anew before each update.
+    """Return an optimizer of optax whose learning rate is set before each update.
 
-    A count of its own would stand still while updates are skipped.
+    Its own count would stop while updates are skipped.
     """
     function = getattr(optax, optimizer.name)
     known = inspect.signature(function).parameters

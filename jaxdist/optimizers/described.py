@@ -25,7 +25,7 @@ class Group:
     decay: bool | None = None
     """Whether the weight decay of the optimizer holds; None: as `decay_mask` says."""
     frozen: bool = False
-    """Whether the params stay as they are. Their gradients then count in no norm."""
+    """Whether the params are not trained. Their gradients then count in no norm."""
 
     def __post_init__(self) -> None:
         check_range("optimizer.groups.learning_rate", self.learning_rate, at_least=0)
@@ -33,13 +33,13 @@ class Group:
             re.compile(self.pattern)
         except re.error as error:
             raise ValueError(
-                f"optimizer.groups.pattern must be a regular expression; {self.pattern!r} is none: {error}."
+                f"optimizer.groups.pattern must be a regular expression; {self.pattern!r} is not one: {error}."
             ) from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """What `build` builds. A setting left at None takes its optimizer's usual value, or stays out."""
+    """What `build` builds. A setting left at None takes its optimizer's usual value, or is not used."""
 
     name: str
     """sgd, momentum, nesterov, adam, adamw, lion; or any optimizer of optax by its name there, such as adafactor."""
@@ -107,7 +107,7 @@ SETTINGS: dict[str, dict[str, float]] = {
 def of_optax() -> tuple[str, ...]:
     """Return the names of optax's optimizers that this module does not describe itself: all that take a learning rate.
 
-    Those that need the value of the loss with each update, or a random key, are not among them.
+    Those that need the value of the loss with each update, or a random key, are left out.
     """
     names = []
     for name in dir(optax):

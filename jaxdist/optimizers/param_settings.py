@@ -55,9 +55,9 @@ _NORM = re.compile(r"norm", re.IGNORECASE)
 
 
 def decays(path: str, num_dims: int) -> bool:
-    """Return whether weight decay is meant for a param: matrices and embeddings, whatever their number of dims.
+    """Return whether a param gets weight decay: matrices and embeddings, of any number of dims.
 
-    A param is none of these if it has fewer than two dims, if it is called bias, scale, gain, gamma, beta, offset or
+    A param is not one of these if it has fewer than two dims, if it is called bias, scale, gain, gamma, beta, offset or
     shift (attention biases have two dims, and under `nn.scan` every param has one dim more), or if it belongs to a
     module with `norm` in its name.
     """

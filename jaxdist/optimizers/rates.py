@@ -1,4 +1,4 @@
-"""The learning rate of each step, out of the description of an optimizer and of what is known of the run."""
+"""The learning rate of each step, from the description of an optimizer and what is known about the run."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,11 +16,11 @@ SCALED_WARMUP_EPOCHS = 5
 
 
 class RateSchedule(NamedTuple):
-    """A learning rate as a function of the step, with the rates that it starts from and rises to apart.
+    """A learning rate as a function of the step, with its start and its peak as separate inputs.
 
     `inputs` (float32, 3 elements: where the warm-up starts, its rise per step, the peak) enter the compiled step as an
-    argument, so that another learning rate compiles nothing. `offset` is what the steps that came before a change of
-    the batch size lack, or have too many, in steps of the present size.
+    argument, so that another learning rate needs no new compile. `offset` corrects the count after a change of the
+    batch size: the difference in steps of the present size.
     """
 
     rate: Callable[[jax.Array, jax.Array], jax.Array]
@@ -59,7 +59,8 @@ class RateSchedule(NamedTuple):
                 f"The {schedule.name} decay must end after the warm-up; it ends at step {end} and the warm-up at "
                 f"{warmup}. Set optimizer.schedule.warmup lower, or optimizer.schedule.length higher."
             )
-        # Reciprocals of constants here, so that no layout's compiler gets to choose between dividing and multiplying.
+        # Reciprocals of constants are computed here, so that the compiler cannot choose between dividing and
+        # multiplying.
         per_warmup, per_decay = 1 / max(warmup, 1), 1 / (1 if end is None else end - warmup)
 
         def rate(count: jax.Array, inputs: jax.Array) -> jax.Array:
@@ -148,7 +149,7 @@ def _decay_end(schedule: Schedule, steps_per_unit: float, *, warmup: int, max_st
             f"A {schedule.name} decay needs to know where it ends, and this run has no last step. "
             "Set optimizer.schedule.length (in optimizer.schedule.unit), or stop.max_steps or stop.max_epochs."
         )
-    return max(max_steps, warmup + 1)  # A run that ends inside its warm-up never comes to the decay.
+    return max(max_steps, warmup + 1)  # A run that ends inside its warm-up never reaches the decay.
 
 
 def _steps_per_unit(schedule: Schedule, steps_per_epoch: int | None) -> float:
@@ -156,7 +157,7 @@ def _steps_per_unit(schedule: Schedule, steps_per_epoch: int | None) -> float:
         return 1
     if steps_per_epoch is None:
         raise ValueError(
-            "A schedule in epochs needs the length of an epoch, which this data does not tell. "
+            "A schedule in epochs needs the length of an epoch, which this data does not provide. "
             "Set optimizer.schedule.unit to steps."
         )
     return steps_per_epoch

@@ -1,8 +1,8 @@
 """Schedules: how the learning rate moves over a run, as a factor of its peak.
 
 The one idea: a schedule is a shape. `Schedule` only describes it; `factor` gives the fraction of the peak at a place in
-the run. The peak itself is no part of it, and enters the compiled step as an input: another learning rate compiles
-nothing.
+the run. The peak itself is no part of it, and enters the compiled step as an input: another learning rate needs
+no new compile.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ NAMES: tuple[Name, ...] = (
     "one_cycle",
 )
 _ENDLESS = ("constant", "step", "inverse_sqrt")
-"""Schedules without an end: a run may go on for as long as it likes."""
+"""Schedules without an end, for runs of any length."""
 
 ONE_CYCLE_RISE = 0.3
 ONE_CYCLE_START = 1 / 25
@@ -103,7 +103,7 @@ def factor(schedule: Schedule, count: jax.Array, done: jax.Array, *, warmup: int
     Args:
       schedule: the description.
       count: finished steps, float32.
-      done: the part of the decay that is over, in [0, 1]; of schedules without an end, anything.
+      done: the part of the decay that is over, in [0, 1]; unused by schedules without an end.
       warmup: steps of the warm-up.
       steps_per_unit: steps of one `schedule.unit`.
     """
@@ -150,7 +150,7 @@ def check_range(
     above: float | None = None,
     below: float = math.inf,
 ) -> None:
-    """Raise ValueError unless value is None, or a number in the range. Written so that NaN fails, too."""
+    """Raise ValueError unless value is None, or a number in the range. NaN is outside every range."""
     if value is None:
         return
     rule = f"at least {at_least}" if above is None else f"above {above}"

@@ -12,7 +12,7 @@ class Chip:
 
     Attributes:
       name: as users write it in a topology.
-      memory_bytes: of one device; None where it is the machine's own.
+      memory_bytes: of one device; None where devices share the machine's memory.
       flops_per_second: peak, dense bfloat16.
       memory_bytes_per_second: between the device and its memory.
       link_bytes_per_second: that one device can send, over all its links.

@@ -1,4 +1,4 @@
-"""What one training step needs, read off the program that the real compiler made of it.
+"""What one training step needs, read from the program that the real compiler made.
 
 Bytes and collectives are the compiled program's own. Times are bounds: arithmetic, memory traffic and network traffic,
 each at its peak rate (roofline model; Williams, Waterman and Patterson, 2009); the largest bounds the step.
@@ -68,7 +68,7 @@ class Estimate:
       num_microbatches: parts of a device's batch.
       global_batch_size: examples of a step.
       num_params: elements, over all devices.
-      steps: the step that the run certainly ends at; None where no limit is known.
+      steps: the step at which the run ends at the latest; None where no limit is known.
       bytes: of one device.
       device_memory: bytes a device has; None where it is the machine's own.
       flops_per_step: over all devices, counted in the traced step (see `flops`).
@@ -147,7 +147,7 @@ class Estimate:
 def with_dividing_batch(experiment: Experiment, topology: Topology) -> Experiment:
     """Return `experiment` with a global batch that divides over the topology: its own, else the next larger one.
 
-    A laptop's batch is often smaller than a pod has devices; a plan that refused it would answer nothing.
+    The batch of an experiment for a laptop is often smaller than the number of devices of a pod.
     """
     parts = len(topology.devices) * experiment.num_microbatches
     batch = -(-experiment.global_batch_size // parts) * parts

@@ -1,6 +1,6 @@
 """Which way of training an experiment fits a topology, and which of those that fit should be fastest.
 
-Every candidate is compiled; nothing is guessed from formulas. What a candidate is refused for is told with it.
+Every candidate is compiled; nothing is estimated from formulas. A refused candidate keeps the reason.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ MICROBATCHES = (1, 2, 4, 8)
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One way to train: what is changed in the experiment, and what came of it.
+    """One way to train: what is changed in the experiment, and the result.
 
     Attributes:
       assignments: for `--set`.
@@ -55,7 +55,7 @@ def search(experiment: Experiment, topology: Topology, *, show: Callable[[str], 
     fitting: set[str] = set()
     for assignments, changed in changes(experiment):
         if assignments[0] in fitting:
-            continue  # a microbatch less memory costs time, and this strategy fits without
+            continue  # more microbatches save memory but cost time, and this strategy already fits
         show(" ".join(assignments))
         candidate = _try(assignments, changed, topology)
         found.append(candidate)

@@ -1,4 +1,4 @@
-"""Hardware that is not there: `cpu:64` and `tpu:v5e:16x16` as devices that programs can be compiled for.
+"""Hardware that is not present: `cpu:64` and `tpu:v5e:16x16` as devices that programs can be compiled for.
 
 Fake CPU devices are the host's own. For TPUs the compiler comes with the package libtpu, which needs no TPU
 (`jax.experimental.topologies`, an ahead-of-time interface of JAX).
@@ -24,7 +24,7 @@ EXAMPLES = ("cpu:8", "cpu:64", "tpu:v4:2x2x2", "tpu:v5e:4x4", "tpu:v5e:16x16", "
 MOST_CPU_DEVICES = 256
 _CALIBRATION_SIZE = 768
 _WHERE_NO_TPU_IS = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_MIN_LOG_LEVEL": "3"}
-"""Told to libtpu, which would otherwise ask the cloud's metadata server who it is."""
+"""Environment for libtpu, which would otherwise ask the cloud's metadata server."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ def find(name: str) -> Topology:
       UserError: there is no such topology, or the compiler for it is not installed.
     """
     platform, _, rest = name.partition(":")
-    # Nothing is computed but on this machine's processor, whatever accelerators it has.
+    # Everything is computed on this machine's processor, even where it has accelerators.
     jax.config.update("jax_platforms", "cpu")
     if platform == "cpu" and rest.isdecimal() and 1 <= int(rest) <= MOST_CPU_DEVICES:
         devices = runtime.start_by_itself(int(rest))

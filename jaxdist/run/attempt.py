@@ -55,7 +55,7 @@ def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.
     """Train `experiment` on `devices` until its stop rule ends it; return the run record, which is written too.
 
     Raises:
-      UserError: settings that cannot work, a run directory that cannot be used, a checkpoint that is damaged.
+      UserError: invalid settings, an unusable run directory, or a damaged checkpoint.
     """
     run: _Run | None = None
     with contextlib.ExitStack() as stack:
@@ -65,7 +65,7 @@ def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.
             parts = components.put_together(experiment, devices=devices, identity=options.identity)
             earlier = directory.prepare_run_dir(parts.identity, options.run_dir, resume=options.resume)
             if runtime.is_alone() and runtime.is_first():
-                # Not before the checks: what is refused leaves no trace. A supervisor holds the lock for its processes.
+                # After the checks: a refused run leaves no files. A supervisor holds the lock for its processes.
                 stack.enter_context(lock.locked(options.run_dir, purpose=options.command))
                 if options.resume and jax.process_count() == 1:
                     earlier = rescue.save_left(_rescue_of(parts, options.run_dir)) or earlier
@@ -83,7 +83,7 @@ def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.
             )
             agreed = stack.enter_context(agreement.of_job())
             with stopwatch.account("restart"):
-                # Process 0 writes to the directory next; by then the others must have looked at it.
+                # Process 0 writes to the directory next; the others must have checked it by then.
                 agreed.meet("the run directory is checked")
             start = _begin(stack, parts, options, stopwatch, earlier, agreed)
             parts = parts.continued(start.progress)
@@ -98,7 +98,7 @@ def _rescue_of(parts: components.Parts, run_dir: pathlib.Path) -> rescue.Rescue:
 
 @dataclasses.dataclass(frozen=True)
 class _Start:
-    """Where an attempt begins: the state, the data position (None for the first), the progress, and where to save."""
+    """The start of an attempt: the state, the data position (None for the first), the progress, and where to save."""
 
     state: TrainState
     position: Position | None
@@ -127,7 +127,7 @@ def _begin(
         found = recovery.restore_newest(parts.abstract_state, saved, in_memory) if options.resume else None
     if found is None:
         directory.check_nothing_is_lost(earlier, options.run_dir, saved)
-        # A run that ended before its first checkpoint is resumed from its first step: nothing else is lost.
+        # A run that ended before its first checkpoint restarts from its first step.
         with stopwatch.account("compile"):
             start = _Start(parts.create_state(), None, stop.Progress(), saved, in_memory)
     else:
@@ -184,7 +184,7 @@ class _Run:
         self.books.before_save = self.log.flush
 
     def execute(self, stop_rule: stop.StopRule, dog: watchdog.Watchdog) -> record.RunRecord:
-        """Train, evaluate once more if need be, save, and write the record; of an error, too, before it is raised."""
+        """Train, evaluate the last step if needed, save, and write the record, also of an error before it is raised."""
         try:
             return self._train(stop_rule, dog)
         except Exception as error:
@@ -192,7 +192,7 @@ class _Run:
                 self.books.write_record("error")
             explained = _explained(error)
             if jax.process_count() > 1:
-                # On the way out a checkpointer would wait for processes that wait for this one.
+                # While closing, a checkpointer would wait for processes that are waiting for this one.
                 if explained is None:
                     runtime.print_for_developers(error)
                 else:
@@ -230,7 +230,7 @@ class _Run:
         """Evaluate and save the last step, unless that was done; a preempted run has no time for an evaluation."""
         if result.end_reason != "preempted":
             self.books.evaluate(result.state)
-        # A resumed run may have been over, its newest state in memory alone.
+        # A resumed run may already have ended, with its newest state only in memory.
         position = result.position or self.start.position
         if position is None:
             return
@@ -273,7 +273,7 @@ class _Run:
         return outputs
 
     def record_hang(self) -> None:
-        """Record that the run hangs; from the watchdog's thread, while the main one is stuck."""
+        """Record that the run hangs; called by the watchdog's thread while the main thread is blocked."""
         self.books.make_record("hang").write(self.options.run_dir)
 
     def _make_hooks(self, ledger_hooks: Sequence[loop.Hook]) -> list[loop.Hook]:
@@ -292,7 +292,7 @@ class _Run:
         return [*found, disk_room.unless_full(hooks.save_when_due(books), self.options.run_dir, agreed=room)]
 
     def _agree_on_time(self) -> loop.Hook:
-        """Return the hook that gives every process one clock, since max_seconds must end all of them at one step."""
+        """Return the hook that gives all processes one clock, because max_seconds must end them at the same step."""
         agreed = self.agreed.number("seconds", self.start.progress.seconds)
 
         def agree(info: loop.StepInfo) -> None:
@@ -316,14 +316,14 @@ class _Run:
         self.books.report_nonfinite(str(report))
 
     def _whole(self, params: Any) -> Any:
-        """Return `params` so that each process holds all of them; every process must call it."""
+        """Return `params` gathered on each process; every process must call it."""
         if all(leaf.is_fully_addressable or leaf.is_fully_replicated for leaf in jax.tree.leaves(params)):
             return params
         return jax.device_put(params, NamedSharding(self.mesh, PartitionSpec()))
 
 
 def _explained(error: Exception) -> errors.UserError | errors.RunFailedError | None:
-    """Return the error whose message says all there is to say to a user, None where the traceback says more."""
+    """Return the error with the message for the user, None where the traceback is more useful."""
     if isinstance(error, BadExampleError):
         return errors.UserError(f"{error}. Repair or remove it, or skip such examples with data.on_bad=skip.")
     if isinstance(error, errors.RunFailedError):

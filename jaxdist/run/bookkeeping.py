@@ -1,7 +1,7 @@
-"""The books of one attempt: its metrics, times, evaluations, checkpoints, display and run record.
+"""Bookkeeping of one attempt: its metrics, times, evaluations, checkpoints, display and run record.
 
-Both loops keep the same books: the one that trains in this process, and the one that watches a parameter server. A loop
-advances `progress` and says where the state is; what follows from that is decided here, in one way for both.
+Two loops share it: the one that trains in this process, and the one that observes a parameter server. A loop
+advances `progress` and says where the state is; the rest is decided here, the same for both.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ class ExperimentSource:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What is known of an attempt when it begins, and does not change.
+    """What is known about an attempt at its start and does not change.
 
     Attributes:
       experiment: what is trained.
@@ -80,7 +80,7 @@ class Facts:
 class Schedule:
     """Says when something is due: every so many steps or, without these, every so many epochs.
 
-    It may be asked after some steps only; it is due once where one or more of its multiples were passed since.
+    It may be called after some steps only; it is due once if one or more multiples were passed since the last call.
     """
 
     def __init__(self, progress: Progress, *, every_steps: int | None = None, every_epochs: int = 1) -> None:
@@ -99,12 +99,12 @@ class Schedule:
 
 
 class Bookkeeper:
-    """Keeps the books of one attempt; from its making on, the run directory is that run's, and can be resumed.
+    """Keeps the records of one attempt; once it exists, the run directory belongs to this run and can be resumed.
 
     Args:
-      attempt: what the books are about.
+      attempt: the attempt.
       checkpointer: of the run directory.
-      progress: where the attempt begins; the loop advances it in place.
+      progress: at the start of the attempt; the loop advances it in place.
       stopwatch: already running.
       evaluate: returns the metrics of a state on the held-out data; None without such data.
       extra: further keys of the run record.
@@ -126,12 +126,12 @@ class Bookkeeper:
         self.display: Any = Silent()
         self.compile_count = 0
         self.process_restarts = 0
-        """Single processes that were started again during this attempt, while the others continued."""
+        """Processes that were restarted one at a time during this attempt, while the others continued."""
         self.before_save: Callable[[], None] = lambda: None
         self.unsaved_best = False
         """Whether the present state is the best so far, and is to be saved."""
         self._measured: dict[str, int] = {}
-        """The step that each metric's last value is of."""
+        """The step of each metric's last value."""
         experiment = attempt.experiment
         self.evaluations = Schedule(
             progress, every_steps=experiment.eval.every_steps, every_epochs=experiment.eval.every_epochs
@@ -206,7 +206,7 @@ class Bookkeeper:
         self.unsaved_best = self._is_best()
 
     def _is_best(self) -> bool:
-        """Return whether the watched metric was measured after the present step, and is better than ever before."""
+        """Return whether the watched metric was measured after the present step and is the best so far."""
         metric, mode = components.watched_metric(self.attempt.experiment)
         if metric is None or self._measured.get(metric) != self.progress.step:
             return False
@@ -221,7 +221,7 @@ class Bookkeeper:
         self._is_best()
         with self.stopwatch.account("checkpoint"):
             data_state = {"position": place.to_json(), "progress": self.progress.to_json(), **more}
-            # Of another step's metrics, this state knows nothing; the best checkpoint is chosen by its own.
+            # The best checkpoint is chosen by the metrics of its own step, not of an earlier one.
             own = {name: value for name, value in self.progress.metrics.items() if self._measured.get(name) == step}
             self.checkpointer.save(step, state, data_state, own)
         self._saved_step = step
@@ -251,7 +251,7 @@ class Bookkeeper:
     def make_record(self, end_reason: str | None, params: Any | None = None) -> record.RunRecord:
         """Return the run record; the hash of the params is taken at the end only, when they are given."""
         attempt, seconds = self.attempt, self.stopwatch.seconds()
-        # A loop that waits for its input trains no faster than the input comes, so both count.
+        # The time spent waiting for input counts too: it limits the speed of training.
         busy = seconds["input"] + seconds["compute"]
         earlier_attempts = attempt.earlier.restarts + 1 if attempt.earlier else 0
         return record.RunRecord(
@@ -300,7 +300,7 @@ class Bookkeeper:
         }
 
     def report_nonfinite(self, report: str) -> None:
-        """Write and show, on process 0, why a run ended as `nonfinite`, and which checkpoint it leaves."""
+        """Write and show, on process 0, why a run ended as `nonfinite` and which checkpoint is the newest."""
         if jax.process_index() != 0:
             return
         saved = self.checkpointer.latest_step()

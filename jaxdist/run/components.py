@@ -123,7 +123,7 @@ def params_in_use(train_state: state.TrainState) -> Any:
 
 
 def put_together(experiment: Experiment, *, devices: Sequence[jax.Device], identity: "Identity | None" = None) -> Parts:
-    """Return the parts of `experiment` on `devices`; its identity, where it is known already, is not taken again.
+    """Return the parts of `experiment` on `devices`; an identity that is already known is not computed again.
 
     Raises:
       ValueError: settings that do not fit the devices, the data or each other; the message says which.
@@ -150,7 +150,7 @@ def put_together(experiment: Experiment, *, devices: Sequence[jax.Device], ident
     functions = make_functions(experiment, shapes)
     known_end = known_ends(experiment, loader.steps_per_epoch)
     optimizer, learning_rate = make_optimizer(experiment, known_end)
-    # A leaf that cannot be cut as asked is found here, where nothing has been written yet.
+    # A leaf that cannot be sharded as requested is found here, before anything is written.
     abstract = state.abstract_state(functions.init_fn, optimizer, mesh=strategy.mesh, layout=strategy.layout)
     eval_loaders = make_eval_loaders(experiment)
     eval_shapes = {name: example_batch(each) for name, each in eval_loaders.items()}
@@ -291,7 +291,7 @@ def known_ends(experiment: Experiment, steps_per_epoch: int) -> dict[str, int | 
 
 
 def last_step(experiment: Experiment, steps_per_epoch: int) -> int | None:
-    """Return the step that the run certainly ends at, None where no limit is known."""
+    """Return the step at which the run ends at the latest, None where no limit is known."""
     limits = experiment.stop
     ends = [] if limits.max_steps is None else [limits.max_steps]
     ends += [] if limits.max_epochs is None else [math.ceil(limits.max_epochs * steps_per_epoch)]
@@ -339,7 +339,7 @@ def identity_of(experiment: Experiment, fingerprint: str) -> Identity:
 
 
 def settings_of_model(model: Any) -> Any:
-    """Return what a model is made of, as plain data; how it predicts may be added to a model that is trained."""
+    """Return the settings of a model as plain data, without predict_fn, which may be added after training."""
     settings = record.plain(model)
     if isinstance(model, adapters.Functions) and isinstance(settings, dict):
         settings.pop("predict_fn")

@@ -86,7 +86,7 @@ def open_checkpoints(
 
 
 def what_stays(experiment: Experiment) -> dict[str, Any]:
-    """Return the settings of the Checkpointer that say which checkpoints stay."""
+    """Return the settings of the Checkpointer that say which checkpoints are kept."""
     settings = experiment.checkpoints
     best_metric, best_mode = components.watched_metric(experiment)
     return {
@@ -113,8 +113,8 @@ def check_nothing_is_lost(
     if saved is None or checkpointer.latest_step() is not None:
         return
     raise ConfigError(
-        f"A run is resumed from its newest checkpoint; {run_dir / record.FILE_NAME} tells of a checkpoint of step "
-        f"{saved}, and {run_dir / CHECKPOINTS_NAME} holds none. Bring {CHECKPOINTS_NAME}/ back, or start again in "
+        f"A run is resumed from its newest checkpoint; {run_dir / record.FILE_NAME} names a checkpoint of step "
+        f"{saved}, and {run_dir / CHECKPOINTS_NAME} holds none. Restore {CHECKPOINTS_NAME}/, or start again in "
         "another --run-dir."
     )
 
@@ -122,7 +122,7 @@ def check_nothing_is_lost(
 def _saved_step(earlier: record.RunRecord) -> int | None:
     if "checkpoint" in earlier.extra:
         return earlier.extra["checkpoint"]
-    # Records of version 0.1 do not say; these ends always saved their last step.
+    # Records of version 0.1 lack the key; runs with these end reasons always saved their last step.
     saved = earlier.end_reason is not None and earlier.end_reason not in ("nonfinite", "hang", "error")
     return earlier.step if saved and earlier.step else None
 
@@ -130,7 +130,7 @@ def _saved_step(earlier: record.RunRecord) -> int | None:
 def go_back(
     checkpointer: checkpoints.Checkpointer, run_dir: pathlib.Path, step: int, agreed: agreement.Agreement
 ) -> None:
-    """Make `step` the newest checkpoint: move newer ones to the folder `set-aside`, where nothing looks for them.
+    """Make `step` the newest checkpoint: move newer ones to the folder `set-aside`, which is never searched.
 
     Every process of the run must call it, before any reads a checkpoint; process 0 moves.
 

@@ -1,7 +1,7 @@
 """A full disk costs checkpoints, not the run: a save that does not fit is left out, with one warning.
 
 A save that fails half-way leaves the other processes in a barrier, and the supervisor has to restart the job. So the
-free space is compared with the size of the state before; process 0 looks, and all agree on the answer. At the end of a
+free space is compared with the size of the state first; process 0 checks, and all use its answer. At the end of a
 run the state that does not fit stays in memory, where the next start of the run finds it.
 """
 
@@ -20,7 +20,7 @@ from jaxdist.run.loop import Hook, StepInfo
 from jaxdist.rundir import full_disk
 
 _LOOK_SECONDS = 1.0
-"""Between two looks at the disk: steps may be far shorter than a look."""
+"""Seconds between two checks of the disk: a step may be far shorter than a check."""
 
 
 def unless_full(

@@ -1,4 +1,4 @@
-"""The first screen of a run: what is about to be trained, on what, and where it will be found."""
+"""The first screen of a run: what will be trained, on which devices, and where the results are written."""
 
 import math
 import pathlib

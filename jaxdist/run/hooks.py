@@ -22,7 +22,7 @@ def every(num_steps: int, hook: Hook) -> Hook:
 
 
 class LogMetrics:
-    """Writes the training metrics of every n-th step, and of the first; reads them one step late."""
+    """Writes the training metrics of every n-th step, and of the first; reads them one step later."""
 
     def __init__(self, books: Bookkeeper) -> None:
         self._books = books
@@ -71,16 +71,16 @@ def save_when_due(books: Bookkeeper) -> Hook:
 def _was_made(info: StepInfo) -> bool:
     """Return whether the loss and gradient of a step, and of those before it, were finite; waits for the step.
 
-    Where one was not, the loop ends a few steps later; what is evaluated or saved meanwhile would count steps as done
-    that were not made.
+    Where one was not, the loop ends a few steps later; evaluations and checkpoints in between would count steps
+    that were not taken.
     """
     return int(info.metrics[NONFINITE_LEAF].addressable_data(0)) < 0
 
 
 def fetch(metrics: Metrics) -> dict[str, float]:
-    """Return a step's metrics as numbers, without the flag that is the loop's own; waits for the step.
+    """Return a step's metrics as numbers, without the loop's own flag; waits for the step.
 
-    A batch in which nothing counted has no mean of anything: what would be NaN is left out.
+    A batch in which no example counts has no means: values that would be NaN are left out.
     """
     found = jax.device_get({name: value.addressable_data(0) for name, value in metrics.items()})
     empty = found.pop(NONFINITE_LEAF, None) == EMPTY_BATCH

@@ -1,4 +1,4 @@
-"""The training loop: take a batch, dispatch a step, let the hooks look, ask whether to stop.
+"""The training loop: take a batch, dispatch a step, call the hooks, ask whether to stop.
 
 The loop waits for nothing it need not. A step is dispatched and the next batch fetched while the devices work. The one
 value read back is the non-finite flag, and only every few steps, of a step that was dispatched a while ago: by then it
@@ -22,7 +22,7 @@ from jaxdist.spmd.step import EMPTY_BATCH, NONFINITE_LEAF, Metrics, Step, unmark
 
 
 class DataPosition(Protocol):
-    """Where training stands in the data once a batch was trained on; counts are in global examples."""
+    """The place in the data after a batch was trained on; counts are in global examples."""
 
     @property
     def epoch(self) -> int:
@@ -118,7 +118,7 @@ def fit(
       batches: pairs of a global batch and the data position after it.
       stop: looked at after each step and its hooks, and before the first step of a resumed run.
       hooks: called in order after each step was dispatched.
-      progress: what a resumed run goes on from; updated in place.
+      progress: that of the run that is resumed, or new; updated in place.
       stop_requested: called with the step's number after each step; True ends the run as preempted.
       stopwatch: account of the wall time; input, compile and compute are charged here.
       step_times: takes the duration of each step but the first, which compiles.
@@ -132,7 +132,7 @@ def fit(
     unread, pace = _Unread(), _Pace(step_times)
     start_time, seconds_before = time.monotonic(), progress.seconds
 
-    # A resumed run may have been over already: one step more would not be the run that was never stopped.
+    # A resumed run may already have ended: another step would differ from the run that was never stopped.
     reason = (stop(progress) if progress.step else None) or ""
     while not reason:
         with stopwatch.account("input"):
@@ -177,7 +177,7 @@ def _advance(progress: stop_rules.Progress, position: DataPosition, seconds: flo
 
 @dataclasses.dataclass(frozen=True)
 class _Dispatched:
-    """A step on its way, its flag, and where the run stood before it."""
+    """A dispatched step, its flag, and the progress of the run before it."""
 
     step: int
     batch: Batch
@@ -214,7 +214,7 @@ class _Unread:
         """Wait for all but the newest `leave` steps; return the first of them that was not finite."""
         end = len(self._steps) - leave
         looked, self._steps = self._steps[:end], self._steps[end:]
-        # A flag that is up stays up, so the last one tells of them all.
+        # A flag that is set stays set, so the last one covers all of them.
         if not looked or looked[-1].leaf() < 0:
             self.empty_batches += sum(each.leaf() == EMPTY_BATCH for each in looked)
             return None
@@ -222,7 +222,7 @@ class _Unread:
 
 
 class _Pace:
-    """Times the steps: over the steps between two looks, because the loop waits for the devices at these alone."""
+    """Times the steps: over the steps between two looks, because the loop waits for the devices only then."""
 
     def __init__(self, step_times: StepTimes | None):
         self.started = False  # the first step compiles, and is not timed
@@ -237,7 +237,7 @@ class _Pace:
             self.settle()
 
     def settle(self) -> None:
-        """Share the time since the last call out among the steps since then."""
+        """Divide the time since the last call among the steps since then."""
         now = time.monotonic()
         if self._step_times is not None:
             for _ in range(self._num_steps):

@@ -1,4 +1,4 @@
-"""What can be known to be wrong before a run directory exists: the loss, the evaluation and the metrics, traced.
+"""Checks before a run directory exists: the loss, the evaluation and the metrics are traced.
 
 Nothing is computed here: model and loss are traced with the shapes of a batch, as compiling would do later.
 """
@@ -37,7 +37,7 @@ def check(
       collect_fn: collects the rows of the metrics that are no means; None without any.
 
     Raises:
-      ConfigError: a metric has a name that the run uses itself, or a rule waits for a metric that never comes.
+      ConfigError: a metric has a name that the run uses itself, or a rule needs a metric that is never reported.
       UserError: the user's model or loss raises, with the place where.
     """
     reported = [f"train/{name}" for name in _trained(functions.loss_fn, abstract, shapes)]
@@ -55,7 +55,7 @@ def check(
 
 
 def _trained(loss_fn: Any, abstract: state.TrainState, shapes: Shapes) -> list[str]:
-    """Return the names of the training metrics, of which everything is checked that a step would refuse."""
+    """Return the names of the training metrics, after checking all that a step would refuse."""
 
     def evaluate_loss(params: Any, model_state: Any, batch: Any, key: Any) -> dict[str, Any]:
         return reduce.evaluate_loss(loss_fn, params, model_state, batch, key)[1]
@@ -66,7 +66,7 @@ def _trained(loss_fn: Any, abstract: state.TrainState, shapes: Shapes) -> list[s
 
 
 def _evaluated(eval_fn: Any, abstract: state.TrainState, shapes: Shapes) -> list[str]:
-    """Return the names of what the evaluation gives."""
+    """Return the names of the evaluation's metrics."""
     return list(jax.eval_shape(evaluate.eval_step(eval_fn), abstract.params, abstract.model_state, dict(shapes)))
 
 
@@ -106,7 +106,7 @@ def _check_fields(shapes: Shapes, eval_shapes: Shapes, setting: str) -> None:
 
 
 def _check_watched(experiment: Experiment, reported: list[str]) -> None:
-    """Raise ConfigError where a stop rule or the choice of the best checkpoint needs a metric that never comes."""
+    """Raise ConfigError where a stop rule or the choice of the best checkpoint needs a metric that is not reported."""
     stop, best = experiment.stop, experiment.checkpoints.best_metric
     watched = {"checkpoints.best_metric": best} if best is not None else {}
     if stop.target is not None or stop.patience is not None:

@@ -1,4 +1,4 @@
-"""Progress: what a person sees of a run while it lasts.
+"""Progress: what is shown of a run while it trains.
 
 The one idea: `update` may be called at every step because it nearly always does nothing. It keeps the latest metrics as
 they are (device arrays included) and turns them into text only when the next redraw is due. There is no thread.
@@ -24,16 +24,16 @@ _WIDE, _NARROW = 20, 10
 
 
 class Progress(Protocol):
-    """Shows a run. A context manager, too: leaving it, by an exception or Ctrl-C as well, closes it."""
+    """Shows a run. It is also a context manager, which closes it on exit, also by an exception or Ctrl-C."""
 
     def update(self, step: int, metrics: Mapping[str, Any] | None = None) -> None:
         """Note that `step` is finished, and the latest metrics (whatever float() takes); redraw if that is due."""
 
     def finish(self, summary: Mapping[str, object]) -> None:
-        """Close, then print how the run ended, an entry a line: end reason, where the run record lies, and so on."""
+        """Close, then print how the run ended, one entry per line: end reason, path of the run record, and so on."""
 
     def close(self) -> None:
-        """Give the terminal back as it was found. May be called twice."""
+        """Restore the terminal. May be called twice."""
 
     def __enter__(self) -> "Progress": ...
 
@@ -122,7 +122,7 @@ def make_progress(
     Args:
       bounds: what is known about the end; `max_seconds` counts from this call, less the carried seconds.
       global_batch_size: turns steps/s into examples/s (for people: a ragged last batch counts as a whole one).
-      start_step: the step a resumed run goes on from.
+      start_step: the step that a resumed run continues from.
       carried_seconds: what a resumed run has used of its time already.
       deciding: the metric that decides when the run ends; it is always shown.
       silent: with --json, and on every process but process 0.
@@ -133,14 +133,14 @@ def make_progress(
     stream = stream or sys.stderr
     pace = Pace(bounds, global_batch_size=global_batch_size, start_step=start_step, carried_seconds=carried_seconds)
     console = rich.console.Console(file=stream, highlight=False)
-    # Asked of the stream: to rich, FORCE_COLOR alone makes a log file a terminal.
+    # The stream is asked, because FORCE_COLOR would make rich take a log file for a terminal.
     if stream.isatty() and not console.is_dumb_terminal:
         return Bar(pace, console, deciding=deciding)
     return Lines(pace, stream, deciding=deciding)
 
 
 class Pace:
-    """How fast a run goes and how long it still has, from the last `window` samples; the first step starts the count.
+    """The speed and the remaining time of a run, from the last `window` samples; the first step starts the count.
 
     Args:
       clock: seconds, monotonic.
@@ -271,7 +271,7 @@ class Lines:
 
 
 class Bar:
-    """One line at the foot of a terminal, redrawn in place; what is printed meanwhile appears above it."""
+    """One line at the bottom of a terminal, redrawn in place; other output appears above it."""
 
     def __init__(
         self,
@@ -292,7 +292,7 @@ class Bar:
             rich.progress.TextColumn("{task.description}", markup=False),
             console=console,
             auto_refresh=False,
-            # Printing to a standard output that is a file or a pipe must not land on the terminal.
+            # What is printed to a standard output that is a file or a pipe must not appear on the terminal.
             redirect_stdout=sys.stdout.isatty(),
             redirect_stderr=sys.stderr.isatty(),
         )
@@ -318,7 +318,7 @@ class Bar:
 
     def close(self) -> None:
         """See Progress."""
-        # Nothing is fetched from a device here: after an error or in a hang that may raise, or wait for ever.
+        # Nothing is fetched from a device here: after an error or in a hang that may raise, or block.
         self._bar.stop()
 
     def __enter__(self) -> "Bar":
@@ -328,7 +328,7 @@ class Bar:
         self.close()
 
     def _text(self) -> str:
-        """Return the line beside the bar; where there is no room for all of it, step and deciding metric remain."""
+        """Return the text next to the bar; where there is not enough room, only step and deciding metric."""
         decides = None if self._deciding is None else self._deciding.metric
         shown = {
             name: value for name, value in self._latest.items() if name == decides or name.rpartition("/")[2] in SHOWN
@@ -356,7 +356,7 @@ def format_metrics(metrics: Mapping[str, Any], deciding: Deciding | None = None)
 
 
 def fitting(parts: Sequence[str], width: int, *, keep: Sequence[str]) -> str:
-    """Return `parts` on one line of at most `width` columns: from the last, those go that are not in `keep`."""
+    """Return `parts` on one line of at most `width` columns: those not in `keep` are dropped first, from the last."""
     left = list(parts)
     for part in reversed(parts):
         if len("  ".join(left)) <= width:

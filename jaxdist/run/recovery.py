@@ -1,6 +1,6 @@
-"""What a run does so that it survives: snapshots, the example ledger, the watchdog; and where it goes on after a death.
+"""How a run survives failures: snapshots, the ledger, the watchdog, and the state that a restart continues from.
 
-The supervisor (`launch.supervisor`) starts the processes and keeps the memory; this is the part inside them.
+The supervisor (`launch.supervising.supervisor`) starts the processes and keeps the memory; this is the part in them.
 """
 
 import contextlib
@@ -23,12 +23,12 @@ from jaxdist.rundir import ledger
 from jaxdist.spmd.step import NONFINITE_LEAF
 
 SNAPSHOT_SHARE = 0.01
-"""Of the time, that snapshots may take where the run decides how often. What they cost besides, caches and the devices'
-order, is about as much again: two percent in all."""
+"""Share of the time that snapshots may take where the run decides how often. Their indirect cost, caches and the
+devices' order, is about the same: two percent in all."""
 MOST_STEPS = 1000
-"""Between two snapshots, however short the steps."""
+"""Between two snapshots, for steps of any length."""
 STOPPED_MARGIN_SECONDS = 5.0
-"""The processes see first that one of them is stopped, and say more about it than the supervisor can."""
+"""Added so that the processes report a stopped process first, because their report says more than the supervisor's."""
 
 
 def policy(settings: Recovery) -> supervisor.Policy:
@@ -53,9 +53,9 @@ def seconds_since_failure(environment: Mapping[str, str] = os.environ) -> float:
 
 
 def deadline(settings: Recovery, environment: Mapping[str, str] = os.environ) -> Callable[[], bool]:
-    """Return the function that says whether the time the job was given is over.
+    """Return the function that says whether the job's time is over.
 
-    The supervisor knows when the job began; a process that has none above it takes its own beginning, which is now.
+    The supervisor knows the start of the job; in a process without a supervisor, the job starts now.
     """
     given = math.inf if settings.deadline_seconds is None else time.monotonic() + settings.deadline_seconds
     end = float(environment.get(supervisor.DEADLINE, given))
@@ -73,7 +73,7 @@ def open_snapshots(settings: Recovery, identity: str) -> snapshot.Snapshots | No
 def restore_newest(
     template: Any, checkpointer: checkpoints.Checkpointer, snapshots: snapshot.Snapshots | None
 ) -> tuple[Any, dict[str, Any]] | None:
-    """Return the newest state that survives and its data_state: from memory, else from disk; None if there is none."""
+    """Return the newest state that is left and its data_state: from memory, else from disk; None if there is none."""
     saved = checkpointer.latest_step()
     in_memory = snapshots.latest_step() if snapshots else None
     if snapshots and in_memory is not None and (saved is None or in_memory >= saved):
@@ -82,7 +82,7 @@ def restore_newest(
 
 
 def saved_step(directory: pathlib.Path, checkpointer: checkpoints.Checkpointer, identity: str) -> int:
-    """Return the newest step that survives in memory or on disk, 0 for none; for the supervisor, starts no JAX."""
+    """Return the newest step that is left in memory or on disk, 0 for none; for the supervisor, starts no JAX."""
     in_memory = snapshot.Snapshots(directory, identity=identity, process=0).latest_step()
     return max(in_memory or 0, checkpointer.latest_step() or 0)
 
@@ -116,17 +116,17 @@ def snapshots_when_due(
 
 
 class Paced:
-    """A hook that calls another so seldom that it costs a fixed share of the time, at the same steps on every process.
+    """A hook that calls another at intervals that keep its share of the time fixed, at the same steps on every process.
 
-    The first step is always among them, so a run that makes any progress keeps it. What a call costs and how long a
-    step takes are measured on the way; the idea is CheckFreq's (Mohan et al., FAST 2021).
+    The first step is always included, so a run that makes any progress keeps it. The duration of a call and of a step
+    are measured during the run; the idea is CheckFreq's (Mohan et al., FAST 2021).
 
     Args:
       take: the hook that is called.
-      cost_seconds: what a call costs, as far as is known.
-      step_seconds: how long a step takes; None while it is not known.
-      agreed: makes one number of what the processes measure; see `agreement.Agreement.number`.
-      share: of the time, that the calls may take.
+      cost_seconds: the duration of a call, as far as it is known.
+      step_seconds: the duration of a step; None while it is not known.
+      agreed: combines the processes' measurements into one number; see `agreement.Agreement.number`.
+      share: of the time that the calls may take.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class Paced:
 
 @contextlib.contextmanager
 def recorded(settings: Recovery, run_dir: pathlib.Path, *, step: int, place: Any) -> Iterator[list[Hook]]:
-    """Yield the hook that keeps the ledger, if one is to be kept, on process 0; closes it."""
+    """Yield the hook that writes the ledger, if the settings ask for one and on process 0; close the ledger."""
     if not settings.ledger or jax.process_index() != 0:
         yield []
         return

@@ -1,7 +1,7 @@
-"""What a job leaves in memory becomes a checkpoint before the memory goes, whatever ended the job.
+"""The state that a job leaves in memory is saved as a checkpoint before the memory is freed, however the job ended.
 
-The supervisor does it at its end. After a supervisor that was killed the fork server does it (see `killed_supervisor`),
-and if that was killed too, the next start of the run on this machine.
+The supervisor does it at its end. If the supervisor was killed, the fork server does it (see `killed_supervisor`); if
+that was killed too, the next start of the run on this machine does.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ class Rescue:
       run_dir: run directory of the job.
       checkpoints: directory of its checkpoints.
       identity: identity of its checkpoints and snapshots.
-      keep: the settings of the Checkpointer that say what stays.
+      keep: the settings of the Checkpointer that say what is kept.
     """
 
     run_dir: str

@@ -15,7 +15,7 @@ class Stopwatch:
     """Where the wall time goes: every moment since the start belongs to exactly one account.
 
     Accounts nest: `with watch.account("compile")` inside `with watch.account("compute")` takes its time from the outer
-    one, and what no account claims is `other`; so the accounts always add up to the wall time. For one thread.
+    one, and time outside all accounts is `other`; so the accounts always add up to the wall time. For one thread.
 
     Args:
       carried: time_seconds of the run that this one resumes; counted on.
@@ -50,7 +50,7 @@ class Stopwatch:
         return self._open[-1]
 
     def add(self, name: str, seconds: float) -> None:
-        """Charge time that passed before the stopwatch started, the way from a failure to this restart say."""
+        """Charge time that passed before the stopwatch started, for example from a failure to this restart."""
         _check_account(name)
         self._seconds[name] += seconds
 
@@ -91,7 +91,7 @@ class StepTimes:
     def quantile(self, fraction: float) -> float | None:
         """Return the seconds that this fraction of the steps did not exceed; None before the first step."""
         if not 0 <= fraction <= 1:
-            raise ValueError(f"A quantile's fraction lies in [0, 1]; got {fraction}.")
+            raise ValueError(f"A quantile's fraction must be in [0, 1]; got {fraction}.")
         if not self._total:
             return None
         wanted = max(1, math.ceil(fraction * self._total))

@@ -26,7 +26,7 @@ def supervise(
 ) -> int:
     """Run the command line `arguments` in `num_processes` supervised processes; return the exit status.
 
-    The processes are forked by `forks` if it is given and can, and started afresh otherwise. With `checkpoint` they
+    The processes are forked by `forks` if possible, and started as new interpreters otherwise. With `checkpoint` they
     continue from that step, and newer ones are set aside; a restart after a failure continues from the newest.
     """
 

@@ -130,7 +130,7 @@ def _decode_with_pillow(data: bytes, image_type: ImageType) -> tuple[np.ndarray,
 
 
 def _is_deep(picture: Any) -> bool:
-    """Return whether the file has 16 bits a channel, which Pillow does not tell of colour images."""
+    """Return whether the file has 16 bits a channel, which Pillow does not report for colour images."""
     arguments = picture.tile[0][3] if picture.tile else ()
     parts = arguments if isinstance(arguments, tuple) else (arguments,)
     names = [part for part in parts if isinstance(part, str)]

@@ -1,4 +1,4 @@
-"""A trained model in formats of others: safetensors, npz, an Orbax checkpoint, or a compiled function of jax.export.
+"""A trained model in standard formats: safetensors, npz, an Orbax checkpoint, or a compiled function of jax.export.
 
 In the first three, an array has the name of its place in the model: `params.Dense_0.kernel`.
 """

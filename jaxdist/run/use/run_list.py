@@ -1,4 +1,4 @@
-"""Runs as a list, and side by side: read off their run records."""
+"""Runs as a list, and compared: read from their run records."""
 
 import dataclasses
 import os
@@ -18,7 +18,7 @@ class Entry:
     Attributes:
       name: of its directory.
       started: when its first attempt began, ISO 8601; None in records of version 0.1.
-      ended: the end reason; `running`, or `interrupted` where it neither ended nor runs.
+      ended: the end reason; `running`, or `interrupted` where it did not end and is not running.
       step: finished steps.
       seconds: wall time over all attempts.
       best: {metric, value, step}, None where the run watched no metric.

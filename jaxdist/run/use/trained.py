@@ -202,7 +202,7 @@ def _experiment_of(
 
 
 def _check_same(made: record.RunRecord, found: Experiment, run_dir: pathlib.Path) -> None:
-    """Raise UserError where the experiment computes something else than the one that was trained; name what differs."""
+    """Raise UserError where the experiment differs from the one that was trained; name what differs."""
     now, then = json.loads(json.dumps(record.plain(found))), dict(made.config)
     now["model"] = json.loads(json.dumps(components.settings_of_model(found.model)))
     if isinstance(found.model, adapters.Functions) and isinstance(then["model"], dict):

@@ -16,7 +16,7 @@ from jaxdist.rundir import record
 from jaxdist.spmd.step import NONFINITE_LEAF
 
 TOLERANCE = 1e-5
-"""Largest difference of a parameter, relative to the largest parameter, that reordered float32 additions explain."""
+"""Largest difference of a parameter, relative to the largest parameter, that reordered float32 additions can cause."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ def verify(experiment: Experiment, *, devices: Sequence[jax.Device], num_steps: 
     Canonical reduction promises the same bits, with the experiment's own optimizer. The mean promises one device's
     params up to the order of additions; that is compared under SGD, because an adaptive optimizer turns the smallest
     difference of a gradient near zero into a whole step. It is promised only where a step draws nothing per device:
-    with dropout or batch statistics each device has its own, and the table says how far apart that makes the layouts.
+    with dropout or batch statistics each device has its own, and the table shows how much the layouts then differ.
 
     Raises:
       UserError: the experiment does not work on these layouts, or its loss is not finite.
