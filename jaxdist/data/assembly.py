@@ -1,7 +1,7 @@
 """From the ids of a batch to its arrays: read, transform, and write each example into its row of fresh arrays.
 
-The arrays of a batch are allocated for it and never written again: on CPU devices JAX may alias them, whatever it is
-told.
+The arrays of a batch are allocated for it and never written again: on CPU devices JAX may alias them even with
+`may_alias=False`.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ class BatchPlan(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """How an id becomes an example, and what becomes of one that cannot be read."""
+    """How an id becomes an example, and what happens to one that cannot be read."""
 
     source: Source
     example_fn: ExampleFn | None
@@ -49,7 +49,7 @@ class Recipe(NamedTuple):
 
     @property
     def whole(self) -> bool:
-        """Whether the source hands over whole batches and nothing is left to do with their examples."""
+        """Whether the source returns whole batches whose examples need no further work."""
         return self.example_fn is None and self.on_bad == "raise" and hasattr(self.source, "__getitems__")
 
 
@@ -70,7 +70,7 @@ class Assembler(Protocol):
         """Begin a batch; the returned function waits for it, and raises what its making raised."""
 
     def close(self) -> None:
-        """Drop what is in work and end every thread and process."""
+        """Drop unfinished work and end every thread and process."""
 
 
 class SerialAssembler:

@@ -65,7 +65,7 @@ class ProcessAssembler:
             worker.begin(self._waiting.popleft())
 
     def _receive(self) -> None:
-        """Wait for a report or the end of a worker, and take it in."""
+        """Wait for a report or the end of a worker, and handle it."""
         waited: dict[Any, _AssemblyProcess] = {worker.connection: worker for worker in self._workers}
         waited |= {worker.process.sentinel: worker for worker in self._workers}
         ready = multiprocessing.connection.wait(list(waited))
@@ -73,7 +73,7 @@ class ProcessAssembler:
             worker.receive()
 
     def close(self) -> None:
-        """See Assembler. Workers keep nothing, so they are not asked but killed."""
+        """See Assembler. Workers hold no state, so they are killed without a request."""
         for worker in self._workers:
             worker.process.kill()
         for worker in self._workers:
@@ -92,7 +92,7 @@ class _AssemblyProcess:
         self.free = list(range(num_slots))
         self._parts: dict[int, _Part] = {}
         self.connection, theirs = context.Pipe()
-        # DupFd may only be made while a process is being started, hence the wrapper.
+        # DupFd may only be created while a process is being started, so a wrapper creates it.
         arguments = (theirs, [_Inherited(fd) for fd in self._fds[:-1]], _Inherited(self._fds[-1]), payload)
         self.process = context.Process(
             target=run_assembly_process, args=arguments, name=f"jaxdist-data-{number}", daemon=True
@@ -110,7 +110,7 @@ class _AssemblyProcess:
             raise self._died() from None
 
     def receive(self) -> None:
-        """Take in all reports that have come; AssemblyProcessDied where the worker has ended."""
+        """Handle all reports that have arrived; raise AssemblyProcessDied where the worker has ended."""
         try:
             while self.connection.poll():
                 self._take(self.connection.recv())
@@ -139,7 +139,7 @@ class _AssemblyProcess:
         return AssemblyProcessDied(f"Worker process {self.process.pid} {how_it_ended(code, doing)}")
 
     def close(self) -> None:
-        """Wait for the end of the killed worker and let its memory go."""
+        """Wait for the end of the killed worker and free its memory."""
         self.process.join()
         self.process.close()
         self.connection.close()
@@ -148,7 +148,7 @@ class _AssemblyProcess:
 
 
 def how_it_ended(code: int | None, doing: str) -> str:
-    """Return what the exit code of a worker process says, and what to do."""
+    """Return what the exit code of a worker process means, and what to do."""
     if code is None or code >= 0:
         return f"ended with status {code} {doing}. Something in example_fn or the source ended the process."
     hints: dict[int, str] = {
@@ -175,7 +175,7 @@ def _identity(value: Any) -> Any:
 
 
 class _Batch:
-    """The rows of a batch, as far as its parts have come."""
+    """The rows of a batch whose parts have arrived so far."""
 
     def __init__(self, num_rows: int, num_missing: int):
         self.num_missing = num_missing

@@ -57,7 +57,7 @@ class Rows(NamedTuple):
 
 
 class Trouble(NamedTuple):
-    """Report: making the rows raised; `corrupt` where the data were, and not the code, to blame."""
+    """Report: making the rows raised; `corrupt` where the cause is the data and not the code."""
 
     slot: int
     message: str
@@ -66,7 +66,7 @@ class Trouble(NamedTuple):
 
 
 class Slot:
-    """Memory shared by two processes: a file without a name, which grows when it must and vanishes with its users."""
+    """Memory shared by two processes: a file without a name, which grows when needed and ends with its last user."""
 
     def __init__(self, fd: int):
         self._fd = fd
@@ -78,7 +78,7 @@ class Slot:
             os.ftruncate(self._fd, size)
 
     def view(self, place: ArrayPlace) -> np.ndarray:
-        """Return the array stored at `place`; it stays valid until the other side is told that the slot is free."""
+        """Return the array stored at `place`; it stays valid until the slot is reported free."""
         count = int(np.prod(place.shape))
         if not count:
             return np.empty(place.shape, place.dtype)
@@ -95,12 +95,12 @@ def run_assembly_process(
 ) -> None:
     """Serve tasks until the connection ends; the main function of a worker process.
 
-    `current_file` always holds (epoch, id) of the example in work, for the trainer to name if this process dies.
+    `current_file` always holds (epoch, id) of the current example, which the trainer names if this process dies.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # sent to a whole group, they are for the trainer to handle
+        signal.signal(number, signal.SIG_IGN)  # sent to a whole group, and handled by the trainer
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ["JAX_PLATFORMS"] = "cpu"  # should a transform use JAX: the accelerators belong to the trainer
+    os.environ["JAX_PLATFORMS"] = "cpu"  # in case a transform uses JAX: the accelerators belong to the trainer
     try:
         slots = [Slot(file.detach()) for file in slot_files]
         current = Slot(current_file.detach()).view(ArrayPlace((2,), np.dtype(np.int64), 0))
@@ -144,7 +144,7 @@ def _report(recipe: Recipe, slot: Slot, current: np.ndarray, task: Task) -> Rows
 
 
 def _end_with_parent() -> None:
-    """End this process when the trainer is gone, however it went and whatever a transform is doing."""
+    """End this process when the trainer is gone, for any reason and during any transform."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])
@@ -166,7 +166,7 @@ class _ModuleFinder(pickle.Pickler):
 def dump_recipe(recipe: Recipe) -> bytes:
     """Return the recipe as bytes for `load_recipe` in another process.
 
-    Modules that were loaded from a file and cannot be imported by name, as experiments are, travel as their path.
+    Modules that were loaded from a file and cannot be imported by name, as experiments are, are sent as their path.
 
     Raises:
       ValueError: the source or the example_fn cannot be pickled.

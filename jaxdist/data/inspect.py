@@ -30,7 +30,7 @@ class Inspection:
       microseconds: what an example costs in one thread, by stage: `source` (reading), `transform` (example_fn),
         `assembly` (copying into the batch); and `wait`, what a step that takes no time waits for an example of the
         loader as it is set up.
-      examples_per_second: what the loader delivers as it is set up.
+      examples_per_second: of the loader as configured.
       vocabulary: by field, the names that its numbers stand for.
     """
 
@@ -47,7 +47,7 @@ class Inspection:
 
 
 def inspect(loader: Loader, *, num_shown: int = 3, num_batches: int = 20) -> Inspection:
-    """Read some batches of a loader and return what they are and what they cost."""
+    """Read some batches of a loader and return their fields and costs."""
     first_batch, delivered = _time_loader(loader, num_batches)
     size = len(first_batch[MASK])
     examples = [{name: value[row] for name, value in first_batch.items()} for row in range(min(num_shown, size))]

@@ -1,7 +1,7 @@
-"""From a source to host batches: which ids a batch has, read ahead of need, the last batch padded and masked.
+"""From a source to host batches: the ids of each batch, read ahead, the last batch padded and masked.
 
 Every batch is a pure function of (source, seed, epoch, position, global_batch_size). A process computes only its own
-rows of it, and those are the same rows whichever process, thread or restart computes them.
+rows of it, which are the same in every process, thread and restart.
 """
 
 import collections
@@ -24,7 +24,7 @@ _logger = logging.getLogger(__name__)
 
 
 class HostBatch(NamedTuple):
-    """The rows of a global batch that this process holds, and the position once that batch was trained on."""
+    """The rows of a global batch that this process holds, and the position after training on it."""
 
     batch: assembly.HostArrays
     position: Position
@@ -34,10 +34,10 @@ _Pending: TypeAlias = tuple[Callable[[], assembly.Made], assembly.BatchPlan, Pos
 
 
 class Loader:
-    """Iterates over (host batch, Position after it); each call of `iter` begins at `start` again.
+    """Iterates over (host batch, Position after it); each call of `iter` starts at `start`.
 
     Worker processes that have made all batches of one iteration are kept for the next one, until `close` (or the end of
-    a `with` block). An iteration that is left early ends its workers.
+    a `with` block). An iteration that is abandoned ends its workers.
 
     Args:
       source: the data set, a Source or any map-style data set whose items are dicts (see `wrap.MapSource`).
@@ -107,7 +107,7 @@ class Loader:
         return self._with(rows=_checked_rows(rows, self.global_batch_size))
 
     def starting_at(self, position: Position) -> "Loader":
-        """Return a loader that begins at `position` of the same data; the two share their workers."""
+        """Return a loader that starts at `position` of the same data; the two share their workers."""
         position.check_resumable(self.beginning)
         return self._with(start=position)
 
@@ -143,17 +143,17 @@ class Loader:
                 assembler.close()
 
     def plans(self) -> Iterator[assembly.BatchPlan]:
-        """Yield which ids the batches have, without reading any."""
+        """Yield the ids of the batches, without reading examples."""
         return (plan for plan, _ in self._plans())
 
     def first_example(self) -> assembly.HostArrays:
-        """Return the first example at `start` that can be read, as a batch of one row has it, mask included."""
+        """Return the first example from `start` that can be read, as a batch of one row, mask included."""
         for plan in itertools.islice(self.plans(), self.steps_per_epoch):
             for example_id in plan.ids:
                 made = assembly.make_rows(self.recipe, plan.epoch, np.array([example_id]))
                 if made.arrays:
                     return assembly.with_mask(made, np.ones(1, np.float32))
-        raise assembly.ExampleError("No example of the whole data set can be read: all are bad.")
+        raise assembly.ExampleError("No example of the whole data set can be read.")
 
     def _finish(self, finish: Callable[[], assembly.Made], plan: assembly.BatchPlan, after: Position) -> HostBatch:
         made = finish()
@@ -165,7 +165,7 @@ class Loader:
         return HostBatch(assembly.with_mask(made, plan.mask), after)
 
     def _zeros(self, num_rows: int) -> assembly.HostArrays:
-        """Return a batch of zeros, for one no row of which could be read."""
+        """Return a batch of zeros, for a batch without a readable row."""
         first = self.starting_at(self.beginning).first_example()
         return {
             name: np.zeros((num_rows, *array.shape[1:]), array.dtype) for name, array in first.items() if name != MASK
@@ -202,7 +202,7 @@ class Loader:
 
 
 class _KeptWorkers:
-    """The idle workers of a loader and of the loaders made from it; they end with the last of these."""
+    """The idle workers of a loader and of the loaders made from it; they end with the last of those loaders."""
 
     def __init__(self) -> None:
         self._idle: list[assembly_pool.ProcessAssembler] = []
@@ -210,12 +210,12 @@ class _KeptWorkers:
         self._end = weakref.finalize(self, _close_all, self._idle)
 
     def take(self) -> assembly_pool.ProcessAssembler | None:
-        """Return idle workers, which are the caller's from now on; None where there are none."""
+        """Return idle workers, which the caller then owns; None where there are none."""
         with self._lock:
             return self._idle.pop() if self._idle else None
 
     def keep(self, assembler: assembly_pool.ProcessAssembler) -> bool:
-        """Keep `assembler` and return True, unless others are kept already."""
+        """Keep `assembler` and return True; return False if others are kept already."""
         with self._lock:
             if not self._idle:
                 self._idle.append(assembler)
@@ -234,7 +234,7 @@ def _close_all(assemblers: list[assembly_pool.ProcessAssembler]) -> None:
 
 
 def as_order(shuffle: bool | order.Order, source: Source) -> order.Order:
-    """Return the order that `shuffle` asks for; the source's own where it has to be read in one, as buckets have."""
+    """Return the order that `shuffle` asks for; the source's own if it needs one, as buckets do."""
     if not isinstance(shuffle, bool):
         return shuffle
     if hasattr(source, "order"):

@@ -33,7 +33,7 @@ _HALF = np.uint64(32)
 
 
 class BatchIds(NamedTuple):
-    """The ids of a batch, one a row; rows whose mask is 0 are padding. `after` is the position behind the batch."""
+    """The ids of a batch, one per row; rows whose mask is 0 are padding. `after` is the position after the batch."""
 
     ids: np.ndarray
     mask: np.ndarray
@@ -41,7 +41,7 @@ class BatchIds(NamedTuple):
 
 
 class Order(Protocol):
-    """Which example stands at which position of an epoch, and which positions make a batch."""
+    """Which example is at which position of an epoch, and which positions make a batch."""
 
     @property
     def version(self) -> str:
@@ -63,7 +63,7 @@ class _Contiguous(abc.ABC):
 
     def batches(self, num_examples: int, seed: int, epoch: int, start: int, size: int) -> Iterator[BatchIds]:
         """See Order."""
-        # Many ids at a time: what a call costs besides them is more than the ids of a small batch.
+        # Many ids at a time: the overhead of a call is more than the cost of the ids of a small batch.
         run = max(_IDS_AT_A_TIME // size, 1) * size
         for begin in range(start, num_examples, run):
             ids = self(num_examples, seed, epoch, begin, min(begin + run, num_examples))
@@ -76,7 +76,7 @@ class _Contiguous(abc.ABC):
 
 
 def padded_batch(ids: np.ndarray, size: int, start: int) -> BatchIds:
-    """Return the batch of `ids`, which begin at position `start`; where they are too few, the first one fills it up."""
+    """Return the batch of `ids`, which start at position `start`; it is padded with the first one."""
     mask = (np.arange(size) < len(ids)).astype(np.float32)
     rows = ids if len(ids) == size else np.concatenate([ids, np.full(size - len(ids), ids[0])])
     return BatchIds(rows, mask, start + len(ids))
@@ -99,7 +99,7 @@ class Sequential(_Contiguous):
 
 @dataclasses.dataclass(frozen=True)
 class Shuffled(_Contiguous):
-    """A permutation of all examples, another one in every epoch and for every seed."""
+    """A permutation of all examples, different in every epoch and for every seed."""
 
     @property
     def version(self) -> str:
@@ -138,7 +138,7 @@ class BlockShuffled(_Contiguous):
         if start == stop:
             return np.empty(0, np.int64)
         blocks = Permutation.make(num_blocks, "blocks", seed, epoch)
-        # The source's last block may be short, and may come at any place; what follows it begins that much earlier.
+        # The source's last block may be short, and may be at any place; the blocks after it start that much earlier.
         short, missing = int(blocks.inverse(np.array([num_blocks - 1]))[0]), num_blocks * size - num_examples
         behind_short = (short + 1) * size - missing
         parts = []
@@ -155,10 +155,10 @@ class BlockShuffled(_Contiguous):
 
 @dataclasses.dataclass(frozen=True)
 class Mixed(_Contiguous):
-    """Several sources, one behind the other in the ids, drawn in fixed proportions: see `mix`.
+    """Several sources, with consecutive ids, drawn in fixed proportions: see `mix`.
 
-    Of any sum(weights) positions that begin at a multiple of it, source i has exactly weights[i], evenly spread. Each
-    source is gone through without end, every pass another permutation that holds each of its examples once. An epoch is
+    Of any sum(weights) positions that start at a multiple of it, source i has exactly weights[i], evenly spread. Each
+    source is read again and again, every pass in another permutation with each of its examples once. An epoch is
     as many positions as the sources have examples in all; the next epoch continues where it ended.
     """
 
@@ -209,7 +209,7 @@ def spread(weights: tuple[int, ...]) -> list[int]:
 class Dealt:
     """Shards that live on different hosts: shard v fills the v-th part of each batch from a permutation of its own.
 
-    `sizes` are the examples of each shard, in the order of their ids. A shard that runs out early pads its part. A
+    `sizes` are the examples of each shard, in the order of their ids. A shard that ends early pads its part. A
     position counts the examples of all shards; each has given equally many of them, as far as it could.
     """
 
@@ -234,7 +234,7 @@ class Dealt:
             start = batch.after
 
     def batch(self, num_examples: int, seed: int, epoch: int, start: int, size: int) -> BatchIds:
-        """Return the batch that begins at position `start`, which is below num_examples."""
+        """Return the batch that starts at position `start`, which is below num_examples."""
         _check_range(num_examples, epoch, start, num_examples)
         if size % len(self.sizes) or num_examples != sum(self.sizes):
             raise ValueError(
@@ -260,7 +260,7 @@ class Dealt:
         return -(-max(self.sizes) // (size // len(self.sizes)))
 
     def _position(self, taken: int) -> int:
-        """Return the examples given once `taken` were asked of each shard."""
+        """Return the number of examples read after each shard was asked for `taken`."""
         return int(np.minimum(self.sizes, taken).sum())
 
     def _taken_from_each(self, position: int) -> int:
@@ -278,18 +278,18 @@ class Permutation:
 
     @classmethod
     def make(cls, size: int, *name: str | int) -> "Permutation":
-        """Return the permutation of range(size) that belongs to `name`, all of whose parts matter."""
+        """Return the permutation of range(size) that belongs to `name`; every part of it matters."""
         text = "\0".join(map(str, ("jaxdist order", ORDER_VERSION, size, *name)))
         words = np.frombuffer(hashlib.shake_256(text.encode()).digest(8 * (_NUM_ROUNDS + 1)), "<u8").tolist()
         return cls(size, words[0] % max(size, 1), tuple(words[1:]))
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
-        """Return what stands at `positions`, each in [0, size); int64, same shape."""
+        """Return the ids at `positions`, each in [0, size); int64, same shape."""
         walked = self._walk((positions + self.offset) % max(self.size, 1), range(_NUM_ROUNDS))
         return walked.astype(np.int64)
 
     def inverse(self, ids: np.ndarray) -> np.ndarray:
-        """Return the positions at which `ids` stand; int64, same shape."""
+        """Return the positions of `ids`; int64, same shape."""
         walked = self._walk(ids, range(_NUM_ROUNDS - 1, -1, -1)).astype(np.int64)
         return (walked - self.offset) % max(self.size, 1)
 
@@ -304,7 +304,7 @@ class Permutation:
         return values
 
     def _walk_one(self, value: int, rounds: range) -> int:
-        """Do the same as `_walk` to one number: a few are walked faster so than as an array."""
+        """Do the same as `_walk` for one number: for a few numbers this is faster than an array."""
         num_bits = max(self.size - 1, 0).bit_length()
         low_bits = num_bits - num_bits // 2
         mask, high_mask = (1 << low_bits) - 1, (1 << (num_bits - low_bits)) - 1
@@ -345,7 +345,7 @@ def _mix(values: np.ndarray, key: np.uint64, mixed: np.ndarray, scratch: np.ndar
 
 
 def _mix_one(value: int, key: int) -> int:
-    """Do the same as `_mix` to one number."""
+    """Do the same as `_mix` for one number."""
     mixed = (value ^ key) * _GOLDEN & _WORD
     mixed ^= mixed >> 32
     return (mixed * _GOLDEN & _WORD) >> 32

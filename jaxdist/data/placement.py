@@ -1,6 +1,6 @@
 """From host batches to global arrays on the mesh, a few batches ahead of the step.
 
-Which rows a process supplies is read off the sharding, so it is right for any mesh: with replicated axes several
+The rows that a process supplies follow from the sharding, so they are right for any mesh: with replicated axes several
 devices (and processes) hold copies of the same rows, and each process computes the rows it needs by itself.
 """
 
@@ -53,7 +53,7 @@ def place(
     sharding = batch_sharding(mesh, axes)
     if sharding.is_fully_addressable:
         return jax.device_put(batch, sharding)
-    # Between processes, device_put would first compare the processes' copies of the whole batch: place shard by shard.
+    # With several processes, device_put would first compare copies of the whole batch, so it is placed shard by shard.
     slices = _device_slices(mesh, axes, global_batch_size)
     devices = [device for device, _ in slices]
     # A device's rows are contiguous in the global batch, and so in `rows`, which has all of them in order.
@@ -68,7 +68,7 @@ def place(
 
 
 def check_integers(batch: HostArrays, ids: Callable[[], np.ndarray]) -> None:
-    """Raise ValueError where a whole number would be another one on the devices; `ids` returns the rows' examples.
+    """Raise ValueError where a whole number would change its value on the devices; `ids` returns the rows' examples.
 
     Devices hold whole numbers of 64 bits as 32, unless `jax_enable_x64` is set.
     """
@@ -81,7 +81,7 @@ def check_integers(batch: HostArrays, ids: Callable[[], np.ndarray]) -> None:
         outside = np.argwhere((array < limits.min) | (array > limits.max))[0]
         raise ValueError(
             f"Field {name!r} of example {ids()[outside[0]]} holds {array[tuple(outside)]}, but devices hold whole "
-            f"numbers as {wanted}, from {limits.min} to {limits.max}. Number the values anew, split them into two "
+            f"numbers as {wanted}, from {limits.min} to {limits.max}. Renumber the values, split them into two "
             "fields, or set JAX_ENABLE_X64=1."
         )
 
@@ -93,13 +93,15 @@ def _ids_of_batch(loader: Loader, number: int) -> np.ndarray:
 def feed(
     loader: Loader, mesh: Mesh, axes: Sequence[str] = ("data",), prefetch: int = 2
 ) -> Iterator[tuple[dict[str, jax.Array], Position]]:
-    """Yield (batch, Position after it), the batch as global arrays spread over `axes`; `prefetch` batches wait placed.
+    """Yield (batch, Position after it), the batch as global arrays spread over `axes`; `prefetch` batches are placed
+    ahead.
 
     Closing the iterator (or dropping it) ends its thread and those of the loader. An exception of the loader is raised
     here, in its turn.
 
     Raises:
-      ValueError: global_batch_size does not divide over `axes`; the loader has other rows than this process needs.
+      ValueError: global_batch_size does not divide over `axes`; the loader's rows are not those that this process
+        needs.
     """
     rows = process_rows(mesh, loader.global_batch_size, axes)
     if loader.rows is not None and not np.array_equal(loader.rows, rows):

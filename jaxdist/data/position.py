@@ -1,7 +1,7 @@
-"""Where training stands in the data: the whole state of the input pipeline, a handful of numbers.
+"""The place of training in the data: the whole state of the input pipeline, in a few numbers.
 
 A position counts global examples of the epoch that were trained on, so it means the same to any number of processes,
-threads and to any batch size. What was read ahead is not in it.
+threads and to any batch size. It does not include what was read ahead.
 """
 
 import dataclasses

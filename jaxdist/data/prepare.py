@@ -1,6 +1,6 @@
-"""Making a data set ready: text to token files, any source to ArrayRecord files, in shards.
+"""Prepares a data set: text to token files, any source to ArrayRecord files, in shards.
 
-A shard is written under another name and renamed when it is whole, so an interrupted preparation continues with the
+A shard is written under another name and renamed when it is complete, so an interrupted preparation continues with the
 first shard that is missing. `prepared.json` says what the shards were made of and what their numbers stand for;
 its `shards` (a `ShardList`) lets hosts without shared storage each read only their shards (see `combine.Sharded`).
 """
@@ -36,11 +36,11 @@ TOKENS_PER_SHARD = 2**26
 EXAMPLES_PER_SHARD = 2**14
 
 ShowProgress = Callable[[int, int], None]
-"""Called with what is done and what there is to do, in tokens or examples."""
+"""Called with the number of tokens or examples that are done, and the total."""
 
 
 class Prepared(NamedTuple):
-    """What was made: the shards' paths, the tokens or examples in them, and how many shards were there before."""
+    """The result: the shards' paths, the tokens or examples in them, and how many shards existed before."""
 
     paths: list[str]
     total: int
@@ -61,7 +61,7 @@ def prepare(
     Args:
       source: a text file or a folder of `.txt` files, which become tokens, one a byte; or what `open_source` knows, or
         a Source, which become ArrayRecord files.
-      out: a new folder, or one in which the same preparation was begun.
+      out: a new folder, or one in which the same preparation was started.
       shard_size: tokens or examples of a shard.
       stream: where the progress bar goes; None is standard error.
     """
@@ -79,7 +79,7 @@ def prepare(
 
 
 def kind_of_data(name: str) -> str:
-    """Return what `name` stands for: "tfds", "text", "csv", "parquet", "images" or "sounds".
+    """Return the kind of data that `name` names: "tfds", "text", "csv", "parquet", "images" or "sounds".
 
     Raises:
       ValueError: none of these, or several: a folder of images with text beside them, for example.
@@ -113,13 +113,13 @@ def kind_of_data(name: str) -> str:
 
 
 def open_source(name: str) -> Source:
-    """Return the source that `name` stands for.
+    """Return the source that `name` names.
 
     `tfds:NAME:SPLIT`; a `.csv` file; a `.parquet` file or a folder of them; a folder of images or of sounds by class.
     Images stay encoded (field `image`, bytes; decode them with `transforms.DecodeImage`).
 
     Raises:
-      ValueError: it stands for none of these.
+      ValueError: it is none of these.
     """
     kind = kind_of_data(name)
     if kind == "tfds":
@@ -143,7 +143,7 @@ def prepare_tokens(
     tokens_per_shard: int = TOKENS_PER_SHARD,
     progress: ShowProgress | None = None,
 ) -> Prepared:
-    """Write the bytes of text files, one after the other, as `.npy` files of uint8 tokens for `TokenSource`."""
+    """Write the bytes of text files, one after another, as `.npy` files of uint8 tokens for `TokenSource`."""
     files = find_files(paths, "*.txt")
     text = _Bytes(files)
     if not len(text):
@@ -192,7 +192,7 @@ def read_shard_list(folder: str | os.PathLike) -> ShardList:
 
 
 class _Bytes:
-    """Several files as one run of bytes."""
+    """Several files as one sequence of bytes."""
 
     def __init__(self, paths: list[str]):
         self.parts = [np.memmap(path, np.uint8, "r") for path in paths if os.path.getsize(path)]
@@ -213,7 +213,7 @@ class _Bytes:
 
 
 class _Shards:
-    """The shards of one preparation, some of which may be there already."""
+    """The shards of one preparation, some of which may already exist."""
 
     def __init__(self, out: str | os.PathLike, kind: str, made_of: str, total: int, size: int, suffix: str):
         if size < 1:
@@ -240,7 +240,7 @@ class _Shards:
             )
 
     def note(self, **more: Any) -> None:
-        """Write down what the shards are made of, atomically."""
+        """Write what the shards are made of to a file, atomically."""
         self._notes |= more
         files.write_text(self._folder / PREPARED, json.dumps(self._notes, indent=1) + "\n")
 

@@ -1,6 +1,6 @@
-"""Ready transforms: `transform(example, random) -> example`, pure, picklable, to be put in a row with `Chain`.
+"""Ready transforms: `transform(example, random) -> example`, pure, picklable, to be combined with `Chain`.
 
-Each changes one field (`image` or `audio` by default) and passes the others on.
+Each changes one field (`image` or `audio` by default) and returns the others unchanged.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ Transform = Callable[[Example, np.random.Generator], Mapping[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-    """Applies transforms one after the other."""
+    """Applies transforms one after another."""
 
     transforms: Sequence[Transform]
 
@@ -180,7 +180,7 @@ def _padded(image: np.ndarray, padding: int) -> np.ndarray:
 
 
 def _place(share: float, most: int) -> int:
-    """Return a whole number of [0, most]; `share` is uniform in [0, 1). numpy's `integers` takes thrice as long."""
+    """Return a whole number of [0, most]; `share` is uniform in [0, 1). numpy's `integers` is three times slower."""
     return int(share * (most + 1))
 
 

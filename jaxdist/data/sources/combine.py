@@ -1,4 +1,4 @@
-"""Sources made of sources: one behind the other, mixed, filtered by a mask, or dealt out in shards to several hosts."""
+"""Sources made of sources: concatenated, mixed, filtered by a mask, or divided into shards for several hosts."""
 
 import bisect
 import dataclasses
@@ -14,7 +14,7 @@ from jaxdist.data.sources.vocabulary import check_same_vocabulary, vocabulary_of
 
 
 class Concatenated:
-    """Several sources as one: the ids of the second begin where those of the first end.
+    """Several sources as one: the ids of the second start where those of the first end.
 
     Each example has a `mask`, 1 unless its source says otherwise, so filtered and other sources can be joined.
     """
@@ -105,7 +105,7 @@ class Sharded:
     >>> source = Sharded({number: open_shard(number) for number in numbers}, shard_list)
     >>> loader = Loader(source, shuffle=source.order(), global_batch_size=64, seed=0)
 
-    Each shard fills its own part of every batch, so the batches are the same however the shards are dealt to hosts.
+    Each shard fills its own part of every batch, so the batches do not depend on how the shards are assigned to hosts.
     """
 
     def __init__(self, shards: Mapping[int, Source], shard_list: ShardList):

@@ -16,7 +16,7 @@ from jaxdist.data.sources.source import CorruptExample
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 MAX_PIXELS = 2 * 89_478_485
-"""What Pillow, too, refuses as a decompression bomb."""
+"""The size from which Pillow refuses an image as a decompression bomb, too."""
 
 _PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _ORIENTATION = 274
@@ -24,7 +24,7 @@ _ORIENTATION = 274
 
 @dataclasses.dataclass(frozen=True)
 class ImageType:
-    """What every image is decoded to.
+    """The type that every image is decoded to.
 
     Attributes:
       channels: 1 (grey), 3 (RGB) or 4 (RGBA). Without an alpha channel, colours are those under the transparency.
@@ -86,7 +86,7 @@ def decode_image(data: bytes, image_type: ImageType = RGB, *, name: str, reverse
 
 
 def _decode_jpeg(data: bytes, image_type: ImageType, reverse: bool) -> np.ndarray | None:
-    """Return a JPEG's pixels, uint8; None where Pillow should have a look at it."""
+    """Return a JPEG's pixels, uint8; None where Pillow should decode it."""
     simplejpeg = extras.require("simplejpeg")
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)

@@ -1,4 +1,4 @@
-"""Files: which there are, what is in one, and a fingerprint of many."""
+"""Files: listing them, reading one, and the fingerprint of many."""
 
 import hashlib
 import os
@@ -10,13 +10,13 @@ import numpy as np
 from jaxdist.data.sources.source import CorruptExample, fingerprint_text
 
 _MANY = 4096
-"""So many files are sampled; of fewer, each is."""
+"""The most files that are sampled; fewer are all sampled."""
 
 _BLOCK, _BLOCKS_PER_FILE = 4096, 64
 
 
 def find_files(paths: str | os.PathLike | Sequence[str | os.PathLike], pattern: str) -> list[str]:
-    """Return the paths as a list; a folder stands for its files that match `pattern`, sorted by name."""
+    """Return the paths as a list; a folder means its files that match `pattern`, sorted by name."""
     listed = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     found: list[str] = []
     for path in map(local_path, listed):
@@ -40,7 +40,7 @@ def local_path(path: str | os.PathLike) -> pathlib.Path:
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a name is one that tools leave behind: `.ipynb_checkpoints`, `._1.png`, `__MACOSX`."""
+    """Return whether tools leave files of this name behind: `.ipynb_checkpoints`, `._1.png`, `__MACOSX`."""
     return name.startswith(".") or name == "__MACOSX"
 
 

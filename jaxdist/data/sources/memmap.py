@@ -1,4 +1,4 @@
-"""Arrays and token streams in files, read through memory maps: what is not used takes no memory.
+"""Arrays and token streams in files, read through memory maps: unused parts take no memory.
 
 Each process opens its own maps: these sources are pickled as file names.
 """

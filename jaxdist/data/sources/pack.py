@@ -63,7 +63,7 @@ class Packed:
     """Rows of `row_length` elements, each of one or more whole examples of `source`, one behind the other.
 
     A row has the packed fields, filled up with `pad`; `segment_ids` int32, 1 for the row's first example, 2 for its
-    second, 0 for filling; and `positions` int32, which count from 0 in every example. Examples whose mask is 0 (see
+    second, 0 for padding; and `positions` int32, which count from 0 in each example. Examples whose mask is 0 (see
     `Filtered`) are left out of their rows; a mask of one number an element is packed like the fields.
 
     Args:

@@ -74,7 +74,7 @@ class ParquetSource:
                     )
             added = [name for name in opened.schema_arrow.names if name not in first.names]
             if self._columns is None and added:
-                raise ValueError(f"{path} has the columns {added}, which {self._paths[0]} has not. Name `columns`.")
+                raise ValueError(f"{path} has the columns {added}, which {self._paths[0]} lacks. Name `columns`.")
         for name in kept:
             _check_type(name, first.field(name).type, name in self.vocabulary)
         return kept
@@ -89,7 +89,7 @@ class ParquetSource:
         return {name: column.row(row, name, index) for name, column in self._read(number).items()}
 
     def _read(self, number: int) -> dict[str, "_Column"]:
-        """Return the columns of a row group, from those that were read last where it is among them."""
+        """Return the columns of a row group, from the cache of those that were read last if it is there."""
         with self._lock:
             if number in self._cache:
                 self._cache.move_to_end(number)

@@ -1,4 +1,4 @@
-"""Record files with random access: TFRecord (by an index of ours) and ArrayRecord; and a plain encoding of examples.
+"""Record files with random access: TFRecord (by an index built here) and ArrayRecord; and a plain encoding of examples.
 
 A TFRecord file is a chain: length (8 bytes, little-endian), its checksum (4), the data, their checksum (4). Walking the
 lengths once gives every record's place. The checksum is CRC-32C, rotated and offset ("masked").
@@ -63,7 +63,7 @@ class TfRecords:
         return data[:-4]
 
     def _index(self, part: FilePart) -> np.ndarray:
-        """Return where the data of each record begin, and their length, shape (records, 2)."""
+        """Return the offset and the length of the data of each record, shape (records, 2)."""
         size = os.path.getsize(part.path)
         if size == 0:
             return np.empty((0, 2), np.int64)
@@ -82,7 +82,7 @@ class TfRecords:
                 places.append((offset + 12, length))
                 offset += 16 + length
         if len(places) < part.skip + part.take:
-            raise CorruptExample(f"{part.path} has {len(places)} records, expected were {part.skip + part.take}.")
+            raise CorruptExample(f"{part.path} has {len(places)} records; {part.skip + part.take} were expected.")
         return np.array(places[part.skip :], np.int64).reshape(-1, 2)
 
     def _masked(self, data: bytes) -> int:
@@ -141,7 +141,7 @@ class ArrayRecordSource:
 
 
 def _prepared_vocabulary(path: str) -> dict[str, tuple[str, ...]]:
-    """Return the names that `prepare` wrote down beside a file of records; none where it did not make the file."""
+    """Return the names that `prepare` wrote next to a file of records; empty where it did not make the file."""
     notes = pathlib.Path(path).parent / PREPARED
     found = json.loads(notes.read_text()).get("vocabulary", {}) if notes.exists() else {}
     return {field: tuple(names) for field, names in found.items()}

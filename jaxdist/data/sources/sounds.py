@@ -86,7 +86,7 @@ class SoundFolder:
 def read_sound(path: str | os.PathLike) -> tuple[np.ndarray, int]:
     """Return a file's samples, float32 (samples,), mean over the channels, and the samples a second.
 
-    Integers are divided by half their range, so they lie in [-1, 1); float files are taken as they are.
+    Integers are divided by half their range, so they are in [-1, 1); float files are taken as they are.
     """
     soundfile = extras.require("soundfile")
     data = read_file(os.fspath(path))
@@ -118,7 +118,7 @@ def _first_rate(files: Sequence[str]) -> int:
 
 
 def _check_whole(data: bytes, path: str) -> None:
-    """Raise CorruptExample where a WAV file ends before its samples do: libsndfile would return those there are."""
+    """Raise CorruptExample where a WAV file ends before its samples do: libsndfile would return what is there."""
     if data[:4] not in (b"RIFF", b"RIFX"):
         return
     order, place = "<" if data[:4] == b"RIFF" else ">", 12

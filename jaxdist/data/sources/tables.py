@@ -17,7 +17,7 @@ MISSING_TEXTS = (
     *("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA"),
     *("NULL", "NaN", "None", "n/a", "nan", "null"),
 )
-"""What a number that is missing looks like: pandas's list."""
+"""The texts that mean a missing number: pandas's list."""
 
 Categories = Sequence[str] | Mapping[str, Sequence[str]]
 
@@ -52,12 +52,12 @@ def csv_source(
         float64 then; None refuses it.
       delimiter: None takes the first of `,`, `;`, tab and `|` that the first line has.
       names: of the columns, for files without a header line. Of columns of the same name, the second becomes `name.1`.
-      comment: lines that begin with it do not count.
-      encoding: of the text. A byte order mark does no harm.
+      comment: lines that start with it are skipped.
+      encoding: of the text. A byte order mark is skipped.
 
     Raises:
-      ValueError: a column that is missing, or holds something else than numbers and is no category.
-      CorruptExample: a row with other cells than the header.
+      ValueError: a column that is missing, or one that holds something other than numbers and is not a category.
+      CorruptExample: a row whose number of cells differs from the header's.
     """
     files = find_files(paths, "*.csv*")
     given = dict(categories) if isinstance(categories, Mapping) else dict.fromkeys(categories)

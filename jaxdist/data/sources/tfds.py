@@ -91,7 +91,7 @@ class TfdsSource:
 def _open_builder(name: str, data_dir: str | None) -> Any:
     """Return the read-only builder of a prepared data set, without running the code of its builder.
 
-    That code often needs TensorFlow: of tfds 4.9.10, speech_commands and c4 do.
+    That code often needs TensorFlow: in tfds 4.9.10, that of speech_commands and c4 does.
     """
     tfds = extras.require("tensorflow_datasets")
     if os.path.isdir(name):
@@ -103,7 +103,7 @@ def _open_builder(name: str, data_dir: str | None) -> Any:
         command = f"tfds build {name} --file_format=array_record" + (f" --data_dir={data_dir}" if data_dir else "")
         where = data_dir or "the folder of tfds, $TFDS_DATA_DIR or ~/tensorflow_datasets"
         raise ValueError(
-            f"There is no prepared data set {name!r} in {where}. Where there is internet, run: {command} (some "
+            f"There is no prepared data set {name!r} in {where}. With internet access, run: {command} (some "
             "builders need TensorFlow to prepare; none needs it to be read). A data set of several configurations is "
             "named with one, as in c4/en; what has to be fetched by hand, as imagenet2012, with --manual_dir=FOLDER."
         ) from error
@@ -124,7 +124,7 @@ class _ParquetRecords:
             if len(table) < part.skip + part.take:
                 raise CorruptExample(
                     f"{part.path} has {len(table)} rows, at least {part.skip + part.take} were written. Prepare the "
-                    "data set again, as array_record: tfds 4.9.10, for one, loses rows where it writes Parquet."
+                    "data set again, as array_record: tfds 4.9.10, for example, loses rows when it writes Parquet."
                 )
 
     def __len__(self) -> int:

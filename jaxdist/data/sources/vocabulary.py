@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Vocabulary = Mapping[str, tuple[str, ...]]
-"""For each field that numbers stand for names in, the names by number. A source may have it as `vocabulary`."""
+"""For each field whose numbers stand for names, the names by number. A source may have it as `vocabulary`."""
 
 
 def vocabulary_of(source: Any) -> dict[str, tuple[str, ...]]:
@@ -13,7 +13,7 @@ def vocabulary_of(source: Any) -> dict[str, tuple[str, ...]]:
 
 
 def check_same_vocabulary(sources: Sequence[Any], *, what: str) -> dict[str, tuple[str, ...]]:
-    """Return the vocabulary that all `sources` share; ValueError where a number means one thing here, another there."""
+    """Return the vocabulary that all `sources` share; ValueError where a number has two meanings."""
     found: dict[str, tuple[str, ...]] = {}
     for source in sources:
         for field, names in vocabulary_of(source).items():

@@ -11,7 +11,7 @@ _NUM_SAMPLES = 16
 
 
 def as_source(dataset: Any) -> Source:
-    """Return `dataset` where it is a Source, and otherwise a MapSource of it, as far as its items have names."""
+    """Return `dataset` where it is a Source, and otherwise a MapSource of it, whose items must have names."""
     return dataset if isinstance(dataset, Source) else MapSource(dataset)
 
 
@@ -22,8 +22,8 @@ class MapSource:
     >>> source = MapSource(hugging_face_dataset)
 
     Args:
-      dataset: its items are dicts, or tuples, or single arrays; their values anything numpy makes numbers of (Pillow
-        images, torch tensors, lists).
+      dataset: its items are dicts, or tuples, or single arrays; their values anything that numpy converts to numbers
+        (Pillow images, torch tensors, lists).
       names: of the fields where the items are tuples or single arrays.
       fingerprint: names the data and their version. None uses the data set's own `_fingerprint` where it has one, and
         otherwise hashes the length and 16 evenly spread items.
