@@ -231,8 +231,8 @@ def nnx(
     """Return the functions of an NNX module.
 
     params and model_state are plain nested dicts keyed by the module's attribute names. `nnx.Param`s are params, all
-    other variables model_state, except random state: that is made anew from the key given to loss_fn, so that a step
-    remains a function of its arguments and a checkpoint needs no hidden counters.
+    other variables model_state, except random state: that is created from the key given to loss_fn in each call, so
+    that a step remains a function of its arguments and a checkpoint needs no hidden counters.
 
     Args:
       make_module: `make_module(rngs)` builds the module. It is called as `module(*inputs)`, with `train=` and `mask=`
@@ -475,7 +475,7 @@ def _check_statistics(
 
 
 def _keep_if_empty(batch: Batch, new_state: PyTree, old_state: PyTree) -> PyTree:
-    """Return `new_state`, or `old_state` where the batch holds padding only: it has nothing to teach."""
+    """Return `new_state`, or `old_state` where the batch holds padding only: there is nothing to learn from."""
     if MASK not in batch:
         return new_state
     any_true = (batch[MASK] > 0).any()
@@ -524,7 +524,7 @@ def _split(module: flax_nnx.Module) -> tuple[Any, flax_nnx.State, flax_nnx.State
 def unboxed(params: PyTree) -> PyTree:
     """Return the arrays without the boxes that name their dims.
 
-    Flax's own unboxing would lay an array out over the mesh axes of those names, which is the layout's business.
+    Flax's own unboxing would lay an array out over the mesh axes of those names, which the layout decides.
     """
 
     def is_box(node: Any) -> bool:
@@ -544,7 +544,8 @@ def _without_mesh(make_module: Callable[[flax_nnx.Rngs], flax_nnx.Module]) -> Ca
 
 
 def _to_tree(state: flax_nnx.State, template: Mapping[tuple, Any]) -> dict[str, Any]:
-    """Return the arrays at the template's paths as nested dicts with string keys; drop what else the call has left.
+    """Return the arrays at the template's paths as nested dicts with string keys; drop everything else that the call
+    returned.
 
     An array whose dims the module has named comes in the box that Linen puts around such a one; see `layout.by_names`.
     """

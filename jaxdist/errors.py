@@ -20,7 +20,7 @@ class ExitStatus(enum.IntEnum):
     USER = 2
     """The user's mistake: one message says what it is."""
     RETRY = 75
-    """Start it again (EX_TEMPFAIL of sysexits.h): the run was preempted, hangs, or something was not there yet."""
+    """Start it again (EX_TEMPFAIL of sysexits.h): the run was preempted, hangs, or something was not ready yet."""
     INTERRUPTED = 130
     """Ctrl-C before there was anything to save, as the shell reports it."""
 
@@ -32,17 +32,17 @@ class UserError(ValueError):
 
 
 class ConfigError(UserError):
-    """An experiment, or an override of one, that cannot be used as it is."""
+    """An experiment, or an override of one, that cannot be used."""
 
 
 class TryAgain(UserError):
-    """What may well be over at the next attempt: a host that cannot be reached, a process that did not come."""
+    """What may be gone at the next attempt: a host that cannot be reached, a process that did not connect."""
 
     exit_status = ExitStatus.RETRY
 
 
 class RunFailedError(Exception):
-    """What ended a run that had begun well, for example a full disk: the message says all there is to say."""
+    """What ended a run that had started well, for example a full disk: the message says everything."""
 
     exit_status = ExitStatus.FAILED
 

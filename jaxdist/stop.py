@@ -20,7 +20,7 @@ class Progress:
     Attributes:
       step: finished steps.
       epoch: finished epochs.
-      examples_seen: true examples trained on, each epoch counted anew.
+      examples_seen: true examples trained on, counted again in each epoch.
       seconds: wall time of training over all attempts.
       metrics: the last value of each metric: `train/loss`, `eval/accuracy` and the like.
       history: every value an evaluation gave, by metric name.
@@ -55,14 +55,14 @@ class Progress:
             self.metrics["train/empty_batches"] = self.empty_batches
 
     def record_evaluation(self, metrics: Mapping[str, float]) -> None:
-        """Take in the result of an evaluation after the present step."""
+        """Record the result of an evaluation after the present step."""
         self.last_evaluation = self.step
         self.metrics.update(metrics)
         for name, value in metrics.items():
             self.history.setdefault(name, []).append(value)
 
     def record_best(self, metric: str, value: float, mode: Mode) -> bool:
-        """Take in the value of the watched metric after the present step; return whether none before was as good."""
+        """Record the value of the watched metric after the present step; return whether it is the best so far."""
         best = self.best if self.best and self.best["metric"] == metric else None
         if math.isnan(value) or (best and _sign(mode) * value <= _sign(mode) * best["value"]):
             return False
@@ -82,7 +82,7 @@ class Progress:
 def schedule_offset(progress: Progress, *, global_batch_size: int, num_examples: int, steps_per_epoch: int) -> int:
     """Return what to add to the steps made so far, to have the steps of this batch size that come to as many examples.
 
-    It is found anew only where the batch size changes, so that a run that is resumed without a change has the bits of
+    It is computed only where the batch size changes, so that a run that is resumed without a change has the bits of
     one that was never stopped.
 
     Args:
@@ -166,7 +166,7 @@ class Stop:
       target_metric: name of the metric that `target` and `patience` look at.
       target: the value to reach.
       patience: evaluations without a better value.
-      mode: whether more ("max") or less ("min") is better.
+      mode: whether larger ("max") or smaller ("min") values are better.
     """
 
     max_steps: int | None = None
@@ -178,7 +178,7 @@ class Stop:
     mode: Mode = "max"
 
     def rule(self) -> StopRule:
-        """Return the rule these limits stand for.
+        """Return the rule that these limits describe.
 
         Raises:
           ValueError: no limit is set, or one is not positive.

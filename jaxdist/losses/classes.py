@@ -13,7 +13,7 @@ from jaxdist.spmd.metrics import Batch
 def classification(outputs: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return softmax cross entropy in nats and the metric `accuracy` (1 or 0), both float32 of shape (B,).
 
-    The cross entropy is NaN where a label is none of the classes.
+    The cross entropy is NaN where a label is not one of the classes.
 
     Args:
       outputs: logits, shape (B, classes).
@@ -86,7 +86,7 @@ def labels_of(outputs: jax.Array, batch: Batch, field: str, *, needed_by: str) -
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Return the cross entropy of integer labels, NaN where a label is none of the classes."""
     values = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
-    # A label beyond the last class gives NaN already; a negative one would silently count from the last class back.
+    # A label beyond the last class gives NaN already; a negative one would silently count back from the last class.
     return jnp.where(labels < 0, jnp.nan, values)
 
 

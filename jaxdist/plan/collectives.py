@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read off its optimized HLO.
+"""What a compiled program sends between devices, read from its optimized HLO.
 
 The bytes are those that one device sends in a ring (Patarasuk and Yuan, 2009): for M bytes over n devices, reduce-
 scatter and all-gather M (n-1)/n each, all-reduce both.
@@ -51,7 +51,7 @@ class Collective:
 def collectives(hlo: str) -> list[Collective]:
     """Return the collectives of an optimized program, `compiled.as_text()`.
 
-    One inside a loop counts as often as the loop turns, where the program says how often (a `scan` does), else once.
+    One inside a loop counts once per iteration, where the program gives their number (a `scan` does), else once.
     """
     turns, lines = _turns(hlo), SourceLines(hlo)
     found, computation = [], ""

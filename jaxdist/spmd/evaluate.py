@@ -30,7 +30,7 @@ CollectStep: TypeAlias = Callable[[PyTree, PyTree, Batch], tuple[PyTree, jax.Arr
 """`collect_step(params, model_state, batch) -> (rows, counts)`, replicated; `counts` says which rows are examples."""
 
 _AHEAD = 2
-"""Batches being evaluated while the host goes on."""
+"""Batches being evaluated while the host continues."""
 
 
 def eval_step(eval_fn: EvalFn) -> EvalStep:

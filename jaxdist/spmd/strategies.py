@@ -22,10 +22,10 @@ SHARD_AXIS = "fsdp"
 
 PURPOSES: Mapping[str, str] = {
     "data-parallel": "a whole replica on every device, gradients averaged; the simplest, and fastest where it fits",
-    "zero1": "replicas whose optimizer state is cut over the devices; for optimizers that outweigh the params (Adam)",
-    "fsdp": "params, gradients and optimizer state cut over all devices; for models too large for one device",
+    "zero1": "replicas with the optimizer state sharded over the devices; for optimizers larger than the params (Adam)",
+    "fsdp": "params, gradients and optimizer state sharded over all devices; for models too large for one device",
     "hsdp": "fsdp inside each host, replicas across hosts; where the network between hosts is slow",
-    "tensor": "matrices cut over a model axis beside the data axis; for layers too large or batches too small for fsdp",
+    "tensor": "matrices sharded over a model axis and the batch over data; for layers too large for fsdp, or small batches",
 }
 ELSEWHERE: Mapping[str, str] = {
     "parameter-server": "islands of devices that meet at a server, synchronously or not",
@@ -43,8 +43,8 @@ class Strategy:
     Attributes:
       name: what the user picked.
       mesh: the devices.
-      layout: which part of each leaf of the state lies where; for `state.create_state`.
-      batch_axes: mesh axes the batch is cut over; for the data feed and `mesh.batch_sizes`.
+      layout: which part of each leaf of the state is on which device; for `state.create_state`.
+      batch_axes: mesh axes the batch is sharded over; for the data feed and `mesh.batch_sizes`.
       logical_shards: number of fixed slices of the batch under canonical reduction, else None.
     """
 
@@ -112,7 +112,7 @@ def build(
       logical_shards: for canonical reduction, the number of fixed slices of the global batch.
       rules: for `tensor`, see `layout.by_path`; None is the rules of our GPT and ViT.
       names: mesh axes for the names that Flax modules gave to the dims of their params. A name that is an axis of the
-        mesh needs none. Named dims go before what the strategy says by itself.
+        mesh needs none. Named dims take precedence over the strategy's own choice.
       min_size: elements below which `zero1`, `fsdp` and `hsdp` leave a leaf whole.
 
     Raises:
@@ -123,13 +123,13 @@ def build(
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}.")
     if reduction == "canonical" and name not in CANONICAL:
         raise ValueError(
-            f"Strategy {name!r} cannot honour reduction='canonical': its update is cut over the devices, and "
-            f"other cuts give other bits. Use reduction='mean', or one of the strategies {', '.join(CANONICAL)}."
+            f"Strategy {name!r} cannot honour reduction='canonical': its update is sharded over the devices, and "
+            f"other shardings give other bits. Use reduction='mean', or one of the strategies {', '.join(CANONICAL)}."
         )
     if rules is not None and name != "tensor":
         raise ValueError(f"rules belong to strategy 'tensor'; {name!r} has no use for them. Remove them.")
     if names and name == "data-parallel":
-        raise ValueError("Strategy 'data-parallel' cuts no param, so names have no use. Remove them.")
+        raise ValueError("Strategy 'data-parallel' shards no param, so names have no use. Remove them.")
     chosen = [axis for _, spec in rules or () for axis in layouts.spec_axes(PartitionSpec(*spec))]
     chosen += [axis for axis in (names or {}).values() if axis is not None]
     mesh = _make_mesh(name, mesh_axes, devices, chosen)
