@@ -25,7 +25,7 @@ PURPOSES: Mapping[str, str] = {
     "zero1": "replicas with the optimizer state sharded over the devices; for optimizers larger than the params (Adam)",
     "fsdp": "params, gradients and optimizer state sharded over all devices; for models too large for one device",
     "hsdp": "fsdp inside each host, replicas across hosts; where the network between hosts is slow",
-    "tensor": "matrices sharded over a model axis, the batch over data; for layers too large for fsdp, or small batches",
+    "tensor": "matrices sharded over a model axis, the batch over data; for layers too large for fsdp or small batches",
 }
 ELSEWHERE: Mapping[str, str] = {
     "parameter-server": "islands of devices that meet at a server, synchronously or not",
