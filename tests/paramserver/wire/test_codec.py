@@ -45,11 +45,11 @@ def test_a_record_is_read_as_it_was_written(record):
     assert read(Record, written(Record, record).head) == record
 
 
-@given(RECORDS, st.data())
-def test_a_head_that_ends_early_is_refused(record, data):
+@given(RECORDS, st.floats(0, 1, exclude_max=True))
+def test_a_head_that_ends_early_is_refused(record, part):
     head = written(Record, record).head
     with pytest.raises(EncodingError):
-        read(Record, head[: data.draw(st.integers(0, len(head) - 1))])
+        read(Record, head[: int(part * len(head))])
 
 
 @given(st.lists(st.integers(0, 5), max_size=3), st.sampled_from(["<f4", ">f4", "<i8", "|b1", "<f2"]))
@@ -68,12 +68,12 @@ def test_the_checksum_is_crc_32c():
     assert checksum([b"6789"], checksum([b"12345"])) == 0xE3069283
 
 
-@given(st.lists(st.binary(max_size=9)), st.data())
-def test_a_stream_gives_the_bytes_in_order_however_they_are_cut(blocks, data):
+@given(st.lists(st.binary(max_size=9), max_size=6), st.integers(1, 12))
+def test_a_stream_gives_the_bytes_in_order_however_they_are_cut(blocks, count):
     whole = b"".join(blocks)
     stream, got = Stream(blocks, len(whole)), b""
     while stream.left:
-        got += bytes(stream.take(data.draw(st.integers(1, stream.left))))
+        got += bytes(stream.take(min(count, stream.left)))
     assert got == whole
     assert stream.is_at_end()
     with pytest.raises(EncodingError):
@@ -96,7 +96,7 @@ ARRAY = written(np.ndarray, np.zeros(2, np.float32))
     ("kind", "head", "arrays"),
     [
         (int | None, b"\x02", b""),
-        (tuple[int, ...], struct.pack("<I", 1 << 30), b""),
+        (tuple[type(None), ...], struct.pack("<I", 1000), b""),  # items that take no bytes
         (str, struct.pack("<I", 1) + b"\xff", b""),
         (np.ndarray, ARRAY.head, b"\0" * 7),
         (np.ndarray, ARRAY.head.replace(b"float32", b"complex"), b"\0" * 8),

@@ -1,0 +1,100 @@
+"""What a process leaves in files: counters, a line for each step, the newest cut."""
+
+import json
+import types
+
+import pytest
+
+from jaxdist.paramserver.processes import reports, run_folder
+from jaxdist.paramserver.protocol import effects, journal, messages
+from jaxdist.paramserver.wire import encoding
+
+LEASE = messages.Lease(step=2, slice=0, epoch=0, start=10, stop=16)
+PUSH = messages.Contributor(0, 1, 1, LEASE)
+JOINED = journal.MembershipRecord(messages.Membership(1, (), (), 1, ""), 0, (), None)
+
+
+def applied(version, staleness):
+    return effects.Applied(0, 1, version, 5, 6, (PUSH,), 0, staleness, False)
+
+
+@pytest.mark.parametrize("primary", [True, False])
+def test_updates_are_counted_once_by_the_primary(tmp_path, primary):
+    machine = types.SimpleNamespace(primary=primary, counters={"fenced": 2})
+    statistics = reports.Statistics(tmp_path / "counters.json", machine)
+    for version, staleness in enumerate((0, 0, 3), 1):
+        statistics.observe(applied(version, staleness))
+    statistics.observe(effects.Exit(3, "max_steps"))
+    found = json.loads(statistics.path.read_text())
+    assert found["counters"] == {"updates": 3 if primary else 0, "fenced": 2}
+    assert found["staleness"] == ({"0": 2, "3": 1} if primary else {})
+
+
+def test_each_start_of_a_process_has_counters_of_its_own(tmp_path, monkeypatch):
+    spec = types.SimpleNamespace(directory=str(tmp_path))
+    paths = []
+    for number in (11, 12):
+        monkeypatch.setattr(reports.os, "getpid", lambda number=number: number)
+        paths.append(reports.statistics_of("server/0/a", spec, None).path)
+    assert len(set(paths)) == 2
+    assert {path.parent for path in paths} == {tmp_path / run_folder.STATISTICS_NAME}
+
+
+@pytest.fixture
+def open_report(tmp_path):
+    """Yield a function that opens a report, closed after the test: a process keeps its report open until it ends."""
+    opened = []
+
+    def open_():
+        opened.append(reports.Report(tmp_path))
+        return opened[-1]
+
+    yield open_
+    for report in opened:
+        report._steps.close()
+
+
+def rows(directory):
+    return [json.loads(line) for line in (directory / run_folder.STEPS_NAME).read_text().splitlines()]
+
+
+def test_a_step_is_a_line_with_the_means_of_its_metrics(tmp_path, open_report):
+    metrics = (messages.Metric("loss", 6.0, 4.0), messages.Metric("none", 0.0, 0.0))
+    open_report().observe(effects.Committed(3, 16, metrics))
+    (row,) = rows(tmp_path)
+    assert (row["step"], row["examples"], row["metrics"]) == (3, 16, {"loss": 1.5})
+
+
+def test_a_cut_and_the_name_of_a_silent_process_are_files(tmp_path, open_report):
+    report = open_report()
+    cut = journal.Cut(4, "", journal.Trained(4, ()), ())
+    report.observe(effects.ShowCut(cut))
+    report.observe(effects.Replace("server/0/a"))
+    assert encoding.decode((tmp_path / run_folder.CUT_NAME).read_bytes()) == cut
+    assert run_folder.take_silent(tmp_path, "server/0/a")
+
+
+@pytest.mark.parametrize(
+    ("records", "reported", "expected"),
+    [
+        ([], [], []),
+        ([JOINED], [2], [2]),
+        ([journal.CommitRecord(3, False, (PUSH, PUSH))], [1, 2], [1, 2, 3]),
+        ([journal.CommitRecord(3, False, (PUSH, PUSH))], [1, 2, 3], [1, 2, 3]),
+        ([journal.CompleteRecord(PUSH)], [2], [2, 3]),
+        ([journal.CommitRecord(3, False, (PUSH,)), journal.NormRecord(1.0)], [2], [2, 3]),
+        ([journal.CommitRecord(3, False, (PUSH,)), JOINED], [2], [2]),
+    ],
+    ids=["nothing", "joined", "commit", "reported", "complete", "norm", "membership"],
+)
+def test_a_step_that_was_committed_and_not_reported_is_reported_after_a_restart(
+    tmp_path, open_report, records, reported, expected
+):
+    first = open_report()
+    for step in reported:
+        first.observe(effects.Committed(step, 6, ()))
+    scheduler = types.SimpleNamespace(state=types.SimpleNamespace(step=3))
+    open_report().catch_up(scheduler, records)
+    assert [row["step"] for row in rows(tmp_path)] == expected
+    if len(expected) > len(reported):
+        assert rows(tmp_path)[-1]["examples"] == 6 * len(getattr(records[0], "contributors", (PUSH,)))

@@ -1,0 +1,47 @@
+"""A process that plays a role: it listens where the Spec says, and its exit status says how its part ended."""
+
+import socket
+
+import pytest
+
+from jaxdist.paramserver.processes import role, run_folder
+from jaxdist.paramserver.processes.driver import Driver
+from jaxdist.paramserver.processes.reports import statistics_of
+from jaxdist.paramserver.protocol import effects
+
+
+class Ending:
+    """A state machine whose part is over at once."""
+
+    def __init__(self, end):
+        self.end, self.counters = end, {"fenced": 3}
+
+    def handle(self, message, now):
+        return [], [self.end]
+
+
+def play(tmp_path, end, address="127.0.0.1:0"):
+    spec = run_folder.Spec("a", "x.py", [], {}, {"worker/0": address}, str(tmp_path), "", 1, "elementwise")
+    spec.write(tmp_path / run_folder.SPEC_NAME)
+
+    def make(name, spec):
+        machine = Ending(end)
+        statistics = statistics_of(name, spec, machine)
+        return Driver(machine, directory=tmp_path, observe=statistics.observe), statistics
+
+    return role.main(["worker/0", str(tmp_path / run_folder.SPEC_NAME)], make)
+
+
+@pytest.mark.parametrize(("end", "status"), [(effects.Exit(4, "max_steps"), 0), (effects.Exit(-1, "It broke."), 1)])
+def test_the_exit_status_says_how_the_part_ended(tmp_path, caplog, end, status):
+    assert play(tmp_path, end) == status
+    assert ("It broke." in caplog.text) == bool(status)
+    (counters,) = (tmp_path / run_folder.STATISTICS_NAME).iterdir()
+    assert '"fenced": 3' in counters.read_text()
+
+
+def test_a_port_that_is_taken_is_named(tmp_path, caplog):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert play(tmp_path, effects.Exit(4, "max_steps"), address) == 1
+    assert address in caplog.text
