@@ -177,6 +177,17 @@ class Stop:
     patience: int | None = None
     mode: Mode = "max"
 
+    def last_step(self, steps_per_epoch: int, *, step_offset: int = 0) -> int | None:
+        """Return the step at which a run ends at the latest, None if no limit in steps or epochs is set.
+
+        Args:
+          steps_per_epoch: with the present batch size.
+          step_offset: see `Progress.schedule_offset`.
+        """
+        ends = [] if self.max_steps is None else [self.max_steps]
+        ends += [] if self.max_epochs is None else [math.ceil(self.max_epochs * steps_per_epoch) - step_offset]
+        return min(ends, default=None)
+
     def rule(self) -> StopRule:
         """Return the rule that these limits describe.
 

@@ -117,3 +117,19 @@ def test_a_run_without_an_end_is_refused():
 def test_a_limit_must_be_positive(name, limit):
     with pytest.raises(ValueError, match=rf"stop\.{name} must be positive; got {limit}"):
         Stop(**{name: limit}).rule()
+
+
+@pytest.mark.parametrize(
+    ("limits", "offset", "step"),
+    [
+        ({"max_steps": 7}, 0, 7),
+        ({"max_epochs": 3}, 0, 12),
+        ({"max_epochs": 0.4}, 0, 2),
+        ({"max_steps": 20, "max_epochs": 3}, 0, 12),
+        ({"max_steps": 11, "max_epochs": 3}, 2, 10),
+        ({"max_steps": 7}, 2, 7),
+        ({"max_seconds": 9.0}, 0, None),
+    ],
+)
+def test_the_last_step_is_the_earliest_limit_that_is_known(limits, offset, step):
+    assert Stop(**limits).last_step(4, step_offset=offset) == step

@@ -200,7 +200,7 @@ def read(compiled: jax.stages.Compiled, step_flops: float, parts: components.Par
         num_microbatches=experiment.num_microbatches,
         global_batch_size=experiment.global_batch_size,
         num_params=sum(leaf.size for leaf in jax.tree.leaves(parts.abstract_state.params)),
-        steps=components.last_step(experiment, parts.loader.steps_per_epoch),
+        steps=experiment.stop.last_step(parts.loader.steps_per_epoch),
         bytes=held,
         device_memory=chip.memory_bytes,
         flops_per_step=step_flops,

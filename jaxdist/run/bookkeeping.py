@@ -17,7 +17,7 @@ import jax
 from jaxdist.checkpoint import checkpoints
 from jaxdist.config.experiment import Experiment
 from jaxdist.run import components, directory
-from jaxdist.run.progress_display import Bounds, Silent, deciding, make_progress
+from jaxdist.run.progress_display import Bounds, Silent, deciding, make_display
 from jaxdist.run.stopwatch import StepTimes, Stopwatch
 from jaxdist.rundir import files, full_disk, origin, record, writers
 from jaxdist.stop import Progress
@@ -158,18 +158,13 @@ class Bookkeeper:
         silent = attempt.silent or jax.process_index() != 0
         if attempt.header and not silent:
             print(attempt.header(), file=sys.stderr, flush=True)
-        bounds = Bounds(
-            max_steps=limits.max_steps,
-            max_epochs=limits.max_epochs,
-            max_seconds=limits.max_seconds,
-            steps_per_epoch=attempt.steps_per_epoch,
-            step_offset=self.progress.schedule_offset,
-        )
+        last_step = limits.last_step(attempt.steps_per_epoch, step_offset=self.progress.schedule_offset)
+        bounds = Bounds(last_step=last_step, max_seconds=limits.max_seconds)
         with contextlib.ExitStack() as stack:
             for writer in self._writers:
                 stack.callback(writer.close)
             self.display = stack.enter_context(
-                make_progress(
+                make_display(
                     bounds,
                     global_batch_size=attempt.experiment.global_batch_size,
                     start_step=self.progress.step,

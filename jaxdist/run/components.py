@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -287,15 +286,7 @@ def make_step(
 
 def known_ends(experiment: Experiment, steps_per_epoch: int) -> dict[str, int | None]:
     """Return `steps_per_epoch` and `max_steps`, as `optimizers.build` takes them."""
-    return {"steps_per_epoch": steps_per_epoch, "max_steps": last_step(experiment, steps_per_epoch)}
-
-
-def last_step(experiment: Experiment, steps_per_epoch: int) -> int | None:
-    """Return the step at which the run ends at the latest, None where no limit is known."""
-    limits = experiment.stop
-    ends = [] if limits.max_steps is None else [limits.max_steps]
-    ends += [] if limits.max_epochs is None else [math.ceil(limits.max_epochs * steps_per_epoch)]
-    return min(ends, default=None)
+    return {"steps_per_epoch": steps_per_epoch, "max_steps": experiment.stop.last_step(steps_per_epoch)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Progress: what is shown of a run while it trains.
+"""The display: what is shown of a run while it trains.
 
 The one idea: `update` may be called at every step because it nearly always does nothing. It keeps the latest metrics as
 they are (device arrays included) and turns them into text only when the next redraw is due. There is no thread.
@@ -16,6 +16,7 @@ import rich.console
 import rich.progress
 
 from jaxdist import stop
+from jaxdist.rundir import writers
 
 SHOWN = ("loss", "accuracy")
 """The metrics a bar has room for, by the last part of their name, besides the deciding one; lines show all of them."""
@@ -23,7 +24,7 @@ _WIDE, _NARROW = 20, 10
 """Columns of the bar, on a terminal of 100 columns or more, and on a smaller one."""
 
 
-class Progress(Protocol):
+class Display(Protocol):
     """Shows a run. It is also a context manager, which closes it on exit, also by an exception or Ctrl-C."""
 
     def update(self, step: int, metrics: Mapping[str, Any] | None = None) -> None:
@@ -35,44 +36,35 @@ class Progress(Protocol):
     def close(self) -> None:
         """Restore the terminal. May be called twice."""
 
-    def __enter__(self) -> "Progress": ...
+    def __enter__(self) -> "Display": ...
 
     def __exit__(self, *error: object) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """What is known about the end of a run; the first bound reached ends it. None: no such bound."""
+    """What is known about the end of a run; the first bound reached ends it. None: no such bound.
 
-    max_steps: int | None = None
-    max_epochs: float | None = None
+    Attributes:
+      last_step: see `stop.Stop.last_step`.
+      max_seconds: of training, over all attempts.
+    """
+
+    last_step: int | None = None
     max_seconds: float | None = None
-    steps_per_epoch: int | None = None
-    """Needed for `max_epochs` to say anything about steps."""
-    step_offset: int = 0
-    """What to add to the steps made so far for those of the present batch size; see `stop.Progress`."""
-
-    def last_step(self) -> int | None:
-        """Return the step that ends the run, None when no bound in steps is known."""
-        ends = [] if self.max_steps is None else [self.max_steps]
-        if self.max_epochs is not None and self.steps_per_epoch is not None:
-            ends.append(math.ceil(self.max_epochs * self.steps_per_epoch) - self.step_offset)
-        return min(ends, default=None)
 
     def seconds_left(self, step: int, elapsed_seconds: float, steps_per_second: float | None) -> float | None:
         """Return the time left by the bound that comes first, None when none is known or the pace is not."""
         left = [] if self.max_seconds is None else [self.max_seconds - elapsed_seconds]
-        last_step = self.last_step()
-        if last_step is not None and steps_per_second:
-            left.append((last_step - step) / steps_per_second)
+        if self.last_step is not None and steps_per_second:
+            left.append((self.last_step - step) / steps_per_second)
         return max(min(left), 0.0) if left else None
 
     def fraction(self, step: int, elapsed_seconds: float) -> float | None:
         """Return how much of the run is done, in [0, 1], by the bound that is nearest; None when none is known."""
         done = [] if self.max_seconds is None else [elapsed_seconds / max(self.max_seconds, 1e-9)]
-        last_step = self.last_step()
-        if last_step is not None:
-            done.append(step / max(last_step, 1))
+        if self.last_step is not None:
+            done.append(step / max(self.last_step, 1))
         return min(max(done), 1.0) if done else None
 
 
@@ -97,7 +89,7 @@ class Deciding:
             return ""
         best, age = stop.best_of(values, self.rule.mode)
         left = "" if self.rule.patience is None else f", patience {max(self.rule.patience - age, 0)}"
-        return f"(best {best:.4g}{left})"
+        return f"(best {writers.format_number(best)}{left})"
 
 
 def deciding(rule: stop.Stop, progress: stop.Progress) -> Deciding | None:
@@ -107,7 +99,7 @@ def deciding(rule: stop.Stop, progress: stop.Progress) -> Deciding | None:
     return Deciding(rule.target_metric, rule, lambda: progress.history.get(rule.target_metric, []))
 
 
-def make_progress(
+def make_display(
     bounds: Bounds,
     *,
     global_batch_size: int,
@@ -116,7 +108,7 @@ def make_progress(
     deciding: Deciding | None = None,
     silent: bool = False,
     stream: TextIO | None = None,
-) -> Progress:
+) -> Display:
     """Return a bar if the stream is a terminal, else plain lines; nothing at all when silent.
 
     Args:
@@ -198,7 +190,7 @@ class Pace:
 
     def texts(self) -> list[str]:
         """Return step, examples/s and time left, as far as they are known."""
-        last_step = self._bounds.last_step()
+        last_step = self._bounds.last_step
         parts = [f"step {self.step}" + ("" if last_step is None else f"/{last_step}")]
         if self.examples_per_second is not None:
             parts.append(f"{self.examples_per_second:,.0f} examples/s")
@@ -211,13 +203,13 @@ class Silent:
     """Shows nothing."""
 
     def update(self, step: int, metrics: Mapping[str, Any] | None = None) -> None:
-        """See Progress."""
+        """See Display."""
 
     def finish(self, summary: Mapping[str, object]) -> None:
-        """See Progress."""
+        """See Display."""
 
     def close(self) -> None:
-        """See Progress."""
+        """See Display."""
 
     def __enter__(self) -> "Silent":
         return self
@@ -240,7 +232,7 @@ class Lines:
         self._unsaid = False
 
     def update(self, step: int, metrics: Mapping[str, Any] | None = None) -> None:
-        """See Progress."""
+        """See Display."""
         self._latest.update(metrics or {})
         self._pace.step, self._unsaid = step, True
         now = self._pace.clock()
@@ -249,13 +241,13 @@ class Lines:
             self._say()
 
     def finish(self, summary: Mapping[str, object]) -> None:
-        """See Progress."""
+        """See Display."""
         if self._unsaid:
             self._say()
         print(format_summary(summary), file=self._stream, flush=True)
 
     def close(self) -> None:
-        """See Progress."""
+        """See Display."""
 
     def __enter__(self) -> "Lines":
         return self
@@ -266,7 +258,7 @@ class Lines:
     def _say(self) -> None:
         self._unsaid = False
         self._pace.sample(self._pace.step)
-        metrics = format_metrics(self._latest, self._deciding)
+        metrics = _texts_of(self._latest, self._deciding)
         print("  ".join([*self._pace.texts(), *metrics]), file=self._stream, flush=True)
 
 
@@ -302,7 +294,7 @@ class Bar:
         console.show_cursor(True)
 
     def update(self, step: int, metrics: Mapping[str, Any] | None = None) -> None:
-        """See Progress."""
+        """See Display."""
         self._latest.update(metrics or {})
         self._pace.step = step
         now = self._pace.clock()
@@ -311,13 +303,13 @@ class Bar:
             self._draw()
 
     def finish(self, summary: Mapping[str, object]) -> None:
-        """See Progress."""
+        """See Display."""
         self._draw()
         self.close()
         self._bar.console.print(format_summary(summary), markup=False, soft_wrap=True)
 
     def close(self) -> None:
-        """See Progress."""
+        """See Display."""
         # Nothing is fetched from a device here: after an error or in a hang that may raise, or block.
         self._bar.stop()
 
@@ -334,7 +326,7 @@ class Bar:
             name: value for name, value in self._latest.items() if name == decides or name.rpartition("/")[2] in SHOWN
         }
         step, *pace = self._pace.texts()
-        metrics = format_metrics(shown, self._deciding)
+        metrics = _texts_of(shown, self._deciding)
         first = metrics[:1] if decides in shown else []
         return fitting([step, *first, *pace, *metrics[len(first) :]], self._width, keep=[step, *first])
 
@@ -346,9 +338,9 @@ class Bar:
         self._bar.update(self._task, description=text, completed=fraction or 0.0, total=total, refresh=True)
 
 
-def format_metrics(metrics: Mapping[str, Any], deciding: Deciding | None = None) -> list[str]:
-    """Return `name value` for each metric, four significant digits; the deciding one first, with how it stands."""
-    texts = {name: f"{name.removeprefix('train/')} {float(value):.4g}" for name, value in metrics.items()}
+def _texts_of(metrics: Mapping[str, Any], deciding: Deciding | None = None) -> list[str]:
+    """Return `name value` for each metric; the deciding one first, with how it stands."""
+    texts = {name: f"{name.removeprefix('train/')} {writers.format_number(value)}" for name, value in metrics.items()}
     if deciding is None or deciding.metric not in texts:
         return list(texts.values())
     first = f"{texts.pop(deciding.metric)} {deciding.standing()}".rstrip()

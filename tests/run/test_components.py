@@ -145,20 +145,6 @@ def test_the_learning_rate_of_a_step_is_that_of_its_update(experiment):
     assert put_together(dataclasses.replace(experiment, optimizer=optax.sgd(0.1))).learning_rate is None
 
 
-@pytest.mark.parametrize(
-    ("stop", "step"),
-    [
-        ({"max_steps": 7}, 7),
-        ({"max_epochs": 3}, 12),
-        ({"max_steps": 20, "max_epochs": 3}, 12),
-        ({"max_seconds": 9.0}, None),
-    ],
-)
-def test_the_last_step_is_the_earliest_limit_that_is_known(experiment, stop, step):
-    changed = dataclasses.replace(experiment, stop=jaxdist.Stop(**stop))
-    assert components.last_step(changed, steps_per_epoch=4) == step
-
-
 def test_a_schedule_without_a_known_end_is_refused(experiment):
     endless = dataclasses.replace(experiment, stop=jaxdist.Stop(max_seconds=5.0))
     with pytest.raises(ValueError, match="needs to know where it ends"):

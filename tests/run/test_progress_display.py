@@ -37,7 +37,7 @@ def run(shown, clock, steps, seconds_per_step=1.0):
 
 def test_lines_come_by_the_clock_and_the_last_one_with_the_summary():
     clock, stream = Clock(), io.StringIO()
-    lines = progress_display.Lines(make_pace(clock, max_steps=25), stream, every_seconds=10)
+    lines = progress_display.Lines(make_pace(clock, last_step=25), stream, every_seconds=10)
     with lines:
         run(lines, clock, range(1, 26))
         lines.finish({"ended": "max_steps", "run record": "runs/a/run.json"})
@@ -53,7 +53,7 @@ def test_lines_come_by_the_clock_and_the_last_one_with_the_summary():
 
 def test_the_first_steps_compile_does_not_count_in_the_pace():
     clock = Clock()
-    pace = make_pace(clock, max_steps=100)
+    pace = make_pace(clock, last_step=100)
     clock.now += 60.0
     pace.sample(1)
     assert pace.seconds_left is None
@@ -82,9 +82,8 @@ def test_a_resumed_run_has_used_some_of_its_time():
     pace=st.none() | st.floats(0.1, 10),
 )
 def test_the_bound_that_comes_first_counts(max_steps, max_epochs, max_seconds, step, elapsed, pace):
-    bounds = progress_display.Bounds(
-        max_steps=max_steps, max_epochs=max_epochs, max_seconds=max_seconds, steps_per_epoch=7
-    )
+    limits = stop.Stop(max_steps=max_steps, max_epochs=max_epochs, max_seconds=max_seconds)
+    bounds = progress_display.Bounds(last_step=limits.last_step(7), max_seconds=max_seconds)
     left, fraction = bounds.seconds_left(step, elapsed, pace), bounds.fraction(step, elapsed)
     by_seconds = None if max_seconds is None else max_seconds - elapsed
     by_steps = [(end - step) / pace for end in (max_steps, max_epochs and max_epochs * 7) if end and pace]
@@ -94,20 +93,13 @@ def test_the_bound_that_comes_first_counts(max_steps, max_epochs, max_seconds, s
     assert fraction is None or 0 <= fraction <= 1
 
 
-def test_epochs_without_their_length_bound_nothing():
-    bounds = progress_display.Bounds(max_epochs=3)
-    assert bounds.last_step() is None
-    assert bounds.seconds_left(1, 1.0, 1.0) is None
-    assert progress_display.Bounds(max_epochs=0.5, steps_per_epoch=7).last_step() == 4
-
-
 def terminal(width=120):
     return rich.console.Console(file=io.StringIO(), force_terminal=True, width=width, legacy_windows=False)
 
 
 def test_the_bar_shows_step_pace_loss_accuracy_and_time_left():
     clock, console = Clock(), terminal()
-    with progress_display.Bar(make_pace(clock, max_steps=50), console) as bar:
+    with progress_display.Bar(make_pace(clock, last_step=50), console) as bar:
         assert "step 0/50  compiling" in console.file.getvalue()
         run(bar, clock, range(1, 21))
         bar.update(20, {"eval/accuracy": 0.985})
@@ -162,7 +154,7 @@ def test_a_terminal_is_given_back_after_an_exception():
 
 
 def test_silence():
-    with progress_display.make_progress(
+    with progress_display.make_display(
         progress_display.Bounds(), global_batch_size=1, silent=True, stream=None
     ) as silent:
         silent.update(1, {"loss": Untouchable()})
@@ -173,13 +165,13 @@ def test_silence():
 def test_a_log_file_gets_lines(monkeypatch, force_color):
     if force_color:
         monkeypatch.setenv("FORCE_COLOR", "1")
-    shown = progress_display.make_progress(progress_display.Bounds(), global_batch_size=1, stream=io.StringIO())
+    shown = progress_display.make_display(progress_display.Bounds(), global_batch_size=1, stream=io.StringIO())
     assert isinstance(shown, progress_display.Lines)
 
 
 SCRIPT = """
 from jaxdist.run import progress_display as progress
-with progress.make_progress(progress.Bounds(max_steps=2), global_batch_size=1) as shown:
+with progress.make_display(progress.Bounds(last_step=2), global_batch_size=1) as shown:
     print("kept apart", flush=True)
     shown.update(1, {"loss": 0.5})
     shown.finish({"ended": "max_steps"})
@@ -228,7 +220,7 @@ def test_the_deciding_metric_comes_with_the_best_value_and_the_patience_left():
 def test_the_deciding_metric_is_never_cut_off(width):
     clock, console = Clock(), terminal(width)
     watched = deciding(0.5, 0.75, 0.7, patience=5)
-    with progress_display.Bar(make_pace(clock, max_steps=5000), console, deciding=watched) as bar:
+    with progress_display.Bar(make_pace(clock, last_step=5000), console, deciding=watched) as bar:
         run(bar, clock, range(1, 30))
         bar.update(30, {"eval/loss": 0.25, "eval/accuracy": 0.7})
         clock.now += 1.0

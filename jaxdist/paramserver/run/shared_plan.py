@@ -82,8 +82,7 @@ def make_plan(
         raise ConfigError("the parameter server does not scale losses; use precision=bfloat16 or float32")
     loader = components.make_loader(experiment, fingerprint=fingerprint)
     functions = components.make_functions(experiment, components.example_batch(loader))
-    last_step = components.last_step(experiment, loader.steps_per_epoch)
-    known_end = {"steps_per_epoch": loader.steps_per_epoch, "max_steps": last_step}
+    known_end = components.known_ends(experiment, loader.steps_per_epoch)
     optimizer, learning_rate = components.make_optimizer(experiment, known_end)
     make_initial = functools.partial(initial_state, functions.init_fn)
     params, model_state = jax.eval_shape(make_initial, jax.random.key(0))
@@ -93,7 +92,7 @@ def make_plan(
         chosen,
         num_examples=len(experiment.data.train),
         global_batch_size=experiment.global_batch_size,
-        max_steps=last_step or NO_LIMIT,
+        max_steps=known_end["max_steps"] or NO_LIMIT,
         read_every=_read_periods(experiment, loader.steps_per_epoch),
         check_copies_every=experiment.guards.check_replicas_every or 0,
     )

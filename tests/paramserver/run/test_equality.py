@@ -154,27 +154,6 @@ def test_clipping_by_the_global_norm_is_the_same_on_shards():
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
 
 
-def test_an_island_of_several_devices_computes_the_same_sums():
-    plan = make_plan(2, 1)
-    lease = plans_lease(plan, 3, 1)  # of the ragged batch
-    compute = effects.Compute(0, 0, lease, plan.sharding.split(leaves_of(plan)))
-    one, four = (Island(plan, jax.devices()[:n]).gradient(compute) for n in (1, 4))
-    assert (one.count, one.finite) == (four.count, four.finite) == (2.0, True)
-    for a, b in zip(one.pieces[0], four.pieces[0]):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
-
-
-def test_an_empty_lease_pushes_zeros():
-    plan = make_plan(4, 1)
-    lease = messages.Lease(3, 3, 0, 52, 52)
-    pushed = Island(plan, jax.devices()[:1]).gradient(
-        effects.Compute(0, 0, lease, plan.sharding.split(leaves_of(plan)))
-    )
-    assert pushed.count == 0
-    assert pushed.finite
-    assert not any(piece.any() for piece in pushed.pieces[0])
-
-
 def weighted(outputs, batch):
     values, _ = losses.classification(outputs, batch)
     return jaxdist.Weighted(values, batch["weight"]), {}

@@ -6,15 +6,13 @@ import itertools
 
 import jax
 import numpy as np
-import optax
 import pytest
 import tiny_experiment
 
 from jaxdist import errors, stop
 from jaxdist.config import overrides
-from jaxdist.paramserver.run import resume, whole_optimizer
+from jaxdist.paramserver.run import resume
 from jaxdist.paramserver.run import shared_plan as plans
-from jaxdist.paramserver.run.sharding import make_sharding
 from jaxdist.run import components
 from jaxdist.run import directory as run_directory
 
@@ -98,31 +96,6 @@ def test_another_batch_size_is_refused_where_it_cuts_a_batch(tmp_path):
     refused = pytest.raises(errors.ConfigError, match="Resume with the global_batch_size")
     with trained(tmp_path, experiment_of()) as (_, checkpointer), refused:
         resume.begin(plan_of("global_batch_size=12"), checkpointer, tmp_path / "ps")
-
-
-@pytest.mark.parametrize("servers", [1, 2, 5])
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        optax.adamw(1e-3, mask=lambda params: jax.tree.map(lambda p: np.ndim(p) > 1, params)),
-        optax.chain(optax.clip_by_global_norm(1.0), optax.masked(optax.trace(0.9), lambda t: jax.tree.map(np.ndim, t))),
-    ],
-)
-def test_an_optimizers_state_is_cut_and_joined_without_loss(optimizer, servers):
-    rng = np.random.default_rng(0)
-    shapes = [(7, 3), (5,), (), (4, 2, 2), (6,)]
-    leaves = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
-    state = jax.tree.map(lambda leaf: rng.normal(size=np.shape(leaf)).astype(leaf.dtype), optimizer.init(leaves[:4]))
-    sharding = make_sharding(leaves, num_servers=servers, block_bytes=20)
-    cut = whole_optimizer.OptimizerCut(optimizer, sharding, num_params=4, ghost=True)
-    assert same(cut.join(cut.split(jax.tree.leaves(state))), [np.asarray(leaf) for leaf in jax.tree.leaves(state)])
-
-
-def test_what_is_not_shaped_like_the_params_is_refused():
-    sharding = make_sharding([np.zeros((8, 8), np.float32)], num_servers=1)
-    odd = optax.GradientTransformation(lambda params: jax.tree.map(lambda p: np.zeros(p.shape[0]), params), None)
-    with pytest.raises(ValueError, match=r"shape \(8,\) for a param of shape \(8, 8\)"):
-        whole_optimizer.OptimizerCut(odd, sharding, num_params=1, ghost=False)
 
 
 def test_only_the_newest_snapshots_are_kept(tmp_path):
