@@ -1,9 +1,9 @@
-"""A whole run in one thread: seeded clock, network, disk and kills around the unchanged state machines.
+"""Simulates a whole run in one thread: seeded clock, network, disk and kills around the unchanged state machines.
 
-Everything random comes from one generator, so a seed replays a run exactly. The network drops, repeats, reorders and
+All random numbers come from one generator, so a seed replays a run exactly. The network drops, repeats, reorders and
 delays, and isolates processes; a disk write may be torn or lost when its process dies around the fsync; processes are
-killed, paused (and come back as zombies) and restarted. After `Faults.until` nothing bad happens any more, so the run
-must come to its end. The idea is that of FoundationDB's simulation (Zhou et al., 2021).
+killed, paused (and continue with outdated state) and restarted. After `Faults.until` no fault happens any more, so the
+run must end. The idea is that of FoundationDB's simulation (Zhou et al., 2021).
 """
 
 import heapq
@@ -27,15 +27,15 @@ Gradient = Callable[[messages.Lease, tuple[tuple[np.ndarray, ...], ...]], messag
 
 TICK = 0.05
 MOST_WAITING = 16
-"""Messages that wait in a process's inbox, as in the driver."""
+"""Capacity of the inbox of a process, as in the driver."""
 
 
 @dataclass(frozen=True)
 class Faults:
-    """What goes wrong until `until` (seconds); rates are per message, per append, or per second of the run.
+    """The faults until `until` (seconds); rates are per message, per append, or per second of the run.
 
     Attributes:
-      until: afterwards everything works.
+      until: afterwards no fault happens.
       drop: share of messages lost.
       repeat: share of messages delivered twice.
       slow: share of messages delayed by up to 0.3 s, and thereby overtaken.
@@ -87,7 +87,7 @@ class Roles:
 class _Process:
     name: str
     role: Any = None
-    life: int = 0  # grows with every kill, so that what an earlier life had scheduled is recognised
+    life: int = 0  # grows with every kill, so that actions scheduled before it are recognised
     paused_until: float = 0.0
     clock_ahead: float = 0.0
     backlog: list[messages.Message] = field(default_factory=list)
@@ -95,15 +95,15 @@ class _Process:
 
 
 class Stuck(AssertionError):
-    """A run did not come to its end though nothing was broken any more."""
+    """A run did not end although no fault happened any more."""
 
 
 class _Died(Exception):
-    """The process died while it did an effect."""
+    """The process died during an effect."""
 
 
 class Simulation:
-    """One run. `run` plays it to its end; `events` is what a checker may look at."""
+    """One run. `run` simulates it to its end; `events` is the history for a checker."""
 
     def __init__(
         self,
@@ -138,23 +138,23 @@ class Simulation:
     # Running.
 
     def run(self, *, patience: float = 60.0) -> "Simulation":
-        """Play until every process has exited.
+        """Run until every process has exited.
 
         Raises:
-          Stuck: that did not happen within `patience` seconds after the last fault.
+          Stuck: this did not happen within `patience` seconds after the last fault.
         """
         for name in self.processes:
             self._at(self.rng.uniform(0.0, 0.1), lambda name=name: self._boot(name))  # type: ignore[misc]
         self._plan(self.faults.partitions, self._partition)
-        self._plan(self.faults.kills, self._kill_somebody)
-        self._plan(self.faults.pauses, self._pause_somebody)
+        self._plan(self.faults.kills, self._kill_one)
+        self._plan(self.faults.pauses, self._pause_one)
         self._plan(self.faults.jumps, self._jump)
         deadline = self.faults.until + patience
         while self.queue and not all(process.exit for process in self.processes.values()):
             self.now, _, action = heapq.heappop(self.queue)
             if self.now > deadline:
                 left = {name: _brief(p.role) for name, p in self.processes.items() if not p.exit}
-                raise Stuck(f"at {self.now:.1f} s these have not ended: {left}")
+                raise Stuck(f"These processes have not ended at {self.now:.1f} s: {left}.")
             action()
         return self
 
@@ -176,7 +176,7 @@ class Simulation:
     def _boot(self, name: str) -> None:
         process = self.processes[name]
         self.boots += 1
-        boot = self.boots * 1000  # room for the further boots a process gives itself
+        boot = self.boots * 1000  # room for the boot numbers of a process that rejoins
         process.life += 1
         process.backlog = []
         process.paused_until = 0.0
@@ -187,7 +187,7 @@ class Simulation:
     def _make(self, name: str, boot: int) -> Any:
         if name == SCHEDULER:
             records = [encoding.decode(payload) for payload in encoding.unframe(bytes(self.log))]
-            # What a torn append left behind is cut off before anything is added after it.
+            # An incomplete record is removed before anything is appended after it.
             self.log = bytearray(b"".join(encoding.frame(encoding.to_bytes(record)) for record in records))
             return self.roles.scheduler(settings=self.settings, records=records)
         worker = worker_number(name)
@@ -217,7 +217,7 @@ class Simulation:
         self._at(self.rng.uniform(0.05, 0.8), lambda: self._boot(process.name))
 
     def _victims(self) -> list[_Process]:
-        """Return who may be hurt without breaking a promise of this durability."""
+        """Return the processes that may be killed or paused without breaking a promise of this durability."""
         alive = [p for p in self.processes.values() if p.role is not None and not p.exit]
         victims = [p for p in alive if p.paused_until <= self.now]
         s = self.settings
@@ -247,12 +247,12 @@ class Simulation:
             for p in servers
         )
 
-    def _kill_somebody(self) -> None:
+    def _kill_one(self) -> None:
         victims = self._victims()
         if victims:
             self._kill(self.rng.choice(victims))
 
-    def _pause_somebody(self) -> None:
+    def _pause_one(self) -> None:
         victims = self._victims()
         if victims:
             self._pause(self.rng.choice(victims), self.rng.uniform(0.1, 2.0))
@@ -290,7 +290,7 @@ class Simulation:
             if rng.random() < faults.drop:
                 return
             copies += rng.random() < faults.repeat
-            if rng.random() < 0.02:  # what travels must survive its own encoding
+            if rng.random() < 0.02:  # a message must survive its encoding
                 message = encoding.decode(encoding.to_bytes(message))
         for _ in range(copies):
             delay = rng.uniform(0.001, 0.005)
@@ -303,7 +303,7 @@ class Simulation:
         if process.role is None:
             return
         if process.paused_until > self.now and len(process.backlog) >= MOST_WAITING:
-            self._at(0.01, lambda: self._deliver(to, message))  # it waits on its way
+            self._at(0.01, lambda: self._deliver(to, message))  # it waits in the network
         elif process.paused_until > self.now:
             process.backlog.append(message)
         else:
@@ -357,7 +357,7 @@ class Simulation:
 
         def finish() -> None:
             alive = process.life == life
-            # A process that died meanwhile may have got as far as the rename, or not.
+            # A process that died meanwhile may have renamed the file, or not.
             if full or (not alive and self.rng.random() < 0.5):
                 error = "no space left on device"
             else:

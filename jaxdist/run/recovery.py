@@ -27,18 +27,6 @@ SNAPSHOT_SHARE = 0.01
 devices' order, is about the same: two percent in all."""
 MOST_STEPS = 1000
 """Between two snapshots, for steps of any length."""
-STOPPED_MARGIN_SECONDS = 5.0
-"""Added so that the processes report a stopped process first, because their report says more than the supervisor's."""
-
-
-def policy(settings: Recovery) -> supervisor.Policy:
-    """Return the supervisor's policy."""
-    return supervisor.Policy(
-        max_fruitless=settings.max_fruitless,
-        min_processes=settings.min_processes,
-        deadline_seconds=settings.deadline_seconds,
-        stopped_seconds=settings.hang_seconds + STOPPED_MARGIN_SECONDS,
-    )
 
 
 def memory(environment: Mapping[str, str] = os.environ) -> pathlib.Path | None:

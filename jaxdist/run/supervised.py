@@ -56,7 +56,7 @@ def supervise(
             at_kill=at_kill,
             begin=begin,
         )
-        return supervisor.run(job, num_processes=num_processes, policy=recovery.policy(experiment.recovery))
+        return supervisor.run(job, num_processes=num_processes, settings=experiment.recovery)
 
 
 def supervise_host(experiment: Experiment, arguments: Sequence[str], host: hosts.Host, *, run_dir: pathlib.Path) -> int:
@@ -68,7 +68,7 @@ def supervise_host(experiment: Experiment, arguments: Sequence[str], host: hosts
             _command(arguments),
             run_dir=run_dir,
             saved_step=lambda: checkpointer.latest_step() or 0,
-            policy=recovery.policy(experiment.recovery),
+            settings=dataclasses.replace(experiment.recovery, min_processes=None),
         )
 
 

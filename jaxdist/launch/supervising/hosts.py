@@ -54,7 +54,7 @@ def run(
     *,
     run_dir: pathlib.Path,
     saved_step: Callable[[], int],
-    policy: supervisor.Policy,
+    settings: supervisor.Settings,
 ) -> int:
     """Run this host's part of the job to its end, through its failures; return its exit status.
 
@@ -63,19 +63,18 @@ def run(
       command: the program and its arguments; it must be able to continue an existing run.
       run_dir: of the run, on a file system that all hosts share.
       saved_step: returns the newest step with a checkpoint.
-      policy: when to restart; see supervisor.Policy.
+      settings: when to restart; without `min_processes`, because all hosts would have to agree on fewer.
 
     Raises:
       LockedError: another job works in the run directory.
     """
     place = run_dir if host.index == 0 else run_dir / f"host-{host.index}"
-    policy = dataclasses.replace(policy, min_processes=None)  # all hosts would have to agree on fewer
     with lock.locked(place, purpose=shlex.join(command)), local_job.Signals() as signals:
         attempts = _Attempts(host, command, run_dir, supervisor.Events(place), signals, saved_step)
         return supervisor.supervise(
             attempts.make,
             num_processes=host.num_processes,
-            policy=policy,
+            settings=settings,
             say=supervisor.say,
             start_step=saved_step(),
             sleep=attempts.sleep,

@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from jaxdist.errors import ExitStatus
 from jaxdist.launch.supervising import board, local_job
@@ -44,29 +44,32 @@ _KEEP_SECONDS = 24 * 3600.0
 _GOOD_ENDS = ("target_reached", "max_steps", "max_epochs", "max_seconds", "patience")
 _LOOK_SECONDS = 0.1
 _STOPPED_LOOK_SECONDS = 0.5
+FIRST_DELAY_SECONDS, LONGEST_DELAY_SECONDS = 1.0, 60.0
+"""Pause after a first fruitless attempt, which doubles with each further one, and the longest pause. After an attempt
+that made progress there is none."""
+STOPPED_MARGIN_SECONDS = 5.0
+"""A process that is stopped (SIGSTOP) for this much longer than `hang_seconds` is killed: the other processes notice it
+first, and say more about it than the supervisor can."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Policy:
-    """When to restart a job.
+class Settings(Protocol):
+    """The settings under `recovery.` that say when to restart a job; see `config.experiment.Recovery`."""
 
-    Attributes:
-      max_fruitless: attempts in a row that may fail without raising the newest saved step; then the job has failed.
-      first_delay_seconds: pause after a first fruitless attempt; it doubles with each further one. After an attempt
-        that made progress there is no pause.
-      longest_delay_seconds: longest pause.
-      min_processes: after two fruitless attempts the job continues on half the processes, down to this number; None
-        keeps their number.
-      deadline_seconds: the job is asked to stop so long after its start; None never.
-      stopped_seconds: a process that is stopped (SIGSTOP) for so long is killed.
-    """
+    @property
+    def max_fruitless(self) -> int:
+        """See Recovery."""
 
-    max_fruitless: int = 3
-    first_delay_seconds: float = 1.0
-    longest_delay_seconds: float = 60.0
-    min_processes: int | None = None
-    deadline_seconds: float | None = None
-    stopped_seconds: float = math.inf
+    @property
+    def min_processes(self) -> int | None:
+        """See Recovery."""
+
+    @property
+    def deadline_seconds(self) -> float | None:
+        """See Recovery."""
+
+    @property
+    def hang_seconds(self) -> float:
+        """See Recovery."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,7 +107,7 @@ class End:
     reason: str = ""
 
 
-def decide(attempts: Sequence[Attempt], policy: Policy, *, start_step: int = 0) -> Restart | End:
+def decide(attempts: Sequence[Attempt], settings: Settings, *, start_step: int = 0) -> Restart | End:
     """Return what to do after the last of `attempts`, all of one job that began with `start_step` steps saved.
 
     A job is over when it ended well, by its own rules (for example a loss that is not finite), by a user error or on
@@ -116,14 +119,15 @@ def decide(attempts: Sequence[Attempt], policy: Policy, *, start_step: int = 0) 
     if last.exit_status in (ExitStatus.OK, ExitStatus.USER) or last.asked_to_stop or last.end_reason == "nonfinite":
         return End(last.exit_status)
     fruitless = num_fruitless(attempts, start_step=start_step)
-    if fruitless >= policy.max_fruitless:
+    if fruitless >= settings.max_fruitless:
         return End(
             last.exit_status,
             f"{fruitless} attempts in a row failed without saving a new step (the newest saved step is "
             f"{last.saved_step}). Fix the cause and continue with --resume.",
         )
-    delay = 0.0 if not fruitless else policy.first_delay_seconds * 2.0 ** (fruitless - 1)
-    return Restart(min(delay, policy.longest_delay_seconds), _next_processes(last.num_processes, fruitless, policy))
+    delay = 0.0 if not fruitless else FIRST_DELAY_SECONDS * 2.0 ** (fruitless - 1)
+    processes = _next_processes(last.num_processes, fruitless, settings.min_processes)
+    return Restart(min(delay, LONGEST_DELAY_SECONDS), processes)
 
 
 def num_fruitless(attempts: Sequence[Attempt], *, start_step: int = 0) -> int:
@@ -137,17 +141,17 @@ def num_fruitless(attempts: Sequence[Attempt], *, start_step: int = 0) -> int:
     return count
 
 
-def _next_processes(num_processes: int, fruitless: int, policy: Policy) -> int:
-    if policy.min_processes is None or fruitless < 2:
+def _next_processes(num_processes: int, fruitless: int, min_processes: int | None) -> int:
+    if min_processes is None or fruitless < 2:
         return num_processes
-    return max(policy.min_processes, num_processes // 2)
+    return max(min_processes, num_processes // 2)
 
 
 def supervise(
     attempt: Callable[[int, int], Attempt],
     *,
     num_processes: int,
-    policy: Policy,
+    settings: Settings,
     say: Callable[[str], None],
     start_step: int = 0,
     sleep: Callable[[float], None] = time.sleep,
@@ -158,7 +162,7 @@ def supervise(
     Args:
       attempt: `attempt(number, num_processes)` runs one to its end; the first number is 0.
       num_processes: number of processes of the first attempt.
-      policy: see Policy.
+      settings: when to restart.
       say: shows a line to the user.
       start_step: the newest saved step before the first attempt.
       sleep: waits for so many seconds, or until `stopped`.
@@ -167,7 +171,7 @@ def supervise(
     attempts: list[Attempt] = []
     while True:
         attempts.append(attempt(len(attempts), num_processes))
-        decision = decide(attempts, policy, start_step=start_step)
+        decision = decide(attempts, settings, start_step=start_step)
         if isinstance(decision, End):
             if decision.reason:
                 say(decision.reason)
@@ -272,13 +276,12 @@ class Job:
     begin: Callable[[], object] = lambda: None
 
 
-def run(job: Job, *, num_processes: int, policy: Policy | None = None) -> int:
+def run(job: Job, *, num_processes: int, settings: Settings) -> int:
     """Run a job to its end, through its failures; return its exit status.
 
     Raises:
       LockedError: another job works in the run directory.
     """
-    policy = policy or Policy()
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock.locked(job.run_dir, purpose=shlex.join(job.command)))
         signals = stack.enter_context(local_job.Signals())
@@ -287,7 +290,7 @@ def run(job: Job, *, num_processes: int, policy: Policy | None = None) -> int:
         job.begin()
         memory = stack.enter_context(_memory(job.run_dir))
         job.at_kill(memory)
-        attempts = _Attempts(job, policy, memory, signals)
+        attempts = _Attempts(job, settings, memory, signals)
         start_step = job.saved_step(memory)
         if start_step:
             say(f"The run continues from the checkpoint of step {start_step}.")
@@ -296,7 +299,7 @@ def run(job: Job, *, num_processes: int, policy: Policy | None = None) -> int:
             status = supervise(
                 attempts.make,
                 num_processes=num_processes,
-                policy=policy,
+                settings=settings,
                 say=say,
                 start_step=start_step,
                 sleep=attempts.sleep,
@@ -339,11 +342,13 @@ def _save(job: Job, memory: pathlib.Path, end_reason: str) -> bool:
 class _Attempts:
     """Makes the attempts of one job."""
 
-    def __init__(self, job: Job, policy: Policy, memory: pathlib.Path, signals: local_job.Signals):
-        self._job, self._policy, self._memory, self._signals = job, policy, memory, signals
+    def __init__(self, job: Job, settings: Settings, memory: pathlib.Path, signals: local_job.Signals):
+        self._job, self._memory, self._signals = job, memory, signals
+        self._stopped_seconds = settings.hang_seconds + STOPPED_MARGIN_SECONDS
         self._events = Events(job.run_dir)
         self._record = _KeptRecord(job.run_dir)
-        self._deadline = math.inf if policy.deadline_seconds is None else time.monotonic() + policy.deadline_seconds
+        limit = settings.deadline_seconds
+        self._deadline = math.inf if limit is None else time.monotonic() + limit
 
     def stopped(self) -> bool:
         """Return whether a signal came or the deadline has passed."""
@@ -368,7 +373,7 @@ class _Attempts:
         before, began = _changed_at(job.run_dir), time.time()
         log_dir = job.run_dir / "logs" / f"attempt-{number}"
         resume = ["--resume"] if number and (job.run_dir / record.FILE_NAME).exists() else []
-        with _StoppedWatch(self._memory, self._policy.stopped_seconds, self._record.look) as watch:
+        with _StoppedWatch(self._memory, self._stopped_seconds, self._record.look) as watch:
 
             def started(process_ids: Sequence[int]) -> None:
                 events.note("start", attempt=number, process_ids=process_ids, memory=str(self._memory))

@@ -1,4 +1,4 @@
-"""The processes of a parameter-server run on this machine: started, restarted when they die, ended with the run."""
+"""Starts the processes of a parameter-server run on this machine, restarts those that die, and ends them."""
 
 import os
 import pathlib
@@ -16,23 +16,23 @@ from jaxdist.paramserver.protocol.settings import SCHEDULER, server_shard, worke
 from jaxdist.paramserver.wire import security
 
 MOST_DEATHS = 5
-"""A process that dies so often without a step in between will not do better the next time."""
+"""A process that dies more often than this without a step in between is not restarted again."""
 GRACE_SECONDS = 5.0
 LOG_TAIL_LINES = 20
 _LOOK_SECONDS = 0.05
 _GPUS = "CUDA_VISIBLE_DEVICES"
 _STARTING_SECONDS = 120.0
-"""How long a start may take on a busy machine: it loads JAX and compiles."""
+"""How long a start may take on a busy machine, with importing JAX and compiling."""
 _EARLY_SECONDS = 10.0
-"""A process that exits with 0 was told of the end; the observer knows of it much sooner than this."""
+"""A process exits with 0 at the end of the run; the observer knows of the end much sooner than this."""
 
 
 class Crew(Protocol):
-    """Whoever keeps the processes of a run alive: this machine, or the engine of a cluster."""
+    """Keeps the processes of a run alive: on this machine, or through the engine of a cluster."""
 
     @property
     def restarts(self) -> int:
-        """Starts of a process beyond its first."""
+        """How many times processes were restarted."""
         ...
 
     def start(self) -> None:
@@ -40,15 +40,15 @@ class Crew(Protocol):
         ...
 
     def look_after(self) -> None:
-        """Restart what died; raises RunFailedError for what dies again and again, or for a scheduler that gave up."""
+        """Restart processes that died; raise RunFailedError for one that dies repeatedly, or if the scheduler ended."""
         ...
 
     def progressed(self) -> None:
-        """Take note that the run got on: deaths are counted from here."""
+        """Note that the run made progress: deaths are counted from zero again."""
         ...
 
     def close(self, *, orderly: bool) -> None:
-        """End all processes; `orderly` gives them time to end by themselves."""
+        """End all processes; `orderly` gives them time to exit by themselves."""
         ...
 
 
@@ -56,9 +56,9 @@ class LocalCrew:
     """Processes of this machine.
 
     Args:
-      names: which parts they play.
-      directory: the run's own folder, where the file `run_folder.SPEC_NAME` is and their logs go.
-      token: the secret of the run.
+      names: names of the processes.
+      directory: folder of the run, with the file `run_folder.SPEC_NAME` and the logs.
+      token: secret of the run.
     """
 
     def __init__(self, names: Sequence[str], directory: pathlib.Path, token: str) -> None:
@@ -88,7 +88,7 @@ class LocalCrew:
             )
 
     def _accelerators(self, name: str) -> Mapping[str, str]:
-        """Return which GPUs of this machine a worker uses: those after its neighbour's."""
+        """Return the variable that gives a worker its own GPUs of this machine, as far as there are enough."""
         workers = [each for each in self.names if worker_number(each) is not None]
         gpus = list_gpus(os.environ)
         if name not in workers or not gpus:
@@ -98,14 +98,14 @@ class LocalCrew:
         return {_GPUS: ",".join(gpus[number % len(gpus)] for number in range(first, first + min(count, len(gpus))))}
 
     def look_after(self) -> None:
-        """Restart what died; raises RunFailedError for what dies again and again, or for a scheduler that gave up."""
+        """Restart processes that died; raise RunFailedError for one that dies repeatedly, or if the scheduler ended."""
         for name, child in list(self._children.items()):
             if run_folder.take_silent(self.directory, name) and not self._is_starting(name):
                 child.kill()
                 child.wait()
             status = child.poll()
             if status is None or (status == 0 and name != SCHEDULER and not self._left_early(name)):
-                continue  # alive, or told of the end before the observer knew of it
+                continue  # running, or exited at the end of the run before the observer knew of it
             if status == 0 and name == SCHEDULER:
                 raise RunFailedError(f"The scheduler ended the run.\n{log_tail(self.directory, name)}")
             self._deaths[name] += 1
@@ -117,23 +117,23 @@ class LocalCrew:
             self._start(name)
 
     def _is_starting(self, name: str) -> bool:
-        """Return whether a process was started so lately that it may not have had time to say so."""
+        """Return whether a process was started so recently that it may not have registered yet."""
         return time.monotonic() - self._started_at.get(name, float("-inf")) < _STARTING_SECONDS
 
     def _left_early(self, name: str) -> bool:
-        """Return whether a process that exited with 0 did so long ago, while the run goes on."""
+        """Return whether a process exited with 0 long ago although the run continues."""
         return time.monotonic() - self._exited_at.setdefault(name, time.monotonic()) > _EARLY_SECONDS
 
     def all_ended(self) -> bool:
-        """Return True when no process is left."""
+        """Return whether all processes have ended."""
         return all(child.poll() is not None for child in self._children.values())
 
     def progressed(self) -> None:
-        """Take note that the run got on: deaths are counted from here."""
+        """Note that the run made progress: deaths are counted from zero again."""
         self._deaths.clear()
 
     def close(self, *, orderly: bool) -> None:
-        """End all processes; `orderly` gives them time to end by themselves."""
+        """End all processes; `orderly` gives them time to exit by themselves."""
         deadline = time.monotonic() + (GRACE_SECONDS if orderly else 0.0)
         while time.monotonic() < deadline and not self.all_ended():
             time.sleep(_LOOK_SECONDS)
@@ -144,32 +144,32 @@ class LocalCrew:
 
 
 def list_gpus(environment: Mapping[str, str], devices: pathlib.Path = pathlib.Path("/dev")) -> list[str]:
-    """Return the GPUs that processes of this machine may use, as CUDA_VISIBLE_DEVICES names them."""
+    """Return the GPUs that processes of this machine may use, named as in CUDA_VISIBLE_DEVICES."""
     if _GPUS in environment:
         return [each for each in environment[_GPUS].split(",") if each]
     return [str(number) for number in range(len(list(devices.glob("nvidia[0-9]*"))))]
 
 
 def command(name: str, directory: pathlib.Path) -> list[str]:
-    """Return the command line of the process that plays the part `name`."""
+    """Return the command line of the process `name`."""
     module = "processes.scheduler_process" if name == SCHEDULER else "run.jax_process"
     spec = str(directory / run_folder.SPEC_NAME)
     return [sys.executable, "-m", f"jaxdist.paramserver.{module}", name, spec]
 
 
 def environment(name: str, token: str) -> Mapping[str, str]:
-    """Return what is set for the process that plays the part `name`, which is a child of this one."""
+    """Return the environment variables of the process `name`, a child of this process."""
     shared = {security.TOKEN: token, parent.PARENT_ID: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
-    # A server keeps its shard in the host's memory; the accelerators are the workers'.
+    # A server keeps its shard in host memory; only workers use accelerators.
     return shared | ({"JAX_PLATFORMS": "cpu"} if server_shard(name) is not None else {})
 
 
 def log_path(directory: pathlib.Path, name: str) -> pathlib.Path:
-    """Return where the output of a process goes."""
+    """Return the path of the log of a process."""
     return directory / "logs" / f"{name.replace('/', '-')}.log"
 
 
 def log_tail(directory: pathlib.Path, name: str) -> str:
-    """Return the last lines of a process's log."""
+    """Return the last lines of the log of a process."""
     path = log_path(directory, name)
     return "\n".join(path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]) if path.exists() else ""

@@ -1,7 +1,7 @@
-"""A state machine as a real process: its clock, its files, its wire, and the order in which effects happen.
+"""Runs a state machine in a process: clock, files, network, and the order in which effects happen.
 
-One thread feeds the machine; everything else (messages, finished writes, gradients) reaches it through one queue. The
-effects of a message are done before its replies leave, as `effects` promises.
+One thread calls the state machine; all inputs (messages, finished writes, gradients) reach it through one queue. The
+effects of a message are done before its replies are sent, as `effects` requires.
 """
 
 import contextlib
@@ -25,16 +25,16 @@ _logger = logging.getLogger(__name__)
 MOST_WAITING = 16
 ROOM_SECONDS = 30.0
 PULSE_SECONDS, MOST_SILENT_SECONDS = 0.5, 120.0
-"""How often, and for how long, heartbeats are repeated for a machine that handles one message."""
+"""How often, and for how long, heartbeats are repeated while one message is being handled."""
 
 Gradient = Callable[[effects.Compute], messages.Computed]
 
 
-class Machine(Protocol):
+class StateMachine(Protocol):
     """What server, scheduler and worker have in common."""
 
     def handle(self, message: messages.Message, now: float) -> tuple[list[effects.Send], list[effects.Effect]]:
-        """Take in one message; return what to send after the effects are done."""
+        """Handle one message; return what to send after the effects are done."""
         ...
 
 
@@ -47,7 +47,7 @@ class Sender(Protocol):
 
 
 class Log:
-    """The scheduler's log: framed records, each durable before `append` returns."""
+    """The log of the scheduler: framed records, each of which is durable before `append` returns."""
 
     def __init__(self, path: pathlib.Path) -> None:
         self.path = path
@@ -56,45 +56,45 @@ class Log:
         payloads = list(encoding.unframe(data))
         self.records = [encoding.decode(bytes(payload)) for payload in payloads]
         whole = b"".join(encoding.frame(payload) for payload in payloads)
-        if len(whole) < len(data):  # a record that was torn when the last process died was never acted on
+        if len(whole) < len(data):  # an incomplete record was never acted on
             write_file(path, [whole])
         self._file = path.open("ab")
 
     def append(self, record: messages.Message) -> None:
-        """Add a record and make it durable."""
+        """Append a record and make it durable."""
         self._file.write(encoding.frame(encoding.to_bytes(record)))
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def replace(self, record: messages.Message) -> None:
-        """Make `record` the whole log, atomically and durably."""
+        """Replace the whole log by `record`, atomically and durably."""
         write_file(self.path, [encoding.frame(encoding.to_bytes(record))])
         self._file.close()
         self._file = self.path.open("ab")
 
 
 def write_file(path: pathlib.Path, parts: Iterable[codec.Buffer]) -> int:
-    """Write a file, and its folder, wholly or not at all; return the CRC-32 of its bytes. Durable on return."""
+    """Write a file atomically, make its folder if needed, and return the CRC-32 of its bytes. Durable on return."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return files.write(path, parts)
 
 
 class Driver:
-    """Drives one machine until it exits.
+    """Runs one state machine until it exits.
 
     Args:
       machine: the state machine.
-      directory: where its files are.
-      log: of a scheduler.
-      gradient: computes what a worker asks for, in a thread of its own.
-      observe: called with the effects that only inform (effects.Committed, effects.ShowCut, effects.Applied, ...).
-      tick_seconds: how often time passes for the machine.
-      point: told of everything this node does; see `faults`.
+      directory: the directory of its files.
+      log: the log of a scheduler; None for other roles.
+      gradient: computes the gradients of a worker, in its own thread.
+      observe: called with every effect after it is done, for example effects.Committed or effects.ShowCut.
+      tick_seconds: seconds between two ticks.
+      point: called before and after everything this process does; see `faults`.
     """
 
     def __init__(
         self,
-        machine: Machine,
+        machine: StateMachine,
         *,
         directory: pathlib.Path,
         log: Log | None = None,
@@ -111,20 +111,20 @@ class Driver:
         self._pool = futures.ThreadPoolExecutor(1, "compute")
         self._disk = futures.ThreadPoolExecutor(1, "disk")
         self.exit: effects.Exit | None = None
-        self._beat: tuple[str, messages.Heartbeat] | None = None  # the last one that left
+        self._beat: tuple[str, messages.Heartbeat] | None = None  # the last one sent
         self._beat_at = 0.0
 
     def receive(self, message: messages.Message) -> None:
-        """Hand over a message that arrived, from any thread; waits while many wait to be handled, or drops it then."""
+        """Queue a message that arrived, from any thread. While the queue is full it waits, then drops the message."""
         if self._room.acquire(timeout=ROOM_SECONDS):
             self._inbox.put((message, True))
 
     def _report(self, message: messages.Message) -> None:
-        """Hand over what this process itself found out."""
+        """Queue a result of this process itself; it is never dropped."""
         self._inbox.put((message, False))
 
     def run(self, wire: Sender) -> effects.Exit:
-        """Feed the machine until it says that its part is over."""
+        """Run the state machine until it exits; return its exit effect."""
         tick_at = 0.0
         threading.Thread(target=self._pulse, args=(wire,), daemon=True, name="pulse").start()
         while self.exit is None:
@@ -158,7 +158,7 @@ class Driver:
                 wire.send(to, reply)
 
     def _pulse(self, wire: Sender) -> None:
-        """Repeat the last heartbeat while one message takes long to handle: a process at work is not silent."""
+        """Repeat the last heartbeat while one message takes long to handle: a process at work must not seem silent."""
         while self.exit is None:
             time.sleep(PULSE_SECONDS)
             beat, silent = self._beat, time.monotonic() - self._beat_at
@@ -195,7 +195,7 @@ class Driver:
 
     def _load(self, name: str) -> None:
         content = None
-        with contextlib.suppress(FileNotFoundError, codec.EncodingError):  # the state machine says what that means
+        with contextlib.suppress(FileNotFoundError, codec.EncodingError):  # the state machine decides what this means
             content = encoding.decode((self.directory / name).read_bytes())
         self._report(messages.Loaded(name, content))
 
@@ -204,7 +204,7 @@ class Driver:
         try:
             computed: Any = self._gradient(effect)
         except Exception:
-            # The thread's caller is the protocol, which would wait: the process ends instead, and others step in.
-            _logger.exception("the gradient of %s failed", effect.lease)
+            # The state machine would wait forever. The process ends instead, and another worker gets the lease.
+            _logger.exception("The gradient of %s could not be computed.", effect.lease)
             os._exit(1)
         self._report(computed)

@@ -1,15 +1,15 @@
 """Faults at labelled points of the protocol, for tests: kill, stop or silence a process exactly there.
 
-A label is what a node does, and with which message, effect or log record: `hear Push` (a push arrived, nothing is done
-yet), `do CommitRecord` and `did CommitRecord` (before and after the record is durable), `send PushAck` (everything is
-done, the answer has not left). The environment variable FAULTS holds lines `PROCESS LABEL COUNT ACTION`, as in
+A label says what a process does with which message, effect or log record: `hear Push` (a push has arrived and is not
+handled yet), `do CommitRecord` and `did CommitRecord` (before and after the record is durable), `send PushAck` (all
+effects are done, the answer is not sent yet). The environment variable FAULTS holds lines `PROCESS LABEL COUNT ACTION`:
 
     server/0/a send PushAck 3 kill
 
-COUNT says at which passing of the label; a rate like 0.1 says how often. Actions: `kill` (SIGKILL), `stop` (SIGSTOP;
-the test sends SIGCONT), `full` (from now on this process writes no file beyond some hundred bytes, as on a full
-disk), `lose` and `repeat` (for `send` only: the message does not leave, or leaves twice). With a COUNT a line comes
-true once in a run: a file in the run's folder remembers it for the process's next life.
+COUNT says at which occurrence of the label the fault happens; a value below 1, for example 0.1, is a probability.
+Actions: `kill` (SIGKILL), `stop` (SIGSTOP; the test sends SIGCONT), `full` (from now on this process can write no file
+of more than FULL_BYTES, as on a full disk), `lose` and `repeat` (for `send` only: the message is not sent, or sent
+twice). A fault with a COUNT happens once in a run: a file in the folder of the run marks it for restarted processes.
 """
 
 import os
@@ -26,14 +26,14 @@ FAULTS = "JAXDIST_PS_FAULTS"
 
 ACTIONS = ("kill", "stop", "full", "lose", "repeat")
 FULL_BYTES = 500
-"""Enough for the counters that every process writes, not for a shard."""
+"""Sufficient for the counters that every process writes, but not for a shard."""
 
 Point = Callable[[str, Any], int]
-"""Called with what is done (hear, do, did, send) and with what; returns how many times to do it."""
+"""Called with the verb (hear, do, did, send) and its object; returns how many times to do it."""
 
 
 def no_faults(verb: str, what: Any) -> int:
-    """Pass every point undisturbed."""
+    """Return 1: nothing is disturbed."""
     return 1
 
 
@@ -48,17 +48,17 @@ class Fault:
 
     @classmethod
     def parse(cls, line: str) -> "Fault":
-        """Return the fault a line stands for; raises ValueError where it is none."""
+        """Return the fault that a line describes; raises ValueError if it is invalid."""
         words = line.split()
         if len(words) != 5 or words[4] not in ACTIONS:
-            raise ValueError(f"a fault is PROCESS VERB KIND COUNT ACTION, got {line!r}")
+            raise ValueError(f"A line of {FAULTS} must be PROCESS VERB KIND COUNT ACTION, got {line!r}.")
         if words[4] in ("lose", "repeat") and words[1] != "send":
-            raise ValueError(f"only what is sent can be lost or repeated, got {line!r}")
+            raise ValueError(f"The actions lose and repeat need the verb send, got {line!r}.")
         return cls(words[0], f"{words[1]} {words[2]}", float(words[3]), words[4])
 
 
 def faults_of(process: str, directory: pathlib.Path, environment: Mapping[str, str] = os.environ) -> Point:
-    """Return the points of `process`, as FAULTS says."""
+    """Return the points of `process` with the faults that the environment variable FAULTS sets."""
     parsed = [Fault.parse(line) for line in environment.get(FAULTS, "").splitlines() if line.strip()]
     mine = [fault for fault in parsed if fault.process in (process, "*")]
     return _Points(mine, directory, process) if mine else no_faults
@@ -102,5 +102,5 @@ class _Points:
 
 
 def kind_of(what: Any) -> str:
-    """Return the name of a message, an effect, or the record an effect writes down."""
+    """Return the type name of a message or effect, or of the record that an effect writes."""
     return type(getattr(what, "record", what)).__name__

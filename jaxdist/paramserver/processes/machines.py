@@ -1,11 +1,11 @@
-"""Several machines: which process runs where, and the part of a machine that is not the first.
+"""Runs on several machines: which process runs where, and the command for every machine but the first.
 
 `ps.hosts` lists addresses, the first being the machine that trains (`jaxdist train`). On each of the others
 
     JAXDIST_PS_TOKEN=... python -m jaxdist.paramserver.processes.machines RUN_DIR ADDRESS
 
-waits for the run in RUN_DIR, which all machines see, starts the processes of its address, restarts those that die, and
-ends with the run, or with status 75 when the machine that trains is gone before the run has ended.
+waits for the run in RUN_DIR, which must be on a file system that all machines share, starts the processes of its
+address, restarts those that die, and ends with the run, or with status 75 if the machine that trains is lost first.
 """
 
 import os
@@ -18,7 +18,6 @@ from collections.abc import Iterable, Sequence
 from jaxdist.errors import ExitStatus, RunFailedError, UserError, as_user_error
 from jaxdist.paramserver.processes import run_folder
 from jaxdist.paramserver.processes.crew import LocalCrew
-from jaxdist.paramserver.protocol.settings import SCHEDULER
 from jaxdist.paramserver.wire import security
 from jaxdist.rundir import record
 
@@ -27,7 +26,7 @@ _GONE_SECONDS = 10.0
 
 
 def deal(names: Sequence[str], hosts: Sequence[str], first_port: int) -> dict[str, str]:
-    """Return each process's HOST:PORT: those of one kind go round the hosts, the scheduler to the first."""
+    """Return the HOST:PORT of each process: each role is spread over the hosts in turn, from the first on."""
     peers, dealt = {}, dict.fromkeys(("scheduler", "server", "worker"), 0)
     for number, name in enumerate(names):
         kind = name.split("/")[0]
@@ -37,16 +36,16 @@ def deal(names: Sequence[str], hosts: Sequence[str], first_port: int) -> dict[st
 
 
 def names_at(peers: dict[str, str], host: str) -> list[str]:
-    """Return the processes that run at the address `host`, the observer apart."""
+    """Return the processes that run at the address `host`, except the observer."""
     found = [name for name, address in peers.items() if address.rpartition(":")[0] == host]
     return [name for name in found if name != run_folder.OBSERVER]
 
 
 def security_of(hosts: Sequence[str]) -> security.Security:
-    """Return how the processes prove who they are: as the environment says, else by a new token on one machine.
+    """Return how the processes authenticate: as the environment says, or by a new token if all are on one machine.
 
     Raises:
-      ValueError: several machines, and nothing they could all know.
+      ValueError: a host is another machine, and the environment has neither a token nor certificates.
     """
     given = security.Security.read(os.environ)
     for host in hosts:
@@ -55,7 +54,7 @@ def security_of(hosts: Sequence[str]) -> security.Security:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Play the part of one machine; return the exit status."""
+    """Run the processes of one machine; return the exit status."""
     try:
         return 0 if _keep_processes(pathlib.Path(arguments[0]), arguments[1]) else ExitStatus.RETRY
     except (UserError, RunFailedError) as error:
@@ -75,7 +74,7 @@ def _keep_processes(run_dir: pathlib.Path, host: str) -> bool:
     crew.start()
     ended = False
     try:
-        # A process that died late and starts again learns of the end from the record alone.
+        # A process that is restarted after the end learns of it only from the run record.
         ended = _watch(crew, spec.peers[run_folder.OBSERVER]) or _has_ended(run_dir)
     finally:
         crew.close(orderly=ended)
@@ -83,7 +82,7 @@ def _keep_processes(run_dir: pathlib.Path, host: str) -> bool:
 
 
 def _wait_for_run(directory: pathlib.Path) -> run_folder.Spec:
-    """Return the spec once the machine that trains answers at the address in it: an older run's does not."""
+    """Return the spec once the machine that trains answers at its address; that of an earlier run does not answer."""
     while True:
         path = directory / run_folder.SPEC_NAME
         if path.exists():
@@ -94,7 +93,7 @@ def _wait_for_run(directory: pathlib.Path) -> run_folder.Spec:
 
 
 def _watch(crew: LocalCrew, observer: str) -> bool:
-    """Look after the processes; return whether they ended by themselves; False when the machine that trains is gone."""
+    """Keep the processes running; return whether all ended, False if the machine that trains is lost."""
     heard_at = time.monotonic()
     while not crew.all_ended():
         if _answers(observer):
@@ -107,7 +106,7 @@ def _watch(crew: LocalCrew, observer: str) -> bool:
 
 
 def _has_ended(run_dir: pathlib.Path) -> bool:
-    """Return True where the machine that trains has written down how the run ended."""
+    """Return whether the run record has an end reason."""
     return record.RunRecord.read(run_dir).end_reason is not None
 
 
@@ -121,26 +120,26 @@ def _answers(address: str) -> bool:
 
 
 def check(hosts: Sequence[str], settings_names: Sequence[str]) -> None:
-    """Raise ValueError where a host would have nothing to do."""
+    """Raise ValueError if a host would run no worker and no server."""
     idle = len(hosts) - max(sum(name.split("/")[0] == kind for name in settings_names) for kind in ("server", "worker"))
     if idle > 0 or len(set(hosts)) < len(hosts):
         raise ValueError(
-            f"each of ps.hosts is another machine with at least one worker or server; got {', '.join(hosts)} for "
-            f"{len(settings_names) - 1} of them besides the {SCHEDULER}. Leave some out, or set ps.workers higher"
+            f"ps.hosts must name different machines, each with at least one worker or server; got {', '.join(hosts)} "
+            f"for {len(settings_names) - 1} workers and servers. Name fewer hosts, or set ps.workers higher."
         )
 
 
 def check_ports(addresses: Iterable[str]) -> None:
-    """Raise ValueError where this machine cannot listen on one of the addresses, HOST:PORT each."""
+    """Raise ValueError if this machine cannot listen on one of the addresses (HOST:PORT)."""
     for address in addresses:
         host, _, port = address.rpartition(":")
         try:
             socket.create_server((host, int(port))).close()
         except OSError as error:
             raise ValueError(
-                f"ps.hosts and ps.port have this machine listen on {address}, and it cannot: "
-                f"{os.strerror(error.errno or 0)}. Set ps.port to the first of as many free ports as there are "
-                "processes, or correct ps.hosts."
+                f"With these ps.hosts and ps.port, this machine must listen on {address}, and it cannot: "
+                f"{os.strerror(error.errno or 0)}. Set ps.port to the first of a range of free ports, one for each "
+                "process, or correct ps.hosts."
             ) from error
 
 

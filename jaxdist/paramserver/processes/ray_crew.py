@@ -1,7 +1,7 @@
-"""The processes of a run on a Ray cluster: one actor each starts it, dies with it, and is started anew by Ray.
+"""The processes of a run on a Ray cluster: one actor for each starts it and ends with it, and Ray restarts the actor.
 
-The run directory must be one that all nodes see, as for any run on several machines. An actor stays on its node, so an
-address is good for as long as the run: a node that is lost for good ends the run, and `--resume` continues without it.
+The run directory must be on a file system that all nodes share. An actor stays on its node, so that its address stays
+valid. A node that is lost permanently ends the run, and `--resume` continues without it.
 """
 
 import os
@@ -23,16 +23,16 @@ _PLACING_SECONDS = 60.0
 
 
 class Part:
-    """The actor of one process."""
+    """The actor that runs one process."""
 
     def address(self, host: str) -> str:
-        """Return `host` with a port that is free there."""
+        """Return `host` with a port that is free on it."""
         with socket.socket() as probe:
             probe.bind((host, 0))
             return f"{host}:{probe.getsockname()[1]}"
 
     def run(self, name: str, directory: str, environment: dict[str, str]) -> int:
-        """Run the process to its end. Where it dies, so does this actor: Ray starts another, and calls this again."""
+        """Run the process to its end. If it fails, this actor exits too: Ray starts another, and calls this again."""
         folder = pathlib.Path(directory)
         with (folder / _STARTS / name.replace("/", "-")).open("a") as starts:
             starts.write("1")
@@ -45,16 +45,17 @@ class Part:
 
 
 class RayCrew:
-    """See `crew.Crew`. Places the processes when it is made; `peers` says where.
+    """See `crew.Crew`. Places the processes when it is created; `peers` holds their addresses.
 
     Args:
-      names: which parts are played.
-      directory: the run's own folder.
-      environment: what the processes are told, their secret among it.
-      devices: accelerators of each worker, where the cluster has any.
+      names: names of the processes.
+      directory: folder of the run.
+      environment: environment variables of the processes, with the secret of the run.
+      devices: accelerators of each worker, if the cluster has any.
 
     Raises:
-      UserError: Ray is not installed, or there is no cluster.
+      UserError: Ray is not installed.
+      ValueError: there is no running cluster.
     """
 
     def __init__(
@@ -67,8 +68,8 @@ class RayCrew:
             self._ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=False)
         except ConnectionError as error:
             raise ValueError(
-                f"ps.engine=ray needs a Ray cluster that runs: {error}. Start one with `ray start --head`, or set "
-                "RAY_ADDRESS"
+                f"ps.engine=ray needs a running Ray cluster; none was found: {error}. Start one with "
+                "`ray start --head`, or set RAY_ADDRESS."
             ) from error
         nodes = [node for node in self._ray.nodes() if node["Alive"]]
         places = {name: nodes[number % len(nodes)] for number, name in enumerate(self.names)}
@@ -86,7 +87,7 @@ class RayCrew:
 
     @property
     def restarts(self) -> int:
-        """Starts of a process beyond its first."""
+        """How many times processes were restarted."""
         return sum(max(count - 1, 0) for count in self._starts().values())
 
     def _starts(self) -> Counter[str]:
@@ -102,7 +103,7 @@ class RayCrew:
             self._runs[name] = actor.run.remote(name, str(self.directory.absolute()), self._environment)
 
     def look_after(self) -> None:
-        """Raise RunFailedError for what dies again and again, for a lost node, or for a scheduler that gave up."""
+        """Raise RunFailedError for a process that dies repeatedly, for a lost node, or if the scheduler ended."""
         for name, actor in self._actors.items():
             if run_folder.take_silent(self.directory, name):
                 self._ray.kill(actor, no_restart=False)
@@ -113,21 +114,21 @@ class RayCrew:
             except self._ray.exceptions.RayError as error:
                 raise RunFailedError(f"Ray could not keep {ended[ref]} running: {error}") from error
             if ended[ref] == SCHEDULER:
-                raise RunFailedError(f"the scheduler ended the run.\n{crew.log_tail(self.directory, SCHEDULER)}")
+                raise RunFailedError(f"The scheduler ended the run.\n{crew.log_tail(self.directory, SCHEDULER)}")
         for name, count in (self._starts() - self._seen).items():
             if count > crew.MOST_DEATHS + 1:
                 tail = crew.log_tail(self.directory, name)
                 raise RunFailedError(f"{name} died {count - 1} times without a step in between.\n{tail}")
 
     def progressed(self) -> None:
-        """Take note that the run got on: deaths are counted from here."""
+        """Note that the run made progress: deaths are counted from zero again."""
         self._seen = self._starts()
 
     def close(self, *, orderly: bool) -> None:
-        """End all processes; `orderly` gives them time to end by themselves."""
+        """End all processes; `orderly` gives them time to exit by themselves."""
         if orderly and self._runs:
             self._ray.wait(list(self._runs.values()), num_returns=len(self._runs), timeout=crew.GRACE_SECONDS)
         actors, self._actors, self._runs = self._actors, {}, {}
-        for actor in actors.values():  # which take their processes with them (die_with_parent)
+        for actor in actors.values():  # their processes die with them (die_with_parent)
             self._ray.kill(actor, no_restart=True)
         self._ray.shutdown()

@@ -1,4 +1,4 @@
-"""What the processes of a run count and report, in files that outlive them: counters, a line a step, a cut."""
+"""The reports of the processes of a run, in files that outlive them: counters, one line per step, the newest cut."""
 
 import json
 import os
@@ -17,7 +17,7 @@ _STATISTICS_SECONDS = 0.5
 
 
 class Statistics:
-    """Counts what run.json tells of a process, in a file that outlives it."""
+    """Keeps the counters of a process for run.json, in a file that outlives it."""
 
     def __init__(self, path: pathlib.Path, machine: Any) -> None:
         self.path, self.machine = path, machine
@@ -26,7 +26,7 @@ class Statistics:
         self.written_at = 0.0
 
     def observe(self, effect: effects.Effect) -> None:
-        """Take in an effect."""
+        """Count an effect."""
         if isinstance(effect, effects.Applied) and getattr(self.machine, "primary", False):
             self.updates += 1
             self.staleness[effect.staleness] = self.staleness.get(effect.staleness, 0) + 1
@@ -48,14 +48,14 @@ def statistics_of(name: str, spec: Spec, machine: Any) -> Statistics:
 
 
 class Report:
-    """What the scheduler's process writes for the observer: a line a step, and the params of a cut."""
+    """Writes the files of the scheduler for the observer: one line per step, and the params of a cut."""
 
     def __init__(self, directory: pathlib.Path) -> None:
         self.directory = directory
         self._steps = (directory / STEPS_NAME).open("a+", buffering=1)
 
     def catch_up(self, machine: Scheduler, records: Sequence[messages.Message]) -> None:
-        """Write the line of a step that the last life decided and had no time to tell of; its metrics are lost."""
+        """Write the line of a step committed before the restart but not yet reported; its metrics are lost."""
         kinds = (journal.CommitRecord, journal.CompleteRecord, journal.MembershipRecord)
         last = next((record for record in reversed(records) if isinstance(record, kinds)), None)
         if isinstance(last, journal.CommitRecord):
@@ -65,14 +65,14 @@ class Report:
         else:
             return
         self._steps.seek(0)
-        told = [json.loads(line)["step"] for line in self._steps if line.endswith("\n")]
-        if told[-1:] != [machine.state.step]:
+        reported = [json.loads(line)["step"] for line in self._steps if line.endswith("\n")]
+        if reported[-1:] != [machine.state.step]:
             examples = sum(lease.stop - lease.start for lease in leases)
             empty = machine.state.empty_step == machine.state.step
             self.observe(effects.Committed(machine.state.step, examples, (), empty))
 
     def observe(self, effect: effects.Effect) -> None:
-        """Write down a step or a cut."""
+        """Write a step, a cut, or the name of a silent process."""
         if isinstance(effect, effects.Committed):
             metrics = {m.name: m.total / m.count for m in effect.metrics if m.count}
             row = {"step": effect.step, "examples": effect.examples, "metrics": metrics, "time": time.time()}

@@ -1,4 +1,4 @@
-"""A process that plays one role of a run, from its command line `NAME SPEC` to its exit status."""
+"""Runs one role in a process, from its command line `NAME SPEC` to its exit status."""
 
 import logging
 import os
@@ -16,7 +16,7 @@ Make = Callable[[str, Spec], tuple[Driver, Statistics]]
 
 
 def main(arguments: list[str], make: Make) -> int:
-    """Play the part that `make` makes; return the exit status."""
+    """Run the role that `make` returns; return the exit status."""
     name, path = arguments
     reuse_freed_memory()
     logging.basicConfig(level=logging.INFO, format=f"{name}: %(message)s", stream=sys.stderr)

@@ -1,6 +1,6 @@
 """The scheduler's process: `python -m jaxdist.paramserver.processes.scheduler_process scheduler SPEC`.
 
-It loads neither JAX nor the experiment, and so is back quickly after a crash.
+It imports neither JAX nor the experiment, so it restarts quickly after a crash.
 """
 
 import pathlib
@@ -17,7 +17,7 @@ from jaxdist.paramserver.wire import encoding
 
 
 def make_scheduler(name: str, spec: Spec) -> tuple[Driver, Statistics]:
-    """Return the scheduler and its counters, with what its log says."""
+    """Return the driver of the scheduler, restored from its log, and its counters."""
     directory = pathlib.Path(spec.directory)
     log = Log(directory / LOG_NAME)
     resume = None

@@ -1,7 +1,7 @@
-"""What a state machine asks its driver to do besides sending replies: in order, and before the replies leave.
+"""Effects: what a state machine asks its driver to do, in order, before the driver sends the replies.
 
-That order is the write-ahead rule: if the driver dies between two effects, no other process has heard of anything that
-was not durable.
+That order is the write-ahead rule: if the driver dies between two effects, no other process has received anything that
+depends on a record that is not durable.
 """
 
 from dataclasses import dataclass
@@ -130,14 +130,14 @@ class Warn:
 
 @dataclass(frozen=True, slots=True)
 class Replace:
-    """End the process `name`, which does not answer; the crew starts it again."""
+    """Have the crew restart the process `name`, which does not answer."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """End this process, after `step`, for `reason`; a negative step is an error."""
+    """End this process after `step`, for `reason`; a negative step means an error."""
 
     step: int
     reason: str
@@ -169,7 +169,7 @@ class Output:
         self.effects: list[Effect] = []
 
     def send(self, to: str, message: messages.Message) -> None:
-        """Add a reply; the empty name stands for no process."""
+        """Add a reply; an empty name means no process."""
         if to:
             self.replies.append(Send(to, message))
 

@@ -1,4 +1,4 @@
-"""What is stored in files: the records of the scheduler's log, saved cuts, and the cut that the observer reads.
+"""Contents of files: the records of the scheduler's log, saved cuts, and the cut that the observer reads.
 
 Frozen dataclasses like the messages, and encoded the same way (see `encoding`). A record is durable before the
 scheduler acts on it.
@@ -29,7 +29,7 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class MembershipRecord:
-    """A change of membership; `incarnations` is how many were ever given out. With `trained`, also a rollback to it."""
+    """A change of membership; `incarnations` is how many were ever assigned. With `trained`, also a rollback to it."""
 
     membership: Membership
     incarnations: int
@@ -77,7 +77,7 @@ class SavedCutRecord:
 
 @dataclass(frozen=True, slots=True)
 class StateRecord:
-    """What the log says between two steps, in one record that replaces all before it.
+    """The content of the log between two steps, in one record that replaces all earlier ones.
 
     `saved_at` and `read_at` are the steps of the last attempt to save a cut and of the last cut that was shown.
     """
@@ -116,7 +116,7 @@ class SavedShard:
 
 @dataclass(frozen=True, slots=True)
 class SavedCut:
-    """A saved cut: written last, when every file it names is on disk. `incarnations` is how many were given out."""
+    """A saved cut: written last, when every file it names is on disk. `incarnations` is how many were assigned."""
 
     name: str
     step: int

@@ -1,6 +1,6 @@
 """The messages between workers, servers and the scheduler: frozen dataclasses of numbers, names and arrays.
 
-A message may be lost, repeated or overtaken, so each one carries its sender (worker, incarnation), the number of the
+A message may be lost, repeated or reordered, so each one carries its sender (worker, incarnation), the number of the
 request (sequence) and, from the scheduler, the term of the membership it belongs to. `encoding` turns it into bytes.
 """
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 NO_CLOCK = -1
-"""The clock of a request outside the bounded mode."""
+"""The clock of an update in sync mode, where clocks are not used."""
 
 BENCHED = 1 << 60
-"""The clock floor of a member that holds no lease: no reader waits for it."""
+"""The clock floor of a member without work: no reader waits for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class ShardPlace:
-    """The processes that serve a shard. A boot number tells starts of a process apart; `synced` allows a failover."""
+    """The processes that serve a shard. A boot number distinguishes starts of a process; `synced` allows a failover."""
 
     primary: str
     primary_boot: int
@@ -96,7 +96,7 @@ Piece = np.ndarray | Rows
 
 @dataclass(frozen=True, slots=True)
 class Register:
-    """Process `name` wants to join. `boot` grows with every start of the process."""
+    """Process `name` asks to join. `boot` grows with every start of the process."""
 
     name: str
     boot: int
@@ -114,7 +114,7 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class Fenced:
-    """Boot `boot` of `name` is no longer a member: it must forget everything and register again."""
+    """Boot `boot` of `name` is no longer a member: it must discard its state and register again."""
 
     name: str
     boot: int
@@ -122,7 +122,7 @@ class Fenced:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """A sign of life. `progress` counts finished actions; `busy` says that the next one depends on this process alone.
+    """The process is alive. `progress` counts finished actions; `busy`: the next one depends on this process alone.
 
     From `lease`, `sequence` and `clock` a restarted scheduler learns what the worker holds.
     """
@@ -174,7 +174,7 @@ class Diverged:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A worker wants a lease; `sequence` is the last one it finished or returned."""
+    """A worker asks for a lease; `sequence` is the last one it finished or returned."""
 
     worker: int
     incarnation: int
@@ -230,7 +230,7 @@ class Pulled:
 class Push:
     """A shard's part of one gradient: the sum over the lease's examples, of which the loss counted `count`.
 
-    Blocks of model state are sums too, each example's weighted alike: over `num_examples`.
+    Blocks of model state are sums over all `num_examples` examples, each with the same weight.
 
     `version` is the shard version it was computed from. `norm_squared` and `finite` describe the mean gradient over all
     shards.
@@ -264,7 +264,7 @@ class PushAck:
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A mean as its total and count, so that means add up."""
+    """A mean as its total and count, which can be added."""
 
     name: str
     total: float
@@ -478,7 +478,7 @@ class Transfer:
     state: ShardState
 
 
-# From the driver of the same process. These never travel.
+# From the driver of the same process. These are never sent.
 
 
 @dataclass(frozen=True, slots=True)
@@ -511,7 +511,7 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What file `name` holds; None where it is missing or damaged."""
+    """The content of file `name`; None if it is missing or damaged."""
 
     name: str
     content: object | None

@@ -1,8 +1,8 @@
 """A server: one copy of one shard, primary or backup, as a state machine without I/O.
 
-The primary turns requests into log entries, applies each at once, sends it to its backup, and holds the answer back
-until the backup has the entry. Reads are (empty) entries too, so a primary that was replaced without knowing it cannot
-answer. The scheduler names the primary in the membership; if that names no backup, answers leave at once.
+The primary turns requests into log entries, applies each at once, sends it to its backup, and delays the answer until
+the backup has the entry. Reads are (empty) entries too, so a primary that was replaced without knowing it cannot
+answer. The scheduler names the primary in the membership; if it names no backup, answers are sent at once.
 """
 
 from collections import deque
@@ -29,11 +29,11 @@ class Server:
         self.heartbeat_at = 0.0
         self.progress = 0
         self.stopped = False
-        self.diverged = ""  # how this copy of the shard differs from its primary's: it takes no further part
+        self.diverged = ""  # how this copy differs from the primary's; such a server no longer takes part
         self._forget()
 
     def _forget(self) -> None:
-        """Drop all state and membership."""
+        """Discard all state and the membership."""
         self.shard: Shard = self.make_shard()
         self.membership: messages.Membership | None = None
         self.pending: messages.Membership | None = None  # a membership that waits until its saved cut is loaded
@@ -79,7 +79,7 @@ class Server:
             self._retry(now, out)
 
     def _retry(self, now: float, out: effects.Output) -> None:
-        """Send what the backup has not acknowledged for a while again."""
+        """Send again what the backup has not acknowledged in time."""
         due = now - self.settings.timers.retry
         if self.transfer_index is not None:
             if self.transfer_at <= due:
@@ -112,7 +112,7 @@ class Server:
             self._enter(membership, now, out)
 
     def _leave(self, out: effects.Output) -> None:
-        """Start over under a new boot number: another copy has replaced this one."""
+        """Start over with a new boot number: another copy has replaced this one."""
         if self.membership is not None or self.pending is not None:
             self._forget()
             self.boot += 1
@@ -135,18 +135,14 @@ class Server:
             return
         state = loaded.content
         if not isinstance(state, messages.ShardState):
-            out.do(
-                effects.Exit(
-                    -1, f"{loaded.name} is missing or is not the state of a shard, though its saved cut names it."
-                )
-            )
+            out.do(effects.Exit(-1, f"{loaded.name} is missing or damaged, although its saved cut is complete."))
             return
         self.shard.adopt(replace(state, term=0, staged=()))
         self.pending, self.restored = None, membership.restore_term
         self._enter(membership, now, out)
 
     def _enter(self, membership: messages.Membership, now: float, out: effects.Output) -> None:
-        """Enter the term of `membership`: the state for it is here, or will be sent to a new backup."""
+        """Enter the term of `membership`; a new backup receives its state from the primary."""
         before = self._place if self.membership else None
         self.membership, self.pending, self.early = membership, None, {}
         place = self._place

@@ -1,4 +1,4 @@
-"""A shard of the params with its optimizer: a deterministic machine that turns log entries into updates.
+"""A shard of the params with its optimizer: a deterministic state machine that turns log entries into updates.
 
 Params, optimizer state, exactly-once table, clocks and staged pushes are one value (`export` and `adopt`), so a backup
 or a file holds all of them or none. Two shards that apply the same entries in the same order have the same bits.
@@ -19,10 +19,10 @@ Arrays = tuple[np.ndarray, ...]
 
 
 class Updater(Protocol):
-    """The optimizer of one shard. It never changes an array in place, so an old one stays valid."""
+    """The optimizer of one shard. It never changes an array in place, so older arrays stay valid."""
 
     needs_norm: bool
-    num_params: int  # of a shard's blocks, the first ones; the others are model state, replaced by its mean
+    num_params: int  # the first blocks are params; the others are model state, which is replaced by its mean
 
     def init(self, params: Arrays) -> Arrays:
         """Return the optimizer state for blocks `params`."""
@@ -35,7 +35,7 @@ class Updater(Protocol):
 
         Args:
           params: the blocks.
-          opt_state: what `init` or the last update gave.
+          opt_state: the result of `init` or of the last update.
           grads: the mean gradient, one array for each block.
           step: the number of finished steps, those without an update among them.
           scale: factor on the update.
@@ -140,7 +140,7 @@ class Shard:
     def complaint(self, push: messages.Push) -> str:
         """Return why `push` does not fit this shard, as a sentence; empty if it does."""
         if len(push.pieces) != len(self.params):
-            return f"The push has {len(push.pieces)} pieces, the shard has {len(self.params)} blocks."
+            return f"A push needs {len(self.params)} pieces, one for each block, got {len(push.pieces)}."
         for number, (piece, param) in enumerate(zip(push.pieces, self.params)):
             values = piece.values if isinstance(piece, messages.Rows) else piece
             if values.dtype != param.dtype:
@@ -151,9 +151,9 @@ class Shard:
             elif values.shape != param.shape:
                 return f"Block {number} has shape {param.shape}, its piece has {values.shape}."
             if push.finite and values.size and not _is_finite(values):
-                return f"The piece for block {number} is declared finite and is not."
+                return f"The push is declared finite, but its piece for block {number} is not."
         fewest = min(push.count, push.num_examples)
-        return "" if fewest >= 0 else f"The push counts {fewest} examples; a count is at least 0."
+        return "" if fewest >= 0 else f"A push must count at least 0 examples, got {fewest}."
 
     def verdict(self, push: messages.Push) -> str:
         """Return the status that `push` would get now: fenced, duplicate, obsolete, staged or applied."""
@@ -294,7 +294,7 @@ class Shard:
 def _is_finite(values: np.ndarray) -> bool:
     if values.dtype in (np.float32, np.float64):
         with np.errstate(all="ignore"):
-            # One pass over the memory; if only the squares overflow, the two passes below find that out.
+            # One pass over the memory. If only the squares overflow, the two passes below give the right answer.
             if np.isfinite(np.vdot(values, values)):
                 return True
     # The extremes are not finite if any value is not, and need no temporary array.

@@ -1,7 +1,7 @@
 """A worker: asks for a lease, pulls, has the gradient computed, pushes, reports; a state machine without I/O.
 
 One request is open at a time (to several shards at once), and any request may be repeated: it carries the sequence
-number of its lease, so a repeated one is answered from what is already there.
+number of its lease, so the receiver recognises a repeated one.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ class Worker:
         self._begin()
 
     def _begin(self) -> None:
-        """Forget everything: this process is not a member yet."""
+        """Discard all state: this process is not a member yet."""
         self.phase = "joining"
         self.incarnation = 0
         self.membership: messages.Membership | None = None
@@ -35,7 +35,7 @@ class Worker:
 
     @property
     def term(self) -> int:
-        """The newest term this worker heard of; -1 before the first."""
+        """The newest term that this worker knows; -1 before the first."""
         return self.membership.term if self.membership else -1
 
     def handle(self, message: messages.Message, now: float) -> tuple[list[effects.Send], list[effects.Effect]]:
@@ -76,7 +76,7 @@ class Worker:
             self._rejoin(now, out)
 
     def _rejoin(self, now: float, out: effects.Output) -> None:
-        """Start over under a new boot number: nothing from before is used again."""
+        """Start over with a new boot number and no state."""
         self.boot += 1
         self._begin()
         self._request(now, out)
@@ -97,7 +97,7 @@ class Worker:
         self._request(now, out)
 
     def _request(self, now: float, out: effects.Output) -> None:
-        """Send (again) the request whose answer this phase waits for."""
+        """Send, or repeat, the request whose answer this phase waits for."""
         self.asked_at = now
         if self.phase == "joining":
             out.send(SCHEDULER, messages.Register(self.name, self.boot))
@@ -214,7 +214,7 @@ class Worker:
             self._free(now, out)
 
     def _free(self, now: float, out: effects.Output) -> None:
-        """Give up the lease, finished or not, and ask for the next."""
+        """Release the lease, finished or not, and ask for the next one."""
         self.lease, self.computed, self.pulled = None, None, {}
         self._enter("asking", now, out)
 

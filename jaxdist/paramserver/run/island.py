@@ -1,4 +1,4 @@
-"""A worker's island: the gradient sums of a lease, data-parallel over the worker's devices."""
+"""The island of a worker: computes the gradient sums of a lease, data-parallel over its devices."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ from jaxdist.spmd.step import GRAD_NORM
 
 
 class Island:
-    """A worker's devices: computes the gradient sums of a lease, data-parallel over the local devices."""
+    """Computes the gradient sums of leases on the devices of a worker."""
 
     def __init__(self, plan: Plan, devices: Sequence[jax.Device]) -> None:
         self.plan = plan
@@ -49,7 +49,7 @@ class Island:
         return pushed, sums.loss, sums.num_examples, sums.metrics, finite, squares
 
     def gradient(self, compute: effects.Compute) -> messages.Computed:
-        """Return what a worker pushes for the lease."""
+        """Return the gradient sums of the lease, as the worker pushes them."""
         plan, lease = self.plan, compute.lease
         batch = self._batch(lease)
         leaves = plan.sharding.join(compute.params)
@@ -81,7 +81,7 @@ class Island:
         )
 
     def explain_nonfinite(self, compute: effects.Compute) -> nonfinite.NonFiniteReport:
-        """Return why the gradient of the lease is not finite; its loss is that of the worker's part of the batch."""
+        """Return a report on why the gradient of the lease is not finite; its loss is over the lease only."""
         plan, lease = self.plan, compute.lease
         params, model_state = jax.tree.unflatten(plan.structure, plan.sharding.join(compute.params))
         state = TrainState(jnp.asarray(lease.step, jnp.int32), params, model_state, (), self._key)
@@ -91,12 +91,12 @@ class Island:
         )
 
     def _first_row(self, lease: messages.Lease) -> int:
-        """Return which row of the global batch is the lease's first."""
+        """Return the row of the global batch at which the lease begins."""
         within = lease.step % self.plan.settings.steps_per_epoch
         return lease.start - within * self.plan.experiment.global_batch_size
 
     def _batch(self, lease: messages.Lease) -> dict[str, np.ndarray]:
-        """Return the lease's examples, padded to one size, so that the gradient compiles once."""
+        """Return the examples of the lease, padded to a fixed size, so that the gradient is compiled once."""
         size = self.plan.experiment.global_batch_size
         first = self._first_row(lease)
         rows = np.arange(first, first + max(lease.stop - lease.start, 1))

@@ -1,6 +1,6 @@
 """A server or worker process: `python -m jaxdist.paramserver.run.jax_process NAME SPEC`.
 
-Both need JAX and the experiment; the scheduler needs neither and has a module of its own.
+Both need JAX and the experiment; the scheduler needs neither and has its own module.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from jaxdist.paramserver.run.optimizer_kind import Kind
 
 
 def make(name: str, spec: Spec) -> tuple[Driver, Statistics]:
-    """Return the server or worker called `name`, and its counters."""
+    """Return the driver of the server or worker `name`, and its counters."""
     devices = runtime.start_by_itself(spec.devices)
     experiment = overrides.override(loading.load_experiment(spec.experiment), spec.assignments)
     plan = shared_plan.make_plan(experiment, experiment.ps, kind=cast(Kind, spec.kind))

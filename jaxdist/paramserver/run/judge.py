@@ -15,7 +15,7 @@ from jaxdist.spmd.state import TrainState
 
 
 def train_state(plan: Plan, step: int, leaves: Sequence[np.ndarray], opt_leaves: Sequence[np.ndarray]) -> TrainState:
-    """Return the state that data-parallel training has after the same steps, on this process's first device."""
+    """Return the training state with these leaves after `step`, on the first device of this process."""
     params, model_state = jax.tree.unflatten(plan.structure, leaves)
     opt_state = jax.tree.unflatten(jax.tree.structure(jax.eval_shape(plan.optimizer.init, params)), opt_leaves)
     key = plan.run_keys().train
@@ -25,7 +25,7 @@ def train_state(plan: Plan, step: int, leaves: Sequence[np.ndarray], opt_leaves:
 
 
 class Judge:
-    """Looks at the state of a cut."""
+    """Builds and evaluates the training state of a cut."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -41,7 +41,7 @@ class Judge:
         return train_state(self.plan, cut.step, leaves, opt_leaves)
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
-        """Return the metrics on the held-out data; of the averaged params, where the optimizer keeps them."""
+        """Return the metrics on the held-out data, of the averaged params if the optimizer keeps them."""
         params = components.params_in_use(state)
 
         def evaluate_set(loader: Loader) -> dict[str, float]:

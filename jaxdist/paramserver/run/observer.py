@@ -1,8 +1,8 @@
-"""The process that watches a parameter-server run: it evaluates, saves, decides the end and keeps the record.
+"""The observer of a parameter-server run: it evaluates, saves, decides when the run ends, and writes the record.
 
-It holds what the user's experiment says about all that, and nothing of the protocol, so any of the processes it looks
-at may die at any moment. It learns of steps and of cuts (all params between two steps) from files that the scheduler's
-process writes, and answers each cut with a verdict: go on, or end.
+It knows the experiment but takes no part in the protocol, so the processes that it watches may die at any time. It
+reads steps and cuts (all params between two steps) from files that the scheduler writes, and answers each cut with a
+verdict: continue, or end the run.
 """
 
 import contextlib
@@ -28,27 +28,28 @@ from jaxdist.spmd.state import TrainState
 
 POLL_SECONDS = 0.05
 REPEAT_SECONDS = 1.0
-"""Between two sendings of an answer, until the run shows that it arrived."""
+"""Time between two sends of the same answer, until the run shows that it arrived."""
 NONFINITE = "nonfinite"
 KEPT_SNAPSHOTS = 2
-"""The newest may not be in force yet; the one before it is."""
+"""Saved cuts that stay: the scheduler may not know of the newest one yet, but knows of the one before it."""
 
 Send = Callable[[str, messages.Message], None]
 
 
 class Observer:
-    """One attempt at a run: what was heard of it, and what is written about it.
+    """Watches one attempt at a run.
 
     Args:
-      plan: the experiment, put together.
-      run_dir: where the record, the metrics and the checkpoints are written; `ps/` in it is the processes' own.
-      start: where the run begins.
-      earlier: the record of the run that is resumed.
-      checkpointer: of the run directory.
-      silent: show nothing.
-      command: for the record.
-      num_devices: of each worker.
-      source: of the experiment.
+      plan: the Plan of the experiment.
+      run_dir: the run directory; the folder `ps` in it belongs to the processes.
+      start: the state that the run starts from.
+      earlier: the record of the run that is resumed; None for a new run.
+      checkpointer: saves checkpoints in the run directory.
+      identity: identity of the experiment.
+      silent: whether to show nothing.
+      command: the command line, for the run record.
+      num_devices: number of devices of each worker.
+      source: the file of the experiment and its overrides.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class Observer:
         self.halt = ""
 
     def run(self, crew: Crew, send: Send, stop_requested: Callable[[], bool]) -> record.RunRecord:
-        """Watch until the run ends; return the record, which is written too."""
+        """Watch until the run ends; write and return the run record."""
         self.end_reason = self.rule(self.progress) if self.progress.step else None
         with self.books.shown():
             try:
@@ -122,6 +123,7 @@ class Observer:
         repeat_at = 0.0
         crew.start()
         with (self.directory / run_folder.STEPS_NAME).open("a+") as steps:
+            steps.seek(0)  # "a+" begins at the end, and the scheduler may have been quick
             while self.end_reason is None:
                 crew.look_after()
                 self.books.process_restarts = crew.restarts
@@ -140,12 +142,12 @@ class Observer:
                 time.sleep(POLL_SECONDS)
 
     def _charge(self, account: str) -> None:
-        """Charge the time from now on to `account`: what passes before the first step is no training."""
+        """Charge the time from now on to `account`: the time before the first step is not training time."""
         self.phase.close()
         self.phase.enter_context(self.books.stopwatch.account(account))
 
     def _repeat(self, send: Send) -> None:
-        """Send again what may not have arrived: messages are lost, and a scheduler that restarted asks again."""
+        """Repeat what may not have arrived: messages are lost, and a restarted scheduler asks again."""
         if self.judged is not None:
             send(SCHEDULER, self.judged)
         if self.halt:
@@ -154,7 +156,7 @@ class Observer:
     # Steps.
 
     def _read_steps(self, steps: Any) -> bool:
-        """Take in the steps that were written since; return whether any was."""
+        """Read the steps written since the last call; return whether there were any."""
         before = self.progress.step
         while True:
             at = steps.tell()
@@ -175,7 +177,7 @@ class Observer:
         if self.last_time is not None:
             self.books.step_times.add(max(row["time"] - self.last_time, 0.0))
         self.last_time = row["time"]
-        # A return to a snapshot counts steps again; files of metrics hold each once.
+        # After a rollback, steps are committed again; the metrics files contain each step once.
         if step <= self.progress.step:
             return
         self.judged = None
@@ -201,10 +203,10 @@ class Observer:
         self.seen_cut = written
         cut = encoding.decode(path.read_bytes())
         assert isinstance(cut, journal.Cut)
-        self._read_steps(steps)  # those up to the cut were written before it
+        self._read_steps(steps)  # the steps up to the cut were written before it
         self._log()
         if self.progress.step <= cut.step:
-            # Which batches were trained is known exactly here; between cuts, examples are counted step by step.
+            # A cut says exactly which batches were trained; between cuts, the examples of each step are added up.
             self.progress.advance(cut.step, examples_seen(self.plan, cut.trained), self.plan.settings.num_examples)
         self.state = self.judge.state(cut)
         self._evaluate(cut, self.state)
@@ -216,22 +218,22 @@ class Observer:
         self.books.write_record(None)
 
     def _evaluate(self, cut: journal.Cut, state: TrainState) -> None:
-        """Evaluate if that is due; a run that is stopped has no time for it, and one that diverged no use."""
+        """Evaluate if due; a run that is preempted has no time for it, and one that diverged no use."""
         due = self.books.evaluations.due() or bool(cut.end_reason)
         if due and self.halt != "preempted" and not self._diverged(cut):
             self.books.evaluate(state)
 
     def _diverged(self, cut: journal.Cut) -> bool:
-        """Return whether a gradient was not finite, or the loss is not."""
+        """Return whether a gradient or the loss is not finite."""
         return cut.end_reason == NONFINITE or stop.nonfinite()(self.progress) is not None
 
     def _report_nonfinite(self) -> None:
-        """Gather what the workers found out about it."""
+        """Collect the reports of the workers on gradients that are not finite."""
         found = sorted((self.directory / run_folder.NONFINITE_NAME).glob("*.txt"))
         self.books.report_nonfinite("\n".join(path.read_text() for path in found))
 
     def _save(self, cut: journal.Cut, state: TrainState, *, now: bool) -> None:
-        """Save if that is due or is to be done now, and at every end but that of a run that diverged."""
+        """Save if due, if `now`, and at the end of the run; a run that diverged saves nothing."""
         due = self.books.saves.due() or bool(cut.end_reason) or now
         if due and not self._diverged(cut):
             beyond = {BEYOND: list(cut.trained.beyond)} if cut.trained.beyond else {}
@@ -247,7 +249,7 @@ class Observer:
     # The record.
 
     def statistics(self) -> dict[str, Any]:
-        """Return the `ps` entry of run.json: what all processes counted, dead ones included."""
+        """Return the `ps` entry of run.json: the counters of all processes, including those that died."""
         counters: Counter[str] = Counter()
         staleness: Counter[int] = Counter()
         for path in (self.directory / run_folder.STATISTICS_NAME).glob("*.json"):

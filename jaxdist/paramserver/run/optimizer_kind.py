@@ -1,10 +1,10 @@
-"""Which pieces of the params an optimizer can update by themselves, read off its traced program.
+"""Which parts of the params an optimizer can update independently, determined from its traced program.
 
-A server updates its own blocks only. That is right where an element's update depends on nothing but that element
-(`elementwise`), or besides on the global norm of the gradients, which servers exchange (`global_norm`); or where a
-leaf's update depends on that leaf (`leafwise`), if servers hold whole leaves. Trying an optimizer proves none of this:
-a warm-up or a branch hides what it does. So `init` and `update` are traced, on the whole params and on every server's
-blocks, and each value gets a digest of how it was computed. Equal digests are equal computations.
+A server updates only its own blocks. This gives the right result if the update of an element depends only on that
+element (`elementwise`), or also on the global norm of the gradients, which servers exchange (`global_norm`); or if the
+update of a leaf depends only on that leaf (`leafwise`) and servers hold whole leaves. Running an optimizer cannot prove
+this, because a warm-up or a branch may hide a dependence. So `init` and `update` are traced, on the whole params and on
+the blocks of every server, and each value gets a digest of how it was computed. Equal digests mean equal computations.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ KINDS: tuple[Kind, ...] = ("elementwise", "global_norm", "leafwise", "leafwise_g
 GHOST_SHAPE = (1,)
 
 _EVERYWHERE, _SEVERAL = -1, -2
-"""Owners: a value that is the same for all leaves, one that depends on several leaves."""
+"""Owners of a value that is the same for all leaves, and of one that depends on several leaves."""
 _ELEMENTWISE = frozenset(
     """
     abs add add_any and atan2 cbrt ceil clamp convert_element_type copy copy_p cos div eq erf erf_inv exp exp2 expm1
@@ -40,7 +40,7 @@ _ZERO, _GRAD = "zero", "grad"
 
 @jax.tree_util.register_pytree_node_class
 class Marked:
-    """A tuple of params that can be told from every other tuple in an optimizer's state."""
+    """A tuple of params that can be distinguished from all other tuples in the state of an optimizer."""
 
     def __init__(self, items: Sequence[Any]) -> None:
         self.items = tuple(items)
@@ -51,7 +51,7 @@ class Marked:
 
     @classmethod
     def tree_unflatten(cls, _: None, items: Sequence[Any]) -> "Marked":
-        """Return what held these params."""
+        """Return a Marked that holds these params."""
         return cls(items)
 
 
@@ -71,19 +71,19 @@ def choose_kind(
     """Return how `optimizer` runs on shards.
 
     Args:
-      optimizer: optax.
+      optimizer: the optax optimizer.
       leaves: the params.
-      shards_of: called with whether leaves stay whole; returns each server's blocks as (leaf, shape) pairs.
+      shards_of: called with whether leaves stay whole; returns the blocks of each server as (leaf, shape) pairs.
 
     Raises:
-      ValueError: an update on shards would differ from one on the whole params, or cannot be shown to be the same.
+      ValueError: an update on shards would differ from one on the whole params, or cannot be shown to be equal.
     """
     try:
         whole = _Program(optimizer, leaves)
-    except Exception as error:  # whatever an optimizer raises on params without names
+    except Exception as error:  # an optimizer may raise anything for params without names
         raise ValueError(
-            "This optimizer cannot run on a parameter server, whose shards know of no names and have nothing but "
-            f"gradients and params for it: {error}. Use one that needs no more; masks may look at a leaf's rank."
+            "This optimizer cannot run on a parameter server, which gives it only gradients and params, without the "
+            f"names of the leaves: {error}. Use one that needs nothing else; masks may look at the rank of a leaf."
         ) from error
     reason = ""
     for kind in KINDS:
@@ -95,13 +95,13 @@ def choose_kind(
             return kind
     raise ValueError(
         f"This optimizer cannot run on the shards of a parameter server: {reason}. Use one that updates each element "
-        "(SGD, momentum, Adam, AdamW, Lion) or each leaf (LAMB, LARS) by itself; clipping by the global norm of the "
-        "gradients may come first."
+        "(SGD, momentum, Adam, AdamW, Lion) or each leaf (LAMB, LARS) independently; it may first clip by the global "
+        "norm of the gradients."
     )
 
 
 class _DiffersError(Exception):
-    """A shard's program is not the whole's, or it is unclear whether it is."""
+    """The program on a shard differs from the one on the whole params, or may differ."""
 
 
 def _check(
@@ -123,7 +123,7 @@ def _check(
                 raise
             raise _DiffersError(f"it fails on a shard ({error})") from error
         if found["shared"] != wanted["shared"]:
-            raise _DiffersError("what it keeps for all leaves together differs on a shard")
+            raise _DiffersError("the state that it keeps for all leaves together differs on a shard")
         for number, (leaf, _) in enumerate(blocks):
             if found[number] != wanted[leaf]:
                 raise _DiffersError(f"the update of leaf {leaf} differs on a shard")
@@ -134,9 +134,9 @@ def _check(
 
 @dataclass(frozen=True)
 class _Value:
-    """What is known of a value: whose it is, whether element by element, and a digest of how it was computed.
+    """What is known of a value: which leaf it belongs to, whether elementwise, and a digest of its computation.
 
-    `norm` names the leaves whose squared gradients it is the sum of.
+    `norm` names the leaves whose squared gradients it sums.
     """
 
     owner: int
@@ -170,11 +170,11 @@ class _Program:
         self.init, state = jax.make_jaxpr(optimizer.init, return_shape=True)(params)
         self.update, (updates, after) = jax.make_jaxpr(optimizer.update, return_shape=True)(params, state, params)
         if str(jax.tree.structure(after)) != str(jax.tree.structure(state)):
-            raise ValueError("its state changes its structure in an update")
+            raise ValueError("the structure of its state changes in an update")
         self.states, self.updates = _parts_of(state, "state"), _parts_of(updates, "update")
 
     def digests(self, leaves: Sequence[int], kind: Kind) -> dict[Any, list[str]]:
-        """Return a digest of all that is computed for each leaf, and, under `shared`, for all of them together."""
+        """Return digests of everything computed for each leaf and, under `shared`, for all leaves together."""
         reader = _Interpreter(self.num_leaves if needs_norm(kind) else None)
         params, grads = ([_Value(n, True, name) for n in range(self.num_leaves)] for name in ("param", _GRAD))
         states = [_Value(each.owner, each.uniform, each.name) for each in self.states]
@@ -192,14 +192,16 @@ def _accepted(part: "_Part", value: _Value, *, whole_leaves: bool) -> str:
     name, owner = part.name, part.owner
     if value.owner not in (owner, _EVERYWHERE):
         whom = "leaves together" if owner == _EVERYWHERE else f"leaf {owner}"
-        raise _DiffersError(f"what it computes for {whom} depends on other leaves, otherwise than by the global norm")
+        raise _DiffersError(
+            f"what it computes for {whom} depends on other leaves, and not only through the global norm"
+        )
     if owner != _EVERYWHERE and not value.elementwise and not whole_leaves:
         raise _DiffersError(f"the update of an element of leaf {owner} depends on other elements")
     return _digest(name, value.digest)
 
 
 class _Interpreter:
-    """Runs a program on values of which only the above is known. Recognises the norm over `num_leaves` gradients."""
+    """Runs a program on abstract values (`_Value`). Recognises the norm over `num_leaves` gradients."""
 
     def __init__(self, num_leaves: int | None) -> None:
         self._everyone = frozenset(range(num_leaves)) if num_leaves is not None else None
@@ -244,7 +246,7 @@ class _Interpreter:
         return made
 
     def _zero(self, equation: Any, values: list[_Value]) -> _Value | None:
-        """Return the result where it is zero, or where zero is added: norms begin so."""
+        """Return the result if it is zero, or if zero is added, as at the start of a sum; else None."""
         if equation.primitive.name in _KEEPS_ZERO and values[0].digest == _ZERO and len(values) == 1:
             return values[0]
         if equation.primitive.name in ("add", "add_any"):
@@ -254,7 +256,7 @@ class _Interpreter:
         return None
 
     def _norm(self, equation: Any, values: list[_Value]) -> _Value | None:
-        """Return a sum of squared gradients; once it holds all leaves it is the same for all."""
+        """Return the result if it sums squared gradients, which is shared once it covers all leaves; else None."""
         name = equation.primitive.name
         if self._everyone is None or name not in ("reduce_sum", "square", "integer_pow", "mul", "add"):
             return None
@@ -285,7 +287,7 @@ class _Interpreter:
         return _Value(owner, False, "squared norm", leaves)
 
     def _uniform(self, equation: Any, values: list[_Value]) -> _Value | None:
-        """Return the result of spreading one number over an array: the same everywhere, whatever the shape."""
+        """Return the result if it broadcasts one shared number to an array of any shape; else None."""
         if equation.primitive.name == "broadcast_in_dim" and equation.invars[0].aval.shape == ():
             value = replace(values[0], norm=frozenset())
             return value if value.owner == _EVERYWHERE else None
@@ -297,7 +299,7 @@ class _Interpreter:
         made = []
         for number, variable in enumerate(equation.outvars):
             digest = _digest(equation.primitive.name, _text(equation.params), avals, inputs, number)
-            # One number that no leaf went into is the same for all; an array of such need not be.
+            # A scalar that depends on no leaf is the same for all of them; an array need not be.
             made.append(_Value(owner, owner == _EVERYWHERE and variable.aval.shape == (), digest))
         return made
 
@@ -313,7 +315,7 @@ def _text(params: Any) -> str:
 
 @dataclass(frozen=True)
 class _Part:
-    """One array of a state or an update: equal names are the same thing of different leaves."""
+    """One array of a state or an update; arrays with equal names have the same role for different leaves."""
 
     name: str
     owner: int

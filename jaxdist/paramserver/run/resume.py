@@ -1,7 +1,7 @@
-"""Where a run goes on: the newest checkpoint, or what its servers wrote down after it, dealt to the servers there now.
+"""What a run resumes from: the newest checkpoint or a newer saved cut, divided among the present servers.
 
-Both hold the whole state and how many batches are trained, so neither the number of servers nor that of workers, nor
-the strategy that saved the checkpoint, has to be the present one.
+Both contain the whole state and which batches are trained. So the number of servers, the number of workers, and the
+strategy that saved the checkpoint may differ from the present ones.
 """
 
 import dataclasses
@@ -26,19 +26,19 @@ from jaxdist.spmd import mesh
 from jaxdist.spmd import state as states
 
 BEYOND = "beyond"
-"""Key of a checkpoint's data_state: batches that are trained though one before them is not (bounded and async)."""
+"""Key in the data_state of a checkpoint: batches trained although an earlier one is not (bounded and async)."""
 
 _SNAPSHOT_NAMES = "[0-9]" * 10 + "-*"
 
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Where a run begins.
+    """What a run starts from.
 
     Attributes:
-      progress: the run so far.
-      snapshot: the name of what every server loads first; empty for the first step.
-      state: the training state there; None for the first step.
+      progress: the progress of the run so far.
+      snapshot: name of the saved cut that every server loads first; empty for a new run.
+      state: the training state; None for a new run.
     """
 
     progress: stop.Progress
@@ -65,17 +65,17 @@ def begin(
     *,
     trained_with: int | None = None,
 ) -> Start:
-    """Return where the run in `directory` continues, and leave there the one snapshot the new servers load.
+    """Return what the run in `directory` starts from, and leave only the saved cut that the servers load there.
 
     Args:
-      plan: of the attempt that begins.
-      checkpointer: of the run directory.
-      directory: the processes' own.
-      trained_with: the batch size of the attempt before; None without one.
+      plan: the Plan of this attempt.
+      checkpointer: reads the checkpoints of the run directory.
+      directory: folder of the processes.
+      trained_with: batch size of the attempt before; None without one.
 
     Raises:
-      CheckpointError: the newest checkpoint is damaged or of another experiment.
-      ConfigError: it does not stand between two batches of this size.
+      CheckpointError: the newest checkpoint is damaged or belongs to another experiment.
+      ConfigError: the checkpoint is not at a boundary between two batches of the present size.
     """
     remove_remnants(directory)
     found = _from_checkpoint(plan, checkpointer)
@@ -99,12 +99,12 @@ def begin(
 
 
 def snapshots(directory: pathlib.Path) -> list[pathlib.Path]:
-    """Return the complete snapshots in `directory`, oldest first."""
+    """Return the complete saved cuts in `directory`, oldest first."""
     return sorted(path.parent for path in directory.glob(saved_cut_file("*")))
 
 
 def remove_remnants(directory: pathlib.Path) -> None:
-    """Remove what a process that died left half written; none may be running."""
+    """Remove incomplete files that processes left when they died; no process may be running."""
     for draft in [*directory.rglob("*.tmp"), *directory.rglob("*.part")]:
         draft.unlink(missing_ok=True)
     whole = set(snapshots(directory))
@@ -114,19 +114,19 @@ def remove_remnants(directory: pathlib.Path) -> None:
 
 
 def _remove_overtaken(directory: pathlib.Path, newest: pathlib.Path) -> None:
-    """Remove snapshots of earlier steps than `newest` that were never completed."""
+    """Remove incomplete saved cuts of earlier steps than `newest`."""
     for path in directory.glob(_SNAPSHOT_NAMES):
         if path.name[:10] < newest.name[:10] and not (path / "manifest").exists():
             shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_snapshots(directory: pathlib.Path, *, keep: int) -> None:
-    """Remove all snapshots but the newest `keep` that are complete and what may still become one."""
+    """Remove all saved cuts except the newest `keep` complete ones and any that may still be completed."""
     found = snapshots(directory)
     if found:
         _remove_overtaken(directory, found[-1])
     for path in found[: len(found) - keep]:
-        (path / "manifest").unlink()  # first: what is removed half-way must not look complete
+        (path / "manifest").unlink()  # first: a partly removed cut must not look complete
         shutil.rmtree(path)
 
 
@@ -142,9 +142,9 @@ def _from_checkpoint(plan: shared_plan.Plan, checkpointer: checkpoints.Checkpoin
     expected, stored = shared_plan.position(plan, low).to_json(), data_state["position"]
     if expected != stored:
         raise ConfigError(
-            f"The parameter server counts whole batches: after {low} of {plan.settings.global_batch_size} examples the "
-            f"data stand at {expected}, the checkpoint of step {progress.step} stands at {stored}. Resume with the "
-            "global_batch_size, data and order it was trained with."
+            f"The parameter server resumes only between whole batches. After {low} batches of "
+            f"{plan.settings.global_batch_size} examples the data position is {expected}; in the checkpoint of step "
+            f"{progress.step} it is {stored}. Resume with the global_batch_size, data and order of that run."
         )
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves((restored.params, restored.model_state))]
     opt_leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(restored.opt_state)]
@@ -152,7 +152,7 @@ def _from_checkpoint(plan: shared_plan.Plan, checkpointer: checkpoints.Checkpoin
 
 
 def _from_snapshots(plan: shared_plan.Plan, directory: pathlib.Path, saved: _Found | None) -> _Found | None:
-    """Return the newest intact snapshot that is newer than the checkpoint, None if there is none."""
+    """Return the newest intact saved cut that is newer than the checkpoint; None if there is none."""
     for path in reversed(snapshots(directory)):
         content = _read(path)
         if content is None:
@@ -169,14 +169,14 @@ def _from_snapshots(plan: shared_plan.Plan, directory: pathlib.Path, saved: _Fou
 
 
 def _progress(plan: shared_plan.Plan, manifest: journal.SavedCut, before: stop.Progress) -> stop.Progress:
-    """Return the progress at a snapshot: evaluations are known as of the checkpoint, steps and examples exactly."""
+    """Return the progress at a saved cut: steps and examples are exact, evaluations are those of the checkpoint."""
     progress = dataclasses.replace(before)
     progress.advance(manifest.step, examples_seen(plan, manifest.trained), plan.settings.num_examples)
     return progress
 
 
 def examples_seen(plan: shared_plan.Plan, trained: journal.Trained) -> int:
-    """Return how many examples the trained batches hold."""
+    """Return the number of examples in the trained batches."""
     place = shared_plan.position(plan, trained.step)
     ahead = sum(_batch_size(plan.settings, step) for step in trained.beyond)
     return place.epoch * plan.settings.num_examples + place.position + ahead
@@ -188,7 +188,7 @@ def _batch_size(settings: Settings, step: int) -> int:
 
 
 def _read(path: pathlib.Path) -> tuple[journal.SavedCut, list[messages.ShardState]] | None:
-    """Return a snapshot's content; None where a file of it is damaged."""
+    """Return the content of a saved cut; None if a file of it is damaged."""
     try:
         manifest: Any = encoding.decode((path / "manifest").read_bytes())
         data = [(path.parent / shard.name).read_bytes() for shard in manifest.shards]
@@ -200,8 +200,8 @@ def _read(path: pathlib.Path) -> tuple[journal.SavedCut, list[messages.ShardStat
 
 
 def _write(plan: shared_plan.Plan, found: _Found, directory: pathlib.Path) -> str:
-    """Write the snapshot that the run starts from, dealt to the servers it has; return its name."""
-    # A name of its own: the snapshot that is being read may be an earlier start from this very step.
+    """Write the saved cut that the run starts from, divided among the present servers; return its name."""
+    # The name is unique: the saved cut that was read may be an earlier start from the same step.
     name = f"{found.step:010d}-start-{time.time_ns()}"
     rows = []
     pairs = zip(plan.sharding.split(found.leaves), plan.cut().split(found.opt_leaves), strict=True)

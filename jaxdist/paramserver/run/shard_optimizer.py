@@ -1,7 +1,7 @@
 """An optax optimizer on the blocks of one server.
 
-An optimizer that clips by the global norm needs to know how much gradient other servers hold: it gets a *ghost*, one
-more element whose square is that norm's missing part, so that the norm it takes is the global one.
+An optimizer that clips by the global norm also needs the gradients of the other servers. It gets a *ghost*, one
+additional element whose square is the missing part of the squared norm, so that it computes the global norm.
 """
 
 import math
@@ -24,10 +24,10 @@ class OptaxUpdater:
     """The optimizer of one shard.
 
     Args:
-      optimizer: optax.
-      kind: what `choose_kind` returned.
-      shapes: the shape of each params block. Blocks beyond these are model state (batch statistics), which an update
-        replaces by the mean that was pushed.
+      optimizer: the optax optimizer.
+      kind: the result of `choose_kind`.
+      shapes: the shape of each block of params. Further blocks are model state (batch statistics), which an update
+        replaces by the pushed mean.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class OptaxUpdater:
         self._step = jax.jit(self._update)
 
     def init(self, params: Arrays) -> Arrays:
-        """Return the leaves of the optimizer's state."""
+        """Return the leaves of the optimizer state."""
         state = jax.jit(self._optimizer.init)(self._tree(params[: self.num_params], 0.0))
         leaves, self._structure = jax.tree.flatten(state)
         return tuple(np.asarray(leaf) for leaf in leaves)
@@ -53,7 +53,7 @@ class OptaxUpdater:
         rest = 0.0
         if self.needs_norm:
             rest = math.sqrt(max(norm_squared - sum(float(np.vdot(g, g)) for g in grads[:n]), 0.0))
-        # Left out where it is 1: one more product changes how the compiler rounds the ones around it.
+        # Left out if it is 1, because another multiplication changes how the compiler rounds those around it.
         factor = None if scale == 1.0 else np.float32(scale)
         updated, leaves = self._step(params[:n], opt_state, self._tree(grads[:n], rest), factor, np.int32(step))
         return (*map(np.asarray, updated), *grads[n:]), tuple(map(np.asarray, leaves))

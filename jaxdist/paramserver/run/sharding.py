@@ -1,8 +1,8 @@
-"""Which server holds which part of the params: leaves cut into contiguous blocks, dealt out largest first.
+"""Which server holds which part of the params: leaves are divided into contiguous blocks, assigned largest first.
 
-A block is a range of one leaf, flattened in C order. Blocks have at most `block_bytes`, so one block is one piece of a
-message, and no server holds more than one block's worth above another: each block goes to the lightest server
-(Graham's longest-processing-time rule), which bounds the difference by the largest block.
+A block is a range of one leaf, flattened in C order. Blocks have at most `block_bytes`, so that one block is one piece
+of a message. Each block goes to the server that holds the fewest bytes so far (the longest-processing-time rule of
+Graham), so the sizes of two servers differ by at most the largest block.
 """
 
 import heapq
@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 BLOCK_BYTES = 2 << 20
-"""A block that fits a frame of the wire is not put together again where it arrives."""
+"""A block of this size fits into one frame, so the receiver need not copy it together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Sharding:
-    """The blocks of each server and the leaves they were cut from; the same on every process of a run."""
+    """The blocks of each server and the leaves that they belong to; the same in every process of a run."""
 
     shards: tuple[tuple[Block, ...], ...]
     shapes: tuple[tuple[int, ...], ...]
@@ -37,26 +37,26 @@ class Sharding:
     whole_leaves: bool = False
 
     def shape(self, block: Block) -> tuple[int, ...]:
-        """Return a block's shape for the optimizer: its leaf's, or that of a piece with its leaf's rank.
+        """Return the shape of a block for the optimizer: a whole leaf's shape, or one with the rank of its leaf.
 
-        The rank is what masks for weight decay look at.
+        Masks for weight decay look at the rank.
         """
         shape = self.shapes[block.leaf]
         return shape if self.whole_leaves or not shape else (block.stop - block.start,) + (1,) * (len(shape) - 1)
 
     @property
     def num_bytes(self) -> tuple[int, ...]:
-        """Bytes each server holds."""
+        """The number of bytes that each server holds."""
         return tuple(sum(_bytes(block, self.dtypes) for block in shard) for shard in self.shards)
 
     def split(self, leaves: Sequence[np.ndarray]) -> tuple[tuple[np.ndarray, ...], ...]:
-        """Return each server's blocks of `leaves` as 1-d arrays, views where the leaf is contiguous."""
+        """Return the blocks of `leaves` for each server as 1-d arrays; they are views if the leaf is contiguous."""
         self._check(leaves)
         flat = [np.ascontiguousarray(leaf).reshape(-1) for leaf in leaves]
         return tuple(tuple(flat[b.leaf][b.start : b.stop] for b in shard) for shard in self.shards)
 
     def join(self, shards: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
-        """Return the leaves whose blocks `split` gave as `shards`, in freshly allocated arrays."""
+        """Return the leaves whose blocks are `shards`, in new arrays; the inverse of `split`."""
         leaves = [np.empty(shape, dtype) for shape, dtype in zip(self.shapes, self.dtypes, strict=True)]
         flat = [leaf.reshape(-1) for leaf in leaves]
         for blocks, pieces in zip(self.shards, shards, strict=True):
@@ -70,9 +70,9 @@ class Sharding:
         if got != want:
             wrong = next((i for i, pair in enumerate(zip(got, want)) if pair[0] != pair[1]), min(len(got), len(want)))
             raise ValueError(
-                f"These leaves are not the ones that were sharded: leaf {wrong} of {len(got)} is "
+                f"The leaves must be those that the sharding was made for: leaf {wrong} of {len(got)} is "
                 f"{got[wrong] if wrong < len(got) else 'missing'}, expected "
-                f"{want[wrong] if wrong < len(want) else 'none'}; pass a tree with the params' structure."
+                f"{want[wrong] if wrong < len(want) else 'none'}. Pass a tree with the structure of the params."
             )
 
 
@@ -81,7 +81,7 @@ def _bytes(block: Block, dtypes: Sequence[np.dtype]) -> int:
 
 
 def _cut(leaf: int, shape: tuple[int, ...], itemsize: int, block_bytes: int) -> list[Block]:
-    """Cut one leaf, between rows where a row fits into a block (so that a push of some rows stays rows)."""
+    """Divide one leaf; between rows if a row fits into a block, so that a row-sparse push stays row-sparse."""
     size = int(np.prod(shape, dtype=np.int64))
     row = int(np.prod(shape[1:], dtype=np.int64)) if len(shape) > 1 else 1
     capacity = max(1, block_bytes // itemsize)
@@ -93,15 +93,17 @@ def _cut(leaf: int, shape: tuple[int, ...], itemsize: int, block_bytes: int) -> 
 def make_sharding(
     params: Any, *, num_servers: int, block_bytes: int = BLOCK_BYTES, whole_leaves: bool = False
 ) -> Sharding:
-    """Return how the leaves of `params` (arrays or ShapeDtypeStructs, in tree order) are spread over the servers.
+    """Return how the leaves of `params` (arrays or ShapeDtypeStructs, in tree order) are distributed over the servers.
 
-    With `whole_leaves` no leaf is cut, for optimizers that need all of a leaf.
+    With `whole_leaves` no leaf is divided, for optimizers that need the whole leaf.
 
     Raises:
-      ValueError: no server, a block size below one byte, or fewer blocks than servers.
+      ValueError: there is no server, the block size is below one byte, or there are fewer blocks than servers.
     """
     if num_servers < 1 or block_bytes < 1:
-        raise ValueError(f"A sharding needs at least 1 server and 1 byte a block; got {num_servers} and {block_bytes}.")
+        raise ValueError(
+            f"A sharding needs at least 1 server and 1 byte per block; got {num_servers} and {block_bytes}."
+        )
     leaves = jax.tree.leaves(params)
     shapes = tuple(tuple(leaf.shape) for leaf in leaves)
     dtypes = tuple(np.dtype(leaf.dtype) for leaf in leaves)

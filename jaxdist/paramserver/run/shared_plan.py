@@ -1,7 +1,7 @@
-"""An experiment put together for the parameter server: the Plan that every process of a run makes for itself.
+"""The Plan of a run: everything that its processes derive from the experiment, the same in each of them.
 
-What is trained is the pair (params, model_state) as one list of leaves. Params move by the optimizer; model_state, the
-statistics a model keeps, is averaged over the examples of a step and replaced.
+The trained values are the pair (params, model_state) as one list of leaves. The optimizer updates the params;
+model_state, the statistics that a model keeps, is replaced by its mean over the examples of a step.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ NO_LIMIT = 1 << 40
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """An experiment put together for the parameter server; every process of a run makes the same one."""
+    """What the processes of a run derive from the experiment; every process makes the same Plan."""
 
     experiment: Experiment
     settings: Settings
@@ -48,11 +48,11 @@ class Plan:
     ranks: tuple[int, ...]
 
     def run_keys(self) -> keys.RunKeys:
-        """Return the keys that the experiment's seed gives."""
+        """Return the keys made from the seed of the experiment."""
         return keys.run_keys(keys.from_seed(self.experiment.seed))
 
     def cut(self) -> OptimizerCut:
-        """Return how the optimizer's state is cut into those of the shards."""
+        """Return how the optimizer state is divided among the shards."""
         return OptimizerCut(self.optimizer, self.sharding, self.num_params, needs_norm(self.kind))
 
     def resharded(self, num_servers: int) -> "Plan":
@@ -70,16 +70,16 @@ def make_plan(
 
     Args:
       experiment: what to train.
-      chosen: its settings under `ps.`.
-      kind: how the optimizer can run on shards, where that is known already; None has it chosen.
-      fingerprint: of the training data, where it is known already.
+      chosen: the settings under `ps.`.
+      kind: how the optimizer runs on shards, if known; None chooses it.
+      fingerprint: fingerprint of the training data, if known.
 
     Raises:
-      ValueError: settings that contradict each other, or that the parameter server cannot keep.
+      ValueError: the settings contradict each other, or the parameter server does not support them.
     """
     components.check_experiment(experiment)
     if experiment.precision == "float16":
-        raise ConfigError("the parameter server does not scale losses; use precision=bfloat16 or float32")
+        raise ConfigError("The parameter server does not scale losses, got precision=float16. Use bfloat16 or float32.")
     loader = components.make_loader(experiment, fingerprint=fingerprint)
     functions = components.make_functions(experiment, components.example_batch(loader))
     known_end = components.known_ends(experiment, loader.steps_per_epoch)
@@ -113,7 +113,7 @@ def make_plan(
         _ranks(params),
     )
     _check_order(plan)
-    plan.cut()  # refuses what cannot be cut
+    plan.cut()  # raises if the state cannot be divided
     return plan
 
 
@@ -126,13 +126,13 @@ def _choose_kind(optimizer: Any, leaves: Sequence[jax.ShapeDtypeStruct], num_par
 
 
 def _ranks(params: Any) -> tuple[int, ...]:
-    """Return each param's number of dims, 1 for one that does not decay: a shard's optimizer sees no names."""
+    """Return the number of dims of each param, 1 if it has no weight decay: the optimizer of a shard sees no names."""
     leaves = [(path_name(path), leaf.ndim) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
     return tuple(ndim if ndim < 2 or optimizers.decays(name, ndim) else 1 for name, ndim in leaves)
 
 
 def _shape_by_rank(shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
-    """Return the shape of a block, flat if the rank of its leaf says that it does not decay."""
+    """Return the shape of a block, with one dim if its leaf has no weight decay."""
     return (math.prod(shape),) if rank == 1 < len(shape) else shape
 
 
@@ -140,27 +140,27 @@ def _check_counters(model_state: Any) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(model_state):
         if not np.issubdtype(leaf.dtype, np.floating):
             raise ConfigError(
-                f"The parameter server averages floating statistics only; {path_name(path)} of the model is "
-                f"{leaf.dtype}. Use another strategy, or make it floating."
+                f"The parameter server averages only floating-point statistics; {path_name(path)} of the model is "
+                f"{leaf.dtype}. Use another strategy, or a floating-point dtype."
             )
 
 
 def _check_order(plan: Plan) -> None:
     if plan.loader.steps_per_epoch != plan.settings.steps_per_epoch:
         raise ConfigError(
-            f"the parameter server leases every example of an epoch, {plan.settings.steps_per_epoch} batches; this "
-            f"order has {plan.loader.steps_per_epoch}. Use an order that shows each example once"
+            "The parameter server needs an order that contains each example once per epoch, which gives "
+            f"{plan.settings.steps_per_epoch} batches; this order has {plan.loader.steps_per_epoch}. Use another order."
         )
 
 
 def rows_of_a_slice(plan: Plan, num_devices: int) -> int:
-    """Return how many rows a worker computes at once: those of the largest slice, padded to its devices."""
+    """Return the number of rows that a worker computes at once: the largest slice, padded to its devices."""
     rows = -(-plan.experiment.global_batch_size // plan.settings.num_slices)
     return -(-rows // num_devices) * num_devices
 
 
 def check_microbatches(plan: Plan, num_devices: int) -> None:
-    """Raise ConfigError unless a worker with so many devices can divide its slice into the microbatches."""
+    """Raise ConfigError unless a worker with `num_devices` devices can divide its slice into the microbatches."""
     rows, parts = rows_of_a_slice(plan, num_devices), plan.experiment.num_microbatches
     if rows % parts:
         raise ConfigError(
@@ -170,7 +170,7 @@ def check_microbatches(plan: Plan, num_devices: int) -> None:
 
 
 def _read_periods(experiment: Experiment, steps_per_epoch: int) -> tuple[int, ...]:
-    """Return how often the params are looked at: for checkpoints, and for evaluations."""
+    """Return the periods, in steps, of checkpoints and of evaluations."""
     saves, every = experiment.checkpoints.every_steps, experiment.eval
     if experiment.data.eval is None:
         return (saves,)
@@ -178,7 +178,7 @@ def _read_periods(experiment: Experiment, steps_per_epoch: int) -> tuple[int, ..
 
 
 def initial_leaves(plan: Plan) -> list[np.ndarray]:
-    """Return the leaves before the first step, the same that `state.create_state` makes from this seed."""
+    """Return the leaves before the first step, equal to those of `state.create_state` for the same seed."""
     make_initial = jax.jit(functools.partial(initial_state, plan.functions.init_fn))
     return [np.asarray(leaf) for leaf in jax.tree.leaves(make_initial(plan.run_keys().init))]
 
@@ -197,7 +197,7 @@ def make_shard(plan: Plan, number: int) -> Shard:
 
 
 def position(plan: Plan, step: int) -> data.Position:
-    """Return where the data stand after `step` batches."""
+    """Return the position in the data after `step` batches."""
     epoch, within = divmod(step, plan.settings.steps_per_epoch)
     if step and not within:  # the end of an epoch, not the beginning of the next
         epoch, within = epoch - 1, plan.settings.steps_per_epoch

@@ -1,4 +1,4 @@
-"""A parameter-server run from its settings to its record: checks, resumes, starts the processes, watches them."""
+"""Runs training by parameter server: checks the settings, resumes, starts the processes and watches them."""
 
 import contextlib
 import dataclasses
@@ -29,14 +29,14 @@ class Options:
 
     Attributes:
       experiment: path of the experiment file.
-      run_dir: where everything goes.
-      assignments: overrides of the experiment, `ps.` ones among them.
-      resume: go on from the newest checkpoint in `run_dir`.
-      devices: devices of each worker.
-      silent: show nothing.
-      command: for the run record.
-      stop_requested: asked often; True ends the run as preempted.
-      identity: of the experiment, where it is known already; taking it may look at every file of the data.
+      run_dir: the run directory.
+      assignments: overrides of the experiment, including settings under `ps.`.
+      resume: whether to continue from the newest checkpoint in `run_dir`.
+      devices: number of devices of each worker.
+      silent: whether to show nothing.
+      command: the command line, for the run record.
+      stop_requested: called often; True ends the run as preempted.
+      identity: identity of the experiment, if known; computing it may read every file of the data.
     """
 
     experiment: str
@@ -51,11 +51,11 @@ class Options:
 
 
 def train(options: Options) -> record.RunRecord:
-    """Train by parameter server until the stop rule ends it; return the run record, which is written too.
+    """Train by parameter server until the stop rule ends the run; write and return the run record.
 
     Raises:
-      UserError: settings that cannot work, a run directory that cannot be used, a checkpoint that is damaged.
-      RunFailedError: a process that dies again and again, or a loss that the chosen durability cannot make good.
+      UserError: the settings are invalid, the run directory cannot be used, or the checkpoint is damaged.
+      RunFailedError: a process dies repeatedly, or state was lost that the chosen durability does not protect.
     """
     with contextlib.ExitStack() as stack:
         with errors.as_user_error():
@@ -95,13 +95,13 @@ def train(options: Options) -> record.RunRecord:
 
 
 def _place(options: Options, plan: shared_plan.Plan, directory: pathlib.Path) -> tuple[Crew, dict[str, str], Security]:
-    """Return the crew that keeps the processes, their addresses, and how they authenticate to each other."""
-    chosen, names = plan.experiment.ps, part_names(plan)
+    """Return the crew that keeps the processes running, their addresses, and how they authenticate to each other."""
+    chosen, names = plan.experiment.ps, process_names(plan)
     security = machines.security_of(chosen.hosts)
     if chosen.engine == "ray":
-        # What the actors find in their environment is that of the cluster, not of this process.
-        told = {name: os.environ[name] for name in (faults.FAULTS,) if name in os.environ}
-        cluster = RayCrew(names, directory, {TOKEN: security.token, **told}, devices=options.devices)
+        # Actors have the environment variables of the cluster, not those of this process.
+        environment = {name: os.environ[name] for name in (faults.FAULTS,) if name in os.environ}
+        cluster = RayCrew(names, directory, {TOKEN: security.token, **environment}, devices=options.devices)
         return cluster, {**cluster.peers, **_local_ports([run_folder.OBSERVER])}, security
     if chosen.hosts:
         machines.check(chosen.hosts, names)
@@ -123,7 +123,7 @@ def _local_ports(names: Sequence[str]) -> dict[str, str]:
 def _write_spec(
     options: Options, plan: shared_plan.Plan, start: resume.Start, directory: pathlib.Path, peers: dict[str, str]
 ) -> run_folder.Spec:
-    """Remove what belongs to an earlier attempt only; write and return what every process must know."""
+    """Remove the files of an earlier attempt; write and return the Spec of this one."""
     for name in (run_folder.LOG_NAME, run_folder.CUT_NAME, run_folder.STEPS_NAME, run_folder.SPEC_NAME):
         (directory / name).unlink(missing_ok=True)
     for name in (run_folder.STATISTICS_NAME, run_folder.NONFINITE_NAME, run_folder.SILENT_NAME):
@@ -143,8 +143,8 @@ def _write_spec(
     return spec
 
 
-def part_names(plan: shared_plan.Plan) -> list[str]:
-    """Return the names of all processes of a run, the observer apart."""
+def process_names(plan: shared_plan.Plan) -> list[str]:
+    """Return the names of all processes of a run, except the observer."""
     workers = [worker_name(number) for number in range(plan.settings.workers)]
     return [SCHEDULER, *succession.server_names(plan.settings), *workers]
 

@@ -1,8 +1,8 @@
-"""An optimizer's state as a whole, which is what checkpoints hold, and as the states of server shards.
+"""Converts between the whole state of an optimizer, as in checkpoints, and the states on the shards of servers.
 
-A shard's state is that of its blocks, a whole one that of the leaves. Both are laid out here with a marked tuple in
-place of the params, so that the places where an optimizer keeps one array for each param stand out; what stands
-elsewhere (a count of steps) is the same on every shard.
+The state of a shard belongs to its blocks, the whole state to the leaves. Here both are built with a marked tuple in
+place of the params, which shows where an optimizer keeps one array for each param; everything else, for example a
+count of steps, is the same on every shard.
 """
 
 from collections.abc import Sequence
@@ -19,16 +19,16 @@ from jaxdist.paramserver.run.sharding import Block, Sharding
 
 @dataclass(frozen=True)
 class OptimizerCut:
-    """How an optimizer's state is cut into those of the shards.
+    """How the state of an optimizer is divided among the shards.
 
     Attributes:
-      optimizer: optax.
-      sharding: of the params and, after them, the model state.
-      num_params: how many of the leaves are params.
-      ghost: whether each shard holds one element more (see `shard_optimizer`).
+      optimizer: the optax optimizer.
+      sharding: sharding of the params, followed by the model state.
+      num_params: number of leaves that are params.
+      ghost: whether each shard has one additional element (see `shard_optimizer`).
 
     Raises:
-      ValueError: the optimizer keeps something for each param that is not shaped like it.
+      ValueError: the optimizer keeps an array for each param that does not have the shape of the param.
     """
 
     optimizer: optax.GradientTransformation
@@ -42,13 +42,13 @@ class OptimizerCut:
             for kept, param in zip(part.items, params) if isinstance(part, Marked) else ():
                 if _is_array(kept) and kept.shape != param.shape and not self.sharding.whole_leaves:
                     raise ValueError(
-                        "The parameter server cuts the optimizer's state as it cuts the params. This optimizer keeps "
-                        f"an array of shape {kept.shape} for a param of shape {param.shape}. Use one whose state has "
-                        "the params' shapes, or another strategy."
+                        "The parameter server divides the optimizer state in the same way as the params. This "
+                        f"optimizer keeps an array of shape {kept.shape} for a param of shape {param.shape}. Use one "
+                        "whose state has the shapes of the params, or another strategy."
                     )
 
     def join(self, states: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
-        """Return the leaves of the whole state, given those of each shard's."""
+        """Return the leaves of the whole state, given the leaves of the state of each shard."""
         parts, structure = _parts(self._state(self._params()))
         shards = [
             _parts(jax.tree.unflatten(jax.tree.structure(self._state(self._blocks(shard))), leaves))[0]
@@ -71,7 +71,7 @@ class OptimizerCut:
         return Marked(whole)
 
     def split(self, leaves: Sequence[np.ndarray]) -> list[tuple[np.ndarray, ...]]:
-        """Return the leaves of each shard's state, given those of the whole."""
+        """Return the leaves of the state of each shard, given the leaves of the whole state."""
         structure = jax.tree.structure(self._state(self._params()))
         parts, _ = _parts(jax.tree.unflatten(structure, leaves))
         ghosts, _ = _parts(self.optimizer.init(Marked([np.zeros(GHOST_SHAPE, np.float32)] if self.ghost else [])))
@@ -87,7 +87,7 @@ class OptimizerCut:
         return tuple(np.asarray(leaf) for leaf in jax.tree.leaves(made))
 
     def _cut(self, kept: Any, block: Block) -> Any:
-        """Return the block's part of what is kept for a param; nothing where nothing is kept."""
+        """Return the part of the block of what is kept for a param; what is not an array is returned unchanged."""
         if self.sharding.whole_leaves or not _is_array(kept):
             return kept
         return np.reshape(kept, -1)[block.start : block.stop].reshape(self.sharding.shape(block))

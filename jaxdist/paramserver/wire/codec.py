@@ -1,7 +1,7 @@
-"""How a value of an annotated type is written and read: numbers and names in a head, arrays beside it.
+"""The encoding of values by their annotated types: numbers and names go into a head, array data beside it.
 
-The dataclasses' own annotations drive it, so a message's fields are declared once. Nothing is ever unpickled: a reader
-knows beforehand which types come, and refuses whatever does not fit.
+The annotations of the dataclasses drive it, so the fields of a message are declared once. Nothing is unpickled: the
+reader knows the expected types, and refuses bytes that do not match them.
 """
 
 import dataclasses
@@ -29,13 +29,13 @@ Buffer = bytes | memoryview
 
 
 class EncodingError(ValueError):
-    """Bytes that are not a message of ours, or a value that cannot be one."""
+    """The bytes are not a valid message, or the value cannot be encoded as one."""
 
 
 class Stream:
-    """Reads a message from front to back as its blocks arrive, without joining what lies in one block.
+    """Reads a message from start to end as its blocks arrive, without copying bytes that are in one block.
 
-    `left` is how many of its bytes are still to come; the reader sets it once it is known.
+    `left` is the number of its bytes that are still to come; the reader sets it once it is known.
     """
 
     def __init__(self, blocks: Iterable[Buffer], left: int) -> None:
@@ -45,9 +45,9 @@ class Stream:
         self.left = left
 
     def pieces(self, count: int) -> Iterator[Buffer]:
-        """Yield the next `count` bytes as they lie in their blocks; whole blocks as the objects they are."""
+        """Yield the next `count` bytes as parts of their blocks; a whole block is yielded as the same object."""
         if count > self.left:
-            raise EncodingError(f"{count} bytes were declared, {self.left} follow")
+            raise EncodingError(f"A message declares {count} more bytes, but only {self.left} are left.")
         self.left -= count
         while count:
             block = self._current()
@@ -57,28 +57,28 @@ class Stream:
             yield part
 
     def _current(self) -> Buffer:
-        """Return the block that the next byte is in."""
+        """Return the block that contains the next byte."""
         while self._at == len(self._block):
             block = next(self._blocks, None)
             if block is None:
-                raise EncodingError(f"a message ends before the {self.left} bytes and more that are missing")
+                raise EncodingError(f"A message ends early: more than {self.left} bytes are missing.")
             self._block, self._at = block, 0
         return self._block
 
     def take(self, count: int) -> Buffer:
-        """Return the next `count` bytes in one piece."""
+        """Return the next `count` bytes as one object."""
         pieces = list(self.pieces(count))
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def is_at_end(self) -> bool:
-        """Return True when neither this message nor its blocks go on."""
+        """Return whether the message and its blocks have been read completely."""
         return not self.left and self._at == len(self._block) and not any(map(len, self._blocks))
 
 
 class Reader:
-    """Reads a head from front to back; arrays come from `arrays`, the bytes that followed it.
+    """Reads a head from start to end; array data comes from `arrays`, the bytes after the head.
 
-    `checksums` collects what each array's bytes give: what they were sent with is known only after the last of them.
+    `checksums` collects the checksum of each array as read; the expected ones follow after the last array.
     """
 
     def __init__(self, head: Buffer, arrays: Stream) -> None:
@@ -86,9 +86,9 @@ class Reader:
         self.checksums: list[int] = []
 
     def take(self, count: int) -> memoryview:
-        """Return the next bytes of the head."""
+        """Return the next `count` bytes of the head."""
         if count > len(self.head):
-            raise EncodingError(f"a message's head ends {count - len(self.head)} bytes too early")
+            raise EncodingError(f"The head of a message ends {count - len(self.head)} bytes too early.")
         part, self.head = self.head[:count], self.head[count:]
         return part
 
@@ -98,7 +98,7 @@ class Reader:
 
 
 class Writer:
-    """Collects a head, and beside it the arrays' own memory, which is not copied."""
+    """Collects the head of a message, and views of the memory of its arrays, which is not copied."""
 
     def __init__(self) -> None:
         self.head = bytearray()
@@ -111,16 +111,16 @@ _INT, _FLOAT, _BYTE, _LENGTH = struct.Struct("<q"), struct.Struct("<d"), struct.
 
 
 def checksum(pieces: Iterable[Buffer], value: int = 0) -> int:
-    """Return the CRC-32C of what `value` is the CRC-32C of, followed by `pieces`."""
+    """Return the CRC-32C of `pieces`, appended to data whose CRC-32C is `value`."""
     for piece in pieces:
-        # The package takes nothing but a bytes object, and has the processor's own instruction do the work.
+        # The package accepts only bytes objects; it computes the checksum with a CPU instruction.
         value = _crc32c.extend(value, piece if isinstance(piece, bytes) else bytes(piece))
     return value
 
 
 def _dtype(name: str) -> np.dtype:
     if name not in DTYPES:
-        raise EncodingError(f"dtype {name!r} does not travel; one of {', '.join(DTYPES)} does")
+        raise EncodingError(f"Arrays of dtype {name!r} cannot be sent. Use one of {', '.join(DTYPES)}.")
     if name == "bfloat16":
         return np.dtype(ml_dtypes.bfloat16)
     return np.dtype(name).newbyteorder("<")
@@ -148,10 +148,10 @@ def _read_array(reader: Reader) -> np.ndarray:
     count = dtype.itemsize
     for size in shape:
         if not 0 <= size <= MAX_ARRAY_BYTES:
-            raise EncodingError(f"an array of shape {shape} was declared")
+            raise EncodingError(f"A message declares an array of the invalid shape {shape}.")
         count *= size
     pieces, value = [], 0
-    for piece in reader.arrays.pieces(count):  # while the next one is on its way
+    for piece in reader.arrays.pieces(count):  # each is hashed while the next one arrives
         value = checksum([piece], value)
         pieces.append(piece)
     reader.checksums.append(value)
@@ -175,7 +175,7 @@ def _read_str(reader: Reader) -> str:
     try:
         return _read_bytes(reader).decode()
     except UnicodeDecodeError as error:
-        raise EncodingError("a name in a message is not UTF-8") from error
+        raise EncodingError("A string in a message is not valid UTF-8.") from error
 
 
 def _scalar(layout: struct.Struct, kind: type) -> tuple[Write, Read]:
@@ -206,7 +206,9 @@ def _many(item: Any) -> tuple[Write, Read]:
     def read(reader: Reader) -> tuple[Any, ...]:
         (count,) = reader.unpack(_LENGTH)
         if count > len(reader.head):
-            raise EncodingError(f"a list of {count} items was declared in {len(reader.head)} bytes")
+            raise EncodingError(
+                f"A message declares a list of {count} items, but only {len(reader.head)} bytes are left."
+            )
         return tuple(read_item(reader) for _ in range(count))
 
     return write, read
@@ -231,12 +233,14 @@ def _one_of(options: tuple[Any, ...]) -> tuple[Write, Read]:
                 writer.head += _BYTE.pack(tag)
                 write_option(writer, value)
                 return
-        raise EncodingError(f"{type(value).__name__} does not fit here")
+        raise EncodingError(
+            f"Expected one of {', '.join(option.__name__ for option in options)}, got {type(value).__name__}."
+        )
 
     def read(reader: Reader) -> Any:
         (tag,) = reader.unpack(_BYTE)
         if tag >= len(codecs):
-            raise EncodingError(f"an unknown alternative, {tag}")
+            raise EncodingError(f"A message contains the unknown type number {tag}; there are {len(codecs)} types.")
         return codecs[tag][1](reader)
 
     return write, read
@@ -271,4 +275,4 @@ def codec(kind: Any) -> tuple[Write, Read]:
         return _many(items[0]) if items[-1] is Ellipsis else _fixed(items)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         return _record(kind)
-    raise TypeError(f"no encoding for {kind}")
+    raise TypeError(f"Values of type {kind} cannot be encoded.")

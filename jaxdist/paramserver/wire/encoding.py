@@ -1,8 +1,9 @@
-"""Messages as bytes: blocks for the wire and for files, frames for a log.
+"""Messages as bytes: blocks for the network and for files, frames for a log.
 
-A message is a *prefix*, a *head* (its numbers and names, and dtype and shape of each array), the arrays' bytes, and
-their CRC-32Cs. It is written as blocks of at most 2 MiB: a large array begins a block of its own, so that a reader can
-take it as it lies, small ones share. The head has a checksum of its own; a reader refuses whatever does not match.
+A message consists of a *prefix*, a *head* (its numbers and names, and the dtype and shape of each array), the bytes of
+the arrays, and their CRC-32Cs. It is written as blocks of at most 2 MiB. A large array begins a new block, so that a
+reader can use it without a copy; small arrays share blocks. The head has its own checksum. A reader refuses a message
+whose checksums do not match.
 """
 
 import struct
@@ -14,7 +15,7 @@ from jaxdist.paramserver.protocol import journal, messages
 from jaxdist.paramserver.wire.codec import Buffer, EncodingError, Reader, Stream, Writer, checksum, codec
 
 FRAME_BYTES = 2 << 20
-"""Twice as much, and an eighth, were slower in benchmarks/parameter_server.py; half as much was no better."""
+"""Twice this size and an eighth of it were slower in benchmarks/parameter_server.py; half of it was not faster."""
 SMALL_BYTES = 64 << 10
 MAGIC = b"jxd2"
 _FRAME = struct.Struct("<4sII")
@@ -72,7 +73,7 @@ _NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
 
 
 class Encoded:
-    """A message on its way out. Iterating gives its blocks; until then the arrays' memory is not copied."""
+    """An encoded message. Iterating yields its blocks; the memory of the arrays is not copied before that."""
 
     def __init__(self, writer: Writer, *, block_bytes: int) -> None:
         head = bytes(writer.head)
@@ -82,7 +83,7 @@ class Encoded:
         self.num_bytes = len(self._start) + size + _CHECKSUM.size * len(writer.arrays)
 
     def is_same(self, other: "Encoded") -> bool:
-        """Return whether both are one message that is sent twice: what it says of itself (numbers, names) is equal."""
+        """Return whether both are the same message, sent twice: their heads are equal."""
         return self._start == other._start
 
     def __iter__(self) -> Iterator[bytes]:
@@ -111,13 +112,13 @@ class Encoded:
 
 
 def encode(message: messages.Message, *, block_bytes: int = FRAME_BYTES) -> Encoded:
-    """Return `message` as blocks, each made when it is asked for.
+    """Return `message` as blocks, each of which is made when it is needed.
 
     Raises:
-      EncodingError: the message, or a dtype in it, is not one that travels.
+      EncodingError: the message has no number in KINDS, or an array in it has a dtype that cannot be sent.
     """
     if type(message) not in _NUMBERS:
-        raise EncodingError(f"{type(message).__name__} is not a message that travels")
+        raise EncodingError(f"Messages of type {type(message).__name__} cannot be sent.")
     writer = Writer()
     writer.head.append(_NUMBERS[type(message)])
     codec(KINDS[_NUMBERS[type(message)]])[0](writer, message)
@@ -125,62 +126,64 @@ def encode(message: messages.Message, *, block_bytes: int = FRAME_BYTES) -> Enco
 
 
 def declared_bytes(start: Buffer) -> int:
-    """Return how many bytes the message has that begins with `start`; raises EncodingError where that is none."""
+    """Return the length in bytes of the message that begins with `start`; raises EncodingError if it is invalid."""
     if len(start) < _PREFIX.size:
-        raise EncodingError(f"{len(start)} bytes are too few for a message")
+        raise EncodingError(f"A message has at least {_PREFIX.size} bytes, got {len(start)}.")
     magic, head_size, _, size, num_arrays = _PREFIX.unpack(start[: _PREFIX.size])
     if magic != MAGIC:
-        raise EncodingError(f"a message begins with {MAGIC!r}, not with {magic!r}")
+        raise EncodingError(f"A message must begin with {MAGIC!r}, got {magic!r}.")
     return _PREFIX.size + head_size + size + _CHECKSUM.size * num_arrays
 
 
 def decode(data: Buffer | Iterable[Buffer]) -> Any:
-    """Return the message that `encode` gave as the block or blocks `data`, however they were cut since.
+    """Return the message in `data`: the blocks that `encode` made, or the same bytes divided differently.
 
-    Each block is read, and its checksum taken, before the next is asked for. Arrays that lie in one are views of it.
+    Each block is read and added to the checksum before the next is requested. An array in one block is a view of it.
 
     Raises:
-      EncodingError: anything does not fit: lengths, types, dtypes, shapes or checksums.
+      EncodingError: lengths, types, dtypes, shapes or checksums are not valid.
     """
     stream = Stream([data] if isinstance(data, Buffer) else data, _PREFIX.size)
     prefix = stream.take(_PREFIX.size)
     stream.left = declared_bytes(prefix) - _PREFIX.size
     _, head_size, head_checksum, _, num_arrays = _PREFIX.unpack(prefix)
     if not head_size:
-        raise EncodingError("a message without a head arrived")
+        raise EncodingError("A message has an empty head.")
     head = stream.take(head_size)
     if zlib.crc32(head) != head_checksum:
-        raise EncodingError("a message's head arrived with another checksum")
+        raise EncodingError("The head of a message is damaged: its checksum differs.")
     return _read(head, stream, num_arrays)
 
 
 def _read(head: Buffer, stream: Stream, num_arrays: int) -> Any:
     number, reader = head[0], Reader(memoryview(head)[1:], stream)
     if number >= len(KINDS):
-        raise EncodingError(f"there is no message number {number}")
+        raise EncodingError(f"A message has the unknown number {number}. It was sent by another version of jaxdist.")
     message = codec(KINDS[number])[1](reader)
     if len(reader.head) or len(reader.checksums) != num_arrays or stream.left != _CHECKSUM.size * num_arrays:
-        raise EncodingError(f"a {KINDS[number].__name__} does not fill the bytes that were declared")
+        raise EncodingError(f"A {KINDS[number].__name__} message is shorter than its declared length.")
     for place, value in enumerate(reader.checksums):
         if _CHECKSUM.unpack(stream.take(_CHECKSUM.size))[0] != value:
-            raise EncodingError(f"array {place} of a {KINDS[number].__name__} arrived with another checksum")
+            raise EncodingError(
+                f"Array {place} of a {KINDS[number].__name__} message is damaged: its checksum differs."
+            )
     if not stream.is_at_end():
-        raise EncodingError(f"more than the bytes that were declared arrive with a {KINDS[number].__name__}")
+        raise EncodingError(f"A {KINDS[number].__name__} message is longer than its declared length.")
     return message
 
 
 def to_bytes(message: messages.Message) -> bytes:
-    """Return `message` as one string of bytes."""
+    """Return `message` as one bytes object."""
     return b"".join(encode(message))
 
 
 def frame(payload: Buffer) -> bytes:
-    """Return `payload` behind a header with its length and CRC-32: a record of a log."""
+    """Return `payload` after a header with its length and CRC-32: one record of a log."""
     return b"".join((_FRAME.pack(MAGIC, len(payload), zlib.crc32(payload)), payload))
 
 
 def unframe(data: Buffer) -> Iterator[memoryview]:
-    """Yield the payloads of the frames in `data` up to the first that is torn or damaged."""
+    """Yield the payloads of the frames in `data` up to the first frame that is incomplete or damaged."""
     view = memoryview(data)
     while len(view) >= _FRAME.size:
         magic, size, checksum = _FRAME.unpack(view[: _FRAME.size])

@@ -1,4 +1,4 @@
-"""How the processes of a run prove that they belong together: a shared token, mutual TLS, or the loopback address."""
+"""How the processes of a run authenticate to each other: a shared token, mutual TLS, or the loopback address."""
 
 import hmac
 import ipaddress
@@ -8,20 +8,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 TOKEN = "JAXDIST_PS_TOKEN"
-"""Environment variable with the run's secret, so that it is in no file and on no command line."""
+"""Environment variable with the secret of the run; it is not stored in a file or given on a command line."""
 CERTIFICATE, KEY, ROOT = "JAXDIST_PS_CERTIFICATE", "JAXDIST_PS_KEY", "JAXDIST_PS_ROOT"
 """Environment variables with the paths of the PEM files for mutual TLS."""
 
 
 @dataclass(frozen=True)
 class Security:
-    """How processes prove to each other that they belong together.
+    """How processes authenticate to each other.
 
     Attributes:
-      token: a secret all processes of a run share; sent with every call.
+      token: secret that all processes of a run share; sent with every call.
       certificate: PEM chain of this process, for mutual TLS together with `key` and `root`.
-      key: its PEM private key.
-      root: the PEM certificate that signed every process's.
+      key: PEM private key of this process.
+      root: PEM certificate that signed the certificates of all processes.
     """
 
     token: str = ""
@@ -31,36 +31,38 @@ class Security:
 
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> "Security":
-        """Return what `environment` says: a token itself, or the three files' paths; see TOKEN and CERTIFICATE."""
+        """Return the settings in `environment`: a token, or the paths of three files; see TOKEN and CERTIFICATE."""
         paths = [environment.get(name, "") for name in (CERTIFICATE, KEY, ROOT)]
         return cls(environment.get(TOKEN, ""), *(pathlib.Path(path).read_bytes() if path else b"" for path in paths))
 
     def for_attempt(self, attempt: str) -> "Security":
-        """Return these with a token of their own for one attempt, which refuses processes left over from another.
+        """Return a copy with a token for one attempt only, so that processes of an earlier attempt are refused.
 
-        Terms and incarnations begin anew with every attempt, so nothing else would tell those apart.
+        Terms and incarnations start over with every attempt, so only the token distinguishes attempts.
         """
         if not self.token and not self.certificate:
             return self
         return replace(self, token=hmac.new(self.token.encode(), attempt.encode(), "sha256").hexdigest())
 
     def check(self, host: str) -> None:
-        """Raise ValueError unless this is enough for `host`."""
+        """Raise ValueError unless these settings are sufficient to listen on `host`."""
         if bool(self.certificate) != bool(self.key) or bool(self.certificate) != bool(self.root):
-            raise ValueError("mutual TLS needs all three: a certificate, its key and the root that signed it")
+            raise ValueError(
+                f"Mutual TLS needs all three of {CERTIFICATE}, {KEY} and {ROOT}; only some are set. Set the others."
+            )
         if not is_loopback(host) and not self.token and not self.certificate:
             raise ValueError(
-                f"{host} can be reached from other machines, and anyone there could push: give a token (in {TOKEN}) "
-                f"or certificates (in {CERTIFICATE}, {KEY} and {ROOT}), or listen on 127.0.0.1"
+                f"An address that other machines can reach needs authentication, got {host} without any. Set {TOKEN}, "
+                f"set {CERTIFICATE}, {KEY} and {ROOT}, or listen on 127.0.0.1."
             )
 
 
 UNSECURED = Security()
-"""Enough between processes that listen on the loopback address."""
+"""Sufficient between processes that listen on the loopback address."""
 
 
 def is_loopback(host: str) -> bool:
-    """Return True for an address that only this machine can reach."""
+    """Return whether only this machine can reach the address."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -68,5 +70,5 @@ def is_loopback(host: str) -> bool:
 
 
 def new_token() -> str:
-    """Return a fresh secret for one run."""
+    """Return a new random secret for one run."""
     return os.urandom(16).hex()

@@ -1,8 +1,9 @@
-"""Messages between processes over gRPC: raw bytes in blocks of at most 2 MiB, a deadline on every call.
+"""Messages between processes over gRPC: raw bytes in blocks of at most 2 MiB, with a deadline on every call.
 
-One call carries one message, as a stream of blocks, and is answered with nothing once the receiver has taken it
-in. A message that cannot be delivered is dropped: who needs an answer asks again. Each peer has one sender with a
-queue of bounded bytes, and the receiver takes in a bounded number of bytes at a time: memory is bounded on both ends.
+One call carries one message as a stream of blocks, and returns an empty response once the receiver has handled it. A
+message that cannot be delivered is dropped: a process that needs an answer sends its request again. Each peer has one
+sender with a queue of limited size, and the receiver holds a limited number of bytes at a time, so memory is bounded
+at both ends.
 """
 
 import collections
@@ -28,7 +29,7 @@ _METADATA = "jaxdist-token"
 
 
 def reuse_freed_memory() -> None:
-    """Have freed blocks stay with this process (glibc): pages asked for anew each time cost more than copying them."""
+    """Keep freed memory in this process (glibc): new pages from the kernel cost more than copying the data."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         trim_threshold, mmap_threshold = -1, -3
@@ -40,14 +41,14 @@ class Wire:
     """One process's connection to its peers.
 
     Args:
-      listen: `host:port` to listen on; port 0 takes a free one (see `port`).
+      listen: `host:port` to listen on; port 0 chooses a free one (see `port`).
       peers: process name -> `host:port`.
-      receive: called, from a gRPC thread, with every message that arrives whole.
+      receive: called from a gRPC thread with every complete message.
       security: see Security.
 
     Raises:
-      ValueError: the address needs more security than there is.
-      OSError: the address is taken.
+      ValueError: the address needs authentication and `security` has none.
+      OSError: the address is in use, or belongs to another machine.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Wire:
         receive: Callable[[messages.Message], None],
         security: Security = UNSECURED,
     ) -> None:
-        # What it logs below that level is about peers that went away, which is no fault here.
+        # Below this level gRPC logs peers that have ended, which is normal here.
         os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
         self._grpc = grpc = extras.require("grpc", extra="paramserver")
         self._receive, self._security, self.peers = receive, security, dict(peers)
@@ -81,14 +82,16 @@ class Wire:
                 return self._server.add_secure_port(listen, credentials)
             return self._server.add_insecure_port(listen)
         except RuntimeError as error:
-            raise OSError(f"cannot listen on {listen}: the port is taken, or the address another machine's") from error
+            raise OSError(
+                f"Cannot listen on {listen}: the port is in use, or the address belongs to another machine."
+            ) from error
 
     def _deliver(self, blocks: Iterator[bytes], context: Any) -> bytes:
         grpc = self._grpc
         if self._security.token:
             given = dict(context.invocation_metadata()).get(_METADATA, "")
             if not hmac.compare_digest(given, self._security.token):
-                context.abort(grpc.StatusCode.UNAUTHENTICATED, "the token is missing or another one")
+                context.abort(grpc.StatusCode.UNAUTHENTICATED, "The token is missing or wrong.")
         try:
             self._take_in(blocks)
         except codec.EncodingError as error:
@@ -96,13 +99,13 @@ class Wire:
         return b""
 
     def _take_in(self, blocks: Iterator[bytes]) -> None:
-        """Receive one message; its bytes count as held until `receive` returns."""
+        """Receive one message; its bytes count against the budget until `receive` returns."""
         first = next(blocks, b"")
         with self._budget.held(encoding.declared_bytes(first)):
             self._receive(encoding.decode(itertools.chain([first], blocks)))
 
     def send(self, to: str, message: messages.Message) -> None:
-        """Queue `message` for the process named `to`; it is dropped when that cannot be reached."""
+        """Queue `message` for the process named `to`; it is dropped if that process cannot be reached."""
         if to not in self._senders:
             if to not in self.peers:
                 return
@@ -117,7 +120,7 @@ class Wire:
         return self._grpc.insecure_channel(address, options=_OPTIONS)
 
     def flush(self, timeout_seconds: float) -> None:
-        """Wait until what was queued is delivered or dropped, at most so long."""
+        """Wait, at most `timeout_seconds` for each peer, until all queued messages are delivered or dropped."""
         for sender in self._senders.values():
             sender.flush(timeout_seconds)
 
@@ -129,7 +132,7 @@ class Wire:
 
 
 class _Budget:
-    """A number of bytes that may be held at once. A message gets all it needs or waits; one of any size always fits."""
+    """Limits the bytes held at once. A message waits until all its bytes fit; one of any size fits alone."""
 
     def __init__(self, size: int) -> None:
         self._free, self._size = size, size
@@ -140,7 +143,7 @@ class _Budget:
         count = min(count, self._size)
         with self._changed:
             if not self._changed.wait_for(lambda: self._free >= count, seconds):
-                raise codec.EncodingError(f"no room for {count} bytes")
+                raise codec.EncodingError(f"No memory became free for a message of {count} bytes within {seconds:g} s.")
             self._free -= count
         try:
             yield
@@ -151,7 +154,7 @@ class _Budget:
 
 
 class _Sender:
-    """Sends to one peer, one message after the other, from a thread of its own."""
+    """Sends messages to one peer, one after the other, from its own thread."""
 
     def __init__(self, channel: Any, token: str, rpc_error: type[Exception]) -> None:
         self._channel, self._rpc_error = channel, rpc_error
@@ -165,10 +168,10 @@ class _Sender:
 
     def put(self, message: encoding.Encoded) -> None:
         with self._changed:
-            # What is repeated while it waits or travels would only be in the way of itself.
+            # A repeated message is not queued while the first one is still queued or being sent.
             if any(message.is_same(other) for other in self._queue):
                 return
-            # Whoever waits for an answer sends again; dropping is better than holding bytes without bound.
+            # The caller repeats what is not answered, so dropping is better than unbounded memory.
             if self._queue and self._bytes + message.num_bytes > MAX_BYTES_IN_FLIGHT:
                 return
             self._queue.append(message)
@@ -191,7 +194,7 @@ class _Sender:
     def _deliver(self, message: encoding.Encoded) -> None:
         try:
             self._call(iter(message), timeout=DEADLINE_SECONDS, metadata=self._metadata)
-        except (self._rpc_error, ValueError):  # a channel that was closed meanwhile raises ValueError
+        except (self._rpc_error, ValueError):  # a closed channel raises ValueError
             return
 
     def flush(self, timeout_seconds: float) -> None:
@@ -208,7 +211,7 @@ class _Sender:
 _OPTIONS = (
     ("grpc.max_receive_message_length", encoding.FRAME_BYTES + 1024),
     ("grpc.max_send_message_length", encoding.FRAME_BYTES + 1024),
-    # A peer that comes back is found again at once, whatever the back-off has grown to.
+    # A restarted peer is reached at once, however long the back-off has become.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 500),

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxdist.config.experiment import Recovery
 from jaxdist.launch.supervising import supervisor
-from jaxdist.launch.supervising.supervisor import Attempt, End, Policy, Restart
+from jaxdist.launch.supervising.supervisor import Attempt, End, Restart
 from jaxdist.rundir import lock
 
 KILLED = 137
@@ -21,26 +22,28 @@ def failed(saved_step, **changes):
 
 
 def test_after_progress_it_goes_on_at_once():
-    assert supervisor.decide([failed(7)], Policy()) == Restart(0.0, 4)
-    assert supervisor.decide([failed(7), failed(8)], Policy()) == Restart(0.0, 4)
+    assert supervisor.decide([failed(7)], Recovery()) == Restart(0.0, 4)
+    assert supervisor.decide([failed(7), failed(8)], Recovery()) == Restart(0.0, 4)
 
 
-def test_without_progress_it_backs_off_and_then_gives_up():
-    policy = Policy(max_fruitless=5, first_delay_seconds=2.0, longest_delay_seconds=7.0)
+def test_without_progress_it_backs_off_and_then_gives_up(monkeypatch):
+    monkeypatch.setattr(supervisor, "FIRST_DELAY_SECONDS", 2.0)
+    monkeypatch.setattr(supervisor, "LONGEST_DELAY_SECONDS", 7.0)
+    settings = Recovery(max_fruitless=5)
     attempts = [failed(7)]
     delays = []
     for _ in range(4):
         attempts.append(failed(7))
-        delays.append(supervisor.decide(attempts, policy).delay_seconds)
+        delays.append(supervisor.decide(attempts, settings).delay_seconds)
     assert delays == [2.0, 4.0, 7.0, 7.0]
-    end = supervisor.decide([*attempts, failed(7)], policy)
+    end = supervisor.decide([*attempts, failed(7)], settings)
     assert end.exit_status == KILLED
     assert "5 attempts in a row failed" in end.reason
     assert "newest saved step is 7" in end.reason
 
 
 def test_a_step_of_an_earlier_job_is_no_progress_of_this_one():
-    assert supervisor.decide([failed(7)], Policy(), start_step=7) == Restart(1.0, 4)
+    assert supervisor.decide([failed(7)], Recovery(), start_step=7) == Restart(1.0, 4)
 
 
 @pytest.mark.parametrize(
@@ -54,23 +57,23 @@ def test_a_step_of_an_earlier_job_is_no_progress_of_this_one():
     ],
 )
 def test_a_job_that_ended_by_its_own_rules_or_on_request_is_over(last):
-    assert supervisor.decide([last], Policy()) == End(last.exit_status)
+    assert supervisor.decide([last], Recovery()) == End(last.exit_status)
 
 
 @pytest.mark.parametrize("end_reason", [None, "hang", "error", "preempted"])
 def test_a_crash_and_a_hang_are_tried_again(end_reason):
-    assert isinstance(supervisor.decide([failed(3, exit_status=75, end_reason=end_reason)], Policy()), Restart)
+    assert isinstance(supervisor.decide([failed(3, exit_status=75, end_reason=end_reason)], Recovery()), Restart)
 
 
 def test_after_two_fruitless_attempts_it_goes_on_with_half_the_processes_if_allowed():
     twice = [failed(3), failed(3), failed(3)]
-    assert supervisor.decide(twice, Policy()).__class__ is Restart
-    assert supervisor.decide(twice, Policy()).num_processes == 4
-    policy = Policy(min_processes=2, max_fruitless=9)
-    assert supervisor.decide(twice[:2], policy).num_processes == 4
-    assert supervisor.decide(twice, policy).num_processes == 2
+    assert supervisor.decide(twice, Recovery()).__class__ is Restart
+    assert supervisor.decide(twice, Recovery()).num_processes == 4
+    settings = Recovery(min_processes=2, max_fruitless=9)
+    assert supervisor.decide(twice[:2], settings).num_processes == 4
+    assert supervisor.decide(twice, settings).num_processes == 2
     fewer = [*twice, failed(3, num_processes=2)]
-    assert supervisor.decide(fewer, policy).num_processes == 2
+    assert supervisor.decide(fewer, settings).num_processes == 2
 
 
 @given(
@@ -85,8 +88,8 @@ def test_attempts_are_bounded_by_the_steps_they_make(saved, max_fruitless):
         made.append(number)
         return failed(next(remaining))
 
-    policy = Policy(max_fruitless=max_fruitless)
-    status = supervisor.supervise(attempt, num_processes=4, policy=policy, say=said.append, sleep=slept.append)
+    settings = Recovery(max_fruitless=max_fruitless)
+    status = supervisor.supervise(attempt, num_processes=4, settings=settings, say=said.append, sleep=slept.append)
     assert status == KILLED
     assert made == list(range(len(made)))
     assert len(made) <= (len(set(saved)) + 1) * max_fruitless
@@ -96,11 +99,12 @@ def test_attempts_are_bounded_by_the_steps_they_make(saved, max_fruitless):
 
 def test_a_run_that_had_ended_is_done_whatever_killed_a_process_after_that():
     for reason in ("max_steps", "target_reached", "patience"):
-        assert supervisor.decide([failed(3, end_reason=reason)], Policy()) == End(0)
+        assert supervisor.decide([failed(3, end_reason=reason)], Recovery()) == End(0)
 
 
 KILLED_OWNER = """
 import os, pathlib, signal, sys
+from jaxdist.config.experiment import Recovery
 from jaxdist.launch.supervising import supervisor
 with supervisor.memory_directory(pathlib.Path(sys.argv[2]), root=pathlib.Path(sys.argv[1])):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -179,7 +183,7 @@ def test_a_job_is_started_again_until_it_ends_well(tmp_path, monkeypatch, capfd)
         run_dir=tmp_path,
         saved_step=lambda memory: int(count.read_text()) if count.exists() else 0,
     )
-    assert supervisor.run(job, num_processes=1) == 0
+    assert supervisor.run(job, num_processes=1, settings=Recovery()) == 0
     seen = [json.loads(line) for line in (tmp_path / "seen").read_text().splitlines()]
     assert [each[:3] for each in seen] == [["0", [], False], ["0", ["--resume"], True], ["0", ["--resume"], True]]
     assert len({each[3] for each in seen}) == 3, "each attempt has a coordinator address of its own"
@@ -194,4 +198,4 @@ def test_a_job_is_started_again_until_it_ends_well(tmp_path, monkeypatch, capfd)
 def test_two_jobs_cannot_share_a_run_directory(tmp_path):
     job = supervisor.Job(command=["true"], run_dir=tmp_path, saved_step=lambda memory: 0)
     with lock.locked(tmp_path, purpose="the first"), pytest.raises(lock.LockedError, match="the first"):
-        supervisor.run(job, num_processes=1)
+        supervisor.run(job, num_processes=1, settings=Recovery())

@@ -87,14 +87,16 @@ def test_a_cut_and_the_name_of_a_silent_process_are_files(tmp_path, open_report)
     ],
     ids=["nothing", "joined", "commit", "reported", "complete", "norm", "membership"],
 )
+@pytest.mark.parametrize("empty_step", [0, 3])
 def test_a_step_that_was_committed_and_not_reported_is_reported_after_a_restart(
-    tmp_path, open_report, records, reported, expected
+    tmp_path, open_report, records, reported, expected, empty_step
 ):
     first = open_report()
     for step in reported:
         first.observe(effects.Committed(step, 6, ()))
-    scheduler = types.SimpleNamespace(state=types.SimpleNamespace(step=3))
+    scheduler = types.SimpleNamespace(state=types.SimpleNamespace(step=3, empty_step=empty_step))
     open_report().catch_up(scheduler, records)
     assert [row["step"] for row in rows(tmp_path)] == expected
     if len(expected) > len(reported):
+        assert rows(tmp_path)[-1].get("empty", False) == (empty_step == 3)
         assert rows(tmp_path)[-1]["examples"] == 6 * len(getattr(records[0], "contributors", (PUSH,)))

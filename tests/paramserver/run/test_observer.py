@@ -1,9 +1,8 @@
 """The observer: what it makes of the scheduler's files, what it answers, and what it leaves when the run has ended."""
 
-import contextlib
+import functools
 import json
 
-import numpy as np
 import pytest
 import tiny_experiment
 
@@ -12,11 +11,10 @@ from jaxdist.config import overrides
 from jaxdist.config.parameter_server import ParameterServer
 from jaxdist.paramserver.processes import run_folder
 from jaxdist.paramserver.protocol import journal, messages
-from jaxdist.paramserver.run import observer, resume
+from jaxdist.paramserver.run import judge, observer, resume
 from jaxdist.paramserver.run import shared_plan as plans
 from jaxdist.paramserver.wire import encoding
 from jaxdist.run import bookkeeping, components
-from jaxdist.run import directory as run_directory
 from jaxdist.rundir import record
 
 
@@ -36,7 +34,7 @@ class Crew:
         (self.folder / run_folder.STEPS_NAME).write_text(text)
         shards = []
         for number in range(self.plan.settings.servers):
-            state = plans.make_shard(self.plan, number).export()
+            state = shard_state(number)
             shards.append(messages.ReadAnswer(1, number, 1, self.steps[-1], 7, state.params, state.opt_state))
         trained = self.trained or journal.Trained(self.steps[-1], ())
         cut = journal.Cut(self.steps[-1], self.end_reason, trained, tuple(shards))
@@ -50,25 +48,57 @@ class Crew:
         self.progressed_ += 1
 
 
-@contextlib.contextmanager
-def watching(tmp_path, *assignments, progress=None):
-    experiment = overrides.override(tiny_experiment.get_config(), assignments)
-    plan = plans.make_plan(experiment, ParameterServer(workers=2, servers=2), kind="elementwise")
-    identity = components.identity_of(experiment, plan.loader.beginning.fingerprint)
-    (tmp_path / run_folder.DIRECTORY_NAME).mkdir()
-    with contextlib.closing(run_directory.open_checkpoints(experiment, tmp_path, identity)) as checkpointer:
-        yield observer.Observer(
+class Checkpoints:
+    """A checkpointer in memory."""
+
+    def __init__(self):
+        self.saved = []
+
+    def latest_step(self):
+        return self.saved[-1][0] if self.saved else None
+
+    def save(self, step, state, data_state, metrics):
+        assert int(state.step) == step
+        self.saved.append((step, data_state))
+
+    def wait(self):
+        pass
+
+
+@functools.cache
+def make_plan(max_steps):
+    experiment = overrides.override(tiny_experiment.get_config(), [f"stop.max_steps={max_steps}"])
+    return plans.make_plan(experiment, ParameterServer(workers=2, servers=2), kind="elementwise")
+
+
+@functools.cache
+def shard_state(number):
+    return plans.make_shard(make_plan(5), number).export()
+
+
+@pytest.fixture
+def watch(tmp_path, monkeypatch):
+    """Return a function that makes the observer of a run of `max_steps` steps."""
+    monkeypatch.setattr(observer, "POLL_SECONDS", 0.001)
+    monkeypatch.setattr(judge.Judge, "evaluate", lambda self, state: {"accuracy": 0.75})
+
+    def make(max_steps=5):
+        (tmp_path / run_folder.DIRECTORY_NAME).mkdir()
+        plan = make_plan(max_steps)
+        return observer.Observer(
             plan,
             tmp_path,
-            resume.Start(progress or stop.Progress()),
+            resume.Start(stop.Progress()),
             None,
-            checkpointer,
-            identity=identity,
+            Checkpoints(),
+            identity=components.identity_of(plan.experiment, plan.loader.beginning.fingerprint),
             silent=True,
             command="jaxdist train x.py",
             num_devices=1,
             source=bookkeeping.ExperimentSource("x.py"),
         )
+
+    return make
 
 
 def run(watcher, crew, *, stop_requested=lambda: False):
@@ -77,11 +107,11 @@ def run(watcher, crew, *, stop_requested=lambda: False):
     return made, sent
 
 
-def test_a_run_to_its_last_step_is_evaluated_saved_and_recorded(tmp_path):
-    with watching(tmp_path, "stop.max_steps=5") as watcher:
-        crew = Crew(watcher.plan, watcher.directory, [1, 2, 3, 4, 5], end_reason="max_steps")
-        made, sent = run(watcher, crew)
-        assert watcher.books.checkpointer.latest_step() == 5
+def test_a_run_to_its_last_step_is_evaluated_saved_and_recorded(tmp_path, watch):
+    watcher = watch(5)
+    crew = Crew(watcher.plan, watcher.directory, [1, 2, 3, 4, 5], end_reason="max_steps")
+    made, sent = run(watcher, crew)
+    assert watcher.books.checkpointer.latest_step() == 5
     assert set(sent) == {("scheduler", messages.Verdict(5, "max_steps"))}
     assert crew.progressed_ == 1
     # The cut counts exactly: 52 examples of the first epoch and 16 of the second, whatever the rows added up to.
@@ -93,82 +123,78 @@ def test_a_run_to_its_last_step_is_evaluated_saved_and_recorded(tmp_path):
     assert record.RunRecord.read(tmp_path).end_reason == "max_steps"
 
 
-def test_batches_done_out_of_order_are_counted_and_saved_as_they_are(tmp_path):
+def test_batches_done_out_of_order_are_counted_and_saved_as_they_are(tmp_path, watch):
     """Batches 0, 1 and 3 are trained: 16 + 16 + 4 examples."""
-    with watching(tmp_path, "stop.max_steps=3") as watcher:
-        crew = Crew(
-            watcher.plan, watcher.directory, [1, 2, 3], end_reason="max_steps", trained=journal.Trained(2, (3,))
-        )
-        made, _ = run(watcher, crew)
-        found = resume._from_checkpoint(watcher.plan, watcher.books.checkpointer)
+    watcher = watch(3)
+    crew = Crew(watcher.plan, watcher.directory, [1, 2, 3], end_reason="max_steps", trained=journal.Trained(2, (3,)))
+    made, _ = run(watcher, crew)
     assert made.examples_seen == 36
-    assert found.trained == journal.Trained(2, (3,))
+    ((step, data_state),) = watcher.books.checkpointer.saved
+    assert (step, data_state["position"]["position"], data_state[resume.BEYOND]) == (3, 32, [3])
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_without_a_checkpoint(tmp_path, capfd):
-    with watching(tmp_path, "stop.max_steps=5") as watcher:
-        reports = watcher.directory / run_folder.NONFINITE_NAME
-        reports.mkdir()
-        (reports / "worker-0.txt").write_text("worker/0. Step 2: the loss is nan.")
-        crew = Crew(watcher.plan, watcher.directory, [1, 2], loss=float("nan"))
-        made, sent = run(watcher, crew)
-        assert watcher.books.checkpointer.latest_step() is None
+def test_a_loss_that_is_not_finite_ends_the_run_without_a_checkpoint(tmp_path, watch, capfd):
+    watcher = watch(5)
+    reports = watcher.directory / run_folder.NONFINITE_NAME
+    reports.mkdir()
+    (reports / "worker-0.txt").write_text("worker/0. Step 2: the loss is nan.")
+    crew = Crew(watcher.plan, watcher.directory, [1, 2], loss=float("nan"))
+    made, sent = run(watcher, crew)
+    assert watcher.books.checkpointer.latest_step() is None
     assert made.end_reason == "nonfinite"
     assert set(sent) == {("scheduler", messages.Verdict(2, "nonfinite"))}
     assert "worker/0. Step 2" in (tmp_path / bookkeeping.NONFINITE_NAME).read_text()
 
 
-def test_a_request_to_stop_is_passed_on_and_repeated_and_ends_the_run_saved(tmp_path, monkeypatch):
+def test_a_request_to_stop_is_passed_on_and_repeated_and_ends_the_run_saved(tmp_path, watch, monkeypatch):
     monkeypatch.setattr(observer, "REPEAT_SECONDS", 0.0)
-    with watching(tmp_path, "stop.max_steps=50") as watcher:
-        crew = Crew(watcher.plan, watcher.directory, [1, 2])
-        start, asked = crew.start, []
-        monkeypatch.setattr(crew, "start", lambda: None)
+    watcher = watch(50)
+    crew = Crew(watcher.plan, watcher.directory, [1, 2])
+    start, looks = crew.start, []
+    crew.start = lambda: None
 
-        def stop_requested():
-            asked.append(None)
-            if len(asked) == 3:  # the scheduler has heard of it, and shows its last cut
-                crew.end_reason = "preempted"
-                start()
-            return True
+    def look_after():
+        looks.append(None)
+        if len(looks) == 5:  # the scheduler has received the request, and shows its last cut
+            crew.end_reason = "preempted"
+            start()
 
-        monkeypatch.setattr(observer, "POLL_SECONDS", 0.0)
-        watcher._maybe_halt = lambda _, halt=watcher._maybe_halt: (halt(stop_requested), stop_requested())
-        made, sent = run(watcher, crew)
-        assert watcher.books.checkpointer.latest_step() == 2
+    crew.look_after = look_after
+    made, sent = run(watcher, crew, stop_requested=lambda: True)
+    assert watcher.books.checkpointer.latest_step() == 2
     assert made.end_reason == "preempted"
-    assert sent.count(("scheduler", messages.Halt("preempted"))) >= 1
+    assert sent.count(("scheduler", messages.Halt("preempted"))) >= 2
     assert not [name for name in made.metrics if name.startswith("eval/")], "a run that is stopped has no time for it"
 
 
-def test_steps_after_a_return_to_a_snapshot_are_counted_once(tmp_path):
-    with watching(tmp_path, "stop.max_steps=4") as watcher:
-        crew = Crew(watcher.plan, watcher.directory, [1, 2, 3, 2, 3, 4], end_reason="max_steps")
-        made, _ = run(watcher, crew)
+def test_steps_after_a_return_to_a_snapshot_are_counted_once(tmp_path, watch):
+    watcher = watch(4)
+    crew = Crew(watcher.plan, watcher.directory, [1, 2, 3, 2, 3, 4], end_reason="max_steps")
+    made, _ = run(watcher, crew)
     assert (made.step, made.examples_seen) == (4, 52)
     rows = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows == [1, 2, 3, 4]
 
 
-def test_a_process_that_dies_leaves_the_record_of_an_error(tmp_path):
-    with watching(tmp_path) as watcher:
-        crew = Crew(watcher.plan, watcher.directory, [1])
-        crew.look_after = lambda: 1 / 0
-        with pytest.raises(ZeroDivisionError):
-            run(watcher, crew)
+def test_a_process_that_dies_leaves_the_record_of_an_error(tmp_path, watch):
+    watcher = watch()
+    crew = Crew(watcher.plan, watcher.directory, [1])
+    crew.look_after = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        run(watcher, crew)
     assert record.RunRecord.read(tmp_path).end_reason == "error"
 
 
-def test_counters_of_all_processes_are_added_those_that_died_too(tmp_path):
-    with watching(tmp_path) as watcher:
-        folder = watcher.directory / run_folder.STATISTICS_NAME
-        folder.mkdir()
-        for number, (updates, staleness) in enumerate([(3, {"0": 2, "1": 1}), (4, {"1": 4})]):
-            content = {"counters": {"updates": updates, "fenced": 1}, "staleness": staleness}
-            (folder / f"server-0-a-{number}.json").write_text(json.dumps(content))
-        (folder / "worker-0-7.json").write_text("{")
-        found = watcher.statistics()
-        watcher.books.finish("error", None)
+def test_counters_of_all_processes_are_added_those_that_died_too(tmp_path, watch):
+    watcher = watch()
+    folder = watcher.directory / run_folder.STATISTICS_NAME
+    folder.mkdir()
+    for number, (updates, staleness) in enumerate([(3, {"0": 2, "1": 1}), (4, {"1": 4})]):
+        content = {"counters": {"updates": updates, "fenced": 1}, "staleness": staleness}
+        (folder / f"server-0-a-{number}.json").write_text(json.dumps(content))
+    (folder / "worker-0-7.json").write_text("{")
+    found = watcher.statistics()
+    with watcher.books.shown():  # closes the metrics files
+        pass
     assert (found["updates"], found["fenced"], found["failovers"]) == (7, 2, 0)
     assert found["staleness"] == {0: 2, 1: 5}
-    assert np.all(np.diff(list(found["staleness"])) > 0)

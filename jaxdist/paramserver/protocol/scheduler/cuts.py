@@ -92,8 +92,8 @@ def on_written(state: SchedulerState, written: messages.Written, now: float, out
 
 
 def _compact(state: SchedulerState, out: Output) -> None:
-    """Shorten the log to what a restart needs; a cut is taken between two steps, when that is little."""
-    if not state.ending():  # the end needs its own records, and makes the log no longer
+    """Replace the log by the state that a restart needs, which is small between two steps."""
+    if not state.ending():  # the end needs its own records, which are few
         out.do(effects.Compact(state.state_record()))
 
 

@@ -1,4 +1,4 @@
-"""The lease table: which examples are trained, which are leased, and which come next.
+"""The lease table: which examples are trained, which are leased, and which are next.
 
 Step t (from 0) owns the examples at positions [start, stop) of an epoch, the same for every strategy. In sync mode its
 batch is divided into slices, one lease each; otherwise one lease is the whole batch. Only a committed push counts as
@@ -91,7 +91,7 @@ class StepLeases:
         return next((i for _, i in few if may_copy(self.holders[i])), None)
 
     def hold(self, worker: int, held: Lease) -> None:
-        """Note that `worker` holds this lease, as a restarted scheduler learns."""
+        """Note that `worker` holds this lease, as it reports to a restarted scheduler."""
         if held.step == self.step and worker not in self.holders[held.slice]:
             self.holders[held.slice].append(worker)
 
@@ -129,7 +129,7 @@ class StepLeases:
         return add_metrics(self.done[i].metrics for i in sorted(self.done))
 
     def advance(self) -> None:
-        """Move on to the next step: this one is committed."""
+        """Begin the next step: this one is committed."""
         self.step += 1
         self._open()
 
@@ -175,7 +175,7 @@ class BatchLeases:
         return lease(self.settings, step)
 
     def hold(self, worker: int, held: Lease) -> None:
-        """Note that `worker` holds this lease, as a restarted scheduler learns."""
+        """Note that `worker` holds this lease, as it reports to a restarted scheduler."""
         if not self.is_done(held.step):
             self.out[held.step] = worker
 

@@ -14,7 +14,7 @@ OVERDUE = 2.0
 
 
 def dispatch(state: SchedulerState, now: float, out: Output) -> None:
-    """Grant the leases that may be granted, or begin the cut or the end that is due."""
+    """Begin the cut or the end that is due, or else grant leases to idle workers."""
     if state.unreported or not state.settled():
         return
     if cuts.is_due(state):
@@ -45,8 +45,8 @@ def _grant_to_idle(state: SchedulerState, now: float, out: Output) -> None:
 def _may_copy(state: SchedulerState, now: float, number: int, holders: Sequence[int]) -> bool:
     """Return whether an idle worker should compute a slice that others hold.
 
-    One that has finished a lease of this step first waits as long again as that took: otherwise it would still be busy
-    with a copy that is not needed when the next step begins.
+    A worker that has finished a lease of this step first waits as long again as that lease took. Otherwise it would
+    still compute a copy that is not needed when the next step begins.
     """
     worker = state.workers[number]
     if worker.step < state.step:
@@ -62,7 +62,7 @@ def _grant(state: SchedulerState, number: int, worker: WorkerStatus, out: Output
 
 
 def _bench(state: SchedulerState, now: float, out: Output) -> None:
-    """Let no reader wait for the clock of a worker without work; once there is work, set its clock to the front."""
+    """Bench workers without work, so that no reader waits for their clocks; with work, set them to the front."""
     assert isinstance(state.lease_table, BatchLeases)
     assert state.membership is not None
     work = state.lease_table.next_step() is not None
@@ -86,7 +86,7 @@ def _front(state: SchedulerState) -> int:
 
 
 def revoke(state: SchedulerState, out: Output) -> None:
-    """Ask workers to return leases that wait for a clock which will not advance any more."""
+    """Ask workers to return leases that wait for a clock that no longer advances."""
     for number, worker in state.workers.items():
         if worker.lease is not None and isinstance(state.lease_table, BatchLeases):
             out.send(worker_name(number), messages.Revoke(number, worker.incarnation, worker.sequence))

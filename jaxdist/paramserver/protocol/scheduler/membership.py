@@ -32,7 +32,7 @@ def _announce(state: SchedulerState, membership: messages.Membership, trained: T
 
 
 def seen_by(name: str, membership: messages.Membership) -> messages.Membership:
-    """Return what a process needs of a membership: a worker sends to servers only, and members are many."""
+    """Return the part of a membership that a process needs: workers get no member list, which may be long."""
     return membership if worker_number(name) is None else replace(membership, members=())
 
 
@@ -66,7 +66,7 @@ def on_register(state: SchedulerState, request: messages.Register, now: float, o
         return
     worker = worker_number(request.name)
     if worker is not None and state.membership is None:
-        return  # the servers come first; the worker will ask again
+        return  # the servers join first; the worker repeats its request
     state.boots[request.name] = request.boot
     state.processes[request.name] = ProcessStatus(request.boot, now, progress_at=now)
     if worker is not None:
@@ -105,7 +105,7 @@ def admit(state: SchedulerState, now: float, out: Output) -> None:
     if not state.joining or state.membership is None:
         return
     members = state.membership.members
-    # Its first clock is set when all clocks are known (see leases._bench); until then no reader waits for it.
+    # Its first clock is set once all clocks are known (see leases._bench); until then no reader waits for it.
     benched = state.gated()
     joining, state.joining = sorted(state.joining), set()
     for worker in joining:
@@ -119,7 +119,7 @@ def admit(state: SchedulerState, now: float, out: Output) -> None:
 
 
 def _server_returns(state: SchedulerState, request: messages.Register, now: float, out: Output) -> None:
-    """Let a server process that was restarted join again: whatever it held is lost."""
+    """Let a restarted server process join again; its former state is lost."""
     assert state.membership is not None
     number = server_shard(request.name)
     assert number is not None
@@ -288,9 +288,9 @@ def _drop_worker(state: SchedulerState, worker: int) -> None:
 
 
 def _replace_silent_servers(state: SchedulerState, now: float, out: Output) -> None:
-    """Have the only copy of a shard started again, or end the run, when it has been silent for long.
+    """Restart the only copy of a shard, or end the run, if it has been silent for long.
 
-    Long, because a server that only stood still would have continued, and its shard is lost with it.
+    The wait is long because a server that was only paused continues by itself, and a restart loses its shard.
     """
     dead = state.settings.timers.dead_after
     for number, place in enumerate(state.membership.shards if state.membership else ()):
@@ -304,14 +304,14 @@ def _replace_silent_servers(state: SchedulerState, now: float, out: Output) -> N
         if silent <= PATIENCE * dead:
             continue
         if not state.settings.snapshot_every:
-            out.do(effects.Warn(f"Server {place.primary} was silent for {silent:.0f} s, and there is no saved cut."))
+            out.do(effects.Warn(f"Server {place.primary} was silent for {silent:.0f} s, and there is no snapshot."))
             ending.end(state, "error", now, out)
         elif status.replaced_at is None:
             status.replaced_at = now
-            out.do(effects.Warn(f"Server {place.primary} was silent for {silent:.0f} s. It is started again."))
+            out.do(effects.Warn(f"Server {place.primary} was silent for {silent:.0f} s. It is restarted."))
             out.do(effects.Replace(place.primary))
         elif now - status.replaced_at > state.settings.timers.stuck_after:
-            out.do(effects.Warn(f"Server {place.primary} did not come back. Resume the run without its machine."))
+            out.do(effects.Warn(f"Server {place.primary} did not restart. Resume the run without its machine."))
             ending.end(state, "error", now, out)
 
 
@@ -322,8 +322,8 @@ def _drop_silent_servers(state: SchedulerState, now: float, out: Output) -> None
             continue
         primary, backup = (now - state.processes[name].seen_at for name in (place.primary, place.backup))
         dead = state.settings.timers.dead_after
-        # The survivor must have been heard from lately. If both are silent, the scheduler itself is cut off, and the
-        # process it would drop might hold the only copy.
+        # The other copy must have been heard recently. If both are silent, the scheduler itself is disconnected, and
+        # the process it would drop might hold the only copy.
         if primary > dead and backup < dead / 2 and place.synced:
             state.counters["failovers"] += 1
             after = succession.without_primary(place)

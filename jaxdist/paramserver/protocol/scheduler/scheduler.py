@@ -1,6 +1,6 @@
 """The scheduler: grants leases, commits steps, keeps the membership, ends the run; a state machine without I/O.
 
-It logs each decision before any process hears of it (effects.Append). The rest need not be durable: after a restart the
+It logs each decision before it sends it to any process (effects.Append). The rest need not be durable: after a restart,
 workers and shards report their leases, clocks and staged pushes. Its state is one object (`scheduler_state`), and each
 stage is one module: `membership`, `leases`, `commits`, `cuts`, `ending`.
 """
@@ -14,10 +14,10 @@ from jaxdist.paramserver.protocol.settings import Settings
 
 
 class AwakeClock:
-    """Time as far as this process could hear others: it advances by at most `longest` between two messages.
+    """Counts the time in which this process could receive messages: at most `longest` between two messages.
 
-    A scheduler that stood still (a slow disk, a suspended machine) handles its next tick before the heartbeats that
-    arrived meanwhile. By the wall clock every process would be silent then, and be dropped.
+    A scheduler that was paused (a slow disk, a suspended machine) handles its next tick before the heartbeats that
+    arrived meanwhile. By the wall clock, every process would seem silent then, and would be dropped.
     """
 
     def __init__(self, longest: float) -> None:
@@ -25,7 +25,7 @@ class AwakeClock:
         self._now: float | None = None
 
     def advance(self, now: float) -> float:
-        """Return this clock's time at `now`; a clock that is set back does not move it."""
+        """Return the time of this clock at `now`; if `now` is set back, the time does not change."""
         passed = min(max(now - self._read_at, 0.0), self._longest)
         self._now = now if self._now is None else self._now + passed
         self._read_at = now
@@ -89,7 +89,7 @@ class Scheduler:
             self._repeat(now, out)
 
     def _repeat(self, now: float, out: effects.Output) -> None:
-        """Repeat what has not been answered."""
+        """Repeat the requests that have not been answered."""
         state = self.state
         assert state.membership is not None
         for number, place in enumerate(state.membership.shards):
@@ -121,7 +121,7 @@ _FREEING: dict[type, Callable[..., bool | None]] = {
     messages.Verdict: cuts.on_verdict,
     messages.Halt: cuts.on_halt,
 }
-"""Messages after which a lease may be granted, unless the action returns False."""
+"""Messages that may free a lease to grant, unless the action returns False."""
 _STOPPED: dict[type, Callable[..., None]] = {
     messages.Register: ending.answer,
     messages.Heartbeat: ending.answer,

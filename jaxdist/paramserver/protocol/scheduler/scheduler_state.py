@@ -19,7 +19,7 @@ class ProcessStatus:
     progress_at: float = 0.0
     busy: bool = False
     warned: bool = False
-    replaced_at: float | None = None  # when it was ended for its silence
+    replaced_at: float | None = None  # when its restart was requested
 
     def note(self, beat: messages.Heartbeat, now: float) -> None:
         """Note a heartbeat."""
@@ -45,19 +45,21 @@ class WorkerStatus:
 
 
 class SchedulerState:
-    """The values that the scheduler's stages read and change, and nothing else does; see `scheduler`."""
+    """The state that the stages of the scheduler share; only they read and change it. See `scheduler`."""
 
     def __init__(self, settings: Settings, resume: SavedCut | None) -> None:
         self.settings = settings
         self.counters = {"torn_pushes": 0, "failovers": 0, "fenced": 0, "rollbacks": 0}
-        self.saved_cut = (resume.name, resume.trained) if resume else ("", FRESH)  # what a lost shard returns to
+        self.saved_cut = (resume.name, resume.trained) if resume else ("", FRESH)  # restored when a shard is lost
         # Membership.
         self.processes: dict[str, ProcessStatus] = {}
         self.boots: dict[str, int] = {}
         self.workers: dict[int, WorkerStatus] = {}
         self.joining: set[int] = set()  # workers that registered since the last tick
         self.idle: set[int] = set()  # workers that asked for a lease and have none
-        self.unreported: set[int] = set()  # after a restart of the scheduler: workers that have not said what they hold
+        self.unreported: set[int] = (
+            set()
+        )  # after a restart of the scheduler: workers that have not reported their lease
         self.incarnations = resume.incarnations if resume else 0
         self.membership: messages.Membership | None = None
         # The lease table, and the commit that not every shard has applied yet.
@@ -86,7 +88,7 @@ class SchedulerState:
         return (StepLeases if self.settings.synchronous else BatchLeases)(self.settings, trained)
 
     def forget_progress(self) -> None:
-        """Forget what belongs to one term only."""
+        """Discard the state that belongs to one term."""
         self.acks: dict[int, messages.MembershipAck] = {}
         self.saving = ""
         self.saved_shards: dict[int, messages.CutSaved] = {}
@@ -135,13 +137,13 @@ class SchedulerState:
             self.saved_at = self.read_at = self.lease_table.step
 
     def membership_record(self, trained: Trained | None = None) -> journal.MembershipRecord:
-        """Return the membership as a record of the log; `trained` is what the run starts from or rolls back to."""
+        """Return the membership as a log record; `trained` is set at the start of the run and at a rollback."""
         assert self.membership is not None
         boots = tuple(messages.Register(name, boot) for name, boot in self.boots.items())
         return journal.MembershipRecord(self.membership, self.incarnations, boots, trained)
 
     def state_record(self) -> journal.StateRecord:
-        """Return the record that replaces the log, between two steps: replaying it gives this state."""
+        """Return the record that replaces the log between two steps: replaying it restores this state."""
         assert self.last_commit is None
         return journal.StateRecord(
             self.membership_record(),
