@@ -34,11 +34,11 @@ def push(pieces=None, *, worker=0, incarnation=1, sequence=1, version=0, clock=0
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"pieces": PARAMS[:1]}, "1 pieces, the shard has 2 blocks"),
+        ({"pieces": PARAMS[:1]}, "needs 2 pieces, one for each block, got 1"),
         ({"pieces": (PARAMS[0].astype(np.float64), PARAMS[1])}, "dtype float32, its piece has float64"),
         ({"pieces": (PARAMS[0][:3], PARAMS[1])}, "shape"),
-        ({"pieces": (PARAMS[0] * np.nan, PARAMS[1])}, "declared finite and is not"),
-        ({"count": -1.0}, "counts -1.0 examples"),
+        ({"pieces": (PARAMS[0] * np.nan, PARAMS[1])}, "declared finite, but its piece"),
+        ({"count": -1.0}, "must count at least 0 examples, got -1.0"),
         ({"pieces": (messages.Rows(np.array([3]), np.ones((1, 2), np.float32)), PARAMS[1])}, "do not fit"),
         ({"pieces": (messages.Rows(np.array([0]), np.ones((1, 4), np.float32)), PARAMS[1])}, "do not fit"),
     ],
