@@ -1,10 +1,10 @@
-"""Checkpoints on Orbax: written while training goes on, committed whole or not at all, verified when read.
+"""Checkpoints with Orbax: written while training continues, committed atomically, verified when read.
 
 A committed step is a directory named by its number (`40`, or `40.1` where it was saved a second time). In it, `state/`
 holds one array per leaf and `manifest/` their hashes, with the position in the data, the metrics and the identity of
 the experiment. Orbax copies the state off the devices, writes it from a background thread and renames the finished
-directory into place. Reading verifies every hash, so what comes back is the very bits that were saved, or an error
-that names the leaf.
+directory into place. Reading verifies every hash: it returns exactly the bits that were saved, or raises an
+error that names the leaf.
 """
 
 import collections
@@ -56,7 +56,7 @@ class NoRoomError(CheckpointError):
 
 
 class Checkpointer:
-    """Saves and restores training states in one directory, which every process of the job must see.
+    """Saves and restores training states in one directory, which all processes of the job must share.
 
     Each process of a multi-process job makes its own and calls the same methods at the same steps.
 
@@ -65,11 +65,11 @@ class Checkpointer:
     ...     state, data_state = checkpointer.restore(abstract_state)
 
     Args:
-      directory: where the steps lie; made by the first save.
-      identity: says which experiment the checkpoints belong to; restoring under another one is refused.
-      keep_last: how many of the newest steps stay.
+      directory: directory of the steps; created by the first save.
+      identity: identity of the experiment that the checkpoints belong to; restoring with another one is refused.
+      keep_last: how many of the newest steps are kept.
       keep_every: steps divisible by this are kept forever.
-      best_metric: name of the metric whose best step stays too; steps saved without it do not compete.
+      best_metric: name of the metric whose best step is kept, too; steps saved without it do not count.
       best_mode: whether "max" or "min" is best.
     """
 
@@ -107,12 +107,12 @@ class Checkpointer:
         """Start saving `state` as `step`, and return as soon as it may be donated to the next step.
 
         Waits for the previous save, then for the state to be computed and copied to the host; hashing, writing and the
-        removal of old steps happen in the background. A step that is there already is replaced.
+        removal of old steps happen in the background. An existing step is replaced.
 
         Args:
           step: number of finished steps.
-          state: pytree of jax.Arrays, typed keys included, laid out over any mesh.
-          data_state: where the data stands; anything JSON can hold.
+          state: pytree of jax.Arrays, typed keys included, on any mesh.
+          data_state: position in the data; anything JSON can hold.
           metrics: the values that decide which step is best.
 
         Raises:
@@ -132,7 +132,7 @@ class Checkpointer:
             "data_state": data_state,
             "metrics": {name: float(value) for name, value in metrics.items()},
         }
-        json.dumps(extra)  # What JSON cannot hold is found out here, where the caller sees it.
+        json.dumps(extra)  # Raises here, in the caller, if JSON cannot hold a value.
         if self._orbax is None:
             self._refuse_foreign()
             self._orbax = _async_checkpointer()
@@ -145,10 +145,10 @@ class Checkpointer:
         self._saving = step, self._thread.submit(self._finish, self._orbax, step)
 
     def wait(self) -> None:
-        """Return when nothing is being saved any more.
+        """Wait until no save is in progress.
 
         Raises:
-          CheckpointError: the save failed; the checkpoints before it are unharmed.
+          CheckpointError: the save failed; earlier checkpoints are intact.
         """
         if self._saving is not None:
             (step, future), self._saving = self._saving, None
@@ -167,7 +167,7 @@ class Checkpointer:
                 self._orbax = None
 
     def steps(self) -> list[int]:
-        """Return the committed steps, ascending. A save that was interrupted never shows up."""
+        """Return the committed steps, ascending. Interrupted saves are not included."""
         return sorted(self._committed())
 
     def latest_step(self) -> int | None:
@@ -201,8 +201,8 @@ class Checkpointer:
     def restore(self, template: PyTree, step: int | None = None) -> tuple[PyTree, dict[str, Any]]:
         """Return the state and data_state of `step`, the newest by default, bit for bit as they were saved.
 
-        Every leaf is read and verified on the host, a few at a time, then laid out as the template says: the mesh, the
-        number of devices and of processes may differ from those it was saved under.
+        Every leaf is read and verified on the host, a few at a time, then placed with the shardings of the template:
+        the mesh, the number of devices and of processes may differ from those at the time of the save.
 
         Args:
           template: the state's structure; leaves are jax.ShapeDtypeStructs with a sharding (or jax.Arrays).
@@ -210,7 +210,7 @@ class Checkpointer:
 
         Raises:
           CheckpointError: there is no such step; it belongs to another experiment; its leaves, shapes or dtypes differ
-            from the template's; or it is damaged (DamagedCheckpointError). Nothing is ever restored in part.
+            from the template's; or it is damaged (DamagedCheckpointError). A state is never restored in part.
         """
         self.wait()
         step, path = self._existing(step)
@@ -226,7 +226,7 @@ class Checkpointer:
         return jax.tree.unflatten(treedef, leaves), manifest.extra["data_state"]
 
     def set_aside_after(self, step: int, folder: pathlib.Path) -> None:
-        """Move the steps beyond `step` to a new folder in `folder`; on one process, while none saves."""
+        """Move the steps after `step` to a new folder in `folder`; on one process, while no save is in progress."""
         newer = [path for each, paths in self._committed().items() if each > step for path in paths]
         if not newer:
             return
@@ -236,7 +236,7 @@ class Checkpointer:
             path.rename(folder / str(number) / path.name)
 
     def _committed(self) -> dict[int, list[pathlib.Path]]:
-        """Return step -> its directories, the one that counts last."""
+        """Return step -> its directories; the last one is valid."""
         found: dict[int, list[tuple[int, pathlib.Path]]] = {}
         for path in self._directory.iterdir() if self._directory.is_dir() else ():
             if match := _STEP_NAME.fullmatch(path.name):
@@ -244,7 +244,7 @@ class Checkpointer:
         return {step: [path for _, path in sorted(paths)] for step, paths in found.items()}
 
     def _new_path(self, step: int) -> pathlib.Path:
-        # A second save gets a name of its own, so the first stays until the second is committed.
+        # A second save gets another name, so that the first stays until the second is committed.
         paths = self._committed().get(step)
         if not paths:
             return self._directory / str(step)
@@ -253,13 +253,13 @@ class Checkpointer:
         return self._directory / f"{step}.{int(previous[2] or 0) + 1}"
 
     def _refuse_foreign(self) -> None:
-        """Raise if another experiment saves here: its steps would be taken for old ones of this, and removed."""
+        """Raise if the directory belongs to another experiment, whose steps would be removed as old ones."""
         for paths in self._committed().values():
             with contextlib.suppress(DamagedCheckpointError):
                 self._manifest(paths[-1])
 
     def _make_ready(self) -> None:
-        """Make the directory, find out whether it can be written, remove what interrupted saves left behind."""
+        """Create the directory, check that it can be written, and remove remains of interrupted saves."""
         if jax.process_index() != 0:
             return
         try:
@@ -289,11 +289,11 @@ class Checkpointer:
             raise NoRoomError(f"The disk of {self._directory} has no room for the checkpoint of step {step}.")
 
     def _finish(self, orbax: ocp.AsyncCheckpointer, step: int) -> None:
-        """Wait for the commit, then remove what is not to be kept; all processes return when that is done."""
+        """Wait for the commit, then remove steps that are not kept; all processes return when this is done."""
         orbax.wait_until_finished()
         if jax.process_index() == 0:
             for path in self._superfluous(step):
-                # The rename comes first: a removal that is killed half-way must not leave a step that looks complete.
+                # The rename comes first: an interrupted removal must not leave a step that looks complete.
                 removed = path.rename(path.with_name(f"{_REMOVED}{path.name}"))
                 shutil.rmtree(removed)
         barrier = ocp.multihost.get_barrier_sync_fn(processes=_all_processes())
@@ -301,8 +301,8 @@ class Checkpointer:
 
     def _superfluous(self, saved: int) -> list[pathlib.Path]:
         committed = self._committed()
-        # Steps beyond the one just saved come from a run that went back to an earlier step. They do not count as the
-        # newest, or the step just saved would be the first to go, and they are not ours to remove.
+        # Steps after the one just saved belong to a run that returned to an earlier step. They do not count as the
+        # newest, or the step just saved would be removed first, and they are not removed here.
         steps = sorted(step for step in committed if step <= saved)
         keep = {*steps[-self._keep_last :], self.best_step()}
         keep.update(step for step in steps if self._keep_every and step % self._keep_every == 0)
@@ -310,12 +310,12 @@ class Checkpointer:
         return replaced + [committed[step][-1] for step in steps if step not in keep]
 
     def _score(self, path: pathlib.Path) -> float:
-        """Return how good the step in `path` is, higher is better; minus infinity where it does not say."""
+        """Return how good the step in `path` is, higher is better; minus infinity if it has no score."""
         if path not in self._scores:
             try:
                 metrics = self._manifest(path).extra["metrics"]
             except DamagedCheckpointError:
-                metrics = {}  # It cannot be restored, so it is not the best; a save must not fail because of it.
+                metrics = {}  # It cannot be restored, so it has no score; a save must not fail because of it.
             score = self._best_sign * metrics.get(self._best_metric, math.nan)
             self._scores[path] = -math.inf if math.isnan(score) else score
         return self._scores[path]
@@ -324,12 +324,12 @@ class Checkpointer:
         latest = self.latest_step()
         return CheckpointError(
             f"A checkpoint {what + ' ' if what else ''}could not be written to {self._directory}: {error}. "
-            f"{f'Step {latest} is unharmed.' if latest is not None else 'It holds no earlier checkpoint.'} "
+            f"{f'Step {latest} is intact.' if latest is not None else 'It holds no earlier checkpoint.'} "
             "Free space there, make it writable, or choose another directory; then resume."
         )
 
     def _existing(self, step: int | None) -> tuple[int, pathlib.Path]:
-        """Return `step`, or the newest if None, and where it lies."""
+        """Return `step`, or the newest if None, and its directory."""
         committed = self._committed()
         if not committed or (step is not None and step not in committed):
             raise CheckpointError(
@@ -362,7 +362,7 @@ class Checkpointer:
     def _advice(self, step: int, path: pathlib.Path) -> str:
         intact = self._newest_intact(other for other in self.steps() if other != step)
         if intact is None:
-            return "No other step there is intact: start again, or bring back a copy of the directory."
+            return "No other step there is intact: start again, or restore a copy of the directory."
         return f"Step {intact} is intact: restore that one, or remove {path}."
 
 
@@ -372,7 +372,7 @@ def needed_bytes(leaves: Sequence[int]) -> int:
 
 
 def save_plain(path: pathlib.Path, tree: PyTree) -> None:
-    """Save a tree of arrays as a checkpoint of plain Orbax, at `path`, which must not exist."""
+    """Save a tree of arrays as a plain Orbax checkpoint at `path`, which must not exist."""
     _quiet_orbax()
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path.absolute(), tree)
@@ -392,7 +392,7 @@ class _ManifestHandler(ocp.AsyncCheckpointHandler):
         return [ocp.future.CommitFutureAwaitingContractedSignals(self._write(directory, args, pieces))]
 
     async def _write(self, directory: Any, args: _ManifestSave, pieces: list[Any]) -> None:
-        # In a thread of Orbax, once the directory is there.
+        # Runs in a thread of Orbax, once the directory exists.
         described = {leaf.path: manifests.describe(leaf, owned) for leaf, owned in zip(args.leaves, pieces)}
         manifests.write(pathlib.Path(directory), described, args.extra)
 
@@ -403,28 +403,28 @@ class _ManifestHandler(ocp.AsyncCheckpointHandler):
         raise NotImplementedError("Manifests are read by Checkpointer.restore.")
 
 
-# Orbax knows a handler by its arguments for saving and for restoring; nothing is restored through this one.
+# Orbax identifies a handler by its arguments for saving and restoring; this one is not used for restoring.
 ocp.args.register_with_handler(_ManifestHandler, for_save=True, for_restore=True)(_ManifestSave)
 
 
 def _save_args(leaves: list[manifests.Leaf], extra: dict[str, Any]) -> ocp.args.Composite:
-    # Orbax refuses arrays without elements; their shape in the manifest says all there is to say.
+    # Orbax refuses arrays without elements; their shape in the manifest is sufficient.
     arrays = {leaf.file: leaf.data for leaf in leaves if leaf.data.size}
     return ocp.args.Composite(**{_STATE: ocp.args.PyTreeSave(arrays), _MANIFEST: _ManifestSave(leaves, extra)})
 
 
 def _async_checkpointer() -> ocp.AsyncCheckpointer:
     _quiet_orbax()
-    # Naming the processes makes Orbax meet at the coordinator. Otherwise it meets by running programs on the devices,
-    # some of them from its background thread, between training steps that differ from process to process.
+    # With the processes named, Orbax synchronizes through the coordinator. Otherwise it runs programs on the devices,
+    # some of them from its background thread, between training steps that differ between processes.
     processes = ocp.options.MultiprocessingOptions(active_processes=_all_processes())
     # Each piece is written by one process, so that its hash and its bytes come from the same memory.
     arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False, enable_write_sharding_file=False)
     state = ocp.PyTreeCheckpointHandler(
-        # One plain directory per leaf, uncompressed (floats hardly shrink): damage has an address, writing is cheap.
+        # One directory per leaf, uncompressed (floats hardly shrink): damage can be located, and writing is fast.
         use_ocdbt=False,
         use_compression=False,
-        # Without pinned memory, Orbax and the hashes look at one copy of the state on the host.
+        # Without pinned memory, Orbax and the hashes use the same copy of the state on the host.
         enable_pinned_host_transfer=False,
         type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, arrays)),
         multiprocessing_options=processes,
@@ -441,7 +441,7 @@ def _all_processes() -> set[int]:
 
 
 def _quiet_orbax() -> None:
-    """Keep Orbax's running commentary out of the log; what it has to complain about is raised."""
+    """Keep the messages of Orbax out of the log; its errors are raised."""
     logging.getLogger("absl").addFilter(_is_not_orbax)
     logging.getLogger("asyncio").addFilter(_is_not_of_store)
     _quiet_late_callbacks()

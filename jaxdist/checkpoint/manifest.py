@@ -1,8 +1,8 @@
-"""What a checkpoint says about itself: its leaves, and the SHA-256 of every piece of each.
+"""The manifest of a checkpoint: its leaves, and the SHA-256 of every piece of each.
 
 A piece is the part of a leaf that one device owned when it was saved; a replicated leaf has one piece, all of it. Each
 process hashes the pieces it writes, from the same memory they are written from, and lists them in a file of its own.
-Reading joins the lists and compares every hash, on whatever mesh: pieces are places in the global array.
+Reading joins the lists and compares every hash, on any mesh: pieces are positions in the global array.
 """
 
 import dataclasses
@@ -35,11 +35,11 @@ _READABLE = (1, FORMAT)
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be written, or is not one this experiment can be restored from."""
+    """A checkpoint cannot be written, or this experiment cannot be restored from it."""
 
 
 class DamagedCheckpointError(CheckpointError):
-    """What lies on disk is not what was saved: a file is missing, cut short or changed."""
+    """The content on disk is not what was saved: a file is missing, truncated or changed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ def leaves_of(state: PyTree) -> list[Leaf]:
     return [_make_leaf(path, file, leaf) for (path, file), leaf in zip(_names(treedef), leaves, strict=True)]
 
 
-@functools.lru_cache(maxsize=64)  # a state that is saved after every step has the same names each time
+@functools.lru_cache(maxsize=64)  # the same for every save of a run
 def _names(treedef: Any) -> list[tuple[str, str]]:
     """Return each leaf's path, and the name it is stored under."""
     with_paths = jax.tree_util.tree_leaves_with_path(jax.tree.unflatten(treedef, range(treedef.num_leaves)))
@@ -79,7 +79,7 @@ def _names(treedef: Any) -> list[tuple[str, str]]:
 
 def stored_name(position: int, path: str) -> str:
     """Return the name under which the leaf at `position` in tree order is stored."""
-    # The number keeps names apart that differ only in characters a file name cannot hold; the rest is for people.
+    # The number makes names unique that differ only in characters that are replaced; the rest is for readers.
     return f"{position:05}.{re.sub(r'[^A-Za-z0-9_]+', '.', path).strip('.')[-120:]}"
 
 
@@ -90,16 +90,16 @@ def _make_leaf(path: str, file: str, leaf: Any) -> Leaf:
 
 
 def host_pieces(leaf: Leaf) -> list[tuple[list[list[int]], np.ndarray]]:
-    """Return the pieces of `leaf` that this process owns, each with its place: `[start, stop]` for every dim.
+    """Return the pieces of `leaf` that this process owns, each with its position: `[start, stop]` for every dim.
 
     Waits for the values. On CPU devices they are views of the device's memory: the runtime never reuses a buffer that
-    is looked at from outside, not even one that is donated; the program it was donated to gets fresh memory instead.
+    is referenced from outside, not even a donated one; the program that it was donated to gets new memory instead.
     """
     return [(piece.index, np.asarray(piece.data)) for piece in owned_pieces(leaf.data)]
 
 
 def describe(leaf: Leaf, pieces: Sequence[tuple[list[list[int]], np.ndarray]]) -> JSON:
-    """Return what the manifest says about `leaf`; hashes the pieces."""
+    """Return the entry of `leaf` in the manifest, with the hashes of its pieces."""
     return {
         "file": leaf.file,
         "dtype": leaf.dtype,
@@ -133,9 +133,9 @@ class Manifest:
     """The manifest of one checkpoint.
 
     Attributes:
-      directory: where the arrays lie.
-      leaves: path in the state -> what `describe` said, the pieces of all processes together.
-      extra: what else was saved, by process 0.
+      directory: directory of the arrays.
+      leaves: path in the state -> entry as of `describe`, with the pieces of all processes.
+      extra: further data saved by process 0.
     """
 
     directory: pathlib.Path
@@ -153,7 +153,7 @@ class Manifest:
         """Check that the checkpoint has the leaves of `structs` (path -> shape and dtype), and no others.
 
         Raises:
-          CheckpointError: it has not; names the first leaves that differ.
+          CheckpointError: they differ; the message names the first leaves that do.
         """
         saved = {path: (_logical_shape(leaf), leaf["dtype"]) for path, leaf in self.leaves.items()}
         wanted = {path: (tuple(struct.shape), str(struct.dtype)) for path, struct in structs.items()}
@@ -167,15 +167,15 @@ class Manifest:
         if problems:
             more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
             raise CheckpointError(
-                f"The state in {self.directory} is not of the wanted form: {'; '.join(problems[:3])}{more}. "
+                f"The state in {self.directory} has other leaves: {'; '.join(problems[:3])}{more}. "
                 "Restore with the model and optimizer it was saved with, or train into another directory."
             )
 
     def read_leaf(self, path: str) -> np.ndarray:
-        """Return the values of a leaf, every piece of them verified.
+        """Return the values of a leaf after verifying every piece.
 
         Raises:
-          DamagedCheckpointError: they are not what was saved, or cannot be read.
+          DamagedCheckpointError: the values are not what was saved, or cannot be read.
         """
         leaf = self.leaves[path]
         values = _read_array(self.directory / leaf["file"], path, leaf)
@@ -192,7 +192,7 @@ class Manifest:
 
 
 def read(directory: pathlib.Path, *, arrays: pathlib.Path) -> Manifest:
-    """Return the manifest in `directory`, whose arrays lie in `arrays`.
+    """Return the manifest in `directory`, whose arrays are in `arrays`.
 
     Raises:
       DamagedCheckpointError: there is none, or it is damaged.
@@ -231,7 +231,7 @@ def _read_array(directory: pathlib.Path, path: str, leaf: JSON) -> np.ndarray:
         return np.zeros(shape, dtype)
     spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{directory}{os.sep}"}}
     store = _result(tensorstore.open(spec, read=True, open=True), directory, path)
-    # Before reading: a damaged shape may ask for more memory than there is.
+    # Before reading, because a damaged shape may need more memory than there is.
     if (store.shape, store.dtype.numpy_dtype) != (shape, dtype):
         raise DamagedCheckpointError(
             f"Leaf {path} is damaged: {directory} holds {_show((store.shape, store.dtype.name))}, saved was "
@@ -243,7 +243,7 @@ def _read_array(directory: pathlib.Path, path: str, leaf: JSON) -> np.ndarray:
 def _result(future: Any, directory: pathlib.Path, path: str) -> Any:
     error = future.exception()
     if error is not None:
-        # TensorStore appends its whole specification and the places in its source, each in brackets.
+        # TensorStore appends its whole specification and source locations, each in brackets.
         reason = str(error).partition(" [")[0]
         raise DamagedCheckpointError(f"Leaf {path} is damaged: {directory} cannot be read: {reason}.") from error
     return future.result()

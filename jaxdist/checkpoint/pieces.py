@@ -1,4 +1,4 @@
-"""The pieces of arrays: what a process owns of an array on a mesh, and how a whole array is laid out again.
+"""The pieces of arrays: what a process owns of an array on a mesh, and how a whole array is placed on a mesh.
 
 A piece is the part of a leaf that one device owned when it was saved. A replicated leaf has one piece, all of it; each
 piece of a sharded leaf belongs to exactly one process.
@@ -31,7 +31,7 @@ def owned_pieces(array: jax.Array) -> list[Piece]:
 
 
 def place(values: np.ndarray, struct: Any) -> jax.Array:
-    """Return the values laid out as `struct` says, as a typed key where it is one.
+    """Return the values with the sharding of `struct`, as a typed key if it is one.
 
     This process provides the pieces of its own devices.
     """

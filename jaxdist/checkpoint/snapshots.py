@@ -6,8 +6,8 @@ the copy and writes it. The idea of recovering from nearby memory, and from disk
 (Wang et al., SOSP 2023).
 
 Each process writes the pieces of the state it owns into one of three slots in turn. While a slot is being written the
-two others are whole. A process that has written step n knows that step n was computed, hence begun by every process,
-hence that each has written step n - 2: so all have a step in common, at whatever moment any of them dies.
+two others are whole. When a process has written step n, step n was computed, so every process has begun it, so each
+has written step n - 2. Therefore all have a step in common, whenever any of them dies.
 """
 
 import concurrent.futures
@@ -81,7 +81,7 @@ class Snapshots:
         self._slots = list(range(NUM_SLOTS))
 
     def begin(self, step: int) -> None:
-        """Delete the snapshots beyond `step`, from which training continues: they belong to steps to be done again.
+        """Delete the snapshots of steps after `step`, from which training continues: those steps are repeated.
 
         Every process calls this once, before it trains.
         """
@@ -101,13 +101,13 @@ class Snapshots:
         """Take a snapshot of `state`, which may be donated as soon as this returns; waits for the snapshot before.
 
         If a snapshot cannot be written, for example because the memory is full, it and those of the next
-        `RETRY_SECONDS` are left out, with a warning. Older snapshots stay.
+        `RETRY_SECONDS` are skipped, with a warning. Older snapshots stay.
 
         Args:
           step: number of finished steps.
           state: pytree of jax.Arrays.
           data_state: position in the data; anything JSON can hold.
-          nonfinite: the step's flag; a step that was not finite is not applied, and gives no snapshot.
+          nonfinite: the step's flag; a step that is not finite is not applied, and gets no snapshot.
         """
         if time.monotonic() < self._retry_at:
             return
@@ -171,15 +171,15 @@ class Snapshots:
     def latest_step(self) -> int | None:
         """Return the newest step of which every piece is present and whole, None if there is none.
 
-        Call it before training continues: all processes must come to the same answer.
+        Call it before training continues: all processes must get the same answer.
         """
         return _newest_whole(_by_step(self.directory, self._identity))
 
     def restore(self, template: PyTree, step: int) -> tuple[PyTree, dict[str, Any]]:
-        """Return the state and data_state of `step`, bit for bit, laid out as the template says.
+        """Return the state and data_state of `step`, bit for bit, with the shardings of the template.
 
         Args:
-          template: the state's structure; leaves are jax.ShapeDtypeStructs with a sharding (or jax.Arrays).
+          template: the structure of the state; leaves are jax.ShapeDtypeStructs with a sharding (or jax.Arrays).
           step: one that `latest_step` returned.
 
         Raises:
@@ -215,7 +215,7 @@ def read_newest(directory: pathlib.Path, *, identity: str, after: int = 0) -> Sn
     if step is None:
         return None
     header, (device, *_) = found[step][0].header, jax.devices("cpu")
-    with jax.enable_x64(True):  # else values of 64 bits would lose half of them
+    with jax.enable_x64(True):  # otherwise 64-bit values are truncated to 32 bits
         arrays = [jax.device_put(value, device) for value in _joined(found[step])]
     leaves = [
         manifests.Leaf(path, manifests.stored_name(position, path), dtype, array)
@@ -225,7 +225,7 @@ def read_newest(directory: pathlib.Path, *, identity: str, after: int = 0) -> Sn
 
 
 def _by_step(directory: pathlib.Path, identity: str) -> dict[int, list["_File"]]:
-    """Return step -> what the processes wrote of it."""
+    """Return step -> the files that the processes wrote for it."""
     found: dict[int, list[_File]] = {}
     for path in sorted(directory.glob(_PATTERN)):
         file = _open(path)
@@ -287,9 +287,9 @@ def _copy(arrays: list[jax.Array]) -> list[jax.Array]:
 def _write(slots: Sequence[pathlib.Path], header: JSON, pieces: Sequence[_Piece]) -> None:
     """Overwrite the first slot in place: its header's length and checksum, the header, the data.
 
-    Waits for the values before it touches the file. The length is written last, so that a slot that a dead process left
-    half-written is recognized. The file is overwritten in place, because freeing and allocating memory costs more than
-    the copy.
+    Waits for the values before it changes the file. The length is written last, so that a slot that a process left
+    incomplete when it died is recognized. The file is overwritten in place, because freeing and allocating memory costs
+    more than the copy.
     """
     values = [np.ascontiguousarray(np.asarray(piece.data)).reshape(-1).view(np.uint8) for piece in pieces]
     described = [
@@ -308,7 +308,7 @@ def _write(slots: Sequence[pathlib.Path], header: JSON, pieces: Sequence[_Piece]
 
 
 def _reserve(slots: Sequence[pathlib.Path], num_bytes: int) -> None:
-    """Take the memory of all slots before the first is written: a snapshot that does not fit harms no older one."""
+    """Reserve the memory of all slots before the first is written: a snapshot that does not fit harms no older one."""
     sizes = {path: path.stat().st_size if path.exists() else 0 for path in slots}
     if min(sizes.values()) >= num_bytes:
         return
@@ -331,7 +331,7 @@ def _write_all(file: io.RawIOBase, data: Any) -> None:
 
 
 def _open(path: pathlib.Path) -> _File | None:
-    """Return the content of a slot, None if it is absent or not whole."""
+    """Return the content of a slot, None if it is missing or incomplete."""
     if not path.exists() or path.stat().st_size < _PREFIX:
         return None
     content = np.memmap(path, np.uint8, mode="r")
@@ -374,7 +374,7 @@ def _joined(files: Sequence[_File]) -> list[np.ndarray]:
 
 
 def _place(values: np.ndarray, struct: Any) -> jax.Array:
-    """Return the values laid out as `struct` says."""
+    """Return the values with the sharding of `struct`."""
     expected = tuple(struct.shape)
     if values.shape[: len(expected)] != expected:
         raise SnapshotError(f"The snapshot holds an array of shape {values.shape} where {expected} is expected.")

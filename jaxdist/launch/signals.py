@@ -1,4 +1,4 @@
-"""Stopping politely: the first signal asks the loop to save and end, a second one ends the process at once."""
+"""Stop signals: the first one asks the loop to save and end, a second one ends the process at once."""
 
 import contextlib
 import os
@@ -15,15 +15,15 @@ from jaxdist.launch import parent
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 SAME_REQUEST_SECONDS = 1.0
-"""Signals that come within this time are one request: a service manager signals a supervisor and its processes, and the
-supervisor passes its own signal on."""
+"""Signals that arrive within this time are one request: a service manager signals a supervisor and its processes, and
+the supervisor passes its own signal on."""
 
 
 class StopRequest:
     """Whether a stop was requested.
 
     Args:
-      supervised: a second signal changes nothing: the supervisor ends this process if the user does not want to wait.
+      supervised: whether to ignore a second signal: the supervisor then ends this process.
     """
 
     def __init__(self, *, supervised: bool = False) -> None:
@@ -32,7 +32,7 @@ class StopRequest:
         self._noted = threading.Event()
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Be the handler, in the main thread: what it interrupts continues once the request is noted."""
+        """Handle a signal in the main thread: wait until the other thread has noted the request."""
         del number, frame
         self._noted.wait()
 
@@ -40,14 +40,14 @@ class StopRequest:
         return self.signal is not None
 
     def note(self, number: int) -> None:
-        """Take in a signal: announce the first, leave at once at a later one."""
+        """Note a signal: announce the first one, exit at once at a later one."""
         if self:
             if not self._supervised and time.monotonic() - self._at >= SAME_REQUEST_SECONDS:
                 os._exit(128 + number)
             return
         self.signal, self._at = signal.Signals(number), time.monotonic()
         # os.write, since another thread may be in the middle of a print; the terminal may be gone.
-        message = f"\n{self.signal.name}: saving and stopping after this step; once more to leave at once.\n"
+        message = f"\n{self.signal.name}: Saving and stopping after this step. Repeat the signal to exit at once.\n"
         with contextlib.suppress(OSError, ValueError):
             os.write(sys.stderr.fileno(), message.encode())
         self._noted.set()
@@ -57,10 +57,10 @@ class StopRequest:
 def stop_on_signal(environment: Mapping[str, str] = os.environ) -> Iterator[StopRequest]:
     """Turn the signals of STOP_SIGNALS into a request while the context lasts; a SIGHUP that is ignored stays so.
 
-    The first signal is noted and announced on standard error. A second one leaves at once with 128 + its number, as a
-    shell would report it, because a user who sends two does not want to wait for a checkpoint. Python runs a handler
-    only when the main thread returns from native code, which in a collective may be never; so a thread reads the
-    signals, which the interpreter writes to a pipe the moment they come.
+    The first signal is noted and announced on standard error. A second one exits at once with status 128 + its number,
+    as a shell would report it, because a user who sends two does not want to wait for a checkpoint. Python runs a
+    handler only when the main thread returns from native code, which may never happen in a collective. So a thread
+    reads the signals, which the interpreter writes to a pipe as soon as they arrive.
     """
     request = StopRequest(supervised=parent.PARENT_ID in environment)
     told, tell = os.pipe()
@@ -75,7 +75,7 @@ def stop_on_signal(environment: Mapping[str, str] = os.environ) -> Iterator[Stop
         for number, handler in before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(pipe_before)
-        os.close(tell)  # the reader comes to the end
+        os.close(tell)  # ends the reader
         reader.join()
         os.close(told)
 
@@ -108,6 +108,6 @@ def heeded() -> list[signal.Signals]:
 
 def _read_signals(told: int, request: StopRequest) -> None:
     while numbers := os.read(told, 256):
-        # Other handlers' signals come here, too. Those that came before the first was read are one request with it.
+        # Signals of other handlers arrive here, too. Those that arrive before the first is read are one request.
         for number in [number for number in numbers if number in STOP_SIGNALS][:1]:
             request.note(number)

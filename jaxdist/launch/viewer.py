@@ -1,7 +1,7 @@
-"""Training outlasts its viewer: a closed pipe, terminal or log costs what is shown, never the run.
+"""Training continues without its viewer: a closed pipe, terminal or log loses output, but never ends the run.
 
-Output that cannot be shown any more (`| head -1`, a terminal that was closed) continues in a file of the run directory.
-Output that cannot be stored (a log on a full disk) is dropped.
+Output that can no longer be shown (`| head -1`, a closed terminal) continues in a file of the run directory. Output
+that cannot be stored (a log on a full disk) is dropped.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ class Viewer:
     """Guards standard output and standard error while it is entered.
 
     Attributes:
-      log: the file that takes over from a viewer that has gone; None drops the output.
+      log: the file for output that can no longer be shown; None drops the output.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class Viewer:
         self._streams.close()
 
     def take_over(self, descriptor: int) -> None:
-        """Let everything written to `descriptor`, by native code too, go to the log from now on."""
+        """Send everything written to `descriptor`, also by native code, to the log from now on."""
         with contextlib.suppress(OSError):
             log = self._open()
             os.dup2(log, descriptor)
@@ -61,7 +61,7 @@ class _Guarded:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write `text`, to the log if the viewer has gone."""
+        """Write `text`, to the log if the viewer is closed."""
         try:
             return self._stream.write(text)
         except OSError as error:
@@ -72,14 +72,14 @@ class _Guarded:
         return len(text)
 
     def flush(self) -> None:
-        """Write what is buffered, to the log if the viewer has gone."""
+        """Write what is buffered, to the log if the viewer is closed."""
         try:
             self._stream.flush()
         except OSError as error:
             self._lost(error)
 
     def _lost(self, error: OSError) -> None:
-        # What a buffered stream could not write is still in its buffer, and is the first that the log gets.
+        # Text that a buffered stream could not write is still in its buffer, and is written to the log first.
         if error.errno in _GONE:
             self._viewer.take_over(self._stream.fileno())
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""A word on a terminal while nothing else can be shown: what the command is doing before its first output."""
+"""Shows on a terminal what a command is doing before its first output."""
 
 import contextlib
 import sys
@@ -9,7 +9,7 @@ _ERASE = "\r\x1b[K"
 
 @contextlib.contextmanager
 def shown(what: str, *, silent: bool = False) -> Iterator[None]:
-    """Show `what` on standard error while the context lasts; nothing where that is no terminal, or `silent`."""
+    """Show `what` on standard error while the context lasts; nothing if it is not a terminal, or if `silent`."""
     if silent or not sys.stderr.isatty():
         yield
         return

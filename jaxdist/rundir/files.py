@@ -1,4 +1,4 @@
-"""Files that are replaced whole: a reader finds the old content or the new, and what was written survives a crash."""
+"""Atomic file writes: a reader finds the old content or the new, and the new content survives a crash."""
 
 import contextlib
 import os
@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator
 
 
 def write(path: pathlib.Path, parts: Iterable[bytes | memoryview]) -> int:
-    """Replace the file `path` by the bytes of `parts`, one after the other; return their CRC-32. Durable on return.
+    """Replace the content of the file `path` by the bytes of `parts`; return their CRC-32. Durable on return.
 
     Raises OSError naming the file; the older file stays.
     """
-    # Named after the process, because a process that was replaced may still be writing the same file.
+    # The name contains the process id, because a replaced process may still be writing the same file.
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     checksum = 0
     with naming(draft):
@@ -38,7 +38,7 @@ def commit(draft: pathlib.Path, path: pathlib.Path) -> None:
     _sync(draft)
     # A rename is atomic only inside one file system, hence the same directory.
     os.replace(draft, path)
-    _sync(path.parent)  # the rename itself is durable only when the directory is
+    _sync(path.parent)  # the rename is durable once the directory is
 
 
 def _sync(path: pathlib.Path) -> None:
@@ -51,7 +51,7 @@ def _sync(path: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Let every OSError raised inside name `path`: a failing write (disk full) does not say which file by itself."""
+    """Let every OSError raised inside name `path`: a failed write (disk full) does not name it by itself."""
     try:
         yield
     except OSError as error:

@@ -1,9 +1,9 @@
-"""The example ledger: which examples each step trained on, and the proof that none was lost or used twice.
+"""The example ledger: which examples each step trained on, and a check that none was lost or used twice.
 
-One short line a step: the step, the epoch and the half-open range of positions in the order of that epoch. The order
-is a pure function of seed, epoch and position, so a range says exactly which examples they were. A run that continues
-from an earlier step says so; what was trained after that step then belongs to a model that no longer exists, and the
-checker follows the lineage of the one that survived.
+One short line per step: the step, the epoch and the half-open range of positions in the order of that epoch. The order
+is a pure function of seed, epoch and position, so a range identifies the examples exactly. A run that continues from
+an earlier step writes a line that says so. The steps recorded after that step then belong to a state that was
+discarded, and the check ignores them.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ FILE_NAME = "ledger.txt"
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A step of the surviving model: it trained on the positions [begin, end) of `epoch`."""
+    """A step that was not discarded: it trained on the positions [begin, end) of `epoch`."""
 
     step: int
     epoch: int
@@ -78,10 +78,10 @@ class Recorder:
 
 
 def read(run_dir: pathlib.Path) -> list[Entry]:
-    """Return the entries of the surviving model, in the order of its steps.
+    """Return the entries of the steps that were not discarded, in order.
 
     Raises:
-      LedgerError: a line cannot be read (unless it was cut short by the end of its process), or a process continued
+      LedgerError: a line cannot be read (unless it is incomplete because its process died), or a process continued
         from a step that was not recorded.
     """
     try:

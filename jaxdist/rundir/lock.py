@@ -1,7 +1,7 @@
-"""One run directory, one job: a lock that its owner's death opens.
+"""The lock of a run directory: one job at a time works in it.
 
 The kernel holds the lock (flock) for as long as the process that took it lives, however that process ends, so a lock is
-never left behind. What the file says about its owner is for the message alone.
+never left behind. The content of the file is only used in messages.
 """
 
 import contextlib
@@ -18,17 +18,17 @@ from jaxdist.errors import UserError
 
 FILE_NAME = "lock"
 SAVING = "saving the newest state of a job that was killed"
-"""The purpose that is waited for, since it takes seconds only."""
+"""A job waits while the lock is held for this purpose, which takes only seconds."""
 _SAVING_SECONDS, _LOOK_SECONDS = 60.0, 0.05
 
 
 class LockedError(UserError):
-    """Another job that is alive works in the directory."""
+    """A running job holds the lock of the directory."""
 
 
 @contextmanager
 def locked(directory: pathlib.Path, *, purpose: str) -> Iterator[None]:
-    """Hold the lock of `directory`, which is made if need be, while the context lasts.
+    """Hold the lock of `directory`, which is created if needed, while the context lasts.
 
     Processes started inside do not inherit the lock: it belongs to this process alone.
 
@@ -44,7 +44,7 @@ def locked(directory: pathlib.Path, *, purpose: str) -> Iterator[None]:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(directory / FILE_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        os.fchmod(descriptor, 0o600)  # who may open a file may lock it, and so keep the job from starting
+        os.fchmod(descriptor, 0o600)  # a user who may open the file may lock it
     except OSError as error:
         raise UserError(
             f"The directory of a job must be writable; {directory} is not: {error.strerror}. Choose another."
@@ -52,7 +52,7 @@ def locked(directory: pathlib.Path, *, purpose: str) -> Iterator[None]:
     try:
         _take(descriptor, directory)
         owner = {"process": os.getpid(), "host": socket.gethostname(), "purpose": purpose}
-        with contextlib.suppress(OSError):  # on a full disk the lock holds all the same
+        with contextlib.suppress(OSError):  # on a full disk the lock is still held
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(owner).encode(), 0)
         yield
@@ -96,5 +96,5 @@ def _describe(said: str) -> str:
     try:
         owner = json.loads(said)
         return f"process {owner['process']} on {owner['host']} ({owner['purpose']})"
-    except (ValueError, KeyError, TypeError):  # it has the lock, but has not said who it is yet
+    except (ValueError, KeyError, TypeError):  # it holds the lock, but has not written its name yet
         return "another process"

@@ -12,7 +12,7 @@ _SECONDS = 10.0
 def git(directory: pathlib.Path) -> dict[str, Any] | None:
     """Return {commit, dirty} of the Git repository that `directory` is in, None outside of one or without Git.
 
-    A tree is dirty when a tracked file was changed; files that Git does not know are not looked for.
+    A tree is dirty when a tracked file was changed; untracked files are ignored.
     """
     commit = _git(directory, "rev-parse", "HEAD")
     changed = _git(directory, "status", "--porcelain", "--untracked-files=no")
@@ -34,7 +34,7 @@ def host() -> str:
 
 
 def peak_memory_bytes(devices: Sequence[Any]) -> dict[str, int] | None:
-    """Return the most memory that each device held at a time, by its number; None where it does not say, as on CPU."""
+    """Return the peak memory of each device by its number; None if devices do not report it, as on CPU."""
     told = {str(device.id): device.memory_stats() for device in devices}
     peaks = {name: stats["peak_bytes_in_use"] for name, stats in told.items() if stats and "peak_bytes_in_use" in stats}
     return peaks or None

@@ -1,6 +1,6 @@
-"""The run record: what `run.json` says about a run, and the small accounts it is filled from.
+"""The run record: the content of `run.json`.
 
-The one idea: the file is always whole and always strict JSON. It is replaced by a rename, never edited, and a number
+The file is always complete and always strict JSON. It is replaced by a rename, never edited, and a number
 that JSON cannot hold (NaN, an infinity) is written as null.
 """
 
@@ -45,15 +45,15 @@ Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """What `run.json` holds; each field is a key of the file, except that `extra`'s items become keys of their own."""
+    """The content of `run.json`: each field is a key of the file, and so is each key of `extra`."""
 
     end_reason: str | None
-    """One of END_REASONS, None while the run goes on."""
+    """One of END_REASONS, None while the run continues."""
     step: int
     examples_seen: int
     params_sha256: str | None
     metrics: Mapping[str, float | None]
-    """The last value of each, `train/loss` or `eval/accuracy` say; None where it was not finite."""
+    """The last value of each metric, for example `train/loss`; None if it was not finite."""
     strategy: str
     reduction: str
     num_devices: int
@@ -69,16 +69,16 @@ class RunRecord:
     """The experiment; written through `plain`."""
     versions: Mapping[str, str | None]
     command: str
-    """The command line as one would type it again, quoted for a shell."""
+    """The command line, quoted for a shell."""
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Further top-level keys, `ps` of the parameter server say. None of them may be one of the names above."""
+    """Further top-level keys, for example `ps` of the parameter server; none may have a name from above."""
 
     def __post_init__(self) -> None:
         if self.end_reason is not None and self.end_reason not in END_REASONS:
             raise ValueError(f"end_reason must be null or one of {', '.join(END_REASONS)}; got {self.end_reason!r}.")
         taken = sorted((set(KEYS) | {"extra"}) & set(self.extra))
         if taken:
-            raise ValueError(f"extra may only add keys to the run record; {taken} are its own. Use other names.")
+            raise ValueError(f"extra may only add new keys to the run record, got {taken}. Use other names.")
 
     def to_json(self) -> dict[str, Plain]:
         """Return the content of run.json, the contract's keys first."""
@@ -96,7 +96,7 @@ class RunRecord:
 
     @classmethod
     def read(cls, run_dir: str | os.PathLike[str]) -> "RunRecord":
-        """Return the record of `run_dir`; ValueError when damaged or not ours, OSError when out of reach."""
+        """Return the record of `run_dir`; raises ValueError if it is damaged or not a record, OSError if unreadable."""
         path = pathlib.Path(run_dir) / FILE_NAME
         advice = "Name another run directory, or move the file away."
         try:
@@ -122,10 +122,10 @@ KEYS = tuple(field.name for field in dataclasses.fields(RunRecord) if field.name
 def params_sha256(params: Any) -> str:
     """Return the SHA-256, in hex, over the bytes of the leaves of `params`: in tree order, each in C order.
 
-    Shapes, dtypes and names do not enter, only bytes. A leaf is fetched whole, one leaf at a time: sharded leaves are
-    put together, of a replicated leaf this process's first replica is read (that replicas agree is a guard's business).
+    Only bytes count, not shapes, dtypes or names. Leaves are fetched whole, one at a time: a sharded leaf is assembled,
+    of a replicated leaf the first replica of this process is read (a guard checks that replicas agree).
 
-    Raises ValueError for a leaf whose shards lie partly on other processes.
+    Raises ValueError for a leaf with shards on other processes.
     """
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -214,7 +214,7 @@ def plain(value: Any) -> Plain:
 
 
 def flat(name: str, value: Any) -> dict[str, Any]:
-    """Return plain data as one entry a setting: `{"optimizer.learning_rate": 0.1}`."""
+    """Return plain data with one entry per setting: `{"optimizer.learning_rate": 0.1}`."""
     if not isinstance(value, Mapping):
         return {name: value}
     parts = [flat(f"{name}.{key}" if name else str(key), part) for key, part in value.items()]
@@ -222,7 +222,7 @@ def flat(name: str, value: Any) -> dict[str, Any]:
 
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, Plain]:
-    """Return the metrics as JSON numbers: whatever float() takes (a scalar jax.Array too), None where not finite."""
+    """Return the metrics as JSON numbers: anything that float() accepts; None if not finite."""
     return {
         name: value if value is None or isinstance(value, int) else plain(float(value))
         for name, value in metrics.items()

@@ -1,6 +1,6 @@
-"""Writers: where metrics go while a run lasts, one row a step.
+"""Writers: store or print the metrics of a run, one row per step.
 
-The one idea: a file of metrics holds every step once and in order. Metrics of the same step that come in several parts
+A file of metrics contains every step once and in order. Metrics of the same step that come in several parts
 (training, then evaluation) become one row; a resumed run first drops the rows after the step it resumes from, because
 it is about to write them again.
 """
@@ -33,10 +33,10 @@ class Writer(Protocol):
     """Takes the metrics of one step after another."""
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write metrics of `step`, at once; the same step again adds to its row. Raises OSError naming the file."""
+        """Write metrics of `step` at once; a repeated step extends its row. Raises OSError naming the file."""
 
     def close(self) -> None:
-        """Let go of the file. May be called twice."""
+        """Close the file. May be called twice."""
 
 
 def make_writers(
@@ -47,8 +47,8 @@ def make_writers(
     Args:
       run_dir: exists; holds metrics.jsonl, metrics.csv and tensorboard/.
       kinds: any of console, jsonl, csv, tensorboard.
-      resumed_step: the step whose checkpoint the run goes on from. None for a fresh run: a file that exists already is
-        then refused (FileExistsError).
+      resumed_step: the step that the run resumes from. None for a new run: an existing file is then refused
+        (FileExistsError).
     """
     if jax.process_index() != 0:
         return []
@@ -87,7 +87,7 @@ class Patient:
 
 
 def format_number(value: Any) -> str:
-    """Return whatever float() takes as people read it: four significant digits."""
+    """Return a number with four significant digits; `value` is anything that float() accepts."""
     return f"{float(value):.4g}"
 
 
@@ -97,7 +97,7 @@ def format_metrics(metrics: Mapping[str, Any]) -> str:
 
 
 class ConsoleWriter:
-    """Prints a plain line a call, to standard output unless another stream is given."""
+    """Prints one line per call, to standard output unless another stream is given."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stdout
@@ -107,13 +107,13 @@ class ConsoleWriter:
         print(f"step {step}  {format_metrics(metrics)}", file=self._stream, flush=True)
 
     def close(self) -> None:
-        """Leave the stream open: it is not ours. See Writer."""
+        """Do nothing: the stream belongs to the caller. See Writer."""
 
 
 class JsonlWriter:
     """Writes one JSON object a line, each with `step`. NaN and the infinities become null.
 
-    A line counts only with its newline: one torn by a kill is dropped on resume. ValueError for any other damage.
+    A line counts only with its newline: an incomplete one is dropped on resume. Any other damage raises ValueError.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, resumed_step: int | None = None) -> None:
@@ -168,10 +168,10 @@ class CsvWriter:
 
 
 class TensorBoardWriter:
-    """Writes scalars to a new TensorBoard event file in `log_dir`; a resumed run tells TensorBoard what to forget.
+    """Writes scalars to a new TensorBoard event file in `log_dir`; a resumed run marks the steps that it replaces.
 
     Written at once and on the caller's thread: tensorboardX's own SummaryWriter hands events to a thread, where a full
-    disk goes unseen until the queue blocks for ever. So only its message types and checksum are used.
+    disk is not noticed until the queue blocks forever. So only its message types and checksum are used.
     """
 
     def __init__(self, log_dir: str | os.PathLike[str], *, resumed_step: int | None = None) -> None:
@@ -218,7 +218,7 @@ class TensorBoardWriter:
 
 
 class _Rows:
-    """A file of header lines, then one line a step in rising order, of which the last may be put again.
+    """A file of header lines, then one line per step in ascending order; the last line may be replaced.
 
     `step_of` returns a line's step, -1 for a header; ValueError and the like when it is neither.
     """
@@ -242,9 +242,13 @@ class _Rows:
     def accept(self, step: int, metrics: Mapping[str, float]) -> bool:
         """Return whether `step` is the last row's; ValueError when it is earlier, or a metric is called `step`."""
         if "step" in metrics:
-            raise ValueError(f"A metric may not be called 'step', the column of the step itself; {self._path}.")
+            raise ValueError(
+                f"A metric cannot be named 'step', which is the column of the step ({self._path}). Rename it."
+            )
         if step < self._last_step:
-            raise ValueError(f"Rows are written in the order of steps; {self._path} has {self._last_step}, got {step}.")
+            raise ValueError(
+                f"Rows must be written in the order of steps; {self._path} has step {self._last_step}, got {step}."
+            )
         return step == self._last_step
 
     def put(self, step: int, line: str) -> None:
@@ -263,7 +267,7 @@ class _Rows:
         self._file.close()
 
     def _keep(self, step_of: Callable[[str], int], header_lines: int, resumed_step: int) -> None:
-        """Keep the whole lines up to the resumed step and drop what follows."""
+        """Keep the complete lines up to the resumed step and drop the rest."""
         lines = [line for line in io.BytesIO(self._file.readall()) if line.endswith(b"\n")]  # all but a torn last one
         for number, line in enumerate(lines, 1):
             try:
@@ -288,7 +292,7 @@ class _Rows:
 
 
 def _write_all(path: pathlib.Path, file: io.FileIO, data: bytes) -> None:
-    """Write through to the operating system: a killed process loses nothing, and a full disk is noticed here."""
+    """Write unbuffered: a killed process loses nothing, and a full disk raises here."""
     with files.naming(path):
         while data:
             data = data[file.write(data) :]

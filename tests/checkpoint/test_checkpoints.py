@@ -470,7 +470,7 @@ def test_a_save_that_fails_is_reported_and_harms_nothing(tmp_path, tiny_disk, su
         getattr(checkpointer, surface)(*arguments.get(surface, ()))
     tiny_disk(False)
     assert str(tmp_path) in str(error.value)
-    assert "Step 1 is unharmed" in str(error.value)
+    assert "Step 1 is intact" in str(error.value)
     assert checkpointer.steps() == [1]
     if surface != "close":
         checkpointer.save(2, small_state(5, 1 << 16), {}, {})

@@ -31,7 +31,7 @@ def test_the_first_signal_is_a_request_and_says_so(number, capfd):
         os.kill(os.getpid(), number)
         assert request
         assert request.signal is number
-    assert f"{number.name}: saving and stopping after this step" in capfd.readouterr().err
+    assert f"{number.name}: Saving and stopping after this step" in capfd.readouterr().err
 
 
 def test_the_handlers_before_are_put_back():

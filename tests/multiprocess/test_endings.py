@@ -47,7 +47,7 @@ def test_a_stop_and_the_death_of_a_process_lose_no_step(start):
     assert job.saved_step() >= step - 2
     made = record.RunRecord.read(job.run_dir)
     assert (made.end_reason, made.step) == ("preempted", job.saved_step())
-    assert re.search(r"saved from memory|saving and stopping", job.text())
+    assert re.search(r"saved from memory|Saving and stopping", job.text())
 
 
 def test_a_supervisor_that_is_killed_leaves_a_checkpoint_and_a_resume_waits_for_it(start):
@@ -91,7 +91,7 @@ def test_a_stop_signal_saves_the_step_at_hand(start, number, processes):
     assert job.end() == 75, job.text()
     made = record.RunRecord.read(job.run_dir)
     assert (made.end_reason, made.step) == ("preempted", job.saved_step())
-    assert f"{number.name}: saving and stopping" in job.text()
+    assert f"{number.name}: Saving and stopping" in job.text()
 
 
 @pytest.mark.soak

@@ -126,7 +126,7 @@ def test_however_a_supervised_job_ends_it_leaves_nothing_behind(tmp_path, number
     if status == 75:
         ended = record.RunRecord.read(tmp_path)
         assert (ended.end_reason, ended.restarts) == ("preempted", 0)
-        assert f"{number.name}: saving and stopping" in output
+        assert f"{number.name}: Saving and stopping" in output
         with contextlib.closing(checkpoints.Checkpointer(tmp_path / "checkpoints", identity="x")) as checkpointer:
             assert checkpointer.latest_step() == ended.step
 

@@ -26,7 +26,7 @@ def jaxdist(*arguments):
         pytest.param({"starves": 1}, marks=pytest.mark.soak),
     ],
 )
-def test_a_run_under_fire_makes_the_model_of_a_run_in_peace(tmp_path, strikes):
+def test_a_run_with_faults_makes_the_model_of_an_undisturbed_run(tmp_path, strikes):
     wanted = {"kills": 0, "stops": 0, "starves": 0} | strikes
     flags = [text for name, count in wanted.items() for text in (f"--{name}", count)]
     done = jaxdist(
@@ -43,4 +43,4 @@ def test_a_run_under_fire_makes_the_model_of_a_run_in_peace(tmp_path, strikes):
         output = (tmp_path / "disturbed" / "output.txt").read_text()
         logs = "".join(path.read_text() for path in tmp_path.glob("disturbed/logs/*/*.log"))
         assert "The job hangs: process" in output + logs
-        assert "no sign of life" in output + logs
+        assert "no report for" in output + logs

@@ -2,7 +2,7 @@
 
 The manifest itself tells each process its place, from the index that Kubernetes gives its pod: neither the package
 `kubernetes` nor a permission to read pods is needed. Which failure leads to what is decided by exit status: 75 and a
-disrupted pod start all pods again, however often; 2 ends the JobSet; anything else starts them again a few times.
+disrupted pod restart all pods, without a limit; 2 ends the JobSet; anything else restarts them a few times.
 """
 
 import re
@@ -141,7 +141,7 @@ def submit(text: str) -> str:
     """Create the JobSet; return the output of kubectl.
 
     Raises:
-      UserError: there is no kubectl here, or the cluster refuses the job; the message is the cluster's.
+      UserError: kubectl is not installed, or the cluster refuses the job; the message is that of the cluster.
     """
     if shutil.which("kubectl") is None:
         raise UserError(

@@ -104,7 +104,7 @@ def _connect(address: str) -> Any:
     except ImportError as error:
         raise UserError("--engine ray needs the package ray: pip install 'jaxdist[ray]'.") from error
     try:
-        if ":" in address and "://" not in address:  # Ray would wait minutes for an answer
+        if ":" in address and "://" not in address:  # Ray would wait for minutes
             socket.create_connection(coordinator.split(address), timeout=_ANSWER_SECONDS).close()
         ray.init(address=address, logging_level="ERROR")
     except OSError as error:  # ConnectionError among it

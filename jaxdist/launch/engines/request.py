@@ -1,4 +1,4 @@
-"""What `jaxdist launch` was asked to start, the same for every engine."""
+"""The job that `jaxdist launch` starts, described in the same way for every engine."""
 
 import dataclasses
 import pathlib
@@ -32,7 +32,7 @@ class Request:
     settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # In a batch script what follows the end of a line would be a command of its own.
+        # In a batch script, text after a line break would be another command.
         texts = {"name of the experiment": self.name, "path of the experiment": str(self.experiment)}
         texts |= {"run directory": str(self.run_dir)}
         texts |= {f"argument {argument!r}": argument for argument in self.arguments}
@@ -49,7 +49,7 @@ class Request:
         return "jaxdist.cli.machine" if self.parameter_server else "jaxdist.cli"
 
     def only(self, engine: str, known: Sequence[str], required: Sequence[str] = ()) -> Mapping[str, str]:
-        """Return the settings; UserError where one is not `known` or a `required` one is missing."""
+        """Return the settings; raise UserError if one is not `known` or a `required` one is missing."""
         unknown = sorted(set(self.settings) - set(known))
         missing = [name for name in required if name not in self.settings]
         if unknown or missing:
@@ -59,17 +59,17 @@ class Request:
 
 
 def check_one_line(texts: Mapping[str, str]) -> None:
-    """Raise UserError where a text, named for people, has control characters such as the end of a line."""
+    """Raise UserError if a text (by its name for messages) contains control characters such as line breaks."""
     for name, text in texts.items():
         if not text.isprintable():
             raise UserError(
-                f"What is passed to an engine is one line of printable characters; {name} is {text!r}. "
+                f"A value for an engine must be one line of printable characters; {name} is {text!r}. "
                 "Rename or correct it."
             )
 
 
 def settings_of(assignments: Sequence[str]) -> dict[str, str]:
-    """Return KEY=VALUE assignments as a dict; UserError for anything else."""
+    """Return KEY=VALUE assignments as a dict; raise UserError for anything else."""
     for assignment in assignments:
         if not assignment.partition("=")[0] or "=" not in assignment:
             raise UserError(f"--with takes KEY=VALUE; got {assignment!r}.")

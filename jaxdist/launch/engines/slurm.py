@@ -26,7 +26,7 @@ _PARAMETER_SERVER = (
 )
 """What the machines of a parameter server need: each other's names and a secret."""
 _WAIT_SECONDS = 60
-"""How long the other tasks may run once one has ended: a killed one leaves them waiting in a collective."""
+"""How long the other tasks may run after one has ended: if it was killed, they wait in a collective."""
 
 
 def script(request: Request, *, directory: str, python: str = sys.executable) -> str:
@@ -81,7 +81,7 @@ def submit(request: Request, text: str) -> str:
     """Submit the script, which is kept in the run directory; return the number of the job.
 
     Raises:
-      UserError: there is no SLURM here, or it refuses the job; the message is SLURM's.
+      UserError: SLURM is not installed, or it refuses the job; the message is that of SLURM.
     """
     if shutil.which("sbatch") is None:
         raise UserError(

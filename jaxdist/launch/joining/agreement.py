@@ -1,14 +1,14 @@
 """What the processes of a job agree on while they train: the step to stop at, and numbers that a clock decides.
 
 Signals and clocks differ from process to process, but all must stop at one step and take snapshots at the same steps.
-Process 0 decides. Each decision says what holds from a certain step on, and after how many steps the next one follows;
-it is published while the steps before that one are computed. So every process reads the same decision at the same
-step, by induction, and normally it is there before it is needed.
+Process 0 decides. Each decision is valid from a certain step on, and says after how many steps the next one follows; it
+is published while the steps before are computed. So, by induction, every process reads the same decision at the same
+step, and normally it is available before it is needed.
 
-Decisions travel through the coordinator's key-value store, never through a collective. Two programs that communicate
-between processes must not be in flight at once unless they run over the same devices: on CPU devices each waiting
-participant holds a thread of XLA's pool, XLA orders only programs over the same devices, and participants of two
-programs, taken up in another order by each process, wait for each other forever (docs/guide/processes.md).
+Decisions go through the coordinator's key-value store, never through a collective. Two programs that communicate
+between processes must not run at the same time unless they use the same devices: on CPU devices each waiting
+participant occupies a thread of XLA's pool, XLA orders only programs over the same devices, and participants of two
+programs that start in different orders in different processes wait for each other forever (docs/guide/processes.md).
 """
 
 import collections
@@ -27,24 +27,24 @@ import jax
 from jaxdist.spmd import jax_private
 
 EVERY_SECONDS = 0.25
-"""Time between two decisions, where steps are shorter; longer steps have a decision each."""
+"""Time between two decisions if steps are shorter; with longer steps there is one decision per step."""
 MOST_STEPS = 1000
 _WINDOW = 8
 """Steps over which their duration is measured: the loop dispatches up to eight before it waits for the devices."""
 _KEPT = 64
 """Decisions that stay in the store. Each is at least a step after the one before, and process 0 is at most eight steps
-ahead of what every process has dispatched: the others have long read the ones before these."""
+ahead of what every process has dispatched, so the others have read all earlier ones."""
 _TRY_SECONDS = 2.0
-"""How long one request for a decision may wait; between two, a process that leaves is not waited for."""
+"""How long one request for a decision may wait; a process that ends is delayed by at most this time."""
 _MEET_MILLISECONDS = 3_600_000
-"""How long a process is waited for; one that died is noticed by its missing heartbeat."""
+"""How long to wait for a process; one that died is noticed by its missing heartbeat."""
 _RUNS = itertools.count()
-"""Numbers the agreements of this process: a program that trains twice must not read the decisions of its first run."""
+"""Numbers the agreements of this process: a second run in a program must not read decisions of the first."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """What holds from the step on at which it takes effect.
+    """What is valid from the step at which the decision takes effect.
 
     Attributes:
       stop: whether training ends after that step.
@@ -61,7 +61,7 @@ class Channel(Protocol):
     """Carries decisions from process 0 to all, and requests to stop from all to process 0."""
 
     def publish(self, decision: Decision) -> None:
-        """Send the next decision; returns at once. Called by process 0."""
+        """Send the next decision without waiting. Called by process 0."""
 
     def receive(self) -> Decision:
         """Return the next decision; waits for it. Called by every process."""
@@ -70,20 +70,20 @@ class Channel(Protocol):
         """Ask process 0 to end training."""
 
     def asked(self) -> bool:
-        """Return whether any process has asked; it may take a moment to be known."""
+        """Return whether any process has asked; this may be known with a delay."""
 
     def meet(self, name: str) -> None:
         """Return once every process has called this with the same name; each name once."""
 
 
 class Agreement(Protocol):
-    """What a run asks; `Alone` answers in a job of one process, `Shared` in larger ones."""
+    """What the processes of a run agree on: `Alone` for a job of one process, `Shared` for larger ones."""
 
     def stop(self, wanted: Callable[[int], bool]) -> Callable[[int], bool]:
         """Return `stop_requested(step)` for `loop.fit`: true on every process at one step, soon after any wants it."""
 
     def number(self, name: str, start: float) -> Callable[[float], float]:
-        """Return `agreed(number)`: what process 0 passed a while ago, `start` at first; the same at the same step."""
+        """Return `agreed(number)`: what process 0 passed some steps ago, `start` at first; equal at equal steps."""
 
     def meet(self, name: str) -> None:
         """Return once every process has called this with the same name; each name once in a run."""
@@ -123,7 +123,7 @@ class Shared:
         self._asked = False
 
     def number(self, name: str, start: float) -> Callable[[float], float]:
-        """Return a function to be called at the same steps everywhere; see `Agreement`."""
+        """Return a function that all processes call at the same steps; see `Agreement`."""
 
         def agreed(number: float) -> float:
             self._measured[name] = number
@@ -151,7 +151,7 @@ class Shared:
         return step == self._due
 
     def _take(self, step: int) -> bool:
-        """Put into force the decision that takes effect at `step`, and decide the next; return whether to stop."""
+        """Apply the decision that takes effect at `step`, and make the next one; return whether to stop."""
         decision = Decision(False, {}, 1)
         if self._due is not None:
             if not self.due(step):
@@ -173,7 +173,7 @@ class _Pace:
         self._seen: collections.deque[tuple[int, float]] = collections.deque()
 
     def steps(self, step: int) -> int:
-        """Return the number, as far as it is known at `step`; 1 until enough steps were seen."""
+        """Return the number as measured up to `step`; 1 until enough steps were measured."""
         now = self._clock()
         self._seen.append((step, now))
         while len(self._seen) > 1 and step - self._seen[1][0] >= _WINDOW:
@@ -185,11 +185,11 @@ class _Pace:
 
 
 class StoreChannel:
-    """A channel through the coordinator's store. A thread talks to it, so that training does not wait for it.
+    """A channel through the coordinator's store. A thread uses the store, so that training does not wait for it.
 
     Args:
       store: see `jax_private.coordinator_store`.
-      prefix: of the keys, the same on every process, and of no earlier run.
+      prefix: prefix of the keys, the same on every process, and different from that of earlier runs.
       process: number of this process; process 0 publishes.
     """
 
@@ -204,7 +204,7 @@ class StoreChannel:
         self._thread.start()
 
     def publish(self, decision: Decision) -> None:
-        """Hand the decision to the thread, which writes it; this process has it already."""
+        """Have the thread write the decision; this process reads it from memory."""
         self._incoming.put(decision)
         self._outgoing.put(decision)
 
@@ -217,7 +217,7 @@ class StoreChannel:
         return item
 
     def ask(self) -> None:
-        """Write the request into the store: one call in the life of a job."""
+        """Write the request into the store; called once in a job."""
         self._store.key_value_set(f"{self._prefix}/stop/{self._process}", "")
 
     def asked(self) -> bool:
@@ -238,7 +238,7 @@ class StoreChannel:
     def _run(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except jax.errors.JaxRuntimeError as error:  # the coordinator is gone; training hears of it where it waits
+        except jax.errors.JaxRuntimeError as error:  # the coordinator has ended; `receive` raises this
             self._incoming.put(error)
 
     def _write_all(self) -> None:
@@ -249,7 +249,7 @@ class StoreChannel:
             self._store.key_value_set(self._key(number), json.dumps(dataclasses.asdict(decision)))
             if number >= _KEPT:
                 self._store.key_value_delete(self._key(number - _KEPT))
-            # Here too: decisions that follow each other closely leave no time in which none is waited for.
+            # Also here, because decisions may follow each other without a pause.
             self._look_for_requests()
 
     def _next_to_write(self) -> Decision | None:
@@ -272,7 +272,7 @@ class StoreChannel:
             self._incoming.put(Decision(**json.loads(text)))
 
     def _wait_for(self, key: str) -> str | None:
-        """Return the value of `key` once it is there, None once this process leaves."""
+        """Return the value of `key` once it is set, None once this process ends."""
         while not self._closed.is_set():
             try:
                 return self._store.blocking_key_value_get(key, int(_TRY_SECONDS * 1000))
@@ -287,7 +287,7 @@ class StoreChannel:
 
 @contextlib.contextmanager
 def of_job() -> Iterator[Agreement]:
-    """Yield the agreement of this job's processes for one run; every process enters the same ones in the same order."""
+    """Yield the agreement of this job's processes for one run; all processes enter it in the same order."""
     if jax.process_count() == 1:
         yield Alone()
         return

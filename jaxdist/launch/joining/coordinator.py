@@ -1,7 +1,7 @@
-"""Where the processes of a job meet: reaching the coordinator in bounded time, and listening nowhere else than told.
+"""How processes connect to the coordinator of a job: within a time limit, and only at the addresses that are set.
 
-JAX by itself waits five minutes for a coordinator and then aborts without a Python exception, listens on every
-interface, and lets gloo listen wherever the name of the machine leads. Here each is decided beforehand, and said.
+By itself, JAX waits five minutes for a coordinator and then aborts without a Python exception, listens on every
+interface, and lets gloo listen at whatever address the host name resolves to. Here all of these are set explicitly.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from jaxdist.launch.joining import places
 from jaxdist.spmd import jax_private
 
 CONNECT_SECONDS = "JAXDIST_CONNECT_SECONDS"
-"""Environment variable: how long the processes of a job wait for each other at its start."""
+"""Environment variable: how many seconds the processes of a job wait for each other at its start."""
 _DEFAULT_CONNECT_SECONDS = 300.0
 _RETRY_SECONDS = 0.2
 _TRY_SECONDS = 3.0
@@ -30,18 +30,18 @@ def join(place: places.Place) -> None:
     """Join the job.
 
     Raises:
-      UserError: the port is taken, the address is of another machine, TLS is asked for of a JAX that has none.
-      TryAgain: the coordinator cannot be reached, or not all processes came in time.
+      UserError: the port is in use, the address belongs to another machine, or this JAX does not have TLS.
+      TryAgain: the coordinator cannot be reached, or not all processes connected in time.
     """
     check_tls()
     seconds = connect_seconds()
     deadline = time.monotonic() + seconds
     if place.process_id == 0:
-        if place.engine != places.LAUNCHER:  # which holds the port for us
+        if place.engine != places.LAUNCHER:  # our launcher reserves the port
             check_free(place.bind_address)
     else:
         await_coordinator(place, deadline)
-    late = f"Not all {place.num_processes} processes came to {place.coordinator} in {seconds:g} s"
+    late = f"Not all {place.num_processes} processes connected to {place.coordinator} within {seconds:g} s"
     if place.process_id == 0:
         late += f" (process 0 listens at {own_address(place.bind_address)})"
     with _leaving_at(deadline, late):
@@ -53,7 +53,7 @@ def join(place: places.Place) -> None:
             process_id=place.process_id,
             local_device_ids=place.local_device_ids,
             cluster_detection_method="deactivate",
-            # At the end of this time JAX aborts; the limit that matters is ours.
+            # At the end of this time JAX aborts; our own limit comes first.
             initialization_timeout=int(2 * seconds) + 60,
         )
     jax_private.use_gloo_at(own_address(place.coordinator if place.process_id else place.bind_address))
@@ -71,7 +71,7 @@ def connect_seconds() -> float:
 def check_free(address: str) -> None:
     """Raise UserError unless this process can listen at `address`, HOST:PORT.
 
-    The coordinator itself would not notice: gRPC shares a port with any process that agrees to share it.
+    The coordinator itself would not notice: gRPC shares a port with any process that allows sharing.
     """
     host, port = split(address)
     try:
@@ -88,7 +88,7 @@ def check_free(address: str) -> None:
 
 
 def await_coordinator(place: places.Place, deadline: float) -> None:
-    """Return once the coordinator takes connections; raise TryAgain at the deadline, saying what stood in the way."""
+    """Return once the coordinator takes connections; raise TryAgain with the reason at the deadline."""
     address = split(place.coordinator)
     begun = time.monotonic()
     while True:
@@ -98,9 +98,9 @@ def await_coordinator(place: places.Place, deadline: float) -> None:
         except OSError as error:
             if time.monotonic() + _RETRY_SECONDS >= deadline:
                 raise TryAgain(
-                    f"Process {place.process_id} could not reach the coordinator at {place.coordinator} in "
-                    f"{time.monotonic() - begun:.0f} s: {error.strerror or error}. Is process 0 running, is the "
-                    f"address right, does a firewall stand between? {CONNECT_SECONDS} sets the time."
+                    f"Process {place.process_id} could not reach the coordinator at {place.coordinator} within "
+                    f"{time.monotonic() - begun:.0f} s: {error.strerror or error}. Check that process 0 is running, "
+                    f"the address, and the firewall. {CONNECT_SECONDS} sets the time limit."
                 ) from error
         time.sleep(_RETRY_SECONDS)
 
@@ -115,12 +115,12 @@ def own_address(coordinator: str) -> str:
 
 
 def check_tls() -> None:
-    """Raise UserError where mutual TLS is asked for, by JAX's own settings, and this JAX has none."""
+    """Raise UserError if the settings of JAX ask for mutual TLS and this version of JAX does not have it."""
     wanted = [name.upper() for name in _TLS if os.environ.get(name.upper())]
     if wanted and not hasattr(jax.config, _TLS[0]):
         raise UserError(
             f"{', '.join(wanted)} asks for mutual TLS, which jax {jax.__version__} does not have. Install jax 0.12, or "
-            "unset it and use a network of the job's own (docs/security.md)."
+            "unset it and use a network for this job only (docs/guide/security.md)."
         )
 
 
@@ -132,10 +132,14 @@ def split(address: str) -> tuple[str, int]:
 
 @contextlib.contextmanager
 def _leaving_at(deadline: float, message: str) -> Iterator[None]:
-    """End this process at the deadline unless the context is over: it is in native code that takes no interruption."""
+    """End this process at the deadline unless the context has ended: native code cannot be interrupted."""
 
     def leave() -> None:
-        print(f"jaxdist: {message}. Start them all; {CONNECT_SECONDS} sets the time.", file=sys.stderr, flush=True)
+        print(
+            f"jaxdist: {message}. Start all of them. {CONNECT_SECONDS} sets the time limit.",
+            file=sys.stderr,
+            flush=True,
+        )
         os._exit(ExitStatus.RETRY)
 
     timer = threading.Timer(max(0.0, deadline - time.monotonic()), leave)

@@ -23,12 +23,12 @@ PROCESS_ID, NUM_PROCESSES, COORDINATOR = places.PROCESS_ID, places.NUM_PROCESSES
 LOG = "JAXDIST_LOG"
 """Environment variable: the file that takes what native code prints in a process that shares the user's terminal."""
 LEAST_COMPILE_SECONDS = 0.0
-"""Every program is kept: at a restart the whole job waits for each that is compiled anew, however small."""
+"""Every program is cached, even a small one: at a restart the whole job waits for every compilation."""
 _COLLECTIVE_FLAG = "xla_gpu_nccl_termination_timeout_seconds"
 _COLLECTIVE_SECONDS = 7200
-"""Beyond what the watchdog allows a process to compile, evaluate or save while the others wait in a collective."""
+"""More than the watchdog allows a process to compile, evaluate or save while the others wait in a collective."""
 _LEAVE_SECONDS = 3.0
-"""How long a process that gives up waits for the others to do so too."""
+"""How long a process that exits because of an error waits for the others to exit too."""
 
 
 def in_job(environment: Mapping[str, str] = os.environ) -> bool:
@@ -42,21 +42,21 @@ def is_alone(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def is_first() -> bool:
-    """Return whether this process speaks for the job: the only one, or process 0."""
+    """Return whether this is process 0, or the only process."""
     return jax.process_index() == 0
 
 
 def start(num_devices: int | None = None) -> Sequence[jax.Device]:
     """Prepare JAX, join the job if this process belongs to one, and return the devices to train on, of all processes.
 
-    Must run before anything asks JAX for its devices.
+    It must run before JAX is asked for its devices.
 
     Args:
-      num_devices: devices of each process. Without accelerators that many fake CPU devices are made; with them the
-        first that many are taken. None takes what is there: every accelerator, or one CPU device.
+      num_devices: devices of each process. Without accelerators, this number of fake CPU devices is made; with them,
+        the first ones are used. None uses every accelerator, or one CPU device.
 
     Raises:
-      UserError: more devices are asked for than there are accelerators.
+      UserError: there are fewer accelerators than `num_devices`.
     """
     _prepare(num_devices)
     place = places.find()
@@ -68,7 +68,7 @@ def start(num_devices: int | None = None) -> Sequence[jax.Device]:
 
 
 def start_by_itself(num_devices: int) -> Sequence[jax.Device]:
-    """Do as `start` does, but join nothing: a worker of a parameter server is no part of the job it runs in."""
+    """Do as `start`, but join no job: a worker of a parameter server is not part of the job that it runs in."""
     _prepare(num_devices)
     return first_of_each_process(num_devices, jax.local_devices(), jax.devices())
 
@@ -86,7 +86,7 @@ def _prepare(num_devices: int | None) -> None:
 
 
 def _bound_gpu_collectives(environment: MutableMapping[str, str]) -> None:
-    """Have XLA end a process whose GPU collective never ends, by default never; what the user has set stays."""
+    """Have XLA end a process whose GPU collective does not end, unless the user has set the flag."""
     flags = environment.get("XLA_FLAGS", "")
     if _COLLECTIVE_FLAG not in flags:
         environment["XLA_FLAGS"] = f"{flags} --{_COLLECTIVE_FLAG}={_COLLECTIVE_SECONDS}".strip()
@@ -95,7 +95,7 @@ def _bound_gpu_collectives(environment: MutableMapping[str, str]) -> None:
 def first_of_each_process(
     wanted: int, local: Sequence[jax.Device], everywhere: Sequence[jax.Device]
 ) -> Sequence[jax.Device]:
-    """Return the first `wanted` devices of each process; UserError where this one has fewer (`local`)."""
+    """Return the first `wanted` devices of each process; raise UserError if this one (`local`) has fewer."""
     if wanted > len(local):
         raise UserError(
             f"--devices asks for {wanted} devices per process, but this machine has {len(local)} "
@@ -108,7 +108,7 @@ def first_of_each_process(
 
 
 def use_compilation_cache() -> None:
-    """Keep compiled programs on disk between runs, unless the user has configured JAX's cache."""
+    """Keep compiled programs on disk between runs, unless the user has configured the cache of JAX."""
     if jax.config.values["jax_compilation_cache_dir"] is None:
         home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "jaxdist" / "xla"))
@@ -142,7 +142,7 @@ def print_for_developers(error: BaseException) -> None:
 def _join_job(place: places.Place, num_devices: int | None) -> None:
     keep_native_output_apart()
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # JAX's preemption service would swallow SIGTERM; ours decides what a signal means.
+    # JAX's preemption service would consume SIGTERM, which we handle ourselves.
     jax.config.update("jax_enable_preemption_service", False)
     if place.process_id == 0 and place.engine != places.LAUNCHER:
         print(f"jaxdist: {place}", file=sys.stderr)
@@ -155,17 +155,17 @@ def _compare_and_meet(num_devices: int | None) -> None:
     same_on_all.compare("start", same_on_all.of_start(num_devices))
     local = jax.local_devices()
     facts: dict[str, Any] = {"devices": num_devices or len(local), "kind of device": local[0].device_kind}
-    if local[0].platform == "cpu":  # whose kind says nothing of the instructions that XLA compiles to
+    if local[0].platform == "cpu":  # its kind does not tell which instructions XLA compiles to
         facts["CPU instructions"] = same_on_all.instructions()
     same_on_all.compare("devices", facts)
     _meet()
 
 
 def leave(exit_status: int) -> NoReturn:
-    """End this process; one of several that has failed does not wait for the others, or not for long.
+    """End this process; if it has failed, it waits for the other processes for a short time at most.
 
-    Python's own way out would wait for them, up to five minutes, in JAX's shutdown: they may wait for this process in
-    a collective, and its message would not arrive. Where all leave for the same reason, they part in good order.
+    A normal exit of Python would wait for them, up to five minutes, in the shutdown of JAX, while they may wait for
+    this process in a collective. If all processes exit because of the same user error, they disconnect properly.
     """
     if exit_status in (0, ExitStatus.RETRY) or not jax.distributed.is_initialized():
         sys.exit(exit_status)
@@ -186,10 +186,10 @@ def _fail_at_once(kind: type[BaseException], error: BaseException, trace: types.
 
 
 def _meet() -> None:
-    """Run one collective over all devices while every process is at the same place.
+    """Run one collective over all devices while every process is at the same point.
 
-    Gloo connects the processes at their first collective and gives them 30 seconds to get there. Connected now, they
-    may take as long as they need to compile the first step.
+    Gloo connects the processes at their first collective and allows 30 seconds for all to reach it. Connected now,
+    they may take any time to compile the first step.
     """
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("device",))
     ones = jax.make_array_from_callback(

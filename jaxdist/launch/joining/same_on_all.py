@@ -1,7 +1,7 @@
-"""All processes of a job must run the same: compared at the start, where a difference can still be named.
+"""Compares the processes of a job at the start, when a difference can still be reported: all must run the same.
 
-Later it would show as a hang in a collective, or not at all. The facts travel through the coordinator's store, since
-collectives need what is being compared. Process 0 collects and compares: each of N processes says its facts once.
+Later it would appear as a hang in a collective, or not at all. The facts are exchanged through the coordinator's store,
+since collectives depend on what is compared. Each process writes its facts once; process 0 compares them.
 """
 
 import collections
@@ -32,7 +32,7 @@ _INSTRUCTIONS = {
     "SVE": {"sve"},
     "NEON": {"asimd"},
 }
-"""By name, the newest first: the features that Linux reports for them."""
+"""Name -> the CPU features that Linux reports for it, newest first."""
 _MOST_NAMED = 8
 _SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_threefry_partitionable")
 
@@ -41,8 +41,8 @@ def compare(name: str, facts: Mapping[str, Any], *, timeout_seconds: float = _SE
     """Return if all processes of the job have the same facts; every process calls this once for each name.
 
     Raises:
-      UserError: they differ; on every process the same message, which names who differs in what.
-      TryAgain: a process did not say its facts in time.
+      UserError: they differ; the message, the same on every process, names the processes and the differences.
+      TryAgain: a process did not report its facts in time.
     """
     client, process, count = _job()
     if client is None:
@@ -57,7 +57,7 @@ def compare(name: str, facts: Mapping[str, Any], *, timeout_seconds: float = _SE
 
 
 def from_first(name: str, value: str) -> str:
-    """Return process 0's value on every process; each calls this once for each name."""
+    """Return the value of process 0 on every process; each process calls this once for each name."""
     client, process, _ = _job()
     if client is None:
         return value
@@ -67,9 +67,9 @@ def from_first(name: str, value: str) -> str:
 
 
 def describe(told: Sequence[Mapping[str, Any]]) -> str:
-    """Return which processes differ in what from the others, "" where none does; `told[n]` is what process n said.
+    """Return which processes differ from the others and in what, "" if none does; `told[n]` are the facts of process n.
 
-    What most processes say is taken to be right, and what process 0 says where as many say otherwise.
+    The most frequent value counts as right, or that of process 0 if there are several.
     """
     lines = []
     for name in sorted({name for facts in told for name in facts} - {_HOST}):
@@ -91,7 +91,7 @@ def describe(told: Sequence[Mapping[str, Any]]) -> str:
 
 
 def of_start(num_devices: int | None) -> dict[str, Any]:
-    """Return what must be equal before any computation: versions, code, devices asked for, and how JAX is set."""
+    """Return what must be equal before any computation: versions, code, number of devices, and settings of JAX."""
     return {
         "--devices": num_devices,
         "JAX_PLATFORMS": jax.config.values.get("jax_platforms"),
@@ -116,7 +116,7 @@ def instructions(cpuinfo: str | None = None, machine: str | None = None) -> str:
 
 
 def of_experiment(path: str | os.PathLike[str], config: Any) -> dict[str, Any]:
-    """Return what an experiment is made of: its settings, one by one, and the code beside its file that was loaded."""
+    """Return the facts of an experiment: each setting, and the hashes of its file and of loaded files beside it."""
     folder = pathlib.Path(path).resolve().parent
     loaded: list[str] = [file for module in [*sys.modules.values()] if (file := getattr(module, "__file__", None))]
     files = {pathlib.Path(file).resolve() for file in (path, *loaded)}

@@ -1,7 +1,7 @@
 """The board: each process reports what it is doing in one small file, outside the collectives.
 
 A process stuck in a collective cannot be asked, and one that is stopped cannot answer; but any process can read its
-last report. On one machine the directory is in memory; on several it must be one they all see.
+last report. On one machine the directory is in memory; on several it must be shared.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ class Report:
     Attributes:
       step: number of finished steps.
       phase: an account of the stopwatch: input, compute, checkpoint, eval, compile, restart, other; or "done".
-      beat: counts the reports, so that a process that reports the same twice differs from one that is silent.
-      time: seconds since 1970 by the clock of its machine; for people, since clocks differ.
+      beat: counts the reports, to distinguish a process that reports the same twice from a silent one.
+      time: seconds since 1970 by the clock of its machine; only for display, since clocks differ.
     """
 
     step: int
@@ -65,7 +65,7 @@ def read(directory: pathlib.Path, process: int) -> Report | None:
 
 
 def publish(directory: pathlib.Path, verdict: dict[str, Any]) -> None:
-    """Publish a verdict for all processes to read, unless another is there: the first counts."""
+    """Publish a verdict for all processes to read, unless there is one already: the first counts."""
     with tempfile.NamedTemporaryFile("w", dir=directory, prefix=_VERDICT) as file:
         file.write(json.dumps(verdict))
         file.flush()
@@ -84,7 +84,7 @@ def published(directory: pathlib.Path, *, since: float) -> dict[str, Any] | None
 
 
 def clear(directory: pathlib.Path) -> None:
-    """Delete all reports: those of an earlier attempt say nothing about the next."""
+    """Delete all reports and verdicts: those of an earlier attempt are not valid for the next."""
     for path in [*directory.glob("process-*.report"), *directory.glob(f"{_VERDICT}*")]:
         path.unlink()
 

@@ -1,4 +1,4 @@
-"""Chaos: run an experiment twice, undisturbed and under faults, and prove that both runs made the same model.
+"""Chaos: run an experiment twice, undisturbed and with faults, and check that both runs made the same model.
 
 Its processes are killed, stopped and denied the disk at random steps and at random moments of their start. The plan is
 drawn from a seed before anything starts. The faults come from outside the job, which is observed only through
@@ -38,7 +38,7 @@ class Strike:
       kind: "kill" (SIGKILL), "stop" (SIGSTOP: alive, but does nothing) or "starve" (it can write no file any more).
       process: number of the process.
       step: when it reports this step.
-      early_seconds: None, or instead of at a step, so long after the start of an attempt: while it imports, connects,
+      early_seconds: None, or, instead of `step`, the seconds after the start of an attempt: while it imports, connects,
         restores or compiles.
     """
 
@@ -50,14 +50,13 @@ class Strike:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lost:
-    """Where the seconds went from a strike to the next step that had not been made before.
+    """The seconds from a strike to the next new step, by stage.
 
     Attributes:
-      detect: until the next attempt was started; with it the attempts in between, should one have failed.
+      detect: until the next attempt was started, including attempts in between that failed.
       restart: until all its processes had joined and built what they train.
-      restore: until all had their state.
-      compile: until the step was made: with compiled programs, from the cache for the most part, and after the step or
-        two that had to be made again.
+      restore: until all had restored their state.
+      compile: until the step was made, including compilation (mostly from the cache) and repeated steps.
     """
 
     detect: float
@@ -67,7 +66,7 @@ class Lost:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """The sum of all stages."""
         return self.detect + self.restart + self.restore + self.compile
 
 
@@ -78,7 +77,7 @@ class Hit:
     Attributes:
       strike: what was done.
       lost: how long it took to recover.
-      verdict: whom the watchdog named as the cause, and after how many seconds; None where it came to no verdict.
+      verdict: the processes that the watchdog named as the cause, and after how many seconds; None without a verdict.
     """
 
     strike: Strike
@@ -94,7 +93,7 @@ class Hit:
 def plan(
     seed: int, *, num_processes: int, num_steps: int, kills: int, stops: int = 0, starves: int = 0
 ) -> list[Strike]:
-    """Return the strikes in the order of their steps; every process gets its turn, process 0 too.
+    """Return the strikes in the order of their steps; every process is struck in turn, including process 0.
 
     Args:
       seed: the plan is a pure function of it and of the other arguments.
@@ -160,7 +159,7 @@ class Striker:
             self.hits.append(Hit(strike, lost, verdict))
 
     def _await_moment(self, strike: Strike) -> dict[str, Any] | None:
-        """Return the attempt that runs when the strike is due, None if the job is over before."""
+        """Return the attempt that runs when the strike is due, None if the job ends before."""
         while not self._over.wait(_POLL_SECONDS):
             attempt = self._attempt()
             if attempt is None:
@@ -174,7 +173,7 @@ class Striker:
         return None
 
     def _await_end(self, struck: float, attempt: dict[str, Any]) -> tuple[tuple[int, ...], float] | None:
-        """Return the watchdog's verdict, should it come to one before the attempt is over."""
+        """Return the verdict of the watchdog, None if the attempt ends without one."""
         while not self._over.wait(_POLL_SECONDS):
             published = board.published(pathlib.Path(attempt["memory"]), since=struck)
             if published is not None:
@@ -184,7 +183,7 @@ class Striker:
         return None
 
     def _await_recovery(self, struck: float, attempt: int, before: int) -> Lost | None:
-        """Return what it took until a later attempt made a step beyond `before`; None if the job is over before."""
+        """Return what it took until a later attempt made a step beyond `before`; None if the job ends before."""
         passed: list[float] = []
         while not self._over.wait(_POLL_SECONDS):
             running = self._attempt()
@@ -244,30 +243,30 @@ class Report:
       planned: number of strikes planned.
       hits: those delivered and recovered from.
       restarts: attempts after the first.
-      peace: params_sha256 and steps of the undisturbed run.
-      fire: the same of the other.
+      undisturbed: params_sha256 and steps of the undisturbed run.
+      disturbed: the same of the run with faults.
       ledger: "exact", or what is wrong with the ledger.
     """
 
     planned: int
     hits: Sequence[Hit]
     restarts: int
-    peace: tuple[str | None, int]
-    fire: tuple[str | None, int]
+    undisturbed: tuple[str | None, int]
+    disturbed: tuple[str | None, int]
     ledger: str
 
     @property
     def identical(self) -> bool:
         """Whether both runs made the same params in the same number of steps, from the same examples."""
-        return self.peace == self.fire and self.peace[0] is not None and self.ledger == "exact"
+        return self.undisturbed == self.disturbed and self.undisturbed[0] is not None and self.ledger == "exact"
 
     def to_json(self) -> dict[str, Any]:
         """Return what `--json` prints."""
         stops = [hit for hit in self.hits if hit.strike.kind == "stop"]
         return {
             "identical": self.identical,
-            "params_sha256": {"undisturbed": self.peace[0], "disturbed": self.fire[0]},
-            "steps": {"undisturbed": self.peace[1], "disturbed": self.fire[1]},
+            "params_sha256": {"undisturbed": self.undisturbed[0], "disturbed": self.disturbed[0]},
+            "steps": {"undisturbed": self.undisturbed[1], "disturbed": self.disturbed[1]},
             "ledger": self.ledger,
             "planned": self.planned,
             "strikes": {kind: sum(h.strike.kind == kind for h in self.hits) for kind in ("kill", "stop", "starve")},
@@ -291,9 +290,9 @@ class Report:
             f"of these    p50 {stages}",
             f"verdicts    {right['right']} of {right['of']} stopped processes named, after p50 {after['p50']:.1f}, "
             f"max {after['max']:.1f} s",
-            f"steps       {self.peace[1]} undisturbed, {self.fire[1]} disturbed",
-            f"params      {self.peace[0]} undisturbed",
-            f"            {self.fire[0]} disturbed",
+            f"steps       {self.undisturbed[1]} undisturbed, {self.disturbed[1]} disturbed",
+            f"params      {self.undisturbed[0]} undisturbed",
+            f"            {self.disturbed[0]} disturbed",
             f"examples    {self.ledger}",
             "identical" if self.identical else "NOT identical",
         ]
@@ -311,7 +310,7 @@ def run(
     stops: int = 0,
     starves: int = 0,
 ) -> Report:
-    """Run `command` (which gets `--run-dir`) undisturbed and under faults; return the report.
+    """Run `command` (with `--run-dir` added) undisturbed and with faults; return the report.
 
     Args:
       command: trains in supervised processes and records the ledger.
@@ -326,33 +325,39 @@ def run(
     Raises:
       RuntimeError: the undisturbed run failed.
     """
-    peace_dir, fire_dir = directory / "undisturbed", directory / "disturbed"
-    status = _train(command, peace_dir)
+    calm_dir, struck_dir = directory / "undisturbed", directory / "disturbed"
+    status = _train(command, calm_dir)
     if status:
-        raise RuntimeError(f"The undisturbed run ended with status {status}; its logs are in {peace_dir / 'logs'}.")
-    peace = record.RunRecord.read(peace_dir)
-    strikes = plan(seed, num_processes=num_processes, num_steps=peace.step, kills=kills, stops=stops, starves=starves)
-    with Striker(fire_dir, strikes) as striker:
-        _train(command, fire_dir)
-    fire = record.RunRecord.read(fire_dir)
+        raise RuntimeError(f"The undisturbed run ended with status {status}; its logs are in {calm_dir / 'logs'}.")
+    undisturbed = record.RunRecord.read(calm_dir)
+    strikes = plan(
+        seed, num_processes=num_processes, num_steps=undisturbed.step, kills=kills, stops=stops, starves=starves
+    )
+    with Striker(struck_dir, strikes) as striker:
+        _train(command, struck_dir)
+    disturbed = record.RunRecord.read(struck_dir)
     return Report(
         planned=len(strikes),
         hits=striker.hits,
-        restarts=sum(event["event"] == "start" for event in supervisor.read_events(fire_dir)) - 1,
-        peace=(peace.params_sha256, peace.step),
-        fire=(fire.params_sha256, fire.step),
-        ledger=compare_ledgers(peace_dir, fire_dir, num_examples=num_examples),
+        restarts=sum(event["event"] == "start" for event in supervisor.read_events(struck_dir)) - 1,
+        undisturbed=(undisturbed.params_sha256, undisturbed.step),
+        disturbed=(disturbed.params_sha256, disturbed.step),
+        ledger=compare_ledgers(calm_dir, struck_dir, num_examples=num_examples),
     )
 
 
-def compare_ledgers(peace_dir: pathlib.Path, fire_dir: pathlib.Path, *, num_examples: int) -> str:
+def compare_ledgers(calm_dir: pathlib.Path, struck_dir: pathlib.Path, *, num_examples: int) -> str:
     """Return "exact" if both runs used each example of each epoch once, in the same steps; else what is wrong."""
     try:
-        peace, fire = ledger.read(peace_dir), ledger.read(fire_dir)
-        ledger.check(fire, num_examples=num_examples)
+        undisturbed, disturbed = ledger.read(calm_dir), ledger.read(struck_dir)
+        ledger.check(disturbed, num_examples=num_examples)
     except ledger.LedgerError as error:
         return str(error)
-    return "exact" if peace == fire else "each example was used once, but not in the steps of the undisturbed run"
+    return (
+        "exact"
+        if undisturbed == disturbed
+        else "each example was used once, but not in the steps of the undisturbed run"
+    )
 
 
 def _train(command: Sequence[str], run_dir: pathlib.Path) -> int:
@@ -364,7 +369,7 @@ def _train(command: Sequence[str], run_dir: pathlib.Path) -> int:
         try:
             return job.wait()
         finally:
-            job.terminate()  # on the way out of an exception such as a Ctrl-C: the job is not left behind
+            job.terminate()  # if an exception such as Ctrl-C ends this process, the job ends too
 
 
 def _summary(seconds: Sequence[float]) -> dict[str, float]:

@@ -3,8 +3,8 @@
 Importing JAX, Flax and Orbax costs every process seconds of processor time, and at a restart all of them pay at once.
 A fork of a process that has imported them pays nothing. Forking is safe while the process has one thread and no
 backend of JAX runs. The fork server therefore starts no thread, counts its threads before it offers a fork, and
-declines if an import (for example of the user's experiment) has started any. The supervisor then starts processes
-afresh.
+declines if an import (for example of the user's experiment) has started any. The supervisor then starts new processes
+without it.
 
 The fork server outlives the supervisor: it then runs the module that saves what a supervisor that was killed could not.
 """
@@ -81,12 +81,12 @@ class Child:
 
 
 class ForkServer:
-    """Starts processes that run a module as `python -m MODULE` does, minus the imports.
+    """Starts processes that run a module as `python -m MODULE` does, without the time for imports.
 
     Args:
-      preload: modules to import before; not those to be run.
-      experiment: a Python file whose imports are made before, too. It is run under another name, and again by each
-        process; each process reports what it raises.
+      preload: modules to import in advance, not those to run.
+      experiment: a Python file whose imports are made in advance, too. It is run under another name, and again by each
+        process, which reports its errors.
     """
 
     def __init__(self, preload: Sequence[str] = (), *, experiment: str | None = None):
@@ -147,7 +147,7 @@ class ForkServer:
             self._channel.send(json.dumps({"at_end": request}).encode())
 
     def _receive(self) -> bytes:
-        """Return the next message; nothing if the fork server was killed, is stopped, or does not answer in time."""
+        """Return the next message; empty if the fork server was killed, is stopped, or does not answer in time."""
         deadline = time.monotonic() + _ANSWER_SECONDS
         while not select.select([self._channel], [], [], _LOOK_SECONDS)[0]:
             if stopped.is_stopped(self._process.pid) or time.monotonic() >= deadline:
@@ -254,7 +254,7 @@ def _run(request: Mapping[str, Any]) -> None:
     os.environ.update(request["environment"])
     sys.argv = [request["module"], *request["arguments"]]
     sys.stdout.reconfigure(line_buffering=os.isatty(1))  # type: ignore[union-attr]
-    if "numpy" in sys.modules:  # each process that starts afresh has its own
+    if "numpy" in sys.modules:  # as in a newly started process
         sys.modules["numpy"].random.seed()
     runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
 

@@ -44,7 +44,7 @@ class Process(Protocol):
 
     @property
     def pid(self) -> int:
-        """Its number."""
+        """Its process id."""
 
     @property
     def returncode(self) -> int | None:
@@ -67,7 +67,7 @@ class Process(Protocol):
 
 
 def start(command: Sequence[str], environment: Mapping[str, str], output: IO[bytes] | None) -> Process:
-    """Start a process in a session of its own; without `output` it shares this one's."""
+    """Start a process in its own session; without `output` it shares the output of this one."""
     errors = None if output is None else subprocess.STDOUT
     return subprocess.Popen(command, env=environment, stdout=output, stderr=errors, start_new_session=True)
 
@@ -144,7 +144,7 @@ def run_job(
     """Run `command` in `num_processes` processes and wait for all of them.
 
     A process that ends with `ExitStatus.RETRY` (preempted, or the watchdog found a hang) has not failed: the others,
-    which were told the same, get `ORDERLY_SECONDS` to end too.
+    which received the same signal or verdict, get `ORDERLY_SECONDS` to end too.
 
     Args:
       command: the program and its arguments, the same for every process.
@@ -193,7 +193,7 @@ def run_job(
 
 
 def _open_log(path: pathlib.Path) -> IO[bytes]:
-    """Open a log; on a full disk, or in a directory that has vanished, the output is dropped and the job runs."""
+    """Open a log. If that fails (full disk, directory removed), the output is dropped and the job runs."""
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         return open(path, "wb")
@@ -219,9 +219,9 @@ def reserved_port() -> Iterator[int]:
 
 
 def quiet_ports(count: int) -> list[int]:
-    """Return free TCP ports of the loopback interface, from below those that outgoing connections are given.
+    """Return free TCP ports of the loopback interface, below those that outgoing connections use.
 
-    A process that is restarted needs its port again, which the connection of any program might have taken meanwhile.
+    A restarted process needs its port again, which an outgoing connection of another program may have taken.
     """
     first_given = int(_GIVEN_PORTS.read_text().split()[0]) if _GIVEN_PORTS.exists() else _LEAST_PORT
     below = range(_LEAST_PORT, max(_LEAST_PORT, first_given))

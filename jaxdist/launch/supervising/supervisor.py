@@ -1,6 +1,6 @@
 """The supervisor: starts a job, and restarts it when it fails, from the newest state that survived.
 
-It outlives every process of the job, so it holds what must outlive them: the lock of the run directory and a directory
+It outlives every process of the job, so it holds what must outlive them: the lock of the run directory, and a directory
 in memory with the snapshots and the reports of the processes. Whether to restart after a failure, how soon and on how
 many processes is a pure function of the attempts so far; see `decide`.
 """
@@ -36,7 +36,7 @@ DEADLINE = "JAXDIST_DEADLINE"
 
 EVENTS_NAME = "restarts.jsonl"
 BOARD_NAME = "board"
-"""The folder of the board in a run directory whose job has no directory in memory."""
+"""The folder of the board in the run directory, if the job has no directory in memory."""
 MEMORY_ROOT = pathlib.Path("/dev/shm")
 _PREFIX = "jaxdist-"
 _OWNER_NAME = "run_dir"
@@ -93,7 +93,7 @@ class Attempt:
 
 @dataclasses.dataclass(frozen=True)
 class Restart:
-    """Restart the job after a pause, on so many processes."""
+    """Restart the job after a pause, on `num_processes` processes."""
 
     delay_seconds: float
     num_processes: int
@@ -114,7 +114,7 @@ def decide(attempts: Sequence[Attempt], settings: Settings, *, start_step: int =
     request. Everything else, a crash, a kill, a hang, is followed by another attempt as long as attempts make progress.
     """
     last = attempts[-1]
-    if last.end_reason in _GOOD_ENDS:  # whatever killed a process after that
+    if last.end_reason in _GOOD_ENDS:  # even if a process was killed after that
         return End(ExitStatus.OK)
     if last.exit_status in (ExitStatus.OK, ExitStatus.USER) or last.asked_to_stop or last.end_reason == "nonfinite":
         return End(last.exit_status)
@@ -165,7 +165,7 @@ def supervise(
       settings: when to restart.
       say: shows a line to the user.
       start_step: the newest saved step before the first attempt.
-      sleep: waits for so many seconds, or until `stopped`.
+      sleep: waits for the given seconds, or until `stopped`.
       stopped: returns whether the supervisor was asked to stop; then no further attempt is made.
     """
     attempts: list[Attempt] = []
@@ -194,7 +194,7 @@ def memory_directory(run_dir: pathlib.Path, *, root: pathlib.Path = MEMORY_ROOT)
     """
     draft = pathlib.Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=root))
     with lock.locked(draft, purpose="snapshots"):
-        # A short link takes no memory of its own, even where there is none left for a file.
+        # A short symbolic link needs no memory of its own, so this works even if the memory is full.
         with contextlib.suppress(OSError):
             (draft / _OWNER_NAME).symlink_to(run_dir.absolute())
         yield draft.rename(root / draft.name.removeprefix("."))
@@ -220,7 +220,7 @@ def left_behind(run_dir: pathlib.Path, *, root: pathlib.Path = MEMORY_ROOT) -> I
 class Events:
     """Records in restarts.jsonl in the run directory when attempts began and ended, one object a line.
 
-    A line that cannot be written is left out, with one warning: the job does not depend on it.
+    A line that cannot be written is omitted, with one warning: the job does not depend on it.
     """
 
     def __init__(self, run_dir: pathlib.Path):
@@ -231,7 +231,7 @@ class Events:
     def note(self, event: str, **details: object) -> None:
         """Add a line with the time in seconds since 1970."""
         if event == "end":
-            self.failed_at = time.monotonic()  # one clock for all processes of this machine, and never set back
+            self.failed_at = time.monotonic()  # one clock for all processes of this machine, which is never set back
         try:
             with open(self._path, "a") as file:
                 file.write(json.dumps({"event": event, "time": time.time()} | details) + "\n")
@@ -242,7 +242,7 @@ class Events:
 
 
 def read_events(run_dir: pathlib.Path) -> list[dict[str, Any]]:
-    """Return the events of a run directory, oldest first; a line that is being written is left out."""
+    """Return the events of a run directory, oldest first; an incomplete line is omitted."""
     path = run_dir / EVENTS_NAME
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
@@ -330,7 +330,7 @@ def _save(job: Job, memory: pathlib.Path, end_reason: str) -> bool:
     """
     try:
         step = job.save(memory, end_reason)
-    except Exception as error:  # whatever it is, the state must not be removed because of it
+    except Exception as error:  # after any error the state must stay
         say(f"The newest state could not be saved and stays in {memory}: {error} It is saved when the run is resumed.")
         return False
     if step:
@@ -355,7 +355,7 @@ class _Attempts:
         return bool(self._signals.received) or time.monotonic() >= self._deadline
 
     def restore_record(self) -> None:
-        """Write the run record again if it has vanished or is damaged."""
+        """Write the run record again if it is missing or damaged."""
         self._record.restore()
 
     def sleep(self, seconds: float) -> None:
@@ -428,14 +428,14 @@ class _Attempts:
 
 
 class _KeptRecord:
-    """The last run record that could be read: without one in the run directory no attempt finds its state."""
+    """The last readable run record: without one in the run directory, an attempt cannot resume."""
 
     def __init__(self, run_dir: pathlib.Path):
         self._path = run_dir / record.FILE_NAME
         self._changed, self._content = 0, b""
 
     def look(self) -> None:
-        """Keep the record if it is new and whole."""
+        """Keep the record if it is new and intact."""
         changed = _changed_at(self._path.parent)
         if changed in (0, self._changed):
             return
@@ -444,10 +444,10 @@ class _KeptRecord:
             self._changed, self._content = changed, self._path.read_bytes()
 
     def restore(self) -> None:
-        """Write the record again if it has vanished or is damaged."""
+        """Write the record again if it is missing or damaged."""
         if not self._content or _is_readable(self._path.parent):
             return
-        with contextlib.suppress(OSError):  # the attempt says what is wrong with the directory
+        with contextlib.suppress(OSError):  # the next attempt reports the error
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.write_bytes(self._content)
             say(f"{self._path} was removed or damaged; it is written again.")
@@ -461,7 +461,7 @@ def _is_readable(run_dir: pathlib.Path) -> bool:
 
 
 class _StoppedWatch:
-    """The thread that kills a process of the job that has been stopped too long.
+    """The thread that kills processes of the job that have been stopped for too long.
 
     The watchdogs of the other processes notice it sooner. But there may be no other process, all may be stopped, or
     none may have started its watchdog yet.

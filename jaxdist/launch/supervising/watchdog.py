@@ -1,8 +1,9 @@
-"""The watchdog: notices that a job hangs, names the process that holds it up, and ends the job for a restart.
+"""The watchdog: detects that a job hangs, names the process that causes it, and ends the job for a restart.
 
-In SPMD training one stuck process stops all the others, silently, in the next collective. Each process therefore
+In SPMD training one stuck process silently stops all the others in the next collective. Each process therefore
 reports its step and phase on a board and reads the others' reports, from a thread of its own. The verdict is a pure
-function of what is on the board and for how long; the first process to reach it publishes it, and all show that one.
+function of what is on the board and for how long. The first process to reach it publishes it, and all processes show
+that one.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ from jaxdist.launch.supervising import board
 
 DONE = "done"
 _OWN_WORK = (("input", "eval"), ("other",))
-"""Phases in which a process does work of its own, the surest first; in all others it may wait for the rest."""
+"""Phases in which a process does not wait for others, the most certain first; in all others it may wait."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,8 +31,8 @@ class Limits:
 
     Attributes:
       hang_seconds: in any phase but the slow ones.
-      slow_seconds: while it compiles, evaluates, saves or restores, which may take long without a sign of life.
-      slow_phases: which these are.
+      slow_seconds: while it compiles, evaluates, saves or restores, which may take long without a report.
+      slow_phases: the phases that `slow_seconds` applies to.
     """
 
     hang_seconds: float = 300.0
@@ -45,14 +46,14 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """What one process sees of another, or of itself.
+    """What one process knows of another, or of itself.
 
     Attributes:
       step: the last step it reported.
       phase: the last phase.
       same_seconds: how long it has reported these.
       silent_seconds: how long ago its last report came.
-      heard: whether any report came; a process that still imports has sent none.
+      heard: whether any report has arrived; a process that still imports has sent none.
     """
 
     step: int
@@ -64,7 +65,7 @@ class View:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """The verdict on a job that hangs: the processes that hold it up, the one that records it, the table to show."""
+    """The verdict on a job that hangs: the processes that cause it, the one that records it, and the text to show."""
 
     culprits: tuple[int, ...]
     reporter: int
@@ -81,7 +82,7 @@ def judge(views: Mapping[int, View], limits: Limits, *, silence_seconds: float) 
     Args:
       views: by process number.
       limits: see Limits.
-      silence_seconds: a process that has not reported for this long does not answer: it is stopped, or its machine is.
+      silence_seconds: a process that has not reported for this long does not respond; it or its machine is stopped.
     """
     active = {number: view for number, view in views.items() if view.phase != DONE}
     stopped = any(view.heard and view.silent_seconds >= limits.hang_seconds for view in active.values())
@@ -98,8 +99,8 @@ def judge(views: Mapping[int, View], limits: Limits, *, silence_seconds: float) 
 def _furthest_behind(active: Mapping[int, View]) -> list[int]:
     """Return the processes that the others wait for: not waiting themselves, or else at the lowest step.
 
-    None where those are in a step, and the others in the next one: each process may be ahead of what it has reported,
-    and programs that communicate can wait for each other, with no process to blame.
+    Empty if those are in a step and the others in the next one: each process may be ahead of its report, and programs
+    that communicate can wait for each other, so the cause is unknown.
     """
     lowest = min(view.step for view in active.values())
     behind = [number for number, view in active.items() if view.step == lowest]
@@ -114,7 +115,7 @@ def _furthest_behind(active: Mapping[int, View]) -> list[int]:
 def _describe(views: Mapping[int, View], culprits: Sequence[int], silence_seconds: float) -> str:
     lines = []
     for number, view in sorted(views.items()):
-        silent = f", no sign of life for {view.silent_seconds:.0f} s" if view.silent_seconds >= silence_seconds else ""
+        silent = f", no report for {view.silent_seconds:.0f} s" if view.silent_seconds >= silence_seconds else ""
         lines.append(f"  process {number}: step {view.step}, {view.phase} for {view.same_seconds:.0f} s{silent}")
     return "\n".join([f"The job hangs: {_headline(views, culprits)}", *lines])
 
@@ -123,8 +124,8 @@ def _headline(views: Mapping[int, View], culprits: Sequence[int]) -> str:
     others = [view for number, view in views.items() if number not in culprits and view.phase != DONE]
     if not culprits:
         return (
-            "every process is in a step, and all answer, so it is not known which one holds up the others. Each "
-            "process's log ends with its stacks."
+            "every process is in a step, and all respond, so it is unclear which one the others wait for. The log of "
+            "each process ends with its stacks."
         )
     first = views[culprits[0]]
     who = " and ".join(f"process {number}" for number in culprits)
@@ -145,7 +146,7 @@ class Observer:
         self._heard_at = dict.fromkeys(range(num_processes), now)
 
     def note(self, process: int, report: board.Report | None) -> None:
-        """Take in the report of a process."""
+        """Note the report of a process."""
         last = self._reports[process]
         if report is None or report == last:
             return
@@ -174,7 +175,7 @@ class Watchdog:
     """The thread that reports for this process, reads what the others report, and acts on the verdict.
 
     Args:
-      directory: of the board.
+      directory: directory of the board.
       process: number of this process.
       num_processes: of the job.
       where: returns this process's step and phase; called from the thread.
@@ -224,7 +225,7 @@ class Watchdog:
         while not self._stopped.is_set():
             own = self._writer.write(*self._where())
             for number in range(self._num_processes):
-                # Its own report it knows even where the board's memory is full.
+                # The own report is known even if the memory of the board is full.
                 observer.note(number, own if number == self._process else board.read(self._directory, number))
             verdict = judge(observer.views(), self._limits, silence_seconds=silence_seconds)
             if verdict:

@@ -25,13 +25,13 @@ _LOOK_SECONDS = 0.2
 _GONE_SECONDS = 10.0
 
 
-def deal(names: Sequence[str], hosts: Sequence[str], first_port: int) -> dict[str, str]:
+def assign(names: Sequence[str], hosts: Sequence[str], first_port: int) -> dict[str, str]:
     """Return the HOST:PORT of each process: each role is spread over the hosts in turn, from the first on."""
-    peers, dealt = {}, dict.fromkeys(("scheduler", "server", "worker"), 0)
+    peers, assigned = {}, dict.fromkeys(("scheduler", "server", "worker"), 0)
     for number, name in enumerate(names):
         kind = name.split("/")[0]
-        peers[name] = f"{hosts[dealt[kind] % len(hosts)]}:{first_port + number}"
-        dealt[kind] += 1
+        peers[name] = f"{hosts[assigned[kind] % len(hosts)]}:{first_port + number}"
+        assigned[kind] += 1
     return peers
 
 

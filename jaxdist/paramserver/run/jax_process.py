@@ -46,7 +46,7 @@ def _make_worker(number: int, boot: int, plan: Any, devices: Any, name: str, spe
     def gradient(compute: effects.Compute) -> messages.Computed:
         computed = island.gradient(compute)
         if not computed.finite:
-            # The report is written before the scheduler is told, so that it exists when the run ends.
+            # The report is written before the push, so that it exists when the run ends.
             path = directory / NONFINITE_NAME / f"worker-{number}.txt"
             write_file(path, [f"{name}. {island.explain_nonfinite(compute)}".encode()])
         return computed

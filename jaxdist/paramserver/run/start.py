@@ -105,7 +105,7 @@ def _place(options: Options, plan: shared_plan.Plan, directory: pathlib.Path) ->
         return cluster, {**cluster.peers, **_local_ports([run_folder.OBSERVER])}, security
     if chosen.hosts:
         machines.check(chosen.hosts, names)
-        peers = machines.deal(names, chosen.hosts, chosen.port)
+        peers = machines.assign(names, chosen.hosts, chosen.port)
         peers[run_folder.OBSERVER] = f"{chosen.hosts[0]}:{chosen.port + len(names)}"
         here = machines.names_at(peers, chosen.hosts[0])
         machines.check_ports([peers[name] for name in (*here, run_folder.OBSERVER)])

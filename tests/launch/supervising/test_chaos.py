@@ -45,12 +45,12 @@ def write_ledger(run_dir, *lines):
 
 
 def test_ledgers_are_held_to_each_other_and_to_the_data(tmp_path):
-    write_ledger(tmp_path / "peace", "1 0 0 4", "2 0 4 8")
+    write_ledger(tmp_path / "calm", "1 0 0 4", "2 0 4 8")
     write_ledger(tmp_path / "same", "1 0 0 4", "2 0 4 6", "from 1", "2 0 4 8")
     write_ledger(tmp_path / "lost", "1 0 0 4", "2 0 5 8")
     write_ledger(tmp_path / "other", "1 0 0 5", "2 0 5 8")
     compare = {
-        name: chaos.compare_ledgers(tmp_path / "peace", tmp_path / name, num_examples=8)
+        name: chaos.compare_ledgers(tmp_path / "calm", tmp_path / name, num_examples=8)
         for name in ("same", "lost", "other")
     }
     assert compare["same"] == "exact"
@@ -61,12 +61,25 @@ def test_ledgers_are_held_to_each_other_and_to_the_data(tmp_path):
 def make_report(**changes):
     lost = chaos.Lost(detect=0.25, restart=2.0, restore=0.5, compile=1.25)
     hit = chaos.Hit(chaos.Strike("kill", 0, 3), lost)
-    values = {"planned": 2, "hits": [hit], "restarts": 1, "peace": ("a", 9), "fire": ("a", 9), "ledger": "exact"}
+    values = {
+        "planned": 2,
+        "hits": [hit],
+        "restarts": 1,
+        "undisturbed": ("a", 9),
+        "disturbed": ("a", 9),
+        "ledger": "exact",
+    }
     return chaos.Report(**values | changes)
 
 
 @pytest.mark.parametrize(
-    "changes", [{"fire": ("b", 9)}, {"fire": ("a", 8)}, {"ledger": "lost"}, {"peace": (None, 9), "fire": (None, 9)}]
+    "changes",
+    [
+        {"disturbed": ("b", 9)},
+        {"disturbed": ("a", 8)},
+        {"ledger": "lost"},
+        {"undisturbed": (None, 9), "disturbed": (None, 9)},
+    ],
 )
 def test_one_difference_is_enough(changes):
     assert make_report().identical

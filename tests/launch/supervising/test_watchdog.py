@@ -34,7 +34,7 @@ def test_a_process_that_gives_no_sign_of_life_is_blamed_first_and_does_not_repor
     verdict = judge(view(7, "compute", 150, silent=150), view(7, "input", 150))
     assert verdict.culprits == (0,)
     assert verdict.reporter == 1
-    assert "process 0: step 7, compute for 150 s, no sign of life for 150 s" in verdict.text
+    assert "process 0: step 7, compute for 150 s, no report for 150 s" in verdict.text
 
 
 def test_the_lowest_step_is_blamed_when_all_are_in_a_step():
@@ -44,7 +44,7 @@ def test_the_lowest_step_is_blamed_when_all_are_in_a_step():
 def test_a_process_that_is_one_step_behind_in_a_step_is_not_blamed():
     verdict = judge(view(5, "compute", 101), view(4, "compute", 102))
     assert (verdict.culprits, verdict.reporter) == ((), 0)
-    assert "every process is in a step, and all answer, so it is not known which one holds up" in verdict.text
+    assert "every process is in a step, and all respond, so it is unclear which one the others wait for" in verdict.text
     assert "  process 1: step 4, compute for 102 s" in verdict.text
 
 

@@ -16,7 +16,7 @@ NAMES = ["scheduler", "server/0/a", "server/0/b", "server/1/a", "server/1/b", "w
 
 
 def test_the_copies_of_a_shard_and_the_workers_go_round_the_hosts():
-    peers = machines.deal(NAMES, ["10.0.0.1", "10.0.0.2"], 7800)
+    peers = machines.assign(NAMES, ["10.0.0.1", "10.0.0.2"], 7800)
     peers[run_folder.OBSERVER] = "10.0.0.1:7900"
     assert machines.names_at(peers, "10.0.0.1") == ["scheduler", "server/0/a", "server/1/a", "worker/0", "worker/2"]
     assert machines.names_at(peers, "10.0.0.2") == ["server/0/b", "server/1/b", "worker/1"]

@@ -81,7 +81,7 @@ def on_commit_ack(state: SchedulerState, ack: messages.CommitAck, now: float, ou
 
 
 def complete(state: SchedulerState, push: messages.Contributor, done: messages.Done | None, out: Output) -> None:
-    """Note that every shard applied this push by itself (bounded and async); `done` is lost where its worker died."""
+    """Note that every shard applied this push by itself (bounded and async); `done` is None if its worker died."""
     assert isinstance(state.lease_table, BatchLeases)
     if state.lease_table.complete(push.lease.step):
         empty = done is not None and note_empty(state, state.step, done.count, out)

@@ -242,7 +242,7 @@ def on_synced(state: SchedulerState, note: messages.Synced, now: float, out: Out
 
 
 def on_diverged(state: SchedulerState, note: messages.Diverged, now: float, out: Output) -> None:
-    """End the run: two copies of a shard differ, and nothing tells which of them is right."""
+    """End the run: two copies of a shard differ, and it is unknown which one is right."""
     if state.boots.get(note.name) == note.boot:
         out.do(effects.Warn(f"{note.reason} One of them was computed wrongly. The newest checkpoint is kept."))
         ending.end(state, "error", now, out)
