@@ -60,7 +60,7 @@ def manifest(request: Request) -> dict[str, Any]:
         "spec": {
             "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
             "failurePolicy": {
-                "maxRestarts": _whole("max-restarts", settings.get("max-restarts", "3")),
+                "maxRestarts": request.whole("max-restarts", 3),
                 "rules": _rules(),
             },
             "replicatedJobs": [{"name": GROUP, "replicas": 1, "template": {"spec": job}}],
@@ -162,9 +162,3 @@ def _dns_name(name: str) -> str:
 def _literal(argument: str) -> str:
     """Return `argument` so that Kubernetes passes it on as it is: it replaces `$(NAME)` by a variable's value."""
     return argument.replace("$", "$$")
-
-
-def _whole(name: str, text: str) -> int:
-    if not text.isdigit():
-        raise UserError(f"--with {name} takes a whole number; got {text!r}.")
-    return int(text)

@@ -85,7 +85,7 @@ def run(request: Request, *, say: Callable[[str], None]) -> int:
     before = {number: signal.signal(number, lambda number, frame: stops.append(number)) for number in numbers}
     try:
         group = _reserve(ray, request)
-        for restart in range(_whole(settings, "restarts", 10) + 1):
+        for restart in range(request.whole("restarts", 10) + 1):
             status = _attempt(ray, request, group, stops)
             if status != ExitStatus.RETRY or stops:
                 break
@@ -117,7 +117,7 @@ def _connect(address: str) -> Any:
 
 def _bundle(request: Request) -> dict[str, float]:
     kinds = {"cpus": "CPU", "gpus": "GPU"}
-    wanted = {"cpus": 1, **{name: _whole(request.settings, name, 1) for name in kinds if name in request.settings}}
+    wanted = {"cpus": 1, **{name: request.whole(name, 1) for name in kinds if name in request.settings}}
     return {kinds[name]: float(count * request.processes) for name, count in wanted.items() if count}
 
 
@@ -181,10 +181,3 @@ def _watch(ray: Any, members: Sequence[Any], runs: Sequence[Any], stops: list[in
             ray.get([member.stop.remote(number) for member in members])
             passed_on += 1
     return max(statuses, default=ExitStatus.RETRY)
-
-
-def _whole(settings: Mapping[str, str], name: str, default: int) -> int:
-    text = settings.get(name, str(default))
-    if not text.isdigit():
-        raise UserError(f"--with {name} takes a whole number; got {text!r}.")
-    return int(text)

@@ -57,6 +57,13 @@ class Request:
             raise UserError(f"--with takes these settings of {engine}: {', '.join(known)}; {said}. Correct it.")
         return self.settings
 
+    def whole(self, name: str, default: int) -> int:
+        """Return a setting that is a whole number; raise UserError if it is not one."""
+        text = self.settings.get(name, str(default))
+        if not text.isdigit():
+            raise UserError(f"--with {name} takes a whole number; got {text!r}.")
+        return int(text)
+
 
 def check_one_line(texts: Mapping[str, str]) -> None:
     """Raise UserError if a text (by its name for messages) contains control characters such as line breaks."""

@@ -122,7 +122,7 @@ def of_experiment(path: str | os.PathLike[str], config: Any) -> dict[str, Any]:
     files = {pathlib.Path(file).resolve() for file in (path, *loaded)}
     beside = sorted(file for file in files if file.is_relative_to(folder) and "site-packages" not in file.parts)
     hashes = {f"file {file.relative_to(folder)}": _hash(file) for file in beside if file.suffix == ".py"}
-    return {f"setting {name}": value for name, value in _flat("", config).items()} | hashes
+    return {f"setting {name}": value for name, value in record.flat("", config).items()} | hashes
 
 
 def _hashes(folder: pathlib.Path, pattern: str) -> dict[str, str]:
@@ -131,16 +131,6 @@ def _hashes(folder: pathlib.Path, pattern: str) -> dict[str, str]:
 
 def _hash(path: pathlib.Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-
-
-def _flat(prefix: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        return {prefix: value}
-    return {
-        name: leaf
-        for key, part in value.items()
-        for name, leaf in _flat(f"{prefix}.{key}" if prefix else str(key), part).items()
-    }
 
 
 def _people(numbers: Sequence[int], told: Sequence[Mapping[str, Any]]) -> str:

@@ -16,8 +16,6 @@ from jaxdist.launch.joining import places
 from jaxdist.launch.supervising import board, local_job, supervisor
 from jaxdist.rundir import lock, record
 
-_LOOK_SECONDS = 0.1
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Host:
@@ -77,7 +75,6 @@ def run(
             settings=settings,
             say=supervisor.say,
             start_step=saved_step(),
-            sleep=attempts.sleep,
             stopped=attempts.stopped,
         )
 
@@ -96,12 +93,6 @@ class _Attempts:
     def stopped(self) -> bool:
         """Return whether a signal came."""
         return bool(self.signals.received)
-
-    def sleep(self, seconds: float) -> None:
-        """Sleep, but no longer than until a signal comes."""
-        end = time.monotonic() + seconds
-        while not self.stopped() and (left := end - time.monotonic()) > 0:
-            time.sleep(min(left, _LOOK_SECONDS))
 
     def make(self, number: int, num_processes: int) -> supervisor.Attempt:
         """Run this host's processes once, to their end."""

@@ -154,7 +154,6 @@ def supervise(
     settings: Settings,
     say: Callable[[str], None],
     start_step: int = 0,
-    sleep: Callable[[float], None] = time.sleep,
     stopped: Callable[[], bool] = lambda: False,
 ) -> int:
     """Make attempts until `decide` ends it; return the exit status.
@@ -165,7 +164,6 @@ def supervise(
       settings: when to restart.
       say: shows a line to the user.
       start_step: the newest saved step before the first attempt.
-      sleep: waits for the given seconds, or until `stopped`.
       stopped: returns whether the supervisor was asked to stop; then no further attempt is made.
     """
     attempts: list[Attempt] = []
@@ -181,9 +179,16 @@ def supervise(
         pause = f" in {decision.delay_seconds:g} s" if decision.delay_seconds else ""
         say(f"The job ended with status {last.exit_status}; it continues from step {last.saved_step}{fewer}{pause}.")
         num_processes = processes
-        sleep(decision.delay_seconds)
+        _sleep(decision.delay_seconds, stopped)
         if stopped():
             return ExitStatus.RETRY
+
+
+def _sleep(seconds: float, stopped: Callable[[], bool]) -> None:
+    """Sleep, but no longer than until `stopped`: a signal's handler does not end time.sleep."""
+    end = time.monotonic() + seconds
+    while not stopped() and (left := end - time.monotonic()) > 0:
+        time.sleep(min(left, _LOOK_SECONDS))
 
 
 @contextlib.contextmanager
@@ -302,7 +307,6 @@ def run(job: Job, *, num_processes: int, settings: Settings) -> int:
                 settings=settings,
                 say=say,
                 start_step=start_step,
-                sleep=attempts.sleep,
                 stopped=attempts.stopped,
             )
         finally:
@@ -357,12 +361,6 @@ class _Attempts:
     def restore_record(self) -> None:
         """Write the run record again if it is missing or damaged."""
         self._record.restore()
-
-    def sleep(self, seconds: float) -> None:
-        """Sleep, but no longer than until a stop is requested: a signal's handler does not end time.sleep."""
-        end = time.monotonic() + seconds
-        while not self.stopped() and (left := end - time.monotonic()) > 0:
-            time.sleep(min(left, _LOOK_SECONDS))
 
     def make(self, number: int, num_processes: int) -> Attempt:
         """Run the job once, to its end."""

@@ -89,7 +89,9 @@ def test_attempts_are_bounded_by_the_steps_they_make(saved, max_fruitless):
         return failed(next(remaining))
 
     settings = Recovery(max_fruitless=max_fruitless)
-    status = supervisor.supervise(attempt, num_processes=4, settings=settings, say=said.append, sleep=slept.append)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(supervisor, "_sleep", lambda seconds, stopped: slept.append(seconds))
+        status = supervisor.supervise(attempt, num_processes=4, settings=settings, say=said.append)
     assert status == KILLED
     assert made == list(range(len(made)))
     assert len(made) <= (len(set(saved)) + 1) * max_fruitless
