@@ -78,10 +78,10 @@ def test_a_coordinator_that_is_not_there_is_named(tmp_path):
     assert "Traceback" not in output
 
 
-def test_processes_that_do_not_come_are_not_waited_for_for_ever(tmp_path):
+def test_processes_that_do_not_come_are_not_waited_for_forever(tmp_path):
     status, output = ends(start(free_port(), 0, tmp_path / "run", seconds=1))
     assert status == 75
-    assert "Not all 2 processes came" in output
+    assert "Not all 2 processes connected" in output
     assert "Traceback" not in output
 
 
@@ -134,5 +134,5 @@ def test_with_tls_a_process_without_a_certificate_is_turned_away(tmp_path):
     assert status == (75 if has_tls else 2), output
     assert strange_status == 75, strange_output
     # With TLS there is a coordinator, which does not answer; without it there is none.
-    assert ("Not all 2 processes came" if has_tls else "could not reach the coordinator") in strange_output
+    assert ("Not all 2 processes connected" if has_tls else "could not reach the coordinator") in strange_output
     assert not (tmp_path / "run").exists()

@@ -92,8 +92,8 @@ def test_a_notebook_in_a_pod_is_alone(found):
     [
         ({"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1"}, r"JAX_NUM_PROCESSES and JAX_PROCESS_ID is not set\. Set it"),
         ({**PLAIN, "JAX_PROCESS_ID": "2"}, "got process '2' of '2'"),
-        ({**PLAIN, "JAX_COORDINATOR_ADDRESS": "10.0.0.1"}, "is HOST:PORT; got '10.0.0.1'"),
-        ({"JAX_PROCESS_ID": "1"}, "JAX_COORDINATOR_ADDRESS is not set"),
+        ({**PLAIN, "JAX_COORDINATOR_ADDRESS": "10.0.0.1"}, "must be HOST:PORT, got '10.0.0.1'"),
+        ({"JAX_PROCESS_ID": "1"}, "which needs JAX_COORDINATOR_ADDRESS too"),
         ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, "Start it with srun"),
         ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, "Set JAX_COORDINATOR_ADDRESS to HOST:PORT"),
     ],
