@@ -96,14 +96,14 @@ def lineage(lines: Sequence[str]) -> list[Entry]:
     entries: list[Entry] = []
     for number, line in enumerate(lines, start=1):
         words = line.split()
-        is_cut = number == len(lines) or (number + 1 < len(lines) and lines[number].startswith("from "))
+        is_incomplete = number == len(lines) or (number + 1 < len(lines) and lines[number].startswith("from "))
         if not words:
             continue
         if words[0] == "from" and len(words) == 2:
             entries = _until(entries, int(words[1]))
         elif len(words) == 4 and number < len(lines):
             entries.append(Entry(*map(int, words)))
-        elif not is_cut:
+        elif not is_incomplete:
             raise LedgerError(f"Line {number} of the ledger cannot be read: {line!r}. The file was changed or damaged.")
     return entries
 

@@ -52,7 +52,7 @@ def run(
     *,
     run_dir: pathlib.Path,
     saved_step: Callable[[], int],
-    settings: supervisor.Settings,
+    settings: supervisor.RestartSettings,
 ) -> int:
     """Run this host's part of the job to its end, through its failures; return its exit status.
 

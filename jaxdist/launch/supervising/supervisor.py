@@ -52,7 +52,7 @@ STOPPED_MARGIN_SECONDS = 5.0
 first, and say more about it than the supervisor can."""
 
 
-class Settings(Protocol):
+class RestartSettings(Protocol):
     """The settings under `recovery.` that say when to restart a job; see `config.experiment.Recovery`."""
 
     @property
@@ -107,7 +107,7 @@ class End:
     reason: str = ""
 
 
-def decide(attempts: Sequence[Attempt], settings: Settings, *, start_step: int = 0) -> Restart | End:
+def decide(attempts: Sequence[Attempt], settings: RestartSettings, *, start_step: int = 0) -> Restart | End:
     """Return what to do after the last of `attempts`, all of one job that began with `start_step` steps saved.
 
     A job is over when it ended well, by its own rules (for example a loss that is not finite), by a user error or on
@@ -151,7 +151,7 @@ def supervise(
     attempt: Callable[[int, int], Attempt],
     *,
     num_processes: int,
-    settings: Settings,
+    settings: RestartSettings,
     say: Callable[[str], None],
     start_step: int = 0,
     stopped: Callable[[], bool] = lambda: False,
@@ -281,7 +281,7 @@ class Job:
     begin: Callable[[], object] = lambda: None
 
 
-def run(job: Job, *, num_processes: int, settings: Settings) -> int:
+def run(job: Job, *, num_processes: int, settings: RestartSettings) -> int:
     """Run a job to its end, through its failures; return its exit status.
 
     Raises:
@@ -346,7 +346,7 @@ def _save(job: Job, memory: pathlib.Path, end_reason: str) -> bool:
 class _Attempts:
     """Makes the attempts of one job."""
 
-    def __init__(self, job: Job, settings: Settings, memory: pathlib.Path, signals: local_job.Signals):
+    def __init__(self, job: Job, settings: RestartSettings, memory: pathlib.Path, signals: local_job.Signals):
         self._job, self._memory, self._signals = job, memory, signals
         self._stopped_seconds = settings.hang_seconds + STOPPED_MARGIN_SECONDS
         self._events = Events(job.run_dir)

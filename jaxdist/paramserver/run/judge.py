@@ -37,7 +37,7 @@ class Judge:
     def state(self, cut: journal.Cut) -> TrainState:
         """Return the training state of a cut."""
         leaves = self.plan.sharding.join([answer.pieces for answer in cut.shards])
-        opt_leaves = self.plan.cut().join([answer.opt_state for answer in cut.shards])
+        opt_leaves = self.plan.optimizer_sharding().join([answer.opt_state for answer in cut.shards])
         return train_state(self.plan, cut.step, leaves, opt_leaves)
 
     def evaluate(self, state: TrainState) -> dict[str, float]:

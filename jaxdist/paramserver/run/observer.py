@@ -20,7 +20,7 @@ from jaxdist.paramserver.processes.crew import Crew
 from jaxdist.paramserver.protocol import journal, messages
 from jaxdist.paramserver.protocol.settings import SCHEDULER
 from jaxdist.paramserver.run import judge, shared_plan
-from jaxdist.paramserver.run.resume import BEYOND, Start, examples_seen, remove_snapshots
+from jaxdist.paramserver.run.resume import BEYOND, Start, examples_seen, remove_saved_cuts
 from jaxdist.paramserver.wire import encoding
 from jaxdist.run import bookkeeping, components, stopwatch
 from jaxdist.rundir import record
@@ -30,7 +30,7 @@ POLL_SECONDS = 0.05
 REPEAT_SECONDS = 1.0
 """Time between two sends of the same answer, until the run shows that it arrived."""
 NONFINITE = "nonfinite"
-KEPT_SNAPSHOTS = 2
+KEPT_CUTS = 2
 """Saved cuts that stay: the scheduler may not know of the newest one yet, but knows of the one before it."""
 
 Send = Callable[[str, messages.Message], None]
@@ -138,7 +138,7 @@ class Observer:
                 if time.monotonic() >= repeat_at:
                     repeat_at = time.monotonic() + REPEAT_SECONDS
                     self._repeat(send)
-                    remove_snapshots(self.directory, keep=KEPT_SNAPSHOTS)
+                    remove_saved_cuts(self.directory, keep=KEPT_CUTS)
                 time.sleep(POLL_SECONDS)
 
     def _charge(self, account: str) -> None:

@@ -28,7 +28,7 @@ from jaxdist.spmd import state as states
 BEYOND = "beyond"
 """Key in the data_state of a checkpoint: batches trained although an earlier one is not (bounded and async)."""
 
-_SNAPSHOT_NAMES = "[0-9]" * 10 + "-*"
+_CUT_NAMES = "[0-9]" * 10 + "-*"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Start:
 
     Attributes:
       progress: the progress of the run so far.
-      snapshot: name of the saved cut that every server loads first; empty for a new run.
+      saved_cut: name of the saved cut that every server loads first; empty for a new run.
       state: the training state; None for a new run.
     """
 
     progress: stop.Progress
-    snapshot: str = ""
+    saved_cut: str = ""
     state: states.TrainState | None = None
 
 
@@ -79,26 +79,26 @@ def begin(
     """
     remove_remnants(directory)
     found = _from_checkpoint(plan, checkpointer)
-    newer = _from_snapshots(plan, directory, found)
+    newer = _from_saved_cuts(plan, directory, found)
     size = plan.settings.global_batch_size
     if newer and trained_with not in (None, size):
         raise ConfigError(
-            f"The servers wrote down {newer.step} steps of {trained_with} examples after the last checkpoint, and the "
-            f"parameter server counts whole batches; global_batch_size is now {size}. Resume with "
+            "The parameter server counts whole batches, so a saved cut needs the global_batch_size of its run. The "
+            f"newest one has {newer.step} steps of {trained_with} examples, got global_batch_size={size}. Resume with "
             f"global_batch_size={trained_with}."
         )
     found = newer or found
     if found is None:
-        remove_snapshots(directory, keep=0)
+        remove_saved_cuts(directory, keep=0)
         return Start(stop.Progress())
     name = _write(plan, found, directory)
-    for path in snapshots(directory):
+    for path in saved_cuts(directory):
         if path.name != name:
             shutil.rmtree(path)
     return Start(found.progress, name, judge.train_state(plan, found.step, found.leaves, found.opt_leaves))
 
 
-def snapshots(directory: pathlib.Path) -> list[pathlib.Path]:
+def saved_cuts(directory: pathlib.Path) -> list[pathlib.Path]:
     """Return the complete saved cuts in `directory`, oldest first."""
     return sorted(path.parent for path in directory.glob(saved_cut_file("*")))
 
@@ -107,22 +107,22 @@ def remove_remnants(directory: pathlib.Path) -> None:
     """Remove incomplete files that processes left when they died; no process may be running."""
     for draft in [*directory.rglob("*.tmp"), *directory.rglob("*.part")]:
         draft.unlink(missing_ok=True)
-    whole = set(snapshots(directory))
-    for path in directory.glob(_SNAPSHOT_NAMES):
+    whole = set(saved_cuts(directory))
+    for path in directory.glob(_CUT_NAMES):
         if path not in whole:
             shutil.rmtree(path)
 
 
 def _remove_overtaken(directory: pathlib.Path, newest: pathlib.Path) -> None:
     """Remove incomplete saved cuts of earlier steps than `newest`."""
-    for path in directory.glob(_SNAPSHOT_NAMES):
+    for path in directory.glob(_CUT_NAMES):
         if path.name[:10] < newest.name[:10] and not (path / "manifest").exists():
             shutil.rmtree(path, ignore_errors=True)
 
 
-def remove_snapshots(directory: pathlib.Path, *, keep: int) -> None:
+def remove_saved_cuts(directory: pathlib.Path, *, keep: int) -> None:
     """Remove all saved cuts except the newest `keep` complete ones and any that may still be completed."""
-    found = snapshots(directory)
+    found = saved_cuts(directory)
     if found:
         _remove_overtaken(directory, found[-1])
     for path in found[: len(found) - keep]:
@@ -151,27 +151,27 @@ def _from_checkpoint(plan: shared_plan.Plan, checkpointer: checkpoints.Checkpoin
     return _Found(journal.Trained(low, beyond), leaves, opt_leaves, progress)
 
 
-def _from_snapshots(plan: shared_plan.Plan, directory: pathlib.Path, saved: _Found | None) -> _Found | None:
+def _from_saved_cuts(plan: shared_plan.Plan, directory: pathlib.Path, saved: _Found | None) -> _Found | None:
     """Return the newest intact saved cut that is newer than the checkpoint; None if there is none."""
-    for path in reversed(snapshots(directory)):
+    for path in reversed(saved_cuts(directory)):
         content = _read(path)
         if content is None:
             continue
-        manifest, shards = content
-        if saved is not None and manifest.step <= saved.step:
+        saved_cut, shards = content
+        if saved is not None and saved_cut.step <= saved.step:
             return None
         old = plan.resharded(len(shards))
         leaves = old.sharding.join([shard.params for shard in shards])
-        opt_leaves = old.cut().join([shard.opt_state for shard in shards])
-        progress = _progress(plan, manifest, saved.progress if saved else stop.Progress())
-        return _Found(manifest.trained, leaves, opt_leaves, progress)
+        opt_leaves = old.optimizer_sharding().join([shard.opt_state for shard in shards])
+        progress = _progress(plan, saved_cut, saved.progress if saved else stop.Progress())
+        return _Found(saved_cut.trained, leaves, opt_leaves, progress)
     return None
 
 
-def _progress(plan: shared_plan.Plan, manifest: journal.SavedCut, before: stop.Progress) -> stop.Progress:
+def _progress(plan: shared_plan.Plan, saved_cut: journal.SavedCut, before: stop.Progress) -> stop.Progress:
     """Return the progress at a saved cut: steps and examples are exact, evaluations are those of the checkpoint."""
     progress = dataclasses.replace(before)
-    progress.advance(manifest.step, examples_seen(plan, manifest.trained), plan.settings.num_examples)
+    progress.advance(saved_cut.step, examples_seen(plan, saved_cut.trained), plan.settings.num_examples)
     return progress
 
 
@@ -190,11 +190,11 @@ def _batch_size(settings: Settings, step: int) -> int:
 def _read(path: pathlib.Path) -> tuple[journal.SavedCut, list[messages.ShardState]] | None:
     """Return the content of a saved cut; None if a file of it is damaged."""
     try:
-        manifest: Any = encoding.decode((path / "manifest").read_bytes())
-        data = [(path.parent / shard.name).read_bytes() for shard in manifest.shards]
-        if any(zlib.crc32(each) != shard.checksum for each, shard in zip(data, manifest.shards)):
+        saved_cut: Any = encoding.decode((path / "manifest").read_bytes())
+        data = [(path.parent / shard.name).read_bytes() for shard in saved_cut.shards]
+        if any(zlib.crc32(each) != shard.checksum for each, shard in zip(data, saved_cut.shards)):
             return None
-        return manifest, [encoding.decode(each) for each in data]
+        return saved_cut, [encoding.decode(each) for each in data]
     except (OSError, encoding.EncodingError):
         return None
 
@@ -204,11 +204,11 @@ def _write(plan: shared_plan.Plan, found: _Found, directory: pathlib.Path) -> st
     # The name is unique: the saved cut that was read may be an earlier start from the same step.
     name = f"{found.step:010d}-start-{time.time_ns()}"
     rows = []
-    pairs = zip(plan.sharding.split(found.leaves), plan.cut().split(found.opt_leaves), strict=True)
+    pairs = zip(plan.sharding.split(found.leaves), plan.optimizer_sharding().split(found.opt_leaves), strict=True)
     for number, (params, opt_state) in enumerate(pairs):
         shard = messages.ShardState(found.step, 0, 0, params, opt_state, (), (), 0, (), (), (), None)
         checksum = write_file(directory / shard_file(name, number), encoding.encode(shard))
         rows.append(journal.SavedShard(number, shard_file(name, number), checksum))
-    manifest = journal.SavedCut(name, found.step, 0, found.trained, tuple(rows))
-    write_file(directory / saved_cut_file(name), encoding.encode(manifest))
+    saved_cut = journal.SavedCut(name, found.step, 0, found.trained, tuple(rows))
+    write_file(directory / saved_cut_file(name), encoding.encode(saved_cut))
     return name

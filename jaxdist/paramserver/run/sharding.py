@@ -80,7 +80,7 @@ def _bytes(block: Block, dtypes: Sequence[np.dtype]) -> int:
     return (block.stop - block.start) * dtypes[block.leaf].itemsize
 
 
-def _cut(leaf: int, shape: tuple[int, ...], itemsize: int, block_bytes: int) -> list[Block]:
+def _divide(leaf: int, shape: tuple[int, ...], itemsize: int, block_bytes: int) -> list[Block]:
     """Divide one leaf; between rows if a row fits into a block, so that a row-sparse push stays row-sparse."""
     size = int(np.prod(shape, dtype=np.int64))
     row = int(np.prod(shape[1:], dtype=np.int64)) if len(shape) > 1 else 1
@@ -110,7 +110,7 @@ def make_sharding(
     blocks = []
     for leaf, shape in enumerate(shapes):
         size = int(np.prod(shape, dtype=np.int64)) * dtypes[leaf].itemsize
-        blocks += _cut(leaf, shape, dtypes[leaf].itemsize, max(size, 1) if whole_leaves else block_bytes)
+        blocks += _divide(leaf, shape, dtypes[leaf].itemsize, max(size, 1) if whole_leaves else block_bytes)
     if len(blocks) < num_servers:
         raise ValueError(
             f"{num_servers} servers share {len(blocks)} {'leaves' if whole_leaves else 'blocks'}, so some would hold "

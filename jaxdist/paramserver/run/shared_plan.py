@@ -22,7 +22,7 @@ from jaxdist.paramserver.protocol.shard import Shard
 from jaxdist.paramserver.run.optimizer_kind import Kind, choose_kind, needs_norm, needs_whole_leaves
 from jaxdist.paramserver.run.shard_optimizer import OptaxUpdater
 from jaxdist.paramserver.run.sharding import Sharding, make_sharding
-from jaxdist.paramserver.run.whole_optimizer import OptimizerCut
+from jaxdist.paramserver.run.whole_optimizer import OptimizerSharding
 from jaxdist.run import components
 from jaxdist.spmd import keys
 from jaxdist.spmd.layout import path_name
@@ -51,9 +51,9 @@ class Plan:
         """Return the keys made from the seed of the experiment."""
         return keys.run_keys(keys.from_seed(self.experiment.seed))
 
-    def cut(self) -> OptimizerCut:
+    def optimizer_sharding(self) -> OptimizerSharding:
         """Return how the optimizer state is divided among the shards."""
-        return OptimizerCut(self.optimizer, self.sharding, self.num_params, needs_norm(self.kind))
+        return OptimizerSharding(self.optimizer, self.sharding, self.num_params, needs_norm(self.kind))
 
     def resharded(self, num_servers: int) -> "Plan":
         """Return the plan for another number of servers."""
@@ -113,7 +113,7 @@ def make_plan(
         _ranks(params),
     )
     _check_order(plan)
-    plan.cut()  # raises if the state cannot be divided
+    plan.optimizer_sharding()  # raises if the state cannot be divided
     return plan
 
 

@@ -135,7 +135,7 @@ def _write_spec(
         settings=dataclasses.asdict(plan.settings),
         peers=peers,
         directory=str(directory.absolute()),
-        resume=start.snapshot,
+        resume=start.saved_cut,
         devices=options.devices,
         kind=plan.kind,
     )

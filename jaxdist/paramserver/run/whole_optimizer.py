@@ -18,7 +18,7 @@ from jaxdist.paramserver.run.sharding import Block, Sharding
 
 
 @dataclass(frozen=True)
-class OptimizerCut:
+class OptimizerSharding:
     """How the state of an optimizer is divided among the shards.
 
     Attributes:
@@ -60,11 +60,11 @@ class OptimizerCut:
     def _join_part(self, part: Any, pieces: Sequence[Any]) -> Any:
         if not isinstance(part, Marked):
             return np.asarray(pieces[0])
-        cut = not self.sharding.whole_leaves
-        whole = [np.empty(kept.shape, kept.dtype) if cut and _is_array(kept) else kept for kept in part.items]
+        divided = not self.sharding.whole_leaves
+        whole = [np.empty(kept.shape, kept.dtype) if divided and _is_array(kept) else kept for kept in part.items]
         for shard, piece in enumerate(pieces):
             for block, values in zip(self._param_blocks(shard), piece.items):
-                if not cut:
+                if not divided:
                     whole[block.leaf] = values
                 elif _is_array(values):
                     whole[block.leaf].reshape(-1)[block.start : block.stop] = np.reshape(values, -1)
@@ -81,12 +81,12 @@ class OptimizerCut:
         blocks, made = self._param_blocks(shard), []
         for part, ghost in zip(parts, ghosts, strict=True):
             if isinstance(part, Marked):
-                made.append(Marked([*(self._cut(part.items[block.leaf], block) for block in blocks), *ghost.items]))
+                made.append(Marked([*(self._part(part.items[block.leaf], block) for block in blocks), *ghost.items]))
             else:
                 made.append(part)
         return tuple(np.asarray(leaf) for leaf in jax.tree.leaves(made))
 
-    def _cut(self, kept: Any, block: Block) -> Any:
+    def _part(self, kept: Any, block: Block) -> Any:
         """Return the part of the block of what is kept for a param; what is not an array is returned unchanged."""
         if self.sharding.whole_leaves or not _is_array(kept):
             return kept

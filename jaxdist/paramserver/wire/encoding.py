@@ -96,7 +96,7 @@ class Encoded:
                 checksums += _CHECKSUM.pack(checksum([small]))
                 pending += small
                 continue
-            yield from self._cut(pending)
+            yield from self._blocks_of(pending)
             pending = bytearray()
             value = 0
             for start in range(0, len(array), self._block_bytes):
@@ -104,9 +104,9 @@ class Encoded:
                 value = checksum([block], value)
                 yield block
             checksums += _CHECKSUM.pack(value)
-        yield from self._cut(pending + checksums)
+        yield from self._blocks_of(pending + checksums)
 
-    def _cut(self, data: bytearray) -> Iterator[bytes]:
+    def _blocks_of(self, data: bytearray) -> Iterator[bytes]:
         for start in range(0, len(data), self._block_bytes):
             yield bytes(data[start : start + self._block_bytes])
 

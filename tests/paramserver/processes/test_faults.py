@@ -133,7 +133,7 @@ def test_no_room_on_the_disk_for_a_snapshot(tmp_path, monkeypatch, calm):  # noq
     chosen = {"durability": "snapshot", "snapshot_every": 10}
     made = struck(tmp_path, monkeypatch, "server/0/a do Write 2 full", **chosen)
     assert made.params_sha256 == calm.params_sha256
-    assert "The one before it stays in use" in (tmp_path / "ps" / "logs" / "scheduler.log").read_text()
+    assert "The saved cut before it stays in use" in (tmp_path / "ps" / "logs" / "scheduler.log").read_text()
     written = [path.parent.name for path in (tmp_path / "ps").glob("*/manifest")]
     assert [name.startswith("0000000010-") for name in written] == [True], written
 

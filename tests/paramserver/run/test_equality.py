@@ -52,7 +52,7 @@ def serve(plan):
     simulation = simulate(plan)
     cut = [event.what.cut for event in simulation.events if isinstance(event.what, effects.ShowCut)][-1]
     leaves = plan.sharding.join([answer.pieces for answer in cut.shards])
-    return leaves, plan.cut().join([answer.opt_state for answer in cut.shards])
+    return leaves, plan.optimizer_sharding().join([answer.opt_state for answer in cut.shards])
 
 
 def simulate(plan):

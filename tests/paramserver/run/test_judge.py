@@ -24,7 +24,7 @@ def make_plan(*assignments):
 def cut_of(plan, state):
     """Return the cut in which the servers hold the arrays of `state`."""
     params = plan.sharding.split([np.asarray(leaf) for leaf in jax.tree.leaves((state.params, state.model_state))])
-    opt_state = plan.cut().split([np.asarray(leaf) for leaf in jax.tree.leaves(state.opt_state)])
+    opt_state = plan.optimizer_sharding().split([np.asarray(leaf) for leaf in jax.tree.leaves(state.opt_state)])
     answers = [messages.ReadAnswer(1, shard, 1, STEP, 7, *parts) for shard, parts in enumerate(zip(params, opt_state))]
     return journal.Cut(STEP, "", journal.Trained(STEP, ()), tuple(answers))
 

@@ -125,7 +125,7 @@ def on_servers(optimizer, kind, servers):
     sharding = make_sharding(LEAVES, num_servers=servers, block_bytes=BLOCK_BYTES, whole_leaves=whole)
     leaves, steps = gradients()
     shards = []
-    cut = whole_optimizer.OptimizerCut(optimizer, sharding, len(SHAPES), optimizer_kind.needs_norm(kind))
+    cut = whole_optimizer.OptimizerSharding(optimizer, sharding, len(SHAPES), optimizer_kind.needs_norm(kind))
     for blocks, params in zip(sharding.shards, sharding.split(leaves)):
         shapes = [sharding.shape(block) for block in blocks]
         shards.append((shard_optimizer.OptaxUpdater(optimizer, kind=kind, shapes=shapes), params))

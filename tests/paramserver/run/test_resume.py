@@ -58,12 +58,12 @@ def test_a_checkpoint_of_any_strategy_is_dealt_to_servers_and_read_by_others(tmp
     assert same(jax.tree.leaves(start.state.opt_state), jax.tree.leaves(state.opt_state))
     assert same(jax.tree.leaves(start.state.params), jax.tree.leaves(state.params))
     assert (start.progress.step, int(start.state.step)) == (5, 5)
-    assert [path.name for path in resume.snapshots(directory)] == [start.snapshot]
+    assert [path.name for path in resume.saved_cuts(directory)] == [start.saved_cut]
     identity = components.identity(experiment_of())
     with contextlib.closing(run_directory.open_checkpoints(experiment_of(), tmp_path / "elsewhere", identity)) as none:
         two = plan_of("ps.servers=2")
         again = resume.begin(two, none, directory)
-    assert again.snapshot != start.snapshot
+    assert again.saved_cut != start.saved_cut
     assert (again.progress.step, again.progress.epoch, again.progress.examples_seen) == (5, 1, 52 + 16)
     assert same(jax.tree.leaves(again.state.opt_state), jax.tree.leaves(state.opt_state))
     assert same(jax.tree.leaves(again.state.params), jax.tree.leaves(state.params))
@@ -103,7 +103,7 @@ def test_only_the_newest_snapshots_are_kept(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "manifest").touch()
     (tmp_path / "0000000008-2-2").mkdir()  # under way
-    resume.remove_snapshots(tmp_path, keep=2)
+    resume.remove_saved_cuts(tmp_path, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0000000004-1-2", "0000000006-2-1", "0000000008-2-2"]
 
 
@@ -121,7 +121,7 @@ def test_what_a_dead_process_left_half_written_is_removed(tmp_path):
         (path / "shard-0").write_bytes(b"x")
     (whole / "manifest").write_bytes(b"x")
     (tmp_path / "cut.77.tmp").write_bytes(b"x")
-    resume.remove_snapshots(tmp_path, keep=2)
+    resume.remove_saved_cuts(tmp_path, keep=2)
     assert half.exists()  # it may be completed yet
     assert not older.exists()
     resume.remove_remnants(tmp_path)

@@ -99,7 +99,7 @@ def _compact(state: SchedulerState, out: Output) -> None:
 
 def _give_up_save(state: SchedulerState, why: str, out: Output) -> None:
     """Continue without this saved cut; the next one is tried when it is due."""
-    out.do(effects.Warn(f"The snapshot of step {state.step} was not written ({why}). The one before it stays in use."))
+    out.do(effects.Warn(f"The cut of step {state.step} was not saved ({why}). The saved cut before it stays in use."))
     _close_save(state)
 
 

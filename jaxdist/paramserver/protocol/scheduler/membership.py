@@ -138,7 +138,7 @@ def _lost(state: SchedulerState, number: int, request: messages.Register, now: f
     """Return all shards and the lease table to the last saved cut: no copy of a shard is left."""
     assert state.membership is not None
     if not state.settings.snapshot_every:
-        out.do(effects.Warn(f"Shard {number} was lost with {request.name}, and there is no snapshot."))
+        out.do(effects.Warn(f"Shard {number} was lost with {request.name}, and there is no saved cut."))
         ending.end(state, "error", now, out)
         return
     place = messages.ShardPlace(request.name, request.boot, *succession.NO_BACKUP, False)
@@ -304,7 +304,7 @@ def _replace_silent_servers(state: SchedulerState, now: float, out: Output) -> N
         if silent <= PATIENCE * dead:
             continue
         if not state.settings.snapshot_every:
-            out.do(effects.Warn(f"Server {place.primary} was silent for {silent:.0f} s, and there is no snapshot."))
+            out.do(effects.Warn(f"Server {place.primary} was silent for {silent:.0f} s, and there is no saved cut."))
             ending.end(state, "error", now, out)
         elif status.replaced_at is None:
             status.replaced_at = now

@@ -112,7 +112,7 @@ def test_a_lost_shard_without_a_saved_cut_ends_the_run():
     cast = stages.Cast(stages.settings()).join()
     _, done = cast.tell(messages.Register("server/0/a", 2))
     assert cast.state.stop.reason == "error"
-    assert "there is no snapshot" in stages.named(done, "Warn")[0].text
+    assert "there is no saved cut" in stages.named(done, "Warn")[0].text
 
 
 def test_copies_that_differ_end_the_run_and_are_named():
