@@ -94,7 +94,7 @@ def test_both_signals_are_heard_in_native_code_that_never_returns():
         assert stuck.stdout.readline() == b"ready\n"
         stuck.terminate()
         assert stuck.stderr.readline() == b"\n"
-        assert stuck.stderr.readline().startswith(b"SIGTERM: saving")
+        assert stuck.stderr.readline().startswith(b"SIGTERM: Saving")
         time.sleep(signals.SAME_REQUEST_SECONDS)
         stuck.terminate()
         assert stuck.wait(timeout=60) == 128 + signal.SIGTERM
