@@ -329,7 +329,7 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class CommitAck:
-    """The shard has applied `step`, or a later one; `squares` of its mean gradient, summed, and -1 where unknown."""
+    """The shard has applied `step`, or a later one. `squares`: squared norm of its mean gradient, -1 if unknown."""
 
     shard: int
     step: int

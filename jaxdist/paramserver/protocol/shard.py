@@ -95,7 +95,7 @@ class Shard:
         self.members = {member.worker: member for member in state.members}
         self.staged = {(p.worker, p.incarnation, p.sequence): p for p in state.staged}
         self.summed, self.summing = state.summed, state.summing
-        self.squares = -1.0  # of the last mean gradient; it informs alone, and is no part of the state
+        self.squares = -1.0  # squared norm of the last mean gradient; only reported, not part of the state
 
     def export(self) -> messages.ShardState:
         """Return the whole state; later updates do not change it."""

@@ -67,7 +67,7 @@ class Island:
         rows += [messages.Metric(name, float(mean.total), float(mean.count)) for name, mean in metrics.items()]
         norm_squared = float(squares) / count**2 if count > 0 else 0.0
         if count > 0 and not plan.settings.synchronous:
-            # Such a push is an update by itself; of a slice of a batch, only the servers see the whole gradient.
+            # Such a push is a whole update. For slices of a batch, only the servers know the whole gradient.
             rows.append(messages.Metric(GRAD_NORM, math.sqrt(norm_squared), 1.0))
         return messages.Computed(
             compute.incarnation,

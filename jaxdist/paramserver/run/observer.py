@@ -188,7 +188,7 @@ class Observer:
         self.unlogged = (step, row["metrics"])
 
     def _log(self) -> None:
-        """Write the metrics of the last step, whose gradient norm comes in a line after it."""
+        """Write the metrics of the last step, once the line with its gradient norm has been read."""
         (step, found), self.unlogged = self.unlogged, (0, {})
         if step and self.books.logs(step):
             self.books.log(step, found)
