@@ -17,8 +17,10 @@ def started(monkeypatch):
     """What the supervisor was started with."""
     found = {}
 
-    def run(job, *, num_processes, policy):
-        found.update(job=job, num_processes=num_processes, policy=policy, saved_step=job.saved_step(job.run_dir / "m"))
+    def run(job, *, num_processes, settings):
+        found.update(
+            job=job, num_processes=num_processes, settings=settings, saved_step=job.saved_step(job.run_dir / "m")
+        )
         job.begin()
         return 75
 
@@ -35,7 +37,7 @@ def test_the_processes_run_the_command_line(started, tmp_path):
     assert supervise(tmp_path / "run") == 75
     assert started["num_processes"] == 3
     assert started["job"].command == [sys.executable, "-m", "jaxdist.cli", "train", "x.py"]
-    assert started["policy"].max_fruitless == tiny_experiment.get_config().recovery.max_fruitless
+    assert started["settings"].max_fruitless == tiny_experiment.get_config().recovery.max_fruitless
     assert started["saved_step"] == 0
     assert not started["job"].save_left
 
