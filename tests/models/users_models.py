@@ -3,6 +3,7 @@
 All give logits (B, CLASSES) of numbers `x` (B, LENGTH, WIDTH), those called "tied weights" of `tokens` (B, LENGTH).
 """
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
@@ -84,18 +85,11 @@ class LinenVmap(nn.Module):
 
 
 class LinenMapVariables(nn.Module):
-    """A layer whose kernel is used as its square."""
+    """A layer that computes with the squares of its params."""
 
     @nn.compact
     def __call__(self, x, *, train):
-        squared = nn.map_variables(
-            nn.Dense,
-            "params",
-            lambda params: {**params, "kernel": jnp.square(params["kernel"])} if params else params,
-            mutable=True,
-            init=True,
-            trans_out_fn=lambda params: params,
-        )
+        squared = nn.map_variables(nn.Dense, "params", lambda found: jax.tree.map(jnp.square, found), init=True)
         return squared(CLASSES)(x.mean(axis=1))
 
 
