@@ -103,7 +103,7 @@ class NnxLayer(nnx.Module):
 
 class NnxScan(nnx.Module):
     def __init__(self, rngs):
-        self.layers = nnx.vmap(NnxLayer, in_axes=0, out_axes=0)(rngs.fork(split=2))
+        self.layers = nnx.vmap(NnxLayer, in_axes=0, out_axes=0)(rngs.split(2))
         self.head = nnx.Linear(WIDTH, CLASSES, rngs=rngs)
 
     def __call__(self, x):
@@ -170,7 +170,7 @@ class NnxRemat(nnx.Module):
 
 class NnxVmap(nnx.Module):
     def __init__(self, rngs):
-        self.members = nnx.vmap(lambda rngs: nnx.Linear(WIDTH, CLASSES, rngs=rngs))(rngs.fork(split=2))
+        self.members = nnx.vmap(lambda rngs: nnx.Linear(WIDTH, CLASSES, rngs=rngs))(rngs.split(2))
 
     def __call__(self, x):
         each = nnx.vmap(lambda member, x: member(x), in_axes=(0, None), out_axes=0)
