@@ -27,7 +27,9 @@ from flax import linen as flax_linen
 from flax import nnx as flax_nnx
 from flax import traverse_util
 
+from jaxdist import errors
 from jaxdist.errors import ConfigError
+from jaxdist.setting_group import show
 from jaxdist.spmd import precision as precisions
 from jaxdist.spmd.dependence import depends
 from jaxdist.spmd.layout import path_name
@@ -112,6 +114,8 @@ def check_model(model: Any) -> None:
             f"Experiment.model takes a callable from nnx.Rngs to an NNX module, so that params can be created on the "
             f"devices; got a module that is made already. Write lambda rngs: {kind}(..., rngs=rngs)."
         )
+    if isinstance(model, Functions) and not all(map(callable, model[:3])):
+        raise ConfigError(f"adapters.Functions needs three functions, init_fn, loss_fn and eval_fn; got {model[:3]}.")
     if not (isinstance(model, flax_linen.Module | Functions) or callable(model)):
         raise ConfigError(
             "Experiment.model takes a Linen module, a callable from nnx.Rngs to an NNX module, or adapters.Functions; "
@@ -153,7 +157,8 @@ def linen(
         model_state = {name: variables[name] for name in variables if name != "params"}
         return variables.get("params", {}), model_state
 
-    shapes = jax.eval_shape(init, jax.random.key(0))
+    with _first_call(f"A module is called with its inputs, here {', '.join(fields)}, and train", type(module).__name__):
+        shapes = jax.eval_shape(init, jax.random.key(0))
     collections = sorted(shapes[1])
     streams: list[str] = []
 
@@ -246,8 +251,15 @@ def nnx(
       ValueError: see `linen`; but `train` need not be taken.
     """
     fields = _input_fields(inputs, example_batch)
+    rule, name = (
+        "A model that is no Linen module is a callable from nnx.Rngs to an NNX module",
+        errors.named(make_module),
+    )
     make_module = _without_mesh(make_module)
-    abstract = flax_nnx.eval_shape(lambda: make_module(flax_nnx.Rngs(0)))
+    with _first_call(rule, name):
+        abstract = flax_nnx.eval_shape(lambda: make_module(flax_nnx.Rngs(0)))
+    if not isinstance(abstract, flax_nnx.Module):
+        raise ConfigError(f"{rule}; {name} returns an object of the class {type(abstract).__name__}.")
     graph, *templates = _split(abstract)
     param_template, random_template, state_template = (dict(flax_nnx.to_flat_state(part)) for part in templates)
     accepted = inspect.signature(type(abstract).__call__).parameters
@@ -380,13 +392,16 @@ def _check_model(
     outputs, values = _trace(forward, loss, shapes, _resized(example_batch, size))
     _check_outputs(module_type, outputs)
     check_names(values[1])
-    for name, each in {"loss": values[0], **values[1]}.items():
-        _refuse_scalar(name, each)
     twice = None
     with contextlib.suppress(TypeError, ValueError):  # a module that is made for one batch size
         twice = _trace(forward, loss, shapes, _resized(example_batch, 2 * size))[1]
-    if twice is not None:
-        _check_values(values, twice, size)
+    try:
+        for name, each in {"loss": values[0], **values[1]}.items():
+            _refuse_scalar(name, each)
+        if twice is not None:
+            _check_values(values, twice, size)
+    except ValueError as error:
+        raise ConfigError(f"{error} The loss is {errors.named(loss)}.") from error
 
 
 def _trace(
@@ -396,9 +411,66 @@ def _trace(
 
     def run(params: PyTree, model_state: PyTree, batch: Batch, key: jax.Array) -> tuple[Any, Any]:
         outputs, _ = forward(params, model_state, batch, key, train=True)
-        return outputs, loss(outputs, batch)
+        return outputs, _checked_loss(loss, outputs, batch)
 
     return jax.eval_shape(run, *shapes, dict(batch), jax.random.key(0))
+
+
+@contextlib.contextmanager
+def _first_call(rule: str, name: str) -> Iterator[None]:
+    """Turn what a call of a user's function raises at once into a ConfigError that says how it is called."""
+    try:
+        yield
+    except Exception as error:
+        if errors.place_of(error) or isinstance(error, ValueError):
+            raise
+        said = " ".join(str(error).split())
+        raise ConfigError(f"{rule}. Called so, {name} raises {type(error).__name__}: {said}") from error
+
+
+def _checked_loss(loss: Loss, outputs: Any, batch: Batch) -> tuple[Values, dict[str, Values]]:
+    """Call a loss for the first time, and check that it returns what it should.
+
+    Raises:
+      ConfigError: it does not; the message names the loss and its place.
+    """
+    name = errors.named(loss)
+    kind = _kind(outputs)
+    rule = f"A loss is called as loss(outputs, batch): with what the model returns, here {kind}, and a dict of fields"
+    with _first_call(rule, name):
+        result = loss(outputs, batch)
+    if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], Mapping):
+        kinds = ", ".join(map(_kind, result)) if type(result) is tuple else _kind(result)
+        raise ConfigError(
+            "A loss returns (values, metrics), where metrics is a dict such as {'accuracy': correct}, or {} for none; "
+            f"{name} returns {kinds}. Change its return statement."
+        )
+    for metric in result[1]:
+        if not isinstance(metric, str) or not metric:
+            raise ConfigError(f"The names of metrics are strings; {name} returns one named {metric!r}. Rename it.")
+    for metric, values in {"loss": result[0], **result[1]}.items():
+        _check_numbers(name, metric, values)
+    return result
+
+
+def _kind(value: Any) -> str:
+    return "an array" if isinstance(value, jax.Array) else show(value)
+
+
+def _check_numbers(loss: str, name: str, values: Any) -> None:
+    """Raise ConfigError unless the values of a loss or metric are numbers of a kind that has a mean."""
+    leaves = jax.tree.leaves(values)
+    if not leaves or not all(isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float) for leaf in leaves):
+        raise ConfigError(
+            f"A loss and its metrics are arrays with one value per example or token; {name!r} of {loss} is "
+            f"{show(values)}. Return an array."
+        )
+    dtype = jnp.result_type(leaves[0])
+    if jnp.issubdtype(dtype, jnp.complexfloating) or (name == "loss" and not jnp.issubdtype(dtype, jnp.floating)):
+        raise ConfigError(
+            f"The values of a loss are real floating numbers, and those of a metric real numbers; {name!r} of {loss} "
+            f"is {dtype}. Return real numbers through which gradients flow."
+        )
 
 
 def _num_rows(batch: Mapping[str, Any]) -> int:

@@ -1,6 +1,7 @@
 """The errors that the command line shows as a message and not as a traceback, and the statuses it exits with."""
 
 import enum
+import inspect
 import os
 import pathlib
 import site
@@ -8,6 +9,7 @@ import sysconfig
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class ExitStatus(enum.IntEnum):
@@ -86,6 +88,15 @@ def place_of(error: BaseException) -> str | None:
         if _is_users(frame.filename):
             return f"{_shortest(frame.filename)}:{frame.lineno}, in {frame.name}"
     return None
+
+
+def named(function: Any) -> str:
+    """Return the name of a function, with the place of its definition where that is the user's own code."""
+    name = getattr(function, "__name__", type(function).__name__)
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    if code is None or not _is_users(code.co_filename):
+        return name
+    return f"{name} ({_shortest(code.co_filename)}:{code.co_firstlineno})"
 
 
 _PACKAGE = pathlib.Path(__file__).parent

@@ -44,11 +44,11 @@ def setting_group(cls: type) -> Any:
             )
         for name in values.keys() - fields.keys():
             raise ConfigError(f"{cls.__name__} has no setting {name!r}.{nearest(name, fields)}")
-        values = accept(values)
+        values, hints = accept(values), _hints(made)
+        values = {name: _as_declared(hints[name], value) for name, value in values.items()}
         missing = [name for name in required if name not in values]
         if missing:
             raise ConfigError(f"{cls.__name__} needs the required setting {missing[0]!r}. Give it one.")
-        hints = _hints(made)
         for name, value in values.items():
             if not fits(hints[name], value):
                 raise ConfigError(f"{cls.__name__}.{name} takes {describe_kind(hints[name])}; got {show(value)}.")
@@ -56,6 +56,14 @@ def setting_group(cls: type) -> Any:
 
     made.__init__ = checked_init
     return made
+
+
+def _as_declared(hint: Any, value: Any) -> Any:
+    """Return a list as the tuple that is declared, and a number of NumPy as Python's, which JSON can hold."""
+    if isinstance(value, np.generic) and value.dtype.kind in "biuf":
+        return value.item()
+    declared = {typing.get_origin(each) for each in (hint, *typing.get_args(hint))}
+    return tuple(value) if isinstance(value, list) and tuple in declared and list not in declared else value
 
 
 def nearest(name: str, known: collections.abc.Iterable[str]) -> str:
@@ -104,7 +112,8 @@ def _elements_fit(arguments: tuple[Any, ...], values: tuple[Any, ...]) -> bool:
 
 def _is_of(kind: type, value: Any) -> bool:
     if getattr(kind, "_is_protocol", False) and not getattr(kind, "_is_runtime_protocol", False):
-        return True
+        members = {*vars(kind), *getattr(kind, "__annotations__", {})}
+        return all(hasattr(value, name) for name in members if not name.startswith("_"))
     if kind is bool:
         return isinstance(value, bool | np.bool_)
     if kind is int:
@@ -123,10 +132,14 @@ def describe_kind(hint: Any) -> str:
         return " or ".join("None" if each is type(None) else describe_kind(each) for each in arguments)
     if origin is collections.abc.Callable:
         return "a function"
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return "a tuple of which each is " + describe_kind(arguments[0])
     words = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}
     if hint in words:
         return words[hint]
-    return f"a {hint.__name__}" if isinstance(hint, type) else str(hint).replace("typing.", "")
+    if isinstance(hint, type) and not arguments:
+        return f"{'an' if hint.__name__[0] in 'AEIOU' else 'a'} {hint.__name__}"
+    return str(hint).replace("typing.", "")
 
 
 def _hints(cls: type) -> dict[str, Any]:

@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
+from jaxdist.setting_group import setting_group
+
 StopRule: TypeAlias = Callable[["Progress"], str | None]
 Mode: TypeAlias = Literal["max", "min"]
 
@@ -155,7 +157,7 @@ def nonfinite(metric: str = "train/loss") -> StopRule:
     return lambda progress: "nonfinite" if not math.isfinite(progress.metrics.get(metric, 0.0)) else None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@setting_group
 class Stop:
     """When an experiment ends; every limit that is set counts, whichever comes first.
 
@@ -201,8 +203,10 @@ class Stop:
             "patience": self.patience,
         }
         for name, limit in limits.items():
-            if limit is not None and limit <= 0:
+            if limit is not None and not limit > 0:  # NaN, too
                 raise ValueError(f"stop.{name} must be positive; got {limit}.")
+        if self.target is not None and math.isnan(self.target):
+            raise ValueError("stop.target must be a number that a metric can reach; got nan.")
         rules = [nonfinite()]
         rules += [target(self.target_metric, self.target, mode=self.mode)] if self.target is not None else []
         rules += [max_steps(self.max_steps)] if self.max_steps is not None else []

@@ -34,6 +34,8 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--checkpoint", type=_positive, metavar="STEP", help="with --resume: continue from this step, not the newest"
     )
+    train.add_argument("--overwrite", action="store_true", help="replace the run in --run-dir if there is one")
+    train.add_argument("--replace", metavar="STARTED", help=argparse.SUPPRESS)  # from a supervisor to its processes
     train.add_argument("--restartable", action="store_true", help="continue the run in --run-dir if there is one")
     train.add_argument("--json", action="store_true", help="show nothing, print the run record as one JSON object")
     summary = "start an experiment's processes: here, on hosts, by an engine"

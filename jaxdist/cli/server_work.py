@@ -22,6 +22,7 @@ def train(options: argparse.Namespace, request: StopRequest, identity: component
             run_dir=run_dir,
             assignments=selected_experiment.assignments(options),
             resume=options.resume or (options.restartable and (run_dir / record.FILE_NAME).exists()),
+            overwrite=options.overwrite,
             devices=options.devices or 1,
             silent=options.json,
             command=options.command,

@@ -22,7 +22,7 @@ from jaxdist.rundir import record
 
 def train(options: argparse.Namespace, request: StopRequest) -> int:
     """Train in this process."""
-    _check_checkpoint(options)
+    _check_start(options)
     if options.strategy == parser.PARAMETER_SERVER:
         with viewer.Viewer():
             return _by_server()(options, request)
@@ -42,10 +42,10 @@ def supervise(options: argparse.Namespace, forks: fork_server.ForkServer) -> int
     place = places.find()
     if place is not None:
         raise errors.UserError(f"--processes starts a job, and this process belongs to one: {place}. Leave it out.")
-    _check_checkpoint(options)
+    _check_start(options)
     experiment = selected_experiment.load(options)
     run_dir = options.run_dir or directory.default_run_dir(experiment.name, resume=options.resume)
-    arguments = _without_checkpoint(options.arguments)
+    arguments = _for_processes(options.arguments)
     with viewer.Viewer() as shown:
         shown.log = run_dir / "logs" / "supervisor.log"
         return supervised.supervise(
@@ -55,11 +55,17 @@ def supervise(options: argparse.Namespace, forks: fork_server.ForkServer) -> int
             num_processes=options.processes,
             forks=forks,
             checkpoint=getattr(options, "checkpoint", None),
+            overwrite=getattr(options, "overwrite", False),
         )
 
 
-def _check_checkpoint(options: argparse.Namespace) -> None:
-    """Raise UserError where --checkpoint does not apply; `jaxdist launch` does not have it."""
+def _check_start(options: argparse.Namespace) -> None:
+    """Raise UserError where --overwrite or --checkpoint does not apply; `jaxdist launch` does not have them."""
+    if getattr(options, "overwrite", False) and (options.resume or options.restartable):
+        given = "--resume" if options.resume else "--restartable"
+        raise errors.UserError(
+            f"--overwrite starts the run again from its first step, and {given} continues it; got both. Leave one out."
+        )
     if getattr(options, "checkpoint", None) is None:
         return
     if not options.resume or options.restartable or options.strategy == parser.PARAMETER_SERVER:
@@ -69,12 +75,13 @@ def _check_checkpoint(options: argparse.Namespace) -> None:
         )
 
 
-def _without_checkpoint(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments for the processes, which continue from the newest step, also after a restart."""
+def _for_processes(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments for the processes: what is done once, by the supervisor or at its word, is left out."""
     kept: list[str] = []
     previous = ""
     for argument in arguments:
-        if "--checkpoint" not in (argument, previous) and not argument.startswith("--checkpoint="):
+        once = argument == "--overwrite" or "--checkpoint" in (argument, previous)
+        if not once and not argument.startswith("--checkpoint="):
             kept.append(argument)
         previous = argument
     return kept
@@ -91,7 +98,8 @@ def _train_here(
     options: argparse.Namespace, devices: Sequence[jax.Device], request: StopRequest, shown: viewer.Viewer
 ) -> int:
     with selected_experiment.record_alone_on_stdout(options):
-        experiment, identity, run_dir, resume = _agree(options)
+        experiment, identity, run_dir, begin = _agree(options)
+        resume = begin == _RESUME
         if experiment.strategy == parser.PARAMETER_SERVER:  # set in the experiment, not on the command line
             return _by_server()(options, request, identity)
         shown.log = run_dir / "logs" / "process-0.log"
@@ -102,6 +110,7 @@ def _train_here(
             attempt.RunOptions(
                 run_dir=run_dir,
                 resume=resume,
+                overwrite=begin == _OVERWRITE,
                 checkpoint=options.checkpoint,
                 silent=options.json,
                 command=options.command,
@@ -132,22 +141,34 @@ def _how_it_ended(run_dir: pathlib.Path) -> tuple[int, str | None] | None:
     return earlier.step, earlier.end_reason
 
 
-def _agree(options: argparse.Namespace) -> tuple[Experiment, components.Identity, pathlib.Path, bool]:
-    """Return the experiment, its identity, its run directory and whether to resume: the same on every process."""
+_START, _RESUME, _OVERWRITE = "start", "resume", "overwrite"
+
+
+def _agree(options: argparse.Namespace) -> tuple[Experiment, components.Identity, pathlib.Path, str]:
+    """Return the experiment, its identity, its run directory and how to begin: the same on every process."""
     try:
         experiment = selected_experiment.load(options)
         run_dir = options.run_dir or directory.default_run_dir(experiment.name, resume=options.resume)
         facts = same_on_all.of_experiment(options.experiment, record.plain(experiment))
-        identity = components.identity(experiment)
+        with errors.as_user_error():
+            identity = components.identity(experiment)
         facts |= {"data and model": str(identity), "--resume": options.resume, "--checkpoint": options.checkpoint}
+        facts |= {"--overwrite": options.overwrite}
     except errors.UserError as error:
         same_on_all.compare("experiment", {"mistake": str(error)})
         raise
     same_on_all.compare("experiment", facts | {"--run-dir": str(options.run_dir)})
     run_dir = pathlib.Path(same_on_all.from_first("run directory", str(run_dir)))
-    there = options.restartable and (run_dir / record.FILE_NAME).exists()
-    resume = options.resume or same_on_all.from_first("restart", str(there)) == str(True)
-    return experiment, identity, run_dir, resume
+    return experiment, identity, run_dir, same_on_all.from_first("restart", _beginning(options, run_dir))
+
+
+def _beginning(options: argparse.Namespace, run_dir: pathlib.Path) -> str:
+    if options.replace is not None and directory.when_started(run_dir) == options.replace:
+        return _OVERWRITE
+    continues = (options.restartable or options.replace is not None) and (run_dir / record.FILE_NAME).exists()
+    if options.resume or continues:
+        return _RESUME
+    return _OVERWRITE if options.overwrite else _START
 
 
 def report(made: record.RunRecord, run_dir: pathlib.Path, *, as_json: bool) -> int:

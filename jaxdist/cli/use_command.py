@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import pathlib
+import shutil
 
 from jaxdist.config import data_fields
 from jaxdist.errors import ExitStatus
@@ -12,6 +13,8 @@ from jaxdist.run.use import exports, predictions, run_list, trained
 from jaxdist.rundir.writers import format_metrics
 
 COMPARE = "compare"
+_UNBOUNDED = 1000
+"""Columns of a table that goes to a file or a pipe."""
 
 
 def runs(options: argparse.Namespace) -> int:
@@ -23,7 +26,11 @@ def runs(options: argparse.Namespace) -> int:
     for folder in options.paths or ["runs"]:
         entries = run_list.find(pathlib.Path(folder))
         shown = [dataclasses.asdict(entry) for entry in entries]
-        print(json.dumps(shown) if options.json else run_list.show(entries))
+        print(
+            json.dumps(shown)
+            if options.json
+            else run_list.show(entries, width=shutil.get_terminal_size((_UNBOUNDED, 0)).columns)
+        )
     return ExitStatus.OK
 
 

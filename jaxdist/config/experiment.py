@@ -241,10 +241,12 @@ class Experiment:
         if isinstance(seed, int) and not 0 <= seed < MOST_SEEDS:
             raise ConfigError(f"Experiment.seed is from 0 to {MOST_SEEDS - 1}, as JAX's keys take 32 bits; got {seed}.")
         writers = values.get("writers", ())
-        if isinstance(writers, tuple) and len(set(writers)) < len(writers):
+        if isinstance(writers, tuple | list) and len(set(writers)) < len(writers):
             raise ConfigError(f"Experiment.writers names each writer once; got {writers}. Remove the second.")
-        if isinstance(values.get("inputs"), list):
-            values = values | {"inputs": tuple(values["inputs"])}
+        if set(str(values.get("name", ""))) & set("/\0"):
+            raise ConfigError(f"Experiment.name names the run directory, so it has no slash; got {values['name']!r}.")
+        if values.get("inputs") in ((), [], ""):
+            raise ConfigError("Experiment.inputs names the batch fields the model is called with; got none. Name one.")
         return values
 
 

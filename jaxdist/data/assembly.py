@@ -135,7 +135,7 @@ class BatchBuffer:
         found = {name: (value.shape, value.dtype) for name, value in fields.items()}
         expected = {name: (array.shape[1:], array.dtype) for name, array in self.arrays.items()}
         if found != expected:
-            raise ValueError(
+            raise ExampleError(
                 f"Examples of a batch must have the same fields, shapes and dtypes. Example {example_id} has {found}, "
                 f"another one of its batch has {expected}. Pad, crop or bucket them, for example in `example_fn`."
             )
@@ -191,6 +191,8 @@ def make_example(recipe: Recipe, epoch: int, example_id: int) -> Example:
         if recipe.example_fn is None:
             return example
         made = recipe.example_fn(example, example_random(recipe.seed, epoch, example_id))
+        if not isinstance(made, Mapping):
+            raise TypeError(f"an example_fn returns a dict of fields, and it returned an object of {type(made)}")
         # A filter means what it says, also before a function that makes a new dict.
         return {**made, COUNTS: example[COUNTS]} if COUNTS in example and COUNTS not in made else made
     except Exception as error:  # whatever the user's source or function raises: say which example it was

@@ -155,6 +155,27 @@ class Loader:
                     return assembly.with_mask(made, np.ones(1, np.float32))
         raise assembly.ExampleError("No example of the whole data set can be read.")
 
+    def samples(
+        self, num_batches: int, *, among: int | None = None
+    ) -> Iterator[tuple[np.ndarray, assembly.HostArrays]]:
+        """Yield the ids of the first and the last example of some batches of an epoch, and both as a batch has them.
+
+        Args:
+          num_batches: how many batches, from the first to the last.
+          among: the number of batches to choose from, since later ones take time to find; None for all of an epoch.
+
+        Raises:
+          ValueError: an example cannot be read, or cannot be in one batch with the other.
+        """
+        last = min(self.steps_per_epoch, among or self.steps_per_epoch) - 1
+        chosen = set(np.linspace(0, last, min(num_batches, last + 1), dtype=int).tolist())
+        for number, plan in zip(range(last + 1), self.plans()):
+            if number in chosen:
+                ids = plan.ids[np.flatnonzero(plan.mask)[[0, -1]]]
+                made = assembly.make_rows(self.recipe, plan.epoch, ids)
+                if made.arrays:
+                    yield ids, assembly.with_mask(made, np.ones(2, np.float32))
+
     def _finish(self, finish: Callable[[], assembly.Made], plan: assembly.BatchPlan, after: Position) -> HostBatch:
         made = finish()
         for message in made.bad.values():

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxdist.data.assembly import HostArrays
+from jaxdist.data.assembly import ExampleError, HostArrays
 from jaxdist.data.loader import Loader
 from jaxdist.data.position import Position
 
@@ -68,7 +68,7 @@ def place(
 
 
 def check_integers(batch: HostArrays, ids: Callable[[], np.ndarray]) -> None:
-    """Raise ValueError where a whole number would change its value on the devices; `ids` returns the rows' examples.
+    """Raise ExampleError where a whole number would change its value on the devices; `ids` returns the rows' examples.
 
     Devices hold whole numbers of 64 bits as 32, unless `jax_enable_x64` is set.
     """
@@ -79,7 +79,7 @@ def check_integers(batch: HostArrays, ids: Callable[[], np.ndarray]) -> None:
         if not array.size or (array.min() >= limits.min and array.max() <= limits.max):
             continue
         outside = np.argwhere((array < limits.min) | (array > limits.max))[0]
-        raise ValueError(
+        raise ExampleError(
             f"Field {name!r} of example {ids()[outside[0]]} holds {array[tuple(outside)]}, but devices hold whole "
             f"numbers as {wanted}, from {limits.min} to {limits.max}. Renumber the values, split them into two "
             "fields, or set JAX_ENABLE_X64=1."

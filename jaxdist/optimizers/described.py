@@ -12,9 +12,10 @@ import jax
 import optax
 
 from jaxdist.optimizers.schedules import Schedule, check_choice, check_range
+from jaxdist.setting_group import setting_group
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@setting_group
 class Group:
     """Settings of some of the params. The first group whose pattern is found in a param's path is its own."""
 
@@ -37,7 +38,7 @@ class Group:
             ) from error
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@setting_group
 class Optimizer:
     """What `build` builds. A setting left at None takes its optimizer's usual value, or is not used."""
 

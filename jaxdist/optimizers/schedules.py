@@ -5,12 +5,13 @@ the run. The peak itself is no part of it, and enters the compiled step as an in
 no new compile.
 """
 
-import dataclasses
 import math
 from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+
+from jaxdist.setting_group import setting_group
 
 Name: TypeAlias = Literal[
     "constant", "cosine", "linear", "exponential", "step", "inverse_sqrt", "warmup_stable_decay", "one_cycle"
@@ -34,7 +35,7 @@ ONE_CYCLE_START = 1 / 25
 """The rise of one-cycle (Smith and Topin, 2018) takes this part of the run, from this fraction of the peak."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@setting_group
 class Schedule:
     """How the learning rate moves: a linear warm-up, then the shape called `name`."""
 

@@ -16,23 +16,25 @@ from jaxdist import errors, stop
 from jaxdist.checkpoint import checkpoints, snapshots
 from jaxdist.config.experiment import Experiment
 from jaxdist.data import Position
-from jaxdist.data.assembly import BadExampleError
+from jaxdist.data.assembly import BadExampleError, ExampleError
 from jaxdist.guards import nonfinite, recompile, replicas
 from jaxdist.launch.joining import agreement, runtime
 from jaxdist.launch.supervising import watchdog
 from jaxdist.run import bookkeeping, components, directory, disk_room, header, hooks, loop, recovery, rescue
 from jaxdist.run.stopwatch import Stopwatch
 from jaxdist.rundir import full_disk, lock, record
+from jaxdist.setting_group import setting_group
 from jaxdist.spmd.state import TrainState
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@setting_group
 class RunOptions:
     """What the command line decides, not the experiment.
 
     Attributes:
       run_dir: where the run record, the metrics and the checkpoints are written.
       resume: continue from the newest checkpoint there.
+      overwrite: replace the run there, if there is one.
       checkpoint: with `resume`, the saved step to continue from; newer ones are set aside. None for the newest.
       silent: show nothing while training.
       command: the command line, for the run record.
@@ -43,12 +45,19 @@ class RunOptions:
 
     run_dir: pathlib.Path
     resume: bool = False
+    overwrite: bool = False
     checkpoint: int | None = None
     silent: bool = False
     command: str = ""
     stop_requested: Callable[[int], bool] = lambda step: False
     identity: components.Identity | None = None
     source: bookkeeping.ExperimentSource | None = None
+
+    @staticmethod
+    def accept(values: dict[str, Any]) -> dict[str, Any]:
+        """Return the options with the run directory made a path."""
+        given = values.get("run_dir")
+        return values | {"run_dir": pathlib.Path(given)} if isinstance(given, str) else values
 
 
 def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.Device]) -> record.RunRecord:
@@ -63,7 +72,9 @@ def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.
             components.check_experiment(experiment)
             stop_rule = experiment.stop.rule()
             parts = components.put_together(experiment, devices=devices, identity=options.identity)
-            earlier = directory.prepare_run_dir(parts.identity, options.run_dir, resume=options.resume)
+            earlier = directory.prepare_run_dir(
+                experiment, parts.identity, options.run_dir, resume=options.resume, overwrite=options.overwrite
+            )
             if runtime.is_alone() and runtime.is_first():
                 # After the checks: a refused run leaves no files. A supervisor holds the lock for its processes.
                 stack.enter_context(lock.locked(options.run_dir, purpose=options.command))
@@ -85,7 +96,12 @@ def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.
             with stopwatch.account("restart"):
                 # Process 0 writes to the directory next; the others must have checked it by then.
                 agreed.meet("the run directory is checked")
-            start = _begin(stack, parts, options, stopwatch, earlier, agreed)
+                if options.overwrite:
+                    if runtime.is_first():
+                        directory.remove_run(options.run_dir, of_job=not runtime.is_alone())
+                    agreed.meet("the earlier run is removed")
+            with directory.naming_what_changed(experiment, earlier):
+                start = _begin(stack, parts, options, stopwatch, earlier, agreed)
             parts = parts.continued(start.progress)
             run = _Run(parts, options, start, stopwatch, earlier, agreed)
         dog.report()
@@ -279,7 +295,7 @@ class _Run:
     def _make_hooks(self, ledger_hooks: Sequence[loop.Hook]) -> list[loop.Hook]:
         books = self.books
         found: list[loop.Hook] = [self._agree_on_time()] if self.experiment.stop.max_seconds is not None else []
-        found += [self.log, hooks.show_progress(books), hooks.evaluate_when_due(books)]
+        found += [self.log, hooks.evaluate_when_due(books), hooks.show_progress(books)]
         every = self.experiment.guards.check_replicas_every
         if every:
             found.append(hooks.every(every, lambda info: replicas.check_replicas(info.state, self.mesh)))
@@ -304,8 +320,8 @@ class _Run:
         return header.render(
             self.experiment,
             params=self.parts.abstract_state.params,
-            mesh=self.mesh,
-            device_batch_size=self.parts.sizes.device_batch_size,
+            devices=header.describe_devices(self.mesh),
+            share=f"{self.parts.sizes.device_batch_size} on each device",
             steps_per_epoch=self.parts.loader.steps_per_epoch,
             run_dir=self.options.run_dir,
             step=self.start.progress.step,
@@ -326,6 +342,8 @@ def _explained(error: Exception) -> errors.UserError | errors.RunFailedError | N
     """Return the error with the message for the user, None where the traceback is more useful."""
     if isinstance(error, BadExampleError):
         return errors.UserError(f"{error}. Repair or remove it, or skip such examples with data.on_bad=skip.")
+    if isinstance(error, ExampleError):
+        return errors.UserError(errors.describe(error))
     if isinstance(error, errors.RunFailedError):
         return error
     if isinstance(error, checkpoints.CheckpointError) or full_disk.is_full(error):

@@ -22,8 +22,6 @@ from jaxdist.run.stopwatch import StepTimes, Stopwatch
 from jaxdist.rundir import files, full_disk, origin, record, writers
 from jaxdist.stop import Progress
 
-NONFINITE_NAME = "nonfinite.txt"
-
 
 class Place(Protocol):
     """A position in the data that a checkpoint can store."""
@@ -287,7 +285,11 @@ class Bookkeeper:
         return {
             "identity": dataclasses.asdict(self.attempt.identity),
             "experiment": dataclasses.asdict(self.attempt.source) if self.attempt.source else None,
-            "batch": {"fields": fields, "steps_per_epoch": self.attempt.steps_per_epoch},
+            "batch": {
+                "fields": fields,
+                "steps_per_epoch": self.attempt.steps_per_epoch,
+                "num_examples": len(self.attempt.experiment.data.train),
+            },
             "best": self.progress.best,
             "checkpoint": self.checkpointer.latest_step(),
             "peak_memory_bytes": origin.peak_memory_bytes(jax.local_devices()),
@@ -302,7 +304,7 @@ class Bookkeeper:
         kept = "No checkpoint was saved yet." if saved is None else f"The checkpoint of step {saved} is kept."
         print(f"{report}\n{kept}", file=sys.stderr)
         with contextlib.suppress(OSError):  # on a full disk what was shown has to do
-            files.write_text(self.attempt.run_dir / NONFINITE_NAME, f"{report}\n{kept}\n")
+            files.write_text(self.attempt.run_dir / directory.NONFINITE_NAME, f"{report}\n{kept}\n")
 
     def _write_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         self._measured |= dict.fromkeys(metrics, step)

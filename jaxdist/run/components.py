@@ -14,6 +14,7 @@ import optax
 from jaxdist import adapters, data, optimizers, stop
 from jaxdist.config import data_fields
 from jaxdist.config.experiment import Experiment
+from jaxdist.data import assembly_process, placement
 from jaxdist.data.sources import wrap
 from jaxdist.errors import ConfigError
 from jaxdist.run import preflight
@@ -155,6 +156,9 @@ def put_together(experiment: Experiment, *, devices: Sequence[jax.Device], ident
     eval_shapes = {name: example_batch(each) for name, each in eval_loaders.items()}
     collect_fn = make_collect_fn(experiment, functions)
     preflight.check(experiment, functions, abstract, shapes, eval_shapes, collect_fn)
+    preflight.check_forms(functions, abstract, check_samples(loader, among=_EARLY_BATCHES), held_out=False)
+    for each in eval_loaders.values():
+        preflight.check_forms(functions, abstract, check_samples(each), held_out=True)
     return Parts(
         experiment=experiment,
         identity=identity or identity_of(experiment, loader.beginning.fingerprint),
@@ -171,6 +175,31 @@ def put_together(experiment: Experiment, *, devices: Sequence[jax.Device], ident
         eval_step=strategy.make_eval_step(functions.eval_fn) if eval_loaders else None,
         collecting=make_collecting(experiment, strategy.make_collect_step, collect_fn),
     )
+
+
+def check_samples(loader: data.Loader, *, among: int | None = None) -> list[dict[str, jax.ShapeDtypeStruct]]:
+    """Read examples of some batches, from the first on; return the forms of a batch that were found, each once.
+
+    Raises:
+      ValueError: a worker process, a batch or a device could not take them.
+    """
+    if loader.num_workers:
+        no_source: Any = None  # which may hold all the data
+        assembly_process.dump_recipe(loader.recipe._replace(source=no_source))
+    found = []
+    for ids, arrays in loader.samples(_SAMPLED_BATCHES, among=among):
+        placement.check_integers(arrays, functools.partial(np.asarray, ids))
+        form = {name: (array.shape[1:], jax.dtypes.canonicalize_dtype(array.dtype)) for name, array in arrays.items()}
+        found += [form] if form not in found else []
+    return [
+        {name: jax.ShapeDtypeStruct((loader.global_batch_size, *shape), dtype) for name, (shape, dtype) in form.items()}
+        for form in found
+    ]
+
+
+_SAMPLED_BATCHES = 8
+_EARLY_BATCHES = 64
+"""How many batches of training are looked at before the first step, and among how many."""
 
 
 def make_loader(experiment: Experiment, *, fingerprint: str | None = None) -> data.Loader:
@@ -308,11 +337,6 @@ class Identity:
     def __str__(self) -> str:
         return f"{self.name}:{_short_hash([self.model, self.data, self.seed])}"
 
-    def differences(self, other: Mapping[str, Any]) -> str:
-        """Return what differs from an identity as `dataclasses.asdict` gave it."""
-        parts = [(name, other.get(name), value) for name, value in dataclasses.asdict(self).items()]
-        return "; ".join(f"its {name} was {theirs}, now {ours}" for name, theirs, ours in parts if theirs != ours)
-
 
 def identity(experiment: Experiment) -> Identity:
     """Return the identity of `experiment`; takes the fingerprint of its data, which may look at every file."""
@@ -389,6 +413,10 @@ def check_experiment(experiment: Experiment) -> None:
         value: Any = functools.reduce(getattr, name.split("."), experiment)
         if value is not None and value < least:
             raise ConfigError(f"{name} must be at least {least}; got {value}.")
+    for name in ("hang_seconds", "slow_seconds", "deadline_seconds"):
+        value = getattr(experiment.recovery, name)
+        if value is not None and not value > 0:  # NaN, too
+            raise ConfigError(f"recovery.{name} must be positive; got {value}.")
     watched = experiment.stop.target_metric
     looks = experiment.stop.target is not None or experiment.stop.patience is not None
     if looks and experiment.data.eval is None and watched.startswith("eval/"):

@@ -1,25 +1,38 @@
 """The run directory of an attempt: its name, whether it may be used, and its checkpoints."""
 
+import contextlib
 import dataclasses
 import datetime
+import json
 import os
 import pathlib
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
+from jaxdist import adapters
 from jaxdist.checkpoint import checkpoints
 from jaxdist.config.experiment import Experiment
 from jaxdist.errors import ConfigError
 from jaxdist.launch.joining import agreement
+from jaxdist.launch.supervising import supervisor
 from jaxdist.run import components
-from jaxdist.rundir import record, writers
+from jaxdist.rundir import ledger, record, writers
 
 CHECKPOINTS_NAME = "checkpoints"
 SET_ASIDE_NAME = "set-aside"
 """Folder for checkpoints that are newer than one the user went back to."""
+NONFINITE_NAME = "nonfinite.txt"
+SERVERS_NAME = "ps"
+"""Folder of the processes of a parameter server."""
 _RUN_FILES = (CHECKPOINTS_NAME, writers.JSONL_NAME, writers.CSV_NAME, writers.TENSORBOARD_NAME)
+_MORE_RUN_FILES = (SET_ASIDE_NAME, ledger.FILE_NAME, NONFINITE_NAME, SERVERS_NAME)
+_JOB_FILES = ("logs", supervisor.EVENTS_NAME, supervisor.BOARD_NAME)
+_SHAPING = ("model", "loss", "inputs", "optimizer", "precision")
+"""The settings that decide the form of the saved state."""
+_MOST_NAMED = 5
 
 
 def default_run_dir(
@@ -38,8 +51,17 @@ def default_run_dir(
     return earlier[-1]
 
 
-def prepare_run_dir(identity: components.Identity, run_dir: pathlib.Path, *, resume: bool) -> record.RunRecord | None:
+def prepare_run_dir(
+    experiment: Experiment,
+    identity: components.Identity,
+    run_dir: pathlib.Path,
+    *,
+    resume: bool,
+    overwrite: bool = False,
+) -> record.RunRecord | None:
     """Create the run directory, or check that it may be used; return the record of the run to resume.
+
+    With `overwrite` a run there may be replaced, which `remove_run` does once everything else is checked.
 
     Raises:
       ConfigError: not writable, holding another experiment's run, or a run that `resume` does not ask for; or
@@ -48,7 +70,9 @@ def prepare_run_dir(identity: components.Identity, run_dir: pathlib.Path, *, res
     exists = (run_dir / record.FILE_NAME).exists()
     if resume and not exists:
         raise ConfigError(f"--resume needs a run to continue; {run_dir} holds none. Leave --resume out to start one.")
-    earlier = _checked_record(identity, run_dir, resume=resume) if exists else None
+    earlier = record.RunRecord.read(run_dir) if exists else None
+    if earlier is not None and not overwrite:
+        _check_continues(experiment, identity, run_dir, earlier, resume=resume)
     leftovers = [name for name in _RUN_FILES if (run_dir / name).exists()]
     if leftovers and not exists:
         raise ConfigError(
@@ -62,20 +86,112 @@ def prepare_run_dir(identity: components.Identity, run_dir: pathlib.Path, *, res
         probe.unlink()
     except OSError as error:
         raise ConfigError(f"The run directory must be writable; {run_dir} is not: {error.strerror}.") from error
-    return earlier
+    return None if overwrite else earlier
 
 
-def _checked_record(identity: components.Identity, run_dir: pathlib.Path, *, resume: bool) -> record.RunRecord:
-    earlier = record.RunRecord.read(run_dir)
+def _check_continues(
+    experiment: Experiment,
+    identity: components.Identity,
+    run_dir: pathlib.Path,
+    earlier: record.RunRecord,
+    *,
+    resume: bool,
+) -> None:
     stored = earlier.extra.get("identity")
     theirs = stored if isinstance(stored, dict) else {}
     if theirs != dataclasses.asdict(identity):
         raise ConfigError(
-            f"{run_dir} holds a run of another experiment: {identity.differences(theirs)}. Choose another --run-dir."
+            f"{run_dir} holds a run of another experiment: {_what_differs(experiment, identity, theirs, earlier)}. To "
+            "resume that run, set this as it was. To start a new one, choose another --run-dir, or replace the run "
+            "with --overwrite."
         )
     if not resume:
-        raise ConfigError(f"{run_dir} already holds a run. Add --resume to continue it, or choose another --run-dir.")
-    return earlier
+        raise ConfigError(
+            f"{run_dir} already holds a run. Continue it with --resume, replace it with --overwrite, or choose another "
+            "--run-dir."
+        )
+
+
+def _what_differs(
+    experiment: Experiment, identity: components.Identity, theirs: Mapping[str, Any], earlier: record.RunRecord
+) -> str:
+    """Return which settings make another identity, the setting itself where the record holds it."""
+    found = []
+    for name, ours in dataclasses.asdict(identity).items():
+        if ours == theirs.get(name):
+            continue
+        if name == "data":
+            found.append(_changed_data(experiment, identity, theirs, earlier))
+        else:
+            changed = changed_settings(experiment, earlier.config, (name,))
+            found.append(changed or f"{name}, in what the record does not show ({theirs.get(name)} -> {ours})")
+    return "; ".join(found)
+
+
+def _changed_data(
+    experiment: Experiment, identity: components.Identity, theirs: Mapping[str, Any], earlier: record.RunRecord
+) -> str:
+    kinds = changed_settings(experiment, earlier.config, ("data.train",))
+    before = earlier.extra.get("batch", {}).get("num_examples")
+    now = len(experiment.data.train)
+    if before not in (None, now):
+        found = f"data.train {before:,} examples -> {now:,} examples"
+    else:
+        found = f"data.train holds other examples (fingerprint {theirs.get('data')} -> {identity.data})"
+    return "; ".join(filter(None, (kinds, found)))
+
+
+def changed_settings(experiment: Experiment, config: Any, names: Sequence[str]) -> str:
+    """Return how the settings `names` differ from a recorded `config`: "model.width 64 -> 32; seed 0 -> 1".
+
+    Args:
+      experiment: as it is now.
+      config: that of a run record.
+      names: of the settings, or groups of settings, to compare.
+    """
+    now, then = json.loads(json.dumps(record.plain(experiment))), dict(config)
+    for settings in (now, then):
+        model = settings.get("model")
+        if isinstance(experiment.model, adapters.Functions) and isinstance(model, dict):
+            settings["model"] = {name: value for name, value in model.items() if name != "predict_fn"}
+    found = [change for name in names for change in record.differences(name, _setting(then, name), _setting(now, name))]
+    more = [f"{len(found) - _MOST_NAMED} more settings"] if len(found) > _MOST_NAMED else []
+    return "; ".join([*found[:_MOST_NAMED], *more])
+
+
+def _setting(config: Any, name: str) -> Any:
+    for part in name.split("."):
+        config = config.get(part) if isinstance(config, Mapping) else None
+    return config
+
+
+@contextlib.contextmanager
+def naming_what_changed(experiment: Experiment, earlier: record.RunRecord | None) -> Iterator[None]:
+    """Add to a CheckpointError the settings that were changed since the record, of those that shape the state."""
+    try:
+        yield
+    except checkpoints.CheckpointError as error:
+        changed = changed_settings(experiment, earlier.config, _SHAPING) if earlier else ""
+        if not changed:
+            raise
+        raise ConfigError(f"{error} Since the run was recorded, this was changed: {changed}.") from error
+
+
+def remove_run(run_dir: pathlib.Path, *, of_job: bool) -> None:
+    """Remove the run in `run_dir`, also what it left in memory, and none of a user's other files; the record goes last.
+
+    Args:
+      run_dir: holds a run; its lock is held.
+      of_job: whether a supervisor wrote logs of the present job there, which stay.
+    """
+    names = [*_RUN_FILES, *_MORE_RUN_FILES, *(() if of_job else _JOB_FILES), record.FILE_NAME]
+    for path in (run_dir / name for name in names):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    for memory in supervisor.left_behind(run_dir):
+        shutil.rmtree(memory)
 
 
 def open_checkpoints(
@@ -101,6 +217,14 @@ def recorded_identity(run_dir: pathlib.Path) -> Any:
     """Return the identity in the run record, None without a record that can be read."""
     try:
         return record.RunRecord.read(run_dir).extra.get("identity")
+    except (OSError, ValueError):
+        return None
+
+
+def when_started(run_dir: pathlib.Path) -> str | None:
+    """Return when the run in `run_dir` began; "" of version 0.1, None without a record that can be read."""
+    try:
+        return str(record.RunRecord.read(run_dir).extra.get("started") or "")
     except (OSError, ValueError):
         return None
 

@@ -15,8 +15,8 @@ def render(
     experiment: Experiment,
     *,
     params: Any,
-    mesh: jax.sharding.Mesh,
-    device_batch_size: int,
+    devices: str,
+    share: str,
     steps_per_epoch: int,
     run_dir: pathlib.Path,
     step: int = 0,
@@ -26,8 +26,8 @@ def render(
     Args:
       experiment: what is trained.
       params: its params, or their shapes.
-      mesh: the devices.
-      device_batch_size: examples of a step on each device.
+      devices: what it is trained on.
+      share: how the examples of a step are divided.
       steps_per_epoch: batches of an epoch.
       run_dir: where the run's files are written.
       step: the step that a resumed run continues from.
@@ -38,8 +38,8 @@ def render(
     held_out = counts or "no held-out examples"
     facts = {
         experiment.name: f"{_model_name(experiment.model)}, {count_params(params):,} params",
-        "devices": f"{_devices(mesh)}, {experiment.strategy}, reduction {experiment.reduction}",
-        "batch": f"{experiment.global_batch_size} examples a step, {device_batch_size} on each device",
+        "devices": f"{devices}, {experiment.strategy}, reduction {experiment.reduction}",
+        "batch": f"{experiment.global_batch_size} examples a step, {share}",
         "data": f"{len(data.train):,} examples, {steps_per_epoch:,} steps an epoch; {held_out}",
         "ends at": _ends(stop),
         "run directory": str(run_dir),
@@ -57,7 +57,8 @@ def _model_name(model: Any) -> str:
     return "NNX model" if name == "<lambda>" else str(name)
 
 
-def _devices(mesh: jax.sharding.Mesh) -> str:
+def describe_devices(mesh: jax.sharding.Mesh) -> str:
+    """Return the devices of a mesh in words."""
     first = mesh.devices.flat[0]
     axes = " x ".join(f"{size} {axis}" for axis, size in mesh.shape.items())
     processes = jax.process_count()

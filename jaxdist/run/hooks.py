@@ -44,7 +44,7 @@ class LogMetrics:
 
 def show_progress(books: Bookkeeper) -> Hook:
     """Return the hook that keeps the display up to date."""
-    return lambda info: books.display.update(info.step, info.progress.metrics)
+    return lambda info: books.display.update(info.step, info.progress.metrics, epoch=info.progress.epoch)
 
 
 def evaluate_when_due(books: Bookkeeper) -> Hook:

@@ -4,7 +4,7 @@ Nothing is computed here: model and loss are traced with the shapes of a batch, 
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -40,6 +40,8 @@ def check(
       ConfigError: a metric has a name that the run uses itself, or a rule needs a metric that is never reported.
       UserError: the user's model or loss raises, with the place where.
     """
+    if not jax.tree.leaves(abstract.params):
+        raise ConfigError("A model that is trained has params, and this one has none. Give it a layer that learns.")
     reported = [f"train/{name}" for name in _trained(functions.loss_fn, abstract, shapes)]
     for name, own_shapes in eval_shapes.items():
         setting = f"data.eval[{name!r}]" if name else "data.eval"
@@ -52,6 +54,28 @@ def check(
         _check_collected(found, collected)
         reported += [f"eval/{name}/{each}" if name else f"eval/{each}" for each in (*found, *collected)]
     _check_watched(experiment, reported)
+
+
+def check_forms(
+    functions: adapters.Functions, abstract: state.TrainState, forms: Sequence[Shapes], *, held_out: bool
+) -> None:
+    """Trace the loss, or the evaluation, for the shapes of further batches, such as those of longer examples.
+
+    Raises:
+      UserError: it fails for one of them; the message names the shapes.
+    """
+    for form in forms[1:]:
+        try:
+            if held_out:
+                _evaluated(functions.eval_fn, abstract, form)
+            else:
+                _trained(functions.loss_fn, abstract, form)
+        except Exception as error:
+            what, setting = ("The evaluation", "data.eval") if held_out else ("Training", "data.train")
+            shapes = ", ".join(f"{name} {field.shape[1:]}" for name, field in form.items() if name != metrics.MASK)
+            raise ConfigError(
+                f"{what} fails on some examples of {setting}, those with the shapes {shapes}: {errors.describe(error)}"
+            ) from error
 
 
 def _trained(loss_fn: Any, abstract: state.TrainState, shapes: Shapes) -> list[str]:

@@ -20,6 +20,8 @@ from jaxdist.rundir import writers
 
 SHOWN = ("loss", "accuracy")
 """The metrics a bar has room for, by the last part of their name, besides the deciding one; lines show all of them."""
+_EPOCH_SECONDS = 1.0
+"""Least time between two lines of a log file."""
 _WIDE, _NARROW = 20, 10
 """Columns of the bar, on a terminal of 100 columns or more, and on a smaller one."""
 
@@ -27,8 +29,8 @@ _WIDE, _NARROW = 20, 10
 class Display(Protocol):
     """Shows a run. It is also a context manager, which closes it on exit, also by an exception or Ctrl-C."""
 
-    def update(self, step: int, metrics: Mapping[str, Any] | None = None) -> None:
-        """Note that `step` is finished, and the latest metrics (whatever float() takes); redraw if that is due."""
+    def update(self, step: int, metrics: Mapping[str, Any] | None = None, *, epoch: int = 0) -> None:
+        """Note that `step` and `epoch` are finished, and the latest metrics (whatever float() takes); redraw if due."""
 
     def finish(self, summary: Mapping[str, object]) -> None:
         """Close, then print how the run ended, one entry per line: end reason, path of the run record, and so on."""
@@ -202,7 +204,7 @@ class Pace:
 class Silent:
     """Shows nothing."""
 
-    def update(self, step: int, metrics: Mapping[str, Any] | None = None) -> None:
+    def update(self, step: int, metrics: Mapping[str, Any] | None = None, *, epoch: int = 0) -> None:
         """See Display."""
 
     def finish(self, summary: Mapping[str, object]) -> None:
@@ -219,7 +221,10 @@ class Silent:
 
 
 class Lines:
-    """Plain lines for a log file: the first step's, then one every `every_seconds`, and the last."""
+    """Plain lines for a log file: the first step's, one an epoch, one every `every_seconds`, and the last.
+
+    Where epochs are short, they have a line a second at most.
+    """
 
     def __init__(
         self, pace: Pace, stream: TextIO, *, every_seconds: float = 10.0, deciding: Deciding | None = None
@@ -227,17 +232,19 @@ class Lines:
         self._pace, self._deciding = pace, deciding
         self._stream = stream
         self._every_seconds = every_seconds
-        self._due = -math.inf
+        self._due = self._epoch_due = -math.inf
+        self._epoch = 0
         self._latest: dict[str, Any] = {}
         self._unsaid = False
 
-    def update(self, step: int, metrics: Mapping[str, Any] | None = None) -> None:
+    def update(self, step: int, metrics: Mapping[str, Any] | None = None, *, epoch: int = 0) -> None:
         """See Display."""
         self._latest.update(metrics or {})
         self._pace.step, self._unsaid = step, True
         now = self._pace.clock()
-        if now >= self._due:
-            self._due = now + self._every_seconds
+        ended, self._epoch = epoch > self._epoch, epoch
+        if now >= self._due or (ended and now >= self._epoch_due):
+            self._due, self._epoch_due = now + self._every_seconds, now + _EPOCH_SECONDS
             self._say()
 
     def finish(self, summary: Mapping[str, object]) -> None:
@@ -259,7 +266,9 @@ class Lines:
         self._unsaid = False
         self._pace.sample(self._pace.step)
         metrics = _texts_of(self._latest, self._deciding)
-        print("  ".join([*self._pace.texts(), *metrics]), file=self._stream, flush=True)
+        step, *pace = self._pace.texts()
+        epochs = [f"epoch {self._epoch}"] if self._epoch else []
+        print("  ".join([step, *epochs, *pace, *metrics]), file=self._stream, flush=True)
 
 
 class Bar:
@@ -293,7 +302,7 @@ class Bar:
         # rich hides the cursor until the end, but a process killed outright has no chance to show it again.
         console.show_cursor(True)
 
-    def update(self, step: int, metrics: Mapping[str, Any] | None = None) -> None:
+    def update(self, step: int, metrics: Mapping[str, Any] | None = None, *, epoch: int = 0) -> None:
         """See Display."""
         self._latest.update(metrics or {})
         self._pace.step = step
@@ -348,13 +357,18 @@ def _texts_of(metrics: Mapping[str, Any], deciding: Deciding | None = None) -> l
 
 
 def fitting(parts: Sequence[str], width: int, *, keep: Sequence[str]) -> str:
-    """Return `parts` on one line of at most `width` columns: those not in `keep` are dropped first, from the last."""
+    """Return `parts` on one line of at most `width` columns: those not in `keep` are dropped first, from the last.
+
+    Where the rest is still too long, parts are dropped from the first on.
+    """
     left = list(parts)
     for part in reversed(parts):
         if len("  ".join(left)) <= width:
             break
         if part not in keep:
             left.remove(part)
+    while len(left) > 1 and len("  ".join(left)) > width:
+        left.pop(0)
     return "  ".join(left)
 
 

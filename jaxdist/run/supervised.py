@@ -23,12 +23,15 @@ def supervise(
     num_processes: int,
     forks: fork_server.ForkServer | None = None,
     checkpoint: int | None = None,
+    overwrite: bool = False,
 ) -> int:
     """Run the command line `arguments` in `num_processes` supervised processes; return the exit status.
 
     The processes are forked by `forks` if possible, and started as new interpreters otherwise. With `checkpoint` they
     continue from that step, and newer ones are set aside; a restart after a failure continues from the newest.
+    With `overwrite` they replace the run in `run_dir`, once all their checks have passed.
     """
+    replaced = directory.when_started(run_dir) if overwrite else None
 
     def start(command: Sequence[str], environment: Mapping[str, str], output: IO[bytes] | None) -> local_job.Process:
         child = forks.start(command, environment, output) if forks else None
@@ -37,6 +40,11 @@ def supervise(
     def begin() -> None:
         if checkpoint is not None:
             directory.go_back(checkpointer, run_dir, checkpoint, agreement.Alone())
+
+    def saved_step(memory: pathlib.Path) -> int:
+        if replaced is not None and directory.when_started(run_dir) == replaced:
+            return 0  # what is there is of the run that will be replaced
+        return recovery.saved_step(memory, checkpointer, str(identity))
 
     def at_kill(memory: pathlib.Path) -> None:
         if forks:
@@ -47,9 +55,9 @@ def supervise(
     saved = rescue.Rescue.of(run_dir, identity, directory.what_stays(experiment))
     with contextlib.closing(directory.open_checkpoints(experiment, run_dir, identity)) as checkpointer:
         job = supervisor.Job(
-            command=_command(arguments),
+            command=_command([*arguments, *([] if replaced is None else ["--replace", replaced])]),
             run_dir=run_dir,
-            saved_step=lambda memory: recovery.saved_step(memory, checkpointer, str(identity)),
+            saved_step=saved_step,
             start=start,
             save=saved.save,
             save_left=directory.recorded_identity(run_dir) == dataclasses.asdict(identity),

@@ -221,6 +221,29 @@ def flat(name: str, value: Any) -> dict[str, Any]:
     return {key: leaf for part in parts for key, leaf in part.items()}
 
 
+def differences(name: str, then: Any, now: Any) -> list[str]:
+    """Return what differs between two settings as plain data, an entry a setting: `["model.width 64 -> 32"]`."""
+    if then == now:
+        return []
+    if isinstance(then, Mapping) and isinstance(now, Mapping) and then.get("class") == now.get("class"):
+        pairs = [(f"{name}.{key}", then.get(key, _UNSET), now.get(key, _UNSET)) for key in {**then, **now}]
+    elif isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
+        pairs = [(f"{name}.{index}", *pair) for index, pair in enumerate(zip(then, now, strict=True))]
+    else:
+        return [f"{name} {_short(then)} -> {_short(now)}"]
+    return [found for pair in pairs for found in differences(*pair)]
+
+
+_UNSET = "not set"
+_MOST_CHARACTERS = 60
+
+
+def _short(value: Any) -> str:
+    """Return plain data for a message: the class of an object, shortened where it is long."""
+    shown = str(value["class"] if isinstance(value, Mapping) and "class" in value else value)
+    return shown if len(shown) <= _MOST_CHARACTERS else f"{shown[: _MOST_CHARACTERS - 3]}..."
+
+
 def numbers(metrics: Mapping[str, Any]) -> dict[str, Plain]:
     """Return the metrics as JSON numbers: anything that float() accepts; None if not finite."""
     return {

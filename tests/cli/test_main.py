@@ -166,9 +166,17 @@ def test_a_bad_run_directory_is_the_users_mistake_and_stays_as_it_was(tmp_path, 
     (tmp_path / "file").write_text("a file")
     before = contents(tmp_path)
     capsys.readouterr()
-    refused(capsys, "already holds a run. Add --resume", TINY, "--run-dir", run_dir)
+    refused(
+        capsys,
+        "already holds a run. Continue it with --resume",
+        TINY,
+        "--run-dir",
+        run_dir,
+    )
     refused(capsys, "holds a run of another experiment", TINY, "--run-dir", run_dir, "--set", "name=other")
     refused(capsys, "holds a run of another experiment", TINY, "--run-dir", run_dir, "--resume", "--set", "seed=7")
+    refused(capsys, "got both. Leave one out", TINY, "--run-dir", run_dir, "--overwrite", "--resume")
+    refused(capsys, "'size'", TINY, "--run-dir", run_dir, "--overwrite", "--set", "inputs=size")
     refused(capsys, "--resume needs a run", TINY, "--run-dir", tmp_path / "absent", "--resume")
     refused(capsys, "must be writable", TINY, "--run-dir", tmp_path / "file" / "run")
     refused(capsys, "must be writable", TINY, "--run-dir", "/proc/jaxdist")

@@ -1,4 +1,4 @@
-"""Sixty mistakes that people make, each with the message it gets: one line, exit status 2, and no run directory left.
+"""A hundred mistakes that people make, each with its message: one line, exit status 2, and no run directory left.
 
 A row is Python code for one experiment: `change(...)` is the tiny experiment with other settings.
 """
@@ -48,6 +48,60 @@ def called_loss(outputs, batch):
 def broken(example, random):
     return {**example, "image": example["picture"]}
 
+def no_tuple(outputs, batch):
+    return losses.classification(outputs, batch)[0]
+
+def list_metrics(outputs, batch):
+    return outputs[:, 0], [outputs[:, 0]]
+
+def text_metric(outputs, batch):
+    return outputs[:, 0], {"state": "good"}
+
+def float_loss(outputs, batch):
+    return 0.5, {}
+
+def whole_loss(outputs, batch):
+    return (outputs[:, 0] > 0).astype(int), {}
+
+def complex_loss(outputs, batch):
+    return outputs[:, 0].astype(complex), {}
+
+def numbered(outputs, batch):
+    return outputs[:, 0], {3: outputs[:, 0]}
+
+def one_argument(outputs):
+    return outputs[:, 0], {}
+
+def nothing(example, random):
+    return None
+
+def ragged(example, random):
+    return {**example, "image": example["image"][: random.integers(3, 6)]}
+
+class Rows:
+    def __init__(self, width, num_rows=52):
+        self.width, self.num_rows = width, num_rows
+
+    def __len__(self):
+        return self.num_rows
+
+    def __getitem__(self, index):
+        return {"image": IMAGES[0].repeat(self.width(index)), "label": LABELS[index]}
+
+class Refuses(Rows):
+    def __getitem__(self, index):
+        raise KeyError("row")
+
+class NoParams(nn.Module):
+    @nn.compact
+    def __call__(self, image, train):
+        return image[:, :2]
+
+class TwoOutputs(nn.Module):
+    @nn.compact
+    def __call__(self, image, train):
+        return nn.Dense(2)(image), nn.Dense(2)(image)
+
 class NoTrain(nn.Module):
     @nn.compact
     def __call__(self, image):
@@ -86,8 +140,40 @@ MISTAKES = {
     "change(stop=3)": "jaxdist.Stop(max_steps=1000)",
     "change(data=IMAGES)": "takes a Data",
     "change(inputs='pixels')": "inputs must be fields of the batch",
-    "change(inputs=3)": "takes a string or tuple",
+    "change(inputs=3)": "takes a string or a tuple",
+    "change(loss=no_tuple)": "returns an array. Change its return statement.",
+    "change(loss=list_metrics)": ") returns an array, [",
+    "change(loss=text_metric)": "'state' of text_metric",
+    "change(loss=float_loss)": "The loss is float_loss (",
+    "change(loss=whole_loss)": "is int32",
+    "change(loss=complex_loss)": "is complex64",
+    "change(loss=numbered)": "returns one named 3",
+    "change(loss=one_argument)": "A loss is called as loss(outputs, batch)",
+    "change(loss=optax.softmax_cross_entropy)": "A loss is called as loss(outputs, batch)",
+    "change(model=NoParams())": "this one has none",
+    "change(model=TwoOutputs())": "what the model returns, here (",
+    "change(model=lambda: 3)": "callable from nnx.Rngs to an NNX module",
+    "change(model=lambda rngs: 3)": "returns an object of the class",
+    "change(model=adapters.Functions(None, fails, fails))": "needs three functions",
+    "change(inputs=())": "got none. Name one.",
+    "change(inputs=('image', 'label'))": "called with its inputs, here image, label, and train",
+    "change(optimizer=Optimizer('sgd', 0.1))": "takes its settings by name",
+    "change(optimizer=Optimizer(name='sgd'))": "needs the required setting 'learning_rate'",
+    "change(optimizer=Optimizer(name='sgd', learning_rate='0.1'))": "Optimizer.learning_rate takes a number",
+    "change(optimizer=Optimizer(name='sgd', learning_rate=0.1, schedule='cosine'))": "takes a Schedule",
+    "change(optimizer=Optimizer(name='sgd', learning_rate=0.1, groups=('bias',)))": "Optimizer.groups takes a tuple",
+    "change(optimizer=Optimizer(name='sgd', learning_rate=0.1, schedule=Schedule(warmup='3')))": "Schedule.warmup",
+    "change(stop=Stop(steps=10))": "Did you mean 'max_steps'?",
+    "change(stop=Stop(max_steps='10'))": "Stop.max_steps takes a whole number or None",
+    "change(stop=Stop(max_steps=3, mode='maximum'))": "Stop.mode takes one of max, min",
+    "change(stop=Stop(max_seconds=float('nan')))": "stop.max_seconds must be positive; got nan",
+    "change(stop=Stop(max_steps=3, target=float('nan')))": "stop.target must be a number",
     # Names and numbers.
+    "change(name='../up')": "names the run directory",
+    "change(recovery=Recovery(hang_seconds=-1.0))": "recovery.hang_seconds must be positive",
+    "change(recovery=Recovery(deadline_seconds=0))": "recovery.deadline_seconds must be positive",
+    "change(eval=3)": "takes an Evaluation; got 3",
+    "change(writers=['wandb'])": "a tuple of which each is one of console, jsonl",
     "jaxdist.Experiment(globl_batch_size=3)": "Did you mean 'global_batch_size'?",
     "jaxdist.Experiment(name='x')": "needs the required setting 'model'",
     "change(global_batch_size='16')": "takes a whole number; got '16'",
@@ -137,6 +223,15 @@ MISTAKES = {
     "change(data=data(eval={'image': IMAGES[:, :3], 'label': LABELS}))": "The evaluation fails on the examples",
     "change(data=Data(train={'image': IMAGES, 'label': LABELS}, example_fn=broken))": "in broken)",
     "change(data=Data(train={'image': IMAGES}, example_fn=3))": "takes a function or None; got 3",
+    "change(data=Data(train=iter([])))": "object of the class list_iterator",
+    "change(data=Data(train={'image': IMAGES, 'label': LABELS}, order=3))": "Data.order takes an Order",
+    "change(data=Data(train=Refuses(None)))": "KeyError: 'row' (",
+    "change(data=Data(train={'image': IMAGES, 'label': LABELS}, example_fn=nothing))": "returns a dict of fields",
+    "change(data=Data(train={'image': IMAGES, 'label': LABELS}, example_fn=ragged))": "must have the same fields",
+    "change(data=Data(train={'image': IMAGES, 'label': LABELS}, example_fn=lambda e, r: e, num_workers=1))": "lambda",
+    "change(data=data(count=LABELS.astype(np.int64) + 2**40))": "devices hold whole numbers as int32",
+    "change(data=data(eval=Rows(lambda index: 1 + (index > 31))))": "fails on some examples of data.eval",
+    "change(data=data(eval=Rows(lambda index: 1 + index % 2)))": "must have the same fields, shapes",
     # The file itself.
     "{'seed': 0}": "must return a jaxdist.Experiment",
     "undefined_name": "NameError: name 'undefined_name' is not defined",
@@ -151,7 +246,7 @@ def shared_compilations(tmp_path_factory):
 
 
 def test_the_table_is_long_enough():
-    assert len(MISTAKES) >= 60
+    assert len(MISTAKES) >= 100
 
 
 @pytest.mark.parametrize("code", MISTAKES)

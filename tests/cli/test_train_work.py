@@ -1,4 +1,4 @@
-"""The work of `jaxdist train`: its exit status, and what the processes of a job are told."""
+"""The work of `jaxdist train`: how it begins, its exit status, and what the processes of a job are told."""
 
 import json
 import types
@@ -9,6 +9,7 @@ import tiny_experiment
 from jaxdist.cli import parser, train_work
 from jaxdist.errors import UserError
 from jaxdist.run import supervised
+from jaxdist.rundir import record
 
 TINY = tiny_experiment.__file__
 
@@ -74,3 +75,44 @@ def test_a_process_of_a_job_starts_no_job(monkeypatch):
     monkeypatch.setattr(train_work.places, "find", lambda: "process 1 of 2")
     with pytest.raises(UserError, match=r"this process belongs to one: process 1 of 2\. Leave it out\."):
         train_work.supervise(parse("--processes", 2), forks=None)
+
+
+EMPTY = dict.fromkeys(record.KEYS) | {"step": 3, "metrics": {}}
+
+
+def beginning(run_dir, *flags):
+    options = parser.make_parser().parse_args(["train", "x.py", "--run-dir", str(run_dir), *flags])
+    return train_work._beginning(options, run_dir)
+
+
+def write_run(run_dir, started):
+    run_dir.mkdir(exist_ok=True)
+    (run_dir / "run.json").write_text(json.dumps(EMPTY | ({"started": started} if started else {})))
+
+
+@pytest.mark.parametrize("started", ["2026-11-28T12:00:00+00:00", ""])
+def test_an_attempt_after_the_replacing_one_resumes(tmp_path, started):
+    """A restart must replace the earlier run if that was not done yet, and must not replace the run it belongs to."""
+    run_dir = tmp_path / "run"
+    write_run(run_dir, started)
+    assert beginning(run_dir, "--replace", started) == "overwrite"
+    assert beginning(run_dir, "--replace", started, "--resume") == "overwrite"
+    write_run(run_dir, "2026-11-28T12:00:07+00:00")
+    assert beginning(run_dir, "--replace", started) == "resume"
+
+
+def test_how_a_run_begins(tmp_path):
+    run_dir = tmp_path / "run"
+    assert [beginning(run_dir, flag) for flag in ("--restartable", "--overwrite", "--resume")] == [
+        "start",
+        "overwrite",
+        "resume",
+    ]
+    assert beginning(run_dir, "--replace", "") == "start"  # removed, and the new one not recorded yet
+    write_run(run_dir, "")
+    assert [beginning(run_dir), beginning(run_dir, "--restartable")] == ["start", "resume"]
+
+
+def test_the_processes_of_a_job_are_not_told_what_is_done_once():
+    given = ["train", "x.py", "--overwrite", "--checkpoint", "4", "--checkpoint=5", "--devices", "2"]
+    assert train_work._for_processes(given) == ["train", "x.py", "--devices", "2"]

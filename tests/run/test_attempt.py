@@ -32,7 +32,17 @@ class Killed(BaseException):
     """Ends a run as nothing else does: no checkpoint, no record."""
 
 
-def run(run_dir, *assignments, num_devices=2, resume=False, preempt=None, kill=None, experiment=None, checkpoint=None):
+def run(
+    run_dir,
+    *assignments,
+    num_devices=2,
+    resume=False,
+    overwrite=False,
+    preempt=None,
+    kill=None,
+    experiment=None,
+    checkpoint=None,
+):
     def stop_requested(step):
         if step == kill:
             raise Killed
@@ -42,6 +52,7 @@ def run(run_dir, *assignments, num_devices=2, resume=False, preempt=None, kill=N
     options = attempt.RunOptions(
         run_dir=run_dir,
         resume=resume,
+        overwrite=overwrite,
         checkpoint=checkpoint,
         silent=True,
         command="a command",
@@ -303,11 +314,49 @@ def refused(match, run_dir, *assignments, **options):
 
 def test_a_directory_that_holds_a_run_is_not_written_to(undisturbed):
     before = contents(undisturbed)
-    refused(r"already holds a run\. Add --resume", undisturbed)
-    refused(r"another experiment: its name was tiny, now other\. Choose", undisturbed, "name=other")
-    refused(r"another experiment: its model was \w+, now \w+\. Choose", undisturbed, "model.width=9", resume=True)
-    refused(r"another experiment: its seed was 0, now 1\. Choose", undisturbed, "seed=1", resume=True)
+    refused(r"already holds a run\. Continue it with --resume", undisturbed)
+    refused(r"another experiment: name tiny -> other\. To resume", undisturbed, "name=other")
+    refused(r"another experiment: model\.width 8 -> 9\. To resume", undisturbed, "model.width=9", resume=True)
+    refused(r"another experiment: seed 0 -> 1\. To resume", undisturbed, "seed=1", resume=True)
+    refused(r"this was changed: optimizer\.name momentum -> adam\.$", undisturbed, "optimizer.name=adam", resume=True)
+    shorter = other_data(tiny_experiment.make_source(51, 0))
+    refused(r"experiment: data\.train 52 examples -> 51 examples\. To", undisturbed, experiment=shorter, resume=True)
+    others = other_data(tiny_experiment.make_source(52, 9))
+    refused(r"holds other examples \(fingerprint [\w:]+ -> [\w:]+\)\. To", undisturbed, experiment=others, resume=True)
     assert contents(undisturbed) == before
+
+
+def other_data(source):
+    experiment = tiny_experiment.get_config()
+    return dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, train=source))
+
+
+def test_overwrite_replaces_a_run_and_nothing_else(tmp_path):
+    run_dir = tmp_path / "run"
+    before = run(run_dir, "stop.max_steps=4", "recovery.ledger=true")
+    (run_dir / "notes.txt").write_text("a user's own file")
+    (run_dir / "figures").mkdir()
+    refused("Lower global_batch_size", run_dir, "global_batch_size=1000", overwrite=True)
+    assert json.loads((run_dir / "run.json").read_text())["step"] == 4
+    after = run(run_dir, "stop.max_steps=2", "seed=1", overwrite=True)
+    assert (after.step, after.restarts) == (2, 0)
+    assert after.params_sha256 != before.params_sha256
+    assert [int(path.name) for path in (run_dir / "checkpoints").iterdir()] == [2]
+    steps = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert max(steps) == 2
+    assert not (run_dir / "ledger.txt").exists()
+    assert (run_dir / "notes.txt").read_text() == "a user's own file"
+    assert (run_dir / "figures").is_dir()
+
+
+def test_overwrite_starts_a_run_where_there_is_none_and_leaves_what_is_no_run(tmp_path):
+    assert run(tmp_path / "new", "stop.max_steps=1", overwrite=True).step == 1
+    (tmp_path / "theirs" / "checkpoints").mkdir(parents=True)
+    refused("it is unclear which run", tmp_path / "theirs", overwrite=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "run.json").write_text('{"a user": "wrote this"}')
+    refused("is not a jaxdist run record", tmp_path / "other", overwrite=True)
+    assert (tmp_path / "other" / "run.json").read_text() == '{"a user": "wrote this"}'
 
 
 def test_nothing_to_resume(tmp_path):

@@ -13,8 +13,8 @@ from jaxdist.spmd import mesh
 def render(experiment, **changes):
     given = {
         "params": {"w": jnp.zeros((3, 4)), "b": jax.ShapeDtypeStruct((1000,), "float32")},
-        "mesh": mesh.make_mesh(devices=jax.devices()[:2]),
-        "device_batch_size": 8,
+        "devices": header.describe_devices(mesh.make_mesh(devices=jax.devices()[:2])),
+        "share": "8 on each device",
         "steps_per_epoch": 4,
         "run_dir": pathlib.Path("runs/tiny"),
     }

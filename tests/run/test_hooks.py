@@ -29,7 +29,7 @@ class Books:
         self.unsaved_best = best
         self.calls, self._log_every = [], log_every
         self.evaluations = self.saves = types.SimpleNamespace(due=due)
-        self.display = types.SimpleNamespace(update=lambda *shown: self.calls.append(("show", *shown)))
+        self.display = types.SimpleNamespace(update=lambda *shown, epoch: self.calls.append(("show", *shown)))
 
     def logs(self, step):
         return step == 1 or step % self._log_every == 0

@@ -51,6 +51,20 @@ def test_lines_come_by_the_clock_and_the_last_one_with_the_summary():
     ]
 
 
+def test_a_log_file_has_a_line_an_epoch_and_at_most_one_a_second():
+    clock, stream = Clock(), io.StringIO()
+    lines = progress_display.Lines(make_pace(clock, max_steps=100), stream, every_seconds=10)
+    for step in range(1, 41):
+        clock.now += 0.25
+        lines.update(step, {"eval/accuracy": step / 100}, epoch=step // 8)
+    shown = stream.getvalue().splitlines()
+    assert [line.split("  ")[:2] for line in shown[1:]] == [[f"step {8 * n}/100", f"epoch {n}"] for n in range(1, 6)]
+    for step in range(41, 51):
+        clock.now += 0.01
+        lines.update(step, epoch=step - 30)
+    assert len(stream.getvalue().splitlines()) == len(shown)
+
+
 def test_the_first_steps_compile_does_not_count_in_the_pace():
     clock = Clock()
     pace = make_pace(clock, last_step=100)

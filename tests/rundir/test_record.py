@@ -242,3 +242,37 @@ def test_what_the_numbers_of_the_data_stand_for_is_in_the_config():
         "class": "jaxdist.data.sources.source.ArraySource",
         "vocabulary": {"label": ["cat", "dog"]},
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    width: int = 64
+    groups: tuple = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    inner: object = Part()
+    loss: object = math.hypot
+    rate: float | None = None
+
+
+@pytest.mark.parametrize(
+    ("now", "expected"),
+    [
+        (Whole(), []),
+        (Whole(inner=Part(width=32), rate=0.5), ["x.inner.width 64 -> 32", "x.rate None -> 0.5"]),
+        (Whole(loss=len), ["x.loss math.hypot -> builtins.len"]),
+        (Whole(inner=Whole()), ["x.inner test_record.Part -> test_record.Whole"]),
+        (Whole(inner=Part(groups=(1, 2))), ["x.inner.groups [] -> [1, 2]"]),
+        (Part(), ["x test_record.Whole -> test_record.Part"]),
+    ],
+)
+def test_differences_name_the_settings(now, expected):
+    found = record.differences("x", record.plain(Whole()), record.plain(now))
+    assert [each.replace(f"{__name__}.", "test_record.") for each in found] == expected
+
+
+def test_differences_look_into_lists_and_name_what_is_not_set():
+    then, now = {"groups": [{"rate": 1}, {"rate": 2}], "old": 3}, {"groups": [{"rate": 1}, {"rate": 4}], "new": 5}
+    assert record.differences("x", then, now) == ["x.groups.1.rate 2 -> 4", "x.old 3 -> not set", "x.new not set -> 5"]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxdist.data import placement
 from jaxdist.guards import nonfinite
 from jaxdist.paramserver.protocol import effects, messages
 from jaxdist.paramserver.run.shared_plan import Plan, rows_of_a_slice
@@ -107,6 +108,7 @@ class Island:
         batches = iter(loader)
         batch = next(batches).batch
         batches.close()
+        placement.check_integers(batch, lambda: next(loader.plans()).ids)
         padded = {
             name: np.concatenate([array, np.repeat(array[:1], self._rows - len(array), axis=0)])
             for name, array in batch.items()

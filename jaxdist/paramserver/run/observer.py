@@ -6,12 +6,15 @@ verdict: continue, or end the run.
 """
 
 import contextlib
+import functools
 import json
 import pathlib
 import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
+
+import jax
 
 from jaxdist import stop
 from jaxdist.checkpoint import checkpoints
@@ -22,7 +25,7 @@ from jaxdist.paramserver.protocol.settings import SCHEDULER
 from jaxdist.paramserver.run import judge, shared_plan
 from jaxdist.paramserver.run.resume import BEYOND, Start, examples_seen, remove_saved_cuts
 from jaxdist.paramserver.wire import encoding
-from jaxdist.run import bookkeeping, components, stopwatch
+from jaxdist.run import bookkeeping, components, header, stopwatch
 from jaxdist.rundir import record
 from jaxdist.spmd.state import TrainState
 
@@ -86,6 +89,7 @@ class Observer:
                 silent=silent,
                 earlier=earlier,
                 source=source,
+                header=functools.partial(self._header, run_dir, num_devices),
             ),
             checkpointer,
             start.progress,
@@ -101,6 +105,20 @@ class Observer:
         self.unlogged: tuple[int, dict[str, float]] = (0, {})
         self.end_reason: str | None = None
         self.halt = ""
+
+    def _header(self, run_dir: pathlib.Path, num_devices: int) -> str:
+        plan, settings = self.plan, self.plan.settings
+        roles = f"{settings.workers} workers of {num_devices} devices each, {settings.servers} servers"
+        shapes = zip(plan.sharding.shapes, plan.sharding.dtypes)
+        return header.render(
+            plan.experiment,
+            params=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes],
+            devices=f"{roles}, {settings.mode}",
+            share=f"in {settings.num_slices} slices" if settings.num_slices > 1 else "each by one worker",
+            steps_per_epoch=settings.steps_per_epoch,
+            run_dir=run_dir,
+            step=self.progress.step,
+        )
 
     def run(self, crew: Crew, send: Send, stop_requested: Callable[[], bool]) -> record.RunRecord:
         """Watch until the run ends; write and return the run record."""
@@ -131,7 +149,7 @@ class Observer:
                     if self.books.stopwatch.phase == "compile":
                         self._charge("compute")
                     crew.progressed()
-                    self.books.display.update(self.progress.step, self.progress.metrics)
+                    self.books.display.update(self.progress.step, self.progress.metrics, epoch=self.progress.epoch)
                 self.progress.seconds = before + time.monotonic() - started
                 self._judge_cut(steps, send)
                 self._maybe_halt(stop_requested)

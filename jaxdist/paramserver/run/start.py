@@ -32,6 +32,7 @@ class Options:
       run_dir: the run directory.
       assignments: overrides of the experiment, including settings under `ps.`.
       resume: whether to continue from the newest checkpoint in `run_dir`.
+      overwrite: whether to replace the run in `run_dir`, if there is one.
       devices: number of devices of each worker.
       silent: whether to show nothing.
       command: the command line, for the run record.
@@ -43,6 +44,7 @@ class Options:
     run_dir: pathlib.Path
     assignments: Sequence[str] = ()
     resume: bool = False
+    overwrite: bool = False
     devices: int = 1
     silent: bool = False
     command: str = ""
@@ -64,14 +66,19 @@ def train(options: Options) -> record.RunRecord:
             plan = shared_plan.make_plan(experiment, experiment.ps, fingerprint=known)
             shared_plan.check_microbatches(plan, options.devices)
             identity = components.identity_of(experiment, plan.loader.beginning.fingerprint)
-            earlier = directory.prepare_run_dir(identity, options.run_dir, resume=options.resume)
+            earlier = directory.prepare_run_dir(
+                experiment, identity, options.run_dir, resume=options.resume, overwrite=options.overwrite
+            )
             stack.enter_context(lock.locked(options.run_dir, purpose=options.command))
+            if options.overwrite:
+                directory.remove_run(options.run_dir, of_job=False)
             folder = options.run_dir / run_folder.DIRECTORY_NAME
             checkpointer = stack.enter_context(
                 contextlib.closing(directory.open_checkpoints(experiment, options.run_dir, identity))
             )
             trained_with = earlier.config.get("global_batch_size") if earlier else None
-            start = resume.begin(plan, checkpointer, folder, trained_with=trained_with)
+            with directory.naming_what_changed(experiment, earlier):
+                start = resume.begin(plan, checkpointer, folder, trained_with=trained_with)
             if start.state is None:
                 directory.check_nothing_is_lost(earlier, options.run_dir, checkpointer)
             crew, peers, security = _place(options, plan, folder)

@@ -57,14 +57,31 @@ def _entry(path: pathlib.Path, made: record.RunRecord) -> Entry:
     return Entry(path.name, extra.get("started"), ended, made.step, seconds, extra.get("best"), made.metrics)
 
 
-def show(entries: Sequence[Entry]) -> str:
-    """Return the list as a table for people."""
-    rows = [("name", "started", "ended", "step", "seconds", "best")]
-    for entry in entries:
-        best = entry.best
-        shown = "" if best is None else f"{best['metric']} {format_number(best['value'])} at step {best['step']}"
-        rows.append((entry.name, entry.started or "", entry.ended, str(entry.step), f"{entry.seconds:.1f}", shown))
-    return _table(rows)
+def show(entries: Sequence[Entry], *, width: int) -> str:
+    """Return the list as a table for people; where it is wider than `width`, without when runs started, then without
+    their seconds: the name holds the time, and the best value must be seen.
+    """
+    columns = ["name", "started", "ended", "step", "seconds", "best @ step"]
+    rows = [_cells(entry) for entry in entries]
+    for left_out in ("", "started", "seconds"):
+        columns = [name for name in columns if name != left_out]
+        table = _table([tuple(columns), *(tuple(row[name] for name in columns) for row in rows)])
+        if max(map(len, table.splitlines())) <= width:
+            break
+    return table
+
+
+def _cells(entry: Entry) -> dict[str, str]:
+    best, started = entry.best, entry.started or ""
+    metric = "" if best is None else best["metric"].rpartition("/")[2]
+    return {
+        "name": entry.name,
+        "started": started[:16].replace("T", " "),
+        "ended": entry.ended,
+        "step": str(entry.step),
+        "seconds": f"{entry.seconds:.1f}",
+        "best @ step": "" if best is None else f"{metric} {format_number(best['value'])} @ {best['step']}",
+    }
 
 
 def compare(run_dirs: Sequence[str | os.PathLike[str]]) -> dict[str, dict[str, list[Any]]]:

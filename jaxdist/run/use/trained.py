@@ -6,7 +6,6 @@
 
 import dataclasses
 import functools
-import json
 import math
 import os
 import pathlib
@@ -28,7 +27,6 @@ from jaxdist.spmd import evaluate, state, strategies
 
 Which: TypeAlias = int | Literal["best", "last"]
 
-_MOST_NAMED = 5
 _USED = ("model", "loss", "inputs", "precision")
 """The settings of an experiment that decide what a trained model computes."""
 
@@ -203,23 +201,11 @@ def _experiment_of(
 
 def _check_same(made: record.RunRecord, found: Experiment, run_dir: pathlib.Path) -> None:
     """Raise UserError where the experiment differs from the one that was trained; name what differs."""
-    now, then = json.loads(json.dumps(record.plain(found))), dict(made.config)
-    now["model"] = json.loads(json.dumps(components.settings_of_model(found.model)))
-    if isinstance(found.model, adapters.Functions) and isinstance(then["model"], dict):
-        then["model"] = {name: value for name, value in then["model"].items() if name != "predict_fn"}
-    pairs = {name: (record.flat(name, then.get(name)), record.flat(name, now.get(name))) for name in _USED}
-    differing = [
-        f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
-        for old, new in pairs.values()
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
-    ]
+    differing = directory.changed_settings(found, made.config, _USED)
     if differing:
-        more = f"; and {len(differing) - _MOST_NAMED} more" if len(differing) > _MOST_NAMED else ""
         raise errors.UserError(
             f"A run is loaded with the experiment it was trained with; since {run_dir} was trained, this changed: "
-            f"{'; '.join(differing[:_MOST_NAMED])}{more}. Name the file as it was: experiment= (in a command, "
-            "--experiment)."
+            f"{differing}. Name the file as it was: experiment= (in a command, --experiment)."
         )
 
 

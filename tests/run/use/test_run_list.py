@@ -55,9 +55,23 @@ def test_runs_are_listed_in_the_order_of_their_start(tmp_path):
         "best": best,
         "metrics": {"eval/accuracy": 0.5},
     }
-    header, first, *_ = run_list.show(entries).splitlines()
-    assert header.split() == ["name", "started", "ended", "step", "seconds", "best"]
-    assert first.split(maxsplit=5)[-1] == "eval/accuracy 0.75 at step 6"
+    header, first, *_ = run_list.show(entries, width=120).splitlines()
+    assert header.split(maxsplit=5) == ["name", "started", "ended", "step", "seconds", "best @ step"]
+    assert first.split() == ["b", "2026-11-28", "10:00", "max_steps", "10", "3.5", "accuracy", "0.75", "@", "6"]
+
+
+def test_a_list_of_usual_runs_fits_on_80_columns_with_its_best_value(tmp_path):
+    best = {"metric": "eval/accuracy", "value": 0.97777, "step": 400}
+    write(
+        tmp_path / "digits_cnn-20261128-231745-123456",
+        started="2026-11-28T23:17:45",
+        end_reason="target_reached",
+        best=best,
+    )
+    shown = run_list.show(run_list.find(tmp_path), width=80).splitlines()
+    assert max(map(len, shown)) <= 80
+    assert shown[1].startswith("digits_cnn-20261128-231745-123456")
+    assert shown[1].endswith("accuracy 0.9778 @ 400")
 
 
 def test_a_comparison_names_what_differs_and_nothing_else(tmp_path):
