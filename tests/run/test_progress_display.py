@@ -53,7 +53,7 @@ def test_lines_come_by_the_clock_and_the_last_one_with_the_summary():
 
 def test_a_log_file_has_a_line_an_epoch_and_at_most_one_a_second():
     clock, stream = Clock(), io.StringIO()
-    lines = progress_display.Lines(make_pace(clock, max_steps=100), stream, every_seconds=10)
+    lines = progress_display.Lines(make_pace(clock, last_step=100), stream, every_seconds=10)
     for step in range(1, 41):
         clock.now += 0.25
         lines.update(step, {"eval/accuracy": step / 100}, epoch=step // 8)
