@@ -124,7 +124,6 @@ def test_a_limit_must_be_positive(name, limit):
     [
         ({"max_steps": 7}, 0, 7),
         ({"max_epochs": 3}, 0, 12),
-        ({"max_epochs": 0.4}, 0, 2),
         ({"max_steps": 20, "max_epochs": 3}, 0, 12),
         ({"max_steps": 11, "max_epochs": 3}, 2, 10),
         ({"max_steps": 7}, 2, 7),
