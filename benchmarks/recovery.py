@@ -97,7 +97,7 @@ def stops(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def fire(
     experiment: str, arguments: list[str], options: argparse.Namespace, *settings: str, **strikes: int
-) -> chaos.Report:
+) -> chaos.ChaosResult:
     command = [sys.executable, "-m", "jaxdist.cli", "train", *arguments, "--reduction", "canonical"]
     command += ["--set", "recovery.ledger=true", "recovery.max_fruitless=1000000", *settings]
     with tempfile.TemporaryDirectory(prefix="jaxdist-recovery-") as folder:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxdist.data.assembly import BadExampleError, BatchPlan, ExampleError, HostArrays, Made, Recipe, split_evenly
-from jaxdist.data.assembly_process import ArrayPlace, Rows, Slot, Task, Trouble, dump_recipe, run_assembly_process
+from jaxdist.data.assembly_process import ArrayPlace, MadeRows, Slot, Task, Trouble, dump_recipe, run_assembly_process
 
 _SHARED_MEMORY = pathlib.Path("/dev/shm")
 
@@ -119,7 +119,7 @@ class _AssemblyProcess:
         if not self.process.is_alive():
             raise self._died()
 
-    def _take(self, report: Rows | Trouble) -> None:
+    def _take(self, report: MadeRows | Trouble) -> None:
         if isinstance(report, Trouble):
             error = BadExampleError(report.message) if report.corrupt else ExampleError(report.message)
             error.add_note(f"In a worker process:\n{report.trace}")

@@ -48,7 +48,7 @@ class ArrayPlace(NamedTuple):
     offset: int
 
 
-class Rows(NamedTuple):
+class MadeRows(NamedTuple):
     """Report: the rows are stored in the slot; `bad` says what was wrong with those that could not be read."""
 
     slot: int
@@ -116,7 +116,7 @@ def run_assembly_process(
         connection.send(_report(recipe, slots[task.slot], current, task))
 
 
-def _report(recipe: Recipe, slot: Slot, current: np.ndarray, task: Task) -> Rows | Trouble:
+def _report(recipe: Recipe, slot: Slot, current: np.ndarray, task: Task) -> MadeRows | Trouble:
     places: dict[str, ArrayPlace] = {}
 
     def allocate(wanted: dict[str, tuple]) -> HostArrays:
@@ -133,12 +133,12 @@ def _report(recipe: Recipe, slot: Slot, current: np.ndarray, task: Task) -> Rows
             arrays = gather(recipe.source, task.ids)
             for name, view in allocate({name: (array.shape, array.dtype) for name, array in arrays.items()}).items():
                 view[...] = arrays[name]
-            return Rows(task.slot, places, {})
+            return MadeRows(task.slot, places, {})
         buffer = BatchBuffer(len(task.ids), allocate)
         for row, example_id in enumerate(task.ids.tolist()):
             current[1] = example_id
             fill(buffer, recipe, task.epoch, task.ids, row, row + 1)
-        return Rows(task.slot, places, buffer.bad)
+        return MadeRows(task.slot, places, buffer.bad)
     except Exception as error:  # told to the trainer, who raises it
         return Trouble(task.slot, str(error), traceback.format_exc(), isinstance(error, BadExampleError))
 

@@ -23,7 +23,7 @@ from jaxdist.rundir import files, full_disk, origin, record, writers
 from jaxdist.stop import Progress
 
 
-class Place(Protocol):
+class SavedPosition(Protocol):
     """A position in the data that a checkpoint can store."""
 
     def to_json(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class Facts:
     header: Callable[[], str] | None = None
 
 
-class Schedule:
+class Due:
     """Says when something is due: every so many steps or, without these, every so many epochs.
 
     It may be called after some steps only; it is due once if one or more multiples were passed since the last call.
@@ -131,10 +131,10 @@ class Bookkeeper:
         self._measured: dict[str, int] = {}
         """The step of each metric's last value."""
         experiment = attempt.experiment
-        self.evaluations = Schedule(
+        self.evaluations = Due(
             progress, every_steps=experiment.eval.every_steps, every_epochs=experiment.eval.every_epochs
         )
-        self.saves = Schedule(progress, every_steps=experiment.checkpoints.every_steps)
+        self.saves = Due(progress, every_steps=experiment.checkpoints.every_steps)
         self._saved_step = checkpointer.latest_step()
         self._origin = self._find_origin()
         self.kept_for_supervisor = False
@@ -205,7 +205,7 @@ class Bookkeeper:
             return False
         return self.progress.record_best(metric, self.progress.metrics[metric], mode)
 
-    def save(self, state: Any, place: Place, **more: Any) -> None:
+    def save(self, state: Any, place: SavedPosition, **more: Any) -> None:
         """Save a checkpoint of the present step, unless there is one; `more` goes into its data_state."""
         step, self.unsaved_best = self.progress.step, False
         if self._saved_step == step:

@@ -157,7 +157,7 @@ def watched(
     settings: Recovery,
     run_dir: pathlib.Path,
     where: Callable[[], tuple[int, str]],
-    on_hang: Callable[[watchdog.Verdict], object],
+    on_hang: Callable[[watchdog.HangVerdict], object],
 ) -> watchdog.Watchdog:
     """Return the watchdog of this process, to be used as a context around training."""
     directory = memory() or run_dir / supervisor.BOARD_NAME

@@ -18,7 +18,7 @@ FILE_NAME = "ledger.txt"
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class LedgerEntry:
     """A step that was not discarded: it trained on the positions [begin, end) of `epoch`."""
 
     step: int
@@ -27,7 +27,7 @@ class Entry:
     end: int
 
 
-class Place(Protocol):
+class EpochPosition(Protocol):
     """A position in the data, for example a `data.Position`."""
 
     @property
@@ -52,7 +52,7 @@ class Recorder:
       place: the position in the data after that step; None at the very beginning.
     """
 
-    def __init__(self, run_dir: pathlib.Path, *, step: int = 0, place: Place | None = None):
+    def __init__(self, run_dir: pathlib.Path, *, step: int = 0, place: EpochPosition | None = None):
         # Unbuffered, each line one write: what was written survives the death of this process.
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
         self._file = os.open(run_dir / FILE_NAME, flags, 0o644)
@@ -61,7 +61,7 @@ class Recorder:
         # The line break ends what an earlier process may have left half-written.
         self._lines.add(bytearray(f"\nfrom {step}\n".encode()))
 
-    def add(self, step: int, place: Place) -> None:
+    def add(self, step: int, place: EpochPosition) -> None:
         """Add the line of a step; `place` is the position in the data after it."""
         begin = self._position if place.epoch == self._epoch else 0
         self._lines.add(bytearray(f"{step} {place.epoch} {begin} {place.position}\n".encode()))
@@ -77,7 +77,7 @@ class Recorder:
         os.close(self._file)
 
 
-def read(run_dir: pathlib.Path) -> list[Entry]:
+def read(run_dir: pathlib.Path) -> list[LedgerEntry]:
     """Return the entries of the steps that were not discarded, in order.
 
     Raises:
@@ -91,9 +91,9 @@ def read(run_dir: pathlib.Path) -> list[Entry]:
     return lineage(text.split("\n"))
 
 
-def lineage(lines: Sequence[str]) -> list[Entry]:
+def lineage(lines: Sequence[str]) -> list[LedgerEntry]:
     """Return the entries that count among the lines of a ledger; see `read`."""
-    entries: list[Entry] = []
+    entries: list[LedgerEntry] = []
     for number, line in enumerate(lines, start=1):
         words = line.split()
         is_incomplete = number == len(lines) or (number + 1 < len(lines) and lines[number].startswith("from "))
@@ -102,13 +102,13 @@ def lineage(lines: Sequence[str]) -> list[Entry]:
         if words[0] == "from" and len(words) == 2:
             entries = _until(entries, int(words[1]))
         elif len(words) == 4 and number < len(lines):
-            entries.append(Entry(*map(int, words)))
+            entries.append(LedgerEntry(*map(int, words)))
         elif not is_incomplete:
             raise LedgerError(f"Line {number} of the ledger cannot be read: {line!r}. The file was changed or damaged.")
     return entries
 
 
-def _until(entries: list[Entry], step: int) -> list[Entry]:
+def _until(entries: list[LedgerEntry], step: int) -> list[LedgerEntry]:
     kept = [entry for entry in entries if entry.step <= step]
     if (kept[-1].step if kept else 0) != step:
         raise LedgerError(
@@ -118,7 +118,7 @@ def _until(entries: list[Entry], step: int) -> list[Entry]:
     return kept
 
 
-def check(entries: Iterable[Entry], *, num_examples: int) -> int:
+def check(entries: Iterable[LedgerEntry], *, num_examples: int) -> int:
     """Return the number of whole epochs in which the entries used each of `num_examples` examples exactly once.
 
     Raises:

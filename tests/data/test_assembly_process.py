@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxdist.data import ArraySource, CorruptExample, Loader
-from jaxdist.data.assembly_process import ArrayPlace, Rows, Slot, Task, Trouble, dump_recipe, load_recipe
+from jaxdist.data.assembly_process import ArrayPlace, MadeRows, Slot, Task, Trouble, dump_recipe, load_recipe
 from jaxdist.data.assembly_process import run_assembly_process as run
 
 SOURCE = ArraySource({"id": np.arange(40)})
@@ -96,7 +96,7 @@ def test_rows_are_stored_where_the_report_says(worker, slot_file):
     connection = worker(dump_recipe(recipe))
     connection.send(Task(0, 0, np.array([5, 7])))
     report = connection.recv()
-    assert isinstance(report, Rows)
+    assert isinstance(report, MadeRows)
     found = {name: Slot(os.dup(slot_file)).view(place) for name, place in report.places.items()}
     assert found["id"].tolist() == [5, 7]
     assert found["twice"].tolist() == [[10, 10], [14, 14]]
@@ -113,7 +113,7 @@ def test_an_example_that_fails_is_reported_and_the_worker_continues(worker, exam
     assert report.corrupt is corrupt
     assert example_fn.__name__ in report.trace
     connection.send(Task(0, 2, np.array([1])))
-    assert isinstance(connection.recv(), Rows)
+    assert isinstance(connection.recv(), MadeRows)
 
 
 def test_a_worker_that_cannot_begin_says_so(worker):

@@ -24,6 +24,14 @@ with signals.stop_on_signal() as request:
 """
 
 
+@pytest.fixture(autouse=True)
+def heeded_hangup():
+    """Under nohup, SIGHUP is ignored, and the processes that a test starts inherit that."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", signals.STOP_SIGNALS)
 def test_the_first_signal_is_a_request_and_says_so(number, capfd):
     with signals.stop_on_signal() as request:

@@ -276,7 +276,7 @@ PLANTED = {
         Roles(scheduler=UncountedScheduler),
         {"num_examples": 70, "max_steps": 30},
         {},
-        "same bits|at ",
+        "These processes have not ended",
     ),
     "acknowledged before copied": (Roles(server=EagerServer), REPLICATED, {"kills": 4.0}, "acknowledged|reads"),
 }
@@ -344,7 +344,7 @@ def test_a_lost_shard_without_durability_ends_the_run_and_says_so():
     run = workload.simulate(1, settings=settings(servers=1), faults=CALM, roles=Roles(server=Fragile))
     ends = {(event.what.reason) for event in checker.named(run.events, "Exit")}
     assert ends == {"error"}
-    assert any("there is no snapshot" in event.what.text for event in checker.named(run.events, "Warn"))
+    assert any("there is no saved cut" in event.what.text for event in checker.named(run.events, "Warn"))
 
 
 def test_the_rules_are_all_exercised():

@@ -91,7 +91,7 @@ def test_something_is_due_once_where_multiples_were_passed_whether_each_step_was
 
     go_to(start)
     every = {"every_steps": period} if by_steps else {"every_epochs": period}
-    schedule, step, steps_per_period = bookkeeping.Schedule(progress, **every), start, period * (1 if by_steps else 3)
+    schedule, step, steps_per_period = bookkeeping.Due(progress, **every), start, period * (1 if by_steps else 3)
     for jump in jumps:
         go_to(step + jump)
         passed = any(each % steps_per_period == 0 for each in range(step + 1, step + jump + 1))

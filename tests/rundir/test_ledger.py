@@ -53,7 +53,7 @@ def test_any_history_of_restarts_leaves_each_example_once(tmp_path_factory, num_
     where=st.integers(0, 8),
 )
 def test_any_lost_or_repeated_example_is_found(damage, where):
-    entries = [ledger.Entry(s, (s - 1) // 5, (s - 1) % 5 * 2, min((s - 1) % 5 * 2 + 2, 9)) for s in range(1, 11)]
+    entries = [ledger.LedgerEntry(s, (s - 1) // 5, (s - 1) % 5 * 2, min((s - 1) % 5 * 2 + 2, 9)) for s in range(1, 11)]
     assert ledger.check(entries, num_examples=9) == 2
     entry = entries[where]
     entries[where : where + 1] = {
@@ -67,13 +67,13 @@ def test_any_lost_or_repeated_example_is_found(damage, where):
 
 
 def test_the_message_says_whether_examples_were_lost_or_used_twice():
-    first = ledger.Entry(1, 0, 0, 4)
+    first = ledger.LedgerEntry(1, 0, 0, 4)
     with pytest.raises(ledger.LedgerError, match=r"Step 2 .*positions \[6, 8\).*were lost"):
-        ledger.check([first, ledger.Entry(2, 0, 6, 8)], num_examples=8)
+        ledger.check([first, ledger.LedgerEntry(2, 0, 6, 8)], num_examples=8)
     with pytest.raises(ledger.LedgerError, match="were used twice"):
-        ledger.check([first, ledger.Entry(2, 0, 2, 8)], num_examples=8)
+        ledger.check([first, ledger.LedgerEntry(2, 0, 2, 8)], num_examples=8)
     with pytest.raises(ledger.LedgerError, match="epoch 1 when 4 of 8 examples of epoch 0"):
-        ledger.check([first, ledger.Entry(2, 1, 0, 4)], num_examples=8)
+        ledger.check([first, ledger.LedgerEntry(2, 1, 0, 4)], num_examples=8)
 
 
 def test_a_line_cut_short_by_a_death_does_not_count(tmp_path):

@@ -27,7 +27,7 @@ _GRACE_SECONDS = 20.0
 _START = "from jaxdist.launch import parent; parent.die_with_parent({}); from jaxdist.cli import main; main.main()"
 
 
-class Member:
+class ProcessActor:
     """One process of the job; it is in an actor with two threads, so that it can be asked to stop while it runs."""
 
     def __init__(self) -> None:
@@ -142,7 +142,7 @@ def _attempt(ray: Any, request: Request, group: Any, stops: list[int]) -> int:
         strategy = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(
             group, placement_group_bundle_index=number // request.processes
         )
-        actor = ray.remote(Member).options(
+        actor = ray.remote(ProcessActor).options(
             num_cpus=per_process.get("CPU", 0),
             num_gpus=per_process.get("GPU", 0),
             scheduling_strategy=strategy,

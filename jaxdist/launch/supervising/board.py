@@ -19,7 +19,7 @@ _SIZE = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class ProcessReport:
     """What a process is doing, as it reports it.
 
     Attributes:
@@ -35,7 +35,7 @@ class Report:
     time: float = 0.0
 
 
-class Writer:
+class ReportWriter:
     """Writes one process's reports."""
 
     def __init__(self, directory: pathlib.Path, process: int):
@@ -43,10 +43,10 @@ class Writer:
         self._file = os.open(_path(directory, process), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._beat = 0
 
-    def write(self, step: int, phase: str) -> Report:
+    def write(self, step: int, phase: str) -> ProcessReport:
         """Replace the last report, unless the memory is full; return the new one."""
         self._beat += 1
-        report = Report(step, phase, self._beat, time.time())
+        report = ProcessReport(step, phase, self._beat, time.time())
         with contextlib.suppress(OSError):
             os.pwrite(self._file, json.dumps(dataclasses.asdict(report)).ljust(_SIZE - 1).encode() + b"\n", 0)
         return report
@@ -56,10 +56,10 @@ class Writer:
         os.close(self._file)
 
 
-def read(directory: pathlib.Path, process: int) -> Report | None:
+def read(directory: pathlib.Path, process: int) -> ProcessReport | None:
     """Return the last report of a process; None before its first, and when read in the middle of a write."""
     try:
-        return Report(**json.loads(_path(directory, process).read_bytes()))
+        return ProcessReport(**json.loads(_path(directory, process).read_bytes()))
     except (FileNotFoundError, ValueError):
         return None
 

@@ -204,7 +204,7 @@ class Striker:
         return events[-1] if events and events[-1]["event"] == "start" else None
 
 
-def _reports(attempt: dict[str, Any]) -> list[board.Report | None]:
+def _reports(attempt: dict[str, Any]) -> list[board.ProcessReport | None]:
     return [board.read(pathlib.Path(attempt["memory"]), number) for number in range(len(attempt["process_ids"]))]
 
 
@@ -212,7 +212,7 @@ def _highest_step(attempt: dict[str, Any]) -> int:
     return max((report.step for report in _reports(attempt) if report is not None), default=0)
 
 
-def _stage(reports: Sequence[board.Report | None], before: int) -> int:
+def _stage(reports: Sequence[board.ProcessReport | None], before: int) -> int:
     """Return how many of the stages after the first an attempt has completed; see Lost."""
     if any(report is None for report in reports):
         return 0
@@ -236,7 +236,7 @@ def _deliver(strike: Strike, process_id: int) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class ChaosResult:
     """The result of a chaos run.
 
     Attributes:
@@ -309,7 +309,7 @@ def run(
     kills: int,
     stops: int = 0,
     starves: int = 0,
-) -> Report:
+) -> ChaosResult:
     """Run `command` (with `--run-dir` added) undisturbed and with faults; return the report.
 
     Args:
@@ -336,7 +336,7 @@ def run(
     with Striker(struck_dir, strikes) as striker:
         _train(command, struck_dir)
     disturbed = record.RunRecord.read(struck_dir)
-    return Report(
+    return ChaosResult(
         planned=len(strikes),
         hits=striker.hits,
         restarts=sum(event["event"] == "start" for event in supervisor.read_events(struck_dir)) - 1,

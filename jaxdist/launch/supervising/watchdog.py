@@ -64,7 +64,7 @@ class View:
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdict:
+class HangVerdict:
     """The verdict on a job that hangs: the processes that cause it, the one that records it, and the text to show."""
 
     culprits: tuple[int, ...]
@@ -72,7 +72,7 @@ class Verdict:
     text: str
 
 
-def judge(views: Mapping[int, View], limits: Limits, *, silence_seconds: float) -> Verdict | None:
+def judge(views: Mapping[int, View], limits: Limits, *, silence_seconds: float) -> HangVerdict | None:
     """Return the verdict on a job, None as long as any process may still be at work.
 
     The job hangs when every process that is not done has exceeded the limit of its phase. So a process that waits in
@@ -93,7 +93,7 @@ def judge(views: Mapping[int, View], limits: Limits, *, silence_seconds: float) 
     silent = [number for number, view in active.items() if view.silent_seconds >= silence_seconds]
     culprits = tuple(sorted(silent or _furthest_behind(active)))
     answering = sorted(set(active) - set(silent)) or sorted(active)
-    return Verdict(culprits, answering[0], _describe(views, culprits, silence_seconds))
+    return HangVerdict(culprits, answering[0], _describe(views, culprits, silence_seconds))
 
 
 def _furthest_behind(active: Mapping[int, View]) -> list[int]:
@@ -135,17 +135,19 @@ def _headline(views: Mapping[int, View], culprits: Sequence[int]) -> str:
     return f"{holds}; {wait}."
 
 
-class Observer:
+class ReportClock:
     """Keeps how long ago each process last reported, and last reported something new, by this process's own clock."""
 
     def __init__(self, num_processes: int, *, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
         now = clock()
-        self._reports: dict[int, board.Report] = {n: board.Report(0, "restart", 0) for n in range(num_processes)}
+        self._reports: dict[int, board.ProcessReport] = {
+            n: board.ProcessReport(0, "restart", 0) for n in range(num_processes)
+        }
         self._new_since = dict.fromkeys(range(num_processes), now)
         self._heard_at = dict.fromkeys(range(num_processes), now)
 
-    def note(self, process: int, report: board.Report | None) -> None:
+    def note(self, process: int, report: board.ProcessReport | None) -> None:
         """Note the report of a process."""
         last = self._reports[process]
         if report is None or report == last:
@@ -192,11 +194,11 @@ class Watchdog:
         num_processes: int,
         where: Callable[[], tuple[int, str]],
         limits: Limits,
-        on_hang: Callable[[Verdict], object] = lambda verdict: None,
+        on_hang: Callable[[HangVerdict], object] = lambda verdict: None,
         every_seconds: float | None = None,
     ):
         self._directory, self._where = directory, where
-        self._writer = board.Writer(directory, process)
+        self._writer = board.ReportWriter(directory, process)
         self._since = time.time()
         self._process, self._num_processes = process, num_processes
         self._limits, self._on_hang = limits, on_hang
@@ -219,7 +221,7 @@ class Watchdog:
         self._writer.write(*self._where())
 
     def _run(self) -> None:
-        observer = Observer(self._num_processes)
+        observer = ReportClock(self._num_processes)
         # On a busy machine a thread may report seconds late; a stopped process never reports.
         silence_seconds = max(10 * self._every_seconds, self._limits.hang_seconds / 2)
         while not self._stopped.is_set():
@@ -233,12 +235,12 @@ class Watchdog:
                     board.publish(self._directory, dataclasses.asdict(verdict))
             published = board.published(self._directory, since=self._since)
             if published:
-                verdict = Verdict(tuple(published["culprits"]), published["reporter"], published["text"])
+                verdict = HangVerdict(tuple(published["culprits"]), published["reporter"], published["text"])
             if verdict:
                 self._end(verdict)
             self._stopped.wait(self._every_seconds)
 
-    def _end(self, verdict: Verdict) -> None:
+    def _end(self, verdict: HangVerdict) -> None:
         """Show the verdict and the stacks, record the hang, and leave: the main thread is in a collective.
 
         Where a supervisor shows the verdict to the user, the original standard error is this process's log.
@@ -252,7 +254,7 @@ class Watchdog:
             os._exit(ExitStatus.RETRY)
 
 
-def show(verdict: Verdict, output: TextIO) -> None:
+def show(verdict: HangVerdict, output: TextIO) -> None:
     """Print the table and the stacks of all threads of this process."""
     print(f"{verdict.text}\nThis process's stacks:", file=output, flush=True)
     faulthandler.dump_traceback(file=output, all_threads=True)

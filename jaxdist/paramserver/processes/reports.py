@@ -47,7 +47,7 @@ def statistics_of(name: str, spec: Spec, machine: Any) -> Statistics:
     return Statistics(pathlib.Path(spec.directory) / STATISTICS_NAME / file, machine)
 
 
-class Report:
+class ReportFiles:
     """Writes the files of the scheduler for the observer: one line per step, and the params of a cut."""
 
     def __init__(self, directory: pathlib.Path) -> None:

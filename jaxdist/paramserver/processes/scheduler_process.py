@@ -9,7 +9,7 @@ import sys
 from jaxdist.launch import parent
 from jaxdist.paramserver.processes import faults, role
 from jaxdist.paramserver.processes.driver import Driver, Log
-from jaxdist.paramserver.processes.reports import Report, Statistics, statistics_of
+from jaxdist.paramserver.processes.reports import ReportFiles, Statistics, statistics_of
 from jaxdist.paramserver.processes.run_folder import LOG_NAME, Spec
 from jaxdist.paramserver.protocol import effects
 from jaxdist.paramserver.protocol.scheduler.scheduler import Scheduler
@@ -24,7 +24,7 @@ def make_scheduler(name: str, spec: Spec) -> tuple[Driver, Statistics]:
     if spec.resume and not log.records:
         resume = encoding.decode((directory / spec.resume / "manifest").read_bytes())
     machine = Scheduler(settings=spec.make_settings(), records=log.records, resume=resume)
-    statistics, report = statistics_of(name, spec, machine), Report(directory)
+    statistics, report = statistics_of(name, spec, machine), ReportFiles(directory)
 
     report.catch_up(machine, log.records)
 

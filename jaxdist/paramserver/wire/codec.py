@@ -75,7 +75,7 @@ class Stream:
         return not self.left and self._at == len(self._block) and not any(map(len, self._blocks))
 
 
-class Reader:
+class Decoder:
     """Reads a head from start to end; array data comes from `arrays`, the bytes after the head.
 
     `checksums` collects the checksum of each array as read; the expected ones follow after the last array.
@@ -97,7 +97,7 @@ class Reader:
         return layout.unpack(self.take(layout.size))
 
 
-class Writer:
+class Encoder:
     """Collects the head of a message, and views of the memory of its arrays, which is not copied."""
 
     def __init__(self) -> None:
@@ -105,8 +105,8 @@ class Writer:
         self.arrays: list[memoryview] = []
 
 
-Write = Callable[[Writer, Any], None]
-Read = Callable[[Reader], Any]
+Write = Callable[[Encoder, Any], None]
+Read = Callable[[Decoder], Any]
 _INT, _FLOAT, _BYTE, _LENGTH = struct.Struct("<q"), struct.Struct("<d"), struct.Struct("<B"), struct.Struct("<I")
 
 
@@ -133,7 +133,7 @@ def _memory(array: np.ndarray) -> memoryview:
     return contiguous.reshape(-1).view(np.uint8).data if contiguous.size else memoryview(b"")
 
 
-def _write_array(writer: Writer, array: np.ndarray) -> None:
+def _write_array(writer: Encoder, array: np.ndarray) -> None:
     _dtype(array.dtype.name)
     _write_str(writer, array.dtype.name)
     writer.head += _BYTE.pack(array.ndim)
@@ -142,7 +142,7 @@ def _write_array(writer: Writer, array: np.ndarray) -> None:
     writer.arrays.append(_memory(array))
 
 
-def _read_array(reader: Reader) -> np.ndarray:
+def _read_array(reader: Decoder) -> np.ndarray:
     dtype = _dtype(_read_str(reader))
     shape = tuple(reader.unpack(_INT)[0] for _ in range(reader.unpack(_BYTE)[0]))
     count = dtype.itemsize
@@ -159,19 +159,19 @@ def _read_array(reader: Reader) -> np.ndarray:
     return np.frombuffer(memory, dtype=dtype).reshape(shape)
 
 
-def _write_bytes(writer: Writer, value: bytes) -> None:
+def _write_bytes(writer: Encoder, value: bytes) -> None:
     writer.head += _LENGTH.pack(len(value)) + value
 
 
-def _read_bytes(reader: Reader) -> bytes:
+def _read_bytes(reader: Decoder) -> bytes:
     return bytes(reader.take(reader.unpack(_LENGTH)[0]))
 
 
-def _write_str(writer: Writer, value: str) -> None:
+def _write_str(writer: Encoder, value: str) -> None:
     _write_bytes(writer, value.encode())
 
 
-def _read_str(reader: Reader) -> str:
+def _read_str(reader: Decoder) -> str:
     try:
         return _read_bytes(reader).decode()
     except UnicodeDecodeError as error:
@@ -179,7 +179,7 @@ def _read_str(reader: Reader) -> str:
 
 
 def _scalar(layout: struct.Struct, kind: type) -> tuple[Write, Read]:
-    def write(writer: Writer, value: Any) -> None:
+    def write(writer: Encoder, value: Any) -> None:
         writer.head += layout.pack(value)
 
     return write, lambda reader: kind(reader.unpack(layout)[0])
@@ -198,12 +198,12 @@ _SCALARS: dict[Any, tuple[Write, Read]] = {
 def _many(item: Any) -> tuple[Write, Read]:
     write_item, read_item = codec(item)
 
-    def write(writer: Writer, values: tuple[Any, ...]) -> None:
+    def write(writer: Encoder, values: tuple[Any, ...]) -> None:
         writer.head += _LENGTH.pack(len(values))
         for value in values:
             write_item(writer, value)
 
-    def read(reader: Reader) -> tuple[Any, ...]:
+    def read(reader: Decoder) -> tuple[Any, ...]:
         (count,) = reader.unpack(_LENGTH)
         if count > len(reader.head):
             raise EncodingError(
@@ -217,7 +217,7 @@ def _many(item: Any) -> tuple[Write, Read]:
 def _fixed(items: tuple[Any, ...]) -> tuple[Write, Read]:
     codecs = [codec(item) for item in items]
 
-    def write(writer: Writer, values: tuple[Any, ...]) -> None:
+    def write(writer: Encoder, values: tuple[Any, ...]) -> None:
         for (write_item, _), value in zip(codecs, values, strict=True):
             write_item(writer, value)
 
@@ -227,7 +227,7 @@ def _fixed(items: tuple[Any, ...]) -> tuple[Write, Read]:
 def _one_of(options: tuple[Any, ...]) -> tuple[Write, Read]:
     codecs = [codec(option) for option in options]
 
-    def write(writer: Writer, value: Any) -> None:
+    def write(writer: Encoder, value: Any) -> None:
         for tag, (option, (write_option, _)) in enumerate(zip(options, codecs, strict=True)):
             if type(value) is option:
                 writer.head += _BYTE.pack(tag)
@@ -237,7 +237,7 @@ def _one_of(options: tuple[Any, ...]) -> tuple[Write, Read]:
             f"Expected one of {', '.join(option.__name__ for option in options)}, got {type(value).__name__}."
         )
 
-    def read(reader: Reader) -> Any:
+    def read(reader: Decoder) -> Any:
         (tag,) = reader.unpack(_BYTE)
         if tag >= len(codecs):
             raise EncodingError(f"A message contains the unknown type number {tag}; there are {len(codecs)} types.")
@@ -250,7 +250,7 @@ def _record(kind: type) -> tuple[Write, Read]:
     hints = typing.get_type_hints(kind)
     fields = [(field.name, *codec(hints[field.name])) for field in dataclasses.fields(kind)]
 
-    def write(writer: Writer, value: Any) -> None:
+    def write(writer: Encoder, value: Any) -> None:
         for name, write_field, _ in fields:
             write_field(writer, getattr(value, name))
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from jaxdist.paramserver.protocol import journal, messages
-from jaxdist.paramserver.wire.codec import Buffer, EncodingError, Reader, Stream, Writer, checksum, codec
+from jaxdist.paramserver.wire.codec import Buffer, Decoder, Encoder, EncodingError, Stream, checksum, codec
 
 FRAME_BYTES = 2 << 20
 """Twice this size and an eighth of it were slower in benchmarks/parameter_server.py; half of it was not faster."""
@@ -75,7 +75,7 @@ _NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
 class Encoded:
     """An encoded message. Iterating yields its blocks; the memory of the arrays is not copied before that."""
 
-    def __init__(self, writer: Writer, *, block_bytes: int) -> None:
+    def __init__(self, writer: Encoder, *, block_bytes: int) -> None:
         head = bytes(writer.head)
         size = sum(map(len, writer.arrays))
         self._start = _PREFIX.pack(MAGIC, len(head), zlib.crc32(head), size, len(writer.arrays)) + head
@@ -119,7 +119,7 @@ def encode(message: messages.Message, *, block_bytes: int = FRAME_BYTES) -> Enco
     """
     if type(message) not in _NUMBERS:
         raise EncodingError(f"Messages of type {type(message).__name__} cannot be sent.")
-    writer = Writer()
+    writer = Encoder()
     writer.head.append(_NUMBERS[type(message)])
     codec(KINDS[_NUMBERS[type(message)]])[0](writer, message)
     return Encoded(writer, block_bytes=block_bytes)
@@ -156,7 +156,7 @@ def decode(data: Buffer | Iterable[Buffer]) -> Any:
 
 
 def _read(head: Buffer, stream: Stream, num_arrays: int) -> Any:
-    number, reader = head[0], Reader(memoryview(head)[1:], stream)
+    number, reader = head[0], Decoder(memoryview(head)[1:], stream)
     if number >= len(KINDS):
         raise EncodingError(f"A message has the unknown number {number}. It was sent by another version of jaxdist.")
     message = codec(KINDS[number])[1](reader)

@@ -12,7 +12,7 @@ from jaxdist.rundir.writers import format_number
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class RunSummary:
     """A run in a list.
 
     Attributes:
@@ -34,7 +34,7 @@ class Entry:
     metrics: Mapping[str, float | None]
 
 
-def find(folder: pathlib.Path) -> list[Entry]:
+def find(folder: pathlib.Path) -> list[RunSummary]:
     """Return the runs in `folder`, the newest last.
 
     Raises:
@@ -50,14 +50,14 @@ def find(folder: pathlib.Path) -> list[Entry]:
     return sorted(entries, key=lambda entry: (entry.started or "", entry.name))
 
 
-def _entry(path: pathlib.Path, made: record.RunRecord) -> Entry:
+def _entry(path: pathlib.Path, made: record.RunRecord) -> RunSummary:
     ended = made.end_reason or ("running" if lock.is_locked(path) else "interrupted")
     seconds = sum(made.time_seconds.values())
     extra = made.extra
-    return Entry(path.name, extra.get("started"), ended, made.step, seconds, extra.get("best"), made.metrics)
+    return RunSummary(path.name, extra.get("started"), ended, made.step, seconds, extra.get("best"), made.metrics)
 
 
-def show(entries: Sequence[Entry], *, width: int) -> str:
+def show(entries: Sequence[RunSummary], *, width: int) -> str:
     """Return the list as a table for people; where it is wider than `width`, without when runs started, then without
     their seconds: the name holds the time, and the best value must be seen.
     """
@@ -71,7 +71,7 @@ def show(entries: Sequence[Entry], *, width: int) -> str:
     return table
 
 
-def _cells(entry: Entry) -> dict[str, str]:
+def _cells(entry: RunSummary) -> dict[str, str]:
     best, started = entry.best, entry.started or ""
     metric = "" if best is None else best["metric"].rpartition("/")[2]
     return {

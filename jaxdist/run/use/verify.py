@@ -33,7 +33,7 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class Verification:
     """The table of layouts; `kept` is False when a promise was broken."""
 
     title: str
@@ -54,7 +54,7 @@ class Report:
         return "\n".join([*lines, self.conclusion])
 
 
-def verify(experiment: Experiment, *, devices: Sequence[jax.Device], num_steps: int = 5) -> Report:
+def verify(experiment: Experiment, *, devices: Sequence[jax.Device], num_steps: int = 5) -> Verification:
     """Train `num_steps` steps on 1, 2, 4, 8 of `devices` and compare the params with those of one device.
 
     Of these numbers, those are tried that there are devices for and that fit the experiment's mesh. What they are
@@ -82,7 +82,7 @@ def verify(experiment: Experiment, *, devices: Sequence[jax.Device], num_steps: 
     trained = {n: done[n] if n in done else _train(part, num_steps) for n, part in parts.items()}
     rows = [_compare(n, trained[n], reference, canonical=canonical, exact=exact) for n in parts]
     kept = all(row.verdict in ("identical", "equal", "apart") for row in rows)
-    return Report(_title(experiment, num_steps), rows, kept, _conclude(rows, canonical=canonical, exact=exact))
+    return Verification(_title(experiment, num_steps), rows, kept, _conclude(rows, canonical=canonical, exact=exact))
 
 
 def _on_one_device(experiment: Experiment) -> Experiment:

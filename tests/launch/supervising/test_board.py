@@ -7,7 +7,7 @@ from jaxdist.launch.supervising import board
 
 def test_a_report_is_read_back_and_an_absent_or_torn_one_is_none(tmp_path):
     assert board.read(tmp_path, 0) is None
-    writer = board.Writer(tmp_path, 0)
+    writer = board.ReportWriter(tmp_path, 0)
     writer.write(12, "checkpoint")
     writer.write(3, "eval")
     report = board.read(tmp_path, 0)

@@ -69,7 +69,7 @@ def make_report(**changes):
         "disturbed": ("a", 9),
         "ledger": "exact",
     }
-    return chaos.Report(**values | changes)
+    return chaos.ChaosResult(**values | changes)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,10 @@ def test_the_report_says_what_was_done_and_what_it_cost():
     assert content["split_seconds"]["restart"] == {"p50": 2.0, "max": 2.0}
     assert "of these    p50 detect 0.2, restart 2.0, restore 0.5, compile 1.2" in str(make_report())
     assert "1 kills, 0 stops, 0 starved of disk (1 of 2 planned)" in str(make_report())
-    assert chaos.Report(0, [], 0, ("a", 1), ("a", 1), "exact").to_json()["lost_seconds"] == {"p50": 0.0, "max": 0.0}
+    assert chaos.ChaosResult(0, [], 0, ("a", 1), ("a", 1), "exact").to_json()["lost_seconds"] == {
+        "p50": 0.0,
+        "max": 0.0,
+    }
 
 
 def test_the_report_says_whether_the_watchdog_named_the_stopped_process():

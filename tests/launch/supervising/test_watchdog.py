@@ -92,14 +92,14 @@ def test_nobody_is_blamed_who_is_within_the_limit_or_done(views):
 
 def test_the_observer_measures_by_its_own_clock():
     now = [0.0]
-    observer = watchdog.Observer(1, clock=lambda: now[0])
-    observer.note(0, board.Report(1, "input", 1))
+    observer = watchdog.ReportClock(1, clock=lambda: now[0])
+    observer.note(0, board.ProcessReport(1, "input", 1))
     now[0] = 4.0
-    observer.note(0, board.Report(1, "input", 2))
+    observer.note(0, board.ProcessReport(1, "input", 2))
     now[0] = 6.0
     observer.note(0, None)
     assert observer.views() == {0: view(1, "input", 6.0, 2.0)}
-    observer.note(0, board.Report(2, "input", 3))
+    observer.note(0, board.ProcessReport(2, "input", 3))
     assert observer.views() == {0: view(2, "input", 0.0, 0.0)}
 
 

@@ -46,7 +46,7 @@ def open_report(tmp_path):
     opened = []
 
     def open_():
-        opened.append(reports.Report(tmp_path))
+        opened.append(reports.ReportFiles(tmp_path))
         return opened[-1]
 
     yield open_

@@ -23,13 +23,13 @@ def close_files(monkeypatch):
             super().__init__(path)
             opened.append(self._file)
 
-    class Report(reports.Report):
+    class Report(reports.ReportFiles):
         def __init__(self, directory):
             super().__init__(directory)
             opened.append(self._steps)
 
     monkeypatch.setattr(scheduler_process, "Log", Log)
-    monkeypatch.setattr(scheduler_process, "Report", Report)
+    monkeypatch.setattr(scheduler_process, "ReportFiles", Report)
     yield
     for file in opened:
         file.close()

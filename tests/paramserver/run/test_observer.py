@@ -14,7 +14,7 @@ from jaxdist.paramserver.protocol import journal, messages
 from jaxdist.paramserver.run import judge, observer, resume
 from jaxdist.paramserver.run import shared_plan as plans
 from jaxdist.paramserver.wire import encoding
-from jaxdist.run import bookkeeping, components
+from jaxdist.run import bookkeeping, components, directory
 from jaxdist.rundir import record
 
 
@@ -143,7 +143,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_without_a_checkpoint(tmp_path, w
     assert watcher.books.checkpointer.latest_step() is None
     assert made.end_reason == "nonfinite"
     assert set(sent) == {("scheduler", messages.Verdict(2, "nonfinite"))}
-    assert "worker/0. Step 2" in (tmp_path / bookkeeping.NONFINITE_NAME).read_text()
+    assert "worker/0. Step 2" in (tmp_path / directory.NONFINITE_NAME).read_text()
 
 
 def test_a_request_to_stop_is_passed_on_and_repeated_and_ends_the_run_saved(tmp_path, watch, monkeypatch):

@@ -131,11 +131,11 @@ def on_servers(optimizer, kind, servers):
         shards.append((shard_optimizer.OptaxUpdater(optimizer, kind=kind, shapes=shapes), params))
     states = [updater.init(params) for updater, params in shards]
     params = [params for _, params in shards]
-    for grads in steps:
+    for step, grads in enumerate(steps):
         norm_squared = sum(float(np.vdot(grad, grad)) for grad in grads)
         for number, blocks in enumerate(sharding.split(grads)):
             params[number], states[number] = shards[number][0].update(
-                params[number], states[number], blocks, scale=1.0, norm_squared=norm_squared
+                params[number], states[number], blocks, step=step, scale=1.0, norm_squared=norm_squared
             )
     return sharding.join(params), cut.join([tuple(state) for state in cut.split(cut.join(states))])
 
