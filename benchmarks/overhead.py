@@ -252,7 +252,7 @@ class Fit(Side):
                 stop=rule,
                 hooks=[self.log, hooks.show_progress(self.books)],
                 progress=self.progress,
-                stop_requested=agreement.agreed_stop(lambda: bool(request)),
+                stop_requested=agreement.Alone().stop(lambda step: bool(request)),
                 stopwatch=stopwatch.Stopwatch(),
                 step_times=stopwatch.StepTimes(),
             )

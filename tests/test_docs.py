@@ -10,6 +10,7 @@ How a page is read (`docs/**/*.md` and `README.md`):
   accept its settings.
 """
 
+import argparse
 import ast
 import contextlib
 import dataclasses
@@ -259,7 +260,7 @@ def options_of(*names: str) -> list[str]:
     shown = []
     for action in command._actions:
         option = action.option_strings[-1] if action.option_strings else ""
-        if option in ("--help", "--traceback"):
+        if option in ("--help", "--traceback") or action.help == argparse.SUPPRESS:
             continue
         value = action.metavar or ("|".join(action.choices) if action.choices else "")
         shown.append(f"{option} {value}".strip() + (" ..." if option and action.nargs == "+" else ""))
