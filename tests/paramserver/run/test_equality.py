@@ -112,7 +112,7 @@ def plans_lease(plan, step, slice_):
     return messages.Lease(step, slice_, epoch, cuts[slice_], cuts[slice_ + 1])
 
 
-@pytest.mark.parametrize("workers", [1, 2, 4])
+@pytest.mark.parametrize("workers", [1, 2, pytest.param(4, marks=pytest.mark.soak)])
 def test_sync_is_one_process_on_the_union_batch_to_the_bit(workers):
     reference = one_process(make_plan(workers, 1))
     for servers in (1, 2, 3):
