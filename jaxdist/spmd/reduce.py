@@ -252,9 +252,14 @@ def average(sums: Sums, model_state: PyTree) -> Averages:
 
 def sum_of_squares(tree: PyTree) -> jax.Array:
     """Return the sum over all values of a tree of their squared magnitudes, float32."""
-    # A product of vectors is vectorised, where XLA adds up squares in one long chain.
-    flat = [leaf.reshape(-1) for leaf in jax.tree.leaves(tree)]
-    return sum((jnp.vdot(leaf, leaf).real.astype(jnp.float32) for leaf in flat), jnp.float32(0))
+    return sum((_squared_norm(leaf) for leaf in jax.tree.leaves(tree)), jnp.float32(0))
+
+
+def _squared_norm(leaf: jax.Array) -> jax.Array:
+    # A product is vectorised, where XLA adds up squares in one long chain. It is taken over all dims at once: on the
+    # global view, flattening a leaf that is sharded in another dim than the first would gather it on every device.
+    dims = tuple(range(leaf.ndim))
+    return lax.dot_general(jnp.conj(leaf), leaf, ((dims, dims), ((), ()))).real.astype(jnp.float32)
 
 
 def tree_sum_over_axis(vector: jax.Array, axis: str, num_devices: int) -> jax.Array:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxdist.paramserver.wire.codec import EncodingError, Reader, Stream, Writer, checksum, codec
+from jaxdist.paramserver.wire.codec import Decoder, Encoder, EncodingError, Stream, checksum, codec
 
 INT = st.integers(-(2**63), 2**63 - 1)
 
@@ -31,13 +31,13 @@ RECORDS = st.builds(
 
 
 def written(kind, value):
-    writer = Writer()
+    writer = Encoder()
     codec(kind)[0](writer, value)
     return writer
 
 
 def read(kind, head, arrays=b"", left=None):
-    return codec(kind)[1](Reader(bytes(head), Stream([arrays], len(arrays) if left is None else left)))
+    return codec(kind)[1](Decoder(bytes(head), Stream([arrays], len(arrays) if left is None else left)))
 
 
 @given(RECORDS)
