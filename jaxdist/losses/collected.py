@@ -173,11 +173,11 @@ class Perplexity:
 def confusion(rows: Rows, num_classes: int | None = None) -> np.ndarray:
     """Return the counts (label, predicted class) of what `_decisions` collected."""
     labels, predicted = rows["label"].astype(np.int64), rows["predicted"].astype(np.int64)
-    most = int(max(labels.max(initial=0), predicted.max(initial=0))) + 1
-    size = most if num_classes is None else num_classes
-    if labels.min(initial=0) < 0 or most > size:
-        wrong = labels.min(initial=0) if labels.min(initial=0) < 0 else most - 1
-        raise ValueError(f"Classes are numbered from 0 to {size - 1}; found {wrong}.")
+    found = np.concatenate([labels, predicted, [0]])
+    size = int(found.max()) + 1 if num_classes is None else num_classes
+    outside = found[(found < 0) | (found >= size)]
+    if outside.size:
+        raise ValueError(f"Classes are numbered from 0 to {size - 1}; found {outside[0]}.")
     return np.bincount(labels * size + predicted, minlength=size * size).reshape(size, size)
 
 
