@@ -16,7 +16,10 @@ WAIT_SECONDS = 180.0
 
 
 class Job:
-    """A run of `jaxdist train` in a session of its own; what it prints goes to a file."""
+    """A run of `jaxdist train` in a session of its own; what it prints goes to a file.
+
+    With `forks`, a fork server, it is spared the imports: three seconds of processor time.
+    """
 
     def __init__(
         self,
@@ -29,6 +32,7 @@ class Job:
         output=None,
         experiment=EXPERIMENT,
         environment=None,
+        forks=None,
     ):
         self.run_dir, self.output = run_dir, run_dir.with_suffix(".out")
         self.earlier = len(supervisor.read_events(run_dir))
@@ -37,21 +41,21 @@ class Job:
         command += ["--max-steps", steps, *arguments, "--set", f"checkpoints.every_steps={save_every}"]
         command += [f"eval.every_steps={eval_every}", "recovery.snapshot_every=1", "log_every=1000"]
         with open(self.output, "ab") as file:
-            shown = file if output is None else output
-            self.process = subprocess.Popen(
-                list(map(str, command)),
-                stdout=shown,
-                stderr=shown,
-                start_new_session=True,
-                env=os.environ | (environment or {}),
-            )
+            command, environment = list(map(str, command)), os.environ | (environment or {})
+            if forks:  # in a session of its own, too
+                self.process = forks.start(command, environment, file)
+            else:
+                shown = file if output is None else output
+                self.process = subprocess.Popen(
+                    command, stdout=shown, stderr=shown, start_new_session=True, env=environment
+                )
 
     def wait_for(self, condition, what=""):
         deadline = time.monotonic() + WAIT_SECONDS
         while not (found := condition()):
             assert self.process.poll() is None, f"it ended before: {self.text()}"
             assert time.monotonic() < deadline, f"{what} never came true: {self.text()}"
-            time.sleep(0.01)
+            time.sleep(0.03)
         return found
 
     def start_event(self):

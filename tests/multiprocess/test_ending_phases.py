@@ -16,7 +16,7 @@ import ending_jobs
 import phased_experiment
 import pytest
 
-from jaxdist.launch.supervising import supervisor
+from jaxdist.launch.supervising import fork_server, supervisor
 from jaxdist.rundir import record
 
 EXPERIMENT = pathlib.Path(phased_experiment.__file__)
@@ -39,11 +39,18 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def forks():
+    """Return a fork server for the jobs themselves."""
+    with fork_server.ForkServer(("jaxdist.cli.train_work",)) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, forks):
     """Return the directory of a run that was trained for a few steps."""
     folder = tmp_path_factory.mktemp("trained")
     with ending_jobs.starting(folder) as start:
-        job = start(processes=0, steps=BEFORE, experiment=EXPERIMENT)
+        job = start(processes=0, steps=BEFORE, experiment=EXPERIMENT, forks=forks)
         assert job.end(120.0) == 0, job.text()
     return folder / "run"
 
@@ -58,12 +65,13 @@ def expected(phase, target, number):
 
 
 @pytest.mark.parametrize(("phase", "target", "number"), CASES)
-def test_a_signal_in_a_phase(tmp_path, trained, phase, target, number):
-    common = {"processes": 2, "steps": STEPS, "save_every": BEFORE, "eval_every": BEFORE, "experiment": EXPERIMENT}
+def test_a_signal_in_a_phase(tmp_path, trained, forks, phase, target, number):
+    common = {"steps": STEPS, "save_every": BEFORE, "eval_every": BEFORE, "experiment": EXPERIMENT, "forks": forks}
     if phase in NEEDS_A_RUN:
         shutil.copytree(trained, tmp_path / "run")
     with ending_jobs.starting(tmp_path) as start:
-        job = start("--restartable", environment={"PHASE": phase, "PHASE_DIR": str(tmp_path)}, **common)
+        environment = {"PHASE": phase, "PHASE_DIR": str(tmp_path)}
+        job = start("--restartable", processes=2, environment=environment, **common)
         if phase == "between attempts":
             job.wait_for(lambda: last_event(job) == "end", "the end of an attempt")
             receivers = [job.process.pid] + ([job.fork_server()] if target == "group" else [])
@@ -79,7 +87,7 @@ def test_a_signal_in_a_phase(tmp_path, trained, phase, target, number):
         if expected(phase, target, number) == 75:
             check_kept(job, phase)
         if expected(phase, target, number):
-            again = start("--restartable", **common)
+            again = start("--restartable", processes=0, **common)
             assert again.end(120.0) == 0, again.text()
             assert "Traceback" not in again.text()
     made = record.RunRecord.read(tmp_path / "run")
@@ -111,14 +119,14 @@ FULL = [
 
 
 @pytest.mark.parametrize(("where", "phase", "processes"), FULL)
-def test_a_full_disk_or_memory_in_a_phase(tmp_path, where, phase, processes):
+def test_a_full_disk_or_memory_in_a_phase(tmp_path, trained, where, phase, processes):
     """On small file systems of their own, in a mount namespace of its own."""
     disk = tmp_path / "disk"
     disk.mkdir()
     fill = "/dev/shm" if where == "memory" else disk
     train = f"{sys.executable} -m jaxdist.cli train {EXPERIMENT} --devices 1 --run-dir {disk}/run"
     rest = f"--set checkpoints.every_steps={BEFORE} eval.every_steps={BEFORE} recovery.snapshot_every=1 log_every=1000"
-    first = f"{train} --max-steps {BEFORE} {rest}; " if phase in NEEDS_A_RUN else ""
+    first = f"cp -r {trained} {disk}/run; " if phase in NEEDS_A_RUN else ""
     script = (
         f"mount -t tmpfs -o size=8m tmpfs {disk} && mount -t tmpfs -o size=4m tmpfs /dev/shm && cd / && {first}"
         f"PHASE='{phase}' PHASE_DIR={tmp_path} PHASE_FILL={fill} "
