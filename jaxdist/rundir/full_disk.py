@@ -31,11 +31,19 @@ class Backlog(Generic[Item]):
     def __init__(self, write: Callable[[Item], object], what: str, *, most_kept: int = 100_000):
         self._write, self._what, self._told = write, what, False
         self._waiting: collections.deque[Item] = collections.deque(maxlen=most_kept)
+        self._dropped = 0
 
     def add(self, item: Item) -> None:
         """Write the item, after those that wait; raises every OSError but that of a full disk."""
+        self._dropped += len(self._waiting) == self._waiting.maxlen
         self._waiting.append(item)
         self.flush()
+
+    def close(self) -> None:
+        """Try for the last time, and say how many items are lost."""
+        self.flush()
+        if lost := self._dropped + len(self._waiting):
+            say(f"The disk stayed full. Lost entries of {self._what}: {lost}.")
 
     def flush(self) -> None:
         """Write what waits, as far as there is room."""

@@ -56,7 +56,7 @@ class Recorder:
         # Unbuffered, each line one write: what was written survives the death of this process.
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
         self._file = os.open(run_dir / FILE_NAME, flags, 0o644)
-        self._lines = full_disk.Backlog[bytearray](self._write, "the example ledger")
+        self._lines = full_disk.Backlog[bytearray](self._write, FILE_NAME)
         self._epoch, self._position = (place.epoch, place.position) if place else (0, 0)
         # The line break ends what an earlier process may have left half-written.
         self._lines.add(bytearray(f"\nfrom {step}\n".encode()))
@@ -72,8 +72,8 @@ class Recorder:
             del line[: os.write(self._file, line)]
 
     def close(self) -> None:
-        """Write what waits for room, as far as there is any, and close the file."""
-        self._lines.flush()
+        """Write what waits, as far as there is room, say what is lost, and close the file."""
+        self._lines.close()
         os.close(self._file)
 
 

@@ -81,8 +81,8 @@ class Patient:
         self._rows.add((step, dict(metrics)))
 
     def close(self) -> None:
-        """Write what waits, as far as there is room; see Writer."""
-        self._rows.flush()
+        """Write what waits, as far as there is room, and say what is lost; see Writer."""
+        self._rows.close()
         self._writer.close()
 
 

@@ -42,6 +42,27 @@ def test_what_does_not_fit_is_written_later_in_order_and_said_once(capsys):
     assert written == list(range(6))
 
 
+@pytest.mark.parametrize(("most_kept", "lost"), [(10, 5), (2, 5), (5, 5)])
+def test_what_no_room_was_made_for_is_tried_once_more_and_counted(capsys, most_kept, lost):
+    written, is_full = [], True
+
+    def write(item):
+        if is_full:
+            raise full()
+        written.append(item)
+
+    backlog = full_disk.Backlog(write, "x", most_kept=most_kept)
+    for item in range(5):
+        backlog.add(item)
+    backlog.close()
+    assert f"Lost entries of x: {lost}." in capsys.readouterr().err
+    is_full = False
+    backlog.close()
+    kept = list(range(5))[-most_kept:]
+    assert written == kept
+    assert (f"Lost entries of x: {5 - len(kept)}." in capsys.readouterr().err) == (len(kept) < 5)
+
+
 def test_only_the_newest_wait_and_other_errors_are_raised():
     backlog = full_disk.Backlog(lambda item: (_ for _ in ()).throw(full()), "x", most_kept=1)
     backlog.add(1)
