@@ -6,12 +6,15 @@ import pathlib
 import shlex
 
 from jaxdist.cli import main, parser, selected_experiment, train_command
+from jaxdist.config import hidden_settings
 from jaxdist.config.experiment import Experiment
 from jaxdist.errors import ExitStatus, UserError
 from jaxdist.launch.engines import choice, kubernetes
 from jaxdist.launch.engines import request as requests
 from jaxdist.launch.supervising import hosts
 from jaxdist.run import directory, supervised
+
+_HANDED = "A batch script or manifest"
 
 
 def launch(options: argparse.Namespace) -> int:
@@ -21,7 +24,7 @@ def launch(options: argparse.Namespace) -> int:
     if experiment.strategy == parser.PARAMETER_SERVER:
         return _launch_servers(options, experiment)
     if options.engine:
-        selected_experiment.refuse_secrets(options, experiment)
+        hidden_settings.refuse(options.assignments, experiment, _HANDED)
         return _launch_by_engine(options, _request(options, experiment))
     if (options.hosts, options.host_index, options.coordinator) != (1, None, None):
         return _launch_on_host(options, experiment)
@@ -85,7 +88,7 @@ def _launch_on_host(options: argparse.Namespace, experiment: Experiment) -> int:
     )
     arguments = ["train", options.experiment, *selected_experiment.as_arguments(options)]
     arguments += ["--run-dir", str(options.run_dir), "--restartable"]
-    arguments = selected_experiment.hide_secrets(options, experiment, arguments)
+    arguments = hidden_settings.hide(options.assignments, experiment, arguments)
     if options.dry_run:
         return _show(arguments)
     return supervised.supervise_host(experiment, arguments, host, run_dir=options.run_dir)
@@ -96,7 +99,7 @@ def _launch_servers(options: argparse.Namespace, experiment: Experiment) -> int:
     if options.processes > 1:
         raise UserError("A parameter server has ps.workers and ps.servers; leave --processes out.")
     if options.engine:
-        selected_experiment.refuse_secrets(options, experiment)
+        hidden_settings.refuse(options.assignments, experiment, _HANDED)
     asked = _request(options, experiment)
     if options.engine in ("slurm", "kubernetes"):
         return _launch_by_engine(options, asked)

@@ -10,6 +10,7 @@ import jax
 
 from jaxdist import errors
 from jaxdist.cli import parser, selected_experiment
+from jaxdist.config import hidden_settings
 from jaxdist.config.experiment import Experiment
 from jaxdist.errors import ExitStatus
 from jaxdist.launch import viewer
@@ -50,7 +51,7 @@ def supervise(options: argparse.Namespace, forks: fork_server.ForkServer) -> int
         shown.log = run_dir / "logs" / "supervisor.log"
         return supervised.supervise(
             experiment,
-            [*selected_experiment.hide_secrets(options, experiment, arguments), "--run-dir", str(run_dir)],
+            [*hidden_settings.hide(options.assignments, experiment, arguments), "--run-dir", str(run_dir)],
             run_dir=run_dir,
             num_processes=options.processes,
             forks=forks,
@@ -118,7 +119,7 @@ def _train_here(
                 identity=identity,
                 source=bookkeeping.ExperimentSource(
                     str(pathlib.Path(options.experiment).absolute()),
-                    tuple(selected_experiment.without_secrets(options, experiment)),
+                    tuple(hidden_settings.without(selected_experiment.assignments(options), experiment)),
                 ),
             ),
             devices=devices,

@@ -1,10 +1,8 @@
 import argparse
 import dataclasses
 
-import pytest
-
 from jaxdist.cli import selected_experiment
-from jaxdist.errors import UserError
+from jaxdist.config import hidden_settings
 from jaxdist.rundir import record
 
 
@@ -52,28 +50,7 @@ def options_of(assignments):
     return namespace
 
 
-def test_a_process_of_the_job_gets_a_secret_that_its_arguments_do_not_show(monkeypatch):
-    monkeypatch.setenv(selected_experiment.SECRETS, "{}")
-    given = options_of([*SECRET, *OPEN])
-    arguments = selected_experiment.hide_secrets(given, Settings(), given.arguments)
-    assert not any(secret in " ".join(arguments) for secret in ("k1", "k2", "k3"))
-    child = options_of(arguments[3:])
-    assert selected_experiment.assignments(child) == given.assignments
-    assert selected_experiment.without_secrets(child, Settings()) == OPEN
-    assert selected_experiment.without_secrets(given, Settings()) == OPEN
-
-
-def test_an_engine_is_handed_no_secret():
-    selected_experiment.refuse_secrets(options_of(OPEN), Settings())
-    with pytest.raises(UserError, match=r"must hold no secret; got api_key\. Have"):
-        selected_experiment.refuse_secrets(options_of(["api_key=k3", *OPEN]), Settings())
-
-
-@pytest.mark.parametrize("name", ["token", "hub.token", "hub_token", "API_KEY", "db.password", "client_secret"])
-def test_a_name_that_ends_like_a_secret_is_one(name):
-    assert record.is_secret(name)
-
-
-@pytest.mark.parametrize("name", ["pad_token", "eos_token", "tokenizer", "max_tokens", "data.bos_token", "secretary"])
-def test_words_of_a_vocabulary_are_no_secrets(name):
-    assert not record.is_secret(name)
+def test_the_secrets_that_arguments_hide_come_from_the_environment(monkeypatch):
+    monkeypatch.setenv(hidden_settings.SECRETS, '{"api_key=***": "api_key=k3"}')
+    options = argparse.Namespace(assignments=["api_key=***"], strategy="fsdp", reduction=None, max_steps=7)
+    assert selected_experiment.assignments(options) == ["api_key=k3", "strategy=fsdp", "stop.max_steps=7"]

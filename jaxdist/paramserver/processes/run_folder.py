@@ -55,7 +55,7 @@ class Spec:
     Attributes:
       attempt: random name of this attempt; see Security.for_attempt.
       experiment: path of the experiment file.
-      assignments: overrides of the experiment, as on the command line.
+      assignments: overrides of the experiment, as on the command line, secrets hidden (see `hidden_settings`).
       settings: all settings of the protocol.
       peers: process name -> `host:port`.
       directory: folder of the run, for logs and saved cuts.

@@ -8,7 +8,7 @@ import pathlib
 import sys
 from typing import Any, cast
 
-from jaxdist.config import loading, overrides
+from jaxdist.config import hidden_settings, loading, overrides
 from jaxdist.launch import parent
 from jaxdist.launch.joining import runtime
 from jaxdist.paramserver.processes import faults, role
@@ -27,7 +27,7 @@ from jaxdist.paramserver.run.optimizer_kind import Kind
 def make(name: str, spec: Spec) -> tuple[Driver, Statistics]:
     """Return the driver of the server or worker `name`, and its counters."""
     devices = runtime.start_by_itself(spec.devices)
-    experiment = overrides.override(loading.load_experiment(spec.experiment), spec.assignments)
+    experiment = overrides.override(loading.load_experiment(spec.experiment), hidden_settings.reveal(spec.assignments))
     plan = shared_plan.make_plan(experiment, experiment.ps, kind=cast(Kind, spec.kind))
     plan = dataclasses.replace(plan, settings=spec.make_settings())
     boot = next_boot(pathlib.Path(spec.directory), name)

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Sequence
 
 from jaxdist import errors
+from jaxdist.config import hidden_settings
 from jaxdist.config.loading import load_experiment
 from jaxdist.config.overrides import override
 from jaxdist.launch.supervising import local_job
@@ -62,6 +63,8 @@ def train(options: Options) -> record.RunRecord:
     with contextlib.ExitStack() as stack:
         with errors.as_user_error():
             experiment = override(load_experiment(options.experiment), options.assignments)
+            if experiment.ps.hosts:
+                hidden_settings.refuse(options.assignments, experiment, "A directory that several machines share")
             known = options.identity.data if options.identity else None
             plan = shared_plan.make_plan(experiment, experiment.ps, fingerprint=known)
             shared_plan.check_microbatches(plan, options.devices)
@@ -81,9 +84,11 @@ def train(options: Options) -> record.RunRecord:
                 start = resume.begin(plan, checkpointer, folder, trained_with=trained_with)
             if start.state is None:
                 directory.check_nothing_is_lost(earlier, options.run_dir, checkpointer)
+            # Before the crew: what the spec hides, the processes find in the environment of this one.
+            assignments = hidden_settings.hide(options.assignments, experiment, options.assignments)
             crew, peers, security = _place(options, plan, folder)
             stack.callback(crew.close, orderly=False)
-            spec = _write_spec(options, plan, start, folder, peers)
+            spec = _write_spec(options, assignments, plan, start, folder, peers)
         watcher = observer.Observer(
             plan,
             options.run_dir,
@@ -95,7 +100,8 @@ def train(options: Options) -> record.RunRecord:
             command=options.command,
             num_devices=options.devices,
             source=bookkeeping.ExperimentSource(
-                str(pathlib.Path(options.experiment).absolute()), tuple(options.assignments)
+                str(pathlib.Path(options.experiment).absolute()),
+                tuple(hidden_settings.without(options.assignments, experiment)),
             ),
         )
         return _watch(watcher, crew, peers, security.for_attempt(spec.attempt), options.stop_requested)
@@ -107,7 +113,8 @@ def _place(options: Options, plan: shared_plan.Plan, directory: pathlib.Path) ->
     security = machines.security_of(chosen.hosts)
     if chosen.engine == "ray":
         # Actors have the environment variables of the cluster, not those of this process.
-        environment = {name: os.environ[name] for name in (faults.FAULTS,) if name in os.environ}
+        names_needed = (faults.FAULTS, hidden_settings.SECRETS)
+        environment = {name: os.environ[name] for name in names_needed if name in os.environ}
         cluster = RayCrew(names, directory, {TOKEN: security.token, **environment}, devices=options.devices)
         return cluster, {**cluster.peers, **_local_ports([run_folder.OBSERVER])}, security
     if chosen.hosts:
@@ -128,7 +135,12 @@ def _local_ports(names: Sequence[str]) -> dict[str, str]:
 
 
 def _write_spec(
-    options: Options, plan: shared_plan.Plan, start: resume.Start, directory: pathlib.Path, peers: dict[str, str]
+    options: Options,
+    assignments: Sequence[str],
+    plan: shared_plan.Plan,
+    start: resume.Start,
+    directory: pathlib.Path,
+    peers: dict[str, str],
 ) -> run_folder.Spec:
     """Remove the files of an earlier attempt; write and return the Spec of this one."""
     for name in (run_folder.LOG_NAME, run_folder.CUT_NAME, run_folder.STEPS_NAME, run_folder.SPEC_NAME):
@@ -138,7 +150,7 @@ def _write_spec(
     spec = run_folder.Spec(
         attempt=new_token(),
         experiment=str(pathlib.Path(options.experiment).absolute()),
-        assignments=list(options.assignments),
+        assignments=list(assignments),
         settings=dataclasses.asdict(plan.settings),
         peers=peers,
         directory=str(directory.absolute()),
