@@ -20,6 +20,7 @@ EXTRAS = {
     "export": ("safetensors", "flatbuffers"),
     "paramserver": ("grpc", "google_crc32c"),
     "ray": ("ray",),
+    "report": ("plotly",),
 }
 LEAST_FREE_BYTES = 2 << 30
 

@@ -107,6 +107,16 @@ def _add_uses(commands: Any) -> None:
         "paths", nargs="*", metavar="DIR", help="a folder (default runs), or `compare` and two run directories or more"
     )
     runs.add_argument("--json", action="store_true", help="print JSON")
+    report = _add(commands, "report", "use_command:report", "show one run or several as a page of charts")
+    report.add_argument("run_dirs", nargs="+", type=pathlib.Path, metavar="RUN_DIR", help="run directories")
+    report.add_argument(
+        "--out",
+        type=pathlib.Path,
+        metavar="FILE",
+        help="of the page (default report.html, with one run in its directory)",
+    )
+    report.add_argument("--live", action="store_true", help="serve the page to this machine while the runs train")
+    report.add_argument("--port", type=_positive, default=0, metavar="N", help="with --live (default: a free one)")
     evaluate = _add(commands, "eval", "use_command:evaluate", "evaluate a trained model")
     evaluate.add_argument(
         "--data", default="eval", metavar="NAME", help="eval (default), train, a file, a folder or tfds:NAME:SPLIT"

@@ -1,6 +1,7 @@
-"""`jaxdist runs`, `eval`, `predict` and `export`: commands on trained runs."""
+"""`jaxdist runs`, `report`, `eval`, `predict` and `export`: commands on runs."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -10,6 +11,7 @@ from jaxdist.config import data_fields
 from jaxdist.errors import ExitStatus
 from jaxdist.launch.joining import runtime
 from jaxdist.run.use import exports, predictions, run_list, trained
+from jaxdist.run.use.reporting import live_page, report_page
 from jaxdist.rundir.writers import format_metrics
 
 COMPARE = "compare"
@@ -62,6 +64,20 @@ def export(options: argparse.Namespace) -> int:
     run = _load(options)
     exports.export(run, options.out, options.format)
     print(f"{options.out}: the model of step {run.step} as {options.format}")
+    return ExitStatus.OK
+
+
+def report(options: argparse.Namespace) -> int:
+    """Write the report on some runs as one page; with --live, serve it until Ctrl-C."""
+    if options.live:
+        with contextlib.suppress(KeyboardInterrupt), live_page.serve(options.run_dirs, options.port) as server:
+            print(f"http://{live_page.HOST}:{server.server_port}/  (Ctrl-C ends it)", flush=True)
+            server.serve_forever()
+        return ExitStatus.OK
+    first = options.run_dirs[0]
+    out = options.out or (first if len(options.run_dirs) == 1 else pathlib.Path()) / report_page.FILE_NAME
+    size = report_page.write(options.run_dirs, out)
+    print(f"{out}: the report, {size / 1e6:.1f} MB")
     return ExitStatus.OK
 
 

@@ -96,6 +96,11 @@ class Due:
         return self._progress.epoch // self._every_epochs
 
 
+def stamp(progress: Progress) -> dict[str, float]:
+    """Return how far the run is, for a row of metrics: examples trained on, and seconds of training."""
+    return {"examples_seen": progress.examples_seen, "seconds": round(progress.seconds, 3)}
+
+
 class Bookkeeper:
     """Keeps the records of one attempt; once it exists, the run directory belongs to this run and can be resumed.
 
@@ -177,13 +182,13 @@ class Bookkeeper:
         """Return whether the training metrics of `step` are written."""
         return step == 1 or step % self.attempt.experiment.log_every == 0
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the training metrics of a step, and its learning rate, under `train/`."""
+    def log(self, step: int, metrics: Mapping[str, float], stamped: Mapping[str, float]) -> None:
+        """Write the training metrics of a step with its stamp, and its learning rate, under `train/`."""
         rate = self.attempt.learning_rate
         values = metrics if rate is None else {**metrics, "learning_rate": rate(step)}
         named = {f"train/{name}": value for name, value in values.items()}
         self.progress.metrics.update(named)
-        self._write_metrics(step, named)
+        self._write_metrics(step, stamped, named)
 
     def evaluate(self, state: Any) -> None:
         """Evaluate `state`, that of the present step, unless this is done already or there are no held-out data.
@@ -195,7 +200,7 @@ class Bookkeeper:
         with self.stopwatch.account("eval"):
             metrics = {f"eval/{name}": value for name, value in self._evaluate(state).items()}
         self.progress.record_evaluation(metrics)
-        self._write_metrics(self.progress.step, metrics)
+        self._write_metrics(self.progress.step, stamp(self.progress), metrics)
         self.unsaved_best = self._is_best()
 
     def _is_best(self) -> bool:
@@ -306,10 +311,10 @@ class Bookkeeper:
         with contextlib.suppress(OSError):  # on a full disk what was shown has to do
             files.write_text(self.attempt.run_dir / directory.NONFINITE_NAME, f"{report}\n{kept}\n")
 
-    def _write_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+    def _write_metrics(self, step: int, stamped: Mapping[str, float], metrics: Mapping[str, float]) -> None:
         self._measured |= dict.fromkeys(metrics, step)
         for writer in self._writers:
-            writer.write(step, metrics)
+            writer.write(step, {**stamped, **metrics})
 
     def _summary(self, made: record.RunRecord) -> dict[str, object]:
         """Return what a user is shown when a run has ended."""

@@ -6,7 +6,7 @@ A hook is a function of StepInfo. None of these decides when training ends: they
 import jax
 import numpy as np
 
-from jaxdist.run.bookkeeping import Bookkeeper
+from jaxdist.run.bookkeeping import Bookkeeper, stamp
 from jaxdist.run.loop import Hook, StepInfo
 from jaxdist.spmd.step import EMPTY_BATCH, NONFINITE_LEAF, Metrics
 
@@ -26,20 +26,20 @@ class LogMetrics:
 
     def __init__(self, books: Bookkeeper) -> None:
         self._books = books
-        self._pending: tuple[int, Metrics] | None = None
+        self._pending: tuple[int, Metrics, dict[str, float]] | None = None
 
     def __call__(self, info: StepInfo) -> None:
         """Write what is pending, and note this step's metrics if they are due."""
         self.flush()
         if self._books.logs(info.step):
-            self._pending = (info.step, info.metrics)
+            self._pending = (info.step, info.metrics, stamp(info.progress))
 
     def flush(self) -> None:
         """Write what is pending; waits for that step."""
         if self._pending is None:
             return
-        (step, metrics), self._pending = self._pending, None
-        self._books.log(step, fetch(metrics))
+        (step, metrics, stamped), self._pending = self._pending, None
+        self._books.log(step, fetch(metrics), stamped)
 
 
 def show_progress(books: Bookkeeper) -> Hook:

@@ -76,14 +76,16 @@ def is_locked(directory: pathlib.Path) -> bool:
 
 
 def _take(descriptor: int, directory: pathlib.Path) -> None:
-    deadline = time.monotonic() + _SAVING_SECONDS
+    deadline, looked_again = time.monotonic() + _SAVING_SECONDS, False
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError as error:
             said = os.pread(descriptor, 4096, 0).decode(errors="replace")
-            if SAVING in said and time.monotonic() < deadline:
+            # `is_locked` of another process holds the lock for a moment.
+            if not looked_again or (SAVING in said and time.monotonic() < deadline):
+                looked_again = True
                 time.sleep(_LOOK_SECONDS)
                 continue
             raise LockedError(

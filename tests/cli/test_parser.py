@@ -20,6 +20,7 @@ COMMANDS = {
     "plan": [X, "--topology", "cpu:8"],
     "doctor": [],
     "runs": [],
+    "report": [RUN],
     "eval": [RUN],
     "predict": [RUN, "in.csv", "out.csv"],
     "export": [RUN, "out", "--format", "npz"],

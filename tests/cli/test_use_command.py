@@ -1,5 +1,6 @@
 """What is done with a trained run on the command line: one run, listed, evaluated, predicted with and exported."""
 
+import http.server
 import json
 
 import compile_cache
@@ -46,6 +47,23 @@ def test_the_default_folder_is_runs(run_dir, capsys, monkeypatch, tmp_path):
 
 def test_two_runs_are_compared(run_dir, capsys):
     assert json.loads(shown(capsys, "runs", "compare", run_dir, run_dir, "--json"))["config"] == {}
+
+
+def test_a_report_is_written_into_the_run_directory_and_of_several_where_asked(run_dir, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert shown(capsys, "report", run_dir).startswith(f"{run_dir / 'report.html'}: the report, 2.0 MB")
+    shown(capsys, "report", run_dir, run_dir)
+    shown(capsys, "report", run_dir, "--out", "x.html")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "x.html"]
+    assert "eval/accuracy" in (tmp_path / "x.html").read_text()
+
+
+def test_a_live_report_is_served_until_it_is_interrupted(run_dir, capsys, monkeypatch):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(http.server.ThreadingHTTPServer, "serve_forever", interrupted)
+    assert shown(capsys, "report", run_dir, "--live").startswith("http://127.0.0.1:")
 
 
 @pytest.mark.parametrize("name", ["eval", "train", "file"])

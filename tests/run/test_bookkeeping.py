@@ -104,10 +104,19 @@ def test_training_metrics_are_written_with_their_learning_rate_the_first_step_al
     books = make_books(tmp_path / "run", "log_every=3", "writers=jsonl", rate=lambda step: step / 100)
     with books.shown():
         for step in range(1, 7):
+            books.progress.advance(step, 8 * step, 100)
+            books.progress.seconds = step / 8
             if books.logs(step):
-                books.log(step, {"loss": float(step)})
+                books.log(step, {"loss": float(step)}, bookkeeping.stamp(books.progress))
     assert rows(tmp_path / "run") == [
-        {"step": step, "train/loss": float(step), "train/learning_rate": step / 100} for step in (1, 3, 6)
+        {
+            "step": step,
+            "examples_seen": 8 * step,
+            "seconds": step / 8,
+            "train/loss": float(step),
+            "train/learning_rate": step / 100,
+        }
+        for step in (1, 3, 6)
     ]
     assert books.progress.metrics == {"train/loss": 6.0, "train/learning_rate": 0.06}
 
@@ -128,7 +137,7 @@ def test_a_step_is_evaluated_once_and_its_time_accounted(tmp_path):
     assert states == ["state"]
     assert books.make_record(None).time_seconds["eval"] == 2.0
     assert (books.progress.last_evaluation, books.progress.history) == (4, {"eval/accuracy": [0.25]})
-    assert rows(tmp_path / "run") == [{"step": 4, "eval/accuracy": 0.25}]
+    assert rows(tmp_path / "run") == [{"step": 4, "examples_seen": 32, "seconds": 0.0, "eval/accuracy": 0.25}]
 
 
 def test_a_checkpoint_holds_state_position_and_progress_and_is_made_once(tmp_path):
@@ -138,7 +147,7 @@ def test_a_checkpoint_holds_state_position_and_progress_and_is_made_once(tmp_pat
     books.before_save = lambda: order.append(len(kept.saved))
     books.progress.advance(6, 48, 8)
     books.progress.metrics["eval/accuracy"] = 0.5  # of an earlier step
-    books.log(6, {"loss": 1.0})
+    books.log(6, {"loss": 1.0}, bookkeeping.stamp(books.progress))
     books.save("state", Place(6), beyond=[9])
     books.save("state", Place(6))
     ((step, state, data_state, metrics),) = kept.saved

@@ -34,8 +34,8 @@ class Books:
     def logs(self, step):
         return step == 1 or step % self._log_every == 0
 
-    def log(self, step, metrics):
-        self.calls.append((step, dict(metrics)))
+    def log(self, step, metrics, stamped):
+        self.calls.append((step, dict(metrics), stamped["examples_seen"]))
 
     def evaluate(self, state):
         self.calls.append(("evaluate", state))
@@ -68,10 +68,10 @@ def test_metrics_are_written_one_step_late_and_the_first_always():
     books = Books(log_every=3)
     log, lengths = hooks.LogMetrics(books), []
     for step in range(1, 8):
-        log(make_info(step, loss=step))
+        log(make_info(step, loss=step, progress=Progress(examples_seen=8 * step)))
         lengths.append(len(books.calls))
     assert lengths == [0, 1, 1, 2, 2, 2, 3]
-    assert books.calls == [(step, {"loss": float(step)}) for step in (1, 3, 6)]
+    assert books.calls == [(step, {"loss": float(step)}, 8 * step) for step in (1, 3, 6)]
 
 
 def test_flushing_writes_what_is_pending_once():
@@ -81,7 +81,7 @@ def test_flushing_writes_what_is_pending_once():
     log(make_info(1, loss=5.0))
     log.flush()
     log.flush()
-    assert books.calls == [(1, {"loss": 5.0})]
+    assert books.calls == [(1, {"loss": 5.0}, 0)]
 
 
 def test_only_the_steps_that_are_logged_are_read_back():

@@ -99,10 +99,12 @@ class Observer:
         )
         self.progress = start.progress
         self.last_time: float | None = None
+        self.clock_offset = 0.0
+        """What turns the scheduler's clock into seconds of training."""
         self.seen_cut = 0  # when the file of the newest cut was written
         self.judged: messages.Verdict | None = None
         self.state = start.state
-        self.unlogged: tuple[int, dict[str, float]] = (0, {})
+        self.unlogged: tuple[int, dict[str, float], dict[str, float]] = (0, {}, {})
         self.end_reason: str | None = None
         self.halt = ""
 
@@ -137,7 +139,8 @@ class Observer:
                 raise
 
     def _watch(self, crew: Crew, send: Send, stop_requested: Callable[[], bool]) -> None:
-        started, before = time.monotonic(), self.progress.seconds
+        started = time.monotonic() - self.progress.seconds
+        self.clock_offset = self.progress.seconds - time.time()
         repeat_at = 0.0
         crew.start()
         with (self.directory / run_folder.STEPS_NAME).open("a+") as steps:
@@ -150,7 +153,7 @@ class Observer:
                         self._charge("compute")
                     crew.progressed()
                     self.books.display.update(self.progress.step, self.progress.metrics, epoch=self.progress.epoch)
-                self.progress.seconds = before + time.monotonic() - started
+                self.progress.seconds = time.monotonic() - started
                 self._judge_cut(steps, send)
                 self._maybe_halt(stop_requested)
                 if time.monotonic() >= repeat_at:
@@ -199,17 +202,20 @@ class Observer:
         if step <= self.progress.step:
             return
         self.judged = None
+        # The row is read late, and a clock of another machine may be wrong: not before the last row, nor after now.
+        now = min(row["time"], time.time()) + self.clock_offset
+        self.progress.seconds = max(self.progress.seconds, now)
         self.progress.advance(step, self.progress.examples_seen + row["examples"], self.plan.settings.num_examples)
         self.progress.metrics.update({f"train/{name}": value for name, value in row["metrics"].items()})
         if row.get("empty"):
             self.progress.count_empty(1)
-        self.unlogged = (step, row["metrics"])
+        self.unlogged = (step, row["metrics"], bookkeeping.stamp(self.progress))
 
     def _log(self) -> None:
         """Write the metrics of the last step, once the line with its gradient norm has been read."""
-        (step, found), self.unlogged = self.unlogged, (0, {})
+        (step, found, stamped), self.unlogged = self.unlogged, (0, {}, {})
         if step and self.books.logs(step):
-            self.books.log(step, found)
+            self.books.log(step, found, stamped)
 
     # Cuts.
 

@@ -18,7 +18,7 @@ class RunSummary:
     Attributes:
       name: of its directory.
       started: when its first attempt began, ISO 8601; None in records of version 0.1.
-      ended: the end reason; `running`, or `interrupted` where it did not end and is not running.
+      ended: see `how_ended`.
       step: finished steps.
       seconds: wall time over all attempts.
       best: {metric, value, step}, None where the run watched no metric.
@@ -50,11 +50,23 @@ def find(folder: pathlib.Path) -> list[RunSummary]:
     return sorted(entries, key=lambda entry: (entry.started or "", entry.name))
 
 
+def how_ended(run_dir: pathlib.Path, made: record.RunRecord) -> str:
+    """Return the end reason; `running`, or `interrupted` where the run did not end and is not running.
+
+    It is `unfinished` where its lock cannot be looked at, as that of another user.
+    """
+    try:
+        return made.end_reason or ("running" if lock.is_locked(run_dir) else "interrupted")
+    except OSError:
+        return "unfinished"
+
+
 def _entry(path: pathlib.Path, made: record.RunRecord) -> RunSummary:
-    ended = made.end_reason or ("running" if lock.is_locked(path) else "interrupted")
     seconds = sum(made.time_seconds.values())
     extra = made.extra
-    return RunSummary(path.name, extra.get("started"), ended, made.step, seconds, extra.get("best"), made.metrics)
+    return RunSummary(
+        path.name, extra.get("started"), how_ended(path, made), made.step, seconds, extra.get("best"), made.metrics
+    )
 
 
 def show(entries: Sequence[RunSummary], *, width: int) -> str:

@@ -1,0 +1,125 @@
+"""The curves of a run: its rows of metrics by step, examples and seconds, thinned to what a page can hold."""
+
+import dataclasses
+import itertools
+import json
+import pathlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxdist.rundir import writers
+
+SPEED = "examples_per_second"
+"""The curve that is computed: examples between two rows of metrics by the seconds between them."""
+_PLACES = ("step", "examples_seen", "seconds")
+_CONFUSION = re.compile(r"(?:(?P<where>.*)/)?confusion_(?P<label>\d+)_(?P<predicted>\d+)")
+_DIGITS = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """A metric along a run.
+
+    Attributes:
+      steps: of each value.
+      examples: trained on until then; None in rows of version 0.1.
+      seconds: of training until then; None likewise.
+      values: None where one was not finite.
+      rows: values before thinning.
+    """
+
+    steps: Sequence[int]
+    examples: Sequence[float] | None
+    seconds: Sequence[float] | None
+    values: Sequence[float | None]
+    rows: int
+
+
+def read_rows(run_dir: pathlib.Path) -> list[dict[str, Any]]:
+    """Return the rows of metrics.jsonl, none without the file; a last line that is still being written is left out."""
+    path = run_dir / writers.JSONL_NAME
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    try:
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    except ValueError as error:
+        raise ValueError(
+            f"{path} must hold one JSON object a line ({error}). Move the file away to do without it."
+        ) from error
+
+
+def curves(rows: Sequence[Mapping[str, Any]], *, most_points: int) -> dict[str, Curve]:
+    """Return the curve of each metric, in the order in which they appear, and that of the speed.
+
+    The counts of a confusion matrix have none; see `confusion_matrices`.
+    """
+    names = dict.fromkeys(
+        name for row in rows for name in row if name not in _PLACES and not _CONFUSION.fullmatch(name)
+    )
+    found = {name: _curve([row for row in rows if name in row], name, most_points) for name in names}
+    speeds = _speeds(rows)
+    return found | ({SPEED: _curve(speeds, SPEED, most_points)} if speeds else {})
+
+
+def _curve(rows: Sequence[Mapping[str, Any]], name: str, most_points: int) -> Curve:
+    values = np.array([np.nan if row[name] is None else row[name] for row in rows], np.float64)
+    kept = [rows[index] for index in thin(values, most_points)]
+    stamped = all(place in row for row in kept for place in _PLACES)
+    return Curve(
+        steps=[row["step"] for row in kept],
+        examples=[row["examples_seen"] for row in kept] if stamped else None,
+        seconds=[round(row["seconds"], 2) for row in kept] if stamped else None,
+        values=[None if row[name] is None else float(f"{row[name]:.{_DIGITS}g}") for row in kept],
+        rows=len(rows),
+    )
+
+
+def _speeds(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows with the examples per second since the row before."""
+    stamped = [row for row in rows if all(place in row for place in _PLACES)]
+    return [
+        {**{place: row[place] for place in _PLACES}, SPEED: (row["examples_seen"] - before["examples_seen"]) / seconds}
+        for before, row in itertools.pairwise(stamped)
+        if (seconds := row["seconds"] - before["seconds"]) > 0 and row["examples_seen"] > before["examples_seen"]
+    ]
+
+
+def thin(values: np.ndarray, most: int) -> np.ndarray:
+    """Return the indices of at most `most` values, ascending: all of them if possible.
+
+    Otherwise the first, the last, and the least, the greatest and a value that is not finite of each of many equal
+    parts: a spike of one step stays visible.
+    """
+    if len(values) <= most:
+        return np.arange(len(values))
+    kept = {0, len(values) - 1}
+    for part in np.array_split(np.arange(len(values)), max((most - 2) // 3, 1)):
+        finite = np.isfinite(values[part])
+        if not finite.all():
+            kept.add(int(part[~finite][0]))
+        if finite.any():
+            inside = part[finite]
+            kept |= {int(inside[np.argmin(values[inside])]), int(inside[np.argmax(values[inside])])}
+    return np.array(sorted(kept))
+
+
+def confusion_matrices(metrics: Mapping[str, float | None]) -> dict[str, list[list[float]]]:
+    """Return the confusion matrices among the last metrics of a run, by the data they are of: counts[label][class]."""
+    found: dict[str, dict[tuple[int, int], float]] = {}
+    for name, value in metrics.items():
+        if (match := _CONFUSION.fullmatch(name)) and value is not None:
+            place = int(match["label"]), int(match["predicted"])
+            found.setdefault(match["where"] or "", {})[place] = value
+    return {where: _square(counts) for where, counts in found.items()}
+
+
+def is_of_confusion_matrix(name: str) -> bool:
+    """Return whether a metric is a count of a confusion matrix."""
+    return _CONFUSION.fullmatch(name) is not None
+
+
+def _square(counts: Mapping[tuple[int, int], float]) -> list[list[float]]:
+    size = 1 + max(max(place) for place in counts)
+    return [[counts.get((label, predicted), 0.0) for predicted in range(size)] for label in range(size)]

@@ -1,0 +1,89 @@
+"""The live report: a page served to this machine alone, which follows its runs while they train."""
+
+import functools
+import http.server
+import json
+import pathlib
+import urllib.parse
+from collections.abc import Sequence
+from http import HTTPStatus
+
+from jaxdist import errors
+from jaxdist.launch.supervising import supervisor
+from jaxdist.run.use import run_list
+from jaxdist.run.use.reporting import report_page, run_data
+from jaxdist.rundir import record, writers
+
+HOST = "127.0.0.1"
+_WATCHED = (record.FILE_NAME, writers.JSONL_NAME, supervisor.EVENTS_NAME)
+
+
+def serve(run_dirs: Sequence[pathlib.Path], port: int = 0) -> http.server.ThreadingHTTPServer:
+    """Return a server of the report on `run_dirs`, bound to this machine's loopback; the caller runs and closes it.
+
+    Raises:
+      UserError: a directory without a run, Plotly is not installed, or the port is taken.
+    """
+    run_data.read(run_dirs)  # what is wrong is said before the page is opened
+    report_page.library()
+    try:
+        return http.server.ThreadingHTTPServer((HOST, port), functools.partial(_Handler, run_dirs))
+    except (OSError, OverflowError) as error:
+        raise errors.UserError(
+            f"The report needs a free port of {HOST}; {port} is none: {error}. Name another with --port, or none."
+        ) from error
+
+
+def version(run_dirs: Sequence[pathlib.Path]) -> str:
+    """Return what changes whenever a report on `run_dirs` would: the state of the files it is made of."""
+    parts = []
+    for run_dir in run_dirs:
+        for name in _WATCHED:
+            path = run_dir / name
+            found = path.stat() if path.exists() else None
+            parts.append(f"{found.st_mtime_ns}-{found.st_size}" if found else "0")
+        parts.append(run_list.how_ended(run_dir, record.RunRecord.read(run_dir)))
+    return ".".join(parts)
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    """Answers with the page, and with what is new since a version of it."""
+
+    def __init__(self, run_dirs: Sequence[pathlib.Path], *connection: object) -> None:
+        self._run_dirs = run_dirs
+        super().__init__(*connection)  # type: ignore[arg-type]
+
+    def do_GET(self) -> None:
+        """Answer a request; http.server's name for it."""
+        if not self._is_local():
+            self.send_error(HTTPStatus.FORBIDDEN, "The report is for this machine.")
+            return
+        address = urllib.parse.urlsplit(self.path)
+        now = version(self._run_dirs)
+        if address.path == "/":
+            self._answer("text/html; charset=utf-8", report_page.make(self._run_dirs, live=now))
+        elif address.path != "/update.json":
+            self.send_error(HTTPStatus.NOT_FOUND)
+        elif urllib.parse.parse_qs(address.query).get("since") == [now]:
+            self.send_response(HTTPStatus.NO_CONTENT)
+            self.end_headers()
+        else:
+            self._answer("application/json", json.dumps({"version": now, **report_page.content(self._run_dirs)}))
+
+    def _is_local(self) -> bool:
+        """Return whether the request names this machine: a page of another site that reaches this port does not."""
+        host = self.headers.get("Host", "").rpartition(":")[0]
+        return host in (HOST, "localhost")
+
+    def _answer(self, kind: str, text: str) -> None:
+        content = text.encode()
+        self.send_response(HTTPStatus.OK)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        """Show nothing: a line for each request would hide the address."""

@@ -1,0 +1,109 @@
+"""The report as a page: one HTML file that needs no network, with its data, the charts' library and a script inside."""
+
+import base64
+import datetime
+import functools
+import gzip
+import html
+import importlib.metadata
+import importlib.resources
+import json
+import pathlib
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxdist import errors, extras
+from jaxdist.run.use import run_list
+from jaxdist.run.use.reporting import run_data, sections
+from jaxdist.rundir import files
+
+FILE_NAME = "report.html"
+MOST_BYTES = 4_000_000
+_MARK = 'name="generator" content="jaxdist report"'
+"""What tells a page that may be replaced from a file of the user's own."""
+
+
+def write(run_dirs: Sequence[pathlib.Path], out: pathlib.Path) -> int:
+    """Write the report on `run_dirs` to the file `out`, over an older report; return its number of bytes.
+
+    Raises:
+      UserError: a directory without a run, a file of another kind at `out`, Plotly is not installed, or the page would
+        be too large.
+    """
+    check_output(out)
+    page = make(run_dirs).encode()
+    if len(page) > MOST_BYTES:
+        raise errors.UserError(
+            f"A report has at most {MOST_BYTES / 1e6:.0f} MB; this one would have {len(page) / 1e6:.1f} MB. "
+            "Name fewer runs."
+        )
+    with errors.as_user_error():
+        files.write(out, [page])
+    return len(page)
+
+
+def check_output(out: pathlib.Path) -> None:
+    """Raise UserError where `out` is not a new file, nor an older report, in a folder that exists."""
+    if not out.parent.is_dir():
+        raise errors.UserError(f"The report goes into an existing folder; there is no {out.parent}. Create it.")
+    if not out.exists():
+        return
+    with errors.as_user_error():
+        is_report = out.is_file() and _MARK in out.read_bytes()[:2000].decode(errors="replace")
+    if not is_report:
+        raise errors.UserError(f"{out} exists and is not a report, so it is kept. Name another file with --out.")
+
+
+def make(run_dirs: Sequence[pathlib.Path], *, live: str = "") -> str:
+    """Return the page on `run_dirs`; `live` is the version that a page with a server shows."""
+    found = content(run_dirs)
+    names = [run["name"] for run in found["runs"]]
+    title = names[0] if len(names) == 1 else f"{len(names)} runs"
+    template = string.Template(_text("page.html"))
+    page = template.substitute(
+        found["parts"],
+        title=html.escape(title),
+        made=html.escape(found["made"]),
+        style=_text("page.css"),
+        script=_text("page.js"),
+        data=_for_script(found["runs"]),
+        library=library(),
+        version=html.escape(importlib.metadata.version("jaxdist")),
+        policy=policy(live=bool(live)),
+    )
+    return page.replace("<body>", f'<body data-live="{html.escape(live)}">') if live else page
+
+
+def content(run_dirs: Sequence[pathlib.Path]) -> dict[str, Any]:
+    """Return what changes while a run trains: what the charts show, the HTML of each part, and when it was made."""
+    runs = run_data.read(run_dirs)
+    differences: Mapping[str, Any] = run_list.compare(run_dirs)["config"] if len(run_dirs) > 1 else {}
+    return {
+        "runs": [run.to_json() for run in runs],
+        "parts": sections.sections(runs, differences),
+        "made": f"Report of {datetime.datetime.now():%Y-%m-%d %H:%M:%S}",
+    }
+
+
+def policy(*, live: bool) -> str:
+    """Return the Content-Security-Policy of the page: it loads nothing, and talks to its own server only."""
+    connect = "connect-src 'self'; " if live else ""
+    return f"default-src 'none'; {connect}script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+
+
+def _for_script(value: Any) -> str:
+    """Return JSON for a script element, which no string in it can end."""
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _text(name: str) -> str:
+    return (importlib.resources.files(__package__) / name).read_text(encoding="utf-8")
+
+
+@functools.cache
+def library() -> str:
+    """Return Plotly's script, compressed and as base64: 2 MB in place of 4.8."""
+    with errors.as_user_error():
+        plotly = extras.require("plotly.offline", extra="report")
+    return base64.b64encode(gzip.compress(plotly.get_plotlyjs().encode(), mtime=0)).decode()

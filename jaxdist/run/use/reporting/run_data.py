@@ -1,0 +1,185 @@
+"""What the report says of a run: its record, curves, attempts and parameter server, as plain data."""
+
+import dataclasses
+import pathlib
+import shlex
+import signal
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxdist import errors
+from jaxdist.launch.supervising import supervisor
+from jaxdist.run import directory
+from jaxdist.run.use import run_list
+from jaxdist.run.use.reporting import curves
+from jaxdist.rundir import record
+
+MOST_POINTS = 40_000
+"""Points of all curves of a page together; each takes about 30 bytes."""
+MOST_OF_A_CURVE, LEAST_OF_A_CURVE = 2000, 20
+_MOST_CHARACTERS = 4000
+_ONCE = ("--resume", "--overwrite", "--restartable")
+"""Options that have no place in a command that repeats a run from its start."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AttemptEvent:
+    """An attempt of a job under a supervisor.
+
+    Attributes:
+      host: the folder of a host other than the first, else "".
+      number: from 0.
+      started: seconds since the first attempt began.
+      seconds: it lasted; None while it runs.
+      ended: how, in words.
+      saved_step: the newest step that was kept.
+    """
+
+    host: str
+    number: int
+    started: float
+    seconds: float | None
+    ended: str
+    saved_step: int | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportedRun:
+    """A run of a report.
+
+    Attributes:
+      name: of its directory; with the folders above it where two runs share a name.
+      path: its directory.
+      ended: the end reason; running, interrupted or unfinished.
+      record: its record.
+      curves: by metric.
+      confusion: confusion matrices by the data they are of.
+      classes: names of the classes; empty where they are unknown.
+      attempts: of its job, where it was supervised.
+      nonfinite: the report on a value that was not finite, or "".
+      again: a command that repeats the run in a new directory, or "".
+    """
+
+    name: str
+    path: pathlib.Path
+    ended: str
+    record: record.RunRecord
+    curves: Mapping[str, curves.Curve]
+    confusion: Mapping[str, list[list[float]]]
+    classes: Sequence[str]
+    attempts: Sequence[AttemptEvent]
+    nonfinite: str
+    again: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what the page draws."""
+        return {
+            "name": self.name,
+            "curves": {name: dataclasses.asdict(curve) for name, curve in self.curves.items()},
+            "confusion": self.confusion,
+            "classes": list(self.classes),
+            "staleness": self.record.extra.get("ps", {}).get("staleness"),
+        }
+
+
+def read(run_dirs: Sequence[pathlib.Path]) -> list[ReportedRun]:
+    """Return the runs, in the order given.
+
+    Raises:
+      UserError: a directory without a run, or one that cannot be read.
+    """
+    with errors.as_user_error():
+        for run_dir in run_dirs:
+            if not (run_dir / record.FILE_NAME).is_file():
+                raise errors.UserError(
+                    f"A report is made of run directories; {run_dir} holds no {record.FILE_NAME}. `jaxdist runs` lists "
+                    "the runs of a folder."
+                )
+        rows = [curves.read_rows(run_dir) for run_dir in run_dirs]
+        num_curves = sum(len({name for row in each for name in row}) for each in rows)
+        most = max(LEAST_OF_A_CURVE, min(MOST_OF_A_CURVE, MOST_POINTS // max(num_curves, 1)))
+        names = _names(run_dirs)
+        return [
+            _run(name, run_dir, curves.curves(each, most_points=most))
+            for name, run_dir, each in zip(names, run_dirs, rows, strict=True)
+        ]
+
+
+def _names(run_dirs: Sequence[pathlib.Path]) -> list[str]:
+    names = [run_dir.resolve().name for run_dir in run_dirs]
+    shared = Counter(names)
+    return [str(run_dir) if shared[name] > 1 else name for name, run_dir in zip(names, run_dirs, strict=True)]
+
+
+def _run(name: str, run_dir: pathlib.Path, found: Mapping[str, curves.Curve]) -> ReportedRun:
+    made = record.RunRecord.read(run_dir)
+    why = run_dir / directory.NONFINITE_NAME
+    return ReportedRun(
+        name=name,
+        path=run_dir,
+        ended=run_list.how_ended(run_dir, made),
+        record=made,
+        curves=found,
+        confusion=curves.confusion_matrices(made.metrics),
+        classes=_classes(made.config),
+        attempts=attempts(run_dir),
+        nonfinite=why.read_text(errors="replace")[:_MOST_CHARACTERS] if why.exists() else "",
+        again=repeating(made.command),
+    )
+
+
+def attempts(run_dir: pathlib.Path) -> list[AttemptEvent]:
+    """Return the attempts of a supervised job, of all its hosts."""
+    found = [
+        (host, event)
+        for host in ("", *sorted(path.name for path in run_dir.glob("host-*") if path.is_dir()))
+        for event in supervisor.read_events(run_dir / host)
+    ]
+    first = min((event["time"] for _, event in found), default=0.0)
+    ends = {(host, event["attempt"]): event for host, event in found if event["event"] == "end"}
+    return [
+        _attempt(host, event, ends.get((host, event["attempt"])), first)
+        for host, event in found
+        if event["event"] == "start"
+    ]
+
+
+def _attempt(host: str, start: Mapping[str, Any], end: Mapping[str, Any] | None, first: float) -> AttemptEvent:
+    began, number = start["time"] - first, start["attempt"]
+    if end is None:
+        return AttemptEvent(host, number, began, None, "no end recorded", None)
+    failed, status = end.get("failed"), end.get("status")
+    ended = _status_in_words(status) if failed is None else f"process {failed} {_status_in_words(status)}"
+    return AttemptEvent(host, number, began, end["time"] - start["time"], ended, end.get("saved"))
+
+
+def _status_in_words(status: int | None) -> str:
+    """Return how a process ended by its exit status; above 128 it was a signal."""
+    if not status:
+        return "ended well" if status == 0 else "ended"
+    try:
+        return f"killed by {signal.Signals(status - 128).name}" if status > 128 else f"ended with status {status}"
+    except ValueError:
+        return f"ended with status {status}"
+
+
+def repeating(command: str) -> str:
+    """Return a command line that repeats a run in a new directory: without that of the run, and from its first step."""
+    kept: list[str] = []
+    words = iter(shlex.split(command))
+    for word in words:
+        if word in ("--run-dir", "--checkpoint"):
+            next(words, None)
+        elif word not in _ONCE and not word.startswith(("--run-dir=", "--checkpoint=")):
+            kept.append(word)
+    return shlex.join(kept)
+
+
+def _classes(config: Any) -> list[str]:
+    """Return the names of the classes, where the held-out data have a vocabulary of labels."""
+    try:
+        names = config["data"]["eval"]["vocabulary"]["label"]
+    except (KeyError, TypeError):
+        return []
+    return [str(name) for name in names] if isinstance(names, list) else []
