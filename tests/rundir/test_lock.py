@@ -1,8 +1,10 @@
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -88,3 +90,14 @@ def test_a_lock_can_be_taken_by_its_owner_alone(tmp_path):
     (tmp_path / lock.FILE_NAME).touch(mode=0o644)
     with lock.locked(tmp_path, purpose="test"):
         assert (tmp_path / lock.FILE_NAME).stat().st_mode & 0o777 == 0o600
+
+
+def test_a_job_is_not_refused_because_another_process_looks_whether_it_runs(tmp_path):
+    """`is_locked` takes the lock for a moment; here that moment lasts until the job has found it taken once."""
+    with lock.locked(tmp_path, purpose="before"):
+        pass
+    look = os.open(tmp_path / lock.FILE_NAME, os.O_RDWR)
+    fcntl.flock(look, fcntl.LOCK_EX)
+    threading.Timer(0.02, os.close, [look]).start()
+    with lock.locked(tmp_path, purpose="job"):
+        assert lock.is_locked(tmp_path)
