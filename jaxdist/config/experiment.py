@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 import optax
 
 from jaxdist import adapters
-from jaxdist.config import data_fields
+from jaxdist.config import data_fields, hook_points
 from jaxdist.config.parameter_server import ParameterServer
 from jaxdist.data import Source
 from jaxdist.data.order import Order
@@ -199,6 +199,7 @@ class Experiment:
       recovery: how the run survives failures.
       log_every: steps between rows of training metrics.
       writers: where metrics are written besides the screen.
+      hooks: functions and objects of your own that are called in the run; see `run.custom.user_hooks`.
     """
 
     name: str = ""
@@ -224,6 +225,7 @@ class Experiment:
     recovery: Recovery = Recovery()
     log_every: int = 20
     writers: tuple[Kind, ...] = ("jsonl", "csv", "tensorboard")
+    hooks: tuple[Any, ...] = ()
 
     @staticmethod
     def accept(values: dict[str, Any]) -> dict[str, Any]:
@@ -243,6 +245,8 @@ class Experiment:
         writers = values.get("writers", ())
         if isinstance(writers, tuple | list) and len(set(writers)) < len(writers):
             raise ConfigError(f"Experiment.writers names each writer once; got {writers}. Remove the second.")
+        if isinstance(values.get("hooks"), tuple | list):
+            hook_points.check(values["hooks"])
         if set(str(values.get("name", ""))) & set("/\0"):
             raise ConfigError(f"Experiment.name names the run directory, so it has no slash; got {values['name']!r}.")
         if values.get("inputs") in ((), [], ""):

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxdist import errors, stop
 from jaxdist.checkpoint import checkpoints, snapshots
+from jaxdist.config import hook_points
 from jaxdist.config.experiment import Experiment
 from jaxdist.data import Position
 from jaxdist.data.assembly import BadExampleError, ExampleError
@@ -21,6 +22,7 @@ from jaxdist.guards import nonfinite, recompile, replicas
 from jaxdist.launch.joining import agreement, runtime
 from jaxdist.launch.supervising import watchdog
 from jaxdist.run import bookkeeping, components, directory, disk_room, header, hooks, loop, recovery, rescue
+from jaxdist.run.custom import user_hooks
 from jaxdist.run.stopwatch import Stopwatch
 from jaxdist.rundir import full_disk, lock, record
 from jaxdist.setting_group import setting_group
@@ -224,6 +226,7 @@ class _Run:
             self.experiment.recovery, self.options.run_dir, step=start.progress.step, place=start.position
         )
         with books.shown(), ledger as ledger_hooks:
+            books.call_hooks("on_start", start.state)
             result = loop.fit(
                 self._watched_step,
                 start.state,
@@ -240,7 +243,9 @@ class _Run:
                 self._report_nonfinite(result.state, result.nonfinite)
             else:
                 self._finish(result)
-            return books.finish(result.end_reason, self._whole(result.state.params))
+            made = books.finish(result.end_reason, self._whole(result.state.params))
+            books.call_hooks("on_end", result.state, end_reason=result.end_reason)
+            return made
 
     def _finish(self, result: loop.FitResult) -> None:
         """Evaluate and save the last step, unless that was done; a preempted run has no time for an evaluation."""
@@ -295,7 +300,10 @@ class _Run:
     def _make_hooks(self, ledger_hooks: Sequence[loop.Hook]) -> list[loop.Hook]:
         books = self.books
         found: list[loop.Hook] = [self._agree_on_time()] if self.experiment.stop.max_seconds is not None else []
-        found += [self.log, hooks.evaluate_when_due(books), hooks.show_progress(books)]
+        found.append(self.log)
+        if books.hooks.has(hook_points.ON_STEP):
+            found.append(self._call_user_hooks)
+        found += [hooks.evaluate_when_due(books), hooks.show_progress(books)]
         every = self.experiment.guards.check_replicas_every
         if every:
             found.append(hooks.every(every, lambda info: replicas.check_replicas(info.state, self.mesh)))
@@ -306,6 +314,12 @@ class _Run:
             found.append(recovery.snapshots_when_due(self.start.snapshots, settings, step_seconds, agreed))
         room = self.agreed.number("room on the disk", 1.0)
         return [*found, disk_room.unless_full(hooks.save_when_due(books), self.options.run_dir, agreed=room)]
+
+    def _call_user_hooks(self, info: loop.StepInfo) -> None:
+        def metrics() -> dict[str, float]:
+            return {f"train/{name}": value for name, value in hooks.fetch(info.metrics).items()}
+
+        self.books.call_hooks(hook_points.ON_STEP, info.state, metrics)
 
     def _agree_on_time(self) -> loop.Hook:
         """Return the hook that gives all processes one clock, because max_seconds must end them at the same step."""
@@ -344,7 +358,7 @@ def _explained(error: Exception) -> errors.UserError | errors.RunFailedError | N
         return errors.UserError(f"{error}. Repair or remove it, or skip such examples with data.on_bad=skip.")
     if isinstance(error, ExampleError):
         return errors.UserError(errors.describe(error))
-    if isinstance(error, errors.RunFailedError):
+    if isinstance(error, errors.RunFailedError | user_hooks.HookError):
         return error
     if isinstance(error, checkpoints.CheckpointError) or full_disk.is_full(error):
         return errors.RunFailedError(str(error))

@@ -17,6 +17,7 @@ import jax
 from jaxdist.checkpoint import checkpoints
 from jaxdist.config.experiment import Experiment
 from jaxdist.run import components, directory
+from jaxdist.run.custom import user_hooks
 from jaxdist.run.progress_display import Bounds, Silent, deciding, make_display
 from jaxdist.run.stopwatch import StepTimes, Stopwatch
 from jaxdist.rundir import files, full_disk, origin, record, writers
@@ -133,6 +134,7 @@ class Bookkeeper:
         self.before_save: Callable[[], None] = lambda: None
         self.unsaved_best = False
         """Whether the present state is the best so far, and is to be saved."""
+        self.hooks = user_hooks.UserHooks(attempt.experiment.hooks, is_first=jax.process_index() == 0)
         self._measured: dict[str, int] = {}
         """The step of each metric's last value."""
         experiment = attempt.experiment
@@ -178,6 +180,38 @@ class Bookkeeper:
             )
             yield
 
+    def call_hooks(
+        self,
+        point: str,
+        state: Any,
+        metrics: Callable[[], Mapping[str, float]] | None = None,
+        end_reason: str | None = None,
+    ) -> None:
+        """Call the experiment's hooks at a point of the run.
+
+        Args:
+          point: one of `hook_points.POINTS`.
+          state: that of the present step, or `user_hooks.NO_STATE`.
+          metrics: returns those of this point; None for the last value of each.
+          end_reason: of the run, at its end.
+        """
+
+        def make_info() -> user_hooks.HookInfo:
+            return user_hooks.HookInfo(
+                self.progress,
+                self.attempt.run_dir,
+                metrics=metrics or (lambda: self.progress.metrics),
+                state=state,
+                write=self._write_own,
+                end_reason=end_reason,
+            )
+
+        self.hooks.call(point, make_info)
+
+    def _write_own(self, metrics: Mapping[str, float]) -> None:
+        for writer in self._writers:
+            writer.write(self.progress.step, {**stamp(self.progress), **metrics})
+
     def logs(self, step: int) -> bool:
         """Return whether the training metrics of `step` are written."""
         return step == 1 or step % self.attempt.experiment.log_every == 0
@@ -202,6 +236,7 @@ class Bookkeeper:
         self.progress.record_evaluation(metrics)
         self._write_metrics(self.progress.step, stamp(self.progress), metrics)
         self.unsaved_best = self._is_best()
+        self.call_hooks("on_evaluation", state, lambda: metrics)
 
     def _is_best(self) -> bool:
         """Return whether the watched metric was measured after the present step and is the best so far."""
@@ -224,6 +259,7 @@ class Bookkeeper:
             self.checkpointer.save(step, state, data_state, own)
         self._saved_step = step
         self.write_record(None)
+        self.call_hooks("on_checkpoint", state)
 
     def finish(self, end_reason: str, params: Any | None) -> record.RunRecord:
         """Wait for the last checkpoint, write the last record, show how the run ended, and return the record."""

@@ -18,6 +18,7 @@ import jax
 
 from jaxdist import stop
 from jaxdist.checkpoint import checkpoints
+from jaxdist.config import hook_points
 from jaxdist.paramserver.processes import run_folder
 from jaxdist.paramserver.processes.crew import Crew
 from jaxdist.paramserver.protocol import journal, messages
@@ -26,6 +27,7 @@ from jaxdist.paramserver.run import judge, shared_plan
 from jaxdist.paramserver.run.resume import BEYOND, Start, examples_seen, remove_saved_cuts
 from jaxdist.paramserver.wire import encoding
 from jaxdist.run import bookkeeping, components, header, stopwatch
+from jaxdist.run.custom import user_hooks
 from jaxdist.rundir import record
 from jaxdist.spmd.state import TrainState
 
@@ -128,12 +130,15 @@ class Observer:
         with self.books.shown():
             try:
                 if self.end_reason is None:
+                    self.books.call_hooks("on_start", self.state or user_hooks.NO_STATE)
                     with contextlib.ExitStack() as self.phase:
                         self._charge("compile")
                         self._watch(crew, send, stop_requested)
                 if self.end_reason == NONFINITE:
                     self._report_nonfinite()
-                return self.books.finish(str(self.end_reason), self.state.params if self.state else None)
+                made = self.books.finish(str(self.end_reason), self.state.params if self.state else None)
+                self.books.call_hooks("on_end", self.state or user_hooks.NO_STATE, end_reason=str(self.end_reason))
+                return made
             except BaseException:
                 self.books.write_record("error")
                 raise
@@ -209,6 +214,8 @@ class Observer:
         self.progress.metrics.update({f"train/{name}": value for name, value in row["metrics"].items()})
         if row.get("empty"):
             self.progress.count_empty(1)
+        named = {f"train/{name}": value for name, value in row["metrics"].items()}
+        self.books.call_hooks(hook_points.ON_STEP, user_hooks.NO_STATE, lambda: named)
         self.unlogged = (step, row["metrics"], bookkeeping.stamp(self.progress))
 
     def _log(self) -> None:

@@ -15,6 +15,7 @@ from jaxdist.paramserver.run import judge, observer, resume
 from jaxdist.paramserver.run import shared_plan as plans
 from jaxdist.paramserver.wire import encoding
 from jaxdist.run import bookkeeping, components, directory
+from jaxdist.run.custom import user_hooks
 from jaxdist.rundir import record
 
 
@@ -174,6 +175,30 @@ def test_steps_after_a_return_to_a_snapshot_are_counted_once(tmp_path, watch):
     assert (made.step, made.examples_seen) == (4, 52)
     rows = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows == [1, 2, 3, 4]
+
+
+def test_hooks_see_each_step_once_and_the_state_at_evaluations(watch):
+    seen = []
+
+    class Recorder:
+        def on_start(self, info):
+            seen.append(("start", info.step))
+
+        def on_step(self, info):
+            seen.append((info.step, info.metrics))
+
+        def on_evaluation(self, info):
+            seen.append(("evaluation", info.step, info.metrics, record.params_sha256(info.params)))
+
+        def on_end(self, info):
+            seen.append((info.end_reason, info.step))
+
+    watcher = watch(4)
+    watcher.books.hooks = user_hooks.UserHooks((Recorder(),), True)
+    made, _ = run(watcher, Crew(watcher.plan, watcher.directory, [1, 2, 3, 2, 3, 4], end_reason="max_steps"))
+    steps = [(step, {"train/loss": 0.5}) for step in (1, 2, 3, 4)]
+    evaluation = ("evaluation", 4, {"eval/accuracy": 0.75}, made.params_sha256)
+    assert seen == [("start", 0), *steps, evaluation, ("max_steps", 4)]
 
 
 def test_a_process_that_dies_leaves_the_record_of_an_error(tmp_path, watch):

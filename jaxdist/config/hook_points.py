@@ -1,0 +1,39 @@
+"""The points of a run at which the hooks of an experiment are called, and whether an object is a hook."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxdist.errors import ConfigError
+from jaxdist.setting_group import nearest, show
+
+ON_STEP = "on_step"
+POINTS = ("on_start", ON_STEP, "on_evaluation", "on_checkpoint", "on_end")
+"""The methods a hook may have; a plain function is its own `on_step`."""
+
+
+def check(hooks: Sequence[Any]) -> None:
+    """Raise ConfigError where one of the hooks is none, or has a method that would never be called."""
+    for hook in hooks:
+        if isinstance(hook, type):
+            raise ConfigError(f"Experiment.hooks takes objects; got {show(hook)}. Write {hook.__name__}(...).")
+        methods = [name for name in dir(hook) if name.startswith("on_") and callable(getattr(hook, name))]
+        for name in methods:
+            if name not in POINTS:
+                raise ConfigError(
+                    f"A hook is called at {', '.join(POINTS)}; {show(hook)} has {name}, which is never called."
+                    f"{nearest(name, POINTS)} Rename it."
+                )
+        if not methods and not callable(hook):
+            raise ConfigError(
+                f"Experiment.hooks takes functions of a HookInfo, or objects with any of {', '.join(POINTS)}; got "
+                f"{show(hook)}."
+            )
+        every = getattr(hook, "every_steps", 1)
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise ConfigError(f"every_steps of a hook is a positive whole number; {show(hook)} has {every!r}.")
+
+
+def method(hook: Any, point: str) -> Any | None:
+    """Return what is called at a point, None where the hook has nothing for it."""
+    found = getattr(hook, point, None)
+    return hook if found is None and point == ON_STEP and callable(hook) else found
