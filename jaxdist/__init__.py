@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from jaxdist.run import hooks as hooks
     from jaxdist.run.loop import fit as fit
     from jaxdist.run.use.trained import load as load
+    from jaxdist.rundir import rich_values as rich_values
     from jaxdist.spmd.layout import describe as describe
     from jaxdist.spmd.mesh import make_mesh as make_mesh
     from jaxdist.spmd.metrics import Mean as Mean
@@ -64,6 +65,7 @@ _HOMES = {
     "make_mesh": "spmd.mesh",
     "masked_mean": "spmd.metrics",
     "pmap_step": "spmd.step",
+    "rich_values": "rundir",
     "sharded_step": "spmd.sharded",
 }
 

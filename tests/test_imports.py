@@ -53,6 +53,7 @@ HEAVY = {
     "grain",
     "grpc",
     "libtpu",
+    "mlflow",
     "orbax",
     "PIL",
     "pyarrow",
@@ -63,6 +64,7 @@ HEAVY = {
     "tensorflow",
     "tensorflow_datasets",
     "torch",
+    "wandb",
 }
 """Packages that are large or optional: each is wrapped by one module, which may import it where it is needed."""
 

@@ -18,9 +18,11 @@ EXTRAS = {
     "data": ("tensorflow_datasets", "array_record", "pyarrow", "PIL", "simplejpeg", "soundfile", "google_crc32c"),
     "examples": ("sklearn",),
     "export": ("safetensors", "flatbuffers"),
+    "mlflow": ("mlflow",),
     "paramserver": ("grpc", "google_crc32c"),
     "ray": ("ray",),
     "report": ("plotly",),
+    "wandb": ("wandb",),
 }
 LEAST_FREE_BYTES = 2 << 30
 

@@ -18,7 +18,7 @@ from jaxdist.launch.joining import places, runtime, same_on_all
 from jaxdist.launch.signals import StopRequest
 from jaxdist.launch.supervising import fork_server
 from jaxdist.run import attempt, bookkeeping, components, directory, recovery, supervised
-from jaxdist.rundir import record
+from jaxdist.rundir import record, writers
 
 
 def train(options: argparse.Namespace, request: StopRequest) -> int:
@@ -45,6 +45,7 @@ def supervise(options: argparse.Namespace, forks: fork_server.ForkServer) -> int
         raise errors.UserError(f"--processes starts a job, and this process belongs to one: {place}. Leave it out.")
     _check_start(options)
     experiment = selected_experiment.load(options)
+    writers.check(experiment.writers)
     run_dir = options.run_dir or directory.default_run_dir(experiment.name, resume=options.resume)
     arguments = _for_processes(options.arguments)
     with viewer.Viewer() as shown:

@@ -14,7 +14,7 @@ from jaxdist.data.order import Order
 from jaxdist.data.sources import vocabulary
 from jaxdist.errors import ConfigError
 from jaxdist.optimizers import Optimizer
-from jaxdist.rundir.writers import Kind
+from jaxdist.rundir import open_writers
 from jaxdist.setting_group import setting_group, show
 from jaxdist.spmd import layout as layouts
 from jaxdist.stop import Stop
@@ -198,7 +198,8 @@ class Experiment:
       guards: how often the checks run.
       recovery: how the run survives failures.
       log_every: steps between rows of training metrics.
-      writers: where metrics are written besides the screen.
+      writers: where metrics are written besides the screen: console, jsonl, csv, tensorboard, wandb, mlflow, or the
+        name of a writer that a package adds; see `rundir.open_writers`.
       hooks: functions and objects of your own that are called in the run; see `run.custom.user_hooks`.
     """
 
@@ -224,7 +225,7 @@ class Experiment:
     guards: Guards = Guards()
     recovery: Recovery = Recovery()
     log_every: int = 20
-    writers: tuple[Kind, ...] = ("jsonl", "csv", "tensorboard")
+    writers: tuple[str, ...] = ("jsonl", "csv", "tensorboard")
     hooks: tuple[Any, ...] = ()
 
     @staticmethod
@@ -247,6 +248,8 @@ class Experiment:
             raise ConfigError(f"Experiment.writers names each writer once; got {writers}. Remove the second.")
         if isinstance(values.get("hooks"), tuple | list):
             hook_points.check(values["hooks"])
+        for name in writers if isinstance(writers, tuple | list) else ():
+            open_writers.check_name(str(name))
         if set(str(values.get("name", ""))) & set("/\0"):
             raise ConfigError(f"Experiment.name names the run directory, so it has no slash; got {values['name']!r}.")
         if values.get("inputs") in ((), [], ""):

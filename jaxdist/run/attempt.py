@@ -24,7 +24,7 @@ from jaxdist.launch.supervising import watchdog
 from jaxdist.run import bookkeeping, components, directory, disk_room, header, hooks, loop, recovery, rescue
 from jaxdist.run.custom import user_hooks
 from jaxdist.run.stopwatch import Stopwatch
-from jaxdist.rundir import full_disk, lock, record
+from jaxdist.rundir import full_disk, lock, record, writers
 from jaxdist.setting_group import setting_group
 from jaxdist.spmd.state import TrainState
 
@@ -72,6 +72,7 @@ def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.
     with contextlib.ExitStack() as stack:
         with errors.as_user_error():
             components.check_experiment(experiment)
+            writers.check(experiment.writers)
             stop_rule = experiment.stop.rule()
             parts = components.put_together(experiment, devices=devices, identity=options.identity)
             earlier = directory.prepare_run_dir(

@@ -20,7 +20,7 @@ from jaxdist.run import components, directory
 from jaxdist.run.custom import user_hooks
 from jaxdist.run.progress_display import Bounds, Silent, deciding, make_display
 from jaxdist.run.stopwatch import StepTimes, Stopwatch
-from jaxdist.rundir import files, full_disk, origin, record, writers
+from jaxdist.rundir import files, full_disk, origin, record, rich_values, writers
 from jaxdist.stop import Progress
 
 
@@ -153,7 +153,13 @@ class Bookkeeper:
         )
         self.write_record(None)
         resumed_step = progress.step if attempt.earlier else None
-        made = writers.make_writers(attempt.run_dir, experiment.writers, resumed_step=resumed_step)
+        made = writers.make_writers(
+            attempt.run_dir,
+            experiment.writers,
+            resumed_step=resumed_step,
+            name=attempt.identity.name,
+            config=record.plain(experiment),
+        )
         self._writers = [writers.Patient(writer) for writer in made]
 
     @contextlib.contextmanager
@@ -208,9 +214,18 @@ class Bookkeeper:
 
         self.hooks.call(point, make_info)
 
-    def _write_own(self, metrics: Mapping[str, float]) -> None:
+    def _write_own(self, metrics: Mapping[str, float], rich: Mapping[str, rich_values.RichValue]) -> None:
+        step = self.progress.step
+        if rich and self._writers and not any(writer.takes_rich_values for writer in self._writers):
+            raise ValueError(
+                f"Images, histograms, tables and texts ({', '.join(rich)}) need a writer that takes them; "
+                f"{', '.join(self.attempt.experiment.writers)} take numbers only. Add tensorboard to the writers."
+            )
         for writer in self._writers:
-            writer.write(self.progress.step, {**stamp(self.progress), **metrics})
+            if metrics:
+                writer.write(step, {**stamp(self.progress), **metrics})
+            if rich:
+                writer.write_rich(step, rich)
 
     def logs(self, step: int) -> bool:
         """Return whether the training metrics of `step` are written."""

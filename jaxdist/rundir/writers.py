@@ -7,6 +7,7 @@ it is about to write them again.
 
 import csv
 import errno
+import functools
 import io
 import json
 import os
@@ -16,13 +17,11 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol, TextIO, TypeAlias
+from typing import Any, Protocol, TextIO
 
 import jax
 
-from jaxdist.rundir import files, full_disk, record
-
-Kind: TypeAlias = Literal["console", "jsonl", "csv", "tensorboard"]
+from jaxdist.rundir import files, full_disk, open_writers, record, rich_values
 
 JSONL_NAME = "metrics.jsonl"
 CSV_NAME = "metrics.csv"
@@ -38,25 +37,41 @@ class Writer(Protocol):
     def close(self) -> None:
         """Close the file. May be called twice."""
 
+    # A writer may also have `write_rich(step, values)`, which takes a RichValue for each name.
+
 
 def make_writers(
-    run_dir: str | os.PathLike[str], kinds: Sequence[Kind] = ("jsonl",), *, resumed_step: int | None = None
+    run_dir: str | os.PathLike[str],
+    kinds: Sequence[str] = ("jsonl",),
+    *,
+    resumed_step: int | None = None,
+    name: str = "",
+    config: Any = None,
 ) -> list[Writer]:
     """Return the writers of this process: those asked for on process 0, none on the others.
 
     Args:
       run_dir: exists; holds metrics.jsonl, metrics.csv and tensorboard/.
-      kinds: any of console, jsonl, csv, tensorboard.
+      kinds: any of console, jsonl, csv, tensorboard, and of the names that `open_writers` knows.
       resumed_step: the step that the run resumes from. None for a new run: an existing file is then refused
         (FileExistsError).
+      name: of the experiment, for trackers.
+      config: the experiment as plain data, for trackers.
     """
     if jax.process_index() != 0:
         return []
-    run_dir = pathlib.Path(run_dir)
-    return [_make_writer(run_dir, kind, resumed_step) for kind in kinds]
+    run = open_writers.WrittenRun(pathlib.Path(run_dir), name, config, resumed_step)
+    return [_make_writer(run, kind) for kind in kinds]
 
 
-def _make_writer(run_dir: pathlib.Path, kind: Kind, resumed_step: int | None) -> Writer:
+def check(kinds: Sequence[str]) -> None:
+    """Raise UserError where one of the writers cannot be made here, since it is unknown or not installed."""
+    for kind in kinds:
+        open_writers.check(kind)
+
+
+def _make_writer(run: open_writers.WrittenRun, kind: str) -> Writer:
+    run_dir, resumed_step = run.run_dir, run.resumed_step
     match kind:
         case "console":
             return ConsoleWriter()
@@ -66,7 +81,7 @@ def _make_writer(run_dir: pathlib.Path, kind: Kind, resumed_step: int | None) ->
             return CsvWriter(run_dir / CSV_NAME, resumed_step=resumed_step)
         case "tensorboard":
             return TensorBoardWriter(run_dir / TENSORBOARD_NAME, resumed_step=resumed_step)
-    raise ValueError(f"A writer is one of console, jsonl, csv, tensorboard; got {kind!r}.")
+    return open_writers.make(kind, run)
 
 
 class Patient:
@@ -74,11 +89,18 @@ class Patient:
 
     def __init__(self, writer: Writer) -> None:
         self._writer = writer
-        self._rows = full_disk.Backlog[tuple[int, Mapping[str, float]]](lambda row: writer.write(*row), "metrics")
+        self._write_rich = getattr(writer, "write_rich", None)
+        self.takes_rich_values = getattr(writer, "takes_rich_values", self._write_rich is not None)
+        self._rows = full_disk.Backlog[Callable[[], None]](lambda write: write(), "metrics")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """See Writer."""
-        self._rows.add((step, dict(metrics)))
+        self._rows.add(functools.partial(self._writer.write, step, dict(metrics)))
+
+    def write_rich(self, step: int, values: Mapping[str, rich_values.RichValue]) -> None:
+        """Write what is no number, where the writer takes it; see Writer."""
+        if self._write_rich is not None and self.takes_rich_values:
+            self._rows.add(functools.partial(self._write_rich, step, dict(values)))
 
     def close(self) -> None:
         """Write what waits, as far as there is room, and say what is lost; see Writer."""
@@ -177,7 +199,7 @@ class TensorBoardWriter:
     def __init__(self, log_dir: str | os.PathLike[str], *, resumed_step: int | None = None) -> None:
         from tensorboardX import proto, record_writer, summary
 
-        self._Event, self._scalar, self._checksum = proto.event_pb2.Event, summary.scalar, record_writer.masked_crc32c
+        self._Event, self._summary, self._checksum = proto.event_pb2.Event, summary, record_writer.masked_crc32c
         log_dir = pathlib.Path(log_dir)
         log_dir.mkdir(parents=True, exist_ok=True)
         older = sorted(log_dir.glob("events.out.tfevents.*"))
@@ -196,8 +218,29 @@ class TensorBoardWriter:
         """Write one event with all the scalars; see Writer."""
         event = self._Event(wall_time=time.time(), step=step)
         for name, value in metrics.items():
-            event.summary.value.extend(self._scalar(name, float(value)).value)
+            event.summary.value.extend(self._summary.scalar(name, float(value)).value)
         self._put(event)
+
+    def write_rich(self, step: int, values: Mapping[str, rich_values.RichValue]) -> None:
+        """Write one event with images, histograms and texts; a table is a text. See Writer."""
+        event = self._Event(wall_time=time.time(), step=step)
+        for name, value in values.items():
+            event.summary.value.extend(self._rich(name, value).value)
+        self._put(event)
+
+    def _rich(self, name: str, value: rich_values.RichValue) -> Any:
+        match value:
+            case rich_values.Image():
+                return self._summary.image(name, value.to_bytes(), dataformats="HWC")
+            case rich_values.Histogram():
+                counts, edges = value.count()
+                middles = (edges[:-1] + edges[1:]) / 2
+                moments = [float((counts * power).sum()) for power in (middles, middles**2)]
+                bounds, total = (float(edges[0]), float(edges[-1])), int(counts.sum())
+                return self._summary.histogram_raw(name, *bounds, total, *moments, edges[1:].tolist(), counts.tolist())
+            case rich_values.Table():
+                return self._summary.text(name, value.to_markdown())
+        return self._summary.text(name, value.text)
 
     def close(self) -> None:
         """See Writer."""

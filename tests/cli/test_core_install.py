@@ -9,8 +9,8 @@ import tiny_experiment
 WITHOUT_EXTRAS = """
 import sys
 EXTRAS = {
-    *("array_record", "flatbuffers", "google_crc32c", "grpc", "libtpu", "pandas", "PIL", "plotly", "pyarrow"),
-    *("ray", "safetensors", "shtab", "simplejpeg", "sklearn", "soundfile", "tensorflow_datasets"),
+    *("array_record", "flatbuffers", "google_crc32c", "grpc", "libtpu", "mlflow", "pandas", "PIL", "plotly", "pyarrow"),
+    *("ray", "safetensors", "shtab", "simplejpeg", "sklearn", "soundfile", "tensorflow_datasets", "wandb"),
 }
 
 class Without:

@@ -8,12 +8,13 @@ import math
 import resource
 
 import jax
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing import event_accumulator
 
-from jaxdist.rundir import writers
+from jaxdist.rundir import rich_values, writers
 
 
 def rows_of(path):
@@ -199,6 +200,35 @@ def test_the_console_gets_plain_lines():
     assert stream.getvalue() == "step 120  train/loss 0.1235  eval/accuracy 0.985\n"
 
 
+def test_tensorboard_has_images_histograms_tables_and_texts(tmp_path):
+    values = {
+        "mine/image": rich_values.Image(np.full((5, 7), 0.5)),
+        "mine/histogram": rich_values.Histogram(np.arange(10.0)),
+        "mine/table": rich_values.Table(("a", "b"), [(1, 2)]),
+        "mine/text": rich_values.Text("a text"),
+    }
+    writer = writers.Patient(writers.TensorBoardWriter(tmp_path))
+    assert writer.takes_rich_values
+    writer.write_rich(3, values)
+    writer.close()
+    found = event_accumulator.EventAccumulator(str(tmp_path)).Reload()
+    (image,) = found.Images("mine/image")
+    assert (image.step, image.width, image.height) == (3, 7, 5)
+    (histogram,) = found.Histograms("mine/histogram")
+    value = histogram.histogram_value
+    assert (value.num, value.min, value.max, sum(value.bucket)) == (10, 0.0, 9.0, 10)
+    texts = [found.Tensors(f"mine/{name}/text_summary")[0].tensor_proto.string_val[0] for name in ("text", "table")]
+    assert texts == [b"a text", b"| a | b |\n| --- | --- |\n| 1 | 2 |"]
+
+
+def test_a_writer_of_numbers_leaves_out_what_is_none(tmp_path):
+    writer = writers.Patient(writers.JsonlWriter(tmp_path / "metrics.jsonl"))
+    assert not writer.takes_rich_values
+    writer.write_rich(3, {"mine/text": rich_values.Text("a text")})
+    writer.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
 def test_only_process_0_writes(tmp_path, monkeypatch):
     kinds = ("console", "jsonl", "csv", "tensorboard")
     made = writers.make_writers(tmp_path, kinds)
@@ -212,6 +242,6 @@ def test_only_process_0_writes(tmp_path, monkeypatch):
         writer.close()
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["metrics.csv", "metrics.jsonl", "tensorboard"]
     with pytest.raises(ValueError, match="console, jsonl, csv, tensorboard"):
-        writers.make_writers(tmp_path, ("wandb",))
+        writers.make_writers(tmp_path, ("xyz",))
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     assert writers.make_writers(tmp_path / "nowhere", kinds) == []

@@ -21,7 +21,7 @@ from jaxdist.paramserver.run import observer, resume, shared_plan
 from jaxdist.paramserver.wire import streams
 from jaxdist.paramserver.wire.security import TOKEN, Security, new_token
 from jaxdist.run import bookkeeping, components, directory
-from jaxdist.rundir import lock, record
+from jaxdist.rundir import lock, record, writers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,6 +63,7 @@ def train(options: Options) -> record.RunRecord:
     with contextlib.ExitStack() as stack:
         with errors.as_user_error():
             experiment = override(load_experiment(options.experiment), options.assignments)
+            writers.check(experiment.writers)
             if experiment.ps.hosts:
                 hidden_settings.refuse(options.assignments, experiment, "A directory that several machines share")
             known = options.identity.data if options.identity else None

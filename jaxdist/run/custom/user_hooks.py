@@ -8,16 +8,18 @@ import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 
 from jaxdist import errors
 from jaxdist.config import hook_points
+from jaxdist.rundir.rich_values import RichValue
 from jaxdist.spmd import keys
 from jaxdist.stop import Progress
 
+Write: TypeAlias = Callable[[dict[str, float], dict[str, RichValue]], None]
 _TAKEN = ("step", "examples_seen", "seconds")
 
 
@@ -31,7 +33,7 @@ class _Sources:
 
     metrics: Callable[[], Mapping[str, float]] | None
     state: Any
-    write: Callable[[dict[str, float]], None] | None
+    write: Write | None
 
 
 class HookInfo:
@@ -53,7 +55,7 @@ class HookInfo:
         *,
         metrics: Callable[[], Mapping[str, float]],
         state: Any,
-        write: Callable[[dict[str, float]], None],
+        write: Write,
         end_reason: str | None = None,
     ) -> None:
         self.step, self.epoch = progress.step, progress.epoch
@@ -90,7 +92,8 @@ class HookInfo:
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Write metrics of the hook's own to the row of this step, by all writers of the experiment.
 
-        They are written, and that is all: no stop rule looks at them, since a hook runs on one process.
+        An Image, Histogram, Table or Text goes to the writers that take it, TensorBoard for example. Metrics are
+        written, and that is all: no stop rule looks at them, since a hook runs on one process.
         """
         for name in metrics:
             if name in _TAKEN or name.startswith(("train/", "eval/")):
@@ -98,7 +101,9 @@ class HookInfo:
                     f"A metric of a hook has a name of its own; {name!r} is one of the run's. Choose another, such as "
                     f"'mine/{name.rpartition('/')[2]}'."
                 )
-        self._open("write")({name: float(value) for name, value in metrics.items()})
+        rich = {name: value for name, value in metrics.items() if isinstance(value, RichValue)}
+        numbers = {name: float(value) for name, value in metrics.items() if name not in rich}
+        self._open("write")(numbers, rich)
 
     def close(self) -> None:
         """Let go of the state: what was not read until now cannot be read any more."""

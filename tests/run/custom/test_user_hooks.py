@@ -12,6 +12,7 @@ import trained_tiny
 
 import jaxdist
 from jaxdist.run.custom import user_hooks
+from jaxdist.rundir import rich_values
 from jaxdist.stop import Progress
 
 
@@ -98,7 +99,7 @@ def make_info(*, step=6, written=None):
         None,
         metrics=lambda: {"train/loss": 0.5},
         state=user_hooks.NO_STATE,
-        write=[].append if written is None else written.append,
+        write=lambda numbers, rich: [] if written is None else written.append((numbers, rich)),
     )
 
 
@@ -150,7 +151,12 @@ def test_a_metric_of_the_run_is_not_overwritten(name):
     assert written == []
 
 
-def test_what_is_logged_becomes_numbers():
-    written = []
-    make_info(written=written).log({"a": np.float32(0.5), "b": jax.numpy.ones(()), "c": math.nan})
-    assert str(written) == "[{'a': 0.5, 'b': 1.0, 'c': nan}]"
+def test_what_is_logged_becomes_numbers_and_images_stay(tmp_path):
+    written, text = [], rich_values.Text("a text")
+    make_info(written=written).log({"a": np.float32(0.5), "b": jax.numpy.ones(()), "c": math.nan, "d": text})
+    assert str(written) == f"[({{'a': 0.5, 'b': 1.0, 'c': nan}}, {{'d': {text}}})]"
+
+
+def test_an_image_that_no_writer_takes_is_refused(tmp_path):
+    with pytest.raises(user_hooks.HookError, match=r"need a writer that takes them; jsonl take numbers only"):
+        train(tmp_path / "a", lambda info: info.log({"mine/text": rich_values.Text("a text")}))

@@ -1,0 +1,1 @@
+"""Experiment trackers as writers, one a file; each package is an extra."""
