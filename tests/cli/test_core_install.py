@@ -4,6 +4,7 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
 import tiny_experiment
 
 WITHOUT_EXTRAS = """
@@ -47,9 +48,14 @@ def test_a_run_is_trained_evaluated_exported_and_listed_without_any_extra(tmp_pa
         assert done.returncode == 0, done.stderr
 
 
-def test_a_parameter_server_without_its_extra_says_what_to_install(tmp_path):
-    done = run("train", tiny_experiment.__file__, "--strategy", "parameter-server", "--run-dir", tmp_path / "a")
+@pytest.mark.parametrize(
+    ("arguments", "extra"),
+    [(("--strategy", "parameter-server"), "paramserver"), (("--set", "writers=jsonl,wandb"), "wandb")],
+    ids=["parameter server", "writer"],
+)
+def test_what_needs_an_extra_that_is_missing_says_what_to_install(tmp_path, arguments, extra):
+    done = run("train", tiny_experiment.__file__, *arguments, "--run-dir", tmp_path / "a")
     assert done.returncode == 2, done.stderr
-    assert "pip install 'jaxdist[paramserver]'" in done.stderr
+    assert f"pip install 'jaxdist[{extra}]'" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "a").exists()
