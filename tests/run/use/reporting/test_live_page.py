@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import subprocess
 import threading
 
 import pytest
@@ -62,3 +63,25 @@ def test_a_port_that_is_taken_is_one_message(tmp_path):
         for port in (server.server_port, 70_000):
             with pytest.raises(errors.UserError, match=f"{port} is none"):
                 live_page.serve([run_dir], port)
+
+
+@pytest.mark.browser
+def test_a_browser_shows_what_came_after_the_page(tmp_path, monkeypatch):
+    run_dir = write_run(tmp_path / "a", end_reason=None)
+    make = report_page.make
+
+    def make_and_go_on(*arguments, **options):
+        page = make(*arguments, **options)
+        row = {"step": 9, "examples_seen": 90, "seconds": 9.0, "train/newcomer": 0.125}
+        with open(run_dir / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        return page
+
+    monkeypatch.setattr(report_page, "make", make_and_go_on)
+    with served(run_dir) as server:
+        command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+        address = f"http://127.0.0.1:{server.server_port}/"
+        command += ["--virtual-time-budget=15000", "--dump-dom", address]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "data-error" not in done.stdout
+    assert "<h3>newcomer" in done.stdout
