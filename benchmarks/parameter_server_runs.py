@@ -76,7 +76,8 @@ def recovery(death: str, rounds: int) -> dict[str, Any]:
 def wait_after_fault(directory: pathlib.Path) -> float:
     (mark,) = (directory / "faults").iterdir()
     killed = mark.stat().st_mtime
-    times = [json.loads(line)["time"] for line in (directory / "steps.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (directory / "steps.jsonl").read_text().splitlines()]
+    times = [row["time"] for row in rows if "time" in row]  # the gradient norm of a step has a line of its own
     return min(time for time in times if time > killed) - killed
 
 

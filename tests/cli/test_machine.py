@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+import step_lines
 
 from jaxdist.cli import machine, main
 from jaxdist.errors import TryAgain, UserError
@@ -121,9 +122,9 @@ def test_two_machines_that_are_preempted_and_requeued_give_the_bits_of_one(tmp_p
     chosen = ["ps.workers=2", "ps.servers=2", "stop.max_steps=120"]
     chosen += ["eval.every_steps=1000", "checkpoints.every_steps=1000"]
     [first_port] = local_job.quiet_ports(1)
-    run_dir, steps = tmp_path / "two", tmp_path / "two" / "ps" / "steps.jsonl"
+    run_dir = tmp_path / "two"
     with running(tmp_path, run_dir, *chosen, f"ps.port={first_port}") as job:
-        while not steps.exists() or steps.read_text().count("\n") < 10:
+        while step_lines.last_step(run_dir) < 10:
             assert job.poll() is None, said(tmp_path)
             time.sleep(0.05)
         machines = machines_of(run_dir)

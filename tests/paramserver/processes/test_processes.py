@@ -14,6 +14,7 @@ import time
 import jax
 import pytest
 import root_experiment
+import step_lines
 import tiny_experiment
 
 from jaxdist.config import overrides
@@ -55,8 +56,7 @@ class Mischief(threading.Thread):
         self.directory, self.deeds, self.done = pathlib.Path(run_dir) / "ps", deeds, []
 
     def steps(self):
-        path = self.directory / "steps.jsonl"
-        return path.read_text().count("\n") if path.exists() else 0
+        return step_lines.last_step(self.directory.parent)
 
     def run(self):
         for after, deed in self.deeds:
@@ -217,8 +217,7 @@ def test_no_process_outlives_its_parent(tmp_path, number):
     command = [sys.executable, "-m", "jaxdist.cli", "train", EXPERIMENT, "--run-dir", str(tmp_path), "--json"]
     command += ["--strategy", "parameter-server", "--max-steps", "100000"]
     parent = subprocess.Popen(command, start_new_session=True)
-    steps = tmp_path / "ps" / "steps.jsonl"
-    while not steps.exists() or steps.read_text().count("\n") < 5:
+    while step_lines.last_step(tmp_path) < 5:
         assert parent.poll() is None
         time.sleep(0.1)
     spec = str(tmp_path / "ps" / "spec.json")

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import step_lines
 import tiny_experiment
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(600)]
@@ -24,8 +25,7 @@ def record_of(run_dir):
 
 
 def wait_for_steps(process, run_dir, count):
-    steps = pathlib.Path(run_dir) / "ps" / "steps.jsonl"
-    while not steps.exists() or steps.read_text().count("\n") < count:
+    while step_lines.last_step(run_dir) < count:
         assert process.poll() is None, "the run was over before the mischief was"
         time.sleep(0.02)
 
