@@ -139,6 +139,28 @@ def test_imports_go_downward_only(name):
         assert other == room or below, f"{name} imports {imported}, which is not on a floor below"
 
 
+WALL_CLOCK = {
+    "jaxdist.launch.supervising.board": "a report says when it was written",
+    "jaxdist.launch.supervising.supervisor": "restarts.jsonl says when attempts began and ended",
+    "jaxdist.paramserver.processes.reports": "steps.jsonl says when a step was made",
+    "jaxdist.paramserver.run.observer": "reads that, bounded by the monotonic clock",
+    "jaxdist.rundir.trackers.mlflow_tracker": "MLflow's time of a value",
+    "jaxdist.rundir.writers": "TensorBoard's time of a value",
+}
+"""Modules that read the clock of the wall, and why: it may be set, so nothing is measured and nothing ends by it."""
+
+
+def test_no_deadline_is_by_the_clock_of_the_wall():
+    """Everything that waits or measures takes `time.monotonic`."""
+    readers = {
+        name
+        for name, tree in MODULES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "time.time"
+    }
+    assert readers == set(WALL_CLOCK)
+
+
 def test_the_ground_floor_imports_nothing_of_ours():
     outside = {name: room_of(name) for name in MODULES if room_of(name) == "spmd"}
     assert [(name, each) for name in outside for each in INTERNAL[name] if room_of(each) != "spmd"] == []

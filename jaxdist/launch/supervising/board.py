@@ -11,7 +11,7 @@ import os
 import pathlib
 import tempfile
 import time
-from typing import Any
+from typing import Any, TypeAlias
 
 _VERDICT = "verdict.json"
 _SIZE = 256
@@ -64,23 +64,42 @@ def read(directory: pathlib.Path, process: int) -> ProcessReport | None:
         return None
 
 
-def publish(directory: pathlib.Path, verdict: dict[str, Any]) -> None:
-    """Publish a verdict for all processes to read, unless there is one already: the first counts."""
+Mark: TypeAlias = tuple[int, int] | None
+"""Identifies a published verdict: its inode and time of writing, which are compared for equality only, because the
+clock of the file system may be set. None stands for no verdict."""
+
+
+def mark(directory: pathlib.Path) -> Mark:
+    """Return the mark of the verdict that is published now."""
+    with contextlib.suppress(FileNotFoundError):
+        found = (directory / _VERDICT).stat()
+        return found.st_ino, found.st_mtime_ns
+    return None
+
+
+def publish(directory: pathlib.Path, verdict: dict[str, Any], *, earlier: Mark = None) -> None:
+    """Publish a verdict for all processes to read, unless there is one already: the first counts.
+
+    A verdict marked `earlier` is of an earlier attempt and is replaced.
+    """
     with tempfile.NamedTemporaryFile("w", dir=directory, prefix=_VERDICT) as file:
         file.write(json.dumps(verdict))
         file.flush()
+        if earlier is not None and mark(directory) == earlier:
+            (directory / _VERDICT).unlink(missing_ok=True)
         # A link appears whole and fails if the name is taken; a rename would replace what others have read.
         with contextlib.suppress(FileExistsError):
             os.link(file.name, directory / _VERDICT)
 
 
-def published(directory: pathlib.Path, *, since: float) -> dict[str, Any] | None:
-    """Return the published verdict, None without one; a verdict older than `since` is of an earlier attempt."""
-    path = directory / _VERDICT
-    try:
-        return json.loads(path.read_bytes()) if path.stat().st_mtime >= since else None
-    except FileNotFoundError:
+def published(directory: pathlib.Path, *, earlier: Mark = None) -> dict[str, Any] | None:
+    """Return the published verdict, None without one; a verdict marked `earlier` is of an earlier attempt."""
+    found = mark(directory)
+    if found is None or found == earlier:
         return None
+    with contextlib.suppress(FileNotFoundError):
+        return json.loads((directory / _VERDICT).read_bytes())
+    return None
 
 
 def clear(directory: pathlib.Path) -> None:

@@ -151,7 +151,7 @@ class Striker:
             before = _highest_step(attempt)
             if not _deliver(strike, attempt["process_ids"][strike.process]):
                 continue
-            struck = time.time()
+            struck = time.monotonic()
             verdict = self._await_end(struck, attempt)
             lost = self._await_recovery(struck, attempt["attempt"], before)
             if lost is None:
@@ -166,7 +166,7 @@ class Striker:
                 continue
             report = board.read(pathlib.Path(attempt["memory"]), strike.process)
             if strike.early_seconds is not None:
-                if time.time() - attempt["time"] >= strike.early_seconds:
+                if time.monotonic() - attempt["monotonic"] >= strike.early_seconds:
                     return attempt
             elif report is not None and report.step >= strike.step:
                 return attempt
@@ -175,9 +175,9 @@ class Striker:
     def _await_end(self, struck: float, attempt: dict[str, Any]) -> tuple[tuple[int, ...], float] | None:
         """Return the verdict of the watchdog, None if the attempt ends without one."""
         while not self._over.wait(_POLL_SECONDS):
-            published = board.published(pathlib.Path(attempt["memory"]), since=struck)
+            published = board.published(pathlib.Path(attempt["memory"]))
             if published is not None:
-                return tuple(published["culprits"]), time.time() - struck
+                return tuple(published["culprits"]), time.monotonic() - struck
             if self._attempt() != attempt:
                 return None
         return None
@@ -189,9 +189,9 @@ class Striker:
             running = self._attempt()
             if running is None or running["attempt"] == attempt:
                 continue
-            if not passed or passed[0] != running["time"]:
-                passed = [running["time"]]
-            now, reports = time.time(), _reports(running)
+            if not passed or passed[0] != running["monotonic"]:
+                passed = [running["monotonic"]]
+            now, reports = time.monotonic(), _reports(running)
             stage = _stage(reports, before)
             passed += [now] * (stage + 1 - len(passed))
             if stage == _NUM_STAGES:

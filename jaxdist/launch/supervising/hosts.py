@@ -8,7 +8,6 @@ coordinator. A restart continues from the newest checkpoint, so the run director
 import dataclasses
 import pathlib
 import shlex
-import time
 from collections.abc import Callable, Sequence
 
 from jaxdist.errors import ExitStatus, UserError
@@ -96,7 +95,8 @@ class _Attempts:
 
     def make(self, number: int, num_processes: int) -> supervisor.Attempt:
         """Run this host's processes once, to their end."""
-        began = time.time()
+        verdicts = self.run_dir / supervisor.BOARD_NAME
+        earlier = board.mark(verdicts)
         result = local_job.run_job(
             self.command,
             num_processes=num_processes,
@@ -106,7 +106,7 @@ class _Attempts:
             started=lambda ids: self.events.note("start", attempt=number, process_ids=ids),
             signals=self.signals,
         )
-        verdict = board.published(self.run_dir / supervisor.BOARD_NAME, since=began)
+        verdict = board.published(verdicts, earlier=earlier)
         if verdict and self.host.index == 0:
             supervisor.say(f"{verdict['text']}\nEach process's stacks are in its log in {self.run_dir / 'logs'}.")
         elif result.failed_process is not None and result.message:

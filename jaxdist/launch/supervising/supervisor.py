@@ -29,17 +29,17 @@ from jaxdist.rundir import lock, record
 MEMORY = "JAXDIST_MEMORY"
 """Environment variable: the directory in memory for snapshots and reports."""
 FAILED_AT = "JAXDIST_FAILED_AT"
-"""Environment variable: when the attempt before failed, in seconds since 1970."""
+"""Environment variable: when the attempt before failed, by the machine's monotonic clock."""
 
 DEADLINE = "JAXDIST_DEADLINE"
-"""Environment variable: when the job must stop, in seconds since 1970."""
+"""Environment variable: when the job must stop, by the monotonic clock."""
 
 EVENTS_NAME = "restarts.jsonl"
 BOARD_NAME = "board"
 """The folder of the board in the run directory, if the job has no directory in memory."""
 MEMORY_ROOT = pathlib.Path("/dev/shm")
 _PREFIX = "jaxdist-"
-_OWNER_NAME = "run_dir"
+_OWNER_NAME, _FOUND_NAME = "run_dir", "found_at"
 _KEEP_SECONDS = 24 * 3600.0
 _GOOD_ENDS = ("target_reached", "max_steps", "max_epochs", "max_seconds", "patience")
 _LOOK_SECONDS = 0.1
@@ -208,7 +208,7 @@ def memory_directory(run_dir: pathlib.Path, *, root: pathlib.Path = MEMORY_ROOT)
 def left_behind(run_dir: pathlib.Path, *, root: pathlib.Path = MEMORY_ROOT) -> Iterator[pathlib.Path]:
     """Yield each directory in memory that a killed job of `run_dir` left behind, locked; remove those of no use.
 
-    Those of other run directories stay for a day, so that their runs can be resumed from them.
+    Those of other run directories stay for a day after they were first found, so that their runs can be resumed.
     """
     for path in root.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError, lock.LockedError):
@@ -218,8 +218,19 @@ def left_behind(run_dir: pathlib.Path, *, root: pathlib.Path = MEMORY_ROOT) -> I
                 owner = path / _OWNER_NAME
                 if owner.is_symlink() and owner.readlink() == run_dir.absolute():
                     yield path
-                elif not owner.exists() or time.time() - path.stat().st_mtime > _KEEP_SECONDS:
+                elif not owner.exists() or _found_seconds_ago(path) > _KEEP_SECONDS:
                     shutil.rmtree(path, ignore_errors=True)
+
+
+def _found_seconds_ago(left: pathlib.Path) -> float:
+    """Return how long ago a job first found a directory that was left behind, and note it there if this is the first.
+
+    By the time since the machine started, which is never set: the directory is in memory and as old at most.
+    """
+    note, now = left / _FOUND_NAME, time.clock_gettime(time.CLOCK_BOOTTIME)
+    if not note.is_symlink():
+        note.symlink_to(repr(now))  # needs no memory of its own, like that to the owner
+    return now - float(os.readlink(note))
 
 
 class Events:
@@ -234,12 +245,13 @@ class Events:
         self.failed_at: float | None = None
 
     def note(self, event: str, **details: object) -> None:
-        """Add a line with the time in seconds since 1970."""
+        """Add a line with the time in seconds since 1970, and by the monotonic clock, for what measures."""
+        monotonic = time.monotonic()  # one clock for all processes of this machine, which is never set
         if event == "end":
-            self.failed_at = time.monotonic()  # one clock for all processes of this machine, which is never set back
+            self.failed_at = monotonic
         try:
             with open(self._path, "a") as file:
-                file.write(json.dumps({"event": event, "time": time.time()} | details) + "\n")
+                file.write(json.dumps({"event": event, "time": time.time(), "monotonic": monotonic} | details) + "\n")
         except OSError as error:
             if not self._told:
                 say(f"{self._path} could not be written: {error.strerror}. The job continues without it.")
@@ -368,7 +380,7 @@ class _Attempts:
         board.clear(self._memory)
         if number:
             self._record.restore()
-        before, began = _changed_at(job.run_dir), time.time()
+        before = _changed_at(job.run_dir)
         log_dir = job.run_dir / "logs" / f"attempt-{number}"
         resume = ["--resume"] if number and (job.run_dir / record.FILE_NAME).exists() else []
         with _StoppedWatch(self._memory, self._stopped_seconds, self._record.look) as watch:
@@ -389,7 +401,7 @@ class _Attempts:
                 # Processes in a collective do not react to a signal; their state is in memory or on disk already.
                 grace_seconds=0.0,
             )
-        if verdict := board.published(self._memory, since=began):
+        if verdict := board.published(self._memory):
             say(f"{verdict['text']}\nEach process's stacks are in its log in {log_dir}.")
         elif result.failed_process is not None and result.message:
             say(f"Process {result.failed_process} failed first. Its log in {log_dir} ends so:\n{result.message}")

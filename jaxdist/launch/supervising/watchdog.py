@@ -199,7 +199,7 @@ class Watchdog:
     ):
         self._directory, self._where = directory, where
         self._writer = board.ReportWriter(directory, process)
-        self._since = time.time()
+        self._earlier = board.mark(directory)
         self._process, self._num_processes = process, num_processes
         self._limits, self._on_hang = limits, on_hang
         self._every_seconds = min(0.5, limits.hang_seconds / 10) if every_seconds is None else every_seconds
@@ -232,8 +232,8 @@ class Watchdog:
             verdict = judge(observer.views(), self._limits, silence_seconds=silence_seconds)
             if verdict:
                 with contextlib.suppress(OSError):  # a verdict that cannot be published is shown by this process alone
-                    board.publish(self._directory, dataclasses.asdict(verdict))
-            published = board.published(self._directory, since=self._since)
+                    board.publish(self._directory, dataclasses.asdict(verdict), earlier=self._earlier)
+            published = board.published(self._directory, earlier=self._earlier)
             if published:
                 verdict = HangVerdict(tuple(published["culprits"]), published["reporter"], published["text"])
             if verdict:

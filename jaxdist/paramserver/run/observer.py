@@ -101,7 +101,7 @@ class Observer:
         )
         self.progress = start.progress
         self.last_time: float | None = None
-        self.clock_offset = 0.0
+        self.started, self.clock_offset = time.monotonic(), 0.0
         """What turns the scheduler's clock into seconds of training."""
         self.seen_cut = 0  # when the file of the newest cut was written
         self.judged: messages.Verdict | None = None
@@ -144,7 +144,7 @@ class Observer:
                 raise
 
     def _watch(self, crew: Crew, send: Send, stop_requested: Callable[[], bool]) -> None:
-        started = time.monotonic() - self.progress.seconds
+        self.started = time.monotonic() - self.progress.seconds
         self.clock_offset = self.progress.seconds - time.time()
         repeat_at = 0.0
         crew.start()
@@ -158,7 +158,7 @@ class Observer:
                         self._charge("compute")
                     crew.progressed()
                     self.books.display.update(self.progress.step, self.progress.metrics, epoch=self.progress.epoch)
-                self.progress.seconds = time.monotonic() - started
+                self.progress.seconds = time.monotonic() - self.started
                 self._judge_cut(steps, send)
                 self._maybe_halt(stop_requested)
                 if time.monotonic() >= repeat_at:
@@ -207,8 +207,8 @@ class Observer:
         if step <= self.progress.step:
             return
         self.judged = None
-        # The row is read late, and a clock of another machine may be wrong: not before the last row, nor after now.
-        now = min(row["time"], time.time()) + self.clock_offset
+        # The row is read late, and its clock may be wrong or set: not before the last row, nor after now.
+        now = min(row["time"] + self.clock_offset, time.monotonic() - self.started)
         self.progress.seconds = max(self.progress.seconds, now)
         self.progress.advance(step, self.progress.examples_seen + row["examples"], self.plan.settings.num_examples)
         self.progress.metrics.update({f"train/{name}": value for name, value in row["metrics"].items()})

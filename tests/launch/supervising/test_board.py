@@ -1,6 +1,9 @@
 """What one process writes is what another reads, whole or not at all."""
 
+import os
 import time
+
+import pytest
 
 from jaxdist.launch.supervising import board
 
@@ -21,12 +24,20 @@ def test_a_report_is_read_back_and_an_absent_or_torn_one_is_none(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_first_verdict_is_everybodys_and_that_of_an_earlier_attempt_nobodys(tmp_path):
-    assert board.published(tmp_path, since=0.0) is None
+@pytest.mark.parametrize("jump", [-1e9, 0.0, 1e9])
+def test_the_first_verdict_is_everybodys_and_that_of_an_earlier_attempt_nobodys(tmp_path, jump):
+    """Whatever happens to the clock between the two attempts."""
+    assert board.published(tmp_path) is None
     board.publish(tmp_path, {"text": "first"})
     board.publish(tmp_path, {"text": "second"})
-    assert board.published(tmp_path, since=0.0) == {"text": "first"}
-    assert board.published(tmp_path, since=(tmp_path / "verdict.json").stat().st_mtime + 1.0) is None
+    assert board.published(tmp_path) == {"text": "first"}
+    path = tmp_path / "verdict.json"
+    os.utime(path, (path.stat().st_mtime + jump,) * 2)
+    earlier = board.mark(tmp_path)
+    assert board.published(tmp_path, earlier=earlier) is None
+    board.publish(tmp_path, {"text": "third"}, earlier=earlier)
+    board.publish(tmp_path, {"text": "fourth"}, earlier=earlier)
+    assert board.published(tmp_path, earlier=earlier) == {"text": "third"}
     assert len(list(tmp_path.iterdir())) == 1
     board.clear(tmp_path)
-    assert board.published(tmp_path, since=0.0) is None
+    assert board.published(tmp_path) is None

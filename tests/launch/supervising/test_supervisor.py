@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from hypothesis import given
@@ -133,6 +134,21 @@ def test_memory_of_a_killed_job_is_found_by_its_run_alone_and_stays_for_it(tmp_p
     run_dir.rmdir()
     assert list(supervisor.left_behind(other, root=root)) == []
     assert [path.name for path in root.iterdir()] == ["another"], "no run can use what is left"
+
+
+def test_what_another_run_left_in_memory_is_kept_for_a_day_whatever_the_clock_says(tmp_path, monkeypatch):
+    root, run_dir = tmp_path / "root", tmp_path / "run"
+    root.mkdir()
+    run_dir.mkdir()
+    leave_behind(root, run_dir)
+    (left,) = root.iterdir()
+    os.utime(left, (0, 0))  # as if the wall clock had been set since
+    since_boot = [time.clock_gettime(time.CLOCK_BOOTTIME)]
+    monkeypatch.setattr(time, "clock_gettime", lambda clock: since_boot[0])
+    for hours, kept in ((0, True), (23.9, True), (0.2, False)):
+        since_boot[0] += hours * 3600.0
+        assert list(supervisor.left_behind(tmp_path / "other", root=root)) == []
+        assert left.exists() is kept
 
 
 def test_jobs_that_start_at_the_same_moment_leave_each_other_alone(tmp_path, monkeypatch):

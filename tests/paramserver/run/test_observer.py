@@ -1,7 +1,10 @@
 """The observer: what it makes of the scheduler's files, what it answers, and what it leaves when the run has ended."""
 
 import functools
+import itertools
 import json
+import time
+import types
 
 import pytest
 import tiny_experiment
@@ -30,7 +33,8 @@ class Crew:
         self.looks, self.progressed_ = 0, 0
 
     def start(self):
-        rows = [{"step": s, "examples": self.examples, "metrics": {"loss": self.loss}, "time": s} for s in self.steps]
+        rows = [{"step": s, "examples": self.examples, "metrics": {"loss": self.loss}} for s in self.steps]
+        rows = [row | {"time": self.time(row["step"])} for row in rows]
         text = "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 99, "torn'
         (self.folder / run_folder.STEPS_NAME).write_text(text)
         shards = []
@@ -40,6 +44,9 @@ class Crew:
         trained = self.trained or journal.Trained(self.steps[-1], ())
         cut = journal.Cut(self.steps[-1], self.end_reason, trained, tuple(shards))
         (self.folder / run_folder.CUT_NAME).write_bytes(encoding.to_bytes(cut))
+
+    def time(self, step):
+        return step
 
     def look_after(self):
         self.looks += 1
@@ -175,6 +182,22 @@ def test_steps_after_a_return_to_a_snapshot_are_counted_once(tmp_path, watch):
     assert (made.step, made.examples_seen) == (4, 52)
     rows = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("jump", [-1e6, 1e6])
+def test_a_wall_clock_that_is_set_does_not_change_how_long_the_run_has_trained(tmp_path, watch, monkeypatch, jump):
+    set_after = itertools.chain([0.0], itertools.repeat(jump))
+    clock = types.SimpleNamespace(
+        time=lambda: time.time() + next(set_after), monotonic=time.monotonic, sleep=time.sleep
+    )
+    monkeypatch.setattr(observer, "time", clock)
+    watcher = watch(5)
+    crew = Crew(watcher.plan, watcher.directory, [1, 2, 3, 4, 5], end_reason="max_steps")
+    crew.time = lambda step: time.time() + jump
+    run(watcher, crew)
+    seconds = [json.loads(line)["seconds"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(seconds) == 5
+    assert all(0.0 <= each < 1000.0 for each in seconds)
 
 
 def test_hooks_see_each_step_once_and_the_state_at_evaluations(watch):
