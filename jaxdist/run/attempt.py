@@ -278,12 +278,7 @@ class _Run:
         if kept and self.start.snapshots:
             books.kept_for_supervisor = True
             return
-        where = (
-            f"Its state stays in {kept}; free space and continue with --resume on this machine"
-            if kept
-            else ("Free space and continue with --resume from the newest checkpoint")
-        )
-        raise errors.RunFailedError(f"The disk of {run_dir} has no room for the checkpoint of step {step}. {where}.")
+        raise disk_room.no_room(run_dir, step, kept)
 
     def _watched_step(self, state: TrainState, batch: Any) -> Any:
         outputs = self.parts.step(state, batch)

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from jaxdist import errors
 from jaxdist.checkpoint import checkpoints, snapshots
 from jaxdist.launch.supervising import supervisor
 from jaxdist.run.loop import Hook, StepInfo
@@ -104,6 +105,16 @@ def keep_in_memory(
         ours.save(step, state, data)
         ours.wait()
         return str(ours.directory) if ours.latest_step() == step else ""
+
+
+def no_room(run_dir: pathlib.Path, step: int, kept: str) -> errors.RunFailedError:
+    """Return the error of a run whose last state did not fit; `kept` is where that is in memory, "" if nowhere."""
+    where = (
+        f"Its state stays in {kept}; free space and continue with --resume on this machine"
+        if kept
+        else "Free space and continue with --resume from the newest checkpoint"
+    )
+    return errors.RunFailedError(f"The disk of {run_dir} has no room for the checkpoint of step {step}. {where}.")
 
 
 def has_room(state: Any, directory: pathlib.Path) -> bool:

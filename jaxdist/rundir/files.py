@@ -28,6 +28,18 @@ def write(path: pathlib.Path, parts: Iterable[bytes | memoryview]) -> int:
     return checksum
 
 
+def append(descriptor: int, data: bytes) -> None:
+    """Append `data` to an open file, whole or not at all: what a full disk took of it is cut off again."""
+    size = os.fstat(descriptor).st_size
+    rest = memoryview(data)
+    try:
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+    except OSError:
+        os.ftruncate(descriptor, size)
+        raise
+
+
 def write_text(path: pathlib.Path, text: str) -> None:
     """Replace the file `path` by `text` in UTF-8; see `write`."""
     write(path, [text.encode()])

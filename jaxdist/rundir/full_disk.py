@@ -1,8 +1,12 @@
 """A full disk delays what a run writes and never ends it: what does not fit is kept, and written when there is room."""
 
 import collections
+import contextlib
 import errno
+import os
+import pathlib
 import sys
+import time
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -10,6 +14,8 @@ Item = TypeVar("Item")
 _ERRORS = (errno.ENOSPC, errno.EDQUOT)
 _TEXTS = ("No space left on device", "Disk quota exceeded")
 """What libraries say that raise no OSError."""
+_RETRY_SECONDS = 0.5
+_PROBE_BYTES = 4096
 
 
 def is_full(error: BaseException) -> bool:
@@ -61,6 +67,37 @@ class Backlog(Generic[Item]):
             self._told = False
 
 
+def until_written(write: Callable[[], Item], what: str) -> Item:
+    """Call `write` until the disk has room for it, and return its result; the first time without room is announced.
+
+    It is for what the caller must not continue without.
+    """
+    told = False
+    while True:
+        try:
+            return write()
+        except OSError as error:
+            if not is_full(error):
+                raise
+            if not told:
+                say(f"The disk is full: {what} cannot be written. This process waits for room.")
+            told = True
+            time.sleep(_RETRY_SECONDS)
+
+
+def has_no_room(directory: pathlib.Path) -> bool:
+    """Return whether not even a small file can be written to `directory`, which a quota may cause, too."""
+    probe = directory / f".room-{os.getpid()}"
+    try:
+        probe.write_bytes(b"x" * _PROBE_BYTES)
+    except OSError as error:
+        return is_full(error)
+    finally:
+        probe.unlink(missing_ok=True)
+    return False
+
+
 def say(message: str) -> None:
-    """Show a line to the user."""
-    print(f"jaxdist: {message}", file=sys.stderr, flush=True)
+    """Show a line to the user; it is dropped if it would go to a file on the full disk."""
+    with contextlib.suppress(OSError):
+        print(f"jaxdist: {message}", file=sys.stderr, flush=True)

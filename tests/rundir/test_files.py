@@ -32,6 +32,28 @@ def test_a_write_that_fails_keeps_the_old_content_leaves_no_draft_and_names_the_
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("room", [0, 1, 6])
+def test_what_is_appended_is_whole_or_not_there(tmp_path, monkeypatch, room):
+    path, write, left = tmp_path / "log", os.write, [room]
+    path.write_bytes(b"before;")
+
+    def filling(descriptor, data):
+        part = bytes(data[: left[0]])
+        if not part:
+            raise OSError(28, "No space left on device")
+        left[0] -= len(part)
+        return write(descriptor, part)
+
+    with open(path, "ab", buffering=0) as file:
+        monkeypatch.setattr(os, "write", filling)
+        with pytest.raises(OSError, match="No space left"):
+            files.append(file.fileno(), b"a record;")
+        assert path.read_bytes() == b"before;"
+        left[0] = 100
+        files.append(file.fileno(), b"a record;")
+    assert path.read_bytes() == b"before;a record;"
+
+
 def test_the_content_is_durable_before_its_name_and_the_name_before_the_return(tmp_path, monkeypatch):
     events = []
     fsync, replace = os.fsync, os.replace

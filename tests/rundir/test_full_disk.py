@@ -1,4 +1,5 @@
 import errno
+import pathlib
 
 import pytest
 
@@ -61,6 +62,47 @@ def test_what_no_room_was_made_for_is_tried_once_more_and_counted(capsys, most_k
     kept = list(range(5))[-most_kept:]
     assert written == kept
     assert (f"Lost entries of x: {5 - len(kept)}." in capsys.readouterr().err) == (len(kept) < 5)
+
+
+@pytest.mark.parametrize("times_full", [0, 1, 3])
+def test_what_cannot_be_done_without_waits_for_room_and_says_so_once(monkeypatch, capsys, times_full):
+    pauses, left = [], [times_full]
+    monkeypatch.setattr(full_disk.time, "sleep", pauses.append)
+
+    def write():
+        if left[0]:
+            left[0] -= 1
+            raise full()
+        return "written"
+
+    assert full_disk.until_written(write, "x") == "written"
+    assert len(pauses) == times_full
+    assert capsys.readouterr().err.count("x cannot be written. This process waits for room.") == min(times_full, 1)
+    with pytest.raises(OSError, match="Input/output"):
+        full_disk.until_written(lambda: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")), "x")
+
+
+def test_a_disk_is_full_if_a_small_file_does_not_fit(tmp_path, monkeypatch):
+    assert not full_disk.has_no_room(tmp_path)
+    assert not full_disk.has_no_room(tmp_path / "missing")
+    for number, expected in ((errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EIO, False)):
+
+        def write_bytes(path, data, number=number):
+            path.touch()
+            raise OSError(number, "no")
+
+        monkeypatch.setattr(pathlib.Path, "write_bytes", write_bytes)
+        assert full_disk.has_no_room(tmp_path) is expected
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_message_that_nobody_can_store_is_dropped(monkeypatch):
+    class Full:
+        def write(self, text):
+            raise full()
+
+    monkeypatch.setattr(full_disk.sys, "stderr", Full())
+    full_disk.say("x")
 
 
 def test_only_the_newest_wait_and_other_errors_are_raised():

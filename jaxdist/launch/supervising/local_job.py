@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
-from typing import IO, Any, Protocol, TypeAlias
+from typing import IO, Any, Literal, Protocol, TypeAlias
 
 from jaxdist.errors import ExitStatus
 from jaxdist.launch import parent
@@ -172,7 +172,7 @@ def run_job(
         passed_on.processes = processes
         for number in range(num_processes):
             own = {runtime.PROCESS_ID: str(number)}
-            output: IO[bytes] | None = stack.enter_context(_open_log(log_path(log_dir, number)))
+            output: IO[bytes] | None = stack.enter_context(open_log(log_path(log_dir, number)))
             if show_first and not number:
                 output, own = None, own | {runtime.LOG: str(log_path(log_dir, number))}
             processes.append(start(command, shared | own, output))
@@ -192,11 +192,11 @@ def run_job(
     return JobResult(128 - status if status < 0 else status, failed, message, asked)
 
 
-def _open_log(path: pathlib.Path) -> IO[bytes]:
+def open_log(path: pathlib.Path, mode: Literal["wb", "ab"] = "wb") -> IO[bytes]:
     """Open a log. If that fails (full disk, directory removed), the output is dropped and the job runs."""
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        return open(path, "wb")
+        return open(path, mode)
     return open(os.devnull, "wb")
 
 

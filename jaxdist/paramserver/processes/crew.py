@@ -11,6 +11,7 @@ from typing import Protocol
 
 from jaxdist.errors import RunFailedError
 from jaxdist.launch import parent
+from jaxdist.launch.supervising import local_job
 from jaxdist.paramserver.processes import run_folder
 from jaxdist.paramserver.protocol.settings import SCHEDULER, server_shard, worker_number
 from jaxdist.paramserver.wire import security
@@ -76,9 +77,7 @@ class LocalCrew:
 
     def _start(self, name: str) -> None:
         self._started_at[name] = time.monotonic()
-        log = log_path(self.directory, name)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as output:
+        with local_job.open_log(log_path(self.directory, name), "ab") as output:
             self._children[name] = subprocess.Popen(
                 command(name, self.directory),
                 env={**os.environ, **environment(name, self._token), **self._accelerators(name)},

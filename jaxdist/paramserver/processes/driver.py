@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from jaxdist.paramserver.processes import faults
 from jaxdist.paramserver.protocol import effects, messages
 from jaxdist.paramserver.wire import codec, encoding
-from jaxdist.rundir import files
+from jaxdist.rundir import files, full_disk
 
 _logger = logging.getLogger(__name__)
 
@@ -47,7 +47,10 @@ class Sender(Protocol):
 
 
 class Log:
-    """The log of the scheduler: framed records, each of which is durable before `append` returns."""
+    """The log of the scheduler: framed records, each of which is durable before `append` returns.
+
+    On a full disk it waits for room: a step that is not in the log may be made twice after a restart.
+    """
 
     def __init__(self, path: pathlib.Path) -> None:
         self.path = path
@@ -62,13 +65,14 @@ class Log:
 
     def append(self, record: messages.Message) -> None:
         """Append a record and make it durable."""
-        self._file.write(encoding.frame(encoding.to_bytes(record)))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        frame, descriptor = encoding.frame(encoding.to_bytes(record)), self._file.fileno()
+        full_disk.until_written(lambda: files.append(descriptor, frame), str(self.path))
+        os.fsync(descriptor)
 
     def replace(self, record: messages.Message) -> None:
         """Replace the whole log by `record`, atomically and durably."""
-        write_file(self.path, [encoding.frame(encoding.to_bytes(record))])
+        frame = encoding.frame(encoding.to_bytes(record))
+        full_disk.until_written(lambda: write_file(self.path, [frame]), str(self.path))
         self._file.close()
         self._file = self.path.open("ab")
 

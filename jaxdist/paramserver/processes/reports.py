@@ -4,7 +4,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxdist.paramserver.processes.driver import write_file
@@ -12,6 +12,7 @@ from jaxdist.paramserver.processes.run_folder import CUT_NAME, STATISTICS_NAME, 
 from jaxdist.paramserver.protocol import effects, journal, messages
 from jaxdist.paramserver.protocol.scheduler.scheduler import Scheduler
 from jaxdist.paramserver.wire import encoding
+from jaxdist.rundir import files, full_disk
 
 _STATISTICS_SECONDS = 0.5
 
@@ -34,11 +35,15 @@ class Statistics:
             self.write()
 
     def write(self) -> None:
-        """Write the file."""
+        """Write the file, unless the disk is full: the next one holds the counters, too."""
         self.written_at = time.monotonic()
         counters = {"updates": self.updates, **getattr(self.machine, "counters", {})}
         content = {"counters": counters, "staleness": self.staleness}
-        write_file(self.path, [json.dumps(content).encode()])
+        try:
+            write_file(self.path, [json.dumps(content).encode()])
+        except OSError as error:
+            if not full_disk.is_full(error):
+                raise
 
 
 def statistics_of(name: str, spec: Spec, machine: Any) -> Statistics:
@@ -48,11 +53,14 @@ def statistics_of(name: str, spec: Spec, machine: Any) -> Statistics:
 
 
 class ReportFiles:
-    """Writes the files of the scheduler for the observer: one line per step, and the params of a cut."""
+    """Writes the files of the scheduler for the observer: one line per step, and the params of a cut.
+
+    On a full disk it waits for room, as the log of the scheduler does.
+    """
 
     def __init__(self, directory: pathlib.Path) -> None:
         self.directory = directory
-        self._steps = (directory / STEPS_NAME).open("a+", buffering=1)
+        self._steps = (directory / STEPS_NAME).open("a+b", buffering=0)
 
     def catch_up(self, machine: Scheduler, records: Sequence[messages.Message]) -> None:
         """Write the line of a step committed before the restart but not yet reported; its metrics are lost."""
@@ -65,7 +73,7 @@ class ReportFiles:
         else:
             return
         self._steps.seek(0)
-        reported = [json.loads(line)["step"] for line in self._steps if line.endswith("\n")]
+        reported = [json.loads(line)["step"] for line in self._steps if line.endswith(b"\n")]
         if reported[-1:] != [machine.state.step]:
             examples = sum(lease.stop - lease.start for lease in leases)
             empty = machine.state.empty_step == machine.state.step
@@ -77,10 +85,16 @@ class ReportFiles:
             metrics = {m.name: m.total / m.count for m in effect.metrics if m.count}
             row = {"step": effect.step, "examples": effect.examples, "metrics": metrics, "time": time.time()}
             row |= {"empty": True} if effect.empty else {}
-            self._steps.write(json.dumps(row) + "\n")
+            self._add(row)
         elif isinstance(effect, effects.GradNorm):
-            self._steps.write(json.dumps({"step": effect.step, "grad_norm": effect.norm}) + "\n")
+            self._add({"step": effect.step, "grad_norm": effect.norm})
         elif isinstance(effect, effects.ShowCut):
-            write_file(self.directory / CUT_NAME, encoding.encode(effect.cut))
+            path = self.directory / CUT_NAME
+            full_disk.until_written(lambda: write_file(path, encoding.encode(effect.cut)), str(path))
         elif isinstance(effect, effects.Replace):
-            write_file(silent_path(self.directory, effect.name), [b""])
+            path = silent_path(self.directory, effect.name)
+            full_disk.until_written(lambda: write_file(path, [b""]), str(path))
+
+    def _add(self, row: Mapping[str, Any]) -> None:
+        data = (json.dumps(row) + "\n").encode()
+        full_disk.until_written(lambda: files.append(self._steps.fileno(), data), STEPS_NAME)

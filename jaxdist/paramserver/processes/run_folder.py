@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxdist.paramserver.processes.driver import write_file
 from jaxdist.paramserver.protocol.settings import Settings, Timers
+from jaxdist.rundir import full_disk
 
 OBSERVER = "observer"
 DIRECTORY_NAME, STATISTICS_NAME = "ps", "statistics"
@@ -44,7 +45,7 @@ def next_boot(directory: pathlib.Path, name: str) -> int:
     path = directory / BOOTS_NAME / name.replace("/", "-")
     before = int(path.read_text()) if path.exists() else 0
     boot = max(time.time_ns(), before + _BOOT_ROOM)
-    write_file(path, [str(boot).encode()])
+    full_disk.until_written(lambda: write_file(path, [str(boot).encode()]), str(path))
     return boot
 
 

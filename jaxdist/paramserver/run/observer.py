@@ -11,7 +11,7 @@ import json
 import pathlib
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,16 +19,17 @@ import jax
 from jaxdist import stop
 from jaxdist.checkpoint import checkpoints
 from jaxdist.config import hook_points
+from jaxdist.errors import RunFailedError
 from jaxdist.paramserver.processes import run_folder
 from jaxdist.paramserver.processes.crew import Crew
 from jaxdist.paramserver.protocol import journal, messages
 from jaxdist.paramserver.protocol.settings import SCHEDULER
-from jaxdist.paramserver.run import judge, shared_plan
+from jaxdist.paramserver.run import judge, room, shared_plan
 from jaxdist.paramserver.run.resume import BEYOND, Start, examples_seen, remove_saved_cuts
 from jaxdist.paramserver.wire import encoding
-from jaxdist.run import bookkeeping, components, header, stopwatch
+from jaxdist.run import bookkeeping, components, disk_room, header, stopwatch
 from jaxdist.run.custom import user_hooks
-from jaxdist.rundir import record
+from jaxdist.rundir import full_disk, record
 from jaxdist.spmd.state import TrainState
 
 POLL_SECONDS = 0.05
@@ -109,6 +110,7 @@ class Observer:
         self.unlogged: tuple[int, dict[str, float], dict[str, float]] = (0, {}, {})
         self.end_reason: str | None = None
         self.halt = ""
+        self.identity, self.room = identity, room.RoomWatch(run_dir, self.directory)
 
     def _header(self, run_dir: pathlib.Path, num_devices: int) -> str:
         plan, settings = self.plan, self.plan.settings
@@ -139,8 +141,11 @@ class Observer:
                 made = self.books.finish(str(self.end_reason), self.state.params if self.state else None)
                 self.books.call_hooks("on_end", self.state or user_hooks.NO_STATE, end_reason=str(self.end_reason))
                 return made
-            except BaseException:
-                self.books.write_record("error")
+            except BaseException as error:
+                with contextlib.suppress(OSError):  # on a full disk: the user is told what happened first
+                    self.books.write_record("error")
+                if full_disk.is_full(error):
+                    raise RunFailedError(str(error)) from error
                 raise
 
     def _watch(self, crew: Crew, send: Send, stop_requested: Callable[[], bool]) -> None:
@@ -163,6 +168,7 @@ class Observer:
                 self._maybe_halt(stop_requested)
                 if time.monotonic() >= repeat_at:
                     repeat_at = time.monotonic() + REPEAT_SECONDS
+                    self.room.look(is_stopping=bool(self.halt))
                     self._repeat(send)
                     remove_saved_cuts(self.directory, keep=KEPT_CUTS)
                 time.sleep(POLL_SECONDS)
@@ -242,7 +248,7 @@ class Observer:
         self.state = self.judge.state(cut)
         self._evaluate(cut, self.state)
         reason = NONFINITE if self._diverged(cut) else self.rule(self.progress) or self.halt or cut.end_reason
-        self._save(cut, self.state, now=self.books.unsaved_best or bool(reason))
+        self._save(cut, self.state, now=self.books.unsaved_best or bool(reason), is_last=bool(reason))
         self.judged = messages.Verdict(cut.step, reason)
         send(SCHEDULER, self.judged)
         self.end_reason = reason or None
@@ -263,12 +269,36 @@ class Observer:
         found = sorted((self.directory / run_folder.NONFINITE_NAME).glob("*.txt"))
         self.books.report_nonfinite("\n".join(path.read_text() for path in found))
 
-    def _save(self, cut: journal.Cut, state: TrainState, *, now: bool) -> None:
-        """Save if due, if `now`, and at the end of the run; a run that diverged saves nothing."""
+    def _save(self, cut: journal.Cut, state: TrainState, *, now: bool, is_last: bool) -> None:
+        """Save if due, if `now`, and at the end of the run; a run that diverged saves nothing, nor does a full disk."""
         due = self.books.saves.due() or bool(cut.end_reason) or now
-        if due and not self._diverged(cut):
-            beyond = {BEYOND: list(cut.trained.beyond)} if cut.trained.beyond else {}
-            self.books.save(state, shared_plan.position(self.plan, cut.trained.step), **beyond)
+        if not due or self._diverged(cut):
+            return
+        place = shared_plan.position(self.plan, cut.trained.step)
+        beyond = {BEYOND: list(cut.trained.beyond)} if cut.trained.beyond else {}
+        try:
+            self.books.save(state, place, **beyond)
+            if is_last:
+                self.books.checkpointer.wait()
+        except checkpoints.CheckpointError as error:
+            if not disk_room.is_no_room(error):
+                raise
+            self.room.note_save(fitted=False)
+            if is_last:
+                self._keep_in_memory(state, {"position": place.to_json(), **beyond})
+        else:
+            self.room.note_save(fitted=True)
+
+    def _keep_in_memory(self, state: TrainState, data: Mapping[str, Any]) -> None:
+        """Keep the last state in memory, since the disk is full.
+
+        Raises:
+          RunFailedError: always; the message says where the state is.
+        """
+        run_dir, step = self.directory.parent, self.progress.step
+        data_state = {"progress": self.progress.to_json(), **data}
+        kept = disk_room.keep_in_memory(run_dir, None, str(self.identity), step, state, data_state)
+        raise disk_room.no_room(run_dir, step, kept)
 
     def _maybe_halt(self, stop_requested: Callable[[], bool]) -> None:
         limit = self.plan.experiment.stop.max_seconds

@@ -20,7 +20,7 @@ from jaxdist.paramserver.protocol.settings import SCHEDULER, worker_name
 from jaxdist.paramserver.run import observer, resume, shared_plan
 from jaxdist.paramserver.wire import streams
 from jaxdist.paramserver.wire.security import TOKEN, Security, new_token
-from jaxdist.run import bookkeeping, components, directory
+from jaxdist.run import bookkeeping, components, directory, rescue
 from jaxdist.rundir import lock, record, writers
 
 
@@ -76,6 +76,9 @@ def train(options: Options) -> record.RunRecord:
             stack.enter_context(lock.locked(options.run_dir, purpose=options.command))
             if options.overwrite:
                 directory.remove_run(options.run_dir, of_job=False)
+            if options.resume:
+                left = rescue.Rescue.of(options.run_dir, identity, directory.what_stays(experiment))
+                earlier = rescue.save_left(left) or earlier
             folder = options.run_dir / run_folder.DIRECTORY_NAME
             checkpointer = stack.enter_context(
                 contextlib.closing(directory.open_checkpoints(experiment, options.run_dir, identity))
@@ -90,21 +93,21 @@ def train(options: Options) -> record.RunRecord:
             crew, peers, security = _place(options, plan, folder)
             stack.callback(crew.close, orderly=False)
             spec = _write_spec(options, assignments, plan, start, folder, peers)
-        watcher = observer.Observer(
-            plan,
-            options.run_dir,
-            start,
-            earlier,
-            checkpointer,
-            identity=identity,
-            silent=options.silent,
-            command=options.command,
-            num_devices=options.devices,
-            source=bookkeeping.ExperimentSource(
-                str(pathlib.Path(options.experiment).absolute()),
-                tuple(hidden_settings.without(options.assignments, experiment)),
-            ),
-        )
+            watcher = observer.Observer(
+                plan,
+                options.run_dir,
+                start,
+                earlier,
+                checkpointer,
+                identity=identity,
+                silent=options.silent,
+                command=options.command,
+                num_devices=options.devices,
+                source=bookkeeping.ExperimentSource(
+                    str(pathlib.Path(options.experiment).absolute()),
+                    tuple(hidden_settings.without(options.assignments, experiment)),
+                ),
+            )
         return _watch(watcher, crew, peers, security.for_attempt(spec.attempt), options.stop_requested)
 
 

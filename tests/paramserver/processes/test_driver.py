@@ -1,5 +1,7 @@
 """The driver does what a state machine asks, in the order that makes a reply mean something, and feeds back answers."""
 
+import errno
+import os
 import threading
 import time
 import zlib
@@ -10,6 +12,7 @@ import pytest
 from jaxdist.paramserver.processes import driver
 from jaxdist.paramserver.protocol import effects, journal, messages
 from jaxdist.paramserver.wire import encoding
+from jaxdist.rundir import full_disk
 
 RECORD = journal.SavedCutRecord("cut", journal.Trained(3, (5,)))
 END = effects.Exit(7, "max_steps")
@@ -81,6 +84,26 @@ def test_a_log_keeps_whole_records_and_drops_a_torn_one(tmp_path, open_log):
     log.replace(journal.NormRecord(4.0))
     log.append(RECORD)
     assert open_log(path).records == [journal.NormRecord(4.0), RECORD]
+
+
+def test_a_log_on_a_full_disk_waits_and_is_whole_then(tmp_path, monkeypatch, open_log):
+    """A step that is committed but not in the log would be made twice after a restart."""
+    path, write, pauses = tmp_path / "log", os.write, []
+    log = open_log(path)
+
+    def filling(descriptor, data):
+        if len(data) > 3 and len(pauses) < 2:
+            return write(descriptor, bytes(data[:3]))
+        if len(pauses) < 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", filling)
+        patched.setattr(full_disk.time, "sleep", lambda seconds: pauses.append(path.read_bytes()))
+        log.append(RECORD)
+        assert pauses == [b"", b""]
+    assert open_log(path).records == [RECORD]
 
 
 def test_a_file_is_written_and_read_again_and_a_damaged_one_is_none(tmp_path):

@@ -40,6 +40,23 @@ def test_each_start_of_a_process_has_counters_of_its_own(tmp_path, monkeypatch):
     assert {path.parent for path in paths} == {tmp_path / run_folder.STATISTICS_NAME}
 
 
+def test_counters_that_a_full_disk_does_not_take_are_left_to_the_next_time(tmp_path, monkeypatch):
+    is_full = [True]
+    write = reports.write_file
+
+    def write_file(path, parts):
+        if is_full[0]:
+            raise OSError(28, "No space left on device")
+        return write(path, parts)
+
+    monkeypatch.setattr(reports, "write_file", write_file)
+    statistics = reports.Statistics(tmp_path / "counters.json", types.SimpleNamespace(primary=True))
+    statistics.observe(applied(1, 0))
+    is_full[0] = False
+    statistics.observe(effects.Exit(3, "max_steps"))
+    assert json.loads(statistics.path.read_text())["counters"] == {"updates": 1}
+
+
 @pytest.fixture
 def open_report(tmp_path):
     """Yield a function that opens a report, closed after the test: a process keeps its report open until it ends."""
@@ -63,6 +80,32 @@ def test_a_step_is_a_line_with_the_means_of_its_metrics(tmp_path, open_report):
     open_report().observe(effects.Committed(3, 16, metrics))
     (row,) = rows(tmp_path)
     assert (row["step"], row["examples"], row["metrics"]) == (3, 16, {"loss": 1.5})
+
+
+def test_steps_and_cuts_wait_for_room(tmp_path, open_report, monkeypatch):
+    """In the order of the steps, each once."""
+    report, pauses = open_report(), []
+    is_full = lambda: len(pauses) % 3 != 2  # noqa: E731 - full twice, then there is room
+
+    def failing(original):
+        def write(*args):
+            if is_full():
+                raise OSError(28, "No space left on device")
+            pauses.append("written")
+            return original(*args)
+
+        return write
+
+    monkeypatch.setattr(reports.full_disk.time, "sleep", pauses.append)
+    monkeypatch.setattr(reports.files, "append", failing(reports.files.append))
+    monkeypatch.setattr(reports, "write_file", failing(reports.write_file))
+    report.observe(effects.Committed(3, 16, ()))
+    report.observe(effects.GradNorm(3, 0.5))
+    cut = journal.Cut(4, "", journal.Trained(4, ()), ())
+    report.observe(effects.ShowCut(cut))
+    assert [row["step"] for row in rows(tmp_path)] == [3, 3]
+    assert encoding.decode((tmp_path / run_folder.CUT_NAME).read_bytes()) == cut
+    assert len(pauses) == 9
 
 
 def test_a_cut_and_the_name_of_a_silent_process_are_files(tmp_path, open_report):

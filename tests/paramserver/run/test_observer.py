@@ -1,5 +1,6 @@
 """The observer: what it makes of the scheduler's files, what it answers, and what it leaves when the run has ended."""
 
+import contextlib
 import functools
 import itertools
 import json
@@ -10,14 +11,17 @@ import pytest
 import tiny_experiment
 
 from jaxdist import stop
+from jaxdist.checkpoint import checkpoints
 from jaxdist.config import overrides
 from jaxdist.config.parameter_server import ParameterServer
+from jaxdist.errors import RunFailedError
+from jaxdist.launch.supervising import supervisor
 from jaxdist.paramserver.processes import run_folder
 from jaxdist.paramserver.protocol import journal, messages
 from jaxdist.paramserver.run import judge, observer, resume
 from jaxdist.paramserver.run import shared_plan as plans
 from jaxdist.paramserver.wire import encoding
-from jaxdist.run import bookkeeping, components, directory
+from jaxdist.run import bookkeeping, components, directory, rescue
 from jaxdist.run.custom import user_hooks
 from jaxdist.rundir import record
 
@@ -198,6 +202,47 @@ def test_a_wall_clock_that_is_set_does_not_change_how_long_the_run_has_trained(t
     seconds = [json.loads(line)["seconds"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert len(seconds) == 5
     assert all(0.0 <= each < 1000.0 for each in seconds)
+
+
+def test_a_last_state_that_does_not_fit_on_the_disk_is_kept_in_memory(tmp_path, watch, monkeypatch, capfd):
+    """The run ends with a message that says where, and the next start of the run saves it."""
+    root = tmp_path / "memory"
+    root.mkdir()
+    make_directory = functools.partial(supervisor.memory_directory, root=root)
+    monkeypatch.setattr(supervisor, "memory_directory", make_directory)
+    watcher = watch(5)
+    crew = Crew(watcher.plan, watcher.directory, [1, 2, 3, 4, 5], end_reason="max_steps")
+
+    def save(*args):
+        raise checkpoints.NoRoomError("no room")
+
+    monkeypatch.setattr(watcher.books.checkpointer, "save", save)
+    with pytest.raises(RunFailedError, match=rf"checkpoint of step 5\. Its state stays in {root}/jaxdist-"):
+        run(watcher, crew)
+    assert capfd.readouterr().err.count("has no room for a checkpoint. The run continues") == 1
+    left = rescue.Rescue.of(tmp_path, watcher.identity, directory.what_stays(watcher.plan.experiment))
+    (memory,) = supervisor.left_behind(tmp_path, root=root)
+    assert left.save(memory, "error") == 5
+    with contextlib.closing(
+        directory.open_checkpoints(watcher.plan.experiment, tmp_path, watcher.identity)
+    ) as checkpointer:
+        found, data_state = checkpointer.restore(watcher.state)
+    assert record.params_sha256(found.params) == record.params_sha256(watcher.state.params)
+    assert data_state["position"] == plans.position(watcher.plan, 5).to_json()
+
+
+def test_a_record_that_a_full_disk_does_not_take_is_one_message(watch, monkeypatch):
+    watcher = watch(5)
+    crew = Crew(watcher.plan, watcher.directory, [1, 2, 3, 4, 5], end_reason="max_steps")
+    full = OSError(28, "No space left on device", "run.json")
+
+    def write_record(end_reason, params=None):
+        if end_reason:
+            raise full
+
+    monkeypatch.setattr(watcher.books, "write_record", write_record)
+    with pytest.raises(RunFailedError, match=r"No space left on device: 'run\.json'"):
+        run(watcher, crew)
 
 
 def test_hooks_see_each_step_once_and_the_state_at_evaluations(watch):
