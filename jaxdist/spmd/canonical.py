@@ -1,12 +1,13 @@
 """Canonical reduction: sums over a batch whose bits do not depend on the number of devices or processes.
 
-The global batch is divided into a fixed number of logical shards. Each is computed by one single-device program, the
-same machine code on every layout (see `device_program`), and the results, one flat vector each, are added in a fixed
-binary tree: first over a device's own shards as they arrive, then over the devices
+The global batch is divided into a fixed number of logical shards. A single-device program computes one or several of
+them, with the same machine code for each (see `device_program` and `_Programs`), and the results, one flat vector each,
+are added in a fixed binary tree: first over a device's own shards, then over the devices
 (`reduce.tree_sum_over_axis`). A program partitioned over the devices does additions only: XLA simplifies, fuses and
 parallelises a program for one device differently from one for many devices, and that changes the bits.
 """
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
@@ -17,7 +18,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxdist.spmd import device_program, reduce
+from jaxdist.spmd import dependence, device_program, reduce
 from jaxdist.spmd.mesh import DATA_AXIS
 from jaxdist.spmd.metrics import Batch
 
@@ -26,23 +27,88 @@ ShardFn: TypeAlias = Callable[[PyTree, Batch, jax.Array], PyTree]
 """`shard_fn(shared, shard, index) -> sums`: pure; `index` is the logical shard's number (int32 scalar)."""
 
 
+MAX_OPERATIONS = 4096
+"""How many operations the program of a call may have (a scan's body counts once); more would take long to compile."""
+
+
 class LogicalShardSums:
     """Computes the sums of every logical shard on the device that holds it, and adds them.
 
     Calling it with (shared, batch) returns the sum over the global batch, a replicated flat vector that `unravel`
     turns into a tree. The programs are compiled at the first call, once.
+
+    Args:
+      shard_fn: traced once, for the shapes of one logical shard.
+      mesh: of the one axis `axis`, whose size divides `logical_shards`.
+      logical_shards: a power of two.
+      shards_per_call: how many of a device's logical shards one program computes, a power of two; by default as many
+        as `MAX_OPERATIONS` allows. Changes the speed and the time to compile, and no bit.
     """
 
-    def __init__(self, shard_fn: ShardFn, mesh: Mesh, *, logical_shards: int, axis: str = DATA_AXIS):
+    def __init__(
+        self,
+        shard_fn: ShardFn,
+        mesh: Mesh,
+        *,
+        logical_shards: int,
+        axis: str = DATA_AXIS,
+        shards_per_call: int | None = None,
+    ):
         check_layout(mesh, logical_shards=logical_shards, axis=axis)
         self.mesh, self.axis, self.num_devices = mesh, axis, mesh.shape[axis]
+        self.logical_shards = logical_shards
         self.shards_per_device = logical_shards // self.num_devices
-        self._unravel: Callable[[jax.Array], PyTree] | None = None
+        self.shards_per_call = shards_per_call
         self._shard_fn = shard_fn
-        self._split = jax.jit(self._map_split())
+        self._unravel: Callable[[jax.Array], PyTree] | None = None
+        self._programs: _Programs | None = None
+
+    def __call__(self, shared: PyTree, batch: Batch) -> jax.Array:
+        """Return the dispatched sum over all logical shards, shape (size,); on CPU devices, waits for the shards first.
+
+        Args:
+          shared: replicated global arrays, given whole to every shard.
+          batch: global arrays, sharded over the axis in their leading dim.
+        """
+        if self._programs is None:
+            self._programs = self._make_programs(shared, batch)
+        return self._programs(shared, batch)
+
+    def unravel(self, total: jax.Array) -> PyTree:
+        """Return the tree of sums that a flat vector holds; known after the first call."""
+        assert self._unravel is not None, "the shards' program is compiled at the first call"
+        return self._unravel(total)
+
+    def _make_programs(self, shared: PyTree, batch: Batch) -> "_Programs":
+        one = jax.jit(self._flat_sums)
+        rows = {name: leaf.shape[0] // self.logical_shards for name, leaf in batch.items()}
+        shard = {name: _described(leaf, (rows[name], *leaf.shape[1:])) for name, leaf in batch.items()}
+        described = jax.tree.map(lambda leaf: _described(leaf, leaf.shape), shared)
+        operations = dependence.num_operations(one.trace(described, shard, jax.ShapeDtypeStruct((), jnp.int32)).jaxpr)
+        chosen = self.shards_per_call or _power_of_two_within(MAX_OPERATIONS // max(operations, 1))
+        return _Programs(one, self.mesh, self.axis, self.shards_per_device, min(chosen, self.shards_per_device))
+
+    def _flat_sums(self, shared: PyTree, shard: Batch, index: jax.Array) -> jax.Array:
+        sums, self._unravel = ravel_pytree(self._shard_fn(shared, shard, index))
+        return sums
+
+
+class _Programs:
+    """The compiled programs of one call: split the batch, compute the shards, add the results.
+
+    A device's shards are computed by as few calls as possible, each an unrolled sequence of `shards_per_call` shards.
+    `optimization_barrier` around every shard keeps XLA from fusing across them, so that the code of a shard, and with
+    it the bits, is that of a program of its own. `vmap` and `scan` over the shards would give other bits.
+    """
+
+    def __init__(self, one_shard: ShardFn, mesh: Mesh, axis: str, shards_per_device: int, shards_per_call: int):
+        self.num_devices, self.axis, self.mesh = mesh.shape[axis], axis, mesh
+        self.shards_per_call, self.num_calls = shards_per_call, shards_per_device // shards_per_call
+        self._one_shard = one_shard
         whole, cut = PartitionSpec(), PartitionSpec(axis)
-        self._shard_sums = device_program.PerDeviceProgram(
-            self._flat_sums, mesh, in_specs=(whole, cut, cut), out_spec=cut
+        self._split = jax.jit(self._map_split())
+        self._sums = device_program.PerDeviceProgram(
+            self._sums_of_shards, mesh, in_specs=(whole, cut, cut), out_spec=cut
         )
         self._add = jax.jit(_add_in_pairs, donate_argnums=0)
         self._add_over_devices = jax.jit(self._map_tree_sum())
@@ -52,36 +118,28 @@ class LogicalShardSums:
         self._waits_for_rows = self.num_devices > 1 and mesh.devices.flat[0].platform == "cpu"
 
     def __call__(self, shared: PyTree, batch: Batch) -> jax.Array:
-        """Return the dispatched sum over all logical shards, shape (size,); on CPU devices, waits for the shards first.
-
-        Args:
-          shared: replicated global arrays, given whole to every shard.
-          batch: global arrays, sharded over the axis in their leading dim.
-        """
-        parts = [batch] if self.shards_per_device == 1 else self._split(batch)
+        parts = [batch] if self.num_calls == 1 else self._split(batch)
         rows = _TreeSum(self._add)
-        for part, index in zip(parts, self._indices, strict=True):
-            rows.push(self._shard_sums(shared, part, index))
+        for part, indices in zip(parts, self._indices, strict=True):
+            rows.push(self._sums(shared, part, indices))
         row = rows.result()
         if self._waits_for_rows:
             jax.block_until_ready(row)
         return self._add_over_devices(row)
 
-    def unravel(self, total: jax.Array) -> PyTree:
-        """Return the tree of sums that a flat vector holds; known after the first call."""
-        assert self._unravel is not None, "the shards' program is compiled at the first call"
-        return self._unravel(total)
-
-    def _flat_sums(self, shared: PyTree, shard: Batch, index: jax.Array) -> jax.Array:
-        sums, self._unravel = ravel_pytree(self._shard_fn(shared, shard, index[0]))
-        return sums[None]
+    def _sums_of_shards(self, shared: PyTree, part: Batch, indices: jax.Array) -> jax.Array:
+        shards = _cut(part, self.shards_per_call)
+        sums = []
+        for shard, index in zip(shards, indices, strict=True):
+            arguments = jax.lax.optimization_barrier((shared, shard, index))
+            sums.append(jax.lax.optimization_barrier(self._one_shard(*arguments)))
+        while len(sums) > 1:
+            sums = [first + second for first, second in zip(sums[::2], sums[1::2], strict=True)]
+        return sums[0][None]
 
     def _map_split(self) -> Callable[[Batch], list[Batch]]:
-        def split(local: Batch) -> list[Batch]:
-            cut = {name: jnp.split(leaf, self.shards_per_device) for name, leaf in local.items()}
-            return [dict(zip(cut, parts, strict=True)) for parts in zip(*cut.values(), strict=True)]
-
         spec = PartitionSpec(self.axis)
+        split = functools.partial(_cut, count=self.num_calls)
         return jax.shard_map(split, mesh=self.mesh, in_specs=spec, out_specs=spec, check_vma=False)
 
     def _map_tree_sum(self) -> Callable[[jax.Array], jax.Array]:
@@ -94,11 +152,27 @@ class LogicalShardSums:
         )
 
     def _place_indices(self) -> list[jax.Array]:
-        """Return, for each turn, the number of the logical shard that each device computes in it."""
+        """Return, for each call, the numbers of the logical shards that the devices compute in it."""
         sharding = NamedSharding(self.mesh, PartitionSpec(self.axis))
-        numbers = np.arange(self.num_devices * self.shards_per_device, dtype=np.int32)
-        turns = numbers.reshape(self.num_devices, self.shards_per_device).T
-        return [jax.make_array_from_callback(turn.shape, sharding, turn.__getitem__) for turn in turns]
+        numbers = np.arange(self.num_devices * self.num_calls * self.shards_per_call, dtype=np.int32)
+        calls = numbers.reshape(self.num_devices, self.num_calls, self.shards_per_call).swapaxes(0, 1)
+        flat = calls.reshape(self.num_calls, -1)
+        return [jax.make_array_from_callback(call.shape, sharding, call.__getitem__) for call in flat]
+
+
+def _cut(rows: Batch, count: int) -> list[Batch]:
+    """Return `count` equal parts of a batch, in order."""
+    cut = {name: jnp.split(leaf, count) for name, leaf in rows.items()}
+    return [dict(zip(cut, parts, strict=True)) for parts in zip(*cut.values(), strict=True)]
+
+
+def _described(leaf: jax.Array, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, leaf.dtype, weak_type=bool(jax.typeof(leaf).weak_type))
+
+
+def _power_of_two_within(limit: int) -> int:
+    """Return the largest power of two that is at most `limit`, or 1."""
+    return 1 << max(limit.bit_length() - 1, 0)
 
 
 class _TreeSum:

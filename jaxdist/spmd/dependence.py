@@ -1,4 +1,4 @@
-"""Which results of a function depend on which of its arguments, found by following its jaxpr. Nothing is computed."""
+"""What the jaxpr of a function tells without computing: which results depend on which arguments, and its size."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,6 +19,19 @@ def depends(function: Callable[..., Any], args: Sequence[Any], marked: Sequence[
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
     found = _follow(closed.jaxpr, jax.tree.leaves(list(marked)))
     return jax.tree.unflatten(jax.tree.structure(shapes), found)
+
+
+def num_operations(jaxpr: Any) -> int:
+    """Return the number of operations of a jaxpr and of the functions it calls; a loop's body counts once."""
+    jaxpr, total = _plain(jaxpr), 0
+    for equation in jaxpr.eqns:
+        inner = [_plain(leaf) for leaf in jax.tree.leaves(list(equation.params.values()), is_leaf=_has_equations)]
+        total += 1 + sum(num_operations(each) for each in inner if hasattr(each, "eqns"))
+    return total
+
+
+def _has_equations(value: Any) -> bool:
+    return hasattr(_plain(value), "eqns")
 
 
 def _follow(jaxpr: Any, marked: Sequence[bool]) -> list[bool]:
