@@ -24,7 +24,7 @@ FLOORS = (
     ("launch.engines",),
     ("launch.supervising",),
     ("launch.joining",),
-    ("launch.signals", "launch.viewer", "launch.waiting"),
+    ("launch.own_command_line", "launch.signals", "launch.viewer", "launch.waiting"),
     ("launch.parent",),
     ("data",),
     ("rundir",),

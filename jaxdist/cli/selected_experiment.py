@@ -10,7 +10,7 @@ from jaxdist.config import hidden_settings
 from jaxdist.config.experiment import Experiment
 from jaxdist.config.loading import load_experiment
 from jaxdist.config.overrides import override
-from jaxdist.launch import waiting
+from jaxdist.launch import own_command_line, waiting
 
 
 def load(options: argparse.Namespace) -> Experiment:
@@ -19,6 +19,7 @@ def load(options: argparse.Namespace) -> Experiment:
     with record_alone_on_stdout(options), waiting.shown(f"loading {options.experiment}", silent=silent):
         experiment = override(load_experiment(options.experiment), assignments(options))
     options.command = shown_command(options, experiment)
+    own_command_line.cover(hidden_settings.shown(options.assignments, experiment))
     return experiment
 
 

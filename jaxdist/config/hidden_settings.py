@@ -1,18 +1,21 @@
-"""Settings that are secrets: files and command lines show `***` in place of their values.
+"""Settings that are secrets: files, command lines and environments show `***` in place of their values.
 
-The processes of a run get the values through their environment, which only its owner may read.
+The processes of a run read the values from the memory of the process that started them. Their environment says where:
+it may end in a report of an experiment tracker or of a crash.
 """
 
 import dataclasses
 import json
 import os
+import pathlib
 from collections.abc import Sequence
 
 from jaxdist.errors import UserError
 from jaxdist.rundir import record
 
 SECRETS = "JAXDIST_SECRET_SETTINGS"
-"""Environment variable of the processes of a run: the assignments whose values their arguments hide, as JSON."""
+"""Environment variable of the processes of a run: the file in memory with the assignments that their arguments hide, or
+those assignments as JSON, for processes of other machines."""
 
 
 def shown(assignments: Sequence[str], experiment: object) -> dict[str, str]:
@@ -35,17 +38,35 @@ def without(assignments: Sequence[str], experiment: object) -> list[str]:
 
 
 def hide(assignments: Sequence[str], experiment: object, arguments: Sequence[str]) -> list[str]:
-    """Return `arguments` with the secrets among `assignments` hidden, which go into the environment of this process."""
+    """Return `arguments` with the secrets among `assignments` hidden, for the processes that this one starts.
+
+    They find the secrets while this process lives.
+    """
     hidden = shown(assignments, experiment)
     if hidden:
-        os.environ[SECRETS] = json.dumps({instead: assignment for assignment, instead in hidden.items()})
+        content = json.dumps({instead: assignment for assignment, instead in hidden.items()})
+        memory = os.memfd_create("jaxdist-secrets")  # stays open: processes are started again
+        os.write(memory, content.encode())
+        os.environ[SECRETS] = f"/proc/{os.getpid()}/fd/{memory}"
     return [hidden.get(argument, argument) for argument in arguments]
 
 
+def for_other_machines() -> dict[str, str]:
+    """Return the environment variables that bring the secrets to processes that cannot read this one's memory."""
+    return {SECRETS: json.dumps(_hidden())} if SECRETS in os.environ else {}
+
+
 def reveal(assignments: Sequence[str]) -> list[str]:
-    """Return the assignments with the values that the environment of this process holds."""
-    secrets = json.loads(os.environ.get(SECRETS, "{}"))
+    """Return the assignments with the values that the process which started this one hides."""
+    secrets = _hidden()
     return [secrets.get(assignment, assignment) for assignment in assignments]
+
+
+def _hidden() -> dict[str, str]:
+    """Return the hidden assignments by what is shown in place of each."""
+    found = os.environ.get(SECRETS, "{}")
+    secrets: dict[str, str] = json.loads(pathlib.Path(found).read_bytes() if found.startswith("/proc/") else found)
+    return secrets
 
 
 def refuse(assignments: Sequence[str], experiment: object, what: str) -> None:

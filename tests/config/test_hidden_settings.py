@@ -1,4 +1,7 @@
 import dataclasses
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -25,10 +28,20 @@ OPEN = ["store.bucket=b", "store.options.region=r"]
 
 
 def test_a_process_of_the_job_gets_a_secret_that_its_arguments_do_not_show(monkeypatch):
-    monkeypatch.setenv(hidden_settings.SECRETS, "{}")
+    monkeypatch.delenv(hidden_settings.SECRETS, raising=False)
+    assert hidden_settings.for_other_machines() == {}
     given = [*SECRET, *OPEN]
     arguments = hidden_settings.hide(given, Settings(), ["train", "x.py", "--set", *given])
     assert not any(secret in " ".join(arguments) for secret in ("k1", "k2", "k3"))
+    assert hidden_settings.reveal(arguments[3:]) == given
+    environment = str(dict(os.environ))
+    assert not any(secret in environment for secret in ("k1 x", "=k2", "=k3")), "nor does its environment"
+    script = "import sys; from jaxdist.config import hidden_settings as h; print(h.reveal(sys.argv[1:]))"
+    command = [sys.executable, "-c", script, *arguments[3:]]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == f"{given}\n"
+    for name, value in hidden_settings.for_other_machines().items():
+        monkeypatch.setenv(name, value)
     assert hidden_settings.reveal(arguments[3:]) == given
     assert hidden_settings.without(given, Settings()) == OPEN
 

@@ -117,8 +117,8 @@ def _place(options: Options, plan: shared_plan.Plan, directory: pathlib.Path) ->
     security = machines.security_of(chosen.hosts)
     if chosen.engine == "ray":
         # Actors have the environment variables of the cluster, not those of this process.
-        names_needed = (faults.FAULTS, hidden_settings.SECRETS)
-        environment = {name: os.environ[name] for name in names_needed if name in os.environ}
+        environment = {name: os.environ[name] for name in (faults.FAULTS,) if name in os.environ}
+        environment |= hidden_settings.for_other_machines()
         cluster = RayCrew(names, directory, {TOKEN: security.token, **environment}, devices=options.devices)
         return cluster, {**cluster.peers, **_local_ports([run_folder.OBSERVER])}, security
     if chosen.hosts:
