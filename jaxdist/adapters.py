@@ -33,7 +33,16 @@ from jaxdist.setting_group import show
 from jaxdist.spmd import precision as precisions
 from jaxdist.spmd.dependence import depends
 from jaxdist.spmd.layout import path_name
-from jaxdist.spmd.metrics import MASK, SEGMENT_IDS, Batch, Mean, Weighted, check_names, masked_mean
+from jaxdist.spmd.metrics import (
+    MASK,
+    SEGMENT_IDS,
+    Batch,
+    Mean,
+    Weighted,
+    check_names,
+    check_rows_left_out,
+    masked_mean,
+)
 from jaxdist.spmd.precision import Precision
 
 PyTree: TypeAlias = Any
@@ -450,7 +459,24 @@ def _checked_loss(loss: Loss, outputs: Any, batch: Batch) -> tuple[Values, dict[
             raise ConfigError(f"The names of metrics are strings; {name} returns one named {metric!r}. Rename it.")
     for metric, values in {"loss": result[0], **result[1]}.items():
         _check_numbers(name, metric, values)
+    _check_means(loss, outputs, batch, result)
     return result
+
+
+def _check_means(loss: Loss, outputs: Any, batch: Batch, result: tuple[Values, dict[str, Values]]) -> None:
+    """Raise ConfigError where a Mean, whose count the loss knows itself, counts rows of padding."""
+    means = {name: each for name, each in {"loss": result[0], **result[1]}.items() if isinstance(each, Mean)}
+
+    def of_fields(_: Any, fields: Mapping[str, Any]) -> Any:
+        return loss(fields[_OUTPUTS], {name: field for name, field in fields.items() if name != _OUTPUTS})
+
+    try:
+        check_rows_left_out(means, of_fields, ((), {**batch, _OUTPUTS: outputs}))
+    except ValueError as error:
+        raise ConfigError(f"{error} The loss is {errors.named(loss)}.") from error
+
+
+_OUTPUTS = "the model's outputs"
 
 
 def _kind(value: Any) -> str:

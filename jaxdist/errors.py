@@ -1,13 +1,16 @@
 """The errors that the command line shows as a message and not as a traceback, and the statuses it exits with."""
 
 import enum
+import functools
 import inspect
 import os
 import pathlib
+import re
 import site
+import sys
 import sysconfig
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,15 +68,53 @@ def as_user_error() -> Iterator[None]:
         raise UserError(describe(error)) from error
 
 
+def _show_uncaught(before: Callable[..., Any], kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Show a mistake that ends a script as the command line does, and exit with its status."""
+    if not isinstance(error, UserError | RunFailedError):
+        before(kind, error, trace)
+        return
+    print(f"jaxdist: {describe(error)}", file=sys.stderr)
+    if not hasattr(sys, "ps1"):  # an interactive session continues
+        raise SystemExit(int(error.exit_status))
+
+
+sys.excepthook = functools.partial(_show_uncaught, sys.excepthook)
+
+
 def describe(error: BaseException) -> str:
     """Return the error in a line: what it says, and the line of the user's code that led to it, if there is one."""
-    message = " ".join(str(error).split())
-    place = place_of(error)
+    message, place = _said(error), place_of(error)
     raised_here = place is None or error.__cause__ is not None
-    ours = isinstance(error, UserError) or (raised_here and isinstance(error, ValueError | OSError))
+    ours = isinstance(error, UserError | RunFailedError) or (raised_here and isinstance(error, ValueError | OSError))
     if not ours:
         message = f"{type(error).__name__}: {message}" if message else type(error).__name__
     return message if place is None or place in message else f"{message} ({place})"
+
+
+_TRACED = "A model and its loss are traced, so"
+_ADVICE = {
+    "TracerBoolConversionError": "a condition of Python cannot depend on a value: use jnp.where or jax.lax.cond.",
+    "NonConcreteBooleanIndexError": "a shape cannot depend on a value: use jnp.where in place of a boolean index.",
+    "TracerArrayConversionError": "NumPy cannot compute with their values: use jax.numpy.",
+    "TracerIntegerConversionError": "a whole number of Python cannot come from a value: use jax.numpy.",
+    "ConcretizationTypeError": "a number of Python cannot come from a value: use jax.numpy.",
+    "UnexpectedTracerError": "a value that one call keeps in a variable outside has no meaning in the next: return it.",
+}
+"""What to do about the errors of JAX, by their class, whose own texts are long and mostly about the function traced."""
+
+
+def _said(error: BaseException) -> str:
+    """Return what an error says, in one line."""
+    text, kind = str(error), type(error).__name__
+    if kind in _ADVICE:
+        text = f"{text.partition(_LEAK if kind == _LEAK_ERROR else _WHILE_TRACING)[0]} {_TRACED} {_ADVICE[kind]}"
+    return " ".join(text.split())
+
+
+_WHILE_TRACING = "The error occurred while tracing"
+_LEAK_ERROR, _LEAK = "UnexpectedTracerError", "A function transformed by JAX"
+_LEAK_FRAME = re.compile(r"^(.+):(\d+):\d+ \((.+)\)$", re.MULTILINE)
+"""A line of JAX's text that says where a value was made: the error itself is raised elsewhere."""
 
 
 def place_of(error: BaseException) -> str | None:
@@ -84,6 +125,10 @@ def place_of(error: BaseException) -> str | None:
     """
     if error.__cause__ is not None and (place := place_of(error.__cause__)):
         return place
+    if type(error).__name__ == _LEAK_ERROR:
+        made = [found.groups() for found in _LEAK_FRAME.finditer(str(error)) if _is_users(found[1])]
+        if made:
+            return f"{_shortest(made[-1][0])}:{made[-1][1]}, in {made[-1][2]}"
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if _is_users(frame.filename):
             return f"{_shortest(frame.filename)}:{frame.lineno}, in {frame.name}"

@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 
 from jaxdist import adapters, losses
 from jaxdist.models import cnn, cnn_nnx, gpt
-from jaxdist.spmd.metrics import Weighted, masked_mean
+from jaxdist.spmd.metrics import Mean, Weighted, masked_mean
 
 ADAPT = {"linen": (adapters.linen, cnn.CNN), "nnx": (adapters.nnx, cnn_nnx.CNN)}
 KINDS = sorted(ADAPT)
@@ -278,7 +278,7 @@ def test_a_loss_that_gives_a_value_for_the_batch_in_place_of_its_examples_is_ref
         adapters.linen(cnn.CNN(10, width=2), lambda outputs, batch: (outputs.mean(axis=0, keepdims=True), {}), EXAMPLE)
 
 
-@pytest.mark.parametrize("name", ["loss", "learning_rate", "grad_norm", "nonfinite_leaf"])
+@pytest.mark.parametrize("name", ["loss", "learning_rate", "grad_norm", "nonfinite_leaf", "empty_batches"])
 def test_a_metric_with_a_name_of_the_package_s_own_is_refused(name):
     def loss(outputs, batch):
         return outputs.sum(axis=1), {name: outputs.sum(axis=1)}
@@ -318,13 +318,45 @@ def test_means_and_weighted_values_of_a_loss_are_taken_as_they_are():
     def loss(outputs, batch):
         values = outputs.sum(axis=1)
         weighted = Weighted(values, batch["label"].astype(jnp.float32))
-        return weighted, {"own": masked_mean(values, batch["label"] > 4), "weighted": weighted}
+        return weighted, {"own": masked_mean(values, batch["mask"] * (batch["label"] > 4)), "weighted": weighted}
 
     fns = adapters.linen(cnn.CNN(10, width=2, num_stages=1), loss, EXAMPLE)
     params, batch = fns.init_fn(jax.random.key(0)), make_batch(num_true=4)
     total, found = fns.eval_fn(params, batch, jax.random.key(0))
     assert total.count == found["weighted"].count == batch["label"][:4].sum()
-    assert found["own"].count == (batch["label"] > 4).sum()
+    assert found["own"].count == (batch["label"][:4] > 4).sum()
+
+
+@pytest.mark.parametrize(
+    "mean",
+    [masked_mean, lambda values: Mean(values.sum(), jnp.float32(values.size))],
+    ids=["without a mask", "written out"],
+)
+@pytest.mark.parametrize("name", ["loss", "own"])
+def test_a_mean_that_counts_padding_is_refused(name, mean):
+    def loss(outputs, batch):
+        values = outputs.sum(axis=1)
+        found = {"loss": values, "own": values} | {name: mean(values)}
+        return found.pop("loss"), found
+
+    with pytest.raises(ValueError, match=rf"count of the Mean '{name}' does not depend on it.* The loss is loss \("):
+        adapters.linen(cnn.CNN(10, width=2, num_stages=1), loss, EXAMPLE)
+
+
+def test_a_mean_whose_total_or_count_ignores_the_mask_is_refused_and_one_without_rows_is_not():
+    def loss(total, count):
+        def values(outputs, batch):
+            each, mask = outputs.sum(axis=1), batch["mask"]
+            parts = {"masked": (each * mask).sum(), "all": each.sum(), "count": mask.sum(), "size": 6.0, "none": 1.0}
+            return each, {"own": Mean(jnp.float32(parts[total]), jnp.float32(parts[count]))}
+
+        return values
+
+    for total, count in (("masked", "size"), ("all", "count")):
+        with pytest.raises(ValueError, match="total or count of the Mean 'own'"):
+            adapters.linen(cnn.CNN(10, width=2, num_stages=1), loss(total, count), EXAMPLE)
+    for total, count in (("masked", "count"), ("none", "size")):
+        adapters.linen(cnn.CNN(10, width=2, num_stages=1), loss(total, count), EXAMPLE)
 
 
 class _Sows(nn.Module):

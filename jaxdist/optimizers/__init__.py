@@ -8,7 +8,7 @@ from jaxdist.optimizers.averages import EmaState, ema, ema_params
 from jaxdist.optimizers.building import build
 from jaxdist.optimizers.described import SETTINGS, Group, Optimizer, of_optax
 from jaxdist.optimizers.param_settings import ParamSettings, decays, describe
-from jaxdist.optimizers.rates import RateSchedule, follows_epochs, learning_rate_at, make_schedule
+from jaxdist.optimizers.rates import RateSchedule, learning_rate_at, make_schedule, units
 from jaxdist.optimizers.schedules import Schedule
 
 __all__ = [
@@ -24,8 +24,8 @@ __all__ = [
     "describe",
     "ema",
     "ema_params",
-    "follows_epochs",
     "learning_rate_at",
     "make_schedule",
     "of_optax",
+    "units",
 ]

@@ -100,16 +100,27 @@ class RateSchedule(NamedTuple):
 make_schedule = RateSchedule.make
 
 
-def follows_epochs(optimizer: Optimizer, *, ends_in_epochs: bool) -> bool:
-    """Return whether the place in the schedule is a number of epochs, and not of steps.
+def units(optimizer: Optimizer, *, global_batch_size: int, ends_in_epochs: bool) -> frozenset[str]:
+    """Return what the parts of the schedule are counted in: "steps", "epochs", both, or nothing for a constant rate.
 
-    It is if the schedule counts epochs, or decays to the end of a run that ends after so many epochs. A run that is
-    resumed with another batch size then continues where the examples it was trained on have brought it.
+    Where that is epochs, a run that is resumed with another batch size continues where the examples it was trained on
+    have brought it. Where it is both, such a change would move the parts against each other.
+
+    Args:
+      optimizer: the description.
+      global_batch_size: decides whether the learning rate is scaled up, and warms up for so many epochs.
+      ends_in_epochs: whether a decay without a length ends after so many epochs.
     """
     schedule = optimizer.schedule
     if callable(schedule) or callable(optimizer.learning_rate):
-        return False
-    return schedule.unit == "epochs" or (schedule.ends and schedule.length is None and ends_in_epochs)
+        return frozenset({"steps"})
+    scales_up = global_batch_size > (optimizer.base_batch_size or global_batch_size)
+    found = {"epochs"} if schedule.warmup is None and scales_up else set()
+    if schedule.warmup or schedule.boundaries or schedule.name == "inverse_sqrt":
+        found.add(schedule.unit)
+    if schedule.ends:
+        found.add(schedule.unit if schedule.length is not None else "epochs" if ends_in_epochs else "steps")
+    return frozenset(found)
 
 
 def learning_rate_at(

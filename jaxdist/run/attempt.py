@@ -153,6 +153,8 @@ def _begin(
         state, data_state = found
         position = Position.from_json(data_state["position"])
         start = _Start(state, position, stop.Progress.from_json(data_state["progress"]), saved, in_memory)
+        if options.checkpoint is None and runtime.is_first():
+            directory.tell_what_is_gone(earlier, options.run_dir, start.progress.step)
     if in_memory:
         in_memory.begin(start.progress.step)
     return start

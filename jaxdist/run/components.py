@@ -73,17 +73,27 @@ class Parts:
         """Return the parts for a run that is resumed: a schedule in epochs continues where the examples brought it.
 
         `progress` is told the batch size, for the next time.
+
+        Raises:
+          ConfigError: the batch size has changed, and the schedule counts both steps and epochs.
         """
         experiment, loader = self.experiment, self.loader
-        size, described = experiment.global_batch_size, experiment.optimizer
+        size, before, described = experiment.global_batch_size, progress.global_batch_size, experiment.optimizer
         sizes = {"num_examples": len(experiment.data.train), "steps_per_epoch": loader.steps_per_epoch}
         offset = stop.schedule_offset(progress, global_batch_size=size, **sizes) if progress.step else 0
         progress.global_batch_size, progress.schedule_offset = size, offset
-        known_end = known_ends(experiment, loader.steps_per_epoch)
-        ends_in_epochs = known_end["max_steps"] != experiment.stop.max_steps
         if not isinstance(described, optimizers.Optimizer) or not offset:
             return self
-        if not optimizers.follows_epochs(described, ends_in_epochs=ends_in_epochs):
+        known_end = known_ends(experiment, loader.steps_per_epoch)
+        ends_in_epochs = known_end["max_steps"] != experiment.stop.max_steps
+        units = optimizers.units(described, global_batch_size=size, ends_in_epochs=ends_in_epochs)
+        if len(units) > 1 and before not in (None, size):
+            raise ConfigError(
+                "A run whose schedule counts both steps and epochs keeps its batch size, since another one would move "
+                f"its parts against each other; it was trained with global_batch_size={before}, got {size}. Resume "
+                "with that, or count everything in epochs: optimizer.schedule.unit, warmup and length."
+            )
+        if "epochs" not in units:
             return self
         optimizer, learning_rate = make_optimizer(experiment, known_end, offset=offset)
         step_fn = make_step(experiment, self.strategy, self.functions, optimizer)

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -241,6 +242,17 @@ def check_nothing_is_lost(
         f"{saved}, and {run_dir / CHECKPOINTS_NAME} holds none. Restore {CHECKPOINTS_NAME}/, or start again in "
         "another --run-dir."
     )
+
+
+def tell_what_is_gone(earlier: record.RunRecord | None, run_dir: pathlib.Path, step: int) -> None:
+    """Say on stderr that a run continues from `step` because the newer checkpoint of its record is gone."""
+    saved = None if earlier is None else _saved_step(earlier)
+    if saved is not None and step < saved:
+        print(
+            f"jaxdist: {run_dir / record.FILE_NAME} names a checkpoint of step {saved}, which is gone; training "
+            f"continues from step {step}.",
+            file=sys.stderr,
+        )
 
 
 def _saved_step(earlier: record.RunRecord) -> int | None:

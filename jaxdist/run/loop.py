@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeAlias
 import jax
 import numpy as np
 
+from jaxdist import errors
 from jaxdist import stop as stop_rules
 from jaxdist.run.stopwatch import StepTimes, Stopwatch
 from jaxdist.spmd.metrics import Batch
@@ -142,7 +143,11 @@ def fit(
             break
         batch, next_position = item
         with stopwatch.account("compute" if pace.started else "compile"):
-            state, metrics = step(state, batch)
+            if pace.started:
+                state, metrics = step(state, batch)
+            else:
+                with errors.as_user_error():  # it is traced here: what is wrong with the user's functions shows
+                    state, metrics = step(state, batch)
             unread.add(_Dispatched.after(progress, position, batch, metrics))
             bad = unread.look(leave=LOOK_EVERY) if unread.count == 2 * LOOK_EVERY else None
         _count_empty(progress, unread)

@@ -8,11 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
+import jax.export
+import jax.numpy as jnp
 
 from jaxdist import adapters, errors
 from jaxdist.config.experiment import Experiment
 from jaxdist.errors import ConfigError
 from jaxdist.spmd import evaluate, metrics, reduce, state
+from jaxdist.spmd.dependence import depends
 from jaxdist.spmd.step import GRAD_NORM
 
 Shapes: TypeAlias = Mapping[str, jax.ShapeDtypeStruct]
@@ -42,12 +45,19 @@ def check(
     """
     if not jax.tree.leaves(abstract.params):
         raise ConfigError("A model that is trained has params, and this one has none. Give it a layer that learns.")
+    reduce.check_params(abstract.params)
     reported = [f"train/{name}" for name in _trained(functions.loss_fn, abstract, shapes)]
+    _check_gradient(functions.loss_fn, abstract, shapes)
+    is_plain = isinstance(experiment.model, adapters.Functions)  # others are checked by their adapter
+    if is_plain:
+        _check_means(functions.loss_fn, abstract, shapes)
     for name, own_shapes in eval_shapes.items():
         setting = f"data.eval[{name!r}]" if name else "data.eval"
         _check_fields(shapes, own_shapes, setting)
         try:
             found = _evaluated(functions.eval_fn, abstract, own_shapes)
+            if is_plain:
+                _check_means(functions.eval_fn, abstract, own_shapes)
             collected = _collected(experiment, collect_fn, abstract, own_shapes)
         except Exception as error:
             raise ConfigError(f"The evaluation fails on the examples of {setting}: {errors.describe(error)}") from error
@@ -87,6 +97,51 @@ def _trained(loss_fn: Any, abstract: state.TrainState, shapes: Shapes) -> list[s
     found = jax.eval_shape(evaluate_loss, abstract.params, abstract.model_state, dict(shapes), abstract.key)
     metrics.check_names(found)
     return ["loss", *found, GRAD_NORM]
+
+
+def _check_means(loss_fn: Any, abstract: state.TrainState, shapes: Shapes) -> None:
+    """Raise ValueError where the means of plain functions count padding, or values of a shape that is too large."""
+    args = (
+        abstract.params,
+        dict(shapes),
+        abstract.key,
+        *([] if abstract.model_state is None else [abstract.model_state]),
+    )
+    loss, found, *_ = jax.eval_shape(loss_fn, *args)
+    means = {name: each for name, each in {"loss": loss, **found}.items() if isinstance(each, metrics.Mean)}
+    metrics.check_rows_left_out(means, loss_fn, args)
+    (examples,) = jax.export.symbolic_shape("B")
+    any_number = {
+        name: jax.ShapeDtypeStruct((examples, *field.shape[1:]), field.dtype) for name, field in shapes.items()
+    }
+    try:
+        jax.eval_shape(loss_fn, args[0], any_number, *args[2:])
+    except metrics.ShapeError as error:
+        place = errors.place_of(error)
+        raise ConfigError(f"{error} ({place})" if place else str(error)) from error
+    except Exception:
+        return  # functions that are made for one number of examples are fine
+
+
+def _check_gradient(loss_fn: Any, abstract: state.TrainState, shapes: Shapes) -> None:
+    """Raise ConfigError where the gradient of every param is 0 whatever the params and the batch are."""
+
+    def gradient(params: Any, model_state: Any, batch: Any, key: Any) -> Any:
+        def loss(params: Any) -> jax.Array:
+            return reduce.evaluate_loss(loss_fn, params, model_state, batch, key)[0].total
+
+        return jax.grad(loss)(params)
+
+    args = (abstract.params, abstract.model_state, dict(shapes), abstract.key)
+    if any(jax.tree.leaves(depends(gradient, args, jax.tree.map(lambda _: True, list(args))))):
+        return
+    # It is the same for any arguments, so these do.
+    zeros = [jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), arg) for arg in args[:3]]
+    if not any(leaf.any() for leaf in jax.tree.leaves(jax.jit(gradient)(*zeros, jax.random.key(0)))):
+        raise ConfigError(
+            "Training needs a loss with a gradient, and that of every param is 0 here, whatever the batch. Remove what "
+            "has no gradient (argmax, round, a comparison, stop_gradient) between the params and the loss."
+        )
 
 
 def _evaluated(eval_fn: Any, abstract: state.TrainState, shapes: Shapes) -> list[str]:

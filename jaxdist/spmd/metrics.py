@@ -17,7 +17,7 @@ MASK = "mask"
 SEGMENT_IDS = "segment_ids"
 """The field of packed rows that numbers the examples of a row from 1; 0 is padding."""
 
-OWN_NAMES = frozenset({"loss", "learning_rate", "grad_norm", "nonfinite_leaf"})
+OWN_NAMES = frozenset({"loss", "learning_rate", "grad_norm", "nonfinite_leaf", "empty_batches"})
 """Metrics that the package itself reports, in training or in evaluation."""
 
 
@@ -43,6 +43,10 @@ class Weighted(NamedTuple):
     weights: jax.Array
 
 
+class ShapeError(ValueError):
+    """Values of a loss have a shape that does not go with the mask."""
+
+
 def masked_mean(values: jax.Array | Weighted, mask: jax.Array | None = None) -> Mean:
     """Return the Mean over the true examples of `values`.
 
@@ -50,6 +54,9 @@ def masked_mean(values: jax.Array | Weighted, mask: jax.Array | None = None) -> 
       values: per-example (or per-token) values, shape (examples, ...), or the same with weights.
       mask: shape of a leading part of `values`' shape, for example (examples,); 1 (or True) for what counts. None
         counts everything.
+
+    Raises:
+      ShapeError: another dim of the values is the number of examples, too, which only shows when that is symbolic.
     """
     if isinstance(values, Weighted):
         values, weights = values
@@ -64,6 +71,13 @@ def masked_mean(values: jax.Array | Weighted, mask: jax.Array | None = None) -> 
 
 def _like(mask: jax.Array, values: jax.Array) -> jax.Array:
     """Return a mask of a leading part of the values' shape as float32 of the whole shape."""
+    examples = mask.shape[0]
+    if not isinstance(examples, int) and examples in values.shape[1:]:
+        raise ShapeError(
+            f"The values of a mean are per example (B,) or per token (B, T), but got the shape {values.shape}, where "
+            f"{examples} is the number of examples. Two shapes such as (B, 1) and (B,) broadcast to (B, B): give "
+            "outputs and target the same shape."
+        )
     mask = mask.astype(jnp.float32).reshape(mask.shape + (1,) * (values.ndim - mask.ndim))
     return jnp.broadcast_to(mask, values.shape)
 
@@ -136,24 +150,45 @@ def check_averages(results: Mapping[str, Any], loss_fn: Callable[..., Any], args
     loss = results["loss"].total if isinstance(results["loss"], Mean) else results["loss"]
     if not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
         raise ValueError(f"A loss must be a real floating number; got {jnp.result_type(loss)}. Return its real value.")
-    batch = args[1]
-    if not plain or MASK not in batch:
+    check_rows_left_out(plain, loss_fn, args)
+
+
+def check_rows_left_out(results: Mapping[str, Any], function: Callable[..., Any], args: Sequence[Any]) -> None:
+    """Check that no average counts rows that the batch's mask leaves out; the function is traced once more.
+
+    A scalar, or the total of a Mean, that depends on the rows of the batch and not on its mask counts all of them. So
+    does a Mean whose count does not depend on the mask.
+
+    Args:
+      results: scalars and Means of what the function returns, by name.
+      function: `function(*args) -> (loss, metrics, ...)`.
+      args: what it is called with, arrays or descriptions of arrays; the second is a dict of fields with the mask.
+
+    Raises:
+      ValueError: an average counts rows of padding.
+    """
+    if not results or MASK not in args[1]:
         return
-    on_rows, on_mask = (_dependence(loss_fn, args, is_mask=is_mask) for is_mask in (False, True))
-    wrong = [name for name in plain if on_rows[name] and not on_mask[name]]
-    if wrong:
+    on_rows, on_mask = (_dependence(function, args, is_mask=is_mask) for is_mask in (False, True))
+    for name, value in results.items():
+        rows, mask = on_rows[name], on_mask[name]
+        if not (rows.total if isinstance(value, Mean) else rows) or all(jax.tree.leaves(mask)):
+            continue
+        what = "total or count of the Mean" if isinstance(value, Mean) else "the scalar"
         raise ValueError(
-            f"Rows of padding, which the batch's field {MASK!r} marks, must not count, but the scalar {wrong[0]!r} "
+            f"Rows of padding, which the batch's field {MASK!r} marks, must not count, but {what} {name!r} "
             f"does not depend on it. Return jaxdist.masked_mean(values, batch[{MASK!r}]), which counts true rows."
         )
 
 
-def _dependence(loss_fn: Callable[..., Any], args: Sequence[Any], *, is_mask: bool) -> dict[str, bool]:
+def _dependence(function: Callable[..., Any], args: Sequence[Any], *, is_mask: bool) -> dict[str, Any]:
     """Return, by name, whether the loss and each metric depend on the mask, or on any other field of the batch."""
     marked: list[Any] = [jax.tree.map(lambda _: False, arg) for arg in args]
-    marked[1] = {name: (name == MASK) == is_mask for name in args[1]}
-    loss, found, *_ = depends(loss_fn, args, marked)
-    return {name: any(jax.tree.leaves(value)) for name, value in {"loss": loss, **found}.items()}
+    marked[1] = {
+        name: jax.tree.map(lambda _, found=(name == MASK) == is_mask: found, field) for name, field in args[1].items()
+    }
+    loss, found, *_ = depends(function, args, marked)
+    return {"loss": loss, **found}
 
 
 def as_mean(value: jax.Array | Mean, batch: Batch) -> Mean:

@@ -113,7 +113,7 @@ def local_sums(
         # Without it, every gathered param would stay in memory until the backward pass has used it.
         evaluate = jax.checkpoint(evaluate, policy=_is_kept_for_backward)
 
-    _check_params(params)
+    check_params(params)
 
     def summed_loss(params: PyTree) -> tuple[jax.Array, Any]:
         loss, metrics, new_model_state = evaluate(params)
@@ -315,7 +315,8 @@ def _descent_direction(grad: jax.Array) -> jax.Array:
     return jnp.conj(grad) if jnp.iscomplexobj(grad) else grad
 
 
-def _check_params(params: PyTree) -> None:
+def check_params(params: PyTree) -> None:
+    """Raise ValueError where a param is of a kind that has no gradient."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
             raise ValueError(

@@ -108,3 +108,27 @@ def test_a_plain_function_may_be_the_rate_or_the_schedule(settings):
 def test_a_function_that_cannot_be_a_schedule_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         optimizers.build(Optimizer(name="sgd", **settings), global_batch_size=8)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "base", "ends_in_epochs", "units"),
+    [
+        ({}, None, True, ""),
+        ({}, 8, True, "epochs"),  # the warm-up of five epochs
+        ({"warmup": 0}, 8, True, ""),
+        ({}, 64, True, ""),  # scaled down: no warm-up
+        ({"warmup": 3}, None, True, "steps"),
+        ({"name": "cosine"}, None, True, "epochs"),
+        ({"name": "cosine"}, None, False, "steps"),
+        ({"name": "cosine", "warmup": 3}, None, True, "epochs steps"),
+        ({"name": "cosine", "warmup": 3, "unit": "epochs"}, None, True, "epochs"),
+        ({"name": "linear", "length": 9}, 8, True, "epochs steps"),
+        ({"name": "step", "boundaries": (3,)}, None, True, "steps"),
+        ({"name": "step", "boundaries": (3,), "unit": "epochs"}, 8, False, "epochs"),
+        ({"name": "inverse_sqrt"}, None, True, "steps"),
+    ],
+)
+def test_what_a_schedule_counts(schedule, base, ends_in_epochs, units):
+    optimizer = Optimizer(name="sgd", learning_rate=0.1, schedule=Schedule(**schedule), base_batch_size=base)
+    found = optimizers.units(optimizer, global_batch_size=32, ends_in_epochs=ends_in_epochs)
+    assert " ".join(sorted(found)) == units

@@ -9,7 +9,8 @@ import pytest
 import tiny_experiment
 
 import jaxdist
-from jaxdist.run import attempt
+from jaxdist import stop
+from jaxdist.run import attempt, components
 
 EXAMPLES, EPOCHS = 48, 4
 
@@ -66,3 +67,26 @@ def test_a_schedule_in_steps_stays_where_its_steps_are(tmp_path):
     logged_rates(tmp_path, first, stop_at=10)
     rates = logged_rates(tmp_path, experiment(16, length=100), resume=True)
     assert rates[11] == pytest.approx(0.8 * (0.5 + 0.5 * math.cos(math.pi * 0.1)), abs=1e-5)
+
+
+def resumed(config, *, step, before):
+    """Return the parts of a run that is resumed after `step` steps with batches of `before`."""
+    progress = stop.Progress(step=step, examples_seen=step * before, global_batch_size=before)
+    return components.put_together(config, devices=jax.devices()[:1]).continued(progress)
+
+
+def test_the_warm_up_of_the_scaling_rule_follows_the_examples():
+    config = experiment(16)
+    optimizer = jaxdist.Optimizer(name="sgd", learning_rate=0.1, base_batch_size=4)
+    config = dataclasses.replace(config, optimizer=optimizer, stop=jaxdist.Stop(max_epochs=9))
+    rate = resumed(config, step=12, before=8).learning_rate  # after 2 of its 5 epochs, now of 3 steps
+    for step in range(13, 25):
+        epochs = 2 + (step - 12) * 16 / EXAMPLES
+        assert rate(step) == pytest.approx(0.1 + 0.3 * min(epochs / 5, 1.0), abs=1e-6), step
+
+
+def test_a_schedule_in_steps_and_epochs_is_refused_with_another_batch_size():
+    with pytest.raises(ValueError, match="global_batch_size=8, got 16"):
+        resumed(experiment(16, warmup=3), step=12, before=8)
+    resumed(experiment(16, warmup=3, unit="epochs"), step=12, before=8)
+    resumed(experiment(16, warmup=3), step=12, before=16)

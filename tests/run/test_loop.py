@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxdist import stop
+from jaxdist import errors, stop
 from jaxdist.run import loop, stopwatch
 from jaxdist.spmd.step import EMPTY_BATCH, NONFINITE_LEAF
 
@@ -260,3 +260,17 @@ def test_an_error_in_the_data_reaches_the_caller():
 
     with pytest.raises(OSError, match="the disk is gone"):
         loop.fit(FakeDevice().step, FakeState(0), batches(), stop=lambda progress: None)
+
+
+def test_a_mistake_that_the_first_step_shows_is_told_with_the_users_line_and_a_later_error_as_it_is():
+    def loss_of(step, batch):
+        raise TypeError("no")
+
+    def later(state, batch):
+        return device.step(state, batch) if not device.events else loss_of(state, batch)
+
+    with pytest.raises(errors.UserError, match=r"TypeError: no \(.*test_loop\.py:\d+, in loss_of\)"):
+        loop.fit(loss_of, FakeState(0), make_batches([0.0]), stop=lambda progress: None)
+    device = FakeDevice()
+    with pytest.raises(TypeError, match=r"^no$"):
+        loop.fit(later, FakeState(0), make_batches([0.0] * 2), stop=lambda progress: None)

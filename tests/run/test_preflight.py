@@ -1,10 +1,16 @@
+import dataclasses
+import re
+
 import jax
+import jax.numpy as jnp
 import pytest
 import tiny_experiment
 
+from jaxdist import adapters, errors
 from jaxdist.config import overrides
 from jaxdist.errors import ConfigError
 from jaxdist.run import components, preflight
+from jaxdist.spmd.metrics import masked_mean
 
 
 @pytest.fixture(scope="module")
@@ -42,3 +48,52 @@ def test_held_out_examples_of_another_width_are_refused_with_the_place(traced):
 def test_a_metric_that_never_comes_is_refused_with_the_nearest(traced):
     with pytest.raises(ConfigError, match=r"Did you mean 'eval/accuracy'\?"):
         check(traced, "stop.target=0.9", "stop.target_metric=eval/acuracy")
+
+
+def plain(loss):
+    """Return the tiny experiment with plain functions; `loss(params, batch)` gives the loss."""
+    functions = adapters.Functions(
+        lambda key: {"w": jnp.zeros((tiny_experiment.NUM_FEATURES, 1))},
+        lambda params, batch, key: (loss(params, batch), {}),
+        lambda params, batch, key: (loss(params, batch), {}),
+    )
+    return dataclasses.replace(tiny_experiment.get_config(), model=functions, loss=None)
+
+
+def squared(params, batch):
+    return jnp.square((batch["image"] @ params["w"])[:, 0] - batch["label"])
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda params, batch: masked_mean(squared(params, batch)), "count of the Mean 'loss' does not depend on it"),
+        (
+            lambda params, batch: masked_mean(
+                jnp.square(batch["image"] @ params["w"] - batch["label"][None]), batch["mask"]
+            ),
+            r"shape \(B, B\).*test_preflight\.py:\d+, in ",
+        ),
+        (
+            lambda params, batch: masked_mean(jnp.round(squared(params, batch)), batch["mask"]),
+            "that of every param is 0 here",
+        ),
+    ],
+    ids=["no mask", "broadcast", "no gradient"],
+)
+def test_plain_functions_that_train_on_something_else_are_refused(loss, message):
+    with pytest.raises(ValueError) as caught, errors.as_user_error():
+        components.put_together(plain(loss), devices=jax.devices()[:1])
+    assert re.search(message, str(caught.value))
+
+
+def test_plain_functions_that_are_right_pass_also_those_for_one_number_of_examples():
+    def for_sixteen(params, batch):
+        return masked_mean(squared(params, batch).reshape(16), batch["mask"])
+
+    components.put_together(plain(for_sixteen), devices=jax.devices()[:1])
+    components.put_together(plain(lambda params, batch: for_sixteen(params, batch).value), devices=jax.devices()[:1])
+
+
+def test_a_constant_gradient_is_a_gradient():
+    components.put_together(plain(lambda params, batch: params["w"].sum()), devices=jax.devices()[:1])

@@ -1,3 +1,5 @@
+import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -49,3 +51,15 @@ def test_a_plain_scalar_stands_for_the_true_examples():
     assert metrics.as_mean(mean, batch) is mean
     empty = metrics.as_mean(jnp.float32(jnp.nan), {"mask": jnp.zeros(3)})
     assert (float(empty.total), float(empty.count)) == (0.0, 0.0)
+
+
+def test_values_with_a_second_dim_of_examples_are_refused_where_the_number_of_examples_is_symbolic():
+    (examples,) = jax.export.symbolic_shape("B")
+
+    def mean(*shape):
+        values = jax.ShapeDtypeStruct(shape, jnp.float32)
+        return jax.eval_shape(metrics.masked_mean, values, jax.ShapeDtypeStruct((examples,), jnp.float32))
+
+    assert mean(examples, 5).total.shape == ()
+    with pytest.raises(metrics.ShapeError, match=r"got the shape \(B, B\), where B is the number of examples"):
+        mean(examples, examples)
