@@ -88,7 +88,7 @@ class Side:
             self._process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_GRACE_SECONDS)
-        with contextlib.suppress(ProcessLookupError):  # it has left nobody
+        with contextlib.suppress(ProcessLookupError):  # the group is empty
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._log.close()
@@ -168,13 +168,13 @@ def time_order(repeats: int) -> Iterator[dict]:
 
 
 def resume(python: str, peer: str) -> dict:
-    """Return what a run on 4 hosts that goes on on 2 repeats and loses."""
+    """Return how many examples are repeated and lost by a run that stops on 4 hosts and continues on 2."""
     command = [python, str(HERE / "input_resume.py"), peer]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def end_to_end(repeats: int) -> dict:
-    """Time the digits' step fed by the pipeline, and fed with batches that lie on the devices already."""
+    """Time the digits' step fed by the pipeline, and fed with batches that are on the devices already."""
     import jax
 
     from jaxdist.config import loading

@@ -1,4 +1,4 @@
-"""What a run that stops on 4 hosts and goes on on 2 repeats and loses: ours and the peers' as they are.
+"""How many examples are repeated and lost by a run that stops on 4 hosts and continues on 2: ours and the others'.
 
 `python input_resume.py SIDE` prints one JSON object. Each side trains 30 steps of an epoch of 1,000 examples on 4
 hosts, saves its state, restores it on 2 hosts and finishes the epoch. The peers' states belong to a host each; the

@@ -231,7 +231,7 @@ def serve(side: str, folder: pathlib.Path) -> None:
     batches = SIDES[side](folder)
     for line in sys.stdin:
         num_batches = int(line)
-        # What was read ahead while nobody waited must not count as read now: begin with it used up.
+        # Batches read ahead before the clock starts must not count as read now: start with none of them left.
         for _ in range(num_batches // 2):
             next(batches)
         cpu, start = cpu_seconds(), time.perf_counter()

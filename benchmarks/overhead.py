@@ -2,7 +2,7 @@
 
 python benchmarks/overhead.py [--devices N] [--rounds N] [--only WORK ...] [--json]
 
-Each side trains the same model with the same loss and optimizer on batches that lie in device memory: those of
+Each side trains the same model with the same loss and optimizer on batches that are in device memory: those of
 experiments/bytes_gpt.py and of digits_cnn.py, the latter with 256 examples a batch so that computing is the work, and
 an MLP so small that dispatching it is the work. `cnn-64` is digits_cnn.py as it stands, of which nothing is demanded.
 Sides take turns in short rounds in one process, in a random order, for one side's caches are another's loss; a round's
@@ -237,7 +237,7 @@ class Fit(Side):
         return outputs
 
     def positioned(self) -> Iterator[tuple[Any, Place]]:
-        """Yield batches with positions, for ever."""
+        """Yield batches with positions, forever."""
         for number, batch in enumerate(itertools.cycle(self.batches)):
             yield batch, Place(0, number, 1 << 40)
 

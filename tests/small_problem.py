@@ -55,7 +55,7 @@ def numpy_batch(seed: int = 0, mask: Any = None) -> dict[str, np.ndarray]:
 
 
 def place(tree: Any, mesh: Mesh, *axes: str) -> Any:
-    """Lay host arrays over the mesh, cut over `axes` in their leading dim."""
+    """Place host arrays on the mesh, sharded over `axes` in their leading dim."""
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(axes) if axes else PartitionSpec()))
 
 

@@ -70,7 +70,7 @@ def _saves(save: Hook, info: StepInfo) -> bool:
 
 
 def is_no_room(error: checkpoints.CheckpointError) -> bool:
-    """Return whether a save failed for a full disk on every process alike, so that all of them can go on."""
+    """Return whether a save failed on every process because the disk is full, so that all of them can continue."""
     half_way = jax.process_count() == 1 and full_disk.is_full(error)  # of several processes one alone has failed
     return isinstance(error, checkpoints.NoRoomError) or half_way
 

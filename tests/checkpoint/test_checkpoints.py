@@ -46,7 +46,7 @@ def random_bits(shape, dtype, seed):
 
 
 def make_state(mesh, spec=None, seed=0):
-    """Return a state with every kind of leaf; `spec` is how its two-dimensional leaves lie."""
+    """Return a state with every kind of leaf; `spec` is the PartitionSpec of its two-dimensional leaves."""
     spec = P() if spec is None else spec
 
     def put(value, spec):
@@ -605,7 +605,7 @@ PROCESS = """
     superfluous = checkpoint.Checkpointer._superfluous
 
     def slowly(self, saved):
-        time.sleep(0.3)  # Nobody may see the directory before process 0 has put it in order.
+        time.sleep(0.3)  # No process may see the directory before process 0 has put it in order.
         return superfluous(self, saved)
 
     checkpoint.Checkpointer._superfluous = slowly

@@ -1,4 +1,4 @@
-"""What the pipeline must show: a run that stops on one process and goes on on two is the run that never stopped."""
+"""A run that stops on one process and continues on two reads what a run that never stopped reads."""
 
 import json
 import os

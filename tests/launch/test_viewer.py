@@ -1,4 +1,4 @@
-"""Output that nobody can read any more is no reason for a run to end."""
+"""A run does not end because its output has no reader any more."""
 
 import subprocess
 import sys

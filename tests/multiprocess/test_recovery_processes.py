@@ -1,4 +1,4 @@
-"""The promise itself, with real processes: what is killed or stopped goes on, and ends in the very same bits."""
+"""With real processes: a run that is killed or stopped continues, and ends with the same bits."""
 
 import json
 import pathlib

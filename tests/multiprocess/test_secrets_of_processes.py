@@ -6,7 +6,7 @@ import pathlib
 import ending_jobs
 import pytest
 
-SECRET = "tell-nobody-7265"
+SECRET = "tell-no-one-7265"
 EXPERIMENT = f"""
 import dataclasses
 import sys

@@ -38,7 +38,7 @@ class Run:
         self.memberships = [event.what.membership for event in named(self.events, "MembershipRecord")]
         self.rolled_back = any(membership.restore_term > 1 for membership in self.memberships)
         cuts = [event.what.cut for event in named(self.events, "ShowCut")]
-        require(bool(cuts), "result", "nobody read the params at the end")
+        require(bool(cuts), "result", "no one read the params at the end")
         self.final = cuts[-1].shards
         require(cuts[-1].step == s.max_steps, "result", f"the params read last are of step {cuts[-1].step}")
         self.paths = [self._path(shard) for shard in range(s.servers)]
@@ -50,7 +50,7 @@ class Run:
                 parents[event.what.after] = event.what
         path, chain = [], self.final[shard].chain
         while chain:
-            require(chain in parents, "history", f"shard {shard} holds an update nobody saw")
+            require(chain in parents, "history", f"shard {shard} holds an update that was not recorded")
             path.append(parents[chain])
             chain = parents[chain].before
         path.reverse()

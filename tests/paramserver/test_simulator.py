@@ -161,7 +161,7 @@ class ForgetfulShard(Shard):
 
 
 class ForgetfulServer(Server):
-    """Keeps its table beside the replicated state: whoever takes over has none."""
+    """Keeps its table outside the replicated state: a server that takes over has none."""
 
     def _enter(self, membership, now, out):
         if not self.primary and membership.shards[self.number].primary == self.name:

@@ -74,7 +74,7 @@ def fit(device, values, *, stop=lambda progress: None, **options):
 
 @given(num_steps=st.integers(1, 40))
 def test_the_loop_waits_every_few_steps_only_and_for_a_step_dispatched_a_while_ago(num_steps):
-    """The others go on meanwhile; at the end it waits for the last."""
+    """The others continue meanwhile; at the end it waits for the last."""
     device = FakeDevice()
     fit(device, [0.0] * num_steps)
     during = device.events[: device.events.index(("read", num_steps))]
@@ -179,7 +179,7 @@ def test_a_step_that_is_not_finite_ends_the_run_where_it_stood_before_it(bad, mo
     assert result.end_reason == "nonfinite"
     assert (result.nonfinite.step, result.nonfinite.leaf) == (bad, 2)
     assert math.isnan(result.nonfinite.batch["x"])
-    # The state, the progress and the position agree on the updates made; a few more steps were on their way in vain.
+    # The state, the progress and the position agree on the updates made; a few later steps were started and dropped.
     assert int(result.state.step) == result.progress.step == bad - 1
     assert seen == list(range(1, len(seen) + 1))
     assert len(seen) < bad + 2 * loop.LOOK_EVERY

@@ -133,7 +133,7 @@ def test_without_a_bound_the_bar_promises_nothing():
 
 
 class Untouchable:
-    """A metric still being computed: nobody may wait for it."""
+    """A metric still being computed: the display may not wait for it."""
 
     def __float__(self):
         raise AssertionError("fetched")

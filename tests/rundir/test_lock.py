@@ -86,7 +86,7 @@ def test_a_directory_that_cannot_be_made_is_the_users_to_mend(tmp_path):
 
 
 def test_a_lock_can_be_taken_by_its_owner_alone(tmp_path):
-    """Whoever can open the file can lock it, and keep the job from starting; files of before are corrected."""
+    """A process that can open the file can lock it and keep the job from starting; older files are corrected."""
     (tmp_path / lock.FILE_NAME).touch(mode=0o644)
     with lock.locked(tmp_path, purpose="test"):
         assert (tmp_path / lock.FILE_NAME).stat().st_mode & 0o777 == 0o600

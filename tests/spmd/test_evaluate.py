@@ -191,7 +191,7 @@ def test_nothing_to_evaluate_is_an_error():
 
 
 def test_only_a_few_batches_are_on_their_way_at_a_time():
-    """Otherwise the whole held-out set would lie on the devices at once."""
+    """Otherwise the whole held-out set would be on the devices at once."""
     in_flight = []
 
     class Fetched(np.ndarray):

@@ -28,7 +28,7 @@ def missing() -> list[str]:
 @contextlib.contextmanager
 def running(directory: pathlib.Path) -> Iterator[dict[str, str]]:
     """Yield the environment in which SLURM's commands reach the cluster."""
-    # munged trusts no directory that others may write to, and pytest's lie below one.
+    # munged trusts no directory that others may write to, and pytest's directories are below one.
     for name in ("munge", "state", "spool"):
         (directory / name).mkdir()
     key = directory / "munge" / "key"

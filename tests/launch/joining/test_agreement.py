@@ -154,7 +154,7 @@ def test_no_module_runs_a_collective_over_devices_other_than_those_of_the_step()
 
 
 class BusyStore:
-    """A coordinator's store in which a request lies; while one decision is written, training makes the next."""
+    """A coordinator's store that holds a request; while one decision is written, training makes the next."""
 
     def __init__(self):
         self.publish, self.number_written, self.rests = None, 0, threading.Event()

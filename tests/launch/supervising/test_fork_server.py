@@ -137,7 +137,7 @@ def test_nothing_outlives_an_owner_that_is_killed(module, tmp_path):
     done = subprocess.run(command, stdout=subprocess.PIPE, check=False, timeout=60)
     for process_id in map(int, done.stdout.split()):
         with contextlib.suppress(ProcessLookupError):
-            # Nobody's children here: a descriptor of a process can be waited for all the same.
+            # These are not children of this process; a process descriptor can be waited for all the same.
             descriptor = os.pidfd_open(process_id)
             assert select.select([descriptor], [], [], 60)[0]
             os.close(descriptor)

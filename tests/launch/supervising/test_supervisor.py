@@ -1,4 +1,4 @@
-"""Whether and how to go on after a failure, without processes."""
+"""Whether and how to continue after a failure, without processes."""
 
 import json
 import os

@@ -14,7 +14,7 @@ SECONDS = 20.0
 
 
 class Proxy:
-    """Stands before the process at `target`; whoever sends is told that all has arrived, whatever happened to it."""
+    """A proxy of the process at `target`: the sender is told that all has arrived, whatever happened to it."""
 
     def __init__(self, target, *, lost, repeated, seed):
         self._lost, self._repeated, self._random = lost, repeated, random.Random(seed)

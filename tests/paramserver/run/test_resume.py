@@ -1,4 +1,4 @@
-"""Where a run goes on: checkpoints and snapshots hold one state, whoever saved it, whatever the number of servers."""
+"""Where a run resumes: checkpoints and snapshots hold one state, for any strategy and number of servers."""
 
 import contextlib
 import dataclasses
