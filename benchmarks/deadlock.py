@@ -1,13 +1,13 @@
-"""Whether a healthy job can stand still: jobs whose steps are trivial, so that communication is all they do.
+"""Whether a healthy job can hang: jobs whose steps are trivial, so that they do little but communicate.
 
 python benchmarks/deadlock.py [--jobs 2x2 4x1] [--reductions canonical] [--steps N] [--steps-per-job N] [--json]
 python benchmarks/deadlock.py --log deadlock.jsonl --minutes 20      # a piece; the same command again continues
 
-A job `PxD` has P processes of D fake CPU devices. Each is started anew until its steps are made; a job that hangs is
-ended by its watchdog after `--hang-seconds` and counts as a hang, and the exit status is 1. Use more processes and
-devices than there are cores: what is tried is programs that wait for each other and together need more threads than
+A job `PxD` has P processes of D fake CPU devices. Jobs of each kind are started until its steps are made. A job that
+hangs is ended by its watchdog after `--hang-seconds` and counts as a hang, and the exit status is 1. Use more processes
+and devices than there are cores: a hang needs programs that wait for each other and together need more threads than
 XLA's pool has. With `--log` each job adds a line to a file, and the jobs in that file count, so the steps can be made
-in pieces: `--minutes` ends one. The layouts take turns.
+in pieces of `--minutes`. The layouts take turns.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from jaxdist.rundir import record
 
 
 def get_config() -> jaxdist.Experiment:
-    """Return an experiment whose step is next to nothing, with every snapshot and vote of a real run."""
+    """Return an experiment whose step computes almost nothing, with every snapshot and vote of a real run."""
     features = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
     labels = (features[:, 0] > 0).astype(np.int32)
     return jaxdist.Experiment(

@@ -1,10 +1,10 @@
-"""The input pipeline beside its peers: throughput, CPU time and memory, and what a stop and a resize lose.
+"""The input pipeline compared with others: throughput, CPU time and memory, and what a stop and a resize lose.
 
 python benchmarks/input.py [--json] [--repeats N] [--only WORK...]
 
-The peers (tf.data, Grain, torch, torchdata) are installed by this script into an environment of their own, in
---peers DIR. Each side runs in a process of its own; they take turns, and medians are compared. What the sides do is in
-`input_sides.py`, what stops and resizes do to the peers in `input_resume.py`.
+The others (tf.data, Grain, torch, torchdata) are installed by this script into an environment of their own, in
+--peers DIR. Each side runs in a process of its own; they take turns, and medians are compared. The sides are defined in
+`input_sides.py`, the stop and the resize in `input_resume.py`.
 """
 
 import argparse
@@ -116,7 +116,7 @@ def make_data(folder: pathlib.Path) -> None:
 
 
 def make_peers(folder: pathlib.Path) -> str:
-    """Return the Python of the peers' environment, made where it is not there yet."""
+    """Return the Python of the others' environment, which is made on first use."""
     python = folder / "bin" / "python"
     marker = folder / "installed.json"
     if not marker.exists() or json.loads(marker.read_text()) != PEERS:
@@ -224,7 +224,7 @@ def main() -> None:
         "--peers", type=pathlib.Path, default=pathlib.Path.home() / ".cache" / "jaxdist" / "benchmark-peers"
     )
     options = parser.parse_args()
-    # Python's way out ends the halted sides, too; a default SIGTERM would leave them.
+    # A normal exit of Python also ends the halted sides; the default action of SIGTERM would leave them.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     versions = {name: importlib.metadata.version(name) for name in ("jax", "numpy", "simplejpeg")}
     versions |= dict(peer.split("==") for peer in PEERS if "simplejpeg" not in peer) | {

@@ -1,8 +1,8 @@
-"""How many examples are repeated and lost by a run that stops on 4 hosts and continues on 2: ours and the others'.
+"""How many examples a run that stops on 4 hosts and continues on 2 repeats and loses: ours and others.
 
 `python input_resume.py SIDE` prints one JSON object. Each side trains 30 steps of an epoch of 1,000 examples on 4
-hosts, saves its state, restores it on 2 hosts and finishes the epoch. The peers' states belong to a host each; the
-first two are restored, as a job would that finds its own file.
+hosts, saves its state, restores it on 2 hosts and finishes the epoch. The others have one state per host; the first two
+are restored, as in a job in which each host finds its own file.
 """
 
 import collections

@@ -4,17 +4,17 @@ python benchmarks/overhead.py [--devices N] [--rounds N] [--only WORK ...] [--js
 
 Each side trains the same model with the same loss and optimizer on batches that are in device memory: those of
 experiments/bytes_gpt.py and of digits_cnn.py, the latter with 256 examples a batch so that computing is the work, and
-an MLP so small that dispatching it is the work. `cnn-64` is digits_cnn.py as it stands, of which nothing is demanded.
-Sides take turns in short rounds in one process, in a random order, for one side's caches are another's loss; a round's
-ratio is that of neighbours in time, and the median over the rounds is shown. A single round is some 10 % off, so less
-than a hundred of them tell little about one percent.
-`fit` runs with what `jaxdist train` gives it: metrics to JSONL every 20 steps, a silent progress display, the account
-of time, the recompile sentinel and the question whether to stop. The bare loop is what one would write by hand: a
-jitted shard_map, donated state, nothing fetched but the loss every 20 steps. `packed` is the same by somebody who sends
-all gradients as one vector, as `fit` does with small ones.
+an MLP so small that dispatching it is the work. `cnn-64` is digits_cnn.py unchanged, for which no ratio is demanded.
+Sides take turns in short rounds in one process, in a random order, because each side evicts the others' caches; a
+round's ratio is that of neighbours in time, and the median over the rounds is shown. A single round is about 10 % off,
+so fewer than a hundred rounds cannot resolve one percent.
+`fit` runs with the hooks of `jaxdist train`: metrics to JSONL every 20 steps, a silent progress display, the accounts
+of time, the recompile sentinel and the check whether to stop. The bare loop is what one would write by hand: a jitted
+shard_map, donated state, nothing fetched but the loss every 20 steps. `packed` is the same with all gradients sent as
+one vector, as `fit` does with small ones.
 
-Memory is the most that a process had resident while it trained, each side in a process of its own; compiling, which
-needs more than these small models, is over by then.
+Memory is the peak resident memory of a process while it trains, each side in a process of its own. Compiling, which
+needs more memory than these small models, is over by then.
 """
 
 import argparse
@@ -129,7 +129,7 @@ class Side:
 
 
 class Bare(Side):
-    """A competent user's own loop."""
+    """The loop of an experienced user."""
 
     def __init__(self, work: Work, mesh: Mesh, folder: pathlib.Path):
         super().__init__(work, mesh, folder)
@@ -182,7 +182,7 @@ class Bare(Side):
 
 
 class Packed(Bare):
-    """The same by a user who knows that each leaf costs a collective, and makes one vector of them all."""
+    """The same, with all gradients in one vector, since each leaf costs a collective."""
 
     def average(self, tree: Any) -> Any:
         """Return the mean over the devices."""
@@ -261,7 +261,7 @@ class Fit(Side):
 
 
 class Canonical(Fit):
-    """The same with canonical reduction, the batch cut into the default number of logical shards."""
+    """The same with canonical reduction, the batch divided into the default number of logical shards."""
 
     def make_step(self, loss_fn: Callable[..., Any]) -> step.Step:
         """Return the step with canonical reduction."""

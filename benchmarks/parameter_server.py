@@ -2,12 +2,13 @@
 
 python benchmarks/parameter_server.py [--rounds N] [--json]
 
-Worker and server are two processes. Ours is the real thing: the server's state machine behind the gRPC wire, pushes
-that carry their place in the exactly-once table, checksums of all arrays verified on both ends. The raw socket sends
-the same bytes both ways and does nothing with them; the memory copy copies them once from array to array. All take
-turns in one run. A rate is (bytes pushed + bytes pulled) / seconds, for the copy the bytes copied / seconds.
+Worker and server are two processes. Ours is the production code: the server's state machine behind the gRPC wire,
+pushes that carry their place in the exactly-once table, checksums of all arrays verified on both ends. The raw socket
+sends the same bytes both ways and does nothing with them; the memory copy copies them once from array to array. All
+take turns in one run. A rate is (bytes pushed + bytes pulled) / seconds, for the copy the bytes copied / seconds.
 
-What the books cost is seen beside a server that has none: it adds a push to the params and answers, over the same wire.
+The cost of the exactly-once bookkeeping is measured against a server without any: it adds a push to the params and
+answers, over the same wire.
 """
 
 import argparse
@@ -57,10 +58,10 @@ class Replace:
 
 
 class WithoutBooks:
-    """Looks at a push, takes its mean and answers, as a server does, and remembers nothing but the params.
+    """Checks a push, takes its mean and answers, as a server does, and keeps nothing but the params.
 
-    No members, epochs, table of what was applied, log, clocks or fingerprint: what was pushed twice would
-    be applied twice.
+    It has no members, terms, table of applied pushes, log, clocks or fingerprint: a push that comes twice would be
+    applied twice.
     """
 
     def __init__(self) -> None:
@@ -104,7 +105,7 @@ def serve(kind: str, peer: str) -> None:
 
 
 def echo() -> None:
-    """Be the raw socket's other end: take in so many bytes, send as many."""
+    """Be the other end of the raw socket: receive so many bytes, then send as many."""
     listener = socket.create_server(("127.0.0.1", 0))
     print(listener.getsockname()[1], flush=True)
     connection, _ = listener.accept()

@@ -1,4 +1,4 @@
-"""Whole runs by parameter server: beside all-reduce, and how long a death holds them up.
+"""Whole runs by parameter server: compared with all-reduce, and how long the death of a process delays them.
 
 python benchmarks/parameter_server_runs.py [--steps N] [--rounds N] [--only all-reduce recovery] [--json]
 

@@ -1,16 +1,16 @@
-"""What a death costs: killed, stopped and snapshotted jobs, measured.
+"""The cost of a crash: jobs whose processes are killed or stopped, and the cost of snapshots.
 
 python benchmarks/recovery.py kills [--kills N] [--seed S] [--experiment FILE] [--processes P] [--json]
 python benchmarks/recovery.py stops [--stops N] [--seed S] [--json]
 python benchmarks/recovery.py snapshot [--rounds N] [--every N ...] [--json]
 
-`kills` is `jaxdist chaos` with SIGKILLs alone, default timers: the seconds from a kill to the next step that had not
-been made, their split, and whether params and ledger are those of the undisturbed run. `stops` stops processes of a
-small job and asks whether the watchdog named the right one, and how long after its limit. `snapshot` trains with
-snapshots, as often as by default and every n steps, and without any, in turns of the same process, on two devices; the
-ratio is that of steps a second of neighbouring rounds, median.
+`kills` is `jaxdist chaos` with SIGKILLs alone and default timers: the seconds from a kill to the next step that had not
+been made, their parts, and whether params and ledger are those of the undisturbed run. `stops` stops processes of a
+small job and checks whether the watchdog named the right one, and how long after its limit. `snapshot` trains with
+snapshots, at the default interval and every n steps, and without any, in turns of the same process, on two devices; the
+ratio is the median of that of the steps per second of neighbouring rounds.
 
-The soak: 100 kills, 20 stops, snapshots. It wants a quiet machine.
+A long run is 100 kills, 20 stops and the snapshots, on a quiet machine.
 """
 
 import argparse
@@ -134,7 +134,7 @@ def snapshots(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 class _Trainer:
-    """Trains one model on and on, with snapshots or without, as `jaxdist train` takes them."""
+    """Trains one model, with snapshots as `jaxdist train` takes them or without."""
 
     def __init__(self, parts: components.Parts):
         self._parts, self._state = parts, parts.create_state()

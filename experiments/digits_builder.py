@@ -1,6 +1,6 @@
 """The digits of scikit-learn as a TFDS data set, prepared on this machine: no download, no TensorFlow.
 
-1,797 grey pictures of 8 x 8 with 17 shades; four of five are for training, the others for the test.
+1,797 grey images of 8 x 8 with 17 shades; four of five are for training, the others for the test.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 from sklearn.datasets import load_digits
 
 
-class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # used by itself, and imported more than once
+class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # imported more than once, so not registered
     """Handwritten digits, 8 x 8."""
 
     VERSION = tfds.core.Version("1.0.0")

@@ -18,7 +18,7 @@ def load_digits() -> tuple[jaxdist.ArraySource, jaxdist.ArraySource]:
     digits = sklearn.datasets.load_digits()
     images = (digits.images[..., None] / 16.0).astype(np.float32)
     labels = digits.target.astype(np.int32)
-    # Writers come one after the other in the file; a fixed shuffle gives both parts the same mixture of them.
+    # The file is sorted by the people who wrote the digits; a fixed shuffle gives both parts the same mixture of them.
     order = np.random.default_rng(0).permutation(len(labels))
     held_out, train = order[:NUM_HELD_OUT], order[NUM_HELD_OUT:]
     return tuple(jaxdist.ArraySource({"image": images[ids], "label": labels[ids]}) for ids in (train, held_out))

@@ -1,4 +1,4 @@
-"""A multi-layer perceptron on the handwritten digits: the smallest experiment there is.
+"""A multi-layer perceptron on the handwritten digits: the smallest experiment.
 
 jaxdist train experiments/digits_mlp.py --devices 2
 """

@@ -4,11 +4,11 @@ python experiments/staleness.py [--json] [--figure docs/staleness.svg]
 
 Gradients, optimizer, scheduler, servers and workers are the real ones; only the clock and the network are simulated. A
 gradient takes a second, and one in ten takes six. Bound 0 is bulk-synchronous: a step waits for all workers, each with
-its slice. With a larger bound a worker pushes by itself and may be so many clocks ahead of the slowest. A worker's
-gradient is over the same number of examples in both, and every bound has the learning rate that serves it best.
+its slice. With a larger bound a worker pushes by itself and may be that many steps ahead of the slowest. A worker's
+gradient is over the same number of examples in both, and each bound is run with the learning rate that is best for it.
 
-The second part has one worker that is always five times slower, and backup workers that a synchronous step need not
-wait for.
+The second part has one worker that is always five times slower, and a backup worker, so that a synchronous step need
+not wait for the slow one.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from jaxdist.spmd import evaluate
 
 BOUNDS = (0, 1, 2, 4, 8, 16)
 RATES = (0.2, 0.4, 0.8, 1.6)
-"""Learning rates of a step over all workers' examples; a push by itself moves by the worker's share of it."""
+"""Learning rates of a step over all workers' examples; a single push is applied with the worker's share of it."""
 SLOW, SHARE_SLOW = 6.0, 0.1
 TIMERS = Timers(heartbeat=0.5, retry=1.0, dead_after=5.0, stuck_after=600.0)
 MOST_SECONDS = 5000.0
@@ -69,7 +69,7 @@ class Problem:
 
 @dataclasses.dataclass
 class Run:
-    """What one simulated run came to."""
+    """The result of one simulated run."""
 
     seconds: float = float("inf")
     steps: int = 0
@@ -170,7 +170,7 @@ class Laboratory:
 
 
 def straggling(rng: random.Random, worker: int) -> float:
-    """Return how long a gradient takes: a second, give or take, or SLOW times that."""
+    """Return how long a gradient takes: about a second, or SLOW times that."""
     return rng.uniform(0.9, 1.1) * (SLOW if rng.random() < SHARE_SLOW else 1.0)
 
 
@@ -216,7 +216,7 @@ def one_slow(equal: Laboratory, most_seconds: float, slowness: float = 5.0) -> d
         ("one slow", equal, slowness),
         ("one slow, one backup worker", helped, slowness),
     ):
-        # With fewer slices each is larger, and takes so much longer.
+        # With fewer slices each is larger, and takes longer in proportion.
         share = problem.workers / laboratory.plan.settings.num_slices
 
         def seconds(rng: random.Random, worker: int, share: float = share, factor: float = factor) -> float:
@@ -274,7 +274,7 @@ def report(rows: Sequence[dict[str, Any]], speeds: dict[str, float]) -> str:
 
 
 def comparisons(rows: Sequence[dict[str, Any]], speeds: dict[str, float], repeats: int) -> list[dict[str, Any]]:
-    """Return what was promised as rows of a benchmark."""
+    """Return the comparisons as rows of a benchmark."""
     first, last = rows[0], rows[-1]
     slow = speeds["one slow, one backup worker"]
     names = (

@@ -1,4 +1,4 @@
-"""Every layout there is, of `small_problem`'s params, on any number of devices: what tests compare with one another."""
+"""Every layout of `small_problem`'s params, on any number of devices: tests compare them with one another."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -21,7 +21,7 @@ class Case(NamedTuple):
     layout: Callable[[Mesh], layouts.Layout]
 
     def on(self, devices: Sequence[jax.Device]) -> tuple[Mesh, layouts.Layout, tuple[str, ...]]:
-        """Return mesh, layout and the axes that the batch is cut over."""
+        """Return mesh, layout and the axes that the batch is sharded over."""
         mesh = make_mesh(self.axes(len(devices)), devices=devices)
         return mesh, self.layout(mesh), tuple(axis for axis in ("data", "fsdp") if axis in mesh.shape)
 

@@ -96,7 +96,7 @@ def test_all_holders_are_named_where_none_is_in_the_majority():
     [(P("data"), 2), (P("model"), 4), (P(None, "model"), 4), (P(("data", "model")), 1), (P(), 8)],
 )
 def test_shards_are_compared_with_their_own_copies_only(spec, peers):
-    """A leaf cut over some axes has different shards, each of them copied along the other axes."""
+    """A leaf sharded over some axes has different shards, each of them copied along the other axes."""
     whole = np.arange(64, dtype=np.float32).reshape(8, 8)
     intact = jax.device_put(whole, NamedSharding(MESH_2D, spec))
     replicas.check_replicas({"w": intact}, MESH_2D)
@@ -108,13 +108,13 @@ def test_shards_are_compared_with_their_own_copies_only(spec, peers):
         return
     with pytest.raises(replicas.ReplicaDriftError) as error:
         replicas.check_replicas(drifted, MESH_2D)
-    # With two copies that differ, it is unknown which one is right.
+    # Of two copies that differ, it is unknown which one is right.
     assert str(error.value).count("process 0") == (1 if peers > 2 else 2)
     assert f"{MESH_2D.devices.flat[5]} (process 0)" in str(error.value)
 
 
 def test_a_step_that_forgets_to_average_is_found_out():
-    """Gradients of the local batch applied as they are: the replicas part, and nothing else says so."""
+    """Gradients of the local batch are applied without averaging: the replicas drift apart, without any other sign."""
 
     def local_step(params, x):
         return params - jax.grad(lambda p: (p * x).sum())(params)

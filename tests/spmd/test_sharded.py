@@ -120,14 +120,14 @@ TOKENS = jax.ShapeDtypeStruct((16, 32), jnp.int32)
 
 
 def gpt_functions(*, num_layers, width, dropout_rate=0.0):
-    # 40 and not 32 positions, lest a shard of one leaf have the shape of another.
+    # 40 and not 32 positions, so that no shard of one leaf has the shape of another leaf.
     model = gpt.GPT(256, 40, num_layers, num_heads=4, width=width, dropout_rate=dropout_rate)
     return adapters.linen(model, losses.next_token, {"tokens": TOKENS}, inputs="tokens")
 
 
 @pytest.mark.parametrize(("name", "mesh_axes"), [("fsdp", None), ("tensor", {"data": 1, "fsdp": 2, "model": 4})])
 def test_no_leaf_is_ever_whole_on_one_device_when_the_state_is_born(name, mesh_axes):
-    """Read off the compiled program that makes it: no instruction has the whole shape of a leaf that is cut."""
+    """Read off the compiled program that makes it: no instruction has the whole shape of a sharded leaf."""
     strategy = strategies.build(name, mesh_axes=mesh_axes)
     functions = gpt_functions(num_layers=1, width=64)
     how = {"mesh": strategy.mesh, "layout": strategy.layout}
