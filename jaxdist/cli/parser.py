@@ -26,37 +26,15 @@ def make_parser() -> argparse.ArgumentParser:
         "--print-completion", action=_PrintCompletion, choices=("bash", "zsh", "tcsh"), help="print a completion script"
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    train = _add(commands, "train", "train_command:train", "train an experiment until its stop rule ends it")
-    _add_experiment(train)
-    train.add_argument("--processes", type=_positive, metavar="P", help="processes on this machine (default 1)")
-    train.add_argument("--run-dir", type=pathlib.Path, metavar="DIR", help="of the run (default runs/NAME-TIME)")
-    train.add_argument("--resume", action="store_true", help="continue the run in --run-dir (default: the newest)")
-    train.add_argument(
-        "--checkpoint", type=_positive, metavar="STEP", help="with --resume: continue from this step, not the newest"
-    )
-    train.add_argument("--overwrite", action="store_true", help="replace the run in --run-dir if there is one")
-    train.add_argument("--replace", metavar="STARTED", help=argparse.SUPPRESS)  # from a supervisor to its processes
-    train.add_argument("--restartable", action="store_true", help="continue the run in --run-dir if there is one")
-    train.add_argument("--json", action="store_true", help="show nothing, print the run record as one JSON object")
+    _add_train(_add(commands, "train", "train_command:train", "train an experiment until its stop rule ends it"))
     summary = "start an experiment's processes: here, on hosts, by an engine"
     _add_launch(_add(commands, "launch", "launch_command:launch", summary))
     summary = "compare a few steps on 1, 2, 4, 8 devices with one device"
-    verify = _add(commands, "verify", "verify_command:verify", summary)
-    _add_experiment(verify)
-    verify.add_argument("--steps", type=_positive, default=5, metavar="K", help="steps on each layout (default 5)")
-    verify.add_argument("--json", action="store_true", help="print the table as one JSON object")
+    _add_verify(_add(commands, "verify", "verify_command:verify", summary))
     _add_data(_add(commands, "data", "", "prepare a data set; inspect and time one"))
-    summary = "kill processes at random; compare the bits and the ledger"
     _add_uses(commands)
-    chaos = _add(commands, "chaos", "chaos_command:chaos", summary)
-    _add_experiment(chaos)
-    chaos.add_argument("--processes", type=_positive, default=2, metavar="P", help="processes (default 2)")
-    chaos.add_argument("--kills", type=int, default=5, metavar="N", help="processes to kill (default 5)")
-    chaos.add_argument("--stops", type=int, default=1, metavar="N", help="processes to stop (default 1)")
-    chaos.add_argument("--starves", type=int, default=1, metavar="N", help="processes to deny the disk (default 1)")
-    chaos.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the plan (default 0)")
-    chaos.add_argument("--directory", type=pathlib.Path, metavar="DIR", help="for both runs (default: a new one)")
-    chaos.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    summary = "kill processes at random; compare the bits and the ledger"
+    _add_chaos(_add(commands, "chaos", "chaos_command:chaos", summary))
     _add_plan(_add(commands, "plan", "plan_command:plan", "estimate memory, time and price on other hardware"))
     doctor = _add(commands, "doctor", "doctor_command:doctor", "show versions, extras, devices and likely problems")
     doctor.add_argument("--devices", type=_positive, metavar="N", help="fake CPU devices to try (default 8)")
@@ -168,6 +146,37 @@ def _add_launch(command: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="settings for the engine: partition=gpu time=1:00:00, image=... claim=..., address=...",
     )
+
+
+def _add_train(command: argparse.ArgumentParser) -> None:
+    _add_experiment(command)
+    command.add_argument("--processes", type=_positive, metavar="P", help="processes on this machine (default 1)")
+    command.add_argument("--run-dir", type=pathlib.Path, metavar="DIR", help="of the run (default runs/NAME-TIME)")
+    command.add_argument("--resume", action="store_true", help="continue the run in --run-dir (default: the newest)")
+    command.add_argument(
+        "--checkpoint", type=_positive, metavar="STEP", help="with --resume: continue from this step, not the newest"
+    )
+    command.add_argument("--overwrite", action="store_true", help="replace the run in --run-dir if there is one")
+    command.add_argument("--replace", metavar="STARTED", help=argparse.SUPPRESS)  # from a supervisor to its processes
+    command.add_argument("--restartable", action="store_true", help="continue the run in --run-dir if there is one")
+    command.add_argument("--json", action="store_true", help="show nothing, print the run record as one JSON object")
+
+
+def _add_verify(command: argparse.ArgumentParser) -> None:
+    _add_experiment(command)
+    command.add_argument("--steps", type=_positive, default=5, metavar="K", help="steps on each layout (default 5)")
+    command.add_argument("--json", action="store_true", help="print the table as one JSON object")
+
+
+def _add_chaos(command: argparse.ArgumentParser) -> None:
+    _add_experiment(command)
+    command.add_argument("--processes", type=_positive, default=2, metavar="P", help="processes (default 2)")
+    command.add_argument("--kills", type=int, default=5, metavar="N", help="processes to kill (default 5)")
+    command.add_argument("--stops", type=int, default=1, metavar="N", help="processes to stop (default 1)")
+    command.add_argument("--starves", type=int, default=1, metavar="N", help="processes to deny the disk (default 1)")
+    command.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the plan (default 0)")
+    command.add_argument("--directory", type=pathlib.Path, metavar="DIR", help="for both runs (default: a new one)")
+    command.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
 
 def _add_experiment(command: argparse.ArgumentParser) -> None:

@@ -173,20 +173,7 @@ def canonical_step(
     Raises:
       ValueError: `logical_shards` is no power of two, or the mesh does not divide it.
     """
-
-    def shard_fn(shared: tuple[Any, ...], shard: Batch, index: jax.Array) -> reduce.Sums:
-        params, model_state, key, step, loss_scale = shared
-        return reduce.accumulate_sums(
-            loss_fn,
-            params,
-            model_state,
-            shard,
-            jax.random.fold_in(key.typed(), step),
-            num_microbatches=num_microbatches,
-            first_index=index * num_microbatches,
-            loss_scale=loss_scale,
-        )
-
+    shard_fn = _make_shard_fn(loss_fn, num_microbatches)
     shard_sums = canonical.LogicalShardSums(shard_fn, mesh, logical_shards=logical_shards, axis=axis)
 
     def update(state: TrainState, inputs: jax.Array | None, total: jax.Array) -> tuple[TrainState, Metrics]:
@@ -208,16 +195,38 @@ def canonical_step(
     # Programs compiled for one shape refuse any other, so the recompile check has nothing else to find.
     inputs = PlacedInputs(optimizer, mesh)
     step = _KeepsKey(keyless_step, inputs, cache_size=lambda: update_everywhere.num_compiles)
-    if layout is layouts.replicated:
-        return step
+    return step if layout is layouts.replicated else _sharded_between_steps(step, mesh, layout)
+
+
+def _make_shard_fn(loss_fn: reduce.LossFn, num_microbatches: int) -> Callable[..., reduce.Sums]:
+    """Return the sums of one logical shard, as a function of what all shards share, the shard and its index."""
+
+    def shard_fn(shared: tuple[Any, ...], shard: Batch, index: jax.Array) -> reduce.Sums:
+        params, model_state, key, step, loss_scale = shared
+        return reduce.accumulate_sums(
+            loss_fn,
+            params,
+            model_state,
+            shard,
+            jax.random.fold_in(key.typed(), step),
+            num_microbatches=num_microbatches,
+            first_index=index * num_microbatches,
+            loss_scale=loss_scale,
+        )
+
+    return shard_fn
+
+
+def _sharded_between_steps(step: Step, mesh: Mesh, layout: layouts.Layout) -> Step:
+    """Return a step that gathers a sharded state, makes `step` of the whole state, and shards the new state."""
     gather = jax.jit(lambda state: layouts.constrain(state, mesh, layouts.replicated), donate_argnums=0)
-    cut = jax.jit(lambda state: layouts.constrain(state, mesh, layout), donate_argnums=0)
+    shard = jax.jit(lambda state: layouts.constrain(state, mesh, layout), donate_argnums=0)
 
-    def step_between_cuts(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def sharded_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         new_state, metrics = step(gather(state), batch)
-        return cut(new_state), metrics
+        return shard(new_state), metrics
 
-    return step_between_cuts
+    return sharded_step
 
 
 def _make_local_step(

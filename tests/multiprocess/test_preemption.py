@@ -1,4 +1,4 @@
-"""A signal in every phase of real runs: they stop at one step, save, end with status 75, and continue to the same bits."""
+"""A signal in every phase of real runs: they stop at one step, save, end with 75, and continue to the same bits."""
 
 import contextlib
 import json
