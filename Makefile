@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test soak lint bench clean
+.PHONY: demo test slow soak lint bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/jaxdist train experiments/digits_cnn.py --devices 8
 
 test: $(VENV)/.tested
 	$(BIN)/python -m pytest --numprocesses 2
+
+slow: $(VENV)/.tested
+	$(BIN)/python -m pytest -m slow --numprocesses 2
 
 soak: $(VENV)/.tested
 	$(BIN)/python -m pytest -m soak --timeout 3600

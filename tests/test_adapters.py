@@ -452,7 +452,7 @@ class _Scanned(nn.Module):
         return cell()(jnp.zeros(x.shape[:1]), x, train)[1]
 
 
-@pytest.mark.parametrize("lift", ["scan", "vmap", "rnn"])
+@pytest.mark.parametrize("lift", ["scan", *(pytest.param(lift, marks=pytest.mark.slow) for lift in ("vmap", "rnn"))])
 def test_every_time_step_of_a_lifted_module_drops_its_own_features(lift):
     batch = {"image": jnp.ones((2, 4, 32)), "label": jnp.zeros(2, jnp.int32)}
 
@@ -589,6 +589,7 @@ def train_on_digits(kind: str, *, num_epochs: int = 4, batch_size: int = 64) -> 
     return float(metrics["accuracy"].value)
 
 
+@pytest.mark.slow
 def test_linen_and_nnx_learn_the_digits_equally_well():
     accuracy = {kind: train_on_digits(kind) for kind in KINDS}
     assert min(accuracy.values()) > 0.95

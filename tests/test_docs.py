@@ -132,7 +132,14 @@ def readme_names() -> dict[str, typing.Any]:
     }
 
 
-@pytest.mark.parametrize("page", PAGES, ids=page_id)
+FAST = ("concepts", "data", "first_run", "README")
+"""Pages whose blocks run in seconds; those of the others train models and start processes."""
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, id=page_id(page), marks=[] if page.stem in FAST else [pytest.mark.slow]) for page in PAGES],
+)
 def test_python_blocks_run_and_print_what_the_page_says(page, tmp_path):
     names = readme_names() if page == README else {}
     names |= {"__name__": "page"}

@@ -55,7 +55,12 @@ def test_every_experiment_is_run_here():
     assert names() == set(TINY), "add the experiment to TINY, with settings that make it tiny"
 
 
-@pytest.mark.parametrize("name", TINY)
+FAST = ("bytes_gpt", "digits_cnn")
+
+
+@pytest.mark.parametrize(
+    "name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(TINY.keys() - FAST))]
+)
 def test_an_experiment_trains_tiny(name, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(runtime, "start", lambda num_devices=None: jax.devices()[: num_devices or 1])
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
@@ -83,6 +88,7 @@ def run_script(tmp_path, name, *arguments):
     )
 
 
+@pytest.mark.slow
 def test_an_experiment_runs_as_a_script_and_resumes(tmp_path):
     """From any directory, and `python X.py` does what `jaxdist train X.py` does: one resumes the other's run."""
     first = run_script(tmp_path, "digits_mlp", "--devices", "2", "--max-steps", "2")

@@ -35,6 +35,7 @@ def run(*arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=200)
 
 
+@pytest.mark.slow
 def test_a_run_is_trained_evaluated_exported_and_listed_without_any_extra(tmp_path):
     experiment, run_dir = pathlib.Path(tiny_experiment.__file__), tmp_path / "runs" / "a"
     for arguments in (
@@ -53,6 +54,7 @@ def test_a_run_is_trained_evaluated_exported_and_listed_without_any_extra(tmp_pa
     [(("--strategy", "parameter-server"), "paramserver"), (("--set", "writers=jsonl,wandb"), "wandb")],
     ids=["parameter server", "writer"],
 )
+@pytest.mark.slow
 def test_what_needs_an_extra_that_is_missing_says_what_to_install(tmp_path, arguments, extra):
     done = run("train", tiny_experiment.__file__, *arguments, "--run-dir", tmp_path / "a")
     assert done.returncode == 2, done.stderr

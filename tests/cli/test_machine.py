@@ -118,6 +118,7 @@ def said(folder):
     return {path.name: path.read_text() for path in [*folder.glob("output.*"), *folder.glob("*/ps/logs/*")]}
 
 
+@pytest.mark.slow
 def test_two_machines_that_are_preempted_and_requeued_give_the_bits_of_one(tmp_path):
     chosen = ["ps.workers=2", "ps.servers=2", "stop.max_steps=120"]
     chosen += ["eval.every_steps=1000", "checkpoints.every_steps=1000"]

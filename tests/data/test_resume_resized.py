@@ -29,6 +29,7 @@ def losses(run_dir):
 
 
 @pytest.mark.timeout(240)
+@pytest.mark.slow
 def test_one_process_stopped_at_step_10_and_two_that_go_on_are_one_process_that_never_stopped(tmp_path, monkeypatch):
     never, stopped = tmp_path / "never", tmp_path / "stopped"
     monkeypatch.setattr(runtime, "start", lambda num_devices=None: jax.devices()[: num_devices or 1])

@@ -58,7 +58,10 @@ def train(model_name, strategy_name, reduction, num_steps, num_devices=None):
     return {"hash": digest, "loss": float(metrics["loss"]), "sizes": [float(np.abs(leaf).sum()) for leaf in leaves]}
 
 
-@pytest.mark.parametrize("model_name", [pytest.param("cnn with batch norm", marks=pytest.mark.soak), "gpt"])
+@pytest.mark.parametrize(
+    "model_name",
+    [pytest.param("cnn with batch norm", marks=pytest.mark.soak), pytest.param("gpt", marks=pytest.mark.slow)],
+)
 def test_two_processes_give_the_bits_of_one(model_name):
     arguments = (model_name, "data-parallel", "canonical", 10)
     results = testing.run_processes(train, *arguments, processes=2, devices=2)

@@ -107,7 +107,7 @@ def start_job(run_dir, *arguments):
     ("number", "status"),
     [
         (signal.SIGTERM, 75),
-        (signal.SIGKILL, -signal.SIGKILL),
+        pytest.param(signal.SIGKILL, -signal.SIGKILL, marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, 75, marks=pytest.mark.soak),
         pytest.param(signal.SIGUSR1, 75, marks=pytest.mark.soak),
     ],

@@ -33,6 +33,7 @@ def check_bounds(measured):
     assert {"all-gather", "reduce-scatter"} <= set(zero1["collectives"]) & set(fsdp["collectives"])
 
 
+@pytest.mark.slow
 def test_memory_and_traffic_keep_their_bounds(communication):
     cases = (case for case in communication.CASES if str(case) in ("data-parallel", "zero1", "fsdp"))
     check_bounds({str(case): communication.row(case) for case in cases})

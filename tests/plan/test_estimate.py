@@ -10,7 +10,10 @@ from jaxdist import errors
 from jaxdist.run import components
 
 
-@pytest.mark.parametrize("strategy", ["data-parallel", "zero1", "fsdp"])
+@pytest.mark.parametrize(
+    "strategy",
+    [pytest.param("data-parallel", marks=pytest.mark.slow), pytest.param("zero1", marks=pytest.mark.slow), "fsdp"],
+)
 def test_bytes_are_those_of_the_program_that_trains(strategy):
     experiment, made = plan(strategy=strategy)
     parts = components.put_together(experiment, devices=jax.devices()[:8])

@@ -50,6 +50,7 @@ def test_strategies_agree_on_the_loss_and_a_run_of_one_resumes_under_another(cap
         assert resumed["params_sha256"] == records["fsdp"]["params_sha256"]
 
 
+@pytest.mark.slow
 def test_canonical_zero1_has_the_hash_of_canonical_data_parallel(capsys, tmp_path):
     options = ["--reduction", "canonical", "--devices", "2", "--max-steps", "3"]
     records = [train(capsys, name, tmp_path / name, *options) for name in ("data-parallel", "zero1")]
@@ -70,6 +71,7 @@ def test_the_gpt_of_the_experiments_has_the_same_losses_under_every_strategy(cap
         assert metrics == {name: pytest.approx(value, abs=1e-5) for name, value in found["data-parallel"].items()}
 
 
+@pytest.mark.slow
 def test_verify_compares_every_strategy_with_the_one_device_step(capsys):
     fixed = ["--set", "model.dropout_rate=0", "layout.min_size=8"]
     small, all_devices = ["--devices", "2"], ["--devices", "8"]

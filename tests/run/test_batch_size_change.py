@@ -45,7 +45,7 @@ def cosine(epochs):
 
 @pytest.mark.parametrize(
     ("before", "after", "schedule"),
-    [(4, 16, {}), (16, 4, {"unit": "epochs", "length": 4})],
+    [pytest.param(4, 16, {}, marks=pytest.mark.slow), (16, 4, {"unit": "epochs", "length": 4})],
     ids=["larger, to the end", "smaller, in epochs"],
 )
 def test_a_schedule_follows_the_examples_when_the_batch_size_changes(tmp_path, before, after, schedule):
@@ -62,6 +62,7 @@ def test_a_schedule_follows_the_examples_when_the_batch_size_changes(tmp_path, b
         assert rates[step] == pytest.approx(cosine(2 + (step - 1 - steps) * after / EXAMPLES), abs=1e-5), step
 
 
+@pytest.mark.slow
 def test_a_schedule_in_steps_stays_where_its_steps_are(tmp_path):
     first = experiment(4, length=100)
     logged_rates(tmp_path, first, stop_at=10)

@@ -100,7 +100,12 @@ def assert_same_bits(model, layouts):
 
 
 @pytest.mark.parametrize(
-    ("model", "layouts"), [("cnn", (1, 4)), ("cnn with batch norm", (1, 8)), ("gpt with dropout", (1, 8))]
+    ("model", "layouts"),
+    [
+        pytest.param("cnn", (1, 4), marks=pytest.mark.slow),
+        ("cnn with batch norm", (1, 8)),
+        pytest.param("gpt with dropout", (1, 8), marks=pytest.mark.slow),
+    ],
 )
 def test_the_same_bits_on_one_device_and_on_several(model, layouts):
     assert_same_bits(model, layouts)
@@ -164,7 +169,10 @@ def small_train(step, num_devices):
     return jax.device_get((state.params, state.opt_state, step_metrics))
 
 
-@pytest.mark.parametrize(("logical_shards", "num_microbatches"), [(4, 1), (16, 1), (8, 2)])
+@pytest.mark.parametrize(
+    ("logical_shards", "num_microbatches"),
+    [(4, 1), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((16, 1), (8, 2)))],
+)
 def test_the_number_of_logical_shards_and_microbatches_is_free(logical_shards, num_microbatches):
     layouts = [num_devices for num_devices in LAYOUTS if num_devices <= logical_shards]
     results = [small_train(small_canonical_step(each, logical_shards, num_microbatches), each) for each in layouts]

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -66,9 +67,17 @@ MASKS = st.lists(
 RAGGED = [[index < 21 for index in range(NUM_EXAMPLES)], [index == 5 for index in range(NUM_EXAMPLES)]]
 
 
-@pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
 @pytest.mark.parametrize("num_microbatches", [1, 2, 4])
-@pytest.mark.parametrize("num_devices", DEVICES)
+@pytest.mark.parametrize(
+    ("num_devices", "optimizer_name"),
+    [
+        *itertools.product(DEVICES, ["sgd"]),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in itertools.product(DEVICES, sorted(OPTIMIZERS.keys() - {"sgd"}))
+        ),
+    ],
+)
 def test_equals_the_one_device_step_whatever_the_mask(num_devices, num_microbatches, optimizer_name):
     """Fully padded devices and microbatches included: RAGGED leaves up to seven of eight devices without examples."""
     mesh = mesh_of(num_devices)

@@ -112,7 +112,9 @@ def plans_lease(plan, step, slice_):
     return messages.Lease(step, slice_, epoch, cuts[slice_], cuts[slice_ + 1])
 
 
-@pytest.mark.parametrize("workers", [1, 2, pytest.param(4, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    "workers", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.soak)]
+)
 def test_sync_is_one_process_on_the_union_batch_to_the_bit(workers):
     reference = one_process(make_plan(workers, 1))
     for servers in (1, 2, 3):
@@ -121,7 +123,7 @@ def test_sync_is_one_process_on_the_union_batch_to_the_bit(workers):
             assert all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True)), servers
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_sync_is_the_all_reduce_path(workers):
     experiment = overrides.override(tiny_experiment.get_config(), NO_DROPOUT)
     parts = components.put_together(experiment, devices=jax.devices()[:2])
@@ -133,6 +135,7 @@ def test_sync_is_the_all_reduce_path(workers):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_gradient_norm_is_that_of_the_whole_gradient():
     """The same for any number of slices and servers, and of the parts pushed asynchronously by one worker."""
     experiment, fields = with_empty_batch()
