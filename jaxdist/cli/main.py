@@ -7,12 +7,14 @@ from collections.abc import Sequence
 
 from jaxdist.cli import parser
 from jaxdist.errors import ExitStatus, RunFailedError, UserError
+from jaxdist.launch import viewer
 
 
 def main(experiment: str | None = None) -> None:
     """Run the command line and exit; with `experiment`, that file's own `train` command."""
     arguments = sys.argv[1:] if experiment is None else ["train", experiment, *sys.argv[1:]]
-    status = run(arguments)
+    with viewer.Viewer():  # `| head -1` ends no command: what it has no reader for is dropped
+        status = run(arguments)
     # A process that joined a job must leave it cleanly; a process that did not never imported this module.
     runtime = sys.modules.get("jaxdist.launch.joining.runtime")
     (runtime.leave if runtime else sys.exit)(status)

@@ -15,7 +15,7 @@ _GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ESTALE)
 
 
 class Viewer:
-    """Guards standard output and standard error while it is entered.
+    """Guards standard output and standard error while it is entered; inside another one it has the word.
 
     Attributes:
       log: the file for output that can no longer be shown; None drops the output.
@@ -28,12 +28,14 @@ class Viewer:
     def __enter__(self) -> "Viewer":
         for redirect in (contextlib.redirect_stdout, contextlib.redirect_stderr):
             stream = sys.stdout if redirect is contextlib.redirect_stdout else sys.stderr
-            self._streams.enter_context(redirect(_Guarded(stream, self)))
+            bare = stream.stream if isinstance(stream, _Guarded) else stream
+            self._streams.enter_context(redirect(_Guarded(bare, self)))
         return self
 
     def __exit__(self, *_: object) -> None:
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+            with contextlib.suppress(OSError):  # of a stream that replaced ours, and is not guarded
+                stream.flush()
         self._streams.close()
 
     def take_over(self, descriptor: int) -> None:
@@ -55,32 +57,32 @@ class _Guarded:
     """A text stream whose writes never raise an OSError."""
 
     def __init__(self, stream: TextIO, viewer: Viewer):
-        self._stream, self._viewer = stream, viewer
+        self.stream, self._viewer = stream, viewer
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+        return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
         """Write `text`, to the log if the viewer is closed."""
         try:
-            return self._stream.write(text)
+            return self.stream.write(text)
         except OSError as error:
             self._lost(error)
-            if getattr(self._stream, "write_through", False):  # no buffer still holds the text
+            if getattr(self.stream, "write_through", False):  # no buffer still holds the text
                 with contextlib.suppress(OSError):
-                    self._stream.write(text)
+                    self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
         """Write what is buffered, to the log if the viewer is closed."""
         try:
-            self._stream.flush()
+            self.stream.flush()
         except OSError as error:
             self._lost(error)
 
     def _lost(self, error: OSError) -> None:
         # Text that a buffered stream could not write is still in its buffer, and is written to the log first.
         if error.errno in _GONE:
-            self._viewer.take_over(self._stream.fileno())
+            self._viewer.take_over(self.stream.fileno())
         with contextlib.suppress(OSError):
-            self._stream.flush()
+            self.stream.flush()

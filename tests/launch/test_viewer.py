@@ -1,7 +1,15 @@
 """A run does not end because its output has no reader any more."""
 
+import json
+import os
 import subprocess
 import sys
+
+import pytest
+
+from jaxdist.rundir import record
+
+RUN = dict.fromkeys(record.KEYS) | {"step": 3, "metrics": {}, "config": {}, "time_seconds": {}, "restarts": 0}
 
 TALKATIVE = """
 import os, pathlib, sys
@@ -37,6 +45,35 @@ def test_output_continues_in_the_log_when_its_reader_has_gone(tmp_path):
     status, said = lose_reader(tmp_path)
     assert (status, said) == (0, "warning\n")
     assert (tmp_path / "logs" / "rest.log").read_text() == "line 0\nline 1\nline 2\nnative\nafter\n"
+
+
+def test_a_viewer_inside_another_has_the_word(tmp_path, monkeypatch):
+    """The command line has one without a log, and a run inside it one with a log."""
+    inside = "with viewer.Viewer(), viewer.Viewer() as shown"
+    monkeypatch.setitem(globals(), "TALKATIVE", TALKATIVE.replace("with viewer.Viewer() as shown", inside))
+    assert lose_reader(tmp_path) == (0, "warning\n")
+    assert (tmp_path / "logs" / "rest.log").read_text() == "line 0\nline 1\nline 2\nnative\nafter\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "closed", "expected"),
+    [(["--help"], "both", 0), (["runs", "."], "stdout", 0), (["no-command"], "both", 2)],
+)
+def test_a_command_without_a_reader_has_the_status_that_it_has_with_one(tmp_path, arguments, closed, expected):
+    """`jaxdist runs | head -1`: no traceback, on neither stream."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / record.FILE_NAME).write_text(json.dumps(RUN))
+    told, tell = os.pipe()
+    os.close(told)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jaxdist.cli", *arguments],
+        stdout=tell, stderr=tell if closed == "both" else subprocess.PIPE, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    os.close(tell)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == expected
+    assert "Error" not in (said or "")
+    assert "Traceback" not in (said or "")
 
 
 def test_without_a_log_the_rest_is_dropped():
