@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from jaxdist.errors import UserError
 from jaxdist.launch.joining import coordinator as meeting
+from jaxdist.launch.joining import same_on_all
 from jaxdist.launch.supervising import local_job
 
 EXPERIMENT = pathlib.Path(__file__).parents[2] / "tiny_experiment.py"
@@ -24,7 +26,7 @@ WITH_CERTIFICATE = {
 }
 
 
-def start(port, number, run_dir, *arguments, seconds=60, environment=None):
+def start(port, number, run_dir, *arguments, seconds=60, environment=None, before=()):
     place = {
         "JAX_PLATFORMS": "cpu",
         "JAX_COORDINATOR_ADDRESS": f"{local_job.LOOPBACK}:{port}",
@@ -34,7 +36,7 @@ def start(port, number, run_dir, *arguments, seconds=60, environment=None):
     }
     command = [sys.executable, "-m", "jaxdist.cli", "train", str(EXPERIMENT), "--run-dir", str(run_dir), *arguments]
     return subprocess.Popen(
-        command,
+        [*before, *command],
         env={**os.environ, **place, **(environment or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -67,6 +69,37 @@ def test_processes_that_run_different_settings_are_told_so_and_leave_no_run(tmp_
         assert status == 2, output
         assert "setting optimizer.learning_rate: process 1" in output
         assert "Traceback" not in output
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.soak
+def test_processes_whose_code_is_for_other_cpus_are_told_so_and_leave_no_run(tmp_path):
+    """SSE4.2 and AVX2 give other bits: here by a flag of XLA on one of two processes."""
+    port = free_port()
+    both = [
+        start(port, number, tmp_path / "run", environment={"XLA_FLAGS": f"--xla_cpu_max_isa={name}"})
+        for number, name in enumerate(("AVX2", "SSE4_2"))
+    ]
+    for status, output in map(ends, both):
+        assert status == 2, output
+        assert "XLA_FLAGS: process 1" in output
+        assert "--xla_cpu_max_isa=SSE4_2" in output
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.root
+def test_processes_on_other_cpus_are_told_so_and_leave_no_run(tmp_path):
+    """One process has a /proc/cpuinfo without AVX2, in a mount namespace of its own."""
+    real, other = pathlib.Path("/proc/cpuinfo").read_text(), tmp_path / "cpuinfo"
+    other.write_text(re.sub(r" (avx\w*|fma)\b", "", real))
+    assert same_on_all.instructions(real) != same_on_all.instructions(other.read_text()), "this CPU has AVX2"
+    port = free_port()
+    moved = ["unshare", "-m", "sh", "-c", f'mount --bind {other} /proc/cpuinfo && exec "$@"', "sh"]
+    both = [start(port, 0, tmp_path / "run"), start(port, 1, tmp_path / "run", before=moved)]
+    for status, output in map(ends, both):
+        assert status == 2, output
+        assert "CPU instructions: process 1" in output
+        assert "SSE4.2" in output
     assert not (tmp_path / "run").exists()
 
 

@@ -1,5 +1,6 @@
 """Choosing the devices of a job, with accelerators that this machine does not have."""
 
+import os
 import subprocess
 import sys
 import types
@@ -7,7 +8,7 @@ import types
 import pytest
 
 from jaxdist.errors import UserError
-from jaxdist.launch.joining import runtime
+from jaxdist.launch.joining import runtime, same_on_all
 
 FLAG = "xla_gpu_nccl_termination_timeout_seconds"
 DEVICES = [
@@ -28,6 +29,25 @@ def test_more_devices_than_accelerators_are_refused():
         runtime.first_of_each_process(5, DEVICES[:4], DEVICES)
 
 
+def test_the_start_bounds_gpu_collectives(monkeypatch):
+    bounded = []
+    monkeypatch.setattr(runtime, "_bound_gpu_collectives", bounded.append)
+    monkeypatch.setattr(runtime, "use_compilation_cache", lambda: None)
+    monkeypatch.setattr(runtime.jax.config, "update", lambda name, value: None)
+    runtime._prepare(1)
+    assert bounded == [os.environ]
+
+
+def test_processes_compare_what_their_cpus_compile_to(monkeypatch):
+    """JAX calls every one of them "cpu", and SSE4.2 gives other bits than AVX2."""
+    compared = {}
+    monkeypatch.setattr(same_on_all, "compare", lambda name, facts: compared.update(facts))
+    monkeypatch.setattr(runtime, "_meet", lambda: None)
+    runtime._compare_and_meet(1)
+    assert compared["CPU instructions"] == same_on_all.instructions()
+    assert compared["XLA_FLAGS"] == os.environ.get("XLA_FLAGS"), "--xla_cpu_max_isa is one of them"
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -44,7 +64,7 @@ def test_a_gpu_collective_ends_at_last_unless_the_user_says_when(before, after):
 
 APART = """
 import os, sys
-from jaxdist.launch.joining import runtime
+from jaxdist.launch.joining import runtime, same_on_all
 runtime.keep_native_output_apart()
 os.write(1, b"native 1;")
 os.write(2, b"native 2;")
