@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -18,7 +19,8 @@ WAIT_SECONDS = 180.0
 class Job:
     """A run of `jaxdist train` in a session of its own; what it prints goes to a file.
 
-    With `forks`, a fork server, it is spared the imports: three seconds of processor time.
+    With `forks`, a fork server, it is spared the imports: three seconds of processor time. `before` is a command that
+    runs it, such as nohup.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class Job:
         experiment=EXPERIMENT,
         environment=None,
         forks=None,
+        before=(),
     ):
         self.run_dir, self.output = run_dir, run_dir.with_suffix(".out")
         self.earlier = len(supervisor.read_events(run_dir))
@@ -41,7 +44,7 @@ class Job:
         command += ["--max-steps", steps, *arguments, "--set", f"checkpoints.every_steps={save_every}"]
         command += [f"eval.every_steps={eval_every}", "recovery.snapshot_every=1", "log_every=1000"]
         with open(self.output, "ab") as file:
-            command, environment = list(map(str, command)), os.environ | (environment or {})
+            command, environment = list(map(str, [*before, *command])), os.environ | (environment or {})
             if forks:  # in a session of its own, too
                 self.process = forks.start(command, environment, file)
             else:
@@ -81,6 +84,11 @@ class Job:
         forked = {each for event in supervisor.read_events(self.run_dir) for each in event.get("process_ids", ())}
         (found,) = fork_servers(self) - forked
         return found
+
+    def heeds(self, number):
+        """Return whether the job has a handler for a signal."""
+        caught = re.search(r"^SigCgt:\s*(\w+)$", pathlib.Path(f"/proc/{self.process.pid}/status").read_text(), re.M)
+        return bool(int(caught[1], 16) >> (number - 1) & 1)
 
     def end(self, seconds=60.0):
         return self.process.wait(timeout=seconds)

@@ -3,8 +3,11 @@
 python -m pytest -m soak tests/multiprocess/test_endings.py        # the lines that are not in the default suite
 """
 
+import ast
 import contextlib
+import json
 import os
+import pathlib
 import re
 import signal
 import subprocess
@@ -19,6 +22,81 @@ from jaxdist.launch.supervising import supervisor
 from jaxdist.rundir import record
 
 EXPERIMENT = ending_jobs.EXPERIMENT
+IN_PHASES, FULL = "test_a_signal_in_a_phase", "test_a_full_disk_or_memory_in_a_phase"
+LINES = {
+    "the stop rule ends the run": ["test_a_run_that_had_ended_is_done_whatever_is_killed_after_that", FULL],
+    "a process is killed after that": ["test_a_run_that_had_ended_is_done_whatever_is_killed_after_that"],
+    "SIGINT, SIGTERM, SIGUSR1, SIGHUP, or the deadline": [
+        "test_a_stop_signal_saves_the_step_at_hand",
+        "test_a_deadline_is_a_signal_that_nobody_sends",
+        "test_however_a_supervised_job_ends_it_leaves_nothing_behind",
+        IN_PHASES,
+    ],
+    "the same to the supervisor and all its processes at once, several times": [
+        "test_a_signal_to_every_process_of_a_job_is_one_request",
+        IN_PHASES,
+    ],
+    "a second signal, a second or more after the first": [
+        "test_a_second_signal_leaves_at_once_and_the_state_is_saved_all_the_same"
+    ],
+    "a signal before the first step": [
+        "test_a_signal_in_start_up_begins_nothing",
+        "test_a_signal_while_the_supervisor_imports_is_one_line",
+    ],
+    "the same without `--processes`": ["test_a_signal_in_start_up_of_a_lone_process_saves_the_first_step"],
+    "SIGPIPE": [IN_PHASES],
+    "a signal to one process of the job": [
+        "test_a_signal_to_one_process_has_the_job_restarted_where_it_stopped",
+        IN_PHASES,
+    ],
+    "a process dies, even while it imports or restores": [
+        "test_fifteen_kills_in_a_row_while_restoring_too",
+        IN_PHASES,
+    ],
+    "a signal, and a process dies before it has saved": ["test_a_stop_and_the_death_of_a_process_lose_no_step"],
+    "a process dies, then a signal, between two attempts": ["test_a_process_that_dies_and_then_a_stop", IN_PHASES],
+    "attempts in a row that save no new step": ["test_three_starts_that_fail_keep_what_the_first_attempt_made"],
+    "the supervisor is killed": [
+        "test_a_supervisor_that_is_killed_leaves_a_checkpoint_and_a_resume_waits_for_it",
+        IN_PHASES,
+    ],
+    "everything is killed at once": ["test_when_everything_is_killed_a_resume_continues_from_memory", IN_PHASES],
+    "the machine fails": [],
+    "the viewer closes (`| head -1`, a closed log)": ["test_a_viewer_that_closes_its_end_ends_nothing"],
+    "the terminal closes (SIGHUP)": [
+        "test_a_stop_signal_saves_the_step_at_hand",
+        "test_under_nohup_the_end_of_the_terminal_ends_nothing",
+    ],
+    "the fork server is killed or stopped": ["test_a_fork_server_that_is_killed_or_stopped_costs_a_slower_restart"],
+    "`run.json` is emptied or removed": ["test_a_run_directory_that_is_damaged_meanwhile_is_no_traceback"],
+    "the run directory is moved away": ["test_a_run_directory_that_is_damaged_meanwhile_is_no_traceback"],
+    "`restarts.jsonl` cannot be written": ["test_a_run_directory_that_is_damaged_meanwhile_is_no_traceback"],
+    "`/dev/shm` is full or small, from the start or later": ["test_a_full_memory_costs_the_snapshots_alone", FULL],
+    "a process hangs, or is stopped": [
+        "test_a_hang_is_one_message_that_names_the_process",
+        "test_the_only_process_of_a_job_is_killed_when_it_was_stopped_too_long_and_the_job_goes_on",
+    ],
+    "the disk is full": [FULL, "test_a_full_disk"],
+    "the disk is full at the end": [
+        FULL,
+        "test_a_lone_process_keeps_a_last_state_that_does_not_fit_on_the_disk_in_memory",
+    ],
+    "the disk is full before the run begins": [FULL, "test_a_full_disk"],
+    "a stop signal, and the disk stays full for ten seconds": ["test_a_full_disk"],
+    "the disk has no room for a checkpoint": ["test_a_full_disk"],
+}
+"""The lines of the tables in docs/guide/endings.md, and the tests of each."""
+
+
+def test_every_line_of_the_guide_has_its_test():
+    here = pathlib.Path(__file__)
+    text = (here.parents[2] / "docs" / "guide" / "endings.md").read_text()
+    cells = [re.split(r"(?<!\\)\|", row)[1].strip() for row in re.findall(r"^\|.*\|$", text, re.MULTILINE)]
+    lines = {cell.replace("\\|", "|") for cell in cells} - {"what happens", "---"}
+    assert lines == set(LINES)
+    trees = [ast.parse(path.read_text()) for path in here.parent.glob("test_*.py")]
+    tests = {node.name for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)}
+    assert {name for names in LINES.values() for name in names} <= tests
 
 
 @pytest.fixture
@@ -140,6 +218,30 @@ def test_a_signal_in_start_up_begins_nothing(start):
     kill(signal.SIGTERM, job.process.pid)
     assert job.end() == 75, job.text()
     assert "Traceback" not in job.text()
+
+
+@pytest.mark.soak
+def test_a_signal_in_start_up_of_a_lone_process_saves_the_first_step(start):
+    job = start(processes=0)
+    job.wait_for(lambda: job.heeds(signal.SIGTERM), "a handler")
+    kill(signal.SIGTERM, job.process.pid)
+    assert job.end() == 75, job.text()
+    assert record.RunRecord.read(job.run_dir).step == job.saved_step() == 1
+    assert "Traceback" not in job.text()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("processes", [0, 1])
+def test_under_nohup_the_end_of_the_terminal_ends_nothing(start, processes):
+    job = start(processes=processes, before=["nohup"])
+    metrics = job.run_dir / "metrics.jsonl"
+    job.wait_for(lambda: metrics.exists() and metrics.read_text(), "a step")
+    everyone = [job.process.pid, *(job.children() if processes else ())]
+    kill(signal.SIGHUP, *everyone)
+    kill(signal.SIGTERM, job.process.pid)
+    assert job.end() == 75, job.text()
+    assert "SIGTERM: Saving and stopping" in job.text()
+    assert "SIGHUP" not in job.text()
 
 
 @pytest.mark.soak
@@ -281,6 +383,37 @@ def ended(run_dir):
 
 def all_children(job):
     return [event["process_ids"] for event in supervisor.read_events(job.run_dir) if event["event"] == "start"][-1]
+
+
+@pytest.mark.root
+def test_a_lone_process_keeps_a_last_state_that_does_not_fit_on_the_disk_in_memory(tmp_path):
+    """On small file systems of their own; metrics wait for room meanwhile, and none is lost."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    train = f"{sys.executable} -m jaxdist.cli train {EXPERIMENT} --devices 1 --run-dir {disk}/run --max-steps 30 "
+    train += "--restartable --set checkpoints.every_steps=10 log_every=1"
+    script = (
+        f"mount -t tmpfs -o size=8m tmpfs {disk} && mount -t tmpfs -o size=4m tmpfs /dev/shm && cd / && "
+        f"dd if=/dev/zero of={disk}/fill bs=1024 count=7600; {train}; echo status $?; rm {disk}/fill; "
+        f"{train}; echo status $?; ls /dev/shm; cp {disk}/run/run.json {disk}/run/metrics.jsonl {tmp_path}"
+    )
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert re.findall(r"^status (\d+)$", done.stdout, re.MULTILINE) == ["1", "0"], done.stdout
+    assert "Traceback" not in done.stdout
+    assert done.stdout.count("has no room for a checkpoint. The run continues") == 1
+    assert "has no room for the checkpoint of step 30. Its state stays in /dev/shm/jaxdist-" in done.stdout
+    assert "Step 30 was saved from memory" in done.stdout
+    assert "jaxdist-" not in done.stdout[done.stdout.rfind("status") :], "nothing stays in memory"
+    assert record.RunRecord.read(tmp_path).end_reason == "max_steps"
+    rows = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows == list(range(1, 31))
 
 
 @pytest.mark.root
