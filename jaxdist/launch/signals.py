@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from jaxdist.errors import ExitStatus
 from jaxdist.launch import parent
@@ -80,9 +81,8 @@ def stop_on_signal(environment: Mapping[str, str] = os.environ) -> Iterator[Stop
         os.close(told)
 
 
-@contextmanager
-def left_at_signals() -> Iterator[None]:
-    """Leave at once at a stop signal while the context lasts, with one line: nothing has begun yet.
+def leave_at_signals() -> dict[signal.Signals, Any]:
+    """Leave at once at a stop signal from now on, with one line: nothing has begun yet. Return the handlers before.
 
     Not by an exception: one that is raised in the middle of an import of native code can crash the interpreter.
     """
@@ -93,7 +93,13 @@ def left_at_signals() -> Iterator[None]:
             os.write(2, b"jaxdist: Interrupted; nothing was left to save.\n")
         os._exit(ExitStatus.INTERRUPTED if number == signal.SIGINT else ExitStatus.RETRY)
 
-    before = {number: signal.signal(number, leave) for number in heeded()}
+    return {number: signal.signal(number, leave) for number in heeded()}
+
+
+@contextmanager
+def left_at_signals() -> Iterator[None]:
+    """Leave at once at a stop signal while the context lasts; see `leave_at_signals`."""
+    before = leave_at_signals()
     try:
         yield
     finally:

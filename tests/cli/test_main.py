@@ -14,6 +14,7 @@ import pytest
 import tiny_experiment
 
 from jaxdist.cli import main
+from jaxdist.launch import parent
 from jaxdist.launch.joining import runtime
 
 TINY = str(pathlib.Path(tiny_experiment.__file__))
@@ -313,3 +314,51 @@ def test_the_metrics_of_a_run_are_finite(never_stopped):
     run_dir, made = never_stopped
     assert [row["step"] for row in read_metrics(run_dir)] == list(range(1, NUM_STEPS + 1))
     assert all(np.isfinite(value) for value in made["metrics"].values())
+
+
+STARTED = """
+import importlib, os, sys
+from jaxdist.cli import __main__ as program
+original = importlib.import_module
+
+def importing(name):
+    os.kill(os.getpid(), int(sys.argv[1]))
+    return original(name)
+
+importlib.import_module = importing
+program.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "environment", "status", "said"),
+    [
+        (signal.SIGINT, {}, 130, "jaxdist: Interrupted; nothing was left to save.\n"),
+        (signal.SIGTERM, {}, 75, "jaxdist: Interrupted; nothing was left to save.\n"),
+        (signal.SIGTERM, {parent.PARENT_ID: "1"}, -signal.SIGTERM, ""),
+    ],
+)
+def test_a_signal_during_the_first_imports_is_one_line(number, environment, status, said):
+    """Of a process of a job the supervisor says what is to say."""
+    command = [sys.executable, "-c", STARTED, str(int(number))]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | environment, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (status, said)
+
+
+VERSION = """
+import signal, sys
+from jaxdist.cli import __main__ as program
+sys.argv[1:] = ["--version"]
+try:
+    program.main()
+except SystemExit:
+    print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+"""
+
+
+def test_an_interrupted_command_can_clean_up():
+    """After the imports Ctrl-C raises KeyboardInterrupt again."""
+    done = subprocess.run([sys.executable, "-c", VERSION], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == "True"
