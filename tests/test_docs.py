@@ -203,6 +203,64 @@ def test_links_resolve(page):
         assert made_by_page or (ROOT / name).exists(), name
 
 
+ARCHITECTURE, CONTRIBUTING = ROOT / "docs" / "architecture.md", ROOT / "CONTRIBUTING.md"
+NAMED_FOLDER = re.compile(r"`((?:jaxdist|tests|experiments|benchmarks|docs)/(?:[\w/]+/)?)`")
+NAMED_CODE = re.compile(r"`([A-Za-z_]\w*)`")
+
+
+def walks() -> dict[str, str]:
+    """Return the walks of the architecture page, and its table of places, by their titles."""
+    parts = re.split(r"^##+ (.*)$\n", ARCHITECTURE.read_text(), flags=re.MULTILINE)
+    sections = dict(zip(parts[1::2], parts[2::2]))
+    names = ("Where to look", "A batch", "The gradients", "The state", "An experiment", "A push")
+    return {name: sections[name] for name in names}
+
+
+def defined_in(file: str) -> set[str]:
+    """Return the names of all functions, classes and methods of a file."""
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    return {node.name for node in ast.walk(ast.parse((ROOT / file).read_text())) if isinstance(node, kinds)}
+
+
+@pytest.mark.parametrize("title", walks())
+def test_what_a_walk_through_the_code_names_is_there(title):
+    """Where this fails, code was moved or renamed: walk the path again and correct docs/architecture.md."""
+    text = walks()[title]
+    files = NAMED_FILE.findall(text)
+    known = set().union(*map(defined_in, files))
+    assert files
+    assert [file for file in files if not (ROOT / file).is_file()] == []
+    assert [name for name in NAMED_CODE.findall(text) if name not in known] == []
+
+
+@pytest.mark.parametrize("page", [ARCHITECTURE, CONTRIBUTING], ids=page_id)
+def test_pages_for_maintainers_name_what_is_there(page):
+    content = page.read_text()
+    assert [name for name in NAMED_FOLDER.findall(content) if not (ROOT / name).is_dir()] == []
+    assert [name for name in NAMED_FILE.findall(content) if not (ROOT / name).is_file() and "NAME" not in name] == []
+    for words in re.findall(r"`python (\S+\.py)", content):
+        assert (ROOT / words).is_file() or "NAME" in words, words
+
+
+def parts_to_add() -> list[list[str]]:
+    """Return the rows of the table of CONTRIBUTING: to add, write, touch, test."""
+    rows = re.findall(r"^\| (?:a|an) .*\|$", CONTRIBUTING.read_text(), re.MULTILINE)
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+@pytest.mark.parametrize("row", parts_to_add(), ids=lambda row: row[0])
+def test_what_contributing_says_to_write_and_touch_is_there(row):
+    """Names of code in a row are those of a file in the same row, or of a file below a folder that it names."""
+    text = " ".join(row)
+    named = [ROOT / name for name in NAMED_FILE.findall(text) if "NAME" not in name]
+    for folder in re.findall(r"`((?:jaxdist|tests)/[\w/]+/)(?:NAME\.py)?`", text):
+        named += (ROOT / folder).glob("*.py")
+    content = "\n".join(path.read_text() for path in named)
+    names = [name for name in NAMED_CODE.findall(text) if name != "NAME"]
+    assert named
+    assert [name for name in names if not re.search(rf"\b{name}\b", content)] == []
+
+
 def anchors(page: pathlib.Path) -> set[str]:
     titles = re.findall(r"^#+ (.*)$", BLOCK.sub("", page.read_text()), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}

@@ -183,7 +183,37 @@ def test_no_two_modules_share_a_name():
     assert [name for name, count in names.items() if count > 1] == []
 
 
-def test_the_package_itself_is_imported_by_nobody_inside():
+SHARED_CLASS_NAMES = {
+    "Block": "the block of a ResNet and that of a transformer; Flax names params by their class",
+    "CNN": "one model, in Linen and in NNX",
+}
+"""Names that several public classes have, and why."""
+
+
+def test_no_two_public_classes_share_a_name():
+    """One word has one meaning: a reader who meets a class knows which one it is."""
+    names = collections.Counter(
+        node.name
+        for tree in MODULES.values()
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    assert {name for name, count in names.items() if count > 1} == set(SHARED_CLASS_NAMES)
+
+
+def test_every_module_with_logic_has_a_test_file_of_its_name():
+    """A function is logic; a module of names, dataclasses and constants alone needs no test."""
+    tests = pathlib.Path(__file__).parent
+    missing = []
+    for path in PACKAGE.rglob("*.py"):
+        has_logic = any(isinstance(node, ast.FunctionDef) for node in ast.walk(MODULES[module_name(path)]))
+        test = tests / path.relative_to(PACKAGE).parent / f"test_{path.name}"
+        if has_logic and not path.name.startswith("__") and not test.exists():
+            missing.append(str(test.relative_to(tests)))
+    assert missing == []
+
+
+def test_the_package_itself_is_not_imported_inside():
     """`jaxdist/__init__.py` lists names for users; inside, modules import modules."""
     assert [name for name, imported in INTERNAL.items() if "jaxdist" in imported] == []
 

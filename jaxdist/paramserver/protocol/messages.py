@@ -379,7 +379,7 @@ class ReadAnswer:
 
 
 @dataclass(frozen=True, slots=True)
-class Stop:
+class StopRun:
     """The run ended after `step`, for `reason`."""
 
     step: int

@@ -59,7 +59,7 @@ class Server:
         out = effects.Output()
         action = _ACTIONS.get(type(message))
         out_of_service = self.stopped or (self.diverged and not isinstance(message, messages.Tick))
-        if action is not None and (not out_of_service or isinstance(message, messages.Stop)):
+        if action is not None and (not out_of_service or isinstance(message, messages.StopRun)):
             self.progress += not isinstance(message, messages.Tick)
             action(self, message, now, out)
         return out.replies, out.effects
@@ -347,7 +347,7 @@ class Server:
             self.cut_saved = messages.CutSaved(self.number, name, written.checksum, written.error)
             out.send(SCHEDULER, self.cut_saved)
 
-    def _stop(self, stop: messages.Stop, now: float, out: effects.Output) -> None:
+    def _stop(self, stop: messages.StopRun, now: float, out: effects.Output) -> None:
         out.send(SCHEDULER, messages.StopAck(self.name))
         if not self.stopped:
             self.stopped = True
@@ -373,5 +373,5 @@ _ACTIONS: dict[type, Callable[..., None]] = {
     messages.Finish: Server._finish,
     messages.Read: Server._read,
     messages.SaveCut: Server._save_cut,
-    messages.Stop: Server._stop,
+    messages.StopRun: Server._stop,
 }

@@ -42,7 +42,7 @@ class Worker:
         """Handle one message; return what to send after the effects are done."""
         out = effects.Output()
         action = _ACTIONS.get(type(message))
-        if action is not None and (self.phase != "stopped" or isinstance(message, messages.Stop)):
+        if action is not None and (self.phase != "stopped" or isinstance(message, messages.StopRun)):
             action(self, message, now, out)
         return out.replies, out.effects
 
@@ -218,7 +218,7 @@ class Worker:
         self.lease, self.computed, self.pulled = None, None, {}
         self._enter("asking", now, out)
 
-    def _stop(self, stop: messages.Stop, now: float, out: effects.Output) -> None:
+    def _stop(self, stop: messages.StopRun, now: float, out: effects.Output) -> None:
         out.send(SCHEDULER, messages.StopAck(self.name))
         if self.phase != "stopped":
             self.phase = "stopped"
@@ -236,5 +236,5 @@ _ACTIONS: dict[type, Callable[..., None]] = {
     messages.PushAck: Worker._push_ack,
     messages.DoneAck: Worker._done_ack,
     messages.Revoke: Worker._revoke,
-    messages.Stop: Worker._stop,
+    messages.StopRun: Worker._stop,
 }

@@ -18,7 +18,7 @@ BLOCK_BYTES = 2 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class LeafBlock:
     """Elements [start, stop) of leaf number `leaf`; `row` elements make one row (1 for vectors and scalars)."""
 
     leaf: int
@@ -31,12 +31,12 @@ class Block:
 class Sharding:
     """The blocks of each server and the leaves that they belong to; the same in every process of a run."""
 
-    shards: tuple[tuple[Block, ...], ...]
+    shards: tuple[tuple[LeafBlock, ...], ...]
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[np.dtype, ...]
     whole_leaves: bool = False
 
-    def shape(self, block: Block) -> tuple[int, ...]:
+    def shape(self, block: LeafBlock) -> tuple[int, ...]:
         """Return the shape of a block for the optimizer: a whole leaf's shape, or one with the rank of its leaf.
 
         Masks for weight decay look at the rank.
@@ -76,18 +76,18 @@ class Sharding:
             )
 
 
-def _bytes(block: Block, dtypes: Sequence[np.dtype]) -> int:
+def _bytes(block: LeafBlock, dtypes: Sequence[np.dtype]) -> int:
     return (block.stop - block.start) * dtypes[block.leaf].itemsize
 
 
-def _divide(leaf: int, shape: tuple[int, ...], itemsize: int, block_bytes: int) -> list[Block]:
+def _divide(leaf: int, shape: tuple[int, ...], itemsize: int, block_bytes: int) -> list[LeafBlock]:
     """Divide one leaf; between rows if a row fits into a block, so that a row-sparse push stays row-sparse."""
     size = int(np.prod(shape, dtype=np.int64))
     row = int(np.prod(shape[1:], dtype=np.int64)) if len(shape) > 1 else 1
     capacity = max(1, block_bytes // itemsize)
     row = row if 0 < row <= capacity else 1
     length = capacity // row * row
-    return [Block(leaf, start, min(start + length, size), row) for start in range(0, size, length)]
+    return [LeafBlock(leaf, start, min(start + length, size), row) for start in range(0, size, length)]
 
 
 def make_sharding(
@@ -116,7 +116,7 @@ def make_sharding(
             f"{num_servers} servers share {len(blocks)} {'leaves' if whole_leaves else 'blocks'}, so some would hold "
             f"nothing. Set ps.servers to at most {len(blocks)}."
         )
-    shards: list[list[Block]] = [[] for _ in range(num_servers)]
+    shards: list[list[LeafBlock]] = [[] for _ in range(num_servers)]
     load = [(0, server) for server in range(num_servers)]
     for block in sorted(blocks, key=lambda b: -_bytes(b, dtypes)):
         held, server = heapq.heappop(load)

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from jaxdist.paramserver.run.optimizer_kind import GHOST_SHAPE, Marked
-from jaxdist.paramserver.run.sharding import Block, Sharding
+from jaxdist.paramserver.run.sharding import LeafBlock, Sharding
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class OptimizerSharding:
                 made.append(part)
         return tuple(np.asarray(leaf) for leaf in jax.tree.leaves(made))
 
-    def _part(self, kept: Any, block: Block) -> Any:
+    def _part(self, kept: Any, block: LeafBlock) -> Any:
         """Return the part of the block of what is kept for a param; what is not an array is returned unchanged."""
         if self.sharding.whole_leaves or not _is_array(kept):
             return kept
@@ -99,7 +99,7 @@ class OptimizerSharding:
         pairs = zip(self.sharding.shapes[: self.num_params], self.sharding.dtypes)
         return [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in pairs]
 
-    def _param_blocks(self, shard: int) -> list[Block]:
+    def _param_blocks(self, shard: int) -> list[LeafBlock]:
         return [block for block in self.sharding.shards[shard] if block.leaf < self.num_params]
 
     def _blocks(self, shard: int) -> list[jax.ShapeDtypeStruct]:

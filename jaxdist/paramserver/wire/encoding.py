@@ -46,7 +46,7 @@ KINDS: tuple[type, ...] = (
     messages.CommitAck,
     messages.SaveCut,
     messages.CutSaved,
-    messages.Stop,
+    messages.StopRun,
     messages.StopAck,
     messages.Halt,
     messages.Replicate,

@@ -185,10 +185,10 @@ def test_an_inbox_that_stays_full_drops_what_arrives_and_never_what_the_process_
     machine = Machine(Written=lambda message: ([], [END]))
     made = driver.Driver(machine, directory=tmp_path)
     for number in range(driver.MOST_WAITING + 3):
-        made.receive(messages.Stop(number, ""))
+        made.receive(messages.StopRun(number, ""))
     made._report(messages.Written("x", 0, ""))
     made.run(Wire())
-    heard = [message.step for message in machine.told if isinstance(message, messages.Stop)]
+    heard = [message.step for message in machine.told if isinstance(message, messages.StopRun)]
     assert heard == list(range(driver.MOST_WAITING))
 
 

@@ -128,7 +128,7 @@ def test_copies_that_differ_are_found_at_the_next_check(what):
     assert "after update 2" in second.diverged
     assert kinds(tell(second, messages.Tick())) == ["Diverged"]
     assert tell(second, tell(first, push(3))[0].message) == []
-    assert kinds(tell(second, messages.Stop(3, "error"))) == ["StopAck"]
+    assert kinds(tell(second, messages.StopRun(3, "error"))) == ["StopAck"]
 
 
 def test_copies_that_do_not_differ_go_on():

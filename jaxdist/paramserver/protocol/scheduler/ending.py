@@ -22,7 +22,7 @@ def end(state: SchedulerState, reason: str, now: float, out: Output) -> None:
 def _send_stop(state: SchedulerState, names: Iterable[str], out: Output) -> None:
     assert state.stop is not None
     for name in sorted(names):  # sorted, so that a simulation replays in another process
-        out.send(name, messages.Stop(state.stop.step, state.stop.reason))
+        out.send(name, messages.StopRun(state.stop.step, state.stop.reason))
 
 
 def answer(state: SchedulerState, message: messages.Register | messages.Heartbeat, now: float, out: Output) -> None:

@@ -30,7 +30,7 @@ def test_it_does_not_wait_forever_for_a_process_that_is_gone():
         assert cast.now < 2 * LINGER * stages.TIMERS.dead_after
         sent += cast.tick(0.5)[0]
     assert cast.now > LINGER * stages.TIMERS.dead_after
-    assert len(stages.named(sent, "Stop")) > 10
+    assert len(stages.named(sent, "StopRun")) > 10
 
 
 def test_a_process_that_comes_late_is_told():
