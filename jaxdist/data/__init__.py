@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from jaxdist.data.order import Order as Order
     from jaxdist.data.order import Sequential as Sequential
     from jaxdist.data.order import Shuffled as Shuffled
+    from jaxdist.data.order import Weighted as Weighted
     from jaxdist.data.placement import feed as feed
     from jaxdist.data.placement import host_shards as host_shards
     from jaxdist.data.placement import process_rows as process_rows
@@ -40,6 +41,10 @@ if TYPE_CHECKING:
     from jaxdist.data.sources.source import ArraySource as ArraySource
     from jaxdist.data.sources.source import CorruptExample as CorruptExample
     from jaxdist.data.sources.source import Source as Source
+    from jaxdist.data.sources.subset import Subset as Subset
+    from jaxdist.data.sources.subset import balanced as balanced
+    from jaxdist.data.sources.subset import folds as folds
+    from jaxdist.data.sources.subset import held_out as held_out
     from jaxdist.data.sources.tables import csv_source as csv_source
     from jaxdist.data.sources.tfds import TfdsSource as TfdsSource
     from jaxdist.data.sources.wrap import MapSource as MapSource
@@ -56,7 +61,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "loader": ("Loader",),
-    "order": ("BlockShuffled", "Dealt", "Mixed", "Order", "Sequential", "Shuffled"),
+    "order": ("BlockShuffled", "Dealt", "Mixed", "Order", "Sequential", "Shuffled", "Weighted"),
     "placement": ("feed", "host_shards", "process_rows"),
     "position": ("Position",),
     "prepare": ("read_shard_list",),
@@ -69,6 +74,7 @@ _NAMES = {
     "sources.sounds": ("SoundFolder",),
     "sources.source": ("ArraySource", "CorruptExample", "Source"),
     "sources.parquet": ("ParquetSource",),
+    "sources.subset": ("Subset", "balanced", "folds", "held_out"),
     "sources.tables": ("csv_source",),
     "sources.tfds": ("TfdsSource",),
     "sources.wrap": ("MapSource",),

@@ -10,6 +10,7 @@ way. A rotation by a keyed offset comes first, so that even in a tiny data set e
 import abc
 import bisect
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
@@ -203,6 +204,51 @@ def spread(weights: tuple[int, ...]) -> list[int]:
     """Return sum(weights) turns, weights[i] of them i, those of each i as evenly spaced as can be."""
     turns = [((2 * k + 1) / (2 * weight), index) for index, weight in enumerate(weights) for k in range(weight)]
     return [index for _, index in sorted(turns)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighted(_Contiguous):
+    """Examples drawn in proportion to weights, with replacement: an epoch is as many draws as there are examples.
+
+    An example whose share of the weights is w comes floor(n w) or ceil(n w) times in an epoch of n draws, n w on
+    average (systematic sampling), in a shuffled order. Exactly once does not hold, and cannot.
+    """
+
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        values = np.asarray(self.weights, np.float64)
+        if values.ndim != 1 or not (np.isfinite(values).all() and (values >= 0).all() and values.sum() > 0):
+            raise ValueError("Weights are finite numbers, one an example, at least 0 and not all of them 0.")
+        object.__setattr__(self, "weights", tuple(values.tolist()))
+
+    @property
+    def version(self) -> str:
+        """See Order."""
+        digest = hashlib.sha256(np.asarray(self.weights).tobytes()).hexdigest()[:12]
+        return f"weighted-{ORDER_VERSION}:{digest}"
+
+    @functools.cached_property
+    def _ends(self) -> np.ndarray:
+        """Where each example's part of [0, 1] ends."""
+        ends = np.cumsum(self.weights)
+        return ends / ends[-1]
+
+    def __call__(self, num_examples: int, seed: int, epoch: int, start: int, stop: int) -> np.ndarray:
+        """Return the ids at positions [start, stop) of the epoch, int64."""
+        _check_range(num_examples, epoch, start, stop)
+        if num_examples != len(self.weights):
+            raise ValueError(f"There are {len(self.weights)} weights; the source has {num_examples} examples.")
+        draws = Permutation.make(num_examples, "weighted", seed, epoch)(np.arange(start, stop, dtype=np.int64))
+        points = (draws + _uniform("weighted", seed, epoch)) / num_examples
+        last = np.flatnonzero(self.weights)[-1]  # rounding may put the last point behind the last end
+        return np.minimum(np.searchsorted(self._ends, points, side="right"), last)
+
+
+def _uniform(*name: str | int) -> float:
+    """Return a number of [0, 1) that belongs to `name`."""
+    text = "\0".join(map(str, ("jaxdist uniform", ORDER_VERSION, *name)))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little") / 2**32
 
 
 @dataclasses.dataclass(frozen=True)

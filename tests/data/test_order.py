@@ -182,6 +182,29 @@ def test_any_part_of_a_mixture_is_found_alone(parts, data):
     np.testing.assert_array_equal(scheme(total, 3, 1, start, stop), scheme(total, 3, 1, 0, total)[start:stop])
 
 
+weights_of_examples = st.lists(st.sampled_from([0.0, 0.3, 1.0, 2.5, 1e-9]), min_size=1, max_size=40)
+
+
+@hypothesis.given(weights_of_examples.filter(any), st.integers(0, 3), st.data())
+def test_an_example_comes_as_often_as_its_weight_says(weights, epoch, data):
+    scheme, count = order.Weighted(tuple(weights)), len(weights)
+    ids = scheme(count, 7, epoch, 0, count)
+    expected = count * np.array(weights) / sum(weights)
+    times = np.bincount(ids, minlength=count)
+    assert (times >= np.floor(expected - 1e-6)).all()
+    assert (times <= np.ceil(expected + 1e-6)).all()
+    assert not times[np.array(weights) == 0].any()
+    start = data.draw(st.integers(0, count))
+    stop = data.draw(st.integers(start, count))
+    np.testing.assert_array_equal(scheme(count, 7, epoch, start, stop), ids[start:stop])
+
+
+def test_rare_examples_come_in_some_epochs():
+    scheme = order.Weighted((1.0,) * 9 + (0.5,))
+    times = [np.count_nonzero(scheme(10, 0, epoch, 0, 10) == 9) for epoch in range(400)]
+    assert abs(np.mean(times) - 10 * 0.5 / 9.5) < 0.1
+
+
 @hypothesis.given(
     st.lists(st.integers(1, 40), min_size=1, max_size=8), st.lists(st.integers(1, 9), min_size=1), st.booleans()
 )
@@ -210,6 +233,11 @@ def test_impossible_orders_are_refused():
         order.Mixed((3, 3), (0.5, 0.5))
     with pytest.raises(ValueError, match="non-empty"):
         order.Mixed((3, 0), (1, 1))
+    with pytest.raises(ValueError, match="There are 2 weights; the source has 3 examples"):
+        order.Weighted((1, 1))(3, 0, 0, 0, 3)
+    for weights in ((), (0, 0), (1, -1), (1, float("nan"))):
+        with pytest.raises(ValueError, match="at least 0 and not all of them 0"):
+            order.Weighted(weights)
     with pytest.raises(ValueError, match="multiple of 3"):
         order.Dealt((2, 2, 2)).batch(6, 0, 0, 0, 4)
 
