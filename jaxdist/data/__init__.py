@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxdist.data import augmentation as augmentation
     from jaxdist.data import order as order
     from jaxdist.data import transforms as transforms
     from jaxdist.data.loader import Loader as Loader
@@ -84,7 +85,7 @@ _NAMES = {
     ),
 }
 
-_MODULES = ("order", "transforms")
+_MODULES = ("augmentation", "order", "transforms")
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = sorted([*_HOMES, *_MODULES])
