@@ -17,12 +17,16 @@ ROOT = pathlib.Path(__file__).parents[1]
 EXPERIMENTS = ROOT / "experiments"
 
 TINY = {
+    "breast_cancer": ["model.width=4"],
+    "diabetes": ["model.width=4"],
     "bytes_gpt": ["model.num_layers=1", "model.width=16", "model.num_heads=2", "optimizer.schedule.warmup=1"],
     "digits_cnn": ["model.width=4", "model.num_stages=1"],
     "digits_mlp": ["model.width=16", "model.num_layers=1"],
+    "digits_resnet": ["model.width=4", "model.stage_sizes=(1,)"],
     "digits_tfds": ["model.width=4", "model.num_stages=1"],
+    "tones_cnn": ["model.width=2", "model.num_stages=1"],
 }
-METRICS = dict.fromkeys(TINY, "accuracy") | {"bytes_gpt": "bits_per_byte"}
+METRICS = dict.fromkeys(TINY, "accuracy") | {"bytes_gpt": "bits_per_byte", "diabetes": "absolute_error"}
 
 
 def names():
@@ -55,7 +59,7 @@ def test_every_experiment_is_run_here():
     assert names() == set(TINY), "add the experiment to TINY, with settings that make it tiny"
 
 
-FAST = ("bytes_gpt", "digits_cnn")
+FAST = ("breast_cancer", "bytes_gpt", "digits_cnn")
 
 
 @pytest.mark.parametrize(
@@ -64,6 +68,7 @@ FAST = ("bytes_gpt", "digits_cnn")
 def test_an_experiment_trains_tiny(name, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(runtime, "start", lambda num_devices=None: jax.devices()[: num_devices or 1])
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     load = selected_experiment.load
     monkeypatch.setattr(selected_experiment, "load", lambda options: with_little_held_out(load(options)))
     arguments = ["--devices", "2", "--max-steps", "2", "--set", *TINY[name], "global_batch_size=16"]
