@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from jaxdist.data.order import Dealt as Dealt
     from jaxdist.data.order import Mixed as Mixed
     from jaxdist.data.order import Order as Order
+    from jaxdist.data.order import Resampled as Resampled
     from jaxdist.data.order import Sequential as Sequential
     from jaxdist.data.order import Shuffled as Shuffled
-    from jaxdist.data.order import Weighted as Weighted
     from jaxdist.data.placement import feed as feed
     from jaxdist.data.placement import host_shards as host_shards
     from jaxdist.data.placement import process_rows as process_rows
@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "loader": ("Loader",),
-    "order": ("BlockShuffled", "Dealt", "Mixed", "Order", "Sequential", "Shuffled", "Weighted"),
+    "order": ("BlockShuffled", "Dealt", "Mixed", "Order", "Resampled", "Sequential", "Shuffled"),
     "placement": ("feed", "host_shards", "process_rows"),
     "position": ("Position",),
     "prepare": ("read_shard_list",),

@@ -207,7 +207,7 @@ def spread(weights: tuple[int, ...]) -> list[int]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Weighted(_Contiguous):
+class Resampled(_Contiguous):
     """Examples drawn in proportion to weights, with replacement: an epoch is as many draws as there are examples.
 
     An example whose share of the weights is w comes floor(n w) or ceil(n w) times in an epoch of n draws, n w on

@@ -187,7 +187,7 @@ weights_of_examples = st.lists(st.sampled_from([0.0, 0.3, 1.0, 2.5, 1e-9]), min_
 
 @hypothesis.given(weights_of_examples.filter(any), st.integers(0, 3), st.data())
 def test_an_example_comes_as_often_as_its_weight_says(weights, epoch, data):
-    scheme, count = order.Weighted(tuple(weights)), len(weights)
+    scheme, count = order.Resampled(tuple(weights)), len(weights)
     ids = scheme(count, 7, epoch, 0, count)
     expected = count * np.array(weights) / sum(weights)
     times = np.bincount(ids, minlength=count)
@@ -200,7 +200,7 @@ def test_an_example_comes_as_often_as_its_weight_says(weights, epoch, data):
 
 
 def test_rare_examples_come_in_some_epochs():
-    scheme = order.Weighted((1.0,) * 9 + (0.5,))
+    scheme = order.Resampled((1.0,) * 9 + (0.5,))
     times = [np.count_nonzero(scheme(10, 0, epoch, 0, 10) == 9) for epoch in range(400)]
     assert abs(np.mean(times) - 10 * 0.5 / 9.5) < 0.1
 
@@ -234,10 +234,10 @@ def test_impossible_orders_are_refused():
     with pytest.raises(ValueError, match="non-empty"):
         order.Mixed((3, 0), (1, 1))
     with pytest.raises(ValueError, match="There are 2 weights; the source has 3 examples"):
-        order.Weighted((1, 1))(3, 0, 0, 0, 3)
+        order.Resampled((1, 1))(3, 0, 0, 0, 3)
     for weights in ((), (0, 0), (1, -1), (1, float("nan"))):
         with pytest.raises(ValueError, match="at least 0 and not all of them 0"):
-            order.Weighted(weights)
+            order.Resampled(weights)
     with pytest.raises(ValueError, match="multiple of 3"):
         order.Dealt((2, 2, 2)).batch(6, 0, 0, 0, 4)
 
