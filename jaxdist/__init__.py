@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from jaxdist.config.experiment import Guards as Guards
     from jaxdist.config.experiment import LayoutSettings as LayoutSettings
     from jaxdist.config.experiment import Recovery as Recovery
+    from jaxdist.config.starting_weights import InitFrom as InitFrom
+    from jaxdist.config.starting_weights import WeightRule as WeightRule
     from jaxdist.data import ArraySource as ArraySource
     from jaxdist.optimizers import Group as Group
     from jaxdist.optimizers import Optimizer as Optimizer
@@ -45,6 +47,7 @@ _HOMES = {
     "Experiment": "config.experiment",
     "Guards": "config.experiment",
     "Group": "optimizers",
+    "InitFrom": "config.starting_weights",
     "InitialState": "spmd.state",
     "LayoutSettings": "config.experiment",
     "Recovery": "config.experiment",
@@ -53,6 +56,7 @@ _HOMES = {
     "Schedule": "optimizers.schedules",
     "Stop": "stop",
     "TrainState": "spmd.state",
+    "WeightRule": "config.starting_weights",
     "Weighted": "spmd.metrics",
     "canonical_step": "spmd.step",
     "create_state": "spmd.state",

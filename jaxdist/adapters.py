@@ -25,7 +25,7 @@ import numpy as np
 from flax import errors as flax_errors
 from flax import linen as flax_linen
 from flax import nnx as flax_nnx
-from flax import traverse_util
+from flax import serialization, traverse_util
 
 from jaxdist import errors
 from jaxdist.errors import ConfigError
@@ -629,6 +629,16 @@ def unboxed(params: PyTree) -> PyTree:
         return isinstance(node, flax_linen.meta.AxisMetadata)
 
     return jax.tree.map(lambda node: jax.tree.leaves(node)[0] if is_box(node) else node, params, is_leaf=is_box)
+
+
+def from_msgpack(content: bytes, name: str) -> PyTree:
+    """Return the tree that `flax.serialization.to_bytes` wrote; raises UserError where `content` is none."""
+    try:
+        return serialization.msgpack_restore(content)
+    except Exception as error:  # of many kinds: its parser meets arbitrary bytes
+        raise errors.UserError(
+            f"{name} is no whole file of flax.serialization.to_bytes: {errors.describe(error)} Write or copy it again."
+        ) from error
 
 
 def _without_mesh(make_module: Callable[[flax_nnx.Rngs], flax_nnx.Module]) -> Callable[..., flax_nnx.Module]:

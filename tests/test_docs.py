@@ -296,6 +296,8 @@ DATACLASSES = (
     jaxdist.Checkpoints,
     jaxdist.Guards,
     jaxdist.LayoutSettings,
+    jaxdist.InitFrom,
+    jaxdist.WeightRule,
     config.Recovery,
     parameter_server.ParameterServer,
 )

@@ -39,6 +39,8 @@ __all__ = ["CheckpointError", "Checkpointer", "DamagedCheckpointError", "NoRoomE
 
 PyTree: TypeAlias = Any
 
+FOLDER_NAME = "checkpoints"
+"""Name of the directory of checkpoints in a run directory."""
 _STATE, _MANIFEST = "state", "manifest"
 _STEP_NAME = re.compile(r"(0|[1-9]\d*)(?:\.([1-9]\d*))?")
 _REMOVED = "removed-"
@@ -236,12 +238,7 @@ class Checkpointer:
             path.rename(folder / str(number) / path.name)
 
     def _committed(self) -> dict[int, list[pathlib.Path]]:
-        """Return step -> its directories; the last one is valid."""
-        found: dict[int, list[tuple[int, pathlib.Path]]] = {}
-        for path in self._directory.iterdir() if self._directory.is_dir() else ():
-            if match := _STEP_NAME.fullmatch(path.name):
-                found.setdefault(int(match[1]), []).append((int(match[2] or 0), path))
-        return {step: [path for _, path in sorted(paths)] for step, paths in found.items()}
+        return committed(self._directory)
 
     def _new_path(self, step: int) -> pathlib.Path:
         # A second save gets another name, so that the first stays until the second is committed.
@@ -366,6 +363,29 @@ class Checkpointer:
         return f"Step {intact} is intact: restore that one, or remove {path}."
 
 
+def committed(directory: pathlib.Path) -> dict[int, list[pathlib.Path]]:
+    """Return step -> its directories in a directory of checkpoints; the last one is valid."""
+    found: dict[int, list[tuple[int, pathlib.Path]]] = {}
+    for path in directory.iterdir() if directory.is_dir() else ():
+        if match := _STEP_NAME.fullmatch(path.name):
+            found.setdefault(int(match[1]), []).append((int(match[2] or 0), path))
+    return {step: [path for _, path in sorted(paths)] for step, paths in found.items()}
+
+
+def is_checkpoint(path: pathlib.Path) -> bool:
+    """Return whether `path` is the directory of one checkpoint."""
+    return (path / _MANIFEST).is_dir() and (path / _STATE).is_dir()
+
+
+def open_manifest(path: pathlib.Path) -> manifests.Manifest:
+    """Return the manifest of one checkpoint, whoever's it is: its leaves can be read by name, without a template.
+
+    Raises:
+      DamagedCheckpointError: it is damaged.
+    """
+    return manifests.read(path / _MANIFEST, arrays=path / _STATE)
+
+
 def needed_bytes(leaves: Sequence[int]) -> int:
     """Return the room on the disk that a checkpoint needs whose leaves have so many bytes."""
     return sum(leaves) + _BESIDES_EACH * len(leaves) + _BESIDES
@@ -376,6 +396,15 @@ def save_plain(path: pathlib.Path, tree: PyTree) -> None:
     _quiet_orbax()
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path.absolute(), tree)
+
+
+def read_plain(path: pathlib.Path) -> PyTree:
+    """Return the tree of a plain Orbax checkpoint as NumPy arrays, whatever devices it was saved from."""
+    _quiet_orbax()
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(path.absolute()).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return checkpointer.restore(path.absolute(), restore_args=as_numpy)
 
 
 @dataclasses.dataclass

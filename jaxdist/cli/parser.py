@@ -111,9 +111,17 @@ def _add_uses(commands: Any) -> None:
         command.add_argument("--devices", type=_positive, metavar="N", help="devices to compute on")
     predict.add_argument("input", metavar="INPUT", help="a .npz, .npy, .csv or .parquet file, or a folder of images")
     predict.add_argument("out", type=pathlib.Path, metavar="OUT", help="a new .npz, .csv or .parquet file")
-    export.add_argument("out", type=pathlib.Path, metavar="OUT", help="a new file, or folder for orbax")
+    export.add_argument(
+        "out", type=pathlib.Path, metavar="OUT", help="a new file, or folder for orbax and hugging-face"
+    )
     formats = ("safetensors", "npz", "orbax", "jax-export")
     export.add_argument("--format", required=True, choices=formats, help="of the file")
+    export.add_argument(
+        "--names",
+        default="jaxdist",
+        choices=("jaxdist", "hugging-face"),
+        help="of the arrays in safetensors; hugging-face writes a folder for transformers",
+    )
 
 
 def _checkpoint(text: str) -> str:

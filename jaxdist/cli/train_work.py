@@ -18,6 +18,7 @@ from jaxdist.launch.joining import places, runtime, same_on_all
 from jaxdist.launch.signals import StopRequest
 from jaxdist.launch.supervising import fork_server
 from jaxdist.run import attempt, bookkeeping, components, directory, recovery, supervised
+from jaxdist.run.warm_start import beginning
 from jaxdist.rundir import record, writers
 
 
@@ -46,6 +47,8 @@ def supervise(options: argparse.Namespace, forks: fork_server.ForkServer) -> int
     _check_start(options)
     experiment = selected_experiment.load(options)
     writers.check(experiment.writers)
+    if not options.resume and not getattr(options, "restartable", False):
+        beginning.check_source(experiment)
     run_dir = options.run_dir or directory.default_run_dir(experiment.name, resume=options.resume)
     arguments = _for_processes(options.arguments)
     with viewer.Viewer() as shown:

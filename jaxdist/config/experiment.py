@@ -7,8 +7,9 @@ from typing import Any, Literal, TypeAlias
 import optax
 
 from jaxdist import adapters
-from jaxdist.config import data_fields, hook_points
+from jaxdist.config import data_fields, hook_points, starting_weights
 from jaxdist.config.parameter_server import ParameterServer
+from jaxdist.config.starting_weights import InitFrom
 from jaxdist.data import Source
 from jaxdist.data.order import Order
 from jaxdist.data.sources import vocabulary
@@ -194,6 +195,7 @@ class Experiment:
       num_microbatches: parts of each device's batch, computed one after the other.
       precision: dtype of the computation; params are float32 always.
       seed: of the params, the order of examples, dropout and augmentation.
+      init_from: weights that the run begins with, a path or an InitFrom; None begins with random params.
       checkpoints: what is saved.
       guards: how often the checks run.
       recovery: how the run survives failures.
@@ -221,6 +223,7 @@ class Experiment:
     num_microbatches: int = 1
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     seed: int = 0
+    init_from: InitFrom | str | None = None
     checkpoints: Checkpoints = Checkpoints()
     guards: Guards = Guards()
     recovery: Recovery = Recovery()
@@ -250,6 +253,8 @@ class Experiment:
             hook_points.check(values["hooks"])
         for name in writers if isinstance(writers, tuple | list) else ():
             open_writers.check_name(str(name))
+        if "init_from" in values:
+            values = values | {"init_from": starting_weights.as_init_from(values["init_from"])}
         if set(str(values.get("name", ""))) & set("/\0"):
             raise ConfigError(f"Experiment.name names the run directory, so it has no slash; got {values['name']!r}.")
         if values.get("inputs") in ((), [], ""):

@@ -4,12 +4,15 @@ Dropout acts on the embeddings and on each branch's output, not on the attention
 attention kernel.
 """
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.nn import initializers
 
 from jaxdist.models.transformer import Block
+from jaxdist.setting_group import added
 
 
 class GPT(nn.Module):
@@ -31,6 +34,8 @@ class GPT(nn.Module):
     """Use the token embedding as the last layer's matrix, too."""
     remat: bool = False
     """Compute each block's activations again in the backward pass instead of keeping them."""
+    norm_epsilon: float = added(1e-6)
+    """What the normalisations add to the variance; the weights of GPT-2 need 1e-5."""
 
     @nn.compact
     def __call__(self, tokens: jax.Array, *, train: bool, segment_ids: jax.Array | None = None) -> jax.Array:
@@ -53,11 +58,9 @@ class GPT(nn.Module):
         block_type = nn.remat(Block) if self.remat else Block
         for index in range(self.num_layers):
             # An explicit name: with and without remat the params are the same tree.
-            block = block_type(
-                self.num_heads, True, self.dropout_rate, train, init, residual_init, name=f"block_{index}"
-            )
-            x = block(x, mask)
-        x = nn.LayerNorm(name="final_norm")(x)
+            settings = (self.num_heads, True, self.dropout_rate, train, init, residual_init, self.norm_epsilon)
+            x = block_type(*settings, name=f"block_{index}")(x, mask)
+        x = nn.LayerNorm(self.norm_epsilon, name="final_norm")(x)
         if self.tie_embeddings:
             return embed.attend(x)
         return nn.Dense(self.vocab_size, use_bias=False, kernel_init=init, name="head")(x)
@@ -71,6 +74,7 @@ class GPT(nn.Module):
         return table[index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)]
 
 
-def gpt2_small(*, dropout_rate: float = 0.1, remat: bool = False) -> GPT:
-    """Return GPT-2 small: 124,439,808 parameters."""
-    return GPT(50257, 1024, num_layers=12, num_heads=12, width=768, dropout_rate=dropout_rate, remat=remat)
+def gpt2_small(*, dropout_rate: float = 0.1, remat: bool = False, norm_epsilon: float = 1e-6) -> GPT:
+    """Return GPT-2 small: 124,439,808 parameters; for its weights, `norm_epsilon` is 1e-5."""
+    model = GPT(50257, 1024, num_layers=12, num_heads=12, width=768, dropout_rate=dropout_rate, remat=remat)
+    return dataclasses.replace(model, norm_epsilon=norm_epsilon)

@@ -10,6 +10,7 @@ from jax.nn import initializers
 from jax.nn.initializers import Initializer
 
 from jaxdist.models.norm import BatchNorm
+from jaxdist.setting_group import added
 
 EXPANSION = {"basic": 1, "bottleneck": 4}
 """Channels that leave a block of each kind, as a multiple of its width."""
@@ -28,6 +29,8 @@ class Block(nn.Module):
     """Stride of the block in height and width."""
     train: bool
     """Whether this call trains; a field, because a rematerialised call traces its arguments."""
+    symmetric_padding: bool = False
+    """Pad a strided convolution by the same number of pixels on all sides."""
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -37,8 +40,15 @@ class Block(nn.Module):
         def conv_norm(
             x: jax.Array, features: int, size: int, stride: int, name: str, scale_init: Initializer = initializers.ones
         ) -> jax.Array:
+            padding = _padding(size, symmetric=self.symmetric_padding)
             conv = nn.Conv(
-                features, (size, size), (stride, stride), use_bias=False, kernel_init=_conv_init, name=f"{name}_conv"
+                features,
+                (size, size),
+                (stride, stride),
+                padding,
+                use_bias=False,
+                kernel_init=_conv_init,
+                name=f"{name}_conv",
             )
             return BatchNorm(scale_init=scale_init, name=f"{name}_norm")(conv(x), train=self.train, mask=mask)
 
@@ -53,6 +63,14 @@ class Block(nn.Module):
         size = 3 if self.kind == "basic" else 1
         x = conv_norm(x, out_features, size, 1, "last", initializers.zeros)
         return nn.relu(shortcut + x)
+
+
+def _padding(size: int, *, symmetric: bool) -> str | list[tuple[int, int]]:
+    """Return the padding of a convolution or pool of this size that keeps the shape at stride 1.
+
+    At stride 2, SAME pads an even image by one pixel less before than after it; torch pads by as many.
+    """
+    return [((size - 1) // 2, (size - 1) // 2)] * 2 if symmetric else "SAME"
 
 
 class ResNet(nn.Module):
@@ -70,6 +88,8 @@ class ResNet(nn.Module):
     """Take the stem for images of about 32x32: one 3x3 convolution, in place of 7x7 with stride 2 and a max pool."""
     remat: bool = False
     """Compute each block's activations again in the backward pass instead of keeping them."""
+    symmetric_padding: bool = added(False)
+    """Pad strided convolutions and the pool as torch does, which its weights need: as many pixels on all sides."""
 
     @nn.compact
     def __call__(self, image: jax.Array, *, train: bool, mask: jax.Array | None = None) -> jax.Array:
@@ -78,18 +98,25 @@ class ResNet(nn.Module):
             raise ValueError(f"ResNet's block must be one of {sorted(EXPANSION)}, but got {self.block!r}.")
         size, stride = (3, 1) if self.small_images else (7, 2)
         x = nn.Conv(
-            self.width, (size, size), (stride, stride), use_bias=False, kernel_init=_conv_init, name="stem_conv"
+            self.width,
+            (size, size),
+            (stride, stride),
+            _padding(size, symmetric=self.symmetric_padding),
+            use_bias=False,
+            kernel_init=_conv_init,
+            name="stem_conv",
         )(image)
         x = nn.relu(BatchNorm(name="stem_norm")(x, train=train, mask=mask))
         if not self.small_images:
-            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
+            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=_padding(3, symmetric=self.symmetric_padding))
         block_type = nn.remat(Block) if self.remat else Block
         for stage, num_blocks in enumerate(self.stage_sizes):
             for index in range(num_blocks):
                 stride = 2 if stage > 0 and index == 0 else 1
                 # An explicit name: with and without remat the params are the same tree.
                 name = f"stage_{stage}_block_{index}"
-                x = block_type(self.block, self.width * 2**stage, stride, train, name=name)(x, mask)
+                settings = (self.block, self.width * 2**stage, stride, train, self.symmetric_padding)
+                x = block_type(*settings, name=name)(x, mask)
         return nn.Dense(self.num_classes, name="head")(x.mean(axis=(1, 2)))
 
 

@@ -51,6 +51,10 @@ class Block(nn.Module):
     """Initialiser of the matrices at a branch's beginning."""
     residual_init: Initializer
     """Initialiser of the matrices whose output is added to the residual stream."""
+    norm_epsilon: float = 1e-6
+    """What the normalisations add to the variance."""
+    exact_gelu: bool = False
+    """Compute GELU with the error function, in place of its approximation with tanh."""
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -58,6 +62,7 @@ class Block(nn.Module):
         width = x.shape[-1]
         drop = nn.Dropout(self.dropout_rate, deterministic=not self.train)
         attention = Attention(self.num_heads, self.causal, self.kernel_init, self.residual_init, name="attention")
-        x = x + drop(attention(nn.LayerNorm(name="attention_norm")(x), mask))
-        hidden = nn.Dense(4 * width, kernel_init=self.kernel_init, name="mlp_in")(nn.LayerNorm(name="mlp_norm")(x))
-        return x + drop(nn.Dense(width, kernel_init=self.residual_init, name="mlp_out")(nn.gelu(hidden)))
+        x = x + drop(attention(nn.LayerNorm(self.norm_epsilon, name="attention_norm")(x), mask))
+        normed = nn.LayerNorm(self.norm_epsilon, name="mlp_norm")(x)
+        hidden = nn.gelu(nn.Dense(4 * width, kernel_init=self.kernel_init, name="mlp_in")(normed), not self.exact_gelu)
+        return x + drop(nn.Dense(width, kernel_init=self.residual_init, name="mlp_out")(hidden))

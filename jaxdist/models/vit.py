@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax.nn import initializers
 
 from jaxdist.models.transformer import Block
+from jaxdist.setting_group import added
 
 
 class ViT(nn.Module):
@@ -25,6 +26,10 @@ class ViT(nn.Module):
     """Probability with which a feature is zeroed in training."""
     remat: bool = False
     """Compute each block's activations again in the backward pass instead of keeping them."""
+    norm_epsilon: float = added(1e-6)
+    """What the normalisations add to the variance; the weights of the ViTs in transformers need 1e-12."""
+    exact_gelu: bool = added(False)
+    """Compute GELU with the error function, as these weights need, in place of its approximation with tanh."""
 
     @nn.compact
     def __call__(self, image: jax.Array, *, train: bool) -> jax.Array:
@@ -43,9 +48,9 @@ class ViT(nn.Module):
         block_type = nn.remat(Block) if self.remat else Block
         for index in range(self.num_layers):
             # An explicit name: with and without remat the params are the same tree.
-            block = block_type(self.num_heads, False, self.dropout_rate, train, init, init, name=f"block_{index}")
-            x = block(x)
-        x = nn.LayerNorm(name="final_norm")(x[:, 0])
+            settings = (self.num_heads, False, self.dropout_rate, train, init, init, self.norm_epsilon, self.exact_gelu)
+            x = block_type(*settings, name=f"block_{index}")(x)
+        x = nn.LayerNorm(self.norm_epsilon, name="final_norm")(x[:, 0])
         return nn.Dense(self.num_classes, name="head")(x)
 
 

@@ -19,11 +19,12 @@ from jaxdist.config.experiment import Experiment
 from jaxdist.data import Position
 from jaxdist.data.assembly import BadExampleError, ExampleError
 from jaxdist.guards import nonfinite, recompile, replicas
-from jaxdist.launch.joining import agreement, runtime
+from jaxdist.launch.joining import agreement, runtime, same_on_all
 from jaxdist.launch.supervising import watchdog
 from jaxdist.run import bookkeeping, components, directory, disk_room, header, hooks, loop, recovery, rescue
 from jaxdist.run.custom import user_hooks
 from jaxdist.run.stopwatch import Stopwatch
+from jaxdist.run.warm_start import beginning
 from jaxdist.rundir import full_disk, lock, record, writers
 from jaxdist.setting_group import setting_group
 from jaxdist.spmd.state import TrainState
@@ -75,6 +76,7 @@ def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.
             writers.check(experiment.writers)
             stop_rule = experiment.stop.rule()
             parts = components.put_together(experiment, devices=devices, identity=options.identity)
+            began_with = None if options.resume else _check_weights(parts, options)
             earlier = directory.prepare_run_dir(
                 experiment, parts.identity, options.run_dir, resume=options.resume, overwrite=options.overwrite
             )
@@ -104,7 +106,7 @@ def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.
                         directory.remove_run(options.run_dir, of_job=not runtime.is_alone())
                     agreed.meet("the earlier run is removed")
             with directory.naming_what_changed(experiment, earlier):
-                start = _begin(stack, parts, options, stopwatch, earlier, agreed)
+                start = _begin(stack, parts, options, stopwatch, earlier, agreed, began_with)
             parts = parts.continued(start.progress)
             run = _Run(parts, options, start, stopwatch, earlier, agreed)
         dog.report()
@@ -124,6 +126,24 @@ class _Start:
     progress: stop.Progress
     checkpointer: checkpoints.Checkpointer
     snapshots: snapshots.Snapshots | None
+    began_with: beginning.WarmStart | None = None
+
+
+def _check_weights(parts: components.Parts, options: RunOptions) -> beginning.WarmStart | None:
+    """Return the weights that the run begins with, the same in all processes; None without `init_from`.
+
+    Raises:
+      UserError: they cannot be used, or --overwrite would remove them.
+    """
+    try:
+        beginning.check_not_removed(parts.experiment, options.run_dir, overwrite=options.overwrite)
+        found = parts.check_weights()
+    except errors.UserError as error:
+        same_on_all.compare("weights", {"mistake": str(error)})
+        raise
+    if found is not None:
+        same_on_all.compare("weights", {"SHA-256 of the weights of init_from": found.sha256})
+    return found
 
 
 def _begin(
@@ -133,6 +153,7 @@ def _begin(
     stopwatch: Stopwatch,
     earlier: record.RunRecord | None,
     agreed: agreement.Agreement,
+    began_with: beginning.WarmStart | None,
 ) -> _Start:
     """Return the newest state of the run, or a new one; `stack` closes the checkpoints and the snapshots."""
     with stopwatch.account("restart"):
@@ -147,8 +168,12 @@ def _begin(
     if found is None:
         directory.check_nothing_is_lost(earlier, options.run_dir, saved)
         # A run that ended before its first checkpoint restarts from its first step.
+        if earlier is not None and began_with is None:
+            began_with = _check_weights(parts, options)
+            if began_with is not None:
+                beginning.check_same(began_with, earlier.extra.get("init_from"))
         with stopwatch.account("compile"):
-            start = _Start(parts.create_state(), None, stop.Progress(), saved, in_memory)
+            start = _Start(parts.create_state(), None, stop.Progress(), saved, in_memory, began_with)
     else:
         state, data_state = found
         position = Position.from_json(data_state["position"])
@@ -194,6 +219,7 @@ class _Run:
                 silent=options.silent,
                 earlier=earlier,
                 source=options.source,
+                began_with=start.began_with,
                 header=self._header,
             ),
             start.checkpointer,
@@ -337,6 +363,7 @@ class _Run:
             steps_per_epoch=self.parts.loader.steps_per_epoch,
             run_dir=self.options.run_dir,
             step=self.start.progress.step,
+            began_with=self.start.began_with,
         )
 
     def _report_nonfinite(self, state: TrainState, found: loop.NonFinite) -> None:

@@ -20,6 +20,7 @@ from jaxdist.run import components, directory
 from jaxdist.run.custom import user_hooks
 from jaxdist.run.progress_display import Bounds, Silent, deciding, make_display
 from jaxdist.run.stopwatch import StepTimes, Stopwatch
+from jaxdist.run.warm_start import beginning
 from jaxdist.rundir import files, full_disk, origin, record, rich_values, writers
 from jaxdist.stop import Progress
 
@@ -57,6 +58,7 @@ class Facts:
       silent: show nothing.
       earlier: the record of the run that is resumed.
       source: the file of the experiment and the settings changed on the command line; None from Python.
+      began_with: the weights that the run began with in this attempt; None without, or where it is resumed.
       header: returns what is shown first; None shows no header.
     """
 
@@ -73,6 +75,7 @@ class Facts:
     silent: bool
     earlier: record.RunRecord | None
     source: ExperimentSource | None = None
+    began_with: beginning.WarmStart | None = None
     header: Callable[[], str] | None = None
 
 
@@ -339,7 +342,8 @@ class Bookkeeper:
             name: {"shape": field.shape, "dtype": str(field.dtype)} for name, field in self.attempt.fields.items()
         }
         return {
-            "identity": dataclasses.asdict(self.attempt.identity),
+            "identity": self.attempt.identity.to_json(),
+            "init_from": self._began_with(),
             "experiment": dataclasses.asdict(self.attempt.source) if self.attempt.source else None,
             "batch": {
                 "fields": fields,
@@ -351,6 +355,13 @@ class Bookkeeper:
             "peak_memory_bytes": origin.peak_memory_bytes(jax.local_devices()),
             **self._origin,
         }
+
+    def _began_with(self) -> dict[str, Any] | None:
+        """Return the weights that the run began with, in this attempt or in an earlier one."""
+        attempt = self.attempt
+        if attempt.began_with is not None:
+            return dataclasses.asdict(attempt.began_with)
+        return attempt.earlier.extra.get("init_from") if attempt.earlier else None
 
     def report_nonfinite(self, report: str) -> None:
         """Write and show, on process 0, why a run ended as `nonfinite` and which checkpoint is the newest."""

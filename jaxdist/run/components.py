@@ -18,6 +18,7 @@ from jaxdist.data import assembly_process, placement
 from jaxdist.data.sources import wrap
 from jaxdist.errors import ConfigError
 from jaxdist.run import preflight
+from jaxdist.run.warm_start import beginning
 from jaxdist.rundir import record
 from jaxdist.spmd import evaluate, mesh, precision, state, step, strategies
 from jaxdist.spmd.metrics import Batch
@@ -60,14 +61,12 @@ class Parts:
     collecting: evaluate.Collecting | None
 
     def create_state(self) -> state.TrainState:
-        """Return the state before the first step."""
-        return state.create_state(
-            self.functions.init_fn,
-            self.optimizer,
-            mesh=self.strategy.mesh,
-            seed=self.experiment.seed,
-            layout=self.strategy.layout,
-        )
+        """Return the state before the first step, with the weights of `init_from`."""
+        return beginning.create_state(self.experiment, self.functions.init_fn, self.optimizer, self.strategy)
+
+    def check_weights(self) -> beginning.WarmStart | None:
+        """Return the weights that the run begins with, after reading all of them; None without `init_from`."""
+        return beginning.check(self.experiment, (self.abstract_state.params, self.abstract_state.model_state))
 
     def continued(self, progress: stop.Progress) -> "Parts":
         """Return the parts for a run that is resumed: a schedule in epochs continues where the examples brought it.
@@ -337,15 +336,22 @@ class Identity:
       model: hash of its settings.
       data: fingerprint of the training data.
       seed: of the experiment.
+      init_from: hash of the settings of the weights that the run begins with; "" for random params.
     """
 
     name: str
     model: str
     data: str
     seed: int
+    init_from: str = ""
 
     def __str__(self) -> str:
-        return f"{self.name}:{_short_hash([self.model, self.data, self.seed])}"
+        weights = [self.init_from] if self.init_from else []
+        return f"{self.name}:{_short_hash([self.model, self.data, self.seed, *weights])}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the identity as the run record keeps it: `init_from` only where there are weights."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "init_from" or value}
 
 
 def identity(experiment: Experiment) -> Identity:
@@ -360,6 +366,7 @@ def identity_of(experiment: Experiment, fingerprint: str) -> Identity:
         model=_short_hash(settings_of_model(experiment.model)),
         data=fingerprint,
         seed=experiment.seed,
+        init_from="" if experiment.init_from is None else _short_hash(record.plain(experiment.init_from)),
     )
 
 

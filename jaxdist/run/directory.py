@@ -15,6 +15,7 @@ import jax
 
 from jaxdist import adapters
 from jaxdist.checkpoint import checkpoints
+from jaxdist.config import starting_weights
 from jaxdist.config.experiment import Experiment
 from jaxdist.errors import ConfigError
 from jaxdist.launch.joining import agreement
@@ -22,7 +23,7 @@ from jaxdist.launch.supervising import supervisor
 from jaxdist.run import components
 from jaxdist.rundir import ledger, record, writers
 
-CHECKPOINTS_NAME = "checkpoints"
+CHECKPOINTS_NAME = checkpoints.FOLDER_NAME
 SET_ASIDE_NAME = "set-aside"
 """Folder for checkpoints that are newer than one the user went back to."""
 NONFINITE_NAME = "nonfinite.txt"
@@ -33,6 +34,7 @@ _MORE_RUN_FILES = (SET_ASIDE_NAME, ledger.FILE_NAME, NONFINITE_NAME, SERVERS_NAM
 _JOB_FILES = ("logs", supervisor.EVENTS_NAME, supervisor.BOARD_NAME)
 _SHAPING = ("model", "loss", "inputs", "optimizer", "precision")
 """The settings that decide the form of the saved state."""
+_PARTS = {"init_from": [f"init_from.{field.name}" for field in dataclasses.fields(starting_weights.InitFrom)]}
 _MOST_NAMED = 5
 
 
@@ -100,7 +102,7 @@ def _check_continues(
 ) -> None:
     stored = earlier.extra.get("identity")
     theirs = stored if isinstance(stored, dict) else {}
-    if theirs != dataclasses.asdict(identity):
+    if theirs != identity.to_json():
         raise ConfigError(
             f"{run_dir} holds a run of another experiment: {_what_differs(experiment, identity, theirs, earlier)}. To "
             "resume that run, set this as it was. To start a new one, choose another --run-dir, or replace the run "
@@ -119,12 +121,14 @@ def _what_differs(
     """Return which settings make another identity, the setting itself where the record holds it."""
     found = []
     for name, ours in dataclasses.asdict(identity).items():
-        if ours == theirs.get(name):
+        if ours == theirs.get(name, ""):
             continue
         if name == "data":
             found.append(_changed_data(experiment, identity, theirs, earlier))
         else:
-            changed = changed_settings(experiment, earlier.config, (name,))
+            weights_only = name == "init_from" and None in (experiment.init_from, earlier.config.get("init_from"))
+            parts = ("init_from.path",) if weights_only else _PARTS.get(name, (name,))
+            changed = changed_settings(experiment, earlier.config, parts)
             found.append(changed or f"{name}, in what the record does not show ({theirs.get(name)} -> {ours})")
     return "; ".join(found)
 

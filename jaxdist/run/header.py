@@ -20,6 +20,7 @@ def render(
     steps_per_epoch: int,
     run_dir: pathlib.Path,
     step: int = 0,
+    began_with: object = None,
 ) -> str:
     """Return the header, a fact a line.
 
@@ -31,6 +32,7 @@ def render(
       steps_per_epoch: batches of an epoch.
       run_dir: where the run's files are written.
       step: the step that a resumed run continues from.
+      began_with: the weights that a new run begins with; None for random params.
     """
     data, stop = experiment.data, experiment.stop
     sets = data_fields.named_sources(data.eval)
@@ -44,6 +46,7 @@ def render(
         "ends at": _ends(stop),
         "run directory": str(run_dir),
     }
+    facts |= {} if began_with is None else {"begins with": str(began_with)}
     return format_summary(facts | ({"continues": f"after step {step:,}"} if step else {}))
 
 

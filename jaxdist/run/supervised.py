@@ -60,7 +60,7 @@ def supervise(
             saved_step=saved_step,
             start=start,
             save=saved.save,
-            save_left=directory.recorded_identity(run_dir) == dataclasses.asdict(identity),
+            save_left=directory.recorded_identity(run_dir) == identity.to_json(),
             at_kill=at_kill,
             begin=begin,
         )

@@ -22,6 +22,7 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
+from jaxdist import setting_group
 from jaxdist.rundir import files
 from jaxdist.spmd import keys
 
@@ -260,8 +261,10 @@ def _plain_setting(name: str, value: Any) -> Plain:
 def _plain_object(value: Any) -> Plain:
     name = qualified_name(type(value))
     if dataclasses.is_dataclass(value):
-        fields = [field.name for field in dataclasses.fields(value) if field.repr]
-        return {"class": name} | {field: _plain_setting(field, getattr(value, field)) for field in fields}
+        fields = {
+            field.name: getattr(value, field.name) for field in dataclasses.fields(value) if _is_kept(field, value)
+        }
+        return {"class": name} | {field: _plain_setting(field, found) for field, found in fields.items()}
     if names := getattr(value, "vocabulary", None):  # a data source: what its numbers stand for
         return {"class": name, "vocabulary": plain(names)}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -269,6 +272,11 @@ def _plain_object(value: Any) -> Plain:
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return name
+
+
+def _is_kept(field: Any, value: Any) -> bool:
+    at_default = field.metadata.get(setting_group.ADDED) and getattr(value, field.name) == field.default
+    return field.repr and not at_default
 
 
 def qualified_name(definition: Any) -> str:

@@ -115,6 +115,34 @@ def create_state(
     return state_program(init_fn, optimizer, mesh=mesh, layout=layout)(keys.from_seed(seed))
 
 
+def create_state_with(
+    replace: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]],
+    init_fn: InitFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    mesh: Mesh,
+    seed: int,
+    layout: layouts.Layout = layouts.replicated,
+) -> TrainState:
+    """Return the state before the first step with other params: `replace(params, model_state)` of those of the seed.
+
+    `replace` keeps shapes, dtypes and shardings. The optimizer's state is made from what it returns.
+    """
+
+    def make_initial(key: jax.Array) -> tuple[PyTree, PyTree, jax.Array, jax.Array]:
+        run = keys.run_keys(key)
+        params, model_state = _strongly_typed(tuple(initial_state(init_fn, run.init)))
+        return params, model_state, jnp.zeros((), jnp.int32), run.train
+
+    abstract = abstract_state(init_fn, optimizer, mesh=mesh, layout=layout)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    placed = (shardings.params, shardings.model_state, shardings.step, shardings.key)
+    params, model_state, step, key = jax.jit(make_initial, out_shardings=placed)(keys.from_seed(seed))
+    params, model_state = replace(params, model_state)
+    make_optimizer = jax.jit(lambda params: _strongly_typed(optimizer.init(params)), out_shardings=shardings.opt_state)
+    return TrainState(step, params, model_state, make_optimizer(params), key)
+
+
 def state_program(
     init_fn: InitFn,
     optimizer: optax.GradientTransformation,

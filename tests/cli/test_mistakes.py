@@ -232,6 +232,12 @@ MISTAKES = {
     "change(data=data(count=LABELS.astype(np.int64) + 2**40))": "devices hold whole numbers as int32",
     "change(data=data(eval=Rows(lambda index: 1 + (index > 31))))": "fails on some examples of data.eval",
     "change(data=data(eval=Rows(lambda index: 1 + index % 2)))": "must have the same fields, shapes",
+    # The weights that it begins with.
+    "change(init_from='gpt2')": "Nothing is downloaded",
+    "change(init_from=tiny_experiment.__file__)": "is none of these",
+    "change(init_from=3)": "takes an InitFrom or a string or None; got 3",
+    "change(init_from=jaxdist.InitFrom(path='x', fresh=('(',)))": "must be a regular expression",
+    "change(init_from=jaxdist.InitFrom(path='x', rules=(jaxdist.WeightRule(pattern='x'),)))": "does nothing",
     # The file itself.
     "{'seed': 0}": "must return a jaxdist.Experiment",
     "undefined_name": "NameError: name 'undefined_name' is not defined",

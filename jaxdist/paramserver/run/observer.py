@@ -73,6 +73,7 @@ class Observer:
         source: bookkeeping.ExperimentSource,
     ) -> None:
         self.plan, self.directory = plan, run_dir / run_folder.DIRECTORY_NAME
+        self.began_with = start.began_with
         self.rule = plan.experiment.stop.rule()
         self.judge = judge.Judge(plan)
         settings = plan.settings
@@ -92,6 +93,7 @@ class Observer:
                 silent=silent,
                 earlier=earlier,
                 source=source,
+                began_with=start.began_with,
                 header=functools.partial(self._header, run_dir, num_devices),
             ),
             checkpointer,
@@ -124,6 +126,7 @@ class Observer:
             steps_per_epoch=settings.steps_per_epoch,
             run_dir=run_dir,
             step=self.progress.step,
+            began_with=self.began_with,
         )
 
     def run(self, crew: Crew, send: Send, stop_requested: Callable[[], bool]) -> record.RunRecord:

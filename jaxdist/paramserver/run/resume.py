@@ -22,6 +22,7 @@ from jaxdist.paramserver.protocol import journal, messages
 from jaxdist.paramserver.protocol.settings import Settings, saved_cut_file, shard_file
 from jaxdist.paramserver.run import judge, shared_plan
 from jaxdist.paramserver.wire import encoding
+from jaxdist.run.warm_start import beginning
 from jaxdist.spmd import mesh
 from jaxdist.spmd import state as states
 
@@ -37,13 +38,15 @@ class Start:
 
     Attributes:
       progress: the progress of the run so far.
-      saved_cut: name of the saved cut that every server loads first; empty for a new run.
-      state: the training state; None for a new run.
+      saved_cut: name of the saved cut that every server loads first; empty for a new run with random params.
+      state: the training state; None for a new run with random params.
+      began_with: the weights that a new run begins with; None without.
     """
 
     progress: stop.Progress
     saved_cut: str = ""
     state: states.TrainState | None = None
+    began_with: beginning.WarmStart | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +99,14 @@ def begin(
         if path.name != name:
             shutil.rmtree(path)
     return Start(found.progress, name, judge.train_state(plan, found.step, found.leaves, found.opt_leaves))
+
+
+def begin_with(plan: shared_plan.Plan, leaves: list[np.ndarray], directory: pathlib.Path) -> Start:
+    """Return the start of a new run with these params and model_state, which the servers load as a saved cut."""
+    params, _ = jax.tree.unflatten(plan.structure, leaves)
+    opt_leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(jax.jit(plan.optimizer.init)(params))]
+    found = _Found(journal.Trained(0, ()), leaves, opt_leaves, stop.Progress())
+    return Start(found.progress, _write(plan, found, directory), judge.train_state(plan, 0, leaves, opt_leaves))
 
 
 def saved_cuts(directory: pathlib.Path) -> list[pathlib.Path]:

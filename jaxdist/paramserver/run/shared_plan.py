@@ -183,6 +183,11 @@ def initial_leaves(plan: Plan) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(make_initial(plan.run_keys().init))]
 
 
+def initial_shapes(plan: Plan) -> Any:
+    """Return shapes and dtypes of params and model_state."""
+    return jax.eval_shape(functools.partial(initial_state, plan.functions.init_fn), jax.random.key(0))
+
+
 def make_shard(plan: Plan, number: int) -> Shard:
     """Return shard `number` before the first step."""
     blocks = plan.sharding.shards[number]

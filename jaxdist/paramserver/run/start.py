@@ -21,6 +21,7 @@ from jaxdist.paramserver.run import observer, resume, shared_plan
 from jaxdist.paramserver.wire import streams
 from jaxdist.paramserver.wire.security import TOKEN, Security, new_token
 from jaxdist.run import bookkeeping, components, directory, rescue
+from jaxdist.run.warm_start import beginning
 from jaxdist.rundir import lock, record, writers
 
 
@@ -70,6 +71,7 @@ def train(options: Options) -> record.RunRecord:
             plan = shared_plan.make_plan(experiment, experiment.ps, fingerprint=known)
             shared_plan.check_microbatches(plan, options.devices)
             identity = components.identity_of(experiment, plan.loader.beginning.fingerprint)
+            weights = None if options.resume else _check_weights(plan, options)
             earlier = directory.prepare_run_dir(
                 experiment, identity, options.run_dir, resume=options.resume, overwrite=options.overwrite
             )
@@ -88,6 +90,8 @@ def train(options: Options) -> record.RunRecord:
                 start = resume.begin(plan, checkpointer, folder, trained_with=trained_with)
             if start.state is None:
                 directory.check_nothing_is_lost(earlier, options.run_dir, checkpointer)
+                weights = weights or _check_weights(plan, options)
+                start = _begin_with(plan, weights, folder, earlier) or start
             # Before the crew: what the spec hides, the processes find in the environment of this one.
             assignments = hidden_settings.hide(options.assignments, experiment, options.assignments)
             crew, peers, security = _place(options, plan, folder)
@@ -109,6 +113,28 @@ def train(options: Options) -> record.RunRecord:
                 ),
             )
         return _watch(watcher, crew, peers, security.for_attempt(spec.attempt), options.stop_requested)
+
+
+def _check_weights(plan: shared_plan.Plan, options: Options) -> beginning.WarmStart | None:
+    beginning.check_not_removed(plan.experiment, options.run_dir, overwrite=options.overwrite)
+    return beginning.check(plan.experiment, shared_plan.initial_shapes(plan))
+
+
+def _begin_with(
+    plan: shared_plan.Plan,
+    weights: beginning.WarmStart | None,
+    folder: pathlib.Path,
+    earlier: record.RunRecord | None,
+) -> resume.Start | None:
+    """Return the start of a run with the weights of `init_from`; None without."""
+    if weights is None:
+        return None
+    if earlier is not None:
+        beginning.check_same(weights, earlier.extra.get("init_from"))
+    found = beginning.open_for(plan.experiment, shared_plan.initial_shapes(plan))
+    assert found is not None
+    leaves = beginning.replace_leaves(found, shared_plan.initial_leaves(plan))
+    return dataclasses.replace(resume.begin_with(plan, leaves, folder), began_with=weights)
 
 
 def _place(options: Options, plan: shared_plan.Plan, directory: pathlib.Path) -> tuple[Crew, dict[str, str], Security]:

@@ -15,15 +15,20 @@ from jax import export as jax_export
 from jaxdist import adapters, errors, extras
 from jaxdist.checkpoint import checkpoints
 from jaxdist.run.use.trained import TrainedRun
+from jaxdist.run.warm_start import hugging_face_files
 from jaxdist.rundir import files
 
 FORMATS = ("safetensors", "npz", "orbax", "jax-export")
+NAMES = ("jaxdist", "hugging-face")
+"""Whose names the arrays of safetensors have."""
 _TOLERANCE = 1e-5
 """How far a compiled function may be from the model, relative to the largest output: XLA may fuse it differently."""
 
 
-def export(run: TrainedRun, path: pathlib.Path, kind: str) -> None:
+def export(run: TrainedRun, path: pathlib.Path, kind: str, *, names: str = NAMES[0]) -> None:
     """Write the model of `run` to `path`, which must not exist, in the format `kind`, one of FORMATS.
+
+    With the names `hugging-face`, safetensors is a folder that `from_pretrained` of transformers opens.
 
     Raises:
       UserError: there is something at `path`, the format is unknown, or the model cannot be written in it.
@@ -32,7 +37,15 @@ def export(run: TrainedRun, path: pathlib.Path, kind: str) -> None:
         raise errors.UserError(f"A format is one of {', '.join(FORMATS)}; got {kind!r}.")
     if path.exists():
         raise errors.UserError(f"An export does not overwrite anything, and {path} exists. Choose another name.")
+    if names not in NAMES or (names != NAMES[0] and kind != "safetensors"):
+        raise errors.UserError(
+            f"Names are {' or '.join(NAMES)}, the latter for safetensors alone; got {names!r} for {kind}."
+        )
     with errors.as_user_error():
+        if names != NAMES[0]:
+            named = {name.replace(".", "/"): array for name, array in named_arrays(run).items()}
+            hugging_face_files.write(run.experiment.model, named, path, _about(run))
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         if kind == "safetensors":
             files.write(path, [_safetensors(run)])
@@ -59,8 +72,11 @@ def _tree(run: TrainedRun) -> dict[str, Any]:
 
 def _safetensors(run: TrainedRun) -> bytes:
     module = extras.require("safetensors.numpy", extra="export")
-    about = {"experiment": run.experiment.name, "step": str(run.step), "params_sha256": str(run.record.params_sha256)}
-    return module.save(named_arrays(run), metadata=about)
+    return module.save(named_arrays(run), metadata=_about(run))
+
+
+def _about(run: TrainedRun) -> dict[str, str]:
+    return {"experiment": run.experiment.name, "step": str(run.step), "params_sha256": str(run.record.params_sha256)}
 
 
 def _npz(run: TrainedRun) -> bytes:

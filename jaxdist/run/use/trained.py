@@ -10,7 +10,7 @@ import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,12 +20,11 @@ from jaxdist.config import data_fields
 from jaxdist.config.experiment import Experiment
 from jaxdist.config.loading import load_experiment
 from jaxdist.config.overrides import override
+from jaxdist.config.starting_weights import Which
 from jaxdist.data.sources import wrap
 from jaxdist.run import components, directory
-from jaxdist.rundir import record
+from jaxdist.rundir import chosen_checkpoint, record
 from jaxdist.spmd import evaluate, state, strategies
-
-Which: TypeAlias = int | Literal["best", "last"]
 
 _USED = ("model", "loss", "inputs", "precision")
 """The settings of an experiment that decide what a trained model computes."""
@@ -173,7 +172,7 @@ def load(
         template = state.abstract_state(functions.init_fn, optimizer, mesh=strategy.mesh, layout=strategy.layout)
         identity = components.Identity(**made.extra["identity"])
         with directory.open_checkpoints(found, run_dir, identity) as checkpointer:
-            step = _chosen_step(made, run_dir, checkpointer.steps(), checkpoint)
+            step = chosen_checkpoint.chosen_step(made, run_dir, checkpointer.steps(), checkpoint)
             restored, _ = checkpointer.restore(template, step)
     params = components.params_in_use(restored)
     return TrainedRun(run_dir, made, found, step, params, restored.model_state, functions, fields, strategy)
@@ -220,19 +219,3 @@ def _data_of(made: record.RunRecord, found: Experiment) -> tuple[dict[str, jax.S
         for name, field in batch["fields"].items()
     }
     return fields, batch["steps_per_epoch"]
-
-
-def _chosen_step(made: record.RunRecord, run_dir: pathlib.Path, steps: Sequence[int], checkpoint: Which) -> int:
-    if not steps:
-        raise errors.UserError(f"{run_dir} has no checkpoint: the run ended before it saved one. Resume or train it.")
-    best = made.extra.get("best")
-    if checkpoint == "last" or (checkpoint == "best" and best is None):
-        return steps[-1]
-    step = best["step"] if checkpoint == "best" and best else checkpoint
-    if step not in steps:
-        known = ", ".join(map(str, steps))
-        raise errors.UserError(
-            f"{run_dir} has no checkpoint {checkpoint!r} (step {step}); it has those of the steps {known}. Name one of "
-            "these, or 'last'."
-        )
-    return int(step)
