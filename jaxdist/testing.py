@@ -28,7 +28,7 @@ import numpy as np
 
 from jaxdist.launch.joining import runtime
 from jaxdist.launch.supervising import local_job
-from jaxdist.spmd import keys
+from jaxdist.spmd import keys, layout
 
 PyTree: TypeAlias = Any
 
@@ -124,11 +124,11 @@ def _assert_trees(actual: PyTree, expected: PyTree, same: Callable[[np.ndarray, 
     assert structures[0] == structures[1], f"the trees have other structures: {structures[0]} and {structures[1]}"
     wrong = []
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
-        a, b = _array(a), _array(b)
+        a, b, name = _array(a), _array(b), layout.path_name(path) or "the only leaf"
         if (a.shape, a.dtype) != (b.shape, b.dtype):
-            wrong.append(f"{jax.tree_util.keystr(path)}: {a.dtype}{a.shape} against {b.dtype}{b.shape}")
+            wrong.append(f"{name}: {a.dtype}{a.shape} against {b.dtype}{b.shape}")
         elif not same(a, b):
-            wrong.append(f"{jax.tree_util.keystr(path)}: largest difference {largest_difference(a, b):.3g}")
+            wrong.append(f"{name}: largest difference {largest_difference(a, b):.3g}")
     assert not wrong, "leaves differ:\n" + "\n".join(wrong)
 
 

@@ -17,23 +17,23 @@ def changed(**leaves):
 
 def test_equal_trees_pass_and_keys_are_compared_by_their_data():
     testing.assert_trees_equal(TREE, changed(b=[np.int32(4), jax.random.key(0)]))
-    with pytest.raises(AssertionError, match=r"\['b'\]\[1\]"):
+    with pytest.raises(AssertionError, match=r"b/1: "):
         testing.assert_trees_equal(TREE, changed(b=[np.int32(4), jax.random.key(1)]))
 
 
 def test_equality_is_of_bits_not_of_values():
     zero, nan = np.zeros(1, np.float32), np.full(1, np.nan, np.float32)
     testing.assert_trees_equal({"x": nan}, {"x": nan})
-    with pytest.raises(AssertionError, match=r"\['x'\]"):
+    with pytest.raises(AssertionError, match="x: "):
         testing.assert_trees_equal({"x": zero}, {"x": -zero})
 
 
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (np.arange(3, dtype=np.float64), r"\['a'\]: float32\(3,\) against float64\(3,\)"),
-        (np.arange(4, dtype=np.float32), r"\['a'\]: float32\(3,\) against float32\(4,\)"),
-        (np.array([0, 1, 2.5], np.float32), r"\['a'\]: largest difference 0.5"),
+        (np.arange(3, dtype=np.float64), r"a: float32\(3,\) against float64\(3,\)"),
+        (np.arange(4, dtype=np.float32), r"a: float32\(3,\) against float32\(4,\)"),
+        (np.array([0, 1, 2.5], np.float32), r"a: largest difference 0.5"),
     ],
 )
 def test_the_leaf_that_differs_is_named_with_what_differs(other, message):
@@ -44,13 +44,13 @@ def test_the_leaf_that_differs_is_named_with_what_differs(other, message):
 def test_close_allows_the_tolerance_and_no_more():
     other = changed(a=TREE["a"] + np.float32(0.25))
     testing.assert_trees_close(TREE, other, tolerance=0.25)
-    with pytest.raises(AssertionError, match=r"\['a'\]"):
+    with pytest.raises(AssertionError, match="a: "):
         testing.assert_trees_close(TREE, other, tolerance=0.24)
     assert testing.largest_difference(TREE["a"], other["a"]) == 0.25
 
 
 def test_nan_is_close_to_nothing():
-    with pytest.raises(AssertionError, match="'a'"):
+    with pytest.raises(AssertionError, match="a: "):
         testing.assert_trees_close(TREE, changed(a=np.full(3, np.nan, np.float32)), tolerance=1.0)
 
 

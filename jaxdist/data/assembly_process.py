@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from jaxdist.data.assembly import BadExampleError, BatchBuffer, HostArrays, Recipe, fill, gather
+from jaxdist.errors import ExitStatus
 
 _ALIGNMENT = 64
 
@@ -148,7 +149,7 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])
-    os._exit(1)
+    os._exit(ExitStatus.FAILED)
 
 
 class _ModuleFinder(pickle.Pickler):

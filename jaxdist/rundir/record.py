@@ -24,7 +24,7 @@ import numpy as np
 
 from jaxdist import setting_group
 from jaxdist.rundir import files
-from jaxdist.spmd import keys
+from jaxdist.spmd.layout import host_value, path_name
 
 FILE_NAME = "run.json"
 
@@ -136,18 +136,14 @@ def params_sha256(params: Any) -> str:
 
 
 def _local_value(path: tuple[Any, ...], leaf: Any) -> np.ndarray:
-    if not isinstance(leaf, jax.Array):
-        return np.asarray(leaf)
-    leaf = keys.plain(leaf)
-    if leaf.is_fully_addressable:
-        return np.asarray(leaf)
-    if leaf.is_fully_replicated:
-        return np.asarray(leaf.addressable_data(0))
-    raise ValueError(
-        "params_sha256 needs every leaf whole on this process; "
-        f"{jax.tree_util.keystr(path)} is sharded over several ({leaf.sharding}). "
-        "Replicate the params first, on all processes: jax.device_put(params, NamedSharding(mesh, PartitionSpec()))."
-    )
+    value = host_value(leaf)
+    if value is None:
+        raise ValueError(
+            "params_sha256 needs every leaf whole on this process; "
+            f"{path_name(path)} is sharded over several ({leaf.sharding}). Replicate the params first, on all "
+            "processes: jax.device_put(params, NamedSharding(mesh, PartitionSpec()))."
+        )
+    return value
 
 
 def versions() -> dict[str, str | None]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxdist.spmd import keys
@@ -203,9 +204,22 @@ def by_names(
     return ByNames(mesh.axis_names, dict(axis_rules or {}), otherwise)
 
 
-def path_name(path: tuple[Any, ...]) -> str:
-    """Return a leaf's path in a tree as names joined by slashes."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+def path_name(path: tuple[Any, ...], separator: str = "/") -> str:
+    """Return a leaf's path in a tree as names joined by slashes, or by another separator."""
+    return jax.tree_util.keystr(path, simple=True, separator=separator)
+
+
+def host_value(leaf: Any) -> np.ndarray | None:
+    """Return the whole of a leaf as a NumPy array, a key as its integers; None if it is sharded over processes.
+
+    Of a replicated leaf it is this process's first replica. On CPU the result may share the memory of the leaf.
+    """
+    if not isinstance(leaf, jax.Array):
+        return np.asarray(leaf)
+    leaf = keys.plain(leaf)
+    if leaf.is_fully_addressable:
+        return np.asarray(leaf)
+    return np.asarray(leaf.addressable_data(0)) if leaf.is_fully_replicated else None
 
 
 def specs(tree: PyTree, mesh: Mesh, layout: Layout) -> PyTree:

@@ -167,7 +167,7 @@ def leave(exit_status: int) -> NoReturn:
     A normal exit of Python would wait for them, up to five minutes, in the shutdown of JAX, while they may wait for
     this process in a collective. If all processes exit because of the same user error, they disconnect properly.
     """
-    if exit_status in (0, ExitStatus.RETRY) or not jax.distributed.is_initialized():
+    if exit_status in (ExitStatus.OK, ExitStatus.RETRY) or not jax.distributed.is_initialized():
         sys.exit(exit_status)
     sys.stdout.flush()
     sys.stderr.flush()

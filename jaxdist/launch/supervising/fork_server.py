@@ -26,6 +26,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
+from jaxdist.errors import ExitStatus
 from jaxdist.launch.supervising import stopped
 
 _PR_SET_CHILD_SUBREAPER = 36
@@ -195,7 +196,7 @@ def _may_fork() -> bool:
     """
     trial = os.fork()
     if not trial:
-        os._exit(0)
+        os._exit(ExitStatus.OK)
     os.waitpid(trial, 0)
     return len(os.listdir("/proc/self/task")) == 1
 
@@ -236,7 +237,7 @@ def _fork_orphan() -> int:
         child = os.fork()
         if child:
             os.write(tell, str(child).encode())
-            os._exit(0)
+            os._exit(ExitStatus.OK)
         os.close(open_gate)
         os.read(gate, 1)
         for descriptor in (told, tell, gate):

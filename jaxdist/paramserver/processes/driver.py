@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from concurrent import futures
 from typing import Any, Protocol
 
+from jaxdist.errors import ExitStatus
 from jaxdist.paramserver.processes import faults
 from jaxdist.paramserver.protocol import effects, messages
 from jaxdist.paramserver.wire import codec, encoding
@@ -210,5 +211,5 @@ class Driver:
         except Exception:
             # The state machine would wait forever. The process ends instead, and another worker gets the lease.
             _logger.exception("The gradient of %s could not be computed.", effect.lease)
-            os._exit(1)
+            os._exit(ExitStatus.FAILED)
         self._report(computed)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxdist import extras
-from jaxdist.errors import RunFailedError
+from jaxdist.errors import ExitStatus, RunFailedError
 from jaxdist.paramserver.processes import crew, run_folder
 from jaxdist.paramserver.protocol.settings import SCHEDULER, worker_number
 from jaxdist.paramserver.wire import security
@@ -40,7 +40,7 @@ class Part:
             everything = {**os.environ, **environment, **crew.environment(name, environment[security.TOKEN])}
             status = subprocess.call(crew.command(name, folder), env=everything, stdout=log, stderr=log)
         if status:
-            os._exit(1)
+            os._exit(ExitStatus.FAILED)
         return status
 
 

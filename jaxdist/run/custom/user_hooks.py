@@ -16,7 +16,7 @@ import numpy as np
 from jaxdist import errors
 from jaxdist.config import hook_points
 from jaxdist.rundir.rich_values import RichValue
-from jaxdist.spmd import keys
+from jaxdist.spmd.layout import host_value
 from jaxdist.stop import Progress
 
 Write: TypeAlias = Callable[[dict[str, float], dict[str, RichValue]], None]
@@ -185,20 +185,15 @@ def _naming(hook: Any, point: str, step: int) -> Iterator[None]:
 
 
 def _copy(tree: Any) -> Any:
-    """Return `tree` with NumPy arrays of its own; one that is sharded over processes is gathered, by all of them."""
-    return jax.tree.map(_host_value, tree)
+    """Return `tree` with NumPy arrays of its own."""
+    return jax.tree.map(_copied, tree)
 
 
-def _host_value(leaf: Any) -> np.ndarray:
-    # A copy: on CPU, NumPy would else look into the very buffer that the next step overwrites.
-    if not isinstance(leaf, jax.Array):
-        return np.array(leaf)
-    leaf = keys.plain(leaf)
-    if leaf.is_fully_addressable:
-        return np.array(leaf)
-    if leaf.is_fully_replicated:
-        return np.array(leaf.addressable_data(0))
-    raise ValueError(
-        "This strategy shards the state over processes, and a hook sees what this process holds. Read the state from "
-        "the checkpoint, after the run or in another process: jaxdist.load(run_dir)."
-    )
+def _copied(leaf: Any) -> np.ndarray:
+    value = host_value(leaf)
+    if value is None:
+        raise ValueError(
+            "This strategy shards the state over processes, and a hook sees only what this process holds. Read the "
+            "state from the checkpoint, after the run or in another process: jaxdist.load(run_dir)."
+        )
+    return np.array(value)  # a copy, because on CPU the next step overwrites the buffer that NumPy would share

@@ -17,6 +17,7 @@ from jaxdist.checkpoint import checkpoints
 from jaxdist.run.use.trained import TrainedRun
 from jaxdist.run.warm_start import hugging_face_files
 from jaxdist.rundir import files
+from jaxdist.spmd.layout import path_name
 
 FORMATS = ("safetensors", "npz", "orbax", "jax-export")
 NAMES = ("jaxdist", "hugging-face")
@@ -60,7 +61,7 @@ def export(run: TrainedRun, path: pathlib.Path, kind: str, *, names: str = NAMES
 def named_arrays(run: TrainedRun) -> dict[str, np.ndarray]:
     """Return the arrays of the model, those of model_state among them, by their names."""
     leaves = jax.tree_util.tree_leaves_with_path(_tree(run))
-    return {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in leaves}
+    return {path_name(path, "."): np.asarray(leaf) for path, leaf in leaves}
 
 
 def _tree(run: TrainedRun) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxdist import errors, extras
 from jaxdist.data import prepare
 from jaxdist.rundir import files
+from jaxdist.spmd.layout import path_name
 
 FORMATS = (".npz", ".csv", ".parquet")
 
@@ -66,7 +67,7 @@ def write(path: pathlib.Path, outputs: Any) -> None:
 def _named(outputs: Any) -> dict[str, np.ndarray]:
     """Return the arrays of a pytree by their place in it; a single array is called `output`."""
     leaves = jax.tree_util.tree_leaves_with_path(outputs)
-    names = (jax.tree_util.keystr(path, simple=True, separator=".") or "output" for path, _ in leaves)
+    names = (path_name(path, ".") or "output" for path, _ in leaves)
     return {name: np.asarray(leaf) for name, (_, leaf) in zip(names, leaves, strict=True)}
 
 
