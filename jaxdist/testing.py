@@ -1,11 +1,11 @@
-"""Helpers for tests of distributed code, ours and yours: real processes on this machine, and trees to compare.
+"""Helpers for tests of distributed code: real processes on this machine, and comparisons of trees.
 
 Fake devices need one line before JAX starts, for example in conftest.py:
 
     jax.config.update("jax_num_cpu_devices", 8)
 
-What spans processes is tested with real ones. The function to run must be importable: a top-level function of the test
-file. Its arguments and results travel as JSON.
+`run_processes` runs a function in real processes. The function must be importable: a top-level function of the test
+file. Its arguments and results are sent as JSON.
 
     def count_devices(scale):
         return jax.device_count() * scale
@@ -34,7 +34,7 @@ PyTree: TypeAlias = Any
 
 
 class ProcessFailed(AssertionError):
-    """A process of `run_processes` failed; the message is the end of that process's own output."""
+    """A process of `run_processes` failed; the message is the end of that process's output."""
 
 
 def run_processes(
@@ -45,15 +45,15 @@ def run_processes(
     environment: Mapping[str, str] | None = None,
     timeout_seconds: float = 100.0,
 ) -> list[Any]:
-    """Return what `function(*args)` returned in each of `processes` processes of one JAX job, in their order.
+    """Return the results of `function(*args)` in each of `processes` processes of one JAX job, in their order.
 
     Args:
       function: a top-level function of an importable file; called after the processes have joined.
-      *args: what JSON can hold.
+      *args: values that JSON can hold.
       processes: number of processes, on the loopback interface.
-      devices: fake CPU devices of each process.
-      environment: set for the processes, besides this process's own environment.
-      timeout_seconds: all of them are ended when they take longer.
+      devices: number of fake CPU devices of each process.
+      environment: set for the processes, in addition to this process's environment.
+      timeout_seconds: all processes are ended if they take longer.
 
     Raises:
       ProcessFailed: one of them failed; the others were ended.
@@ -94,12 +94,12 @@ def run_task(text: str) -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     sys.path.insert(0, str(pathlib.Path(task["file"]).parent))
-    # What the test can import, its processes can import.
+    # The processes can import what the test can.
     sys.path.extend(entry for entry in task["path"] if entry not in sys.path)
     spec.loader.exec_module(module)
     result = getattr(module, task["function"])(*task["args"])
     _result_path(task["results"], jax.process_index()).write_text(json.dumps(result))
-    # A process that ends while others still talk to it would make them fail.
+    # If a process ended while others still communicate with it, they would fail.
     jax.distributed.shutdown()
 
 
@@ -109,7 +109,7 @@ def assert_trees_equal(actual: PyTree, expected: PyTree) -> None:
 
 
 def assert_trees_close(actual: PyTree, expected: PyTree, *, tolerance: float) -> None:
-    """Raise AssertionError unless each leaf differs by at most `tolerance`, absolutely; names the leaves that do."""
+    """Raise AssertionError unless each leaf differs by at most `tolerance`, absolutely; name those that differ more."""
     _assert_trees(actual, expected, lambda a, b: bool(largest_difference(a, b) <= tolerance))
 
 
@@ -121,7 +121,7 @@ def largest_difference(actual: PyTree, expected: PyTree) -> float:
 
 def _assert_trees(actual: PyTree, expected: PyTree, same: Callable[[np.ndarray, np.ndarray], bool]) -> None:
     structures: list[Any] = [jax.tree.structure(tree) for tree in (actual, expected)]
-    assert structures[0] == structures[1], f"the trees have other structures: {structures[0]} and {structures[1]}"
+    assert structures[0] == structures[1], f"the trees have different structures: {structures[0]} and {structures[1]}"
     wrong = []
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
         a, b, name = _array(a), _array(b), layout.path_name(path) or "the only leaf"

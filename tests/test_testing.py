@@ -55,7 +55,7 @@ def test_nan_is_close_to_nothing():
 
 
 def test_other_structures_are_told_apart():
-    with pytest.raises(AssertionError, match="other structures"):
+    with pytest.raises(AssertionError, match="different structures"):
         testing.assert_trees_equal({"a": 1}, {"b": 1})
 
 

@@ -67,7 +67,7 @@ class Assembler(Protocol):
     """Turns plans into batches, possibly ahead of time."""
 
     def submit(self, plan: BatchPlan) -> Callable[[], Made]:
-        """Begin a batch; the returned function waits for it, and raises what its making raised."""
+        """Begin a batch; the returned function waits for it, and raises the error of its assembly, if there was one."""
 
     def close(self) -> None:
         """Drop unfinished work and end every thread and process."""
@@ -88,7 +88,7 @@ class SerialAssembler:
 
 
 class ThreadAssembler:
-    """Splits each batch over a pool of threads. Good for what releases the GIL: decoding, files, large copies."""
+    """Divides each batch among a pool of threads, for work that releases the GIL: decoding, files, large copies."""
 
     def __init__(self, recipe: Recipe, num_threads: int):
         self._recipe, self._num_threads = recipe, num_threads
@@ -137,7 +137,7 @@ class BatchBuffer:
         if found != expected:
             raise ExampleError(
                 f"Examples of a batch must have the same fields, shapes and dtypes. Example {example_id} has {found}, "
-                f"another one of its batch has {expected}. Pad, crop or bucket them, for example in `example_fn`."
+                f"another example of its batch has {expected}. Pad, crop or bucket them, for example in `example_fn`."
             )
         for name, value in fields.items():
             copy_into(self.arrays[name][row, ...], value)
@@ -150,7 +150,7 @@ class BatchBuffer:
 
 
 def copy_into(target: np.ndarray, value: np.ndarray) -> None:
-    """Do `target[...] = value`, and do it quickly also where the rows of `value` are bytes in reverse order."""
+    """Do `target[...] = value`; this is also fast where the rows of `value` are bytes in reverse order."""
     # This is a mirrored image: see `transforms.DecodeCropFlip`.
     if value.ndim == 3 and value.dtype == np.uint8 and value.strides[1:] == (-value.shape[2], -1):
         # numpy copies byte by byte. Words in reverse order, each to the other byte order, are the same bytes.
@@ -185,15 +185,15 @@ def fill(buffer: BatchBuffer, recipe: Recipe, epoch: int, ids: np.ndarray, begin
 
 
 def make_example(recipe: Recipe, epoch: int, example_id: int) -> Example:
-    """Read one example and transform it; ExampleError where either fails, BadExampleError for corrupt data."""
+    """Read one example and transform it; raise ExampleError if either fails, BadExampleError for corrupt data."""
     try:
         example = recipe.source[example_id]
         if recipe.example_fn is None:
             return example
         made = recipe.example_fn(example, example_random(recipe.seed, epoch, example_id))
         if not isinstance(made, Mapping):
-            raise TypeError(f"an example_fn returns a dict of fields, and it returned an object of {type(made)}")
-        # A filter means what it says, also before a function that makes a new dict.
+            raise TypeError(f"an example_fn returns a dict of fields, but it returned an object of {type(made)}")
+        # An example that a filter excluded stays excluded if the function makes a new dict.
         return {**made, COUNTS: example[COUNTS]} if COUNTS in example and COUNTS not in made else made
     except Exception as error:  # whatever the user's source or function raises: say which example it was
         location = recipe.source.location(example_id) if hasattr(recipe.source, "location") else ""
@@ -212,7 +212,7 @@ def example_random(seed: int, epoch: int, example_id: int) -> np.random.Generato
 
 
 class _HashedSeed(ISeedSequence):
-    """A hash as the seed of a bit generator: numpy takes five times as long to spread an integer over its state."""
+    """A hash as the seed of a bit generator; numpy takes five times as long to seed one with an integer."""
 
     def __init__(self, digest: bytes):
         self._digest = digest
@@ -240,8 +240,8 @@ def check_fields(fields: Mapping[str, np.ndarray], example_id: int) -> None:
     for name, value in fields.items():
         if value.dtype.kind not in "biufcV":
             raise ValueError(
-                f"Field {name!r} of example {example_id} has the dtype {value.dtype}, which no device can hold; "
-                "turn it into numbers, or leave it out, in `example_fn`."
+                f"Field {name!r} of example {example_id} has the dtype {value.dtype}, which no device can hold. "
+                "Turn it into numbers, or leave it out, in `example_fn`."
             )
 
 
@@ -249,8 +249,8 @@ def with_mask(made: Made, mask: np.ndarray) -> HostArrays:
     """Return the batch with its mask: 0 where `mask` is, where an example's own is, and where none could be read."""
     if MASK in made.arrays:
         raise ValueError(
-            f"{MASK!r} is the name of the package's own field, which says which rows of a batch count; the data has a "
-            "field of this name. Rename it, for example with data.example_fn."
+            f"{MASK!r} is the name of the package's own field, which says which rows of a batch count, and the data "
+            "have a field of this name. Rename it, for example with data.example_fn."
         )
     mask = mask.copy()
     mask[list(made.bad)] = 0

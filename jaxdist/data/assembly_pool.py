@@ -1,8 +1,8 @@
 """Assembly in worker processes, for transforms that hold the GIL.
 
-Each worker owns a few slots of shared memory. It writes the rows it was asked for into a slot and reports; the trainer
-copies them into the batch's fresh arrays, and the slot is free again. Pipes carry ids and reports only. The trainer's
-side runs in one thread, the one that iterates.
+Each worker owns a few slots of shared memory. It writes the requested rows into a slot and reports that; the trainer
+copies them into the batch's fresh arrays, which frees the slot. Pipes carry ids and reports only. The trainer's side
+runs in one thread, the one that iterates.
 """
 
 import collections
@@ -29,12 +29,12 @@ class AssemblyProcessDied(RuntimeError):
 
 
 class ProcessAssembler:
-    """Splits each batch over worker processes; `close` ends them.
+    """Divides each batch among worker processes; `close` ends them.
 
     Args:
-      recipe: what the workers make; its source and example_fn must be picklable.
-      num_workers: processes.
-      num_slots: parts of batches that a worker may have finished or waiting at a time.
+      recipe: how examples are made; its source and example_fn must be picklable.
+      num_workers: number of processes.
+      num_slots: number of parts of batches that each worker may have in work or finished at a time.
     """
 
     def __init__(self, recipe: Recipe, num_workers: int, num_slots: int):
@@ -57,7 +57,7 @@ class ProcessAssembler:
         return batch.finish()
 
     def _dispatch(self) -> None:
-        """Give waiting parts to workers with a free slot, the idlest first."""
+        """Give waiting parts to workers with free slots, first to the worker with the most."""
         while self._waiting:
             worker = max(self._workers, key=lambda worker: len(worker.free))
             if not worker.free:
@@ -101,7 +101,7 @@ class _AssemblyProcess:
         theirs.close()  # so that reading ends when the worker does
 
     def begin(self, part: "_Part") -> None:
-        """Send the worker to work on `part`, in a free slot."""
+        """Send `part` to the worker, which makes it in a free slot."""
         slot = self.free.pop()
         self._parts[slot] = part
         try:
@@ -152,9 +152,9 @@ def how_it_ended(code: int | None, doing: str) -> str:
     if code is None or code >= 0:
         return f"ended with status {code} {doing}. Something in example_fn or the source ended the process."
     hints: dict[int, str] = {
-        signal.SIGKILL: "Mostly memory ran out: use fewer workers, or less memory in example_fn.",
-        signal.SIGBUS: f"Mostly {_SHARED_MEMORY} is full: give it more room, or use fewer workers or smaller batches.",
-        signal.SIGSEGV: "Native code crashed, in a decoder for example: look at this example.",
+        signal.SIGKILL: "Most likely memory ran out: use fewer workers, or less memory in example_fn.",
+        signal.SIGBUS: f"Most likely {_SHARED_MEMORY} is full: enlarge it, or use fewer workers or smaller batches.",
+        signal.SIGSEGV: "Native code crashed, for example in a decoder: look at this example.",
     }
     hint = hints.get(-code, "It was sent by another process, or by native code that failed.")
     return f"was killed by signal {-code} {doing}. {hint}"
@@ -210,7 +210,7 @@ class _Batch:
         self._error = self._error or error
 
     def finish(self) -> Made:
-        """Return the whole batch, or raise what was wrong with it."""
+        """Return the whole batch, or raise its first error."""
         if self._error is not None:
             raise self._error
         for array in self._arrays.values() if self._bad else ():
@@ -227,7 +227,7 @@ class _Part(NamedTuple):
     ids: np.ndarray
 
     def store(self, rows: HostArrays, bad: dict[int, str]) -> None:
-        """Put the made rows into the batch."""
+        """Copy the rows into the batch."""
         self.batch.store(self.begin, rows, bad)
 
     def fail(self, error: Exception) -> None:
@@ -236,7 +236,7 @@ class _Part(NamedTuple):
 
 
 def _nameless_file() -> int:
-    """Return a new file in memory without a name: it is gone when the last process that holds it is."""
+    """Return a new file in memory without a name, which exists until the last process that has it open closes it."""
     folder = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None
     with tempfile.TemporaryFile(dir=folder) as file:
         return os.dup(file.fileno())

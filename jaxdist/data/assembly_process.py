@@ -1,4 +1,4 @@
-"""What runs inside a worker process, and what it shares with the trainer: tasks, reports and slots of memory.
+"""The code of a worker process, and what it shares with the trainer: tasks, reports and slots of memory.
 
 The trainer's side is in `assembly_pool`.
 """
@@ -27,7 +27,7 @@ _ALIGNMENT = 64
 
 
 class _Detachable(Protocol):
-    """A file descriptor that came with the process."""
+    """A file descriptor that the process inherited."""
 
     def detach(self) -> int:
         """Return the descriptor, which is now the caller's to close."""
@@ -50,7 +50,7 @@ class ArrayPlace(NamedTuple):
 
 
 class MadeRows(NamedTuple):
-    """Report: the rows are stored in the slot; `bad` says what was wrong with those that could not be read."""
+    """Report: the rows are stored in the slot; `bad` describes those that could not be read."""
 
     slot: int
     places: dict[str, ArrayPlace]
@@ -58,7 +58,7 @@ class MadeRows(NamedTuple):
 
 
 class Trouble(NamedTuple):
-    """Report: making the rows raised; `corrupt` where the cause is the data and not the code."""
+    """Report: making the rows raised an error; `corrupt` if its cause is the data and not the code."""
 
     slot: int
     message: str
@@ -67,7 +67,7 @@ class Trouble(NamedTuple):
 
 
 class Slot:
-    """Memory shared by two processes: a file without a name, which grows when needed and ends with its last user."""
+    """Memory shared by two processes: a file without a name, which grows when needed."""
 
     def __init__(self, fd: int):
         self._fd = fd
@@ -106,8 +106,8 @@ def run_assembly_process(
         slots = [Slot(file.detach()) for file in slot_files]
         current = Slot(current_file.detach()).view(ArrayPlace((2,), np.dtype(np.int64), 0))
         recipe = load_recipe(payload)
-    except Exception as error:  # told to the trainer, who raises it
-        connection.send(Trouble(-1, f"A worker process could not begin: {error!r}", traceback.format_exc()))
+    except Exception as error:  # reported to the trainer, which raises it
+        connection.send(Trouble(-1, f"A worker process could not start: {error!r}", traceback.format_exc()))
         return
     while True:
         try:
@@ -140,12 +140,12 @@ def _report(recipe: Recipe, slot: Slot, current: np.ndarray, task: Task) -> Made
             current[1] = example_id
             fill(buffer, recipe, task.epoch, task.ids, row, row + 1)
         return MadeRows(task.slot, places, buffer.bad)
-    except Exception as error:  # told to the trainer, who raises it
+    except Exception as error:  # reported to the trainer, which raises it
         return Trouble(task.slot, str(error), traceback.format_exc(), isinstance(error, BadExampleError))
 
 
 def _end_with_parent() -> None:
-    """End this process when the trainer is gone, for any reason and during any transform."""
+    """End this process when the trainer has ended, for any reason and during any transform."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])
@@ -153,7 +153,7 @@ def _end_with_parent() -> None:
 
 
 class _ModuleFinder(pickle.Pickler):
-    """Pickles, and notes the modules of all classes and functions it meets."""
+    """A pickler that records the modules of all classes and functions in the object."""
 
     def __init__(self, file: io.BytesIO):
         super().__init__(file)
@@ -167,7 +167,7 @@ class _ModuleFinder(pickle.Pickler):
 def dump_recipe(recipe: Recipe) -> bytes:
     """Return the recipe as bytes for `load_recipe` in another process.
 
-    Modules that were loaded from a file and cannot be imported by name, as experiments are, are sent as their path.
+    A module that was loaded from a file and cannot be imported by name, such as an experiment, is sent as its path.
 
     Raises:
       ValueError: the source or the example_fn cannot be pickled.
@@ -192,7 +192,7 @@ def dump_recipe(recipe: Recipe) -> bytes:
 
 
 def load_recipe(payload: bytes) -> Recipe:
-    """Return the recipe that `dump_recipe` made bytes of."""
+    """Return the recipe from the bytes of `dump_recipe`."""
     paths, recipe = pickle.loads(payload)
     for name, path in paths.items():
         spec = importlib.util.spec_from_file_location(name, path)

@@ -1,11 +1,11 @@
-"""Losses that give one value per example or per token, so that the mean over a batch can weigh every one exactly.
+"""Losses that give one value per example or per token, so that the mean over a batch can weight each one exactly.
 
 Each is `loss(outputs, batch) -> (values, metrics)`, the form that `jaxdist.adapters` takes: `values` is what training
 minimises, `metrics` maps a name to values of the same shape. Nothing is averaged here. Logits may have any float dtype;
 everything is computed in float32, because a sum over many classes in bfloat16 loses the small ones. Losses with
 settings are frozen dataclasses, so that the run record shows the settings.
 
-Metrics that are no means of values of examples (F1, the area under the ROC curve, R2, ...) are in `collected`.
+Metrics that are not means over examples (F1, the area under the ROC curve, R2, ...) are in `collected`.
 """
 
 from jaxdist.losses.classes import Classification as Classification
@@ -22,5 +22,5 @@ from jaxdist.losses.regression import SquaredError as SquaredError
 from jaxdist.losses.targets import Values as Values
 from jaxdist.losses.tokens import next_token as next_token
 
-# Run records name a loss by where it is imported from, and a trained run is loaded with the loss it was trained with.
+# Run records name a loss by its module, and `jaxdist.load` compares that name: it must stay when files are split.
 classification.__module__ = next_token.__module__ = __name__

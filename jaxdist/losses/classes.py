@@ -43,11 +43,11 @@ class Classification:
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing is at least 0 and below 1; got {self.label_smoothing}.")
+            raise ValueError(f"label_smoothing must be at least 0 and below 1; got {self.label_smoothing}.")
         if self.class_weights is not None and min(self.class_weights, default=-1) < 0:
-            raise ValueError(f"class_weights has a number, at least 0, for each class; got {self.class_weights}.")
+            raise ValueError(f"class_weights needs a number of at least 0 for each class; got {self.class_weights}.")
         if any(k < 1 for k in self.top_k):
-            raise ValueError(f"top_k has numbers of at least 1; got {self.top_k}.")
+            raise ValueError(f"The numbers in top_k must be at least 1; got {self.top_k}.")
 
     def __call__(self, outputs: jax.Array, batch: Batch) -> tuple[Values, dict[str, Values]]:
         """Return the values of the loss and of the metrics, float32 of shape (B,)."""
@@ -56,7 +56,7 @@ class Classification:
         weights = weights_of(batch, self.weight, needed_by="Classification")
         if self.class_weights is not None and len(self.class_weights) != num_classes:
             raise ValueError(
-                f"class_weights has a number for each class; got {len(self.class_weights)} for {num_classes} classes."
+                f"class_weights needs one number per class; got {len(self.class_weights)} for {num_classes} classes."
             )
         of_class = None if self.class_weights is None else jnp.asarray(self.class_weights, jnp.float32)[labels]
         found = {"accuracy": accuracy(outputs, labels)}
@@ -77,16 +77,16 @@ def labels_of(outputs: jax.Array, batch: Batch, field: str, *, needed_by: str) -
     labels = integers(batch, field, needed_by=needed_by)
     if outputs.ndim != 2 or labels.shape != outputs.shape[:1]:
         raise ValueError(
-            f"{needed_by} needs logits (B, classes) and labels (B,), but got {outputs.shape} and {labels.shape}; "
-            "labels are class indices, not one-hot rows."
+            f"{needed_by} needs logits (B, classes) and labels (B,); got {outputs.shape} and {labels.shape}. "
+            "Labels are class indices, not one-hot rows."
         )
     return labels
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Return the cross entropy of integer labels, NaN where a label is none of the classes."""
+    """Return the cross entropy of integer labels, NaN where a label is not one of the classes."""
     values = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
-    # A label beyond the last class gives NaN already; a negative one would silently count back from the last class.
+    # A label beyond the last class gives NaN already; a negative one would index from the last class, silently.
     return jnp.where(labels < 0, jnp.nan, values)
 
 
@@ -96,10 +96,10 @@ def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def is_in_top(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
-    """Return 1 where the label is among the `k` largest logits, else 0; of equal ones, the first classes come first."""
+    """Return 1 where the label is among the `k` largest logits, else 0; equal logits are ranked by class."""
     classes = jnp.arange(logits.shape[-1])
     own = jnp.take_along_axis(logits, jnp.clip(labels, 0)[:, None], axis=-1, mode="clip")
     before = (logits > own) | ((logits == own) & (classes[None] < labels[:, None]))
-    # Comparisons with NaN are false, so a model that has diverged would be right everywhere.
+    # Comparisons with NaN are false, so without this a model that has diverged would be counted as right everywhere.
     valid = (labels >= 0) & (labels < logits.shape[-1]) & ~jnp.isnan(logits).any(axis=-1)
     return ((before.sum(axis=-1) < k) & valid).astype(jnp.float32)

@@ -1,9 +1,10 @@
-"""Metrics that are no means of values of examples: rows are collected from all devices, and computed with at once.
+"""Metrics that are not means over examples: they are computed from rows collected from all devices.
 
-A metric is any object with three attributes. `names` are what it reports. `collect(outputs, batch)` is traced with the
-evaluation and returns a dict of arrays with a row for each example. `compute(rows)` gets those of all held-out examples
-as NumPy arrays, each example once and in order, and returns a number for each name. So a function of scikit-learn is
-exact on any number of devices and processes. They are used as `eval=jaxdist.Evaluation(metrics=(losses.F1(),))`.
+A metric is any object with three attributes. `names` are the names of its values. `collect(outputs, batch)` is traced
+with the evaluation and returns a dict of arrays with a row for each example. `compute(rows)` gets the rows of all
+held-out examples as NumPy arrays, each example once and in order, and returns a number for each name. So a function of
+scikit-learn is exact on any number of devices and processes. Usage:
+`eval=jaxdist.Evaluation(metrics=(losses.F1(),))`.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ class Collected(Protocol):
         """What `compute` reports."""
 
     def collect(self, outputs: Any, batch: Batch) -> dict[str, jax.Array]:
-        """Return what is kept of each example."""
+        """Return the rows: what is kept of each example."""
 
     def compute(self, rows: Rows) -> Mapping[str, float]:
         """Return the metrics, given the rows of all examples."""
@@ -39,9 +40,9 @@ class Collected(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConfusionMatrix:
-    """How many examples of each label were taken for each class: `confusion_2_1` counts labels 2 taken for 1.
+    """How many examples of each label were predicted as each class: `confusion_2_1` counts labels 2 predicted as 1.
 
-    Outputs are logits, (B, classes), or (B,) of two classes.
+    Outputs are logits, (B, classes), or (B,) for two classes.
     """
 
     num_classes: int
@@ -65,14 +66,14 @@ class ConfusionMatrix:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class F1:
-    """The F1 score, as `f1`: of logits (B, classes), or (B,) of two classes.
+    """The F1 score, as `f1`: of logits (B, classes), or (B,) for two classes.
 
     A class that is neither a label nor predicted has no part in an average, as in scikit-learn.
     """
 
     average: Literal["macro", "weighted", "micro", "binary"] = "macro"
-    """macro: the mean over classes; weighted: by the number of labels; micro: of all decisions together; binary: of
-    class 1 of two."""
+    """macro: the mean over the classes; weighted: the mean weighted by the number of labels; micro: of all decisions
+    together; binary: of class 1 of two."""
     label: str = "label"
     names = ("f1",)
 
@@ -104,9 +105,9 @@ class F1:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RocAuc:
-    """The area under the ROC curve, as `roc_auc`; of more than two classes, the mean of each against the rest.
+    """The area under the ROC curve, as `roc_auc`; for more than two classes, the mean of each class against the rest.
 
-    Outputs are logits, (B, classes), or (B,) of two classes. It is NaN where a class has no example, or all of them.
+    Outputs are logits, (B, classes), or (B,) for two classes. It is NaN where a class has no example, or all examples.
     """
 
     label: str = "label"
@@ -117,7 +118,7 @@ class RocAuc:
         outputs, labels = _logits(outputs, batch, self.label, needed_by="RocAuc")
         if outputs.ndim == 2 and outputs.shape[1] == 2:
             outputs = outputs[:, 1] - outputs[:, 0]
-        # Ranks are all that counts, and logarithms tell probabilities near 1 apart.
+        # Only ranks matter, and logarithms of probabilities near 1 are distinct where the probabilities are not.
         return {"label": labels, "score": outputs if outputs.ndim == 1 else jax.nn.log_softmax(outputs)}
 
     def compute(self, rows: Rows) -> dict[str, float]:
@@ -131,7 +132,7 @@ class RocAuc:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class R2:
-    """The coefficient of determination, as `r2`; of several outputs for each example, the mean over them."""
+    """The coefficient of determination, as `r2`; for several outputs per example, the mean over them."""
 
     target: str = "target"
     names = ("r2",)
@@ -142,7 +143,7 @@ class R2:
         return {"output": outputs, "target": targets}
 
     def compute(self, rows: Rows) -> dict[str, float]:
-        """Return the coefficient; of constant targets 1 where all are met, else 0; of one example NaN."""
+        """Return the coefficient; for constant targets 1 if all outputs equal them, else 0; for one example NaN."""
         outputs, targets = (rows[name].astype(np.float64).reshape(len(rows[name]), -1) for name in ("output", "target"))
         if len(targets) < 2:
             return {"r2": math.nan}
@@ -188,7 +189,7 @@ def _decisions(outputs: jax.Array, batch: Batch, field: str, *, needed_by: str) 
 
 
 def _logits(outputs: jax.Array, batch: Batch, field: str, *, needed_by: str) -> tuple[jax.Array, jax.Array]:
-    """Return logits (B, classes) or, of two classes, (B,), and the labels (B,)."""
+    """Return logits (B, classes) or, for two classes, (B,), and the labels (B,)."""
     if outputs.ndim == 1:
         outputs, labels = like_outputs(outputs, batch, field, needed_by=needed_by)
         return outputs, labels.astype(jnp.int32)

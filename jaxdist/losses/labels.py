@@ -1,4 +1,4 @@
-"""Binary classification, of one label or of several that do not exclude each other."""
+"""Binary classification, for one label or for several that do not exclude each other."""
 
 import dataclasses
 
@@ -12,16 +12,16 @@ from jaxdist.spmd.metrics import Batch
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BinaryClassification:
-    """Sigmoid cross entropy in nats: of one label, logits (B,), or of several for each example, logits (B, labels).
+    """Sigmoid cross entropy in nats, for one label, logits (B,), or for several per example, logits (B, labels).
 
     The mean is over all labels of all examples. Metric: `accuracy`, of the decision at probability 0.5. Both are NaN
-    where a target is not from 0 to 1.
+    where a target is not between 0 and 1.
     """
 
     label: str = "label"
     """The batch field with the targets, 0 and 1 or probabilities, of the shape of the logits."""
     positive_weight: float = 1.0
-    """How much a positive label counts in the loss, where a negative one counts 1; the loss is divided by the sum."""
+    """Weight of a positive label in the loss; a negative one has weight 1, and the loss is divided by the sum."""
     weight: str | None = None
     """The batch field that says how much each example counts, in the loss and in the metric."""
 

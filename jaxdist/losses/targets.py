@@ -1,4 +1,4 @@
-"""What losses read of a batch, checked: targets, and how much each example counts."""
+"""What losses read from a batch, with checks: targets, and how much each example counts."""
 
 from collections.abc import Mapping
 from typing import Any, TypeAlias
@@ -16,12 +16,12 @@ def integers(batch: Batch, field: str, *, needed_by: str) -> jax.Array:
     """Return the integers of a field."""
     values = field_of(batch, field, needed_by=needed_by)
     if not jnp.issubdtype(values.dtype, jnp.integer):
-        raise ValueError(f"{needed_by} needs integers in batch[{field!r}], but got {values.dtype}.")
+        raise ValueError(f"{needed_by} needs integers in batch[{field!r}]; got {values.dtype}.")
     return values
 
 
 def like_outputs(outputs: jax.Array, batch: Batch, field: str, *, needed_by: str) -> tuple[jax.Array, jax.Array]:
-    """Return outputs and the field's values as float32; raises ValueError unless both have the same shape."""
+    """Return outputs and the field's values as float32; raise ValueError unless both have the same shape."""
     values = field_of(batch, field, needed_by=needed_by)
     if values.shape != outputs.shape:
         raise ValueError(
@@ -40,7 +40,7 @@ def field_of(batch: Mapping[str, Any], field: str, *, needed_by: str) -> jax.Arr
 
 
 def counted(values: jax.Array, *weights: jax.Array | None) -> Values:
-    """Return values that count as much as the product of `weights`, each of a leading part of their shape.
+    """Return `values` weighted by the product of `weights`, whose shapes are leading parts of the shape of `values`.
 
     A mean of them is divided by the sum of the weights. A negative weight gives NaN.
     """
@@ -54,5 +54,5 @@ def counted(values: jax.Array, *weights: jax.Array | None) -> Values:
 
 
 def weights_of(batch: Batch, field: str | None, *, needed_by: str) -> jax.Array | None:
-    """Return the field with the weights of the examples, None where none is named."""
+    """Return the field with the weights of the examples; None if `field` is None."""
     return None if field is None else field_of(batch, field, needed_by=needed_by)

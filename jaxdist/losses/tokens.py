@@ -15,7 +15,7 @@ def next_token(outputs: jax.Array, batch: Batch) -> tuple[Values, dict[str, Valu
 
     The logits at position t are scored against token t + 1, so the logits at the last position are not used. Where the
     tokens are not bytes, `bits_per_byte` is bits per token. In rows of several packed examples (`segment_ids`), only
-    targets in the same example count: neither the first token of the next one nor filling (segment 0). A mask of
+    targets in the same example count; the first token of the next example and padding (segment 0) do not. A mask of
     tokens (B, T) says which targets count.
 
     Args:
@@ -26,8 +26,8 @@ def next_token(outputs: jax.Array, batch: Batch) -> tuple[Values, dict[str, Valu
     tokens = integers(batch, "tokens", needed_by="next_token")
     if outputs.ndim != 3 or tokens.shape != outputs.shape[:2] or tokens.shape[1] < 2:
         raise ValueError(
-            f"next_token needs logits (B, T, vocabulary) and tokens (B, T) with T >= 2, but got {outputs.shape} and "
-            f"{tokens.shape}; pass the model all T tokens, the shift by one is done here."
+            f"next_token needs logits (B, T, vocabulary) and tokens (B, T) with T >= 2; got {outputs.shape} and "
+            f"{tokens.shape}. Pass all T tokens to the model; the shift by one is done here."
         )
     values = cross_entropy(outputs[:, :-1], tokens[:, 1:])
     bits = values / math.log(2.0)

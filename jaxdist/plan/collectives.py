@@ -27,10 +27,10 @@ class Collective:
 
     Attributes:
       kind: all-reduce, all-gather, reduce-scatter, all-to-all or collective-permute.
-      num_bytes: size of what it is about, whole: the gathered result, or what is reduced on each device.
-      num_devices: devices that take part together.
-      times: how often the program runs it: once, or each turn of the loops it is in.
-      caused_by: `FILE:LINE` of the code that it comes from, empty where the program does not say.
+      num_bytes: size of the whole array: the gathered result, or what is reduced on each device.
+      num_devices: number of devices in a group.
+      times: how often the program runs it: once, or once per iteration of the loops it is in.
+      caused_by: `FILE:LINE` of the code that it comes from; empty where the program does not say.
     """
 
     kind: str
@@ -41,7 +41,7 @@ class Collective:
 
     @property
     def sent_bytes(self) -> float:
-        """Bytes that each device sends in a ring, all times together."""
+        """Bytes that each device sends in a ring, summed over all times."""
         if self.kind == "collective-permute":
             return float(self.times * self.num_bytes)
         passes = 2 if self.kind == "all-reduce" else 1
@@ -51,7 +51,8 @@ class Collective:
 def collectives(hlo: str) -> list[Collective]:
     """Return the collectives of an optimized program, `compiled.as_text()`.
 
-    One inside a loop counts once per iteration, where the program gives their number (a `scan` does), else once.
+    One inside a loop counts once per iteration where the program gives the number of iterations (as of a `scan`), else
+    once.
     """
     turns, lines = _turns(hlo), SourceLines(hlo)
     found, computation = [], ""
@@ -66,13 +67,13 @@ def collectives(hlo: str) -> list[Collective]:
 
 
 def _head_of(line: str) -> str | None:
-    """Return the name of the computation whose text begins in `line`."""
+    """Return the name of the computation whose text begins with `line`, None for any other line."""
     head = _COMPUTATION.match(line)
     return head["name"] if head else None
 
 
 def _turns(hlo: str) -> dict[str, int]:
-    """Return for each computation how often one run of the program runs it."""
+    """Return how often one run of the program runs each computation."""
     calls: dict[str, list[tuple[str, int]]] = {}
     computation = entry = ""
     for line in hlo.splitlines():
@@ -100,7 +101,7 @@ def sent_bytes(found: Iterable[Collective]) -> float:
 
 
 def summarize(found: Iterable[Collective]) -> dict[str, tuple[int, float]]:
-    """Return for each kind that occurs (how many, bytes each device sends in them)."""
+    """Return, for each kind that occurs, how many there are and how many bytes each device sends in them."""
     kinds: dict[str, list[Collective]] = {}
     for each in found:
         kinds.setdefault(each.kind, []).append(each)
@@ -121,11 +122,11 @@ def _num_devices(match: re.Match[str]) -> int:
         return 2
     if mesh := _MESH_GROUPS.search(match["rest"]):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh["mesh"])}
-        # An axis may be named in part, 'axis_0':(1)4 is four places of it.
+        # A group may be a part of an axis: 'axis_0':(1)4 is four of its devices.
         named = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh["axes"])
         return math.prod(int(part) if part else sizes[name] for name, part in named)
     groups = _GROUPS.search(match["rest"])
-    assert groups is not None, f"a collective whose groups are written in an unknown way: {match['rest'][:200]}"
+    assert groups is not None, f"unknown syntax of the groups of a collective: {match['rest'][:200]}"
     return int(groups["size"]) if groups["size"] else len(groups["first"].split(","))
 
 

@@ -1,7 +1,7 @@
 """FLOPs of a traced function: its matrix products and convolutions, counted in the jaxpr.
 
-A multiplication and an addition are two FLOPs. Loops count as often as they turn, which compilers' own counts leave
-out. What is computed again in the backward pass (remat) counts again.
+A multiplication and an addition are two FLOPs. The body of a loop counts once per iteration, unlike in the counts of
+compilers. What the backward pass computes again (remat) counts again.
 """
 
 import math
@@ -30,7 +30,7 @@ def _of_equation(equation: Any) -> float:
         return inner * params["length"]
     if name == "shard_map":
         mesh = params["mesh"]
-        # Inside, an array is one device's: the same is done on every device of the axes that are manual.
+        # Inside, shapes are those of one device; every device of the manual axes does the same.
         manual = params.get("manual_axes") or params.get("newly_manual_axes") or mesh.axis_names
         return inner * math.prod(mesh.shape[axis] for axis in manual)
     return inner

@@ -1,6 +1,6 @@
 """Which line of a user's code an instruction of an optimized program comes from.
 
-XLA prints tables of files, locations and stack frames ahead of a program, and the number of a frame beside each
+XLA prints tables of files, locations and stack frames before a program, and the number of a frame with each
 instruction.
 """
 
@@ -16,7 +16,7 @@ _LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("purelib", "platlib"
 
 
 class SourceLines:
-    """Looks up `FILE:LINE` for the instructions of one program, given as `compiled.as_text()`."""
+    """Finds `FILE:LINE` of the instructions of one program, given as `compiled.as_text()`."""
 
     def __init__(self, hlo: str):
         tables = _tables(hlo)
@@ -42,7 +42,7 @@ class SourceLines:
             location, parent = self._frames[frame]
             file, line = self._locations[location]
             lines.append(f"{self._files[file]}:{line}")
-            frame = str(int(parent or 1) - 1)  # parents are numbered from one, and a frame without any has parent 1
+            frame = str(int(parent or 1) - 1)  # Parents are numbered from 1 up; a frame without a parent has parent 1.
         return lines
 
 

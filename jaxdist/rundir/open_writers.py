@@ -1,4 +1,4 @@
-"""Writers beyond the files of the run directory: experiment trackers, and those that other packages add.
+"""Writers other than the files of the run directory: experiment trackers, and writers that other packages add.
 
 A package adds one by an entry point of the group `jaxdist.writers`: a function that takes a WrittenRun and returns a
 `rundir.writers.Writer`.
@@ -19,24 +19,24 @@ from jaxdist.setting_group import nearest
 
 GROUP = "jaxdist.writers"
 KINDS = ("console", "jsonl", "csv", "tensorboard")
-"""The writers of the run directory; see `writers`."""
+"""The console and the files of the run directory; see `writers`."""
 TRACKERS = {
     "mlflow": "jaxdist.rundir.trackers.mlflow_tracker",
     "wandb": "jaxdist.rundir.trackers.wandb_tracker",
 }
-"""The trackers of this package: each a module with `check()` and `make(run)`, imported when it is asked for."""
+"""The trackers of this package: each is a module with `check()` and `make(run)`, imported when it is used."""
 _RETRY_SECONDS = 60.0
 
 
 @dataclasses.dataclass(frozen=True)
 class WrittenRun:
-    """The run whose metrics a writer takes.
+    """The run whose metrics a writer writes.
 
     Attributes:
-      run_dir: its directory.
-      name: of the experiment.
-      config: the experiment as plain data, secrets hidden.
-      resumed_step: the step that the run resumes from, whose rows after it come again; None for a new run.
+      run_dir: the run directory.
+      name: name of the experiment.
+      config: the experiment as plain data, with secrets hidden.
+      resumed_step: the step that the run resumes from; the rows after it are written again. None for a new run.
     """
 
     run_dir: pathlib.Path
@@ -46,19 +46,19 @@ class WrittenRun:
 
 
 def check_name(name: str) -> None:
-    """Raise ConfigError where there is no writer `name`; nothing is imported."""
+    """Raise ConfigError if there is no writer `name`; nothing is imported."""
     if name in KINDS or name in TRACKERS:
         return
     names = (*KINDS, *TRACKERS, *_entry_points())
     if name not in names:
         raise errors.ConfigError(
-            f"A writer is one of {', '.join(names)}; got {name!r}.{nearest(name, names)} A package adds one by an "
-            f"entry point of the group {GROUP}."
+            f"A writer is one of {', '.join(names)}; got {name!r}.{nearest(name, names)} Other packages can add "
+            f"writers by entry points of the group {GROUP}."
         )
 
 
 def check(name: str) -> None:
-    """Raise UserError where the writer `name` cannot be made here: its package is not installed, or not set up."""
+    """Raise UserError if the writer `name` cannot be used: its package is not installed, or not set up."""
     check_name(name)
     with errors.as_user_error():
         if name in TRACKERS:
@@ -71,7 +71,7 @@ def make(name: str, run: WrittenRun) -> "Tolerant":
     """Return the writer `name`: a tracker of this package, or one that another package adds.
 
     Raises:
-      UserError: it cannot begin, for example since its server cannot be reached.
+      UserError: it cannot start, for example because its server cannot be reached.
     """
     check_name(name)
     try:
@@ -80,7 +80,7 @@ def make(name: str, run: WrittenRun) -> "Tolerant":
     except errors.UserError:
         raise
     except Exception as error:
-        raise errors.UserError(f"The writer {name} could not begin: {errors.describe(error).rstrip('.')}.") from error
+        raise errors.UserError(f"The writer {name} could not start: {errors.describe(error).rstrip('.')}.") from error
 
 
 def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
@@ -88,9 +88,9 @@ def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
 
 
 class Tolerant:
-    """A writer whose failures are told once and never end the run: a server may be gone, and training continues.
+    """A writer whose failures never end the run; the first one is printed.
 
-    After a failure nothing is written for a minute, since each try may wait for the network.
+    After a failure nothing is written for a minute, since each attempt may wait for the network.
     """
 
     def __init__(self, writer: Any, name: str, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -122,7 +122,7 @@ class Tolerant:
                 self._told = True
                 said = " ".join(f"{type(error).__name__}: {error}".split())
                 print(
-                    f"jaxdist: The writer {self._name} failed: {said}. What it gets is incomplete from here on; the "
-                    "run continues.",
+                    f"jaxdist: The writer {self._name} failed: {said}. The run continues; the rows of this writer are "
+                    "incomplete from here on.",
                     file=sys.stderr,
                 )

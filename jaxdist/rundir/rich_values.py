@@ -1,4 +1,4 @@
-"""What can be logged besides numbers: images, histograms, tables and texts, for writers that can show them."""
+"""Values other than numbers that can be logged: images, histograms, tables and texts, for writers that take them."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ _MOST_BINS = 64
 
 @dataclasses.dataclass(frozen=True)
 class Image:
-    """An image, (height, width) or with 1 or 3 channels after these: bytes from 0 to 255, or floats from 0 to 1."""
+    """An image of shape (height, width), or with 1 or 3 channels: bytes from 0 to 255, or floats from 0 to 1."""
 
     pixels: Any
 
@@ -20,24 +20,26 @@ class Image:
         """Return the pixels as bytes, (height, width, 3).
 
         Raises:
-          ValueError: another shape, or values outside of the range.
+          ValueError: the shape is another, or a value is outside of the range.
         """
         pixels = np.asarray(self.pixels)
         if pixels.ndim == 2:
             pixels = pixels[..., None]
         if pixels.ndim != 3 or pixels.shape[2] not in (1, 3) or not pixels.size:
-            raise ValueError(f"An image has the shape {_SHAPES}; got {np.shape(self.pixels)}.")
+            raise ValueError(f"An image needs the shape {_SHAPES}; got {np.shape(self.pixels)}.")
         if pixels.dtype != np.uint8:
             pixels = pixels.astype(np.float64)
             if not (np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1):
-                raise ValueError("An image has bytes (uint8), or floats from 0 to 1; these are outside. Scale them.")
+                raise ValueError(
+                    "The values of an image must be bytes (uint8), or floats from 0 to 1; some are outside. Scale them."
+                )
             pixels = np.round(pixels * 255).astype(np.uint8)
         return np.broadcast_to(pixels, (*pixels.shape[:2], 3))
 
 
 @dataclasses.dataclass(frozen=True)
 class Histogram:
-    """How values are spread, those that are not finite left out."""
+    """The distribution of values; values that are not finite are left out."""
 
     values: Any
 
@@ -65,7 +67,7 @@ class Table:
         for row in self.rows:
             if len(row) != len(self.columns):
                 raise ValueError(
-                    f"Each row of a table has {len(self.columns)} cells, as many as columns; got {len(row)}."
+                    f"Each row of this table needs {len(self.columns)} cells, one per column; got {len(row)}."
                 )
 
     def to_markdown(self) -> str:
@@ -76,7 +78,7 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A text; Markdown where a writer shows it so."""
+    """A text; some writers show it as Markdown."""
 
     text: str
 

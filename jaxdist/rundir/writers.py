@@ -1,8 +1,8 @@
 """Writers: store or print the metrics of a run, one row per step.
 
 A file of metrics contains every step once and in order. Metrics of the same step that come in several parts
-(training, then evaluation) become one row; a resumed run first drops the rows after the step it resumes from, because
-it is about to write them again.
+(training, then evaluation) become one row. A resumed run first drops the rows after the step it resumes from, because
+it will write them again.
 """
 
 import csv
@@ -29,10 +29,10 @@ TENSORBOARD_NAME = "tensorboard"
 
 
 class Writer(Protocol):
-    """Takes the metrics of one step after another."""
+    """Writes the metrics of one step after another."""
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write metrics of `step` at once; a repeated step extends its row. Raises OSError naming the file."""
+        """Write metrics of `step` at once; a repeated step extends its row. Raise OSError, naming the file."""
 
     def close(self) -> None:
         """Close the file. May be called twice."""
@@ -52,10 +52,10 @@ def make_writers(
 
     Args:
       run_dir: exists; holds metrics.jsonl, metrics.csv and tensorboard/.
-      kinds: any of console, jsonl, csv, tensorboard, and of the names that `open_writers` knows.
-      resumed_step: the step that the run resumes from. None for a new run: an existing file is then refused
+      kinds: any of console, jsonl, csv, tensorboard, and the names that `open_writers` knows.
+      resumed_step: the step that the run resumes from. None for a new run, which refuses an existing file
         (FileExistsError).
-      name: of the experiment, for trackers.
+      name: name of the experiment, for trackers.
       config: the experiment as plain data, for trackers.
     """
     if jax.process_index() != 0:
@@ -65,7 +65,7 @@ def make_writers(
 
 
 def check(kinds: Sequence[str]) -> None:
-    """Raise UserError where one of the writers cannot be made here, since it is unknown or not installed."""
+    """Raise UserError if one of the writers is unknown, or cannot be used because its package is missing."""
     for kind in kinds:
         open_writers.check(kind)
 
@@ -98,23 +98,23 @@ class Patient:
         self._rows.add(functools.partial(self._writer.write, step, dict(metrics)))
 
     def write_rich(self, step: int, values: Mapping[str, rich_values.RichValue]) -> None:
-        """Write what is no number, where the writer takes it; see Writer."""
+        """Write images, histograms, tables and texts, if the writer takes them; see Writer."""
         if self._write_rich is not None and self.takes_rich_values:
             self._rows.add(functools.partial(self._write_rich, step, dict(values)))
 
     def close(self) -> None:
-        """Write what waits, as far as there is room, and say what is lost; see Writer."""
+        """Write the waiting rows as far as there is room, and report those that are lost; see Writer."""
         self._rows.close()
         self._writer.close()
 
 
 def format_number(value: Any) -> str:
-    """Return a number with four significant digits; `value` is anything that float() accepts."""
+    """Return a number with four significant digits; `value` is anything that `float` accepts."""
     return f"{float(value):.4g}"
 
 
 def format_metrics(metrics: Mapping[str, Any]) -> str:
-    """Return the metrics as one line for people, in the order given."""
+    """Return the metrics as one readable line, in the given order."""
     return "  ".join(f"{name} {format_number(value)}" for name, value in metrics.items())
 
 
@@ -133,9 +133,10 @@ class ConsoleWriter:
 
 
 class JsonlWriter:
-    """Writes one JSON object a line, each with `step`. NaN and the infinities become null.
+    """Writes one JSON object per line, each with `step`. NaN and the infinities become null.
 
-    A line counts only with its newline: an incomplete one is dropped on resume. Any other damage raises ValueError.
+    A line is complete only with its newline; an incomplete last line is dropped on resume. Any other damage raises
+    ValueError.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, resumed_step: int | None = None) -> None:
@@ -156,7 +157,7 @@ class JsonlWriter:
 class CsvWriter:
     """Writes a table with the column `step` first; a column that appears later is added, empty in the rows before it.
 
-    A new column rewrites the whole file (beside it, then a rename), so it costs as much as the file is long.
+    A new column rewrites the whole file (a new file, then a rename), so its cost grows with the length of the file.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, resumed_step: int | None = None) -> None:
@@ -180,7 +181,7 @@ class CsvWriter:
         self._rows.close()
 
     def _with_columns(self, new: list[str]) -> "_Rows":
-        """Return the rows of the file with further columns; on a full disk nothing has changed."""
+        """Return the rows of the file with further columns; if the disk is full, the file stays unchanged."""
         old = self._path.read_text(encoding="utf-8").splitlines()[1:]
         rows = "".join(line + "," * len(new) + "\n" for line in old)
         files.write_text(self._path, _csv_line([*self._columns, *new]) + rows)
@@ -192,8 +193,8 @@ class CsvWriter:
 class TensorBoardWriter:
     """Writes scalars to a new TensorBoard event file in `log_dir`; a resumed run marks the steps that it replaces.
 
-    Written at once and on the caller's thread: tensorboardX's own SummaryWriter hands events to a thread, where a full
-    disk is not noticed until the queue blocks forever. So only its message types and checksum are used.
+    Events are written at once and on the caller's thread. tensorboardX's own SummaryWriter passes events to a thread,
+    where a full disk is not noticed until the queue blocks forever, so only its message types and checksum are used.
     """
 
     def __init__(self, log_dir: str | os.PathLike[str], *, resumed_step: int | None = None) -> None:
@@ -222,7 +223,7 @@ class TensorBoardWriter:
         self._put(event)
 
     def write_rich(self, step: int, values: Mapping[str, rich_values.RichValue]) -> None:
-        """Write one event with images, histograms and texts; a table is a text. See Writer."""
+        """Write one event with images, histograms and texts; a table is written as a text. See Writer."""
         event = self._Event(wall_time=time.time(), step=step)
         for name, value in values.items():
             event.summary.value.extend(self._rich(name, value).value)
@@ -254,7 +255,7 @@ class TensorBoardWriter:
         start = self._file.tell()
         try:
             _write_all(self._path, self._file, length + checksums[0] + message + checksums[1])
-        except OSError:  # TensorBoard would read nothing after half a record
+        except OSError:  # TensorBoard reads nothing after half a record
             self._file.truncate(start)
             self._file.seek(start)
             raise
@@ -263,7 +264,7 @@ class TensorBoardWriter:
 class _Rows:
     """A file of header lines, then one line per step in ascending order; the last line may be replaced.
 
-    `step_of` returns a line's step, -1 for a header; ValueError and the like when it is neither.
+    `step_of` returns a line's step, or -1 for a header; it raises ValueError or a similar error for any other line.
     """
 
     def __init__(
@@ -283,10 +284,10 @@ class _Rows:
                 raise
 
     def accept(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Return whether `step` is the last row's; ValueError when it is earlier, or a metric is called `step`."""
+        """Return whether `step` is the last row's; raise ValueError if it is earlier, or a metric is called `step`."""
         if "step" in metrics:
             raise ValueError(
-                f"A metric cannot be named 'step', which is the column of the step ({self._path}). Rename it."
+                f"A metric cannot be named 'step', which is the name of the step's column ({self._path}). Rename it."
             )
         if step < self._last_step:
             raise ValueError(
@@ -295,11 +296,11 @@ class _Rows:
         return step == self._last_step
 
     def put(self, step: int, line: str) -> None:
-        """Write `line`, which ends in a newline, as the row of `step`: over the last row if that is its step."""
+        """Write `line`, which ends in a newline, as the row of `step`, in place of the last row if that is its row."""
         if step != self._last_step:
             self._start = self._end
         self._file.seek(self._start)
-        # One write over the old row and never a truncation first: a kill in between must not lose what was there.
+        # One write over the old row, without a truncation before it: a kill in between must not lose the old row.
         data = line.encode()
         _write_all(self._path, self._file, data)
         self._end = self._start + len(data)

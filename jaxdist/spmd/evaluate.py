@@ -1,7 +1,7 @@
 """Evaluation on the mesh that trains, exact on a ragged last batch.
 
-Means are totals and counts, divided once at the end. What is no mean is computed on the host, from a row for each
-example: the rows are gathered from all devices and processes, in the order of the examples.
+Means are totals and counts, divided once at the end. Metrics that are not means are computed on the host from a row
+for each example: the rows are gathered from all devices and processes, in the order of the examples.
 """
 
 import collections
@@ -74,7 +74,7 @@ def canonical_collect_step(
 ) -> CollectStep:
     """Return a `collect_step` whose rows are bit-identical on every layout (see `canonical`).
 
-    Each logical shard gives its own rows and zeros for all others; the sum of these is all rows.
+    Each logical shard gives its own rows and zeros in place of all others, so the sum over the shards is all rows.
     """
     dtypes: list[PyTree] = []  # known after the first call, as `unravel` is
 
@@ -102,7 +102,7 @@ def canonical_collect_step(
 
 
 class Collecting(NamedTuple):
-    """Metrics of an evaluation that are no means: `compute(rows) -> {name: value}`, given NumPy arrays."""
+    """Metrics of an evaluation that are not means: `compute(rows) -> {name: value}`, given NumPy arrays."""
 
     step: CollectStep
     compute: Callable[[PyTree], dict[str, float]]
@@ -115,10 +115,10 @@ def evaluate(
     batches: Iterable[Batch],
     collecting: Collecting | None = None,
 ) -> dict[str, float]:
-    """Return the mean of the loss and of each metric over all true examples of `batches`, and what is collected.
+    """Return the mean of the loss and of each metric over all true examples of `batches`, and the collected metrics.
 
     Totals are added on the host in double precision and rounded once, so counts are exact integers and the result does
-    not depend on how the examples were dealt to batches (up to the rounding inside each batch). A metric without any
+    not depend on how the examples are divided into batches (up to the rounding inside each batch). A metric without any
     true example, or token, is NaN.
 
     Raises:
@@ -129,7 +129,7 @@ def evaluate(
     for batch in batches:
         rows = None if collecting is None else collecting.step(params, model_state, batch)
         pending.append((step(params, model_state, batch), rows))
-        # A few batches are on their way while the host places the next ones; without a bound all would be, at once.
+        # A few batches are computed while the host places the next ones; without this bound, all would be at once.
         if len(pending) > _AHEAD:
             fetched.append(_fetch(pending.popleft()))
     fetched += [_fetch(part) for part in pending]
@@ -147,7 +147,7 @@ def _true_rows(parts: list[tuple[PyTree, np.ndarray]]) -> PyTree:
 
 
 def _fetch(part: Any) -> Any:
-    # The result is replicated: this process's first replica is the whole of it, also where others hold more.
+    # The result is replicated, so this process's first replica is all of it.
     return jax.device_get(jax.tree.map(lambda leaf: leaf.addressable_data(0), part))
 
 
@@ -158,7 +158,7 @@ def _quotient(means: list[Mean]) -> float:
 
 def _means(eval_fn: EvalFn, params: PyTree, model_state: PyTree, batch: Batch) -> dict[str, Mean]:
     batch = metrics_lib.without_masked_rows(batch)
-    # Evaluation is deterministic; loss functions that want a key all the same get a constant one.
+    # Evaluation is deterministic; loss functions that take a key nevertheless get a constant one.
     args = (params, batch, jax.random.key(0), *(() if model_state is None else (model_state,)))
     loss, metrics = eval_fn(*args)
     metrics_lib.check_names(metrics)

@@ -1,7 +1,6 @@
-"""Strategies by name: what spreads a model and its batch over the devices.
+"""Strategies by name: how a model and its batch are distributed over the devices.
 
-A strategy is a mesh, a layout and the step that goes with them. Nothing in a model or in its loss knows
-which was chosen.
+A strategy is a mesh, a layout and the step that goes with them. Models and losses do not depend on the choice.
 """
 
 import dataclasses
@@ -30,18 +29,18 @@ PURPOSES: Mapping[str, str] = {
 ELSEWHERE: Mapping[str, str] = {
     "parameter-server": "islands of devices that meet at a server, synchronously or not",
 }
-"""Strategies that are no layout of one mesh; the command line builds them otherwise."""
+"""Strategies that are not a layout of one mesh; the command line starts them."""
 
 CANONICAL = ("data-parallel", "zero1")
-"""Strategies whose update is the same program on every device, which canonical reduction asks for."""
+"""Strategies whose update is the same program on every device, as canonical reduction requires."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Strategy:
-    """A chosen way to spread training over devices.
+    """A way to distribute training over devices.
 
     Attributes:
-      name: what the user picked.
+      name: one of `PURPOSES`.
       mesh: the devices.
       layout: which part of each leaf of the state is on which device; for `state.create_state`.
       batch_axes: mesh axes the batch is sharded over; for the data feed and `mesh.batch_sizes`.
@@ -79,13 +78,13 @@ class Strategy:
         )
 
     def make_eval_step(self, eval_fn: evaluate.EvalFn) -> evaluate.EvalStep:
-        """Return the evaluation of one global batch, of the same reduction as the step."""
+        """Return the evaluation of one global batch, with the reduction of the step."""
         if self.logical_shards is None:
             return evaluate.eval_step(eval_fn)
         return evaluate.canonical_eval_step(eval_fn, self.mesh, logical_shards=self.logical_shards)
 
     def make_collect_step(self, collect_fn: evaluate.CollectFn) -> evaluate.CollectStep:
-        """Return the collection of a global batch's rows, of the same reduction as the step."""
+        """Return the collection of a global batch's rows, with the reduction of the step."""
         if self.logical_shards is None:
             return evaluate.collect_step(collect_fn, self.mesh)
         return evaluate.canonical_collect_step(collect_fn, self.mesh, logical_shards=self.logical_shards)
@@ -108,15 +107,15 @@ def build(
       name: one of `PURPOSES`.
       devices: the devices to use, all by default.
       mesh_axes: axis name -> size (one may be -1); None is the strategy's own default.
-      reduction: how gradients are added up, `mean` or `canonical`.
+      reduction: how gradients are added, `mean` or `canonical`.
       logical_shards: for canonical reduction, the number of fixed slices of the global batch.
       rules: for `tensor`, see `layout.by_path`; None is the rules of our GPT and ViT.
       names: mesh axes for the names that Flax modules gave to the dims of their params. A name that is an axis of the
         mesh needs none. Named dims take precedence over the strategy's own choice.
-      min_size: elements below which `zero1`, `fsdp` and `hsdp` leave a leaf whole.
+      min_size: `zero1`, `fsdp` and `hsdp` do not shard leaves with fewer elements than this.
 
     Raises:
-      ValueError: there is no such strategy or reduction, they do not go together, or the mesh lacks an axis.
+      ValueError: there is no such strategy or reduction, they cannot be combined, or the mesh lacks an axis.
     """
     check_name(name)
     if reduction not in REDUCTIONS:
@@ -188,12 +187,12 @@ def _tensor_layout(mesh: Mesh, rules: layouts.Rules | None, min_size: int) -> la
 
 
 def check_name(name: str) -> None:
-    """Raise ValueError where `name` is no strategy of one mesh; the message says which exist and what each is for."""
+    """Raise ValueError if `name` is not a strategy of one mesh; the message lists them, with their purposes."""
     if name in PURPOSES:
         return
     known = "\n".join(f"  {each}: {purpose}" for each, purpose in {**PURPOSES, **ELSEWHERE}.items())
     if name in ELSEWHERE:
         raise ValueError(
-            f"Strategy {name!r} is no layout of one mesh; it is started by `jaxdist train`, not built here."
+            f"Strategy {name!r} is not a layout of one mesh. Start it with `jaxdist train`; it cannot be built here."
         )
     raise ValueError(f"There is no strategy {name!r}. Choose one of\n{known}")

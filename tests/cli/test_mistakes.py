@@ -215,7 +215,7 @@ MISTAKES = {
     "change(data=Data(train=IMAGES))": "a dict of arrays",
     "change(data=Data(train={'image': IMAGES, 'label': LABELS[:5]}))": "must share dim 0",
     "change(data=Data(train={'image': IMAGES[:0], 'label': LABELS[:0]}))": "empty",
-    "change(data=data(label=LABELS.astype(np.float32)))": "needs integers in batch['label'], but got float32",
+    "change(data=data(label=LABELS.astype(np.float32)))": "needs integers in batch['label']; got float32",
     "change(data=data(label=np.eye(2)[LABELS].astype(int)))": "not one-hot rows",
     "change(data=data(name=np.array(['a'] * len(LABELS), dtype=object)))": "'name' holds Python objects",
     "change(data=data(eval={'image': IMAGES[:0], 'label': LABELS[:0]}))": "empty",

@@ -119,7 +119,7 @@ def test_an_example_that_fails_is_reported_and_the_worker_continues(worker, exam
 def test_a_worker_that_cannot_begin_says_so(worker):
     report = worker(b"no pickle").recv()
     assert isinstance(report, Trouble)
-    assert "could not begin" in report.message
+    assert "could not start" in report.message
 
 
 def test_what_cannot_be_sent_to_a_worker_is_refused():

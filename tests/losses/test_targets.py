@@ -19,7 +19,7 @@ def test_a_missing_field_is_named_with_those_that_are_there():
 
 def test_integers_are_not_made_of_floats():
     assert targets.integers({"label": jnp.arange(3)}, "label", needed_by="L").tolist() == [0, 1, 2]
-    with pytest.raises(ValueError, match="needs integers in batch\\['label'\\], but got float32"):
+    with pytest.raises(ValueError, match="needs integers in batch\\['label'\\]; got float32"):
         targets.integers({"label": jnp.zeros(3)}, "label", needed_by="L")
 
 

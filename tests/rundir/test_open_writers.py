@@ -85,5 +85,5 @@ def test_a_tracker_that_cannot_begin_is_one_message(tmp_path, added, monkeypatch
         raise ConnectionError("no route")
 
     monkeypatch.setattr(Lines, "__init__", broken)
-    with pytest.raises(errors.UserError, match=r"The writer lines could not begin: .*no route"):
+    with pytest.raises(errors.UserError, match=r"The writer lines could not start: .*no route"):
         open_writers.make("lines", open_writers.WrittenRun(pathlib.Path(), "x", {}, None))

@@ -22,7 +22,7 @@ def test_floats_and_bytes_become_the_same_image(shape):
     "pixels", [np.zeros(3), np.zeros((2, 2, 4)), np.zeros((0, 2)), np.full((2, 2), 1.5), [[np.nan]]]
 )
 def test_what_is_no_image_is_refused(pixels):
-    with pytest.raises(ValueError, match="An image has"):
+    with pytest.raises(ValueError, match=r"[Aa]n image "):
         rich_values.Image(pixels).to_bytes()
 
 
@@ -42,5 +42,5 @@ def test_a_histogram_of_nothing_is_refused():
 def test_a_table_is_markdown_and_its_rows_are_whole():
     table = rich_values.Table(("a", "b"), [(1, "x|y")])
     assert table.to_markdown() == "| a | b |\n| --- | --- |\n| 1 | x\\|y |"
-    with pytest.raises(ValueError, match="has 2 cells"):
+    with pytest.raises(ValueError, match="needs 2 cells"):
         rich_values.Table(("a", "b"), [(1,)])

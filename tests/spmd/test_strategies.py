@@ -20,7 +20,7 @@ def test_an_unknown_strategy_is_answered_with_all_there_are_and_what_they_are_fo
 
 
 def test_the_parameter_server_is_no_layout():
-    with pytest.raises(ValueError, match="no layout of one mesh"):
+    with pytest.raises(ValueError, match="not a layout of one mesh"):
         strategies.build("parameter-server")
 
 

@@ -1,1 +1,1 @@
-"""What of the user's own runs inside a run: the hooks of the experiment."""
+"""The user's own code inside a run: the hooks of the experiment."""

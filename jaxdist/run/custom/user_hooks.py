@@ -1,7 +1,7 @@
 """The hooks of an experiment: when they are called, and what they are given.
 
-What a hook is given is its own to keep: numbers, and copies in the host's memory, made when they are asked for. The
-buffers of the state are not among it, since the next step donates them.
+A hook may keep what it is given: numbers, and copies in the host's memory, which are made when the hook asks for them.
+It never gets the buffers of the state, since the next step donates them.
 """
 
 import contextlib
@@ -24,12 +24,12 @@ _TAKEN = ("step", "examples_seen", "seconds")
 
 
 class HookError(errors.UserError):
-    """A hook of the experiment raised an error; the message names both, and the user's line."""
+    """A hook of the experiment raised an error; the message names the hook, the error and the user's line."""
 
 
 @dataclasses.dataclass(kw_only=True)
 class _Sources:
-    """Where a HookInfo takes from what it is asked for; empty once its hook has returned."""
+    """Where a HookInfo reads its values; empty once the hook has returned."""
 
     metrics: Callable[[], Mapping[str, float]] | None
     state: Any
@@ -37,14 +37,14 @@ class _Sources:
 
 
 class HookInfo:
-    """What a hook is given.
+    """The argument of a hook.
 
     Attributes:
-      step: finished steps.
-      epoch: finished epochs.
-      examples_seen: true examples trained on.
-      seconds: of training, over all attempts.
-      run_dir: the run directory, for files of the hook's own.
+      step: number of finished steps.
+      epoch: number of finished epochs.
+      examples_seen: number of true examples trained on.
+      seconds: seconds of training, over all attempts.
+      run_dir: the run directory; the hook may write files there.
       end_reason: why the run ended, in `on_end`; None before.
     """
 
@@ -90,23 +90,23 @@ class HookInfo:
         return self._once("opt_state", lambda: _copy(self._state().opt_state))
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        """Write metrics of the hook's own to the row of this step, by all writers of the experiment.
+        """Add metrics to the row of this step, with all writers of the experiment.
 
-        An Image, Histogram, Table or Text goes to the writers that take it, TensorBoard for example. Metrics are
-        written, and that is all: no stop rule looks at them, since a hook runs on one process.
+        An Image, Histogram, Table or Text is passed to the writers that take it, for example TensorBoard. No stop rule
+        sees these metrics, since a hook runs on one process.
         """
         for name in metrics:
             if name in _TAKEN or name.startswith(("train/", "eval/")):
                 raise ValueError(
-                    f"A metric of a hook has a name of its own; {name!r} is one of the run's. Choose another, such as "
-                    f"'mine/{name.rpartition('/')[2]}'."
+                    f"A metric of a hook needs a name that the run does not use; got {name!r}. Choose another, such "
+                    f"as 'mine/{name.rpartition('/')[2]}'."
                 )
         rich = {name: value for name, value in metrics.items() if isinstance(value, RichValue)}
         numbers = {name: float(value) for name, value in metrics.items() if name not in rich}
         self._open("write")(numbers, rich)
 
     def close(self) -> None:
-        """Let go of the state: what was not read until now cannot be read any more."""
+        """Release the state: what was not read until now can no longer be read."""
         self._sources = _Sources(metrics=None, state=None, write=None)
 
     def _once(self, name: str, read: Callable[[], Any]) -> Any:
@@ -118,8 +118,8 @@ class HookInfo:
         found = getattr(self._sources, name)
         if found is None:
             raise ValueError(
-                f"What was not read of step {self.step} while its hook ran is gone with the next step, and nothing can "
-                "be logged to it. Read it in the hook, and keep that."
+                f"The values of step {self.step} can be read, and metrics logged, only while its hook runs. Read them "
+                "in the hook and keep the result."
             )
         return found
 
@@ -134,7 +134,7 @@ class HookInfo:
 
 
 NO_STATE = object()
-"""In place of the state, where there is none at this point."""
+"""Stands for the state at a point where there is none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,8 +142,8 @@ class UserHooks:
     """The hooks of an experiment on this process.
 
     Attributes:
-      hooks: of the experiment.
-      is_first: whether this is process 0; on others, only hooks with `all_processes` are called.
+      hooks: the hooks of the experiment.
+      is_first: whether this is process 0; on other processes, only hooks with `all_processes` are called.
     """
 
     hooks: Sequence[Any]
@@ -154,10 +154,10 @@ class UserHooks:
         return any(True for _ in self._methods(point))
 
     def call(self, point: str, make_info: Callable[[], HookInfo]) -> None:
-        """Call the hooks at `point`, in the order of the experiment; at `on_step` those that are due.
+        """Call the hooks at `point`, in the order of the experiment; at `on_step`, those whose interval has passed.
 
         Raises:
-          HookError: one of them raised.
+          HookError: one of them raised an error.
         """
         for hook, method in self._methods(point):
             with contextlib.closing(make_info()) as info:

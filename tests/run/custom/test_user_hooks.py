@@ -134,7 +134,7 @@ def test_what_was_not_read_in_time_is_gone_with_a_message():
     info.close()
     assert info.metrics == {"train/loss": 0.5}
     for late in (lambda: info.params, lambda: info.log({"mine/x": 1})):
-        with pytest.raises(ValueError, match="Read it in the hook"):
+        with pytest.raises(ValueError, match="Read them in the hook"):
             late()
 
 
@@ -146,7 +146,7 @@ def test_the_params_of_a_step_on_servers_are_refused_with_where_to_read_them():
 @pytest.mark.parametrize("name", ["step", "seconds", "train/loss", "eval/x"])
 def test_a_metric_of_the_run_is_not_overwritten(name):
     written = []
-    with pytest.raises(ValueError, match="a name of its own"):
+    with pytest.raises(ValueError, match="a name that the run does not use"):
         make_info(written=written).log({"mine": 1, name: 2})
     assert written == []
 
