@@ -1,6 +1,6 @@
 """A trained model in standard formats: safetensors, npz, an Orbax checkpoint, or a compiled function of jax.export.
 
-In the first three, an array has the name of its place in the model: `params.Dense_0.kernel`.
+In the first three, the name of an array is its path in the model: `params.Dense_0.kernel`.
 """
 
 import io
@@ -32,7 +32,7 @@ def export(run: TrainedRun, path: pathlib.Path, kind: str, *, names: str = NAMES
     With the names `hugging-face`, safetensors is a folder that `from_pretrained` of transformers opens.
 
     Raises:
-      UserError: there is something at `path`, the format is unknown, or the model cannot be written in it.
+      UserError: `path` exists, the format is unknown, or the model cannot be written in it.
     """
     if kind not in FORMATS:
         raise errors.UserError(f"A format is one of {', '.join(FORMATS)}; got {kind!r}.")
@@ -59,7 +59,7 @@ def export(run: TrainedRun, path: pathlib.Path, kind: str, *, names: str = NAMES
 
 
 def named_arrays(run: TrainedRun) -> dict[str, np.ndarray]:
-    """Return the arrays of the model, those of model_state among them, by their names."""
+    """Return the arrays of the model, including those of model_state, by name."""
     leaves = jax.tree_util.tree_leaves_with_path(_tree(run))
     return {path_name(path, "."): np.asarray(leaf) for path, leaf in leaves}
 
@@ -88,12 +88,12 @@ def _npz(run: TrainedRun) -> bytes:
 
 
 def compiled(run: TrainedRun) -> bytes:
-    """Return the model as a serialized function of a dict of its inputs, for any number of rows; its params are inside.
+    """Return the model as a serialized function of a dict of its inputs, for any number of rows, with its params.
 
-    `jax.export.deserialize(content).call({"image": images})` calls it. The function is run once here, and compared.
+    `jax.export.deserialize(content).call({"image": images})` calls it. It is run once here and compared with the model.
 
     Raises:
-      UserError: the model cannot be traced for any number of rows, or the function gives other outputs.
+      UserError: the model cannot be traced for an unknown number of rows, or the function gives other outputs.
     """
     extras.require("flatbuffers", extra="export")  # which jax.export serializes with
     names = [run.experiment.inputs] if isinstance(run.experiment.inputs, str) else list(run.experiment.inputs)
@@ -106,10 +106,10 @@ def compiled(run: TrainedRun) -> bytes:
 
     try:
         exported = jax_export.export(jax.jit(call))(shapes)
-    except Exception as error:  # whatever the user's model raises when its number of rows has no value
+    except Exception as error:  # any error of the user's model when its number of rows has no value
         raise errors.UserError(
             f"jax-export traces the model for any number of rows, which failed: {type(error).__name__}: {error} "
-            "Let the model compute with x.shape[0] and not with a fixed batch size, or choose another format."
+            "Use x.shape[0] in the model instead of a fixed batch size, or choose another format."
         ) from error
     content = bytes(exported.serialize())
     _compare(run, content, {name: _example(shape) for name, shape in shapes.items()})
@@ -131,5 +131,6 @@ def _compare(run: TrainedRun, content: bytes, inputs: dict[str, np.ndarray]) -> 
         scale = float(np.max(np.abs(ours), initial=1.0))
         if not np.allclose(ours, theirs, rtol=0, atol=_TOLERANCE * scale):
             raise errors.UserError(
-                "The exported function gives other outputs than the model; nothing was written. Choose another format."
+                "The outputs of the exported function differ from those of the model; nothing was written. Choose "
+                "another format."
             )

@@ -17,10 +17,10 @@ FORMATS = (".npz", ".csv", ".parquet")
 
 
 def read_inputs(path: pathlib.Path | str) -> Any:
-    """Return the examples of a file or folder: arrays of .npz and .npy, or whatever `jaxdist data prepare` reads.
+    """Return the examples of a file or folder: arrays of .npz and .npy, or anything that `jaxdist data prepare` reads.
 
     Raises:
-      UserError: it is none of these.
+      UserError: there is no such file, or its kind is none of these.
     """
     path = pathlib.Path(path) if not str(path).startswith("tfds:") else path
     if isinstance(path, pathlib.Path) and not path.exists():
@@ -43,7 +43,7 @@ def check_output(path: pathlib.Path) -> None:
 
 
 def write(path: pathlib.Path, outputs: Any) -> None:
-    """Write outputs, a row an example, to `path`; in a table each number of a row has a column of its own."""
+    """Write outputs, a row per example, to `path`; in a table each number of a row has a column of its own."""
     check_output(path)
     with errors.as_user_error():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def write(path: pathlib.Path, outputs: Any) -> None:
 
 
 def _named(outputs: Any) -> dict[str, np.ndarray]:
-    """Return the arrays of a pytree by their place in it; a single array is called `output`."""
+    """Return the arrays of a pytree by their paths; a single array is called `output`."""
     leaves = jax.tree_util.tree_leaves_with_path(outputs)
     names = (path_name(path, ".") or "output" for path, _ in leaves)
     return {name: np.asarray(leaf) for name, (_, leaf) in zip(names, leaves, strict=True)}

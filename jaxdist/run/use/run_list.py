@@ -1,4 +1,4 @@
-"""Runs as a list, and compared: read from their run records."""
+"""Lists and comparisons of runs, read from their run records."""
 
 import dataclasses
 import os
@@ -16,7 +16,7 @@ class RunSummary:
     """A run in a list.
 
     Attributes:
-      name: of its directory.
+      name: name of its directory.
       started: when its first attempt began, ISO 8601; None in records of version 0.1.
       ended: see `how_ended`.
       step: finished steps.
@@ -41,19 +41,21 @@ def find(folder: pathlib.Path) -> list[RunSummary]:
       UserError: there is no such folder, or no run in it.
     """
     if not folder.is_dir():
-        raise errors.UserError(f"Runs are listed in a folder of run directories; there is no folder {folder}.")
+        raise errors.UserError(f"Runs are listed from a folder of run directories; there is no folder {folder}.")
     paths = sorted(path.parent for path in folder.glob(f"*/{record.FILE_NAME}"))
     if not paths:
-        raise errors.UserError(f"{folder} holds no run: no {record.FILE_NAME} in any of its folders. Name another.")
+        raise errors.UserError(
+            f"{folder} contains no run: there is no {record.FILE_NAME} in any of its folders. Name another."
+        )
     with errors.as_user_error():
         entries = [_entry(path, record.RunRecord.read(path)) for path in paths]
     return sorted(entries, key=lambda entry: (entry.started or "", entry.name))
 
 
 def how_ended(run_dir: pathlib.Path, made: record.RunRecord) -> str:
-    """Return the end reason; `running`, or `interrupted` where the run did not end and is not running.
+    """Return the end reason; without one, `running`, or `interrupted` if no process holds the lock of the run.
 
-    It is `unfinished` where its lock cannot be looked at, as that of another user.
+    It is `unfinished` if the lock cannot be read, because another user owns it for example.
     """
     try:
         return made.end_reason or ("running" if lock.is_locked(run_dir) else "interrupted")
@@ -70,8 +72,10 @@ def _entry(path: pathlib.Path, made: record.RunRecord) -> RunSummary:
 
 
 def show(entries: Sequence[RunSummary], *, width: int) -> str:
-    """Return the list as a table for people; where it is wider than `width`, without when runs started, then without
-    their seconds: the name holds the time, and the best value must be seen.
+    """Return the list as a readable table.
+
+    If it is wider than `width`, the start of the runs is left out, then their seconds: the name contains the time, and
+    the best value must be visible.
     """
     columns = ["name", "started", "ended", "step", "seconds", "best @ step"]
     rows = [_cells(entry) for entry in entries]
@@ -97,10 +101,10 @@ def _cells(entry: RunSummary) -> dict[str, str]:
 
 
 def compare(run_dirs: Sequence[str | os.PathLike[str]]) -> dict[str, dict[str, list[Any]]]:
-    """Return what differs between runs: under `config` and `result`, a name and its value in each run.
+    """Return the differences between runs: under `config` and `result`, names with the values of each run.
 
     Raises:
-      UserError: fewer than two runs, or a directory without one.
+      UserError: there are fewer than two runs, or a directory has no run.
     """
     if len(run_dirs) < 2:
         raise errors.UserError(f"A comparison needs two or more run directories; got {len(run_dirs)}.")
@@ -134,7 +138,7 @@ def _differing(parts: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 
 def show_comparison(run_dirs: Sequence[str | os.PathLike[str]], found: Mapping[str, Mapping[str, list[Any]]]) -> str:
-    """Return a comparison as a table for people."""
+    """Return a comparison as a readable table."""
     rows = [("", *(pathlib.Path(run_dir).name for run_dir in run_dirs))]
     for values in found.values():
         rows += [(name, *map(_cell, each)) for name, each in values.items()]

@@ -32,16 +32,16 @@ _USED = ("model", "loss", "inputs", "precision")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainedRun:
-    """What `load` returns.
+    """A trained run: the result of `load`.
 
     Attributes:
       run_dir: the run directory.
       record: its run record.
-      experiment: what was trained.
-      step: the step whose checkpoint this is.
-      params: the params; the averaged ones, where the optimizer keeps them.
-      model_state: the statistics that the model keeps, None where it keeps none.
-      functions: of the model.
+      experiment: the experiment that was trained.
+      step: the step of the checkpoint.
+      params: the params; the averaged ones, if the optimizer keeps them.
+      model_state: the statistics that the model keeps; None if it keeps none.
+      functions: the functions of the model.
       fields: the fields of an example, with shapes and dtypes of a batch.
       strategy: the mesh that predictions and evaluations are computed on.
     """
@@ -64,7 +64,7 @@ class TrainedRun:
             experiment's `eval_example_fn` is applied, as in an evaluation; labels are not needed.
 
         Raises:
-          UserError: the model was given as `adapters.Functions` without predict_fn, or the inputs do not fit it.
+          UserError: the model is an `adapters.Functions` without predict_fn, or the inputs do not fit it.
         """
         with errors.as_user_error():
             source = self._source(inputs)
@@ -101,11 +101,11 @@ class TrainedRun:
         """Return the model's outputs for a batch: a function that JAX can trace.
 
         Raises:
-          UserError: the model was given as `adapters.Functions` without predict_fn.
+          UserError: the model is an `adapters.Functions` without predict_fn.
         """
         if self.functions.predict_fn is None:
             raise errors.UserError(
-                "A model given as adapters.Functions predicts by its predict_fn(params, batch); it has none. Add it."
+                "A model given as adapters.Functions needs a predict_fn(params, batch) to predict; it has none. Add it."
             )
         return self.functions.predict_fn(params, batch, *(() if model_state is None else (model_state,)))
 
@@ -203,8 +203,8 @@ def _check_same(made: record.RunRecord, found: Experiment, run_dir: pathlib.Path
     differing = directory.changed_settings(found, made.config, _USED)
     if differing:
         raise errors.UserError(
-            f"A run is loaded with the experiment it was trained with; since {run_dir} was trained, this changed: "
-            f"{differing}. Name the file as it was: experiment= (in a command, --experiment)."
+            f"A run is loaded with the experiment it was trained with; these settings have changed since {run_dir} was "
+            f"trained: {differing}. Name the file as it was: experiment= (in a command, --experiment)."
         )
 
 

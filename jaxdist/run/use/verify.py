@@ -1,4 +1,4 @@
-"""A user's own check of the promises: a few steps of an experiment on several layouts, against one device."""
+"""`jaxdist verify`: a few steps of an experiment on several numbers of devices, compared with one device."""
 
 import dataclasses
 import math
@@ -21,9 +21,9 @@ TOLERANCE = 1e-5
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One layout: its number of devices, SHA-256 of the params, largest difference to one device, and the verdict.
+    """One layout: its number of devices, SHA-256 of the params, largest difference from one device, and the verdict.
 
-    Difference and verdict are about params and model_state.
+    Difference and verdict include params and model_state.
     """
 
     num_devices: int
@@ -57,13 +57,14 @@ class Verification:
 def verify(experiment: Experiment, *, devices: Sequence[jax.Device], num_steps: int = 5) -> Verification:
     """Train `num_steps` steps on 1, 2, 4, 8 of `devices` and compare the params with those of one device.
 
-    Of these numbers, those are tried that there are devices for and that fit the experiment's mesh. What they are
-    compared with is the one-device step of the strategy data-parallel, whatever the experiment's strategy.
+    Numbers are left out that exceed the available devices or do not fit the experiment's mesh. The reference is the
+    one-device step of the strategy data-parallel, for every strategy.
 
     Canonical reduction promises the same bits, with the experiment's own optimizer. The mean promises one device's
-    params up to the order of additions; that is compared under SGD, because an adaptive optimizer turns the smallest
-    difference of a gradient near zero into a whole step. It is promised only where a step draws nothing per device:
-    with dropout or batch statistics each device has its own, and the table shows how much the layouts then differ.
+    params up to the order of additions. That is compared under SGD, because an adaptive optimizer turns a tiny
+    difference of a gradient near zero into a whole step. It is promised only if nothing in a step is drawn or computed
+    per device: with dropout or batch statistics each device has its own, and the table shows how far apart the layouts
+    then are.
 
     Raises:
       UserError: the experiment does not work on these layouts, or its loss is not finite.
@@ -90,7 +91,7 @@ def _on_one_device(experiment: Experiment) -> Experiment:
 
 
 def _device_counts(axes: Mapping[str, int] | None, available: int) -> list[int]:
-    """Return those of 1, 2, 4, 8 and the size of the whole mesh that fit the mesh axes and the devices there are."""
+    """Return those of 1, 2, 4, 8, or the size of the whole mesh, that fit the mesh axes and the available devices."""
     sizes = list((axes or {"data": -1}).values())
     known = math.prod(size for size in sizes if size > 0)
     counts = [n for n in (1, 2, 4, 8) if n % known == 0] if -1 in sizes else [known]
@@ -120,7 +121,7 @@ def _train(parts: components.Parts, num_steps: int) -> Any:
 
 
 def _is_deterministic(parts: components.Parts) -> bool:
-    """Return whether the loss is the same under two keys and keeps no statistics."""
+    """Return whether the loss is the same with two keys and the model keeps no statistics."""
     state = parts.create_state()
     if state.model_state is not None:
         return False

@@ -16,7 +16,7 @@ _MOST_PARAMS, _MOST_CHARACTERS = 100, 500
 
 
 def check() -> None:
-    """Raise MissingExtra where mlflow is not installed, UserError where it is unclear where to write."""
+    """Raise MissingExtra if mlflow is not installed, UserError if no store is set."""
     extras.require("mlflow", extra="mlflow")
     if not os.environ.get(URI):
         raise errors.UserError(
@@ -26,7 +26,7 @@ def check() -> None:
 
 
 def make(run: WrittenRun) -> "MlflowWriter":
-    """Return the writer of a run; a resumed run continues in the run it began there."""
+    """Return the writer of a run; a resumed run continues its run of MLflow."""
     return MlflowWriter(extras.require("mlflow", extra="mlflow"), run)
 
 

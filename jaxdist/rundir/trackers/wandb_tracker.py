@@ -14,7 +14,7 @@ PROJECT = "jaxdist"
 
 
 def check() -> None:
-    """Raise MissingExtra where wandb is not installed, UserError where it would not be let in."""
+    """Raise MissingExtra if wandb is not installed, UserError if it could not log in."""
     wandb = extras.require("wandb", extra="wandb")
     if wandb.setup().settings.mode != "online":
         return
@@ -29,7 +29,7 @@ def check() -> None:
 
 
 def make(run: WrittenRun) -> "WandbWriter":
-    """Return the writer of a run; a resumed run continues in the run it began there."""
+    """Return the writer of a run; a resumed run continues its run of W&B."""
     return WandbWriter(extras.require("wandb", extra="wandb"), run)
 
 
@@ -80,6 +80,6 @@ def _id_file(run: WrittenRun) -> pathlib.Path:
 
 
 def _begun(run: WrittenRun) -> str | None:
-    """Return the id of the run of W&B that this run began, None where it began none."""
+    """Return the id of this run's run of W&B; None if it has none."""
     path = _id_file(run)
     return path.read_text().strip() if path.exists() else None

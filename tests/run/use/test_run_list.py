@@ -92,7 +92,7 @@ def test_a_comparison_names_what_differs_and_nothing_else(tmp_path):
 def test_what_holds_no_run_is_named(tmp_path):
     with pytest.raises(errors.UserError, match="there is no folder"):
         run_list.find(tmp_path / "missing")
-    with pytest.raises(errors.UserError, match="holds no run"):
+    with pytest.raises(errors.UserError, match="contains no run"):
         run_list.find(tmp_path)
     with pytest.raises(errors.UserError, match="two or more run directories; got 1"):
         run_list.compare([tmp_path])

@@ -93,7 +93,7 @@ def test_a_moved_experiment_and_run_directory_are_named_and_found(trained, tmp_p
 
 def test_an_experiment_that_changed_since_is_refused_with_what_differs(trained):
     changed = overrides.override(tiny_experiment.get_config(), ["model.width=32", "optimizer.ema_decay=0.9"])
-    with pytest.raises(errors.UserError, match=r"this changed: model\.width 16 -> 32\."):
+    with pytest.raises(errors.UserError, match=r"trained: model\.width 16 -> 32\."):
         jaxdist.load(trained, experiment=changed)
 
 

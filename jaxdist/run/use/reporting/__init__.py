@@ -1,1 +1,1 @@
-"""The report: one self-contained page about one run or several, also while they train."""
+"""The report: one self-contained page about one or several runs, also while they train."""

@@ -1,4 +1,4 @@
-"""The curves of a run: its rows of metrics by step, examples and seconds, thinned to what a page can hold."""
+"""The curves of a run: its rows of metrics by step, examples and seconds, thinned to fit into a page."""
 
 import dataclasses
 import itertools
@@ -13,7 +13,7 @@ import numpy as np
 from jaxdist.rundir import writers
 
 SPEED = "examples_per_second"
-"""The curve that is computed: examples between two rows of metrics by the seconds between them."""
+"""The name of a computed curve: the examples between two rows of metrics, divided by the seconds between them."""
 _PLACES = ("step", "examples_seen", "seconds")
 _CONFUSION = re.compile(r"(?:(?P<where>.*)/)?confusion_(?P<label>\d+)_(?P<predicted>\d+)")
 _DIGITS = 6
@@ -21,14 +21,14 @@ _DIGITS = 6
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """A metric along a run.
+    """A metric over the course of a run.
 
     Attributes:
-      steps: of each value.
-      examples: trained on until then; None in rows of version 0.1.
-      seconds: of training until then; None likewise.
-      values: None where one was not finite.
-      rows: values before thinning.
+      steps: the step of each value.
+      examples: the examples trained on until then; None if the rows do not have them.
+      seconds: the seconds of training until then; None if the rows do not have them.
+      values: the values; None for one that was not finite.
+      rows: number of values before thinning.
     """
 
     steps: Sequence[int]
@@ -39,21 +39,21 @@ class Curve:
 
 
 def read_rows(run_dir: pathlib.Path) -> list[dict[str, Any]]:
-    """Return the rows of metrics.jsonl, none without the file; a last line that is still being written is left out."""
+    """Return the rows of metrics.jsonl, or none if there is no file; an incomplete last line is left out."""
     path = run_dir / writers.JSONL_NAME
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     try:
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
     except ValueError as error:
         raise ValueError(
-            f"{path} must hold one JSON object a line ({error}). Move the file away to do without it."
+            f"{path} must hold one JSON object per line ({error}). Move the file away for a report without curves."
         ) from error
 
 
 def curves(rows: Sequence[Mapping[str, Any]], *, most_points: int) -> dict[str, Curve]:
-    """Return the curve of each metric, in the order in which they appear, and that of the speed.
+    """Return the curve of each metric, in the order in which they appear, and the curve of the speed.
 
-    The counts of a confusion matrix have none; see `confusion_matrices`.
+    The counts of a confusion matrix are left out; see `confusion_matrices`.
     """
     names = dict.fromkeys(
         name for row in rows for name in row if name not in _PLACES and not _CONFUSION.fullmatch(name)
@@ -89,8 +89,8 @@ def _speeds(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def thin(values: np.ndarray, most: int) -> np.ndarray:
     """Return the indices of at most `most` values, ascending: all of them if possible.
 
-    Otherwise the first, the last, and the least, the greatest and a value that is not finite of each of many equal
-    parts: a spike of one step stays visible.
+    Otherwise the values are divided into equal parts. The first and the last value are kept, and of each part the
+    smallest value, the largest, and one that is not finite, so that a spike of one step stays visible.
     """
     if len(values) <= most:
         return np.arange(len(values))
@@ -106,7 +106,7 @@ def thin(values: np.ndarray, most: int) -> np.ndarray:
 
 
 def confusion_matrices(metrics: Mapping[str, float | None]) -> dict[str, list[list[float]]]:
-    """Return the confusion matrices among the last metrics of a run, by the data they are of: counts[label][class]."""
+    """Return the confusion matrices among the last metrics of a run by their set of data: counts[label][class]."""
     found: dict[str, dict[tuple[int, int], float]] = {}
     for name, value in metrics.items():
         if (match := _CONFUSION.fullmatch(name)) and value is not None:

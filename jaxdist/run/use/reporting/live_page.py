@@ -1,4 +1,4 @@
-"""The live report: a page served to this machine alone, which follows its runs while they train."""
+"""The live report: a page that follows runs while they train, served on this machine only."""
 
 import functools
 import http.server
@@ -19,23 +19,24 @@ _WATCHED = (record.FILE_NAME, writers.JSONL_NAME, supervisor.EVENTS_NAME)
 
 
 def serve(run_dirs: Sequence[pathlib.Path], port: int = 0) -> http.server.ThreadingHTTPServer:
-    """Return a server of the report on `run_dirs`, bound to this machine's loopback; the caller runs and closes it.
+    """Return a server of the report on `run_dirs`, on the loopback interface; the caller runs and closes it.
 
     Raises:
-      UserError: a directory without a run, Plotly is not installed, or the port is taken.
+      UserError: a directory has no run, Plotly is not installed, or the port is taken.
     """
-    run_data.read(run_dirs)  # what is wrong is said before the page is opened
+    run_data.read(run_dirs)  # errors are reported here, before the page is opened
     report_page.library()
     try:
         return http.server.ThreadingHTTPServer((HOST, port), functools.partial(_Handler, run_dirs))
     except (OSError, OverflowError) as error:
         raise errors.UserError(
-            f"The report needs a free port of {HOST}; {port} is none: {error}. Name another with --port, or none."
+            f"The report needs a free port of {HOST}; {port} is not free: {error}. Name another with --port, or leave "
+            "it out for any free port."
         ) from error
 
 
 def version(run_dirs: Sequence[pathlib.Path]) -> str:
-    """Return what changes whenever a report on `run_dirs` would: the state of the files it is made of."""
+    """Return a text that changes whenever a report on `run_dirs` changes, from the state of the files it reads."""
     parts = []
     for run_dir in run_dirs:
         for name in _WATCHED:
@@ -47,16 +48,16 @@ def version(run_dirs: Sequence[pathlib.Path]) -> str:
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
-    """Answers with the page, and with what is new since a version of it."""
+    """Answers requests for the page, and for its changes since a version."""
 
     def __init__(self, run_dirs: Sequence[pathlib.Path], *connection: object) -> None:
         self._run_dirs = run_dirs
         super().__init__(*connection)  # type: ignore[arg-type]
 
     def do_GET(self) -> None:
-        """Answer a request; http.server's name for it."""
+        """Answer a request; the name is http.server's."""
         if not self._is_local():
-            self.send_error(HTTPStatus.FORBIDDEN, "The report is for this machine.")
+            self.send_error(HTTPStatus.FORBIDDEN, "The report is served to this machine only.")
             return
         address = urllib.parse.urlsplit(self.path)
         now = version(self._run_dirs)
@@ -71,7 +72,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._answer("application/json", json.dumps({"version": now, **report_page.content(self._run_dirs)}))
 
     def _is_local(self) -> bool:
-        """Return whether the request names this machine: a page of another site that reaches this port does not."""
+        """Return whether the request names this machine; a page of another site that reaches this port does not."""
         host = self.headers.get("Host", "").rpartition(":")[0]
         return host in (HOST, "localhost")
 
@@ -86,4 +87,4 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, *_: object) -> None:
-        """Show nothing: a line for each request would hide the address."""
+        """Print nothing: a line per request would hide the address of the page."""

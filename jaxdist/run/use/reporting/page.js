@@ -250,7 +250,7 @@ async function follow(version) {
     await new Promise((done) => setTimeout(done, 2000));
     let answer;
     try { answer = await fetch(`update.json?since=${version}`); } catch {
-      control("made").textContent = "The server has ended; this is what it showed last.";
+      control("made").textContent = "The server has ended; this is its last state.";
       return;
     }
     if (answer.status !== 200) continue;

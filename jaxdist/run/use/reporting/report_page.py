@@ -1,4 +1,4 @@
-"""The report as a page: one HTML file that needs no network, with its data, the charts' library and a script inside."""
+"""The report as a page: one HTML file that needs no network and contains its data, its script and the chart library."""
 
 import base64
 import datetime
@@ -21,21 +21,21 @@ from jaxdist.rundir import files
 FILE_NAME = "report.html"
 MOST_BYTES = 4_000_000
 _MARK = 'name="generator" content="jaxdist report"'
-"""What tells a page that may be replaced from a file of the user's own."""
+"""Marks a page as a report, which may be replaced; any other file is the user's."""
 
 
 def write(run_dirs: Sequence[pathlib.Path], out: pathlib.Path) -> int:
-    """Write the report on `run_dirs` to the file `out`, over an older report; return its number of bytes.
+    """Write the report on `run_dirs` to the file `out`, replacing an earlier report; return its number of bytes.
 
     Raises:
-      UserError: a directory without a run, a file of another kind at `out`, Plotly is not installed, or the page would
-        be too large.
+      UserError: a directory has no run, `out` is a file of another kind, Plotly is not installed, or the page would be
+        too large.
     """
     check_output(out)
     page = make(run_dirs).encode()
     if len(page) > MOST_BYTES:
         raise errors.UserError(
-            f"A report has at most {MOST_BYTES / 1e6:.0f} MB; this one would have {len(page) / 1e6:.1f} MB. "
+            f"A report can have {MOST_BYTES / 1e6:.0f} MB at most; this one would have {len(page) / 1e6:.1f} MB. "
             "Name fewer runs."
         )
     with errors.as_user_error():
@@ -44,19 +44,21 @@ def write(run_dirs: Sequence[pathlib.Path], out: pathlib.Path) -> int:
 
 
 def check_output(out: pathlib.Path) -> None:
-    """Raise UserError where `out` is not a new file, nor an older report, in a folder that exists."""
+    """Raise UserError unless `out` is a new file or an earlier report, in an existing folder."""
     if not out.parent.is_dir():
-        raise errors.UserError(f"The report goes into an existing folder; there is no {out.parent}. Create it.")
+        raise errors.UserError(f"The folder of the report must exist; there is no {out.parent}. Create it.")
     if not out.exists():
         return
     with errors.as_user_error():
         is_report = out.is_file() and _MARK in out.read_bytes()[:2000].decode(errors="replace")
     if not is_report:
-        raise errors.UserError(f"{out} exists and is not a report, so it is kept. Name another file with --out.")
+        raise errors.UserError(
+            f"{out} exists and is not a report, so it is not replaced. Name another file with --out."
+        )
 
 
 def make(run_dirs: Sequence[pathlib.Path], *, live: str = "") -> str:
-    """Return the page on `run_dirs`; `live` is the version that a page with a server shows."""
+    """Return the page on `run_dirs`; `live` is the version of the data in a page that has a server."""
     found = content(run_dirs)
     names = [run["name"] for run in found["runs"]]
     title = names[0] if len(names) == 1 else f"{len(names)} runs"
@@ -76,7 +78,7 @@ def make(run_dirs: Sequence[pathlib.Path], *, live: str = "") -> str:
 
 
 def content(run_dirs: Sequence[pathlib.Path]) -> dict[str, Any]:
-    """Return what changes while a run trains: what the charts show, the HTML of each part, and when it was made."""
+    """Return what changes while a run trains: the data of the charts, the HTML of each part, and the present time."""
     runs = run_data.read(run_dirs)
     differences: Mapping[str, Any] = run_list.compare(run_dirs)["config"] if len(run_dirs) > 1 else {}
     return {
@@ -87,13 +89,13 @@ def content(run_dirs: Sequence[pathlib.Path]) -> dict[str, Any]:
 
 
 def policy(*, live: bool) -> str:
-    """Return the Content-Security-Policy of the page: it loads nothing, and talks to its own server only."""
+    """Return the Content-Security-Policy of the page: it loads nothing, and connects to its own server only."""
     connect = "connect-src 'self'; " if live else ""
     return f"default-src 'none'; {connect}script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
 
 def _for_script(value: Any) -> str:
-    """Return JSON for a script element, which no string in it can end."""
+    """Return JSON for a script element, such that no string in it can end the element."""
     return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
@@ -103,7 +105,7 @@ def _text(name: str) -> str:
 
 @functools.cache
 def library() -> str:
-    """Return Plotly's script, compressed and as base64: 2 MB in place of 4.8."""
+    """Return Plotly's script, compressed and in base64: 2 MB instead of 4.8."""
     with errors.as_user_error():
         plotly = extras.require("plotly.offline", extra="report")
     return base64.b64encode(gzip.compress(plotly.get_plotlyjs().encode(), mtime=0)).decode()

@@ -1,4 +1,4 @@
-"""What the report says of a run: its record, curves, attempts and parameter server, as plain data."""
+"""The data of a report on a run: its record, curves, attempts and parameter server."""
 
 import dataclasses
 import pathlib
@@ -16,11 +16,11 @@ from jaxdist.run.use.reporting import curves
 from jaxdist.rundir import record
 
 MOST_POINTS = 40_000
-"""Points of all curves of a page together; each takes about 30 bytes."""
+"""Most points of all curves of a page together; each takes about 30 bytes."""
 MOST_OF_A_CURVE, LEAST_OF_A_CURVE = 2000, 20
 _MOST_CHARACTERS = 4000
 _ONCE = ("--resume", "--overwrite", "--restartable")
-"""Options that have no place in a command that repeats a run from its start."""
+"""Options that are left out of a command that repeats a run from its start."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +28,12 @@ class AttemptEvent:
     """An attempt of a job under a supervisor.
 
     Attributes:
-      host: the folder of a host other than the first, else "".
-      number: from 0.
-      started: seconds since the first attempt began.
-      seconds: it lasted; None while it runs.
-      ended: how, in words.
-      saved_step: the newest step that was kept.
+      host: the folder of its host; "" for the first host.
+      number: number of the attempt, from 0.
+      started: its start, in seconds since the first attempt began.
+      seconds: its duration; None while it runs.
+      ended: how it ended, in words.
+      saved_step: the newest step that was saved.
     """
 
     host: str
@@ -87,14 +87,14 @@ def read(run_dirs: Sequence[pathlib.Path]) -> list[ReportedRun]:
     """Return the runs, in the order given.
 
     Raises:
-      UserError: a directory without a run, or one that cannot be read.
+      UserError: a directory has no run, or one that cannot be read.
     """
     with errors.as_user_error():
         for run_dir in run_dirs:
             if not (run_dir / record.FILE_NAME).is_file():
                 raise errors.UserError(
-                    f"A report is made of run directories; {run_dir} holds no {record.FILE_NAME}. `jaxdist runs` lists "
-                    "the runs of a folder."
+                    f"A report needs run directories; {run_dir} has no {record.FILE_NAME}. `jaxdist runs` lists the "
+                    "runs of a folder."
                 )
         rows = [curves.read_rows(run_dir) for run_dir in run_dirs]
         num_curves = sum(len({name for row in each for name in row}) for each in rows)
@@ -155,7 +155,7 @@ def _attempt(host: str, start: Mapping[str, Any], end: Mapping[str, Any] | None,
 
 
 def _status_in_words(status: int | None) -> str:
-    """Return how a process ended by its exit status; above 128 it was a signal."""
+    """Return in words how a process ended, from its exit status; above 128 it was a signal."""
     if not status:
         return "ended well" if status == 0 else "ended"
     try:
@@ -165,7 +165,7 @@ def _status_in_words(status: int | None) -> str:
 
 
 def repeating(command: str) -> str:
-    """Return a command line that repeats a run in a new directory: without that of the run, and from its first step."""
+    """Return a command line that repeats a run from its first step: in a new directory, without resuming."""
     kept: list[str] = []
     words = iter(shlex.split(command))
     for word in words:
@@ -177,7 +177,7 @@ def repeating(command: str) -> str:
 
 
 def _classes(config: Any) -> list[str]:
-    """Return the names of the classes, where the held-out data have a vocabulary of labels."""
+    """Return the names of the classes, if the held-out data have a vocabulary of labels."""
     try:
         names = config["data"]["eval"]["vocabulary"]["label"]
     except (KeyError, TypeError):

@@ -26,10 +26,10 @@ _COUNTERS = {
 
 
 def sections(runs: Sequence[ReportedRun], differences: Mapping[str, Sequence[Any]]) -> dict[str, str]:
-    """Return the HTML of each part by its place on the page; a part with nothing to say is empty.
+    """Return the HTML of each part by its place on the page; a part without content is empty.
 
     Args:
-      runs: of the report.
+      runs: the runs of the report.
       differences: settings that differ, each with its value in every run.
     """
     return {
@@ -45,7 +45,7 @@ def sections(runs: Sequence[ReportedRun], differences: Mapping[str, Sequence[Any
 
 
 def seconds_in_words(seconds: float) -> str:
-    """Return a duration for people: 0 s, 250 ms, 12.3 s, 4 min 5 s, 2 h 3 min."""
+    """Return a duration in readable form: 0 s, 250 ms, 12.3 s, 4 min 5 s, 2 h 3 min."""
     if seconds < 1:
         return f"{seconds * 1000:.3g} ms" if seconds else "0 s"
     if seconds < 59.95:
@@ -56,7 +56,7 @@ def seconds_in_words(seconds: float) -> str:
 
 
 def bytes_in_words(count: float) -> str:
-    """Return a size for people, in powers of 1024."""
+    """Return a size in readable form, in powers of 1024."""
     units = ["B", "KiB", "MiB", "GiB", "TiB"]
     while abs(count) >= 1024 and len(units) > 1:
         count, units = count / 1024, units[1:]
@@ -101,7 +101,7 @@ def _facts(run: ReportedRun) -> list[tuple[str, str]]:
 
 
 def _command(run: ReportedRun) -> str:
-    """Return how to repeat the run: its command, and the commit of the experiment."""
+    """Return how to repeat the run: the command and the commit of the experiment."""
     if not run.again:
         return '<p class="quiet">Started from Python: no command was recorded.</p>'
     git = run.record.extra.get("git")
@@ -179,7 +179,7 @@ def _memory(runs: Sequence[ReportedRun]) -> str:
     peaks = [run.record.extra.get("peak_memory_bytes") or {} for run in runs]
     devices = sorted({device for each in peaks for device in each}, key=lambda device: (len(device), device))
     if not devices:
-        return '<p class="quiet">The devices did not report how much memory they used, as on CPU.</p>'
+        return '<p class="quiet">The devices do not report how much memory they use; CPU devices never do.</p>'
     rows = [[f"device {html.escape(device)}", *(_size(each.get(device)) for each in peaks)] for device in devices]
     return _table(["Most memory", *map(_head, range(len(runs)), runs)], rows, numbers=True)
 
@@ -222,7 +222,7 @@ def _swatch(number: int) -> str:
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]], *, numbers: bool = False) -> str:
-    """Return a table of cells that are HTML already; wide ones scroll."""
+    """Return a table of cells that are already HTML; wide tables scroll."""
     body = "".join(f"<tr>{_cells('td', row)}</tr>" for row in rows)
     kind = ' class="numbers"' if numbers else ""
     head_row = f"<thead><tr>{_cells('th', head)}</tr></thead>"

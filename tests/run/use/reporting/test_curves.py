@@ -53,7 +53,7 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row(1)) + '\n{"step": 2, "los')
     assert curves.read_rows(tmp_path) == [row(1)]
     (tmp_path / "metrics.jsonl").write_text('{"step": 2, "los\n')
-    with pytest.raises(ValueError, match="must hold one JSON object a line"):
+    with pytest.raises(ValueError, match="must hold one JSON object per line"):
         curves.read_rows(tmp_path)
 
 

@@ -80,9 +80,9 @@ def test_an_older_report_is_replaced_and_any_other_file_kept(tmp_path, two):
     report_page.write([run_dir], tmp_path / "old.html")
     (tmp_path / "mine.html").write_text("mine")
     for out, message in (
-        ("mine.html", "is not a report, so it is kept"),
+        ("mine.html", "is not a report, so it is not replaced"),
         ("none/x.html", "there is no"),
-        ("a", "kept"),
+        ("a", "not replaced"),
     ):
         with pytest.raises(errors.UserError, match=message):
             report_page.write([run_dir], tmp_path / out)
@@ -91,7 +91,7 @@ def test_an_older_report_is_replaced_and_any_other_file_kept(tmp_path, two):
 
 def test_a_page_that_is_too_large_is_not_written(tmp_path):
     run_dir = write_run(tmp_path / "a", config={"x": "y" * 2_500_000})
-    with pytest.raises(errors.UserError, match="at most 4 MB"):
+    with pytest.raises(errors.UserError, match="4 MB at most"):
         report_page.write([run_dir], tmp_path / "x.html")
     assert not (tmp_path / "x.html").exists()
 

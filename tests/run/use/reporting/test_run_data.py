@@ -59,5 +59,5 @@ def test_a_long_run_is_thinned(tmp_path, monkeypatch):
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
-    with pytest.raises(errors.UserError, match=r"holds no run\.json"):
+    with pytest.raises(errors.UserError, match=r"has no run\.json"):
         run_data.read([tmp_path])
