@@ -12,6 +12,7 @@ from jaxdist.errors import ExitStatus
 from jaxdist.launch.joining import runtime
 from jaxdist.run.use import exports, predictions, run_list, trained
 from jaxdist.run.use.reporting import live_page, report_page
+from jaxdist.rundir import confusion
 from jaxdist.rundir.writers import format_metrics
 
 COMPARE = "compare"
@@ -46,7 +47,8 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"run_dir": str(run.run_dir), "step": run.step, "data": options.data, "metrics": found}))
     else:
-        print(f"step {run.step}, {options.data}: {format_metrics(found)}")
+        line = f"step {run.step}, {options.data}: {format_metrics(found)}"
+        print("\n".join(filter(None, (line, confusion.format_tables(found)))))
     return ExitStatus.OK
 
 

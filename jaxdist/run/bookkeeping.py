@@ -21,7 +21,7 @@ from jaxdist.run.custom import user_hooks
 from jaxdist.run.progress_display import Bounds, Silent, deciding, make_display
 from jaxdist.run.stopwatch import StepTimes, Stopwatch
 from jaxdist.run.warm_start import beginning
-from jaxdist.rundir import files, full_disk, origin, record, rich_values, writers
+from jaxdist.rundir import confusion, files, full_disk, origin, record, rich_values, writers
 from jaxdist.stop import Progress
 
 
@@ -283,6 +283,7 @@ class Bookkeeper:
         """Wait for the last checkpoint, write the last record, show how the run ended, and return the record."""
         self.checkpointer.wait()
         made = self.write_record(end_reason, params)
+        self.display.update(made.step, self.progress.metrics, epoch=self.progress.epoch)
         self.display.finish(self._summary(made))
         return made
 
@@ -382,7 +383,9 @@ class Bookkeeper:
         """Return what a user is shown when a run has ended."""
         run_dir = self.attempt.run_dir
         evaluated = {
-            name: value for name, value in made.metrics.items() if name.startswith("eval/") and value is not None
+            name: value
+            for name, value in confusion.without_entries(made.metrics).items()
+            if name.startswith("eval/") and value is not None
         }
         return {
             "end reason": made.end_reason,

@@ -162,12 +162,8 @@ def put_together(experiment: Experiment, *, devices: Sequence[jax.Device], ident
     # A leaf that cannot be sharded as requested is found here, before anything is written.
     abstract = state.abstract_state(functions.init_fn, optimizer, mesh=strategy.mesh, layout=strategy.layout)
     eval_loaders = make_eval_loaders(experiment)
-    eval_shapes = {name: example_batch(each) for name, each in eval_loaders.items()}
     collect_fn = make_collect_fn(experiment, functions)
-    preflight.check(experiment, functions, abstract, shapes, eval_shapes, collect_fn)
-    preflight.check_forms(functions, abstract, check_samples(loader, among=_EARLY_BATCHES), held_out=False)
-    for each in eval_loaders.values():
-        preflight.check_forms(functions, abstract, check_samples(each), held_out=True)
+    check_early(experiment, functions, abstract, loader, eval_loaders)
     return Parts(
         experiment=experiment,
         identity=identity or identity_of(experiment, loader.beginning.fingerprint),
@@ -184,6 +180,27 @@ def put_together(experiment: Experiment, *, devices: Sequence[jax.Device], ident
         eval_step=strategy.make_eval_step(functions.eval_fn) if eval_loaders else None,
         collecting=make_collecting(experiment, strategy.make_collect_step, collect_fn),
     )
+
+
+def check_early(
+    experiment: Experiment,
+    functions: adapters.Functions,
+    abstract: state.TrainState,
+    loader: data.Loader,
+    eval_loaders: Mapping[str, data.Loader],
+) -> None:
+    """Check all that can be known before the first step: model, loss and metrics are traced, and examples read.
+
+    Raises:
+      ValueError: something is wrong; see `preflight`.
+    """
+    experiment.stop.rule()
+    collect_fn = make_collect_fn(experiment, functions)
+    eval_shapes = {name: example_batch(each) for name, each in eval_loaders.items()}
+    preflight.check(experiment, functions, abstract, example_batch(loader), eval_shapes, collect_fn)
+    preflight.check_forms(functions, abstract, check_samples(loader, among=_EARLY_BATCHES), held_out=False)
+    for each in eval_loaders.values():
+        preflight.check_forms(functions, abstract, check_samples(each), held_out=True)
 
 
 def check_samples(loader: data.Loader, *, among: int | None = None) -> list[dict[str, jax.ShapeDtypeStruct]]:

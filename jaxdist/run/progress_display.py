@@ -16,7 +16,7 @@ import rich.console
 import rich.progress
 
 from jaxdist import stop
-from jaxdist.rundir import writers
+from jaxdist.rundir import confusion, writers
 
 SHOWN = ("loss", "accuracy")
 """The metrics a bar has room for, by the last part of their name, besides the deciding one; lines show all of them."""
@@ -239,8 +239,10 @@ class Lines:
 
     def update(self, step: int, metrics: Mapping[str, Any] | None = None, *, epoch: int = 0) -> None:
         """See Display."""
-        self._latest.update(metrics or {})
-        self._pace.step, self._unsaid = step, True
+        latest = {**self._latest, **(metrics or {})}
+        self._unsaid = self._unsaid or step != self._pace.step or latest.keys() != self._latest.keys()
+        self._unsaid = self._unsaid or any(value is not self._latest[name] for name, value in latest.items())
+        self._latest, self._pace.step = latest, step
         now = self._pace.clock()
         ended, self._epoch = epoch > self._epoch, epoch
         if now >= self._due or (ended and now >= self._epoch_due):
@@ -348,8 +350,15 @@ class Bar:
 
 
 def _texts_of(metrics: Mapping[str, Any], deciding: Deciding | None = None) -> list[str]:
-    """Return `name value` for each metric; the deciding one first, with how it stands."""
-    texts = {name: f"{name.removeprefix('train/')} {writers.format_number(value)}" for name, value in metrics.items()}
+    """Return `name value` for each metric but the counts of confusion matrices; the deciding one first, with how it
+    stands.
+    """
+    shown = {
+        name: value
+        for name, value in metrics.items()
+        if not confusion.is_entry(name) or (deciding and name == deciding.metric)
+    }
+    texts = {name: f"{name.removeprefix('train/')} {writers.format_number(value)}" for name, value in shown.items()}
     if deciding is None or deciding.metric not in texts:
         return list(texts.values())
     first = f"{texts.pop(deciding.metric)} {deciding.standing()}".rstrip()

@@ -21,7 +21,7 @@ from typing import Any, Protocol, TextIO
 
 import jax
 
-from jaxdist.rundir import files, full_disk, open_writers, record, rich_values
+from jaxdist.rundir import confusion, files, full_disk, open_writers, record, rich_values
 
 JSONL_NAME = "metrics.jsonl"
 CSV_NAME = "metrics.csv"
@@ -114,8 +114,8 @@ def format_number(value: Any) -> str:
 
 
 def format_metrics(metrics: Mapping[str, Any]) -> str:
-    """Return the metrics as one readable line, in the given order."""
-    return "  ".join(f"{name} {format_number(value)}" for name, value in metrics.items())
+    """Return the metrics as one readable line, in the given order, without the counts of confusion matrices."""
+    return "  ".join(f"{name} {format_number(value)}" for name, value in confusion.without_entries(metrics).items())
 
 
 class ConsoleWriter:

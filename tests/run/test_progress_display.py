@@ -251,3 +251,28 @@ def test_a_line_is_cut_by_whole_parts_that_need_not_be_kept(parts, width):
     assert line[0] == parts[0]
     assert line == [part for part in parts if part in line]
     assert len("  ".join(line)) <= width or line == parts[:1]
+
+
+def test_the_counts_of_a_confusion_matrix_are_in_no_line():
+    clock, stream = Clock(), io.StringIO()
+    metrics = {"eval/loss": 0.5, "eval/confusion_0_1": 3.0, "eval/night/confusion_0_1": 3.0}
+    with progress_display.Lines(make_pace(clock), stream) as lines:
+        lines.update(1, metrics)
+    assert "eval/loss 0.5" in stream.getvalue()
+    assert "confusion" not in stream.getvalue()
+    watched = progress_display.Deciding("eval/confusion_0_1", stop.Stop(max_steps=9), lambda: [3.0])
+    with progress_display.Lines(make_pace(clock), stream, deciding=watched) as lines:
+        lines.update(1, metrics)
+    assert "eval/confusion_0_1 3 (best 3)" in stream.getvalue()
+
+
+def test_the_last_line_is_said_once_with_what_came_after_the_last_update():
+    clock, stream = Clock(), io.StringIO()
+    with progress_display.Lines(make_pace(clock), stream) as lines:
+        for step, metrics in ((1, {"loss": 1.0}), (1, {"loss": 1.0}), (2, {"loss": 0.5})):
+            lines.update(step, metrics)
+        assert stream.getvalue().count("\n") == 1
+        lines.update(2, {"loss": 0.5, "eval/loss": 0.25})
+        lines.finish({})
+    assert [line.split()[1] for line in stream.getvalue().splitlines() if line] == ["1", "2"]
+    assert "eval/loss 0.25" in stream.getvalue().splitlines()[1]

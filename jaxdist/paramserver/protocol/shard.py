@@ -211,7 +211,8 @@ class Shard:
             grads = self.summed[: self.updater.num_params]
             self.squares = -1.0 if commit.skip else sum(float(np.vdot(g, g).real) for g in grads)
         if self.updater.needs_norm and not commit.skip:
-            squares = tuple(float(np.vdot(g, g)) for g in (g.astype(np.float64) for g in self.summed))
+            wide = (g.astype(np.promote_types(g.dtype, np.float64)) for g in self.summed)
+            squares = tuple(float(np.vdot(g, g).real) for g in wide)
             outcome.send(SCHEDULER, messages.Norms(self.shard, commit.step, squares))
         else:
             self._finish_commit(outcome, 0.0)
@@ -292,6 +293,8 @@ class Shard:
 
 
 def _is_finite(values: np.ndarray) -> bool:
+    if np.iscomplexobj(values):
+        return _is_finite(values.real) and _is_finite(values.imag)
     if values.dtype in (np.float32, np.float64):
         with np.errstate(all="ignore"):
             # One pass over the memory. If only the squares overflow, the two passes below give the right answer.

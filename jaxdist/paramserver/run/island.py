@@ -45,7 +45,7 @@ class Island:
         )
         grads = jax.tree.leaves(sums.grads)
         finite = jnp.stack([jnp.isfinite(sums.loss.total), *(jnp.isfinite(leaf).all() for leaf in grads)]).all()
-        squares = sum(jnp.vdot(leaf, leaf) for leaf in grads)
+        squares = sum(jnp.vdot(leaf, leaf).real for leaf in grads)
         pushed = (*grads, *jax.tree.leaves(sums.model_state))
         return pushed, sums.loss, sums.num_examples, sums.metrics, finite, squares
 

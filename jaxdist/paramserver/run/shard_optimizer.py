@@ -36,6 +36,7 @@ class OptaxUpdater:
         self.needs_norm = needs_norm(kind)
         self.shapes, self.num_params = tuple(shapes), len(shapes)
         self._optimizer = optimizer
+        self._inputs = optimizer.inputs if isinstance(optimizer, WithInputs) else None
         self._structure: Any = None
         self._step = jax.jit(self._update)
 
@@ -52,10 +53,11 @@ class OptaxUpdater:
         n = self.num_params
         rest = 0.0
         if self.needs_norm:
-            rest = math.sqrt(max(norm_squared - sum(float(np.vdot(g, g)) for g in grads[:n]), 0.0))
+            rest = math.sqrt(max(norm_squared - sum(float(np.vdot(g, g).real) for g in grads[:n]), 0.0))
         # Left out if it is 1, because another multiplication changes how the compiler rounds those around it.
         factor = None if scale == 1.0 else np.float32(scale)
-        updated, leaves = self._step(params[:n], opt_state, self._tree(grads[:n], rest), factor, np.int32(step))
+        blocks = self._tree(grads[:n], rest)
+        updated, leaves = self._step(params[:n], opt_state, blocks, factor, np.int32(step), self._inputs)
         return (*map(np.asarray, updated), *grads[n:]), tuple(map(np.asarray, leaves))
 
     def _tree(self, blocks: Arrays, rest: float) -> Arrays:
@@ -63,13 +65,19 @@ class OptaxUpdater:
         return (*(block.reshape(shape) for block, shape in zip(blocks, self.shapes, strict=True)), *ghost)
 
     def _update(
-        self, params: Any, opt_state: Any, grads: Any, scale: jax.Array | None, step: jax.Array
+        self,
+        params: Any,
+        opt_state: Any,
+        grads: Any,
+        scale: jax.Array | None,
+        step: jax.Array,
+        inputs: jax.Array | None,
     ) -> tuple[Any, Any]:
         state = jax.tree.unflatten(self._structure, opt_state)
         blocks = tuple(block.reshape(shape) for block, shape in zip(params, self.shapes, strict=True))
         whole = (*blocks, jnp.zeros(GHOST_SHAPE, jnp.float32)) if self.needs_norm else blocks
         # The learning rate goes by all steps, as on devices: its own count leaves out those without an update.
-        extra = {"step": step} if isinstance(self._optimizer, WithInputs) else {}
+        extra = {"step": step, "inputs": inputs} if isinstance(self._optimizer, WithInputs) else {}
         updates, state = optax.with_extra_args_support(self._optimizer).update(grads, state, whole, **extra)
         updates = updates[: len(blocks)]
         if scale is not None:

@@ -26,7 +26,7 @@ from jaxdist.paramserver.run.whole_optimizer import OptimizerSharding
 from jaxdist.run import components
 from jaxdist.spmd import keys
 from jaxdist.spmd.layout import path_name
-from jaxdist.spmd.state import initial_state
+from jaxdist.spmd.state import TrainState, initial_state
 
 NO_LIMIT = 1 << 40
 
@@ -115,6 +115,23 @@ def make_plan(
     _check_order(plan)
     plan.optimizer_sharding()  # raises if the state cannot be divided
     return plan
+
+
+def check_early(plan: Plan) -> None:
+    """Check all that can be known before the first step, as every strategy does.
+
+    Raises:
+      ValueError: something is wrong; see `components.check_early`.
+    """
+    pairs = zip(plan.sharding.shapes, plan.sharding.dtypes)
+    params, model_state = jax.tree.unflatten(
+        plan.structure, [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in pairs]
+    )
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    abstract = TrainState(jax.ShapeDtypeStruct((), np.int32), params, model_state, (), key)  # type: ignore[arg-type]
+    components.check_early(
+        plan.experiment, plan.functions, abstract, plan.loader, components.make_eval_loaders(plan.experiment)
+    )
 
 
 def _choose_kind(optimizer: Any, leaves: Sequence[jax.ShapeDtypeStruct], num_params: int, num_servers: int) -> Kind:

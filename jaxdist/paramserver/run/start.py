@@ -70,6 +70,7 @@ def train(options: Options) -> record.RunRecord:
             known = options.identity.data if options.identity else None
             plan = shared_plan.make_plan(experiment, experiment.ps, fingerprint=known)
             shared_plan.check_microbatches(plan, options.devices)
+            shared_plan.check_early(plan)
             identity = components.identity_of(experiment, plan.loader.beginning.fingerprint)
             weights = None if options.resume else _check_weights(plan, options)
             earlier = directory.prepare_run_dir(

@@ -21,7 +21,7 @@ _crc32c = extras.require("google_crc32c", extra="paramserver")
 
 DTYPES = (
     *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
-    *("float16", "float32", "float64", "bfloat16"),
+    *("float16", "float32", "float64", "bfloat16", "complex64", "complex128"),
 )
 MAX_ARRAY_BYTES = 1 << 40
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,8 +56,8 @@ def serve(plan):
     return leaves, plan.optimizer_sharding().join([answer.opt_state for answer in cut.shards])
 
 
-def simulate(plan):
-    """Return the simulation of a run."""
+def simulate(plan, leaves=None):
+    """Return the simulation of a run, from the leaves of the tiny experiment or from others."""
     island = Island(plan, jax.devices()[:1])
 
     def gradient(lease, params):
@@ -66,7 +67,7 @@ def simulate(plan):
         seed=1,
         settings=plan.settings,
         faults=Faults(until=0.0),
-        params=plan.sharding.split(leaves_of(plan)),
+        params=plan.sharding.split(leaves_of(plan) if leaves is None else leaves),
         gradient=gradient,
         make_updater=lambda: None,
         roles=Roles(shard=lambda *, shard, **rest: plans.make_shard(plan, shard)),
@@ -214,3 +215,59 @@ def test_a_batch_of_which_nothing_counts_makes_no_update_and_training_continues(
 def test_loss_scaling_is_refused():
     with pytest.raises(ValueError, match="does not scale losses"):
         make_plan(1, 1, ["precision=float16"])
+
+
+class _Phases(nn.Module):
+    """Two logits of one complex product."""
+
+    @nn.compact
+    def __call__(self, image, *, train):
+        def init(key, shape):
+            return jax.random.normal(key, shape, jnp.complex64)
+
+        weights, bias = self.param("w", init, (image.shape[1], 3)), self.param("b", init, (1, 3))
+        product = image.astype(jnp.complex64) @ weights + bias
+        return jnp.stack([jnp.real(product).sum(axis=1), jnp.imag(product).sum(axis=1)], axis=1)
+
+
+class _Tokens(nn.Module):
+    @nn.compact
+    def __call__(self, tokens, *, train):
+        return nn.Dense(2)(nn.Embed(7, 4)(tokens).mean(axis=1))
+
+
+@pytest.mark.parametrize("settings", [{"workers": 2, "servers": 2}, {"workers": 1, "servers": 1, "mode": "async"}])
+@pytest.mark.parametrize(("model", "field"), [(_Phases(), "image"), (_Tokens(), "tokens")], ids=["complex", "integers"])
+def test_complex_params_and_integer_inputs_train_as_in_plain_optax(model, field, settings):
+    """Under Adam, which needs the real squares of complex gradients."""
+    source = tiny_experiment.make_source(tiny_experiment.NUM_TRAIN, 0)
+    fields = {name: np.stack([source[i][name] for i in range(len(source))]) for name in ("image", "label")}
+    fields["tokens"] = np.random.default_rng(0).integers(0, 7, (len(source), 3))
+    experiment = dataclasses.replace(
+        overrides.override(tiny_experiment.get_config(), [f"stop.max_steps={STEPS}"]),
+        model=model,
+        inputs=field,
+        data=jaxdist.Data(train=fields, num_threads=0),
+        optimizer=jaxdist.Optimizer(name="adam", learning_rate=0.03),
+    )
+    plan = plans.make_plan(experiment, ParameterServer(**settings))
+    before = plans.initial_leaves(plan)
+    params, _ = jax.tree.unflatten(plan.structure, before)
+    optimizer = optax.adam(0.03)
+    state = optimizer.init(params)
+
+    def loss(params, inputs, labels):
+        logits = model.apply({"params": params}, inputs, train=True)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    for _, batch in zip(range(STEPS), plan.loader):
+        rows = batch.batch["mask"] > 0
+        grads = jax.grad(loss)(params, batch.batch[field][rows], batch.batch["label"][rows])
+        updates, state = optimizer.update(jax.tree.map(jnp.conj, grads), state, params)
+        params = optax.apply_updates(params, updates)
+    simulation = simulate(plan, leaves=before)
+    cut = [event.what.cut for event in simulation.events if isinstance(event.what, effects.ShowCut)][-1]
+    served = plan.sharding.join([answer.pieces for answer in cut.shards])
+    for got, start, want in zip(served, before, jax.tree.leaves(params), strict=True):
+        assert np.abs(got - start).max() > 0.01
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-6)

@@ -1,8 +1,13 @@
 """An optimizer on a server's blocks; tests/paramserver/run/test_optimizer_kind.py compares all of them with optax."""
 
+import compile_cache
+import jax
 import numpy as np
 import optax
+import pytest
 
+from jaxdist import optimizers
+from jaxdist.optimizers import Optimizer
 from jaxdist.paramserver.run.shard_optimizer import OptaxUpdater
 
 
@@ -22,3 +27,24 @@ def test_a_shard_clips_by_the_norm_over_all_shards():
     params, grads = (np.zeros(2, np.float32),), (np.asarray([3.0, 0.0], np.float32),)
     new, _ = updater.update(params, updater.init(params), grads, step=0, scale=1.0, norm_squared=25.0)
     np.testing.assert_allclose(new[0], [0.6, 0.0], rtol=1e-6)
+
+
+def test_another_learning_rate_is_another_input_of_the_same_program(tmp_path):
+    missed, counts, found = [], [], []
+
+    def listen(event, **_):
+        if event == "/jax/compilation_cache/cache_misses":
+            missed.append(event)
+
+    jax.monitoring.register_event_listener(listen)
+    with compile_cache.compile_once(tmp_path):
+        for rate in (0.1, 0.3):
+            optimizer = optimizers.build(Optimizer(name="sgd", learning_rate=rate), global_batch_size=1)
+            updater = OptaxUpdater(optimizer, kind="elementwise", shapes=[(2,)])
+            ones = (np.ones(2, np.float32),)
+            new, _ = updater.update(ones, updater.init(ones), ones, step=0, scale=1.0, norm_squared=0.0)
+            found.append(float(new[0][0]))
+            counts.append(len(missed))
+    jax.monitoring.unregister_event_listener(listen)
+    assert found == pytest.approx([0.9, 0.7])
+    assert 0 < counts[0] == counts[1]

@@ -1,9 +1,14 @@
 """What is refused before a process starts."""
 
+import dataclasses
 import types
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
+import tiny_experiment
 
+from jaxdist.config import overrides
 from jaxdist.config.parameter_server import ParameterServer
 from jaxdist.paramserver.protocol.settings import Settings
 from jaxdist.paramserver.run import shared_plan
@@ -24,3 +29,32 @@ def test_microbatches_must_divide_the_rows_of_a_slice(parts, devices, rows):
     else:
         shared_plan.check_microbatches(made, devices)
         assert shared_plan.rows_of_a_slice(made, devices) == rows
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        (["stop.target=0.9", "stop.target_metric=eval/acuracy"], r"Did you mean 'eval/accuracy'\?"),
+        (["checkpoints.best_metric=eval/f1"], "checkpoints.best_metric is 'eval/f1', which this experiment does not"),
+        (["stop.max_steps=none", "stop.max_epochs=0"], "stop.max_epochs must be positive"),
+    ],
+)
+def test_what_every_strategy_checks_before_the_first_step_is_checked_here_too(assignments, message):
+    experiment = overrides.override(tiny_experiment.get_config(), assignments)
+    with pytest.raises(ValueError, match=message):
+        shared_plan.check_early(shared_plan.make_plan(experiment, ParameterServer(workers=1)))
+
+
+def test_held_out_examples_and_the_gradient_are_checked_here_too():
+    tiny = tiny_experiment.get_config()
+    narrow = {"image": np.zeros((5, 3), np.float32), "label": np.zeros(5, np.int32)}
+    data = dataclasses.replace(tiny.data, eval=narrow)
+
+    def rounded(outputs, batch):
+        return jnp.round(outputs).sum(axis=1), {}
+
+    for changes, message in (({"data": data}, "The evaluation fails"), ({"loss": rounded}, "of every param is 0")):
+        plan = shared_plan.make_plan(dataclasses.replace(tiny, **changes), ParameterServer(workers=1))
+        with pytest.raises(ValueError, match=message):
+            shared_plan.check_early(plan)
+    shared_plan.check_early(shared_plan.make_plan(tiny, ParameterServer(workers=1)))

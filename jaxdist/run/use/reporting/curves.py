@@ -4,18 +4,16 @@ import dataclasses
 import itertools
 import json
 import pathlib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxdist.rundir import writers
+from jaxdist.rundir import confusion, writers
 
 SPEED = "examples_per_second"
 """The name of a computed curve: the examples between two rows of metrics, divided by the seconds between them."""
 _PLACES = ("step", "examples_seen", "seconds")
-_CONFUSION = re.compile(r"(?:(?P<where>.*)/)?confusion_(?P<label>\d+)_(?P<predicted>\d+)")
 _DIGITS = 6
 
 
@@ -53,11 +51,9 @@ def read_rows(run_dir: pathlib.Path) -> list[dict[str, Any]]:
 def curves(rows: Sequence[Mapping[str, Any]], *, most_points: int) -> dict[str, Curve]:
     """Return the curve of each metric, in the order in which they appear, and the curve of the speed.
 
-    The counts of a confusion matrix are left out; see `confusion_matrices`.
+    The counts of a confusion matrix are left out; see `rundir.confusion`.
     """
-    names = dict.fromkeys(
-        name for row in rows for name in row if name not in _PLACES and not _CONFUSION.fullmatch(name)
-    )
+    names = dict.fromkeys(name for row in rows for name in row if name not in _PLACES and not confusion.is_entry(name))
     found = {name: _curve([row for row in rows if name in row], name, most_points) for name in names}
     speeds = _speeds(rows)
     return found | ({SPEED: _curve(speeds, SPEED, most_points)} if speeds else {})
@@ -103,23 +99,3 @@ def thin(values: np.ndarray, most: int) -> np.ndarray:
             inside = part[finite]
             kept |= {int(inside[np.argmin(values[inside])]), int(inside[np.argmax(values[inside])])}
     return np.array(sorted(kept))
-
-
-def confusion_matrices(metrics: Mapping[str, float | None]) -> dict[str, list[list[float]]]:
-    """Return the confusion matrices among the last metrics of a run by their set of data: counts[label][class]."""
-    found: dict[str, dict[tuple[int, int], float]] = {}
-    for name, value in metrics.items():
-        if (match := _CONFUSION.fullmatch(name)) and value is not None:
-            place = int(match["label"]), int(match["predicted"])
-            found.setdefault(match["where"] or "", {})[place] = value
-    return {where: _square(counts) for where, counts in found.items()}
-
-
-def is_of_confusion_matrix(name: str) -> bool:
-    """Return whether a metric is a count of a confusion matrix."""
-    return _CONFUSION.fullmatch(name) is not None
-
-
-def _square(counts: Mapping[tuple[int, int], float]) -> list[list[float]]:
-    size = 1 + max(max(place) for place in counts)
-    return [[counts.get((label, predicted), 0.0) for predicted in range(size)] for label in range(size)]

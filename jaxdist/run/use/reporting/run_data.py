@@ -13,7 +13,7 @@ from jaxdist.launch.supervising import supervisor
 from jaxdist.run import directory
 from jaxdist.run.use import run_list
 from jaxdist.run.use.reporting import curves
-from jaxdist.rundir import record
+from jaxdist.rundir import confusion, record
 
 MOST_POINTS = 40_000
 """Most points of all curves of a page together; each takes about 30 bytes."""
@@ -121,7 +121,7 @@ def _run(name: str, run_dir: pathlib.Path, found: Mapping[str, curves.Curve]) ->
         ended=run_list.how_ended(run_dir, made),
         record=made,
         curves=found,
-        confusion=curves.confusion_matrices(made.metrics),
+        confusion=confusion.matrices(made.metrics),
         classes=_classes(made.config),
         attempts=attempts(run_dir),
         nonfinite=why.read_text(errors="replace")[:_MOST_CHARACTERS] if why.exists() else "",

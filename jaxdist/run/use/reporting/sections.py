@@ -5,9 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxdist.run.stopwatch import ACCOUNTS
-from jaxdist.run.use.reporting import curves
 from jaxdist.run.use.reporting.run_data import AttemptEvent, ReportedRun
-from jaxdist.rundir import record
+from jaxdist.rundir import confusion, record
 from jaxdist.rundir.writers import format_number
 
 _MARKS = {"running": ("●", "live"), "interrupted": ("↻", "again"), "preempted": ("↻", "again"), "hang": ("↻", "again")}
@@ -117,11 +116,7 @@ def _command(run: ReportedRun) -> str:
 
 def _last_metrics(runs: Sequence[ReportedRun]) -> str:
     names = dict.fromkeys(name for run in runs for name in run.record.metrics)
-    rows = [
-        [html.escape(name), *(_last(run, name) for run in runs)]
-        for name in names
-        if not curves.is_of_confusion_matrix(name)
-    ]
+    rows = [[html.escape(name), *(_last(run, name) for run in runs)] for name in names if not confusion.is_entry(name)]
     return _table(["Last value", *map(_head, range(len(runs)), runs)], rows, numbers=True) if rows else ""
 
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxdist.run.use.reporting import curves
+from jaxdist.rundir import confusion
 
 NUMBERS = st.one_of(st.floats(-10, 10), st.just(float("nan")))
 
@@ -59,5 +60,5 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path):
 
 def test_confusion_matrices_are_put_together_and_have_no_curves():
     metrics = {"eval/day/confusion_0_1": 2.0, "eval/day/confusion_1_1": 3.0, "eval/loss": 1.0, "eval/confusion_0_0": 4}
-    assert curves.confusion_matrices(metrics) == {"eval/day": [[0.0, 2.0], [0.0, 3.0]], "eval": [[4]]}
+    assert confusion.matrices(metrics) == {"eval/day": [[0.0, 2.0], [0.0, 3.0]], "eval": [[4]]}
     assert list(curves.curves([row(1, **metrics)], most_points=9)) == ["eval/loss"]
