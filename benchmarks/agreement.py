@@ -7,7 +7,8 @@ sides take turns in the same processes: a loop that cannot be stopped (`none`), 
 step (`store`), and one that adds up a flag by a collective of its own and reads it eight steps later (`collective`),
 which is what one would write by hand; with several devices a process, that one can stand still for ever. `trivial` is
 a step that does next to nothing, `small` one of a few milliseconds. A round's ratio is that of neighbours in time, and
-the median over the rounds is shown.
+the median over the rounds is shown. On a busy machine that is inexact; the median time of one question, in the thread
+that trains, is not.
 """
 
 import argparse
@@ -51,20 +52,23 @@ def main() -> int:
         measured = testing.run_processes(
             measure, work, options.rounds, processes=options.processes, timeout_seconds=3600.0
         )[0]
-        for name, (ours, theirs) in ROWS.items():
-            row = summary(f"{work}, {options.processes} processes: {name}", measured[ours], measured[theirs])
+        speeds, questions = measured
+        rows = [summary(name, speeds[ours], speeds[theirs], "steps/s") for name, (ours, theirs) in ROWS.items()]
+        rows.append(summary("a question, store / collective", questions["store"], questions["collective"], "us"))
+        for row in rows:
+            row["name"] = f"{work}, {options.processes} processes: {row['name']}"
             print(json.dumps(row) if options.json else describe(row))
     return 0
 
 
-def summary(name: str, ours: list[float], theirs: list[float]) -> dict[str, Any]:
-    """Return the row of two sides' steps a second, each a round."""
+def summary(name: str, ours: list[float], theirs: list[float], unit: str) -> dict[str, Any]:
+    """Return the row of what two sides measured, a value for each round."""
     return {
         "name": name,
         "ours": statistics.median(ours),
         "theirs": statistics.median(theirs),
         "ratio": statistics.median(mine / other for mine, other in zip(ours, theirs, strict=True)),
-        "unit": "steps/s",
+        "unit": unit,
         "repeats": len(ours),
         "versions": record.versions(),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, load {os.getloadavg()[1]:.1f}",
@@ -74,11 +78,14 @@ def summary(name: str, ours: list[float], theirs: list[float]) -> dict[str, Any]
 def describe(row: dict[str, Any]) -> str:
     """Return the row as a line."""
     numbers = f"{row['ours']:10.2f} {row['theirs']:10.2f}  {row['unit']}  {row['ratio']:.4f}"
-    return f"{row['name']:42} {numbers}  {row['machine']}"
+    return f"{row['name']:58} {numbers}  {row['machine']}"
 
 
-def measure(work: str, rounds: int) -> dict[str, list[float]]:
-    """Return the steps a second of each side in each round; every process of a job calls this."""
+def measure(work: str, rounds: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Return the steps a second of each side in each round, and the median microseconds of its question.
+
+    Every process of a job calls this.
+    """
     mesh = Mesh(np.asarray(jax.devices()), ("device",))
     loop = Loop(mesh, *WORKS[work])
     loop.run(20, lambda step: False)
@@ -86,15 +93,17 @@ def measure(work: str, rounds: int) -> dict[str, list[float]]:
     loop.run(50, lambda step: False)
     # The same number in every process: the clock of the first one decides.
     steps = int(agreed_number(max(20, 50 * TURN_SECONDS / (time.perf_counter() - start)), mesh))
-    order, found = random.Random(0), {side: [] for side in SIDES}
+    order = random.Random(0)
+    speeds, questions = ({side: [] for side in SIDES} for _ in range(2))
     for _ in range(rounds):
         for side in order.sample(SIDES, len(SIDES)):
             with making_vote(side, mesh) as vote:
                 loop.run(WARM_STEPS, vote)  # decisions follow each other at every step until the pace is known
                 start = time.perf_counter()
-                loop.run(steps, vote, after=WARM_STEPS)
-                found[side].append(steps / (time.perf_counter() - start))
-    return found
+                asked = loop.run(steps, vote, after=WARM_STEPS)
+                speeds[side].append(steps / (time.perf_counter() - start))
+                questions[side].append(1e6 * statistics.median(asked))
+    return speeds, questions
 
 
 class Loop:
@@ -114,17 +123,21 @@ class Loop:
         self.rows = jax.make_array_from_callback(rows.shape, split, lambda index: rows[index])
         self.state = jax.make_array_from_callback((width, width), whole, lambda index: np.zeros((width, width))[index])
 
-    def run(self, steps: int, vote: Callable[[int], bool], *, after: int = 0) -> None:
-        """Make so many steps more, asking after each whether to stop, and wait for the last."""
+    def run(self, steps: int, vote: Callable[[int], bool], *, after: int = 0) -> list[float]:
+        """Make so many more steps, asking after each whether to stop; return the seconds of each question."""
+        asked = []
         ahead: collections.deque[jax.Array] = collections.deque()
         for step in range(after + 1, after + steps + 1):
             self.state, done = self.step(self.state, self.rows)
             ahead.append(done)
             if len(ahead) > MOST_AHEAD:
                 jax.block_until_ready(ahead.popleft())
+            start = time.perf_counter()
             if vote(step):
                 raise AssertionError("nobody asked to stop")
+            asked.append(time.perf_counter() - start)
         jax.block_until_ready(self.state)
+        return asked
 
 
 @contextlib.contextmanager

@@ -107,6 +107,12 @@ def left_at_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def leave_to_parent() -> None:
+    """Ignore stop signals from now on: one that is sent to all processes of a run is for the one that started them."""
+    for number in heeded():
+        signal.signal(number, signal.SIG_IGN)
+
+
 def heeded() -> list[signal.Signals]:
     """Return the stop signals, without a SIGHUP that is ignored: `nohup` keeps a run alive when its terminal closes."""
     return [each for each in STOP_SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]

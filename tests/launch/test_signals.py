@@ -69,6 +69,13 @@ def test_a_supervised_process_leaves_it_to_its_supervisor_when_to_leave_at_once(
     assert done.returncode == 0
 
 
+def test_a_process_may_leave_every_stop_signal_to_its_parent():
+    script = "import os; from jaxdist.launch import signals as s; s.leave_to_parent()\n"
+    script += "for number in s.STOP_SIGNALS: os.kill(os.getpid(), number)\nprint('lives')"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "lives\n"
+
+
 def test_a_hangup_that_is_ignored_stays_so():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -108,6 +108,15 @@ def fork_servers(job):
     return {number for number in ours if "fork_server" in words(number)}
 
 
+def descendants(number):
+    """Return the processes that descend from one, and that one."""
+    fields = {int(path.parent.name): stat(path) for path in pathlib.Path("/proc").glob("[0-9]*/stat")}
+    ours = {number}
+    for _ in range(4):
+        ours |= {each for each, found in fields.items() if found and found[1] in ours}
+    return ours
+
+
 def stat(path):
     with contextlib.suppress(OSError):
         fields = path.read_text().rpartition(")")[2].split()

@@ -82,6 +82,14 @@ LINES = {
         "test_a_lone_process_keeps_a_last_state_that_does_not_fit_on_the_disk_in_memory",
     ],
     "the disk is full before the run begins": [FULL, "test_a_full_disk"],
+    "a stop signal, to the program or to all its processes": ["test_a_stop_signal"],
+    "a process of the server is killed": [
+        "test_a_role_that_is_killed_is_restarted_and_a_killed_program_continues_from_its_checkpoint"
+    ],
+    "the program is killed": [
+        "test_a_role_that_is_killed_is_restarted_and_a_killed_program_continues_from_its_checkpoint"
+    ],
+    "the viewer of such a run closes": ["test_a_viewer_that_closes_its_end_ends_nothing_of_a_server"],
     "a stop signal, and the disk stays full for ten seconds": ["test_a_full_disk"],
     "the disk has no room for a checkpoint": ["test_a_full_disk"],
 }

@@ -52,10 +52,7 @@ def test_a_secret_is_on_no_command_line_and_in_no_file(tmp_path, arguments, proc
 
 def commands(job):
     """Return the command lines and environments of a job's processes, by process: the job and what descends from it."""
-    fields = {int(path.parent.name): ending_jobs.stat(path) for path in pathlib.Path("/proc").glob("[0-9]*/stat")}
-    ours = {job.process.pid}
-    for _ in range(4):
-        ours |= {number for number, found in fields.items() if found and found[1] in ours}
+    ours = ending_jobs.descendants(job.process.pid)
     with contextlib.suppress(OSError):
         return {n: "".join(pathlib.Path(f"/proc/{n}/{f}").read_text() for f in ("cmdline", "environ")) for n in ours}
     return {}

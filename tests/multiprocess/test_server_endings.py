@@ -1,9 +1,12 @@
-"""A parameter server's run on a full disk: the lines of docs/guide/endings.md about it, on a small disk of its own.
+"""What ends a parameter server's run, and what is kept: the lines of docs/guide/endings.md about it.
 
-python -m pytest -m root tests/multiprocess/test_server_endings.py
+python -m pytest -m 'soak or root' tests/multiprocess/test_server_endings.py        # root: small disks of their own
 """
 
+import json
+import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -26,6 +29,80 @@ SCRIPTS = {
     "{train} --restartable; echo status $?",
     "from the start": f"{FILL}; {{train}}; echo status $?; rm fill; {{train}} --restartable; echo status $?",
 }
+
+
+SERVERS = ("--strategy", "parameter-server", "--set", "ps.workers=1", "ps.servers=1")
+
+
+@pytest.fixture
+def start(tmp_path):
+    with ending_jobs.starting(tmp_path) as make:
+        yield lambda *arguments, **settings: make(*arguments, *SERVERS, processes=0, **settings)
+
+
+def train_to(job, step):
+    """Wait until the run has made this step; return the processes of its roles by name."""
+    path = job.run_dir / "ps" / "steps.jsonl"
+    job.wait_for(lambda: path.exists() and made_steps(path) >= step, f"step {step}")
+    found = {}
+    for number in ending_jobs.descendants(job.process.pid):
+        words = ending_jobs.words(number).split("\0")
+        if str(job.run_dir / "ps" / "spec.json") in words:
+            found[words[-3]] = number
+    return found
+
+
+def made_steps(path):
+    return max(
+        [json.loads(line)["step"] for line in path.read_text().splitlines(keepends=True) if line[-1] == "\n"] or [0]
+    )
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("target", ["observer", "all"])
+def test_a_stop_signal(start, number, target):
+    """To the program alone, as Ctrl-C sends it, or to all processes at once, as systemd and container engines do."""
+    job = start()
+    roles = train_to(job, 6)
+    assert set(roles) == {"scheduler", "server/0/a", "worker/0"}
+    for _ in range(2 if target == "all" else 1):
+        ending_jobs.kill(number, *(roles.values() if target == "all" else ()), job.process.pid)
+    assert job.end() == 75, job.text()
+    assert "Traceback" not in job.text()
+    made = record.RunRecord.read(job.run_dir)
+    assert (made.end_reason, made.step) == ("preempted", job.saved_step())
+    assert made.step >= 6
+    assert made.extra["ps"]["rollbacks"] == 0
+
+
+@pytest.mark.soak
+def test_a_role_that_is_killed_is_restarted_and_a_killed_program_continues_from_its_checkpoint(start):
+    job = start(save_every=5)
+    roles = train_to(job, 6)
+    ending_jobs.kill(signal.SIGKILL, roles["worker/0"])
+    after = made_steps(job.run_dir / "ps" / "steps.jsonl")
+    again = train_to(job, after + 3)
+    assert again["worker/0"] != roles["worker/0"]
+    job.wait_for(job.saved_step, "a checkpoint")
+    ending_jobs.kill(signal.SIGKILL, job.process.pid)
+    assert job.end() == -signal.SIGKILL
+    saved = job.saved_step()
+    assert saved
+    job = start("--resume", steps=saved + 20, save_every=5)
+    assert job.end(180.0) == 0, job.text()
+    assert record.RunRecord.read(job.run_dir).step == saved + 20
+    assert "Traceback" not in job.text()
+
+
+@pytest.mark.soak
+def test_a_viewer_that_closes_its_end_ends_nothing_of_a_server(start):
+    told, tell = os.pipe()
+    job = start("--set", "writers=('console','jsonl')", "log_every=1", steps=60, output=tell)
+    os.close(tell)
+    os.close(told)
+    assert job.end(120.0) == 0, job.text()
+    assert record.RunRecord.read(job.run_dir).end_reason == "max_steps"
 
 
 @pytest.mark.root

@@ -6,7 +6,7 @@ It imports neither JAX nor the experiment, so it restarts quickly after a crash.
 import pathlib
 import sys
 
-from jaxdist.launch import parent
+from jaxdist.launch import parent, signals
 from jaxdist.paramserver.processes import faults, role
 from jaxdist.paramserver.processes.driver import Driver, Log
 from jaxdist.paramserver.processes.reports import ReportFiles, Statistics, statistics_of
@@ -38,4 +38,5 @@ def make_scheduler(name: str, spec: Spec) -> tuple[Driver, Statistics]:
 
 if __name__ == "__main__":
     parent.die_with_parent()
+    signals.leave_to_parent()  # servers must live to be saved
     sys.exit(role.main(sys.argv[1:], make_scheduler))

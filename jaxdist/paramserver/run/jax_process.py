@@ -9,7 +9,7 @@ import sys
 from typing import Any, cast
 
 from jaxdist.config import hidden_settings, loading, overrides
-from jaxdist.launch import parent
+from jaxdist.launch import parent, signals
 from jaxdist.launch.joining import runtime
 from jaxdist.paramserver.processes import faults, role
 from jaxdist.paramserver.processes.driver import Driver, write_file
@@ -80,4 +80,5 @@ def _make_server(name: str, boot: int, plan: Any, spec: Spec) -> tuple[Driver, S
 
 if __name__ == "__main__":
     parent.die_with_parent()
+    signals.leave_to_parent()  # servers must live to be saved
     sys.exit(role.main(sys.argv[1:], make))

@@ -1,12 +1,14 @@
 """Real processes without JAX: what the launcher does with their ends, their output and its own end."""
 
 import contextlib
+import os
 import pathlib
 import signal
 import socket
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
@@ -132,6 +134,32 @@ time.sleep(600)
     launcher.terminate()
     assert launcher.wait(timeout=30) == ExitStatus.RETRY
     assert [local_job.log_path(tmp_path, number).read_text() for number in range(2)] == 2 * ["SIGTERM\n"]
+
+
+class Noting:
+    """A process that notes the signals that it gets."""
+
+    def __init__(self):
+        self.got = []
+
+    def send_signal(self, number):
+        self.got.append(number)
+
+
+def test_signals_within_a_second_are_one_request_and_a_later_one_kills(monkeypatch):
+    """A service manager signals a supervisor more than once, and a shell all processes of a group."""
+    now, process = [100.0], Noting()
+    monkeypatch.setattr(local_job, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    with local_job.Signals() as signals:
+        signals.processes = [process]
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP):
+            os.kill(os.getpid(), number)
+            now[0] += 0.3
+        assert (signals.received, process.got) == ([signal.SIGTERM], [signal.SIGTERM])
+        now[0] += 0.2
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received == [signal.SIGTERM, signal.SIGINT]
+        assert process.got == [signal.SIGTERM, signal.SIGKILL]
 
 
 def test_processes_die_with_their_launcher(tmp_path):
