@@ -1,11 +1,21 @@
+import errno
 import itertools
 import shutil
 import types
 
 import jax
 import jax.numpy as jnp
+import pytest
 
+from jaxdist.checkpoint import checkpoints
 from jaxdist.run import disk_room
+
+
+def no_space():
+    error = checkpoints.CheckpointError("x")
+    error.__cause__ = OSError(errno.EDQUOT, "Disk quota exceeded")
+    return error
+
 
 STATE = {"params": jnp.zeros((1024, 1024)), "key": jax.random.key(0)}
 
@@ -49,3 +59,22 @@ def test_a_disk_of_unknown_size_or_that_is_gone_is_left_to_the_save(tmp_path, mo
     assert disk_room.has_room(STATE, tmp_path / "missing")
     set_free(monkeypatch, 0, total=0)
     assert disk_room.has_room(STATE, tmp_path)
+
+
+@pytest.mark.parametrize("error", [checkpoints.NoRoomError("no room"), no_space()], ids=["foreseen", "quota"])
+def test_a_save_that_fails_for_a_full_disk_is_left_out_and_other_failures_are_raised(tmp_path, capsys, error):
+    """A quota shows only in the save itself."""
+    errors, saved = iter([error, None, checkpoints.CheckpointError("of another run")]), []
+
+    def save(info):
+        if found := next(errors):
+            raise found
+        saved.append(info.step)
+
+    hook = disk_room.unless_full(save, tmp_path, agreed=lambda number: number, clock=itertools.count().__next__)
+    hook(types.SimpleNamespace(step=1, state=STATE))
+    hook(types.SimpleNamespace(step=2, state=STATE))
+    assert saved == [2]
+    assert capsys.readouterr().err.count("has no room for a checkpoint") == 1
+    with pytest.raises(checkpoints.CheckpointError, match="of another run"):
+        hook(types.SimpleNamespace(step=3, state=STATE))
