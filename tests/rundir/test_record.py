@@ -206,6 +206,25 @@ def test_a_config_becomes_plain_data():
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class Hub:
+    api_key: str = "k-1"
+    options: dict = dataclasses.field(default_factory=lambda: {"db.password": "k-2", "rows": 3})
+    call: object = functools.partial(nn.relu, access_token="k-3")
+    pad_token: str = "<pad>"
+    use_token: bool = True
+    next_token: int = 7
+
+
+def test_what_is_named_like_a_secret_is_hidden_wherever_it_stands():
+    plain = record.plain({"data": [Hub()]})
+    assert "k-" not in json.dumps(plain)
+    (hub,) = plain["data"]
+    assert (hub["api_key"], hub["options"]) == (record.HIDDEN, {"db.password": record.HIDDEN, "rows": 3})
+    assert hub["call"]["keywords"] == {"access_token": record.HIDDEN}
+    assert (hub["pad_token"], hub["use_token"], hub["next_token"]) == ("<pad>", True, 7)
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
