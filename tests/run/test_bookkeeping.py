@@ -210,3 +210,13 @@ def test_the_report_on_a_step_that_is_not_finite_says_what_is_kept(tmp_path, cap
     assert text == capsys.readouterr().err
     assert text.startswith("Because.\n")
     assert kept in text
+
+
+def test_the_total_of_the_display_follows_another_batch_size(tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(bookkeeping, "make_display", lambda bounds, **_: found.append(bounds) or bookkeeping.Silent())
+    # After 24 steps that came to as many examples as 6 of the present batch size.
+    progress = Progress(step=24, schedule_offset=-18)
+    books = make_books(tmp_path / "run", "stop.max_steps=none", "stop.max_epochs=5", progress=progress)
+    with books.shown():
+        assert found[0].last_step == 24 + (20 - 6)
