@@ -103,7 +103,7 @@ def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.
                 agreed.meet("the run directory is checked")
                 if options.overwrite:
                     if runtime.is_first():
-                        directory.remove_run(options.run_dir, of_job=not runtime.is_alone())
+                        directory.set_run_aside(options.run_dir, of_job=not runtime.is_alone())
                     agreed.meet("the earlier run is removed")
             with directory.naming_what_changed(experiment, earlier):
                 start = _begin(stack, parts, options, stopwatch, earlier, agreed, began_with)

@@ -276,16 +276,23 @@ class Bookkeeper:
             own = {name: value for name, value in self.progress.metrics.items() if self._measured.get(name) == step}
             self.checkpointer.save(step, state, data_state, own)
         self._saved_step = step
+        self._forget_replaced()
         self.write_record(None)
         self.call_hooks("on_checkpoint", state)
 
     def finish(self, end_reason: str, params: Any | None) -> record.RunRecord:
         """Wait for the last checkpoint, write the last record, show how the run ended, and return the record."""
         self.checkpointer.wait()
+        self._forget_replaced()
         made = self.write_record(end_reason, params)
         self.display.update(made.step, self.progress.metrics, epoch=self.progress.epoch)
         self.display.finish(self._summary(made))
         return made
+
+    def _forget_replaced(self) -> None:
+        """Remove the run that this one has replaced, once this one has a checkpoint that is complete."""
+        if jax.process_index() == 0 and self.checkpointer.latest_step() is not None:
+            directory.forget_replaced(self.attempt.run_dir)
 
     def write_record(self, end_reason: str | None, params: Any | None = None) -> record.RunRecord:
         """Write run.json, on process 0, and return what it says.

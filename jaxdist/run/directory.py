@@ -26,6 +26,8 @@ from jaxdist.rundir import ledger, record, writers
 CHECKPOINTS_NAME = checkpoints.FOLDER_NAME
 SET_ASIDE_NAME = "set-aside"
 """Folder for checkpoints that are newer than one the user went back to."""
+REPLACED_NAME = "replaced"
+"""Folder for the run that another one replaces, until that has saved a checkpoint."""
 NONFINITE_NAME = "nonfinite.txt"
 SERVERS_NAME = "ps"
 """Folder of the processes of a parameter server."""
@@ -64,7 +66,7 @@ def prepare_run_dir(
 ) -> record.RunRecord | None:
     """Create the run directory, or check that it may be used; return the record of the run to resume.
 
-    With `overwrite` a run there may be replaced, which `remove_run` does once everything else is checked.
+    With `overwrite` a run there may be replaced, which `set_run_aside` does once everything else is checked.
 
     Raises:
       ConfigError: not writable, holding another experiment's run, or a run that `resume` does not ask for; or
@@ -182,21 +184,43 @@ def naming_what_changed(experiment: Experiment, earlier: record.RunRecord | None
         raise ConfigError(f"{error} Since the run was recorded, this was changed: {changed}.") from error
 
 
-def remove_run(run_dir: pathlib.Path, *, of_job: bool) -> None:
-    """Remove the run in `run_dir`, also what it left in memory, and none of a user's other files; the record goes last.
+def set_run_aside(run_dir: pathlib.Path, *, of_job: bool) -> None:
+    """Move the run in `run_dir` to the folder `replaced`, and none of a user's other files; the record goes last.
+
+    It stays there until the new run has saved a checkpoint (see `forget_replaced`), so that whenever a process is
+    killed one of the two can be continued. A run that has saved none has replaced nothing yet: it is removed, and what
+    it was to replace is kept. What the run left in memory is removed.
 
     Args:
       run_dir: holds a run; its lock is held.
       of_job: whether a supervisor wrote logs of the present job there, which stay.
     """
+    aside = run_dir / REPLACED_NAME
+    saved = run_dir / CHECKPOINTS_NAME
+    if (aside / record.FILE_NAME).exists() and saved.is_dir() and any(path.name.isdigit() for path in saved.iterdir()):
+        shutil.rmtree(aside)
+    keeps = not (aside / record.FILE_NAME).exists()
     names = [*_RUN_FILES, *_MORE_RUN_FILES, *(() if of_job else _JOB_FILES), record.FILE_NAME]
-    for path in (run_dir / name for name in names):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+    for name in names:
+        if keeps and os.path.lexists(run_dir / name) and not os.path.lexists(aside / name):
+            aside.mkdir(exist_ok=True)
+            (run_dir / name).rename(aside / name)
         else:
-            path.unlink(missing_ok=True)
+            _remove(run_dir / name)
     for memory in supervisor.left_behind(run_dir):
         shutil.rmtree(memory)
+
+
+def forget_replaced(run_dir: pathlib.Path) -> None:
+    """Remove the run that the present one has replaced; call it once this one has a checkpoint."""
+    _remove(run_dir / REPLACED_NAME)
+
+
+def _remove(path: pathlib.Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def open_checkpoints(
@@ -241,9 +265,11 @@ def check_nothing_is_lost(
     saved = None if earlier is None else _saved_step(earlier)
     if saved is None or checkpointer.latest_step() is not None:
         return
+    moved = run_dir / REPLACED_NAME / CHECKPOINTS_NAME
+    where = f"Restore {CHECKPOINTS_NAME}/" + (f" from {moved}" if moved.exists() else "")
     raise ConfigError(
         f"A run is resumed from its newest checkpoint; {run_dir / record.FILE_NAME} names a checkpoint of step "
-        f"{saved}, and {run_dir / CHECKPOINTS_NAME} holds none. Restore {CHECKPOINTS_NAME}/, or start again in "
+        f"{saved}, and {run_dir / CHECKPOINTS_NAME} holds none. {where}, or start again in "
         "another --run-dir."
     )
 

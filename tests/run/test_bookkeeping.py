@@ -220,3 +220,21 @@ def test_the_total_of_the_display_follows_another_batch_size(tmp_path, monkeypat
     books = make_books(tmp_path / "run", "stop.max_steps=none", "stop.max_epochs=5", progress=progress)
     with books.shown():
         assert found[0].last_step == 24 + (20 - 6)
+
+
+def test_the_run_that_was_replaced_is_kept_until_there_is_a_checkpoint(tmp_path):
+    class Slow(Checkpoints):
+        """Writes in the background: a step counts once the next one is saved, or after `wait`."""
+
+        def latest_step(self):
+            done = self.saved if self.waited else self.saved[:-1]
+            return done[-1][0] if done else None
+
+    aside = tmp_path / "run" / "replaced"
+    aside.mkdir(parents=True)
+    books = make_books(tmp_path / "run", checkpoints=Slow())
+    books.progress.step = 4
+    books.save(None, Place(4))
+    assert aside.exists()
+    books.finish("preempted", None)
+    assert not aside.exists()

@@ -1,4 +1,5 @@
 import datetime
+import pathlib
 import re
 import types
 
@@ -29,3 +30,56 @@ def test_a_newer_checkpoint_that_is_gone_is_named(tmp_path, capsys, recorded, st
     directory.tell_what_is_gone(earlier, tmp_path, step)
     said = f"names a checkpoint of step {recorded}, which is gone; training continues from step {step}."
     assert (said in capsys.readouterr().err) == told
+
+
+NAMES = ("checkpoints", "metrics.jsonl", "run.json")
+
+
+def make_run(run_dir, name, *, step):
+    (run_dir / "checkpoints").mkdir(parents=True)
+    if step is not None:
+        (run_dir / "checkpoints" / str(step)).mkdir()
+    for file in NAMES[1:]:
+        (run_dir / file).write_text(name)
+    (run_dir / "notes.txt").write_text("mine")
+
+
+def has_run(folder, name, *, step):
+    checkpoints = folder / "checkpoints"
+    kept = all((folder / file).exists() and (folder / file).read_text() == name for file in NAMES[1:])
+    return kept and checkpoints.exists() and [path.name for path in checkpoints.iterdir()] == [str(step)]
+
+
+@pytest.mark.parametrize("moves", range(4))
+def test_a_process_that_is_killed_while_it_replaces_a_run_leaves_the_old_one(tmp_path, monkeypatch, moves):
+    """Whatever it has moved until then, the next attempt moves the rest, and the old run goes with a new checkpoint."""
+    make_run(tmp_path, "old", step=7)
+    rename, left = pathlib.Path.rename, [moves]
+
+    def killed_after_some(path, target):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return rename(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pathlib.Path, "rename", killed_after_some)
+        try:
+            directory.set_run_aside(tmp_path, of_job=False)
+        except KeyboardInterrupt:
+            assert (tmp_path / "run.json").read_text() == "old"
+    if (tmp_path / "run.json").exists():
+        directory.set_run_aside(tmp_path, of_job=False)
+    aside = tmp_path / directory.REPLACED_NAME
+    assert has_run(aside, "old", step=7)
+    # The new run is killed before its first checkpoint, and replaced in its turn.
+    make_run(tmp_path, "new", step=None)
+    directory.set_run_aside(tmp_path, of_job=False)
+    assert has_run(aside, "old", step=7)
+    assert not any((tmp_path / name).exists() for name in NAMES)
+    # One that has saved a checkpoint takes the place of the old one.
+    make_run(tmp_path, "newer", step=9)
+    directory.set_run_aside(tmp_path, of_job=False)
+    assert has_run(aside, "newer", step=9)
+    directory.forget_replaced(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

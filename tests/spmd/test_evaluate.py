@@ -208,3 +208,11 @@ def test_only_a_few_batches_are_on_their_way_at_a_time():
     started = np.cumsum([change > 0 for change in in_flight])
     read = np.cumsum([change < 0 for change in in_flight]) // 2
     assert (started - read).max() <= 4
+
+
+def test_a_scalar_that_counts_padding_is_refused():
+    batch = {"x": jnp.ones(4), "mask": jnp.array([1.0, 1.0, 0.0, 0.0])}
+    for found in ((lambda values: (values.mean(), {})), (lambda values: (values[0] * 0, {"own": values.mean()}))):
+        step = evaluate.eval_step(lambda params, batch, key, found=found: found(params * batch["x"]))
+        with pytest.raises(ValueError, match=r"the scalar '\w+' does not depend on it"):
+            step(jnp.float32(1), None, batch)

@@ -78,7 +78,7 @@ def train(options: Options) -> record.RunRecord:
             )
             stack.enter_context(lock.locked(options.run_dir, purpose=options.command))
             if options.overwrite:
-                directory.remove_run(options.run_dir, of_job=False)
+                directory.set_run_aside(options.run_dir, of_job=False)
             if options.resume:
                 left = rescue.Rescue.of(options.run_dir, identity, directory.what_stays(experiment))
                 earlier = rescue.save_left(left) or earlier
