@@ -44,6 +44,7 @@ class Data:
       num_workers: processes that assemble batches instead of threads, for an example_fn written in Python.
       prefetch: batches placed on the devices ahead of the step.
       on_bad: whether an example that cannot be read ends the run, or is skipped (mask 0) and reported.
+      timeout_seconds: an example that takes longer to read and transform ends the run, and is named; None waits.
     """
 
     train: Source
@@ -56,6 +57,7 @@ class Data:
     num_workers: int = 0
     prefetch: int = 2
     on_bad: Literal["raise", "skip"] = "raise"
+    timeout_seconds: float | None = None
 
     @staticmethod
     def accept(values: dict[str, Any]) -> dict[str, Any]:

@@ -4,12 +4,15 @@ The arrays of a batch are allocated for it and never written again: on CPU devic
 `may_alias=False`.
 """
 
+import contextlib
 import hashlib
 import itertools
 import math
+import queue
 import threading
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, wait
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -31,6 +34,10 @@ class BadExampleError(ExampleError):
     """An example whose data are corrupt; the message names its file and number."""
 
 
+class ExampleTimeout(ExampleError):
+    """An example that is not ready within the time limit; the message names it."""
+
+
 class BatchPlan(NamedTuple):
     """What one process reads for one batch: a row for each id, and whether that row counts (or is padding)."""
 
@@ -46,6 +53,7 @@ class Recipe(NamedTuple):
     example_fn: ExampleFn | None
     seed: int
     on_bad: Literal["raise", "skip"]
+    timeout_seconds: float | None = None
 
     @property
     def whole(self) -> bool:
@@ -92,26 +100,109 @@ class ThreadAssembler:
 
     def __init__(self, recipe: Recipe, num_threads: int):
         self._recipe, self._num_threads = recipe, num_threads
-        self._pool = ThreadPoolExecutor(num_threads, "jaxdist-data")
+        self._watch = Watch(recipe)
+        self._pool = _Threads(num_threads)
 
     def submit(self, plan: BatchPlan) -> Callable[[], Made]:
         """See Assembler."""
         if self._recipe.whole:
-            return self._pool.submit(make_rows, self._recipe, plan.epoch, plan.ids).result
+            whole = self._pool.submit(self._make_whole, plan)
+            return lambda: self._watch.wait_for(whole)
         buffer = BatchBuffer(len(plan.ids))
         parts = split_evenly(len(plan.ids), self._num_threads)
-        futures = [self._pool.submit(fill, buffer, self._recipe, plan.epoch, plan.ids, *part) for part in parts]
+        results = [
+            self._pool.submit(fill, buffer, self._recipe, plan.epoch, plan.ids, *part, self._watch) for part in parts
+        ]
 
         def finish() -> Made:
-            for future in futures:
-                future.result()
+            for result in results:
+                self._watch.wait_for(result)
             return buffer.finish()
 
         return finish
 
+    def _make_whole(self, plan: BatchPlan) -> Made:
+        with self._watch.making(plan.epoch, int(plan.ids[0])):
+            return make_rows(self._recipe, plan.epoch, plan.ids)
+
     def close(self) -> None:
-        """See Assembler."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """See Assembler; does not wait for an example that has taken too long."""
+        self._pool.close(wait=not self._watch.late)
+
+
+class _Threads:
+    """A pool of daemon threads: unlike an executor's, one that never returns does not keep the process from ending."""
+
+    def __init__(self, num_threads: int):
+        self._tasks: queue.SimpleQueue = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._serve, name=f"jaxdist-data-{number}", daemon=True)
+            for number in range(num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, function: Callable[..., Any], *args: Any) -> Future:
+        future: Future = Future()
+        self._tasks.put((future, function, args))
+        return future
+
+    def _serve(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            future, function, args = task
+            try:
+                future.set_result(function(*args))
+            except BaseException as error:  # raised where the result is asked for
+                future.set_exception(error)
+            del task, future, function, args  # an idle thread holds no batch
+
+    def close(self, *, wait: bool) -> None:
+        """Drop the tasks that no thread has begun, and end the threads."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._tasks.get_nowait()
+        for _ in self._threads:
+            self._tasks.put(None)
+        for thread in self._threads if wait else ():
+            thread.join()
+
+
+class Watch:
+    """Knows which examples threads are making, and since when; raises ExampleTimeout where one takes too long."""
+
+    def __init__(self, recipe: Recipe):
+        self.late = False
+        self._recipe, self._limit = recipe, recipe.timeout_seconds
+        self._current: dict[int, tuple[float, int, int]] = {}
+
+    @contextlib.contextmanager
+    def making(self, epoch: int, example_id: int) -> Iterator[None]:
+        """Note what the calling thread makes in the block."""
+        thread = threading.get_ident()
+        self._current[thread] = (time.monotonic(), epoch, example_id)
+        try:
+            yield
+        finally:
+            del self._current[thread]
+
+    def wait_for(self, future: Future) -> Any:
+        """Return the result of a future, or raise what its making raised."""
+        while self._limit is not None and not wait([future], self._limit / 4).done:
+            for started, epoch, example_id in [*self._current.values()]:
+                if time.monotonic() - started > self._limit:
+                    self.late = True
+                    raise late(self._recipe, epoch, example_id)
+        return future.result()
+
+
+def late(recipe: Recipe, epoch: int, example_id: int) -> ExampleTimeout:
+    """Return the error for an example that takes longer than the limit."""
+    location = recipe.source.location(example_id) if hasattr(recipe.source, "location") else ""
+    return ExampleTimeout(
+        f"Example {example_id} (epoch {epoch}){f', {location},' if location else ''} was not ready within "
+        f"{recipe.timeout_seconds:g} s. Look at the source and "
+        "example_fn for what can wait, such as a network, a lock or an endless loop; or raise data.timeout_seconds."
+    )
 
 
 class BatchBuffer:
@@ -170,12 +261,21 @@ def make_rows(recipe: Recipe, epoch: int, ids: np.ndarray) -> Made:
     return buffer.finish()
 
 
-def fill(buffer: BatchBuffer, recipe: Recipe, epoch: int, ids: np.ndarray, begin: int, end: int) -> None:
+def fill(
+    buffer: BatchBuffer,
+    recipe: Recipe,
+    epoch: int,
+    ids: np.ndarray,
+    begin: int,
+    end: int,
+    watch: Watch | None = None,
+) -> None:
     """Make the rows [begin, end) of a batch."""
     for row in range(begin, end):
         example_id = int(ids[row])
         try:
-            example = make_example(recipe, epoch, example_id)
+            with watch.making(epoch, example_id) if watch else contextlib.nullcontext():
+                example = make_example(recipe, epoch, example_id)
         except BadExampleError as error:
             if recipe.on_bad == "raise":
                 raise

@@ -12,14 +12,15 @@ import os
 import pathlib
 import signal
 import tempfile
+import time
 from collections.abc import Callable
 from multiprocessing.reduction import DupFd
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxdist.data.assembly import BadExampleError, BatchPlan, ExampleError, HostArrays, Made, Recipe, split_evenly
-from jaxdist.data.assembly_process import ArrayPlace, MadeRows, Slot, Task, Trouble, dump_recipe, run_assembly_process
+from jaxdist.data.assembly import BadExampleError, BatchPlan, ExampleError, HostArrays, Made, Recipe, late, split_evenly
+from jaxdist.data.assembly_process import CURRENT, MadeRows, Slot, Task, Trouble, dump_recipe, run_assembly_process
 
 _SHARED_MEMORY = pathlib.Path("/dev/shm")
 
@@ -39,6 +40,7 @@ class ProcessAssembler:
 
     def __init__(self, recipe: Recipe, num_workers: int, num_slots: int):
         self._waiting: collections.deque[_Part] = collections.deque()
+        self._recipe = recipe
         payload = dump_recipe(recipe)
         self._workers = [_AssemblyProcess(number, payload, num_slots) for number in range(num_workers)]
 
@@ -68,7 +70,10 @@ class ProcessAssembler:
         """Wait for a report or the end of a worker, and handle it."""
         waited: dict[Any, _AssemblyProcess] = {worker.connection: worker for worker in self._workers}
         waited |= {worker.process.sentinel: worker for worker in self._workers}
-        ready = multiprocessing.connection.wait(list(waited))
+        limit = self._recipe.timeout_seconds
+        ready = multiprocessing.connection.wait(list(waited), limit and limit / 4)
+        for worker in () if ready else self._workers:
+            worker.check_time(self._recipe)
         for worker in dict.fromkeys(waited[item] for item in ready):
             worker.receive()
 
@@ -86,9 +91,9 @@ class _AssemblyProcess:
     def __init__(self, number: int, payload: bytes, num_slots: int):
         context = multiprocessing.get_context("spawn")
         self._fds = [_nameless_file() for _ in range(num_slots + 1)]
-        os.ftruncate(self._fds[-1], 16)
+        os.ftruncate(self._fds[-1], 24)
         self._slots = [Slot(fd) for fd in self._fds[:-1]]
-        self._current = Slot(self._fds[-1]).view(ArrayPlace((2,), np.dtype(np.int64), 0))
+        self._current = Slot(self._fds[-1]).view(CURRENT)
         self.free = list(range(num_slots))
         self._parts: dict[int, _Part] = {}
         self.connection, theirs = context.Pipe()
@@ -119,6 +124,13 @@ class _AssemblyProcess:
         if not self.process.is_alive():
             raise self._died()
 
+    def check_time(self, recipe: Recipe) -> None:
+        """Raise ExampleTimeout where the worker has been making one example for longer than the recipe's limit."""
+        epoch, example_id, started = self._current.tolist()
+        limit = recipe.timeout_seconds
+        if limit is not None and self._parts and started and time.monotonic_ns() - started > limit * 1e9:
+            raise late(recipe, epoch, example_id)
+
     def _take(self, report: MadeRows | Trouble) -> None:
         if isinstance(report, Trouble):
             error = BadExampleError(report.message) if report.corrupt else ExampleError(report.message)
@@ -134,7 +146,7 @@ class _AssemblyProcess:
     def _died(self) -> AssemblyProcessDied:
         self.process.join(timeout=5)
         code = self.process.exitcode
-        epoch, example_id = self._current.tolist()
+        epoch, example_id, _ = self._current.tolist()
         doing = f"while making example {example_id} (epoch {epoch})" if self._parts else "while idle"
         return AssemblyProcessDied(f"Worker process {self.process.pid} {how_it_ended(code, doing)}")
 

@@ -14,6 +14,7 @@ import pickle
 import signal
 import sys
 import threading
+import time
 import traceback
 from importlib.machinery import PathFinder
 from typing import Any, NamedTuple, Protocol
@@ -47,6 +48,13 @@ class ArrayPlace(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype
     offset: int
+
+
+CURRENT = ArrayPlace((3,), np.dtype(np.int64), 0)
+"""What a worker says of the example it makes: epoch, id, and since when (ns of the clock that all processes share).
+
+A time of 0 says that it makes none.
+"""
 
 
 class MadeRows(NamedTuple):
@@ -96,7 +104,7 @@ def run_assembly_process(
 ) -> None:
     """Serve tasks until the connection ends; the main function of a worker process.
 
-    `current_file` always holds (epoch, id) of the current example, which the trainer names if this process dies.
+    `current_file` always holds `CURRENT`, so that the trainer can name the example if this process dies or hangs.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # sent to a whole group, and handled by the trainer
@@ -104,7 +112,7 @@ def run_assembly_process(
     os.environ["JAX_PLATFORMS"] = "cpu"  # in case a transform uses JAX: the accelerators belong to the trainer
     try:
         slots = [Slot(file.detach()) for file in slot_files]
-        current = Slot(current_file.detach()).view(ArrayPlace((2,), np.dtype(np.int64), 0))
+        current = Slot(current_file.detach()).view(CURRENT)
         recipe = load_recipe(payload)
     except Exception as error:  # reported to the trainer, which raises it
         connection.send(Trouble(-1, f"A worker process could not start: {error!r}", traceback.format_exc()))
@@ -129,7 +137,7 @@ def _report(recipe: Recipe, slot: Slot, current: np.ndarray, task: Task) -> Made
         return {name: slot.view(place) for name, place in places.items()}
 
     try:
-        current[:] = task.epoch, task.ids[0]
+        current[:] = task.epoch, task.ids[0], time.monotonic_ns()
         if recipe.whole:
             arrays = gather(recipe.source, task.ids)
             for name, view in allocate({name: (array.shape, array.dtype) for name, array in arrays.items()}).items():
@@ -137,11 +145,13 @@ def _report(recipe: Recipe, slot: Slot, current: np.ndarray, task: Task) -> Made
             return MadeRows(task.slot, places, {})
         buffer = BatchBuffer(len(task.ids), allocate)
         for row, example_id in enumerate(task.ids.tolist()):
-            current[1] = example_id
+            current[1:] = example_id, time.monotonic_ns()
             fill(buffer, recipe, task.epoch, task.ids, row, row + 1)
         return MadeRows(task.slot, places, buffer.bad)
     except Exception as error:  # reported to the trainer, which raises it
         return Trouble(task.slot, str(error), traceback.format_exc(), isinstance(error, BadExampleError))
+    finally:
+        current[2] = 0
 
 
 def _end_with_parent() -> None:

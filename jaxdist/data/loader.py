@@ -56,6 +56,8 @@ class Loader:
       read_ahead: batches in work beyond the one that is consumed.
       on_bad: "raise" ends with the first example that cannot be read (`CorruptExample`); "skip" leaves a row of zeros
         with mask 0 in its place, logs a warning that names it, and notes it in `skipped`.
+      timeout_seconds: the longest time that making one example may take (a batch, where the source returns whole ones);
+        then ExampleTimeout ends the iteration and names the example. None waits forever.
       start: a stored position to continue from.
       fingerprint: of the source, where it is known already; taking it may look at every file.
 
@@ -78,6 +80,7 @@ class Loader:
         num_workers: int = 0,
         read_ahead: int = 2,
         on_bad: Literal["raise", "skip"] = "raise",
+        timeout_seconds: float | None = None,
         start: Position | None = None,
         fingerprint: str | None = None,
     ):
@@ -85,6 +88,7 @@ class Loader:
         self.source, self.seed, self.example_fn = source, int(seed), example_fn
         self.global_batch_size, self.num_epochs, self.read_ahead = global_batch_size, num_epochs, read_ahead
         self.on_bad, self.order = on_bad, as_order(shuffle, source)
+        self.timeout_seconds = timeout_seconds
         self.num_threads = self._choose_threads() if num_threads is None else num_threads
         self.num_workers = num_workers
         self.skipped: list[str] = []
@@ -150,7 +154,7 @@ class Loader:
         """Return the first example from `start` that can be read, as a batch of one row, mask included."""
         for plan in itertools.islice(self.plans(), self.steps_per_epoch):
             for example_id in plan.ids:
-                made = assembly.make_rows(self.recipe, plan.epoch, np.array([example_id]))
+                made = self._make_now(plan.epoch, np.array([example_id]))
                 if made.arrays:
                     return assembly.with_mask(made, np.ones(1, np.float32))
         raise assembly.ExampleError("No example of the whole data set can be read.")
@@ -172,9 +176,19 @@ class Loader:
         for number, plan in zip(range(last + 1), self.plans()):
             if number in chosen:
                 ids = plan.ids[np.flatnonzero(plan.mask)[[0, -1]]]
-                made = assembly.make_rows(self.recipe, plan.epoch, ids)
+                made = self._make_now(plan.epoch, ids)
                 if made.arrays:
                     yield ids, assembly.with_mask(made, np.ones(2, np.float32))
+
+    def _make_now(self, epoch: int, ids: np.ndarray) -> assembly.Made:
+        """Return the rows of some ids, within the time limit."""
+        if self.timeout_seconds is None:
+            return assembly.make_rows(self.recipe, epoch, ids)
+        assembler = assembly.ThreadAssembler(self.recipe, 1)
+        try:
+            return assembler.submit(assembly.BatchPlan(epoch, ids, np.ones(len(ids), np.float32)))()
+        finally:
+            assembler.close()
 
     def _finish(self, finish: Callable[[], assembly.Made], plan: assembly.BatchPlan, after: Position) -> HostBatch:
         made = finish()
@@ -195,7 +209,7 @@ class Loader:
     @property
     def recipe(self) -> assembly.Recipe:
         """How an id becomes an example."""
-        return assembly.Recipe(self.source, self.example_fn, self.seed, self.on_bad)
+        return assembly.Recipe(self.source, self.example_fn, self.seed, self.on_bad, self.timeout_seconds)
 
     def _choose_threads(self) -> int:
         # A handover between threads costs more than gathering a batch from memory; `feed` reads ahead in any case.
@@ -206,9 +220,9 @@ class Loader:
         if self.num_workers:
             kept = self._kept.take()
             return kept or assembly_pool.ProcessAssembler(recipe, self.num_workers, num_slots=self.read_ahead + 1)
-        if self.num_threads == 0:
+        if self.num_threads == 0 and self.timeout_seconds is None:
             return assembly.SerialAssembler(recipe)
-        return assembly.ThreadAssembler(recipe, self.num_threads)
+        return assembly.ThreadAssembler(recipe, max(self.num_threads, 1))
 
     def _plans(self) -> Iterator[tuple[assembly.BatchPlan, Position]]:
         """Yield what to read for each batch, and the position after it."""
@@ -278,6 +292,8 @@ def _check_counts(loader: Loader, *, trains: bool) -> None:
     for name, least in (("global_batch_size", 1), ("num_threads", 0), ("num_workers", 0), ("read_ahead", 0)):
         if getattr(loader, name) < least:
             raise ValueError(f"{name} must be at least {least}; got {getattr(loader, name)}.")
+    if loader.timeout_seconds is not None and not loader.timeout_seconds > 0:
+        raise ValueError(f"timeout_seconds is above 0, or None to wait forever; got {loader.timeout_seconds}.")
     if loader.on_bad not in ("raise", "skip"):
         raise ValueError(f"on_bad is 'raise' or 'skip'; got {loader.on_bad!r}.")
     if num_examples == 0:

@@ -244,6 +244,7 @@ def make_loader(experiment: Experiment, *, fingerprint: str | None = None) -> da
         num_threads=experiment.data.num_threads,
         num_workers=experiment.data.num_workers,
         on_bad=experiment.data.on_bad,
+        timeout_seconds=experiment.data.timeout_seconds,
         fingerprint=fingerprint,
     )
 
@@ -308,6 +309,7 @@ def _make_eval_loader(experiment: Experiment, source: data.Source) -> data.Loade
         num_threads=experiment.data.num_threads,
         num_workers=experiment.data.num_workers,
         on_bad=experiment.data.on_bad,
+        timeout_seconds=experiment.data.timeout_seconds,
         fingerprint="",  # No position in these data is ever stored.
     )
 

@@ -5,13 +5,14 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
 import pytest
 
-from jaxdist.data import ArraySource, CorruptExample, Loader
-from jaxdist.data.assembly import BadExampleError, ExampleError
+from jaxdist.data import ArraySource, CorruptExample, Loader, Subset
+from jaxdist.data.assembly import BadExampleError, ExampleError, ExampleTimeout
 from jaxdist.data.assembly_pool import AssemblyProcessDied, how_it_ended
 
 SOURCE = ArraySource({"id": np.arange(40)})
@@ -220,3 +221,61 @@ def test_the_end_of_a_worker_is_explained(code, words):
     message = how_it_ended(code, "while idle")
     assert words in message
     assert ("memory" in message) == (code == -signal.SIGKILL)
+
+
+NEVER = threading.Event()
+
+
+def hang_at_17(example, random):
+    if example["id"] == 17:
+        NEVER.wait()
+    return example
+
+
+class HangingSource(ArraySource):
+    """Whole batches of which the second never comes."""
+
+    def __getitems__(self, ids):
+        if 17 in ids:
+            NEVER.wait()
+        return super().__getitems__(ids)
+
+
+@pytest.mark.parametrize("settings", [{"num_threads": 0}, {"num_threads": 2}, {"num_workers": 2}], ids=str)
+def test_an_example_that_hangs_ends_the_iteration_and_is_named(settings):
+    expected = r"Example 17 \(epoch 0\) was not ready within 0.4 s.* raise data.timeout_seconds"
+    loader = Loader(
+        SOURCE,
+        **{"global_batch_size": 8, "seed": 0, "num_epochs": 1, "shuffle": False, "timeout_seconds": 0.4, **settings},
+        example_fn=hang_at_17,
+    )
+    made = iter(loader)
+    seen = [next(made).batch["id"].tolist() for _ in range(2)]
+    assert seen == [list(range(8)), list(range(8, 16))]
+    with pytest.raises(ExampleTimeout, match=expected):
+        next(made)
+    assert [thread for thread in threading.enumerate() if not thread.daemon] == [threading.main_thread()]
+
+
+def test_a_whole_batch_that_hangs_is_named_by_its_first_example():
+    source = HangingSource({"id": np.arange(40)})
+    with pytest.raises(ExampleTimeout, match="Example 16 "):
+        load(source, shuffle=False, timeout_seconds=0.3)
+    loader = Loader(Subset(source, [17] * 8), global_batch_size=8, seed=0, shuffle=False, timeout_seconds=0.3)
+    with pytest.raises(ExampleTimeout, match=r"Example 0 \(epoch 0\), example 17 of the whole, was not ready"):
+        loader.first_example()
+
+
+def test_slow_examples_within_the_limit_are_waited_for():
+    """Each takes a third of the limit, all of a batch much longer."""
+
+    def slow(example, random):
+        NEVER.wait(0.1)
+        return example
+
+    assert len(load(SOURCE, example_fn=slow, timeout_seconds=0.3, num_threads=8)) == 5
+
+
+def test_a_limit_must_be_above_zero():
+    with pytest.raises(ValueError, match="timeout_seconds is above 0, or None"):
+        Loader(SOURCE, global_batch_size=8, seed=0, timeout_seconds=0)

@@ -71,7 +71,7 @@ def worker(slot_file, monkeypatch):
     monkeypatch.setattr("jaxdist.data.assembly_process._end_with_parent", lambda: None)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     current = os.memfd_create("current")
-    os.ftruncate(current, 16)
+    os.ftruncate(current, 24)
     connections, threads = [], []
 
     def start(payload):

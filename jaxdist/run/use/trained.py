@@ -134,6 +134,7 @@ class TrainedRun:
             example_fn=settings.eval_example_fn,
             num_threads=settings.num_threads,
             num_workers=settings.num_workers,
+            timeout_seconds=settings.timeout_seconds,
             fingerprint="",  # No position in these data is ever stored.
         )
         return (batch for batch, _ in data.feed(loader, mesh, self.strategy.batch_axes, settings.prefetch))
