@@ -5,7 +5,7 @@ python benchmarks/agreement.py [--processes P] [--rounds N] [--json]
 Each process makes steps with one all-reduce, as a training loop does: up to eight are dispatched before it waits. The
 sides take turns in the same processes: a loop that cannot be stopped (`none`), one that asks `agreement` after each
 step (`store`), and one that adds up a flag by a collective of its own and reads it eight steps later (`collective`),
-which is what one would write by hand; with several devices a process, that one can stand still for ever. `trivial` is
+which is what one would write by hand; with several devices a process, that one can hang. `trivial` is
 a step that does next to nothing, `small` one of a few milliseconds. A round's ratio is that of neighbours in time, and
 the median over the rounds is shown. On a busy machine that is inexact; the median time of one question, in the thread
 that trains, is not.
@@ -134,7 +134,7 @@ class Loop:
                 jax.block_until_ready(ahead.popleft())
             start = time.perf_counter()
             if vote(step):
-                raise AssertionError("nobody asked to stop")
+                raise AssertionError("no stop was requested")
             asked.append(time.perf_counter() - start)
         jax.block_until_ready(self.state)
         return asked

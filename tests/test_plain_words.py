@@ -1,4 +1,4 @@
-"""Words that the project's texts do not use, each with the plain word for it; read in code, comments and pages alike."""
+"""Words that the project's texts do not use, each with the plain word for it, in code, comments and pages."""
 
 import pathlib
 import re

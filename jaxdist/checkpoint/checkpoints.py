@@ -378,7 +378,7 @@ def is_checkpoint(path: pathlib.Path) -> bool:
 
 
 def open_manifest(path: pathlib.Path) -> manifests.Manifest:
-    """Return the manifest of one checkpoint, whoever's it is: its leaves can be read by name, without a template.
+    """Return the manifest of one checkpoint of any run: its leaves can be read by name, without a template.
 
     Raises:
       DamagedCheckpointError: it is damaged.

@@ -94,7 +94,7 @@ class ColourJitter:
 
 @dataclasses.dataclass(frozen=True)
 class CutOut:
-    """Sets a square of `size` pixels at a random place to `value`; parts of it may lie outside.
+    """Sets a square of `size` pixels at a random place to `value`; parts of it may be outside the image.
 
     DeVries and Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout" (2017).
     """

@@ -1,4 +1,4 @@
-"""The names that transformers gives to the weights of GPT-2, ViT and ResNet, and how they lie in our GPT, ViT, ResNet.
+"""The names that transformers gives to the weights of GPT-2, ViT and ResNet, and how they map to our models.
 
 A table for each model says which of their arrays make which of ours. Every conversion moves values and computes none,
 so that weights go in and out with the same bits.
@@ -133,7 +133,7 @@ def _linear(ours: str, theirs: str) -> list[Conversion]:
 
 
 def _conv1d(ours: str, theirs: str) -> list[Conversion]:
-    """GPT-2's own layer, whose matrix lies as ours does."""
+    """GPT-2's own layer, whose matrix has the order of ours."""
     return [Conversion(f"params/{ours}/kernel", (f"{theirs}.weight",)), _bias(ours, theirs)]
 
 

@@ -143,11 +143,7 @@ def fit(
             break
         batch, next_position = item
         with stopwatch.account("compute" if pace.started else "compile"):
-            if pace.started:
-                state, metrics = step(state, batch)
-            else:
-                with errors.as_user_error():  # it is traced here: what is wrong with the user's functions shows
-                    state, metrics = step(state, batch)
+            state, metrics = step(state, batch) if pace.started else _first(step, state, batch)
             unread.add(_Dispatched.after(progress, position, batch, metrics))
             bad = unread.look(leave=LOOK_EVERY) if unread.count == 2 * LOOK_EVERY else None
         _count_empty(progress, unread)
@@ -167,6 +163,12 @@ def fit(
     _count_empty(progress, unread)
     pace.settle()
     return _ended_nonfinite(bad, state, progress) if bad else FitResult(state, reason, position, progress)
+
+
+def _first(step: Step, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    """Make the first step. It is traced here, so this is where mistakes in the user's functions appear."""
+    with errors.as_user_error():
+        return step(state, batch)
 
 
 def _count_empty(progress: stop_rules.Progress, unread: "_Unread") -> None:

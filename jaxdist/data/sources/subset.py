@@ -66,7 +66,7 @@ def held_out(source: Source, fraction: float, *, seed: int, labels: Labels | Non
       labels: the class of each example, (len(source),), to divide each class in the same proportion; None: one class.
     """
     if not 0 < fraction < 1:
-        raise ValueError(f"The fraction that is held out lies between 0 and 1; got {fraction}.")
+        raise ValueError(f"The fraction that is held out must be between 0 and 1; got {fraction}.")
     chosen = np.zeros(len(source), bool)
     for ids in _shuffled_classes(len(source), seed, labels):
         chosen[ids[: round(fraction * len(ids))]] = True

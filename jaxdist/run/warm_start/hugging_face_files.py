@@ -56,7 +56,7 @@ def write(model: Any, arrays: Mapping[str, np.ndarray], folder: pathlib.Path, me
     theirs: dict[str, np.ndarray] = dict.fromkeys(found.counters, np.zeros((), np.int64))
     for each in found.table:
         theirs |= dict(zip(each.theirs, map(np.ascontiguousarray, each.to_theirs(arrays[each.ours])), strict=True))
-    # The word "pt" is what transformers asks for: the arrays lie as torch's do.
+    # The word "pt" is what transformers asks for: the arrays are in torch's order.
     content = extras.require("safetensors.numpy", extra="export").save(theirs, metadata={**metadata, "format": "pt"})
     folder.mkdir(parents=True)
     files.write(folder / WEIGHTS_NAME, [content])
