@@ -39,6 +39,10 @@ def as_sources(examples: Any, setting: str) -> Source | dict[str, Source]:
     if not _are_sets(examples):
         return as_source(examples, setting)
     for name in examples:
+        if name in ("train", "eval"):
+            raise ConfigError(
+                f"A set in {setting} has a name of its own: `jaxdist eval --data {name}` is something else. Rename it."
+            )
         if not isinstance(name, str) or not name or "/" in name:
             raise ConfigError(f"A set in {setting} has a name without a slash, such as 'day'; got {name!r}. Rename it.")
     return {name: as_source(each, f"{setting}[{name!r}]") for name, each in examples.items()}

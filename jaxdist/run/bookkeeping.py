@@ -386,6 +386,12 @@ class Bookkeeper:
         for writer in self._writers:
             writer.write(step, {**stamped, **metrics})
 
+    def _best_value(self) -> dict[str, str]:
+        best = self.progress.best
+        if best is None:
+            return {}
+        return {f"best {best['metric']}": f"{writers.format_number(best['value'])} (step {best['step']})"}
+
     def _summary(self, made: record.RunRecord) -> dict[str, object]:
         """Return what a user is shown when a run has ended."""
         run_dir = self.attempt.run_dir
@@ -398,6 +404,7 @@ class Bookkeeper:
             "end reason": made.end_reason,
             "step": made.step,
             **{name: writers.format_number(value) for name, value in evaluated.items()},
+            **self._best_value(),
             "run record": run_dir / record.FILE_NAME,
             "metrics": run_dir / writers.JSONL_NAME,
             "checkpoint": f"{run_dir / directory.CHECKPOINTS_NAME} (step {self.checkpointer.latest_step()})",

@@ -50,6 +50,11 @@ def render(
     return format_summary(facts | ({"continues": f"after step {step:,}"} if step else {}))
 
 
+def count(number: int, noun: str) -> str:
+    """Return "1 worker" or "2 workers"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def count_params(params: Any) -> int:
     """Return the number of values in `params`."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

@@ -221,11 +221,13 @@ class _Unread:
         """Wait for all but the newest `leave` steps; return the first of them that was not finite."""
         end = len(self._steps) - leave
         looked, self._steps = self._steps[:end], self._steps[end:]
-        # A flag that is set stays set, so the last one covers all of them.
-        if not looked or looked[-1].leaf() < 0:
-            self.empty_batches += sum(each.leaf() == EMPTY_BATCH for each in looked)
-            return None
-        return next(each for each in looked if each.leaf() >= 0)
+        # The last one first, for which alone there is anything to wait. Each is read once: with 5 us a step, this is
+        # the largest part of the loop's own time.
+        leaves = [each.leaf() for each in reversed(looked)][::-1]
+        bad = next((each for each, leaf in zip(looked, leaves, strict=True) if leaf >= 0), None)
+        if bad is None:
+            self.empty_batches += leaves.count(EMPTY_BATCH)
+        return bad
 
 
 class _Pace:

@@ -93,3 +93,10 @@ def test_held_out_examples_may_be_several_sets_by_name():
     assert sorted(data.eval["pairs"].arrays) == ["image", "label"]
     # The arrays of one set are one set.
     assert len(jaxdist.Data(train=arrays, eval=arrays).eval) == 4
+
+
+@pytest.mark.parametrize("name", ["train", "eval"])
+def test_a_set_is_not_called_what_the_command_line_calls_all_of_them(name):
+    arrays = {"image": IMAGES, "label": LABELS}
+    with pytest.raises(ValueError, match=f"`jaxdist eval --data {name}` is something else"):
+        jaxdist.Data(train=arrays, eval={name: arrays})

@@ -159,6 +159,17 @@ class NnxGroupNorm(nnx.Module):
         return self.head(self.norm(x).mean(axis=1))
 
 
+class NnxSpectralNorm(nnx.Module):
+    """The call of `train()` has it update its statistics."""
+
+    def __init__(self, rngs):
+        self.norm = nnx.SpectralNorm(nnx.Linear(WIDTH, WIDTH, rngs=rngs), rngs=rngs)
+        self.head = nnx.Linear(WIDTH, CLASSES, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(nnx.tanh(self.norm(x.mean(axis=1))))
+
+
 class NnxRemat(nnx.Module):
     def __init__(self, rngs):
         self.layer = NnxLayer(rngs)
@@ -196,6 +207,7 @@ NNX = {
     "tied weights": NnxTied,
     "batch norm": NnxBatchNorm,
     "group norm": NnxGroupNorm,
+    "spectral norm": NnxSpectralNorm,
     "remat": NnxRemat,
     "vmap": NnxVmap,
 }

@@ -480,6 +480,24 @@ def test_the_best_state_is_saved_when_it_is_found_kept_named_and_loadable(tmp_pa
         assert record.params_sha256(state.params) == stopped.params_sha256
 
 
+def test_target_and_best_checkpoint_may_be_of_sets_with_names(tmp_path, monkeypatch):
+    values = iter([(0.5, 3.0), (0.6, 1.0), (0.95, 2.0)])
+    names = ("far/accuracy", "near/loss")
+    monkeypatch.setattr(components.Parts, "evaluate", lambda parts, state: dict(zip(names, next(values), strict=True)))
+    tiny = tiny_experiment.get_config()
+    sets = {"near": tiny.data.eval, "far": tiny_experiment.make_source(13, 2)}
+    best = ("checkpoints.best_metric=eval/near/loss", "checkpoints.best_mode=min", "checkpoints.keep_last=1")
+    made = run(
+        tmp_path / "run",
+        *("eval.every_steps=2", "checkpoints.every_steps=100", *best),
+        *("stop.target=0.9", "stop.target_metric=eval/far/accuracy"),
+        experiment=dataclasses.replace(tiny, data=dataclasses.replace(tiny.data, eval=sets)),
+    )
+    assert (made.end_reason, made.step) == ("target_reached", 6)
+    assert made.extra["best"] == {"metric": "eval/near/loss", "value": 1.0, "step": 4}
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["4", "6"]
+
+
 def test_a_resumed_run_knows_the_best_of_the_attempts_before_it(tmp_path, monkeypatch):
     monkeypatch.setattr(components.Parts, "evaluate", accuracies([0.5, 0.9, 0.7, 0.8, 0.1]))
     settings = ("eval.every_steps=2", "checkpoints.every_steps=100", "checkpoints.best_metric=eval/accuracy")

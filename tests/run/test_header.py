@@ -43,3 +43,7 @@ def test_every_stop_rule_is_named_and_a_resumed_run_says_where_it_continues():
     facts = render(dataclasses.replace(tiny_experiment.get_config(), stop=rules), step=7)
     assert facts["ends at"].strip() == "3 evaluations without a better eval/loss, 10 steps"
     assert facts["continues"].strip() == "after step 7"
+
+
+def test_a_number_has_its_noun():
+    assert [header.count(number, "worker") for number in (1, 2, 1000)] == ["1 worker", "2 workers", "1,000 workers"]

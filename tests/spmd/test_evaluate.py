@@ -216,3 +216,11 @@ def test_a_scalar_that_counts_padding_is_refused():
         step = evaluate.eval_step(lambda params, batch, key, found=found: found(params * batch["x"]))
         with pytest.raises(ValueError, match=r"the scalar '\w+' does not depend on it"):
             step(jnp.float32(1), None, batch)
+
+
+def test_what_padding_holds_changes_no_evaluation_not_even_that_of_a_loss_that_multiplies_by_the_mask():
+    def multiplies(params, batch, key):
+        return (jnp.log(batch["x"]) * batch["mask"]).sum() / batch["mask"].sum(), {}
+
+    batch = {"x": jnp.array([1.0, 4.0, 0.0, jnp.nan]), "mask": jnp.array([1.0, 1.0, 0.0, 0.0])}
+    assert float(evaluate.eval_step(multiplies)({}, None, batch)["loss"].value) == pytest.approx(np.log(4.0) / 2)

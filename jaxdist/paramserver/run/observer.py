@@ -116,7 +116,8 @@ class Observer:
 
     def _header(self, run_dir: pathlib.Path, num_devices: int) -> str:
         plan, settings = self.plan, self.plan.settings
-        roles = f"{settings.workers} workers of {num_devices} devices each, {settings.servers} servers"
+        workers, servers = header.count(settings.workers, "worker"), header.count(settings.servers, "server")
+        roles = f"{workers} of {header.count(num_devices, 'device')}, {servers}"
         shapes = zip(plan.sharding.shapes, plan.sharding.dtypes)
         return header.render(
             plan.experiment,
