@@ -21,7 +21,7 @@ from jaxdist.errors import ConfigError
 from jaxdist.launch.joining import agreement
 from jaxdist.launch.supervising import supervisor
 from jaxdist.run import components
-from jaxdist.rundir import ledger, record, writers
+from jaxdist.rundir import full_disk, ledger, record, writers
 
 CHECKPOINTS_NAME = checkpoints.FOLDER_NAME
 SET_ASIDE_NAME = "set-aside"
@@ -84,6 +84,13 @@ def prepare_run_dir(
             f"{run_dir} holds {', '.join(leftovers)} but no {record.FILE_NAME}, so it is unclear which run they belong "
             "to. Choose another --run-dir, or move them away."
         )
+    _check_writable(run_dir, needs_room=not exists)
+    return None if overwrite else earlier
+
+
+def _check_writable(run_dir: pathlib.Path, *, needs_room: bool) -> None:
+    """Create the run directory if needed; raise ConfigError if nothing can be written to it."""
+    is_new = not run_dir.exists()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         probe = run_dir / f".writable-{os.getpid()}"
@@ -91,7 +98,10 @@ def prepare_run_dir(
         probe.unlink()
     except OSError as error:
         raise ConfigError(f"The run directory must be writable; {run_dir} is not: {error.strerror}.") from error
-    return None if overwrite else earlier
+    if needs_room and full_disk.has_no_room(run_dir):
+        if is_new:
+            run_dir.rmdir()
+        raise ConfigError(f"A run needs room on its disk; that of {run_dir} is full. Free space, or choose another.")
 
 
 def _check_continues(

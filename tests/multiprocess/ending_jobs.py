@@ -3,7 +3,6 @@
 import contextlib
 import os
 import pathlib
-import re
 import subprocess
 import sys
 import time
@@ -85,10 +84,9 @@ class Job:
         (found,) = fork_servers(self) - forked
         return found
 
-    def heeds(self, number):
-        """Return whether the job has a handler for a signal."""
-        caught = re.search(r"^SigCgt:\s*(\w+)$", pathlib.Path(f"/proc/{self.process.pid}/status").read_text(), re.M)
-        return bool(int(caught[1], 16) >> (number - 1) & 1)
+    def imports_jax(self):
+        """Return whether the job has begun to import JAX."""
+        return "jaxlib" in pathlib.Path(f"/proc/{self.process.pid}/maps").read_text()
 
     def end(self, seconds=60.0):
         return self.process.wait(timeout=seconds)

@@ -43,7 +43,9 @@ LINES = {
         "test_a_signal_in_start_up_begins_nothing",
         "test_a_signal_while_the_supervisor_imports_is_one_line",
     ],
-    "the same without `--processes`": ["test_a_signal_in_start_up_of_a_lone_process_saves_the_first_step"],
+    "the same without `--processes`, once JAX is imported": [
+        "test_a_signal_in_start_up_of_a_lone_process_saves_the_first_step"
+    ],
     "SIGPIPE": [IN_PHASES],
     "a signal to one process of the job": [
         "test_a_signal_to_one_process_has_the_job_restarted_where_it_stopped",
@@ -81,7 +83,11 @@ LINES = {
         FULL,
         "test_a_lone_process_keeps_a_last_state_that_does_not_fit_on_the_disk_in_memory",
     ],
-    "the disk is full before the run begins": [FULL, "test_a_full_disk"],
+    "the disk is full before the run begins": [
+        FULL,
+        "test_a_full_disk",
+        "test_a_lone_process_keeps_a_last_state_that_does_not_fit_on_the_disk_in_memory",
+    ],
     "a stop signal, to the program or to all its processes": ["test_a_stop_signal"],
     "a process of the server is killed": [
         "test_a_role_that_is_killed_is_restarted_and_a_killed_program_continues_from_its_checkpoint"
@@ -231,7 +237,7 @@ def test_a_signal_in_start_up_begins_nothing(start):
 @pytest.mark.soak
 def test_a_signal_in_start_up_of_a_lone_process_saves_the_first_step(start):
     job = start(processes=0)
-    job.wait_for(lambda: job.heeds(signal.SIGTERM), "a handler")
+    job.wait_for(job.imports_jax, "the imports")
     kill(signal.SIGTERM, job.process.pid)
     assert job.end() == 75, job.text()
     assert record.RunRecord.read(job.run_dir).step == job.saved_step() == 1
@@ -402,6 +408,7 @@ def test_a_lone_process_keeps_a_last_state_that_does_not_fit_on_the_disk_in_memo
     train += "--restartable --set checkpoints.every_steps=10 log_every=1"
     script = (
         f"mount -t tmpfs -o size=8m tmpfs {disk} && mount -t tmpfs -o size=4m tmpfs /dev/shm && cd / && "
+        f"dd if=/dev/zero of={disk}/fill bs=512; {train}; echo status $?; rm {disk}/*; "
         f"dd if=/dev/zero of={disk}/fill bs=1024 count=7600; {train}; echo status $?; rm {disk}/fill; "
         f"{train}; echo status $?; ls /dev/shm; cp {disk}/run/run.json {disk}/run/metrics.jsonl {tmp_path}"
     )
@@ -413,8 +420,9 @@ def test_a_lone_process_keeps_a_last_state_that_does_not_fit_on_the_disk_in_memo
         timeout=200,
         check=False,
     )
-    assert re.findall(r"^status (\d+)$", done.stdout, re.MULTILINE) == ["1", "0"], done.stdout
+    assert re.findall(r"^status (\d+)$", done.stdout, re.MULTILINE) == ["2", "1", "0"], done.stdout
     assert "Traceback" not in done.stdout
+    assert f"jaxdist: A run needs room on its disk; that of {disk}/run is full. Free space" in done.stdout
     assert done.stdout.count("has no room for a checkpoint. The run continues") == 1
     assert "has no room for the checkpoint of step 30. Its state stays in /dev/shm/jaxdist-" in done.stdout
     assert "Step 30 was saved from memory" in done.stdout

@@ -83,3 +83,15 @@ def test_a_process_that_is_killed_while_it_replaces_a_run_leaves_the_old_one(tmp
     assert has_run(aside, "newer", step=9)
     directory.forget_replaced(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("was_there", [False, True])
+def test_a_run_that_begins_on_a_full_disk_is_refused_and_leaves_no_directory(tmp_path, monkeypatch, was_there):
+    run_dir = tmp_path / "run"
+    if was_there:
+        run_dir.mkdir()
+    monkeypatch.setattr(directory.full_disk, "has_no_room", lambda path: True)
+    directory._check_writable(tmp_path, needs_room=False)
+    with pytest.raises(errors.ConfigError, match=rf"needs room on its disk; that of {run_dir} is full\. Free space"):
+        directory._check_writable(run_dir, needs_room=True)
+    assert run_dir.exists() is was_there
