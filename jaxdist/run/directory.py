@@ -100,7 +100,8 @@ def _check_writable(run_dir: pathlib.Path, *, needs_room: bool) -> None:
         raise ConfigError(f"The run directory must be writable; {run_dir} is not: {error.strerror}.") from error
     if needs_room and full_disk.has_no_room(run_dir):
         if is_new:
-            run_dir.rmdir()
+            with contextlib.suppress(OSError):  # another process of the job was first
+                run_dir.rmdir()
         raise ConfigError(f"A run needs room on its disk; that of {run_dir} is full. Free space, or choose another.")
 
 
