@@ -26,7 +26,7 @@ OPTIMIZERS = {
 
 
 def init_params(key: jax.Array) -> dict[str, jax.Array]:
-    """Two matrices whose every dim 8 divides, and a bias that it does not."""
+    """Two matrices whose dims are all divisible by 8, and a bias whose length is not."""
     first, second = jax.random.split(key)
     return {
         "bias": jnp.zeros((3,)),
@@ -65,7 +65,7 @@ def new_state(optimizer: optax.GradientTransformation, mesh: Mesh) -> states.Tra
 
 @functools.cache
 def reference_step(optimizer: optax.GradientTransformation) -> Callable[..., tuple[Any, Any]]:
-    """One step on one device, on the whole batch at once; nothing of jaxdist's in it."""
+    """One step on one device, on the whole batch at once, without any code of jaxdist."""
 
     def step(params: Any, opt_state: Any, batch: Any) -> tuple[Any, Any]:
         def mean_loss(params: Any) -> jax.Array:
@@ -78,7 +78,7 @@ def reference_step(optimizer: optax.GradientTransformation) -> Callable[..., tup
 
 
 def reference_params(optimizer: optax.GradientTransformation, params: Any, batches: list[Any]) -> Any:
-    """What one device makes of `params` in one full-batch step after the other."""
+    """Return the params after each of several full-batch steps on one device."""
     opt_state = optimizer.init(params)
     for batch in batches:
         params, opt_state = reference_step(optimizer)(params, opt_state, batch)

@@ -133,7 +133,7 @@ def test_keys_of_every_kind_come_back(tmp_path, impl):
 
 
 def test_the_state_may_be_donated_as_soon_as_save_returns(tmp_path):
-    """Views of donated memory, written while the next steps run, would hold what those steps left there."""
+    """Views of donated memory, written while the next steps run, would contain the values of those steps."""
     step = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
     for sharding in (NamedSharding(MESH, P()), NamedSharding(MESH, P("data"))):
         state = step(jax.device_put({"w": jnp.zeros((8, 1 << 16)), "n": jnp.zeros(8, jnp.int32)}, sharding))
@@ -185,7 +185,7 @@ def test_the_last_the_every_nth_and_the_best_step_stay(tmp_path_factory, keep_la
     expected: set[int] = set()
     best = None
     for step, score in enumerate(scores, start=1):
-        # A new Checkpointer each time: nothing may depend on what an earlier one remembers.
+        # A new Checkpointer each time: nothing may depend on the memory of an earlier one.
         with Checkpointer(directory, identity="test", **options) as checkpointer:
             checkpointer.save(step, state, {}, {} if score is None else {"accuracy": score})
         if score is not None and score == score:
@@ -303,7 +303,7 @@ def test_no_damage_to_any_file_is_ever_restored_as_if_it_were_the_state(two_step
         if checkpointer.newest_intact() == 1:
             with pytest.raises(DamagedCheckpointError, match="Step 1 is intact"):
                 checkpointer.restore(template_of(small_state(0)))
-        else:  # It did not matter: the file is one of Orbax's own notes, which nothing depends on.
+        else:  # Harmless: the file is one of Orbax's own notes, which nothing depends on.
             state, data_state = checkpointer.restore(template_of(small_state(0)))
             assert bits(state) == bits(small_state(2))
             assert data_state == {"position": 2}

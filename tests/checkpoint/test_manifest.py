@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: what was written is read, and whatever was changed since is named."""
+"""The manifest of a checkpoint: what was written is read back, and anything that was changed since is named."""
 
 import json
 

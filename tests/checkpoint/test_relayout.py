@@ -20,7 +20,7 @@ def abstract_state(name):
 
 
 def values(struct):
-    """Numbers no two of which are alike, so that no two shards can be exchanged unseen."""
+    """Numbers that all differ, so that an exchange of two shards would be noticed."""
     if jax.dtypes.issubdtype(struct.dtype, jax.dtypes.prng_key):
         return jax.random.key(7)
     numbers = np.random.default_rng(struct.size).normal(size=struct.shape)

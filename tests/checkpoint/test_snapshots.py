@@ -81,7 +81,7 @@ def test_a_slot_that_is_not_whole_is_passed_over(tmp_path, damage):
     save_steps(tmp_path, mesh, range(1, 5))
     newest = max(tmp_path.iterdir(), key=lambda path: snapshot._open(path).header["step"])
     content, file = bytearray(newest.read_bytes()), snapshot._open(newest)
-    end = file.offset + sum(piece["num_bytes"] for piece in file.header["pieces"])  # what is behind it is reserved
+    end = file.offset + sum(piece["num_bytes"] for piece in file.header["pieces"])  # the rest of the file is reserved
     if damage == "cut":
         content = content[: end - 1]
     elif damage == "flip_data":
@@ -102,7 +102,7 @@ def test_what_lies_beyond_the_step_that_training_goes_on_from_is_forgotten(tmp_p
     snapshots = snapshot.Snapshots(tmp_path, identity="a")
     snapshots.begin(5)
     assert snapshots.latest_step() == 5
-    for _ in range(2):  # neither of these overwrites step 5 before it is whole itself
+    for _ in range(2):  # neither of these overwrites step 5 before it is complete
         snapshots.save(6, make_state(mesh, 6), {})
     snapshots.wait()
     assert {snapshot._open(path).header["step"] for path in tmp_path.iterdir()} == {5, 6}

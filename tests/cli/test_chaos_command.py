@@ -1,4 +1,4 @@
-"""What `jaxdist chaos` runs, and how its result is told; the strikes themselves are tested in test_chaos."""
+"""What `jaxdist chaos` runs, and how its result is shown; the strikes themselves are tested in test_chaos."""
 
 import json
 import signal

@@ -41,7 +41,7 @@ def test_the_engine_says_which_machine_this_is(variable):
 def test_addresses_are_taken_as_they_are_and_names_as_others_see_them(index):
     given = ["127.0.0.1", "127.0.0.2"]
     assert machine.addresses(given, index) == given
-    # A name that leads nowhere but to this machine: the address that the other one is reached from.
+    # A name that resolves to this machine only: the address that the other one is reached from.
     named = ["127.0.0.3", "127.0.0.3"]
     named[index] = "localhost"
     assert machine.addresses(named, index)[index] == "127.0.0.1"

@@ -22,7 +22,7 @@ TINY = str(pathlib.Path(tiny_experiment.__file__))
 
 @pytest.fixture(autouse=True)
 def on_the_test_devices(monkeypatch):
-    """Commands prepare a process of their own; here they get what this process has."""
+    """A command configures the devices of its process; here it gets those of this process."""
     monkeypatch.setattr(runtime, "start", lambda num_devices=None: jax.devices()[: num_devices or 1])
 
 

@@ -1,4 +1,4 @@
-"""The work of `jaxdist train`: how it begins, its exit status, and what the processes of a job are told."""
+"""The work of `jaxdist train`: how it starts, its exit status, and the arguments of a job's processes."""
 
 import json
 import types

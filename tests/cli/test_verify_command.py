@@ -1,4 +1,4 @@
-"""How `jaxdist verify` tells its result; what it compares is tested with `run.use.verify`."""
+"""How `jaxdist verify` shows its result; the comparison is tested with `run.use.verify`."""
 
 import json
 import types

@@ -1,4 +1,4 @@
-"""Worker processes: the same batches as threads, and a clean end, however it comes."""
+"""Worker processes: the same batches as threads, and a clean end in every case."""
 
 import os
 import pathlib

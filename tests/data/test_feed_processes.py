@@ -1,4 +1,4 @@
-"""The global batch on real processes: the same array, row by row, as one process makes by itself."""
+"""The global batch on real processes: the same array, row by row, as in one process."""
 
 import hashlib
 import math

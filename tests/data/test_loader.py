@@ -260,7 +260,7 @@ def test_workers_are_kept_for_the_next_iteration_until_the_loader_is_closed():
     assert not multiprocessing.active_children()
     batches = iter(loader)
     assert int(next(batches).batch["pid"][0]) not in pids
-    batches.close()  # before its end: what is still in work is dropped with the workers
+    batches.close()  # before its end: unfinished work is dropped with the workers
     assert not multiprocessing.active_children()
 
 

@@ -1,4 +1,4 @@
-"""GPT: no look into the future, one matrix for both ends when tied."""
+"""GPT: no attention to later tokens, one matrix for both ends when tied."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What every reference model keeps: shapes, published sizes, dtypes, dropout by key, remat without a trace."""
+"""Properties of every reference model: shapes, published sizes, dtypes, dropout by key, equal numbers under remat."""
 
 import jax
 import jax.numpy as jnp

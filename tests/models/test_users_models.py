@@ -28,7 +28,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def shared_compilations(tmp_path_factory):
-    # Programs this small are compiled for longer than they run.
+    # Programs this small take longer to compile than to run.
     jax.config.update("jax_disable_most_optimizations", True)
     with compile_cache.compile_once(tmp_path_factory.mktemp("xla")):
         yield

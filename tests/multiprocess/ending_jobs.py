@@ -18,8 +18,8 @@ WAIT_SECONDS = 180.0
 class Job:
     """A run of `jaxdist train` in a session of its own; what it prints goes to a file.
 
-    With `forks`, a fork server, it is spared the imports: three seconds of processor time. `before` is a command that
-    runs it, such as nohup.
+    With `forks`, a fork server, it needs no imports, which take three seconds of processor time. `before` is a command
+    that runs it, such as nohup.
     """
 
     def __init__(

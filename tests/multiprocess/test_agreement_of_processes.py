@@ -1,4 +1,4 @@
-"""Two processes whose signals and clocks differ, and that must do the same all the same."""
+"""Two processes whose signals and clocks differ must still decide the same."""
 
 import time
 import types

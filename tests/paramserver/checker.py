@@ -1,7 +1,7 @@
-"""Judges a simulated run by its events alone. Imports nothing of the parameter server: it must not share its mistakes.
+"""Checks a simulated run by its events alone, without code of the parameter server, whose mistakes it must not share.
 
-What it relies on: every update names the fingerprint of the history before and after it, so the history of a shard is
-the path from its final fingerprint back to 0. Updates that no surviving copy has are not on it.
+Every update names the fingerprint of the history before and after it, so the history of a shard is the path from its
+final fingerprint back to 0. Updates that no surviving copy has are not on this path.
 """
 
 from collections import Counter, defaultdict
@@ -123,7 +123,7 @@ def fenced_stay_out(run):
         membership.term: {(m.worker, m.incarnation) for m in membership.members} for membership in run.memberships
     }
     if run.sync:
-        return  # there the commit decides, and a push staged by a worker that died may still be chosen
+        return  # there the commit decides, and a push staged by a worker that has died may still be chosen
     for shard, path in enumerate(run.paths):
         for update in path:
             for c in update.contributors:
@@ -227,7 +227,7 @@ def step_by_hand(params, velocity, grads, clip, norm_squared):
 
 
 def same_bits(run):
-    """The final params are, bit for bit, what one process computes from the same history."""
+    """The final params have the bits that one process computes from the same history."""
     replay = replay_sync(run) if run.sync else replay_async(run)
     # The squares of a global norm may be added in another order.
     equal = (lambda a, b: np.allclose(a, b, rtol=1e-5, atol=1e-6)) if run.clip else np.array_equal
@@ -237,7 +237,7 @@ def same_bits(run):
 
 
 def replay_sync(run):
-    """Train on whole batches, slice by slice in ascending order, without any of what happened."""
+    """Train on whole batches, slice by slice in ascending order, without any faults."""
     s = run.settings
     slices = s.workers - s.backup_workers
     params = [list(shard) for shard in run.initial]

@@ -195,7 +195,7 @@ class HastyScheduler(Scheduler):
 
 
 class CarelessScheduler(Scheduler):
-    """Acts on a commit before it is written down."""
+    """Acts on a commit before it is logged."""
 
     def handle(self, message, now):
         replies, todo = super().handle(message, now)
@@ -225,7 +225,7 @@ class UncountedScheduler(Scheduler):
 
 
 class WallClockScheduler(Scheduler):
-    """Takes the time it stood still for silence of the others."""
+    """Counts the time of its own pause as silence of the others."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)

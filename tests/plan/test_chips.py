@@ -1,4 +1,4 @@
-"""The table of chips: units and orders of magnitude, so that a figure typed wrongly is noticed."""
+"""The table of chips: units and orders of magnitude, so that a mistyped figure is noticed."""
 
 import pytest
 

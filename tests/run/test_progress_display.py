@@ -163,7 +163,7 @@ def test_a_terminal_is_given_back_after_an_exception():
     assert written.removesuffix("\x1b[?25h").endswith("\n")
     assert written.rindex("\x1b[?25h") > written.rindex("\x1b[?25l")
     assert (sys.stdout, sys.stderr) == before
-    # A process killed outright leaves a terminal with a cursor, too.
+    # A process that is killed also leaves the terminal with a cursor.
     assert written.index("\x1b[?25h") < written.index("step 1")
 
 

@@ -1,4 +1,4 @@
-"""Files that are replaced whole: the old content or the new, whatever happens in between."""
+"""Files that are replaced as a whole: readers see the old content or the new, whatever happens in between."""
 
 import os
 import zlib

@@ -7,7 +7,7 @@ from jaxdist.rundir import full_disk, ledger, writers
 
 
 class Disk:
-    """Takes `room` more bytes of what is written, and says then that it is full."""
+    """Takes `room` more bytes, then reports that it is full."""
 
     def __init__(self, monkeypatch, module):
         self.room, self._write = 0, module.os.write

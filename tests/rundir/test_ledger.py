@@ -23,7 +23,7 @@ def place_after(step, num_examples, batch_size):
 
 
 def record(run_dir, begin, end, num_examples, batch_size):
-    """Train from step `begin` to step `end`, as far as the ledger sees it."""
+    """Record the steps from `begin` to `end` in the ledger, as a training loop does."""
     recorder = ledger.Recorder(run_dir, step=begin, place=place_after(begin, num_examples, batch_size))
     for step in range(begin + 1, end + 1):
         recorder.add(step, place_after(step, num_examples, batch_size))

@@ -179,7 +179,7 @@ def test_the_state_is_donated():
 
 
 def test_a_loss_may_scan_from_a_constant():
-    """shard_map's default check refuses such a carry, which a loss_fn for one device writes without a thought."""
+    """shard_map's default check refuses such a carry, which is usual in a loss_fn for one device."""
     mesh = mesh_of(8)
 
     def scanned_loss(params, batch, key):
@@ -241,7 +241,7 @@ def test_a_nonfinite_step_is_named_and_leaves_the_state_alone(poisoned_fields, l
     after = jax.device_get((steps.unmarked(state).step, state.params, state.opt_state))
     if leaf >= 0:
         jax.tree.map(np.testing.assert_array_equal, after, before)
-        # A state that this happened to is left alone, and says so, until the mark is taken off.
+        # A marked state stays unchanged, and its metrics say so, until the mark is removed.
         state, step_metrics = step(state, place(fine, mesh, "data"))
         assert int(step_metrics["nonfinite_leaf"]) >= 0
         assert np.isnan(step_metrics["loss"])

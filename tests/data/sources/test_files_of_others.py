@@ -38,7 +38,7 @@ def shown_by_pillow(data):
             mode = picture.mode
             shown = ImageOps.exif_transpose(picture)
             return np.asarray((shown.convert("RGBA") if mode in ("P", "PA") else shown).convert("RGB")), mode
-    except Exception:  # whatever it raises for a broken file
+    except Exception:  # any error for a broken file
         return None
 
 

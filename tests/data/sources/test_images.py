@@ -122,7 +122,7 @@ def test_jpeg_is_pillows(mode):
         with Image.open(io.BytesIO(data)) as picture:
             theirs = np.asarray(picture.convert(PILLOW_MODES[channels])).reshape(64, 48, channels)
         ours = decode_image(data, ImageType(channels), name="x")
-        # Pillow makes grey of RGB; libjpeg-turbo has it in the file, so it is not rounded twice.
+        # Pillow computes grey from RGB; libjpeg-turbo takes it from the file, so it is not rounded twice.
         assert np.abs(ours.astype(int) - theirs).max() <= (2 if channels == 1 and mode == "RGB" else 0)
 
 

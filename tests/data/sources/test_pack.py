@@ -33,7 +33,7 @@ def test_every_example_is_packed_into_one_row_that_holds_it(sizes, row_length):
     rows = pack_index(np.array(sizes), row_length)
     assert sorted(i for row in rows for i in row) == list(range(len(sizes)))
     assert all(sum(sizes[i] for i in row) <= row_length for row in rows)
-    # No two rows could be one, or best fit would have made them one.
+    # No two rows fit into one, since best fit would have merged them.
     totals = sorted(sum(sizes[i] for i in row) for row in rows)
     assert len(totals) < 2 or totals[0] + totals[1] > row_length
 

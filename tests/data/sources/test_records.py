@@ -26,7 +26,7 @@ def test_tfrecords_are_read_by_number(tfrecord):
 
 
 def test_event_files_of_tensorboard_are_tfrecords(tmp_path):
-    """Written by somebody else's code, so the framing and the checksums are the real ones."""
+    """Written by another library, so the framing and the checksums are the real ones."""
     writer = tensorboardX.SummaryWriter(str(tmp_path))
     for step in range(3):
         writer.add_scalar("loss", 1.0, step)

@@ -1,4 +1,4 @@
-"""CSV files are what pandas reads, or they are refused with what to say."""
+"""CSV files are what pandas reads, or they are refused with a message."""
 
 import gzip
 import math

@@ -102,7 +102,7 @@ PUBLIC = ("cifar10", "mnist", "imagenet2012", "speech_commands", "c4/en")
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_public_data_sets_are_opened_by_name_where_they_are(prepared, tmp_path, name):
-    """None of them can be downloaded here, so the digits stand where each of them would be."""
+    """None of them can be downloaded here, so the digits are stored in the place of each."""
     folder = tmp_path / name / "1.0.0"
     shutil.copytree(prepared["tfrecord"], folder)
     base, _, config = name.partition("/")

@@ -20,7 +20,7 @@ NUM_TASKS = 4
 
 
 def missing() -> list[str]:
-    """Return what is not there: programs, or the right to start them."""
+    """Return what is missing: programs, or the permission to start them."""
     found = [name for name in PROGRAMS if shutil.which(name) is None]
     return found if os.geteuid() == 0 else [*found, "root"]
 

@@ -112,7 +112,7 @@ def test_the_coordinator_listens_at_the_address_of_its_pod_alone():
 
 
 def action_on(manifest, exit_status, disrupted=False):
-    """Return what JobSet does when a pod ends so, by the rules that its documentation and Kubernetes' state."""
+    """Return what JobSet does when a pod ends in this way, by the rules in its documentation and Kubernetes'."""
     container = container_of(manifest)["name"]
     message = reason = None
     for index, rule in enumerate(job_of(manifest)["podFailurePolicy"]["rules"]):

@@ -86,7 +86,7 @@ def test_in_any_order_all_stop_at_one_step_and_see_the_same_numbers_at_each(want
     processes = [
         Process(number, store.channel(), want, step_seconds[number], first_step) for number, want in enumerate(wants)
     ]
-    # The given order, then all in turn: every process moves on, and every request is seen at last.
+    # The given order, then all in turn: every process continues, and every request is seen in the end.
     for chosen in itertools.chain(order, itertools.cycle(range(5))):
         if chosen == 4:
             store.requests, store.hidden = store.requests + store.hidden, 0

@@ -1,4 +1,4 @@
-"""Real processes that cannot come together: each says one thing, soon, and leaves nothing behind."""
+"""Real processes that cannot connect: each prints one message, soon, and leaves nothing behind."""
 
 import os
 import pathlib

@@ -1,4 +1,4 @@
-"""What one process writes is what another reads, whole or not at all."""
+"""A process reads what another wrote, completely or not at all."""
 
 import os
 import time

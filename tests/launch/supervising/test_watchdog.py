@@ -1,4 +1,4 @@
-"""The verdict without processes: a pure function of what each process last said, and for how long."""
+"""The verdict without processes: a pure function of the last report of each process, and of its age."""
 
 import subprocess
 import sys

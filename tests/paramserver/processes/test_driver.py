@@ -1,4 +1,4 @@
-"""The driver does what a state machine asks, in the order that makes a reply mean something, and feeds back answers."""
+"""The driver carries out the effects of a state machine, in an order in which replies are valid; it passes answers on."""
 
 import errno
 import os

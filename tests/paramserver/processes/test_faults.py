@@ -1,6 +1,6 @@
-"""Faults at labelled points of the protocol, with real processes: whatever dies or is lost, the bits are the same.
+"""Faults at labelled points of the protocol, with real processes: the bits are the same after every death and loss.
 
-Each run is compared with an undisturbed one. Which point is struck, and how, is said in lines that `faults` explains.
+Each run is compared with an undisturbed one. Lines in the syntax of `faults` say which point is struck, and how.
 """
 
 import contextlib

@@ -49,7 +49,7 @@ def options(run_dir, *, steps, assignments=(), resume=False, **chosen):
 
 
 class Mischief(threading.Thread):
-    """Does something to a running job once it has done so many steps."""
+    """Acts on a running job once it has finished a number of steps."""
 
     def __init__(self, run_dir, deeds):
         super().__init__(daemon=True)
@@ -148,7 +148,7 @@ def test_the_end_of_a_run_is_shown_as_that_of_every_run(tmp_path, capsys):
 
 
 def struck(tmp_path, monkeypatch, *lines, **chosen):
-    """Train with faults, all of which must come true; return the record."""
+    """Train with faults, all of which must occur; return the record."""
     monkeypatch.setenv(faults.FAULTS, "\n".join(lines))
     made = run.train(options(tmp_path, **{**REPLICATED, **chosen}))
     happened = list((tmp_path / "ps" / "faults").glob("*"))

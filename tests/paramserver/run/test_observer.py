@@ -1,4 +1,4 @@
-"""The observer: what it makes of the scheduler's files, what it answers, and what it leaves when the run has ended."""
+"""The observer: what it reads from the scheduler's files, what it answers, and what it leaves at the end of the run."""
 
 import contextlib
 import functools

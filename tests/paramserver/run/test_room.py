@@ -1,4 +1,4 @@
-"""What the user of a parameter server is told of a full disk, and how a run that is to stop ends there."""
+"""What the user of a parameter server is told about a full disk, and how a run ends that is asked to stop then."""
 
 import pytest
 

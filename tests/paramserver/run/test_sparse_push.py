@@ -1,4 +1,4 @@
-"""Row-sparse pushes: fewer bytes, the same numbers, and really made where a model has an embedding."""
+"""Row-sparse pushes: fewer bytes, the same numbers, and used where a model has an embedding."""
 
 import jax
 import numpy as np

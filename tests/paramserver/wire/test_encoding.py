@@ -1,4 +1,4 @@
-"""Every message survives its encoding, and nothing but a message is ever accepted."""
+"""Every message is decoded to itself, and nothing else is accepted."""
 
 import dataclasses
 import types

@@ -1,4 +1,4 @@
-"""The token of an attempt: what is left over from another attempt does not have it."""
+"""The token of an attempt: processes left over from another attempt do not have it."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The hooks of an experiment: when they are called, what they may keep, and how their mistakes are told."""
+"""The hooks of an experiment: when they are called, what they may keep, and how their errors are reported."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What was trained is used again: the numbers that plain Flax gives, from any directory, without the training data."""
+"""A trained run in use: the numbers that plain Flax gives, from any directory, without the training data."""
 
 import dataclasses
 import json

@@ -68,7 +68,7 @@ def test_a_loss_that_depends_on_the_devices_breaks_the_mean():
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_the_status_says_whether_the_canonical_bits_are_the_same(broken, capsys, monkeypatch):
-    """Broken, the model is another one each time it is compiled, by the least that float32 can tell apart."""
+    """If broken, the model differs each time it is compiled, by the smallest difference of float32."""
     times_compiled = itertools.count()
 
     def drifting(outputs, batch, key):

@@ -1,4 +1,4 @@
-"""Who is silent, and what follows: a table of times."""
+"""Which servers are silent, and what follows: a table of times."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The tables of the report: every fact of the record, and nothing a name could smuggle in."""
+"""The tables of the report: every fact of the record, and no HTML from a name."""
 
 import html.parser
 
