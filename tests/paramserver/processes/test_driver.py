@@ -1,4 +1,4 @@
-"""The driver carries out the effects of a state machine, in an order in which replies are valid; it passes answers on."""
+"""The driver carries out the effects of a state machine, in an order in which replies are valid."""
 
 import errno
 import os
