@@ -77,6 +77,16 @@ def test_a_process_of_a_job_starts_no_job(monkeypatch):
         train_work.supervise(parse("--processes", 2), forks=None)
 
 
+def test_a_job_whose_weights_are_not_there_starts_no_process(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(supervised, "supervise", lambda *_, **__: started.append(True) or 0)
+    given = ("--processes", 2, "--run-dir", tmp_path / "run", "--set", "init_from=gpt2")
+    with pytest.raises(UserError, match="Nothing is downloaded"):
+        train_work.supervise(parse(*given), forks=None)
+    assert not started
+    assert train_work.supervise(parse(*given, "--resume"), forks=None) == 0  # it does not load them again
+
+
 EMPTY = dict.fromkeys(record.KEYS) | {"step": 3, "metrics": {}}
 
 

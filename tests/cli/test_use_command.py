@@ -94,6 +94,13 @@ def test_predictions_and_exports_are_files(run_dir, capsys, tmp_path):
     assert said == f"{tmp_path / 'model.npz'}: the model of step 10 as npz\n"
 
 
+def test_names_of_transformers_are_for_its_models(run_dir, capsys, tmp_path):
+    command = ["export", run_dir, tmp_path / "out", "--format", "safetensors", "--names", "hugging-face"]
+    assert main.run([*map(str, command)]) == 2
+    assert "known for jaxdist's GPT, ViT and ResNet; the model is MLP" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_output_that_exists_is_refused_before_the_run_is_loaded(tmp_path, capsys):
     (tmp_path / "out.npz").write_text("precious")
     assert main.run(["predict", str(tmp_path / "no run"), "in.npy", str(tmp_path / "out.npz")]) == 2

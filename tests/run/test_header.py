@@ -47,3 +47,9 @@ def test_every_stop_rule_is_named_and_a_resumed_run_says_where_it_continues():
 
 def test_a_number_has_its_noun():
     assert [header.count(number, "worker") for number in (1, 2, 1000)] == ["1 worker", "2 workers", "1,000 workers"]
+
+
+def test_a_run_that_begins_with_weights_says_which():
+    assert render(tiny_experiment.get_config(), began_with="runs/a: 4 leaves loaded")["begins with"].strip() == (
+        "runs/a: 4 leaves loaded"
+    )

@@ -126,3 +126,18 @@ def test_what_a_dead_process_left_half_written_is_removed(tmp_path):
     assert not older.exists()
     resume.remove_remnants(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [whole.name]
+
+
+def test_a_run_begins_with_weights_as_with_a_saved_cut_and_finds_it_again(tmp_path):
+    plan = plan_of()
+    leaves = [np.full(shape, 0.5, dtype) for shape, dtype in zip(plan.sharding.shapes, plan.sharding.dtypes)]
+    start = resume.begin_with(plan, leaves, tmp_path)
+    assert same(jax.tree.leaves((start.state.params, start.state.model_state)), leaves)
+    params, _ = jax.tree.unflatten(plan.structure, leaves)
+    assert same(jax.tree.leaves(start.state.opt_state), jax.tree.leaves(plan.optimizer.init(params)))
+    assert (start.progress.step, int(start.state.step)) == (0, 0)
+    # Its processes died before they saved anything: the weights are not read again.
+    identity = components.identity(experiment_of())
+    with contextlib.closing(run_directory.open_checkpoints(experiment_of(), tmp_path / "none", identity)) as none:
+        again = resume.begin(plan, none, tmp_path)
+    assert same(jax.tree.leaves(again.state.params), jax.tree.leaves(start.state.params))

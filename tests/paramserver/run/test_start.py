@@ -49,3 +49,15 @@ def test_a_run_that_was_stopped_resumes_on_other_servers_with_the_same_bits(tmp_
     resumed = record_of(run_dir)
     assert (resumed["params_sha256"], resumed["step"]) == (calm["params_sha256"], 40)
     assert resumed["examples_seen"] == calm["examples_seen"]
+
+
+def test_a_run_that_begins_with_weights_has_the_bits_of_one_device(tmp_path):
+    alone = [sys.executable, "-m", "jaxdist.cli", "train", tiny_experiment.__file__, "--devices", "1", "--json"]
+    subprocess.run([*alone, "--run-dir", str(tmp_path / "first"), "--max-steps", "5"], check=True)
+    settings = [f"init_from={tmp_path / 'first'}", "model.dropout_rate=0.0", "optimizer.name=sgd"]
+    subprocess.run([*alone, "--run-dir", str(tmp_path / "one"), "--max-steps", "4", "--set", *settings], check=True)
+    subprocess.run(command(tmp_path / "served", *settings, "ps.workers=1", "ps.servers=2", steps=4), check=True)
+    one, served = record_of(tmp_path / "one"), record_of(tmp_path / "served")
+    assert served["params_sha256"] == one["params_sha256"]
+    assert served["init_from"] == one["init_from"]
+    assert served["init_from"]["source"] == f"{tmp_path / 'first'}, step 5"
