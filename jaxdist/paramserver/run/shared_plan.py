@@ -80,6 +80,7 @@ def make_plan(
     components.check_experiment(experiment)
     if experiment.precision == "float16":
         raise ConfigError("The parameter server does not scale losses, got precision=float16. Use bfloat16 or float32.")
+    _check_groups(experiment)
     loader = components.make_loader(experiment, fingerprint=fingerprint)
     functions = components.make_functions(experiment, components.example_batch(loader))
     known_end = components.known_ends(experiment, loader.steps_per_epoch)
@@ -151,6 +152,16 @@ def _ranks(params: Any) -> tuple[int, ...]:
 def _shape_by_rank(shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
     """Return the shape of a block, with one dim if its leaf has no weight decay."""
     return (math.prod(shape),) if rank == 1 < len(shape) else shape
+
+
+def _check_groups(experiment: Experiment) -> None:
+    optimizer = experiment.optimizer
+    if isinstance(optimizer, optimizers.Optimizer) and optimizer.groups:
+        patterns = ", ".join(repr(group.pattern) for group in optimizer.groups)
+        raise ConfigError(
+            "optimizer.groups go by the names of params, which the optimizers of a parameter server do not get; got "
+            f"groups for {patterns}. Use another strategy to freeze params or give them learning rates of their own."
+        )
 
 
 def _check_counters(model_state: Any) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny_experiment
 
+import jaxdist
 from jaxdist.config import overrides
 from jaxdist.config.parameter_server import ParameterServer
 from jaxdist.paramserver.protocol.settings import Settings
@@ -58,3 +59,12 @@ def test_held_out_examples_and_the_gradient_are_checked_here_too():
         with pytest.raises(ValueError, match=message):
             shared_plan.check_early(plan)
     shared_plan.check_early(shared_plan.make_plan(tiny, ParameterServer(workers=1)))
+
+
+def test_groups_are_refused_by_name():
+    optimizer = jaxdist.Optimizer(
+        name="sgd", learning_rate=0.1, groups=(jaxdist.Group(pattern="Dense_0", frozen=True),)
+    )
+    experiment = dataclasses.replace(tiny_experiment.get_config(), optimizer=optimizer)
+    with pytest.raises(ValueError, match=r"go by the names of params.* groups for 'Dense_0'"):
+        shared_plan.make_plan(experiment, ParameterServer())

@@ -113,6 +113,22 @@ def test_weights_go_in_and_out_with_equal_bits_and_give_equal_logits(model, inpu
         assert written[name].tobytes() == array.tobytes(), name
 
 
+RESIDUAL = ("wte", "wpe", "c_proj", "embeddings", "patch_embeddings.projection", "output.dense")
+
+
+@pytest.mark.parametrize("case", ["gpt", "vit"])
+def test_the_epsilon_of_every_normalisation_is_that_of_the_weights(case, tmp_path):
+    """With a residual stream so small that the epsilon decides."""
+    model, inputs, shapes, reference = CASES[case]
+    weights = numpy_models.draw(np.random.default_rng(1), shapes)
+    size = np.float32(3e-3 if case == "gpt" else 1e-6)
+    for name in weights:
+        if any(f"{part}." in f"{name}." for part in RESIDUAL):
+            weights[name] *= size
+    loaded, _ = load(model, inputs, write_folder(tmp_path / "theirs", weights))
+    np.testing.assert_allclose(logits_of(model, inputs, loaded), reference(weights), rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("model", "inputs", "plain"),
     [
