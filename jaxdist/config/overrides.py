@@ -15,7 +15,7 @@ import pydantic_core
 
 from jaxdist.config.experiment import Experiment
 from jaxdist.errors import ConfigError
-from jaxdist.setting_group import describe_kind, nearest
+from jaxdist.setting_group import describe_kind, fits, nearest
 
 
 def override(experiment: Experiment, assignments: Sequence[str]) -> Experiment:
@@ -83,7 +83,8 @@ def _all_paths(value: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _parse(hint: Any, text: str, path: str, current: Any) -> Any:
-    if dataclasses.is_dataclass(current) and not isinstance(current, type):
+    as_text = hint is not Any and fits(hint, text)  # as init_from, which is a path or a group of settings
+    if dataclasses.is_dataclass(current) and not isinstance(current, type) and not as_text:
         names = ", ".join(_settable_fields(current))
         raise ConfigError(f"{path} is a group of settings; set one of its fields: {names}.")
     if hint is Any:  # Says nothing; the value that is there may.

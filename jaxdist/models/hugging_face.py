@@ -85,8 +85,8 @@ def check_config(model: Any, found: Correspondence, config: Mapping[str, Any] | 
     for name in names:
         ours, usual, setting = found.settings[name]
         theirs = (config or {}).get(name, usual)
-        same = math.isclose(ours, theirs) if isinstance(theirs, float) else ours == theirs
-        if not same:
+        both_numbers = isinstance(theirs, float) and isinstance(ours, float)
+        if not (math.isclose(ours, theirs) if both_numbers else ours == theirs):
             raise UserError(
                 f"Weights of transformers need the settings they were trained with; {name} is {theirs!r} there, and "
                 f"{ours!r} in this {type(model).__name__}. Set the model's {setting}."

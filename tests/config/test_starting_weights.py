@@ -35,6 +35,8 @@ def test_the_command_line_names_a_path_and_changes_single_settings():
     changed = overrides.override(begun, ["init_from.checkpoint=40", "init_from.fresh=head,norm"])
     assert changed.init_from == jaxdist.InitFrom(path="runs/a", checkpoint=40, fresh=("head", "norm"))
     assert overrides.override(begun, ["init_from.checkpoint=last"]).init_from.checkpoint == "last"
+    assert overrides.override(changed, ["init_from=runs/b"]).init_from == jaxdist.InitFrom(path="runs/b")
+    assert overrides.override(changed, ["init_from=none"]).init_from is None
 
 
 def test_a_path_object_and_one_pattern_are_taken():

@@ -116,7 +116,8 @@ def open_for(experiment: Experiment, initial: tuple[PyTree, PyTree]) -> Weights 
         return None
     opened = weight_files.open_weights(settings)
     if settings.names == "hugging-face":
-        opened = hugging_face_files.as_ours(experiment.model, opened)
+        config = weight_files.read_config(pathlib.Path(settings.path))
+        opened = hugging_face_files.as_ours(experiment.model, opened, config)
     structs, names = _leaves_of(initial)
     found = matching.match(opened.names, names, settings, source=opened.source)
     in_order = {leaf: found.loaded[leaf] for leaf in structs if leaf in found.loaded}

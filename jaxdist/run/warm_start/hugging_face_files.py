@@ -16,14 +16,19 @@ from jaxdist.rundir import files
 WEIGHTS_NAME = "model.safetensors"
 
 
-def as_ours(model: Any, weights: NamedWeights) -> NamedWeights:
+def as_ours(model: Any, weights: NamedWeights, config: Mapping[str, Any] | None) -> NamedWeights:
     """Return weights under our names; what transformers keeps besides weights is among those left out.
+
+    Args:
+      model: that they are for.
+      weights: under the names of transformers.
+      config: that of their model, None where it is not known.
 
     Raises:
       UserError: the model is none that is known, or was not made for these weights.
     """
     found = hugging_face.correspondence(model)
-    hugging_face.check_config(model, found, weights.config)
+    hugging_face.check_config(model, found, config)
     known = {_slashes(name) for each in found.table for name in each.theirs}
     prefix = _slashes(found.prefix)
     # Files of the model without a head lack the prefix.
@@ -42,7 +47,7 @@ def as_ours(model: Any, weights: NamedWeights) -> NamedWeights:
         return each.to_ours(*(weights.read(stored[_slashes(theirs)]) for theirs in each.theirs))
 
     names = (*table, *others)
-    return NamedWeights(weights.source, names, read, weights.config, tuple(sorted(stored[name] for name in left)))
+    return NamedWeights(weights.source, names, read, tuple(sorted(stored[name] for name in left)))
 
 
 def write(model: Any, arrays: Mapping[str, np.ndarray], folder: pathlib.Path, metadata: Mapping[str, str]) -> None:

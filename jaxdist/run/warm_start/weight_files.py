@@ -43,14 +43,12 @@ class NamedWeights:
       source: where they come from, for messages.
       names: of all arrays.
       read: returns the array of a name; raises UserError where it is damaged.
-      config: the settings of the model that transformers stored beside them, None without.
       left: names that are no weights, and are left out.
     """
 
     source: str
     names: tuple[str, ...]
     read: Callable[[str], np.ndarray]
-    config: Mapping[str, Any] | None = None
     left: tuple[str, ...] = ()
 
 
@@ -141,12 +139,19 @@ def _of_safetensors(files: list[pathlib.Path], path: pathlib.Path) -> NamedWeigh
             if name in places:
                 raise UserError(f"{path} holds two arrays with the name {name}. Remove one.")
             places[name] = functools.partial(file.read, stored)
-    folder = path if path.is_dir() else path.parent
-    return NamedWeights(str(path), tuple(places), lambda name: places[name](), _config_in(folder))
+    return NamedWeights(str(path), tuple(places), lambda name: places[name]())
 
 
-def _config_in(folder: pathlib.Path) -> Mapping[str, Any] | None:
-    file = folder / CONFIG_NAME
+def read_config(path: pathlib.Path) -> Mapping[str, Any] | None:
+    """Return the settings that transformers stored beside its weights, None without.
+
+    Args:
+      path: of the weights, or of their folder.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    file = (path if path.is_dir() else path.parent) / CONFIG_NAME
     if not file.is_file():
         return None
     try:

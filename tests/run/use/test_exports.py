@@ -1,6 +1,8 @@
 """Exports, read back by the libraries they are for."""
 
 import dataclasses
+import json
+import types
 
 import compile_cache
 import flax.linen as nn
@@ -15,6 +17,7 @@ from trained_tiny import held_out, train
 
 import jaxdist
 from jaxdist import errors
+from jaxdist.models import gpt
 from jaxdist.run.use import exports
 
 
@@ -102,3 +105,21 @@ def test_nothing_is_overwritten(run, tmp_path, kind):
 def test_an_unknown_format_is_refused(run, tmp_path):
     with pytest.raises(errors.UserError, match="one of safetensors, npz, orbax, jax-export; got 'onnx'"):
         exports.export(run, tmp_path / "model", "onnx")
+
+
+def test_names_of_transformers_make_a_folder_with_its_config(tmp_path):
+    model = gpt.GPT(5, 4, num_layers=1, num_heads=1, width=2)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32), train=False)["params"]
+    made = types.SimpleNamespace(
+        params=params,
+        model_state=None,
+        step=3,
+        experiment=types.SimpleNamespace(model=model, name="tiny"),
+        record=types.SimpleNamespace(params_sha256="0"),
+    )
+    exports.export(made, tmp_path / "a" / "b", "safetensors", names="hugging-face")
+    found = safetensors.numpy.load_file(tmp_path / "a" / "b" / "model.safetensors")
+    assert np.array_equal(found["transformer.wte.weight"], params["token_embedding"]["embedding"])
+    assert json.loads((tmp_path / "a" / "b" / "config.json").read_text())["n_embd"] == 2
+    with pytest.raises(errors.UserError, match="exists"):
+        exports.export(made, tmp_path / "a" / "b", "safetensors", names="hugging-face")
