@@ -203,9 +203,18 @@ def gather(leaf: jax.Array, spec: PartitionSpec, has_examples: jax.Array) -> jax
     return checkpoint_name(_zero_cotangent_unless(leaf, has_examples), _GATHERED)
 
 
-def _is_kept_for_backward(primitive: Any, *_: Any, **params: Any) -> bool:
-    """Return whether a value is kept: all but the results of `gather` and of its all-gather."""
-    return primitive.name != lax.all_gather_p.name and params.get("name") != _GATHERED
+def _is_kept_for_backward(primitive: Any, *operands: Any, **params: Any) -> bool:
+    """Return whether a value is kept: all but the results of `gather` and of its all-gather, and complex numbers.
+
+    JAX rounds what it keeps to its own precision, by an operation that refuses complex numbers.
+    """
+    dtypes = [*(each.dtype for each in operands if hasattr(each, "dtype")), params.get("new_dtype", jnp.float32)]
+    is_complex = primitive.name in _MAKE_COMPLEX or any(jnp.issubdtype(each, jnp.complexfloating) for each in dtypes)
+    return primitive.name != lax.all_gather_p.name and params.get("name") != _GATHERED and not is_complex
+
+
+_MAKE_COMPLEX = ("complex", "conj", "fft")
+"""Operations whose result may be complex where their operands are real."""
 
 
 @jax.custom_vjp

@@ -238,3 +238,18 @@ def test_the_run_that_was_replaced_is_kept_until_there_is_a_checkpoint(tmp_path)
     assert aside.exists()
     books.finish("preempted", None)
     assert not aside.exists()
+
+
+def test_a_checkpoint_has_the_metrics_of_its_own_step_alone(tmp_path):
+    checkpoints = Checkpoints()
+    books = make_books(tmp_path / "run", checkpoints=checkpoints, evaluate=lambda state: {"accuracy": 0.9})
+    for step, evaluated in ((2, True), (3, False), (4, True)):
+        books.progress.step = step
+        if evaluated:
+            books.evaluate("state")
+        books.save("state", Place(step))
+    assert [(step, metrics) for step, _, _, metrics in checkpoints.saved] == [
+        (2, {"eval/accuracy": 0.9}),
+        (3, {}),
+        (4, {"eval/accuracy": 0.9}),
+    ]

@@ -224,3 +224,10 @@ def test_what_padding_holds_changes_no_evaluation_not_even_that_of_a_loss_that_m
 
     batch = {"x": jnp.array([1.0, 4.0, 0.0, jnp.nan]), "mask": jnp.array([1.0, 1.0, 0.0, 0.0])}
     assert float(evaluate.eval_step(multiplies)({}, None, batch)["loss"].value) == pytest.approx(np.log(4.0) / 2)
+
+
+@pytest.mark.parametrize("name", ["loss", "learning_rate"])
+def test_a_metric_with_a_name_of_the_packages_own_is_refused(name):
+    step = evaluate.eval_step(lambda params, batch, key: (params, {name: params}))
+    with pytest.raises(ValueError, match=f"cannot be metrics of a loss or an eval_fn; got {name}"):
+        step(jnp.float32(1), None, {"x": jnp.ones(4)})

@@ -21,6 +21,7 @@ from small_problem import (
 
 from jaxdist import adapters, losses, testing
 from jaxdist.models import gpt
+from jaxdist.spmd import metrics as metrics_lib
 from jaxdist.spmd import sharded, strategies
 from jaxdist.spmd import state as states
 
@@ -153,3 +154,31 @@ def test_dropout_is_that_of_the_data_parallel_step_on_as_many_devices():
         _, metrics = step(state, place({"tokens": tokens}, strategy.mesh, "data"))
         losses_of[name] = float(metrics["loss"])
     assert losses_of["fsdp"] == pytest.approx(losses_of["data-parallel"], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["fsdp", "hsdp"])
+def test_complex_numbers_pass_through_sharded_steps(name):
+    """Of params, and between real ones, as a Fourier transform makes them."""
+    random = np.random.default_rng(0)
+    params = {
+        "complex": jnp.asarray(random.normal(size=(8, 8)) + 1j * random.normal(size=(8, 8)), jnp.complex64),
+        "real": jnp.asarray(random.normal(size=(8, 8)), jnp.float32),
+    }
+    batch = {"x": random.normal(size=(8, 8)).astype(np.float32), "mask": np.ones(8, np.float32)}
+
+    def values(params, x):
+        spectrum = jnp.fft.fft(x @ params["real"]) @ params["complex"]
+        return jnp.square(jnp.abs(spectrum)).sum(axis=1) + jnp.real(spectrum[:, 0])
+
+    def loss_fn(params, batch, key):
+        return metrics_lib.masked_mean(values(params, batch["x"]), batch["mask"]), {}
+
+    strategy = strategies.build(name, devices=jax.devices()[:4], min_size=0)
+    optimizer = optax.sgd(1e-3)
+    state = states.create_state(lambda key: params, optimizer, mesh=strategy.mesh, seed=0, layout=strategy.layout)
+    placed = jax.device_put(batch, jax.sharding.NamedSharding(strategy.mesh, PartitionSpec(strategy.batch_axes)))
+    state, _ = strategy.make_step(loss_fn, optimizer)(state, placed)
+    grads = jax.grad(lambda params: values(params, batch["x"]).mean())(params)
+    for leaf, param in params.items():
+        np.testing.assert_allclose(state.params[leaf], param - 1e-3 * jnp.conj(grads[leaf]), rtol=1e-4, atol=1e-4)
+        assert np.abs(state.params[leaf] - param).max() > 1e-2
