@@ -167,6 +167,14 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     command.add_argument("--overwrite", action="store_true", help="replace the run in --run-dir if there is one")
     command.add_argument("--replace", metavar="STARTED", help=argparse.SUPPRESS)  # from a supervisor to its processes
     command.add_argument("--restartable", action="store_true", help="continue the run in --run-dir if there is one")
+    command.add_argument("--profile", metavar="FIRST:LAST", help="trace these steps into RUN_DIR/profile, for XProf")
+    trial = command.add_mutually_exclusive_group()
+    trial.add_argument(
+        "--fast-dev-run", action="store_true", help="try all: three steps, an evaluation, a checkpoint; nothing is kept"
+    )
+    trial.add_argument(
+        "--overfit-batch", action="store_true", help="train and evaluate on one batch: the loss should fall to about 0"
+    )
     command.add_argument("--json", action="store_true", help="show nothing, print the run record as one JSON object")
 
 

@@ -5,8 +5,12 @@ This file imports little, so that signals are handled, and the fork server start
 
 import argparse
 import os
+import pathlib
+import sys
+import tempfile
 
 from jaxdist.cli import parser
+from jaxdist.errors import ExitStatus
 from jaxdist.launch import signals, waiting
 from jaxdist.launch.supervising import fork_server
 
@@ -17,6 +21,17 @@ _IN_JOB = "JAXDIST_NUM_PROCESSES"
 
 def train(options: argparse.Namespace) -> int:
     """Train in this process, or start the processes that do."""
+    if not options.fast_dev_run or options.run_dir is not None:
+        return _train(options)
+    with tempfile.TemporaryDirectory(prefix="jaxdist-trial-") as folder:
+        options.run_dir = pathlib.Path(folder) / "run"
+        status = _train(options)
+    if status == ExitStatus.OK:
+        print("jaxdist: The trial ended well; its run directory was removed.", file=sys.stderr)
+    return status
+
+
+def _train(options: argparse.Namespace) -> int:
     if options.processes and options.strategy != parser.PARAMETER_SERVER and _IN_JOB not in os.environ:
         return supervise(options)
     # From the start: a signal that arrives during the imports or while the processes connect is not lost.

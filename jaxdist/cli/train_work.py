@@ -18,6 +18,7 @@ from jaxdist.launch.joining import places, runtime, same_on_all
 from jaxdist.launch.signals import StopRequest
 from jaxdist.launch.supervising import fork_server
 from jaxdist.run import attempt, bookkeeping, components, directory, recovery, supervised
+from jaxdist.run.diagnosis import profiling
 from jaxdist.run.warm_start import beginning
 from jaxdist.rundir import record, writers
 
@@ -71,6 +72,15 @@ def _check_start(options: argparse.Namespace) -> None:
         raise errors.UserError(
             f"--overwrite starts the run again from its first step, and {given} continues it; got both. Leave one out."
         )
+    if getattr(options, "fast_dev_run", False) and options.resume:
+        raise errors.UserError("--fast-dev-run tries an experiment from its first step, so it takes no --resume.")
+    if getattr(options, "profile", None) is not None:
+        profiling.steps_of(options.profile)
+        if options.strategy == parser.PARAMETER_SERVER:
+            raise errors.UserError(
+                "--profile traces the steps of one process, and those of a parameter server's run are made by its "
+                "workers. Leave it out, or profile the same experiment with another strategy."
+            )
     if getattr(options, "checkpoint", None) is None:
         return
     if not options.resume or options.restartable or options.strategy == parser.PARAMETER_SERVER:
@@ -117,6 +127,7 @@ def _train_here(
                 resume=resume,
                 overwrite=begin == _OVERWRITE,
                 checkpoint=options.checkpoint,
+                profile=options.profile and profiling.steps_of(options.profile),
                 silent=options.json,
                 command=options.command,
                 stop_requested=lambda step: bool(request) or is_over(),

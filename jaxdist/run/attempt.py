@@ -23,6 +23,7 @@ from jaxdist.launch.joining import agreement, runtime, same_on_all
 from jaxdist.launch.supervising import watchdog
 from jaxdist.run import bookkeeping, components, directory, disk_room, header, hooks, loop, recovery, rescue
 from jaxdist.run.custom import user_hooks
+from jaxdist.run.diagnosis import profiling
 from jaxdist.run.stopwatch import Stopwatch
 from jaxdist.run.warm_start import beginning
 from jaxdist.rundir import full_disk, lock, record, writers
@@ -39,6 +40,7 @@ class RunOptions:
       resume: continue from the newest checkpoint there.
       overwrite: replace the run there, if there is one.
       checkpoint: with `resume`, the saved step to continue from; newer ones are set aside. None for the newest.
+      profile: the steps that process 0 traces by `jax.profiler`, into the folder `profile` of the run directory.
       silent: show nothing while training.
       command: the command line, for the run record.
       stop_requested: asked after each step whether this process wants to stop and save; all then stop at one step.
@@ -50,6 +52,7 @@ class RunOptions:
     resume: bool = False
     overwrite: bool = False
     checkpoint: int | None = None
+    profile: range | None = None
     silent: bool = False
     command: str = ""
     stop_requested: Callable[[int], bool] = lambda step: False
@@ -227,6 +230,8 @@ class _Run:
             stopwatch,
             evaluate=None if parts.eval_step is None else parts.evaluate,
         )
+        traced = options.profile if options.profile and jax.process_index() == 0 else range(0)
+        self.trace = profiling.Trace(traced, options.run_dir)
         self.log = hooks.LogMetrics(self.books)
         self.books.before_save = self.log.flush
 
@@ -254,14 +259,15 @@ class _Run:
         ledger = recovery.recorded(
             self.experiment.recovery, self.options.run_dir, step=start.progress.step, place=start.position
         )
-        with books.shown(), ledger as ledger_hooks:
+        with books.shown(), ledger as ledger_hooks, self.trace:
             books.call_hooks("on_start", start.state)
+            self.trace.begin(start.progress.step + 1)
             result = loop.fit(
                 self._watched_step,
                 start.state,
                 self.parts.batches(start.position),
                 stop=stop_rule,
-                hooks=[lambda info: dog.report(), *self._make_hooks(ledger_hooks)],
+                hooks=[lambda info: dog.report(), *self._make_hooks(ledger_hooks), self.trace],
                 progress=books.progress,
                 stop_requested=self.agreed.stop(self.options.stop_requested),
                 stopwatch=books.stopwatch,
@@ -309,7 +315,8 @@ class _Run:
         raise disk_room.no_room(run_dir, step, kept)
 
     def _watched_step(self, state: TrainState, batch: Any) -> Any:
-        outputs = self.parts.step(state, batch)
+        with self.trace.step(self.books.progress.step + 1):
+            outputs = self.parts.step(state, batch)
         if self.experiment.guards.recompile:
             found = self.sentinel.observe(self.parts.step, (state, batch))
             self.books.compile_count = self.sentinel.compile_count

@@ -1,0 +1,52 @@
+"""Short forms of an experiment, to find mistakes early: a few steps of everything, or one batch again and again."""
+
+import dataclasses
+
+import numpy as np
+
+from jaxdist.config import data_fields
+from jaxdist.config.experiment import Experiment
+from jaxdist.data import Source, Subset
+from jaxdist.run import components
+from jaxdist.stop import Stop
+
+STEPS = 3
+
+
+def few_steps(experiment: Experiment) -> Experiment:
+    """Return the experiment with three steps, one evaluation of one batch and one checkpoint, without trackers."""
+    size = experiment.global_batch_size
+    return dataclasses.replace(
+        experiment,
+        data=dataclasses.replace(experiment.data, eval=_first(experiment.data.eval, size)),
+        stop=Stop(max_steps=STEPS),
+        eval=dataclasses.replace(experiment.eval, every_steps=STEPS),
+        checkpoints=dataclasses.replace(experiment.checkpoints, every_steps=STEPS, best_metric=None),
+        writers=("jsonl",),
+    )
+
+
+def one_batch(experiment: Experiment) -> Experiment:
+    """Return the experiment with the first batch of its first epoch as its training and held-out examples.
+
+    A model that is able to learn, and a loss and an optimizer that are right, drive the loss to about 0.
+    """
+    loader = components.make_loader(experiment, fingerprint="")
+    [ids] = [
+        batch.ids[batch.mask > 0]
+        for batch, _ in zip(
+            loader.order.batches(len(loader.source), experiment.seed, 0, 0, experiment.global_batch_size), range(1)
+        )
+    ]
+    batch = Subset(loader.source, np.asarray(ids))
+    data = dataclasses.replace(
+        experiment.data, train=batch, eval=None if experiment.data.eval is None else batch, shuffle=False, order=None
+    )
+    return dataclasses.replace(experiment, data=data)
+
+
+def _first(sources: Source | dict[str, Source] | None, count: int) -> Source | dict[str, Source] | None:
+    """Return the first `count` examples of each set."""
+    named = data_fields.named_sources(sources)
+    first = {name: Subset(source, np.arange(min(count, len(source)))) for name, source in named.items()}
+    return first if isinstance(sources, dict) else next(iter(first.values()), None)

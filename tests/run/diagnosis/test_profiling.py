@@ -1,0 +1,77 @@
+import json
+import types
+import warnings
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny_experiment
+
+from jaxdist.cli import main
+from jaxdist.errors import UserError
+from jaxdist.launch.joining import runtime
+from jaxdist.run.diagnosis import profiling
+
+
+@pytest.mark.parametrize("text", ["", "5", "5:", "7:5", "0:3", "a:b", "1:2:3", "-1:3"])
+def test_what_names_no_steps_is_refused(text):
+    with pytest.raises(UserError, match="such as 20:25"):
+        profiling.steps_of(text)
+
+
+def test_both_ends_are_traced():
+    assert list(profiling.steps_of("4:6")) == [4, 5, 6]
+
+
+def made(folder, steps, first, last):
+    """Make the steps `first` to `last` under a trace of `steps`; return the steps that JAX traced, by number."""
+    with profiling.Trace(steps, folder) as trace:
+        trace.begin(first)
+        for number in range(first, last + 1):
+            with trace.step(number):
+                state = jnp.sin(jnp.arange(4.0)).block_until_ready()
+            trace(types.SimpleNamespace(step=number, state=state))
+    files = list((folder / profiling.FOLDER).rglob("*.xplane.pb"))
+    if not files:
+        return None
+    [file] = files
+    found = jax.profiler.ProfileData.from_file(str(file))
+    events = [event for plane in found.planes for row in plane.lines for event in row.events if event.name == "step"]
+    return sorted(dict(event.stats)["step_num"] for event in events)
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "traced"),
+    [(1, 9, [3, 4]), (4, 9, [4]), (1, 3, [3])],
+    ids=["within", "resumed within", "ends early"],
+)
+def test_the_steps_asked_for_are_traced_and_no_others(tmp_path, first, last, traced):
+    assert made(tmp_path, range(3, 5), first, last) == traced
+
+
+def test_a_run_without_those_steps_says_so(tmp_path):
+    with pytest.warns(UserWarning, match="no step of 3 to 4"):
+        assert made(tmp_path, range(3, 5), 5, 9) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert made(tmp_path, range(0), 1, 3) is None
+
+
+@pytest.mark.slow
+def test_a_run_is_traced(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runtime, "start", lambda num_devices: jax.devices()[:num_devices])
+    arguments = ["train", tiny_experiment.__file__, "--run-dir", str(tmp_path / "run"), "--json", "--profile", "2:3"]
+    assert main.run([*arguments, "--devices", "2", "--max-steps", "4"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 4
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"), [((), "such as 20:25"), (("--strategy", "parameter-server"), "Leave it out")]
+)
+def test_a_trace_that_cannot_be_made_is_refused_before_the_run(tmp_path, capsys, more, message):
+    steps = "2:3" if more else "2"
+    command = ["train", tiny_experiment.__file__, "--run-dir", str(tmp_path / "run"), "--profile", steps, *more]
+    assert main.run(command) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,69 @@
+import dataclasses
+import json
+import tempfile
+
+import jax
+import numpy as np
+import pytest
+import tiny_experiment
+
+import jaxdist
+from jaxdist.cli import main
+from jaxdist.launch.joining import runtime
+from jaxdist.run import components
+from jaxdist.run.diagnosis import trials
+
+
+def first_batch(experiment):
+    loader = components.make_loader(experiment)
+    [batch] = [batch for (batch, _), _ in zip(loader, range(1))]
+    return batch
+
+
+@pytest.mark.parametrize("order", [None, jaxdist.data.BlockShuffled(8), jaxdist.data.Resampled((1.0,) * 52)])
+def test_one_batch_is_the_first_of_the_first_epoch_in_every_step(order):
+    experiment = tiny_experiment.get_config()
+    experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, order=order))
+    wanted = first_batch(experiment)
+    loader = components.make_loader(trials.one_batch(experiment))
+    assert loader.steps_per_epoch == 1
+    for (batch, _), _ in zip(loader, range(3)):
+        for name, values in wanted.items():
+            np.testing.assert_array_equal(batch[name], values)
+    [held_out] = components.make_eval_loaders(trials.one_batch(experiment)).values()
+    np.testing.assert_array_equal(next(iter(held_out)).batch["label"], wanted["label"])
+
+
+def test_a_trial_is_short_whatever_the_experiment_says():
+    experiment = tiny_experiment.get_config()
+    sets = {"one": experiment.data.eval, "two": experiment.data.eval}
+    data = dataclasses.replace(experiment.data, eval=sets)
+    stop = jaxdist.Stop(target=0.9, target_metric="eval/one/accuracy", max_epochs=1000)
+    short = trials.few_steps(dataclasses.replace(experiment, data=data, stop=stop, writers=("jsonl", "tensorboard")))
+    assert (short.stop.max_steps, short.stop.target, short.eval.every_steps) == (3, None, 3)
+    assert {name: len(part) for name, part in short.data.eval.items()} == dict.fromkeys(
+        sets, min(16, len(experiment.data.eval))
+    )
+    small = trials.few_steps(dataclasses.replace(short, global_batch_size=4))
+    assert small.data.eval["one"].ids.tolist() == [0, 1, 2, 3]
+    assert short.writers == ("jsonl",)
+    without = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, eval=None))
+    assert trials.few_steps(without).data.eval is None
+
+
+def test_a_trial_trains_evaluates_saves_and_leaves_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(runtime, "start", lambda num_devices: jax.devices()[:num_devices])
+    assert main.run(["train", tiny_experiment.__file__, "--devices", "2", "--fast-dev-run", "--json"]) == 0
+    printed = capsys.readouterr()
+    made = json.loads(printed.out)
+    assert (made["step"], made["end_reason"], made["checkpoint"]) == (3, "max_steps", 3)
+    assert "eval/accuracy" in made["metrics"]
+    assert "The trial ended well" in printed.err
+    assert not list(tmp_path.glob("jaxdist-trial-*"))
+
+
+def test_a_trial_of_a_run_that_continues_is_refused(tmp_path, capsys):
+    command = ["train", tiny_experiment.__file__, "--run-dir", str(tmp_path / "run"), "--fast-dev-run", "--resume"]
+    assert main.run(command) == 2
+    assert "takes no --resume" in capsys.readouterr().err
