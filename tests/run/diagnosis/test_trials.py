@@ -41,9 +41,7 @@ def test_a_trial_is_short_whatever_the_experiment_says():
     stop = jaxdist.Stop(target=0.9, target_metric="eval/one/accuracy", max_epochs=1000)
     short = trials.few_steps(dataclasses.replace(experiment, data=data, stop=stop, writers=("jsonl", "tensorboard")))
     assert (short.stop.max_steps, short.stop.target, short.eval.every_steps) == (3, None, 3)
-    assert {name: len(part) for name, part in short.data.eval.items()} == dict.fromkeys(
-        sets, min(16, len(experiment.data.eval))
-    )
+    assert [len(part) for part in short.data.eval.values()] == [min(16, len(experiment.data.eval))] * 2
     small = trials.few_steps(dataclasses.replace(short, global_batch_size=4))
     assert small.data.eval["one"].ids.tolist() == [0, 1, 2, 3]
     assert short.writers == ("jsonl",)
