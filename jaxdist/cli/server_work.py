@@ -14,6 +14,13 @@ def train(options: argparse.Namespace, request: StopRequest, identity: component
     """Start the scheduler, servers and workers of a parameter server; `--devices` counts those of each worker."""
     if options.processes:
         raise errors.UserError("A parameter server has ps.workers and ps.servers; leave --processes out.")
+    for name in ("profile", "fast_dev_run", "overfit_batch"):
+        if getattr(options, name, None):
+            raise errors.UserError(
+                f"--{name.replace('_', '-')} is for runs whose steps are made by this command's processes; those of a "
+                "parameter server load the experiment by themselves. Leave it out, or try the experiment with another "
+                "--strategy."
+            )
     experiment = selected_experiment.load(options)
     run_dir = options.run_dir or directory.default_run_dir(experiment.name, resume=options.resume)
     with selected_experiment.record_alone_on_stdout(options):

@@ -76,11 +76,6 @@ def _check_start(options: argparse.Namespace) -> None:
         raise errors.UserError("--fast-dev-run tries an experiment from its first step, so it takes no --resume.")
     if getattr(options, "profile", None) is not None:
         profiling.steps_of(options.profile)
-        if options.strategy == parser.PARAMETER_SERVER:
-            raise errors.UserError(
-                "--profile traces the steps of one process, and those of a parameter server's run are made by its "
-                "workers. Leave it out, or profile the same experiment with another strategy."
-            )
     if getattr(options, "checkpoint", None) is None:
         return
     if not options.resume or options.restartable or options.strategy == parser.PARAMETER_SERVER:

@@ -7,10 +7,12 @@ import numpy as np
 from jaxdist.config import data_fields
 from jaxdist.config.experiment import Experiment
 from jaxdist.data import Source, Subset
+from jaxdist.optimizers import Optimizer, Schedule
 from jaxdist.run import components
 from jaxdist.stop import Stop
 
 STEPS = 3
+ONE_BATCH_STEPS = 200
 
 
 def few_steps(experiment: Experiment) -> Experiment:
@@ -29,7 +31,8 @@ def few_steps(experiment: Experiment) -> Experiment:
 def one_batch(experiment: Experiment) -> Experiment:
     """Return the experiment with the first batch of its first epoch as its training and held-out examples.
 
-    A model that is able to learn, and a loss and an optimizer that are right, drive the loss to about 0.
+    A model that is able to learn, and a loss and an optimizer that are right, drive the loss to about 0. The learning
+    rate is constant and no target ends it: an epoch is one step here, so what counts epochs would be over at once.
     """
     loader = components.make_loader(experiment, fingerprint="")
     [ids] = [
@@ -42,7 +45,17 @@ def one_batch(experiment: Experiment) -> Experiment:
     data = dataclasses.replace(
         experiment.data, train=batch, eval=None if experiment.data.eval is None else batch, shuffle=False, order=None
     )
-    return dataclasses.replace(experiment, data=data)
+    optimizer = experiment.optimizer
+    return dataclasses.replace(
+        experiment,
+        data=data,
+        optimizer=dataclasses.replace(optimizer, schedule=Schedule())
+        if isinstance(optimizer, Optimizer)
+        else optimizer,
+        stop=Stop(max_steps=experiment.stop.max_steps or ONE_BATCH_STEPS),
+        eval=dataclasses.replace(experiment.eval, every_steps=ONE_BATCH_STEPS // 4),
+        checkpoints=dataclasses.replace(experiment.checkpoints, best_metric=None),
+    )
 
 
 def _first(sources: Source | dict[str, Source] | None, count: int) -> Source | dict[str, Source] | None:

@@ -67,7 +67,7 @@ def test_a_run_is_traced(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("more", "message"), [((), "such as 20:25"), (("--strategy", "parameter-server"), "Leave it out")]
+    ("more", "message"), [((), "such as 20:25"), (("--strategy", "parameter-server"), "with another --strategy")]
 )
 def test_a_trace_that_cannot_be_made_is_refused_before_the_run(tmp_path, capsys, more, message):
     steps = "2:3" if more else "2"

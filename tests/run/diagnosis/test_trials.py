@@ -61,6 +61,24 @@ def test_a_trial_trains_evaluates_saves_and_leaves_nothing(tmp_path, capsys, mon
     assert not list(tmp_path.glob("jaxdist-trial-*"))
 
 
+@pytest.mark.parametrize("flag", ["--fast-dev-run", "--overfit-batch"])
+def test_a_trial_with_a_parameter_server_is_refused(tmp_path, capsys, flag):
+    command = ["train", tiny_experiment.__file__, "--run-dir", str(tmp_path / "run"), flag]
+    assert main.run([*command, "--strategy", "parameter-server"]) == 2
+    assert f"{flag} is for runs whose steps are made by this command's processes" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_batch_is_learned_at_a_constant_rate_until_the_steps_are_over():
+    experiment = tiny_experiment.get_config()
+    cosine = dataclasses.replace(
+        experiment.optimizer, schedule=jaxdist.Schedule(name="cosine", length=2, unit="epochs")
+    )
+    found = trials.one_batch(dataclasses.replace(experiment, optimizer=cosine, stop=jaxdist.Stop(max_epochs=2)))
+    assert (found.stop.max_steps, found.stop.max_epochs, found.optimizer.schedule.name) == (200, None, "constant")
+    assert trials.one_batch(dataclasses.replace(experiment, stop=jaxdist.Stop(max_steps=7))).stop.max_steps == 7
+
+
 def test_a_trial_of_a_run_that_continues_is_refused(tmp_path, capsys):
     command = ["train", tiny_experiment.__file__, "--run-dir", str(tmp_path / "run"), "--fast-dev-run", "--resume"]
     assert main.run(command) == 2
