@@ -632,7 +632,7 @@ def unboxed(params: PyTree) -> PyTree:
 
 
 def from_msgpack(content: bytes, name: str) -> PyTree:
-    """Return the tree that `flax.serialization.to_bytes` wrote; raises UserError where `content` is none."""
+    """Return the tree that `flax.serialization.to_bytes` wrote; raise UserError if `content` is not such a tree."""
     try:
         return serialization.msgpack_restore(content)
     except Exception as error:  # of many kinds: its parser meets arbitrary bytes

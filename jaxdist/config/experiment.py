@@ -88,7 +88,7 @@ class Evaluation:
 
     @staticmethod
     def accept(values: dict[str, Any]) -> dict[str, Any]:
-        """Return the settings; raises ConfigError where something is no metric."""
+        """Return the settings; raise ConfigError if an entry is not a metric."""
         for metric in values.get("metrics", ()):
             if not all(hasattr(metric, name) for name in ("names", "collect", "compute")) or isinstance(metric, type):
                 raise ConfigError(

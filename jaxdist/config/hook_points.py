@@ -12,7 +12,7 @@ POINTS = ("on_start", ON_STEP, "on_evaluation", "on_checkpoint", "on_end")
 
 
 def check(hooks: Sequence[Any]) -> None:
-    """Raise ConfigError where one of the hooks is none, or has a method that would never be called."""
+    """Raise ConfigError if an object is not a hook, or has a method that would never be called."""
     for hook in hooks:
         if isinstance(hook, type):
             raise ConfigError(f"Experiment.hooks takes objects; got {show(hook)}. Write {hook.__name__}(...).")

@@ -31,7 +31,7 @@ class WeightRule:
 
     @staticmethod
     def accept(values: dict[str, Any]) -> dict[str, Any]:
-        """Return the settings; raises ConfigError for a rule that is none."""
+        """Return the settings; raise ConfigError for an invalid rule."""
         _check_pattern("WeightRule.pattern", values.get("pattern"))
         changes = values.get("to") is not None or values.get("function") is not None
         if changes == bool(values.get("leave_out", False)):
@@ -63,7 +63,7 @@ class InitFrom:
 
     @staticmethod
     def accept(values: dict[str, Any]) -> dict[str, Any]:
-        """Return the settings with the path as a string; raises ConfigError for what is no pattern."""
+        """Return the settings with the path as a string; raise ConfigError for an invalid pattern."""
         found = dict(values)
         if hasattr(found.get("path"), "__fspath__"):
             found["path"] = str(found["path"])

@@ -58,7 +58,7 @@ def correspondence(model: Any) -> Correspondence:
     """Return how a model corresponds to one of transformers.
 
     Raises:
-      UserError: it is none of GPT, ViT and ResNet, or has a form that transformers does not have.
+      UserError: it is not a GPT, ViT or ResNet, or has a form that transformers does not have.
     """
     if type(model) is GPT:
         return _of_gpt(model)

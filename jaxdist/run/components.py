@@ -256,7 +256,7 @@ def make_eval_loaders(experiment: Experiment) -> dict[str, data.Loader]:
 
 
 def make_collect_fn(experiment: Experiment, functions: adapters.Functions) -> evaluate.CollectFn | None:
-    """Return what collects the rows of the metrics that are no means, by number; None where there are none.
+    """Return what collects the rows of the metrics that are not means, by number; None if there are no such metrics.
 
     Raises:
       ConfigError: the model's outputs cannot be had.
@@ -282,7 +282,7 @@ def make_collecting(
     make_step: Callable[[evaluate.CollectFn], evaluate.CollectStep],
     collect_fn: evaluate.CollectFn | None,
 ) -> evaluate.Collecting | None:
-    """Return the metrics of an evaluation that are no means; None where there are none."""
+    """Return the metrics of an evaluation that are not means; None if there are no such metrics."""
     if collect_fn is None:
         return None
 
@@ -463,7 +463,7 @@ def check_experiment(experiment: Experiment) -> None:
 
 
 def watched_metric(experiment: Experiment) -> tuple[str | None, stop.Mode]:
-    """Return the metric whose best state is kept, None where there is none, and which values of it are good."""
+    """Return the metric whose best state is kept, or None, and which of its values are good."""
     kept, ends = experiment.checkpoints, experiment.stop
     if kept.best_metric is not None:
         return kept.best_metric, kept.best_mode

@@ -61,7 +61,7 @@ def open_snapshots(settings: Recovery, identity: str) -> snapshot.Snapshots | No
 def restore_newest(
     template: Any, checkpointer: checkpoints.Checkpointer, snapshots: snapshot.Snapshots | None
 ) -> tuple[Any, dict[str, Any]] | None:
-    """Return the newest state that is left and its data_state: from memory, else from disk; None if there is none."""
+    """Return the newest saved state and its data_state: from memory, else from disk; None if nothing is saved."""
     saved = checkpointer.latest_step()
     in_memory = snapshots.latest_step() if snapshots else None
     if snapshots and in_memory is not None and (saved is None or in_memory >= saved):

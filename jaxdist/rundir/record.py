@@ -168,7 +168,7 @@ _OF_VOCABULARIES = re.compile(r"(^|[._])(pad|bos|eos|unk|mask|sep|cls|start|end|
 def is_secret(name: str) -> bool:
     """Return whether a setting is a secret by its name: its value stays out of the run directory.
 
-    The tokens of a vocabulary, `pad_token` for example, are none.
+    The tokens of a vocabulary, `pad_token` for example, are not secrets.
     """
     return name.lower().endswith(_SECRETS) and not _OF_VOCABULARIES.search(name.lower())
 

@@ -110,7 +110,7 @@ def cache_key(module: Any, device: jax.Device) -> str | None:
 
 
 def read_cache(key: str, devices: Sequence[jax.Device]) -> Any:
-    """Return the cached executable with a replica on each of `devices`, None where there is none.
+    """Return the cached executable with a replica on each of `devices`, or None.
 
     There is no public access to the entries of the cache. A damaged entry raises whatever zstandard, zlib or XLA raise.
     """

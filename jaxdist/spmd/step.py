@@ -271,8 +271,8 @@ def apply_averages(
     A batch in which nothing counts makes no update. The step is counted, the loss is NaN and `nonfinite_leaf` is
     EMPTY_BATCH.
 
-    Under dynamic loss scaling (float16) an overflow while the scale can still fall is no fault: the optimizer skips
-    that update and lowers the scale, and `nonfinite_leaf` is -1.
+    Under dynamic loss scaling (float16) an overflow is not an error while the scale can still fall: the optimizer
+    skips that update and lowers the scale, and `nonfinite_leaf` is -1.
 
     Args:
       state: the state before the step.

@@ -341,7 +341,7 @@ def test_a_viewer_that_closes_its_end_ends_nothing(start, processes):
     os.close(told)
     assert job.end(120.0) == 0, job.text()
     assert record.RunRecord.read(job.run_dir).end_reason == "max_steps"
-    assert "end reason" in (job.run_dir / "logs" / "process-0.log").read_text(), "what nobody could read"
+    assert "end reason" in (job.run_dir / "logs" / "process-0.log").read_text(), "what no one could read"
 
 
 @pytest.mark.soak

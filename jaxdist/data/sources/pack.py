@@ -116,7 +116,7 @@ class Packed:
         return row | {COUNTS: np.float32(bool(kept))}
 
     def _filled(self, parts: list[np.ndarray], like: Any, pad: int | None = None) -> np.ndarray:
-        """Return the parts, one behind the other, filled up to a row; `like` has their dtype where there are none."""
+        """Return the concatenated parts, padded to a row; `like` gives the dtype if there are no parts."""
         joined = np.concatenate(parts) if parts else np.asarray(like)[:0]
         return _pad_to(joined, self._row_length, self._pad if pad is None else pad)
 

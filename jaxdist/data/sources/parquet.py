@@ -210,6 +210,6 @@ def _check_type(name: str, kind: Any, is_category: bool) -> None:
         raise ValueError(f"Column {name!r} is {kind}; only columns of texts are numbered by `categories`.")
     if not (_is_numeric(kind) or is_bytes or (is_list and _is_numeric(kind.value_type))):
         raise ValueError(
-            f"Column {name!r} is {kind}, which is no number. Leave it out of `columns`"
+            f"Column {name!r} is {kind}, which is not a number. Leave it out of `columns`"
             + (", or give its texts in `categories`." if is_text else ", or write it as numbers.")
         )

@@ -239,7 +239,7 @@ def _numbers(name: str, column: Any, missing: float | None, files: Sequence[str]
         values = column.to_pylist()
         row, text = next(((row, value) for row, value in enumerate(values) if not _is_number(value)), (0, values[0]))
         raise ValueError(
-            f"{', '.join(files[:3])}, row {row + 1}: column {name!r} holds {str(text)!r}, which is no number. Leave "
+            f"{', '.join(files[:3])}, row {row + 1}: column {name!r} holds {str(text)!r}, which is not a number. Leave "
             "the column out of `columns`, or name it in `categories`."
         )
     if not column.null_count:

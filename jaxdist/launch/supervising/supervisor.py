@@ -46,7 +46,7 @@ _LOOK_SECONDS = 0.1
 _STOPPED_LOOK_SECONDS = 0.5
 FIRST_DELAY_SECONDS, LONGEST_DELAY_SECONDS = 1.0, 60.0
 """Pause after a first fruitless attempt, which doubles with each further one, and the longest pause. After an attempt
-that made progress there is none."""
+that made progress the next one begins at once."""
 STOPPED_MARGIN_SECONDS = 5.0
 """A process that is stopped (SIGSTOP) for this much longer than `hang_seconds` is killed: the other processes notice it
 first, and say more about it than the supervisor can."""

@@ -81,7 +81,7 @@ class HookInfo:
 
     @property
     def model_state(self) -> Any:
-        """A copy of the model's state (running means and the like), as NumPy arrays; None where there is none."""
+        """A copy of the model's state, such as running means, as NumPy arrays; None if the model has no state."""
         return self._once("model_state", lambda: _copy(self._state().model_state))
 
     @property

@@ -25,7 +25,7 @@ def as_ours(model: Any, weights: NamedWeights, config: Mapping[str, Any] | None)
       config: that of their model, None where it is not known.
 
     Raises:
-      UserError: the model is none that is known, or was not made for these weights.
+      UserError: the model is of an unknown kind, or was not made for these weights.
     """
     found = hugging_face.correspondence(model)
     hugging_face.check_config(model, found, config)

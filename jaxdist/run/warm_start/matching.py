@@ -74,7 +74,7 @@ def _rule_of(rules: Sequence[WeightRule], name: str) -> WeightRule | None:
 
 
 def _place(name: str, rule: WeightRule | None, model: Mapping[str, str]) -> str | None:
-    """Return the leaf of the model that a leaf of the file is, None where there is none."""
+    """Return the leaf of the model that a leaf of the file belongs to; None if there is no such leaf."""
     if rule is not None and rule.to is not None:
         try:
             name = re.sub(rule.pattern, rule.to, name, count=1)

@@ -65,9 +65,7 @@ def open_weights(settings: InitFrom) -> NamedWeights:
             "its path."
         )
     if settings.checkpoint != "best" and not (path / record.FILE_NAME).is_file():
-        raise UserError(
-            f"init_from.checkpoint chooses a checkpoint of a run directory, and {path} is none. Leave it out."
-        )
+        raise UserError(f"init_from.checkpoint needs a run directory; {path} is not a run directory. Leave it out.")
     try:
         return _open(path, settings)
     except (CheckpointError, OSError) as error:

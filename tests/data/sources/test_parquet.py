@@ -76,7 +76,7 @@ def test_decimals_bytes_and_texts(tmp_path):
 def test_what_is_no_number_is_refused_when_opened(tmp_path):
     for values in ([datetime.date(2020, 1, 2)], [{"a": 1}], [[[1]]], [["a"]]):
         path = write(tmp_path / "t.parquet", {"when": values, "x": [1]})
-        with pytest.raises(ValueError, match=r"Column 'when' is .*, which is no number"):
+        with pytest.raises(ValueError, match=r"Column 'when' is .*, which is not a number"):
             ParquetSource(path)
         assert ParquetSource(path, columns=["x"])[0] == {"x": 1}
 

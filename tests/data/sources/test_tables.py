@@ -78,9 +78,9 @@ def test_held_out_rows_have_the_numbers_of_the_training_rows(tmp_path):
 
 
 def test_what_python_but_no_table_takes_for_a_number_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="'1_000', which is no number"):
+    with pytest.raises(ValueError, match="'1_000', which is not a number"):
         csv_source(write(tmp_path / "t.csv", "a\n1_000\n"))
-    with pytest.raises(ValueError, match="'2020-01-02', which is no number"):
+    with pytest.raises(ValueError, match="'2020-01-02', which is not a number"):
         csv_source(write(tmp_path / "t.csv", "a\n2020-01-02\n"))
 
 

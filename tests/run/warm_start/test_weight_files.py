@@ -109,7 +109,7 @@ def test_what_holds_no_weights_is_named(tmp_path, name, content, message):
 
 
 def test_a_checkpoint_is_chosen_of_runs_only(tmp_path):
-    with pytest.raises(UserError, match=r"is none\. Leave it out"):
+    with pytest.raises(UserError, match=r"is not a run directory\. Leave it out"):
         opened(write_npz(tmp_path), checkpoint="last")
 
 

@@ -122,7 +122,7 @@ function keys(names) {
   });
 }
 
-// Returns the plot of a chart, made where there is none yet: a live page draws again into the same element.
+// Returns the plot of a chart and makes it on first use: a live page draws again into the same element.
 function chart(section, id, title, notes = [], kind = "") {
   const box = document.querySelector(`[data-charts=${section}] .charts`);
   let card = [...box.children].find((child) => child.dataset.id === id);
