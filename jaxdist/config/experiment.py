@@ -163,8 +163,8 @@ class LayoutSettings:
 
     Attributes:
       rules: for the strategy tensor, pairs of a regular expression and the mesh axes of each dim, None for one that is
-        not cut: `(("mlp_in/kernel", (None, "model")),)`. The first found in a leaf's path decides. None is the rules of
-        our GPT and ViT.
+        not sharded: `(("mlp_in/kernel", (None, "model")),)`. The first found in a leaf's path decides. None is the
+        rules of our GPT and ViT.
       names: mesh axes for the names that Flax modules gave to the dims of their params: `{"embed": "model"}`.
       min_size: elements below which zero1, fsdp and hsdp leave a leaf whole.
     """

@@ -31,7 +31,7 @@ def check_replicas(tree: PyTree, mesh: Mesh) -> None:
     of 2**-32. Every process of the job must call it, and all get the same result.
 
     Args:
-      tree: arrays laid out over `mesh`; those cut over some axes are compared along the others.
+      tree: arrays laid out over `mesh`; those sharded over some axes are compared along the others.
       mesh: the mesh.
 
     Raises:
@@ -106,11 +106,11 @@ def _odd_devices(prints: np.ndarray, spec: PartitionSpec, mesh: Mesh) -> list[st
 
     Args:
       prints: uint32 [devices], in the order of the mesh.
-      spec: says which axes cut the leaf; devices that differ in other axes only hold the same shard.
+      spec: the axes over which the leaf is sharded; devices that differ in other axes only hold the same shard.
       mesh: the mesh.
     """
-    cut = spec_axes(spec)
-    kept = [dim for dim, axis in enumerate(mesh.axis_names) if axis in cut]
+    sharded = spec_axes(spec)
+    kept = [dim for dim, axis in enumerate(mesh.axis_names) if axis in sharded]
     places = np.stack(np.unravel_index(np.arange(mesh.size), mesh.devices.shape), axis=-1)[:, kept]
     odd: list[int] = []
     for place in np.unique(places, axis=0):

@@ -28,8 +28,8 @@ class Attention(nn.Module):
         if width % self.num_heads != 0:
             raise ValueError(f"num_heads must divide the width, but got {self.num_heads} heads and width {width}.")
         fused = nn.Dense(3 * width, kernel_init=self.kernel_init, name="qkv")(x)
-        # Head by head, each with its query, key and value: columns cut over devices are then whole heads, and nothing
-        # need be sent before the heads are joined.
+        # Head by head, each with its query, key and value: columns sharded over devices are then whole heads, and
+        # nothing need be sent before the heads are joined.
         by_head = fused.reshape(batch_size, length, self.num_heads, 3 * width // self.num_heads)
         query, key, value = jnp.split(by_head, 3, axis=-1)
         heads = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=self.causal)

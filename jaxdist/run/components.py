@@ -31,7 +31,7 @@ class Parts:
     Attributes:
       experiment: what was asked for.
       identity: what its run directory belongs to.
-      strategy: mesh, layout and how the batch is cut.
+      strategy: mesh, layout and how the batch is sharded.
       sizes: examples per device and so on.
       loader: the training batches, from the first.
       eval_loaders: the batches of each set of held-out examples by name; '' is the name of one alone.

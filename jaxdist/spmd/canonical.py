@@ -105,10 +105,10 @@ class _Programs:
         self.num_devices, self.axis, self.mesh = mesh.shape[axis], axis, mesh
         self.shards_per_call, self.num_calls = shards_per_call, shards_per_device // shards_per_call
         self._one_shard = one_shard
-        whole, cut = PartitionSpec(), PartitionSpec(axis)
+        whole, sharded = PartitionSpec(), PartitionSpec(axis)
         self._split = jax.jit(self._map_split())
         self._sums = device_program.PerDeviceProgram(
-            self._sums_of_shards, mesh, in_specs=(whole, cut, cut), out_spec=cut
+            self._sums_of_shards, mesh, in_specs=(whole, sharded, sharded), out_spec=sharded
         )
         self._add = jax.jit(_add_in_pairs, donate_argnums=0)
         self._add_over_devices = jax.jit(self._map_tree_sum())
@@ -128,7 +128,7 @@ class _Programs:
         return self._add_over_devices(row)
 
     def _sums_of_shards(self, shared: PyTree, part: Batch, indices: jax.Array) -> jax.Array:
-        shards = _cut(part, self.shards_per_call)
+        shards = _equal_parts(part, self.shards_per_call)
         sums = []
         for shard, index in zip(shards, indices, strict=True):
             arguments = jax.lax.optimization_barrier((shared, shard, index))
@@ -139,7 +139,7 @@ class _Programs:
 
     def _map_split(self) -> Callable[[Batch], list[Batch]]:
         spec = PartitionSpec(self.axis)
-        split = functools.partial(_cut, count=self.num_calls)
+        split = functools.partial(_equal_parts, count=self.num_calls)
         return jax.shard_map(split, mesh=self.mesh, in_specs=spec, out_specs=spec, check_vma=False)
 
     def _map_tree_sum(self) -> Callable[[jax.Array], jax.Array]:
@@ -160,10 +160,10 @@ class _Programs:
         return [jax.make_array_from_callback(call.shape, sharding, call.__getitem__) for call in flat]
 
 
-def _cut(rows: Batch, count: int) -> list[Batch]:
+def _equal_parts(rows: Batch, count: int) -> list[Batch]:
     """Return `count` equal parts of a batch, in order."""
-    cut = {name: jnp.split(leaf, count) for name, leaf in rows.items()}
-    return [dict(zip(cut, parts, strict=True)) for parts in zip(*cut.values(), strict=True)]
+    divided = {name: jnp.split(leaf, count) for name, leaf in rows.items()}
+    return [dict(zip(divided, parts, strict=True)) for parts in zip(*divided.values(), strict=True)]
 
 
 def _described(leaf: jax.Array, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:

@@ -84,9 +84,9 @@ def batch_sizes(
     num_shards = math.prod(mesh.shape[axis] for axis in axes)
     parts = math.lcm(num_shards, logical_shards or 1) * num_microbatches
     if global_batch_size < 1 or num_microbatches < 1 or global_batch_size % parts:
-        cut = f"{num_shards} devices" if logical_shards is None else f"{logical_shards} logical shards"
+        over = f"{num_shards} devices" if logical_shards is None else f"{logical_shards} logical shards"
         raise ValueError(
-            f"global_batch_size must be a positive multiple of {parts} ({cut} x {num_microbatches} microbatches); "
+            f"global_batch_size must be a positive multiple of {parts} ({over} x {num_microbatches} microbatches); "
             f"got {global_batch_size}. Nearest valid: {_nearest_multiples(global_batch_size, parts)}."
         )
     device_batch_size = global_batch_size // num_shards

@@ -63,14 +63,8 @@ def train(options: Options) -> record.RunRecord:
     """
     with contextlib.ExitStack() as stack:
         with errors.as_user_error():
-            experiment = override(load_experiment(options.experiment), options.assignments)
-            writers.check(experiment.writers)
-            if experiment.ps.hosts:
-                hidden_settings.refuse(options.assignments, experiment, "A directory that several machines share")
-            known = options.identity.data if options.identity else None
-            plan = shared_plan.make_plan(experiment, experiment.ps, fingerprint=known)
-            shared_plan.check_microbatches(plan, options.devices)
-            shared_plan.check_early(plan)
+            plan = _checked_plan(options)
+            experiment = plan.experiment
             identity = components.identity_of(experiment, plan.loader.beginning.fingerprint)
             weights = None if options.resume else _check_weights(plan, options)
             earlier = directory.prepare_run_dir(
@@ -114,6 +108,19 @@ def train(options: Options) -> record.RunRecord:
                 ),
             )
         return _watch(watcher, crew, peers, security.for_attempt(spec.attempt), options.stop_requested)
+
+
+def _checked_plan(options: Options) -> shared_plan.Plan:
+    """Return the plan of the run, after the checks that need no run directory."""
+    experiment = override(load_experiment(options.experiment), options.assignments)
+    writers.check(experiment.writers)
+    if experiment.ps.hosts:
+        hidden_settings.refuse(options.assignments, experiment, "A directory that several machines share")
+    known = options.identity.data if options.identity else None
+    plan = shared_plan.make_plan(experiment, experiment.ps, fingerprint=known)
+    shared_plan.check_microbatches(plan, options.devices)
+    shared_plan.check_early(plan)
+    return plan
 
 
 def _check_weights(plan: shared_plan.Plan, options: Options) -> beginning.WarmStart | None:
