@@ -61,5 +61,7 @@ def one_batch(experiment: Experiment) -> Experiment:
 def _first(sources: Source | dict[str, Source] | None, count: int) -> Source | dict[str, Source] | None:
     """Return the first `count` examples of each set."""
     named = data_fields.named_sources(sources)
-    first = {name: Subset(source, np.arange(min(count, len(source)))) for name, source in named.items()}
+    first: dict[str, Source] = {
+        name: Subset(source, np.arange(min(count, len(source)))) for name, source in named.items()
+    }
     return first if isinstance(sources, dict) else next(iter(first.values()), None)
