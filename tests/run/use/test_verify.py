@@ -15,6 +15,7 @@ from jaxdist import adapters, errors
 from jaxdist.cli import main, selected_experiment
 from jaxdist.launch.joining import runtime
 from jaxdist.run.use import verify
+from jaxdist.spmd import reduce
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -120,3 +121,18 @@ def test_a_difference_in_the_model_state_alone_breaks_the_canonical_bits():
     report = check(dataclasses.replace(linear(squares, reduction="canonical"), model=functions))
     assert [row.verdict for row in report.rows] == ["identical", "BROKEN: other bits"]
     assert len({row.params_sha256 for row in report.rows}) == 1
+
+
+@pytest.mark.parametrize(
+    ("strategy", "name", "faulty"),
+    [
+        ("data-parallel", "mean_over_axis", lambda sums, axis: sums),
+        ("zero1", "sum_over_axes", lambda grad, axes, **specs: grad),
+        ("fsdp", "sum_over_axes", lambda grad, axes, **specs: grad),
+    ],
+)
+def test_gradients_that_are_not_added_up_over_the_devices_break_the_mean(strategy, name, faulty, monkeypatch):
+    monkeypatch.setattr(reduce, name, faulty)
+    report = check(linear(squares, strategy=strategy))
+    assert not report.kept
+    assert report.rows[-1].verdict == "BROKEN: too far apart"
