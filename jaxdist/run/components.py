@@ -162,7 +162,6 @@ def put_together(experiment: Experiment, *, devices: Sequence[jax.Device], ident
     # A leaf that cannot be sharded as requested is found here, before anything is written.
     abstract = state.abstract_state(functions.init_fn, optimizer, mesh=strategy.mesh, layout=strategy.layout)
     eval_loaders = make_eval_loaders(experiment)
-    collect_fn = make_collect_fn(experiment, functions)
     check_early(experiment, functions, abstract, loader, eval_loaders)
     return Parts(
         experiment=experiment,
@@ -178,7 +177,7 @@ def put_together(experiment: Experiment, *, devices: Sequence[jax.Device], ident
         fields=shapes,
         step=make_step(experiment, strategy, functions, optimizer),
         eval_step=strategy.make_eval_step(functions.eval_fn) if eval_loaders else None,
-        collecting=make_collecting(experiment, strategy.make_collect_step, collect_fn),
+        collecting=make_collecting(experiment, functions, strategy.make_step_with_rows),
     )
 
 
@@ -279,10 +278,15 @@ def make_collect_fn(experiment: Experiment, functions: adapters.Functions) -> ev
 
 def make_collecting(
     experiment: Experiment,
-    make_step: Callable[[evaluate.CollectFn], evaluate.CollectStep],
-    collect_fn: evaluate.CollectFn | None,
+    functions: adapters.Functions,
+    make_step: Callable[[evaluate.EvalFn, evaluate.CollectFn], evaluate.StepWithRows],
 ) -> evaluate.Collecting | None:
-    """Return the metrics of an evaluation that are not means; None if there are no such metrics."""
+    """Return the metrics of an evaluation that are not means; None if there are no such metrics.
+
+    Raises:
+      ConfigError: the model's outputs cannot be had.
+    """
+    collect_fn = make_collect_fn(experiment, functions)
     if collect_fn is None:
         return None
 
@@ -295,7 +299,7 @@ def make_collecting(
             found |= {name: float(value) for name, value in values.items()}
         return found
 
-    return evaluate.Collecting(make_step(collect_fn), compute)
+    return evaluate.Collecting(make_step(functions.eval_fn, collect_fn), compute)
 
 
 def _make_eval_loader(experiment: Experiment, source: data.Source) -> data.Loader:

@@ -29,6 +29,9 @@ CollectFn: TypeAlias = Callable[[PyTree, PyTree, Batch], PyTree]
 CollectStep: TypeAlias = Callable[[PyTree, PyTree, Batch], tuple[PyTree, jax.Array]]
 """`collect_step(params, model_state, batch) -> (rows, counts)`, replicated; `counts` says which rows are examples."""
 
+StepWithRows: TypeAlias = Callable[[PyTree, PyTree, Batch], tuple[dict[str, Mean], tuple[PyTree, jax.Array]]]
+"""An EvalStep and a CollectStep in one."""
+
 _AHEAD = 2
 """Batches being evaluated while the host continues."""
 
@@ -101,10 +104,22 @@ def canonical_collect_step(
     return step
 
 
-class Collecting(NamedTuple):
-    """Metrics of an evaluation that are not means: `compute(rows) -> {name: value}`, given NumPy arrays."""
+def step_with_rows(eval_step: EvalStep, collect_step: CollectStep) -> StepWithRows:
+    """Return one program of two jitted steps, in which the compiler computes the model once and not twice."""
 
-    step: CollectStep
+    def step(params: PyTree, model_state: PyTree, batch: Batch) -> Any:
+        return eval_step(params, model_state, batch), collect_step(params, model_state, batch)
+
+    return jax.jit(step)
+
+
+class Collecting(NamedTuple):
+    """Metrics of an evaluation that are not means: `compute(rows) -> {name: value}`, given NumPy arrays.
+
+    `step` takes the place of the evaluation's own.
+    """
+
+    step: StepWithRows
     compute: Callable[[PyTree], dict[str, float]]
 
 
@@ -127,8 +142,8 @@ def evaluate(
     pending: collections.deque[Any] = collections.deque()
     fetched: list[Any] = []
     for batch in batches:
-        rows = None if collecting is None else collecting.step(params, model_state, batch)
-        pending.append((step(params, model_state, batch), rows))
+        args = params, model_state, batch
+        pending.append((step(*args), None) if collecting is None else collecting.step(*args))
         # A few batches are computed while the host places the next ones; without this bound, all would be at once.
         if len(pending) > _AHEAD:
             fetched.append(_fetch(pending.popleft()))

@@ -83,11 +83,13 @@ class Strategy:
             return evaluate.eval_step(eval_fn)
         return evaluate.canonical_eval_step(eval_fn, self.mesh, logical_shards=self.logical_shards)
 
-    def make_collect_step(self, collect_fn: evaluate.CollectFn) -> evaluate.CollectStep:
-        """Return the collection of a global batch's rows, with the reduction of the step."""
+    def make_step_with_rows(self, eval_fn: evaluate.EvalFn, collect_fn: evaluate.CollectFn) -> evaluate.StepWithRows:
+        """Return the evaluation of one global batch that also collects its rows, with the reduction of the step."""
+        eval_step = self.make_eval_step(eval_fn)
         if self.logical_shards is None:
-            return evaluate.collect_step(collect_fn, self.mesh)
-        return evaluate.canonical_collect_step(collect_fn, self.mesh, logical_shards=self.logical_shards)
+            return evaluate.step_with_rows(eval_step, evaluate.collect_step(collect_fn, self.mesh))
+        collect = evaluate.canonical_collect_step(collect_fn, self.mesh, logical_shards=self.logical_shards)
+        return lambda *args: (eval_step(*args), collect(*args))
 
 
 def build(

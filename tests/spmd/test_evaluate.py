@@ -114,9 +114,13 @@ def collect_fn(params, model_state, batch):
 def collected(make_step, num_examples, global_batch_size, num_devices):
     """Return the rows that an evaluation hands to `compute`."""
     found = []
-    collecting = evaluate.Collecting(make_step, lambda rows: found.append(rows) or {"rows": float(len(rows["x"]))})
+    step = mean_step()
+    collecting = evaluate.Collecting(
+        lambda *args: (step(*args), make_step(*args)),
+        lambda rows: found.append(rows) or {"rows": float(len(rows["x"]))},
+    )
     parts = batches(num_examples, global_batch_size, num_devices)
-    values = evaluate.evaluate(mean_step(), placed_params(num_devices), None, parts, collecting)
+    values = evaluate.evaluate(step, placed_params(num_devices), None, parts, collecting)
     assert values["rows"] == num_examples
     return found[0]
 
@@ -231,3 +235,17 @@ def test_a_metric_with_a_name_of_the_packages_own_is_refused(name):
     step = evaluate.eval_step(lambda params, batch, key: (params, {name: params}))
     with pytest.raises(ValueError, match=f"cannot be metrics of a loss or an eval_fn; got {name}"):
         step(jnp.float32(1), None, {"x": jnp.ones(4)})
+
+
+def test_a_step_with_rows_computes_the_model_once():
+    def model(params, batch):
+        return jnp.tanh(jnp.tanh(batch["x"] @ params) @ params)
+
+    eval_step = evaluate.eval_step(lambda params, batch, key: (masked_mean(model(params, batch)[:, 0], None), {}))
+    collect_step = evaluate.collect_step(lambda params, model_state, batch: {"output": model(params, batch)})
+    args = jnp.eye(64), None, {"x": jnp.ones((64, 64))}
+    alone, both = (
+        step.lower(*args).compile().cost_analysis()["flops"]
+        for step in (eval_step, evaluate.step_with_rows(eval_step, collect_step))
+    )
+    assert both < 1.1 * alone

@@ -31,8 +31,11 @@ class Judge:
         self.plan = plan
         self._step = evaluate.eval_step(plan.functions.eval_fn)
         self._loaders = components.make_eval_loaders(plan.experiment)
-        collect_fn = components.make_collect_fn(plan.experiment, plan.functions)
-        self._collecting = components.make_collecting(plan.experiment, evaluate.collect_step, collect_fn)
+        self._collecting = components.make_collecting(
+            plan.experiment,
+            plan.functions,
+            lambda eval_fn, collect_fn: evaluate.step_with_rows(self._step, evaluate.collect_step(collect_fn)),
+        )
 
     def state(self, cut: journal.Cut) -> TrainState:
         """Return the training state of a cut."""

@@ -88,8 +88,8 @@ class TrainedRun:
             )
         step = self.strategy.make_eval_step(self.functions.eval_fn)
         with errors.as_user_error():
-            collect_fn = components.make_collect_fn(self.experiment, self.functions)
-            collecting = components.make_collecting(self.experiment, self.strategy.make_collect_step, collect_fn)
+            make_step = self.strategy.make_step_with_rows
+            collecting = components.make_collecting(self.experiment, self.functions, make_step)
             sets = data_fields.named_sources(data_fields.as_sources(source, "evaluate"))
             found = {
                 name: evaluate.evaluate(step, self.params, self.model_state, self._batches(each), collecting)
