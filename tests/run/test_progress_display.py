@@ -276,3 +276,13 @@ def test_the_last_line_is_said_once_with_what_came_after_the_last_update():
         lines.finish({})
     assert [line.split()[1] for line in stream.getvalue().splitlines() if line] == ["1", "2"]
     assert "eval/loss 0.25" in stream.getvalue().splitlines()[1]
+
+
+@pytest.mark.parametrize(("later", "said"), [(0.5, 1), (0.25, 2)])
+def test_a_line_that_was_said_is_said_again_only_where_a_value_is_another(later, said):
+    clock, stream, loss = Clock(), io.StringIO(), 0.5
+    with progress_display.Lines(make_pace(clock), stream) as lines:
+        lines.update(7, {"eval/loss": loss})
+        lines.update(7, {"eval/loss": loss if later == loss else later})
+        lines.finish({})
+    assert stream.getvalue().count("step 7") == said
