@@ -637,7 +637,7 @@ def from_msgpack(content: bytes, name: str) -> PyTree:
         return serialization.msgpack_restore(content)
     except Exception as error:  # of many kinds: its parser meets arbitrary bytes
         raise errors.UserError(
-            f"{name} is no whole file of flax.serialization.to_bytes: {errors.describe(error)} Write or copy it again."
+            f"{name} is no whole file of flax.serialization.to_bytes: {errors.describe(error)}. Write or copy it again."
         ) from error
 
 

@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from jaxdist import errors
 from jaxdist.config import hidden_settings
 from jaxdist.config.experiment import Experiment
 from jaxdist.config.loading import load_experiment
@@ -19,10 +20,11 @@ def load(options: argparse.Namespace) -> Experiment:
     silent = getattr(options, "json", False)
     with record_alone_on_stdout(options), waiting.shown(f"loading {options.experiment}", silent=silent):
         experiment = override(load_experiment(options.experiment), assignments(options))
-        if getattr(options, "fast_dev_run", False):
-            experiment = trials.few_steps(experiment)
-        if getattr(options, "overfit_batch", False):
-            experiment = trials.one_batch(experiment)
+        with errors.as_user_error():
+            if getattr(options, "fast_dev_run", False):
+                experiment = trials.few_steps(experiment)
+            if getattr(options, "overfit_batch", False):
+                experiment = trials.one_batch(experiment)
     options.command = shown_command(options, experiment)
     own_command_line.cover(hidden_settings.shown(options.assignments, experiment))
     return experiment

@@ -48,6 +48,7 @@ def supervise(options: argparse.Namespace, forks: fork_server.ForkServer) -> int
     _check_start(options)
     experiment = selected_experiment.load(options)
     writers.check(experiment.writers)
+    profiling.check_reached(_traced(options), experiment.stop)
     if not options.resume and not getattr(options, "restartable", False):
         beginning.check_source(experiment)
     run_dir = options.run_dir or directory.default_run_dir(experiment.name, resume=options.resume)
@@ -74,8 +75,7 @@ def _check_start(options: argparse.Namespace) -> None:
         )
     if getattr(options, "fast_dev_run", False) and options.resume:
         raise errors.UserError("--fast-dev-run tries an experiment from its first step, so it takes no --resume.")
-    if getattr(options, "profile", None) is not None:
-        profiling.steps_of(options.profile)
+    _traced(options)  # which refuses what is no range of steps
     if getattr(options, "checkpoint", None) is None:
         return
     if not options.resume or options.restartable or options.strategy == parser.PARAMETER_SERVER:
@@ -83,6 +83,12 @@ def _check_start(options: argparse.Namespace) -> None:
             "--checkpoint names the step that a run continues from once, so it takes --resume, not --restartable, and "
             "no parameter server. Add --resume, or leave --checkpoint out."
         )
+
+
+def _traced(options: argparse.Namespace) -> range:
+    """Return the steps that --profile names, none without it; `jaxdist launch` does not have it."""
+    named = getattr(options, "profile", None)
+    return range(0) if named is None else profiling.steps_of(named)
 
 
 def _for_processes(arguments: Sequence[str]) -> list[str]:
@@ -109,7 +115,8 @@ def _train_here(
 ) -> int:
     with selected_experiment.record_alone_on_stdout(options):
         experiment, identity, run_dir, begin = _agree(options)
-        resume = begin == _RESUME
+        resume, traced = begin == _RESUME, _traced(options)
+        profiling.check_reached(traced, experiment.stop)
         if experiment.strategy == parser.PARAMETER_SERVER:  # set in the experiment, not on the command line
             return _by_server()(options, request, identity)
         shown.log = run_dir / "logs" / "process-0.log"
@@ -122,7 +129,7 @@ def _train_here(
                 resume=resume,
                 overwrite=begin == _OVERWRITE,
                 checkpoint=options.checkpoint,
-                profile=options.profile and profiling.steps_of(options.profile),
+                profile=traced,
                 silent=options.json,
                 command=options.command,
                 stop_requested=lambda step: bool(request) or is_over(),

@@ -292,8 +292,10 @@ def _check_counts(loader: Loader, *, trains: bool) -> None:
     for name, least in (("global_batch_size", 1), ("num_threads", 0), ("num_workers", 0), ("read_ahead", 0)):
         if getattr(loader, name) < least:
             raise ValueError(f"{name} must be at least {least}; got {getattr(loader, name)}.")
-    if loader.timeout_seconds is not None and not loader.timeout_seconds > 0:
-        raise ValueError(f"timeout_seconds is above 0, or None to wait forever; got {loader.timeout_seconds}.")
+    if loader.timeout_seconds is not None and not 0 < loader.timeout_seconds <= threading.TIMEOUT_MAX:
+        raise ValueError(
+            f"timeout_seconds is finite and above 0, or None to wait forever; got {loader.timeout_seconds}."
+        )
     if loader.on_bad not in ("raise", "skip"):
         raise ValueError(f"on_bad is 'raise' or 'skip'; got {loader.on_bad!r}.")
     if num_examples == 0:

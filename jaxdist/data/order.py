@@ -12,6 +12,7 @@ import bisect
 import dataclasses
 import functools
 import hashlib
+import numbers
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
@@ -169,11 +170,15 @@ class Mixed(_Contiguous):
     def __post_init__(self) -> None:
         if len(self.sizes) != len(self.weights) or not self.sizes or min(self.sizes) < 1:
             raise ValueError(f"Mixed needs a weight for each non-empty source; got {self.sizes} and {self.weights}.")
-        if not all(isinstance(weight, int) and weight > 0 for weight in self.weights) or sum(self.weights) > 10**6:
+        if (
+            not all(isinstance(weight, numbers.Integral) and weight > 0 for weight in self.weights)
+            or sum(self.weights) > 10**6
+        ):
             raise ValueError(
                 f"Weights are positive whole numbers that sum to a million or less, such as (7, 2, 1) for 0.7, 0.2 and "
                 f"0.1; got {self.weights}."
             )
+        object.__setattr__(self, "weights", tuple(map(int, self.weights)))
 
     @property
     def version(self) -> str:

@@ -45,7 +45,7 @@ class Position:
         for name, hint in (
             ("num_examples", "Restore the data, or start a new run."),
             ("seed", "Use the stored seed, or start a new run."),
-            ("order_version", "Use the same `shuffle` setting and jaxdist version, or start a new run."),
+            ("order_version", "Restore shuffle, or the order and its weights, or start a new run."),
         ):
             stored, now = getattr(self, name), getattr(current, name)
             if stored != now:

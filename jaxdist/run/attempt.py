@@ -180,6 +180,8 @@ def _begin(
     else:
         state, data_state = found
         position = Position.from_json(data_state["position"])
+        with errors.as_user_error():
+            position.check_resumable(parts.loader.beginning)
         start = _Start(state, position, stop.Progress.from_json(data_state["progress"]), saved, in_memory)
         if options.checkpoint is None and runtime.is_first():
             directory.tell_what_is_gone(earlier, options.run_dir, start.progress.step)

@@ -394,7 +394,8 @@ class Bookkeeper:
 
     def _summary(self, made: record.RunRecord) -> dict[str, object]:
         """Return what a user is shown when a run has ended."""
-        run_dir = self.attempt.run_dir
+        run_dir, saved = self.attempt.run_dir, self.checkpointer.latest_step()
+        checkpoint = f"{run_dir / directory.CHECKPOINTS_NAME} (step {saved})"
         evaluated = {
             name: value
             for name, value in confusion.without_entries(made.metrics).items()
@@ -407,5 +408,5 @@ class Bookkeeper:
             **self._best_value(),
             "run record": run_dir / record.FILE_NAME,
             "metrics": run_dir / writers.JSONL_NAME,
-            "checkpoint": f"{run_dir / directory.CHECKPOINTS_NAME} (step {self.checkpointer.latest_step()})",
+            "checkpoint": "none was saved" if saved is None else checkpoint,
         }

@@ -276,6 +276,7 @@ def test_slow_examples_within_the_limit_are_waited_for():
     assert len(load(SOURCE, example_fn=slow, timeout_seconds=0.3, num_threads=8)) == 5
 
 
-def test_a_limit_must_be_above_zero():
-    with pytest.raises(ValueError, match="timeout_seconds is above 0, or None"):
-        Loader(SOURCE, global_batch_size=8, seed=0, timeout_seconds=0)
+@pytest.mark.parametrize("seconds", [0, float("inf"), float("nan")])
+def test_a_limit_must_be_finite_and_above_zero(seconds):
+    with pytest.raises(ValueError, match="timeout_seconds is finite and above 0, or None"):
+        Loader(SOURCE, global_batch_size=8, seed=0, timeout_seconds=seconds)

@@ -402,6 +402,12 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_overwritten(tmp_path):
     assert contents(tmp_path / "run") == before
 
 
+def test_a_resume_in_another_order_is_refused_and_changes_nothing(undisturbed):
+    before = contents(undisturbed)
+    refused("Restore shuffle, or the order", undisturbed, "stop.max_steps=12", "data.shuffle=False", resume=True)
+    assert contents(undisturbed) == before
+
+
 def test_wrong_settings_create_nothing(tmp_path):
     refused("14 or 16", tmp_path / "run", "global_batch_size=15")
     refused("no strategy 'magic'", tmp_path / "run", "strategy=magic")

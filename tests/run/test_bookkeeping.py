@@ -203,6 +203,14 @@ def test_the_last_record_waits_for_the_checkpoint_and_has_the_hash_of_the_params
     assert books.make_record(None).params_sha256 is None
 
 
+@pytest.mark.parametrize(("latest", "shown"), [(None, "none was saved"), (7, "checkpoints (step 7)")])
+def test_the_end_of_a_run_says_which_checkpoint_there_is(tmp_path, monkeypatch, latest, shown):
+    books, summaries = make_books(tmp_path / "run", checkpoints=Checkpoints(latest)), []
+    monkeypatch.setattr(books.display, "finish", summaries.append)
+    books.finish("max_steps", None)
+    assert summaries[0]["checkpoint"].endswith(shown)
+
+
 @pytest.mark.parametrize(("latest", "kept"), [(None, "No checkpoint was saved yet."), (7, "step 7 is kept")])
 def test_the_report_on_a_step_that_is_not_finite_says_what_is_kept(tmp_path, capsys, latest, kept):
     make_books(tmp_path / "run", checkpoints=Checkpoints(latest)).report_nonfinite("Because.")

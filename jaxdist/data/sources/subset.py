@@ -21,7 +21,7 @@ class Subset:
     """The examples `ids` of a source, in that order; an id may occur several times."""
 
     def __init__(self, source: Source, ids: Sequence[int] | np.ndarray):
-        self.source, self.ids = as_source(source), np.asarray(ids)
+        self.source, self.ids = as_source(source), np.array(ids)  # a copy: the fingerprint is of these ids
         if self.ids.ndim != 1 or (self.ids.size and self.ids.dtype.kind not in "iu"):
             raise ValueError(
                 f"ids are a list of whole numbers; got an array of {self.ids.dtype} and shape {self.ids.shape}. "
@@ -106,7 +106,9 @@ def balanced(source: Source, labels: Labels, weights: Sequence[int] | None = Non
     """
     classes = [np.flatnonzero(member) for _, member in _classes(len(source), labels)]
     sizes = tuple(len(ids) for ids in classes)
-    return Subset(source, np.concatenate(classes)), order.Mixed(sizes, tuple(weights or (1,) * len(sizes)))
+    return Subset(source, np.concatenate(classes)), order.Mixed(
+        sizes, (1,) * len(sizes) if weights is None else tuple(weights)
+    )
 
 
 def _shuffled_classes(num_examples: int, seed: int, labels: Labels | None) -> Iterator[np.ndarray]:
@@ -120,5 +122,11 @@ def _classes(num_examples: int, labels: Labels | None) -> Iterator[tuple[str, np
     found = np.zeros(num_examples, np.int64) if labels is None else np.asarray(labels)
     if found.shape != (num_examples,):
         raise ValueError(f"labels has one entry an example, shape ({num_examples},); got {found.shape}.")
+    missing = np.flatnonzero([label is None or label != label for label in found.tolist()])  # NaN differs from itself
+    if missing.size:
+        raise ValueError(
+            f"Every example has a label; example {missing[0]} has {found[missing[0]]}. Choose the examples that have "
+            "one with Subset, or give the others a label of their own."
+        )
     for name in np.unique(found):
         yield str(name), found == name

@@ -3,13 +3,14 @@
 import contextlib
 import pathlib
 import re
-import warnings
+import sys
 from types import TracebackType
 
 import jax
 
 from jaxdist.errors import UserError
 from jaxdist.run.loop import StepInfo
+from jaxdist.stop import Stop
 
 FOLDER = "profile"
 """Where traces are written, in the run directory."""
@@ -28,6 +29,15 @@ def steps_of(text: str) -> range:
             f"--profile takes the first and the last step to trace, such as 20:25; got {text!r}. Step 1 compiles."
         )
     return steps
+
+
+def check_reached(steps: range, stop: Stop) -> None:
+    """Raise UserError where a run that ends by `stop` makes none of the steps to trace."""
+    if stop.max_steps is not None and steps and steps[0] > stop.max_steps:
+        raise UserError(
+            f"--profile traces steps that the run makes; it ends after {stop.max_steps}, and the first to trace is "
+            f"{steps[0]}. Name earlier steps."
+        )
 
 
 class Trace(contextlib.AbstractContextManager["Trace"]):
@@ -74,6 +84,7 @@ class Trace(contextlib.AbstractContextManager["Trace"]):
         if self._running:
             self._stop()
         elif not self._done and error is None:
-            warnings.warn(
-                f"Nothing was traced: the run made no step of {self._steps[0]} to {self._steps[-1]}.", stacklevel=2
+            print(
+                f"jaxdist: Nothing was traced: the run made no step of {self._steps[0]} to {self._steps[-1]}.",
+                file=sys.stderr,
             )

@@ -16,31 +16,32 @@ ONE_BATCH_STEPS = 200
 
 
 def few_steps(experiment: Experiment) -> Experiment:
-    """Return the experiment with three steps, one evaluation of one batch and one checkpoint, without trackers."""
-    size = experiment.global_batch_size
+    """Return the experiment with three steps, or as few as its stop rule says, and one evaluation of one batch.
+
+    One checkpoint is saved, and no tracker writes.
+    """
+    size, steps = experiment.global_batch_size, min(STEPS, experiment.stop.max_steps or STEPS)
     return dataclasses.replace(
         experiment,
         data=dataclasses.replace(experiment.data, eval=_first(experiment.data.eval, size)),
-        stop=Stop(max_steps=STEPS),
-        eval=dataclasses.replace(experiment.eval, every_steps=STEPS),
-        checkpoints=dataclasses.replace(experiment.checkpoints, every_steps=STEPS, best_metric=None),
+        stop=Stop(max_steps=steps),
+        eval=dataclasses.replace(experiment.eval, every_steps=steps),
+        checkpoints=dataclasses.replace(experiment.checkpoints, every_steps=steps, best_metric=None),
         writers=("jsonl",),
     )
 
 
 def one_batch(experiment: Experiment) -> Experiment:
-    """Return the experiment with the first batch of its first epoch as its training and held-out examples.
+    """Return the experiment with the first batch of its first epoch that is full as its training and held-out examples.
 
     A model that is able to learn, and a loss and an optimizer that are right, drive the loss to about 0. The learning
     rate is constant and no target ends it: an epoch is one step here, so what counts epochs would be over at once.
     """
     loader = components.make_loader(experiment, fingerprint="")
-    [ids] = [
-        batch.ids[batch.mask > 0]
-        for batch, _ in zip(
-            loader.order.batches(len(loader.source), experiment.seed, 0, 0, experiment.global_batch_size), range(1)
-        )
-    ]
+    batches = loader.order.batches(len(loader.source), experiment.seed, 0, 0, experiment.global_batch_size)
+    ids = next((batch.ids for batch in batches if batch.mask.all()), None)
+    if ids is None:
+        raise ValueError("--overfit-batch trains on a batch without padding, and no batch of the first epoch is one.")
     batch = Subset(loader.source, np.asarray(ids))
     data = dataclasses.replace(
         experiment.data, train=batch, eval=None if experiment.data.eval is None else batch, shuffle=False, order=None

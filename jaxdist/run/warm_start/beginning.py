@@ -77,7 +77,9 @@ class Weights:
         """Read every value, and return what was found."""
         digest = hashlib.sha256()
         for leaf in self.match.loaded:
-            digest.update(np.ascontiguousarray(self.value(leaf)).reshape(-1).view(np.uint8).data)
+            values = self.value(leaf)
+            _check_numbers(values, f"{leaf} from {self.match.loaded[leaf]} of {self.opened.source}")
+            digest.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
         match = self.match
         left = (*match.left, *self.opened.left)
         return WarmStart(self.opened.source, tuple(match.loaded), left, match.fresh, digest.hexdigest())
@@ -203,6 +205,16 @@ def _fitted(array: np.ndarray, struct: Any, what: str) -> np.ndarray:
             "Convert it by the function of a WeightRule."
         )
     return array.astype(struct.dtype)
+
+
+def _check_numbers(values: np.ndarray, what: str) -> None:
+    """Raise UserError for a param that is NaN somewhere: no step could be made from it. Statistics may hold some."""
+    if what.startswith("params") and np.isnan(values).any():
+        raise UserError(
+            f"A loaded param is a number everywhere; {what} is NaN at {np.count_nonzero(np.isnan(values)):,} of "
+            f"{values.size:,} places. Take an earlier checkpoint of the run that wrote it, or name the leaf in "
+            "init_from.fresh."
+        )
 
 
 @functools.cache

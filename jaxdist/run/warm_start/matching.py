@@ -112,10 +112,7 @@ def _explain(
     if homeless:
         found.append(f"Without a place in the model, of {source}: {_named(homeless)}.")
     found.append(f"Loaded: {len(loaded)}; left out: {len(left)}; fresh: {len(fresh)}.")
-    foreign = [
-        name for name in homeless if re.search(r"(^|/)(h/\d+/attn|encoder/layer|encoder/stages|embedder)/", name)
-    ]
-    if foreign:
+    if any(_OF_TRANSFORMERS.search(name) for name in homeless):
         found.append("These look like names of transformers: set init_from.names to hugging-face.")
     elif not loaded:
         found.append("Nothing would be loaded: rename leaves by init_from.rules.")

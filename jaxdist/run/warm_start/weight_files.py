@@ -10,6 +10,7 @@ import json
 import pathlib
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -164,10 +165,16 @@ def _of_npz(path: pathlib.Path) -> NamedWeights:
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
                 return list(content.files) if name is None else content[name]
-        except (ValueError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
-            raise UserError(f"{path} is no whole .npz file of arrays: {error} Copy or write it again.") from error
+        except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+            why = str(error).rstrip(".")
+            raise UserError(f"{path} is no whole .npz file of arrays: {why}. Copy or write it again.") from error
 
-    stored = {_with_slashes(name): name for name in opened(None)}
+    stored: dict[str, str] = {}
+    for member in opened(None):
+        name = _with_slashes(member)
+        if name in stored:
+            raise UserError(f"{path} holds two arrays with the name {name}. Remove one.")
+        stored[name] = member
     return NamedWeights(str(path), tuple(stored), lambda name: opened(stored[name]))
 
 

@@ -43,6 +43,34 @@ def test_a_choice_that_is_none_is_refused(ids, message):
         Subset(numbers(10), ids)
 
 
+def test_a_subset_keeps_its_ids_when_the_callers_array_changes():
+    ids = np.array([7, 0])
+    subset = Subset(numbers(10), ids)
+    ids[:] = 1
+    assert ids_of(subset) == [7, 0]
+
+
+@pytest.mark.parametrize("labels", [[0.0, np.nan, 1.0, 0.0], ["a", None, "b", "a"]])
+@pytest.mark.parametrize(
+    "divide",
+    [
+        lambda source, labels: held_out(source, 0.5, seed=0, labels=labels),
+        lambda source, labels: folds(source, 2, seed=0, labels=labels),
+        balanced,
+    ],
+)
+def test_an_example_without_a_label_is_named(divide, labels):
+    with pytest.raises(ValueError, match=r"example 1 has (nan|None)"):
+        divide(numbers(4), labels)
+
+
+def test_weights_of_classes_may_be_numpy_numbers():
+    labels = [0, 1, 1, 0]
+    found, same = (balanced(numbers(4), labels, weights=weights)[1] for weights in (np.array([1, 2]), (1, 2)))
+    assert found == same
+    assert {type(weight) for weight in found.weights} == {int}
+
+
 @given(st.lists(st.sampled_from("abc"), min_size=4, max_size=60), st.integers(0, 2**63), st.floats(0.05, 0.95))
 def test_what_is_held_out_is_the_same_share_of_every_class(labels, seed, fraction):
     source, labels = numbers(len(labels)), np.array(labels)

@@ -1,6 +1,5 @@
 import json
 import types
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -49,12 +48,11 @@ def test_the_steps_asked_for_are_traced_and_no_others(tmp_path, first, last, tra
     assert made(tmp_path, range(3, 5), first, last) == traced
 
 
-def test_a_run_without_those_steps_says_so(tmp_path):
-    with pytest.warns(UserWarning, match="no step of 3 to 4"):
-        assert made(tmp_path, range(3, 5), 5, 9) is None
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert made(tmp_path, range(0), 1, 3) is None
+def test_a_run_without_those_steps_says_so(tmp_path, capsys):
+    assert made(tmp_path, range(3, 5), 5, 9) is None
+    assert capsys.readouterr().err == "jaxdist: Nothing was traced: the run made no step of 3 to 4.\n"
+    assert made(tmp_path, range(0), 1, 3) is None
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -67,11 +65,18 @@ def test_a_run_is_traced(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("more", "message"), [((), "such as 20:25"), (("--strategy", "parameter-server"), "with another --strategy")]
+    ("given", "message"),
+    [
+        (["2"], "such as 20:25"),
+        (["2:3", "--strategy", "parameter-server"], "with another --strategy"),
+        (["11:12"], "it ends after 10, and the first to trace is 11"),
+        (["11:12", "--processes", "2"], "it ends after 10, and the first to trace is 11"),
+        (["4:5", "--fast-dev-run"], "it ends after 3, and the first to trace is 4"),
+    ],
 )
-def test_a_trace_that_cannot_be_made_is_refused_before_the_run(tmp_path, capsys, more, message):
-    steps = "2:3" if more else "2"
-    command = ["train", tiny_experiment.__file__, "--run-dir", str(tmp_path / "run"), "--profile", steps, *more]
+def test_a_trace_that_cannot_be_made_is_refused_before_the_run(tmp_path, capsys, monkeypatch, given, message):
+    monkeypatch.setattr(runtime, "start", lambda num_devices: jax.devices()[:num_devices])
+    command = ["train", tiny_experiment.__file__, "--run-dir", str(tmp_path / "run"), "--profile", *given]
     assert main.run(command) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -34,6 +34,29 @@ def test_one_batch_is_the_first_of_the_first_epoch_in_every_step(order):
     np.testing.assert_array_equal(next(iter(held_out)).batch["label"], wanted["label"])
 
 
+def test_one_batch_is_one_without_padding(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runtime, "start", lambda num_devices: jax.devices()[:num_devices])
+    tiny = tiny_experiment.get_config()
+    lengths = np.array([1] * 3 + [2] * 49)  # the first bucket holds less than a batch
+    source = jaxdist.data.Bucketed(tiny.data.train, lengths, boundaries=(1, 2), fields=())
+    data = dataclasses.replace(tiny.data, train=source, order=source.order())
+    for seed in range(20):
+        experiment = dataclasses.replace(tiny, data=data, seed=seed)
+        assert len(trials.one_batch(experiment).data.train) == experiment.global_batch_size
+    short = dataclasses.replace(experiment, global_batch_size=50)
+    with pytest.raises(ValueError, match="without padding"):
+        trials.one_batch(short)
+    command = ["train", tiny_experiment.__file__, "--overfit-batch", "--set", "global_batch_size=64", "--devices", "2"]
+    assert main.run([*command, "--run-dir", str(tmp_path / "run")]) == 2
+    assert "Lower global_batch_size to 52 or less" in capsys.readouterr().err
+
+
+def test_a_trial_makes_no_more_steps_than_it_is_told_to():
+    experiment = dataclasses.replace(tiny_experiment.get_config(), stop=jaxdist.Stop(max_steps=1))
+    short = trials.few_steps(experiment)
+    assert (short.stop.max_steps, short.eval.every_steps, short.checkpoints.every_steps) == (1, 1, 1)
+
+
 def test_a_trial_is_short_whatever_the_experiment_says():
     experiment = tiny_experiment.get_config()
     sets = {"one": experiment.data.eval, "two": experiment.data.eval}

@@ -26,6 +26,7 @@ from jaxdist.run.use import exports
 from jaxdist.run.warm_start import beginning
 from jaxdist.rundir import record
 from jaxdist.spmd import state
+from jaxdist.spmd.layout import path_name
 
 TINY = tiny_experiment.get_config()
 AVERAGED = jaxdist.Optimizer(name="adam", learning_rate=0.1, ema_decay=0.9)
@@ -229,6 +230,20 @@ def test_a_run_that_saved_nothing_begins_again_with_the_same_weights_or_not_at_a
         run(run_dir, experiment, resume=True)
     np.savez(path, **arrays)
     assert run(run_dir, experiment, resume=True).step == 2
+
+
+def test_a_param_that_is_no_number_is_refused_and_a_statistic_is_not(tmp_path):
+    parts = parts_of(change(model=Normalised()), 1)
+    state = parts.create_state()
+    for tree, leaf in (("params", "Dense_1/bias"), ("model_state", "mean")):
+        trees = {"params": state.params, "model_state": state.model_state}
+        arrays = {path_name(place): np.array(each) for place, each in jax.tree_util.tree_leaves_with_path(trees)}
+        [name] = [name for name in arrays if name.startswith(tree) and name.endswith(leaf)]
+        arrays[name][1] = np.nan
+        np.savez(tmp_path / f"{tree}.npz", **arrays)
+    with pytest.raises(errors.UserError, match=r"params/Dense_1/bias .* is NaN at 1 of \d+ places"):
+        parts_of(change(model=Normalised(), init_from=str(tmp_path / "params.npz")), 1).check_weights()
+    parts_of(change(model=Normalised(), init_from=str(tmp_path / "model_state.npz")), 1).check_weights()
 
 
 def test_a_mistake_is_found_before_there_is_a_run_directory(trained, tmp_path):

@@ -88,6 +88,22 @@ def test_a_damaged_array_of_an_npz_is_refused(tmp_path):
         opened(path).read("params/Dense_0/kernel")
 
 
+def test_a_damaged_array_of_a_compressed_npz_is_refused(tmp_path):
+    path = tmp_path / "w.npz"
+    np.savez_compressed(path, a=np.random.default_rng(0).normal(size=500))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3 : len(content) // 2] = bytes(len(content) // 2 - len(content) // 3)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"no whole \.npz file of arrays: .*[^.]\. Copy"):
+        opened(path).read("a")
+
+
+def test_two_arrays_of_an_npz_with_one_name_are_refused(tmp_path):
+    np.savez(tmp_path / "w.npz", **{"a.b": np.zeros(1), "a/b": np.ones(1)})
+    with pytest.raises(UserError, match="two arrays with the name a/b"):
+        opened(tmp_path / "w.npz")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
