@@ -14,7 +14,10 @@ from jaxdist.run import components
 def prepare(options: argparse.Namespace) -> int:
     """Write a source as shards."""
     with errors.as_user_error():
-        print(preparation.prepare(options.source, options.out, shard_size=options.shard_size))
+        made = preparation.prepare(
+            options.source, options.out, shard_size=options.shard_size, tokenizer=options.tokenizer
+        )
+    print(made)
     return ExitStatus.OK
 
 

@@ -19,6 +19,7 @@ EXTRAS = {
     "examples": ("sklearn",),
     "export": ("safetensors", "flatbuffers"),
     "mlflow": ("mlflow",),
+    "text": ("sentencepiece", "tokenizers"),
     "paramserver": ("grpc", "google_crc32c"),
     "ray": ("ray",),
     "report": ("plotly",),

@@ -65,6 +65,9 @@ def _add_data(command: argparse.ArgumentParser) -> None:
     )
     prepare.add_argument("out", metavar="OUT", help="a new folder, or one whose preparation was interrupted")
     prepare.add_argument("--shard-size", type=_positive, metavar="N", help="tokens or examples of a shard")
+    prepare.add_argument(
+        "--tokenizer", metavar="T", help="of text: bpe:SIZE trains one; or a .json or .model file (default: bytes)"
+    )
     inspect = _add(commands, "inspect", "data_command:inspect", "shapes, examples, throughput, and where the time goes")
     _add_experiment(inspect)
 

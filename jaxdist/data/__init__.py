@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from jaxdist.data.sources.tables import csv_source as csv_source
     from jaxdist.data.sources.tfds import TfdsSource as TfdsSource
     from jaxdist.data.sources.wrap import MapSource as MapSource
+    from jaxdist.data.text import open_tokenizer as open_tokenizer
     from jaxdist.data.transforms import CentreCrop as CentreCrop
     from jaxdist.data.transforms import Chain as Chain
     from jaxdist.data.transforms import CheckLabel as CheckLabel
@@ -79,6 +80,7 @@ _NAMES = {
     "sources.tables": ("csv_source",),
     "sources.tfds": ("TfdsSource",),
     "sources.wrap": ("MapSource",),
+    "text": ("open_tokenizer",),
     "transforms": (
         *("CentreCrop", "Chain", "CheckLabel", "DecodeCropFlip", "DecodeImage"),
         *("Normalise", "RandomCrop", "RandomFlip", "Resize", "Spectrogram"),

@@ -10,8 +10,9 @@ import itertools
 import json
 import os
 import pathlib
+import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TextIO
 
 import numpy as np
@@ -19,6 +20,7 @@ import rich.console
 import rich.progress
 
 from jaxdist import extras
+from jaxdist.data import text
 from jaxdist.data.sources.combine import ShardList
 from jaxdist.data.sources.folders import ImageFolder
 from jaxdist.data.sources.images import IMAGE_SUFFIXES
@@ -54,7 +56,12 @@ class Prepared(NamedTuple):
 
 
 def prepare(
-    source: str | Source, out: str | os.PathLike, *, shard_size: int | None = None, stream: TextIO | None = None
+    source: str | Source,
+    out: str | os.PathLike,
+    *,
+    shard_size: int | None = None,
+    tokenizer: str | None = None,
+    stream: TextIO | None = None,
 ) -> Prepared:
     """Prepare `source` in the folder `out`, with a progress bar; what the command line calls.
 
@@ -63,6 +70,8 @@ def prepare(
         a Source, which become ArrayRecord files.
       out: a new folder, or one in which the same preparation was started.
       shard_size: tokens or examples of a shard.
+      tokenizer: of text: `bpe:SIZE` trains a byte-level BPE of so many tokens on it; or a file, see
+        `text.open_tokenizer`. None makes a token of each byte.
       stream: where the progress bar goes; None is standard error.
     """
     columns = (*rich.progress.Progress.get_default_columns(), rich.progress.MofNCompleteColumn())
@@ -73,7 +82,12 @@ def prepare(
             bar.update(task, completed=done, total=total)
 
         if isinstance(source, str) and kind_of_data(source) == "text":
-            return prepare_tokens(source, out, tokens_per_shard=shard_size or TOKENS_PER_SHARD, progress=show)
+            size = shard_size or TOKENS_PER_SHARD
+            if tokenizer is not None:
+                return prepare_text(source, out, tokenizer, tokens_per_shard=size, progress=show)
+            return prepare_tokens(source, out, tokens_per_shard=size, progress=show)
+        if tokenizer is not None:
+            raise ValueError(f"A tokenizer is for text, .txt files; {source} is none. Leave --tokenizer out.")
         opened = open_source(source) if isinstance(source, str) else source
         return prepare_records(opened, out, examples_per_shard=shard_size or EXAMPLES_PER_SHARD, progress=show)
 
@@ -144,18 +158,83 @@ def prepare_tokens(
     progress: ShowProgress | None = None,
 ) -> Prepared:
     """Write the bytes of text files, one after another, as `.npy` files of uint8 tokens for `TokenSource`."""
-    files = find_files(paths, "*.txt")
-    text = _Bytes(files)
-    if not len(text):
-        raise ValueError(f"There is no text in {', '.join(files[:5])}: every file is empty.")
-    made_of = fingerprint_text("text", *(fingerprint_array(part) for part in text.parts))
-    shards = _Shards(out, "tokens", made_of, len(text), tokens_per_shard, ".npy")
+    found = find_files(paths, "*.txt")
+    characters = _Numbers([np.memmap(path, np.uint8, "r") for path in found if os.path.getsize(path)])
+    if not len(characters):
+        raise ValueError(f"There is no text in {', '.join(found[:5])}: every file is empty.")
+    made_of = fingerprint_text("text", *(fingerprint_array(part) for part in characters.parts))
+    shards = _Shards(out, "tokens", made_of, len(characters), tokens_per_shard, ".npy")
 
     def write(path: pathlib.Path, begin: int, end: int) -> None:
         with open(path, "wb") as file:
-            np.save(file, text.read(begin, end))
+            np.save(file, characters.read(begin, end))
 
     return shards.write_all(write, progress)
+
+
+def prepare_text(
+    paths: Any,
+    out: str | os.PathLike,
+    tokenizer: str,
+    *,
+    tokens_per_shard: int = TOKENS_PER_SHARD,
+    progress: ShowProgress | None = None,
+) -> Prepared:
+    """Write the tokens of text files as `.npy` files for `TokenSource`, an end token after each file.
+
+    The tokenizer is stored beside them. Each file's tokens are kept in a hidden folder until all are known, so an
+    interrupted preparation encodes no file twice.
+
+    Args:
+      paths: a text file, several, or a folder of `.txt` files; each is a document.
+      out: see `prepare`.
+      tokenizer: see `prepare`.
+      tokens_per_shard: tokens of a shard.
+      progress: called with the tokens in finished shards, and the total.
+
+    Raises:
+      ValueError: a file is not UTF-8, there is no text, or the tokenizer cannot be had.
+    """
+    documents = [path for path in find_files(paths, "*.txt") if os.path.getsize(path)]
+    if not documents:
+        raise ValueError(f"There is no text in {paths}: every file is empty.")
+    contents = [fingerprint_array(np.memmap(path, np.uint8, "r")) for path in documents]
+    folder, kept = pathlib.Path(out), _tokenizer_of(tokenizer, documents)
+    made_of = fingerprint_text("text", text.fingerprint(kept), *contents)
+    _check_same(folder, {"made_of": made_of})
+    parts = _Numbers([_encode(path, kept, folder / f".{made_of}") for path in documents])
+    shards = _Shards(out, "tokens", made_of, len(parts), tokens_per_shard, ".npy")
+    files.write(folder / text.FILE_NAMES[kept.suffix], [kept.to_bytes()])
+
+    def write(path: pathlib.Path, begin: int, end: int) -> None:
+        with open(path, "wb") as file:
+            np.save(file, parts.read(begin, end))
+
+    made = shards.write_all(write, progress)
+    shards.note(vocab_size=kept.size, end_token=kept.end_token)
+    shutil.rmtree(folder / f".{made_of}")
+    return made
+
+
+def _tokenizer_of(name: str, documents: list[str]) -> text.Tokenizer:
+    kind, _, size = name.partition(":")
+    if kind == "bpe" and size.isdigit():
+        return text.train_byte_pairs(itertools.chain.from_iterable(map(text.pieces, documents)), int(size))
+    return text.open_tokenizer(name)
+
+
+def _encode(path: str, tokenizer: text.Tokenizer, folder: pathlib.Path) -> np.ndarray:
+    """Return the tokens of a document and the end token, mapped from a file that is written if it is missing."""
+    kept = folder / f"{fingerprint_text('document', path)}.npy"
+    if not kept.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        end = np.array([tokenizer.end_token])
+        tokens = np.concatenate([*tokenizer.encode([*text.pieces(path)]), end]).astype(text.dtype_of(tokenizer))
+        temporary = kept.with_suffix(".tmp")
+        with open(temporary, "wb") as file:
+            np.save(file, tokens)
+        files.commit(temporary, kept)
+    return np.load(kept, mmap_mode="r")
 
 
 def prepare_records(
@@ -191,11 +270,11 @@ def read_shard_list(folder: str | os.PathLike) -> ShardList:
     return ShardList.from_json(found)
 
 
-class _Bytes:
-    """Several files as one sequence of bytes."""
+class _Numbers:
+    """Several arrays of one dim as one."""
 
-    def __init__(self, paths: list[str]):
-        self.parts = [np.memmap(path, np.uint8, "r") for path in paths if os.path.getsize(path)]
+    def __init__(self, parts: Sequence[np.ndarray]):
+        self.parts = parts
         self._ends = list(itertools.accumulate(map(len, self.parts)))
 
     def __len__(self) -> int:
@@ -212,6 +291,18 @@ class _Bytes:
         return np.concatenate(pieces)
 
 
+def _check_same(folder: pathlib.Path, notes: Mapping[str, Any]) -> None:
+    """Raise ValueError where the folder holds another preparation than the one with these notes."""
+    path = folder / PREPARED
+    if not path.exists():
+        return
+    found = json.loads(path.read_text())
+    differing = [name for name, value in notes.items() if found.get(name) != value]
+    if differing:
+        was, now = ({name: values.get(name) for name in differing} for values in (found, notes))
+        raise ValueError(f"{folder} holds another preparation: it has {was}, this one has {now}. Choose a new folder.")
+
+
 class _Shards:
     """The shards of one preparation, some of which may already exist."""
 
@@ -223,21 +314,8 @@ class _Shards:
         self._names = [f"{kind}-{number:05d}-of-{self._count:05d}{suffix}" for number in range(self._count)]
         self._notes = {"kind": kind, "made_of": made_of, "total": total, "shard_size": size}
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._check()
+        _check_same(self._folder, self._notes)
         self.note()
-
-    def _check(self) -> None:
-        """Raise ValueError where the folder holds another preparation."""
-        path = self._folder / PREPARED
-        if not path.exists():
-            return
-        found = json.loads(path.read_text())
-        differing = [name for name, value in self._notes.items() if found.get(name) != value]
-        if differing:
-            was, now = ({name: values.get(name) for name in differing} for values in (found, self._notes))
-            raise ValueError(
-                f"{self._folder} holds another preparation: it has {was}, this one has {now}. Choose a new folder."
-            )
 
     def note(self, **more: Any) -> None:
         """Write what the shards are made of to a file, atomically."""
