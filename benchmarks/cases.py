@@ -22,6 +22,7 @@ CASES = {
     "tones_cnn": "sound: 600 WAV files of half a second",
     "breast_cancer": "a table: CSV, 427 rows of 30 numbers",
     "diabetes": "a table: Parquet, 332 rows, regression",
+    "bpe_gpt": "text: 1,024 tokens of a BPE",
 }
 
 

@@ -17,6 +17,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 EXPERIMENTS = ROOT / "experiments"
 
 TINY = {
+    "bpe_gpt": ["model.num_layers=1", "model.width=16", "model.num_heads=2", "optimizer.schedule.warmup=1"],
     "breast_cancer": ["model.width=4"],
     "diabetes": ["model.width=4"],
     "bytes_gpt": ["model.num_layers=1", "model.width=16", "model.num_heads=2", "optimizer.schedule.warmup=1"],
@@ -26,7 +27,7 @@ TINY = {
     "digits_tfds": ["model.width=4", "model.num_stages=1"],
     "tones_cnn": ["model.width=2", "model.num_stages=1"],
 }
-METRICS = dict.fromkeys(TINY, "accuracy") | {"bytes_gpt": "bits_per_byte", "diabetes": "absolute_error"}
+METRICS = dict.fromkeys(TINY, "accuracy") | {"bpe_gpt": "bits_per_byte", "bytes_gpt": "bits_per_byte", "diabetes": "absolute_error"}
 
 
 def names():

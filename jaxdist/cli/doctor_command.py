@@ -16,13 +16,13 @@ from jaxdist.rundir import record
 EXTRAS = {
     "completion": ("shtab",),
     "data": ("tensorflow_datasets", "array_record", "pyarrow", "PIL", "simplejpeg", "soundfile", "google_crc32c"),
-    "examples": ("sklearn",),
+    "examples": ("sklearn", "plotly"),
     "export": ("safetensors", "flatbuffers"),
     "mlflow": ("mlflow",),
-    "text": ("sentencepiece", "tokenizers"),
     "paramserver": ("grpc", "google_crc32c"),
     "ray": ("ray",),
     "report": ("plotly",),
+    "text": ("sentencepiece", "tokenizers"),
     "wandb": ("wandb",),
 }
 LEAST_FREE_BYTES = 2 << 30

@@ -211,7 +211,8 @@ def prepare_text(
             np.save(file, parts.read(begin, end))
 
     made = shards.write_all(write, progress)
-    shards.note(vocab_size=kept.size, end_token=kept.end_token)
+    num_bytes = sum(map(os.path.getsize, documents))
+    shards.note(vocab_size=kept.size, end_token=kept.end_token, bytes_per_token=num_bytes / made.total)
     shutil.rmtree(folder / f".{made_of}")
     return made
 

@@ -20,6 +20,7 @@ from jaxdist.losses.regression import AbsoluteError as AbsoluteError
 from jaxdist.losses.regression import Huber as Huber
 from jaxdist.losses.regression import SquaredError as SquaredError
 from jaxdist.losses.targets import Values as Values
+from jaxdist.losses.tokens import NextToken as NextToken
 from jaxdist.losses.tokens import next_token as next_token
 
 # Run records name a loss by its module, and `jaxdist.load` compares that name: it must stay when files are split.

@@ -1,5 +1,6 @@
 import io
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -73,6 +74,9 @@ def test_documents_become_tokens_with_an_end_after_each(documents, tmp_path):
     tokens, tokenizer = whole_tokens(tmp_path / "out"), open_tokenizer(tmp_path / "out")
     assert tokens.dtype == np.uint16
     assert made.total == len(tokens)
+    notes = json.loads((tmp_path / "out" / "prepared.json").read_text())
+    num_bytes = sum(path.stat().st_size for path in documents.glob("*.txt"))
+    assert (notes["vocab_size"], notes["bytes_per_token"]) == (300, num_bytes / len(tokens))
     ends = np.flatnonzero(tokens == tokenizer.end_token)
     parts = [tokens[begin:end] for begin, end in itertools.pairwise([0, *(ends + 1)])]
     expected = [path.read_bytes().decode() for path in sorted(documents.glob("?.txt"))]

@@ -36,6 +36,20 @@ def test_a_model_that_knows_nothing_of_bytes_needs_eight_bits():
     np.testing.assert_allclose(metrics["bits_per_byte"], np.full((2, 2), 8.0), rtol=1e-6)
 
 
+@pytest.mark.parametrize("segments", [None, [[1, 1, 2]]])
+def test_bits_are_shared_among_the_bytes_of_a_token(segments):
+    batch = {"tokens": jnp.array([[0, 1, 2]])} | ({} if segments is None else {"segment_ids": jnp.array(segments)})
+    logits = jnp.zeros((1, 3, 1024))
+    plain, _ = losses.next_token(logits, batch)
+    values, found = losses.NextToken(bytes_per_token=2.5)(logits, batch)
+    jax.tree.map(np.testing.assert_array_equal, values, plain)
+    means = {name: float(metrics.masked_mean(each).value) for name, each in found.items()}
+    assert means == {"bits_per_token": pytest.approx(10.0), "bits_per_byte": pytest.approx(4.0)}
+    assert set(losses.NextToken()(logits, batch)[1]) == {"bits_per_token"}
+    with pytest.raises(ValueError, match="bytes_per_token must be above 0; got 0"):
+        losses.NextToken(bytes_per_token=0)
+
+
 @pytest.mark.parametrize("label", [-1, -5, 5, 2**31 - 1])
 def test_a_label_that_is_no_class_is_never_taken_for_one(label):
     values, _ = losses.next_token(jnp.zeros((1, 3, 5)), {"tokens": jnp.asarray([[0, label, 2]])})
