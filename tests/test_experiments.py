@@ -27,7 +27,8 @@ TINY = {
     "digits_tfds": ["model.width=4", "model.num_stages=1"],
     "tones_cnn": ["model.width=2", "model.num_stages=1"],
 }
-METRICS = dict.fromkeys(TINY, "accuracy") | {"bpe_gpt": "bits_per_byte", "bytes_gpt": "bits_per_byte", "diabetes": "absolute_error"}
+TEXT = dict.fromkeys(("bpe_gpt", "bytes_gpt"), "bits_per_byte")
+METRICS = dict.fromkeys(TINY, "accuracy") | TEXT | {"diabetes": "absolute_error"}
 
 
 def names():
