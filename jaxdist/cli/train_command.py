@@ -26,8 +26,8 @@ def train(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="jaxdist-trial-") as folder:
         options.run_dir = pathlib.Path(folder) / "run"
         status = _train(options)
-    if status == ExitStatus.OK:
-        print("jaxdist: The trial ended well; its run directory was removed.", file=sys.stderr)
+    how = "ended well" if status == ExitStatus.OK else f"ended with status {int(status)}"
+    print(f"jaxdist: The trial {how}; its run directory was removed. --run-dir keeps one.", file=sys.stderr)
     return status
 
 

@@ -158,7 +158,9 @@ class Pace:
         self._samples: collections.deque[tuple[float, int]] = collections.deque(maxlen=window)
 
     def sample(self, step: int) -> None:
-        """Note that `step` is finished now."""
+        """Note that `step` is finished now; one that is not finite takes the run back to the step before it."""
+        if self._samples and step < self._samples[-1][1]:
+            self._samples.clear()
         self.step = step
         self._samples.append((self.clock(), step))
 

@@ -78,6 +78,17 @@ def test_the_first_steps_compile_does_not_count_in_the_pace():
     assert pace.seconds_left == 47.5
 
 
+def test_a_run_that_goes_back_to_the_step_before_a_bad_one_has_no_negative_pace():
+    clock, stream = Clock(), io.StringIO()
+    lines = progress_display.Lines(make_pace(clock, last_step=100), stream, every_seconds=0.0)
+    for step in (1, 2, 0):
+        clock.now += 1.0
+        lines.update(step)
+    shown = [line.rstrip() for line in stream.getvalue().splitlines()]
+    assert "examples/s" in shown[1]
+    assert shown[2] == "step 0/100"
+
+
 def test_a_resumed_run_has_used_some_of_its_time():
     clock = Clock()
     bounds = progress_display.Bounds(max_seconds=100.0)

@@ -31,6 +31,7 @@ def write(run_dirs: Sequence[pathlib.Path], out: pathlib.Path) -> int:
       UserError: a directory has no run, `out` is a file of another kind, Plotly is not installed, or the page would be
         too large.
     """
+    run_data.check_are_runs(run_dirs)
     check_output(out)
     page = make(run_dirs).encode()
     if len(page) > MOST_BYTES:

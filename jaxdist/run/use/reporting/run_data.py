@@ -83,6 +83,16 @@ class ReportedRun:
         }
 
 
+def check_are_runs(run_dirs: Sequence[pathlib.Path]) -> None:
+    """Raise UserError where a directory holds no run."""
+    for run_dir in run_dirs:
+        if not (run_dir / record.FILE_NAME).is_file():
+            raise errors.UserError(
+                f"A report needs run directories; {run_dir} has no {record.FILE_NAME}. `jaxdist runs` lists the runs "
+                "of a folder."
+            )
+
+
 def read(run_dirs: Sequence[pathlib.Path]) -> list[ReportedRun]:
     """Return the runs, in the order given.
 
@@ -90,12 +100,7 @@ def read(run_dirs: Sequence[pathlib.Path]) -> list[ReportedRun]:
       UserError: a directory has no run, or one that cannot be read.
     """
     with errors.as_user_error():
-        for run_dir in run_dirs:
-            if not (run_dir / record.FILE_NAME).is_file():
-                raise errors.UserError(
-                    f"A report needs run directories; {run_dir} has no {record.FILE_NAME}. `jaxdist runs` lists the "
-                    "runs of a folder."
-                )
+        check_are_runs(run_dirs)
         rows = [curves.read_rows(run_dir) for run_dir in run_dirs]
         num_curves = sum(len({name for row in each for name in row}) for each in rows)
         most = max(LEAST_OF_A_CURVE, min(MOST_OF_A_CURVE, MOST_POINTS // max(num_curves, 1)))

@@ -89,6 +89,11 @@ def test_an_older_report_is_replaced_and_any_other_file_kept(tmp_path, two):
     assert (tmp_path / "mine.html").read_text() == "mine"
 
 
+def test_a_run_that_is_not_there_is_named_and_not_the_folder_of_the_page(tmp_path):
+    with pytest.raises(errors.UserError, match=r"needs run directories; .*/typo has no run.json"):
+        report_page.write([tmp_path / "typo"], tmp_path / "typo" / "report.html")
+
+
 def test_a_page_that_is_too_large_is_not_written(tmp_path):
     run_dir = write_run(tmp_path / "a", config={"x": "y" * 2_500_000})
     with pytest.raises(errors.UserError, match="4 MB at most"):
