@@ -74,7 +74,7 @@ class ColourJitter:
 
     def __post_init__(self) -> None:
         strengths = (self.brightness, self.contrast, self.saturation, self.hue)
-        if min(strengths) < 0 or self.hue > 0.5:
+        if not all(each >= 0 for each in strengths) or self.hue > 0.5:
             raise ValueError(f"Strengths are at least 0, and hue at most 0.5; got {strengths}.")
 
     def __call__(self, example: Example, random: np.random.Generator) -> Mapping[str, Any]:
@@ -102,6 +102,10 @@ class CutOut:
     size: int
     value: int = 0
     field: str = "image"
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.size, int | np.integer) and self.size >= 1):
+            raise ValueError(f"size is a whole number of pixels, at least 1; got {self.size}.")
 
     def __call__(self, example: Example, random: np.random.Generator) -> Mapping[str, Any]:
         """Return the example with a part of its image erased."""
@@ -155,6 +159,11 @@ class MaskSpectrogram:
     num_frequencies: int = 2
     most_frequencies: int = 8
     field: str = "audio"
+
+    def __post_init__(self) -> None:
+        numbers = (self.num_times, self.most_frames, self.num_frequencies, self.most_frequencies)
+        if not all(isinstance(each, int | np.integer) and each >= 0 for each in numbers):
+            raise ValueError(f"Numbers and widths of masks are whole numbers, at least 0; got {numbers}.")
 
     def __call__(self, example: Example, random: np.random.Generator) -> Mapping[str, Any]:
         """Return the example with its spectrogram masked."""
@@ -234,7 +243,7 @@ def _picture(values: Any, field: str) -> Any:
 
 def _array(picture: Any, like: Any) -> np.ndarray:
     """Return the picture's array with as many dims as `like`."""
-    array = np.asarray(picture)
+    array = np.array(picture)  # a copy, which the user's own transforms may write into
     return array[..., None] if array.ndim < np.ndim(like) else array
 
 

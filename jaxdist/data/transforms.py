@@ -112,7 +112,7 @@ class Resize:
         image = extras.require("PIL.Image")
         picture = image.fromarray(np.asarray(example[self.field]))
         scaled = picture.resize((self.width, self.height), image.Resampling.BILINEAR)
-        return {**example, self.field: np.asarray(scaled)}
+        return {**example, self.field: np.array(scaled)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,6 +35,7 @@ def test_an_image_keeps_its_shape_and_dtype_and_its_original_stays(transform, va
     before = value.copy()
     made = [apply(transform, value, seed) for seed in range(20)]
     assert {(each.shape, each.dtype) for each in made} == {(value.shape, np.dtype(np.uint8))}
+    assert all(each.flags.writeable for each in made), "the next transform cannot write into it"
     assert len({each.tobytes() for each in made}) > 10, "the same for every seed"
     assert np.array_equal(apply(transform, value, 5), made[5])
     np.testing.assert_array_equal(value, before)
@@ -133,6 +134,9 @@ def test_bands_of_a_spectrogram_are_set_to_its_mean():
         (lambda: augmentation.RandomResizedCrop(4, 4, area=(0.0, 1.0)), "area is a range"),
         (lambda: augmentation.RandomResizedCrop(4, 4, aspect=(2.0, 1.0)), "aspect is a range"),
         (lambda: augmentation.ColourJitter(hue=0.6), "hue at most 0.5"),
+        (lambda: augmentation.ColourJitter(brightness=float("nan")), "at least 0"),
+        (lambda: augmentation.CutOut(0), "at least 1; got 0"),
+        (lambda: augmentation.MaskSpectrogram(most_frames=-1), "whole numbers, at least 0"),
         (lambda: augmentation.RandAugment(magnitude=11), "between 0 and 10"),
         (lambda: apply(augmentation.RandAugment(), IMAGE / 255), "uint8 with one channel or three, before it is made"),
     ],

@@ -123,7 +123,7 @@ def _decode_with_pillow(data: bytes, image_type: ImageType) -> tuple[np.ndarray,
             mode = _PILLOW_MODES[image_type.channels]
             if picture.mode in ("P", "PA") and mode != "RGBA":  # transparency would not survive a direct conversion
                 picture = picture.convert("RGBA")
-            pixels = np.asarray(picture if picture.mode == mode else picture.convert(mode))
+            pixels = np.array(picture if picture.mode == mode else picture.convert(mode))
             pixels = pixels.reshape(*pixels.shape[:2], image_type.channels)
             return _oriented(pixels, orientation), "reduced" if deep else "whole"
         return _oriented(pixels, orientation), "whole"

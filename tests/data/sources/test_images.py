@@ -40,6 +40,13 @@ def test_eight_bits_of_every_mode_are_pillows(mode, channels):
     np.testing.assert_array_equal(as_float, theirs.astype(np.float32) / np.float32(255))
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_a_users_transform_may_write_into_an_image(kind):
+    data = encoded(Image.fromarray(smooth()), kind)
+    assert decode_image(data, ImageType(), name="x").flags.writeable
+    assert decode_image(data, ImageType(channels=1), name="x").flags.writeable
+
+
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
 def test_sixteen_bits_stay_sixteen_bits_or_are_refused(kind):
     pixels = RANDOM.integers(291, 694, (7, 5), dtype=np.uint16)
