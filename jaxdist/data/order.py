@@ -223,8 +223,10 @@ class Resampled(_Contiguous):
 
     def __post_init__(self) -> None:
         values = np.asarray(self.weights, np.float64)
-        if values.ndim != 1 or not (np.isfinite(values).all() and (values >= 0).all() and values.sum() > 0):
-            raise ValueError("Weights are finite numbers, one an example, at least 0 and not all of them 0.")
+        with np.errstate(over="ignore"):
+            total = values.sum()
+        if values.ndim != 1 or not ((values >= 0).all() and 0 < total < np.inf):
+            raise ValueError("Weights are numbers with a finite sum, one an example, at least 0 and not all of them 0.")
         object.__setattr__(self, "weights", tuple(values.tolist()))
 
     @property

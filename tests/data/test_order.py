@@ -235,7 +235,7 @@ def test_impossible_orders_are_refused():
         order.Mixed((3, 0), (1, 1))
     with pytest.raises(ValueError, match="There are 2 weights; the source has 3 examples"):
         order.Resampled((1, 1))(3, 0, 0, 0, 3)
-    for weights in ((), (0, 0), (1, -1), (1, float("nan"))):
+    for weights in ((), (0, 0), (1, -1), (1, float("nan")), (1, float("inf")), (1e308, 1e308)):
         with pytest.raises(ValueError, match="at least 0 and not all of them 0"):
             order.Resampled(weights)
     with pytest.raises(ValueError, match="multiple of 3"):
