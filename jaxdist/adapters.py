@@ -269,6 +269,8 @@ def nnx(
         abstract = flax_nnx.eval_shape(lambda: make_module(flax_nnx.Rngs(0)))
     if not isinstance(abstract, flax_nnx.Module):
         raise ConfigError(f"{rule}; {name} returns an object of the class {type(abstract).__name__}.")
+    if not callable(abstract):
+        raise ConfigError(f"A module is called with its inputs; {type(abstract).__name__} has no __call__. Add it.")
     graph, *templates = _split(abstract)
     param_template, random_template, state_template = (dict(flax_nnx.to_flat_state(part)) for part in templates)
     accepted = inspect.signature(type(abstract).__call__).parameters
@@ -486,7 +488,9 @@ def _kind(value: Any) -> str:
 def _check_numbers(loss: str, name: str, values: Any) -> None:
     """Raise ConfigError unless the values of a loss or metric are numbers of a kind that has a mean."""
     leaves = jax.tree.leaves(values)
-    if not leaves or not all(isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float) for leaf in leaves):
+    kinds = jax.Array | np.ndarray | np.generic | int | float
+    is_tree = isinstance(values, Mapping | tuple | list) and not isinstance(values, Weighted | Mean)
+    if is_tree or not leaves or not all(isinstance(leaf, kinds) for leaf in leaves):
         raise ConfigError(
             f"A loss and its metrics are arrays with one value per example or token; {name!r} of {loss} is "
             f"{show(values)}. Return an array."

@@ -1,6 +1,7 @@
 """Experiments: the frozen dataclass that an experiment file returns, and the groups of settings in it."""
 
 import dataclasses
+import numbers
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
@@ -89,7 +90,8 @@ class Evaluation:
     @staticmethod
     def accept(values: dict[str, Any]) -> dict[str, Any]:
         """Return the settings; raise ConfigError if an entry is not a metric."""
-        for metric in values.get("metrics", ()):
+        metrics = values.get("metrics", ())
+        for metric in metrics if isinstance(metrics, tuple | list) else ():
             if not all(hasattr(metric, name) for name in ("names", "collect", "compute")) or isinstance(metric, type):
                 raise ConfigError(
                     "Evaluation.metrics holds objects with names, collect and compute, such as losses.F1(); got "
@@ -246,7 +248,7 @@ class Experiment:
                 "jaxdist.Stop(max_steps=1000)."
             )
         seed = values.get("seed", 0)
-        if isinstance(seed, int) and not 0 <= seed < MOST_SEEDS:
+        if isinstance(seed, numbers.Integral) and not 0 <= int(seed) < MOST_SEEDS:
             raise ConfigError(f"Experiment.seed is from 0 to {MOST_SEEDS - 1}, as JAX's keys take 32 bits; got {seed}.")
         writers = values.get("writers", ())
         if isinstance(writers, tuple | list) and len(set(writers)) < len(writers):

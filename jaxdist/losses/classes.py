@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxdist.losses.targets import Values, counted, integers, weights_of
+from jaxdist.losses.targets import Values, check_real, counted, integers, weights_of
 from jaxdist.spmd.metrics import Batch
 
 
@@ -80,6 +80,7 @@ def labels_of(outputs: jax.Array, batch: Batch, field: str, *, needed_by: str) -
             f"{needed_by} needs logits (B, classes) and labels (B,); got {outputs.shape} and {labels.shape}. "
             "Labels are class indices, not one-hot rows."
         )
+    check_real("the model's output", outputs, needed_by=needed_by)
     return labels
 
 

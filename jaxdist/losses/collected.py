@@ -193,7 +193,8 @@ def _logits(outputs: jax.Array, batch: Batch, field: str, *, needed_by: str) -> 
     if outputs.ndim == 1:
         outputs, labels = like_outputs(outputs, batch, field, needed_by=needed_by)
         return outputs, labels.astype(jnp.int32)
-    return outputs.astype(jnp.float32), labels_of(outputs, batch, field, needed_by=needed_by)
+    labels = labels_of(outputs, batch, field, needed_by=needed_by)
+    return outputs.astype(jnp.float32), labels
 
 
 def _area(scores: np.ndarray, positive: np.ndarray) -> float:

@@ -28,7 +28,18 @@ def like_outputs(outputs: jax.Array, batch: Batch, field: str, *, needed_by: str
             f"{needed_by} needs outputs and batch[{field!r}] of the same shape, because (B, 1) and (B,) would "
             f"broadcast to (B, B); got {outputs.shape} and {values.shape}. Reshape one of them."
         )
+    check_real("the model's output", outputs, needed_by=needed_by)
+    check_real(f"batch[{field!r}]", values, needed_by=needed_by)
     return outputs.astype(jnp.float32), values.astype(jnp.float32)
+
+
+def check_real(name: str, values: jax.Array, *, needed_by: str) -> None:
+    """Raise ValueError for complex numbers, whose imaginary part would be dropped."""
+    if jnp.iscomplexobj(values):
+        raise ValueError(
+            f"{needed_by} needs real numbers, but {name} has the dtype {values.dtype}. Give it real ones, for example "
+            "the absolute value, or real and imaginary part side by side."
+        )
 
 
 def field_of(batch: Mapping[str, Any], field: str, *, needed_by: str) -> jax.Array:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdist.losses.classes import cross_entropy
-from jaxdist.losses.targets import Values, integers
+from jaxdist.losses.targets import Values, check_real, integers
 from jaxdist.spmd.metrics import MASK, SEGMENT_IDS, Batch, Weighted
 
 
@@ -59,6 +59,7 @@ def _values(outputs: jax.Array, batch: Batch) -> jax.Array | Weighted:
             f"next_token needs logits (B, T, vocabulary) and tokens (B, T) with T >= 2; got {outputs.shape} and "
             f"{tokens.shape}. Pass all T tokens to the model; the shift by one is done here."
         )
+    check_real("the model's output", outputs, needed_by="next_token")
     values = cross_entropy(outputs[:, :-1], tokens[:, 1:])
     by_token = batch[MASK][:, 1:] if MASK in batch and batch[MASK].ndim == 2 else None
     if SEGMENT_IDS not in batch and by_token is None:

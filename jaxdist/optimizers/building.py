@@ -121,10 +121,13 @@ def _ready_made(optimizer: Optimizer, schedule: RateSchedule) -> optax.GradientT
             "another optimizer."
         )
     others = tuple(name for name in known if name != "learning_rate")
-    inner = optax.inject_hyperparams(function, static_args=others)(learning_rate=0.0, **arguments)
+    with_rate = functools.partial(optax.inject_hyperparams(function, static_args=others), **arguments)
+    inner = with_rate(learning_rate=0.0)
 
     def init(params: PyTree) -> Any:
-        return _ReadyState(jnp.zeros((), jnp.int32), inner.init(params))
+        # rprop begins with steps of the learning rate.
+        first = _rate_at(schedule, jnp.zeros((), jnp.int32), None)
+        return _ReadyState(jnp.zeros((), jnp.int32), with_rate(learning_rate=first).init(params))
 
     def update(
         updates: PyTree,

@@ -138,5 +138,10 @@ def check_settings(optimizer: Optimizer) -> None:
             )
     if optimizer.name == "adam" and optimizer.weight_decay:
         raise ValueError("adam has no weight decay of its own (L2 in the gradient does not decay under it). Use adamw.")
+    if optimizer.name == "rprop" and (optimizer.schedule != Schedule() or callable(optimizer.learning_rate)):
+        raise ValueError(
+            "rprop begins with steps of the learning rate and then finds their size itself, so a schedule has "
+            "no effect. Set optimizer.learning_rate to a number, and leave optimizer.schedule out."
+        )
     if optimizer.decay_mask != "matrices" and not optimizer.weight_decay:
         raise ValueError("optimizer.decay_mask has no effect without decay. Set optimizer.weight_decay.")

@@ -68,7 +68,7 @@ class Schedule:
         check_range("schedule.length", self.length, above=0)
         check_range("schedule.final_fraction", self.final_fraction, at_least=0)
         check_range("schedule.decay_factor", self.decay_factor, above=0)
-        check_range("schedule.decay_fraction", self.decay_fraction, above=0)
+        check_range("schedule.decay_fraction", self.decay_fraction, above=0, at_most=1)
         for boundary in self.boundaries:
             check_range("schedule.boundaries", boundary, above=0)
 
@@ -150,13 +150,15 @@ def check_range(
     at_least: float | None = None,
     above: float | None = None,
     below: float = math.inf,
+    at_most: float = math.inf,
 ) -> None:
     """Raise ValueError unless value is None, or a number in the range. NaN is outside every range."""
     if value is None:
         return
     rule = f"at least {at_least}" if above is None else f"above {above}"
     rule += "" if below == math.inf else f" and below {below}"
-    low_enough = value < below
+    rule += "" if at_most == math.inf else f" and at most {at_most}"
+    low_enough = value < below and value <= at_most
     high_enough = value >= at_least if at_least is not None else value > (above or 0)
     if not (low_enough and high_enough):
         raise ValueError(f"{name} must be {rule}; got {value}.")

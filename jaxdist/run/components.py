@@ -163,6 +163,7 @@ def put_together(experiment: Experiment, *, devices: Sequence[jax.Device], ident
     abstract = state.abstract_state(functions.init_fn, optimizer, mesh=strategy.mesh, layout=strategy.layout)
     eval_loaders = make_eval_loaders(experiment)
     check_early(experiment, functions, abstract, loader, eval_loaders)
+    preflight.check_update(optimizer, abstract)
     return Parts(
         experiment=experiment,
         identity=identity or identity_of(experiment, loader.beginning.fingerprint),
@@ -194,6 +195,8 @@ def check_early(
       ValueError: something is wrong; see `preflight`.
     """
     experiment.stop.rule()
+    if isinstance(experiment.optimizer, optimizers.Optimizer):
+        preflight.check_groups(experiment.optimizer, abstract.params)
     collect_fn = make_collect_fn(experiment, functions)
     eval_shapes = {name: example_batch(each) for name, each in eval_loaders.items()}
     preflight.check(experiment, functions, abstract, example_batch(loader), eval_shapes, collect_fn)
@@ -457,6 +460,8 @@ def check_experiment(experiment: Experiment) -> None:
         value = getattr(experiment.recovery, name)
         if value is not None and not value > 0:  # NaN, too
             raise ConfigError(f"recovery.{name} must be positive; got {value}.")
+    if experiment.eval.metrics and experiment.data.eval is None:
+        raise ConfigError("eval.metrics are of held-out examples, and the experiment has no data.eval. Give it some.")
     watched = experiment.stop.target_metric
     looks = experiment.stop.target is not None or experiment.stop.patience is not None
     if looks and experiment.data.eval is None and watched.startswith("eval/"):

@@ -16,6 +16,7 @@ from jaxdist.launch.joining import runtime
 HEADER = """
 import dataclasses
 import flax.linen as nn
+import flax.nnx as nnx
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -65,6 +66,9 @@ def whole_loss(outputs, batch):
 
 def complex_loss(outputs, batch):
     return outputs[:, 0].astype(complex), {}
+
+def tree_of_values(outputs, batch):
+    return {"first": outputs[:, 0]}, {}
 
 def numbered(outputs, batch):
     return outputs[:, 0], {3: outputs[:, 0]}
@@ -155,6 +159,8 @@ MISTAKES = {
     "change(model=lambda: 3)": "callable from nnx.Rngs to an NNX module",
     "change(model=lambda rngs: 3)": "returns an object of the class",
     "change(model=adapters.Functions(None, fails, fails))": "needs three functions",
+    "change(model=lambda rngs: nnx.Module())": "Module has no __call__",
+    "change(loss=tree_of_values)": "'loss' of tree_of_values",
     "change(inputs=())": "got none. Name one.",
     "change(inputs=('image', 'label'))": "called with its inputs, here image, label, and train",
     "change(optimizer=Optimizer('sgd', 0.1))": "takes its settings by name",
@@ -203,6 +209,14 @@ MISTAKES = {
     "change(optimizer=Optimizer(name='sgd', learning_rate=-1))": "optimizer.learning_rate must be at least 0",
     "change(optimizer=Optimizer(name='sgd', learning_rate=0.1, momentum=0.9))": "has no effect on sgd",
     "change(optimizer=Optimizer(name='adam', learning_rate=0.1, weight_decay=0.1))": "Use adamw",
+    "change(optimizer=optax.polyak_sgd(0.1))": "without the value of the loss",
+    "change(optimizer=Optimizer(name='adamax', learning_rate=0.1, arguments={'b1': 'x'}))": "Correct its arguments",
+    "change(optimizer=Optimizer(name='sgd', learning_rate=0.1, groups=(jaxdist.Group(pattern='.', frozen=True),)))": (
+        "freeze every one"
+    ),
+    "change(eval=Evaluation(metrics=losses.F1()))": "Evaluation.metrics takes a tuple",
+    "change(eval=Evaluation(metrics=(losses.F1(),)), data=data())": "has no data.eval",
+    "change(seed=np.int64(2**33))": "from 0 to 4294967295",
     # When it ends.
     "change(stop=Stop())": "needs a rule that ends it",
     "change(stop=Stop(max_steps=0))": "stop.max_steps must be positive",

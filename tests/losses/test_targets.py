@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import jaxdist
+from jaxdist import losses
 from jaxdist.losses import targets
 
 
@@ -30,6 +31,21 @@ def test_outputs_and_targets_have_one_shape_and_become_float32():
     assert outputs.dtype == values.dtype == jnp.float32
     with pytest.raises(ValueError, match=r"got \(4, 1\) and \(4,\)"):
         targets.like_outputs(jnp.zeros((4, 1)), {"y": jnp.zeros(4)}, "y", needed_by="L")
+
+
+@pytest.mark.parametrize(
+    ("loss", "outputs", "batch"),
+    [
+        (losses.SquaredError(), jnp.zeros(4, complex), {"target": jnp.zeros(4)}),
+        (losses.Huber(), jnp.zeros(4), {"target": jnp.zeros(4, complex)}),
+        (losses.classification, jnp.zeros((4, 3), complex), {"label": jnp.zeros(4, int)}),
+        (losses.next_token, jnp.zeros((4, 2, 3), complex), {"tokens": jnp.zeros((4, 2), int)}),
+        (losses.F1().collect, jnp.zeros((4, 3), complex), {"label": jnp.zeros(4, int)}),
+    ],
+)
+def test_complex_numbers_are_refused_and_not_cut_to_their_real_part(loss, outputs, batch):
+    with pytest.raises(ValueError, match=r"needs real numbers, but .* complex64"):
+        loss(outputs, batch)
 
 
 def test_weights_multiply_over_leading_dims_and_the_mean_is_divided_by_their_sum():

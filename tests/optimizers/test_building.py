@@ -12,6 +12,7 @@ from optimizer_cases import make_params, train
 
 from jaxdist import optimizers
 from jaxdist.optimizers import Optimizer
+from jaxdist.optimizers.described import of_optax
 from jaxdist.optimizers.schedules import Schedule
 from jaxdist.spmd import precision
 
@@ -103,6 +104,23 @@ def test_an_optimizer_taken_from_optax_by_name_equals_it(name, arguments, theirs
     ours, _ = train(optimizers.build(described, global_batch_size=1, max_steps=8))
     expected, _ = train(theirs(optax.linear_schedule(0.1, 0.0, 8)))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), ours, expected)
+
+
+@pytest.mark.filterwarnings("ignore:`optimistic_adam` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize(
+    "name", [name if name == "rprop" else pytest.param(name, marks=pytest.mark.slow) for name in of_optax()]
+)
+def test_every_optimizer_of_optax_by_name_is_that_of_optax(name):
+    ours, _ = train(optimizers.build(Optimizer(name=name, learning_rate=0.05), global_batch_size=1))
+    theirs, _ = train(getattr(optax, name)(0.05))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), ours, theirs)
+
+
+def test_a_schedule_without_effect_is_refused():
+    with pytest.raises(ValueError, match="rprop begins with steps of the learning rate"):
+        optimizers.build(
+            Optimizer(name="rprop", learning_rate=0.1, schedule=Schedule(warmup=3)), global_batch_size=1, max_steps=8
+        )
 
 
 def test_the_schedule_drives_the_updates():

@@ -46,6 +46,7 @@ def test_one_cycle_equals_optax():
         ({"boundaries": (3,)}, "boundaries belong to the schedule 'step'"),
         ({"name": "one_cycle", "length": 5, "warmup": 1}, "one_cycle rises by itself"),
         ({"unit": "days"}, "steps, epochs"),
+        ({"name": "warmup_stable_decay", "length": 5, "decay_fraction": 2.0}, "above 0 and at most 1"),
         ({"warmup": -1}, "warmup must be at least 0"),
         ({"length": 0}, "length must be above 0"),
         ({"name": "cosine"}, "Set optimizer.schedule.length .* or stop.max_steps"),
