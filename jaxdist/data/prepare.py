@@ -235,7 +235,7 @@ def _encode(path: str, tokenizer: text.Tokenizer, folder: pathlib.Path) -> np.nd
         with open(temporary, "wb") as file:
             np.save(file, tokens)
         files.commit(temporary, kept)
-    return np.load(kept, mmap_mode="r")
+    return np.load(kept, mmap_mode="r", allow_pickle=False)
 
 
 def prepare_records(

@@ -1,6 +1,5 @@
 """What the supervisor of an experiment is told; the supervisor itself is tested in test_supervisor."""
 
-import dataclasses
 import sys
 
 import pytest
@@ -43,7 +42,7 @@ def test_the_processes_run_the_command_line(started, tmp_path):
 
 
 def test_what_is_left_in_memory_is_saved_only_for_the_same_experiment(started, tmp_path):
-    identity = dataclasses.asdict(components.identity(tiny_experiment.get_config()))
+    identity = components.identity(tiny_experiment.get_config()).to_json()
     empty = dict.fromkeys(record.KEYS) | {"step": 1, "restarts": 0, "metrics": {}, "config": {}, "versions": {}}
     for found, expected in ((identity, True), (identity | {next(iter(identity)): "another"}, False)):
         made = record.RunRecord(**empty | {"step_seconds": {}, "time_seconds": {}}, extra={"identity": found})
