@@ -7,6 +7,7 @@ advances `progress` and says where the state is; the rest is decided here, the s
 import contextlib
 import dataclasses
 import datetime
+import math
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -137,6 +138,7 @@ class Bookkeeper:
         self.before_save: Callable[[], None] = lambda: None
         self.unsaved_best = False
         """Whether the present state is the best so far, and is to be saved."""
+        self._told_of_lost_loss = False
         self.hooks = user_hooks.UserHooks(attempt.experiment.hooks, is_first=jax.process_index() == 0)
         self._measured: dict[str, int] = {}
         """The step of each metric's last value."""
@@ -252,9 +254,22 @@ class Bookkeeper:
         with self.stopwatch.account("eval"):
             metrics = {f"eval/{name}": value for name, value in self._evaluate(state).items()}
         self.progress.record_evaluation(metrics)
+        self._tell_of_lost_loss(metrics)
         self._write_metrics(self.progress.step, stamp(self.progress), metrics)
         self.unsaved_best = self._is_best()
         self.call_hooks("on_evaluation", state, lambda: metrics)
+
+    def _tell_of_lost_loss(self, metrics: Mapping[str, float]) -> None:
+        """Say once that the loss on held-out examples is not finite, which the numbers alone do not explain."""
+        bad = [name for name, value in metrics.items() if name.split("/")[-1] == "loss" and not math.isfinite(value)]
+        if bad and not self._told_of_lost_loss and jax.process_index() == 0:
+            self._told_of_lost_loss = True
+            print(
+                f"jaxdist: {bad[0]} is {metrics[bad[0]]} at step {self.progress.step}, while training continues. A "
+                "label that is no class, or a value that is not finite, in the held-out examples does this; or the "
+                "model overflows on them.",
+                file=sys.stderr,
+            )
 
     def _is_best(self) -> bool:
         """Return whether the watched metric was measured after the present step and is the best so far."""

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import optax
 
-from jaxdist import adapters, data, optimizers, stop
+from jaxdist import adapters, data, optimizers, setting_group, stop
 from jaxdist.config import data_fields
 from jaxdist.config.experiment import Experiment
 from jaxdist.data import assembly_process, placement
@@ -200,6 +200,7 @@ def check_early(
     collect_fn = make_collect_fn(experiment, functions)
     eval_shapes = {name: example_batch(each) for name, each in eval_loaders.items()}
     preflight.check(experiment, functions, abstract, example_batch(loader), eval_shapes, collect_fn)
+    preflight.check_labels(experiment, functions, abstract, example_batch(loader))
     preflight.check_forms(functions, abstract, check_samples(loader, among=_EARLY_BATCHES), held_out=False)
     for each in eval_loaders.values():
         preflight.check_forms(functions, abstract, check_samples(each), held_out=True)
@@ -460,6 +461,11 @@ def check_experiment(experiment: Experiment) -> None:
         value = getattr(experiment.recovery, name)
         if value is not None and not value > 0:  # NaN, too
             raise ConfigError(f"recovery.{name} must be positive; got {value}.")
+    if isinstance(experiment.model, adapters.Functions) and experiment.loss is not None:
+        raise ConfigError(
+            "A model given as adapters.Functions has the loss in its own functions, and the experiment's loss would "
+            f"never be used; got {setting_group.show(experiment.loss)}. Set loss=None."
+        )
     if experiment.eval.metrics and experiment.data.eval is None:
         raise ConfigError("eval.metrics are of held-out examples, and the experiment has no data.eval. Give it some.")
     watched = experiment.stop.target_metric

@@ -12,8 +12,11 @@ import jax.export
 import jax.numpy as jnp
 import optax
 
-from jaxdist import adapters, errors, optimizers
+from jaxdist import adapters, errors, losses, optimizers
+from jaxdist.config import data_fields
 from jaxdist.config.experiment import Experiment
+from jaxdist.data.sources.source import ArraySource
+from jaxdist.data.sources.source import check_labels as check_array
 from jaxdist.errors import ConfigError
 from jaxdist.spmd import evaluate, metrics, reduce, state
 from jaxdist.spmd.dependence import depends
@@ -65,6 +68,31 @@ def check(
         _check_collected(found, collected)
         reported += [f"eval/{name}/{each}" if name else f"eval/{each}" for each in (*found, *collected)]
     _check_watched(experiment, reported)
+
+
+def check_labels(
+    experiment: Experiment, functions: adapters.Functions, abstract: state.TrainState, shapes: Shapes
+) -> None:
+    """Raise ConfigError where a label of examples that are held in arrays is no class of the model.
+
+    Labels that are read one by one, or made by an `example_fn`, are checked when they are trained on.
+    """
+    loss = experiment.loss
+    field = "label" if loss is losses.classification else getattr(loss, "label", None)
+    if functions.predict_fn is None or not (loss is losses.classification or isinstance(loss, losses.Classification)):
+        return
+    given = (abstract.params, dict(shapes), *(() if abstract.model_state is None else (abstract.model_state,)))
+    num_classes = jax.eval_shape(functions.predict_fn, *given).shape[-1]
+    examples = experiment.data
+    sets = [("data.train", examples.train, examples.example_fn)]
+    for name, each in data_fields.named_sources(examples.eval).items():
+        sets.append((f"data.eval[{name!r}]" if name else "data.eval", each, examples.eval_example_fn))
+    for setting, source, example_fn in sets:
+        if example_fn is None and isinstance(source, ArraySource) and field in source.arrays:
+            try:
+                check_array(source.arrays[field].reshape(-1), str(field), num_classes)
+            except ValueError as error:
+                raise ConfigError(f"{setting}: {error}") from error
 
 
 def check_forms(

@@ -175,7 +175,11 @@ def _means(eval_fn: EvalFn, params: PyTree, model_state: PyTree, batch: Batch) -
     batch = metrics_lib.without_masked_rows(batch)
     # Evaluation is deterministic; loss functions that take a key nevertheless get a constant one.
     args = (params, batch, jax.random.key(0), *(() if model_state is None else (model_state,)))
-    loss, metrics = eval_fn(*args)
+    found = eval_fn(*args)
+    if not isinstance(found, tuple) or isinstance(found, Mean) or len(found) != 2:
+        raise ValueError(f"eval_fn must return (loss, metrics); it returned {type(found).__name__}.")
+    loss, metrics = found
+    metrics_lib.check_mapping(metrics, "eval_fn")
     metrics_lib.check_names(metrics)
     results = {"loss": loss, **metrics}
     metrics_lib.check_averages(results, eval_fn, args)

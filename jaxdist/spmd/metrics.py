@@ -116,6 +116,12 @@ def num_examples(batch: Batch) -> jax.Array:
     return jnp.float32(jax.tree.leaves(batch)[0].shape[0])
 
 
+def check_mapping(metrics: Any, function: str) -> None:
+    """Raise ValueError where what `function` returned as its metrics has no names."""
+    if not isinstance(metrics, Mapping):
+        raise ValueError(f"{function} returns its metrics as a dict by name; it returned {type(metrics).__name__}.")
+
+
 def check_names(metrics: Mapping[str, Any]) -> None:
     """Raise ValueError where a loss_fn or an eval_fn gives a metric one of the package's own names."""
     clash = sorted(OWN_NAMES & set(metrics))

@@ -75,13 +75,15 @@ def evaluate_loss(
     args = (params, batch, key) if model_state is None else (params, batch, key, model_state)
     results = loss_fn(*args)
     expected = "(loss, metrics)" if model_state is None else "(loss, metrics, model_state)"
-    if not isinstance(results, tuple) or len(results) != len(args) - 1:
-        got = f"{len(results)} values" if isinstance(results, tuple) else type(results).__name__
+    whole = isinstance(results, tuple) and not isinstance(results, Mean)  # a Mean alone is a tuple of two, too
+    if not whole or len(results) != len(args) - 1:
+        got = f"{len(results)} values" if whole else type(results).__name__
         raise ValueError(
             f"loss_fn must return {expected} for a model {'without' if model_state is None else 'with'} model_state; "
             f"it returned {got}. What init_fn returns decides which of the two a model is: see jaxdist.InitialState."
         )
     loss, metrics, *new_state = results
+    metrics_lib.check_mapping(metrics, "loss_fn")
     metrics_lib.check_averages({"loss": loss, **metrics}, loss_fn, args)
     means = {name: metrics_lib.as_mean(value, batch) for name, value in metrics.items()}
     return metrics_lib.as_mean(loss, batch), means, new_state[0] if new_state else None

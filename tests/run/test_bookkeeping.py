@@ -121,6 +121,15 @@ def test_training_metrics_are_written_with_their_learning_rate_the_first_step_al
     assert books.progress.metrics == {"train/loss": 6.0, "train/learning_rate": 0.06}
 
 
+def test_a_loss_on_held_out_examples_that_is_not_finite_is_explained_once(tmp_path, capsys):
+    found = {"day/loss": 1.0, "night/loss": float("nan"), "night/perplexity": float("inf")}
+    books = make_books(tmp_path / "run", evaluate=lambda state: found)
+    for step in (1, 2):
+        books.progress.step = step
+        books.evaluate("state")
+    assert capsys.readouterr().err.count("eval/night/loss is nan at step 1") == 1
+
+
 def test_a_step_is_evaluated_once_and_its_time_accounted(tmp_path):
     clock, states = Clock(), []
 

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import pytest
 import tiny_experiment
 
-from jaxdist import adapters, errors
+import jaxdist
+from jaxdist import adapters, errors, losses
 from jaxdist.config import overrides
 from jaxdist.errors import ConfigError
 from jaxdist.run import components, preflight
@@ -97,3 +98,42 @@ def test_plain_functions_that_are_right_pass_also_those_for_one_number_of_exampl
 
 def test_a_constant_gradient_is_a_gradient():
     components.put_together(plain(lambda params, batch: params["w"].sum()), devices=jax.devices()[:1])
+
+
+@pytest.mark.parametrize("part", ["train", "eval"])
+@pytest.mark.parametrize("label", [-1, 2])
+def test_a_label_that_is_no_class_is_refused_before_the_run(part, label):
+    experiment = tiny_experiment.get_config()
+    source = getattr(experiment.data, part)
+    labels = source.arrays["label"].copy()
+    labels[5] = label
+    changed = jaxdist.ArraySource({**source.arrays, "label": labels})
+    wrong = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, **{part: changed}))
+    with pytest.raises(ConfigError, match=rf"data\.{part}: Label out of range: example 5 has label {label}"):
+        components.put_together(wrong, devices=jax.devices()[:1])
+
+
+@pytest.mark.parametrize("returned", ["the loss alone", "metrics without names"])
+def test_plain_functions_that_return_something_else_are_told_what(returned):
+    def loss_fn(params, batch, key):
+        loss = masked_mean(squared(params, batch), batch["mask"])
+        return loss if returned == "the loss alone" else (loss, loss)
+
+    experiment = plain(lambda params, batch: None)
+    message = {
+        "the loss alone": r"must return \(loss, metrics\) .* it returned Mean",
+        "metrics without names": "returns its metrics as a dict by name; it returned Mean",
+    }[returned]
+    functions = experiment.model._replace(loss_fn=loss_fn)
+    with pytest.raises(ValueError, match=f"loss_fn {message}"):
+        components.put_together(dataclasses.replace(experiment, model=functions), devices=jax.devices()[:1])
+    good = lambda params, batch, key: (masked_mean(squared(params, batch), batch["mask"]), {})  # noqa: E731
+    functions = experiment.model._replace(loss_fn=good, eval_fn=loss_fn)
+    with pytest.raises(ValueError, match=r"eval_fn (must return|returns)"):
+        components.put_together(dataclasses.replace(experiment, model=functions), devices=jax.devices()[:1])
+
+
+def test_a_loss_beside_functions_that_have_their_own_is_refused():
+    experiment = dataclasses.replace(plain(lambda params, batch: None), loss=losses.classification)
+    with pytest.raises(ConfigError, match=r"would never be used; got .*classification.* Set loss=None"):
+        components.check_experiment(experiment)

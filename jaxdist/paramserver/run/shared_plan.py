@@ -23,7 +23,7 @@ from jaxdist.paramserver.run.optimizer_kind import Kind, choose_kind, needs_norm
 from jaxdist.paramserver.run.shard_optimizer import OptaxUpdater
 from jaxdist.paramserver.run.sharding import Sharding, make_sharding
 from jaxdist.paramserver.run.whole_optimizer import OptimizerSharding
-from jaxdist.run import components
+from jaxdist.run import components, preflight
 from jaxdist.spmd import keys
 from jaxdist.spmd.layout import path_name
 from jaxdist.spmd.state import TrainState, initial_state
@@ -133,6 +133,8 @@ def check_early(plan: Plan) -> None:
     components.check_early(
         plan.experiment, plan.functions, abstract, plan.loader, components.make_eval_loaders(plan.experiment)
     )
+    opt_state = jax.eval_shape(plan.optimizer.init, params)
+    preflight.check_update(plan.optimizer, dataclasses.replace(abstract, opt_state=opt_state))
 
 
 def _choose_kind(optimizer: Any, leaves: Sequence[jax.ShapeDtypeStruct], num_params: int, num_servers: int) -> Kind:
