@@ -124,7 +124,7 @@ QUICK = (("linen", "scan"), ("linen", "batch norm"), ("nnx", "tied weights"))
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [case if case in QUICK else pytest.param(*case, marks=pytest.mark.soak) for case in CASES]
+    ("kind", "name"), [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
 )
 def test_a_users_model_trains_as_it_does_in_plain_flax(kind, name):
     field = "tokens" if name == "tied weights" else "x"
