@@ -22,7 +22,8 @@ def train(optimizer, steps=5, params=None):
     params = make_params() if params is None else params
     opt_state = optimizer.init(params)
     for step in range(steps):
-        updates, opt_state = optimizer.update(make_params(step + 1), opt_state, params)
+        grads = {name: value for name, value in make_params(step + 1).items() if name in params}
+        updates, opt_state = optimizer.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
     return params, opt_state
 
