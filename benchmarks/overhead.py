@@ -31,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax
@@ -200,9 +200,9 @@ class Books:
         """Return whether the metrics of `step` are written."""
         return step == 1 or step % LOG_EVERY == 0
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
+    def log(self, step: int, metrics: dict[str, float], stamped: Mapping[str, float]) -> None:
         """Write them."""
-        self.writer.write(step, {f"train/{name}": value for name, value in metrics.items()})
+        self.writer.write(step, {**stamped, **{f"train/{name}": value for name, value in metrics.items()}})
 
 
 class Fit(Side):
