@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 
+import compile_cache
 import hypothesis
 import jax
 import pytest
@@ -17,6 +18,13 @@ os.environ.setdefault("NPROC", "2")
 
 hypothesis.settings.register_profile("jaxdist", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("jaxdist")
+
+
+@pytest.fixture(scope="module")
+def shared_compilations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The tests of a module that asks for it compile equal programs once."""
+    with compile_cache.compile_once(tmp_path_factory.mktemp("xla")):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxdist.optimizers.averages import ema
-from jaxdist.optimizers.described import SETTINGS, Optimizer, check_settings
+from jaxdist.optimizers.described import SETTINGS, STEPS_GIVE_NONE, Optimizer, check_settings
 from jaxdist.optimizers.param_settings import decay_mask, freeze, scale_by_group
 from jaxdist.optimizers.rates import RateSchedule
 from jaxdist.spmd.state import WithInputs
@@ -111,7 +111,7 @@ def _ready_made(optimizer: Optimizer, schedule: RateSchedule) -> optax.GradientT
     """
     function = getattr(optax, optimizer.name)
     known = inspect.signature(function).parameters
-    arguments = dict(optimizer.arguments)
+    arguments = STEPS_GIVE_NONE.get(optimizer.name, {}) | optimizer.arguments
     if optimizer.weight_decay:
         arguments |= {"weight_decay": optimizer.weight_decay, "mask": functools.partial(decay_mask, optimizer)}
     unknown = sorted(set(arguments) - set(known))

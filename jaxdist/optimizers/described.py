@@ -104,12 +104,14 @@ SETTINGS: dict[str, dict[str, float]] = {
 """Which settings each optimizer has, and their usual values."""
 
 
+STEPS_GIVE_NONE: dict[str, dict[str, Any]] = {"lbfgs": {"linesearch": None}, "noisy_sgd": {"key": 0}}
+"""Arguments of optax's optimizers for what a training step does not have: the value of the loss for a line search, which
+the learning rate then replaces, and a key of the optimizer's own. `arguments` may name others."""
+
+
 @functools.cache
 def of_optax() -> tuple[str, ...]:
-    """Return the names of optax's optimizers that this module does not describe itself: all that take a learning rate.
-
-    Those that need the value of the loss with each update, or a random key, are left out.
-    """
+    """Return the names of optax's optimizers that this module does not describe itself: all that take a learning rate."""
     names = []
     for name in dir(optax):
         function = getattr(optax, name)
@@ -117,7 +119,7 @@ def of_optax() -> tuple[str, ...]:
             parameters = list(inspect.signature(function).parameters.values())
             takes_rate = bool(parameters) and parameters[0].name == "learning_rate"
             ready = all(each.default is not each.empty or each.kind is each.VAR_KEYWORD for each in parameters[1:])
-            names += [name] if takes_rate and ready and name not in ("lbfgs", "noisy_sgd") else []
+            names += [name] if takes_rate and ready else []
     return tuple(names)
 
 

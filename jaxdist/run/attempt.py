@@ -265,11 +265,11 @@ class _Run:
             books.call_hooks("on_start", start.state)
             self.trace.begin(start.progress.step + 1)
             result = loop.fit(
-                self._watched_step,
+                self._traced_step if self.options.profile else self._watched_step,
                 start.state,
                 self.parts.batches(start.position),
                 stop=stop_rule,
-                hooks=[lambda info: dog.report(), *self._make_hooks(ledger_hooks), self.trace],
+                hooks=[lambda info: dog.report(), *self._make_hooks(ledger_hooks)],
                 progress=books.progress,
                 stop_requested=self.agreed.stop(self.options.stop_requested),
                 stopwatch=books.stopwatch,
@@ -317,14 +317,17 @@ class _Run:
         raise disk_room.no_room(run_dir, step, kept)
 
     def _watched_step(self, state: TrainState, batch: Any) -> Any:
-        with self.trace.step(self.books.progress.step + 1):
-            outputs = self.parts.step(state, batch)
+        outputs = self.parts.step(state, batch)
         if self.experiment.guards.recompile:
             found = self.sentinel.observe(self.parts.step, (state, batch))
             self.books.compile_count = self.sentinel.compile_count
             if found:
                 warnings.warn(str(found), RecompileWarning, stacklevel=1)
         return outputs
+
+    def _traced_step(self, state: TrainState, batch: Any) -> Any:
+        with self.trace.step(self.books.progress.step + 1):
+            return self._watched_step(state, batch)
 
     def record_hang(self) -> None:
         """Record that the run hangs; called by the watchdog's thread while the main thread is blocked."""
@@ -341,6 +344,8 @@ class _Run:
         if every:
             found.append(hooks.every(every, lambda info: replicas.check_replicas(info.state, self.mesh)))
         found += ledger_hooks
+        if self.options.profile:
+            found.append(self.trace)
         if self.start.snapshots:
             settings, step_seconds = self.experiment.recovery, functools.partial(books.step_times.quantile, 0.5)
             agreed = self.agreed.number("snapshot interval", 1.0)

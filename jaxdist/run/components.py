@@ -162,7 +162,7 @@ def put_together(experiment: Experiment, *, devices: Sequence[jax.Device], ident
     # A leaf that cannot be sharded as requested is found here, before anything is written.
     abstract = state.abstract_state(functions.init_fn, optimizer, mesh=strategy.mesh, layout=strategy.layout)
     eval_loaders = make_eval_loaders(experiment)
-    check_early(experiment, functions, abstract, loader, eval_loaders)
+    check_early(experiment, functions, abstract, loader, eval_loaders, shapes)
     preflight.check_update(optimizer, abstract)
     return Parts(
         experiment=experiment,
@@ -188,6 +188,7 @@ def check_early(
     abstract: state.TrainState,
     loader: data.Loader,
     eval_loaders: Mapping[str, data.Loader],
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
 ) -> None:
     """Check all that can be known before the first step: model, loss and metrics are traced, and examples read.
 
@@ -199,8 +200,8 @@ def check_early(
         preflight.check_groups(experiment.optimizer, abstract.params)
     collect_fn = make_collect_fn(experiment, functions)
     eval_shapes = {name: example_batch(each) for name, each in eval_loaders.items()}
-    preflight.check(experiment, functions, abstract, example_batch(loader), eval_shapes, collect_fn)
-    preflight.check_labels(experiment, functions, abstract, example_batch(loader))
+    preflight.check(experiment, functions, abstract, shapes, eval_shapes, collect_fn)
+    preflight.check_labels(experiment, functions, abstract, shapes)
     preflight.check_forms(functions, abstract, check_samples(loader, among=_EARLY_BATCHES), held_out=False)
     for each in eval_loaders.values():
         preflight.check_forms(functions, abstract, check_samples(each), held_out=True)

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.export
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxdist import adapters, errors, losses, optimizers
@@ -17,6 +18,7 @@ from jaxdist.config import data_fields
 from jaxdist.config.experiment import Experiment
 from jaxdist.data.sources.source import ArraySource
 from jaxdist.data.sources.source import check_labels as check_array
+from jaxdist.data.sources.subset import Subset
 from jaxdist.errors import ConfigError
 from jaxdist.spmd import evaluate, metrics, reduce, state
 from jaxdist.spmd.dependence import depends
@@ -88,11 +90,20 @@ def check_labels(
     for name, each in data_fields.named_sources(examples.eval).items():
         sets.append((f"data.eval[{name!r}]" if name else "data.eval", each, examples.eval_example_fn))
     for setting, source, example_fn in sets:
-        if example_fn is None and isinstance(source, ArraySource) and field in source.arrays:
+        labels = None if example_fn is not None else _labels_in_memory(source, str(field))
+        if labels is not None:
             try:
-                check_array(source.arrays[field].reshape(-1), str(field), num_classes)
+                check_array(labels.reshape(-1), str(field), num_classes)
             except ValueError as error:
                 raise ConfigError(f"{setting}: {error}") from error
+
+
+def _labels_in_memory(source: Any, field: str) -> np.ndarray | None:
+    """Return a field of all examples where arrays hold it; None where each would have to be read."""
+    if isinstance(source, Subset):
+        whole = _labels_in_memory(source.source, field)
+        return None if whole is None else whole[source.ids]
+    return source.arrays.get(field) if isinstance(source, ArraySource) else None
 
 
 def check_forms(

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 
-import compile_cache
 import jax
 import numpy as np
 import pytest
@@ -17,6 +16,8 @@ from jaxdist.cli import main
 from jaxdist.launch import parent
 from jaxdist.launch.joining import runtime
 
+pytestmark = pytest.mark.usefixtures("shared_compilations")
+
 TINY = str(pathlib.Path(tiny_experiment.__file__))
 
 
@@ -24,12 +25,6 @@ TINY = str(pathlib.Path(tiny_experiment.__file__))
 def on_the_test_devices(monkeypatch):
     """A command configures the devices of its process; here it gets those of this process."""
     monkeypatch.setattr(runtime, "start", lambda num_devices=None: jax.devices()[: num_devices or 1])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shared_compilations(tmp_path_factory):
-    with compile_cache.compile_once(tmp_path_factory.mktemp("xla")):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,14 @@ A row is Python code for one experiment: `change(...)` is the tiny experiment wi
 
 import pathlib
 
-import compile_cache
 import jax
 import pytest
 import tiny_experiment
 
 from jaxdist.cli import main
 from jaxdist.launch.joining import runtime
+
+pytestmark = pytest.mark.usefixtures("shared_compilations")
 
 HEADER = """
 import dataclasses
@@ -257,12 +258,6 @@ MISTAKES = {
     "undefined_name": "NameError: name 'undefined_name' is not defined",
     "change(": "cannot be loaded: SyntaxError",
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shared_compilations(tmp_path_factory):
-    with compile_cache.compile_once(tmp_path_factory.mktemp("xla")):
-        yield
 
 
 def test_the_table_is_long_enough():

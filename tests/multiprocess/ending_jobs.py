@@ -162,3 +162,9 @@ def _end(jobs):
             for path in memory.iterdir():
                 path.unlink()
             memory.rmdir()
+
+
+def in_own_mounts(script, *, stderr=subprocess.PIPE):
+    """Run a shell script, as root, in a mount namespace of its own: what it mounts, this machine does not see."""
+    command = ["unshare", "-m", "sh", "-c", script]
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, text=True, timeout=200, check=False)

@@ -134,14 +134,7 @@ def test_a_full_disk_or_memory_in_a_phase(tmp_path, trained, where, phase, proce
         f"{train} --max-steps {STEPS} --restartable {rest}; echo status $?; ls /dev/shm; "
         f"cp {disk}/run/run.json {tmp_path}"
     )
-    done = subprocess.run(
-        ["unshare", "-m", "sh", "-c", script],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    done = ending_jobs.in_own_mounts(script, stderr=subprocess.STDOUT)
     assert "Traceback" not in done.stdout
     statuses = [int(each) for each in re.findall(r"^status (\d+)$", done.stdout, re.MULTILINE)]
     begun = where == "memory" or phase != "start-up"

@@ -413,14 +413,7 @@ def test_a_lone_process_keeps_a_last_state_that_does_not_fit_on_the_disk_in_memo
         f"dd if=/dev/zero of={disk}/fill bs=1024 count=7600; {train}; echo status $?; rm {disk}/fill; "
         f"{train}; echo status $?; ls /dev/shm; cp {disk}/run/run.json {disk}/run/metrics.jsonl {tmp_path}"
     )
-    done = subprocess.run(
-        ["unshare", "-m", "sh", "-c", script],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    done = ending_jobs.in_own_mounts(script, stderr=subprocess.STDOUT)
     assert re.findall(r"^status (\d+)$", done.stdout, re.MULTILINE) == ["2", "1", "0"], done.stdout
     assert "Traceback" not in done.stdout
     assert f"jaxdist: A run needs room on its disk; that of {disk}/run is full. Free space" in done.stdout
@@ -442,9 +435,7 @@ def test_a_full_memory_costs_the_snapshots_alone(start, tmp_path, when):
     later = f"(until ls /dev/shm/*/*.snapshot; do sleep 0.1; done; {fill}) & " if when == "in the middle" else ""
     command = f"{script}{later}exec {sys.executable} -m jaxdist.cli train {EXPERIMENT} --processes 1 --devices 1 "
     command += f"--run-dir {tmp_path / 'run'} --max-steps 60 --set checkpoints.every_steps=20 recovery.snapshot_every=1"
-    done = subprocess.run(
-        ["unshare", "-m", "sh", "-c", command], capture_output=True, text=True, timeout=200, check=False
-    )
+    done = ending_jobs.in_own_mounts(command)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     if when == "at the start":

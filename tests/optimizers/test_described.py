@@ -23,7 +23,6 @@ def test_every_optimizer_of_optax_that_takes_a_learning_rate_can_be_named():
     ("changes", "complaint"),
     [
         ({"name": "adaam"}, "sgd, momentum, nesterov, adam, adamw, lion, or .*adafactor.*Did you mean 'adam'"),
-        ({"name": "lbfgs"}, "optimizer.name must be one of"),
         ({"arguments": {"b1": 0.5}}, "adamw has its own settings"),
         ({"name": "adagrad", "weight_decay": 0.1}, "adagrad of optax takes .*; got mask, weight_decay"),
         ({"learning_rate": -1.0}, "learning_rate must be at least 0"),

@@ -5,7 +5,6 @@ import pathlib
 import re
 import shutil
 
-import compile_cache
 import jax
 import numpy as np
 import pytest
@@ -21,11 +20,7 @@ from jaxdist.run import attempt, components, directory
 from jaxdist.rundir import record
 from jaxdist.stop import Progress
 
-
-@pytest.fixture(scope="module", autouse=True)
-def shared_compilations(tmp_path_factory):
-    with compile_cache.compile_once(tmp_path_factory.mktemp("xla")):
-        yield
+pytestmark = pytest.mark.usefixtures("shared_compilations")
 
 
 class Killed(BaseException):

@@ -3,13 +3,14 @@
 import json
 import pathlib
 
-import compile_cache
 import jax
 import pytest
 
 from jaxdist.cli import main
 from jaxdist.launch.joining import runtime
 from jaxdist.spmd import strategies
+
+pytestmark = pytest.mark.usefixtures("shared_compilations")
 
 TINY = str(pathlib.Path(__file__).parents[1] / "tiny_experiment.py")
 COMMON = ["--devices", "8", "--max-steps", "6", "--json", "--set", "model.dropout_rate=0", "layout.min_size=8"]
@@ -26,12 +27,6 @@ WAYS = {
 def on_the_test_devices(monkeypatch):
     """Commands prepare a process of their own; here they get what this process has."""
     monkeypatch.setattr(runtime, "start", lambda num_devices=None: jax.devices()[: num_devices or 1])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shared_compilations(tmp_path_factory):
-    with compile_cache.compile_once(tmp_path_factory.mktemp("xla")):
-        yield
 
 
 def train(capsys, name, run_dir, *more):

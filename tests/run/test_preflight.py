@@ -108,9 +108,11 @@ def test_a_label_that_is_no_class_is_refused_before_the_run(part, label):
     labels = source.arrays["label"].copy()
     labels[5] = label
     changed = jaxdist.ArraySource({**source.arrays, "label": labels})
-    wrong = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, **{part: changed}))
-    with pytest.raises(ConfigError, match=rf"data\.{part}: Label out of range: example 5 has label {label}"):
-        components.put_together(wrong, devices=jax.devices()[:1])
+    chosen = jaxdist.data.Subset(changed, range(4, len(labels)))
+    for given, place in ((changed, 5), (chosen, 1)):
+        wrong = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, **{part: given}))
+        with pytest.raises(ConfigError, match=rf"data\.{part}: Label out of range: example {place} has label {label}"):
+            components.put_together(wrong, devices=jax.devices()[:1])
 
 
 @pytest.mark.parametrize("returned", ["the loss alone", "metrics without names"])

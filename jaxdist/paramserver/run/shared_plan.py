@@ -130,9 +130,8 @@ def check_early(plan: Plan) -> None:
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
     abstract = TrainState(jax.ShapeDtypeStruct((), np.int32), params, model_state, (), key)  # type: ignore[arg-type]
-    components.check_early(
-        plan.experiment, plan.functions, abstract, plan.loader, components.make_eval_loaders(plan.experiment)
-    )
+    eval_loaders, shapes = components.make_eval_loaders(plan.experiment), components.example_batch(plan.loader)
+    components.check_early(plan.experiment, plan.functions, abstract, plan.loader, eval_loaders, shapes)
     opt_state = jax.eval_shape(plan.optimizer.init, params)
     preflight.check_update(plan.optimizer, dataclasses.replace(abstract, opt_state=opt_state))
 

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import shutil
 
-import compile_cache
 import jax
 import numpy as np
 import optax
@@ -18,11 +17,7 @@ from jaxdist.config import overrides
 from jaxdist.run import components
 from jaxdist.rundir import record
 
-
-@pytest.fixture(scope="module", autouse=True)
-def shared_compilations(tmp_path_factory):
-    with compile_cache.compile_once(tmp_path_factory.mktemp("xla")):
-        yield
+pytestmark = pytest.mark.usefixtures("shared_compilations")
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import json
 
-import compile_cache
 import jax
 import jax.numpy as jnp
 import pytest
@@ -17,11 +16,7 @@ from jaxdist.launch.joining import runtime
 from jaxdist.run.use import verify
 from jaxdist.spmd import reduce
 
-
-@pytest.fixture(scope="module", autouse=True)
-def shared_compilations(tmp_path_factory):
-    with compile_cache.compile_once(tmp_path_factory.mktemp("xla")):
-        yield
+pytestmark = pytest.mark.usefixtures("shared_compilations")
 
 
 def linear(loss_fn, **settings):

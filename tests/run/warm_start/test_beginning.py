@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 
-import compile_cache
 import flax.linen as nn
 import flax.serialization
 import jax
@@ -27,6 +26,8 @@ from jaxdist.run.warm_start import beginning
 from jaxdist.rundir import record
 from jaxdist.spmd import state
 from jaxdist.spmd.layout import path_name
+
+pytestmark = pytest.mark.usefixtures("shared_compilations")
 
 TINY = tiny_experiment.get_config()
 AVERAGED = jaxdist.Optimizer(name="adam", learning_rate=0.1, ema_decay=0.9)
@@ -56,12 +57,6 @@ def change(**changes):
 
 def parts_of(experiment, num_devices=2):
     return components.put_together(experiment, devices=jax.devices()[:num_devices])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shared_compilations(tmp_path_factory):
-    with compile_cache.compile_once(tmp_path_factory.mktemp("xla")):
-        yield
 
 
 @pytest.fixture(scope="module")
