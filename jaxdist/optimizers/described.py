@@ -105,13 +105,13 @@ SETTINGS: dict[str, dict[str, float]] = {
 
 
 STEPS_GIVE_NONE: dict[str, dict[str, Any]] = {"lbfgs": {"linesearch": None}, "noisy_sgd": {"key": 0}}
-"""Arguments of optax's optimizers for what a training step does not have: the value of the loss for a line search, which
-the learning rate then replaces, and a key of the optimizer's own. `arguments` may name others."""
+"""Arguments of optax's optimizers for what a training step does not have: the value of the loss for a line search, in
+place of which the learning rate counts, and a key of the optimizer's own. `arguments` may name others."""
 
 
 @functools.cache
 def of_optax() -> tuple[str, ...]:
-    """Return the names of optax's optimizers that this module does not describe itself: all that take a learning rate."""
+    """Return the names of optax's optimizers that take a learning rate, except those that SETTINGS describes."""
     names = []
     for name in dir(optax):
         function = getattr(optax, name)

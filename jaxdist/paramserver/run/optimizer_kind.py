@@ -17,6 +17,8 @@ import numpy as np
 import optax
 from jax.extend import core
 
+from jaxdist.spmd import keys
+
 Kind = Literal["elementwise", "global_norm", "leafwise", "leafwise_global_norm"]
 Shapes = Sequence[jax.ShapeDtypeStruct]
 
@@ -85,6 +87,11 @@ def choose_kind(
             "This optimizer cannot run on a parameter server, which gives it only gradients and params, without the "
             f"names of the leaves: {error}. Use one that needs nothing else; masks may look at the rank of a leaf."
         ) from error
+    if any(map(keys.is_key, jax.tree.leaves(jax.eval_shape(optimizer.init, tuple(leaves))))):
+        raise ValueError(
+            "This optimizer cannot run on a parameter server: its state holds a random key, and each shard would draw "
+            "other noise than the whole. Use one without noise, or another strategy."
+        )
     reason = ""
     for kind in KINDS:
         try:

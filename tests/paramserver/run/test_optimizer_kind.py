@@ -179,8 +179,14 @@ def test_what_runs_how(kind, names):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_mixes_leaves_is_refused_by_what_it_does(name):
-    with pytest.raises(ValueError, match=r"depends on other leaves|differs on a shard|without the names"):
+    with pytest.raises(ValueError, match=r"depends on other leaves|differs on a shard|without the names|random key"):
         choose(REFUSED[name], 2)
+
+
+def test_noise_is_refused_on_one_server_too():
+    """Whose blocks are the whole, but whose state could not be saved."""
+    with pytest.raises(ValueError, match="its state holds a random key"):
+        choose(optax.noisy_sgd(0.1, key=0), 1)
 
 
 def test_an_optimizer_that_looks_at_a_leaf_s_size_is_not_elementwise():
