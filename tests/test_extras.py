@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jaxdist import extras
-from jaxdist.cli import doctor_command
+from jaxdist.cli.commands import doctor_command
 
 
 def test_a_package_that_is_there_is_imported():

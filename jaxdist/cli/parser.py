@@ -50,7 +50,7 @@ def find_handler(name: str) -> Callable[..., int]:
 
 def _add(commands: Any, name: str, handler: str, summary: str) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
-    command.set_defaults(handler=f"jaxdist.cli.{handler}")
+    command.set_defaults(handler=f"jaxdist.cli.commands.{handler}")
     command.add_argument("--traceback", action="store_true", help="show the traceback of a mistake")
     return command
 

@@ -5,7 +5,8 @@ import os
 import pathlib
 import shlex
 
-from jaxdist.cli import main, parser, selected_experiment, train_command
+from jaxdist.cli import main, parser, selected_experiment
+from jaxdist.cli.commands import train_command
 from jaxdist.config import hidden_settings
 from jaxdist.config.experiment import Experiment
 from jaxdist.errors import ExitStatus, UserError

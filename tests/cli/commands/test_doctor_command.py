@@ -6,7 +6,7 @@ import types
 import jax
 import pytest
 
-from jaxdist.cli import doctor_command
+from jaxdist.cli.commands import doctor_command
 
 CPU = [types.SimpleNamespace(platform="cpu", device_kind="cpu")]
 GPU = [types.SimpleNamespace(platform="gpu", device_kind="H100")]

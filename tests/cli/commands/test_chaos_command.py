@@ -7,7 +7,8 @@ import types
 import pytest
 import tiny_experiment
 
-from jaxdist.cli import chaos_command, main
+from jaxdist.cli import main
+from jaxdist.cli.commands import chaos_command
 
 TINY = tiny_experiment.__file__
 

@@ -7,7 +7,8 @@ import jax
 import pytest
 import tiny_experiment
 
-from jaxdist.cli import main, verify_command
+from jaxdist.cli import main
+from jaxdist.cli.commands import verify_command
 from jaxdist.launch.joining import runtime
 
 

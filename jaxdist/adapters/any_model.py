@@ -1,0 +1,70 @@
+"""Whatever an experiment calls its model: which adapter takes it, and what no adapter takes."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flax import linen as flax_linen
+from flax import nnx as flax_nnx
+
+from jaxdist.adapters.functions import Functions, Loss
+from jaxdist.adapters.linen_modules import linen
+from jaxdist.adapters.nnx_modules import nnx
+from jaxdist.errors import ConfigError
+from jaxdist.spmd import precision as precisions
+from jaxdist.spmd.precision import Precision
+
+
+def from_model(
+    model: Any,
+    loss: Loss | None,
+    example_batch: Mapping[str, Any],
+    *,
+    inputs: str | Sequence[str] = "image",
+    precision: Precision = "float32",
+) -> Functions:
+    """Return the functions of whatever an experiment calls its model.
+
+    Args:
+      model: a Linen module, a callable from `nnx.Rngs` to an NNX module, or Functions.
+      loss: see `Loss`; Functions have their own.
+      example_batch: see `linen`.
+      inputs: see `linen`; of Functions, the fields that are cast to the compute dtype.
+      precision: the compute dtype.
+
+    Raises:
+      ValueError: the model is none of these, or its loss is missing.
+    """
+    if isinstance(model, Functions):
+        fields = (inputs,) if isinstance(inputs, str) else tuple(inputs)
+        cast = functools.partial(precisions.apply_precision, precision=precision, inputs=fields)
+        return model._replace(loss_fn=cast(model.loss_fn), eval_fn=cast(model.eval_fn))
+    if loss is None:
+        raise ValueError("A Flax module needs a loss(outputs, batch); `jaxdist.losses` has the usual ones.")
+    if isinstance(model, flax_linen.Module):
+        return linen(model, loss, example_batch, inputs=inputs, precision=precision)
+    if callable(model):
+        return nnx(model, loss, example_batch, inputs=inputs, precision=precision)
+    raise ValueError(
+        "A model is a Linen module, a callable from nnx.Rngs to an NNX module, or adapters.Functions; "
+        f"got {type(model).__name__}."
+    )
+
+
+def check_model(model: Any) -> None:
+    """Raise ConfigError unless `model` may be one: the message says how to turn it into one."""
+    kind = type(model).__name__
+    if isinstance(model, type) and issubclass(model, flax_linen.Module):
+        raise ConfigError(f"Experiment.model takes a module, not its class. Call the class: {model.__name__}(...).")
+    if isinstance(model, flax_nnx.Module):
+        raise ConfigError(
+            f"Experiment.model takes a callable from nnx.Rngs to an NNX module, so that params can be created on the "
+            f"devices; got a module that is made already. Write lambda rngs: {kind}(..., rngs=rngs)."
+        )
+    if isinstance(model, Functions) and not all(map(callable, model[:3])):
+        raise ConfigError(f"adapters.Functions needs three functions, init_fn, loss_fn and eval_fn; got {model[:3]}.")
+    if not (isinstance(model, flax_linen.Module | Functions) or callable(model)):
+        raise ConfigError(
+            "Experiment.model takes a Linen module, a callable from nnx.Rngs to an NNX module, or adapters.Functions; "
+            f"got an object of the class {kind}."
+        )

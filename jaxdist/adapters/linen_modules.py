@@ -1,0 +1,123 @@
+"""Linen modules as functions of arrays."""
+
+import contextlib
+import functools
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+from flax import errors as flax_errors
+from flax import linen as flax_linen
+
+from jaxdist.adapters import first_calls, functions, module_checks
+from jaxdist.adapters.flax_trees import unboxed
+from jaxdist.adapters.functions import Forward, Functions, Loss, PyTree
+from jaxdist.spmd.metrics import Batch
+from jaxdist.spmd.precision import Precision
+
+
+def linen(
+    module: flax_linen.Module,
+    loss: Loss,
+    example_batch: Mapping[str, Any],
+    *,
+    inputs: str | Sequence[str] = "image",
+    precision: Precision = "float32",
+) -> Functions:
+    """Return the functions of a Linen module.
+
+    Every collection but `params` is model_state: a dict from the collection's name to its variables. Each random stream
+    that the module draws from (`dropout` and others) has a key of its own, made of the key given to loss_fn.
+
+    Args:
+      module: called as `module(*inputs, train=bool)`, and with `mask=` if it takes one.
+      loss: see `Loss`; `jaxdist.losses` has the usual ones.
+      example_batch: arrays or jax.ShapeDtypeStructs with the shapes of a batch; only shapes and dtypes are used.
+      inputs: the batch field, or fields in order, that the module is called with.
+      precision: the dtype that the module computes in; params, statistics and the loss are float32 always.
+
+    Raises:
+      ValueError: a field is missing; the module does not take `train`, or has statistics of the batch and takes no
+        `mask`, or takes no `segment_ids` of packed rows; or the loss does not give values of examples or tokens.
+    """
+    fields = module_checks.input_fields(inputs, example_batch)
+    accepted = inspect.signature(type(module).__call__).parameters
+    module_checks.check_call(type(module), accepted, fields, example_batch, required="train")
+
+    def init(key: jax.Array) -> tuple[PyTree, PyTree]:
+        rows = [jnp.zeros((1, *example_batch[name].shape[1:]), example_batch[name].dtype) for name in fields]
+        variables = module.init(key, *rows, train=False)
+        model_state = {name: variables[name] for name in variables if name != "params"}
+        return variables.get("params", {}), model_state
+
+    rule = f"A module is called with its inputs, here {', '.join(fields)}, and train"
+    with first_calls.first_call(rule, type(module).__name__):
+        shapes = jax.eval_shape(init, jax.random.key(0))
+    collections = sorted(shapes[1])
+    streams: list[str] = []
+
+    def forward(
+        params: PyTree, model_state: PyTree, batch: Batch, key: jax.Array, *, train: bool
+    ) -> tuple[Any, PyTree]:
+        outputs, new_state = module.apply(
+            {"params": unboxed(params), **(model_state or {})},
+            *(batch[name] for name in fields),
+            rngs=_stream_keys(streams, key) if train else {},
+            mutable=collections if train else [],
+            **functions.switches(accepted, batch, train),
+        )
+        return outputs, new_state
+
+    forward = functions.in_precision(forward, precision)
+    _find_streams(streams, forward, shapes, example_batch)
+    module_checks.check_module(type(module), accepted, forward, loss, shapes, example_batch)
+    return functions.make_functions(init, forward, loss, stateful=bool(collections))
+
+
+def _stream_keys(streams: Sequence[str], key: jax.Array) -> dict[str, jax.Array]:
+    """Return a key for each random stream. The first one has the step's key itself."""
+    return {name: jax.random.fold_in(key, index) if index else key for index, name in enumerate(streams)}
+
+
+def _find_streams(
+    streams: list[str], forward: Forward, shapes: tuple[PyTree, PyTree], example_batch: Mapping[str, Any]
+) -> None:
+    """Fill `streams` with the names of the random streams that a Linen module draws from in training.
+
+    With no stream given, Linen raises an error that names the one it asked for. Given the stream `params` alone, it
+    would draw from that in place of every other, and lifted transformations (`nn.scan`, `nn.vmap`, `nn.RNN`), which
+    split streams by name, would not find the one they are to split: every time step would drop the same features.
+    """
+    while True:
+        looked_for: list[str] = []
+        try:
+            with _noting_has_rng(looked_for):
+                jax.eval_shape(functools.partial(forward, train=True), *shapes, dict(example_batch), jax.random.key(0))
+        except flax_errors.InvalidRngError as error:
+            asked = re.search(r'PRNG for "([^"]+)"', str(error))
+            if asked is None or asked[1] in streams:
+                raise
+            streams.append(asked[1])
+            continue
+        # A module that draws only where it finds a stream raises nothing, and would never draw.
+        missing = [name for name in dict.fromkeys(looked_for) if name not in (*streams, "params")]
+        if not missing:
+            return
+        streams += missing
+
+
+@contextlib.contextmanager
+def _noting_has_rng(names: list[str]) -> Iterator[None]:
+    """Append the streams that Linen modules look for with `has_rng` to `names` while the context lasts."""
+    has_rng = flax_linen.Module.has_rng
+
+    def noting(module: flax_linen.Module, name: str) -> bool:
+        names.append(name)
+        return has_rng(module, name)
+
+    with mock.patch.object(flax_linen.Module, "has_rng", noting):
+        yield
