@@ -26,7 +26,7 @@ import numpy as np
 
 import jaxdist
 from jaxdist import losses
-from jaxdist.launch.supervising import supervisor
+from jaxdist.launch.supervising import restart_events
 from jaxdist.models import mlp
 from jaxdist.rundir import record
 
@@ -119,7 +119,7 @@ def run_job(layout: str, reduction: str, options: argparse.Namespace) -> dict[st
         command += ["--max-steps", str(options.steps_per_job)]
         command += ["--set", f"recovery.hang_seconds={options.hang_seconds}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        ends = [event for event in supervisor.read_events(run_dir) if event["event"] == "end"]
+        ends = [event for event in restart_events.read_events(run_dir) if event["event"] == "end"]
         failed = max(sum(event["status"] != 0 for event in ends), int(done.returncode != 0))
         if failed:
             print(done.stderr, file=sys.stderr)

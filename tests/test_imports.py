@@ -141,7 +141,7 @@ def test_imports_go_downward_only(name):
 
 WALL_CLOCK = {
     "jaxdist.launch.supervising.board": "a report says when it was written",
-    "jaxdist.launch.supervising.supervisor": "restarts.jsonl says when attempts began and ended",
+    "jaxdist.launch.supervising.restart_events": "restarts.jsonl says when attempts began and ended",
     "jaxdist.paramserver.processes.reports": "steps.jsonl says when a step was made",
     "jaxdist.paramserver.run.observer": "reads that, bounded by the monotonic clock",
     "jaxdist.rundir.trackers.mlflow_tracker": "MLflow's time of a value",

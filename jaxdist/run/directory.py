@@ -19,7 +19,7 @@ from jaxdist.config import starting_weights
 from jaxdist.config.experiment import Experiment
 from jaxdist.errors import ConfigError
 from jaxdist.launch.joining import agreement
-from jaxdist.launch.supervising import supervisor
+from jaxdist.launch.supervising import job_memory, restart_events, supervisor
 from jaxdist.run import components
 from jaxdist.rundir import full_disk, ledger, record, writers
 
@@ -33,7 +33,7 @@ SERVERS_NAME = "ps"
 """Folder of the processes of a parameter server."""
 _RUN_FILES = (CHECKPOINTS_NAME, writers.JSONL_NAME, writers.CSV_NAME, writers.TENSORBOARD_NAME)
 _MORE_RUN_FILES = (SET_ASIDE_NAME, ledger.FILE_NAME, NONFINITE_NAME, SERVERS_NAME)
-_JOB_FILES = ("logs", supervisor.EVENTS_NAME, supervisor.BOARD_NAME)
+_JOB_FILES = ("logs", restart_events.EVENTS_NAME, supervisor.BOARD_NAME)
 _SHAPING = ("model", "loss", "inputs", "optimizer", "precision")
 """The settings that decide the form of the saved state."""
 _PARTS = {"init_from": [f"init_from.{field.name}" for field in dataclasses.fields(starting_weights.InitFrom)]}
@@ -218,7 +218,7 @@ def set_run_aside(run_dir: pathlib.Path, *, of_job: bool) -> None:
             (run_dir / name).rename(aside / name)
         else:
             _remove(run_dir / name)
-    for memory in supervisor.left_behind(run_dir):
+    for memory in job_memory.left_behind(run_dir):
         shutil.rmtree(memory)
 
 

@@ -16,7 +16,7 @@ import jax
 
 from jaxdist import errors
 from jaxdist.checkpoint import checkpoints, snapshots
-from jaxdist.launch.supervising import supervisor
+from jaxdist.launch.supervising import job_memory
 from jaxdist.run.loop import Hook, StepInfo
 from jaxdist.rundir import full_disk
 
@@ -98,7 +98,7 @@ def keep_in_memory(
             if jax.process_count() > 1:
                 return ""
             try:
-                memory = stack.enter_context(supervisor.memory_directory(directory))
+                memory = stack.enter_context(job_memory.memory_directory(directory))
             except OSError:
                 return ""
             ours = stack.enter_context(contextlib.closing(snapshots.Snapshots(memory, identity=identity)))

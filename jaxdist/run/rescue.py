@@ -15,7 +15,7 @@ from typing import Any
 
 from jaxdist.checkpoint import checkpoints
 from jaxdist.checkpoint import snapshots as snapshot
-from jaxdist.launch.supervising import supervisor
+from jaxdist.launch.supervising import job_memory, restart_events
 from jaxdist.run import components, directory
 from jaxdist.rundir import record
 
@@ -81,14 +81,14 @@ def save_left(left: Rescue) -> record.RunRecord | None:
     The caller holds the lock of the run directory. What cannot be saved stays, and the run continues without it.
     """
     found = None
-    for memory in supervisor.left_behind(pathlib.Path(left.run_dir)):
+    for memory in job_memory.left_behind(pathlib.Path(left.run_dir)):
         try:
             step = left.save(memory, "error")
         except checkpoints.CheckpointError as error:
-            supervisor.say(f"The state in {memory} could not be saved and stays there: {error}")
+            restart_events.say(f"The state in {memory} could not be saved and stays there: {error}")
             continue
         if step:
-            supervisor.say(f"Step {step} was saved from memory, as a checkpoint.")
+            restart_events.say(f"Step {step} was saved from memory, as a checkpoint.")
             found = record.RunRecord.read(left.run_dir)
         shutil.rmtree(memory, ignore_errors=True)
     return found

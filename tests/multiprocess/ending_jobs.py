@@ -8,7 +8,7 @@ import sys
 import time
 
 from jaxdist.checkpoint import checkpoints
-from jaxdist.launch.supervising import board, supervisor
+from jaxdist.launch.supervising import board, job_memory, restart_events
 
 EXPERIMENT = pathlib.Path(__file__).parents[1] / "tiny_experiment.py"
 FOREVER = 10_000_000
@@ -37,7 +37,7 @@ class Job:
         before=(),
     ):
         self.run_dir, self.output = run_dir, run_dir.with_suffix(".out")
-        self.earlier = len(supervisor.read_events(run_dir))
+        self.earlier = len(restart_events.read_events(run_dir))
         command = [sys.executable, "-m", "jaxdist.cli", "train", experiment, "--run-dir", run_dir, "--devices", "1"]
         command += ["--processes", processes] if processes else []
         command += ["--max-steps", steps, *arguments, "--set", f"checkpoints.every_steps={save_every}"]
@@ -62,7 +62,7 @@ class Job:
 
     def start_event(self):
         """Return the event of the attempt that runs, None between two."""
-        events = supervisor.read_events(self.run_dir)[self.earlier :]
+        events = restart_events.read_events(self.run_dir)[self.earlier :]
         return events[-1] if events and events[-1]["event"] == "start" else None
 
     def reported_step(self):
@@ -80,7 +80,7 @@ class Job:
 
     def fork_server(self):
         # The processes that it forked have its command line, and the same parent.
-        forked = {each for event in supervisor.read_events(self.run_dir) for each in event.get("process_ids", ())}
+        forked = {each for event in restart_events.read_events(self.run_dir) for each in event.get("process_ids", ())}
         (found,) = fork_servers(self) - forked
         return found
 
@@ -158,7 +158,7 @@ def _end(jobs):
             job.process.kill()
             job.process.wait()
     for job in jobs:
-        for memory in supervisor.left_behind(job.run_dir):
+        for memory in job_memory.left_behind(job.run_dir):
             for path in memory.iterdir():
                 path.unlink()
             memory.rmdir()

@@ -16,7 +16,7 @@ import ending_jobs
 import phased_experiment
 import pytest
 
-from jaxdist.launch.supervising import fork_server, supervisor
+from jaxdist.launch.supervising import fork_server, job_memory, restart_events
 from jaxdist.rundir import record
 
 EXPERIMENT = pathlib.Path(phased_experiment.__file__)
@@ -92,7 +92,7 @@ def test_a_signal_in_a_phase(tmp_path, trained, forks, phase, target, number):
             assert "Traceback" not in again.text()
     made = record.RunRecord.read(tmp_path / "run")
     assert (made.end_reason, made.step) == ("max_steps", STEPS)
-    assert not list(supervisor.left_behind(tmp_path / "run")), "nothing stays in memory"
+    assert not list(job_memory.left_behind(tmp_path / "run")), "nothing stays in memory"
 
 
 def check_kept(job, phase):
@@ -106,7 +106,7 @@ def check_kept(job, phase):
 
 
 def last_event(job):
-    events = supervisor.read_events(job.run_dir)[job.earlier :]
+    events = restart_events.read_events(job.run_dir)[job.earlier :]
     return events[-1]["event"] if events else None
 
 

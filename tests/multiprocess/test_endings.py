@@ -18,7 +18,7 @@ import ending_jobs
 import pytest
 from ending_jobs import kill
 
-from jaxdist.launch.supervising import supervisor
+from jaxdist.launch.supervising import restart_events
 from jaxdist.rundir import record
 
 EXPERIMENT = ending_jobs.EXPERIMENT
@@ -162,7 +162,7 @@ def test_a_hang_is_one_message_that_names_the_process(start, stopped):
     job.wait_for(lambda: job.start_event() not in (None, event), "the next attempt")
     kill(signal.SIGTERM, job.process.pid)
     assert job.end() == 75, job.text()
-    ends = [each for each in supervisor.read_events(job.run_dir) if each["event"] == "end"]
+    ends = [each for each in restart_events.read_events(job.run_dir) if each["event"] == "end"]
     assert ends[0]["status"] == 75
     assert job.text().count("The job hangs") == 1
     assert f"The job hangs: process {stopped} is in" in job.text()
@@ -371,7 +371,7 @@ def test_a_run_directory_that_is_damaged_meanwhile_is_no_traceback(start, damage
     elif damage == "vanished":
         job.run_dir.rename(job.run_dir.with_name("moved"))
     else:
-        events = job.run_dir / supervisor.EVENTS_NAME
+        events = job.run_dir / restart_events.EVENTS_NAME
         events.unlink()
         events.mkdir()
     kill(signal.SIGKILL, *event["process_ids"])
@@ -397,7 +397,7 @@ def ended(run_dir):
 
 
 def all_children(job):
-    return [event["process_ids"] for event in supervisor.read_events(job.run_dir) if event["event"] == "start"][-1]
+    return [event["process_ids"] for event in restart_events.read_events(job.run_dir) if event["event"] == "start"][-1]
 
 
 @pytest.mark.root

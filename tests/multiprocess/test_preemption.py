@@ -18,7 +18,7 @@ from jaxdist.checkpoint import checkpoints
 from jaxdist.cli import train_work
 from jaxdist.config import loading, overrides
 from jaxdist.launch import signals
-from jaxdist.launch.supervising import board, supervisor
+from jaxdist.launch.supervising import board, restart_events
 from jaxdist.run import attempt, stopwatch
 from jaxdist.rundir import record
 
@@ -95,7 +95,7 @@ def start_job(run_dir, *arguments):
     job = subprocess.Popen([*map(str, command), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + 100.0
     while time.monotonic() < deadline and job.poll() is None:
-        for event in supervisor.read_events(run_dir):
+        for event in restart_events.read_events(run_dir):
             memory = pathlib.Path(event["memory"])
             report = board.read(memory, len(event["process_ids"]) - 1)
             if report and report.step >= 2:
@@ -138,7 +138,7 @@ def test_the_only_process_of_a_job_is_killed_when_it_was_stopped_too_long_and_th
     with job:
         signal.pidfd_send_signal(processes[0], signal.SIGSTOP)
         assert select.select(processes, [], [], 60)[0]
-        while len([event for event in supervisor.read_events(tmp_path) if event["event"] == "start"]) < 2:
+        while len([event for event in restart_events.read_events(tmp_path) if event["event"] == "start"]) < 2:
             assert job.poll() is None
         job.terminate()
         assert job.wait(timeout=60) == 75

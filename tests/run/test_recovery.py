@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxdist.config.experiment import Recovery
-from jaxdist.launch.supervising import supervisor
+from jaxdist.launch.supervising import restart_events, supervisor
 from jaxdist.run import recovery
 
 
@@ -27,7 +27,7 @@ def test_a_wall_clock_that_is_set_neither_ends_a_job_nor_lets_it_run_on(monkeypa
 
 
 def test_the_supervisor_and_its_processes_use_one_clock(tmp_path):
-    events = supervisor.Events(tmp_path)
+    events = restart_events.Events(tmp_path)
     events.note("end")
     assert recovery.seconds_since_failure({supervisor.FAILED_AT: str(events.failed_at)}) < 60.0
 

@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from jaxdist.launch.supervising import board, supervisor
+from jaxdist.launch.supervising import board, restart_events
 from jaxdist.rundir import ledger, record
 
 Kind = Literal["kill", "stop", "starve"]
@@ -200,7 +200,7 @@ class Striker:
 
     def _attempt(self) -> dict[str, Any] | None:
         """Return the start event of the attempt that is running, None between two."""
-        events = supervisor.read_events(self._run_dir)
+        events = restart_events.read_events(self._run_dir)
         return events[-1] if events and events[-1]["event"] == "start" else None
 
 
@@ -339,7 +339,7 @@ def run(
     return ChaosResult(
         planned=len(strikes),
         hits=striker.hits,
-        restarts=sum(event["event"] == "start" for event in supervisor.read_events(struck_dir)) - 1,
+        restarts=sum(event["event"] == "start" for event in restart_events.read_events(struck_dir)) - 1,
         undisturbed=(undisturbed.params_sha256, undisturbed.step),
         disturbed=(disturbed.params_sha256, disturbed.step),
         ledger=compare_ledgers(calm_dir, struck_dir, num_examples=num_examples),

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from jaxdist.errors import ExitStatus, UserError
 from jaxdist.launch.joining import places
-from jaxdist.launch.supervising import board, local_job, supervisor
+from jaxdist.launch.supervising import board, local_job, restart_events, restart_policy, supervisor
 from jaxdist.rundir import lock, record
 
 
@@ -51,7 +51,7 @@ def run(
     *,
     run_dir: pathlib.Path,
     saved_step: Callable[[], int],
-    settings: supervisor.RestartSettings,
+    settings: restart_policy.RestartSettings,
 ) -> int:
     """Run this host's part of the job to its end, through its failures; return its exit status.
 
@@ -67,12 +67,12 @@ def run(
     """
     place = run_dir if host.index == 0 else run_dir / f"host-{host.index}"
     with lock.locked(place, purpose=shlex.join(command)), local_job.Signals() as signals:
-        attempts = _Attempts(host, command, run_dir, supervisor.Events(place), signals, saved_step)
+        attempts = _Attempts(host, command, run_dir, restart_events.Events(place), signals, saved_step)
         return supervisor.supervise(
             attempts.make,
             num_processes=host.num_processes,
             settings=settings,
-            say=supervisor.say,
+            say=restart_events.say,
             start_step=saved_step(),
             stopped=attempts.stopped,
         )
@@ -85,7 +85,7 @@ class _Attempts:
     host: Host
     command: Sequence[str]
     run_dir: pathlib.Path
-    events: supervisor.Events
+    events: restart_events.Events
     signals: local_job.Signals
     saved_step: Callable[[], int]
 
@@ -93,7 +93,7 @@ class _Attempts:
         """Return whether a signal came."""
         return bool(self.signals.received)
 
-    def make(self, number: int, num_processes: int) -> supervisor.Attempt:
+    def make(self, number: int, num_processes: int) -> restart_policy.Attempt:
         """Run this host's processes once, to their end."""
         verdicts = self.run_dir / supervisor.BOARD_NAME
         earlier = board.mark(verdicts)
@@ -108,12 +108,14 @@ class _Attempts:
         )
         verdict = board.published(verdicts, earlier=earlier)
         if verdict and self.host.index == 0:
-            supervisor.say(f"{verdict['text']}\nEach process's stacks are in its log in {self.run_dir / 'logs'}.")
+            restart_events.say(f"{verdict['text']}\nEach process's stacks are in its log in {self.run_dir / 'logs'}.")
         elif result.failed_process is not None and result.message:
-            supervisor.say(f"Process {result.failed_process} of host {self.host.index} failed first:\n{result.message}")
+            restart_events.say(
+                f"Process {result.failed_process} of host {self.host.index} failed first:\n{result.message}"
+            )
         reason = _end_reason(self.run_dir)
         self.events.note("end", attempt=number, status=result.exit_status, end_reason=reason)
-        return supervisor.Attempt(
+        return restart_policy.Attempt(
             num_processes=num_processes,
             exit_status=_exit_status(result),
             # Whichever host was asked to stop, the job has stopped on all.

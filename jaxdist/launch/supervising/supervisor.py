@@ -1,29 +1,27 @@
 """The supervisor: starts a job, and restarts it when it fails, from the newest state that survived.
 
 It outlives every process of the job, so it holds what must outlive them: the lock of the run directory, and a directory
-in memory with the snapshots and the reports of the processes. Whether to restart after a failure, how soon and on how
-many processes is a pure function of the attempts so far; see `decide`.
+in memory with the snapshots and the reports of the processes (`job_memory`). Whether to restart after a failure, how
+soon and on how many processes is a pure function of the attempts so far (`restart_policy`).
 """
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import pathlib
 import shlex
 import shutil
 import signal
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
 
 from jaxdist.errors import ExitStatus
-from jaxdist.launch.supervising import board, local_job
+from jaxdist.launch.supervising import board, job_memory, local_job
 from jaxdist.launch.supervising import stopped as stopped_processes
+from jaxdist.launch.supervising.restart_events import Events, say
+from jaxdist.launch.supervising.restart_policy import Attempt, End, RestartSettings, decide
 from jaxdist.rundir import lock, record
 
 MEMORY = "JAXDIST_MEMORY"
@@ -34,117 +32,13 @@ FAILED_AT = "JAXDIST_FAILED_AT"
 DEADLINE = "JAXDIST_DEADLINE"
 """Environment variable: when the job must stop, by the monotonic clock."""
 
-EVENTS_NAME = "restarts.jsonl"
 BOARD_NAME = "board"
 """The folder of the board in the run directory, if the job has no directory in memory."""
-MEMORY_ROOT = pathlib.Path("/dev/shm")
-_PREFIX = "jaxdist-"
-_OWNER_NAME, _FOUND_NAME = "run_dir", "found_at"
-_KEEP_SECONDS = 24 * 3600.0
-_GOOD_ENDS = ("target_reached", "max_steps", "max_epochs", "max_seconds", "patience")
 _LOOK_SECONDS = 0.1
 _STOPPED_LOOK_SECONDS = 0.5
-FIRST_DELAY_SECONDS, LONGEST_DELAY_SECONDS = 1.0, 60.0
-"""Pause after a first fruitless attempt, which doubles with each further one, and the longest pause. After an attempt
-that made progress the next one begins at once."""
 STOPPED_MARGIN_SECONDS = 5.0
 """A process that is stopped (SIGSTOP) for this much longer than `hang_seconds` is killed: the other processes notice it
 first, and say more about it than the supervisor can."""
-
-
-class RestartSettings(Protocol):
-    """The settings under `recovery.` that say when to restart a job; see `config.experiment.Recovery`."""
-
-    @property
-    def max_fruitless(self) -> int:
-        """See Recovery."""
-
-    @property
-    def min_processes(self) -> int | None:
-        """See Recovery."""
-
-    @property
-    def deadline_seconds(self) -> float | None:
-        """See Recovery."""
-
-    @property
-    def hang_seconds(self) -> float:
-        """See Recovery."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Attempt:
-    """How one attempt ended.
-
-    Attributes:
-      num_processes: number of processes it ran on.
-      exit_status: exit status of the job.
-      asked_to_stop: whether a signal or the deadline asked it to stop.
-      end_reason: that of the run record; None if the attempt ended without writing one.
-      saved_step: the newest step that survives, in memory or on disk.
-    """
-
-    num_processes: int
-    exit_status: int
-    asked_to_stop: bool = False
-    end_reason: str | None = None
-    saved_step: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Restart:
-    """Restart the job after a pause, on `num_processes` processes."""
-
-    delay_seconds: float
-    num_processes: int
-
-
-@dataclasses.dataclass(frozen=True)
-class End:
-    """Do not restart the job; `reason` is empty if there is nothing to explain."""
-
-    exit_status: int
-    reason: str = ""
-
-
-def decide(attempts: Sequence[Attempt], settings: RestartSettings, *, start_step: int = 0) -> Restart | End:
-    """Return what to do after the last of `attempts`, all of one job that began with `start_step` steps saved.
-
-    A job is over when it ended well, by its own rules (for example a loss that is not finite), by a user error or on
-    request. Everything else, a crash, a kill, a hang, is followed by another attempt as long as attempts make progress.
-    """
-    last = attempts[-1]
-    if last.end_reason in _GOOD_ENDS:  # even if a process was killed after that
-        return End(ExitStatus.OK)
-    if last.exit_status in (ExitStatus.OK, ExitStatus.USER) or last.asked_to_stop or last.end_reason == "nonfinite":
-        return End(last.exit_status)
-    fruitless = num_fruitless(attempts, start_step=start_step)
-    if fruitless >= settings.max_fruitless:
-        return End(
-            last.exit_status,
-            f"{fruitless} attempts in a row failed without saving a new step (the newest saved step is "
-            f"{last.saved_step}). Fix the cause and continue with --resume.",
-        )
-    delay = 0.0 if not fruitless else FIRST_DELAY_SECONDS * 2.0 ** (fruitless - 1)
-    processes = _next_processes(last.num_processes, fruitless, settings.min_processes)
-    return Restart(min(delay, LONGEST_DELAY_SECONDS), processes)
-
-
-def num_fruitless(attempts: Sequence[Attempt], *, start_step: int = 0) -> int:
-    """Return how many attempts in a row, up to the last, did not raise the newest saved step."""
-    steps = [start_step, *(attempt.saved_step for attempt in attempts)]
-    count = 0
-    for before, after in zip(reversed(steps[:-1]), reversed(steps[1:])):
-        if after > before:
-            break
-        count += 1
-    return count
-
-
-def _next_processes(num_processes: int, fruitless: int, min_processes: int | None) -> int:
-    if min_processes is None or fruitless < 2:
-        return num_processes
-    return max(min_processes, num_processes // 2)
 
 
 def supervise(
@@ -191,80 +85,6 @@ def _sleep(seconds: float, stopped: Callable[[], bool]) -> None:
         time.sleep(min(left, _LOOK_SECONDS))
 
 
-@contextlib.contextmanager
-def memory_directory(run_dir: pathlib.Path, *, root: pathlib.Path = MEMORY_ROOT) -> Iterator[pathlib.Path]:
-    """Yield a directory in memory for the job in `run_dir`; the caller removes it.
-
-    It gets its name when its lock is held, so another job never takes it for one that was left behind.
-    """
-    draft = pathlib.Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=root))
-    with lock.locked(draft, purpose="snapshots"):
-        # A short symbolic link needs no memory of its own, so this works even if the memory is full.
-        with contextlib.suppress(OSError):
-            (draft / _OWNER_NAME).symlink_to(run_dir.absolute())
-        yield draft.rename(root / draft.name.removeprefix("."))
-
-
-def left_behind(run_dir: pathlib.Path, *, root: pathlib.Path = MEMORY_ROOT) -> Iterator[pathlib.Path]:
-    """Yield each directory in memory that a killed job of `run_dir` left behind, locked; remove those of no use.
-
-    Those of other run directories stay for a day after they were first found, so that their runs can be resumed.
-    """
-    for path in root.glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError, lock.LockedError):
-            if path.stat().st_uid != os.getuid() or not (path / lock.FILE_NAME).exists():
-                continue
-            with lock.locked(path, purpose="snapshots"):
-                owner = path / _OWNER_NAME
-                if owner.is_symlink() and owner.readlink() == run_dir.absolute():
-                    yield path
-                elif not owner.exists() or _found_seconds_ago(path) > _KEEP_SECONDS:
-                    shutil.rmtree(path, ignore_errors=True)
-
-
-def _found_seconds_ago(left: pathlib.Path) -> float:
-    """Return how long ago a job first found a directory that was left behind, and note it there if this is the first.
-
-    By the time since the machine started, which is never set: the directory is in memory and as old at most.
-    """
-    note, now = left / _FOUND_NAME, time.clock_gettime(time.CLOCK_BOOTTIME)
-    if not note.is_symlink():
-        note.symlink_to(repr(now))  # needs no memory of its own, like that to the owner
-    return now - float(os.readlink(note))
-
-
-class Events:
-    """Records in restarts.jsonl in the run directory when attempts began and ended, one object a line.
-
-    A line that cannot be written is omitted, with one warning: the job does not depend on it.
-    """
-
-    def __init__(self, run_dir: pathlib.Path):
-        self._path = run_dir / EVENTS_NAME
-        self._told = False
-        self.failed_at: float | None = None
-
-    def note(self, event: str, **details: object) -> None:
-        """Add a line with the time in seconds since 1970, and by the monotonic clock, for what measures."""
-        monotonic = time.monotonic()  # one clock for all processes of this machine, which is never set
-        if event == "end":
-            self.failed_at = monotonic
-        try:
-            with open(self._path, "a") as file:
-                file.write(json.dumps({"event": event, "time": time.time(), "monotonic": monotonic} | details) + "\n")
-        except OSError as error:
-            if not self._told:
-                say(f"{self._path} could not be written: {error.strerror}. The job continues without it.")
-            self._told = True
-
-
-def read_events(run_dir: pathlib.Path) -> list[dict[str, Any]]:
-    """Return the events of a run directory, oldest first; an incomplete line is omitted."""
-    path = run_dir / EVENTS_NAME
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
     """What is supervised.
@@ -302,7 +122,7 @@ def run(job: Job, *, num_processes: int, settings: RestartSettings) -> int:
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock.locked(job.run_dir, purpose=shlex.join(job.command)))
         signals = stack.enter_context(local_job.Signals())
-        for memory in left_behind(job.run_dir) if job.save_left else ():
+        for memory in job_memory.left_behind(job.run_dir) if job.save_left else ():
             _save(job, memory, "error")
         job.begin()
         memory = stack.enter_context(_memory(job.run_dir))
@@ -332,9 +152,11 @@ def _memory(run_dir: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yield a directory in memory, or the board of the run directory if there can be none."""
     with contextlib.ExitStack() as stack:
         try:
-            directory = stack.enter_context(memory_directory(run_dir))
+            directory = stack.enter_context(job_memory.memory_directory(run_dir))
         except OSError as error:
-            say(f"No directory could be made in {MEMORY_ROOT}: {error.strerror}. The run takes no snapshots.")
+            say(
+                f"No directory could be made in {job_memory.MEMORY_ROOT}: {error.strerror}. The run takes no snapshots."
+            )
             directory = run_dir / BOARD_NAME
         yield directory
 
@@ -527,8 +349,3 @@ def end_reason_of(run_dir: pathlib.Path) -> str | None:
     except (OSError, ValueError) as error:
         say(f"The run record cannot be read: {error}")
         return None
-
-
-def say(message: str) -> None:
-    """Show a line to the user."""
-    print(f"jaxdist: {message}", file=sys.stderr, flush=True)

@@ -19,7 +19,7 @@ from jaxdist.config.experiment import Recovery
 from jaxdist.errors import UserError
 from jaxdist.launch.joining import places
 from jaxdist.launch.supervising import hosts as supervising_hosts
-from jaxdist.launch.supervising import supervisor
+from jaxdist.launch.supervising import restart_events, restart_policy
 
 EXPERIMENT = pathlib.Path(__file__).parents[2] / "tiny_experiment.py"
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
@@ -45,11 +45,11 @@ sys.exit(9 if (run_dir / "seen").read_text().count("\\n") < 3 else 0)
 
 def test_the_processes_of_a_host_are_restarted_until_they_end_well(tmp_path, capfd, monkeypatch):
     host = supervising_hosts.Host(index=1, count=2, coordinator="first:1", num_processes=1)
-    monkeypatch.setattr(supervisor, "FIRST_DELAY_SECONDS", 0.01)
+    monkeypatch.setattr(restart_policy, "FIRST_DELAY_SECONDS", 0.01)
     command = [sys.executable, "-c", ONE_HOST, str(tmp_path)]
     settings = Recovery(min_processes=None)
     assert supervising_hosts.run(host, command, run_dir=tmp_path, saved_step=lambda: 0, settings=settings) == 0
-    ends = [event["status"] for event in supervisor.read_events(tmp_path / "host-1") if event["event"] == "end"]
+    ends = [event["status"] for event in restart_events.read_events(tmp_path / "host-1") if event["event"] == "end"]
     assert ends == [9, 9, 0]
     assert "The job ended with status 9; it continues from step 0 in 0.02 s." in capfd.readouterr().err
 

@@ -15,7 +15,7 @@ from jaxdist.checkpoint import checkpoints
 from jaxdist.config import overrides
 from jaxdist.config.parameter_server import ParameterServer
 from jaxdist.errors import RunFailedError
-from jaxdist.launch.supervising import supervisor
+from jaxdist.launch.supervising import job_memory
 from jaxdist.paramserver.processes import run_folder
 from jaxdist.paramserver.protocol import journal, messages
 from jaxdist.paramserver.run import judge, observer, resume
@@ -208,8 +208,8 @@ def test_a_last_state_that_does_not_fit_on_the_disk_is_kept_in_memory(tmp_path, 
     """The run ends with a message that says where, and the next start of the run saves it."""
     root = tmp_path / "memory"
     root.mkdir()
-    make_directory = functools.partial(supervisor.memory_directory, root=root)
-    monkeypatch.setattr(supervisor, "memory_directory", make_directory)
+    make_directory = functools.partial(job_memory.memory_directory, root=root)
+    monkeypatch.setattr(job_memory, "memory_directory", make_directory)
     watcher = watch(5)
     crew = Crew(watcher.plan, watcher.directory, [1, 2, 3, 4, 5], end_reason="max_steps")
 
@@ -221,7 +221,7 @@ def test_a_last_state_that_does_not_fit_on_the_disk_is_kept_in_memory(tmp_path, 
         run(watcher, crew)
     assert capfd.readouterr().err.count("has no room for a checkpoint. The run continues") == 1
     left = rescue.Rescue.of(tmp_path, watcher.identity, directory.what_stays(watcher.plan.experiment))
-    (memory,) = supervisor.left_behind(tmp_path, root=root)
+    (memory,) = job_memory.left_behind(tmp_path, root=root)
     assert left.save(memory, "error") == 5
     with contextlib.closing(
         directory.open_checkpoints(watcher.plan.experiment, tmp_path, watcher.identity)

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from http import HTTPStatus
 
 from jaxdist import errors
-from jaxdist.launch.supervising import supervisor
+from jaxdist.launch.supervising import restart_events
 from jaxdist.run.use import run_list
 from jaxdist.run.use.reporting import report_page, run_data
 from jaxdist.rundir import record, writers
 
 HOST = "127.0.0.1"
-_WATCHED = (record.FILE_NAME, writers.JSONL_NAME, supervisor.EVENTS_NAME)
+_WATCHED = (record.FILE_NAME, writers.JSONL_NAME, restart_events.EVENTS_NAME)
 
 
 def serve(run_dirs: Sequence[pathlib.Path], port: int = 0) -> http.server.ThreadingHTTPServer:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxdist import errors
-from jaxdist.launch.supervising import supervisor
+from jaxdist.launch.supervising import restart_events
 from jaxdist.run import directory
 from jaxdist.run.use import run_list
 from jaxdist.run.use.reporting import curves
@@ -139,7 +139,7 @@ def attempts(run_dir: pathlib.Path) -> list[AttemptEvent]:
     found = [
         (host, event)
         for host in ("", *sorted(path.name for path in run_dir.glob("host-*") if path.is_dir()))
-        for event in supervisor.read_events(run_dir / host)
+        for event in restart_events.read_events(run_dir / host)
     ]
     first = min((event["time"] for _, event in found), default=0.0)
     ends = {(host, event["attempt"]): event for host, event in found if event["event"] == "end"}

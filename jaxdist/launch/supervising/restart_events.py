@@ -1,0 +1,46 @@
+"""The file restarts.jsonl: when the attempts of a job began and ended."""
+
+import json
+import pathlib
+import sys
+import time
+from typing import Any
+
+EVENTS_NAME = "restarts.jsonl"
+
+
+class Events:
+    """Records in restarts.jsonl in the run directory when attempts began and ended, one object a line.
+
+    A line that cannot be written is omitted, with one warning: the job does not depend on it.
+    """
+
+    def __init__(self, run_dir: pathlib.Path):
+        self._path = run_dir / EVENTS_NAME
+        self._told = False
+        self.failed_at: float | None = None
+
+    def note(self, event: str, **details: object) -> None:
+        """Add a line with the time in seconds since 1970, and by the monotonic clock, for what measures."""
+        monotonic = time.monotonic()  # one clock for all processes of this machine, which is never set
+        if event == "end":
+            self.failed_at = monotonic
+        try:
+            with open(self._path, "a") as file:
+                file.write(json.dumps({"event": event, "time": time.time(), "monotonic": monotonic} | details) + "\n")
+        except OSError as error:
+            if not self._told:
+                say(f"{self._path} could not be written: {error.strerror}. The job continues without it.")
+            self._told = True
+
+
+def read_events(run_dir: pathlib.Path) -> list[dict[str, Any]]:
+    """Return the events of a run directory, oldest first; an incomplete line is omitted."""
+    path = run_dir / EVENTS_NAME
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def say(message: str) -> None:
+    """Show a line to the user."""
+    print(f"jaxdist: {message}", file=sys.stderr, flush=True)
