@@ -23,6 +23,7 @@ from jaxdist.stop import Stop
 
 MOST_SEEDS = 1 << 32
 ExampleFn: TypeAlias = Callable[[Any, Any], Any]
+BatchFn: TypeAlias = Callable[[Any, Any, Any], Any]
 
 
 @setting_group
@@ -39,6 +40,8 @@ class Data:
         are `eval/day/accuracy` and so on.
       example_fn: `example_fn(example, random) -> example`, applied to training examples.
       eval_example_fn: the same for evaluation.
+      batch_fn: `batch_fn(batch, random, rows) -> batch`, applied to training batches: mixup and the like, see
+        `data.batch_transforms`.
       shuffle: whether each epoch has an order of its own.
       order: an Order of `data.order`; replaces `shuffle`.
       num_threads: threads that assemble batches; None chooses.
@@ -52,6 +55,7 @@ class Data:
     eval: Source | dict[str, Source] | None = None
     example_fn: ExampleFn | None = None
     eval_example_fn: ExampleFn | None = None
+    batch_fn: BatchFn | None = None
     shuffle: bool = True
     order: Order | None = None
     num_threads: int | None = None

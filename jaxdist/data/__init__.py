@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxdist.data import augmentation as augmentation
+    from jaxdist.data import batch_transforms as batch_transforms
     from jaxdist.data import order as order
     from jaxdist.data import transforms as transforms
+    from jaxdist.data.batch_transforms import CutMix as CutMix
+    from jaxdist.data.batch_transforms import MixUp as MixUp
+    from jaxdist.data.batch_transforms import OneOf as OneOf
     from jaxdist.data.loader import Loader as Loader
     from jaxdist.data.order import BlockShuffled as BlockShuffled
     from jaxdist.data.order import Dealt as Dealt
@@ -62,6 +66,7 @@ if TYPE_CHECKING:
     from jaxdist.data.transforms import Spectrogram as Spectrogram
 
 _NAMES = {
+    "batch_transforms": ("CutMix", "MixUp", "OneOf"),
     "loader": ("Loader",),
     "order": ("BlockShuffled", "Dealt", "Mixed", "Order", "Resampled", "Sequential", "Shuffled"),
     "placement": ("feed", "host_shards", "process_rows"),
@@ -87,7 +92,7 @@ _NAMES = {
     ),
 }
 
-_MODULES = ("augmentation", "order", "transforms")
+_MODULES = ("augmentation", "batch_transforms", "order", "transforms")
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = sorted([*_HOMES, *_MODULES])

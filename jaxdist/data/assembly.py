@@ -307,11 +307,11 @@ def make_example(recipe: Recipe, epoch: int, example_id: int) -> Example:
 def example_random(seed: int, epoch: int, example_id: int) -> np.random.Generator:
     """Return the random generator of an example in an epoch: the same in any process, thread and batch."""
     text = f"jaxdist example {seed} {epoch} {example_id}".encode()
-    seed_sequence = _HashedSeed(hashlib.blake2b(text, digest_size=32).digest())
+    seed_sequence = HashedSeed(hashlib.blake2b(text, digest_size=32).digest())
     return np.random.Generator(np.random.PCG64(seed_sequence))  # type: ignore[arg-type]
 
 
-class _HashedSeed(ISeedSequence):
+class HashedSeed(ISeedSequence):
     """A hash as the seed of a bit generator; numpy takes five times as long to seed one with an integer."""
 
     def __init__(self, digest: bytes):

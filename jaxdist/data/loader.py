@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from jaxdist.data import assembly, assembly_pool, order
+from jaxdist.data import assembly, assembly_pool, batch_transforms, order
 from jaxdist.data.position import Position
 from jaxdist.data.sources.source import MASK, Source
 from jaxdist.data.sources.wrap import as_source
@@ -48,6 +48,7 @@ class Loader:
         source that has to be read in an order of its own (`Bucketed`, `Sharded`) is, shuffled or not.
       num_epochs: stop when this many epochs, those before `start` included, are done; None continues forever.
       example_fn: called with (example, random).
+      batch_fn: called with (batch, random, rows) for each batch; see `batch_transforms.BatchFn`.
       rows: which rows of the global batch this process needs, ascending. None: all of them when iterated directly, and
         what the sharding says when given to `feed`.
       num_threads: threads that assemble batches; 0 assembles in the caller's thread, which is best where the source
@@ -75,6 +76,7 @@ class Loader:
         shuffle: bool | order.Order = True,
         num_epochs: int | None = None,
         example_fn: assembly.ExampleFn | None = None,
+        batch_fn: batch_transforms.BatchFn | None = None,
         rows: np.ndarray | None = None,
         num_threads: int | None = None,
         num_workers: int = 0,
@@ -87,7 +89,7 @@ class Loader:
         source = as_source(source)
         self.source, self.seed, self.example_fn = source, int(seed), example_fn
         self.global_batch_size, self.num_epochs, self.read_ahead = global_batch_size, num_epochs, read_ahead
-        self.on_bad, self.order = on_bad, as_order(shuffle, source)
+        self.on_bad, self.order, self.batch_fn = on_bad, as_order(shuffle, source), batch_fn
         self.timeout_seconds = timeout_seconds
         self.num_threads = self._choose_threads() if num_threads is None else num_threads
         self.num_workers = num_workers
@@ -135,7 +137,7 @@ class Loader:
         finished = False
         pending: collections.deque[_Pending] = collections.deque()
         try:
-            for plan, after in self._plans():
+            for plan, after in self._plans(self._rows_read()):
                 pending.append((assembler.submit(plan), plan, after))
                 if len(pending) > self.read_ahead:
                     yield self._finish(*pending.popleft())
@@ -148,7 +150,7 @@ class Loader:
 
     def plans(self) -> Iterator[assembly.BatchPlan]:
         """Yield the ids of the batches, without reading examples."""
-        return (plan for plan, _ in self._plans())
+        return (plan for plan, _ in self._plans(self.rows))
 
     def first_example(self) -> assembly.HostArrays:
         """Return the first example from `start` that can be read, as a batch of one row, mask included."""
@@ -156,7 +158,7 @@ class Loader:
             for example_id in plan.ids:
                 made = self._make_now(plan.epoch, np.array([example_id]))
                 if made.arrays:
-                    return assembly.with_mask(made, np.ones(1, np.float32))
+                    return self._changed(assembly.with_mask(made, np.ones(1, np.float32)))
         raise assembly.ExampleError("No example of the whole data set can be read.")
 
     def samples(
@@ -178,7 +180,7 @@ class Loader:
                 ids = plan.ids[np.flatnonzero(plan.mask)[[0, -1]]]
                 made = self._make_now(plan.epoch, ids)
                 if made.arrays:
-                    yield ids, assembly.with_mask(made, np.ones(2, np.float32))
+                    yield ids, self._changed(assembly.with_mask(made, np.ones(2, np.float32)))
 
     def _make_now(self, epoch: int, ids: np.ndarray) -> assembly.Made:
         """Return the rows of some ids, within the time limit."""
@@ -197,11 +199,34 @@ class Loader:
             self.skipped.append(message)
         if not made.arrays:
             made = made._replace(arrays=self._zeros(len(plan.ids)))
-        return HostBatch(assembly.with_mask(made, plan.mask), after)
+        batch = assembly.with_mask(made, plan.mask)
+        return HostBatch(batch if self.batch_fn is None else self._mixed(batch, after), after)
+
+    def _mixed(self, batch: assembly.HostArrays, after: Position) -> assembly.HostArrays:
+        """Return this process's rows of what `batch_fn` makes of the rows that were read."""
+        assert self.batch_fn is not None
+        read, size = self._rows_read(), self.global_batch_size
+        rows = batch_transforms.Rows(np.arange(size) if read is None else read, size)
+        identity = (self.seed, after.epoch, after.position)
+        return batch_transforms.change(self.batch_fn, batch, rows, keep=self.rows, identity=identity)
+
+    def _rows_read(self) -> np.ndarray | None:
+        """Return the rows of the global batch that this process reads; None for all."""
+        if self.rows is None or self.batch_fn is None:
+            return self.rows
+        return batch_transforms.rows_to_read(self.batch_fn, self.rows, self.global_batch_size)
+
+    def _changed(self, batch: assembly.HostArrays) -> assembly.HostArrays:
+        """Return some examples as a batch of training has them."""
+        if self.batch_fn is None:
+            return batch
+        size = len(batch[MASK])
+        rows = batch_transforms.Rows(np.arange(size), size)
+        return batch_transforms.change(self.batch_fn, batch, rows, keep=None, identity=(self.seed, 0, 0))
 
     def _zeros(self, num_rows: int) -> assembly.HostArrays:
         """Return a batch of zeros, for a batch without a readable row."""
-        first = self.starting_at(self.beginning).first_example()
+        first = self._with(start=self.beginning, batch_fn=None).first_example()
         return {
             name: np.zeros((num_rows, *array.shape[1:]), array.dtype) for name, array in first.items() if name != MASK
         }
@@ -224,10 +249,10 @@ class Loader:
             return assembly.SerialAssembler(recipe)
         return assembly.ThreadAssembler(recipe, max(self.num_threads, 1))
 
-    def _plans(self) -> Iterator[tuple[assembly.BatchPlan, Position]]:
-        """Yield what to read for each batch, and the position after it."""
+    def _plans(self, chosen: np.ndarray | None) -> Iterator[tuple[assembly.BatchPlan, Position]]:
+        """Yield what to read for the chosen rows of each batch (None: all), and the position after it."""
         num_examples, epoch, position = len(self.source), self.start.epoch, self.start.position
-        rows = slice(None) if self.rows is None else self.rows
+        rows = slice(None) if chosen is None else chosen
         names = self.beginning.order_version, self.beginning.fingerprint
         while self.num_epochs is None or epoch < self.num_epochs:
             for batch in self.order.batches(num_examples, self.seed, epoch, position, self.global_batch_size):

@@ -6,18 +6,23 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxdist.losses.targets import Values, check_real, counted, integers, weights_of
+from jaxdist.losses.targets import Values, check_real, counted, field_of, integers, weights_of
 from jaxdist.spmd.metrics import Batch
+
+_PROBABILITY_TOLERANCE = 1e-3
+"""How far the probabilities of a label may be from 1 in all: they may have come through bfloat16."""
 
 
 def classification(outputs: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return softmax cross entropy in nats and the metric `accuracy` (1 or 0), both float32 of shape (B,).
 
-    The cross entropy is NaN where a label is not one of the classes.
+    The cross entropy is NaN where a label is not one of the classes. The accuracy of probabilities is that of their
+    most probable class.
 
     Args:
       outputs: logits, shape (B, classes).
-      batch: holds `label`, integers of shape (B,).
+      batch: holds `label`, integers of shape (B,); or probabilities of the classes, floats of shape (B, classes), as
+        `data.MixUp` makes them.
     """
     labels = labels_of(outputs, batch, "label", needed_by="classification")
     return cross_entropy(outputs, labels), {"accuracy": accuracy(outputs, labels)}
@@ -31,7 +36,7 @@ class Classification:
     """
 
     label: str = "label"
-    """The batch field with the class indices, integers of shape (B,)."""
+    """The batch field with the class indices, integers (B,); or with their probabilities, floats (B, classes)."""
     label_smoothing: float = 0.0
     """The part of the target that is spread evenly over all classes (Szegedy et al., 2016)."""
     class_weights: tuple[float, ...] | None = None
@@ -58,11 +63,15 @@ class Classification:
             raise ValueError(
                 f"class_weights needs one number per class; got {len(self.class_weights)} for {num_classes} classes."
             )
-        of_class = None if self.class_weights is None else jnp.asarray(self.class_weights, jnp.float32)[labels]
+        of_class = None if self.class_weights is None else self._weights_of_classes(labels)
         found = {"accuracy": accuracy(outputs, labels)}
         found |= {f"top_{k}_accuracy": is_in_top(outputs, labels, k) for k in self.top_k}
         loss = counted(self._cross_entropy(outputs, labels), weights, of_class)
         return loss, {name: counted(values, weights) for name, values in found.items()}
+
+    def _weights_of_classes(self, labels: jax.Array) -> jax.Array:
+        weights = jnp.asarray(self.class_weights, jnp.float32)
+        return weights[labels] if labels.ndim == 1 else labels.astype(jnp.float32) @ weights
 
     def _cross_entropy(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
         hard = cross_entropy(logits, labels)
@@ -73,31 +82,44 @@ class Classification:
 
 
 def labels_of(outputs: jax.Array, batch: Batch, field: str, *, needed_by: str) -> jax.Array:
-    """Return the labels (B,) that go with logits (B, classes)."""
-    labels = integers(batch, field, needed_by=needed_by)
-    if outputs.ndim != 2 or labels.shape != outputs.shape[:1]:
+    """Return the labels that go with logits (B, classes): integers (B,), or probabilities (B, classes)."""
+    labels = field_of(batch, field, needed_by=needed_by)
+    is_soft = jnp.issubdtype(labels.dtype, jnp.floating) and labels.ndim == 2
+    if not is_soft:
+        labels = integers(batch, field, needed_by=needed_by)
+    wanted = outputs.shape if is_soft else outputs.shape[:1]
+    if outputs.ndim != 2 or labels.shape != wanted:
         raise ValueError(
             f"{needed_by} needs logits (B, classes) and labels (B,); got {outputs.shape} and {labels.shape}. "
-            "Labels are class indices, not one-hot rows."
+            "Labels are class indices, not one-hot rows of integers; probabilities are floats of the logits' shape."
         )
     check_real("the model's output", outputs, needed_by=needed_by)
     return labels
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Return the cross entropy of integer labels, NaN where a label is not one of the classes."""
+    """Return the cross entropy of labels, NaN where one is not a class or its probabilities are none."""
+    if labels.ndim == logits.ndim:
+        targets = labels.astype(jnp.float32)
+        is_valid = (targets >= 0).all(axis=-1) & (jnp.abs(targets.sum(axis=-1) - 1) < _PROBABILITY_TOLERANCE)
+        return jnp.where(is_valid, optax.softmax_cross_entropy(logits.astype(jnp.float32), targets), jnp.nan)
     values = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
     # A label beyond the last class gives NaN already; a negative one would index from the last class, silently.
     return jnp.where(labels < 0, jnp.nan, values)
 
 
 def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Return 1 where the label has the largest logit, else 0."""
-    return (logits.argmax(axis=-1) == labels).astype(jnp.float32)
+    """Return 1 where the label, or the most probable class, has the largest logit, else 0."""
+    return (logits.argmax(axis=-1) == _hard(logits, labels)).astype(jnp.float32)
+
+
+def _hard(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    return labels.argmax(axis=-1) if labels.ndim == logits.ndim else labels
 
 
 def is_in_top(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
     """Return 1 where the label is among the `k` largest logits, else 0; equal logits are ranked by class."""
+    labels = _hard(logits, labels)
     classes = jnp.arange(logits.shape[-1])
     own = jnp.take_along_axis(logits, jnp.clip(labels, 0)[:, None], axis=-1, mode="clip")
     before = (logits > own) | ((logits == own) & (classes[None] < labels[:, None]))

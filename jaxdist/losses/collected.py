@@ -194,7 +194,7 @@ def _logits(outputs: jax.Array, batch: Batch, field: str, *, needed_by: str) -> 
         outputs, labels = like_outputs(outputs, batch, field, needed_by=needed_by)
         return outputs, labels.astype(jnp.int32)
     labels = labels_of(outputs, batch, field, needed_by=needed_by)
-    return outputs.astype(jnp.float32), labels
+    return outputs.astype(jnp.float32), labels.argmax(axis=-1) if labels.ndim == 2 else labels
 
 
 def _area(scores: np.ndarray, positive: np.ndarray) -> float:

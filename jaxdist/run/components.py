@@ -245,6 +245,7 @@ def make_loader(experiment: Experiment, *, fingerprint: str | None = None) -> da
         seed=experiment.seed,
         shuffle=experiment.data.order or experiment.data.shuffle,
         example_fn=experiment.data.example_fn,
+        batch_fn=experiment.data.batch_fn,
         num_threads=experiment.data.num_threads,
         num_workers=experiment.data.num_workers,
         on_bad=experiment.data.on_bad,

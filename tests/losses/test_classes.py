@@ -54,6 +54,26 @@ def test_smoothing_and_weights_are_the_formula_divided_by_the_sum_of_the_weights
         assert math.isnan(mean(values))
 
 
+def test_probabilities_as_labels_are_the_formula_and_certain_ones_are_the_class():
+    random = np.random.default_rng(0)
+    logits, soft = random.normal(size=(6, 5)).astype(np.float32), random.dirichlet(np.ones(5), 6).astype(np.float32)
+    loss = losses.Classification(class_weights=(1.0, 0.5, 2.0, 4.0, 0.25), label_smoothing=0.1, top_k=(2,))
+    values, metrics = loss(jnp.asarray(logits), {"label": jnp.asarray(soft)})
+    targets = 0.9 * soft + 0.1 / 5
+    np.testing.assert_allclose(values.values, -(targets * log_probabilities(logits)).sum(-1), rtol=1e-5)
+    np.testing.assert_allclose(values.weights, soft @ np.asarray(loss.class_weights), rtol=1e-6)
+    np.testing.assert_array_equal(metrics["accuracy"], logits.argmax(-1) == soft.argmax(-1))
+    labels = random.integers(0, 5, 6)
+    certain, hard = (
+        loss(jnp.asarray(logits), {"label": each}) for each in (jnp.eye(5)[labels], jnp.asarray(labels, jnp.int32))
+    )
+    for one, other in zip(jax.tree.leaves(certain), jax.tree.leaves(hard), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
+    wrong = jnp.asarray([[0.5, 0.4, 0, 0, 0], [1.2, -0.2, 0, 0, 0], [0, 1.0, 0, 0, 0]])
+    values, _ = losses.classification(jnp.zeros((3, 5)), {"label": wrong})
+    assert np.isnan(values).tolist() == [True, True, False]
+
+
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_top_k_accuracy_is_that_of_scikit_learn(k):
     random = np.random.default_rng(k)
