@@ -31,12 +31,14 @@ if TYPE_CHECKING:
     from jaxdist.data.sources.combine import Filtered as Filtered
     from jaxdist.data.sources.combine import Sharded as Sharded
     from jaxdist.data.sources.combine import ShardList as ShardList
-    from jaxdist.data.sources.combine import mix as mix
     from jaxdist.data.sources.folders import ImageFolder as ImageFolder
     from jaxdist.data.sources.images import ImageType as ImageType
     from jaxdist.data.sources.memmap import NpySource as NpySource
     from jaxdist.data.sources.memmap import TokenSource as TokenSource
     from jaxdist.data.sources.memmap import text_bytes as text_bytes
+    from jaxdist.data.sources.mixture import ScheduledMix as ScheduledMix
+    from jaxdist.data.sources.mixture import mix as mix
+    from jaxdist.data.sources.mixture import ramp as ramp
     from jaxdist.data.sources.pack import Bucketed as Bucketed
     from jaxdist.data.sources.pack import Packed as Packed
     from jaxdist.data.sources.pack import example_lengths as example_lengths
@@ -51,14 +53,17 @@ if TYPE_CHECKING:
     from jaxdist.data.sources.subset import folds as folds
     from jaxdist.data.sources.subset import held_out as held_out
     from jaxdist.data.sources.tables import csv_source as csv_source
-    from jaxdist.data.sources.tfds import TfdsSource as TfdsSource
     from jaxdist.data.sources.wrap import MapSource as MapSource
+    from jaxdist.data.statistics import DataStatistics as DataStatistics
+    from jaxdist.data.statistics import field_statistics as field_statistics
     from jaxdist.data.text import open_tokenizer as open_tokenizer
+    from jaxdist.data.tfds.prepared import TfdsSource as TfdsSource
     from jaxdist.data.transforms import CentreCrop as CentreCrop
     from jaxdist.data.transforms import Chain as Chain
     from jaxdist.data.transforms import CheckLabel as CheckLabel
     from jaxdist.data.transforms import DecodeCropFlip as DecodeCropFlip
     from jaxdist.data.transforms import DecodeImage as DecodeImage
+    from jaxdist.data.transforms import MelSpectrogram as MelSpectrogram
     from jaxdist.data.transforms import Normalise as Normalise
     from jaxdist.data.transforms import RandomCrop as RandomCrop
     from jaxdist.data.transforms import RandomFlip as RandomFlip
@@ -72,7 +77,8 @@ _NAMES = {
     "placement": ("feed", "host_shards", "process_rows"),
     "position": ("Position",),
     "prepare": ("read_shard_list",),
-    "sources.combine": ("Concatenated", "Filtered", "ShardList", "Sharded", "mix"),
+    "sources.combine": ("Concatenated", "Filtered", "ShardList", "Sharded"),
+    "sources.mixture": ("ScheduledMix", "mix", "ramp"),
     "sources.folders": ("ImageFolder",),
     "sources.images": ("ImageType",),
     "sources.memmap": ("NpySource", "TokenSource", "text_bytes"),
@@ -83,12 +89,13 @@ _NAMES = {
     "sources.parquet": ("ParquetSource",),
     "sources.subset": ("Subset", "balanced", "folds", "held_out"),
     "sources.tables": ("csv_source",),
-    "sources.tfds": ("TfdsSource",),
+    "tfds.prepared": ("TfdsSource",),
     "sources.wrap": ("MapSource",),
+    "statistics": ("DataStatistics", "field_statistics"),
     "text": ("open_tokenizer",),
     "transforms": (
         *("CentreCrop", "Chain", "CheckLabel", "DecodeCropFlip", "DecodeImage"),
-        *("Normalise", "RandomCrop", "RandomFlip", "Resize", "Spectrogram"),
+        *("MelSpectrogram", "Normalise", "RandomCrop", "RandomFlip", "Resize", "Spectrogram"),
     ),
 }
 

@@ -16,7 +16,7 @@ from jaxdist.data.assembly import ExampleError, HashedSeed, HostArrays
 from jaxdist.data.sources.source import MASK, check_labels
 
 
-class Rows(NamedTuple):
+class BatchRows(NamedTuple):
     """Which rows of a global batch of `size` rows a batch has: `numbers`, ascending."""
 
     numbers: np.ndarray
@@ -33,7 +33,7 @@ class BatchFn(Protocol):
     given the whole global batch, which every process then reads.
     """
 
-    def __call__(self, batch: HostArrays, random: np.random.Generator, rows: Rows) -> Mapping[str, np.ndarray]:
+    def __call__(self, batch: HostArrays, random: np.random.Generator, rows: BatchRows, /) -> Mapping[str, np.ndarray]:
         """Return the changed batch."""
 
 
@@ -56,7 +56,7 @@ class MixUp:
     def __post_init__(self) -> None:
         _check_settings(self.num_classes, self.alpha)
 
-    def __call__(self, batch: HostArrays, random: np.random.Generator, rows: Rows) -> Mapping[str, np.ndarray]:
+    def __call__(self, batch: HostArrays, random: np.random.Generator, rows: BatchRows) -> Mapping[str, np.ndarray]:
         """See BatchFn."""
         partners, alone = _partners(batch, rows)
         shares = random.beta(self.alpha, self.alpha, -(-rows.size // 2))[rows.numbers // 2].astype(np.float32)
@@ -88,7 +88,7 @@ class CutMix:
     def __post_init__(self) -> None:
         _check_settings(self.num_classes, self.alpha)
 
-    def __call__(self, batch: HostArrays, random: np.random.Generator, rows: Rows) -> Mapping[str, np.ndarray]:
+    def __call__(self, batch: HostArrays, random: np.random.Generator, rows: BatchRows) -> Mapping[str, np.ndarray]:
         """See BatchFn."""
         partners, alone = _partners(batch, rows)
         images = _field(batch, self.field)
@@ -133,7 +133,7 @@ class OneOf:
         known = [size for size in sizes if size is not None]
         return int(np.lcm.reduce(known)) if len(known) == len(sizes) else None
 
-    def __call__(self, batch: HostArrays, random: np.random.Generator, rows: Rows) -> Mapping[str, np.ndarray]:
+    def __call__(self, batch: HostArrays, random: np.random.Generator, rows: BatchRows) -> Mapping[str, np.ndarray]:
         """See BatchFn."""
         weights = None if self.weights is None else np.asarray(self.weights, np.float64) / np.sum(self.weights)
         chosen = int(random.choice(len(self.batch_fns), p=weights))
@@ -151,7 +151,7 @@ def rows_to_read(batch_fn: BatchFn, rows: np.ndarray, size: int) -> np.ndarray:
 
 
 def change(
-    batch_fn: BatchFn, batch: HostArrays, rows: Rows, *, keep: np.ndarray | None, identity: tuple[int, int, int]
+    batch_fn: BatchFn, batch: HostArrays, rows: BatchRows, *, keep: np.ndarray | None, identity: tuple[int, int, int]
 ) -> HostArrays:
     """Return the rows `keep` of the batch that `batch_fn` makes of `batch`, whose rows are `rows`; None keeps all.
 
@@ -192,7 +192,7 @@ def _check_made(made: Any, batch: HostArrays) -> None:
         raise ExampleError(f"A batch_fn returns as many rows as it was given, {count}; got the shapes {wrong}.")
 
 
-def _partners(batch: HostArrays, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+def _partners(batch: HostArrays, rows: BatchRows) -> tuple[np.ndarray, np.ndarray]:
     """Return the place of each row's neighbour in the batch, and which rows have none that counts."""
     mask = batch[MASK]
     if mask.ndim != 1:

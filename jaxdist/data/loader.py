@@ -206,7 +206,7 @@ class Loader:
         """Return this process's rows of what `batch_fn` makes of the rows that were read."""
         assert self.batch_fn is not None
         read, size = self._rows_read(), self.global_batch_size
-        rows = batch_transforms.Rows(np.arange(size) if read is None else read, size)
+        rows = batch_transforms.BatchRows(np.arange(size) if read is None else read, size)
         identity = (self.seed, after.epoch, after.position)
         return batch_transforms.change(self.batch_fn, batch, rows, keep=self.rows, identity=identity)
 
@@ -221,7 +221,7 @@ class Loader:
         if self.batch_fn is None:
             return batch
         size = len(batch[MASK])
-        rows = batch_transforms.Rows(np.arange(size), size)
+        rows = batch_transforms.BatchRows(np.arange(size), size)
         return batch_transforms.change(self.batch_fn, batch, rows, keep=None, identity=(self.seed, 0, 0))
 
     def _zeros(self, num_rows: int) -> assembly.HostArrays:

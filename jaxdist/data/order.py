@@ -56,7 +56,7 @@ class Order(Protocol):
         """Return the number of batches of `size` rows in a whole epoch."""
 
 
-class _Contiguous(abc.ABC):
+class Contiguous(abc.ABC):
     """An order whose batches are runs of positions; the last one is padded with its first id."""
 
     @abc.abstractmethod
@@ -85,7 +85,7 @@ def padded_batch(ids: np.ndarray, size: int, start: int) -> BatchIds:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sequential(_Contiguous):
+class Sequential(Contiguous):
     """Examples in the order of the source, in every epoch."""
 
     @property
@@ -95,12 +95,12 @@ class Sequential(_Contiguous):
 
     def __call__(self, num_examples: int, seed: int, epoch: int, start: int, stop: int) -> np.ndarray:
         """Return the ids at positions [start, stop) of the epoch, int64."""
-        _check_range(num_examples, epoch, start, stop)
+        check_range(num_examples, epoch, start, stop)
         return np.arange(start, stop, dtype=np.int64)
 
 
 @dataclasses.dataclass(frozen=True)
-class Shuffled(_Contiguous):
+class Shuffled(Contiguous):
     """A permutation of all examples, different in every epoch and for every seed."""
 
     @property
@@ -110,13 +110,13 @@ class Shuffled(_Contiguous):
 
     def __call__(self, num_examples: int, seed: int, epoch: int, start: int, stop: int) -> np.ndarray:
         """Return the ids at positions [start, stop) of the epoch, int64."""
-        _check_range(num_examples, epoch, start, stop)
+        check_range(num_examples, epoch, start, stop)
         permutation = Permutation.make(num_examples, "shuffled", seed, epoch)
         return permutation(np.arange(start, stop, dtype=np.int64))
 
 
 @dataclasses.dataclass(frozen=True)
-class BlockShuffled(_Contiguous):
+class BlockShuffled(Contiguous):
     """A permutation of blocks of `block_size` neighbours, each block permuted in itself: for storage that seeks slowly.
 
     A run of positions touches few blocks, so a source that reads or caches whole blocks reads each about once an epoch.
@@ -135,7 +135,7 @@ class BlockShuffled(_Contiguous):
 
     def __call__(self, num_examples: int, seed: int, epoch: int, start: int, stop: int) -> np.ndarray:
         """Return the ids at positions [start, stop) of the epoch, int64."""
-        _check_range(num_examples, epoch, start, stop)
+        check_range(num_examples, epoch, start, stop)
         num_blocks, size = -(-num_examples // self.block_size), self.block_size
         if start == stop:
             return np.empty(0, np.int64)
@@ -156,7 +156,7 @@ class BlockShuffled(_Contiguous):
 
 
 @dataclasses.dataclass(frozen=True)
-class Mixed(_Contiguous):
+class Mixed(Contiguous):
     """Several sources, with consecutive ids, drawn in fixed proportions: see `mix`.
 
     Of any sum(weights) positions that start at a multiple of it, source i has exactly weights[i], evenly spread. Each
@@ -187,22 +187,30 @@ class Mixed(_Contiguous):
 
     def __call__(self, num_examples: int, seed: int, epoch: int, start: int, stop: int) -> np.ndarray:
         """Return the ids at positions [start, stop) of the epoch, int64."""
-        _check_range(num_examples, epoch, start, stop)
+        check_range(num_examples, epoch, start, stop)
         if num_examples != sum(self.sizes):
             raise ValueError(f"These sources have {sum(self.sizes)} examples in all; got num_examples={num_examples}.")
-        turn = np.array(spread(self.weights))
-        cycles, places = np.divmod(np.arange(start, stop, dtype=np.int64) + epoch * num_examples, len(turn))
-        ids = np.empty(stop - start, np.int64)
-        for index, (size, weight) in enumerate(zip(self.sizes, self.weights)):
-            rank = np.cumsum(turn == index) - 1  # how many of this source's turns come before, in a cycle
-            mine = turn[places] == index
-            passes, within = np.divmod(cycles[mine] * weight + rank[places[mine]], size)
-            drawn = np.empty(len(within), np.int64)
-            for number in np.unique(passes).tolist():
-                permutation = Permutation.make(size, "mixed", index, seed, number)
-                drawn[passes == number] = permutation(within[passes == number])
-            ids[mine] = sum(self.sizes[:index]) + drawn
-        return ids
+        positions = np.arange(start, stop, dtype=np.int64) + epoch * num_examples
+        return drawn_in_turn(self.sizes, self.weights, positions, (0,) * len(self.sizes), seed)
+
+
+def drawn_in_turn(
+    sizes: tuple[int, ...], weights: tuple[int, ...], positions: np.ndarray, drawn: tuple[int, ...], seed: int
+) -> np.ndarray:
+    """Return the ids at `positions` of turns in the proportion of `weights`, int64; `drawn` were drawn before them."""
+    turn = np.array(spread(weights))
+    cycles, places = np.divmod(positions, len(turn))
+    ids = np.empty(len(positions), np.int64)
+    for index, (size, weight) in enumerate(zip(sizes, weights)):
+        rank = np.cumsum(turn == index) - 1  # how many of this source's turns come before, in a cycle
+        mine = turn[places] == index
+        passes, within = np.divmod(drawn[index] + cycles[mine] * weight + rank[places[mine]], size)
+        chosen = np.empty(len(within), np.int64)
+        for number in np.unique(passes).tolist():
+            permutation = Permutation.make(size, "mixed", index, seed, number)
+            chosen[passes == number] = permutation(within[passes == number])
+        ids[mine] = sum(sizes[:index]) + chosen
+    return ids
 
 
 def spread(weights: tuple[int, ...]) -> list[int]:
@@ -212,7 +220,7 @@ def spread(weights: tuple[int, ...]) -> list[int]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Resampled(_Contiguous):
+class Resampled(Contiguous):
     """Examples drawn in proportion to weights, with replacement: an epoch is as many draws as there are examples.
 
     An example whose share of the weights is w comes floor(n w) or ceil(n w) times in an epoch of n draws, n w on
@@ -243,7 +251,7 @@ class Resampled(_Contiguous):
 
     def __call__(self, num_examples: int, seed: int, epoch: int, start: int, stop: int) -> np.ndarray:
         """Return the ids at positions [start, stop) of the epoch, int64."""
-        _check_range(num_examples, epoch, start, stop)
+        check_range(num_examples, epoch, start, stop)
         if num_examples != len(self.weights):
             raise ValueError(f"There are {len(self.weights)} weights; the source has {num_examples} examples.")
         draws = Permutation.make(num_examples, "weighted", seed, epoch)(np.arange(start, stop, dtype=np.int64))
@@ -288,7 +296,7 @@ class Dealt:
 
     def batch(self, num_examples: int, seed: int, epoch: int, start: int, size: int) -> BatchIds:
         """Return the batch that starts at position `start`, which is below num_examples."""
-        _check_range(num_examples, epoch, start, num_examples)
+        check_range(num_examples, epoch, start, num_examples)
         if size % len(self.sizes) or num_examples != sum(self.sizes):
             raise ValueError(
                 f"A batch takes equally many rows of each of the {len(self.sizes)} shards (with {sum(self.sizes)} "
@@ -404,7 +412,8 @@ def _mix_one(value: int, key: int) -> int:
     return (mixed * _GOLDEN & _WORD) >> 32
 
 
-def _check_range(num_examples: int, epoch: int, start: int, stop: int) -> None:
+def check_range(num_examples: int, epoch: int, start: int, stop: int) -> None:
+    """Raise ValueError unless [start, stop) are positions of an epoch."""
     if not 0 <= num_examples <= MAX_EXAMPLES:
         raise ValueError(f"num_examples must be in [0, 2**62]; got {num_examples}.")
     if epoch < 0:

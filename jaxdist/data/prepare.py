@@ -30,8 +30,8 @@ from jaxdist.data.sources.records import PREPARED, ArrayRecordSource, encode_exa
 from jaxdist.data.sources.sounds import SOUND_SUFFIXES, SoundFolder
 from jaxdist.data.sources.source import Source, fingerprint_array, fingerprint_text
 from jaxdist.data.sources.tables import csv_source
-from jaxdist.data.sources.tfds import TfdsSource
 from jaxdist.data.sources.vocabulary import vocabulary_of
+from jaxdist.data.tfds.prepared import TfdsSource
 from jaxdist.rundir import files
 
 TOKENS_PER_SHARD = 2**26

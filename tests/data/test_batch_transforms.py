@@ -148,7 +148,8 @@ def test_a_step_on_mixed_batches_is_that_of_one_device(strategy, reduction):
     tiny = tiny_experiment.get_config()
     changed = dataclasses.replace(tiny.data, batch_fn=MixUp(2, alpha=1.0))
     model = dataclasses.replace(tiny.model, dropout_rate=0.0)
-    experiment = dataclasses.replace(tiny, model=model, data=changed, layout=dataclasses.replace(tiny.layout, min_size=9))
+    layout = dataclasses.replace(tiny.layout, min_size=9)
+    experiment = dataclasses.replace(tiny, model=model, data=changed, layout=layout)
     params = []
     for name, how, num_devices in ((strategy, reduction, 4), ("data-parallel", "mean", 1)):
         chosen = dataclasses.replace(experiment, strategy=name, reduction=how)

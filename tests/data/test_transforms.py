@@ -1,9 +1,11 @@
 import io
+import math
 import pickle
 
 import hypothesis
 import numpy as np
 import pytest
+import scipy.signal
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -75,6 +77,37 @@ def test_the_spectrogram_of_a_tone_peaks_at_its_frequency():
     assert (spectrogram.argmax(axis=1) == 1000 * 400 // 8000).all()
     with pytest.raises(ValueError, match="at least one window"):
         apply(transforms.Spectrogram(), "audio", tone[:10])
+
+
+def test_spectrograms_are_those_of_scipy_and_mel_bands_the_formula():
+    random, rate = np.random.default_rng(0), 16000
+    audio = random.normal(size=4000).astype(np.float32)
+    window = np.hanning(400)
+    stft = scipy.signal.ShortTimeFFT(window, 160, rate, mfft=400, phase_shift=None)
+    padded = np.concatenate([np.zeros(1400), audio, np.zeros(400)])  # slices are centred at multiples of the hop
+    wanted = np.abs(stft.stft(padded, p0=10)).T[:23] ** 2
+    found = apply(transforms.Spectrogram(), "audio", audio)["audio"]
+    np.testing.assert_allclose(found, np.log(wanted + 1e-10), rtol=1e-3, atol=1e-3)
+    mel = transforms.MelSpectrogram(rate, num_mels=40, low=50, high=7000)
+
+    def in_mel(hertz):
+        return 2595 * math.log10(1 + hertz / 700)
+
+    step = (in_mel(7000) - in_mel(50)) / 41
+    hertz = [700 * (10 ** ((in_mel(50) + i * step) / 2595) - 1) for i in range(42)]
+    bands = np.zeros((201, 40))
+    for (frequency, band), _ in np.ndenumerate(bands):
+        low, centre, high = hertz[band : band + 3]
+        rising, falling = (40 * frequency - low) / (centre - low), (high - 40 * frequency) / (high - centre)
+        bands[frequency, band] = max(0, min(rising, falling))
+    np.testing.assert_allclose(mel.bands(), bands, atol=1e-6)
+    found = apply(mel, "audio", audio)["audio"]
+    assert found.shape == (23, 40)
+    np.testing.assert_allclose(found, np.log(wanted @ bands + 1e-10), rtol=1e-3, atol=1e-3)
+    assert transforms.MelSpectrogram(rate).bands().shape == (201, 80)
+    for wrong, message in (({"num_mels": 200}, "no frequency"), ({"high": 9000}, "half the sample rate, 8000")):
+        with pytest.raises(ValueError, match=message):
+            transforms.MelSpectrogram(rate, **wrong)
 
 
 def test_labels_out_of_range_are_refused():

@@ -1,4 +1,4 @@
-"""Sources made of sources: concatenated, mixed, filtered by a mask, or divided into shards for several hosts."""
+"""Sources made of sources: concatenated, filtered by a mask, or divided into shards for several hosts."""
 
 import bisect
 import dataclasses
@@ -40,15 +40,6 @@ class Concatenated:
 def _with_mask(example: Example) -> Example:
     """Return the example with a mask of its own, so that examples with and without one can share a batch."""
     return {**example, COUNTS: np.asarray(example.get(COUNTS, 1), np.float32)}
-
-
-def mix(sources: Sequence[Source], weights: Sequence[int]) -> tuple[Concatenated, order.Mixed]:
-    """Return the source and the order that draw from `sources` in the proportion of the whole numbers `weights`.
-
-    >>> source, shuffle = mix([web, books], (3, 1))
-    >>> loader = Loader(source, shuffle=shuffle, global_batch_size=64, seed=0)
-    """
-    return Concatenated(sources), order.Mixed(tuple(len(source) for source in sources), tuple(weights))
 
 
 class Filtered:

@@ -7,7 +7,8 @@ from jax.sharding import AxisType
 
 from jaxdist.data import ArraySource, Loader
 from jaxdist.data.placement import host_shards
-from jaxdist.data.sources.combine import Concatenated, Filtered, Sharded, ShardList, mix
+from jaxdist.data.sources.combine import Concatenated, Filtered, Sharded, ShardList
+from jaxdist.data.sources.mixture import mix
 
 
 def part(begin, end):

@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from tfrecord_files import write_tfrecord
 
 from jaxdist.data import CorruptExample, Loader
-from jaxdist.data.sources.tfds import TfdsSource
+from jaxdist.data.tfds.prepared import TfdsSource
 
 sys.path.append(str(pathlib.Path(__file__).parents[3] / "experiments"))
 import digits_builder
