@@ -170,6 +170,7 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     command.add_argument("--overwrite", action="store_true", help="replace the run in --run-dir if there is one")
     command.add_argument("--replace", metavar="STARTED", help=argparse.SUPPRESS)  # from a supervisor to its processes
     command.add_argument("--restartable", action="store_true", help="continue the run in --run-dir if there is one")
+    command.add_argument("--strict", action="store_true", help="compare all contents of the data, not samples of them")
     command.add_argument("--profile", metavar="FIRST:LAST", help="trace these steps into RUN_DIR/profile, for XProf")
     trial = command.add_mutually_exclusive_group()
     trial.add_argument(

@@ -48,6 +48,7 @@ def assignments(options: argparse.Namespace) -> list[str]:
     found += [f"strategy={options.strategy}"] if options.strategy else []
     found += [f"reduction={options.reduction}"] if options.reduction else []
     found += [f"stop.max_steps={options.max_steps}"] if options.max_steps else []
+    found += ["data.strict=true"] if getattr(options, "strict", False) else []
     return found
 
 

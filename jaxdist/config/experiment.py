@@ -49,6 +49,7 @@ class Data:
       prefetch: batches placed on the devices ahead of the step.
       on_bad: whether an example that cannot be read ends the run, or is skipped (mask 0) and reported.
       timeout_seconds: an example that takes longer to read and transform ends the run, and is named; None waits.
+      strict: whether the fingerprint of the training examples is of all contents instead of samples; `--strict`.
     """
 
     train: Source
@@ -63,6 +64,7 @@ class Data:
     prefetch: int = 2
     on_bad: Literal["raise", "skip"] = "raise"
     timeout_seconds: float | None = None
+    strict: bool = False
 
     @staticmethod
     def accept(values: dict[str, Any]) -> dict[str, Any]:

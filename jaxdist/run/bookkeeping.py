@@ -17,6 +17,7 @@ import jax
 
 from jaxdist.checkpoint import checkpoints
 from jaxdist.config.experiment import Experiment
+from jaxdist.data import fingerprints
 from jaxdist.run import components, directory
 from jaxdist.run.custom import user_hooks
 from jaxdist.run.progress_display import Bounds, Silent, deciding, make_display
@@ -354,10 +355,12 @@ class Bookkeeper:
         earlier = self.attempt.earlier.extra if self.attempt.earlier else {}
         source = self.attempt.source
         folder = pathlib.Path(source.file).parent if source else pathlib.Path.cwd()
+        is_first = jax.process_index() == 0
         return {
             "started": earlier.get("started") or datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
             "host": origin.host(),
-            "git": origin.git(folder) if jax.process_index() == 0 else None,
+            "git": origin.git(folder) if is_first else None,
+            "data_files": fingerprints.times_of(self.attempt.experiment.data.train) if is_first else None,
         }
 
     def _extra_keys(self) -> dict[str, Any]:

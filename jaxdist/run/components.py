@@ -14,7 +14,7 @@ import optax
 from jaxdist import adapters, data, optimizers, setting_group, stop
 from jaxdist.config import data_fields
 from jaxdist.config.experiment import Experiment
-from jaxdist.data import assembly_process, placement
+from jaxdist.data import assembly_process, fingerprints, placement
 from jaxdist.data.sources import wrap
 from jaxdist.errors import ConfigError
 from jaxdist.run import preflight
@@ -250,7 +250,7 @@ def make_loader(experiment: Experiment, *, fingerprint: str | None = None) -> da
         num_workers=experiment.data.num_workers,
         on_bad=experiment.data.on_bad,
         timeout_seconds=experiment.data.timeout_seconds,
-        fingerprint=fingerprint,
+        fingerprint=data_fingerprint(experiment) if fingerprint is None else fingerprint,
     )
 
 
@@ -385,7 +385,13 @@ class Identity:
 
 def identity(experiment: Experiment) -> Identity:
     """Return the identity of `experiment`; takes the fingerprint of its data, which may look at every file."""
-    return identity_of(experiment, wrap.as_source(experiment.data.train).fingerprint())
+    return identity_of(experiment, data_fingerprint(experiment))
+
+
+def data_fingerprint(experiment: Experiment) -> str:
+    """Return the fingerprint of the training examples: of samples, or, where `data.strict` says so, of all contents."""
+    source = wrap.as_source(experiment.data.train)
+    return fingerprints.strict_fingerprint(source) if experiment.data.strict else source.fingerprint()
 
 
 def identity_of(experiment: Experiment, fingerprint: str) -> Identity:

@@ -17,6 +17,8 @@ from jaxdist import adapters
 from jaxdist.checkpoint import checkpoints
 from jaxdist.config import starting_weights
 from jaxdist.config.experiment import Experiment
+from jaxdist.data import fingerprints
+from jaxdist.data.sources import wrap
 from jaxdist.errors import ConfigError
 from jaxdist.launch.joining import agreement
 from jaxdist.launch.supervising import job_memory, restart_events, supervisor
@@ -84,8 +86,22 @@ def prepare_run_dir(
             f"{run_dir} holds {', '.join(leftovers)} but no {record.FILE_NAME}, so it is unclear which run they belong "
             "to. Choose another --run-dir, or move them away."
         )
+    if earlier is not None and resume and not experiment.data.strict and jax.process_index() == 0:
+        _tell_of_times(experiment, earlier)
     _check_writable(run_dir, needs_room=not exists)
     return None if overwrite else earlier
+
+
+def _tell_of_times(experiment: Experiment, earlier: record.RunRecord) -> None:
+    """Say where files of equal sizes and samples have other times: their contents may differ elsewhere."""
+    then, now = earlier.extra.get("data_files"), fingerprints.times_of(wrap.as_source(experiment.data.train))
+    if isinstance(then, dict) and then and now and then.get("times") != now["times"]:
+        print(
+            "jaxdist: The times of the files of data.train have changed since the run was recorded; their names, sizes "
+            "and the sampled contents have not. If they were copied, all is well; if some were edited, it continues "
+            "with other data. A run that is started with --strict compares all contents.",
+            file=sys.stderr,
+        )
 
 
 def _check_writable(run_dir: pathlib.Path, *, needs_room: bool) -> None:
@@ -154,6 +170,8 @@ def _changed_data(
     now = len(experiment.data.train)
     if before not in (None, now):
         found = f"data.train {before:,} examples -> {now:,} examples"
+    elif (was_strict := str(theirs.get("data", "")).startswith(fingerprints.STRICT)) != experiment.data.strict:
+        found = "data.train was compared by " + ("all of its contents, with --strict" if was_strict else "samples only")
     else:
         found = f"data.train holds other examples (fingerprint {theirs.get('data')} -> {identity.data})"
     return "; ".join(filter(None, (kinds, found)))

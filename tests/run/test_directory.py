@@ -1,12 +1,16 @@
+import dataclasses
 import datetime
+import os
 import pathlib
 import re
 import types
 
 import pytest
+import tiny_experiment
 
-from jaxdist import errors
-from jaxdist.run import directory
+from jaxdist import data, errors
+from jaxdist.data import fingerprints
+from jaxdist.run import components, directory
 
 
 def test_the_default_run_dir_is_the_newest_when_resuming(tmp_path):
@@ -95,3 +99,41 @@ def test_a_run_that_begins_on_a_full_disk_is_refused_and_leaves_no_directory(tmp
     with pytest.raises(errors.ConfigError, match=rf"needs room on its disk; that of {run_dir} is full\. Free space"):
         directory._check_writable(run_dir, needs_room=True)
     assert run_dir.exists() is was_there
+
+
+def experiment_on(table, **settings):
+    source = data.csv_source(table, categories=())
+    tiny = tiny_experiment.get_config()
+    return dataclasses.replace(tiny, data=dataclasses.replace(tiny.data, train=source, **settings))
+
+
+def test_a_resume_says_where_only_the_times_of_the_files_have_changed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    table = tmp_path / "t.csv"
+    table.write_text("image,label\n1,0\n2,1\n")
+    experiment = experiment_on(table)
+    identity = components.identity(experiment)
+    extra = {"identity": identity.to_json(), "data_files": fingerprints.times_of(experiment.data.train)}
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "run.json").write_text("{}")
+    monkeypatch.setattr(directory.record.RunRecord, "read", lambda path: types.SimpleNamespace(extra=extra, config={}))
+    directory.prepare_run_dir(experiment, identity, run_dir, resume=True)
+    assert capsys.readouterr().err == ""
+    os.utime(table, (1, 1))
+    again = experiment_on(table)
+    assert components.identity(again) == identity
+    directory.prepare_run_dir(again, identity, run_dir, resume=True)
+    assert "times of the files of data.train have changed" in capsys.readouterr().err
+    strict = experiment_on(table, strict=True)
+    with pytest.raises(errors.UserError, match=r"data\.train was compared by samples only"):
+        directory.prepare_run_dir(strict, components.identity(strict), run_dir, resume=True)
+    extra["identity"] = components.identity(strict).to_json()
+    directory.prepare_run_dir(strict, components.identity(experiment_on(table, strict=True)), run_dir, resume=True)
+    assert capsys.readouterr().err == ""  # contents were compared
+    table.write_text("image,label\n1,0\n2,0\n")
+    changed = experiment_on(table, strict=True)
+    with pytest.raises(errors.UserError, match="holds other examples"):
+        directory.prepare_run_dir(changed, components.identity(changed), run_dir, resume=True)
+    with pytest.raises(errors.UserError, match="by all of its contents, with --strict"):
+        directory.prepare_run_dir(again, identity, run_dir, resume=True)

@@ -20,7 +20,7 @@ class Concatenated:
     """
 
     def __init__(self, sources: Sequence[Source]):
-        self.sources = tuple(sources)
+        self.sources = self.parts = tuple(sources)
         self.vocabulary = check_same_vocabulary(self.sources, what="Sources that are joined")
         self._ends = list(itertools.accumulate(len(source) for source in self.sources))
 
@@ -52,6 +52,7 @@ class Filtered:
     def __init__(self, source: Source, keep_fn: Callable[[Example], bool], *, version: str):
         """Wrap `source`; `version` names the rule in the fingerprint, so change it when `keep_fn` changes."""
         self._source, self._keep_fn, self._version = source, keep_fn, version
+        self.parts = (source,)
         self.vocabulary = vocabulary_of(source)
 
     def __len__(self) -> int:
@@ -101,6 +102,7 @@ class Sharded:
 
     def __init__(self, shards: Mapping[int, Source], shard_list: ShardList):
         self._shards, self._shard_list = dict(shards), shard_list
+        self.parts = tuple(shard for _, shard in sorted(self._shards.items()))
         self.vocabulary = check_same_vocabulary(list(self._shards.values()), what="Shards")
         self._starts = [0, *itertools.accumulate(shard_list.sizes)]
         for number, shard in self._shards.items():

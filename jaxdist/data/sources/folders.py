@@ -6,8 +6,9 @@ from typing import Literal
 
 import numpy as np
 
+from jaxdist.data.fingerprints import FileList, fingerprint_files
 from jaxdist.data.sources.images import IMAGE_SUFFIXES, ImageType, decode_image, require_decoders
-from jaxdist.data.sources.listing import fingerprint_files, list_by_class, read_file
+from jaxdist.data.sources.listing import list_by_class, read_file
 from jaxdist.data.sources.source import Example, checked_index
 
 
@@ -42,27 +43,27 @@ class ImageFolder:
         if decode:
             require_decoders()
         self._type = ImageType(channels, dtype, orient, deep) if decode else None
-        self._root = os.fspath(root)
-        self.classes, self._files, self._labels = list_by_class(root, IMAGE_SUFFIXES, classes)
+        self.classes, found, self._labels = list_by_class(root, IMAGE_SUFFIXES, classes)
+        self.files = FileList(found, root)
         self.vocabulary = {"label": self.classes}
         self._fingerprint: str | None = None
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self.files)
 
     def __getitem__(self, index: int) -> Example:
         index = checked_index(index, len(self))
-        path = self._files[index]
+        path = self.files[index]
         data = read_file(path)
         image = np.frombuffer(data, np.uint8) if self._type is None else decode_image(data, self._type, name=path)
         return {"image": image, "label": np.int32(self._labels[index])}
 
     def location(self, index: int) -> str:
         """Return the file of an example."""
-        return self._files[index]
+        return self.files[index]
 
     def fingerprint(self) -> str:
         """Return the hash of the settings, the classes, and the files' names, sizes and contents (in samples)."""
         if self._fingerprint is None:
-            self._fingerprint = fingerprint_files("images", self._root, self._files, self._type, *self.classes)
+            self._fingerprint = fingerprint_files("images", self.files, self._type, *self.classes)
         return self._fingerprint

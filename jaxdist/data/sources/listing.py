@@ -1,18 +1,10 @@
-"""Files: listing them, reading one, and the fingerprint of many."""
+"""Files: listing them, and reading one."""
 
-import hashlib
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
-from jaxdist.data.sources.source import CorruptExample, fingerprint_text
-
-_MANY = 4096
-"""The most files that are sampled; fewer are all sampled."""
-
-_BLOCK, _BLOCKS_PER_FILE = 4096, 64
+from jaxdist.data.sources.source import CorruptExample
 
 
 def find_files(paths: str | os.PathLike | Sequence[str | os.PathLike], pattern: str) -> list[str]:
@@ -106,44 +98,3 @@ def read_file(path: str) -> bytes:
             os.close(descriptor)
     except OSError as error:
         raise CorruptExample(f"Unreadable file: {error}") from error
-
-
-def fingerprint_files(kind: str, root: str | os.PathLike, files: Sequence[str], *settings: object) -> str:
-    """Return the hash of `settings`, of the files' names below `root` and sizes, and of samples of their contents.
-
-    Up to 4096 files are sampled each, of more so many evenly spread ones. A file of up to 256 kB is read whole, of a
-    larger one 64 evenly spread blocks of 4 kB.
-    """
-    begin = len(os.path.join(root, ""))
-    digest = hashlib.blake2b(digest_size=12)
-    for path in files:
-        digest.update(f"{path[begin:]}\0".encode("utf-8", "surrogateescape"))
-    return fingerprint_contents(kind, files, *settings, digest.hexdigest())
-
-
-def fingerprint_contents(kind: str, files: Sequence[str], *settings: object) -> str:
-    """Return the hash that `fingerprint_files` returns, without the files' names."""
-    digest = hashlib.blake2b(",".join(str(_size(path)) for path in files).encode(), digest_size=12)
-    for place in np.unique(np.linspace(0, len(files) - 1, min(len(files), _MANY), dtype=np.int64)).tolist():
-        for block in _sample(files[place]):
-            digest.update(block)
-    return fingerprint_text(kind, *settings, digest.hexdigest())
-
-
-def _size(path: str) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return -1
-
-
-def _sample(path: str) -> Iterator[bytes]:
-    size = _size(path)
-    if size < 0 or not os.path.isfile(path):
-        return
-    with open(path, "rb", buffering=0) as file:
-        if size <= _BLOCK * _BLOCKS_PER_FILE:
-            yield file.read()
-            return
-        for offset in np.linspace(0, size - _BLOCK, _BLOCKS_PER_FILE, dtype=np.int64).tolist():
-            yield os.pread(file.fileno(), _BLOCK, offset)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from jaxdist.data.fingerprints import FileList
 from jaxdist.data.sources.listing import find_files, local_path
 from jaxdist.data.sources.source import (
     ArraySource,
@@ -30,6 +31,7 @@ class NpySource(ArraySource):
     def __init__(self, paths: Mapping[str, str | os.PathLike]):
         self._paths = {name: os.fspath(path) for name, path in paths.items()}
         super().__init__({name: open_npy(path) for name, path in self._paths.items()})
+        self.files = FileList(list(self._paths.values()))
 
     def __reduce__(self) -> tuple:
         return NpySource, (self._paths,)
@@ -65,8 +67,9 @@ class TokenSource:
 
     def _open(self) -> None:
         self._fingerprint: str | None = None
-        self._files = [_open_tokens(path, self._dtype) for path in self._paths]
-        self._windows = [tokens[: len(tokens) // self._length * self._length] for tokens in self._files]
+        self.files = FileList(self._paths)
+        self._tokens = [_open_tokens(path, self._dtype) for path in self._paths]
+        self._windows = [tokens[: len(tokens) // self._length * self._length] for tokens in self._tokens]
         self._windows = [tokens.reshape(-1, self._length) for tokens in self._windows]
         self._ends = list(itertools.accumulate(len(windows) for windows in self._windows))
 
@@ -93,7 +96,7 @@ class TokenSource:
     def fingerprint(self) -> str:
         """Return the hash of the window's length and of the files' contents (a sample of them where they are large)."""
         if self._fingerprint is None:
-            self._fingerprint = fingerprint_text("tokens", self._length, *map(fingerprint_array, self._files))
+            self._fingerprint = fingerprint_text("tokens", self._length, *map(fingerprint_array, self._tokens))
         return self._fingerprint
 
     def __getstate__(self) -> dict:

@@ -80,6 +80,7 @@ class Packed:
         if len(lengths) != len(source):
             raise ValueError(f"There must be a length for each of the {len(source)} examples; got {len(lengths)}.")
         self._source, self._lengths, self._row_length = source, np.asarray(lengths), row_length
+        self.parts = (source,)
         self._fields, self._pad = tuple(fields), pad
         self.vocabulary = {field: names for field, names in vocabulary_of(source).items() if field in self._fields}
         rows = pack_index(self._lengths, row_length)
@@ -154,6 +155,7 @@ class Bucketed:
         pad: int = 0,
     ):
         self._source, self._lengths, self._boundaries = source, np.asarray(lengths), np.asarray(boundaries)
+        self.parts = (source,)
         self._fields, self._pad = tuple(fields), pad
         if len(lengths) != len(source):
             raise ValueError(f"There must be a length for each of the {len(source)} examples; got {len(lengths)}.")

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from jaxdist import extras
-from jaxdist.data.sources.listing import find_files, fingerprint_contents
+from jaxdist.data.fingerprints import FileList, fingerprint_files
+from jaxdist.data.sources.listing import find_files
 from jaxdist.data.sources.source import CorruptExample, Example, checked_index
 from jaxdist.data.sources.tables import numbered
 
@@ -47,6 +48,7 @@ class ParquetSource:
         self._open()
 
     def _open(self) -> None:
+        self.files = FileList(self._paths)
         self._lock, self._cache = threading.Lock(), collections.OrderedDict[int, dict[str, _Column]]()
         self._fingerprint: str | None = None
         self._files = [_open_parquet(path) for path in self._paths]
@@ -111,7 +113,7 @@ class ParquetSource:
         """Return the hash of the settings, and of the files' sizes and contents (samples of them)."""
         if self._fingerprint is None:
             settings = (self._kept, self._missing, sorted(self.vocabulary.items()))
-            self._fingerprint = fingerprint_contents("parquet", self._paths, *settings)
+            self._fingerprint = fingerprint_files("parquet", self.files, *settings)
         return self._fingerprint
 
     def __getstate__(self) -> dict:

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxdist import extras
-from jaxdist.data.sources.listing import find_files, fingerprint_contents
+from jaxdist.data.fingerprints import FileList, fingerprint_files
+from jaxdist.data.sources.listing import find_files
 from jaxdist.data.sources.source import CorruptExample, Example, checked_index, fingerprint_text
 
 PREPARED = "prepared.json"
@@ -115,6 +116,7 @@ class ArrayRecordSource:
         self._open()
 
     def _open(self) -> None:
+        self.files = FileList(self._paths)
         module = extras.require("array_record.python.array_record_data_source")
         try:
             self._records = module.ArrayRecordDataSource(self._paths)
@@ -130,7 +132,7 @@ class ArrayRecordSource:
 
     def fingerprint(self) -> str:
         """Return the hash of the files' sizes and contents (samples of them)."""
-        return fingerprint_contents("array_record", self._paths)
+        return fingerprint_files("array_record", self.files)
 
     def __getstate__(self) -> dict:
         return {"_paths": self._paths, "_decode_fn": self._decode_fn, "vocabulary": self.vocabulary}

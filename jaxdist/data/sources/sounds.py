@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxdist import extras
-from jaxdist.data.sources.listing import fingerprint_files, list_by_class, read_file
+from jaxdist.data.fingerprints import FileList, fingerprint_files
+from jaxdist.data.sources.listing import list_by_class, read_file
 from jaxdist.data.sources.source import CorruptExample, Example, checked_index
 
 SOUND_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff")
@@ -36,8 +37,9 @@ class SoundFolder:
         classes: Sequence[str] | None = None,
     ):
         extras.require("soundfile")
-        self._root, self._num_samples, self._declared_rate = os.fspath(root), num_samples, sample_rate
-        self.classes, self._files, self._labels = list_by_class(root, SOUND_SUFFIXES, classes)
+        self._num_samples, self._declared_rate = num_samples, sample_rate
+        self.classes, found, self._labels = list_by_class(root, SOUND_SUFFIXES, classes)
+        self.files = FileList(found, root)
         self.vocabulary = {"label": self.classes}
         self._first_rate: int | None = None
         self._fingerprint: str | None = None
@@ -48,15 +50,15 @@ class SoundFolder:
         if self._declared_rate is not None:
             return self._declared_rate
         if self._first_rate is None:
-            self._first_rate = _first_rate(self._files)
+            self._first_rate = _first_rate(self.files)
         return self._first_rate
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self.files)
 
     def __getitem__(self, index: int) -> Example:
         index = checked_index(index, len(self))
-        path = self._files[index]
+        path = self.files[index]
         audio, sample_rate = read_sound(path)
         if sample_rate != self.sample_rate and self._declared_rate is None:
             raise ValueError(
@@ -73,13 +75,13 @@ class SoundFolder:
 
     def location(self, index: int) -> str:
         """Return the file of an example."""
-        return self._files[index]
+        return self.files[index]
 
     def fingerprint(self) -> str:
         """Return the hash of the settings, the classes, and the files' names, sizes and contents (in samples)."""
         if self._fingerprint is None:
             settings = (self._num_samples, self._declared_rate, *self.classes)
-            self._fingerprint = fingerprint_files("sounds", self._root, self._files, *settings)
+            self._fingerprint = fingerprint_files("sounds", self.files, *settings)
         return self._fingerprint
 
 

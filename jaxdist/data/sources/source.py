@@ -6,7 +6,7 @@ An example is a flat dict of numpy arrays (or scalars). Reading must be safe fro
 import hashlib
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
@@ -30,7 +30,8 @@ class Source(Protocol):
 
     A source may also have `__getitems__(ids) -> dict`, which returns many examples with their fields stacked on dim 0,
     in arrays that nothing else holds; `location(index) -> str`, the file of an example, for messages; `vocabulary`, the
-    names that numbers stand for (see `vocabulary`); and `order(shuffle=...) -> Order`, the order it has to be read in.
+    names that numbers stand for (see `vocabulary`); `order(shuffle=...) -> Order`, the order it has to be read in;
+    `files`, the FileList of what it reads; and `parts`, the sources that it is made of (see `fingerprints`).
     """
 
     def __len__(self) -> int:
@@ -81,6 +82,7 @@ class ArraySource:
         self._size = next(iter(self.arrays.values())).shape[0]
         self._fingerprint: str | None = None
         self.vocabulary: Mapping[str, tuple[str, ...]] = {}
+        self.files: Any
 
     def __len__(self) -> int:
         return self._size

@@ -22,6 +22,7 @@ class Subset:
 
     def __init__(self, source: Source, ids: Sequence[int] | np.ndarray):
         self.source, self.ids = as_source(source), np.array(ids)  # a copy: the fingerprint is of these ids
+        self.parts = (self.source,)
         if self.ids.ndim != 1 or (self.ids.size and self.ids.dtype.kind not in "iu"):
             raise ValueError(
                 f"ids are a list of whole numbers; got an array of {self.ids.dtype} and shape {self.ids.shape}. "

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxdist import extras
+from jaxdist.data.fingerprints import FileList
 from jaxdist.data.sources.listing import find_files, read_file
 from jaxdist.data.sources.source import ArraySource, CorruptExample
 
@@ -74,7 +75,7 @@ def csv_source(
         else:
             arrays[name] = _numbers(name, table.column(name), missing, files)
     source = ArraySource(arrays)
-    source.vocabulary = vocabulary
+    source.vocabulary, source.files = vocabulary, FileList(files)
     return source
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxdist import extras
+from jaxdist.data.fingerprints import FileList
 from jaxdist.data.sources.parquet import ParquetSource
 from jaxdist.data.sources.records import FilePart, TfRecords, sample_records
 from jaxdist.data.sources.source import CorruptExample, Example, fingerprint_text
@@ -47,6 +48,7 @@ class TfdsSource:
         self._builder = _open_builder(name, data_dir)
         self._parts = _split_parts(self._builder, split)
         self._features = self._builder.info.features
+        self.files = FileList([part.path for part in self._parts])
         self._records = _open_records(self._builder, split, self._parts)
         names = sorted(_flatten(self._features.get_tensor_info()))
         missing = set(self._fields or ()) - set(names)
