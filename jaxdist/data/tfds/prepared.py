@@ -1,4 +1,4 @@
-"""TensorFlow Datasets without TensorFlow: ArrayRecord read by tfds, TFRecord and Parquet by this package."""
+"""Prepared data sets of TensorFlow Datasets: which files a split has, in which of three formats."""
 
 import bisect
 import itertools
@@ -12,7 +12,8 @@ from jaxdist import extras
 from jaxdist.data.fingerprints import FileList
 from jaxdist.data.sources.parquet import ParquetSource
 from jaxdist.data.sources.records import FilePart, TfRecords, sample_records
-from jaxdist.data.sources.source import CorruptExample, Example, fingerprint_text
+from jaxdist.data.sources.source import CorruptExample, Example, checked_index, fingerprint_text
+from jaxdist.data.tfds.features import Feature, UnknownFeature, decode_features, read_features
 
 
 class TfdsSource:
@@ -45,28 +46,26 @@ class TfdsSource:
 
     def _open(self) -> None:
         name, split, data_dir, self._fields = self._arguments
-        self._builder = _open_builder(name, data_dir)
-        self._parts = _split_parts(self._builder, split)
-        self._features = self._builder.info.features
+        self._folder = _find_folder(name, data_dir)
+        self._info = extras.require("tensorflow_datasets.core.dataset_info").read_proto_from_builder_dir(self._folder)
+        instructions = _split_parts(self._info, self._folder, split)
+        self._parts = [FilePart(os.fspath(part.filename), part.skip, part.take) for part in instructions]
         self.files = FileList([part.path for part in self._parts])
-        self._records = _open_records(self._builder, split, self._parts)
-        names = sorted(_flatten(self._features.get_tensor_info()))
-        missing = set(self._fields or ()) - set(names)
-        if missing:
-            raise ValueError(f"{name} has no features {sorted(missing)}; it has {names}.")
+        self._records = _open_records(self._info.file_format, self._parts, instructions)
+        self._decode = _decoder_of(self._folder, name, self._fields)
+        self.vocabulary = self._decode.vocabulary
 
     @property
     def features(self) -> Any:
-        """The tfds feature specification."""
-        return self._features
+        """The tfds feature specification; some features need TensorFlow for it."""
+        return _tfds_features(self._folder)
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
-        example = self._features.deserialize_example_np(self._read(index))
-        flat = _flatten(example)
-        return {name: np.asarray(flat[name]) for name in self._fields or flat}
+        index = checked_index(index, len(self))
+        return self._decode(self._read(index))
 
     def _read(self, index: int) -> bytes:
         try:
@@ -77,10 +76,11 @@ class TfdsSource:
 
     def fingerprint(self) -> str:
         """Return the hash of the data set's name, version and format, the split's files, and a few records."""
-        info = self._builder.info
+        info = self._info
         files = [f"{os.path.basename(part.path)}[{part.skip}:{part.skip + part.take}]" for part in self._parts]
         samples = sample_records(self._records, len(self))
-        return fingerprint_text("tfds", info.full_name, info.file_format.value, self._fields, *files, *samples)
+        whole_name = f"{info.name}/{info.config_name}/{info.version}"
+        return fingerprint_text("tfds", whole_name, info.file_format, self._fields, *files, *samples)
 
     def __getstate__(self) -> dict:
         return {"_arguments": self._arguments}
@@ -90,25 +90,73 @@ class TfdsSource:
         self._open()
 
 
-def _open_builder(name: str, data_dir: str | None) -> Any:
-    """Return the read-only builder of a prepared data set, without running the code of its builder.
+class _ByDeclaration:
+    """Decodes what `features.json` declares."""
+
+    def __init__(self, features: Sequence[Feature]):
+        self._features = features
+        self.vocabulary = {feature.name: feature.names for feature in features if feature.names}
+
+    def __call__(self, record: bytes) -> Example:
+        return decode_features(self._features, record)
+
+
+class _ByTfds:
+    """Decodes by the feature objects of tfds: those of other packages, and of data sets that are old."""
+
+    def __init__(self, features: Any, fields: Sequence[str] | None):
+        self._features, self._fields = features, fields
+        self.vocabulary: dict[str, tuple[str, ...]] = {}
+
+    def __call__(self, record: bytes) -> Example:
+        flat = _flatten(self._features.deserialize_example_np(record))
+        return {name: np.asarray(flat[name]) for name in self._fields or flat}
+
+
+def _decoder_of(folder: str, name: str, fields: Sequence[str] | None) -> _ByDeclaration | _ByTfds:
+    """Return the decoder of the fields, all where `fields` is None; ValueError where there is no such field."""
+    try:
+        declared = read_features(folder)
+    except UnknownFeature:
+        whole = _tfds_features(folder)
+        _check_fields(name, fields, sorted(_flatten(whole.get_tensor_info())))
+        return _ByTfds(whole, fields)
+    _check_fields(name, fields, [feature.name for feature in declared])
+    return _ByDeclaration([feature for feature in declared if fields is None or feature.name in fields])
+
+
+def _check_fields(name: str, fields: Sequence[str] | None, known: Sequence[str]) -> None:
+    missing = set(fields or ()) - set(known)
+    if missing:
+        raise ValueError(f"{name} has no features {sorted(missing)}; it has {list(known)}.")
+
+
+def _tfds_features(folder: str) -> Any:
+    return extras.require("tensorflow_datasets.core.features.feature").FeatureConnector.from_config(folder)
+
+
+def _find_folder(name: str, data_dir: str | None) -> str:
+    """Return the folder of a prepared data set, without running the code of its builder.
 
     That code often needs TensorFlow: in tfds 4.9.10, that of speech_commands and c4 does.
     """
-    tfds = extras.require("tensorflow_datasets")
     if os.path.isdir(name):
-        return tfds.builder_from_directory(name)
-    from_files = extras.require("tensorflow_datasets.core.read_only_builder").builder_from_files
-    try:
-        return from_files(name, **({"data_dir": data_dir} if data_dir else {}))
-    except tfds.core.DatasetNotFoundError as error:
-        command = f"tfds build {name} --file_format=array_record" + (f" --data_dir={data_dir}" if data_dir else "")
-        where = data_dir or "the folder of tfds, $TFDS_DATA_DIR or ~/tensorflow_datasets"
-        raise ValueError(
-            f"There is no prepared data set {name!r} in {where}. With internet access, run: {command} (some "
-            "builders need TensorFlow to prepare; none needs it to be read). A data set of several configurations is "
-            "named with one, as in c4/en; what has to be fetched by hand, as imagenet2012, with --manual_dir=FOLDER."
-        ) from error
+        return name
+    tfds = extras.require("tensorflow_datasets")
+    finder = extras.require("tensorflow_datasets.core.read_only_builder")
+    in_context = extras.require("tensorflow_datasets.core.utils.error_utils").reraise_with_context
+    # Its public caller builds the features, too, which needs TensorFlow for some of them.
+    find = in_context(tfds.core.DatasetNotFoundError)(finder._find_builder_dir)
+    found = find(name, **({"data_dir": data_dir} if data_dir else {}))
+    if found is not None:
+        return os.fspath(found)
+    command = f"tfds build {name} --file_format=array_record" + (f" --data_dir={data_dir}" if data_dir else "")
+    where = data_dir or "the folder of tfds, $TFDS_DATA_DIR or ~/tensorflow_datasets"
+    raise ValueError(
+        f"There is no prepared data set {name!r} in {where}. With internet access, run: {command} (some "
+        "builders need TensorFlow to prepare; none needs it to be read). A data set of several configurations is "
+        "named with one, as in c4/en; what has to be fetched by hand, as imagenet2012, with --manual_dir=FOLDER."
+    )
 
 
 class _ParquetRecords:
@@ -139,25 +187,30 @@ class _ParquetRecords:
         return record.tobytes()
 
 
-def _open_records(builder: Any, split: str, parts: Sequence[FilePart]) -> Any:
+def _open_records(file_format: str, parts: Sequence[FilePart], instructions: Sequence[Any]) -> Any:
     """Return the encoded examples of a split, by number."""
-    file_format = builder.info.file_format.value
     if file_format == "tfrecord":
         return TfRecords(parts)
     if file_format == "parquet":
         return _ParquetRecords(parts)
-    raw = extras.require("tensorflow_datasets").decode.DeserializeMethod.RAW_BYTES
-    return builder.as_data_source(split, deserialize_method=raw)
+    if file_format == "array_record":
+        return extras.require("array_record.python.array_record_data_source").ArrayRecordDataSource(instructions)
+    raise ValueError(
+        f"Prepared data sets are read as array_record, tfrecord or parquet; this one is {file_format}. Prepare it with "
+        "--file_format=array_record."
+    )
 
 
-def _split_parts(builder: Any, split: str) -> list[FilePart]:
+def _split_parts(info: Any, folder: str, split: str) -> list[Any]:
+    """Return tfds's file instructions of a split or a part of one."""
+    template = extras.require("tensorflow_datasets.core.naming").ShardedFileTemplate(
+        dataset_name=info.name, data_dir=extras.require("etils.epath").Path(folder), filetype_suffix=info.file_format
+    )
+    splits = extras.require("tensorflow_datasets.core.splits").SplitDict.from_proto(info.splits, template)
     try:
-        instructions = builder.info.splits[split].file_instructions
+        return list(splits[split].file_instructions)
     except (KeyError, ValueError) as error:
-        raise ValueError(
-            f"{builder.info.full_name} has no split {split!r}; it has {sorted(builder.info.splits)}."
-        ) from error
-    return [FilePart(os.fspath(part.filename), part.skip, part.take) for part in instructions]
+        raise ValueError(f"{info.name} has no split {split!r}; it has {sorted(splits)}.") from error
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
