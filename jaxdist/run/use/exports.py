@@ -1,9 +1,11 @@
 """A trained model in standard formats: safetensors, npz, an Orbax checkpoint, or a compiled function of jax.export.
 
-In the first three, the name of an array is its path in the model: `params.Dense_0.kernel`.
+In the first three, the name of an array is its path in the model: `params.Dense_0.kernel`. A vocabulary of the training
+data, the names of classes for example, is written beside the export, and into the metadata of safetensors.
 """
 
 import io
+import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +16,7 @@ from jax import export as jax_export
 
 from jaxdist import adapters, errors, extras
 from jaxdist.checkpoint import checkpoints
+from jaxdist.data.sources import vocabulary
 from jaxdist.run.use.trained import TrainedRun
 from jaxdist.run.warm_start import hugging_face_files
 from jaxdist.rundir import files
@@ -22,12 +25,16 @@ from jaxdist.spmd.layout import path_name
 FORMATS = ("safetensors", "npz", "orbax", "jax-export")
 NAMES = ("jaxdist", "hugging-face")
 """Whose names the arrays of safetensors have."""
+VOCABULARY_SUFFIX = ".vocabulary.json"
+"""What the name of the file beside an export ends with: by field, the names that its numbers stand for."""
 _TOLERANCE = 1e-5
 """How far a compiled function may be from the model, relative to the largest output: XLA may fuse it differently."""
 
 
 def export(run: TrainedRun, path: pathlib.Path, kind: str, *, names: str = NAMES[0]) -> None:
     """Write the model of `run` to `path`, which must not exist, in the format `kind`, one of FORMATS.
+
+    The vocabulary of its training data is written beside it.
 
     With the names `hugging-face`, safetensors is a folder that `from_pretrained` of transformers opens.
 
@@ -42,6 +49,16 @@ def export(run: TrainedRun, path: pathlib.Path, kind: str, *, names: str = NAMES
         raise errors.UserError(
             f"Names are {' or '.join(NAMES)}, the latter for safetensors alone; got {names!r} for {kind}."
         )
+    known = vocabulary.vocabulary_of(run.experiment.data.train)
+    beside = path.with_name(f"{path.name}{VOCABULARY_SUFFIX}")
+    if known and beside.exists():
+        raise errors.UserError(f"An export does not overwrite anything, and {beside} exists. Choose another name.")
+    _write(run, path, kind, names)
+    if known:
+        files.write_text(beside, json.dumps(known, indent=1, ensure_ascii=False) + "\n")
+
+
+def _write(run: TrainedRun, path: pathlib.Path, kind: str, names: str) -> None:
     with errors.as_user_error():
         if names != NAMES[0]:
             named = {name.replace(".", "/"): array for name, array in named_arrays(run).items()}
@@ -77,7 +94,9 @@ def _safetensors(run: TrainedRun) -> bytes:
 
 
 def _about(run: TrainedRun) -> dict[str, str]:
-    return {"experiment": run.experiment.name, "step": str(run.step), "params_sha256": str(run.record.params_sha256)}
+    about = {"experiment": run.experiment.name, "step": str(run.step), "params_sha256": str(run.record.params_sha256)}
+    known = vocabulary.vocabulary_of(run.experiment.data.train)
+    return about | ({"vocabulary": json.dumps(known, ensure_ascii=False)} if known else {})
 
 
 def _npz(run: TrainedRun) -> bytes:

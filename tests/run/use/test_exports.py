@@ -102,6 +102,23 @@ def test_nothing_is_overwritten(run, tmp_path, kind):
     assert (tmp_path / "model").read_text() == "precious"
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "npz"])
+def test_the_names_of_classes_are_in_the_export_or_beside_it(run, tmp_path, kind):
+    train = jaxdist.ArraySource({"image": np.zeros((2, 6), np.float32), "label": np.array([0, 1])})
+    train.vocabulary = {"label": ("cat", "Hündin")}
+    changed = dataclasses.replace(run.experiment.data, train=train, eval=None)
+    experiment = dataclasses.replace(run.experiment, data=changed)
+    named, path = dataclasses.replace(run, experiment=experiment), tmp_path / "model.x"
+    exports.export(named, path, kind)
+    assert json.loads((tmp_path / "model.x.vocabulary.json").read_text()) == {"label": ["cat", "Hündin"]}
+    if kind == "safetensors":
+        with safetensors.safe_open(path, "numpy") as opened:
+            assert json.loads(opened.metadata()["vocabulary"]) == {"label": ["cat", "Hündin"]}
+    path.unlink()
+    with pytest.raises(errors.UserError, match=r"model.x.vocabulary.json exists"):
+        exports.export(named, path, kind)
+
+
 def test_an_unknown_format_is_refused(run, tmp_path):
     with pytest.raises(errors.UserError, match="one of safetensors, npz, orbax, jax-export; got 'onnx'"):
         exports.export(run, tmp_path / "model", "onnx")
@@ -114,7 +131,7 @@ def test_names_of_transformers_make_a_folder_with_its_config(tmp_path):
         params=params,
         model_state=None,
         step=3,
-        experiment=types.SimpleNamespace(model=model, name="tiny"),
+        experiment=types.SimpleNamespace(model=model, name="tiny", data=types.SimpleNamespace(train=None)),
         record=types.SimpleNamespace(params_sha256="0"),
     )
     exports.export(made, tmp_path / "a" / "b", "safetensors", names="hugging-face")
