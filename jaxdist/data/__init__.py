@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from jaxdist.data.sources.folders import ImageFolder as ImageFolder
     from jaxdist.data.sources.images import ImageType as ImageType
     from jaxdist.data.sources.memmap import NpySource as NpySource
+    from jaxdist.data.sources.memmap import TokenDocuments as TokenDocuments
     from jaxdist.data.sources.memmap import TokenSource as TokenSource
     from jaxdist.data.sources.memmap import text_bytes as text_bytes
     from jaxdist.data.sources.mixture import ScheduledMix as ScheduledMix
@@ -81,7 +82,7 @@ _NAMES = {
     "sources.mixture": ("ScheduledMix", "mix", "ramp"),
     "sources.folders": ("ImageFolder",),
     "sources.images": ("ImageType",),
-    "sources.memmap": ("NpySource", "TokenSource", "text_bytes"),
+    "sources.memmap": ("NpySource", "TokenDocuments", "TokenSource", "text_bytes"),
     "sources.pack": ("Bucketed", "Packed", "example_lengths"),
     "sources.records": ("ArrayRecordSource",),
     "sources.sounds": ("SoundFolder",),

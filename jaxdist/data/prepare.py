@@ -6,6 +6,7 @@ its `shards` (a `ShardList`) lets hosts without shared storage each read only th
 """
 
 import bisect
+import contextlib
 import itertools
 import json
 import os
@@ -24,9 +25,9 @@ from jaxdist.data import text
 from jaxdist.data.sources.combine import ShardList
 from jaxdist.data.sources.folders import ImageFolder
 from jaxdist.data.sources.images import IMAGE_SUFFIXES
-from jaxdist.data.sources.listing import find_files, is_hidden, local_path
+from jaxdist.data.sources.listing import PREPARED, find_files, is_hidden, local_path
 from jaxdist.data.sources.parquet import ParquetSource
-from jaxdist.data.sources.records import PREPARED, ArrayRecordSource, encode_example
+from jaxdist.data.sources.records import ArrayRecordSource, encode_example
 from jaxdist.data.sources.sounds import SOUND_SUFFIXES, SoundFolder
 from jaxdist.data.sources.source import Source, fingerprint_array, fingerprint_text
 from jaxdist.data.sources.tables import csv_source
@@ -74,22 +75,36 @@ def prepare(
         `text.open_tokenizer`. None makes a token of each byte.
       stream: where the progress bar goes; None is standard error.
     """
+    with contextlib.ExitStack() as stack:
+        return _prepare(source, out, shard_size, tokenizer, _bar(stack, stream or sys.stderr))
+
+
+def _bar(stack: contextlib.ExitStack, stream: TextIO) -> ShowProgress:
+    """Return what shows progress in a bar, which appears with the first of it: a mistake is shown without a bar."""
     columns = (*rich.progress.Progress.get_default_columns(), rich.progress.MofNCompleteColumn())
-    with rich.progress.Progress(*columns, console=rich.console.Console(file=stream or sys.stderr)) as bar:
-        task = bar.add_task("Preparing")
+    bar = rich.progress.Progress(*columns, console=rich.console.Console(file=stream))
+    task = bar.add_task("Preparing")
 
-        def show(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
+    def show(done: int, total: int) -> None:
+        if not bar.live.is_started:
+            stack.enter_context(bar)
+        bar.update(task, completed=done, total=total)
 
-        if isinstance(source, str) and kind_of_data(source) == "text":
-            size = shard_size or TOKENS_PER_SHARD
-            if tokenizer is not None:
-                return prepare_text(source, out, tokenizer, tokens_per_shard=size, progress=show)
-            return prepare_tokens(source, out, tokens_per_shard=size, progress=show)
+    return show
+
+
+def _prepare(
+    source: str | Source, out: str | os.PathLike, shard_size: int | None, tokenizer: str | None, show: ShowProgress
+) -> Prepared:
+    if isinstance(source, str) and kind_of_data(source) == "text":
+        size = shard_size or TOKENS_PER_SHARD
         if tokenizer is not None:
-            raise ValueError(f"A tokenizer is for text, .txt files; {source} is none. Leave --tokenizer out.")
-        opened = open_source(source) if isinstance(source, str) else source
-        return prepare_records(opened, out, examples_per_shard=shard_size or EXAMPLES_PER_SHARD, progress=show)
+            return prepare_text(source, out, tokenizer, tokens_per_shard=size, progress=show)
+        return prepare_tokens(source, out, tokens_per_shard=size, progress=show)
+    if tokenizer is not None:
+        raise ValueError(f"A tokenizer is for text, .txt files; {source} is none. Leave --tokenizer out.")
+    opened = open_source(source) if isinstance(source, str) else source
+    return prepare_records(opened, out, examples_per_shard=shard_size or EXAMPLES_PER_SHARD, progress=show)
 
 
 def kind_of_data(name: str) -> str:

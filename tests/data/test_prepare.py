@@ -142,3 +142,17 @@ def test_text_beside_images_is_not_taken_for_the_data(tmp_path):
 def test_addresses_are_refused(tmp_path):
     with pytest.raises(ValueError, match="local folders only"):
         prepare.prepare("gs://bucket/x", tmp_path / "out", stream=io.StringIO())
+
+
+def test_a_mistake_is_shown_without_a_progress_bar(texts, tmp_path):
+    stream = io.StringIO()
+    for source, settings in (
+        (str(texts), {"tokenizer": "bpe:3"}),
+        (str(tmp_path / "none"), {}),
+        (str(texts), {"shard_size": -1}),
+    ):
+        with pytest.raises(ValueError):
+            prepare.prepare(source, tmp_path / "out", stream=stream, **settings)
+    assert stream.getvalue() == ""
+    prepare.prepare(str(texts), tmp_path / "out", stream=stream)
+    assert "Preparing" in stream.getvalue()

@@ -6,6 +6,9 @@ from collections.abc import Iterator, Sequence
 
 from jaxdist.data.sources.source import CorruptExample
 
+PREPARED = "prepared.json"
+"""The file beside prepared records or tokens that says what they are."""
+
 
 def find_files(paths: str | os.PathLike | Sequence[str | os.PathLike], pattern: str) -> list[str]:
     """Return the paths as a list; a folder means its files that match `pattern`, sorted by name."""

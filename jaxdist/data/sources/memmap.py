@@ -5,17 +5,20 @@ Each process opens its own maps: these sources are pickled as file names.
 
 import bisect
 import itertools
+import json
 import os
+import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from jaxdist.data.fingerprints import FileList
-from jaxdist.data.sources.listing import find_files, local_path
+from jaxdist.data.sources.listing import PREPARED, find_files, local_path
 from jaxdist.data.sources.source import (
     ArraySource,
     CorruptExample,
     Example,
+    checked_ids,
     checked_index,
     fingerprint_array,
     fingerprint_text,
@@ -83,7 +86,7 @@ class TokenSource:
 
     def __getitems__(self, ids: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """Return the windows `ids`, shape (len(ids), length)."""
-        ids = np.asarray(ids)
+        ids = checked_ids(ids, len(self))
         if len(self._windows) == 1:
             return {"tokens": self._windows[0].take(ids, axis=0).astype(np.int32, copy=False)}
         tokens = np.empty((len(ids), self._length), np.int32)
@@ -105,6 +108,92 @@ class TokenSource:
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         self._open()
+
+
+class TokenDocuments:
+    """The documents of token files, one an example: field `tokens` int32, the end token of each included.
+
+    >>> documents = TokenDocuments("tokens/", longest=512)
+    >>> source = Packed(documents, documents.lengths, row_length=512)
+
+    Files continue each other, as the shards of `jaxdist data prepare --tokenizer` do. What follows the last end token
+    is a document.
+
+    Args:
+      paths: as for TokenSource.
+      end_token: the number of the token that ends a document; None takes what `jaxdist data prepare` noted.
+      longest: a longer document becomes several examples of this length and a rest; None keeps every document whole.
+      dtype: of raw files.
+    """
+
+    def __init__(
+        self,
+        paths: str | os.PathLike | Sequence[str | os.PathLike],
+        *,
+        end_token: int | None = None,
+        longest: int | None = None,
+        dtype: np.dtype | type | None = None,
+    ):
+        if longest is not None and longest < 1:
+            raise ValueError(f"longest must be at least 1 token; got {longest}.")
+        self._paths, self._longest, self._dtype = find_files(paths, "*.npy"), longest, dtype
+        self.end_token = _noted_end_token(self._paths[0]) if end_token is None else int(end_token)
+        self._open()
+        if not len(self):
+            raise ValueError(f"There are no tokens in {', '.join(self._paths[:5])}.")
+
+    def _open(self) -> None:
+        self.files = FileList(self._paths)
+        self._tokens = [_open_tokens(path, self._dtype) for path in self._paths]
+        self._ends_of_files = np.cumsum([0, *map(len, self._tokens)])
+        begins = [
+            np.flatnonzero(tokens == self.end_token) + 1 + offset
+            for tokens, offset in zip(self._tokens, self._ends_of_files)
+        ]
+        bounds = np.unique(np.concatenate([[0], *begins, self._ends_of_files[-1:]]))
+        if self._longest is not None:
+            pieces = [np.arange(begin, end, self._longest) for begin, end in itertools.pairwise(bounds.tolist())]
+            bounds = np.concatenate([*pieces, bounds[-1:]])
+        self._bounds = bounds.astype(np.int64)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """The tokens of each document, int64: what `Packed` and `Bucketed` ask for."""
+        return np.diff(self._bounds)
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    def __getitem__(self, index: int) -> Example:
+        index = checked_index(index, len(self))
+        begin, end = int(self._bounds[index]), int(self._bounds[index + 1])
+        first = int(np.searchsorted(self._ends_of_files, begin, side="right")) - 1
+        parts = []
+        while begin < end:
+            offset = int(self._ends_of_files[first])
+            parts.append(self._tokens[first][begin - offset : end - offset])
+            begin, first = begin + len(parts[-1]), first + 1
+        return {"tokens": np.concatenate(parts).astype(np.int32)}
+
+    def fingerprint(self) -> str:
+        """Return the hash of the settings and of the files' contents (a sample of them where they are large)."""
+        settings = (self._longest, self.end_token)
+        return fingerprint_text("documents", *settings, *map(fingerprint_array, self._tokens))
+
+    def __getstate__(self) -> dict:
+        return {name: getattr(self, name) for name in ("_paths", "_longest", "_dtype", "end_token")}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+
+def _noted_end_token(path: str) -> int:
+    notes = pathlib.Path(path).parent / PREPARED
+    found = json.loads(notes.read_text()).get("end_token") if notes.exists() else None
+    if found is None:
+        raise ValueError(f"It is unclear which token ends a document: {notes} does not say. Give `end_token`.")
+    return int(found)
 
 
 def text_bytes(paths: str | os.PathLike | Sequence[str | os.PathLike], *, length: int) -> TokenSource:

@@ -18,11 +18,8 @@ import numpy as np
 
 from jaxdist import extras
 from jaxdist.data.fingerprints import FileList, fingerprint_files
-from jaxdist.data.sources.listing import find_files
+from jaxdist.data.sources.listing import PREPARED, find_files
 from jaxdist.data.sources.source import CorruptExample, Example, checked_index, fingerprint_text
-
-PREPARED = "prepared.json"
-"""The file beside prepared records that says what they are."""
 
 DecodeFn = Callable[[bytes], Example]
 

@@ -56,6 +56,20 @@ def checked_index(index: int, size: int) -> int:
     return number + size if number < 0 else number
 
 
+def checked_ids(ids: Sequence[int] | np.ndarray, size: int) -> np.ndarray:
+    """Return the examples' numbers in [0, size), int64; see `checked_index`. There may be none."""
+    numbers = np.asarray(ids)
+    if not numbers.size:
+        return numbers.astype(np.int64)
+    if numbers.dtype.kind not in "iu":
+        raise IndexError(f"Examples are chosen by whole numbers; got an array of {numbers.dtype}.")
+    low, high = int(numbers.min()), int(numbers.max())
+    if low < -size or high >= size:
+        raise IndexError(f"There is no example {low if low < -size else high}: the source has {size}.")
+    numbers = numbers.astype(np.int64, copy=False)
+    return numbers if low >= 0 else np.where(numbers < 0, numbers + size, numbers)
+
+
 class ArraySource:
     """Examples held in arrays (or memmaps) that share dim 0.
 
@@ -92,7 +106,7 @@ class ArraySource:
 
     def __getitems__(self, ids: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """Return the examples `ids`, stacked, in fresh arrays."""
-        index = np.asarray(ids)
+        index = checked_ids(ids, self._size)
         # take() is about twice as fast as fancy indexing for small rows.
         return {name: np.asarray(array.take(index, axis=0)) for name, array in self.arrays.items()}
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxdist.data import order
-from jaxdist.data.sources.source import Example, Source, checked_index, fingerprint_array, fingerprint_text
+from jaxdist.data.sources.source import Example, Source, checked_ids, checked_index, fingerprint_array, fingerprint_text
 from jaxdist.data.sources.vocabulary import vocabulary_of
 from jaxdist.data.sources.wrap import as_source
 
@@ -54,7 +54,7 @@ class Subset:
 
 def _gather(source: Any, ids: np.ndarray, chosen: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
     """Return the examples `ids[chosen]`, stacked. Worker processes can be given a function of a module only."""
-    return source.__getitems__(ids[np.asarray(chosen)])
+    return source.__getitems__(ids[checked_ids(chosen, len(ids))])
 
 
 def held_out(source: Source, fraction: float, *, seed: int, labels: Labels | None = None) -> tuple[Subset, Subset]:

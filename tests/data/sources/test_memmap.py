@@ -1,10 +1,12 @@
 import pickle
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
-from jaxdist.data import CorruptExample, Loader
-from jaxdist.data.sources.memmap import NpySource, TokenSource, text_bytes
+from jaxdist.data import ArraySource, CorruptExample, Loader, Packed, Subset
+from jaxdist.data.sources.memmap import NpySource, TokenDocuments, TokenSource, text_bytes
 
 
 def one_epoch(source, size=4):
@@ -90,3 +92,71 @@ def test_an_address_is_no_local_path():
         TokenSource("gs://bucket/x", length=3)
     with pytest.raises(ValueError, match="local folders only"):
         NpySource({"x": "s3://bucket/x.npy"})
+
+
+documents_of_tokens = st.lists(st.lists(st.integers(1, 9), max_size=7), min_size=1, max_size=8)
+
+
+@hypothesis.settings(max_examples=40)
+@hypothesis.given(
+    documents_of_tokens, st.booleans(), st.lists(st.integers(0, 60), max_size=3), st.none() | st.integers(1, 5)
+)
+def test_documents_are_the_tokens_up_to_each_end_token_across_files(tmp_path_factory, documents, ended, cuts, longest):
+    folder = tmp_path_factory.mktemp("tokens")
+    tokens = [token for document in documents for token in [*document, 0]]
+    tokens = tokens if ended else tokens[:-1] or [3]
+    for number, part in enumerate(np.split(np.array(tokens, np.uint16), sorted(cut % len(tokens) for cut in cuts))):
+        np.save(folder / f"{number}.npy", part)
+    source = pickle.loads(pickle.dumps(TokenDocuments(folder, end_token=0, longest=longest)))
+    found = [source[index]["tokens"] for index in range(len(source))]
+    assert np.concatenate(found).tolist() == tokens  # each token once, in order
+    assert source.lengths.tolist() == [len(each) for each in found]
+    assert all(0 not in each[:-1] for each in found)
+    if longest is None:
+        assert all(each[-1] == 0 for each in found[: None if ended else -1])
+    else:
+        assert max(map(len, found)) <= longest
+        assert all(len(each) == longest or each[-1] == 0 for each in found[:-1])
+
+
+def test_packed_documents_are_kept_whole_are_divided_over_processes_and_resume(tmp_path):
+    random = np.random.default_rng(0)
+    tokens = np.concatenate([np.append(random.integers(1, 99, random.integers(1, 30)), 0) for _ in range(60)])
+    for number, part in enumerate(np.array_split(tokens.astype(np.uint16), 3)):
+        np.save(tmp_path / f"tokens-{number}.npy", part)
+    (tmp_path / "prepared.json").write_text('{"end_token": 0}')
+    documents = TokenDocuments(tmp_path, longest=16)
+    packed = Packed(documents, documents.lengths, row_length=16)
+    loader = Loader(packed, global_batch_size=8, seed=0, num_epochs=1)
+    batches = list(loader)
+    seen = []
+    for batch, _ in batches:
+        for row in np.flatnonzero(batch["mask"]):
+            tokens, segments = batch["tokens"][row], batch["segment_ids"][row]
+            seen += [tuple(tokens[segments == number].tolist()) for number in range(1, segments.max() + 1)]
+    assert sorted(seen) == sorted(tuple(documents[i]["tokens"].tolist()) for i in range(len(documents)))
+    parts = [list(loader.starting_at(batches[1].position).with_rows(np.arange(begin, begin + 4))) for begin in (0, 4)]
+    for (one, position), (other, _), (whole, there) in zip(*parts, batches[2:], strict=True):
+        assert position == there
+        for name, array in whole.items():
+            np.testing.assert_array_equal(np.concatenate([one[name], other[name]]), array)
+    (tmp_path / "prepared.json").unlink()
+    with pytest.raises(ValueError, match="unclear which token ends a document"):
+        TokenDocuments(tmp_path)
+
+
+@pytest.mark.parametrize("num_files", [1, 2])
+def test_batches_of_no_ids_of_ids_from_the_end_and_of_none_there(tmp_path, num_files):
+    for number in range(num_files):
+        np.save(tmp_path / f"{number}.npy", np.arange(12 // num_files, dtype=np.uint16) + 100 * number)
+    source = TokenSource(tmp_path, length=3)
+    for whole in (
+        source,
+        Subset(source, range(4)),
+        ArraySource({"tokens": np.stack([source[i]["tokens"] for i in range(4)])}),
+    ):
+        assert whole.__getitems__([])["tokens"].shape == (0, 3)
+        np.testing.assert_array_equal(whole.__getitems__([-1, 0])["tokens"], [whole[3]["tokens"], whole[0]["tokens"]])
+        for wrong, message in (([4], "no example 4"), ([-5], "no example -5"), ([0.5], "float64")):
+            with pytest.raises(IndexError, match=message):
+                whole.__getitems__(wrong)
