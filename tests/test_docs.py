@@ -132,7 +132,7 @@ def readme_names() -> dict[str, typing.Any]:
     }
 
 
-FAST = ("concepts", "data", "first_run", "README")
+FAST = ("concepts", "data", "first_run", "streams", "README")
 """Pages whose blocks run in seconds; those of the others train models and start processes."""
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from jaxdist.data import ArraySource, MapSource, Source
+from jaxdist.data.streams import equivalents
 from jaxdist.errors import ConfigError
 from jaxdist.setting_group import show
 
@@ -21,6 +22,8 @@ def as_source(examples: Any, setting: str) -> Source:
     """
     if isinstance(examples, Source):
         return examples
+    if (sentence := equivalents.equivalent(examples)) is not None:
+        raise ConfigError(f"{setting} cannot be used: {sentence}")
     try:
         arrays = _arrays(examples)
         return ArraySource(arrays) if arrays is not None else MapSource(examples)

@@ -32,7 +32,7 @@ class Data:
 
     Examples may be given as a Source, as any data set with `len` and items that are dicts, as a dict of arrays
     (`{"image": images, "label": labels}`), as a DataFrame, whose columns are the fields, or as a pair of arrays
-    `(x, y)`, which become the fields "image" and "label".
+    `(x, y)`, which become the fields "image" and "label". What is read forward is a `data.StreamSource`.
 
     Attributes:
       train: the training examples.

@@ -57,6 +57,10 @@ if TYPE_CHECKING:
     from jaxdist.data.sources.wrap import MapSource as MapSource
     from jaxdist.data.statistics import DataStatistics as DataStatistics
     from jaxdist.data.statistics import field_statistics as field_statistics
+    from jaxdist.data.streams.iterables import count_examples as count_examples
+    from jaxdist.data.streams.iterables import hugging_face_stream as hugging_face_stream
+    from jaxdist.data.streams.iterables import iterable_stream as iterable_stream
+    from jaxdist.data.streams.stream import StreamSource as StreamSource
     from jaxdist.data.text import open_tokenizer as open_tokenizer
     from jaxdist.data.tfds.prepared import TfdsSource as TfdsSource
     from jaxdist.data.transforms import CentreCrop as CentreCrop
@@ -93,6 +97,8 @@ _NAMES = {
     "tfds.prepared": ("TfdsSource",),
     "sources.wrap": ("MapSource",),
     "statistics": ("DataStatistics", "field_statistics"),
+    "streams.iterables": ("count_examples", "hugging_face_stream", "iterable_stream"),
+    "streams.stream": ("StreamSource",),
     "text": ("open_tokenizer",),
     "transforms": (
         *("CentreCrop", "Chain", "CheckLabel", "DecodeCropFlip", "DecodeImage"),

@@ -32,6 +32,7 @@ class Inspection:
         loader as it is set up.
       examples_per_second: of the loader as configured.
       vocabulary: by field, the names that its numbers stand for.
+      promise: what holds of each example, where the source is a stream.
     """
 
     source: str
@@ -44,6 +45,7 @@ class Inspection:
     microseconds: Mapping[str, float]
     examples_per_second: float
     vocabulary: Mapping[str, tuple[str, ...]]
+    promise: str = ""
 
 
 def inspect(loader: Loader, *, num_shown: int = 3, num_batches: int = 20) -> Inspection:
@@ -67,6 +69,7 @@ def inspect(loader: Loader, *, num_shown: int = 3, num_batches: int = 20) -> Ins
         microseconds={**_time_stages(loader, min(num_batches, loader.steps_per_epoch)), "wait": 1e6 / delivered},
         examples_per_second=delivered,
         vocabulary=vocabulary_of(loader.source),
+        promise=getattr(loader.source, "promise", ""),
     )
 
 
@@ -76,6 +79,7 @@ def render(inspection: Inspection) -> str:
         f"source       {inspection.source}, {inspection.num_examples:,} examples",
         f"epoch        {inspection.steps_per_epoch:,} steps of {inspection.global_batch_size} examples",
         f"fingerprint  {inspection.fingerprint}",
+        *([f"promise      {inspection.promise}"] if inspection.promise else []),
         "",
         *_table(
             ["field", "shape", "dtype", "smallest", "largest"],

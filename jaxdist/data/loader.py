@@ -96,6 +96,7 @@ class Loader:
         self.skipped: list[str] = []
         self.rows = None if rows is None else _checked_rows(rows, global_batch_size)
         _check_counts(self, trains=shuffle is not False or num_epochs is None)
+        _check_stream(self)
         fingerprint = source.fingerprint() if fingerprint is None else fingerprint
         self.beginning = Position(0, 0, len(source), self.seed, self.order.version, fingerprint)
         if start is not None:
@@ -173,6 +174,8 @@ class Loader:
         Raises:
           ValueError: an example cannot be read, or cannot be in one batch with the other.
         """
+        # What can only be read forward would be read up to the last of them.
+        among = 1 if getattr(self.source, "reads_forward", False) else among
         last = min(self.steps_per_epoch, among or self.steps_per_epoch) - 1
         chosen = set(np.linspace(0, last, min(num_batches, last + 1), dtype=int).tolist())
         for number, plan in zip(range(last + 1), self.plans()):
@@ -310,6 +313,18 @@ def _checked_rows(rows: np.ndarray, global_batch_size: int) -> np.ndarray:
             f"got {rows}. `jaxdist.data.placement.process_rows` computes them."
         )
     return rows
+
+
+def _check_stream(loader: Loader) -> None:
+    """Raise ValueError where a source that is read forward cannot be read as asked."""
+    if not getattr(loader.source, "reads_forward", False):
+        return
+    loader.source.check_order(loader.order)  # type: ignore[attr-defined]
+    if loader.num_workers:
+        raise ValueError(
+            f"A stream is read forward by one process, so that worker processes would each read all of it; got "
+            f"num_workers={loader.num_workers}. Use num_threads."
+        )
 
 
 def _check_counts(loader: Loader, *, trains: bool) -> None:

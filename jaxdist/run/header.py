@@ -43,6 +43,7 @@ def render(
         "devices": f"{devices}, {experiment.strategy}, reduction {experiment.reduction}",
         "batch": f"{experiment.global_batch_size} examples a step, {share}",
         "data": f"{len(data.train):,} examples, {steps_per_epoch:,} steps an epoch; {held_out}",
+        **({"stream": promise} if (promise := getattr(data.train, "promise", "")) else {}),
         "ends at": _ends(stop),
         "run directory": str(run_dir),
     }

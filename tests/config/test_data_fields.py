@@ -42,8 +42,8 @@ def test_a_source_is_taken_as_it_is():
 
 @pytest.mark.parametrize(
     "given",
-    ["train.csv", b"bytes", IMAGES, (IMAGES,), (IMAGES, LABELS, LABELS), ([1], [2]), iter([1]), 3, None],
-    ids=["path", "bytes", "array", "single", "triple", "lists", "stream", "number", "None"],
+    ["train.csv", b"bytes", IMAGES, (IMAGES,), (IMAGES, LABELS, LABELS), ([1], [2]), 3, None],
+    ids=["path", "bytes", "array", "single", "triple", "lists", "number", "None"],
 )
 def test_what_are_no_examples_is_refused_with_what_to_write(given):
     with pytest.raises(ConfigError, match=r"Write, for example, Data\(train=\{"):

@@ -57,7 +57,7 @@ REFUSED = {
     "arrays of two lengths": (lambda: jaxdist.Data(train=(IMAGES, LABELS[:3])), "must share dim 0"),
     "an empty dict": (lambda: jaxdist.Data(train={}), "at least one array"),
     "a column of strings": (lambda: jaxdist.Data(train=pandas.DataFrame({"name": ["a"]})), "Data.train cannot be used"),
-    "a stream": (lambda: jaxdist.Data(train=iter([1])), "a dict of arrays"),
+    "a stream": (lambda: jaxdist.Data(train=iter([1])), "data.StreamSource("),
 }
 
 

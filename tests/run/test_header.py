@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import tiny_experiment
 
-from jaxdist import stop
+from jaxdist import data, stop
 from jaxdist.run import header
 from jaxdist.spmd import mesh
 
@@ -53,3 +53,12 @@ def test_a_run_that_begins_with_weights_says_which():
     assert render(tiny_experiment.get_config(), began_with="runs/a: 4 leaves loaded")["begins with"].strip() == (
         "runs/a: 4 leaves loaded"
     )
+
+
+def test_a_stream_that_cannot_give_each_example_once_is_said_to():
+    tiny = tiny_experiment.get_config()
+    sized = data.StreamSource(lambda shard: tiny.data.train, sizes=52)
+    assert "stream" not in render(dataclasses.replace(tiny, data=dataclasses.replace(tiny.data, train=sized)))
+    unknown = data.StreamSource(lambda shard: tiny.data.train, num_shards=2, examples_per_epoch=52)
+    facts = render(dataclasses.replace(tiny, data=dataclasses.replace(tiny.data, train=unknown)))
+    assert "a stream of unknown size, 52 examples an epoch" in facts["stream"]

@@ -42,6 +42,10 @@ def _with_mask(example: Example) -> Example:
     return {**example, COUNTS: np.asarray(example.get(COUNTS, 1), np.float32)}
 
 
+_OF_ORDER = ("order", "reads_forward", "check_order", "promise")
+"""What a source says of the order it is read in, which holds for a part of it too."""
+
+
 class Filtered:
     """A source some of whose examples do not count: they keep their places, and their mask is 0.
 
@@ -54,6 +58,7 @@ class Filtered:
         self._source, self._keep_fn, self._version = source, keep_fn, version
         self.parts = (source,)
         self.vocabulary = vocabulary_of(source)
+        self.__dict__.update({name: getattr(source, name) for name in _OF_ORDER if hasattr(source, name)})
 
     def __len__(self) -> int:
         return len(self._source)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from jaxdist.data.sources.source import Example, Source, fingerprint_array, fingerprint_text
+from jaxdist.data.streams.equivalents import equivalent
 
 _NUM_SAMPLES = 16
 
@@ -30,11 +31,13 @@ class MapSource:
     """
 
     def __init__(self, dataset: Any, *, names: Sequence[str] = (), fingerprint: str | None = None):
+        if (sentence := equivalent(dataset)) is not None:
+            raise ValueError(sentence)
         for method in ("__len__", "__getitem__"):
             if not hasattr(dataset, method):
                 raise ValueError(
-                    f"A source needs random access; {type(dataset).__name__} has no {method}. Write a stream to files "
-                    "first (`jaxdist data prepare`), or load it into arrays (`ArraySource`)."
+                    f"A source needs random access; {type(dataset).__name__} has no {method}. Give a stream as "
+                    "`data.StreamSource`, or load the examples into arrays (`ArraySource`)."
                 )
         self._dataset, self._names, self._fingerprint = dataset, tuple(names), fingerprint
         if len(dataset):

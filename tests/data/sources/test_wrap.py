@@ -34,7 +34,7 @@ def test_map_style_data_sets_are_wrapped():
     np.testing.assert_array_equal(dicts[0]["a"], IMAGE)
     with pytest.raises(ValueError, match="2 values without names"):
         MapSource(Pairs([1]))[0]
-    with pytest.raises(ValueError, match="generator has no __len__"):
+    with pytest.raises(ValueError, match="generator can be iterated once only"):
         MapSource(x for x in range(3))
 
 

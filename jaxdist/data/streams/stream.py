@@ -1,0 +1,263 @@
+"""A stream as a source: examples that are read forward, shard by shard, and numbered so that the loader can ask.
+
+What is promised depends on what is known, and `promise` says it: with the shards' sizes, an epoch is one pass with each
+example exactly once. Without them, an epoch is a given number of examples of lanes that never end.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxdist.data.order import Order, Sequential
+from jaxdist.data.sources.source import Example, checked_index, fingerprint_array, fingerprint_text
+from jaxdist.data.streams.endless import EndlessLane
+from jaxdist.data.streams.forward import EndOfShard, ForwardReader, examples_from
+from jaxdist.data.streams.lanes import EndlessLanes, Lanes
+
+MOST_LANES = 8
+"""How many lanes a stream has by default, if it has as many shards."""
+
+_SAMPLED = 4
+_FARTHEST = 1000
+
+
+class StreamSource:
+    """Examples that can be read forward only, from one or several shards.
+
+    >>> stream = StreamSource(lambda shard: read_log(f"log-{shard}"), num_shards=16, sizes=[1000] * 16)
+
+    Args:
+      open_shard: called with the number of a shard, it returns an iterable of its examples, the same whenever it is
+        called. With `seeks=True` it is called with (shard, start) and returns those from number `start` on.
+      num_shards: what is read independently, usually files. Hosts divide them.
+      sizes: how many examples each shard has (a number, where there is one shard). An epoch is then one pass.
+      examples_per_epoch: the length of an epoch where the sizes are not known.
+      seeks: whether a shard can be opened in its middle; otherwise it is counted from its beginning.
+      window: the size of the shuffle buffer in examples, all lanes together.
+      lanes: how many shards are read side by side, at least as many as processes that shall each read their own. None:
+        the largest power of two up to 8 for which there are shards.
+      names: of the fields, where the examples are tuples or single arrays.
+      shard_names: of the shards, for messages.
+      fingerprint: names the data and their version; None hashes the first examples.
+      repeats: whether the same examples come whenever a shard is opened. False: they do not, and the run says so.
+
+    Raises:
+      ValueError: the settings contradict each other; or, when read, a shard has more or fewer examples than `sizes`.
+    """
+
+    reads_forward = True
+    """The loader reads no examples far ahead, and lets no worker processes read the same shards."""
+
+    def __init__(
+        self,
+        open_shard: Callable[..., Iterable[Any]],
+        *,
+        num_shards: int = 1,
+        sizes: Sequence[int] | int | None = None,
+        examples_per_epoch: int | None = None,
+        seeks: bool = False,
+        window: int = 1024,
+        lanes: int | None = None,
+        names: Sequence[str] = (),
+        shard_names: Sequence[str] = (),
+        fingerprint: str | None = None,
+        repeats: bool = True,
+    ):
+        self._open_shard, self._seeks, self._names = open_shard, seeks, tuple(names)
+        self.num_shards = _checked_count("num_shards", num_shards)
+        self.sizes = _checked_sizes(sizes, examples_per_epoch, num_shards)
+        self._size = (
+            sum(self.sizes) if self.sizes is not None else _checked_count("examples_per_epoch", examples_per_epoch)
+        )
+        self.lanes = _choose_lanes(num_shards) if lanes is None else _checked_lanes(lanes, num_shards, self.sizes)
+        self.window = max(1, _checked_count("window", window) // self.lanes)
+        self._shard_names, self._given_fingerprint, self._repeats = tuple(shard_names), fingerprint, repeats
+        self.vocabulary: Mapping[str, tuple[str, ...]] = {}
+        self._begin()
+
+    def _begin(self) -> None:
+        """Make what is not carried to other processes."""
+        self._reader = ForwardReader(
+            self.open_at,
+            behind=self.window,
+            num_kept=2 * self.window * self.lanes,
+            num_cursors=2 * self.lanes + 2,
+            farthest=self.window + _FARTHEST if self._seeks else None,
+        )
+        self._ends = list(itertools.accumulate(self.sizes or ()))
+        learned: dict[int, int] = {}
+        self._endless = [
+            EndlessLane(lane, range(lane, self.num_shards, self.lanes), self._reader, learned, self.shard_name)
+            for lane in range(self.lanes if self.sizes is None else 0)
+        ]
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int) -> Example:
+        if self.sizes is None:
+            place, lane = divmod(int(index), self.lanes)
+            return self._endless[lane].get(place)
+        shard, number = self._place(index)
+        size = self.sizes[shard]
+        try:
+            example = self._reader.get(shard, number)
+        except EndOfShard as end:
+            raise ValueError(_wrong_size(self.shard_name(shard), size, str(end.size))) from None
+        if number == size - 1 and not self._reader.check_end(shard, size):
+            raise ValueError(_wrong_size(self.shard_name(shard), size, f"more than {size}"))
+        return example
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Return the shard of an example and its number in it."""
+        assert self.sizes is not None
+        index = checked_index(index, self._size)
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        return shard, index - self._ends[shard] + self.sizes[shard]
+
+    def open_at(self, shard: int, start: int) -> Iterable[Example]:
+        """Return the examples of a shard from number `start` on."""
+        if self._seeks:
+            examples = iter(self._open_shard(shard, start))
+        else:
+            examples = examples_from(_checked_iterable(self._open_shard(shard)), start)
+        return map(self._named, examples)
+
+    def _named(self, item: Any) -> Example:
+        if isinstance(item, Mapping):
+            return item
+        values = item if isinstance(item, tuple | list) else (item,)
+        if len(values) != len(self._names):
+            raise ValueError(
+                f"Examples of this stream have {len(values)} values without names; name them, as in "
+                f"names=('image', 'label'). Got names={self._names}."
+            )
+        return {name: np.asarray(value) for name, value in zip(self._names, values)}
+
+    def shard_name(self, shard: int) -> str:
+        """Return the name of a shard for messages."""
+        return self._shard_names[shard] if self._shard_names else f"shard {shard}"
+
+    def location(self, index: int) -> str:
+        """Return the shard of an example, and its number in it."""
+        if self.sizes is None:
+            return f"lane {index % self.lanes} of the stream, number {index // self.lanes} of it"
+        shard, number = self._place(index)
+        return f"{self.shard_name(shard)}, number {number} of it"
+
+    def order(self, *, shuffle: bool = True) -> Order:
+        """Return the order in which shards are read forward, side by side."""
+        if self.sizes is None:
+            return EndlessLanes(self.lanes, self.window if shuffle else 1)
+        return Lanes(self.sizes, self.lanes, self.window) if shuffle else Sequential()
+
+    def check_order(self, order: Order) -> None:
+        """Raise ValueError unless examples are asked for in an order in which they can be read."""
+        if order not in (self.order(shuffle=True), self.order(shuffle=False)):
+            raise ValueError(
+                f"A stream is read forward, in the order of its own lanes and window; got {order}. Leave data.order "
+                "out and set the stream's `window`, or write the examples to files (`jaxdist data prepare`)."
+            )
+
+    @property
+    def promise(self) -> str:
+        """What holds of each example, in a line for the run's header; "" where it is exactly once, as elsewhere."""
+        if not self._repeats:
+            return "a stream that differs whenever it is opened: after a stop, examples may be lost or come twice"
+        if self.sizes is not None:
+            return ""
+        passes = "passes over its examples" if self.lanes == 1 else f"passes over each of its {self.lanes} lanes"
+        once = (
+            "" if self.lanes == 1 else "; lanes with fewer examples come around sooner, so exactly once does not hold"
+        )
+        return f"a stream of unknown size, {self._size:,} examples an epoch: {passes} follow each other{once}"
+
+    def fingerprint(self) -> str:
+        """Return the hash of the shards' names and sizes, and of the first examples of the first shard."""
+        layout = (self.num_shards, self.sizes, self._size if self.sizes is None else "", *self._shard_names)
+        if self._given_fingerprint is not None:
+            return fingerprint_text("stream", *layout, self._given_fingerprint)
+        if not self._repeats:
+            return fingerprint_text("stream", *layout)
+        fields = [f"{name}={_hashed(value)}" for each in self._first() for name, value in sorted(each.items())]
+        return fingerprint_text("stream", *layout, *fields)
+
+    def _first(self) -> Iterator[Example]:
+        """Yield the first examples of the first shard."""
+        try:
+            for number in range(_SAMPLED):
+                yield self._reader.get(0, number)
+        except EndOfShard:
+            return
+        except Exception as error:  # whatever the user's function raises: say which shard it was
+            raise ValueError(f"{self.shard_name(0)} cannot be read: {type(error).__name__}: {error}") from error
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_reader", "_endless", "_ends")}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._begin()
+
+
+def _hashed(value: Any) -> str:
+    array = np.asarray(value)
+    return repr(value) if array.dtype.hasobject else fingerprint_array(array)
+
+
+def _choose_lanes(num_shards: int) -> int:
+    return min(MOST_LANES, 1 << (num_shards.bit_length() - 1))
+
+
+def _checked_count(name: str, value: Any) -> int:
+    if not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"{name} is a whole number of at least 1; got {value!r}.")
+    return int(value)
+
+
+def _checked_lanes(lanes: int, num_shards: int, sizes: Sequence[int] | None) -> int:
+    lanes = _checked_count("lanes", lanes)
+    if sizes is None and lanes > num_shards:
+        raise ValueError(
+            f"A lane of a stream of unknown size needs a shard of its own: there are {num_shards}; got lanes={lanes}. "
+            "Use fewer lanes, or give `sizes`."
+        )
+    return lanes
+
+
+def _checked_sizes(
+    sizes: Sequence[int] | int | None, examples_per_epoch: int | None, num_shards: int
+) -> tuple[int, ...] | None:
+    if (sizes is None) == (examples_per_epoch is None):
+        raise ValueError(
+            "A stream needs to know how long an epoch is: give either `sizes`, how many examples each shard has, for "
+            "epochs with each example exactly once, or `examples_per_epoch`, for any other length. "
+            f"Got {'neither' if sizes is None else 'both'}."
+        )
+    if sizes is None:
+        return None
+    found: tuple[Any, ...] = (sizes,) if isinstance(sizes, int | np.integer) else tuple(sizes)
+    whole = all(isinstance(size, int | np.integer) and size >= 0 for size in found)
+    if len(found) != num_shards or not whole or sum(found) < 1:
+        raise ValueError(
+            f"sizes has the number of examples of each of the {num_shards} shards, not all of them 0; got "
+            f"{list(found[:8])}{' ...' if len(found) > 8 else ''} ({len(found)} sizes)."
+        )
+    return tuple(map(int, found))
+
+
+def _checked_iterable(examples: Any) -> Iterable[Any]:
+    if not hasattr(examples, "__iter__"):
+        raise ValueError(
+            f"open_shard returns an iterable of examples; it returned an object of {type(examples).__name__}."
+        )
+    return examples
+
+
+def _wrong_size(shard: str, expected: int, found: str) -> str:
+    return (
+        f"{shard} has {found} examples, and sizes says {expected}. Correct `sizes` (`data.count_examples` counts "
+        "them), or copy the shard again if it is not whole."
+    )
