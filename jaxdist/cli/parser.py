@@ -83,6 +83,7 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
 
 def _add_uses(commands: Any) -> None:
     """Add what is done with a run that is trained."""
+    _add_replay(commands)
     runs = _add(commands, "runs", "use_command:runs", "list the runs of a folder, or compare some")
     runs.add_argument(
         "paths", nargs="*", metavar="DIR", help="a folder (default runs), or `compare` and two run directories or more"
@@ -125,6 +126,20 @@ def _add_uses(commands: Any) -> None:
         choices=("jaxdist", "hugging-face"),
         help="of the arrays in safetensors; hugging-face writes a folder for transformers",
     )
+
+
+def _add_replay(commands: Any) -> None:
+    replay = _add(commands, "replay", "replay_command:replay", "compute a step of a canonical run again and compare")
+    replay.add_argument("run_dir", type=pathlib.Path, metavar="RUN_DIR", help="the run directory")
+    replay.add_argument("--step", type=_positive, required=True, metavar="N", help="the step; the first is 1")
+    replay.add_argument("--experiment", metavar="FILE", help="the experiment, where its file was moved")
+    replay.add_argument("--devices", type=_positive, metavar="N", help="devices to compute on")
+    diff = _add(
+        commands, "diff", "replay_command:diff", "the first step, leaf and logical shard in which two runs differ"
+    )
+    diff.add_argument("run_dirs", nargs=2, type=pathlib.Path, metavar="RUN_DIR", help="two canonical runs")
+    for command in (replay, diff):
+        command.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
 
 def _checkpoint(text: str) -> str:

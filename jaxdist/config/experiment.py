@@ -132,10 +132,12 @@ class Guards:
     Attributes:
       check_replicas_every: steps between comparisons of the replicas' bits.
       recompile: whether a second compile of the step is reported.
+      step_hashes: whether canonical runs record hashes of each step, for `jaxdist diff` and `jaxdist replay`.
     """
 
     check_replicas_every: int = 200
     recompile: bool = True
+    step_hashes: bool = True
 
 
 @setting_group

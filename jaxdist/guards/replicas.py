@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxdist.spmd import keys
+from jaxdist.guards import array_hash
 from jaxdist.spmd.layout import path_name, spec_axes
 
 PyTree: TypeAlias = Any
@@ -72,33 +72,11 @@ def _fingerprints_fn(mesh: Mesh, specs: tuple[PartitionSpec, ...]) -> Callable[[
     """Return the program that maps leaves laid out as `specs` to uint32 [devices, leaves], the same on each device."""
 
     def local(leaves: list[jax.Array]) -> jax.Array:
-        prints = jnp.stack([_fingerprint(leaf) for leaf in leaves])
+        prints = jnp.stack([array_hash.of_array(leaf) for leaf in leaves])
         return jax.lax.all_gather(prints, mesh.axis_names)
 
     mapped = jax.shard_map(local, mesh=mesh, in_specs=(list(specs),), out_specs=PartitionSpec(), check_vma=False)
     return jax.jit(mapped)
-
-
-def _fingerprint(leaf: jax.Array) -> jax.Array:
-    """Return 32 bits that depend on every bit of `leaf` and on where it stands."""
-    words = _words(leaf).reshape(-1)
-    place = jax.lax.iota(jnp.uint32, words.size) * jnp.uint32(0x9E3779B9)
-    # The finalizer of MurmurHash3 (Appleby) is a bijection, so changing one word always changes its term of the sum.
-    mixed = words ^ place
-    mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
-    mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
-    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
-
-
-def _words(leaf: jax.Array) -> jax.Array:
-    """Return the bits of `leaf` as uint32; narrower elements take one word each."""
-    leaf = keys.plain(leaf)
-    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-        leaf = jnp.stack([leaf.real, leaf.imag])
-    if leaf.dtype == jnp.bool_ or leaf.dtype.name in ("int4", "uint4", "int2", "uint2"):
-        return leaf.astype(jnp.uint32)
-    unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)
-    return jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
 
 
 def _odd_devices(prints: np.ndarray, spec: PartitionSpec, mesh: Mesh) -> list[str]:

@@ -24,6 +24,7 @@ from jaxdist.launch.supervising import watchdog
 from jaxdist.run import bookkeeping, components, directory, disk_room, header, hooks, loop, recovery, rescue
 from jaxdist.run.custom import user_hooks
 from jaxdist.run.diagnosis import profiling
+from jaxdist.run.replay import comparison, recording
 from jaxdist.run.stopwatch import Stopwatch
 from jaxdist.run.warm_start import beginning
 from jaxdist.rundir import full_disk, lock, record, writers
@@ -207,6 +208,7 @@ class _Run:
         agreed: agreement.Agreement,
     ):
         self.parts, self.options, self.start, self.agreed = parts, options, start, agreed
+        self.chain: recording.ChainRecorder | None = None
         self.experiment, self.mesh = parts.experiment, parts.strategy.mesh
         self.sentinel = recompile.RecompileSentinel()
         self.books = bookkeeping.Bookkeeper(
@@ -231,11 +233,12 @@ class _Run:
             start.progress,
             stopwatch,
             evaluate=None if parts.eval_step is None else parts.evaluate,
+            extra=self._found_by_guards,
         )
         traced = options.profile if options.profile and jax.process_index() == 0 else range(0)
         self.trace = profiling.Trace(traced, options.run_dir)
         self.log = hooks.LogMetrics(self.books)
-        self.books.before_save = self.log.flush
+        self.books.before_save = self._flush
 
     def execute(self, stop_rule: stop.StopRule, dog: watchdog.Watchdog) -> record.RunRecord:
         """Train, evaluate the last step if needed, save, and write the record, also of an error before it is raised."""
@@ -261,7 +264,7 @@ class _Run:
         ledger = recovery.recorded(
             self.experiment.recovery, self.options.run_dir, step=start.progress.step, place=start.position
         )
-        with books.shown(), ledger as ledger_hooks, self.trace:
+        with books.shown(), ledger as ledger_hooks, self._chain() as self.chain, self.trace:
             books.call_hooks("on_start", start.state)
             self.trace.begin(start.progress.step + 1)
             result = loop.fit(
@@ -275,7 +278,9 @@ class _Run:
                 stopwatch=books.stopwatch,
                 step_times=books.step_times,
             )
-            self.log.flush()
+            self._flush()
+            if self.chain:
+                self.chain.finish(result.progress.step)
             if result.nonfinite:
                 self._report_nonfinite(result.state, result.nonfinite)
             else:
@@ -283,6 +288,30 @@ class _Run:
             made = books.finish(result.end_reason, self._whole(result.state.params))
             books.call_hooks("on_end", result.state, end_reason=result.end_reason)
             return made
+
+    def _chain(self) -> contextlib.AbstractContextManager[recording.ChainRecorder | None]:
+        """Return the context of the hook that records the hashes of steps; of None where there are none."""
+        shards, earlier = self.parts.strategy.logical_shards, self.books.attempt.earlier
+        if shards is None or not self.experiment.guards.step_hashes:
+            return contextlib.nullcontext()
+        return recording.recorded(
+            self.options.run_dir,
+            self.parts.abstract_state,
+            logical_shards=shards,
+            step=self.start.progress.step,
+            compares=earlier is not None and comparison.same_bits_expected(self.experiment, earlier),
+            earlier=earlier.extra.get("chain") if earlier else None,
+        )
+
+    def _found_by_guards(self) -> dict[str, Any]:
+        """Return what the guards add to the run record."""
+        return {"chain": self.chain.summary()} if self.chain else {}
+
+    def _flush(self) -> None:
+        """Write what the hooks read some steps late."""
+        self.log.flush()
+        if self.chain:
+            self.chain.flush()
 
     def _finish(self, result: loop.FitResult) -> None:
         """Evaluate and save the last step, unless that was done; a preempted run has no time for an evaluation."""
@@ -337,6 +366,8 @@ class _Run:
         books = self.books
         found: list[loop.Hook] = [self._agree_on_time()] if self.experiment.stop.max_seconds is not None else []
         found.append(self.log)
+        if self.chain:
+            found.append(self.chain)
         if books.hooks.has(hook_points.ON_STEP):
             found.append(self._call_user_hooks)
         found += [hooks.evaluate_when_due(books), hooks.show_progress(books)]

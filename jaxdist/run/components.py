@@ -17,6 +17,7 @@ from jaxdist.config.experiment import Experiment
 from jaxdist.data import assembly_process, fingerprints, placement
 from jaxdist.data.sources import wrap
 from jaxdist.errors import ConfigError
+from jaxdist.guards import step_hashes
 from jaxdist.run import preflight
 from jaxdist.run.warm_start import beginning
 from jaxdist.rundir import record
@@ -348,7 +349,10 @@ def make_step(
     optimizer: optax.GradientTransformation,
 ) -> step.Step:
     """Return the training step."""
-    return strategy.make_step(functions.loss_fn, optimizer, num_microbatches=experiment.num_microbatches)
+    hashing = step_hashes.StepHashing() if experiment.guards.step_hashes else step.NO_HASHING
+    return strategy.make_step(
+        functions.loss_fn, optimizer, num_microbatches=experiment.num_microbatches, hashing=hashing
+    )
 
 
 def known_ends(experiment: Experiment, steps_per_epoch: int) -> dict[str, int | None]:

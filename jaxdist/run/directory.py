@@ -23,6 +23,7 @@ from jaxdist.errors import ConfigError
 from jaxdist.launch.joining import agreement
 from jaxdist.launch.supervising import job_memory, restart_events, supervisor
 from jaxdist.run import components
+from jaxdist.run.replay import step_chain
 from jaxdist.rundir import full_disk, ledger, record, writers
 
 CHECKPOINTS_NAME = checkpoints.FOLDER_NAME
@@ -34,7 +35,7 @@ NONFINITE_NAME = "nonfinite.txt"
 SERVERS_NAME = "ps"
 """Folder of the processes of a parameter server."""
 _RUN_FILES = (CHECKPOINTS_NAME, writers.JSONL_NAME, writers.CSV_NAME, writers.TENSORBOARD_NAME)
-_MORE_RUN_FILES = (SET_ASIDE_NAME, ledger.FILE_NAME, NONFINITE_NAME, SERVERS_NAME)
+_MORE_RUN_FILES = (SET_ASIDE_NAME, ledger.FILE_NAME, step_chain.FILE_NAME, NONFINITE_NAME, SERVERS_NAME)
 _JOB_FILES = ("logs", restart_events.EVENTS_NAME, supervisor.BOARD_NAME)
 _SHAPING = ("model", "loss", "inputs", "optimizer", "precision")
 """The settings that decide the form of the saved state."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxdist.run.bookkeeping import Bookkeeper, stamp
 from jaxdist.run.loop import Hook, StepInfo
-from jaxdist.spmd.step import EMPTY_BATCH, NONFINITE_LEAF, Metrics
+from jaxdist.spmd.step import EMPTY_BATCH, NONFINITE_LEAF, STEP_HASHES, Metrics
 
 
 def every(num_steps: int, hook: Hook) -> Hook:
@@ -78,10 +78,10 @@ def _was_made(info: StepInfo) -> bool:
 
 
 def fetch(metrics: Metrics) -> dict[str, float]:
-    """Return a step's metrics as numbers, without the loop's own flag; waits for the step.
+    """Return a step's metrics as numbers, without the loop's own flag and the hashes; waits for the step.
 
     A batch in which no example counts has no means: values that would be NaN are left out.
     """
-    found = jax.device_get({name: value.addressable_data(0) for name, value in metrics.items()})
+    found = jax.device_get({name: value.addressable_data(0) for name, value in metrics.items() if name != STEP_HASHES})
     empty = found.pop(NONFINITE_LEAF, None) == EMPTY_BATCH
     return {name: float(value) for name, value in found.items() if not (empty and np.isnan(value))}

@@ -6,7 +6,7 @@ become the global mean. What a step does with the mean is in one place, `apply_a
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,33 @@ GRAD_NORM = "grad_norm"
 NONFINITE_LEAF = "nonfinite_leaf"
 EMPTY_BATCH = -2
 """The value of `nonfinite_leaf` for a batch in which nothing counted."""
+STEP_HASHES = "step_hashes"
+"""The metric with the hashes of a canonical step, uint32 of one dim: those of the logical shards, then the step's."""
+
+
+class Hashing(Protocol):
+    """What a canonical step computes of itself besides its result: whole numbers, which change no bit of it."""
+
+    def of_shard(self, sums: reduce.Sums) -> jax.Array:
+        """Return the hashes of the sums of one logical shard: uint32, one dim, always of the same length."""
+
+    def of_step(self, sums: reduce.Sums, state: TrainState) -> jax.Array:
+        """Return the hashes of the sums of the whole batch and of the state after the step: uint32, one dim."""
+
+
+class NoHashing:
+    """Hashes nothing."""
+
+    def of_shard(self, sums: reduce.Sums) -> jax.Array:
+        """Return no hash."""
+        return jnp.zeros(0, jnp.uint32)
+
+    def of_step(self, sums: reduce.Sums, state: TrainState) -> jax.Array:
+        """Return no hash."""
+        return jnp.zeros(0, jnp.uint32)
+
+
+NO_HASHING = NoHashing()
 
 
 def data_parallel_step(
@@ -160,6 +187,7 @@ def canonical_step(
     axis: str = DATA_AXIS,
     num_microbatches: int = 1,
     layout: layouts.Layout = layouts.replicated,
+    hashing: Hashing = NO_HASHING,
 ) -> Step:
     """Return a data-parallel step that gives the same bits on every number of devices that divides `logical_shards`.
 
@@ -170,15 +198,26 @@ def canonical_step(
     A `layout` that shards the state (`layout.zero1`) applies between the steps only: the state is gathered for the
     update, because a program on shards would not give the same bits as one on the whole.
 
+    With a `hashing` that gives hashes, they are the metric STEP_HASHES, the only one that is no scalar.
+
     Raises:
       ValueError: `logical_shards` is no power of two, or the mesh does not divide it.
     """
-    shard_fn = _make_shard_fn(loss_fn, num_microbatches)
-    shard_sums = canonical.LogicalShardSums(shard_fn, mesh, logical_shards=logical_shards, axis=axis)
+    shard_fn = make_shard_fn(loss_fn, num_microbatches)
+
+    def hashed_sums(shared: tuple[Any, ...], shard: Batch, index: jax.Array) -> tuple[reduce.Sums, jax.Array]:
+        sums = shard_fn(shared, shard, index)
+        return sums, _in_own_row(hashing.of_shard(sums), index, logical_shards)
+
+    shard_sums = canonical.LogicalShardSums(hashed_sums, mesh, logical_shards=logical_shards, axis=axis)
 
     def update(state: TrainState, inputs: jax.Array | None, total: jax.Array) -> tuple[TrainState, Metrics]:
-        averages = reduce.average(shard_sums.unravel(total), state.model_state)
-        return apply_averages(state, averages, optimizer, inputs)
+        sums, rows = shard_sums.unravel(total)
+        new_state, metrics = apply_averages(state, reduce.average(sums, state.model_state), optimizer, inputs)
+        # The very values that are returned are hashed, not values that are computed a second time for it.
+        new_state = jax.lax.optimization_barrier(new_state)
+        hashes = jnp.concatenate([_from_rows(rows), hashing.of_step(sums, new_state)])
+        return new_state, metrics | ({STEP_HASHES: hashes} if hashes.size else {})
 
     whole = PartitionSpec()
     update_everywhere = device_program.PerDeviceProgram(
@@ -198,12 +237,15 @@ def canonical_step(
     return step if layout is layouts.replicated else _sharded_between_steps(step, mesh, layout)
 
 
-def _make_shard_fn(loss_fn: reduce.LossFn, num_microbatches: int) -> Callable[..., reduce.Sums]:
-    """Return the sums of one logical shard, as a function of what all shards share, the shard and its index."""
+def make_shard_fn(loss_fn: reduce.LossFn, num_microbatches: int) -> Callable[..., reduce.Sums]:
+    """Return the sums of one logical shard, as a function of what all shards share, the shard and its index.
+
+    What is shared: see `shared_by_shards`.
+    """
 
     def shard_fn(shared: tuple[Any, ...], shard: Batch, index: jax.Array) -> reduce.Sums:
         params, model_state, key, step, loss_scale = shared
-        return reduce.accumulate_sums(
+        sums = reduce.accumulate_sums(
             loss_fn,
             params,
             model_state,
@@ -213,8 +255,30 @@ def _make_shard_fn(loss_fn: reduce.LossFn, num_microbatches: int) -> Callable[..
             first_index=index * num_microbatches,
             loss_scale=loss_scale,
         )
+        # Whatever is made of the sums, flat or hashed, is made of the same bits.
+        return jax.lax.optimization_barrier(sums)
 
     return shard_fn
+
+
+def shared_by_shards(state: TrainState) -> tuple[Any, ...]:
+    """Return what the logical shards of a step from `state` have in common."""
+    return state.params, state.model_state, _PlainKey.of(state.key), state.step, precision.loss_scale(state.opt_state)
+
+
+def _in_own_row(hashes: jax.Array, index: jax.Array, num_rows: int) -> jax.Array:
+    """Return the hashes of one logical shard as a matrix whose sum over all shards holds those of each in its row.
+
+    So they travel with the sums, whatever the layout. Half a hash is a float32 without rounding.
+    """
+    halves = jnp.concatenate([hashes >> 16, hashes & 0xFFFF]).astype(jnp.float32)
+    return jnp.zeros((num_rows, halves.size), jnp.float32).at[index].set(halves)
+
+
+def _from_rows(rows: jax.Array) -> jax.Array:
+    """Return the hashes that `_in_own_row` made a matrix of: those of the first shard, of the second, ..."""
+    high, low = jnp.split(rows.astype(jnp.uint32), 2, axis=1)
+    return ((high << 16) | low).reshape(-1)
 
 
 def _sharded_between_steps(step: Step, mesh: Mesh, layout: layouts.Layout) -> Step:

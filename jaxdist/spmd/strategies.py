@@ -54,9 +54,14 @@ class Strategy:
     logical_shards: int | None
 
     def make_step(
-        self, loss_fn: reduce.LossFn, optimizer: optax.GradientTransformation, *, num_microbatches: int = 1
+        self,
+        loss_fn: reduce.LossFn,
+        optimizer: optax.GradientTransformation,
+        *,
+        num_microbatches: int = 1,
+        hashing: steps.Hashing = steps.NO_HASHING,
     ) -> steps.Step:
-        """Return `step(state, batch) -> (state, metrics)`; the state is donated."""
+        """Return `step(state, batch) -> (state, metrics)`; the state is donated. Only canonical steps are hashed."""
         if self.logical_shards is not None:
             return steps.canonical_step(
                 loss_fn,
@@ -65,6 +70,7 @@ class Strategy:
                 logical_shards=self.logical_shards,
                 num_microbatches=num_microbatches,
                 layout=self.layout,
+                hashing=hashing,
             )
         if self.layout is layouts.replicated and len(self.batch_axes) == 1:
             return steps.data_parallel_step(loss_fn, optimizer, self.mesh, num_microbatches=num_microbatches)

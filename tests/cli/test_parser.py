@@ -25,6 +25,8 @@ COMMANDS = {
     "eval": [RUN],
     "predict": [RUN, "in.csv", "out.csv"],
     "export": [RUN, "out", "--format", "npz"],
+    "replay": [RUN, "--step", "3"],
+    "diff": [RUN, RUN],
     "data prepare": ["in.csv", "out"],
     "data inspect": [X],
 }

@@ -164,7 +164,7 @@ def load(
         if not (run_dir / record.FILE_NAME).is_file():
             raise errors.UserError(f"A run directory holds {record.FILE_NAME}; {run_dir} does not. Name another.")
         made = record.RunRecord.read(run_dir)
-        found = _experiment_of(made, run_dir, experiment)
+        found = experiment_of(made, run_dir, experiment)
         _check_same(made, found, run_dir)
         strategy = strategies.build("data-parallel", devices=devices)
         fields, steps_per_epoch = _data_of(made, found)
@@ -179,9 +179,14 @@ def load(
     return TrainedRun(run_dir, made, found, step, params, restored.model_state, functions, fields, strategy)
 
 
-def _experiment_of(
+def experiment_of(
     made: record.RunRecord, run_dir: pathlib.Path, given: str | os.PathLike[str] | Experiment | None
 ) -> Experiment:
+    """Return the experiment that a run was trained with; `given` is it, or its file where that was moved.
+
+    Raises:
+      UserError: its file is not there, or not known.
+    """
     if isinstance(given, Experiment):
         return given
     trained = made.extra.get("experiment") or {}

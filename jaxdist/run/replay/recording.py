@@ -1,0 +1,104 @@
+"""The hook that records the hashes of a run's steps, and says when a step that is made again has other bits."""
+
+import contextlib
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxdist.guards import step_hashes
+from jaxdist.run.loop import LOOK_EVERY, StepInfo
+from jaxdist.run.replay import step_chain
+from jaxdist.spmd.state import TrainState
+from jaxdist.spmd.step import STEP_HASHES
+
+_MOST_RECORDED = 100
+_MOST_TOLD = 3
+
+
+class ChainRecorder:
+    """A hook that reads the hashes of steps some steps late, when they are computed, and writes them to the chain.
+
+    Args:
+      recorder: writes the chain; None on processes other than the first, which only keep step.
+      earlier: what the run record of an earlier attempt says of the chain.
+    """
+
+    def __init__(self, recorder: step_chain.ChainFile | None, earlier: Mapping[str, Any] | None = None):
+        self._recorder = recorder
+        self._pending: list[tuple[int, jax.Array]] = []
+        self._unequal: list[dict[str, Any]] = list((earlier or {}).get("unequal", []))
+        self._told = 0
+
+    def __call__(self, info: StepInfo) -> None:
+        """Keep the hashes of a step; write those of earlier ones."""
+        if self._recorder is None:
+            return
+        self._pending.append((info.step, info.metrics[STEP_HASHES]))
+        if len(self._pending) >= 2 * LOOK_EVERY:
+            self.flush(leave=LOOK_EVERY)
+
+    def flush(self, *, leave: int = 0) -> None:
+        """Write all but the newest `leave` hashes that wait; waits for these steps."""
+        end = len(self._pending) - leave
+        ready, self._pending = self._pending[:end], self._pending[end:]
+        if not ready or self._recorder is None:
+            return
+        hashes = np.stack([np.asarray(each.addressable_data(0)) for _, each in ready])
+        for found in self._recorder.add(ready[0][0], hashes):
+            self._unequal = [*self._unequal, dataclasses.asdict(found)][:_MOST_RECORDED]
+            if self._told < _MOST_TOLD:
+                _tell(found)
+            self._told += 1
+
+    def finish(self, step: int) -> None:
+        """Write what waits, and forget steps after `step`, the run's last: they were dispatched and did not count."""
+        self.flush()
+        if self._recorder is not None:
+            self._recorder.cut(step)
+
+    def summary(self) -> dict[str, Any]:
+        """Return what the run record says of the chain."""
+        return {"file": step_chain.FILE_NAME, "unequal": self._unequal}
+
+
+def _tell(found: step_chain.Difference) -> None:
+    print(
+        f"jaxdist: A step that is made again must have the same bits in canonical mode; this one had others: {found}. "
+        "A device, its memory or its compiler computed wrongly before or now, or the run continues on another kind of "
+        "machine. `jaxdist replay` computes a step once more.",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+@contextlib.contextmanager
+def recorded(
+    run_dir: pathlib.Path,
+    state: TrainState,
+    *,
+    logical_shards: int,
+    step: int,
+    compares: bool,
+    earlier: Mapping[str, Any] | None,
+) -> Iterator[ChainRecorder]:
+    """Yield the hook that records a canonical run; close its file.
+
+    Args:
+      run_dir: the run directory.
+      state: may be abstract.
+      logical_shards: of a step.
+      step: the step that training continues from.
+      compares: see `step_chain.ChainFile`.
+      earlier: what the run record of an earlier attempt says of the chain.
+    """
+    if jax.process_index() != 0:
+        yield ChainRecorder(None, earlier)
+        return
+    form = step_chain.Form(logical_shards, tuple(step_hashes.names(state)))
+    with contextlib.closing(step_chain.ChainFile(run_dir, form, step=step, compares=compares)) as recorder:
+        yield ChainRecorder(recorder, earlier)

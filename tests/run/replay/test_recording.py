@@ -1,0 +1,77 @@
+"""The hook that records hashes: some steps late, on the first process, and it tells of steps made with other bits."""
+
+import types
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdist.run.loop import LOOK_EVERY
+from jaxdist.run.replay import recording, step_chain
+from jaxdist.spmd.step import STEP_HASHES
+
+
+class Recorder:
+    """Keeps what it is given; every step in `unequal` had other bits before."""
+
+    def __init__(self, unequal=()):
+        self.added, self.ended, self.unequal = [], None, unequal
+
+    def add(self, first_step, hashes):
+        steps = range(first_step, first_step + len(hashes))
+        self.added += [(step, int(row[0])) for step, row in zip(steps, hashes, strict=True)]
+        return [step_chain.Difference(step, (1,), ()) for step in steps if step in self.unequal]
+
+    def cut(self, step):
+        self.ended = step
+
+
+def call(hook, steps):
+    for step in steps:
+        hook(types.SimpleNamespace(step=step, metrics={STEP_HASHES: jnp.full(2, step, jnp.uint32)}))
+
+
+def test_hashes_are_read_when_their_steps_are_over_and_all_of_them_at_the_end():
+    recorder = Recorder()
+    hook = recording.ChainRecorder(recorder)
+    call(hook, range(1, 2 * LOOK_EVERY))
+    assert recorder.added == []
+    call(hook, [2 * LOOK_EVERY])
+    assert recorder.added == [(step, step) for step in range(1, LOOK_EVERY + 1)]
+    hook.finish(2 * LOOK_EVERY - 1)
+    assert [step for step, _ in recorder.added] == list(range(1, 2 * LOOK_EVERY + 1))
+    assert recorder.ended == 2 * LOOK_EVERY - 1  # the last step was not finite, for example
+
+
+def test_a_step_with_other_bits_is_told_and_recorded_beside_those_of_earlier_attempts(capsys):
+    earlier = {"unequal": [{"step": 2, "shards": [0], "leaves": []}]}
+    hook = recording.ChainRecorder(Recorder(unequal=(7,)), earlier)
+    call(hook, [6, 7])
+    hook.flush()
+    assert "step 7: logical shard 1" in capsys.readouterr().err
+    assert [found["step"] for found in hook.summary()["unequal"]] == [2, 7]
+
+
+def test_many_unequal_steps_are_told_a_few_times(capsys):
+    hook = recording.ChainRecorder(Recorder(unequal=range(500)))
+    call(hook, range(1, 200))
+    hook.flush()
+    assert capsys.readouterr().err.count("must have the same bits") == 3
+    assert len(hook.summary()["unequal"]) == 100
+
+
+def test_other_processes_record_nothing():
+    hook = recording.ChainRecorder(None)
+    call(hook, range(1, 20))
+    hook.finish(19)
+    assert hook.summary()["unequal"] == []
+
+
+def test_the_file_of_a_run_is_closed_with_what_was_recorded(tmp_path):
+    state = types.SimpleNamespace(params={"w": np.zeros(1)}, model_state=None)
+    where = {"logical_shards": 2, "step": 0, "compares": False, "earlier": None}
+    with recording.recorded(tmp_path, state, **where) as hook:
+        hook(types.SimpleNamespace(step=1, metrics={STEP_HASHES: jnp.arange(5, dtype=jnp.uint32)}))
+        hook.finish(1)
+    found = step_chain.read(tmp_path)
+    assert found.form.names == ("grads/w", "loss and metrics", "params/w")
+    assert found.entry(1)["shards"].tolist() == [0, 1]
