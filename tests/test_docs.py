@@ -345,6 +345,7 @@ def options_of(*names: str) -> list[str]:
         "data prepare",
         "data inspect",
         "runs",
+        "sweep",
         "eval",
         "predict",
         "export",

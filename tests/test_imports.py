@@ -54,6 +54,7 @@ HEAVY = {
     "grpc",
     "libtpu",
     "mlflow",
+    "optuna",
     "orbax",
     "PIL",
     "pyarrow",

@@ -33,6 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_verify(_add(commands, "verify", "verify_command:verify", summary))
     _add_data(_add(commands, "data", "", "prepare a data set; inspect and time one"))
     _add_uses(commands)
+    _add_sweep(_add(commands, "sweep", "sweep_command:sweep", "train with several values of settings, and rank them"))
     summary = "kill processes at random; compare the bits and the ledger"
     _add_chaos(_add(commands, "chaos", "chaos_command:chaos", summary))
     _add_plan(_add(commands, "plan", "plan_command:plan", "estimate memory, time and price on other hardware"))
@@ -214,6 +215,31 @@ def _add_chaos(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
 
+def _add_sweep(command: argparse.ArgumentParser) -> None:
+    _add_experiment(command)
+    command.add_argument(
+        "--over",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="A.B=VALUES",
+        help="values between commas, or a range: 1e-5:1e-2, 1e-5:1e-2:log",
+    )
+    chosen = command.add_mutually_exclusive_group()
+    chosen.add_argument("--random", action="store_true", help="draw trials by chance (default: every combination)")
+    chosen.add_argument("--optuna", action="store_true", help="have Optuna propose trials from what others gave")
+    command.add_argument("--trials", type=_positive, metavar="N", help="with --random or --optuna: how many")
+    command.add_argument("--seed", type=_whole, default=0, metavar="S", help="of what is drawn (default 0)")
+    command.add_argument("--metric", metavar="M", help="to rank by (default: the experiment's, see the guide)")
+    command.add_argument("--mode", choices=("max", "min"), help="which values of --metric are good")
+    command.add_argument("--parallel", type=_positive, default=1, metavar="P", help="trials at once (default 1)")
+    command.add_argument("--sweep-dir", type=pathlib.Path, metavar="DIR", help="(default runs/NAME-sweep-TIME)")
+    command.add_argument("--resume", action="store_true", help="run what is left in --sweep-dir (default: the newest)")
+    command.add_argument("--json", action="store_true", help="print the ranking as one JSON object")
+    # From a sweep to its processes.
+    command.add_argument("--worker-of", type=pathlib.Path, metavar="DIR", help=argparse.SUPPRESS)
+
+
 def _add_experiment(command: argparse.ArgumentParser) -> None:
     command.add_argument("experiment", metavar="EXPERIMENT", help="a Python file with get_config()")
     command.add_argument(
@@ -236,6 +262,12 @@ def _add_experiment(command: argparse.ArgumentParser) -> None:
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"a positive whole number is needed; got {text!r}")
+    return int(text)
+
+
+def _whole(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"a whole number is needed; got {text!r}")
     return int(text)
 
 

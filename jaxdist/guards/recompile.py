@@ -77,7 +77,10 @@ class RecompileSentinel:
     x changed shape: (2,) -> (3,)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, compiled: Callable[..., Any] | None = None) -> None:
+        """Watch a step; `compiled` is one that an earlier run may have called, whose programs count as no compile."""
+        cache_size = getattr(compiled, "_cache_size", int)()
+        self._inherits = cache_size > 0
         self.compile_count = 0
         self._cache_size: int | None = None
         self._last: list[Any] | None = None
@@ -101,7 +104,7 @@ class RecompileSentinel:
             return None
         nearest = min((_compare(known, forms) for known in self._known), key=len, default=None)
         self._known.append(forms)
-        self.compile_count = len(self._known)
+        self.compile_count = len(self._known) - self._inherits
         return None if nearest is None else Recompile(self.compile_count, tuple(nearest))
 
     def _may_have_compiled(self, step_fn: Callable[..., Any], args: Sequence[Any]) -> bool:

@@ -47,6 +47,7 @@ class RunOptions:
       stop_requested: asked after each step whether this process wants to stop and save; all then stop at one step.
       identity: of the experiment, where it is known already; taking it may look at every file of the data.
       source: the experiment's file and overrides, recorded so that the trained run can be loaded.
+      put_together: makes the parts; that of a sweep shares programs between its runs.
     """
 
     run_dir: pathlib.Path
@@ -59,6 +60,7 @@ class RunOptions:
     stop_requested: Callable[[int], bool] = lambda step: False
     identity: components.Identity | None = None
     source: bookkeeping.ExperimentSource | None = None
+    put_together: Callable[..., components.Parts] = components.put_together
 
     @staticmethod
     def accept(values: dict[str, Any]) -> dict[str, Any]:
@@ -79,7 +81,7 @@ def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.
             components.check_experiment(experiment)
             writers.check(experiment.writers)
             stop_rule = experiment.stop.rule()
-            parts = components.put_together(experiment, devices=devices, identity=options.identity)
+            parts = options.put_together(experiment, devices=devices, identity=options.identity)
             began_with = None if options.resume else _check_weights(parts, options)
             earlier = directory.prepare_run_dir(
                 experiment, parts.identity, options.run_dir, resume=options.resume, overwrite=options.overwrite
@@ -210,7 +212,7 @@ class _Run:
         self.parts, self.options, self.start, self.agreed = parts, options, start, agreed
         self.chain: recording.ChainRecorder | None = None
         self.experiment, self.mesh = parts.experiment, parts.strategy.mesh
-        self.sentinel = recompile.RecompileSentinel()
+        self.sentinel = recompile.RecompileSentinel(parts.step)
         self.books = bookkeeping.Bookkeeper(
             bookkeeping.Facts(
                 experiment=self.experiment,

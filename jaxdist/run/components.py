@@ -65,6 +65,27 @@ class Parts:
         """Return the state before the first step, with the weights of `init_from`."""
         return beginning.create_state(self.experiment, self.functions.init_fn, self.optimizer, self.strategy)
 
+    def with_other_inputs(self, experiment: Experiment, identity: "Identity | None" = None) -> "Parts | None":
+        """Return the parts of an experiment that differs in numbers which enter the same compiled programs.
+
+        These are the learning rate and the seed; see `shares_programs`. None if the step takes no such numbers.
+        """
+        optimizer, learning_rate = make_optimizer(experiment, known_ends(experiment, self.loader.steps_per_epoch))
+        same_program = step.with_inputs_of(self.step, optimizer, self.strategy.mesh)
+        if same_program is None:
+            return None
+        fingerprint = self.identity.data
+        return dataclasses.replace(
+            self,
+            experiment=experiment,
+            identity=identity or identity_of(experiment, fingerprint),
+            loader=make_loader(experiment, fingerprint=fingerprint),
+            eval_loaders=make_eval_loaders(experiment),
+            optimizer=optimizer,
+            learning_rate=learning_rate,
+            step=same_program,
+        )
+
     def check_weights(self) -> beginning.WarmStart | None:
         """Return the weights that the run begins with, after reading all of them; None without `init_from`."""
         return beginning.check(self.experiment, (self.abstract_state.params, self.abstract_state.model_state))

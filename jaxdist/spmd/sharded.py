@@ -79,6 +79,10 @@ class _GivesInputs:
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, steps.Metrics]:
         return self._program(state, self._inputs.placed(), batch)
 
+    def with_inputs(self, inputs: PlacedInputs) -> "_GivesInputs":
+        """Return a step of the same program with other inputs of the optimizer."""
+        return _GivesInputs(self._program, inputs)
+
     def trace(self, state: Any, batch: Any) -> jax.stages.Traced:
         """Return the step traced for arguments of these shapes and shardings."""
         return self._program.trace(state, self._inputs.described(), batch)

@@ -140,6 +140,10 @@ class _KeepsKey:
         new_state, metrics = self._program(_with_key(state, None), self._plain_key, self._inputs.placed(), batch)
         return _with_key(new_state, state.key), metrics
 
+    def with_inputs(self, inputs: PlacedInputs) -> "_KeepsKey":
+        """Return a step of the same program with other inputs of the optimizer."""
+        return _KeepsKey(self._program, inputs, getattr(self, "_cache_size", None))
+
     def trace(self, state: TrainState, batch: Batch) -> jax.stages.Traced:
         """Return the step traced for a state and a batch given as shapes, as the `trace` of a jitted step does."""
         key = jax.eval_shape(lambda: _PlainKey.of(jax.random.key(0)))
@@ -148,6 +152,17 @@ class _KeepsKey:
         plain_key = _PlainKey(data, key.impl)
         traced: jax.stages.Traced = program.trace(_with_key(state, None), plain_key, self._inputs.described(), batch)
         return traced
+
+
+def with_inputs_of(step: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> Step | None:
+    """Return a step of the same compiled program with the inputs of another optimizer; None if `step` has none.
+
+    The two optimizers must differ in their inputs alone; see `state.WithInputs`.
+    """
+    if not isinstance(optimizer, WithInputs) or not hasattr(step, "with_inputs"):
+        return None
+    made: Step = step.with_inputs(PlacedInputs(optimizer, mesh))
+    return made
 
 
 def _with_key(state: TrainState, key: Any) -> TrainState:

@@ -10,8 +10,8 @@ import tiny_experiment
 WITHOUT_EXTRAS = """
 import sys
 EXTRAS = {
-    *("array_record", "flatbuffers", "google_crc32c", "grpc", "libtpu", "mlflow", "pandas", "PIL", "plotly", "pyarrow"),
-    *("ray", "safetensors", "shtab", "simplejpeg", "sklearn", "soundfile", "tensorflow_datasets", "wandb"),
+    *("array_record", "flatbuffers", "google_crc32c", "grpc", "libtpu", "mlflow", "optuna", "pandas", "PIL", "plotly"),
+    *("pyarrow", "ray", "safetensors", "shtab", "simplejpeg", "sklearn", "soundfile", "tensorflow_datasets", "wandb"),
 }
 
 class Without:

@@ -22,6 +22,7 @@ COMMANDS = {
     "doctor": [],
     "runs": [],
     "report": [RUN],
+    "sweep": [X, "--over", "seed=1,2"],
     "eval": [RUN],
     "predict": [RUN, "in.csv", "out.csv"],
     "export": [RUN, "out", "--format", "npz"],
@@ -57,7 +58,7 @@ def test_every_command_names_a_handler_that_is_there(command):
     assert handler.__doc__
 
 
-@pytest.mark.parametrize("command", ["train", "launch", "verify", "chaos", "plan", "data inspect"])
+@pytest.mark.parametrize("command", ["train", "launch", "verify", "chaos", "plan", "sweep", "data inspect"])
 def test_every_command_on_an_experiment_takes_the_same_selection(command):
     options = parse(
         *command.split(), *COMMANDS[command], "--devices", "2", "--strategy", "fsdp", "--reduction", "mean",

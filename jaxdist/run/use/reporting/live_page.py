@@ -10,6 +10,7 @@ from http import HTTPStatus
 
 from jaxdist import errors
 from jaxdist.launch.supervising import restart_events
+from jaxdist.run.sweeps import sweep_record
 from jaxdist.run.use import run_list
 from jaxdist.run.use.reporting import report_page, run_data
 from jaxdist.rundir import record, writers
@@ -24,7 +25,7 @@ def serve(run_dirs: Sequence[pathlib.Path], port: int = 0) -> http.server.Thread
     Raises:
       UserError: a directory has no run, Plotly is not installed, or the port is taken.
     """
-    run_data.read(run_dirs)  # errors are reported here, before the page is opened
+    run_data.read(sweep_record.expand(run_dirs))  # errors are reported here, before the page is opened
     report_page.library()
     try:
         return http.server.ThreadingHTTPServer((HOST, port), functools.partial(_Handler, run_dirs))
@@ -38,7 +39,7 @@ def serve(run_dirs: Sequence[pathlib.Path], port: int = 0) -> http.server.Thread
 def version(run_dirs: Sequence[pathlib.Path]) -> str:
     """Return a text that changes whenever a report on `run_dirs` changes, from the state of the files it reads."""
     parts = []
-    for run_dir in run_dirs:
+    for run_dir in sweep_record.expand(run_dirs):
         for name in _WATCHED:
             path = run_dir / name
             found = path.stat() if path.exists() else None

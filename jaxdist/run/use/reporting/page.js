@@ -3,6 +3,7 @@
 
 const root = document.documentElement;
 let runs = JSON.parse(document.getElementById("data").textContent);
+let sweep = JSON.parse(document.getElementById("sweep").textContent);
 const hidden = new Set();
 const OPTIMIZER = ["learning_rate", "grad_norm"], SPEED = "examples_per_second";
 const DASHES = ["solid", "dot", "dash", "dashdot"], SYMBOLS = ["circle", "diamond", "square", "triangle-up", "x"];
@@ -190,6 +191,38 @@ function drawStaleness(plots) {
   }), OPTIONS));
 }
 
+// A color between two, given as #rrggbb.
+function between(from, to, share) {
+  const channel = (hex, at) => parseInt(hex.slice(at, at + 2), 16);
+  return "#" + [1, 3, 5].map((at) => Math.round(channel(from, at) + share * (channel(to, at) - channel(from, at)))
+    .toString(16).padStart(2, "0")).join("");
+}
+
+// Parallel coordinates of a sweep. Plotly's own need WebGL and eval; these are lines.
+function drawSweep(plots) {
+  if (!sweep || !sweep.lines.length) return;
+  const places = sweep.axes.map((_, index) => index), last = places.length - 1;
+  const data = sweep.lines.map(({ y, quality, text }) => ({
+    x: places, y, type: "scatter", mode: "lines+markers", marker: { size: 6 }, hoverlabel: { align: "left" },
+    line: { color: between(color("line"), color("heat"), 0.15 + 0.85 * quality ** 2), width: quality === 1 ? 3.5 : 1.8 },
+    text: y.map(() => text.map(plain).join("<br>")), hovertemplate: "%{text}<extra></extra>",
+  }));
+  const shown = (text) => (text.length > 14 ? `${text.slice(0, 13)}…` : text);
+  const annotations = sweep.axes.flatMap(({ name, ticks }, x) => [
+    { x, y: 1.13, text: `<b>${plain(shown(name))}</b>`, showarrow: false, font: { size: 12, color: color("text") } },
+    ...ticks.map(([y, text]) => ({
+      x, y, text: plain(shown(text)), showarrow: false, xanchor: x === last ? "left" : "right", xshift: x === last ? 9 : -9,
+      font: { size: 11 }, bgcolor: color("card"), opacity: 0.9,
+    })),
+  ]);
+  const shapes = places.map((x) => ({ type: "line", x0: x, x1: x, y0: -0.04, y1: 1.04, line: { color: color("quiet"), width: 1 } }));
+  const plot = chart("sweep", "sweep", `${sweep.lines.length} trials`, [], "tall");
+  plots.push(() => Plotly.react(plot, data, layout({
+    hovermode: "closest", annotations, shapes, margin: { l: 56, r: 56, t: 8, b: 8 },
+    xaxis: { visible: false, range: [-0.12, last + 0.12] }, yaxis: { visible: false, range: [-0.08, 1.2] },
+  }), OPTIONS));
+}
+
 // Removes charts that were not drawn this time, and hides sections without content.
 function tidy() {
   for (const card of document.querySelectorAll(".chart")) {
@@ -203,7 +236,7 @@ function tidy() {
 // All cards stand in their places before the first chart takes its width.
 async function draw() {
   const plots = [];
-  drawCurves(plots); drawConfusion(plots); drawStaleness(plots);
+  drawSweep(plots); drawCurves(plots); drawConfusion(plots); drawStaleness(plots);
   tidy();
   await Promise.all(plots.map((plot) => plot()));
   root.dataset.charts = document.querySelectorAll(".chart").length;
@@ -257,6 +290,7 @@ async function follow(version) {
     const update = await answer.json();
     version = update.version;
     runs = update.runs;
+    sweep = update.sweep;
     for (const [part, html] of Object.entries(update.parts)) document.querySelector(`[data-part=${part}]`).innerHTML = html;
     control("made").textContent = update.made;
     listRuns();

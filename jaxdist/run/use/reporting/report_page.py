@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxdist import errors, extras
+from jaxdist.run.sweeps import sweep_record
 from jaxdist.run.use import run_list
-from jaxdist.run.use.reporting import run_data, sections
+from jaxdist.run.use.reporting import run_data, sections, sweep_chart
 from jaxdist.rundir import files
 
 FILE_NAME = "report.html"
@@ -31,7 +32,7 @@ def write(run_dirs: Sequence[pathlib.Path], out: pathlib.Path) -> int:
       UserError: a directory has no run, `out` is a file of another kind, Plotly is not installed, or the page would be
         too large.
     """
-    run_data.check_are_runs(run_dirs)
+    run_data.check_are_runs(sweep_record.expand(run_dirs))
     check_output(out)
     page = make(run_dirs).encode()
     if len(page) > MOST_BYTES:
@@ -62,15 +63,24 @@ def make(run_dirs: Sequence[pathlib.Path], *, live: str = "") -> str:
     """Return the page on `run_dirs`; `live` is the version of the data in a page that has a server."""
     found = content(run_dirs)
     names = [run["name"] for run in found["runs"]]
-    title = names[0] if len(names) == 1 else f"{len(names)} runs"
+    title = (
+        f"Sweep {run_dirs[0].resolve().name}"
+        if found["sweep"]
+        else names[0]
+        if len(names) == 1
+        else f"{len(names)} runs"
+    )
     template = string.Template(_text("page.html"))
+    parts = dict(found["parts"])
     page = template.substitute(
-        found["parts"],
+        parts,
+        sweep_table=parts.pop("sweep"),
         title=html.escape(title),
         made=html.escape(found["made"]),
         style=_text("page.css"),
         script=_text("page.js"),
         data=_for_script(found["runs"]),
+        sweep=_for_script(found["sweep"]),
         library=library(),
         version=html.escape(importlib.metadata.version("jaxdist")),
         policy=policy(live=bool(live)),
@@ -79,12 +89,20 @@ def make(run_dirs: Sequence[pathlib.Path], *, live: str = "") -> str:
 
 
 def content(run_dirs: Sequence[pathlib.Path]) -> dict[str, Any]:
-    """Return what changes while a run trains: the data of the charts, the HTML of each part, and the present time."""
+    """Return what changes while a run trains: the data of the charts, the HTML of each part, and the present time.
+
+    The directory of a sweep stands for those of its trials.
+    """
+    swept, run_dirs = sweep_chart.read(run_dirs), sweep_record.expand(run_dirs)
     runs = run_data.read(run_dirs)
     differences: Mapping[str, Any] = run_list.compare(run_dirs)["config"] if len(run_dirs) > 1 else {}
     return {
         "runs": [run.to_json() for run in runs],
-        "parts": sections.sections(runs, differences),
+        "sweep": sweep_chart.chart(*swept) if swept else None,
+        "parts": {
+            **sections.sections(runs, differences),
+            "sweep": sweep_chart.table(*swept) if swept else "",
+        },
         "made": f"Report of {datetime.datetime.now():%Y-%m-%d %H:%M:%S}",
     }
 
