@@ -18,7 +18,6 @@ import logging
 import math
 import os
 import pathlib
-import re
 import shutil
 import sys
 import tempfile
@@ -30,6 +29,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxdist.checkpoint import manifest as manifests
+from jaxdist.checkpoint import step_names
 from jaxdist.checkpoint.manifest import CheckpointError, DamagedCheckpointError
 from jaxdist.checkpoint.pieces import place
 from jaxdist.spmd import jax_private
@@ -39,10 +39,8 @@ __all__ = ["CheckpointError", "Checkpointer", "DamagedCheckpointError", "NoRoomE
 
 PyTree: TypeAlias = Any
 
-FOLDER_NAME = "checkpoints"
-"""Name of the directory of checkpoints in a run directory."""
+FOLDER_NAME = step_names.FOLDER_NAME
 _STATE, _MANIFEST = "state", "manifest"
-_STEP_NAME = re.compile(r"(0|[1-9]\d*)(?:\.([1-9]\d*))?")
 _REMOVED = "removed-"
 _ORBAX_UNFINISHED = ".orbax-checkpoint-tmp"
 _NUM_READERS = 8
@@ -238,16 +236,16 @@ class Checkpointer:
             path.rename(folder / str(number) / path.name)
 
     def _committed(self) -> dict[int, list[pathlib.Path]]:
-        return committed(self._directory)
+        return step_names.committed(self._directory)
 
     def _new_path(self, step: int) -> pathlib.Path:
         # A second save gets another name, so that the first stays until the second is committed.
         paths = self._committed().get(step)
         if not paths:
             return self._directory / str(step)
-        previous = _STEP_NAME.fullmatch(paths[-1].name)
+        previous = step_names.parse(paths[-1].name)
         assert previous is not None
-        return self._directory / f"{step}.{int(previous[2] or 0) + 1}"
+        return self._directory / f"{step}.{previous[1] + 1}"
 
     def _refuse_foreign(self) -> None:
         """Raise if the directory belongs to another experiment, whose steps would be removed as old ones."""
@@ -361,15 +359,6 @@ class Checkpointer:
         if intact is None:
             return "No other step there is intact: start again, or restore a copy of the directory."
         return f"Step {intact} is intact: restore that one, or remove {path}."
-
-
-def committed(directory: pathlib.Path) -> dict[int, list[pathlib.Path]]:
-    """Return step -> its directories in a directory of checkpoints; the last one is valid."""
-    found: dict[int, list[tuple[int, pathlib.Path]]] = {}
-    for path in directory.iterdir() if directory.is_dir() else ():
-        if match := _STEP_NAME.fullmatch(path.name):
-            found.setdefault(int(match[1]), []).append((int(match[2] or 0), path))
-    return {step: [path for _, path in sorted(paths)] for step, paths in found.items()}
 
 
 def is_checkpoint(path: pathlib.Path) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxdist import extras
 from jaxdist.errors import ExitStatus
+from jaxdist.rundir.remote.run_address import place_of_run
 
 PARAMETER_SERVER = "parameter-server"
 """The strategy whose processes have different roles."""
@@ -91,7 +92,7 @@ def _add_uses(commands: Any) -> None:
     )
     runs.add_argument("--json", action="store_true", help="print JSON")
     report = _add(commands, "report", "use_command:report", "show one run or several as a page of charts")
-    report.add_argument("run_dirs", nargs="+", type=pathlib.Path, metavar="RUN_DIR", help="run directories")
+    report.add_argument("run_dirs", nargs="+", type=place_of_run, metavar="RUN_DIR", help="run directories")
     report.add_argument(
         "--out",
         type=pathlib.Path,
@@ -108,7 +109,7 @@ def _add_uses(commands: Any) -> None:
     predict = _add(commands, "predict", "use_command:predict", "write a trained model's outputs for some examples")
     export = _add(commands, "export", "use_command:export", "write a trained model in a format that others read")
     for command in (evaluate, predict, export):
-        command.add_argument("run_dir", type=pathlib.Path, metavar="RUN_DIR", help="the run directory")
+        command.add_argument("run_dir", type=place_of_run, metavar="RUN_DIR", help="the run directory, or its address")
         command.add_argument(
             "--checkpoint", type=_checkpoint, default="best", metavar="C", help="best (default), last, or a step"
         )
@@ -154,7 +155,7 @@ def _add_launch(command: argparse.ArgumentParser) -> None:
     command.set_defaults(resume=False)
     command.add_argument(
         "--run-dir",
-        type=pathlib.Path,
+        type=place_of_run,
         metavar="DIR",
         help="on a file system that all hosts share",
     )
@@ -178,7 +179,9 @@ def _add_launch(command: argparse.ArgumentParser) -> None:
 def _add_train(command: argparse.ArgumentParser) -> None:
     _add_experiment(command)
     command.add_argument("--processes", type=_positive, metavar="P", help="processes on this machine (default 1)")
-    command.add_argument("--run-dir", type=pathlib.Path, metavar="DIR", help="of the run (default runs/NAME-TIME)")
+    command.add_argument(
+        "--run-dir", type=place_of_run, metavar="DIR", help="of the run, or s3://... (default runs/NAME-TIME)"
+    )
     command.add_argument("--resume", action="store_true", help="continue the run in --run-dir (default: the newest)")
     command.add_argument(
         "--checkpoint", type=_positive, metavar="STEP", help="with --resume: continue from this step, not the newest"

@@ -3,7 +3,7 @@
 import argparse
 
 from jaxdist import errors
-from jaxdist.cli import selected_experiment, train_work
+from jaxdist.cli import remote_runs, selected_experiment, train_work
 from jaxdist.launch.signals import StopRequest
 from jaxdist.paramserver.run import start
 from jaxdist.run import components, directory
@@ -22,6 +22,7 @@ def train(options: argparse.Namespace, request: StopRequest, identity: component
                 "--strategy."
             )
     experiment = selected_experiment.load(options)
+    remote_runs.check_servers(experiment)
     run_dir = options.run_dir or directory.default_run_dir(experiment.name, resume=options.resume)
     with selected_experiment.record_alone_on_stdout(options):
         settings = start.Options(

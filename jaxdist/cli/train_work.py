@@ -21,6 +21,7 @@ from jaxdist.run import attempt, bookkeeping, components, directory, recovery, s
 from jaxdist.run.diagnosis import profiling
 from jaxdist.run.warm_start import beginning
 from jaxdist.rundir import record, writers
+from jaxdist.rundir.remote import working_copy
 
 
 def train(options: argparse.Namespace, request: StopRequest) -> int:
@@ -143,8 +144,9 @@ def _train_here(
         )
     if runtime.is_first() and earlier == (made.step, made.end_reason):
         print(
-            f"jaxdist: The run in {run_dir} had ended at step {made.step} already ({made.end_reason}); nothing was "
-            "trained. To continue, raise the limit that ended it, for example with --max-steps.",
+            f"jaxdist: The run in {working_copy.shown(run_dir)} had ended at step {made.step} already "
+            f"({made.end_reason}); nothing was trained. To continue, raise the limit that ended it, for example with "
+            "--max-steps.",
             file=sys.stderr,
         )
     return report(made, run_dir, as_json=options.json and runtime.is_first())
@@ -192,5 +194,5 @@ def _beginning(options: argparse.Namespace, run_dir: pathlib.Path) -> str:
 def report(made: record.RunRecord, run_dir: pathlib.Path, *, as_json: bool) -> int:
     """Print the run record where that is asked for; return the exit status."""
     if as_json:
-        print(json.dumps(made.to_json() | {"run_dir": str(run_dir)}))
+        print(json.dumps(made.to_json() | {"run_dir": working_copy.shown(run_dir)}))
     return exit_status(made)

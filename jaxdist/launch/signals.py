@@ -19,16 +19,20 @@ SAME_REQUEST_SECONDS = 1.0
 """Signals that arrive within this time are one request: a service manager signals a supervisor and its processes, and
 the supervisor passes its own signal on."""
 
+SAVING = "Saving and stopping after this step."
+
 
 class StopRequest:
     """Whether a stop was requested.
 
     Args:
       supervised: whether to ignore a second signal: the supervisor then ends this process.
+      answer: what is done about a signal, as a sentence.
     """
 
-    def __init__(self, *, supervised: bool = False) -> None:
+    def __init__(self, *, supervised: bool = False, answer: str = SAVING) -> None:
         self.signal: signal.Signals | None = None
+        self._answer = answer
         self._supervised, self._at = supervised, 0.0
         self._noted = threading.Event()
 
@@ -48,14 +52,14 @@ class StopRequest:
             return
         self.signal, self._at = signal.Signals(number), time.monotonic()
         # os.write, since another thread may be in the middle of a print; the terminal may be gone.
-        message = f"\n{self.signal.name}: Saving and stopping after this step. Repeat the signal to exit at once.\n"
+        message = f"\n{self.signal.name}: {self._answer} Repeat the signal to exit at once.\n"
         with contextlib.suppress(OSError, ValueError):
             os.write(sys.stderr.fileno(), message.encode())
         self._noted.set()
 
 
 @contextmanager
-def stop_on_signal(environment: Mapping[str, str] = os.environ) -> Iterator[StopRequest]:
+def stop_on_signal(environment: Mapping[str, str] = os.environ, *, answer: str = SAVING) -> Iterator[StopRequest]:
     """Turn the signals of STOP_SIGNALS into a request while the context lasts; a SIGHUP that is ignored stays so.
 
     The first signal is noted and announced on standard error. A second one exits at once with status 128 + its number,
@@ -63,7 +67,7 @@ def stop_on_signal(environment: Mapping[str, str] = os.environ) -> Iterator[Stop
     handler only when the main thread returns from native code, which may never happen in a collective. So a thread
     reads the signals, which the interpreter writes to a pipe as soon as they arrive.
     """
-    request = StopRequest(supervised=parent.PARENT_ID in environment)
+    request = StopRequest(supervised=parent.PARENT_ID in environment, answer=answer)
     told, tell = os.pipe()
     os.set_blocking(tell, False)
     reader = threading.Thread(target=_read_signals, args=(told, request), name="jaxdist-signals", daemon=True)

@@ -24,6 +24,7 @@ from jaxdist.run.progress_display import Bounds, Silent, deciding, make_display
 from jaxdist.run.stopwatch import StepTimes, Stopwatch
 from jaxdist.run.warm_start import beginning
 from jaxdist.rundir import confusion, files, full_disk, origin, record, rich_values, writers
+from jaxdist.rundir.remote import working_copy
 from jaxdist.stop import Progress
 
 
@@ -412,8 +413,8 @@ class Bookkeeper:
 
     def _summary(self, made: record.RunRecord) -> dict[str, object]:
         """Return what a user is shown when a run has ended."""
-        run_dir, saved = self.attempt.run_dir, self.checkpointer.latest_step()
-        checkpoint = f"{run_dir / directory.CHECKPOINTS_NAME} (step {saved})"
+        run_dir, saved = working_copy.shown(self.attempt.run_dir), self.checkpointer.latest_step()
+        checkpoint = f"{run_dir}/{directory.CHECKPOINTS_NAME} (step {saved})"
         evaluated = {
             name: value
             for name, value in confusion.without_entries(made.metrics).items()
@@ -424,7 +425,7 @@ class Bookkeeper:
             "step": made.step,
             **{name: writers.format_number(value) for name, value in evaluated.items()},
             **self._best_value(),
-            "run record": run_dir / record.FILE_NAME,
-            "metrics": run_dir / writers.JSONL_NAME,
+            "run record": f"{run_dir}/{record.FILE_NAME}",
+            "metrics": f"{run_dir}/{writers.JSONL_NAME}",
             "checkpoint": "none was saved" if saved is None else checkpoint,
         }

@@ -9,6 +9,7 @@ import jax
 from jaxdist.config import data_fields
 from jaxdist.config.experiment import Experiment
 from jaxdist.run.progress_display import format_summary
+from jaxdist.rundir.remote import working_copy
 
 
 def render(
@@ -45,7 +46,7 @@ def render(
         "data": f"{len(data.train):,} examples, {steps_per_epoch:,} steps an epoch; {held_out}",
         **({"stream": promise} if (promise := getattr(data.train, "promise", "")) else {}),
         "ends at": _ends(stop),
-        "run directory": str(run_dir),
+        "run directory": working_copy.shown(run_dir),
     }
     facts |= {} if began_with is None else {"begins with": str(began_with)}
     return format_summary(facts | ({"continues": f"after step {step:,}"} if step else {}))

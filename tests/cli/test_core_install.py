@@ -10,8 +10,9 @@ import tiny_experiment
 WITHOUT_EXTRAS = """
 import sys
 EXTRAS = {
-    *("array_record", "flatbuffers", "google_crc32c", "grpc", "libtpu", "mlflow", "optuna", "pandas", "PIL", "plotly"),
-    *("pyarrow", "ray", "safetensors", "shtab", "simplejpeg", "sklearn", "soundfile", "tensorflow_datasets", "wandb"),
+    *("array_record", "flatbuffers", "fsspec", "google_crc32c", "grpc", "libtpu", "mlflow", "optuna", "pandas", "PIL"),
+    *("plotly", "pyarrow", "ray", "safetensors", "shtab", "simplejpeg", "sklearn", "soundfile", "tensorflow_datasets"),
+    "wandb",
 }
 
 class Without:
@@ -51,12 +52,16 @@ def test_a_run_is_trained_evaluated_exported_and_listed_without_any_extra(tmp_pa
 
 @pytest.mark.parametrize(
     ("arguments", "extra"),
-    [(("--strategy", "parameter-server"), "paramserver"), (("--set", "writers=jsonl,wandb"), "wandb")],
-    ids=["parameter server", "writer"],
+    [
+        (("--strategy", "parameter-server"), "paramserver"),
+        (("--set", "writers=jsonl,wandb"), "wandb"),
+        (("--run-dir", "s3://bucket/run"), "remote"),
+    ],
+    ids=["parameter server", "writer", "remote run directory"],
 )
 @pytest.mark.slow
 def test_what_needs_an_extra_that_is_missing_says_what_to_install(tmp_path, arguments, extra):
-    done = run("train", tiny_experiment.__file__, *arguments, "--run-dir", tmp_path / "a")
+    done = run("train", tiny_experiment.__file__, "--run-dir", tmp_path / "a", *arguments)
     assert done.returncode == 2, done.stderr
     assert f"pip install 'jaxdist[{extra}]'" in done.stderr
     assert "Traceback" not in done.stderr

@@ -21,6 +21,7 @@ EXTRAS = {
     "mlflow": ("mlflow",),
     "paramserver": ("grpc", "google_crc32c"),
     "ray": ("ray",),
+    "remote": ("fsspec",),
     "report": ("plotly",),
     "text": ("sentencepiece", "tokenizers"),
     "wandb": ("wandb",),

@@ -5,7 +5,7 @@ import os
 import pathlib
 import shlex
 
-from jaxdist.cli import main, parser, selected_experiment
+from jaxdist.cli import main, parser, remote_runs, selected_experiment
 from jaxdist.cli.commands import train_command
 from jaxdist.config import hidden_settings
 from jaxdist.config.experiment import Experiment
@@ -22,6 +22,7 @@ def launch(options: argparse.Namespace) -> int:
     """Start the processes of a job, or show what would be started."""
     _check(options)
     experiment = selected_experiment.load(options)
+    remote_runs.check_launch(options, experiment)
     if experiment.strategy == parser.PARAMETER_SERVER:
         return _launch_servers(options, experiment)
     if options.engine:
@@ -31,7 +32,9 @@ def launch(options: argparse.Namespace) -> int:
         return _launch_on_host(options, experiment)
     processes = ["--processes", str(options.processes)]
     options.arguments = ["train", options.experiment, *selected_experiment.as_arguments(options), *processes]
-    return _show(options.arguments) if options.dry_run else train_command.supervise(options)
+    if options.dry_run:
+        return _show(options.arguments)
+    return remote_runs.train(options, train_command.supervise)
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from jaxdist.cli import parser
 from jaxdist.errors import ExitStatus
 from jaxdist.launch import signals, waiting
 from jaxdist.launch.supervising import fork_server
+from jaxdist.rundir.remote import run_address
 
 WORK = "jaxdist.cli.train_work"
 """What trains, and what the processes of a job import beforehand."""
@@ -21,6 +22,8 @@ _IN_JOB = "JAXDIST_NUM_PROCESSES"
 
 def train(options: argparse.Namespace) -> int:
     """Train in this process, or start the processes that do."""
+    if isinstance(options.run_dir, run_address.Address):
+        return parser.find_handler("jaxdist.cli.remote_runs:train")(options, _train)
     if not options.fast_dev_run or options.run_dir is not None:
         return _train(options)
     with tempfile.TemporaryDirectory(prefix="jaxdist-trial-") as folder:

@@ -6,13 +6,16 @@ import dataclasses
 import json
 import pathlib
 import shutil
+from collections.abc import Sequence
 
 from jaxdist.config import data_fields
-from jaxdist.errors import ExitStatus
+from jaxdist.errors import ExitStatus, UserError
 from jaxdist.launch.joining import runtime
 from jaxdist.run.use import exports, predictions, run_list, trained
 from jaxdist.run.use.reporting import live_page, report_page
 from jaxdist.rundir import confusion
+from jaxdist.rundir.remote import fetching
+from jaxdist.rundir.remote.run_address import RunPlace
 from jaxdist.rundir.writers import format_metrics
 
 COMPARE = "compare"
@@ -23,11 +26,13 @@ _UNBOUNDED = 1000
 def runs(options: argparse.Namespace) -> int:
     """List the runs of a folder, or compare those that are named."""
     if options.paths[:1] == [COMPARE]:
-        found = run_list.compare(options.paths[1:])
-        print(json.dumps(found) if options.json else run_list.show_comparison(options.paths[1:], found))
+        with fetching.all_fetched(options.paths[1:]) as run_dirs:
+            found = run_list.compare(run_dirs)
+            print(json.dumps(found) if options.json else run_list.show_comparison(run_dirs, found))
         return ExitStatus.OK
     for folder in options.paths or ["runs"]:
-        entries = run_list.find(pathlib.Path(folder))
+        with fetching.folder_fetched(folder) as local:
+            entries = run_list.find(local)
         shown = [dataclasses.asdict(entry) for entry in entries]
         print(
             json.dumps(shown)
@@ -72,19 +77,28 @@ def export(options: argparse.Namespace) -> int:
 def report(options: argparse.Namespace) -> int:
     """Write the report on some runs as one page; with --live, serve it until Ctrl-C."""
     if options.live:
+        _check_local(options.run_dirs)
         with contextlib.suppress(KeyboardInterrupt), live_page.serve(options.run_dirs, options.port) as server:
             print(f"http://{live_page.HOST}:{server.server_port}/  (Ctrl-C ends it)", flush=True)
             server.serve_forever()
         return ExitStatus.OK
     first = options.run_dirs[0]
-    out = options.out or (first if len(options.run_dirs) == 1 else pathlib.Path()) / report_page.FILE_NAME
-    size = report_page.write(options.run_dirs, out)
+    alone = len(options.run_dirs) == 1 and isinstance(first, pathlib.Path)
+    out = options.out or (first if alone else pathlib.Path()) / report_page.FILE_NAME
+    with fetching.all_fetched(options.run_dirs) as run_dirs:
+        size = report_page.write(run_dirs, out)
     print(f"{out}: the report, {size / 1e6:.1f} MB")
     return ExitStatus.OK
+
+
+def _check_local(run_dirs: Sequence[RunPlace]) -> None:
+    for place in run_dirs:
+        if not isinstance(place, pathlib.Path):
+            raise UserError(f"--live follows run directories on this machine; {place} is remote. Leave --live out.")
 
 
 def _load(options: argparse.Namespace) -> trained.TrainedRun:
     devices = runtime.start(options.devices)
     named = options.checkpoint
     checkpoint = named if named in ("best", "last") else int(named)
-    return trained.load(options.run_dir, checkpoint, experiment=options.experiment, devices=devices)
+    return trained.load(str(options.run_dir), checkpoint, experiment=options.experiment, devices=devices)

@@ -24,6 +24,8 @@ from jaxdist.config.starting_weights import Which
 from jaxdist.data.sources import wrap
 from jaxdist.run import components, directory
 from jaxdist.rundir import chosen_checkpoint, record
+from jaxdist.rundir.remote import fetching
+from jaxdist.rundir.remote.run_address import RunPlace, place_of_run
 from jaxdist.spmd import evaluate, state, strategies
 
 _USED = ("model", "loss", "inputs", "precision")
@@ -35,7 +37,7 @@ class TrainedRun:
     """A trained run: the result of `load`.
 
     Attributes:
-      run_dir: the run directory.
+      run_dir: the run directory, or its address.
       record: its run record.
       experiment: the experiment that was trained.
       step: the step of the checkpoint.
@@ -46,7 +48,7 @@ class TrainedRun:
       strategy: the mesh that predictions and evaluations are computed on.
     """
 
-    run_dir: pathlib.Path
+    run_dir: RunPlace
     record: record.RunRecord
     experiment: Experiment
     step: int
@@ -150,7 +152,7 @@ def load(
     """Return the trained model of a run directory.
 
     Args:
-      run_dir: the run directory.
+      run_dir: the run directory, or its address: `s3://bucket/run`.
       checkpoint: "best" (the last, where the run watched no metric), "last", or a step that has a checkpoint.
       experiment: the experiment, or its file where that was moved; None is the file that was trained, with the
         settings it was trained with.
@@ -159,7 +161,17 @@ def load(
     Raises:
       UserError: the directory holds no run, the run has no such checkpoint, or the experiment is not the one trained.
     """
-    run_dir = pathlib.Path(run_dir)
+    place = place_of_run(os.fspath(run_dir))
+    with fetching.fetched(place, fetching.one(checkpoint)) as local:
+        return dataclasses.replace(_load(local, checkpoint, experiment, devices), run_dir=place)
+
+
+def _load(
+    run_dir: pathlib.Path,
+    checkpoint: Which,
+    experiment: str | os.PathLike[str] | Experiment | None,
+    devices: Sequence[jax.Device] | None,
+) -> TrainedRun:
     with errors.as_user_error():
         if not (run_dir / record.FILE_NAME).is_file():
             raise errors.UserError(f"A run directory holds {record.FILE_NAME}; {run_dir} does not. Name another.")

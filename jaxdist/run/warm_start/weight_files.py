@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from jaxdist import adapters
-from jaxdist.checkpoint import checkpoints
+from jaxdist.checkpoint import checkpoints, step_names
 from jaxdist.checkpoint.manifest import FORMAT, CheckpointError
 from jaxdist.config.starting_weights import InitFrom
 from jaxdist.errors import UserError
@@ -95,7 +95,7 @@ def _open(path: pathlib.Path, settings: InitFrom) -> NamedWeights:
 
 def _of_run(run_dir: pathlib.Path, settings: InitFrom) -> NamedWeights:
     made = record.RunRecord.read(run_dir)
-    saved = checkpoints.committed(run_dir / checkpoints.FOLDER_NAME)
+    saved = step_names.committed(run_dir / checkpoints.FOLDER_NAME)
     step = chosen_checkpoint.chosen_step(made, run_dir, sorted(saved), settings.checkpoint)
     return _of_checkpoint(saved[step][-1], f"{run_dir}, step {step}")
 

@@ -1,0 +1,79 @@
+import argparse
+import dataclasses
+import uuid
+
+import pytest
+import tiny_experiment
+
+from jaxdist.cli import remote_runs
+from jaxdist.config.parameter_server import ParameterServer
+from jaxdist.errors import ExitStatus, UserError
+from jaxdist.rundir.remote import working_copy
+from jaxdist.rundir.remote.run_address import Address
+
+
+@pytest.fixture(autouse=True)
+def copies(tmp_path, monkeypatch):
+    monkeypatch.setenv(working_copy.FOLDER_VARIABLE, str(tmp_path / "copies"))
+    monkeypatch.setenv(working_copy.PATIENCE_VARIABLE, "60")
+
+
+def options(run_dir, **more):
+    given = {"resume": False, "command": "jaxdist train x.py", "engine": None, "hosts": 1, "host_index": None}
+    return argparse.Namespace(run_dir=run_dir, **{**given, **more})
+
+
+def address():
+    return Address(f"memory://{uuid.uuid4().hex}/run")
+
+
+def write_record(options):
+    options.run_dir.mkdir(parents=True)
+    (options.run_dir / "run.json").write_text("{}")
+
+
+def test_training_gets_a_working_copy_where_the_directory_is_remote(tmp_path):
+    seen = []
+
+    def begin(given):
+        write_record(given)
+        seen.append(given.run_dir)
+        return ExitStatus.RETRY
+
+    assert remote_runs.train(options(address()), begin) == ExitStatus.RETRY
+    assert remote_runs.train(options(tmp_path / "local"), begin) == ExitStatus.RETRY
+    assert seen[0].is_relative_to(tmp_path / "copies")
+    assert seen[1] == tmp_path / "local"
+
+
+@pytest.mark.parametrize(("status", "then"), [(0, ExitStatus.FAILED), (75, ExitStatus.RETRY), (1, ExitStatus.FAILED)])
+def test_a_run_that_is_not_uploaded_does_not_end_well(status, then, monkeypatch, capsys):
+    monkeypatch.setattr("jaxdist.rundir.remote.mirror.Mirror.start", lambda self: None)
+    monkeypatch.setattr("jaxdist.rundir.remote.mirror.Mirror.finish", lambda self, **_: False)
+
+    def begin(given):
+        write_record(given)
+        return status
+
+    assert remote_runs.train(options(address()), begin) == then
+    assert "It is whole in" in capsys.readouterr().err
+
+
+def test_processes_that_would_not_share_the_copy_are_refused(monkeypatch):
+    tiny = tiny_experiment.get_config()
+    for more in ({"engine": "slurm"}, {"hosts": 2}, {"host_index": 0}):
+        with pytest.raises(UserError, match="share a run directory"):
+            remote_runs.check_launch(options(address(), **more), tiny)
+    remote_runs.check_launch(options(address()), tiny)
+    with pytest.raises(UserError, match="share a run directory"):
+        remote_runs.check_launch(options(address()), dataclasses.replace(tiny, strategy="parameter-server"))
+    on_hosts = dataclasses.replace(tiny, ps=ParameterServer(hosts=("a", "b")))
+    remote_runs.check_servers(on_hosts)
+    monkeypatch.setenv(working_copy.ADDRESS_VARIABLE, str(address()))
+    with pytest.raises(UserError, match="share a run directory"):
+        remote_runs.check_servers(on_hosts)
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    monkeypatch.setenv("JAX_PROCESS_ID", "0")
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(UserError, match="share a run directory"):
+        remote_runs.train(options(address()), write_record)
