@@ -5,7 +5,7 @@ import io
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,6 +22,10 @@ MISSING_TEXTS = (
 
 Categories = Sequence[str] | Mapping[str, Sequence[str]]
 
+_QUICK = ("", "nan", "NaN", "-nan", "-NaN")
+"""The missing texts that would pass as numbers; the others make a column of texts, which is then read again."""
+
+_BLOCK = 2**20
 _MAX_HEADER = 2**16
 _MAX_BLOCK = 2**31 - 2
 _COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
@@ -37,6 +41,7 @@ def csv_source(
     names: Sequence[str] | None = None,
     comment: str | None = None,
     encoding: str = "utf-8",
+    short_rows: Literal["refuse", "fill"] = "refuse",
 ) -> ArraySource:
     """Return the rows of CSV files: whole numbers as int64 (uint64 from 2**63 on), others float64, true and false bool.
 
@@ -55,14 +60,17 @@ def csv_source(
       names: of the columns, for files without a header line. Of columns of the same name, the second becomes `name.1`.
       comment: lines that start with it are skipped.
       encoding: of the text. A byte order mark is skipped.
+      short_rows: a row with fewer cells than the header is refused, or its last cells are empty, as in pandas.
 
     Raises:
       ValueError: a column that is missing, or one that holds something other than numbers and is not a category.
-      CorruptExample: a row whose number of cells differs from the header's.
+      CorruptExample: a row with more cells than the header, or with fewer unless `short_rows` says otherwise.
     """
     files = find_files(paths, "*.csv*")
     given = dict(categories) if isinstance(categories, Mapping) else dict.fromkeys(categories)
-    tables = [_read(path, given, delimiter, names, comment, encoding) for path in files]
+    if short_rows not in ("refuse", "fill"):
+        raise ValueError(f"short_rows is 'refuse' or 'fill'; got {short_rows!r}.")
+    tables = [_read(path, given, delimiter, names, comment, encoding, short_rows == "fill") for path in files]
     table = _joined(tables, files)
     for name in [*(columns or ()), *given]:
         if name not in table.column_names:
@@ -104,6 +112,7 @@ def _read(
     names: Sequence[str] | None,
     comment: str | None,
     encoding: str,
+    fills: bool,
 ) -> Any:
     """Return the table in a file, its column names made distinct, texts where they are not numbers."""
     arrow_csv, pyarrow = extras.require("pyarrow.csv"), extras.require("pyarrow")
@@ -111,19 +120,21 @@ def _read(
     delimiter = delimiter or _delimiter_of(data)
     header, num_lines = _header_of(path, data, delimiter) if names is None else (names, 0)
     distinct = _distinct(header)
+    if fills:
+        data = _filled(data, delimiter, len(distinct))
     texts = {name: pyarrow.string() for name in categories}
 
-    def read(types: Mapping[str, Any], *, use_threads: bool = True) -> Any:
-        # One block: the type of a column is then inferred over all of its rows.
-        block_size = min(max(len(data) + 1, 2**16), _MAX_BLOCK)
-        lines = {"block_size": block_size, "column_names": distinct, "skip_rows": num_lines}
+    def read(types: Mapping[str, Any], *, whole: bool = True, use_threads: bool = True, missing: Any = _QUICK) -> Any:
+        # In one block, the type of a column is inferred over all of its rows.
+        size = len(data) + 1 if whole else _BLOCK
+        lines = {"block_size": min(max(size, 2**16), _MAX_BLOCK), "column_names": distinct, "skip_rows": num_lines}
         return arrow_csv.read_csv(
             pyarrow.BufferReader(data),
             read_options=arrow_csv.ReadOptions(**lines, use_threads=use_threads),
-            parse_options=arrow_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+            parse_options=arrow_csv.ParseOptions(delimiter=delimiter, newlines_in_values=whole),
             convert_options=arrow_csv.ConvertOptions(
                 column_types={**texts, **types},
-                null_values=MISSING_TEXTS,
+                null_values=missing,
                 strings_can_be_null=False,
                 true_values=["True", "TRUE", "true"],
                 false_values=["False", "FALSE", "false"],
@@ -131,11 +142,27 @@ def _read(
         )
 
     try:
-        table = read({})
-        wide = [name for name in distinct if _may_be_wide_integers(table.column(name))]
-        return read(_types_of_wide(read(dict.fromkeys(wide, pyarrow.string())), wide)) if wide else table
+        table = _inferred(read, in_blocks=b'"' not in data)
+        others = [name for name in distinct if name not in texts]
+        if any(pyarrow.types.is_string(table.column(name).type) for name in others):
+            table = read({}, missing=MISSING_TEXTS)
+        wide = [name for name in others if _may_be_wide_integers(table.column(name))]
+        if not wide:
+            return table
+        as_texts = read(dict.fromkeys(wide, pyarrow.string()), missing=MISSING_TEXTS)
+        return read(_types_of_wide(as_texts, wide), missing=MISSING_TEXTS)
     except pyarrow.ArrowInvalid as error:
         raise CorruptExample(f"{path} cannot be read as CSV: {_with_row(error, read)}") from error
+
+
+def _inferred(read: Callable[..., Any], *, in_blocks: bool) -> Any:
+    """Return the table; in blocks, which several threads read, where the types of the first block hold for all."""
+    if in_blocks:
+        try:
+            return read({}, whole=False)
+        except extras.require("pyarrow").ArrowInvalid:
+            pass
+    return read({})
 
 
 def _with_row(error: Exception, read: Callable[..., Any]) -> str:
@@ -171,6 +198,18 @@ def _text_of(path: str, comment: str | None, encoding: str) -> bytes:
     return data.lstrip(b"\r\n")
 
 
+def _filled(data: bytes, delimiter: str, width: int) -> bytes:
+    """Return the text with empty cells at the end of rows that have fewer than `width`; empty lines stay empty."""
+    rows = csv.reader(io.TextIOWrapper(io.BytesIO(data), "utf-8", newline=""), delimiter=delimiter)
+    found = list(rows)
+    if all(len(row) in (0, width) for row in found):
+        return data
+    made = io.StringIO(newline="")
+    writer = csv.writer(made, delimiter=delimiter, lineterminator="\n")
+    writer.writerows([*row, *[""] * (width - len(row))] if row else [] for row in found)
+    return made.getvalue().encode()
+
+
 def _delimiter_of(data: bytes) -> str:
     first_line = data[: data.find(b"\n") + 1 or None].decode()
     return next((mark for mark in (",", ";", "\t", "|") if mark in first_line), ",")
@@ -203,11 +242,13 @@ def _distinct(names: Sequence[str]) -> list[str]:
 
 def _may_be_wide_integers(column: Any) -> bool:
     """Return whether whole numbers beyond int64 may have become inexact floats."""
-    types, compute = extras.require("pyarrow.types"), extras.require("pyarrow.compute")
-    if not types.is_floating(column.type):
+    if not extras.require("pyarrow.types").is_floating(column.type):
         return False
-    ends = compute.min_max(column)
-    return any(end.is_valid and abs(end.as_py()) >= 2**63 for end in (ends["min"], ends["max"]))
+    values = column.to_numpy()
+    low, high = (values.min(), values.max()) if len(values) else (0.0, 0.0)
+    if np.isnan(low):
+        low, high = np.nanmin(values, initial=0.0), np.nanmax(values, initial=0.0)
+    return bool(low <= -(2.0**63) or high >= 2.0**63)
 
 
 def _types_of_wide(table: Any, names: Sequence[str]) -> dict[str, Any]:

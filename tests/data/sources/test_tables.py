@@ -150,3 +150,25 @@ def test_several_files_are_one_table_of_one_type(tmp_path):
     write(tmp_path / "b.csv", "y,x\n1.5,3\n")
     with pytest.raises(ValueError, match=r"b\.csv has the columns"):
         csv_source(tmp_path)
+
+
+def test_short_rows_are_refused_or_filled_as_pandas_does(tmp_path):
+    path = write(tmp_path / "t.csv", 'a,b,c\n1,2,3\n4\n\n"5",6\n')
+    with pytest.raises(CorruptExample, match="Expected 3 columns, got 1"):
+        csv_source(path)
+    assert_pandas(path, csv_source(path, short_rows="fill", missing=math.nan))
+    with pytest.raises(CorruptExample, match="Expected 2 columns, got 3"):
+        csv_source(write(tmp_path / "long.csv", "a,b\n1\n1,2,3\n"), short_rows="fill")
+    with pytest.raises(ValueError, match="'refuse' or 'fill'"):
+        csv_source(path, short_rows="skip")
+
+
+def test_types_of_later_blocks_and_texts_that_mean_missing_count(tmp_path):
+    """The first block of a large file is of whole numbers; behind it come fractions, missing values and texts."""
+    head = "a,b,c,d\n" + "1,1,1,1\n" * 150_000
+    path = write(tmp_path / "t.csv", head + "0.5,NA,nan,9999999999999999999\n")
+    assert_pandas(path, csv_source(path, missing=math.nan), low_memory=False)
+    with pytest.raises(ValueError, match="row 150001: column 'b' has no value"):
+        csv_source(path, columns=("b",))
+    with pytest.raises(ValueError, match="row 150001: column 'a' holds 'x'"):
+        csv_source(write(tmp_path / "t.csv", head + "x,1,1,1\n"))
