@@ -2,7 +2,10 @@
 
 import bisect
 import collections
+import dataclasses
+import functools
 import itertools
+import logging
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -11,14 +14,26 @@ from typing import Any
 import numpy as np
 
 from jaxdist import extras
+from jaxdist.data import order
 from jaxdist.data.fingerprints import FileList, fingerprint_files
 from jaxdist.data.sources.listing import find_files
-from jaxdist.data.sources.source import CorruptExample, Example, checked_index
+from jaxdist.data.sources.source import CorruptExample, Example, checked_index, fingerprint_text
 from jaxdist.data.sources.tables import numbered
+
+_logger = logging.getLogger(__name__)
+
+_SHARE_OF_CACHE = 0.8
+"""How much of the cache the row groups that are read together may take: those of the next turn need room, too."""
+
+_WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "FLOAT": 4, "DOUBLE": 8}
+"""Bytes of a number of each physical type of Parquet; dictionaries take less in the file."""
 
 
 class ParquetSource:
     """The rows of Parquet files, which all have one schema.
+
+    A row group is read as a whole. Where all of them fit into `cache_bytes`, examples come in the order of
+    `data.Shuffled`; where they do not, in that of `GroupShuffled`, which `order()` returns and the log names.
 
     Numbers and booleans keep their dtype, decimals become float64, bytes uint8 (for `example_fn`), lists of numbers
     arrays of their elements' dtype. Texts are numbered where `categories` names them. Dates, times, structs and other
@@ -30,7 +45,7 @@ class ParquetSource:
       categories: columns of texts that become int32 numbers, each with its texts by number, as in {"colour": ("green",
         "red")}.
       missing: what a missing number becomes, in the column's dtype; None refuses the row when it is read.
-      cache_bytes: read row groups that are kept. Where all fit, each is read once.
+      cache_bytes: the row groups that were read last and are kept. Where all fit, each is read once.
     """
 
     def __init__(
@@ -56,7 +71,7 @@ class ParquetSource:
             (file, group) for file, opened in enumerate(self._files) for group in range(opened.num_row_groups)
         ]
         rows = [self._files[file].metadata.row_group(group).num_rows for file, group in self._groups]
-        self._ends = list(itertools.accumulate(rows))
+        self._sizes, self._ends = tuple(rows), list(itertools.accumulate(rows))
         self._kept = self._check_schemas()
 
     def _check_schemas(self) -> list[str]:
@@ -109,6 +124,38 @@ class ParquetSource:
                 self._cache.popitem(last=False)
             return columns
 
+    def order(self, *, shuffle: bool = True) -> order.Order:
+        """Return the order that reads each row group about once an epoch, also where not all fit into the cache."""
+        if not shuffle:
+            return order.Sequential()
+        num_bytes = self._expected_bytes()
+        if num_bytes <= self._cache_bytes or len(self._groups) == 1:
+            return order.Shuffled()
+        together = max(int(_SHARE_OF_CACHE * self._cache_bytes * len(self._groups) / num_bytes), 1)
+        _logger.warning(
+            "The %d row groups of %s take about %.1f GB, more than cache_bytes (%.1f GB). They are read %d at a time, "
+            "in an order of their own, and rows are shuffled among those (GroupShuffled). Raise cache_bytes, or write "
+            "smaller row groups, to shuffle more rows together.",
+            len(self._groups),
+            self._paths[0],
+            num_bytes / 1e9,
+            self._cache_bytes / 1e9,
+            together,
+        )
+        return GroupShuffled(self._sizes, together)
+
+    def _expected_bytes(self) -> int:
+        """Return about how many bytes all rows take once they are read, from the files' metadata."""
+        total = 0
+        for file, group in self._groups:
+            metadata = self._files[file].metadata.row_group(group)
+            for number in range(metadata.num_columns):
+                column = metadata.column(number)
+                if column.path_in_schema.split(".")[0] in self._kept:
+                    least = metadata.num_rows * _WIDTHS.get(column.physical_type, 0)
+                    total += max(column.total_uncompressed_size, least)
+        return total
+
     def fingerprint(self) -> str:
         """Return the hash of the settings, and of the files' sizes and contents (samples of them)."""
         if self._fingerprint is None:
@@ -123,6 +170,57 @@ class ParquetSource:
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         self._open()
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupShuffled(order.Contiguous):
+    """Row groups of the given sizes in a shuffled order, `together` at a time, and all rows of these shuffled.
+
+    A run of positions touches `together` groups, so a source that keeps these in memory reads each once an epoch.
+    """
+
+    sizes: tuple[int, ...]
+    together: int
+
+    @property
+    def version(self) -> str:
+        """See Order."""
+        return f"groups-{order.ORDER_VERSION}:{fingerprint_text('sizes', *self.sizes)} {self.together}"
+
+    def __call__(self, num_examples: int, seed: int, epoch: int, start: int, stop: int) -> np.ndarray:
+        """Return the ids at positions [start, stop) of the epoch, int64."""
+        order.check_range(num_examples, epoch, start, stop)
+        if num_examples != sum(self.sizes):
+            raise ValueError(f"These row groups have {sum(self.sizes)} rows; got num_examples={num_examples}.")
+        groups, begins = _places_of_groups(self.sizes, seed, epoch)
+        firsts = begins[:: self.together]
+        parts = [np.empty(0, np.int64)]
+        while start < stop:
+            turn = int(np.searchsorted(firsts, start, side="right")) - 1
+            mine = groups[turn * self.together : (turn + 1) * self.together]
+            begin, ends = int(firsts[turn]), np.cumsum([self.sizes[group] for group in mine])
+            end = min(stop, begin + int(ends[-1]))
+            inside = order.Permutation.make(int(ends[-1]), "in groups", seed, epoch, turn)
+            rows = inside(np.arange(start, end, dtype=np.int64) - begin)
+            place = np.searchsorted(ends, rows, side="right")
+            first_ids = _starts_of(self.sizes)[mine]
+            parts.append(first_ids[place] + rows - np.concatenate([[0], ends])[place])
+            start = end
+        return np.concatenate(parts)
+
+
+@functools.lru_cache(maxsize=8)
+def _places_of_groups(sizes: tuple[int, ...], seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the row groups that have rows in their order, and the position at which each begins."""
+    groups = order.Permutation.make(len(sizes), "groups", seed, epoch)(np.arange(len(sizes)))
+    groups = groups[np.array(sizes)[groups] > 0]
+    counts = np.array(sizes)[groups]
+    return groups, np.cumsum(counts) - counts
+
+
+@functools.lru_cache(maxsize=8)
+def _starts_of(sizes: tuple[int, ...]) -> np.ndarray:
+    return np.cumsum([0, *sizes])
 
 
 class _Column:

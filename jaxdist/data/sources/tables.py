@@ -95,7 +95,8 @@ def numbered(name: str, column: Any, known: Sequence[str] | None) -> tuple[tuple
         raise ValueError(f"Column {name!r} has no text in {texts.null_count} rows, so it cannot be a category.")
     found = sorted(compute.unique(texts).to_pylist())
     names = tuple(found if known is None else known)
-    unknown = [text for text in found if text not in set(names)]
+    is_known = set(names)  # made once: a column may have as many texts as rows
+    unknown = [text for text in found if text not in is_known]
     if unknown:
         raise ValueError(
             f"Column {name!r} holds {unknown[:5]}, which are not among its known texts, {list(names)[:10]}. "

@@ -4,12 +4,15 @@ import datetime
 import decimal
 import pickle
 
+import hypothesis
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import strategies as st
 
-from jaxdist.data import CorruptExample, Loader, ParquetSource
+from jaxdist.data import CorruptExample, Loader, ParquetSource, order
+from jaxdist.data.sources.parquet import GroupShuffled
 
 DTYPES = [
     "bool",
@@ -143,3 +146,43 @@ def test_a_broken_file_is_named(tmp_path):
     (tmp_path / "c.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(CorruptExample, match=r"c\.parquet"):
         ParquetSource(tmp_path / "c.parquet")
+
+
+@hypothesis.settings(max_examples=40)
+@hypothesis.given(st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(any), st.integers(1, 4), st.data())
+def test_groups_are_read_together_each_row_once_and_any_part_is_found_alone(sizes, together, data):
+    scheme, total = GroupShuffled(tuple(sizes), together), sum(sizes)
+    ids = scheme(total, 3, 1, 0, total)
+    assert sorted(ids.tolist()) == list(range(total))
+    owner = np.searchsorted(np.cumsum(sizes), ids, side="right")
+    last_seen = {group: int(np.flatnonzero(owner == group)[-1]) for group in set(owner.tolist())}
+    for place in range(total):  # the groups that were begun and not ended are never more than `together`
+        begun = {group for group in owner[: place + 1].tolist() if last_seen[group] >= place}
+        assert len(begun) <= together
+    start = data.draw(st.integers(0, total))
+    stop = data.draw(st.integers(start, total))
+    np.testing.assert_array_equal(scheme(total, 3, 1, start, stop), ids[start:stop])
+
+
+def test_row_groups_beyond_the_cache_are_read_about_once_in_an_order_that_is_named(tmp_path, caplog, monkeypatch):
+    values = np.random.default_rng(0).random(4000)
+    path = write(tmp_path / "t.parquet", {"x": values, "id": np.arange(4000)}, row_group_size=200)
+    reads = []
+    original = pq.ParquetFile.read_row_group
+    counted = lambda self, group, **more: reads.append(group) or original(self, group, **more)  # noqa: E731
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
+    small = ParquetSource(path, cache_bytes=5 * 200 * 16)
+    loader = Loader(small, global_batch_size=32, seed=0, num_epochs=1)
+    batches = list(loader)
+    assert isinstance(loader.order, GroupShuffled)
+    assert loader.order.together in (3, 4)
+    assert "GroupShuffled" in caplog.text
+    assert len(reads) <= 1.2 * 20
+    seen = np.concatenate([batch["id"][batch["mask"] == 1] for batch, _ in batches])
+    assert sorted(seen.tolist()) == list(range(4000))
+    again = [batch["id"].tolist() for batch, _ in loader.starting_at(batches[50].position)]
+    assert again == [batch["id"].tolist() for batch, _ in batches[51:]]
+    caplog.clear()
+    assert isinstance(Loader(ParquetSource(path), global_batch_size=32, seed=0).order, order.Shuffled)
+    assert isinstance(Loader(small, global_batch_size=32, seed=0, shuffle=False).order, order.Sequential)
+    assert caplog.text == ""
