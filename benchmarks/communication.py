@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxdist import adapters, losses
 from jaxdist.models import gpt
-from jaxdist.plan import collectives
+from jaxdist.plan.compiled import collectives
 from jaxdist.spmd import layout as layouts
 from jaxdist.spmd import state as states
 from jaxdist.spmd import strategies

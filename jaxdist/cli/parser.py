@@ -76,10 +76,13 @@ def _add_data(command: argparse.ArgumentParser) -> None:
 
 def _add_plan(command: argparse.ArgumentParser) -> None:
     _add_experiment(command)
-    command.add_argument("--topology", required=True, metavar="T", help="cpu:64, tpu:v5e:16x16")
-    command.add_argument("--search", action="store_true", help="try strategies and microbatches, and rank what fits")
+    command.add_argument("--topology", required=True, metavar="T", help="cpu:64, tpu:v5e:16x16, gpu:h100:8")
+    command.add_argument(
+        "--search", action="store_true", help="try strategies, microbatches and remat, and rank what fits"
+    )
     command.add_argument("--sweep-devices", metavar="N,N", help="efficiency on these numbers of devices")
     command.add_argument("--price-per-hour", type=float, metavar="P", help="price of an hour of the whole topology")
+    command.add_argument("--out", type=pathlib.Path, metavar="FILE", help="write the plan as a page, too")
     command.add_argument("--json", action="store_true", help="print the plan as one JSON object")
 
 

@@ -15,7 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxdist import errors
 from jaxdist.config.experiment import Experiment
 from jaxdist.errors import UserError
-from jaxdist.plan import collectives, flops
+from jaxdist.plan.chips import Chip
+from jaxdist.plan.compiled import collectives, facts, flops, live_buffers
 from jaxdist.plan.topology import Topology
 from jaxdist.run import components
 
@@ -33,6 +34,7 @@ class DeviceBytes:
       batch: of the batch.
       gradients: of one gradient, float32, sharded as the params are.
       activations: everything else the program holds at its peak: activations, gathered params, working memory.
+      padding: what the arguments take more than their elements, as tiles of a TPU do.
       program: the program's code.
     """
 
@@ -42,6 +44,7 @@ class DeviceBytes:
     batch: int
     gradients: int
     activations: int
+    padding: int
     program: int
 
     @property
@@ -67,6 +70,7 @@ class Estimate:
       num_devices: of the mesh.
       num_microbatches: parts of a device's batch.
       global_batch_size: examples of a step.
+      batch_bytes: of a step's examples, over all devices.
       num_params: elements, over all devices.
       steps: the step at which the run ends at the latest; None where no limit is known.
       bytes: of one device.
@@ -75,9 +79,15 @@ class Estimate:
       bound_seconds: `compute`, `memory` and `network`, each a lower bound of the step's time.
       compiler_seconds: the compiler's own estimate, where it gives one.
       collectives: kind -> (how many, bytes each device sends in them).
+      collective_axes: axis of the mesh, or several joined by `+` -> bytes each device sends across it.
       collective_lines: `FILE:LINE` -> bytes each device sends because of it.
+      buffers: the largest arrays that are in memory at the peak.
       peak_flops_per_second: of one device.
+      peak_bytes_per_second: of one device, to and from its memory.
       measured_rates: whether the rates behind the bounds were measured on this machine, and not a data sheet's.
+      source: where the rates are from.
+      note: what the compiler could not know.
+      delivered_examples_per_second: what the data gave on this machine when that was measured, else None.
     """
 
     experiment: str
@@ -87,6 +97,7 @@ class Estimate:
     num_devices: int
     num_microbatches: int
     global_batch_size: int
+    batch_bytes: int
     num_params: int
     steps: int | None
     bytes: DeviceBytes
@@ -95,9 +106,15 @@ class Estimate:
     bound_seconds: Mapping[str, float]
     compiler_seconds: float | None
     collectives: Mapping[str, tuple[int, float]]
+    collective_axes: Mapping[str, float]
     collective_lines: Mapping[str, float]
+    buffers: Sequence[live_buffers.Buffer]
     peak_flops_per_second: float
+    peak_bytes_per_second: float
     measured_rates: bool
+    source: str
+    note: str
+    delivered_examples_per_second: float | None = None
 
     @property
     def fits(self) -> bool | None:
@@ -115,6 +132,11 @@ class Estimate:
         return self.bound_seconds[self.bound_by]
 
     @property
+    def input_bytes_per_second(self) -> float:
+        """Bytes of batches that the data must deliver for no step to wait."""
+        return self.batch_bytes / self.step_seconds
+
+    @property
     def model_flops_utilization(self) -> float:
         """FLOPs of a step / (step_seconds x num_devices x peak FLOP/s): 1 where arithmetic bounds the step."""
         return self.flops_per_step / (self.step_seconds * self.num_devices * self.peak_flops_per_second)
@@ -123,6 +145,9 @@ class Estimate:
         """Return everything as plain JSON data; the price is that of an hour of the whole topology."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "bytes"}
         return fields | {
+            "buffers": [dataclasses.asdict(each) for each in self.buffers],
+            "rates": "measured" if self.measured_rates else "model",
+            "input_bytes_per_second": self.input_bytes_per_second,
             "bytes_per_device": self.bytes.total,
             "bytes_by_kind": dataclasses.asdict(self.bytes),
             "fits": self.fits,
@@ -167,29 +192,28 @@ def estimate(experiment: Experiment, topology: Topology) -> Estimate:
         )
     with errors.as_user_error():
         parts = components.put_together(experiment, devices=topology.devices)
-        compiled, step_flops = compile_step(parts)
-    return read(compiled, step_flops, parts, topology)
+        traced = trace_step(parts)
+        found = facts.of_lowered(traced.lower(), topology.devices, topology.name)
+        return read(found, flops.count(traced.jaxpr), parts, topology)
 
 
-def compile_step(parts: components.Parts) -> tuple[jax.stages.Compiled, float]:
-    """Return the training step, compiled for the devices that `parts` were put together for, and its FLOPs."""
+def trace_step(parts: components.Parts) -> Any:
+    """Return the training step, traced for the devices that `parts` were put together for."""
     rows = NamedSharding(parts.strategy.mesh, PartitionSpec(parts.strategy.batch_axes))
     batch = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows) for name, leaf in parts.fields.items()}
     step: Any = parts.step
-    traced = step.trace(parts.abstract_state, batch)
-    return traced.lower().compile(), flops.count(traced.jaxpr)
+    return step.trace(parts.abstract_state, batch)
 
 
-def read(compiled: jax.stages.Compiled, step_flops: float, parts: components.Parts, topology: Topology) -> Estimate:
-    """Return the Estimate of a compiled step."""
+def read(program: facts.ProgramFacts, step_flops: float, parts: components.Parts, topology: Topology) -> Estimate:
+    """Return the Estimate of a step from what was read off its compiled program."""
     experiment, mesh, chip = parts.experiment, parts.strategy.mesh, topology.chip
-    found = collectives.collectives(compiled.as_text() or "")
-    held = device_bytes(compiled, parts)
-    costs = compiled.cost_analysis() or {}
+    found = program.collectives
+    held = device_bytes(program, parts)
     bounds = {
         "compute": step_flops / mesh.size / chip.flops_per_second,
         "memory": held.moved / chip.memory_bytes_per_second,
-        "network": collectives.sent_bytes(found) / chip.link_bytes_per_second,
+        "network": network_seconds(found, chip),
     }
     return Estimate(
         experiment=experiment.name,
@@ -199,34 +223,60 @@ def read(compiled: jax.stages.Compiled, step_flops: float, parts: components.Par
         num_devices=mesh.size,
         num_microbatches=experiment.num_microbatches,
         global_batch_size=experiment.global_batch_size,
+        batch_bytes=batch_bytes(parts),
         num_params=sum(leaf.size for leaf in jax.tree.leaves(parts.abstract_state.params)),
         steps=experiment.stop.last_step(parts.loader.steps_per_epoch),
         bytes=held,
         device_memory=chip.memory_bytes,
         flops_per_step=step_flops,
         bound_seconds=bounds,
-        compiler_seconds=costs.get("optimal_seconds"),
+        compiler_seconds=program.optimal_seconds,
         collectives=collectives.summarize(found),
+        collective_axes=by_axis(found, mesh.shape),
         collective_lines=by_line(found),
+        buffers=program.buffers,
         peak_flops_per_second=chip.flops_per_second,
+        peak_bytes_per_second=chip.memory_bytes_per_second,
         measured_rates=topology.runs_here,
+        source=chip.source,
+        note=topology.note,
     )
 
 
-def device_bytes(compiled: jax.stages.Compiled, parts: components.Parts) -> DeviceBytes:
+def network_seconds(found: Sequence[collectives.Collective], chip: Chip) -> float:
+    """Return the time that sending takes at least: each collective at the rate of the slowest link it crosses."""
+    return sum(each.sent_bytes / chip.bytes_per_second(each.devices) for each in found)
+
+
+def by_axis(found: Sequence[collectives.Collective], mesh: Mapping[str, int]) -> dict[str, float]:
+    """Return for each axis, or several at once, the bytes that a device sends across it, most first."""
+    axes: dict[str, float] = {}
+    for each in found:
+        name = "+".join(each.axes(mesh))
+        axes[name] = axes.get(name, 0.0) + each.sent_bytes
+    return dict(sorted(axes.items(), key=lambda item: -item[1]))
+
+
+def device_bytes(program: facts.ProgramFacts, parts: components.Parts) -> DeviceBytes:
     """Return what one device holds while the compiled step runs."""
-    memory: Any = compiled.memory_analysis()
     state = parts.abstract_state
     held = {name: _shard_bytes(getattr(state, name)) for name in ("params", "opt_state", "model_state")}
-    beside = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    beside = program.temp_bytes + program.output_bytes
+    batch = batch_bytes(parts) // math.prod(parts.strategy.mesh.shape[axis] for axis in parts.strategy.batch_axes)
     gradients = min(sum(4 * math.prod(_shard_shape(leaf)) for leaf in jax.tree.leaves(state.params)), beside)
     return DeviceBytes(
         **held,
-        batch=max(memory.argument_size_in_bytes - sum(held.values()), 0),
+        batch=batch,
         gradients=gradients,
         activations=beside - gradients,
-        program=memory.generated_code_size_in_bytes,
+        padding=max(program.argument_bytes - sum(held.values()) - batch, 0),
+        program=program.code_bytes,
     )
+
+
+def batch_bytes(parts: components.Parts) -> int:
+    """Return the bytes of a global batch."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in parts.fields.values())
 
 
 def by_line(found: Sequence[collectives.Collective]) -> dict[str, float]:

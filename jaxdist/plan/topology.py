@@ -1,7 +1,8 @@
-"""Hardware that is not present: `cpu:64` and `tpu:v5e:16x16` as devices that programs can be compiled for.
+"""Hardware that is not present: `cpu:64`, `tpu:v5e:16x16` and `gpu:h100:8` as devices that programs are compiled for.
 
-Fake CPU devices are the host's own. For TPUs the compiler comes with the package libtpu, which needs no TPU
-(`jax.experimental.topologies`, an ahead-of-time interface of JAX).
+Fake CPU devices are the host's own. For TPUs the compiler comes with the package libtpu, which needs no TPU; for GPUs
+with JAX's CUDA plugin, which needs no GPU and is given a description of one (`jax.experimental.topologies`, an
+ahead-of-time interface of JAX).
 """
 
 import dataclasses
@@ -20,9 +21,18 @@ from jaxdist.errors import UserError
 from jaxdist.launch.joining import runtime
 from jaxdist.plan import chips
 
-EXAMPLES = ("cpu:8", "cpu:64", "tpu:v4:2x2x2", "tpu:v5e:4x4", "tpu:v5e:16x16", "tpu:v5p:4x4x4", "tpu:v6e:16x16")
+EXAMPLES = (
+    "cpu:8", "cpu:64", "tpu:v4:2x2x2", "tpu:v5e:4x4", "tpu:v5e:16x16", "tpu:v5p:4x4x4", "tpu:v6e:16x16",
+    "gpu:a100:8", "gpu:h100:8", "gpu:h100:64", "gpu:h200:8", "gpu:b200:8",
+)  # fmt: skip
+MOST_GPUS = 1024
 MOST_CPU_DEVICES = 256
 _CALIBRATION_SIZE = 768
+_GPU_COMPILERS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
+_NOT_TUNED = (
+    "Compiled for a description of the GPU, without one: kernels are not chosen by timing them, so those of a real GPU "
+    "may use other temporary memory."
+)
 _WHERE_NO_TPU_IS = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_MIN_LOG_LEVEL": "3"}
 """Environment for libtpu, which would otherwise ask the cloud's metadata server."""
 
@@ -33,19 +43,21 @@ class Topology:
 
     Attributes:
       name: as the user wrote it.
-      devices: in order; nothing can run on those of a TPU.
+      devices: in order; nothing can run on those of a TPU or GPU.
       chip: what one of them can do.
       runs_here: whether a compiled program could run on this machine.
+      note: what the compiler could not know; empty where it knows all.
     """
 
     name: str
     devices: Sequence[jax.Device]
     chip: chips.Chip
     runs_here: bool
+    note: str = ""
 
 
 def find(name: str) -> Topology:
-    """Return the topology called `name`, `cpu:N` or `tpu:KIND:AxB`. Must be called before JAX's backend starts.
+    """Return the topology called `name`, such as `cpu:8`. Must be called before JAX's backend starts.
 
     Raises:
       UserError: there is no such topology, or the compiler for it is not installed.
@@ -59,7 +71,35 @@ def find(name: str) -> Topology:
     kind, _, shape = rest.partition(":")
     if platform == "tpu" and kind in chips.TPUS:
         return _tpu(name, kind, shape)
+    if platform == "gpu" and kind in chips.GPUS and shape.isdecimal() and _is_count_of_gpus(int(shape)):
+        return _gpu(name, kind, int(shape))
     raise UserError(_unknown(name))
+
+
+def _is_count_of_gpus(count: int) -> bool:
+    return 1 <= count <= chips.HOST_GPUS or (count % chips.HOST_GPUS == 0 and 0 < count <= MOST_GPUS)
+
+
+def _gpu(name: str, kind: str, count: int) -> Topology:
+    if not any(importlib.util.find_spec(module) for module in _GPU_COMPILERS):
+        raise UserError(
+            f"{name} is compiled for by JAX's CUDA plugin, which is not installed. It needs no GPU: "
+            "pip install 'jaxdist[gpu]'."
+        )
+    # The plugin otherwise prints that it found no driver, which nothing here needs.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    runtime.start_by_itself(1)
+    return Topology(name, _described_gpus(name, kind, count), chips.GPUS[kind].chip, runs_here=False, note=_NOT_TUNED)
+
+
+def _described_gpus(name: str, kind: str, count: int) -> Sequence[jax.Device]:
+    on_host = min(count, chips.HOST_GPUS)
+    shape, target = f"1x{count // on_host}x{on_host}", chips.GPUS[kind].target_config()
+    try:
+        described = topologies.get_topology_desc("", platform="cuda", topology=shape, target_config=target)
+    except Exception as error:  # the plugin's own, of several kinds
+        raise UserError(f"The CUDA plugin cannot describe {name!r}: {error}. {_known()}") from error
+    return described.devices
 
 
 def _tpu(name: str, kind: str, shape: str) -> Topology:
@@ -77,7 +117,7 @@ def _described(name: str, kind: str, shape: str) -> Sequence[jax.Device]:
     try:
         return topologies.get_topology_desc(f"{kind}:{shape}", "tpu").devices
     except Exception as error:  # libtpu's own, of several kinds
-        raise UserError(f"libtpu knows no topology {name!r}: {error}. {_known()}") from error
+        raise UserError(f"libtpu cannot compile for {name!r}: {error}. {_unknown(name)}") from error
 
 
 def with_devices(topology: Topology, count: int) -> Topology:
@@ -95,6 +135,11 @@ def with_devices(topology: Topology, count: int) -> Topology:
             )
         return dataclasses.replace(topology, name=f"cpu:{count}", devices=topology.devices[:count])
     kind = rest.partition(":")[0]
+    if platform == "gpu":
+        name = f"gpu:{kind}:{count}"
+        if not _is_count_of_gpus(count):
+            raise UserError(_unknown(name))
+        return dataclasses.replace(topology, name=name, devices=_described_gpus(name, kind, count))
     shape = "x".join(map(str, even_factors(count, chips.TPUS[kind].dims)))
     name = f"tpu:{kind}:{shape}"
     return dataclasses.replace(topology, name=name, devices=_described(name, kind, shape))
@@ -110,16 +155,15 @@ def even_factors(count: int, dims: int) -> tuple[int, ...]:
 
 
 def _unknown(name: str) -> str:
-    if name.startswith("gpu:"):
-        return f"A topology of GPUs ({name}) cannot be compiled for yet. {_known()}"
     nearest = difflib.get_close_matches(name, EXAMPLES, n=1, cutoff=0.0)[0]
     return f"There is no topology {name!r}. Did you mean {nearest!r}? {_known()}"
 
 
 def _known() -> str:
     return (
-        f"A topology is cpu:N with N up to {MOST_CPU_DEVICES}, or tpu:KIND:SHAPE with KIND one of "
-        f"{', '.join(chips.TPUS)}; for example {', '.join(EXAMPLES)}."
+        f"A topology is cpu:N with N up to {MOST_CPU_DEVICES}; tpu:KIND:SHAPE with KIND one of "
+        f"{', '.join(chips.TPUS)}; or gpu:KIND:N with KIND one of {', '.join(chips.GPUS)} and N up to "
+        f"{chips.HOST_GPUS} or a multiple of it up to {MOST_GPUS}. For example {', '.join(EXAMPLES)}."
     )
 
 

@@ -1,22 +1,31 @@
 """Ways to train, tried and ranked."""
 
+import ast
 import dataclasses
+import math
 
+import pytest
 import tiny_experiment
 from plan_cases import eight_devices, plan
 
 from jaxdist import errors
+from jaxdist.models import gpt
 from jaxdist.plan import search
 
 
 def test_a_search_ranks_what_works_and_keeps_what_was_refused():
     said = []
-    found = search.search(tiny_experiment.get_config(), eight_devices(), show=said.append)
+    result = search.search(tiny_experiment.get_config(), eight_devices(), show=lambda *what: said.append(what))
+    assert not result.interrupted
+    found = result.candidates
     works = [each for each in found if each.works]
     assert found[: len(works)] == works
     assert [each.estimate.step_seconds for each in works] == sorted(each.estimate.step_seconds for each in works)
-    assert len(said) == len(found)
+    ways = search.ways(8, None)
+    assert said[-1][:2] == (len(ways), len(ways))
+    assert {each.assignments[:2] for each in found} == set(ways)
     assert {each.assignments[0] for each in works} == {f"strategy={name}" for name in search.STRATEGIES}
+    assert all(each.refused for each in found if each.assignments[0] == "strategy=tensor"), "an MLP has no such rules"
 
 
 def test_working_candidates_come_first_and_the_fastest_of_them():
@@ -45,8 +54,45 @@ def test_more_microbatches_are_tried_only_until_one_fits(monkeypatch):
         return dataclasses.replace(made, device_memory=needs if fits else needs - 1)
 
     monkeypatch.setattr(search, "estimate", estimate)
-    found = search.search(tiny_experiment.get_config(), eight_devices(), show=lambda text: None)
-    assert tried == [
-        ("data-parallel", 1), *[("zero1", count) for count in (1, 2, 4, 8)], *[("fsdp", count) for count in (1, 2, 4)],
+    monkeypatch.setattr(search, "MODEL_AXES", ())
+    found = search.search(tiny_experiment.get_config(), eight_devices(), show=lambda *what: None)
+    assert sorted(tried) == [
+        ("data-parallel", 1), *[("fsdp", count) for count in (1, 2, 4)], *[("zero1", count) for count in (1, 2, 4, 8)],
     ]  # fmt: skip
-    assert [each.refused for each in found if each.estimate is None] == ["no"] * 4
+    assert [each.refused for each in found.candidates if each.estimate is None] == ["no"] * 4
+
+
+def test_an_interrupted_search_keeps_what_it_found(monkeypatch):
+    _, made = plan()
+    monkeypatch.setattr(search, "estimate", lambda experiment, topology: made)
+
+    def show(done, total, what):
+        raise KeyboardInterrupt
+
+    found = search.search(tiny_experiment.get_config(), eight_devices(), show=show)
+    assert found.interrupted
+    assert 1 <= len(found.candidates) < len(search.ways(8, None))
+
+
+def test_a_failure_of_the_search_is_not_an_answer(monkeypatch):
+    def estimate(experiment, topology):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(search, "estimate", estimate)
+    with pytest.raises(RuntimeError, match="broken"):
+        search.search(tiny_experiment.get_config(), eight_devices(), show=lambda *what: None)
+
+
+def test_remat_is_tried_before_more_microbatches_where_the_model_has_it():
+    experiment = tiny_experiment.get_config()
+    assert search.savings(experiment)[:2] == [("num_microbatches=1",), ("num_microbatches=2",)]
+    with_remat = dataclasses.replace(experiment, model=gpt.GPT(16, 8, num_layers=1, num_heads=1, width=8))
+    expected = [("num_microbatches=1",), ("num_microbatches=1", "model.remat=True"), ("num_microbatches=2",)]
+    assert search.savings(with_remat)[:3] == expected
+
+
+@pytest.mark.parametrize(("devices", "host"), [(8, None), (16, None), (64, 8), (256, None), (1, None)])
+def test_every_mesh_has_all_devices(devices, host):
+    for strategy, mesh in search.ways(devices, host):
+        axes = ast.literal_eval(mesh.removeprefix("mesh="))
+        assert axes is None or math.prod(axes.values()) == devices, strategy

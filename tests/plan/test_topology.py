@@ -17,7 +17,8 @@ from jaxdist.plan import topology
         ("cpu:many", "Did you mean 'cpu:"),
         ("tpu:v9:2x2", "Did you mean 'tpu:v"),
         ("tpu", "There is no topology"),
-        ("gpu:h100:8", "cannot be compiled for yet"),
+        ("gpu:h100:12", "Did you mean 'gpu:h100:"),
+        ("gpu:h1000:8", "Did you mean 'gpu:h100:8'"),
         ("", "There is no topology"),
     ],
 )
@@ -31,6 +32,27 @@ def test_a_tpu_without_its_compiler_says_what_to_install(monkeypatch):
     monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(errors.UserError, match=r"pip install 'jaxdist\[tpu\]'"):
         topology.find("tpu:v5e:4x4")
+    with pytest.raises(errors.UserError, match=r"pip install 'jaxdist\[gpu\]'"):
+        topology.find("gpu:h100:8")
+
+
+@pytest.mark.parametrize("count", [0, 9, 12, 2048])
+def test_gpus_fill_their_hosts(count):
+    with pytest.raises(errors.UserError, match="a multiple of it up to 1024"):
+        topology.find(f"gpu:h100:{count}")
+
+
+def test_a_compiler_that_cannot_describe_it_is_a_message(monkeypatch):
+    def get_topology_desc(*args, **options):
+        raise RuntimeError("no such shape")
+
+    monkeypatch.setattr(topology.topologies, "get_topology_desc", get_topology_desc)
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(runtime, "start_by_itself", lambda count: jax.devices()[:count])
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "0")
+    for name in ("tpu:v5e:15x16", "gpu:h100:8"):
+        with pytest.raises(errors.UserError, match="no such shape"):
+            topology.find(name)
 
 
 def test_fake_devices_share_what_this_machine_was_measured_to_do(monkeypatch):

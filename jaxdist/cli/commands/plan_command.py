@@ -4,12 +4,30 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from jaxdist.cli import selected_experiment
 from jaxdist.config.experiment import Experiment
+from jaxdist.data import inspect as inspection
 from jaxdist.errors import ExitStatus, UserError
-from jaxdist.plan import estimate, report, search, topology
+from jaxdist.plan import device_sweep, estimate, search, topology
+from jaxdist.plan.compiled import source_lines
+from jaxdist.plan.showing import plan_page, plan_text
+from jaxdist.run import components
+
+_BAR = 24
+_INPUT_BATCHES = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class _Result:
+    """What a plan prints: as text, as JSON and as a page; and with which status the command ends."""
+
+    text: str
+    content: Any
+    page: plan_page.Page | None
+    status: int = ExitStatus.OK
 
 
 def plan(options: argparse.Namespace) -> int:
@@ -17,6 +35,8 @@ def plan(options: argparse.Namespace) -> int:
     if options.devices:
         raise UserError("The topology says how many devices there are. Leave --devices out.")
     counts = _counts(options.sweep_devices)
+    if options.out:
+        plan_page.check_output(options.out)
     where = topology.find(options.topology)
     experiment = selected_experiment.load(options)
     planned = estimate.with_dividing_batch(experiment, where)
@@ -25,41 +45,65 @@ def plan(options: argparse.Namespace) -> int:
             f"A batch of {experiment.global_batch_size} does not divide over {len(where.devices)} devices; "
             f"planned with global_batch_size={planned.global_batch_size}."
         )
-    with selected_experiment.record_alone_on_stdout(options):
+    with selected_experiment.record_alone_on_stdout(options), source_lines.kept():
         if counts:
-            text, content = _sweep(planned, where, counts)
+            result = _sweep(planned, where, counts)
         elif options.search:
-            text, content = _search(planned, where)
+            result = _search(planned, where, str(options.experiment))
         else:
-            text, content = _plan(planned, where, options.price_per_hour)
-    print(json.dumps(content) if options.json else text)
-    return ExitStatus.OK
+            result = _plan(planned, where, options.price_per_hour)
+    print(json.dumps(result.content) if options.json else result.text)
+    if options.out and result.page:
+        size = plan_page.write(result.page, options.out)
+        _say(f"Wrote {options.out} ({size / 1e3:.0f} kB).")
+    return result.status
 
 
-def _plan(experiment: Experiment, where: topology.Topology, price: float | None) -> tuple[str, Any]:
+def _plan(experiment: Experiment, where: topology.Topology, price: float | None) -> _Result:
     made = estimate.estimate(experiment, where)
-    return report.render(made, price_per_hour=price), made.to_json(price_per_hour=price)
+    made = dataclasses.replace(made, delivered_examples_per_second=_delivered(experiment))
+    text = plan_text.render(made, price_per_hour=price)
+    return _Result(text, made.to_json(price_per_hour=price), plan_page.of_plan(made, text, price_per_hour=price))
 
 
-def _search(experiment: Experiment, where: topology.Topology) -> tuple[str, Any]:
-    found = search.search(experiment, where, show=lambda text: _say(f"compiling {text}"))
+def _delivered(experiment: Experiment) -> float:
+    """Return the examples a second that this machine reads, as `data inspect` measures them."""
+    loader = components.make_loader(experiment, fingerprint="")
+    return inspection.inspect(loader, num_shown=0, num_batches=_INPUT_BATCHES).examples_per_second
+
+
+def _search(experiment: Experiment, where: topology.Topology, file: str) -> _Result:
+    with _Bar() as bar:
+        found = search.search(experiment, where, show=bar.show)
     content = [
         {"set": list(each.assignments), "works": each.works, "refused": each.refused}
         | (each.estimate.to_json() if each.estimate else {})
-        for each in found
+        for each in found.candidates
     ]
-    return report.render_search(found), content
+    text = plan_text.render_search(found.candidates, file)
+    page = plan_page.of_search(found.candidates, text)
+    if not found.interrupted:
+        return _Result(text, content, page)
+    _say(
+        f"The search was interrupted after {len(found.candidates)} ways to train; the ranking is of those alone. "
+        "The same command continues: what was compiled is cached."
+    )
+    return _Result(text, content, page, ExitStatus.INTERRUPTED)
 
 
-def _sweep(experiment: Experiment, where: topology.Topology, counts: list[int]) -> tuple[str, Any]:
+def _sweep(experiment: Experiment, where: topology.Topology, counts: Sequence[int]) -> _Result:
     """Plan on each number of devices, each device with the same number of examples."""
     each_batch = experiment.global_batch_size // len(where.devices)
     made = []
-    for count in counts:
-        _say(f"compiling for {count} devices")
-        changed = dataclasses.replace(experiment, global_batch_size=each_batch * count)
-        made.append(estimate.estimate(changed, topology.with_devices(where, count)))
-    return report.render_sweep(made), [each.to_json() for each in made]
+    with _Bar() as bar:
+        for done, count in enumerate(counts):
+            bar.show(done, len(counts), f"{count} devices")
+            changed = dataclasses.replace(experiment, global_batch_size=each_batch * count)
+            made.append(estimate.estimate(changed, topology.with_devices(where, count)))
+    rows = device_sweep.rows(made)
+    text = plan_text.render_sweep(rows)
+    content = [row.made.to_json() | {"efficiency": row.efficiency, "relief": row.relief} for row in rows]
+    return _Result(text, content, plan_page.of_sweep(rows, text))
 
 
 def _counts(text: str | None) -> list[int]:
@@ -67,6 +111,26 @@ def _counts(text: str | None) -> list[int]:
     if not all(count.isdecimal() and int(count) > 0 for count in counts):
         raise UserError(f"--sweep-devices takes numbers of devices, for example 8,64,256; got {text!r}.")
     return sorted({int(count) for count in counts})
+
+
+class _Bar:
+    """A progress bar on standard error; in a file, a line for each step."""
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def show(self, done: int, total: int, what: str) -> None:
+        """Show that `done` of `total` are done, and what was or is being compiled."""
+        if sys.stderr.isatty():
+            full = _BAR * done // total
+            bar = "#" * full + "-" * (_BAR - full)
+            print(f"\r\x1b[K[{bar}] {done}/{total} {what[:60]}", end="", file=sys.stderr, flush=True)
+        else:
+            _say(f"{done} of {total} done; compiled for {what}")
+
+    def __exit__(self, *error: object) -> None:
+        if sys.stderr.isatty():
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def _say(text: str) -> None:

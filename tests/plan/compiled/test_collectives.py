@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxdist.plan import collectives
+from jaxdist.plan.compiled import collectives
 from jaxdist.spmd.mesh import make_mesh
 
 HLO = """
@@ -28,6 +28,33 @@ def test_collectives_are_read_with_their_bytes_and_devices():
     ]
     assert [each.sent_bytes for each in found] == [774, 192, 192, 40, 48]
     assert collectives.summarize(found)["all-gather"] == (2, 240)
+    assert [each.devices for each in found] == [(0, 1, 2, 3), (0, 1, 2, 3), (0, 1, 2, 3), (0, 1), (0, 1, 2, 3)]
+
+
+@pytest.mark.parametrize("axes", [("data",), ("model",), ("data", "model")])
+def test_the_axes_that_a_collective_crosses_are_those_it_sums_over(axes):
+    mesh = make_mesh({"data": 2, "model": 4})
+    mapped = jax.shard_map(
+        lambda x: jax.lax.psum(x, axes), mesh=mesh, in_specs=P(*axes), out_specs=P(), check_vma=False
+    )
+    program = jax.jit(mapped).lower(jax.ShapeDtypeStruct((8, 8), jnp.float32)).compile()
+    (found,) = collectives.collectives(program.as_text())
+    assert found.axes({"data": 2, "model": 4}) == axes
+
+
+@pytest.mark.parametrize(
+    ("text", "devices"),
+    [
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", (0, 4)),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a'}", (0, 4)),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}", (0, 2)),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}", (0, 1)),
+    ],
+)
+def test_the_notations_of_groups(text, devices):
+    line = f"  %a = f32[8]{{0}} all-reduce(%x), {text}, to_apply=%add"
+    (found,) = collectives.collectives(line)
+    assert found.devices == devices
 
 
 @pytest.mark.parametrize(

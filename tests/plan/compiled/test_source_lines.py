@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxdist.plan import collectives
-from jaxdist.plan.source_lines import SourceLines
+from jaxdist.plan.compiled import collectives
+from jaxdist.plan.compiled.source_lines import SourceLines
 from jaxdist.spmd.mesh import make_mesh
 
 
