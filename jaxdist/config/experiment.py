@@ -203,7 +203,7 @@ class Experiment:
       mesh: axis names and sizes; None is what the strategy makes of all devices.
       layout: what the strategy leaves open: rules, names, the least size of a sharded leaf.
       reduction: `mean` (the hardware's all-reduce) or `canonical` (the same bits on any number of devices).
-      logical_shards: fixed slices of the batch in canonical reduction, a power of two.
+      logical_shards: fixed slices of the batch in canonical reduction; at least as many as devices.
       num_microbatches: parts of each device's batch, computed one after the other.
       precision: dtype of the computation; params are float32 always.
       seed: of the params, the order of examples, dropout and augmentation.

@@ -11,6 +11,7 @@ import math
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -19,6 +20,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxdist.data.assembly import ExampleError, HostArrays
 from jaxdist.data.loader import Loader
 from jaxdist.data.position import Position
+from jaxdist.spmd.mesh import Dealing, DealtBatch
+from jaxdist.spmd.metrics import Batch
 
 
 def batch_sharding(mesh: Mesh, axes: Sequence[str] = ("data",)) -> NamedSharding:
@@ -29,14 +32,55 @@ def batch_sharding(mesh: Mesh, axes: Sequence[str] = ("data",)) -> NamedSharding
     return NamedSharding(mesh, PartitionSpec(tuple(axes)))
 
 
-def process_rows(mesh: Mesh, global_batch_size: int, axes: Sequence[str] = ("data",)) -> np.ndarray:
+def process_rows(
+    mesh: Mesh, global_batch_size: int, axes: Sequence[str] = ("data",), *, logical_shards: int | None = None
+) -> np.ndarray:
     """Return the rows of a global batch that this process's devices hold, ascending, int64.
 
     Raises:
-      ValueError: global_batch_size is not a multiple of the devices along `axes`.
+      ValueError: global_batch_size is not a multiple of the devices along `axes`, or of the logical shards.
     """
-    rows = [np.arange(global_batch_size)[index] for _, index in _device_slices(mesh, axes, global_batch_size)]
-    return np.unique(np.concatenate(rows))
+    return _place_of(mesh, global_batch_size, axes, logical_shards).needed
+
+
+class _Place(NamedTuple):
+    """Where the rows of a global batch go.
+
+    Attributes:
+      sharding: of the placed batch.
+      needed: the rows of the global batch that this process's devices hold, ascending.
+      parts: this process's devices, each with the places in `needed` of its rows.
+      num_rows: of the placed batch.
+      dealing: how logical shards are dealt, where the placed batch is not the global batch in its own order.
+    """
+
+    sharding: NamedSharding
+    needed: np.ndarray
+    parts: list[tuple[jax.Device, np.ndarray]]
+    num_rows: int
+    dealing: Dealing | None
+
+
+def _place_of(mesh: Mesh, global_batch_size: int, axes: Sequence[str], logical_shards: int | None) -> _Place:
+    sharding = batch_sharding(mesh, axes)
+    num_devices = math.prod(mesh.shape[axis] for axis in axes)
+    dealing = None if logical_shards is None else Dealing(logical_shards, num_devices)
+    if dealing is None or dealing.is_even:
+        dealing, placed = None, np.arange(global_batch_size)
+    else:
+        placed = dealing.rows(global_batch_size)
+    if global_batch_size < 1 or len(placed) % num_devices:
+        raise ValueError(
+            f"The global batch must divide evenly over the mesh axes {tuple(axes)}: global_batch_size is "
+            f"{global_batch_size}, the devices along them are {num_devices}. Choose a multiple of {num_devices}."
+        )
+    held = []
+    for device, index in sharding.addressable_devices_indices_map((len(placed),)).items():
+        assert index is not None  # only devices of other processes have none
+        held.append((device, placed[index[0]]))
+    needed = np.unique(np.concatenate([rows for _, rows in held]))
+    parts = [(device, np.searchsorted(needed, rows)) for device, rows in held]
+    return _Place(sharding, needed, parts, len(placed), dealing)
 
 
 def host_shards(mesh: Mesh, num_shards: int, axes: Sequence[str] = ("data",)) -> list[int]:
@@ -46,25 +90,26 @@ def host_shards(mesh: Mesh, num_shards: int, axes: Sequence[str] = ("data",)) ->
     return np.unique(rows // (num_rows // num_shards)).tolist()
 
 
-def place(
-    batch: HostArrays, rows: np.ndarray, mesh: Mesh, global_batch_size: int, axes: Sequence[str]
-) -> dict[str, jax.Array]:
-    """Return the global arrays whose rows `rows` are those of `batch`, which must not change any more."""
-    sharding = batch_sharding(mesh, axes)
-    if sharding.is_fully_addressable:
-        return jax.device_put(batch, sharding)
-    # With several processes, device_put would first compare copies of the whole batch, so it is placed shard by shard.
-    slices = _device_slices(mesh, axes, global_batch_size)
-    devices = [device for device, _ in slices]
-    # A device's rows are contiguous in the global batch, and so in `rows`, which has all of them in order.
-    begins = [int(np.searchsorted(rows, index.start)) for _, index in slices]
-    ends = [begin + index.stop - index.start for begin, (_, index) in zip(begins, slices)]
-    shards = {name: [array[begin:end] for begin, end in zip(begins, ends)] for name, array in batch.items()}
-    placed = jax.device_put(shards, dict.fromkeys(batch, devices))
-    return {
-        name: jax.make_array_from_single_device_arrays((global_batch_size, *array.shape[1:]), sharding, placed[name])
+def _place_batch(batch: HostArrays, place: _Place) -> Batch:
+    """Return the global arrays whose rows `place.needed` are those of `batch`, which must not change any more."""
+    if place.dealing is None and place.sharding.is_fully_addressable:
+        return jax.device_put(batch, place.sharding)
+    # With several processes, device_put would first compare copies of the whole batch, so it is placed part by part.
+    devices = [device for device, _ in place.parts]
+    taken = [_take(batch, rows) for _, rows in place.parts]
+    placed = jax.device_put({name: [part[name] for part in taken] for name in batch}, dict.fromkeys(batch, devices))
+    found = {
+        name: jax.make_array_from_single_device_arrays((place.num_rows, *array.shape[1:]), place.sharding, placed[name])
         for name, array in batch.items()
     }
+    return found if place.dealing is None else DealtBatch(found, place.dealing)
+
+
+def _take(batch: HostArrays, rows: np.ndarray) -> HostArrays:
+    """Return some rows of a batch, without a copy where they follow each other."""
+    if rows[-1] - rows[0] + 1 == len(rows):
+        return {name: array[rows[0] : rows[-1] + 1] for name, array in batch.items()}
+    return {name: array[rows] for name, array in batch.items()}
 
 
 def check_integers(batch: HostArrays, ids: Callable[[], np.ndarray]) -> None:
@@ -91,19 +136,26 @@ def _ids_of_batch(loader: Loader, number: int) -> np.ndarray:
 
 
 def feed(
-    loader: Loader, mesh: Mesh, axes: Sequence[str] = ("data",), prefetch: int = 2
-) -> Iterator[tuple[dict[str, jax.Array], Position]]:
+    loader: Loader,
+    mesh: Mesh,
+    axes: Sequence[str] = ("data",),
+    prefetch: int = 2,
+    *,
+    logical_shards: int | None = None,
+) -> Iterator[tuple[Batch, Position]]:
     """Yield (batch, Position after it), the batch as global arrays spread over `axes`; `prefetch` batches are placed
     ahead.
 
     Closing the iterator (or dropping it) ends its thread and those of the loader. An exception of the loader is raised
-    here, in its turn.
+    here, in its turn. `logical_shards` is that of a canonical step: where the devices do not divide them, batches are
+    placed as that step needs them (see `spmd.mesh.Dealing`).
 
     Raises:
       ValueError: global_batch_size does not divide over `axes`; the loader's rows are not those that this process
         needs.
     """
-    rows = process_rows(mesh, loader.global_batch_size, axes)
+    place = _place_of(mesh, loader.global_batch_size, axes, logical_shards)
+    rows = place.needed
     if loader.rows is not None and not np.array_equal(loader.rows, rows):
         raise ValueError(
             f"The loader supplies {len(loader.rows)} rows of the global batch, but this process's devices hold rows "
@@ -111,16 +163,14 @@ def feed(
         )
     if prefetch < 1:
         raise ValueError(f"prefetch must be at least 1; got {prefetch}.")
-    return _prefetched(loader.with_rows(rows), rows, mesh, tuple(axes), prefetch)
+    return _prefetched(loader.with_rows(rows), place, prefetch)
 
 
-def _prefetched(
-    loader: Loader, rows: np.ndarray, mesh: Mesh, axes: tuple[str, ...], prefetch: int
-) -> Iterator[tuple[dict[str, jax.Array], Position]]:
+def _prefetched(loader: Loader, place: _Place, prefetch: int) -> Iterator[tuple[Batch, Position]]:
     ready: queue.SimpleQueue = queue.SimpleQueue()
     room = threading.Semaphore(prefetch)
     stopped = threading.Event()
-    arguments = (loader, rows, mesh, axes, ready, room, stopped)
+    arguments = (loader, place, ready, room, stopped)
     thread = threading.Thread(target=_place_ahead, args=arguments, name="jaxdist-feed", daemon=True)
     thread.start()
     try:
@@ -140,9 +190,7 @@ def _prefetched(
 
 def _place_ahead(
     loader: Loader,
-    rows: np.ndarray,
-    mesh: Mesh,
-    axes: tuple[str, ...],
+    place: _Place,
     ready: queue.SimpleQueue,
     room: threading.Semaphore,
     stopped: threading.Event,
@@ -157,23 +205,7 @@ def _place_ahead(
                 if item is None:
                     break
                 check_integers(item.batch, functools.partial(_ids_of_batch, loader, count))
-                ready.put((place(item.batch, rows, mesh, loader.global_batch_size, axes), item.position))
+                ready.put((_place_batch(item.batch, place), item.position))
         ready.put(None)
     except Exception as error:  # handed to the consumer, who raises it
         ready.put(error)
-
-
-def _device_slices(mesh: Mesh, axes: Sequence[str], global_batch_size: int) -> list[tuple[jax.Device, slice]]:
-    """Return this process's devices, each with its slice of the batch, start and stop filled in."""
-    sharding = batch_sharding(mesh, axes)
-    num_shards = int(np.prod([mesh.shape[axis] for axis in axes]))
-    if global_batch_size < 1 or global_batch_size % num_shards:
-        raise ValueError(
-            f"The global batch must divide evenly over the mesh axes {tuple(axes)}: global_batch_size is "
-            f"{global_batch_size}, the devices along them are {num_shards}. Choose a multiple of {num_shards}."
-        )
-    slices = []
-    for device, index in sharding.addressable_devices_indices_map((global_batch_size,)).items():
-        assert index is not None  # only devices of other processes have none
-        slices.append((device, slice(*index[0].indices(global_batch_size)[:2])))
-    return slices

@@ -123,17 +123,21 @@ class Parts:
     def batches(self, start: data.Position | None = None) -> Iterator[tuple[Batch, data.Position]]:
         """Return the training batches on the mesh, each with the position after it, from `start` on."""
         loader = self.loader if start is None else self.loader.starting_at(start)
-        return data.feed(loader, self.strategy.mesh, self.strategy.batch_axes, self.experiment.data.prefetch)
+        return self._feed(loader)
+
+    def _feed(self, loader: data.Loader) -> Iterator[tuple[Batch, data.Position]]:
+        strategy, prefetch = self.strategy, self.experiment.data.prefetch
+        return data.feed(loader, strategy.mesh, strategy.batch_axes, prefetch, logical_shards=strategy.logical_shards)
 
     def evaluate(self, train_state: state.TrainState) -> dict[str, float]:
         """Return loss and metrics on the held-out data; of the averaged params, where the optimizer keeps them."""
-        step, mesh, axes = self.eval_step, self.strategy.mesh, self.strategy.batch_axes
+        step = self.eval_step
         assert step is not None
         params, model_state = params_in_use(train_state), train_state.model_state
 
         def evaluate_set(loader: data.Loader) -> dict[str, float]:
-            batches = data.feed(loader, mesh, axes, self.experiment.data.prefetch)
-            return evaluate.evaluate(step, params, model_state, (batch for batch, _ in batches), self.collecting)
+            batches = (batch for batch, _ in self._feed(loader))
+            return evaluate.evaluate(step, params, model_state, batches, self.collecting)
 
         return of_all_sets({name: evaluate_set(loader) for name, loader in self.eval_loaders.items()})
 

@@ -1,15 +1,16 @@
 """Canonical reduction: sums over a batch whose bits do not depend on the number of devices or processes.
 
-The global batch is divided into a fixed number of logical shards. A single-device program computes one or several of
-them, with the same machine code for each (see `device_program` and `_Programs`), and the results, one flat vector each,
-are added in a fixed binary tree: first over a device's own shards, then over the devices
-(`reduce.tree_sum_over_axis`). A program partitioned over the devices does additions only: XLA simplifies, fuses and
-parallelises a program for one device differently from one for many devices, and that changes the bits.
+The global batch is divided into a fixed number of logical shards, dealt to the devices (`mesh.Dealing`). A program for
+one device computes one of them, with the same machine code on every device (see `device_program` and `_Programs`), and
+the results, one flat vector each, are added in a binary tree that the number of shards alone decides: neighbours first,
+then pairs of pairs; an odd one out waits for the next level. A program partitioned over the devices does additions
+only: XLA simplifies, fuses and parallelises a program for one device differently from one for many devices, and that
+changes the bits.
 """
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -18,17 +19,13 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxdist.spmd import dependence, device_program, reduce
-from jaxdist.spmd.mesh import DATA_AXIS
+from jaxdist.spmd import device_program, reduce
+from jaxdist.spmd.mesh import DATA_AXIS, Dealing, DealtBatch, is_power_of_two
 from jaxdist.spmd.metrics import Batch
 
 PyTree: TypeAlias = Any
 ShardFn: TypeAlias = Callable[[PyTree, Batch, jax.Array], PyTree]
 """`shard_fn(shared, shard, index) -> sums`: pure; `index` is the logical shard's number (int32 scalar)."""
-
-
-MAX_OPERATIONS = 4096
-"""How many operations the program of a call may have (a scan's body counts once); more would take long to compile."""
 
 
 class LogicalShardSums:
@@ -39,26 +36,15 @@ class LogicalShardSums:
 
     Args:
       shard_fn: traced once, for the shapes of one logical shard.
-      mesh: of the one axis `axis`, whose size divides `logical_shards`.
-      logical_shards: a power of two.
-      shards_per_call: how many of a device's logical shards one program computes, a power of two; by default as many
-        as `MAX_OPERATIONS` allows. Changes the speed and the time to compile, and no bit.
+      mesh: of the one axis `axis`, with at most `logical_shards` devices. Where their number does not divide
+        `logical_shards`, the batch is placed as a `mesh.DealtBatch`.
+      logical_shards: any number; a power of two that the devices divide takes the least memory.
     """
 
-    def __init__(
-        self,
-        shard_fn: ShardFn,
-        mesh: Mesh,
-        *,
-        logical_shards: int,
-        axis: str = DATA_AXIS,
-        shards_per_call: int | None = None,
-    ):
+    def __init__(self, shard_fn: ShardFn, mesh: Mesh, *, logical_shards: int, axis: str = DATA_AXIS):
         check_layout(mesh, logical_shards=logical_shards, axis=axis)
-        self.mesh, self.axis, self.num_devices = mesh, axis, mesh.shape[axis]
-        self.logical_shards = logical_shards
-        self.shards_per_device = logical_shards // self.num_devices
-        self.shards_per_call = shards_per_call
+        self.mesh, self.axis = mesh, axis
+        self.dealing = Dealing(logical_shards, mesh.shape[axis])
         self._shard_fn = shard_fn
         self._unravel: Callable[[jax.Array], PyTree] | None = None
         self._programs: _Programs | None = None
@@ -69,9 +55,13 @@ class LogicalShardSums:
         Args:
           shared: replicated global arrays, given whole to every shard.
           batch: global arrays, sharded over the axis in their leading dim.
+
+        Raises:
+          ValueError: the batch is not placed as this number of devices needs it.
         """
+        batch = self._checked(batch)
         if self._programs is None:
-            self._programs = self._make_programs(shared, batch)
+            self._programs = self._make_programs()
         return self._programs(shared, batch)
 
     def unravel(self, total: jax.Array) -> PyTree:
@@ -79,14 +69,20 @@ class LogicalShardSums:
         assert self._unravel is not None, "the shards' program is compiled at the first call"
         return self._unravel(total)
 
-    def _make_programs(self, shared: PyTree, batch: Batch) -> "_Programs":
-        one = jax.jit(self._flat_sums)
-        rows = {name: leaf.shape[0] // self.logical_shards for name, leaf in batch.items()}
-        shard = {name: _described(leaf, (rows[name], *leaf.shape[1:])) for name, leaf in batch.items()}
-        described = jax.tree.map(lambda leaf: _described(leaf, leaf.shape), shared)
-        operations = dependence.num_operations(one.trace(described, shard, jax.ShapeDtypeStruct((), jnp.int32)).jaxpr)
-        chosen = self.shards_per_call or _power_of_two_within(MAX_OPERATIONS // max(operations, 1))
-        return _Programs(one, self.mesh, self.axis, self.shards_per_device, min(chosen, self.shards_per_device))
+    def _checked(self, batch: Batch) -> Batch:
+        """Return the fields of a batch that is placed as `dealing` says."""
+        dealt = batch.dealing if isinstance(batch, DealtBatch) else None
+        if dealt != (None if self.dealing.is_even else self.dealing):
+            raise ValueError(
+                f"The batch is not placed for {self.dealing.logical_shards} logical shards on "
+                f"{self.dealing.num_devices} devices. Place it by data.feed(loader, mesh, logical_shards="
+                f"{self.dealing.logical_shards})."
+            )
+        return dict(batch)
+
+    def _make_programs(self) -> "_Programs":
+        adding = _PairTree if self.dealing.is_even and is_power_of_two(self.dealing.logical_shards) else _AnyTree
+        return _Programs(self._flat_sums, adding(self.mesh, self.axis, self.dealing))
 
     def _flat_sums(self, shared: PyTree, shard: Batch, index: jax.Array) -> jax.Array:
         sums, self._unravel = ravel_pytree(self._shard_fn(shared, shard, index))
@@ -94,85 +90,97 @@ class LogicalShardSums:
 
 
 class _Programs:
-    """The compiled programs of one call: split the batch, compute the shards, add the results.
+    """The compiled programs of one call: split the batch, compute the shards one by one, add the results.
 
-    A device's shards are computed by as few calls as possible, each an unrolled sequence of `shards_per_call` shards.
-    `optimization_barrier` around every shard keeps XLA from fusing across them, so that the code of a shard, and with
-    it the bits, is that of a program of its own. `vmap` and `scan` over the shards would give other bits.
+    A program of several shards would save calls, but not give the bits of one: XLA fuses across the shards, also where
+    `optimization_barrier` stands between them, which it removes before it fuses. In branches of a conditional, which
+    keep the bits, convolutions take fifteen times as long on CPU devices.
     """
 
-    def __init__(self, one_shard: ShardFn, mesh: Mesh, axis: str, shards_per_device: int, shards_per_call: int):
-        self.num_devices, self.axis, self.mesh = mesh.shape[axis], axis, mesh
-        self.shards_per_call, self.num_calls = shards_per_call, shards_per_device // shards_per_call
-        self._one_shard = one_shard
+    def __init__(self, one_shard: ShardFn, adding: "_PairTree | _AnyTree"):
+        mesh, axis, dealing = adding.mesh, adding.axis, adding.dealing
+        self._one_shard, self._adding = one_shard, adding
         whole, sharded = PartitionSpec(), PartitionSpec(axis)
-        self._split = jax.jit(self._map_split())
+        split = functools.partial(_equal_parts, count=dealing.num_slots)
+        self._split = jax.jit(jax.shard_map(split, mesh=mesh, in_specs=sharded, out_specs=sharded, check_vma=False))
         self._sums = device_program.PerDeviceProgram(
-            self._sums_of_shards, mesh, in_specs=(whole, sharded, sharded), out_spec=sharded
+            self._sums_of_shard, mesh, in_specs=(whole, sharded, sharded), out_spec=sharded
         )
-        self._add = jax.jit(_add_in_pairs, donate_argnums=0)
-        self._add_over_devices = jax.jit(self._map_tree_sum())
         self._indices = self._place_indices()
         # A one-device program on CPU computes in XLA's thread pool; a collective keeps its thread of that pool while it
         # waits for the other devices. If both were in flight at once, they could deadlock.
-        self._waits_for_rows = self.num_devices > 1 and mesh.devices.flat[0].platform == "cpu"
+        self._waits_for_rows = dealing.num_devices > 1 and mesh.devices.flat[0].platform == "cpu"
 
     def __call__(self, shared: PyTree, batch: Batch) -> jax.Array:
-        parts = [batch] if self.num_calls == 1 else self._split(batch)
-        rows = _TreeSum(self._add)
-        for part, indices in zip(parts, self._indices, strict=True):
-            rows.push(self._sums(shared, part, indices))
-        row = rows.result()
+        parts = [batch] if len(self._indices) == 1 else self._split(batch)
+        slots = (self._sums(shared, part, index) for part, index in zip(parts, self._indices, strict=True))
+        held = self._adding.on_devices(slots)
         if self._waits_for_rows:
-            jax.block_until_ready(row)
-        return self._add_over_devices(row)
+            jax.block_until_ready(held)
+        return self._adding.over_devices(held)
 
-    def _sums_of_shards(self, shared: PyTree, part: Batch, indices: jax.Array) -> jax.Array:
-        shards = _equal_parts(part, self.shards_per_call)
-        sums = []
-        for shard, index in zip(shards, indices, strict=True):
-            arguments = jax.lax.optimization_barrier((shared, shard, index))
-            sums.append(jax.lax.optimization_barrier(self._one_shard(*arguments)))
-        while len(sums) > 1:
-            sums = [first + second for first, second in zip(sums[::2], sums[1::2], strict=True)]
-        return sums[0][None]
+    def _sums_of_shard(self, shared: PyTree, shard: Batch, index: jax.Array) -> jax.Array:
+        return self._one_shard(shared, shard, index[0])[None]
 
-    def _map_split(self) -> Callable[[Batch], list[Batch]]:
-        spec = PartitionSpec(self.axis)
-        split = functools.partial(_equal_parts, count=self.num_calls)
-        return jax.shard_map(split, mesh=self.mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    def _place_indices(self) -> list[jax.Array]:
+        """Return, for each slot, the numbers of the logical shards that the devices compute in it."""
+        sharding = NamedSharding(self._adding.mesh, PartitionSpec(self._adding.axis))
+        slots = np.ascontiguousarray(self._adding.dealing.slots().T)
+        return [jax.make_array_from_callback(slot.shape, sharding, slot.__getitem__) for slot in slots]
 
-    def _map_tree_sum(self) -> Callable[[jax.Array], jax.Array]:
-        return jax.shard_map(
-            lambda row: reduce.tree_sum_over_axis(row[0], self.axis, self.num_devices),
-            mesh=self.mesh,
-            in_specs=PartitionSpec(self.axis),
+
+class _PairTree:
+    """Adds a power of two of shards, as many on each device: each adds up its own, and then they meet.
+
+    A device holds one vector of its own shards, and few more while they are computed.
+    """
+
+    def __init__(self, mesh: Mesh, axis: str, dealing: Dealing):
+        self.mesh, self.axis, self.dealing = mesh, axis, dealing
+        self._add = jax.jit(_add_in_pairs, donate_argnums=0)
+        tree_sum = jax.shard_map(
+            lambda row: reduce.tree_sum_over_axis(row[0], axis, dealing.num_devices),
+            mesh=mesh,
+            in_specs=PartitionSpec(axis),
             out_specs=PartitionSpec(),
             check_vma=False,
         )
+        self.over_devices: Callable[[Any], jax.Array] = jax.jit(tree_sum)
 
-    def _place_indices(self) -> list[jax.Array]:
-        """Return, for each call, the numbers of the logical shards that the devices compute in it."""
-        sharding = NamedSharding(self.mesh, PartitionSpec(self.axis))
-        numbers = np.arange(self.num_devices * self.num_calls * self.shards_per_call, dtype=np.int32)
-        calls = numbers.reshape(self.num_devices, self.num_calls, self.shards_per_call).swapaxes(0, 1)
-        flat = calls.reshape(self.num_calls, -1)
-        return [jax.make_array_from_callback(call.shape, sharding, call.__getitem__) for call in flat]
+    def on_devices(self, slots: Iterable[jax.Array]) -> jax.Array:
+        """Return the sums of each device's shards, added up as they are dispatched."""
+        rows = _TreeSum(self._add)
+        for slot in slots:
+            rows.push(slot)
+        return rows.result()
+
+
+class _AnyTree:
+    """Adds any number of shards, dealt to any number of devices: each device adds a slice of all vectors.
+
+    A device holds the vectors of all its shards, and its slice of everybody's.
+    """
+
+    def __init__(self, mesh: Mesh, axis: str, dealing: Dealing):
+        self.mesh, self.axis, self.dealing = mesh, axis, dealing
+        tree_sum = jax.shard_map(
+            lambda slots: reduce.tree_sum_of_slots(jnp.concatenate(slots), axis, dealing.slot_of_shards()),
+            mesh=mesh,
+            in_specs=PartitionSpec(axis),
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        )
+        self.over_devices: Callable[[Any], jax.Array] = jax.jit(tree_sum)
+
+    def on_devices(self, slots: Iterable[jax.Array]) -> list[jax.Array]:
+        """Return the vectors of each device's shards."""
+        return list(slots)
 
 
 def _equal_parts(rows: Batch, count: int) -> list[Batch]:
     """Return `count` equal parts of a batch, in order."""
     divided = {name: jnp.split(leaf, count) for name, leaf in rows.items()}
     return [dict(zip(divided, parts, strict=True)) for parts in zip(*divided.values(), strict=True)]
-
-
-def _described(leaf: jax.Array, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, leaf.dtype, weak_type=bool(jax.typeof(leaf).weak_type))
-
-
-def _power_of_two_within(limit: int) -> int:
-    """Return the largest power of two that is at most `limit`, or 1."""
-    return 1 << max(limit.bit_length() - 1, 0)
 
 
 class _TreeSum:
@@ -212,16 +220,13 @@ def _add_in_pairs(*values: jax.Array) -> jax.Array:
 def check_layout(mesh: Mesh, *, logical_shards: int, axis: str = DATA_AXIS) -> None:
     """Raise ValueError where canonical reduction cannot keep its promise on `mesh`."""
     num_devices = mesh.shape[axis]
-    if logical_shards < 1 or logical_shards & (logical_shards - 1):
-        below = 1 << max(logical_shards.bit_length() - 1, 0)
+    if logical_shards < 1:
+        raise ValueError(f"logical_shards must be at least 1; got {logical_shards}.")
+    if num_devices > logical_shards:
         raise ValueError(
-            f"logical_shards must be a power of two, so that one binary tree fits every layout; got {logical_shards}. "
-            f"Nearest valid: {below} or {2 * below}."
-        )
-    if logical_shards % num_devices:
-        raise ValueError(
-            f"Canonical reduction needs a number of devices that divides logical_shards; got {num_devices} devices and "
-            f"{logical_shards} logical shards. Use {_nearest_divisors(num_devices, logical_shards)} devices."
+            f"Canonical reduction gives every device at least one logical shard; got {num_devices} devices and "
+            f"{logical_shards} logical shards. Use {logical_shards} devices or fewer, or raise logical_shards, which "
+            "gives other bits."
         )
     if mesh.size != num_devices:
         raise ValueError(
@@ -242,15 +247,3 @@ def thread_pool_size(environment: Mapping[str, str]) -> int:
         if environment.get(name, "").isdigit():
             return int(environment[name])
     return len(os.sched_getaffinity(0))
-
-
-def _nearest_divisors(number: int, power_of_two: int) -> str:
-    divisors = list(_divisors(power_of_two))
-    return " or ".join(map(str, sorted(sorted(divisors, key=lambda divisor: abs(divisor - number))[:2])))
-
-
-def _divisors(power_of_two: int) -> Iterator[int]:
-    divisor = 1
-    while divisor <= power_of_two:
-        yield divisor
-        divisor *= 2

@@ -21,19 +21,6 @@ def depends(function: Callable[..., Any], args: Sequence[Any], marked: Sequence[
     return jax.tree.unflatten(jax.tree.structure(shapes), found)
 
 
-def num_operations(jaxpr: Any) -> int:
-    """Return the number of operations of a jaxpr and of the functions it calls; a loop's body counts once."""
-    jaxpr, total = _plain(jaxpr), 0
-    for equation in jaxpr.eqns:
-        inner = [_plain(leaf) for leaf in jax.tree.leaves(list(equation.params.values()), is_leaf=_has_equations)]
-        total += 1 + sum(num_operations(each) for each in inner if hasattr(each, "eqns"))
-    return total
-
-
-def _has_equations(value: Any) -> bool:
-    return hasattr(_plain(value), "eqns")
-
-
 def _follow(jaxpr: Any, marked: Sequence[bool]) -> list[bool]:
     """Return whether each output depends on a marked input."""
     known = dict(zip(jaxpr.invars, marked, strict=True))

@@ -1,12 +1,15 @@
-"""Meshes of devices, and the arithmetic that divides a batch over them."""
+"""Meshes of devices, and the arithmetic that divides a batch over them, in equal parts or by logical shards."""
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
+
+from jaxdist.spmd.metrics import Batch
 
 DATA_AXIS = "data"
 
@@ -82,7 +85,7 @@ def batch_sizes(
       ValueError: the batch does not divide; the message proposes the nearest sizes that do.
     """
     num_shards = math.prod(mesh.shape[axis] for axis in axes)
-    parts = math.lcm(num_shards, logical_shards or 1) * num_microbatches
+    parts = (logical_shards or num_shards) * num_microbatches
     if global_batch_size < 1 or num_microbatches < 1 or global_batch_size % parts:
         over = f"{num_shards} devices" if logical_shards is None else f"{logical_shards} logical shards"
         raise ValueError(
@@ -90,6 +93,8 @@ def batch_sizes(
             f"got {global_batch_size}. Nearest valid: {_nearest_multiples(global_batch_size, parts)}."
         )
     device_batch_size = global_batch_size // num_shards
+    if logical_shards is not None:
+        device_batch_size = global_batch_size // logical_shards * Dealing(logical_shards, num_shards).num_slots
     return BatchSizes(
         global_batch_size=global_batch_size,
         host_batch_size=device_batch_size * _num_local_shards(mesh, axes),
@@ -110,3 +115,80 @@ def _num_local_shards(mesh: Mesh, axes: Sequence[str]) -> int:
     process = jax.process_index()
     places = np.argwhere(np.vectorize(lambda device: device.process_index == process, otypes=[bool])(mesh.devices))
     return len({tuple(place[dims]) for place in places})
+
+
+class Dealing(NamedTuple):
+    """How `logical_shards` shards of a batch are dealt to `num_devices` devices, at most one device for each shard.
+
+    Device d of N computes the shards floor(d V / N) to floor((d + 1) V / N) - 1 of V. Where N does not divide V, some
+    have one more than others; each has as many slots as the largest share, and fills the rest with its last shard
+    again, whose second result is dropped.
+    """
+
+    logical_shards: int
+    num_devices: int
+
+    @property
+    def num_slots(self) -> int:
+        """How many shards the programs of each device compute."""
+        return -(-self.logical_shards // self.num_devices)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all devices have as many shards: a batch is then placed in its own order."""
+        return self.logical_shards % self.num_devices == 0
+
+    def slots(self) -> np.ndarray:
+        """Return the number of the logical shard in each slot, int32, shape (num_devices, num_slots)."""
+        bounds = np.arange(self.num_devices + 1, dtype=np.int64) * self.logical_shards // self.num_devices
+        first, last = bounds[:-1, None], bounds[1:, None] - 1
+        return np.minimum(first + np.arange(self.num_slots), last).astype(np.int32)
+
+    def slot_of_shards(self) -> list[int]:
+        """Return, for each logical shard, its place in `slots().reshape(-1)`."""
+        _, places = np.unique(self.slots().reshape(-1), return_index=True)
+        return [int(place) for place in places]
+
+    def rows(self, global_batch_size: int) -> np.ndarray:
+        """Return which row of the global batch each row of the placed batch is, int64.
+
+        Raises:
+          ValueError: the batch does not divide into the logical shards.
+        """
+        if global_batch_size % self.logical_shards:
+            raise ValueError(
+                f"A batch is divided into {self.logical_shards} equal logical shards; got {global_batch_size} "
+                f"examples. Choose a multiple of {self.logical_shards}."
+            )
+        shards = np.arange(global_batch_size, dtype=np.int64).reshape(self.logical_shards, -1)
+        return shards[self.slots()].reshape(-1)
+
+
+class DealtBatch(dict[str, Any]):
+    """A batch placed by `dealing`, not in its own order and longer: only what knows that may compute with it."""
+
+    def __init__(self, fields: Batch, dealing: Dealing):
+        super().__init__(fields)
+        self.dealing = dealing
+
+
+def _flatten(batch: DealtBatch) -> tuple[tuple[Any, ...], tuple[tuple[str, ...], Dealing]]:
+    names = tuple(sorted(batch))
+    return tuple(batch[name] for name in names), (names, batch.dealing)
+
+
+def _flatten_with_keys(batch: DealtBatch) -> tuple[tuple[tuple[Any, Any], ...], tuple[tuple[str, ...], Dealing]]:
+    fields, form = _flatten(batch)
+    return tuple(zip(map(jax.tree_util.DictKey, form[0]), fields, strict=True)), form
+
+
+def _unflatten(form: tuple[tuple[str, ...], Dealing], fields: Iterable[Any]) -> DealtBatch:
+    return DealtBatch(dict(zip(form[0], fields, strict=True)), form[1])
+
+
+jax.tree_util.register_pytree_with_keys(DealtBatch, _flatten_with_keys, _unflatten, _flatten)
+
+
+def is_power_of_two(number: int) -> bool:
+    """Return whether a positive number is a power of two."""
+    return number & (number - 1) == 0

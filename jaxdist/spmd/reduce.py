@@ -8,7 +8,7 @@ devices).
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -288,6 +288,32 @@ def tree_sum_over_axis(vector: jax.Array, axis: str, num_devices: int) -> jax.Ar
     if vector.size < HALVING_MIN_SIZE:
         return _recursive_doubling(vector, axis, num_devices)
     return _recursive_halving(vector, axis, num_devices)
+
+
+def tree_sum(values: Sequence[jax.Array]) -> jax.Array:
+    """Return the sum in a fixed tree: neighbours, then pairs of pairs; an odd one out waits for the next level."""
+    while len(values) > 1:
+        pairs = [first + second for first, second in zip(values[::2], values[1::2])]
+        values = [*pairs, values[-1]] if len(values) % 2 else pairs
+    return values[0]
+
+
+def tree_sum_of_slots(vectors: jax.Array, axis: str, slots: Sequence[int]) -> jax.Array:
+    """Return, inside shard_map, the `tree_sum` of some of all devices' vectors, whichever devices hold them.
+
+    Each device receives its slice of every vector (an all-to-all), adds the slices, and all get all sums. The bits are
+    those of `tree_sum_over_axis` where both can be used: the tree depends on the number of summands alone.
+
+    Args:
+      vectors: this device's vectors, float, shape (vectors a device, size).
+      axis: name of the mesh axis.
+      slots: the summands in order, each a place among all devices' vectors.
+    """
+    num_devices, size = lax.axis_size(axis), vectors.shape[1]
+    padded = jnp.pad(vectors, ((0, 0), (0, -size % num_devices)))
+    slices = padded.reshape(len(vectors), num_devices, -1)
+    received = lax.all_to_all(slices, axis, split_axis=1, concat_axis=0, tiled=True)[:, 0]
+    return lax.all_gather(tree_sum([received[slot] for slot in slots]), axis, tiled=True)[:size]
 
 
 def _recursive_doubling(vector: jax.Array, axis: str, num_devices: int) -> jax.Array:

@@ -204,7 +204,7 @@ def canonical_step(
     layout: layouts.Layout = layouts.replicated,
     hashing: Hashing = NO_HASHING,
 ) -> Step:
-    """Return a data-parallel step that gives the same bits on every number of devices that divides `logical_shards`.
+    """Return a data-parallel step that gives the same bits on any number of devices, up to `logical_shards`.
 
     Two stages: the logical shards' sums (see `canonical`), then the division and the optimizer, on every replica by the
     same machine code (`device_program`). The bits belong to one jaxlib and one kind of device. `num_microbatches`
@@ -216,7 +216,7 @@ def canonical_step(
     With a `hashing` that gives hashes, they are the metric STEP_HASHES, the only one that is no scalar.
 
     Raises:
-      ValueError: `logical_shards` is no power of two, or the mesh does not divide it.
+      ValueError: the mesh has more devices than logical shards, or several axes.
     """
     shard_fn = make_shard_fn(loss_fn, num_microbatches)
 

@@ -7,6 +7,7 @@ from jax.sharding import AxisType
 
 from jaxdist.data import ArraySource, Loader, feed, process_rows
 from jaxdist.data.assembly import ExampleError
+from jaxdist.spmd.mesh import Dealing, DealtBatch
 
 
 def make_mesh(**axes):
@@ -50,6 +51,28 @@ def test_the_global_batch_is_the_host_batch_on_any_mesh(mesh_axes, axes):
             assert array.sharding.spec == jax.sharding.PartitionSpec(axes)
             for shard in array.addressable_shards:
                 np.testing.assert_array_equal(shard.data, host_batch[name][shard.index])
+
+
+@pytest.mark.parametrize(("num_devices", "logical_shards"), [(3, 8), (5, 8), (2, 3), (3, 4)])
+def test_batches_are_dealt_where_the_devices_do_not_divide_the_logical_shards(num_devices, logical_shards):
+    mesh, size = make_mesh(data=num_devices), 24 // logical_shards
+    loader = Loader(source_of(40), global_batch_size=24, seed=3, num_epochs=1)
+    dealing = Dealing(logical_shards, num_devices)
+    for (batch, _), (host_batch, _) in zip(feed(loader, mesh, logical_shards=logical_shards), loader, strict=True):
+        assert isinstance(batch, DealtBatch)
+        assert batch.dealing == dealing
+        for name, array in batch.items():
+            slots = np.asarray(array).reshape(num_devices, dealing.num_slots, size, *array.shape[1:])
+            for device, shards in zip(slots, dealing.slots(), strict=True):
+                for rows, shard in zip(device, shards, strict=True):
+                    np.testing.assert_array_equal(rows, host_batch[name][shard * size : (shard + 1) * size])
+
+
+def test_batches_keep_their_order_where_the_devices_divide_the_logical_shards():
+    loader = Loader(source_of(16), global_batch_size=8, seed=3, num_epochs=1)
+    for (batch, _), (host_batch, _) in zip(feed(loader, make_mesh(data=2), logical_shards=8), loader, strict=True):
+        assert not isinstance(batch, DealtBatch)
+        np.testing.assert_array_equal(batch["x"], host_batch["x"])
 
 
 def test_batches_keep_their_values_while_later_ones_are_read():

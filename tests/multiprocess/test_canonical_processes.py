@@ -10,7 +10,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxdist import adapters, losses, testing
+from jaxdist import adapters, data, losses, testing
 from jaxdist.models import cnn, gpt
 from jaxdist.spmd import layout as layouts
 from jaxdist.spmd import state as states
@@ -66,6 +66,27 @@ def test_two_processes_give_the_bits_of_one(model_name):
     arguments = (model_name, "data-parallel", "canonical", 10)
     results = testing.run_processes(train, *arguments, processes=2, devices=2)
     assert {result["hash"] for result in results} == {train(*arguments, 1)["hash"]}
+
+
+def train_fed(num_devices=None):
+    """Train through the input pipeline, as a run does; return the hash of the params."""
+    functions, make_batch = model("gpt")
+    optimizer = optax.adamw(1e-3)
+    strategy = strategies.build("data-parallel", reduction="canonical", devices=jax.devices()[:num_devices])
+    state = states.create_state(functions.init_fn, optimizer, mesh=strategy.mesh, seed=0)
+    step = strategy.make_step(functions.loss_fn, optimizer)
+    source = data.ArraySource({"tokens": np.concatenate([make_batch(seed)["tokens"] for seed in range(5)])})
+    loader = data.Loader(source, global_batch_size=BATCH_SIZE, seed=1, num_epochs=2)
+    for batch, _ in data.feed(loader, strategy.mesh, logical_shards=strategy.logical_shards):
+        state, _ = step(state, batch)
+    leaves = [np.asarray(leaf.addressable_data(0)) for leaf in jax.tree.leaves(state.params)]
+    return hashlib.sha256(b"".join(leaf.tobytes() for leaf in leaves)).hexdigest()
+
+
+@pytest.mark.slow
+def test_three_processes_give_the_bits_of_one():
+    """Eight logical shards, two, three and three of them."""
+    assert set(testing.run_processes(train_fed, processes=3, devices=1)) == {train_fed(1)}
 
 
 LAYOUTS = [(1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (2, 2), (2, 4)]

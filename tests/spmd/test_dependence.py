@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from jaxdist.spmd.dependence import depends, num_operations
+from jaxdist.spmd.dependence import depends
 
 X = jnp.ones(3)
 
@@ -53,17 +53,3 @@ def test_descriptions_of_arrays_will_do_and_nothing_is_computed():
         (True, {"u": False, "v": False}),
     )
     assert found == {"sum": True, "v": False}
-
-
-@pytest.mark.parametrize(
-    ("function", "expected"),
-    [
-        (lambda x: x, 0),
-        (lambda x: jnp.sin(x) + 1, 2),
-        (lambda x: jax.jit(jnp.sin)(x) + 1, 3),
-        (lambda x: lax.fori_loop(0, 1000, lambda _, y: jnp.sin(y), x), 3),
-        (lambda x: lax.cond(x > 0, lambda y: jnp.sin(jnp.sin(y)), jnp.cos, x), 6),
-    ],
-)
-def test_operations_are_counted_through_calls_and_once_for_a_loop(function, expected):
-    assert num_operations(jax.make_jaxpr(function)(1.0)) == expected

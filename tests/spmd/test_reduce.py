@@ -24,9 +24,10 @@ AXIS = "data"
 
 
 def numpy_tree_sum(rows):
-    """Neighbours first, then pairs of pairs."""
+    """Neighbours first, then pairs of pairs; an odd one out waits for the next level."""
     while len(rows) > 1:
-        rows = rows[0::2] + rows[1::2]
+        last = rows[len(rows) - len(rows) % 2 :]
+        rows = np.concatenate([rows[0 : len(rows) - len(last) : 2] + rows[1 : len(rows) : 2], last])
     return rows[0]
 
 
@@ -56,6 +57,24 @@ def test_doubling_halving_and_a_tree_in_numpy_agree_to_the_bit(num_devices, size
     expected = np.broadcast_to(numpy_tree_sum(rows), rows.shape)
     for result in both_sums(num_devices)(rows):
         np.testing.assert_array_equal(result, expected)
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.sampled_from([1, 3, 5, 8]), st.integers(1, 3), st.integers(1, 40), st.randoms(use_true_random=False))
+def test_any_vectors_on_any_devices_are_added_as_a_tree_in_numpy_adds_them(num_devices, each, size, random):
+    mesh = make_mesh(devices=jax.devices()[:num_devices])
+    slots = random.sample(range(num_devices * each), random.randint(1, num_devices * each))
+    values = np.random.default_rng(random.randint(0, 10**6))
+    rows = values.normal(size=(num_devices * each, size)) * 10.0 ** values.integers(-6, 6, (num_devices * each, size))
+    rows = rows.astype(np.float32)
+    total = jax.shard_map(
+        lambda vectors: reduce.tree_sum_of_slots(vectors, AXIS, slots),
+        mesh=mesh,
+        in_specs=PartitionSpec(AXIS),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+    np.testing.assert_array_equal(jax.jit(total)(rows), numpy_tree_sum(rows[slots]))
 
 
 def test_large_vectors_are_halved_and_small_ones_doubled():
