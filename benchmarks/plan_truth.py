@@ -34,8 +34,8 @@ import jaxdist
 from jaxdist import losses
 from jaxdist.models import cnn, gpt, mlp, resnet, vit
 from jaxdist.plan import chips, estimate, topology
-from jaxdist.plan.compiled import flops
 from jaxdist.run import components
+from jaxdist.run.diagnosis import flops
 
 NUM_DEVICES, TURNS = 8, 7
 LAYOUTS = ("data-parallel", "zero1", "fsdp")

@@ -346,6 +346,7 @@ def options_of(*names: str) -> list[str]:
         "data inspect",
         "runs",
         "sweep",
+        "lr-range",
         "eval",
         "predict",
         "export",
@@ -360,7 +361,7 @@ def test_reference_lists_the_options_of(command):
 def test_reference_lists_the_commands():
     """Where this fails, a command came or went: say so in docs/reference.md, and test its options above."""
     choices = next(action.choices for action in make_parser()._actions if action.choices and action.nargs)
-    titles = re.findall(r"^### jaxdist (\w+)", REFERENCE.read_text(), re.MULTILINE)
+    titles = re.findall(r"^### jaxdist ([\w-]+)", REFERENCE.read_text(), re.MULTILINE)
     assert set(titles) == set(choices)
 
 

@@ -18,6 +18,8 @@ from jaxdist.rundir.remote.run_address import place_of_run
 PARAMETER_SERVER = "parameter-server"
 """The strategy whose processes have different roles."""
 
+_LEAST_STEPS = 10
+
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
@@ -35,6 +37,9 @@ def make_parser() -> argparse.ArgumentParser:
     _add_data(_add(commands, "data", "", "prepare a data set; inspect and time one"))
     _add_uses(commands)
     _add_sweep(_add(commands, "sweep", "sweep_command:sweep", "train with several values of settings, and rank them"))
+    _add_lr_range(
+        _add(commands, "lr-range", "lr_range_command:lr_range", "find a learning rate: raise it step by step")
+    )
     summary = "kill processes at random; compare the bits and the ledger"
     _add_chaos(_add(commands, "chaos", "chaos_command:chaos", summary))
     _add_plan(_add(commands, "plan", "plan_command:plan", "estimate memory, time and price on other hardware"))
@@ -201,6 +206,7 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     trial.add_argument(
         "--overfit-batch", action="store_true", help="train and evaluate on one batch: the loss should fall to about 0"
     )
+    trial.add_argument("--dry-run", action="store_true", help="compile all, show sizes and memory; train nothing")
     command.add_argument("--json", action="store_true", help="show nothing, print the run record as one JSON object")
 
 
@@ -246,6 +252,14 @@ def _add_sweep(command: argparse.ArgumentParser) -> None:
     command.add_argument("--worker-of", type=pathlib.Path, metavar="DIR", help=argparse.SUPPRESS)
 
 
+def _add_lr_range(command: argparse.ArgumentParser) -> None:
+    _add_experiment(command)
+    command.add_argument("--range", default="1e-6:1", metavar="LOW:HIGH", help="first and last rate (default 1e-6:1)")
+    command.add_argument("--steps", type=_several, default=100, metavar="K", help="steps between them (default 100)")
+    command.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="draw the curve as an HTML page")
+    command.add_argument("--json", action="store_true", help="print the curve and the suggestion as one JSON object")
+
+
 def _add_experiment(command: argparse.ArgumentParser) -> None:
     command.add_argument("experiment", metavar="EXPERIMENT", help="a Python file with get_config()")
     command.add_argument(
@@ -268,6 +282,12 @@ def _add_experiment(command: argparse.ArgumentParser) -> None:
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"a positive whole number is needed; got {text!r}")
+    return int(text)
+
+
+def _several(text: str) -> int:
+    if not text.isdigit() or int(text) < _LEAST_STEPS:
+        raise argparse.ArgumentTypeError(f"a whole number of at least {_LEAST_STEPS} is needed; got {text!r}")
     return int(text)
 
 

@@ -10,15 +10,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxdist import errors
 from jaxdist.config.experiment import Experiment
 from jaxdist.errors import UserError
 from jaxdist.plan.chips import Chip
-from jaxdist.plan.compiled import collectives, facts, flops, live_buffers
+from jaxdist.plan.compiled import collectives, facts, live_buffers
 from jaxdist.plan.topology import Topology
 from jaxdist.run import components
+from jaxdist.run.diagnosis import flops, utilization
 
 PyTree = Any
 
@@ -199,10 +199,8 @@ def estimate(experiment: Experiment, topology: Topology) -> Estimate:
 
 def trace_step(parts: components.Parts) -> Any:
     """Return the training step, traced for the devices that `parts` were put together for."""
-    rows = NamedSharding(parts.strategy.mesh, PartitionSpec(parts.strategy.batch_axes))
-    batch = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows) for name, leaf in parts.fields.items()}
     step: Any = parts.step
-    return step.trace(parts.abstract_state, batch)
+    return step.trace(parts.abstract_state, utilization.batch_of(parts))
 
 
 def read(program: facts.ProgramFacts, step_flops: float, parts: components.Parts, topology: Topology) -> Estimate:

@@ -23,7 +23,7 @@ from jaxdist.launch.joining import agreement, runtime, same_on_all
 from jaxdist.launch.supervising import watchdog
 from jaxdist.run import bookkeeping, components, directory, disk_room, header, hooks, loop, recovery, rescue
 from jaxdist.run.custom import user_hooks
-from jaxdist.run.diagnosis import profiling
+from jaxdist.run.diagnosis import profiling, utilization
 from jaxdist.run.replay import comparison, recording
 from jaxdist.run.stopwatch import Stopwatch
 from jaxdist.run.warm_start import beginning
@@ -287,6 +287,8 @@ class _Run:
                 self._report_nonfinite(result.state, result.nonfinite)
             else:
                 self._finish(result)
+            if result.end_reason != "preempted" and utilization.peak_of(self.mesh.devices.flat[0]) is not None:
+                books.flops_per_step = utilization.flops_of(self.parts)
             made = books.finish(result.end_reason, self._whole(result.state.params))
             books.call_hooks("on_end", result.state, end_reason=result.end_reason)
             return made

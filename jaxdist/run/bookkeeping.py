@@ -20,6 +20,7 @@ from jaxdist.config.experiment import Experiment
 from jaxdist.data import fingerprints
 from jaxdist.run import components, directory
 from jaxdist.run.custom import user_hooks
+from jaxdist.run.diagnosis import utilization
 from jaxdist.run.progress_display import Bounds, Silent, deciding, make_display
 from jaxdist.run.stopwatch import StepTimes, Stopwatch
 from jaxdist.run.warm_start import beginning
@@ -135,6 +136,8 @@ class Bookkeeper:
         self.step_times = StepTimes()
         self.display: Any = Silent()
         self.compile_count = 0
+        self.flops_per_step: float | None = None
+        """Of all devices; counted once the run has ended, and only where the peak of the devices is known."""
         self.process_restarts = 0
         """Processes that were restarted one at a time during this attempt, while the others continued."""
         self.before_save: Callable[[], None] = lambda: None
@@ -328,8 +331,6 @@ class Bookkeeper:
     def make_record(self, end_reason: str | None, params: Any | None = None) -> record.RunRecord:
         """Return the run record; the hash of the params is taken at the end only, when they are given."""
         attempt, seconds = self.attempt, self.stopwatch.seconds()
-        # The time spent waiting for input counts too: it limits the speed of training.
-        busy = seconds["input"] + seconds["compute"]
         earlier_attempts = attempt.earlier.restarts + 1 if attempt.earlier else 0
         return record.RunRecord(
             end_reason=end_reason,
@@ -341,7 +342,7 @@ class Bookkeeper:
             reduction=attempt.experiment.reduction,
             num_devices=attempt.num_devices,
             num_processes=attempt.num_processes,
-            examples_per_second=self.progress.examples_seen / busy if busy > 0 else None,
+            examples_per_second=self._examples_per_second(),
             step_seconds=self.step_times.summary(),
             time_seconds=seconds,
             compile_count=self.compile_count,
@@ -350,6 +351,23 @@ class Bookkeeper:
             versions=record.versions(),
             command=attempt.command,
             extra=self._extra_keys() | dict(self._extra()),
+        )
+
+    def _examples_per_second(self) -> float | None:
+        """Return the examples seen per second in which the run trained or waited for input, which limits it too."""
+        seconds = self.stopwatch.seconds()
+        busy = seconds["input"] + seconds["compute"]
+        return self.progress.examples_seen / busy if busy > 0 else None
+
+    def _throughput(self) -> dict[str, float | None]:
+        attempt = self.attempt
+        return utilization.throughput(
+            examples_per_second=self._examples_per_second(),
+            global_batch_size=attempt.experiment.global_batch_size,
+            num_devices=attempt.num_devices,
+            tokens_per_example=utilization.tokens_per_example(attempt.fields, attempt.experiment.inputs),
+            flops_per_step=self.flops_per_step,
+            peak=utilization.peak_of(jax.local_devices()[0]),
         )
 
     def _find_origin(self) -> dict[str, Any]:
@@ -379,6 +397,7 @@ class Bookkeeper:
             },
             "best": self.progress.best,
             "checkpoint": self.checkpointer.latest_step(),
+            "throughput": self._throughput(),
             "peak_memory_bytes": origin.peak_memory_bytes(jax.local_devices()),
             **self._origin,
         }

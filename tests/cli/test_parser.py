@@ -23,6 +23,7 @@ COMMANDS = {
     "runs": [],
     "report": [RUN],
     "sweep": [X, "--over", "seed=1,2"],
+    "lr-range": [X],
     "eval": [RUN],
     "predict": [RUN, "in.csv", "out.csv"],
     "export": [RUN, "out", "--format", "npz"],

@@ -22,6 +22,8 @@ _IN_JOB = "JAXDIST_NUM_PROCESSES"
 
 def train(options: argparse.Namespace) -> int:
     """Train in this process, or start the processes that do."""
+    if options.dry_run:
+        return parser.find_handler("jaxdist.cli.dry_run_work:dry_run")(options)
     if isinstance(options.run_dir, run_address.Address):
         return parser.find_handler("jaxdist.cli.remote_runs:train")(options, _train)
     if not options.fast_dev_run or options.run_dir is not None:

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import tempfile
 
@@ -32,6 +33,21 @@ def test_one_batch_is_the_first_of_the_first_epoch_in_every_step(order):
             np.testing.assert_array_equal(batch[name], values)
     [held_out] = components.make_eval_loaders(trials.one_batch(experiment)).values()
     np.testing.assert_array_equal(next(iter(held_out)).batch["label"], wanted["label"])
+
+
+def noisy(example, random):
+    return {**example, "image": example["image"] + random.normal(size=example["image"].shape).astype(np.float32)}
+
+
+def test_one_batch_is_the_same_in_every_step_whatever_its_transform_draws():
+    experiment = tiny_experiment.get_config()
+    data = dataclasses.replace(experiment.data, example_fn=noisy, eval_example_fn=noisy, num_workers=2)
+    experiment = dataclasses.replace(experiment, data=data)
+    one = trials.one_batch(experiment)
+    wanted = first_batch(dataclasses.replace(experiment, data=dataclasses.replace(data, num_workers=0)))
+    [held_out] = components.make_eval_loaders(one).values()
+    for batch, _ in [*itertools.islice(components.make_loader(one), 3), *held_out]:
+        np.testing.assert_array_equal(batch["image"], wanted["image"])
 
 
 def test_one_batch_is_one_without_padding(tmp_path, capsys, monkeypatch):

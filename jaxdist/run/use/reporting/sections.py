@@ -88,6 +88,7 @@ def _facts(run: ReportedRun) -> list[tuple[str, str]]:
         ("Examples", f"{made.examples_seen:,}"),
         ("Wall time", seconds_in_words(sum(made.time_seconds.values()))),
         ("Throughput", f"{made.examples_per_second:,.0f} examples/s" if made.examples_per_second else ""),
+        ("Each device", _each_device(extra.get("throughput") or {})),
         ("Step", f"{seconds_in_words(p50)}, 95 % below {seconds_in_words(p95)}" if p50 and p95 else ""),
         ("Strategy", html.escape(f"{made.strategy}, {made.reduction}")),
         ("Devices", f"{made.num_devices} in {made.num_processes} process{'es' * (made.num_processes > 1)}"),
@@ -97,6 +98,16 @@ def _facts(run: ReportedRun) -> list[tuple[str, str]]:
         ("Host", text(extra["host"]) if extra.get("host") else ""),
         ("Params", f'<code title="{text(sha)}">{text(sha[:12])}</code>' if (sha := made.params_sha256) else ""),
     ]
+
+
+def _each_device(found: Mapping[str, float | None]) -> str:
+    """Return the throughput of one device, and how much of its arithmetic that is."""
+    examples, tokens, used = (
+        found.get(name)
+        for name in ("examples_per_second_per_device", "tokens_per_second_per_device", "model_flops_utilization")
+    )
+    parts = [f"{tokens:,.0f} tokens/s" if tokens else f"{examples:,.0f} examples/s" if examples else ""]
+    return ", ".join(filter(None, [*parts, f"MFU {used:.1%}" if used is not None else ""]))
 
 
 def _command(run: ReportedRun) -> str:

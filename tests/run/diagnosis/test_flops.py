@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxdist.plan.compiled import flops
+from jaxdist.run.diagnosis import flops
 from jaxdist.spmd.mesh import make_mesh
 
 A, B = jax.ShapeDtypeStruct((16, 32), jnp.float32), jax.ShapeDtypeStruct((32, 8), jnp.float32)
