@@ -5,7 +5,7 @@ import io
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -42,6 +42,7 @@ def csv_source(
     comment: str | None = None,
     encoding: str = "utf-8",
     short_rows: Literal["refuse", "fill"] = "refuse",
+    skip_lines: int = 0,
 ) -> ArraySource:
     """Return the rows of CSV files: whole numbers as int64 (uint64 from 2**63 on), others float64, true and false bool.
 
@@ -60,6 +61,7 @@ def csv_source(
       names: of the columns, for files without a header line. Of columns of the same name, the second becomes `name.1`.
       comment: lines that start with it are skipped.
       encoding: of the text. A byte order mark is skipped.
+      skip_lines: lines before the table: before the header, or, with `names`, instead of it.
       short_rows: a row with fewer cells than the header is refused, or its last cells are empty, as in pandas.
 
     Raises:
@@ -70,7 +72,8 @@ def csv_source(
     given = dict(categories) if isinstance(categories, Mapping) else dict.fromkeys(categories)
     if short_rows not in ("refuse", "fill"):
         raise ValueError(f"short_rows is 'refuse' or 'fill'; got {short_rows!r}.")
-    tables = [_read(path, given, delimiter, names, comment, encoding, short_rows == "fill") for path in files]
+    style = _Style(delimiter, names, comment, encoding, short_rows == "fill", skip_lines)
+    tables = [_read(path, given, style) for path in files]
     table = _joined(tables, files)
     for name in [*(columns or ()), *given]:
         if name not in table.column_names:
@@ -106,22 +109,25 @@ def numbered(name: str, column: Any, known: Sequence[str] | None) -> tuple[tuple
     return names, numbers.to_numpy().astype(np.int32)
 
 
-def _read(
-    path: str,
-    categories: Mapping[str, Any],
-    delimiter: str | None,
-    names: Sequence[str] | None,
-    comment: str | None,
-    encoding: str,
-    fills: bool,
-) -> Any:
+class _Style(NamedTuple):
+    """How the files are written; see `csv_source`."""
+
+    delimiter: str | None
+    names: Sequence[str] | None
+    comment: str | None
+    encoding: str
+    fills: bool
+    skip_lines: int
+
+
+def _read(path: str, categories: Mapping[str, Any], style: _Style) -> Any:
     """Return the table in a file, its column names made distinct, texts where they are not numbers."""
     arrow_csv, pyarrow = extras.require("pyarrow.csv"), extras.require("pyarrow")
-    data = _text_of(path, comment, encoding)
-    delimiter = delimiter or _delimiter_of(data)
-    header, num_lines = _header_of(path, data, delimiter) if names is None else (names, 0)
+    data = _text_of(path, style)
+    delimiter = style.delimiter or _delimiter_of(data)
+    header, num_lines = _header_of(path, data, delimiter) if style.names is None else (style.names, 0)
     distinct = _distinct(header)
-    if fills:
+    if style.fills:
         data = _filled(data, delimiter, len(distinct))
     texts = {name: pyarrow.string() for name in categories}
 
@@ -144,6 +150,9 @@ def _read(
 
     try:
         table = _inferred(read, in_blocks=b'"' not in data)
+        if b"0x" in data or b"0X" in data:
+            texts |= dict.fromkeys(_hexadecimal(read, table), pyarrow.string())
+            table = read({})
         others = [name for name in distinct if name not in texts]
         if any(pyarrow.types.is_string(table.column(name).type) for name in others):
             table = read({}, missing=MISSING_TEXTS)
@@ -153,7 +162,10 @@ def _read(
         as_texts = read(dict.fromkeys(wide, pyarrow.string()), missing=MISSING_TEXTS)
         return read(_types_of_wide(as_texts, wide), missing=MISSING_TEXTS)
     except pyarrow.ArrowInvalid as error:
-        raise CorruptExample(f"{path} cannot be read as CSV: {_with_row(error, read)}") from error
+        raise CorruptExample(
+            f"{path} cannot be read as CSV: {_with_row(error, read)} What is above the table is skipped by "
+            "`skip_lines`; `names` gives the columns where the header does not; `short_rows` fills rows that end early."
+        ) from error
 
 
 def _inferred(read: Callable[..., Any], *, in_blocks: bool) -> Any:
@@ -175,9 +187,9 @@ def _with_row(error: Exception, read: Callable[..., Any]) -> str:
     return str(error)
 
 
-def _text_of(path: str, comment: str | None, encoding: str) -> bytes:
-    """Return the file's text in UTF-8, decompressed, without comments and byte order mark."""
-    data = read_file(path)
+def _text_of(path: str, style: _Style) -> bytes:
+    """Return the file's text in UTF-8, decompressed, without lines to skip, comments and byte order mark."""
+    data, comment, encoding = read_file(path), style.comment, style.encoding
     if (compression := _COMPRESSIONS.get(os.path.splitext(path)[1].lower())) is not None:
         pyarrow = extras.require("pyarrow")
         with pyarrow.input_stream(pyarrow.BufferReader(data), compression=compression) as stream:
@@ -193,6 +205,8 @@ def _text_of(path: str, comment: str | None, encoding: str) -> bytes:
     if text is not None:
         data = text.encode()
     data = data.removeprefix(b"\xef\xbb\xbf")
+    for _ in range(style.skip_lines):
+        data = data[data.find(b"\n") + 1 or len(data) :]
     if comment is not None:
         mark = comment.encode()
         data = b"".join(line for line in io.BytesIO(data) if not line.startswith(mark))
@@ -229,16 +243,26 @@ def _header_of(path: str, data: bytes, delimiter: str) -> tuple[list[str], int]:
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
-    """Return the names, the second of equal ones with .1 behind it, as pandas has them."""
-    found: list[str] = []
-    for place, name in enumerate(names):
-        name = name or f"Unnamed: {place}"
-        count, distinct = 0, name
-        while distinct in found:
+    """Return the names, the second of equal ones with .1 behind it, as pandas has them; named columns come first."""
+    whole = [name or f"Unnamed: {place}" for place, name in enumerate(names)]
+    found: dict[int, str] = {}
+    for place in sorted(range(len(names)), key=lambda place: not names[place]):
+        count, distinct = 0, whole[place]
+        while distinct in found.values() or (count and distinct in whole):
             count += 1
-            distinct = f"{name}.{count}"
-        found.append(distinct)
-    return found
+            distinct = f"{whole[place]}.{count}"
+        found[place] = distinct
+    return [found[place] for place in range(len(names))]
+
+
+def _hexadecimal(read: Callable[..., Any], table: Any) -> list[str]:
+    """Return the columns of whole numbers with one such as 0xff, which pyarrow but not pandas takes for a number."""
+    pyarrow, compute = extras.require("pyarrow"), extras.require("pyarrow.compute")
+    whole = [name for name in table.column_names if pyarrow.types.is_integer(table.column(name).type)]
+    as_texts = read(dict.fromkeys(whole, pyarrow.string()))
+    return [
+        name for name in whole if compute.any(compute.match_substring_regex(as_texts.column(name), "0[xX]")).as_py()
+    ]
 
 
 def _may_be_wide_integers(column: Any) -> bool:

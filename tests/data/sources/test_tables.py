@@ -80,13 +80,17 @@ def test_held_out_rows_have_the_numbers_of_the_training_rows(tmp_path):
 def test_what_python_but_no_table_takes_for_a_number_is_refused(tmp_path):
     with pytest.raises(ValueError, match="'1_000', which is not a number"):
         csv_source(write(tmp_path / "t.csv", "a\n1_000\n"))
+    for text in ("0xff", " -0XFF"):
+        with pytest.raises(ValueError, match=f"'{text}', which is not a number"):
+            csv_source(write(tmp_path / "t.csv", f"a\n12\n{text}\n"))
     with pytest.raises(ValueError, match="'2020-01-02', which is not a number"):
         csv_source(write(tmp_path / "t.csv", "a\n2020-01-02\n"))
 
 
 def test_columns_of_one_name_are_all_kept(tmp_path):
-    path = write(tmp_path / "t.csv", "a,b,a,a\n1,2,3,4\n")
-    assert_pandas(path, csv_source(path))
+    for header in ("a,b,a,a", "a,a.1,a,a.1", ",,b,", ",Unnamed: 0,b,b"):
+        path = write(tmp_path / "t.csv", f"{header}\n1,2,3,4\n")
+        assert_pandas(path, csv_source(path))
 
 
 def test_missing_values_are_refused_unless_it_is_said_what_they_are(tmp_path):
@@ -172,3 +176,13 @@ def test_types_of_later_blocks_and_texts_that_mean_missing_count(tmp_path):
         csv_source(path, columns=("b",))
     with pytest.raises(ValueError, match="row 150001: column 'a' holds 'x'"):
         csv_source(write(tmp_path / "t.csv", head + "x,1,1,1\n"))
+
+
+def test_a_header_of_another_width_and_lines_above_it_are_skipped_where_asked(tmp_path):
+    path = write(tmp_path / "t.csv", "150,2,cat\n1,2,3,0\n4,5,6,1\n")
+    with pytest.raises(CorruptExample, match=r"Expected 3 columns, got 4.*`skip_lines`"):
+        csv_source(path)
+    names = ["a", "b", "c", "label"]
+    assert_pandas(path, csv_source(path, names=names, skip_lines=1), names=names, skiprows=1)
+    path = write(tmp_path / "notes.csv", "Source: a survey\n\nx,y\n1,2\n")
+    assert_pandas(path, csv_source(path, skip_lines=2), skiprows=2)
