@@ -68,10 +68,12 @@ class Snapshots:
     Attributes:
       directory: as given.
       cost_seconds: seconds that the newest one took, here and on the thread, without the wait for the step.
+      written_step: step of the newest one that this process has written, None before the first.
     """
 
     def __init__(self, directory: pathlib.Path, *, identity: str, process: int | None = None):
         self.cost_seconds = 0.0
+        self.written_step: int | None = None
         directory.mkdir(parents=True, exist_ok=True)
         self.directory, self._identity = directory, identity
         self._process = jax.process_index() if process is None else process
@@ -138,6 +140,7 @@ class Snapshots:
             self._pause(error)
         else:
             self._slots.append(self._slots.pop(0))
+            self.written_step = header["step"]
             if self._told:
                 print("jaxdist: Snapshots are taken again.", file=sys.stderr, flush=True)
             self._told = False

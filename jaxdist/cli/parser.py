@@ -42,6 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     summary = "kill processes at random; compare the bits and the ledger"
     _add_chaos(_add(commands, "chaos", "chaos_command:chaos", summary))
+    _add_join(commands)
     _add_plan(_add(commands, "plan", "plan_command:plan", "estimate memory, time and price on other hardware"))
     doctor = _add(commands, "doctor", "doctor_command:doctor", "show versions, extras, devices and likely problems")
     doctor.add_argument("--devices", type=_positive, metavar="N", help="fake CPU devices to try (default 8)")
@@ -222,6 +223,8 @@ def _add_chaos(command: argparse.ArgumentParser) -> None:
     command.add_argument("--kills", type=int, default=5, metavar="N", help="processes to kill (default 5)")
     command.add_argument("--stops", type=int, default=1, metavar="N", help="processes to stop (default 1)")
     command.add_argument("--starves", type=int, default=1, metavar="N", help="processes to deny the disk (default 1)")
+    command.add_argument("--joins", type=int, default=0, metavar="N", help="how often processes join (default 0)")
+    command.add_argument("--leaves", type=int, default=0, metavar="N", help="how often processes leave (default 0)")
     command.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the plan (default 0)")
     command.add_argument("--directory", type=pathlib.Path, metavar="DIR", help="for both runs (default: a new one)")
     command.add_argument("--json", action="store_true", help="print the result as one JSON object")
@@ -258,6 +261,16 @@ def _add_lr_range(command: argparse.ArgumentParser) -> None:
     command.add_argument("--steps", type=_several, default=100, metavar="K", help="steps between them (default 100)")
     command.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="draw the curve as an HTML page")
     command.add_argument("--json", action="store_true", help="print the curve and the suggestion as one JSON object")
+
+
+def _add_join(commands: Any) -> None:
+    """Add what changes the number of processes of a running job."""
+    join = _add(commands, "join", "join_command:join", "add processes of this machine to a running job")
+    join.add_argument("--processes", type=_positive, default=1, metavar="P", help="how many join (default 1)")
+    leave = _add(commands, "leave", "join_command:leave", "take processes out of a running job, the newest first")
+    leave.add_argument("--processes", type=_positive, default=1, metavar="P", help="how many leave (default 1)")
+    for command in (join, leave):
+        command.add_argument("run_dir", type=pathlib.Path, metavar="RUN_DIR", help="of a job started with --processes")
 
 
 def _add_experiment(command: argparse.ArgumentParser) -> None:

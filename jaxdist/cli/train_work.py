@@ -142,6 +142,8 @@ def _train_here(
             ),
             devices=devices,
         )
+    if made.end_reason is None:  # other processes are to take part, and the run continues
+        return ExitStatus.RETRY
     if runtime.is_first() and earlier == (made.step, made.end_reason):
         print(
             f"jaxdist: The run in {working_copy.shown(run_dir)} had ended at step {made.step} already "

@@ -241,6 +241,7 @@ class _Run:
         self.trace = profiling.Trace(traced, options.run_dir)
         self.log = hooks.LogMetrics(self.books)
         self.books.before_save = self._flush
+        self._change_due = recovery.change_due()
 
     def execute(self, stop_rule: stop.StopRule, dog: watchdog.Watchdog) -> record.RunRecord:
         """Train, evaluate the last step if needed, save, and write the record, also of an error before it is raised."""
@@ -276,13 +277,15 @@ class _Run:
                 stop=stop_rule,
                 hooks=[lambda info: dog.report(), *self._make_hooks(ledger_hooks)],
                 progress=books.progress,
-                stop_requested=self.agreed.stop(self.options.stop_requested),
+                stop_requested=self.agreed.stop(self._wants_to_end),
                 stopwatch=books.stopwatch,
                 step_times=books.step_times,
             )
             self._flush()
             if self.chain:
                 self.chain.finish(result.progress.step)
+            if result.end_reason == "preempted" and self._is_kept_for_change(result):
+                return books.make_record(None)
             if result.nonfinite:
                 self._report_nonfinite(result.state, result.nonfinite)
             else:
@@ -316,6 +319,21 @@ class _Run:
         self.log.flush()
         if self.chain:
             self.chain.flush()
+
+    def _wants_to_end(self, step: int) -> bool:
+        return self._change_due() or self.options.stop_requested(step)
+
+    def _is_kept_for_change(self, result: loop.FitResult) -> bool:
+        """Return whether the run ended only so that the number of its processes can change, and is kept in memory."""
+        kept = self.start.snapshots
+        wanted = self._change_due() and not self.options.stop_requested(result.progress.step)
+        if kept is None or not same_on_all.from_first("change", "yes" if wanted else ""):
+            return False
+        recovery.note_end_for_change()
+        data_state = {"position": result.position.to_json(), "progress": result.progress.to_json()}
+        kept.save(result.progress.step, result.state, data_state)
+        kept.wait()
+        return same_on_all.all_of("kept for a change", kept.written_step == result.progress.step)
 
     def _finish(self, result: loop.FitResult) -> None:
         """Evaluate and save the last step, unless that was done; a preempted run has no time for an evaluation."""
@@ -379,6 +397,8 @@ class _Run:
         if every:
             found.append(hooks.every(every, lambda info: replicas.check_replicas(info.state, self.mesh)))
         found += ledger_hooks
+        told = recovery.tell_recovery(self.options.run_dir)
+        found += [told] if told else []
         if self.options.profile:
             found.append(self.trace)
         if self.start.snapshots:

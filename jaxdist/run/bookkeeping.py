@@ -18,6 +18,7 @@ import jax
 from jaxdist.checkpoint import checkpoints
 from jaxdist.config.experiment import Experiment
 from jaxdist.data import fingerprints
+from jaxdist.launch.supervising import restart_events
 from jaxdist.run import components, directory
 from jaxdist.run.custom import user_hooks
 from jaxdist.run.diagnosis import utilization
@@ -396,6 +397,7 @@ class Bookkeeper:
                 "num_examples": len(self.attempt.experiment.data.train),
             },
             "best": self.progress.best,
+            "changes": restart_events.changes(restart_events.read_events(self.attempt.run_dir)),
             "checkpoint": self.checkpointer.latest_step(),
             "throughput": self._throughput(),
             "peak_memory_bytes": origin.peak_memory_bytes(jax.local_devices()),

@@ -498,6 +498,10 @@ def check_experiment(experiment: Experiment) -> None:
         value = getattr(experiment.recovery, name)
         if value is not None and not value > 0:  # NaN, too
             raise ConfigError(f"recovery.{name} must be positive; got {value}.")
+    if not experiment.recovery.patience_seconds >= 0:
+        raise ConfigError(
+            f"recovery.patience_seconds must not be negative; got {experiment.recovery.patience_seconds}."
+        )
     if isinstance(experiment.model, adapters.Functions) and experiment.loss is not None:
         raise ConfigError(
             "A model given as adapters.Functions has the loss in its own functions, and the experiment's loss would "

@@ -16,7 +16,7 @@ import jax
 from jaxdist.checkpoint import checkpoints
 from jaxdist.checkpoint import snapshots as snapshot
 from jaxdist.config.experiment import Recovery
-from jaxdist.launch.supervising import supervisor, watchdog
+from jaxdist.launch.supervising import restart_events, supervisor, watchdog
 from jaxdist.run.hooks import every
 from jaxdist.run.loop import Hook, StepInfo
 from jaxdist.rundir import ledger
@@ -48,6 +48,41 @@ def deadline(settings: Recovery, environment: Mapping[str, str] = os.environ) ->
     given = math.inf if settings.deadline_seconds is None else time.monotonic() + settings.deadline_seconds
     end = float(environment.get(supervisor.DEADLINE, given))
     return lambda: time.monotonic() >= end
+
+
+def change_due(environment: Mapping[str, str] = os.environ) -> Callable[[], bool]:
+    """Return the function that says whether the job should end at this step, so that other processes can take part."""
+    directory = memory(environment)
+    if directory is None:
+        return lambda: False
+    name = str(directory / supervisor.CHANGE_NAME)
+    return lambda: os.path.exists(name)
+
+
+def note_end_for_change() -> None:
+    """Tell the supervisor that the processes have ended their last step before a change of their number."""
+    directory = memory()
+    if directory is not None and jax.process_index() == 0:
+        with contextlib.suppress(OSError):  # it counts the lost seconds from the end of the processes then
+            (directory / supervisor.CHANGE_NAME).write_text(str(time.monotonic()))
+
+
+def tell_recovery(run_dir: pathlib.Path, environment: Mapping[str, str] = os.environ) -> Hook | None:
+    """Return the hook that notes, on process 0, when the job makes new steps again; None if it made none before."""
+    if supervisor.LOST_SINCE not in environment or jax.process_index() != 0:
+        return None
+    since, reached, told = float(environment[supervisor.LOST_SINCE]), int(environment[supervisor.REACHED]), False
+
+    def tell(info: StepInfo) -> None:
+        nonlocal told
+        if told or info.step <= reached:
+            return
+        told = True
+        seconds = round(time.monotonic() - since, 3)
+        restart_events.Events(run_dir).note("recovered", step=info.step, seconds=seconds)
+        restart_events.say(f"Step {info.step} is made by {jax.process_count()} processes; {seconds:.1f} s were lost.")
+
+    return tell
 
 
 def open_snapshots(settings: Recovery, identity: str) -> snapshot.Snapshots | None:

@@ -18,6 +18,8 @@ COMMANDS = {
     "launch": [X],
     "verify": [X],
     "chaos": [X],
+    "join": [RUN],
+    "leave": [RUN],
     "plan": [X, "--topology", "cpu:8"],
     "doctor": [],
     "runs": [],

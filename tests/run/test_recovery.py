@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxdist.config.experiment import Recovery
-from jaxdist.launch.supervising import restart_events, supervisor
+from jaxdist.launch.supervising import board, restart_events, supervisor
 from jaxdist.run import recovery
 
 
@@ -61,3 +61,45 @@ def test_snapshots_cost_no_more_than_their_share_and_no_run_goes_without(cost, s
     assert gap <= recovery.MOST_STEPS
     assert cost <= share * gap * step_seconds * (1 + 1e-9) or gap == recovery.MOST_STEPS
     assert gap == 1 or cost > share * (gap - 1) * step_seconds * (1 - 1e-9)
+
+
+def test_a_change_of_the_processes_is_asked_for_by_a_file(tmp_path, monkeypatch):
+    assert not recovery.change_due({})()
+    environment = {supervisor.MEMORY: str(tmp_path)}
+    due = recovery.change_due(environment)
+    assert not due()
+    still = supervisor._Standstill(tmp_path)
+    still.ask()
+    assert due()
+    monkeypatch.setenv(supervisor.MEMORY, str(tmp_path))
+    before = time.monotonic()
+    recovery.note_end_for_change()
+    ended = time.monotonic()
+    still.note_end(1)
+    assert before <= float(still.environment()[supervisor.LOST_SINCE]) <= ended
+    still.withdraw()
+    assert not due()
+
+
+def test_the_first_new_step_tells_what_a_standstill_cost(tmp_path):
+    assert recovery.tell_recovery(tmp_path, {}) is None
+    since = {supervisor.LOST_SINCE: str(time.monotonic() - 5.0), supervisor.REACHED: "7"}
+    tell = recovery.tell_recovery(tmp_path, since)
+    for step in (6, 7, 8, 9):
+        tell(types.SimpleNamespace(step=step))
+    (event,) = restart_events.read_events(tmp_path)
+    assert (event["event"], event["step"]) == ("recovered", 8)
+    assert event["seconds"] == pytest.approx(5.0, abs=2.0)
+
+
+def test_a_standstill_lasts_until_new_steps_are_made(tmp_path):
+    still = supervisor._Standstill(tmp_path)
+    assert still.environment() == {}
+    for step in (3, 3, 2, 4):  # the second and third attempt made no new step
+        writer = board.ReportWriter(tmp_path, 0)
+        writer.write(step, "compute")
+        writer.close()
+        before = still.environment().get(supervisor.LOST_SINCE)
+        still.note_end(1)
+        assert (still.environment()[supervisor.LOST_SINCE] == before) == (before is not None and step < 4)
+    assert still.reached == 4

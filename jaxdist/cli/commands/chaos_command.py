@@ -10,6 +10,10 @@ import tempfile
 from jaxdist.cli import selected_experiment
 from jaxdist.errors import ExitStatus
 from jaxdist.launch.supervising import chaos as experiment_under_fire
+from jaxdist.launch.supervising import restart_events
+from jaxdist.run.use.reporting import timeline
+
+PICTURE_NAME = "changes.svg"
 
 
 def chaos(options: argparse.Namespace) -> int:
@@ -28,8 +32,13 @@ def chaos(options: argparse.Namespace) -> int:
         kills=options.kills,
         stops=options.stops,
         starves=options.starves,
+        joins=options.joins,
+        leaves=options.leaves,
     )
-    print(json.dumps(report.to_json()) if options.json else f"{report}\nboth runs   {directory}")
+    picture = directory / PICTURE_NAME
+    picture.write_text(timeline.draw(restart_events.read_events(directory / "disturbed")))
+    shown = f"{report}\nboth runs   {directory}\npicture     {picture}"
+    print(json.dumps(report.to_json()) if options.json else shown)
     return ExitStatus.OK if report.identical else ExitStatus.FAILED
 
 

@@ -66,6 +66,18 @@ def from_first(name: str, value: str) -> str:
     return _get(client, name, "first", _SECONDS)
 
 
+def all_of(name: str, value: bool) -> bool:
+    """Return whether `value` is true on every process; each process calls this once for each name."""
+    client, process, count = _job()
+    if client is None:
+        return value
+    client.key_value_set(_key(name, process), str(value))
+    if process == 0:
+        told = [_get(client, name, number, _SECONDS) for number in range(count)]
+        client.key_value_set(_key(name, "all"), str(all(each == str(True) for each in told)))
+    return _get(client, name, "all", _SECONDS) == str(True)
+
+
 def describe(told: Sequence[Mapping[str, Any]]) -> str:
     """Return which processes differ from the others and in what, "" if none does; `told[n]` are the facts of process n.
 

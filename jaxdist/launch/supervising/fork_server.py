@@ -117,6 +117,12 @@ class ForkServer:
         self._process.wait()
         _prctl(_PR_SET_CHILD_SUBREAPER, 0)
 
+    def is_ready(self) -> bool:
+        """Return whether the fork server can start processes, once its imports are made."""
+        if self._usable is None:
+            self._usable = self._receive() == _READY
+        return self._usable
+
     def start(self, command: Sequence[str], environment: Mapping[str, str], output: IO[bytes] | None) -> Child | None:
         """Start a process and return it; None if the fork server cannot, or has ended.
 
@@ -125,9 +131,7 @@ class ForkServer:
           environment: of the process.
           output: takes its standard output and error; None shares this process's.
         """
-        if self._usable is None:
-            self._usable = self._receive() == _READY
-        if not self._usable:
+        if not self.is_ready():
             return None
         changed = {name: value for name, value in environment.items() if self._environment.get(name) != value}
         request = json.dumps({"module": command[2], "arguments": command[3:], "environment": changed}).encode()

@@ -1,9 +1,11 @@
 """The file restarts.jsonl: when the attempts of a job began and ended."""
 
+import contextlib
 import json
 import pathlib
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 EVENTS_NAME = "restarts.jsonl"
@@ -38,7 +40,29 @@ def read_events(run_dir: pathlib.Path) -> list[dict[str, Any]]:
     """Return the events of a run directory, oldest first; an incomplete line is omitted."""
     path = run_dir / EVENTS_NAME
     text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    found = []
+    for line in text[: text.rfind("\n") + 1].splitlines():
+        with contextlib.suppress(ValueError):  # a line that a full disk has cut
+            found.append(json.loads(line))
+    return found
+
+
+def changes(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return each restart, join and leave of a run, as `changes` of its run record has them.
+
+    Each has `kind` ("restart", "join" or "leave"), `step` (the newest that was made before), `processes` (how many
+    there were from then on) and `seconds_lost`: until the next new step; None if none was made.
+    """
+    found: list[dict[str, Any]] = []
+    for event in events:
+        if event["event"] == "start" and "cause" in event:
+            processes = len(event["process_ids"])
+            found.append(
+                {"kind": event["cause"], "step": event["reached"], "processes": processes, "seconds_lost": None}
+            )
+        elif event["event"] == "recovered" and found:
+            found[-1]["seconds_lost"] = event["seconds"]
+    return found
 
 
 def say(message: str) -> None:

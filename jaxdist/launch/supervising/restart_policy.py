@@ -24,6 +24,10 @@ class RestartSettings(Protocol):
         """See Recovery."""
 
     @property
+    def patience_seconds(self) -> float:
+        """See Recovery."""
+
+    @property
     def deadline_seconds(self) -> float | None:
         """See Recovery."""
 
@@ -42,6 +46,8 @@ class Attempt:
       asked_to_stop: whether a signal or the deadline asked it to stop.
       end_reason: that of the run record; None if the attempt ended without writing one.
       saved_step: the newest step that survives, in memory or on disk.
+      available: how many processes the job should have now, if that has changed: some have joined, have left, were
+        lost, or were too many for the experiment. None if it has not.
     """
 
     num_processes: int
@@ -49,6 +55,7 @@ class Attempt:
     asked_to_stop: bool = False
     end_reason: str | None = None
     saved_step: int = 0
+    available: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +83,11 @@ def decide(attempts: Sequence[Attempt], settings: RestartSettings, *, start_step
     last = attempts[-1]
     if last.end_reason in _GOOD_ENDS:  # even if a process was killed after that
         return End(ExitStatus.OK)
-    if last.exit_status in (ExitStatus.OK, ExitStatus.USER) or last.asked_to_stop or last.end_reason == "nonfinite":
+    if last.exit_status == ExitStatus.OK or last.asked_to_stop or last.end_reason == "nonfinite":
+        return End(last.exit_status)
+    if last.available:
+        return Restart(0.0, last.available)
+    if last.exit_status == ExitStatus.USER:
         return End(last.exit_status)
     fruitless = num_fruitless(attempts, start_step=start_step)
     if fruitless >= settings.max_fruitless:
@@ -91,8 +102,11 @@ def decide(attempts: Sequence[Attempt], settings: RestartSettings, *, start_step
 
 
 def num_fruitless(attempts: Sequence[Attempt], *, start_step: int = 0) -> int:
-    """Return how many attempts in a row, up to the last, did not raise the newest saved step."""
-    steps = [start_step, *(attempt.saved_step for attempt in attempts)]
+    """Return how many attempts in a row, up to the last, did not raise the newest saved step.
+
+    Those that ended for a change of the number of processes do not count.
+    """
+    steps = [start_step, *(attempt.saved_step for attempt in attempts if attempt.available is None)]
     count = 0
     for before, after in zip(reversed(steps[:-1]), reversed(steps[1:])):
         if after > before:

@@ -15,10 +15,12 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import IO
 
 from jaxdist.errors import ExitStatus
-from jaxdist.launch.supervising import board, job_memory, local_job
+from jaxdist.launch.joining import places
+from jaxdist.launch.supervising import board, job_memory, joined, local_job, roster
 from jaxdist.launch.supervising import stopped as stopped_processes
 from jaxdist.launch.supervising.restart_events import Events, say
 from jaxdist.launch.supervising.restart_policy import Attempt, End, RestartSettings, decide
@@ -31,6 +33,12 @@ FAILED_AT = "JAXDIST_FAILED_AT"
 
 DEADLINE = "JAXDIST_DEADLINE"
 """Environment variable: when the job must stop, by the monotonic clock."""
+
+LOST_SINCE, REACHED = "JAXDIST_LOST_SINCE", "JAXDIST_REACHED"
+"""Environment variables: since when the job makes no new steps, by the monotonic clock, and the newest step it made."""
+CHANGE_NAME = "change"
+"""The file in the directory in memory that asks the processes to end at their next step, so that their number can
+change; process 0 writes into it when they did."""
 
 BOARD_NAME = "board"
 """The folder of the board in the run directory, if the job has no directory in memory."""
@@ -69,9 +77,10 @@ def supervise(
                 say(decision.reason)
             return decision.exit_status
         last, processes = attempts[-1], decision.num_processes
-        fewer = f" on {processes} processes instead of {num_processes}" if processes != num_processes else ""
+        others = f" on {processes} processes instead of {num_processes}" if processes != num_processes else ""
         pause = f" in {decision.delay_seconds:g} s" if decision.delay_seconds else ""
-        say(f"The job ended with status {last.exit_status}; it continues from step {last.saved_step}{fewer}{pause}.")
+        ended = "The job" if last.available else f"The job ended with status {last.exit_status}; it"
+        say(f"{ended} continues from step {last.saved_step}{others}{pause}.")
         num_processes = processes
         _sleep(decision.delay_seconds, stopped)
         if stopped():
@@ -127,7 +136,8 @@ def run(job: Job, *, num_processes: int, settings: RestartSettings) -> int:
         job.begin()
         memory = stack.enter_context(_memory(job.run_dir))
         job.at_kill(memory)
-        attempts = _Attempts(job, settings, memory, signals)
+        attempts = _Attempts(job, settings, memory, signals, num_processes)
+        stack.enter_context(joined.Reception(memory, attempts.roster, job.command[3:]))
         start_step = job.saved_step(memory)
         if start_step:
             say(f"The run continues from the checkpoint of step {start_step}.")
@@ -178,13 +188,27 @@ def _save(job: Job, memory: pathlib.Path, end_reason: str) -> bool:
 
 
 class _Attempts:
-    """Makes the attempts of one job."""
+    """Makes the attempts of one job.
 
-    def __init__(self, job: Job, settings: RestartSettings, memory: pathlib.Path, signals: local_job.Signals):
+    Attributes:
+      roster: the processes that take part, of which the supervisor's own are `num_processes` at first.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        settings: RestartSettings,
+        memory: pathlib.Path,
+        signals: local_job.Signals,
+        num_processes: int,
+    ):
         self._job, self._memory, self._signals = job, memory, signals
         self._stopped_seconds = settings.hang_seconds + STOPPED_MARGIN_SECONDS
+        self._patience_seconds = settings.patience_seconds
         self._events = Events(job.run_dir)
         self._record = _KeptRecord(job.run_dir)
+        self._standstill = _Standstill(memory)
+        self.roster = roster.Roster(num_processes, job.start, self._standstill.ask)
         limit = settings.deadline_seconds
         self._deadline = math.inf if limit is None else time.monotonic() + limit
 
@@ -204,25 +228,11 @@ class _Attempts:
             self._record.restore()
         before = _changed_at(job.run_dir)
         log_dir = job.run_dir / "logs" / f"attempt-{number}"
-        resume = ["--resume"] if number and (job.run_dir / record.FILE_NAME).exists() else []
-        with _StoppedWatch(self._memory, self._stopped_seconds, self._record.look) as watch:
-
-            def started(process_ids: Sequence[int]) -> None:
-                events.note("start", attempt=number, process_ids=process_ids, memory=str(self._memory))
-                watch.begin(process_ids)
-
-            result = local_job.run_job(
-                [*job.command, *resume],
-                num_processes=num_processes,
-                log_dir=log_dir,
-                environment=self._environment(),
-                show_first=job.show_first,
-                started=started,
-                start=job.start,
-                signals=self._signals,
-                # Processes in a collective do not react to a signal; their state is in memory or on disk already.
-                grace_seconds=0.0,
-            )
+        self._standstill.withdraw()
+        starters = self.roster.begin(num_processes)
+        num_processes = len(starters)  # some may have left in the meantime
+        result = self._run(number, starters, log_dir)
+        self._standstill.note_end(num_processes)
         if verdict := board.published(self._memory):
             say(f"{verdict['text']}\nEach process's stacks are in its log in {log_dir}.")
         elif result.failed_process is not None and result.message:
@@ -234,9 +244,61 @@ class _Attempts:
             asked_to_stop=self.stopped(),
             end_reason=end_reason,
             saved_step=job.saved_step(self._memory),
+            available=self._available(num_processes, result.exit_status),
         )
         events.note("end", attempt=number, status=made.exit_status, failed=result.failed_process, saved=made.saved_step)
         return made
+
+    def _run(self, number: int, starters: Sequence[local_job.Start], log_dir: pathlib.Path) -> local_job.JobResult:
+        job, still = self._job, self._standstill
+        resume = ["--resume"] if number and (job.run_dir / record.FILE_NAME).exists() else []
+        cause = {"cause": still.cause, "reached": still.reached} if number else {}
+
+        def start(
+            command: Sequence[str], environment: Mapping[str, str], output: IO[bytes] | None
+        ) -> local_job.Process:
+            return starters[int(environment[places.PROCESS_ID])](command, environment, output)
+
+        with _StoppedWatch(self._memory, self._stopped_seconds, self._record.look) as watch:
+
+            def started(process_ids: Sequence[int]) -> None:
+                self._events.note("start", attempt=number, process_ids=process_ids, memory=str(self._memory), **cause)
+                watch.begin(process_ids)
+
+            try:
+                return local_job.run_job(
+                    [*job.command, *resume],
+                    num_processes=len(starters),
+                    log_dir=log_dir,
+                    environment=self._environment(),
+                    show_first=job.show_first,
+                    started=started,
+                    start=start,
+                    signals=self._signals,
+                    # Processes in a collective do not react to a signal; their state is in memory or on disk already.
+                    grace_seconds=0.0,
+                )
+            except joined.ProcessLostError as error:
+                return local_job.JobResult(ExitStatus.FAILED, message=str(error))
+
+    def _available(self, num_processes: int, status: int) -> int | None:
+        """Return how many processes the job should have now, None if as many as before; see Attempt."""
+        self.roster.judge(num_processes, mistaken=status == ExitStatus.USER)
+        lost = self.roster.lost()
+        if lost:
+            say(f"{lost} of {num_processes} processes were lost with the command that had joined them.")
+            self._wait_for(num_processes)
+        wanted = self.roster.end()
+        self._standstill.cause = "restart" if wanted == num_processes else "join" if wanted > num_processes else "leave"
+        if wanted < num_processes and status == ExitStatus.USER:
+            say(f"This experiment cannot be trained by {num_processes} processes.")
+        return None if wanted == num_processes else wanted
+
+    def _wait_for(self, num_processes: int) -> None:
+        """Wait for processes that were lost to come back, no longer than `recovery.patience_seconds`."""
+        end = time.monotonic() + self._patience_seconds
+        while not self.stopped() and self.roster.target() < num_processes and time.monotonic() < end:
+            time.sleep(_LOOK_SECONDS)
 
     def _exit_status(self, status: int, end_reason: str | None) -> int:
         """Return the status of the job; if it was asked to stop ExitStatus.RETRY, however its processes ended.
@@ -254,9 +316,50 @@ class _Attempts:
         environment = {} if self._memory.name == BOARD_NAME else {MEMORY: str(self._memory)}
         if self._events.failed_at:
             environment[FAILED_AT] = str(self._events.failed_at)
+        environment |= self._standstill.environment()
         if self._deadline < math.inf:
             environment[DEADLINE] = str(self._deadline)
         return environment
+
+
+class _Standstill:
+    """The time in which a job makes no new steps: from a failure or a change of its processes until it has recovered.
+
+    Attributes:
+      cause: why the next attempt is made: "restart", "join" or "leave".
+      reached: the newest step that was made.
+    """
+
+    def __init__(self, memory: pathlib.Path):
+        self._memory, self._note = memory, memory / CHANGE_NAME
+        self.cause, self.reached = "restart", 0
+        self._since: float | None = None
+
+    def ask(self) -> None:
+        """Ask the running attempt to end at its next step."""
+        with contextlib.suppress(OSError):  # without a directory in memory none can join
+            self._note.touch()
+
+    def withdraw(self) -> None:
+        """Take the request back: another attempt begins."""
+        self._note.unlink(missing_ok=True)
+
+    def note_end(self, num_processes: int) -> None:
+        """Note that an attempt ended: the standstill began now, at the last step before a change, or earlier."""
+        reports = [board.read(self._memory, number) for number in range(num_processes)]
+        reached = max((report.step for report in reports if report), default=0)
+        if reached > self.reached or self._since is None:
+            self._since = self._stopped_at() or time.monotonic()
+        self.reached = max(reached, self.reached)
+
+    def _stopped_at(self) -> float | None:
+        with contextlib.suppress(OSError, ValueError):
+            return float(self._note.read_text())
+        return None
+
+    def environment(self) -> dict[str, str]:
+        """Return the environment variables that tell the next attempt."""
+        return {} if self._since is None else {LOST_SINCE: repr(self._since), REACHED: str(self.reached)}
 
 
 class _KeptRecord:

@@ -94,3 +94,24 @@ def test_a_process_that_says_nothing_is_named_without_the_words_of_the_store():
     with pytest.raises(TryAgain, match=r"^Process 3 did not report its devices within 2 s, or") as raised:
         same_on_all._get(Silent(), "devices", 3, 2.0)
     assert "GetKeyValue" not in str(raised.value)
+
+
+class Store(dict):
+    """The coordinator's store, where all processes have said their part already."""
+
+    def key_value_set(self, key, value):
+        self[key] = value
+
+    def blocking_key_value_get(self, key, milliseconds):
+        return self[key]
+
+
+@pytest.mark.parametrize(("others", "expected"), [(["True", "True"], True), (["True", "False"], False)])
+def test_something_holds_on_all_processes_or_not(monkeypatch, others, expected):
+    store = Store({f"jaxdist/kept/{number}": said for number, said in enumerate(others, 1)})
+    monkeypatch.setattr(same_on_all, "_job", lambda: (store, 0, 3))
+    assert same_on_all.all_of("kept", True) is expected
+    monkeypatch.setattr(same_on_all, "_job", lambda: (store, 2, 3))
+    assert same_on_all.all_of("kept", others[1] == "True") is expected
+    monkeypatch.setattr(same_on_all, "_job", lambda: (None, 0, 1))
+    assert [same_on_all.all_of("kept", value) for value in (True, False)] == [True, False]

@@ -34,6 +34,20 @@ def test_a_plan_is_a_pure_function_that_gives_every_process_its_turn(seed, proce
         assert {strike.process for strike in strikes[begin : begin + processes]} == set(range(processes))
 
 
+@given(seed=st.integers(0, 99), processes=st.sampled_from([1, 2, 4]), kills=COUNTS, changes=st.integers(0, 9))
+def test_processes_join_and_leave_by_twos(seed, processes, kills, changes):
+    settings = {"num_processes": processes, "num_steps": 50, "kills": kills}
+    strikes = chaos.plan(seed, **settings, joins=changes, leaves=changes)
+    kinds = collections.Counter(strike.kind for strike in strikes)
+    assert (kinds["kill"], kinds["join"], kinds["leave"]) == (kills, changes, changes)
+    for strike in strikes:
+        assert (strike.num_processes is not None) == (strike.kind in ("join", "leave"))
+        if strike.num_processes is not None:
+            before, processes = processes, strike.num_processes
+            assert processes == (2 * before if strike.kind == "join" else before // 2)
+            assert 1 <= processes <= max(4, 2 * settings["num_processes"])
+
+
 def test_another_seed_is_another_plan():
     plans = [chaos.plan(seed, num_processes=2, num_steps=100, kills=5) for seed in range(3)]
     assert plans[0] != plans[1] != plans[2]

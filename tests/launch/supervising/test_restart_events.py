@@ -22,3 +22,21 @@ def test_a_line_that_cannot_be_written_is_told_once_and_ends_nothing(tmp_path, c
     events.note("end")
     assert capfd.readouterr().err.count("The job continues without it.") == 1
     assert restart_events.read_events(tmp_path / "gone") == []
+
+
+def test_a_line_that_was_cut_hides_no_other(tmp_path):
+    (tmp_path / restart_events.EVENTS_NAME).write_text('{"event": "sta\n{"event": "end"}\n')
+    assert restart_events.read_events(tmp_path) == [{"event": "end"}]
+
+
+def test_each_change_has_what_it_cost(tmp_path):
+    events = restart_events.Events(tmp_path)
+    events.note("start", attempt=0, process_ids=[1])
+    events.note("start", attempt=1, process_ids=[2], cause="restart", reached=5)
+    events.note("start", attempt=2, process_ids=[3, 4], cause="join", reached=5)
+    events.note("recovered", step=6, seconds=2.5)
+    events.note("end", attempt=2, status=0)
+    assert restart_events.changes(restart_events.read_events(tmp_path)) == [
+        {"kind": "restart", "step": 5, "processes": 1, "seconds_lost": None},
+        {"kind": "join", "step": 5, "processes": 2, "seconds_lost": 2.5},
+    ]

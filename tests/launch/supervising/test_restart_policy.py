@@ -1,5 +1,7 @@
 """Whether and how to continue after a failure, as a table."""
 
+import dataclasses
+
 import pytest
 
 from jaxdist.config.experiment import Recovery
@@ -71,3 +73,25 @@ def test_after_two_fruitless_attempts_it_goes_on_with_half_the_processes_if_allo
 def test_a_run_that_had_ended_is_done_whatever_killed_a_process_after_that():
     for reason in ("max_steps", "target_reached", "patience"):
         assert restart_policy.decide([failed(3, end_reason=reason)], Recovery()) == End(0)
+
+
+@pytest.mark.parametrize("available", [2, 6])
+def test_a_change_of_the_processes_is_no_failure(available):
+    changed = failed(7, exit_status=75, end_reason="preempted", available=available)
+    assert restart_policy.decide([changed], Recovery(), start_step=7) == Restart(0.0, available)
+    attempts = [failed(7), *[changed] * 9, failed(7, num_processes=available)]
+    assert restart_policy.decide(attempts, Recovery(max_fruitless=2)) == Restart(1.0, available)
+
+
+def test_a_number_of_processes_that_does_not_suit_ends_no_job():
+    mistaken = failed(7, exit_status=2, available=2)
+    assert restart_policy.decide([failed(7), mistaken], Recovery()) == Restart(0.0, 2)
+    assert restart_policy.decide([failed(7), failed(8, exit_status=2)], Recovery()) == End(2)
+
+
+@pytest.mark.parametrize(
+    "last", [failed(9, exit_status=0, end_reason="max_steps"), failed(9, exit_status=75, asked_to_stop=True)]
+)
+def test_a_job_that_is_over_is_not_continued_by_those_that_join(last):
+    ended = dataclasses.replace(last, available=6)
+    assert restart_policy.decide([ended], Recovery()) == End(last.exit_status)

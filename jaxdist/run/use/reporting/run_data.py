@@ -12,7 +12,7 @@ from jaxdist import errors
 from jaxdist.launch.supervising import restart_events
 from jaxdist.run import directory
 from jaxdist.run.use import run_list
-from jaxdist.run.use.reporting import curves
+from jaxdist.run.use.reporting import curves, timeline
 from jaxdist.rundir import confusion, record
 
 MOST_POINTS = 40_000
@@ -57,6 +57,7 @@ class ReportedRun:
       confusion: confusion matrices by the data they are of.
       classes: names of the classes; empty where they are unknown.
       attempts: of its job, where it was supervised.
+      timeline: the picture of its processes over time, where it was supervised on this host; "" otherwise.
       nonfinite: the report on a value that was not finite, or "".
       again: a command that repeats the run in a new directory, or "".
     """
@@ -69,6 +70,7 @@ class ReportedRun:
     confusion: Mapping[str, list[list[float]]]
     classes: Sequence[str]
     attempts: Sequence[AttemptEvent]
+    timeline: str
     nonfinite: str
     again: str
 
@@ -129,6 +131,7 @@ def _run(name: str, run_dir: pathlib.Path, found: Mapping[str, curves.Curve]) ->
         confusion=confusion.matrices(made.metrics),
         classes=_classes(made.config),
         attempts=attempts(run_dir),
+        timeline=timeline.draw(restart_events.read_events(run_dir)),
         nonfinite=why.read_text(errors="replace")[:_MOST_CHARACTERS] if why.exists() else "",
         again=repeating(made.command),
     )

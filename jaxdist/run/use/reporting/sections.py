@@ -171,7 +171,7 @@ def _attempts(run: ReportedRun) -> str:
         return ""
     rows = [_attempt_row(each) for each in run.attempts]
     head = ["Attempt", "Began after", "Lasted", "Ended", "Newest saved step"]
-    return f"<h3>{html.escape(run.name)}</h3>{_table(head, rows)}"
+    return f"<h3>{html.escape(run.name)}</h3>{run.timeline}{_table(head, rows)}"
 
 
 def _attempt_row(event: AttemptEvent) -> list[str]:
