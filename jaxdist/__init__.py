@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from jaxdist.optimizers.schedules import Schedule as Schedule
     from jaxdist.run import hooks as hooks
     from jaxdist.run.loop import fit as fit
+    from jaxdist.run.use.from_python import train as train
     from jaxdist.run.use.trained import load as load
     from jaxdist.rundir import rich_values as rich_values
     from jaxdist.spmd.layout import describe as describe
@@ -71,6 +72,7 @@ _HOMES = {
     "pmap_step": "spmd.step",
     "rich_values": "rundir",
     "sharded_step": "spmd.sharded",
+    "train": "run.use.from_python",
 }
 
 __all__ = sorted(_HOMES)

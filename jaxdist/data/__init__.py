@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from jaxdist.data.sources.wrap import MapSource as MapSource
     from jaxdist.data.statistics import DataStatistics as DataStatistics
     from jaxdist.data.statistics import field_statistics as field_statistics
+    from jaxdist.data.streams.foreign_batches import batches as batches
     from jaxdist.data.streams.iterables import count_examples as count_examples
     from jaxdist.data.streams.iterables import hugging_face_stream as hugging_face_stream
     from jaxdist.data.streams.iterables import iterable_stream as iterable_stream
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "batch_transforms": ("CutMix", "MixUp", "OneOf"),
+    "streams.foreign_batches": ("batches",),
     "loader": ("Loader",),
     "order": ("BlockShuffled", "Dealt", "Mixed", "Order", "Resampled", "Sequential", "Shuffled"),
     "placement": ("feed", "host_shards", "process_rows"),

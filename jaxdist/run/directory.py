@@ -8,7 +8,7 @@ import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ from jaxdist.launch.joining import agreement
 from jaxdist.launch.supervising import job_memory, restart_events, supervisor
 from jaxdist.run import components
 from jaxdist.run.replay import step_chain
-from jaxdist.rundir import full_disk, ledger, record, writers
+from jaxdist.rundir import full_disk, ledger, lock, record, writers
 
 CHECKPOINTS_NAME = checkpoints.FOLDER_NAME
 SET_ASIDE_NAME = "set-aside"
@@ -244,6 +244,22 @@ def set_run_aside(run_dir: pathlib.Path, *, of_job: bool) -> None:
 def forget_replaced(run_dir: pathlib.Path) -> None:
     """Remove the run that the present one has replaced; call it once this one has a checkpoint."""
     _remove(run_dir / REPLACED_NAME)
+
+
+def forget_refused(run_dir: pathlib.Path, before: Collection[str] | None) -> None:
+    """Remove what a job that was refused left in its run directory, which holds no run.
+
+    Args:
+      run_dir: of the job.
+      before: the names that were there before it; None if the directory did not exist.
+    """
+    if (run_dir / record.FILE_NAME).exists() or (run_dir / CHECKPOINTS_NAME).exists():
+        return
+    for name in {*_JOB_FILES, lock.FILE_NAME} - set(before or ()):
+        _remove(run_dir / name)
+    if before is None:
+        with contextlib.suppress(OSError):  # a user put something there meanwhile
+            run_dir.rmdir()
 
 
 def _remove(path: pathlib.Path) -> None:

@@ -10,6 +10,7 @@ from typing import IO
 import jax
 
 from jaxdist.config.experiment import Experiment
+from jaxdist.errors import ExitStatus
 from jaxdist.launch.joining import agreement
 from jaxdist.launch.supervising import fork_server, hosts, local_job, supervisor
 from jaxdist.run import components, directory, recovery, rescue
@@ -64,7 +65,11 @@ def supervise(
             at_kill=at_kill,
             begin=begin,
         )
-        return supervisor.run(job, num_processes=num_processes, settings=experiment.recovery)
+        before = {path.name for path in run_dir.iterdir()} if run_dir.is_dir() else None
+        status = supervisor.run(job, num_processes=num_processes, settings=experiment.recovery)
+    if status == ExitStatus.USER:
+        directory.forget_refused(run_dir, before)
+    return status
 
 
 def supervise_host(experiment: Experiment, arguments: Sequence[str], host: hosts.Host, *, run_dir: pathlib.Path) -> int:

@@ -11,7 +11,7 @@ from jaxdist.spmd import metrics
 def test_reading_data_needs_neither_jax_nor_any_optional_package():
     """Worker processes import this; JAX alone would cost each of them a second and 130 MB."""
     heavy = ["jax", "flax", "PIL", "pyarrow", "tensorflow", "tensorflow_datasets", "simplejpeg", "array_record"]
-    needs_jax = ("feed", "host_shards", "process_rows")
+    needs_jax = ("batches", "feed", "host_shards", "process_rows")
     names = [name for name in data.__all__ if name not in needs_jax]
     code = f"import sys; from jaxdist.data import assembly_process, {', '.join(names)}; " + (
         f"print(sorted(set({heavy}) & set(sys.modules)))"

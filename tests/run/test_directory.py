@@ -137,3 +137,20 @@ def test_a_resume_says_where_only_the_times_of_the_files_have_changed(tmp_path, 
         directory.prepare_run_dir(changed, components.identity(changed), run_dir, resume=True)
     with pytest.raises(errors.UserError, match="by all of its contents, with --strict"):
         directory.prepare_run_dir(again, identity, run_dir, resume=True)
+
+
+@pytest.mark.parametrize("before", [None, {"logs", "notes.txt"}])
+def test_a_job_that_was_refused_leaves_nothing_of_its_own(tmp_path, before):
+    run_dir = tmp_path / "run"
+    for name in ("logs/attempt-0/process-0.log", "restarts.jsonl", "lock", *(["notes.txt"] if before else [])):
+        (run_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        (run_dir / name).touch()
+    directory.forget_refused(run_dir, before)
+    assert {path.name for path in run_dir.iterdir()} == before if before else not run_dir.exists()
+
+
+def test_a_job_that_was_refused_keeps_a_run(tmp_path):
+    for name in ("run.json", "lock"):
+        (tmp_path / name).touch()
+    directory.forget_refused(tmp_path, None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lock", "run.json"]

@@ -28,18 +28,18 @@ def runs(options: argparse.Namespace) -> int:
     if options.paths[:1] == [COMPARE]:
         with fetching.all_fetched(options.paths[1:]) as run_dirs:
             found = run_list.compare(run_dirs)
-            print(json.dumps(found) if options.json else run_list.show_comparison(run_dirs, found))
+            print(json.dumps(found) if options.json else run_list.show_comparison(run_dirs, found, width=_columns()))
         return ExitStatus.OK
     for folder in options.paths or ["runs"]:
         with fetching.folder_fetched(folder) as local:
             entries = run_list.find(local)
         shown = [dataclasses.asdict(entry) for entry in entries]
-        print(
-            json.dumps(shown)
-            if options.json
-            else run_list.show(entries, width=shutil.get_terminal_size((_UNBOUNDED, 0)).columns)
-        )
+        print(json.dumps(shown) if options.json else run_list.show(entries, width=_columns()))
     return ExitStatus.OK
+
+
+def _columns() -> int:
+    return shutil.get_terminal_size((_UNBOUNDED, 0)).columns
 
 
 def evaluate(options: argparse.Namespace) -> int:

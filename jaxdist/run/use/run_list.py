@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -137,12 +138,29 @@ def _differing(parts: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
 
 
-def show_comparison(run_dirs: Sequence[str | os.PathLike[str]], found: Mapping[str, Mapping[str, list[Any]]]) -> str:
-    """Return a comparison as a readable table."""
-    rows = [("", *(pathlib.Path(run_dir).name for run_dir in run_dirs))]
-    for values in found.values():
-        rows += [(name, *map(_cell, each)) for name, each in values.items()]
-    return _table(rows)
+def show_comparison(
+    run_dirs: Sequence[str | os.PathLike[str]], found: Mapping[str, Mapping[str, list[Any]]], *, width: int
+) -> str:
+    """Return a comparison as a table with a column for each run; if it is wider than `width`, with a line for each."""
+    names = [pathlib.Path(run_dir).name for run_dir in run_dirs]
+    rows = [(name, *map(_cell, each)) for values in found.values() for name, each in values.items()]
+    table = _table([("", *names), *rows])
+    if max(map(len, table.splitlines()), default=0) <= width:
+        return table
+    return "\n".join(line for name, *cells in rows for line in (name, *_lines(names, cells, width)))
+
+
+def _lines(names: Sequence[str], cells: Sequence[str], width: int) -> list[str]:
+    """Return the name of each run and its value, a value that is too long on lines of its own."""
+    longest = max(map(len, names))
+    if 2 + longest + 2 + max(map(len, cells)) <= width:
+        return [f"  {name.ljust(longest)}  {cell}" for name, cell in zip(names, cells, strict=True)]
+    wrapped = (textwrap.wrap(cell, max(1, width - 4)) for cell in cells)
+    return [
+        line
+        for name, parts in zip(names, wrapped, strict=True)
+        for line in (*(f"  {part}" for part in textwrap.wrap(name, width - 2)), *(f"    {part}" for part in parts))
+    ]
 
 
 def _cell(value: Any) -> str:

@@ -23,6 +23,7 @@ from jaxdist.config.overrides import override
 from jaxdist.config.starting_weights import Which
 from jaxdist.data.sources import wrap
 from jaxdist.run import components, directory
+from jaxdist.run.use import shown_run
 from jaxdist.rundir import chosen_checkpoint, record
 from jaxdist.rundir.remote import fetching
 from jaxdist.rundir.remote.run_address import RunPlace, place_of_run
@@ -32,9 +33,9 @@ _USED = ("model", "loss", "inputs", "precision")
 """The settings of an experiment that decide what a trained model computes."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class TrainedRun:
-    """A trained run: the result of `load`.
+    """A trained run: the result of `load` and of `train`. It shows itself in a terminal and in a notebook.
 
     Attributes:
       run_dir: the run directory, or its address.
@@ -57,6 +58,18 @@ class TrainedRun:
     functions: adapters.Functions
     fields: Mapping[str, jax.ShapeDtypeStruct]
     strategy: strategies.Strategy
+
+    def __repr__(self) -> str:
+        return shown_run.as_line(self.run_dir, self.step, self.record)
+
+    def __rich__(self) -> Any:
+        return shown_run.as_table(self._rows())
+
+    def _repr_html_(self) -> str:
+        return shown_run.as_html(self._rows())
+
+    def _rows(self) -> dict[str, str]:
+        return shown_run.rows(self.run_dir, self.step, self.record)
 
     def predict(self, inputs: Any) -> Any:
         """Return the model's outputs as NumPy arrays: a row for each example, in order.

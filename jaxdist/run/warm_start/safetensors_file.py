@@ -86,7 +86,19 @@ def open_file(path: pathlib.Path) -> SafetensorsFile:
         raise _damaged(path, "its header is no description of arrays") from error
     if not well_formed or 8 + length + end != size:
         raise _damaged(path, f"its header describes {8 + length + end:,} bytes, and it has {size:,}")
+    _check_apart(path, entries)
     return SafetensorsFile(path, entries, 8 + length)
+
+
+def _check_apart(path: pathlib.Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise UserError where arrays share bytes or leave some out: the format has one after the other."""
+    before, at = "its header", 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = entry["data_offsets"]
+        if begin != at:
+            what = "overlap" if begin < at else "leave bytes out between them"
+            raise _damaged(path, f"{before} and {name} {what}")
+        before, at = name, end
 
 
 def _damaged(path: pathlib.Path, why: str) -> UserError:

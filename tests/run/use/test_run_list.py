@@ -81,12 +81,27 @@ def test_a_comparison_names_what_differs_and_nothing_else(tmp_path):
     ]
     found = run_list.compare(runs)
     assert found == {"config": {"model.width": [32, 64]}, "result": {"train/loss": [0.5, 0.25], "extra": [None, 1]}}
-    assert [line.split() for line in run_list.show_comparison(runs, found).splitlines()] == [
+    assert [line.split() for line in run_list.show_comparison(runs, found, width=80).splitlines()] == [
         ["a", "b"],
         ["model.width", "32", "64"],
         ["train/loss", "0.5", "0.25"],
         ["extra", "None", "1"],
     ]
+
+
+def test_a_comparison_that_is_wider_than_the_terminal_has_a_line_for_each_run(tmp_path):
+    names = [f"{name * 20}-20261128-120000-000000" for name in ("a", "b", "c")]
+    found = {"config": {"model.width": [32, 64, 128]}, "result": {"params_sha256": ["0" * 64, "1" * 64, None]}}
+    shown = run_list.show_comparison([tmp_path / name for name in names], found, width=80)
+    assert max(map(len, shown.splitlines())) <= 80
+    assert shown.splitlines()[:4] == [
+        "model.width",
+        *(f"  {name}  {value}" for name, value in zip(names, (32, 64, 128))),
+    ]
+    assert shown.splitlines()[4:7] == ["params_sha256", f"  {names[0]}", f"    {'0' * 64}"]
+    narrow = run_list.show_comparison([tmp_path / name for name in names], found, width=30)
+    assert max(map(len, narrow.splitlines())) <= 30
+    assert "".join(narrow.split()).count("1" * 64) == 1
 
 
 def test_what_holds_no_run_is_named(tmp_path):

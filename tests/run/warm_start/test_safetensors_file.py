@@ -68,3 +68,21 @@ def test_a_shape_of_other_bytes_and_an_unknown_dtype_are_refused(tmp_path):
         (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
         with pytest.raises(UserError, match=message):
             safetensors_file.open_file(tmp_path / "x.safetensors").read("x")
+
+
+@pytest.mark.parametrize(
+    ("ranges", "what"),
+    [(((0, 8), (4, 12)), "overlap"), (((0, 8), (0, 8)), "overlap"), (((0, 4), (8, 12)), "leave bytes out")],
+)
+def test_arrays_that_share_bytes_or_leave_some_out_are_refused(tmp_path, ranges, what):
+    entries = {
+        name: {"dtype": "U8", "shape": [end - begin], "data_offsets": [begin, end]}
+        for name, (begin, end) in zip("ab", ranges)
+    }
+    header = json.dumps(entries).encode()
+    content = len(header).to_bytes(8, "little") + header + bytes(max(end for _, end in ranges))
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=f"a and b {what}"):
+        safetensors_file.open_file(tmp_path / "x.safetensors")
+    with pytest.raises(safetensors.SafetensorError):
+        safetensors.numpy.load(content)

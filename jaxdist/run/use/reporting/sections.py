@@ -35,7 +35,7 @@ def sections(runs: Sequence[ReportedRun], differences: Mapping[str, Sequence[Any
         "runs": "".join(_card(number, run) for number, run in enumerate(runs)),
         "metrics": _last_metrics(runs),
         "time": _times(runs),
-        "restarts": "".join(map(_attempts, runs)),
+        "restarts": "".join(part for run in runs for part in (_changes(run), _attempts(run))),
         "memory": _memory(runs),
         "servers": _servers(runs),
         "differences": _differences(runs, differences),
@@ -164,6 +164,23 @@ def _time_bar(number: int, run: ReportedRun, longest: float) -> str:
 def _account(run: ReportedRun, name: str) -> str:
     seconds, total = run.record.time_seconds.get(name, 0.0), sum(run.record.time_seconds.values())
     return f"{seconds_in_words(seconds)} <small>{100 * seconds / total:.1f} %</small>" if total else _NONE
+
+
+def _changes(run: ReportedRun) -> str:
+    """Return how the job changed: the restarts, joins and leaves, and what they cost."""
+    changes = run.record.extra.get("changes") or []
+    if not changes:
+        return ""
+    rows = [
+        [text(each["kind"]), f"{each['step']:,}", f"{each['processes']}", _lost(each["seconds_lost"])]
+        for each in changes
+    ]
+    head = ["Change", "From step", "Processes", "Lost"]
+    return f"<h3>{html.escape(run.name)}</h3>{_table(head, rows)}"
+
+
+def _lost(seconds: float | None) -> str:
+    return _NONE if seconds is None else seconds_in_words(seconds)
 
 
 def _attempts(run: ReportedRun) -> str:

@@ -71,6 +71,12 @@ def test_the_tables_say_what_the_record_says(tmp_path):
     assert "versions.jax 0.10.2" in parts["settings"]
 
 
+def test_restarts_are_shown_with_what_they_cost(tmp_path):
+    change = {"kind": "restart", "step": 1200, "processes": 2, "seconds_lost": 2.5}
+    parts = made(tmp_path, "a", extra={"changes": [change]})
+    assert "restart 1,200 2 2.5 s" in parts["restarts"]
+
+
 def test_parts_with_nothing_to_say_are_empty(tmp_path):
     parts = made(tmp_path, "a")
     assert [part for part, text in parts.items() if not text] == ["restarts", "servers", "differences"]
