@@ -49,6 +49,7 @@ MOST_ENTRIES, MOST_FILES = 22, 16
 HEAVY = {
     "array_record",
     "datasets",
+    "fsspec",
     "google",
     "grain",
     "grpc",
@@ -66,6 +67,7 @@ HEAVY = {
     "tensorflow_datasets",
     "torch",
     "wandb",
+    "zstandard",
 }
 """Packages that are large or optional: each is wrapped by one module, which may import it where it is needed."""
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from jaxdist.data.placement import process_rows as process_rows
     from jaxdist.data.position import Position as Position
     from jaxdist.data.prepare import read_shard_list as read_shard_list
+    from jaxdist.data.remote.file_cache import FileCache as FileCache
+    from jaxdist.data.remote.tar_source import TarSource as TarSource
     from jaxdist.data.sources.combine import Concatenated as Concatenated
     from jaxdist.data.sources.combine import Filtered as Filtered
     from jaxdist.data.sources.combine import Sharded as Sharded
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     from jaxdist.data.streams.iterables import hugging_face_stream as hugging_face_stream
     from jaxdist.data.streams.iterables import iterable_stream as iterable_stream
     from jaxdist.data.streams.stream import StreamSource as StreamSource
+    from jaxdist.data.streams.tar_stream import tar_stream as tar_stream
     from jaxdist.data.text import open_tokenizer as open_tokenizer
     from jaxdist.data.tfds.prepared import TfdsSource as TfdsSource
     from jaxdist.data.transforms import CentreCrop as CentreCrop
@@ -99,6 +102,9 @@ _NAMES = {
     "tfds.prepared": ("TfdsSource",),
     "sources.wrap": ("MapSource",),
     "statistics": ("DataStatistics", "field_statistics"),
+    "remote.file_cache": ("FileCache",),
+    "remote.tar_source": ("TarSource",),
+    "streams.tar_stream": ("tar_stream",),
     "streams.iterables": ("count_examples", "hugging_face_stream", "iterable_stream"),
     "streams.stream": ("StreamSource",),
     "text": ("open_tokenizer",),

@@ -140,7 +140,7 @@ def test_text_beside_images_is_not_taken_for_the_data(tmp_path):
 
 
 def test_addresses_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="local folders only"):
+    with pytest.raises(ValueError, match="on this machine only"):
         prepare.prepare("gs://bucket/x", tmp_path / "out", stream=io.StringIO())
 
 

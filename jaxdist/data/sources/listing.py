@@ -4,6 +4,7 @@ import os
 import pathlib
 from collections.abc import Iterator, Sequence
 
+from jaxdist.data.remote import addresses, file_cache
 from jaxdist.data.sources.source import CorruptExample
 
 PREPARED = "prepared.json"
@@ -11,27 +12,47 @@ PREPARED = "prepared.json"
 
 
 def find_files(paths: str | os.PathLike | Sequence[str | os.PathLike], pattern: str) -> list[str]:
-    """Return the paths as a list; a folder means its files that match `pattern`, sorted by name."""
+    """Return the paths as a list; a folder means its files that match `pattern`, sorted by name.
+
+    Of an address such as s3://bucket/x, the copies in the cache are returned, which are kept while this process lives.
+    """
     listed = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     found: list[str] = []
-    for path in map(local_path, listed):
-        if not path.exists():
-            raise ValueError(f"No such file or folder: {path}.")
-        matching = [file for file in path.glob(pattern) if not is_hidden(file.name)] if path.is_dir() else [path]
-        found += sorted(map(str, matching))
+    for path in map(addresses.without_file_protocol, listed):
+        found += _find_copies(path, pattern) if addresses.is_address(path) else find_local_files(path, pattern)
     if not found:
         raise ValueError(f"No file matches {pattern} in {', '.join(map(str, listed)) or 'an empty list of paths'}.")
     return found
 
 
+def find_local_files(path: str, pattern: str) -> list[str]:
+    """Return a file, or the files of a folder that match `pattern`; ValueError where it does not exist."""
+    named = pathlib.Path(path)
+    if not named.exists():
+        raise ValueError(f"No such file or folder: {path}.")
+    matching = [file for file in named.glob(pattern) if not is_hidden(file.name)] if named.is_dir() else [named]
+    return sorted(map(str, matching))
+
+
+def _find_copies(address: str, pattern: str) -> list[str]:
+    return [file_cache.of_process().pin(each) for each in addresses.list_folder(address, pattern)]
+
+
+def one_file(path: str | os.PathLike) -> pathlib.Path:
+    """Return the path of a file, or of its copy in the cache where it has an address such as s3://bucket/x."""
+    name = addresses.without_file_protocol(path)
+    return pathlib.Path(file_cache.of_process().pin(name) if addresses.is_address(name) else name)
+
+
 def local_path(path: str | os.PathLike) -> pathlib.Path:
     """Return the path of a file or folder on this machine; ValueError for an address such as gs://bucket/x."""
-    if "://" in os.fspath(path):
+    name = addresses.without_file_protocol(path)
+    if addresses.is_address(name):
         raise ValueError(
-            f"Files are read from local folders only; got {os.fspath(path)!r}. Copy the data here, or mount the "
-            "bucket as a folder."
+            f"A folder of single files is read on this machine only; got {name!r}. Pack the files into tar shards "
+            "(`data.TarSource` reads them from there), copy them here, or mount the bucket as a folder."
         )
-    return pathlib.Path(path)
+    return pathlib.Path(name)
 
 
 def is_hidden(name: str) -> bool:

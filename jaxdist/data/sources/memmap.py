@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from jaxdist.data.fingerprints import FileList
-from jaxdist.data.sources.listing import PREPARED, find_files, local_path
+from jaxdist.data.sources.listing import PREPARED, find_files, one_file
 from jaxdist.data.sources.source import (
     ArraySource,
     CorruptExample,
@@ -204,7 +204,7 @@ def text_bytes(paths: str | os.PathLike | Sequence[str | os.PathLike], *, length
 def open_npy(path: str | os.PathLike) -> np.ndarray:
     """Return the array of a `.npy` file, mapped read-only; CorruptExample where the file is not whole."""
     try:
-        return np.load(local_path(path), mmap_mode="r", allow_pickle=False)
+        return np.load(one_file(path), mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise CorruptExample(f"{os.fspath(path)} is not a whole .npy file of numbers: {error}") from error
     except FileNotFoundError as error:

@@ -42,6 +42,7 @@ class StreamSource:
       shard_names: of the shards, for messages.
       fingerprint: names the data and their version; None hashes the first examples.
       repeats: whether the same examples come whenever a shard is opened. False: they do not, and the run says so.
+      decode_fn: makes an example of what `open_shard` yields, in many threads at once, while that is read by one.
 
     Raises:
       ValueError: the settings contradict each other; or, when read, a shard has more or fewer examples than `sizes`.
@@ -64,8 +65,10 @@ class StreamSource:
         shard_names: Sequence[str] = (),
         fingerprint: str | None = None,
         repeats: bool = True,
+        decode_fn: Callable[[Any], Example] | None = None,
     ):
         self._open_shard, self._seeks, self._names = open_shard, seeks, tuple(names)
+        self._decode_fn = decode_fn
         self.num_shards = _checked_count("num_shards", num_shards)
         self.sizes = _checked_sizes(sizes, examples_per_epoch, num_shards)
         self._size = (
@@ -99,7 +102,7 @@ class StreamSource:
     def __getitem__(self, index: int) -> Example:
         if self.sizes is None:
             place, lane = divmod(int(index), self.lanes)
-            return self._endless[lane].get(place)
+            return self._decoded(self._endless[lane].get(place))
         shard, number = self._place(index)
         size = self.sizes[shard]
         try:
@@ -108,7 +111,7 @@ class StreamSource:
             raise ValueError(_wrong_size(self.shard_name(shard), size, str(end.size))) from None
         if number == size - 1 and not self._reader.check_end(shard, size):
             raise ValueError(_wrong_size(self.shard_name(shard), size, f"more than {size}"))
-        return example
+        return self._decoded(example)
 
     def _place(self, index: int) -> tuple[int, int]:
         """Return the shard of an example and its number in it."""
@@ -120,12 +123,13 @@ class StreamSource:
     def open_at(self, shard: int, start: int) -> Iterable[Example]:
         """Return the examples of a shard from number `start` on."""
         if self._seeks:
-            examples = iter(self._open_shard(shard, start))
-        else:
-            examples = examples_from(_checked_iterable(self._open_shard(shard)), start)
-        return map(self._named, examples)
+            return self._open_shard(shard, start)
+        return examples_from(_checked_iterable(self._open_shard(shard)), start)
 
-    def _named(self, item: Any) -> Example:
+    def _decoded(self, item: Any) -> Example:
+        """Return the example of an item: in any thread, while items are read by one at a time."""
+        if self._decode_fn is not None:
+            return self._decode_fn(item)
         if isinstance(item, Mapping):
             return item
         values = item if isinstance(item, tuple | list) else (item,)
@@ -188,7 +192,7 @@ class StreamSource:
         """Yield the first examples of the first shard."""
         try:
             for number in range(_SAMPLED):
-                yield self._reader.get(0, number)
+                yield self._decoded(self._reader.get(0, number))
         except EndOfShard:
             return
         except Exception as error:  # whatever the user's function raises: say which shard it was

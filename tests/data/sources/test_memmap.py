@@ -1,3 +1,4 @@
+import importlib
 import pickle
 
 import hypothesis
@@ -87,10 +88,14 @@ def test_examples_are_counted_from_the_end_as_in_any_sequence(tmp_path):
     assert len(list(source)) == 3
 
 
-def test_an_address_is_no_local_path():
-    with pytest.raises(ValueError, match="local folders only; got 'gs://bucket/x'"):
+def test_an_address_is_no_local_path(monkeypatch):
+    def without(name):
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(importlib, "import_module", without)
+    with pytest.raises(ValueError, match=r"fsspec is not installed.*pip install 'jaxdist\[remote\]'"):
         TokenSource("gs://bucket/x", length=3)
-    with pytest.raises(ValueError, match="local folders only"):
+    with pytest.raises(ValueError, match="fsspec is not installed"):
         NpySource({"x": "s3://bucket/x.npy"})
 
 

@@ -1,0 +1,77 @@
+"""Compressed files: gzip by Python's own module, Zstandard by the package zstandard, which only this module imports."""
+
+import gzip
+import zlib
+from collections.abc import Callable, Iterator
+from typing import BinaryIO
+
+from jaxdist import extras
+
+_CHUNK = 2**20
+
+
+def compression_of(name: str) -> Callable[[BinaryIO], Iterator[bytes]] | None:
+    """Return what decompresses a file of this name; None where it is not compressed.
+
+    What is returned yields the content in pieces, and raises EOFError where the file is not whole, or another error of
+    its library.
+    """
+    lower = name.lower()
+    if lower.endswith((".gz", ".tgz")):
+        return _gunzip
+    return _unzstd if lower.endswith((".zst", ".zstd")) else None
+
+
+def without_compression(name: str) -> str:
+    """Return the name of the file's content."""
+    for suffix, other in ((".tgz", ".tar"), (".gz", ""), (".zstd", ""), (".zst", "")):
+        if name.lower().endswith(suffix):
+            return name[: -len(suffix)] + other
+    return name
+
+
+def decompress(address: str, source: BinaryIO, target: BinaryIO) -> None:
+    """Write the content of a compressed file to `target`; ValueError where it is not whole."""
+    unpack = compression_of(address)
+    assert unpack is not None
+    for piece in checked(address, unpack(source)):
+        target.write(piece)
+
+
+def checked(address: str, pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield the pieces; ValueError, naming the file, where it is not whole."""
+    try:
+        yield from pieces
+    except (EOFError, OSError, zlib.error, _zstd_error()) as error:
+        raise ValueError(
+            f"{address} cannot be decompressed: {error}. It is not whole, or its name ends in another way than its "
+            "compression. Copy it again."
+        ) from error
+
+
+def _zstd_error() -> type[Exception]:
+    try:
+        return extras.require("zstandard", extra="remote").ZstdError
+    except extras.MissingExtra:
+        return EOFError  # no such error can be raised without it
+
+
+def _gunzip(source: BinaryIO) -> Iterator[bytes]:
+    with gzip.GzipFile(fileobj=source) as unpacked:
+        while piece := unpacked.read(_CHUNK):
+            yield piece
+
+
+def _unzstd(source: BinaryIO) -> Iterator[bytes]:
+    """Yield the content of all frames; the library's own readers take a frame that is cut off for a whole one."""
+    decompressor = extras.require("zstandard", extra="remote").ZstdDecompressor()
+    frame, waiting = None, b""
+    while data := waiting or source.read(_CHUNK):
+        frame = frame or decompressor.decompressobj()
+        yield frame.decompress(data)
+        waiting = b""
+        if frame.eof:
+            waiting = frame.unused_data
+            frame = None
+    if frame is not None:
+        raise EOFError("the file ends within a frame")
