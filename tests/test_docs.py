@@ -28,6 +28,7 @@ from collections.abc import Iterator
 import jax
 import optax
 import pytest
+import yaml
 
 import jaxdist
 from jaxdist import losses, optimizers, stop
@@ -271,6 +272,34 @@ def test_every_page_is_reached_from_the_index():
     linked = {(index.parent / target.partition("#")[0]).resolve() for target in LINK.findall(index.read_text())}
     missing = {page_id(page) for page in PAGES if page not in (README, index) and page not in linked}
     assert not missing, f"link them from docs/README.md: {missing}"
+
+
+def nav_pages(entries: typing.Any) -> list[str]:
+    """Return the pages of a navigation of mkdocs."""
+    if isinstance(entries, str):
+        return [entries]
+    parts = entries.values() if isinstance(entries, dict) else entries
+    return [page for part in parts for page in nav_pages(part)]
+
+
+def test_every_page_is_in_the_site():
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    docs = ROOT / "docs"
+    assert sorted(nav_pages(nav)) == sorted(str(page.relative_to(docs)) for page in docs.rglob("*.md"))
+
+
+def test_the_api_pages_name_every_public_class_and_function():
+    """Where this fails, a public name came, went or moved: name its place in docs/api/."""
+    pages = "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    named = set(re.findall(r"^::: ([\w.]+)$", pages, re.MULTILINE))
+    public = {name: getattr(jaxdist, name) for name in jaxdist.__all__}
+    homes = {name: each for name, each in public.items() if callable(each) and name != "main"}
+    missing = [
+        name
+        for name, each in homes.items()
+        if f"{each.__module__}.{each.__qualname__}" not in named and each.__module__ not in named
+    ]
+    assert missing == []
 
 
 def table(title: str) -> list[list[str]]:
