@@ -12,6 +12,7 @@ python benchmarks/plan_truth.py [--json] [--only bytes|memory|time]
 """
 
 import argparse
+import ctypes
 import dataclasses
 import gc
 import itertools
@@ -54,7 +55,7 @@ def experiment(model: Any, fields: dict[str, np.ndarray], batch: int, loss: Any,
         optimizer=jaxdist.Optimizer(name="adam", learning_rate=1e-3),
         global_batch_size=batch,
         stop=jaxdist.Stop(max_steps=1),
-        layout=jaxdist.LayoutSettings(min_size=0),
+        layout=jaxdist.LayoutSettings(min_size=2),
     )
 
 
@@ -147,7 +148,9 @@ def memory_rows() -> list[dict[str, Any]]:
     for number in range(len(MEMORY)):
         command = [sys.executable, __file__, "--memory-of", str(number)]
         environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-        shown = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+        # Memory that is freed goes back at once, so that taking it again is seen.
+        environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
+        shown = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
         rows.append(json.loads(shown.splitlines()[-1]))
     return rows
 
@@ -158,14 +161,13 @@ def memory_row(number: int) -> dict[str, Any]:
     made = planned(each, devices)
     parts = components.put_together(each, devices=devices)
     state, (batch, _) = parts.create_state(), next(iter(parts.batches()))
-    step: Any = parts.step
-    compiled = step.trace(state, batch).lower().compile()
-    jax.block_until_ready((state, batch))
+    state, _ = jax.block_until_ready(parts.step(state, batch))  # compiles, which takes more memory than the step
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     held = made.bytes.params + made.bytes.opt_state + made.bytes.batch
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from now on
     before = _resident("VmRSS")
-    jax.block_until_ready(compiled(state, batch))
+    jax.block_until_ready(parts.step(state, batch))
     return row(f"memory/{name}", made.bytes.total, held + _resident("VmHWM") - before, "bytes of the process")
 
 
@@ -183,8 +185,9 @@ class Timed:
         self._state, (self._batch, _) = parts.create_state(), next(iter(parts.batches()))
         step: Any = parts.step
         traced = step.trace(self._state, self._batch)
-        self._step = traced.lower().compile()
-        self.features = (flops.count(traced.jaxpr), self._step.cost_analysis()["bytes accessed"], 1.0)
+        costs = traced.lower().compile().cost_analysis()
+        self.features = (flops.count(traced.jaxpr), costs["bytes accessed"], 1.0)
+        self._step = parts.step
         self.seconds: list[float] = []
 
     def turn(self) -> None:

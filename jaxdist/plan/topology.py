@@ -33,8 +33,13 @@ _NOT_TUNED = (
     "Compiled for a description of the GPU, without one: kernels are not chosen by timing them, so those of a real GPU "
     "may use other temporary memory."
 )
-_WHERE_NO_TPU_IS = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_MIN_LOG_LEVEL": "3"}
-"""Environment for libtpu, which would otherwise ask the cloud's metadata server."""
+_WHERE_NO_TPU_IS = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+"""Environment for libtpu, which would otherwise ask the cloud's metadata server, and run in one process at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +122,9 @@ def _described(name: str, kind: str, shape: str) -> Sequence[jax.Device]:
     try:
         return topologies.get_topology_desc(f"{kind}:{shape}", "tpu").devices
     except Exception as error:  # libtpu's own, of several kinds
-        raise UserError(f"libtpu cannot compile for {name!r}: {error}. {_unknown(name)}") from error
+        raise UserError(
+            f"libtpu cannot describe {name!r}: {error}. The nearest that it can is {_nearest(name)!r}. {_known()}"
+        ) from error
 
 
 def with_devices(topology: Topology, count: int) -> Topology:
@@ -155,8 +162,11 @@ def even_factors(count: int, dims: int) -> tuple[int, ...]:
 
 
 def _unknown(name: str) -> str:
-    nearest = difflib.get_close_matches(name, EXAMPLES, n=1, cutoff=0.0)[0]
-    return f"There is no topology {name!r}. Did you mean {nearest!r}? {_known()}"
+    return f"There is no topology {name!r}. Did you mean {_nearest(name)!r}? {_known()}"
+
+
+def _nearest(name: str) -> str:
+    return difflib.get_close_matches(name, EXAMPLES, n=1, cutoff=0.0)[0]
 
 
 def _known() -> str:

@@ -94,15 +94,27 @@ def _search(experiment: Experiment, where: topology.Topology, file: str) -> _Res
 def _sweep(experiment: Experiment, where: topology.Topology, counts: Sequence[int]) -> _Result:
     """Plan on each number of devices, each device with the same number of examples."""
     each_batch = experiment.global_batch_size // len(where.devices)
-    made = []
+    made: list[estimate.Estimate] = []
+    extrapolated: dict[int, str] = {}
     with _Bar() as bar:
         for done, count in enumerate(counts):
             bar.show(done, len(counts), f"{count} devices")
             changed = dataclasses.replace(experiment, global_batch_size=each_batch * count)
-            made.append(estimate.estimate(changed, topology.with_devices(where, count)))
-    rows = device_sweep.rows(made)
+            try:
+                there = topology.with_devices(where, count)
+            except UserError as error:
+                if not made:
+                    raise
+                extrapolated[count] = f"{str(error).partition('. ')[0]}."
+                made.append(device_sweep.extrapolate(made[-1], count))
+            else:
+                made.append(estimate.estimate(changed, there))
+    rows = device_sweep.rows(made, extrapolated)
     text = plan_text.render_sweep(rows)
-    content = [row.made.to_json() | {"efficiency": row.efficiency, "relief": row.relief} for row in rows]
+    content = [
+        row.made.to_json() | {"efficiency": row.efficiency, "relief": row.relief, "extrapolated": row.extrapolated}
+        for row in rows
+    ]
     return _Result(text, content, plan_page.of_sweep(rows, text))
 
 

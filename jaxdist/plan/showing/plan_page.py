@@ -75,11 +75,19 @@ def of_search(found: Sequence[Candidate], text: str) -> Page | None:
 def of_sweep(rows: Sequence[SweepRow], text: str) -> Page:
     """Return the page of a sweep over numbers of devices, about the largest."""
     cells = [
-        [f"{row.made.num_devices:,}", seconds_text(row.made.step_seconds), f"{row.efficiency:.0%}", row.made.bound_by,
-         f"{row.relief} times the examples" if row.relief > 1 else "&ndash;"]
+        [
+            f"{row.made.num_devices:,}",
+            seconds_text(row.made.step_seconds),
+            f"{row.efficiency:.0%}",
+            row.made.bound_by,
+            f"{row.relief} times the examples" if row.relief > 1 else "&ndash;",
+            f"extrapolated: {html.escape(row.extrapolated)}" if row.extrapolated else "compiled",
+        ]
         for row in rows
-    ]  # fmt: skip
-    table = _table(["Devices", "A step at least", "Efficiency", "Bound by", "Network no longer bounds with"], cells)
+    ]
+    table = _table(
+        ["Devices", "A step at least", "Efficiency", "Bound by", "Network no longer bounds with", "Source"], cells
+    )
     last = rows[-1].made
     return Page(
         f"{last.experiment}: {rows[0].made.num_devices} to {last.num_devices} devices",

@@ -75,11 +75,14 @@ def render_sweep(rows: Sequence[SweepRow]) -> str:
         made = row.made
         rate = made.global_batch_size / made.step_seconds
         bar = "#" * round(10 * min(row.efficiency, 1.0))
+        mark = "*" if row.extrapolated else " "
         lines.append(
-            f"{made.num_devices:>8} {seconds_text(made.step_seconds):>10} {rate:>12,.0f} {row.efficiency:>11.0%} "
+            f"{made.num_devices:>8}{mark}{seconds_text(made.step_seconds):>10} {rate:>12,.0f} {row.efficiency:>11.0%} "
             f"{size_text(made.bytes.total):>13}  {made.bound_by:<8} {bar}"
         )
-    return "\n".join([*lines, "", *_network(rows)])
+    reasons = dict.fromkeys(row.extrapolated for row in rows if row.extrapolated)
+    notes = [line for reason in reasons for line in textwrap.wrap(f"* extrapolated: {reason}", 80)]
+    return "\n".join([*lines, "", *_network(rows), *notes])
 
 
 def _network(rows: Sequence[SweepRow]) -> list[str]:

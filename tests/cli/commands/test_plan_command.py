@@ -36,6 +36,13 @@ def test_a_sweep_has_a_row_for_each_number_of_devices(capsys):
     assert [row.split()[0] for row in rows] == ["2", "8"]
 
 
+def test_more_devices_than_can_be_compiled_for_are_extrapolated_with_the_reason(capsys):
+    assert main.run(["plan", TINY, "--topology", "cpu:2", "--sweep-devices", "2,1024"]) == 0
+    shown = capsys.readouterr().out
+    assert "1024*" in shown
+    assert "* extrapolated: --sweep-devices takes up to 2 devices of cpu:2; got 1024." in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
