@@ -12,7 +12,7 @@ from jaxdist.config.experiment import Experiment
 from jaxdist.data import inspect as inspection
 from jaxdist.errors import ExitStatus, UserError
 from jaxdist.plan import device_sweep, estimate, search, topology
-from jaxdist.plan.compiled import source_lines
+from jaxdist.plan.compiled import facts, source_lines
 from jaxdist.plan.showing import plan_page, plan_text
 from jaxdist.run import components
 
@@ -101,14 +101,12 @@ def _sweep(experiment: Experiment, where: topology.Topology, counts: Sequence[in
             bar.show(done, len(counts), f"{count} devices")
             changed = dataclasses.replace(experiment, global_batch_size=each_batch * count)
             try:
-                there = topology.with_devices(where, count)
-            except UserError as error:
+                made.append(_compiled(changed, where, count))
+            except _NotCompiledError as error:
                 if not made:
-                    raise
-                extrapolated[count] = f"{str(error).partition('. ')[0]}."
+                    raise error.reason from None
+                extrapolated[count] = f"{str(error.reason).partition('. ')[0]}."
                 made.append(device_sweep.extrapolate(made[-1], count))
-            else:
-                made.append(estimate.estimate(changed, there))
     rows = device_sweep.rows(made, extrapolated)
     text = plan_text.render_sweep(rows)
     content = [
@@ -116,6 +114,26 @@ def _sweep(experiment: Experiment, where: topology.Topology, counts: Sequence[in
         for row in rows
     ]
     return _Result(text, content, plan_page.of_sweep(rows, text))
+
+
+class _NotCompiledError(Exception):
+    """No compiler here can compile for so many devices, and why."""
+
+    def __init__(self, reason: UserError):
+        super().__init__(reason)
+        self.reason = reason
+
+
+def _compiled(experiment: Experiment, where: topology.Topology, count: int) -> estimate.Estimate:
+    """Return the plan on `count` devices; mistakes in the experiment are those of any plan."""
+    try:
+        there = topology.with_devices(where, count)
+    except UserError as error:
+        raise _NotCompiledError(error) from error
+    try:
+        return estimate.estimate(experiment, there)
+    except facts.UnreadableProgramError as error:
+        raise _NotCompiledError(error) from error
 
 
 def _counts(text: str | None) -> list[int]:

@@ -16,12 +16,17 @@ from typing import Any
 import jax
 import jaxlib
 
+from jaxdist.errors import UserError
 from jaxdist.plan.compiled import collectives, live_buffers
 from jaxdist.rundir import files
 
 NUM_BUFFERS = 10
 _FORMAT = 1
 """Part of every name: another number makes the older files unused."""
+
+
+class UnreadableProgramError(UserError):
+    """A program that the compiler made and cannot print."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +65,20 @@ def of_lowered(lowered: Any, devices: Sequence[jax.Device], topology: str) -> Pr
 
 
 def read(compiled: jax.stages.Compiled) -> ProgramFacts:
-    """Return the facts of a compiled program."""
+    """Return the facts of a compiled program.
+
+    Raises:
+      UnreadableProgramError: JAX cannot print it.
+    """
     memory: Any = compiled.memory_analysis()
-    hlo = compiled.as_text() or ""
+    try:
+        hlo = compiled.as_text() or ""
+    except jax.errors.JaxRuntimeError as error:
+        # XLA checks a program before it prints it, and does not know all that its TPU compiler makes of large rings.
+        raise UnreadableProgramError(
+            f"The program was compiled, but this version of JAX cannot print it: {str(error).splitlines()[0]}. Plan on "
+            "fewer devices; --sweep-devices extrapolates from them."
+        ) from error
     # The TPU compiler's estimate of a program with asynchronous copies may be negative; that is none.
     optimal = (compiled.cost_analysis() or {}).get("optimal_seconds", 0.0)
     return ProgramFacts(

@@ -8,7 +8,7 @@ arrays; its total is the exact one, and what is listed here explains it.
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from jaxdist.plan.compiled.program import Array, Instruction, Program, parse
 from jaxdist.plan.compiled.source_lines import SourceLines
@@ -17,6 +17,8 @@ _SAME_MEMORY = frozenset({"bitcast", "optimization-barrier", "while", "dynamic-u
 _REUSES_OPERAND = frozenset(
     {"fusion", "add", "subtract", "multiply", "divide", "maximum", "minimum", "select", "negate", "exponential", "tanh"}
 )
+_COPIES = frozenset({"copy", "copy-start", "copy-done", "bitcast", "transpose", "reshape", "convert", "slice"})
+_MOST_COPIES = 8
 _OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
 
 
@@ -60,8 +62,10 @@ def at_peak(hlo: str) -> list[Buffer]:
     walk = _Walk(program)
     held += [(made.by, made.array) for made in [*walk.outputs(), *walk.peak(program.entry)]]
     counted: dict[tuple[str, str, str, int], int] = {}
+    by_name = {each.name: each for instructions in program.computations.values() for each in instructions}
     for by, array in held:
-        key = (_what(by), lines.of(by.rest), array.text, array.num_bytes)
+        origin = _origin(by, program, by_name)
+        key = (_what(origin), lines.of(origin.rest), array.text, array.num_bytes)
         counted[key] = counted.get(key, 0) + 1
     found = [Buffer(*key, count) for key, count in counted.items() if key[-1]]
     return sorted(found, key=lambda each: (-each.num_bytes, -each.count, each.what))
@@ -71,6 +75,21 @@ def peak_bytes(hlo: str) -> int:
     """Return the bytes that the program makes beside its arguments and results and has in memory at the peak."""
     program = parse(hlo)
     return sum(made.num_bytes for made in _Walk(program).peak(program.entry))
+
+
+def _origin(by: Instruction, program: Program, by_name: Mapping[str, Instruction]) -> Instruction:
+    """Return the instruction that says where `by` comes from: itself, one that it fuses, or one that it copies."""
+    for _ in range(_MOST_COPIES):
+        if _OP_NAME.search(by.rest):
+            return by
+        inner = program.computations.get((by.called or ("",))[0], ())
+        named = [each for each in inner if each.opcode != "parameter" and _OP_NAME.search(each.rest)]
+        if named:
+            return named[-1]
+        if by.opcode not in _COPIES or by.operands[0] not in by_name:
+            return by
+        by = by_name[by.operands[0]]
+    return by
 
 
 def _what(by: Instruction) -> str:

@@ -49,6 +49,18 @@ def test_anything_else_is_compiled_again(lowered, change, monkeypatch):
         )
 
 
+def test_a_program_that_cannot_be_printed_is_a_message(lowered):
+    class Unprintable:
+        def memory_analysis(self):
+            return None
+
+        def as_text(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure\nmore")
+
+    with pytest.raises(facts.UnreadableProgramError, match=r"RET_CHECK failure\. Plan on fewer devices"):
+        facts.read(Unprintable())
+
+
 def test_a_cache_that_cannot_be_written_is_no_error(lowered, tmp_path):
     (tmp_path / "jaxdist").write_text("a file where the folder would be")
     assert facts.of_lowered(lowered, jax.devices()[:1], "cpu:1").argument_bytes == 32 * 32 * 4

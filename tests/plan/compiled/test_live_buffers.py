@@ -56,6 +56,26 @@ def test_results_are_held_to_the_end():
     assert sum(each.count * each.num_bytes for each in held) == 3 * 64 * 64 * 4
 
 
+def test_a_copy_and_a_fusion_without_a_name_have_that_of_what_they_are_made_from():
+    text = """HloModule m
+
+%fused (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %s = f32[8]{0} sine(%p), metadata={op_name="jit(f)/sin"}
+}
+
+ENTRY %main (a: f32[8]) -> f32[2] {
+  %a = f32[8]{0} parameter(0), metadata={op_name="x"}
+  %f = f32[8]{0} fusion(%a), kind=kLoop, calls=%fused
+  %c = f32[8]{0} copy(%f)
+  %d = f32[2]{0} slice(%f), slice={[0:2]}
+  ROOT %e = f32[2]{0} custom-call(%c, %d), custom_call_target="f", metadata={op_name="end"}
+}
+"""
+    held = {(each.what, each.shape, each.count) for each in live_buffers.at_peak(text)}
+    assert held == {("jit(f)/sin", "f32[8]", 2), ("x", "f32[8]", 1), ("end", "f32[2]", 1), ("jit(f)/sin", "f32[2]", 1)}
+
+
 def test_equal_arrays_of_a_line_are_one_row():
     text = """HloModule m
 
