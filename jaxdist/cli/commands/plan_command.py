@@ -1,8 +1,10 @@
 """`jaxdist plan`: what training an experiment needs on hardware that is not present."""
 
 import argparse
+import atexit
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -84,11 +86,19 @@ def _search(experiment: Experiment, where: topology.Topology, file: str) -> _Res
     page = plan_page.of_search(found.candidates, text)
     if not found.interrupted:
         return _Result(text, content, page)
+    # Compilations in threads cannot be stopped, and Python aborts where it ends under them: the process ends itself.
+    atexit.register(_exit_at_once)
     _say(
-        f"The search was interrupted after {len(found.candidates)} ways to train; the ranking is of those alone. "
+        f"The search was interrupted after {len(found.candidates)} of the ways to train; only those are ranked. "
         "The same command continues: what was compiled is cached."
     )
     return _Result(text, content, page, ExitStatus.INTERRUPTED)
+
+
+def _exit_at_once() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(ExitStatus.INTERRUPTED)
 
 
 def _sweep(experiment: Experiment, where: topology.Topology, counts: Sequence[int]) -> _Result:

@@ -5,7 +5,9 @@ import pytest
 import tiny_experiment
 
 from jaxdist.cli import main
+from jaxdist.cli.commands import plan_command
 from jaxdist.launch.joining import runtime
+from jaxdist.plan import search
 
 TINY = tiny_experiment.__file__
 
@@ -21,6 +23,15 @@ def test_a_plan_is_one_json_object(capsys):
     assert content["num_devices"] == 8
     assert content["steps"] == 100
     assert content["price"] == pytest.approx(2 * content["hours"])
+
+
+def test_an_interrupted_search_prints_what_it_found_and_says_so(capsys, monkeypatch):
+    registered = []
+    monkeypatch.setattr(plan_command.atexit, "register", registered.append)
+    monkeypatch.setattr(plan_command.search, "search", lambda *args, show: search.SearchResult([], interrupted=True))
+    assert main.run(["plan", TINY, "--topology", "cpu:8", "--search"]) == 130
+    assert "was interrupted after 0 of the ways to train" in capsys.readouterr().err
+    assert len(registered) == 1
 
 
 def test_a_batch_that_does_not_divide_is_raised_and_said(capsys):
