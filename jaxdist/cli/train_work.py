@@ -1,6 +1,7 @@
 """The work of `jaxdist train`: in this process, alone or as one of a job; or supervised."""
 
 import argparse
+import functools
 import json
 import pathlib
 import sys
@@ -135,6 +136,7 @@ def _train_here(
                 command=options.command,
                 stop_requested=lambda step: bool(request) or is_over(),
                 identity=identity,
+                put_together=functools.partial(components.put_together, is_checked=recovery.has_made_steps()),
                 source=bookkeeping.ExperimentSource(
                     str(pathlib.Path(options.experiment).absolute()),
                     tuple(hidden_settings.without(selected_experiment.assignments(options), experiment)),

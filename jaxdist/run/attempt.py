@@ -397,8 +397,7 @@ class _Run:
         if every:
             found.append(hooks.every(every, lambda info: replicas.check_replicas(info.state, self.mesh)))
         found += ledger_hooks
-        told = recovery.tell_recovery(self.options.run_dir)
-        found += [told] if told else []
+        found += [told for told in (recovery.tell_recovery(self.options.run_dir), recovery.tell_modules()) if told]
         if self.options.profile:
             found.append(self.trace)
         if self.start.snapshots:

@@ -157,8 +157,16 @@ def params_in_use(train_state: state.TrainState) -> Any:
     return train_state.params if averaged is None else averaged
 
 
-def put_together(experiment: Experiment, *, devices: Sequence[jax.Device], identity: "Identity | None" = None) -> Parts:
+def put_together(
+    experiment: Experiment,
+    *,
+    devices: Sequence[jax.Device],
+    identity: "Identity | None" = None,
+    is_checked: bool = False,
+) -> Parts:
     """Return the parts of `experiment` on `devices`; an identity that is already known is not computed again.
+
+    With `is_checked` model, loss, metrics and examples are not tried in advance: the job has trained with them before.
 
     Raises:
       ValueError: settings that do not fit the devices, the data or each other; the message says which.
@@ -188,8 +196,9 @@ def put_together(experiment: Experiment, *, devices: Sequence[jax.Device], ident
     # A leaf that cannot be sharded as requested is found here, before anything is written.
     abstract = state.abstract_state(functions.init_fn, optimizer, mesh=strategy.mesh, layout=strategy.layout)
     eval_loaders = make_eval_loaders(experiment)
-    check_early(experiment, functions, abstract, loader, eval_loaders, shapes)
-    preflight.check_update(optimizer, abstract)
+    if not is_checked:
+        check_early(experiment, functions, abstract, loader, eval_loaders, shapes)
+        preflight.check_update(optimizer, abstract)
     return Parts(
         experiment=experiment,
         identity=identity or identity_of(experiment, loader.beginning.fingerprint),

@@ -4,9 +4,11 @@ The supervisor (`launch.supervising.supervisor`) starts the processes and keeps 
 """
 
 import contextlib
+import itertools
 import math
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -16,7 +18,7 @@ import jax
 from jaxdist.checkpoint import checkpoints
 from jaxdist.checkpoint import snapshots as snapshot
 from jaxdist.config.experiment import Recovery
-from jaxdist.launch.supervising import restart_events, supervisor, watchdog
+from jaxdist.launch.supervising import joined, restart_events, supervisor, watchdog
 from jaxdist.run.hooks import every
 from jaxdist.run.loop import Hook, StepInfo
 from jaxdist.rundir import ledger
@@ -25,6 +27,8 @@ from jaxdist.spmd.step import NONFINITE_LEAF
 SNAPSHOT_SHARE = 0.01
 """Share of the time that snapshots may take where the run decides how often. Their indirect cost, caches and the
 devices' order, is about the same: two percent in all."""
+_MODULES_AFTER = 3
+"""Steps of an attempt after which it has imported what it needs."""
 MOST_STEPS = 1000
 """Between two snapshots, for steps of any length."""
 
@@ -55,7 +59,7 @@ def change_due(environment: Mapping[str, str] = os.environ) -> Callable[[], bool
     directory = memory(environment)
     if directory is None:
         return lambda: False
-    name = str(directory / supervisor.CHANGE_NAME)
+    name = str(directory / restart_events.CHANGE_NAME)
     return lambda: os.path.exists(name)
 
 
@@ -64,14 +68,18 @@ def note_end_for_change() -> None:
     directory = memory()
     if directory is not None and jax.process_index() == 0:
         with contextlib.suppress(OSError):  # it counts the lost seconds from the end of the processes then
-            (directory / supervisor.CHANGE_NAME).write_text(str(time.monotonic()))
+            (directory / restart_events.CHANGE_NAME).write_text(str(time.monotonic()))
 
 
 def tell_recovery(run_dir: pathlib.Path, environment: Mapping[str, str] = os.environ) -> Hook | None:
     """Return the hook that notes, on process 0, when the job makes new steps again; None if it made none before."""
-    if supervisor.LOST_SINCE not in environment or jax.process_index() != 0:
+    if restart_events.LOST_SINCE not in environment or jax.process_index() != 0:
         return None
-    since, reached, told = float(environment[supervisor.LOST_SINCE]), int(environment[supervisor.REACHED]), False
+    since, reached, told = (
+        float(environment[restart_events.LOST_SINCE]),
+        int(environment[restart_events.REACHED]),
+        False,
+    )
 
     def tell(info: StepInfo) -> None:
         nonlocal told
@@ -81,6 +89,33 @@ def tell_recovery(run_dir: pathlib.Path, environment: Mapping[str, str] = os.env
         seconds = round(time.monotonic() - since, 3)
         restart_events.Events(run_dir).note("recovered", step=info.step, seconds=seconds)
         restart_events.say(f"Step {info.step} is made by {jax.process_count()} processes; {seconds:.1f} s were lost.")
+
+    return tell
+
+
+def has_made_steps(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether an earlier attempt of this job made steps, so that its experiment has passed the checks."""
+    return int(environment.get(restart_events.REACHED, 0)) > 0
+
+
+def tell_modules() -> Hook | None:
+    """Return the hook that names the modules which process 0 has imported, once; None if that is not needed.
+
+    The next processes get them imported.
+    """
+    directory = memory()
+    if directory is None or jax.process_index() != 0 or (directory / joined.MODULES_NAME).exists():
+        return None
+    names = directory / joined.MODULES_NAME
+    calls = itertools.count(1)
+
+    def tell(info: StepInfo) -> None:
+        del info
+        if next(calls) == _MODULES_AFTER:
+            with contextlib.suppress(OSError):
+                draft = names.with_suffix(".draft")
+                draft.write_text("\n".join(sys.modules))
+                draft.rename(names)
 
     return tell
 

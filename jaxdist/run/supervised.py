@@ -62,6 +62,7 @@ def supervise(
             start=start,
             save=saved.save,
             save_left=directory.recorded_identity(run_dir) == identity.to_json(),
+            preload=forks.preload if forks else lambda names: None,
             at_kill=at_kill,
             begin=begin,
         )

@@ -41,7 +41,7 @@ def await_processes(run_dir, count, job):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_job_on_1_2_4_2_4_2_processes_makes_the_model_of_one_device(tmp_path, monkeypatch):
+def test_a_job_on_1_2_4_3_2_4_processes_makes_the_model_of_one_device(tmp_path, monkeypatch):
     run_dir, go = tmp_path / "run", tmp_path / "go"
     monkeypatch.setenv(changing_experiment.GO, str(go))
     monkeypatch.setenv("PYTHONPATH", str(EXPERIMENT.parents[1]), prepend=":")
@@ -54,18 +54,18 @@ def test_a_job_on_1_2_4_2_4_2_processes_makes_the_model_of_one_device(tmp_path, 
         await_processes(run_dir, 2, job)
         lost = start(stack, tmp_path / "join-2.log", "join", run_dir, "--processes", 2)
         await_processes(run_dir, 4, job)
+        leave = start(stack, tmp_path / "leave.log", "leave", run_dir, "--processes", 1)
+        await_processes(run_dir, 3, job)
         lost.send_signal(signal.SIGKILL)
         await_processes(run_dir, 2, job)
-        leaves = start(stack, tmp_path / "join-3.log", "join", run_dir, "--processes", 2)
+        last = start(stack, tmp_path / "join-3.log", "join", run_dir, "--processes", 2)
         await_processes(run_dir, 4, job)
-        leave = start(stack, tmp_path / "leave.log", "leave", run_dir, "--processes", 2)
-        await_processes(run_dir, 2, job)
         go.touch()
-        assert [each.wait(SECONDS) for each in (job, stays, leaves, leave)] == [0, 0, 0, 0]
+        assert [each.wait(SECONDS) for each in (job, stays, leave, last)] == [0, 0, 0, 0]
     made = record.RunRecord.read(run_dir)
     changes = made.extra["changes"]
-    assert [each["kind"] for each in changes] == ["join", "join", "leave", "join", "leave"]
-    assert [each["processes"] for each in changes] == [2, 4, 2, 4, 2]
+    assert [each["kind"] for each in changes] == ["join", "join", "leave", "leave", "join"]
+    assert [each["processes"] for each in changes] == [2, 4, 3, 2, 4]
     assert all(each["seconds_lost"] > 0 for each in changes)
     ledger.check(ledger.read(run_dir), num_examples=52)
     assert [path.name for path in (run_dir / "checkpoints").glob("[0-9]*")] == ["1500"], "no change needs the disk"

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxdist.config.experiment import Recovery
-from jaxdist.launch.supervising import board, restart_events, supervisor
+from jaxdist.launch.supervising import board, joined, restart_events, supervisor
 from jaxdist.run import recovery
 
 
@@ -68,7 +68,7 @@ def test_a_change_of_the_processes_is_asked_for_by_a_file(tmp_path, monkeypatch)
     environment = {supervisor.MEMORY: str(tmp_path)}
     due = recovery.change_due(environment)
     assert not due()
-    still = supervisor._Standstill(tmp_path)
+    still = restart_events.Standstill(tmp_path)
     still.ask()
     assert due()
     monkeypatch.setenv(supervisor.MEMORY, str(tmp_path))
@@ -76,14 +76,14 @@ def test_a_change_of_the_processes_is_asked_for_by_a_file(tmp_path, monkeypatch)
     recovery.note_end_for_change()
     ended = time.monotonic()
     still.note_end(1)
-    assert before <= float(still.environment()[supervisor.LOST_SINCE]) <= ended
+    assert before <= float(still.environment()[restart_events.LOST_SINCE]) <= ended
     still.withdraw()
     assert not due()
 
 
 def test_the_first_new_step_tells_what_a_standstill_cost(tmp_path):
     assert recovery.tell_recovery(tmp_path, {}) is None
-    since = {supervisor.LOST_SINCE: str(time.monotonic() - 5.0), supervisor.REACHED: "7"}
+    since = {restart_events.LOST_SINCE: str(time.monotonic() - 5.0), restart_events.REACHED: "7"}
     tell = recovery.tell_recovery(tmp_path, since)
     for step in (6, 7, 8, 9):
         tell(types.SimpleNamespace(step=step))
@@ -93,13 +93,31 @@ def test_the_first_new_step_tells_what_a_standstill_cost(tmp_path):
 
 
 def test_a_standstill_lasts_until_new_steps_are_made(tmp_path):
-    still = supervisor._Standstill(tmp_path)
+    still = restart_events.Standstill(tmp_path)
     assert still.environment() == {}
     for step in (3, 3, 2, 4):  # the second and third attempt made no new step
         writer = board.ReportWriter(tmp_path, 0)
         writer.write(step, "compute")
         writer.close()
-        before = still.environment().get(supervisor.LOST_SINCE)
+        before = still.environment().get(restart_events.LOST_SINCE)
         still.note_end(1)
-        assert (still.environment()[supervisor.LOST_SINCE] == before) == (before is not None and step < 4)
+        assert (still.environment()[restart_events.LOST_SINCE] == before) == (before is not None and step < 4)
     assert still.reached == 4
+
+
+def test_process_0_names_its_modules_once(tmp_path, monkeypatch):
+    assert recovery.tell_modules() is None
+    monkeypatch.setenv(supervisor.MEMORY, str(tmp_path))
+    tell = recovery.tell_modules()
+    for step in range(2):
+        tell(types.SimpleNamespace(step=step))
+    assert not (tmp_path / joined.MODULES_NAME).exists()
+    tell(types.SimpleNamespace(step=2))
+    assert {"jax", "jaxdist.run.recovery"} <= set((tmp_path / joined.MODULES_NAME).read_text().split())
+    assert recovery.tell_modules() is None
+
+
+def test_a_job_that_made_steps_is_not_checked_again():
+    assert not recovery.has_made_steps({})
+    assert not recovery.has_made_steps({restart_events.REACHED: "0"})
+    assert recovery.has_made_steps({restart_events.REACHED: "3"})

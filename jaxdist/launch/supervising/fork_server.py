@@ -4,7 +4,8 @@ Importing JAX, Flax and Orbax costs every process seconds of processor time, and
 A fork of a process that has imported them pays nothing. Forking is safe while the process has one thread and no
 backend of JAX runs. The fork server therefore starts no thread, counts its threads before it offers a fork, and
 declines if an import (for example of the user's experiment) has started any. The supervisor then starts new processes
-without it.
+without it. What the processes import later, when they need it (the writer of TensorBoard, for example), is imported in
+advance for the next ones.
 
 The fork server outlives the supervisor: it then runs the module that saves what a supervisor that was killed could not.
 """
@@ -35,6 +36,7 @@ _READY, _UNSAFE = b"ready", b"unsafe"
 _ANSWER_SECONDS = 120.0
 """How long the imports of the fork server may take; after that the processes make their own."""
 _LOOK_SECONDS = 0.5
+_TRIAL_SECONDS, _TRIAL_NICE = 60, 10
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """Sent to a whole group, these must not end the fork server, which is needed when the supervisor is killed."""
 
@@ -145,6 +147,11 @@ class ForkServer:
         self._usable = bool(reply)
         return Child(int(reply)) if reply else None
 
+    def preload(self, names: pathlib.Path) -> None:
+        """Have the modules named in a file imported, too, before the next fork, unless that would start threads."""
+        with contextlib.suppress(OSError):
+            self._channel.send(json.dumps({"preload": str(names)}).encode())
+
     def run_at_end(self, module: str, *arguments: str) -> None:
         """Have a module run as `python -m` does when this process has ended without `close`: when it was killed."""
         request = {"module": module, "arguments": arguments, "environment": {}}
@@ -216,6 +223,9 @@ def _serve(channel: socket.socket, handlers: Mapping[signal.Signals, Any]) -> di
         if "at_end" in request:
             at_end = request["at_end"]
             continue
+        if "preload" in request:
+            _import_all(pathlib.Path(request["preload"]))
+            continue
         process_id = _fork_orphan()
         if not process_id:
             os.setsid()
@@ -228,6 +238,29 @@ def _serve(channel: socket.socket, handlers: Mapping[signal.Signals, Any]) -> di
         if not process_id:
             return request
         channel.send(str(process_id).encode())
+
+
+def _import_all(names: pathlib.Path) -> None:
+    """Import the modules named in a file, if a trial in a fork shows that this process can still fork then."""
+    try:
+        missing = [name for name in names.read_text().split() if name not in sys.modules]
+    except OSError:  # the job has just ended
+        return
+    trial = os.fork()
+    if not trial:
+        signal.alarm(_TRIAL_SECONDS)  # an import that waits for something ends the trial
+        os.nice(_TRIAL_NICE)
+        _try_to_import(missing)
+        os._exit(ExitStatus.OK if _may_fork() else ExitStatus.FAILED)
+    if os.waitpid(trial, 0)[1] == 0:
+        _try_to_import(missing)
+
+
+def _try_to_import(names: Sequence[str]) -> None:
+    for name in names:
+        # Some cannot be imported by their name, and those that fail are left to the process that needs them.
+        with contextlib.suppress(Exception):
+            __import__(name)
 
 
 def _fork_orphan() -> int:

@@ -30,6 +30,8 @@ from jaxdist.errors import UserError
 from jaxdist.launch.supervising import roster
 
 SOCKET_NAME = "join"
+MODULES_NAME = "modules"
+"""The file in the same directory in which process 0 names the modules that it has imported."""
 MAX_MESSAGE = 1 << 20
 _ANSWER_SECONDS = 120.0
 _STATUS_SECONDS = 2.0

@@ -74,6 +74,7 @@ def join(run_dir: pathlib.Path, num_processes: int, preload: Sequence[str]) -> i
       UserError: no job that can be joined runs there.
     """
     with connect(run_dir) as channel:
+        memory = pathlib.Path(channel.getpeername()).parent
         channel.send(json.dumps({"join": True}).encode())
         greeting = json.loads(channel.recv(joined.MAX_MESSAGE) or b"{}")
         if not greeting:
@@ -82,6 +83,7 @@ def join(run_dir: pathlib.Path, num_processes: int, preload: Sequence[str]) -> i
         experiment = next((each for each in greeting["arguments"] if each.endswith(".py")), None)
         with fork_server.ForkServer(preload, experiment=experiment) as forks:
             forks.is_ready()
+            forks.preload(memory / joined.MODULES_NAME)
             joiner = _Joiner(channel, num_processes, forks.start)
             with _stops(joiner.leave):
                 return joiner.run()

@@ -1,4 +1,4 @@
-"""The file restarts.jsonl: when the attempts of a job began and ended."""
+"""The file restarts.jsonl: when the attempts of a job began and ended; and how long a job made no new steps."""
 
 import contextlib
 import json
@@ -8,7 +8,14 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxdist.launch.supervising import board
+
 EVENTS_NAME = "restarts.jsonl"
+LOST_SINCE, REACHED = "JAXDIST_LOST_SINCE", "JAXDIST_REACHED"
+"""Environment variables: since when the job makes no new steps, by the monotonic clock, and the newest step it made."""
+CHANGE_NAME = "change"
+"""The file in the directory in memory that asks the processes to end at their next step, so that their number can
+change; process 0 writes into it when they did."""
 
 
 class Events:
@@ -34,6 +41,49 @@ class Events:
             if not self._told:
                 say(f"{self._path} could not be written: {error.strerror}. The job continues without it.")
             self._told = True
+
+
+class Standstill:
+    """The time in which a job makes no new steps: from a failure or a change of its processes until it has recovered.
+
+    Args:
+      memory: the directory in memory of the job.
+
+    Attributes:
+      cause: why the next attempt is made: "restart", "join" or "leave".
+      reached: the newest step that was made.
+    """
+
+    def __init__(self, memory: pathlib.Path):
+        self._memory, self._note = memory, memory / CHANGE_NAME
+        self.cause, self.reached = "restart", 0
+        self._since: float | None = None
+
+    def ask(self) -> None:
+        """Ask the running attempt to end at its next step."""
+        with contextlib.suppress(OSError):  # without a directory in memory none can join
+            self._note.touch()
+
+    def withdraw(self) -> None:
+        """Take the request back: another attempt begins."""
+        self._note.unlink(missing_ok=True)
+
+    def note_end(self, num_processes: int) -> None:
+        """Note that an attempt ended: the standstill began now, at the last step before a change, or earlier."""
+        reports = [board.read(self._memory, number) for number in range(num_processes)]
+        reached = max((report.step for report in reports if report), default=0)
+        if reached > self.reached or self._since is None:
+            self._since = self._stopped_at() or time.monotonic()
+        self.reached = max(reached, self.reached)
+
+    def _stopped_at(self) -> float | None:
+        with contextlib.suppress(OSError, ValueError):
+            return float(self._note.read_text())
+        return None
+
+    def environment(self) -> dict[str, str]:
+        """Return the environment variables that tell the next attempt."""
+        return {} if self._since is None else {LOST_SINCE: repr(self._since), REACHED: str(self.reached)}
 
 
 def read_events(run_dir: pathlib.Path) -> list[dict[str, Any]]:

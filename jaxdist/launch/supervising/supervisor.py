@@ -22,7 +22,7 @@ from jaxdist.errors import ExitStatus
 from jaxdist.launch.joining import places
 from jaxdist.launch.supervising import board, job_memory, joined, local_job, roster
 from jaxdist.launch.supervising import stopped as stopped_processes
-from jaxdist.launch.supervising.restart_events import Events, say
+from jaxdist.launch.supervising.restart_events import Events, Standstill, say
 from jaxdist.launch.supervising.restart_policy import Attempt, End, RestartSettings, decide
 from jaxdist.rundir import lock, record
 
@@ -33,12 +33,6 @@ FAILED_AT = "JAXDIST_FAILED_AT"
 
 DEADLINE = "JAXDIST_DEADLINE"
 """Environment variable: when the job must stop, by the monotonic clock."""
-
-LOST_SINCE, REACHED = "JAXDIST_LOST_SINCE", "JAXDIST_REACHED"
-"""Environment variables: since when the job makes no new steps, by the monotonic clock, and the newest step it made."""
-CHANGE_NAME = "change"
-"""The file in the directory in memory that asks the processes to end at their next step, so that their number can
-change; process 0 writes into it when they did."""
 
 BOARD_NAME = "board"
 """The folder of the board in the run directory, if the job has no directory in memory."""
@@ -108,6 +102,7 @@ class Job:
         checkpoints, and returns its step, None otherwise.
       save_left: whether to save what an earlier job of the run directory, killed with its fork server, left in memory.
       begin: called before the first attempt, once what an earlier job left was saved.
+      preload: called once with the file that names the modules which process 0 has imported.
       at_kill: called with the directory in memory, to have it saved and removed if this process is killed.
     """
 
@@ -118,6 +113,7 @@ class Job:
     start: local_job.Start = local_job.start
     save: Callable[[pathlib.Path, str], int | None] = lambda memory, end_reason: None
     save_left: bool = True
+    preload: Callable[[pathlib.Path], object] = lambda names: None
     at_kill: Callable[[pathlib.Path], object] = lambda memory: None
     begin: Callable[[], object] = lambda: None
 
@@ -207,7 +203,8 @@ class _Attempts:
         self._patience_seconds = settings.patience_seconds
         self._events = Events(job.run_dir)
         self._record = _KeptRecord(job.run_dir)
-        self._standstill = _Standstill(memory)
+        self._standstill = Standstill(memory)
+        self._preloaded = False
         self.roster = roster.Roster(num_processes, job.start, self._standstill.ask)
         limit = settings.deadline_seconds
         self._deadline = math.inf if limit is None else time.monotonic() + limit
@@ -259,7 +256,7 @@ class _Attempts:
         ) -> local_job.Process:
             return starters[int(environment[places.PROCESS_ID])](command, environment, output)
 
-        with _StoppedWatch(self._memory, self._stopped_seconds, self._record.look) as watch:
+        with _StoppedWatch(self._memory, self._stopped_seconds, self._look) as watch:
 
             def started(process_ids: Sequence[int]) -> None:
                 self._events.note("start", attempt=number, process_ids=process_ids, memory=str(self._memory), **cause)
@@ -280,6 +277,13 @@ class _Attempts:
                 )
             except joined.ProcessLostError as error:
                 return local_job.JobResult(ExitStatus.FAILED, message=str(error))
+
+    def _look(self) -> None:
+        self._record.look()
+        names = self._memory / joined.MODULES_NAME
+        if not self._preloaded and names.exists():
+            self._preloaded = True
+            self._job.preload(names)
 
     def _available(self, num_processes: int, status: int) -> int | None:
         """Return how many processes the job should have now, None if as many as before; see Attempt."""
@@ -320,46 +324,6 @@ class _Attempts:
         if self._deadline < math.inf:
             environment[DEADLINE] = str(self._deadline)
         return environment
-
-
-class _Standstill:
-    """The time in which a job makes no new steps: from a failure or a change of its processes until it has recovered.
-
-    Attributes:
-      cause: why the next attempt is made: "restart", "join" or "leave".
-      reached: the newest step that was made.
-    """
-
-    def __init__(self, memory: pathlib.Path):
-        self._memory, self._note = memory, memory / CHANGE_NAME
-        self.cause, self.reached = "restart", 0
-        self._since: float | None = None
-
-    def ask(self) -> None:
-        """Ask the running attempt to end at its next step."""
-        with contextlib.suppress(OSError):  # without a directory in memory none can join
-            self._note.touch()
-
-    def withdraw(self) -> None:
-        """Take the request back: another attempt begins."""
-        self._note.unlink(missing_ok=True)
-
-    def note_end(self, num_processes: int) -> None:
-        """Note that an attempt ended: the standstill began now, at the last step before a change, or earlier."""
-        reports = [board.read(self._memory, number) for number in range(num_processes)]
-        reached = max((report.step for report in reports if report), default=0)
-        if reached > self.reached or self._since is None:
-            self._since = self._stopped_at() or time.monotonic()
-        self.reached = max(reached, self.reached)
-
-    def _stopped_at(self) -> float | None:
-        with contextlib.suppress(OSError, ValueError):
-            return float(self._note.read_text())
-        return None
-
-    def environment(self) -> dict[str, str]:
-        """Return the environment variables that tell the next attempt."""
-        return {} if self._since is None else {LOST_SINCE: repr(self._since), REACHED: str(self.reached)}
 
 
 class _KeptRecord:

@@ -142,3 +142,24 @@ def test_nothing_outlives_an_owner_that_is_killed(module, tmp_path):
             assert select.select([descriptor], [], [], 60)[0]
             os.close(descriptor)
     assert not (tmp_path / "doomed").exists()
+
+
+SHOW_LOADED = "import sys; print('wave' in sys.modules, 'threading_starter' in sys.modules)"
+
+
+@pytest.mark.parametrize(
+    ("starter", "expected"), [("", "True True"), (STARTS_A_THREAD, "False False")], ids=["harmless", "with a thread"]
+)
+def test_what_children_import_is_imported_for_the_next_unless_it_starts_threads(module, tmp_path, starter, expected):
+    (tmp_path / "threading_starter.py").write_text(starter)
+    (tmp_path / "names").write_text("wave\nno.such.module\nthreading_starter\n")
+    with fork_server.ForkServer() as server:
+        server.preload(tmp_path / "names")
+        assert start(server, module(SHOW_LOADED), tmp_path / "log").wait(timeout=60) == 0
+    assert (tmp_path / "log").read_text().strip() == expected
+
+
+def test_a_file_of_names_that_is_gone_harms_nothing(module, tmp_path):
+    with fork_server.ForkServer() as server:
+        server.preload(tmp_path / "gone")
+        assert start(server, module(SHOW_LOADED), tmp_path / "log").wait(timeout=60) == 0
