@@ -6,8 +6,8 @@ from typing import Any, TypeAlias
 
 Point: TypeAlias = tuple[float, float]
 
-WIDTH, HEIGHT = 860.0, 260.0
-_LEFT, _RIGHT, _TOP, _MIDDLE, _BOTTOM = 56.0, 12.0, 26.0, 150.0, 30.0
+WIDTH, HEIGHT = 860.0, 310.0
+_LEFT, _RIGHT, _TOP, _MIDDLE, _BOTTOM = 70.0, 12.0, 26.0, 200.0, 30.0
 _MOST_LABELS = 24
 
 
