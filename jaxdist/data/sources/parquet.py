@@ -17,7 +17,7 @@ from jaxdist import extras
 from jaxdist.data import order
 from jaxdist.data.fingerprints import FileList, fingerprint_files
 from jaxdist.data.sources.listing import find_files
-from jaxdist.data.sources.source import CorruptExample, Example, checked_index, fingerprint_text
+from jaxdist.data.sources.source import CorruptExample, Example, checked_ids, checked_index, fingerprint_text
 from jaxdist.data.sources.tables import numbered
 
 _logger = logging.getLogger(__name__)
@@ -104,6 +104,21 @@ class ParquetSource:
         number = bisect.bisect_right(self._ends, index)
         row = index - (self._ends[number - 1] if number else 0)
         return {name: column.row(row, name, index) for name, column in self._read(number).items()}
+
+    def __getitems__(self, ids: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """Return the rows `ids`, each column stacked; ValueError where lists of a batch differ in length."""
+        ids = checked_ids(ids, len(self))
+        if not len(ids):
+            return {name: array[:0] for name, array in self.__getitems__([0]).items()}
+        numbers, found = np.searchsorted(self._ends, ids, side="right"), dict[str, list[np.ndarray]]()
+        places = [np.flatnonzero(numbers == number) for number in np.unique(numbers)]
+        for mine in places:
+            number = int(numbers[mine[0]])
+            rows = ids[mine] - (self._ends[number - 1] if number else 0)
+            for name, column in self._read(number).items():
+                found.setdefault(name, []).append(column.rows(rows, name, ids[mine]))
+        order_of_rows = np.argsort(np.concatenate(places))
+        return {name: _stacked(name, parts)[order_of_rows] for name, parts in found.items()}
 
     def _read(self, number: int) -> dict[str, "_Column"]:
         """Return the columns of a row group, from the cache of those that were read last if it is there."""
@@ -260,6 +275,22 @@ class _Column:
         """The memory that the column takes."""
         return self._values.nbytes + (0 if self._ends is None else self._ends.nbytes)
 
+    def rows(self, rows: np.ndarray, name: str, ids: np.ndarray) -> np.ndarray:
+        """Return the values of some rows, stacked; `ids` are their numbers in the source."""
+        null = np.empty(0, np.int64) if self._null is None else np.flatnonzero(self._null[rows])
+        if len(null) and (self._missing is None or self._ends is not None):
+            self.row(int(rows[null[0]]), name, int(ids[null[0]]))  # which raises
+        if self._ends is None:
+            values = self._values[rows]
+            if len(null):
+                assert self._missing is not None
+                values[null] = _missing_as(values.dtype, self._missing, name)
+            return values
+        begins, lengths = self._ends[rows], self._ends[rows + 1] - self._ends[rows]
+        if lengths.min() != lengths.max():
+            raise ValueError(_LENGTHS_DIFFER.format(name, sorted({(length,) for length in lengths.tolist()})[:3]))
+        return self._values[begins[:, None] + np.arange(lengths[0])]
+
     def row(self, row: int, name: str, index: int) -> np.ndarray | np.generic:
         """Return the value of a row; CorruptExample where it has none."""
         if self._null is not None and self._null[row]:
@@ -272,6 +303,19 @@ class _Column:
         if self._ends is None:
             return self._values[row]
         return self._values[self._ends[row] : self._ends[row + 1]]
+
+
+def _stacked(name: str, parts: Sequence[np.ndarray]) -> np.ndarray:
+    shapes = {part.shape[1:] for part in parts}
+    if len(shapes) > 1:
+        raise ValueError(_LENGTHS_DIFFER.format(name, sorted(shapes)[:3]))
+    return np.concatenate(parts)
+
+
+_LENGTHS_DIFFER = (
+    "Examples of a batch must have the same fields, shapes and dtypes; column {!r} has lists of the shapes {}. Pad, "
+    "crop or bucket them, for example in `example_fn`."
+)
 
 
 def _num_bytes(columns: Mapping[str, _Column]) -> int:

@@ -186,3 +186,27 @@ def test_row_groups_beyond_the_cache_are_read_about_once_in_an_order_that_is_nam
     assert isinstance(Loader(ParquetSource(path), global_batch_size=32, seed=0).order, order.Shuffled)
     assert isinstance(Loader(small, global_batch_size=32, seed=0, shuffle=False).order, order.Sequential)
     assert caplog.text == ""
+
+
+def test_rows_read_together_are_the_rows_read_alone(tmp_path):
+    columns = {
+        "x": pa.array([None if i % 7 == 3 else i for i in range(40)], pa.int16()),
+        "list": pa.array([[i, i + 1] for i in range(40)], pa.list_(pa.float32())),
+        "raw": [b"%02d" % i for i in range(40)],
+        "ragged": [[0] * (1 + i % 2) for i in range(40)],
+    }
+    path = write(tmp_path / "t.parquet", columns, row_group_size=9)
+    source = ParquetSource(path, columns=("x", "list", "raw"), missing=-1)
+    ids = [39, 0, 9, 8, -30, 3, 3]
+    found = source.__getitems__(ids)
+    for name, array in found.items():
+        alone = np.stack([source[index][name] for index in ids])
+        assert array.dtype == alone.dtype
+        np.testing.assert_array_equal(array, alone)
+    assert source.__getitems__([])["list"].shape == (0, 2)
+    with pytest.raises(ValueError, match=r"'ragged' has lists of the shapes \[\(1,\), \(2,\)\]"):
+        ParquetSource(path, columns=("ragged",)).__getitems__([0, 1])
+    with pytest.raises(ValueError, match=r"'ragged' has lists of the shapes"):
+        ParquetSource(path, columns=("ragged",)).__getitems__([0, 9])
+    with pytest.raises(CorruptExample, match="'x' of row 10 has no value"):
+        ParquetSource(path, columns=("x",)).__getitems__([1, 10])
