@@ -1,5 +1,6 @@
 """Streams of what others give: any iterable that can be iterated again, and Hugging Face's streaming data sets."""
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -68,6 +69,7 @@ def hugging_face_stream(
     examples_per_epoch: int | None = None,
     window: int = 1024,
     lanes: int | None = None,
+    sizes_folder: str | os.PathLike | None = None,
     fingerprint: str | None = None,
 ) -> StreamSource:
     """Return the stream of a Hugging Face IterableDataset (`streaming=True`), its files divided over hosts.
@@ -81,6 +83,7 @@ def hugging_face_stream(
       examples_per_epoch: the length of an epoch where that is not known.
       window: the size of the shuffle buffer in examples, all lanes together.
       lanes: how many shards are read side by side.
+      sizes_folder: where sizes that were learned are kept.
       fingerprint: names the data and their version.
 
     Raises:
@@ -101,6 +104,7 @@ def hugging_face_stream(
         seeks=seeks,
         window=window,
         lanes=lanes,
+        sizes_folder=sizes_folder,
         fingerprint=fingerprint,
     )
 

@@ -5,6 +5,7 @@ example exactly once. Without them, an epoch is a given number of examples of la
 """
 
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from jaxdist.data.order import Order, Sequential
 from jaxdist.data.sources.source import Example, checked_index, fingerprint_array, fingerprint_text
 from jaxdist.data.streams.endless import EndlessLane
 from jaxdist.data.streams.forward import EndOfShard, ForwardReader, examples_from
+from jaxdist.data.streams.kept_sizes import KeptSizes
 from jaxdist.data.streams.lanes import EndlessLanes, Lanes
 
 MOST_LANES = 8
@@ -43,6 +45,8 @@ class StreamSource:
       fingerprint: names the data and their version; None hashes the first examples.
       repeats: whether the same examples come whenever a shard is opened. False: they do not, and the run says so.
       decode_fn: makes an example of what `open_shard` yields, in many threads at once, while that is read by one.
+      sizes_folder: where the sizes of shards that were read to their end are kept, if `sizes` are not given: a resume
+        then counts the shards that were open, and none before them.
 
     Raises:
       ValueError: the settings contradict each other; or, when read, a shard has more or fewer examples than `sizes`.
@@ -66,9 +70,10 @@ class StreamSource:
         fingerprint: str | None = None,
         repeats: bool = True,
         decode_fn: Callable[[Any], Example] | None = None,
+        sizes_folder: str | os.PathLike | None = None,
     ):
         self._open_shard, self._seeks, self._names = open_shard, seeks, tuple(names)
-        self._decode_fn = decode_fn
+        self._decode_fn, self._sizes_folder = decode_fn, sizes_folder
         self.num_shards = _checked_count("num_shards", num_shards)
         self.sizes = _checked_sizes(sizes, examples_per_epoch, num_shards)
         self._size = (
@@ -90,7 +95,7 @@ class StreamSource:
             farthest=self.window + _FARTHEST if self._seeks else None,
         )
         self._ends = list(itertools.accumulate(self.sizes or ()))
-        learned: dict[int, int] = {}
+        learned = KeptSizes(self._sizes_folder, self.fingerprint)
         self._endless = [
             EndlessLane(lane, range(lane, self.num_shards, self.lanes), self._reader, learned, self.shard_name)
             for lane in range(self.lanes if self.sizes is None else 0)

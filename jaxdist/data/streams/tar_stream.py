@@ -23,6 +23,7 @@ def tar_stream(
     examples_per_epoch: int | None = None,
     window: int = 1024,
     lanes: int | None = None,
+    sizes_folder: str | os.PathLike | None = None,
 ) -> StreamSource:
     """Return the stream of tar files, here or elsewhere, `.tar`, `.tar.gz` or `.tar.zst`.
 
@@ -36,6 +37,7 @@ def tar_stream(
       examples_per_epoch: the length of an epoch where that is not known.
       window: the size of the shuffle buffer in samples, which it holds undecoded.
       lanes: how many shards are read side by side.
+      sizes_folder: where sizes that were learned are kept.
     """
     found = find_shards(shards, TAR_PATTERN)
     return StreamSource(
@@ -45,6 +47,7 @@ def tar_stream(
         examples_per_epoch=examples_per_epoch,
         window=window,
         lanes=lanes,
+        sizes_folder=sizes_folder,
         shard_names=found,
         decode_fn=_Decoder(PartsDecoder(fields, image_type)),
     )
