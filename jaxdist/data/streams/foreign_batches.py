@@ -78,10 +78,11 @@ def _batches(
             batch = _named(item, fields)
             count = len(next(iter(batch.values())))
             size = size or count
-            rows = placement.process_rows(mesh, size, axes)  # which refuses a size that does not divide
+            placement.process_rows(mesh, size, axes)  # which refuses a size that does not divide
             position, seen = position + count, seen + count
             place = (0, seen) if num_examples == UNKNOWN else (epoch, position)
-            yield placement.place(_padded(batch, count, size), rows, mesh, size, axes), BatchPlace(*place, num_examples)
+            placed = jax.device_put(_padded(batch, count, size), placement.batch_sharding(mesh, axes))
+            yield placed, BatchPlace(*place, num_examples)
 
 
 def _length(made: Any) -> int:
