@@ -110,15 +110,20 @@ class ParquetSource:
         ids = checked_ids(ids, len(self))
         if not len(ids):
             return {name: array[:0] for name, array in self.__getitems__([0]).items()}
-        numbers, found = np.searchsorted(self._ends, ids, side="right"), dict[str, list[np.ndarray]]()
-        places = [np.flatnonzero(numbers == number) for number in np.unique(numbers)]
-        for mine in places:
-            number = int(numbers[mine[0]])
-            rows = ids[mine] - (self._ends[number - 1] if number else 0)
+        places = np.argsort(ids, kind="stable")
+        ascending, found = ids[places], {name: list[np.ndarray]() for name in self._kept}
+        begin = 0
+        while begin < len(ids):
+            number = bisect.bisect_right(self._ends, int(ascending[begin]))
+            end = int(np.searchsorted(ascending, self._ends[number]))
+            mine = ascending[begin:end]
+            rows = mine - (self._ends[number - 1] if number else 0)
             for name, column in self._read(number).items():
-                found.setdefault(name, []).append(column.rows(rows, name, ids[mine]))
-        order_of_rows = np.argsort(np.concatenate(places))
-        return {name: _stacked(name, parts)[order_of_rows] for name, parts in found.items()}
+                found[name].append(column.rows(rows, name, mine))
+            begin = end
+        back = np.empty(len(ids), np.int64)
+        back[places] = np.arange(len(ids))
+        return {name: _stacked(name, parts).take(back, axis=0) for name, parts in found.items()}
 
     def _read(self, number: int) -> dict[str, "_Column"]:
         """Return the columns of a row group, from the cache of those that were read last if it is there."""
@@ -277,6 +282,8 @@ class _Column:
 
     def rows(self, rows: np.ndarray, name: str, ids: np.ndarray) -> np.ndarray:
         """Return the values of some rows, stacked; `ids` are their numbers in the source."""
+        if self._null is None and self._ends is None:
+            return self._values.take(rows)
         null = np.empty(0, np.int64) if self._null is None else np.flatnonzero(self._null[rows])
         if len(null) and (self._missing is None or self._ends is not None):
             self.row(int(rows[null[0]]), name, int(ids[null[0]]))  # which raises
