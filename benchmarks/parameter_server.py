@@ -2,7 +2,7 @@
 
 python benchmarks/parameter_server.py [--rounds N] [--json]
 
-Worker and server are two processes. Ours is the production code: the server's state machine behind the gRPC wire,
+Worker and server are two processes. Ours is the production code: the server's state machine behind the wire,
 pushes that carry their place in the exactly-once table, checksums of all arrays verified on both ends. The raw socket
 sends the same bytes both ways and does nothing with them; the memory copy copies them once from array to array. All
 take turns in one run. A rate is (bytes pushed + bytes pulled) / seconds, for the copy the bytes copied / seconds.
@@ -22,7 +22,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -73,11 +72,11 @@ class WithoutBooks:
         if isinstance(message, messages.Push):
             assert not self.shard.complaint(message)
             count = np.float32(message.count)
-            self.shard.params = tuple(piece / count for piece in message.pieces)
+            self.shard.params = tuple((piece / count).astype(piece.dtype) for piece in message.pieces)
             out.send(WORKER, messages.PushAck(0, 0, 1, message.sequence, "applied"))
         elif isinstance(message, messages.Pull):
             out.send(WORKER, messages.Pulled(0, 0, 1, message.sequence, message.version, self.shard.params))
-        elif isinstance(message, messages.Stop):
+        elif isinstance(message, messages.StopRun):
             out.do(effects.Exit(0, ""))
         return out.replies, out.effects
 
@@ -88,7 +87,7 @@ def make_shard() -> Shard:
 
 def make_server() -> Server:
     """Return a server that is primary of the only shard, with one member."""
-    server = Server(node=SERVER, boot=1, settings=SETTINGS, make_shard=make_shard)
+    server = Server(name=SERVER, boot=1, settings=SETTINGS, make_shard=make_shard)
     place = messages.ShardPlace(SERVER, 1, "", 0, False)
     server.handle(messages.Membership(1, (messages.Member(0, 1, 0),), (place,), 1, ""), 0.0)
     return server
@@ -97,10 +96,10 @@ def make_server() -> Server:
 def serve(kind: str, peer: str) -> None:
     """Be the server process: print the port, then serve until told to stop."""
     reuse_freed_memory()
-    node = Driver(make_server() if kind == "ours" else WithoutBooks(), directory=pathlib.Path())
-    wire = Wire(listen="127.0.0.1:0", peers={WORKER: peer}, receive=node.receive)
+    driver = Driver(make_server() if kind == "ours" else WithoutBooks(), directory=pathlib.Path())
+    wire = Wire(listen="127.0.0.1:0", peers={WORKER: peer}, receive=driver.receive)
     print(wire.port, flush=True)
-    node.run(wire)
+    driver.run(wire)
     wire.close()
 
 
@@ -136,7 +135,8 @@ class Served:
         self.sequence = 0
         self.grads = tuple(np.random.default_rng(1).normal(size=block.shape).astype(np.float32) for block in BLOCKS)
 
-    def _hear(self, message: messages.Message) -> None:
+    def _hear(self, message: messages.Message, handled: Callable[[], None]) -> None:
+        handled()
         if isinstance(message, messages.PushAck | messages.Pulled):
             self.answer = message
             self.heard.set()
@@ -157,7 +157,7 @@ class Served:
 
     def close(self) -> None:
         """End."""
-        self.wire.send(SERVER, messages.Stop(0, ""))
+        self.wire.send(SERVER, messages.StopRun(0, ""))
         self.child.wait(30)
         self.wire.close()
 
@@ -239,7 +239,7 @@ def compare(name: str, ours: list[float], theirs: list[float], num_bytes: int = 
 
 
 def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), "grpcio": metadata.version("grpcio"), "numpy": np.__version__}
+    return {"python": platform.python_version(), "numpy": np.__version__}
 
 
 def show(row: dict[str, Any], limit: float, as_json: bool) -> None:

@@ -52,7 +52,6 @@ HEAVY = {
     "fsspec",
     "google",
     "grain",
-    "grpc",
     "libtpu",
     "mlflow",
     "optuna",

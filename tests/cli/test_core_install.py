@@ -10,7 +10,7 @@ import tiny_experiment
 WITHOUT_EXTRAS = """
 import sys
 EXTRAS = {
-    *("array_record", "flatbuffers", "fsspec", "google_crc32c", "grpc", "libtpu", "mlflow", "optuna", "pandas", "PIL"),
+    *("array_record", "flatbuffers", "fsspec", "google_crc32c", "libtpu", "mlflow", "optuna", "pandas", "PIL"),
     *("plotly", "pyarrow", "ray", "safetensors", "shtab", "simplejpeg", "sklearn", "soundfile", "tensorflow_datasets"),
     "wandb",
 }

@@ -19,7 +19,7 @@ EXTRAS = {
     "examples": ("sklearn", "plotly"),
     "export": ("safetensors", "flatbuffers"),
     "mlflow": ("mlflow",),
-    "paramserver": ("grpc", "google_crc32c"),
+    "paramserver": ("google_crc32c",),
     "ray": ("ray",),
     "remote": ("fsspec",),
     "report": ("plotly",),

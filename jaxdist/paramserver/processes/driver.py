@@ -23,12 +23,11 @@ from jaxdist.rundir import files, full_disk
 
 _logger = logging.getLogger(__name__)
 
-MOST_WAITING = 16
-ROOM_SECONDS = 30.0
 PULSE_SECONDS, MOST_SILENT_SECONDS = 0.5, 120.0
 """How often, and for how long, heartbeats are repeated while one message is being handled."""
 
 Gradient = Callable[[effects.Compute], messages.Computed]
+Prepare = Callable[[messages.Lease], None]
 
 
 class StateMachine(Protocol):
@@ -92,6 +91,7 @@ class Driver:
       directory: the directory of its files.
       log: the log of a scheduler; None for other roles.
       gradient: computes the gradients of a worker, in its own thread.
+      prepare: reads the examples of a lease before its params have arrived, in the same thread.
       observe: called with every effect after it is done, for example effects.Committed or effects.ShowCut.
       tick_seconds: seconds between two ticks.
       point: called before and after everything this process does; see `faults`.
@@ -104,29 +104,25 @@ class Driver:
         directory: pathlib.Path,
         log: Log | None = None,
         gradient: Gradient | None = None,
+        prepare: Prepare = lambda lease: None,
         observe: Callable[[effects.Effect], None] = lambda effect: None,
         tick_seconds: float = 0.05,
         point: faults.Point = faults.no_faults,
     ) -> None:
-        self.machine, self.directory, self._log, self._gradient = machine, directory, log, gradient
+        self.machine, self.directory, self._log = machine, directory, log
+        self._gradient, self._prepare = gradient, prepare
         self._observe, self._tick_seconds = observe, tick_seconds
         self._point = point
-        self._inbox: queue.SimpleQueue[tuple[messages.Message, bool]] = queue.SimpleQueue()
-        self._room = threading.Semaphore(MOST_WAITING)
+        self._inbox: queue.SimpleQueue[tuple[messages.Message, Callable[[], None]]] = queue.SimpleQueue()
         self._pool = futures.ThreadPoolExecutor(1, "compute")
         self._disk = futures.ThreadPoolExecutor(1, "disk")
         self.exit: effects.Exit | None = None
         self._beat: tuple[str, messages.Heartbeat] | None = None  # the last one sent
         self._beat_at = 0.0
 
-    def receive(self, message: messages.Message) -> None:
-        """Queue a message that arrived, from any thread. While the queue is full it waits, then drops the message."""
-        if self._room.acquire(timeout=ROOM_SECONDS):
-            self._inbox.put((message, True))
-
-    def _report(self, message: messages.Message) -> None:
-        """Queue a result of this process itself; it is never dropped."""
-        self._inbox.put((message, False))
+    def receive(self, message: messages.Message, handled: Callable[[], None] = lambda: None) -> None:
+        """Queue a message, from any thread; `handled` is called when it has been handled."""
+        self._inbox.put((message, handled))
 
     def run(self, wire: Sender) -> effects.Exit:
         """Run the state machine until it exits; return its exit effect."""
@@ -139,12 +135,11 @@ class Driver:
                 self._feed(messages.Tick(), now, wire)
                 continue
             try:
-                message, arrived = self._inbox.get(timeout=tick_at - now)
+                message, handled = self._inbox.get(timeout=tick_at - now)
             except queue.Empty:
                 continue
-            if arrived:
-                self._room.release()
             self._feed(message, time.monotonic(), wire)
+            handled()
         self._disk.shutdown()
         self._pool.shutdown(wait=False, cancel_futures=True)
         return self.exit
@@ -182,8 +177,10 @@ class Driver:
                 self._disk.submit(self._write, name, content)
             case effects.Load(name):
                 self._disk.submit(self._load, name)
+            case effects.Prepare(lease):
+                self._pool.submit(self._in_pool, self._prepare, lease)
             case effects.Compute():
-                self._pool.submit(self._compute, effect)
+                self._pool.submit(self._in_pool, self._compute, effect)
             case effects.Warn(text):
                 _logger.warning(text)
             case effects.Exit():
@@ -194,22 +191,25 @@ class Driver:
         try:
             checksum = write_file(self.directory / name, encoding.encode(content))
         except OSError as error:
-            self._report(messages.Written(name, 0, f"{error.strerror} ({self.directory / name})"))
+            self.receive(messages.Written(name, 0, f"{error.strerror} ({self.directory / name})"))
         else:
-            self._report(messages.Written(name, checksum, ""))
+            self.receive(messages.Written(name, checksum, ""))
 
     def _load(self, name: str) -> None:
         content = None
         with contextlib.suppress(FileNotFoundError, codec.EncodingError):  # the state machine decides what this means
             content = encoding.decode((self.directory / name).read_bytes())
-        self._report(messages.Loaded(name, content))
+        self.receive(messages.Loaded(name, content))
 
     def _compute(self, effect: effects.Compute) -> None:
         assert self._gradient is not None
+        self.receive(self._gradient(effect))
+
+    def _in_pool(self, work: Callable[[Any], None], what: effects.Compute | messages.Lease) -> None:
         try:
-            computed: Any = self._gradient(effect)
+            work(what)
         except Exception:
             # The state machine would wait forever. The process ends instead, and another worker gets the lease.
-            _logger.exception("The gradient of %s could not be computed.", effect.lease)
+            lease = what.lease if isinstance(what, effects.Compute) else what
+            _logger.exception("The gradient of %s could not be computed.", lease)
             os._exit(ExitStatus.FAILED)
-        self._report(computed)

@@ -49,6 +49,13 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
+class Prepare:
+    """Read the examples of `lease`, whose gradient will be computed once its params have arrived."""
+
+    lease: messages.Lease
+
+
+@dataclass(frozen=True, slots=True)
 class Compute:
     """Compute the gradient of `lease` from `params` (one tuple of blocks per shard); see messages.Computed."""
 
@@ -148,6 +155,7 @@ Effect = (
     | Compact
     | Write
     | Load
+    | Prepare
     | Compute
     | Applied
     | Served

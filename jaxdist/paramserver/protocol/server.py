@@ -108,6 +108,10 @@ class Server:
             self._leave(out)
         elif self.restored < membership.restore_term and (place.primary == self.name or place.synced):
             self._restore(membership, now, out)
+        elif self.restored < membership.restore_term:
+            # Its log belongs to the time before the rollback: acknowledging by that index would be wrong.
+            self._forget()
+            self._enter(membership, now, out)
         else:
             self._enter(membership, now, out)
 
@@ -119,9 +123,7 @@ class Server:
             out.send(SCHEDULER, messages.Register(self.name, self.boot))
 
     def _restore(self, membership: messages.Membership, now: float, out: effects.Output) -> None:
-        boot, counters = self.boot, self.counters
         self._forget()
-        self.boot, self.counters = boot, counters
         if membership.restore:
             self.pending = membership
             out.do(effects.Load(shard_file(membership.restore, self.number)))

@@ -30,6 +30,8 @@ class Worker:
         self.lease: messages.Lease | None = None
         self.asked_at = float("-inf")
         self.pulled: dict[int, messages.Pulled] = {}
+        self.pulled_early: dict[int, messages.Pulled] = {}  # for the lease that is not granted yet
+        self.early = (0, 0)  # the sequence number and the version that were asked for early
         self.computed: messages.Computed | None = None
         self.acknowledged: set[int] = set()
 
@@ -121,28 +123,53 @@ class Worker:
         if not current or grant.sequence <= self.sequence or self.phase not in ("asking", "reporting"):
             return
         self.lease, self.sequence, self.clock = grant.lease, grant.sequence, grant.clock
-        self.pulled, self.computed, self.acknowledged = {}, None, set()
-        self._enter("pulling", now, out)
+        self.computed, self.acknowledged = None, set()
+        early, self.pulled_early = self.pulled_early, {}
+        self.pulled = {n: each for n, each in early.items() if each.version == self.lease.step}
+        out.do(effects.Prepare(self.lease))
+        if self.early == (self.sequence, self.lease.step):
+            self.phase, self.asked_at = "pulling", now  # the servers answer when they have this version
+            self.progress += 1
+            self._maybe_compute(now, out)
+        else:
+            self._enter("pulling", now, out)
 
     def _send_pulls(self, out: effects.Output) -> None:
         assert self.lease is not None
         version = self.lease.step if self.settings.synchronous else 0
+        self._pull(self.pulled, self.sequence, version, out)
+
+    def _pull(self, known: object, sequence: int, version: int, out: effects.Output) -> None:
         self._to_shards(
-            self.pulled,
+            known,
             out,
-            lambda n: messages.Pull(n, self.worker, self.incarnation, self.sequence, version, self.clock),
+            lambda n: messages.Pull(n, self.worker, self.incarnation, sequence, version, self.clock),
         )
 
+    def _pull_early(self, out: effects.Output) -> None:
+        """Ask for the params of the next step: servers answer once they have them, before the lease is granted."""
+        assert self.lease is not None
+        self.early = (self.sequence + 1, self.lease.step + 1)
+        self._pull((), *self.early, out)
+
     def _on_pulled(self, pulled: messages.Pulled, now: float, out: effects.Output) -> None:
+        if (pulled.incarnation, pulled.sequence) == (self.incarnation, self.sequence + 1):
+            self.pulled_early[pulled.shard] = pulled
+            return
         if self.phase != "pulling" or (pulled.incarnation, pulled.sequence) != (self.incarnation, self.sequence):
             return
         assert self.lease is not None
-        assert self.membership is not None
         if self.settings.synchronous and pulled.version != self.lease.step:
             self._free(now, out)  # the step was committed without this lease
             return
         self.pulled[pulled.shard] = pulled
         self.progress += 1
+        self._maybe_compute(now, out)
+
+    def _maybe_compute(self, now: float, out: effects.Output) -> None:
+        """Have the gradient computed once the params of all shards have arrived."""
+        assert self.membership is not None
+        assert self.lease is not None
         if len(self.pulled) == len(self.membership.shards):
             self.phase = "computing"
             params = tuple(self.pulled[n].pieces for n in range(len(self.pulled)))
@@ -193,6 +220,8 @@ class Worker:
             self.progress += 1
             if len(self.acknowledged) == len(self.membership.shards):
                 self._enter("reporting", now, out)
+                if self.settings.synchronous:
+                    self._pull_early(out)
 
     def _send_done(self, out: effects.Output) -> None:
         assert self.lease is not None
@@ -206,7 +235,10 @@ class Worker:
     def _done_ack(self, ack: messages.DoneAck, now: float, out: effects.Output) -> None:
         if self.phase == "reporting" and (ack.incarnation, ack.sequence) == (self.incarnation, self.sequence):
             self.clock += 1
-            self._free(now, out)
+            self.lease, self.computed, self.pulled = None, None, {}
+            # The scheduler grants the next lease without being asked; the request is only sent when that takes long.
+            self.phase, self.asked_at = "asking", now
+            self.progress += 1
 
     def _revoke(self, revoke: messages.Revoke, now: float, out: effects.Output) -> None:
         mine = (revoke.incarnation, revoke.sequence) == (self.incarnation, self.sequence)
@@ -214,7 +246,7 @@ class Worker:
             self._free(now, out)
 
     def _free(self, now: float, out: effects.Output) -> None:
-        """Release the lease, finished or not, and ask for the next one."""
+        """Release the lease without finishing it, and ask for the next one."""
         self.lease, self.computed, self.pulled = None, None, {}
         self._enter("asking", now, out)
 

@@ -29,6 +29,7 @@ class Island:
         self._key = plan.run_keys().train
         self._sums = jax.jit(self._compute_sums)
         self._rows = rows_of_a_slice(plan, len(devices))
+        self._prepared: tuple[messages.Lease, Any] | None = None
 
     def _compute_sums(self, leaves: Any, batch: Any, step: jax.Array, slice_: jax.Array) -> Any:
         plan = self.plan
@@ -49,12 +50,18 @@ class Island:
         pushed = (*grads, *jax.tree.leaves(sums.model_state))
         return pushed, sums.loss, sums.num_examples, sums.metrics, finite, squares
 
+    def prepare(self, lease: messages.Lease) -> None:
+        """Place the examples of `lease` on the devices, while its params are still on their way."""
+        if self._prepared is None or self._prepared[0] != lease:
+            self._prepared = lease, jax.device_put(self._batch(lease), self._placement)
+
     def gradient(self, compute: effects.Compute) -> messages.Computed:
         """Return the gradient sums of the lease, as the worker pushes them."""
         plan, lease = self.plan, compute.lease
-        batch = self._batch(lease)
+        self.prepare(lease)
+        assert self._prepared is not None
+        _, batch = self._prepared
         leaves = plan.sharding.join(compute.params)
-        batch = jax.device_put(batch, self._placement)
         sums, loss, num_examples, metrics, finite, squares = jax.device_get(
             self._sums(leaves, batch, np.int32(lease.step), np.int32(lease.slice))
         )

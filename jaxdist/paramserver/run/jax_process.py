@@ -55,6 +55,7 @@ def _make_worker(number: int, boot: int, plan: Any, devices: Any, name: str, spe
         machine,
         directory=directory,
         gradient=gradient,
+        prepare=island.prepare,
         observe=statistics.observe,
         point=faults.faults_of(name, directory),
     )

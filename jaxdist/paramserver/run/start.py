@@ -213,7 +213,12 @@ def _watch(
     security: Security,
     stop_requested: Callable[[], bool],
 ) -> record.RunRecord:
-    line = streams.Wire(listen=peers[run_folder.OBSERVER], peers=peers, receive=lambda message: None, security=security)
+    line = streams.Wire(
+        listen=peers[run_folder.OBSERVER],
+        peers=peers,
+        receive=lambda message, handled: handled(),
+        security=security,
+    )
     try:
         return watcher.run(crew, line.send, stop_requested)
     finally:

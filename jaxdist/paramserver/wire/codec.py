@@ -8,7 +8,7 @@ import dataclasses
 import struct
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
@@ -24,6 +24,8 @@ DTYPES = (
     *("float16", "float32", "float64", "bfloat16", "complex64", "complex128"),
 )
 MAX_ARRAY_BYTES = 1 << 40
+_ALIGNMENT = 64
+"""JAX uses the memory of an array without a copy only if it is aligned like its own."""
 
 Buffer = bytes | memoryview
 
@@ -32,58 +34,15 @@ class EncodingError(ValueError):
     """The bytes are not a valid message, or the value cannot be encoded as one."""
 
 
-class Stream:
-    """Reads a message from start to end as its blocks arrive, without copying bytes that are in one block.
-
-    `left` is the number of its bytes that are still to come; the reader sets it once it is known.
-    """
-
-    def __init__(self, blocks: Iterable[Buffer], left: int) -> None:
-        self._blocks = iter(blocks)
-        self._block: Buffer = b""
-        self._at = 0
-        self.left = left
-
-    def pieces(self, count: int) -> Iterator[Buffer]:
-        """Yield the next `count` bytes as parts of their blocks; a whole block is yielded as the same object."""
-        if count > self.left:
-            raise EncodingError(f"A message declares {count} more bytes, but only {self.left} are left.")
-        self.left -= count
-        while count:
-            block = self._current()
-            part = block if self._at == 0 and len(block) <= count else memoryview(block)[self._at : self._at + count]
-            count -= len(part)
-            self._at += len(part)
-            yield part
-
-    def _current(self) -> Buffer:
-        """Return the block that contains the next byte."""
-        while self._at == len(self._block):
-            block = next(self._blocks, None)
-            if block is None:
-                raise EncodingError(f"A message ends early: more than {self.left} bytes are missing.")
-            self._block, self._at = block, 0
-        return self._block
-
-    def take(self, count: int) -> Buffer:
-        """Return the next `count` bytes as one object."""
-        pieces = list(self.pieces(count))
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-    def is_at_end(self) -> bool:
-        """Return whether the message and its blocks have been read completely."""
-        return not self.left and self._at == len(self._block) and not any(map(len, self._blocks))
-
-
 class Decoder:
-    """Reads a head from start to end; array data comes from `arrays`, the bytes after the head.
+    """Reads a head from start to end. Arrays are made as the head declares them; their data is filled in later.
 
-    `checksums` collects the checksum of each array as read; the expected ones follow after the last array.
+    `left` is the number of bytes of array data that the message declares and no array has claimed yet.
     """
 
-    def __init__(self, head: Buffer, arrays: Stream) -> None:
-        self.head, self.arrays = memoryview(head), arrays
-        self.checksums: list[int] = []
+    def __init__(self, head: Buffer, left: int) -> None:
+        self.head, self.left = memoryview(head), left
+        self.arrays: list[np.ndarray] = []
 
     def take(self, count: int) -> memoryview:
         """Return the next `count` bytes of the head."""
@@ -95,6 +54,20 @@ class Decoder:
     def unpack(self, layout: struct.Struct) -> tuple[Any, ...]:
         """Return the next numbers of the head."""
         return layout.unpack(self.take(layout.size))
+
+    def array(self, shape: tuple[int, ...], dtype: np.dtype, num_bytes: int) -> np.ndarray:
+        """Return a new array of the message; its values are undefined until its data has arrived."""
+        if num_bytes > self.left:
+            raise EncodingError(f"A message declares an array of {num_bytes} bytes, but only {self.left} are left.")
+        self.left -= num_bytes
+        try:
+            memory = np.empty(num_bytes + _ALIGNMENT, np.uint8)
+        except MemoryError as error:
+            raise EncodingError(f"There is no memory for an array of {num_bytes} bytes.") from error
+        start = -memory.ctypes.data % _ALIGNMENT
+        array = memory[start : start + num_bytes].view(dtype).reshape(shape)
+        self.arrays.append(array)
+        return array
 
 
 class Encoder:
@@ -150,13 +123,7 @@ def _read_array(reader: Decoder) -> np.ndarray:
         if not 0 <= size <= MAX_ARRAY_BYTES:
             raise EncodingError(f"A message declares an array of the invalid shape {shape}.")
         count *= size
-    pieces, value = [], 0
-    for piece in reader.arrays.pieces(count):  # each is hashed while the next one arrives
-        value = checksum([piece], value)
-        pieces.append(piece)
-    reader.checksums.append(value)
-    memory = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-    return np.frombuffer(memory, dtype=dtype).reshape(shape)
+    return reader.array(shape, dtype, count)
 
 
 def _write_bytes(writer: Encoder, value: bytes) -> None:

@@ -1,25 +1,29 @@
 """Messages as bytes: blocks for the network and for files, frames for a log.
 
 A message consists of a *prefix*, a *head* (its numbers and names, and the dtype and shape of each array), the bytes of
-the arrays, and their CRC-32Cs. It is written as blocks of at most 2 MiB. A large array begins a new block, so that a
-reader can use it without a copy; small arrays share blocks. The head has its own checksum. A reader refuses a message
+the arrays, and their CRC-32Cs. The head has its own checksum. It is written and read as blocks of at most BLOCK_BYTES:
+the memory of a large array is not copied, and its bytes arrive in the memory of the new array. A reader refuses a message
 whose checksums do not match.
 """
 
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
-from jaxdist.paramserver.protocol import journal, messages
-from jaxdist.paramserver.wire.codec import Buffer, Decoder, Encoder, EncodingError, Stream, checksum, codec
+import numpy as np
 
-FRAME_BYTES = 2 << 20
-"""Twice this size and an eighth of it were slower in benchmarks/parameter_server.py; half of it was not faster."""
+from jaxdist.paramserver.protocol import journal, messages
+from jaxdist.paramserver.wire.codec import Buffer, Decoder, Encoder, EncodingError, checksum, codec
+
+BLOCK_BYTES = 256 << 10
+"""A block stays in the cache of a core between its checksum and its copy into a socket."""
 SMALL_BYTES = 64 << 10
+MAX_HEAD_BYTES = 64 << 20
 MAGIC = b"jxd2"
 _FRAME = struct.Struct("<4sII")
 _PREFIX = struct.Struct("<4sIIQI")
+PREFIX_BYTES = _PREFIX.size
 _CHECKSUM = struct.Struct("<I")
 
 # The position of a class in this table is its number on the wire: append, never reorder.
@@ -86,8 +90,8 @@ class Encoded:
         """Return whether both are the same message, sent twice: their heads are equal."""
         return self._start == other._start
 
-    def __iter__(self) -> Iterator[bytes]:
-        """Yield blocks of at most `block_bytes`."""
+    def __iter__(self) -> Iterator[Buffer]:
+        """Yield blocks of at most `block_bytes`. Those of a large array are views of its memory."""
         pending = bytearray(self._start)
         checksums = bytearray()
         for array in self._arrays:
@@ -100,7 +104,7 @@ class Encoded:
             pending = bytearray()
             value = 0
             for start in range(0, len(array), self._block_bytes):
-                block = bytes(array[start : start + self._block_bytes])
+                block = array[start : start + self._block_bytes]
                 value = checksum([block], value)
                 yield block
             checksums += _CHECKSUM.pack(value)
@@ -111,7 +115,7 @@ class Encoded:
             yield bytes(data[start : start + self._block_bytes])
 
 
-def encode(message: messages.Message, *, block_bytes: int = FRAME_BYTES) -> Encoded:
+def encode(message: messages.Message, *, block_bytes: int = BLOCK_BYTES) -> Encoded:
     """Return `message` as blocks, each of which is made when it is needed.
 
     Raises:
@@ -125,51 +129,84 @@ def encode(message: messages.Message, *, block_bytes: int = FRAME_BYTES) -> Enco
     return Encoded(writer, block_bytes=block_bytes)
 
 
-def declared_bytes(start: Buffer) -> int:
-    """Return the length in bytes of the message that begins with `start`; raises EncodingError if it is invalid."""
-    if len(start) < _PREFIX.size:
-        raise EncodingError(f"A message has at least {_PREFIX.size} bytes, got {len(start)}.")
-    magic, head_size, _, size, num_arrays = _PREFIX.unpack(start[: _PREFIX.size])
+def declared_bytes(prefix: Buffer) -> int:
+    """Return the length in bytes of the message that begins with `prefix`; raises EncodingError if it is invalid."""
+    if len(prefix) < PREFIX_BYTES:
+        raise EncodingError(f"A message has at least {PREFIX_BYTES} bytes, got {len(prefix)}.")
+    magic, head_size, _, size, num_arrays = _PREFIX.unpack(prefix[:PREFIX_BYTES])
     if magic != MAGIC:
-        raise EncodingError(f"A message must begin with {MAGIC!r}, got {magic!r}.")
-    return _PREFIX.size + head_size + size + _CHECKSUM.size * num_arrays
+        raise EncodingError(f"A message must begin with {MAGIC!r}, got {bytes(magic)!r}.")
+    if not 0 < head_size <= MAX_HEAD_BYTES:
+        raise EncodingError(f"The head of a message has 1 to {MAX_HEAD_BYTES} bytes, got {head_size}.")
+    return PREFIX_BYTES + head_size + size + _CHECKSUM.size * num_arrays
 
 
-def decode(data: Buffer | Iterable[Buffer]) -> Any:
-    """Return the message in `data`: the blocks that `encode` made, or the same bytes divided differently.
+def assemble(prefix: Buffer) -> Generator[memoryview, None, Any]:
+    """Return the message that begins with `prefix`, once its other bytes have arrived.
 
-    Each block is read and added to the checksum before the next is requested. An array in one block is a view of it.
+    Yields one piece of memory after the other, at most BLOCK_BYTES each; the caller fills it completely and resumes.
 
     Raises:
       EncodingError: lengths, types, dtypes, shapes or checksums are not valid.
     """
-    stream = Stream([data] if isinstance(data, Buffer) else data, _PREFIX.size)
-    prefix = stream.take(_PREFIX.size)
-    stream.left = declared_bytes(prefix) - _PREFIX.size
-    _, head_size, head_checksum, _, num_arrays = _PREFIX.unpack(prefix)
-    if not head_size:
-        raise EncodingError("A message has an empty head.")
-    head = stream.take(head_size)
+    declared_bytes(prefix)
+    _, head_size, head_checksum, size, num_arrays = _PREFIX.unpack(prefix[:PREFIX_BYTES])
+    head = bytearray(head_size)
+    yield from _in_blocks(memoryview(head))
     if zlib.crc32(head) != head_checksum:
         raise EncodingError("The head of a message is damaged: its checksum differs.")
-    return _read(head, stream, num_arrays)
-
-
-def _read(head: Buffer, stream: Stream, num_arrays: int) -> Any:
-    number, reader = head[0], Decoder(memoryview(head)[1:], stream)
-    if number >= len(KINDS):
-        raise EncodingError(f"A message has the unknown number {number}. It was sent by another version of jaxdist.")
-    message = codec(KINDS[number])[1](reader)
-    if len(reader.head) or len(reader.checksums) != num_arrays or stream.left != _CHECKSUM.size * num_arrays:
-        raise EncodingError(f"A {KINDS[number].__name__} message is shorter than its declared length.")
-    for place, value in enumerate(reader.checksums):
-        if _CHECKSUM.unpack(stream.take(_CHECKSUM.size))[0] != value:
-            raise EncodingError(
-                f"Array {place} of a {KINDS[number].__name__} message is damaged: its checksum differs."
-            )
-    if not stream.is_at_end():
-        raise EncodingError(f"A {KINDS[number].__name__} message is longer than its declared length.")
+    kind, message, arrays = _read(head, size)
+    if len(arrays) != num_arrays:
+        raise EncodingError(f"A {kind} message declares {num_arrays} arrays and has {len(arrays)}.")
+    values = []
+    for array in arrays:
+        value = 0
+        for block in _in_blocks(array.reshape(-1).view(np.uint8).data):
+            yield block
+            value = checksum([block], value)
+        values.append(value)
+        array.flags.writeable = False
+    tail = bytearray(_CHECKSUM.size * num_arrays)
+    yield from _in_blocks(memoryview(tail))
+    for place, ((expected,), value) in enumerate(zip(_CHECKSUM.iter_unpack(tail), values)):
+        if expected != value:
+            raise EncodingError(f"Array {place} of a {kind} message is damaged: its checksum differs.")
     return message
+
+
+def _in_blocks(memory: memoryview) -> Iterator[memoryview]:
+    for start in range(0, len(memory), BLOCK_BYTES):
+        yield memory[start : start + BLOCK_BYTES]
+
+
+def _read(head: bytearray, size: int) -> tuple[str, Any, list[np.ndarray]]:
+    """Return the name of a message's type, the message, and its arrays, `size` bytes in all."""
+    if head[0] >= len(KINDS):
+        raise EncodingError(f"A message has the unknown number {head[0]}. It was sent by another version of jaxdist.")
+    kind, reader = KINDS[head[0]], Decoder(memoryview(head)[1:], size)
+    message = codec(kind)[1](reader)
+    if len(reader.head) or reader.left:
+        raise EncodingError(f"A {kind.__name__} message is shorter than its declared length.")
+    return kind.__name__, message, reader.arrays
+
+
+def decode(data: Buffer) -> Any:
+    """Return the message in `data`: all the bytes that `encode` made.
+
+    Raises:
+      EncodingError: lengths, types, dtypes, shapes or checksums are not valid.
+    """
+    view, size = memoryview(data), declared_bytes(data)
+    if len(view) != size:
+        raise EncodingError(f"A message declares {size} bytes and has {len(view)}.")
+    parts, at = assemble(view), PREFIX_BYTES
+    try:
+        while True:
+            part = next(parts)
+            part[:] = view[at : at + len(part)]
+            at += len(part)
+    except StopIteration as end:
+        return end.value
 
 
 def to_bytes(message: messages.Message) -> bytes:

@@ -1,31 +1,28 @@
-"""Messages between processes over gRPC: raw bytes in blocks of at most 2 MiB, with a deadline on every call.
+"""Messages between processes over TCP: raw bytes in blocks, on one or two lasting connections to each peer.
 
-One call carries one message as a stream of blocks, and returns an empty response once the receiver has handled it. A
-message that cannot be delivered is dropped: a process that needs an answer sends its request again. Each peer has one
-sender with a queue of limited size, and the receiver holds a limited number of bytes at a time, so memory is bounded
-at both ends.
+Small messages travel on one connection, large ones on another, so neither waits for the other. Each peer has a queue of
+limited size, and the receiver holds a limited number of bytes at a time, so memory is bounded at both ends. All sockets
+of a process belong to one thread with an event loop.
 """
 
-import collections
+import asyncio
 import contextlib
 import ctypes
-import hmac
-import itertools
-import os
+import dataclasses
+import socket
+import ssl
+import tempfile
 import threading
-from collections.abc import Callable, Iterator
-from concurrent import futures
-from typing import Any
 
-from jaxdist import extras
 from jaxdist.paramserver.protocol import messages
-from jaxdist.paramserver.wire import codec, encoding
+from jaxdist.paramserver.wire import encoding
+from jaxdist.paramserver.wire.incoming import BULK, CONTROL, GREETING_SECONDS, SMALL_BYTES, Budget, Incoming, Receive
+from jaxdist.paramserver.wire.outgoing import MAX_BYTES_IN_FLIGHT, Outgoing
 from jaxdist.paramserver.wire.security import UNSECURED, Security
 
-METHOD = "/jaxdist.ParameterServer/Deliver"
-MAX_BYTES_IN_FLIGHT = 256 << 20
-DEADLINE_SECONDS = 30.0
-_METADATA = "jaxdist-token"
+MOST_STRANGERS = 128
+"""Connections that have not greeted yet; when more are opened, the oldest are closed."""
+_LOOK_SECONDS = 1.0
 
 
 def reuse_freed_memory() -> None:
@@ -43,7 +40,7 @@ class Wire:
     Args:
       listen: `host:port` to listen on; port 0 chooses a free one (see `port`).
       peers: process name -> `host:port`.
-      receive: called from a gRPC thread with every complete message.
+      receive: called from the thread of the wire with every complete message; it must not wait.
       security: see Security.
 
     Raises:
@@ -51,169 +48,115 @@ class Wire:
       OSError: the address is in use, or belongs to another machine.
     """
 
-    def __init__(
-        self,
-        *,
-        listen: str,
-        peers: dict[str, str],
-        receive: Callable[[messages.Message], None],
-        security: Security = UNSECURED,
-    ) -> None:
-        # Below this level gRPC logs peers that have ended, which is normal here.
-        os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-        self._grpc = grpc = extras.require("grpc", extra="paramserver")
-        self._receive, self._security, self.peers = receive, security, dict(peers)
-        security.check(listen.rpartition(":")[0])
-        self._budget = _Budget(MAX_BYTES_IN_FLIGHT)
-        self._senders: dict[str, _Sender] = {}
-        self._server = grpc.server(futures.ThreadPoolExecutor(16), options=_OPTIONS)
-        handler = grpc.stream_unary_rpc_method_handler(self._deliver)
-        service, method = METHOD[1:].split("/")
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
-        self.port = self._bind(listen)
-        self._server.start()
+    def __init__(self, *, listen: str, peers: dict[str, str], receive: Receive, security: Security = UNSECURED) -> None:
+        host, _, port = listen.rpartition(":")
+        security.check(host)
+        self._receive, self._token, self.peers = receive, security.token, dict(peers)
+        self._tls = _tls_of(security)
+        listener = _listen(host.strip("[]"), int(port))
+        self.port = listener.getsockname()[1]
+        self._budget = Budget(MAX_BYTES_IN_FLIGHT)
+        self._incoming: dict[Incoming, None] = {}
+        self._outgoing: dict[tuple[str, int], Outgoing] = {}
+        self._lock = threading.Lock()
+        self._closing = asyncio.Event()
+        self._loop = asyncio.new_event_loop()
+        # A peer that ends, or a stranger, is normal here.
+        self._loop.set_exception_handler(lambda loop, context: None)
+        self._thread = threading.Thread(target=self._run, args=(listener,), daemon=True, name="wire")
+        self._thread.start()
 
-    def _bind(self, listen: str) -> int:
-        s = self._security
-        try:
-            if s.certificate:
-                pair = [(s.key, s.certificate)]
-                credentials = self._grpc.ssl_server_credentials(pair, s.root, require_client_auth=True)
-                return self._server.add_secure_port(listen, credentials)
-            return self._server.add_insecure_port(listen)
-        except RuntimeError as error:
-            raise OSError(
-                f"Cannot listen on {listen}: the port is in use, or the address belongs to another machine."
-            ) from error
+    def _run(self, listener: socket.socket) -> None:
+        self._loop.run_until_complete(self._serve(listener))
+        self._loop.close()
 
-    def _deliver(self, blocks: Iterator[bytes], context: Any) -> bytes:
-        grpc = self._grpc
-        if self._security.token:
-            given = dict(context.invocation_metadata()).get(_METADATA, "")
-            if not hmac.compare_digest(given, self._security.token):
-                context.abort(grpc.StatusCode.UNAUTHENTICATED, "The token is missing or wrong.")
-        try:
-            self._take_in(blocks)
-        except codec.EncodingError as error:
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        return b""
+    async def _serve(self, listener: socket.socket) -> None:
+        listening = self._tls.listening if self._tls else None
+        server = await self._loop.create_server(
+            self._greet, sock=listener, ssl=listening, ssl_handshake_timeout=GREETING_SECONDS if listening else None
+        )
+        while not self._closing.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._closing.wait(), _LOOK_SECONDS)
+            now = self._loop.time()
+            for each in self._connections():
+                each.look(now)
+        server.close()
+        for each in self._connections():
+            each.close()
+        await asyncio.sleep(0)  # a connection closes in the next round of the loop, one with TLS in the one after
+        await asyncio.sleep(0)
 
-    def _take_in(self, blocks: Iterator[bytes]) -> None:
-        """Receive one message; its bytes count against the budget until `receive` returns."""
-        first = next(blocks, b"")
-        with self._budget.held(encoding.declared_bytes(first)):
-            self._receive(encoding.decode(itertools.chain([first], blocks)))
+    def _connections(self) -> list[Incoming | Outgoing]:
+        return [*self._incoming, *self._outgoing.values()]
+
+    def _greet(self) -> Incoming:
+        """Return the protocol of a new connection, and make room for it among those that have not greeted."""
+        strangers = [each for each in self._incoming if each.lane is None]
+        for stranger in strangers[: max(len(strangers) + 1 - MOST_STRANGERS, 0)]:
+            stranger.close()
+        return Incoming(self._loop, self._token, self._budget, self._receive, self._incoming)
 
     def send(self, to: str, message: messages.Message) -> None:
         """Queue `message` for the process named `to`; it is dropped if that process cannot be reached."""
-        if to not in self._senders:
+        encoded = encoding.encode(message)
+        lane = CONTROL if encoded.num_bytes <= SMALL_BYTES else BULK
+        link = self._outgoing.get((to, lane))
+        if link is None:
             if to not in self.peers:
                 return
-            self._senders[to] = _Sender(self._channel(self.peers[to]), self._security.token, self._grpc.RpcError)
-        self._senders[to].put(encoding.encode(message))
-
-    def _channel(self, address: str) -> Any:
-        s = self._security
-        if s.certificate:
-            credentials = self._grpc.ssl_channel_credentials(s.root, s.key, s.certificate)
-            return self._grpc.secure_channel(address, credentials, options=_OPTIONS)
-        return self._grpc.insecure_channel(address, options=_OPTIONS)
+            calling = self._tls.calling if self._tls else None
+            with self._lock:
+                made = Outgoing(self._loop, self.peers[to], lane, self._token, calling)
+                link = self._outgoing.setdefault((to, lane), made)
+        link.put(encoded)
 
     def flush(self, timeout_seconds: float) -> None:
-        """Wait, at most `timeout_seconds` for each peer, until all queued messages are delivered or dropped."""
-        for sender in self._senders.values():
-            sender.flush(timeout_seconds)
+        """Wait, at most `timeout_seconds`, until all queued messages are delivered or dropped."""
+        waiting = asyncio.run_coroutine_threadsafe(self._flush(), self._loop)
+        with contextlib.suppress(TimeoutError):
+            waiting.result(timeout_seconds)
+
+    async def _flush(self) -> None:
+        while not all(link.is_idle() for link in list(self._outgoing.values())):
+            await asyncio.sleep(0.005)
 
     def close(self) -> None:
         """Stop listening and sending."""
-        for sender in self._senders.values():
-            sender.close()
-        self._server.stop(None)
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._closing.set)
+        self._thread.join()
 
 
-class _Budget:
-    """Limits the bytes held at once. A message waits until all its bytes fit; one of any size fits alone."""
+@dataclasses.dataclass(frozen=True)
+class _Tls:
+    """Mutual TLS: the contexts of both ends."""
 
-    def __init__(self, size: int) -> None:
-        self._free, self._size = size, size
-        self._changed = threading.Condition()
-
-    @contextlib.contextmanager
-    def held(self, count: int, seconds: float = DEADLINE_SECONDS) -> Iterator[None]:
-        count = min(count, self._size)
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._free >= count, seconds):
-                raise codec.EncodingError(f"No memory became free for a message of {count} bytes within {seconds:g} s.")
-            self._free -= count
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._free += count
-                self._changed.notify_all()
+    listening: ssl.SSLContext
+    calling: ssl.SSLContext
 
 
-class _Sender:
-    """Sends messages to one peer, one after the other, from its own thread."""
-
-    def __init__(self, channel: Any, token: str, rpc_error: type[Exception]) -> None:
-        self._channel, self._rpc_error = channel, rpc_error
-        self._metadata = ((_METADATA, token),) if token else None
-        self._call = channel.stream_unary(METHOD)
-        self._queue: collections.deque[encoding.Encoded] = collections.deque()
-        self._bytes = 0
-        self._closed = False
-        self._changed = threading.Condition()
-        threading.Thread(target=self._run, daemon=True, name="wire").start()
-
-    def put(self, message: encoding.Encoded) -> None:
-        with self._changed:
-            # A repeated message is not queued while the first one is still queued or being sent.
-            if any(message.is_same(other) for other in self._queue):
-                return
-            # The caller repeats what is not answered, so dropping is better than unbounded memory.
-            if self._queue and self._bytes + message.num_bytes > MAX_BYTES_IN_FLIGHT:
-                return
-            self._queue.append(message)
-            self._bytes += message.num_bytes
-            self._changed.notify_all()
-
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._closed)
-                if self._closed:
-                    return
-                message = self._queue[0]
-            self._deliver(message)
-            with self._changed:
-                self._queue.popleft()
-                self._bytes -= message.num_bytes
-                self._changed.notify_all()
-
-    def _deliver(self, message: encoding.Encoded) -> None:
-        try:
-            self._call(iter(message), timeout=DEADLINE_SECONDS, metadata=self._metadata)
-        except (self._rpc_error, ValueError):  # a closed channel raises ValueError
-            return
-
-    def flush(self, timeout_seconds: float) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: not self._queue, timeout_seconds)
-
-    def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        self._channel.close()
+def _tls_of(security: Security) -> _Tls | None:
+    """Return the TLS of these settings; None without certificates."""
+    if not security.certificate:
+        return None
+    contexts = _Tls(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+    with tempfile.NamedTemporaryFile() as pem:  # the ssl module reads keys from files only
+        pem.write(security.key + b"\n" + security.certificate)
+        pem.flush()
+        for context in (contexts.listening, contexts.calling):
+            context.minimum_version = ssl.TLSVersion.TLSv1_3
+            context.verify_mode = ssl.CERT_REQUIRED
+            context.load_verify_locations(cadata=security.root.decode())
+            context.load_cert_chain(pem.name)
+    return contexts
 
 
-_OPTIONS = (
-    ("grpc.max_receive_message_length", encoding.FRAME_BYTES + 1024),
-    ("grpc.max_send_message_length", encoding.FRAME_BYTES + 1024),
-    # A restarted peer is reached at once, however long the back-off has become.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 500),
-    ("grpc.so_reuseport", 0),
-)
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        raise OSError(
+            f"Cannot listen on {host}:{port}: the port is in use, or the address belongs to another machine."
+        ) from error

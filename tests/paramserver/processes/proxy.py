@@ -2,13 +2,12 @@
 
 import contextlib
 import random
-from concurrent import futures
-
-import grpc
+import socket
+import threading
 
 from jaxdist.paramserver.processes import crew, run_folder
 from jaxdist.paramserver.run import start
-from jaxdist.paramserver.wire import streams
+from jaxdist.paramserver.wire import encoding, greeting, incoming, streams
 
 SECONDS = 20.0
 
@@ -17,32 +16,70 @@ class Proxy:
     """A proxy of the process at `target`: the sender is told that all has arrived, whatever happened to it."""
 
     def __init__(self, target, *, lost, repeated, seed):
+        host, _, port = target.rpartition(":")
+        self._target = host, int(port)
         self._lost, self._repeated, self._random = lost, repeated, random.Random(seed)
         self.passed = self.lost = self.repeated = 0
-        self._channel = grpc.insecure_channel(target, options=streams._OPTIONS)
-        self._call = self._channel.stream_unary(streams.METHOD)
-        self._server = grpc.server(futures.ThreadPoolExecutor(8), options=streams._OPTIONS)
-        service, method = streams.METHOD[1:].split("/")
-        handler = grpc.stream_unary_rpc_method_handler(self._deliver)
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
-        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
-        self._server.start()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._open = {self._listener}
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
 
-    def _deliver(self, blocks, context):
-        blocks, drawn = list(blocks), self._random.random()
-        times = 0 if drawn < self._lost else 2 if drawn < self._lost + self._repeated else 1
-        self.passed += 1
-        self.lost += times == 0
-        self.repeated += times == 2
-        secret = [pair for pair in context.invocation_metadata() if pair[0] == streams._METADATA]
-        for _ in range(times):
-            with contextlib.suppress(grpc.RpcError):  # a process that is away
-                self._call(iter(blocks), timeout=SECONDS, metadata=secret)
-        return b""
+    def _accept(self):
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                caller, _ = self._listener.accept()
+                threading.Thread(target=self._pass_on, args=(caller,), daemon=True).start()
+
+    def _pass_on(self, caller):
+        self._open.add(caller)
+        with caller, contextlib.suppress(OSError, EOFError), socket.create_connection(self._target, SECONDS) as process:
+            self._open.add(process)
+            caller.sendall(receive(process, greeting.CHALLENGE_BYTES))
+            answer = receive(caller, greeting.ANSWER_BYTES)
+            process.sendall(answer)
+            caller.sendall(receive(process, greeting.WELCOME_BYTES))
+            process.settimeout(None)
+            threading.Thread(target=close_with, args=(process, caller), daemon=True).start()
+            self._pass_messages(caller, process, answer[greeting.CHALLENGE_BYTES] == incoming.BULK)
+
+    def _pass_messages(self, caller, process, acknowledged):
+        for number in range(1, 1 << 30):
+            prefix = receive(caller, encoding.PREFIX_BYTES)
+            message = prefix + receive(caller, encoding.declared_bytes(prefix) - len(prefix))
+            drawn = self._random.random()
+            times = 0 if drawn < self._lost else 2 if drawn < self._lost + self._repeated else 1
+            self.passed += 1
+            self.lost += times == 0
+            self.repeated += times == 2
+            process.sendall(times * message)
+            if acknowledged:
+                caller.sendall(incoming.ACK.pack(number))
 
     def close(self):
-        self._server.stop(None)
-        self._channel.close()
+        for each in list(self._open):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+
+
+def receive(connection, count):
+    """Return the next `count` bytes; raise EOFError if the connection ends first."""
+    data = bytearray()
+    while len(data) < count:
+        part = connection.recv(count - len(data))
+        if not part:
+            raise EOFError
+        data += part
+    return bytes(data)
+
+
+def close_with(process, caller):
+    """Close the connection of the caller when the process closes its own; what it acknowledges is read and dropped."""
+    with contextlib.suppress(OSError):
+        while process.recv(1 << 16):
+            pass
+        caller.shutdown(socket.SHUT_RDWR)
 
 
 @contextlib.contextmanager

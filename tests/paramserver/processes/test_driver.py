@@ -148,8 +148,28 @@ def test_a_gradient_is_computed_beside_the_machine(tmp_path):
     assert machine.told[-1] is computed
 
 
-def test_a_gradient_that_fails_ends_the_process(tmp_path, monkeypatch):
-    asked = effects.Compute(1, 2, messages.Lease(0, 0, 0, 0, 4), ())
+def test_examples_are_read_before_the_gradient_in_the_same_thread(tmp_path):
+    lease, made = messages.Lease(0, 0, 0, 0, 4), []
+    asked = effects.Compute(1, 2, lease, ())
+    computed = messages.Computed(1, 2, 4.0, 4.0, True, 1.0, (), ())
+
+    def gradient(compute):
+        made.append((compute.lease, threading.get_ident()))
+        return computed
+
+    machine = Machine(Tick=once(effects.Prepare(lease), asked), Computed=lambda message: ([], [END]))
+    driver.Driver(
+        machine,
+        directory=tmp_path,
+        gradient=gradient,
+        prepare=lambda lease: made.append((lease, threading.get_ident())),
+    ).run(Wire())
+    assert len(made) == 2
+    assert made[0] == made[1] != (lease, threading.get_ident())
+
+
+@pytest.mark.parametrize("asked", [effects.Compute(1, 2, messages.Lease(0, 0, 0, 0, 4), ()), effects.Prepare(None)])
+def test_a_gradient_that_fails_ends_the_process(tmp_path, monkeypatch, asked):
     statuses = []
 
     def leave(status):
@@ -158,7 +178,8 @@ def test_a_gradient_that_fails_ends_the_process(tmp_path, monkeypatch):
 
     monkeypatch.setattr(driver.os, "_exit", leave)
     machine = Machine(Tick=lambda message: ([], [asked] if not statuses else [END]))
-    driver.Driver(machine, directory=tmp_path, gradient=lambda compute: 1 / 0, tick_seconds=0.2).run(Wire())
+    failing = {"gradient": lambda compute: 1 / 0, "prepare": lambda lease: 1 / 0}
+    driver.Driver(machine, directory=tmp_path, **failing, tick_seconds=0.2).run(Wire())
     assert statuses == [1]
 
 
@@ -180,16 +201,13 @@ def test_a_heartbeat_is_repeated_while_one_message_takes_long(tmp_path, monkeypa
     assert len(wire.sent) >= 3
 
 
-def test_an_inbox_that_stays_full_drops_what_arrives_and_never_what_the_process_itself_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(driver, "ROOM_SECONDS", 0.01)
-    machine = Machine(Written=lambda message: ([], [END]))
-    made = driver.Driver(machine, directory=tmp_path)
-    for number in range(driver.MOST_WAITING + 3):
-        made.receive(messages.StopRun(number, ""))
-    made._report(messages.Written("x", 0, ""))
-    made.run(Wire())
-    heard = [message.step for message in machine.told if isinstance(message, messages.StopRun)]
-    assert heard == list(range(driver.MOST_WAITING))
+def test_a_message_counts_as_handled_once_its_replies_are_sent(tmp_path):
+    """Until then it takes room where messages arrive, so a process that is busy is sent no more than it can hold."""
+    machine = Machine(NoOp=once(END, replies=[effects.Send("worker/0", messages.NoOp())]))
+    made, wire, sent = driver.Driver(machine, directory=tmp_path), Wire(), []
+    made.receive(messages.NoOp(), lambda: sent.append(len(wire.sent)))
+    made.run(wire)
+    assert sent == [1]
 
 
 @pytest.mark.parametrize(("times", "sent"), [(0, 0), (1, 1), (2, 2)])

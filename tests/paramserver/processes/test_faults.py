@@ -157,7 +157,7 @@ def test_noise_strangers_and_wrong_dtypes_on_the_ports(tmp_path, monkeypatch, ca
                 stranger.sendall(np.random.default_rng(len(name)).bytes(5000))
         for token in ("known", "guessed"):
             shown = security.Security(token=token).for_attempt(spec["attempt"])
-            end = streams.Wire(listen="127.0.0.1:0", peers=peers, receive=lambda message: None, security=shown)
+            end = streams.Wire(listen="127.0.0.1:0", peers=peers, receive=lambda *message: None, security=shown)
             lease = messages.Lease(0, 0, 0, 0, 1)
             piece = np.zeros(3, np.float64)
             end.send("server/0/a", messages.Push(0, 0, 1, 1 << 40, 0, 0, lease, 1.0, 1.0, True, 0.0, (piece,) * 8))

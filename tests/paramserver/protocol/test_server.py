@@ -174,3 +174,16 @@ def test_a_saved_shard_is_loaded_before_the_term_is_entered():
     assert tell(one, membership(2, restore_term=2, restore="c", backup="")) == []
     sent = tell(one, messages.Loaded("c/shard-0", saved.export()))
     assert [(message.term, message.version) for _, message in sent] == [(2, 7)]
+
+
+def test_a_backup_that_a_rollback_left_behind_does_not_acknowledge_by_its_old_log():
+    """Its primary would count new entries as copied, and name a backup that lacks them as one that may take over."""
+    first, second = pair()
+    deliver(first, second, tell(first, push(1), push(2), push(3)))
+    after = membership(2, restore_term=2, synced=False)
+    assert tell(second, after) == []
+    assert second.index == 0
+    entry = messages.Replicate(0, 2, 1, 0, messages.NoOp())
+    assert tell(second, entry) == []
+    deliver(first, second, tell(first, after))
+    assert (second.index, second.restored, second.shard.version) == (first.index, 2, 0)

@@ -62,3 +62,66 @@ def test_whatever_is_unanswered_is_said_again():
     for now in (0.0, 2.0, 4.0):
         replies, _ = worker.handle(messages.Tick(), now)
         assert effects.Send(SCHEDULER, messages.Register("worker/0", 10)) in replies
+
+
+def push_all(worker, sequence):
+    """Let the worker compute and push lease `sequence`; return what it sends with its report."""
+    pieces = ((np.ones(2, np.float32),),)
+    worker.handle(messages.Computed(1, sequence, 6.0, 6.0, True, 0.0, pieces, ()), 1.0)
+    sent, _ = worker.handle(messages.PushAck(0, 0, 1, sequence, "staged"), 1.0)
+    return {type(message).__name__: message for _, message in sent}
+
+
+def grant(worker, sequence, step, now=2.0):
+    """Grant the examples of `step`; return (messages, names of effects)."""
+    sent, todo = worker.handle(messages.Grant(0, 1, 1, sequence, 0, messages.Lease(step, 0, 0, 0, 6)), now)
+    return sent, [type(effect).__name__ for effect in todo]
+
+
+def synchronous():
+    worker = Worker(worker=0, boot=10, settings=Settings(num_examples=20, global_batch_size=6, max_steps=9))
+    join(worker, 1, 1)
+    compute(worker, 1, 1)
+    return worker
+
+
+def pulled(sequence, version):
+    return messages.Pulled(0, 0, 1, sequence, version, (np.zeros(2, np.float32),))
+
+
+def test_the_params_of_the_next_step_are_asked_for_with_the_report_and_used_when_it_is_granted():
+    worker = synchronous()
+    sent = push_all(worker, 1)
+    assert (sent["Pull"].sequence, sent["Pull"].version, sent["Done"].sequence) == (2, 1, 1)
+    worker.handle(messages.DoneAck(0, 1, 1), 1.0)
+    assert worker.handle(pulled(2, 1), 1.5) == ([], [])
+    _, todo = grant(worker, 2, 1)
+    assert todo == ["Prepare", "Compute"]
+
+
+def test_a_grant_that_is_faster_than_the_params_waits_for_them_and_asks_again_only_after_a_while():
+    worker = synchronous()
+    push_all(worker, 1)
+    sent, todo = grant(worker, 2, 1)
+    assert (sent, todo) == ([], ["Prepare"])
+    late, _ = worker.handle(messages.Tick(), 2.0 + SETTINGS.timers.retry)
+    assert [(m.sequence, m.version) for _, m in late if isinstance(m, messages.Pull)] == [(2, 1)]
+    _, todo = worker.handle(pulled(2, 1), 4.0)
+    assert any(isinstance(effect, effects.Compute) for effect in todo)
+
+
+def test_params_that_came_early_for_another_step_are_not_used():
+    """With backup workers, a step may be committed without this worker, which is granted a later one."""
+    worker = synchronous()
+    push_all(worker, 1)
+    worker.handle(pulled(2, 1), 1.5)
+    sent, todo = grant(worker, 2, 3)
+    assert todo == ["Prepare"]
+    assert [m.version for _, m in sent if isinstance(m, messages.Pull)] == [3]
+
+
+def test_nothing_is_pulled_early_where_the_next_version_is_not_known():
+    worker = Worker(worker=0, boot=10, settings=SETTINGS)
+    join(worker, 1, 1)
+    compute(worker, 1, 1)
+    assert "Pull" not in push_all(worker, 1)

@@ -70,6 +70,15 @@ def test_a_gradient_is_the_sum_over_the_examples_of_the_lease(num_devices, lease
     np.testing.assert_allclose([total.total, total.count], [loss, pushed.count], rtol=1e-5)
 
 
+@pytest.mark.parametrize("prepared", [SECOND_SLICE, FIRST])
+def test_examples_that_were_read_early_are_used_for_their_own_lease_only(prepared):
+    wanted = gradient(SECOND_SLICE)
+    island, _ = make_island()
+    island.prepare(prepared)
+    got = gradient(SECOND_SLICE)
+    assert all(np.array_equal(a, b) for a, b in zip(got.pieces[0], wanted.pieces[0], strict=True))
+
+
 def test_an_empty_lease_pushes_zeros():
     pushed = gradient(messages.Lease(3, 3, 0, 52, 52))
     assert pushed.count == 0

@@ -110,7 +110,7 @@ def on_ask(state: SchedulerState, ask: messages.Ask, now: float, out: Output) ->
 
 
 def on_done(state: SchedulerState, done: messages.Done, now: float, out: Output) -> bool:
-    """Note that every shard acknowledged a push; return whether that is new."""
+    """Note that every shard acknowledged a push, so its worker is free; return whether that is new."""
     worker = state.worker(done.worker, done.incarnation)
     if worker is None:
         return False
@@ -118,8 +118,10 @@ def on_done(state: SchedulerState, done: messages.Done, now: float, out: Output)
     if done.sequence <= worker.finished:
         return False
     worker.seconds, worker.step = now - worker.granted_at, done.lease.step
-    worker.sequence = max(worker.sequence, done.sequence)
-    worker.finished, worker.lease = done.sequence, None
+    worker.finished = done.sequence
+    if done.sequence >= worker.sequence:  # else a late copy, from before the lease that the worker holds now
+        worker.sequence, worker.lease = done.sequence, None
+        state.idle.add(done.worker)
     worker.clock = max(worker.clock, done.clock + 1)
     if isinstance(state.lease_table, StepLeases):
         state.lease_table.finish(done)

@@ -28,6 +28,37 @@ def test_a_lost_grant_is_repeated_and_a_returned_lease_granted_again():
     assert (grant.lease, grant.sequence) == (lease, 2)
 
 
+def test_a_worker_that_reports_its_push_is_granted_the_next_lease_without_asking():
+    """The grants of the next step leave together with the commit of this one."""
+    cast = stages.Cast(stages.settings(workers=2)).join()
+    leases = [cast.ask(0), cast.ask(1)]
+    sent, _ = cast.finish(0, leases[0])
+    assert not stages.named(sent, "Grant")  # the step has no other slice
+    sent, _ = cast.finish(1, leases[1])
+    assert [(grant.worker, grant.sequence, grant.lease.step) for grant in stages.named(sent, "Grant")] == [
+        (0, 2, 1),
+        (1, 2, 1),
+    ]
+    assert len(stages.named(sent, "Commit")) == 1
+    assert not stages.named(cast.tell(messages.Ask(0, cast.state.workers[0].incarnation, 2))[0], "DoneAck")
+
+
+def test_a_late_copy_of_a_report_does_not_free_the_lease_that_its_worker_holds_now():
+    cast = stages.Cast(stages.settings(workers=1, mode="async")).join()
+    first = cast.ask(0)
+    cast.finish(0, first)
+    held = cast.state.workers[0].lease
+    assert held.step == first.step + 1
+    again = cast.restarted()
+    again.enter_term()
+    incarnation = again.state.workers[0].incarnation
+    beat = messages.Heartbeat("worker/0", 1, again.state.term, 5, True, 2, 1, held)
+    again.tell(beat, messages.Done(0, incarnation, 1, 0, first, 6.0, True, ()))
+    assert (again.state.workers[0].lease, again.state.idle) == (held, set())
+    again.tell(messages.Done(0, incarnation, 2, 1, held, 6.0, True, ()))
+    assert again.state.step == 2
+
+
 def test_the_fastest_worker_is_served_first():
     cast = stages.Cast(stages.settings(workers=3, backup_workers=2)).join()
     for number, seconds in ((0, 3.0), (1, 1.0), (2, 2.0)):

@@ -1,0 +1,243 @@
+"""The sending end of a connection: a queue of limited size, and a connection that is opened again when it fails.
+
+A message is dropped if the peer cannot be reached or the connection fails while it travels: the process that needs an
+answer repeats its request. A large message that is repeated while it still travels is not sent twice. The peer counts
+the large messages that it has handled; until then, they travel.
+"""
+
+import asyncio
+import collections
+import contextlib
+import socket
+import ssl
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from jaxdist.paramserver.wire import encoding, greeting
+from jaxdist.paramserver.wire.codec import Buffer
+from jaxdist.paramserver.wire.incoming import ACK, BULK, GREETING_SECONDS, IDLE_SECONDS
+
+MAX_BYTES_IN_FLIGHT = 256 << 20
+AGAIN_SECONDS = 0.1
+"""Time between two attempts to reach a peer: one that restarts is reached soon."""
+_NAGLE_BYTES = 256 << 10
+
+
+class Outgoing(asyncio.Protocol):
+    """Sends messages to one peer on one lane. Only `put` may be called from any thread; the rest runs in the loop.
+
+    Args:
+      loop: the event loop.
+      address: `host:port` of the peer.
+      lane: CONTROL or BULK.
+      token: what both ends must know.
+      tls: for a connection by mutual TLS.
+    """
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, address: str, lane: int, token: str, tls: ssl.SSLContext | None
+    ) -> None:
+        self._loop, self._lane, self._token, self._tls = loop, lane, token, tls
+        host, _, port = address.rpartition(":")
+        self._host, self._port = host.strip("[]"), int(port)
+        self._lock = threading.Lock()
+        self._waiting: collections.deque[encoding.Encoded] = collections.deque()
+        self._waiting_bytes = 0
+        self._scheduled = self._closed = False
+        self._connecting: asyncio.Task[None] | None = None
+        self._again_at = 0.0
+        self._transport: Any = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """Begin without a connection."""
+        self._transport = None
+        self._ready = self._full = False
+        self._heard = bytearray()
+        self._expected = b""  # the proof that the listener must send; empty before its challenge
+        self._travelling: collections.deque[encoding.Encoded] = collections.deque()  # on the bulk lane
+        self._acked = 0
+        self._blocks: Iterator[Buffer] | None = None  # of the message being sent
+        self._moved_at, self._moved = self._loop.time(), (0, 0)
+        self._num_blocks = 0
+
+    # Any thread.
+
+    def put(self, message: encoding.Encoded) -> None:
+        """Queue a message, unless the same one still waits or travels, or the queue is full."""
+        with self._lock:
+            same = any(message.is_same(other) for queue in (self._waiting, self._travelling) for other in queue)
+            # The caller repeats what is not answered, so dropping is better than unbounded memory.
+            full = self._waiting and self._waiting_bytes + message.num_bytes > MAX_BYTES_IN_FLIGHT
+            if not same and not full:
+                self._waiting.append(message)
+                self._waiting_bytes += message.num_bytes
+            if self._scheduled:
+                return
+            self._scheduled = True
+        with contextlib.suppress(RuntimeError):  # the event loop has ended
+            self._loop.call_soon_threadsafe(self._begin)
+
+    # The connection.
+
+    def _begin(self) -> None:
+        self._scheduled = False
+        self._pump()
+
+    def _pump(self) -> None:
+        """Send what waits, as far as the connection takes it."""
+        if self._transport is None:
+            if self._connecting is None and self._waiting and not self._closed:
+                self._connecting = self._loop.create_task(self._connect())
+            return
+        while self._ready and not self._full and (block := self._next_block()) is not None:
+            self._num_blocks += 1
+            self._transport.write(block)
+
+    async def _connect(self) -> None:
+        await asyncio.sleep(self._again_at - self._loop.time())
+        try:
+            async with asyncio.timeout(GREETING_SECONDS):
+                await self._loop.create_connection(
+                    lambda: self,
+                    self._host,
+                    self._port,
+                    ssl=self._tls,
+                    server_hostname=self._host if self._tls else None,
+                )
+        except (OSError, TimeoutError):
+            self._drop()
+        finally:
+            self._connecting = None
+        self._pump()  # for what was queued when this attempt had failed already
+
+    def _drop(self) -> None:
+        """Drop what waits: the peer cannot be reached."""
+        self._again_at = self._loop.time() + AGAIN_SECONDS
+        with self._lock:
+            self._waiting.clear()
+            self._waiting_bytes = 0
+
+    def connection_made(self, transport: Any) -> None:
+        """Wait for the greeting."""
+        self._forget()
+        self._transport = transport
+        transport.set_write_buffer_limits(encoding.BLOCK_BYTES)
+        connected = transport.get_extra_info("socket")
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # a machine that is lost sends no reset
+            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * IDLE_SECONDS))
+
+    def connection_lost(self, exception: Exception | None) -> None:
+        """Forget what travelled; connect again for what waits."""
+        refused = not self._ready
+        with self._lock:
+            self._forget()
+        if refused:
+            self._drop()
+        self._pump()
+
+    def close(self) -> None:
+        """Send no more."""
+        self._closed = True
+        if self._connecting is not None:
+            self._connecting.cancel()
+        if self._transport is not None:
+            self._transport.abort()
+
+    def look(self, now: float) -> None:
+        """Close a connection on which nothing has moved for long."""
+        if self._transport is None:
+            return
+        moved = (self._num_blocks, self._transport.get_write_buffer_size())
+        if moved != self._moved or (self._ready and self._is_sent()):
+            self._moved, self._moved_at = moved, now
+        elif now - self._moved_at > (IDLE_SECONDS if self._ready else GREETING_SECONDS):
+            self._transport.abort()
+
+    def _is_sent(self) -> bool:
+        size = self._transport.get_write_buffer_size() if self._transport is not None else 0
+        return not self._waiting and self._blocks is None and not size
+
+    def is_idle(self) -> bool:
+        """Return whether all messages are delivered or dropped."""
+        return self._is_sent() and not self._travelling and self._connecting is None
+
+    # What the peer says.
+
+    def data_received(self, data: bytes) -> None:
+        """Greet, or note what the peer has handled."""
+        self._heard += data
+        try:
+            while self._take():
+                pass
+        except greeting.Refused:
+            self._transport.abort()
+
+    def _take(self) -> bool:
+        """Take the next part of what the peer says; return whether it was complete."""
+        if not self._expected:
+            challenge = self._part(greeting.CHALLENGE_BYTES)
+            if challenge:
+                mine, self._expected = greeting.answer(self._token, challenge, self._lane)
+                self._transport.write(mine)
+            return bool(challenge)
+        if not self._ready:
+            proof = self._part(greeting.WELCOME_BYTES)
+            if proof:
+                greeting.compare(proof, self._expected)
+                self._ready = True
+                self._pump()
+            return bool(proof)
+        ack = self._part(ACK.size)
+        if ack:
+            (handled,) = ACK.unpack(ack)
+            with self._lock:
+                for _ in range(min(handled - self._acked, len(self._travelling))):
+                    self._travelling.popleft()
+            self._acked = handled
+        return bool(ack)
+
+    def _part(self, count: int) -> bytes:
+        if len(self._heard) < count:
+            return b""
+        part = bytes(self._heard[:count])
+        del self._heard[:count]
+        return part
+
+    # What is sent.
+
+    def pause_writing(self) -> None:
+        """Stop until the kernel has taken what was written."""
+        self._full = True
+
+    def resume_writing(self) -> None:
+        """Continue."""
+        self._full = False
+        self._pump()
+
+    def _next_block(self) -> Buffer | None:
+        """Return the next bytes to send: a block of a large message, or all small messages that wait."""
+        if self._blocks is not None:
+            block = next(self._blocks, None)
+            if block is not None:
+                return block
+            self._blocks = None
+        with self._lock:
+            if not self._waiting:
+                return None
+            taken = [self._next_waiting()]
+            if self._lane == BULK:
+                self._travelling.append(taken[0])
+            else:
+                while self._waiting and sum(each.num_bytes for each in taken) < _NAGLE_BYTES:
+                    taken.append(self._next_waiting())
+        if self._lane == BULK:
+            self._blocks = iter(taken[0])
+            return next(self._blocks)
+        return b"".join(part for each in taken for part in each)
+
+    def _next_waiting(self) -> encoding.Encoded:
+        message = self._waiting.popleft()
+        self._waiting_bytes -= message.num_bytes
+        return message
