@@ -213,8 +213,15 @@ class Simulation:
 
     def _kill(self, process: _Process) -> None:
         process.life += 1
+        self._tell_death(process)
         process.role = None
         self._at(self.rng.uniform(0.05, 0.8), lambda: self._boot(process.name))
+
+    def _tell_death(self, process: _Process) -> None:
+        """Let the crew tell the scheduler of every other death, as far as it saw which process it was."""
+        boot = getattr(process.role, "boot", None)
+        if boot is not None and process.life % 2:
+            self._at(TICK, lambda: self._deliver(SCHEDULER, messages.Died(process.name, boot)))
 
     def _victims(self) -> list[_Process]:
         """Return the processes that may be killed or paused without breaking a promise of this durability."""

@@ -40,8 +40,11 @@ class Crew(Protocol):
         """Start all processes."""
         ...
 
-    def look_after(self) -> None:
-        """Restart processes that died; raise RunFailedError for one that dies repeatedly, or if the scheduler ended."""
+    def look_after(self) -> dict[str, int]:
+        """Restart processes that died; return their names, and the largest boot number that each had.
+
+        Raises RunFailedError for a process that dies repeatedly, or if the scheduler ended.
+        """
         ...
 
     def progressed(self) -> None:
@@ -96,8 +99,9 @@ class LocalCrew:
         first = workers.index(name) * count
         return {_GPUS: ",".join(gpus[number % len(gpus)] for number in range(first, first + min(count, len(gpus))))}
 
-    def look_after(self) -> None:
-        """Restart processes that died; raise RunFailedError for one that dies repeatedly, or if the scheduler ended."""
+    def look_after(self) -> dict[str, int]:
+        """See Crew."""
+        died = {}
         for name, child in list(self._children.items()):
             if run_folder.take_silent(self.directory, name) and not self._is_starting(name):
                 child.kill()
@@ -113,7 +117,9 @@ class LocalCrew:
                 raise RunFailedError(f"{name} died {self._deaths[name]} times without a step in between.\n{tail}")
             self.restarts += 1
             self._exited_at.pop(name, None)
+            died[name] = run_folder.last_boot(self.directory, name)
             self._start(name)
+        return died
 
     def _is_starting(self, name: str) -> bool:
         """Return whether a process was started so recently that it may not have registered yet."""

@@ -102,8 +102,11 @@ class RayCrew:
         for name, actor in self._actors.items():
             self._runs[name] = actor.run.remote(name, str(self.directory.absolute()), self._environment)
 
-    def look_after(self) -> None:
-        """Raise RunFailedError for a process that dies repeatedly, for a lost node, or if the scheduler ended."""
+    def look_after(self) -> dict[str, int]:
+        """Raise RunFailedError for a process that dies repeatedly, for a lost node, or if the scheduler ended.
+
+        Ray restarts the others and does not say so: the result is empty, and their silence shows it.
+        """
         for name, actor in self._actors.items():
             if run_folder.take_silent(self.directory, name):
                 self._ray.kill(actor, no_restart=False)
@@ -119,6 +122,7 @@ class RayCrew:
             if count > crew.MOST_DEATHS + 1:
                 tail = crew.log_tail(self.directory, name)
                 raise RunFailedError(f"{name} died {count - 1} times without a step in between.\n{tail}")
+        return {}
 
     def progressed(self) -> None:
         """Note that the run made progress: deaths are counted from zero again."""

@@ -49,6 +49,12 @@ def next_boot(directory: pathlib.Path, name: str) -> int:
     return boot
 
 
+def last_boot(directory: pathlib.Path, name: str) -> int:
+    """Return the largest boot number that the process `name` can have had until now."""
+    path = directory / BOOTS_NAME / name.replace("/", "-")
+    return int(path.read_text()) + _BOOT_ROOM - 1 if path.exists() else 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Spec:
     """What every process of a run needs to know.

@@ -169,6 +169,14 @@ class Diverged:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Died:
+    """The crew saw the process `name` end; its boot numbers were at most `boot`."""
+
+    name: str
+    boot: int
+
+
 # A lease: ask, pull, compute, push, report.
 
 

@@ -160,7 +160,8 @@ class Observer:
         with (self.directory / run_folder.STEPS_NAME).open("a+") as steps:
             steps.seek(0)  # "a+" begins at the end, and the scheduler may have been quick
             while self.end_reason is None:
-                crew.look_after()
+                for name, boot in crew.look_after().items():
+                    send(SCHEDULER, messages.Died(name, boot))
                 self.books.process_restarts = crew.restarts
                 if self._read_steps(steps):
                     if self.books.stopwatch.phase == "compile":

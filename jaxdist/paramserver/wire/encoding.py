@@ -2,8 +2,8 @@
 
 A message consists of a *prefix*, a *head* (its numbers and names, and the dtype and shape of each array), the bytes of
 the arrays, and their CRC-32Cs. The head has its own checksum. It is written and read as blocks of at most BLOCK_BYTES:
-the memory of a large array is not copied, and its bytes arrive in the memory of the new array. A reader refuses a message
-whose checksums do not match.
+the memory of a large array is not copied, and its bytes arrive in the memory of the new array. A message whose
+checksums do not match is refused.
 """
 
 import struct
@@ -72,6 +72,7 @@ KINDS: tuple[type, ...] = (
     journal.StateRecord,
     messages.Diverged,
     journal.EmptyRecord,
+    messages.Died,
 )
 _NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
 

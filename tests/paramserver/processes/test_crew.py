@@ -32,9 +32,12 @@ def crew_of(tmp_path, monkeypatch, **children):
 
 def test_a_process_that_died_is_started_again(tmp_path, monkeypatch):
     made, started = crew_of(tmp_path, monkeypatch, worker_0=-9, worker_1=None)
-    made.look_after()
+    boot = run_folder.next_boot(tmp_path, "worker/0")
+    died = made.look_after()
     assert started == ["worker/0"]
     assert made.restarts == 1
+    assert list(died) == ["worker/0"]
+    assert died["worker/0"] >= boot
 
 
 def test_a_scheduler_that_ended_the_run_is_not_started_again(tmp_path, monkeypatch):

@@ -51,6 +51,9 @@ class Island:
     def __init__(self, plan, devices):
         assert len(devices) == 2
 
+    def prepare(self, lease):
+        self.prepared = lease
+
     def gradient(self, compute):
         finite = compute.lease.step % 2 == 0
         return messages.Computed(compute.incarnation, compute.sequence, 1.0, 1.0, finite, 1.0, (), ())
@@ -63,6 +66,8 @@ def test_a_worker_reports_why_a_gradient_is_not_finite(spec, monkeypatch):
     monkeypatch.setattr(jax_process, "Island", Island)
     driver, _ = jax_process.make("worker/1", spec)
     assert driver.machine.worker == 1
+    driver._prepare(lease := messages.Lease(0, 0, 0, 0, 4))
+    assert driver._prepare.__self__.prepared == lease
     folder = pathlib.Path(spec.directory) / run_folder.NONFINITE_NAME
     for step in (0, 1):
         compute = effects.Compute(1, step, messages.Lease(step, 0, 0, 0, 4), ())

@@ -35,6 +35,7 @@ class Crew:
         self.plan, self.folder, self.steps, self.end_reason = plan, folder, steps, end_reason
         self.examples, self.loss, self.trained = examples, loss, trained
         self.looks, self.progressed_ = 0, 0
+        self.died = {}
 
     def start(self):
         rows = [{"step": s, "examples": self.examples, "metrics": {"loss": self.loss}} for s in self.steps]
@@ -55,6 +56,7 @@ class Crew:
     def look_after(self):
         self.looks += 1
         assert self.looks < 400, "the observer does not end"
+        return self.died if self.looks == 1 else {}
 
     def progressed(self):
         self.progressed_ += 1
@@ -122,9 +124,10 @@ def run(watcher, crew, *, stop_requested=lambda: False):
 def test_a_run_to_its_last_step_is_evaluated_saved_and_recorded(tmp_path, watch):
     watcher = watch(5)
     crew = Crew(watcher.plan, watcher.directory, [1, 2, 3, 4, 5], end_reason="max_steps")
+    crew.died = {"worker/0": 7}
     made, sent = run(watcher, crew)
     assert watcher.books.checkpointer.latest_step() == 5
-    assert set(sent) == {("scheduler", messages.Verdict(5, "max_steps"))}
+    assert set(sent) == {("scheduler", messages.Died("worker/0", 7)), ("scheduler", messages.Verdict(5, "max_steps"))}
     assert crew.progressed_ == 1
     # The cut counts exactly: 52 examples of the first epoch and 16 of the second, whatever the rows added up to.
     assert (made.end_reason, made.step, made.examples_seen) == ("max_steps", 5, 52 + 16)
@@ -170,6 +173,7 @@ def test_a_request_to_stop_is_passed_on_and_repeated_and_ends_the_run_saved(tmp_
         if len(looks) == 5:  # the scheduler has received the request, and shows its last cut
             crew.end_reason = "preempted"
             start()
+        return {}
 
     crew.look_after = look_after
     made, sent = run(watcher, crew, stop_requested=lambda: True)

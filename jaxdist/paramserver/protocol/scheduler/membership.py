@@ -251,6 +251,28 @@ def on_diverged(state: SchedulerState, note: messages.Diverged, now: float, out:
 # Processes that leave.
 
 
+def on_died(state: SchedulerState, note: messages.Died, now: float, out: Output) -> None:
+    """Continue at once without a process that has certainly ended, unless it has joined again already."""
+    if state.membership is None or state.boots.get(note.name, -1) > note.boot:
+        return
+    worker, shard = worker_number(note.name), server_shard(note.name)
+    if worker is not None:
+        state.joining.discard(worker)
+        if worker in state.workers:
+            _drop_worker(state, worker)
+            change(state, now, out, members=tuple(m for m in state.membership.members if m.worker != worker))
+    elif shard is not None:
+        place = state.membership.shards[shard]
+        if place.primary == note.name and place.synced:
+            state.counters["failovers"] += 1
+            after = succession.without_primary(place)
+        elif place.backup == note.name:
+            after = succession.without_backup(place)
+        else:
+            return  # the only copy: its process starts again, and the run returns to the saved cut
+        change(state, now, out, shards=succession.put(state.membership.shards, shard, after))
+
+
 def drop_silent(state: SchedulerState, now: float, out: Output) -> None:
     """Continue without the processes that are silent, or busy without progress."""
     _drop_silent_workers(state, now, out)

@@ -107,6 +107,7 @@ _ACTIONS: dict[type, Callable[..., None]] = {
     messages.Register: membership.on_register,
     messages.Synced: membership.on_synced,
     messages.Diverged: membership.on_diverged,
+    messages.Died: membership.on_died,
     messages.Norms: commits.on_norms,
     messages.ReadAnswer: cuts.on_read_answer,
 }

@@ -142,3 +142,39 @@ def test_a_push_that_reached_all_shards_counts_though_its_worker_died():
     row = messages.Seen(0, 1, 1, lease.step)
     cast.tell(cast.entered(0, seen=(row,)), cast.entered(1, seen=(row,)))
     assert cast.state.lease_table.is_done(lease.step)
+
+
+def test_a_worker_whose_death_is_told_is_replaced_at_once():
+    cast = stages.Cast(stages.settings(workers=2)).join()
+    lease = cast.ask(0)
+    cast.tell(messages.Died("worker/0", 1))
+    assert [member.worker for member in cast.state.membership.members] == [1]
+    cast.enter_term()
+    assert cast.ask(1) == lease
+
+
+def test_the_death_of_an_earlier_start_changes_nothing():
+    cast = stages.Cast(stages.settings(workers=2)).join()
+    cast.tell(messages.Register("worker/0", 7))
+    cast.tick()
+    before = cast.state.membership
+    assert cast.tell(messages.Died("worker/0", 6), messages.Died("worker/9", 3)) == ([], [])
+    assert cast.state.membership == before
+    early = stages.Cast(stages.settings())
+    assert early.tell(messages.Died("server/0/a", 3)) == ([], [])
+
+
+def test_a_server_whose_death_is_told_is_followed_by_its_backup():
+    cast = stages.Cast(stages.settings(durability="replicated")).join()
+    cast.tell(messages.Died("server/0/a", 1))
+    (place,) = cast.state.membership.shards
+    assert (place.primary, place.backup, cast.state.counters["failovers"]) == ("server/0/b", "", 1)
+    cast.tell(messages.Died("server/0/b", 1))  # the only copy now: it starts again, and then the run rolls back or ends
+    assert cast.state.membership.shards == (place,)
+
+
+def test_a_backup_whose_death_is_told_is_no_longer_waited_for():
+    cast = stages.Cast(stages.settings(durability="replicated")).join()
+    cast.tell(messages.Died("server/0/b", 1))
+    (place,) = cast.state.membership.shards
+    assert (place.primary, place.backup) == ("server/0/a", "")
