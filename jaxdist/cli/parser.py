@@ -141,14 +141,14 @@ def _add_uses(commands: Any) -> None:
 
 def _add_replay(commands: Any) -> None:
     replay = _add(commands, "replay", "replay_command:replay", "compute a step of a canonical run again and compare")
-    replay.add_argument("run_dir", type=pathlib.Path, metavar="RUN_DIR", help="the run directory")
+    replay.add_argument("run_dir", type=_local, metavar="RUN_DIR", help="the run directory")
     replay.add_argument("--step", type=_positive, required=True, metavar="N", help="the step; the first is 1")
     replay.add_argument("--experiment", metavar="FILE", help="the experiment, where its file was moved")
     replay.add_argument("--devices", type=_positive, metavar="N", help="devices to compute on")
     diff = _add(
         commands, "diff", "replay_command:diff", "the first step, leaf and logical shard in which two runs differ"
     )
-    diff.add_argument("run_dirs", nargs=2, type=pathlib.Path, metavar="RUN_DIR", help="two canonical runs")
+    diff.add_argument("run_dirs", nargs=2, type=_local, metavar="RUN_DIR", help="two canonical runs")
     for command in (replay, diff):
         command.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
@@ -270,7 +270,7 @@ def _add_join(commands: Any) -> None:
     leave = _add(commands, "leave", "join_command:leave", "take processes out of a running job, the newest first")
     leave.add_argument("--processes", type=_positive, default=1, metavar="P", help="how many leave (default 1)")
     for command in (join, leave):
-        command.add_argument("run_dir", type=pathlib.Path, metavar="RUN_DIR", help="of a job started with --processes")
+        command.add_argument("run_dir", type=_local, metavar="RUN_DIR", help="of a job started with --processes")
 
 
 def _add_experiment(command: argparse.ArgumentParser) -> None:
@@ -290,6 +290,12 @@ def _add_experiment(command: argparse.ArgumentParser) -> None:
         metavar="A.B=VALUE",
         help="override a setting",
     )
+
+
+def _local(text: str) -> pathlib.Path:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"a run directory on this machine is needed; got {text!r}")
+    return pathlib.Path(text)
 
 
 def _positive(text: str) -> int:

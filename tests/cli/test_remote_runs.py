@@ -5,7 +5,7 @@ import uuid
 import pytest
 import tiny_experiment
 
-from jaxdist.cli import remote_runs
+from jaxdist.cli import parser, remote_runs
 from jaxdist.config.parameter_server import ParameterServer
 from jaxdist.errors import ExitStatus, UserError
 from jaxdist.rundir.remote import working_copy
@@ -77,3 +77,10 @@ def test_processes_that_would_not_share_the_copy_are_refused(monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
     with pytest.raises(UserError, match="share a run directory"):
         remote_runs.train(options(address()), write_record)
+
+
+@pytest.mark.parametrize("words", [["diff", "s3://b/a", "x"], ["join", "s3://b/a"]])
+def test_commands_that_need_a_directory_on_this_machine_refuse_an_address(words, capsys):
+    with pytest.raises(SystemExit):
+        parser.make_parser().parse_args(words)
+    assert "on this machine is needed; got 's3://b/a'" in capsys.readouterr().err
