@@ -50,7 +50,7 @@ def extrapolate(made: Estimate, count: int) -> Estimate:
     """
     if count % made.num_devices:
         raise UserError(
-            f"A sweep goes on in multiples of the {made.num_devices} devices that were compiled for; got {count}."
+            f"A sweep continues in multiples of the {made.num_devices} devices that were compiled for; got {count}."
         )
     times = count // made.num_devices
     ring = ((count - 1) / count) / ((made.num_devices - 1) / made.num_devices) if made.num_devices > 1 else 1.0
