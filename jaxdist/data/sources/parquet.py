@@ -274,6 +274,11 @@ class _Column:
         if column.null_count:
             column = column.fill_null(0)
         self._values = column.to_numpy(zero_copy_only=False)
+        if self._ends is not None and self._null is None and len(self._ends) > 1:
+            lengths = np.diff(self._ends)
+            if lengths.min() == lengths.max():  # lists of one length are the rows of a matrix
+                begin, end = int(self._ends[0]), int(self._ends[-1])
+                self._values, self._ends = self._values[begin:end].reshape(len(lengths), -1), None
 
     @property
     def num_bytes(self) -> int:
@@ -283,7 +288,7 @@ class _Column:
     def rows(self, rows: np.ndarray, name: str, ids: np.ndarray) -> np.ndarray:
         """Return the values of some rows, stacked; `ids` are their numbers in the source."""
         if self._null is None and self._ends is None:
-            return self._values.take(rows)
+            return self._values.take(rows, axis=0)
         null = np.empty(0, np.int64) if self._null is None else np.flatnonzero(self._null[rows])
         if len(null) and (self._missing is None or self._ends is not None):
             self.row(int(rows[null[0]]), name, int(ids[null[0]]))  # which raises

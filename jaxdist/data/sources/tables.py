@@ -150,7 +150,8 @@ def _read(path: str, categories: Mapping[str, Any], style: _Style) -> Any:
 
     try:
         table = _inferred(read, in_blocks=b'"' not in data)
-        if b"0x" in data or b"0X" in data:
+        # One byte is found ten times as fast as two, and most tables of numbers have no x.
+        if (b"x" in data and b"0x" in data) or (b"X" in data and b"0X" in data):
             texts |= dict.fromkeys(_hexadecimal(read, table), pyarrow.string())
             table = read({})
         others = [name for name in distinct if name not in texts]
