@@ -376,6 +376,7 @@ def options_of(*names: str) -> list[str]:
         "runs",
         "sweep",
         "lr-range",
+        "coordinate-check",
         "eval",
         "predict",
         "export",

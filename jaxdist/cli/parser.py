@@ -40,6 +40,8 @@ def make_parser() -> argparse.ArgumentParser:
     _add_lr_range(
         _add(commands, "lr-range", "lr_range_command:lr_range", "find a learning rate: raise it step by step")
     )
+    summary = "compare the activations of a model at several widths (muP)"
+    _add_coordinate_check(_add(commands, "coordinate-check", "coordinate_check_command:coordinate_check", summary))
     summary = "kill processes at random; compare the bits and the ledger"
     _add_chaos(_add(commands, "chaos", "chaos_command:chaos", summary))
     _add_join(commands)
@@ -271,6 +273,14 @@ def _add_join(commands: Any) -> None:
     leave.add_argument("--processes", type=_positive, default=1, metavar="P", help="how many leave (default 1)")
     for command in (join, leave):
         command.add_argument("run_dir", type=_local, metavar="RUN_DIR", help="of a job started with --processes")
+
+
+def _add_coordinate_check(command: argparse.ArgumentParser) -> None:
+    _add_experiment(command)
+    command.add_argument("--widths", default="64,128,256", metavar="N,N", help="of the model (default 64,128,256)")
+    command.add_argument("--steps", type=_positive, default=4, metavar="K", help="steps to train (default 4)")
+    command.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="draw the activations as an HTML page")
+    command.add_argument("--json", action="store_true", help="print all sizes as one JSON object")
 
 
 def _add_experiment(command: argparse.ArgumentParser) -> None:

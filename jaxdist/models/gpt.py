@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn import initializers
 
+from jaxdist.models import mup
 from jaxdist.models.transformer import Block
 from jaxdist.setting_group import added
 
@@ -36,6 +37,9 @@ class GPT(nn.Module):
     """Compute each block's activations again in the backward pass instead of keeping them."""
     norm_epsilon: float = added(1e-6)
     """What the normalisations add to the variance; the weights of GPT-2 need 1e-5."""
+    base_width: int | None = added(None)
+    """muP: the width at which settings were found, so that they hold at this one, with as many heads (see `mup`). None:
+    no muP."""
 
     @nn.compact
     def __call__(self, tokens: jax.Array, *, train: bool, segment_ids: jax.Array | None = None) -> jax.Array:
@@ -47,9 +51,10 @@ class GPT(nn.Module):
         length = tokens.shape[1]
         if length > self.context_length:
             raise ValueError(f"GPT's context_length is {self.context_length}, but the tokens are {length} long.")
-        init = initializers.normal(0.02)
+        m = mup.multiplier(self.width, self.base_width)
+        init, hidden_init = initializers.normal(0.02), initializers.normal(0.02 / m**0.5)
         # The variance of the residual stream would grow with every branch added to it.
-        residual_init = initializers.normal(0.02 / (2 * self.num_layers) ** 0.5)
+        residual_init = initializers.normal(0.02 / (2 * self.num_layers * m) ** 0.5)
         embed = nn.Embed(self.vocab_size, self.width, embedding_init=init, name="token_embedding")
         positions = self.param("position_embedding", init, (self.context_length, self.width))
         x = embed(tokens) + self._positions(positions, length, segment_ids)
@@ -58,12 +63,26 @@ class GPT(nn.Module):
         block_type = nn.remat(Block) if self.remat else Block
         for index in range(self.num_layers):
             # An explicit name: with and without remat the params are the same tree.
-            settings = (self.num_heads, True, self.dropout_rate, train, init, residual_init, self.norm_epsilon)
-            x = block_type(*settings, name=f"block_{index}")(x, mask)
+            inits = (hidden_init, residual_init)
+            settings = (self.num_heads, True, self.dropout_rate, train, *inits, self.norm_epsilon)
+            x = block_type(*settings, attention_scale=self._attention_scale(), name=f"block_{index}")(x, mask)
         x = nn.LayerNorm(self.norm_epsilon, name="final_norm")(x)
+        x = x if m == 1 else x / m
         if self.tie_embeddings:
             return embed.attend(x)
         return nn.Dense(self.vocab_size, use_bias=False, kernel_init=init, name="head")(x)
+
+    def _attention_scale(self) -> float | None:
+        """Return the factor of queries times keys: 1 / size of a head, with the usual value at the base width."""
+        if self.base_width is None:
+            return None
+        return (self.base_width / self.num_heads) ** 0.5 / (self.width / self.num_heads)
+
+    def width_role(self, path: str) -> mup.Role:
+        """Return what a param is for muP; the token embedding is vector-like, also where it makes the logits, too."""
+        if path == "head/kernel":
+            return "output"
+        return "hidden" if path.startswith("block_") and path.endswith("/kernel") else "vector"
 
     def _positions(self, table: jax.Array, length: int, segment_ids: jax.Array | None) -> jax.Array:
         """Return the position embeddings, (1, T, width), or (B, T, width) where rows are packed."""

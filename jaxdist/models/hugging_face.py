@@ -61,6 +61,11 @@ def correspondence(model: Any) -> Correspondence:
       UserError: it is not a GPT, ViT or ResNet, or has a form that transformers does not have.
     """
     if type(model) is GPT:
+        if model.base_width not in (None, model.width):
+            raise UserError(
+                "transformers has no muP: a GPT whose width differs from its base_width scales attention and logits in "
+                f"other ways; got width {model.width} and base_width {model.base_width}. Export in another format."
+            )
         return _of_gpt(model)
     if type(model) is ViT:
         return _of_vit(model)

@@ -2,6 +2,10 @@
 
 import flax.linen as nn
 import jax
+from jax.nn import initializers
+
+from jaxdist.models import mup
+from jaxdist.setting_group import added
 
 
 class MLP(nn.Module):
@@ -15,6 +19,8 @@ class MLP(nn.Module):
     """Number of hidden layers; 0 makes the model linear."""
     dropout_rate: float = 0.0
     """Probability with which a hidden feature is zeroed in training."""
+    base_width: int | None = added(None)
+    """muP: the width at which settings were found, so that they hold at this one (see `mup`). None: no muP."""
 
     @nn.compact
     def __call__(self, image: jax.Array, *, train: bool) -> jax.Array:
@@ -23,4 +29,16 @@ class MLP(nn.Module):
         for _ in range(self.num_layers):
             x = nn.relu(nn.Dense(self.width)(x))
             x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
-        return nn.Dense(self.num_classes)(x)
+        if not self.num_layers:
+            return nn.Dense(self.num_classes)(x)
+        m = mup.multiplier(self.width, self.base_width)
+        # Variance m / width: that of the base width, whatever the width is.
+        logits = nn.Dense(self.num_classes, kernel_init=initializers.variance_scaling(m, "fan_in", "truncated_normal"))
+        return logits(x if m == 1 else x / m)
+
+    def width_role(self, path: str) -> mup.Role:
+        """Return what a param is for muP."""
+        layer, _, name = path.rpartition("/")
+        if name != "kernel" or layer == "Dense_0":
+            return "vector"
+        return "output" if layer == f"Dense_{self.num_layers}" else "hidden"

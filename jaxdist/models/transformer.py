@@ -17,6 +17,8 @@ class Attention(nn.Module):
     """Initialiser of the matrix that makes queries, keys and values."""
     residual_init: Initializer
     """Initialiser of the matrix that joins the heads."""
+    scale: float | None = None
+    """What queries times keys are multiplied by; None: one over the square root of the size of a head."""
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -32,7 +34,7 @@ class Attention(nn.Module):
         # nothing need be sent before the heads are joined.
         by_head = fused.reshape(batch_size, length, self.num_heads, 3 * width // self.num_heads)
         query, key, value = jnp.split(by_head, 3, axis=-1)
-        heads = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=self.causal)
+        heads = jax.nn.dot_product_attention(query, key, value, mask=mask, scale=self.scale, is_causal=self.causal)
         return nn.Dense(width, kernel_init=self.residual_init, name="out")(heads.reshape(x.shape))
 
 
@@ -55,13 +57,16 @@ class Block(nn.Module):
     """What the normalisations add to the variance."""
     exact_gelu: bool = False
     """Compute GELU with the error function, in place of its approximation with tanh."""
+    attention_scale: float | None = None
+    """See Attention."""
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """Return an array of the shape and dtype of `x`, (B, T, width); for `mask` see Attention."""
         width = x.shape[-1]
         drop = nn.Dropout(self.dropout_rate, deterministic=not self.train)
-        attention = Attention(self.num_heads, self.causal, self.kernel_init, self.residual_init, name="attention")
+        settings = (self.num_heads, self.causal, self.kernel_init, self.residual_init, self.attention_scale)
+        attention = Attention(*settings, name="attention")
         x = x + drop(attention(nn.LayerNorm(self.norm_epsilon, name="attention_norm")(x), mask))
         normed = nn.LayerNorm(self.norm_epsilon, name="mlp_norm")(x)
         hidden = nn.gelu(nn.Dense(4 * width, kernel_init=self.kernel_init, name="mlp_in")(normed), not self.exact_gelu)

@@ -6,6 +6,7 @@ therefore wants to see them whole, on the global view or on replicated gradients
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -14,7 +15,7 @@ import optax
 
 from jaxdist.optimizers.averages import ema
 from jaxdist.optimizers.described import SETTINGS, STEPS_GIVE_NONE, Optimizer, check_settings
-from jaxdist.optimizers.param_settings import decay_mask, freeze, scale_by_group
+from jaxdist.optimizers.param_settings import decay_mask, freeze, scale_by_group, scale_by_path
 from jaxdist.optimizers.rates import RateSchedule
 from jaxdist.spmd.state import WithInputs
 
@@ -28,6 +29,7 @@ def build(
     steps_per_epoch: int | None = None,
     max_steps: int | None = None,
     offset: int = 0,
+    rate_factors: Callable[[str], float] | None = None,
 ) -> optax.GradientTransformation:
     """Return the optax optimizer; an optax optimizer is returned unchanged.
 
@@ -39,6 +41,8 @@ def build(
       steps_per_epoch: for schedules in epochs. None if unknown.
       max_steps: the last step of the run, for decays without a length. None if unknown.
       offset: steps to add to the count, after a change of the batch size; see `RateSchedule`.
+      rate_factors: what the update of each param is multiplied by, by its path, before decoupled weight decay is
+        added: the factors of muP; see `models.mup`.
 
     Raises:
       ValueError: settings that contradict each other, have no effect, or need an unknown length.
@@ -57,21 +61,24 @@ def build(
     chain = optax.chain(
         *([freeze(groups)] if groups else []),
         *([] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]),
-        *_updates(optimizer, schedule),
+        *_updates(optimizer, schedule, rate_factors),
         *([scale_by_group(groups)] if groups else []),
         *([] if ema_decay is None else [ema(ema_decay)]),
     )
     return WithInputs.make(chain, schedule.inputs)
 
 
-def _updates(optimizer: Optimizer, schedule: RateSchedule) -> list[optax.GradientTransformation]:
+def _updates(
+    optimizer: Optimizer, schedule: RateSchedule, rate_factors: Callable[[str], float] | None
+) -> list[optax.GradientTransformation]:
     """Return what turns gradients into updates: the rule, its weight decay and the learning rate."""
     if optimizer.name not in SETTINGS:
         return [_ready_made(optimizer, schedule)]
     decay = [_add_decay(optimizer)] if optimizer.weight_decay else []
+    rule = [_rule(optimizer), *([] if rate_factors is None else [scale_by_path(rate_factors)])]
     if optimizer.name in ("adamw", "lion"):
-        return [_rule(optimizer), *decay, _scale_by_rate(schedule)]
-    return [*decay, _rule(optimizer), _scale_by_rate(schedule)]
+        return [*rule, *decay, _scale_by_rate(schedule)]
+    return [*decay, *rule, _scale_by_rate(schedule)]
 
 
 def _scale_by_rate(schedule: RateSchedule) -> optax.GradientTransformationExtraArgs:

@@ -111,6 +111,16 @@ def scale_by_group(groups: Sequence[Group]) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, params: _map_groups(groups, updates, scaled))
 
 
+def scale_by_path(factors: Callable[[str], float]) -> optax.GradientTransformation:
+    """Return what multiplies the update of each param by a factor of its path."""
+
+    def scaled(path: Any, leaf: jax.Array) -> jax.Array:
+        factor = factors(path_name(path))
+        return leaf if factor == 1 else leaf * factor
+
+    return optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(scaled, updates))
+
+
 def _map_groups(groups: Sequence[Group], tree: PyTree, function: Callable[[Group, jax.Array], jax.Array]) -> PyTree:
     def mapped(path: Any, leaf: jax.Array) -> jax.Array:
         group = _group_of(groups, path_name(path))

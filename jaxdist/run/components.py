@@ -18,6 +18,7 @@ from jaxdist.data import assembly_process, fingerprints, placement
 from jaxdist.data.sources import wrap
 from jaxdist.errors import ConfigError
 from jaxdist.guards import step_hashes
+from jaxdist.models import mup
 from jaxdist.run import preflight
 from jaxdist.run.warm_start import beginning
 from jaxdist.rundir import record
@@ -467,7 +468,9 @@ def make_optimizer(
     """
     described = experiment.optimizer
     settings: dict[str, Any] = {"global_batch_size": experiment.global_batch_size, "offset": offset, **known_end}
-    optimizer = precision.with_loss_scale(optimizers.build(described, **settings), experiment.precision)
+    name = described.name if isinstance(described, optimizers.Optimizer) else None
+    built = optimizers.build(described, **settings, rate_factors=mup.rate_factors(experiment.model, name))
+    optimizer = precision.with_loss_scale(built, experiment.precision)
     if not isinstance(described, optimizers.Optimizer):
         return optimizer, None
     made = optimizers.make_schedule(described, **settings)

@@ -26,6 +26,7 @@ COMMANDS = {
     "report": [RUN],
     "sweep": [X, "--over", "seed=1,2"],
     "lr-range": [X],
+    "coordinate-check": [X],
     "eval": [RUN],
     "predict": [RUN, "in.csv", "out.csv"],
     "export": [RUN, "out", "--format", "npz"],
