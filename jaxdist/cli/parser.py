@@ -143,14 +143,14 @@ def _add_uses(commands: Any) -> None:
 
 def _add_replay(commands: Any) -> None:
     replay = _add(commands, "replay", "replay_command:replay", "compute a step of a canonical run again and compare")
-    replay.add_argument("run_dir", type=_local, metavar="RUN_DIR", help="the run directory")
+    replay.add_argument("run_dir", type=place_of_run, metavar="RUN_DIR", help="the run directory, or its address")
     replay.add_argument("--step", type=_positive, required=True, metavar="N", help="the step; the first is 1")
     replay.add_argument("--experiment", metavar="FILE", help="the experiment, where its file was moved")
     replay.add_argument("--devices", type=_positive, metavar="N", help="devices to compute on")
     diff = _add(
         commands, "diff", "replay_command:diff", "the first step, leaf and logical shard in which two runs differ"
     )
-    diff.add_argument("run_dirs", nargs=2, type=_local, metavar="RUN_DIR", help="two canonical runs")
+    diff.add_argument("run_dirs", nargs=2, type=place_of_run, metavar="RUN_DIR", help="two canonical runs")
     for command in (replay, diff):
         command.add_argument("--json", action="store_true", help="print the result as one JSON object")
 

@@ -109,7 +109,7 @@ def exit_status(made: record.RunRecord) -> ExitStatus:
     """Return the exit status that goes with how a run ended."""
     if made.end_reason in ("preempted", "hang"):
         return ExitStatus.RETRY
-    return ExitStatus.FAILED if made.end_reason in ("nonfinite", "error", None) else ExitStatus.OK
+    return ExitStatus.FAILED if made.end_reason in ("nonfinite", "faulty_device", "error", None) else ExitStatus.OK
 
 
 def _train_here(

@@ -132,11 +132,16 @@ class Guards:
     Attributes:
       check_replicas_every: steps between comparisons of the replicas' bits.
       recompile: whether a second compile of the step is reported.
+      audit_every: canonical steps between audits, in each of which all devices compute one logical shard, and one that
+        computes wrongly is named.
+      on_faulty_device: whether that ends the run or is told and recorded.
       step_hashes: whether canonical runs record hashes of each step, for `jaxdist diff` and `jaxdist replay`.
     """
 
     check_replicas_every: int = 200
     recompile: bool = True
+    audit_every: int = 0
+    on_faulty_device: Literal["end", "continue"] = "end"
     step_hashes: bool = True
 
 

@@ -1,5 +1,7 @@
 """32 bits that stand for the bits of an array: whole numbers, whose sum is the same in any order, on any device."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -18,6 +20,11 @@ def of_array(leaf: jax.Array) -> jax.Array:
     mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
     mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
     return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
+
+
+def of_arrays(leaves: Sequence[jax.Array]) -> jax.Array:
+    """Return 32 bits for several arrays, in their order."""
+    return of_array(jnp.stack([of_array(leaf) for leaf in leaves]))
 
 
 def _words(leaf: jax.Array) -> jax.Array:

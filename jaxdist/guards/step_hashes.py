@@ -4,7 +4,6 @@ The numbers do not depend on the number of devices, since the bits that they sta
 that the step has just written, once: that is what it costs.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,14 +23,14 @@ class StepHashing:
     model_state, and one of `REST`.
     """
 
-    def of_shard(self, sums: reduce.Sums) -> jax.Array:
-        """Return the hash of the sums of one logical shard, shape (1,)."""
-        return _combined([array_hash.of_array(leaf) for leaf in jax.tree.leaves(sums)])[None]
+    def of_shard(self, flat: jax.Array) -> jax.Array:
+        """Return the hash of the sums of one logical shard, a vector: shape (1,)."""
+        return array_hash.of_array(flat)[None]
 
-    def of_step(self, sums: reduce.Sums, state: TrainState) -> jax.Array:
+    def of_step(self, sums: reduce.Sums, params: Any, model_state: Any) -> jax.Array:
         """Return the hashes of the sums of the whole batch, and of the state after the step; see `names`."""
-        rest = _combined([array_hash.of_array(leaf) for leaf in jax.tree.leaves(sums._replace(grads=None))])
-        return jnp.concatenate([_each(sums.grads), rest[None], of_state(state)])
+        rest = array_hash.of_arrays(jax.tree.leaves(sums._replace(grads=None)))
+        return jnp.concatenate([_each(sums.grads), rest[None], _each((params, model_state))])
 
 
 def of_state(state: TrainState) -> jax.Array:
@@ -53,11 +52,6 @@ def state_names(state: TrainState) -> list[str]:
 def _each(tree: Any) -> jax.Array:
     prints = [array_hash.of_array(leaf) for leaf in jax.tree.leaves(tree)]
     return jnp.stack(prints) if prints else jnp.zeros(0, jnp.uint32)
-
-
-def _combined(prints: Sequence[jax.Array]) -> jax.Array:
-    """Return one number for several, in their order."""
-    return array_hash.of_array(jnp.stack(prints))
 
 
 def _names(tree: Any) -> list[str]:

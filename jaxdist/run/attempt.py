@@ -24,7 +24,7 @@ from jaxdist.launch.supervising import watchdog
 from jaxdist.run import bookkeeping, components, directory, disk_room, header, hooks, loop, recovery, rescue
 from jaxdist.run.custom import user_hooks
 from jaxdist.run.diagnosis import profiling, utilization
-from jaxdist.run.replay import comparison, recording
+from jaxdist.run.replay import auditing, recording
 from jaxdist.run.stopwatch import Stopwatch
 from jaxdist.run.warm_start import beginning
 from jaxdist.rundir import full_disk, lock, record, writers
@@ -211,6 +211,7 @@ class _Run:
     ):
         self.parts, self.options, self.start, self.agreed = parts, options, start, agreed
         self.chain: recording.ChainRecorder | None = None
+        self.auditor = auditing.auditor_of(parts, earlier)
         self.experiment, self.mesh = parts.experiment, parts.strategy.mesh
         self.sentinel = recompile.RecompileSentinel(parts.step)
         self.books = bookkeeping.Bookkeeper(
@@ -249,7 +250,7 @@ class _Run:
             return self._train(stop_rule, dog)
         except Exception as error:
             with contextlib.suppress(OSError):  # for example on a full disk: the user is told what happened first
-                self.books.write_record("error")
+                self.books.write_record("faulty_device" if isinstance(error, auditing.FaultyDeviceError) else "error")
             explained = _explained(error)
             if jax.process_count() > 1:
                 # While closing, a checkpointer would wait for processes that are waiting for this one.
@@ -267,7 +268,10 @@ class _Run:
         ledger = recovery.recorded(
             self.experiment.recovery, self.options.run_dir, step=start.progress.step, place=start.position
         )
-        with books.shown(), ledger as ledger_hooks, self._chain() as self.chain, self.trace:
+        chain = recording.recorder_of(
+            self.parts, self.options.run_dir, step=start.progress.step, earlier=books.attempt.earlier
+        )
+        with books.shown(), ledger as ledger_hooks, chain as self.chain, self.trace:
             books.call_hooks("on_start", start.state)
             self.trace.begin(start.progress.step + 1)
             result = loop.fit(
@@ -281,6 +285,8 @@ class _Run:
                 stopwatch=books.stopwatch,
                 step_times=books.step_times,
             )
+            if self.auditor:
+                self.auditor.settle()
             self._flush()
             if self.chain:
                 self.chain.finish(result.progress.step)
@@ -296,23 +302,10 @@ class _Run:
             books.call_hooks("on_end", result.state, end_reason=result.end_reason)
             return made
 
-    def _chain(self) -> contextlib.AbstractContextManager[recording.ChainRecorder | None]:
-        """Return the context of the hook that records the hashes of steps; of None where there are none."""
-        shards, earlier = self.parts.strategy.logical_shards, self.books.attempt.earlier
-        if shards is None or not self.experiment.guards.step_hashes:
-            return contextlib.nullcontext()
-        return recording.recorded(
-            self.options.run_dir,
-            self.parts.abstract_state,
-            logical_shards=shards,
-            step=self.start.progress.step,
-            compares=earlier is not None and comparison.same_bits_expected(self.experiment, earlier),
-            earlier=earlier.extra.get("chain") if earlier else None,
-        )
-
     def _found_by_guards(self) -> dict[str, Any]:
         """Return what the guards add to the run record."""
-        return {"chain": self.chain.summary()} if self.chain else {}
+        found: dict[str, Any] = {"chain": self.chain.summary()} if self.chain else {}
+        return found | ({"audit": self.auditor.summary()} if self.auditor else {})
 
     def _flush(self) -> None:
         """Write what the hooks read some steps late."""
@@ -368,7 +361,11 @@ class _Run:
         raise disk_room.no_room(run_dir, step, kept)
 
     def _watched_step(self, state: TrainState, batch: Any) -> Any:
+        if self.auditor:
+            self.auditor.before(state, batch, self.books.progress.step + 1)
         outputs = self.parts.step(state, batch)
+        if self.auditor:
+            self.auditor.after(outputs[1])
         if self.experiment.guards.recompile:
             found = self.sentinel.observe(self.parts.step, (state, batch))
             self.books.compile_count = self.sentinel.compile_count

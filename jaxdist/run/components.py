@@ -490,6 +490,7 @@ _LEAST = {
     "checkpoints.keep_last": 1,
     "checkpoints.keep_every": 1,
     "guards.check_replicas_every": 0,
+    "guards.audit_every": 0,
     "layout.min_size": 0,
     "recovery.snapshot_every": 0,
     "recovery.max_fruitless": 1,
@@ -513,6 +514,12 @@ def check_experiment(experiment: Experiment) -> None:
     if not experiment.recovery.patience_seconds >= 0:
         raise ConfigError(
             f"recovery.patience_seconds must not be negative; got {experiment.recovery.patience_seconds}."
+        )
+    if experiment.guards.audit_every and not (experiment.reduction == "canonical" and experiment.guards.step_hashes):
+        raise ConfigError(
+            "An audit compares bits, which all devices have in common under reduction=canonical, and the hashes of "
+            f"steps; got guards.audit_every={experiment.guards.audit_every} with reduction={experiment.reduction} and "
+            f"guards.step_hashes={experiment.guards.step_hashes}. Set both, or guards.audit_every=0."
         )
     if isinstance(experiment.model, adapters.Functions) and experiment.loss is not None:
         raise ConfigError(

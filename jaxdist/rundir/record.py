@@ -37,6 +37,7 @@ END_REASONS = (
     "nonfinite",
     "preempted",
     "hang",
+    "faulty_device",
     "error",
 )
 

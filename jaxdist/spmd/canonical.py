@@ -39,13 +39,22 @@ class LogicalShardSums:
       mesh: of the one axis `axis`, with at most `logical_shards` devices. Where their number does not divide
         `logical_shards`, the batch is placed as a `mesh.DealtBatch`.
       logical_shards: any number; a power of two that the devices divide takes the least memory.
+      finish_fn: `finish_fn(flat, index) -> flat`, applied to the flat vector of each logical shard.
     """
 
-    def __init__(self, shard_fn: ShardFn, mesh: Mesh, *, logical_shards: int, axis: str = DATA_AXIS):
+    def __init__(
+        self,
+        shard_fn: ShardFn,
+        mesh: Mesh,
+        *,
+        logical_shards: int,
+        axis: str = DATA_AXIS,
+        finish_fn: Callable[[jax.Array, jax.Array], jax.Array] = lambda flat, index: flat,
+    ):
         check_layout(mesh, logical_shards=logical_shards, axis=axis)
         self.mesh, self.axis = mesh, axis
         self.dealing = Dealing(logical_shards, mesh.shape[axis])
-        self._shard_fn = shard_fn
+        self._shard_fn, self._finish_fn = shard_fn, finish_fn
         self._unravel: Callable[[jax.Array], PyTree] | None = None
         self._programs: _Programs | None = None
 
@@ -86,7 +95,21 @@ class LogicalShardSums:
 
     def _flat_sums(self, shared: PyTree, shard: Batch, index: jax.Array) -> jax.Array:
         sums, self._unravel = ravel_pytree(self._shard_fn(shared, shard, index))
-        return sums
+        return self._finish_fn(sums, index)
+
+    def everywhere(self) -> device_program.PerDeviceProgram:
+        """Return the program (shared, shard, index) -> flat sums of one logical shard, computed by every device.
+
+        `shard` and `index`, shape (1,), are replicated; the result, shape (devices, size), has a row of each device.
+        The code is that of the step.
+        """
+        whole = PartitionSpec()
+        return device_program.PerDeviceProgram(
+            lambda shared, shard, index: self._flat_sums(shared, shard, index[0])[None],
+            self.mesh,
+            in_specs=(whole, whole, whole),
+            out_spec=PartitionSpec(self.axis),
+        )
 
 
 class _Programs:

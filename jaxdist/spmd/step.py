@@ -35,21 +35,21 @@ STEP_HASHES = "step_hashes"
 class Hashing(Protocol):
     """What a canonical step computes of itself besides its result: whole numbers, which change no bit of it."""
 
-    def of_shard(self, sums: reduce.Sums) -> jax.Array:
-        """Return the hashes of the sums of one logical shard: uint32, one dim, always of the same length."""
+    def of_shard(self, flat: jax.Array) -> jax.Array:
+        """Return the hashes of the sums of one logical shard, a vector: uint32, one dim, always of the same length."""
 
-    def of_step(self, sums: reduce.Sums, state: TrainState) -> jax.Array:
-        """Return the hashes of the sums of the whole batch and of the state after the step: uint32, one dim."""
+    def of_step(self, sums: reduce.Sums, params: Any, model_state: Any) -> jax.Array:
+        """Return the hashes of the sums of the whole batch and of what the step made: uint32, one dim."""
 
 
 class NoHashing:
     """Hashes nothing."""
 
-    def of_shard(self, sums: reduce.Sums) -> jax.Array:
+    def of_shard(self, flat: jax.Array) -> jax.Array:
         """Return no hash."""
         return jnp.zeros(0, jnp.uint32)
 
-    def of_step(self, sums: reduce.Sums, state: TrainState) -> jax.Array:
+    def of_step(self, sums: reduce.Sums, params: Any, model_state: Any) -> jax.Array:
         """Return no hash."""
         return jnp.zeros(0, jnp.uint32)
 
@@ -213,38 +213,46 @@ def canonical_step(
     A `layout` that shards the state (`layout.zero1`) applies between the steps only: the state is gathered for the
     update, because a program on shards would not give the same bits as one on the whole.
 
-    With a `hashing` that gives hashes, they are the metric STEP_HASHES, the only one that is no scalar.
+    With a `hashing`, its hashes are the metric STEP_HASHES, the only one that is no scalar.
 
     Raises:
       ValueError: the mesh has more devices than logical shards, or several axes.
     """
-    shard_fn = make_shard_fn(loss_fn, num_microbatches)
-
-    def hashed_sums(shared: tuple[Any, ...], shard: Batch, index: jax.Array) -> tuple[reduce.Sums, jax.Array]:
-        sums = shard_fn(shared, shard, index)
-        return sums, _in_own_row(hashing.of_shard(sums), index, logical_shards)
-
-    shard_sums = canonical.LogicalShardSums(hashed_sums, mesh, logical_shards=logical_shards, axis=axis)
+    shard_sums = logical_shard_sums(
+        loss_fn,
+        mesh,
+        logical_shards=logical_shards,
+        axis=axis,
+        num_microbatches=num_microbatches,
+        hashing=hashing,
+    )
 
     def update(state: TrainState, inputs: jax.Array | None, total: jax.Array) -> tuple[TrainState, Metrics]:
+        sums, _ = shard_sums.unravel(total)
+        return apply_averages(state, reduce.average(sums, state.model_state), optimizer, inputs)
+
+    def hash_step(total: jax.Array, params: Any, model_state: Any) -> jax.Array:
         sums, rows = shard_sums.unravel(total)
-        new_state, metrics = apply_averages(state, reduce.average(sums, state.model_state), optimizer, inputs)
-        # The very values that are returned are hashed, not values that are computed a second time for it.
-        new_state = jax.lax.optimization_barrier(new_state)
-        hashes = jnp.concatenate([_from_rows(rows), hashing.of_step(sums, new_state)])
-        return new_state, metrics | ({STEP_HASHES: hashes} if hashes.size else {})
+        return jnp.concatenate([hashes_in(rows).reshape(-1), hashing.of_step(sums, params, model_state)])
 
     whole = PartitionSpec()
     update_everywhere = device_program.PerDeviceProgram(
         update, mesh, in_specs=(whole, whole, whole), out_spec=whole, donate_argnums=(0,)
     )
 
+    hash_everywhere = device_program.PerDeviceProgram(hash_step, mesh, in_specs=(whole, whole, whole), out_spec=whole)
+
     def keyless_step(
         state: TrainState, key: _PlainKey, inputs: jax.Array | None, batch: Batch
     ) -> tuple[TrainState, Metrics]:
         loss_scale = precision.loss_scale(state.opt_state)
         total = shard_sums((state.params, state.model_state, key, state.step, loss_scale), batch)
-        return update_everywhere(state, inputs, total)
+        new_state, metrics = update_everywhere(state, inputs, total)
+        if hashing is NO_HASHING:
+            return new_state, metrics
+        # A program of its own: as a part of the update it would change what XLA fuses there, and with it the bits.
+        hashes = hash_everywhere(total, new_state.params, new_state.model_state)
+        return new_state, {**metrics, STEP_HASHES: hashes}
 
     # Programs compiled for one shape refuse any other, so the recompile check has nothing else to find.
     inputs = PlacedInputs(optimizer, mesh)
@@ -252,13 +260,21 @@ def canonical_step(
     return step if layout is layouts.replicated else _sharded_between_steps(step, mesh, layout)
 
 
-def make_shard_fn(loss_fn: reduce.LossFn, num_microbatches: int) -> Callable[..., reduce.Sums]:
-    """Return the sums of one logical shard, as a function of what all shards share, the shard and its index.
+def logical_shard_sums(
+    loss_fn: reduce.LossFn,
+    mesh: Mesh,
+    *,
+    logical_shards: int,
+    num_microbatches: int,
+    axis: str = DATA_AXIS,
+    hashing: Hashing = NO_HASHING,
+) -> canonical.LogicalShardSums:
+    """Return the sums of a canonical step: of what all shards share (see `shared_by_shards`) and the batch.
 
-    What is shared: see `shared_by_shards`.
+    They unravel to (sums, rows); `hashes_in` reads the hashes of each logical shard from the rows.
     """
 
-    def shard_fn(shared: tuple[Any, ...], shard: Batch, index: jax.Array) -> reduce.Sums:
+    def shard_fn(shared: tuple[Any, ...], shard: Batch, index: jax.Array) -> tuple[reduce.Sums, jax.Array]:
         params, model_state, key, step, loss_scale = shared
         sums = reduce.accumulate_sums(
             loss_fn,
@@ -270,10 +286,32 @@ def make_shard_fn(loss_fn: reduce.LossFn, num_microbatches: int) -> Callable[...
             first_index=index * num_microbatches,
             loss_scale=loss_scale,
         )
-        # Whatever is made of the sums, flat or hashed, is made of the same bits.
-        return jax.lax.optimization_barrier(sums)
+        return sums, jnp.zeros((logical_shards, 2 * num_hashes), jnp.float32)
 
-    return shard_fn
+    def add_hashes(flat: jax.Array, index: jax.Array) -> jax.Array:
+        """Write the shard's hashes into its own row: the sum over all shards then has those of each.
+
+        So they travel with the sums, whatever the layout. Half a hash is a float32 without rounding.
+        """
+        if not num_hashes:
+            return flat
+        hashes = _by_itself(hashing.of_shard, index >= 0, flat)
+        halves = jnp.concatenate([hashes >> 16, hashes & 0xFFFF]).astype(flat.dtype)
+        begin = flat.size - (logical_shards - index) * halves.size
+        return jax.lax.dynamic_update_slice(flat, halves, (begin,))
+
+    num_hashes = jax.eval_shape(hashing.of_shard, jax.ShapeDtypeStruct((1,), jnp.float32)).size
+    return canonical.LogicalShardSums(shard_fn, mesh, logical_shards=logical_shards, axis=axis, finish_fn=add_hashes)
+
+
+def _by_itself(function: Callable[..., jax.Array], true: jax.Array, *args: Any) -> jax.Array:
+    """Return `function(*args)`, compiled by itself: a branch of a conditional, which is taken.
+
+    XLA fuses nothing into the branch and nothing out of it. So what is hashed is the memory that the program returns,
+    and the rest of the program is what it would be without: a barrier would not do, XLA removes it before it fuses.
+    """
+    shape = jax.eval_shape(function, *args)
+    return jax.lax.cond(true, function, lambda *_: jnp.zeros(shape.shape, shape.dtype), *args)
 
 
 def shared_by_shards(state: TrainState) -> tuple[Any, ...]:
@@ -281,19 +319,11 @@ def shared_by_shards(state: TrainState) -> tuple[Any, ...]:
     return state.params, state.model_state, _PlainKey.of(state.key), state.step, precision.loss_scale(state.opt_state)
 
 
-def _in_own_row(hashes: jax.Array, index: jax.Array, num_rows: int) -> jax.Array:
-    """Return the hashes of one logical shard as a matrix whose sum over all shards holds those of each in its row.
-
-    So they travel with the sums, whatever the layout. Half a hash is a float32 without rounding.
-    """
-    halves = jnp.concatenate([hashes >> 16, hashes & 0xFFFF]).astype(jnp.float32)
-    return jnp.zeros((num_rows, halves.size), jnp.float32).at[index].set(halves)
-
-
-def _from_rows(rows: jax.Array) -> jax.Array:
-    """Return the hashes that `_in_own_row` made a matrix of: those of the first shard, of the second, ..."""
+def hashes_in(rows: jax.Array) -> jax.Array:
+    """Return the hashes in the rows of `logical_shard_sums`, uint32 [logical shards, hashes of each]."""
+    rows = rows.real if jnp.iscomplexobj(rows) else rows
     high, low = jnp.split(rows.astype(jnp.uint32), 2, axis=1)
-    return ((high << 16) | low).reshape(-1)
+    return (high << 16) | low
 
 
 def _sharded_between_steps(step: Step, mesh: Mesh, layout: layouts.Layout) -> Step:

@@ -79,7 +79,7 @@ def test_processes_that_would_not_share_the_copy_are_refused(monkeypatch):
         remote_runs.train(options(address()), write_record)
 
 
-@pytest.mark.parametrize("words", [["diff", "s3://b/a", "x"], ["join", "s3://b/a"]])
+@pytest.mark.parametrize("words", [["leave", "s3://b/a"], ["join", "s3://b/a"]])
 def test_commands_that_need_a_directory_on_this_machine_refuse_an_address(words, capsys):
     with pytest.raises(SystemExit):
         parser.make_parser().parse_args(words)

@@ -6,6 +6,8 @@ from typing import Protocol
 
 from jaxdist.errors import ExitStatus
 
+_FINAL_ENDS = ("nonfinite", "faulty_device")
+"""Ends that another attempt would only repeat."""
 _GOOD_ENDS = ("target_reached", "max_steps", "max_epochs", "max_seconds", "patience")
 FIRST_DELAY_SECONDS, LONGEST_DELAY_SECONDS = 1.0, 60.0
 """Pause after a first fruitless attempt, which doubles with each further one, and the longest pause. After an attempt
@@ -83,7 +85,7 @@ def decide(attempts: Sequence[Attempt], settings: RestartSettings, *, start_step
     last = attempts[-1]
     if last.end_reason in _GOOD_ENDS:  # even if a process was killed after that
         return End(ExitStatus.OK)
-    if last.exit_status == ExitStatus.OK or last.asked_to_stop or last.end_reason == "nonfinite":
+    if last.exit_status == ExitStatus.OK or last.asked_to_stop or last.end_reason in _FINAL_ENDS:
         return End(last.exit_status)
     if last.available:
         return Restart(0.0, last.available)

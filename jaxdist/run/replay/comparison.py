@@ -1,17 +1,17 @@
 """`jaxdist diff`: the first step, leaf and logical shard in which two canonical runs differ, read from their chains."""
 
 import dataclasses
+import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from jaxdist import errors
 from jaxdist.config.experiment import Experiment
-from jaxdist.run import directory
 from jaxdist.run.replay import step_chain
 from jaxdist.rundir import record
 
-DECIDING = (
+_DECIDING = (
     "model",
     "loss",
     "inputs",
@@ -27,14 +27,18 @@ DECIDING = (
 )
 """The settings that may decide the bits of a step. The stop rule is one, because schedules may end with it."""
 _COMPILERS = ("jax", "jaxlib")
+_PREDICTS = "model.predict_fn "
 _MOST_NAMED = 5
 
 
 def same_bits_expected(experiment: Experiment, earlier: record.RunRecord) -> bool:
     """Return whether `experiment`, in this process, must make the steps of a recorded run with the same bits."""
-    now = record.versions()
-    same_versions = all(earlier.versions.get(name) == now.get(name) for name in _COMPILERS)
-    return same_versions and not directory.changed_settings(experiment, earlier.config, DECIDING)
+    return not changed_versions(earlier) and not changed_since(earlier, experiment)
+
+
+def changed_since(earlier: record.RunRecord, experiment: Experiment) -> list[str]:
+    """Return which settings of a recorded run that decide the bits are others in `experiment`."""
+    return _changed(earlier.config, json.loads(json.dumps(record.plain(experiment))), _DECIDING)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +79,7 @@ def compare(first_dir: pathlib.Path, second_dir: pathlib.Path) -> Comparison:
     """
     first, second = _read(first_dir), _read(second_dir)
     chains = _chain(first_dir, first), _chain(second_dir, second)
-    settings = _changed(first.config, second.config, DECIDING)
+    settings = _changed(first.config, second.config, _DECIDING)
     versions = _changed(first.versions, second.versions, _COMPILERS)
     _check_same_form(chains[0].form, chains[1].form, settings)
     steps = min(first.step, second.step, len(chains[0].entries), len(chains[1].entries))
@@ -122,7 +126,13 @@ def chain_of(run_dir: pathlib.Path) -> tuple[record.RunRecord, step_chain.StepCh
 
 
 def _changed(first: Mapping[str, Any], second: Mapping[str, Any], names: tuple[str, ...]) -> list[str]:
-    return [change for name in names for change in record.differences(name, first.get(name), second.get(name))]
+    changes = [change for name in names for change in record.differences(name, first.get(name), second.get(name))]
+    return [change for change in changes if not _is_no_change(change)]
+
+
+def _is_no_change(change: str) -> bool:
+    """Return whether it decides nothing: a setting that another version lacks, or what only predictions use."""
+    return "not set" in change.split(" -> ")[0] or change.endswith("-> not set") or change.startswith(_PREDICTS)
 
 
 def _check_same_form(first: step_chain.Form, second: step_chain.Form, settings: list[str]) -> None:
@@ -132,7 +142,7 @@ def _check_same_form(first: step_chain.Form, second: step_chain.Form, settings: 
         why = f"one has {first.logical_shards} logical shards, the other {second.logical_shards}"
     else:
         why = f"they hold other leaves ({len(first.names)} and {len(second.names)} hashes)"
-    more = f" Their settings differ: {_shown(settings)}." if settings else ""
+    more = f" Their settings differ: {shown(settings)}." if settings else ""
     raise errors.UserError(f"Two runs of one model are compared step by step; of these, {why}.{more} Name two others.")
 
 
@@ -155,7 +165,7 @@ def _message(
     changes: list[str],
 ) -> str:
     missing = f" ({steps - compared} steps are recorded in one of them only)" if compared < steps else ""
-    changed = f"What decides the bits differs: {_shown(changes)}." if changes else ""
+    changed = f"What decides the bits differs: {shown(changes)}." if changes else ""
     if found is None:
         longer = f" {names[0]} made {made[0]} steps, {names[1]} {made[1]}." if made[0] != made[1] else ""
         return f"Equal: the same bits in steps 1 to {steps}{missing}.{longer} {changed}".strip()
@@ -180,6 +190,7 @@ def reading(found: step_chain.Difference) -> str:
     return "Only the long hash of all leaves shows it."
 
 
-def _shown(changes: list[str]) -> str:
+def shown(changes: list[str]) -> str:
+    """Return some changes as text, and how many more there are."""
     more = [f"{len(changes) - _MOST_NAMED} more"] if len(changes) > _MOST_NAMED else []
     return "; ".join([*changes[:_MOST_NAMED], *more])

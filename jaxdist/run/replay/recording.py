@@ -11,9 +11,10 @@ import jax
 import numpy as np
 
 from jaxdist.guards import step_hashes
+from jaxdist.run import components
 from jaxdist.run.loop import LOOK_EVERY, StepInfo
-from jaxdist.run.replay import step_chain
-from jaxdist.spmd.state import TrainState
+from jaxdist.run.replay import comparison, step_chain
+from jaxdist.rundir import record
 from jaxdist.spmd.step import STEP_HASHES
 
 _MOST_RECORDED = 100
@@ -76,22 +77,31 @@ def _tell(found: step_chain.Difference) -> None:
     )
 
 
+def recorder_of(
+    parts: components.Parts, run_dir: pathlib.Path, *, step: int, earlier: record.RunRecord | None
+) -> contextlib.AbstractContextManager[ChainRecorder | None]:
+    """Return the context of the hook that records a canonical run from `step` on; of None where none is recorded.
+
+    `earlier` is the record of the attempt before.
+    """
+    shards = parts.strategy.logical_shards
+    if shards is None or not parts.experiment.guards.step_hashes:
+        return contextlib.nullcontext()
+    form = step_chain.Form(shards, tuple(step_hashes.names(parts.abstract_state)))
+    compares = earlier is not None and comparison.same_bits_expected(parts.experiment, earlier)
+    before = earlier.extra.get("chain") if earlier else None
+    return recorded(run_dir, form, step=step, compares=compares, earlier=before)
+
+
 @contextlib.contextmanager
 def recorded(
-    run_dir: pathlib.Path,
-    state: TrainState,
-    *,
-    logical_shards: int,
-    step: int,
-    compares: bool,
-    earlier: Mapping[str, Any] | None,
+    run_dir: pathlib.Path, form: step_chain.Form, *, step: int, compares: bool, earlier: Mapping[str, Any] | None
 ) -> Iterator[ChainRecorder]:
-    """Yield the hook that records a canonical run; close its file.
+    """Yield the hook that records steps; close its file.
 
     Args:
       run_dir: the run directory.
-      state: may be abstract.
-      logical_shards: of a step.
+      form: what the hashes are of.
       step: the step that training continues from.
       compares: see `step_chain.ChainFile`.
       earlier: what the run record of an earlier attempt says of the chain.
@@ -99,6 +109,5 @@ def recorded(
     if jax.process_index() != 0:
         yield ChainRecorder(None, earlier)
         return
-    form = step_chain.Form(logical_shards, tuple(step_hashes.names(state)))
-    with contextlib.closing(step_chain.ChainFile(run_dir, form, step=step, compares=compares)) as recorder:
-        yield ChainRecorder(recorder, earlier)
+    with contextlib.closing(step_chain.ChainFile(run_dir, form, step=step, compares=compares)) as file:
+        yield ChainRecorder(file, earlier)

@@ -101,7 +101,7 @@ def _put_together(
     given: str | os.PathLike[str] | Experiment | None,
 ) -> components.Parts:
     found = trained.experiment_of(made, run_dir, given)
-    changed = directory.changed_settings(found, made.config, comparison.DECIDING)
+    changed = comparison.shown(comparison.changed_since(made, found))
     if changed:
         raise errors.UserError(
             f"A step is computed again with the settings it was trained with; these have changed since {run_dir} was "

@@ -90,6 +90,16 @@ def since(step: int) -> Choice:
     return lambda names, made: newest_and_best(names, made) | {name for name in names if uploads.order(name)[0] >= step}
 
 
+def newest_before(step: int) -> Choice:
+    """Return the choice of the newest checkpoint of a step before `step`."""
+
+    def choose(names: set[str], made: dict[str, Any]) -> set[str]:
+        del made
+        return set(sorted((name for name in names if uploads.order(name)[0] < step), key=uploads.order)[-1:])
+
+    return choose
+
+
 def one(checkpoint: str | int) -> Choice:
     """Return the choice of one checkpoint: "best" (the newest, where the run watched no metric), "last", or a step."""
 

@@ -48,6 +48,7 @@ def test_a_step_of_an_earlier_job_is_no_progress_of_this_one():
         failed(3, exit_status=75, asked_to_stop=True),
         failed(3, exit_status=130, asked_to_stop=True),
         failed(3, exit_status=1, end_reason="nonfinite"),
+        failed(3, exit_status=1, end_reason="faulty_device"),
     ],
 )
 def test_a_job_that_ended_by_its_own_rules_or_on_request_is_over(last):

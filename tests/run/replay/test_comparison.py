@@ -5,8 +5,10 @@ import types
 
 import numpy as np
 import pytest
+import tiny_experiment
 
 from jaxdist import errors
+from jaxdist.config import overrides
 from jaxdist.run.replay import comparison, step_chain
 from jaxdist.rundir import record
 
@@ -105,12 +107,27 @@ def test_steps_that_one_run_has_not_recorded_are_counted(tmp_path):
     assert "2 steps are recorded in one of them only" in str(found)
 
 
-def test_the_same_bits_are_expected_of_the_same_settings_and_versions(monkeypatch):
-    earlier = types.SimpleNamespace(versions=record.versions(), config={})
-    monkeypatch.setattr(comparison.directory, "changed_settings", lambda *args: "")
-    assert comparison.same_bits_expected(None, earlier)
-    monkeypatch.setattr(comparison.directory, "changed_settings", lambda *args: "seed 0 -> 1")
-    assert not comparison.same_bits_expected(None, earlier)
-    monkeypatch.setattr(comparison.directory, "changed_settings", lambda *args: "")
-    earlier.versions = record.versions() | {"jaxlib": "0.1"}
-    assert not comparison.same_bits_expected(None, earlier)
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ([], True),
+        (["log_every=7", "checkpoints.every_steps=1", "eval.every_epochs=2"], True),
+        (["seed=1"], False),
+        (["optimizer.learning_rate=0.2"], False),
+        (["logical_shards=4"], False),
+        (["stop.max_steps=11"], False),
+    ],
+)
+def test_the_same_bits_are_expected_of_the_same_settings(changes, expected):
+    experiment = tiny_experiment.get_config()
+    config = json.loads(json.dumps(record.plain(experiment)))
+    del config["data"]["prefetch"]  # recorded by a version that did not have it yet
+    earlier = types.SimpleNamespace(versions=record.versions(), config=config)
+    assert comparison.same_bits_expected(overrides.override(experiment, changes), earlier) is expected
+
+
+def test_other_bits_may_come_of_another_version():
+    experiment = tiny_experiment.get_config()
+    config = json.loads(json.dumps(record.plain(experiment)))
+    earlier = types.SimpleNamespace(versions=record.versions() | {"jaxlib": "0.1"}, config=config)
+    assert not comparison.same_bits_expected(experiment, earlier)

@@ -3,7 +3,6 @@
 import types
 
 import jax.numpy as jnp
-import numpy as np
 
 from jaxdist.run.loop import LOOK_EVERY
 from jaxdist.run.replay import recording, step_chain
@@ -67,11 +66,10 @@ def test_other_processes_record_nothing():
 
 
 def test_the_file_of_a_run_is_closed_with_what_was_recorded(tmp_path):
-    state = types.SimpleNamespace(params={"w": np.zeros(1)}, model_state=None)
-    where = {"logical_shards": 2, "step": 0, "compares": False, "earlier": None}
-    with recording.recorded(tmp_path, state, **where) as hook:
+    form = step_chain.Form(2, ("grads/w", "loss and metrics", "params/w"))
+    with recording.recorded(tmp_path, form, step=0, compares=False, earlier=None) as hook:
         hook(types.SimpleNamespace(step=1, metrics={STEP_HASHES: jnp.arange(5, dtype=jnp.uint32)}))
         hook.finish(1)
     found = step_chain.read(tmp_path)
-    assert found.form.names == ("grads/w", "loss and metrics", "params/w")
+    assert found.form == form
     assert found.entry(1)["shards"].tolist() == [0, 1]

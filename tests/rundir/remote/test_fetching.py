@@ -50,6 +50,8 @@ def test_a_run_is_fetched_with_its_newest_and_its_best_checkpoint(store, tmp_pat
         (fetching.one(20), {"20"}),
         (fetching.since(20), {"10", "20", "30"}),
         (fetching.since(30), {"10", "30"}),
+        (fetching.newest_before(30), {"20"}),
+        (fetching.newest_before(31), {"30"}),
     ],
 )
 def test_those_that_are_asked_for_are_fetched(store, tmp_path, choose, found):

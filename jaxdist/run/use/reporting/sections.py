@@ -10,7 +10,12 @@ from jaxdist.rundir import confusion, record
 from jaxdist.rundir.writers import format_number
 
 _MARKS = {"running": ("●", "live"), "interrupted": ("↻", "again"), "preempted": ("↻", "again"), "hang": ("↻", "again")}
-_MARKS |= {"nonfinite": ("✕", "bad"), "error": ("✕", "bad"), "unfinished": ("?", "again")}
+_MARKS |= {
+    "nonfinite": ("✕", "bad"),
+    "faulty_device": ("✕", "bad"),
+    "error": ("✕", "bad"),
+    "unfinished": ("?", "again"),
+}
 _WELL = ("✓", "good")
 _NONE = "&ndash;"
 _COUNTERS = {

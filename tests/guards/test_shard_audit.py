@@ -1,0 +1,244 @@
+"""The audit of a logical shard: every device computes it, and the one that is alone with its bits is named.
+
+Faults are real ones as far as the program goes: one device's copy of an array holds other bits, or one device runs a
+program in which an operator computes something else.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxdist.guards import shard_audit, step_hashes
+from jaxdist.spmd import step as steps
+from jaxdist.spmd.mesh import make_mesh
+from jaxdist.spmd.state import create_state
+
+pytestmark = pytest.mark.usefixtures("shared_compilations")
+SHARDS = 8
+
+
+def init_fn(key):
+    return {"in": jax.random.normal(key, (3, 5)), "out": jnp.ones(5)}
+
+
+def make_loss(activation):
+    def loss_fn(params, batch, key):
+        return jnp.mean((activation(batch["x"] @ params["in"]) @ params["out"] - batch["y"]) ** 2), {}
+
+    return loss_fn
+
+
+def slightly_wrong(values):
+    """Return the hyperbolic tangent, with an error in the last bits."""
+    return jnp.tanh(values) * jnp.float32(1 + 2**-22)
+
+
+class OneFaultyDevice:
+    """A program that is another one on one device, from its first call on or in one call only."""
+
+    def __init__(self, right, wrong, device, *, only_call=None):
+        self._right, self._wrong, self._device, self._only = right, wrong, device, only_call
+        self.calls = 0
+
+    def __call__(self, *args):
+        right = self._right(*args)
+        self.calls += 1
+        if self._only not in (None, self.calls):
+            return right
+        pieces = [
+            (bad if bad.device == self._device else good).data
+            for good, bad in zip(right.addressable_shards, self._wrong(*args).addressable_shards, strict=True)
+        ]
+        return jax.make_array_from_single_device_arrays(right.shape, right.sharding, pieces)
+
+
+class Setting:
+    """A step and its audit on some devices."""
+
+    def __init__(self, num_devices, activation=jnp.tanh):
+        loss_fn = make_loss(activation)
+        self.mesh = make_mesh(devices=jax.devices()[:num_devices])
+        self.devices, optimizer = list(self.mesh.devices.flat), optax.adam(0.1)
+        self.audit = shard_audit.ShardAudit(loss_fn, self.mesh, logical_shards=SHARDS, num_microbatches=1)
+        hashing = step_hashes.StepHashing()
+        self.step = steps.canonical_step(loss_fn, optimizer, self.mesh, logical_shards=SHARDS, hashing=hashing)
+        self.state = create_state(init_fn, optimizer, mesh=self.mesh, seed=0)
+        random = np.random.default_rng(0)
+        rows = {"x": random.normal(size=(16, 3)).astype("f4"), "y": random.normal(size=16).astype("f4")}
+        self.batch = jax.device_put(rows, NamedSharding(self.mesh, PartitionSpec("data")))
+
+    def own_hashes(self):
+        """Return what the step makes of each logical shard; it leaves the state of the setting as it is."""
+        state = jax.tree.map(lambda leaf: jax.jit(jnp.copy)(leaf), self.state)
+        return np.asarray(self.step(state, self.batch)[1][steps.STEP_HASHES])[:SHARDS]
+
+    def flipped(self, name, device, place, bit):
+        """Return the state with one bit flipped in one device's copy of a param."""
+        leaf = self.state.params[name]
+        pieces = []
+        for piece in leaf.addressable_shards:
+            values = np.array(piece.data)
+            if piece.device == device:
+                values.reshape(-1).view("u4")[place % values.size] ^= np.uint32(1 << bit)
+            pieces.append(jax.device_put(values, piece.device))
+        other = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, pieces)
+        return steps.TrainState(
+            self.state.step, {**self.state.params, name: other}, None, self.state.opt_state, self.state.key
+        )
+
+
+@pytest.fixture(scope="module")
+def four():
+    return Setting(4)
+
+
+@pytest.fixture(scope="module")
+def four_slightly_wrong():
+    return Setting(4, slightly_wrong)
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 4])
+def test_honest_devices_agree_with_each_other_and_with_the_step(num_devices):
+    setting = Setting(num_devices)
+    own = setting.own_hashes()
+    for shard in range(SHARDS):
+        votes = setting.audit.votes(setting.state, setting.batch, shard)
+        assert votes.shape == (num_devices, 2)
+        assert shard_audit.judge(votes, step=1, shard=shard) is None
+        assert shard_audit.judge_step(votes, int(own[shard]), 0, step=1, shard=shard) is None
+
+
+def check_params(setting, random):
+    """A flipped bit in one device's copy of a param names that device, even if no gradient sees it."""
+    name, device = str(random.choice(["in", "out"])), int(random.integers(4))
+    state = setting.flipped(name, setting.devices[device], int(random.integers(15)), int(random.integers(32)))
+    shard = int(random.integers(SHARDS))
+    found = shard_audit.judge(setting.audit.votes(state, setting.batch, shard), step=3, shard=shard)
+    assert found == shard_audit.Finding(3, shard, (device,), True, "params")
+
+
+def check_operator(setting, wrong, random, *, lasting):
+    """An operator that errs on one device names that device, in every audit or in the one in which it erred."""
+    device, shard = int(random.integers(4)), int(random.integers(SHARDS))
+    honest = setting.audit._compute
+    wrong.audit.votes(setting.state, setting.batch, shard)  # compiles
+    faulty = OneFaultyDevice(honest, wrong.audit._compute, setting.devices[device], only_call=None if lasting else 2)
+    setting.audit._compute = faulty
+    try:
+        audits = [setting.audit.votes(setting.state, setting.batch, shard) for _ in range(3)]
+    finally:
+        setting.audit._compute = honest
+    found = [shard_audit.judge(votes, step=1, shard=shard) for votes in audits]
+    named = shard_audit.Finding(1, shard, (device,), True, "computation")
+    assert found == ([named] * 3 if lasting else [None, named, None])
+
+
+def check_step(setting, wrong, random):
+    """A device that erred in the step alone is named by the audit of one of its shards, and of no other device's."""
+    device = int(random.integers(4))
+    wrong.own_hashes()  # compiles
+    setting.own_hashes()
+    honest, sums = _shard_program(setting.step), _shard_program(wrong.step)
+    program = OneFaultyDevice(honest, sums, setting.devices[device])
+    _set_shard_program(setting.step, program)
+    try:
+        own = setting.own_hashes()
+    finally:
+        _set_shard_program(setting.step, honest)
+    for shard in range(SHARDS):
+        owner = shard_audit.owner_of(shard, logical_shards=SHARDS, num_devices=4)
+        votes = setting.audit.votes(setting.state, setting.batch, shard)
+        found = shard_audit.judge_step(votes, int(own[shard]), owner, step=2, shard=shard)
+        expected = shard_audit.Finding(2, shard, (device,), True, "step") if owner == device else None
+        assert found == expected
+
+
+def _programs(step):
+    cells = dict(zip(step._program.__code__.co_freevars, step._program.__closure__, strict=True))
+    return cells["shard_sums"].cell_contents._programs
+
+
+def _shard_program(step):
+    return _programs(step)._sums
+
+
+def _set_shard_program(step, program):
+    _programs(step)._sums = program
+
+
+def check_all(setting, wrong, times):
+    for seed in range(times):
+        random = np.random.default_rng(seed)
+        check_params(setting, random)
+        check_operator(setting, wrong, random, lasting=True)
+        check_operator(setting, wrong, random, lasting=False)
+        check_step(setting, wrong, random)
+
+
+def test_a_faulty_device_is_named(four, four_slightly_wrong):
+    check_all(four, four_slightly_wrong, times=2)
+
+
+@pytest.mark.soak
+def test_a_faulty_device_is_named_100_of_100_times(four, four_slightly_wrong):
+    check_all(four, four_slightly_wrong, times=100)
+
+
+@pytest.mark.soak
+def test_ten_thousand_clean_audits_raise_no_alarm(four):
+    own = four.own_hashes()
+    for number in range(10_000):
+        shard = shard_audit.chosen_shard(number, logical_shards=SHARDS, seed=0)
+        votes = four.audit.votes(four.state, four.batch, shard)
+        assert shard_audit.judge(votes, step=number, shard=shard) is None
+        assert shard_audit.judge_step(votes, int(own[shard]), 0, step=number, shard=shard) is None
+
+
+@given(num_devices=st.integers(1, 9), odd=st.sets(st.integers(0, 8)), column=st.integers(0, 1))
+def test_a_minority_is_named_and_without_a_majority_all_disagree(num_devices, odd, column):
+    odd = tuple(sorted(place for place in odd if place < num_devices))
+    votes = np.full((num_devices, 2), 7, np.uint32)
+    votes[list(odd), column] = 9
+    found = shard_audit.judge(votes, step=5, shard=3)
+    if len(odd) in (0, num_devices):
+        assert found is None
+    elif 2 * len(odd) == num_devices:
+        assert (found.suspects, found.named) == (tuple(range(num_devices)), False)
+    else:
+        rest = tuple(place for place in range(num_devices) if place not in odd)
+        assert (found.suspects, found.named) == (min(odd, rest, key=len), True)
+    assert found is None or found.what == ("params", "computation")[column]
+
+
+def test_a_finding_is_a_sentence_that_names_the_device():
+    devices = jax.devices()
+    named = shard_audit.Finding(40, 3, (2,), True, "computation").tell(devices[:4])
+    assert named == (
+        f"{devices[2]} (process 0) computes wrongly: in the audit of step 40, it computed logical shard 3 with other "
+        "bits than the others, from equal params."
+    )
+    two = shard_audit.Finding(40, 3, (0, 1), False, "params").tell(devices[:2])
+    assert "disagree" in two
+    assert "With three devices or more" in two
+    assert "a fault that has passed" in shard_audit.Finding(40, 3, (0,), True, "step").tell(devices[:4])
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "owners"), [(1, [0] * 8), (2, [0] * 4 + [1] * 4), (3, [0, 0, 1, 1, 1, 2, 2, 2])]
+)
+def test_the_owner_of_a_shard(num_devices, owners):
+    found = [shard_audit.owner_of(shard, logical_shards=8, num_devices=num_devices) for shard in range(8)]
+    assert found == owners
+
+
+def test_each_shard_has_its_turn_in_an_order_by_chance():
+    turns = [
+        [shard_audit.chosen_shard(8 * turn + place, logical_shards=8, seed=1) for place in range(8)] for turn in (0, 1)
+    ]
+    assert [sorted(turn) for turn in turns] == [list(range(8))] * 2
+    assert turns[0] != turns[1]
