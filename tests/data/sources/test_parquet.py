@@ -122,7 +122,7 @@ def test_rows_are_read_by_group_and_a_few_groups_are_kept(tmp_path):
     columns = {"id": range(7), "vector": [[i, i + 0.5] for i in range(7)]}
     write(tmp_path / "a.parquet", columns, row_group_size=3)
     write(tmp_path / "b.parquet", {"id": range(7, 10), "vector": [[i, i + 0.5] for i in range(7, 10)]})
-    source = pickle.loads(pickle.dumps(ParquetSource(tmp_path, cache_bytes=200)))
+    source = pickle.loads(pickle.dumps(ParquetSource(tmp_path, cache_bytes=150)))
     loader = Loader(source, global_batch_size=4, seed=0, shuffle=False, num_epochs=1, num_threads=2)
     batches = [batch for batch, _ in loader]
     np.testing.assert_array_equal(np.concatenate([b["id"][b["mask"] == 1] for b in batches]), np.arange(10))
