@@ -23,7 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
@@ -33,6 +33,7 @@ import numpy as np
 
 import jaxdist
 from jaxdist import losses
+from jaxdist.launch.joining import runtime
 from jaxdist.models import cnn, gpt, mlp, resnet, vit
 from jaxdist.plan import chips, estimate, topology
 from jaxdist.run import components
@@ -121,19 +122,17 @@ def program_of(parts: components.Parts) -> Any:
     return step.trace(state, batch).lower().compile()
 
 
-def bytes_rows() -> list[dict[str, Any]]:
-    rows = []
+def bytes_rows() -> Iterator[dict[str, Any]]:
     for (name, make), layout in itertools.product(MODELS, LAYOUTS):
         each = dataclasses.replace(make(), strategy=layout)
         made = planned(each, jax.devices()[:NUM_DEVICES])
         memory = program_of(components.put_together(each, devices=jax.devices()[:NUM_DEVICES])).memory_analysis()
         theirs = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         theirs += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-        rows.append(row(f"bytes/{name}, {layout}", made.bytes.total, theirs, "bytes per device"))
+        yield row(f"bytes/{name}, {layout}", made.bytes.total, theirs, "bytes per device")
         sent = sum(number for _, number in made.collectives.values())
-        rows.append(row(f"sent/{name}, {layout}", sent, ring(made, layout), "bytes sent per device and step"))
+        yield row(f"sent/{name}, {layout}", sent, ring(made, layout), "bytes sent per device and step")
         gc.collect()
-    return rows
 
 
 def ring(made: estimate.Estimate, layout: str) -> float:
@@ -145,17 +144,15 @@ def ring(made: estimate.Estimate, layout: str) -> float:
     return passes * 4 * made.num_params * (NUM_DEVICES - 1) / NUM_DEVICES
 
 
-def memory_rows() -> list[dict[str, Any]]:
+def memory_rows() -> Iterator[dict[str, Any]]:
     """Measure each model in a process of its own: memory that another gave back would hide what a step takes."""
-    rows = []
     for number in range(len(MEMORY)):
         command = [sys.executable, __file__, "--memory-of", str(number)]
         environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
         # Memory that is freed goes back at once, so that taking it again is seen.
         environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
         shown = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-        rows.append(json.loads(shown.splitlines()[-1]))
-    return rows
+        yield json.loads(shown.splitlines()[-1])
 
 
 def memory_row(number: int) -> dict[str, Any]:
@@ -266,13 +263,19 @@ def main() -> None:
     if options.memory_of is not None:
         print(json.dumps(memory_row(options.memory_of)))
         return
-    parts = {"bytes": bytes_rows, "memory": memory_rows, "time": time_rows}
-    rows = [each for name, make in parts.items() if options.only in (None, name) for each in make()]
-    for each in rows:
+    runtime.use_compilation_cache()
+    parts: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {
+        "bytes": bytes_rows,
+        "memory": memory_rows,
+        "time": time_rows,
+    }
+    rows = []
+    for each in (each for name, make in parts.items() if options.only in (None, name) for each in make()):
+        rows.append(each)
         shown = (
             f"{each['name']:<46} {each['ours']:>14.6g} {each['theirs']:>14.6g} {each['ratio']:>7.3f}  {each['unit']}"
         )
-        print(json.dumps(each) if options.json else shown)
+        print(json.dumps(each) if options.json else shown, flush=True)
     print("\n".join(summary(rows)), file=sys.stderr if options.json else sys.stdout)
 
 
