@@ -65,13 +65,14 @@ def on_register(state: SchedulerState, request: messages.Register, now: float, o
         _greet_again(state, request, out)
         return
     worker = worker_number(request.name)
-    if worker is not None and state.membership is None:
-        return  # the servers join first; the worker repeats its request
-    state.boots[request.name] = request.boot
+    if worker is not None and (state.membership is None or request.boot < state.joining.get(worker, -1)):
+        return  # the servers join first, and the worker repeats its request; or a late copy of an older request
     state.processes[request.name] = ProcessStatus(request.boot, now, progress_at=now)
     if worker is not None:
-        state.joining.add(worker)
-    elif state.membership is not None:
+        state.joining[worker] = request.boot
+        return
+    state.boots[request.name] = request.boot
+    if state.membership is not None:
         _server_returns(state, request, now, out)
     elif all(name in state.boots for name in succession.server_names(state.settings)):
         name, trained = state.saved_cut
@@ -107,8 +108,9 @@ def admit(state: SchedulerState, now: float, out: Output) -> None:
     members = state.membership.members
     # Its first clock is set once all clocks are known (see leases._bench); until then no reader waits for it.
     benched = state.gated()
-    joining, state.joining = sorted(state.joining), set()
-    for worker in joining:
+    joining, state.joining = dict(sorted(state.joining.items())), {}
+    for worker, boot in joining.items():
+        state.boots[worker_name(worker)] = boot
         _drop_worker(state, worker)
         state.incarnations += 1
         state.workers[worker] = WorkerStatus(state.incarnations, benched=benched)
@@ -257,7 +259,8 @@ def on_died(state: SchedulerState, note: messages.Died, now: float, out: Output)
         return
     worker, shard = worker_number(note.name), server_shard(note.name)
     if worker is not None:
-        state.joining.discard(worker)
+        if state.joining.get(worker, note.boot + 1) <= note.boot:
+            del state.joining[worker]
         if worker in state.workers:
             _drop_worker(state, worker)
             change(state, now, out, members=tuple(m for m in state.membership.members if m.worker != worker))

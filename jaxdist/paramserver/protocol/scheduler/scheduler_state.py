@@ -55,7 +55,9 @@ class SchedulerState:
         self.processes: dict[str, ProcessStatus] = {}
         self.boots: dict[str, int] = {}
         self.workers: dict[int, WorkerStatus] = {}
-        self.joining: set[int] = set()  # workers that registered since the last tick
+        # Workers that registered since the last tick, and their boots. Those in `boots` belong to the incarnations of
+        # the membership, so that a restarted scheduler does not take a new process for the one before it.
+        self.joining: dict[int, int] = {}
         self.idle: set[int] = set()  # workers that asked for a lease and have none
         self.unreported: set[int] = (
             set()

@@ -178,3 +178,13 @@ def test_a_backup_whose_death_is_told_is_no_longer_waited_for():
     cast.tell(messages.Died("server/0/b", 1))
     (place,) = cast.state.membership.shards
     assert (place.primary, place.backup) == ("server/0/a", "")
+
+
+def test_a_restarted_worker_is_not_taken_for_its_predecessor_by_a_restarted_scheduler():
+    """Both count their leases from 1, so the table of applied pushes would take the new ones for copies of the old."""
+    cast = stages.Cast(stages.settings(workers=2, mode="async")).join()
+    cast.tell(messages.Register("worker/0", 2), messages.Died("worker/1", 1))  # a term before the tick
+    again = cast.restarted()
+    again.tell(messages.Register("worker/0", 2))
+    again.tick()
+    assert again.state.workers[0].incarnation == 3
