@@ -92,7 +92,7 @@ REFUSED = {
     "loss=classification": r"loss takes a function or None",
     "optimizer=adam": r"optimizer is a group of settings; set one of its fields: name, learning_rate,",
     "optimizer.schedule=cosine": r"optimizer\.schedule is a group of settings; set one of its fields: name, warmup",
-    "model=mlp": r"model is a group of settings; set one of its fields: num_classes, width, num_layers, dropout_rate\.",
+    "model=mlp": r"model is a group of settings; set one of its fields: num_classes, width, num_layers, dropout_rate, ",
     "seed": r"NAME=VALUE.*got 'seed'",
     "=3": r"NAME=VALUE",
     "optimizer..name=sgd": r"no field ''",

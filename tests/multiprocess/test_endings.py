@@ -78,6 +78,9 @@ LINES = {
         "test_a_hang_is_one_message_that_names_the_process",
         "test_the_only_process_of_a_job_is_killed_when_it_was_stopped_too_long_and_the_job_goes_on",
     ],
+    "processes [join, leave or are lost](changing_processes.md)": [
+        "test_a_job_on_1_2_4_3_2_4_processes_makes_the_model_of_one_device"
+    ],
     "the disk is full": [FULL, "test_a_full_disk"],
     "the disk is full at the end": [
         FULL,
