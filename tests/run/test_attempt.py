@@ -409,7 +409,7 @@ def test_wrong_settings_create_nothing(tmp_path):
     refused(r"stop\.max_steps must be positive", tmp_path / "run", "stop.max_steps=0")
     refused("needs a rule that ends it", tmp_path / "run", "stop.max_steps=None")
     refused("no effect on momentum", tmp_path / "run", "optimizer.beta1=0.5")
-    refused("power of two", tmp_path / "run", "reduction=canonical", "logical_shards=6")
+    refused("multiple of 6", tmp_path / "run", "reduction=canonical", "logical_shards=6")
     assert not (tmp_path / "run").exists()
 
 

@@ -95,7 +95,7 @@ class Conductor:
     def _line(self, trial: sweep_record.Trial, outcome: trial_runs.TrialOutcome) -> str:
         heads = ranking.columns(self.sweep)
         named = " ".join(f"{heads[path]}={value}" for path, value in trial.settings.items())
-        start = f"trial {trial.number + 1} of {self.sweep.num_trials}, {named}:"
+        start = f"trial {trial.number}, {trial.number + 1} of {self.sweep.num_trials}, {named}:"
         if outcome.refused or outcome.failed:
             return f"{start} {'refused' if outcome.refused else 'failed'}. {outcome.refused or outcome.failed}"
         found = ranking.ranked(self.sweep_dir, self.sweep, trial)

@@ -48,8 +48,8 @@ def test_each_trial_is_run_once_and_a_failing_one_ends_nothing(tmp_path, capsys)
         ("0 is no width", None), (None, "out of memory"), (None, None)
     ]  # fmt: skip
     told = capsys.readouterr().err.splitlines()
-    assert told[0] == "jaxdist: trial 1 of 3, width=0: refused. 0 is no width"
-    assert told[2].startswith("jaxdist: trial 3 of 3, width=2: eval/accuracy 0.2 at step 3, max_steps")
+    assert told[0] == "jaxdist: trial 0, 1 of 3, width=0: refused. 0 is no width"
+    assert told[2].startswith("jaxdist: trial 2, 3 of 3, width=2: eval/accuracy 0.2 at step 3, max_steps")
 
 
 def test_a_killed_sweep_runs_what_is_left_and_what_failed(tmp_path):
