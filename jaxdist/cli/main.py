@@ -5,6 +5,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from jaxdist import extras
 from jaxdist.cli import parser
 from jaxdist.errors import ExitStatus, RunFailedError, UserError
 from jaxdist.launch import viewer
@@ -32,6 +33,11 @@ def run(arguments: Sequence[str]) -> int:
             traceback.print_exception(error)
         print(f"jaxdist: {error}", file=sys.stderr)
         return error.exit_status
+    except extras.MissingExtra as error:
+        if options.traceback:
+            traceback.print_exception(error)
+        print(f"jaxdist: {error}", file=sys.stderr)
+        return ExitStatus.USER
     except KeyboardInterrupt:
         print("jaxdist: Interrupted; nothing was left to save.", file=sys.stderr)
         return ExitStatus.INTERRUPTED

@@ -7,6 +7,7 @@ is random, so neighbours are random pairs.
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -131,7 +132,7 @@ class OneOf:
         """The rows that any of the functions needs together; None where one needs the whole batch."""
         sizes = [getattr(each, "group_size", None) for each in self.batch_fns]
         known = [size for size in sizes if size is not None]
-        return int(np.lcm.reduce(known)) if len(known) == len(sizes) else None
+        return math.lcm(*known) if len(known) == len(sizes) else None
 
     def __call__(self, batch: HostArrays, random: np.random.Generator, rows: BatchRows) -> Mapping[str, np.ndarray]:
         """See BatchFn."""

@@ -113,7 +113,8 @@ class Finding:
 def judge(votes: np.ndarray, *, step: int, shard: int) -> Finding | None:
     """Return what the devices' votes say, see `ShardAudit.votes`; None where they agree."""
     for column, what in enumerate(("params", "computation")):
-        values, counts = np.unique(votes[:, column], return_counts=True)
+        found: tuple[np.ndarray, np.ndarray] = np.unique(votes[:, column], return_counts=True)
+        values, counts = found
         if len(values) == 1:
             continue
         named = bool(counts.max() * 2 > len(votes))

@@ -267,7 +267,7 @@ class _Column:
             column = column.cast(pyarrow.large_binary())
             ends, data = column.buffers()[1:]
             self._ends = np.frombuffer(ends, np.int64)[column.offset : column.offset + len(column) + 1]
-            self._values = np.frombuffer(data, np.uint8) if data is not None else np.empty(0, np.uint8)
+            self._values: np.ndarray = np.frombuffer(data, np.uint8) if data is not None else np.empty(0, np.uint8)
             return
         if types.is_decimal(column.type):
             column = column.cast(pyarrow.float64())
