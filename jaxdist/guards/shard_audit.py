@@ -113,12 +113,11 @@ class Finding:
 def judge(votes: np.ndarray, *, step: int, shard: int) -> Finding | None:
     """Return what the devices' votes say, see `ShardAudit.votes`; None where they agree."""
     for column, what in enumerate(("params", "computation")):
-        found: tuple[np.ndarray, np.ndarray] = np.unique(votes[:, column], return_counts=True)
-        values, counts = found
+        values, counts = np.unique(votes[:, column], return_counts=True)
         if len(values) == 1:
             continue
-        named = bool(counts.max() * 2 > len(votes))
-        odd = votes[:, column] != values[counts.argmax()] if named else np.ones(len(votes), bool)
+        named = bool(max(counts) * 2 > len(votes))
+        odd = votes[:, column] != values[np.argmax(counts)] if named else np.ones(len(votes), bool)
         return Finding(step, shard, tuple(int(place) for place in np.flatnonzero(odd)), named, what)
     return None
 
