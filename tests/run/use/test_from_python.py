@@ -59,6 +59,15 @@ def test_what_cannot_be_trained_here_is_refused(tiny, tmp_path):
         train(dataclasses.replace(tiny, strategy="parameter-server"), tmp_path)
 
 
+@pytest.fixture
+def interruptible():
+    """A process in the background of a shell may have been started to ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_signal_ends_the_run_with_a_checkpoint(tiny, tmp_path):
     def interrupt(info):
         if info.step == 2:

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 
+import jax
 import moto.server
 import pytest
 import s3fs
 import test_mirror
 
 from jaxdist.cli import main
+from jaxdist.launch.joining import runtime
 from jaxdist.rundir.remote import mirror, run_store, uploads, working_copy
 from jaxdist.rundir.remote.run_address import Address
 
@@ -63,7 +65,8 @@ def test_an_object_is_created_by_one_of_two_jobs(bucket):
     assert store.read("lock.json") == b"a"
 
 
-def test_a_run_trains_resumes_and_is_used_at_its_address(bucket, tmp_path, capsys):
+def test_a_run_trains_resumes_and_is_used_at_its_address(bucket, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runtime, "start", lambda num_devices=None: jax.devices()[: num_devices or 1])
     address, tiny = f"{bucket}/runs/first", str(TESTS / "tiny_experiment.py")
     assert main.run(["train", tiny, "--run-dir", address, "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
