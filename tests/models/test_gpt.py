@@ -37,6 +37,7 @@ def test_a_short_sequence_uses_the_first_positions_and_a_long_one_is_refused():
         MODEL.apply(variables, jnp.zeros((1, 7), jnp.int32), train=False)
 
 
+@pytest.mark.slow
 def test_packed_examples_give_the_logits_that_each_gives_alone():
     """Attention and positions: as if no other example were in the row; filling (segment 0) changes nothing either."""
     variables = jax.jit(lambda: MODEL.init(jax.random.key(0), TOKENS, train=False))()

@@ -22,6 +22,7 @@ def params_of(model, inputs, seed=0):
     return jax.jit(lambda key: model.init(key, inputs, train=False)["params"])(jax.random.key(seed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [SMALL, SMALL.clone(tie_embeddings=True)], ids=["untied", "tied"])
 def test_at_the_base_width_a_gpt_has_the_bits_of_the_standard_one(model):
     base = model.clone(base_width=model.width)

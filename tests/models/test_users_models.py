@@ -120,7 +120,7 @@ def trained(functions, reduction, num_devices):
 
 
 CASES = [("linen", name) for name in users_models.LINEN] + [("nnx", name) for name in users_models.NNX]
-QUICK = (("linen", "scan"), ("linen", "batch norm"), ("nnx", "tied weights"))
+QUICK = (("linen", "batch norm"), ("nnx", "tied weights"))
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,10 @@ def on_one_core():
         os.sched_setaffinity(0, before)
 
 
-@pytest.mark.parametrize("strategy_name", [pytest.param("zero1", marks=pytest.mark.soak), "fsdp"])
+SOAK_AND_SLOW = [pytest.param("zero1", marks=pytest.mark.soak), pytest.param("fsdp", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("strategy_name", SOAK_AND_SLOW)
 def test_layouts_over_two_processes_equal_those_in_one(strategy_name):
     """Two processes of four devices against one of eight, after three steps."""
     arguments = ("cnn", strategy_name, "mean", 3)

@@ -158,6 +158,7 @@ def test_with_tls_processes_with_a_certificate_meet(tmp_path):
             assert "asks for mutual TLS" in output
 
 
+@pytest.mark.slow
 def test_with_tls_a_process_without_a_certificate_is_turned_away(tmp_path):
     port = free_port()
     coordinator = start(port, 0, tmp_path / "run", seconds=8, environment=WITH_CERTIFICATE)
