@@ -65,6 +65,7 @@ HEAVY = {
     "tensorflow",
     "tensorflow_datasets",
     "torch",
+    "trackio",
     "wandb",
     "zstandard",
 }

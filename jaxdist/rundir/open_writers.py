@@ -22,6 +22,7 @@ KINDS = ("console", "jsonl", "csv", "tensorboard")
 """The console and the files of the run directory; see `writers`."""
 TRACKERS = {
     "mlflow": "jaxdist.rundir.trackers.mlflow_tracker",
+    "trackio": "jaxdist.rundir.trackers.trackio_tracker",
     "wandb": "jaxdist.rundir.trackers.wandb_tracker",
 }
 """The trackers of this package: each is a module with `check()` and `make(run)`, imported when it is used."""

@@ -50,7 +50,7 @@ def test_a_package_adds_a_writer_by_an_entry_point(tmp_path, added):
 def test_an_unknown_writer_is_refused_with_the_nearest_name(added):
     with pytest.raises(errors.UserError, match="Did you mean 'jsonl'"):
         writers.check(("json",))
-    with pytest.raises(errors.UserError, match="mlflow, wandb, lines"):
+    with pytest.raises(errors.UserError, match="mlflow, trackio, wandb, lines"):
         writers.check(("xyz",))
 
 

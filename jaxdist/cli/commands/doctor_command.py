@@ -24,6 +24,7 @@ EXTRAS = {
     "remote": ("fsspec",),
     "report": ("plotly",),
     "text": ("sentencepiece", "tokenizers"),
+    "trackio": ("trackio",),
     "wandb": ("wandb",),
 }
 LEAST_FREE_BYTES = 2 << 30
