@@ -61,9 +61,10 @@ class SearchResult:
     interrupted: bool = False
 
 
-def ways(num_devices: int, host_devices: int | None) -> list[tuple[str, ...]]:
-    """Return the assignments of each way to spread a model over so many devices."""
-    found: list[tuple[str, ...]] = [(f"strategy={name}", "mesh=None") for name in STRATEGIES]
+def ways(num_devices: int, host_devices: int | None, *, has_mesh: bool = False) -> list[tuple[str, ...]]:
+    """Return the assignments of each way to spread a model over so many devices; `has_mesh`: as it is, it has one."""
+    default_mesh = ("mesh=None",) if has_mesh else ()
+    found: list[tuple[str, ...]] = [(f"strategy={name}", *default_mesh) for name in STRATEGIES]
     on_host = host_devices or HOST_DEVICES
     if num_devices % on_host == 0 and num_devices > on_host:
         found.append(("strategy=hsdp", f"mesh={{'data': {num_devices // on_host}, 'fsdp': {on_host}}}"))
@@ -89,7 +90,7 @@ def search(experiment: Experiment, topology: Topology, *, show: Callable[[int, i
     """
     results: queue.Queue[_Result] = queue.Queue()
     stop = threading.Event()
-    todo = ways(len(topology.devices), topology.chip.host_devices)
+    todo = ways(len(topology.devices), topology.chip.host_devices, has_mesh=experiment.mesh is not None)
 
     def climb(way: tuple[str, ...]) -> None:
         for saving in savings(experiment):

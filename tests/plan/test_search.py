@@ -23,7 +23,7 @@ def test_a_search_ranks_what_works_and_keeps_what_was_refused():
     assert [each.estimate.step_seconds for each in works] == sorted(each.estimate.step_seconds for each in works)
     ways = search.ways(8, None)
     assert said[-1][:2] == (len(ways), len(ways))
-    assert {each.assignments[:2] for each in found} == set(ways)
+    assert {tuple(each for each in one.assignments if "num_microbatches" not in each) for one in found} == set(ways)
     assert {each.assignments[0] for each in works} == {f"strategy={name}" for name in search.STRATEGIES}
     assert all(each.refused for each in found if each.assignments[0] == "strategy=tensor"), "an MLP has no such rules"
 
@@ -92,7 +92,10 @@ def test_remat_is_tried_before_more_microbatches_where_the_model_has_it():
 
 
 @pytest.mark.parametrize(("devices", "host"), [(8, None), (16, None), (64, 8), (256, None), (1, None)])
-def test_every_mesh_has_all_devices(devices, host):
-    for strategy, mesh in search.ways(devices, host):
-        axes = ast.literal_eval(mesh.removeprefix("mesh="))
-        assert axes is None or math.prod(axes.values()) == devices, strategy
+@pytest.mark.parametrize("has_mesh", [False, True])
+def test_every_mesh_has_all_devices(devices, host, has_mesh):
+    for strategy, *mesh in search.ways(devices, host, has_mesh=has_mesh):
+        axes = [ast.literal_eval(each.removeprefix("mesh=")) for each in mesh]
+        assert all(each is None or math.prod(each.values()) == devices for each in axes), strategy
+        assert axes or not has_mesh, "the mesh of the experiment would stay"
+        assert has_mesh or None not in axes

@@ -16,6 +16,21 @@ def as_source(dataset: Any) -> Source:
     return dataset if isinstance(dataset, Source) else MapSource(dataset)
 
 
+def named(item: Any, names: Sequence[str], *, of: str) -> Example:
+    """Return a tuple of values, or one value, as an example with these names; `of` says whose item it is.
+
+    Raises:
+      ValueError: there are not as many names as values.
+    """
+    values = item if isinstance(item, tuple | list) else (item,)
+    if len(values) != len(names):
+        raise ValueError(
+            f"{of} have {len(values)} values without names; name them, as in names=('image', 'label'). "
+            f"Got names={tuple(names)}."
+        )
+    return {name: np.asarray(value) for name, value in zip(names, values)}
+
+
 class MapSource:
     """Wraps a map-style data set.
 
@@ -50,13 +65,7 @@ class MapSource:
         item = self._dataset[index]
         if isinstance(item, Mapping):
             return {name: np.asarray(value) for name, value in item.items()}
-        values = item if isinstance(item, tuple | list) else (item,)
-        if len(values) != len(self._names):
-            raise ValueError(
-                f"Items of {type(self._dataset).__name__} have {len(values)} values without names; name them, as in "
-                f"names=('image', 'label'). Got names={self._names}."
-            )
-        return {name: np.asarray(value) for name, value in zip(self._names, values)}
+        return named(item, self._names, of=f"Items of {type(self._dataset).__name__}")
 
     def fingerprint(self) -> str:
         """See Source."""

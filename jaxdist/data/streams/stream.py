@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxdist.data.order import Order, Sequential
+from jaxdist.data.sources import wrap
 from jaxdist.data.sources.source import Example, checked_index, fingerprint_array, fingerprint_text
 from jaxdist.data.streams.endless import EndlessLane
 from jaxdist.data.streams.forward import EndOfShard, ForwardReader, examples_from
@@ -137,13 +138,7 @@ class StreamSource:
             return self._decode_fn(item)
         if isinstance(item, Mapping):
             return item
-        values = item if isinstance(item, tuple | list) else (item,)
-        if len(values) != len(self._names):
-            raise ValueError(
-                f"Examples of this stream have {len(values)} values without names; name them, as in "
-                f"names=('image', 'label'). Got names={self._names}."
-            )
-        return {name: np.asarray(value) for name, value in zip(self._names, values)}
+        return wrap.named(item, self._names, of="Examples of this stream")
 
     def shard_name(self, shard: int) -> str:
         """Return the name of a shard for messages."""

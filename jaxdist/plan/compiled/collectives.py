@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from jaxdist.plan.compiled.program import Program, head_of, parse
 from jaxdist.plan.compiled.source_lines import SourceLines
 
 _KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -23,8 +24,6 @@ _GROUPS = re.compile(
 )
 _PAIRS = re.compile(r"source_target_pairs=\{\{(\d+),(\d+)\}")
 _MESH_GROUPS = re.compile(r"replica_groups=mesh\[(?P<mesh>[^\]]*)\]\s*(?:,[^{]*)?\{(?P<axes>[^}]*)\}")
-_COMPUTATION = re.compile(r"(?:ENTRY )?%?(?P<name>[\w.-]+) \(.*\) -> .*\{$")
-_CALLED = re.compile(r"(?:body|to_apply|calls|condition)=%?([\w.-]+)")
 _TRIP_COUNT = re.compile(r'known_trip_count":\{"n":"(?P<count>\d+)"')
 
 
@@ -68,10 +67,10 @@ def collectives(hlo: str) -> list[Collective]:
     One inside a loop counts once per iteration where the program gives the number of iterations (as of a `scan`), else
     once.
     """
-    turns, lines = _turns(hlo), SourceLines(hlo)
+    turns, lines = _turns(parse(hlo)), SourceLines(hlo)
     found, computation = [], ""
     for line in hlo.splitlines():
-        computation = _head_of(line) or computation
+        computation = head_of(line) or computation
         match = _INSTRUCTION.search(line)
         if match and _num_devices(match) > 1:
             found.append(
@@ -80,32 +79,18 @@ def collectives(hlo: str) -> list[Collective]:
     return found
 
 
-def _head_of(line: str) -> str | None:
-    """Return the name of the computation whose text begins with `line`, None for any other line."""
-    head = _COMPUTATION.match(line)
-    return head["name"] if head else None
-
-
-def _turns(hlo: str) -> dict[str, int]:
-    """Return how often one run of the program runs each computation."""
-    calls: dict[str, list[tuple[str, int]]] = {}
-    computation = entry = ""
-    for line in hlo.splitlines():
-        head = _head_of(line)
-        computation = head or computation
-        entry = computation if line.startswith("ENTRY") else entry
-        if not head:
-            trips = _TRIP_COUNT.search(line)
-            times = int(trips["count"]) if trips else 1
-            calls.setdefault(computation, []).extend((each, times) for each in _CALLED.findall(line))
+def _turns(program: Program) -> dict[str, int]:
+    """Return how often one run of the program runs each computation; of a conditional, every branch counts."""
     turns: dict[str, int] = {}
 
     def visit(name: str, times: int) -> None:
         turns[name] = turns.get(name, 0) + times
-        for called, more in calls.get(name, []):
-            visit(called, times * more)
+        for instruction in program.computations.get(name, ()):
+            trips = _TRIP_COUNT.search(instruction.rest)
+            for called in instruction.called:
+                visit(called, times * (int(trips["count"]) if trips else 1))
 
-    visit(entry, 1)
+    visit(program.entry, 1)
     return turns
 
 

@@ -84,14 +84,19 @@ class Program:
     outputs_in_arguments: frozenset[int]
 
 
+def head_of(line: str) -> str | None:
+    """Return the name of the computation whose text begins with `line`, None for any other line."""
+    head = _HEAD.match(line)
+    return head["name"] if head else None
+
+
 def parse(hlo: str) -> Program:
     """Return the program of an optimized HLO text."""
     computations: dict[str, list[Instruction]] = {}
     current, entry = "", ""
     for line in hlo.splitlines():
-        head = _HEAD.match(line)
-        if head:
-            current = head["name"]
+        if head := head_of(line):
+            current = head
             computations[current] = []
             entry = current if line.startswith("ENTRY") else entry
         elif current and (instruction := _instruction(line)):

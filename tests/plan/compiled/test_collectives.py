@@ -72,6 +72,19 @@ def test_a_compiled_program_tells_the_bytes_of_a_ring(function, out_spec, sent):
     assert collectives.sent_bytes(collectives.collectives(program.as_text())) == sent * 64 * 4
 
 
+def test_a_collective_in_a_loop_in_a_branch_counts_every_turn():
+    def branched(x):
+        def looped(x):
+            return jax.lax.scan(lambda total, row: (total + jax.lax.psum(row, "data"), None), jnp.zeros(4), x)[0]
+
+        return jax.lax.cond(x[0, 0] > 0, looped, lambda x: x[0], x)
+
+    mapped = jax.shard_map(branched, mesh=make_mesh(), in_specs=P(None, None), out_specs=P(), check_vma=False)
+    program = jax.jit(mapped).lower(jax.ShapeDtypeStruct((5, 4), jnp.float32)).compile()
+    (found,) = collectives.collectives(program.as_text())
+    assert found.times == 5
+
+
 @pytest.mark.parametrize("turns", [1, 5])
 def test_a_collective_in_a_loop_counts_every_turn(turns):
     def looped(x):
