@@ -2,12 +2,14 @@ import argparse
 import dataclasses
 import uuid
 
+import jax
 import pytest
 import tiny_experiment
 
-from jaxdist.cli import parser, remote_runs
+from jaxdist.cli import main, parser, remote_runs
 from jaxdist.config.parameter_server import ParameterServer
 from jaxdist.errors import ExitStatus, UserError
+from jaxdist.launch.joining import runtime
 from jaxdist.rundir.remote import working_copy
 from jaxdist.rundir.remote.run_address import Address
 
@@ -84,3 +86,20 @@ def test_commands_that_need_a_directory_on_this_machine_refuse_an_address(words,
     with pytest.raises(SystemExit):
         parser.make_parser().parse_args(words)
     assert "on this machine is needed; got 's3://b/a'" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("shared_compilations")
+def test_steps_of_a_run_are_compared_and_computed_again_at_its_address(monkeypatch, capsys):
+    monkeypatch.setattr(runtime, "start", lambda num_devices=None: jax.devices()[: num_devices or 1])
+    folder = f"memory://{uuid.uuid4().hex}"
+    canonical = ["--reduction", "canonical", "--max-steps", "3", "--set", "logical_shards=4", "data.eval=None"]
+    for name, seed in (("a", 1), ("same", 1), ("other", 2)):
+        command = ["train", tiny_experiment.__file__, "--run-dir", f"{folder}/{name}", *canonical, f"seed={seed}"]
+        assert main.run(command) == ExitStatus.OK
+    capsys.readouterr()
+    assert main.run(["diff", f"{folder}/a", f"{folder}/same"]) == ExitStatus.OK
+    assert "Equal: the same bits in steps 1 to 3" in capsys.readouterr().out
+    assert main.run(["diff", f"{folder}/a", f"{folder}/other"]) == ExitStatus.FAILED
+    assert "step 1" in capsys.readouterr().out.lower()
+    assert main.run(["replay", f"{folder}/a", "--step", "2", "--devices", "2"]) == ExitStatus.OK
+    assert "Step 2 is identical" in capsys.readouterr().out
