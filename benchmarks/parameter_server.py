@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from jaxdist.paramserver.processes.driver import Driver
+from jaxdist.paramserver.processes.process_world import ProcessWorld
 from jaxdist.paramserver.protocol import effects, messages
 from jaxdist.paramserver.protocol.server import Server
 from jaxdist.paramserver.protocol.settings import Settings, server_name, worker_name
@@ -96,10 +97,11 @@ def make_server() -> Server:
 def serve(kind: str, peer: str) -> None:
     """Be the server process: print the port, then serve until told to stop."""
     reuse_freed_memory()
-    driver = Driver(make_server() if kind == "ours" else WithoutBooks(), directory=pathlib.Path())
-    wire = Wire(listen="127.0.0.1:0", peers={WORKER: peer}, receive=driver.receive)
+    world = ProcessWorld(pathlib.Path())
+    driver = Driver(make_server() if kind == "ours" else WithoutBooks(), world)
+    wire = Wire(listen="127.0.0.1:0", peers={WORKER: peer}, receive=world.receive)
     print(wire.port, flush=True)
-    driver.run(wire)
+    world.run(driver, wire)
     wire.close()
 
 

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from jaxdist.launch.supervising import local_job
-from jaxdist.paramserver.processes.driver import Driver, Log
+from jaxdist.paramserver.processes.driver import Driver
+from jaxdist.paramserver.processes.process_world import Log, ProcessWorld
 from jaxdist.paramserver.protocol import effects, journal, messages, succession
 from jaxdist.paramserver.protocol.scheduler.scheduler import Scheduler
 from jaxdist.paramserver.protocol.server import Server
@@ -72,9 +73,9 @@ def play(name: str, peers: dict[str, str], settings: Settings, steps: int, num_b
             if len(times) > _WARM and len({c.worker for c in effect.record.contributors}) == settings.workers:
                 gaps.append(times[-1] - times[-2])
             if len(gaps) == steps:
-                driver.receive(messages.Halt("measured"))
+                world.receive(messages.Halt("measured"))
         elif isinstance(effect, effects.ShowCut):
-            driver.receive(messages.Verdict(effect.cut.step, ""))
+            world.receive(messages.Verdict(effect.cut.step, ""))
 
     blocks = (np.zeros(num_bytes // 4, np.float32),)
     grads = (np.full(num_bytes // 4, 1e-3, np.float32),)
@@ -95,9 +96,10 @@ def play(name: str, peers: dict[str, str], settings: Settings, steps: int, num_b
         def gradient(compute: effects.Compute) -> messages.Computed:
             return messages.Computed(compute.incarnation, compute.sequence, 64.0, 64.0, True, 1.0, (grads,), ())
 
-    driver = Driver(machine, directory=pathlib.Path(folder), log=log, gradient=gradient, observe=observe)
-    wire = Wire(listen=peers[name], peers=peers, receive=driver.receive, security=TOKEN)
-    driver.run(wire)
+    world = ProcessWorld(pathlib.Path(folder), log=log, gradient=gradient)
+    driver = Driver(machine, world, observe=observe)
+    wire = Wire(listen=peers[name], peers=peers, receive=world.receive, security=TOKEN)
+    world.run(driver, wire)
     wire.flush(5.0)
     wire.close()
     used = resource.getrusage(resource.RUSAGE_SELF)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxdist.paramserver.processes.driver import write_file
+from jaxdist.paramserver.processes.process_world import write_file
 from jaxdist.paramserver.processes.run_folder import CUT_NAME, STATISTICS_NAME, STEPS_NAME, Spec, silent_path
 from jaxdist.paramserver.protocol import effects, journal, messages
 from jaxdist.paramserver.protocol.scheduler.scheduler import Scheduler

@@ -7,12 +7,14 @@ import sys
 from collections.abc import Callable
 
 from jaxdist.paramserver.processes.driver import Driver
+from jaxdist.paramserver.processes.process_world import ProcessWorld
 from jaxdist.paramserver.processes.reports import Statistics
 from jaxdist.paramserver.processes.run_folder import Spec
 from jaxdist.paramserver.wire.security import Security
 from jaxdist.paramserver.wire.streams import Wire, reuse_freed_memory
 
-Make = Callable[[str, Spec], tuple[Driver, Statistics]]
+Cast = tuple[Driver, ProcessWorld, Statistics]
+Make = Callable[[str, Spec], Cast]
 
 
 def main(arguments: list[str], make: Make) -> int:
@@ -21,19 +23,19 @@ def main(arguments: list[str], make: Make) -> int:
     reuse_freed_memory()
     logging.basicConfig(level=logging.INFO, format=f"{name}: %(message)s", stream=sys.stderr)
     spec = Spec.read(pathlib.Path(path))
-    driver, statistics = make(name, spec)
+    driver, world, statistics = make(name, spec)
     logger = logging.getLogger(__name__)
     try:
         wire = Wire(
             listen=spec.peers[name],
             peers=spec.peers,
-            receive=driver.receive,
+            receive=world.receive,
             security=Security.read(os.environ).for_attempt(spec.attempt),
         )
     except OSError as error:
         logger.error(str(error))
         return 1
-    end = driver.run(wire)
+    end = world.run(driver, wire)
     statistics.write()
     wire.flush(5.0)
     wire.close()

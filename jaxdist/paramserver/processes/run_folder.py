@@ -6,7 +6,7 @@ import pathlib
 import time
 from typing import Any
 
-from jaxdist.paramserver.processes.driver import write_file
+from jaxdist.paramserver.processes.process_world import write_file
 from jaxdist.paramserver.protocol.settings import Settings, Timers
 from jaxdist.rundir import full_disk
 

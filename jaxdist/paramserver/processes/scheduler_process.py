@@ -8,16 +8,17 @@ import sys
 
 from jaxdist.launch import parent, signals
 from jaxdist.paramserver.processes import faults, role
-from jaxdist.paramserver.processes.driver import Driver, Log
-from jaxdist.paramserver.processes.reports import ReportFiles, Statistics, statistics_of
+from jaxdist.paramserver.processes.driver import Driver
+from jaxdist.paramserver.processes.process_world import Log, ProcessWorld
+from jaxdist.paramserver.processes.reports import ReportFiles, statistics_of
 from jaxdist.paramserver.processes.run_folder import LOG_NAME, Spec
 from jaxdist.paramserver.protocol import effects
 from jaxdist.paramserver.protocol.scheduler.scheduler import Scheduler
 from jaxdist.paramserver.wire import encoding
 
 
-def make_scheduler(name: str, spec: Spec) -> tuple[Driver, Statistics]:
-    """Return the driver of the scheduler, restored from its log, and its counters."""
+def make_scheduler(name: str, spec: Spec) -> role.Cast:
+    """Return the driver of the scheduler, restored from its log, its world and its counters."""
     directory = pathlib.Path(spec.directory)
     log = Log(directory / LOG_NAME)
     resume = None
@@ -33,7 +34,8 @@ def make_scheduler(name: str, spec: Spec) -> tuple[Driver, Statistics]:
         report.observe(effect)
 
     point = faults.faults_of(name, directory)
-    return Driver(machine, directory=directory, log=log, observe=observe, point=point), statistics
+    world = ProcessWorld(directory, log=log)
+    return Driver(machine, world, observe=observe, point=point), world, statistics
 
 
 if __name__ == "__main__":

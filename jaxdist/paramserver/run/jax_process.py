@@ -12,8 +12,9 @@ from jaxdist.config import hidden_settings, loading, overrides
 from jaxdist.launch import parent, signals
 from jaxdist.launch.joining import runtime
 from jaxdist.paramserver.processes import faults, role
-from jaxdist.paramserver.processes.driver import Driver, write_file
-from jaxdist.paramserver.processes.reports import Statistics, statistics_of
+from jaxdist.paramserver.processes.driver import Driver
+from jaxdist.paramserver.processes.process_world import ProcessWorld, write_file
+from jaxdist.paramserver.processes.reports import statistics_of
 from jaxdist.paramserver.processes.run_folder import NONFINITE_NAME, Spec, next_boot
 from jaxdist.paramserver.protocol import effects, messages
 from jaxdist.paramserver.protocol.server import Server
@@ -24,8 +25,8 @@ from jaxdist.paramserver.run.island import Island
 from jaxdist.paramserver.run.optimizer_kind import Kind
 
 
-def make(name: str, spec: Spec) -> tuple[Driver, Statistics]:
-    """Return the driver of the server or worker `name`, and its counters."""
+def make(name: str, spec: Spec) -> role.Cast:
+    """Return the driver of the server or worker `name`, its world and its counters."""
     devices = runtime.start_by_itself(spec.devices)
     experiment = overrides.override(loading.load_experiment(spec.experiment), hidden_settings.reveal(spec.assignments))
     plan = shared_plan.make_plan(experiment, experiment.ps, kind=cast(Kind, spec.kind))
@@ -37,7 +38,7 @@ def make(name: str, spec: Spec) -> tuple[Driver, Statistics]:
     return _make_server(name, boot, plan, spec)
 
 
-def _make_worker(number: int, boot: int, plan: Any, devices: Any, name: str, spec: Spec) -> tuple[Driver, Statistics]:
+def _make_worker(number: int, boot: int, plan: Any, devices: Any, name: str, spec: Spec) -> role.Cast:
     island = Island(plan, devices)
     machine = Worker(worker=number, boot=boot, settings=plan.settings)
     statistics = statistics_of(name, spec, machine)
@@ -51,18 +52,12 @@ def _make_worker(number: int, boot: int, plan: Any, devices: Any, name: str, spe
             write_file(path, [f"{name}. {island.explain_nonfinite(compute)}".encode()])
         return computed
 
-    driver = Driver(
-        machine,
-        directory=directory,
-        gradient=gradient,
-        prepare=island.prepare,
-        observe=statistics.observe,
-        point=faults.faults_of(name, directory),
-    )
-    return driver, statistics
+    world = ProcessWorld(directory, gradient=gradient, prepare=island.prepare)
+    point = faults.faults_of(name, directory)
+    return Driver(machine, world, observe=statistics.observe, point=point), world, statistics
 
 
-def _make_server(name: str, boot: int, plan: Any, spec: Spec) -> tuple[Driver, Statistics]:
+def _make_server(name: str, boot: int, plan: Any, spec: Spec) -> role.Cast:
     shard = server_shard(name)
     assert shard is not None
     first = shared_plan.make_shard(plan, shard)
@@ -76,7 +71,8 @@ def _make_server(name: str, boot: int, plan: Any, spec: Spec) -> tuple[Driver, S
     statistics = statistics_of(name, spec, machine)
     directory = pathlib.Path(spec.directory)
     point = faults.faults_of(name, directory)
-    return Driver(machine, directory=directory, observe=statistics.observe, point=point), statistics
+    world = ProcessWorld(directory)
+    return Driver(machine, world, observe=statistics.observe, point=point), world, statistics
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import numpy as np
 from jaxdist import stop
 from jaxdist.checkpoint import checkpoints
 from jaxdist.errors import ConfigError
-from jaxdist.paramserver.processes.driver import write_file
+from jaxdist.paramserver.processes.process_world import write_file
 from jaxdist.paramserver.protocol import journal, messages
 from jaxdist.paramserver.protocol.settings import Settings, saved_cut_file, shard_file
 from jaxdist.paramserver.run import judge, shared_plan

@@ -1,225 +1,101 @@
 """The driver carries out the effects of a state machine, in an order in which replies are valid."""
 
-import errno
-import os
-import threading
-import time
-import zlib
-
-import numpy as np
 import pytest
 
 from jaxdist.paramserver.processes import driver
 from jaxdist.paramserver.protocol import effects, journal, messages
-from jaxdist.paramserver.wire import encoding
-from jaxdist.rundir import full_disk
 
 RECORD = journal.SavedCutRecord("cut", journal.Trained(3, (5,)))
-END = effects.Exit(7, "max_steps")
+BEAT = messages.Heartbeat("worker/0", 1, 2, 3, True)
 
 
 class Machine:
-    """Answers each message as `answers[type]` says, and keeps what it was told."""
+    """Gives the answers of a list, one for each message, and keeps what it was told and when."""
 
-    def __init__(self, **answers):
-        self.answers, self.told = answers, []
+    def __init__(self, *answers):
+        self.answers, self.told = list(answers), []
 
     def handle(self, message, now):
-        self.told.append(message)
-        return self.answers.get(type(message).__name__, lambda message: ([], []))(message)
+        self.told.append((type(message).__name__, now))
+        return self.answers.pop(0) if self.answers else ([], [])
 
 
-class Wire:
-    """Keeps what was sent; `look` runs at each sending."""
+class World:
+    """Notes what it is asked for, in order; its clock is what the test sets."""
 
-    def __init__(self, look=lambda message: None):
-        self.sent, self.look = [], look
+    def __init__(self, clock=0.0):
+        self.clock, self.inbox, self.asked = clock, [], []
 
-    def send(self, to, message):
-        self.look(message)
-        self.sent.append((to, message))
+    def now(self):
+        return self.clock
 
+    def take(self, until):
+        return (self.inbox.pop(0), lambda: self.asked.append(("handled",))) if self.inbox else None
 
-@pytest.fixture
-def open_log():
-    """Yield a function that opens a log, closed after the test: a process keeps its log open until it ends."""
-    opened = []
-
-    def open_(path):
-        opened.append(driver.Log(path))
-        return opened[-1]
-
-    yield open_
-    for log in opened:
-        log._file.close()
+    def __getattr__(self, verb):
+        return lambda *what: self.asked.append((verb, *what))
 
 
-def once(*effects_, replies=()):
-    """Return an answer for the first time a message comes."""
-    left = [(list(replies), list(effects_))]
-    return lambda message: left.pop() if left else ([], [])
-
-
-def test_effects_are_done_before_replies_leave(tmp_path, open_log):
-    log = open_log(tmp_path / "log")
-    reply = effects.Send("worker/0", messages.NoOp())
-    machine = Machine(Tick=once(effects.Append(RECORD), END, replies=[reply]))
-    wire = Wire(lambda message: durable.append(open_log(tmp_path / "log").records))
-    durable = []
-    assert driver.Driver(machine, directory=tmp_path, log=log).run(wire) == END
-    assert durable == [[RECORD]]
-    assert wire.sent == [("worker/0", messages.NoOp())]
-
-
-def test_a_log_keeps_whole_records_and_drops_a_torn_one(tmp_path, open_log):
-    path = tmp_path / "folder" / "log"
-    log = open_log(path)
-    log.append(RECORD)
-    log.append(journal.StopRecord(1, "x"))
-    path.write_bytes(path.read_bytes()[:-1])
-    log = open_log(path)
-    assert log.records == [RECORD]
-    log.append(journal.StopRecord(2, "y"))
-    assert open_log(path).records == [RECORD, journal.StopRecord(2, "y")]
-    log.replace(journal.NormRecord(4.0))
-    log.append(RECORD)
-    assert open_log(path).records == [journal.NormRecord(4.0), RECORD]
-
-
-def test_a_log_on_a_full_disk_waits_and_is_whole_then(tmp_path, monkeypatch, open_log):
-    """A step that is committed but not in the log would be made twice after a restart."""
-    path, write, pauses = tmp_path / "log", os.write, []
-    log = open_log(path)
-
-    def filling(descriptor, data):
-        if len(data) > 3 and len(pauses) < 2:
-            return write(descriptor, bytes(data[:3]))
-        if len(pauses) < 2:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return write(descriptor, data)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "write", filling)
-        patched.setattr(full_disk.time, "sleep", lambda seconds: pauses.append(path.read_bytes()))
-        log.append(RECORD)
-        assert pauses == [b"", b""]
-    assert open_log(path).records == [RECORD]
-
-
-def test_a_file_is_written_and_read_again_and_a_damaged_one_is_none(tmp_path):
-    def load(written):
-        (tmp_path / "damaged").write_bytes(b"x" + (tmp_path / "cut/shard-0").read_bytes()[1:])
-        return [], [effects.Load(name) for name in ("cut/shard-0", "damaged", "missing")]
-
-    def end(loaded):
-        return [], [END] if loaded.name == "missing" else []
-
-    machine = Machine(Tick=once(effects.Write("cut/shard-0", RECORD)), Written=load, Loaded=end)
-    driver.Driver(machine, directory=tmp_path).run(Wire())
-    told = [message for message in machine.told if not isinstance(message, messages.Tick)]
-    crc = zlib.crc32(encoding.to_bytes(RECORD))
-    assert told == [
-        messages.Written("cut/shard-0", crc, ""),
-        messages.Loaded("cut/shard-0", RECORD),
-        messages.Loaded("damaged", None),
-        messages.Loaded("missing", None),
+def test_effects_are_done_in_order_and_before_replies_leave():
+    compute = effects.Compute(1, 2, messages.Lease(0, 0, 0, 0, 4), ())
+    todo = [
+        *(effects.Append(RECORD), effects.Compact(RECORD), effects.Write("cut", RECORD), effects.Load("cut")),
+        *(effects.Prepare(compute.lease), compute, effects.Exit(7, "max_steps")),
     ]
+    world, observed = World(), []
+    made = driver.Driver(Machine(([effects.Send("worker/0", BEAT)], todo)), world, observe=observed.append)
+    assert made.turn()
+    assert world.asked == [
+        *(("append", RECORD), ("replace", RECORD), ("write", "cut", RECORD), ("load", "cut")),
+        *(("prepare", compute.lease), ("compute", compute), ("send", "worker/0", BEAT)),
+    ]
+    assert observed == todo
+    assert made.exit == todo[-1]
 
 
-def test_a_file_that_cannot_be_written_is_reported(tmp_path):
-    (tmp_path / "taken").write_text("a file where the folder should be")
-    machine = Machine(Tick=once(effects.Write("taken/shard-0", RECORD)), Written=lambda message: ([], [END]))
-    driver.Driver(machine, directory=tmp_path).run(Wire())
-    assert [m.error.startswith("Not a directory") or "exists" in m.error for m in machine.told[1:]] == [True]
+def test_a_tick_that_is_due_comes_first_and_then_messages_in_order():
+    machine, world = Machine(), World(5.0)
+    made = driver.Driver(machine, world, tick_seconds=0.5)
+    world.inbox = [messages.NoOp(), messages.StopRun(1, "x"), messages.NoOp()]
+    turns = []
+    for clock in (5.0, 5.1, 5.2, 5.5, 5.6, 5.7):
+        world.clock = clock
+        turns.append(made.turn())
+    assert machine.told == [("Tick", 5.0), ("NoOp", 5.1), ("StopRun", 5.2), ("Tick", 5.5), ("NoOp", 5.6)]
+    assert turns == [True] * 5 + [False]
+    assert made.tick_at == 6.0
 
 
-def test_a_gradient_is_computed_beside_the_machine(tmp_path):
-    asked = effects.Compute(1, 2, messages.Lease(0, 0, 0, 0, 4), ((np.ones(2),),))
-    computed = messages.Computed(1, 2, 4.0, 4.0, True, 1.0, ((np.ones(2),),), ())
-    threads = []
-
-    def gradient(compute):
-        threads.append((threading.current_thread() is threading.main_thread(), compute is asked))
-        return computed
-
-    machine = Machine(Tick=once(asked), Computed=lambda message: ([], [END]))
-    driver.Driver(machine, directory=tmp_path, gradient=gradient).run(Wire())
-    assert threads == [(False, True)]
-    assert machine.told[-1] is computed
-
-
-def test_examples_are_read_before_the_gradient_in_the_same_thread(tmp_path):
-    lease, made = messages.Lease(0, 0, 0, 0, 4), []
-    asked = effects.Compute(1, 2, lease, ())
-    computed = messages.Computed(1, 2, 4.0, 4.0, True, 1.0, (), ())
-
-    def gradient(compute):
-        made.append((compute.lease, threading.get_ident()))
-        return computed
-
-    machine = Machine(Tick=once(effects.Prepare(lease), asked), Computed=lambda message: ([], [END]))
-    driver.Driver(
-        machine,
-        directory=tmp_path,
-        gradient=gradient,
-        prepare=lambda lease: made.append((lease, threading.get_ident())),
-    ).run(Wire())
-    assert len(made) == 2
-    assert made[0] == made[1] != (lease, threading.get_ident())
-
-
-@pytest.mark.parametrize("asked", [effects.Compute(1, 2, messages.Lease(0, 0, 0, 0, 4), ()), effects.Prepare(None)])
-def test_a_gradient_that_fails_ends_the_process(tmp_path, monkeypatch, asked):
-    statuses = []
-
-    def leave(status):
-        statuses.append(status)
-        raise SystemExit
-
-    monkeypatch.setattr(driver.os, "_exit", leave)
-    machine = Machine(Tick=lambda message: ([], [asked] if not statuses else [END]))
-    failing = {"gradient": lambda compute: 1 / 0, "prepare": lambda lease: 1 / 0}
-    driver.Driver(machine, directory=tmp_path, **failing, tick_seconds=0.2).run(Wire())
-    assert statuses == [1]
-
-
-def test_a_heartbeat_is_repeated_while_one_message_takes_long(tmp_path, monkeypatch):
-    monkeypatch.setattr(driver, "PULSE_SECONDS", 0.01)
-    beat = effects.Send("scheduler", messages.Heartbeat("worker/0", 1, 2, 3, True))
-
-    def work(message):
-        deadline = time.monotonic() + 20
-        while len(wire.sent) < 3 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        return [], [END]
-
-    machine = Machine(Tick=once(replies=[beat]), NoOp=work)
-    made, wire = driver.Driver(machine, directory=tmp_path), Wire()
-    made.receive(messages.NoOp())
-    made.run(wire)
-    assert set(wire.sent) == {tuple(beat)}
-    assert len(wire.sent) >= 3
-
-
-def test_a_message_counts_as_handled_once_its_replies_are_sent(tmp_path):
+def test_a_message_counts_as_handled_once_its_replies_are_sent():
     """Until then it takes room where messages arrive, so a process that is busy is sent no more than it can hold."""
-    machine = Machine(NoOp=once(END, replies=[effects.Send("worker/0", messages.NoOp())]))
-    made, wire, sent = driver.Driver(machine, directory=tmp_path), Wire(), []
-    made.receive(messages.NoOp(), lambda: sent.append(len(wire.sent)))
-    made.run(wire)
-    assert sent == [1]
+    world = World()
+    made = driver.Driver(Machine(([], []), ([effects.Send("worker/0", BEAT)], [])), world)
+    world.inbox = [messages.NoOp()]
+    assert made.turn()
+    assert made.turn()
+    assert world.asked == [("send", "worker/0", BEAT), ("handled",)]
+
+
+def test_a_heartbeat_is_repeated_while_one_message_takes_long_and_not_forever():
+    world = World(10.0)
+    made = driver.Driver(Machine(([effects.Send("scheduler", BEAT)], [])), world)
+    made.pulse()
+    made.turn()
+    for clock in (10.1, 10.6, 100.0, 131.0):
+        world.clock = clock
+        made.pulse()
+    assert world.asked == [("send", "scheduler", BEAT)] * 3
 
 
 @pytest.mark.parametrize(("times", "sent"), [(0, 0), (1, 1), (2, 2)])
-def test_a_point_decides_how_often_a_message_is_sent(tmp_path, times, sent):
+def test_a_point_decides_how_often_a_message_is_sent(times, sent):
     seen = []
 
     def point(verb, what):
         seen.append((verb, type(what).__name__))
         return times if verb == "send" else 1
 
-    machine = Machine(Tick=once(END, replies=[effects.Send("worker/0", messages.NoOp())]))
-    wire = Wire()
-    driver.Driver(machine, directory=tmp_path, point=point).run(wire)
-    assert len(wire.sent) == sent
+    end, world = effects.Exit(7, "max_steps"), World()
+    driver.Driver(Machine(([effects.Send("worker/0", messages.NoOp())], [end])), world, point=point).turn()
+    assert len(world.asked) == sent
     assert seen == [("hear", "Tick"), ("do", "Exit"), ("did", "Exit"), ("send", "NoOp")]

@@ -6,6 +6,7 @@ import pytest
 
 from jaxdist.paramserver.processes import role, run_folder
 from jaxdist.paramserver.processes.driver import Driver
+from jaxdist.paramserver.processes.process_world import ProcessWorld
 from jaxdist.paramserver.processes.reports import statistics_of
 from jaxdist.paramserver.protocol import effects
 
@@ -27,7 +28,8 @@ def play(tmp_path, end, address="127.0.0.1:0"):
     def make(name, spec):
         machine = Ending(end)
         statistics = statistics_of(name, spec, machine)
-        return Driver(machine, directory=tmp_path, observe=statistics.observe), statistics
+        world = ProcessWorld(tmp_path)
+        return Driver(machine, world, observe=statistics.observe), world, statistics
 
     return role.main(["worker/0", str(tmp_path / run_folder.SPEC_NAME)], make)
 

@@ -6,7 +6,7 @@ import json
 import pytest
 import stages
 
-from jaxdist.paramserver.processes import driver, reports, run_folder, scheduler_process
+from jaxdist.paramserver.processes import process_world, reports, run_folder, scheduler_process
 from jaxdist.paramserver.protocol import journal, messages
 from jaxdist.paramserver.wire import encoding
 
@@ -18,7 +18,7 @@ def close_files(monkeypatch):
     """Close after the test what a process keeps open until it ends."""
     opened = []
 
-    class Log(driver.Log):
+    class Log(process_world.Log):
         def __init__(self, path):
             super().__init__(path)
             opened.append(self._file)
@@ -40,10 +40,10 @@ def make(tmp_path, *, resume="", records=()):
     spec = run_folder.Spec("a", "x.py", [], settings, {}, str(tmp_path), resume, 1, "elementwise")
     spec.write(tmp_path / run_folder.SPEC_NAME)
     if resume:
-        driver.write_file(tmp_path / resume / "manifest", encoding.encode(RESUME))
+        process_world.write_file(tmp_path / resume / "manifest", encoding.encode(RESUME))
     log = b"".join(encoding.frame(encoding.to_bytes(record)) for record in records)
     (tmp_path / run_folder.LOG_NAME).write_bytes(log)
-    made, _ = scheduler_process.make_scheduler("scheduler", run_folder.Spec.read(tmp_path / run_folder.SPEC_NAME))
+    made, _, _ = scheduler_process.make_scheduler("scheduler", run_folder.Spec.read(tmp_path / run_folder.SPEC_NAME))
     return made.machine.state
 
 

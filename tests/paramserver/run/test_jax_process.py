@@ -33,7 +33,7 @@ def spec(tmp_path, monkeypatch):
 
 
 def test_a_server_starts_over_from_the_initial_params_under_a_higher_boot_number(spec):
-    driver, _ = jax_process.make("server/0/a", spec)
+    driver, _, _ = jax_process.make("server/0/a", spec)
     server = driver.machine
     assert (server.name, server.settings.max_steps) == ("server/0/a", 7)
     before = server.shard.export()
@@ -64,14 +64,14 @@ class Island:
 
 def test_a_worker_reports_why_a_gradient_is_not_finite(spec, monkeypatch):
     monkeypatch.setattr(jax_process, "Island", Island)
-    driver, _ = jax_process.make("worker/1", spec)
+    driver, world, _ = jax_process.make("worker/1", spec)
     assert driver.machine.worker == 1
-    driver._prepare(lease := messages.Lease(0, 0, 0, 0, 4))
-    assert driver._prepare.__self__.prepared == lease
+    world._prepare(lease := messages.Lease(0, 0, 0, 0, 4))
+    assert world._prepare.__self__.prepared == lease
     folder = pathlib.Path(spec.directory) / run_folder.NONFINITE_NAME
     for step in (0, 1):
         compute = effects.Compute(1, step, messages.Lease(step, 0, 0, 0, 4), ())
-        assert driver._gradient(compute).sequence == step
+        assert world._gradient(compute).sequence == step
         assert folder.exists() == bool(step)
     (report,) = folder.iterdir()
     assert report.read_text() == "worker/1. Step 2: the loss is nan."

@@ -1,0 +1,185 @@
+"""The world of a real process: clock, inbox, connections, log, files, and the threads that compute and write."""
+
+import contextlib
+import logging
+import os
+import pathlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent import futures
+from typing import Any, Protocol
+
+from jaxdist.errors import ExitStatus
+from jaxdist.paramserver.processes import driver as drivers
+from jaxdist.paramserver.protocol import effects, messages
+from jaxdist.paramserver.wire import codec, encoding
+from jaxdist.rundir import files, full_disk
+
+_logger = logging.getLogger(__name__)
+
+Gradient = Callable[[effects.Compute], messages.Computed]
+Prepare = Callable[[messages.Lease], None]
+
+
+class Sender(Protocol):
+    """Delivers messages or drops them."""
+
+    def send(self, to: str, message: messages.Message) -> None:
+        """Send `message` to the process named `to`."""
+        ...
+
+
+class Log:
+    """The log of the scheduler: framed records, each of which is durable before `append` returns.
+
+    On a full disk it waits for room: a step that is not in the log may be made twice after a restart.
+    """
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = path.read_bytes() if path.exists() else b""
+        payloads = list(encoding.unframe(data))
+        self.records = [encoding.decode(bytes(payload)) for payload in payloads]
+        whole = b"".join(encoding.frame(payload) for payload in payloads)
+        if len(whole) < len(data):  # an incomplete record was never acted on
+            write_file(path, [whole])
+        self._file = path.open("ab")
+
+    def append(self, record: messages.Message) -> None:
+        """Append a record and make it durable."""
+        frame, descriptor = encoding.frame(encoding.to_bytes(record)), self._file.fileno()
+        full_disk.until_written(lambda: files.append(descriptor, frame), str(self.path))
+        os.fsync(descriptor)
+
+    def replace(self, record: messages.Message) -> None:
+        """Replace the whole log by `record`, atomically and durably."""
+        frame = encoding.frame(encoding.to_bytes(record))
+        full_disk.until_written(lambda: write_file(self.path, [frame]), str(self.path))
+        self._file.close()
+        self._file = self.path.open("ab")
+
+
+def write_file(path: pathlib.Path, parts: Iterable[codec.Buffer]) -> int:
+    """Write a file atomically, make its folder if needed, and return the CRC-32 of its bytes. Durable on return."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return files.write(path, parts)
+
+
+class ProcessWorld:
+    """The World of a process of a run. `run` drives a state machine in it.
+
+    Args:
+      directory: the directory of its files.
+      log: the log of a scheduler; None for other roles.
+      gradient: computes the gradients of a worker, in a thread of its own.
+      prepare: reads the examples of a lease before its params have arrived, in the same thread.
+    """
+
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        *,
+        log: Log | None = None,
+        gradient: Gradient | None = None,
+        prepare: Prepare = lambda lease: None,
+    ) -> None:
+        self.directory, self._log = directory, log
+        self._gradient, self._prepare = gradient, prepare
+        self._inbox: queue.SimpleQueue[drivers.Received] = queue.SimpleQueue()
+        self._pool = futures.ThreadPoolExecutor(1, "compute")
+        self._disk = futures.ThreadPoolExecutor(1, "disk")
+        self._wire: Sender
+
+    def receive(self, message: messages.Message, handled: Callable[[], None] = lambda: None) -> None:
+        """Queue a message, from any thread; `handled` is called when it has been handled."""
+        self._inbox.put((message, handled))
+
+    def run(self, driver: drivers.Driver, wire: Sender) -> effects.Exit:
+        """Run the state machine of `driver`, whose world this is, until it exits; return its exit effect."""
+        self._wire = wire
+        threading.Thread(target=self._pulse, args=(driver,), daemon=True, name="pulse").start()
+        while driver.exit is None:
+            driver.turn()
+        self._disk.shutdown()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        return driver.exit
+
+    def _pulse(self, driver: drivers.Driver) -> None:
+        while driver.exit is None:
+            time.sleep(drivers.PULSE_SECONDS)
+            driver.pulse()
+
+    # World.
+
+    def now(self) -> float:
+        """Return the seconds of the monotonic clock."""
+        return time.monotonic()
+
+    def take(self, until: float) -> drivers.Received | None:
+        """Return the next message received; wait for one until then."""
+        try:
+            return self._inbox.get(timeout=max(until - time.monotonic(), 0.0))
+        except queue.Empty:
+            return None
+
+    def send(self, to: str, message: messages.Message) -> None:
+        """Send `message` to the process named `to`, or drop it."""
+        self._wire.send(to, message)
+
+    def append(self, record: messages.Message) -> None:
+        """Append a record to the log; it is durable on return."""
+        assert self._log is not None
+        self._log.append(record)
+
+    def replace(self, record: messages.Message) -> None:
+        """Replace the whole log by `record`, atomically; it is durable on return."""
+        assert self._log is not None
+        self._log.replace(record)
+
+    def write(self, name: str, content: messages.Message) -> None:
+        """Write a file in the thread of the disk."""
+        self._disk.submit(self._write, name, content)
+
+    def load(self, name: str) -> None:
+        """Read a file in the thread of the disk."""
+        self._disk.submit(self._load, name)
+
+    def prepare(self, lease: messages.Lease) -> None:
+        """Read the examples of `lease` in the thread that computes."""
+        self._pool.submit(self._in_pool, self._prepare, lease)
+
+    def compute(self, effect: effects.Compute) -> None:
+        """Compute a gradient in its thread."""
+        self._pool.submit(self._in_pool, self._compute, effect)
+
+    # In threads.
+
+    def _write(self, name: str, content: messages.Message) -> None:
+        try:
+            checksum = write_file(self.directory / name, encoding.encode(content))
+        except OSError as error:
+            self.receive(messages.Written(name, 0, f"{error.strerror} ({self.directory / name})"))
+        else:
+            self.receive(messages.Written(name, checksum, ""))
+
+    def _load(self, name: str) -> None:
+        content = None
+        with contextlib.suppress(FileNotFoundError, codec.EncodingError):  # the state machine decides what this means
+            content = encoding.decode((self.directory / name).read_bytes())
+        self.receive(messages.Loaded(name, content))
+
+    def _compute(self, effect: effects.Compute) -> None:
+        assert self._gradient is not None
+        self.receive(self._gradient(effect))
+
+    def _in_pool(self, work: Callable[[Any], None], what: effects.Compute | messages.Lease) -> None:
+        try:
+            work(what)
+        except Exception:
+            # The state machine would wait forever. The process ends instead, and another worker gets the lease.
+            lease = what.lease if isinstance(what, effects.Compute) else what
+            _logger.exception("The gradient of %s could not be computed.", lease)
+            os._exit(ExitStatus.FAILED)
