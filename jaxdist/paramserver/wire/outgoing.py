@@ -1,12 +1,6 @@
-"""The sending end of a connection: a queue of limited size, and a connection that is opened again when it fails.
-
-A message is dropped if the peer cannot be reached or the connection fails while it travels: the process that needs an
-answer repeats its request. A large message that is repeated while it still travels is not sent twice. The peer counts
-the large messages that it has handled; until then, they travel.
-"""
+"""The sending end of a connection: an Outbox, and a connection that is opened again when it fails."""
 
 import asyncio
-import collections
 import contextlib
 import socket
 import ssl
@@ -17,11 +11,10 @@ from typing import Any
 from jaxdist.paramserver.wire import encoding, greeting
 from jaxdist.paramserver.wire.codec import Buffer
 from jaxdist.paramserver.wire.incoming import ACK, BULK, GREETING_SECONDS, IDLE_SECONDS
+from jaxdist.paramserver.wire.outbox import Outbox
 
-MAX_BYTES_IN_FLIGHT = 256 << 20
 AGAIN_SECONDS = 0.1
 """Time between two attempts to reach a peer: one that restarts is reached soon."""
-_NAGLE_BYTES = 256 << 10
 
 
 class Outgoing(asyncio.Protocol):
@@ -42,8 +35,7 @@ class Outgoing(asyncio.Protocol):
         host, _, port = address.rpartition(":")
         self._host, self._port = host.strip("[]"), int(port)
         self._lock = threading.Lock()
-        self._waiting: collections.deque[encoding.Encoded] = collections.deque()
-        self._waiting_bytes = 0
+        self._outbox: Outbox[encoding.Encoded] = Outbox(large=lane == BULK)
         self._scheduled = self._closed = False
         self._connecting: asyncio.Task[None] | None = None
         self._again_at = 0.0
@@ -56,8 +48,7 @@ class Outgoing(asyncio.Protocol):
         self._ready = self._full = False
         self._heard = bytearray()
         self._expected = b""  # the proof that the listener must send; empty before its challenge
-        self._travelling: collections.deque[encoding.Encoded] = collections.deque()  # on the bulk lane
-        self._acked = 0
+        self._outbox.begin()
         self._blocks: Iterator[Buffer] | None = None  # of the message being sent
         self._moved_at, self._moved = self._loop.time(), (0, 0)
         self._num_blocks = 0
@@ -65,14 +56,9 @@ class Outgoing(asyncio.Protocol):
     # Any thread.
 
     def put(self, message: encoding.Encoded) -> None:
-        """Queue a message, unless the same one still waits or travels, or the queue is full."""
+        """Queue a message; see Outbox."""
+        self._outbox.put(message)
         with self._lock:
-            same = any(message.is_same(other) for queue in (self._waiting, self._travelling) for other in queue)
-            # The caller repeats what is not answered, so dropping is better than unbounded memory.
-            full = self._waiting and self._waiting_bytes + message.num_bytes > MAX_BYTES_IN_FLIGHT
-            if not same and not full:
-                self._waiting.append(message)
-                self._waiting_bytes += message.num_bytes
             if self._scheduled:
                 return
             self._scheduled = True
@@ -88,7 +74,7 @@ class Outgoing(asyncio.Protocol):
     def _pump(self) -> None:
         """Send what waits, as far as the connection takes it."""
         if self._transport is None:
-            if self._connecting is None and self._waiting and not self._closed:
+            if self._connecting is None and self._outbox.has_waiting() and not self._closed:
                 self._connecting = self._loop.create_task(self._connect())
             return
         while self._ready and not self._full and (block := self._next_block()) is not None:
@@ -115,9 +101,7 @@ class Outgoing(asyncio.Protocol):
     def _drop(self) -> None:
         """Drop what waits: the peer cannot be reached."""
         self._again_at = self._loop.time() + AGAIN_SECONDS
-        with self._lock:
-            self._waiting.clear()
-            self._waiting_bytes = 0
+        self._outbox.drop()
 
     def connection_made(self, transport: Any) -> None:
         """Wait for the greeting."""
@@ -131,8 +115,7 @@ class Outgoing(asyncio.Protocol):
     def connection_lost(self, exception: Exception | None) -> None:
         """Forget what travelled; connect again for what waits."""
         refused = not self._ready
-        with self._lock:
-            self._forget()
+        self._forget()
         if refused:
             self._drop()
         self._pump()
@@ -157,11 +140,11 @@ class Outgoing(asyncio.Protocol):
 
     def _is_sent(self) -> bool:
         size = self._transport.get_write_buffer_size() if self._transport is not None else 0
-        return not self._waiting and self._blocks is None and not size
+        return not self._outbox.has_waiting() and self._blocks is None and not size
 
     def is_idle(self) -> bool:
         """Return whether all messages are delivered or dropped."""
-        return self._is_sent() and not self._travelling and self._connecting is None
+        return self._is_sent() and self._outbox.is_empty() and self._connecting is None
 
     # What the peer says.
 
@@ -191,11 +174,7 @@ class Outgoing(asyncio.Protocol):
             return bool(proof)
         ack = self._part(ACK.size)
         if ack:
-            (handled,) = ACK.unpack(ack)
-            with self._lock:
-                for _ in range(min(handled - self._acked, len(self._travelling))):
-                    self._travelling.popleft()
-            self._acked = handled
+            self._outbox.note_handled(*ACK.unpack(ack))
         return bool(ack)
 
     def _part(self, count: int) -> bytes:
@@ -223,21 +202,10 @@ class Outgoing(asyncio.Protocol):
             if block is not None:
                 return block
             self._blocks = None
-        with self._lock:
-            if not self._waiting:
-                return None
-            taken = [self._next_waiting()]
-            if self._lane == BULK:
-                self._travelling.append(taken[0])
-            else:
-                while self._waiting and sum(each.num_bytes for each in taken) < _NAGLE_BYTES:
-                    taken.append(self._next_waiting())
+        taken = self._outbox.take()
+        if not taken:
+            return None
         if self._lane == BULK:
             self._blocks = iter(taken[0])
             return next(self._blocks)
         return b"".join(part for each in taken for part in each)
-
-    def _next_waiting(self) -> encoding.Encoded:
-        message = self._waiting.popleft()
-        self._waiting_bytes -= message.num_bytes
-        return message

@@ -17,7 +17,8 @@ import threading
 from jaxdist.paramserver.protocol import messages
 from jaxdist.paramserver.wire import encoding
 from jaxdist.paramserver.wire.incoming import BULK, CONTROL, GREETING_SECONDS, SMALL_BYTES, Budget, Incoming, Receive
-from jaxdist.paramserver.wire.outgoing import MAX_BYTES_IN_FLIGHT, Outgoing
+from jaxdist.paramserver.wire.outbox import MAX_BYTES_IN_FLIGHT
+from jaxdist.paramserver.wire.outgoing import Outgoing
 from jaxdist.paramserver.wire.security import UNSECURED, Security
 
 MOST_STRANGERS = 128

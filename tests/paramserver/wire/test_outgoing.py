@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxdist.paramserver.protocol import messages
-from jaxdist.paramserver.wire import encoding, greeting, incoming, outgoing
+from jaxdist.paramserver.wire import encoding, greeting, incoming, outbox, outgoing
 
 
 class Transport:
@@ -147,7 +147,7 @@ def test_small_messages_that_wait_leave_together():
 
 
 def test_the_queue_of_a_peer_is_limited_and_one_message_of_any_size_fits(monkeypatch):
-    monkeypatch.setattr(outgoing, "MAX_BYTES_IN_FLIGHT", 1000)
+    monkeypatch.setattr(outbox.Outbox.__init__, "__kwdefaults__", {"most_bytes": 1000})
     end = make()
     for number in range(3):
         end.put(big(number))
@@ -193,7 +193,7 @@ def test_a_peer_that_cannot_be_reached_costs_the_messages_that_wait():
             await asyncio.sleep(0.001)
         return end
 
-    assert not asyncio.run(attempt())._waiting
+    assert not asyncio.run(attempt())._outbox.has_waiting()
 
 
 @pytest.mark.parametrize("address", ["[::1]:70", "::1:70"])
