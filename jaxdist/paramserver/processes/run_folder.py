@@ -16,6 +16,8 @@ DIRECTORY_NAME, STATISTICS_NAME = "ps", "statistics"
 NONFINITE_NAME = "nonfinite"
 """The folder with the reports of workers on gradients that are not finite."""
 STEPS_NAME, CUT_NAME, LOG_NAME, SPEC_NAME = "steps.jsonl", "cut", "scheduler.log", "spec.json"
+HISTORY_NAME = "history"
+"""The folder with what each process did when (see `lease_history`)."""
 SILENT_NAME = "silent"
 """The folder with one file for each process that does not answer, for its crew."""
 

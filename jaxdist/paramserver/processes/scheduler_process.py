@@ -7,7 +7,7 @@ import pathlib
 import sys
 
 from jaxdist.launch import parent, signals
-from jaxdist.paramserver.processes import faults, role
+from jaxdist.paramserver.processes import faults, lease_history, role
 from jaxdist.paramserver.processes.driver import Driver
 from jaxdist.paramserver.processes.process_world import Log, ProcessWorld
 from jaxdist.paramserver.processes.reports import ReportFiles, statistics_of
@@ -35,7 +35,8 @@ def make_scheduler(name: str, spec: Spec) -> role.Cast:
 
     point = faults.faults_of(name, directory)
     world = ProcessWorld(directory, log=log)
-    return Driver(machine, world, observe=observe, point=point), world, statistics
+    watched = lease_history.watched(name, machine, directory)
+    return Driver(watched, world, observe=observe, point=point), world, statistics
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any, cast
 from jaxdist.config import hidden_settings, loading, overrides
 from jaxdist.launch import parent, signals
 from jaxdist.launch.joining import runtime
-from jaxdist.paramserver.processes import faults, role
+from jaxdist.paramserver.processes import faults, lease_history, role
 from jaxdist.paramserver.processes.driver import Driver
 from jaxdist.paramserver.processes.process_world import ProcessWorld, write_file
 from jaxdist.paramserver.processes.reports import statistics_of
@@ -54,7 +54,8 @@ def _make_worker(number: int, boot: int, plan: Any, devices: Any, name: str, spe
 
     world = ProcessWorld(directory, gradient=gradient, prepare=island.prepare)
     point = faults.faults_of(name, directory)
-    return Driver(machine, world, observe=statistics.observe, point=point), world, statistics
+    watched = lease_history.watched(name, machine, directory)
+    return Driver(watched, world, observe=statistics.observe, point=point), world, statistics
 
 
 def _make_server(name: str, boot: int, plan: Any, spec: Spec) -> role.Cast:
@@ -72,7 +73,8 @@ def _make_server(name: str, boot: int, plan: Any, spec: Spec) -> role.Cast:
     directory = pathlib.Path(spec.directory)
     point = faults.faults_of(name, directory)
     world = ProcessWorld(directory)
-    return Driver(machine, world, observe=statistics.observe, point=point), world, statistics
+    watched = lease_history.watched(name, machine, directory)
+    return Driver(watched, world, observe=statistics.observe, point=point), world, statistics
 
 
 if __name__ == "__main__":

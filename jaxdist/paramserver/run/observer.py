@@ -29,7 +29,8 @@ from jaxdist.paramserver.run.resume import BEYOND, Start, examples_seen, remove_
 from jaxdist.paramserver.wire import encoding
 from jaxdist.run import bookkeeping, components, disk_room, header, stopwatch
 from jaxdist.run.custom import user_hooks
-from jaxdist.rundir import full_disk, record
+from jaxdist.run.use.reporting import server_timeline
+from jaxdist.rundir import files, full_disk, record
 from jaxdist.spmd.state import TrainState
 
 POLL_SECONDS = 0.05
@@ -142,12 +143,14 @@ class Observer:
                         self._watch(crew, send, stop_requested)
                 if self.end_reason == NONFINITE:
                     self._report_nonfinite()
+                self._draw()
                 made = self.books.finish(str(self.end_reason), self.state.params if self.state else None)
                 self.books.call_hooks("on_end", self.state or user_hooks.NO_STATE, end_reason=str(self.end_reason))
                 return made
             except BaseException as error:
                 with contextlib.suppress(OSError):  # on a full disk: the user is told what happened first
                     self.books.write_record("error")
+                    self._draw()
                 if full_disk.is_full(error):
                     raise RunFailedError(str(error)) from error
                 raise
@@ -258,6 +261,7 @@ class Observer:
         send(SCHEDULER, self.judged)
         self.end_reason = reason or None
         self.books.write_record(None)
+        self._draw()
 
     def _evaluate(self, cut: journal.Cut, state: TrainState) -> None:
         """Evaluate if due; a run that is preempted has no time for it, and one that diverged no use."""
@@ -313,6 +317,17 @@ class Observer:
             self.halt = "max_seconds"
 
     # The record.
+
+    def _draw(self) -> None:
+        """Write the picture of the run so far, unless the disk is full: the next one shows the same."""
+        run_dir = self.directory.parent
+        picture = server_timeline.draw(server_timeline.read(run_dir))
+        try:
+            if picture:
+                files.write_text(run_dir / server_timeline.FILE_NAME, picture)
+        except OSError as error:
+            if not full_disk.is_full(error):
+                raise
 
     def statistics(self) -> dict[str, Any]:
         """Return the `ps` entry of run.json: the counters of all processes, including those that died."""

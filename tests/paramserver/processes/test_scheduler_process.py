@@ -44,7 +44,7 @@ def make(tmp_path, *, resume="", records=()):
     log = b"".join(encoding.frame(encoding.to_bytes(record)) for record in records)
     (tmp_path / run_folder.LOG_NAME).write_bytes(log)
     made, _, _ = scheduler_process.make_scheduler("scheduler", run_folder.Spec.read(tmp_path / run_folder.SPEC_NAME))
-    return made.machine.state
+    return made.machine.machine.state
 
 
 def test_a_fresh_run_begins_at_step_0(tmp_path):

@@ -34,7 +34,7 @@ def spec(tmp_path, monkeypatch):
 
 def test_a_server_starts_over_from_the_initial_params_under_a_higher_boot_number(spec):
     driver, _, _ = jax_process.make("server/0/a", spec)
-    server = driver.machine
+    server = driver.machine.machine
     assert (server.name, server.settings.max_steps) == ("server/0/a", 7)
     before = server.shard.export()
     assert all(np.isfinite(block).all() for block in before.params)
@@ -65,7 +65,7 @@ class Island:
 def test_a_worker_reports_why_a_gradient_is_not_finite(spec, monkeypatch):
     monkeypatch.setattr(jax_process, "Island", Island)
     driver, world, _ = jax_process.make("worker/1", spec)
-    assert driver.machine.worker == 1
+    assert driver.machine.machine.worker == 1
     world._prepare(lease := messages.Lease(0, 0, 0, 0, 4))
     assert world._prepare.__self__.prepared == lease
     folder = pathlib.Path(spec.directory) / run_folder.NONFINITE_NAME

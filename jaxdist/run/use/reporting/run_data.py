@@ -12,7 +12,7 @@ from jaxdist import errors
 from jaxdist.launch.supervising import restart_events
 from jaxdist.run import directory
 from jaxdist.run.use import run_list
-from jaxdist.run.use.reporting import curves, timeline
+from jaxdist.run.use.reporting import curves, server_timeline, timeline
 from jaxdist.rundir import confusion, record
 
 MOST_POINTS = 40_000
@@ -58,6 +58,7 @@ class ReportedRun:
       classes: names of the classes; empty where they are unknown.
       attempts: of its job, where it was supervised.
       timeline: the picture of its processes over time, where it was supervised on this host; "" otherwise.
+      leases: the picture of its leases over time, where a parameter server trained it; "" otherwise.
       nonfinite: the report on a value that was not finite, or "".
       again: a command that repeats the run in a new directory, or "".
     """
@@ -71,6 +72,7 @@ class ReportedRun:
     classes: Sequence[str]
     attempts: Sequence[AttemptEvent]
     timeline: str
+    leases: str
     nonfinite: str
     again: str
 
@@ -132,6 +134,7 @@ def _run(name: str, run_dir: pathlib.Path, found: Mapping[str, curves.Curve]) ->
         classes=_classes(made.config),
         attempts=attempts(run_dir),
         timeline=timeline.draw(restart_events.read_events(run_dir)),
+        leases=server_timeline.draw(server_timeline.read(run_dir)),
         nonfinite=why.read_text(errors="replace")[:_MOST_CHARACTERS] if why.exists() else "",
         again=repeating(made.command),
     )

@@ -223,7 +223,8 @@ def _servers(runs: Sequence[ReportedRun]) -> str:
     rows = [
         [words, *(f"{each[name]:,}" if name in each else _NONE for each in counts)] for name, words in _COUNTERS.items()
     ]
-    return _table(["Parameter server", *map(_head, range(len(runs)), runs)], rows, numbers=True)
+    pictures = [f"<h3>{html.escape(run.name)}</h3>{run.leases}" for run in runs if run.leases]
+    return _table(["Parameter server", *map(_head, range(len(runs)), runs)], rows, numbers=True) + "".join(pictures)
 
 
 def _differences(runs: Sequence[ReportedRun], differences: Mapping[str, Sequence[Any]]) -> str:
