@@ -21,6 +21,7 @@ import pathlib
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -71,6 +72,7 @@ class Checkpointer:
       keep_every: steps divisible by this are kept forever.
       best_metric: name of the metric whose best step is kept, too; steps saved without it do not count.
       best_mode: whether "max" or "min" is best.
+      clock: seconds, for `may_save`.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Checkpointer:
         keep_every: int | None = None,
         best_metric: str | None = None,
         best_mode: Literal["max", "min"] = "max",
+        clock: Callable[[], float] = time.monotonic,
     ):
         if keep_last < 1 or (keep_every is not None and keep_every < 1) or best_mode not in ("max", "min"):
             raise ValueError(
@@ -95,6 +98,8 @@ class Checkpointer:
         self._scores: dict[pathlib.Path, float] = {}
         self._orbax: ocp.AsyncCheckpointer | None = None
         self._saving: tuple[int, concurrent.futures.Future[None]] | None = None
+        self._clock = clock
+        self._began, self._took = -math.inf, 0.0
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
 
     def __enter__(self) -> "Checkpointer":
@@ -125,6 +130,7 @@ class Checkpointer:
     ) -> None:
         """Do as `save` does for a state that is given by its leaves, in tree order."""
         self.wait()
+        self._began = self._clock()
         extra = {
             "format": manifests.FORMAT,
             "identity": self._identity,
@@ -143,6 +149,12 @@ class Checkpointer:
         except OSError as error:
             raise self._write_error(f"of step {step}", error) from error
         self._saving = step, self._thread.submit(self._finish, self._orbax, step)
+
+    def may_save(self, share: float) -> bool:
+        """Return whether saves that come as fast as one now would take at most that share of the time."""
+        since = self._clock() - self._began
+        in_progress = self._saving is not None and not self._saving[1].done()
+        return (since if in_progress else self._took) <= share * since
 
     def wait(self) -> None:
         """Wait until no save is in progress.
@@ -293,6 +305,7 @@ class Checkpointer:
                 shutil.rmtree(removed)
         barrier = ocp.multihost.get_barrier_sync_fn(processes=_all_processes())
         barrier(key=f"jaxdist_checkpoint_{step}", timeout_ms=_BARRIER_TIMEOUT_SECONDS * 1000)
+        self._took = self._clock() - self._began
 
     def _superfluous(self, saved: int) -> list[pathlib.Path]:
         committed = self._committed()

@@ -22,6 +22,8 @@ from jaxdist.spmd import layout as layouts
 from jaxdist.stop import Stop
 
 MOST_SEEDS = 1 << 32
+USUAL_PERIOD = 200
+"""Steps between checkpoints, where the experiment does not say."""
 ExampleFn: TypeAlias = Callable[[Any, Any], Any]
 BatchFn: TypeAlias = Callable[[Any, Any, Any], Any]
 
@@ -111,18 +113,24 @@ class Checkpoints:
     """What is saved, and which checkpoints are kept.
 
     Attributes:
-      every_steps: steps between saves; the last step is always saved.
+      every_steps: steps between saves; None saves at multiples of 200 steps, those left out at which saving would take
+        more than a twentieth of the time. The last step is always saved.
       keep_last: how many of the newest are kept.
       keep_every: checkpoints at multiples of this many steps are never deleted; None keeps none.
       best_metric: the metric whose best checkpoint is kept, for example `eval/accuracy`.
       best_mode: whether larger or smaller values are better.
     """
 
-    every_steps: int = 200
+    every_steps: int | None = None
     keep_last: int = 2
     keep_every: int | None = None
     best_metric: str | None = None
     best_mode: Literal["max", "min"] = "max"
+
+    @property
+    def period(self) -> int:
+        """The steps whose multiples are saved."""
+        return self.every_steps or USUAL_PERIOD
 
 
 @setting_group

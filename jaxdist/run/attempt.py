@@ -402,7 +402,8 @@ class _Run:
             agreed = self.agreed.number("snapshot interval", 1.0)
             found.append(recovery.snapshots_when_due(self.start.snapshots, settings, step_seconds, agreed))
         room = self.agreed.number("room on the disk", 1.0)
-        return [*found, disk_room.unless_full(hooks.save_when_due(books), self.options.run_dir, agreed=room)]
+        save = hooks.save_when_due(books, agreed=self.agreed.number("affordable saves", 1.0))
+        return [*found, disk_room.unless_full(save, self.options.run_dir, agreed=room)]
 
     def _call_user_hooks(self, info: loop.StepInfo) -> None:
         def metrics() -> dict[str, float]:

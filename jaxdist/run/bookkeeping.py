@@ -84,6 +84,11 @@ class Facts:
     header: Callable[[], str] | None = None
 
 
+LARGEST_SHARE_OF_SAVES = 0.05
+"""Of the time, where the experiment does not say which steps are saved: what happens beside the steps takes cores and
+memory from them."""
+
+
 class Due:
     """Says when something is due: every so many steps or, without these, every so many epochs.
 
@@ -152,7 +157,7 @@ class Bookkeeper:
         self.evaluations = Due(
             progress, every_steps=experiment.eval.every_steps, every_epochs=experiment.eval.every_epochs
         )
-        self.saves = Due(progress, every_steps=experiment.checkpoints.every_steps)
+        self.saves = Due(progress, every_steps=experiment.checkpoints.period)
         self._saved_step = checkpointer.latest_step()
         self._origin = self._find_origin()
         self.kept_for_supervisor = False
@@ -283,6 +288,11 @@ class Bookkeeper:
         if metric is None or self._measured.get(metric) != self.progress.step:
             return False
         return self.progress.record_best(metric, self.progress.metrics[metric], mode)
+
+    def may_save(self) -> bool:
+        """Return whether a due step is saved: always where the experiment chose the steps, else if it costs little."""
+        chosen = self.attempt.experiment.checkpoints.every_steps is not None
+        return chosen or self.checkpointer.may_save(LARGEST_SHARE_OF_SAVES)
 
     def save(self, state: Any, place: SavedPosition, **more: Any) -> None:
         """Save a checkpoint of the present step, unless there is one; `more` goes into its data_state."""

@@ -3,6 +3,8 @@
 A hook is a function of StepInfo. None of these decides when training ends: they record, and the stop rules read.
 """
 
+from collections.abc import Callable
+
 import jax
 import numpy as np
 
@@ -57,11 +59,17 @@ def evaluate_when_due(books: Bookkeeper) -> Hook:
     return evaluate
 
 
-def save_when_due(books: Bookkeeper) -> Hook:
-    """Return the hook that saves a checkpoint when the experiment says so, or the state is the best so far."""
+def save_when_due(books: Bookkeeper, *, agreed: Callable[[float], float]) -> Hook:
+    """Return the hook that saves a checkpoint when it is time, or the state is the best so far.
+
+    Args:
+      books: of the attempt; they say which steps are due.
+      agreed: makes one number of what the processes see; see `agreement.Agreement.number`.
+    """
 
     def save(info: StepInfo) -> None:
-        due = books.saves.due() or books.unsaved_best
+        affordable = bool(agreed(float(books.may_save())))
+        due = (books.saves.due() and affordable) or books.unsaved_best
         if due and _was_made(info):
             books.save(info.state, info.position)
 

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import types
 from typing import NamedTuple
 
 import jax
@@ -208,6 +209,25 @@ def test_a_step_saved_again_counts_with_its_new_metrics(tmp_path):
             checkpointer.save(step, small_state(step), {}, {"accuracy": accuracy})
             checkpointer.wait()
             assert checkpointer.best_step() == (2 if accuracy < 0.5 else 1)
+
+
+def test_a_twentieth_of_the_time_is_told_from_what_a_save_took(tmp_path, monkeypatch):
+    clock = types.SimpleNamespace(now=100.0)
+    with Checkpointer(tmp_path, identity="test", clock=lambda: clock.now) as checkpointer:
+        assert checkpointer.may_save(0.05), "there was none"
+        finish = checkpointer._finish
+
+        def slow(*arguments):
+            clock.now += 2.0
+            finish(*arguments)
+
+        monkeypatch.setattr(checkpointer, "_finish", slow)
+        checkpointer.save(1, small_state(1), {}, {})
+        checkpointer.wait()
+        clock.now = 139.9
+        assert not checkpointer.may_save(0.05)
+        clock.now = 140.1
+        assert checkpointer.may_save(0.05)
 
 
 def test_a_damaged_manifest_does_not_stop_saving_and_is_nobodys_best(tmp_path):

@@ -25,8 +25,8 @@ class Place:
 class Books:
     """What the hooks see of a Bookkeeper."""
 
-    def __init__(self, *, log_every=1, due=lambda: True, best=False):
-        self.unsaved_best = best
+    def __init__(self, *, log_every=1, due=lambda: True, best=False, may_save=True):
+        self.unsaved_best, self.may_save = best, lambda: may_save
         self.calls, self._log_every = [], log_every
         self.evaluations = self.saves = types.SimpleNamespace(due=due)
         self.display = types.SimpleNamespace(update=lambda *shown, epoch: self.calls.append(("show", *shown)))
@@ -106,13 +106,26 @@ def test_evaluating_and_saving_happen_when_they_are_due(due):
     books = Books(due=lambda: due)
     info = make_info(3, position=Place(3))
     hooks.evaluate_when_due(books)(info)
-    hooks.save_when_due(books)(info)
+    hooks.save_when_due(books, agreed=float)(info)
     assert books.calls == ([("evaluate", "state 3"), ("save", "state 3", Place(3))] if due else [])
+
+
+@pytest.mark.parametrize("best", [True, False])
+def test_a_save_that_would_cost_too_much_is_left_out_unless_the_state_is_the_best(best):
+    books = Books(best=best, may_save=False)
+    hooks.save_when_due(books, agreed=float)(make_info(3, position=Place(3)))
+    assert books.calls == ([("save", "state 3", Place(3))] if best else [])
+
+
+def test_process_0_decides_which_saves_cost_too_much():
+    books = Books()
+    hooks.save_when_due(books, agreed=lambda number: 0.0)(make_info(3, position=Place(3)))
+    assert books.calls == []
 
 
 def test_the_best_state_is_saved_at_once():
     books = Books(due=lambda: False, best=True)
-    hooks.save_when_due(books)(make_info(3, position=Place(3)))
+    hooks.save_when_due(books, agreed=float)(make_info(3, position=Place(3)))
     assert books.calls == [("save", "state 3", Place(3))]
 
 
@@ -121,7 +134,7 @@ def test_a_step_that_was_not_finite_is_neither_evaluated_nor_saved():
     books = Books(best=True)
     info = make_info(3, loss=math.nan, flag=0)
     hooks.evaluate_when_due(books)(info)
-    hooks.save_when_due(books)(info)
+    hooks.save_when_due(books, agreed=float)(info)
     assert books.calls == []
 
 

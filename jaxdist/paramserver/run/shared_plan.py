@@ -200,7 +200,7 @@ def check_microbatches(plan: Plan, num_devices: int) -> None:
 
 def _read_periods(experiment: Experiment, steps_per_epoch: int) -> tuple[int, ...]:
     """Return the periods, in steps, of checkpoints and of evaluations."""
-    saves, every = experiment.checkpoints.every_steps, experiment.eval
+    saves, every = experiment.checkpoints.period, experiment.eval
     if experiment.data.eval is None:
         return (saves,)
     return (saves, every.every_steps or every.every_epochs * steps_per_epoch)
