@@ -5,8 +5,8 @@ python benchmarks/parameter_server_runs.py [--steps N] [--rounds N] [--only all-
 Both sides train experiments/digits_cnn.py with two devices on this machine, in turns: the parameter server as two
 workers and a server, all-reduce as one process with two devices. A side's time is the median time of a step.
 
-For the recovery, processes of experiments/digits_mlp.py are killed just before they answer, or just after they decided,
-with timers that call a process dead after two seconds; what counts is the time from the kill to the next finished step.
+For the recovery, processes of experiments/digits_mlp.py are killed just before they answer, or just after they decided, with
+the default timers; what counts is the time from the kill to the next finished step.
 """
 
 import argparse
@@ -24,8 +24,13 @@ from jaxdist.rundir import record
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
 PARAMETER_SERVER = ("--strategy", "parameter-server")
-RECOVERY_LIMIT = 5.0
-DEATHS = ("worker/0 send Done", "server/0/a send PushAck", "scheduler did CommitRecord")
+RECOVERY_LIMIT = 2.0
+DEATHS = (
+    "worker/0 send Done",
+    "server/0/a send PushAck",
+    "server/0/b send Replicated",
+    "scheduler did CommitRecord",
+)
 
 
 def train(experiment: str, run_dir: pathlib.Path, *arguments: str, fault: str = "") -> dict[str, Any]:
@@ -62,7 +67,7 @@ def against_all_reduce(steps: int, rounds: int) -> dict[str, Any]:
 def recovery(death: str, rounds: int) -> dict[str, Any]:
     """Return the seconds from a kill to the next finished step."""
     waits = []
-    settings = ("--set", "ps.workers=2", "ps.servers=1", "ps.durability=replicated", "ps.dead_after_seconds=2")
+    settings = ("--set", "ps.workers=2", "ps.servers=1", "ps.durability=replicated")
     for number in range(rounds):
         with tempfile.TemporaryDirectory() as folder:
             run_dir = pathlib.Path(folder, "run")

@@ -314,7 +314,7 @@ def test_a_scheduler_that_stands_still_drops_no_one(scheduler, drops):
             return super().handle(message, now + self.late)
 
     chosen = settings(workers=3, servers=2, durability="replicated")
-    run = workload.play(3, settings=chosen, faults=CALM, roles=Roles(scheduler=Sleepy))
+    run = workload.play(4, settings=chosen, faults=CALM, roles=Roles(scheduler=Sleepy))
     counters = run.processes["scheduler"].role.counters
     assert (counters["fenced"] > 0) == drops
 

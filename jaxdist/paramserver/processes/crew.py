@@ -165,6 +165,9 @@ def command(name: str, directory: pathlib.Path) -> list[str]:
 def environment(name: str, token: str) -> Mapping[str, str]:
     """Return the environment variables of the process `name`, a child of this process."""
     shared = {security.TOKEN: token, parent.PARENT_ID: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
+    if worker_number(name) is None:
+        # The norms that NumPy computes here are too small for several threads, which would keep the cores busy.
+        shared |= {"OPENBLAS_NUM_THREADS": "1"}
     # A server keeps its shard in host memory; only workers use accelerators.
     return shared | ({"JAX_PLATFORMS": "cpu"} if server_shard(name) is not None else {})
 

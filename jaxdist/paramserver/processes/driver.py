@@ -5,6 +5,7 @@ the caller: `process_world` in production, a seeded one in the simulator. Effect
 as `effects` requires.
 """
 
+import collections
 import logging
 from collections.abc import Callable
 from typing import Protocol
@@ -97,10 +98,17 @@ class Driver:
         self.tick_at = float("-inf")  # by the clock of the world
         self._beat: tuple[str, messages.Heartbeat] | None = None  # the last one sent
         self._beat_at = 0.0
+        self._own: collections.deque[messages.Message] = collections.deque()  # effects.Continue
 
     def turn(self) -> bool:
-        """Handle a tick that is due, or else the next message; return False if neither came until the next tick."""
+        """Handle a tick that is due, or else the next message; return False if neither came until the next tick.
+
+        What the machine wants to continue with comes before both.
+        """
         now = self.world.now()
+        if self._own:
+            self._feed(self._own.popleft(), now)
+            return True
         if now >= self.tick_at:
             self.tick_at = now + self._tick_seconds
             self._feed(messages.Tick(), now)
@@ -151,6 +159,8 @@ class Driver:
                 self.world.compute(effect)
             case effects.Warn(text):
                 _logger.warning(text)
+            case effects.Continue(message):
+                self._own.append(message)
             case effects.Exit():
                 self.exit = effect
         self._observe(effect)

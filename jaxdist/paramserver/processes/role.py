@@ -1,5 +1,6 @@
 """Runs one role in a process, from its command line `NAME SPEC` to its exit status."""
 
+import gc
 import logging
 import os
 import pathlib
@@ -24,6 +25,8 @@ def main(arguments: list[str], make: Make) -> int:
     logging.basicConfig(level=logging.INFO, format=f"{name}: %(message)s", stream=sys.stderr)
     spec = Spec.read(pathlib.Path(path))
     driver, world, statistics = make(name, spec)
+    gc.collect()
+    gc.freeze()  # what is imported and compiled by now stays; each collection would look through it
     logger = logging.getLogger(__name__)
     try:
         wire = Wire(

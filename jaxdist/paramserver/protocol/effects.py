@@ -143,6 +143,13 @@ class Replace:
 
 
 @dataclass(frozen=True, slots=True)
+class Continue:
+    """Handle `message`, from this process itself, next: once the replies have been sent."""
+
+    message: messages.Message
+
+
+@dataclass(frozen=True, slots=True)
 class Exit:
     """End this process after `step`, for `reason`; a negative step means an error."""
 
@@ -165,6 +172,7 @@ Effect = (
     | ShowCut
     | Warn
     | Replace
+    | Continue
     | Exit
 )
 

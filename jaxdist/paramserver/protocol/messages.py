@@ -191,7 +191,10 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Lease number `sequence` of this incarnation, to be computed at `clock`."""
+    """Lease number `sequence` of this incarnation, to be computed at `clock`.
+
+    `report`: the worker is to say itself when all shards have its push, because another slice waits for it.
+    """
 
     worker: int
     incarnation: int
@@ -199,6 +202,7 @@ class Grant:
     sequence: int
     clock: int
     lease: Lease
+    report: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +285,7 @@ class Metric:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """Every shard acknowledged push `sequence`."""
+    """Push `sequence` is computed and, if `staged`, acknowledged by every shard; else the shards tell that (Staged)."""
 
     worker: int
     incarnation: int
@@ -291,11 +295,24 @@ class Done:
     count: float
     finite: bool
     metrics: tuple[Metric, ...]
+    staged: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A shard tells the scheduler that it has a push for every slice of `step`: a detour by the workers takes longer.
+
+    `fingerprint` says which pushes; see `sums`. One number for all of them keeps this short with many workers.
+    """
+
+    shard: int
+    step: int
+    fingerprint: int
 
 
 @dataclass(frozen=True, slots=True)
 class DoneAck:
-    """The scheduler received Done."""
+    """The scheduler received Done. Where the shards report what is staged, the next Grant says so as well."""
 
     worker: int
     incarnation: int
@@ -307,13 +324,17 @@ class DoneAck:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """Apply step `step` from exactly these staged pushes, in this order; `skip` applies none."""
+    """Apply step `step` from exactly these staged pushes, in this order; `skip` applies none.
+
+    Where `fingerprint` is not 0, the list is left out: it is that of the shard's own note (Staged).
+    """
 
     term: int
     shard: int
     step: int
     skip: bool
     contributors: tuple[Contributor, ...]
+    fingerprint: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -492,6 +513,11 @@ class Transfer:
 @dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed."""
+
+
+@dataclass(frozen=True, slots=True)
+class GetReady:
+    """Add up what has arrived for the next step, ahead of its commit."""
 
 
 @dataclass(frozen=True, slots=True)

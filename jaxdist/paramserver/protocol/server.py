@@ -60,7 +60,7 @@ class Server:
         action = _ACTIONS.get(type(message))
         out_of_service = self.stopped or (self.diverged and not isinstance(message, messages.Tick))
         if action is not None and (not out_of_service or isinstance(message, messages.StopRun)):
-            self.progress += not isinstance(message, messages.Tick)
+            self.progress += not isinstance(message, messages.Tick | messages.GetReady)
             action(self, message, now, out)
         return out.replies, out.effects
 
@@ -182,10 +182,16 @@ class Server:
     ) -> None:
         """Apply `entry` and copy it to the backup; release its outcome and `extra` once the backup has it."""
         outcome = self.shard.apply(entry)
+        if isinstance(entry, messages.Push):
+            told = Outcome()
+            self._tell_staged(told)
+            outcome.replies = told.replies + outcome.replies
         outcome.replies += extra.replies
         outcome.effects += extra.effects
         if acknowledge_membership:
             outcome.send(SCHEDULER, self._membership_ack())
+        if self.waiting and not isinstance(entry, messages.NoOp):
+            self._answer_waiting(outcome)
         self.index += 1
         if self._place.backup:
             self.held.append((self.index, outcome))
@@ -195,8 +201,6 @@ class Server:
                 out.send(self._place.backup, record)
         else:
             _let_go(outcome, out)
-        if self.waiting and not isinstance(entry, messages.NoOp):
-            self._serve_waiting(now, out)
 
     def _membership_ack(self) -> messages.MembershipAck:
         shard = self.shard
@@ -243,6 +247,8 @@ class Server:
         while (entry := self.early.pop(self.index + 1, None)) is not None:
             out.effects += self.shard.apply(entry.entry).effects
             self.index += 1
+            if isinstance(entry.entry, messages.Push) and self.settings.synchronous:
+                out.do(effects.Continue(messages.GetReady()))
             if self.shard.chain != entry.chain:
                 self.diverged = f"The copies of shard {self.number} differ after update {self.shard.version}."
                 out.send(SCHEDULER, messages.Diverged(self.name, self.boot, self.diverged))
@@ -275,13 +281,26 @@ class Server:
             return
         status = self.shard.verdict(push)
         if status in ("staged", "applied"):
+            if status == "staged":
+                out.do(effects.Continue(messages.GetReady()))
             self._submit(push, Outcome(), now, out)
             return
         if status != "obsolete":
             self.counters["fenced" if status == "fenced" else "duplicates_refused"] += 1
         refusal = Outcome()
+        if status == "duplicate":
+            self._tell_staged(refusal)
         refusal.send(worker_name(push.worker), ack(push, status))
         self._submit(messages.NoOp(), refusal, now, out)
+
+    def _tell_staged(self, outcome: Outcome) -> None:
+        """Tell the scheduler once the next step is complete here, where it decides with that."""
+        note = self.shard.staged_note() if self.settings.shards_report else None
+        if note is not None:
+            outcome.send(SCHEDULER, note)
+
+    def _get_ready(self, message: messages.GetReady, now: float, out: effects.Output) -> None:
+        self.shard.get_ready()
 
     def _pull(self, pull: messages.Pull, now: float, out: effects.Output) -> None:
         if not self.primary or not self.shard.is_member(pull.worker, pull.incarnation):
@@ -292,19 +311,25 @@ class Server:
         else:
             self.waiting[pull.worker] = pull
 
-    def _serve_waiting(self, now: float, out: effects.Output) -> None:
+    def _answer_waiting(self, outcome: Outcome) -> None:
+        """Answer the pulls that waited for an entry, with it: its copy shows as well who the primary is."""
         for pull in list(self.waiting.values()):
-            if self.waiting.get(pull.worker) is pull:
+            if not self.shard.is_member(pull.worker, pull.incarnation):
                 del self.waiting[pull.worker]
-                self._pull(pull, now, out)
+            elif self.shard.may_read(pull):
+                del self.waiting[pull.worker]
+                self._answer(pull, outcome)
 
     def _serve(self, pull: messages.Pull, now: float, out: effects.Output) -> None:
-        shard = self.shard
         answer = Outcome()
+        self._answer(pull, answer)
+        self._submit(messages.NoOp(), answer, now, out)
+
+    def _answer(self, pull: messages.Pull, answer: Outcome) -> None:
+        shard = self.shard
         pulled = messages.Pulled(self.number, pull.worker, pull.incarnation, pull.sequence, shard.version, shard.params)
         answer.send(worker_name(pull.worker), pulled)
         answer.do(effects.Served(self.number, self.term, pull.worker, pull.clock, shard.version, shard.chain))
-        self._submit(messages.NoOp(), answer, now, out)
 
     # The scheduler.
 
@@ -312,7 +337,9 @@ class Server:
         if not self.primary or commit.term != self.term:
             return
         if commit.step > self.shard.version:
-            self._submit(commit, Outcome(), now, out)
+            whole = self.shard.spelled_out(commit)
+            if whole is not None:  # else the scheduler repeats it with its list
+                self._submit(whole, Outcome(), now, out)
         else:
             known = Outcome()
             known.send(SCHEDULER, messages.CommitAck(self.number, self.shard.version, self.shard.squares))
@@ -364,6 +391,7 @@ def _let_go(outcome: Outcome, out: effects.Output) -> None:
 _ACTIONS: dict[type, Callable[..., None]] = {
     messages.Tick: Server._tick,
     messages.Membership: Server._on_membership,
+    messages.GetReady: Server._get_ready,
     messages.Loaded: Server._loaded,
     messages.Written: Server._written,
     messages.Replicated: Server._replicated,

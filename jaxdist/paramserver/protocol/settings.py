@@ -124,6 +124,11 @@ class Settings(ParameterServer):
         return self.mode == "sync" or (self.mode == "bounded" and self.max_staleness == 0)
 
     @property
+    def shards_report(self) -> bool:
+        """Whether shards tell the scheduler what they have staged. With copies of slices it would not be the same."""
+        return self.synchronous and not self.backup_workers
+
+    @property
     def num_slices(self) -> int:
         """The number of slices of a step's batch: one, unless a step waits for several workers."""
         return self.workers - self.backup_workers if self.synchronous else 1

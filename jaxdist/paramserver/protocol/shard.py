@@ -8,14 +8,14 @@ or a file holds all of them or none. Two shards that apply the same entries in t
 import hashlib
 import struct
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 
-from jaxdist.paramserver.protocol import effects, messages
+from jaxdist.paramserver.protocol import effects, messages, sums
 from jaxdist.paramserver.protocol.settings import SCHEDULER, Settings, worker_name
-
-Arrays = tuple[np.ndarray, ...]
+from jaxdist.paramserver.protocol.sums import Arrays
 
 
 class Updater(Protocol):
@@ -62,16 +62,6 @@ def _fold(chain: int, arrays: Sequence[np.ndarray]) -> int:
     return int.from_bytes(digest.digest(), "little") >> 1
 
 
-def dense(piece: messages.Piece, like: np.ndarray) -> np.ndarray:
-    """Return a push's piece as an array of the block's size; repeated rows add up in the order they are listed."""
-    if not isinstance(piece, messages.Rows):
-        return piece
-    out = np.zeros_like(like)
-    width = piece.values.shape[1]
-    np.add.at(out.reshape(-1, width), piece.ids, piece.values)
-    return out
-
-
 def ack(push: messages.Push, status: str, reason: str = "") -> messages.PushAck:
     """Return the answer to `push`."""
     return messages.PushAck(push.shard, push.worker, push.incarnation, push.sequence, status, reason)
@@ -93,9 +83,22 @@ class Shard:
         self.seen = {row.worker: row for row in state.seen}
         self.clocks, self.front = dict(state.clocks), state.front
         self.members = {member.worker: member for member in state.members}
-        self.staged = {(p.worker, p.incarnation, p.sequence): p for p in state.staged}
+        self.staged = {sums.identity(push): push for push in state.staged}
         self.summed, self.summing = state.summed, state.summing
-        self.squares = -1.0  # squared norm of the last mean gradient; only reported, not part of the state
+        # Not part of the state:
+        self.squares = -1.0  # squared norm of the last mean gradient; only reported
+        self._forget_what_is_ready()
+
+    def _forget_what_is_ready(self) -> None:
+        self._by_slice: dict[int, messages.Push] = {}  # of the next step
+        self._sums = sums.PushSums(self.params, self.updater.num_params)
+        self._ready: sums.Ready | None = None
+        for push in self.staged.values():
+            self._note_slice(push)
+
+    def _note_slice(self, push: messages.Push) -> None:
+        if push.lease.step == self.version:
+            self._by_slice[push.lease.slice] = push  # a later one is of a worker that took over the lease
 
     def export(self) -> messages.ShardState:
         """Return the whole state; later updates do not change it."""
@@ -161,7 +164,7 @@ class Shard:
             return "fenced"
         row = self.seen.get(push.worker)
         applied = row is not None and (push.incarnation, push.sequence) <= (row.incarnation, row.sequence)
-        if applied or (push.worker, push.incarnation, push.sequence) in self.staged:
+        if applied or sums.identity(push) in self.staged:
             return "duplicate"
         if not self.settings.synchronous:
             return "applied"
@@ -186,7 +189,8 @@ class Shard:
         status = self.verdict(push)
         assert status in ("staged", "applied"), f"a push that is {status} is in the log"
         if status == "staged":
-            self.staged[(push.worker, push.incarnation, push.sequence)] = push
+            self.staged[sums.identity(push)] = push
+            self._note_slice(push)
         else:
             self._apply_push(outcome, push)
         outcome.send(worker_name(push.worker), ack(push, status))
@@ -197,17 +201,57 @@ class Shard:
         contributor = messages.Contributor(push.worker, push.incarnation, push.sequence, push.lease)
         skip = not push.finite or push.count <= 0
         if not skip:
-            self._update(self._mean([push]), scale=scale, norm_squared=push.norm_squared)
+            grads = sums.mean([push], self.params, self.updater.num_params)
+            self._keep(self._update(grads, scale=scale, norm_squared=push.norm_squared))
         self.clocks[push.worker] = max(push.clock + 1, self.clocks.get(push.worker, 0))
         self.front = max(self.front, push.clock + 1)
         self._record(outcome, (contributor,), push.clock, staleness, skip)
 
+    def get_ready(self) -> None:
+        """Add up the pushes of the next step that have arrived, and after the last one make the update.
+
+        It is used if the commit names these pushes. That saves the time in which the commit is decided and logged.
+        """
+        if self.summing is not None or self._ready is not None:
+            return
+        while (push := self._by_slice.get(len(self._sums.added))) is not None:
+            self._sums.add(push)
+        made = self._sums
+        if len(made.added) < self.settings.num_slices or not made.finite or made.count <= 0:
+            return
+        mean = made.mean()
+        updated = None if self.updater.needs_norm else self._update(mean, scale=1.0, norm_squared=0.0)
+        self._ready = sums.Ready(tuple(made.added), mean, updated)
+
+    def staged_note(self) -> messages.Staged | None:
+        """Return what tells the scheduler that the next step is complete here; None if it is not."""
+        if len(self._by_slice) < self.settings.num_slices or self.summing is not None:
+            return None
+        return messages.Staged(self.shard, self.version, sums.fingerprint(self._in_slice_order()))
+
+    def _in_slice_order(self) -> list[messages.Push]:
+        return [self._by_slice[slice_] for slice_ in sorted(self._by_slice)]
+
+    def spelled_out(self, commit: messages.Commit) -> messages.Commit | None:
+        """Return a commit with the list of its pushes; None if it names others than are complete here."""
+        if not commit.fingerprint:
+            return commit
+        pushes = self._in_slice_order()
+        if commit.step != self.version + 1 or sums.fingerprint(pushes) != commit.fingerprint:
+            return None
+        contributors = tuple(messages.Contributor(p.worker, p.incarnation, p.sequence, p.lease) for p in pushes)
+        return replace(commit, contributors=contributors, fingerprint=0)
+
+    def _ready_for(self, commit: messages.Commit) -> sums.Ready | None:
+        added = tuple(map(sums.identity, self._ordered(commit)))
+        return self._ready if self._ready is not None and self._ready.added == added and not commit.skip else None
+
     def _commit(self, outcome: Outcome, commit: messages.Commit) -> None:
         if self.summing is None:
             assert commit.step == self.version + 1, f"commit {commit.step} at version {self.version}"
-            pushes = [self.staged[(c.worker, c.incarnation, c.sequence)] for c in self._ordered(commit)]
+            pushes = [self.staged[sums.identity(c)] for c in self._ordered(commit)]
             self.summing = commit
-            self.summed = () if commit.skip else self._mean(pushes)
+            self.summed = () if commit.skip else self._mean_of(commit, pushes)
             grads = self.summed[: self.updater.num_params]
             self.squares = -1.0 if commit.skip else sum(float(np.vdot(g, g).real) for g in grads)
         if self.updater.needs_norm and not commit.skip:
@@ -216,6 +260,10 @@ class Shard:
             outcome.send(SCHEDULER, messages.Norms(self.shard, commit.step, squares))
         else:
             self._finish_commit(outcome, 0.0)
+
+    def _mean_of(self, commit: messages.Commit, pushes: Sequence[messages.Push]) -> Arrays:
+        ready = self._ready_for(commit)
+        return ready.mean if ready is not None else sums.mean(pushes, self.params, self.updater.num_params)
 
     def _finish(self, outcome: Outcome, finish: messages.Finish) -> None:
         if self.summing is not None and finish.step == self.summing.step:
@@ -226,32 +274,28 @@ class Shard:
     def _finish_commit(self, outcome: Outcome, norm_squared: float) -> None:
         commit = self.summing
         assert commit is not None
-        if not commit.skip:
-            self._update(self.summed, scale=1.0, norm_squared=norm_squared)
+        ready = self._ready_for(commit)
+        if ready is not None and ready.updated is not None:
+            self._keep(ready.updated)
+        elif not commit.skip:
+            self._keep(self._update(self.summed, scale=1.0, norm_squared=norm_squared))
         self.summing, self.summed = None, ()
         self._record(outcome, commit.contributors, messages.NO_CLOCK, 0, commit.skip)
         self.staged = {key: push for key, push in self.staged.items() if push.lease.step >= self.version}
+        self._forget_what_is_ready()
         outcome.send(SCHEDULER, messages.CommitAck(self.shard, self.version, self.squares))
 
     def _ordered(self, commit: messages.Commit) -> list[messages.Contributor]:
         # By slice, so that the sum has the same bits whichever worker computed a slice.
         return sorted(commit.contributors, key=lambda c: c.lease.slice)
 
-    def _mean(self, pushes: Sequence[messages.Push]) -> Arrays:
-        counted, num_examples = sum(push.count for push in pushes), sum(push.num_examples for push in pushes)
-        sums = []
-        for block, param in enumerate(self.params):
-            count = counted if block < self.updater.num_params else num_examples
-            total = dense(pushes[0].pieces[block], param)
-            for push in pushes[1:]:
-                total = total + dense(push.pieces[block], param)
-            sums.append((total / np.asarray(count, total.dtype)).astype(total.dtype, copy=False))
-        return tuple(sums)
-
-    def _update(self, grads: Arrays, *, scale: float, norm_squared: float) -> None:
-        self.params, self.opt_state = self.updater.update(
+    def _update(self, grads: Arrays, *, scale: float, norm_squared: float) -> tuple[Arrays, Arrays]:
+        return self.updater.update(
             self.params, self.opt_state, grads, step=self.version, scale=scale, norm_squared=norm_squared
         )
+
+    def _keep(self, updated: tuple[Arrays, Arrays]) -> None:
+        self.params, self.opt_state = updated
 
     def _record(
         self,

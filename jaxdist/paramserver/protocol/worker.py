@@ -7,6 +7,7 @@ number of its lease, so the receiver recognises a repeated one.
 from collections.abc import Callable
 
 from jaxdist.paramserver.protocol import effects, messages
+from jaxdist.paramserver.protocol.scheduler import lease_table
 from jaxdist.paramserver.protocol.settings import SCHEDULER, Settings, worker_name
 
 
@@ -34,6 +35,7 @@ class Worker:
         self.early = (0, 0)  # the sequence number and the version that were asked for early
         self.computed: messages.Computed | None = None
         self.acknowledged: set[int] = set()
+        self.reports = True  # whether it says itself that all shards have its push
 
     @property
     def term(self) -> int:
@@ -87,6 +89,7 @@ class Worker:
         if self.phase == "joining" or membership.term <= self.term:
             return
         self.membership = membership
+        self.reports = True  # a worker may have left whose slice waits for this one
         self._beat(now, out)
         if self.phase != "computing":
             self._request(now, out)
@@ -120,10 +123,13 @@ class Worker:
 
     def _grant(self, grant: messages.Grant, now: float, out: effects.Output) -> None:
         current = grant.incarnation == self.incarnation and grant.term == self.term
-        if not current or grant.sequence <= self.sequence or self.phase not in ("asking", "reporting"):
+        # While it is pushing, the servers may have told the scheduler already that they have it all.
+        free = self.phase in ("asking", "reporting") or (self.phase == "pushing" and self.settings.shards_report)
+        if not current or grant.sequence <= self.sequence or not free:
             return
         self.lease, self.sequence, self.clock = grant.lease, grant.sequence, grant.clock
         self.computed, self.acknowledged = None, set()
+        self.reports = grant.report or not self.settings.shards_report
         early, self.pulled_early = self.pulled_early, {}
         self.pulled = {n: each for n, each in early.items() if each.version == self.lease.step}
         out.do(effects.Prepare(self.lease))
@@ -174,16 +180,25 @@ class Worker:
             self.phase = "computing"
             params = tuple(self.pulled[n].pieces for n in range(len(self.pulled)))
             out.do(effects.Compute(self.incarnation, self.sequence, self.lease, params))
-            self._beat(now, out)
 
     def _on_computed(self, computed: messages.Computed, now: float, out: effects.Output) -> None:
         mine = (computed.incarnation, computed.sequence) == (self.incarnation, self.sequence)
         if mine and self.phase == "computing":
             self.computed = computed
             self._enter("pushing", now, out)
+            if self.settings.synchronous:
+                self._pull_early(out)
+
+    def _look_ahead(self, out: effects.Output) -> None:
+        """Have the examples of the same slice of the next step read while the servers and the scheduler are busy."""
+        assert self.lease is not None
+        if self.lease.step + 1 < self.settings.max_steps:
+            out.do(effects.Prepare(lease_table.lease(self.settings, self.lease.step + 1, self.lease.slice)))
 
     def _send_pushes(self, out: effects.Output) -> None:
         self._to_shards(self.acknowledged, out, self._push)
+        if self.settings.shards_report:
+            self._send_done(out, staged=False)  # the servers tell the scheduler the rest
 
     def _push(self, shard: int) -> messages.Push:
         computed, lease = self.computed, self.lease
@@ -218,17 +233,21 @@ class Worker:
         else:
             self.acknowledged.add(ack.shard)
             self.progress += 1
-            if len(self.acknowledged) == len(self.membership.shards):
+            if len(self.acknowledged) < len(self.membership.shards):
+                return
+            if self.reports:
                 self._enter("reporting", now, out)
-                if self.settings.synchronous:
-                    self._pull_early(out)
+            else:
+                self.phase, self.asked_at = "reporting", now  # the servers have told it; said again if that takes long
+            if self.settings.synchronous:
+                self._look_ahead(out)
 
-    def _send_done(self, out: effects.Output) -> None:
+    def _send_done(self, out: effects.Output, *, staged: bool = True) -> None:
         assert self.lease is not None
         assert self.computed is not None
         c = self.computed
         done = messages.Done(
-            self.worker, self.incarnation, self.sequence, self.clock, self.lease, c.count, c.finite, c.metrics
+            self.worker, self.incarnation, self.sequence, self.clock, self.lease, c.count, c.finite, c.metrics, staged
         )
         out.send(SCHEDULER, done)
 

@@ -6,6 +6,7 @@ additional element whose square is the missing part of the squared norm, so that
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -18,6 +19,30 @@ from jaxdist.spmd.state import WithInputs
 
 Arrays = tuple[np.ndarray, ...]
 Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Made:
+    """The result of an update: JAX arrays, and the same memory as NumPy arrays, which the protocol handles.
+
+    Most updates begin with the result of the one before, and then JAX need not take up the arrays again.
+    """
+
+    params: Arrays
+    opt_state: Arrays
+    jax_params: tuple[jax.Array, ...]
+    jax_opt_state: tuple[jax.Array, ...]
+
+    @classmethod
+    def of(cls, params: Sequence[jax.Array], opt_state: Sequence[jax.Array]) -> "_Made":
+        """Return both views of what an update made."""
+        return cls(tuple(map(np.asarray, params)), tuple(map(np.asarray, opt_state)), tuple(params), tuple(opt_state))
+
+    def instead_of(self, params: Arrays, opt_state: Arrays) -> tuple[Any, Any]:
+        """Return the JAX arrays of these params and this state, or themselves if they are not what was made."""
+        mine = all(a is b for a, b in zip(self.params, params)) and len(self.params) == len(params)
+        mine = mine and all(a is b for a, b in zip(self.opt_state, opt_state)) and bool(self.params)
+        return (self.jax_params, self.jax_opt_state) if mine else (params, opt_state)
 
 
 class OptaxUpdater:
@@ -39,6 +64,7 @@ class OptaxUpdater:
         self._inputs = optimizer.inputs if isinstance(optimizer, WithInputs) else None
         self._structure: Any = None
         self._step = jax.jit(self._update)
+        self._made = _Made((), (), (), ())
 
     def init(self, params: Arrays) -> Arrays:
         """Return the leaves of the optimizer state."""
@@ -57,8 +83,11 @@ class OptaxUpdater:
         # Left out if it is 1, because another multiplication changes how the compiler rounds those around it.
         factor = None if scale == 1.0 else np.float32(scale)
         blocks = self._tree(grads[:n], rest)
-        updated, leaves = self._step(params[:n], opt_state, blocks, factor, np.int32(step), self._inputs)
-        return (*map(np.asarray, updated), *grads[n:]), tuple(map(np.asarray, leaves))
+        before = self._made.instead_of(params[:n], opt_state)
+        updated, leaves = self._step(*before, blocks, factor, np.int32(step), self._inputs)
+        made = _Made.of(updated, leaves)
+        self._made = made
+        return (*made.params, *grads[n:]), made.opt_state
 
     def _tree(self, blocks: Arrays, rest: float) -> Arrays:
         ghost = (np.full(GHOST_SHAPE, rest, np.float32),) if self.needs_norm else ()

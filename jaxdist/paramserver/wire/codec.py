@@ -5,6 +5,8 @@ reader knows the expected types, and refuses bytes that do not match them.
 """
 
 import dataclasses
+import itertools
+import operator
 import struct
 import types
 import typing
@@ -152,6 +154,8 @@ def _scalar(layout: struct.Struct, kind: type) -> tuple[Write, Read]:
     return write, lambda reader: kind(reader.unpack(layout)[0])
 
 
+_FORMATS = {int: "q", float: "d", bool: "?"}
+"""As in _SCALARS, for several at once."""
 _SCALARS: dict[Any, tuple[Write, Read]] = {
     int: _scalar(_INT, int),
     float: _scalar(_FLOAT, float),
@@ -214,14 +218,40 @@ def _one_of(options: tuple[Any, ...]) -> tuple[Write, Read]:
 
 
 def _record(kind: type) -> tuple[Write, Read]:
+    """Return how a dataclass is written and read: numbers that follow each other in one call."""
     hints = typing.get_type_hints(kind)
-    fields = [(field.name, *codec(hints[field.name])) for field in dataclasses.fields(kind)]
+    names = [field.name for field in dataclasses.fields(kind)]
+    parts = []
+    for are_numbers, group in itertools.groupby(names, lambda name: hints[name] in _FORMATS):
+        run = list(group)
+        parts += [_numbers(run, hints)] if are_numbers else [_field(name, hints[name]) for name in run]
 
     def write(writer: Encoder, value: Any) -> None:
-        for name, write_field, _ in fields:
-            write_field(writer, getattr(value, name))
+        for write_part, _ in parts:
+            write_part(writer, value)
 
-    return write, lambda reader: kind(*(read_field(reader) for _, _, read_field in fields))
+    def read(reader: Decoder) -> Any:
+        values: list[Any] = []
+        for _, read_part in parts:
+            values += read_part(reader)
+        return kind(*values)
+
+    return write, read
+
+
+def _field(name: str, hint: Any) -> tuple[Write, Read]:
+    write, read = codec(hint)
+    return (lambda writer, value: write(writer, getattr(value, name))), lambda reader: (read(reader),)
+
+
+def _numbers(names: list[str], hints: dict[str, Any]) -> tuple[Write, Read]:
+    layout = struct.Struct("<" + "".join(_FORMATS[hints[name]] for name in names))
+    values_of = operator.attrgetter(*names) if len(names) > 1 else lambda value: (getattr(value, names[0]),)
+
+    def write(writer: Encoder, value: Any) -> None:
+        writer.head += layout.pack(*values_of(value))
+
+    return write, lambda reader: reader.unpack(layout)
 
 
 def _nothing() -> tuple[Write, Read]:

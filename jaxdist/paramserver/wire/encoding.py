@@ -73,6 +73,7 @@ KINDS: tuple[type, ...] = (
     messages.Diverged,
     journal.EmptyRecord,
     messages.Died,
+    messages.Staged,
 )
 _NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 from jaxdist.paramserver.protocol import messages
-from jaxdist.paramserver.wire import codec, encoding, greeting
+from jaxdist.paramserver.wire import codec, encoding, greeting, same_machine
 
 _logger = logging.getLogger(__name__)
 
@@ -30,8 +30,9 @@ MOST_WAITING = 16
 """Messages of one connection that may wait to be handled."""
 ACK_SECONDS = 0.05
 ACK = struct.Struct("<Q")
-_DIRECT_BYTES = 16 << 10
-_SCRATCH_BYTES = 64 << 10
+SCRATCH_BYTES = 256 << 10
+_DIRECT_BYTES = 128 << 10
+"""Larger pieces of memory are read into at once; smaller ones are filled from what arrives together with them."""
 
 Receive = Callable[[messages.Message, Callable[[], None]], None]
 """Takes a message, and a function to call, from any thread, once the message has been handled."""
@@ -73,6 +74,7 @@ class Incoming(asyncio.BufferedProtocol):
       budget: for messages on the bulk lane.
       receive: called with every complete message.
       connections: the set of open connections, which this one joins and leaves.
+      scratch: memory that is used only while bytes are taken, so all connections may share it.
     """
 
     def __init__(
@@ -82,13 +84,14 @@ class Incoming(asyncio.BufferedProtocol):
         budget: Budget,
         receive: Receive,
         connections: dict["Incoming", None],
+        scratch: memoryview,
     ) -> None:
         self._loop, self._token, self._budget, self._receive = loop, token, budget, receive
         self._connections = connections
         self._transport: Any = None
         self.lane: int | None = None  # None: not greeted yet
         self.heard_at = loop.time()
-        self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
+        self._scratch = scratch
         self._challenge = greeting.challenge()
         self._memory = bytearray(greeting.ANSWER_BYTES)
         self._region = memoryview(self._memory)  # what arrives next belongs here
@@ -103,6 +106,7 @@ class Incoming(asyncio.BufferedProtocol):
     def connection_made(self, transport: Any) -> None:
         """Greet."""
         self._transport = transport
+        same_machine.enlarge_buffers(transport.get_extra_info("socket"))
         self._connections[self] = None
         transport.write(self._challenge)
 

@@ -1,14 +1,19 @@
-"""The sending end of a connection: an Outbox, and a connection that is opened again when it fails."""
+"""The sending end of a connection: an Outbox, and a connection that is opened again when it fails.
+
+A message leaves in the thread that sends it, as far as the socket takes it at once: waking the event loop would take
+longer than sending most messages does. The event loop connects, listens, and sends the rest. With TLS it sends all.
+"""
 
 import asyncio
 import contextlib
+import os
 import socket
 import ssl
 import threading
 from collections.abc import Iterator
 from typing import Any
 
-from jaxdist.paramserver.wire import encoding, greeting
+from jaxdist.paramserver.wire import encoding, greeting, same_machine
 from jaxdist.paramserver.wire.codec import Buffer
 from jaxdist.paramserver.wire.incoming import ACK, BULK, GREETING_SECONDS, IDLE_SECONDS
 from jaxdist.paramserver.wire.outbox import Outbox
@@ -19,6 +24,8 @@ AGAIN_SECONDS = 0.1
 
 class Outgoing(asyncio.Protocol):
     """Sends messages to one peer on one lane. Only `put` may be called from any thread; the rest runs in the loop.
+
+    `_turn` is held by the thread that sends or changes the connection.
 
     Args:
       loop: the event loop.
@@ -34,12 +41,13 @@ class Outgoing(asyncio.Protocol):
         self._loop, self._lane, self._token, self._tls = loop, lane, token, tls
         host, _, port = address.rpartition(":")
         self._host, self._port = host.strip("[]"), int(port)
-        self._lock = threading.Lock()
+        self._lock, self._turn = threading.Lock(), threading.Lock()
         self._outbox: Outbox[encoding.Encoded] = Outbox(large=lane == BULK)
         self._scheduled = self._closed = False
         self._connecting: asyncio.Task[None] | None = None
         self._again_at = 0.0
         self._transport: Any = None
+        self._socket: socket.socket | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -50,20 +58,49 @@ class Outgoing(asyncio.Protocol):
         self._expected = b""  # the proof that the listener must send; empty before its challenge
         self._outbox.begin()
         self._blocks: Iterator[Buffer] | None = None  # of the message being sent
+        self._left: Buffer = b""  # of a block that the socket did not take at once
+        if self._socket is not None:
+            self._socket.close()
+        self._socket = None  # to send in the thread of `put`; another one for the same connection
         self._moved_at, self._moved = self._loop.time(), (0, 0)
         self._num_blocks = 0
 
     # Any thread.
 
     def put(self, message: encoding.Encoded) -> None:
-        """Queue a message; see Outbox."""
+        """Queue a message, see Outbox; send it now if the connection takes it."""
         self._outbox.put(message)
+        if self._turn.acquire(blocking=False):
+            try:
+                if self._send_at_once():
+                    return
+            finally:
+                self._turn.release()
         with self._lock:
             if self._scheduled:
                 return
             self._scheduled = True
         with contextlib.suppress(RuntimeError):  # the event loop has ended
             self._loop.call_soon_threadsafe(self._begin)
+
+    def _send_at_once(self) -> bool:
+        """Send what waits through the socket; return whether nothing is left for the event loop."""
+        if self._socket is None or not self._ready or self._full or self._left:
+            return False
+        if self._transport.get_write_buffer_size():
+            return False
+        while (block := self._next_block()) is not None:
+            self._num_blocks += 1
+            try:
+                sent = self._socket.send(block)
+            except BlockingIOError:
+                sent = 0
+            except OSError:  # the event loop will notice it, too
+                sent = len(block)
+            if sent < len(block):
+                self._left = memoryview(block)[sent:]
+                return False
+        return True
 
     # The connection.
 
@@ -73,30 +110,46 @@ class Outgoing(asyncio.Protocol):
 
     def _pump(self) -> None:
         """Send what waits, as far as the connection takes it."""
-        if self._transport is None:
-            if self._connecting is None and self._outbox.has_waiting() and not self._closed:
-                self._connecting = self._loop.create_task(self._connect())
-            return
-        while self._ready and not self._full and (block := self._next_block()) is not None:
-            self._num_blocks += 1
-            self._transport.write(block)
+        with self._turn:
+            if self._transport is None:
+                if self._connecting is None and self._outbox.has_waiting() and not self._closed:
+                    self._connecting = self._loop.create_task(self._connect())
+                return
+            if self._left:
+                left, self._left = self._left, b""
+                self._transport.write(left)
+            while self._ready and not self._full and (block := self._next_block()) is not None:
+                self._num_blocks += 1
+                self._transport.write(block)
 
     async def _connect(self) -> None:
         await asyncio.sleep(self._again_at - self._loop.time())
         try:
             async with asyncio.timeout(GREETING_SECONDS):
-                await self._loop.create_connection(
-                    lambda: self,
-                    self._host,
-                    self._port,
-                    ssl=self._tls,
-                    server_hostname=self._host if self._tls else None,
-                )
+                if not await self._connect_here():
+                    await self._loop.create_connection(
+                        lambda: self,
+                        self._host,
+                        self._port,
+                        ssl=self._tls,
+                        server_hostname=self._host if self._tls else None,
+                    )
         except (OSError, TimeoutError):
             self._drop()
         finally:
             self._connecting = None
         self._pump()  # for what was queued when this attempt had failed already
+
+    async def _connect_here(self) -> bool:
+        """Connect to a peer on this machine by its Unix socket; return whether it has one."""
+        name = None if self._tls else same_machine.name_of(self._host, self._port)
+        if name is None:
+            return False
+        try:
+            await self._loop.create_unix_connection(lambda: self, name)
+        except ConnectionRefusedError:
+            return False
+        return True
 
     def _drop(self) -> None:
         """Drop what waits: the peer cannot be reached."""
@@ -105,17 +158,21 @@ class Outgoing(asyncio.Protocol):
 
     def connection_made(self, transport: Any) -> None:
         """Wait for the greeting."""
-        self._forget()
-        self._transport = transport
+        with self._turn:
+            self._forget()
+            self._transport = transport
         transport.set_write_buffer_limits(encoding.BLOCK_BYTES)
         connected = transport.get_extra_info("socket")
-        if hasattr(socket, "TCP_USER_TIMEOUT"):  # a machine that is lost sends no reset
+        same_machine.enlarge_buffers(connected)
+        # A machine that is lost sends no reset.
+        if hasattr(socket, "TCP_USER_TIMEOUT") and connected.family != socket.AF_UNIX:
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * IDLE_SECONDS))
 
     def connection_lost(self, exception: Exception | None) -> None:
         """Forget what travelled; connect again for what waits."""
         refused = not self._ready
-        self._forget()
+        with self._turn:
+            self._forget()
         if refused:
             self._drop()
         self._pump()
@@ -140,7 +197,7 @@ class Outgoing(asyncio.Protocol):
 
     def _is_sent(self) -> bool:
         size = self._transport.get_write_buffer_size() if self._transport is not None else 0
-        return not self._outbox.has_waiting() and self._blocks is None and not size
+        return not self._outbox.has_waiting() and self._blocks is None and not self._left and not size
 
     def is_idle(self) -> bool:
         """Return whether all messages are delivered or dropped."""
@@ -169,6 +226,8 @@ class Outgoing(asyncio.Protocol):
             proof = self._part(greeting.WELCOME_BYTES)
             if proof:
                 greeting.compare(proof, self._expected)
+                if self._tls is None:
+                    self._socket = _same_connection(self._transport.get_extra_info("socket"))
                 self._ready = True
                 self._pump()
             return bool(proof)
@@ -209,3 +268,8 @@ class Outgoing(asyncio.Protocol):
             self._blocks = iter(taken[0])
             return next(self._blocks)
         return b"".join(part for each in taken for part in each)
+
+
+def _same_connection(connected: Any) -> socket.socket:
+    """Return another socket object for a connection; asyncio does not send through its own in another thread."""
+    return socket.socket(fileno=os.dup(connected.fileno()))

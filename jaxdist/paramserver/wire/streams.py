@@ -1,4 +1,4 @@
-"""Messages between processes over TCP: raw bytes in blocks, on one or two lasting connections to each peer.
+"""Messages between processes over sockets: raw bytes in blocks, on one or two lasting connections to each peer.
 
 Small messages travel on one connection, large ones on another, so neither waits for the other. Each peer has a queue of
 limited size, and the receiver holds a limited number of bytes at a time, so memory is bounded at both ends. All sockets
@@ -15,8 +15,17 @@ import tempfile
 import threading
 
 from jaxdist.paramserver.protocol import messages
-from jaxdist.paramserver.wire import encoding
-from jaxdist.paramserver.wire.incoming import BULK, CONTROL, GREETING_SECONDS, SMALL_BYTES, Budget, Incoming, Receive
+from jaxdist.paramserver.wire import encoding, same_machine
+from jaxdist.paramserver.wire.incoming import (
+    BULK,
+    CONTROL,
+    GREETING_SECONDS,
+    SCRATCH_BYTES,
+    SMALL_BYTES,
+    Budget,
+    Incoming,
+    Receive,
+)
 from jaxdist.paramserver.wire.outbox import MAX_BYTES_IN_FLIGHT
 from jaxdist.paramserver.wire.outgoing import Outgoing
 from jaxdist.paramserver.wire.security import UNSECURED, Security
@@ -54,9 +63,10 @@ class Wire:
         security.check(host)
         self._receive, self._token, self.peers = receive, security.token, dict(peers)
         self._tls = _tls_of(security)
-        listener = _listen(host.strip("[]"), int(port))
-        self.port = listener.getsockname()[1]
+        listeners = _listen(host.strip("[]"), int(port), local=self._tls is None)
+        self.port = listeners[0].getsockname()[1]
         self._budget = Budget(MAX_BYTES_IN_FLIGHT)
+        self._scratch = memoryview(bytearray(SCRATCH_BYTES))
         self._incoming: dict[Incoming, None] = {}
         self._outgoing: dict[tuple[str, int], Outgoing] = {}
         self._lock = threading.Lock()
@@ -64,25 +74,29 @@ class Wire:
         self._loop = asyncio.new_event_loop()
         # A peer that ends, or a stranger, is normal here.
         self._loop.set_exception_handler(lambda loop, context: None)
-        self._thread = threading.Thread(target=self._run, args=(listener,), daemon=True, name="wire")
+        self._thread = threading.Thread(target=self._run, args=(listeners,), daemon=True, name="wire")
         self._thread.start()
 
-    def _run(self, listener: socket.socket) -> None:
-        self._loop.run_until_complete(self._serve(listener))
+    def _run(self, listeners: list[socket.socket]) -> None:
+        self._loop.run_until_complete(self._serve(*listeners))
         self._loop.close()
 
-    async def _serve(self, listener: socket.socket) -> None:
+    async def _serve(self, listener: socket.socket, *local: socket.socket) -> None:
         listening = self._tls.listening if self._tls else None
-        server = await self._loop.create_server(
-            self._greet, sock=listener, ssl=listening, ssl_handshake_timeout=GREETING_SECONDS if listening else None
-        )
+        servers = [
+            await self._loop.create_server(
+                self._greet, sock=listener, ssl=listening, ssl_handshake_timeout=GREETING_SECONDS if listening else None
+            )
+        ]
+        servers += [await self._loop.create_unix_server(self._greet, sock=each) for each in local]
         while not self._closing.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._closing.wait(), _LOOK_SECONDS)
             now = self._loop.time()
             for each in self._connections():
                 each.look(now)
-        server.close()
+        for server in servers:
+            server.close()
         for each in self._connections():
             each.close()
         await asyncio.sleep(0)  # a connection closes in the next round of the loop, one with TLS in the one after
@@ -96,7 +110,7 @@ class Wire:
         strangers = [each for each in self._incoming if each.lane is None]
         for stranger in strangers[: max(len(strangers) + 1 - MOST_STRANGERS, 0)]:
             stranger.close()
-        return Incoming(self._loop, self._token, self._budget, self._receive, self._incoming)
+        return Incoming(self._loop, self._token, self._budget, self._receive, self._incoming, self._scratch)
 
     def send(self, to: str, message: messages.Message) -> None:
         """Queue `message` for the process named `to`; it is dropped if that process cannot be reached."""
@@ -153,11 +167,18 @@ def _tls_of(security: Security) -> _Tls | None:
     return contexts
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int, *, local: bool) -> list[socket.socket]:
+    """Return the socket that listens on this address and, if `local`, the one for this machine beside it."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=1024)
+        listener = socket.create_server((host, port), family=family, backlog=1024)
+        try:
+            beside = same_machine.listen(host, listener.getsockname()[1]) if local else None
+        except OSError:
+            listener.close()
+            raise
     except OSError as error:
         raise OSError(
             f"Cannot listen on {host}:{port}: the port is in use, or the address belongs to another machine."
         ) from error
+    return [listener] if beside is None else [listener, beside]

@@ -66,6 +66,19 @@ def test_a_tick_that_is_due_comes_first_and_then_messages_in_order():
     assert made.tick_at == 6.0
 
 
+def test_what_a_machine_continues_with_comes_after_its_replies_and_before_all_else():
+    machine = Machine(([effects.Send("worker/0", BEAT)], [effects.Continue(messages.GetReady())]))
+    world = World(5.0)
+    made = driver.Driver(machine, world, tick_seconds=0.5)
+    world.inbox = [messages.NoOp()]
+    made.turn()
+    assert world.asked == [("send", "worker/0", BEAT)]
+    world.clock = 6.0
+    for _ in range(3):
+        made.turn()
+    assert [name for name, _ in machine.told] == ["Tick", "GetReady", "Tick", "NoOp"]
+
+
 def test_a_message_counts_as_handled_once_its_replies_are_sent():
     """Until then it takes room where messages arrive, so a process that is busy is sent no more than it can hold."""
     world = World()

@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.timeout(600)]
         ("do Compute", "send PushAck", "did CommitRecord"),
         ("send Push", "send Replicate", "send Commit"),
         ("send Done", "hear Commit", "send Grant"),
-        ("hear DoneAck", "send CommitAck", "do MembershipRecord"),
+        ("hear PushAck", "send Staged", "do MembershipRecord"),
         ("send Pull", "send Pulled", "did MembershipRecord"),
     ],
 )
@@ -81,7 +81,7 @@ def test_stopped_for_twenty_seconds(tmp_path, monkeypatch, calm, process):  # no
 def test_answers_lost_after_they_were_applied(tmp_path, monkeypatch, calm):  # noqa: F811
     kinds = ["PushAck", "Pulled", "CommitAck", "Replicated"]
     lines = [f"server/0/{'b' if kind == 'Replicated' else 'a'} send {kind} 9 lose" for kind in kinds]
-    made = struck(tmp_path, monkeypatch, *lines, "scheduler send DoneAck 9 lose", "scheduler send Grant 11 lose")
+    made = struck(tmp_path, monkeypatch, *lines, "server/0/a send Staged 9 lose", "scheduler send Grant 11 lose")
     assert made.params_sha256 == calm.params_sha256
     assert made.extra["ps"]["duplicates_refused"] >= 1
     assert made.restarts == 0

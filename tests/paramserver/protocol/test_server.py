@@ -80,6 +80,60 @@ def test_without_a_backup_an_answer_leaves_at_once():
     assert kinds(tell(one, push(1))) == ["PushAck"]
 
 
+def synchronous():
+    one = server(PRIMARY, mode="sync", durability="snapshot", workers=1)
+    tell(one, membership(1, backup=""))
+    return one
+
+
+def test_a_step_that_is_complete_is_told_to_the_scheduler_and_again_with_every_copy():
+    one = synchronous()
+    first = dataclasses.replace(push(1), lease=messages.Lease(0, 0, 0, 0, 2))
+    replies, todo = one.handle(first, 0.0)
+    assert kinds(replies) == ["Staged", "PushAck"]
+    assert effects.Continue(messages.GetReady()) in todo
+    replies, todo = one.handle(first, 1.0)
+    assert kinds(replies) == ["Staged", "PushAck"]
+    assert replies[1].message.status == "duplicate"
+
+
+def test_a_pull_that_waited_for_a_commit_is_answered_once_the_backup_has_it():
+    """The answer needs no entry of its own: the copy of the commit shows that this is still the primary."""
+    first, second = (server(name, mode="sync") for name in (PRIMARY, BACKUP))
+    tell(second, membership(1))
+    deliver(first, second, tell(first, membership(1)))
+    one = dataclasses.replace(push(1), lease=messages.Lease(0, 0, 0, 0, 2))
+    deliver(first, second, tell(first, one, messages.Pull(0, 0, 1, 2, 1, 0)))
+    sent = tell(first, messages.Commit(1, 0, 1, False, (messages.Contributor(0, 1, 1, one.lease),)))
+    assert kinds(sent) == ["Replicate"]
+    assert sorted(kinds(deliver(first, second, sent))) == ["CommitAck", "Pulled"]
+
+
+def test_a_brief_commit_means_the_pushes_that_the_shard_told_of():
+    one = synchronous()
+    first = dataclasses.replace(push(1), lease=messages.Lease(0, 0, 0, 0, 2))
+    (note, _) = tell(one, first)
+    brief = messages.Commit(1, 0, 1, False, (), note.message.fingerprint)
+    assert tell(one, dataclasses.replace(brief, fingerprint=brief.fingerprint + 1)) == []
+    assert one.shard.version == 0
+    _, todo = one.handle(brief, 0.0)
+    (applied,) = [effect for effect in todo if isinstance(effect, effects.Applied)]
+    assert applied.contributors == (messages.Contributor(0, 1, 1, first.lease),)
+    assert kinds(tell(one, brief)) == ["CommitAck"]
+
+
+def test_the_update_is_made_before_its_commit_arrives():
+    one = synchronous()
+    first = dataclasses.replace(push(1), lease=messages.Lease(0, 0, 0, 0, 2))
+    before = one.shard.params
+    tell(one, first, messages.GetReady())
+    assert (one.shard.version, one.shard.params) == (0, before)
+    one.shard.updater.update = None  # is not called again
+    sent = tell(one, messages.Commit(1, 0, 1, False, (messages.Contributor(0, 1, 1, first.lease),)))
+    assert (kinds(sent), one.shard.version) == (["CommitAck"], 1)
+    assert not np.array_equal(one.shard.params[0], before[0])
+
+
 def rolled_back(pushes):
     """Return a pair after a rollback in term 2, and a message of each kind that was sent before it."""
     first, second = pair()

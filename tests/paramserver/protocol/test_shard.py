@@ -8,7 +8,8 @@ import workload
 
 from jaxdist.paramserver.protocol import messages
 from jaxdist.paramserver.protocol.settings import Settings
-from jaxdist.paramserver.protocol.shard import Shard, dense
+from jaxdist.paramserver.protocol.shard import Shard
+from jaxdist.paramserver.protocol.sums import dense
 from jaxdist.paramserver.wire import encoding
 
 PARAMS = (np.arange(6, dtype=np.float32), np.ones(2, np.float32))

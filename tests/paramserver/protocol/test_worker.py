@@ -65,11 +65,11 @@ def test_whatever_is_unanswered_is_said_again():
 
 
 def push_all(worker, sequence):
-    """Let the worker compute and push lease `sequence`; return what it sends with its report."""
+    """Let the worker compute and push lease `sequence`; return what it sends with its push, and after the answer."""
     pieces = ((np.ones(2, np.float32),),)
-    worker.handle(messages.Computed(1, sequence, 6.0, 6.0, True, 0.0, pieces, ()), 1.0)
-    sent, _ = worker.handle(messages.PushAck(0, 0, 1, sequence, "staged"), 1.0)
-    return {type(message).__name__: message for _, message in sent}
+    sent, _ = worker.handle(messages.Computed(1, sequence, 6.0, 6.0, True, 0.0, pieces, ()), 1.0)
+    answer, _ = worker.handle(messages.PushAck(0, 0, 1, sequence, "staged"), 1.0)
+    return ({type(message).__name__: message for _, message in each} for each in (sent, answer))
 
 
 def grant(worker, sequence, step, now=2.0):
@@ -89,14 +89,62 @@ def pulled(sequence, version):
     return messages.Pulled(0, 0, 1, sequence, version, (np.zeros(2, np.float32),))
 
 
-def test_the_params_of_the_next_step_are_asked_for_with_the_report_and_used_when_it_is_granted():
+def test_a_push_its_report_and_the_request_for_the_next_params_leave_together():
     worker = synchronous()
-    sent = push_all(worker, 1)
-    assert (sent["Pull"].sequence, sent["Pull"].version, sent["Done"].sequence) == (2, 1, 1)
-    worker.handle(messages.DoneAck(0, 1, 1), 1.0)
+    sent, answer = push_all(worker, 1)
+    assert (sent["Push"].sequence, sent["Done"].sequence, sent["Done"].staged) == (1, 1, False)
+    assert (sent["Pull"].sequence, sent["Pull"].version) == (2, 1)
+    assert answer == {}
     assert worker.handle(pulled(2, 1), 1.5) == ([], [])
     _, todo = grant(worker, 2, 1)
     assert todo == ["Prepare", "Compute"]
+
+
+def test_a_grant_says_that_the_push_arrived_even_before_its_answer():
+    worker = synchronous()
+    worker.handle(messages.Computed(1, 1, 6.0, 6.0, True, 0.0, ((np.ones(2, np.float32),),), ()), 1.0)
+    worker.handle(pulled(2, 1), 1.5)
+    assert grant(worker, 2, 1)[1] == ["Prepare", "Compute"]
+    assert worker.handle(messages.PushAck(0, 0, 1, 1, "staged"), 2.0) == ([], [])
+    assert worker.phase == "computing"
+
+
+def test_a_worker_that_is_to_report_says_at_once_that_all_shards_have_its_push():
+    worker = Worker(worker=0, boot=10, settings=Settings(num_examples=20, global_batch_size=6, max_steps=9, workers=2))
+    join(worker, 1, 1)
+    worker.handle(messages.Grant(0, 1, 1, 1, 0, LEASE, report=True), 0.0)
+    worker.handle(messages.Pulled(0, 0, 1, 1, 0, (np.zeros(2, np.float32),)), 0.0)
+    _, answer = push_all(worker, 1)
+    assert answer["Done"].staged
+
+
+def test_a_change_of_membership_makes_a_worker_report():
+    worker = synchronous()
+    worker.handle(membership(2, 1), 0.5)
+    _, answer = push_all(worker, 1)
+    assert answer["Done"].staged
+
+
+def test_the_examples_of_the_next_step_are_read_once_the_push_has_arrived():
+    worker = synchronous()
+    worker.handle(messages.Computed(1, 1, 6.0, 6.0, True, 0.0, ((np.ones(2, np.float32),),), ()), 1.0)
+    _, todo = worker.handle(messages.PushAck(0, 0, 1, 1, "staged"), 1.0)
+    assert todo == [effects.Prepare(messages.Lease(1, 0, 0, 6, 12))]
+
+
+def test_nothing_is_read_beyond_the_last_step():
+    worker = synchronous()
+    worker.handle(messages.Computed(1, 1, 6.0, 6.0, True, 0.0, ((np.ones(2, np.float32),),), ()), 1.0)
+    worker.lease = messages.Lease(8, 0, 2, 0, 6)
+    assert worker.handle(messages.PushAck(0, 0, 1, 1, "staged"), 1.0)[1] == []
+
+
+def test_a_worker_that_is_granted_nothing_says_itself_that_all_shards_have_its_push():
+    """What a shard told the scheduler may be lost."""
+    worker = synchronous()
+    push_all(worker, 1)
+    said, _ = worker.handle(messages.Tick(), 1.0 + SETTINGS.timers.retry)
+    assert [m.staged for _, m in said if isinstance(m, messages.Done)] == [True]
 
 
 def test_a_grant_that_is_faster_than_the_params_waits_for_them_and_asks_again_only_after_a_while():
@@ -124,4 +172,7 @@ def test_nothing_is_pulled_early_where_the_next_version_is_not_known():
     worker = Worker(worker=0, boot=10, settings=SETTINGS)
     join(worker, 1, 1)
     compute(worker, 1, 1)
-    assert "Pull" not in push_all(worker, 1)
+    sent, answer = push_all(worker, 1)
+    assert set(sent) == {"Push"}
+    assert set(answer) == {"Done"}
+    assert answer["Done"].staged

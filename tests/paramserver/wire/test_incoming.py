@@ -1,6 +1,7 @@
 """Bytes become messages however they are cut; what may not be read yet waits where it is."""
 
 import asyncio
+import socket
 
 import numpy as np
 import pytest
@@ -18,6 +19,10 @@ class Transport:
 
     def __init__(self):
         self.written, self.reading, self.aborted = bytearray(), True, False
+        self.family = socket.AF_INET
+
+    def get_extra_info(self, name):
+        return self
 
     def write(self, data):
         self.written += data
@@ -53,6 +58,9 @@ class Loop:
             action()
 
 
+SCRATCH = memoryview(bytearray(incoming.SCRATCH_BYTES))
+
+
 class End:
     """One connection that has greeted."""
 
@@ -60,7 +68,12 @@ class End:
         self.loop, self.transport, self.got, self.open = Loop(), Transport(), [], {}
         self.budget = incoming.Budget(room)
         self.connection = incoming.Incoming(
-            self.loop, "token", self.budget, lambda message, handled: self.got.append((message, handled)), self.open
+            self.loop,
+            "token",
+            self.budget,
+            lambda message, handled: self.got.append((message, handled)),
+            self.open,
+            SCRATCH,
         )
         self.connection.connection_made(self.transport)
         answer, self.expected = greeting.answer("token", bytes(self.transport.written), lane)
@@ -185,13 +198,13 @@ def test_a_large_message_on_a_control_connection_is_refused():
 
 
 def test_a_stranger_holds_its_connection_for_seconds_and_says_nothing_that_is_read(caplog):
-    end = incoming.Incoming(Loop(), "token", incoming.Budget(1), lambda *_: pytest.fail("heard"), {})
+    end = incoming.Incoming(Loop(), "token", incoming.Budget(1), lambda *_: pytest.fail("heard"), {}, SCRATCH)
     end.connection_made(made := Transport())
     end.look(incoming.GREETING_SECONDS / 2)
     assert not made.aborted
     end.look(incoming.GREETING_SECONDS + 1)
     assert made.aborted
-    guess = incoming.Incoming(Loop(), "token", incoming.Budget(1), lambda *_: pytest.fail("heard"), {})
+    guess = incoming.Incoming(Loop(), "token", incoming.Budget(1), lambda *_: pytest.fail("heard"), {}, SCRATCH)
     guess.connection_made(made := Transport())
     data = greeting.answer("guess", bytes(made.written), 1)[0] + encoding.to_bytes(HELLO)
     guess.get_buffer(-1)[: len(data)] = data

@@ -1,6 +1,7 @@
 """What waits is sent, what travels is not sent twice, and what a failed connection carried may be sent again."""
 
 import asyncio
+import socket
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from jaxdist.paramserver.wire import encoding, greeting, incoming, outbox, outgo
 
 class Transport:
     """A connection of which a test decides how much it takes."""
+
+    family = socket.AF_INET
 
     def __init__(self, end):
         self.end, self.written, self.room, self.aborted = end, bytearray(), 1 << 30, False
@@ -55,14 +58,15 @@ class Loop:
         return object()
 
 
-def make(lane=incoming.BULK):
-    return outgoing.Outgoing(Loop(), "127.0.0.1:1", lane, "token", None)
+def make(lane=incoming.BULK, tls=True):
+    """Return an end that sends all in the event loop, as with TLS, unless told otherwise."""
+    return outgoing.Outgoing(Loop(), "127.0.0.1:1", lane, "token", object() if tls else None)
 
 
-def connect(end):
+def connect(end, kind=Transport):
     """Connect and greet; return the transport, from which the greeting is removed."""
     end._connecting = None
-    end.connection_made(made := Transport(end))
+    end.connection_made(made := kind(end))
     challenged = greeting.challenge()
     end.data_received(challenged[:5])
     end.data_received(challenged[5:])
@@ -210,3 +214,84 @@ def test_a_message_that_waits_without_an_attempt_to_connect_is_sent_when_it_is_r
     end.put(big(1))
     assert end._loop.attempts == 1
     assert len(connect(end).written) == size(big(1))
+
+
+def small(number):
+    return encoding.encode(messages.DoneAck(0, 1, number))
+
+
+class SocketTransport(Transport):
+    """A connection whose socket a test holds the other end of."""
+
+    def __init__(self, end):
+        super().__init__(end)
+        self.mine, self.peer = socket.socketpair()
+        self.mine.setblocking(False)
+        self.buffered = 0
+
+    def fileno(self):
+        return self.mine.fileno()
+
+    def get_write_buffer_size(self):
+        return self.buffered
+
+    def write(self, data):
+        self.written += data
+
+    def close(self):
+        self.end.connection_lost(None)
+        self.mine.close()
+        self.peer.close()
+
+
+@pytest.fixture
+def direct():
+    end = make(incoming.CONTROL, tls=False)
+    made = connect(end, SocketTransport)
+    yield end, made
+    made.close()
+
+
+def test_a_message_leaves_in_the_thread_that_sends_it(direct):
+    end, made = direct
+    end._loop.call_soon_threadsafe = None  # the event loop is not woken
+    end.put(small(1))
+    assert made.peer.recv(1000) == b"".join(small(1))
+    assert made.written == b""
+    assert end.is_idle()
+
+
+def test_a_message_does_not_overtake_what_the_event_loop_has_not_sent_yet(direct):
+    end, made = direct
+    made.buffered = 5
+    end.put(small(1))
+    made.peer.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        made.peer.recv(1000)
+    assert made.written == b"".join(small(1))
+
+
+def test_what_the_socket_does_not_take_at_once_is_sent_by_the_event_loop_in_order(direct):
+    end, made = direct
+    sent = b""
+    for number in range(100_000):
+        sent += b"".join(small(number))
+        end.put(small(number))
+        if made.written:
+            break
+    end.put(small(0))  # would be taken at once by a socket with room, and overtake
+    sent += b"".join(small(0))
+    made.peer.setblocking(False)
+    arrived = b""
+    while len(arrived) < len(sent) - len(made.written):
+        arrived += made.peer.recv(1 << 20)
+    assert arrived + made.written == sent
+
+
+def test_a_connection_that_ended_leaves_no_socket_open(direct):
+    end, _ = direct
+    other = end._socket
+    end.connection_lost(None)
+    assert other.fileno() == -1
+    end.put(small(1))
+    assert end._loop.attempts == 1

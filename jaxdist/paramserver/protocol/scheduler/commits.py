@@ -2,7 +2,7 @@
 
 import math
 
-from jaxdist.paramserver.protocol import effects, journal, messages
+from jaxdist.paramserver.protocol import effects, journal, messages, sums
 from jaxdist.paramserver.protocol.effects import Output
 from jaxdist.paramserver.protocol.scheduler.lease_table import BatchLeases, StepLeases
 from jaxdist.paramserver.protocol.scheduler.scheduler_state import SchedulerState
@@ -24,7 +24,7 @@ def decide(state: SchedulerState, out: Output) -> None:
     state.note_nonfinite(empty or not record.skip)
     state.norms, state.norm_squared, state.committed, state.squares = {}, None, set(), {}
     if state.settled():
-        repeat(state, out)
+        _send(state, sums.fingerprint(contributors), out)
 
 
 def note_empty(state: SchedulerState, step: int, count: float, out: Output) -> bool:
@@ -39,15 +39,22 @@ def note_empty(state: SchedulerState, step: int, count: float, out: Output) -> b
 
 def repeat(state: SchedulerState, out: Output) -> None:
     """Send the last commit to the shards that have not acknowledged it."""
+    _send(state, 0, out)
+
+
+def _send(state: SchedulerState, fingerprint: int, out: Output) -> None:
+    """Send the last commit: briefly to shards that told this fingerprint, since there may be many pushes."""
     record = state.last_commit
     if record is None or state.membership is None:
         return
     for number, place in enumerate(state.membership.shards):
         if number in state.committed:
             continue
+        note = state.staged.get(number)
+        known = fingerprint != 0 and note == messages.Staged(number, record.step - 1, fingerprint)
+        pushes = ((), fingerprint) if known else (record.contributors,)
         # A shard that has not summed yet ignores Finish; one that has summed ignores a second Commit.
-        commit = messages.Commit(state.term, number, record.step, record.skip, record.contributors)
-        out.send(place.primary, commit)
+        out.send(place.primary, messages.Commit(state.term, number, record.step, record.skip, *pushes))
         if state.norm_squared is not None:
             out.send(place.primary, messages.Finish(state.term, number, record.step, state.norm_squared))
 

@@ -49,12 +49,14 @@ class StepLeases:
 
     def __init__(self, settings: Settings, state: Trained = FRESH) -> None:
         self.settings, self.step = settings, state.step
+        self._usual: dict[int, int] = {}  # worker -> the slice that it leased last
         self._open()
 
     def _open(self) -> None:
         slices = range(self.settings.num_slices)
         self.holders: list[list[int]] = [[] for _ in slices]
         self.done: dict[int, Done] = {}
+        self.computed: dict[int, Done] = {}  # reported by their workers, but not known to be on every shard
         self.missing = dict.fromkeys(slices)  # slices without a push, in order
         self.free = list(slices)  # a heap of slices without a holder; see _next_free
 
@@ -76,12 +78,15 @@ class StepLeases:
 
         A slice that others hold is leased again only if `may_copy(its holders)`.
         """
-        chosen = self._next_free()
+        chosen = self._usual.get(worker)  # it reads the examples of that slice ahead
+        if chosen is None or chosen in self.done or self.holders[chosen]:
+            chosen = self._next_free()
         if chosen is None and self.settings.backup_workers:
             chosen = self._pick_copy(worker, may_copy)
         if chosen is None:
             return None
         self.holders[chosen].append(worker)
+        self._usual[worker] = chosen
         return lease(self.settings, self.step, chosen)
 
     def _pick_copy(self, worker: int, may_copy: MayCopy) -> int | None:
@@ -102,10 +107,21 @@ class StepLeases:
             if not self.holders[held.slice]:
                 heapq.heappush(self.free, held.slice)
 
+    def leave(self, worker: int) -> None:
+        """Forget what a worker has computed that is not known to be on every shard: it has left."""
+        self.computed = {slice_: done for slice_, done in self.computed.items() if done.worker != worker}
+
+    def note_computed(self, done: Done) -> bool:
+        """Note a push that may not be on every shard yet; return whether each slice of the step has one now."""
+        if done.lease.step == self.step and done.lease.slice not in self.done:
+            self.computed[done.lease.slice] = done
+        return len(self.computed) + len(self.done) == self.settings.num_slices
+
     def finish(self, done: Done) -> None:
         """Note that a slice's push is staged on every shard; the first push of a slice counts."""
         if done.lease.step == self.step:
             self.done.setdefault(done.lease.slice, done)
+            self.computed.pop(done.lease.slice, None)
             self.missing.pop(done.lease.slice, None)
 
     def is_complete(self) -> bool:

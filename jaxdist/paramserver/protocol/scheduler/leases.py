@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Sequence
 
-from jaxdist.paramserver.protocol import messages, succession
+from jaxdist.paramserver.protocol import messages, succession, sums
 from jaxdist.paramserver.protocol.effects import Output
 from jaxdist.paramserver.protocol.scheduler import commits, cuts, membership
 from jaxdist.paramserver.protocol.scheduler.lease_table import BatchLeases, StepLeases, contributor
@@ -57,7 +57,8 @@ def _may_copy(state: SchedulerState, now: float, number: int, holders: Sequence[
 
 def _grant(state: SchedulerState, number: int, worker: WorkerStatus, out: Output) -> None:
     assert worker.lease is not None
-    grant = messages.Grant(number, worker.incarnation, state.term, worker.sequence, worker.clock, worker.lease)
+    several = len(state.workers) < state.settings.num_slices  # some workers compute more than one slice of a step
+    grant = messages.Grant(number, worker.incarnation, state.term, worker.sequence, worker.clock, worker.lease, several)
     out.send(worker_name(number), grant)
 
 
@@ -102,6 +103,8 @@ def on_ask(state: SchedulerState, ask: messages.Ask, now: float, out: Output) ->
         return False
     if worker.lease is not None:
         state.lease_table.give_back(ask.worker, worker.lease)
+        if isinstance(state.lease_table, StepLeases):
+            state.lease_table.leave(ask.worker)
         worker.seconds = max(worker.seconds, now - worker.granted_at)  # the step was committed without it
         worker.lease = None
     worker.finished = worker.sequence = max(ask.sequence, worker.sequence)
@@ -110,13 +113,47 @@ def on_ask(state: SchedulerState, ask: messages.Ask, now: float, out: Output) ->
 
 
 def on_done(state: SchedulerState, done: messages.Done, now: float, out: Output) -> bool:
-    """Note that every shard acknowledged a push, so its worker is free; return whether that is new."""
+    """Note a computed push, whose worker is free once every shard has it; return whether that is new."""
     worker = state.worker(done.worker, done.incarnation)
     if worker is None:
         return False
-    out.send(worker_name(done.worker), messages.DoneAck(done.worker, done.incarnation, done.sequence))
+    if done.staged:
+        out.send(worker_name(done.worker), messages.DoneAck(done.worker, done.incarnation, done.sequence))
     if done.sequence <= worker.finished:
         return False
+    if done.staged:
+        _finish(state, worker, done, now, out)
+        return True
+    assert isinstance(state.lease_table, StepLeases)
+    return state.lease_table.note_computed(done) and _finish_staged(state, now, out)
+
+
+def on_staged(state: SchedulerState, note: messages.Staged, now: float, out: Output) -> bool:
+    """Note which pushes a shard has for a step; return whether the step is finished with that."""
+    state.staged[note.shard] = note
+    return _finish_staged(state, now, out)
+
+
+def _finish_staged(state: SchedulerState, now: float, out: Output) -> bool:
+    """Finish the step if each slice is computed, and every shard has just these pushes; return whether it is."""
+    table, shards = state.lease_table, state.staged.values()
+    if not isinstance(table, StepLeases) or len(table.computed) + len(table.done) < state.settings.num_slices:
+        return False
+    if sum(note.step == table.step for note in shards) < state.settings.servers:
+        return False
+    by_slice = table.done | table.computed
+    wanted = sums.fingerprint(contributor(by_slice[slice_]) for slice_ in sorted(by_slice))
+    if any(note.fingerprint != wanted for note in shards):
+        return False
+    for done in list(table.computed.values()):
+        worker = state.worker(done.worker, done.incarnation)
+        assert worker is not None  # a worker that left gave its lease back
+        _finish(state, worker, done, now, out)
+    return True
+
+
+def _finish(state: SchedulerState, worker: WorkerStatus, done: messages.Done, now: float, out: Output) -> None:
+    """Free a worker whose push is on every shard."""
     worker.seconds, worker.step = now - worker.granted_at, done.lease.step
     worker.finished = done.sequence
     if done.sequence >= worker.sequence:  # else a late copy, from before the lease that the worker holds now
@@ -129,4 +166,3 @@ def on_done(state: SchedulerState, done: messages.Done, now: float, out: Output)
     else:
         commits.complete(state, contributor(done), done, out)
         state.note_nonfinite(done.finite or done.count <= 0)
-    return True

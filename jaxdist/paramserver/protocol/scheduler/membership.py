@@ -307,6 +307,8 @@ def _drop_worker(state: SchedulerState, worker: int) -> None:
     if gone is None:
         return
     state.counters["fenced"] += 1
+    if isinstance(state.lease_table, StepLeases):
+        state.lease_table.leave(worker)
     # A batch that may be on some shards stays leased until all shards have reported what they applied (_settle).
     if gone.lease is not None and isinstance(state.lease_table, StepLeases):
         state.lease_table.give_back(worker, gone.lease)

@@ -116,6 +116,7 @@ _FREEING: dict[type, Callable[..., bool | None]] = {
     messages.MembershipAck: membership.on_membership_ack,
     messages.Ask: leases.on_ask,
     messages.Done: leases.on_done,
+    messages.Staged: leases.on_staged,
     messages.CommitAck: commits.on_commit_ack,
     messages.CutSaved: cuts.on_cut_saved,
     messages.Written: cuts.on_written,

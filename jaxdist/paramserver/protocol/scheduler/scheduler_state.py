@@ -72,6 +72,7 @@ class SchedulerState:
         self.norms: dict[int, tuple[float, ...]] = {}
         self.norm_squared: float | None = None
         self.torn: set[tuple[int, int, int]] = set()
+        self.staged: dict[int, messages.Staged] = {}  # what each shard told last
         # Cuts.
         self.saved_at = self.read_at = self.lease_table.step
         self.read_last = False

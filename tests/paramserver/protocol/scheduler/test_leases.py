@@ -1,9 +1,13 @@
 """The leases stage: who is granted what, what is repeated, and when nothing is granted."""
 
+import dataclasses
+import itertools
+
 import pytest
 import stages
 
-from jaxdist.paramserver.protocol import messages
+from jaxdist.paramserver.protocol import messages, sums
+from jaxdist.paramserver.protocol.scheduler import lease_table
 
 
 def test_no_lease_before_every_shard_entered_the_term():
@@ -57,6 +61,77 @@ def test_a_late_copy_of_a_report_does_not_free_the_lease_that_its_worker_holds_n
     assert (again.state.workers[0].lease, again.state.idle) == (held, set())
     again.tell(messages.Done(0, incarnation, 2, 1, held, 6.0, True, ()))
     assert again.state.step == 2
+
+
+def reported(cast, number, lease):
+    return messages.Done(number, cast.state.workers[number].incarnation, 1, 0, lease, 6.0, True, (), staged=False)
+
+
+def staged(shard, *dones):
+    """Return what a shard tells that has the pushes of `dones`."""
+    return messages.Staged(shard, dones[0].lease.step, sums.fingerprint(lease_table.contributor(d) for d in dones))
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
+def test_a_step_is_committed_once_all_is_computed_and_every_shard_has_it_in_any_order(order):
+    cast = stages.Cast(stages.settings(servers=2, workers=2)).join()
+    dones = [reported(cast, number, cast.ask(number)) for number in range(2)]
+    told = [*dones, staged(0, *dones), staged(1, *dones)]
+    for place, number in enumerate(order):
+        sent, _ = cast.tell(told[number], told[number])
+        assert len(stages.named(sent, "Commit")) == (2 if place == 3 else 0)
+        assert not stages.named(sent, "DoneAck")
+    assert cast.state.step == 1
+    assert [grant.lease.step for grant in stages.named(sent, "Grant")] == [1, 1]
+    assert cast.tell(*told) == ([], [])
+
+
+def test_a_commit_is_brief_at_first_and_repeated_with_its_pushes():
+    cast = stages.Cast(stages.settings(workers=2)).join()
+    dones = [reported(cast, number, cast.ask(number)) for number in range(2)]
+    sent, _ = cast.tell(*dones, staged(0, *dones))
+    (brief,) = stages.named(sent, "Commit")
+    assert (brief.contributors, brief.fingerprint) == ((), staged(0, *dones).fingerprint)
+    again = next(commit for _ in range(4) for commit in stages.named(cast.tick(0.5)[0], "Commit"))
+    assert [push.worker for push in again.contributors] == [0, 1]
+    assert again.fingerprint == 0
+
+
+def test_shards_that_have_other_pushes_do_not_decide():
+    """A worker died after a part of its push; its slice was computed again, and a shard has told of the first."""
+    cast = stages.Cast(stages.settings(servers=2)).join()
+    done = reported(cast, 0, cast.ask(0))
+    other = dataclasses.replace(done, incarnation=done.incarnation + 1)
+    cast.tell(done, staged(0, done), staged(1, other))
+    assert cast.state.step == 0
+    cast.tell(staged(1, done))
+    assert cast.state.step == 1
+
+
+def test_what_a_worker_computed_does_not_count_once_it_has_left():
+    cast = stages.Cast(stages.settings(servers=1, workers=2)).join()
+    dones = [reported(cast, number, cast.ask(number)) for number in range(2)]
+    cast.tell(dones[0], messages.Died("worker/0", 1), dones[1], staged(0, *dones))
+    assert cast.state.step == 0
+
+
+def test_a_worker_that_heard_all_shards_finishes_its_push_whatever_they_told():
+    cast = stages.Cast(stages.settings(servers=2)).join()
+    done = reported(cast, 0, cast.ask(0))
+    cast.tell(done, staged(0, done))
+    sent, _ = cast.tell(dataclasses.replace(done, staged=True))
+    assert (len(stages.named(sent, "DoneAck")), cast.state.step) == (1, 1)
+
+
+@pytest.mark.parametrize(("joined", "report"), [(2, False), (1, True)])
+def test_a_worker_with_more_than_one_slice_is_to_report_each(joined, report):
+    cast = stages.Cast(stages.settings(workers=2))
+    cast.tell(*(messages.Register(name, 1) for name in cast.servers()))
+    cast.tell(*(messages.Register(f"worker/{number}", 1) for number in range(joined)))
+    cast.tick()
+    cast.enter_term()
+    sent, _ = cast.tell(messages.Ask(0, cast.state.workers[0].incarnation, 0))
+    assert [grant.report for grant in stages.named(sent, "Grant")] == [report]
 
 
 def test_the_fastest_worker_is_served_first():
