@@ -262,6 +262,11 @@ class _File:
         return all(zlib.crc32(np.ascontiguousarray(value).data) == piece["crc32"] for piece, value in self.pieces())
 
 
+def copy(state: PyTree) -> None:
+    """Copy `state` as `Snapshots.save` does, so that its program is loaded; the copy is dropped."""
+    _copied(_pieces(manifests.leaves_of(state)))
+
+
 def _pieces(leaves: Sequence[manifests.Leaf]) -> list[_Piece]:
     return [
         _Piece(number, piece.index, piece.data)

@@ -15,7 +15,7 @@ from jaxdist.config import hidden_settings
 from jaxdist.config.experiment import Experiment
 from jaxdist.errors import ExitStatus
 from jaxdist.launch import viewer
-from jaxdist.launch.joining import places, runtime, same_on_all
+from jaxdist.launch.joining import places, runtime, same_on_all, turn
 from jaxdist.launch.signals import StopRequest
 from jaxdist.launch.supervising import fork_server
 from jaxdist.run import attempt, bookkeeping, components, directory, recovery, supervised
@@ -31,9 +31,10 @@ def train(options: argparse.Namespace, request: StopRequest) -> int:
     if options.strategy == parser.PARAMETER_SERVER:
         with viewer.Viewer():
             return _by_server()(options, request)
+    in_reserve = turn.Turn.of_process()
     devices = runtime.start(options.devices)
     with viewer.Viewer() as shown:
-        return _train_here(options, devices, request, shown)
+        return _train_here(options, devices, request, shown, in_reserve)
 
 
 def _by_server() -> Callable[..., int]:
@@ -113,7 +114,11 @@ def exit_status(made: record.RunRecord) -> ExitStatus:
 
 
 def _train_here(
-    options: argparse.Namespace, devices: Sequence[jax.Device], request: StopRequest, shown: viewer.Viewer
+    options: argparse.Namespace,
+    devices: Sequence[jax.Device],
+    request: StopRequest,
+    shown: viewer.Viewer,
+    in_reserve: turn.Turn | None,
 ) -> int:
     with selected_experiment.record_alone_on_stdout(options):
         experiment, identity, run_dir, begin = _agree(options)
@@ -135,6 +140,7 @@ def _train_here(
                 silent=options.json,
                 command=options.command,
                 stop_requested=lambda step: bool(request) or is_over(),
+                in_reserve=in_reserve,
                 identity=identity,
                 put_together=functools.partial(components.put_together, is_checked=recovery.has_made_steps()),
                 source=bookkeeping.ExperimentSource(

@@ -171,6 +171,9 @@ class Recovery:
         it continues with those that are left.
       deadline_seconds: after so many seconds, restarts included, the run stops as if by SIGTERM: saved, "preempted",
         exit status 75; None sets none.
+      standby: whether a supervised job keeps the processes of its next attempt ready, so that a restart takes less than
+        a second; None does so on CPU devices if there is memory for as many processes again. On accelerators the two
+        must share the memory.
     """
 
     snapshot_every: int | None = None
@@ -181,6 +184,7 @@ class Recovery:
     min_processes: int | None = None
     patience_seconds: float = 0.0
     deadline_seconds: float | None = None
+    standby: bool | None = None
 
 
 @setting_group

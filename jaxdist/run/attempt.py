@@ -19,7 +19,7 @@ from jaxdist.config.experiment import Experiment
 from jaxdist.data import Position
 from jaxdist.data.assembly import BadExampleError, ExampleError
 from jaxdist.guards import nonfinite, recompile, replicas
-from jaxdist.launch.joining import agreement, runtime, same_on_all
+from jaxdist.launch.joining import agreement, runtime, same_on_all, turn
 from jaxdist.launch.supervising import watchdog
 from jaxdist.run import bookkeeping, components, directory, disk_room, header, hooks, loop, recovery, rescue
 from jaxdist.run.custom import user_hooks
@@ -45,6 +45,7 @@ class RunOptions:
       silent: show nothing while training.
       command: the command line, for the run record.
       stop_requested: asked after each step whether this process wants to stop and save; all then stop at one step.
+      in_reserve: the turn of a process in reserve, which it waits for once it is prepared.
       identity: of the experiment, where it is known already; taking it may look at every file of the data.
       source: the experiment's file and overrides, recorded so that the trained run can be loaded.
       put_together: makes the parts; that of a sweep shares programs between its runs.
@@ -58,6 +59,7 @@ class RunOptions:
     silent: bool = False
     command: str = ""
     stop_requested: Callable[[int], bool] = lambda step: False
+    in_reserve: turn.Turn | None = None
     identity: components.Identity | None = None
     source: bookkeeping.ExperimentSource | None = None
     put_together: Callable[..., components.Parts] = components.put_together
@@ -83,6 +85,9 @@ def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.
             stop_rule = experiment.stop.rule()
             parts = options.put_together(experiment, devices=devices, identity=options.identity)
             began_with = None if options.resume else _check_weights(parts, options)
+            if options.in_reserve is not None:
+                recovery.rehearse(parts)
+                options.in_reserve.wait()
             earlier = directory.prepare_run_dir(
                 experiment, parts.identity, options.run_dir, resume=options.resume, overwrite=options.overwrite
             )
@@ -394,7 +399,9 @@ class _Run:
         if every:
             found.append(hooks.every(every, lambda info: replicas.check_replicas(info.state, self.mesh)))
         found += ledger_hooks
-        found += [told for told in (recovery.tell_recovery(self.options.run_dir), recovery.tell_modules()) if told]
+        told = [recovery.tell_recovery(self.options.run_dir), recovery.tell_modules()]
+        told.append(recovery.ask_for_reserve(self.experiment.recovery, self.mesh))
+        found += [hook for hook in told if hook]
         if self.options.profile:
             found.append(self.trace)
         if self.start.snapshots:

@@ -14,14 +14,18 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
-from jaxdist.checkpoint import checkpoints
+from jaxdist.checkpoint import checkpoints, pieces
 from jaxdist.checkpoint import snapshots as snapshot
 from jaxdist.config.experiment import Recovery
 from jaxdist.launch.supervising import joined, restart_events, supervisor, watchdog
+from jaxdist.launch.supervising.standby import reserve
+from jaxdist.run import components
 from jaxdist.run.hooks import every
 from jaxdist.run.loop import Hook, StepInfo
 from jaxdist.rundir import ledger
+from jaxdist.spmd import keys
 from jaxdist.spmd.step import NONFINITE_LEAF
 
 SNAPSHOT_SHARE = 0.01
@@ -118,6 +122,47 @@ def tell_modules() -> Hook | None:
                 draft.rename(names)
 
     return tell
+
+
+def ask_for_reserve(settings: Recovery, mesh: jax.sharding.Mesh) -> Hook | None:
+    """Return the hook that has the supervisor keep processes ready, on process 0; None if it should not.
+
+    It asks when the attempt has made some steps.
+    """
+    directory, on_cpu = memory(), mesh.devices.flat[0].platform == "cpu"
+    wanted = on_cpu if settings.standby is None else settings.standby
+    if directory is None or jax.process_index() != 0 or not wanted:
+        return None
+    calls = itertools.count(1)
+
+    def ask(info: StepInfo) -> None:
+        del info
+        if next(calls) == _MODULES_AFTER:
+            with contextlib.suppress(OSError):
+                (directory / reserve.WANTED_NAME).touch()
+
+    return ask
+
+
+def rehearse(parts: components.Parts) -> None:
+    """Make two steps from a state of zeros and drop them, so that all that they need is compiled and loaded.
+
+    The second is a step from the result of the first, as all others are.
+    """
+    state = jax.tree.map(_zeros, parts.abstract_state)
+    with contextlib.closing(parts.batches()) as batches:  # type: ignore[type-var]
+        batch, _ = next(batches)
+    for _ in range(2):
+        state, metrics = parts.step(state, batch)
+    snapshot.copy(state)
+    if parts.learning_rate is not None:
+        parts.learning_rate(1)
+    jax.block_until_ready((state, metrics))
+
+
+def _zeros(struct: jax.ShapeDtypeStruct) -> jax.Array:
+    plain = jax.eval_shape(jax.random.key_data, struct) if keys.is_key(struct) else struct
+    return pieces.place(np.zeros(plain.shape, plain.dtype), struct)
 
 
 def open_snapshots(settings: Recovery, identity: str) -> snapshot.Snapshots | None:

@@ -97,12 +97,11 @@ class _Attempts:
         """Run this host's processes once, to their end."""
         verdicts = self.run_dir / supervisor.BOARD_NAME
         earlier = board.mark(verdicts)
-        result = local_job.run_job(
-            self.command,
-            num_processes=num_processes,
-            log_dir=self.run_dir / "logs" / f"host-{self.host.index}" / f"attempt-{number}",
-            environment=self.host.environment(),
-            show_first=self.host.index == 0,
+        logs = self.run_dir / "logs" / f"host-{self.host.index}" / f"attempt-{number}"
+        group = local_job.Group(logs, show_first=self.host.index == 0)
+        result = local_job.run_group(
+            group,
+            lambda: group.start(self.command, num_processes * [local_job.start], self.host.environment()),
             started=lambda ids: self.events.note("start", attempt=number, process_ids=ids),
             signals=self.signals,
         )

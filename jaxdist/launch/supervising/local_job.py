@@ -128,67 +128,126 @@ class JobResult:
     asked_to_stop: bool = False
 
 
+class Group:
+    """The processes of a job, started; `close` ends those that still run.
+
+    Attributes:
+      processes: in the order of their numbers; grows while they are started.
+      log_dir: gets process-N.log, standard output and standard error of process N.
+      show_first: whether process 0 writes to this process's standard output and error, and its native code to its log.
+    """
+
+    def __init__(self, log_dir: pathlib.Path, *, show_first: bool = False, grace_seconds: float = GRACE_SECONDS):
+        self.processes: list[Process] = []
+        self.log_dir, self.show_first = log_dir, show_first
+        self._stack = ExitStack()
+        self._port = self._stack.enter_context(reserved_port())
+        self._stack.callback(_end, self.processes, grace_seconds)
+
+    def __enter__(self) -> "Group":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def start(
+        self, command: Sequence[str], starters: Sequence[Start], environment: Mapping[str, str] | None = None
+    ) -> None:
+        """Start a process by each of `starters`; each finds its place in its environment (see `runtime`)."""
+        shared = {**os.environ, **(environment or {}), runtime.NUM_PROCESSES: str(len(starters))}
+        shared |= {parent.PARENT_ID: str(os.getpid()), runtime.COORDINATOR: f"{LOOPBACK}:{self._port}"}
+        for number, starter in enumerate(starters):
+            own, log = {runtime.PROCESS_ID: str(number)}, log_path(self.log_dir, number)
+            with open_log(log) as opened:
+                output: IO[bytes] | None = opened
+                if self.show_first and not number:
+                    output, own = None, own | {runtime.LOG: str(log)}
+                self.processes.append(starter(command, shared | own, output))
+
+    def on_close(self, callback: Callable[[], object]) -> None:
+        """Have `callback` called when the group is closed, before its processes are ended."""
+        self._stack.callback(callback)
+
+    def has_ended(self) -> bool:
+        """Return whether a process has ended."""
+        return any(process.poll() is not None for process in self.processes)
+
+    def close(self) -> None:
+        """End the processes that still run, and give the port back."""
+        self._stack.close()
+
+
 def run_job(
     command: Sequence[str],
     *,
     num_processes: int,
     log_dir: pathlib.Path,
     environment: Mapping[str, str] | None = None,
-    show_first: bool = False,
     timeout_seconds: float | None = None,
-    started: Callable[[Sequence[int]], None] = lambda process_ids: None,
-    start: Start = start,
-    signals: Signals | None = None,
-    grace_seconds: float = GRACE_SECONDS,
 ) -> JobResult:
     """Run `command` in `num_processes` processes and wait for all of them.
+
+    Args:
+      command: the program and its arguments, the same for every process.
+      num_processes: how many.
+      log_dir: see `Group`.
+      environment: set for every process, besides this process's own.
+      timeout_seconds: see `run_group`.
+
+    Returns:
+      See `run_group`.
+    """
+    with Signals() as signals:
+        group = Group(log_dir)
+        return run_group(
+            group,
+            lambda: group.start(command, num_processes * [start], environment),
+            signals=signals,
+            timeout_seconds=timeout_seconds,
+        )
+
+
+def run_group(
+    group: Group,
+    begin: Callable[[], object],
+    *,
+    signals: Signals,
+    timeout_seconds: float | None = None,
+    started: Callable[[Sequence[int]], None] = lambda process_ids: None,
+) -> JobResult:
+    """Begin the work of a group of processes and wait for all of them; the group is closed.
 
     A process that ends with `ExitStatus.RETRY` (preempted, or the watchdog found a hang) has not failed: the others,
     which received the same signal or verdict, get `ORDERLY_SECONDS` to end too.
 
     Args:
-      command: the program and its arguments, the same for every process.
-      num_processes: how many; each finds its place in its environment (see `runtime`).
-      log_dir: gets process-N.log, standard output and standard error of process N.
-      environment: set for every process, besides this process's own.
-      show_first: process 0 writes to this process's standard output and error, and its native code to its log.
+      group: of the job.
+      begin: starts the processes, or has those that were started begin.
+      signals: passes on the signals.
       timeout_seconds: the job is ended when it takes longer.
       started: called with the process ids once all have started.
-      start: starts one.
-      signals: passes on the signals; None does so while the job runs.
-      grace_seconds: how long a process may take to end once it is asked to, before it is killed.
 
     Returns:
       The exit status: 0 if all processes ended with 0, else that of the first that failed (128 + signal when killed).
       If one ended with ExitStatus.RETRY and none failed, the status is ExitStatus.RETRY.
     """
-    shared = {**os.environ, **(environment or {}), runtime.NUM_PROCESSES: str(num_processes)}
-    shared[parent.PARENT_ID] = str(os.getpid())
-    processes: list[Process] = []
-    with ExitStack() as stack:
-        shared[runtime.COORDINATOR] = f"{LOOPBACK}:{stack.enter_context(reserved_port())}"
-        passed_on = stack.enter_context(Signals()) if signals is None else signals
-        stack.callback(_end, processes, grace_seconds)
-        passed_on.processes = processes
-        for number in range(num_processes):
-            own = {runtime.PROCESS_ID: str(number)}
-            output: IO[bytes] | None = stack.enter_context(open_log(log_path(log_dir, number)))
-            if show_first and not number:
-                output, own = None, own | {runtime.LOG: str(log_path(log_dir, number))}
-            processes.append(start(command, shared | own, output))
-        if passed_on.received:  # the processes that started after the signal did not get it
+    processes = group.processes
+    with group:
+        signals.processes = processes
+        begin()
+        if signals.received:  # the processes that started after the signal did not get it
             return JobResult(ExitStatus.RETRY, asked_to_stop=True)
         started([process.pid for process in processes])
         failed = _wait(processes, timeout_seconds)
-    asked = bool(passed_on.received)
+    asked = bool(signals.received)
     if failed is None:
         again = any(process.returncode for process in processes)
         return JobResult(ExitStatus.RETRY if again else ExitStatus.OK, asked_to_stop=asked)
     status = processes[failed].returncode
     assert status is not None
     # Process 0 has shown a mistake that all processes found.
-    shown = show_first and processes[0].returncode == status == ExitStatus.USER
-    message = "" if shown else _tail(log_path(log_dir, failed))
+    shown = group.show_first and processes[0].returncode == status == ExitStatus.USER
+    message = "" if shown else _tail(log_path(group.log_dir, failed))
     return JobResult(128 - status if status < 0 else status, failed, message, asked)
 
 

@@ -37,6 +37,10 @@ class RestartSettings(Protocol):
     def hang_seconds(self) -> float:
         """See Recovery."""
 
+    @property
+    def standby(self) -> bool | None:
+        """See Recovery."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Attempt:

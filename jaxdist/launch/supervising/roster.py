@@ -79,12 +79,26 @@ class Roster:
             self._members = [member for member in self._members if member.num_processes]
             if num_processes < self._wanted:
                 self._most = num_processes
-            slots: list[Team | None] = [None] * self._own
-            slots += [member for member in self._members for _ in range(member.num_processes)]
-            self._running = slots[:num_processes]
-            starters = [self._start if member is None else member.start for member in self._running]
+            self._running = self.slots(num_processes)
+            starters = self.starters(self._running)
         self._tell()
         return starters
+
+    def slots(self, num_processes: int) -> list[Team | None]:
+        """Return whose processes would be the first `num_processes`, in order: None for the supervisor's own."""
+        with self._lock:
+            slots: list[Team | None] = [None] * self._own
+            slots += [member for member in self._members for _ in range(member.num_processes)]
+            return slots[:num_processes]
+
+    def starters(self, slots: Sequence[Team | None]) -> list[local_job.Start]:
+        """Return what starts the process of each slot."""
+        return [self._start if member is None else member.start for member in slots]
+
+    def running(self) -> list[Team | None]:
+        """Return the slots of the running attempt, none between two."""
+        with self._lock:
+            return list(self._running)
 
     def end(self) -> int:
         """Note that the attempt has ended; return how many processes the job should have now."""

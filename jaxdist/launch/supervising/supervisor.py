@@ -22,8 +22,9 @@ from jaxdist.errors import ExitStatus
 from jaxdist.launch.joining import places
 from jaxdist.launch.supervising import board, job_memory, joined, local_job, roster
 from jaxdist.launch.supervising import stopped as stopped_processes
-from jaxdist.launch.supervising.restart_events import Events, Standstill, say
+from jaxdist.launch.supervising.restart_events import REACHED, Events, Standstill, say
 from jaxdist.launch.supervising.restart_policy import Attempt, End, RestartSettings, decide
+from jaxdist.launch.supervising.standby import reserve, standby_job
 from jaxdist.rundir import lock, record
 
 MEMORY = "JAXDIST_MEMORY"
@@ -133,6 +134,7 @@ def run(job: Job, *, num_processes: int, settings: RestartSettings) -> int:
         memory = stack.enter_context(_memory(job.run_dir))
         job.at_kill(memory)
         attempts = _Attempts(job, settings, memory, signals, num_processes)
+        stack.enter_context(attempts.reserve)
         stack.enter_context(joined.Reception(memory, attempts.roster, job.command[3:]))
         start_step = job.saved_step(memory)
         if start_step:
@@ -188,6 +190,7 @@ class _Attempts:
 
     Attributes:
       roster: the processes that take part, of which the supervisor's own are `num_processes` at first.
+      reserve: the processes of the next attempt.
     """
 
     def __init__(
@@ -205,7 +208,9 @@ class _Attempts:
         self._record = _KeptRecord(job.run_dir)
         self._standstill = Standstill(memory)
         self._preloaded = False
-        self.roster = roster.Roster(num_processes, job.start, self._standstill.ask)
+        self.roster = roster.Roster(num_processes, job.start, lambda: self.reserve.change())
+        sparing = settings.standby is None
+        self.reserve = reserve.Reserve(memory, self.roster, self._prepare, self._standstill.ask, sparing=sparing)
         limit = settings.deadline_seconds
         self._deadline = math.inf if limit is None else time.monotonic() + limit
 
@@ -224,11 +229,11 @@ class _Attempts:
         if number:
             self._record.restore()
         before = _changed_at(job.run_dir)
-        log_dir = job.run_dir / "logs" / f"attempt-{number}"
+        log_dir = self._log_dir(number)
         self._standstill.withdraw()
         starters = self.roster.begin(num_processes)
         num_processes = len(starters)  # some may have left in the meantime
-        result = self._run(number, starters, log_dir)
+        result = self._run(number, starters)
         self._standstill.note_end(num_processes)
         if verdict := board.published(self._memory):
             say(f"{verdict['text']}\nEach process's stacks are in its log in {log_dir}.")
@@ -246,37 +251,52 @@ class _Attempts:
         events.note("end", attempt=number, status=made.exit_status, failed=result.failed_process, saved=made.saved_step)
         return made
 
-    def _run(self, number: int, starters: Sequence[local_job.Start], log_dir: pathlib.Path) -> local_job.JobResult:
-        job, still = self._job, self._standstill
-        resume = ["--resume"] if number and (job.run_dir / record.FILE_NAME).exists() else []
+    def _run(self, number: int, starters: Sequence[local_job.Start]) -> local_job.JobResult:
+        still = self._standstill
         cause = {"cause": still.cause, "reached": still.reached} if number else {}
+        in_reserve = self.reserve.take(self.roster.running()) if self._has_record() else self.reserve.take([])
+        group = in_reserve.group if in_reserve else self._group(number)
 
-        def start(
-            command: Sequence[str], environment: Mapping[str, str], output: IO[bytes] | None
-        ) -> local_job.Process:
-            return starters[int(environment[places.PROCESS_ID])](command, environment, output)
+        def begin() -> None:
+            if in_reserve:
+                in_reserve.begin(self._environment())
+            else:
+                group.start(self._command(number), starters, self._environment())
 
         with _StoppedWatch(self._memory, self._stopped_seconds, self._look) as watch:
 
             def started(process_ids: Sequence[int]) -> None:
                 self._events.note("start", attempt=number, process_ids=process_ids, memory=str(self._memory), **cause)
                 watch.begin(process_ids)
+                self.reserve.watch(number, process_ids)
 
             try:
-                return local_job.run_job(
-                    [*job.command, *resume],
-                    num_processes=len(starters),
-                    log_dir=log_dir,
-                    environment=self._environment(),
-                    show_first=job.show_first,
-                    started=started,
-                    start=start,
-                    signals=self._signals,
-                    # Processes in a collective do not react to a signal; their state is in memory or on disk already.
-                    grace_seconds=0.0,
-                )
+                return local_job.run_group(group, begin, started=started, signals=self._signals)
             except joined.ProcessLostError as error:
                 return local_job.JobResult(ExitStatus.FAILED, message=str(error))
+
+    def _prepare(self, number: int, starters: Sequence[local_job.Start]) -> standby_job.StandbyJob:
+        """Start the processes of attempt `number`, to wait; they have passed the checks that the running ones have."""
+        made = standby_job.StandbyJob(self._memory / f"standby-{number}", self._group(number))
+        try:
+            made.start(self._command(number), starters, {**self._environment(), REACHED: "1"})
+        except BaseException:
+            made.group.close()
+            raise
+        return made
+
+    def _group(self, number: int) -> local_job.Group:
+        # Processes in a collective do not react to a signal; their state is in memory or on disk already.
+        return local_job.Group(self._log_dir(number), show_first=self._job.show_first, grace_seconds=0.0)
+
+    def _command(self, number: int) -> list[str]:
+        return [*self._job.command, *(["--resume"] if number and self._has_record() else [])]
+
+    def _has_record(self) -> bool:
+        return (self._job.run_dir / record.FILE_NAME).exists()
+
+    def _log_dir(self, number: int) -> pathlib.Path:
+        return self._job.run_dir / "logs" / f"attempt-{number}"
 
     def _look(self) -> None:
         self._record.look()

@@ -1,0 +1,99 @@
+"""The turn of a process in reserve: it has prepared everything, and waits until the attempt before its own has ended.
+
+The supervisor starts it with a directory in memory in its environment. There it says that it is ready, and reads from a
+pipe when to begin. Until then its output goes to its log, and its priority is low where it may be raised again.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Mapping
+
+from jaxdist.launch.joining import places, runtime
+
+DIRECTORY = "JAXDIST_STANDBY"
+"""Environment variable: the directory in memory of the processes in reserve."""
+NICENESS = 5
+"""How much lower the priority is; with as many busy processes, a quarter of the processors is left."""
+_CAP_SYS_NICE = 1 << 23
+_MOST_BYTES = 1 << 16
+
+
+def ready_path(directory: pathlib.Path, process: int) -> pathlib.Path:
+    """Return the file by which a process says that it is ready."""
+    return directory / f"ready-{process}"
+
+
+def pipe_path(directory: pathlib.Path, process: int) -> pathlib.Path:
+    """Return the pipe from which it reads when to begin."""
+    return directory / f"begin-{process}"
+
+
+def may_raise_priority(status: str | None = None) -> bool:
+    """Return whether this user may undo a lower priority."""
+    text = pathlib.Path("/proc/self/status").read_text() if status is None else status
+    capabilities = next((line.split()[1] for line in text.splitlines() if line.startswith("CapEff:")), "0")
+    return bool(int(capabilities, 16) & _CAP_SYS_NICE)
+
+
+def set_niceness(process_id: int, niceness: int) -> None:
+    """Set the priority of all threads of a process that still run."""
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(f"/proc/{process_id}/task"):
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, int(thread), niceness)
+
+
+class Turn:
+    """From its creation until `wait` has returned, this process is in reserve.
+
+    Args:
+      directory: of the processes in reserve.
+      process: number of this one.
+      log: the file for what it prints until then; None leaves its output alone.
+    """
+
+    def __init__(self, directory: pathlib.Path, process: int, log: pathlib.Path | None):
+        self._directory, self._process = directory, process
+        self._streams: list[int] = []
+        self._niceness = os.getpriority(os.PRIO_PROCESS, 0)
+        if may_raise_priority():
+            set_niceness(os.getpid(), self._niceness + NICENESS)
+        if log is not None:
+            self._hold_output(log)
+
+    @classmethod
+    def of_process(cls, environment: Mapping[str, str] = os.environ) -> "Turn | None":
+        """Return the turn of this process, None if it is not in reserve."""
+        if DIRECTORY not in environment:
+            return None
+        log = environment.get(runtime.LOG)
+        return cls(
+            pathlib.Path(environment[DIRECTORY]),
+            int(environment[places.PROCESS_ID]),
+            None if log is None else pathlib.Path(log),
+        )
+
+    def _hold_output(self, log: pathlib.Path) -> None:
+        with contextlib.suppress(OSError):  # on a full disk it is shown early
+            opened = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            self._streams = [os.dup(1), os.dup(2)]
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+                os.dup2(opened, stream.fileno())
+            os.close(opened)
+
+    def wait(self) -> None:
+        """Say that this process is ready, and return when it is to begin, with the environment of the attempt."""
+        with open(pipe_path(self._directory, self._process), "rb", buffering=0) as pipe:
+            ready_path(self._directory, self._process).touch()
+            content = pipe.read(_MOST_BYTES)
+        os.environ.update(json.loads(content))
+        set_niceness(os.getpid(), self._niceness)
+        for held, stream in zip(self._streams, (sys.stdout, sys.stderr)):
+            stream.flush()
+            os.dup2(held, stream.fileno())
+            os.close(held)
+        self._streams = []

@@ -1,0 +1,1 @@
+"""The processes of the next attempt, in reserve while one runs."""
