@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import jax
 import numpy as np
+from jax._src import cache_key as cache_keys
 from jax._src import cloud_tpu_init, clusters, compilation_cache, compiler, distributed, xla_bridge
 from jax._src.interpreters import pxla
 from jax._src.lib import _jax, xla_client
@@ -96,6 +97,37 @@ def load_executable(serialized: bytes, devices: Sequence[jax.Device]) -> Any:
     `jax.experimental.serialize_executable` loads only onto as many devices as the program was compiled for.
     """
     return devices[0].client.deserialize_executable(serialized, *placement(devices))
+
+
+def share_cache_keys(cpu: str) -> None:
+    """Give all processes of a job the same keys in JAX's persistent compilation cache, on CPU devices.
+
+    By itself JAX makes keys from the topology and the device numbers that a process sees. In a job these differ, and as
+    only process 0 writes entries, all others would compile every program again at each start. A program's partitions
+    and the assignment of several devices stay in the key.
+
+    Args:
+      cpu: what else decides the machine code: the kind of the processor, and what XLA reads from the environment.
+    """
+    if hasattr(cache_keys._hash_accelerator_config, "by_jax"):
+        return
+    hash_accelerators, hash_options = cache_keys._hash_accelerator_config, cache_keys._hash_serialized_compile_options
+
+    def hash_cpu(hash_obj: Any, accelerators: np.ndarray) -> None:
+        if accelerators.flat[0].platform != "cpu":
+            hash_accelerators(hash_obj, accelerators)
+            return
+        hash_obj.update(f"{cpu} {sorted(device.device_kind for device in accelerators.flat)}".encode())
+
+    def hash_without_number(hash_obj: Any, options: Any, **settings: Any) -> None:
+        assigned = options.device_assignment
+        alone = assigned is not None and assigned.replica_count() * assigned.computation_count() == 1
+        on_cpu = xla_bridge.default_backend() == "cpu"
+        hash_options(hash_obj, options, **(settings | ({"strip_device_assignment": True} if alone and on_cpu else {})))
+
+    hash_cpu.by_jax = hash_accelerators  # type: ignore[attr-defined]
+    cache_keys._hash_accelerator_config = hash_cpu
+    cache_keys._hash_serialized_compile_options = hash_without_number
 
 
 def cache_key(module: Any, device: jax.Device) -> str | None:

@@ -1,8 +1,10 @@
 """Preparing this process before JAX's backend starts: devices, threads, compilation cache, the job it belongs to."""
 
 import contextlib
+import hashlib
 import os
 import pathlib
+import platform
 import sys
 import threading
 import traceback
@@ -17,6 +19,7 @@ import numpy as np
 from jaxdist.errors import ExitStatus, UserError
 from jaxdist.launch import parent
 from jaxdist.launch.joining import coordinator, places, same_on_all
+from jaxdist.spmd import jax_private
 
 PROCESS_ID, NUM_PROCESSES, COORDINATOR = places.PROCESS_ID, places.NUM_PROCESSES, places.COORDINATOR
 
@@ -27,6 +30,8 @@ LEAST_COMPILE_SECONDS = 0.0
 _COLLECTIVE_FLAG = "xla_gpu_nccl_termination_timeout_seconds"
 _COLLECTIVE_SECONDS = 7200
 """More than the watchdog allows a process to compile, evaluate or save while the others wait in a collective."""
+_CHANGING = ("processor", "cpu MHz", "core id", "apicid", "initial apicid", "bogomips", "BogoMIPS", "physical id")
+"""Lines of /proc/cpuinfo that say nothing on the kind of a processor."""
 _LEAVE_SECONDS = 3.0
 """How long a process that exits because of an error waits for the others to exit too."""
 
@@ -113,6 +118,15 @@ def use_compilation_cache() -> None:
         home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "jaxdist" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_COMPILE_SECONDS)
+    jax_private.share_cache_keys(_processor(os.environ))
+
+
+def _processor(environment: Mapping[str, str], cpuinfo: pathlib.Path = pathlib.Path("/proc/cpuinfo")) -> str:
+    """Return what decides the machine code of programs for the CPU: its kind, and whether XLA has a single thread."""
+    text = cpuinfo.read_text().partition("\n\n")[0] if cpuinfo.exists() else platform.processor()
+    kind = [line for line in text.splitlines() if not line.startswith(_CHANGING)]
+    threads = environment.get("PJRT_NPROC") or environment.get("NPROC") or str(len(os.sched_getaffinity(0)))
+    return hashlib.sha256("\n".join([platform.machine(), *kind, str(threads == "1")]).encode()).hexdigest()
 
 
 def keep_native_output_apart(environment: Mapping[str, str] = os.environ) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import sys
+import time
 from collections.abc import Mapping
 
 from jaxdist.launch.joining import places, runtime
@@ -18,6 +19,7 @@ DIRECTORY = "JAXDIST_STANDBY"
 NICENESS = 5
 """How much lower the priority is; with as many busy processes, a quarter of the processors is left."""
 _CAP_SYS_NICE = 1 << 23
+_TRIES, _TRY_SECONDS = 20, 0.05
 _MOST_BYTES = 1 << 16
 
 
@@ -39,11 +41,28 @@ def may_raise_priority(status: str | None = None) -> bool:
 
 
 def set_niceness(process_id: int, niceness: int) -> None:
-    """Set the priority of all threads of a process that still run."""
+    """Set the priority of all threads of a process that still run, and of its session.
+
+    Linux may divide the processors among sessions first; a process of a job has a session of its own.
+    """
     with contextlib.suppress(OSError):
         for thread in os.listdir(f"/proc/{process_id}/task"):
             with contextlib.suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, int(thread), niceness)
+    try:
+        if os.getsid(process_id) != process_id:
+            return
+    except ProcessLookupError:
+        return
+    for _ in range(_TRIES):
+        try:
+            pathlib.Path(f"/proc/{process_id}/autogroup").write_text(str(niceness))
+        except BlockingIOError:  # the kernel allows a user few of these a second
+            time.sleep(_TRY_SECONDS)
+        except OSError:
+            return
+        else:
+            return
 
 
 class Turn:

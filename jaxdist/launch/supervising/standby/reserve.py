@@ -2,8 +2,8 @@
 
 Starting processes again takes seconds, most of them for tracing and loading the programs; with a reserve it takes a
 word. Being ready costs as much as one start, in the background, and the memory of the processes. So the reserve is
-made only once the attempt has made steps for as long as it took to start: a job that keeps failing sooner than that
-gains nothing by it, and at worst the reserve costs as much as the starts do.
+made only once the attempt has made steps for as long as it took to start, or for a few seconds: a job that keeps
+failing sooner than that gains nothing by it, and at worst the reserve costs about as much as the starts do.
 
 If the number of processes is to change, the reserve is made for the new number, and the running attempt is asked to
 end only when it is ready.
@@ -25,6 +25,8 @@ WANTED_NAME = "standby"
 """The file in the job's directory in memory by which process 0 says that a reserve is useful and may be made."""
 CHANGE_SECONDS = 120.0
 """How long a change of the number of processes waits for the reserve."""
+_LONG_SECONDS = 5.0
+"""How long to wait at most before the reserve is made: the first attempt also compiles, which the next need not."""
 _MOST_FAILURES = 3
 _LOOK_SECONDS = 0.1
 _MEMORY_SHARE = 1.5
@@ -35,14 +37,14 @@ Make = Callable[[int, Sequence[local_job.Start]], standby_job.StandbyJob]
 
 
 def is_due(*, now: float, started: float, wanted: float | None) -> bool:
-    """Return whether to make a reserve: the attempt has made steps for as long as it took to start.
+    """Return whether to make a reserve: the attempt has made steps for as long as it took to start, or long enough.
 
     Args:
       now: by the clock of the other times.
       started: when the attempt began.
       wanted: when it was first seen to make steps; None if it was not.
     """
-    return wanted is not None and now - wanted >= wanted - started
+    return wanted is not None and now - wanted >= min(wanted - started, _LONG_SECONDS)
 
 
 @dataclasses.dataclass
