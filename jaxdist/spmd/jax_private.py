@@ -125,7 +125,7 @@ def share_cache_keys(cpu: str) -> None:
         on_cpu = xla_bridge.default_backend() == "cpu"
         hash_options(hash_obj, options, **(settings | ({"strip_device_assignment": True} if alone and on_cpu else {})))
 
-    hash_cpu.by_jax = hash_accelerators  # type: ignore[attr-defined]
+    hash_cpu.by_jax, hash_without_number.by_jax = hash_accelerators, hash_options  # type: ignore[attr-defined]
     cache_keys._hash_accelerator_config = hash_cpu
     cache_keys._hash_serialized_compile_options = hash_without_number
 

@@ -9,6 +9,8 @@ import compile_cache
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from jax._src import cache_key, compilation_cache, compiler
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxdist
@@ -116,6 +118,42 @@ def test_the_cache_gives_back_what_was_put_there(tmp_path):
         jax_private.write_cache(key, "double", compiled, device, seconds=1.0)
         assert jax_private.read_cache(key, jax.devices()[:2]) is not None
         assert len(list(tmp_path.iterdir())) >= 1
+
+
+@pytest.fixture
+def jax_keys(monkeypatch):
+    for name in ("_hash_accelerator_config", "_hash_serialized_compile_options"):
+        now = getattr(cache_key, name)
+        monkeypatch.setattr(cache_key, name, getattr(now, "by_jax", now))
+
+
+def key_on(*numbers):
+    """Return the key of a program on these devices, as `jax.jit` makes it."""
+    devices = [jax.devices()[number] for number in numbers]
+    assignment = np.array([[device.id for device in devices]])
+    options = compiler.get_compile_options(1, len(devices), assignment, backend=devices[0].client)
+    return compilation_cache.get_cache_key(
+        lowered_double().compiler_ir(), np.array(devices), options, devices[0].client
+    )
+
+
+def test_cached_programs_of_one_device_are_shared_by_all(jax_keys, tmp_path):
+    with compile_cache.compile_once(tmp_path):
+        assert key_on(0) != key_on(3)  # else there is no need for this any more
+        jax_private.share_cache_keys("a processor")
+        jax_private.share_cache_keys("a processor")
+        keys = [key_on(0), key_on(3), key_on(0, 1), key_on(1, 0), key_on(0, 1, 2, 3)]
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 4
+
+
+def test_cached_programs_belong_to_a_kind_of_processor(jax_keys, tmp_path, monkeypatch):
+    with compile_cache.compile_once(tmp_path):
+        jax_private.share_cache_keys("a processor")
+        here = key_on(0)
+        monkeypatch.undo()
+        jax_private.share_cache_keys("another one")
+        assert key_on(0) != here
 
 
 def test_constants_and_carry_of_a_scan_are_counted():

@@ -16,8 +16,8 @@ from jaxdist.launch.joining import places, runtime
 
 DIRECTORY = "JAXDIST_STANDBY"
 """Environment variable: the directory in memory of the processes in reserve."""
-NICENESS = 5
-"""How much lower the priority is; with as many busy processes, a quarter of the processors is left."""
+NICENESS = 3
+"""How much lower the priority is; with as many busy processes, a third of the processors is left."""
 _CAP_SYS_NICE = 1 << 23
 _TRIES, _TRY_SECONDS = 20, 0.05
 _MOST_BYTES = 1 << 16

@@ -37,6 +37,8 @@ _ANSWER_SECONDS = 120.0
 """How long the imports of the fork server may take; after that the processes make their own."""
 _LOOK_SECONDS = 0.5
 _TRIAL_SECONDS, _TRIAL_NICE = 60, 10
+_FORKABLE_THREADS = ("jemalloc_bg_thd",)
+"""Threads of libraries that hold them still while a process forks: jemalloc's, which pyarrow starts when imported."""
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """Sent to a whole group, these must not end the fork server, which is needed when the supervisor is killed."""
 
@@ -201,15 +203,16 @@ def _preload(modules: Sequence[str], experiment: str) -> None:
 
 
 def _may_fork() -> bool:
-    """Return whether this process has one thread.
+    """Return whether this process has one thread, apart from those of libraries that support forking.
 
-    Libraries that support forking, such as OpenBLAS, end their threads before a fork; so fork once, then count.
+    Some, such as OpenBLAS, end their threads before a fork; so fork once, then count.
     """
     trial = os.fork()
     if not trial:
         os._exit(ExitStatus.OK)
     os.waitpid(trial, 0)
-    return len(os.listdir("/proc/self/task")) == 1
+    names = [path.read_text().strip() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+    return sum(name not in _FORKABLE_THREADS for name in names) == 1
 
 
 def _serve(channel: socket.socket, handlers: Mapping[signal.Signals, Any]) -> dict[str, Any] | None:

@@ -15,11 +15,9 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import IO
+from collections.abc import Callable, Iterator, Sequence
 
 from jaxdist.errors import ExitStatus
-from jaxdist.launch.joining import places
 from jaxdist.launch.supervising import board, job_memory, joined, local_job, roster
 from jaxdist.launch.supervising import stopped as stopped_processes
 from jaxdist.launch.supervising.restart_events import REACHED, Events, Standstill, say

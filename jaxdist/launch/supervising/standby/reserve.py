@@ -49,13 +49,17 @@ def is_due(*, now: float, started: float, wanted: float | None) -> bool:
 
 @dataclasses.dataclass
 class _Watched:
-    """The running attempt: its number, its processes, when it began and when it was first seen to make steps."""
+    """The running attempt: its number, its processes, when it began and when it was first seen to make steps.
+
+    `change_since` is when it was first to end for a change of the number of processes, `asked` whether it was asked to.
+    """
 
     number: int
     process_ids: Sequence[int]
     started: float
     wanted: float | None = None
     change_since: float | None = None
+    asked: bool = False
 
 
 class Reserve:
@@ -133,19 +137,19 @@ class Reserve:
         now = time.monotonic()
         if watched.wanted is None and (self._memory / WANTED_NAME).exists():
             watched.wanted = now
-        changing = watched.change_since is not None and self._roster.is_due()
+        changing = self._roster.is_due()
+        if not changing:
+            watched.change_since, watched.asked = None, False
         slots = self._roster.slots(self._roster.target()) if changing else self._roster.running()
         self._check(watched, slots)
-        due = changing or is_due(now=now, started=watched.started, wanted=watched.wanted)
+        due = watched.change_since is not None or is_due(now=now, started=watched.started, wanted=watched.wanted)
         if self._job is None and due and slots and self._failures < _MOST_FAILURES and self._has_room(watched):
             self._start(watched.number + 1, slots)
-        if watched.change_since is None:
+        if watched.change_since is None or watched.asked:
             return
         late = now - watched.change_since >= CHANGE_SECONDS
-        if not changing:
-            watched.change_since = None
-        elif self._job is None or self._job.is_ready() or late:
-            watched.change_since = None
+        if self._roster.is_due() and (self._job is None or self._job.is_ready() or late):
+            watched.asked = True
             self._ask()
 
     def _start(self, number: int, slots: list[roster.Team | None]) -> None:

@@ -1,0 +1,90 @@
+"""A process in reserve waits until it is its turn."""
+
+import json
+import os
+import threading
+
+import pytest
+
+from jaxdist.launch.joining import turn
+
+
+@pytest.fixture
+def directory(tmp_path):
+    os.mkfifo(turn.pipe_path(tmp_path, 1))
+    return tmp_path
+
+
+def test_it_waits_until_told_and_takes_the_environment_of_the_attempt(directory, monkeypatch):
+    monkeypatch.setenv("JAXDIST_TOLD", "before")
+    pipe = os.open(turn.pipe_path(directory, 1), os.O_RDWR)
+    seen = []
+
+    def tell():
+        while not turn.ready_path(directory, 1).exists():
+            pass
+        seen.append(os.environ["JAXDIST_TOLD"])
+        os.write(pipe, json.dumps({"JAXDIST_TOLD": "now"}).encode())
+
+    thread = threading.Thread(target=tell)
+    thread.start()
+    turn.Turn(directory, 1, None).wait()
+    thread.join()
+    os.close(pipe)
+    assert (seen, os.environ["JAXDIST_TOLD"]) == (["before"], "now")
+
+
+def test_its_output_is_shown_from_its_turn_on(directory, capfd):
+    pipe = os.open(turn.pipe_path(directory, 1), os.O_RDWR)
+    os.write(pipe, b"{}")
+    # capfd replaces the descriptors 1 and 2, and Python's own streams write to these.
+    with capfd.disabled():
+        out, err = os.dup(1), os.dup(2)
+        try:
+            log, shown = directory / "log", directory / "shown"
+            with open(shown, "wb") as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+            waiting = turn.Turn(directory, 1, log)
+            print("early", flush=True)
+            waiting.wait()
+            print("in time", flush=True)
+        finally:
+            os.dup2(out, 1)
+            os.dup2(err, 2)
+            os.close(out)
+            os.close(err)
+            os.close(pipe)
+    assert (log.read_text(), shown.read_text()) == ("early\n", "in time\n")
+
+
+def test_a_process_that_is_not_in_reserve_has_no_turn():
+    assert turn.Turn.of_process({}) is None
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "may"), [("0000000000800000", True), ("000001ffff7fffff", False), ("0", False)]
+)
+def test_a_lower_priority_is_taken_only_where_it_can_be_undone(capabilities, may):
+    assert turn.may_raise_priority(f"Name:\tpython\nCapEff:\t{capabilities}\n") == may
+
+
+def test_the_priority_of_all_threads_is_set(monkeypatch):
+    over = threading.Event()
+    thread = threading.Thread(target=over.wait)
+    thread.start()
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    try:
+        if not turn.may_raise_priority():
+            pytest.skip("needs the right to raise a priority again")
+        turn.set_niceness(os.getpid(), before + 2)
+        assert os.getpriority(os.PRIO_PROCESS, thread.native_id) == before + 2
+        turn.set_niceness(os.getpid(), before)
+        assert os.getpriority(os.PRIO_PROCESS, thread.native_id) == before
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_a_process_that_has_ended_is_no_error():
+    turn.set_niceness(2**22, 1)
