@@ -127,7 +127,7 @@ def share_cache_keys(cpu: str) -> None:
 
     hash_cpu.by_jax, hash_without_number.by_jax = hash_accelerators, hash_options  # type: ignore[attr-defined]
     cache_keys._hash_accelerator_config = hash_cpu
-    cache_keys._hash_serialized_compile_options = hash_without_number
+    cache_keys._hash_serialized_compile_options = hash_without_number  # type: ignore[assignment]
 
 
 def cache_key(module: Any, device: jax.Device) -> str | None:

@@ -98,7 +98,7 @@ class _Attempts:
         verdicts = self.run_dir / supervisor.BOARD_NAME
         earlier = board.mark(verdicts)
         logs = self.run_dir / "logs" / f"host-{self.host.index}" / f"attempt-{number}"
-        group = local_job.Group(logs, show_first=self.host.index == 0)
+        group = local_job.ProcessGroup(logs, show_first=self.host.index == 0)
         result = local_job.run_group(
             group,
             lambda: group.start(self.command, num_processes * [local_job.start], self.host.environment()),

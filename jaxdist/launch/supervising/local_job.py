@@ -128,7 +128,7 @@ class JobResult:
     asked_to_stop: bool = False
 
 
-class Group:
+class ProcessGroup:
     """The processes of a job, started; `close` ends those that still run.
 
     Attributes:
@@ -144,7 +144,7 @@ class Group:
         self._port = self._stack.enter_context(reserved_port())
         self._stack.callback(_end, self.processes, grace_seconds)
 
-    def __enter__(self) -> "Group":
+    def __enter__(self) -> "ProcessGroup":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -183,6 +183,7 @@ def run_job(
     num_processes: int,
     log_dir: pathlib.Path,
     environment: Mapping[str, str] | None = None,
+    show_first: bool = False,
     timeout_seconds: float | None = None,
 ) -> JobResult:
     """Run `command` in `num_processes` processes and wait for all of them.
@@ -190,15 +191,16 @@ def run_job(
     Args:
       command: the program and its arguments, the same for every process.
       num_processes: how many.
-      log_dir: see `Group`.
+      log_dir: see `ProcessGroup`.
       environment: set for every process, besides this process's own.
+      show_first: see `ProcessGroup`.
       timeout_seconds: see `run_group`.
 
     Returns:
       See `run_group`.
     """
     with Signals() as signals:
-        group = Group(log_dir)
+        group = ProcessGroup(log_dir, show_first=show_first)
         return run_group(
             group,
             lambda: group.start(command, num_processes * [start], environment),
@@ -208,7 +210,7 @@ def run_job(
 
 
 def run_group(
-    group: Group,
+    group: ProcessGroup,
     begin: Callable[[], object],
     *,
     signals: Signals,

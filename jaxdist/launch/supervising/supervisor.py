@@ -283,9 +283,9 @@ class _Attempts:
             raise
         return made
 
-    def _group(self, number: int) -> local_job.Group:
+    def _group(self, number: int) -> local_job.ProcessGroup:
         # Processes in a collective do not react to a signal; their state is in memory or on disk already.
-        return local_job.Group(self._log_dir(number), show_first=self._job.show_first, grace_seconds=0.0)
+        return local_job.ProcessGroup(self._log_dir(number), show_first=self._job.show_first, grace_seconds=0.0)
 
     def _command(self, number: int) -> list[str]:
         return [*self._job.command, *(["--resume"] if number and self._has_record() else [])]

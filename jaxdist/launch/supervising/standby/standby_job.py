@@ -21,7 +21,7 @@ class StandbyJob:
       group: as given; closing it ends the processes and removes the directory.
     """
 
-    def __init__(self, directory: pathlib.Path, group: local_job.Group):
+    def __init__(self, directory: pathlib.Path, group: local_job.ProcessGroup):
         directory.mkdir(mode=0o700)
         self.group, self._directory = group, directory
         self._pipes: list[int] = []

@@ -16,7 +16,7 @@ print(os.environ["JAXDIST_WORD"])
 
 
 def start(tmp_path, code):
-    job = standby_job.StandbyJob(tmp_path / "standby", local_job.Group(tmp_path / "logs"))
+    job = standby_job.StandbyJob(tmp_path / "standby", local_job.ProcessGroup(tmp_path / "logs"))
     job.start([sys.executable, "-c", code], 2 * [local_job.start], {})
     return job
 
