@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 import numpy as np
 from numpy.random.bit_generator import ISeedSequence
 
-from jaxdist.data.sources.source import COUNTS, MASK, CorruptExample, Example, Source
+from jaxdist.data.sources.source import COUNTS, MASK, CorruptExample, Example, Source, plain_array
 
 ExampleFn: TypeAlias = Callable[[Example, np.random.Generator], Example]
 """Maps an example to what the model sees; `random` depends on (seed, epoch, example id) and nothing else."""
@@ -217,7 +217,7 @@ class BatchBuffer:
 
     def write(self, row: int, example_id: int, example: Example) -> None:
         """Copy `example` into `row`; ValueError where its fields, shapes or dtypes differ from those of other rows."""
-        fields = {name: np.asarray(value) for name, value in example.items()}
+        fields = {name: _native(plain_array(name, value)) for name, value in example.items()}
         with self._lock:
             if not self.arrays:
                 check_fields(fields, example_id)
@@ -330,7 +330,12 @@ def gather(source: Source, ids: np.ndarray) -> HostArrays:
         if array.shape[:1] != (len(ids),):
             raise ValueError(f"__getitems__ of {len(ids)} ids returned field {name!r} of shape {array.shape}.")
     # A view might belong to the source, which could then change under JAX's alias of it.
-    return {name: array if array.flags.owndata else array.copy() for name, array in batch.items()}
+    return {name: _native(array if array.flags.owndata else array.copy()) for name, array in batch.items()}
+
+
+def _native(array: np.ndarray) -> np.ndarray:
+    """Return the array in this machine's byte order, which devices hold."""
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
 def check_fields(fields: Mapping[str, np.ndarray], example_id: int) -> None:
@@ -338,11 +343,18 @@ def check_fields(fields: Mapping[str, np.ndarray], example_id: int) -> None:
     if not fields:
         raise ValueError(f"Example {example_id} has no fields; an example is a dict of arrays.")
     for name, value in fields.items():
-        if value.dtype.kind not in "biufcV":
+        if not _fits_a_device(value.dtype):
             raise ValueError(
                 f"Field {name!r} of example {example_id} has the dtype {value.dtype}, which no device can hold. "
                 "Turn it into numbers, or leave it out, in `example_fn`."
             )
+
+
+def _fits_a_device(dtype: np.dtype) -> bool:
+    """Return whether devices have such numbers; bfloat16 and its like are of numpy's kind V, as records are."""
+    if dtype.kind == "V":
+        return not issubclass(dtype.type, np.void)
+    return dtype.kind in "biufc" and dtype.char not in "gG"
 
 
 def with_mask(made: Made, mask: np.ndarray) -> HostArrays:

@@ -112,12 +112,14 @@ def _take(batch: HostArrays, rows: np.ndarray) -> HostArrays:
     return {name: array[rows] for name, array in batch.items()}
 
 
-def check_integers(batch: HostArrays, ids: Callable[[], np.ndarray]) -> None:
-    """Raise ExampleError where a whole number would change its value on the devices; `ids` returns the rows' examples.
+def check_numbers(batch: HostArrays, ids: Callable[[], np.ndarray]) -> None:
+    """Raise ExampleError where a number would become another on the devices; `ids` returns the rows' examples.
 
-    Devices hold whole numbers of 64 bits as 32, unless `jax_enable_x64` is set.
+    Devices hold numbers of 64 bits as 32, unless `jax_enable_x64` is set. Floats are rounded; none becomes infinite.
     """
     for name, array in batch.items():
+        if array.dtype == np.float64 and jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
+            _check_floats(name, array, ids)
         if array.dtype.kind not in "iu" or (wanted := jax.dtypes.canonicalize_dtype(array.dtype)) == array.dtype:
             continue
         limits = np.iinfo(wanted)
@@ -128,6 +130,17 @@ def check_integers(batch: HostArrays, ids: Callable[[], np.ndarray]) -> None:
             f"Field {name!r} of example {ids()[outside[0]]} holds {array[tuple(outside)]}, but devices hold whole "
             f"numbers as {wanted}, from {limits.min} to {limits.max}. Renumber the values, split them into two "
             "fields, or set JAX_ENABLE_X64=1."
+        )
+
+
+def _check_floats(name: str, array: np.ndarray, ids: Callable[[], np.ndarray]) -> None:
+    limit = float(np.finfo(np.float32).max)
+    large = (array > limit) | (array < -limit)
+    if large.any() and (large := large & np.isfinite(array)).any():
+        place = tuple(np.argwhere(large)[0])
+        raise ExampleError(
+            f"Field {name!r} of example {ids()[place[0]]} holds {array[place]}, but devices hold such numbers as "
+            f"float32, up to {limit:.3g}, so it would become infinite. Scale the field, or set JAX_ENABLE_X64=1."
         )
 
 
@@ -204,7 +217,7 @@ def _place_ahead(
                 item = next(batches, None)
                 if item is None:
                     break
-                check_integers(item.batch, functools.partial(_ids_of_batch, loader, count))
+                check_numbers(item.batch, functools.partial(_ids_of_batch, loader, count))
                 ready.put((_place_batch(item.batch, place), item.position))
         ready.put(None)
     except Exception as error:  # handed to the consumer, who raises it

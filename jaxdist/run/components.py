@@ -254,7 +254,7 @@ def check_samples(loader: data.Loader, *, among: int | None = None) -> list[dict
         assembly_process.dump_recipe(loader.recipe._replace(source=no_source))
     found = []
     for ids, arrays in loader.samples(_SAMPLED_BATCHES, among=among):
-        placement.check_integers(arrays, functools.partial(np.asarray, ids))
+        placement.check_numbers(arrays, functools.partial(np.asarray, ids))
         form = {name: (array.shape[1:], jax.dtypes.canonicalize_dtype(array.dtype)) for name, array in arrays.items()}
         found += [form] if form not in found else []
     return [

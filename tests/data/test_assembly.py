@@ -1,3 +1,5 @@
+import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from jaxdist.data.assembly import (
     copy_into,
     example_random,
     make_example,
+    make_rows,
     split_evenly,
     with_mask,
 )
@@ -66,9 +69,15 @@ def test_rows_of_other_shapes_and_kinds_are_refused():
     buffer.write(0, 10, {"x": np.zeros(3)})
     with pytest.raises(ValueError, match="Example 11 has"):
         buffer.write(1, 11, {"x": np.zeros(2)})
-    for example, message in (({}, "has no fields"), ({"x": np.array("text")}, "which no device can hold")):
+    unfit = ["text", np.datetime64("2020-01-01"), np.zeros(2, "i4,f4"), np.zeros(2, "V3"), np.longdouble(1)]
+    for example, message in (
+        ({}, "has no fields"),
+        *(({"x": np.asarray(x)}, "which no device can hold") for x in unfit),
+    ):
         with pytest.raises(ValueError, match=message):
             BatchBuffer(1).write(0, 0, example)
+    with pytest.raises(ValueError, match="'x' has 1 masked elements"):
+        BatchBuffer(1).write(0, 0, {"x": np.ma.masked_array([1, 2], [0, 1])})
     empty = BatchBuffer(1)
     empty.bad[0] = "bad"
     assert empty.finish() == Made({}, {0: "bad"})
@@ -78,3 +87,13 @@ def test_randomness_is_of_seed_epoch_and_example():
     draws = {example_random(*name).random() for name in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 11, 1)]}
     assert len(draws) == 5
     assert example_random(0, 0, 0).random() in draws
+
+
+@pytest.mark.parametrize("example_fn", [None, lambda example, random: dict(example)])
+@pytest.mark.parametrize("dtype", [">i4", ">u2", ">f8", ">f2", ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, "?"])
+def test_numbers_of_every_byte_order_and_width_become_a_batch(dtype, example_fn):
+    values = np.arange(6).reshape(3, 2).astype(dtype)
+    made = make_rows(Recipe(ArraySource({"x": values}), example_fn, 0, "raise"), 0, np.array([2, 0]))
+    assert made.arrays["x"].dtype == np.dtype(dtype).newbyteorder("=")
+    np.testing.assert_array_equal(made.arrays["x"].astype(float), values[[2, 0]].astype(float))
+    jax.device_put(made.arrays)

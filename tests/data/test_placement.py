@@ -162,3 +162,13 @@ def test_unsigned_numbers_that_would_wrap_are_refused():
     loader = Loader(source, global_batch_size=2, seed=0, shuffle=False, num_epochs=1)
     with pytest.raises(ValueError, match=r"example 1 holds 4294967296, .* as uint32, from 0 to 4294967295"):
         list(feed(loader, make_mesh(data=1)))
+
+
+def test_a_float_that_would_become_infinite_is_refused_and_infinity_is_not():
+    values = np.array([1.0, -np.inf, np.nan, -1e39])
+    loader = Loader(ArraySource({"x": values}), global_batch_size=4, seed=0, shuffle=False, num_epochs=1)
+    with pytest.raises(ValueError, match=r"'x' of example 3 holds -1e\+39, .* float32, up to 3.4e\+38"):
+        list(feed(loader, make_mesh(data=1)))
+    values[3] = 3e38
+    ((batch, _),) = feed(loader, make_mesh(data=1))
+    np.testing.assert_array_equal(batch["x"], values.astype(np.float32))

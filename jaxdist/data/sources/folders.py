@@ -7,7 +7,13 @@ from typing import Literal
 import numpy as np
 
 from jaxdist.data.fingerprints import FileList, fingerprint_files
-from jaxdist.data.sources.images import IMAGE_SUFFIXES, ImageType, decode_image, require_decoders
+from jaxdist.data.sources.images import (
+    IMAGE_SUFFIXES,
+    UNREAD_IMAGE_SUFFIXES,
+    ImageType,
+    decode_image,
+    require_decoders,
+)
 from jaxdist.data.sources.listing import list_by_class, read_file
 from jaxdist.data.sources.source import Example, checked_index
 
@@ -25,8 +31,9 @@ class ImageFolder:
       decode: False leaves `image` as the file's bytes, uint8 (bytes,); see `transforms.DecodeImage`.
       classes: the names of the classes by number, those of the training data for example; None takes the folders' names
         in alphabetical order.
-      channels, dtype, orient, deep: what images are decoded to, see `images.ImageType`: uint8 RGB by default, the EXIF
-        orientation applied; images of more than 8 bits are refused where the dtype cannot hold them.
+      channels, dtype, orient, deep, frames: what images are decoded to, see `images.ImageType`: uint8 RGB by default,
+        the EXIF orientation applied; images of more than 8 bits are refused where the dtype cannot hold them, and
+        animations and files of several pages.
     """
 
     def __init__(
@@ -39,11 +46,12 @@ class ImageFolder:
         dtype: Literal["uint8", "uint16", "float32"] = "uint8",
         orient: bool = True,
         deep: Literal["refuse", "scale"] = "refuse",
+        frames: Literal["refuse", "first"] = "refuse",
     ):
         if decode:
             require_decoders()
-        self._type = ImageType(channels, dtype, orient, deep) if decode else None
-        self.classes, found, self._labels = list_by_class(root, IMAGE_SUFFIXES, classes)
+        self._type = ImageType(channels, dtype, orient, deep, frames) if decode else None
+        self.classes, found, self._labels = list_by_class(root, IMAGE_SUFFIXES, classes, unread=UNREAD_IMAGE_SUFFIXES)
         self.files = FileList(found, root)
         self.vocabulary = {"label": self.classes}
         self._fingerprint: str | None = None

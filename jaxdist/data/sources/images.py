@@ -1,8 +1,8 @@
 """From an image file's bytes to an array of a declared type: JPEG by libjpeg-turbo, everything else by Pillow.
 
 Numbers of other widths are never clipped. Of 8 bits to 16: times 257, so that white stays white. To float32: unsigned
-8 and 16 bits divided by 255 and 65535; 32-bit integers and floats as they are. To fewer bits: refused, or rounded where
-`deep="scale"` says so.
+8 and 16 bits divided by 255 and 65535; signed and 32-bit integers and floats as they are. To fewer bits: refused, or
+rounded where `deep="scale"` says so.
 """
 
 import dataclasses
@@ -14,12 +14,20 @@ import numpy as np
 from jaxdist import extras
 from jaxdist.data.sources.source import CorruptExample
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".gif", ".webp", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".tga", ".avif"),
+)
+UNREAD_IMAGE_SUFFIXES = (".heic", ".heif", ".jxl", ".svg", ".psd", ".exr", ".dng", ".cr2", ".nef", ".arw")
+"""Kinds of images that a folder may hold and that nothing here reads: they are refused, not left out."""
 MAX_PIXELS = 2 * 89_478_485
 """The size from which Pillow refuses an image as a decompression bomb, too."""
 
 _PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-_ORIENTATION = 274
+_ORIENTATION, _SAMPLE_FORMAT, _BITS, _SUBFILE = 274, 339, 258, 254
+_SIGNED, _REDUCED = 2, 1
+_FRAMED = ("GIF", "WEBP", "PNG", "TIFF", "AVIF")
+"""The formats whose further frames are pictures of their own; in others, such as MPO, they belong to the first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,18 +39,21 @@ class ImageType:
       dtype: "uint8", "uint16" or "float32".
       orient: whether the EXIF orientation is applied (in TIFF files it always is).
       deep: what to do with integers of 16 bits where `dtype` is "uint8": "refuse", or "scale": round value / 257.
+      frames: what to do with a file of several, an animation or the pages of a TIFF: "refuse", or take the "first".
     """
 
     channels: Literal[1, 3, 4] = 3
     dtype: Literal["uint8", "uint16", "float32"] = "uint8"
     orient: bool = True
     deep: Literal["refuse", "scale"] = "refuse"
+    frames: Literal["refuse", "first"] = dataclasses.field(default="refuse", repr=False)  # no part of a fingerprint
 
     def __post_init__(self) -> None:
         for name, known in (
             ("channels", (1, 3, 4)),
             ("dtype", ("uint8", "uint16", "float32")),
             ("deep", ("refuse", "scale")),
+            ("frames", ("refuse", "first")),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} of an image is one of {known}; got {getattr(self, name)!r}.")
@@ -73,6 +84,8 @@ def decode_image(data: bytes, image_type: ImageType = RGB, *, name: str, reverse
         pixels, bits = _decode_with_pillow(data, image_type)
     except MemoryError:
         raise
+    except _Refused as error:
+        raise ValueError(f"{name}: {error}") from error
     except Exception as error:  # decoders raise many kinds for broken data
         # Pillow names the buffer made here where it does not know the format.
         reason = "unknown format" if "cannot identify" in str(error) else error
@@ -83,6 +96,10 @@ def decode_image(data: bytes, image_type: ImageType = RGB, *, name: str, reverse
             'dtype="uint8" (or "float32") and deep="scale".'
         )
     return _to_dtype(pixels[..., ::-1] if reverse else pixels, image_type, name)
+
+
+class _Refused(ValueError):
+    """A whole image that `ImageType` does not allow."""
 
 
 def _decode_jpeg(data: bytes, image_type: ImageType, reverse: bool) -> np.ndarray | None:
@@ -114,7 +131,11 @@ def _jpeg_has_exif(data: bytes) -> bool:
 def _decode_with_pillow(data: bytes, image_type: ImageType) -> tuple[np.ndarray, str]:
     """Return the pixels in the width of the file, and "reduced" where Pillow has dropped bits."""
     with extras.require("PIL.Image").open(io.BytesIO(data)) as picture:
+        if image_type.frames == "refuse":
+            _check_one_frame(picture)
         deep = _is_deep(picture)
+        if picture.mode[:1] not in "IF" and _integers_of_tiff(picture)[1]:
+            raise _Refused("its numbers of 8 bits have a sign, which Pillow would leave out. Write them with 16 bits.")
         picture.load()  # here, where broken data raise: `_orientation` would load, too, and hide it
         orientation = _orientation(picture) if image_type.orient and picture.format != "TIFF" else 1
         if picture.mode in ("F", "I") or picture.mode.startswith("I;16"):
@@ -142,9 +163,40 @@ def _deep_grey(picture: Any, deep: bool) -> np.ndarray:
     pixels = np.asarray(picture)
     if picture.mode == "F":
         return pixels.astype(np.float32)
-    if picture.mode == "I" and not (deep or picture.format in ("PNG", "PPM")):
+    bits, is_signed = _integers_of_tiff(picture)
+    if bits == 32 and not is_signed:  # Pillow has them as int32
+        return pixels.astype(np.int32).view(np.uint32)
+    if picture.mode == "I" and (is_signed or not (deep or picture.format in ("PNG", "PPM"))):
         return pixels.astype(np.int32)
     return pixels.astype(np.uint16)
+
+
+def _check_one_frame(picture: Any) -> None:
+    """Raise _Refused where a file has several pictures; a smaller copy of a TIFF's page is none of its own."""
+    if picture.format not in _FRAMED or not getattr(picture, "is_animated", False):
+        return
+    count = int(picture.n_frames)
+    if picture.format == "TIFF":
+        reduced = 0
+        for number in range(1, count):
+            picture.seek(number)
+            reduced += bool(picture.tag_v2.get(_SUBFILE, 0) & _REDUCED)
+        count -= reduced
+        picture.seek(0)
+    if count > 1:
+        kind = "pages" if picture.format == "TIFF" else "frames"
+        raise _Refused(
+            f"an example is one picture, and this image has {count} {kind}. Write them to files of their own, or take "
+            'the first of each file with frames="first".'
+        )
+
+
+def _integers_of_tiff(picture: Any) -> tuple[int, bool]:
+    """Return the bits of a number, and whether it has a sign; (0, False) where the format is another."""
+    if picture.format != "TIFF":
+        return 0, False
+    bits, signs = picture.tag_v2.get(_BITS, (1,)), picture.tag_v2.get(_SAMPLE_FORMAT, (1,))
+    return int(bits[0]), _SIGNED in (signs if isinstance(signs, tuple) else (signs,))
 
 
 def _grey_to_channels(grey: np.ndarray, channels: int) -> np.ndarray:
@@ -183,7 +235,7 @@ def _to_dtype(pixels: np.ndarray, image_type: ImageType, name: str) -> np.ndarra
         return pixels.astype(np.float32) / np.float32(65535)
     if pixels.dtype == np.uint16 and image_type.deep == "scale":
         return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    if pixels.dtype == np.int32 and wanted == np.float32 and np.abs(pixels.astype(np.int64)).max() <= 2**24:
+    if pixels.dtype.kind in "iu" and wanted == np.float32 and np.abs(pixels.astype(np.int64)).max() <= 2**24:
         return pixels.astype(np.float32)
     hint = ' or set deep="scale"' if pixels.dtype == np.uint16 else ""
     raise ValueError(

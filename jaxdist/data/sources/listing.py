@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import stat
 from collections.abc import Iterator, Sequence
 
 from jaxdist.data.remote import addresses, file_cache
@@ -9,6 +10,8 @@ from jaxdist.data.sources.source import CorruptExample
 
 PREPARED = "prepared.json"
 """The file beside prepared records or tokens that says what they are."""
+
+_SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "eval", "dev", "holdout"}
 
 
 def find_files(paths: str | os.PathLike | Sequence[str | os.PathLike], pattern: str) -> list[str]:
@@ -61,7 +64,7 @@ def is_hidden(name: str) -> bool:
 
 
 def list_by_class(
-    root: str | os.PathLike, suffixes: Sequence[str], classes: Sequence[str] | None
+    root: str | os.PathLike, suffixes: Sequence[str], classes: Sequence[str] | None, *, unread: Sequence[str] = ()
 ) -> tuple[tuple[str, ...], list[str], list[int]]:
     """Return the classes' names, and all files with one of the suffixes with the number of their class.
 
@@ -69,15 +72,19 @@ def list_by_class(
       root: the folder of the classes' folders. Hidden files and folders do not count.
       suffixes: in lower case.
       classes: the names in the order of their numbers; None takes the folders' in alphabetical order.
+      unread: suffixes of files that belong to the data and cannot be read.
 
     Raises:
-      ValueError: there are no such files, or a folder that is not in `classes`.
+      ValueError: there are no such files, a folder that is not in `classes`, or files that would be left out.
     """
     folder = local_path(root)
     if not folder.is_dir():
         raise ValueError(f"No such folder: {folder}.")
     with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name))
+        shown = [entry for entry in entries if not is_hidden(entry.name)]
+        names = sorted(entry.name for entry in shown if entry.is_dir())
+        loose = [entry.name for entry in shown if entry.name.lower().endswith(tuple(suffixes)) and not entry.is_dir()]
+    _check_folders(str(folder), names, loose)
     numbers = {name: number for number, name in enumerate(names if classes is None else classes)}
     unknown = [name for name in names if name not in numbers]
     if unknown:
@@ -87,7 +94,7 @@ def list_by_class(
         )
     files, labels = [], []
     for name in names:
-        found = sorted(_walk(os.path.join(folder, name), tuple(suffixes)))
+        found = sorted(_walk(os.path.join(folder, name), tuple(suffixes), tuple(unread)))
         files += found
         labels += [numbers[name]] * len(found)
     if not files:
@@ -97,24 +104,58 @@ def list_by_class(
     return tuple(numbers), files, labels
 
 
-def _walk(folder: str, suffixes: tuple[str, ...]) -> Iterator[str]:
+def _check_folders(root: str, names: Sequence[str], loose: Sequence[str]) -> None:
+    """Raise ValueError where the folders are no classes, or files lie beside them."""
+    if len(names) > 1 and {name.lower() for name in names} <= _SPLITS:
+        raise ValueError(
+            f"{root} holds {', '.join(names)}, which are parts of a data set and no classes. Name one of them, such as "
+            f"{os.path.join(root, names[-1])}."
+        )
+    if names and loose:
+        raise ValueError(
+            f"{len(loose)} files lie beside the folders of the classes, such as {min(loose)!r} in {root}, and would be "
+            "left out. Move them into the folder of their class, or elsewhere."
+        )
+    for name in names:
+        if name != name.encode("utf-8", "replace").decode():
+            raise ValueError(f"The name of a class is not UTF-8: {name!r} in {root}. Rename the folder.")
+
+
+def _walk(folder: str, suffixes: tuple[str, ...], unread: tuple[str, ...]) -> Iterator[str]:
     with os.scandir(folder) as entries:
         for entry in entries:
             if is_hidden(entry.name):
                 continue
             if entry.is_dir():
-                yield from _walk(entry.path, suffixes)
+                if entry.is_symlink():
+                    _check_no_loop(entry.path)
+                yield from _walk(entry.path, suffixes, unread)
             elif entry.name.lower().endswith(suffixes):  # a link to nothing is listed too, and refused when read
                 yield entry.path
+            elif entry.name.lower().endswith(unread):
+                raise ValueError(
+                    f"Files of this kind cannot be read, and would be left out: {entry.path}. Convert them, or move "
+                    "them elsewhere."
+                )
+
+
+def _check_no_loop(link: str) -> None:
+    """Raise ValueError where a link leads to a folder that it lies in."""
+    target, folder = os.path.realpath(link), os.path.realpath(os.path.dirname(link))
+    if os.path.commonpath([target, folder]) == target:
+        raise ValueError(f"{link} is a link to a folder that it lies in, so its files would never end. Remove it.")
 
 
 def read_file(path: str) -> bytes:
     """Return a file's content; CorruptExample where it is gone or cannot be read."""
     try:
         # A file object would cost half as much again as reading a small file.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for its writer
         try:
-            data = os.read(descriptor, size := os.fstat(descriptor).st_size)
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise CorruptExample(f"Unreadable file: {path} is no file, but a folder, a pipe or a device.")
+            data = os.read(descriptor, size := status.st_size)
             while len(data) < size and (more := os.read(descriptor, size - len(data))):
                 data += more
             return data

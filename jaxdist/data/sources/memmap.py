@@ -82,18 +82,18 @@ class TokenSource:
     def __getitem__(self, index: int) -> Example:
         index = checked_index(index, len(self))
         part = bisect.bisect_right(self._ends, index)
-        return {"tokens": self._windows[part][index - self._ends[part]].astype(np.int32)}
+        return {"tokens": np.array(_as_int32(self._windows[part][index - self._ends[part]], self._paths[part]))}
 
     def __getitems__(self, ids: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """Return the windows `ids`, shape (len(ids), length)."""
         ids = checked_ids(ids, len(self))
         if len(self._windows) == 1:
-            return {"tokens": self._windows[0].take(ids, axis=0).astype(np.int32, copy=False)}
+            return {"tokens": _as_int32(self._windows[0].take(ids, axis=0), self._paths[0])}
         tokens = np.empty((len(ids), self._length), np.int32)
         parts = np.searchsorted(self._ends, ids, side="right")
         for part in np.unique(parts).tolist():
             mine = parts == part
-            tokens[mine] = self._windows[part][ids[mine] - self._ends[part]]
+            tokens[mine] = _as_int32(self._windows[part][ids[mine] - self._ends[part]], self._paths[part])
         return {"tokens": tokens}
 
     def fingerprint(self) -> str:
@@ -171,9 +171,9 @@ class TokenDocuments:
         parts = []
         while begin < end:
             offset = int(self._ends_of_files[first])
-            parts.append(self._tokens[first][begin - offset : end - offset])
+            parts.append(_as_int32(self._tokens[first][begin - offset : end - offset], self._paths[first]))
             begin, first = begin + len(parts[-1]), first + 1
-        return {"tokens": np.concatenate(parts).astype(np.int32)}
+        return {"tokens": np.concatenate(parts)}
 
     def fingerprint(self) -> str:
         """Return the hash of the settings and of the files' contents (a sample of them where they are large)."""
@@ -186,6 +186,19 @@ class TokenDocuments:
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         self._open()
+
+
+def _as_int32(tokens: np.ndarray, path: str) -> np.ndarray:
+    """Return tokens as int32; CorruptExample where one would become another."""
+    limits = np.iinfo(np.int32)
+    if not np.can_cast(tokens.dtype, np.int32) and tokens.size:
+        outside = (tokens < limits.min) | (tokens > limits.max)
+        if outside.any():
+            raise CorruptExample(
+                f"{path} holds the token {tokens[outside][0]}, and tokens are at most {limits.max}. Renumber them, or "
+                "give the dtype that the file was written with."
+            )
+    return np.asarray(tokens.astype(np.int32, copy=False))
 
 
 def _noted_end_token(path: str) -> int:
@@ -204,11 +217,14 @@ def text_bytes(paths: str | os.PathLike | Sequence[str | os.PathLike], *, length
 def open_npy(path: str | os.PathLike) -> np.ndarray:
     """Return the array of a `.npy` file, mapped read-only; CorruptExample where the file is not whole."""
     try:
-        return np.load(one_file(path), mmap_mode="r", allow_pickle=False)
+        found = np.load(one_file(path), mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise CorruptExample(f"{os.fspath(path)} is not a whole .npy file of numbers: {error}") from error
     except FileNotFoundError as error:
         raise ValueError(f"No such file: {os.fspath(path)}.") from error
+    if not isinstance(found, np.ndarray):
+        raise ValueError(f"{os.fspath(path)} is an .npz archive of several arrays. Save each as a .npy file.")
+    return found
 
 
 def _open_tokens(path: str, dtype: np.dtype | type | None) -> np.ndarray:

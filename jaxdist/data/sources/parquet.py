@@ -7,6 +7,7 @@ import functools
 import itertools
 import logging
 import os
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,6 +26,9 @@ _logger = logging.getLogger(__name__)
 _SHARE_OF_CACHE = 0.8
 """How much of the cache the row groups that are read together may take: those of the next turn need room, too."""
 
+_INDEX = re.compile(r"__index_level_\d+__")
+"""What pandas calls the numbers of rows where it writes them as a column."""
+
 _WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "FLOAT": 4, "DOUBLE": 8}
 """Bytes of a number of each physical type of Parquet; dictionaries take less in the file."""
 
@@ -41,7 +45,7 @@ class ParquetSource:
 
     Args:
       paths: a file, several, or a folder of `.parquet` files.
-      columns: the columns to keep; None keeps all. Columns in `categories` are kept in any case.
+      columns: the columns to keep; None keeps all but an index of pandas. Columns in `categories` are kept in any case.
       categories: columns of texts that become int32 numbers, each with its texts by number, as in {"colour": ("green",
         "red")}.
       missing: what a missing number becomes, in the column's dtype; None refuses the row when it is read.
@@ -77,10 +81,14 @@ class ParquetSource:
     def _check_schemas(self) -> list[str]:
         """Return the columns to read; ValueError where one is missing, no number, or of two types in two files."""
         first = self._files[0].schema_arrow
+        twice = sorted({name for name in first.names if first.names.count(name) > 1})
+        if twice:
+            raise ValueError(f"{self._paths[0]} has several columns named {twice}. Write it with a name for each.")
         unknown = [name for name in [*(self._columns or ()), *self.vocabulary] if name not in first.names]
         if unknown:
             raise ValueError(f"{self._paths[0]} has no columns {unknown}; its columns are {first.names}.")
-        kept = [n for n in first.names if self._columns is None or n in self._columns or n in self.vocabulary]
+        own = [name for name in first.names if not _INDEX.fullmatch(name)] if self._columns is None else self._columns
+        kept = [name for name in first.names if name in own or name in self.vocabulary]
         for path, opened in zip(self._paths, self._files):
             for name in kept:
                 found = opened.schema_arrow.field(name).type if name in opened.schema_arrow.names else "missing"
@@ -93,7 +101,7 @@ class ParquetSource:
             if self._columns is None and added:
                 raise ValueError(f"{path} has the columns {added}, which {self._paths[0]} lacks. Name `columns`.")
         for name in kept:
-            _check_type(name, first.field(name).type, name in self.vocabulary)
+            _check_type(f"{self._paths[0]}: column {name!r}", first.field(name).type, name in self.vocabulary)
         return kept
 
     def __len__(self) -> int:
@@ -136,8 +144,10 @@ class ParquetSource:
                 table = self._files[file].read_row_group(group, columns=self._kept)
             except (OSError, extras.require("pyarrow").ArrowException) as error:
                 raise CorruptExample(f"{self._paths[file]}, row group {group}, cannot be read: {error}") from error
+            path = self._paths[file]
             columns = {
-                name: _Column(name, table.column(name), self.vocabulary.get(name), self._missing) for name in self._kept
+                name: _Column(path, name, table.column(name), self.vocabulary.get(name), self._missing)
+                for name in self._kept
             }
             self._cache[number] = columns
             while len(self._cache) > 1 and sum(map(_num_bytes, self._cache.values())) > self._cache_bytes:
@@ -246,7 +256,7 @@ def _starts_of(sizes: tuple[int, ...]) -> np.ndarray:
 class _Column:
     """A column of a row group as numpy arrays: values, where each row of lists or bytes begins, which rows are null."""
 
-    def __init__(self, name: str, column: Any, names: Sequence[str] | None, missing: float | None):
+    def __init__(self, path: str, name: str, column: Any, names: Sequence[str] | None, missing: float | None):
         pyarrow, types = extras.require("pyarrow"), extras.require("pyarrow.types")
         column = column.combine_chunks()
         if isinstance(column, pyarrow.ChunkedArray):  # without any rows
@@ -254,15 +264,14 @@ class _Column:
         if types.is_dictionary(column.type):
             column = column.dictionary_decode()
         self._null = column.is_null().to_numpy(zero_copy_only=False) if column.null_count else None
-        self._missing, self._ends = missing, None
+        self._path, self._missing, self._ends = path, missing, None
         if names is not None:
-            column, self._null = pyarrow.array(numbered(name, column, names)[1]), None
+            column, self._null = pyarrow.array(numbered(f"{path}: column {name!r}", column, names)[1]), None
         if types.is_fixed_size_list(column.type) or types.is_list(column.type) or types.is_large_list(column.type):
             column = column.cast(pyarrow.large_list(column.type.value_type))
             self._ends = column.offsets.to_numpy()
             column = column.values
-            if column.null_count:
-                raise CorruptExample(f"Lists of column {name!r} have {column.null_count} elements without a value.")
+            self._null = _rows_with_nulls(column, self._ends, self._null)
         elif not _is_numeric(column.type):
             column = column.cast(pyarrow.large_binary())
             ends, data = column.buffers()[1:]
@@ -272,7 +281,7 @@ class _Column:
         if types.is_decimal(column.type):
             column = column.cast(pyarrow.float64())
         if column.null_count:
-            column = column.fill_null(0)
+            column = column.fill_null(False if types.is_boolean(column.type) else 0)
         self._values = column.to_numpy(zero_copy_only=False)
         if self._ends is not None and self._null is None and len(self._ends) > 1:
             lengths = np.diff(self._ends)
@@ -307,9 +316,10 @@ class _Column:
         """Return the value of a row; CorruptExample where it has none."""
         if self._null is not None and self._null[row]:
             if self._missing is None or self._ends is not None:
+                what = "has no value" if self._ends is None else "has no value, or an element without one"
+                hint = "Say what stands for it with `missing`, or leave" if self._ends is None else "Leave"
                 raise CorruptExample(
-                    f"Column {name!r} of row {index} has no value. Say what stands for it with `missing`, or leave the "
-                    "column out of `columns`."
+                    f"{self._path}: column {name!r} of row {index} {what}. {hint} the column out of `columns`."
                 )
             return _missing_as(self._values.dtype, self._missing, name)
         if self._ends is None:
@@ -335,9 +345,26 @@ def _num_bytes(columns: Mapping[str, _Column]) -> int:
 
 
 def _missing_as(dtype: np.dtype, missing: float, name: str) -> np.generic:
-    if dtype.kind in "iub" and missing != int(np.nan_to_num(missing)):
-        raise ValueError(f"Column {name!r} is {dtype}, which cannot hold missing={missing}. Choose a whole number.")
+    if dtype.kind in "iub":
+        limits = (0, 1) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
+        fits = bool(np.isfinite(missing)) and missing == int(missing) and limits[0] <= missing <= limits[1]
+        hint = f"Choose a whole number from {limits[0]} to {limits[1]}."
+    else:
+        fits = not np.isfinite(missing) or abs(missing) <= float(np.finfo(dtype).max)
+        hint = f"Choose a number up to {np.finfo(dtype).max:.3g}."
+    if not fits:
+        raise ValueError(f"Column {name!r} is {dtype}, which cannot hold missing={missing}. {hint}")
     return dtype.type(missing)
+
+
+def _rows_with_nulls(elements: Any, ends: np.ndarray, null: np.ndarray | None) -> np.ndarray | None:
+    """Return which lists have no value, or an element without one; None where none of them."""
+    if not elements.null_count:
+        return null
+    counts = np.concatenate([[0], np.cumsum(elements.is_null().to_numpy(zero_copy_only=False))])
+    found = counts[ends[1:]] > counts[ends[:-1]]
+    found = found if null is None else found | null
+    return found if found.any() else None
 
 
 def _open_parquet(path: str) -> Any:
@@ -352,8 +379,8 @@ def _is_numeric(kind: Any) -> bool:
     return types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind) or types.is_decimal(kind)
 
 
-def _check_type(name: str, kind: Any, is_category: bool) -> None:
-    """Raise ValueError where a column cannot become numbers."""
+def _check_type(column: str, kind: Any, is_category: bool) -> None:
+    """Raise ValueError, beginning with `column`, where a column cannot become numbers."""
     types = extras.require("pyarrow.types")
     if types.is_dictionary(kind):
         kind = kind.value_type
@@ -363,9 +390,9 @@ def _check_type(name: str, kind: Any, is_category: bool) -> None:
     if is_category and is_text:
         return
     if is_category:
-        raise ValueError(f"Column {name!r} is {kind}; only columns of texts are numbered by `categories`.")
+        raise ValueError(f"{column} is {kind}; only columns of texts are numbered by `categories`.")
     if not (_is_numeric(kind) or is_bytes or (is_list and _is_numeric(kind.value_type))):
         raise ValueError(
-            f"Column {name!r} is {kind}, which is not a number. Leave it out of `columns`"
+            f"{column} is {kind}, which is not a number. Leave it out of `columns`"
             + (", or give its texts in `categories`." if is_text else ", or write it as numbers.")
         )

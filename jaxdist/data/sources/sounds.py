@@ -5,6 +5,7 @@ import math
 import os
 import struct
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,7 +14,12 @@ from jaxdist.data.fingerprints import FileList, fingerprint_files
 from jaxdist.data.sources.listing import list_by_class, read_file
 from jaxdist.data.sources.source import CorruptExample, Example, checked_index
 
-SOUND_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff")
+SOUND_SUFFIXES = (
+    *(".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".mp3"),
+    *(".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".w64", ".rf64"),
+)
+UNREAD_SOUND_SUFFIXES = (".m4a", ".aac", ".wma", ".amr", ".ape", ".wv", ".mid", ".webm", ".mp4")
+"""Kinds of sounds that a folder may hold and that libsndfile does not read: they are refused, not left out."""
 
 
 class SoundFolder:
@@ -38,7 +44,7 @@ class SoundFolder:
     ):
         extras.require("soundfile")
         self._num_samples, self._declared_rate = num_samples, sample_rate
-        self.classes, found, self._labels = list_by_class(root, SOUND_SUFFIXES, classes)
+        self.classes, found, self._labels = list_by_class(root, SOUND_SUFFIXES, classes, unread=UNREAD_SOUND_SUFFIXES)
         self.files = FileList(found, root)
         self.vocabulary = {"label": self.classes}
         self._first_rate: int | None = None
@@ -89,15 +95,28 @@ def read_sound(path: str | os.PathLike) -> tuple[np.ndarray, int]:
     """Return a file's samples, float32 (samples,), mean over the channels, and the samples a second.
 
     Integers are divided by half their range, so they are in [-1, 1); float files are taken as they are.
+
+    Raises:
+      CorruptExample: the file is not whole, or holds a number that is not finite.
     """
-    soundfile = extras.require("soundfile")
-    data = read_file(os.fspath(path))
-    _check_whole(data, os.fspath(path))
+    soundfile, name = extras.require("soundfile"), os.fspath(path)
+    data = read_file(name)
+    _check_whole(data, name)
     try:
-        samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            num_samples, rate = file.frames, int(file.samplerate)
+            is_float = file.subtype in ("FLOAT", "DOUBLE")
+            if file.seekable():  # as soundfile.read does: the last bits of an MP3 depend on it
+                file.seek(0)
+            samples = file.read(dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, ValueError, TypeError) as error:
-        raise CorruptExample(f"Unreadable sound: {os.fspath(path)}: {error}") from error
-    return samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1, dtype=np.float32), int(rate)
+        reason = getattr(error, "error_string", None) or error  # without the address of the buffer made here
+        raise CorruptExample(f"Unreadable sound: {name}: {reason}") from error
+    if len(samples) < num_samples:  # MP3 and OGG leave out what they cannot decode
+        raise CorruptExample(f"Truncated sound: {name} has {num_samples} samples, and {len(samples)} can be read.")
+    if is_float and not np.isfinite(samples).all():
+        raise CorruptExample(f"Unreadable sound: {name} holds samples that are not finite.")
+    return samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1, dtype=np.float32), rate
 
 
 def resample(audio: np.ndarray, rate: int, wanted: int) -> np.ndarray:
@@ -119,15 +138,56 @@ def _first_rate(files: Sequence[str]) -> int:
     raise CorruptExample(f"None of the {len(files)} sounds can be read; the first is {files[0]}.")
 
 
+class _Layout(NamedTuple):
+    """How a kind of file divides into parts: an id, a size, content."""
+
+    begin: int
+    id_bytes: int
+    size_format: str
+    samples: bytes
+    align: int
+    size_includes_head: bool = False
+
+
+_LAYOUTS = {
+    b"RIFF": _Layout(12, 4, "<I", b"data", 2),
+    b"RIFX": _Layout(12, 4, ">I", b"data", 2),
+    b"RF64": _Layout(12, 4, "<I", b"data", 2),
+    b"FORM": _Layout(12, 4, ">I", b"SSND", 2),
+    b"caff": _Layout(8, 4, ">Q", b"data", 1),
+    b"riff": _Layout(40, 16, "<Q", b"data", 8, size_includes_head=True),
+}
+_OGG_END, _OGG_HEAD = 4, 27
+
+
 def _check_whole(data: bytes, path: str) -> None:
-    """Raise CorruptExample where a WAV file ends before its samples do: libsndfile would return what is there."""
-    if data[:4] not in (b"RIFF", b"RIFX"):
-        return
-    order, place = "<" if data[:4] == b"RIFF" else ">", 12
-    while place + 8 <= len(data):
-        (size,) = struct.unpack(f"{order}I", data[place + 4 : place + 8])
-        if data[place : place + 4] == b"data":
-            if size < 2**32 - 1 and place + 8 + size > len(data):  # the largest size means unknown: a stream
-                raise CorruptExample(f"Truncated sound: {path} declares {size} bytes of samples and ends before.")
-            return
-        place += 8 + size + size % 2
+    """Raise CorruptExample where a file ends before its samples do: libsndfile would return what is there."""
+    is_short, kind = False, data[:4]
+    if kind in _LAYOUTS:
+        is_short = _ends_within_samples(data, _LAYOUTS[kind])
+    elif kind == b".snd" and len(data) >= 12:
+        begin, size = struct.unpack(">II", data[4:12])
+        is_short = size != 2**32 - 1 and begin + size > len(data)
+    elif kind == b"OggS":
+        last = data.rfind(b"OggS")
+        lengths = data[last + _OGG_HEAD : last + _OGG_HEAD + data[last + 26]] if last + 26 < len(data) else b""
+        ends = last + _OGG_HEAD + len(lengths) + sum(lengths)
+        is_short = not lengths or not data[last + 5] & _OGG_END or ends > len(data)
+    if is_short:
+        raise CorruptExample(f"Truncated sound: {path} ends before the samples that it declares.")
+
+
+def _ends_within_samples(data: bytes, layout: _Layout) -> bool:
+    place, width = layout.begin, struct.calcsize(layout.size_format)
+    head = layout.id_bytes + width
+    unknown = 2 ** (8 * width) - 1  # a stream does not know its length
+    while place + head <= len(data):
+        (size,) = struct.unpack_from(layout.size_format, data, place + layout.id_bytes)
+        if data[place : place + 4] == layout.samples:
+            if size == unknown and data[:4] == b"RF64" and data[12:16] == b"ds64":
+                (size,) = struct.unpack_from("<Q", data, 28)
+            end = place + size + (0 if layout.size_includes_head else head)
+            return size != unknown and end > len(data)
+        size += 0 if layout.size_includes_head else head
+        place += max(size + -size % layout.align, head)
+    return False

@@ -82,7 +82,7 @@ class ArraySource:
     """
 
     def __init__(self, arrays: Mapping[str, np.ndarray], *, num_classes: Mapping[str, int] | None = None):
-        self.arrays = {name: np.asanyarray(array) for name, array in arrays.items()}
+        self.arrays = {name: plain_array(name, array) for name, array in arrays.items()}
         sizes = {name: array.shape[0] if array.ndim else None for name, array in self.arrays.items()}
         if not sizes:
             raise ValueError("ArraySource needs at least one array; got an empty dict.")
@@ -116,6 +116,16 @@ class ArraySource:
             parts = [f"{name}={fingerprint_array(array)}" for name, array in sorted(self.arrays.items())]
             self._fingerprint = fingerprint_text("arrays", *parts)
         return self._fingerprint
+
+
+def plain_array(name: str, value: Any) -> np.ndarray:
+    """Return a value as an array; ValueError where it has masked elements, which would count like all others."""
+    if np.ma.is_masked(value):
+        raise ValueError(
+            f"Field {name!r} has {np.ma.count_masked(value)} masked elements, and training would take what is under "
+            "the mask. Say what stands for them, as in array.filled(0), and leave out or weight their examples."
+        )
+    return value if isinstance(value, np.memmap) else np.asarray(value)
 
 
 def check_labels(labels: np.ndarray, name: str, num_classes: int) -> None:

@@ -82,7 +82,8 @@ def csv_source(
     arrays, vocabulary = {}, {}
     for name in wanted:
         if name in given:
-            vocabulary[name], arrays[name] = numbered(name, table.column(name), given[name])
+            column = f"{', '.join(files[:3])}: column {name!r}"
+            vocabulary[name], arrays[name] = numbered(column, table.column(name), given[name])
         else:
             arrays[name] = _numbers(name, table.column(name), missing, files)
     source = ArraySource(arrays)
@@ -91,18 +92,21 @@ def csv_source(
 
 
 def numbered(name: str, column: Any, known: Sequence[str] | None) -> tuple[tuple[str, ...], np.ndarray]:
-    """Return the names of a column of texts and the number of each row's; ValueError for a text that is not `known`."""
+    """Return the names of a column of texts and the number of each row's; ValueError for a text that is not `known`.
+
+    `name` is what messages call the column.
+    """
     compute, pyarrow = extras.require("pyarrow.compute"), extras.require("pyarrow")
     texts = column.cast(pyarrow.string())
     if texts.null_count:
-        raise ValueError(f"Column {name!r} has no text in {texts.null_count} rows, so it cannot be a category.")
+        raise ValueError(f"{name} has no text in {texts.null_count} rows, so it cannot be a category.")
     found = sorted(compute.unique(texts).to_pylist())
     names = tuple(found if known is None else known)
     is_known = set(names)  # made once: a column may have as many texts as rows
     unknown = [text for text in found if text not in is_known]
     if unknown:
         raise ValueError(
-            f"Column {name!r} holds {unknown[:5]}, which are not among its known texts, {list(names)[:10]}. "
+            f"{name} holds {unknown[:5]}, which are not among its known texts, {list(names)[:10]}. "
             "Add them to the vocabulary, or remove these rows."
         )
     numbers = compute.index_in(texts, value_set=pyarrow.array(names, pyarrow.string()))
@@ -199,9 +203,14 @@ def _text_of(path: str, style: _Style) -> bytes:
         text = data.decode(encoding) if encoding.lower() not in ("utf-8", "utf8") else None
         if text is None and not data.isascii():
             data.decode("utf-8")
-    except UnicodeDecodeError as error:
+    except LookupError as error:
         raise ValueError(
-            f"{path} is not text in {encoding}: {error}. Name its encoding, as in encoding='latin-1'."
+            f"There is no encoding {encoding!r}: {error}. Known are, for example, utf-8 and latin-1."
+        ) from error
+    except UnicodeDecodeError as error:
+        likely = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin-1"
+        raise ValueError(
+            f"{path} is not text in {encoding}: {error}. Name its encoding, as in encoding={likely!r}."
         ) from error
     if text is not None:
         data = text.encode()

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdist.data.sources.source import Example, Source, fingerprint_array, fingerprint_text
+from jaxdist.data.sources.source import Example, Source, fingerprint_array, fingerprint_text, plain_array
 from jaxdist.data.streams.equivalents import equivalent
 
 _NUM_SAMPLES = 16
@@ -28,7 +28,7 @@ def named(item: Any, names: Sequence[str], *, of: str) -> Example:
             f"{of} have {len(values)} values without names; name them, as in names=('image', 'label'). "
             f"Got names={tuple(names)}."
         )
-    return {name: np.asarray(value) for name, value in zip(names, values)}
+    return {name: plain_array(name, value) for name, value in zip(names, values)}
 
 
 class MapSource:
@@ -64,7 +64,7 @@ class MapSource:
     def __getitem__(self, index: int) -> Example:
         item = self._dataset[index]
         if isinstance(item, Mapping):
-            return {name: np.asarray(value) for name, value in item.items()}
+            return {name: plain_array(name, value) for name, value in item.items()}
         return named(item, self._names, of=f"Items of {type(self._dataset).__name__}")
 
     def fingerprint(self) -> str:

@@ -115,7 +115,7 @@ class Island:
         batches = iter(loader)
         batch = next(batches).batch
         batches.close()
-        placement.check_integers(batch, lambda: next(loader.plans()).ids)
+        placement.check_numbers(batch, lambda: next(loader.plans()).ids)
         padded = {
             name: np.concatenate([array, np.repeat(array[:1], self._rows - len(array), axis=0)])
             for name, array in batch.items()

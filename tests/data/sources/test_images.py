@@ -1,6 +1,8 @@
 """Images are what Pillow shows, in the declared type, or they are refused."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -83,8 +85,6 @@ def test_floats_and_wide_integers_are_taken_as_they_are_or_refused():
 
 def colour_png_of_16_bits():
     """Pillow writes none, so this is put together by hand."""
-    import struct
-    import zlib
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -160,3 +160,52 @@ def test_unknown_types_are_refused():
     for settings in ({"channels": 2}, {"dtype": "int8"}, {"deep": "clip"}):
         with pytest.raises(ValueError, match="is one of"):
             ImageType(**settings)
+
+
+def tiff(values, *, sample_format, order="<"):
+    """Return a grey TIFF file of these numbers, put together by hand."""
+    content = values.astype(values.dtype.newbyteorder(order)).tobytes()
+    height, width = values.shape
+    shorts = [(258, 8 * values.itemsize), (259, 1), (262, 1), (277, 1), (339, sample_format)]
+    longs = [(256, width), (257, height), (273, 8), (278, height), (279, len(content))]
+    entries = [(tag, struct.pack(order + "HIHH", 3, 1, value, 0)) for tag, value in shorts]
+    entries += [(tag, struct.pack(order + "HII", 4, 1, value)) for tag, value in longs]
+    head = struct.pack(order + "2sHI", b"II" if order == "<" else b"MM", 42, 8 + len(content))
+    table = b"".join(struct.pack(order + "H", tag) + entry for tag, entry in sorted(entries))
+    return head + content + struct.pack(order + "H", len(entries)) + table + bytes(4)
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "uint16", "uint32", "float32"])
+def test_the_numbers_of_a_tiff_keep_their_sign_and_value_or_are_refused(dtype, order):
+    values = (np.arange(12).reshape(3, 4) * (1 if dtype[0] == "u" else -1)).astype(dtype)
+    data = tiff(values, sample_format={"u": 1, "i": 2, "f": 3}[dtype[0]], order=order)
+    if dtype == "int8" or (dtype, order) == ("uint32", ">"):  # which Pillow does not read
+        with pytest.raises(ValueError, match=r"x\.tif"):
+            decode_image(data, ImageType(1, "float32"), name="x.tif")
+        return
+    found = decode_image(data, ImageType(1, "float32"), name="x.tif")[..., 0]
+    np.testing.assert_allclose(found, values / (65535 if dtype == "uint16" else 1), rtol=1e-6)
+    if dtype[0] == "i":
+        with pytest.raises(ValueError, match="from -11 to 0, which uint16 cannot represent"):
+            decode_image(data, ImageType(1, "uint16"), name="x.tif")
+
+
+def test_whole_numbers_beyond_int32_do_not_wrap():
+    data = tiff(np.array([[2**32 - 5]], np.uint32), sample_format=1)
+    with pytest.raises(ValueError, match="from 4294967291 to 4294967291, which float32 cannot represent"):
+        decode_image(data, ImageType(1, "float32"), name="x.tif")
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_a_file_of_several_pictures_is_refused_or_its_first_is_taken(kind):
+    frames = [Image.fromarray(smooth() // 2 + 60 * number) for number in range(3)]
+    settings = {"lossless": True} if kind == "WEBP" else {}
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **settings)
+    with pytest.raises(ValueError, match=r'x\.gif: .* this image has 3 (frames|pages).*frames="first"'):
+        decode_image(data, name="x.gif")
+    with Image.open(io.BytesIO(data)) as picture:
+        theirs = np.asarray(picture.convert("RGB"))
+    np.testing.assert_array_equal(decode_image(data, ImageType(frames="first"), name="x"), theirs)
+    one = encoded(frames[0], kind, save_all=True, **settings)
+    np.testing.assert_array_equal(decode_image(one, name="x"), theirs)

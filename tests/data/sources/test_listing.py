@@ -44,3 +44,51 @@ def test_files_at_an_address_are_read_from_copies_that_stay(tmp_path, monkeypatc
     with pytest.raises(ValueError, match="Pack the files into tar shards"):
         list_by_class("s3://bucket/images", (".png",), None)
     file_cache.of_process.cache_clear()
+
+
+def a_folder(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+    return root
+
+
+def test_files_that_would_be_left_out_are_named(tmp_path):
+    root = a_folder(tmp_path, "a/1.png", "a/notes.md", "b/deep/2.png")
+    assert list_by_class(root, (".png",), None, unread=(".heic",))[1] == [f"{root}/a/1.png", f"{root}/b/deep/2.png"]
+    a_folder(root, "b/deep/3.HEIC")
+    with pytest.raises(ValueError, match=r"would be left out: .*b/deep/3\.HEIC"):
+        list_by_class(root, (".png",), None, unread=(".heic",))
+    a_folder(root, "4.png")
+    with pytest.raises(ValueError, match=r"1 files lie beside the folders of the classes, such as '4\.png'"):
+        list_by_class(root, (".png",), None)
+
+
+@pytest.mark.parametrize(("names", "is_split"), [(("train", "test"), True), (("Train", "val", "test"), True)])
+def test_the_parts_of_a_data_set_are_no_classes(tmp_path, names, is_split):
+    root = a_folder(tmp_path, *(f"{name}/cat/1.png" for name in names))
+    with pytest.raises(ValueError, match="parts of a data set and no classes"):
+        list_by_class(root, (".png",), None)
+    a_folder(root, "cat/1.png")
+    assert len(list_by_class(root, (".png",), None)[1]) == len(names) + 1
+
+
+def test_links_in_a_circle_and_names_that_are_no_text_are_refused(tmp_path):
+    root = a_folder(tmp_path / "root", "a/1.png", "b/2.png")
+    (root / "b" / "other").symlink_to(root / "a")
+    assert len(list_by_class(root, (".png",), None)[1]) == 3
+    (root / "a" / "deep").mkdir()
+    (root / "a" / "deep" / "up").symlink_to(root)
+    with pytest.raises(ValueError, match="up is a link to a folder that it lies in"):
+        list_by_class(root, (".png",), None)
+    (root / "a" / "deep" / "up").unlink()
+    os.mkdir(os.fsencode(root) + b"/\xff")
+    with pytest.raises(ValueError, match="The name of a class is not UTF-8"):
+        list_by_class(root, (".png",), None)
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_is_no_file_and_nothing_waits_for_it(tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(CorruptExample, match=r"x\.png is no file"):
+        read_file(str(tmp_path / "x.png"))

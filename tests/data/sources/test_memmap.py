@@ -165,3 +165,24 @@ def test_batches_of_no_ids_of_ids_from_the_end_and_of_none_there(tmp_path, num_f
         for wrong, message in (([4], "no example 4"), ([-5], "no example -5"), ([0.5], "float64")):
             with pytest.raises(IndexError, match=message):
                 whole.__getitems__(wrong)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "token"), [("int64", 2**33), ("uint32", 2**31 + 5), ("uint64", 2**63), ("int64", -(2**31) - 1)]
+)
+def test_tokens_that_would_become_others_are_refused(tmp_path, dtype, token):
+    tokens = np.arange(8).astype(dtype)
+    np.save(tmp_path / "a.npy", tokens)
+    tokens[5] = token
+    np.save(tmp_path / "b.npy", tokens)
+    whole, documents = TokenSource(tmp_path, length=4), TokenDocuments(tmp_path, end_token=3)
+    assert whole[2]["tokens"].tolist() == [0, 1, 2, 3] == documents[1]["tokens"].tolist()[4:]
+    for read in (lambda: whole[3], lambda: whole.__getitems__([0, 3]), lambda: documents[2]):
+        with pytest.raises(CorruptExample, match=rf"b\.npy holds the token {token}, and tokens are at most"):
+            read()
+
+
+def test_an_archive_of_arrays_is_no_array(tmp_path):
+    np.savez(tmp_path / "x.npz", a=np.arange(3))
+    with pytest.raises(ValueError, match=r"x\.npz is an \.npz archive"):
+        NpySource({"x": tmp_path / "x.npz"})

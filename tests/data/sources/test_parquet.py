@@ -3,6 +3,7 @@
 import datetime
 import decimal
 import pickle
+import re
 
 import hypothesis
 import numpy as np
@@ -70,7 +71,7 @@ def test_decimals_bytes_and_texts(tmp_path):
     assert [int(source[i][name]) for name in words for i in range(2)] == [1, 0, 1, 0]
     with pytest.raises(ValueError, match=r"holds \['red'\], which are not among"):
         _ = ParquetSource(path, categories={**words, "colour": ("green", "blue")})[0]
-    with pytest.raises(ValueError, match=r"Column 'colour' is string, .*`categories`"):
+    with pytest.raises(ValueError, match=r"t\.parquet: column 'colour' is string, .*`categories`"):
         ParquetSource(path)
     with pytest.raises(ValueError, match="only columns of texts"):
         ParquetSource(path, categories={**words, "price": ("1",)})
@@ -79,7 +80,7 @@ def test_decimals_bytes_and_texts(tmp_path):
 def test_what_is_no_number_is_refused_when_opened(tmp_path):
     for values in ([datetime.date(2020, 1, 2)], [{"a": 1}], [[[1]]], [["a"]]):
         path = write(tmp_path / "t.parquet", {"when": values, "x": [1]})
-        with pytest.raises(ValueError, match=r"Column 'when' is .*, which is not a number"):
+        with pytest.raises(ValueError, match=r"t\.parquet: column 'when' is .*, which is not a number"):
             ParquetSource(path)
         assert ParquetSource(path, columns=["x"])[0] == {"x": 1}
 
@@ -99,7 +100,7 @@ def test_a_missing_value_changes_neither_the_dtype_nor_other_rows(tmp_path):
     path = write(tmp_path / "l.parquet", {"l": [[1, 2], None]})
     with pytest.raises(CorruptExample, match="'l' of row 1"):
         ParquetSource(path)[1]
-    with pytest.raises(CorruptExample, match="1 elements without a value"):
+    with pytest.raises(CorruptExample, match="row 0 has no value, or an element without one"):
         ParquetSource(write(tmp_path / "l.parquet", {"l": [[1, None]]}))[0]
 
 
@@ -210,3 +211,38 @@ def test_rows_read_together_are_the_rows_read_alone(tmp_path):
         ParquetSource(path, columns=("ragged",)).__getitems__([0, 9])
     with pytest.raises(CorruptExample, match="'x' of row 10 has no value"):
         ParquetSource(path, columns=("x",)).__getitems__([1, 10])
+
+
+def test_a_list_without_a_value_or_with_an_element_without_one_is_refused_and_no_other(tmp_path):
+    lists = [[1, 2], None, [3, None], [4, 5]]
+    columns = {"list": pa.array(lists, pa.list_(pa.int32())), "pair": pa.array(lists, pa.list_(pa.int32(), 2))}
+    for name, values in columns.items():
+        source = ParquetSource(write(tmp_path / f"{name}.parquet", {"x": values}))
+        assert source.__getitems__([3, 0])["x"].tolist() == [[4, 5], [1, 2]]
+        for row in (1, 2):
+            for read in (source.__getitem__, lambda row, source=source: source.__getitems__([0, row])["x"]):
+                with pytest.raises(CorruptExample, match=rf"{name}\.parquet: column 'x' of row {row} has no value, or"):
+                    read(row)
+
+
+@pytest.mark.parametrize(
+    ("kind", "missing", "found"),
+    [("bool_", 1, True), ("bool_", 2, None), ("int8", 300, None), ("float32", 1e300, None), ("float32", 7, 7.0)],
+)
+def test_what_stands_for_a_missing_number_is_one_of_its_kind(tmp_path, kind, missing, found):
+    path = write(tmp_path / "t.parquet", {"x": pa.array([0, None]).cast(getattr(pa, kind)())})
+    assert ParquetSource(path)[0]["x"] == 0
+    if found is None:
+        with pytest.raises(ValueError, match=f"cannot hold missing={re.escape(str(missing))}. Choose"):
+            ParquetSource(path, missing=missing)[1]
+    else:
+        assert ParquetSource(path, missing=missing)[1]["x"] == found
+
+
+def test_two_columns_of_one_name_are_refused_and_the_index_of_pandas_is_no_field(tmp_path):
+    pq.write_table(pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"]), tmp_path / "t.parquet")
+    with pytest.raises(ValueError, match=r"t\.parquet has several columns named \['a'\]"):
+        ParquetSource(tmp_path / "t.parquet")
+    path = write(tmp_path / "u.parquet", {"a": [1], "__index_level_0__": [5]})
+    assert list(ParquetSource(path)[0]) == ["a"]
+    assert ParquetSource(path, columns=["__index_level_0__"])[0]["__index_level_0__"] == 5

@@ -38,6 +38,7 @@ def test_wav_of_every_dtype_is_scipys(tmp_path, dtype, channels):
     [
         *[("WAV", "PCM_24", 1e-6), ("WAV", "ULAW", 0.02), ("WAV", "ALAW", 0.02), ("WAVEX", "PCM_24", 1e-6)],
         *[("WAVEX", "FLOAT", 0), ("RF64", "PCM_16", 1e-4), ("FLAC", "PCM_24", 1e-6), ("OGG", "VORBIS", 0.1)],
+        *[("MP3", "MPEG_LAYER_III", 0.1), ("OGG", "OPUS", 0.1), ("AIFF", "PCM_16", 1e-4), ("CAF", "PCM_24", 1e-6)],
     ],
 )
 def test_every_kind_of_file_is_read(tmp_path, kind, subtype, bound):
@@ -45,7 +46,8 @@ def test_every_kind_of_file_is_read(tmp_path, kind, subtype, bound):
     ours, rate = read_sound(tmp_path / "x.wav")
     assert rate == 8000
     np.testing.assert_allclose(ours, TONE, atol=bound)
-    np.testing.assert_array_equal(ours, soundfile.read(tmp_path / "x.wav", dtype="float32")[0])
+    theirs = soundfile.read(tmp_path / "x.wav", dtype="float32")[0]
+    np.testing.assert_array_equal(ours, theirs)
 
 
 def test_the_other_byte_order_is_read(tmp_path):
@@ -99,3 +101,31 @@ def test_sounds_are_padded_to_one_length(sounds):
     assert not batch["audio"][0, 400:].any()
     assert batch["label"].tolist() == [1, 2, 2]
     assert source.fingerprint() != SoundFolder(sounds).fingerprint()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of soundfile's own callbacks
+@pytest.mark.parametrize("kind", ["WAV", "RF64", "AIFF", "AU", "CAF", "W64", "OGG", "MP3", "FLAC"])
+def test_a_file_of_any_kind_that_is_cut_anywhere_is_corrupt(tmp_path, kind):
+    whole, cut = tmp_path / "whole", tmp_path / "x.wav"
+    soundfile.write(whole, np.tile(TONE, 20), 8000, format=kind)
+    data = whole.read_bytes()
+    for end in (0, 3, 30, len(data) // 3, len(data) // 2, len(data) - 50):
+        cut.write_bytes(data[:end])
+        with pytest.raises(CorruptExample, match=r"x\.wav"):
+            read_sound(cut)
+
+
+@pytest.mark.parametrize("kind", ["MP3", "OGG"])
+def test_a_file_with_a_damaged_middle_is_corrupt(tmp_path, kind):
+    soundfile.write(tmp_path / "x.wav", RANDOM.uniform(-0.5, 0.5, 40_000), 8000, format=kind)
+    data = bytearray((tmp_path / "x.wav").read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 200] = RANDOM.bytes(200)
+    (tmp_path / "x.wav").write_bytes(data)
+    with pytest.raises(CorruptExample, match=r"x\.wav has 40000 samples, and \d+ can be read"):
+        read_sound(tmp_path / "x.wav")
+
+
+def test_samples_that_are_not_finite_are_refused(tmp_path):
+    soundfile.write(tmp_path / "x.wav", np.array([0.0, np.nan]), 8000, subtype="FLOAT")
+    with pytest.raises(CorruptExample, match=r"x\.wav holds samples that are not finite"):
+        read_sound(tmp_path / "x.wav")

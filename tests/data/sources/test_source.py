@@ -38,6 +38,7 @@ def test_many_examples_at_once_are_the_examples_one_by_one(ids):
         ({"x": np.zeros(3), "y": np.zeros(2)}, r"got the sizes \{'x': 3, 'y': 2\}"),
         ({"x": np.float32(1)}, r"got the sizes \{'x': None\}"),
         ({"x": np.array(["a"], object)}, "'x' holds Python objects"),
+        ({"x": np.ma.masked_array([1, 2], [0, 1])}, "'x' has 1 masked elements"),
     ],
 )
 def test_arrays_that_are_no_examples_are_refused(arrays, message):
