@@ -156,3 +156,19 @@ def fingerprint_array(array: np.ndarray) -> str:
     for start in np.linspace(0, len(array) - rows_per_block, min(_NUM_SAMPLES, len(array)), dtype=np.int64):
         digest.update(np.ascontiguousarray(array[start : start + rows_per_block]).view(np.uint8).reshape(-1).data)
     return digest.hexdigest()
+
+
+def fingerprint_example(example: Any) -> str:
+    """Return a hash of an example: its fields' names and values; of texts and what else is no number, what they show.
+
+    What is no mapping is hashed as the one value that it is.
+    """
+    fields = sorted(example.items()) if isinstance(example, Mapping) else [("", example)]
+    return fingerprint_text("example", *(f"{name}={_hash_value(value)}" for name, value in fields)).partition(":")[2]
+
+
+def _hash_value(value: Any) -> str:
+    if isinstance(value, str | bytes | None):
+        return repr(value)
+    array = np.asarray(value)
+    return repr(value) if array.dtype.hasobject else fingerprint_array(array)

@@ -1,12 +1,20 @@
 """Streams of what others give: any iterable that can be iterated again, and Hugging Face's streaming data sets."""
 
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from jaxdist.data.sources.source import Example
+from jaxdist.data.sources.source import Example, fingerprint_example, fingerprint_text
 from jaxdist.data.streams.equivalents import reads_forward
+from jaxdist.data.streams.kept_states import KeptState, KeptStates
 from jaxdist.data.streams.stream import StreamSource
+
+STATE_EVERY = 10_000
+"""After how many examples of a shard the state of its data set is noted."""
+
+_FOLLOWING = 8
+"""How many examples say that a state is true."""
 
 
 def iterable_stream(
@@ -78,12 +86,13 @@ def hugging_face_stream(
     >>> stream = hugging_face_stream(texts, examples_per_epoch=1_000_000)
 
     Args:
-      dataset: has `num_shards`, `shard(num_shards, index)` and, to begin in the middle of a shard quickly, `skip(n)`.
+      dataset: has `num_shards`, `shard(num_shards, index)` and, to begin in the middle of a shard, `skip(n)`. Where it
+        has `state_dict()`, that is noted every ten thousand examples of a shard, and continued from.
       sizes: how many examples each of its shards has; `count_examples` counts them. See `StreamSource` for all others.
       examples_per_epoch: the length of an epoch where that is not known.
       window: the size of the shuffle buffer in examples, all lanes together.
       lanes: how many shards are read side by side.
-      sizes_folder: where sizes that were learned are kept.
+      sizes_folder: where sizes that were learned are kept, and states; None keeps states in the user's cache folder.
       fingerprint: names the data and their version.
 
     Raises:
@@ -97,7 +106,7 @@ def hugging_face_stream(
         )
     seeks = hasattr(dataset, "skip")
     return StreamSource(
-        _HuggingFaceShards(dataset, num_shards) if seeks else _CountedShards(dataset, num_shards),
+        _HuggingFaceShards(dataset, num_shards, sizes_folder) if seeks else _CountedShards(dataset, num_shards),
         num_shards=num_shards,
         sizes=sizes,
         examples_per_epoch=examples_per_epoch,
@@ -110,14 +119,58 @@ def hugging_face_stream(
 
 
 class _HuggingFaceShards:
-    """Opens a shard at any place."""
+    """Opens a shard at any place: from a state of the data set that is known to be close, or by its `skip`."""
 
-    def __init__(self, dataset: Any, num_shards: int):
+    def __init__(self, dataset: Any, num_shards: int, folder: str | os.PathLike | None):
         self._dataset, self._num_shards = dataset, num_shards
+        self._states = KeptStates(folder, self._name) if _has_states(dataset) else None
 
     def __call__(self, shard: int, start: int) -> Iterator[Example]:
-        opened = self._dataset.shard(num_shards=self._num_shards, index=shard)
-        return iter(opened.skip(start) if start else opened)
+        opened = self._open(shard)
+        if self._states is None:
+            return iter(opened.skip(start) if start else opened)
+        while start and (kept := self._states.newest(shard, start)) is not None:
+            opened.load_state_dict(kept.state)
+            examples = iter(opened)
+            first = list(itertools.islice(examples, len(kept.following)))
+            if list(map(fingerprint_example, first)) == kept.following:
+                rest = self._noting(opened, examples, shard, kept.number + len(first))
+                return itertools.islice(itertools.chain(first, rest), start - kept.number, None)
+            self._states.drop(shard, kept.number)  # of other data, or of a data set that shuffles in a buffer
+            opened = self._open(shard)
+        # `skip` would read as much, and its state would not be one of this data set.
+        return itertools.islice(self._noting(opened, iter(opened), shard, 0), start, None)
+
+    def _open(self, shard: int) -> Any:
+        return self._dataset.shard(num_shards=self._num_shards, index=shard)
+
+    def _noting(self, opened: Any, examples: Iterator[Example], shard: int, number: int) -> Iterator[Example]:
+        """Yield the examples from `number` on, and note where the data set is at some of them."""
+        assert self._states is not None
+        waiting: KeptState | None = None
+        while True:
+            if number and number % STATE_EVERY == 0 and waiting is None and not self._states.has(shard, number):
+                waiting = KeptState(number, opened.state_dict(), [])
+            try:
+                example = next(examples)
+            except StopIteration:
+                return
+            if waiting is not None:
+                waiting.following.append(fingerprint_example(example))
+                if len(waiting.following) == _FOLLOWING:
+                    self._states.note(shard, waiting)
+                    waiting = None
+            yield example
+            number += 1
+
+    def _name(self) -> str:
+        """Return the name of the data set: of its first example, which is read here once more."""
+        first = next(iter(self._open(0)), {})
+        return fingerprint_text("states", self._num_shards, fingerprint_example(first))
+
+
+def _has_states(dataset: Any) -> bool:
+    return hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")
 
 
 class _CountedShards:

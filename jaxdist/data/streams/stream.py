@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxdist.data.order import Order, Sequential
 from jaxdist.data.sources import wrap
-from jaxdist.data.sources.source import Example, checked_index, fingerprint_array, fingerprint_text
+from jaxdist.data.sources.source import Example, checked_index, fingerprint_example, fingerprint_text
 from jaxdist.data.streams.endless import EndlessLane
 from jaxdist.data.streams.forward import EndOfShard, ForwardReader, examples_from
 from jaxdist.data.streams.kept_sizes import KeptSizes
@@ -185,8 +185,7 @@ class StreamSource:
             return fingerprint_text("stream", *layout, self._given_fingerprint)
         if not self._repeats:
             return fingerprint_text("stream", *layout)
-        fields = [f"{name}={_hashed(value)}" for each in self._first() for name, value in sorted(each.items())]
-        return fingerprint_text("stream", *layout, *fields)
+        return fingerprint_text("stream", *layout, *map(fingerprint_example, self._first()))
 
     def _first(self) -> Iterator[Example]:
         """Yield the first examples of the first shard."""
@@ -204,11 +203,6 @@ class StreamSource:
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         self._begin()
-
-
-def _hashed(value: Any) -> str:
-    array = np.asarray(value)
-    return repr(value) if array.dtype.hasobject else fingerprint_array(array)
 
 
 def _choose_lanes(num_shards: int) -> int:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from jaxdist import data
+from jaxdist.data.streams import iterables
 
 
 class Numbers:
@@ -102,6 +103,29 @@ def test_the_real_streaming_data_set_of_hugging_face(tmp_path):
     found = list(loader())
     assert sorted(all_of(found)) == expected
     assert all_of(loader(start=found[3].position)) == all_of(found)[16:]
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("change", ["none", "map", "batched map", "filter", "shuffle"])
+def test_a_place_in_a_real_streaming_data_set_is_that_of_counting_whatever_its_states_say(
+    tmp_path, monkeypatch, change
+):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(iterables, "STATE_EVERY", 7)
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"x": x}) for x in range(90)))
+    whole = datasets.load_dataset("json", data_files=str(tmp_path / "a.jsonl"), split="train", streaming=True)
+    made = {
+        "none": lambda: whole,
+        "map": lambda: whole.map(lambda row: {"y": row["x"] + 1}),
+        "batched map": lambda: whole.map(lambda rows: {"y": rows["x"]}, batched=True, batch_size=4),
+        "filter": lambda: whole.filter(lambda row: row["x"] % 3 > 0),
+        "shuffle": lambda: whole.shuffle(seed=3, buffer_size=5),
+    }[change]()
+    settings = {"examples_per_epoch": 10, "sizes_folder": tmp_path / "kept"}
+    expected = list(data.hugging_face_stream(made, **settings).open_at(0, 0))
+    assert list(tmp_path.glob("kept/*/0.states")), "states are noted"
+    for start in (0, 6, 7, 33, 34, 50):
+        assert list(data.hugging_face_stream(made, **settings).open_at(0, start)) == expected[start:]
 
 
 @pytest.mark.torch
