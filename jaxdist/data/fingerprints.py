@@ -17,7 +17,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from jaxdist.data.sources.source import fingerprint_text
+from jaxdist.data.sources.source import fingerprint_example, fingerprint_text
 from jaxdist.rundir import files as atomic
 
 _MANY = 4096
@@ -98,19 +98,19 @@ def fingerprint_files(kind: str, files: FileList, *settings: object) -> str:
 
 def strict_fingerprint(source: Any) -> str:
     """Return the hash of all that a source reads: of every file whole, of arrays whole, else of every example."""
-    leaves = list(_leaves(source))
+    found = list(leaves(source))
     sampled = source.fingerprint()  # which has the settings, and how the parts are put together
 
     def whole() -> str:
-        return fingerprint_text(STRICT, sampled, *map(_whole, leaves))
+        return fingerprint_text(STRICT, sampled, *map(_whole, found))
 
-    lists = [leaf.files for leaf in leaves if hasattr(leaf, "files")]
-    return _cached((STRICT, sampled), lists, whole) if len(lists) == len(leaves) else whole()
+    lists = [leaf.files for leaf in found if hasattr(leaf, "files")]
+    return _cached((STRICT, sampled), lists, whole) if len(lists) == len(found) else whole()
 
 
 def times_of(source: Any) -> dict[str, Any]:
     """Return the number of files that a source reads, their bytes, and a hash of their times; empty without files."""
-    lists = [leaf.files for leaf in _leaves(source) if hasattr(leaf, "files")]
+    lists = [leaf.files for leaf in leaves(source) if hasattr(leaf, "files")]
     if not lists:
         return {}
     stats = np.concatenate([each.stats for each in lists])
@@ -118,18 +118,20 @@ def times_of(source: Any) -> dict[str, Any]:
     return {"files": len(stats), "bytes": int(stats[:, 0].clip(0).sum()), "times": times}
 
 
-def _leaves(source: Any) -> Iterator[Any]:
+def leaves(source: Any) -> Iterator[Any]:
     """Yield the sources that read data, of which `source` is made."""
     parts = getattr(source, "parts", None)
     if parts is None:
         yield source
     else:
         for part in parts:
-            yield from _leaves(part)
+            yield from leaves(part)
 
 
 def _whole(source: Any) -> str:
     """Return the hash of everything that a source reads."""
+    if hasattr(source, "whole_fingerprint"):
+        return source.whole_fingerprint()
     if hasattr(source, "files"):
         with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
             digest = hashlib.blake2b(digest_size=16)
@@ -141,8 +143,7 @@ def _whole(source: Any) -> str:
         return fingerprint_text("arrays", *(f"{name}={_hash_array(array)}" for name, array in sorted(arrays.items())))
     digest = hashlib.blake2b(digest_size=16)
     for index in range(len(source)):
-        for name, value in sorted(source[index].items()):
-            digest.update(f"{name}={_hash_array(np.asarray(value))}\0".encode())
+        digest.update(f"{fingerprint_example(source[index])}\0".encode())
     return digest.hexdigest()
 
 

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from jaxdist.data import assembly, assembly_pool, batch_transforms, order
+from jaxdist.data import assembly, assembly_pool, batch_transforms, fingerprints, order
 from jaxdist.data.position import Position
 from jaxdist.data.sources.source import MASK, Source
 from jaxdist.data.sources.wrap import as_source
@@ -318,6 +318,13 @@ def _checked_rows(rows: np.ndarray, global_batch_size: int) -> np.ndarray:
 def _check_stream(loader: Loader) -> None:
     """Raise ValueError where a source that is read forward cannot be read as asked."""
     if not getattr(loader.source, "reads_forward", False):
+        inside = any(getattr(leaf, "reads_forward", False) for leaf in fingerprints.leaves(loader.source))
+        if inside and loader.order != order.Sequential():
+            raise ValueError(
+                f"A stream is read forward, and {type(loader.source).__name__} would ask for its examples in any "
+                "order. Give the stream itself, or one stream with the shards of all, or write the examples to files "
+                "(`jaxdist data prepare`)."
+            )
         return
     loader.source.check_order(loader.order)  # type: ignore[attr-defined]
     if loader.num_workers:

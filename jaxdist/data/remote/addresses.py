@@ -113,6 +113,11 @@ def list_folder(address: str, pattern: str) -> list[str]:
     return sorted(found)
 
 
+def exists(address: str) -> bool:
+    """Return whether there is such a file."""
+    return bool(_attempt(address, lambda system, path: system.isfile(path)))
+
+
 def file_name(address: str) -> str:
     """Return the last part of an address."""
     return posixpath.basename(address.split("?", 1)[0].rstrip("/")) or "file"
@@ -130,6 +135,10 @@ def _attempt(address: str, use: Callable[[Any, str], _Result]) -> _Result:
         system, path = fsspec.core.url_to_fs(address)
     except ImportError as error:
         raise extras.MissingExtra(f"{protocol}:// needs a package of its own: {error}.") from error
+    except OSError as error:  # some protocols connect here
+        raise ValueError(
+            f"{address} cannot be read: {type(error).__name__}: {error}. Check the address and the network."
+        ) from error
     except ValueError as error:
         raise ValueError(
             f"{address} cannot be read: {error}. Known are, for example, https, s3, gs and file."

@@ -1,9 +1,11 @@
-"""Compressed files: gzip by Python's own module, Zstandard by the package zstandard, which only this module imports."""
+"""Compressed files: by Python's own modules, Zstandard by the package zstandard, which only this module imports."""
 
+import bz2
 import gzip
+import lzma
 import zlib
 from collections.abc import Callable, Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from jaxdist import extras
 
@@ -19,12 +21,16 @@ def compression_of(name: str) -> Callable[[BinaryIO], Iterator[bytes]] | None:
     lower = name.lower()
     if lower.endswith((".gz", ".tgz")):
         return _gunzip
+    if lower.endswith(".bz2"):
+        return _unbzip2
+    if lower.endswith(".xz"):
+        return _unxz
     return _unzstd if lower.endswith((".zst", ".zstd")) else None
 
 
 def without_compression(name: str) -> str:
     """Return the name of the file's content."""
-    for suffix, other in ((".tgz", ".tar"), (".gz", ""), (".zstd", ""), (".zst", "")):
+    for suffix, other in ((".tgz", ".tar"), (".gz", ""), (".bz2", ""), (".xz", ""), (".zstd", ""), (".zst", "")):
         if name.lower().endswith(suffix):
             return name[: -len(suffix)] + other
     return name
@@ -42,7 +48,7 @@ def checked(address: str, pieces: Iterator[bytes]) -> Iterator[bytes]:
     """Yield the pieces; ValueError, naming the file, where it is not whole."""
     try:
         yield from pieces
-    except (EOFError, OSError, zlib.error, _zstd_error()) as error:
+    except (EOFError, OSError, zlib.error, lzma.LZMAError, _zstd_error()) as error:
         raise ValueError(
             f"{address} cannot be decompressed: {error}. It is not whole, or its name ends in another way than its "
             "compression. Copy it again."
@@ -57,7 +63,19 @@ def _zstd_error() -> type[Exception]:
 
 
 def _gunzip(source: BinaryIO) -> Iterator[bytes]:
-    with gzip.GzipFile(fileobj=source) as unpacked:
+    return _pieces(gzip.GzipFile(fileobj=source))
+
+
+def _unbzip2(source: BinaryIO) -> Iterator[bytes]:
+    return _pieces(bz2.BZ2File(source))
+
+
+def _unxz(source: BinaryIO) -> Iterator[bytes]:
+    return _pieces(lzma.LZMAFile(source))
+
+
+def _pieces(unpacked: Any) -> Iterator[bytes]:
+    with unpacked:
         while piece := unpacked.read(_CHUNK):
             yield piece
 

@@ -1,7 +1,7 @@
 """Samples in tar files, as WebDataset has them: consecutive members with one key are the parts of one sample.
 
 The key of a member is its name up to the first dot behind the last slash, the rest its extension: `a/cat.1.jpg` is the
-part `1.jpg` of the sample `a/cat`. Members without a dot, links and folders belong to no sample.
+part `1.jpg` of the sample `a/cat`. Members without a dot and folders belong to no sample; a link that would is refused.
 """
 
 import json
@@ -25,14 +25,21 @@ def index_tar(file: BinaryIO, name: str) -> list[TarSample]:
       ValueError: it is no tar file, it is not whole, or a sample has two parts of one extension.
     """
     samples: list[TarSample] = []
+    keys: set[str] = set()
     for member, _ in _members(file, name, "r:"):
-        found = key_and_extension(member.name) if member.isreg() else None
+        found = _part_of(member, name)
         if found is None:
             continue
         if member.issparse():
             raise ValueError(f"{name}: {member.name} is a sparse file. Write the tar file without sparse members.")
         key, extension = found
         if not samples or samples[-1].key != key:
+            if key in keys:
+                raise ValueError(
+                    f"{name}: the parts of the sample {key!r} do not follow each other, {member.name} comes later. "
+                    "Write the members in the order of their names."
+                )
+            keys.add(key)
             samples.append(TarSample(key, {}))
         check_new(samples[-1].parts, member.name, extension, name)
         samples[-1].parts[extension] = (member.offset_data, member.size)
@@ -43,7 +50,7 @@ def read_samples(file: Any, name: str) -> Iterator[tuple[str, dict[str, bytes]]]
     """Yield the key and the parts of each sample of a tar file that is read forward; see `index_tar`."""
     key, parts = None, dict[str, bytes]()
     for member, archive in _members(file, name, "r|"):
-        found = key_and_extension(member.name) if member.isreg() else None
+        found = _part_of(member, name)
         if found is None:
             continue
         if key is not None and found[0] != key:
@@ -59,6 +66,17 @@ def read_samples(file: Any, name: str) -> Iterator[tuple[str, dict[str, bytes]]]
             raise ValueError(_damaged(name, f"in {member.name}", error)) from error
     if key is not None:
         yield key, parts
+
+
+def _part_of(member: tarfile.TarInfo, name: str) -> tuple[str, str] | None:
+    """Return the key and the extension of a member; None where it belongs to no sample."""
+    found = key_and_extension(member.name)
+    if found is not None and (member.islnk() or member.issym()):
+        raise ValueError(
+            f"{name}: {member.name} is a link to {member.linkname}, and the sample would lack it. Write the tar file "
+            "with what links lead to (`tar --dereference --hard-dereference`)."
+        )
+    return found if member.isreg() else None
 
 
 def key_and_extension(name: str) -> tuple[str, str] | None:
@@ -116,4 +134,7 @@ def _members(file: Any, name: str, mode: str) -> Iterator[tuple[tarfile.TarInfo,
 
 
 def _damaged(name: str, where: str, error: Exception) -> str:
-    return f"{name} is not a whole tar file, it ends or is damaged {where}: {error}. Copy it again, or write it again."
+    return (
+        f"{name} is not a whole tar file, it ends or is damaged {where}: {error}. Copy it again, or write it again; "
+        "where it is compressed, its name ends in .gz, .bz2, .xz or .zst."
+    )

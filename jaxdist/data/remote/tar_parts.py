@@ -57,7 +57,7 @@ class PartsDecoder:
             return np.frombuffer(content, np.uint8)
         try:
             return decode(content)
-        except (ValueError, EOFError, SyntaxError) as error:
+        except (ValueError, OverflowError, EOFError, SyntaxError) as error:
             raise CorruptExample(f"{name} cannot be decoded: {error}") from error
 
 

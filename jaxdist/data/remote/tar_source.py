@@ -9,18 +9,17 @@ import threading
 from collections.abc import Mapping, Sequence
 
 from jaxdist.data.order import Order, Sequential, Shuffled
-from jaxdist.data.remote import addresses, compression, tar_index
+from jaxdist.data.remote import addresses, compression, shard_facts, tar_index
 from jaxdist.data.remote.file_cache import FileCache, HeldFile
 from jaxdist.data.remote.shard_names import find_shards
 from jaxdist.data.remote.tar_index import TarSample
 from jaxdist.data.remote.tar_parts import PartsDecoder
 from jaxdist.data.sources.images import RGB, ImageType
-from jaxdist.data.sources.source import CorruptExample, Example, checked_index, fingerprint_text
+from jaxdist.data.sources.source import CorruptExample, Example, checked_index
 from jaxdist.data.streams.lanes import Lanes
 
 TAR_PATTERN = "*.tar*"
 _NUM_OPEN = 32
-_NUM_SAMPLED = 16
 
 
 class TarSource:
@@ -32,7 +31,8 @@ class TarSource:
     decompressed; shards are then read side by side in lanes (see `streams.lanes`), so a host copies few at a time.
 
     Args:
-      shards: paths, addresses that fsspec knows, a folder of tar files, or ranges; `.tar`, `.tar.gz`, `.tar.zst`.
+      shards: paths, addresses that fsspec knows, a folder of tar files, or ranges; `.tar`, also with `.gz`, `.zst`,
+        `.bz2` or `.xz`.
       fields, image_type: see `PartsDecoder`.
       sizes: how many samples each shard has. None reads the index of every shard at the start: quick for plain files
         here, while the others are copied for it once and their indices kept.
@@ -63,6 +63,11 @@ class TarSource:
             raise ValueError(f"sizes has a number for each of the {len(self.shards)} shards; got {len(self._sizes)}.")
         self._lanes, self._window = max(1, min(lanes, len(self.shards))), window
         self.vocabulary: Mapping[str, tuple[str, ...]] = {}
+        self._fingerprint: str | None = None
+        if (files := shard_facts.local_files(self.shards)) is not None:
+            self.files = files
+        else:
+            self.whole_fingerprint = functools.partial(shard_facts.whole_fingerprint, self.shards)
         self._begin()
         self.sizes = tuple(len(self._index(n)) for n in range(len(self.shards))) if sizes is None else self._sizes
         self._ends = list(itertools.accumulate(self.sizes or ()))
@@ -108,12 +113,10 @@ class TarSource:
         )
 
     def fingerprint(self) -> str:
-        """Return the hash of the shards' names and numbers of samples, and of the sizes and times of some of them."""
-        step = max(1, len(self.shards) // _NUM_SAMPLED)
-        facts = [addresses.file_facts(shard) for shard in self.shards[::step]]
-        known = [fact.version if addresses.is_address(name) else "" for fact, name in zip(facts, self.shards[::step])]
-        names = [addresses.file_name(shard) for shard in self.shards]
-        return fingerprint_text("tar", *names, self.sizes, [fact.size for fact in facts], known, self._decoder)
+        """Return the hash of the shards' names, numbers of samples and contents; see `fingerprint_shards`."""
+        if self._fingerprint is None:
+            self._fingerprint = shard_facts.fingerprint_shards("tar", self.shards, self.sizes, self._decoder)
+        return self._fingerprint
 
     def _place(self, index: int) -> tuple[int, int]:
         index = checked_index(index, len(self))

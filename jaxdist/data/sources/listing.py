@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import posixpath
 import stat
 from collections.abc import Iterator, Sequence
 
@@ -39,6 +40,19 @@ def find_local_files(path: str, pattern: str) -> list[str]:
 
 def _find_copies(address: str, pattern: str) -> list[str]:
     return [file_cache.of_process().pin(each) for each in addresses.list_folder(address, pattern)]
+
+
+def file_beside(paths: str | os.PathLike | Sequence[str | os.PathLike], name: str) -> pathlib.Path | None:
+    """Return the path of a file in the folder of the first of `paths`, of its copy for an address; None without one."""
+    first = paths if isinstance(paths, str | os.PathLike) else next(iter(paths), "")
+    where = addresses.without_file_protocol(first)
+    if addresses.is_address(where):
+        folders = [where.rstrip("/"), posixpath.dirname(where.rstrip("/"))]
+        found = next((f"{folder}/{name}" for folder in folders if addresses.exists(f"{folder}/{name}")), None)
+        return None if found is None else pathlib.Path(file_cache.of_process().pin(found))
+    path = pathlib.Path(where)
+    path = (path if path.is_dir() else path.parent) / name
+    return path if path.is_file() else None
 
 
 def one_file(path: str | os.PathLike) -> pathlib.Path:

@@ -7,13 +7,12 @@ import bisect
 import itertools
 import json
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from jaxdist.data.fingerprints import FileList
-from jaxdist.data.sources.listing import PREPARED, find_files, one_file
+from jaxdist.data.sources.listing import PREPARED, file_beside, find_files, one_file
 from jaxdist.data.sources.source import (
     ArraySource,
     CorruptExample,
@@ -137,7 +136,7 @@ class TokenDocuments:
         if longest is not None and longest < 1:
             raise ValueError(f"longest must be at least 1 token; got {longest}.")
         self._paths, self._longest, self._dtype = find_files(paths, "*.npy"), longest, dtype
-        self.end_token = _noted_end_token(self._paths[0]) if end_token is None else int(end_token)
+        self.end_token = _noted_end_token(paths) if end_token is None else int(end_token)
         self._open()
         if not len(self):
             raise ValueError(f"There are no tokens in {', '.join(self._paths[:5])}.")
@@ -201,11 +200,13 @@ def _as_int32(tokens: np.ndarray, path: str) -> np.ndarray:
     return np.asarray(tokens.astype(np.int32, copy=False))
 
 
-def _noted_end_token(path: str) -> int:
-    notes = pathlib.Path(path).parent / PREPARED
-    found = json.loads(notes.read_text()).get("end_token") if notes.exists() else None
+def _noted_end_token(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> int:
+    notes = file_beside(paths, PREPARED)
+    found = None if notes is None else json.loads(notes.read_text()).get("end_token")
     if found is None:
-        raise ValueError(f"It is unclear which token ends a document: {notes} does not say. Give `end_token`.")
+        raise ValueError(
+            f"It is unclear which token ends a document: no {PREPARED} beside {paths} says so. Give `end_token`."
+        )
     return int(found)
 
 

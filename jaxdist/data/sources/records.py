@@ -9,7 +9,6 @@ import itertools
 import json
 import mmap
 import os
-import pathlib
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ import numpy as np
 
 from jaxdist import extras
 from jaxdist.data.fingerprints import FileList, fingerprint_files
-from jaxdist.data.sources.listing import PREPARED, find_files
+from jaxdist.data.sources.listing import PREPARED, file_beside, find_files
 from jaxdist.data.sources.source import CorruptExample, Example, checked_index, fingerprint_text
 
 DecodeFn = Callable[[bytes], Example]
@@ -109,7 +108,7 @@ class ArrayRecordSource:
         decode_fn: DecodeFn | None = None,
     ):
         self._paths, self._decode_fn = find_files(paths, "*.array_record*"), decode_fn or decode_example
-        self.vocabulary = _prepared_vocabulary(self._paths[0])
+        self.vocabulary = _prepared_vocabulary(paths)
         self._open()
 
     def _open(self) -> None:
@@ -139,10 +138,10 @@ class ArrayRecordSource:
         self._open()
 
 
-def _prepared_vocabulary(path: str) -> dict[str, tuple[str, ...]]:
-    """Return the names that `prepare` wrote next to a file of records; empty where it did not make the file."""
-    notes = pathlib.Path(path).parent / PREPARED
-    found = json.loads(notes.read_text()).get("vocabulary", {}) if notes.exists() else {}
+def _prepared_vocabulary(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> dict[str, tuple[str, ...]]:
+    """Return the names that `prepare` wrote next to files of records; empty where it did not make them."""
+    notes = file_beside(paths, PREPARED)
+    found = {} if notes is None else json.loads(notes.read_text()).get("vocabulary", {})
     return {field: tuple(names) for field, names in found.items()}
 
 

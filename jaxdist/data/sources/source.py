@@ -170,5 +170,9 @@ def fingerprint_example(example: Any) -> str:
 def _hash_value(value: Any) -> str:
     if isinstance(value, str | bytes | None):
         return repr(value)
+    if isinstance(value, Mapping):
+        return fingerprint_example(value)
+    if isinstance(value, tuple | list) and not all(isinstance(each, int | float) for each in value):
+        return fingerprint_text("list", *map(_hash_value, value))
     array = np.asarray(value)
     return repr(value) if array.dtype.hasobject else fingerprint_array(array)

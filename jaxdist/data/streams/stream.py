@@ -4,8 +4,11 @@ What is promised depends on what is known, and `promise` says it: with the shard
 example exactly once. Without them, an epoch is a given number of examples of lanes that never end.
 """
 
+import contextlib
 import itertools
+import logging
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +21,8 @@ from jaxdist.data.streams.endless import EndlessLane
 from jaxdist.data.streams.forward import EndOfShard, ForwardReader, examples_from
 from jaxdist.data.streams.kept_sizes import KeptSizes
 from jaxdist.data.streams.lanes import EndlessLanes, Lanes
+
+_logger = logging.getLogger(__name__)
 
 MOST_LANES = 8
 """How many lanes a stream has by default, if it has as many shards."""
@@ -43,7 +48,7 @@ class StreamSource:
         the largest power of two up to 8 for which there are shards.
       names: of the fields, where the examples are tuples or single arrays.
       shard_names: of the shards, for messages.
-      fingerprint: names the data and their version; None hashes the first examples.
+      fingerprint: names the data and their version; None hashes the first examples of some shards.
       repeats: whether the same examples come whenever a shard is opened. False: they do not, and the run says so.
       decode_fn: makes an example of what `open_shard` yields, in many threads at once, while that is read by one.
       sizes_folder: where the sizes of shards that were read to their end are kept, if `sizes` are not given: a resume
@@ -84,6 +89,11 @@ class StreamSource:
         self.window = max(1, _checked_count("window", window) // self.lanes)
         self._shard_names, self._given_fingerprint, self._repeats = tuple(shard_names), fingerprint, repeats
         self.vocabulary: Mapping[str, tuple[str, ...]] = {}
+        for name in ("files", "whole_fingerprint"):  # what is known of shards that are files
+            if hasattr(open_shard, name):
+                setattr(self, name, getattr(open_shard, name))
+        if not repeats:
+            self.whole_fingerprint = self._no_fingerprint
         self._begin()
 
     def _begin(self) -> None:
@@ -95,6 +105,8 @@ class StreamSource:
             num_cursors=2 * self.lanes + 2,
             farthest=self.window + _FARTHEST if self._seeks else None,
         )
+        self._opened: dict[int, Callable[[], Any]] = {}
+        self._beginnings: dict[int, str] = {}
         self._ends = list(itertools.accumulate(self.sizes or ()))
         learned = KeptSizes(self._sizes_folder, self.fingerprint)
         self._endless = [
@@ -128,9 +140,31 @@ class StreamSource:
 
     def open_at(self, shard: int, start: int) -> Iterable[Example]:
         """Return the examples of a shard from number `start` on."""
-        if self._seeks:
-            return self._open_shard(shard, start)
-        return examples_from(_checked_iterable(self._open_shard(shard)), start)
+        made = _checked_iterable(self._open_shard(shard, start) if self._seeks else self._open_shard(shard))
+        before = self._opened.get(shard, lambda: None)()
+        if made is before and hasattr(made, "__next__"):
+            raise ValueError(
+                f"open_shard({shard}) returned the iterator that it had returned before, which is used up. Make a new "
+                "one whenever it is called."
+            )
+        with contextlib.suppress(TypeError):  # what cannot be referred to so is no generator
+            self._opened[shard] = weakref.ref(made)
+        examples = made if self._seeks else examples_from(made, start)
+        return self._beginning_alike(shard, examples) if start == 0 and self._repeats else examples
+
+    def _beginning_alike(self, shard: int, examples: Iterable[Example]) -> Iterator[Example]:
+        """Yield the examples of a shard; ValueError where the first differs from that of an earlier time."""
+        iterator = iter(examples)
+        for first in itertools.islice(iterator, 1):
+            now = fingerprint_example(first)
+            if self._beginnings.setdefault(shard, now) != now:
+                raise ValueError(
+                    f"{self.shard_name(shard)} begins with another example than the last time that it was opened. A "
+                    "stream has the same examples whenever it is opened: remove what is random in it, since the order "
+                    "is shuffled by its window, or say repeats=False, and nothing is promised of each example."
+                )
+            yield first
+        yield from iterator
 
     def _decoded(self, item: Any) -> Example:
         """Return the example of an item: in any thread, while items are read by one at a time."""
@@ -179,26 +213,55 @@ class StreamSource:
         return f"a stream of unknown size, {self._size:,} examples an epoch: {passes} follow each other{once}"
 
     def fingerprint(self) -> str:
-        """Return the hash of the shards' names and sizes, and of the first examples of the first shard."""
+        """Return the hash of the shards' names and sizes, and of the first examples of up to eight spread shards.
+
+        Where the shards are files, their sizes and contents are taken in place of examples, see `shard_facts`.
+        """
         layout = (self.num_shards, self.sizes, self._size if self.sizes is None else "", *self._shard_names)
         if self._given_fingerprint is not None:
             return fingerprint_text("stream", *layout, self._given_fingerprint)
         if not self._repeats:
             return fingerprint_text("stream", *layout)
-        return fingerprint_text("stream", *layout, *map(fingerprint_example, self._first()))
+        if hasattr(self._open_shard, "fingerprint"):
+            return fingerprint_text("stream", *layout, self._open_shard.fingerprint())
+        shards = np.unique(np.linspace(0, self.num_shards - 1, min(self.num_shards, MOST_LANES), dtype=np.int64))
+        first = [example for shard in shards.tolist() for example in self._first(shard)]
+        if self._seeks:
+            self._check_seeks(first)
+        return fingerprint_text("stream", *layout, *map(fingerprint_example, first))
 
-    def _first(self) -> Iterator[Example]:
-        """Yield the first examples of the first shard."""
+    def _no_fingerprint(self) -> str:
+        _logger.warning("--strict cannot compare the contents of a stream that differs whenever it is opened.")
+        return "differs"
+
+    def _first(self, shard: int) -> list[Example]:
+        """Return the first examples of a shard."""
+        found: list[Example] = []
         try:
-            for number in range(_SAMPLED):
-                yield self._decoded(self._reader.get(0, number))
+            while len(found) < _SAMPLED:
+                found.append(self._decoded(self._reader.get(shard, len(found))))
         except EndOfShard:
-            return
+            return found
         except Exception as error:  # whatever the user's function raises: say which shard it was
-            raise ValueError(f"{self.shard_name(0)} cannot be read: {type(error).__name__}: {error}") from error
+            raise ValueError(f"{self.shard_name(shard)} cannot be read: {type(error).__name__}: {error}") from error
+        return found
+
+    def _check_seeks(self, first: Sequence[Example]) -> None:
+        """Raise ValueError where the first shard, opened at its second example, begins with another."""
+        if len(first) < _SAMPLED:
+            return
+        opened = iter(self._open_shard(0, 1))
+        found = next(opened, None)
+        if found is None or fingerprint_example(self._decoded(found)) != fingerprint_example(first[1]):
+            raise ValueError(
+                f"{self.shard_name(0)} opened at number 1 does not begin with the second of its examples. With "
+                "seeks=True, open_shard(shard, start) returns those from number `start` on; leave seeks out if it "
+                "cannot."
+            )
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_reader", "_endless", "_ends")}
+        dropped = ("_reader", "_endless", "_ends", "_opened", "_beginnings")
+        return {name: value for name, value in self.__dict__.items() if name not in dropped}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -210,7 +273,7 @@ def _choose_lanes(num_shards: int) -> int:
 
 
 def _checked_count(name: str, value: Any) -> int:
-    if not isinstance(value, int | np.integer) or value < 1:
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} is a whole number of at least 1; got {value!r}.")
     return int(value)
 
@@ -236,8 +299,8 @@ def _checked_sizes(
         )
     if sizes is None:
         return None
-    found: tuple[Any, ...] = (sizes,) if isinstance(sizes, int | np.integer) else tuple(sizes)
-    whole = all(isinstance(size, int | np.integer) and size >= 0 for size in found)
+    found: tuple[Any, ...] = tuple(sizes) if isinstance(sizes, Iterable) else (sizes,)
+    whole = all(isinstance(size, int | np.integer) and not isinstance(size, bool) and size >= 0 for size in found)
     if len(found) != num_shards or not whole or sum(found) < 1:
         raise ValueError(
             f"sizes has the number of examples of each of the {num_shards} shards, not all of them 0; got "

@@ -1,11 +1,12 @@
 """WebDataset shards read forward, without a copy: for what is read once, or does not fit on this machine."""
 
+import functools
 import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxdist.data.remote import addresses, compression, tar_index
+from jaxdist.data.remote import addresses, compression, shard_facts, tar_index
 from jaxdist.data.remote.shard_names import find_shards
 from jaxdist.data.remote.tar_parts import PartsDecoder
 from jaxdist.data.remote.tar_source import TAR_PATTERN
@@ -25,7 +26,7 @@ def tar_stream(
     lanes: int | None = None,
     sizes_folder: str | os.PathLike | None = None,
 ) -> StreamSource:
-    """Return the stream of tar files, here or elsewhere, `.tar`, `.tar.gz` or `.tar.zst`.
+    """Return the stream of tar files, here or elsewhere, `.tar`, also compressed.
 
     >>> stream = tar_stream("https://host/train-{000..127}.tar", examples_per_epoch=100_000)
 
@@ -39,9 +40,9 @@ def tar_stream(
       lanes: how many shards are read side by side.
       sizes_folder: where sizes that were learned are kept.
     """
-    found = find_shards(shards, TAR_PATTERN)
+    found, decoder = find_shards(shards, TAR_PATTERN), PartsDecoder(fields, image_type)
     return StreamSource(
-        _TarShards(tuple(found)),
+        _TarShards(tuple(found), decoder),
         num_shards=len(found),
         sizes=sizes,
         examples_per_epoch=examples_per_epoch,
@@ -49,15 +50,23 @@ def tar_stream(
         lanes=lanes,
         sizes_folder=sizes_folder,
         shard_names=found,
-        decode_fn=_Decoder(PartsDecoder(fields, image_type)),
+        decode_fn=_Decoder(decoder),
     )
 
 
 class _TarShards:
     """Opens a shard: its samples as (name, parts)."""
 
-    def __init__(self, names: Sequence[str]):
-        self._names = names
+    def __init__(self, names: Sequence[str], settings: PartsDecoder):
+        self._names, self._settings = names, settings
+        if (files := shard_facts.local_files(names)) is not None:
+            self.files = files
+        else:
+            self.whole_fingerprint = functools.partial(shard_facts.whole_fingerprint, names)
+
+    def fingerprint(self) -> str:
+        """Return the hash of the shards' contents, see `fingerprint_shards`, and of what is made of them."""
+        return shard_facts.fingerprint_shards("tar stream", self._names, self._settings)
 
     def __call__(self, shard: int) -> Iterator[tuple[str, dict[str, bytes]]]:
         name = self._names[shard]

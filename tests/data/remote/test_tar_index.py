@@ -68,3 +68,25 @@ def test_a_file_that_is_not_whole_is_refused_also_where_it_is_cut_between_member
     damaged = whole[:each] + b"\x01" * 512 + whole[each + 512 :]
     with pytest.raises(ValueError, match=r"damaged after 0\.txt"):
         tar_index.index_tar(io.BytesIO(damaged), "x.tar")
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_a_part_that_is_a_link_is_refused(tmp_path, kind):
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for name, link in (("1.cls", ""), ("README", "1.cls"), ("2.cls", "1.cls")):
+            member = tarfile.TarInfo(name)
+            if link:
+                member.type, member.linkname = kind, link
+            archive.addfile(member, io.BytesIO())
+    content = (tmp_path / "x.tar").read_bytes()
+    for read in (tar_index.index_tar, lambda file, name: list(tar_index.read_samples(file, name))):
+        with pytest.raises(ValueError, match=r"x\.tar: 2\.cls is a link to 1\.cls, and the sample would lack it"):
+            read(io.BytesIO(content), "x.tar")
+
+
+def test_parts_of_a_sample_that_do_not_follow_each_other_are_refused(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for name in ("1.cls", "2.cls", "1.txt"):
+            archive.addfile(tarfile.TarInfo(name), io.BytesIO())
+    with pytest.raises(ValueError, match=r"the parts of the sample '1' do not follow each other, 1\.txt comes later"):
+        tar_index.index_tar(io.BytesIO((tmp_path / "x.tar").read_bytes()), "x.tar")

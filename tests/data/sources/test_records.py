@@ -2,6 +2,7 @@
 
 import pickle
 
+import fsspec
 import numpy as np
 import pytest
 import tensorboardX
@@ -9,6 +10,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from tfrecord_files import write_tfrecord
 
 from jaxdist.data import CorruptExample, Loader
+from jaxdist.data.remote import file_cache
 from jaxdist.data.sources.records import ArrayRecordSource, FilePart, TfRecords, decode_example, encode_example
 
 
@@ -106,3 +108,16 @@ def test_a_flipped_bit_in_an_array_record_is_noticed(tmp_path):
     source = ArrayRecordSource(path, decode_fn=lambda data: {"size": np.int32(len(data))})
     with pytest.raises(CorruptExample, match=r"Record 1 of .*0\.array_record"):
         source[1]
+
+
+def test_names_that_were_prepared_are_read_beside_records_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXDIST_CACHE", str(tmp_path / "cache"))
+    file_cache.of_process.cache_clear()
+    memory, record = fsspec.filesystem("memory"), encode_example({"label": np.int32(1)})
+    write_array_record(tmp_path / "a.array_record", [record])
+    memory.pipe("/prepared/a.array_record", (tmp_path / "a.array_record").read_bytes())
+    assert ArrayRecordSource("memory://prepared").vocabulary == {}
+    memory.pipe("/prepared/prepared.json", b'{"vocabulary": {"label": ["cat", "dog"]}}')
+    for paths in ("memory://prepared", "memory://prepared/", "memory://prepared/a.array_record", ["memory://prepared"]):
+        assert ArrayRecordSource(paths).vocabulary == {"label": ("cat", "dog")}
+    file_cache.of_process.cache_clear()

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import strategies as st
 
 from jaxdist import data
+from jaxdist.data import fingerprints
 
 
 class Shards:
@@ -132,7 +133,7 @@ def test_two_processes_read_shards_of_their_own():
         loader = data.Loader(sized(shards, window=64), global_batch_size=16, seed=0, num_epochs=1, rows=rows)
         assert len(list(loader)) == 150
         read.append(sum(shards.read.values()))
-    assert max(read) <= 1200 + 10, "half of the examples each, and none of the other's"
+    assert max(read) <= 1200 + 10 + 16, "half of the examples each, and none of the other's"
 
 
 def test_memory_is_bounded_by_the_window():
@@ -249,3 +250,83 @@ def test_an_error_in_the_stream_names_the_shard():
         list(data.Loader(stream, global_batch_size=1, seed=0, num_epochs=1))
     with pytest.raises(ValueError, match="logs/a cannot be read: OSError: the disk is gone"):
         data.StreamSource(failing, sizes=3, shard_names=["logs/a"]).fingerprint()
+
+
+def two_epochs_of(open_shard, **settings):
+    stream = data.StreamSource(open_shard, window=3, **settings)
+    return list(data.Loader(stream, global_batch_size=100, seed=0, num_epochs=2))
+
+
+@pytest.mark.parametrize("kind", ["array", "tuple", "list", "bytes"])
+def test_a_reader_may_fill_one_array_again_and_again(kind):
+    def open_shard(shard):
+        array, buffer, numbers = np.zeros(2, np.int32), bytearray(1), [0]
+        for number in range(6):
+            array[:], buffer[0], numbers[0] = number, number, number
+            yield {"array": {"x": array}, "tuple": (array,), "list": {"x": numbers}, "bytes": {"x": buffer}}[kind]
+
+    fn = (lambda example, random: {"x": np.frombuffer(example["x"], np.uint8)}) if kind == "bytes" else None
+    stream = data.StreamSource(open_shard, sizes=6, window=3, names=("x",) if kind == "tuple" else ())
+    loader = data.Loader(stream, global_batch_size=2, seed=0, num_epochs=1, example_fn=fn)
+    assert sorted(np.ravel(value)[0] for batch, _ in loader for value in batch["x"]) == list(range(6))
+
+
+def test_a_stream_whose_shards_begin_otherwise_each_time_is_refused():
+    random = np.random.default_rng(0)
+
+    def open_shard(shard):
+        return ({"x": x} for x in random.integers(0, 2**40, 2000))
+
+    with pytest.raises(ValueError, match=r"shard 0 begins with another example than the last time.*repeats=False"):
+        two_epochs_of(open_shard, sizes=2000)
+    two_epochs_of(open_shard, sizes=2000, repeats=False)
+
+
+def test_an_iterator_that_is_used_up_is_refused():
+    numbers = ({"x": x} for x in range(2000))
+    with pytest.raises(ValueError, match=r"open_shard\(0\) returned the iterator that it had returned before"):
+        two_epochs_of(lambda shard: numbers, examples_per_epoch=1600)
+
+
+def test_a_seek_that_does_not_seek_is_refused_at_the_start():
+    def from_its_beginning(shard, start):
+        return ({"x": x} for x in range(6))
+
+    with pytest.raises(ValueError, match=r"shard 0 opened at number 1 does not begin with the second"):
+        data.StreamSource(from_its_beginning, sizes=6, seeks=True).fingerprint()
+
+
+@pytest.mark.parametrize("sizes", [2.0, True, "ab", [2.5], [True]])
+def test_sizes_that_are_no_whole_numbers_are_refused(sizes):
+    with pytest.raises(ValueError, match="sizes has the number of examples of each of the 1 shards"):
+        data.StreamSource(lambda shard: [], sizes=sizes)
+
+
+@pytest.mark.parametrize("make", [lambda s: data.Concatenated([s, s]), lambda s: data.Subset(s, [1, 0])])
+def test_streams_inside_other_sources_are_read_in_sequence_only(make):
+    source = make(data.StreamSource(lambda shard: [{"x": x} for x in range(6)], sizes=6))
+    with pytest.raises(ValueError, match=r"A stream is read forward, and (Concatenated|Subset) would ask"):
+        data.Loader(source, global_batch_size=2, seed=0)
+    assert list(data.Loader(source, global_batch_size=2, seed=0, shuffle=False, num_epochs=1))
+
+
+def test_the_fingerprint_is_of_examples_of_several_shards_and_a_strict_one_of_all():
+    def stream(changed=(0, 0), **settings):
+        def open_shard(shard):
+            return [{"x": np.array(100 * shard + i + 0.5 * ((shard, i) == changed)), "t": "a"} for i in range(1, 9)]
+
+        return data.StreamSource(open_shard, num_shards=3, sizes=[8] * 3, **settings)
+
+    plain, strict = stream().fingerprint(), fingerprints.strict_fingerprint(stream())
+    assert stream().fingerprint() == plain
+    assert fingerprints.strict_fingerprint(stream()) == strict
+    assert stream((2, 3)).fingerprint() != plain
+    assert stream((2, 7)).fingerprint() == plain, "beyond the examples that are read at the start"
+    assert fingerprints.strict_fingerprint(stream((2, 7))) != strict
+
+
+def test_a_strict_fingerprint_of_a_stream_that_differs_says_that_it_cannot_be(caplog):
+    random = np.random.default_rng(0)
+    stream = data.StreamSource(lambda shard: [{"x": random.random()}] * 4, sizes=4, repeats=False)
+    assert fingerprints.strict_fingerprint(stream) == fingerprints.strict_fingerprint(stream)
+    assert "--strict cannot compare the contents of a stream that differs" in caplog.text
