@@ -42,8 +42,8 @@ WORKS = {
 class Side:
     """A process that reads batches on request."""
 
-    def __init__(self, python: str, name: str, folder: pathlib.Path):
-        command = [python, str(HERE / "input_sides.py"), name, str(folder)]
+    def __init__(self, python: str, name: str, folder: pathlib.Path, script: str = "input_sides.py"):
+        command = [python, str(HERE / script), name, str(folder)]
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the process
         self._process = subprocess.Popen(
             command,
