@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxdist.data import placement
+from jaxdist.data import Loader, placement
 from jaxdist.guards import nonfinite
 from jaxdist.paramserver.protocol import effects, messages
 from jaxdist.paramserver.run.shared_plan import Plan, rows_of_a_slice
@@ -103,15 +103,24 @@ class Island:
         within = lease.step % self.plan.settings.steps_per_epoch
         return lease.start - within * self.plan.experiment.global_batch_size
 
+    def _rows_of(self, lease: messages.Lease, begin: int, loader: Loader) -> np.ndarray:
+        """Return the rows of the global batch, which begins at position `begin`, that hold the lease's examples."""
+        size, first = self.plan.experiment.global_batch_size, lease.start - begin
+        rows = np.arange(first, first + max(lease.stop - lease.start, 1))
+        if begin + size > self.plan.settings.num_examples:
+            # The order says where the examples of a last, ragged batch are: those of streams are not its first rows.
+            filled = np.flatnonzero(next(loader.plans()).mask)
+            return filled[np.minimum(rows, len(filled) - 1)]
+        return np.minimum(rows, size - 1)
+
     def _batch(self, lease: messages.Lease) -> dict[str, np.ndarray]:
         """Return the examples of the lease, padded to a fixed size, so that the gradient is compiled once."""
-        size = self.plan.experiment.global_batch_size
-        first = self._first_row(lease)
-        rows = np.arange(first, first + max(lease.stop - lease.start, 1))
-        rows = np.minimum(rows, size - 1)
-        loader = self.plan.loader.with_rows(rows)
+        begin = lease.start - self._first_row(lease)
+        whole = self.plan.loader.starting_at(
+            dataclasses.replace(self.plan.loader.beginning, epoch=lease.epoch, position=begin)
+        )
+        loader = whole.with_rows(self._rows_of(lease, begin, whole))
         loader.read_ahead, loader.num_threads = 0, 0
-        loader.start = dataclasses.replace(loader.beginning, epoch=lease.epoch, position=lease.start - first)
         batches = iter(loader)
         batch = next(batches).batch
         batches.close()

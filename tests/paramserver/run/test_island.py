@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 import tiny_experiment
 
+import jaxdist
+from jaxdist import data
 from jaxdist.config import overrides
 from jaxdist.config.parameter_server import ParameterServer
 from jaxdist.paramserver.protocol import effects, messages
@@ -68,6 +71,38 @@ def test_a_gradient_is_the_sum_over_the_examples_of_the_lease(num_devices, lease
     np.testing.assert_allclose(pushed.norm_squared, squares, rtol=1e-4)
     total = next(metric for metric in pushed.metrics if metric.name == "loss")
     np.testing.assert_allclose([total.total, total.count], [loss, pushed.count], rtol=1e-5)
+
+
+SHARDS = (13, 9, 20, 10)
+
+
+@pytest.mark.parametrize("kind", ["stream", "endless stream", "dealt"])
+@pytest.mark.parametrize("slices", [1, 2, 3])
+def test_the_leases_of_an_epoch_hold_each_example_once_in_any_order(kind, slices):
+    def open_shard(shard, start):
+        return (
+            {"image": np.full(6, 1000 * shard + i, np.float32), "label": np.int32(0)}
+            for i in range(start, SHARDS[shard])
+        )
+
+    length = {"examples_per_epoch": 52} if kind == "endless stream" else {"sizes": SHARDS}
+    source = data.StreamSource(open_shard, num_shards=4, seeks=True, window=8, **length)
+    if kind == "dealt":
+        fields = {"image": np.arange(52.0)[:, None].repeat(6, 1).astype(np.float32), "label": np.zeros(52, np.int32)}
+        parts = np.split(np.arange(52), np.cumsum((13, 13, 13)))
+        shards = [data.ArraySource({name: values[part] for name, values in fields.items()}) for part in parts]
+        source = data.Sharded(dict(enumerate(shards)), data.ShardList.of(shards))
+    experiment = dataclasses.replace(tiny_experiment.get_config(), data=jaxdist.Data(train=source))
+    plan = plans.make_plan(experiment, ParameterServer(workers=slices, servers=1), kind="elementwise")
+    island, seen = Island(plan, jax.devices()[:1]), []
+    for step in range(4):
+        bounds = np.linspace(16 * step, min(16 * step + 16, 52), slices + 1).astype(int).tolist()
+        for number, (start, stop) in enumerate(itertools.pairwise(bounds)):
+            batch = island._batch(messages.Lease(step, number, 0, start, stop))
+            assert batch["mask"].sum() == stop - start
+            seen += batch["image"][batch["mask"] == 1][:, 0].tolist()
+    assert len(seen) == 52
+    assert len(set(seen)) == 52 or kind == "endless stream"
 
 
 @pytest.mark.parametrize("prepared", [SECOND_SLICE, FIRST])
