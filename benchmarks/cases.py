@@ -1,9 +1,10 @@
 """The experiments that state a target, each trained until it reaches it: images, sound, tables.
 
-python benchmarks/cases.py [--only NAME ...] [--devices N] [--json]
+python benchmarks/cases.py [--only NAME ...] [--devices N] [--json] [--docs]
 
 Each is one `jaxdist train` in a process of its own, timed with imports and compiling. `ours` is the
-held-out metric at the end, `theirs` the target. The exit status is 1 if one ends without its target.
+held-out metric at the end, `theirs` the target. The exit status is 1 if one ends without its target. `--docs` writes
+the rows into the table of docs/guide/cases.md.
 """
 
 import argparse
@@ -15,7 +16,10 @@ import tempfile
 import time
 from typing import Any
 
-EXPERIMENTS = pathlib.Path(__file__).parent.parent / "experiments"
+ROOT = pathlib.Path(__file__).parent.parent
+EXPERIMENTS, PAGE = ROOT / "experiments", ROOT / "docs" / "guide" / "cases.md"
+HEAD = "| experiment | reached | target | steps | seconds |"
+NAMES = {"eval/accuracy": "accuracy", "eval/r2": "R2", "eval/bits_per_byte": "bits a byte"}
 CASES = {
     "digits_cnn": "images: 1,437 digits of 8 x 8",
     "digits_resnet": "images: the same, shifted at random",
@@ -32,10 +36,14 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--devices", type=int, default=2)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--docs", action="store_true", help="write the rows into docs/guide/cases.md")
     options = parser.parse_args()
-    rows = [measure(name, options.devices) for name in options.only]
-    for row in rows:
-        print(json.dumps(row) if options.json else line(row))
+    rows = []
+    for name in options.only:
+        rows.append(measure(name, options.devices))
+        print(json.dumps(rows[-1]) if options.json else line(rows[-1]), flush=True)
+    if options.docs:
+        PAGE.write_text(with_rows(PAGE.read_text(), rows))
     return int(any(row["end_reason"] != "target_reached" for row in rows))
 
 
@@ -63,6 +71,31 @@ def measure(name: str, num_devices: int) -> dict[str, Any]:
         "step": made["step"],
         "seconds": round(seconds, 1),
     }
+
+
+def with_rows(page: str, rows: list[dict[str, Any]]) -> str:
+    """Return the page with these rows in its table, in place of those of the same experiments."""
+    before, _, after = page.partition(HEAD + "\n")
+    table, gap, rest = after.partition("\n\n")
+    kept = {entry.split("`")[1].removesuffix(".py"): entry for entry in table.splitlines()[1:]}
+    kept |= {row["name"]: as_entry(row) for row in rows}
+    return (
+        before
+        + "\n".join([HEAD, "|---|---|---|---|---|", *(kept[name] for name in CASES if name in kept)])
+        + gap
+        + rest
+    )
+
+
+def as_entry(row: dict[str, Any]) -> str:
+    """Return a row of the page's table."""
+    metric = NAMES.get(row["unit"], row["unit"])
+    in_words = [f"{row['ours']:.2f} {metric}", f"at most {row['theirs']}"]
+    reached, target = (
+        in_words if row["unit"].endswith("bits_per_byte") else [f"{metric} {row['ours']:.3f}", row["theirs"]]
+    )
+    target = f"{target}, not reached" if row["end_reason"] != "target_reached" else target
+    return f"| `{row['name']}.py` | {reached} | {target} | {row['step']} | {row['seconds']:.0f} |"
 
 
 def line(row: dict[str, Any]) -> str:
