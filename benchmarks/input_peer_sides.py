@@ -108,7 +108,8 @@ def spdl_batches(items: Iterator, read: Callable) -> Iterator[int]:
     from spdl.pipeline import PipelineBuilder
 
     builder = PipelineBuilder().add_source(items).pipe(read, concurrency=2).aggregate(BATCH_SIZE)
-    with builder.pipe(stacked).add_sink(3).build(num_threads=3).auto_stop() as pipeline:
+    pipeline = builder.pipe(stacked).add_sink(3).build(num_threads=3)
+    with pipeline.auto_stop():
         yield from counted(iter(pipeline))
 
 

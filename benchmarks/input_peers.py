@@ -1,9 +1,10 @@
 """JPEGs in files and in shards beside SPDL, LitData, WebDataset and tf.data: images a second, CPU and memory.
 
-python benchmarks/input_peers.py --peers PYTHON [--json] [--repeats N] [--batches N] [--only files shards]
+python benchmarks/input_peers.py --peers PYTHON [--json] [--repeats N] [--batches N] [--only files shards] [--data DIR]
 
 PYTHON is an interpreter with spdl, litdata, webdataset, tensorflow-cpu, torch and simplejpeg. Each side runs in a
-process of its own, see `input_peer_sides.py`; they take turns, and are halted between them. Medians are compared.
+process of its own, see `input_peer_sides.py`; they take turns, and are halted between them. Medians are compared. The
+pictures are made in DIR, or in a folder that is removed.
 """
 
 import argparse
@@ -62,14 +63,16 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batches", type=int, default=48, help="batches of 64 a turn")
+    parser.add_argument("--data", type=pathlib.Path, metavar="DIR", help="of the pictures, which are made once")
     parser.add_argument("--only", nargs="+", choices=WORKS, default=list(WORKS))
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     versions = versions_of(options.peers) | {"load before": f"{os.getloadavg()[0]:.1f}"}
-    with tempfile.TemporaryDirectory() as name:
-        folder = pathlib.Path(name)
-        input.make_data(folder)
-        input_peer_sides.write_tars(folder)
+    with contextlib.ExitStack() as stack:
+        folder = options.data or pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if not (folder / "tar").exists():
+            input.make_data(folder)
+            input_peer_sides.write_tars(folder)
         for work in options.only:
             for row in compare(work, options.peers, folder, options.batches, options.repeats):
                 print(json.dumps(row | {"versions": versions}) if options.json else input.as_text(row), flush=True)

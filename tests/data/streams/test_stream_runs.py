@@ -50,3 +50,63 @@ def test_the_experiment_has_the_examples_of_the_tiny_one(monkeypatch):
     made = stream_experiment.get_config().data
     assert (len(made.train), len(made.eval)) == (52, 21)
     assert made.train[30]["label"] == stream_experiment.TRAIN[30]["label"]
+
+
+def losses_of(run_dir):
+    rows = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", ["sized", "endless"])
+def test_a_parameter_server_trains_on_the_examples_of_a_stream_also_after_a_stop(kind, tmp_path, monkeypatch):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "NPROC": "2", "STREAM_KIND": kind}
+
+    def train(name, max_steps, *arguments):
+        options = ["--run-dir", str(tmp_path / name), "--devices", "1", "--max-steps", str(max_steps), "--json"]
+        options += ["--set", "model.dropout_rate=0.0", "guards.check_replicas_every=0", *arguments]
+        command = [sys.executable, "-m", "jaxdist.cli", "train", str(EXPERIMENT), *options]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    servers = ("--strategy", "parameter-server", "--set", "ps.workers=2", "ps.servers=2", "ps.durability=snapshot")
+    whole, served = train("whole", 11), train("served", 11, *servers)
+    train("stopped", 6, *servers)
+    resumed = train("stopped", 11, *servers, "--resume")
+    assert whole["examples_seen"] == served["examples_seen"] == resumed["examples_seen"] == 2 * 52 + 3 * 16
+    expected = losses_of(tmp_path / "whole")
+    for name in ("served", "stopped"):
+        found = losses_of(tmp_path / name)
+        assert found.keys() == expected.keys()
+        assert all(abs(found[step] - expected[step]) < 1e-4 for step in expected), (found, expected)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", ["sized", "endless"])
+def test_kills_stops_joins_and_leaves_at_random_change_nothing_of_a_run_on_a_stream(kind, tmp_path):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "NPROC": "2", "STREAM_KIND": kind}
+    plan = ["--kills", "2", "--stops", "1", "--starves", "0", "--joins", "1", "--leaves", "1", "--seed", "3"]
+    command = [
+        sys.executable,
+        "-m",
+        "jaxdist.cli",
+        "chaos",
+        str(EXPERIMENT),
+        *plan,
+        "--max-steps",
+        "120",
+        "--devices",
+        "1",
+    ]
+    done = subprocess.run(
+        [*command, "--directory", str(tmp_path), "--json"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=800,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
