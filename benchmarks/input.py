@@ -213,6 +213,14 @@ def result(name: str, ours: float, theirs: float, unit: str, repeats: int) -> di
     }
 
 
+def end(number: int, frame: object) -> None:
+    """Exit normally, which ends the halted sides; the default action of a signal would leave them, and so would a
+    second signal meanwhile (`timeout` sends two).
+    """
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
@@ -224,8 +232,7 @@ def main() -> None:
         "--peers", type=pathlib.Path, default=pathlib.Path.home() / ".cache" / "jaxdist" / "benchmark-peers"
     )
     options = parser.parse_args()
-    # A normal exit of Python also ends the halted sides; the default action of SIGTERM would leave them.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, end)
     versions = {name: importlib.metadata.version(name) for name in ("jax", "numpy", "simplejpeg")}
     versions |= dict(peer.split("==") for peer in PEERS if "simplejpeg" not in peer) | {
         "python": platform.python_version()

@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--data", type=pathlib.Path, metavar="DIR", help="of the pictures, which are made once")
     parser.add_argument("--only", nargs="+", choices=WORKS, default=list(WORKS))
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, input.end)
     versions = versions_of(options.peers) | {"load before": f"{os.getloadavg()[0]:.1f}"}
     with contextlib.ExitStack() as stack:
         folder = options.data or pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
