@@ -77,7 +77,7 @@ def webdataset_shards(folder: pathlib.Path) -> Iterator[int]:
     import webdataset
 
     shards = sorted(map(str, (folder / "tar").glob("*.tar")))
-    data = webdataset.WebDataset(shards, shardshuffle=len(shards), resampled=True, nodesplitter=None)
+    data = webdataset.WebDataset(shards, shardshuffle=False, resampled=True, nodesplitter=None)
     data = data.shuffle(1000).to_tuple("jpg", "cls").map_tuple(decode_augment, int).batched(BATCH_SIZE)
     loader = webdataset.WebLoader(data, batch_size=None, num_workers=2, persistent_workers=True)
     return counted((np.asarray(images), labels) for images, labels in loader)
