@@ -90,14 +90,13 @@ def litdata_shards(folder: pathlib.Path) -> Iterator[int]:
     if not chunks.exists():
         litdata.optimize(as_sample, list(zip(*list_jpegs(folder))), str(chunks), chunk_bytes="8MB", num_workers=1)
 
-    class Decoded(litdata.StreamingDataset):
-        def __getitem__(self, index):
-            content, label = super().__getitem__(index)
-            return decode_augment(content), label
-
-    data = Decoded(str(chunks), shuffle=True, drop_last=True, seed=0)
+    data = litdata.StreamingDataset(str(chunks), transform=decode_sample, shuffle=True, drop_last=True, seed=0)
     loader = litdata.StreamingDataLoader(data, batch_size=BATCH_SIZE, num_workers=2, persistent_workers=True)
     return counted((images.numpy(), labels) for _ in itertools.count() for images, labels in loader)
+
+
+def decode_sample(sample: tuple[bytes, int]) -> tuple[np.ndarray, int]:
+    return decode_augment(sample[0]), sample[1]
 
 
 def as_sample(item: tuple[str, int]) -> tuple[bytes, int]:
