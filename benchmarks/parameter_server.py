@@ -270,7 +270,7 @@ def main() -> None:
     else:
         reuse_freed_memory()
         times = measure(options.rounds)
-        show(compare("push + pull / memory copy", times["ours"], times["copy"]), 1 / 8, options.json)
+        show(compare("push + pull / memory copy", times["ours"], times["copy"]), 1 / 4, options.json)
         show(compare("push + pull / raw socket", times["ours"], times["socket"]), 0.0, options.json)
         show(compare("with the books / without", times["ours"], times["no books"]), 0.9, options.json)
 

@@ -5,8 +5,8 @@ python benchmarks/parameter_server_runs.py [--steps N] [--rounds N] [--only all-
 Both sides train experiments/digits_cnn.py with two devices on this machine, in turns: the parameter server as two
 workers and a server, all-reduce as one process with two devices. A side's time is the median time of a step.
 
-For the recovery, processes of experiments/digits_mlp.py are killed just before they answer, or just after they decided, with
-the default timers; what counts is the time from the kill to the next finished step.
+For the recovery, processes of experiments/digits_mlp.py are killed just before they answer, or just after they decided,
+with the default timers; what counts is the time from the kill to the next finished step.
 """
 
 import argparse
