@@ -165,7 +165,7 @@ class _HuggingFaceShards:
 
     def _name(self) -> str:
         """Return the name of the data set: of its first example, which is read here once more."""
-        first = next(iter(self._open(0)), {})
+        first: Any = next(iter(self._open(0)), {})
         return fingerprint_text("states", self._num_shards, fingerprint_example(first))
 
 
