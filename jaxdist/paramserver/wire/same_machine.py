@@ -1,6 +1,6 @@
 """Connections within a machine: a Unix socket beside the loopback port, where the system has them without files.
 
-A Unix socket carries three times the bytes of a loopback connection in the same time. It is named after the port, in
+A Unix socket carries three times the bytes of a loopback connection in the same time. It is named after the address, in
 Linux's abstract namespace, so it ends with its process and leaves no file. Both ends prove that they know the token on
 it, as on any connection; with TLS it is not used.
 """
@@ -16,7 +16,7 @@ BUFFER_BYTES = 1 << 20
 def name_of(host: str, port: int) -> str | None:
     """Return the name of the Unix socket beside `host:port`; None if that address is not of this machine alone."""
     known = sys.platform == "linux" and security.is_loopback(host)
-    return f"\0jaxdist-{port}" if known and port else None
+    return f"\0jaxdist-{host}:{port}" if known and port else None
 
 
 def listen(host: str, port: int) -> socket.socket | None:

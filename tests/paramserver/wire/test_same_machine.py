@@ -19,10 +19,10 @@ def test_only_addresses_of_this_machine_have_one(host, port, there):
     assert (same_machine.name_of(host, port) is not None) == there
 
 
-def listening(port=0):
+def listening(port=0, host="127.0.0.1"):
     heard = queue.Queue()
     wire = streams.Wire(
-        listen=f"127.0.0.1:{port}", peers={}, receive=lambda message, handled: (handled(), heard.put(message))
+        listen=f"{host}:{port}", peers={}, receive=lambda message, handled: (handled(), heard.put(message))
     )
     return wire, heard
 
@@ -52,3 +52,12 @@ def test_a_name_that_another_process_has_taken_is_like_a_port_that_is_in_use():
             listening(end.port)
     again, _ = listening(end.port)
     again.close()
+
+
+def test_the_same_port_of_another_loopback_address_is_another_socket():
+    first, _ = listening()
+    try:
+        second, _ = listening(first.port, "127.0.0.2")
+        second.close()
+    finally:
+        first.close()
