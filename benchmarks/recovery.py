@@ -1,14 +1,17 @@
 """The cost of a crash: jobs whose processes are killed or stopped, and the cost of snapshots.
 
 python benchmarks/recovery.py kills [--kills N] [--seed S] [--experiment FILE] [--processes P] [--json]
+python benchmarks/recovery.py random [--experiments FILE ...] [--strategies S ...] [--log FILE] [--minutes M] [--json]
 python benchmarks/recovery.py stops [--stops N] [--seed S] [--json]
 python benchmarks/recovery.py snapshot [--rounds N] [--every N ...] [--json]
 
-`kills` is `jaxdist chaos` with SIGKILLs alone and default timers: the seconds from a kill to the next step that had not
-been made, their parts, and whether params and ledger are those of the undisturbed run. `stops` stops processes of a
-small job and checks whether the watchdog named the right one, and how long after its limit. `snapshot` trains with
-snapshots, at the default interval and every n steps, and without any, in turns of the same process, on two devices; the
-ratio is the median of that of the steps per second of neighbouring rounds.
+`kills` is `jaxdist chaos` with SIGKILLs alone and default timers: the seconds from a kill to the next step that had
+not been made, their parts, and whether params and ledger are those of the undisturbed run. `--steps-per-kill` sets how
+far apart they are. `random` is the same with processes that join and leave, for each experiment with each strategy;
+with a log it is run in pieces. `stops` stops processes of a small job and checks whether the watchdog named the right
+one, and how long after its limit. `snapshot` trains with snapshots, at the default interval and every n steps, and
+without any, in turns of the same process, on two devices; the ratio is the median of that of the steps per second of
+neighbouring rounds.
 
 A long run is 100 kills, 20 stops and the snapshots, on a quiet machine.
 """
@@ -38,16 +41,24 @@ from jaxdist.run import components, loop, recovery, stopwatch
 from jaxdist.rundir import record
 
 ROOT = pathlib.Path(__file__).parents[1]
-ALLOWED_SECONDS = 10.0
+ALLOWED_SECONDS = RANDOM_SECONDS = 2.0
+PROGRAMS = ("digits_cnn.py", "digits_mlp.py", "bytes_gpt.py", "digits_resnet.py")
 HANG_SECONDS = 3.0
 ROUND_SECONDS = 1.0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("kills", "stops", "snapshot"))
+    parser.add_argument("what", choices=("kills", "random", "stops", "snapshot"))
     parser.add_argument("--experiment", default=str(ROOT / "experiments" / "digits_cnn.py"))
     parser.add_argument("--kills", type=int, default=25)
+    parser.add_argument("--steps-per-kill", type=int, default=2)
+    parser.add_argument("--experiments", nargs="+", default=[str(ROOT / "experiments" / name) for name in PROGRAMS])
+    parser.add_argument("--strategies", nargs="+", default=["data-parallel", "zero1", "fsdp"])
+    parser.add_argument("--joins", type=int, default=1)
+    parser.add_argument("--leaves", type=int, default=1)
+    parser.add_argument("--log", type=pathlib.Path, help="file of finished jobs, which are not run again")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="no job is begun after so many")
     parser.add_argument("--stops", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--processes", type=int, default=4)
@@ -55,7 +66,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, nargs="+", default=[1, 10])
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     options = parser.parse_args()
-    rows = {"kills": kills, "stops": stops, "snapshot": snapshots}[options.what](options)
+    rows = {"kills": kills, "random": random_changes, "stops": stops, "snapshot": snapshots}[options.what](options)
     for row in rows:
         row |= {"versions": record.versions(), "machine": f"{os.cpu_count()} cores, {platform.machine()}"}
         print(json.dumps(row) if options.json else "\n".join(f"{name:12} {value}" for name, value in row.items()))
@@ -63,7 +74,7 @@ def main() -> None:
 
 def kills(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     arguments = [options.experiment, "--processes", str(options.processes), "--devices", "1"]
-    arguments += ["--max-steps", str(max(60, 2 * options.kills))]
+    arguments += ["--max-steps", str(max(60, options.steps_per_kill * options.kills))]
     report = fire(options.experiment, arguments, options, kills=options.kills)
     found = report.to_json()
     yield {
@@ -74,6 +85,41 @@ def kills(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "unit": "s (theirs: what is allowed)",
         "repeats": len(report.hits),
         "each": [round(hit.lost.total, 2) for hit in report.hits],
+        "report": found,
+    }
+
+
+def random_changes(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield a row of each experiment with each strategy; `--kills`, `--joins` and `--leaves` are those of one row."""
+    end = time.monotonic() + 60 * options.minutes
+    done = [] if options.log is None or not options.log.exists() else options.log.read_text().splitlines()
+    rows = {row["name"]: row for row in map(json.loads, done)}
+    for experiment, strategy in itertools.product(options.experiments, options.strategies):
+        name = f"{pathlib.Path(experiment).stem}, {strategy}, {options.processes} processes, seed {options.seed}"
+        if name not in rows and time.monotonic() < end:
+            rows[name] = {"name": name} | _changed_at_random(experiment, strategy, options)
+            if options.log is not None:
+                with open(options.log, "a") as log:
+                    log.write(json.dumps(rows[name]) + "\n")
+        if name in rows:
+            yield rows[name]
+
+
+def _changed_at_random(experiment: str, strategy: str, options: argparse.Namespace) -> dict[str, Any]:
+    arguments = [experiment, "--processes", str(options.processes), "--devices", "1", "--strategy", strategy]
+    strikes = options.kills + options.joins + options.leaves
+    arguments += ["--max-steps", str(max(60, options.steps_per_kill * strikes))]
+    wanted = {"kills": options.kills, "joins": options.joins, "leaves": options.leaves}
+    found = fire(experiment, arguments, options, **wanted).to_json()
+    costs = found["lost_seconds"]
+    return {
+        "ours": costs["p50"],
+        "theirs": RANDOM_SECONDS,
+        "ratio": costs["p50"] / RANDOM_SECONDS,
+        "unit": "s from a kill to the next new step (theirs: what is allowed)",
+        "repeats": sum(found["strikes"].values()),
+        "identical": found["identical"],
+        "longest": costs["max"],
         "report": found,
     }
 
@@ -148,7 +194,9 @@ class _Trainer:
     def snapshot_hook(self, every: int | None) -> loop.Hook:
         """Return the hook that takes them every n steps, or as often as by default."""
         settings = config.Recovery(snapshot_every=every)
-        return recovery.snapshots_when_due(self._snapshots, settings, lambda: self._times.quantile(0.5))
+        return recovery.snapshots_when_due(
+            self._snapshots, settings, lambda: self._times.quantile(0.5), lambda value: value
+        )
 
     def rate(self, hook: loop.Hook | None) -> float:
         """Return steps a second."""
