@@ -32,11 +32,16 @@ class Run:
         self.processes = simulation.processes
         self.initial = simulation.params
         self.gradient = simulation.gradient
-        self.clip = simulation.clip
+        self.clip, self.num_params = simulation.clip, simulation.num_params
         s = self.settings
         self.sync = s.mode == "sync" or (s.mode == "bounded" and s.max_staleness == 0)
         self.memberships = [event.what.membership for event in named(self.events, "MembershipRecord")]
-        self.rolled_back = any(membership.restore_term > 1 for membership in self.memberships)
+        # When the run returned to a cut for the last time, in which term, and how many incarnations there were then.
+        back = [event for event in named(self.events, "MembershipRecord") if event.what.trained is not None]
+        self.restore_term, self.incarnations_before = back[-1].what.membership.term, back[-1].what.incarnations
+        self.failed = any(event.what.reason == "error" for event in named(self.events, "Exit"))
+        if self.failed:
+            return  # only the rules of EVEN_IN_FAILURE apply
         cuts = [event.what.cut for event in named(self.events, "ShowCut")]
         require(bool(cuts), "result", "no one read the params at the end")
         self.final = cuts[-1].shards
@@ -151,11 +156,11 @@ def bounded_reads(run):
 
 
 def reads_have_a_future(run):
-    """Without a roll-back, whatever was served is part of the history that survives."""
-    if run.rolled_back:
-        return
+    """Whatever was served since the last roll-back is part of the history that survives."""
     for event in named(run.events, "Served"):
         read = event.what
+        if read.term < run.restore_term:
+            continue
         chains = [0, *(update.after for update in run.paths[read.shard])]
         require(read.chain in chains, "reads", f"shard {read.shard} served a history that did not survive")
 
@@ -169,21 +174,23 @@ def one_primary(run):
 
 
 def acknowledged_survive(run):
-    if run.rolled_back or run.sync:
-        return  # in sync mode `examples_once` demands every step there is
+    if run.sync:
+        return  # there `examples_once` demands every step there is
     held = [{identity(c) for update in path for c in update.contributors} for path in run.paths]
     for event in named(run.events, "PushAck"):
         ack = event.what
-        if ack.status in ("applied", "duplicate"):
+        if ack.status in ("applied", "duplicate") and ack.incarnation > run.incarnations_before:
             who = identity(ack)
             require(who in held[ack.shard], "acknowledged", f"shard {ack.shard} acknowledged {who} and lost it")
 
 
 def stop_together(run):
     exits = {event.process: event.what for event in named(run.events, "Exit")}
-    require(set(exits) == set(run.processes), "stop", f"only {sorted(exits)} ended")
+    ended = {event.process for event in named(run.events, "Ended")}
+    require(set(exits) | ended == set(run.processes), "stop", f"only {sorted(exits)} ended")
     ends = {(end.step, end.reason) for end in exits.values()}
-    require(ends == {(run.settings.max_steps, "max_steps")}, "stop", f"the processes ended with {ends}")
+    expected = {(run.settings.max_steps, "max_steps")}
+    require(len(ends) == 1 and (run.failed or ends == expected), "stop", f"the processes ended with {ends}")
     decided = {(e.what.step, e.what.reason) for e in named(run.events, "StopRecord")}
     require(len(decided) == 1, "stop", f"the end was decided as {decided}")
 
@@ -218,12 +225,18 @@ def snapshots_are_whole(run):
             require(bool(state.seen) or not state.version, "snapshots", f"{name} lacks its exactly-once table")
 
 
-def step_by_hand(params, velocity, grads, clip, norm_squared):
-    if clip:
-        factor = np.float32(min(1.0, clip / (norm_squared**0.5 + 1e-12)))
+def step_by_hand(run, params, velocity, grads, norm_squared):
+    if run.clip:
+        factor = np.float32(min(1.0, run.clip / (norm_squared**0.5 + 1e-12)))
         grads = [factor * g for g in grads]
     velocity = [np.float32(0.9) * v + g for v, g in zip(velocity, grads)]
-    return [p - np.float32(0.1) * v for p, v in zip(params, velocity)], velocity
+    moved = [p - np.float32(0.1) * v for p, v in zip(params, velocity)]
+    return moved[: run.num_params] + list(grads[run.num_params :]), velocity
+
+
+def mean_by_hand(run, total, block, counted, num_examples):
+    """Params have the mean over what the loss counted, model state the mean over all examples."""
+    return total / np.float32(counted if block < run.num_params else num_examples)
 
 
 def same_bits(run):
@@ -253,12 +266,11 @@ def replay_sync(run):
             sums = list(pushes[0].pieces[shard])
             for push in pushes[1:]:
                 sums = [a + b for a, b in zip(sums, push.pieces[shard])]
-            grads.append([total / np.float32(sum(p.count for p in pushes)) for total in sums])
-        squares = sum(float((g.astype(np.float64) ** 2).sum()) for shard in grads for g in shard)
+            counted, examples = sum(p.count for p in pushes), sum(p.num_examples for p in pushes)
+            grads.append([mean_by_hand(run, total, block, counted, examples) for block, total in enumerate(sums)])
+        squares = sum(float((g.astype(np.float64) ** 2).sum()) for shard in grads for g in shard[: run.num_params])
         for shard in range(s.servers):
-            params[shard], velocity[shard] = step_by_hand(
-                params[shard], velocity[shard], grads[shard], run.clip, squares
-            )
+            params[shard], velocity[shard] = step_by_hand(run, params[shard], velocity[shard], grads[shard], squares)
     return params
 
 
@@ -292,8 +304,9 @@ def replay_async(run):
                 push = gradients[identity(c)]
                 after = states[shard][-1]
                 if push.finite and push.count:
-                    grads = [total / np.float32(push.count) for total in push.pieces[shard]]
-                    after = step_by_hand(*after, grads, run.clip, push.norm_squared)
+                    totals = enumerate(push.pieces[shard])
+                    grads = [mean_by_hand(run, total, n, push.count, push.num_examples) for n, total in totals]
+                    after = step_by_hand(run, *after, grads, push.norm_squared)
                 states[shard].append(after)
                 updates.pop(0)
                 moved = True
@@ -301,18 +314,107 @@ def replay_async(run):
     return [history[-1][0] for history in states]
 
 
+def failures_are_due(run):
+    """A run ends with an error only where a shard is lost for good or copies differ, and it says so."""
+    if not run.failed:
+        return
+    why = [event.what.text for event in named(run.events, "Warn")]
+    differ = any("computed wrongly" in text for text in why)
+    require(bool(named(run.events, "Vanished")) or differ, "failure", f"no process vanished, and the run ended: {why}")
+    require(differ or any("there is no saved cut" in text for text in why), "failure", f"the reason is not told: {why}")
+
+
+def copies_agree(run):
+    """Two copies of a shard with the same history have the same bits, or the run ends and says that they differ."""
+    if run.failed:
+        return
+    bits = {}
+    for event in named(run.events, "State"):
+        state = event.what
+        seen = bits.setdefault((state.shard, state.chain), state.checksum)
+        require(seen == state.checksum, "copies", f"copies of shard {state.shard} differ, and no one noticed")
+
+
+def no_resend_storm(run):
+    """A large message is not sent again on a connection on which it still travels."""
+    travelling = set()
+    for event in run.events:
+        kind = type(event.what).__name__
+        if kind == "Sent":
+            key = event.what.connection, event.what.identity
+            require(key not in travelling, "resend storm", f"{event.what.num_bytes} bytes are sent twice: {key[0]}")
+            travelling.add(key)
+        elif kind == "Arrived":
+            travelling.discard((event.what.connection, event.what.identity))
+
+
+def only_the_silent_are_dropped(run):
+    """Who is dropped as silent has sent no heartbeat for long, not even one that waits to be read."""
+    arrived, boots = {}, {}
+    for event in run.events:
+        kind = type(event.what).__name__
+        if kind == "Register":
+            boots[event.what.name] = max(event.what.boot, boots.get(event.what.name, 0))
+        elif kind == "Waits" and event.process == "scheduler":
+            beat = event.what.message
+            if beat.boot >= boots.get(beat.name, 0):  # not a late one, of a start that ended
+                arrived[beat.name] = event.time
+        elif kind == "Warn" and event.what.text.startswith("Worker") and "is silent" in event.what.text:
+            name = "worker/" + event.what.text.split()[1]
+            since = event.time - arrived.get(name, -1e9)
+            least = run.settings.timers.dead_after / 2
+            require(since >= least, "needless eviction", f"{name} was dropped {since:.2f} s after its heartbeat came")
+
+
+def the_log_stays_short(run):
+    """The log is replaced by one record before it is long, cuts or not."""
+    length = longest = 0
+    for event in run.events:
+        kind = type(event.what).__name__
+        if kind in ("CommitRecord", "CompleteRecord"):
+            length += 1
+            longest = max(longest, length)
+        elif kind == "StateRecord":
+            length = 0
+    require(longest <= MOST_LOGGED_STEPS, "log", f"{longest} steps follow each other in the log")
+
+
+MOST_LOGGED_STEPS = 130
+
+
+def saved_cuts_survive(run):
+    """A roll-back goes to the newest cut that was acknowledged."""
+    newest = None
+    for event in run.events:
+        kind = type(event.what).__name__
+        if kind == "SavedCutRecord":
+            newest = event.what.name
+        elif kind == "MembershipRecord" and event.what.trained is not None and event.what.membership.term > 1:
+            got = event.what.membership.restore
+            require(got == (newest or ""), "saved cuts", f"a roll-back went to {got!r}, though {newest!r} was saved")
+
+
+EVEN_IN_FAILURE = (
+    failures_are_due,
+    stop_together,
+    one_primary,
+    incarnations_are_new,
+    snapshots_are_whole,
+    no_resend_storm,
+    only_the_silent_are_dropped,
+    the_log_stays_short,
+    saved_cuts_survive,
+)
 RULES = (
+    *EVEN_IN_FAILURE,
+    copies_agree,
     applied_once,
     same_contributors,
     examples_once,
     fenced_stay_out,
     bounded_reads,
     reads_have_a_future,
-    one_primary,
     acknowledged_survive,
-    stop_together,
-    incarnations_are_new,
-    snapshots_are_whole,
     same_bits,
 )
 
@@ -320,5 +422,5 @@ RULES = (
 def check(simulation):
     """Raise Broken if the run broke a rule."""
     run = Run(simulation)
-    for rule in RULES:
+    for rule in EVEN_IN_FAILURE if run.failed else RULES:
         rule(run)

@@ -1,5 +1,6 @@
 """A tiny training problem for simulated runs, whose float32 sums depend on their order, and runs drawn from a seed."""
 
+import dataclasses
 import random
 
 import checker
@@ -7,7 +8,7 @@ import numpy as np
 
 from jaxdist.paramserver.protocol import messages
 from jaxdist.paramserver.protocol.settings import Settings, Timers
-from jaxdist.paramserver.simulator import Faults, Simulation
+from jaxdist.paramserver.simulator import Faults, Hardware, Simulation
 
 SIZES = {1: ((3, 2),), 2: ((3,), (2,)), 3: ((2,), (2,), (1,))}
 TIMERS = Timers(heartbeat=0.1, retry=0.15, dead_after=0.6, stuck_after=1.5)
@@ -17,7 +18,7 @@ CLIP = 0.5
 
 
 class Momentum:
-    """Heavy-ball SGD in numpy: order and number of updates show in the bits."""
+    """Heavy-ball SGD in numpy: order and number of updates show in the bits. Model state becomes its mean."""
 
     def __init__(self, clip=False, num_params=9):
         self.needs_norm, self.num_params = clip, num_params
@@ -30,7 +31,8 @@ class Momentum:
             factor = np.float32(min(1.0, CLIP / (norm_squared**0.5 + 1e-12)))
             grads = tuple(factor * g for g in grads)
         velocity = tuple(np.float32(0.9) * v + g for v, g in zip(opt_state, grads))
-        return tuple(p - np.float32(0.1 * scale) * v for p, v in zip(params, velocity)), velocity
+        moved = tuple(p - np.float32(0.1 * scale) * v for p, v in zip(params, velocity))
+        return (*moved[: self.num_params], *grads[self.num_params :]), velocity
 
 
 def initial_params(servers):
@@ -49,16 +51,17 @@ def gradient(lease, params):
             np.array([rng.gauss(0, 1) * 10 ** rng.uniform(-3, 3) for _ in range(p.size)], np.float32) for p in shard
         ]
         pieces.append(tuple(np.float32(count) * (np.float32(0.2) * p + g) for p, g in zip(shard, noise)))
+    counted = count if rng.random() < 0.7 else rng.randint(1, max(count, 1))  # the mask of some examples is false
     if rng.random() < 0.04:  # the loss counts none of these examples
-        count, pieces = 0, [tuple(np.zeros_like(g) for g in shard) for shard in pieces]
+        counted, pieces = 0, [tuple(np.zeros_like(g) for g in shard) for shard in pieces]
     if not finite:
         pieces[0] = (np.full_like(pieces[0][0], np.nan), *pieces[0][1:])
-    squares = sum(float((g.astype(np.float64) ** 2).sum()) for shard in pieces for g in shard) / max(count, 1) ** 2
-    metrics = (messages.Metric("loss", 1.0 * count, count),)
-    return messages.Computed(0, 0, float(count), float(count), finite, squares, tuple(pieces), metrics)
+    squares = sum(float((g.astype(np.float64) ** 2).sum()) for shard in pieces for g in shard) / max(counted, 1) ** 2
+    metrics = (messages.Metric("loss", 1.0 * counted, float(counted)),)
+    return messages.Computed(0, 0, float(counted), float(count), finite, squares, tuple(pieces), metrics)
 
 
-def draw_settings(rng: random.Random) -> Settings:
+def draw_settings(rng: random.Random, most_steps=10) -> Settings:
     mode = rng.choice(["sync", "sync", "bounded", "async"])
     workers = rng.randint(1, 4)
     durability = rng.choice(["none", "snapshot", "replicated", "replicated"])
@@ -68,7 +71,7 @@ def draw_settings(rng: random.Random) -> Settings:
     return Settings(
         num_examples=rng.randint(2, 4) * batch + rng.randint(0, batch - 1),
         global_batch_size=batch,
-        max_steps=rng.randint(4, 10),
+        max_steps=rng.randint(4, 10) if most_steps == 10 else rng.randint(20, most_steps),
         workers=workers,
         servers=rng.randint(1, 3),
         mode=mode,
@@ -82,43 +85,89 @@ def draw_settings(rng: random.Random) -> Settings:
     )
 
 
-def draw_faults(rng: random.Random) -> Faults:
+def draw_faults(rng: random.Random, longest=3.0) -> Faults:
     def sometimes(high):
         return rng.uniform(0, high) if rng.random() < 0.6 else 0.0
 
+    def seldom(high):
+        return rng.uniform(0, high) if rng.random() < 0.3 else 0.0
+
     return Faults(
-        until=rng.uniform(1.0, 3.0),
+        until=rng.uniform(1.0, longest),
         drop=sometimes(0.15),
         repeat=sometimes(0.3),
         slow=sometimes(0.3),
+        late=seldom(0.1),
+        breaks=sometimes(5.0),
         partitions=sometimes(1.5),
-        kills=sometimes(2.5),
+        kills=sometimes(2.5 * 3.0 / longest),
+        crash=seldom(0.003 * 3.0 / longest),
+        lost_disk=seldom(0.3),
         pauses=sometimes(1.5),
         crash_at_append=sometimes(0.1),
         disk_full=sometimes(0.3),
+        disk_slow=seldom(0.1),
         slow_worker=rng.choice([1.0, 1.0, 5.0]),
-        busy=sometimes(0.05),
+        busy=sometimes(0.03),
         jumps=sometimes(1.0),
+        vanish=seldom(1.0),
     )
 
 
-def simulate(seed, *, settings=None, faults=None, roles=None, clip=None):
+def draw_hardware(rng: random.Random) -> Hardware:
+    """Draw machines: half of the runs know no bandwidth; in the others, messages of an array are large ones."""
+    if rng.random() < 0.5:
+        return Hardware()
+    return Hardware(
+        bandwidth=10 ** rng.uniform(3.5, 6.0),
+        handle_seconds=(rng.uniform(0.0, 0.002), rng.uniform(0.0, 1e-4)),
+        fsync_seconds=(0.0005, rng.uniform(0.001, 0.02)),
+        small_bytes=rng.choice([140, 64 << 10]),
+        window=rng.choice([200, 2000, 1 << 20]),
+        queue_bytes=rng.choice([1000, 5000, 1 << 20]),
+        budget=rng.choice([300, 1000, 1 << 20]),
+    )
+
+
+LONG_SHARE = 0.05
+"""Share of the runs that have up to 300 steps."""
+
+
+@dataclasses.dataclass
+class Drawn:
+    """What a seed stands for."""
+
+    settings: Settings
+    faults: Faults
+    hardware: Hardware
+    clip: bool
+    num_params: int
+
+    @classmethod
+    def of(cls, seed):
+        rng = random.Random(seed)
+        long = rng.random() < LONG_SHARE
+        settings = draw_settings(rng, 300 if long else 10)
+        faults = draw_faults(rng, 30.0 if long else 3.0)
+        return cls(settings, faults, draw_hardware(rng), rng.random() < 0.3, rng.choice([9, 9, 1]))
+
+
+def simulate(seed, *, updater=Momentum, roles=None, **instead):
     """Play the run a seed stands for, with what is given instead of drawn."""
-    rng = random.Random(seed)
-    drawn_settings, drawn_faults = draw_settings(rng), draw_faults(rng)
-    clip = rng.random() < 0.3 if clip is None else clip
-    settings = settings or drawn_settings
+    drawn = dataclasses.replace(Drawn.of(seed), **instead)
     simulation = Simulation(
         seed=seed,
-        settings=settings,
-        faults=faults or drawn_faults,
-        params=initial_params(settings.servers),
+        settings=drawn.settings,
+        faults=drawn.faults,
+        hardware=drawn.hardware,
+        params=initial_params(drawn.settings.servers),
         gradient=gradient,
-        make_updater=lambda: Momentum(clip),
+        make_updater=lambda: updater(drawn.clip, drawn.num_params),
         roles=roles,
     )
-    simulation.clip = CLIP if clip else None
-    return simulation.run()
+    simulation.clip = CLIP if drawn.clip else None
+    simulation.num_params = drawn.num_params
+    return simulation.run(patience=60.0 + 3.0 * drawn.settings.max_steps)
 
 
 def play(seed, **instead):

@@ -6,14 +6,11 @@ as `effects` requires.
 """
 
 import collections
-import logging
 from collections.abc import Callable
 from typing import Protocol
 
 from jaxdist.paramserver.processes import faults
 from jaxdist.paramserver.protocol import effects, messages
-
-_logger = logging.getLogger(__name__)
 
 PULSE_SECONDS, MOST_SILENT_SECONDS = 0.5, 120.0
 """How often, and for how long, heartbeats are repeated while one message is being handled."""
@@ -35,11 +32,15 @@ class World(Protocol):
     """What is outside of a state machine. Only `now` and `send` are called from more than one thread."""
 
     def now(self) -> float:
-        """Return the seconds of a clock that need not start at 0."""
+        """Return the seconds of a clock that starts anywhere; if it is set back, no time passes for the machine."""
         ...
 
-    def take(self, until: float) -> Received | None:
-        """Return the next message received; None if there is none until then."""
+    def take_heartbeat(self) -> Received | None:
+        """Return the next heartbeat that waits, if any, even if other messages were received before it."""
+        ...
+
+    def take(self, seconds: float) -> Received | None:
+        """Return the next message received; None if none comes for that long."""
         ...
 
     def send(self, to: str, message: messages.Message) -> None:
@@ -66,6 +67,10 @@ class World(Protocol):
         """Begin to read the examples of `lease`, before its params have arrived."""
         ...
 
+    def warn(self, text: str) -> None:
+        """Show a warning to the user."""
+        ...
+
     def compute(self, effect: effects.Compute) -> None:
         """Begin to compute a gradient, after what was prepared; messages.Computed is received later."""
         ...
@@ -79,6 +84,7 @@ class Driver:
       world: see World.
       observe: called with every effect after it is done, for example effects.Committed or effects.ShowCut.
       tick_seconds: seconds between two ticks.
+      pulse_seconds: see `pulse`.
       point: called before and after everything this process does; see `faults`.
     """
 
@@ -89,57 +95,68 @@ class Driver:
         *,
         observe: Callable[[effects.Effect], None] = lambda effect: None,
         tick_seconds: float = TICK_SECONDS,
+        pulse_seconds: float = PULSE_SECONDS,
         point: faults.Point = faults.no_faults,
     ) -> None:
         self.machine, self.world = machine, world
-        self._observe, self._tick_seconds = observe, tick_seconds
+        self._observe, self._tick_seconds, self.pulse_seconds = observe, tick_seconds, pulse_seconds
         self._point = point
         self.exit: effects.Exit | None = None
-        self.tick_at = float("-inf")  # by the clock of the world
+        self._read: float | None = None  # what the clock of the world showed last
+        self._now = self._tick_at = 0.0  # seconds of this driver, which never decrease
         self._beat: tuple[str, messages.Heartbeat] | None = None  # the last one sent
         self._beat_at = 0.0
         self._own: collections.deque[messages.Message] = collections.deque()  # effects.Continue
 
     def turn(self) -> bool:
-        """Handle a tick that is due, or else the next message; return False if neither came until the next tick.
+        """Handle a heartbeat, a tick that is due, or the next message; return False if none came until the tick.
 
-        What the machine wants to continue with comes before both.
+        What the machine wants to continue with comes before them.
         """
-        now = self.world.now()
         if self._own:
-            self._feed(self._own.popleft(), now)
+            self._feed(self._own.popleft())
             return True
-        if now >= self.tick_at:
-            self.tick_at = now + self._tick_seconds
-            self._feed(messages.Tick(), now)
+        now = self._advance()
+        # Heartbeats come first: at a tick, no process may count as silent whose heartbeat waits here.
+        received = self.world.take_heartbeat()
+        if received is None and now >= self._tick_at:
+            self._tick_at = now + self._tick_seconds
+            self._feed(messages.Tick())
             return True
-        received = self.world.take(self.tick_at)
+        received = received or self.world.take(self._tick_at - now)
         if received is None:
             return False
         message, handled = received
-        self._feed(message, self.world.now())
+        self._feed(message)
         handled()
         return True
+
+    def _advance(self) -> float:
+        """Return the seconds of this driver: a clock that is set back stands still, so no process falls silent."""
+        shown = self.world.now()
+        self._now += 0.0 if self._read is None else max(shown - self._read, 0.0)
+        self._read = shown
+        return self._now
 
     def pulse(self) -> None:
         """Repeat the last heartbeat if one message takes long to handle: a process at work must not seem silent.
 
-        Called every PULSE_SECONDS, by another thread than the one that handles messages.
+        Called every `pulse_seconds`, by another thread than the one that handles messages.
         """
         beat, silent = self._beat, self.world.now() - self._beat_at
-        if beat is not None and PULSE_SECONDS < silent < MOST_SILENT_SECONDS:
+        if beat is not None and self.pulse_seconds < silent < MOST_SILENT_SECONDS:
             self.world.send(*beat)
 
-    def _feed(self, message: messages.Message, now: float) -> None:
+    def _feed(self, message: messages.Message) -> None:
         self._point("hear", message)
-        replies, todo = self.machine.handle(message, now)
+        replies, todo = self.machine.handle(message, self._advance())
         for effect in todo:
             self._point("do", effect)
             self._do(effect)
             self._point("did", effect)
         for to, reply in replies:
             if isinstance(reply, messages.Heartbeat):
-                self._beat, self._beat_at = (to, reply), now
+                self._beat, self._beat_at = (to, reply), self.world.now()
             for _ in range(self._point("send", reply)):
                 self.world.send(to, reply)
 
@@ -158,7 +175,7 @@ class Driver:
             case effects.Compute():
                 self.world.compute(effect)
             case effects.Warn(text):
-                _logger.warning(text)
+                self.world.warn(text)
             case effects.Continue(message):
                 self._own.append(message)
             case effects.Exit():

@@ -1,5 +1,6 @@
 """The world of a real process: clock, inbox, connections, log, files, and the threads that compute and write."""
 
+import collections
 import contextlib
 import logging
 import os
@@ -88,14 +89,19 @@ class ProcessWorld:
     ) -> None:
         self.directory, self._log = directory, log
         self._gradient, self._prepare = gradient, prepare
-        self._inbox: queue.SimpleQueue[drivers.Received] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[drivers.Received | None] = queue.SimpleQueue()  # None: a heartbeat has come
+        self._heartbeats: collections.deque[drivers.Received] = collections.deque()
         self._pool = futures.ThreadPoolExecutor(1, "compute")
         self._disk = futures.ThreadPoolExecutor(1, "disk")
         self._wire: Sender
 
     def receive(self, message: messages.Message, handled: Callable[[], None] = lambda: None) -> None:
         """Queue a message, from any thread; `handled` is called when it has been handled."""
-        self._inbox.put((message, handled))
+        if isinstance(message, messages.Heartbeat):
+            self._heartbeats.append((message, handled))
+            self._inbox.put(None)
+        else:
+            self._inbox.put((message, handled))
 
     def run(self, driver: drivers.Driver, wire: Sender) -> effects.Exit:
         """Run the state machine of `driver`, whose world this is, until it exits; return its exit effect."""
@@ -109,7 +115,7 @@ class ProcessWorld:
 
     def _pulse(self, driver: drivers.Driver) -> None:
         while driver.exit is None:
-            time.sleep(drivers.PULSE_SECONDS)
+            time.sleep(driver.pulse_seconds)
             driver.pulse()
 
     # World.
@@ -118,10 +124,14 @@ class ProcessWorld:
         """Return the seconds of the monotonic clock."""
         return time.monotonic()
 
-    def take(self, until: float) -> drivers.Received | None:
-        """Return the next message received; wait for one until then."""
+    def take_heartbeat(self) -> drivers.Received | None:
+        """Return the next heartbeat that waits, if any."""
+        return self._heartbeats.popleft() if self._heartbeats else None
+
+    def take(self, seconds: float) -> drivers.Received | None:
+        """Return the next message received; wait for one that long."""
         try:
-            return self._inbox.get(timeout=max(until - time.monotonic(), 0.0))
+            return self._inbox.get(timeout=seconds) or self.take_heartbeat()
         except queue.Empty:
             return None
 
@@ -154,6 +164,10 @@ class ProcessWorld:
     def compute(self, effect: effects.Compute) -> None:
         """Compute a gradient in its thread."""
         self._pool.submit(self._in_pool, self._compute, effect)
+
+    def warn(self, text: str) -> None:
+        """Log a warning."""
+        _logger.warning(text)
 
     # In threads.
 

@@ -38,15 +38,20 @@ def take_silent(directory: pathlib.Path, name: str) -> bool:
 
 BOOTS_NAME = "boots"
 """The folder with the last boot number of each process."""
-_BOOT_ROOM = 1_000_000
+BOOT_ROOM = 1_000_000
 """Space between boot numbers: a process that rejoins without a restart adds one to its own."""
+
+
+def newer_boot(wall: int, before: int) -> int:
+    """Return a boot number for a process that starts at the wall clock `wall` (ns): larger than `before`, its last."""
+    return max(wall, before + BOOT_ROOM)
 
 
 def next_boot(directory: pathlib.Path, name: str) -> int:
     """Return the boot number of a process that starts: larger than all earlier ones, even if the clock was set back."""
     path = directory / BOOTS_NAME / name.replace("/", "-")
     before = int(path.read_text()) if path.exists() else 0
-    boot = max(time.time_ns(), before + _BOOT_ROOM)
+    boot = newer_boot(time.time_ns(), before)
     full_disk.until_written(lambda: write_file(path, [str(boot).encode()]), str(path))
     return boot
 
@@ -54,7 +59,7 @@ def next_boot(directory: pathlib.Path, name: str) -> int:
 def last_boot(directory: pathlib.Path, name: str) -> int:
     """Return the largest boot number that the process `name` can have had until now."""
     path = directory / BOOTS_NAME / name.replace("/", "-")
-    return int(path.read_text()) + _BOOT_ROOM - 1 if path.exists() else 0
+    return int(path.read_text()) + BOOT_ROOM - 1 if path.exists() else 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -252,10 +252,9 @@ class Shard:
             pushes = [self.staged[sums.identity(c)] for c in self._ordered(commit)]
             self.summing = commit
             self.summed = () if commit.skip else self._mean_of(commit, pushes)
-            grads = self.summed[: self.updater.num_params]
-            self.squares = -1.0 if commit.skip else sum(float(np.vdot(g, g).real) for g in grads)
+            self.squares = -1.0 if commit.skip else sum(float(np.vdot(g, g).real) for g in self._grads())
         if self.updater.needs_norm and not commit.skip:
-            wide = (g.astype(np.promote_types(g.dtype, np.float64)) for g in self.summed)
+            wide = (g.astype(np.promote_types(g.dtype, np.float64)) for g in self._grads())
             squares = tuple(float(np.vdot(g, g).real) for g in wide)
             outcome.send(SCHEDULER, messages.Norms(self.shard, commit.step, squares))
         else:
@@ -264,6 +263,10 @@ class Shard:
     def _mean_of(self, commit: messages.Commit, pushes: Sequence[messages.Push]) -> Arrays:
         ready = self._ready_for(commit)
         return ready.mean if ready is not None else sums.mean(pushes, self.params, self.updater.num_params)
+
+    def _grads(self) -> Arrays:
+        """Return the blocks of the mean gradient: model state, the blocks after them, has no part in its norm."""
+        return self.summed[: self.updater.num_params]
 
     def _finish(self, outcome: Outcome, finish: messages.Finish) -> None:
         if self.summing is not None and finish.step == self.summing.step:

@@ -88,6 +88,10 @@ class Encoded:
         self._arrays, self._block_bytes = writer.arrays, block_bytes
         self.num_bytes = len(self._start) + size + _CHECKSUM.size * len(writer.arrays)
 
+    def identity(self) -> bytes:
+        """Return what distinguishes this message from others: its numbers and names."""
+        return self._start
+
     def is_same(self, other: "Encoded") -> bool:
         """Return whether both are the same message, sent twice: their heads are equal."""
         return self._start == other._start

@@ -14,17 +14,20 @@ NAGLE_BYTES = 256 << 10
 """Small messages that wait are sent as one block of at least this size."""
 
 
-class Parcel(Protocol):
+class Queued(Protocol):
     """An encoded message."""
 
-    num_bytes: int
+    @property
+    def num_bytes(self) -> int:
+        """The length on the wire."""
+        ...
 
     def is_same(self, other: Self) -> bool:
         """Return whether both are the same message, sent twice."""
         ...
 
 
-P = TypeVar("P", bound=Parcel)
+P = TypeVar("P", bound=Queued)
 
 
 class Outbox(Generic[P]):

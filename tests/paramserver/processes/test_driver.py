@@ -24,12 +24,16 @@ class World:
     """Notes what it is asked for, in order; its clock is what the test sets."""
 
     def __init__(self, clock=0.0):
-        self.clock, self.inbox, self.asked = clock, [], []
+        self.clock, self.inbox, self.heartbeats, self.asked = clock, [], [], []
 
     def now(self):
         return self.clock
 
-    def take(self, until):
+    def take_heartbeat(self):
+        return (self.heartbeats.pop(0), lambda: None) if self.heartbeats else None
+
+    def take(self, seconds):
+        self.seconds = seconds
         return (self.inbox.pop(0), lambda: self.asked.append(("handled",))) if self.inbox else None
 
     def __getattr__(self, verb):
@@ -61,9 +65,30 @@ def test_a_tick_that_is_due_comes_first_and_then_messages_in_order():
     for clock in (5.0, 5.1, 5.2, 5.5, 5.6, 5.7):
         world.clock = clock
         turns.append(made.turn())
-    assert machine.told == [("Tick", 5.0), ("NoOp", 5.1), ("StopRun", 5.2), ("Tick", 5.5), ("NoOp", 5.6)]
+    assert [kind for kind, _ in machine.told] == ["Tick", "NoOp", "StopRun", "Tick", "NoOp"]
+    assert [now for _, now in machine.told] == pytest.approx([0.0, 0.1, 0.2, 0.5, 0.6])
     assert turns == [True] * 5 + [False]
-    assert made.tick_at == 6.0
+    assert world.seconds == pytest.approx(0.3)
+
+
+def test_heartbeats_that_wait_come_before_a_tick():
+    """At the tick a scheduler that stood still would take their senders for silent."""
+    machine, world = Machine(), World()
+    made = driver.Driver(machine, world)
+    world.inbox, world.heartbeats = [messages.NoOp()], [BEAT, BEAT]
+    for _ in range(4):
+        made.turn()
+    assert [kind for kind, _ in machine.told] == ["Heartbeat", "Heartbeat", "Tick", "NoOp"]
+
+
+def test_a_clock_that_is_set_back_does_not_stop_the_ticks():
+    """A process that waits until its clock is there again sends no heartbeat for as long."""
+    machine, world = Machine(), World(1000.0)
+    made = driver.Driver(machine, world, tick_seconds=0.5)
+    for clock in (1000.0, 1000.25, 3.0, 3.25, 3.5, 4.0):
+        world.clock = clock
+        made.turn()
+    assert [now for _, now in machine.told] == pytest.approx([0.0, 0.5, 1.25])
 
 
 def test_what_a_machine_continues_with_comes_after_its_replies_and_before_all_else():

@@ -185,8 +185,7 @@ def test_a_gradient_that_fails_ends_the_process(tmp_path, monkeypatch, asked):
     assert statuses == [1]
 
 
-def test_a_heartbeat_is_repeated_while_one_message_takes_long(tmp_path, monkeypatch):
-    monkeypatch.setattr(drivers, "PULSE_SECONDS", 0.01)
+def test_a_heartbeat_is_repeated_while_one_message_takes_long(tmp_path):
     beat = effects.Send("scheduler", messages.Heartbeat("worker/0", 1, 2, 3, True))
 
     def work(message):
@@ -198,6 +197,18 @@ def test_a_heartbeat_is_repeated_while_one_message_takes_long(tmp_path, monkeypa
     machine = Machine(Tick=once(replies=[beat]), NoOp=work)
     world, wire = process_world.ProcessWorld(tmp_path), Wire()
     world.receive(messages.NoOp())
-    world.run(drivers.Driver(machine, world), wire)
+    world.run(drivers.Driver(machine, world, pulse_seconds=0.01), wire)
     assert set(wire.sent) == {tuple(beat)}
     assert len(wire.sent) >= 3
+
+
+def test_a_heartbeat_overtakes_the_messages_that_wait(tmp_path):
+    beat = messages.Heartbeat("worker/0", 1, 2, 3, True)
+    world = process_world.ProcessWorld(tmp_path)
+    for message in (messages.NoOp(), beat, messages.NoOp()):
+        world.receive(message)
+    assert world.take_heartbeat()[0] is beat
+    assert world.take_heartbeat() is None
+    assert [world.take(0.0) and "NoOp" for _ in range(4)] == ["NoOp", None, "NoOp", None]
+    world.receive(beat)
+    assert world.take(10.0)[0] is beat

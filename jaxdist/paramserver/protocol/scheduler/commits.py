@@ -4,6 +4,7 @@ import math
 
 from jaxdist.paramserver.protocol import effects, journal, messages, sums
 from jaxdist.paramserver.protocol.effects import Output
+from jaxdist.paramserver.protocol.scheduler import cuts
 from jaxdist.paramserver.protocol.scheduler.lease_table import BatchLeases, StepLeases
 from jaxdist.paramserver.protocol.scheduler.scheduler_state import SchedulerState
 
@@ -21,6 +22,7 @@ def decide(state: SchedulerState, out: Output) -> None:
     out.do(effects.Committed(record.step, examples, state.lease_table.metrics(), empty))
     state.lease_table.advance()
     state.last_commit = record
+    state.logged_steps += 1
     state.note_nonfinite(empty or not record.skip)
     state.norms, state.norm_squared, state.committed, state.squares = {}, None, set(), {}
     if state.settled():
@@ -83,6 +85,7 @@ def on_commit_ack(state: SchedulerState, ack: messages.CommitAck, now: float, ou
     if min(state.squares.values()) >= 0:
         out.do(effects.GradNorm(state.last_commit.step, math.sqrt(sum(state.squares.values()))))
     state.last_commit = None
+    cuts.shorten_log(state, out)
     decide(state, out)
     return True
 
@@ -93,5 +96,7 @@ def complete(state: SchedulerState, push: messages.Contributor, done: messages.D
     if state.lease_table.complete(push.lease.step):
         empty = done is not None and note_empty(state, state.step, done.count, out)
         out.do(effects.Append(journal.CompleteRecord(push)))
+        state.logged_steps += 1
         metrics = () if done is None else done.metrics
         out.do(effects.Committed(state.step, push.lease.stop - push.lease.start, metrics, empty))
+        cuts.shorten_log(state, out)

@@ -8,6 +8,9 @@ from jaxdist.paramserver.protocol.scheduler.lease_table import StepLeases
 from jaxdist.paramserver.protocol.scheduler.scheduler_state import SchedulerState
 from jaxdist.paramserver.protocol.settings import saved_cut_file, shard_file
 
+MOST_LOGGED_STEPS = 100
+"""Steps in the log after which it is shortened although no cut is taken: a restart reads all of it."""
+
 
 def is_due(state: SchedulerState) -> bool:
     """Return whether a cut or the end of the run is due, so that no lease may be granted."""
@@ -88,12 +91,13 @@ def on_written(state: SchedulerState, written: messages.Written, now: float, out
     state.saved_cut = (state.saving, state.lease_table.trained())
     out.do(effects.Append(journal.SavedCutRecord(*state.saved_cut)))
     _close_save(state)
-    _compact(state, out)
+    shorten_log(state, out, longest=0)
 
 
-def _compact(state: SchedulerState, out: Output) -> None:
-    """Replace the log by the state that a restart needs, which is small between two steps."""
-    if not state.ending():  # the end needs its own records, which are few
+def shorten_log(state: SchedulerState, out: Output, *, longest: int = MOST_LOGGED_STEPS) -> None:
+    """Replace the log, if it holds `longest` steps, by the state that a restart needs, small between two steps."""
+    if state.logged_steps >= longest and not state.ending():  # the end needs its own records, which are few
+        state.logged_steps = 0
         out.do(effects.Compact(state.state_record()))
 
 
@@ -139,7 +143,7 @@ def on_verdict(state: SchedulerState, verdict: messages.Verdict, now: float, out
     if verdict.end_reason and not state.ending():
         # This cut is the last one: the observer has the final params already.
         state.halted, state.read_last = verdict.end_reason, True
-    _compact(state, out)
+    shorten_log(state, out, longest=0)
 
 
 def on_halt(state: SchedulerState, halt: messages.Halt, now: float, out: Output) -> None:

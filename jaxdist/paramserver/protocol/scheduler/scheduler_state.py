@@ -67,6 +67,7 @@ class SchedulerState:
         # The lease table, and the commit that not every shard has applied yet.
         self.lease_table = self.make_lease_table(self.saved_cut[1])
         self.last_commit: journal.CommitRecord | None = None
+        self.logged_steps = 0  # since the log was replaced by one record
         self.committed: set[int] = set()
         self.squares: dict[int, float] = {}
         self.norms: dict[int, tuple[float, ...]] = {}
@@ -101,6 +102,7 @@ class SchedulerState:
 
     def replay(self, record: messages.Message) -> None:
         """Apply a record of the log that was written before a restart."""
+        self.logged_steps += isinstance(record, journal.CommitRecord | journal.CompleteRecord)
         if isinstance(record, journal.StateRecord):
             self._replay_state(record)
         elif isinstance(record, journal.MembershipRecord):
@@ -127,6 +129,7 @@ class SchedulerState:
 
     def _replay_state(self, record: journal.StateRecord) -> None:
         self._replay_membership(record.membership)
+        self.logged_steps = 0
         self.saved_cut = (record.saved.name, record.saved.trained)
         self.lease_table, self.last_commit = self.make_lease_table(record.trained), None
         self.saved_at, self.read_at = record.saved_at, record.read_at

@@ -1,0 +1,434 @@
+"""Faulty parts of a parameter server. Each must turn a number of simulated runs red, by the rule that it breaks.
+
+A bug is what a simulation runs instead of the right part, the settings and faults in which it shows, and the rules that
+may tell it. `found` says in which of how many seeds.
+"""
+
+import dataclasses
+
+import numpy as np
+import workload
+
+from jaxdist.paramserver.processes.driver import Driver
+from jaxdist.paramserver.protocol import effects, journal, messages
+from jaxdist.paramserver.protocol.scheduler.scheduler import Scheduler
+from jaxdist.paramserver.protocol.server import Server
+from jaxdist.paramserver.protocol.settings import Settings, saved_cut_file, server_shard, shard_file
+from jaxdist.paramserver.protocol.shard import Shard
+from jaxdist.paramserver.protocol.worker import Worker
+from jaxdist.paramserver.simulator import FAST, Faults, Hardware, Roles
+from jaxdist.paramserver.wire.outbox import Outbox
+
+HARSH = Faults(until=3.0, drop=0.1, repeat=0.3, slow=0.3, partitions=0.5, kills=2.0, pauses=1.5, crash_at_append=0.05)
+SLOW_WIRE = Hardware(bandwidth=2e4, small_bytes=140)
+
+
+def settings(**changes):
+    chosen = {"num_examples": 22, "global_batch_size": 7, "max_steps": 8, "timers": workload.TIMERS, **changes}
+    return Settings(**chosen)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bug:
+    """A planted bug; an empty rule stands for any failure."""
+
+    roles: Roles = dataclasses.field(default_factory=Roles)
+    settings: dict = dataclasses.field(default_factory=dict)
+    faults: dict = dataclasses.field(default_factory=dict)
+    rule: str = ""
+    hardware: Hardware = FAST
+    updater: type = workload.Momentum
+    clip: bool = False
+    num_params: int = 9
+
+    def play(self, seed, *, planted=True):
+        """Play a schedule of this bug, or the same without it."""
+        healthy = {} if planted else {"roles": None, "updater": workload.Momentum}
+        given = {"roles": self.roles, "updater": self.updater} | healthy
+        return workload.play(
+            seed,
+            settings=settings(**self.settings),
+            faults=dataclasses.replace(HARSH, **self.faults),
+            hardware=self.hardware,
+            clip=self.clip,
+            num_params=self.num_params,
+            **given,
+        )
+
+    def shows(self, seed):
+        """Return whether this seed shows the bug, and what was seen."""
+        try:
+            with np.errstate(all="ignore"):
+                self.play(seed)
+        except (AssertionError, KeyError) as error:
+            text = str(error) if isinstance(error, AssertionError) else repr(error)
+            return not self.rule or any(text.startswith(rule) for rule in self.rule.split("|")), text
+        return False, ""
+
+    def found(self, *, within=150):
+        """Return the number of seeds until one shows this bug; raise AssertionError if none of `within` does."""
+        seen = []
+        for seed in range(within):
+            right, text = self.shows(seed)
+            if right:
+                return seed + 1
+            seen += [text] if text else []
+        raise AssertionError(f"{within} schedules did not show it as {self.rule!r}; seen: {seen[:3]}")
+
+
+def hearing(role, **rewritten):
+    """Return `role` with what it hears rewritten: for each type of message a function of machine and message."""
+
+    class Deceived(role):
+        def handle(self, message, now):
+            rewrite = rewritten.get(type(message).__name__)
+            return super().handle(rewrite(self, message) if rewrite else message, now)
+
+    return Deceived
+
+
+def in_my_term(machine, message):
+    """Return the message as if it were of the term of its reader: a check of terms that is not there."""
+    term = machine.state.term if isinstance(machine, Scheduler) else machine.term
+    return dataclasses.replace(message, term=term)
+
+
+def doing(role, change):
+    """Return `role` with its effects changed: `change` returns the effects to do instead of one."""
+
+    class Doing(role):
+        def handle(self, message, now):
+            replies, todo = super().handle(message, now)
+            return replies, [each for effect in todo for each in change(effect)]
+
+    return Doing
+
+
+# Row 1: an optimizer that is right on one server.
+
+
+class OwnNorm(workload.Momentum):
+    """Clips by the norm of its own shard."""
+
+    def update(self, params, opt_state, grads, *, step, scale, norm_squared):
+        mine = sum(float((g.astype(np.float64) ** 2).sum()) for g in grads[: self.num_params])
+        return super().update(params, opt_state, grads, step=step, scale=scale, norm_squared=mine)
+
+
+class NormOfAll(Shard):
+    """Counts the sums of model state as part of the gradient."""
+
+    def _grads(self):
+        return self.summed
+
+
+class OneWeight(Shard):
+    """Weights model state by what the loss counted."""
+
+    def _push(self, outcome, push):
+        super()._push(outcome, dataclasses.replace(push, num_examples=push.count))
+
+
+# Row 2: what is sent again.
+
+
+class StormyOutbox(Outbox):
+    """Queues a message although the same one travels."""
+
+    def put(self, parcel):
+        self._waiting.append(parcel)
+        self._waiting_bytes += parcel.num_bytes
+
+
+# Row 3: a server that is silent for good.
+
+
+class PatientScheduler(Scheduler):
+    """Waits for the only copy of a shard, however long."""
+
+    def handle(self, message, now):
+        for name, status in self.state.processes.items():
+            if server_shard(name) is not None:
+                status.seen_at = 1e9
+        return super().handle(message, now)
+
+
+# Row 4: a scheduler that stood still.
+
+
+class WallClockScheduler(Scheduler):
+    """Counts the time of its own pause as silence of the others."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self._clock.advance = lambda now: now
+
+
+class TickFirst(Driver):
+    """Reads heartbeats in their turn, after a tick that is due."""
+
+    def __init__(self, machine, world, **kwargs):
+        class InTurn:
+            def __getattr__(self, name):
+                return getattr(world, name)
+
+            def take_heartbeat(self):
+                return None
+
+            def take(self, seconds):
+                return world.take_heartbeat() or world.take(seconds)
+
+        super().__init__(machine, InTurn(), **kwargs)
+
+
+class BackwardDriver(Driver):
+    """Believes a clock that is set back."""
+
+    def _advance(self):
+        self._now = self.world.now()
+        return self._now
+
+
+# Row 5: what is silently wrong.
+
+
+class UncountedScheduler(Scheduler):
+    """Divides by what the loss counted without a look at it."""
+
+    def handle(self, message, now):
+        if isinstance(message, messages.Done):
+            message = dataclasses.replace(message, count=1.0)
+        return super().handle(message, now)
+
+
+class Flaky(workload.Momentum):
+    """Computes one update wrongly, on one of the copies."""
+
+    made = 0
+
+    def update(self, *args, **kwargs):
+        Flaky.made += 1
+        params, opt_state = super().update(*args, **kwargs)
+        return ((params[0] + np.float32(1e-3), *params[1:]) if Flaky.made % 7 == 0 else params), opt_state
+
+
+class NumberedAgain(Scheduler):
+    """Counts incarnations from 0 after a restart."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.state.incarnations = 0
+
+
+# The exactly-once table, commits, reads, cuts and the log.
+
+
+class UnfencedShard(Shard):
+    def is_member(self, worker, incarnation):
+        return True
+
+
+class TwiceShard(Shard):
+    """Does not know what it has applied."""
+
+    def verdict(self, push):
+        status = super().verdict(push)
+        return "applied" if status == "duplicate" and not self.settings.synchronous else status
+
+
+class ForgetfulShard(Shard):
+    def export(self):
+        return dataclasses.replace(super().export(), seen=())
+
+
+class ForgetfulServer(Server):
+    """Keeps its table outside the replicated state: a server that takes over has none."""
+
+    def _enter(self, membership, now, out):
+        if not self.primary and membership.shards[self.number].primary == self.name:
+            self.shard.seen = {}
+        super()._enter(membership, now, out)
+
+
+class UnorderedShard(Shard):
+    """Adds the slices as they arrive."""
+
+    def _ready_for(self, commit):
+        return None
+
+    def _ordered(self, commit):
+        arrived = list(self.staged)
+        return sorted(commit.contributors, key=lambda c: arrived.index((c.worker, c.incarnation, c.sequence)))
+
+
+class UngatedShard(Shard):
+    def may_read(self, pull):
+        return self.version >= pull.version
+
+
+class HastyScheduler(Scheduler):
+    """Writes the manifest first."""
+
+    def handle(self, message, now):
+        before = self.state.saving
+        replies, todo = super().handle(message, now)
+        name, state = self.state.saving, self.state
+        if name and name != before:
+            shards = tuple(journal.SavedShard(n, shard_file(name, n), 0) for n in range(state.settings.servers))
+            manifest = journal.SavedCut(name, state.step, 0, state.lease_table.trained(), shards)
+            todo.append(effects.Write(saved_cut_file(name), manifest))
+        return replies, todo
+
+
+class OldCutScheduler(Scheduler):
+    """Does not keep the cut that was saved last."""
+
+    def handle(self, message, now):
+        if isinstance(message, messages.Register):
+            self.state.saved_cut = ("", journal.Trained(0, ()))
+        return super().handle(message, now)
+
+
+def _unlogged_commit(effect):
+    """Act on a commit that is not logged."""
+    is_commit = isinstance(effect, effects.Append) and isinstance(effect.record, journal.CommitRecord)
+    return [] if is_commit else [effect]
+
+
+def _cut_too_short(effect):
+    """Shorten the log to the start of the run."""
+    if isinstance(effect, effects.Compact):
+        return [effects.Compact(dataclasses.replace(effect.record, trained=journal.Trained(0, ())))]
+    return [effect]
+
+
+def _never_compact(effect):
+    return [] if isinstance(effect, effects.Compact) else [effect]
+
+
+class EagerServer(Server):
+    """Answers before its backup has the entry."""
+
+    def _submit(self, entry, extra, now, out, **kwargs):
+        super()._submit(entry, extra, now, out, **kwargs)
+        self._release(self.index, out)
+
+
+ASYNC = {"mode": "async", "workers": 4, "servers": 2, "max_steps": 12}
+REPLICATED = {**ASYNC, "durability": "replicated"}
+SYNC_COPIES = {"workers": 3, "servers": 2, "durability": "replicated", "max_steps": 12}
+BOUNDED = {"mode": "bounded", "max_staleness": 1, "workers": 3}
+LONG = {"until": 8.0, "kills": 6.0, "drop": 0.3, "pauses": 0.3, "partitions": 0.0}
+RETURNS = {"until": 8.0, "kills": 5.0, "late": 0.3, "lost_disk": 0.0}
+ROLLBACK = {**SYNC_COPIES, "snapshot_every": 3, "max_steps": 20}
+
+BUGS = {
+    "1 norm of a shard alone": Bug(updater=OwnNorm, settings={"servers": 2}, clip=True, rule="same bits"),
+    "1 model state in the norm": Bug(Roles(shard=NormOfAll), {"workers": 2}, clip=True, num_params=1, rule="same bits"),
+    "2 resend storm": Bug(Roles(outbox=StormyOutbox), {"workers": 2}, {}, "resend storm", SLOW_WIRE),
+    "3 a silent server hangs the run": Bug(Roles(scheduler=PatientScheduler), {}, {"vanish": 1.0}, "These processes"),
+    "3 and with saved cuts": Bug(
+        Roles(scheduler=PatientScheduler),
+        {"durability": "snapshot", "snapshot_every": 2},
+        {"vanish": 1.0},
+        "These processes",
+    ),
+    "4 tick before inbox": Bug(
+        Roles(scheduler=WallClockScheduler, driver=TickFirst),
+        {"workers": 3},
+        {"pauses": 4.0, "busy": 0.05},
+        "needless eviction",
+    ),
+    "4 a clock that is set back": Bug(Roles(driver=BackwardDriver), {"workers": 2}, {"jumps": 3.0}, "These processes"),
+    "5 nothing counted": Bug(
+        Roles(scheduler=UncountedScheduler), {"num_examples": 210, "max_steps": 30}, {}, "These processes"
+    ),
+    "5 copies not compared": Bug(
+        settings={**SYNC_COPIES, "check_copies_every": 0}, updater=Flaky, faults={"kills": 0.5}, rule="copies"
+    ),
+    "5 boot by the clock of the wall": Bug(
+        Roles(boot=lambda wall, before: wall), {"workers": 3}, {"jumps": 8.0, "kills": 4.0}, "These processes"
+    ),
+    "5 incarnations from 0": Bug(
+        Roles(scheduler=NumberedAgain), {"workers": 3}, {"kills": 4.0}, "incarnations|fencing|exactly once|examples"
+    ),
+    "5 model state weighted by loss": Bug(Roles(shard=OneWeight), {"workers": 2}, num_params=1, rule="same bits"),
+    "6 a log that grows": Bug(
+        Roles(scheduler=doing(Scheduler, _never_compact)), {"workers": 2, "max_steps": 200}, {"until": 0.0}, "log"
+    ),
+    "no fencing": Bug(Roles(shard=UnfencedShard), ASYNC, {}, "fencing"),
+    "applied twice": Bug(Roles(shard=TwiceShard), ASYNC, {}, "exactly once"),
+    "dedup table not stored": Bug(
+        Roles(shard=ForgetfulShard), {**ASYNC, "durability": "snapshot", "snapshot_every": 2}, {}, "snapshots"
+    ),
+    "dedup table not copied": Bug(
+        Roles(server=ForgetfulServer), {**REPLICATED, "servers": 1, "max_steps": 40}, LONG, "exactly once|examples"
+    ),
+    "unordered sum": Bug(Roles(shard=UnorderedShard), {"workers": 3, "servers": 2}, {}, "same bits"),
+    "unbounded reads": Bug(Roles(shard=UngatedShard), BOUNDED, {}, "bounded reads"),
+    "manifest written first": Bug(
+        Roles(scheduler=HastyScheduler), {"durability": "snapshot", "snapshot_every": 2}, {}, "snapshots"
+    ),
+    "saved cut forgotten": Bug(
+        Roles(scheduler=OldCutScheduler),
+        {"durability": "snapshot", "snapshot_every": 2, "max_steps": 20},
+        {"until": 6.0, "kills": 3.0},
+        "saved cuts",
+    ),
+    "commit not logged": Bug(Roles(scheduler=doing(Scheduler, _unlogged_commit)), {"workers": 2}, {"kills": 3.0}),
+    "log cut too short": Bug(
+        Roles(scheduler=doing(Scheduler, _cut_too_short)), {**ASYNC, "read_every": (3,)}, {"kills": 4.0}
+    ),
+    "acknowledged before copied": Bug(Roles(server=EagerServer), REPLICATED, {"kills": 4.0}, "acknowledged|reads"),
+}
+"""The bugs by name; a number is the row of what was wrong before."""
+
+
+def _backup_of(machine, message):
+    place = machine.membership.shards[machine.number] if machine.membership else None
+    return dataclasses.replace(message, name=place.backup, boot=place.backup_boot) if place else message
+
+
+TERMS = {
+    "Replicate": Roles(server=hearing(Server, Replicate=in_my_term)),
+    "Replicated": Roles(server=hearing(Server, Replicated=in_my_term)),
+    "Transfer": Roles(server=hearing(Server, Transfer=in_my_term)),
+    "Transfer and boot": Roles(
+        server=hearing(
+            Server, Transfer=lambda machine, m: dataclasses.replace(in_my_term(machine, m), boot=machine.boot)
+        )
+    ),
+    "Transfer's boot": Roles(
+        server=hearing(Server, Transfer=lambda machine, m: dataclasses.replace(m, boot=machine.boot))
+    ),
+    "Replicated's boot": Roles(server=hearing(Server, Replicated=_backup_of)),
+    "Replicated and boot": Roles(
+        server=hearing(Server, Replicated=lambda machine, m: _backup_of(machine, in_my_term(machine, m)))
+    ),
+    "Commit": Roles(server=hearing(Server, Commit=in_my_term)),
+    "Finish": Roles(server=hearing(Server, Finish=in_my_term)),
+    "Read": Roles(server=hearing(Server, Read=in_my_term)),
+    "SaveCut": Roles(server=hearing(Server, SaveCut=in_my_term)),
+    "Synced": Roles(scheduler=hearing(Scheduler, Synced=in_my_term)),
+    "MembershipAck": Roles(scheduler=hearing(Scheduler, MembershipAck=in_my_term)),
+    "ReadAnswer": Roles(scheduler=hearing(Scheduler, ReadAnswer=in_my_term)),
+    "Grant": Roles(worker=hearing(Worker, Grant=in_my_term)),
+}
+"""What is run with a check of a term, or of a boot number, that is not there."""
+
+TERM_SETTINGS = (
+    ("copies", SYNC_COPIES, {"until": 6.0, "kills": 3.0, "late": 0.3}),
+    ("copies and returns", ROLLBACK, {"until": 6.0, "kills": 6.0, "late": 0.3}),
+    ("async copies", {**REPLICATED, "max_steps": 40}, {"until": 8.0, "kills": 4.0, "late": 0.3}),
+    ("async and returns", {**REPLICATED, "snapshot_every": 4, "max_steps": 40}, RETURNS),
+)
+
+
+def term_bug(name, *, within):
+    """Return in which of `within` seeds of which schedules a missing check shows, and as what."""
+    for seed in range(within):
+        for schedule, changes, worse in TERM_SETTINGS:
+            shown, text = Bug(TERMS[name], changes, worse).shows(seed)
+            if shown:
+                return f"seed {seed} of {schedule!r}: {text[:120]}"
+    return "not needed"
