@@ -255,10 +255,20 @@ def copy_into(target: np.ndarray, value: np.ndarray) -> None:
 def make_rows(recipe: Recipe, epoch: int, ids: np.ndarray) -> Made:
     """Make the rows of some ids, one after the other, in arrays that only the caller holds."""
     if recipe.whole:
-        return Made(gather(recipe.source, ids), {})
+        return Made(make_whole(recipe, epoch, ids), {})
     buffer = BatchBuffer(len(ids))
     fill(buffer, recipe, epoch, ids, 0, len(ids))
     return buffer.finish()
+
+
+def make_whole(recipe: Recipe, epoch: int, ids: np.ndarray) -> HostArrays:
+    """Return the examples `ids` of a source that reads whole batches; an ExampleError names one that cannot be read."""
+    try:
+        return gather(recipe.source, ids)
+    except Exception:
+        for example_id in ids.tolist():
+            make_example(recipe, epoch, example_id)
+        raise  # each can be read, but not together
 
 
 def fill(

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from jaxdist.data.assembly import BadExampleError, BatchBuffer, HostArrays, Recipe, fill, gather
+from jaxdist.data.assembly import BadExampleError, BatchBuffer, HostArrays, Recipe, fill, make_whole
 from jaxdist.errors import ExitStatus
 
 _ALIGNMENT = 64
@@ -139,7 +139,7 @@ def _report(recipe: Recipe, slot: Slot, current: np.ndarray, task: Task) -> Made
     try:
         current[:] = task.epoch, task.ids[0], time.monotonic_ns()
         if recipe.whole:
-            arrays = gather(recipe.source, task.ids)
+            arrays = make_whole(recipe, task.epoch, task.ids)
             for name, view in allocate({name: (array.shape, array.dtype) for name, array in arrays.items()}).items():
                 view[...] = arrays[name]
             return MadeRows(task.slot, places, {})

@@ -97,3 +97,28 @@ def test_numbers_of_every_byte_order_and_width_become_a_batch(dtype, example_fn)
     assert made.arrays["x"].dtype == np.dtype(dtype).newbyteorder("=")
     np.testing.assert_array_equal(made.arrays["x"].astype(float), values[[2, 0]].astype(float))
     jax.device_put(made.arrays)
+
+
+class _Whole:
+    """A source of whole batches, one of whose examples is corrupt, and one of another shape."""
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        if index == 4:
+            raise CorruptExample("it is broken")
+        return {"x": np.zeros(2 if index == 5 else 1)}
+
+    def __getitems__(self, ids):
+        return {"x": np.stack([self[index]["x"] for index in ids])}
+
+
+def test_what_is_wrong_in_a_batch_that_is_read_whole_is_named():
+    recipe = Recipe(_Whole(), None, 0, "raise")
+    assert recipe.whole
+    assert make_rows(recipe, 2, np.array([0, 1])).arrays["x"].shape == (2, 1)
+    with pytest.raises(BadExampleError, match=r"Example 4 \(epoch 2\): it is broken"):
+        make_rows(recipe, 2, np.array([0, 4, 1]))
+    with pytest.raises(ValueError, match="same shape"):
+        make_rows(recipe, 2, np.array([0, 5]))

@@ -12,6 +12,7 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from jaxdist import extras
+from jaxdist.data.decoders import png
 from jaxdist.data.sources.source import CorruptExample
 
 IMAGE_SUFFIXES = (
@@ -130,6 +131,8 @@ def _jpeg_has_exif(data: bytes) -> bool:
 
 def _decode_with_pillow(data: bytes, image_type: ImageType) -> tuple[np.ndarray, str]:
     """Return the pixels in the width of the file, and "reduced" where Pillow has dropped bits."""
+    if (plain := png.open_plain(data)) is not None:
+        return _channels_of(plain, image_type), "whole"
     with extras.require("PIL.Image").open(io.BytesIO(data)) as picture:
         if image_type.frames == "refuse":
             _check_one_frame(picture)
@@ -141,13 +144,17 @@ def _decode_with_pillow(data: bytes, image_type: ImageType) -> tuple[np.ndarray,
         if picture.mode in ("F", "I") or picture.mode.startswith("I;16"):
             pixels = _grey_to_channels(_deep_grey(picture, deep), image_type.channels)
         else:
-            mode = _PILLOW_MODES[image_type.channels]
-            if picture.mode in ("P", "PA") and mode != "RGBA":  # transparency would not survive a direct conversion
-                picture = picture.convert("RGBA")
-            pixels = np.array(picture if picture.mode == mode else picture.convert(mode))
-            pixels = pixels.reshape(*pixels.shape[:2], image_type.channels)
-            return _oriented(pixels, orientation), "reduced" if deep else "whole"
+            return _oriented(_channels_of(picture, image_type), orientation), "reduced" if deep else "whole"
         return _oriented(pixels, orientation), "whole"
+
+
+def _channels_of(picture: Any, image_type: ImageType) -> np.ndarray:
+    """Return the pixels of a picture of 8 bits, uint8 (height, width, channels)."""
+    mode = _PILLOW_MODES[image_type.channels]
+    if picture.mode in ("P", "PA") and mode != "RGBA":  # transparency would not survive a direct conversion
+        picture = picture.convert("RGBA")
+    pixels = np.array(picture if picture.mode == mode else picture.convert(mode))
+    return pixels.reshape(*pixels.shape[:2], image_type.channels)
 
 
 def _is_deep(picture: Any) -> bool:

@@ -10,6 +10,7 @@ import json
 import mmap
 import os
 import struct
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -59,6 +60,10 @@ class TfRecords:
             raise CorruptExample(f"{part.path}, record {part.skip + within}: the data contradict their checksum.")
         return data[:-4]
 
+    def read(self, ids: Sequence[int] | np.ndarray) -> list[bytes]:
+        """Return some records, in the order of their ids."""
+        return [self[index] for index in ids]
+
     def _index(self, part: FilePart) -> np.ndarray:
         """Return the offset and the length of the data of each record, shape (records, 2)."""
         size = os.path.getsize(part.path)
@@ -93,6 +98,77 @@ class TfRecords:
         self.__init__(state["parts"])  # type: ignore[misc]
 
 
+class ArrayRecords:
+    """The records of ArrayRecord files as bytes, by number, one or many at a time; files are opened when first read.
+
+    The package's own data source starts threads for each call, which takes longer than reading small records.
+
+    Raises:
+      CorruptExample: no such record can be read; the message names it and the file.
+    """
+
+    def __init__(self, parts: Sequence[FilePart]):
+        self._parts, self._lock = tuple(parts), threading.Lock()
+        self._ends = np.cumsum([part.take for part in self._parts])
+        self._readers: dict[int, Any] = {}
+
+    @classmethod
+    def of_files(cls, paths: Sequence[str]) -> "ArrayRecords":
+        """Return all records of files; CorruptExample where one is no whole ArrayRecord file."""
+        readers = [_open_array_record(path) for path in paths]
+        found = cls([FilePart(path, 0, reader.num_records()) for path, reader in zip(paths, readers)])
+        found._readers.update(enumerate(readers))
+        return found
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._parts) else 0
+
+    def __getitem__(self, index: int) -> bytes:
+        return self.read([index])[0]
+
+    def read(self, ids: Sequence[int] | np.ndarray) -> list[bytes]:
+        """Return some records, in the order of their ids."""
+        numbers = np.asarray(ids, np.int64)
+        files, found = np.searchsorted(self._ends, numbers, side="right"), [b""] * len(numbers)
+        for number in dict.fromkeys(files.tolist()):
+            places = np.flatnonzero(files == number)
+            part = self._parts[number]
+            within = numbers[places] - int(self._ends[number]) + part.take + part.skip
+            reader = self._reader(number)
+            try:
+                records = reader.read(within.tolist())
+            except (RuntimeError, ValueError, IndexError) as error:
+                for index in numbers[places].tolist() if len(places) > 1 else ():
+                    self.read([index])  # raises for the one that cannot be read
+                raise CorruptExample(f"Record {within[0]} of {part.path} cannot be read: {error}") from error
+            for place, record in zip(places.tolist(), records):
+                found[place] = record
+        return found
+
+    def _reader(self, number: int) -> Any:
+        with self._lock:
+            if number not in self._readers:
+                part, reader = self._parts[number], _open_array_record(self._parts[number].path)
+                if reader.num_records() < part.skip + part.take:
+                    raise CorruptExample(
+                        f"{part.path} has {reader.num_records()} records; {part.skip + part.take} were expected."
+                    )
+                self._readers[number] = reader
+            return self._readers[number]
+
+
+def _open_array_record(path: str) -> Any:
+    module = extras.require("array_record.python.array_record_module")
+    try:
+        # Each record is a chunk of its own in files that are meant for random access: reading on would be in vain.
+        reader = module.ArrayRecordReader(path, options="readahead_buffer_size:0", file_reader_buffer_size=2**15)
+        if not reader.ok():
+            reader.close()  # raises the reason
+        return reader
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise CorruptExample(f"Not a whole ArrayRecord file: {path}: {error}") from error
+
+
 class ArrayRecordSource:
     """The records of ArrayRecord files, each decoded to an example.
 
@@ -113,18 +189,14 @@ class ArrayRecordSource:
 
     def _open(self) -> None:
         self.files = FileList(self._paths)
-        module = extras.require("array_record.python.array_record_data_source")
-        try:
-            self._records = module.ArrayRecordDataSource(self._paths)
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise CorruptExample(f"Not whole ArrayRecord files: {', '.join(self._paths[:3])}: {error}") from error
+        self._records = ArrayRecords.of_files(self._paths)
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
         index = checked_index(index, len(self))
-        return self._decode_fn(read_array_record(self._records, index, self._paths))
+        return self._decode_fn(self._records[index])
 
     def fingerprint(self) -> str:
         """Return the hash of the files' sizes and contents (samples of them)."""
@@ -143,14 +215,6 @@ def _prepared_vocabulary(paths: str | os.PathLike | Sequence[str | os.PathLike])
     notes = file_beside(paths, PREPARED)
     found = {} if notes is None else json.loads(notes.read_text()).get("vocabulary", {})
     return {field: tuple(names) for field, names in found.items()}
-
-
-def read_array_record(records: Any, index: int, paths: Sequence[str]) -> bytes:
-    """Return a record of an ArrayRecordDataSource; CorruptExample names the number, and the files it is in."""
-    try:
-        return records[index]
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise CorruptExample(f"Record {index} of {', '.join(paths[:3])} cannot be read: {error}") from error
 
 
 def sample_records(records: Any, num_records: int) -> list[str]:

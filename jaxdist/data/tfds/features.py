@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import io
 import json
+import math
 import os
 import pathlib
 import zlib
@@ -22,6 +23,9 @@ from jaxdist.data.sources.source import CorruptExample
 
 _KINDS = ("text", "classLabel", "boundingBox", "image", "video", "audio", "tensor")
 _SOUND_BITS = {"PCM_S8": 8, "PCM_U8": 8, "PCM_16": 16, "PCM_24": 24, "PCM_32": 32}
+
+_LIGHT = 2**14
+"""The most numbers of a value that is decoded in no time: CIFAR's images have 3,072."""
 
 
 class UnknownFeature(ValueError):
@@ -50,10 +54,24 @@ class Feature:
     compressed: bool = False
     names: tuple[str, ...] = ()
 
-    @property
+    @functools.cached_property
     def has_shape_beside_it(self) -> bool:
         """Whether the shape of each value is stored: where several of its dims differ."""
         return self.kind in ("numbers", "packed") and self.shape.count(None) > 1
+
+    @functools.cached_property
+    def image_type(self) -> ImageType:
+        """What images are decoded to: float32 ones are stored as four bytes a number, as four channels."""
+        channels: Any = 4 if self.dtype == np.float32 else (self.shape[-1] or 3)
+        return ImageType(channels, "uint16" if self.dtype == np.uint16 else "uint8", orient=False)
+
+    @property
+    def is_light(self) -> bool:
+        """Whether decoding a value takes some microseconds, so that dividing a batch among threads only costs."""
+        if self.kind == "text":
+            return True
+        dims = (*self.lengths, *self.shape)
+        return self.kind != "sound" and None not in dims and math.prod(dims) <= _LIGHT
 
     def decode(self, lists: Mapping[str, Any]) -> np.ndarray | np.generic:
         """Return the field's value; `lists` are the features of a tf.train.Example.
@@ -71,8 +89,10 @@ class Feature:
     def _single(self, values: Sequence[Any], lists: Mapping[str, Any]) -> np.ndarray | np.generic:
         if self.kind == "numbers":
             shape = self._stored_shape(lists) if self.has_shape_beside_it else self.shape
-            array = self._as_dtype(values).reshape([-1 if dim is None else dim for dim in shape])
-            return array if self.shape else array[()]
+            array = self._as_dtype(values)
+            if not shape and len(array) == 1:
+                return array[0]
+            return array.reshape([-1 if dim is None else dim for dim in shape])
         (data,) = values or (b"",)
         return self._from_bytes(data, lists)
 
@@ -119,8 +139,10 @@ class Feature:
 
     def _as_dtype(self, values: Sequence[Any]) -> np.ndarray:
         if self.dtype.kind == "f":
-            return np.array(values, np.float32).astype(self.dtype, copy=False)
-        numbers = np.array(values, np.int64)  # an unsigned one of 64 bits was stored as the signed one of equal bits
+            return np.fromiter(values, np.float32, len(values)).astype(self.dtype, copy=False)
+        numbers = np.fromiter(
+            values, np.int64, len(values)
+        )  # an unsigned one of 64 bits was stored as the signed one of equal bits
         return numbers.view(np.uint64) if self.dtype == np.uint64 else numbers.astype(self.dtype, copy=False)
 
     def _from_bytes(self, data: bytes, lists: Mapping[str, Any]) -> np.ndarray | np.generic:
@@ -237,12 +259,9 @@ def _names_of(path: pathlib.Path) -> tuple[str, ...]:
 
 
 def _decode_image(data: bytes, feature: Feature) -> np.ndarray:
-    """Return an image as tfds does: in the orientation of its pixels; float32 ones are four bytes a number."""
-    as_float = feature.dtype == np.float32
-    channels: Any = 4 if as_float else (feature.shape[-1] or 3)
-    image_type = ImageType(channels, "uint16" if feature.dtype == np.uint16 else "uint8", orient=False)
-    image = decode_image(data, image_type, name=f"feature {feature.name!r}")
-    return np.ascontiguousarray(image).view(np.float32) if as_float else image
+    """Return an image as tfds does: in the orientation of its pixels."""
+    image = decode_image(data, feature.image_type, name=f"feature {feature.name!r}")
+    return np.ascontiguousarray(image).view(np.float32) if feature.dtype == np.float32 else image
 
 
 def _decode_sound(data: bytes, feature: Feature) -> np.ndarray:

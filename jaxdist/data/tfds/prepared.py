@@ -1,6 +1,7 @@
 """Prepared data sets of TensorFlow Datasets: which files a split has, in which of three formats."""
 
 import bisect
+import functools
 import itertools
 import os
 from collections.abc import Mapping, Sequence
@@ -11,8 +12,8 @@ import numpy as np
 from jaxdist import extras
 from jaxdist.data.fingerprints import FileList
 from jaxdist.data.sources.parquet import ParquetSource
-from jaxdist.data.sources.records import FilePart, TfRecords, sample_records
-from jaxdist.data.sources.source import CorruptExample, Example, checked_index, fingerprint_text
+from jaxdist.data.sources.records import ArrayRecords, FilePart, TfRecords, sample_records
+from jaxdist.data.sources.source import CorruptExample, Example, checked_ids, checked_index, fingerprint_text
 from jaxdist.data.tfds.features import Feature, UnknownFeature, decode_features, read_features
 
 
@@ -51,8 +52,10 @@ class TfdsSource:
         instructions = _split_parts(self._info, self._folder, split)
         self._parts = [FilePart(os.fspath(part.filename), part.skip, part.take) for part in instructions]
         self.files = FileList([part.path for part in self._parts])
-        self._records = _open_records(self._info.file_format, self._parts, instructions)
+        self._records = _open_records(self._info.file_format, self._parts)
         self._decode = _decoder_of(self._folder, name, self._fields)
+        if self._decode.is_light:  # only then: threads wait for each other longer than they decode
+            self.__getitems__ = functools.partial(_read_batch, self._records, self._decode)
         self.vocabulary = self._decode.vocabulary
 
     @property
@@ -65,14 +68,7 @@ class TfdsSource:
 
     def __getitem__(self, index: int) -> Example:
         index = checked_index(index, len(self))
-        return self._decode(self._read(index))
-
-    def _read(self, index: int) -> bytes:
-        try:
-            return self._records[index]
-        except (RuntimeError, IndexError) as error:  # what the C++ readers raise
-            files = ", ".join(part.path for part in self._parts[:3])
-            raise CorruptExample(f"Record {index} of {files} cannot be read: {error}") from error
+        return self._decode(self._records[index])
 
     def fingerprint(self) -> str:
         """Return the hash of the data set's name, version and format, the split's files, and a few records."""
@@ -90,11 +86,29 @@ class TfdsSource:
         self._open()
 
 
+def _read_batch(records: Any, decode: Any, ids: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+    """Return the examples `ids`, stacked; ValueError where they differ in shape."""
+    ids = checked_ids(ids, len(records))
+    examples = [decode(record) for record in records.read(ids if len(ids) else [0])]
+    return {name: _stacked(name, [example[name] for example in examples])[: len(ids)] for name in examples[0]}
+
+
+def _stacked(name: str, values: Sequence[np.ndarray | np.generic]) -> np.ndarray:
+    shapes = {value.shape for value in values}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"Examples of a batch must have the same fields, shapes and dtypes; feature {name!r} has the shapes "
+            f"{sorted(shapes)[:3]}. Pad, crop or bucket the examples, for example in `example_fn`."
+        )
+    return np.array(values)
+
+
 class _ByDeclaration:
     """Decodes what `features.json` declares."""
 
     def __init__(self, features: Sequence[Feature]):
         self._features = features
+        self.is_light = all(feature.is_light for feature in features)
         self.vocabulary = {feature.name: feature.names for feature in features if feature.names}
 
     def __call__(self, record: bytes) -> Example:
@@ -105,7 +119,7 @@ class _ByTfds:
     """Decodes by the feature objects of tfds: those of other packages, and of data sets that are old."""
 
     def __init__(self, features: Any, fields: Sequence[str] | None):
-        self._features, self._fields = features, fields
+        self._features, self._fields, self.is_light = features, fields, False
         self.vocabulary: dict[str, tuple[str, ...]] = {}
 
     def __call__(self, record: bytes) -> Example:
@@ -186,15 +200,19 @@ class _ParquetRecords:
         (record,) = self._tables[number][part.skip + part.take + index - self._ends[number]].values()
         return record.tobytes()
 
+    def read(self, ids: Sequence[int] | np.ndarray) -> list[bytes]:
+        """Return some records, in the order of their ids."""
+        return [self[index] for index in ids]
 
-def _open_records(file_format: str, parts: Sequence[FilePart], instructions: Sequence[Any]) -> Any:
+
+def _open_records(file_format: str, parts: Sequence[FilePart]) -> Any:
     """Return the encoded examples of a split, by number."""
     if file_format == "tfrecord":
         return TfRecords(parts)
     if file_format == "parquet":
         return _ParquetRecords(parts)
     if file_format == "array_record":
-        return extras.require("array_record.python.array_record_data_source").ArrayRecordDataSource(instructions)
+        return ArrayRecords(parts)
     raise ValueError(
         f"Prepared data sets are read as array_record, tfrecord or parquet; this one is {file_format}. Prepare it with "
         "--file_format=array_record."

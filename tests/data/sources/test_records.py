@@ -11,7 +11,14 @@ from tfrecord_files import write_tfrecord
 
 from jaxdist.data import CorruptExample, Loader
 from jaxdist.data.remote import file_cache
-from jaxdist.data.sources.records import ArrayRecordSource, FilePart, TfRecords, decode_example, encode_example
+from jaxdist.data.sources.records import (
+    ArrayRecords,
+    ArrayRecordSource,
+    FilePart,
+    TfRecords,
+    decode_example,
+    encode_example,
+)
 
 
 @pytest.fixture
@@ -108,6 +115,31 @@ def test_a_flipped_bit_in_an_array_record_is_noticed(tmp_path):
     source = ArrayRecordSource(path, decode_fn=lambda data: {"size": np.int32(len(data))})
     with pytest.raises(CorruptExample, match=r"Record 1 of .*0\.array_record"):
         source[1]
+    assert source[0]["size"] == source[2]["size"] == 2000, "the others can still be read"
+
+
+def test_parts_of_array_records_are_read_many_at_a_time(tmp_path):
+    paths = [str(tmp_path / f"{part}.array_record") for part in range(2)]
+    for part, path in enumerate(paths):
+        write_array_record(path, [f"{part} {number}".encode() for number in range(6)])
+    records = ArrayRecords([FilePart(paths[0], 2, 3), FilePart(paths[1], 0, 2), FilePart(paths[0], 5, 1)])
+    expected = [b"0 2", b"0 3", b"0 4", b"1 0", b"1 1", b"0 5"]
+    assert [records[index] for index in range(len(records))] == expected
+    ids = np.random.default_rng(0).integers(0, 6, 50)
+    assert records.read(ids) == [expected[index] for index in ids]
+    with pytest.raises(CorruptExample, match=r"1\.array_record has 6 records; 7 were expected"):
+        ArrayRecords([FilePart(paths[1], 3, 4)]).read([0, 1])
+
+
+def test_the_broken_record_of_a_batch_is_named(tmp_path):
+    path = tmp_path / "0.array_record"
+    records = [np.random.default_rng(number).bytes(2000) for number in range(5)]
+    write_array_record(path, records)
+    data = bytearray(path.read_bytes())
+    data[data.index(records[3][500:600])] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(CorruptExample, match=r"Record 3 of .*0\.array_record"):
+        ArrayRecords.of_files([str(path)]).read(range(5))
 
 
 def test_names_that_were_prepared_are_read_beside_records_elsewhere(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Features of every kind, beside what tfds itself encodes: features.json is read, and no TensorFlow."""
 
+import dataclasses
 import io
 import json
 import sys
@@ -12,7 +13,7 @@ from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 
 from jaxdist.data import CorruptExample
-from jaxdist.data.tfds.features import UnknownFeature, decode_features, read_features
+from jaxdist.data.tfds.features import Feature, UnknownFeature, decode_features, read_features
 
 F = tfds.features
 
@@ -260,3 +261,11 @@ def test_what_is_missing_broken_or_unknown_is_named(tmp_path):
         decode_features([f for f in features if f.name == "texts"], record.SerializeToString())
     with pytest.raises(UnknownFeature, match=r"'x' is of the class tensorflow_datasets.core.features.x.Mine"):
         declare(tmp_path, x=("mine", {}))
+
+
+def test_small_values_of_known_size_are_light():
+    image = Feature("image", "image", np.dtype(np.uint8), (28, 28, 1))
+    assert image.is_light
+    assert Feature("text", "text", np.dtype(np.uint8), (None,)).is_light
+    for heavy in ({"shape": (None, None, 3)}, {"shape": (224, 224, 3)}, {"lengths": (100,)}, {"kind": "sound"}):
+        assert not dataclasses.replace(image, **heavy).is_light

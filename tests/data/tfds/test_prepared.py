@@ -68,6 +68,22 @@ def test_tfds_data_sets_of_every_format_hold_the_digits(prepared, file_format):
     assert "tensorflow" not in sys.modules
 
 
+@pytest.mark.parametrize("file_format", ["array_record", "parquet", "tfrecord"])
+def test_small_examples_are_read_in_batches_equal_to_single_ones(prepared, file_format):
+    source = TfdsSource(prepared[file_format], split="train")
+    ids = np.random.default_rng(0).integers(0, len(source), 20)
+    batch = source.__getitems__(ids)
+    for row, index in enumerate(ids):
+        for name, value in source[index].items():
+            np.testing.assert_array_equal(batch[name][row], value)
+            assert batch[name].dtype == value.dtype
+    assert {name: array.shape for name, array in source.__getitems__([]).items()} == {
+        "image": (0, 8, 8, 1),
+        "label": (0,),
+    }
+    assert Loader(source, global_batch_size=8, seed=0).num_threads == 0
+
+
 def test_a_parquet_file_that_lost_rows_is_refused(prepared, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(prepared["parquet"], folder)
