@@ -1,9 +1,9 @@
 """Plain PNG files as Pillow images, at half the cost of `PIL.Image.open`.
 
-Opening a small PNG takes longer than decoding it: Pillow makes a file, a reader and a table of its chunks. Here the chunks
-are found by their lengths, and Pillow's own decoder is given the data of all of them at once. What is not plain (a
-palette, transparency by a chunk, interlaced, other than 8 bits a channel, an orientation, a profile, an error) is left to
-`PIL.Image.open`.
+Opening a small PNG takes longer than decoding it: Pillow makes a file, a reader and a table of its chunks. Here the
+chunks are found by their lengths, and Pillow's own decoder is given the data of all of them at once. What is not plain
+(a palette, transparency by a chunk, interlaced, other than 8 bits a channel, an orientation, a profile, an error) is
+left to `PIL.Image.open`.
 """
 
 import struct
@@ -25,7 +25,7 @@ _word = struct.Struct(">I").unpack_from
 
 
 def open_plain(data: bytes) -> Any | None:
-    """Return a plain PNG as a loaded Pillow image, the one that `PIL.Image.open` would return; None for another file."""
+    """Return a plain PNG as the loaded image that `PIL.Image.open` would return; None for another file."""
     if not data.startswith(_SIGNATURE) or len(data) < 57:
         return None
     width, height, bits, colour, compression, filtering, interlace = _header(data, 16)

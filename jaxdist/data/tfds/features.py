@@ -71,7 +71,8 @@ class Feature:
         if self.kind == "text":
             return True
         dims = (*self.lengths, *self.shape)
-        return self.kind != "sound" and None not in dims and math.prod(dims) <= _LIGHT
+        known = [dim for dim in dims if dim is not None]
+        return self.kind != "sound" and len(known) == len(dims) and math.prod(known) <= _LIGHT
 
     def decode(self, lists: Mapping[str, Any]) -> np.ndarray | np.generic:
         """Return the field's value; `lists` are the features of a tf.train.Example.
@@ -140,9 +141,8 @@ class Feature:
     def _as_dtype(self, values: Sequence[Any]) -> np.ndarray:
         if self.dtype.kind == "f":
             return np.fromiter(values, np.float32, len(values)).astype(self.dtype, copy=False)
-        numbers = np.fromiter(
-            values, np.int64, len(values)
-        )  # an unsigned one of 64 bits was stored as the signed one of equal bits
+        numbers = np.fromiter(values, np.int64, len(values))
+        # An unsigned one of 64 bits was stored as the signed one of equal bits.
         return numbers.view(np.uint64) if self.dtype == np.uint64 else numbers.astype(self.dtype, copy=False)
 
     def _from_bytes(self, data: bytes, lists: Mapping[str, Any]) -> np.ndarray | np.generic:

@@ -1,6 +1,7 @@
 """Plain PNG files: what is decoded here equals what Pillow opens, and the rest is left to Pillow."""
 
 import io
+import itertools
 import struct
 import zlib
 
@@ -24,7 +25,7 @@ def png(mode, width, height, rows, *, cuts=(), extra=b"", bits=8, interlace=0):
     data = zlib.compress(rows)
     places = [0, *sorted({min(cut, len(data)) for cut in cuts}), len(data)]
     header = struct.pack(">IIBBBBB", width, height, bits, COLOURS[mode][0], 0, 0, interlace)
-    parts = [chunk(b"IDAT", data[begin:end]) for begin, end in zip(places, places[1:])]
+    parts = [chunk(b"IDAT", data[begin:end]) for begin, end in itertools.pairwise(places)]
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + b"".join(parts) + chunk(b"IEND", b"")
 
 
