@@ -71,7 +71,15 @@ def test_a_parameter_server_trains_on_the_examples_of_a_stream_also_after_a_stop
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
-    servers = ("--strategy", "parameter-server", "--set", "ps.workers=2", "ps.servers=2", "ps.durability=snapshot")
+    servers = (
+        "--strategy",
+        "parameter-server",
+        "--set",
+        "ps.workers=2",
+        "ps.servers=2",
+        "ps.durability=snapshot",
+        "ps.snapshot_every=2",
+    )
     whole, served = train("whole", 11), train("served", 11, *servers)
     train("stopped", 6, *servers)
     resumed = train("stopped", 11, *servers, "--resume")
