@@ -1,19 +1,21 @@
 """`jaxdist plan` against what happens: bytes, collectives, the memory of a process, the time of a step.
 
-python benchmarks/plan_truth.py [--json] [--only bytes|memory|time]
+python benchmarks/plan_truth.py --only bytes|memory|time [--log FILE] [--json]
 
 - bytes: 30 models x layouts on 8 fake devices. "ours" is the plan, made from shapes alone; "theirs" is the program that
   JAX compiled for the arrays that training starts from. Bytes sent are compared with the formulas of a ring.
 - memory: "theirs" is how far the resident memory of a process rose in a step above what it held before, and the
   arguments, on one device.
-- time: three rates (arithmetic, memory traffic, a fixed cost) are fitted to the calibration models; "ours" is what they
-  give for models that were not among them, "theirs" the CPU seconds that a step took. Models take turns, and the median
-  of the turns counts, since other programs may share the machine.
+- time: "ours" is what `jaxdist plan --calibrate` says, from rates that were fitted to other models; "theirs" is the
+  time of a step, the median of nine turns of about a tenth of a second.
+
+Rows are printed as they come. With --log, what was measured before is not measured again: it may be run in pieces.
 """
 
 import argparse
 import ctypes
 import dataclasses
+import functools
 import gc
 import itertools
 import json
@@ -22,11 +24,8 @@ import pathlib
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
-
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 import jax
 import numpy as np
@@ -36,14 +35,17 @@ from jaxdist import losses
 from jaxdist.launch.joining import runtime
 from jaxdist.models import cnn, gpt, mlp, resnet, vit
 from jaxdist.plan import chips, estimate, topology
+from jaxdist.plan.calibrated import measuring
 from jaxdist.run import components
-from jaxdist.run.diagnosis import flops
 
-NUM_DEVICES, TURNS = 8, 7
+NUM_DEVICES, TURNS = 8, 9
 LAYOUTS = ("data-parallel", "zero1", "fsdp")
 LIMITS = {"bytes": 0.02, "sent": 0.05, "memory": 0.10, "time": 0.08}
 NO_CHIP = chips.Chip("cpu", None, 1.0, 1.0, 1.0, 1, "units")
 
+Row = dict[str, Any]
+Pending = tuple[str, Callable[[], Iterator[Row]]]
+"""The name of a row, and what measures it."""
 Model = tuple[str, Callable[[], jaxdist.Experiment]]
 
 
@@ -53,15 +55,24 @@ def experiment(model: Any, fields: dict[str, np.ndarray], batch: int, loss: Any,
         loss=loss,
         inputs=inputs,
         data=jaxdist.Data(train=jaxdist.ArraySource(fields), num_threads=0),
-        optimizer=jaxdist.Optimizer(name="adam", learning_rate=1e-3),
+        optimizer=jaxdist.Optimizer(name="adam", learning_rate=1e-5),
         global_batch_size=batch,
         stop=jaxdist.Stop(max_steps=1),
         layout=jaxdist.LayoutSettings(min_size=2),
     )
 
 
+def noise(*shape: int) -> np.ndarray:
+    """Return random values: with equal ones gradients would vanish, and denormal numbers are slow to compute with."""
+    return np.random.default_rng(0).standard_normal(shape, np.float32)
+
+
+def labels(count: int) -> np.ndarray:
+    return np.arange(count, dtype=np.int32) % 8
+
+
 def dense(width: int, layers: int, batch: int, features: int = 64) -> Model:
-    fields = {"image": np.ones((batch, features), np.float32), "label": np.zeros(batch, np.int32)}
+    fields = {"image": noise(batch, features), "label": labels(batch)}
     model = mlp.MLP(num_classes=8, width=width, num_layers=layers, dropout_rate=0.0)
     return f"mlp {width}x{layers}, batch {batch}", lambda: experiment(
         model, fields, batch, losses.classification, "image"
@@ -69,12 +80,12 @@ def dense(width: int, layers: int, batch: int, features: int = 64) -> Model:
 
 
 def images(model: Any, name: str, side: int, batch: int, channels: int = 3) -> Model:
-    fields = {"image": np.ones((batch, side, side, channels), np.float32), "label": np.zeros(batch, np.int32)}
+    fields = {"image": noise(batch, side, side, channels), "label": labels(batch)}
     return f"{name}, batch {batch}", lambda: experiment(model, fields, batch, losses.classification, "image")
 
 
 def text(width: int, layers: int, length: int, batch: int) -> Model:
-    fields = {"tokens": np.zeros((batch, length), np.int32)}
+    fields = {"tokens": np.random.default_rng(0).integers(0, 64, (batch, length), np.int32)}
     model = gpt.GPT(64, length, num_layers=layers, num_heads=4, width=width)
     name = f"gpt {width}x{layers}x{length}, batch {batch}"
     return name, lambda: experiment(model, fields, batch, losses.next_token, "tokens")
@@ -97,16 +108,14 @@ MODELS = (
     images(resnet.ResNet(8, (1, 1), "basic"), "resnet", 16, 16),
 )
 
-CALIBRATION = (
-    dense(256, 1, 128, 256), dense(512, 3, 256, 512), dense(1024, 2, 128, 256), dense(128, 6, 512, 128),
-    text(64, 2, 64, 8), text(128, 2, 128, 8), text(64, 4, 128, 4),
-    images(small_vit(64, 2), "vit 64x2", 32, 16), images(small_vit(128, 3), "vit 128x3", 32, 8),
-)  # fmt: skip
 UNSEEN = (
     dense(384, 2, 192, 256), dense(768, 4, 128, 384), dense(1536, 1, 96, 512), dense(192, 5, 384, 192),
     text(96, 3, 64, 8), text(128, 3, 64, 8), text(64, 3, 128, 8),
     images(small_vit(96, 2), "vit 96x2", 32, 16), images(small_vit(64, 4), "vit 64x4", 32, 8),
+    images(cnn.CNN(num_classes=8, width=24), "cnn 24", 16, 48),
+    images(resnet.ResNet(8, (1, 1), "basic"), "resnet", 16, 16),
 )  # fmt: skip
+"""Models that `jaxdist plan --calibrate` does not measure."""
 MEMORY = (dense(1024, 4, 8192, 256), text(128, 2, 256, 32), images(small_vit(128, 2), "vit 128x2", 32, 256))
 
 
@@ -122,17 +131,21 @@ def program_of(parts: components.Parts) -> Any:
     return step.trace(state, batch).lower().compile()
 
 
-def bytes_rows() -> Iterator[dict[str, Any]]:
+def bytes_rows() -> Iterator[Pending]:
     for (name, make), layout in itertools.product(MODELS, LAYOUTS):
-        each = dataclasses.replace(make(), strategy=layout)
-        made = planned(each, jax.devices()[:NUM_DEVICES])
-        memory = program_of(components.put_together(each, devices=jax.devices()[:NUM_DEVICES])).memory_analysis()
-        theirs = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        theirs += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-        yield row(f"bytes/{name}, {layout}", made.bytes.total, theirs, "bytes per device")
-        sent = sum(number for _, number in made.collectives.values())
-        yield row(f"sent/{name}, {layout}", sent, ring(made, layout), "bytes sent per device and step")
-        gc.collect()
+        yield f"bytes/{name}, {layout}", functools.partial(bytes_row, f"{name}, {layout}", make, layout)
+
+
+def bytes_row(name: str, make: Callable[[], jaxdist.Experiment], layout: str) -> Iterator[Row]:
+    """Yield what is sent, then what is held: a row of bytes in a log says that both are there."""
+    each = dataclasses.replace(make(), strategy=layout)
+    made = planned(each, jax.devices()[:NUM_DEVICES])
+    memory = program_of(components.put_together(each, devices=jax.devices()[:NUM_DEVICES])).memory_analysis()
+    theirs = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    theirs += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    sent = sum(number for _, number in made.collectives.values())
+    yield row(f"sent/{name}", sent, ring(made, layout), "bytes sent per device and step")
+    yield row(f"bytes/{name}", made.bytes.total, theirs, "bytes per device")
 
 
 def ring(made: estimate.Estimate, layout: str) -> float:
@@ -144,18 +157,21 @@ def ring(made: estimate.Estimate, layout: str) -> float:
     return passes * 4 * made.num_params * (NUM_DEVICES - 1) / NUM_DEVICES
 
 
-def memory_rows() -> Iterator[dict[str, Any]]:
-    """Measure each model in a process of its own: memory that another gave back would hide what a step takes."""
-    for number in range(len(MEMORY)):
-        command = [sys.executable, __file__, "--memory-of", str(number)]
-        environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-        # Memory that is freed goes back at once, so that taking it again is seen.
-        environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
-        shown = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-        yield json.loads(shown.splitlines()[-1])
+def memory_rows() -> Iterator[Pending]:
+    for number, (name, _) in enumerate(MEMORY):
+        yield f"memory/{name}", functools.partial(measured_apart, number)
 
 
-def memory_row(number: int) -> dict[str, Any]:
+def measured_apart(number: int) -> Iterator[Row]:
+    """Measure a model in a process of its own: memory that another gave back would hide what a step takes."""
+    # Memory that is freed goes back at once, so that taking it again is seen.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, __file__, "--memory-of", str(number)]
+    shown = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    yield json.loads(shown.splitlines()[-1])
+
+
+def memory_row(number: int) -> Row:
     name, make = MEMORY[number]
     each, devices = make(), jax.devices()[:1]
     made = planned(each, devices)
@@ -176,72 +192,28 @@ def _resident(field: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
-class Timed:
-    """A step that is ready to run on one device, and what it needs."""
+def time_rows() -> Iterator[Pending]:
+    """Predict as `jaxdist plan --calibrate` does, and measure each model by itself."""
+    where = topology.calibrated(topology.find("cpu:1"), show=lambda *what: print(*what, file=sys.stderr))
 
-    def __init__(self, model: Model):
-        self.name, make = model
-        parts = components.put_together(make(), devices=jax.devices()[:1])
-        self._state, (self._batch, _) = parts.create_state(), next(iter(parts.batches()))
-        step: Any = parts.step
-        traced = step.trace(self._state, self._batch)
-        costs = traced.lower().compile().cost_analysis()
-        self.features = (flops.count(traced.jaxpr), costs["bytes accessed"], 1.0)
-        self._step = parts.step
-        self.seconds: list[float] = []
-
-    def turn(self) -> None:
-        """Take steps for some tenths of a second and note the CPU seconds of one."""
-        self._run(1)
-        start = time.process_time()
-        self._run(count := 4)
-        self.seconds.append((time.process_time() - start) / count)
-
-    def _run(self, count: int) -> None:
-        for _ in range(count):
-            self._state, _ = self._step(self._state, self._batch)
-        jax.block_until_ready(self._state)
-
-    @property
-    def median(self) -> float:
-        """The CPU seconds of a step, the median of all turns."""
-        return statistics.median(self.seconds)
-
-
-def fit(features: np.ndarray, seconds: np.ndarray) -> np.ndarray:
-    """Return rates, none negative, with which the sum over features has the least relative errors.
-
-    Least squares by multiplicative updates (Lee and Seung, 2001), which keep what is positive positive.
-    """
-    scaled = features / seconds[:, None]
-    size = scaled.max(axis=0)
-    matrix, rates = scaled / size, np.ones(features.shape[1])
-    target = matrix.T @ np.ones(len(seconds))
-    for _ in range(20_000):
-        rates *= target / (matrix.T @ (matrix @ rates))
-    return rates / size
-
-
-def time_rows() -> list[dict[str, Any]]:
-    steps = [Timed(model) for model in (*CALIBRATION, *UNSEEN)]
-    for _ in range(TURNS):
-        for step in steps:
+    def measure(name: str, make: Callable[[], jaxdist.Experiment]) -> Iterator[Row]:
+        step = measuring.RunningStep(make(), where.devices)
+        for _ in range(TURNS):
             step.turn()
-    known, unseen = steps[: len(CALIBRATION)], steps[len(CALIBRATION) :]
-    rates = fit(np.array([step.features for step in known]), np.array([step.median for step in known]))
-    return [
-        row(f"time/{step.name}", float(rates @ step.features), step.median, "CPU seconds a step", TURNS)
-        for step in unseen
-    ]
+        made = estimate.estimate(make(), where)
+        yield row(f"time/{name}", made.step_seconds, step.measured().step_seconds, "seconds a step", TURNS)
+
+    for name, make in UNSEEN:
+        yield f"time/{name}", functools.partial(measure, name, make)
 
 
-def row(name: str, ours: float, theirs: float, unit: str, repeats: int = 1) -> dict[str, Any]:
+def row(name: str, ours: float, theirs: float, unit: str, repeats: int = 1) -> Row:
     versions = {"jax": jax.__version__}
     values = {"ours": ours, "theirs": theirs, "ratio": ours / theirs}
     return {"name": name, **values, "unit": unit, "repeats": repeats, "versions": versions}
 
 
-def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
+def summary(rows: Sequence[Row]) -> list[str]:
     """Return a line for each claim: the error, its limit, and whether it was met. Time is judged by the median."""
     lines = []
     for claim, limit in LIMITS.items():
@@ -254,29 +226,50 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
+PARTS: dict[str, tuple[int, Callable[[], Iterator[Pending]]]] = {
+    "bytes": (NUM_DEVICES, bytes_rows),
+    "memory": (1, memory_rows),
+    "time": (1, time_rows),
+}
+"""Number of fake devices that a part needs, and its rows."""
+
+
+def rows_of(part: str, known: Mapping[str, Row]) -> Iterator[Row]:
+    """Yield the rows of a part, those in the log from there, the others as they are measured."""
+    num_devices, make = PARTS[part]
+    runtime.start_by_itself(num_devices)
+    yield from (each for name, each in known.items() if name.startswith("sent/") and part == "bytes")
+    for name, measure in make():
+        yield from [known[name]] if name in known else measure()
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--only", choices=("bytes", "memory", "time"))
+    parser.add_argument("--only", choices=PARTS, required=True)
+    parser.add_argument("--log", type=pathlib.Path, help="keep rows here, and measure only those that are not in it")
     parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.memory_of is not None:
-        print(json.dumps(memory_row(options.memory_of)))
+    if "--memory-of" in sys.argv:
+        runtime.start_by_itself(1)
+        print(json.dumps(memory_row(int(sys.argv[-1]))))
         return
-    runtime.use_compilation_cache()
-    parts: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {
-        "bytes": bytes_rows,
-        "memory": memory_rows,
-        "time": time_rows,
-    }
+    options = parser.parse_args()
+    log = options.log
+    lines = log.read_text().splitlines() if log and log.exists() else []
+    known = {each["name"]: each for each in map(json.loads, lines)}
     rows = []
-    for each in (each for name, make in parts.items() if options.only in (None, name) for each in make()):
+    for each in rows_of(options.only, known):
         rows.append(each)
-        shown = (
-            f"{each['name']:<46} {each['ours']:>14.6g} {each['theirs']:>14.6g} {each['ratio']:>7.3f}  {each['unit']}"
-        )
-        print(json.dumps(each) if options.json else shown, flush=True)
+        print(json.dumps(each) if options.json else line(each), flush=True)
+        if log and each["name"] not in known:
+            with log.open("a") as file:
+                file.write(f"{json.dumps(each)}\n")
     print("\n".join(summary(rows)), file=sys.stderr if options.json else sys.stdout)
+
+
+def line(each: Row) -> str:
+    """Return a row for people."""
+    return f"{each['name']:<46} {each['ours']:>14.6g} {each['theirs']:>14.6g} {each['ratio']:>7.3f}  {each['unit']}"
 
 
 if __name__ == "__main__":

@@ -89,6 +89,7 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
         "--search", action="store_true", help="try strategies, microbatches and remat, and rank what fits"
     )
     command.add_argument("--sweep-devices", metavar="N,N", help="efficiency on these numbers of devices")
+    command.add_argument("--calibrate", action="store_true", help="cpu:N: predict times by rates measured here, once")
     command.add_argument("--price-per-hour", type=float, metavar="P", help="price of an hour of the whole topology")
     command.add_argument("--out", type=pathlib.Path, metavar="FILE", help="write the plan as a page, too")
     command.add_argument("--json", action="store_true", help="print the plan as one JSON object")

@@ -88,6 +88,9 @@ class Estimate:
       source: where the rates are from.
       note: what the compiler could not know.
       delivered_examples_per_second: what the data gave on this machine when that was measured, else None.
+      tokens_per_example: length of a row of tokens; None where the examples are no tokens.
+      predicted_seconds: the time of a step by measured rates of its operations; None without a calibration.
+      calibration: when and how those rates were measured; empty without.
     """
 
     experiment: str
@@ -115,6 +118,9 @@ class Estimate:
     source: str
     note: str
     delivered_examples_per_second: float | None = None
+    tokens_per_example: int | None = None
+    predicted_seconds: float | None = None
+    calibration: str = ""
 
     @property
     def fits(self) -> bool | None:
@@ -128,8 +134,18 @@ class Estimate:
 
     @property
     def step_seconds(self) -> float:
-        """The largest bound: no step can be faster."""
-        return self.bound_seconds[self.bound_by]
+        """The predicted time with a calibration, else the largest bound: no step can be faster."""
+        return self.predicted_seconds or self.bound_seconds[self.bound_by]
+
+    @property
+    def examples_per_second(self) -> float:
+        """Examples of all devices."""
+        return self.global_batch_size / self.step_seconds
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens of all devices, padding included; None where the examples are no tokens."""
+        return self.tokens_per_example and self.tokens_per_example * self.examples_per_second
 
     @property
     def input_bytes_per_second(self) -> float:
@@ -154,7 +170,8 @@ class Estimate:
             "step_seconds": self.step_seconds,
             "bound_by": self.bound_by,
             "model_flops_utilization": self.model_flops_utilization,
-            "examples_per_second": self.global_batch_size / self.step_seconds,
+            "examples_per_second": self.examples_per_second,
+            "tokens_per_second": self.tokens_per_second,
             "collectives": {
                 kind: {"count": count, "sent_bytes": sent} for kind, (count, sent) in self.collectives.items()
             },
@@ -238,7 +255,17 @@ def read(program: facts.ProgramFacts, step_flops: float, parts: components.Parts
         measured_rates=topology.runs_here,
         source=chip.source,
         note=topology.note,
+        tokens_per_example=utilization.tokens_per_example(parts.fields, experiment.inputs),
+        **_predicted(program, topology),
     )
+
+
+def _predicted(program: facts.ProgramFacts, topology: Topology) -> dict[str, Any]:
+    made = topology.calibration
+    if made is None:
+        return {}
+    seconds = made.rates.step_seconds(program.operations)
+    return {"predicted_seconds": seconds, "calibration": made.describe()}
 
 
 def network_seconds(found: Sequence[collectives.Collective], chip: Chip) -> float:

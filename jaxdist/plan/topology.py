@@ -5,13 +5,15 @@ with JAX's CUDA plugin, which needs no GPU and is given a description of one (`j
 ahead-of-time interface of JAX).
 """
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
 import os
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -20,6 +22,8 @@ from jax.experimental import topologies
 from jaxdist.errors import UserError
 from jaxdist.launch.joining import runtime
 from jaxdist.plan import chips
+from jaxdist.plan.calibrated import calibration
+from jaxdist.plan.calibrated.calibration import Calibration
 
 EXAMPLES = (
     "cpu:8", "cpu:64", "tpu:v4:2x2x2", "tpu:v5e:4x4", "tpu:v5e:16x16", "tpu:v5p:4x4x4", "tpu:v6e:16x16",
@@ -52,6 +56,7 @@ class Topology:
       chip: what one of them can do.
       runs_here: whether a compiled program could run on this machine.
       note: what the compiler could not know; empty where it knows all.
+      calibration: what its devices were measured to do; None where they were not.
     """
 
     name: str
@@ -59,6 +64,7 @@ class Topology:
     chip: chips.Chip
     runs_here: bool
     note: str = ""
+    calibration: Calibration | None = None
 
 
 def find(name: str) -> Topology:
@@ -118,13 +124,42 @@ def _tpu(name: str, kind: str, shape: str) -> Topology:
     return Topology(name, _described(name, kind, shape), chips.TPUS[kind], runs_here=False)
 
 
+@contextlib.contextmanager
+def _without_native_output() -> Iterator[None]:
+    """Within it, what native code prints on standard error is dropped: libtpu asks there for a TPU's settings."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def _described(name: str, kind: str, shape: str) -> Sequence[jax.Device]:
     try:
-        return topologies.get_topology_desc(f"{kind}:{shape}", "tpu").devices
+        with _without_native_output():
+            return topologies.get_topology_desc(f"{kind}:{shape}", "tpu").devices
     except Exception as error:  # libtpu's own, of several kinds
         raise UserError(
             f"libtpu cannot describe {name!r}: {error}. The nearest that it can is {_nearest(name)!r}. {_known()}"
         ) from error
+
+
+def calibrated(topology: Topology, *, show: Callable[[int, int, str], None]) -> Topology:
+    """Return the topology with rates that its devices were measured to reach: now, or once before on this machine.
+
+    Raises:
+      UserError: its devices are not here.
+    """
+    if not topology.runs_here:
+        raise UserError(
+            f"--calibrate measures the devices of this machine, and those of {topology.name} are not here. "
+            "Leave it out: times are then bounds, from the chip's data sheet."
+        )
+    return dataclasses.replace(topology, calibration=calibration.find(topology.devices, show=show))
 
 
 def with_devices(topology: Topology, count: int) -> Topology:

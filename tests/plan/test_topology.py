@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import jax
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 
 from jaxdist import errors
 from jaxdist.launch.joining import runtime
-from jaxdist.plan import topology
+from jaxdist.plan import chips, topology
 
 
 @pytest.mark.parametrize(
@@ -75,3 +76,12 @@ def test_factors_multiply_to_the_count_and_ascend(count, dims):
 @pytest.mark.parametrize(("count", "dims", "factors"), [(32, 2, (4, 8)), (32, 3, (2, 4, 4)), (256, 2, (16, 16))])
 def test_factors_are_as_equal_as_they_can_be(count, dims, factors):
     assert topology.even_factors(count, dims) == factors
+
+
+def test_only_devices_that_are_here_are_calibrated(monkeypatch):
+    there = topology.Topology("tpu:v5e:4x4", jax.devices()[:1], chips.TPUS["v5e"], runs_here=False)
+    with pytest.raises(errors.UserError, match="those of tpu:v5e:4x4 are not here"):
+        topology.calibrated(there, show=print)
+    here = dataclasses.replace(there, name="cpu:1", runs_here=True)
+    monkeypatch.setattr(topology.calibration, "find", lambda devices, show: (len(devices), show))
+    assert topology.calibrated(here, show=print).calibration == (1, print)

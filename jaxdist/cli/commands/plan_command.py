@@ -39,6 +39,8 @@ def plan(options: argparse.Namespace) -> int:
     counts = _counts(options.sweep_devices)
     if options.out:
         plan_page.check_output(options.out)
+    if counts and options.calibrate:
+        raise UserError("--calibrate measures one number of devices, --sweep-devices plans for several. Leave one out.")
     where = topology.find(options.topology)
     experiment = selected_experiment.load(options)
     planned = estimate.with_dividing_batch(experiment, where)
@@ -48,6 +50,8 @@ def plan(options: argparse.Namespace) -> int:
             f"planned with global_batch_size={planned.global_batch_size}."
         )
     with selected_experiment.record_alone_on_stdout(options), source_lines.kept():
+        if options.calibrate:
+            where = _calibrated(where)
         if counts:
             result = _sweep(planned, where, counts)
         elif options.search:
@@ -66,6 +70,11 @@ def _plan(experiment: Experiment, where: topology.Topology, price: float | None)
     made = dataclasses.replace(made, delivered_examples_per_second=_delivered(experiment))
     text = plan_text.render(made, price_per_hour=price)
     return _Result(text, made.to_json(price_per_hour=price), plan_page.of_plan(made, text, price_per_hour=price))
+
+
+def _calibrated(where: topology.Topology) -> topology.Topology:
+    with _Bar() as bar:
+        return topology.calibrated(where, show=bar.show)
 
 
 def _delivered(experiment: Experiment) -> float:

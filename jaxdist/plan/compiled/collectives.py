@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from jaxdist.plan.compiled.program import Program, head_of, parse
+from jaxdist.plan.compiled.program import head_of, parse, turns
 from jaxdist.plan.compiled.source_lines import SourceLines
 
 _KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -24,7 +24,6 @@ _GROUPS = re.compile(
 )
 _PAIRS = re.compile(r"source_target_pairs=\{\{(\d+),(\d+)\}")
 _MESH_GROUPS = re.compile(r"replica_groups=mesh\[(?P<mesh>[^\]]*)\]\s*(?:,[^{]*)?\{(?P<axes>[^}]*)\}")
-_TRIP_COUNT = re.compile(r'known_trip_count":\{"n":"(?P<count>\d+)"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,31 +66,16 @@ def collectives(hlo: str) -> list[Collective]:
     One inside a loop counts once per iteration where the program gives the number of iterations (as of a `scan`), else
     once.
     """
-    turns, lines = _turns(parse(hlo)), SourceLines(hlo)
+    times, lines = turns(parse(hlo)), SourceLines(hlo)
     found, computation = [], ""
     for line in hlo.splitlines():
         computation = head_of(line) or computation
         match = _INSTRUCTION.search(line)
         if match and _num_devices(match) > 1:
             found.append(
-                dataclasses.replace(_collective(match), times=turns.get(computation, 1), caused_by=lines.of(line))
+                dataclasses.replace(_collective(match), times=times.get(computation, 1), caused_by=lines.of(line))
             )
     return found
-
-
-def _turns(program: Program) -> dict[str, int]:
-    """Return how often one run of the program runs each computation; of a conditional, every branch counts."""
-    turns: dict[str, int] = {}
-
-    def visit(name: str, times: int) -> None:
-        turns[name] = turns.get(name, 0) + times
-        for instruction in program.computations.get(name, ()):
-            trips = _TRIP_COUNT.search(instruction.rest)
-            for called in instruction.called:
-                visit(called, times * (int(trips["count"]) if trips else 1))
-
-    visit(program.entry, 1)
-    return turns
 
 
 def sent_bytes(found: Iterable[Collective]) -> float:

@@ -17,11 +17,11 @@ import jax
 import jaxlib
 
 from jaxdist.errors import UserError
-from jaxdist.plan.compiled import collectives, live_buffers
+from jaxdist.plan.compiled import collectives, live_buffers, operations
 from jaxdist.rundir import files
 
 NUM_BUFFERS = 10
-_FORMAT = 1
+_FORMAT = 2
 """Part of every name: another number makes the older files unused."""
 
 
@@ -39,6 +39,7 @@ class ProgramFacts:
       temp_bytes: of everything in between at the peak, as the compiler packed it.
       code_bytes: of the program itself.
       collectives: what it sends.
+      operations: what it executes, equal ones as one.
       buffers: the largest arrays in memory at the peak.
       optimal_seconds: the compiler's own estimate of the time; None where it gives none.
     """
@@ -48,6 +49,7 @@ class ProgramFacts:
     temp_bytes: int
     code_bytes: int
     collectives: Sequence[collectives.Collective]
+    operations: Sequence[operations.Operation]
     buffers: Sequence[live_buffers.Buffer]
     optimal_seconds: float | None
 
@@ -87,6 +89,7 @@ def read(compiled: jax.stages.Compiled) -> ProgramFacts:
         temp_bytes=memory.temp_size_in_bytes,
         code_bytes=memory.generated_code_size_in_bytes,
         collectives=collectives.collectives(hlo),
+        operations=operations.grouped(operations.operations(hlo)),
         buffers=live_buffers.at_peak(hlo)[:NUM_BUFFERS],
         optimal_seconds=optimal if optimal > 0 else None,
     )
@@ -109,4 +112,5 @@ def _key(lowered: Any, devices: Sequence[jax.Device], topology: str) -> str:
 def _from_json(content: dict[str, Any]) -> ProgramFacts:
     sent = [collectives.Collective(**each | {"devices": tuple(each["devices"])}) for each in content.pop("collectives")]
     buffers = [live_buffers.Buffer(**each) for each in content.pop("buffers")]
-    return ProgramFacts(**content, collectives=sent, buffers=buffers)
+    done = [operations.Operation(**each) for each in content.pop("operations")]
+    return ProgramFacts(**content, collectives=sent, operations=done, buffers=buffers)

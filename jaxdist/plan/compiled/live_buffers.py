@@ -61,13 +61,13 @@ def at_peak(hlo: str) -> list[Buffer]:
     held = [(each, array) for each in arguments for array in each.arrays]
     walk = _Walk(program)
     held += [(made.by, made.array) for made in [*walk.outputs(), *walk.peak(program.entry)]]
-    counted: dict[tuple[str, str, str, int], int] = {}
+    counted: dict[tuple[str, str, int], list[Buffer]] = {}
     by_name = {each.name: each for instructions in program.computations.values() for each in instructions}
     for by, array in held:
         origin = _origin(by, program, by_name)
-        key = (_what(origin), lines.of(origin.rest), array.text, array.num_bytes)
-        counted[key] = counted.get(key, 0) + 1
-    found = [Buffer(*key, count) for key, count in counted.items() if key[-1]]
+        made = Buffer(_what(origin), lines.of(origin.rest), array.text, array.num_bytes)
+        counted.setdefault((made.line or made.what, made.shape, made.num_bytes), []).append(made)
+    found = [dataclasses.replace(same[0], count=len(same)) for same in counted.values() if same[0].num_bytes]
     return sorted(found, key=lambda each: (-each.num_bytes, -each.count, each.what))
 
 

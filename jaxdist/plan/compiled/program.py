@@ -18,6 +18,7 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _ARRAY = re.compile(r"(?P<type>pred|token|opaque|[a-z]+\d+\w*)\[(?P<dims>[^\]]*)\](?:\{(?P<layout>[^}]*)\})?")
 _TILE = re.compile(r":T\(([\d,]+)\)")
 _SPACE = re.compile(r"S\((\d+)\)")
+_TRIP_COUNT = re.compile(r'known_trip_count":\{"n":"(?P<count>\d+)"')
 _ALIASED = re.compile(r"\{(\d*)\}: \(\d+, \{\}")
 
 
@@ -104,6 +105,21 @@ def parse(hlo: str) -> Program:
     first = hlo.partition("\n")[0]
     aliased = first.partition("input_output_alias=")[2].partition("entry_computation_layout=")[0]
     return Program(computations, entry, frozenset(int(each or 0) for each in _ALIASED.findall(aliased)))
+
+
+def turns(program: Program) -> dict[str, int]:
+    """Return how often one run of the program runs each computation; of a conditional, every branch counts."""
+    turns: dict[str, int] = {}
+
+    def visit(name: str, times: int) -> None:
+        turns[name] = turns.get(name, 0) + times
+        for instruction in program.computations.get(name, ()):
+            trips = _TRIP_COUNT.search(instruction.rest)
+            for called in instruction.called:
+                visit(called, times * (int(trips["count"]) if trips else 1))
+
+    visit(program.entry, 1)
+    return turns
 
 
 def _instruction(line: str) -> Instruction | None:

@@ -152,21 +152,25 @@ def _verdict(made: Estimate) -> tuple[str, str]:
 
 def _rates(made: Estimate) -> str:
     label = "measured on this machine" if made.measured_rates else f"model, not measured: peak rates of {made.source}"
-    return f"Times are lower bounds; rates: {label}. Bytes and collectives are the compiled program's. {made.note}"
+    predicted = f" The time of a step is predicted by {made.calibration}." if made.calibration else ""
+    bounds = f"Bounds are lower bounds; rates: {label}.{predicted}"
+    return f"{bounds} Bytes and collectives are the compiled program's. {made.note}"
 
 
 def _facts(made: Estimate, price: float | None) -> list[tuple[str, str]]:
     spent = made.cost(price)
-    delivered = made.delivered_examples_per_second
+    delivered, tokens = made.delivered_examples_per_second, made.tokens_per_second
+    least, most = ("predicted", "predicted") if made.predicted_seconds else ("at least", "at most")
     facts = [
         ("mesh", " x ".join(f"{name} {size}" for name, size in made.mesh.items())),
         ("params", f"{made.num_params:,}"),
         ("examples a step", f"{made.global_batch_size:,}"),
         ("FLOPs a step", f"{made.flops_per_step:.3g}"),
-        ("a step, at least", seconds_text(made.step_seconds)),
-        ("examples/s, at most", f"{made.global_batch_size / made.step_seconds:,.0f}"),
+        (f"a step, {least}", seconds_text(made.step_seconds)),
+        (f"examples/s, {most}", f"{made.examples_per_second:,.0f}"),
+        *([(f"tokens/s, {most}", f"{tokens:,.0f}")] if tokens else []),
         ("bound by", made.bound_by),
-        ("MFU, at most", f"{made.model_flops_utilization:.0%}"),
+        (f"MFU, {most}", f"{made.model_flops_utilization:.0%}"),
         ("input must deliver", f"{size_text(made.input_bytes_per_second)}/s"),
     ]
     facts += [("input delivers here", f"{delivered:,.0f} examples/s")] if delivered else []
@@ -216,8 +220,9 @@ def _bounds(made: Estimate) -> str:
         f"<b>{seconds_text(seconds)}</b></div>"
         for name, seconds in made.bound_seconds.items()
     )
+    formula = "<p class=quiet>MFU = FLOPs of a step / (time of a step x devices x peak FLOP/s of one)</p>"
     own = f"<p>The compiler's own estimate: {seconds_text(made.compiler_seconds)}</p>" if made.compiler_seconds else ""
-    return f'<div class="bounds">{bars}</div>{own}'
+    return f'<div class="bounds">{bars}</div>{own}{formula}'
 
 
 def _roofline(made: Estimate) -> str:

@@ -31,24 +31,40 @@ def render(made: Estimate, *, price_per_hour: float | None = None) -> str:
         "Collectives, sent by each device in a step",
         *_collectives(made),
         "",
-        "A step takes at least" + ("" if made.measured_rates else " (model: peak rates, nothing was measured)"),
-        *_rows((name, seconds_text(seconds)) for name, seconds in made.bound_seconds.items()),
-        f"  bound by {made.bound_by}: at most {made.global_batch_size / made.step_seconds:,.0f} examples/s",
-        f"  {made.flops_per_step:.3g} FLOPs a step, MFU at most {made.model_flops_utilization:.0%}",
-        f"  input: {made.global_batch_size / made.step_seconds:,.0f} examples/s and "
-        f"{size_text(made.input_bytes_per_second)}/s keep it busy",
+        *_step(made, price_per_hour),
     ]
-    if made.compiler_seconds:
-        lines.append(f"  the compiler's own estimate: {seconds_text(made.compiler_seconds)}")
-    if made.delivered_examples_per_second:
-        lines.append(f"  input: one process on this machine read {made.delivered_examples_per_second:,.0f} examples/s")
     if made.note:
         lines += ["", *textwrap.wrap(made.note, 80)]
+    return "\n".join(lines)
+
+
+def _step(made: Estimate, price_per_hour: float | None) -> list[str]:
+    """Return the time of a step and what follows from it."""
+    most = "" if made.predicted_seconds else "at most "
+    tokens = "" if made.tokens_per_second is None else f", {made.tokens_per_second:,.0f} tokens/s"
+    lines = [
+        "A step takes at least" + ("" if made.measured_rates else " (model: peak rates, nothing was measured)"),
+        *_rows((name, seconds_text(seconds)) for name, seconds in made.bound_seconds.items()),
+    ]
+    if made.predicted_seconds:
+        reason = textwrap.wrap(f"predicted by {made.calibration}", 78)
+        lines += [*_rows([("predicted", seconds_text(made.predicted_seconds))]), *(f"  {each}" for each in reason)]
+    lines += [
+        f"  bound by {made.bound_by}: {most}{made.examples_per_second:,.0f} examples/s{tokens}",
+        f"  {made.flops_per_step:.3g} FLOPs a step; MFU = FLOPs / (step x devices x peak FLOP/s): {most}"
+        f"{made.model_flops_utilization:.0%}",
+        f"  input: {made.examples_per_second:,.0f} examples/s and {size_text(made.input_bytes_per_second)}/s "
+        "keep it busy",
+    ]
+    if made.delivered_examples_per_second:
+        lines.append(f"  input: one process on this machine read {made.delivered_examples_per_second:,.0f} examples/s")
+    if made.compiler_seconds:
+        lines.append(f"  the compiler's own estimate: {seconds_text(made.compiler_seconds)}")
     spent = made.cost(price_per_hour)
     if spent:
         price = f", {spent['price']:,.2f} at {price_per_hour:g} an hour" if "price" in spent else ""
         lines.append(f"  {made.steps:,} steps: {spent['hours']:,.2f} h{price}")
-    return "\n".join(lines)
+    return lines
 
 
 def render_search(candidates: Sequence[Candidate], experiment_file: str) -> str:

@@ -7,7 +7,8 @@ import tiny_experiment
 from jaxdist.cli import main
 from jaxdist.cli.commands import plan_command
 from jaxdist.launch.joining import runtime
-from jaxdist.plan import search
+from jaxdist.plan import search, topology
+from jaxdist.plan.calibrated import calibration, rates
 
 TINY = tiny_experiment.__file__
 
@@ -54,6 +55,16 @@ def test_more_devices_than_can_be_compiled_for_are_extrapolated_with_the_reason(
     assert "* extrapolated: --sweep-devices takes up to 2 devices of cpu:2; got 1024." in shown
 
 
+def test_a_calibrated_plan_predicts_the_step(capsys, monkeypatch):
+    made = calibration.Calibration(rates.Rates({"": [1e-3] + [0.0] * 9}, 0.5, 1.0, 0.04), "2026-11-29", 10)
+    monkeypatch.setattr(topology.calibration, "find", lambda devices, show: made)
+    assert main.run(["plan", TINY, "--topology", "cpu:8", "--calibrate", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["step_seconds"] == content["predicted_seconds"] > 0.5
+    assert content["examples_per_second"] == pytest.approx(content["global_batch_size"] / content["step_seconds"])
+    assert "10 programs they are from: median error 4%" in content["calibration"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -61,6 +72,7 @@ def test_more_devices_than_can_be_compiled_for_are_extrapolated_with_the_reason(
         (["--topology", "cpu:8", "--sweep-devices", "8,x"], "--sweep-devices takes numbers"),
         (["--topology", "cpu:8", "--sweep-devices", "16"], "Name a larger topology, cpu:16"),
         (["--topology", "cpu:8", "--devices", "4"], "Leave --devices out"),
+        (["--topology", "cpu:8", "--sweep-devices", "8", "--calibrate"], "Leave one out"),
         (["--topology", "cpu:8", "--reduction", "canonical"], "--reduction mean"),
     ],
 )
