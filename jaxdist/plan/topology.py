@@ -29,6 +29,8 @@ EXAMPLES = (
     "cpu:8", "cpu:64", "tpu:v4:2x2x2", "tpu:v5e:4x4", "tpu:v5e:16x16", "tpu:v5p:4x4x4", "tpu:v6e:16x16",
     "gpu:a100:8", "gpu:h100:8", "gpu:h100:64", "gpu:h200:8", "gpu:b200:8",
 )  # fmt: skip
+LONGEST_SIDE = 16
+"""Chips of a TPU's torus in one direction, at most."""
 MOST_GPUS = 1024
 MOST_CPU_DEVICES = 256
 _CALIBRATION_SIZE = 768
@@ -139,6 +141,12 @@ def _without_native_output() -> Iterator[None]:
 
 
 def _described(name: str, kind: str, shape: str) -> Sequence[jax.Device]:
+    sides = [int(side) for side in shape.split("x") if side.isdecimal()]
+    if max(sides, default=0) > LONGEST_SIDE:  # libtpu would end the process
+        raise UserError(
+            f"{name} has a side of {max(sides)} chips, and libtpu compiles for at most {LONGEST_SIDE}. "
+            f"The nearest that it can is {_nearest(name)!r}. {_known()}"
+        )
     try:
         with _without_native_output():
             return topologies.get_topology_desc(f"{kind}:{shape}", "tpu").devices

@@ -85,3 +85,13 @@ def test_only_devices_that_are_here_are_calibrated(monkeypatch):
     here = dataclasses.replace(there, name="cpu:1", runs_here=True)
     monkeypatch.setattr(topology.calibration, "find", lambda devices, show: (len(devices), show))
     assert topology.calibrated(here, show=print).calibration == (1, print)
+
+
+def test_a_torus_that_would_end_the_process_is_refused(monkeypatch):
+    def get_topology_desc(*args, **options):
+        raise AssertionError("libtpu was asked")
+
+    monkeypatch.setattr(topology.topologies, "get_topology_desc", get_topology_desc)
+    there = topology.Topology("tpu:v5e:16x16", jax.devices()[:1], chips.TPUS["v5e"], runs_here=False)
+    with pytest.raises(errors.UserError, match="tpu:v5e:32x32 has a side of 32 chips"):
+        topology.with_devices(there, 1024)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jaxlib
 
-from jaxdist.plan.calibrated import measuring, programs, rates
+from jaxdist.plan.calibrated import measuring, operation_rates, programs
 from jaxdist.plan.compiled import facts
 from jaxdist.rundir import files
 
@@ -29,7 +29,7 @@ class Calibration:
       programs: how many were measured.
     """
 
-    rates: rates.Rates
+    rates: operation_rates.Rates
     measured: str
     programs: int
 
@@ -46,9 +46,9 @@ def find(devices: Sequence[jax.Device], *, show: Callable[[int, int, str], None]
     path = facts.cache_folder() / f"calibration-{_key(len(devices))}.json"
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         content = json.loads(path.read_text(encoding="utf-8"))
-        return Calibration(**content | {"rates": rates.Rates(**content["rates"])})
+        return Calibration(**content | {"rates": operation_rates.Rates(**content["rates"])})
     measured = measuring.measure(programs.experiments(len(devices)), devices, show=show)
-    found = Calibration(rates.fit(measured), datetime.date.today().isoformat(), len(measured))
+    found = Calibration(operation_rates.fit(measured), datetime.date.today().isoformat(), len(measured))
     with contextlib.suppress(OSError):  # A cache that cannot be written costs time, nothing else.
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write(path, [json.dumps(dataclasses.asdict(found)).encode()])

@@ -14,7 +14,7 @@ import jax
 
 from jaxdist.config.experiment import Experiment
 from jaxdist.errors import UserError
-from jaxdist.plan.calibrated.rates import MeasuredProgram
+from jaxdist.plan.calibrated.operation_rates import MeasuredProgram
 from jaxdist.plan.compiled.operations import operations
 from jaxdist.run import components
 

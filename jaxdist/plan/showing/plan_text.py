@@ -51,8 +51,8 @@ def _step(made: Estimate, price_per_hour: float | None) -> list[str]:
         lines += [*_rows([("predicted", seconds_text(made.predicted_seconds))]), *(f"  {each}" for each in reason)]
     lines += [
         f"  bound by {made.bound_by}: {most}{made.examples_per_second:,.0f} examples/s{tokens}",
-        f"  {made.flops_per_step:.3g} FLOPs a step; MFU = FLOPs / (step x devices x peak FLOP/s): {most}"
-        f"{made.model_flops_utilization:.0%}",
+        f"  {made.flops_per_step:.3g} FLOPs a step, MFU {most}{made.model_flops_utilization:.0%}",
+        "  MFU = FLOPs of a step / (its seconds x devices x peak FLOP/s of one)",
         f"  input: {made.examples_per_second:,.0f} examples/s and {size_text(made.input_bytes_per_second)}/s "
         "keep it busy",
     ]

@@ -8,7 +8,8 @@ from jaxdist.cli import main
 from jaxdist.cli.commands import plan_command
 from jaxdist.launch.joining import runtime
 from jaxdist.plan import search, topology
-from jaxdist.plan.calibrated import calibration, rates
+from jaxdist.plan.calibrated import calibration
+from jaxdist.plan.calibrated import operation_rates as rates
 
 TINY = tiny_experiment.__file__
 

@@ -3,7 +3,8 @@
 import jax
 import pytest
 
-from jaxdist.plan.calibrated import calibration, measuring, rates
+from jaxdist.plan.calibrated import calibration, measuring
+from jaxdist.plan.calibrated import operation_rates as rates
 from jaxdist.plan.compiled import facts
 from jaxdist.plan.compiled.operations import ELEMENTWISE, Operation
 

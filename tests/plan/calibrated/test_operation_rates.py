@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxdist.plan.calibrated import rates
+from jaxdist.plan.calibrated import operation_rates as rates
 from jaxdist.plan.compiled.operations import ELEMENTWISE, MATMUL, Operation
 
 START, BYTE, FLOP = 2e-6, 1e-10, 1e-11
