@@ -161,7 +161,7 @@ def test_a_scheduler_that_stands_still_drops_no_one(scheduler, drops):
             return super().handle(message, now + self.late)
 
     chosen = settings(workers=3, servers=2, durability="replicated")
-    runs = (play(seed, settings=chosen, faults=CALM, roles=Roles(scheduler=Sleepy)) for seed in range(3, 13))
+    runs = (simulate(seed, settings=chosen, faults=CALM, roles=Roles(scheduler=Sleepy)) for seed in range(3, 13))
     assert any(checker.named(run.events, "Warn") for run in runs) == drops
 
 
