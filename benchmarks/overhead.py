@@ -52,6 +52,7 @@ from jaxdist.models import mlp
 from jaxdist.run import hooks, loop, progress_display, stopwatch
 from jaxdist.rundir import writers
 from jaxdist.spmd import state, step
+from jaxdist.spmd.canonical import canonical_step
 
 EXPERIMENTS = pathlib.Path(__file__).parent.parent / "experiments"
 LOG_EVERY = 20
@@ -265,7 +266,7 @@ class Canonical(Fit):
 
     def make_step(self, loss_fn: Callable[..., Any]) -> step.Step:
         """Return the step with canonical reduction."""
-        return step.canonical_step(loss_fn, self.work.optimizer, self.mesh)
+        return canonical_step.canonical_step(loss_fn, self.work.optimizer, self.mesh)
 
 
 SIDES = {"bare": Bare, "packed": Packed, "fit": Fit, "canonical": Canonical}

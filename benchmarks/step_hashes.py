@@ -28,7 +28,7 @@ from jaxdist.run import components, loop
 from jaxdist.run.replay import auditing, recording, step_chain
 from jaxdist.rundir import record
 from jaxdist.spmd import state as states
-from jaxdist.spmd import step as steps
+from jaxdist.spmd.canonical import canonical_step
 
 LOGICAL_SHARDS = 8
 LEAST_RATIO = 0.97
@@ -44,8 +44,8 @@ class Side:
         self.batches = [jax.device_put(work.batch(random_rows), sharding) for _ in range(overhead.NUM_BATCHES)]
         shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in self.batches[0].items()}
         functions = components.make_functions(work.experiment, shapes)
-        hashing = step_hashes.StepHashing() if hashes else steps.NO_HASHING
-        self.step = steps.canonical_step(
+        hashing = step_hashes.StepHashing() if hashes else canonical_step.NO_HASHING
+        self.step = canonical_step.canonical_step(
             functions.loss_fn, work.optimizer, self.mesh, logical_shards=LOGICAL_SHARDS, hashing=hashing
         )
         self.state = states.create_state(functions.init_fn, work.optimizer, mesh=self.mesh, seed=0)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from jaxdist.run.use.from_python import train as train
     from jaxdist.run.use.trained import load as load
     from jaxdist.rundir import rich_values as rich_values
+    from jaxdist.spmd.canonical.canonical_step import canonical_step as canonical_step
     from jaxdist.spmd.layout import describe as describe
     from jaxdist.spmd.mesh import make_mesh as make_mesh
     from jaxdist.spmd.metrics import Mean as Mean
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from jaxdist.spmd.state import InitialState as InitialState
     from jaxdist.spmd.state import TrainState as TrainState
     from jaxdist.spmd.state import create_state as create_state
-    from jaxdist.spmd.step import canonical_step as canonical_step
     from jaxdist.spmd.step import data_parallel_step as data_parallel_step
     from jaxdist.spmd.step import pmap_step as pmap_step
     from jaxdist.stop import Stop as Stop
@@ -59,7 +59,7 @@ _HOMES = {
     "TrainState": "spmd.state",
     "WeightRule": "config.starting_weights",
     "Weighted": "spmd.metrics",
-    "canonical_step": "spmd.step",
+    "canonical_step": "spmd.canonical.canonical_step",
     "create_state": "spmd.state",
     "data_parallel_step": "spmd.step",
     "describe": "spmd.layout",

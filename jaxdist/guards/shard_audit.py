@@ -15,7 +15,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxdist.guards import array_hash, step_hashes
-from jaxdist.spmd import device_program, reduce, step
+from jaxdist.spmd import device_program, reduce
+from jaxdist.spmd import layout as layouts
+from jaxdist.spmd.canonical import adding, canonical_step, state_update
 from jaxdist.spmd.mesh import DATA_AXIS
 from jaxdist.spmd.metrics import Batch
 from jaxdist.spmd.state import TrainState
@@ -29,20 +31,32 @@ class ShardAudit:
       mesh: of the step.
       logical_shards: of the step.
       num_microbatches: of the step.
+      batch_axes: of the step.
+      layout: of the step. Of a state in shards, devices gather equal copies, so a fault in a shard is not found.
     """
 
-    def __init__(self, loss_fn: reduce.LossFn, mesh: Mesh, *, logical_shards: int, num_microbatches: int):
-        sums = step.logical_shard_sums(
+    def __init__(
+        self,
+        loss_fn: reduce.LossFn,
+        mesh: Mesh,
+        *,
+        logical_shards: int,
+        num_microbatches: int,
+        batch_axes: Sequence[str] = (DATA_AXIS,),
+        layout: layouts.Layout = layouts.replicated,
+    ):
+        sums = canonical_step.logical_shard_sums(
             loss_fn,
             mesh,
             logical_shards=logical_shards,
             num_microbatches=num_microbatches,
+            batch_axes=batch_axes,
             hashing=step_hashes.StepHashing(),
         )
-        whole, sharded = PartitionSpec(), PartitionSpec(DATA_AXIS)
+        whole, sharded = PartitionSpec(), PartitionSpec(tuple(batch_axes))
 
         def vote(shared: Any, flat: jax.Array, index: jax.Array) -> jax.Array:
-            own = step.hashes_in(sums.unravel(flat[0])[1])[index[0]]
+            own = canonical_step.hashes_in(sums.unravel(flat[0])[1])[index[0]]
             return jnp.concatenate([array_hash.of_arrays(jax.tree.leaves(shared))[None], own])[None]
 
         def take(batch: Batch, slot: jax.Array) -> Batch:
@@ -50,12 +64,15 @@ class ShardAudit:
             parts = {name: leaf.reshape(num_slots, -1, *leaf.shape[1:]) for name, leaf in batch.items()}
             return {name: jax.lax.dynamic_index_in_dim(leaf, slot, keepdims=False) for name, leaf in parts.items()}
 
+        self._place = adding.Site(mesh, sums.axes, sums.dealing)
+        self._choose = canonical_step.adding_for(mesh, layout)
         self._slots = sums.dealing.slot_of_shards()
         self._compute = sums.everywhere()
         self._vote = device_program.PerDeviceProgram(vote, mesh, in_specs=(whole, sharded, whole), out_spec=sharded)
         self._everywhere = NamedSharding(mesh, whole)
         self._take = jax.jit(take, out_shardings=self._everywhere)
         self._gather = jax.jit(lambda votes: votes, out_shardings=self._everywhere)
+        self._whole = state_update.gathering(mesh)
 
     def votes(self, state: TrainState, batch: Batch, shard: int) -> np.ndarray:
         """Return what each device computes of a logical shard of the step from `state`: uint32 [devices, 2].
@@ -66,10 +83,17 @@ class ShardAudit:
         """
         index = jax.device_put(np.array([shard], np.int32), self._everywhere)
         slot = jax.device_put(np.int32(self._slots[shard]), self._everywhere)
-        shared = jax.block_until_ready(step.shared_by_shards(state))
+        shared = jax.block_until_ready(self._whole(canonical_step.shared_by_shards(state)))
         rows = jax.block_until_ready(self._take(dict(batch), slot))
-        found = jax.block_until_ready(self._vote(shared, self._compute(shared, rows, index), index))
+        sums = self._compute(shared, rows, index)
+        self._size = sums.shape[1]
+        found = jax.block_until_ready(self._vote(shared, sums, index))
         return np.asarray(self._gather(found).addressable_data(0))
+
+    def owner(self, shard: int) -> int:
+        """Return the position of the device that computes a logical shard in the step; known after the first votes."""
+        turns = self._choose(self._place, self._size).shards.T
+        return int(np.argwhere(turns == shard)[0, 1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,11 +157,6 @@ def judge_step(votes: np.ndarray, own: int, owner: int, *, step: int, shard: int
       shard: the audited logical shard.
     """
     return None if own == int(votes[0, 1]) else Finding(step, shard, (owner,), len(votes) > 1, "step")
-
-
-def owner_of(shard: int, *, logical_shards: int, num_devices: int) -> int:
-    """Return the position of the device that computes a logical shard in the step."""
-    return next(each for each in range(num_devices) if shard < (each + 1) * logical_shards // num_devices)
 
 
 def chosen_shard(number: int, *, logical_shards: int, seed: int) -> int:

@@ -23,6 +23,7 @@ from jaxdist.run import preflight
 from jaxdist.run.warm_start import beginning
 from jaxdist.rundir import record
 from jaxdist.spmd import evaluate, mesh, precision, state, step, strategies
+from jaxdist.spmd.canonical import canonical_step
 from jaxdist.spmd.metrics import Batch
 
 
@@ -384,7 +385,7 @@ def make_step(
     optimizer: optax.GradientTransformation,
 ) -> step.Step:
     """Return the training step."""
-    hashing = step_hashes.StepHashing() if experiment.guards.step_hashes else step.NO_HASHING
+    hashing = step_hashes.StepHashing() if experiment.guards.step_hashes else canonical_step.NO_HASHING
     return strategy.make_step(
         functions.loss_fn, optimizer, num_microbatches=experiment.num_microbatches, hashing=hashing
     )

@@ -1,6 +1,8 @@
 """What the jaxpr of a function tells without computing: which results depend on which arguments, and its size."""
 
-from collections.abc import Callable, Sequence
+import functools
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -16,32 +18,60 @@ def depends(function: Callable[..., Any], args: Sequence[Any], marked: Sequence[
       args: arrays, or descriptions of arrays.
       marked: bools, in the tree structure of `args`.
     """
+    return jax.tree.map(bool, marks(function, args, marked))
+
+
+def marks(function: Callable[..., Any], args: Sequence[Any], marked: Sequence[Any]) -> Any:
+    """Return a tree like the result of `function(*args)`: the marks of all leaves that each leaf depends on, joined.
+
+    Args:
+      function: traced once.
+      args: arrays, or descriptions of arrays.
+      marked: whole numbers whose bits are marks, in the tree structure of `args`.
+    """
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
-    found = _follow(closed.jaxpr, jax.tree.leaves(list(marked)))
+    found = _follow(closed.jaxpr, [int(each) for each in jax.tree.leaves(list(marked))])
     return jax.tree.unflatten(jax.tree.structure(shapes), found)
 
 
-def _follow(jaxpr: Any, marked: Sequence[bool]) -> list[bool]:
-    """Return whether each output depends on a marked input."""
+def uses(jaxpr: Any, primitive: str) -> bool:
+    """Return whether a jaxpr, or a function that it calls, has an equation of the primitive of that name."""
+    inner = (_plain(value) for equation in _plain(jaxpr).eqns for value in _values(equation.params))
+    return any(equation.primitive.name == primitive for equation in _plain(jaxpr).eqns) or any(
+        uses(each, primitive) for each in inner if hasattr(each, "eqns")
+    )
+
+
+def _values(params: Any) -> list[Any]:
+    return [each for value in params.values() for each in (value if isinstance(value, tuple | list) else [value])]
+
+
+def _follow(jaxpr: Any, marked: Sequence[int]) -> list[int]:
+    """Return the marks of each output."""
     known = dict(zip(jaxpr.invars, marked, strict=True))
 
-    def is_marked(atom: Any) -> bool:
-        return not hasattr(atom, "val") and known.get(atom, False)
+    def marks_of(atom: Any) -> int:
+        return 0 if hasattr(atom, "val") else known.get(atom, 0)
 
     for equation in jaxpr.eqns:
-        inputs = [is_marked(atom) for atom in equation.invars]
+        inputs = [marks_of(atom) for atom in equation.invars]
         known.update(zip(equation.outvars, _through(equation, inputs), strict=True))
-    return [is_marked(atom) for atom in jaxpr.outvars]
+    return [marks_of(atom) for atom in jaxpr.outvars]
 
 
-def _through(equation: Any, inputs: list[bool]) -> list[bool]:
-    """Return whether each result of an equation depends on a marked operand; looks into the functions it calls."""
-    everything = [any(inputs)] * len(equation.outvars)
+def _joined(marked: Iterable[int]) -> int:
+    return functools.reduce(operator.or_, marked, 0)
+
+
+def _through(equation: Any, inputs: list[int]) -> list[int]:
+    """Return the marks of each result of an equation; looks into the functions it calls."""
+    everything = [_joined(inputs)] * len(equation.outvars)
     if not any(inputs):
         return everything
     if equation.primitive.name == "cond":
         inner = [branch.jaxpr for branch in equation.params["branches"]]
-        return everything if inputs[0] else [any(each) for each in zip(*(_follow(j, inputs[1:]) for j in inner))]
+        branches = zip(*(_follow(j, inputs[1:]) for j in inner), strict=True)
+        return [_joined([inputs[0], *each]) for each in branches]
     calls = [_plain(value) for value in equation.params.values() if hasattr(_plain(value), "eqns")]
     fits = len(calls) == 1 and len(calls[0].invars) == len(inputs) and len(calls[0].outvars) == len(everything)
     if not fits:
@@ -51,12 +81,12 @@ def _through(equation: Any, inputs: list[bool]) -> list[bool]:
     return _through_scan(calls[0], inputs, *jax_private.scan_counts(equation.params))
 
 
-def _through_scan(body: Any, inputs: list[bool], num_consts: int, num_carry: int) -> list[bool]:
-    """Return which results of a scan depend on a marked operand; marks spread through the carry."""
+def _through_scan(body: Any, inputs: list[int], num_consts: int, num_carry: int) -> list[int]:
+    """Return the marks of each result of a scan; they spread through the carry."""
     while True:
         found = _follow(body, inputs)
         carry = slice(num_consts, num_consts + num_carry)
-        joined = [a or b for a, b in zip(inputs[carry], found[:num_carry], strict=True)]
+        joined = [a | b for a, b in zip(inputs[carry], found[:num_carry], strict=True)]
         if joined == inputs[carry]:
             return found
         inputs = [*inputs[:num_consts], *joined, *inputs[num_consts + num_carry :]]

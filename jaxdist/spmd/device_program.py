@@ -62,6 +62,10 @@ class PerDeviceProgram:
         """How often it was compiled: at most once, because it refuses arguments of other shapes."""
         return int(self._program is not None)
 
+    def trace(self, *args: PyTree) -> jax.stages.Traced:
+        """Return the function traced for what one device has of the arguments; compiles nothing."""
+        return self._function.trace(*args)
+
     def _compile(self, args: tuple[PyTree, ...]) -> jax.stages.Compiled:
         shardings = [
             NamedSharding(self._mesh, spec)
@@ -83,6 +87,20 @@ class PerDeviceProgram:
             [NamedSharding(self._mesh, self._out_spec)] * len(results),
         )
         return jax.stages.Compiled(mesh_executable, [], lowered.args_info, lowered.out_tree, no_kwargs=True)
+
+
+def waits(mesh: Mesh) -> bool:
+    """Return whether programs of single devices must not be in flight together with programs that have collectives.
+
+    On CPU devices a one-device program computes in XLA's thread pool, and a collective keeps its thread of that pool
+    while it waits for the other devices: they could block each other.
+    """
+    return mesh.size > 1 and bool(mesh.devices.flat[0].platform == "cpu")
+
+
+def settled(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Return `tree`, computed where `waits`, otherwise dispatched."""
+    return jax.block_until_ready(tree) if waits(mesh) else tree
 
 
 def _local(leaf: jax.Array, sharding: NamedSharding, device: jax.Device) -> jax.ShapeDtypeStruct:

@@ -6,7 +6,7 @@ for each example: the rows are gathered from all devices and processes, in the o
 
 import collections
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxdist.spmd import canonical, reduce
 from jaxdist.spmd import metrics as metrics_lib
+from jaxdist.spmd import reduce
+from jaxdist.spmd.canonical import shard_sums, state_update
 from jaxdist.spmd.mesh import DATA_AXIS
 from jaxdist.spmd.metrics import Batch, Mean
 
@@ -45,19 +46,21 @@ def eval_step(eval_fn: EvalFn) -> EvalStep:
     return jax.jit(step)
 
 
-def canonical_eval_step(eval_fn: EvalFn, mesh: Mesh, *, logical_shards: int, axis: str = DATA_AXIS) -> EvalStep:
+def canonical_eval_step(
+    eval_fn: EvalFn, mesh: Mesh, *, logical_shards: int, axes: Sequence[str] = (DATA_AXIS,)
+) -> EvalStep:
     """Return an `eval_step` whose losses and metrics are bit-identical on every layout (see `canonical`)."""
 
     def shard_fn(shared: tuple[PyTree, PyTree], shard: Batch, index: jax.Array) -> dict[str, Mean]:
         del index
         return _means(eval_fn, *shared, shard)
 
-    shard_sums = canonical.LogicalShardSums(shard_fn, mesh, logical_shards=logical_shards, axis=axis)
+    sums = shard_sums.LogicalShardSums(shard_fn, mesh, logical_shards=logical_shards, axes=axes)
 
-    finish = jax.jit(shard_sums.unravel)
+    finish, whole = jax.jit(sums.unravel), state_update.gathering(mesh)
 
     def step(params: PyTree, model_state: PyTree, batch: Batch) -> dict[str, Mean]:
-        return finish(shard_sums((params, model_state), batch))
+        return finish(sums(whole((params, model_state)), batch))
 
     return step
 
@@ -73,7 +76,7 @@ def collect_step(collect_fn: CollectFn, mesh: Mesh | None = None) -> CollectStep
 
 
 def canonical_collect_step(
-    collect_fn: CollectFn, mesh: Mesh, *, logical_shards: int, axis: str = DATA_AXIS
+    collect_fn: CollectFn, mesh: Mesh, *, logical_shards: int, axes: Sequence[str] = (DATA_AXIS,)
 ) -> CollectStep:
     """Return a `collect_step` whose rows are bit-identical on every layout (see `canonical`).
 
@@ -89,16 +92,17 @@ def canonical_collect_step(
             lambda leaf: jnp.zeros((logical_shards, *leaf.shape), leaf.dtype).at[index].set(leaf), apart
         )
 
-    shard_sums = canonical.LogicalShardSums(shard_fn, mesh, logical_shards=logical_shards, axis=axis)
+    sums = shard_sums.LogicalShardSums(shard_fn, mesh, logical_shards=logical_shards, axes=axes)
 
-    def whole(leaf: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    def rows_of(leaf: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         rows = jax.vmap(lambda shard: reduce.from_addable(shard, dtype))(leaf)
         return rows.reshape(-1, *rows.shape[2:])
 
-    finish = jax.jit(lambda total: jax.tree.map(whole, shard_sums.unravel(total), dtypes[0]))
+    finish = jax.jit(lambda total: jax.tree.map(rows_of, sums.unravel(total), dtypes[0]))
+    whole = state_update.gathering(mesh)
 
     def step(params: PyTree, model_state: PyTree, batch: Batch) -> tuple[PyTree, jax.Array]:
-        found: tuple[PyTree, jax.Array] = finish(shard_sums((params, model_state), batch))
+        found: tuple[PyTree, jax.Array] = finish(sums(whole((params, model_state)), batch))
         return found
 
     return step

@@ -1,10 +1,29 @@
 """Random keys: how a seed becomes the keys of a run, and how typed keys become plain integers and back."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 
 SEED_BITS = 64
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PlainKey:
+    """A typed key as the integers it consists of."""
+
+    data: jax.Array
+    impl: Any = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, key: jax.Array) -> "PlainKey":
+        """Return the integers of a typed key."""
+        return cls(jax.random.key_data(key), jax.random.key_impl(key))
+
+    def typed(self) -> jax.Array:
+        """Return the typed key."""
+        return jax.random.wrap_key_data(self.data, impl=self.impl)
 
 
 class RunKeys(NamedTuple):

@@ -273,7 +273,7 @@ def _squared_norm(leaf: jax.Array) -> jax.Array:
     return lax.dot_general(jnp.conj(leaf), leaf, ((dims, dims), ((), ()))).real.astype(jnp.float32)
 
 
-def tree_sum_over_axis(vector: jax.Array, axis: str, num_devices: int) -> jax.Array:
+def tree_sum_over_axis(vector: jax.Array, axis: str | tuple[str, ...], num_devices: int) -> jax.Array:
     """Return the sum over a mesh axis of 2^k devices in a fixed tree: neighbours first, then pairs of pairs.
 
     The order of additions depends only on the devices' places, so it continues the tree that each device started over
@@ -282,7 +282,7 @@ def tree_sum_over_axis(vector: jax.Array, axis: str, num_devices: int) -> jax.Ar
 
     Args:
       vector: float array of one dim, different on each device.
-      axis: name of the mesh axis.
+      axis: name of the mesh axis, or of several that are one.
       num_devices: size of the axis, a power of two.
     """
     if vector.size < HALVING_MIN_SIZE:
@@ -298,7 +298,7 @@ def tree_sum(values: Sequence[jax.Array]) -> jax.Array:
     return values[0]
 
 
-def tree_sum_of_slots(vectors: jax.Array, axis: str, slots: Sequence[int]) -> jax.Array:
+def tree_sum_of_slots(vectors: jax.Array, axis: str | tuple[str, ...], slots: Sequence[int]) -> jax.Array:
     """Return, inside shard_map, the `tree_sum` of some of all devices' vectors, whichever devices hold them.
 
     Each device receives its slice of every vector (an all-to-all), adds the slices, and all get all sums. The bits are
@@ -306,7 +306,7 @@ def tree_sum_of_slots(vectors: jax.Array, axis: str, slots: Sequence[int]) -> ja
 
     Args:
       vectors: this device's vectors, float, shape (vectors a device, size).
-      axis: name of the mesh axis.
+      axis: name of the mesh axis, or of several that are one.
       slots: the summands in order, each a place among all devices' vectors.
     """
     num_devices, size = lax.axis_size(axis), vectors.shape[1]
@@ -316,7 +316,7 @@ def tree_sum_of_slots(vectors: jax.Array, axis: str, slots: Sequence[int]) -> ja
     return lax.all_gather(tree_sum([received[slot] for slot in slots]), axis, tiled=True)[:size]
 
 
-def _recursive_doubling(vector: jax.Array, axis: str, num_devices: int) -> jax.Array:
+def _recursive_doubling(vector: jax.Array, axis: str | tuple[str, ...], num_devices: int) -> jax.Array:
     distance = 1
     while distance < num_devices:
         vector = vector + lax.ppermute(vector, axis, _swap_pairs(num_devices, distance))
@@ -324,7 +324,7 @@ def _recursive_doubling(vector: jax.Array, axis: str, num_devices: int) -> jax.A
     return vector
 
 
-def _recursive_halving(vector: jax.Array, axis: str, num_devices: int) -> jax.Array:
+def _recursive_halving(vector: jax.Array, axis: str | tuple[str, ...], num_devices: int) -> jax.Array:
     size = vector.size
     chunk = jnp.pad(vector, (0, -size % num_devices))
     index = lax.axis_index(axis)

@@ -6,15 +6,14 @@ become the global mean. What a step does with the mean is in one place, `apply_a
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxdist.spmd import canonical, device_program, precision, reduce
-from jaxdist.spmd import layout as layouts
+from jaxdist.spmd import keys, precision, reduce
 from jaxdist.spmd import metrics as metrics_lib
 from jaxdist.spmd.mesh import DATA_AXIS
 from jaxdist.spmd.metrics import Batch
@@ -30,31 +29,6 @@ EMPTY_BATCH = -2
 """The value of `nonfinite_leaf` for a batch in which nothing counted."""
 STEP_HASHES = "step_hashes"
 """The metric with the hashes of a canonical step, uint32 of one dim: those of the logical shards, then the step's."""
-
-
-class Hashing(Protocol):
-    """What a canonical step computes of itself besides its result: whole numbers, which change no bit of it."""
-
-    def of_shard(self, flat: jax.Array) -> jax.Array:
-        """Return the hashes of the sums of one logical shard, a vector: uint32, one dim, always of the same length."""
-
-    def of_step(self, sums: reduce.Sums, params: Any, model_state: Any) -> jax.Array:
-        """Return the hashes of the sums of the whole batch and of what the step made: uint32, one dim."""
-
-
-class NoHashing:
-    """Hashes nothing."""
-
-    def of_shard(self, flat: jax.Array) -> jax.Array:
-        """Return no hash."""
-        return jnp.zeros(0, jnp.uint32)
-
-    def of_step(self, sums: reduce.Sums, params: Any, model_state: Any) -> jax.Array:
-        """Return no hash."""
-        return jnp.zeros(0, jnp.uint32)
-
-
-NO_HASHING = NoHashing()
 
 
 def data_parallel_step(
@@ -91,31 +65,15 @@ def data_parallel_step(
     )
 
     def keyless_step(
-        state: TrainState, key: _PlainKey, inputs: jax.Array | None, batch: Batch
+        state: TrainState, key: keys.PlainKey, inputs: jax.Array | None, batch: Batch
     ) -> tuple[TrainState, Metrics]:
-        new_state, metrics = mapped(_with_key(state, key.typed()), inputs, batch)
-        return _with_key(new_state, None), metrics
+        new_state, metrics = mapped(with_key(state, key.typed()), inputs, batch)
+        return with_key(new_state, None), metrics
 
-    return _KeepsKey(jax.jit(keyless_step, donate_argnums=0), PlacedInputs(optimizer, mesh))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _PlainKey:
-    """A typed key as the integers it consists of."""
-
-    data: jax.Array
-    impl: Any = dataclasses.field(metadata={"static": True})
-
-    @classmethod
-    def of(cls, key: jax.Array) -> "_PlainKey":
-        return cls(jax.random.key_data(key), jax.random.key_impl(key))
-
-    def typed(self) -> jax.Array:
-        return jax.random.wrap_key_data(self.data, impl=self.impl)
+    return KeepsKey(jax.jit(keyless_step, donate_argnums=0), PlacedInputs(optimizer, mesh))
 
 
-class _KeepsKey:
+class KeepsKey:
     """A step out of `program(state without key, plain key, optimizer's inputs, batch)`, which leaves the key in place.
 
     The key is the same in every step, so it need not pass through the program; and JAX calls a program that takes or
@@ -124,7 +82,7 @@ class _KeepsKey:
 
     def __init__(
         self,
-        program: Callable[[TrainState, _PlainKey, jax.Array | None, Batch], tuple[TrainState, Metrics]],
+        program: Callable[[TrainState, keys.PlainKey, jax.Array | None, Batch], tuple[TrainState, Metrics]],
         inputs: PlacedInputs,
         cache_size: Callable[[], int] | None = None,
     ):
@@ -135,22 +93,23 @@ class _KeepsKey:
             self._cache_size = cache_size  # for the recompile sentinel
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """Make a step."""
         if state.key is not self._key:
-            self._key, self._plain_key = state.key, _PlainKey.of(state.key)
-        new_state, metrics = self._program(_with_key(state, None), self._plain_key, self._inputs.placed(), batch)
-        return _with_key(new_state, state.key), metrics
+            self._key, self._plain_key = state.key, keys.PlainKey.of(state.key)
+        new_state, metrics = self._program(with_key(state, None), self._plain_key, self._inputs.placed(), batch)
+        return with_key(new_state, state.key), metrics
 
-    def with_inputs(self, inputs: PlacedInputs) -> "_KeepsKey":
+    def with_inputs(self, inputs: PlacedInputs) -> "KeepsKey":
         """Return a step of the same program with other inputs of the optimizer."""
-        return _KeepsKey(self._program, inputs, getattr(self, "_cache_size", None))
+        return KeepsKey(self._program, inputs, getattr(self, "_cache_size", None))
 
     def trace(self, state: TrainState, batch: Batch) -> jax.stages.Traced:
         """Return the step traced for a state and a batch given as shapes, as the `trace` of a jitted step does."""
-        key = jax.eval_shape(lambda: _PlainKey.of(jax.random.key(0)))
+        key = jax.eval_shape(lambda: keys.PlainKey.of(jax.random.key(0)))
         data: Any = jax.ShapeDtypeStruct(key.data.shape, key.data.dtype, sharding=state.step.sharding)
         program: Any = self._program
-        plain_key = _PlainKey(data, key.impl)
-        traced: jax.stages.Traced = program.trace(_with_key(state, None), plain_key, self._inputs.described(), batch)
+        plain_key = keys.PlainKey(data, key.impl)
+        traced: jax.stages.Traced = program.trace(with_key(state, None), plain_key, self._inputs.described(), batch)
         return traced
 
 
@@ -165,7 +124,8 @@ def with_inputs_of(step: Any, optimizer: optax.GradientTransformation, mesh: Mes
     return made
 
 
-def _with_key(state: TrainState, key: Any) -> TrainState:
+def with_key(state: TrainState, key: Any) -> TrainState:
+    """Return the state with another key, or with None."""
     return TrainState(state.step, state.params, state.model_state, state.opt_state, key)
 
 
@@ -191,151 +151,6 @@ def pmap_step(
         return mapped(state, inputs, folded)
 
     return step
-
-
-def canonical_step(
-    loss_fn: reduce.LossFn,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    *,
-    logical_shards: int = 8,
-    axis: str = DATA_AXIS,
-    num_microbatches: int = 1,
-    layout: layouts.Layout = layouts.replicated,
-    hashing: Hashing = NO_HASHING,
-) -> Step:
-    """Return a data-parallel step that gives the same bits on any number of devices, up to `logical_shards`.
-
-    Two stages: the logical shards' sums (see `canonical`), then the division and the optimizer, on every replica by the
-    same machine code (`device_program`). The bits belong to one jaxlib and one kind of device. `num_microbatches`
-    divides each logical shard, for any number of devices.
-
-    A `layout` that shards the state (`layout.zero1`) applies between the steps only: the state is gathered for the
-    update, because a program on shards would not give the same bits as one on the whole.
-
-    With a `hashing`, its hashes are the metric STEP_HASHES, the only one that is no scalar.
-
-    Raises:
-      ValueError: the mesh has more devices than logical shards, or several axes.
-    """
-    shard_sums = logical_shard_sums(
-        loss_fn,
-        mesh,
-        logical_shards=logical_shards,
-        axis=axis,
-        num_microbatches=num_microbatches,
-        hashing=hashing,
-    )
-
-    def update(state: TrainState, inputs: jax.Array | None, total: jax.Array) -> tuple[TrainState, Metrics]:
-        sums, _ = shard_sums.unravel(total)
-        return apply_averages(state, reduce.average(sums, state.model_state), optimizer, inputs)
-
-    def hash_step(total: jax.Array, params: Any, model_state: Any) -> jax.Array:
-        sums, rows = shard_sums.unravel(total)
-        return jnp.concatenate([hashes_in(rows).reshape(-1), hashing.of_step(sums, params, model_state)])
-
-    whole = PartitionSpec()
-    update_everywhere = device_program.PerDeviceProgram(
-        update, mesh, in_specs=(whole, whole, whole), out_spec=whole, donate_argnums=(0,)
-    )
-
-    hash_everywhere = device_program.PerDeviceProgram(hash_step, mesh, in_specs=(whole, whole, whole), out_spec=whole)
-
-    def keyless_step(
-        state: TrainState, key: _PlainKey, inputs: jax.Array | None, batch: Batch
-    ) -> tuple[TrainState, Metrics]:
-        loss_scale = precision.loss_scale(state.opt_state)
-        total = shard_sums((state.params, state.model_state, key, state.step, loss_scale), batch)
-        new_state, metrics = update_everywhere(state, inputs, total)
-        if hashing is NO_HASHING:
-            return new_state, metrics
-        # A program of its own: as a part of the update it would change what XLA fuses there, and with it the bits.
-        hashes = hash_everywhere(total, new_state.params, new_state.model_state)
-        return new_state, {**metrics, STEP_HASHES: hashes}
-
-    # Programs compiled for one shape refuse any other, so the recompile check has nothing else to find.
-    inputs = PlacedInputs(optimizer, mesh)
-    step = _KeepsKey(keyless_step, inputs, cache_size=lambda: update_everywhere.num_compiles)
-    return step if layout is layouts.replicated else _sharded_between_steps(step, mesh, layout)
-
-
-def logical_shard_sums(
-    loss_fn: reduce.LossFn,
-    mesh: Mesh,
-    *,
-    logical_shards: int,
-    num_microbatches: int,
-    axis: str = DATA_AXIS,
-    hashing: Hashing = NO_HASHING,
-) -> canonical.LogicalShardSums:
-    """Return the sums of a canonical step: of what all shards share (see `shared_by_shards`) and the batch.
-
-    They unravel to (sums, rows); `hashes_in` reads the hashes of each logical shard from the rows.
-    """
-
-    def shard_fn(shared: tuple[Any, ...], shard: Batch, index: jax.Array) -> tuple[reduce.Sums, jax.Array]:
-        params, model_state, key, step, loss_scale = shared
-        sums = reduce.accumulate_sums(
-            loss_fn,
-            params,
-            model_state,
-            shard,
-            jax.random.fold_in(key.typed(), step),
-            num_microbatches=num_microbatches,
-            first_index=index * num_microbatches,
-            loss_scale=loss_scale,
-        )
-        return sums, jnp.zeros((logical_shards, 2 * num_hashes), jnp.float32)
-
-    def add_hashes(flat: jax.Array, index: jax.Array) -> jax.Array:
-        """Write the shard's hashes into its own row: the sum over all shards then has those of each.
-
-        So they travel with the sums, whatever the layout. Half a hash is a float32 without rounding.
-        """
-        if not num_hashes:
-            return flat
-        hashes = _by_itself(hashing.of_shard, index >= 0, flat)
-        halves = jnp.concatenate([hashes >> 16, hashes & 0xFFFF]).astype(flat.dtype)
-        begin = flat.size - (logical_shards - index) * halves.size
-        return jax.lax.dynamic_update_slice(flat, halves, (begin,))
-
-    num_hashes = jax.eval_shape(hashing.of_shard, jax.ShapeDtypeStruct((1,), jnp.float32)).size
-    return canonical.LogicalShardSums(shard_fn, mesh, logical_shards=logical_shards, axis=axis, finish_fn=add_hashes)
-
-
-def _by_itself(function: Callable[..., jax.Array], true: jax.Array, *args: Any) -> jax.Array:
-    """Return `function(*args)`, compiled by itself: a branch of a conditional, which is taken.
-
-    XLA fuses nothing into the branch and nothing out of it. So what is hashed is the memory that the program returns,
-    and the rest of the program is what it would be without: a barrier would not do, XLA removes it before it fuses.
-    """
-    shape = jax.eval_shape(function, *args)
-    return jax.lax.cond(true, function, lambda *_: jnp.zeros(shape.shape, shape.dtype), *args)
-
-
-def shared_by_shards(state: TrainState) -> tuple[Any, ...]:
-    """Return what the logical shards of a step from `state` have in common."""
-    return state.params, state.model_state, _PlainKey.of(state.key), state.step, precision.loss_scale(state.opt_state)
-
-
-def hashes_in(rows: jax.Array) -> jax.Array:
-    """Return the hashes in the rows of `logical_shard_sums`, uint32 [logical shards, hashes of each]."""
-    rows = rows.real if jnp.iscomplexobj(rows) else rows
-    high, low = jnp.split(rows.astype(jnp.uint32), 2, axis=1)
-    return (high << 16) | low
-
-
-def _sharded_between_steps(step: Step, mesh: Mesh, layout: layouts.Layout) -> Step:
-    """Return a step that gathers a sharded state, makes `step` of the whole state, and shards the new state."""
-    gather = jax.jit(lambda state: layouts.constrain(state, mesh, layouts.replicated), donate_argnums=0)
-    shard = jax.jit(lambda state: layouts.constrain(state, mesh, layout), donate_argnums=0)
-
-    def sharded_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        new_state, metrics = step(gather(state), batch)
-        return shard(new_state), metrics
-
-    return sharded_step
 
 
 def _make_local_step(

@@ -10,9 +10,10 @@ import jax
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxdist.spmd import canonical, evaluate, reduce, sharded
+from jaxdist.spmd import evaluate, reduce, sharded
 from jaxdist.spmd import layout as layouts
 from jaxdist.spmd import step as steps
+from jaxdist.spmd.canonical import canonical_step, shard_sums
 from jaxdist.spmd.mesh import DATA_AXIS, make_mesh
 
 REDUCTIONS = ("mean", "canonical")
@@ -31,8 +32,8 @@ ELSEWHERE: Mapping[str, str] = {
 }
 """Strategies that are not a layout of one mesh; the command line starts them."""
 
-CANONICAL = ("data-parallel", "zero1")
-"""Strategies whose update is the same program on every device, as canonical reduction requires."""
+CANONICAL = ("data-parallel", "zero1", "fsdp", "hsdp")
+"""Strategies whose devices can hold every leaf whole, one after the other, as canonical reduction requires."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,15 +60,16 @@ class Strategy:
         optimizer: optax.GradientTransformation,
         *,
         num_microbatches: int = 1,
-        hashing: steps.Hashing = steps.NO_HASHING,
+        hashing: canonical_step.Hashing = canonical_step.NO_HASHING,
     ) -> steps.Step:
         """Return `step(state, batch) -> (state, metrics)`; the state is donated. Only canonical steps are hashed."""
         if self.logical_shards is not None:
-            return steps.canonical_step(
+            return canonical_step.canonical_step(
                 loss_fn,
                 optimizer,
                 self.mesh,
                 logical_shards=self.logical_shards,
+                batch_axes=self.batch_axes,
                 num_microbatches=num_microbatches,
                 layout=self.layout,
                 hashing=hashing,
@@ -87,14 +89,18 @@ class Strategy:
         """Return the evaluation of one global batch, with the reduction of the step."""
         if self.logical_shards is None:
             return evaluate.eval_step(eval_fn)
-        return evaluate.canonical_eval_step(eval_fn, self.mesh, logical_shards=self.logical_shards)
+        return evaluate.canonical_eval_step(
+            eval_fn, self.mesh, logical_shards=self.logical_shards, axes=self.batch_axes
+        )
 
     def make_step_with_rows(self, eval_fn: evaluate.EvalFn, collect_fn: evaluate.CollectFn) -> evaluate.StepWithRows:
         """Return the evaluation of one global batch that also collects its rows, with the reduction of the step."""
         eval_step = self.make_eval_step(eval_fn)
         if self.logical_shards is None:
             return evaluate.step_with_rows(eval_step, evaluate.collect_step(collect_fn, self.mesh))
-        collect = evaluate.canonical_collect_step(collect_fn, self.mesh, logical_shards=self.logical_shards)
+        collect = evaluate.canonical_collect_step(
+            collect_fn, self.mesh, logical_shards=self.logical_shards, axes=self.batch_axes
+        )
         return lambda *args: (eval_step(*args), collect(*args))
 
 
@@ -130,8 +136,8 @@ def build(
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}.")
     if reduction == "canonical" and name not in CANONICAL:
         raise ValueError(
-            f"Strategy {name!r} cannot honour reduction='canonical': its update is sharded over the devices, and "
-            f"other shardings give other bits. Use reduction='mean', or one of the strategies {', '.join(CANONICAL)}."
+            f"Strategy {name!r} cannot honour reduction='canonical': devices share the computation of an example, and "
+            f"other numbers of them give other bits. Use reduction='mean', or one of {', '.join(CANONICAL)}."
         )
     if rules is not None and name != "tensor":
         raise ValueError(f"rules belong to strategy 'tensor'; {name!r} has no use for them. Remove them.")
@@ -146,7 +152,7 @@ def build(
         layout = layouts.by_names(mesh, names, otherwise=layout)
     logical = logical_shards if reduction == "canonical" else None
     if logical is not None:
-        canonical.check_layout(mesh, logical_shards=logical_shards)
+        shard_sums.check_layout(mesh, logical_shards=logical_shards, axes=batch_axes)
     return Strategy(name, mesh, layout, batch_axes, logical)
 
 

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxdist.guards import shard_audit, step_hashes
+from jaxdist.spmd import layout as layouts
 from jaxdist.spmd import step as steps
+from jaxdist.spmd.canonical import canonical_step
 from jaxdist.spmd.mesh import make_mesh
 from jaxdist.spmd.state import create_state
 
@@ -66,7 +68,7 @@ class Setting:
         self.devices, optimizer = list(self.mesh.devices.flat), optax.adam(0.1)
         self.audit = shard_audit.ShardAudit(loss_fn, self.mesh, logical_shards=SHARDS, num_microbatches=1)
         hashing = step_hashes.StepHashing()
-        self.step = steps.canonical_step(loss_fn, optimizer, self.mesh, logical_shards=SHARDS, hashing=hashing)
+        self.step = canonical_step.canonical_step(loss_fn, optimizer, self.mesh, logical_shards=SHARDS, hashing=hashing)
         self.state = create_state(init_fn, optimizer, mesh=self.mesh, seed=0)
         random = np.random.default_rng(0)
         rows = {"x": random.normal(size=(16, 3)).astype("f4"), "y": random.normal(size=16).astype("f4")}
@@ -229,11 +231,22 @@ def test_a_finding_is_a_sentence_that_names_the_device():
 
 
 @pytest.mark.parametrize(
-    ("num_devices", "owners"), [(1, [0] * 8), (2, [0] * 4 + [1] * 4), (3, [0, 0, 1, 1, 1, 2, 2, 2])]
+    ("num_devices", "layout", "owners"),
+    [
+        (1, layouts.replicated, [0] * 8),
+        (2, layouts.replicated, [0] * 4 + [1] * 4),
+        (3, layouts.replicated, [0, 0, 1, 1, 1, 2, 2, 2]),
+        (3, None, [0, 1, 2, 0, 1, 2, 0, 1]),
+        (8, None, list(range(8))),
+    ],
 )
-def test_the_owner_of_a_shard(num_devices, owners):
-    found = [shard_audit.owner_of(shard, logical_shards=8, num_devices=num_devices) for shard in range(8)]
-    assert found == owners
+def test_the_owner_of_a_shard(num_devices, layout, owners):
+    """A large state in shards has consecutive shards computed at once."""
+    mesh = make_mesh(devices=jax.devices()[:num_devices])
+    loss_fn, layout = make_loss(jnp.tanh), layout or layouts.fsdp(mesh)
+    audit = shard_audit.ShardAudit(loss_fn, mesh, logical_shards=8, num_microbatches=1, layout=layout)
+    audit._size = 1 << 20
+    assert [audit.owner(shard) for shard in range(8)] == owners
 
 
 def test_each_shard_has_its_turn_in_an_order_by_chance():

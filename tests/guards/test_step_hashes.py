@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxdist.guards import step_hashes
 from jaxdist.rundir import record
 from jaxdist.spmd import step as steps
+from jaxdist.spmd.canonical import canonical_step
 from jaxdist.spmd.mesh import make_mesh
 from jaxdist.spmd.state import create_state
 
@@ -38,7 +39,7 @@ def train(num_devices, hashing, **changes):
     """Return the state after two steps, and the hashes of the second."""
     mesh = make_mesh(devices=jax.devices()[:num_devices])
     optimizer = optax.adam(0.1)
-    step = steps.canonical_step(loss_fn, optimizer, mesh, logical_shards=SHARDS, hashing=hashing)
+    step = canonical_step.canonical_step(loss_fn, optimizer, mesh, logical_shards=SHARDS, hashing=hashing)
     state = create_state(init_fn, optimizer, mesh=mesh, seed=0)
     state, _ = step(state, batch(mesh))
     return step(state, batch(mesh, **changes))
@@ -49,7 +50,7 @@ def hashes_of(outputs):
 
 
 def test_they_are_the_same_on_any_number_of_devices_and_change_no_bit():
-    without, _ = train(1, steps.NO_HASHING)
+    without, _ = train(1, canonical_step.NO_HASHING)
     found = {count: train(count, step_hashes.StepHashing()) for count in (1, 2, 4)}
     for state, _ in found.values():
         assert record.params_sha256(state.params) == record.params_sha256(without.params)
@@ -61,13 +62,13 @@ def test_they_are_the_same_on_any_number_of_devices_and_change_no_bit():
 
 
 def test_the_metrics_without_hashing_are_scalars():
-    _, metrics = train(1, steps.NO_HASHING)
+    _, metrics = train(1, canonical_step.NO_HASHING)
     assert {jnp.ndim(value) for value in metrics.values()} == {0}
 
 
 def test_another_row_shows_in_its_logical_shard_alone_and_in_the_leaves():
     same, other = (hashes_of(train(2, step_hashes.StepHashing(), changed_row=row)) for row in (None, 5))
-    names = step_hashes.names(train(1, steps.NO_HASHING)[0])
+    names = step_hashes.names(train(1, canonical_step.NO_HASHING)[0])
     assert names == [
         "grads/in", "grads/out", step_hashes.REST, "params/in", "params/out", "model_state/mean"
     ]  # fmt: skip

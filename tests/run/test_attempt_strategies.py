@@ -91,7 +91,7 @@ MODEL_AXIS = "mesh={'data': 2, 'model': 4}"
     ("strategy", "settings", "message"),
     [
         ("pipeline", [], "There is no strategy 'pipeline'"),
-        ("fsdp", ["reduction=canonical"], "'fsdp' cannot honour reduction='canonical'"),
+        ("tensor", ["reduction=canonical"], "'tensor' cannot honour reduction='canonical'"),
         ("tensor", [MODEL_AXIS], "nothing matches 'attention/qkv/kernel'"),
         (
             "tensor",

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from jaxdist.spmd.dependence import depends
+from jaxdist.spmd.dependence import depends, marks, uses
 
 X = jnp.ones(3)
 
@@ -53,3 +53,20 @@ def test_descriptions_of_arrays_will_do_and_nothing_is_computed():
         (True, {"u": False, "v": False}),
     )
     assert found == {"sum": True, "v": False}
+
+
+def test_marks_are_joined_where_results_meet():
+    def function(a, b, c):
+        return a + b, lax.cond(c > 0, lambda x: x, lambda x: 2 * x, b), jnp.zeros(3)
+
+    args = [jax.ShapeDtypeStruct((), "float32")] * 3
+    assert marks(function, args, [1, 2, 4]) == (3, 6, 0)
+
+
+def test_a_primitive_is_found_in_functions_that_are_called():
+    def inner(x):
+        return lax.cond(x.sum() > 0, lambda x: x @ x, lambda x: x, x)
+
+    jaxpr = jax.make_jaxpr(jax.jit(inner))(jnp.ones((2, 2)))
+    assert uses(jaxpr, "dot_general")
+    assert not uses(jaxpr, "conv_general_dilated")

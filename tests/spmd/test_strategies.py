@@ -24,10 +24,9 @@ def test_the_parameter_server_is_no_layout():
         strategies.build("parameter-server")
 
 
-@pytest.mark.parametrize("name", ["fsdp", "hsdp", "tensor"])
-def test_a_strategy_that_cannot_be_canonical_says_so(name):
-    with pytest.raises(ValueError, match=f"'{name}' cannot honour reduction='canonical'.*data-parallel, zero1"):
-        strategies.build(name, reduction="canonical")
+def test_a_strategy_that_cannot_be_canonical_says_so():
+    with pytest.raises(ValueError, match=r"'tensor' cannot honour reduction='canonical'.* data-parallel, zero1"):
+        strategies.build("tensor", reduction="canonical")
 
 
 @pytest.mark.parametrize(

@@ -110,8 +110,7 @@ class Auditor:
         if audited is None or audited.hashes is None:
             return
         own = int(np.asarray(audited.hashes.addressable_data(0))[audited.shard])
-        shards, num_devices = self._schedule.logical_shards, len(self._devices)
-        owner = shard_audit.owner_of(audited.shard, logical_shards=shards, num_devices=num_devices)
+        owner = self._audit.owner(audited.shard)
         found = shard_audit.judge_step(audited.votes, own, owner, step=audited.step, shard=audited.shard)
         if found:
             self._found(found)
@@ -152,6 +151,8 @@ def auditor_of(parts: components.Parts, earlier: record.RunRecord | None) -> Aud
         strategy.mesh,
         logical_shards=logical_shards,
         num_microbatches=experiment.num_microbatches,
+        batch_axes=strategy.batch_axes,
+        layout=strategy.layout,
     )
     return Auditor(
         audit,

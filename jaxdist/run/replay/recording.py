@@ -49,7 +49,7 @@ class ChainRecorder:
         ready, self._pending = self._pending[:end], self._pending[end:]
         if not ready or self._recorder is None:
             return
-        hashes = np.stack([np.asarray(each.addressable_data(0)) for _, each in ready])
+        hashes = np.stack([np.asarray(each) for _, each in ready])
         for found in self._recorder.add(ready[0][0], hashes):
             self._unequal = [*self._unequal, dataclasses.asdict(found)][:_MOST_RECORDED]
             if self._told < _MOST_TOLD:

@@ -1,7 +1,5 @@
 import contextlib
 import functools
-import os
-from unittest import mock
 
 import compile_cache
 import jax
@@ -9,11 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from small_problem import (
     OPTIMIZERS,
     assert_close,
     counted_compiles,
+    example_losses,
     fingerprint,
+    init_params,
     loss_fn,
     new_state,
     numpy_batch,
@@ -23,9 +25,11 @@ from small_problem import (
 from jaxdist import adapters, losses
 from jaxdist.guards import recompile
 from jaxdist.models import cnn, gpt
-from jaxdist.spmd import canonical
+from jaxdist.spmd import device_program
+from jaxdist.spmd import layout as layouts
 from jaxdist.spmd import state as states
 from jaxdist.spmd import step as steps
+from jaxdist.spmd.canonical import adding, canonical_step, state_update
 from jaxdist.spmd.mesh import Dealing, DealtBatch, make_mesh
 
 LAYOUTS = (1, 2, 4, 8)
@@ -83,7 +87,7 @@ def dealt(batch, mesh, logical_shards):
 
 def train(functions, batches, optimizer, num_devices, logical_shards=8):
     mesh = make_mesh(devices=jax.devices()[:num_devices])
-    step = steps.canonical_step(functions.loss_fn, optimizer, mesh, logical_shards=logical_shards)
+    step = canonical_step.canonical_step(functions.loss_fn, optimizer, mesh, logical_shards=logical_shards)
     state = states.create_state(functions.init_fn, optimizer, mesh=mesh, seed=0)
     for batch in batches:
         state, step_metrics = step(state, dealt(batch, mesh, logical_shards))
@@ -121,7 +125,7 @@ def test_the_same_bits_on_every_number_of_devices(model):
 
 @functools.cache
 def small_canonical_step(num_devices, logical_shards, num_microbatches=1):
-    return steps.canonical_step(
+    return canonical_step.canonical_step(
         loss_fn,
         OPTIMIZERS["adamw"],
         make_mesh(devices=jax.devices()[:num_devices]),
@@ -182,7 +186,7 @@ def test_a_number_of_logical_shards_that_is_no_power_of_two_gives_the_same_bits(
 def test_a_batch_that_is_not_dealt_is_refused():
     """Divided evenly over three devices, it would be cut in other places than between logical shards."""
     mesh = make_mesh(devices=jax.devices()[:3])
-    step = steps.canonical_step(loss_fn, OPTIMIZERS["adamw"], mesh)
+    step = canonical_step.canonical_step(loss_fn, OPTIMIZERS["adamw"], mesh)
     batch = place(
         {name: np.resize(field, (72, *field.shape[1:])) for name, field in numpy_batch().items()}, mesh, "data"
     )
@@ -212,14 +216,16 @@ def test_logical_shards_have_keys_of_their_own():
     state = states.create_state(lambda key: {"w": jnp.ones(())}, optimizer, mesh=mesh, seed=0)
     key = jax.random.fold_in(state.key, state.step)
     expected = jnp.array([jax.random.uniform(jax.random.fold_in(key, index)) for index in range(8)])
-    _, step_metrics = steps.canonical_step(noise_loss, optimizer, mesh)(state, place(numpy_batch(), mesh, "data"))
+    _, step_metrics = canonical_step.canonical_step(noise_loss, optimizer, mesh)(
+        state, place(numpy_batch(), mesh, "data")
+    )
     assert_close(step_metrics["noise"], expected.mean())
     assert_close(step_metrics["square"], jnp.square(expected).mean())
 
 
 def test_everything_compiles_at_the_first_step():
     mesh = make_mesh(devices=jax.devices()[:4])
-    step = steps.canonical_step(loss_fn, OPTIMIZERS["adamw"], mesh)
+    step = canonical_step.canonical_step(loss_fn, OPTIMIZERS["adamw"], mesh)
     state = new_state(OPTIMIZERS["adamw"], mesh)
     batches = [place(numpy_batch(seed), mesh, "data") for seed in range(3)]
     with counted_compiles() as first:
@@ -254,7 +260,7 @@ def test_a_second_start_compiles_nothing_and_gives_the_same_bits(tmp_path):
     with compile_cache.compile_once(tmp_path):
         for num_devices in (2, 1, 4, 2):
             mesh = make_mesh(devices=jax.devices()[:num_devices])
-            step = steps.canonical_step(loss_fn, OPTIMIZERS["adamw"], mesh)
+            step = canonical_step.canonical_step(loss_fn, OPTIMIZERS["adamw"], mesh)
             state, batch = new_state(OPTIMIZERS["adamw"], mesh), place(numpy_batch(), mesh, "data")
             with counted_cache_misses() as by_jax, counted_compiles() as compiles:
                 state, _ = step(state, batch)
@@ -288,7 +294,7 @@ def test_the_state_is_donated():
 def test_the_order_of_the_devices_changes_no_bit():
     reverse = make_mesh(devices=jax.devices()[3::-1])
     state = new_state(OPTIMIZERS["adamw"], reverse)
-    step = steps.canonical_step(loss_fn, OPTIMIZERS["adamw"], reverse, logical_shards=16)
+    step = canonical_step.canonical_step(loss_fn, OPTIMIZERS["adamw"], reverse, logical_shards=16)
     for seed in range(3):
         state, _ = step(state, place(numpy_batch(seed, mask=np.arange(32) < 21), reverse, "data"))
     assert fingerprint(jax.device_get(state.params)) == fingerprint(small_train(small_canonical_step(4, 16), 4)[0])
@@ -307,65 +313,146 @@ def test_a_nonfinite_shard_leaves_the_state_alone():
     jax.tree.map(np.testing.assert_array_equal, jax.device_get((state.step, state.params, state.opt_state)), before)
 
 
-@pytest.mark.parametrize(
-    ("axes", "num_devices", "logical_shards", "message"),
-    [
-        ({"data": -1}, 8, 0, r"logical_shards must be at least 1; got 0"),
-        ({"data": -1}, 8, 4, "got 8 devices and 4 logical shards. Use 4 devices or fewer, or raise logical_shards"),
-        ({"data": 4, "model": 2}, 8, 8, "one axis 'data'; got .*Use reduction='mean'"),
-    ],
-)
-def test_a_layout_that_cannot_keep_the_promise_is_refused(axes, num_devices, logical_shards, message):
-    mesh = make_mesh(axes, devices=jax.devices()[:num_devices])
-    with pytest.raises(ValueError, match=message):
-        steps.canonical_step(loss_fn, OPTIMIZERS["sgd"], mesh, logical_shards=logical_shards)
+def reference(optimizer, batches, logical_shards):
+    """Params after some steps by plain JAX on one device: a gradient for each shard, the fixed tree, plain optax."""
+
+    @jax.jit
+    def sums_of(params, shard):
+        grads = jax.grad(lambda params: jnp.sum(example_losses(params, shard) * shard["mask"]))(params)
+        return grads, jnp.sum(shard["mask"])
+
+    @jax.jit
+    def update(params, opt_state, grads, count):
+        updates, opt_state = optimizer.update(jax.tree.map(lambda grad: grad / count, grads), opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    add = jax.jit(lambda first, second: jax.tree.map(jnp.add, first, second))
+    params = jax.device_get(new_state(optimizer, make_mesh(devices=jax.devices()[:1])).params)
+    opt_state = optimizer.init(params)
+    for batch in batches:
+        shards = [dict(zip(batch, part, strict=True)) for part in zip(
+            *(np.split(field, logical_shards) for field in batch.values()), strict=True
+        )]  # fmt: skip
+        sums = [sums_of(params, shard) for shard in shards]
+        while len(sums) > 1:
+            pairs = [add(first, second) for first, second in zip(sums[::2], sums[1::2], strict=False)]
+            sums = [*pairs, sums[-1]] if len(sums) % 2 else pairs
+        params, opt_state = update(params, opt_state, *sums[0])
+    return jax.device_get(params)
 
 
-@pytest.mark.parametrize(
-    ("cores", "environment", "threads"),
-    [
-        (1, {}, 1),
-        (4, {}, 4),
-        (1, {"NPROC": "2"}, 2),
-        (4, {"NPROC": "1"}, 1),
-        (4, {"NPROC": "2", "PJRT_NPROC": "1"}, 1),
-        (1, {"NPROC": "1", "PJRT_NPROC": "3"}, 3),
-        (4, {"NPROC": "many"}, 4),
-    ],
-)
-def test_a_thread_pool_of_one_is_refused(cores, environment, threads):
-    """XLA then generates other code, and the bits would not be those of other machines."""
-    cleared = {name: value for name, value in os.environ.items() if "NPROC" not in name}
-    with (
-        mock.patch.object(os, "sched_getaffinity", return_value=set(range(cores))),
-        mock.patch.dict(os.environ, cleared | environment, clear=True),
-    ):
-        assert canonical.thread_pool_size(os.environ) == threads
-        refused = pytest.raises(ValueError, match="Set PJRT_NPROC=2") if threads == 1 else contextlib.nullcontext()
-        with refused:
-            canonical.check_layout(make_mesh(), logical_shards=8)
+SHARDED = {
+    "zero1": (lambda devices: {"data": devices}, lambda mesh: layouts.zero1(mesh, min_size=8)),
+    "fsdp": (lambda devices: {"data": devices}, lambda mesh: layouts.fsdp(mesh, min_size=8)),
+    "hsdp": (
+        lambda devices: {"data": 2, "fsdp": devices // 2},
+        lambda mesh: layouts.fsdp(mesh, axis="fsdp", min_size=8),
+    ),
+}
 
 
-class Summand:
-    """Remembers which additions it came from."""
+def train_sharded(strategy, optimizer, batches, num_devices, logical_shards, num_microbatches=1):
+    """Everything that steps of a sharded state make."""
+    make_axes, make_layout = SHARDED[strategy]
+    mesh = make_mesh(make_axes(num_devices), devices=jax.devices()[:num_devices])
+    axes, layout, dealing = tuple(mesh.axis_names), make_layout(mesh), Dealing(logical_shards, num_devices)
+    state = states.create_state(init_params, optimizer, mesh=mesh, seed=0, layout=layout)
+    step = canonical_step.canonical_step(
+        loss_fn, optimizer, mesh, logical_shards=logical_shards, num_microbatches=num_microbatches, layout=layout,
+        batch_axes=axes,
+    )  # fmt: skip
+    placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+    for batch in batches:
+        if dealing.is_even:
+            given = place(batch, mesh, *axes)
+        else:
+            rows = dealing.rows(len(batch["y"]))
+            given = DealtBatch(place({name: field[rows] for name, field in batch.items()}, mesh, *axes), dealing)
+        state, metrics = step(state, given)
+    assert jax.tree.map(lambda leaf: leaf.sharding, state) == placed
+    return jax.device_get((state.params, state.opt_state, metrics))
 
-    def __init__(self, form):
-        self.form = form
 
-    def __add__(self, other):
-        return Summand((self.form, other.form))
-
-
-def balanced(numbers):
-    half = len(numbers) // 2
-    return (balanced(numbers[:half]), balanced(numbers[half:])) if half else numbers[0]
+def batches_of(size):
+    masks = np.arange(size) < 2 * size // 3
+    return [
+        {name: field[:size] for name, field in numpy_batch(seed, mask=np.resize(masks, 32)).items()} for seed in (0, 1)
+    ]
 
 
-@pytest.mark.parametrize("count", [1, 2, 4, 8, 16, 32, 64, 128])
-def test_values_are_added_in_a_balanced_tree_and_few_are_kept(count):
-    tree, most = canonical._TreeSum(canonical._add_in_pairs), 0
-    for number in range(count):
-        tree.push(Summand(number))
-        most = max(most, len(tree._partial))
-    assert most <= 2 + 1.5 * np.log2(count)
-    assert tree.result().form == balanced(list(range(count)))
+@pytest.fixture
+def no_size_is_small(monkeypatch):
+    """Vectors are added in slices and blocks, and states updated in turns, however small they are."""
+    monkeypatch.setattr(adding, "SMALL_SIZE", 0)
+    monkeypatch.setattr(adding, "BLOCK_SIZE", 96)
+    monkeypatch.setattr(state_update, "WHOLE_BYTES", 0)
+
+
+def test_a_sharded_state_has_the_bits_of_plain_jax_on_one_device(no_size_is_small):
+    batches = batches_of(32)
+    params, _, _ = train_sharded("fsdp", OPTIMIZERS["momentum"], batches, 4, 8)
+    assert fingerprint(params) == fingerprint(reference(OPTIMIZERS["momentum"], batches, 8))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "num_devices"), [("hsdp", 4), ("zero1", 3), ("fsdp", 3)])
+def test_a_sharded_state_has_the_bits_of_one_device(strategy, num_devices, no_size_is_small):
+    args = OPTIMIZERS["adamw"], batches_of(32)
+    found = train_sharded(strategy, *args, num_devices, 8, num_microbatches=2)
+    assert fingerprint(found) == fingerprint(train_sharded("fsdp", *args, 1, 8, num_microbatches=2))
+
+
+@pytest.mark.soak
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_strategy_on_any_devices_with_any_shards_has_the_bits_of_plain_jax(data, no_size_is_small):
+    strategy = data.draw(st.sampled_from(sorted(SHARDED)))
+    num_devices = data.draw(st.sampled_from((2, 4, 6, 8) if strategy == "hsdp" else (1, 2, 3, 4, 5, 6, 7, 8)))
+    logical_shards = data.draw(st.sampled_from([each for each in (4, 5, 8, 10, 16) if each >= num_devices]))
+    batches = batches_of(30 if logical_shards in (5, 10) else 32)
+    params, _, _ = train_sharded(strategy, OPTIMIZERS["momentum"], batches, num_devices, logical_shards)
+    assert fingerprint(params) == fingerprint(reference(OPTIMIZERS["momentum"], batches, logical_shards))
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_the_shards_and_two_vectors(no_size_is_small, monkeypatch):
+    """Of live arrays on one device, whenever a stage is done."""
+    width, layers, most = 256, 8, 0
+    mesh = make_mesh(devices=jax.devices()[:4])
+    layout, optimizer = layouts.fsdp(mesh), optax.adam(1e-3)
+
+    def init(key):
+        return {f"{number}": jax.random.normal(key, (width, width)) / 16 for number in range(layers)}
+
+    def loss(params, batch, key):
+        x = batch["x"]
+        for weight in params.values():
+            x = jnp.tanh(x @ weight)
+        return jnp.square(x).mean(), {}
+
+    def settled(tree, mesh):
+        nonlocal most
+        jax.block_until_ready(tree)
+        held = [shard.data.nbytes for leaf in jax.live_arrays() if not leaf.is_deleted()
+                for shard in leaf.addressable_shards if shard.device == jax.devices()[0]]  # fmt: skip
+        most = max(most, sum(held))
+        return tree
+
+    state = states.create_state(init, optimizer, mesh=mesh, seed=0, layout=layout)
+    batch = place({"x": np.ones((8, width), np.float32)}, mesh, "data")
+    step = canonical_step.canonical_step(loss, optimizer, mesh, layout=layout)
+    del init
+    before = sum(leaf.nbytes for leaf in jax.live_arrays()) // 4
+    monkeypatch.setattr(device_program, "settled", settled)
+    for _ in range(2):
+        state, _ = step(state, batch)
+    vector = 4 * layers * width * width
+    own = 4 * vector // 4  # params, two moments and gradients
+    assert most <= own + 2 * vector + before // 8
+
+
+def test_one_program_for_small_shards_has_the_bits_of_a_call_for_each(monkeypatch):
+    in_one = [small_train(small_canonical_step.__wrapped__(count, 8), count) for count in (1, 2)]
+    monkeypatch.setattr(adding, "SMALL_SIZE", 0)
+    in_calls = small_train(small_canonical_step.__wrapped__(2, 8), 2)
+    assert {fingerprint(found) for found in in_one} == {fingerprint(in_calls)}

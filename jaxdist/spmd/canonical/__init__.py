@@ -1,0 +1,1 @@
+"""Canonical reduction: training whose bits do not depend on the number of devices or processes."""

@@ -1,0 +1,181 @@
+"""The step of canonical reduction: the same bits on any number of devices, for every layout that shards the state."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jaxdist.spmd import keys, precision, reduce
+from jaxdist.spmd import layout as layouts
+from jaxdist.spmd.canonical import adding, shard_sums, state_update
+from jaxdist.spmd.mesh import DATA_AXIS
+from jaxdist.spmd.metrics import Batch
+from jaxdist.spmd.state import PlacedInputs, TrainState
+from jaxdist.spmd.step import KeepsKey, Metrics, Step, apply_averages
+
+
+class Hashing(Protocol):
+    """What a canonical step computes of itself besides its result: whole numbers, which change no bit of it."""
+
+    def of_shard(self, flat: jax.Array) -> jax.Array:
+        """Return the hashes of the sums of one logical shard, a vector: uint32, one dim, always of the same length."""
+
+    def of_step(self, sums: reduce.Sums, params: Any, model_state: Any) -> jax.Array:
+        """Return the hashes of the sums of the whole batch and of what the step made: uint32, one dim."""
+
+
+class NoHashing:
+    """Hashes nothing."""
+
+    def of_shard(self, flat: jax.Array) -> jax.Array:
+        """Return no hash."""
+        return jnp.zeros(0, jnp.uint32)
+
+    def of_step(self, sums: reduce.Sums, params: Any, model_state: Any) -> jax.Array:
+        """Return no hash."""
+        return jnp.zeros(0, jnp.uint32)
+
+
+NO_HASHING = NoHashing()
+
+
+def canonical_step(
+    loss_fn: reduce.LossFn,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    logical_shards: int = 8,
+    batch_axes: Sequence[str] = (DATA_AXIS,),
+    num_microbatches: int = 1,
+    layout: layouts.Layout = layouts.replicated,
+    hashing: Hashing = NO_HASHING,
+) -> Step:
+    """Return a data-parallel step that gives the same bits on any number of devices, up to `logical_shards`.
+
+    Two stages: the logical shards' sums (see `shard_sums`), then the division and the optimizer, on every device by the
+    same machine code (`device_program`). The bits belong to one jaxlib and one kind of device. `num_microbatches`
+    divides each logical shard, for any number of devices.
+
+    A `layout` that shards the state changes no bit: params are gathered for the gradients, which are added in slices,
+    and the state is updated some leaves at a time (see `state_update`).
+
+    With a `hashing`, its hashes are the metric STEP_HASHES, the only one that is no scalar.
+
+    Raises:
+      ValueError: the mesh has more devices than logical shards, or axes that do not shard the batch.
+    """
+    is_whole = _is_whole(mesh, layout)
+    sums_of_shards = logical_shard_sums(
+        loss_fn,
+        mesh,
+        logical_shards=logical_shards,
+        batch_axes=batch_axes,
+        num_microbatches=num_microbatches,
+        hashing=hashing,
+        choose=adding_for(mesh, layout),
+    )
+
+    def update(state: TrainState, inputs: jax.Array | None, total: jax.Array) -> tuple[TrainState, Metrics]:
+        sums, _ = sums_of_shards.unravel(total)
+        return apply_averages(state, reduce.average(sums, state.model_state), optimizer, inputs)
+
+    def hash_step(total: jax.Array, params: Any, model_state: Any) -> jax.Array:
+        sums, rows = sums_of_shards.unravel(total)
+        return jnp.concatenate([hashes_in(rows).reshape(-1), hashing.of_step(sums, params, model_state)])
+
+    hashes = None if hashing is NO_HASHING else hash_step
+    is_scaled: bool | None = None
+    update_state, gather = state_update.StateUpdate(update, mesh, hashes), state_update.gathering(mesh)
+
+    def keyless_step(
+        state: TrainState, key: keys.PlainKey, inputs: jax.Array | None, batch: Batch
+    ) -> tuple[TrainState, Metrics]:
+        nonlocal is_scaled
+        if is_scaled is None:  # found once: looking takes as long as a small step's dispatch
+            is_scaled = precision.loss_scale(state.opt_state) is not None
+        held = (state.params, state.model_state)
+        loss_scale = precision.loss_scale(state.opt_state) if is_scaled else None
+        shared = (*(held if is_whole else gather(held)), key, state.step, loss_scale)
+        total = sums_of_shards(shared, batch)
+        del shared  # the update needs the memory of gathered params
+        return update_state(state, inputs, total)
+
+    # Programs compiled for one shape refuse any other, so the recompile check has nothing else to find.
+    return KeepsKey(keyless_step, PlacedInputs(optimizer, mesh), cache_size=lambda: update_state.num_compiles)
+
+
+def adding_for(mesh: Mesh, layout: layouts.Layout) -> Callable[[adding.Site, int], adding.Adding]:
+    """Return what chooses how a step adds the vectors of the shards."""
+    return adding.held_whole if _is_whole(mesh, layout) else adding.held_in_slices
+
+
+def _is_whole(mesh: Mesh, layout: layouts.Layout) -> bool:
+    return layout is layouts.replicated or mesh.size == 1
+
+
+def logical_shard_sums(
+    loss_fn: reduce.LossFn,
+    mesh: Mesh,
+    *,
+    logical_shards: int,
+    num_microbatches: int,
+    batch_axes: Sequence[str] = (DATA_AXIS,),
+    hashing: Hashing = NO_HASHING,
+    choose: Callable[[adding.Site, int], adding.Adding] = adding.held_whole,
+) -> shard_sums.LogicalShardSums:
+    """Return the sums of a canonical step: of what all shards share (see `shared_by_shards`) and the batch.
+
+    They unravel to (sums, rows); `hashes_in` reads the hashes of each logical shard from the rows.
+    """
+
+    def shard_fn(shared: tuple[Any, ...], shard: Batch, index: jax.Array) -> tuple[reduce.Sums, jax.Array]:
+        params, model_state, key, step, loss_scale = shared
+        sums = reduce.accumulate_sums(
+            loss_fn,
+            params,
+            model_state,
+            shard,
+            jax.random.fold_in(key.typed(), step),
+            num_microbatches=num_microbatches,
+            first_index=index * num_microbatches,
+            loss_scale=loss_scale,
+        )
+        return sums, jnp.zeros((logical_shards, 2 * num_hashes), jnp.float32)
+
+    def add_hashes(flat: jax.Array, index: jax.Array) -> jax.Array:
+        """Write the shard's hashes into its own row: the sum over all shards then has those of each.
+
+        So they travel with the sums, whatever the layout. Half a hash is a float32 without rounding.
+        """
+        if not num_hashes:
+            return flat
+        hashes = shard_sums.by_itself(hashing.of_shard, index >= 0, flat)
+        halves = jnp.concatenate([hashes >> 16, hashes & 0xFFFF]).astype(flat.dtype)
+        begin = flat.size - (logical_shards - index) * halves.size
+        return jax.lax.dynamic_update_slice(flat, halves, (begin,))
+
+    num_hashes = jax.eval_shape(hashing.of_shard, jax.ShapeDtypeStruct((1,), jnp.float32)).size
+    return shard_sums.LogicalShardSums(
+        shard_fn, mesh, logical_shards=logical_shards, axes=batch_axes, finish_fn=add_hashes, adding=choose
+    )
+
+
+def shared_by_shards(state: TrainState) -> tuple[Any, ...]:
+    """Return what the logical shards of a step from `state` have in common."""
+    return (
+        state.params,
+        state.model_state,
+        keys.PlainKey.of(state.key),
+        state.step,
+        precision.loss_scale(state.opt_state),
+    )
+
+
+def hashes_in(rows: jax.Array) -> jax.Array:
+    """Return the hashes in the rows of `logical_shard_sums`, uint32 [logical shards, hashes of each]."""
+    rows = rows.real if jnp.iscomplexobj(rows) else rows
+    high, low = jnp.split(rows.astype(jnp.uint32), 2, axis=1)
+    return (high << 16) | low

@@ -1,0 +1,253 @@
+"""Canonical reduction: sums over a batch whose bits do not depend on the number of devices or processes.
+
+The global batch is divided into a fixed number of logical shards, dealt to the devices (`mesh.Dealing`). A program for
+one device computes one of them, with the same machine code on every device (see `device_program` and `_Programs`), and
+the results, one flat vector each, are added in a binary tree that the number of shards alone decides: neighbours first,
+then pairs of pairs; an odd one out waits for the next level. A program partitioned over the devices does additions
+only: XLA simplifies, fuses and parallelises a program for one device differently from one for many devices, and that
+changes the bits.
+"""
+
+import functools
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxdist.spmd import dependence, device_program
+from jaxdist.spmd.canonical import adding as ways
+from jaxdist.spmd.canonical.adding import Adding, Site, held_whole
+from jaxdist.spmd.mesh import DATA_AXIS, Dealing, DealtBatch
+from jaxdist.spmd.metrics import Batch
+
+PyTree: TypeAlias = Any
+ShardFn: TypeAlias = Callable[[PyTree, Batch, jax.Array], PyTree]
+"""`shard_fn(shared, shard, index) -> sums`: pure; `index` is the logical shard's number (int32 scalar)."""
+
+
+Splitting: TypeAlias = Callable[[Batch], list[Batch]]
+
+
+class LogicalShardSums:
+    """Computes the sums of every logical shard on the device that holds it, and adds them.
+
+    Calling it with (shared, batch) returns the sum over the global batch, a replicated flat vector that `unravel`
+    turns into a tree. The programs are compiled at the first call, once.
+
+    Args:
+      shard_fn: traced once, for the shapes of one logical shard.
+      mesh: of the axes `axes`, with at most `logical_shards` devices. Where their number does not divide
+        `logical_shards`, the batch is placed as a `mesh.DealtBatch`.
+      logical_shards: any number; a power of two that the devices divide takes the fewest messages.
+      axes: that the batch is sharded over.
+      finish_fn: `finish_fn(flat, index) -> flat`, applied to the flat vector of each logical shard.
+      adding: chooses how the vectors are added, by what takes the fewest messages or the least memory.
+    """
+
+    def __init__(
+        self,
+        shard_fn: ShardFn,
+        mesh: Mesh,
+        *,
+        logical_shards: int,
+        axes: Sequence[str] = (DATA_AXIS,),
+        finish_fn: Callable[[jax.Array, jax.Array], jax.Array] = lambda flat, index: flat,
+        adding: Callable[[Site, int], Adding] = held_whole,
+    ):
+        self.axes = tuple(axes)
+        check_layout(mesh, logical_shards=logical_shards, axes=self.axes)
+        self.mesh, self.dealing = mesh, Dealing(logical_shards, mesh.size)
+        self._shard_fn, self._finish_fn, self._adding = shard_fn, finish_fn, adding
+        self._unravel: Callable[[jax.Array], PyTree] | None = None
+        self._programs: _Programs | _OneProgram | None = None
+
+    def __call__(self, shared: PyTree, batch: Batch) -> jax.Array:
+        """Return the dispatched sum over all logical shards, shape (size,); on CPU devices, waits for the shards first.
+
+        Args:
+          shared: replicated global arrays, given whole to every shard.
+          batch: global arrays, sharded over the axes in their leading dim.
+
+        Raises:
+          ValueError: the batch is not placed as this number of devices needs it.
+        """
+        batch = self._checked(batch)
+        if self._programs is None:
+            self._programs = self._make_programs(shared, batch)
+        return self._programs(shared, batch)
+
+    def unravel(self, total: jax.Array) -> PyTree:
+        """Return the tree of sums that a flat vector holds; known after the first call."""
+        assert self._unravel is not None, "the shards' program is compiled at the first call"
+        return self._unravel(total)
+
+    def _checked(self, batch: Batch) -> Batch:
+        """Return the fields of a batch that is placed as `dealing` says."""
+        dealt = batch.dealing if isinstance(batch, DealtBatch) else None
+        if dealt != (None if self.dealing.is_even else self.dealing):
+            raise ValueError(
+                f"The batch is not placed for {self.dealing.logical_shards} logical shards on "
+                f"{self.dealing.num_devices} devices. Place it by data.feed(loader, mesh, logical_shards="
+                f"{self.dealing.logical_shards})."
+            )
+        return dict(batch)
+
+    def _make_programs(self, shared: PyTree, batch: Batch) -> "_Programs | _OneProgram":
+        place = Site(self.mesh, self.axes, self.dealing)
+        num_placed = self.dealing.num_slots * self.dealing.num_devices
+        shard = {
+            name: jax.ShapeDtypeStruct((leaf.shape[0] // num_placed, *leaf.shape[1:]), leaf.dtype)
+            for name, leaf in batch.items()
+        }
+        sums = device_program.PerDeviceProgram(
+            lambda shared, shard, index: self._flat_sums(shared, shard, index[0])[None],
+            self.mesh,
+            in_specs=(PartitionSpec(), place.held, place.held),
+            out_spec=place.held,
+        )
+        traced = sums.trace(shared, shard, jax.ShapeDtypeStruct((1,), jnp.int32))
+        size = traced.out_info.size
+        adding = self._adding(place, size)
+        if size < ways.SMALL_SIZE and not dependence.uses(traced.jaxpr, "conv_general_dilated"):
+            return _OneProgram(self._flat_sums, place, adding)
+        return _Programs(sums, place, adding)
+
+    def _flat_sums(self, shared: PyTree, shard: Batch, index: jax.Array) -> jax.Array:
+        sums, self._unravel = ravel_pytree(self._shard_fn(shared, shard, index))
+        return self._finish_fn(sums, index)
+
+    def everywhere(self) -> device_program.PerDeviceProgram:
+        """Return the program (shared, shard, index) -> flat sums of one logical shard, computed by every device.
+
+        `shard` and `index`, shape (1,), are replicated; the result, shape (devices, size), has a row of each device.
+        The code is that of the step.
+        """
+        whole = PartitionSpec()
+        return device_program.PerDeviceProgram(
+            lambda shared, shard, index: self._flat_sums(shared, shard, index[0])[None],
+            self.mesh,
+            in_specs=(whole, whole, whole),
+            out_spec=PartitionSpec(self.axes),
+        )
+
+
+class _Programs:
+    """The compiled programs of one call: split the batch, compute the shards one by one, add the results."""
+
+    def __init__(self, sums: device_program.PerDeviceProgram, place: Site, adding: Adding):
+        self._sums, self._adding = sums, adding
+        self._sharding = NamedSharding(place.mesh, place.held)
+        self._split = _splitting(place, adding.shards)
+        self._indices = [self._placed(slot) for slot in np.ascontiguousarray(adding.shards.T)]
+        self._mesh = place.mesh
+
+    def __call__(self, shared: PyTree, batch: Batch) -> jax.Array:
+        parts = [batch] if len(self._indices) == 1 else self._split(batch)
+        slots = (self._sums(shared, part, index) for part, index in zip(parts, self._indices, strict=True))
+        held = device_program.settled(self._adding.on_devices(slots), self._mesh)
+        return self._adding.over_devices(held)
+
+    def _placed(self, slot: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(slot.shape, self._sharding, slot.__getitem__)
+
+
+class _OneProgram:
+    """One program for all shards of a device, where calls take longer than what they compute.
+
+    Each shard is computed by itself (`by_itself`), with the bits of a program of its own. Not for convolutions, which
+    take fifteen times as long in a branch on CPU devices.
+    """
+
+    def __init__(self, flat_sums: Callable[..., jax.Array], place: Site, adding: Adding):
+        self._adding, self._mesh = adding, place.mesh
+        num_slots, one_shard = adding.shards.shape[1], jax.jit(flat_sums)
+
+        def sums_of_device(shared: PyTree, rows: Batch, indices: jax.Array) -> Any:
+            shards = zip(_equal_parts(rows, num_slots), indices, strict=True)
+            return adding.in_program(
+                [by_itself(one_shard, index >= 0, shared, shard, index) for shard, index in shards]
+            )
+
+        self._sums = device_program.PerDeviceProgram(
+            sums_of_device, place.mesh, in_specs=(PartitionSpec(), place.held, place.held), out_spec=place.held
+        )
+        shards = adding.shards.reshape(-1)
+        self._indices = jax.make_array_from_callback(
+            shards.shape, NamedSharding(place.mesh, place.held), shards.__getitem__
+        )
+
+    def __call__(self, shared: PyTree, batch: Batch) -> jax.Array:
+        held = device_program.settled(self._sums(shared, batch, self._indices), self._mesh)
+        return self._adding.over_devices(held)
+
+
+def by_itself(function: Callable[..., jax.Array], true: jax.Array, *args: Any) -> jax.Array:
+    """Return `function(*args)`, compiled by itself: a branch of a conditional, which is taken.
+
+    XLA fuses nothing into the branch and nothing out of it. So the branch has the bits of a program of its own, and the
+    rest of the program is what it would be without: a barrier would not do, XLA removes it before it fuses.
+    """
+    shape = jax.eval_shape(function, *args)
+    return jax.lax.cond(true, function, lambda *_: jnp.zeros(shape.shape, shape.dtype), *args)
+
+
+def _splitting(place: Site, shards: np.ndarray) -> Splitting:
+    """Return the program that gives each slot its part of a placed batch; `shards` as in `Adding`.
+
+    Where the devices compute other shards than were placed on them, rows change the device.
+    """
+    if np.array_equal(shards, place.dealing.slots()):
+        split = functools.partial(_equal_parts, count=shards.shape[1])
+        return cast(Splitting, place.program(split, gives=place.held))
+    held_at = np.asarray(place.dealing.slot_of_shards())[shards]
+
+    def take(batch: Batch) -> list[Batch]:
+        rows = {name: leaf.reshape(place.dealing.slots().size, -1, *leaf.shape[1:]) for name, leaf in batch.items()}
+        return [{name: leaf[slot].reshape(-1, *leaf.shape[2:]) for name, leaf in rows.items()} for slot in held_at.T]
+
+    exchange = jax.jit(take, out_shardings=NamedSharding(place.mesh, place.held))
+    return lambda batch: device_program.settled(exchange(batch), place.mesh)
+
+
+def _equal_parts(rows: Batch, count: int) -> list[Batch]:
+    """Return `count` equal parts of a batch, in order."""
+    divided = {name: jnp.split(leaf, count) for name, leaf in rows.items()}
+    return [dict(zip(divided, parts, strict=True)) for parts in zip(*divided.values(), strict=True)]
+
+
+def check_layout(mesh: Mesh, *, logical_shards: int, axes: Sequence[str] = (DATA_AXIS,)) -> None:
+    """Raise ValueError where canonical reduction cannot keep its promise on `mesh`."""
+    num_devices = math.prod(mesh.shape[axis] for axis in axes)
+    if logical_shards < 1:
+        raise ValueError(f"logical_shards must be at least 1; got {logical_shards}.")
+    if num_devices > logical_shards:
+        raise ValueError(
+            f"Canonical reduction gives every device at least one logical shard; got {num_devices} devices and "
+            f"{logical_shards} logical shards. Use {logical_shards} devices or fewer, or raise logical_shards, which "
+            "gives other bits."
+        )
+    if mesh.size != num_devices:
+        raise ValueError(
+            f"Canonical reduction works on a mesh of {' and '.join(axes)}; got {dict(mesh.shape)}. "
+            "Use reduction='mean' on a mesh with more axes."
+        )
+    if thread_pool_size(os.environ) < 2 and mesh.devices.flat[0].platform == "cpu":
+        raise ValueError(
+            "Canonical reduction on CPU devices needs a thread pool of two or more threads: XLA generates different "
+            "code for one. It has one here: PJRT_NPROC or NPROC in the environment sets it, or this process may use "
+            "one core only. Set PJRT_NPROC=2 before it starts; more threads than cores are fine."
+        )
+
+
+def thread_pool_size(environment: Mapping[str, str]) -> int:
+    """Return the size of XLA's thread pool on CPU devices: from the environment, or the number of usable cores."""
+    for name in ("PJRT_NPROC", "NPROC"):
+        if environment.get(name, "").isdigit():
+            return int(environment[name])
+    return len(os.sched_getaffinity(0))
