@@ -142,6 +142,10 @@ class Replace:
     name: str
 
 
+LEFT = "left"
+"""The reason of an Exit of a worker that has left the run, which continues."""
+
+
 @dataclass(frozen=True, slots=True)
 class Continue:
     """Handle `message`, from this process itself, next: once the replies have been sent."""

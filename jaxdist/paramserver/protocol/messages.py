@@ -177,6 +177,19 @@ class Died:
     boot: int
 
 
+@dataclass(frozen=True, slots=True)
+class Retire:
+    """A worker is asked to leave the run once it has finished the lease that it holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """Worker `name` leaves the run: it holds no lease that it will finish. The answer is Fenced."""
+
+    name: str
+    boot: int
+
+
 # A lease: ask, pull, compute, push, report.
 
 

@@ -19,6 +19,7 @@ class Worker:
         self.name = worker_name(worker)
         self.progress = 0
         self.heartbeat_at = 0.0
+        self.retiring = False
         self._begin()
 
     def _begin(self) -> None:
@@ -76,13 +77,26 @@ class Worker:
             self._enter("asking", now, out)
 
     def _fenced(self, fenced: messages.Fenced, now: float, out: effects.Output) -> None:
-        if fenced.boot == self.boot:
+        if fenced.boot != self.boot:
+            return
+        if self.retiring:
+            self.phase = "stopped"
+            out.do(effects.Exit(0, effects.LEFT))
+        else:
             self._rejoin(now, out)
+
+    def _retire(self, message: messages.Retire, now: float, out: effects.Output) -> None:
+        """Leave at once without a lease, or else when it is finished."""
+        self.retiring = True
+        if self.phase in ("joining", "asking"):
+            self._enter("leaving", now, out)
 
     def _rejoin(self, now: float, out: effects.Output) -> None:
         """Start over with a new boot number and no state."""
         self.boot += 1
         self._begin()
+        if self.retiring:
+            self.phase = "leaving"
         self._request(now, out)
 
     def _on_membership(self, membership: messages.Membership, now: float, out: effects.Output) -> None:
@@ -106,6 +120,8 @@ class Worker:
         self.asked_at = now
         if self.phase == "joining":
             out.send(SCHEDULER, messages.Register(self.name, self.boot))
+        elif self.phase == "leaving":
+            out.send(SCHEDULER, messages.Leave(self.name, self.boot))
         elif self.phase == "asking":
             out.send(SCHEDULER, messages.Ask(self.worker, self.incarnation, self.sequence))
         elif self.phase == "pulling":
@@ -126,6 +142,9 @@ class Worker:
         # While it is pushing, the servers may have told the scheduler already that they have it all.
         free = self.phase in ("asking", "reporting") or (self.phase == "pushing" and self.settings.shards_report)
         if not current or grant.sequence <= self.sequence or not free:
+            return
+        if self.retiring:  # granted before the scheduler could know; it gives the lease to another worker
+            self._free(now, out)
             return
         self.lease, self.sequence, self.clock = grant.lease, grant.sequence, grant.clock
         self.computed, self.acknowledged = None, set()
@@ -235,7 +254,7 @@ class Worker:
             self.progress += 1
             if len(self.acknowledged) < len(self.membership.shards):
                 return
-            if self.reports:
+            if self.reports or self.retiring:
                 self._enter("reporting", now, out)
             else:
                 self.phase, self.asked_at = "reporting", now  # the servers have told it; said again if that takes long
@@ -255,6 +274,9 @@ class Worker:
         if self.phase == "reporting" and (ack.incarnation, ack.sequence) == (self.incarnation, self.sequence):
             self.clock += 1
             self.lease, self.computed, self.pulled = None, None, {}
+            if self.retiring:
+                self._enter("leaving", now, out)
+                return
             # The scheduler grants the next lease without being asked; the request is only sent when that takes long.
             self.phase, self.asked_at = "asking", now
             self.progress += 1
@@ -267,7 +289,7 @@ class Worker:
     def _free(self, now: float, out: effects.Output) -> None:
         """Release the lease without finishing it, and ask for the next one."""
         self.lease, self.computed, self.pulled = None, None, {}
-        self._enter("asking", now, out)
+        self._enter("leaving" if self.retiring else "asking", now, out)
 
     def _stop(self, stop: messages.StopRun, now: float, out: effects.Output) -> None:
         out.send(SCHEDULER, messages.StopAck(self.name))
@@ -280,6 +302,7 @@ _ACTIONS: dict[type, Callable[..., None]] = {
     messages.Tick: Worker._tick,
     messages.Welcome: Worker._welcome,
     messages.Fenced: Worker._fenced,
+    messages.Retire: Worker._retire,
     messages.Membership: Worker._on_membership,
     messages.Grant: Worker._grant,
     messages.Pulled: Worker._on_pulled,

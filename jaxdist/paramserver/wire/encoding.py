@@ -74,6 +74,8 @@ KINDS: tuple[type, ...] = (
     journal.EmptyRecord,
     messages.Died,
     messages.Staged,
+    messages.Retire,
+    messages.Leave,
 )
 _NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
 

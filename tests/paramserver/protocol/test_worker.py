@@ -1,6 +1,7 @@
 """A worker by itself, where a run would meet the case too rarely."""
 
 import numpy as np
+import pytest
 
 from jaxdist.paramserver.protocol import effects, messages
 from jaxdist.paramserver.protocol.settings import SCHEDULER, Settings
@@ -176,3 +177,51 @@ def test_nothing_is_pulled_early_where_the_next_version_is_not_known():
     assert set(sent) == {"Push"}
     assert set(answer) == {"Done"}
     assert answer["Done"].staged
+
+
+def test_a_worker_that_is_asked_to_leave_finishes_its_lease_first():
+    worker = Worker(worker=0, boot=10, settings=SETTINGS)
+    join(worker, 1, 1)
+    compute(worker, 1, 1)
+    leave = effects.Send(SCHEDULER, messages.Leave("worker/0", 10))
+    assert worker.handle(messages.Retire(), 0.5) == ([], [])
+    _, answer = push_all(worker, 1)
+    assert "Done" in answer
+    sent, _ = worker.handle(messages.DoneAck(0, 1, 1), 2.0)
+    assert sent == [leave]
+    sent, _ = worker.handle(messages.Tick(), 4.0)
+    assert leave in sent  # until it is answered
+    _, (end,) = worker.handle(messages.Fenced("worker/0", 10), 4.1)
+    assert (end.step, end.reason) == (0, effects.LEFT)
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_worker_without_a_lease_leaves_at_once(joined):
+    worker = Worker(worker=0, boot=10, settings=SETTINGS)
+    if joined:
+        join(worker, 1, 1)
+    sent, _ = worker.handle(messages.Retire(), 0.5)
+    assert sent == [effects.Send(SCHEDULER, messages.Leave("worker/0", 10))]
+    # A lease that was granted before the scheduler knew is not computed.
+    assert worker.handle(messages.Grant(0, 1, 1, 1, 0, LEASE), 0.6) == ([], [])
+
+
+def test_a_lease_that_comes_with_the_answer_to_the_last_report_is_not_computed():
+    worker = Worker(worker=0, boot=10, settings=SETTINGS)
+    join(worker, 1, 1)
+    compute(worker, 1, 1)
+    worker.handle(messages.Retire(), 0.5)
+    push_all(worker, 1)
+    sent, done = grant(worker, 2, 1)
+    assert sent == [effects.Send(SCHEDULER, messages.Leave("worker/0", 10))]
+    assert done == []
+
+
+def test_a_leaving_worker_that_was_dropped_meanwhile_does_not_join_again():
+    worker = Worker(worker=0, boot=10, settings=SETTINGS)
+    join(worker, 1, 1)
+    compute(worker, 1, 1)
+    worker.handle(messages.Retire(), 0.5)
+    worker.handle(messages.Computed(1, 1, 6.0, 6.0, True, 0.0, ((np.ones(2, np.float32),),), ()), 1.0)
+    sent, _ = worker.handle(messages.PushAck(0, 0, 1, 1, "fenced"), 1.0)
+    assert sent == [effects.Send(SCHEDULER, messages.Leave("worker/0", 11))]

@@ -25,7 +25,9 @@ def _send_stop(state: SchedulerState, names: Iterable[str], out: Output) -> None
         out.send(name, messages.StopRun(state.stop.step, state.stop.reason))
 
 
-def answer(state: SchedulerState, message: messages.Register | messages.Heartbeat, now: float, out: Output) -> None:
+def answer(
+    state: SchedulerState, message: messages.Register | messages.Heartbeat | messages.Leave, now: float, out: Output
+) -> None:
     """Answer that the run is over."""
     _send_stop(state, (message.name,), out)
 

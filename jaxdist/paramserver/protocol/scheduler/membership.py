@@ -111,7 +111,7 @@ def admit(state: SchedulerState, now: float, out: Output) -> None:
     joining, state.joining = dict(sorted(state.joining.items())), {}
     for worker, boot in joining.items():
         state.boots[worker_name(worker)] = boot
-        _drop_worker(state, worker)
+        _fence(state, worker)
         state.incarnations += 1
         state.workers[worker] = WorkerStatus(state.incarnations, benched=benched)
     new = {w: messages.Member(w, state.workers[w].incarnation, messages.BENCHED if benched else 0) for w in joining}
@@ -146,7 +146,7 @@ def _lost(state: SchedulerState, number: int, request: messages.Register, now: f
     place = messages.ShardPlace(request.name, request.boot, *succession.NO_BACKUP, False)
     name, trained = state.saved_cut
     for worker in list(state.workers):
-        _drop_worker(state, worker)
+        _fence(state, worker)
     state.lease_table, state.last_commit = state.make_lease_table(trained), None
     state.saved_at = state.read_at = trained.step
     state.read_last = False
@@ -253,6 +253,20 @@ def on_diverged(state: SchedulerState, note: messages.Diverged, now: float, out:
 # Processes that leave.
 
 
+def on_leave(state: SchedulerState, note: messages.Leave, now: float, out: Output) -> None:
+    """Continue without a worker that leaves, and tell it so, even if it is no member any more."""
+    worker = worker_number(note.name)
+    if state.membership is None or worker is None or state.boots.get(note.name, -1) > note.boot:
+        return
+    if state.joining.get(worker, note.boot + 1) <= note.boot:
+        del state.joining[worker]
+    if worker in state.workers:
+        state.counters["left"] += 1
+        _drop_worker(state, worker)
+        change(state, now, out, members=tuple(m for m in state.membership.members if m.worker != worker))
+    out.send(note.name, messages.Fenced(note.name, note.boot))
+
+
 def on_died(state: SchedulerState, note: messages.Died, now: float, out: Output) -> None:
     """Continue at once without a process that has certainly ended, unless it has joined again already."""
     if state.membership is None or state.boots.get(note.name, -1) > note.boot:
@@ -262,7 +276,7 @@ def on_died(state: SchedulerState, note: messages.Died, now: float, out: Output)
         if state.joining.get(worker, note.boot + 1) <= note.boot:
             del state.joining[worker]
         if worker in state.workers:
-            _drop_worker(state, worker)
+            _fence(state, worker)
             change(state, now, out, members=tuple(m for m in state.membership.members if m.worker != worker))
     elif shard is not None:
         place = state.membership.shards[shard]
@@ -293,11 +307,17 @@ def _drop_silent_workers(state: SchedulerState, now: float, out: Output) -> None
         if now - status.seen_at > timers.dead_after or stuck:
             what = "makes no progress" if stuck else "is silent"
             out.do(effects.Warn(f"Worker {number} {what}. Its lease goes to another worker."))
-            _drop_worker(state, number)
+            _fence(state, number)
             gone.add(number)
     if gone:
         assert state.membership is not None
         change(state, now, out, members=tuple(m for m in state.membership.members if m.worker not in gone))
+
+
+def _fence(state: SchedulerState, worker: int) -> None:
+    """Drop a worker that did not say that it leaves."""
+    state.counters["fenced"] += worker in state.workers
+    _drop_worker(state, worker)
 
 
 def _drop_worker(state: SchedulerState, worker: int) -> None:
@@ -306,7 +326,6 @@ def _drop_worker(state: SchedulerState, worker: int) -> None:
     state.unreported.discard(worker)
     if gone is None:
         return
-    state.counters["fenced"] += 1
     if isinstance(state.lease_table, StepLeases):
         state.lease_table.leave(worker)
     # A batch that may be on some shards stays leased until all shards have reported what they applied (_settle).

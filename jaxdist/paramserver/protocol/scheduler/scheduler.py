@@ -108,6 +108,7 @@ _ACTIONS: dict[type, Callable[..., None]] = {
     messages.Synced: membership.on_synced,
     messages.Diverged: membership.on_diverged,
     messages.Died: membership.on_died,
+    messages.Leave: membership.on_leave,
     messages.Norms: commits.on_norms,
     messages.ReadAnswer: cuts.on_read_answer,
 }
@@ -127,5 +128,6 @@ _FREEING: dict[type, Callable[..., bool | None]] = {
 _STOPPED: dict[type, Callable[..., None]] = {
     messages.Register: ending.answer,
     messages.Heartbeat: ending.answer,
+    messages.Leave: ending.answer,
     messages.StopAck: ending.on_stop_ack,
 }

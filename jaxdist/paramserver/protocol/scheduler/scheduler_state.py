@@ -49,7 +49,7 @@ class SchedulerState:
 
     def __init__(self, settings: Settings, resume: SavedCut | None) -> None:
         self.settings = settings
-        self.counters = {"torn_pushes": 0, "failovers": 0, "fenced": 0, "rollbacks": 0}
+        self.counters = {"torn_pushes": 0, "failovers": 0, "fenced": 0, "rollbacks": 0, "left": 0}
         self.saved_cut = (resume.name, resume.trained) if resume else ("", FRESH)  # restored when a shard is lost
         # Membership.
         self.processes: dict[str, ProcessStatus] = {}

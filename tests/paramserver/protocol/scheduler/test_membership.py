@@ -1,9 +1,12 @@
 """The membership stage: joining, returning, being dropped, and losing a shard."""
 
 import stages
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jaxdist.paramserver.protocol import messages
 from jaxdist.paramserver.protocol.journal import Trained
+from jaxdist.paramserver.protocol.scheduler import lease_table
 from jaxdist.paramserver.wire import encoding
 
 
@@ -188,3 +191,60 @@ def test_a_restarted_worker_is_not_taken_for_its_predecessor_by_a_restarted_sche
     again.tell(messages.Register("worker/0", 2))
     again.tick()
     assert again.state.workers[0].incarnation == 3
+
+
+def test_a_worker_that_leaves_is_answered_and_its_lease_goes_on():
+    cast = stages.Cast(stages.settings(workers=2)).join()
+    lease, term = cast.ask(0), cast.state.term
+    sent, _ = cast.tell(messages.Leave("worker/0", 1))
+    assert ("worker/0", messages.Fenced("worker/0", 1)) in sent
+    assert (cast.state.term, set(cast.state.workers)) == (term + 1, {1})
+    sent, _ = cast.tell(messages.Leave("worker/0", 1))  # the answer was lost
+    assert sent == [("worker/0", messages.Fenced("worker/0", 1))]
+    cast.enter_term()
+    assert cast.ask(1) == lease
+    assert (cast.state.counters["left"], cast.state.counters["fenced"]) == (1, 0)
+
+
+def test_a_worker_that_leaves_before_it_is_a_member_never_becomes_one():
+    cast = stages.Cast(stages.settings(workers=1)).join()
+    cast.tell(messages.Register("worker/7", 5), messages.Leave("worker/7", 5))
+    cast.tick()
+    assert set(cast.state.workers) == {0}
+    cast.tell(messages.Register("worker/0", 9))
+    cast.tick()
+    assert cast.tell(messages.Leave("worker/0", 1)) == ([], [])  # a late one of the process before
+    assert set(cast.state.workers) == {0}
+
+
+@given(st.data())
+def test_whoever_joins_and_leaves_the_slices_of_a_step_are_those_of_the_settings(data):
+    """Sync mode: each step is committed from the same slices, with one worker or with many."""
+    chosen = stages.settings(workers=3, max_steps=4)
+    cast = stages.Cast(chosen).join()
+    boots, there = dict.fromkeys(range(3), 1), {0, 1, 2}
+    for _ in range(200):
+        if cast.state.step == chosen.max_steps:
+            break
+        action = data.draw(st.sampled_from(("join", "leave", "work", "work", "work")))
+        number = data.draw(st.integers(0, 5))
+        if action == "join" and number not in there:
+            there.add(number)
+            boots[number] = boots.get(number, 0) + 1
+            cast.tell(messages.Register(f"worker/{number}", boots[number]))
+            cast.tick()
+        elif action == "leave" and number in there and len(there) > 1:
+            there.remove(number)
+            cast.tell(messages.Leave(f"worker/{number}", boots[number]))
+        elif action == "work" and number in there:
+            worker = cast.state.workers[number]
+            lease = worker.lease or cast.ask(number, worker.sequence)
+            if lease is not None:
+                cast.finish(number, lease, sequence=worker.sequence)
+        cast.enter_term()
+        cast.applied(cast.state.step)
+    commits = [record for record in cast.log if type(record).__name__ == "CommitRecord"]
+    for record in commits:
+        leases = [push.lease for push in record.contributors]
+        assert leases == [lease_table.lease(chosen, record.step - 1, part) for part in range(3)]
+    assert [record.step for record in commits] == list(range(1, len(commits) + 1))
