@@ -7,12 +7,17 @@ import pathlib
 import sys
 from collections.abc import Callable
 
+from jaxdist.paramserver.processes import addresses
 from jaxdist.paramserver.processes.driver import Driver
 from jaxdist.paramserver.processes.process_world import ProcessWorld
 from jaxdist.paramserver.processes.reports import Statistics
 from jaxdist.paramserver.processes.run_folder import Spec
+from jaxdist.paramserver.protocol import effects
 from jaxdist.paramserver.wire.security import Security
 from jaxdist.paramserver.wire.streams import Wire, reuse_freed_memory
+
+LEFT_STATUS = 4
+"""The exit status of a worker that has left the run, which continues."""
 
 Cast = tuple[Driver, ProcessWorld, Statistics]
 Make = Callable[[str, Spec], Cast]
@@ -24,14 +29,15 @@ def main(arguments: list[str], make: Make) -> int:
     reuse_freed_memory()
     logging.basicConfig(level=logging.INFO, format=f"{name}: %(message)s", stream=sys.stderr)
     spec = Spec.read(pathlib.Path(path))
+    known = addresses.Addresses(spec.peers, pathlib.Path(spec.directory))
     driver, world, statistics = make(name, spec)
     gc.collect()
     gc.freeze()  # what is imported and compiled by now stays; each collection would look through it
     logger = logging.getLogger(__name__)
     try:
         wire = Wire(
-            listen=spec.peers[name],
-            peers=spec.peers,
+            listen=known[name],
+            peers=known,
             receive=world.receive,
             security=Security.read(os.environ).for_attempt(spec.attempt),
         )
@@ -44,4 +50,6 @@ def main(arguments: list[str], make: Make) -> int:
     wire.close()
     if end.step < 0:
         logger.error(end.reason)
+    if end.reason == effects.LEFT:
+        return LEFT_STATUS
     return 0 if end.step >= 0 else 1

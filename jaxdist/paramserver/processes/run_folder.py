@@ -16,6 +16,8 @@ DIRECTORY_NAME, STATISTICS_NAME = "ps", "statistics"
 NONFINITE_NAME = "nonfinite"
 """The folder with the reports of workers on gradients that are not finite."""
 STEPS_NAME, CUT_NAME, LOG_NAME, SPEC_NAME = "steps.jsonl", "cut", "scheduler.log", "spec.json"
+ADDRESSES_NAME = "addresses"
+"""The folder with the addresses of processes that came or moved after the start (see `addresses`)."""
 HISTORY_NAME = "history"
 """The folder with what each process did when (see `lease_history`)."""
 SILENT_NAME = "silent"
@@ -76,6 +78,8 @@ class Spec:
       resume: name of the saved cut to start from; empty for a new run.
       devices: devices of each worker.
       kind: how the optimizer runs on shards (see `optimizer_kind`).
+      data: fingerprint of the training data, for workers that join later; empty if it is not compared.
+      door: where processes that join connect to: the name of a socket of this machine, and `host:port` or "".
     """
 
     attempt: str
@@ -87,6 +91,8 @@ class Spec:
     resume: str
     devices: int
     kind: str
+    data: str = ""
+    door: tuple[str, str] = ("", "")
 
     def write(self, path: pathlib.Path) -> None:
         """Write this Spec to a file."""

@@ -10,7 +10,7 @@ import os
 import socket
 import ssl
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from jaxdist.paramserver.wire import encoding, greeting, same_machine
@@ -29,18 +29,23 @@ class Outgoing(asyncio.Protocol):
 
     Args:
       loop: the event loop.
-      address: `host:port` of the peer.
+      address: returns the present `host:port` of the peer; called in the loop.
       lane: CONTROL or BULK.
       token: what both ends must know.
       tls: for a connection by mutual TLS.
     """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, address: str, lane: int, token: str, tls: ssl.SSLContext | None
+        self,
+        loop: asyncio.AbstractEventLoop,
+        address: Callable[[], str],
+        lane: int,
+        token: str,
+        tls: ssl.SSLContext | None,
     ) -> None:
         self._loop, self._lane, self._token, self._tls = loop, lane, token, tls
-        host, _, port = address.rpartition(":")
-        self._host, self._port = host.strip("[]"), int(port)
+        self._address = address
+        self._find()
         self._lock, self._turn = threading.Lock(), threading.Lock()
         self._outbox: Outbox[encoding.Encoded] = Outbox(large=lane == BULK)
         self._scheduled = self._closed = False
@@ -122,8 +127,15 @@ class Outgoing(asyncio.Protocol):
                 self._num_blocks += 1
                 self._transport.write(block)
 
+    def _find(self) -> None:
+        """Note where the peer is now."""
+        self._place = self._address()
+        host, _, port = self._place.rpartition(":")
+        self._host, self._port = host.strip("[]"), int(port)
+
     async def _connect(self) -> None:
         await asyncio.sleep(self._again_at - self._loop.time())
+        self._find()
         try:
             async with asyncio.timeout(GREETING_SECONDS):
                 if not await self._connect_here():
@@ -186,8 +198,11 @@ class Outgoing(asyncio.Protocol):
             self._transport.abort()
 
     def look(self, now: float) -> None:
-        """Close a connection on which nothing has moved for long."""
+        """Close a connection on which nothing has moved for long, or whose peer is elsewhere now."""
         if self._transport is None:
+            return
+        if self._address() != self._place:
+            self._transport.abort()
             return
         moved = (self._num_blocks, self._transport.get_write_buffer_size())
         if moved != self._moved or (self._ready and self._is_sent()):

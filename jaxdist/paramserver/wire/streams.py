@@ -13,6 +13,7 @@ import socket
 import ssl
 import tempfile
 import threading
+from collections.abc import Mapping
 
 from jaxdist.paramserver.protocol import messages
 from jaxdist.paramserver.wire import encoding, same_machine
@@ -49,7 +50,7 @@ class Wire:
 
     Args:
       listen: `host:port` to listen on; port 0 chooses a free one (see `port`).
-      peers: process name -> `host:port`.
+      peers: process name -> `host:port`; asked again when a connection is made, so it may change.
       receive: called from the thread of the wire with every complete message; it must not wait.
       security: see Security.
 
@@ -58,10 +59,10 @@ class Wire:
       OSError: the address is in use, or belongs to another machine.
     """
 
-    def __init__(self, *, listen: str, peers: dict[str, str], receive: Receive, security: Security = UNSECURED) -> None:
+    def __init__(self, *, listen: str, peers: Mapping[str, str], receive: Receive, security: Security = UNSECURED) -> None:
         host, _, port = listen.rpartition(":")
         security.check(host)
-        self._receive, self._token, self.peers = receive, security.token, dict(peers)
+        self._receive, self._token, self.peers = receive, security.token, peers
         self._tls = _tls_of(security)
         listeners = _listen(host.strip("[]"), int(port), local=self._tls is None)
         self.port = listeners[0].getsockname()[1]
@@ -122,7 +123,7 @@ class Wire:
                 return
             calling = self._tls.calling if self._tls else None
             with self._lock:
-                made = Outgoing(self._loop, self.peers[to], lane, self._token, calling)
+                made = Outgoing(self._loop, lambda: self.peers[to], lane, self._token, calling)
                 link = self._outgoing.setdefault((to, lane), made)
         link.put(encoded)
 

@@ -60,7 +60,7 @@ class Loop:
 
 def make(lane=incoming.BULK, tls=True):
     """Return an end that sends all in the event loop, as with TLS, unless told otherwise."""
-    return outgoing.Outgoing(Loop(), "127.0.0.1:1", lane, "token", object() if tls else None)
+    return outgoing.Outgoing(Loop(), lambda: "127.0.0.1:1", lane, "token", object() if tls else None)
 
 
 def connect(end, kind=Transport):
@@ -191,7 +191,7 @@ def test_a_connection_on_which_nothing_moves_is_given_up():
 
 def test_a_peer_that_cannot_be_reached_costs_the_messages_that_wait():
     async def attempt():
-        end = outgoing.Outgoing(asyncio.get_running_loop(), "127.0.0.1:1", incoming.BULK, "", None)
+        end = outgoing.Outgoing(asyncio.get_running_loop(), lambda: "127.0.0.1:1", incoming.BULK, "", None)
         end.put(big(1))
         while not end.is_idle():
             await asyncio.sleep(0.001)
@@ -202,7 +202,7 @@ def test_a_peer_that_cannot_be_reached_costs_the_messages_that_wait():
 
 @pytest.mark.parametrize("address", ["[::1]:70", "::1:70"])
 def test_an_address_of_ip_version_6_is_understood(address):
-    end = outgoing.Outgoing(Loop(), address, incoming.BULK, "", None)
+    end = outgoing.Outgoing(Loop(), lambda: address, incoming.BULK, "", None)
     assert (end._host, end._port) == ("::1", 70)
 
 
@@ -295,3 +295,16 @@ def test_a_connection_that_ended_leaves_no_socket_open(direct):
     assert other.fileno() == -1
     end.put(small(1))
     assert end._loop.attempts == 1
+
+
+def test_a_connection_to_a_peer_that_has_moved_is_given_up():
+    places = ["127.0.0.1:1"]
+    end = outgoing.Outgoing(Loop(), lambda: places[0], incoming.CONTROL, "token", None)
+    made = connect(end)
+    end.look(0.0)
+    assert not made.aborted
+    places[0] = "127.0.0.2:5"
+    end.look(0.1)
+    assert made.aborted
+    end._find()
+    assert (end._host, end._port) == ("127.0.0.2", 5)
