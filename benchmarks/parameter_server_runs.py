@@ -82,7 +82,7 @@ def wait_after_fault(directory: pathlib.Path) -> float:
     (mark,) = (directory / "faults").iterdir()
     killed = mark.stat().st_mtime
     rows = [json.loads(line) for line in (directory / "steps.jsonl").read_text().splitlines()]
-    times = [row["time"] for row in rows if "time" in row]  # the gradient norm of a step has a line of its own
+    times = [row["time"] for row in rows if "examples" in row]  # other lines are no steps
     return min(time for time in times if time > killed) - killed
 
 

@@ -272,8 +272,12 @@ def _add_join(commands: Any) -> None:
     join.add_argument("--processes", type=_positive, default=1, metavar="P", help="how many join (default 1)")
     leave = _add(commands, "leave", "join_command:leave", "take processes out of a running job, the newest first")
     leave.add_argument("--processes", type=_positive, default=1, metavar="P", help="how many leave (default 1)")
-    for command in (join, leave):
-        command.add_argument("run_dir", type=_local, metavar="RUN_DIR", help="of a job started with --processes")
+    join.add_argument(
+        "--experiment", type=pathlib.Path, metavar="FILE", help="of a run at an address: its experiment on this machine"
+    )
+    running = "of a job started with --processes, or of a parameter server"
+    join.add_argument("run", type=_run, metavar="RUN_DIR", help=f"{running}; or the address of that, HOST:PORT")
+    leave.add_argument("run_dir", type=_local, metavar="RUN_DIR", help=running)
 
 
 def _add_coordinate_check(command: argparse.ArgumentParser) -> None:
@@ -307,6 +311,10 @@ def _local(text: str) -> pathlib.Path:
     if "://" in text:
         raise argparse.ArgumentTypeError(f"a run directory on this machine is needed; got {text!r}")
     return pathlib.Path(text)
+
+
+def _run(text: str) -> str:
+    return str(_local(text))
 
 
 def _positive(text: str) -> int:

@@ -10,7 +10,7 @@ import datetime
 import math
 import pathlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -144,6 +144,8 @@ class Bookkeeper:
         self.compile_count = 0
         self.flops_per_step: float | None = None
         """Of all devices; counted once the run has ended, and only where the peak of the devices is known."""
+        self.worker_changes: Sequence[Mapping[str, Any]] = ()
+        """Workers of a parameter server that joined, left or restarted; see `changes` of the run record."""
         self.process_restarts = 0
         """Processes that were restarted one at a time during this attempt, while the others continued."""
         self.before_save: Callable[[], None] = lambda: None
@@ -407,7 +409,10 @@ class Bookkeeper:
                 "num_examples": len(self.attempt.experiment.data.train),
             },
             "best": self.progress.best,
-            "changes": restart_events.changes(restart_events.read_events(self.attempt.run_dir)),
+            "changes": [
+                *restart_events.changes(restart_events.read_events(self.attempt.run_dir)),
+                *self.worker_changes,
+            ],
             "checkpoint": self.checkpointer.latest_step(),
             "throughput": self._throughput(),
             "peak_memory_bytes": origin.peak_memory_bytes(jax.local_devices()),

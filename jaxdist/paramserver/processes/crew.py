@@ -9,16 +9,18 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from jaxdist.errors import RunFailedError
+from jaxdist.errors import ExitStatus, RunFailedError
 from jaxdist.launch import parent
 from jaxdist.launch.supervising import local_job
 from jaxdist.paramserver.processes import run_folder
+from jaxdist.paramserver.processes.role import LEFT_STATUS
 from jaxdist.paramserver.protocol.settings import SCHEDULER, server_shard, worker_number
 from jaxdist.paramserver.wire import security
 
 MOST_DEATHS = 5
 """A process that dies more often than this without a step in between is not restarted again."""
 GRACE_SECONDS = 5.0
+_REPEAT_SECONDS = 1.0
 LOG_TAIL_LINES = 20
 _LOOK_SECONDS = 0.05
 _GPUS = "CUDA_VISIBLE_DEVICES"
@@ -30,6 +32,11 @@ _EARLY_SECONDS = 10.0
 
 class Crew(Protocol):
     """Keeps the processes of a run alive: on this machine, or through the engine of a cluster."""
+
+    @property
+    def names(self) -> list[str]:
+        """The processes that it keeps alive."""
+        ...
 
     @property
     def restarts(self) -> int:
@@ -49,6 +56,14 @@ class Crew(Protocol):
 
     def progressed(self) -> None:
         """Note that the run made progress: deaths are counted from zero again."""
+        ...
+
+    def retire(self, names: Sequence[str]) -> None:
+        """Have workers leave the run after their step; see `take_left`."""
+        ...
+
+    def take_left(self) -> list[str]:
+        """Return the workers that have left since the last call."""
         ...
 
     def close(self, *, orderly: bool) -> None:
@@ -72,11 +87,37 @@ class LocalCrew:
         self._deaths: Counter[str] = Counter()
         self._started_at: dict[str, float] = {}
         self._exited_at: dict[str, float] = {}
+        self._left: list[str] = []
+        self._retiring: set[str] = set()
+        self._told_at = 0.0
 
     def start(self) -> None:
         """Start all processes."""
         for name in self.names:
             self._start(name)
+
+    def add(self, name: str) -> None:
+        """Start one more process."""
+        self.names.append(name)
+        self._start(name)
+
+    def retire(self, names: Sequence[str]) -> None:
+        """See Crew."""
+        self._retiring.update(set(names) & set(self.names))
+        self._told_at = 0.0
+
+    def take_left(self) -> list[str]:
+        """See Crew."""
+        found, self._left = self._left, []
+        return found
+
+    def _tell_to_leave(self) -> None:
+        """Signal the workers that are asked to leave; again, because one that starts may not have heard it."""
+        if time.monotonic() - self._told_at < _REPEAT_SECONDS:
+            return
+        self._told_at = time.monotonic()
+        for name in self._retiring:
+            self._children[name].terminate()
 
     def _start(self, name: str) -> None:
         self._started_at[name] = time.monotonic()
@@ -102,15 +143,23 @@ class LocalCrew:
     def look_after(self) -> dict[str, int]:
         """See Crew."""
         died = {}
+        self._tell_to_leave()
         for name, child in list(self._children.items()):
             if run_folder.take_silent(self.directory, name) and not self._is_starting(name):
                 child.kill()
                 child.wait()
             status = child.poll()
+            if status is not None and (status == LEFT_STATUS or name in self._retiring):
+                self._forget(name)
+                if status != LEFT_STATUS:  # the scheduler has not heard it
+                    died[name] = run_folder.last_boot(self.directory, name)
+                continue
             if status is None or (status == 0 and name != SCHEDULER and not self._left_early(name)):
                 continue  # running, or exited at the end of the run before the observer knew of it
             if status == 0 and name == SCHEDULER:
                 raise RunFailedError(f"The scheduler ended the run.\n{log_tail(self.directory, name)}")
+            if status == ExitStatus.USER:  # it would end in the same way again
+                raise RunFailedError(f"{name} cannot run here.\n{log_tail(self.directory, name)}")
             self._deaths[name] += 1
             if self._deaths[name] > MOST_DEATHS:
                 tail = log_tail(self.directory, name)
@@ -120,6 +169,13 @@ class LocalCrew:
             died[name] = run_folder.last_boot(self.directory, name)
             self._start(name)
         return died
+
+    def _forget(self, name: str) -> None:
+        """Note that a worker has left."""
+        del self._children[name]
+        self.names.remove(name)
+        self._retiring.discard(name)
+        self._left.append(name)
 
     def _is_starting(self, name: str) -> bool:
         """Return whether a process was started so recently that it may not have registered yet."""

@@ -5,7 +5,8 @@
     JAXDIST_PS_TOKEN=... python -m jaxdist.paramserver.processes.machines RUN_DIR ADDRESS
 
 waits for the run in RUN_DIR, which must be on a file system that all machines share, starts the processes of its
-address, restarts those that die, and ends with the run, or with status 75 if the machine that trains is lost first.
+address, restarts those that die, and ends with the run, or with status 75 if the machine that trains is lost first. At
+SIGTERM its workers leave after their step. If it is lost itself, its processes are placed on the other machines.
 """
 
 import os
@@ -16,13 +17,12 @@ import time
 from collections.abc import Iterable, Sequence
 
 from jaxdist.errors import ExitStatus, RunFailedError, UserError, as_user_error
-from jaxdist.paramserver.processes import run_folder
+from jaxdist.paramserver.processes import admission, newcomer, run_folder
 from jaxdist.paramserver.processes.crew import LocalCrew
 from jaxdist.paramserver.wire import security
 from jaxdist.rundir import record
 
 _LOOK_SECONDS = 0.2
-_GONE_SECONDS = 10.0
 
 
 def assign(names: Sequence[str], hosts: Sequence[str], first_port: int) -> dict[str, str]:
@@ -68,17 +68,19 @@ def _keep_processes(run_dir: pathlib.Path, host: str) -> bool:
     with as_user_error():
         security_of([host])
         spec = _wait_for_run(directory)
-        names = names_at(spec.peers, host)
-        check_ports([spec.peers[name] for name in names])
-    crew = LocalCrew(names, directory, os.environ.get(security.TOKEN, ""))
-    crew.start()
-    ended = False
-    try:
-        # A process that is restarted after the end learns of it only from the run record.
-        ended = _watch(crew, spec.peers[run_folder.OBSERVER]) or _has_ended(run_dir)
-    finally:
-        crew.close(orderly=ended)
-    return ended
+        check_ports(spec.peers[name] for name in names_at(spec.peers, host))
+    with admission.knock(("", spec.door[1]), security.Security.read(os.environ)) as line:
+        line.say(hello="machine", host=host)
+        names = line.hear().get("names", [])
+        if not names:
+            raise UserError(
+                f"The processes of {host} run on other machines by now, because it was away for long. It can join the "
+                f"run with workers: jaxdist join {spec.door[1]}."
+            )
+        crew = LocalCrew(names, directory, os.environ.get(security.TOKEN, ""))
+        status = newcomer.Keeper(line, crew, host).run()
+    # A process that is restarted after the end learns of it only from the run record.
+    return status == ExitStatus.OK or _has_ended(run_dir)
 
 
 def _wait_for_run(directory: pathlib.Path) -> run_folder.Spec:
@@ -87,22 +89,9 @@ def _wait_for_run(directory: pathlib.Path) -> run_folder.Spec:
         path = directory / run_folder.SPEC_NAME
         if path.exists():
             spec = run_folder.Spec.read(path)
-            if _answers(spec.peers[run_folder.OBSERVER]):
+            if _answers(spec.door[1]):
                 return spec
         time.sleep(_LOOK_SECONDS)
-
-
-def _watch(crew: LocalCrew, observer: str) -> bool:
-    """Keep the processes running; return whether all ended, False if the machine that trains is lost."""
-    heard_at = time.monotonic()
-    while not crew.all_ended():
-        if _answers(observer):
-            heard_at = time.monotonic()
-            crew.look_after()
-        elif time.monotonic() - heard_at > _GONE_SECONDS:
-            return False
-        time.sleep(_LOOK_SECONDS)
-    return True
 
 
 def _has_ended(run_dir: pathlib.Path) -> bool:

@@ -1,24 +1,29 @@
 """The processes of a run on a Ray cluster: one actor for each starts it and ends with it, and Ray restarts the actor.
 
 The run directory must be on a file system that all nodes share. An actor stays on its node, so that its address stays
-valid. A node that is lost permanently ends the run, and `--resume` continues without it.
+valid. When a node is lost, its actors are made again on the nodes that are left.
 """
 
 import os
 import pathlib
 import socket
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from jaxdist import extras
 from jaxdist.errors import ExitStatus, RunFailedError
-from jaxdist.paramserver.processes import crew, run_folder
+from jaxdist.launch.supervising.restart_events import say
+from jaxdist.paramserver.processes import crew, peer_addresses, run_folder
+from jaxdist.paramserver.processes.process_world import write_file
+from jaxdist.paramserver.processes.role import LEFT_STATUS
 from jaxdist.paramserver.protocol.settings import SCHEDULER, worker_number
 from jaxdist.paramserver.wire import security
 
-_STARTS = "starts"
+_STARTS, _RETIRING = "starts", "retiring"
+_LOOK_SECONDS = 0.2
 _PLACING_SECONDS = 60.0
 
 
@@ -38,8 +43,12 @@ class Part:
             starts.write("1")
         with crew.log_path(folder, name).open("ab") as log:
             everything = {**os.environ, **environment, **crew.environment(name, environment[security.TOKEN])}
-            status = subprocess.call(crew.command(name, folder), env=everything, stdout=log, stderr=log)
-        if status:
+            child = subprocess.Popen(crew.command(name, folder), env=everything, stdout=log, stderr=log)
+            while (status := child.poll()) is None:
+                if (folder / _RETIRING / name.replace("/", "-")).exists():
+                    child.terminate()
+                time.sleep(_LOOK_SECONDS)
+        if status and status != LEFT_STATUS:
             os._exit(ExitStatus.FAILED)
         return status
 
@@ -63,7 +72,9 @@ class RayCrew:
     ) -> None:
         self._ray: Any = extras.require("ray", extra="ray")
         self.names, self.directory, self._environment = list(names), directory, environment
-        self._seen: Counter[str] = Counter()
+        self._devices, self._seen = devices, Counter[str]()
+        self._left: list[str] = []
+        self._moves: Counter[str] = Counter()
         try:
             self._ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=False)
         except ConnectionError as error:
@@ -71,12 +82,17 @@ class RayCrew:
                 f"ps.engine=ray needs a running Ray cluster; none was found: {error}. Start one with "
                 "`ray start --head`, or set RAY_ADDRESS."
             ) from error
-        nodes = [node for node in self._ray.nodes() if node["Alive"]]
-        places = {name: nodes[number % len(nodes)] for number, name in enumerate(self.names)}
-        self._actors = {name: self._make_actor(name, node, devices) for name, node in places.items()}
-        asked = [self._actors[name].address.remote(node["NodeManagerAddress"]) for name, node in places.items()]
-        self.peers = dict(zip(self.names, self._ray.get(asked, timeout=_PLACING_SECONDS), strict=True))
+        self._actors: dict[str, Any] = {}
+        self.peers = self._make_actors(self.names)
         self._runs: dict[str, Any] = {}
+
+    def _make_actors(self, names: Sequence[str]) -> dict[str, str]:
+        """Make the actors of these processes on the nodes that are alive, in turn; return their addresses."""
+        nodes = [node for node in self._ray.nodes() if node["Alive"]]
+        places = {name: nodes[number % len(nodes)] for number, name in enumerate(names)}
+        self._actors |= {name: self._make_actor(name, node, self._devices) for name, node in places.items()}
+        asked = [self._actors[name].address.remote(node["NodeManagerAddress"]) for name, node in places.items()]
+        return dict(zip(names, self._ray.get(asked, timeout=_PLACING_SECONDS), strict=True))
 
     def _make_actor(self, name: str, node: dict[str, Any], devices: int) -> Any:
         stay = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
@@ -99,34 +115,80 @@ class RayCrew:
             folder.mkdir(parents=True, exist_ok=True)
         for path in (self.directory / _STARTS).iterdir():
             path.unlink()
-        for name, actor in self._actors.items():
-            self._runs[name] = actor.run.remote(name, str(self.directory.absolute()), self._environment)
+        self._run(list(self._actors))
+
+    def _run(self, names: Sequence[str]) -> None:
+        for name in names:
+            directory = str(self.directory.absolute())
+            self._runs[name] = self._actors[name].run.remote(name, directory, self._environment)
 
     def look_after(self) -> dict[str, int]:
-        """Raise RunFailedError for a process that dies repeatedly, for a lost node, or if the scheduler ended.
+        """See Crew; the result has the processes of lost nodes, which are placed again.
 
-        Ray restarts the others and does not say so: the result is empty, and their silence shows it.
+        Ray restarts the others and does not say so: their silence shows it.
         """
+        died = {}
         for name, actor in self._actors.items():
             if run_folder.take_silent(self.directory, name):
                 self._ray.kill(actor, no_restart=False)
         ended = {ref: name for name, ref in self._runs.items()}
         for ref in self._ray.wait(list(ended), num_returns=len(ended), timeout=0)[0]:
             try:
-                self._ray.get(ref)
+                status = self._ray.get(ref)
             except self._ray.exceptions.RayError as error:
-                raise RunFailedError(f"Ray could not keep {ended[ref]} running: {error}") from error
-            if ended[ref] == SCHEDULER:
+                died[ended[ref]] = run_folder.last_boot(self.directory, ended[ref])
+                self._note_lost(ended[ref], error)
+                continue
+            if status == LEFT_STATUS:
+                self._forget(ended[ref])
+            elif ended[ref] == SCHEDULER:
                 raise RunFailedError(f"The scheduler ended the run.\n{crew.log_tail(self.directory, SCHEDULER)}")
         for name, count in (self._starts() - self._seen).items():
             if count > crew.MOST_DEATHS + 1:
                 tail = crew.log_tail(self.directory, name)
                 raise RunFailedError(f"{name} died {count - 1} times without a step in between.\n{tail}")
-        return {}
+        self._place_again(list(died))
+        return died
+
+    def _note_lost(self, name: str, error: Exception) -> None:
+        """Note that Ray cannot restart a process where it was; RunFailedError if that happens again and again."""
+        self._moves[name] += 1
+        if self._moves[name] > crew.MOST_DEATHS:
+            raise RunFailedError(f"Ray could not keep {name} running: {error}") from error
+
+    def _place_again(self, names: Sequence[str]) -> None:
+        """Run processes whose node was lost on the nodes that are left."""
+        if not names:
+            return
+        try:
+            moved = self._make_actors(names)
+        except self._ray.exceptions.RayError as error:  # also GetTimeoutError
+            raise RunFailedError(f"Ray could not place {', '.join(names)} on another node: {error}") from error
+        for name, address in moved.items():
+            peer_addresses.announce(self.directory, name, address)
+        self._run(names)
+        say(f"A node of the cluster is lost. Its processes run on the others from now on: {', '.join(names)}.")
+
+    def _forget(self, name: str) -> None:
+        """Note that a worker has left."""
+        del self._runs[name], self._actors[name]
+        self.names.remove(name)
+        self._left.append(name)
+
+    def retire(self, names: Sequence[str]) -> None:
+        """See Crew."""
+        for name in names:
+            write_file(self.directory / _RETIRING / name.replace("/", "-"), [b""])
+
+    def take_left(self) -> list[str]:
+        """See Crew."""
+        found, self._left = self._left, []
+        return found
 
     def progressed(self) -> None:
         """Note that the run made progress: deaths are counted from zero again."""
         self._seen = self._starts()
+        self._moves.clear()
 
     def close(self, *, orderly: bool) -> None:
         """End all processes; `orderly` gives them time to exit by themselves."""

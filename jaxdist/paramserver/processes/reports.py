@@ -61,9 +61,14 @@ class ReportFiles:
     def __init__(self, directory: pathlib.Path) -> None:
         self.directory = directory
         self._steps = (directory / STEPS_NAME).open("a+b", buffering=0)
+        self._members: dict[int, int] | None = None  # worker -> incarnation
+        self._step = 0
 
     def catch_up(self, machine: Scheduler, records: Sequence[messages.Message]) -> None:
         """Write the line of a step committed before the restart but not yet reported; its metrics are lost."""
+        if machine.state.membership is not None:
+            self._members = {member.worker: member.incarnation for member in machine.state.membership.members}
+        self._step = machine.state.step
         kinds = (journal.CommitRecord, journal.CompleteRecord, journal.MembershipRecord)
         last = next((record for record in reversed(records) if isinstance(record, kinds)), None)
         if isinstance(last, journal.CommitRecord):
@@ -73,27 +78,37 @@ class ReportFiles:
         else:
             return
         self._steps.seek(0)
-        reported = [json.loads(line)["step"] for line in self._steps if line.endswith(b"\n")]
+        rows = [json.loads(line) for line in self._steps if line.endswith(b"\n")]
+        reported = [row["step"] for row in rows if "workers" not in row]
         if reported[-1:] != [machine.state.step]:
             examples = sum(lease.stop - lease.start for lease in leases)
             empty = machine.state.empty_step == machine.state.step
             self.observe(effects.Committed(machine.state.step, examples, (), empty))
 
     def observe(self, effect: effects.Effect) -> None:
-        """Write a step, a cut, or the name of a silent process."""
+        """Write a step, a change of the workers, a cut, or the name of a silent process."""
         if isinstance(effect, effects.Committed):
+            self._step = effect.step
             metrics = {m.name: m.total / m.count for m in effect.metrics if m.count}
             row = {"step": effect.step, "examples": effect.examples, "metrics": metrics, "time": time.time()}
             row |= {"empty": True} if effect.empty else {}
             self._add(row)
         elif isinstance(effect, effects.GradNorm):
             self._add({"step": effect.step, "grad_norm": effect.norm})
+        elif isinstance(effect, effects.Append) and isinstance(effect.record, journal.MembershipRecord):
+            self._note_members(effect.record.membership)
         elif isinstance(effect, effects.ShowCut):
             path = self.directory / CUT_NAME
             full_disk.until_written(lambda: write_file(path, encoding.encode(effect.cut)), str(path))
         elif isinstance(effect, effects.Replace):
             path = silent_path(self.directory, effect.name)
             full_disk.until_written(lambda: write_file(path, [b""]), str(path))
+
+    def _note_members(self, membership: messages.Membership) -> None:
+        before, after = self._members, {member.worker: member.incarnation for member in membership.members}
+        self._members = after
+        if before is not None and before != after:
+            self._add({"step": self._step, "workers": after, "time": time.time()})
 
     def _add(self, row: Mapping[str, Any]) -> None:
         data = (json.dumps(row) + "\n").encode()

@@ -7,7 +7,8 @@ import pathlib
 import sys
 from collections.abc import Callable
 
-from jaxdist.paramserver.processes import addresses
+from jaxdist.errors import UserError
+from jaxdist.paramserver.processes import peer_addresses
 from jaxdist.paramserver.processes.driver import Driver
 from jaxdist.paramserver.processes.process_world import ProcessWorld
 from jaxdist.paramserver.processes.reports import Statistics
@@ -29,11 +30,15 @@ def main(arguments: list[str], make: Make) -> int:
     reuse_freed_memory()
     logging.basicConfig(level=logging.INFO, format=f"{name}: %(message)s", stream=sys.stderr)
     spec = Spec.read(pathlib.Path(path))
-    known = addresses.Addresses(spec.peers, pathlib.Path(spec.directory))
-    driver, world, statistics = make(name, spec)
+    known = peer_addresses.Addresses(spec.peers, pathlib.Path(spec.directory))
+    logger = logging.getLogger(__name__)
+    try:
+        driver, world, statistics = make(name, spec)
+    except UserError as error:
+        logger.error(str(error))
+        return error.exit_status
     gc.collect()
     gc.freeze()  # what is imported and compiled by now stays; each collection would look through it
-    logger = logging.getLogger(__name__)
     try:
         wire = Wire(
             listen=known[name],

@@ -17,7 +17,7 @@ NONFINITE_NAME = "nonfinite"
 """The folder with the reports of workers on gradients that are not finite."""
 STEPS_NAME, CUT_NAME, LOG_NAME, SPEC_NAME = "steps.jsonl", "cut", "scheduler.log", "spec.json"
 ADDRESSES_NAME = "addresses"
-"""The folder with the addresses of processes that came or moved after the start (see `addresses`)."""
+"""The folder with the addresses of processes that came or moved after the start (see `peer_addresses`)."""
 HISTORY_NAME = "history"
 """The folder with what each process did when (see `lease_history`)."""
 SILENT_NAME = "silent"
@@ -101,7 +101,12 @@ class Spec:
     @classmethod
     def read(cls, path: pathlib.Path) -> "Spec":
         """Return the Spec that `write` wrote."""
-        return cls(**json.loads(path.read_text()))
+        return cls.of(json.loads(path.read_text()))
+
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> "Spec":
+        """Return the Spec with these fields, as JSON has them."""
+        return cls(**{**content, "door": tuple(content.get("door", ("", "")))})
 
     def make_settings(self) -> Settings:
         """Return the settings of the protocol."""

@@ -5,10 +5,15 @@ Both need JAX and the experiment; the scheduler needs neither and has its own mo
 
 import dataclasses
 import pathlib
+import signal
 import sys
+from types import FrameType
 from typing import Any, cast
 
+import numpy as np
+
 from jaxdist.config import hidden_settings, loading, overrides
+from jaxdist.errors import UserError
 from jaxdist.launch import parent, signals
 from jaxdist.launch.joining import runtime
 from jaxdist.paramserver.processes import faults, lease_history, role
@@ -17,6 +22,7 @@ from jaxdist.paramserver.processes.process_world import ProcessWorld, write_file
 from jaxdist.paramserver.processes.reports import statistics_of
 from jaxdist.paramserver.processes.run_folder import NONFINITE_NAME, Spec, next_boot
 from jaxdist.paramserver.protocol import effects, messages
+from jaxdist.paramserver.protocol.scheduler import lease_table
 from jaxdist.paramserver.protocol.server import Server
 from jaxdist.paramserver.protocol.settings import server_shard, worker_number
 from jaxdist.paramserver.protocol.worker import Worker
@@ -34,12 +40,32 @@ def make(name: str, spec: Spec) -> role.Cast:
     boot = next_boot(pathlib.Path(spec.directory), name)
     number = worker_number(name)
     if number is not None:
+        _check_data(plan, spec)
         return _make_worker(number, boot, plan, devices, name, spec)
     return _make_server(name, boot, plan, spec)
 
 
+def _check_data(plan: shared_plan.Plan, spec: Spec) -> None:
+    """Raise UserError if the training data of this machine are not those of the run."""
+    found = plan.loader.beginning.fingerprint
+    if spec.data and found != spec.data:
+        raise UserError(
+            f"All workers of a run must read the same training data; their fingerprint is {found} here and {spec.data} "
+            "in the run. Copy the data of the run to this machine, or correct their path."
+        )
+
+
+def _compile(island: Island, plan: shared_plan.Plan) -> None:
+    """Compute a gradient of zeros, so that a worker joins a run that trains only when it is ready to compute."""
+    zeros = [np.zeros(shape, dtype) for shape, dtype in zip(plan.sharding.shapes, plan.sharding.dtypes, strict=True)]
+    params = tuple(tuple(pieces) for pieces in plan.sharding.split(zeros))
+    island.gradient(effects.Compute(0, 0, lease_table.lease(plan.settings, 0), params))
+
+
 def _make_worker(number: int, boot: int, plan: Any, devices: Any, name: str, spec: Spec) -> role.Cast:
     island = Island(plan, devices)
+    if number >= plan.settings.workers:
+        _compile(island, plan)
     machine = Worker(worker=number, boot=boot, settings=plan.settings)
     statistics = statistics_of(name, spec, machine)
     directory = pathlib.Path(spec.directory)
@@ -77,7 +103,31 @@ def _make_server(name: str, boot: int, plan: Any, spec: Spec) -> role.Cast:
     return Driver(watched, world, observe=statistics.observe, point=point), world, statistics
 
 
+class Leaving:
+    """What SIGTERM does to a worker: it leaves the run after its step, also if it is still starting."""
+
+    def __init__(self) -> None:
+        self._asked, self._world = False, cast(ProcessWorld | None, None)
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Note the signal."""
+        self._asked = True
+        if self._world is not None:
+            self._world.receive(messages.Retire())
+
+    def make(self, name: str, spec: Spec) -> role.Cast:
+        """Return what `make` returns, and have its world told of the signal."""
+        made = make(name, spec)
+        self._world = made[1]
+        if self._asked:
+            self._world.receive(messages.Retire())
+        return made
+
+
 if __name__ == "__main__":
     parent.die_with_parent()
     signals.leave_to_parent()  # servers must live to be saved
-    sys.exit(role.main(sys.argv[1:], make))
+    leaving = Leaving()
+    if worker_number(sys.argv[1]) is not None:
+        signal.signal(signal.SIGTERM, leaving.handle)
+    sys.exit(role.main(sys.argv[1:], leaving.make))

@@ -20,11 +20,12 @@ from jaxdist import stop
 from jaxdist.checkpoint import checkpoints
 from jaxdist.config import hook_points
 from jaxdist.errors import RunFailedError
+from jaxdist.launch.supervising import restart_events
 from jaxdist.paramserver.processes import run_folder
 from jaxdist.paramserver.processes.crew import Crew
 from jaxdist.paramserver.protocol import journal, messages
 from jaxdist.paramserver.protocol.settings import SCHEDULER
-from jaxdist.paramserver.run import judge, room, shared_plan
+from jaxdist.paramserver.run import judge, room, shared_plan, worker_changes
 from jaxdist.paramserver.run.resume import BEYOND, Start, examples_seen, remove_saved_cuts
 from jaxdist.paramserver.wire import encoding
 from jaxdist.run import bookkeeping, components, disk_room, header, stopwatch
@@ -74,7 +75,7 @@ class Observer:
         source: bookkeeping.ExperimentSource,
     ) -> None:
         self.plan, self.directory = plan, run_dir / run_folder.DIRECTORY_NAME
-        self.began_with = start.began_with
+        self.began_with, self.silent = start.began_with, silent
         self.rule = plan.experiment.stop.rule()
         self.judge = judge.Judge(plan)
         settings = plan.settings
@@ -104,6 +105,12 @@ class Observer:
             extra=lambda: {"ps": self.statistics()},
         )
         self.progress = start.progress
+        self.changes = worker_changes.WorkerChanges(
+            earlier.extra.get("changes", []) if earlier else [],
+            num_workers=settings.workers,
+            num_others=1 + servers,
+        )
+        self.books.worker_changes = self.changes.rows
         self.last_time: float | None = None
         self.started, self.clock_offset = time.monotonic(), 0.0
         """What turns the scheduler's clock into seconds of training."""
@@ -207,6 +214,12 @@ class Observer:
             self._take_step(json.loads(line))
 
     def _take_step(self, row: dict[str, Any]) -> None:
+        if "workers" in row:
+            members = {int(worker): incarnation for worker, incarnation in row["workers"].items()}
+            for text in self.changes.note_members(members, self.progress.step, row["time"]):
+                if not self.silent:
+                    restart_events.say(text)
+            return
         step = row["step"]
         if "grad_norm" in row:
             if step == self.unlogged[0]:
@@ -217,6 +230,7 @@ class Observer:
         if self.last_time is not None:
             self.books.step_times.add(max(row["time"] - self.last_time, 0.0))
         self.last_time = row["time"]
+        self.changes.note_step(row["time"])
         # After a rollback, steps are committed again; the metrics files contain each step once.
         if step <= self.progress.step:
             return

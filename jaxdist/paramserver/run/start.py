@@ -5,14 +5,14 @@ import dataclasses
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from jaxdist import errors
 from jaxdist.config import hidden_settings
 from jaxdist.config.loading import load_experiment
 from jaxdist.config.overrides import override
-from jaxdist.launch.supervising import local_job
-from jaxdist.paramserver.processes import faults, machines, run_folder
+from jaxdist.launch.supervising import local_job, restart_events
+from jaxdist.paramserver.processes import admission, faults, machines, open_crew, peer_addresses, run_folder
 from jaxdist.paramserver.processes.crew import Crew, LocalCrew
 from jaxdist.paramserver.processes.ray_crew import RayCrew
 from jaxdist.paramserver.protocol import succession
@@ -89,9 +89,9 @@ def train(options: Options) -> record.RunRecord:
                 start = _begin_with(plan, weights, folder, earlier) or start
             # Before the crew: what the spec hides, the processes find in the environment of this one.
             assignments = hidden_settings.hide(options.assignments, experiment, options.assignments)
-            crew, peers, security = _place(options, plan, folder)
-            stack.callback(crew.close, orderly=False)
-            spec = _write_spec(options, assignments, plan, start, folder, peers)
+            kept, peers, security = _place(options, plan, folder)
+            stack.callback(kept.close, orderly=False)
+            spec = _write_spec(options, assignments, plan, start, folder, peers, identity.data)
             watcher = observer.Observer(
                 plan,
                 options.run_dir,
@@ -107,7 +107,13 @@ def train(options: Options) -> record.RunRecord:
                     tuple(hidden_settings.without(options.assignments, experiment)),
                 ),
             )
-        return _watch(watcher, crew, peers, security.for_attempt(spec.attempt), options.stop_requested)
+            door = admission.Admission(spec, folder, security, first_worker=plan.settings.workers)
+            seconds = open_crew.LOST_AFTER * plan.settings.timers.dead_after
+            crew = open_crew.OpenCrew(kept, door, lost_after_seconds=seconds)
+        if spec.door[1] and not options.silent:
+            restart_events.say(f"Other machines join this run with its token: jaxdist join {spec.door[1]}")
+        known = peer_addresses.Addresses(peers, folder)
+        return _watch(watcher, crew, known, security.for_attempt(spec.attempt), options.stop_requested)
 
 
 def _checked_plan(options: Options) -> shared_plan.Plan:
@@ -160,7 +166,7 @@ def _place(options: Options, plan: shared_plan.Plan, directory: pathlib.Path) ->
         peers = machines.assign(names, chosen.hosts, chosen.port)
         peers[run_folder.OBSERVER] = f"{chosen.hosts[0]}:{chosen.port + len(names)}"
         here = machines.names_at(peers, chosen.hosts[0])
-        machines.check_ports([peers[name] for name in (*here, run_folder.OBSERVER)])
+        machines.check_ports([*(peers[name] for name in (*here, run_folder.OBSERVER)), _door(plan)])
         return LocalCrew(here, directory, security.token), peers, security
     return LocalCrew(names, directory, security.token), _local_ports([run_folder.OBSERVER, *names]), security
 
@@ -179,11 +185,13 @@ def _write_spec(
     start: resume.Start,
     directory: pathlib.Path,
     peers: dict[str, str],
+    fingerprint: str,
 ) -> run_folder.Spec:
     """Remove the files of an earlier attempt; write and return the Spec of this one."""
     for name in (run_folder.LOG_NAME, run_folder.CUT_NAME, run_folder.STEPS_NAME, run_folder.SPEC_NAME):
         (directory / name).unlink(missing_ok=True)
     folders = (run_folder.STATISTICS_NAME, run_folder.NONFINITE_NAME, run_folder.SILENT_NAME, run_folder.HISTORY_NAME)
+    folders = (*folders, run_folder.ADDRESSES_NAME)
     for name in folders:
         shutil.rmtree(directory / name, ignore_errors=True)
     spec = run_folder.Spec(
@@ -196,9 +204,17 @@ def _write_spec(
         resume=start.saved_cut,
         devices=options.devices,
         kind=plan.kind,
+        data=fingerprint,
+        door=(f"jaxdist-{new_token()}", _door(plan)),
     )
     spec.write(directory / run_folder.SPEC_NAME)
     return spec
+
+
+def _door(plan: shared_plan.Plan) -> str:
+    """Return the address at which commands of other machines may join; "" if all processes are on this machine."""
+    chosen = plan.experiment.ps
+    return f"{chosen.hosts[0]}:{chosen.port + len(process_names(plan)) + 1}" if chosen.hosts else ""
 
 
 def process_names(plan: shared_plan.Plan) -> list[str]:
@@ -210,7 +226,7 @@ def process_names(plan: shared_plan.Plan) -> list[str]:
 def _watch(
     watcher: observer.Observer,
     crew: Crew,
-    peers: dict[str, str],
+    peers: Mapping[str, str],
     security: Security,
     stop_requested: Callable[[], bool],
 ) -> record.RunRecord:

@@ -59,11 +59,13 @@ class Wire:
       OSError: the address is in use, or belongs to another machine.
     """
 
-    def __init__(self, *, listen: str, peers: Mapping[str, str], receive: Receive, security: Security = UNSECURED) -> None:
+    def __init__(
+        self, *, listen: str, peers: Mapping[str, str], receive: Receive, security: Security = UNSECURED
+    ) -> None:
         host, _, port = listen.rpartition(":")
         security.check(host)
         self._receive, self._token, self.peers = receive, security.token, peers
-        self._tls = _tls_of(security)
+        self._tls = tls_of(security)
         listeners = _listen(host.strip("[]"), int(port), local=self._tls is None)
         self.port = listeners[0].getsockname()[1]
         self._budget = Budget(MAX_BYTES_IN_FLIGHT)
@@ -145,18 +147,18 @@ class Wire:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tls:
+class Tls:
     """Mutual TLS: the contexts of both ends."""
 
     listening: ssl.SSLContext
     calling: ssl.SSLContext
 
 
-def _tls_of(security: Security) -> _Tls | None:
+def tls_of(security: Security) -> Tls | None:
     """Return the TLS of these settings; None without certificates."""
     if not security.certificate:
         return None
-    contexts = _Tls(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+    contexts = Tls(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
     with tempfile.NamedTemporaryFile() as pem:  # the ssl module reads keys from files only
         pem.write(security.key + b"\n" + security.certificate)
         pem.flush()

@@ -1,6 +1,7 @@
 """Several machines: every process has one place, and the address of a machine needs a secret."""
 
 import json
+import os
 import socket
 
 import pytest
@@ -8,7 +9,7 @@ import tiny_experiment
 
 from jaxdist.cli import main
 from jaxdist.launch.supervising import local_job
-from jaxdist.paramserver.processes import machines, run_folder
+from jaxdist.paramserver.processes import admission, machines, run_folder
 from jaxdist.paramserver.wire import security
 from jaxdist.rundir import record
 
@@ -39,36 +40,53 @@ def test_another_machine_needs_a_secret_that_is_given(monkeypatch):
     assert machines.security_of(["10.0.0.2"]).token == "secret"
 
 
-@pytest.mark.parametrize(("reason", "status"), [("max_steps", 0), ("preempted", 0), (None, 75)])
-def test_a_process_that_missed_the_end_is_no_reason_for_another_attempt(tmp_path, monkeypatch, reason, status):
-    trainer = socket.create_server(("127.0.0.1", 0))
-    address = f"127.0.0.1:{trainer.getsockname()[1]}"
-    content = {"experiment": "x.py", "assignments": [], "settings": {}, "resume": "", "devices": 1}
+@pytest.fixture
+def door(tmp_path):
+    """The door of a run whose worker 0 is to run on 127.0.0.2."""
     spec = run_folder.Spec(
         attempt="a",
-        **content,
+        experiment=tiny_experiment.__file__,
+        assignments=[],
+        settings={},
+        peers={"worker/0": "127.0.0.2:1", "scheduler": "127.0.0.1:1", run_folder.OBSERVER: "127.0.0.1:2"},
         directory=str(tmp_path),
-        peers={run_folder.OBSERVER: address, "worker/0": "127.0.0.2:1"},
+        resume="",
+        devices=1,
         kind="elementwise",
+        door=(f"jaxdist-test-{security.new_token()}", f"127.0.0.1:{local_job.quiet_ports(1)[0]}"),
     )
     spec.write(tmp_path / run_folder.DIRECTORY_NAME / run_folder.SPEC_NAME)
+    directory = tmp_path / run_folder.DIRECTORY_NAME
+    opened = admission.Admission(spec, directory, security.Security.read(os.environ), first_worker=1)
+    opened.open()
+    yield opened
+    opened.close()
+
+
+@pytest.mark.parametrize(("reason", "status"), [("max_steps", 0), ("preempted", 0), (None, 75)])
+def test_a_process_that_missed_the_end_is_no_reason_for_another_attempt(tmp_path, monkeypatch, door, reason, status):
     kept = []
 
     class DeafCrew(machines.LocalCrew):
         def start(self):
             (tmp_path / record.FILE_NAME).write_text(json.dumps(dict.fromkeys(record.KEYS) | {"end_reason": reason}))
-            trainer.close()
+            door.guests[0].line.close()  # as if the machine that trains had ended without a word
 
-        def all_ended(self):
-            return False
+        def look_after(self):
+            return {}
 
         def close(self, *, orderly):
-            kept.append((self.names, orderly))
+            kept.append(self.names)
 
     monkeypatch.setattr(machines, "LocalCrew", DeafCrew)
-    monkeypatch.setattr(machines, "_GONE_SECONDS", 0.1)
     assert machines.main([str(tmp_path), "127.0.0.2"]) == status
-    assert kept == [(["worker/0"], reason is not None)]
+    assert kept == [["worker/0"]]
+
+
+def test_a_machine_whose_processes_run_elsewhere_by_now_is_told(tmp_path, door, capsys):
+    door.move("worker/0", "127.0.0.1:9")
+    assert machines.main([str(tmp_path), "127.0.0.2"]) == 2
+    assert "The processes of 127.0.0.2 run on other machines by now" in capsys.readouterr().err
 
 
 def test_a_port_that_is_taken_is_said_before_anything_starts(tmp_path, capsys, monkeypatch):

@@ -137,7 +137,7 @@ def test_a_step_that_was_committed_and_not_reported_is_reported_after_a_restart(
     first = open_report()
     for step in reported:
         first.observe(effects.Committed(step, 6, ()))
-    scheduler = types.SimpleNamespace(state=types.SimpleNamespace(step=3, empty_step=empty_step))
+    scheduler = types.SimpleNamespace(state=types.SimpleNamespace(membership=None, step=3, empty_step=empty_step))
     open_report().catch_up(scheduler, records)
     assert [row["step"] for row in rows(tmp_path)] == expected
     if len(expected) > len(reported):

@@ -299,7 +299,7 @@ def test_a_connection_that_ended_leaves_no_socket_open(direct):
 
 def test_a_connection_to_a_peer_that_has_moved_is_given_up():
     places = ["127.0.0.1:1"]
-    end = outgoing.Outgoing(Loop(), lambda: places[0], incoming.CONTROL, "token", None)
+    end = outgoing.Outgoing(Loop(), lambda: places[0], incoming.CONTROL, "token", object())
     made = connect(end)
     end.look(0.0)
     assert not made.aborted

@@ -1,4 +1,4 @@
-"""The addresses of the processes of a run: those of its Spec, and in files those of processes that came or moved later."""
+"""The addresses of the processes of a run: those of its Spec, and in files those of processes that came or moved."""
 
 import contextlib
 import pathlib

@@ -1,0 +1,73 @@
+"""The `changes` of a parameter-server run: when workers joined, left or restarted, and the seconds that it cost."""
+
+import collections
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_MOST_STEPS = 50
+
+
+class WorkerChanges:
+    """Collects the changes as run.json has them.
+
+    Args:
+      earlier: those of the attempts before.
+      num_workers: of the configuration; their first start is no change.
+      num_others: processes that are no workers.
+    """
+
+    def __init__(self, earlier: Sequence[Mapping[str, Any]], *, num_workers: int, num_others: int) -> None:
+        self.rows: list[dict[str, Any]] = [dict(row) for row in earlier]
+        self._seen, self._num_others = set(range(num_workers)), num_others
+        self._members: dict[int, int] = {}
+        self._gone: dict[int, dict[str, Any]] = {}
+        self._waiting: list[tuple[dict[str, Any], float]] = []
+        self._stepped_at: float | None = None
+        self._usual: collections.deque[float] = collections.deque(maxlen=_MOST_STEPS)
+
+    def note_members(self, workers: Mapping[int, int], step: int, at: float) -> list[str]:
+        """Note who takes part from `at` on, after `step`; return what a user is told."""
+        before, self._members = self._members, dict(workers)
+        told = []
+        for worker in sorted({*before, *workers}):
+            kind = self._kind(worker, before.get(worker), workers.get(worker))
+            if kind == "return":
+                row = self._gone.pop(worker)
+                row |= {"kind": "restart", "processes": self._num_others + len(workers)}
+            elif kind:
+                row = {"kind": kind, "step": step, "processes": self._num_others + len(workers), "seconds_lost": None}
+                self.rows.append(row)
+                if kind == "leave":
+                    self._gone[worker] = row
+                    told.append(f"Worker {worker} is gone after step {step}; {len(workers)} take part.")
+                elif kind == "join":
+                    told.append(f"Worker {worker} joins after step {step}; {len(workers)} take part.")
+            else:
+                continue
+            self._waiting.append((row, at if self._stepped_at is None else self._stepped_at))
+        return told
+
+    def _kind(self, worker: int, before: int | None, after: int | None) -> str:
+        if before == after:
+            return ""
+        if after is None:
+            return "leave"
+        if worker in self._gone:
+            return "return"
+        if before is not None:
+            return "restart"
+        first = worker in self._seen
+        self._seen.discard(worker)
+        return "" if first else "join"
+
+    def note_step(self, at: float) -> None:
+        """Note that a step was made; a change before it cost the time beyond that of the usual step."""
+        if self._waiting:
+            usual = statistics.median(self._usual) if self._usual else 0.0
+            for row, since in self._waiting:
+                row["seconds_lost"] = round(max(at - since - usual, 0.0), 3)
+            self._waiting = []
+        elif self._stepped_at is not None:
+            self._usual.append(max(at - self._stepped_at, 0.0))
+        self._stepped_at = at
