@@ -4,15 +4,17 @@ Either is kept in a cache on this machine, with the sizes, times and inode numbe
 taken again where one of these differs. The cache never decides what a fingerprint is, only whether contents are read.
 """
 
+import array
 import concurrent.futures
 import contextlib
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -25,6 +27,7 @@ _MANY = 4096
 
 _BLOCK, _BLOCKS_PER_FILE = 4096, 64
 _CHUNK = 2**20
+_GONE = (-1, -1, -1, -1)
 STRICT = "strict"
 """What a strict fingerprint begins with."""
 _SETTLED_NS = 2 * 10**9
@@ -34,9 +37,9 @@ _SETTLED_NS = 2 * 10**9
 class FileList(Sequence[str]):
     """The files that a source reads, and what the file system says of them, asked once."""
 
-    def __init__(self, paths: Sequence[str], root: str | os.PathLike | None = None):
+    def __init__(self, paths: Sequence[str | os.PathLike], root: str | os.PathLike | None = None):
         """Hold `paths`; with a `root`, their names below it are part of a fingerprint."""
-        self._paths, self._root = list(paths), None if root is None else os.fspath(root)
+        self._paths, self._root = [os.fspath(path) for path in paths], None if root is None else os.fspath(root)
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -57,12 +60,10 @@ class FileList(Sequence[str]):
     @functools.cached_property
     def stats(self) -> np.ndarray:
         """Size, times of the content and of any change (ns), inode number; -1 where a file is gone; int64 (n, 4)."""
-        found = np.full((len(self._paths), 4), -1, np.int64)
-        for place, path in enumerate(self._paths):
-            with contextlib.suppress(OSError):
-                stat = os.stat(path)
-                found[place] = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino & (2**63 - 1)
-        return found
+        found = array.array("q")
+        for folder, paths in itertools.groupby(self._paths, key=lambda path: path.rpartition("/")[:2]):
+            _add_stats(found, folder, paths)
+        return np.frombuffer(found, np.int64).reshape(-1, 4)
 
     @property
     def place(self) -> str:
@@ -77,6 +78,25 @@ class FileList(Sequence[str]):
         begin = len(os.path.join(self._root, ""))
         text = "\0".join([path[begin:] for path in self._paths])
         return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=12).hexdigest()
+
+
+def _add_stats(found: array.array, folder: tuple[str, str], paths: Iterable[str]) -> None:
+    """Append the four numbers of each file of a folder. Asked from there, the system need not find the folder again."""
+    try:
+        descriptor = os.open("".join(folder) or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        found.extend(_GONE * len([*paths]))
+        return
+    begin = len("".join(folder))
+    try:
+        for path in paths:
+            try:
+                stat = os.stat(path[begin:] or ".", dir_fd=descriptor)
+                found.extend((stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino & (2**63 - 1)))
+            except OSError:
+                found.extend(_GONE)
+    finally:
+        os.close(descriptor)
 
 
 def fingerprint_files(kind: str, files: FileList, *settings: object) -> str:

@@ -176,3 +176,18 @@ def test_the_cache_holds_one_entry_a_data_set(tmp_path, cache_of_the_test):
     ImageFolder(tmp_path / "images", decode=False).fingerprint()
     (entry,) = cache_of_the_test.rglob("*.json")
     assert set(json.loads(entry.read_text())) == {"files", "fingerprint"}
+
+
+def test_stats_are_those_of_each_file_wherever_it_is(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for number, name in enumerate(("x", "a/x", "a/b/x", "a/b/y", "z")):
+        (tmp_path / name).write_bytes(bytes(number + 1))
+    (tmp_path / "a" / "link").symlink_to(tmp_path / "z")
+    monkeypatch.chdir(tmp_path)
+    paths = ["x", "a/x", f"{tmp_path}/a/b/x", "a/b/y", "gone", "nowhere/x", "z", "./a/../z", "/", "a/link", "x/y"]
+    for path, found in zip(paths, FileList(paths).stats.tolist()):
+        if os.path.exists(path):
+            stat = os.stat(path)
+            assert found == [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino], path
+        else:
+            assert found == [-1] * 4, path

@@ -16,10 +16,10 @@ import numpy as np
 
 from jaxdist import extras
 from jaxdist.data import order
+from jaxdist.data.decoders.columns import Column, JoinedColumns, is_numeric, num_bytes_of, stacked
 from jaxdist.data.fingerprints import FileList, fingerprint_files
 from jaxdist.data.sources.listing import find_files
 from jaxdist.data.sources.source import CorruptExample, Example, checked_ids, checked_index, fingerprint_text
-from jaxdist.data.sources.tables import numbered
 
 _logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class ParquetSource:
 
     def _open(self) -> None:
         self.files = FileList(self._paths)
-        self._lock, self._cache = threading.Lock(), collections.OrderedDict[int, dict[str, _Column]]()
+        self._lock, self._cache = threading.Lock(), collections.OrderedDict[int, dict[str, Column]]()
         self._fingerprint: str | None = None
         self._files = [_open_parquet(path) for path in self._paths]
         self._groups = [
@@ -77,6 +77,7 @@ class ParquetSource:
         rows = [self._files[file].metadata.row_group(group).num_rows for file, group in self._groups]
         self._sizes, self._ends = tuple(rows), list(itertools.accumulate(rows))
         self._kept = self._check_schemas()
+        self._joined = JoinedColumns(self._ends) if self._expected_bytes() <= self._cache_bytes else None
 
     def _check_schemas(self) -> list[str]:
         """Return the columns to read; ValueError where one is missing, no number, or of two types in two files."""
@@ -118,6 +119,8 @@ class ParquetSource:
         ids = checked_ids(ids, len(self))
         if not len(ids):
             return {name: array[:0] for name, array in self.__getitems__([0]).items()}
+        if self._joined is not None and self._joined.is_whole:
+            return {name: array.take(ids, axis=0) for name, array in self._joined.arrays.items()}
         places = np.argsort(ids, kind="stable")
         ascending, found = ids[places], {name: list[np.ndarray]() for name in self._kept}
         begin = 0
@@ -131,9 +134,9 @@ class ParquetSource:
             begin = end
         back = np.empty(len(ids), np.int64)
         back[places] = np.arange(len(ids))
-        return {name: _stacked(name, parts).take(back, axis=0) for name, parts in found.items()}
+        return {name: stacked(name, parts).take(back, axis=0) for name, parts in found.items()}
 
-    def _read(self, number: int) -> dict[str, "_Column"]:
+    def _read(self, number: int) -> dict[str, "Column"]:
         """Return the columns of a row group, from the cache of those that were read last if it is there."""
         with self._lock:
             if number in self._cache:
@@ -146,11 +149,13 @@ class ParquetSource:
                 raise CorruptExample(f"{self._paths[file]}, row group {group}, cannot be read: {error}") from error
             path = self._paths[file]
             columns = {
-                name: _Column(path, name, table.column(name), self.vocabulary.get(name), self._missing)
+                name: Column(path, name, table.column(name), self.vocabulary.get(name), self._missing)
                 for name in self._kept
             }
+            if self._joined is not None and not self._joined.add(number, columns):
+                self._joined = None
             self._cache[number] = columns
-            while len(self._cache) > 1 and sum(map(_num_bytes, self._cache.values())) > self._cache_bytes:
+            while len(self._cache) > 1 and sum(map(num_bytes_of, self._cache.values())) > self._cache_bytes:
                 self._cache.popitem(last=False)
             return columns
 
@@ -253,130 +258,11 @@ def _starts_of(sizes: tuple[int, ...]) -> np.ndarray:
     return np.cumsum([0, *sizes])
 
 
-class _Column:
-    """A column of a row group as numpy arrays: values, where each row of lists or bytes begins, which rows are null."""
-
-    def __init__(self, path: str, name: str, column: Any, names: Sequence[str] | None, missing: float | None):
-        pyarrow, types = extras.require("pyarrow"), extras.require("pyarrow.types")
-        column = column.combine_chunks()
-        if isinstance(column, pyarrow.ChunkedArray):  # without any rows
-            column = pyarrow.concat_arrays(column.chunks) if column.num_chunks else pyarrow.array([], column.type)
-        if types.is_dictionary(column.type):
-            column = column.dictionary_decode()
-        self._null = column.is_null().to_numpy(zero_copy_only=False) if column.null_count else None
-        self._path, self._missing, self._ends = path, missing, None
-        if names is not None:
-            column, self._null = pyarrow.array(numbered(f"{path}: column {name!r}", column, names)[1]), None
-        if types.is_fixed_size_list(column.type) or types.is_list(column.type) or types.is_large_list(column.type):
-            column = column.cast(pyarrow.large_list(column.type.value_type))
-            self._ends = column.offsets.to_numpy()
-            column = column.values
-            self._null = _rows_with_nulls(column, self._ends, self._null)
-        elif not _is_numeric(column.type):
-            column = column.cast(pyarrow.large_binary())
-            ends, data = column.buffers()[1:]
-            self._ends = np.frombuffer(ends, np.int64)[column.offset : column.offset + len(column) + 1]
-            self._values: np.ndarray = np.frombuffer(data, np.uint8) if data is not None else np.empty(0, np.uint8)
-            return
-        if types.is_decimal(column.type):
-            column = column.cast(pyarrow.float64())
-        if column.null_count:
-            column = column.fill_null(False if types.is_boolean(column.type) else 0)
-        self._values = column.to_numpy(zero_copy_only=False)
-        if self._ends is not None and self._null is None and len(self._ends) > 1:
-            lengths = np.diff(self._ends)
-            if lengths.min() == lengths.max():  # lists of one length are the rows of a matrix
-                begin, end = int(self._ends[0]), int(self._ends[-1])
-                self._values, self._ends = self._values[begin:end].reshape(len(lengths), -1), None
-
-    @property
-    def num_bytes(self) -> int:
-        """The memory that the column takes."""
-        return self._values.nbytes + (0 if self._ends is None else self._ends.nbytes)
-
-    def rows(self, rows: np.ndarray, name: str, ids: np.ndarray) -> np.ndarray:
-        """Return the values of some rows, stacked; `ids` are their numbers in the source."""
-        if self._null is None and self._ends is None:
-            return self._values.take(rows, axis=0)
-        null = np.empty(0, np.int64) if self._null is None else np.flatnonzero(self._null[rows])
-        if len(null) and (self._missing is None or self._ends is not None):
-            self.row(int(rows[null[0]]), name, int(ids[null[0]]))  # which raises
-        if self._ends is None:
-            values = self._values[rows]
-            if len(null):
-                assert self._missing is not None
-                values[null] = _missing_as(values.dtype, self._missing, name)
-            return values
-        begins, lengths = self._ends[rows], self._ends[rows + 1] - self._ends[rows]
-        if lengths.min() != lengths.max():
-            raise ValueError(_LENGTHS_DIFFER.format(name, sorted({(length,) for length in lengths.tolist()})[:3]))
-        return self._values[begins[:, None] + np.arange(lengths[0])]
-
-    def row(self, row: int, name: str, index: int) -> np.ndarray | np.generic:
-        """Return the value of a row; CorruptExample where it has none."""
-        if self._null is not None and self._null[row]:
-            if self._missing is None or self._ends is not None:
-                what = "has no value" if self._ends is None else "has no value, or an element without one"
-                hint = "Say what stands for it with `missing`, or leave" if self._ends is None else "Leave"
-                raise CorruptExample(
-                    f"{self._path}: column {name!r} of row {index} {what}. {hint} the column out of `columns`."
-                )
-            return _missing_as(self._values.dtype, self._missing, name)
-        if self._ends is None:
-            return self._values[row]
-        return self._values[self._ends[row] : self._ends[row + 1]]
-
-
-def _stacked(name: str, parts: Sequence[np.ndarray]) -> np.ndarray:
-    shapes = {part.shape[1:] for part in parts}
-    if len(shapes) > 1:
-        raise ValueError(_LENGTHS_DIFFER.format(name, sorted(shapes)[:3]))
-    return np.concatenate(parts)
-
-
-_LENGTHS_DIFFER = (
-    "Examples of a batch must have the same fields, shapes and dtypes; column {!r} has lists of the shapes {}. Pad, "
-    "crop or bucket them, for example in `example_fn`."
-)
-
-
-def _num_bytes(columns: Mapping[str, _Column]) -> int:
-    return sum(column.num_bytes for column in columns.values())
-
-
-def _missing_as(dtype: np.dtype, missing: float, name: str) -> np.generic:
-    if dtype.kind in "iub":
-        limits = (0, 1) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
-        fits = bool(np.isfinite(missing)) and missing == int(missing) and limits[0] <= missing <= limits[1]
-        hint = f"Choose a whole number from {limits[0]} to {limits[1]}."
-    else:
-        fits = not np.isfinite(missing) or abs(missing) <= float(np.finfo(dtype).max)
-        hint = f"Choose a number up to {np.finfo(dtype).max:.3g}."
-    if not fits:
-        raise ValueError(f"Column {name!r} is {dtype}, which cannot hold missing={missing}. {hint}")
-    return dtype.type(missing)
-
-
-def _rows_with_nulls(elements: Any, ends: np.ndarray, null: np.ndarray | None) -> np.ndarray | None:
-    """Return which lists have no value, or an element without one; None where none of them."""
-    if not elements.null_count:
-        return null
-    counts = np.concatenate([[0], np.cumsum(elements.is_null().to_numpy(zero_copy_only=False))])
-    found = counts[ends[1:]] > counts[ends[:-1]]
-    found = found if null is None else found | null
-    return found if found.any() else None
-
-
 def _open_parquet(path: str) -> Any:
     try:
         return extras.require("pyarrow.parquet").ParquetFile(path)
     except extras.require("pyarrow").ArrowException as error:
         raise CorruptExample(f"{path} is not a whole Parquet file: {error}") from error
-
-
-def _is_numeric(kind: Any) -> bool:
-    types = extras.require("pyarrow.types")
-    return types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind) or types.is_decimal(kind)
 
 
 def _check_type(column: str, kind: Any, is_category: bool) -> None:
@@ -391,7 +277,7 @@ def _check_type(column: str, kind: Any, is_category: bool) -> None:
         return
     if is_category:
         raise ValueError(f"{column} is {kind}; only columns of texts are numbered by `categories`.")
-    if not (_is_numeric(kind) or is_bytes or (is_list and _is_numeric(kind.value_type))):
+    if not (is_numeric(kind) or is_bytes or (is_list and is_numeric(kind.value_type))):
         raise ValueError(
             f"{column} is {kind}, which is not a number. Leave it out of `columns`"
             + (", or give its texts in `categories`." if is_text else ", or write it as numbers.")

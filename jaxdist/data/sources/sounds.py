@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxdist import extras
+from jaxdist.data.decoders import wav
 from jaxdist.data.fingerprints import FileList, fingerprint_files
 from jaxdist.data.sources.listing import list_by_class, read_file
 from jaxdist.data.sources.source import CorruptExample, Example, checked_index
@@ -99,8 +100,15 @@ def read_sound(path: str | os.PathLike) -> tuple[np.ndarray, int]:
     Raises:
       CorruptExample: the file is not whole, or holds a number that is not finite.
     """
-    soundfile, name = extras.require("soundfile"), os.fspath(path)
+    name = os.fspath(path)
     data = read_file(name)
+    samples, rate = wav.read_plain(data) or _read_by_libsndfile(data, name)
+    return samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1, dtype=np.float32), rate
+
+
+def _read_by_libsndfile(data: bytes, name: str) -> tuple[np.ndarray, int]:
+    """Return the samples, (samples, channels), and the samples a second; CorruptExample where not all can be read."""
+    soundfile = extras.require("soundfile")
     _check_whole(data, name)
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
@@ -116,7 +124,7 @@ def read_sound(path: str | os.PathLike) -> tuple[np.ndarray, int]:
         raise CorruptExample(f"Truncated sound: {name} has {num_samples} samples, and {len(samples)} can be read.")
     if is_float and not np.isfinite(samples).all():
         raise CorruptExample(f"Unreadable sound: {name} holds samples that are not finite.")
-    return samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1, dtype=np.float32), rate
+    return samples, rate
 
 
 def resample(audio: np.ndarray, rate: int, wanted: int) -> np.ndarray:

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from jaxdist import extras
+from jaxdist.data.decoders.arrow import as_numpy
 from jaxdist.data.fingerprints import FileList
 from jaxdist.data.sources.listing import find_files, read_file
 from jaxdist.data.sources.source import ArraySource, CorruptExample
@@ -100,17 +101,18 @@ def numbered(name: str, column: Any, known: Sequence[str] | None) -> tuple[tuple
     texts = column.cast(pyarrow.string())
     if texts.null_count:
         raise ValueError(f"{name} has no text in {texts.null_count} rows, so it cannot be a category.")
-    found = sorted(compute.unique(texts).to_pylist())
-    names = tuple(found if known is None else known)
-    is_known = set(names)  # made once: a column may have as many texts as rows
-    unknown = [text for text in found if text not in is_known]
+    found = compute.unique(texts)
+    distinct = found.to_pylist()
+    names = tuple(sorted(distinct) if known is None else known)
+    numbers = {text: number for number, text in reversed([*enumerate(names)])}
+    unknown = sorted(text for text in distinct if text not in numbers)
     if unknown:
         raise ValueError(
             f"{name} holds {unknown[:5]}, which are not among its known texts, {list(names)[:10]}. "
             "Add them to the vocabulary, or remove these rows."
         )
-    numbers = compute.index_in(texts, value_set=pyarrow.array(names, pyarrow.string()))
-    return names, numbers.to_numpy().astype(np.int32)
+    places = as_numpy(compute.index_in(texts, value_set=found))
+    return names, np.array([numbers[text] for text in distinct], np.int32)[places]
 
 
 class _Style(NamedTuple):
@@ -154,9 +156,10 @@ def _read(path: str, categories: Mapping[str, Any], style: _Style) -> Any:
 
     try:
         table = _inferred(read, in_blocks=b'"' not in data)
+        whole = [name for name in distinct if pyarrow.types.is_integer(table.column(name).type)]
         # One byte is found ten times as fast as two, and most tables of numbers have no x.
-        if (b"x" in data and b"0x" in data) or (b"X" in data and b"0X" in data):
-            texts |= dict.fromkeys(_hexadecimal(read, table), pyarrow.string())
+        if whole and ((b"x" in data and b"0x" in data) or (b"X" in data and b"0X" in data)):
+            texts |= dict.fromkeys(_hexadecimal(read, whole), pyarrow.string())
             table = read({})
         others = [name for name in distinct if name not in texts]
         if any(pyarrow.types.is_string(table.column(name).type) for name in others):
@@ -265,10 +268,9 @@ def _distinct(names: Sequence[str]) -> list[str]:
     return [found[place] for place in range(len(names))]
 
 
-def _hexadecimal(read: Callable[..., Any], table: Any) -> list[str]:
+def _hexadecimal(read: Callable[..., Any], whole: Sequence[str]) -> list[str]:
     """Return the columns of whole numbers with one such as 0xff, which pyarrow but not pandas takes for a number."""
     pyarrow, compute = extras.require("pyarrow"), extras.require("pyarrow.compute")
-    whole = [name for name in table.column_names if pyarrow.types.is_integer(table.column(name).type)]
     as_texts = read(dict.fromkeys(whole, pyarrow.string()))
     return [
         name for name in whole if compute.any(compute.match_substring_regex(as_texts.column(name), "0[xX]")).as_py()
@@ -279,11 +281,14 @@ def _may_be_wide_integers(column: Any) -> bool:
     """Return whether whole numbers beyond int64 may have become inexact floats."""
     if not extras.require("pyarrow.types").is_floating(column.type):
         return False
-    values = column.to_numpy()
-    low, high = (values.min(), values.max()) if len(values) else (0.0, 0.0)
-    if np.isnan(low):
-        low, high = np.nanmin(values, initial=0.0), np.nanmax(values, initial=0.0)
-    return bool(low <= -(2.0**63) or high >= 2.0**63)
+    for chunk in column.chunks:
+        values = as_numpy(chunk, fill=0.0)
+        low, high = (values.min(), values.max()) if len(values) else (0.0, 0.0)
+        if np.isnan(low):
+            low, high = np.nanmin(values, initial=0.0), np.nanmax(values, initial=0.0)
+        if low <= -(2.0**63) or high >= 2.0**63:
+            return True
+    return False
 
 
 def _types_of_wide(table: Any, names: Sequence[str]) -> dict[str, Any]:
@@ -320,7 +325,7 @@ def _numbers(name: str, column: Any, missing: float | None, files: Sequence[str]
             "the column out of `columns`, or name it in `categories`."
         )
     if not column.null_count:
-        return np.ascontiguousarray(column.to_numpy())
+        return as_numpy(column)
     if missing is None:
         row = next(i for i, value in enumerate(column) if not value.is_valid)
         raise ValueError(
@@ -330,7 +335,7 @@ def _numbers(name: str, column: Any, missing: float | None, files: Sequence[str]
     floats = (
         column.cast(pyarrow.float64()) if not types.is_boolean(kind) else column.cast(pyarrow.int8()).cast("float64")
     )
-    return floats.fill_null(float(missing)).to_numpy().astype(np.float64)
+    return as_numpy(floats, fill=float(missing))
 
 
 def _is_number(value: Any) -> bool:
