@@ -241,7 +241,7 @@ def recovery(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for work in [name for name in options.only if name in WORKS] or ["cnn"]:
         waits = {}
         for name in ("jaxdist", *(["torch"] if "torch" in options.sides else [])):
-            with tempfile.TemporaryDirectory() as folder:
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
                 prepare(work, pathlib.Path(folder))
                 ours = [*train, "--run-dir", f"{folder}/run"]
                 line = ours if name == "jaxdist" else [options.peers, *torchrun, str(SIDES / "torch_side.py")]
