@@ -44,8 +44,17 @@ def record_alone_on_stdout(options: argparse.Namespace) -> contextlib.AbstractCo
 
 def assignments(options: argparse.Namespace) -> list[str]:
     """Return what the command line changes in the experiment, as assignments."""
-    found = hidden_settings.reveal(options.assignments)
-    found += [f"strategy={options.strategy}"] if options.strategy else []
+    return [*hidden_settings.reveal(options.assignments), *_of_flags(options)]
+
+
+def shown_assignments(options: argparse.Namespace, experiment: Experiment) -> list[str]:
+    """Return the same to be shown, the values of secret settings replaced by `***`."""
+    shown = hidden_settings.shown(options.assignments, experiment)
+    return [*(shown.get(each, each) for each in options.assignments), *_of_flags(options)]
+
+
+def _of_flags(options: argparse.Namespace) -> list[str]:
+    found = [f"strategy={options.strategy}"] if options.strategy else []
     found += [f"reduction={options.reduction}"] if options.reduction else []
     found += [f"stop.max_steps={options.max_steps}"] if options.max_steps else []
     found += ["data.strict=true"] if getattr(options, "strict", False) else []

@@ -55,7 +55,7 @@ def plan(options: argparse.Namespace) -> int:
         if counts:
             result = _sweep(planned, where, counts)
         elif options.search:
-            result = _search(planned, where, str(options.experiment))
+            result = _search(planned, where, _train_command(options, planned, experiment))
         else:
             result = _plan(planned, where, options.price_per_hour)
     print(json.dumps(result.content) if options.json else result.text)
@@ -83,7 +83,15 @@ def _delivered(experiment: Experiment) -> float:
     return inspection.inspect(loader, num_shown=0, num_batches=_INPUT_BATCHES).examples_per_second
 
 
-def _search(experiment: Experiment, where: topology.Topology, file: str) -> _Result:
+def _train_command(options: argparse.Namespace, planned: Experiment, given: Experiment) -> list[str]:
+    """Return the command that trains what is planned, values of secret settings replaced by `***`."""
+    settings = selected_experiment.shown_assignments(options, given)
+    if planned.global_batch_size != given.global_batch_size:
+        settings.append(f"global_batch_size={planned.global_batch_size}")
+    return ["jaxdist", "train", str(options.experiment), *(["--set", *settings] if settings else [])]
+
+
+def _search(experiment: Experiment, where: topology.Topology, command: Sequence[str]) -> _Result:
     with _Bar() as bar:
         found = search.search(experiment, where, show=bar.show)
     content = [
@@ -91,7 +99,7 @@ def _search(experiment: Experiment, where: topology.Topology, file: str) -> _Res
         | (each.estimate.to_json() if each.estimate else {})
         for each in found.candidates
     ]
-    text = plan_text.render_search(found.candidates, file)
+    text = plan_text.render_search(found.candidates, command)
     page = plan_page.of_search(found.candidates, text)
     if not found.interrupted:
         return _Result(text, content, page)

@@ -67,8 +67,13 @@ def _step(made: Estimate, price_per_hour: float | None) -> list[str]:
     return lines
 
 
-def render_search(candidates: Sequence[Candidate], experiment_file: str) -> str:
-    """Return the candidates of a search as a table, and the command that trains in the best way."""
+def render_search(candidates: Sequence[Candidate], command: Sequence[str]) -> str:
+    """Return the candidates of a search as a table, and the command that trains in the best way.
+
+    Args:
+      candidates: best first.
+      command: what trains the experiment that was planned; it ends with the assignments of `--set`, if any.
+    """
     lines = [f"{'bytes/device':>13} {'step':>10}  {'fits':<5} settings"]
     for each in candidates:
         made, settings = each.estimate, " ".join(each.assignments)
@@ -80,8 +85,8 @@ def render_search(candidates: Sequence[Candidate], experiment_file: str) -> str:
     best = candidates[0] if candidates else None
     if best is None or not best.works:
         return "\n".join([*lines, "", "Nothing fits: use more or larger devices."])
-    command = shlex.join(["jaxdist", "train", experiment_file, "--set", *best.assignments])
-    return "\n".join([*lines, "", f"Best: {command}"])
+    settings = best.assignments if "--set" in command else ("--set", *best.assignments)
+    return "\n".join([*lines, "", f"Best: {shlex.join([*command, *settings])}"])
 
 
 def render_sweep(rows: Sequence[SweepRow]) -> str:

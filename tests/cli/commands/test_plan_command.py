@@ -36,6 +36,22 @@ def test_an_interrupted_search_prints_what_it_found_and_says_so(capsys, monkeypa
     assert len(registered) == 1
 
 
+def test_the_best_command_of_a_search_trains_what_was_planned(capsys, monkeypatch):
+    found = []
+
+    def best(experiment, where, *, show):
+        found.append(search._try(("strategy=zero1",), experiment, where))
+        return search.SearchResult(found, interrupted=False)
+
+    monkeypatch.setattr(plan_command.search, "search", best)
+    command = ["plan", TINY, "--topology", "cpu:8", "--search", "--max-steps", "7"]
+    assert main.run([*command, "--set", "global_batch_size=3", "seed=5"]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    settings = "global_batch_size=3 seed=5 stop.max_steps=7 global_batch_size=8 strategy=zero1"
+    assert line == f"Best: jaxdist train {TINY} --set {settings}"
+    assert found[0].estimate.global_batch_size == 8
+
+
 def test_a_batch_that_does_not_divide_is_raised_and_said(capsys):
     assert main.run(["plan", TINY, "--topology", "cpu:8", "--set", "global_batch_size=3", "--json"]) == 0
     shown = capsys.readouterr()

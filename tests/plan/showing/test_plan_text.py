@@ -58,8 +58,8 @@ def test_a_search_names_the_best_or_says_that_nothing_fits():
     good = search.Candidate(("strategy=fsdp", "num_microbatches=1"), made)
     large = search.Candidate(("strategy=fsdp", "num_microbatches=1"), dataclasses.replace(made, device_memory=1))
     refused = search.Candidate(("strategy=zero1", "num_microbatches=1"), None, "It does not divide.")
-    best = plan_text.render_search([good, refused], "x.py").splitlines()[-1]
+    best = plan_text.render_search([good, refused], ["jaxdist", "train", "x.py"]).splitlines()[-1]
     assert best == "Best: jaxdist train x.py --set strategy=fsdp num_microbatches=1"
-    text = plan_text.render_search([large, refused], "x.py")
+    text = plan_text.render_search([large, refused], ["jaxdist", "train", "x.py"])
     assert "Nothing fits" in text
     assert "num_microbatches=1: It does not divide." in text
