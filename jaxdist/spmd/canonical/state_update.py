@@ -130,8 +130,8 @@ class StateUpdate:
         marked = (jax.tree.unflatten(structure, bits), jax.tree.map(lambda _: 0, inputs), 0)
         results = dependence.marks(self._update, (state, inputs, total), marked)
         self._results = jax.tree.structure(results)
-        same_tree: bool = jax.tree.structure(results[0]) == structure
-        assert same_tree, "a step returns a state like the one it was given"
+        made: Any = jax.tree.structure(results[0])
+        assert made == structure, "a step returns a state like the one it was given"
         num_bytes = {place: leaves[place].nbytes for place in places}
         groups = grouped(jax.tree.leaves(results), num_bytes, sum(num_bytes.values()) // PARTS)
         return [_GroupProgram(self._update, self._mesh, leaves, structure, group) for group in groups]
