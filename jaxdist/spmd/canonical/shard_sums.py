@@ -106,7 +106,7 @@ class LogicalShardSums:
             for name, leaf in batch.items()
         }
         sums = device_program.PerDeviceProgram(
-            lambda shared, shard, index: self._flat_sums(shared, shard, index[0])[None],
+            self._sums_of_shard,
             self.mesh,
             in_specs=(PartitionSpec(), place.held, place.held),
             out_spec=place.held,
@@ -117,6 +117,9 @@ class LogicalShardSums:
         if size < ways.SMALL_SIZE and not dependence.uses(traced.jaxpr, "conv_general_dilated"):
             return _OneProgram(self._flat_sums, place, adding)
         return _Programs(sums, place, adding)
+
+    def _sums_of_shard(self, shared: PyTree, shard: Batch, index: jax.Array) -> jax.Array:
+        return self._flat_sums(shared, shard, index[0])[None]
 
     def _flat_sums(self, shared: PyTree, shard: Batch, index: jax.Array) -> jax.Array:
         sums, self._unravel = ravel_pytree(self._shard_fn(shared, shard, index))
