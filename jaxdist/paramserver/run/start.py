@@ -190,9 +190,8 @@ def _write_spec(
     """Remove the files of an earlier attempt; write and return the Spec of this one."""
     for name in (run_folder.LOG_NAME, run_folder.CUT_NAME, run_folder.STEPS_NAME, run_folder.SPEC_NAME):
         (directory / name).unlink(missing_ok=True)
-    folders = (run_folder.STATISTICS_NAME, run_folder.NONFINITE_NAME, run_folder.SILENT_NAME, run_folder.HISTORY_NAME)
-    folders = (*folders, run_folder.ADDRESSES_NAME)
-    for name in folders:
+    folders = [run_folder.STATISTICS_NAME, run_folder.NONFINITE_NAME, run_folder.SILENT_NAME]
+    for name in [*folders, run_folder.HISTORY_NAME, run_folder.ADDRESSES_NAME]:
         shutil.rmtree(directory / name, ignore_errors=True)
     spec = run_folder.Spec(
         attempt=new_token(),

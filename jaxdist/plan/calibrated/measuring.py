@@ -8,7 +8,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 
@@ -33,7 +33,7 @@ class RunningStep:
         self.name = experiment.name
         parts = components.put_together(experiment, devices=devices)
         self._state, (self._batch, _) = parts.create_state(), next(iter(parts.batches()))
-        self._step: Any = parts.step
+        self._step = cast("Any", parts.step)
         self._hlo: str = self._step.trace(self._state, self._batch).lower().compile().as_text()
         self._seconds: list[float] = []
         self._traces: list[bytes] = []

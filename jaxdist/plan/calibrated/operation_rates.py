@@ -121,4 +121,4 @@ def _nonnegative(matrix: np.ndarray, target: np.ndarray) -> list[float]:
     factors = np.where(size > 0, target.sum() / scaled.sum(), 0.0)
     for _ in range(_UPDATES):
         factors = factors * (scaled.T @ (target / np.maximum(scaled @ factors, 1e-30))) / totals
-    return (factors / used).tolist()  # type: ignore[no-any-return]
+    return list((factors / used).tolist())

@@ -85,8 +85,8 @@ def render_search(candidates: Sequence[Candidate], command: Sequence[str]) -> st
     best = candidates[0] if candidates else None
     if best is None or not best.works:
         return "\n".join([*lines, "", "Nothing fits: use more or larger devices."])
-    settings = best.assignments if "--set" in command else ("--set", *best.assignments)
-    return "\n".join([*lines, "", f"Best: {shlex.join([*command, *settings])}"])
+    chosen = best.assignments if "--set" in command else ("--set", *best.assignments)
+    return "\n".join([*lines, "", f"Best: {shlex.join([*command, *chosen])}"])
 
 
 def render_sweep(rows: Sequence[SweepRow]) -> str:

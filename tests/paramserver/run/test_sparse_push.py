@@ -11,7 +11,7 @@ from jaxdist.config.parameter_server import ParameterServer
 from jaxdist.models import gpt
 from jaxdist.paramserver.protocol import effects, messages
 from jaxdist.paramserver.protocol.scheduler import lease_table
-from jaxdist.paramserver.protocol.shard import dense
+from jaxdist.paramserver.protocol.sums import dense
 from jaxdist.paramserver.run import shared_plan as plans
 from jaxdist.paramserver.run.island import Island
 from jaxdist.paramserver.run.sparse_push import LEAST_ROWS, sparse
