@@ -43,7 +43,7 @@ class Server:
         self.unsent: deque[tuple[float, messages.Replicate]] = deque()  # not acknowledged by the backup
         self.early: dict[int, messages.Replicate] = {}  # entries that arrived before an earlier one
         self.held: deque[tuple[int, Outcome]] = deque()  # answers that wait for the backup
-        self.transfer_index: int | None = None
+        self.transfer: messages.Transfer | None = None  # what the new backup receives before any entry
         self.transfer_at = 0.0
         self.waiting: dict[int, messages.Pull] = {}
         self.order: messages.SaveCut | None = None  # the newest cut to save
@@ -81,9 +81,9 @@ class Server:
     def _retry(self, now: float, out: effects.Output) -> None:
         """Send again what the backup has not acknowledged in time."""
         due = now - self.settings.timers.retry
-        if self.transfer_index is not None:
+        if self.transfer is not None:
             if self.transfer_at <= due:
-                self._transfer(now, out)
+                self._send_transfer(now, out)
         elif self.unsent and self.unsent[0][0] <= due:
             self.unsent = deque((now, replace(entry, term=self.term)) for _, entry in self.unsent)
             for _, entry in list(self.unsent)[:MAX_EARLY]:
@@ -156,14 +156,14 @@ class Server:
         if before is None or (before.backup, before.backup_boot) != (place.backup, place.backup_boot):
             self._change_backup(now, out)
         elif place.synced:
-            self.transfer_index = None
+            self.transfer = None
         self._submit(
             messages.SetMembers(membership.term, membership.members), Outcome(), now, out, acknowledge_membership=True
         )
 
     def _change_backup(self, now: float, out: effects.Output) -> None:
         self.unsent.clear()
-        self.transfer_index = None
+        self.transfer = None
         if self._place.backup and not self._place.synced:
             self._transfer(now, out)
         elif not self._place.backup:
@@ -197,7 +197,7 @@ class Server:
             self.held.append((self.index, outcome))
             record = messages.Replicate(self.number, self.term, self.index, self.shard.chain, entry)
             self.unsent.append((now, record))
-            if self.transfer_index is None:
+            if self.transfer is None:
                 out.send(self._place.backup, record)
         else:
             _let_go(outcome, out)
@@ -209,11 +209,15 @@ class Server:
         )
 
     def _transfer(self, now: float, out: effects.Output) -> None:
-        self.unsent.clear()
-        self.transfer_index, self.transfer_at = self.index, now
-        place = self._place
-        state = messages.Transfer(self.number, self.term, self.index, place.backup_boot, self.shard.export())
-        out.send(place.backup, state)
+        state = self.shard.export()
+        self.transfer = messages.Transfer(self.number, self.term, self.index, self._place.backup_boot, state)
+        self._send_transfer(now, out)
+
+    def _send_transfer(self, now: float, out: effects.Output) -> None:
+        """Send the state, always that of one index: newer ones would overtake the answer if it takes long to send."""
+        assert self.transfer is not None
+        self.transfer, self.transfer_at = replace(self.transfer, term=self.term), now
+        out.send(self._place.backup, self.transfer)
 
     def _release(self, index: int, out: effects.Output) -> None:
         while self.held and self.held[0][0] <= index:
@@ -227,11 +231,11 @@ class Server:
             return
         while self.unsent and self.unsent[0][1].index <= answer.index:
             self.unsent.popleft()
-        if self.transfer_index is not None and answer.index >= self.transfer_index:
-            self.transfer_index = None
+        if self.transfer is not None and answer.index >= self.transfer.index:
+            self.transfer = None
             for _, entry in self.unsent:
-                out.send(place.backup, entry)
-        if self.transfer_index is None:
+                out.send(place.backup, replace(entry, term=self.term))
+        if self.transfer is None:
             self._release(answer.index, out)
             if not place.synced:
                 out.send(SCHEDULER, messages.Synced(self.number, self.term, place.backup, place.backup_boot))

@@ -204,6 +204,35 @@ def test_a_new_backup_gets_the_whole_state():
     assert new.shard.chain == first.shard.chain
 
 
+def test_a_state_that_takes_long_to_send_is_sent_again_as_it_is():
+    """One of a newer index each time would never be acknowledged, and the connection would carry nothing else."""
+    first, new = server(PRIMARY), server(BACKUP)
+    tell(first, membership(1, backup=""), push(1))
+    ((_, sent),) = tell(first, membership(2, synced=False))
+    for second in range(1, 4):
+        again = first.handle(messages.Tick(), 2.0 * second)[0] + tell(first, push(1 + second))
+        assert [each for _, each in again if isinstance(each, messages.Transfer)] == [sent]
+    tell(new, membership(2, synced=False))
+    assert kinds(deliver(first, new, tell(new, sent))).count("PushAck") == 3
+    assert (new.index, new.shard.chain) == (first.index, first.shard.chain)
+
+
+@pytest.mark.parametrize("entered", ["before the state arrives", "after it arrived"])
+def test_a_state_reaches_the_backup_although_a_term_begins_meanwhile(entered):
+    first, new = server(PRIMARY), server(BACKUP)
+    tell(first, membership(1, backup=""), push(1))
+    ((_, sent),) = tell(first, membership(2, synced=False))
+    tell(new, membership(2, synced=False))
+    arrived = tell(new, sent) if entered == "after it arrived" else []
+    tell(first, membership(3, synced=False))
+    tell(new, membership(3, synced=False))
+    outside = deliver(first, new, arrived + tell(new, sent))
+    for _ in range(2):
+        outside += deliver(first, new, first.handle(messages.Tick(), 2.0)[0])
+    assert {"MembershipAck", "Synced"} <= set(kinds(outside))
+    assert (new.index, new.shard.chain) == (first.index, first.shard.chain)
+
+
 def test_a_server_that_was_replaced_starts_over_under_a_new_boot():
     first, _ = pair()
     place = messages.ShardPlace(BACKUP, 1, "", 0, False)
