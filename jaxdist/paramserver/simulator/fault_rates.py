@@ -26,7 +26,8 @@ class Faults:
       busy: share of messages that take up to 1.5 s to handle; meanwhile others wait, and a due tick comes first.
       jumps: times a second at which the clock of a process jumps, by up to 1,000 s in either direction, or stands
         still for up to 2 s. The wall clock, from which boot numbers are made, is set by as much.
-      vanish: probability that a server is silent for good, unless its crew is asked to replace it.
+      vanish: probability that a server, once all have joined, is silent for good, unless its crew is asked to
+        replace it.
       slow_worker: how many times slower worker 0 computes.
     """
 

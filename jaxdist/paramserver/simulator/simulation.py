@@ -239,6 +239,10 @@ class Simulation:
         self.network.isolate(name, self.rng.uniform(0.1, 1.0), breaks=self.rng.random() < 0.5)
 
     def _vanish(self) -> None:
+        if not any(isinstance(event.what, journal.MembershipRecord) for event in self.events):
+            # One that never joined cannot be told from one that starts slowly, and is waited for.
+            self.timeline.at(0.1, self._vanish)
+            return
         servers = [p for p in self._victims() or self.processes.values() if server_shard(p.name) is not None]
         if servers:
             process = self.rng.choice(servers)

@@ -47,6 +47,18 @@ def test_a_scheduler_that_was_cut_off_drops_no_last_copy():
     workload.play(1_001_200)
 
 
+@pytest.mark.parametrize(
+    "seed",
+    [
+        1_000_000,  # a server was silent for good before it had joined
+        1_000_205,  # after a restart of the scheduler, a report on an earlier lease freed the worker of a later one
+        1_000_423,  # the state of a shard took longer to send than its primary waited before it sent a newer one
+    ],
+)
+def test_schedules_that_once_broke_an_invariant_keep_it(seed):
+    workload.play(seed)
+
+
 def test_the_same_seed_is_the_same_run():
     first, second = (simulate(11, faults=HARSH) for _ in range(2))
     assert [repr(event) for event in first.events] == [repr(event) for event in second.events]

@@ -1,5 +1,6 @@
 """The membership stage: every process that joins or leaves starts a new term, which all shards acknowledge."""
 
+import math
 from dataclasses import replace
 
 from jaxdist.paramserver.protocol import effects, messages, succession
@@ -78,6 +79,16 @@ def on_register(state: SchedulerState, request: messages.Register, now: float, o
         name, trained = state.saved_cut
         shards = succession.first_shards(state.settings, state.boots)
         _announce(state, messages.Membership(1, (), shards, 1, name), trained, out)
+
+
+def note_missing(state: SchedulerState, now: float, out: Output) -> None:
+    """Tell once which servers have not joined for long. They may be slow, so they are waited for, not restarted."""
+    if state.missing_at is None:
+        state.missing_at = now + state.settings.timers.stuck_after
+    if now >= state.missing_at:
+        state.missing_at = math.inf
+        missing = [name for name in succession.server_names(state.settings) if name not in state.boots]
+        out.do(effects.Warn(f"The run waits for servers that have not joined yet: {', '.join(missing)}."))
 
 
 def _greet_again(state: SchedulerState, request: messages.Register, out: Output) -> None:
@@ -188,6 +199,7 @@ def _hear(state: SchedulerState, number: int, beat: messages.Heartbeat, now: flo
     worker.clock = max(worker.clock, beat.clock)
     if beat.lease is not None and beat.sequence > worker.finished:
         worker.lease, worker.granted_at = beat.lease, now
+        state.idle.discard(number)  # a late report on an earlier lease, repeated since the restart, may have freed it
         state.lease_table.hold(number, beat.lease)
 
 

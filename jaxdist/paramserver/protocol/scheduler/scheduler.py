@@ -82,6 +82,8 @@ class Scheduler:
         elif state.membership is not None:
             membership.drop_silent(state, now, out)
             membership.admit(state, now, out)
+        else:
+            membership.note_missing(state, now, out)
         if not due or state.membership is None:
             return
         self._retry_at = now + state.settings.timers.retry

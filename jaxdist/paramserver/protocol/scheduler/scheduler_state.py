@@ -58,6 +58,7 @@ class SchedulerState:
         # Workers that registered since the last tick, and their boots. Those in `boots` belong to the incarnations of
         # the membership, so that a restarted scheduler does not take a new process for the one before it.
         self.joining: dict[int, int] = {}
+        self.missing_at: float | None = None  # when to tell which servers have not joined
         self.idle: set[int] = set()  # workers that asked for a lease and have none
         self.unreported: set[int] = (
             set()

@@ -1,8 +1,12 @@
 """The scheduler's state: what a restart learns from the log, and what the processes must report again."""
 
+import dataclasses
+
+import pytest
 import stages
 
 from jaxdist.paramserver.protocol import journal, messages
+from jaxdist.paramserver.protocol.scheduler import lease_table
 
 
 def test_a_restarted_scheduler_repeats_its_commit_and_waits_for_reports():
@@ -33,6 +37,23 @@ def test_a_worker_reports_the_lease_it_holds():
     back.tell(messages.Heartbeat("worker/0", 1, back.state.term, 0, True, 1, 0, lease))
     back.tell(messages.Heartbeat("worker/1", 1, back.state.term, 0, False))
     assert back.ask(1).slice != lease.slice
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_late_report_on_an_earlier_lease_does_not_free_a_worker_that_holds_one(mode):
+    """The worker would be granted another one, and the lease that it still computes would go to a second worker."""
+    cast = stages.Cast(stages.settings(workers=3, mode=mode)).join()
+    first = cast.ask(0)
+    back = cast.restarted()
+    back.tell(messages.Tick())
+    back.enter_term()
+    held = lease_table.lease(cast.settings, 0, 1) if mode == "sync" else lease_table.lease(cast.settings, 1)
+    back.finish(0, first, sequence=1)
+    back.tell(dataclasses.replace(back.beat("worker/0"), sequence=2, clock=1, lease=held))
+    sent, _ = back.tell(back.beat("worker/1"), back.beat("worker/2"))
+    assert stages.named(sent, "Grant") == []
+    assert back.state.workers[0].lease == held
+    assert back.ask(1) not in (first, held)
 
 
 def test_the_end_is_remembered():

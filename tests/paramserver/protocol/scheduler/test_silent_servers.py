@@ -1,6 +1,7 @@
 """Which servers are silent, and what follows: a table of times."""
 
 import pytest
+import stages
 
 from jaxdist.paramserver.protocol import effects, messages
 from jaxdist.paramserver.protocol.scheduler.scheduler import Scheduler
@@ -42,6 +43,16 @@ def test_with_saved_cuts_it_is_started_again_once_and_then_given_up():
     assert scheduler.state.stop is None
     assert "did not restart" in ticks(scheduler, 91, 92)[-1][1].text
     assert scheduler.state.stop.reason == "error"
+
+
+def test_servers_that_do_not_join_are_named_once():
+    cast = stages.Cast(stages.settings(servers=2))
+    cast.tell(messages.Register("server/0/a", 1))
+    done = []
+    for _ in range(4 * 200):
+        done += cast.tick(0.25)[1]
+    (warning,) = done
+    assert warning.text == "The run waits for servers that have not joined yet: server/1/a."
 
 
 def test_one_that_comes_back_in_time_is_forgiven():
