@@ -153,7 +153,7 @@ def check_step(setting, wrong, random):
     finally:
         _set_shard_program(setting.step, honest)
     for shard in range(SHARDS):
-        owner = shard_audit.owner_of(shard, logical_shards=SHARDS, num_devices=4)
+        owner = setting.audit.owner(shard)
         votes = setting.audit.votes(setting.state, setting.batch, shard)
         found = shard_audit.judge_step(votes, int(own[shard]), owner, step=2, shard=shard)
         expected = shard_audit.Finding(2, shard, (device,), True, "step") if owner == device else None
@@ -162,7 +162,7 @@ def check_step(setting, wrong, random):
 
 def _programs(step):
     cells = dict(zip(step._program.__code__.co_freevars, step._program.__closure__, strict=True))
-    return cells["shard_sums"].cell_contents._programs
+    return cells["sums_of_shards"].cell_contents._programs
 
 
 def _shard_program(step):
