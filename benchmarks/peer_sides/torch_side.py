@@ -120,7 +120,7 @@ class Follow:
     """The turns of the processes that only follow process 0, whose gradients they wait for."""
 
     def step(self, wait: object) -> bool:
-        """Go on."""
+        """Continue."""
         return True
 
 
@@ -144,7 +144,7 @@ def train(rank: int, num_processes: int) -> None:
     if num_processes > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // num_processes))
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": os.environ["PEER_PORT"]}
-        distributed.init_process_group("gloo", rank=rank, world_size=num_processes)
+        distributed.init_process_group("gloo", None, None, num_processes, rank)
     bare, optimizer = make()
     model = nn.parallel.DistributedDataParallel(bare) if num_processes > 1 else bare
     arrays, size = load("arrays.npz"), SIZES.batch_size

@@ -23,7 +23,7 @@ class Turns:
         self.left, self._start = 1, 0.0
 
     def step(self, wait: Callable[[], object]) -> bool:
-        """Count a step; at a turn's end `wait` for its result. Return whether training goes on."""
+        """Count a step; at a turn's end `wait` for its result. Return whether training continues."""
         self.left -= 1
         if self.left:
             return True

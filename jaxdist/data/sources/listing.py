@@ -119,7 +119,7 @@ def list_by_class(
 
 
 def _check_folders(root: str, names: Sequence[str], loose: Sequence[str]) -> None:
-    """Raise ValueError where the folders are no classes, or files lie beside them."""
+    """Raise ValueError where the folders are no classes, or files are beside them."""
     if len(names) > 1 and {name.lower() for name in names} <= _SPLITS:
         raise ValueError(
             f"{root} holds {', '.join(names)}, which are parts of a data set and no classes. Name one of them, such as "
@@ -127,7 +127,7 @@ def _check_folders(root: str, names: Sequence[str], loose: Sequence[str]) -> Non
         )
     if names and loose:
         raise ValueError(
-            f"{len(loose)} files lie beside the folders of the classes, such as {min(loose)!r} in {root}, and would be "
+            f"{len(loose)} files are beside the folders of the classes, such as {min(loose)!r} in {root}, and would be "
             "left out. Move them into the folder of their class, or elsewhere."
         )
     for name in names:
@@ -154,10 +154,10 @@ def _walk(folder: str, suffixes: tuple[str, ...], unread: tuple[str, ...]) -> It
 
 
 def _check_no_loop(link: str) -> None:
-    """Raise ValueError where a link leads to a folder that it lies in."""
+    """Raise ValueError where a link leads to a folder that it is in."""
     target, folder = os.path.realpath(link), os.path.realpath(os.path.dirname(link))
     if os.path.commonpath([target, folder]) == target:
-        raise ValueError(f"{link} is a link to a folder that it lies in, so its files would never end. Remove it.")
+        raise ValueError(f"{link} is a link to a folder that it is in, so its files would never end. Remove it.")
 
 
 def read_file(path: str) -> bytes:

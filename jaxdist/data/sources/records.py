@@ -160,7 +160,7 @@ class ArrayRecords:
 def _open_array_record(path: str) -> Any:
     module = extras.require("array_record.python.array_record_module")
     try:
-        # Each record is a chunk of its own in files that are meant for random access: reading on would be in vain.
+        # Each record is a chunk of its own in files that are meant for random access: reading on would not help.
         reader = module.ArrayRecordReader(path, options="readahead_buffer_size:0", file_reader_buffer_size=2**15)
         if not reader.ok():
             reader.close()  # raises the reason

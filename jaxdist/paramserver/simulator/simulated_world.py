@@ -180,7 +180,7 @@ class SimulatedProcess:
             self._plan(max(self._wait, _SHORTEST_WAIT) if self.clock.rate else _POLL_SECONDS)
 
     def spend(self, seconds: float) -> None:
-        """Let the turn that goes on take longer."""
+        """Let the present turn take longer."""
         self.busy_until = max(self.busy_until, self._time.now) + seconds
 
     def _pulse(self) -> None:
@@ -211,7 +211,7 @@ class SimulatedWorld:
     # World.
 
     def now(self) -> float:
-        """Return what the clock of the process shows; a turn that takes long lets it go on."""
+        """Return what the clock of the process shows; it runs while a turn takes long."""
         process = self._process
         return process.clock.at(process.busy_until if process.in_turn else self._time.now)
 

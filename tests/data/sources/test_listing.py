@@ -60,7 +60,7 @@ def test_files_that_would_be_left_out_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"would be left out: .*b/deep/3\.HEIC"):
         list_by_class(root, (".png",), None, unread=(".heic",))
     a_folder(root, "4.png")
-    with pytest.raises(ValueError, match=r"1 files lie beside the folders of the classes, such as '4\.png'"):
+    with pytest.raises(ValueError, match=r"1 files are beside the folders of the classes, such as '4\.png'"):
         list_by_class(root, (".png",), None)
 
 
@@ -79,7 +79,7 @@ def test_links_in_a_circle_and_names_that_are_no_text_are_refused(tmp_path):
     assert len(list_by_class(root, (".png",), None)[1]) == 3
     (root / "a" / "deep").mkdir()
     (root / "a" / "deep" / "up").symlink_to(root)
-    with pytest.raises(ValueError, match="up is a link to a folder that it lies in"):
+    with pytest.raises(ValueError, match="up is a link to a folder that it is in"):
         list_by_class(root, (".png",), None)
     (root / "a" / "deep" / "up").unlink()
     os.mkdir(os.fsencode(root) + b"/\xff")

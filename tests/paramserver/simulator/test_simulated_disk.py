@@ -34,7 +34,7 @@ def test_a_log_is_appended_to_and_replaced():
 
 
 def test_a_death_leaves_a_whole_record_or_none():
-    """Whoever noted a record as durable finds it again; an incomplete one is removed."""
+    """A record that was noted as durable is found again; an incomplete one is removed."""
     seen = set()
     for seed in range(40):
         disk, _ = make(Faults(until=1.0, crash_at_append=1.0), seed)
