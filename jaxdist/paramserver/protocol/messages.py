@@ -114,10 +114,14 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class Fenced:
-    """Boot `boot` of `name` is no longer a member: it must discard its state and register again."""
+    """Boot `boot` of `name` is no longer a member: it must discard its state and register again.
+
+    `newest` is the largest boot number known, if it is larger: the next one must be larger than that, too.
+    """
 
     name: str
     boot: int
+    newest: int = 0
 
 
 @dataclass(frozen=True, slots=True)

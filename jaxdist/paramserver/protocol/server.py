@@ -115,6 +115,12 @@ class Server:
         else:
             self._enter(membership, now, out)
 
+    def _fenced(self, fenced: messages.Fenced, now: float, out: effects.Output) -> None:
+        """Register with a larger boot number than that of an earlier start."""
+        if fenced.boot == self.boot and self.membership is None and self.pending is None:
+            self.boot = max(self.boot, fenced.newest) + 1
+            out.send(SCHEDULER, messages.Register(self.name, self.boot))
+
     def _leave(self, out: effects.Output) -> None:
         """Start over with a new boot number: another copy has replaced this one."""
         if self.membership is not None or self.pending is not None:
@@ -395,6 +401,7 @@ def _let_go(outcome: Outcome, out: effects.Output) -> None:
 _ACTIONS: dict[type, Callable[..., None]] = {
     messages.Tick: Server._tick,
     messages.Membership: Server._on_membership,
+    messages.Fenced: Server._fenced,
     messages.GetReady: Server._get_ready,
     messages.Loaded: Server._loaded,
     messages.Written: Server._written,

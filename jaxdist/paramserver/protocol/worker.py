@@ -83,6 +83,7 @@ class Worker:
             self.phase = "stopped"
             out.do(effects.Exit(0, effects.LEFT))
         else:
+            self.boot = max(self.boot, fenced.newest)
             self._rejoin(now, out)
 
     def _retire(self, message: messages.Retire, now: float, out: effects.Output) -> None:

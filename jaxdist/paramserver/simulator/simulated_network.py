@@ -158,7 +158,8 @@ class Link:
         self._pipe: collections.deque[Parcel] = collections.deque()  # has arrived, and is not read yet
         self._on_the_way = 0  # bytes that were sent and are not read yet
         self._last_arrival = 0.0
-        self._read = self._handled = 0
+        self._sent_count = self._read = self._handled = 0
+        self._passed: dict[int, Parcel] = {}  # what proxies took, by its number on this connection
         self._acknowledging = False
         self._outbox.begin()
 
@@ -235,10 +236,13 @@ class Link:
     def _sent(self, taken: list[Parcel]) -> None:
         arrival = max(self._last_arrival, self._time.now + self._latency())
         self._last_arrival = arrival
-        passed = [parcel for parcel in taken if not self._disturbed(parcel)]
+        passed = [
+            parcel for number, parcel in enumerate(taken, self._sent_count) if not self._disturbed(number, parcel)
+        ]
+        self._sent_count += len(taken)
         self._time.at(arrival - self._time.now, self._still(lambda: self._arrive(passed)))
 
-    def _disturbed(self, parcel: Parcel) -> bool:
+    def _disturbed(self, number: int, parcel: Parcel) -> bool:
         """Let a proxy do what it does to a message; return whether it does not pass in its turn."""
         faults, rng = self._network.faults, self._time.rng
         if not self._network.troubled:
@@ -249,7 +253,7 @@ class Link:
             self._time.at(rng.uniform(0.0, 5.0), lambda: self._stray(parcel))
         dropped, slow = rng.random() < faults.drop, rng.random() < faults.slow
         if dropped or slow:
-            self._time.at(self._latency(), self._still(lambda: self._pass_over(parcel)))
+            self._time.at(self._latency(), self._still(lambda: self._pass_over(number, parcel)))
         if slow and not dropped:
             self._time.at(rng.uniform(0.0, 0.3), lambda: self._stray(parcel))
         return dropped or slow
@@ -260,12 +264,18 @@ class Link:
         if end.is_up() and self._network.blocked_for(self.source, self.to)[0] <= 0:
             end.receive(parcel.message, _nothing)
 
-    def _pass_over(self, parcel: Parcel) -> None:
+    def _pass_over(self, number: int, parcel: Parcel) -> None:
         """Count a message that a proxy took: its sender was told that it arrived."""
         self._on_the_way -= parcel.num_bytes
         self._read += 1
-        self._note_handled(parcel)
+        self._passed[number] = parcel
+        self._count_passed()
         self._pump()
+
+    def _count_passed(self) -> None:
+        """Count what proxies took, each after the large messages before it: the sender knows them by their number."""
+        while self._passed and (not self.large or min(self._passed) <= self._handled):
+            self._note_handled(self._passed.pop(min(self._passed)))
 
     def _arrive(self, parcels: list[Parcel]) -> None:
         seconds, _ = self._network.blocked_for(self.source, self.to)
@@ -315,6 +325,7 @@ class Link:
             if not self._acknowledging:
                 self._acknowledging = True
                 self._time.at(incoming.ACK_SECONDS, self._still(self._acknowledge))
+        self._count_passed()
         self.read()
 
     def _acknowledge(self) -> None:

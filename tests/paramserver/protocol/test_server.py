@@ -241,6 +241,16 @@ def test_a_server_that_was_replaced_starts_over_under_a_new_boot():
     assert first.shard.version == 0
 
 
+def test_a_server_whose_boot_number_is_too_small_registers_with_a_larger_one_unless_it_has_joined():
+    one = server(PRIMARY)
+    assert tell(one, messages.Fenced(PRIMARY, 7, 9)) == []  # of another start
+    (again,) = tell(one, messages.Fenced(PRIMARY, 1, 9))
+    assert again.message == messages.Register(PRIMARY, 10)
+    first, _ = pair()
+    assert tell(first, messages.Fenced(PRIMARY, 1, 9)) == []
+    assert (first.boot, first.term) == (1, 1)
+
+
 def test_a_missing_file_of_a_saved_cut_ends_the_server_and_is_named():
     one = server(PRIMARY, durability="snapshot")
     _, todo = one.handle(membership(2, restore_term=2, restore="0000000004-1-1", backup=""), 0.0)

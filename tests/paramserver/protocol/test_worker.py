@@ -27,6 +27,13 @@ def compute(worker, term, incarnation):
     return next(effect for effect in todo if isinstance(effect, effects.Compute))
 
 
+def test_a_worker_whose_boot_number_is_too_small_registers_with_a_larger_one():
+    worker = Worker(worker=0, boot=3, settings=SETTINGS)
+    assert worker.handle(messages.Fenced(worker.name, 2, 9), 0.0) == ([], [])  # of another start
+    (sent,), _ = worker.handle(messages.Fenced(worker.name, 3, 9), 0.0)
+    assert sent.message == messages.Register(worker.name, 10)
+
+
 def test_a_gradient_of_an_earlier_life_is_not_pushed():
     """Both lives number their leases from 1; the older gradient belongs to other examples."""
     worker = Worker(worker=0, boot=10, settings=SETTINGS)

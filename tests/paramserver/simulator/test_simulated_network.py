@@ -71,6 +71,18 @@ def test_a_large_message_that_travels_is_not_sent_again():
     assert [type(each).__name__ for each in notes] == ["Sent", "Arrived"]
 
 
+def test_a_large_message_that_a_proxy_loses_is_counted_after_those_before_it():
+    """A sender that is told a number takes it for the first ones, and would send one of those again."""
+    network, time, end, notes = make(at_once=False)
+    for sequence, drop in ((1, 0.0), (2, 1.0), (1, 0.0)):
+        network.faults = Faults(until=1e9, drop=drop)
+        network.send("a", "b", big(sequence))
+        play(time)
+    assert [type(each).__name__ for each in notes] == ["Sent", "Sent"]
+    end.open.pop()()
+    assert [type(each).__name__ for each in notes] == ["Sent", "Sent", "Arrived", "Arrived"]
+
+
 def test_a_process_that_is_occupied_is_sent_no_more_than_it_can_hold():
     network, time, end, _ = make(at_once=False)
     for number in range(50):

@@ -59,6 +59,12 @@ def test_schedules_that_once_broke_an_invariant_keep_it(seed):
     workload.play(seed)
 
 
+@pytest.mark.parametrize("seed", [5, 39])
+def test_a_process_without_its_boot_numbers_joins_although_its_clock_is_behind(seed):
+    forgetful = Faults(until=3.0, kills=2.0, lost_disk=0.5, jumps=3.0, drop=0.05, repeat=0.1)
+    workload.play(seed, faults=forgetful)
+
+
 def test_the_same_seed_is_the_same_run():
     first, second = (simulate(11, faults=HARSH) for _ in range(2))
     assert [repr(event) for event in first.events] == [repr(event) for event in second.events]

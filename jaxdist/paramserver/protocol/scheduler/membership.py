@@ -61,6 +61,7 @@ def on_register(state: SchedulerState, request: messages.Register, now: float, o
     """Let a process join, or repeat the answer to one that did not receive it."""
     known = state.boots.get(request.name, -1)
     if request.boot < known:
+        _tell_newest(state, request, known, now, out)
         return
     if request.boot == known and request.name in state.processes:
         _greet_again(state, request, out)
@@ -89,6 +90,17 @@ def note_missing(state: SchedulerState, now: float, out: Output) -> None:
         state.missing_at = math.inf
         missing = [name for name in succession.server_names(state.settings) if name not in state.boots]
         out.do(effects.Warn(f"The run waits for servers that have not joined yet: {', '.join(missing)}."))
+
+
+def _tell_newest(state: SchedulerState, request: messages.Register, newest: int, now: float, out: Output) -> None:
+    """Let a process whose boot number is too small take a larger one, unless the start with the newest one lives.
+
+    Boot numbers come from the wall clock: on another machine, or without the numbers of earlier starts, it may be
+    behind.
+    """
+    status = state.processes.get(request.name)
+    if status is None or now - status.seen_at > state.settings.timers.dead_after:
+        out.send(request.name, messages.Fenced(request.name, request.boot, newest))
 
 
 def _greet_again(state: SchedulerState, request: messages.Register, out: Output) -> None:

@@ -1,5 +1,6 @@
 """The membership stage: joining, returning, being dropped, and losing a shard."""
 
+import pytest
 import stages
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,6 +48,18 @@ def test_a_restarted_worker_gets_a_new_incarnation_and_its_lease_goes_on():
     cast.enter_term()
     assert cast.ask(1) == lease
     assert cast.state.counters["fenced"] == 1
+
+
+@pytest.mark.parametrize("name", ["worker/0", "server/0/a"])
+def test_a_start_with_a_smaller_boot_number_learns_the_newest_once_that_one_is_silent(name):
+    cast = stages.Cast(stages.settings(workers=2, durability="snapshot", snapshot_every=2)).join()
+    assert cast.tell(messages.Register(name, 0)) == ([], [])  # a late one, or a process that was replaced
+    silent_for(cast, 6.0, *({"worker/0", "worker/1", "server/0/a"} - {name}))
+    ((to, answer),) = cast.tell(messages.Register(name, 0))[0]
+    assert (to, answer) == (name, messages.Fenced(name, 0, 1))
+    cast.tell(messages.Register(name, 2))
+    cast.tick()
+    assert cast.state.boots[name] == 2
 
 
 def silent_for(cast, seconds, *alive):
