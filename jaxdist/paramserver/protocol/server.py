@@ -41,6 +41,7 @@ class Server:
         self.primary = False
         self.index = 0  # the last log entry applied here
         self.unsent: deque[tuple[float, messages.Replicate]] = deque()  # not acknowledged by the backup
+        self.copied_at = float("-inf")  # when it last acknowledged one of them, or its whole state
         self.early: dict[int, messages.Replicate] = {}  # entries that arrived before an earlier one
         self.held: deque[tuple[int, Outcome]] = deque()  # answers that wait for the backup
         self.transfer: messages.Transfer | None = None  # what the new backup receives before any entry
@@ -79,12 +80,15 @@ class Server:
             self._retry(now, out)
 
     def _retry(self, now: float, out: effects.Output) -> None:
-        """Send again what the backup has not acknowledged in time."""
+        """Send again what the backup has not acknowledged, if it has acknowledged nothing for a while.
+
+        While it acknowledges one entry after the other, they are only slow to arrive, and copies would slow them more.
+        """
         due = now - self.settings.timers.retry
         if self.transfer is not None:
             if self.transfer_at <= due:
                 self._send_transfer(now, out)
-        elif self.unsent and self.unsent[0][0] <= due:
+        elif self.unsent and max(self.unsent[0][0], self.copied_at) <= due:
             self.unsent = deque((now, replace(entry, term=self.term)) for _, entry in self.unsent)
             for _, entry in list(self.unsent)[:MAX_EARLY]:
                 out.send(self._place.backup, entry)
@@ -237,8 +241,9 @@ class Server:
             return
         while self.unsent and self.unsent[0][1].index <= answer.index:
             self.unsent.popleft()
+            self.copied_at = now
         if self.transfer is not None and answer.index >= self.transfer.index:
-            self.transfer = None
+            self.transfer, self.copied_at = None, now
             for _, entry in self.unsent:
                 out.send(place.backup, replace(entry, term=self.term))
         if self.transfer is None:

@@ -217,6 +217,23 @@ def test_a_state_that_takes_long_to_send_is_sent_again_as_it_is():
     assert (new.index, new.shard.chain) == (first.index, first.shard.chain)
 
 
+def test_entries_are_sent_again_only_if_the_backup_acknowledges_nothing_for_a_while():
+    """On a slow connection, copies of entries that are on their way would leave no room for new ones."""
+    first, second = pair()
+    sent = [tell(first, push(sequence))[0].message for sequence in range(1, 9)]
+    for number, entry in enumerate(sent):
+        now = 0.8 * (number + 1)
+        (answer,) = tell(second, entry)
+        assert kinds(first.handle(answer.message, now)[0]) == ["PushAck"]
+        ticked = first.handle(messages.Tick(), now + 0.1)[0]
+        assert "Replicate" not in kinds(ticked)
+    tell(first, push(9))
+    lost = tell(first, push(10))
+    assert kinds(lost) == ["Replicate"]
+    assert "Replicate" not in kinds(first.handle(messages.Tick(), now + 0.9)[0])
+    assert kinds(first.handle(messages.Tick(), now + 1.1)[0]).count("Replicate") == 2
+
+
 @pytest.mark.parametrize("entered", ["before the state arrives", "after it arrived"])
 def test_a_state_reaches_the_backup_although_a_term_begins_meanwhile(entered):
     first, new = server(PRIMARY), server(BACKUP)
