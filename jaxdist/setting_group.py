@@ -88,6 +88,8 @@ def show(value: Any) -> str:
     """Return a value for a message: its kind where it is an object, shortened where it is long."""
     if inspect.isclass(value):
         return f"the class {value.__name__}"
+    if inspect.ismodule(value):
+        return f"the module {value.__name__}"
     if inspect.isroutine(value):
         return f"the function {getattr(value, '__name__', value)}"
     if not isinstance(value, str | numbers.Number | tuple | list | dict | None):

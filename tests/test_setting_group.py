@@ -1,6 +1,7 @@
 """Groups of settings: what fits a type hint, and that every group's own defaults do."""
 
 import dataclasses
+import math
 import typing
 from collections.abc import Callable
 from typing import Any, Literal
@@ -94,6 +95,7 @@ def test_a_mistake_names_the_group_and_the_way_out():
 def test_objects_are_shown_by_their_kind_and_long_values_shortened():
     assert show(Sound) == "the class Sound"
     assert show(len) == "the function len"
+    assert show(math) == "the module math"
     assert show(Sound(volume=1)) == "an object of the class Sound"
     assert len(show("x" * 999)) == 80
 
