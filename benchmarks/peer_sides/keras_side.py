@@ -81,11 +81,12 @@ def make_model() -> keras.Model:
     """Return the work's model."""
     if NAME == "gpt":
         return GPT()
-    layers = [keras.layers.Flatten(), *(dense(f"Dense_{i}", activation="relu") for i in range(2))]
-    if NAME == "cnn":
-        convs, pool = [conv(f"Conv_{i}") for i in range(4)], keras.layers.AveragePooling2D
-        layers = [convs[0], convs[1], pool(2), convs[2], convs[3], pool(2), keras.layers.Flatten()]
-    return keras.Sequential([*layers, dense("Dense_0" if NAME == "cnn" else "Dense_2")])
+    flatten, pool = keras.layers.Flatten(), keras.layers.AveragePooling2D
+    if NAME == "mlp":
+        hidden = [dense(f"Dense_{i}", activation="relu") for i in range(2)]
+        return keras.Sequential([flatten, *hidden, dense("Dense_2")])
+    convs = [conv(f"Conv_{i}") for i in range(4)]
+    return keras.Sequential([*convs[:2], pool(2), *convs[2:], pool(2), flatten, dense("Dense_0")])
 
 
 class Wait(keras.callbacks.Callback):
