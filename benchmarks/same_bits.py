@@ -134,7 +134,7 @@ def measure(name: str, num_devices: int, logical_shards: int, options: argparse.
     )
     optimizer = optax.sgd(0.1, momentum=0.9)
     make = functools.partial(init_fn, width=options.width, layers=options.layers)
-    train_state = state.create_state(make, optimizer, mesh=strategy.mesh, seed=0, layout=strategy.layout)
+    train_state = state.create_same_state(make, optimizer, mesh=strategy.mesh, seed=0, layout=strategy.layout)
     params, step = jax.device_get(train_state.params), strategy.make_step(loss_fn, optimizer)
     batches = [make_batch(seed, options.width) for seed in range(options.steps)]
     dealing, sharding = Dealing(logical_shards, num_devices), NamedSharding(

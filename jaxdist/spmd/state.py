@@ -143,6 +143,29 @@ def create_state_with(
     return TrainState(step, params, model_state, make_optimizer(params), key)
 
 
+def create_same_state(
+    init_fn: InitFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    mesh: Mesh,
+    seed: int,
+    layout: layouts.Layout = layouts.replicated,
+    replace: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]] = lambda params, model_state: (params, model_state),
+) -> TrainState:
+    """Return the state before the first step with the same bits for every layout, as canonical reduction wants it.
+
+    Random numbers of a shard need not have the bits of those of the whole, which XLA computes in another way. So each
+    device makes the params whole, and keeps its shards of them. `replace` is that of `create_state_with`.
+    """
+    whole = create_state(init_fn, optax.identity(), mesh=mesh, seed=seed)
+    abstract = abstract_state(init_fn, optimizer, mesh=mesh, layout=layout)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    shard = jax.jit(lambda tree: tree, out_shardings=(shardings.params, shardings.model_state))
+    params, model_state = replace(*shard((whole.params, whole.model_state)))
+    make_optimizer = jax.jit(lambda params: _strongly_typed(optimizer.init(params)), out_shardings=shardings.opt_state)
+    return TrainState(whole.step, params, model_state, make_optimizer(params), whole.key)
+
+
 def state_program(
     init_fn: InitFn,
     optimizer: optax.GradientTransformation,

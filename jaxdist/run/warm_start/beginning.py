@@ -22,7 +22,7 @@ from jaxdist.config.experiment import Experiment
 from jaxdist.config.starting_weights import InitFrom
 from jaxdist.errors import ConfigError, UserError, as_user_error
 from jaxdist.run.warm_start import hugging_face_files, matching, weight_files
-from jaxdist.spmd import keys, state, strategies
+from jaxdist.spmd import keys, layout, state, strategies
 from jaxdist.spmd.layout import path_name
 
 PyTree: TypeAlias = Any
@@ -154,8 +154,10 @@ def create_state(
     mesh, rule = strategy.mesh, strategy.layout
     abstract = state.abstract_state(init_fn, optimizer, mesh=mesh, layout=rule)
     found = open_for(experiment, (abstract.params, abstract.model_state))
+    is_canonical_in_shards = strategy.logical_shards is not None and rule is not layout.replicated
     if found is None:
-        return state.create_state(init_fn, optimizer, mesh=mesh, seed=experiment.seed, layout=rule)
+        make = state.create_same_state if is_canonical_in_shards else state.create_state
+        return make(init_fn, optimizer, mesh=mesh, seed=experiment.seed, layout=rule)
 
     def replace(params: PyTree, model_state: PyTree) -> tuple[PyTree, PyTree]:
         leaves, structure = jax.tree.flatten((params, model_state))
@@ -164,7 +166,10 @@ def create_state(
         new = [place(found.value(name), struct) if name in found.match.loaded else leaf for name, leaf, struct in pairs]
         return jax.tree.unflatten(structure, new)
 
-    return state.create_state_with(replace, init_fn, optimizer, mesh=mesh, seed=experiment.seed, layout=rule)
+    make_with = functools.partial(state.create_same_state, replace=replace)
+    if not is_canonical_in_shards:
+        make_with = functools.partial(state.create_state_with, replace)
+    return make_with(init_fn, optimizer, mesh=mesh, seed=experiment.seed, layout=rule)
 
 
 def replace_leaves(found: Weights, leaves: list[np.ndarray]) -> list[np.ndarray]:

@@ -359,7 +359,7 @@ def train_sharded(strategy, optimizer, batches, num_devices, logical_shards, num
     make_axes, make_layout = SHARDED[strategy]
     mesh = make_mesh(make_axes(num_devices), devices=jax.devices()[:num_devices])
     axes, layout, dealing = tuple(mesh.axis_names), make_layout(mesh), Dealing(logical_shards, num_devices)
-    state = states.create_state(init_params, optimizer, mesh=mesh, seed=0, layout=layout)
+    state = states.create_same_state(init_params, optimizer, mesh=mesh, seed=0, layout=layout)
     step = canonical_step.canonical_step(
         loss_fn, optimizer, mesh, logical_shards=logical_shards, num_microbatches=num_microbatches, layout=layout,
         batch_axes=axes,

@@ -51,7 +51,7 @@ def updated(optimizer, num_devices):
     """The state and metrics after two updates of a state that the devices hold in shards."""
     mesh = make_mesh(devices=jax.devices()[:num_devices])
     layout = layouts.fsdp(mesh, min_size=8)
-    state = states.create_state(init_params, optimizer, mesh=mesh, seed=0, layout=layout)
+    state = states.create_same_state(init_params, optimizer, mesh=mesh, seed=0, layout=layout)
     sizes = [(name, leaf.shape) for name, leaf in sorted(jax.eval_shape(init_params, jax.random.key(0)).items())]
 
     def update(state, inputs, total):
