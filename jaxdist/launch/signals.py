@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -104,6 +104,22 @@ def leave_at_signals() -> dict[signal.Signals, Any]:
 def left_at_signals() -> Iterator[None]:
     """Leave at once at a stop signal while the context lasts; see `leave_at_signals`."""
     before = leave_at_signals()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def answered_by(leave: Callable[[], None]) -> Iterator[None]:
+    """Call `leave` at a stop signal while the context lasts."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        leave()
+
+    before = {number: signal.signal(number, handle) for number in heeded()}
     try:
         yield
     finally:

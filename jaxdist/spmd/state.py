@@ -139,8 +139,7 @@ def create_state_with(
     placed = (shardings.params, shardings.model_state, shardings.step, shardings.key)
     params, model_state, step, key = jax.jit(make_initial, out_shardings=placed)(keys.from_seed(seed))
     params, model_state = replace(params, model_state)
-    make_optimizer = jax.jit(lambda params: _strongly_typed(optimizer.init(params)), out_shardings=shardings.opt_state)
-    return TrainState(step, params, model_state, make_optimizer(params), key)
+    return TrainState(step, params, model_state, _make_opt_state(optimizer, params, shardings.opt_state), key)
 
 
 def create_same_state(
@@ -162,8 +161,12 @@ def create_same_state(
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     shard = jax.jit(lambda tree: tree, out_shardings=(shardings.params, shardings.model_state))
     params, model_state = replace(*shard((whole.params, whole.model_state)))
-    make_optimizer = jax.jit(lambda params: _strongly_typed(optimizer.init(params)), out_shardings=shardings.opt_state)
-    return TrainState(whole.step, params, model_state, make_optimizer(params), whole.key)
+    opt_state = _make_opt_state(optimizer, params, shardings.opt_state)
+    return TrainState(whole.step, params, model_state, opt_state, whole.key)
+
+
+def _make_opt_state(optimizer: optax.GradientTransformation, params: PyTree, shardings: PyTree) -> PyTree:
+    return jax.jit(lambda params: _strongly_typed(optimizer.init(params)), out_shardings=shardings)(params)
 
 
 def state_program(

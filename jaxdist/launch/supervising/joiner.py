@@ -5,13 +5,11 @@ import json
 import os
 import pathlib
 import select
-import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import FrameType
+from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any, TypeAlias
 
 from jaxdist.errors import ExitStatus, UserError
@@ -85,7 +83,7 @@ def join(run_dir: pathlib.Path, num_processes: int, preload: Sequence[str]) -> i
             forks.is_ready()
             forks.preload(memory / joined.MODULES_NAME)
             joiner = _Joiner(channel, num_processes, forks.start)
-            with _stops(joiner.leave):
+            with stop_signals.answered_by(joiner.leave):
                 return joiner.run()
 
 
@@ -169,19 +167,3 @@ class _Joiner:
 
 
 _GONE = "The supervisor of the job has ended without a word; its processes here are ended too."
-
-
-@contextlib.contextmanager
-def _stops(leave: Callable[[], None]) -> Iterator[None]:
-    """Call `leave` at a stop signal while the context lasts."""
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        del number, frame
-        leave()
-
-    before = {number: signal.signal(number, handle) for number in stop_signals.heeded()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -12,12 +12,10 @@ import os
 import pathlib
 import queue
 import shutil
-import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from types import FrameType
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxdist.errors import ExitStatus, UserError, as_user_error
@@ -151,7 +149,7 @@ class Keeper:
         self._crew.start()
         alive_at = 0.0
         try:
-            with _stops(self._leave):
+            with stop_signals.answered_by(self._leave):
                 while self._over is None and self._crew.names:
                     while not self._heard.empty():
                         self._heard.get()()
@@ -212,19 +210,3 @@ class Keeper:
     def _say(self, **message: Any) -> None:
         with contextlib.suppress(OSError):  # the run is over, which the other thread hears
             self._line.say(**message)
-
-
-@contextlib.contextmanager
-def _stops(leave: Callable[[], None]) -> Iterator[None]:
-    """Call `leave` at a stop signal while the context lasts."""
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        del number, frame
-        leave()
-
-    before = {number: signal.signal(number, handle) for number in stop_signals.heeded()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -22,7 +22,7 @@ from jaxdist.config.experiment import Experiment
 from jaxdist.config.starting_weights import InitFrom
 from jaxdist.errors import ConfigError, UserError, as_user_error
 from jaxdist.run.warm_start import hugging_face_files, matching, weight_files
-from jaxdist.spmd import keys, layout, state, strategies
+from jaxdist.spmd import keys, state, strategies
 from jaxdist.spmd.layout import path_name
 
 PyTree: TypeAlias = Any
@@ -154,9 +154,9 @@ def create_state(
     mesh, rule = strategy.mesh, strategy.layout
     abstract = state.abstract_state(init_fn, optimizer, mesh=mesh, layout=rule)
     found = open_for(experiment, (abstract.params, abstract.model_state))
-    is_canonical_in_shards = strategy.logical_shards is not None and rule is not layout.replicated
+    is_canonical = strategy.logical_shards is not None
     if found is None:
-        make = state.create_same_state if is_canonical_in_shards else state.create_state
+        make = state.create_same_state if is_canonical else state.create_state
         return make(init_fn, optimizer, mesh=mesh, seed=experiment.seed, layout=rule)
 
     def replace(params: PyTree, model_state: PyTree) -> tuple[PyTree, PyTree]:
@@ -167,7 +167,7 @@ def create_state(
         return jax.tree.unflatten(structure, new)
 
     make_with = functools.partial(state.create_same_state, replace=replace)
-    if not is_canonical_in_shards:
+    if not is_canonical:
         make_with = functools.partial(state.create_state_with, replace)
     return make_with(init_fn, optimizer, mesh=mesh, seed=experiment.seed, layout=rule)
 

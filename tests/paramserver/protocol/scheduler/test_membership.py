@@ -231,7 +231,7 @@ def test_a_worker_that_leaves_before_it_is_a_member_never_becomes_one():
 
 
 @given(st.data())
-def test_whoever_joins_and_leaves_the_slices_of_a_step_are_those_of_the_settings(data):
+def test_joins_and_leaves_do_not_change_the_slices_of_a_step(data):
     """Sync mode: each step is committed from the same slices, with one worker or with many."""
     chosen = stages.settings(workers=3, max_steps=4)
     cast = stages.Cast(chosen).join()
