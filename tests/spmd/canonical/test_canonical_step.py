@@ -408,6 +408,7 @@ def test_a_sharded_state_has_the_bits_of_one_device(strategy, num_devices, no_si
 
 
 @pytest.mark.soak
+@pytest.mark.filterwarnings("ignore:.*stays whole on every device:UserWarning")
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_strategy_on_any_devices_with_any_shards_has_the_bits_of_plain_jax(data, no_size_is_small):
