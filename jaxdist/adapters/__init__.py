@@ -13,6 +13,7 @@ there.
 
 from jaxdist.adapters.any_model import check_model as check_model
 from jaxdist.adapters.any_model import from_model as from_model
+from jaxdist.adapters.coupled_examples import are_coupled as are_coupled
 from jaxdist.adapters.flax_trees import from_msgpack as from_msgpack
 from jaxdist.adapters.flax_trees import unboxed as unboxed
 from jaxdist.adapters.functions import Functions as Functions

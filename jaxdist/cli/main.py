@@ -1,9 +1,12 @@
 """The command line's entry point: parse, find the command's handler, run it, and exit as the contract says."""
 
+import functools
+import pathlib
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 
 from jaxdist import extras
 from jaxdist.cli import parser
@@ -14,6 +17,7 @@ from jaxdist.launch import viewer
 def main(experiment: str | None = None) -> None:
     """Run the command line and exit; with `experiment`, that file's own `train` command."""
     arguments = sys.argv[1:] if experiment is None else ["train", experiment, *sys.argv[1:]]
+    warnings.formatwarning = functools.partial(_format_warning, warnings.formatwarning)
     with viewer.Viewer():  # `| head -1` ends no command: what it has no reader for is dropped
         status = run(arguments)
     # A process that joined a job must leave it cleanly; a process that did not never imported this module.
@@ -41,3 +45,17 @@ def run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("jaxdist: Interrupted; nothing was left to save.", file=sys.stderr)
         return ExitStatus.INTERRUPTED
+
+
+def _format_warning(
+    usual: Callable[..., str],
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """Return a warning as text: one of this package says what is the matter, and not which line of ours noticed."""
+    if pathlib.Path(filename).is_relative_to(pathlib.Path(__file__).parents[1]):
+        return f"jaxdist: Warning: {message}\n"
+    return usual(message, category, filename, lineno, line)

@@ -22,6 +22,7 @@ from jaxdist.losses.regression import SquaredError as SquaredError
 from jaxdist.losses.targets import Values as Values
 from jaxdist.losses.tokens import NextToken as NextToken
 from jaxdist.losses.tokens import next_token as next_token
+from jaxdist.losses.whole_batch import WholeBatch as WholeBatch
 
 # Run records name a loss by its module, and `jaxdist.load` compares that name: it must stay when files are split.
 classification.__module__ = next_token.__module__ = __name__

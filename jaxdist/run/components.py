@@ -199,7 +199,9 @@ def put_together(
     abstract = state.abstract_state(functions.init_fn, optimizer, mesh=strategy.mesh, layout=strategy.layout)
     eval_loaders = make_eval_loaders(experiment)
     if not is_checked:
-        check_early(experiment, functions, abstract, loader, eval_loaders, shapes)
+        parts = strategy.logical_shards or sizes.global_batch_size // sizes.device_batch_size
+        together = sizes.global_batch_size // parts // sizes.num_microbatches
+        check_early(experiment, functions, abstract, loader, eval_loaders, shapes, num_together=together)
         preflight.check_update(optimizer, abstract)
     return Parts(
         experiment=experiment,
@@ -226,8 +228,12 @@ def check_early(
     loader: data.Loader,
     eval_loaders: Mapping[str, data.Loader],
     shapes: Mapping[str, jax.ShapeDtypeStruct],
+    *,
+    num_together: int,
 ) -> None:
     """Check all that can be known before the first step: model, loss and metrics are traced, and examples read.
+
+    `num_together` is how many examples of a batch one call of the loss sees.
 
     Raises:
       ValueError: something is wrong; see `preflight`.
@@ -239,6 +245,7 @@ def check_early(
     eval_shapes = {name: example_batch(each) for name, each in eval_loaders.items()}
     preflight.check(experiment, functions, abstract, shapes, eval_shapes, collect_fn)
     preflight.check_labels(experiment, functions, abstract, shapes)
+    preflight.check_coupling(experiment, functions, abstract, shapes, loader, num_together=num_together)
     preflight.check_forms(functions, abstract, check_samples(loader, among=_EARLY_BATCHES), held_out=False)
     for each in eval_loaders.values():
         preflight.check_forms(functions, abstract, check_samples(each), held_out=True)

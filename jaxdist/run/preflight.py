@@ -1,9 +1,11 @@
 """Checks before a run directory exists: the loss, the evaluation and the metrics are traced.
 
-Nothing is computed here: model and loss are traced with the shapes of a batch, as compiling would do later.
+Model and loss are traced with the shapes of a batch, as compiling would do later. Only a loss is also computed, of two
+examples.
 """
 
 import difflib
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -13,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxdist import adapters, errors, losses, optimizers
+from jaxdist import adapters, data, errors, losses, optimizers
 from jaxdist.config import data_fields
 from jaxdist.config.experiment import Experiment
 from jaxdist.data.sources.source import ArraySource
@@ -83,8 +85,7 @@ def check_labels(
     field = "label" if loss is losses.classification else getattr(loss, "label", None)
     if functions.predict_fn is None or not (loss is losses.classification or isinstance(loss, losses.Classification)):
         return
-    given = (abstract.params, dict(shapes), *(() if abstract.model_state is None else (abstract.model_state,)))
-    num_classes = jax.eval_shape(functions.predict_fn, *given).shape[-1]
+    num_classes = jax.eval_shape(functions.predict_fn, *_given(abstract, shapes)).shape[-1]
     examples = experiment.data
     sets = [("data.train", examples.train, examples.example_fn)]
     for name, each in data_fields.named_sources(examples.eval).items():
@@ -96,6 +97,59 @@ def check_labels(
                 check_array(labels.reshape(-1), str(field), num_classes)
             except ValueError as error:
                 raise ConfigError(f"{setting}: {error}") from error
+
+
+def check_coupling(
+    experiment: Experiment,
+    functions: adapters.Functions,
+    abstract: state.TrainState,
+    shapes: Shapes,
+    loader: data.Loader,
+    *,
+    num_together: int,
+) -> None:
+    """Warn where the loss of an example depends on others, and sees only `num_together` of the batch.
+
+    Raises:
+      ConfigError: the loss is a WholeBatch, and parts of the batch are computed one after the other.
+    """
+    loss, batch_size = experiment.loss, experiment.global_batch_size
+    if isinstance(loss, losses.WholeBatch):
+        _check_whole_batch(experiment)
+        return
+    of_package = str(getattr(loss, "__module__", "")).startswith(losses.__name__)  # its tests show that they do not
+    if loss is None or of_package or num_together == batch_size or functions.predict_fn is None:
+        return
+    outputs = jax.eval_shape(functions.predict_fn, *_given(abstract, shapes))
+    for _, two_examples in loader.samples(1, among=1):
+        if adapters.are_coupled(loss, outputs, two_examples):
+            warnings.warn(
+                f"The loss of an example, by {errors.named(loss)}, depends on the other examples that it is computed "
+                f"with. These are {num_together} of the {batch_size} of a batch here, and another number on other "
+                "devices. losses.WholeBatch(loss) compares those of all devices.",
+                stacklevel=2,
+            )
+
+
+def _check_whole_batch(experiment: Experiment) -> None:
+    """Raise ConfigError where the examples of a batch are not on all devices at the same time."""
+    parts = {
+        "strategy": experiment.strategy if experiment.strategy == "parameter-server" else None,
+        "reduction": experiment.reduction if experiment.reduction == "canonical" else None,
+        "num_microbatches": experiment.num_microbatches if experiment.num_microbatches > 1 else None,
+    }
+    for setting, value in parts.items():
+        if value is not None:
+            raise ConfigError(
+                f"losses.WholeBatch needs the whole batch at the same time, and {setting}={value} computes parts of it "
+                "one after the other, or far from each other. Change that, or pass the loss without WholeBatch: then "
+                "it compares the examples of a part."
+            )
+
+
+def _given(abstract: state.TrainState, shapes: Shapes) -> tuple[Any, ...]:
+    """Return what `predict_fn` is called with."""
+    return (abstract.params, dict(shapes), *(() if abstract.model_state is None else (abstract.model_state,)))
 
 
 def _labels_in_memory(source: Any, field: str) -> np.ndarray | None:

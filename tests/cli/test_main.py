@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import warnings
 
 import jax
 import numpy as np
@@ -357,3 +358,11 @@ def test_an_interrupted_command_can_clean_up():
     """After the imports Ctrl-C raises KeyboardInterrupt again."""
     done = subprocess.run([sys.executable, "-c", VERSION], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.splitlines()[-1] == "True"
+
+
+def test_a_warning_of_the_package_does_not_show_its_own_source():
+    shown = [
+        main._format_warning(warnings.formatwarning, "It is so.", UserWarning, file, 3)
+        for file in (main.__file__, "a.py")
+    ]
+    assert shown == ["jaxdist: Warning: It is so.\n", "a.py:3: UserWarning: It is so.\n"]

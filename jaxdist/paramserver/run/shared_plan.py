@@ -131,7 +131,15 @@ def check_early(plan: Plan) -> None:
     key = jax.eval_shape(lambda: jax.random.key(0))
     abstract = TrainState(jax.ShapeDtypeStruct((), np.int32), params, model_state, (), key)  # type: ignore[arg-type]
     eval_loaders, shapes = components.make_eval_loaders(plan.experiment), components.example_batch(plan.loader)
-    components.check_early(plan.experiment, plan.functions, abstract, plan.loader, eval_loaders, shapes)
+    components.check_early(
+        plan.experiment,
+        plan.functions,
+        abstract,
+        plan.loader,
+        eval_loaders,
+        shapes,
+        num_together=rows_of_a_slice(plan, 1) // plan.experiment.num_microbatches,
+    )
     opt_state = jax.eval_shape(plan.optimizer.init, params)
     preflight.check_update(plan.optimizer, dataclasses.replace(abstract, opt_state=opt_state))
 
