@@ -44,3 +44,12 @@ def test_a_key_and_an_empty_array_have_one():
     keys = jax.random.key(0), jax.random.key(1)
     assert len({int(array_hash.of_array(key)) for key in keys}) == 2
     assert int(array_hash.of_array(jnp.zeros(0))) == 0
+
+
+@pytest.mark.parametrize("size", [1 << 15, (1 << 15) + 5])
+def test_a_large_array_has_the_sum_of_the_terms_of_all_its_words(size):
+    words = np.random.default_rng(2).integers(0, 1 << 32, size, dtype=np.uint32)
+    mixed = words ^ (np.arange(size, dtype=np.uint32) * np.uint32(0x9E3779B9))
+    mixed = (mixed ^ (mixed >> 16)) * np.uint32(0x85EBCA6B)
+    mixed = (mixed ^ (mixed >> 13)) * np.uint32(0xC2B2AE35)
+    assert int(array_hash.of_array(jnp.asarray(words))) == int(np.sum(mixed ^ (mixed >> 16), dtype=np.uint32))

@@ -4,7 +4,8 @@ import contextlib
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -17,6 +18,8 @@ from jaxdist.run.replay import comparison, step_chain
 from jaxdist.rundir import record
 from jaxdist.spmd.step import STEP_HASHES
 
+_MOST_WAITING, _MOST_SECONDS = 64, 1.0
+"""Reading and writing the hashes of one step takes a tenth of a small step; those of many at once, hardly more."""
 _MOST_RECORDED = 100
 _MOST_TOLD = 3
 
@@ -27,10 +30,16 @@ class ChainRecorder:
     Args:
       recorder: writes the chain; None on processes other than the first, which only keep step.
       earlier: what the run record of an earlier attempt says of the chain.
+      clock: seconds.
     """
 
-    def __init__(self, recorder: step_chain.ChainFile | None, earlier: Mapping[str, Any] | None = None):
-        self._recorder = recorder
+    def __init__(
+        self,
+        recorder: step_chain.ChainFile | None,
+        earlier: Mapping[str, Any] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._recorder, self._clock, self._written = recorder, clock, clock()
         self._pending: list[tuple[int, jax.Array]] = []
         self._unequal: list[dict[str, Any]] = list((earlier or {}).get("unequal", []))
         self._told = 0
@@ -40,16 +49,18 @@ class ChainRecorder:
         if self._recorder is None:
             return
         self._pending.append((info.step, info.metrics[STEP_HASHES]))
-        if len(self._pending) >= 2 * LOOK_EVERY:
+        waiting = len(self._pending) - LOOK_EVERY
+        if waiting >= _MOST_WAITING or (waiting >= LOOK_EVERY and self._clock() - self._written >= _MOST_SECONDS):
             self.flush(leave=LOOK_EVERY)
 
     def flush(self, *, leave: int = 0) -> None:
         """Write all but the newest `leave` hashes that wait; waits for these steps."""
         end = len(self._pending) - leave
         ready, self._pending = self._pending[:end], self._pending[end:]
+        self._written = self._clock()
         if not ready or self._recorder is None:
             return
-        hashes = np.stack([np.asarray(each) for _, each in ready])
+        hashes = np.stack([np.asarray(each.addressable_data(0)) for _, each in ready])
         for found in self._recorder.add(ready[0][0], hashes):
             self._unequal = [*self._unequal, dataclasses.asdict(found)][:_MOST_RECORDED]
             if self._told < _MOST_TOLD:

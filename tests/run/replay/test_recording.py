@@ -1,8 +1,10 @@
 """The hook that records hashes: some steps late, on the first process, and it tells of steps made with other bits."""
 
+import itertools
 import types
 
 import jax.numpy as jnp
+import pytest
 
 from jaxdist.run.loop import LOOK_EVERY
 from jaxdist.run.replay import recording, step_chain
@@ -29,16 +31,17 @@ def call(hook, steps):
         hook(types.SimpleNamespace(step=step, metrics={STEP_HASHES: jnp.full(2, step, jnp.uint32)}))
 
 
-def test_hashes_are_read_when_their_steps_are_over_and_all_of_them_at_the_end():
-    recorder = Recorder()
-    hook = recording.ChainRecorder(recorder)
-    call(hook, range(1, 2 * LOOK_EVERY))
+@pytest.mark.parametrize(("seconds", "first"), [(0.0, 64), (1.0, LOOK_EVERY)])
+def test_hashes_are_read_many_at_once_or_after_a_second_and_all_of_them_at_the_end(seconds, first):
+    recorder, times = Recorder(), itertools.chain([0.0], itertools.repeat(seconds))
+    hook = recording.ChainRecorder(recorder, clock=lambda: next(times))
+    call(hook, range(1, first + LOOK_EVERY))
     assert recorder.added == []
-    call(hook, [2 * LOOK_EVERY])
-    assert recorder.added == [(step, step) for step in range(1, LOOK_EVERY + 1)]
-    hook.finish(2 * LOOK_EVERY - 1)
-    assert [step for step, _ in recorder.added] == list(range(1, 2 * LOOK_EVERY + 1))
-    assert recorder.ended == 2 * LOOK_EVERY - 1  # the last step was not finite, for example
+    call(hook, [first + LOOK_EVERY])  # the newest may not be computed
+    assert recorder.added == [(step, step) for step in range(1, first + 1)]
+    hook.finish(first)
+    assert [step for step, _ in recorder.added] == list(range(1, first + LOOK_EVERY + 1))
+    assert recorder.ended == first  # a later step was not finite, for example
 
 
 def test_a_step_with_other_bits_is_told_and_recorded_beside_those_of_earlier_attempts(capsys):
