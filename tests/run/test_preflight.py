@@ -2,6 +2,7 @@ import contextlib
 import dataclasses
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
@@ -171,3 +172,16 @@ def test_a_loss_of_the_whole_batch_is_refused_where_only_parts_are_together(chan
     experiment = dataclasses.replace(experiment, loss=losses.WholeBatch(experiment.loss), **changes)
     with pytest.raises(ConfigError, match=rf"WholeBatch needs the whole batch at the same time, and {named}"):
         components.put_together(experiment, devices=jax.devices()[:2])
+
+
+class DrawsAlways(nn.Module):
+    @nn.compact
+    def __call__(self, image, train):
+        features = image.reshape(len(image), -1)
+        return nn.Dense(4)(features + jax.random.normal(self.make_rng("noise"), features.shape))
+
+
+def test_a_module_that_draws_in_evaluation_is_told_so():
+    experiment = dataclasses.replace(tiny_experiment.get_config(), model=DrawsAlways())
+    with pytest.raises(ConfigError, match=r'needs PRNG for "noise"\. Evaluation and prediction draw nothing at random'):
+        components.put_together(experiment, devices=jax.devices()[:1])
