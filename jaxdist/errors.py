@@ -107,7 +107,7 @@ def _said(error: BaseException) -> str:
     """Return what an error says, in one line."""
     text, kind = str(error), type(error).__name__
     if kind == "InvalidRngError":  # of Flax: in training every stream that a module asks for is given
-        text = f"{text.partition(' (http')[0]}. Evaluation and prediction draw nothing at random: draw where train is True."
+        text = f"{text.partition(' (http')[0]}. Evaluation and prediction draw nothing: draw where train is True."
     if kind in _ADVICE:
         text = f"{text.partition(_LEAK if kind == _LEAK_ERROR else _WHILE_TRACING)[0]} {_TRACED} {_ADVICE[kind]}"
     return " ".join(text.split())

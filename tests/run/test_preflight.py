@@ -183,5 +183,5 @@ class DrawsAlways(nn.Module):
 
 def test_a_module_that_draws_in_evaluation_is_told_so():
     experiment = dataclasses.replace(tiny_experiment.get_config(), model=DrawsAlways())
-    with pytest.raises(ConfigError, match=r'needs PRNG for "noise"\. Evaluation and prediction draw nothing at random'):
+    with pytest.raises(ConfigError, match=r'needs PRNG for "noise"\. Evaluation and prediction draw nothing'):
         components.put_together(experiment, devices=jax.devices()[:1])
