@@ -1,10 +1,12 @@
 """Turns what users give as examples into a Source."""
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from jaxdist import errors
 from jaxdist.data import ArraySource, MapSource, Source
 from jaxdist.data.streams import equivalents
 from jaxdist.errors import ConfigError
@@ -12,6 +14,28 @@ from jaxdist.setting_group import show
 
 PAIR = ("image", "label")
 """The fields of a pair of arrays `(x, y)`: the names that `Experiment.inputs` and the losses expect by default."""
+
+CALLED_WITH = {
+    "example_fn": ("example", "random"),
+    "eval_example_fn": ("example", "random"),
+    "batch_fn": ("batch", "random", "rows"),
+}
+"""The settings of `Data` that are functions, and their arguments, which are passed by position."""
+
+
+def check_call(function: Any, setting: str, arguments: Sequence[str]) -> None:
+    """Raise ConfigError where a function does not take the arguments that it will be called with."""
+    if not callable(function):
+        return  # None, or what the check of its type refuses
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError as error:
+        raise ConfigError(
+            f"{setting} is called with ({', '.join(arguments)}), and {errors.named(function)} cannot be: {error}. "
+            "Change its parameters."
+        ) from error
+    except ValueError:
+        return  # what is written in C may not say what it takes
 
 
 def as_source(examples: Any, setting: str) -> Source:

@@ -71,6 +71,8 @@ class Data:
     @staticmethod
     def accept(values: dict[str, Any]) -> dict[str, Any]:
         """Return the settings with the examples made Sources."""
+        for name, arguments in data_fields.CALLED_WITH.items():
+            data_fields.check_call(values.get(name), f"Data.{name}", arguments)
         found: dict[str, Any] = {}
         if values.get("train") is not None:
             found["train"] = data_fields.as_source(values["train"], "Data.train")

@@ -58,3 +58,22 @@ def test_what_are_no_examples_is_refused_with_what_to_write(given):
 def test_the_setting_with_unusable_examples_is_named(given):
     with pytest.raises(ConfigError, match=r"Data\.eval cannot be used: "):
         data_fields.as_source(given, "Data.eval")
+
+
+@pytest.mark.parametrize("function", [lambda example, random: example, lambda *args: args[0], max, print, dict])
+def test_functions_that_take_what_they_are_called_with(function):
+    data_fields.check_call(function, "Data.example_fn", ("example", "random"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "function", "why"),
+    [
+        ("example_fn", lambda example: example, "too many positional arguments"),
+        ("eval_example_fn", lambda example, random, *, size: example, "missing a required .*argument: 'size'"),
+        ("batch_fn", lambda batch, random: batch, "too many positional arguments"),
+    ],
+)
+def test_functions_that_do_not_are_refused(setting, function, why):
+    arguments = ", ".join(data_fields.CALLED_WITH[setting])
+    with pytest.raises(ConfigError, match=rf"Data\.{setting} is called with \({arguments}\), and .* cannot be: {why}"):
+        jaxdist.Data(train={"image": np.zeros((4, 2))}, **{setting: function})
