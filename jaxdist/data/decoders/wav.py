@@ -9,6 +9,8 @@ import struct
 import numpy as np
 
 _WITHOUT_EFFECT = (b"LIST", b"fact", b"JUNK", b"bext", b"id3 ")
+_MORE = (b"data", b"RIFF")
+"""What begins more samples behind the first ones; libsndfile refuses such a file."""
 _PCM, _BITS = 1, 16
 
 _chunk = struct.Struct("<4sI").unpack_from
@@ -32,6 +34,8 @@ def read_plain(data: bytes) -> tuple[np.ndarray, int] | None:
                 return None
         elif kind == b"data":
             if not channels or not size or size % (2 * channels) or place + size > len(data):
+                return None
+            if data[place + size : place + size + 4] in _MORE:
                 return None
             samples = np.frombuffer(data, "<i2", size // 2, place).astype(np.float32)
             samples *= np.float32(1 / 32768)  # a power of two: exact

@@ -27,6 +27,8 @@ MAX_PIXELS = 2 * 89_478_485
 _PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _ORIENTATION, _SAMPLE_FORMAT, _BITS, _SUBFILE = 274, 339, 258, 254
 _SIGNED, _REDUCED = 2, 1
+_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0
+_CODESTREAM, _HIGH_BIT_DEPTH = b"\xff\x4f\xff\x51", 0x40
 _FRAMED = ("GIF", "WEBP", "PNG", "TIFF", "AVIF")
 """The formats whose further frames are pictures of their own; in others, such as MPO, they belong to the first."""
 
@@ -93,8 +95,8 @@ def decode_image(data: bytes, image_type: ImageType = RGB, *, name: str, reverse
         raise CorruptExample(f"Unreadable image: {name}: {reason}") from error
     if bits == "reduced" and (image_type.dtype == "uint16" or image_type.deep == "refuse"):
         raise ValueError(
-            f"{name} has 16 bits a colour channel, of which Pillow keeps 8. Convert the file, or accept 8 bits with "
-            'dtype="uint8" (or "float32") and deep="scale".'
+            f"{name} has more than 8 bits a colour channel, of which Pillow keeps 8. Convert the file, or accept these "
+            'with dtype="uint8" (or "float32") and deep="scale".'
         )
     return _to_dtype(pixels[..., ::-1] if reverse else pixels, image_type, name)
 
@@ -121,9 +123,13 @@ def _decode_jpeg(data: bytes, image_type: ImageType, reverse: bool) -> np.ndarra
 
 
 def _jpeg_has_exif(data: bytes) -> bool:
+    """Return whether a segment before the first scan has EXIF data; bytes of 0xFF may stand before each marker."""
     place = 2
-    while data[place : place + 1] == b"\xff" and (0xE0 <= data[place + 1] <= 0xEF or data[place + 1] == 0xFE):
-        if data[place + 1] == 0xE1 and data[place + 4 : place + 10] == b"Exif\0\0":
+    while data[place : place + 1] == b"\xff" and (marker := data[place + 1 : place + 2]) not in (b"\xda", b""):
+        if marker == b"\xff":
+            place += 1
+            continue
+        if marker == b"\xe1" and data[place + 4 : place + 10] == b"Exif\0\0":
             return True
         place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
     return False
@@ -136,7 +142,7 @@ def _decode_with_pillow(data: bytes, image_type: ImageType) -> tuple[np.ndarray,
     with extras.require("PIL.Image").open(io.BytesIO(data)) as picture:
         if image_type.frames == "refuse":
             _check_one_frame(picture)
-        deep = _is_deep(picture)
+        deep = _is_deep(picture, data)
         if picture.mode[:1] not in "IF" and _integers_of_tiff(picture)[1]:
             raise _Refused("its numbers of 8 bits have a sign, which Pillow would leave out. Write them with 16 bits.")
         picture.load()  # here, where broken data raise: `_orientation` would load, too, and hide it
@@ -157,8 +163,14 @@ def _channels_of(picture: Any, image_type: ImageType) -> np.ndarray:
     return pixels.reshape(*pixels.shape[:2], image_type.channels)
 
 
-def _is_deep(picture: Any) -> bool:
-    """Return whether the file has 16 bits a channel, which Pillow does not report for colour images."""
+def _is_deep(picture: Any, data: bytes) -> bool:
+    """Return whether the file has more than 8 bits a channel, which Pillow does not report for colour images."""
+    if picture.format == "JPEG2000":  # its first marker segment has the bits of each component, less one
+        sizes = data.find(_CODESTREAM)
+        return sizes >= 0 and data[sizes + 42] & 127 > 7
+    if picture.format == "AVIF":
+        settings = data.find(b"av1C")
+        return settings >= 0 and bool(data[settings + 6] & _HIGH_BIT_DEPTH)
     arguments = picture.tile[0][3] if picture.tile else ()
     parts = arguments if isinstance(arguments, tuple) else (arguments,)
     names = [part for part in parts if isinstance(part, str)]
@@ -171,6 +183,10 @@ def _deep_grey(picture: Any, deep: bool) -> np.ndarray:
     if picture.mode == "F":
         return pixels.astype(np.float32)
     bits, is_signed = _integers_of_tiff(picture)
+    if bits and picture.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts numbers of up to 8 bits only
+        if bits != 16 or is_signed:
+            raise _Refused("its zero is white, and Pillow leaves such numbers as they are. Write it with black as 0.")
+        return ~pixels.astype(np.uint16)
     if bits == 32 and not is_signed:  # Pillow has them as int32
         return pixels.astype(np.int32).view(np.uint32)
     if picture.mode == "I" and (is_signed or not (deep or picture.format in ("PNG", "PPM"))):

@@ -116,7 +116,9 @@ def _read_by_libsndfile(data: bytes, name: str) -> tuple[np.ndarray, int]:
             is_float = file.subtype in ("FLOAT", "DOUBLE")
             if file.seekable():  # as soundfile.read does: the last bits of an MP3 depend on it
                 file.seek(0)
-            samples = file.read(dtype="float32", always_2d=True)
+            if num_samples >= _UNKNOWN:
+                raise ValueError("its header does not say how many samples it has. Write the file again")
+            samples = file.read(num_samples, dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, ValueError, TypeError) as error:
         reason = getattr(error, "error_string", None) or error  # without the address of the buffer made here
         raise CorruptExample(f"Unreadable sound: {name}: {reason}") from error
@@ -165,7 +167,10 @@ _LAYOUTS = {
     b"caff": _Layout(8, 4, ">Q", b"data", 1),
     b"riff": _Layout(40, 16, "<Q", b"data", 8, size_includes_head=True),
 }
-_OGG_END, _OGG_HEAD = 4, 27
+_OGG_BEGIN, _OGG_END, _OGG_HEAD = 2, 4, 27
+_INTEGERS, _FLOATS, _EXTENSIBLE = 1, 3, 0xFFFE
+_UNKNOWN = 2**62
+"""More samples than a file has that knows their number, as one that was written to a pipe does not."""
 
 
 def _check_whole(data: bytes, path: str) -> None:
@@ -173,16 +178,41 @@ def _check_whole(data: bytes, path: str) -> None:
     is_short, kind = False, data[:4]
     if kind in _LAYOUTS:
         is_short = _ends_within_samples(data, _LAYOUTS[kind])
+        _check_width(data, path)
     elif kind == b".snd" and len(data) >= 12:
         begin, size = struct.unpack(">II", data[4:12])
         is_short = size != 2**32 - 1 and begin + size > len(data)
     elif kind == b"OggS":
-        last = data.rfind(b"OggS")
-        lengths = data[last + _OGG_HEAD : last + _OGG_HEAD + data[last + 26]] if last + 26 < len(data) else b""
-        ends = last + _OGG_HEAD + len(lengths) + sum(lengths)
-        is_short = not lengths or not data[last + 5] & _OGG_END or ends > len(data)
+        is_short = not _ogg_is_whole(data, path)
     if is_short:
         raise CorruptExample(f"Truncated sound: {path} ends before the samples that it declares.")
+
+
+def _check_width(data: bytes, path: str) -> None:
+    """Raise CorruptExample where the samples of a WAV file take more bytes than their bits, as 24 in 32 do.
+
+    libsndfile reads them as if they did not. An extensible header has the bits of the place that a sample takes.
+    """
+    place = data.find(b"fmt ", 12, 2**16)
+    if data[:4] in (b"RIFF", b"RF64") and 0 < place <= len(data) - 24:
+        tag, channels, _, _, width, bits = struct.unpack_from("<HHIIHH", data, place + 8)
+        if tag in (_INTEGERS, _FLOATS, _EXTENSIBLE) and width != channels * -(-bits // 8):
+            raise CorruptExample(
+                f"Unreadable sound: {path} has samples of {bits} bits, and {channels} of them take {width} bytes. "
+                "Write the file again with whole samples."
+            )
+
+
+def _ogg_is_whole(data: bytes, path: str) -> bool:
+    """Return whether the last page is whole and an end; CorruptExample for several sounds one after another."""
+    place, flags, has_begun = 0, 0, False
+    while data[place : place + 4] == b"OggS" and place + _OGG_HEAD <= len(data):
+        flags, count = data[place + 5], data[place + 26]
+        if has_begun and flags & _OGG_BEGIN:
+            raise CorruptExample(f"Unreadable sound: {path} holds several sounds, of which libsndfile reads the first.")
+        has_begun |= not flags & _OGG_BEGIN
+        place += _OGG_HEAD + count + sum(data[place + _OGG_HEAD : place + _OGG_HEAD + count])
+    return bool(flags & _OGG_END) and place <= len(data)
 
 
 def _ends_within_samples(data: bytes, layout: _Layout) -> bool:

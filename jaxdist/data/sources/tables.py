@@ -164,11 +164,8 @@ def _read(path: str, categories: Mapping[str, Any], style: _Style) -> Any:
         others = [name for name in distinct if name not in texts]
         if any(pyarrow.types.is_string(table.column(name).type) for name in others):
             table = read({}, missing=MISSING_TEXTS)
-        wide = [name for name in others if _may_be_wide_integers(table.column(name))]
-        if not wide:
-            return table
-        as_texts = read(dict.fromkeys(wide, pyarrow.string()), missing=MISSING_TEXTS)
-        return read(_types_of_wide(as_texts, wide), missing=MISSING_TEXTS)
+        floats = [name for name in others if pyarrow.types.is_floating(table.column(name).type)]
+        return _with_exact_floats(table, floats, read, signed=b"+" in data)
     except pyarrow.ArrowInvalid as error:
         raise CorruptExample(
             f"{path} cannot be read as CSV: {_with_row(error, read)} What is above the table is skipped by "
@@ -218,6 +215,8 @@ def _text_of(path: str, style: _Style) -> bytes:
     if text is not None:
         data = text.encode()
     data = data.removeprefix(b"\xef\xbb\xbf")
+    if b"\r" in data[:_MAX_HEADER] and b"\n" not in data:  # lines as old versions of Excel for the Mac end them
+        data = data.replace(b"\r", b"\n")
     for _ in range(style.skip_lines):
         data = data[data.find(b"\n") + 1 or len(data) :]
     if comment is not None:
@@ -277,31 +276,55 @@ def _hexadecimal(read: Callable[..., Any], whole: Sequence[str]) -> list[str]:
     ]
 
 
-def _may_be_wide_integers(column: Any) -> bool:
-    """Return whether whole numbers beyond int64 may have become inexact floats."""
-    if not extras.require("pyarrow.types").is_floating(column.type):
-        return False
-    for chunk in column.chunks:
-        values = as_numpy(chunk, fill=0.0)
-        low, high = (values.min(), values.max()) if len(values) else (0.0, 0.0)
-        if np.isnan(low):
-            low, high = np.nanmin(values, initial=0.0), np.nanmax(values, initial=0.0)
-        if low <= -(2.0**63) or high >= 2.0**63:
-            return True
-    return False
+def _with_nulls(column: Any) -> Any:
+    """Return a column of floats without a value where it is written as NaN in none of the texts of `_QUICK`: +NaN."""
+    pyarrow, compute = extras.require("pyarrow"), extras.require("pyarrow.compute")
+    return compute.if_else(compute.is_nan(column), pyarrow.scalar(None, column.type), column)
 
 
-def _types_of_wide(table: Any, names: Sequence[str]) -> dict[str, Any]:
-    """Return uint64 for columns of whole numbers that fit; ValueError where they do not."""
-    pyarrow = extras.require("pyarrow")
-    found = {}
+def _range(column: Any) -> tuple[float, float]:
+    """Return the least and the greatest value of a column of floats, and 0 or beyond; NaN where one is."""
+    parts = [as_numpy(chunk, fill=0.0) for chunk in column.chunks]
+    lows, highs = [part.min(initial=0.0) for part in parts], [part.max(initial=0.0) for part in parts]
+    return np.min(lows, initial=0.0), np.max(highs, initial=0.0)
+
+
+def _with_exact_floats(table: Any, names: Sequence[str], read: Callable[..., Any], *, signed: bool) -> Any:
+    """Return the table with nulls for NaNs in its columns of floats, and whole numbers where they are written as such.
+
+    pyarrow takes those for floats beyond int64, and where one has a plus sign; `signed` says whether there may be one.
+    """
+    pyarrow, found = extras.require("pyarrow"), {}
     for name in names:
-        texts = [text.strip() for text in table.column(name).to_pylist() if text not in MISSING_TEXTS]
-        if all(re.fullmatch(r"[+-]?\d+", text) for text in texts):
-            if not all(0 <= int(text) < 2**64 for text in texts):
-                raise ValueError(f"Column {name!r} has whole numbers beyond 64 bits. Leave it out of `columns`.")
-            found[name] = pyarrow.uint64()
-    return found
+        column = table.column(name)
+        low, high = _range(column)
+        if np.isnan(low):
+            found[name] = column = _with_nulls(column)
+            low, high = _range(column)
+        if low <= -(2.0**63) or high >= 2.0**63 or (signed and _are_whole(column)):
+            texts = read({name: pyarrow.string()}).column(name)
+            found[name] = _as_integers(name, [text.strip() for text in texts.to_pylist()], column)
+    for name, column in found.items():
+        table = table.set_column(table.column_names.index(name), name, column)
+    return table
+
+
+def _are_whole(column: Any) -> bool:
+    parts = [as_numpy(chunk, fill=0.0) for chunk in column.chunks]
+    return all((part == np.floor(part)).all() for part in parts)
+
+
+def _as_integers(name: str, texts: Sequence[str], floats: Any) -> Any:
+    """Return the numbers in `texts` as int64 or uint64, whichever holds them; `floats` where some are not whole."""
+    pyarrow = extras.require("pyarrow")
+    present = [text for text in texts if text not in MISSING_TEXTS]
+    if not all(re.fullmatch(r"[+-]?[0-9]+", text) for text in present):
+        return floats
+    numbers = [None if text in MISSING_TEXTS else int(text) for text in texts]
+    low, high = min(map(int, present), default=0), max(map(int, present), default=0)
+    if high >= 2**64 or low < -(2**63) or (low < 0 and high >= 2**63):
+        raise ValueError(f"Column {name!r} has whole numbers beyond 64 bits. Leave it out of `columns`.")
+    return pyarrow.array(numbers, pyarrow.int64() if high < 2**63 else pyarrow.uint64())
 
 
 def _joined(tables: Sequence[Any], files: Sequence[str]) -> Any:

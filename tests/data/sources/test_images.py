@@ -1,11 +1,14 @@
 """Images are what Pillow shows, in the declared type, or they are refused."""
 
+import base64
 import io
 import struct
 import zlib
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from jaxdist.data import CorruptExample, ImageType
@@ -95,11 +98,29 @@ def colour_png_of_16_bits():
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks)
 
 
-@pytest.mark.parametrize("data", [colour_png_of_16_bits(), b"P6 2 1 1000\n" + bytes(12)], ids=["png", "ppm"])
+JPEG_2000_OF_16_BITS = base64.b64decode(
+    "/0//UQAvAAAAAAAEAAAABAAAAAAAAAAAAAAABAAAAAQAAAAAAAAAAAADDwEBDwEBDwEB/1IADAAAAAEBAAQEAAH/XAAEQID/ZAAlAAFDcmVhdGVk"
+    "IGJ5IE9wZW5KUEVHIHZlcnNpb24gMi41LjT/kAAKAAAAAABQAAH/k8P/AAYAEVBKgMoQAAAAMeiX3/iQmBQAUnLE4BhINSd4SDonuCmtIS/P/DBY"
+    "EVBJXAhBgWj7Ec2IQfc/DCQb08wkH//Z"
+)
+AVIF_OF_10_BITS = base64.b64decode(
+    "AAAAIGZ0eXBhdmlmAAAAAGF2aWZtaWYxbWlhZk1BMUEAAADrbWV0YQAAAAAAAAAhaGRscgAAAAAAAAAAcGljdAAAAAAAAAAAAAAAAAAAAAAOcGl0"
+    "bQAAAAAAAQAAAB5pbG9jAAAAAEQAAAEAAQAAAAEAAAETAAAAIgAAAChpaW5mAAAAAAABAAAAGmluZmUCAAAAAAEAAGF2MDFDb2xvcgAAAABqaXBy"
+    "cAAAAEtpcGNvAAAAFGlzcGUAAAAAAAAABAAAAAQAAAAQcGl4aQAAAAADCgoKAAAADGF2MUOBIEAAAAAAE2NvbHJuY2x4AAIAAgAAgAAAABdpcG1h"
+    "AAAAAAAAAAEAAQQBAoMEAAAAKm1kYXQSAAoIOAR/nAgIAkAyFBAAAAAP+j5Od0MdcI3dF2r8Bq5U"
+)
+"""Four by four pixels, written by imagecodecs 2026.3.6; Pillow writes neither."""
+
+
+@pytest.mark.parametrize(
+    "data",
+    [colour_png_of_16_bits(), b"P6 2 1 1000\n" + bytes(12), JPEG_2000_OF_16_BITS, AVIF_OF_10_BITS],
+    ids=["png", "ppm", "jpeg 2000", "avif"],
+)
 def test_deep_colour_that_pillow_would_reduce_is_refused_unless_asked_for(data):
-    with pytest.raises(ValueError, match="16 bits a colour channel"):
+    with pytest.raises(ValueError, match="more than 8 bits a colour channel"):
         decode_image(data, name="x")
-    with pytest.raises(ValueError, match="16 bits a colour channel"):
+    with pytest.raises(ValueError, match="more than 8 bits a colour channel"):
         decode_image(data, ImageType(dtype="uint16"), name="x")
     with Image.open(io.BytesIO(data)) as picture:
         theirs = np.asarray(picture.convert("RGB"))
@@ -120,6 +141,27 @@ def test_the_exif_orientation_is_applied(kind, orientation):
     np.testing.assert_array_equal(ours, theirs)
     plain = decode_image(data, ImageType(orient=False), name="x")
     assert kind == "TIFF" or plain.shape == (12, 9, 3)
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(st.integers(0, 9), st.integers(0, 3), st.binary(max_size=40))
+def test_the_exif_orientation_of_a_jpeg_is_found_behind_other_segments_and_fill_bytes(place, num_fill, comment):
+    exif = Image.Exif()
+    exif[274] = 6
+    picture = Image.fromarray(smooth())
+    data, plain = encoded(picture, "JPEG", exif=exif), encoded(picture, "JPEG")
+    begin = data.index(b"\xff\xe1")
+    segment = data[begin : begin + 2 + int.from_bytes(data[begin + 2 : begin + 4], "big")]
+    ends = [2]
+    while plain[ends[-1] + 1] != 0xDA:
+        ends.append(ends[-1] + 2 + int.from_bytes(plain[ends[-1] + 2 : ends[-1] + 4], "big"))
+    at = ends[place % len(ends)]
+    others = b"\xff\xfe" + (len(comment) + 2).to_bytes(2, "big") + comment + b"\xff" * num_fill
+    moved = plain[:at] + others + segment + plain[at:]
+    with Image.open(io.BytesIO(moved)) as found:
+        theirs = np.asarray(ImageOps.exif_transpose(found))
+    assert theirs.shape == (9, 12, 3)
+    np.testing.assert_array_equal(decode_image(moved, name="x"), theirs)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
@@ -162,11 +204,11 @@ def test_unknown_types_are_refused():
             ImageType(**settings)
 
 
-def tiff(values, *, sample_format, order="<"):
+def tiff(values, *, sample_format, order="<", photometric=1):
     """Return a grey TIFF file of these numbers, put together by hand."""
     content = values.astype(values.dtype.newbyteorder(order)).tobytes()
     height, width = values.shape
-    shorts = [(258, 8 * values.itemsize), (259, 1), (262, 1), (277, 1), (339, sample_format)]
+    shorts = [(258, 8 * values.itemsize), (259, 1), (262, photometric), (277, 1), (339, sample_format)]
     longs = [(256, width), (257, height), (273, 8), (278, height), (279, len(content))]
     entries = [(tag, struct.pack(order + "HIHH", 3, 1, value, 0)) for tag, value in shorts]
     entries += [(tag, struct.pack(order + "HII", 4, 1, value)) for tag, value in longs]
@@ -189,6 +231,17 @@ def test_the_numbers_of_a_tiff_keep_their_sign_and_value_or_are_refused(dtype, o
     if dtype[0] == "i":
         with pytest.raises(ValueError, match="from -11 to 0, which uint16 cannot represent"):
             decode_image(data, ImageType(1, "uint16"), name="x.tif")
+
+
+def test_a_tiff_whose_white_is_zero_is_inverted_or_refused():
+    for kind in (np.uint8, np.uint16):
+        values = RANDOM.integers(0, np.iinfo(kind).max + 1, (4, 5)).astype(kind)
+        ours = decode_image(tiff(values, sample_format=1, photometric=0), ImageType(1, str(values.dtype)), name="x")
+        np.testing.assert_array_equal(ours[..., 0], ~values)
+    for kind, sample_format in ((np.int16, 2), (np.uint32, 1), (np.int32, 2)):
+        data = tiff(RANDOM.integers(0, 99, (4, 5)).astype(kind), sample_format=sample_format, photometric=0)
+        with pytest.raises(ValueError, match=r"black as 0|unknown format"):
+            decode_image(data, ImageType(1, "float32"), name="x")
 
 
 def test_whole_numbers_beyond_int32_do_not_wrap():

@@ -1,5 +1,8 @@
 """Sounds are what SciPy and libsndfile read, at one declared rate, or they are refused."""
 
+import io
+import struct
+
 import numpy as np
 import pytest
 import scipy.io.wavfile
@@ -129,3 +132,40 @@ def test_samples_that_are_not_finite_are_refused(tmp_path):
     soundfile.write(tmp_path / "x.wav", np.array([0.0, np.nan]), 8000, subtype="FLOAT")
     with pytest.raises(CorruptExample, match=r"x\.wav holds samples that are not finite"):
         read_sound(tmp_path / "x.wav")
+
+
+def wav(*chunks):
+    body = b"".join(kind + struct.pack("<I", len(content)) + content for kind, content in chunks)
+    return b"RIFF" + struct.pack("<I", len(body) + 4) + b"WAVE" + body
+
+
+def header(bits, width):
+    return b"fmt ", struct.pack("<HHIIHH", 1, 2, 8000, 8000 * width, width, bits)
+
+
+def test_what_libsndfile_would_read_in_part_or_as_other_samples_is_refused(tmp_path):
+    def ogg(kind):
+        file = io.BytesIO()
+        soundfile.write(file, np.sin(np.arange(6000) / 9), 24000, format="OGG", subtype=kind)
+        return file.getvalue()
+
+    samples, path = (b"data", bytes(range(240))), tmp_path / "sound"
+    plain = wav(header(16, 4), samples)
+    path.write_bytes(plain)
+    assert len(read_sound(path)[0]) == 60
+    for data in (
+        plain + plain,
+        wav(header(16, 4), samples, samples),
+        wav(header(24, 8), samples),
+        wav(header(12, 8), samples),
+        *(ogg(kind) + ogg("VORBIS") for kind in ("VORBIS", "OPUS")),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(CorruptExample):
+            read_sound(path)
+
+
+def test_a_file_in_which_nothing_can_be_sought_is_read_whole(tmp_path):
+    path = tmp_path / "sound.wav"
+    soundfile.write(path, np.sin(np.arange(8000) / 9), 8000, subtype="GSM610")
+    np.testing.assert_array_equal(read_sound(path)[0], soundfile.read(path, dtype="float32")[0])

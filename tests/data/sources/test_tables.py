@@ -49,6 +49,53 @@ def test_columns_of_numbers_are_pandas(tmp_path_factory, data):
     assert_pandas(path, csv_source(path, missing=math.nan), sep=delimiter)
 
 
+ODD_CELLS = (
+    *("+4", "-0", "007", "+9007199254740993", "9223372036854775808", "18446744073709551615", "-9223372036854775808"),
+    *("1e+05", ".5", "5.", "1E-3", "1e400", "0.30000000000000004", "inf", "+inf", "1_000", "0x1F", "+0X1f", "1d5"),
+    *(
+        "+NaN",
+        "nan ",
+        "-NaN",
+        "NAN",
+        "1.#QNAN",
+        " 1",
+        "1 ",
+        "$5",
+        "1,5",
+        "true",
+        "yes",
+        "--1",
+        "+",
+        "99999999999999999999",
+    ),
+)
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(
+    st.lists(st.sampled_from([*ODD_CELLS, "1", "2.5"]), min_size=1, max_size=3).flatmap(
+        lambda cells: st.lists(st.sampled_from(cells), min_size=1, max_size=5)
+    ),
+    st.sampled_from(["\n", "\r\n", "\r"]),
+)
+def test_a_number_that_is_written_in_an_odd_way_is_pandas_or_refused_and_a_nan_is_missing(
+    tmp_path_factory, cells, newline
+):
+    path = tmp_path_factory.mktemp("csv") / "t.csv"
+    path.write_bytes(newline.join(["x;end", *(f"{cell};1" for cell in cells)]).encode())
+    try:
+        ours = csv_source(path, missing=-1, delimiter=";").arrays["x"]
+    except ValueError:
+        return
+    theirs = pandas.read_csv(path, sep=";")["x"]
+    if pandas.api.types.is_numeric_dtype(theirs):
+        expected = theirs.to_numpy() if theirs.notna().all() else theirs.fillna(-1).to_numpy()
+        assert ours.dtype == expected.dtype
+    else:  # pandas takes NaN in other spellings, and some numbers beyond 64 bits among floats, for texts
+        expected = np.array([-1.0 if math.isnan(float(cell)) else float(cell) for cell in map(str, theirs)])
+    np.testing.assert_array_equal(ours, expected)
+
+
 def write(path, text, encoding="utf-8"):
     path.write_bytes(text.encode(encoding))
     return path

@@ -26,7 +26,7 @@ def command(run_dir, max_steps, *arguments):
 @pytest.mark.parametrize(
     "kind", [pytest.param("sized", marks=pytest.mark.slow), pytest.param("endless", marks=pytest.mark.soak)]
 )
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 def test_a_stream_that_is_stopped_and_continues_on_two_processes_gives_the_same_bits(kind, tmp_path, monkeypatch):
     never, stopped = tmp_path / "never", tmp_path / "stopped"
     monkeypatch.setenv("STREAM_KIND", kind)
@@ -36,7 +36,7 @@ def test_a_stream_that_is_stopped_and_continues_on_two_processes_gives_the_same_
 
     two = [sys.executable, "-m", "jaxdist.cli", *command(stopped, 20, "--resume", "--processes", 2)]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "NPROC": "2"}
-    done = subprocess.run(two, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(two, env=environment, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr
     expected, made = json.loads((never / "run.json").read_text()), json.loads(done.stdout)
     assert (expected["num_processes"], made["num_processes"]) == (1, 2)
@@ -58,7 +58,7 @@ def losses_of(run_dir):
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize("kind", ["sized", "endless"])
 def test_a_parameter_server_trains_on_the_examples_of_a_stream_also_after_a_stop(kind, tmp_path, monkeypatch):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "NPROC": "2", "STREAM_KIND": kind}
@@ -67,7 +67,7 @@ def test_a_parameter_server_trains_on_the_examples_of_a_stream_also_after_a_stop
         options = ["--run-dir", str(tmp_path / name), "--devices", "1", "--max-steps", str(max_steps), "--json"]
         options += ["--set", "model.dropout_rate=0.0", "guards.check_replicas_every=0", *arguments]
         command = [sys.executable, "-m", "jaxdist.cli", "train", str(EXPERIMENT), *options]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
@@ -92,7 +92,7 @@ def test_a_parameter_server_trains_on_the_examples_of_a_stream_also_after_a_stop
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize("kind", ["sized", "endless"])
 def test_kills_stops_joins_and_leaves_at_random_change_nothing_of_a_run_on_a_stream(kind, tmp_path):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "NPROC": "2", "STREAM_KIND": kind}
@@ -114,7 +114,7 @@ def test_kills_stops_joins_and_leaves_at_random_change_nothing_of_a_run_on_a_str
         env=environment,
         capture_output=True,
         text=True,
-        timeout=800,
+        timeout=2300,
         check=False,
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
