@@ -82,6 +82,11 @@ def named_sources(examples: Source | Mapping[str, Source] | None) -> dict[str, S
     return dict(examples) if isinstance(examples, Mapping) else {"": examples}
 
 
+def setting_of_set(name: str) -> str:
+    """Return what messages call a set of held-out examples: data.eval['night'], or data.eval for one alone."""
+    return f"data.eval[{name!r}]" if name else "data.eval"
+
+
 def _are_sets(examples: Any) -> bool:
     """Return whether a dict holds sets of examples, and not the arrays of one set."""
     if not isinstance(examples, Mapping) or not examples:

@@ -14,7 +14,7 @@ import optax
 from jaxdist import adapters, data, optimizers, setting_group, stop
 from jaxdist.config import data_fields
 from jaxdist.config.experiment import Experiment
-from jaxdist.data import assembly_process, fingerprints, placement
+from jaxdist.data import fingerprints
 from jaxdist.data.sources import wrap
 from jaxdist.errors import ConfigError
 from jaxdist.guards import step_hashes
@@ -246,34 +246,13 @@ def check_early(
     preflight.check(experiment, functions, abstract, shapes, eval_shapes, collect_fn)
     preflight.check_labels(experiment, functions, abstract, shapes)
     preflight.check_coupling(experiment, functions, abstract, shapes, loader, num_together=num_together)
-    preflight.check_forms(functions, abstract, check_samples(loader, among=_EARLY_BATCHES), held_out=False)
-    for each in eval_loaders.values():
-        preflight.check_forms(functions, abstract, check_samples(each), held_out=True)
-
-
-def check_samples(loader: data.Loader, *, among: int | None = None) -> list[dict[str, jax.ShapeDtypeStruct]]:
-    """Read examples of some batches, from the first on; return the forms of a batch that were found, each once.
-
-    Raises:
-      ValueError: a worker process, a batch or a device could not take them.
-    """
-    if loader.num_workers:
-        no_source: Any = None  # which may hold all the data
-        assembly_process.dump_recipe(loader.recipe._replace(source=no_source))
-    found = []
-    for ids, arrays in loader.samples(_SAMPLED_BATCHES, among=among):
-        placement.check_numbers(arrays, functools.partial(np.asarray, ids))
-        form = {name: (array.shape[1:], jax.dtypes.canonicalize_dtype(array.dtype)) for name, array in arrays.items()}
-        found += [form] if form not in found else []
-    return [
-        {name: jax.ShapeDtypeStruct((loader.global_batch_size, *shape), dtype) for name, (shape, dtype) in form.items()}
-        for form in found
-    ]
-
-
-_SAMPLED_BATCHES = 8
-_EARLY_BATCHES = 64
-"""How many batches of training are looked at before the first step, and among how many."""
+    forms = preflight.check_samples(loader, among=preflight.EARLY_BATCHES)
+    preflight.check_forms(functions, abstract, forms, held_out=False)
+    same_bits = experiment.reduction == "canonical"
+    preflight.check_repeatable(loader, "data.train", same_bits=same_bits)
+    for name, each in eval_loaders.items():
+        preflight.check_forms(functions, abstract, preflight.check_samples(each), held_out=True)
+        preflight.check_repeatable(each, data_fields.setting_of_set(name), same_bits=same_bits)
 
 
 def make_loader(experiment: Experiment, *, fingerprint: str | None = None) -> data.Loader:

@@ -1,4 +1,3 @@
-import contextlib
 import dataclasses
 import re
 
@@ -8,7 +7,6 @@ import jax.numpy as jnp
 import pytest
 import tiny_experiment
 
-import jaxdist
 from jaxdist import adapters, errors, losses
 from jaxdist.config import overrides
 from jaxdist.errors import ConfigError
@@ -75,7 +73,7 @@ def squared(params, batch):
             lambda params, batch: masked_mean(
                 jnp.square(batch["image"] @ params["w"] - batch["label"][None]), batch["mask"]
             ),
-            r"shape \(B, B\).*test_preflight\.py:\d+, in ",
+            r"shape \(B, B\).*test_losses_and_metrics\.py:\d+, in ",
         ),
         (
             lambda params, batch: masked_mean(jnp.round(squared(params, batch)), batch["mask"]),
@@ -102,21 +100,6 @@ def test_a_constant_gradient_is_a_gradient():
     components.put_together(plain(lambda params, batch: params["w"].sum()), devices=jax.devices()[:1])
 
 
-@pytest.mark.parametrize("part", ["train", "eval"])
-@pytest.mark.parametrize("label", [-1, 2])
-def test_a_label_that_is_no_class_is_refused_before_the_run(part, label):
-    experiment = tiny_experiment.get_config()
-    source = getattr(experiment.data, part)
-    labels = source.arrays["label"].copy()
-    labels[5] = label
-    changed = jaxdist.ArraySource({**source.arrays, "label": labels})
-    chosen = jaxdist.data.Subset(changed, range(4, len(labels)))
-    for given, place in ((changed, 5), (chosen, 1)):
-        wrong = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, **{part: given}))
-        with pytest.raises(ConfigError, match=rf"data\.{part}: Label out of range: example {place} has label {label}"):
-            components.put_together(wrong, devices=jax.devices()[:1])
-
-
 @pytest.mark.parametrize("returned", ["the loss alone", "metrics without names"])
 def test_plain_functions_that_return_something_else_are_told_what(returned):
     def loss_fn(params, batch, key):
@@ -141,37 +124,6 @@ def test_a_loss_beside_functions_that_have_their_own_is_refused():
     experiment = dataclasses.replace(plain(lambda params, batch: None), loss=losses.classification)
     with pytest.raises(ConfigError, match=r"would never be used; got .*classification.* Set loss=None"):
         components.check_experiment(experiment)
-
-
-def compares_examples(outputs, batch):
-    return jnp.square(outputs - outputs.mean(axis=0, keepdims=True)).sum(axis=1), {}
-
-
-@pytest.mark.parametrize(
-    ("changes", "num_devices", "together"),
-    [({}, 1, None), ({}, 2, 8), ({"num_microbatches": 2}, 1, 8), ({"reduction": "canonical"}, 1, 2)],
-)
-def test_a_loss_that_compares_the_examples_of_a_part_is_told(changes, num_devices, together):
-    experiment = dataclasses.replace(
-        tiny_experiment.get_config(), loss=compares_examples, stop=jaxdist.Stop(max_steps=1)
-    )
-    experiment = dataclasses.replace(experiment, global_batch_size=16, **changes)
-    expected = contextlib.nullcontext() if together is None else pytest.warns(
-        UserWarning, match=rf"by compares_examples \(.*\), depends on .* These are {together} of the 16"
-    )  # fmt: skip
-    with expected:
-        components.put_together(experiment, devices=jax.devices()[:num_devices])
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [({"num_microbatches": 2}, "num_microbatches=2"), ({"reduction": "canonical"}, "reduction=canonical")],
-)
-def test_a_loss_of_the_whole_batch_is_refused_where_only_parts_are_together(changes, named):
-    experiment = tiny_experiment.get_config()
-    experiment = dataclasses.replace(experiment, loss=losses.WholeBatch(experiment.loss), **changes)
-    with pytest.raises(ConfigError, match=rf"WholeBatch needs the whole batch at the same time, and {named}"):
-        components.put_together(experiment, devices=jax.devices()[:2])
 
 
 class DrawsAlways(nn.Module):

@@ -1,26 +1,16 @@
-"""Checks before a run directory exists: the loss, the evaluation and the metrics are traced.
-
-Model and loss are traced with the shapes of a batch, as compiling would do later. Only a loss is also computed, of two
-examples.
-"""
+"""Whether the loss, the evaluation and the metrics are what a run needs: they are traced, and nothing is computed."""
 
 import difflib
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
 import jax.export
 import jax.numpy as jnp
-import numpy as np
-import optax
 
-from jaxdist import adapters, data, errors, losses, optimizers
+from jaxdist import adapters, errors
 from jaxdist.config import data_fields
 from jaxdist.config.experiment import Experiment
-from jaxdist.data.sources.source import ArraySource
-from jaxdist.data.sources.source import check_labels as check_array
-from jaxdist.data.sources.subset import Subset
 from jaxdist.errors import ConfigError
 from jaxdist.spmd import evaluate, metrics, reduce, state
 from jaxdist.spmd.dependence import depends
@@ -60,7 +50,7 @@ def check(
     if is_plain:
         _check_means(functions.loss_fn, abstract, shapes)
     for name, own_shapes in eval_shapes.items():
-        setting = f"data.eval[{name!r}]" if name else "data.eval"
+        setting = data_fields.setting_of_set(name)
         _check_fields(shapes, own_shapes, setting)
         try:
             found = _evaluated(functions.eval_fn, abstract, own_shapes)
@@ -74,90 +64,11 @@ def check(
     _check_watched(experiment, reported)
 
 
-def check_labels(
-    experiment: Experiment, functions: adapters.Functions, abstract: state.TrainState, shapes: Shapes
-) -> None:
-    """Raise ConfigError where a label of examples that are held in arrays is no class of the model.
-
-    Labels that are read one by one, or made by an `example_fn`, are checked when they are trained on.
-    """
-    loss = experiment.loss
-    field = "label" if loss is losses.classification else getattr(loss, "label", None)
-    if functions.predict_fn is None or not (loss is losses.classification or isinstance(loss, losses.Classification)):
-        return
-    num_classes = jax.eval_shape(functions.predict_fn, *_given(abstract, shapes)).shape[-1]
-    examples = experiment.data
-    sets = [("data.train", examples.train, examples.example_fn)]
-    for name, each in data_fields.named_sources(examples.eval).items():
-        sets.append((f"data.eval[{name!r}]" if name else "data.eval", each, examples.eval_example_fn))
-    for setting, source, example_fn in sets:
-        labels = None if example_fn is not None else _labels_in_memory(source, str(field))
-        if labels is not None:
-            try:
-                check_array(labels.reshape(-1), str(field), num_classes)
-            except ValueError as error:
-                raise ConfigError(f"{setting}: {error}") from error
-
-
-def check_coupling(
-    experiment: Experiment,
-    functions: adapters.Functions,
-    abstract: state.TrainState,
-    shapes: Shapes,
-    loader: data.Loader,
-    *,
-    num_together: int,
-) -> None:
-    """Warn where the loss of an example depends on others, and sees only `num_together` of the batch.
-
-    Raises:
-      ConfigError: the loss is a WholeBatch, and parts of the batch are computed one after the other.
-    """
-    loss, batch_size = experiment.loss, experiment.global_batch_size
-    if isinstance(loss, losses.WholeBatch):
-        _check_whole_batch(experiment)
-        return
-    of_package = str(getattr(loss, "__module__", "")).startswith(losses.__name__)  # its tests show that they do not
-    if loss is None or of_package or num_together == batch_size or functions.predict_fn is None:
-        return
-    outputs = jax.eval_shape(functions.predict_fn, *_given(abstract, shapes))
-    for _, two_examples in loader.samples(1, among=1):
-        if adapters.are_coupled(loss, outputs, two_examples):
-            warnings.warn(
-                f"The loss of an example, by {errors.named(loss)}, depends on the other examples that it is computed "
-                f"with. These are {num_together} of the {batch_size} of a batch here, and another number on other "
-                "devices. losses.WholeBatch(loss) compares those of all devices.",
-                stacklevel=2,
-            )
-
-
-def _check_whole_batch(experiment: Experiment) -> None:
-    """Raise ConfigError where the examples of a batch are not on all devices at the same time."""
-    parts = {
-        "strategy": experiment.strategy if experiment.strategy == "parameter-server" else None,
-        "reduction": experiment.reduction if experiment.reduction == "canonical" else None,
-        "num_microbatches": experiment.num_microbatches if experiment.num_microbatches > 1 else None,
-    }
-    for setting, value in parts.items():
-        if value is not None:
-            raise ConfigError(
-                f"losses.WholeBatch needs the whole batch at the same time, and {setting}={value} computes parts of it "
-                "one after the other, or far from each other. Change that, or pass the loss without WholeBatch: then "
-                "it compares the examples of a part."
-            )
-
-
-def _given(abstract: state.TrainState, shapes: Shapes) -> tuple[Any, ...]:
-    """Return what `predict_fn` is called with."""
-    return (abstract.params, dict(shapes), *(() if abstract.model_state is None else (abstract.model_state,)))
-
-
-def _labels_in_memory(source: Any, field: str) -> np.ndarray | None:
-    """Return a field of all examples where arrays hold it; None where each would have to be read."""
-    if isinstance(source, Subset):
-        whole = _labels_in_memory(source.source, field)
-        return None if whole is None else whole[source.ids]
-    return source.arrays.get(field) if isinstance(source, ArraySource) else None
+def outputs_of(functions: adapters.Functions, abstract: state.TrainState, shapes: Shapes) -> Any:
+    """Return shapes and dtypes of what a model returns for a batch of these shapes."""
+    assert functions.predict_fn is not None
+    model_state = () if abstract.model_state is None else (abstract.model_state,)
+    return jax.eval_shape(functions.predict_fn, abstract.params, dict(shapes), *model_state)
 
 
 def check_forms(
@@ -276,32 +187,6 @@ def _check_fields(shapes: Shapes, eval_shapes: Shapes, setting: str) -> None:
             f"The examples of {setting} need the fields of the training examples; {', '.join(missing)} is missing. "
             f"They have: {', '.join(sorted(eval_shapes))}."
         )
-
-
-def check_groups(optimizer: optimizers.Optimizer, params: Any) -> None:
-    """Raise ConfigError where the groups of a described optimizer leave no param to train."""
-    settings = optimizers.describe(optimizer, params)
-    if optimizer.groups and all(each.frozen or each.learning_rate == 0 for each in settings):
-        raise ConfigError(
-            "Training needs a param that changes, and optimizer.groups freeze every one, or give it the learning rate "
-            "0. Narrow a pattern."
-        )
-
-
-def check_update(optimizer: optax.GradientTransformation, abstract: state.TrainState) -> None:
-    """Trace an update with gradients like the params; raise ConfigError where it fails."""
-    extra = {"step": abstract.step, "inputs": optimizer.inputs} if isinstance(optimizer, state.WithInputs) else {}
-
-    def update(grads: Any, opt_state: Any, params: Any, extra: Any) -> Any:
-        return optax.with_extra_args_support(optimizer).update(grads, opt_state, params, **extra)
-
-    try:
-        jax.eval_shape(update, abstract.params, abstract.opt_state, abstract.params, extra)
-    except Exception as error:
-        raise ConfigError(
-            "An optimizer is called as update(grads, opt_state, params), without the value of the loss. Called so, "
-            f"this one fails: {errors.describe(error)} Correct its arguments, or choose another."
-        ) from error
 
 
 def _check_watched(experiment: Experiment, reported: list[str]) -> None:

@@ -1,0 +1,14 @@
+"""Checks before a run directory exists: model, loss, metrics, examples and optimizer are tried as a run will use them.
+
+Model and loss are traced with the shapes of a batch, as compiling would do later; some examples are read.
+"""
+
+from jaxdist.run.preflight.compared_examples import check_coupling as check_coupling
+from jaxdist.run.preflight.examples import EARLY_BATCHES as EARLY_BATCHES
+from jaxdist.run.preflight.examples import check_labels as check_labels
+from jaxdist.run.preflight.examples import check_repeatable as check_repeatable
+from jaxdist.run.preflight.examples import check_samples as check_samples
+from jaxdist.run.preflight.losses_and_metrics import check as check
+from jaxdist.run.preflight.losses_and_metrics import check_forms as check_forms
+from jaxdist.run.preflight.optimizer_updates import check_groups as check_groups
+from jaxdist.run.preflight.optimizer_updates import check_update as check_update

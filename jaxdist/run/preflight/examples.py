@@ -1,0 +1,129 @@
+"""Whether examples can be read, are the same each time, and have labels that the model knows."""
+
+import functools
+import warnings
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxdist import adapters, data, errors, losses
+from jaxdist.config import data_fields
+from jaxdist.config.experiment import Experiment
+from jaxdist.data import assembly, assembly_process, placement
+from jaxdist.data.sources.source import ArraySource
+from jaxdist.data.sources.source import check_labels as check_array
+from jaxdist.data.sources.subset import Subset
+from jaxdist.errors import ConfigError
+from jaxdist.run.preflight.losses_and_metrics import Shapes, outputs_of
+from jaxdist.spmd import state
+
+EARLY_BATCHES = 64
+"""Among how many batches of training those are that are looked at before the first step."""
+_SAMPLED_BATCHES = 8
+_REPEATED_BATCHES, _TRIES = 4, 8
+
+
+def check_samples(loader: data.Loader, *, among: int | None = None) -> list[dict[str, jax.ShapeDtypeStruct]]:
+    """Read examples of some batches, from the first on; return the forms of a batch that were found, each once.
+
+    Raises:
+      ValueError: a worker process, a batch or a device could not take them.
+    """
+    if loader.num_workers:
+        no_source: Any = None  # which may hold all the data
+        assembly_process.dump_recipe(loader.recipe._replace(source=no_source))
+    found = []
+    for ids, arrays in loader.samples(_SAMPLED_BATCHES, among=among):
+        placement.check_numbers(arrays, functools.partial(np.asarray, ids))
+        form = {name: (array.shape[1:], jax.dtypes.canonicalize_dtype(array.dtype)) for name, array in arrays.items()}
+        found += [form] if form not in found else []
+    return [
+        {name: jax.ShapeDtypeStruct((loader.global_batch_size, *shape), dtype) for name, (shape, dtype) in form.items()}
+        for form in found
+    ]
+
+
+def check_repeatable(loader: data.Loader, setting: str, *, same_bits: bool) -> None:
+    """Make some examples a second time, and warn where they come out different.
+
+    Args:
+      loader: of the examples.
+      setting: what they are called in messages, such as `data.train`.
+      same_bits: the run promises the same bits anywhere, which such examples break.
+
+    Raises:
+      ConfigError: they do, and `same_bits`.
+    """
+    is_fixed = isinstance(loader.source, ArraySource) and loader.example_fn is loader.batch_fn is None
+    if is_fixed or getattr(loader.source, "reads_forward", False):
+        return  # readers of streams are tried when the stream is made
+    once, again = (loader.samples(_REPEATED_BATCHES, among=EARLY_BATCHES) for _ in range(2))
+    for (ids, first), (_, second) in zip(once, again):
+        changed = [name for name, array in first.items() if not _are_equal(array, second.get(name))]
+        if not changed:
+            continue
+        message = (
+            f"{setting}: {changed[0]!r} of example {ids[0]} or {ids[-1]} was another one when it was made again. Same "
+            "bits anywhere, resuming and replaying need examples that are functions of seed, epoch and example. "
+            f"{_cause(loader, ids)}"
+        )
+        if same_bits:
+            raise ConfigError(message)
+        warnings.warn(message, stacklevel=2)
+        return
+
+
+def _are_equal(first: np.ndarray, second: np.ndarray | None) -> bool:
+    if second is None or first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    return first.dtype == object or first.tobytes() == second.tobytes()
+
+
+def _cause(loader: data.Loader, ids: np.ndarray) -> str:
+    """Return what makes examples differ, and what to do."""
+
+    def differs(recipe: assembly.Recipe, example_id: int) -> bool:
+        first, *others = (assembly.make_example(recipe, 0, example_id) for _ in range(_TRIES))
+        pairs = ((first[name], other.get(name)) for other in others for name in first)
+        return any(not _are_equal(np.asarray(one), np.asarray(two)) for one, two in pairs)
+
+    recipe = loader.recipe
+    if any(differs(recipe._replace(example_fn=None), int(each)) for each in ids):
+        return "The source draws by itself: draw in example_fn, which gets a generator."
+    by_example = recipe.example_fn is not None and any(differs(recipe, int(each)) for each in ids)
+    function = recipe.example_fn if by_example else loader.batch_fn
+    return f"{errors.named(function)} has to draw from its second argument, a generator, and from nothing else."
+
+
+def check_labels(
+    experiment: Experiment, functions: adapters.Functions, abstract: state.TrainState, shapes: Shapes
+) -> None:
+    """Raise ConfigError where a label of examples that are held in arrays is no class of the model.
+
+    Labels that are read one by one, or made by an `example_fn`, are checked when they are trained on.
+    """
+    loss = experiment.loss
+    field = "label" if loss is losses.classification else getattr(loss, "label", None)
+    if functions.predict_fn is None or not (loss is losses.classification or isinstance(loss, losses.Classification)):
+        return
+    num_classes = outputs_of(functions, abstract, shapes).shape[-1]
+    examples = experiment.data
+    sets = [("data.train", examples.train, examples.example_fn)]
+    for name, each in data_fields.named_sources(examples.eval).items():
+        sets.append((data_fields.setting_of_set(name), each, examples.eval_example_fn))
+    for setting, source, example_fn in sets:
+        labels = None if example_fn is not None else _labels_in_memory(source, str(field))
+        if labels is not None:
+            try:
+                check_array(labels.reshape(-1), str(field), num_classes)
+            except ValueError as error:
+                raise ConfigError(f"{setting}: {error}") from error
+
+
+def _labels_in_memory(source: Any, field: str) -> np.ndarray | None:
+    """Return a field of all examples where arrays hold it; None where each would have to be read."""
+    if isinstance(source, Subset):
+        whole = _labels_in_memory(source.source, field)
+        return None if whole is None else whole[source.ids]
+    return source.arrays.get(field) if isinstance(source, ArraySource) else None

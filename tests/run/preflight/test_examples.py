@@ -1,0 +1,112 @@
+import dataclasses
+import random as of_python
+import re
+
+import jax
+import numpy as np
+import pytest
+import tiny_experiment
+
+import jaxdist
+from jaxdist import data
+from jaxdist.errors import ConfigError
+from jaxdist.run import components, preflight
+
+
+@pytest.mark.parametrize("part", ["train", "eval"])
+@pytest.mark.parametrize("label", [-1, 2])
+def test_a_label_that_is_no_class_is_refused_before_the_run(part, label):
+    experiment = tiny_experiment.get_config()
+    source = getattr(experiment.data, part)
+    labels = source.arrays["label"].copy()
+    labels[5] = label
+    changed = jaxdist.ArraySource({**source.arrays, "label": labels})
+    chosen = jaxdist.data.Subset(changed, range(4, len(labels)))
+    for given, place in ((changed, 5), (chosen, 1)):
+        wrong = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, **{part: given}))
+        with pytest.raises(ConfigError, match=rf"data\.{part}: Label out of range: example {place} has label {label}"):
+            components.put_together(wrong, devices=jax.devices()[:1])
+
+
+ARRAYS = {"image": np.ones((64, 4), np.float32), "label": np.zeros(64, np.int32)}
+
+
+SHARED = np.random.default_rng()
+"""What users keep beside their functions: it has another state at each call."""
+
+
+class Drawing:
+    """A source that draws a number each time, as data sets of torch often do."""
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        return {"image": SHARED.normal(size=4).astype(np.float32), "label": np.int32(0)}
+
+
+def by_numpy(example, random):
+    return {**example, "image": example["image"] + SHARED.normal(size=4).astype(np.float32)}
+
+
+def halves(example, random):
+    return {**example, "image": example["image"] * np.float32(of_python.random())}
+
+
+def by_python(example, random):
+    return {**example, "image": example["image"][:: of_python.choice([1, -1])] * of_python.random()}
+
+
+def by_its_own_generator(example, random):
+    return {**example, "image": example["image"] + random.normal(size=4).astype(np.float32)}
+
+
+def not_a_number(example, random):
+    return {**example, "image": example["image"] * np.float32(np.nan)}
+
+
+def batch_by_numpy(batch, random, rows):
+    return {**batch, "image": batch["image"] + SHARED.normal(size=batch["image"].shape).astype(np.float32)}
+
+
+def make_loader(source=None, **settings):
+    return data.Loader(data.ArraySource(ARRAYS) if source is None else source, global_batch_size=16, seed=0, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "cause"),
+    [
+        ({"source": data.MapSource(Drawing())}, "The source draws by itself"),
+        ({"example_fn": by_numpy}, r"by_numpy \(.*\) has to draw from its second argument"),
+        ({"example_fn": by_python}, r"by_python \(.*\) has to draw from its second argument"),
+        ({"batch_fn": batch_by_numpy}, r"batch_by_numpy \(.*\) has to draw from its second argument"),
+    ],
+)
+def test_examples_that_come_out_different_are_told_and_refused_where_bits_are_promised(settings, cause):
+    message = rf"data\.train: 'image' of example \d+ or \d+ was another one when it was made again.*{cause}"
+    with pytest.warns(UserWarning, match=message):
+        preflight.check_repeatable(make_loader(**settings), "data.train", same_bits=False)
+    with pytest.raises(ConfigError, match=message):
+        preflight.check_repeatable(make_loader(**settings), "data.train", same_bits=True)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"example_fn": by_its_own_generator},
+        {"example_fn": not_a_number},
+        {"batch_fn": data.MixUp(num_classes=3)},
+        {"source": data.MapSource([{"image": np.ones(4), "label": 1}] * 64)},
+    ],
+)
+def test_examples_that_are_the_same_each_time_pass(settings):
+    preflight.check_repeatable(make_loader(**settings), "data.train", same_bits=True)
+
+
+def test_training_and_evaluation_are_both_looked_at():
+    experiment = tiny_experiment.get_config()
+    for name, setting in {"example_fn": "data.train", "eval_example_fn": "data.eval"}.items():
+        changed = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, **{name: halves}))
+        with pytest.warns(UserWarning, match=re.escape(f"{setting}: 'image' of example")):
+            components.put_together(changed, devices=jax.devices()[:1])
