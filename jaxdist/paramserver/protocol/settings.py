@@ -1,5 +1,6 @@
 """The settings of a parameter-server run (processes, mode, durability, timers), and the names of its processes."""
 
+import functools
 from dataclasses import dataclass, fields
 
 from jaxdist.config.parameter_server import ParameterServer
@@ -118,27 +119,27 @@ class Settings(ParameterServer):
                 "replicated."
             )
 
-    @property
+    @functools.cached_property
     def synchronous(self) -> bool:
         """Whether a step waits for its whole batch: mode sync, or bounded with no staleness."""
         return self.mode == "sync" or (self.mode == "bounded" and self.max_staleness == 0)
 
-    @property
+    @functools.cached_property
     def shards_report(self) -> bool:
         """Whether shards tell the scheduler what they have staged. With copies of slices it would not be the same."""
         return self.synchronous and not self.backup_workers
 
-    @property
+    @functools.cached_property
     def num_slices(self) -> int:
         """The number of slices of a step's batch: one, unless a step waits for several workers."""
         return self.workers - self.backup_workers if self.synchronous else 1
 
-    @property
+    @functools.cached_property
     def replicated(self) -> bool:
         """Whether every shard has a backup."""
         return self.durability == "replicated"
 
-    @property
+    @functools.cached_property
     def steps_per_epoch(self) -> int:
         """The number of steps of one epoch, including the last, ragged one."""
         return -(-self.num_examples // self.global_batch_size)

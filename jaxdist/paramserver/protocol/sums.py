@@ -16,12 +16,12 @@ Arrays = tuple[np.ndarray, ...]
 Identity = tuple[int, int, int]
 
 
-def identity(push: messages.Push | messages.Contributor) -> Identity:
+def identity(push: messages.Push | messages.Contributor | messages.Done) -> Identity:
     """Return what names a push."""
     return push.worker, push.incarnation, push.sequence
 
 
-def fingerprint(pushes: Iterable[messages.Push | messages.Contributor]) -> int:
+def fingerprint(pushes: Iterable[messages.Push | messages.Contributor | messages.Done]) -> int:
     """Return a fingerprint of which pushes these are, in this order."""
     numbers = [number for push in pushes for number in identity(push)]
     digest = hashlib.blake2b(struct.pack(f"<{len(numbers)}q", *numbers), digest_size=8).digest()

@@ -10,7 +10,7 @@ import operator
 import struct
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -42,20 +42,35 @@ class Decoder:
     `left` is the number of bytes of array data that the message declares and no array has claimed yet.
     """
 
-    def __init__(self, head: Buffer, left: int) -> None:
-        self.head, self.left = memoryview(head), left
+    def __init__(self, head: bytes, left: int) -> None:
+        self.left = left
         self.arrays: list[np.ndarray] = []
+        self._head, self._at = head, 0
 
-    def take(self, count: int) -> memoryview:
+    @property
+    def head_left(self) -> int:
+        """The number of bytes of the head that have not been read yet."""
+        return len(self._head) - self._at
+
+    def take(self, count: int) -> bytes:
         """Return the next `count` bytes of the head."""
-        if count > len(self.head):
-            raise EncodingError(f"The head of a message ends {count - len(self.head)} bytes too early.")
-        part, self.head = self.head[:count], self.head[count:]
+        part = self._head[self._at : self._at + count]
+        if len(part) != count:
+            raise self._too_short(count)
+        self._at += count
         return part
 
     def unpack(self, layout: struct.Struct) -> tuple[Any, ...]:
         """Return the next numbers of the head."""
-        return layout.unpack(self.take(layout.size))
+        try:
+            numbers = layout.unpack_from(self._head, self._at)
+        except struct.error:
+            raise self._too_short(layout.size) from None
+        self._at += layout.size
+        return numbers
+
+    def _too_short(self, count: int) -> EncodingError:
+        return EncodingError(f"The head of a message ends {count - self.head_left} bytes too early.")
 
     def array(self, shape: tuple[int, ...], dtype: np.dtype, num_bytes: int) -> np.ndarray:
         """Return a new array of the message; its values are undefined until its data has arrived."""
@@ -133,7 +148,7 @@ def _write_bytes(writer: Encoder, value: bytes) -> None:
 
 
 def _read_bytes(reader: Decoder) -> bytes:
-    return bytes(reader.take(reader.unpack(_LENGTH)[0]))
+    return reader.take(reader.unpack(_LENGTH)[0])
 
 
 def _write_str(writer: Encoder, value: str) -> None:
@@ -142,7 +157,7 @@ def _write_str(writer: Encoder, value: str) -> None:
 
 def _read_str(reader: Decoder) -> str:
     try:
-        return _read_bytes(reader).decode()
+        return reader.take(reader.unpack(_LENGTH)[0]).decode()
     except UnicodeDecodeError as error:
         raise EncodingError("A string in a message is not valid UTF-8.") from error
 
@@ -176,11 +191,11 @@ def _many(item: Any) -> tuple[Write, Read]:
 
     def read(reader: Decoder) -> tuple[Any, ...]:
         (count,) = reader.unpack(_LENGTH)
-        if count > len(reader.head):
+        if count > reader.head_left:
             raise EncodingError(
-                f"A message declares a list of {count} items, but only {len(reader.head)} bytes are left."
+                f"A message declares a list of {count} items, but only {reader.head_left} bytes are left."
             )
-        return tuple(read_item(reader) for _ in range(count))
+        return tuple([read_item(reader) for _ in range(count)])
 
     return write, read
 
@@ -219,20 +234,20 @@ def _one_of(options: tuple[Any, ...]) -> tuple[Write, Read]:
 
 def _record(kind: type) -> tuple[Write, Read]:
     """Return how a dataclass is written and read: numbers that follow each other in one call."""
-    hints = typing.get_type_hints(kind)
-    names = [field.name for field in dataclasses.fields(kind)]
-    parts = []
-    for are_numbers, group in itertools.groupby(names, lambda name: hints[name] in _FORMATS):
-        run = list(group)
-        parts += [_numbers(run, hints)] if are_numbers else [_field(name, hints[name]) for name in run]
+    hints, parts = _hints(kind), []
+    for are_numbers, group in itertools.groupby(hints, lambda name: bool(_number_paths(hints[name], name))):
+        run = {name: hints[name] for name in group}
+        parts += [_numbers(run)] if are_numbers else [_field(*pair) for pair in run.items()]
+
+    writers, readers = zip(*parts) if parts else ((), ())
 
     def write(writer: Encoder, value: Any) -> None:
-        for write_part, _ in parts:
+        for write_part in writers:
             write_part(writer, value)
 
     def read(reader: Decoder) -> Any:
         values: list[Any] = []
-        for _, read_part in parts:
+        for read_part in readers:
             values += read_part(reader)
         return kind(*values)
 
@@ -244,14 +259,59 @@ def _field(name: str, hint: Any) -> tuple[Write, Read]:
     return (lambda writer, value: write(writer, getattr(value, name))), lambda reader: (read(reader),)
 
 
-def _numbers(names: list[str], hints: dict[str, Any]) -> tuple[Write, Read]:
-    layout = struct.Struct("<" + "".join(_FORMATS[hints[name]] for name in names))
-    values_of = operator.attrgetter(*names) if len(names) > 1 else lambda value: (getattr(value, names[0]),)
+def _number_paths(hint: Any, path: str) -> list[tuple[str, str]]:
+    """Return path and format of the numbers in a field that is a number, or a dataclass of numbers; else nothing."""
+    if hint in _FORMATS:
+        return [(path, _FORMATS[hint])]
+    inner = _hints(hint).items() if dataclasses.is_dataclass(hint) else ()
+    found = [_number_paths(each, f"{path}.{name}") for name, each in inner]
+    return list(itertools.chain(*found)) if all(found) else []
+
+
+def _hints(kind: Any) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def _numbers(hints: dict[str, Any]) -> tuple[Write, Read]:
+    """Return how fields are written and read that are numbers, or dataclasses of numbers."""
+    paths = [pair for name, hint in hints.items() for pair in _number_paths(hint, name)]
+    layout = struct.Struct("<" + "".join(each for _, each in paths))
+    values_of, several = operator.attrgetter(*(path for path, _ in paths)), len(paths) > 1
 
     def write(writer: Encoder, value: Any) -> None:
-        writer.head += layout.pack(*values_of(value))
+        values = values_of(value)
+        writer.head += layout.pack(*values) if several else layout.pack(values)
 
-    return write, lambda reader: reader.unpack(layout)
+    if len(paths) == len(hints):
+        return write, lambda reader: reader.unpack(layout)
+    nest = _nesting(list(hints.values()))
+    return write, lambda reader: nest(reader.unpack(layout))
+
+
+def _nesting(hints: list[Any]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """Return how values of these types, numbers and dataclasses of numbers, are made from all their numbers."""
+    places: list[tuple[slice, Any]] = []
+    at = 0
+    for hint in hints:
+        count = len(_number_paths(hint, ""))
+        places.append(
+            (slice(at, at + count), None if hint in _FORMATS else (hint, _nesting(list(_hints(hint).values()))))
+        )
+        at += count
+    if not any(made for _, made in places):
+        return lambda numbers: numbers
+
+    def nest(numbers: Sequence[Any]) -> Sequence[Any]:
+        values: list[Any] = []
+        for place, made in places:
+            if made is None:
+                values += numbers[place]
+            else:
+                values.append(made[0](*made[1](numbers[place])))
+        return values
+
+    return nest
 
 
 def _nothing() -> tuple[Write, Read]:

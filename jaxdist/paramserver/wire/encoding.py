@@ -100,6 +100,9 @@ class Encoded:
 
     def __iter__(self) -> Iterator[Buffer]:
         """Yield blocks of at most `block_bytes`. Those of a large array are views of its memory."""
+        if not self._arrays and self.num_bytes <= self._block_bytes:
+            yield self._start
+            return
         pending = bytearray(self._start)
         checksums = bytearray()
         for array in self._arrays:
@@ -139,14 +142,20 @@ def encode(message: messages.Message, *, block_bytes: int = BLOCK_BYTES) -> Enco
 
 def declared_bytes(prefix: Buffer) -> int:
     """Return the length in bytes of the message that begins with `prefix`; raises EncodingError if it is invalid."""
+    head_size, _, size, num_arrays = _declared(prefix)
+    return PREFIX_BYTES + head_size + size + _CHECKSUM.size * num_arrays
+
+
+def _declared(prefix: Buffer) -> tuple[int, int, int, int]:
+    """Return the length and checksum of the head, and the length and number of the arrays."""
     if len(prefix) < PREFIX_BYTES:
         raise EncodingError(f"A message has at least {PREFIX_BYTES} bytes, got {len(prefix)}.")
-    magic, head_size, _, size, num_arrays = _PREFIX.unpack(prefix[:PREFIX_BYTES])
+    magic, head_size, head_checksum, size, num_arrays = _PREFIX.unpack_from(prefix)
     if magic != MAGIC:
         raise EncodingError(f"A message must begin with {MAGIC!r}, got {bytes(magic)!r}.")
     if not 0 < head_size <= MAX_HEAD_BYTES:
         raise EncodingError(f"The head of a message has 1 to {MAX_HEAD_BYTES} bytes, got {head_size}.")
-    return PREFIX_BYTES + head_size + size + _CHECKSUM.size * num_arrays
+    return head_size, head_checksum, size, num_arrays
 
 
 def assemble(prefix: Buffer) -> Generator[memoryview, None, Any]:
@@ -157,15 +166,14 @@ def assemble(prefix: Buffer) -> Generator[memoryview, None, Any]:
     Raises:
       EncodingError: lengths, types, dtypes, shapes or checksums are not valid.
     """
-    declared_bytes(prefix)
-    _, head_size, head_checksum, size, num_arrays = _PREFIX.unpack(prefix[:PREFIX_BYTES])
+    head_size, head_checksum, size, num_arrays = _declared(prefix)
     head = bytearray(head_size)
     yield from _in_blocks(memoryview(head))
-    if zlib.crc32(head) != head_checksum:
-        raise EncodingError("The head of a message is damaged: its checksum differs.")
-    kind, message, arrays = _read(head, size)
+    kind, message, arrays = _read(head, head_checksum, size)
     if len(arrays) != num_arrays:
         raise EncodingError(f"A {kind} message declares {num_arrays} arrays and has {len(arrays)}.")
+    if not arrays:
+        return message
     values = []
     for array in arrays:
         value = 0
@@ -187,13 +195,16 @@ def _in_blocks(memory: memoryview) -> Iterator[memoryview]:
         yield memory[start : start + BLOCK_BYTES]
 
 
-def _read(head: bytearray, size: int) -> tuple[str, Any, list[np.ndarray]]:
+def _read(head: bytearray, head_checksum: int, size: int) -> tuple[str, Any, list[np.ndarray]]:
     """Return the name of a message's type, the message, and its arrays, `size` bytes in all."""
+    if zlib.crc32(head) != head_checksum:
+        raise EncodingError("The head of a message is damaged: its checksum differs.")
     if head[0] >= len(KINDS):
         raise EncodingError(f"A message has the unknown number {head[0]}. It was sent by another version of jaxdist.")
-    kind, reader = KINDS[head[0]], Decoder(memoryview(head)[1:], size)
+    kind, reader = KINDS[head[0]], Decoder(bytes(head), size)
+    reader.take(1)
     message = codec(kind)[1](reader)
-    if len(reader.head) or reader.left:
+    if reader.head_left or reader.left:
         raise EncodingError(f"A {kind.__name__} message is shorter than its declared length.")
     return kind.__name__, message, reader.arrays
 

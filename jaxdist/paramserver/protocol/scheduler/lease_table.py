@@ -22,8 +22,8 @@ def lease(settings: Settings, step: int, slice_: int = 0) -> Lease:
     epoch, within = divmod(step, settings.steps_per_epoch)
     start = within * settings.global_batch_size
     size = min(settings.global_batch_size, settings.num_examples - start)
-    first, stop = (start + size * i // settings.num_slices for i in (slice_, slice_ + 1))
-    return Lease(step, slice_, epoch, first, stop)
+    slices = settings.num_slices
+    return Lease(step, slice_, epoch, start + size * slice_ // slices, start + size * (slice_ + 1) // slices)
 
 
 def contributor(done: Done) -> Contributor:

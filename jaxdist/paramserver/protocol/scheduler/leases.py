@@ -30,8 +30,6 @@ def _grant_to_idle(state: SchedulerState, now: float, out: Output) -> None:
     """Grant leases to idle workers, the fastest first, until there are no more of either."""
     free = [(state.workers[number].seconds, number) for number in state.idle if not state.workers[number].benched]
     for _, number in sorted(free):
-        if state.lease_table.is_idle():
-            return
         lease = state.lease_table.pick(number, functools.partial(_may_copy, state, now, number))
         if lease is None:
             continue
@@ -142,17 +140,30 @@ def _finish_staged(state: SchedulerState, now: float, out: Output) -> bool:
     if sum(note.step == table.step for note in shards) < state.settings.servers:
         return False
     by_slice = table.done | table.computed
-    wanted = sums.fingerprint(contributor(by_slice[slice_]) for slice_ in sorted(by_slice))
+    wanted = sums.fingerprint(by_slice[slice_] for slice_ in sorted(by_slice))
     if any(note.fingerprint != wanted for note in shards):
         return False
     for done in list(table.computed.values()):
         worker = state.worker(done.worker, done.incarnation)
         assert worker is not None  # a worker that left gave its lease back
-        _finish(state, worker, done, now, out)
+        _free(state, worker, done, now)
+        table.finish(done)
+    commits.decide(state, out)
     return True
 
 
 def _finish(state: SchedulerState, worker: WorkerStatus, done: messages.Done, now: float, out: Output) -> None:
+    """Note that the push of a worker is on every shard."""
+    _free(state, worker, done, now)
+    if isinstance(state.lease_table, StepLeases):
+        state.lease_table.finish(done)
+        commits.decide(state, out)
+    else:
+        commits.complete(state, contributor(done), done, out)
+        state.note_nonfinite(done.finite or done.count <= 0)
+
+
+def _free(state: SchedulerState, worker: WorkerStatus, done: messages.Done, now: float) -> None:
     """Free a worker whose push is on every shard."""
     worker.seconds, worker.step = now - worker.granted_at, done.lease.step
     worker.finished = done.sequence
@@ -160,9 +171,3 @@ def _finish(state: SchedulerState, worker: WorkerStatus, done: messages.Done, no
         worker.sequence, worker.lease = done.sequence, None
         state.idle.add(done.worker)
     worker.clock = max(worker.clock, done.clock + 1)
-    if isinstance(state.lease_table, StepLeases):
-        state.lease_table.finish(done)
-        commits.decide(state, out)
-    else:
-        commits.complete(state, contributor(done), done, out)
-        state.note_nonfinite(done.finite or done.count <= 0)
