@@ -4,7 +4,7 @@ import contextlib
 import os
 import pathlib
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 
 def write(path: pathlib.Path, parts: Iterable[bytes | memoryview]) -> int:
@@ -12,6 +12,17 @@ def write(path: pathlib.Path, parts: Iterable[bytes | memoryview]) -> int:
 
     Raises OSError naming the file; the older file stays.
     """
+    return _replace(path, parts, commit)
+
+
+def write_unsynced(path: pathlib.Path, parts: Iterable[bytes | memoryview]) -> int:
+    """As `write`, but do not wait for the disk: if the machine crashes, the content may be lost or empty."""
+    return _replace(path, parts, os.replace)
+
+
+def _replace(
+    path: pathlib.Path, parts: Iterable[bytes | memoryview], rename: Callable[[pathlib.Path, pathlib.Path], None]
+) -> int:
     # The name contains the process id, because a replaced process may still be writing the same file.
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     checksum = 0
@@ -21,7 +32,7 @@ def write(path: pathlib.Path, parts: Iterable[bytes | memoryview]) -> int:
                 for part in parts:
                     file.write(part)
                     checksum = zlib.crc32(part, checksum)
-            commit(draft, path)
+            rename(draft, path)
         except BaseException:
             draft.unlink(missing_ok=True)
             raise

@@ -70,3 +70,12 @@ def test_the_content_is_durable_before_its_name_and_the_name_before_the_return(t
     monkeypatch.setattr(os, "replace", noted_replace)
     files.write(tmp_path / "state", [b"new"])
     assert events == [f"state.{os.getpid()}.tmp", "rename", tmp_path.name]
+
+
+def test_a_file_that_need_not_be_durable_is_replaced_without_waiting_for_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: pytest.fail("waited for the disk"))
+    path = tmp_path / "report"
+    path.write_bytes(b"old")
+    files.write_unsynced(path, [b"n", memoryview(b"ew")])
+    assert path.read_bytes() == b"new"
+    assert [each.name for each in tmp_path.iterdir()] == ["report"]

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from jaxdist.paramserver.processes.process_world import write_file
+from jaxdist.paramserver.processes.process_world import write_report
 from jaxdist.paramserver.processes.run_folder import HISTORY_NAME
 from jaxdist.paramserver.protocol import effects, journal, messages
 from jaxdist.paramserver.protocol.settings import SCHEDULER, server_shard
@@ -117,7 +117,7 @@ class History:
             "written": self.clock(),
         }
         try:
-            write_file(self.path, [json.dumps(content).encode()])
+            write_report(self.path, [json.dumps(content).encode()])
         except OSError as error:
             if not full_disk.is_full(error):  # the next one holds the same, too
                 raise

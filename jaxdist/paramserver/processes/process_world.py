@@ -69,6 +69,15 @@ def write_file(path: pathlib.Path, parts: Iterable[codec.Buffer]) -> int:
     return files.write(path, parts)
 
 
+def write_report(path: pathlib.Path, parts: Iterable[codec.Buffer]) -> None:
+    """Write a file atomically that outlives this process but need not outlive the machine; make its folder if needed.
+
+    The thread that handles messages writes such files, so it must not wait for the disk.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_unsynced(path, parts)
+
+
 class ProcessWorld:
     """The World of a process of a run. `run` drives a state machine in it.
 

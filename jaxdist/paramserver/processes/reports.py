@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxdist.paramserver.processes.process_world import write_file
+from jaxdist.paramserver.processes.process_world import write_report
 from jaxdist.paramserver.processes.run_folder import CUT_NAME, STATISTICS_NAME, STEPS_NAME, Spec, silent_path
 from jaxdist.paramserver.protocol import effects, journal, messages
 from jaxdist.paramserver.protocol.scheduler.scheduler import Scheduler
@@ -40,7 +40,7 @@ class Statistics:
         counters = {"updates": self.updates, **getattr(self.machine, "counters", {})}
         content = {"counters": counters, "staleness": self.staleness}
         try:
-            write_file(self.path, [json.dumps(content).encode()])
+            write_report(self.path, [json.dumps(content).encode()])
         except OSError as error:
             if not full_disk.is_full(error):
                 raise
@@ -99,10 +99,10 @@ class ReportFiles:
             self._note_members(effect.record.membership)
         elif isinstance(effect, effects.ShowCut):
             path = self.directory / CUT_NAME
-            full_disk.until_written(lambda: write_file(path, encoding.encode(effect.cut)), str(path))
+            full_disk.until_written(lambda: write_report(path, encoding.encode(effect.cut)), str(path))
         elif isinstance(effect, effects.Replace):
             path = silent_path(self.directory, effect.name)
-            full_disk.until_written(lambda: write_file(path, [b""]), str(path))
+            full_disk.until_written(lambda: write_report(path, [b""]), str(path))
 
     def _note_members(self, membership: messages.Membership) -> None:
         before, after = self._members, {member.worker: member.incarnation for member in membership.members}

@@ -42,14 +42,14 @@ def test_each_start_of_a_process_has_counters_of_its_own(tmp_path, monkeypatch):
 
 def test_counters_that_a_full_disk_does_not_take_are_left_to_the_next_time(tmp_path, monkeypatch):
     is_full = [True]
-    write = reports.write_file
+    write = reports.write_report
 
-    def write_file(path, parts):
+    def write_report(path, parts):
         if is_full[0]:
             raise OSError(28, "No space left on device")
         return write(path, parts)
 
-    monkeypatch.setattr(reports, "write_file", write_file)
+    monkeypatch.setattr(reports, "write_report", write_report)
     statistics = reports.Statistics(tmp_path / "counters.json", types.SimpleNamespace(primary=True))
     statistics.observe(applied(1, 0))
     is_full[0] = False
@@ -98,7 +98,7 @@ def test_steps_and_cuts_wait_for_room(tmp_path, open_report, monkeypatch):
 
     monkeypatch.setattr(reports.full_disk.time, "sleep", pauses.append)
     monkeypatch.setattr(reports.files, "append", failing(reports.files.append))
-    monkeypatch.setattr(reports, "write_file", failing(reports.write_file))
+    monkeypatch.setattr(reports, "write_report", failing(reports.write_report))
     report.observe(effects.Committed(3, 16, ()))
     report.observe(effects.GradNorm(3, 0.5))
     cut = journal.Cut(4, "", journal.Trained(4, ()), ())
