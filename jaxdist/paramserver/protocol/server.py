@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
-from jaxdist.paramserver.protocol import effects, messages
+from jaxdist.paramserver.protocol import effects, messages, sums
 from jaxdist.paramserver.protocol.settings import SCHEDULER, Settings, server_shard, shard_file, worker_name
 from jaxdist.paramserver.protocol.shard import Outcome, Shard, ack
 
@@ -44,6 +44,7 @@ class Server:
         self.copied_at = float("-inf")  # when it last acknowledged one of them, or its whole state
         self.early: dict[int, messages.Replicate] = {}  # entries that arrived before an earlier one
         self.held: deque[tuple[int, Outcome]] = deque()  # answers that wait for the backup
+        self.asked: set[object] = set()  # the requests that these answer
         self.transfer: messages.Transfer | None = None  # what the new backup receives before any entry
         self.transfer_at = 0.0
         self.waiting: dict[int, messages.Pull] = {}
@@ -104,7 +105,7 @@ class Server:
             return
         if membership.term == newest:
             if self.primary and self.pending is None:
-                self._submit(messages.NoOp(), Outcome(), now, out, acknowledge_membership=True)
+                self._tell_entered(messages.NoOp(), now, out)
             return
         place = membership.shards[self.number]
         me = (self.name, self.boot)
@@ -167,9 +168,11 @@ class Server:
             self._change_backup(now, out)
         elif place.synced:
             self.transfer = None
-        self._submit(
-            messages.SetMembers(membership.term, membership.members), Outcome(), now, out, acknowledge_membership=True
-        )
+        self._tell_entered(messages.SetMembers(membership.term, membership.members), now, out)
+
+    def _tell_entered(self, entry: messages.Entry, now: float, out: effects.Output) -> None:
+        """Submit `entry`, with which the scheduler is told that this primary has entered the term."""
+        self._submit(entry, Outcome({(messages.Membership, self.term)}), now, out, acknowledge_membership=True)
 
     def _change_backup(self, now: float, out: effects.Output) -> None:
         self.unsent.clear()
@@ -190,14 +193,19 @@ class Server:
         *,
         acknowledge_membership: bool = False,
     ) -> None:
-        """Apply `entry` and copy it to the backup; release its outcome and `extra` once the backup has it."""
+        """Apply `entry` and copy it to the backup; release its outcome and `extra` once the backup has it.
+
+        A request that is repeated while its answer waits for the backup is answered with that one. An entry for each
+        would fill a slow connection to the backup, so that answers wait longer and more requests are repeated.
+        """
+        if extra.requests and extra.requests <= self.asked:
+            return
         outcome = self.shard.apply(entry)
         if isinstance(entry, messages.Push):
             told = Outcome()
             self._tell_staged(told)
             outcome.replies = told.replies + outcome.replies
-        outcome.replies += extra.replies
-        outcome.effects += extra.effects
+        outcome.add(extra)
         if acknowledge_membership:
             outcome.send(SCHEDULER, self._membership_ack())
         if self.waiting and not isinstance(entry, messages.NoOp):
@@ -205,6 +213,7 @@ class Server:
         self.index += 1
         if self._place.backup:
             self.held.append((self.index, outcome))
+            self.asked |= outcome.requests
             record = messages.Replicate(self.number, self.term, self.index, self.shard.chain, entry)
             self.unsent.append((now, record))
             if self.transfer is None:
@@ -231,7 +240,9 @@ class Server:
 
     def _release(self, index: int, out: effects.Output) -> None:
         while self.held and self.held[0][0] <= index:
-            _let_go(self.held.popleft()[1], out)
+            outcome = self.held.popleft()[1]
+            self.asked -= outcome.requests
+            _let_go(outcome, out)
 
     def _replicated(self, answer: messages.Replicated, now: float, out: effects.Output) -> None:
         place = self._place if self.primary else None
@@ -298,11 +309,11 @@ class Server:
         if status in ("staged", "applied"):
             if status == "staged":
                 out.do(effects.Continue(messages.GetReady()))
-            self._submit(push, Outcome(), now, out)
+            self._submit(push, Outcome({(messages.Push, *sums.identity(push))}), now, out)
             return
         if status != "obsolete":
             self.counters["fenced" if status == "fenced" else "duplicates_refused"] += 1
-        refusal = Outcome()
+        refusal = Outcome({(messages.Push, *sums.identity(push))})
         if status == "duplicate":
             self._tell_staged(refusal)
         refusal.send(worker_name(push.worker), ack(push, status))
@@ -342,6 +353,7 @@ class Server:
 
     def _answer(self, pull: messages.Pull, answer: Outcome) -> None:
         shard = self.shard
+        answer.requests.add(pull)
         pulled = messages.Pulled(self.number, pull.worker, pull.incarnation, pull.sequence, shard.version, shard.params)
         answer.send(worker_name(pull.worker), pulled)
         answer.do(effects.Served(self.number, self.term, pull.worker, pull.clock, shard.version, shard.chain))
@@ -354,21 +366,21 @@ class Server:
         if commit.step > self.shard.version:
             whole = self.shard.spelled_out(commit)
             if whole is not None:  # else the scheduler repeats it with its list
-                self._submit(whole, Outcome(), now, out)
+                self._submit(whole, Outcome({(messages.Commit, commit.step)}), now, out)
         else:
-            known = Outcome()
+            known = Outcome({(messages.Commit, commit.step)})
             known.send(SCHEDULER, messages.CommitAck(self.number, self.shard.version, self.shard.squares))
             self._submit(messages.NoOp(), known, now, out)
 
     def _finish(self, finish: messages.Finish, now: float, out: effects.Output) -> None:
         if self.primary and finish.term == self.term:
-            self._submit(finish, Outcome(), now, out)
+            self._submit(finish, Outcome({(messages.Finish, finish.step)}), now, out)
 
     def _read(self, read: messages.Read, now: float, out: effects.Output) -> None:
         if not self.primary or read.term != self.term:
             return
         shard = self.shard
-        answer = Outcome()
+        answer = Outcome({read})
         content = messages.ReadAnswer(
             read.term, self.number, read.number, shard.version, shard.chain, shard.params, shard.opt_state
         )

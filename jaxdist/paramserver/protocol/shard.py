@@ -45,7 +45,20 @@ class Updater(Protocol):
 
 
 class Outcome(effects.Output):
-    """The replies and effects of a log entry, held back until the backup has the entry."""
+    """The replies and effects of a log entry, held back until the backup has the entry.
+
+    `requests` name what they answer: anything that two copies of a request have in common, and no others.
+    """
+
+    def __init__(self, requests: set[object] | None = None) -> None:
+        super().__init__()
+        self.requests = requests or set()
+
+    def add(self, other: "Outcome") -> None:
+        """Add what `other` holds."""
+        self.replies += other.replies
+        self.effects += other.effects
+        self.requests |= other.requests
 
 
 def _extend(chain: int, contributors: Sequence[messages.Contributor], version: int) -> int:

@@ -90,6 +90,7 @@ class Simulation:
         self.timeline = SeededTime(seed)
         self.rng = self.timeline.rng
         self.events: list[Event] = []
+        self._heard_at: dict[str, float] = {}  # when the last heartbeat of a process reached the scheduler
         self.disk = Disk(self.timeline, faults, hardware)
         names = [SCHEDULER, *succession.server_names(settings), *map(worker_name, range(settings.workers))]
         self.processes = {name: SimulatedProcess(name, self) for name in names}
@@ -203,7 +204,10 @@ class Simulation:
         return victims
 
     def _servers_whole(self) -> bool:
-        """Return whether the loss of any one server loses nothing: every shard has two full copies."""
+        """Return whether the loss of any one server loses nothing: every shard has two full copies.
+
+        A copy that the scheduler has not heard for a while counts as lost: it may be about to be dropped for the other.
+        """
         if not self.settings.replicated:
             return True
         scheduler = self.processes[SCHEDULER].machine
@@ -212,8 +216,10 @@ class Simulation:
             return False
         boots = {name: boot for place in state.membership.shards for name, boot in _both(place)}
         servers = [p for p in self.processes.values() if server_shard(p.name) is not None]
+        recent = self.now - self.settings.timers.dead_after / 2
         return all(
             p.is_reading()
+            and self._heard_at.get(p.name, 0.0) > recent
             and p.name in state.processes
             and boots.get(p.name) == p.machine.boot
             and p.machine.term == state.membership.term
@@ -282,6 +288,8 @@ class Simulation:
 
     def note(self, process: str, what: Any) -> None:
         """Keep an event for the checker."""
+        if isinstance(what, world.Waits) and process == SCHEDULER:
+            self._heard_at[what.message.name] = self.now
         self.events.append(Event(self.now, process, getattr(self.processes[process].machine, "boot", 0), what))
 
     def computed(self, effect: effects.Compute, worker: int) -> tuple[messages.Computed, float]:

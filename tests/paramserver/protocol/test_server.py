@@ -74,6 +74,26 @@ def test_an_answer_waits_for_the_backup():
     assert kinds(deliver(first, second, sent)) == ["PushAck"]
 
 
+def _requests():
+    """Return requests by name; the last pull waits for the push, which answers it."""
+    pull, later = (messages.Pull(0, 0, 1, 2, version, 0) for version in (0, 1))
+    pushed, asked = {"push": [push(1)], "pull and push": [later, push(1)]}, {"pull": [pull]}
+    return pushed | asked | {"read": [messages.Read(1, 0, 1)], "membership": [membership(1)]}
+
+
+@pytest.mark.parametrize("what", _requests())
+def test_a_request_that_is_repeated_while_its_answer_waits_for_the_backup_needs_no_second_entry(what):
+    """Or else a slow connection fills with entries, answers wait longer, and more requests are repeated."""
+    first, second = pair()
+    asked = _requests()[what]
+    sent = tell(first, *asked)
+    assert kinds(sent) == ["Replicate"]
+    assert tell(first, *asked) == []
+    answers = deliver(first, second, sent)
+    assert len(answers) == len(asked)
+    assert len(deliver(first, second, tell(first, *asked))) == len(asked)  # the answers may have been lost
+
+
 def test_without_a_backup_an_answer_leaves_at_once():
     one = server(PRIMARY, durability="snapshot")
     tell(one, membership(1, backup=""))

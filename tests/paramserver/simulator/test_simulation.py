@@ -16,7 +16,7 @@ from jaxdist.paramserver.protocol import messages
 from jaxdist.paramserver.protocol.scheduler.scheduler import Scheduler
 from jaxdist.paramserver.protocol.server import Server
 from jaxdist.paramserver.protocol.settings import Timers
-from jaxdist.paramserver.simulator import CALM, FAST, Faults, Roles, Simulation
+from jaxdist.paramserver.simulator import CALM, FAST, Faults, Roles, Simulation, Stuck
 
 
 def play(seed, **instead):
@@ -207,6 +207,25 @@ def test_a_lost_shard_without_durability_ends_the_run_and_says_so():
     ends = {(event.what.reason) for event in checker.named(run.events, "Exit")}
     assert ends == {"error"}
     assert any("there is no saved cut" in event.what.text for event in checker.named(run.events, "Warn"))
+
+
+def test_no_server_is_killed_while_the_other_copy_of_its_shard_is_cut_off():
+    """The scheduler may just be dropping that one for the one that is killed: then both copies are lost."""
+    run = Simulation(
+        seed=1,
+        settings=settings(**{**planted.REPLICATED, "servers": 1, "max_steps": 200}),
+        faults=CALM,
+        params=workload.initial_params(1),
+        gradient=workload.gradient,
+        make_updater=workload.Momentum,
+    )
+    with pytest.raises(Stuck):
+        run.run(patience=1.0)
+    assert {"server/0/a", "server/0/b"} <= {process.name for process in run._victims()}
+    run.network.isolate("server/0/a", 1.0, breaks=False)
+    while run.now < 1.4:
+        run.timeline.step()
+    assert not any(process.name.startswith("server") for process in run._victims())
 
 
 def test_the_rules_are_all_exercised():

@@ -29,9 +29,8 @@ def _read_due(state: SchedulerState) -> bool:
 
 
 def take(state: SchedulerState, now: float, out: Output) -> None:
-    """Begin the cut that is due, or end the run, if no push can be in flight."""
-    quiet = state.last_commit is None if isinstance(state.lease_table, StepLeases) else not state.lease_table.out
-    if not quiet:
+    """Begin the cut that is due, or end the run, once no shard can change."""
+    if not _is_quiet(state):
         return
     if _save_due(state):
         if not state.saving:
@@ -45,6 +44,17 @@ def take(state: SchedulerState, now: float, out: Output) -> None:
             _order_reads(state, out)
     else:
         ending.end(state, state.end_reason(), now, out)
+
+
+def _is_quiet(state: SchedulerState) -> bool:
+    """Return whether every update is on all shards, and none can follow without another lease.
+
+    Workers may hold leases although a cut is due: a scheduler that gave up a cut, granted them and was started again
+    does not know that it gave up.
+    """
+    if isinstance(state.lease_table, StepLeases) and state.halted:
+        return state.last_commit is None  # no step is committed any more
+    return state.last_commit is None and not state.lease_table.is_under_way()
 
 
 def repeat(state: SchedulerState, out: Output) -> None:

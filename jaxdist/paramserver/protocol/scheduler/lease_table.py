@@ -68,6 +68,10 @@ class StepLeases:
         """Return whether no lease can be granted now."""
         return self._next_free() is None and (not self.settings.backup_workers or not self.missing)
 
+    def is_under_way(self) -> bool:
+        """Return whether the step can be committed without another lease: every slice has a push or a holder."""
+        return self._next_free() is None
+
     def _next_free(self) -> int | None:
         while self.free and (self.holders[self.free[0]] or self.free[0] in self.done):
             heapq.heappop(self.free)
@@ -181,6 +185,10 @@ class BatchLeases:
     def is_idle(self) -> bool:
         """Return whether no lease can be granted now."""
         return self.next_step() is None
+
+    def is_under_way(self) -> bool:
+        """Return whether a batch may be trained without another lease."""
+        return bool(self.out)
 
     def pick(self, worker: int, may_copy: MayCopy = lambda holders: True) -> Lease | None:
         """Lease the next batch to `worker` and return it; a batch is never leased twice at once."""

@@ -1,5 +1,7 @@
 """The cuts stage: no lease while one is due, what it leaves on disk, and a log that stays short."""
 
+import dataclasses
+
 import stages
 
 from jaxdist.paramserver.protocol import messages
@@ -31,6 +33,34 @@ def test_a_cut_that_cannot_be_written_is_named_and_the_one_before_stays():
     assert "No space left on device" in stages.named(done, "Warn")[0].text
     assert cast.state.saved_cut == before
     assert not cast.state.saving
+
+
+def test_a_cut_that_was_given_up_waits_after_a_restart_for_the_step_that_is_under_way():
+    """The log does not say that it was given up. A commit during the cut would make it one of two steps at once."""
+    cast = saving(workers=2)
+    for number in (0, 1):
+        cast.ask(number)
+    for _ in range(2):
+        for number in (0, 1):
+            cast.finish(number, cast.state.workers[number].lease, sequence=cast.state.workers[number].sequence)
+        cast.applied(cast.state.step)
+    cast.tell(messages.CutSaved(1, cast.state.saving, 0, "No space left on device"))
+    leases = [cast.state.workers[number].lease for number in (0, 1)]
+    back = cast.restarted()
+    back.tick()
+    back.enter_term()
+    back.applied(2)
+    for number, lease in enumerate(leases):
+        beat = dataclasses.replace(back.beat(f"worker/{number}"), sequence=3, lease=lease)
+        back.tell(beat)
+    assert not back.state.saving
+    back.finish(0, leases[0], sequence=3)
+    assert not back.state.saving
+    back.tell(messages.Died("worker/1", 1))
+    back.enter_term()
+    assert back.state.saving  # the step cannot be finished without another lease
+    back.save_cut()
+    assert back.state.saved_cut[1] == Trained(2, ())
 
 
 def test_the_log_is_replaced_at_every_cut_and_says_the_same():
