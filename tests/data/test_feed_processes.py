@@ -83,7 +83,7 @@ def expected_steps(sharded):
     ("processes", "axes", "sharded", "num_workers"),
     [
         (2, {"data": 4}, False, 2),
-        (4, {"data": 4}, False, 0),
+        pytest.param(4, {"data": 4}, False, 0, marks=pytest.mark.slow),
         (2, {"model": 2, "data": 2}, False, 0),  # every process holds the whole batch
         (2, {"data": 2, "model": 2}, True, 0),
     ],

@@ -92,10 +92,10 @@ def opened(address: str) -> Iterator[Any]:
         yield file
 
 
-def list_folder(address: str, pattern: str) -> list[str]:
-    """Return the addresses of the files in a folder that match `pattern`, sorted; those that an address with * matches.
+def list_folder(address: str, *patterns: str) -> list[str]:
+    """Return the addresses of the files in a folder that match one of `patterns`, sorted.
 
-    A file is its own only entry.
+    A file is its own only entry. An address with * means the files that match it.
     """
     if "*" in address:
         found = _attempt(address, lambda system, path: [_full(system, each) for each in system.glob(path)])
@@ -105,11 +105,12 @@ def list_folder(address: str, pattern: str) -> list[str]:
         def matching(system: Any, path: str) -> list[str]:
             if not system.isdir(path) or system.isfile(path):
                 return [address]
-            return [_full(system, each) for each in system.glob(f"{path.rstrip('/')}/{pattern}")]
+            beginning = path.rstrip("/")
+            return [_full(system, each) for pattern in patterns for each in system.glob(f"{beginning}/{pattern}")]
 
         found = _attempt(folder, matching)
     if not found:
-        raise ValueError(f"No file matches {pattern if '*' not in address else address} in {address}.")
+        raise ValueError(f"No file matches {' or '.join(patterns) if '*' not in address else address} in {address}.")
     return sorted(found)
 
 

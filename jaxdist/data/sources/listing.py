@@ -1,5 +1,6 @@
 """Files: listing them, and reading one."""
 
+import fnmatch
 import os
 import pathlib
 import posixpath
@@ -15,31 +16,53 @@ PREPARED = "prepared.json"
 _SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "eval", "dev", "holdout"}
 
 
-def find_files(paths: str | os.PathLike | Sequence[str | os.PathLike], pattern: str) -> list[str]:
-    """Return the paths as a list; a folder means its files that match `pattern`, sorted by name.
+_LEFT_BEHIND = ("~", ".bak", ".orig", ".tmp", ".swp", ".part", ".crdownload")
+"""How names of copies and unfinished files end, which would give examples twice or in part."""
+
+
+def find_files(paths: str | os.PathLike | Sequence[str | os.PathLike], *patterns: str) -> list[str]:
+    """Return the paths as a list; a folder means its files that match one of `patterns`, sorted by name.
 
     Of an address such as s3://bucket/x, the copies in the cache are returned, which are kept while this process lives.
     """
     listed = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     found: list[str] = []
     for path in map(addresses.without_file_protocol, listed):
-        found += _find_copies(path, pattern) if addresses.is_address(path) else find_local_files(path, pattern)
+        found += _find_copies(path, *patterns) if addresses.is_address(path) else find_local_files(path, *patterns)
     if not found:
-        raise ValueError(f"No file matches {pattern} in {', '.join(map(str, listed)) or 'an empty list of paths'}.")
+        where = ", ".join(map(str, listed)) or "an empty list of paths"
+        raise ValueError(f"No file matches {' or '.join(patterns)} in {where}.")
     return found
 
 
-def find_local_files(path: str, pattern: str) -> list[str]:
-    """Return a file, or the files of a folder that match `pattern`; ValueError where it does not exist."""
+def find_local_files(path: str, *patterns: str) -> list[str]:
+    """Return a file, or the files of a folder that match one of `patterns`, in capitals too.
+
+    Raises:
+      ValueError: it does not exist, or such files are also in folders below, and would be left out.
+    """
     named = pathlib.Path(path)
     if not named.exists():
         raise ValueError(f"No such file or folder: {path}.")
-    matching = [file for file in named.glob(pattern) if not is_hidden(file.name)] if named.is_dir() else [named]
-    return sorted(map(str, matching))
+    if not named.is_dir():
+        return [str(named)]
+    here: list[str] = []
+    below: list[str] = []
+    for folder, folders, names in os.walk(named):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        shown = [name for name in names if not is_hidden(name) and not name.endswith(_LEFT_BEHIND)]
+        matching = [name for name in shown if any(fnmatch.fnmatchcase(name.lower(), each) for each in patterns)]
+        (here if folder == str(named) else below).extend(os.path.join(folder, name) for name in matching)
+    if here and below:
+        raise ValueError(
+            f"{path} holds {len(here)} files {' or '.join(patterns)}, and {len(below)} in folders below it, such as "
+            f"{min(below)}, would be left out. Name each folder that counts, or move the others elsewhere."
+        )
+    return sorted(here)
 
 
-def _find_copies(address: str, pattern: str) -> list[str]:
-    return [file_cache.of_process().pin(each) for each in addresses.list_folder(address, pattern)]
+def _find_copies(address: str, *patterns: str) -> list[str]:
+    return [file_cache.of_process().pin(each) for each in addresses.list_folder(address, *patterns)]
 
 
 def file_beside(paths: str | os.PathLike | Sequence[str | os.PathLike], name: str) -> pathlib.Path | None:

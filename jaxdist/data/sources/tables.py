@@ -69,17 +69,18 @@ def csv_source(
       ValueError: a column that is missing, or one that holds something other than numbers and is not a category.
       CorruptExample: a row with more cells than the header, or with fewer unless `short_rows` says otherwise.
     """
-    files = find_files(paths, "*.csv*")
+    files = find_files(paths, "*.csv", *(f"*.csv{suffix}" for suffix in _COMPRESSIONS))
     given = dict(categories) if isinstance(categories, Mapping) else dict.fromkeys(categories)
     if short_rows not in ("refuse", "fill"):
         raise ValueError(f"short_rows is 'refuse' or 'fill'; got {short_rows!r}.")
     style = _Style(delimiter, names, comment, encoding, short_rows == "fill", skip_lines)
     tables = [_read(path, given, style) for path in files]
-    table = _joined(tables, files)
+    known = tables[0].column_names
     for name in [*(columns or ()), *given]:
-        if name not in table.column_names:
-            raise ValueError(f"{files[0]} has no column {name!r}; its columns are {table.column_names}.")
-    wanted = [name for name in table.column_names if columns is None or name in columns or name in given]
+        if name not in known:
+            raise ValueError(f"{files[0]} has no column {name!r}; its columns are {known}.")
+    wanted = [name for name in known if columns is None or name in columns or name in given]
+    table = _joined(tables, files, wanted)
     arrays, vocabulary = {}, {}
     for name in wanted:
         if name in given:
@@ -327,13 +328,24 @@ def _as_integers(name: str, texts: Sequence[str], floats: Any) -> Any:
     return pyarrow.array(numbers, pyarrow.int64() if high < 2**63 else pyarrow.uint64())
 
 
-def _joined(tables: Sequence[Any], files: Sequence[str]) -> Any:
-    """Return the rows of all tables; ValueError where a file has other columns than the first."""
-    names = tables[0].column_names
+def _joined(tables: Sequence[Any], files: Sequence[str], wanted: Sequence[str]) -> Any:
+    """Return some columns of all tables; ValueError where a file has other columns, or one of another kind."""
+    pyarrow, names = extras.require("pyarrow"), tables[0].column_names
     for table, path in zip(tables, files):
         if table.column_names != names:
             raise ValueError(f"{path} has the columns {table.column_names}, {files[0]} has {names}.")
-    return extras.require("pyarrow").concat_tables(tables, promote_options="permissive")
+    chosen = [table.select(wanted) for table in tables]
+    try:
+        return pyarrow.concat_tables(chosen, promote_options="permissive")
+    except pyarrow.ArrowTypeError as error:
+        found = {
+            name: {str(table.schema.field(name).type): path for table, path in zip(chosen, files)} for name in wanted
+        }
+        mixed = {name: kinds for name, kinds in found.items() if len(kinds) > 1 and kinds.keys() & {"string", "bool"}}
+        raise ValueError(
+            f"Columns have numbers in one file and something else in another: {mixed}. Leave them out of `columns`, or "
+            "name them in `categories`."
+        ) from error
 
 
 def _numbers(name: str, column: Any, missing: float | None, files: Sequence[str]) -> np.ndarray:

@@ -135,6 +135,24 @@ def _headline(views: Mapping[int, View], culprits: Sequence[int]) -> str:
     return f"{holds}; {wait}."
 
 
+class OwnTime:
+    """A clock that stands while this process does: of the time since its last reading, at most `most_seconds` count.
+
+    So a job that was stopped with Ctrl-Z and continues, or that another program kept from the cores, does not hang.
+    """
+
+    def __init__(self, most_seconds: float, *, clock: Callable[[], float] = time.monotonic):
+        self._most_seconds, self._clock = most_seconds, clock
+        self._read_at, self._seconds = clock(), 0.0
+
+    def __call__(self) -> float:
+        """Return the seconds that count."""
+        now = self._clock()
+        self._seconds += min(now - self._read_at, self._most_seconds)
+        self._read_at = now
+        return self._seconds
+
+
 class ReportClock:
     """Keeps how long ago each process last reported, and last reported something new, by this process's own clock."""
 
@@ -221,7 +239,7 @@ class Watchdog:
         self._writer.write(*self._where())
 
     def _run(self) -> None:
-        observer = ReportClock(self._num_processes)
+        observer = ReportClock(self._num_processes, clock=OwnTime(10 * self._every_seconds))
         # On a busy machine a thread may report seconds late; a stopped process never reports.
         silence_seconds = max(10 * self._every_seconds, self._limits.hang_seconds / 2)
         while not self._stopped.is_set():

@@ -143,7 +143,7 @@ def test_the_exif_orientation_is_applied(kind, orientation):
     assert kind == "TIFF" or plain.shape == (12, 9, 3)
 
 
-@hypothesis.settings(deadline=None)
+@hypothesis.settings(max_examples=40, deadline=None)
 @hypothesis.given(st.integers(0, 9), st.integers(0, 3), st.binary(max_size=40))
 def test_the_exif_orientation_of_a_jpeg_is_found_behind_other_segments_and_fill_bytes(place, num_fill, comment):
     exif = Image.Exif()

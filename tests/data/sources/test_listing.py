@@ -20,6 +20,28 @@ def test_files_are_found_by_pattern_in_folders_and_taken_as_given_otherwise(tmp_
         find_files(tmp_path, "*.npy")
 
 
+def test_files_of_a_folder_count_in_capitals_but_not_as_copies_and_are_not_left_out_below_it(tmp_path):
+    for name in (
+        "a.csv",
+        "B.CSV",
+        "c.csv.gz",
+        "a.csv~",
+        "a.csv.bak",
+        "d.csv.tmp",
+        "e.csv.old",
+        ".x/f.csv",
+        "sub/g.txt",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    found = find_files(tmp_path, "*.csv", "*.csv.gz")
+    assert [os.path.basename(path) for path in found] == ["B.CSV", "a.csv", "c.csv.gz"]
+    (tmp_path / "sub" / "h.csv").write_text("x")
+    with pytest.raises(ValueError, match=r"1 in folders below it, such as .*sub/h\.csv"):
+        find_files(tmp_path, "*.csv", "*.csv.gz")
+    assert find_files(tmp_path / "sub", "*.csv") == [str(tmp_path / "sub" / "h.csv")]
+
+
 def test_a_file_is_read_whole_or_is_corrupt(tmp_path):
     (tmp_path / "x").write_bytes(b"abc" * 1000)
     assert read_file(str(tmp_path / "x")) == b"abc" * 1000

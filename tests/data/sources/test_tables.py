@@ -233,3 +233,12 @@ def test_a_header_of_another_width_and_lines_above_it_are_skipped_where_asked(tm
     assert_pandas(path, csv_source(path, names=names, skip_lines=1), names=names, skiprows=1)
     path = write(tmp_path / "notes.csv", "Source: a survey\n\nx,y\n1,2\n")
     assert_pandas(path, csv_source(path, skip_lines=2), skiprows=2)
+
+
+def test_a_column_that_is_texts_in_one_file_is_refused_where_it_counts_and_only_there(tmp_path):
+    for number, other in enumerate(("7", "see page 7", "True")):
+        write(tmp_path / f"{number}.csv", f"x,other\n{number},{other}\n")
+    with pytest.raises(ValueError, match=r"'string': '.*1\.csv'"):
+        csv_source(tmp_path)
+    assert csv_source(tmp_path, columns=["x"]).arrays["x"].tolist() == [0, 1, 2]
+    assert csv_source(tmp_path, categories=["other"]).vocabulary["other"] == ("7", "True", "see page 7")

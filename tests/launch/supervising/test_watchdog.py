@@ -103,6 +103,17 @@ def test_the_observer_measures_by_its_own_clock():
     assert observer.views() == {0: view(2, "input", 0.0, 0.0)}
 
 
+@given(st.lists(st.floats(0, 9), max_size=20), st.integers(0, 20))
+def test_the_time_in_which_a_process_was_stopped_is_no_hang(gaps, when):
+    now = [7.0]
+    observer = watchdog.ReportClock(1, clock=watchdog.OwnTime(5.0, clock=lambda: now[0]))
+    observer.note(0, board.ProcessReport(1, "compute", 1))
+    for beat, gap in enumerate([*gaps[:when], 3600.0, *gaps[when:]], 2):
+        now[0] += gap
+        observer.note(0, board.ProcessReport(1, "compute", beat))
+    assert observer.views()[0].same_seconds == pytest.approx(5.0 + sum(min(gap, 5.0) for gap in gaps))
+
+
 def test_the_thread_reports_for_its_process_and_says_when_it_is_done(tmp_path):
     asked = threading.Semaphore(0)
 
