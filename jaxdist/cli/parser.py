@@ -222,12 +222,12 @@ def _add_verify(command: argparse.ArgumentParser) -> None:
 
 def _add_chaos(command: argparse.ArgumentParser) -> None:
     _add_experiment(command)
-    command.add_argument("--processes", type=_positive, default=2, metavar="P", help="processes (default 2)")
-    command.add_argument("--kills", type=int, default=5, metavar="N", help="processes to kill (default 5)")
-    command.add_argument("--stops", type=int, default=1, metavar="N", help="processes to stop (default 1)")
-    command.add_argument("--starves", type=int, default=1, metavar="N", help="processes to deny the disk (default 1)")
-    command.add_argument("--joins", type=int, default=0, metavar="N", help="how often processes join (default 0)")
-    command.add_argument("--leaves", type=int, default=0, metavar="N", help="how often processes leave (default 0)")
+    command.add_argument("--processes", type=_positive, metavar="P", help="processes (default 2)")
+    command.add_argument("--kills", type=_whole, default=5, metavar="N", help="processes to kill (default 5)")
+    command.add_argument("--stops", type=_whole, default=1, metavar="N", help="processes to stop (default 1)")
+    command.add_argument("--starves", type=_whole, default=1, metavar="N", help="how many to deny the disk (default 1)")
+    command.add_argument("--joins", type=_whole, default=0, metavar="N", help="how often processes join (default 0)")
+    command.add_argument("--leaves", type=_whole, default=0, metavar="N", help="how often processes leave (default 0)")
     command.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the plan (default 0)")
     command.add_argument("--directory", type=pathlib.Path, metavar="DIR", help="for both runs (default: a new one)")
     command.add_argument("--json", action="store_true", help="print the result as one JSON object")

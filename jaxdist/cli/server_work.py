@@ -1,19 +1,23 @@
-"""The work of `jaxdist train` by a parameter server, apart from the rest: it needs the extra `paramserver`."""
+"""The work of `jaxdist train` and `chaos` by a parameter server, apart from the rest: it needs an extra."""
 
 import argparse
+import functools
+from collections.abc import Callable
 
 from jaxdist import errors
 from jaxdist.cli import remote_runs, selected_experiment, train_work
+from jaxdist.cli.commands import chaos_command
+from jaxdist.config.experiment import Experiment
+from jaxdist.config.overrides import override
 from jaxdist.launch.signals import StopRequest
-from jaxdist.paramserver.run import start
+from jaxdist.paramserver.run import served_job, start
 from jaxdist.run import components, directory
 from jaxdist.rundir import record
 
 
 def train(options: argparse.Namespace, request: StopRequest, identity: components.Identity | None = None) -> int:
     """Start the scheduler, servers and workers of a parameter server; `--devices` counts those of each worker."""
-    if options.processes:
-        raise errors.UserError("A parameter server has ps.workers and ps.servers; leave --processes out.")
+    check_processes(options)
     for name in ("profile", "fast_dev_run", "overfit_batch"):
         if getattr(options, name, None):
             raise errors.UserError(
@@ -39,3 +43,25 @@ def train(options: argparse.Namespace, request: StopRequest, identity: component
         )
         made = start.train(settings)
     return train_work.report(made, run_dir, as_json=options.json)
+
+
+def chaos(options: argparse.Namespace, experiment: Experiment, compare: Callable[..., int]) -> int:
+    """Compare an undisturbed run with one whose processes, of every role, are killed; return the exit status."""
+    check_processes(options)
+    given = {each.partition("=")[0] for each in options.assignments}
+    before = [f"{name}={value}" for name, value in served_job.SETTINGS.items() if name not in given]
+    names = served_job.names_of(override(experiment, before))
+    return compare(
+        options,
+        experiment,
+        chaos_command.command(options, before=before),
+        num_processes=len(names),
+        num_changing=experiment.ps.workers,
+        make_job=functools.partial(served_job.ServedJob, names=names),
+    )
+
+
+def check_processes(options: argparse.Namespace) -> None:
+    """Raise UserError if processes are counted that are not all of one kind."""
+    if options.processes:
+        raise errors.UserError("A parameter server has ps.workers and ps.servers; leave --processes out.")

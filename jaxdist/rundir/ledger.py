@@ -44,7 +44,7 @@ class LedgerError(ValueError):
 
 
 class Recorder:
-    """Writes the ledger; on process 0 only, since all processes train on parts of one batch.
+    """Writes the ledger; in one process only, since all processes train on parts of one batch.
 
     Args:
       run_dir: the directory of ledger.txt; an existing file is appended to.
@@ -58,14 +58,19 @@ class Recorder:
         self._file = os.open(run_dir / FILE_NAME, flags, 0o644)
         self._lines = full_disk.Backlog[bytearray](self._write, FILE_NAME)
         self._epoch, self._position = (place.epoch, place.position) if place else (0, 0)
+        self._step = step
         # The line break ends what an earlier process may have left half-written.
         self._lines.add(bytearray(f"\nfrom {step}\n".encode()))
 
     def add(self, step: int, place: EpochPosition) -> None:
         """Add the line of a step; `place` is the position in the data after it."""
-        begin = self._position if place.epoch == self._epoch else 0
-        self._lines.add(bytearray(f"{step} {place.epoch} {begin} {place.position}\n".encode()))
-        self._epoch, self._position = place.epoch, place.position
+        self.add_range(step, place.epoch, self._position if place.epoch == self._epoch else 0, place.position)
+
+    def add_range(self, step: int, epoch: int, begin: int, end: int) -> None:
+        """Add the line of a step that trained on the positions [begin, end); an earlier step discards what follows."""
+        line = "" if step > self._step else f"from {step - 1}\n"
+        self._lines.add(bytearray(f"{line}{step} {epoch} {begin} {end}\n".encode()))
+        self._step, self._epoch, self._position = step, epoch, end
 
     def _write(self, line: bytearray) -> None:
         while line:  # what was written of it before the disk was full is not written again

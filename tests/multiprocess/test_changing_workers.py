@@ -1,5 +1,6 @@
 """Real processes: workers that join and leave a parameter server, and a lost machine, leave the bits as they are."""
 
+import json
 import os
 import pathlib
 import signal
@@ -97,6 +98,22 @@ def test_workers_join_and_leave_in_every_way(request, tmp_path, commands, mode):
         assert found.params_sha256 == request.getfixturevalue("calm").params_sha256
     else:
         assert found.examples_seen == steps // 4 * tiny_experiment.NUM_TRAIN
+
+
+def test_processes_of_every_role_are_struck_and_workers_change(tmp_path, commands):
+    counts = ["--kills", "4", "--stops", "1", "--starves", "0", "--joins", "1", "--leaves", "1", "--seed", "2"]
+    chaos = commands.start(
+        *COMMAND, "chaos", tiny_experiment.__file__, "--strategy", "parameter-server", *counts, "--json", "--directory",
+        str(tmp_path / "both"), "--max-steps", str(STEPS), "--set", "eval.every_steps=50000",
+        "checkpoints.every_steps=500", "log_every=500",
+    )  # fmt: skip
+    assert chaos.wait() == 0, commands.said(chaos)
+    report = json.loads(commands.said(chaos))
+    assert report["identical"]
+    assert report["ledger"] == "exact"
+    assert {"worker/0", "worker/1", "server/0/a", "server/0/b"} & set(report["struck"]), report
+    assert report["restarts"] >= report["strikes"]["kill"]
+    assert "timeline.svg" in os.listdir(tmp_path / "both" / "disturbed")
 
 
 def test_the_processes_of_a_machine_that_is_lost_run_on_the_other(tmp_path, commands, calm):

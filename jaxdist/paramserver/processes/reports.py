@@ -13,6 +13,7 @@ from jaxdist.paramserver.protocol import effects, journal, messages
 from jaxdist.paramserver.protocol.scheduler.scheduler import Scheduler
 from jaxdist.paramserver.wire import encoding
 from jaxdist.rundir import files, full_disk
+from jaxdist.rundir import ledger as ledger_file
 
 _STATISTICS_SECONDS = 0.5
 
@@ -53,13 +54,19 @@ def statistics_of(name: str, spec: Spec, machine: Any) -> Statistics:
 
 
 class ReportFiles:
-    """Writes the files of the scheduler for the observer: one line per step, and the params of a cut.
+    """Writes the files of the scheduler for the observer: one line per step, and the params of a cut; and the ledger.
 
     On a full disk it waits for room, as the log of the scheduler does.
+
+    Args:
+      directory: folder of the run.
+      ledger: whether to record the examples of each step in the run directory.
     """
 
-    def __init__(self, directory: pathlib.Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: pathlib.Path, *, ledger: bool = False) -> None:
+        self.directory, self._keeps_ledger = directory, ledger
+        self._recorder: ledger_file.Recorder | None = None
+        self._leases: Sequence[messages.Lease] = ()  # of the step whose record was logged last
         self._steps = (directory / STEPS_NAME).open("a+b", buffering=0)
         self._members: dict[int, int] | None = None  # worker -> incarnation
         self._step = 0
@@ -71,17 +78,20 @@ class ReportFiles:
         self._step = machine.state.step
         kinds = (journal.CommitRecord, journal.CompleteRecord, journal.MembershipRecord)
         last = next((record for record in reversed(records) if isinstance(record, kinds)), None)
-        if isinstance(last, journal.CommitRecord):
-            leases = [push.lease for push in last.contributors]
-        elif isinstance(last, journal.CompleteRecord):
-            leases = [last.contributor.lease]
-        else:
+        self._leases = _leases_of(last)
+        if self._keeps_ledger:
+            # The line of the last step may be missing; it is written again, which discards the first.
+            step = machine.state.step - bool(self._leases)
+            self._recorder = ledger_file.Recorder(self.directory.parent, step=step)
+        if not self._leases:
             return
         self._steps.seek(0)
         rows = [json.loads(line) for line in self._steps if line.endswith(b"\n")]
         reported = [row["step"] for row in rows if "workers" not in row]
-        if reported[-1:] != [machine.state.step]:
-            examples = sum(lease.stop - lease.start for lease in leases)
+        if reported[-1:] == [machine.state.step]:
+            self._record(machine.state.step)
+        else:
+            examples = sum(lease.stop - lease.start for lease in self._leases)
             empty = machine.state.empty_step == machine.state.step
             self.observe(effects.Committed(machine.state.step, examples, (), empty))
 
@@ -89,20 +99,29 @@ class ReportFiles:
         """Write a step, a change of the workers, a cut, or the name of a silent process."""
         if isinstance(effect, effects.Committed):
             self._step = effect.step
+            self._record(effect.step)
             metrics = {m.name: m.total / m.count for m in effect.metrics if m.count}
             row = {"step": effect.step, "examples": effect.examples, "metrics": metrics, "time": time.time()}
             row |= {"empty": True} if effect.empty else {}
             self._add(row)
         elif isinstance(effect, effects.GradNorm):
             self._add({"step": effect.step, "grad_norm": effect.norm})
-        elif isinstance(effect, effects.Append) and isinstance(effect.record, journal.MembershipRecord):
-            self._note_members(effect.record.membership)
+        elif isinstance(effect, effects.Append):
+            self._leases = _leases_of(effect.record) or self._leases
+            if isinstance(effect.record, journal.MembershipRecord):
+                self._note_members(effect.record.membership)
         elif isinstance(effect, effects.ShowCut):
             path = self.directory / CUT_NAME
             full_disk.until_written(lambda: write_report(path, encoding.encode(effect.cut)), str(path))
         elif isinstance(effect, effects.Replace):
             path = silent_path(self.directory, effect.name)
             full_disk.until_written(lambda: write_report(path, [b""]), str(path))
+
+    def _record(self, step: int) -> None:
+        """Record the examples of a step: one line, as the slices of a step follow one another."""
+        if self._recorder is not None:
+            for epoch, start, stop in ranges(self._leases):
+                self._recorder.add_range(step, epoch, start, stop)
 
     def _note_members(self, membership: messages.Membership) -> None:
         before, after = self._members, {member.worker: member.incarnation for member in membership.members}
@@ -113,3 +132,20 @@ class ReportFiles:
     def _add(self, row: Mapping[str, Any]) -> None:
         data = (json.dumps(row) + "\n").encode()
         full_disk.until_written(lambda: files.append(self._steps.fileno(), data), STEPS_NAME)
+
+
+def _leases_of(record: messages.Message | None) -> list[messages.Lease]:
+    """Return the leases of the step that a record of the log commits; [] for other records."""
+    if isinstance(record, journal.CommitRecord):
+        return [push.lease for push in record.contributors]
+    return [record.contributor.lease] if isinstance(record, journal.CompleteRecord) else []
+
+
+def ranges(leases: Sequence[messages.Lease]) -> list[tuple[int, int, int]]:
+    """Return the epoch and the positions [start, stop) of leases; of leases that follow one another, one range."""
+    found: list[tuple[int, int, int]] = []
+    for lease in leases:
+        follows = bool(found) and (found[-1][0], found[-1][2]) == (lease.epoch, lease.start)
+        start = found.pop()[1] if follows else lease.start
+        found.append((lease.epoch, start, lease.stop))
+    return found

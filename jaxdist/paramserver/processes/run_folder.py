@@ -80,6 +80,7 @@ class Spec:
       kind: how the optimizer runs on shards (see `optimizer_kind`).
       data: fingerprint of the training data, for workers that join later; empty if it is not compared.
       door: where processes that join connect to: the name of a socket of this machine, and `host:port` or "".
+      ledger: whether the scheduler records the examples of each step (`rundir.ledger`).
     """
 
     attempt: str
@@ -93,6 +94,7 @@ class Spec:
     kind: str
     data: str = ""
     door: tuple[str, str] = ("", "")
+    ledger: bool = False
 
     def write(self, path: pathlib.Path) -> None:
         """Write this Spec to a file."""

@@ -25,7 +25,7 @@ def make_scheduler(name: str, spec: Spec) -> role.Cast:
     if spec.resume and not log.records:
         resume = encoding.decode((directory / spec.resume / "manifest").read_bytes())
     machine = Scheduler(settings=spec.make_settings(), records=log.records, resume=resume)
-    statistics, report = statistics_of(name, spec, machine), ReportFiles(directory)
+    statistics, report = statistics_of(name, spec, machine), ReportFiles(directory, ledger=spec.ledger)
 
     report.catch_up(machine, log.records)
 

@@ -97,6 +97,7 @@ def make_plan(
         read_every=_read_periods(experiment, loader.steps_per_epoch),
         check_copies_every=experiment.guards.check_replicas_every or 0,
     )
+    _check_ledger(experiment, settings)
     num_params = len(jax.tree.leaves(params))
     kind = kind or _choose_kind(optimizer, leaves, num_params, chosen.servers)
     sharding = make_sharding(leaves, num_servers=chosen.servers, whole_leaves=needs_whole_leaves(kind))
@@ -180,6 +181,14 @@ def _check_counters(model_state: Any) -> None:
                 f"The parameter server averages only floating-point statistics; {path_name(path)} of the model is "
                 f"{leaf.dtype}. Use another strategy, or a floating-point dtype."
             )
+
+
+def _check_ledger(experiment: Experiment, settings: Settings) -> None:
+    if experiment.recovery.ledger and not settings.synchronous:
+        raise ConfigError(
+            "The ledger has the examples of each step in their order, which only sync mode trains them in; got "
+            f"recovery.ledger=true with ps.mode={settings.mode}. Leave the ledger out, or use ps.mode=sync."
+        )
 
 
 def _check_order(plan: Plan) -> None:

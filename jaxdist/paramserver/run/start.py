@@ -205,6 +205,7 @@ def _write_spec(
         kind=plan.kind,
         data=fingerprint,
         door=(f"jaxdist-{new_token()}", _door(plan)),
+        ledger=plan.experiment.recovery.ledger,
     )
     spec.write(directory / run_folder.SPEC_NAME)
     return spec

@@ -1,5 +1,6 @@
 """What a process leaves in files: counters, a line for each step, the newest cut."""
 
+import contextlib
 import json
 import types
 
@@ -8,6 +9,7 @@ import pytest
 from jaxdist.paramserver.processes import reports, run_folder
 from jaxdist.paramserver.protocol import effects, journal, messages
 from jaxdist.paramserver.wire import encoding
+from jaxdist.rundir import ledger
 
 LEASE = messages.Lease(step=2, slice=0, epoch=0, start=10, stop=16)
 PUSH = messages.Contributor(0, 1, 1, LEASE)
@@ -143,3 +145,64 @@ def test_a_step_that_was_committed_and_not_reported_is_reported_after_a_restart(
     if len(expected) > len(reported):
         assert rows(tmp_path)[-1].get("empty", False) == (empty_step == 3)
         assert rows(tmp_path)[-1]["examples"] == 6 * len(getattr(records[0], "contributors", (PUSH,)))
+
+
+def test_leases_that_follow_one_another_are_one_range():
+    leases = [
+        messages.Lease(2, number, 1, start, stop) for number, (start, stop) in enumerate([(8, 10), (10, 10), (10, 13)])
+    ]
+    assert reports.ranges(leases) == [(1, 8, 13)]
+    assert reports.ranges([*leases[:1], *leases[2:]]) == [(1, 8, 13)]
+    assert reports.ranges([leases[0], messages.Lease(2, 1, 1, 11, 13)]) == [(1, 8, 10), (1, 11, 13)]
+    assert reports.ranges([]) == []
+
+
+def committed(step):
+    """What the scheduler does in a step of two slices, of 16 examples an epoch of 4 steps."""
+    epoch, within = divmod(step - 1, 4)
+    leases = [
+        messages.Lease(step - 1, each, epoch, 4 * within + 2 * each, 4 * within + 2 * each + 2) for each in (0, 1)
+    ]
+    pushes = tuple(messages.Contributor(each, 1, step, lease) for each, lease in enumerate(leases))
+    return [effects.Append(journal.CommitRecord(step, False, pushes)), effects.Committed(step, 4, ())]
+
+
+ROLLBACK = effects.Append(
+    journal.MembershipRecord(messages.Membership(2, (), (), 2, "cut"), 0, (), journal.Trained(3, ()))
+)
+HISTORY = [each for step in (1, 2, 3, 4, 5) for each in committed(step)]
+HISTORY += [ROLLBACK, *(each for step in (4, 5, 6, 7) for each in committed(step))]
+
+
+@pytest.mark.parametrize("killed", range(len(HISTORY) + 1))
+@pytest.mark.parametrize("durable", [0, 1])
+def test_the_ledger_has_each_step_once_whenever_the_scheduler_is_killed(tmp_path, killed, durable):
+    """`durable`: the log has the record of the next effect, which was not reported any more."""
+
+    @contextlib.contextmanager
+    def scheduler(done):
+        records, step = [each.record for each in done if isinstance(each, effects.Append)], 0
+        for record in records:
+            step = record.step if isinstance(record, journal.CommitRecord) else record.trained.step
+        report = reports.ReportFiles(tmp_path / "ps", ledger=True)
+        report.catch_up(
+            types.SimpleNamespace(state=types.SimpleNamespace(membership=None, step=step, empty_step=0)), records
+        )
+        yield report
+        report._steps.close()
+        report._recorder.close()
+
+    (tmp_path / "ps").mkdir()
+    with scheduler([]) as report:
+        for effect in HISTORY[:killed]:
+            report.observe(effect)
+    done = (
+        HISTORY[: killed + durable] if isinstance((HISTORY[killed:] or [None])[0], effects.Append) else HISTORY[:killed]
+    )
+    with scheduler(done) as report:
+        # A step that was committed is not committed again.
+        for effect in HISTORY[len(done) :]:
+            report.observe(effect)
+    entries = ledger.read(tmp_path)
+    assert ledger.check(entries, num_examples=16) == 1
+    assert [entry.step for entry in entries] == [1, 2, 3, 4, 5, 6, 7]

@@ -46,6 +46,13 @@ def test_what_every_strategy_checks_before_the_first_step_is_checked_here_too(as
         shared_plan.check_early(shared_plan.make_plan(experiment, ParameterServer(workers=1)))
 
 
+def test_a_ledger_needs_the_order_of_sync_mode():
+    experiment = overrides.override(tiny_experiment.get_config(), ["recovery.ledger=true"])
+    shared_plan.make_plan(experiment, ParameterServer(mode="bounded", max_staleness=0))
+    with pytest.raises(ValueError, match=r"got recovery\.ledger=true with ps\.mode=async"):
+        shared_plan.make_plan(experiment, ParameterServer(mode="async"))
+
+
 def test_held_out_examples_and_the_gradient_are_checked_here_too():
     tiny = tiny_experiment.get_config()
     narrow = {"image": np.zeros((5, 3), np.float32), "label": np.zeros(5, np.int32)}

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from jaxdist.errors import UserError
-from jaxdist.launch.supervising import chaos_changes
+from jaxdist.launch.supervising.chaos import chaos_changes
 
 
 def test_a_change_that_is_not_possible_waits_for_the_next():
