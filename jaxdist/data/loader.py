@@ -243,12 +243,17 @@ class Loader:
         # A handover between threads costs more than gathering a batch from memory; `feed` reads ahead in any case.
         return 0 if self.recipe.whole else min(os.cpu_count() or 1, 8)
 
+    @property
+    def assembles_itself(self) -> bool:
+        """Whether batches are made one after the other, in the thread that iterates."""
+        return not self.num_workers and self.num_threads == 0 and self.timeout_seconds is None
+
     def _make_assembler(self) -> assembly.Assembler:
         recipe = self.recipe
         if self.num_workers:
             kept = self._kept.take()
             return kept or assembly_pool.ProcessAssembler(recipe, self.num_workers, num_slots=self.read_ahead + 1)
-        if self.num_threads == 0 and self.timeout_seconds is None:
+        if self.assembles_itself:
             return assembly.SerialAssembler(recipe)
         return assembly.ThreadAssembler(recipe, max(self.num_threads, 1))
 

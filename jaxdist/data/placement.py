@@ -20,8 +20,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxdist.data.assembly import ExampleError, HostArrays
 from jaxdist.data.loader import Loader
 from jaxdist.data.position import Position
+from jaxdist.spmd import jax_private
 from jaxdist.spmd.mesh import Dealing, DealtBatch
-from jaxdist.spmd.metrics import Batch
+from jaxdist.spmd.metrics import MASK, Batch
 
 
 def batch_sharding(mesh: Mesh, axes: Sequence[str] = ("data",)) -> NamedSharding:
@@ -49,14 +50,16 @@ class _Place(NamedTuple):
     Attributes:
       sharding: of the placed batch.
       needed: the rows of the global batch that this process's devices hold, ascending.
-      parts: this process's devices, each with the places in `needed` of its rows.
+      devices: of this process.
+      rows: the places in `needed` of each device's rows; a slice where they follow each other, so that it is no copy.
       num_rows: of the placed batch.
       dealing: how logical shards are dealt, where the placed batch is not the global batch in its own order.
     """
 
     sharding: NamedSharding
     needed: np.ndarray
-    parts: list[tuple[jax.Device, np.ndarray]]
+    devices: list[jax.Device]
+    rows: list[slice | np.ndarray]
     num_rows: int
     dealing: Dealing | None
 
@@ -79,8 +82,11 @@ def _place_of(mesh: Mesh, global_batch_size: int, axes: Sequence[str], logical_s
         assert index is not None  # only devices of other processes have none
         held.append((device, placed[index[0]]))
     needed = np.unique(np.concatenate([rows for _, rows in held]))
-    parts = [(device, np.searchsorted(needed, rows)) for device, rows in held]
-    return _Place(sharding, needed, parts, len(placed), dealing)
+    places = [np.searchsorted(needed, rows) for _, rows in held]
+    rows: list[slice | np.ndarray] = [
+        slice(int(each[0]), int(each[-1]) + 1) if (np.diff(each) == 1).all() else each for each in places
+    ]
+    return _Place(sharding, needed, [device for device, _ in held], rows, len(placed), dealing)
 
 
 def host_shards(mesh: Mesh, num_shards: int, axes: Sequence[str] = ("data",)) -> list[int]:
@@ -92,24 +98,17 @@ def host_shards(mesh: Mesh, num_shards: int, axes: Sequence[str] = ("data",)) ->
 
 def _place_batch(batch: HostArrays, place: _Place) -> Batch:
     """Return the global arrays whose rows `place.needed` are those of `batch`, which must not change any more."""
-    if place.dealing is None and place.sharding.is_fully_addressable:
-        return jax.device_put(batch, place.sharding)
-    # With several processes, device_put would first compare copies of the whole batch, so it is placed part by part.
-    devices = [device for device, _ in place.parts]
-    taken = [_take(batch, rows) for _, rows in place.parts]
-    placed = jax.device_put({name: [part[name] for part in taken] for name in batch}, dict.fromkeys(batch, devices))
-    found = {
-        name: jax.make_array_from_single_device_arrays((place.num_rows, *array.shape[1:]), place.sharding, placed[name])
-        for name, array in batch.items()
-    }
+    found = {name: _place_field(array, place) for name, array in batch.items()}
     return found if place.dealing is None else DealtBatch(found, place.dealing)
 
 
-def _take(batch: HostArrays, rows: np.ndarray) -> HostArrays:
-    """Return some rows of a batch, without a copy where they follow each other."""
-    if rows[-1] - rows[0] + 1 == len(rows):
-        return {name: array[rows[0] : rows[-1] + 1] for name, array in batch.items()}
-    return {name: array[rows] for name, array in batch.items()}
+def _place_field(array: np.ndarray, place: _Place) -> jax.Array:
+    # Part by part also where a process has all of them: device_put of the whole would compare the copies of several
+    # processes, and takes longer than a small step.
+    array = array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
+    parts = [array[rows] for rows in place.rows]
+    shape = (place.num_rows, *array.shape[1:])
+    return jax_private.array_of_parts(shape, place.sharding, place.devices, parts)
 
 
 def check_numbers(batch: HostArrays, ids: Callable[[], np.ndarray]) -> None:
@@ -157,7 +156,7 @@ def feed(
     logical_shards: int | None = None,
 ) -> Iterator[tuple[Batch, Position]]:
     """Yield (batch, Position after it), the batch as global arrays spread over `axes`; `prefetch` batches are placed
-    ahead.
+    ahead, small ones that are made in one thread up to 16.
 
     Closing the iterator (or dropping it) ends its thread and those of the loader. An exception of the loader is raised
     here, in its turn. `logical_shards` is that of a canonical step: where the devices do not divide them, batches are
@@ -179,10 +178,62 @@ def feed(
     return _prefetched(loader.with_rows(rows), place, prefetch)
 
 
+_MOST_AHEAD, _SMALL_BYTES = 16, 1 << 20
+"""Batches that are placed ahead where `feed`'s own thread makes them and all together are small."""
+
+
+class _Room:
+    """Room for the batches that are placed ahead. Where they are small, it is given back for several at once.
+
+    To wake the thread that makes them takes longer than to make a small one.
+    """
+
+    def __init__(self, prefetch: int) -> None:
+        self._free, self._ahead, self._at_a_time, self._taken = threading.Semaphore(prefetch), prefetch, 1, 0
+
+    def grow(self, ahead: int) -> None:
+        """Have room for so many, if that is more; called by the thread that makes them, before the first is ready."""
+        if ahead > self._ahead:
+            self._at_a_time = ahead // 2
+            self._free.release(ahead - self._ahead)
+
+    def wait(self) -> None:
+        """Wait for room for one."""
+        self._free.acquire()
+
+    def give_back(self) -> None:
+        """Note that one was taken."""
+        self._taken += 1
+        if self._taken >= self._at_a_time:
+            self._free.release(self._taken)
+            self._taken = 0
+
+    def end(self) -> None:
+        """Let the thread that waits go."""
+        self._free.release()
+
+
+class _Placer:
+    """Places the batches of a loader, and a mask once that is the same as the one before."""
+
+    def __init__(self, place: _Place) -> None:
+        self._place, self._last = place, b""
+        self._placed_mask: Batch = {}
+
+    def __call__(self, batch: HostArrays) -> Batch:
+        """Return the placed batch; see `_place_batch`."""
+        mask = batch.get(MASK)
+        if mask is None or mask.ndim > 1 or self._place.dealing is not None:
+            return _place_batch(batch, self._place)
+        if self._last != (found := mask.tobytes()):
+            self._last, self._placed_mask = found, _place_batch({MASK: mask}, self._place)
+        rest = {name: array for name, array in batch.items() if name != MASK}
+        return {**_place_batch(rest, self._place), **self._placed_mask}
+
+
 def _prefetched(loader: Loader, place: _Place, prefetch: int) -> Iterator[tuple[Batch, Position]]:
     ready: queue.SimpleQueue = queue.SimpleQueue()
-    room = threading.Semaphore(prefetch)
-    stopped = threading.Event()
+    room, stopped = _Room(prefetch), threading.Event()
     arguments = (loader, place, ready, room, stopped)
     thread = threading.Thread(target=_place_ahead, args=arguments, name="jaxdist-feed", daemon=True)
     thread.start()
@@ -193,32 +244,31 @@ def _prefetched(loader: Loader, place: _Place, prefetch: int) -> Iterator[tuple[
                 raise item
             if item is None:
                 return
-            room.release()
+            room.give_back()
             yield item
     finally:
         stopped.set()
-        room.release()
+        room.end()
         thread.join()
 
 
 def _place_ahead(
-    loader: Loader,
-    place: _Place,
-    ready: queue.SimpleQueue,
-    room: threading.Semaphore,
-    stopped: threading.Event,
+    loader: Loader, place: _Place, ready: queue.SimpleQueue, room: _Room, stopped: threading.Event
 ) -> None:
     """Place batches while there is room for them; the last item is None, or the exception that ended it."""
+    place_batch = _Placer(place)
     try:
         with contextlib.closing(iter(loader)) as batches:
             for count in itertools.count():
-                if not room.acquire() or stopped.is_set():
-                    break
-                item = next(batches, None)
+                room.wait()
+                item = None if stopped.is_set() else next(batches, None)
                 if item is None:
                     break
                 check_numbers(item.batch, functools.partial(_ids_of_batch, loader, count))
-                ready.put((_place_batch(item.batch, place), item.position))
+                if count == 0 and loader.assembles_itself:
+                    num_bytes = sum(array.nbytes for array in item.batch.values())
+                    room.grow(min(_SMALL_BYTES // max(num_bytes, 1), _MOST_AHEAD))
+                ready.put((place_batch(item.batch), item.position))
         ready.put(None)
     except Exception as error:  # handed to the consumer, who raises it
         ready.put(error)

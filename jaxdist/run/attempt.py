@@ -394,9 +394,11 @@ class _Run:
             found.append(self.chain)
         if books.hooks.has(hook_points.ON_STEP):
             found.append(self._call_user_hooks)
-        found += [hooks.evaluate_when_due(books), hooks.show_progress(books)]
+        # Without held-out data nothing is due: to look whether the step is finite would wait for it every epoch.
+        found += [hooks.evaluate_when_due(books)] if self.parts.eval_step is not None else []
+        found.append(hooks.show_progress(books))
         every = self.experiment.guards.check_replicas_every
-        if every:
+        if every and self.mesh.size > 1:
             found.append(hooks.every(every, lambda info: replicas.check_replicas(info.state, self.mesh)))
         found += ledger_hooks
         told = [recovery.tell_recovery(self.options.run_dir), recovery.tell_modules()]

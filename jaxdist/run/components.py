@@ -464,7 +464,12 @@ def make_optimizer(
     schedule = jax.jit(lambda count: made(count))
     # On the host, so that logging it does not queue behind the steps on an accelerator.
     host = jax.local_devices(backend="cpu")[0]
-    return optimizer, lambda number: float(schedule(jax.device_put(np.int32(number - 1), host)))
+
+    def learning_rate(number: int) -> float:
+        with jax.default_device(host):
+            return float(schedule(np.int32(number - 1)))
+
+    return optimizer, learning_rate
 
 
 _LEAST = {

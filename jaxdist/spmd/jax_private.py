@@ -4,13 +4,14 @@ Each function says why JAX's public API does not suffice. `tests/spmd/test_jax_p
 runs under each supported version of JAX, so that a change in a new version is found there first.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 from jax._src import cache_key as cache_keys
-from jax._src import cloud_tpu_init, clusters, compilation_cache, compiler, distributed, xla_bridge
+from jax._src import cloud_tpu_init, clusters, compilation_cache, compiler, core, distributed, xla_bridge
 from jax._src.interpreters import pxla
 from jax._src.lib import _jax, xla_client
 from jax.sharding import Mesh, NamedSharding
@@ -51,6 +52,23 @@ def use_gloo_at(address: str) -> None:
         return xla_bridge.make_cpu_client(collectives)
 
     xla_bridge.register_backend_factory("cpu", make_client, priority=0, fail_quietly=False)
+
+
+def array_of_parts(
+    shape: tuple[int, ...], sharding: NamedSharding, devices: Sequence[jax.Device], parts: Sequence[np.ndarray]
+) -> jax.Array:
+    """Return the global array of this shape whose part on each of this process's `devices` is that of `parts`.
+
+    The dtype of the parts must be one that devices have. `jax.device_put` of the whole array, or of its parts before
+    `make_array_from_single_device_arrays`, gives the same, but takes five times as long: 28 us for a small array.
+    """
+    return pxla.batched_device_put(global_form(shape, parts[0].dtype, sharding), sharding, parts, devices)
+
+
+@functools.lru_cache(maxsize=256)
+def global_form(shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding) -> Any:
+    """Return the `aval` of a global array; JAX has no public name for it."""
+    return core.update_aval_with_sharding(core.ShapedArray(shape, dtype), sharding)
 
 
 def known_engines() -> Sequence[Engine]:

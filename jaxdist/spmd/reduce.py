@@ -180,6 +180,8 @@ def mean_over_axis(sums: Sums, axis: str | tuple[str, ...]) -> Sums:
     Small leaves share one collective: their cost is its latency, not their bytes (tensor fusion of Horovod; Sergeev and
     Del Balso, 2018).
     """
+    if lax.axis_size(axis) == 1:
+        return sums
     leaves, structure = jax.tree.flatten(sums)
     packed: dict[Any, list[int]] = {}
     for place, leaf in enumerate(leaves):

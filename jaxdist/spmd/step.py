@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
@@ -173,7 +174,7 @@ def _make_local_step(
             loss_scale=precision.loss_scale(state.opt_state),
         )
         averages = reduce.average(reduce.mean_over_axis(sums, axis), state.model_state)
-        return apply_averages(state, averages, optimizer, inputs)
+        return apply_averages(state, averages, optimizer, inputs, first=first_nonfinite_of_whole(averages))
 
     return local_step
 
@@ -183,6 +184,8 @@ def apply_averages(
     averages: reduce.Averages,
     optimizer: optax.GradientTransformation,
     inputs: jax.Array | None = None,
+    *,
+    first: jax.Array | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Return the state after the update, and the step's metrics.
 
@@ -203,6 +206,7 @@ def apply_averages(
       averages: the global means.
       optimizer: gives the updates.
       inputs: of the optimizer, if it has some; see `state.WithInputs`.
+      first: what `first_nonfinite` returns, where it is known already.
     """
     metrics_lib.check_names(averages.metrics)
     grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), averages.grads, state.params)
@@ -211,7 +215,7 @@ def apply_averages(
     new_state = TrainState(
         state.step + 1, optax.apply_updates(state.params, updates), averages.model_state, opt_state, state.key
     )
-    first = first_nonfinite(averages)
+    first = first_nonfinite(averages) if first is None else first
     loss_scale = precision.loss_scale(state.opt_state)
     if loss_scale is not None:
         # The optimizer skips the update, but statistics of activations that overflowed are kept out here.
@@ -242,6 +246,29 @@ def first_nonfinite(averages: reduce.Averages) -> jax.Array:
     return jnp.where(bad.any(), jnp.argmax(bad), -1).astype(jnp.int32)
 
 
+def first_nonfinite_of_whole(averages: reduce.Averages) -> jax.Array:
+    """Return `first_nonfinite` of gradients that each device has whole: small leaves are looked at as one vector.
+
+    A small model's step consists of operations too short to be worth their own start: two for each leaf here.
+    """
+    leaves = jax.tree.leaves(averages.grads)
+    small = [
+        place for place, leaf in enumerate(leaves) if leaf.dtype == jnp.float32 and leaf.size <= reduce.PACKED_MAX_SIZE
+    ]
+    if not small:
+        return first_nonfinite(averages)
+    vector = jnp.concatenate([leaves[place].reshape(-1) for place in small])
+    bits, full_exponent = _exponent_bits(vector)
+    position = jnp.min(jnp.where(bits == full_exponent, jnp.arange(vector.size), vector.size))
+    ends = np.cumsum([leaves[place].size for place in small])
+    none = len(leaves) + 1
+    found = [jnp.asarray([*small, none])[jnp.sum(position >= ends)]]
+    others = [(place, leaf) for place, leaf in enumerate([*leaves, averages.loss]) if place not in set(small)]
+    found += [jnp.where(_has_nonfinite(value), place, none) for place, value in others]
+    first = jnp.min(jnp.stack(found))
+    return jnp.where(first == none, -1, first).astype(jnp.int32)
+
+
 def _has_nonfinite(value: jax.Array) -> jax.Array:
     """Return whether a value is infinite or NaN, the floats whose exponent bits are all ones.
 
@@ -250,10 +277,15 @@ def _has_nonfinite(value: jax.Array) -> jax.Array:
     """
     if jnp.iscomplexobj(value):
         return _has_nonfinite(value.real) | _has_nonfinite(value.imag)
-    bits = jnp.finfo(value.dtype).bits
-    unsigned = jnp.dtype(f"uint{bits}")
+    bits, full_exponent = _exponent_bits(value)
+    return jnp.max(bits, initial=0) == full_exponent
+
+
+def _exponent_bits(value: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the bits of the exponents, as unsigned integers, and those of an infinite one."""
+    unsigned = jnp.dtype(f"uint{jnp.finfo(value.dtype).bits}")
     full_exponent = jax.lax.bitcast_convert_type(jnp.asarray(jnp.inf, value.dtype), unsigned)
-    return jnp.max(jax.lax.bitcast_convert_type(value, unsigned) & full_exponent, initial=0) == full_exponent
+    return jax.lax.bitcast_convert_type(value, unsigned) & full_exponent, full_exponent
 
 
 def _where(condition: jax.Array, chosen: Any, otherwise: Any) -> Any:

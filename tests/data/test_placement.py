@@ -102,6 +102,33 @@ def test_feed_reads_only_a_few_batches_ahead():
     assert len(read) == wanted
 
 
+def test_small_batches_that_the_feed_makes_itself_are_placed_further_ahead():
+    read, wanted = [], 17 + 1 + 2
+    enough = threading.Event()
+
+    class Counting(ArraySource):
+        def __getitems__(self, ids):
+            read.append(len(ids))
+            if len(read) >= wanted:
+                enough.set()
+            return super().__getitems__(ids)
+
+    batches = feed(Loader(Counting({"x": np.zeros((1000, 2))}), global_batch_size=4, seed=0), make_mesh(data=2))
+    for _ in range(8):  # room is made for eight at once
+        next(batches)
+    assert enough.wait(20)
+    batches.close()
+    assert len(read) <= 8 + 16 + 1
+
+
+def test_batches_with_the_same_mask_share_it_on_the_devices():
+    loader = Loader(source_of(20), global_batch_size=8, seed=3, num_epochs=2)
+    placed = [batch["mask"] for batch, _ in feed(loader, make_mesh(data=2))]
+    assert [mask.sum() for mask in placed] == [8, 8, 4, 8, 8, 4]
+    assert placed[0] is placed[1]
+    assert placed[3] is placed[4]
+
+
 def test_closing_or_finishing_ends_every_thread():
     before = set(threading.enumerate())
     loader = Loader(source_of(200), global_batch_size=8, seed=0, example_fn=lambda e, r: e, num_threads=3)

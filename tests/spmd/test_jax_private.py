@@ -163,3 +163,13 @@ def test_constants_and_carry_of_a_scan_are_counted():
     equations = jax.make_jaxpr(looped)(1.0, 2.0).jaxpr.eqns
     (scan,) = [each for each in equations if each.primitive.name == "scan"]
     assert jax_private.scan_counts(scan.params) == (2, 2)
+
+
+def test_an_array_of_parts_is_that_of_device_put():
+    sharding = NamedSharding(make_mesh({"data": 4}, devices=jax.devices()[:4]), PartitionSpec(("data",)))
+    whole = np.arange(24, dtype=np.float32).reshape(8, 3)
+    expected = jax.device_put(whole, sharding)
+    found = jax_private.array_of_parts(whole.shape, sharding, jax.devices()[:4], np.split(whole, 4))
+    np.testing.assert_array_equal(found, expected)
+    assert jax_private.global_form(whole.shape, whole.dtype, sharding) == expected.aval
+    assert (found.aval, found.sharding, found.committed) == (expected.aval, expected.sharding, True)

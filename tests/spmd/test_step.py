@@ -263,15 +263,14 @@ def test_a_metric_may_not_take_the_name_of_the_steps_own():
         step(state, place(numpy_batch(), mesh, "data"))
 
 
+@pytest.mark.parametrize("find", [steps.first_nonfinite, steps.first_nonfinite_of_whole])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.complex64])
-def test_the_first_leaf_that_is_not_finite_is_found_in_every_dtype(dtype):
+def test_the_first_leaf_that_is_not_finite_is_found_in_every_dtype(dtype, find):
     largest = jnp.finfo(dtype).max
 
     def first(*leaves, loss=0.0):
         grads = [jnp.array(leaf, dtype) for leaf in leaves]
-        return int(
-            steps.first_nonfinite(reduce.Averages(grads, jnp.float32(loss), {}, None, jnp.float32(1), jnp.float32(0)))
-        )
+        return int(find(reduce.Averages(grads, jnp.float32(loss), {}, None, jnp.float32(1), jnp.float32(0))))
 
     # Finite values whose sum is infinite are finite.
     assert first([], [-largest, -largest], [0.0]) == -1
@@ -280,3 +279,15 @@ def test_the_first_leaf_that_is_not_finite_is_found_in_every_dtype(dtype):
         assert first([1.0], [2.0], loss=bad) == 2
     if jnp.issubdtype(dtype, jnp.complexfloating):
         assert first([1.0], [complex(0.0, np.nan)]) == 1
+
+
+@pytest.mark.parametrize("first_bad", [0, 1, 3, 4, 5])
+def test_the_first_of_small_and_large_leaves_that_are_not_finite_is_found(first_bad):
+    sizes = [3, reduce.PACKED_MAX_SIZE + 1, 0, reduce.PACKED_MAX_SIZE, 5]
+    dtypes = [jnp.float32, jnp.float32, jnp.float32, jnp.float32, jnp.bfloat16]
+    for bad_at in (0, -1):
+        grads = [jnp.ones(size, dtype) for size, dtype in zip(sizes, dtypes)]
+        for number in {first_bad, 3, 4} if first_bad <= 3 else {first_bad} - {5}:
+            grads[number] = grads[number].at[bad_at].set(jnp.inf)
+        averages = reduce.Averages(grads, jnp.float32(np.nan), {}, None, jnp.float32(1), jnp.float32(0))
+        assert int(steps.first_nonfinite_of_whole(averages)) == int(steps.first_nonfinite(averages)) == first_bad
