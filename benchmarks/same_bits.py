@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--layers", type=int, default=20)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--only", nargs="+", default=list(strategies.CANONICAL))
+    parser.add_argument("--only", nargs="+", default=["data-parallel", "zero1", "fsdp", "hsdp"])
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", 8)

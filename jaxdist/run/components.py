@@ -513,6 +513,11 @@ def check_experiment(experiment: Experiment) -> None:
             f"steps; got guards.audit_every={experiment.guards.audit_every} with reduction={experiment.reduction} and "
             f"guards.step_hashes={experiment.guards.step_hashes}. Set both, or guards.audit_every=0."
         )
+    if experiment.guards.audit_every and experiment.strategy == "tensor":
+        raise ConfigError(
+            "An audit has each device compute a logical shard by itself, and under strategy=tensor none does; got "
+            f"guards.audit_every={experiment.guards.audit_every}. Set guards.audit_every=0."
+        )
     if isinstance(experiment.model, adapters.Functions) and experiment.loss is not None:
         raise ConfigError(
             "A model given as adapters.Functions has the loss in its own functions, and the experiment's loss would "

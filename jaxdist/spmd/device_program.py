@@ -135,7 +135,7 @@ def _compile(module: Any, device: jax.Device, key: str | None) -> Any:
     """Compile `module` for `device`, store the executable in the cache under `key`, and return it."""
     name = module.operation.attributes["sym_name"].value
     start = time.monotonic()
-    compiled = jax_private.compile_module(module, device)
+    compiled = jax_private.compile_module(module, [device])
     seconds = time.monotonic() - start
     jax.monitoring.record_event_duration_secs(_COMPILE_EVENT, seconds, fun_name=name)
     # Only process 0 writes, and only what took long to compile, as JAX does.

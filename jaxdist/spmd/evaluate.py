@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxdist.spmd import group_program, reduce
 from jaxdist.spmd import metrics as metrics_lib
-from jaxdist.spmd import reduce
-from jaxdist.spmd.canonical import shard_sums, state_update
+from jaxdist.spmd.canonical import group_sums, shard_sums, state_update
 from jaxdist.spmd.mesh import DATA_AXIS
 from jaxdist.spmd.metrics import Batch, Mean
 
@@ -55,14 +55,8 @@ def canonical_eval_step(
         del index
         return _means(eval_fn, *shared, shard)
 
-    sums = shard_sums.LogicalShardSums(shard_fn, mesh, logical_shards=logical_shards, axes=axes)
-
-    finish, whole = jax.jit(sums.unravel), state_update.gathering(mesh)
-
-    def step(params: PyTree, model_state: PyTree, batch: Batch) -> dict[str, Mean]:
-        return finish(sums(whole((params, model_state)), batch))
-
-    return step
+    sums = _summing(shard_fn, mesh, logical_shards, axes)
+    return lambda params, model_state, batch: sums((params, model_state), batch)
 
 
 def collect_step(collect_fn: CollectFn, mesh: Mesh | None = None) -> CollectStep:
@@ -92,20 +86,31 @@ def canonical_collect_step(
             lambda leaf: jnp.zeros((logical_shards, *leaf.shape), leaf.dtype).at[index].set(leaf), apart
         )
 
-    sums = shard_sums.LogicalShardSums(shard_fn, mesh, logical_shards=logical_shards, axes=axes)
+    sums = _summing(shard_fn, mesh, logical_shards, axes)
 
     def rows_of(leaf: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         rows = jax.vmap(lambda shard: reduce.from_addable(shard, dtype))(leaf)
         return rows.reshape(-1, *rows.shape[2:])
 
-    finish = jax.jit(lambda total: jax.tree.map(rows_of, sums.unravel(total), dtypes[0]))
-    whole = state_update.gathering(mesh)
+    finish = jax.jit(lambda found: jax.tree.map(rows_of, found, dtypes[0]))
 
     def step(params: PyTree, model_state: PyTree, batch: Batch) -> tuple[PyTree, jax.Array]:
-        found: tuple[PyTree, jax.Array] = finish(sums(whole((params, model_state)), batch))
+        found: tuple[PyTree, jax.Array] = finish(sums((params, model_state), batch))
         return found
 
     return step
+
+
+def _summing(
+    shard_fn: shard_sums.ShardFn, mesh: Mesh, logical_shards: int, axes: Sequence[str]
+) -> Callable[[PyTree, Batch], PyTree]:
+    """Return the canonical sums of `shard_fn` over a global batch, given params and model_state in any layout."""
+    if group_program.group_axes(mesh, axes):
+        of_groups = group_sums.GroupSums(shard_fn, mesh, logical_shards=logical_shards, axes=axes)
+        return lambda shared, batch: of_groups(shared, batch)[0]
+    sums = shard_sums.LogicalShardSums(shard_fn, mesh, logical_shards=logical_shards, axes=axes)
+    finish, whole = jax.jit(sums.unravel), state_update.gathering(mesh)
+    return lambda shared, batch: finish(sums(whole(shared), batch))
 
 
 def step_with_rows(eval_step: EvalStep, collect_step: CollectStep) -> StepWithRows:

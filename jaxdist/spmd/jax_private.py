@@ -84,37 +84,37 @@ def is_on_cloud_tpu() -> bool:
     return bool(cloud_tpu_init.running_in_cloud_tpu_vm)
 
 
-def placement(devices: Sequence[jax.Device]) -> Placement:
-    """Return the placement of a program with one replica on each of `devices`.
+def placement(devices: Sequence[jax.Device], num_partitions: int = 1) -> Placement:
+    """Return the placement of a program with one replica on each of `devices`, or on each `num_partitions` of them.
 
     Under `jax.jit` a program for many devices differs from the one for a single device.
     """
     options = compiler.get_compile_options(
-        num_replicas=len(devices),
-        num_partitions=1,
-        device_assignment=np.array([[device.id] for device in devices]),
+        num_replicas=len(devices) // num_partitions,
+        num_partitions=num_partitions,
+        device_assignment=np.array([device.id for device in devices]).reshape(-1, num_partitions),
         backend=devices[0].client,
     )
     return xla_client.DeviceList(tuple(devices)), options
 
 
-def compile_module(module: Any, device: jax.Device) -> Any:
-    """Return XLA's executable of a lowered module on one device; serializable, which that of `Lowered.compile` may not
-    be.
+def compile_module(module: Any, devices: Sequence[jax.Device]) -> Any:
+    """Return XLA's executable of a lowered module, partitioned over `devices`; serializable, which that of
+    `Lowered.compile` may not be.
 
     An executable that JAX loaded from its persistent cache cannot be serialized again (on CPU devices its kernels are
     lost; jaxlib 0.10 and 0.12), and `Lowered.compile` may return one of these.
     """
-    device_list, options = placement([device])
-    return compiler.backend_compile_and_load(device.client, module, device_list, options, [])
+    device_list, options = placement(devices, len(devices))
+    return compiler.backend_compile_and_load(devices[0].client, module, device_list, options, [])
 
 
-def load_executable(serialized: bytes, devices: Sequence[jax.Device]) -> Any:
-    """Return the executable with a replica on each of `devices`.
+def load_executable(serialized: bytes, devices: Sequence[jax.Device], num_partitions: int = 1) -> Any:
+    """Return the executable with a replica on each of `devices`, or on each `num_partitions` of them.
 
     `jax.experimental.serialize_executable` loads only onto as many devices as the program was compiled for.
     """
-    return devices[0].client.deserialize_executable(serialized, *placement(devices))
+    return devices[0].client.deserialize_executable(serialized, *placement(devices, num_partitions))
 
 
 def share_cache_keys(cpu: str) -> None:

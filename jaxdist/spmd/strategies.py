@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxdist.spmd import evaluate, reduce, sharded
 from jaxdist.spmd import layout as layouts
 from jaxdist.spmd import step as steps
-from jaxdist.spmd.canonical import canonical_step, shard_sums
+from jaxdist.spmd.canonical import canonical_step, shard_sums, tensor_step
 from jaxdist.spmd.mesh import DATA_AXIS, make_mesh
 
 REDUCTIONS = ("mean", "canonical")
@@ -31,9 +31,6 @@ ELSEWHERE: Mapping[str, str] = {
     "parameter-server": "islands of devices that meet at a server, synchronously or not",
 }
 """Strategies that are not a layout of one mesh; the command line starts them."""
-
-CANONICAL = ("data-parallel", "zero1", "fsdp", "hsdp")
-"""Strategies whose devices can hold every leaf whole, one after the other, as canonical reduction requires."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +60,16 @@ class Strategy:
         hashing: canonical_step.Hashing = canonical_step.NO_HASHING,
     ) -> steps.Step:
         """Return `step(state, batch) -> (state, metrics)`; the state is donated. Only canonical steps are hashed."""
+        if self.logical_shards is not None and self.name == "tensor":
+            return tensor_step.tensor_step(
+                loss_fn,
+                optimizer,
+                self.mesh,
+                logical_shards=self.logical_shards,
+                batch_axes=self.batch_axes,
+                num_microbatches=num_microbatches,
+                hashing=hashing,
+            )
         if self.logical_shards is not None:
             return canonical_step.canonical_step(
                 loss_fn,
@@ -134,11 +141,6 @@ def build(
     check_name(name)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}.")
-    if reduction == "canonical" and name not in CANONICAL:
-        raise ValueError(
-            f"Strategy {name!r} cannot honour reduction='canonical': devices share the computation of an example, and "
-            f"other numbers of them give other bits. Use reduction='mean', or one of {', '.join(CANONICAL)}."
-        )
     if rules is not None and name != "tensor":
         raise ValueError(f"rules belong to strategy 'tensor'; {name!r} has no use for them. Remove them.")
     if names and name == "data-parallel":
@@ -152,6 +154,10 @@ def build(
         layout = layouts.by_names(mesh, names, otherwise=layout)
     logical = logical_shards if reduction == "canonical" else None
     if logical is not None:
+        if name == "tensor":
+            _check_canonical_tensor(mesh, mesh_axes, chosen)
+        else:
+            shard_sums.check_axes(mesh, axes=batch_axes)
         shard_sums.check_layout(mesh, logical_shards=logical_shards, axes=batch_axes)
     return Strategy(name, mesh, layout, batch_axes, logical)
 
@@ -180,6 +186,25 @@ def _make_mesh(
             f"Strategy {name!r} has no use for the mesh axes {', '.join(idle)} of {dict(mesh.shape)}. Remove them."
         )
     return mesh
+
+
+def _check_canonical_tensor(mesh: Mesh, axes: Mapping[str, int] | None, chosen: Sequence[str]) -> None:
+    """Raise ValueError where other devices would give other bits without a word, or share the state otherwise.
+
+    `axes` are those the user gave, `chosen` those that rules and names are about.
+    """
+    if next(iter(mesh.shape)) != DATA_AXIS or SHARD_AXIS in mesh.shape or DATA_AXIS in chosen:
+        raise ValueError(
+            f"Canonical reduction with strategy 'tensor' needs a mesh that begins with {DATA_AXIS!r}, over which no "
+            f"param is sharded, and has no axis {SHARD_AXIS!r}; got {dict(mesh.shape)} and rules about "
+            f"{', '.join(sorted(set(chosen))) or 'nothing'}. Change them, or use reduction='mean'."
+        )
+    if axes is None or any(size == -1 for axis, size in axes.items() if axis != DATA_AXIS):
+        raise ValueError(
+            "Canonical reduction with strategy 'tensor' has the same bits for any size of the data axis, but others "
+            f"for each size of another axis, so that must be fixed; got the mesh {axes}. Set for example "
+            f"mesh={{{DATA_AXIS!r}: -1, {MODEL_AXIS!r}: 2}}, or use reduction='mean'."
+        )
 
 
 def _layout(name: str, mesh: Mesh, rules: layouts.Rules | None, min_size: int) -> layouts.Layout:

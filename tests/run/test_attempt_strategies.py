@@ -79,6 +79,20 @@ def test_verify_compares_every_strategy_with_the_one_device_step(capsys):
         assert f"strategy {strategy}" in report["title"]
 
 
+@pytest.mark.slow
+def test_canonical_runs_with_a_tensor_axis_have_the_same_bits_on_any_size_of_the_data_axis(capsys, tmp_path):
+    rules = "layout.rules=[('Dense_0/kernel', (None, 'model'))]"
+    fixed = ["--strategy", "tensor", "--reduction", "canonical", *COMMON, rules, "mesh={'data': -1, 'model': 2}"]
+    records = []
+    for devices in ("2", "8"):
+        run_dir = str(tmp_path / devices)
+        assert main.run(["train", TINY, "--run-dir", run_dir, "--devices", devices, *fixed]) == 0
+        records.append(json.loads(capsys.readouterr().out))
+    assert records[0]["params_sha256"] == records[1]["params_sha256"]
+    assert records[0]["metrics"]["eval/loss"] == records[1]["metrics"]["eval/loss"]
+    assert main.run(["diff", str(tmp_path / "2"), str(tmp_path / "8")]) == 0
+
+
 def test_verify_says_which_devices_a_mesh_needs(capsys):
     assert main.run(["verify", TINY, "--devices", "2", "--strategy", "tensor", "--set", *WAYS["tensor"]]) == 2
     assert "needs 8 devices, and there are 2" in capsys.readouterr().err
@@ -91,7 +105,7 @@ MODEL_AXIS = "mesh={'data': 2, 'model': 4}"
     ("strategy", "settings", "message"),
     [
         ("pipeline", [], "There is no strategy 'pipeline'"),
-        ("tensor", ["reduction=canonical"], "'tensor' cannot honour reduction='canonical'"),
+        ("tensor", ["reduction=canonical"], "others for each size of another axis, so that must be fixed"),
         ("tensor", [MODEL_AXIS], "nothing matches 'attention/qkv/kernel'"),
         (
             "tensor",

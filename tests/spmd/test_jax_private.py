@@ -95,7 +95,7 @@ def test_the_engines_are_the_ones_we_have_names_for():
 
 def test_a_module_compiled_for_one_device_is_loaded_on_several():
     devices = jax.devices()[:2]
-    compiled = jax_private.compile_module(lowered_double().compiler_ir(), devices[0])
+    compiled = jax_private.compile_module(lowered_double().compiler_ir(), devices[:1])
     device_list, options = jax_private.placement(devices)
     assert (len(device_list), options.num_replicas, options.num_partitions) == (2, 2, 1)
     mesh = make_mesh(devices=devices)
@@ -114,7 +114,7 @@ def test_the_cache_gives_back_what_was_put_there(tmp_path):
         module = lowered_double().compiler_ir()
         key = jax_private.cache_key(module, device)
         assert jax_private.read_cache(key, [device]) is None
-        compiled = jax_private.compile_module(module, device)
+        compiled = jax_private.compile_module(module, [device])
         jax_private.write_cache(key, "double", compiled, device, seconds=1.0)
         assert jax_private.read_cache(key, jax.devices()[:2]) is not None
         assert len(list(tmp_path.iterdir())) >= 1

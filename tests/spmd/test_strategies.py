@@ -24,9 +24,20 @@ def test_the_parameter_server_is_no_layout():
         strategies.build("parameter-server")
 
 
-def test_a_strategy_that_cannot_be_canonical_says_so():
-    with pytest.raises(ValueError, match=r"'tensor' cannot honour reduction='canonical'.* data-parallel, zero1"):
-        strategies.build("tensor", reduction="canonical")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, r"others for each size of another axis.* got the mesh None.*'model': 2"),
+        ({"mesh_axes": {"data": 2, "model": -1}}, "others for each size of another axis"),
+        ({"mesh_axes": {"model": 2, "data": -1}}, "needs a mesh that begins with 'data'"),
+        ({"mesh_axes": {"data": 2, "fsdp": 2, "model": 2}}, "has no axis 'fsdp'"),
+        ({"mesh_axes": {"data": 4, "model": 2}, "rules": [("w", P("data"))]}, "over which no param is sharded"),
+        ({"mesh_axes": {"data": 4, "model": 2}, "logical_shards": 3}, "got 4 devices and 3 logical shards"),
+    ],
+)
+def test_a_tensor_strategy_whose_bits_other_devices_would_change_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        strategies.build("tensor", reduction="canonical", **options)
 
 
 @pytest.mark.parametrize(

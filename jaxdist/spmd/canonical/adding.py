@@ -48,16 +48,26 @@ class Adding(Protocol):
 
 
 class Site(NamedTuple):
-    """Where vectors are added: over these axes of this mesh, of shards dealt so."""
+    """Where vectors are added: over these axes of this mesh, of shards dealt so.
+
+    Where several devices compute a shard together, along the axes `within`, each holds a part of its vector, and the
+    parts are added like vectors: what is said of a device is then said of such a group.
+    """
 
     mesh: Mesh
     axes: Axes
     dealing: Dealing
+    within: Axes = ()
 
     @property
     def held(self) -> PartitionSpec:
         """How the rows of all devices are sharded."""
-        return PartitionSpec(self.axes)
+        return PartitionSpec(self.axes, self.within) if self.within else PartitionSpec(self.axes)
+
+    @property
+    def total(self) -> PartitionSpec:
+        """How the sum of the rows is sharded."""
+        return PartitionSpec(self.within) if self.within else PartitionSpec()
 
     def program(self, function: Callable[..., Any], *, gives: PartitionSpec, donates: Sequence[int] = ()) -> Any:
         """Return the jitted function of what the devices hold, rows of each device."""
@@ -88,7 +98,7 @@ class PairTree:
         self._add = jax.jit(_add_in_pairs, donate_argnums=0)
         self.over_devices: Callable[[Any], jax.Array] = place.program(
             lambda row: reduce.tree_sum_over_axis(row[0], place.axes, place.dealing.num_devices),
-            gives=PartitionSpec(),
+            gives=place.total,
         )
 
     def on_devices(self, slots: Iterable[jax.Array]) -> jax.Array:
@@ -113,7 +123,7 @@ class AnyTree:
         self.shards = place.dealing.slots()
         self.over_devices: Callable[[Any], jax.Array] = place.program(
             lambda slots: reduce.tree_sum_of_slots(jnp.concatenate(slots), place.axes, place.dealing.slot_of_shards()),
-            gives=PartitionSpec(),
+            gives=place.total,
         )
 
     def on_devices(self, slots: Iterable[jax.Array]) -> list[jax.Array]:

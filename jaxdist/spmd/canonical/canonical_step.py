@@ -130,10 +130,34 @@ def logical_shard_sums(
 
     They unravel to (sums, rows); `hashes_in` reads the hashes of each logical shard from the rows.
     """
+    sums_of = shard_function(loss_fn, num_microbatches)
 
     def shard_fn(shared: tuple[Any, ...], shard: Batch, index: jax.Array) -> tuple[reduce.Sums, jax.Array]:
+        return sums_of(shared, shard, index), jnp.zeros((logical_shards, 2 * num_hashes), jnp.float32)
+
+    def add_hashes(flat: jax.Array, index: jax.Array) -> jax.Array:
+        """Write the shard's hashes into its own row: the sum over all shards then has those of each.
+
+        So they travel with the sums, whatever the layout.
+        """
+        if not num_hashes:
+            return flat
+        halves = _halves(shard_sums.by_itself(hashing.of_shard, index >= 0, flat)).astype(flat.dtype)
+        begin = flat.size - (logical_shards - index) * halves.size
+        return jax.lax.dynamic_update_slice(flat, halves, (begin,))
+
+    num_hashes = jax.eval_shape(hashing.of_shard, jax.ShapeDtypeStruct((1,), jnp.float32)).size
+    return shard_sums.LogicalShardSums(
+        shard_fn, mesh, logical_shards=logical_shards, axes=batch_axes, finish_fn=add_hashes, adding=choose
+    )
+
+
+def shard_function(loss_fn: reduce.LossFn, num_microbatches: int) -> Callable[..., reduce.Sums]:
+    """Return the function of (what all shards share, shard, its number) that gives the sums of a logical shard."""
+
+    def sums_of_shard(shared: tuple[Any, ...], shard: Batch, index: jax.Array) -> reduce.Sums:
         params, model_state, key, step, loss_scale = shared
-        sums = reduce.accumulate_sums(
+        return reduce.accumulate_sums(
             loss_fn,
             params,
             model_state,
@@ -143,24 +167,8 @@ def logical_shard_sums(
             first_index=index * num_microbatches,
             loss_scale=loss_scale,
         )
-        return sums, jnp.zeros((logical_shards, 2 * num_hashes), jnp.float32)
 
-    def add_hashes(flat: jax.Array, index: jax.Array) -> jax.Array:
-        """Write the shard's hashes into its own row: the sum over all shards then has those of each.
-
-        So they travel with the sums, whatever the layout. Half a hash is a float32 without rounding.
-        """
-        if not num_hashes:
-            return flat
-        hashes = shard_sums.by_itself(hashing.of_shard, index >= 0, flat)
-        halves = jnp.concatenate([hashes >> 16, hashes & 0xFFFF]).astype(flat.dtype)
-        begin = flat.size - (logical_shards - index) * halves.size
-        return jax.lax.dynamic_update_slice(flat, halves, (begin,))
-
-    num_hashes = jax.eval_shape(hashing.of_shard, jax.ShapeDtypeStruct((1,), jnp.float32)).size
-    return shard_sums.LogicalShardSums(
-        shard_fn, mesh, logical_shards=logical_shards, axes=batch_axes, finish_fn=add_hashes, adding=choose
-    )
+    return sums_of_shard
 
 
 def shared_by_shards(state: TrainState) -> tuple[Any, ...]:
@@ -172,6 +180,17 @@ def shared_by_shards(state: TrainState) -> tuple[Any, ...]:
         state.step,
         precision.loss_scale(state.opt_state),
     )
+
+
+def hash_rows(hashes: jax.Array, index: jax.Array, logical_shards: int) -> jax.Array:
+    """Return the rows of all logical shards: zeros, but for the hashes of shard `index`. See `hashes_in`."""
+    halves = _halves(hashes)
+    return jnp.zeros((logical_shards, halves.size), jnp.float32).at[index].set(halves)
+
+
+def _halves(hashes: jax.Array) -> jax.Array:
+    # Half a hash is a float32 without rounding.
+    return jnp.concatenate([hashes >> 16, hashes & 0xFFFF]).astype(jnp.float32)
 
 
 def hashes_in(rows: jax.Array) -> jax.Array:

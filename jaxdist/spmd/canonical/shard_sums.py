@@ -61,6 +61,7 @@ class LogicalShardSums:
         adding: Callable[[Site, int], Adding] = held_whole,
     ):
         self.axes = tuple(axes)
+        check_axes(mesh, axes=self.axes)
         check_layout(mesh, logical_shards=logical_shards, axes=self.axes)
         self.mesh, self.dealing = mesh, Dealing(logical_shards, mesh.size)
         self._shard_fn, self._finish_fn, self._adding = shard_fn, finish_fn, adding
@@ -77,7 +78,7 @@ class LogicalShardSums:
         Raises:
           ValueError: the batch is not placed as this number of devices needs it.
         """
-        batch = self._checked(batch)
+        batch = checked(batch, self.dealing)
         if self._programs is None:
             self._programs = self._make_programs(shared, batch)
         return self._programs(shared, batch)
@@ -86,17 +87,6 @@ class LogicalShardSums:
         """Return the tree of sums that a flat vector holds; known after the first call."""
         assert self._unravel is not None, "the shards' program is compiled at the first call"
         return self._unravel(total)
-
-    def _checked(self, batch: Batch) -> Batch:
-        """Return the fields of a batch that is placed as `dealing` says."""
-        dealt = batch.dealing if isinstance(batch, DealtBatch) else None
-        if dealt != (None if self.dealing.is_even else self.dealing):
-            raise ValueError(
-                f"The batch is not placed for {self.dealing.logical_shards} logical shards on "
-                f"{self.dealing.num_devices} devices. Place it by data.feed(loader, mesh, logical_shards="
-                f"{self.dealing.logical_shards})."
-            )
-        return dict(batch)
 
     def _make_programs(self, shared: PyTree, batch: Batch) -> "_Programs | _OneProgram":
         place = Site(self.mesh, self.axes, self.dealing)
@@ -146,7 +136,7 @@ class _Programs:
     def __init__(self, sums: device_program.PerDeviceProgram, place: Site, adding: Adding):
         self._sums, self._adding = sums, adding
         self._sharding = NamedSharding(place.mesh, place.held)
-        self._split = _splitting(place, adding.shards)
+        self._split = splitting(place, adding.shards)
         self._indices = [self._placed(slot) for slot in np.ascontiguousarray(adding.shards.T)]
         self._mesh = place.mesh
 
@@ -200,7 +190,22 @@ def by_itself(function: Callable[..., jax.Array], true: jax.Array, *args: Any) -
     return jax.lax.cond(true, function, lambda *_: jnp.zeros(shape.shape, shape.dtype), *args)
 
 
-def _splitting(place: Site, shards: np.ndarray) -> Splitting:
+def checked(batch: Batch, dealing: Dealing) -> Batch:
+    """Return the fields of a batch that is placed as `dealing` says.
+
+    Raises:
+      ValueError: it is placed in another way.
+    """
+    found = batch.dealing if isinstance(batch, DealtBatch) else None
+    if found != (None if dealing.is_even else dealing):
+        raise ValueError(
+            f"The batch is not placed for {dealing.logical_shards} logical shards on {dealing.num_devices} devices. "
+            f"Place it by data.feed(loader, mesh, logical_shards={dealing.logical_shards})."
+        )
+    return dict(batch)
+
+
+def splitting(place: Site, shards: np.ndarray) -> Splitting:
     """Return the program that gives each slot its part of a placed batch; `shards` as in `Adding`.
 
     Where the devices compute other shards than were placed on them, rows change the device.
@@ -224,6 +229,15 @@ def _equal_parts(rows: Batch, count: int) -> list[Batch]:
     return [dict(zip(divided, parts, strict=True)) for parts in zip(*divided.values(), strict=True)]
 
 
+def check_axes(mesh: Mesh, *, axes: Sequence[str]) -> None:
+    """Raise ValueError where devices of `mesh` share the computation of an example."""
+    if mesh.size != math.prod(mesh.shape[axis] for axis in axes):
+        raise ValueError(
+            f"Canonical reduction works on a mesh of {' and '.join(axes)}; got {dict(mesh.shape)}. "
+            "Use reduction='mean' on a mesh with more axes."
+        )
+
+
 def check_layout(mesh: Mesh, *, logical_shards: int, axes: Sequence[str] = (DATA_AXIS,)) -> None:
     """Raise ValueError where canonical reduction cannot keep its promise on `mesh`."""
     num_devices = math.prod(mesh.shape[axis] for axis in axes)
@@ -234,11 +248,6 @@ def check_layout(mesh: Mesh, *, logical_shards: int, axes: Sequence[str] = (DATA
             f"Canonical reduction gives every device at least one logical shard; got {num_devices} devices and "
             f"{logical_shards} logical shards. Use {logical_shards} devices or fewer, or raise logical_shards, which "
             "gives other bits."
-        )
-    if mesh.size != num_devices:
-        raise ValueError(
-            f"Canonical reduction works on a mesh of {' and '.join(axes)}; got {dict(mesh.shape)}. "
-            "Use reduction='mean' on a mesh with more axes."
         )
     if thread_pool_size(os.environ) < 2 and mesh.devices.flat[0].platform == "cpu":
         raise ValueError(
