@@ -37,6 +37,8 @@ from jaxdist.spmd.state import TrainState
 POLL_SECONDS = 0.05
 REPEAT_SECONDS = 1.0
 """Time between two sends of the same answer, until the run shows that it arrived."""
+DRAW_SECONDS = 10.0
+"""Time between two pictures of the run; the last one is drawn at its end."""
 NONFINITE = "nonfinite"
 KEPT_CUTS = 2
 """Saved cuts that stay: the scheduler may not know of the newest one yet, but knows of the one before it."""
@@ -165,7 +167,7 @@ class Observer:
     def _watch(self, crew: Crew, send: Send, stop_requested: Callable[[], bool]) -> None:
         self.started = time.monotonic() - self.progress.seconds
         self.clock_offset = self.progress.seconds - time.time()
-        repeat_at = 0.0
+        repeat_at, draw_at = 0.0, time.monotonic() + DRAW_SECONDS
         crew.start()
         with (self.directory / run_folder.STEPS_NAME).open("a+") as steps:
             steps.seek(0)  # "a+" begins at the end, and the scheduler may have been quick
@@ -186,6 +188,9 @@ class Observer:
                     self.room.look(is_stopping=bool(self.halt))
                     self._repeat(send)
                     remove_saved_cuts(self.directory, keep=KEPT_CUTS)
+                if time.monotonic() >= draw_at:
+                    draw_at = time.monotonic() + DRAW_SECONDS
+                    self._draw()
                 time.sleep(POLL_SECONDS)
 
     def _charge(self, account: str) -> None:
@@ -275,7 +280,6 @@ class Observer:
         send(SCHEDULER, self.judged)
         self.end_reason = reason or None
         self.books.write_record(None)
-        self._draw()
 
     def _evaluate(self, cut: journal.Cut, state: TrainState) -> None:
         """Evaluate if due; a run that is preempted has no time for it, and one that diverged no use."""
