@@ -1,4 +1,4 @@
-"""The experiments that state a target, each trained until it reaches it: images, sound, tables.
+"""The experiments that state a target, each trained until it reaches it: images, sound, tables, text.
 
 python benchmarks/cases.py [--only NAME ...] [--devices N] [--json] [--docs]
 
@@ -26,6 +26,7 @@ CASES = {
     "tones_cnn": "sound: 600 WAV files of half a second",
     "breast_cancer": "a table: CSV, 427 rows of 30 numbers",
     "diabetes": "a table: Parquet, 332 rows, regression",
+    "bytes_gpt": "text: bytes",
     "bpe_gpt": "text: 1,024 tokens of a BPE",
 }
 

@@ -35,6 +35,7 @@ WORKS = {
         1.0,
     ),
     "wav": ("WAV -> spectrogram", "us a sound", ["ours wav", "grain wav"], 1.0),
+    "wav tf.data": ("WAV -> spectrogram, beside tf.data", "us a sound", ["ours wav", "tf.data wav"], 1.0),
     "wav workers": (
         "WAV -> spectrogram, two workers / threads",
         "us a sound",
@@ -52,7 +53,7 @@ def make_data(folder: pathlib.Path, works: list[str], num_files: int) -> None:
     random = np.random.default_rng(0)
     if {"parquet", "lists", "small cache"} & set(works):
         make_tables(folder, random)
-    if {"wav", "wav workers"} & set(works):
+    if any(work.startswith("wav") for work in works):
         import soundfile
 
         for number in range(NUM_WAVS):
@@ -196,6 +197,26 @@ def grain_wav(folder: pathlib.Path) -> Callable[[], int]:
     return grain_batches(paths, 8 * NUM_WAVS, load)
 
 
+def tf_data_wav(folder: pathlib.Path) -> Callable[[], int]:
+    import tensorflow as tf
+
+    paths = sorted(map(str, (folder / "wav").rglob("*.wav")))
+    window = np.hanning(400).astype(np.float32)
+
+    def load(path: tf.Tensor) -> tf.Tensor:
+        audio, _ = tf.audio.decode_wav(tf.io.read_file(path), desired_channels=1)
+        waves = tf.signal.stft(audio[:, 0], 400, 160, fft_length=400, window_fn=lambda *_, **__: window)
+        return tf.math.log(tf.math.real(waves) ** 2 + tf.math.imag(waves) ** 2 + 1e-10)
+
+    data = tf.data.Dataset.from_tensor_slices(paths).shuffle(len(paths)).repeat(8)
+    batches = data.map(load, num_parallel_calls=2).batch(BATCH_SIZE).prefetch(2)
+
+    def read() -> int:
+        return sum(len(batch) for batch in batches.as_numpy_iterator())
+
+    return read
+
+
 def ours_evaluation(folder: pathlib.Path) -> Callable[[], int]:
     from jaxdist.data import ImageFolder, Loader
 
@@ -234,6 +255,7 @@ SIDES: dict[str, Callable[[pathlib.Path], Callable[[], int]]] = {
     "ours wav": ours_wav,
     "ours wav, 2 workers": lambda folder: ours_wav(folder, num_workers=2),
     "grain wav": grain_wav,
+    "tf.data wav": tf_data_wav,
     "ours evaluation": ours_evaluation,
     "ours folder": ours_folder,
     "ours folder again": ours_folder,

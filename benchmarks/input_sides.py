@@ -32,7 +32,7 @@ def tf_data_jpeg(folder: pathlib.Path) -> Iterator[int]:
     paths, labels = list_jpegs(folder)
 
     def load(path: tf.Tensor, label: tf.Tensor) -> tuple:
-        image = tf.io.decode_jpeg(tf.io.read_file(path), channels=3, dct_method="INTEGER_FAST")
+        image = tf.io.decode_jpeg(tf.io.read_file(path), channels=3, dct_method="INTEGER_ACCURATE")
         image = tf.image.random_crop(image, (CROP, CROP, 3))
         return tf.image.random_flip_left_right(image), label
 
@@ -48,7 +48,7 @@ def decode_augment(path: str, random) -> "numpy.ndarray":  # noqa: F821
     import numpy as np
     import simplejpeg
 
-    image = simplejpeg.decode_jpeg(pathlib.Path(path).read_bytes(), fastdct=True)
+    image = simplejpeg.decode_jpeg(pathlib.Path(path).read_bytes())
     top, left = random.integers(0, image.shape[0] - CROP + 1), random.integers(0, image.shape[1] - CROP + 1)
     image = image[top : top + CROP, left : left + CROP]
     if random.integers(2):

@@ -1,6 +1,6 @@
-"""A byte-level language model of the Python standard library's own source; the metric is bits per byte.
+"""Text: a GPT on the bytes of the Python library's own source; target 3.25 bits a byte.
 
-jaxdist train experiments/bytes_gpt.py --devices 4
+jaxdist train experiments/bytes_gpt.py --devices 2
 """
 
 import pathlib
@@ -44,8 +44,8 @@ def get_config() -> jaxdist.Experiment:
             schedule=jaxdist.Schedule(name="cosine", warmup=20, length=400, final_fraction=0.1),
         ),
         global_batch_size=32,
-        stop=jaxdist.Stop(max_steps=400),
-        eval=jaxdist.Evaluation(every_steps=200),
+        stop=jaxdist.Stop(target_metric="eval/bits_per_byte", target=3.25, mode="min", max_steps=400),
+        eval=jaxdist.Evaluation(every_steps=100),
     )
 
 

@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import cifar10_builder
 import jax
 import pytest
 
@@ -58,7 +59,7 @@ def with_little_held_out(experiment):
 
 
 def test_every_experiment_is_run_here():
-    assert names() == set(TINY), "add the experiment to TINY, with settings that make it tiny"
+    assert names() == {*TINY, "cifar10_resnet"}, "add the experiment to TINY, with settings that make it tiny"
 
 
 FAST = ("breast_cancer", "bytes_gpt", "digits_cnn")
@@ -83,16 +84,32 @@ def test_an_experiment_trains_tiny(name, tmp_path, capsys, monkeypatch):
         assert f"eval/{metric}" in made["metrics"]
 
 
-def run_script(tmp_path, name, *arguments):
+def run_script(tmp_path, name, *arguments, **environment):
     return subprocess.run(
         [sys.executable, str(EXPERIMENTS / f"{name}.py"), *arguments, "--run-dir", str(tmp_path / "run"), "--json"],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=400,
         check=False,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
         cwd=tmp_path,
     )
+
+
+@pytest.mark.slow
+def test_cifar10_is_trained_on_where_it_is_prepared_and_asked_for_where_it_is_not(tmp_path):
+    arguments = ["--max-steps", "2", "--set", "model.width=4", "model.stage_sizes=(1,)", "global_batch_size=16"]
+    absent = run_script(tmp_path, "cifar10_resnet", *arguments, TFDS_DATA_DIR=str(tmp_path / "tfds"))
+    assert (absent.returncode, absent.stdout) == (2, "")
+    assert "tfds build cifar10 --file_format=array_record" in absent.stderr
+    assert "Traceback" not in absent.stderr
+    assert not (tmp_path / "run").exists()
+    cifar10_builder.prepare(tmp_path / "tfds")
+    present = run_script(tmp_path, "cifar10_resnet", *arguments, TFDS_DATA_DIR=str(tmp_path / "tfds"))
+    assert present.returncode == 0, present.stderr
+    made = json.loads(present.stdout)
+    assert (made["step"], made["examples_seen"]) == (2, 32)
+    assert "eval/accuracy" in made["metrics"]
 
 
 @pytest.mark.slow
@@ -108,7 +125,7 @@ def test_an_experiment_runs_as_a_script_and_resumes(tmp_path):
         [sys.executable, "-m", "jaxdist.cli", "train", script, *arguments],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=400,
         check=False,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )

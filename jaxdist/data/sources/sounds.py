@@ -193,8 +193,13 @@ def _check_width(data: bytes, path: str) -> None:
 
     libsndfile reads them as if they did not. An extensible header has the bits of the place that a sample takes.
     """
-    place = data.find(b"fmt ", 12, 2**16)
-    if data[:4] in (b"RIFF", b"RF64") and 0 < place <= len(data) - 24:
+    if data[:4] not in (b"RIFF", b"RF64"):
+        return
+    place = 12
+    while place + 24 <= len(data) and data[place : place + 4] != b"fmt ":
+        (size,) = struct.unpack_from("<I", data, place + 4)
+        place += 8 + size + size % 2
+    if place + 24 <= len(data):
         tag, channels, _, _, width, bits = struct.unpack_from("<HHIIHH", data, place + 8)
         if tag in (_INTEGERS, _FLOATS, _EXTENSIBLE) and width != channels * -(-bits // 8):
             raise CorruptExample(
