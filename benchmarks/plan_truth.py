@@ -7,7 +7,9 @@ python benchmarks/plan_truth.py --only bytes|memory|time [--log FILE] [--json]
 - memory: "theirs" is how far the resident memory of a process rose in a step above what it held before, and the
   arguments, on one device.
 - time: "ours" is what `jaxdist plan --calibrate` says, from rates that were fitted to other models; "theirs" is the
-  time of a step, the median of nine turns of about a tenth of a second.
+  time of a step in a process of its own, the median of nine turns of about a tenth of a second. A shared machine
+  changes its pace for minutes: two fixed programs are timed beside the calibration and beside each model, and a model
+  is left for the next call where they differ by more than 15 %.
 
 Rows are printed as they come. With --log, what was measured before is not measured again: it may be run in pieces.
 """
@@ -24,6 +26,7 @@ import pathlib
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -39,11 +42,14 @@ from jaxdist.plan.calibrated import measuring
 from jaxdist.run import components
 
 NUM_DEVICES, TURNS = 8, 9
+PACE_LIMIT = 0.15
 LAYOUTS = ("data-parallel", "zero1", "fsdp")
 LIMITS = {"bytes": 0.02, "sent": 0.05, "memory": 0.10, "time": 0.08}
 NO_CHIP = chips.Chip("cpu", None, 1.0, 1.0, 1.0, 1, "units")
 
 Row = dict[str, Any]
+Known = Mapping[str, Row]
+"""Rows that were measured before, by name."""
 Pending = tuple[str, Callable[[], Iterator[Row]]]
 """The name of a row, and what measures it."""
 Model = tuple[str, Callable[[], jaxdist.Experiment]]
@@ -131,7 +137,8 @@ def program_of(parts: components.Parts) -> Any:
     return step.trace(state, batch).lower().compile()
 
 
-def bytes_rows() -> Iterator[Pending]:
+def bytes_rows(known: Known) -> Iterator[Pending]:
+    yield from ((name, lambda: iter(())) for name in known if name.startswith("sent/"))
     for (name, make), layout in itertools.product(MODELS, LAYOUTS):
         yield f"bytes/{name}, {layout}", functools.partial(bytes_row, f"{name}, {layout}", make, layout)
 
@@ -157,18 +164,17 @@ def ring(made: estimate.Estimate, layout: str) -> float:
     return passes * 4 * made.num_params * (NUM_DEVICES - 1) / NUM_DEVICES
 
 
-def memory_rows() -> Iterator[Pending]:
+def memory_rows(_: Known) -> Iterator[Pending]:
     for number, (name, _) in enumerate(MEMORY):
-        yield f"memory/{name}", functools.partial(measured_apart, number)
+        # Memory that is freed goes back at once, so that taking it again is seen.
+        yield f"memory/{name}", functools.partial(measured_apart, "memory", number, MALLOC_MMAP_THRESHOLD_="65536")
 
 
-def measured_apart(number: int) -> Iterator[Row]:
-    """Measure a model in a process of its own: memory that another gave back would hide what a step takes."""
-    # Memory that is freed goes back at once, so that taking it again is seen.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, __file__, "--memory-of", str(number)]
-    shown = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-    yield json.loads(shown.splitlines()[-1])
+def measured_apart(part: str, number: int, **environment: str) -> Iterator[Row]:
+    """Measure a model in a process of its own: memory that another gave back would change what a step takes."""
+    command = [sys.executable, __file__, "--only", part, "--number", str(number)]
+    there = {**os.environ, **environment}
+    yield json.loads(subprocess.run(command, env=there, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def memory_row(number: int) -> Row:
@@ -192,19 +198,55 @@ def _resident(field: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
-def time_rows() -> Iterator[Pending]:
-    """Predict as `jaxdist plan --calibrate` does, and measure each model by itself."""
-    where = topology.calibrated(topology.find("cpu:1"), show=lambda *what: print(*what, file=sys.stderr))
+def time_rows(known: Known) -> Iterator[Pending]:
+    """Predict as `jaxdist plan --calibrate` does, and measure each model at the pace that the calibration saw."""
+    calibrated_here()
+    pace = known.get("pace") or row("pace", *anchors(), "seconds of two fixed programs")
 
-    def measure(name: str, make: Callable[[], jaxdist.Experiment]) -> Iterator[Row]:
-        step = measuring.RunningStep(make(), where.devices)
-        for _ in range(TURNS):
-            step.turn()
-        made = estimate.estimate(make(), where)
-        yield row(f"time/{name}", made.step_seconds, step.measured().step_seconds, "seconds a step", TURNS)
+    def measure(number: int) -> Iterator[Row]:
+        for each in measured_apart("time", number):
+            square, large = each.pop("pace")
+            apart = max(abs(square / pace["ours"] - 1), abs(large / pace["theirs"] - 1))
+            if apart <= PACE_LIMIT:
+                yield each
+            else:
+                print(f"{each['name']}: the machine's pace changed by {apart:.0%}; not counted", file=sys.stderr)
 
-    for name, make in UNSEEN:
-        yield f"time/{name}", functools.partial(measure, name, make)
+    yield "pace", lambda: iter([pace])
+    for number, (name, _) in enumerate(UNSEEN):
+        yield f"time/{name}", functools.partial(measure, number)
+
+
+def calibrated_here() -> topology.Topology:
+    return topology.calibrated(topology.find("cpu:1"), show=lambda *what: print(*what, file=sys.stderr))
+
+
+def time_row(number: int) -> Row:
+    name, make = UNSEEN[number]
+    where = calibrated_here()
+    step = measuring.RunningStep(make(), where.devices)
+    before = anchors()
+    for _ in range(TURNS):
+        step.turn()
+    pace = [statistics.mean(both) for both in zip(before, anchors(), strict=True)]
+    predicted = estimate.estimate(make(), where).step_seconds
+    made = row(f"time/{name}", predicted, step.measured().step_seconds, "seconds a step", TURNS)
+    return made | {"pace": pace}
+
+
+def anchors() -> tuple[float, float]:
+    """Return the seconds of two programs that are always the same: a matrix product, and a sum of large arrays."""
+    square, large = np.ones((768, 768), np.float32), np.ones(1 << 22, np.float32)
+    return median_seconds(jax.jit(lambda x: x @ x), square), median_seconds(jax.jit(lambda x: 2 * x + 1), large)
+
+
+def median_seconds(program: Callable[..., Any], argument: np.ndarray) -> float:
+    held, seconds = jax.device_put(argument), []
+    for _ in range(40):
+        start = time.perf_counter()
+        program(held).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
 
 
 def row(name: str, ours: float, theirs: float, unit: str, repeats: int = 1) -> Row:
@@ -226,7 +268,7 @@ def summary(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-PARTS: dict[str, tuple[int, Callable[[], Iterator[Pending]]]] = {
+PARTS: dict[str, tuple[int, Callable[[Known], Iterator[Pending]]]] = {
     "bytes": (NUM_DEVICES, bytes_rows),
     "memory": (1, memory_rows),
     "time": (1, time_rows),
@@ -234,12 +276,11 @@ PARTS: dict[str, tuple[int, Callable[[], Iterator[Pending]]]] = {
 """Number of fake devices that a part needs, and its rows."""
 
 
-def rows_of(part: str, known: Mapping[str, Row]) -> Iterator[Row]:
+def rows_of(part: str, known: Known) -> Iterator[Row]:
     """Yield the rows of a part, those in the log from there, the others as they are measured."""
     num_devices, make = PARTS[part]
     runtime.start_by_itself(num_devices)
-    yield from (each for name, each in known.items() if name.startswith("sent/") and part == "bytes")
-    for name, measure in make():
+    for name, measure in make(known):
         yield from [known[name]] if name in known else measure()
 
 
@@ -248,12 +289,12 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--only", choices=PARTS, required=True)
     parser.add_argument("--log", type=pathlib.Path, help="keep rows here, and measure only those that are not in it")
-    parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
-    if "--memory-of" in sys.argv:
-        runtime.start_by_itself(1)
-        print(json.dumps(memory_row(int(sys.argv[-1]))))
-        return
+    parser.add_argument("--number", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.number is not None:
+        runtime.start_by_itself(1)
+        print(json.dumps({"memory": memory_row, "time": time_row}[options.only](options.number)))
+        return
     log = options.log
     lines = log.read_text().splitlines() if log and log.exists() else []
     known = {each["name"]: each for each in map(json.loads, lines)}

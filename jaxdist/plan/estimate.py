@@ -264,7 +264,7 @@ def _predicted(program: facts.ProgramFacts, topology: Topology) -> dict[str, Any
     made = topology.calibration
     if made is None:
         return {}
-    seconds = made.rates.step_seconds(program.operations)
+    seconds = made.rates.step_seconds(program.operations, program.temp_bytes)
     return {"predicted_seconds": seconds, "calibration": made.describe()}
 
 

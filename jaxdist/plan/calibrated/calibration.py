@@ -16,7 +16,7 @@ from jaxdist.plan.calibrated import measuring, operation_rates, programs
 from jaxdist.plan.compiled import facts
 from jaxdist.rundir import files
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,8 +18,8 @@ from jaxdist.plan.calibrated.operation_rates import MeasuredProgram
 from jaxdist.plan.compiled.operations import operations
 from jaxdist.run import components
 
-_TURNS, _TURN_SECONDS = 9, 0.12
-_TRACED_TURNS, _TRACED_STEPS = (2, 5, 8), 4
+_TURNS, _TURN_SECONDS = 5, 0.12
+_TRACED_TURNS, _TRACED_STEPS = (1, 2, 4), 4
 
 
 class RunningStep:
@@ -34,7 +34,9 @@ class RunningStep:
         parts = components.put_together(experiment, devices=devices)
         self._state, (self._batch, _) = parts.create_state(), next(iter(parts.batches()))
         self._step = cast("Any", parts.step)
-        self._hlo: str = self._step.trace(self._state, self._batch).lower().compile().as_text()
+        compiled = self._step.trace(self._state, self._batch).lower().compile()
+        self._hlo: str = compiled.as_text()
+        self._temp_bytes: int = compiled.memory_analysis().temp_size_in_bytes
         self._seconds: list[float] = []
         self._traces: list[bytes] = []
         self.run(2)
@@ -68,7 +70,7 @@ class RunningStep:
                 "Leave --calibrate out: the bounds need no calibration."
             )
         taken = [seconds[each.name] for each in found]
-        return MeasuredProgram(self.name, found, taken, statistics.median(self._seconds))
+        return MeasuredProgram(self.name, found, taken, statistics.median(self._seconds), self._temp_bytes)
 
 
 def measure(

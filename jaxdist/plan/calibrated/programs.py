@@ -8,7 +8,7 @@ import numpy as np
 from jaxdist import losses
 from jaxdist.config.experiment import Data, Experiment
 from jaxdist.data import ArraySource
-from jaxdist.models import cnn, gpt, mlp, vit
+from jaxdist.models import cnn, gpt, mlp, resnet, vit
 from jaxdist.optimizers import Optimizer
 from jaxdist.stop import Stop
 
@@ -60,9 +60,11 @@ def _vit(width: int, layers: int) -> Any:
 
 _MAKERS = (
     _dense(256, 1, 128, 256), _dense(512, 3, 256, 512), _dense(1024, 2, 128, 256), _dense(128, 6, 512, 128),
-    _text(64, 2, 64, 8), _text(128, 2, 128, 8), _text(64, 2, 128, 4),
-    _images("vit 64x2", _vit(64, 2), 32, 16), _images("vit 128x2", _vit(128, 2), 32, 8),
-    _images("cnn", cnn.CNN(num_classes=_CLASSES), 16, 32),
+    _dense(2048, 1, 64, 512), _dense(640, 6, 192, 256), _dense(256, 8, 2560, 64),
+    _text(64, 2, 64, 8), _text(128, 1, 128, 6), _text(64, 1, 128, 8),
+    _images("vit 64x2", _vit(64, 2), 32, 16), _images("vit 128x1", _vit(128, 1), 32, 12),
+    _images("cnn 32", cnn.CNN(num_classes=_CLASSES), 16, 32), _images("cnn 16", cnn.CNN(_CLASSES, width=16), 16, 64),
+    _images("resnet 32", resnet.ResNet(_CLASSES, (1, 1), width=32), 16, 32),
 )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ _DIMS = re.compile(r"\[([\d,]*)\]")
 _MINOR_TO_MAJOR = re.compile(r"\{([\d,]+)[:}]")
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 _BATCHED = re.compile(r"lhs_batch_dims=\{([\d,]*)\}")
+_REDUCED = re.compile(r"dimensions=\{([\d,]*)\}")
 _PARTITIONS = re.compile(r'outer_dimension_partitions":\[([^\]]*)\]')
 _OUTPUT_DIM = re.compile(r"dim_labels=\w+_(\w+)->")
 
@@ -45,9 +46,10 @@ class Operation:
       computed: values computed one at a time: elements times the cheap operations of a fusion.
       costly: such values of functions that take many instructions, as `exp` does.
       products: matrix products of a batched one; 1 otherwise.
-      rows, columns, depth: of a matrix product, results rows x columns; 0 otherwise.
+      rows, columns, depth: of a matrix product, results rows x columns; of a reduction along the fastest dim, rows is
+        the number of results; 0 otherwise.
       split: whether the compiler for CPUs divides it among threads.
-      fused: whether it is a fusion.
+      library: whether it is a fusion that a library runs (YNNPACK, oneDNN) and not code made for it.
       times: how often one run of the program executes it.
     """
 
@@ -62,7 +64,7 @@ class Operation:
     columns: int = 0
     depth: int = 0
     split: bool = False
-    fused: bool = False
+    library: bool = False
     times: int = 1
 
 
@@ -119,13 +121,15 @@ def _operation(instruction: Instruction, program: Program, by_name: Mapping[str,
         computed=float(sum(_elements(each) for each in inside if each.opcode not in _MOVES | _COSTLY)),
         costly=float(sum(_elements(each) for each in inside if each.opcode in _COSTLY)),
         split=bool(partitions and partitions[1]),
-        fused=instruction.opcode == "fusion",
+        library="kind=kCustom" in instruction.rest,
     )
     for each in inside:
         if each.opcode == "dot":
             made = dataclasses.replace(made, **_of_dot(each, by_name), computed=0.0)
+        elif each.opcode == "reduce" and _reduces_fastest(each, by_name):
+            made = dataclasses.replace(made, rows=_elements(each))
         elif each.opcode == "convolution":
-            made = dataclasses.replace(made, flops=made.flops + _convolution_flops(each, by_name), computed=0.0)
+            made = dataclasses.replace(made, **_of_convolution(each, by_name), computed=0.0)
     return made
 
 
@@ -183,13 +187,19 @@ def _of_dot(dot: Instruction, by_name: Mapping[str, Instruction]) -> dict[str, A
     return {"flops": flops, "products": products, "rows": rows, "columns": columns, "depth": depth}
 
 
+def _reduces_fastest(reduction: Instruction, by_name: Mapping[str, Instruction]) -> bool:
+    order = _order(by_name[reduction.operands[0]])
+    return bool(order) and order[0] in _dims_named(_REDUCED, reduction)
+
+
 def _dims_named(pattern: re.Pattern[str], instruction: Instruction) -> list[int]:
     found = pattern.search(instruction.rest)
     return [int(dim) for dim in found[1].split(",") if dim] if found else []
 
 
-def _convolution_flops(convolution: Instruction, by_name: Mapping[str, Instruction]) -> float:
+def _of_convolution(convolution: Instruction, by_name: Mapping[str, Instruction]) -> dict[str, Any]:
     kernel = _dims(by_name[convolution.operands[1]])
     labels = _OUTPUT_DIM.search(convolution.rest)
-    outputs = kernel[labels[1].index("o")] if labels else 1
-    return 2.0 * _elements(convolution) * math.prod(kernel) / max(outputs, 1)
+    columns = max(kernel[labels[1].index("o")] if labels else 1, 1)
+    rows, depth = _elements(convolution) // columns, math.prod(kernel) // columns
+    return {"flops": 2.0 * _elements(convolution) * depth, "rows": rows, "columns": columns, "depth": depth}

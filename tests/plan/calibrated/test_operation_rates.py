@@ -29,7 +29,7 @@ def program(seed, count=40, noise=0.0):
 def test_known_rates_are_found_and_predict_what_was_not_measured():
     found = rates.fit([program(seed, count=10 * seed) for seed in range(1, 7)])
     new = program(99)
-    assert found.step_seconds(new.operations) == pytest.approx(new.step_seconds, rel=0.03)
+    assert found.step_seconds(new.operations, 0) == pytest.approx(new.step_seconds, rel=0.03)
     assert found.start_seconds == pytest.approx(1e-3, rel=0.2)
     assert found.error < 0.03
 
@@ -37,7 +37,7 @@ def test_known_rates_are_found_and_predict_what_was_not_measured():
 def test_noise_of_single_operations_averages_out():
     found = rates.fit([program(seed, count=10 * seed, noise=0.5) for seed in range(1, 7)])
     new = program(99)
-    assert found.step_seconds(new.operations) == pytest.approx(new.step_seconds, rel=0.15)
+    assert found.step_seconds(new.operations, 0) == pytest.approx(new.step_seconds, rel=0.15)
 
 
 @settings(max_examples=10)
@@ -60,8 +60,21 @@ def test_threads_batches_and_fusions_have_rates_of_their_own():
     one = Operation("", MATMUL, flops=1e6)
     changed = [
         one,
-        *(dataclasses.replace(one, **change) for change in ({"split": True}, {"fused": True}, {"products": 2})),
+        *(dataclasses.replace(one, **change) for change in ({"split": True}, {"library": True}, {"products": 2})),
     ]
     made = rates.MeasuredProgram("any", changed, [1e-3, 2e-3, 3e-3, 4e-3], 1.0)
     found = rates.fit([made])
     assert [found.operation_seconds([each]) for each in changed] == pytest.approx(made.seconds, rel=1e-3)
+
+
+def test_memory_that_comes_anew_in_each_step_has_a_rate_of_its_own():
+    steady = [program(seed, count=10 * seed) for seed in range(1, 7)]
+    size = 2 * rates.FRESH_BYTES
+    slowed = dataclasses.replace(program(7), temp_bytes=size, step_seconds=program(7).step_seconds + size * 3e-10)
+    # What its operations waited for is not taken for their own rates.
+    slowed = dataclasses.replace(slowed, seconds=[9 * each for each in slowed.seconds])
+    found, new = rates.fit([*steady, slowed]), program(99)
+    assert found.fresh_seconds == pytest.approx(3e-10, rel=0.1)
+    assert found.step_seconds(new.operations, rates.FRESH_BYTES - 1) == pytest.approx(new.step_seconds, rel=0.03)
+    expected = new.step_seconds + rates.FRESH_BYTES * found.fresh_seconds
+    assert found.step_seconds(new.operations, rates.FRESH_BYTES) == pytest.approx(expected, rel=0.03)

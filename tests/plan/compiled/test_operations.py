@@ -42,7 +42,15 @@ def test_the_arithmetic_of_a_convolution():
         return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
     found = compiled(convolve, (2, 8, 8, 3), (3, 3, 3, 16))
-    assert sum(each.flops for each in found) == 2 * 2 * 8 * 8 * 16 * 3 * 3 * 3
+    (one,) = [each for each in found if each.flops]
+    assert one.flops == 2 * 2 * 8 * 8 * 16 * 3 * 3 * 3
+    assert (one.rows, one.columns, one.depth) == (2 * 8 * 8, 16, 3 * 3 * 3)
+
+
+@pytest.mark.parametrize(("axis", "rows"), [(1, 64), (0, 0), ((0, 1), 1)])
+def test_a_reduction_has_rows_where_it_adds_up_neighbours_in_memory(axis, rows):
+    found = compiled(lambda x: (x * x).sum(axis=axis), (64, 32))
+    assert max(each.rows for each in found if each.kind == operations.REDUCTION) == rows
 
 
 def test_a_fusion_is_one_operation_with_the_traffic_of_its_ends():
