@@ -59,6 +59,7 @@ def findings(num_audits):
     return found
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("processes", "devices", "num_audits"),
     [
@@ -68,7 +69,7 @@ def findings(num_audits):
     ],
 )
 def test_every_process_names_the_faulty_device(processes, devices, num_audits):
-    results = testing.run_processes(findings, num_audits, processes=processes, devices=devices)
+    results = testing.run_processes(findings, num_audits, processes=processes, devices=devices, timeout_seconds=600)
     for found in results:
         assert found == results[0]
         assert len(found) == num_audits
