@@ -13,11 +13,14 @@ import step_lines
 import tiny_experiment
 
 from jaxdist.launch.supervising import local_job
-from jaxdist.paramserver.wire.security import TOKEN
+from jaxdist.paramserver.wire.security import CERTIFICATE, KEY, ROOT, TOKEN
 from jaxdist.rundir import record
 
 COMMAND = (sys.executable, "-m", "jaxdist.cli")
 STEPS = 1500
+CERTIFICATES = pathlib.Path(__file__).parents[1] / "paramserver" / "certificates"
+TLS = {CERTIFICATE: "node.pem", KEY: "key.pem", ROOT: "root.pem"}
+TLS = {name: str(CERTIFICATES / file) for name, file in TLS.items()}
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
@@ -27,8 +30,8 @@ class Commands:
     def __init__(self, folder):
         self.folder, self.running = folder, []
 
-    def start(self, *arguments, token="secret"):
-        environment = {**os.environ, TOKEN: token}
+    def start(self, *arguments, token="secret", tls=False):
+        environment = {**os.environ, TOKEN: token, **(TLS if tls else {})}
         with (self.folder / f"output-{len(self.running)}.txt").open("wb") as output:
             made = subprocess.Popen(arguments, stdout=output, stderr=output, env=environment, cwd=self.folder)
         self.running.append(made)
@@ -37,12 +40,12 @@ class Commands:
     def said(self, process):
         return (self.folder / f"output-{self.running.index(process)}.txt").read_text()
 
-    def train(self, run_dir, *settings, steps=STEPS):
+    def train(self, run_dir, *settings, steps=STEPS, **environment):
         fixed = [f"stop.max_steps={steps}", "eval.every_steps=5000", "checkpoints.every_steps=5000", "log_every=500"]
         fixed += ["ps.dead_after_seconds=2"]
         return self.start(
             *COMMAND, "train", tiny_experiment.__file__, "--strategy", "parameter-server", "--run-dir", str(run_dir),
-            "--set", *fixed, *settings,
+            "--set", *fixed, *settings, **environment,
         )  # fmt: skip
 
 
@@ -73,11 +76,12 @@ def calm(tmp_path, commands):
     return record.RunRecord.read(tmp_path / "calm")
 
 
-@pytest.mark.parametrize("mode", ["sync", "async"])
+@pytest.mark.parametrize("mode", ["sync", "bounded", "async"])
 def test_workers_join_and_leave_in_every_way(request, tmp_path, commands, mode):
     run_dir = tmp_path / "run"
     steps = STEPS if mode == "sync" else 8 * STEPS  # workers that do not wait for each other make many more a second
-    train = commands.train(run_dir, "ps.workers=2", f"ps.mode={mode}", steps=steps)
+    staleness = ["ps.max_staleness=2"] if mode == "bounded" else []
+    train = commands.train(run_dir, "ps.workers=2", f"ps.mode={mode}", *staleness, steps=steps)
     until(made_to(run_dir, 20), train)
     first = commands.start(*COMMAND, "join", str(run_dir))
     until(lambda: "Worker 2 joins" in commands.said(train), train)
@@ -155,3 +159,32 @@ def test_another_machine_joins_by_address_and_token(tmp_path, commands, calm):
     late = commands.start(*COMMAND, "join", address)
     assert late.wait() == 2
     assert "cannot be reached" in commands.said(late)
+
+
+@pytest.mark.parametrize("mode", ["sync", "bounded", "async"])
+def test_machines_join_with_certificates_alone(request, tmp_path, commands, mode):
+    """By the address with their own certificates, and by the directory with those of the run."""
+    run_dir = tmp_path / "run"
+    [port] = local_job.quiet_ports(1)
+    steps = STEPS if mode == "sync" else 4 * STEPS
+    chosen = ["ps.hosts=127.0.0.1", f"ps.port={port}", "ps.workers=2", f"ps.mode={mode}"]
+    chosen += ["ps.max_staleness=2"] if mode == "bounded" else []
+    train = commands.train(run_dir, *chosen, steps=steps, token="", tls=True)
+    until(made_to(run_dir, 20), train)
+    address = commands.said(train).split("jaxdist join ")[1].split()[0]
+    plain = commands.start(*COMMAND, "join", address, token="secret")
+    there = commands.start(*COMMAND, "join", address, token="", tls=True)
+    here = commands.start(*COMMAND, "join", str(run_dir), token="")
+    assert plain.wait() == 2
+    assert "or certificates where it has some" in commands.said(plain)
+    until(lambda: all(f"Worker {number} joins" in commands.said(train) for number in (2, 3)), train)
+    there.send_signal(signal.SIGTERM)
+    assert there.wait() == 0
+    assert train.wait() == 0
+    assert here.wait() == 0
+    found = record.RunRecord.read(run_dir)
+    assert found.step == steps
+    if mode == "sync":
+        assert found.params_sha256 == request.getfixturevalue("calm").params_sha256
+    else:
+        assert found.examples_seen == steps // 4 * tiny_experiment.NUM_TRAIN

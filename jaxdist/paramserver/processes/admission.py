@@ -30,7 +30,7 @@ from jaxdist.paramserver.protocol import messages
 from jaxdist.paramserver.protocol.settings import worker_name
 from jaxdist.paramserver.wire import greeting, streams
 from jaxdist.paramserver.wire.incoming import GREETING_SECONDS
-from jaxdist.paramserver.wire.security import Security
+from jaxdist.paramserver.wire.security import CERTIFICATE, KEY, ROOT, TOKEN, Security
 from jaxdist.rundir import record
 
 ALIVE_SECONDS, SILENT_SECONDS = 1.0, 30.0
@@ -240,7 +240,10 @@ class Admission:
                     line.say(names=[])
 
     def _take_in(self, line: Line, *, local: bool) -> None:
-        secrets = {"token": self._security.token, "secrets": hidden_settings.for_other_machines()} if local else {}
+        # Of this machine, a command gets all that its workers need, whatever the variables in its own environment say.
+        certificates = {name: os.environ.get(name, "") for name in (CERTIFICATE, KEY, ROOT)}
+        known = hidden_settings.for_other_machines() | certificates
+        secrets = {"token": self._security.token, "secrets": known} if local else {}
         spec = dataclasses.replace(self.spec, peers=dict(peer_addresses.Addresses(self.spec.peers, self._directory)))
         line.say(spec=dataclasses.asdict(spec), folder=os.getcwd(), **secrets)
         match line.hear():
@@ -342,10 +345,11 @@ def knock(door: tuple[str, str], security: Security) -> Iterator[Line]:
         try:
             channel = _connect_here(here) if here else _connect_there(address, security)
         except (OSError, ssl.SSLError) as error:
-            where = f"at {address}" if address else "on this machine"
+            where, why = f"at {address}" if address else "on this machine", str(error.strerror or error).rstrip(".")
             raise UserError(
-                f"The run cannot be reached {where}: {error.strerror or error}. Join a run that is training, with its "
-                "token, by its directory on the machine that started it, or by its address."
+                f"The run cannot be reached {where}: {why}. Join a run that is training by its directory on the "
+                f"machine that started it, or by its address, with its token ({TOKEN}), or certificates where it has "
+                f"some ({CERTIFICATE}, {KEY}, {ROOT})."
             ) from error
         except greeting.Refused as error:
             raise UserError(

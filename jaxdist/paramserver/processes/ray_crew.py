@@ -24,7 +24,7 @@ from jaxdist.paramserver.wire import security
 
 _STARTS, _RETIRING = "starts", "retiring"
 _LOOK_SECONDS = 0.2
-_PLACING_SECONDS = 60.0
+_PLACING_SECONDS = 180.0
 
 
 class Part:
@@ -65,6 +65,7 @@ class RayCrew:
     Raises:
       UserError: Ray is not installed.
       ValueError: there is no running cluster.
+      RunFailedError: its nodes take no processes.
     """
 
     def __init__(
@@ -83,8 +84,12 @@ class RayCrew:
                 "`ray start --head`, or set RAY_ADDRESS."
             ) from error
         self._actors: dict[str, Any] = {}
-        self.peers = self._make_actors(self.names)
         self._runs: dict[str, Any] = {}
+        try:
+            self.peers = self._make_actors(self.names)
+        except BaseException:
+            self.close(orderly=False)
+            raise
 
     def _make_actors(self, names: Sequence[str]) -> dict[str, str]:
         """Make the actors of these processes on the nodes that are alive, in turn; return their addresses."""
@@ -92,7 +97,10 @@ class RayCrew:
         places = {name: nodes[number % len(nodes)] for number, name in enumerate(names)}
         self._actors |= {name: self._make_actor(name, node, self._devices) for name, node in places.items()}
         asked = [self._actors[name].address.remote(node["NodeManagerAddress"]) for name, node in places.items()]
-        return dict(zip(names, self._ray.get(asked, timeout=_PLACING_SECONDS), strict=True))
+        try:
+            return dict(zip(names, self._ray.get(asked, timeout=_PLACING_SECONDS), strict=True))
+        except self._ray.exceptions.RayError as error:  # also GetTimeoutError
+            raise RunFailedError(f"Ray could not place {', '.join(names)} on its nodes: {error}") from error
 
     def _make_actor(self, name: str, node: dict[str, Any], devices: int) -> Any:
         stay = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
@@ -160,11 +168,7 @@ class RayCrew:
         """Run processes whose node was lost on the nodes that are left."""
         if not names:
             return
-        try:
-            moved = self._make_actors(names)
-        except self._ray.exceptions.RayError as error:  # also GetTimeoutError
-            raise RunFailedError(f"Ray could not place {', '.join(names)} on another node: {error}") from error
-        for name, address in moved.items():
+        for name, address in self._make_actors(names).items():
             peer_addresses.announce(self.directory, name, address)
         self._run(names)
         say(f"A node of the cluster is lost. Its processes run on the others from now on: {', '.join(names)}.")

@@ -12,7 +12,7 @@ import tiny_experiment
 from jaxdist.errors import UserError
 from jaxdist.launch.supervising import local_job
 from jaxdist.paramserver.processes import admission, peer_addresses, run_folder
-from jaxdist.paramserver.wire.security import Security, new_token
+from jaxdist.paramserver.wire.security import KEY, ROOT, Security, new_token
 
 FACTS = admission.facts_of(pathlib.Path(tiny_experiment.__file__))
 
@@ -64,6 +64,14 @@ def test_a_command_of_this_machine_gets_the_secrets_and_names_for_its_workers(tm
         line.say(left=["worker/3"])
     until(lambda: not door.guests)
     assert [note.name for note in door.deaths()] == ["worker/2"]  # it went without a word
+
+
+def test_a_command_of_this_machine_has_the_certificates_of_the_run_and_no_others(door, monkeypatch):
+    monkeypatch.setenv(KEY, "/keys/of/the/run.pem")
+    monkeypatch.delenv(ROOT, raising=False)
+    with admission.knock((door.spec.door[0], ""), Security()) as line:
+        given = enter(line, "127.0.0.1:71")[0]["secrets"]
+    assert (given[KEY], given[ROOT]) == ("/keys/of/the/run.pem", "")
 
 
 def test_a_number_is_never_used_again(door):

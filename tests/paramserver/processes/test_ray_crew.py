@@ -55,7 +55,7 @@ def ray():
             for _ in range(2):
                 cluster.add_node(num_cpus=2, object_store_memory=80_000_000)
             environment.setenv("RAY_ADDRESS", cluster.address)
-            yield
+            yield cluster
     finally:
         cluster.shutdown()
 
@@ -77,3 +77,15 @@ def test_a_run_on_ray_is_stopped_and_goes_on(tmp_path):
     subprocess.run(test_start.command(tmp_path / "run", *steps, flags=["--resume"]), check=True)
     calm_record, resumed = (test_start.record_of(tmp_path / name) for name in ("calm", "run"))
     assert (resumed["params_sha256"], resumed["step"]) == (calm_record["params_sha256"], 40)
+
+
+def test_the_processes_of_a_lost_node_run_on_the_others(ray, tmp_path, calm, capsys):  # noqa: F811
+    extra = ray.add_node(num_cpus=2, object_store_memory=80_000_000)
+
+    def lose(mischief):
+        ray.remove_node(extra, allow_graceful=False)
+
+    made = test_processes.disturbed(tmp_path, [(10, lose)], **test_processes.REPLICATED)
+    assert made.params_sha256 == calm.params_sha256
+    assert "A node of the cluster is lost. Its processes run on the others from now on" in capsys.readouterr().err
+    assert list((tmp_path / "ps" / "addresses").glob("*.address"))

@@ -278,13 +278,14 @@ def on_diverged(state: SchedulerState, note: messages.Diverged, now: float, out:
 
 
 def on_leave(state: SchedulerState, note: messages.Leave, now: float, out: Output) -> None:
-    """Continue without a worker that leaves, and tell it so, even if it is no member any more."""
+    """Continue without a worker that leaves, and tell it so, even if it is no member: it may not have joined yet."""
     worker = worker_number(note.name)
-    if state.membership is None or worker is None or state.boots.get(note.name, -1) > note.boot:
+    if worker is None:
         return
     if state.joining.get(worker, note.boot + 1) <= note.boot:
         del state.joining[worker]
-    if worker in state.workers:
+    if worker in state.workers and state.boots.get(note.name, -1) <= note.boot:
+        assert state.membership is not None
         state.counters["left"] += 1
         _drop_worker(state, worker)
         change(state, now, out, members=tuple(m for m in state.membership.members if m.worker != worker))
@@ -292,7 +293,11 @@ def on_leave(state: SchedulerState, note: messages.Leave, now: float, out: Outpu
 
 
 def on_died(state: SchedulerState, note: messages.Died, now: float, out: Output) -> None:
-    """Continue at once without a process that has certainly ended, unless it has joined again already."""
+    """Continue at once without a process that has certainly ended, unless it has joined again already.
+
+    The crew knows the boot number that the process started with. If the scheduler had given it a larger one, because
+    its clock was behind, this note cannot be told from a late one on an earlier start, and silence shows its death.
+    """
     if state.membership is None or state.boots.get(note.name, -1) > note.boot:
         return
     worker, shard = worker_number(note.name), server_shard(note.name)

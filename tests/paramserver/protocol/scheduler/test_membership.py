@@ -226,8 +226,32 @@ def test_a_worker_that_leaves_before_it_is_a_member_never_becomes_one():
     assert set(cast.state.workers) == {0}
     cast.tell(messages.Register("worker/0", 9))
     cast.tick()
-    assert cast.tell(messages.Leave("worker/0", 1)) == ([], [])  # a late one of the process before
+    # A late one of the process before, which no longer hears it; or one whose clock is behind: it was never a member.
+    assert cast.tell(messages.Leave("worker/0", 1)) == ([("worker/0", messages.Fenced("worker/0", 1))], [])
     assert set(cast.state.workers) == {0}
+
+
+@pytest.mark.parametrize("servers", [0, 1])
+@pytest.mark.parametrize("name", ["worker/0", "worker/7"])
+@pytest.mark.parametrize("boot", [0, 1, 2])
+def test_a_worker_that_is_told_to_leave_before_it_has_joined_is_answered(servers, name, boot):
+    """Also before the first membership, and whatever its clock says; it changes nothing."""
+    cast = stages.Cast(stages.settings(workers=1))
+    if servers:
+        cast.join()
+    before = cast.state.membership, set(cast.state.workers)
+    if (servers, name, boot >= 1) == (1, "worker/0", True):
+        return  # this one is a member
+    assert cast.tell(messages.Leave(name, boot)) == ([(name, messages.Fenced(name, boot))], [])
+    cast.tick()
+    assert (cast.state.membership, set(cast.state.workers)) == before
+
+
+@pytest.mark.parametrize(("boot", "stays"), [(0, True), (1, False), (2, False)])
+def test_a_death_counts_unless_a_later_start_is_a_member(boot, stays):
+    cast = stages.Cast(stages.settings(workers=2)).join()
+    cast.tell(messages.Died("worker/0", boot))
+    assert (0 in cast.state.workers) == stays
 
 
 @given(st.data())
