@@ -87,12 +87,6 @@ def hearing(role, **rewritten):
     return Deceived
 
 
-def in_my_term(machine, message):
-    """Return the message as if it were of the term of its reader: a check of terms that is not there."""
-    term = machine.state.term if isinstance(machine, Scheduler) else machine.term
-    return dataclasses.replace(message, term=term)
-
-
 def doing(role, change):
     """Return `role` with its effects changed: `change` returns the effects to do instead of one."""
 
@@ -319,8 +313,6 @@ REPLICATED = {**ASYNC, "durability": "replicated"}
 SYNC_COPIES = {"workers": 3, "servers": 2, "durability": "replicated", "max_steps": 12}
 BOUNDED = {"mode": "bounded", "max_staleness": 1, "workers": 3}
 LONG = {"until": 8.0, "kills": 6.0, "drop": 0.3, "pauses": 0.3, "partitions": 0.0}
-RETURNS = {"until": 8.0, "kills": 5.0, "late": 0.3, "lost_disk": 0.0}
-ROLLBACK = {**SYNC_COPIES, "snapshot_every": 3, "max_steps": 20}
 
 
 def _without_newest(machine, fenced):
@@ -393,53 +385,3 @@ BUGS = {
     ),
 }
 """The bugs by name; a number is the row of what was wrong before."""
-
-
-def _backup_of(machine, message):
-    place = machine.membership.shards[machine.number] if machine.membership else None
-    return dataclasses.replace(message, name=place.backup, boot=place.backup_boot) if place else message
-
-
-TERMS = {
-    "Replicate": Roles(server=hearing(Server, Replicate=in_my_term)),
-    "Replicated": Roles(server=hearing(Server, Replicated=in_my_term)),
-    "Transfer": Roles(server=hearing(Server, Transfer=in_my_term)),
-    "Transfer and boot": Roles(
-        server=hearing(
-            Server, Transfer=lambda machine, m: dataclasses.replace(in_my_term(machine, m), boot=machine.boot)
-        )
-    ),
-    "Transfer's boot": Roles(
-        server=hearing(Server, Transfer=lambda machine, m: dataclasses.replace(m, boot=machine.boot))
-    ),
-    "Replicated's boot": Roles(server=hearing(Server, Replicated=_backup_of)),
-    "Replicated and boot": Roles(
-        server=hearing(Server, Replicated=lambda machine, m: _backup_of(machine, in_my_term(machine, m)))
-    ),
-    "Commit": Roles(server=hearing(Server, Commit=in_my_term)),
-    "Finish": Roles(server=hearing(Server, Finish=in_my_term)),
-    "Read": Roles(server=hearing(Server, Read=in_my_term)),
-    "SaveCut": Roles(server=hearing(Server, SaveCut=in_my_term)),
-    "Synced": Roles(scheduler=hearing(Scheduler, Synced=in_my_term)),
-    "MembershipAck": Roles(scheduler=hearing(Scheduler, MembershipAck=in_my_term)),
-    "ReadAnswer": Roles(scheduler=hearing(Scheduler, ReadAnswer=in_my_term)),
-    "Grant": Roles(worker=hearing(Worker, Grant=in_my_term)),
-}
-"""What is run with a check of a term, or of a boot number, that is not there."""
-
-TERM_SETTINGS = (
-    ("copies", SYNC_COPIES, {"until": 6.0, "kills": 3.0, "late": 0.3}),
-    ("copies and returns", ROLLBACK, {"until": 6.0, "kills": 6.0, "late": 0.3}),
-    ("async copies", {**REPLICATED, "max_steps": 40}, {"until": 8.0, "kills": 4.0, "late": 0.3}),
-    ("async and returns", {**REPLICATED, "snapshot_every": 4, "max_steps": 40}, RETURNS),
-)
-
-
-def term_bug(name, *, within):
-    """Return in which of `within` seeds of which schedules a missing check shows, and as what."""
-    for seed in range(within):
-        for schedule, changes, worse in TERM_SETTINGS:
-            shown, text = Bug(TERMS[name], changes, worse).shows(seed)
-            if shown:
-                return f"seed {seed} of {schedule!r}: {text[:120]}"
-    return "not needed"

@@ -1,8 +1,7 @@
 """Plays many schedules of the simulator, in several processes: `python tests/paramserver/schedules.py --help`.
 
 Prints each seed that breaks a rule and, at the end, how many schedules were played and how long that took. The exit
-status is 1 if one was broken. `--bugs` says instead in how many seeds each planted bug shows, and which checks of terms
-can be taken away without a schedule turning red.
+status is 1 if one was broken. `--bugs` says instead in how many seeds each planted bug shows.
 """
 
 import argparse
@@ -70,12 +69,6 @@ def try_bugs(within):
     return not missing
 
 
-def try_terms(within):
-    """Say in which of `within` seeds a missing check of a term shows first."""
-    for name in planted.TERMS:
-        print(f"{name}: {planted.term_bug(name, within=within)}", flush=True)
-
-
 def main(arguments):
     """Run what the command line says; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -84,11 +77,7 @@ def main(arguments):
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--minutes", type=float, default=60.0, help="stop after this time")
     parser.add_argument("--bugs", type=int, metavar="SEEDS", help="try the planted bugs in so many seeds instead")
-    parser.add_argument("--terms", type=int, metavar="SEEDS", help="try the checks of terms in so many seeds instead")
     given = parser.parse_args(arguments)
-    if given.terms:
-        try_terms(given.terms)
-        return 0
     if given.bugs:
         return 0 if try_bugs(given.bugs) else 1
     return 0 if play_all(given.first, given.count, given.processes, given.minutes) else 1

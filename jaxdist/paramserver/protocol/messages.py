@@ -490,8 +490,6 @@ class Replicated:
 
     shard: int
     term: int
-    name: str
-    boot: int
     index: int
 
 
@@ -520,7 +518,6 @@ class Transfer:
     shard: int
     term: int
     index: int
-    boot: int
     state: ShardState
 
 

@@ -229,7 +229,7 @@ class Server:
 
     def _transfer(self, now: float, out: effects.Output) -> None:
         state = self.shard.export()
-        self.transfer = messages.Transfer(self.number, self.term, self.index, self._place.backup_boot, state)
+        self.transfer = messages.Transfer(self.number, self.term, self.index, state)
         self._send_transfer(now, out)
 
     def _send_transfer(self, now: float, out: effects.Output) -> None:
@@ -245,11 +245,9 @@ class Server:
             _let_go(outcome, out)
 
     def _replicated(self, answer: messages.Replicated, now: float, out: effects.Output) -> None:
-        place = self._place if self.primary else None
-        if place is None or (place.backup, place.backup_boot) != (answer.name, answer.boot):
+        if not self.primary or answer.term != self.term:
             return
-        if answer.term != self.term:
-            return
+        place = self._place
         while self.unsent and self.unsent[0][1].index <= answer.index:
             self.unsent.popleft()
             self.copied_at = now
@@ -263,6 +261,10 @@ class Server:
                 out.send(SCHEDULER, messages.Synced(self.number, self.term, place.backup, place.backup_boot))
 
     def _is_my_primary(self, term: int) -> bool:
+        """Return whether the primary of `term` is the one that this backup follows.
+
+        A term has one primary and one backup of each shard, down to their boot numbers, so it says who sent a message.
+        """
         return self.membership is not None and not self.primary and term == self.term
 
     def _replicate(self, record: messages.Replicate, now: float, out: effects.Output) -> None:
@@ -282,7 +284,7 @@ class Server:
         self._acknowledge(out)
 
     def _adopt(self, transfer: messages.Transfer, now: float, out: effects.Output) -> None:
-        if not self._is_my_primary(transfer.term) or transfer.boot != self.boot:
+        if not self._is_my_primary(transfer.term):
             return
         if self.restored == NO_STATE or self.index < transfer.index:
             assert self.membership is not None
@@ -292,7 +294,7 @@ class Server:
         self._acknowledge(out)
 
     def _acknowledge(self, out: effects.Output) -> None:
-        answer = messages.Replicated(self.number, self.term, self.name, self.boot, self.index)
+        answer = messages.Replicated(self.number, self.term, self.index)
         out.send(self._place.primary, answer)
 
     # Workers.
@@ -377,8 +379,8 @@ class Server:
             self._submit(finish, Outcome({(messages.Finish, finish.step)}), now, out)
 
     def _read(self, read: messages.Read, now: float, out: effects.Output) -> None:
-        if not self.primary or read.term != self.term:
-            return
+        if not self.primary:
+            return  # a late one of another term needs no check: the scheduler ignores an answer of that term
         shard = self.shard
         answer = Outcome({read})
         content = messages.ReadAnswer(

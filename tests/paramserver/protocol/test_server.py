@@ -163,7 +163,7 @@ def rolled_back(pushes):
         early["Replicate"] = sent[0].message
         early["Replicated"] = tell(second, early["Replicate"])[0].message
         tell(first, early["Replicated"])
-    transfer = messages.Transfer(0, 1, first.index, 1, first.shard.export())
+    transfer = messages.Transfer(0, 1, first.index, first.shard.export())
     early["Transfer"] = transfer
     after = membership(2, restore_term=2)
     tell(second, after)
@@ -187,6 +187,43 @@ def test_an_acknowledgement_from_before_a_rollback_releases_nothing():
     assert early["Replicated"].index >= first.index
     assert tell(first, early["Replicated"]) == []
     assert kinds(deliver(first, second, sent)) == ["PushAck"]
+
+
+def in_term_2(**changes):
+    """Return a server without a backup that has rolled back in term 2, with one push of the first step."""
+    one = server(PRIMARY, mode="sync", durability="snapshot", **changes)
+    tell(one, membership(1, backup=""), membership(2, restore_term=2, backup=""))
+    tell(one, dataclasses.replace(push(1), lease=FIRST))
+    return one
+
+
+FIRST = messages.Lease(0, 0, 0, 0, 2)
+
+
+def test_a_commit_from_before_a_rollback_is_ignored():
+    """The pushes that it names are gone, and another worker may be computing the step."""
+    one = in_term_2()
+    late = messages.Commit(1, 0, 1, False, (messages.Contributor(0, 1, 1, FIRST),))
+    assert (tell(one, late), one.shard.version) == ([], 0)
+    assert kinds(tell(one, dataclasses.replace(late, term=2))) == ["CommitAck"]
+
+
+def test_a_norm_from_before_a_rollback_is_ignored():
+    """The step is trained again, with a push of a worker that is new, so its norm is another one."""
+    one = in_term_2()
+    one.shard.updater = workload.Momentum(clip=True)
+    assert kinds(tell(one, messages.Commit(2, 0, 1, False, (messages.Contributor(0, 1, 1, FIRST),)))) == ["Norms"]
+    assert (tell(one, messages.Finish(1, 0, 1, 4.0)), one.shard.version) == ([], 0)
+    assert kinds(tell(one, messages.Finish(2, 0, 1, 4.0))) == ["CommitAck"]
+
+
+def test_an_order_to_save_from_an_earlier_term_writes_nothing():
+    """The cut of that name may be complete, and its file would be replaced by that of another step."""
+    one = in_term_2()
+    late = messages.SaveCut(1, 0, 1, "0000000000-1-1")
+    assert one.handle(late, 0.0) == ([], [])
+    _, (write,) = one.handle(dataclasses.replace(late, term=2), 0.0)
+    assert isinstance(write, effects.Write)
 
 
 @pytest.mark.parametrize("what", ["params", "opt_state"])

@@ -50,7 +50,8 @@ def test_a_gradient_of_an_earlier_life_is_not_pushed():
     assert sent.message.incarnation == 2
 
 
-def test_a_grant_of_an_older_epoch_is_ignored():
+def test_a_grant_of_an_older_term_is_ignored():
+    """A scheduler that was started again has been told that this worker holds no lease."""
     worker = Worker(worker=0, boot=10, settings=SETTINGS)
     join(worker, 5, 1)
     assert worker.handle(messages.Grant(0, 1, 4, 1, 0, LEASE), 0.0) == ([], [])

@@ -98,7 +98,7 @@ class End:
 
 def transfer(number, size=30_000):
     state = messages.ShardState(0, 0, 0, (np.arange(size, dtype=np.float32),), (), (), (), 0, (), (), (), None)
-    return messages.Transfer(0, 1, number, 3, state)
+    return messages.Transfer(0, 1, number, state)
 
 
 @given(st.lists(st.integers(1, 200_000), min_size=1, max_size=4), st.lists(st.booleans(), min_size=1, max_size=6))

@@ -44,7 +44,7 @@ def speaking(to, security=OPEN):
 
 def transfer(size):
     state = messages.ShardState(0, 0, 0, (np.arange(size, dtype=np.float32),), (), (), (), 0, (), (), (), None)
-    return messages.Transfer(0, 1, 2, 3, state)
+    return messages.Transfer(0, 1, 2, state)
 
 
 @pytest.mark.parametrize("security", [OPEN, SECRET, TLS], ids=["open", "token", "tls"])

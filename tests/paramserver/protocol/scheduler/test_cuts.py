@@ -116,6 +116,21 @@ def test_the_last_cut_is_shown_before_the_run_ends():
     assert [type(effect.record).__name__ for effect in stages.named(done, "Append")] == ["VerdictRecord", "StopRecord"]
 
 
+def test_an_answer_to_a_read_of_an_earlier_term_is_not_shown():
+    """A scheduler that was started again numbers its reads from 1 again, and shards may have rolled back since."""
+    cast = stages.Cast(stages.settings(max_steps=1)).join()
+    cast.step()
+    late = messages.ReadAnswer(cast.state.term, 0, cast.state.reading, 1, 7, (), ())
+    back = cast.restarted()
+    back.tick()
+    back.enter_term()
+    back.tell(back.beat("worker/0"))
+    back.applied(1)
+    assert back.state.reading == late.number
+    assert not stages.named(back.tell(late)[1], "ShowCut")
+    assert stages.named(back.tell(dataclasses.replace(late, term=back.state.term))[1], "ShowCut")
+
+
 def test_a_verdict_may_end_the_run_at_this_cut():
     cast = stages.Cast(stages.settings(read_every=(1,))).join()
     cast.step()

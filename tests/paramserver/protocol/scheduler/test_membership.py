@@ -1,5 +1,7 @@
 """The membership stage: joining, returning, being dropped, and losing a shard."""
 
+import dataclasses
+
 import pytest
 import stages
 from hypothesis import given
@@ -30,6 +32,32 @@ def test_a_large_crew_joins_with_few_bytes():
     size += sum(len(encoding.to_bytes(effect.record)) for effect in stages.named(done, "Append"))
     assert len(cast.state.membership.members) == 256
     assert size < 5e6
+
+
+def test_a_shard_that_entered_an_earlier_term_only_is_waited_for():
+    """Until it enters the new one, it takes pushes of workers that were dropped."""
+    cast = stages.Cast(stages.settings()).join()
+    late = cast.entered(0)
+    cast.tell(messages.Register("worker/0", 2))
+    cast.tick()
+    cast.tell(late)
+    assert not cast.state.settled()
+    cast.enter_term()
+    assert cast.state.settled()
+
+
+def test_a_backup_that_was_synced_before_a_rollback_may_not_take_over():
+    """The rollback left it behind: its primary has loaded a cut, which it has yet to send."""
+    cast = stages.Cast(stages.settings(servers=2, durability="replicated", snapshot_every=2)).join()
+    cast.tell(messages.Register("server/1/b", 2))
+    note = messages.Synced(1, cast.state.term, "server/1/b", 2)
+    cast.tell(messages.Died("server/0/b", 1), messages.Register("server/0/a", 2))
+    assert cast.state.counters["rollbacks"] == 1
+    term = cast.state.term
+    cast.tell(note)
+    assert (cast.state.term, cast.state.membership.shards[1].synced) == (term, False)
+    cast.tell(dataclasses.replace(note, term=term))
+    assert cast.state.membership.shards[1].synced
 
 
 def test_a_process_that_did_not_hear_the_answer_gets_it_again():
