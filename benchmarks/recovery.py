@@ -145,7 +145,9 @@ def fire(
     experiment: str, arguments: list[str], options: argparse.Namespace, *settings: str, **strikes: int
 ) -> chaos.ChaosResult:
     command = [sys.executable, "-m", "jaxdist.cli", "train", *arguments, "--reduction", "canonical"]
-    command += ["--set", "recovery.ledger=true", "recovery.max_fruitless=1000000", *settings]
+    # Otherwise a run ends when its model is good enough, long before the last strike.
+    command += ["--set", "stop.target=None", "stop.max_epochs=None", "recovery.ledger=true"]
+    command += ["recovery.max_fruitless=1000000", *settings]
     with tempfile.TemporaryDirectory(prefix="jaxdist-recovery-") as folder:
         return chaos.run(
             command,

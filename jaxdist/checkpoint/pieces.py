@@ -15,17 +15,24 @@ from jaxdist.spmd import keys
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A part of an array that this process owns: `[start, stop]` of every dim, and the values, on one device."""
+    """A part of an array that this process owns.
+
+    Attributes:
+      index: `[start, stop]` of every dim.
+      data: the values, on one device.
+      shard: which of the array's shards on this process it is, as `addressable_data` counts them.
+    """
 
     index: list[list[int]]
     data: jax.Array
+    shard: int
 
 
 def owned_pieces(array: jax.Array) -> list[Piece]:
     """Return the pieces of `array` that this process owns; all processes together own each element once."""
     return [
-        Piece([list(part.indices(size)[:2]) for part, size in zip(shard.index, array.shape)], shard.data)
-        for shard in array.addressable_shards
+        Piece([list(part.indices(size)[:2]) for part, size in zip(shard.index, array.shape)], shard.data, number)
+        for number, shard in enumerate(array.addressable_shards)
         if shard.replica_id == 0
     ]
 

@@ -1,5 +1,6 @@
 import contextlib
 import functools
+import json
 import os
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxdist import testing
+from jaxdist.checkpoint import packing, slots
 from jaxdist.checkpoint import snapshots as snapshot
 from jaxdist.spmd.mesh import make_mesh
 
@@ -79,8 +81,8 @@ def test_the_state_may_be_donated_as_soon_as_save_returns(tmp_path):
 def test_a_slot_that_is_not_whole_is_passed_over(tmp_path, damage):
     mesh = make_mesh({"data": -1})
     save_steps(tmp_path, mesh, range(1, 5))
-    newest = max(tmp_path.iterdir(), key=lambda path: snapshot._open(path).header["step"])
-    content, file = bytearray(newest.read_bytes()), snapshot._open(newest)
+    newest = max(tmp_path.iterdir(), key=lambda path: slots.open_slot(path).header["step"])
+    content, file = bytearray(newest.read_bytes()), slots.open_slot(newest)
     end = file.offset + sum(piece["num_bytes"] for piece in file.header["pieces"])  # the rest of the file is reserved
     if damage == "cut":
         content = content[: end - 1]
@@ -105,7 +107,7 @@ def test_what_lies_beyond_the_step_that_training_goes_on_from_is_forgotten(tmp_p
     for _ in range(2):  # neither of these overwrites step 5 before it is complete
         snapshots.save(6, make_state(mesh, 6), {})
     snapshots.wait()
-    assert {snapshot._open(path).header["step"] for path in tmp_path.iterdir()} == {5, 6}
+    assert {slots.open_slot(path).header["step"] for path in tmp_path.iterdir()} == {5, 6}
     snapshots.begin(0)
     assert snapshots.latest_step() is None
     snapshots.close()
@@ -115,20 +117,21 @@ def test_pieces_of_one_process_alone_are_no_snapshot(tmp_path):
     """As on two processes: a step counts when the pieces of both are there."""
     mesh = make_mesh({"data": -1}, devices=jax.devices()[:2])
     state = make_state(mesh, 3, PartitionSpec("data"))
-    leaves = snapshot.manifests.leaves_of(state)
-    pieces = snapshot._pieces(leaves)
-    header = {
-        "identity": "a",
-        "step": 3,
-        "data_state": {},
-        "leaves": [[leaf.path, leaf.dtype, str(leaf.data.dtype), list(leaf.data.shape)] for leaf in leaves],
-    }
-    first = [piece for piece in pieces if piece.index != [[4, 8], [0, 2]]]
-    assert len(first) == len(pieces) - 1
-    snapshot._write([snapshot._slot_path(tmp_path, 0, 0)], header, first)
+    made = packing.Packing.of(state)
+    structure = json.loads(made.structure)
+    values = [np.asarray(buffer).view(np.uint8) for buffer in made.pack(state)]
+    second = structure["pieces"].pop()
+    assert second["index"] == [[4, 8], [0, 2]], "the second device owns nothing else"
+
+    def write(process, pieces, buffers):
+        described = {"identity": "a", "step": 3, "data_state": {}}
+        text = json.dumps(structure | {"pieces": pieces})
+        slots.Slots(tmp_path, process).write(slots.header_of(described, text, buffers), buffers)
+
+    write(0, structure["pieces"], values[:-1])
     snapshots = snapshot.Snapshots(tmp_path, identity="a", process=1)
     assert snapshots.latest_step() is None
-    snapshot._write([snapshot._slot_path(tmp_path, 1, 0)], header, pieces[-1:] if pieces[-1] not in first else pieces)
+    write(1, [second], values[-1:])
     assert snapshots.latest_step() == 3
     testing.assert_trees_equal(snapshots.restore(abstract(state), 3)[0], state)
 
@@ -157,7 +160,7 @@ def test_full_memory_is_said_once_and_tried_again_and_the_earlier_snapshots_stay
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(snapshot, "_write_all", full)
+        patch.setattr(slots, "_write_all", full)
         snapshots.save(4, make_state(mesh, 4), {})
         snapshots.wait()
         assert snapshots.latest_step() == 3

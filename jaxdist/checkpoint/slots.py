@@ -1,0 +1,206 @@
+"""The files of snapshots: each process of a job has three slots in a directory in memory, and overwrites the oldest.
+
+A slot holds its header's length and checksum, the header, and the data: a few buffers, one after the other. Nothing
+here needs JAX.
+"""
+
+import dataclasses
+import io
+import itertools
+import json
+import os
+import pathlib
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+JSON: TypeAlias = dict[str, Any]
+
+NUM_SLOTS = 3
+_PATTERN = "process-*.slot-*.snapshot"
+_PREFIX = 32
+"""Bytes of the header's length and checksum."""
+_SLACK = 1 << 16
+"""Bytes reserved beyond a snapshot, since the numbers in its header grow."""
+_MOST_PARTS = 256
+"""Of one call: fewer than any system allows."""
+_WORD = 8
+_FOLD = 512
+"""Words of 64 bits that a buffer is folded into before its checksum is computed."""
+
+
+class Slots:
+    """The slots of one process in a directory."""
+
+    def __init__(self, directory: pathlib.Path, process: int):
+        self._paths = [slot_path(directory, process, slot) for slot in range(NUM_SLOTS)]
+        self.sort()
+
+    def sort(self) -> None:
+        """Have the slot with the oldest snapshot overwritten first, that with the newest last."""
+        files = {path: open_slot(path) for path in self._paths}
+        steps = {path: -1 if file is None else file.header["step"] for path, file in files.items()}
+        self._paths.sort(key=lambda path: steps[path])
+
+    def write(self, header: bytes, buffers: Sequence[np.ndarray]) -> None:
+        """Overwrite the oldest snapshot in place.
+
+        The length is written last, so that a slot that a process left incomplete when it died is recognized. The file
+        is overwritten in place, because freeing and allocating memory costs more than the copy.
+
+        Raises:
+          OSError: there is no memory; the other slots are as they were.
+        """
+        _reserve(self._paths, _PREFIX + len(header) + sum(buffer.nbytes for buffer in buffers))
+        with _opened(self._paths[0]) as file:
+            _write_all(file, [b" " * _PREFIX, header, *buffers])
+            os.pwrite(file.fileno(), f"{len(header):16d}{zlib.crc32(header):16d}".encode(), 0)
+        self._paths.append(self._paths.pop(0))
+
+
+def header_of(described: JSON, structure: str, buffers: Sequence[np.ndarray]) -> bytes:
+    """Return the header of a snapshot.
+
+    Args:
+      described: names its step, among others.
+      structure: the JSON object that lists `leaves` and `pieces`, in the order of the buffers.
+      buffers: the data, bytes.
+    """
+    own = json.dumps(described | {"buffers": [[buffer.nbytes, checksum(buffer)] for buffer in buffers]})
+    text = f"{own[:-1]}, {structure[1:]}".encode()
+    return text.ljust(-(-len(text) // _WORD) * _WORD)  # numbers that begin at a multiple of their size are read faster
+
+
+def checksum(data: np.ndarray) -> int:
+    """Return the CRC-32 of `data` (bytes) after folding it by exclusive or: as fast as memory is read.
+
+    Any flipped bit, and any change within 4096 bytes, gives another one.
+    """
+    end = data.nbytes // (_WORD * _FOLD) * (_WORD * _FOLD)
+    folded = np.bitwise_xor.reduce(data[:end].view(np.uint64).reshape(-1, _FOLD), axis=0)
+    return zlib.crc32(np.ascontiguousarray(data[end:]).data, zlib.crc32(folded.data))
+
+
+@dataclasses.dataclass(frozen=True)
+class SlotFile:
+    """The content of a slot: its header, which was verified, and its bytes, which were not."""
+
+    header: JSON
+    content: np.ndarray
+    offset: int
+
+    def pieces(self) -> list[tuple[JSON, np.ndarray]]:
+        """Return each piece's description and bytes."""
+        sizes = [piece["num_bytes"] for piece in self.header["pieces"]]
+        return list(zip(self.header["pieces"], self._divided(sizes), strict=True))
+
+    def is_intact(self) -> bool:
+        """Return whether every buffer has the checksum it was written with."""
+        buffers = self._divided([num_bytes for num_bytes, _ in self.header["buffers"]])
+        return [checksum(buffer) for buffer in buffers] == [number for _, number in self.header["buffers"]]
+
+    def _divided(self, sizes: Sequence[int]) -> list[np.ndarray]:
+        ends = itertools.accumulate(sizes, initial=self.offset)
+        return [self.content[begin:end] for begin, end in itertools.pairwise(ends)]
+
+
+def slot_path(directory: pathlib.Path, process: int, slot: int) -> pathlib.Path:
+    """Return the file of a slot."""
+    return directory / f"process-{process}.slot-{slot}.snapshot"
+
+
+def paths_in(directory: pathlib.Path) -> list[tuple[int, pathlib.Path]]:
+    """Return the files of slots in `directory`, each with the number of its process."""
+    return [(int(path.name.split(".")[0].removeprefix("process-")), path) for path in sorted(directory.glob(_PATTERN))]
+
+
+def by_step(directory: pathlib.Path, identity: str) -> dict[int, list[SlotFile]]:
+    """Return step -> the files that the processes wrote for it."""
+    found: dict[int, list[SlotFile]] = {}
+    for _, path in paths_in(directory):
+        file = open_slot(path)
+        if file is not None and file.header["identity"] == identity:
+            found.setdefault(file.header["step"], []).append(file)
+    return found
+
+
+def newest_whole(found: Mapping[int, Sequence[SlotFile]]) -> int | None:
+    """Return the newest step of which every piece is present and whole, None if there is none."""
+    return next((step for step in sorted(found, reverse=True) if is_whole(found[step])), None)
+
+
+def is_whole(files: Sequence[SlotFile]) -> bool:
+    """Return whether the pieces are intact and cover every element of every leaf."""
+    shapes = [tuple(leaf[3]) for leaf in files[0].header["leaves"]]
+    covered = [0] * len(shapes)
+    seen = set()
+    for file in files:
+        for piece in file.header["pieces"]:
+            place = (piece["leaf"], json.dumps(piece["index"]))
+            if place not in seen:
+                seen.add(place)
+                covered[piece["leaf"]] += int(np.prod([stop - start for start, stop in piece["index"]], dtype=np.int64))
+    covers = covered == [int(np.prod(shape, dtype=np.int64)) for shape in shapes]
+    return covers and all(file.is_intact() for file in files)
+
+
+def joined(files: Sequence[SlotFile]) -> list[np.ndarray]:
+    """Return the leaves, whole."""
+    leaves = [np.empty(shape, dtype) for _, _, dtype, shape in files[0].header["leaves"]]
+    for file in files:
+        for piece, value in file.pieces():
+            leaf = leaves[piece["leaf"]]
+            index = tuple(slice(*bounds) for bounds in piece["index"])
+            leaf[index] = value.view(leaf.dtype).reshape(leaf[index].shape)
+    return leaves
+
+
+def open_slot(path: pathlib.Path) -> SlotFile | None:
+    """Return the content of a slot, None if it is missing or incomplete."""
+    if not path.exists() or path.stat().st_size < _PREFIX:
+        return None
+    content = np.memmap(path, np.uint8, mode="r")
+    try:
+        length, crc = int(content[:16].tobytes()), int(content[16:_PREFIX].tobytes())
+    except ValueError:
+        return None
+    text = content[_PREFIX : _PREFIX + length].tobytes()
+    if zlib.crc32(text) != crc:
+        return None
+    header = json.loads(text)
+    whole = _PREFIX + length + sum(num_bytes for num_bytes, _ in header["buffers"])
+    return SlotFile(header, content, _PREFIX + length) if whole <= len(content) else None
+
+
+def _reserve(slots: Sequence[pathlib.Path], num_bytes: int) -> None:
+    """Reserve the memory of all slots before the first is written: a snapshot that does not fit harms no older one."""
+    sizes = {path: path.stat().st_size if path.exists() else 0 for path in slots}
+    if min(sizes.values()) >= num_bytes:
+        return
+    try:
+        for path in slots:
+            with _opened(path) as file:
+                os.posix_fallocate(file.fileno(), 0, num_bytes + _SLACK)
+    except OSError:
+        for path, size in sizes.items():
+            if path.exists():
+                os.truncate(path, size)
+        raise
+
+
+def _opened(path: pathlib.Path) -> io.FileIO:
+    return io.FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+")
+
+
+def _write_all(file: io.FileIO, parts: Sequence[Any]) -> None:
+    """Write all of `parts`: one call may write only some, if memory runs out or they are very large or many."""
+    left, written = [memoryview(part).cast("B") for part in parts if len(part)], 0
+    while left:
+        count = os.pwritev(file.fileno(), left[:_MOST_PARTS], written)
+        written += count
+        while left and count >= len(left[0]):
+            count -= len(left.pop(0))
+        if left:
+            left[0] = left[0][count:]
