@@ -35,7 +35,7 @@ class Slots:
     """The slots of one process in a directory."""
 
     def __init__(self, directory: pathlib.Path, process: int):
-        self._paths = [slot_path(directory, process, slot) for slot in range(NUM_SLOTS)]
+        self._paths = of_process(directory, process)
         self.sort()
 
     def sort(self) -> None:
@@ -101,14 +101,23 @@ class SlotFile:
         buffers = self._divided([num_bytes for num_bytes, _ in self.header["buffers"]])
         return [checksum(buffer) for buffer in buffers] == [number for _, number in self.header["buffers"]]
 
+    def header_text(self) -> bytes:
+        """Return the header as it was written."""
+        return self.content[_PREFIX : self.offset].tobytes()
+
+    def data(self) -> bytes:
+        """Return all buffers."""
+        size = sum(num_bytes for num_bytes, _ in self.header["buffers"])
+        return self.content[self.offset : self.offset + size].tobytes()
+
     def _divided(self, sizes: Sequence[int]) -> list[np.ndarray]:
         ends = itertools.accumulate(sizes, initial=self.offset)
         return [self.content[begin:end] for begin, end in itertools.pairwise(ends)]
 
 
-def slot_path(directory: pathlib.Path, process: int, slot: int) -> pathlib.Path:
-    """Return the file of a slot."""
-    return directory / f"process-{process}.slot-{slot}.snapshot"
+def of_process(directory: pathlib.Path, process: int) -> list[pathlib.Path]:
+    """Return the files of a process's slots, whether they are there or not."""
+    return [directory / f"process-{process}.slot-{slot}.snapshot" for slot in range(NUM_SLOTS)]
 
 
 def paths_in(directory: pathlib.Path) -> list[tuple[int, pathlib.Path]]:
@@ -133,17 +142,22 @@ def newest_whole(found: Mapping[int, Sequence[SlotFile]]) -> int | None:
 
 def is_whole(files: Sequence[SlotFile]) -> bool:
     """Return whether the pieces are intact and cover every element of every leaf."""
-    shapes = [tuple(leaf[3]) for leaf in files[0].header["leaves"]]
+    return covers([file.header for file in files]) and all(file.is_intact() for file in files)
+
+
+def covers(headers: Sequence[JSON]) -> bool:
+    """Return whether the pieces of snapshots of one step cover every element of every leaf."""
+    if not headers:
+        return False
+    shapes = [tuple(leaf[3]) for leaf in headers[0]["leaves"]]
     covered = [0] * len(shapes)
     seen = set()
-    for file in files:
-        for piece in file.header["pieces"]:
-            place = (piece["leaf"], json.dumps(piece["index"]))
-            if place not in seen:
-                seen.add(place)
-                covered[piece["leaf"]] += int(np.prod([stop - start for start, stop in piece["index"]], dtype=np.int64))
-    covers = covered == [int(np.prod(shape, dtype=np.int64)) for shape in shapes]
-    return covers and all(file.is_intact() for file in files)
+    for piece in (piece for header in headers for piece in header["pieces"]):
+        place = (piece["leaf"], json.dumps(piece["index"]))
+        if place not in seen:
+            seen.add(place)
+            covered[piece["leaf"]] += int(np.prod([stop - start for start, stop in piece["index"]], dtype=np.int64))
+    return covered == [int(np.prod(shape, dtype=np.int64)) for shape in shapes]
 
 
 def joined(files: Sequence[SlotFile]) -> list[np.ndarray]:

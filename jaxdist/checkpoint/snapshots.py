@@ -15,7 +15,7 @@ import dataclasses
 import pathlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -44,6 +44,8 @@ class Snapshots:
       directory: directory in memory, common to all processes, empty for a new run.
       identity: names the experiment; snapshots of another identity are not used.
       process: number of this process.
+      here: the numbers of the processes whose own directory this is; of all, where the job is on one host.
+      copy: called with the number of this process and each snapshot once it is written, to copy it to another host.
 
     Attributes:
       directory: as given.
@@ -51,7 +53,15 @@ class Snapshots:
       written_step: step of the newest one that this process has written, None before the first.
     """
 
-    def __init__(self, directory: pathlib.Path, *, identity: str, process: int | None = None):
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        *,
+        identity: str,
+        process: int | None = None,
+        here: range | None = None,
+        copy: Callable[[int, bytes, Sequence[np.ndarray]], object] = lambda process, header, buffers: None,
+    ):
         self.cost_seconds = 0.0
         self.written_step: int | None = None
         directory.mkdir(parents=True, exist_ok=True)
@@ -60,6 +70,7 @@ class Snapshots:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "snapshot")
         self._retry_at, self._told = 0.0, False
         self._writing: concurrent.futures.Future[None] | None = None
+        self._here, self._copy_elsewhere = here, copy
         self._slots = slots.Slots(directory, self._process)
         self._packing: packing.Packing | None = None
 
@@ -68,9 +79,10 @@ class Snapshots:
 
         Every process calls this once, before it trains.
         """
+        here = range(jax.process_count()) if self._here is None else self._here
         for number, path in slots.paths_in(self.directory):
             file = slots.open_slot(path)
-            ours = number == self._process or (self._process == 0 and number >= jax.process_count())
+            ours = number == self._process or (self._process == here.start and number not in here)
             if ours and (file is None or file.header["step"] > step):
                 path.unlink()
         self._slots.sort()
@@ -117,10 +129,12 @@ class Snapshots:
         begin = time.perf_counter()
         values = [np.asarray(buffer).view(np.uint8) for buffer in buffers]
         try:
-            self._slots.write(slots.header_of(described, structure, values), values)
+            header = slots.header_of(described, structure, values)
+            self._slots.write(header, values)
         except OSError as error:
             self._pause(error)
         else:
+            self._copy_elsewhere(self._process, header, values)
             self.written_step = described["step"]
             if self._told:
                 print("jaxdist: Snapshots are taken again.", file=sys.stderr, flush=True)
@@ -158,6 +172,11 @@ class Snapshots:
         Call it before training continues: all processes must get the same answer.
         """
         return slots.newest_whole(slots.by_step(self.directory, self._identity))
+
+    def whole_steps(self) -> list[int]:
+        """Return all steps of which every piece is present and whole, in any order."""
+        found = slots.by_step(self.directory, self._identity)
+        return [step for step, files in found.items() if slots.is_whole(files)]
 
     def restore(self, template: PyTree, step: int) -> tuple[PyTree, dict[str, Any]]:
         """Return the state and data_state of `step`, bit for bit, with the shardings of the template.

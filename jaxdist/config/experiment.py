@@ -169,8 +169,8 @@ class Recovery:
       max_fruitless: attempts in a row without a new saved step, after which a supervised job fails.
       min_processes: the least number of processes to which a supervised job that keeps failing is reduced;
         None never lowers it.
-      patience_seconds: how long a supervised job waits for processes that joined it and were lost to come back, before
-        it continues with those that are left.
+      patience_seconds: how long a supervised job waits for processes that joined it and were lost, or for a host that
+        was, to come back, before it continues with those that are left.
       deadline_seconds: after so many seconds, restarts included, the run stops as if by SIGTERM: saved, "preempted",
         exit status 75; None sets none.
       standby: whether a supervised job keeps the processes of its next attempt ready, so that a restart takes less than

@@ -19,7 +19,9 @@ import numpy as np
 from jaxdist.checkpoint import checkpoints, pieces
 from jaxdist.checkpoint import snapshots as snapshot
 from jaxdist.config.experiment import Recovery
-from jaxdist.launch.supervising import joined, restart_events, supervisor, watchdog
+from jaxdist.launch.joining import places, same_on_all
+from jaxdist.launch.supervising import hosts, joined, restart_events, supervisor, watchdog
+from jaxdist.launch.supervising.several_hosts import neighbours
 from jaxdist.launch.supervising.standby import reserve
 from jaxdist.run import components
 from jaxdist.run.hooks import every
@@ -170,7 +172,26 @@ def open_snapshots(settings: Recovery, identity: str) -> snapshot.Snapshots | No
     directory = memory()
     if directory is None or settings.snapshot_every == 0:
         return None
-    return snapshot.Snapshots(directory, identity=identity)
+    return snapshot.Snapshots(directory, identity=identity, **_on_several_hosts(os.environ))
+
+
+def _on_several_hosts(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Return what the snapshots of a process do for the hosts of its job, if there are several."""
+    if places.MEETING not in environment:
+        return {}
+    first, count = int(environment[places.FIRST]), int(environment[places.NUM_PROCESSES])
+    found: dict[str, Any] = {"here": range(first, first + count)}
+    if hosts.NEIGHBOUR in environment:
+        key = neighbours.secret(pathlib.Path(environment[hosts.FOLDER]))
+        found["copy"] = neighbours.Copier(environment[hosts.NEIGHBOUR], key)
+    return found
+
+
+def _newest_in_memory(snapshots: snapshot.Snapshots, environment: Mapping[str, str] = os.environ) -> int | None:
+    """Return the newest step that all processes have in memory; those of one host read the same directory."""
+    if places.MEETING not in environment:
+        return snapshots.latest_step()
+    return same_on_all.largest_common("steps in memory", snapshots.whole_steps())
 
 
 def restore_newest(
@@ -178,7 +199,7 @@ def restore_newest(
 ) -> tuple[Any, dict[str, Any]] | None:
     """Return the newest saved state and its data_state: from memory, else from disk; None if nothing is saved."""
     saved = checkpointer.latest_step()
-    in_memory = snapshots.latest_step() if snapshots else None
+    in_memory = _newest_in_memory(snapshots) if snapshots else None
     if snapshots and in_memory is not None and (saved is None or in_memory >= saved):
         return snapshots.restore(template, in_memory)
     return None if saved is None else checkpointer.restore(template)

@@ -81,7 +81,11 @@ def supervise_host(experiment: Experiment, arguments: Sequence[str], host: hosts
             host,
             _command(arguments),
             run_dir=run_dir,
-            saved_step=lambda: checkpointer.latest_step() or 0,
+            saved=hosts.Saved(
+                identity=str(identity),
+                newest_step=lambda memory: recovery.saved_step(memory, checkpointer, str(identity)),
+                save=rescue.Rescue.of(run_dir, identity, directory.what_stays(experiment)).save,
+            ),
             settings=dataclasses.replace(experiment.recovery, min_processes=None),
         )
 

@@ -13,7 +13,7 @@ import platform
 import re
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -76,6 +76,16 @@ def all_of(name: str, value: bool) -> bool:
         told = [_get(client, name, number, _SECONDS) for number in range(count)]
         client.key_value_set(_key(name, "all"), str(all(each == str(True) for each in told)))
     return _get(client, name, "all", _SECONDS) == str(True)
+
+
+def largest_common(name: str, values: Collection[int]) -> int | None:
+    """Return the largest number that every process has, None without one; each calls this once for each name."""
+    client, process, count = _job()
+    if client is None:
+        return max(values, default=None)
+    client.key_value_set(_key(name, process), json.dumps(sorted(values)))
+    told = [json.loads(_get(client, name, number, _SECONDS)) for number in range(count)]
+    return max(set.intersection(*map(set, told)), default=None)
 
 
 def describe(told: Sequence[Mapping[str, Any]]) -> str:

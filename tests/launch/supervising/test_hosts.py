@@ -4,6 +4,7 @@ python -m pytest -m root tests/launch/supervising/test_hosts.py        # as root
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -20,6 +21,7 @@ from jaxdist.errors import UserError
 from jaxdist.launch.joining import places
 from jaxdist.launch.supervising import hosts as supervising_hosts
 from jaxdist.launch.supervising import restart_events, restart_policy
+from jaxdist.launch.supervising.several_hosts import membership
 
 EXPERIMENT = pathlib.Path(__file__).parents[2] / "tiny_experiment.py"
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
@@ -28,7 +30,15 @@ PORT = 7640
 
 def test_each_host_numbers_its_processes_after_those_of_the_hosts_before():
     host = supervising_hosts.Host(index=2, count=3, coordinator="first:1", num_processes=4)
-    assert host.environment() == {places.MEETING: "first:1", places.FIRST: "8", places.ALL: "12"}
+    members = membership.Members(4, {1: "b:2", 0: "a:1", 2: "c:3"}, "second:7")
+    assert host.environment(members) == {
+        places.MEETING: "second:7",
+        places.FIRST: "8",
+        places.ALL: "12",
+        supervising_hosts.NEIGHBOUR: "b:2",
+    }
+    left = dataclasses.replace(members, hosts={2: "c:3"})
+    assert host.environment(left) == {places.MEETING: "second:7", places.FIRST: "0", places.ALL: "4"}
     for index in (-1, 3):
         with pytest.raises(UserError, match=f"from 0; got {index} of 3"):
             supervising_hosts.Host(index=index, count=3, coordinator="first:1", num_processes=4)
@@ -44,12 +54,13 @@ sys.exit(9 if (run_dir / "seen").read_text().count("\\n") < 3 else 0)
 
 
 def test_the_processes_of_a_host_are_restarted_until_they_end_well(tmp_path, capfd, monkeypatch):
-    host = supervising_hosts.Host(index=1, count=2, coordinator="first:1", num_processes=1)
+    host = supervising_hosts.Host(index=0, count=1, coordinator="127.0.0.1:1", num_processes=1)
     monkeypatch.setattr(restart_policy, "FIRST_DELAY_SECONDS", 0.01)
     command = [sys.executable, "-c", ONE_HOST, str(tmp_path)]
     settings = Recovery(min_processes=None)
-    assert supervising_hosts.run(host, command, run_dir=tmp_path, saved_step=lambda: 0, settings=settings) == 0
-    ends = [event["status"] for event in restart_events.read_events(tmp_path / "host-1") if event["event"] == "end"]
+    saved = supervising_hosts.Saved(identity="a", newest_step=lambda memory: 0)
+    assert supervising_hosts.run(host, command, run_dir=tmp_path, saved=saved, settings=settings) == 0
+    ends = [event["status"] for event in restart_events.read_events(tmp_path) if event["event"] == "end"]
     assert ends == [9, 9, 0]
     assert "The job ended with status 9; it continues from step 0 in 0.02 s." in capfd.readouterr().err
 
