@@ -218,19 +218,23 @@ def _may_fork() -> bool:
 def _serve(channel: socket.socket, handlers: Mapping[signal.Signals, Any]) -> dict[str, Any] | None:
     """Fork on each request and send the child's number; return the request in a child, that of the end at the end."""
     at_end: dict[str, Any] | None = None
+    further = _FurtherImports()
     while True:
+        further.make_until(channel)
         message, streams, _, _ = socket.recv_fds(channel, _MAX_MESSAGE, 2)
         if not message:
+            further.end()
             return at_end
         request: dict[str, Any] = json.loads(message)
         if "at_end" in request:
             at_end = request["at_end"]
             continue
         if "preload" in request:
-            _import_all(pathlib.Path(request["preload"]))
+            further.begin(pathlib.Path(request["preload"]), channel)
             continue
         process_id = _fork_orphan()
         if not process_id:
+            further.forget()
             os.setsid()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -243,20 +247,61 @@ def _serve(channel: socket.socket, handlers: Mapping[signal.Signals, Any]) -> di
         channel.send(str(process_id).encode())
 
 
-def _import_all(names: pathlib.Path) -> None:
-    """Import the modules named in a file, if a trial in a fork shows that this process can still fork then."""
-    try:
-        missing = [name for name in names.read_text().split() if name not in sys.modules]
-    except OSError:  # the job has just ended
-        return
-    trial = os.fork()
-    if not trial:
-        signal.alarm(_TRIAL_SECONDS)  # an import that waits for something ends the trial
-        os.nice(_TRIAL_NICE)
-        _try_to_import(missing)
-        os._exit(ExitStatus.OK if _may_fork() else ExitStatus.FAILED)
-    if os.waitpid(trial, 0)[1] == 0:
-        _try_to_import(missing)
+class _FurtherImports:
+    """Imports that are made between requests, if a trial in a fork shows that this process can still fork then.
+
+    No request waits for the trial, which may take long where the processes that train leave it no time, nor for more
+    than one of the imports.
+    """
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._trial: tuple[int, int] | None = None
+        self._passed = False
+
+    def begin(self, names: pathlib.Path, channel: socket.socket) -> None:
+        """Begin the trial with the modules named in a file."""
+        self.end()
+        self._passed = False
+        try:
+            self._names = [name for name in names.read_text().split() if name not in sys.modules]
+        except OSError:  # the job has just ended
+            return
+        trial = os.fork()
+        if not trial:
+            channel.close()
+            signal.alarm(_TRIAL_SECONDS)  # an import that waits for something ends the trial
+            os.nice(_TRIAL_NICE)
+            _try_to_import(self._names)
+            os._exit(ExitStatus.OK if _may_fork() else ExitStatus.FAILED)
+        self._trial = trial, os.pidfd_open(trial)
+
+    def make_until(self, channel: socket.socket) -> None:
+        """Return once there is a request; until then, wait for the trial and make the imports."""
+        while True:
+            waiting = self._trial[1:] if self._trial else ()
+            busy = self._passed and self._names
+            ready = select.select([channel, *waiting], [], [], 0 if busy else None)[0]
+            if channel in ready:
+                return
+            if self._trial and ready:
+                self._passed = os.waitpid(self._trial[0], 0)[1] == 0
+                self.forget()
+            elif busy:
+                _try_to_import([self._names.pop(0)])
+
+    def forget(self) -> None:
+        """Have nothing more to do with the trial."""
+        if self._trial:
+            os.close(self._trial[1])
+        self._trial = None
+
+    def end(self) -> None:
+        """End the trial."""
+        if self._trial:
+            os.kill(self._trial[0], signal.SIGKILL)
+            os.waitpid(self._trial[0], 0)
+        self.forget()
 
 
 def _try_to_import(names: Sequence[str]) -> None:

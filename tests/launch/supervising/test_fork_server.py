@@ -147,16 +147,50 @@ def test_nothing_outlives_an_owner_that_is_killed(module, tmp_path):
 SHOW_LOADED = "import sys; print('wave' in sys.modules, 'threading_starter' in sys.modules)"
 
 
-@pytest.mark.parametrize(
-    ("starter", "expected"), [("", "True True"), (STARTS_A_THREAD, "False False")], ids=["harmless", "with a thread"]
-)
-def test_what_children_import_is_imported_for_the_next_unless_it_starts_threads(module, tmp_path, starter, expected):
-    (tmp_path / "threading_starter.py").write_text(starter)
+def loaded(server, module, tmp_path):
+    assert start(server, module(SHOW_LOADED), tmp_path / "log").wait(timeout=60) == 0
+    return (tmp_path / "log").read_text().strip()
+
+
+@pytest.mark.timeout(120)
+def test_what_children_import_is_imported_for_the_next(module, tmp_path):
+    (tmp_path / "threading_starter.py").touch()
     (tmp_path / "names").write_text("wave\nno.such.module\nthreading_starter\n")
     with fork_server.ForkServer() as server:
         server.preload(tmp_path / "names")
-        assert start(server, module(SHOW_LOADED), tmp_path / "log").wait(timeout=60) == 0
-    assert (tmp_path / "log").read_text().strip() == expected
+        while loaded(server, module, tmp_path) != "True True":
+            pass
+
+
+@pytest.mark.timeout(120)
+def test_what_starts_threads_is_not_imported_for_the_next(module, tmp_path):
+    (tmp_path / "threading_starter.py").write_text(STARTS_A_THREAD)
+    (tmp_path / "tried.py").write_text(f"import pathlib; pathlib.Path({str(tmp_path / 'found')!r}).touch()")
+    (tmp_path / "names").write_text("wave\nthreading_starter\ntried\n")
+    with fork_server.ForkServer() as server:
+        server.preload(tmp_path / "names")
+        while not (tmp_path / "found").exists():
+            assert loaded(server, module, tmp_path) == "False False"
+        assert {loaded(server, module, tmp_path) for _ in range(3)} == {"False False"}
+
+
+@pytest.mark.timeout(120)
+def test_a_process_is_started_while_such_imports_are_tried(module, tmp_path):
+    """They take minutes where the processes that train take all the time: a restart must not wait for them."""
+    os.mkfifo(tmp_path / "gate")
+    code = f"import pathlib; folder = pathlib.Path({str(tmp_path)!r})\n"
+    code += "if not (folder / 'go').exists(): (folder / 'trying').touch(); (folder / 'gate').read_text()"
+    (tmp_path / "threading_starter.py").write_text(code)
+    (tmp_path / "names").write_text("wave\nthreading_starter\n")
+    with fork_server.ForkServer() as server:
+        server.preload(tmp_path / "names")
+        while not (tmp_path / "trying").exists():
+            pass
+        assert loaded(server, module, tmp_path) == "False False"
+        (tmp_path / "go").touch()
+        (tmp_path / "gate").write_text("")
+        while loaded(server, module, tmp_path) != "True True":
+            pass
 
 
 def test_a_file_of_names_that_is_gone_harms_nothing(module, tmp_path):
