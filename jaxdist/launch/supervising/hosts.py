@@ -1,7 +1,7 @@
 """One job on several hosts without an engine: on each, the same command supervises that host's processes.
 
 When the job fails, it fails on all hosts: the supervisors tell each other, and see when one of them is gone. Those that
-are left agree on who takes part in the next attempt (`membership`), and continue from the snapshots in their memory.
+are left agree on who takes part in the next attempt (`taking_part`), and continue from the snapshots in their memory.
 Each keeps those of the host before it, too, so a host that is lost takes none along (`neighbours`). A host that comes
 back is taken in at the end of a step. The run directory must be on a file system that all hosts share.
 """
@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from jaxdist.errors import ExitStatus, UserError
 from jaxdist.launch.joining import coordinator, places
 from jaxdist.launch.supervising import board, job_memory, local_job, restart_events, restart_policy, supervisor
-from jaxdist.launch.supervising.several_hosts import membership, neighbours
+from jaxdist.launch.supervising.several_hosts import neighbours, taking_part
 from jaxdist.rundir import lock, record
 
 NEIGHBOUR, FOLDER = "JAXDIST_NEIGHBOUR", "JAXDIST_HOSTS"
@@ -49,7 +49,7 @@ class Host:
         if not 0 <= self.index < self.count:
             raise UserError(f"--host-index counts the hosts from 0; got {self.index} of {self.count}.")
 
-    def environment(self, members: membership.Members) -> dict[str, str]:
+    def environment(self, members: taking_part.Members) -> dict[str, str]:
         """Return the environment variables that give the processes of this host their place among all processes."""
         neighbour = members.next_to(self.index)
         return {
@@ -135,9 +135,11 @@ class _Attempts:
         self._key = neighbours.secret(folder)
         address = coordinator.own_address(host.coordinator)
         self._keeper = stack.enter_context(
-            neighbours.Keeper(memory, self._key, address, is_running=lambda: bool(self._process_ids), ended=self._end)
+            neighbours.CopyKeeper(
+                memory, self._key, address, is_running=lambda: bool(self._process_ids), ended=self._end
+            )
         )
-        self._assembly = membership.Assembly(
+        self._assembly = taking_part.Assembly(
             run_dir, host.index, host.count, self._keeper.address, self._key, self._meeting, stack
         )
         self._assembly.begin()
@@ -191,7 +193,7 @@ class _Attempts:
             available=num_processes if changed and not result.asked_to_stop else None,
         )
 
-    def _run(self, number: int, members: membership.Members) -> local_job.JobResult:
+    def _run(self, number: int, members: taking_part.Members) -> local_job.JobResult:
         verdicts = self._run_dir / supervisor.BOARD_NAME
         earlier = board.mark(verdicts)
         first = next(iter(members.hosts)) == self._host.index

@@ -21,7 +21,7 @@ from jaxdist.errors import UserError
 from jaxdist.launch.joining import places
 from jaxdist.launch.supervising import hosts as supervising_hosts
 from jaxdist.launch.supervising import restart_events, restart_policy
-from jaxdist.launch.supervising.several_hosts import membership
+from jaxdist.launch.supervising.several_hosts import taking_part
 
 EXPERIMENT = pathlib.Path(__file__).parents[2] / "tiny_experiment.py"
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
@@ -30,7 +30,7 @@ PORT = 7640
 
 def test_each_host_numbers_its_processes_after_those_of_the_hosts_before():
     host = supervising_hosts.Host(index=2, count=3, coordinator="first:1", num_processes=4)
-    members = membership.Members(4, {1: "b:2", 0: "a:1", 2: "c:3"}, "second:7")
+    members = taking_part.Members(4, {1: "b:2", 0: "a:1", 2: "c:3"}, "second:7")
     assert host.environment(members) == {
         places.MEETING: "second:7",
         places.FIRST: "8",

@@ -62,7 +62,7 @@ def announced(folder: pathlib.Path) -> dict[int, str]:
     return found
 
 
-class Keeper:
+class CopyKeeper:
     """While entered, answers the other hosts, in threads.
 
     Args:
@@ -94,7 +94,7 @@ class Keeper:
         port = self._listener.address[1]
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
-    def __enter__(self) -> "Keeper":
+    def __enter__(self) -> "CopyKeeper":
         threading.Thread(target=self._accept, name="jaxdist-hosts", daemon=True).start()
         return self
 

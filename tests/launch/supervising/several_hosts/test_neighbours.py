@@ -25,7 +25,7 @@ def write(directory, process, step, num_processes=2):
 @contextlib.contextmanager
 def keeping(directory, ended=lambda term: None, running=False):
     directory.mkdir(exist_ok=True)
-    with neighbours.Keeper(directory, KEY, "127.0.0.1", is_running=lambda: running, ended=ended) as keeper:
+    with neighbours.CopyKeeper(directory, KEY, "127.0.0.1", is_running=lambda: running, ended=ended) as keeper:
         yield keeper
 
 

@@ -2,7 +2,7 @@ import contextlib
 
 import pytest
 
-from jaxdist.launch.supervising.several_hosts import membership, neighbours
+from jaxdist.launch.supervising.several_hosts import neighbours, taking_part
 from jaxdist.rundir import lock
 
 KEY = b"secret"
@@ -18,10 +18,10 @@ def hosts(tmp_path):
         directory = tmp_path / f"memory-{number}"
         directory.mkdir(exist_ok=True)
         keeper = stack.enter_context(
-            neighbours.Keeper(directory, KEY, "127.0.0.1", is_running=lambda: False, ended=lambda term: None)
+            neighbours.CopyKeeper(directory, KEY, "127.0.0.1", is_running=lambda: False, ended=lambda term: None)
         )
         (tmp_path / neighbours.FOLDER_NAME).mkdir(exist_ok=True)
-        made = membership.Assembly(tmp_path, number, 3, keeper.address, KEY, lambda: f"meet:{number + 1}", stack)
+        made = taking_part.Assembly(tmp_path, number, 3, keeper.address, KEY, lambda: f"meet:{number + 1}", stack)
         made.begin()
         neighbours.announce(tmp_path / neighbours.FOLDER_NAME, number, keeper.address)
         return made
