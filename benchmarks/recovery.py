@@ -36,7 +36,7 @@ from jaxdist.checkpoint import snapshots as snapshot
 from jaxdist.config import experiment as config
 from jaxdist.config import loading
 from jaxdist.launch.joining import runtime
-from jaxdist.launch.supervising import chaos
+from jaxdist.launch.supervising.chaos import chaos_runs
 from jaxdist.run import components, loop, recovery, stopwatch
 from jaxdist.rundir import record
 
@@ -84,7 +84,7 @@ def kills(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "ratio": found["lost_seconds"]["p50"] / ALLOWED_SECONDS,
         "unit": "s (theirs: what is allowed)",
         "repeats": len(report.hits),
-        "each": [round(hit.lost.total, 2) for hit in report.hits],
+        "each": [round(hit.seconds, 2) for hit in report.hits],
         "report": found,
     }
 
@@ -143,19 +143,19 @@ def stops(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def fire(
     experiment: str, arguments: list[str], options: argparse.Namespace, *settings: str, **strikes: int
-) -> chaos.ChaosResult:
+) -> chaos_runs.ChaosResult:
     command = [sys.executable, "-m", "jaxdist.cli", "train", *arguments, "--reduction", "canonical"]
     # Otherwise a run ends when its model is good enough, long before the last strike.
     command += ["--set", "stop.target=None", "stop.max_epochs=None", "recovery.ledger=true"]
     command += ["recovery.max_fruitless=1000000", *settings]
     with tempfile.TemporaryDirectory(prefix="jaxdist-recovery-") as folder:
-        return chaos.run(
+        return chaos_runs.run(
             command,
             pathlib.Path(folder),
             seed=options.seed,
             num_processes=int(arguments[arguments.index("--processes") + 1]),
             num_examples=len(loading.load_experiment(experiment).data.train),
-            **{"kills": 0, **strikes},
+            counts={"kills": 0, **strikes},
         )
 
 
