@@ -10,8 +10,8 @@ from jaxdist.data.sources.listing import find_local_files
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
-def find_shards(names: str | os.PathLike | Sequence[str | os.PathLike], pattern: str) -> list[str]:
-    """Return the shards' paths and addresses; a folder, here or elsewhere, means its files that match `pattern`.
+def find_shards(names: str | os.PathLike | Sequence[str | os.PathLike], *patterns: str) -> list[str]:
+    """Return the shards' paths and addresses; a folder, here or elsewhere, means its files of one of `patterns`.
 
     Raises:
       ValueError: there are none.
@@ -20,9 +20,9 @@ def find_shards(names: str | os.PathLike | Sequence[str | os.PathLike], pattern:
     found: list[str] = []
     for name in (each for given in listed for each in expand_ranges(addresses.without_file_protocol(given))):
         if not addresses.is_address(name):
-            found += find_local_files(name, pattern)
+            found += find_local_files(name, *patterns)
         elif name.endswith("/") or "*" in name:
-            found += addresses.list_folder(name, pattern)
+            found += addresses.list_folder(name, *patterns)
         else:
             found.append(name)
     if not found:

@@ -18,7 +18,8 @@ from jaxdist.data.sources.images import RGB, ImageType
 from jaxdist.data.sources.source import CorruptExample, Example, checked_index
 from jaxdist.data.streams.lanes import Lanes
 
-TAR_PATTERN = "*.tar*"
+TAR_PATTERNS = ("*.tar", "*.tar.gz", "*.tgz", "*.tar.bz2", "*.tar.xz", "*.tar.zst", "*.tar.zstd")
+"""Not `*.tar*`, which also means indices and copies beside the shards."""
 _NUM_OPEN = 32
 
 
@@ -55,7 +56,7 @@ class TarSource:
         window: int = 16_384,
         lanes: int = 8,
     ):
-        self.shards = find_shards(shards, TAR_PATTERN)
+        self.shards = find_shards(shards, *TAR_PATTERNS)
         self._decoder = PartsDecoder(fields, image_type)
         self._cache = cache
         self._sizes = tuple(map(int, sizes)) if sizes is not None else None

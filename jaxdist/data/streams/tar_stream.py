@@ -9,7 +9,7 @@ from typing import Any
 from jaxdist.data.remote import addresses, compression, shard_facts, tar_index
 from jaxdist.data.remote.shard_names import find_shards
 from jaxdist.data.remote.tar_parts import PartsDecoder
-from jaxdist.data.remote.tar_source import TAR_PATTERN
+from jaxdist.data.remote.tar_source import TAR_PATTERNS
 from jaxdist.data.sources.images import RGB, ImageType
 from jaxdist.data.sources.source import Example
 from jaxdist.data.streams.stream import StreamSource
@@ -40,7 +40,7 @@ def tar_stream(
       lanes: how many shards are read side by side.
       sizes_folder: where sizes that were learned are kept.
     """
-    found, decoder = find_shards(shards, TAR_PATTERN), PartsDecoder(fields, image_type)
+    found, decoder = find_shards(shards, *TAR_PATTERNS), PartsDecoder(fields, image_type)
     return StreamSource(
         _TarShards(tuple(found), decoder),
         num_shards=len(found),

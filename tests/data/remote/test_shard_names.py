@@ -1,6 +1,9 @@
+import os
+
 import fsspec
 import pytest
 
+from jaxdist.data.remote import tar_source
 from jaxdist.data.remote.shard_names import expand_ranges, find_shards
 
 
@@ -28,3 +31,10 @@ def test_paths_folders_and_addresses(tmp_path):
         find_shards(tmp_path / "none.tar", "*.tar*")
     with pytest.raises(ValueError, match="got an empty list"):
         find_shards([], "*.tar*")
+
+
+def test_a_folder_of_shards_means_all_kinds_and_no_index_beside_them(tmp_path):
+    for name in ("a.tar", "b.tgz", "c.TAR.GZ", "d.tar.zst", "a.tar.idx", "b.tar.json", "c.tar.bak", "d.tar.gz.part"):
+        (tmp_path / name).write_bytes(b"")
+    found = find_shards(tmp_path, *tar_source.TAR_PATTERNS)
+    assert sorted(os.path.basename(name) for name in found) == ["a.tar", "b.tgz", "c.TAR.GZ", "d.tar.zst"]
