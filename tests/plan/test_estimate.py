@@ -3,19 +3,40 @@
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
-from plan_cases import plan
+import tiny_experiment
+from plan_cases import eight_devices, plan
 
-from jaxdist import errors
+from jaxdist import errors, losses
+from jaxdist.config.experiment import Data
+from jaxdist.config.overrides import override
+from jaxdist.data import ArraySource
+from jaxdist.models import gpt
+from jaxdist.plan import estimate, search
 from jaxdist.run import components
 
 
-@pytest.mark.parametrize(
-    "strategy",
-    [pytest.param("data-parallel", marks=pytest.mark.slow), pytest.param("zero1", marks=pytest.mark.slow), "fsdp"],
-)
-def test_bytes_are_those_of_the_program_that_trains(strategy):
-    experiment, made = plan(strategy=strategy)
+def test_bytes_are_those_of_the_program_that_trains():
+    check_bytes(*plan(strategy="fsdp"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize(("num_microbatches", "remat"), [(1, False), (2, True)])
+@pytest.mark.parametrize("settings", search.ways(8, 4), ids=" ".join)
+def test_bytes_are_those_of_the_program_that_trains_in_every_way(settings, num_microbatches, remat):
+    model = gpt.GPT(32, 8, num_layers=1, num_heads=2, width=16, remat=remat)
+    fields = {"tokens": np.arange(16 * 8, dtype=np.int32).reshape(16, 8) % 32}
+    experiment = dataclasses.replace(
+        tiny_experiment.get_config(), model=model, loss=losses.next_token, inputs="tokens",
+        data=Data(train=ArraySource(fields), num_threads=0), global_batch_size=16, num_microbatches=num_microbatches,
+    )  # fmt: skip
+    experiment = override(experiment, settings)
+    check_bytes(experiment, estimate.estimate(experiment, eight_devices()))
+
+
+def check_bytes(experiment, made):
     parts = components.put_together(experiment, devices=jax.devices()[:8])
     state, (batch, _) = parts.create_state(), next(iter(parts.batches()))
     program = parts.step.trace(state, batch).lower().compile().memory_analysis()

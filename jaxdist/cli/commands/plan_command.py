@@ -4,6 +4,7 @@ import argparse
 import atexit
 import dataclasses
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -34,13 +35,8 @@ class _Result:
 
 def plan(options: argparse.Namespace) -> int:
     """Print the plan of the experiment as it is, of a search, or of a sweep over numbers of devices."""
-    if options.devices:
-        raise UserError("The topology says how many devices there are. Leave --devices out.")
+    _check(options)
     counts = _counts(options.sweep_devices)
-    if options.out:
-        plan_page.check_output(options.out)
-    if counts and options.calibrate:
-        raise UserError("--calibrate measures one number of devices, --sweep-devices plans for several. Leave one out.")
     where = topology.find(options.topology)
     experiment = selected_experiment.load(options)
     planned = estimate.with_dividing_batch(experiment, where)
@@ -55,7 +51,7 @@ def plan(options: argparse.Namespace) -> int:
         if counts:
             result = _sweep(planned, where, counts)
         elif options.search:
-            result = _search(planned, where, _train_command(options, planned, experiment))
+            result = _search(planned, where, _train_command(options, planned, experiment), options.price_per_hour)
         else:
             result = _plan(planned, where, options.price_per_hour)
     print(json.dumps(result.content) if options.json else result.text)
@@ -63,6 +59,21 @@ def plan(options: argparse.Namespace) -> int:
         size = plan_page.write(result.page, options.out)
         _say(f"Wrote {options.out} ({size / 1e3:.0f} kB).")
     return result.status
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raise UserError for options of which one would have no effect, and for values that can be refused at once."""
+    if options.devices:
+        raise UserError("The topology says how many devices there are. Leave --devices out.")
+    price = options.price_per_hour
+    if price is not None and not 0 <= price < math.inf:
+        raise UserError(f"--price-per-hour takes a number of 0 or more; got {price:g}.")
+    alone = {"--search": options.search, "--calibrate": options.calibrate, "--price-per-hour": price is not None}
+    beside = [name for name, is_given in alone.items() if is_given]
+    if options.sweep_devices and beside:
+        raise UserError(f"{beside[0]} is for one number of devices, --sweep-devices plans for several. Leave one out.")
+    if options.out:
+        plan_page.check_output(options.out)
 
 
 def _plan(experiment: Experiment, where: topology.Topology, price: float | None) -> _Result:
@@ -91,16 +102,16 @@ def _train_command(options: argparse.Namespace, planned: Experiment, given: Expe
     return ["jaxdist", "train", str(options.experiment), *(["--set", *settings] if settings else [])]
 
 
-def _search(experiment: Experiment, where: topology.Topology, command: Sequence[str]) -> _Result:
+def _search(experiment: Experiment, where: topology.Topology, command: Sequence[str], price: float | None) -> _Result:
     with _Bar() as bar:
         found = search.search(experiment, where, show=bar.show)
     content = [
         {"set": list(each.assignments), "works": each.works, "refused": each.refused}
-        | (each.estimate.to_json() if each.estimate else {})
+        | (each.estimate.to_json(price_per_hour=price) if each.estimate else {})
         for each in found.candidates
     ]
     text = plan_text.render_search(found.candidates, command)
-    page = plan_page.of_search(found.candidates, text)
+    page = plan_page.of_search(found.candidates, text, price_per_hour=price)
     if not found.interrupted:
         return _Result(text, content, page)
     # Compilations in threads cannot be stopped, and Python aborts where it ends under them: the process ends itself.

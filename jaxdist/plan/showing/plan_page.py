@@ -57,7 +57,7 @@ def of_plan(made: Estimate, text: str, *, price_per_hour: float | None = None) -
     return Page(f"{made.experiment} on {made.topology}", made, _parts(made), text, price_per_hour)
 
 
-def of_search(found: Sequence[Candidate], text: str) -> Page | None:
+def of_search(found: Sequence[Candidate], text: str, *, price_per_hour: float | None = None) -> Page | None:
     """Return the page of a search, about its best candidate; None where not one compiled."""
     best = next((each.estimate for each in found if each.estimate), None)
     if best is None:
@@ -69,6 +69,7 @@ def of_search(found: Sequence[Candidate], text: str) -> Page | None:
         best,
         [("All ways that were tried", table), *_parts(best)],
         text,
+        price_per_hour,
     )
 
 

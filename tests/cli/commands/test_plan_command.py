@@ -90,6 +90,11 @@ def test_a_calibrated_plan_predicts_the_step(capsys, monkeypatch):
         (["--topology", "cpu:8", "--sweep-devices", "16"], "Name a larger topology, cpu:16"),
         (["--topology", "cpu:8", "--devices", "4"], "Leave --devices out"),
         (["--topology", "cpu:8", "--sweep-devices", "8", "--calibrate"], "Leave one out"),
+        (["--topology", "cpu:8", "--sweep-devices", "8", "--search"], "Leave one out"),
+        (["--topology", "cpu:8", "--sweep-devices", "8", "--price-per-hour", "2"], "Leave one out"),
+        (["--topology", "cpu:8", "--price-per-hour", "-3"], "a number of 0 or more; got -3"),
+        (["--topology", "cpu:8", "--price-per-hour", "nan"], "a number of 0 or more; got nan"),
+        (["--topology", "cpu:8", "--price-per-hour", "inf"], "a number of 0 or more; got inf"),
         (["--topology", "cpu:8", "--reduction", "canonical"], "--reduction mean"),
     ],
 )
