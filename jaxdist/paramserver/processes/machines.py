@@ -23,6 +23,7 @@ from jaxdist.paramserver.wire import security
 from jaxdist.rundir import record
 
 _LOOK_SECONDS = 0.2
+_LAST_PORT = 65535
 
 
 def assign(names: Sequence[str], hosts: Sequence[str], first_port: int) -> dict[str, str]:
@@ -121,15 +122,23 @@ def check(hosts: Sequence[str], settings_names: Sequence[str]) -> None:
 def check_ports(addresses: Iterable[str]) -> None:
     """Raise ValueError if this machine cannot listen on one of the addresses (HOST:PORT)."""
     for address in addresses:
-        host, _, port = address.rpartition(":")
-        try:
-            socket.create_server((host, int(port))).close()
-        except OSError as error:
+        if why := _why_not(address):
             raise ValueError(
-                f"With these ps.hosts and ps.port, this machine must listen on {address}, and it cannot: "
-                f"{os.strerror(error.errno or 0)}. Set ps.port to the first of a range of free ports, one for each "
-                "process, or correct ps.hosts."
-            ) from error
+                f"With these ps.hosts and ps.port, this machine must listen on {address}, and it cannot: {why}. Set "
+                "ps.port to the first of a range of free ports, one for each process, or correct ps.hosts."
+            )
+
+
+def _why_not(address: str) -> str:
+    """Return why this machine cannot listen on an address; "" if it can."""
+    host, _, port = address.rpartition(":")
+    if int(port) > _LAST_PORT:
+        return f"The last port is {_LAST_PORT}"
+    try:
+        socket.create_server((host, int(port))).close()
+    except OSError as error:
+        return os.strerror(error.errno or 0)
+    return ""
 
 
 if __name__ == "__main__":

@@ -126,6 +126,8 @@ def _checked_plan(options: Options) -> shared_plan.Plan:
     plan = shared_plan.make_plan(experiment, experiment.ps, fingerprint=known)
     shared_plan.check_microbatches(plan, options.devices)
     shared_plan.check_early(plan)
+    machines.security_of(experiment.ps.hosts)
+    _peers_on_hosts(plan)
     return plan
 
 
@@ -162,13 +164,22 @@ def _place(options: Options, plan: shared_plan.Plan, directory: pathlib.Path) ->
         cluster = RayCrew(names, directory, {TOKEN: security.token, **environment}, devices=options.devices)
         return cluster, {**cluster.peers, **_local_ports([run_folder.OBSERVER])}, security
     if chosen.hosts:
-        machines.check(chosen.hosts, names)
-        peers = machines.assign(names, chosen.hosts, chosen.port)
-        peers[run_folder.OBSERVER] = f"{chosen.hosts[0]}:{chosen.port + len(names)}"
-        here = machines.names_at(peers, chosen.hosts[0])
-        machines.check_ports([*(peers[name] for name in (*here, run_folder.OBSERVER)), _door(plan)])
-        return LocalCrew(here, directory, security.token), peers, security
+        peers = _peers_on_hosts(plan)
+        return LocalCrew(machines.names_at(peers, chosen.hosts[0]), directory, security.token), peers, security
     return LocalCrew(names, directory, security.token), _local_ports([run_folder.OBSERVER, *names]), security
+
+
+def _peers_on_hosts(plan: shared_plan.Plan) -> dict[str, str]:
+    """Return the addresses of the processes on `ps.hosts`, {} without; ValueError if ours cannot be had."""
+    chosen, names = plan.experiment.ps, process_names(plan)
+    if not chosen.hosts:
+        return {}
+    machines.check(chosen.hosts, names)
+    peers = machines.assign(names, chosen.hosts, chosen.port)
+    peers[run_folder.OBSERVER] = f"{chosen.hosts[0]}:{chosen.port + len(names)}"
+    here = machines.names_at(peers, chosen.hosts[0])
+    machines.check_ports([*(peers[name] for name in (*here, run_folder.OBSERVER)), _door(plan)])
+    return peers
 
 
 def _local_ports(names: Sequence[str]) -> dict[str, str]:

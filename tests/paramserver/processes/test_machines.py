@@ -99,3 +99,10 @@ def test_a_port_that_is_taken_is_said_before_anything_starts(tmp_path, capsys, m
     monkeypatch.setenv(security.TOKEN, "secret")
     assert main.run([*arguments, "--set", "ps.hosts=192.0.2.1", f"ps.port={first}"]) == 2
     assert f"listen on 192.0.2.1:{first}, and it cannot: Cannot assign" in capsys.readouterr().err
+
+
+def test_a_port_beyond_the_last_is_refused():
+    with pytest.raises(
+        ValueError, match=r"must listen on 127\.0\.0\.1:65536, and it cannot: The last port is 65535\. "
+    ):
+        machines.check_ports(["127.0.0.1:65536"])

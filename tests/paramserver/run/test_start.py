@@ -11,6 +11,8 @@ import pytest
 import step_lines
 import tiny_experiment
 
+from jaxdist.paramserver.run import start
+
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(600)]
 
 
@@ -61,3 +63,17 @@ def test_a_run_that_begins_with_weights_has_the_bits_of_one_device(tmp_path):
     assert served["params_sha256"] == one["params_sha256"]
     assert served["init_from"] == one["init_from"]
     assert served["init_from"]["source"] == f"{tmp_path / 'first'}, step 5"
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [("ps.hosts=10.1.2.3", "needs authentication, got 10.1.2.3"), ("ps.port=65534", "The last port is 65535")],
+)
+def test_hosts_that_cannot_be_are_refused_before_there_is_a_run_directory(tmp_path, monkeypatch, setting, message):
+    monkeypatch.delenv(start.TOKEN, raising=False)
+    assignments = ["ps.hosts=127.0.0.1", setting]
+    with pytest.raises(ValueError, match=message):
+        start.train(
+            start.Options(experiment=tiny_experiment.__file__, run_dir=tmp_path / "run", assignments=assignments)
+        )
+    assert not (tmp_path / "run").exists()
