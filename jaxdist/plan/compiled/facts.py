@@ -59,11 +59,24 @@ def of_lowered(lowered: Any, devices: Sequence[jax.Device], topology: str) -> Pr
     path = cache_folder() / f"{_key(lowered, devices, topology)}.json"
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         return _from_json(json.loads(path.read_text(encoding="utf-8")))
-    facts = read(lowered.compile())
+    facts = read(_compiled(lowered, topology))
     with contextlib.suppress(OSError):  # A cache that cannot be written costs time, nothing else.
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write(path, [json.dumps(dataclasses.asdict(facts)).encode()])
     return facts
+
+
+def _compiled(lowered: Any, topology: str) -> jax.stages.Compiled:
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        # The TPU compiler gives no program that its chip's memory does not hold.
+        raise UserError(
+            f"The step does not fit a device of {topology}: {str(error).splitlines()[0]} Use more or larger devices, "
+            "sharding, remat or more microbatches; --search tries them."
+        ) from error
 
 
 def read(compiled: jax.stages.Compiled) -> ProgramFacts:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxdist.errors import UserError
 from jaxdist.plan.compiled import facts
 
 
@@ -64,3 +65,12 @@ def test_a_program_that_cannot_be_printed_is_a_message(lowered):
 def test_a_cache_that_cannot_be_written_is_no_error(lowered, tmp_path):
     (tmp_path / "jaxdist").write_text("a file where the folder would be")
     assert facts.of_lowered(lowered, jax.devices()[:1], "cpu:1").argument_bytes == 32 * 32 * 4
+
+
+def test_a_step_that_the_compiler_finds_too_large_is_said(lowered, monkeypatch):
+    def compile_(_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory on HBM.\nMore.")
+
+    monkeypatch.setattr(NotCompiled, "compile", compile_)
+    with pytest.raises(UserError, match="does not fit a device of tpu:v5e:2x2: RESOURCE_EXHAUSTED: Ran out of memory"):
+        facts.of_lowered(NotCompiled(lowered), jax.devices()[:1], "tpu:v5e:2x2")
