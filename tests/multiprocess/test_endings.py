@@ -78,6 +78,10 @@ LINES = {
         "test_a_hang_is_one_message_that_names_the_process",
         "test_the_only_process_of_a_job_is_killed_when_it_was_stopped_too_long_and_the_job_goes_on",
     ],
+    "one of [several hosts](clusters.md) fails": [
+        "test_a_host_that_is_lost_takes_nothing_along_and_the_other_goes_on",
+        "test_of_three_hosts_two_are_lost_one_after_the_other_and_one_comes_back",
+    ],
     "processes [join, leave or are lost](changing_processes.md)": [
         "test_a_job_on_1_2_4_3_2_4_processes_makes_the_model_of_one_device"
     ],
