@@ -81,9 +81,10 @@ def test_a_run_on_ray_is_stopped_and_goes_on(tmp_path):
     assert (resumed["params_sha256"], resumed["step"]) == (calm_record["params_sha256"], 40)
 
 
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # Ray starts its nodes so
 def test_the_processes_of_a_lost_node_run_on_the_others(ray, tmp_path, capsys):
     """It takes Ray some seconds to know of the loss: meanwhile the copies of the shards train on."""
-    chosen = {**test_processes.REPLICATED, "steps": 1500}
+    chosen = {**test_processes.REPLICATED, "steps": 5000}
     calm = test_processes.disturbed(tmp_path / "calm", [], **chosen)
     extra = ray.add_node(num_cpus=2, object_store_memory=80_000_000)
 
