@@ -22,6 +22,7 @@ import re
 import shlex
 import shutil
 import sys
+import tempfile
 import typing
 from collections.abc import Iterator
 
@@ -141,7 +142,8 @@ FAST = ("concepts", "data", "first_run", "streams", "README")
     "page",
     [pytest.param(page, id=page_id(page), marks=[] if page.stem in FAST else [pytest.mark.slow]) for page in PAGES],
 )
-def test_python_blocks_run_and_print_what_the_page_says(page, tmp_path):
+def test_python_blocks_run_and_print_what_the_page_says(page, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # pages make directories and leave them
     names = readme_names() if page == README else {}
     names |= {"__name__": "page"}
     with workspace(tmp_path), jax.numpy_rank_promotion("allow"):
