@@ -2,7 +2,11 @@
 
 import contextlib
 import hashlib
+import json
 import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -87,6 +91,20 @@ def train_fed(num_devices=None):
 def test_three_processes_give_the_bits_of_one():
     """Eight logical shards, two, three and three of them."""
     assert set(testing.run_processes(train_fed, processes=3, devices=1)) == {train_fed(1)}
+
+
+@pytest.mark.slow
+def test_a_gpt_has_the_bits_of_one_device_on_more_devices_than_cores(tmp_path):
+    """XLA divides its products by the number of threads, of which there is at least one for each device."""
+    environment = {name: value for name, value in os.environ.items() if "NPROC" not in name}
+    experiment = pathlib.Path(__file__).parents[2] / "experiments" / "bytes_gpt.py"
+    found = []
+    for devices in (1, 4):
+        command = [sys.executable, "-m", "jaxdist.cli", "train", str(experiment), "--reduction", "canonical", "--json"]
+        command += ["--devices", str(devices), "--max-steps", "1", "--run-dir", str(tmp_path / str(devices))]
+        made = subprocess.run(command, env=environment, check=True, capture_output=True, timeout=200)
+        found.append(json.loads(made.stdout)["params_sha256"])
+    assert found[0] == found[1]
 
 
 LAYOUTS = [(1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (2, 2), (2, 4)]

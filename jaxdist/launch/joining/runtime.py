@@ -27,6 +27,7 @@ LOG = "JAXDIST_LOG"
 """Environment variable: the file that takes what native code prints in a process that shares the user's terminal."""
 LEAST_COMPILE_SECONDS = 0.0
 """Every program is cached, even a small one: at a restart the whole job waits for every compilation."""
+_LEAST_THREADS = 8
 _COLLECTIVE_FLAG = "xla_gpu_nccl_termination_timeout_seconds"
 _COLLECTIVE_SECONDS = 7200
 """More than the watchdog allows a process to compile, evaluate or save while the others wait in a collective."""
@@ -79,15 +80,22 @@ def start_by_itself(num_devices: int) -> Sequence[jax.Device]:
 
 
 def _prepare(num_devices: int | None) -> None:
-    # XLA sizes its thread pool by PJRT_NPROC, NPROC or the usable cores; with exactly one thread it generates other
-    # code, and canonical reduction would give other bits on a one-core machine.
-    if len(os.sched_getaffinity(0)) == 1:
-        os.environ.setdefault("NPROC", "2")
+    _fix_threads(os.environ)
     _bound_gpu_collectives(os.environ)
     jax.config.update("jax_num_cpu_devices", num_devices or 1)
     use_compilation_cache()
     if not is_alone():
         parent.die_with_parent()
+
+
+def _fix_threads(environment: MutableMapping[str, str]) -> None:
+    """Have XLA's thread pool for the CPU be as large for one device as for eight, unless the user has set its size.
+
+    It has a thread for each usable core, and at least one for each device. By their number XLA divides products of
+    matrices, so canonical reduction of a GPT gave other bits on four devices than on one on a machine of two cores.
+    """
+    if not {"NPROC", "PJRT_NPROC"} & environment.keys():
+        environment["PJRT_NPROC"] = str(max(_LEAST_THREADS, len(os.sched_getaffinity(0))))
 
 
 def _bound_gpu_collectives(environment: MutableMapping[str, str]) -> None:

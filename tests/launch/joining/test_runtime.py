@@ -84,3 +84,15 @@ def test_native_output_goes_to_the_log_of_the_process_and_not_to_the_user(tmp_pa
     native = (tmp_path / "log").read_text() if has_log else done.stderr.replace("shown 2\n", "")
     assert done.stderr == "shown 2\n" or not has_log
     assert native == "native 1;native 2;ValueError: trace\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "threads"), [({}, 8), ({"NPROC": "2"}, None), ({"PJRT_NPROC": "3"}, "3"), ({"NPROC": "1"}, None)]
+)
+def test_the_thread_pool_is_as_large_for_one_device_as_for_eight(given, threads):
+    environment = dict(given)
+    runtime._fix_threads(environment)
+    if threads == 8:
+        assert int(environment["PJRT_NPROC"]) == max(8, len(os.sched_getaffinity(0)))
+    else:
+        assert environment == given

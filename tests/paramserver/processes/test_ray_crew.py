@@ -85,12 +85,12 @@ def test_a_run_on_ray_is_stopped_and_goes_on(tmp_path):
 def test_the_processes_of_a_lost_node_run_on_the_others(ray, tmp_path, capsys):
     """It takes Ray some seconds to know of the loss: meanwhile the copies of the shards train on."""
     chosen = {**test_processes.REPLICATED, "steps": 5000}
-    calm = test_processes.disturbed(tmp_path / "calm", [], **chosen)
+    undisturbed = test_processes.disturbed(tmp_path / "calm", [], **chosen)
     extra = ray.add_node(num_cpus=2, object_store_memory=80_000_000)
 
     def lose(mischief):
         ray.remove_node(extra, allow_graceful=False)
 
     made = test_processes.disturbed(tmp_path / "run", [(10, lose)], **chosen)
-    assert made.params_sha256 == calm.params_sha256
+    assert made.params_sha256 == undisturbed.params_sha256
     assert "A node of the cluster is lost. Its processes run on the others from now on" in capsys.readouterr().err
