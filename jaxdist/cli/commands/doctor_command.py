@@ -53,7 +53,7 @@ def list_warnings(devices: Sequence[jax.Device]) -> list[str]:
     warnings = []
     if devices[0].platform == "cpu" and _usable_cores() == 1:
         warnings.append(
-            "One usable core: canonical reduction needs NPROC=2 or more in the environment to give the bits of other "
+            "One usable core: canonical reduction needs PJRT_NPROC=8 in the environment to give the bits of other "
             "machines (jaxdist sets it for the processes it starts)."
         )
     if devices[0].platform != "cpu":

@@ -253,7 +253,7 @@ def check_layout(mesh: Mesh, *, logical_shards: int, axes: Sequence[str] = (DATA
         raise ValueError(
             "Canonical reduction on CPU devices needs a thread pool of two or more threads: XLA generates different "
             "code for one. It has one here: PJRT_NPROC or NPROC in the environment sets it, or this process may use "
-            "one core only. Set PJRT_NPROC=2 before it starts; more threads than cores are fine."
+            "one core only. Set PJRT_NPROC=8 before it starts; more threads than cores are fine."
         )
 
 

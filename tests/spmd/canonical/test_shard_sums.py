@@ -44,6 +44,6 @@ def test_a_thread_pool_of_one_is_refused(cores, environment, threads):
         mock.patch.dict(os.environ, cleared | environment, clear=True),
     ):
         assert shard_sums.thread_pool_size(os.environ) == threads
-        refused = pytest.raises(ValueError, match="Set PJRT_NPROC=2") if threads == 1 else contextlib.nullcontext()
+        refused = pytest.raises(ValueError, match="Set PJRT_NPROC=8") if threads == 1 else contextlib.nullcontext()
         with refused:
             shard_sums.check_layout(make_mesh(), logical_shards=8)
