@@ -18,7 +18,7 @@ import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -85,12 +85,12 @@ class CopyKeeper:
         is_running: Callable[[], bool],
         ended: Callable[[int], object],
     ):
-        self._memory, self._is_running, self._ended = memory, is_running, ended
+        self._memory, self._key, self._is_running, self._ended = memory, key, is_running, ended
         self._lock = threading.Lock()
         self._slots: dict[int, slots.Slots] = {}
         self._watchers: list[Connection] = []
         family = "AF_INET6" if ":" in host else "AF_INET"
-        self._listener = Listener((host, 0), family, backlog=64, authkey=key)
+        self._listener = Listener((host, 0), family, backlog=64)
         port = self._listener.address[1]
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
@@ -117,7 +117,7 @@ class CopyKeeper:
         while True:
             try:
                 channel = self._listener.accept()
-            except (EOFError, AuthenticationError, ConnectionError):  # a stranger, or one that has died
+            except ConnectionError:  # one that has gone already
                 continue
             except OSError:  # closed
                 return
@@ -125,6 +125,8 @@ class CopyKeeper:
 
     def _serve(self, channel: Connection) -> None:
         with channel, contextlib.suppress(*_LOST):
+            deliver_challenge(channel, self._key)  # in this thread: a silent stranger delays no other host
+            answer_challenge(channel, self._key)
             while True:
                 reply = self._answer(channel, json.loads(channel.recv_bytes()))
                 if reply is not None:

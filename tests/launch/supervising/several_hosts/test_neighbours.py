@@ -1,5 +1,6 @@
 import contextlib
 import json
+import socket
 import threading
 from multiprocessing.connection import Listener
 
@@ -56,6 +57,13 @@ def test_only_who_knows_the_secret_is_answered(tmp_path):
         assert neighbours.ask(keeper.address, KEY, {"list": True}) == {"files": {}}
 
 
+def test_a_stranger_who_says_nothing_keeps_nobody_waiting(tmp_path):
+    with keeping(tmp_path) as keeper:
+        host, _, port = keeper.address.rpartition(":")
+        with socket.create_connection((host, int(port)), 5):
+            assert neighbours.ask(keeper.address, KEY, {"list": True}) == {"files": {}}
+
+
 def test_the_end_of_an_attempt_is_passed_on_with_its_term(tmp_path):
     terms = []
     with keeping(tmp_path, ended=terms.append, running=True) as keeper:
@@ -94,7 +102,7 @@ def test_the_end_of_a_supervisor_is_noticed():
     with Listener(("127.0.0.1", 0), authkey=KEY) as listener:
         neighbours.watch(f"127.0.0.1:{listener.address[1]}", KEY, lost.set)
         while True:
-            with contextlib.suppress(EOFError):  # the first connection only tries the address
+            with contextlib.suppress(EOFError, ConnectionError):  # the first connection only tries the address
                 channel = listener.accept()
                 break
     assert not lost.is_set()
