@@ -103,8 +103,8 @@ _INT, _FLOAT, _BYTE, _LENGTH = struct.Struct("<q"), struct.Struct("<d"), struct.
 def checksum(pieces: Iterable[Buffer], value: int = 0) -> int:
     """Return the CRC-32C of `pieces`, appended to data whose CRC-32C is `value`."""
     for piece in pieces:
-        # The package accepts only bytes objects; it computes the checksum with a CPU instruction.
-        value = _crc32c.extend(value, piece if isinstance(piece, bytes) else bytes(piece))
+        # The package accepts bytes and arrays, and no memoryviews; it computes the checksum with a CPU instruction.
+        value = _crc32c.extend(value, piece if isinstance(piece, bytes) else np.frombuffer(piece, np.uint8))
     return value
 
 

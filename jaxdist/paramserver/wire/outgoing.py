@@ -1,7 +1,8 @@
 """The sending end of a connection: an Outbox, and a connection that is opened again when it fails.
 
 A message leaves in the thread that sends it, as far as the socket takes it at once: waking the event loop would take
-longer than sending most messages does. The event loop connects, listens, and sends the rest. With TLS it sends all.
+longer than sending most messages does. The event loop connects, listens, and sends the rest. With TLS it sends all. It
+sends through another socket of the same connection, because asyncio's own copies what does not leave at once.
 """
 
 import asyncio
@@ -18,6 +19,8 @@ from jaxdist.paramserver.wire.codec import Buffer
 from jaxdist.paramserver.wire.incoming import ACK, BULK, GREETING_SECONDS, IDLE_SECONDS
 from jaxdist.paramserver.wire.outbox import Outbox
 
+BLOCKS_A_TURN = 8
+"""After so many blocks the event loop, or the thread that sends, turns to other work."""
 AGAIN_SECONDS = 0.1
 """Time between two attempts to reach a peer: one that restarts is reached soon."""
 
@@ -65,8 +68,9 @@ class Outgoing(asyncio.Protocol):
         self._blocks: Iterator[Buffer] | None = None  # of the message being sent
         self._left: Buffer = b""  # of a block that the socket did not take at once
         if self._socket is not None:
+            self._loop.remove_writer(self._socket)
             self._socket.close()
-        self._socket = None  # to send in the thread of `put`; another one for the same connection
+        self._socket = None  # another one for the same connection, without TLS
         self._moved_at, self._moved = self._loop.time(), (0, 0)
         self._num_blocks = 0
 
@@ -77,7 +81,7 @@ class Outgoing(asyncio.Protocol):
         self._outbox.put(message)
         if self._turn.acquire(blocking=False):
             try:
-                if self._send_at_once():
+                if self._socket is not None and not self._left and self._send_some():
                     return
             finally:
                 self._turn.release()
@@ -88,24 +92,24 @@ class Outgoing(asyncio.Protocol):
         with contextlib.suppress(RuntimeError):  # the event loop has ended
             self._loop.call_soon_threadsafe(self._begin)
 
-    def _send_at_once(self) -> bool:
+    def _send_some(self) -> bool:
         """Send what waits through the socket; return whether nothing is left for the event loop."""
-        if self._socket is None or not self._ready or self._full or self._left:
-            return False
-        if self._transport.get_write_buffer_size():
-            return False
-        while (block := self._next_block()) is not None:
-            self._num_blocks += 1
+        assert self._socket is not None
+        for _ in range(BLOCKS_A_TURN):
+            if not self._left:
+                block = self._next_block()
+                if block is None:
+                    return True
+                self._left = memoryview(block)
+                self._num_blocks += 1
             try:
-                sent = self._socket.send(block)
+                sent = self._socket.send(self._left)
             except BlockingIOError:
-                sent = 0
-            except OSError:  # the event loop will notice it, too
-                sent = len(block)
-            if sent < len(block):
-                self._left = memoryview(block)[sent:]
                 return False
-        return True
+            except OSError:  # the event loop will notice it, too
+                sent = len(self._left)
+            self._left = self._left[sent:]
+        return False
 
     # The connection.
 
@@ -120,9 +124,12 @@ class Outgoing(asyncio.Protocol):
                 if self._connecting is None and self._outbox.has_waiting() and not self._closed:
                     self._connecting = self._loop.create_task(self._connect())
                 return
-            if self._left:
-                left, self._left = self._left, b""
-                self._transport.write(left)
+            if self._socket is not None:
+                if self._send_some():
+                    self._loop.remove_writer(self._socket)
+                else:
+                    self._loop.add_writer(self._socket, self._pump)
+                return
             while self._ready and not self._full and (block := self._next_block()) is not None:
                 self._num_blocks += 1
                 self._transport.write(block)
@@ -204,7 +211,7 @@ class Outgoing(asyncio.Protocol):
         if self._address() != self._place:
             self._transport.abort()
             return
-        moved = (self._num_blocks, self._transport.get_write_buffer_size())
+        moved = (self._num_blocks, len(self._left) + self._transport.get_write_buffer_size())
         if moved != self._moved or (self._ready and self._is_sent()):
             self._moved, self._moved_at = moved, now
         elif now - self._moved_at > (IDLE_SECONDS if self._ready else GREETING_SECONDS):
