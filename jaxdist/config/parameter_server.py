@@ -1,11 +1,13 @@
 """The settings of the strategy parameter-server, under `ps.`."""
 
+import math
 from typing import Literal
 
 from jaxdist.setting_group import setting_group
 
 Mode = Literal["sync", "bounded", "async"]
 Durability = Literal["none", "snapshot", "replicated"]
+LAST_PORT = 65535
 
 
 @setting_group
@@ -42,5 +44,18 @@ class ParameterServer:
     port: int = 7800
 
     def __post_init__(self) -> None:
+        for name in ("workers", "servers"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"ps.{name} must be at least 1, got {getattr(self, name)}. Leave it out for the default, or use "
+                    "another --strategy, which needs neither workers nor servers."
+                )
+        if not 1 < self.dead_after_seconds < math.inf:
+            raise ValueError(
+                f"ps.dead_after_seconds must be larger than 1, got {self.dead_after_seconds}: a busy process is heard "
+                "every half second. The default of 5 suits most networks."
+            )
+        if not 0 < self.port <= LAST_PORT:
+            raise ValueError(f"ps.port must be from 1 to {LAST_PORT}, got {self.port}. Choose a free range above 1023.")
         if self.hosts and self.engine != "processes":
             raise ValueError(f"ps.hosts needs ps.engine=processes; {self.engine} places the processes itself.")

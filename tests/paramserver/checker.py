@@ -32,6 +32,7 @@ class Run:
         self.processes = simulation.processes
         self.initial = simulation.params
         self.gradient = simulation.gradient
+        self.troubled_until = simulation.faults.until
         self.clip, self.num_params = simulation.clip, simulation.num_params
         s = self.settings
         self.sync = s.mode == "sync" or (s.mode == "bounded" and s.max_staleness == 0)
@@ -188,7 +189,7 @@ def stop_together(run):
     exits = {event.process: event.what for event in named(run.events, "Exit")}
     ended = {event.process for event in named(run.events, "Ended")}
     require(set(exits) | ended == set(run.processes), "stop", f"only {sorted(exits)} ended")
-    ends = {(end.step, end.reason) for end in exits.values()}
+    ends = {(end.step, end.reason) for end in exits.values() if end.reason != "left"}
     expected = {(run.settings.max_steps, "max_steps")}
     require(len(ends) == 1 and (run.failed or ends == expected), "stop", f"the processes ended with {ends}")
     decided = {(e.what.step, e.what.reason) for e in named(run.events, "StopRecord")}
@@ -394,6 +395,64 @@ def saved_cuts_survive(run):
             require(got == (newest or ""), "saved cuts", f"a roll-back went to {got!r}, though {newest!r} was saved")
 
 
+def end_of(run):
+    """When the scheduler decided the end."""
+    return named(run.events, "StopRecord")[0].time
+
+
+def leave_when_asked(run):
+    """A worker that was asked to leave has ended soon, or when faults allow it; one that left takes part no more."""
+    ended = {e.process: e.time for e in run.events if type(e.what).__name__ in ("Exit", "Ended")}
+    for event in named(run.events, "AskedToLeave"):
+        since = max(event.time, run.troubled_until)
+        late = min(ended[event.process], end_of(run)) - since
+        require(late < LONGEST_LEAVE, "leaving", f"{event.process} was asked to leave and stayed for {late:.1f} s")
+
+
+def the_silent_are_restarted(run):
+    """Who is silent for good is started again while the run continues."""
+    for event in named(run.events, "Vanished"):
+        left = end_of(run) - max(event.time, run.troubled_until)
+        again = any(
+            register.what.name == event.process and register.what.boot > event.boot
+            for register in named(run.events, "Register")
+        )
+        ended = any(e.process == event.process and e.time < end_of(run) for e in named(run.events, "Ended"))
+        require(again or ended or left < LONGEST_SILENCE, "silence", f"{event.process} was silent for {left:.1f} s")
+
+
+LONGEST_LEAVE, LONGEST_SILENCE = 10.0, 10.0
+"""Seconds without faults: many times what the slowest machines and the timers of a run make of it."""
+
+
+def who_left(run):
+    """Return the (worker, incarnation) of workers that the scheduler took out because they asked."""
+    found, members, leaver = set(), {}, None
+    for event in run.events:
+        kind = type(event.what).__name__
+        if kind == "Leave" and event.process == "scheduler":
+            leaver = event.time, int(event.what.name.split("/")[1])
+        elif kind == "MembershipRecord":
+            before, members = members, {m.worker: m.incarnation for m in event.what.membership.members}
+            if leaver and leaver[0] == event.time and leaver[1] in before and leaver[1] not in members:
+                found.add((leaver[1], before[leaver[1]]))
+    return found
+
+
+def leaving_tears_nothing(run):
+    """What a worker pushed before it left is on all shards or on none: it finished its lease."""
+    if run.sync or run.restore_term > 1:
+        return  # a roll-back may return to a cut between the two
+    fenced = {(e.process, e.what.incarnation) for e in named(run.events, "PushAck") if e.what.status == "fenced"}
+    left = {who for who in who_left(run) if (f"worker/{who[0]}", who[1]) not in fenced}
+    on_shards = Counter()
+    for path in run.paths:
+        on_shards.update(identity(c) for update in path for c in update.contributors)
+    for who, count in on_shards.items():
+        whole = who[:2] not in left or count == run.settings.servers
+        require(whole, "leaving", f"{who} left after its push was on {count} of {run.settings.servers} shards")
+
+
 EVEN_IN_FAILURE = (
     failures_are_due,
     stop_together,
@@ -404,6 +463,8 @@ EVEN_IN_FAILURE = (
     only_the_silent_are_dropped,
     the_log_stays_short,
     saved_cuts_survive,
+    leave_when_asked,
+    the_silent_are_restarted,
 )
 RULES = (
     *EVEN_IN_FAILURE,
@@ -415,6 +476,7 @@ RULES = (
     bounded_reads,
     reads_have_a_future,
     acknowledged_survive,
+    leaving_tears_nothing,
     same_bits,
 )
 

@@ -214,6 +214,53 @@ class NumberedAgain(Scheduler):
         self.state.incarnations = 0
 
 
+# Workers that join and leave, or are silent for good.
+
+
+class HastyLeaver(Worker):
+    """Leaves at once, whatever it is doing."""
+
+    def _retire(self, message, now, out):
+        self.retiring = True
+        if self.phase not in ("leaving", "stopped"):
+            self._enter("leaving", now, out)
+
+    def handle(self, message, now):
+        if isinstance(message, messages.Retire):
+            out = effects.Output()
+            self._retire(message, now, out)
+            return out.replies, out.effects
+        return super().handle(message, now)
+
+
+def _deaf_while_busy(machine, retire):
+    return retire if machine.phase == "joining" else messages.Tick()
+
+
+class FromClockZero(Scheduler):
+    """Has workers join at clock 0."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.state.gated = lambda: False
+
+
+class SlicesByPresence(Scheduler):
+    """Divides a batch by the workers that are there."""
+
+    def handle(self, message, now):
+        found = super().handle(message, now)
+        state, table = self.state, self.state.lease_table
+        if state.workers and not any(table.holders) and not table.done and not table.computed:
+            table.settings = dataclasses.replace(state.settings, workers=len(state.workers))
+            table._open()
+        return found
+
+
+def _not_restarted(effect):
+    return [] if isinstance(effect, effects.Replace) else [effect]
+
+
 # The exactly-once table, commits, reads, cuts and the log.
 
 
@@ -312,6 +359,7 @@ ASYNC = {"mode": "async", "workers": 4, "servers": 2, "max_steps": 12}
 REPLICATED = {**ASYNC, "durability": "replicated"}
 SYNC_COPIES = {"workers": 3, "servers": 2, "durability": "replicated", "max_steps": 12}
 BOUNDED = {"mode": "bounded", "max_staleness": 1, "workers": 3}
+CHANGES = {"joins": 1.0, "leaves": 1.0}
 LONG = {"until": 8.0, "kills": 6.0, "drop": 0.3, "pauses": 0.3, "partitions": 0.0}
 
 
@@ -356,6 +404,25 @@ BUGS = {
     "5 model state weighted by loss": Bug(Roles(shard=OneWeight), {"workers": 2}, num_params=1, rule="same bits"),
     "6 a log that grows": Bug(
         Roles(scheduler=doing(Scheduler, _never_compact)), {"workers": 2, "max_steps": 200}, {"until": 0.0}, "log"
+    ),
+    "a worker leaves in the middle": Bug(
+        Roles(worker=HastyLeaver), {**ASYNC, "max_steps": 40}, {**CHANGES, "until": 8.0}, "leaving"
+    ),
+    "a worker does not leave": Bug(
+        Roles(worker=hearing(Worker, Retire=_deaf_while_busy)), {"workers": 2, "max_steps": 150}, CHANGES, "leaving"
+    ),
+    "a worker joins at clock 0": Bug(
+        Roles(scheduler=FromClockZero), {**BOUNDED, "max_steps": 40}, CHANGES, "bounded reads|These processes"
+    ),
+    "slices by who is there": Bug(Roles(scheduler=SlicesByPresence), {"workers": 2}, CHANGES),
+    "a silent worker is not restarted": Bug(
+        Roles(scheduler=doing(Scheduler, _not_restarted)), {}, {"vanish": 1.0, "kills": 0.0}, "These processes"
+    ),
+    "a silent copy is not restarted": Bug(
+        Roles(scheduler=doing(Scheduler, _not_restarted)),
+        {**SYNC_COPIES, "max_steps": 150},
+        {"vanish": 1.0, "kills": 0.0},
+        "silence",
     ),
     "no fencing": Bug(Roles(shard=UnfencedShard), ASYNC, {}, "fencing"),
     "applied twice": Bug(Roles(shard=TwiceShard), ASYNC, {}, "exactly once"),

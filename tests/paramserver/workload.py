@@ -114,6 +114,12 @@ def draw_faults(rng: random.Random, longest=3.0) -> Faults:
     )
 
 
+def draw_changes(rng: random.Random, faults: Faults) -> Faults:
+    """Draw how many workers join and leave: those of a long run are spread over it."""
+    joins, leaves = (rng.uniform(0.0, 6.0 / faults.until) if rng.random() < 0.3 else 0.0 for _ in range(2))
+    return dataclasses.replace(faults, joins=joins, leaves=leaves)
+
+
 def draw_hardware(rng: random.Random) -> Hardware:
     """Draw machines: half of the runs know no bandwidth; in the others, messages of an array are large ones."""
     if rng.random() < 0.5:
@@ -149,7 +155,8 @@ class Drawn:
         long = rng.random() < LONG_SHARE
         settings = draw_settings(rng, 300 if long else 10)
         faults = draw_faults(rng, 30.0 if long else 3.0)
-        return cls(settings, faults, draw_hardware(rng), rng.random() < 0.3, rng.choice([9, 9, 1]))
+        hardware, clip, num_params = draw_hardware(rng), rng.random() < 0.3, rng.choice([9, 9, 1])
+        return cls(settings, draw_changes(rng, faults), hardware, clip, num_params)
 
 
 def simulate(seed, *, updater=Momentum, roles=None, **instead):

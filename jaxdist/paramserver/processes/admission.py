@@ -24,7 +24,7 @@ from typing import Any
 
 from jaxdist.config import hidden_settings
 from jaxdist.errors import UserError
-from jaxdist.paramserver.processes import peer_addresses
+from jaxdist.paramserver.processes import peer_addresses, run_folder
 from jaxdist.paramserver.processes.run_folder import OBSERVER, Spec
 from jaxdist.paramserver.protocol import messages
 from jaxdist.paramserver.protocol.settings import worker_name
@@ -180,6 +180,16 @@ class Admission:
             found = [guest for guest in self.guests if guest.lost and guest.host]
             self.guests = [guest for guest in self.guests if not guest.lost]
         return found
+
+    def tell_missed(self) -> None:
+        """Tell commands which of their processes the scheduler misses: they may have no directory in common."""
+        with self._lock:
+            guests = list(self.guests)
+        for guest in guests:
+            missed = [name for name in guest.names if run_folder.take_silent(self._directory, name)]
+            if missed:
+                with contextlib.suppress(OSError):
+                    guest.line.say(missed=missed)
 
     def move(self, name: str, address: str) -> None:
         """Tell all processes of the run that `name` listens at `address` from now on."""

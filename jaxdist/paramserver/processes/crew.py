@@ -11,7 +11,8 @@ from typing import Protocol
 
 from jaxdist.errors import ExitStatus, RunFailedError
 from jaxdist.launch import parent
-from jaxdist.launch.supervising import local_job
+from jaxdist.launch.supervising import local_job, stopped
+from jaxdist.launch.supervising.restart_events import say
 from jaxdist.paramserver.processes import run_folder
 from jaxdist.paramserver.processes.role import LEFT_STATUS
 from jaxdist.paramserver.protocol.settings import SCHEDULER, server_shard, worker_number
@@ -24,8 +25,10 @@ _REPEAT_SECONDS = 1.0
 LOG_TAIL_LINES = 20
 _LOOK_SECONDS = 0.05
 _GPUS = "CUDA_VISIBLE_DEVICES"
-_STARTING_SECONDS = 120.0
-"""How long a start may take on a busy machine, with importing JAX and compiling."""
+STOPPED_SECONDS = 30.0
+"""How long a process may be stopped (SIGSTOP) before it is restarted: it does not continue by itself."""
+_MOST_PASSED = 1.0
+"""Time that counts between two looks at a process: if this one was stopped, too, both are about to continue."""
 _EARLY_SECONDS = 10.0
 """A process exits with 0 at the end of the run; the observer knows of the end much sooner than this."""
 
@@ -85,7 +88,10 @@ class LocalCrew:
         self.restarts = 0
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._deaths: Counter[str] = Counter()
-        self._started_at: dict[str, float] = {}
+        self._boots_before: dict[str, int] = {}
+        self._stopped_for: dict[str, float] = {}
+        self._looked_at = 0.0
+        self._missed: set[str] = set()
         self._exited_at: dict[str, float] = {}
         self._left: list[str] = []
         self._retiring: set[str] = set()
@@ -106,6 +112,10 @@ class LocalCrew:
         self._retiring.update(set(names) & set(self.names))
         self._told_at = 0.0
 
+    def note_missed(self, names: Sequence[str]) -> None:
+        """Note that the scheduler does not hear these processes: they are started again."""
+        self._missed.update(names)
+
     def take_left(self) -> list[str]:
         """See Crew."""
         found, self._left = self._left, []
@@ -120,7 +130,8 @@ class LocalCrew:
             self._children[name].terminate()
 
     def _start(self, name: str) -> None:
-        self._started_at[name] = time.monotonic()
+        self._stopped_for[name] = 0.0
+        self._boots_before[name] = run_folder.last_boot(self.directory, name)
         with local_job.open_log(log_path(self.directory, name), "ab") as output:
             self._children[name] = subprocess.Popen(
                 command(name, self.directory),
@@ -144,8 +155,10 @@ class LocalCrew:
         """See Crew."""
         died = {}
         self._tell_to_leave()
+        passed, self._looked_at = time.monotonic() - self._looked_at, time.monotonic()
         for name, child in list(self._children.items()):
-            if run_folder.take_silent(self.directory, name) and not self._is_starting(name):
+            if self._is_missed(name) or self._is_stopped_for_long(name, child.pid, min(passed, _MOST_PASSED)):
+                say(f"{name} does not answer. It is restarted.")
                 child.kill()
                 child.wait()
             status = child.poll()
@@ -177,9 +190,19 @@ class LocalCrew:
         self._retiring.discard(name)
         self._left.append(name)
 
-    def _is_starting(self, name: str) -> bool:
-        """Return whether a process was started so recently that it may not have registered yet."""
-        return time.monotonic() - self._started_at.get(name, float("-inf")) < _STARTING_SECONDS
+    def _is_missed(self, name: str) -> bool:
+        """Return whether a restart of a process is asked for, unless the process before it was meant.
+
+        A process that has no boot number yet cannot have joined, so it is not the one that the scheduler misses.
+        """
+        asked = run_folder.take_silent(self.directory, name) or name in self._missed
+        self._missed.discard(name)
+        return asked and run_folder.last_boot(self.directory, name) > self._boots_before[name]
+
+    def _is_stopped_for_long(self, name: str, process_id: int, passed: float) -> bool:
+        """Return whether a process has been stopped for long, now that `passed` seconds have passed."""
+        self._stopped_for[name] = self._stopped_for[name] + passed if stopped.is_stopped(process_id) else 0.0
+        return self._stopped_for[name] > STOPPED_SECONDS
 
     def _left_early(self, name: str) -> bool:
         """Return whether a process exited with 0 long ago although the run continues."""

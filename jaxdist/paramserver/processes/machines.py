@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 
+from jaxdist.config.parameter_server import LAST_PORT
 from jaxdist.errors import ExitStatus, RunFailedError, UserError, as_user_error
 from jaxdist.paramserver.processes import admission, newcomer, run_folder
 from jaxdist.paramserver.processes.crew import LocalCrew
@@ -23,7 +24,6 @@ from jaxdist.paramserver.wire import security
 from jaxdist.rundir import record
 
 _LOOK_SECONDS = 0.2
-_LAST_PORT = 65535
 
 
 def assign(names: Sequence[str], hosts: Sequence[str], first_port: int) -> dict[str, str]:
@@ -132,8 +132,8 @@ def check_ports(addresses: Iterable[str]) -> None:
 def _why_not(address: str) -> str:
     """Return why this machine cannot listen on an address; "" if it can."""
     host, _, port = address.rpartition(":")
-    if int(port) > _LAST_PORT:
-        return f"The last port is {_LAST_PORT}"
+    if int(port) > LAST_PORT:
+        return f"The last port is {LAST_PORT}"
     try:
         socket.create_server((host, int(port))).close()
     except OSError as error:

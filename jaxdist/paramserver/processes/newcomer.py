@@ -172,6 +172,8 @@ class Keeper:
             match message:
                 case {"leave": [*names]}:
                     self._heard.put(functools.partial(self._crew.retire, names))
+                case {"missed": [*names]}:
+                    self._heard.put(functools.partial(self._crew.note_missed, names))
                 case {"place": [*names]}:
                     self._heard.put(functools.partial(self._place, names))
                 case {"moved": dict() as moved}:

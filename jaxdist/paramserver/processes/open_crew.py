@@ -59,6 +59,7 @@ class OpenCrew:
     def look_after(self) -> dict[str, int]:
         """See Crew; of commands that joined, the processes that died are told as well."""
         died = self._crew.look_after()
+        self._door.tell_missed()
         for note in self._door.deaths():
             died[note.name] = max(note.boot, died.get(note.name, 0))
         if count := self._door.leaves():

@@ -53,6 +53,24 @@ class Part:
         return status
 
 
+def connect() -> Any:
+    """Return Ray, connected to its cluster.
+
+    Raises:
+      UserError: Ray is not installed.
+      ValueError: there is no running cluster.
+    """
+    ray: Any = extras.require("ray", extra="ray")
+    try:
+        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=False, ignore_reinit_error=True)
+    except ConnectionError as error:
+        raise ValueError(
+            f"ps.engine=ray needs a running Ray cluster; none was found: {error}. Start one with "
+            "`ray start --head`, or set RAY_ADDRESS."
+        ) from error
+    return ray
+
+
 class RayCrew:
     """See `crew.Crew`. Places the processes when it is created; `peers` holds their addresses.
 
@@ -71,18 +89,11 @@ class RayCrew:
     def __init__(
         self, names: Sequence[str], directory: pathlib.Path, environment: dict[str, str], *, devices: int
     ) -> None:
-        self._ray: Any = extras.require("ray", extra="ray")
+        self._ray = connect()
         self.names, self.directory, self._environment = list(names), directory, environment
         self._devices, self._seen = devices, Counter[str]()
         self._left: list[str] = []
         self._moves: Counter[str] = Counter()
-        try:
-            self._ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=False)
-        except ConnectionError as error:
-            raise ValueError(
-                f"ps.engine=ray needs a running Ray cluster; none was found: {error}. Start one with "
-                "`ray start --head`, or set RAY_ADDRESS."
-            ) from error
         self._actors: dict[str, Any] = {}
         self._runs: dict[str, Any] = {}
         try:

@@ -61,7 +61,7 @@ class Settings(ParameterServer):
         check_copies_every: int = 0,
     ) -> "Settings":
         """Return the Settings of a training run; raises ValueError if they contradict each other."""
-        beat = chosen.dead_after_seconds / 10
+        beat = min(chosen.dead_after_seconds / 10, Timers.heartbeat)
         return cls(
             **{field.name: getattr(chosen, field.name) for field in fields(chosen)},
             num_examples=num_examples,
@@ -75,7 +75,7 @@ class Settings(ParameterServer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_examples", "global_batch_size", "max_steps", "workers", "servers"):
+        for name in ("num_examples", "global_batch_size", "max_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         for name, allowed in (

@@ -37,12 +37,11 @@ def make(name: str, spec: Spec) -> role.Cast:
     experiment = overrides.override(loading.load_experiment(spec.experiment), hidden_settings.reveal(spec.assignments))
     plan = shared_plan.make_plan(experiment, experiment.ps, kind=cast(Kind, spec.kind))
     plan = dataclasses.replace(plan, settings=spec.make_settings())
-    boot = next_boot(pathlib.Path(spec.directory), name)
     number = worker_number(name)
     if number is not None:
         _check_data(plan, spec)
-        return _make_worker(number, boot, plan, devices, name, spec)
-    return _make_server(name, boot, plan, spec)
+        return _make_worker(number, plan, devices, name, spec)
+    return _make_server(name, plan, spec)
 
 
 def _check_data(plan: shared_plan.Plan, spec: Spec) -> None:
@@ -62,13 +61,13 @@ def _compile(island: Island, plan: shared_plan.Plan) -> None:
     island.gradient(effects.Compute(0, 0, lease_table.lease(plan.settings, 0), params))
 
 
-def _make_worker(number: int, boot: int, plan: Any, devices: Any, name: str, spec: Spec) -> role.Cast:
+def _make_worker(number: int, plan: Any, devices: Any, name: str, spec: Spec) -> role.Cast:
     island = Island(plan, devices)
     if number >= plan.settings.workers:
         _compile(island, plan)
-    machine = Worker(worker=number, boot=boot, settings=plan.settings)
-    statistics = statistics_of(name, spec, machine)
     directory = pathlib.Path(spec.directory)
+    machine = Worker(worker=number, boot=next_boot(directory, name), settings=plan.settings)
+    statistics = statistics_of(name, spec, machine)
 
     def gradient(compute: effects.Compute) -> messages.Computed:
         computed = island.gradient(compute)
@@ -84,7 +83,7 @@ def _make_worker(number: int, boot: int, plan: Any, devices: Any, name: str, spe
     return Driver(watched, world, observe=statistics.observe, point=point), world, statistics
 
 
-def _make_server(name: str, boot: int, plan: Any, spec: Spec) -> role.Cast:
+def _make_server(name: str, plan: Any, spec: Spec) -> role.Cast:
     shard = server_shard(name)
     assert shard is not None
     first = shared_plan.make_shard(plan, shard)
@@ -94,9 +93,10 @@ def _make_server(name: str, boot: int, plan: Any, spec: Spec) -> role.Cast:
         first.adopt(start)
         return first
 
+    directory = pathlib.Path(spec.directory)
+    boot = next_boot(directory, name)  # last: its crew takes a process without a new number for one that starts
     machine = Server(name=name, boot=boot, settings=plan.settings, make_shard=make_shard)
     statistics = statistics_of(name, spec, machine)
-    directory = pathlib.Path(spec.directory)
     point = faults.faults_of(name, directory)
     world = ProcessWorld(directory)
     watched = lease_history.watched(name, machine, directory)

@@ -12,9 +12,8 @@ from jaxdist.config import hidden_settings
 from jaxdist.config.loading import load_experiment
 from jaxdist.config.overrides import override
 from jaxdist.launch.supervising import local_job, restart_events
-from jaxdist.paramserver.processes import admission, faults, machines, open_crew, peer_addresses, run_folder
+from jaxdist.paramserver.processes import admission, faults, machines, open_crew, peer_addresses, ray_crew, run_folder
 from jaxdist.paramserver.processes.crew import Crew, LocalCrew
-from jaxdist.paramserver.processes.ray_crew import RayCrew
 from jaxdist.paramserver.protocol import succession
 from jaxdist.paramserver.protocol.settings import SCHEDULER, worker_name
 from jaxdist.paramserver.run import observer, resume, shared_plan
@@ -128,6 +127,8 @@ def _checked_plan(options: Options) -> shared_plan.Plan:
     shared_plan.check_early(plan)
     machines.security_of(experiment.ps.hosts)
     _peers_on_hosts(plan)
+    if experiment.ps.engine == "ray":
+        ray_crew.connect()
     return plan
 
 
@@ -161,7 +162,7 @@ def _place(options: Options, plan: shared_plan.Plan, directory: pathlib.Path) ->
         # Actors have the environment variables of the cluster, not those of this process.
         environment = {name: os.environ[name] for name in (faults.FAULTS,) if name in os.environ}
         environment |= hidden_settings.for_other_machines()
-        cluster = RayCrew(names, directory, {TOKEN: security.token, **environment}, devices=options.devices)
+        cluster = ray_crew.RayCrew(names, directory, {TOKEN: security.token, **environment}, devices=options.devices)
         return cluster, {**cluster.peers, **_local_ports([run_folder.OBSERVER])}, security
     if chosen.hosts:
         peers = _peers_on_hosts(plan)

@@ -26,9 +26,11 @@ class Faults:
       busy: share of messages that take up to 1.5 s to handle; meanwhile others wait, and a due tick comes first.
       jumps: times a second at which the clock of a process jumps, by up to 1,000 s in either direction, or stands
         still for up to 2 s. The wall clock, from which boot numbers are made, is set by as much.
-      vanish: probability that a server, once all have joined, is silent for good, unless its crew is asked to
+      vanish: probability that a server or worker, once it has joined, is silent for good, unless its crew is asked to
         replace it.
       slow_worker: how many times slower worker 0 computes.
+      joins: workers a second that join the run.
+      leaves: workers a second that are asked to leave. When the last one is, another joins a while later.
     """
 
     until: float = 3.0
@@ -49,6 +51,8 @@ class Faults:
     jumps: float = 0.0
     vanish: float = 0.0
     slow_worker: float = 1.0
+    joins: float = 0.0
+    leaves: float = 0.0
 
 
 CALM = Faults(until=0.0)

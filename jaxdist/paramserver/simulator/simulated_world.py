@@ -64,6 +64,7 @@ class SimulatedProcess:
         self.driver: Driver | None = None
         self.exit: effects.Exit | None = None
         self.vanished = False
+        self.retiring = False  # whether it was asked to leave the run
         self._rest()
 
     def _rest(self) -> None:

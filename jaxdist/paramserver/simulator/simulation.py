@@ -36,6 +36,7 @@ Gradient = Callable[[messages.Lease, tuple[tuple[np.ndarray, ...], ...]], messag
 
 STARTED_AT = 1_790_000_000.0
 """What the wall clock shows when a run begins: boot numbers are made from it."""
+_ASK_AGAIN_SECONDS = 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +92,11 @@ class Simulation:
         self.rng = self.timeline.rng
         self.events: list[Event] = []
         self._heard_at: dict[str, float] = {}  # when the last heartbeat of a process reached the scheduler
+        self._heard_boot: dict[str, int] = {}
         self.disk = Disk(self.timeline, faults, hardware)
         names = [SCHEDULER, *succession.server_names(settings), *map(worker_name, range(settings.workers))]
         self.processes = {name: SimulatedProcess(name, self) for name in names}
+        self._next_worker = settings.workers
         self.network = Network(self.timeline, faults, hardware, self.processes, self.note, self.roles.outbox)
 
     @property
@@ -115,7 +118,7 @@ class Simulation:
           Stuck: this did not happen within `patience` seconds after the last fault.
         """
         for name in self.processes:
-            self.timeline.at(self.rng.uniform(0.0, 0.1), functools.partial(self._boot, name))
+            self._boot_soon(name)
         self._plan_faults()
         deadline = self.faults.until + patience
         while not all(process.exit for process in self.processes.values()):
@@ -131,10 +134,15 @@ class Simulation:
         often(self.faults.pauses, action=lambda: self._to_one(lambda p: p.pause(self.rng.uniform(0.1, 2.0))))
         often(self.faults.breaks, action=self.network.break_one)
         often(self.faults.jumps, action=self._jump)
+        often(self.faults.joins, action=self._join)
+        often(self.faults.leaves, action=self._leave)
         if self.faults.vanish and self.rng.random() < self.faults.vanish:
             self.timeline.at(self.rng.uniform(0.2, 1.0) * self.faults.until, self._vanish)
 
     # Processes.
+
+    def _boot_soon(self, name: str) -> None:
+        self.timeline.at(self.rng.uniform(0.0, 0.1), functools.partial(self._boot, name))
 
     def _boot(self, name: str) -> None:
         process = self.processes[name]
@@ -178,6 +186,11 @@ class Simulation:
         if process.life % 2 and process.name != SCHEDULER:  # the crew sees every other death
             died = messages.Died(process.name, boots)
             self.timeline.at(world.PULSE_SECONDS, lambda: self._tell(died))
+        if process.retiring:  # its crew does not start it again
+            process.exit = effects.Exit(0, effects.LEFT)
+            self.note(process.name, Ended())
+            self._tell(messages.Died(process.name, boots))
+            return
         if self.troubled and self.faults.lost_disk and self.rng.random() < self.faults.lost_disk:
             self.disk.boots.pop(process.name, None)
         self.timeline.at(self.rng.uniform(0.05, 0.8), functools.partial(self._boot, process.name))
@@ -226,6 +239,40 @@ class Simulation:
             for p in servers
         )
 
+    # Workers that join and leave.
+
+    def _join(self) -> None:
+        """Start one more worker, unless the run is over; a number is never used again."""
+        if self.processes[SCHEDULER].exit:
+            return
+        name = worker_name(self._next_worker)
+        self._next_worker += 1
+        self.processes[name] = SimulatedProcess(name, self)
+        self._boot_soon(name)
+
+    def _leave(self) -> None:
+        """Ask a worker to leave; when it is the last one, another joins a while later."""
+        there = [
+            process
+            for name, process in self.processes.items()
+            if worker_number(name) is not None and not process.exit and not process.retiring
+        ]
+        if not there:
+            return
+        if len(there) == 1:
+            self.timeline.at(self.rng.uniform(0.0, 1.0), self._join)
+        leaver = self.rng.choice(there)
+        leaver.retiring = True
+        self.note(leaver.name, AskedToLeave())
+        self._retire(leaver)
+
+    def _retire(self, leaver: SimulatedProcess) -> None:
+        """Signal a worker that is asked to leave, again and again: one that starts may not have heard it."""
+        if leaver.exit is None:
+            if leaver.is_up():
+                leaver.receive(messages.Retire(), lambda: None)
+            self.timeline.at(_ASK_AGAIN_SECONDS, functools.partial(self._retire, leaver))
+
     # Faults.
 
     def _jump(self) -> None:
@@ -249,9 +296,11 @@ class Simulation:
             # One that never joined cannot be told from one that starts slowly, and is waited for.
             self.timeline.at(0.1, self._vanish)
             return
-        servers = [p for p in self._victims() or self.processes.values() if server_shard(p.name) is not None]
-        if servers:
-            process = self.rng.choice(servers)
+        others = [p for p in self.processes.values() if p.is_up() and p.name != SCHEDULER]
+        joined = [p for p in others if self._heard_boot.get(p.name) == p.machine.boot]
+        every = [p for p in self._victims() if p in joined] or joined
+        if every:
+            process = self.rng.choice(every)
             self.note(process.name, Vanished())
             process.vanished = True
             process.pause(1e9)
@@ -290,6 +339,7 @@ class Simulation:
         """Keep an event for the checker."""
         if isinstance(what, world.Waits) and process == SCHEDULER:
             self._heard_at[what.message.name] = self.now
+            self._heard_boot[what.message.name] = what.message.boot
         self.events.append(Event(self.now, process, getattr(self.processes[process].machine, "boot", 0), what))
 
     def computed(self, effect: effects.Compute, worker: int) -> tuple[messages.Computed, float]:
@@ -329,7 +379,12 @@ def _checksum(*lists: tuple[np.ndarray, ...]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """For the checker: the crew ended this process, which had not exited a while after the scheduler did."""
+    """For the checker: the crew ended this process: a while after the scheduler, or because it was asked to leave."""
+
+
+@dataclass(frozen=True, slots=True)
+class AskedToLeave:
+    """For the checker: this worker was asked to leave the run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,5 +402,5 @@ def _brief(machine: Any) -> dict[str, Any]:
     return {name: getattr(known, name) for name in names if hasattr(known, name)}
 
 
-_HEARD = (messages.PushAck, messages.CommitAck, messages.Register)
+_HEARD = (messages.PushAck, messages.CommitAck, messages.Register, messages.Leave)
 _SILENT = (effects.Append, effects.Compact, effects.Write, effects.Load, effects.Prepare, effects.Compute)

@@ -1,6 +1,9 @@
 """The crew of one machine: which processes are started again, and which GPUs they use."""
 
-import time
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -9,6 +12,8 @@ from jaxdist.paramserver.processes import crew, run_folder
 
 
 class Child:
+    pid = 0  # of no process
+
     def __init__(self, status):
         self.status = status
 
@@ -25,6 +30,8 @@ class Child:
 def crew_of(tmp_path, monkeypatch, **children):
     made = crew.LocalCrew([], tmp_path, "")
     made._children = {name.replace("_", "/"): Child(status) for name, status in children.items()}
+    made._boots_before = dict.fromkeys(made._children, 0)
+    made._stopped_for = dict.fromkeys(made._children, 0.0)
     started = []
     monkeypatch.setattr(made, "_start", started.append)
     return made, started
@@ -69,15 +76,29 @@ def test_a_silent_process_is_ended_and_started_again_once(tmp_path, monkeypatch)
     path = run_folder.silent_path(tmp_path, "server/0/a")
     path.parent.mkdir()
     path.touch()
-    made._started_at["server/0/a"] = time.monotonic()
     made.look_after()
-    assert started == [], "it is only starting"
+    assert started == [], "it has no boot number yet, so the one before it is meant"
     assert not path.exists()
+    run_folder.next_boot(tmp_path, "server/0/a")
     path.touch()
-    made._started_at["server/0/a"] -= 600
     made.look_after()
     assert started == ["server/0/a"]
     assert not path.exists()
+
+
+def test_a_process_that_is_stopped_for_long_is_started_again(tmp_path, monkeypatch):
+    """Whatever its role: the scheduler, whose silence no other process reports, too."""
+    made, started = crew_of(tmp_path, monkeypatch, scheduler=None)
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    made._children["scheduler"] = child
+    child.send_signal(signal.SIGSTOP)
+    os.waitpid(child.pid, os.WUNTRACED)
+    made.look_after()
+    assert started == [], "this process may have been stopped, too"
+    made._stopped_for["scheduler"] = crew.STOPPED_SECONDS
+    made.look_after()
+    assert started == ["scheduler"]
+    assert child.wait() == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(

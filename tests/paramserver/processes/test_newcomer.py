@@ -23,7 +23,7 @@ class FakeCrew:
 
     def __init__(self, names, directory, token):
         self.names, self.directory, self.token, self.left = list(names), directory, token, []
-        self.placed = []
+        self.missed = []
         made.append(self)
 
     def start(self):
@@ -39,6 +39,9 @@ class FakeCrew:
     def retire(self, names):
         self.left += names
         self.names = [name for name in self.names if name not in names]
+
+    def note_missed(self, names):
+        self.missed += names
 
     def add(self, name):
         self.names.append(name)
@@ -137,6 +140,21 @@ def test_an_address_that_others_reach_needs_a_token(monkeypatch, capsys):
     monkeypatch.delenv(TOKEN, raising=False)
     assert main.run(["join", "10.0.0.1:7809"]) == 2
     assert f"needs authentication, got 10.0.0.1 without any. Set {TOKEN}" in capsys.readouterr().err
+
+
+def test_a_command_starts_workers_again_that_the_scheduler_misses(run_dir, door):
+    def miss(guest):
+        path = run_folder.silent_path(run_dir / "ps", guest.names[0])
+        path.parent.mkdir()
+        path.touch()
+        door.tell_missed()
+        while not (made and made[0].missed):
+            pass
+        door.close()
+
+    when_joined(door, miss)
+    assert newcomer.join(run_dir, 1) == 0
+    assert made[0].missed == ["worker/2"]
 
 
 def test_a_machine_starts_processes_of_a_lost_one_and_hears_where_others_are(tmp_path):

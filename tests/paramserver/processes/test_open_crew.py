@@ -43,6 +43,9 @@ class FakeDoor:
         found, self.lost = self.lost, []
         return found
 
+    def tell_missed(self):
+        pass
+
     def own_host(self):
         return "127.0.0.1"
 

@@ -18,7 +18,7 @@ import step_lines
 import tiny_experiment
 
 from jaxdist.config import overrides
-from jaxdist.paramserver.processes import faults, run_folder
+from jaxdist.paramserver.processes import crew, faults, run_folder
 from jaxdist.paramserver.run import start as run
 from jaxdist.run import attempt
 from jaxdist.rundir import record
@@ -90,6 +90,10 @@ def freeze(name, seconds):
         threading.Timer(seconds, lambda: os.kill(pid, signal.SIGCONT)).start()
 
     return deed
+
+
+def stop(name):
+    return lambda mischief: os.kill(pid_of(name, mischief.directory), signal.SIGSTOP)
 
 
 def disturbed(tmp_path, deeds, **chosen):
@@ -179,6 +183,17 @@ def test_a_process_that_stood_still_comes_back_as_a_stranger(tmp_path, calm, nam
     deeds = [(10, freeze(name, 6.0))]
     made = disturbed(tmp_path, deeds, steps=60, workers=2, servers=1, durability="replicated")
     assert made.params_sha256 == calm.params_sha256
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(LIMIT_SECONDS)
+@pytest.mark.parametrize("name", ["worker/0", "scheduler"])
+def test_a_process_that_is_stopped_for_good_is_started_again(tmp_path, monkeypatch, name):
+    """Without the only worker, or without the scheduler, the run would wait forever."""
+    monkeypatch.setattr(crew, "STOPPED_SECONDS", 1.0)
+    made = disturbed(tmp_path, [(10, stop(name))], steps=60, workers=1, servers=1)
+    assert made.step == 60
+    assert made.restarts == 1
 
 
 @pytest.mark.soak

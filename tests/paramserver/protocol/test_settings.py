@@ -18,7 +18,10 @@ from jaxdist.paramserver.protocol.settings import (
     [
         ({"mode": "hogwild"}, "ps.mode must be one of"),
         ({"durability": "raid"}, "ps.durability must be one of"),
-        ({"workers": 0}, "workers must be at least 1"),
+        ({"workers": 0}, "ps.workers must be at least 1, got 0. Leave it out"),
+        ({"servers": -1}, "ps.servers must be at least 1, got -1"),
+        ({"dead_after_seconds": float("nan")}, "ps.dead_after_seconds must be larger than 1"),
+        ({"port": 70000}, "ps.port must be from 1 to 65535"),
         ({"max_staleness": 2}, "ps.max_staleness applies to ps.mode=bounded"),
         ({"mode": "async", "backup_workers": 1, "workers": 2}, "ps.backup_workers needs a synchronous mode"),
         ({"backup_workers": 2, "workers": 2}, "must be smaller than ps.workers"),

@@ -13,7 +13,7 @@ from jaxdist.paramserver.protocol.scheduler.scheduler_state import ProcessStatus
 from jaxdist.paramserver.protocol.settings import server_shard, worker_name, worker_number
 
 PATIENCE = 6
-"""How many times `dead_after` the only copy of a shard may be silent."""
+"""How many times `dead_after` a process may be silent before its crew is asked to restart it."""
 
 
 def change(
@@ -287,6 +287,7 @@ def on_leave(state: SchedulerState, note: messages.Leave, now: float, out: Outpu
     if worker in state.workers and state.boots.get(note.name, -1) <= note.boot:
         assert state.membership is not None
         state.counters["left"] += 1
+        state.processes[note.name].replaced_at = now  # it is not started again
         _drop_worker(state, worker)
         change(state, now, out, members=tuple(m for m in state.membership.members if m.worker != worker))
     out.send(note.name, messages.Fenced(note.name, note.boot))
@@ -301,6 +302,8 @@ def on_died(state: SchedulerState, note: messages.Died, now: float, out: Output)
     if state.membership is None or state.boots.get(note.name, -1) > note.boot:
         return
     worker, shard = worker_number(note.name), server_shard(note.name)
+    if note.name in state.processes:
+        state.processes[note.name].replaced_at = now  # its crew starts it again
     if worker is not None:
         if state.joining.get(worker, note.boot + 1) <= note.boot:
             del state.joining[worker]
@@ -325,6 +328,7 @@ def drop_silent(state: SchedulerState, now: float, out: Output) -> None:
     if state.settings.replicated:
         _drop_silent_servers(state, now, out)
     _replace_silent_servers(state, now, out)
+    _replace_dropped(state, now, out)
 
 
 def _drop_silent_workers(state: SchedulerState, now: float, out: Output) -> None:
@@ -338,6 +342,8 @@ def _drop_silent_workers(state: SchedulerState, now: float, out: Output) -> None
             out.do(effects.Warn(f"Worker {number} {what}. Its lease goes to another worker."))
             _fence(state, number)
             gone.add(number)
+            if stuck:  # it answers, so it would join again, but cannot compute
+                _replace(status, worker_name(number), now, out)
     if gone:
         assert state.membership is not None
         change(state, now, out, members=tuple(m for m in state.membership.members if m.worker not in gone))
@@ -362,6 +368,20 @@ def _drop_worker(state: SchedulerState, worker: int) -> None:
         state.lease_table.give_back(worker, gone.lease)
 
 
+def _replace(status: ProcessStatus, name: str, now: float, out: Output) -> None:
+    """Ask the crew of a process to restart it, once until the process is heard again."""
+    status.replaced_at = now
+    out.do(effects.Replace(name))
+
+
+def _replace_dropped(state: SchedulerState, now: float, out: Output) -> None:
+    """Have processes restarted that were dropped and stay silent: a stopped one does not come back by itself."""
+    limit = PATIENCE * state.settings.timers.dead_after
+    late = [name for name, each in state.processes.items() if now - each.seen_at > limit and each.replaced_at is None]
+    for name in sorted(set(late).difference(state.all_names() if late else ())):
+        _replace(state.processes[name], name, now, out)
+
+
 def _replace_silent_servers(state: SchedulerState, now: float, out: Output) -> None:
     """Restart the only copy of a shard, or end the run, if it has been silent for long.
 
@@ -382,9 +402,8 @@ def _replace_silent_servers(state: SchedulerState, now: float, out: Output) -> N
             out.do(effects.Warn(f"Server {place.primary} was silent for {silent:.0f} s, and there is no saved cut."))
             ending.end(state, "error", now, out)
         elif status.replaced_at is None:
-            status.replaced_at = now
             out.do(effects.Warn(f"Server {place.primary} was silent for {silent:.0f} s. It is restarted."))
-            out.do(effects.Replace(place.primary))
+            _replace(status, place.primary, now, out)
         elif now - status.replaced_at > state.settings.timers.stuck_after:
             out.do(effects.Warn(f"Server {place.primary} did not restart. Resume the run without its machine."))
             ending.end(state, "error", now, out)
