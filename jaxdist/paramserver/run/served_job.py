@@ -3,6 +3,7 @@
 Processes that are stopped or denied the disk are so for HOLD_SECONDS: they lose their place meanwhile, and come back.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -16,6 +17,7 @@ from jaxdist.config.experiment import Experiment
 from jaxdist.errors import UserError, as_user_error
 from jaxdist.launch.supervising.chaos import striker, strikes
 from jaxdist.paramserver.processes import run_folder
+from jaxdist.paramserver.protocol.settings import SCHEDULER, worker_number
 from jaxdist.paramserver.run import shared_plan, start
 
 HOLD_SECONDS = 4.0
@@ -70,10 +72,8 @@ class ServedJob:
         if not self._steps:
             return None
         self._struck_at = self._struck_at or time.monotonic()
-        if strike.early_seconds is not None:
-            is_due = time.monotonic() - self._struck_at >= strike.early_seconds
-        else:
-            is_due = self._steps >= strike.step
+        early = strike.early_seconds is not None and time.monotonic() - self._struck_at >= strike.early_seconds
+        is_due = early or self._steps >= strike.step  # a short run would end before the seconds have passed
         found = self._find(strike.process) if is_due else None
         if found is None:
             return None
@@ -84,6 +84,26 @@ class ServedJob:
         """See `striker.JobUnderFire`."""
         self._read()
         return self._workers == num_processes
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """See `striker.JobUnderFire`: the scheduler is stopped, so all others wait, and a short run does not end."""
+        scheduler = self._running().get(SCHEDULER)
+        if scheduler is None:  # it was killed just now
+            yield
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(scheduler, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # its crew has replaced it, after waiting for long
+                os.kill(scheduler, signal.SIGCONT)
+
+    def is_ready(self, num_processes: int) -> bool:
+        """See `striker.JobUnderFire`: a worker takes its boot number when it is about to join."""
+        workers = [name for name in self._running() if worker_number(name) is not None]
+        return sum(run_folder.last_boot(self._folder, name) > 0 for name in workers) >= num_processes
 
     def _follow(self, strike: strikes.Strike, name: str, process_id: int) -> Iterator[strikes.Hit | None]:
         """Yield None until the run has made a step that began after the strike, then what that took."""

@@ -98,3 +98,25 @@ def test_workers_that_joined_and_left_are_counted(run):
     assert not run.job.has_size(2)
     run.write({"step": 5, "workers": {"0": 1, "2": 4}})
     assert run.job.has_size(2)
+
+
+def test_a_run_is_held_until_those_who_join_are_about_to(run):
+    run.start("scheduler")
+    scheduler = run.running["scheduler"].pid
+    with run.job.held():
+        os.waitpid(scheduler, os.WUNTRACED)
+        assert stopped.is_stopped(scheduler)
+        assert not run.job.is_ready(1), "it has only started"
+        run_folder.next_boot(run.folder, "worker/0")
+        assert run.job.is_ready(1)
+        assert not run.job.is_ready(2)
+    while stopped.is_stopped(scheduler):
+        pass
+
+
+def test_an_early_strike_is_due_at_its_step_at_the_latest(run):
+    early = strikes.Strike("kill", 2, 5, early_seconds=600.0)
+    run.write({"step": 4})
+    assert run.job.target(early) is None
+    run.write({"step": 5})
+    assert run.job.target(early) is not None

@@ -56,13 +56,14 @@ class Commands:
     def __init__(self, run_dir: pathlib.Path, seed: int):
         self._run_dir, self._random = run_dir, random.Random(seed)
         self._joined: list[subprocess.Popen[bytes]] = []
+        self._leaving: list[subprocess.Popen[bytes]] = []
         self._log: IO[bytes] = open(run_dir.parent / _LOG_NAME, "ab")  # noqa: SIM115, closed at the exit
 
     def __enter__(self) -> "Commands":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for command in self._joined:
+        for command in [*self._joined, *self._leaving]:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 command.wait(_END_SECONDS)  # it ends with the job
             command.kill()
@@ -77,7 +78,7 @@ class Commands:
             # The newest command has just as many: each has doubled the number of processes.
             newest = self._joined.pop()
             newest.send_signal(self._random.choice([signal.SIGTERM, signal.SIGKILL]))
-            newest.wait()
+            self._leaving.append(newest)
         else:
             self._start("leave", count).wait()
 

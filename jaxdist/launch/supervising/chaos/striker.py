@@ -1,5 +1,6 @@
 """Delivers the strikes of a plan to a running job, which is observed only from outside."""
 
+import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,14 @@ class JobUnderFire(Protocol):
 
     def has_size(self, num_processes: int) -> bool:
         """Return whether the job makes steps on so many processes."""
+        ...
+
+    def held(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which the job makes no step, if it would not wait by itself for processes that join."""
+        ...
+
+    def is_ready(self, num_processes: int) -> bool:
+        """Return whether so many processes have started, if the job does not wait for them by itself."""
         ...
 
 
@@ -86,6 +95,9 @@ class Striker:
 
     def _change(self, strike: strikes.Strike, num_processes: int) -> None:
         """Have processes join or leave, and wait until the job makes steps on the new number, or ends."""
-        self._commands.change(abs(num_processes - self._size), joins=strike.kind == "join")
+        with self._job.held():
+            self._commands.change(abs(num_processes - self._size), joins=strike.kind == "join")
+            if strike.kind == "join":
+                self._await(lambda: self._job.is_ready(num_processes) or None)
         self._size = num_processes
         self._await(lambda: self._job.has_size(num_processes) or None)

@@ -23,7 +23,8 @@ class Strike:
     Attributes:
       kind: "kill" (SIGKILL), "stop" (SIGSTOP: alive, but does nothing), "starve" (it can write no file any more), or
         "join" and "leave", which change the number of processes.
-      process: number of the process; of a job that has fewer at the time, counted on from 0.
+      process: number of the process; of a job that has fewer at the time, counted on from 0. Not used by "join" and
+        "leave".
       step: when it reports this step.
       early_seconds: None, or, instead of `step`, the seconds after the start of an attempt: while it imports, connects,
         restores or compiles.
@@ -78,7 +79,7 @@ def plan(
     leaves: int = 0,
     num_changing: int | None = None,
 ) -> list[Strike]:
-    """Return the strikes in the order of their steps; every process is struck in turn, including process 0.
+    """Return the strikes in the order of their steps; every process is struck in turn, process 0 in any case.
 
     Args:
       seed: the plan is a pure function of it and of the other arguments.
@@ -102,17 +103,26 @@ def plan(
     source.shuffle(kinds)
     # No strike in the last tenth of the steps, so that even the last one comes before the end.
     steps = sorted(source.choices(range(1, max(2, num_steps * 9 // 10)), k=len(kinds)))
-    order = [process for _ in kinds for process in source.sample(range(num_processes), num_processes)]
+    order = iter(_turns(source, num_processes, kills + stops + starves))
     changing = [kind for kind in kinds if kind in ("join", "leave")]
     changes = iter(chaos_changes.sizes(changing, num_changing or num_processes))
     found = []
-    for kind, process, step in zip(kinds, order, steps):
+    for kind, step in zip(kinds, steps, strict=True):
         if kind in ("join", "leave"):
             kind, count = next(changes)
-            found.append(Strike(kind, process, step, num_processes=count))
+            found.append(Strike(kind, 0, step, num_processes=count))
             continue
         early = source.uniform(0.0, _EARLY_SECONDS) if kind == "kill" and source.random() < _EARLY_SHARE else None
-        found.append(Strike(kind, process, step, early))
+        found.append(Strike(kind, next(order), step, early))
+    return found
+
+
+def _turns(source: random.Random, num_processes: int, count: int) -> list[int]:
+    """Return which process each of `count` strikes is for: in rounds, and 0, which has most to do, among them."""
+    rounds = range(-(-count // num_processes))
+    found = [process for _ in rounds for process in source.sample(range(num_processes), num_processes)][:count]
+    if found and 0 not in found:
+        found[source.randrange(count)] = 0
     return found
 
 

@@ -1,5 +1,6 @@
 """A supervised job under fire: observed through the supervisor's events and the reports on the board."""
 
+import contextlib
 import functools
 import pathlib
 import time
@@ -50,6 +51,14 @@ class SupervisedJob:
         changes = restart_events.changes(restart_events.read_events(self._run_dir))
         newest = changes[-1] if changes else {}
         return newest.get("processes") == num_processes and newest["seconds_lost"] is not None
+
+    def held(self) -> contextlib.AbstractContextManager[None]:
+        """See `striker.JobUnderFire`: this one waits by itself."""
+        return contextlib.nullcontext()
+
+    def is_ready(self, num_processes: int) -> bool:
+        """See `striker.JobUnderFire`."""
+        return True
 
     def _follow(
         self, strike: strikes.Strike, number: int, attempt: dict[str, Any], before: int

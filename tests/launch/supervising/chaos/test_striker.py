@@ -1,5 +1,6 @@
 """Delivering strikes in their order, to a job that the test makes up."""
 
+import contextlib
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ class Job:
     """A job that is due at once, recovers at the third look, and has the size that was asked for."""
 
     def __init__(self, process_id):
-        self.process_id, self.looks, self.sizes = process_id, 0, []
+        self.process_id, self.looks, self.sizes, self.course = process_id, 0, [], []
 
     def target(self, strike):
         return striker.Target(self.process_id, lambda: self.recover(strike))
@@ -24,6 +25,16 @@ class Job:
     def has_size(self, num_processes):
         self.sizes.append(num_processes)
         return True
+
+    @contextlib.contextmanager
+    def held(self):
+        self.course.append("held")
+        yield
+        self.course.append("continues")
+
+    def is_ready(self, num_processes):
+        self.course.append(num_processes)
+        return self.course.count(num_processes) == 3
 
 
 class Commands:
@@ -57,6 +68,8 @@ def test_as_many_join_and_leave_as_are_missing():
     ]
     assert deliver(job, *changes) == ([], [(2, True), (2, False), (1, False)])
     assert job.sizes == [4, 2, 1]
+    # It is held until those who join have started: a short one would end before.
+    assert job.course == ["held", 4, 4, 4, "continues", *["held", "continues"] * 2]
 
 
 def test_a_job_that_ends_ends_the_striker():

@@ -29,6 +29,7 @@ def test_a_plan_is_a_pure_function_that_gives_every_process_its_turn(seed, proce
     assert (kinds["kill"], kinds["stop"], kinds["starve"]) == counts
     assert [strike.step for strike in planned] == sorted(strike.step for strike in planned)
     assert all(1 <= strike.step <= max(1, steps - 1) for strike in planned)
+    assert not planned or 0 in {strike.process for strike in planned}
     for begin in range(0, len(planned) - processes + 1, processes):
         assert {strike.process for strike in planned[begin : begin + processes]} == set(range(processes))
 
