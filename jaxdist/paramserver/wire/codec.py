@@ -39,11 +39,12 @@ class EncodingError(ValueError):
 class Decoder:
     """Reads a head from start to end. Arrays are made as the head declares them; their data is filled in later.
 
-    `left` is the number of bytes of array data that the message declares and no array has claimed yet.
+    `left` is the number of bytes of array data that the message declares and no array has claimed yet. With `memory`,
+    the arrays are in it already, one after the other, each in the room that `aligned` gives.
     """
 
-    def __init__(self, head: bytes, left: int) -> None:
-        self.left = left
+    def __init__(self, head: bytes, left: int, memory: np.ndarray | None = None) -> None:
+        self.left, self._memory = left, memory
         self.arrays: list[np.ndarray] = []
         self._head, self._at = head, 0
 
@@ -77,14 +78,29 @@ class Decoder:
         if num_bytes > self.left:
             raise EncodingError(f"A message declares an array of {num_bytes} bytes, but only {self.left} are left.")
         self.left -= num_bytes
-        try:
-            memory = np.empty(num_bytes + _ALIGNMENT, np.uint8)
-        except MemoryError as error:
-            raise EncodingError(f"There is no memory for an array of {num_bytes} bytes.") from error
-        start = -memory.ctypes.data % _ALIGNMENT
-        array = memory[start : start + num_bytes].view(dtype).reshape(shape)
+        if self._memory is None:
+            memory = _new_memory(num_bytes)
+        else:
+            memory, self._memory = self._memory[:num_bytes], self._memory[aligned(num_bytes) :]
+            if len(memory) != num_bytes:
+                raise EncodingError(f"The memory of a message ends before an array of {num_bytes} bytes.")
+        array = memory.view(dtype).reshape(shape)
         self.arrays.append(array)
         return array
+
+
+def aligned(num_bytes: int) -> int:
+    """Return the room that an array of this length takes in a memory of several arrays."""
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _new_memory(num_bytes: int) -> np.ndarray:
+    try:
+        memory = np.empty(num_bytes + _ALIGNMENT, np.uint8)
+    except MemoryError as error:
+        raise EncodingError(f"There is no memory for an array of {num_bytes} bytes.") from error
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + num_bytes]
 
 
 class Encoder:

@@ -2,8 +2,9 @@
 
 A message consists of a *prefix*, a *head* (its numbers and names, and the dtype and shape of each array), the bytes of
 the arrays, and their CRC-32Cs. The head has its own checksum. It is written and read as blocks of at most BLOCK_BYTES:
-the memory of a large array is not copied, and its bytes arrive in the memory of the new array. A message whose
-checksums do not match is refused.
+the memory of a large array is not copied, and its bytes arrive in the memory of the new array. Within a machine the
+arrays may instead be placed in memory that both ends see, block by block, and for each block a checksum is sent. A
+message whose checksums do not match is refused.
 """
 
 import struct
@@ -14,10 +15,12 @@ from typing import Any
 import numpy as np
 
 from jaxdist.paramserver.protocol import journal, messages
-from jaxdist.paramserver.wire.codec import Buffer, Decoder, Encoder, EncodingError, checksum, codec
+from jaxdist.paramserver.wire.codec import Buffer, Decoder, Encoder, EncodingError, aligned, checksum, codec
 
 BLOCK_BYTES = 256 << 10
 """A block stays in the cache of a core between its checksum and its copy into a socket."""
+PLACED_BYTES = 512 << 10
+"""A block in memory that both ends see: longer, because each costs a call of either."""
 SMALL_BYTES = 64 << 10
 MAX_HEAD_BYTES = 64 << 20
 MAGIC = b"jxd2"
@@ -121,6 +124,29 @@ class Encoded:
             checksums += _CHECKSUM.pack(value)
         yield from self._blocks_of(pending + checksums)
 
+    @property
+    def placed_bytes(self) -> int:
+        """The length of the memory that `place` needs."""
+        return sum(aligned(len(array)) for array in self._arrays)
+
+    def place(self, memory: np.ndarray) -> Iterator[bytes]:
+        """Put the arrays into `memory`, and yield what is to be sent: the head, and checksums after their blocks."""
+        pending, placed, at = bytearray(self._start), 0, 0
+        for array in self._arrays:
+            value = 0
+            for start in range(0, len(array), PLACED_BYTES):
+                block = array[start : start + PLACED_BYTES]
+                value = checksum([block], value)
+                memory[at + start : at + start + len(block)] = np.frombuffer(block, np.uint8)
+                pending += _CHECKSUM.pack(value)
+                placed += len(block)
+                if placed >= PLACED_BYTES:
+                    yield bytes(pending)
+                    pending, placed = bytearray(), 0
+            at += aligned(len(array))
+        if pending:
+            yield bytes(pending)
+
     def _blocks_of(self, data: bytearray) -> Iterator[bytes]:
         for start in range(0, len(data), self._block_bytes):
             yield bytes(data[start : start + self._block_bytes])
@@ -166,12 +192,7 @@ def assemble(prefix: Buffer) -> Generator[memoryview, None, Any]:
     Raises:
       EncodingError: lengths, types, dtypes, shapes or checksums are not valid.
     """
-    head_size, head_checksum, size, num_arrays = _declared(prefix)
-    head = bytearray(head_size)
-    yield from _in_blocks(memoryview(head))
-    kind, message, arrays = _read(head, head_checksum, size)
-    if len(arrays) != num_arrays:
-        raise EncodingError(f"A {kind} message declares {num_arrays} arrays and has {len(arrays)}.")
+    kind, message, arrays = yield from _assemble_head(prefix, None)
     if not arrays:
         return message
     values = []
@@ -182,12 +203,41 @@ def assemble(prefix: Buffer) -> Generator[memoryview, None, Any]:
             value = checksum([block], value)
         values.append(value)
         array.flags.writeable = False
-    tail = bytearray(_CHECKSUM.size * num_arrays)
-    yield from _in_blocks(memoryview(tail))
-    for place, ((expected,), value) in enumerate(zip(_CHECKSUM.iter_unpack(tail), values)):
-        if expected != value:
-            raise EncodingError(f"Array {place} of a {kind} message is damaged: its checksum differs.")
+    tail = memoryview(bytearray(_CHECKSUM.size * len(arrays)))
+    yield from _in_blocks(tail)
+    for place, value in enumerate(values):
+        _compare(tail[_CHECKSUM.size * place :], value, place, kind)
     return message
+
+
+def assemble_placed(prefix: Buffer, memory: np.ndarray) -> Generator[memoryview, None, Any]:
+    """Return the message that begins with `prefix` and whose arrays the sender puts into `memory`; see `assemble`."""
+    kind, message, arrays = yield from _assemble_head(prefix, memory)
+    expected = memoryview(bytearray(_CHECKSUM.size))
+    for place, array in enumerate(arrays):
+        value, data = 0, array.reshape(-1).view(np.uint8).data
+        for start in range(0, len(data), PLACED_BYTES):
+            yield expected
+            value = checksum([data[start : start + PLACED_BYTES]], value)
+            _compare(expected, value, place, kind)
+    return message
+
+
+def _assemble_head(
+    prefix: Buffer, memory: np.ndarray | None
+) -> Generator[memoryview, None, tuple[str, Any, list[np.ndarray]]]:
+    head_size, head_checksum, size, num_arrays = _declared(prefix)
+    head = bytearray(head_size)
+    yield from _in_blocks(memoryview(head))
+    kind, message, arrays = _read(head, head_checksum, size, memory)
+    if len(arrays) != num_arrays:
+        raise EncodingError(f"A {kind} message declares {num_arrays} arrays and has {len(arrays)}.")
+    return kind, message, arrays
+
+
+def _compare(expected: memoryview, value: int, place: int, kind: str) -> None:
+    if _CHECKSUM.unpack_from(expected)[0] != value:
+        raise EncodingError(f"Array {place} of a {kind} message is damaged: its checksum differs.")
 
 
 def _in_blocks(memory: memoryview) -> Iterator[memoryview]:
@@ -195,13 +245,15 @@ def _in_blocks(memory: memoryview) -> Iterator[memoryview]:
         yield memory[start : start + BLOCK_BYTES]
 
 
-def _read(head: bytearray, head_checksum: int, size: int) -> tuple[str, Any, list[np.ndarray]]:
+def _read(
+    head: bytearray, head_checksum: int, size: int, memory: np.ndarray | None
+) -> tuple[str, Any, list[np.ndarray]]:
     """Return the name of a message's type, the message, and its arrays, `size` bytes in all."""
     if zlib.crc32(head) != head_checksum:
         raise EncodingError("The head of a message is damaged: its checksum differs.")
     if head[0] >= len(KINDS):
         raise EncodingError(f"A message has the unknown number {head[0]}. It was sent by another version of jaxdist.")
-    kind, reader = KINDS[head[0]], Decoder(bytes(head), size)
+    kind, reader = KINDS[head[0]], Decoder(bytes(head), size, memory)
     reader.take(1)
     message = codec(kind)[1](reader)
     if reader.head_left or reader.left:

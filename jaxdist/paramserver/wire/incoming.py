@@ -9,13 +9,16 @@ import collections
 import contextlib
 import functools
 import logging
+import socket
 import struct
 import threading
 from collections.abc import Callable, Generator
 from typing import Any
 
+import numpy as np
+
 from jaxdist.paramserver.protocol import messages
-from jaxdist.paramserver.wire import codec, encoding, greeting, same_machine
+from jaxdist.paramserver.wire import codec, encoding, greeting, lent_memory, same_machine
 
 _logger = logging.getLogger(__name__)
 
@@ -29,7 +32,8 @@ IDLE_SECONDS = 30.0
 MOST_WAITING = 16
 """Messages of one connection that may wait to be handled."""
 ACK_SECONDS = 0.05
-ACK = struct.Struct("<Q")
+ACK = struct.Struct("<QQ")
+"""How many messages have been handled; the number of a segment of lent memory that is returned, or 0."""
 SCRATCH_BYTES = 256 << 10
 _DIRECT_BYTES = 128 << 10
 """Larger pieces of memory are read into at once; smaller ones are filled from what arrives together with them."""
@@ -97,6 +101,9 @@ class Incoming(asyncio.BufferedProtocol):
         self._region = memoryview(self._memory)  # what arrives next belongs here
         self._parts: Generator[memoryview, None, Any] | None = None  # of the message being received
         self._size = 0  # its length
+        self._socket: socket.socket | None = None  # another one for the same connection, if it carries descriptors
+        self._borrowed = lent_memory.Borrowed(self._return_soon)
+        self._memory_lent: np.ndarray | None = None  # where the arrays of the message are whose prefix comes next
         self._left = memoryview(b"")  # bytes that arrived before reading was paused
         self._paused = False
         self._delivered = self._handled = self._acked = 0
@@ -113,6 +120,11 @@ class Incoming(asyncio.BufferedProtocol):
     def connection_lost(self, exception: Exception | None) -> None:
         """Discard a message that has arrived in part."""
         self._connections.pop(self, None)
+        if self._socket is not None:
+            self._loop.remove_reader(self._socket)
+            self._socket.close()
+        self._borrowed.close()
+        self._memory_lent = None
         if self._parts is not None:
             self._parts = None
             self._give(self._size)
@@ -154,6 +166,20 @@ class Incoming(asyncio.BufferedProtocol):
             _logger.warning("A message was refused: %s", error)
             self.close()
 
+    def _read(self) -> None:
+        """Receive bytes, and descriptors with them, which asyncio cannot."""
+        assert self._socket is not None
+        try:
+            count = self._borrowed.receive(self._socket, self.get_buffer(-1))
+        except BlockingIOError:
+            return
+        except OSError:
+            count = 0
+        if count:
+            self.buffer_updated(count)
+        else:
+            self.close()
+
     def _feed(self, data: memoryview) -> None:
         while data and not self._paused and self._transport is not None:
             count = min(len(data), len(self._region))
@@ -172,10 +198,19 @@ class Incoming(asyncio.BufferedProtocol):
             self.lane = BULK if lane else CONTROL
             self.heard_at = self._loop.time()
             self._expect_prefix()
+            self._expect_descriptors()
         elif self._parts is not None:
             self._next_part()
         else:
             self._begin()
+
+    def _expect_descriptors(self) -> None:
+        """Read a bulk connection within the machine here, not in asyncio."""
+        connected = self._transport.get_extra_info("socket")
+        if self.lane == BULK and connected.family == socket.AF_UNIX:
+            self._transport.pause_reading()
+            self._socket = same_machine.same_connection(connected)
+            self._loop.add_reader(self._socket, self._read)
 
     def _expect_prefix(self) -> None:
         self._parts = None
@@ -184,13 +219,18 @@ class Incoming(asyncio.BufferedProtocol):
 
     def _begin(self) -> None:
         """Begin to receive the message whose prefix has arrived, once there is memory for it."""
+        if self._socket is not None and self._memory.startswith(lent_memory.MAGIC):
+            self._memory_lent = self._borrowed.memory(bytes(self._memory))
+            self._expect_prefix()
+            return
         self._size = encoding.declared_bytes(memoryview(self._memory))
         if self.lane == CONTROL and self._size > SMALL_BYTES:
             raise codec.EncodingError(f"A message of {self._size} bytes does not belong on a control connection.")
         if self.lane == BULK and not self._budget.take(self._size, self._wake):
             self._pause()
             return
-        self._parts = encoding.assemble(bytes(self._memory))
+        prefix, memory, self._memory_lent = bytes(self._memory), self._memory_lent, None
+        self._parts = encoding.assemble(prefix) if memory is None else encoding.assemble_placed(prefix, memory)
         self._next_part()
 
     def _next_part(self) -> None:
@@ -236,7 +276,9 @@ class Incoming(asyncio.BufferedProtocol):
 
     def _pause(self) -> None:
         self._paused = True
-        if self._transport is not None:
+        if self._socket is not None:
+            self._loop.remove_reader(self._socket)
+        elif self._transport is not None:
             self._transport.pause_reading()
 
     def _resume(self) -> None:
@@ -253,7 +295,11 @@ class Incoming(asyncio.BufferedProtocol):
         except codec.EncodingError as error:
             _logger.warning("A message was refused: %s", error)
             self.close()
-        if not self._paused and self._transport is not None:
+        if self._paused or self._transport is None:
+            return
+        if self._socket is not None:
+            self._loop.add_reader(self._socket, self._read)
+        else:
             self._transport.resume_reading()
 
     def _acknowledge(self) -> None:
@@ -262,6 +308,15 @@ class Incoming(asyncio.BufferedProtocol):
             return
         if self._handled > self._acked:
             self._acked = self._handled
-            self._transport.write(ACK.pack(self._acked))
+            self._transport.write(ACK.pack(self._acked, 0))
         if self._delivered > self._acked:
             self._loop.call_later(ACK_SECONDS, self._acknowledge)
+
+    def _return_soon(self, segment: int) -> None:
+        """Return a segment of lent memory, from any thread."""
+        with contextlib.suppress(RuntimeError):  # the event loop has ended
+            self._loop.call_soon_threadsafe(self._return, segment)
+
+    def _return(self, segment: int) -> None:
+        if self._transport is not None:
+            self._transport.write(ACK.pack(self._acked, segment))

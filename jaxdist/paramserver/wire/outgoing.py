@@ -7,14 +7,14 @@ sends through another socket of the same connection, because asyncio's own copie
 
 import asyncio
 import contextlib
-import os
+import itertools
 import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jaxdist.paramserver.wire import encoding, greeting, same_machine
+from jaxdist.paramserver.wire import encoding, greeting, lent_memory, same_machine
 from jaxdist.paramserver.wire.codec import Buffer
 from jaxdist.paramserver.wire.incoming import ACK, BULK, GREETING_SECONDS, IDLE_SECONDS
 from jaxdist.paramserver.wire.outbox import Outbox
@@ -56,6 +56,7 @@ class Outgoing(asyncio.Protocol):
         self._again_at = 0.0
         self._transport: Any = None
         self._socket: socket.socket | None = None
+        self._lender = lent_memory.Lender()
         self._forget()
 
     def _forget(self) -> None:
@@ -71,6 +72,8 @@ class Outgoing(asyncio.Protocol):
             self._loop.remove_writer(self._socket)
             self._socket.close()
         self._socket = None  # another one for the same connection, without TLS
+        self._lender.close()
+        self._segment: lent_memory.Segment | None = None  # one that the peer does not know yet
         self._moved_at, self._moved = self._loop.time(), (0, 0)
         self._num_blocks = 0
 
@@ -103,13 +106,23 @@ class Outgoing(asyncio.Protocol):
                 self._left = memoryview(block)
                 self._num_blocks += 1
             try:
-                sent = self._socket.send(self._left)
+                sent = self._send()
             except BlockingIOError:
                 return False
             except OSError:  # the event loop will notice it, too
                 sent = len(self._left)
             self._left = self._left[sent:]
         return False
+
+    def _send(self) -> int:
+        """Send some bytes, and with the first ones about a new segment of memory its descriptor."""
+        assert self._socket is not None
+        if self._segment is None:
+            return self._socket.send(self._left)
+        sent = socket.send_fds(self._socket, [self._left], [self._segment.descriptor])
+        self._segment.close()
+        self._segment = None
+        return sent
 
     # The connection.
 
@@ -249,13 +262,16 @@ class Outgoing(asyncio.Protocol):
             if proof:
                 greeting.compare(proof, self._expected)
                 if self._tls is None:
-                    self._socket = _same_connection(self._transport.get_extra_info("socket"))
+                    self._socket = same_machine.same_connection(self._transport.get_extra_info("socket"))
                 self._ready = True
                 self._pump()
             return bool(proof)
         ack = self._part(ACK.size)
         if ack:
-            self._outbox.note_handled(*ACK.unpack(ack))
+            handled, returned = ACK.unpack(ack)
+            self._outbox.note_handled(handled)
+            if returned:
+                self._lender.give_back(returned)
         return bool(ack)
 
     def _part(self, count: int) -> bytes:
@@ -287,11 +303,19 @@ class Outgoing(asyncio.Protocol):
         if not taken:
             return None
         if self._lane == BULK:
-            self._blocks = iter(taken[0])
+            self._blocks = self._blocks_of(taken[0])
             return next(self._blocks)
         return b"".join(part for each in taken for part in each)
 
-
-def _same_connection(connected: Any) -> socket.socket:
-    """Return another socket object for a connection; asyncio does not send through its own in another thread."""
-    return socket.socket(fileno=os.dup(connected.fileno()))
+    def _blocks_of(self, message: encoding.Encoded) -> Iterator[Buffer]:
+        """Return the blocks of a large message; within a machine, its arrays are put into lent memory instead."""
+        shared = self._socket is not None and self._socket.family == socket.AF_UNIX
+        lent = (
+            self._lender.lend(message.placed_bytes) if shared and message.num_bytes >= lent_memory.LEAST_BYTES else None
+        )
+        if lent is None:
+            return iter(message)
+        segment, notice = lent
+        if segment.descriptor >= 0:
+            self._segment = segment
+        return itertools.chain([notice], message.place(segment.memory))

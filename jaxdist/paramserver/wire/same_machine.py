@@ -5,8 +5,10 @@ Linux's abstract namespace, so it ends with its process and leaves no file. Both
 it, as on any connection; with TLS it is not used.
 """
 
+import os
 import socket
 import sys
+from typing import Any
 
 from jaxdist.paramserver.wire import security
 
@@ -43,3 +45,8 @@ def enlarge_buffers(connected: socket.socket) -> None:
     if connected.family == socket.AF_UNIX:
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             connected.setsockopt(socket.SOL_SOCKET, option, BUFFER_BYTES)
+
+
+def same_connection(connected: Any) -> socket.socket:
+    """Return another socket object for a connection; asyncio does not let others use its own."""
+    return socket.socket(fileno=os.dup(connected.fileno()))

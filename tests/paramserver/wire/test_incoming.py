@@ -171,10 +171,10 @@ def test_the_sender_of_large_messages_is_told_how_many_were_handled():
     assert not end.transport.written
     end.got[0][1]()
     end.loop.run()
-    assert end.transport.written == incoming.ACK.pack(1)
+    assert end.transport.written == incoming.ACK.pack(1, 0)
     end.got[1][1]()
     end.loop.run()
-    assert end.transport.written[incoming.ACK.size :] == incoming.ACK.pack(2)
+    assert end.transport.written[incoming.ACK.size :] == incoming.ACK.pack(2, 0)
     end.loop.run()
     assert not end.loop.later
     control = End(incoming.CONTROL)

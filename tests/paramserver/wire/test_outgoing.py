@@ -110,10 +110,10 @@ def test_a_large_message_is_not_sent_twice_while_it_travels():
     for _ in range(3):
         end.put(big(1))
     assert len(made.written) == size(big(1))
-    end.data_received(incoming.ACK.pack(1)[:3])
+    end.data_received(incoming.ACK.pack(1, 0)[:3])
     end.put(big(1))
     assert len(made.written) == size(big(1))
-    end.data_received(incoming.ACK.pack(1)[3:])
+    end.data_received(incoming.ACK.pack(1, 0)[3:])
     assert end.is_idle()
     end.put(big(1))
     assert len(made.written) == 2 * size(big(1))
