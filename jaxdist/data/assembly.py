@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 import numpy as np
 from numpy.random.bit_generator import ISeedSequence
 
-from jaxdist.data.sources.source import COUNTS, MASK, CorruptExample, Example, Source, plain_array
+from jaxdist.data.sources.source import COUNTS, MASK, CorruptExample, Example, Source, own_fields, plain_array
 
 ExampleFn: TypeAlias = Callable[[Example, np.random.Generator], Example]
 """Maps an example to what the model sees; `random` depends on (seed, epoch, example id) and nothing else."""
@@ -300,7 +300,7 @@ def make_example(recipe: Recipe, epoch: int, example_id: int) -> Example:
         example = recipe.source[example_id]
         if recipe.example_fn is None:
             return example
-        made = recipe.example_fn(example, example_random(recipe.seed, epoch, example_id))
+        made = recipe.example_fn(own_fields(example), example_random(recipe.seed, epoch, example_id))
         if not isinstance(made, Mapping):
             raise TypeError(f"an example_fn returns a dict of fields, but it returned an object of {type(made)}")
         # An example that a filter excluded stays excluded if the function makes a new dict.

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxdist.data.assembly import BatchBuffer, HostArrays, Made, example_random, gather, with_mask
 from jaxdist.data.loader import Loader
-from jaxdist.data.sources.source import MASK
+from jaxdist.data.sources.source import MASK, own_fields
 from jaxdist.data.sources.vocabulary import vocabulary_of
 
 _SHADES = " .:-=+*#%@"
@@ -134,7 +134,9 @@ def _time_stages(loader: Loader, num_batches: int) -> dict[str, float]:
                 example = loader.source[example_id]
                 times.append(time.perf_counter())
                 if loader.example_fn is not None:
-                    example = loader.example_fn(example, example_random(loader.seed, plan.epoch, example_id))
+                    example = loader.example_fn(
+                        own_fields(example), example_random(loader.seed, plan.epoch, example_id)
+                    )
                 times.append(time.perf_counter())
                 buffer.write(row, example_id, example)
                 times.append(time.perf_counter())

@@ -2,7 +2,9 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 
+from jaxdist import data
 from jaxdist.data import ArraySource, CorruptExample
 from jaxdist.data.assembly import (
     BadExampleError,
@@ -51,6 +53,55 @@ def test_an_example_that_does_not_count_stays_so_through_a_function_that_drops_i
     assert make_example(recipe, 0, 1) == {"x": 2, COUNTS: 0}
     own = Recipe(SOURCE, lambda example, random: {"x": example["id"], COUNTS: np.float32(1)}, 0, "raise")
     assert make_example(own, 0, 1)[COUNTS] == 1
+
+
+def add_one(example, random=None):
+    example["x"] += 1
+    example["kept"] = np.float32(0)
+    return example
+
+
+class Remembered:
+    """A data set that keeps what it has made, as many do."""
+
+    def __init__(self, kind):
+        self.items = [kind(number) for number in range(6)]
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+SHARED = {
+    "rows of an array": lambda: ArraySource({"x": np.arange(12.0).reshape(6, 2)}),
+    "arrays": lambda: data.MapSource(Remembered(lambda number: {"x": np.full(2, float(number))})),
+    "tuples": lambda: data.MapSource(Remembered(lambda number: (np.full(2, float(number)),)), names=("x",)),
+    "tensors": lambda: data.MapSource(Remembered(lambda number: {"x": torch.full((2,), float(number))})),
+    "a stream": lambda: data.iterable_stream(
+        Remembered(lambda number: {"x": np.full(2, float(number))}).items, sizes=6
+    ),
+}
+
+
+@pytest.mark.parametrize("wrap", [lambda source: source, lambda source: data.Filtered(source, add_one, version="1")])
+@pytest.mark.parametrize("kind", SHARED)
+def test_what_a_users_function_writes_into_an_example_is_not_written_into_the_data(kind, wrap):
+    plain, source = SHARED[kind](), wrap(SHARED[kind]())
+    settings = {"global_batch_size": 4, "seed": 0, "num_epochs": 3, "shuffle": False}
+    expected = [batch["x"] + 1 for batch, _ in data.Loader(plain, **settings)]
+    for num_threads in (0, 2):
+        found = data.Loader(source, **settings, example_fn=add_one, num_threads=num_threads)
+        for (batch, _), rows in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(batch["x"], rows)
+    np.testing.assert_array_equal(np.stack([source[i]["x"] for i in range(6)]), np.concatenate(expected[:2])[:6] - 1)
+
+
+def test_a_filter_that_answers_nothing_is_refused():
+    source = data.Filtered(ArraySource({"x": np.arange(3)}), lambda example: None, version="1")
+    with pytest.raises(TypeError, match="returned None"):
+        source[0]
 
 
 def test_errors_say_which_example_it_was():

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxdist.data import order
-from jaxdist.data.sources.source import COUNTS, Example, Source, checked_index, fingerprint_text
+from jaxdist.data.sources.source import COUNTS, Example, Source, checked_index, fingerprint_text, own_fields
 from jaxdist.data.sources.vocabulary import check_same_vocabulary, vocabulary_of
 
 
@@ -65,7 +65,10 @@ class Filtered:
 
     def __getitem__(self, index: int) -> Example:
         example = self._source[index]
-        kept = np.asarray(bool(self._keep_fn(example)), np.float32)
+        answer = self._keep_fn(own_fields(example))
+        if answer is None:
+            raise TypeError("keep_fn returns whether the example counts, True or False; it returned None")
+        kept = np.asarray(bool(answer), np.float32)
         return {**example, COUNTS: kept * np.asarray(example.get(COUNTS, 1), np.float32)}
 
     def fingerprint(self) -> str:

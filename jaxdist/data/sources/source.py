@@ -3,6 +3,7 @@
 An example is a flat dict of numpy arrays (or scalars). Reading must be safe from several threads at once.
 """
 
+import copy
 import hashlib
 import operator
 import zlib
@@ -83,15 +84,22 @@ class ArraySource:
     """
 
     def __init__(self, arrays: Mapping[str, np.ndarray], *, num_classes: Mapping[str, int] | None = None):
+        if not hasattr(arrays, "items"):
+            raise ValueError(
+                f"ArraySource takes arrays by field, as in {{'x': x, 'label': y}}; got a {type(arrays).__name__}."
+            )
         self.arrays = {name: plain_array(name, array) for name, array in arrays.items()}
+        for name, array in self.arrays.items():
+            if array.dtype.hasobject:
+                raise ValueError(
+                    f"Field {name!r} holds Python objects; convert it to an array of numbers first (a sparse matrix by "
+                    "toarray(), lists that differ in length by padding)."
+                )
         sizes = {name: array.shape[0] if array.ndim else None for name, array in self.arrays.items()}
         if not sizes:
             raise ValueError("ArraySource needs at least one array; got an empty dict.")
         if None in sizes.values() or len(set(sizes.values())) != 1:
             raise ValueError(f"Arrays of a source must share dim 0, the examples; got the sizes {sizes}.")
-        for name, array in self.arrays.items():
-            if array.dtype.hasobject:
-                raise ValueError(f"Field {name!r} holds Python objects; convert it to an array of numbers first.")
         for name, count in (num_classes or {}).items():
             check_labels(self.arrays[name], name, count)
         self._size = next(iter(self.arrays.values())).shape[0]
@@ -119,14 +127,60 @@ class ArraySource:
         return self._fingerprint
 
 
+def independent(item: Any) -> Any:
+    """Return an item that nothing else writes into: readers fill one buffer again and again, functions write.
+
+    Arrays, tensors, images, and what holds them are copied; what cannot be copied is returned as it is.
+    """
+    if isinstance(item, str | bytes | int | float | complex | np.generic | None):
+        return item
+    if isinstance(item, np.ndarray) and not item.dtype.hasobject:
+        return item.copy()
+    if isinstance(item, Mapping):
+        return {name: independent(value) for name, value in item.items()}
+    if isinstance(item, list):
+        return [independent(value) for value in item] if item and not isinstance(item[0], int | float) else item[:]
+    if isinstance(item, tuple):
+        parts = map(independent, item)
+        return type(item)(*parts) if hasattr(item, "_fields") else tuple(parts)
+    if isinstance(item, bytearray | memoryview):
+        return bytes(item)
+    if hasattr(item, "clone"):  # a tensor, also one with a gradient
+        return item.clone()
+    try:
+        return copy.deepcopy(item)
+    except (TypeError, ValueError, copy.Error):  # a lock, an open file
+        return item
+
+
+def own_fields(example: Example) -> dict[str, Any]:
+    """Return the example for a function of the user: what the function writes into it is not written into the source.
+
+    Arrays that are read-only stay as they are.
+    """
+    return {
+        name: value if isinstance(value, np.ndarray) and not value.flags.writeable else independent(value)
+        for name, value in example.items()
+    }
+
+
 def plain_array(name: str, value: Any) -> np.ndarray:
-    """Return a value as an array; ValueError where it has masked elements, which would count like all others."""
+    """Return a value as an array.
+
+    Raises:
+      ValueError: it is none, or has masked elements, which would count like all others; or its name is no text.
+    """
+    if not isinstance(name, str):
+        raise ValueError(f"Names of fields are texts; got {name!r}. Rename it, for example to {str(name)!r}.")
     if np.ma.is_masked(value):
         raise ValueError(
             f"Field {name!r} has {np.ma.count_masked(value)} masked elements, and training would take what is under "
             "the mask. Say what stands for them, as in array.filled(0), and leave out or weight their examples."
         )
-    return value if isinstance(value, np.memmap) else np.asarray(value)
+    try:
+        return value if isinstance(value, np.memmap) else np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists, sparse tensors, keys of JAX
+        raise ValueError(f"Field {name!r} cannot become an array of numbers: {error}") from error
 
 
 def check_labels(labels: np.ndarray, name: str, num_classes: int) -> None:

@@ -9,12 +9,10 @@ import contextlib
 import itertools
 import math
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
-import numpy as np
-
-from jaxdist.data.sources.source import Example
+from jaxdist.data.sources.source import Example, independent
 
 _AHEAD = 1024
 """How far one thread may be ahead of another, which then asks for the examples in between."""
@@ -166,25 +164,6 @@ class _Cursors:
             closed = [self._open.popitem(last=False)[1][1] for _ in range(len(self._open) - self._most)]
         for each in closed:
             each.close()
-
-
-def independent(item: Any) -> Any:
-    """Return an item that nothing else writes into: some readers fill one array again and again, and yield it.
-
-    Numbers within lists are immutable; arrays, tensors and what holds them are copied.
-    """
-    if isinstance(item, np.ndarray):
-        return item.copy()
-    if isinstance(item, Mapping):
-        return {name: independent(value) for name, value in item.items()}
-    if isinstance(item, list):
-        return [independent(value) for value in item] if item and not isinstance(item[0], int | float) else item[:]
-    if isinstance(item, tuple):
-        parts = map(independent, item)
-        return type(item)(*parts) if hasattr(item, "_fields") else tuple(parts)
-    if isinstance(item, bytearray | memoryview):
-        return bytes(item)
-    return item.clone() if hasattr(item, "clone") else item
 
 
 def examples_from(examples: Iterable[Example], start: int) -> Iterator[Example]:

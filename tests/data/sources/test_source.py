@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+import scipy.sparse
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -38,6 +40,11 @@ def test_many_examples_at_once_are_the_examples_one_by_one(ids):
         ({"x": np.zeros(3), "y": np.zeros(2)}, r"got the sizes \{'x': 3, 'y': 2\}"),
         ({"x": np.float32(1)}, r"got the sizes \{'x': None\}"),
         ({"x": np.array(["a"], object)}, "'x' holds Python objects"),
+        ({"x": [[1], [2, 3]]}, "'x' cannot become an array of numbers"),
+        ({"x": torch.ones(2, requires_grad=True)}, "'x' cannot become an array of numbers"),
+        ({"x": scipy.sparse.eye(2)}, "'x' holds Python objects.*toarray"),
+        ({0: np.zeros(2)}, "Names of fields are texts; got 0"),
+        (np.zeros(2), "takes arrays by field"),
         ({"x": np.ma.masked_array([1, 2], [0, 1])}, "'x' has 1 masked elements"),
     ],
 )

@@ -6,6 +6,7 @@ import threading
 
 import hypothesis
 import numpy as np
+import PIL.Image
 import pytest
 from hypothesis import strategies as st
 
@@ -257,15 +258,26 @@ def two_epochs_of(open_shard, **settings):
     return list(data.Loader(stream, global_batch_size=100, seed=0, num_epochs=2))
 
 
-@pytest.mark.parametrize("kind", ["array", "tuple", "list", "bytes"])
-def test_a_reader_may_fill_one_array_again_and_again(kind):
+@pytest.mark.parametrize("kind", ["array", "tuple", "list", "bytes", "view", "image", "deque"])
+def test_a_reader_may_fill_one_buffer_again_and_again(kind):
     def open_shard(shard):
         array, buffer, numbers = np.zeros(2, np.int32), bytearray(1), [0]
+        image, frames = PIL.Image.new("L", (1, 1)), collections.deque([0], maxlen=1)
         for number in range(6):
             array[:], buffer[0], numbers[0] = number, number, number
-            yield {"array": {"x": array}, "tuple": (array,), "list": {"x": numbers}, "bytes": {"x": buffer}}[kind]
+            image.paste(number, (0, 0, 1, 1))
+            frames.append(number)
+            yield {
+                "array": {"x": array},
+                "tuple": (array,),
+                "list": {"x": numbers},
+                "bytes": {"x": buffer},
+                "view": {"x": memoryview(buffer)},
+                "image": {"x": image},
+                "deque": {"x": frames},
+            }[kind]
 
-    fn = (lambda example, random: {"x": np.frombuffer(example["x"], np.uint8)}) if kind == "bytes" else None
+    fn = (lambda example, random: {"x": np.frombuffer(example["x"], np.uint8)}) if kind in ("bytes", "view") else None
     stream = data.StreamSource(open_shard, sizes=6, window=3, names=("x",) if kind == "tuple" else ())
     loader = data.Loader(stream, global_batch_size=2, seed=0, num_epochs=1, example_fn=fn)
     assert sorted(np.ravel(value)[0] for batch, _ in loader for value in batch["x"]) == list(range(6))
