@@ -3,6 +3,7 @@
 A document becomes its tokens and an end token. The libraries `tokenizers` and `sentencepiece` do the work.
 """
 
+import json
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -53,11 +54,18 @@ class BytePairs:
         try:
             self._tokenizer = library.Tokenizer.from_str(content.decode())
         except Exception as error:  # the library raises Exception itself
-            raise ValueError(f"{name} is not a file of the library tokenizers: {error}.") from error
+            raise ValueError(
+                f"{name} is not a file of the library tokenizers: {error}. Make one of vocab.json and merges.txt by "
+                "`tokenizers.ByteLevelBPETokenizer('vocab.json', 'merges.txt').save('tokenizer.json')`."
+            ) from error
+        _check_drops_nothing(self._tokenizer.to_str(), name)
+        # Documents are whole, whatever the file says for the inputs of the model that it came with.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         # A text that contains the words of the end token does not end there.
         self._tokenizer.encode_special_tokens = True
         self._content = content
-        self.size: int = self._tokenizer.get_vocab_size()
+        self.size: int = max(self._tokenizer.get_vocab().values(), default=-1) + 1  # numbers may be left out
         found = [self._tokenizer.token_to_id(each) for each in END_TOKENS]
         known = [number for number in found if number is not None]
         if not known:
@@ -66,7 +74,10 @@ class BytePairs:
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """See Tokenizer."""
-        made = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        try:
+            made = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        except Exception as error:  # the library raises Exception itself
+            raise ValueError(f"The tokenizer cannot encode a text: {error}. Add a token for unknown words.") from error
         return [np.asarray(each.ids, np.int64) for each in made]
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
@@ -108,6 +119,17 @@ class SentencePieces:
     def to_bytes(self) -> bytes:
         """See Tokenizer."""
         return self._content
+
+
+def _check_drops_nothing(text: str, name: str) -> None:
+    """Raise ValueError where a BPE would leave out each character that it does not know."""
+    model = json.loads(text)["model"]
+    knows_all = model.get("unk_token") is not None or model.get("byte_fallback") or '"ByteLevel"' in text
+    if model.get("type") == "BPE" and not knows_all:
+        raise ValueError(
+            f"{name} would leave out characters that are not in its vocabulary: it has no token for unknown ones "
+            "(unk_token), no byte_fallback and no ByteLevel pre-tokenizer. Give it one of these."
+        )
 
 
 def open_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:

@@ -148,3 +148,28 @@ def test_mistakes_are_one_message(documents, tmp_path, capsys, arguments, messag
     source, *more = [str(names.get(word, word)) for word in arguments]
     assert main.run(["data", "prepare", source, str(tmp_path / "out"), *more]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_settings_of_a_tokenizer_for_its_own_model_do_not_cut_documents(byte_pairs, tmp_path):
+    theirs = tokenizers.Tokenizer.from_str(byte_pairs.to_bytes().decode())
+    theirs.enable_truncation(3)
+    theirs.enable_padding(length=9)
+    theirs.save(str(tmp_path / "cut.json"))
+    ours = open_tokenizer(tmp_path / "cut.json")
+    assert ours.encode(LINES)[0].tolist() == byte_pairs.encode(LINES)[0].tolist()
+
+
+def test_the_size_of_a_vocabulary_with_holes_is_that_of_its_numbers(tmp_path):
+    words = tokenizers.models.WordLevel({"a": 0, "b": 70000, "</s>": 1, "?": 2}, unk_token="?")
+    tokenizers.Tokenizer(words).save(str(tmp_path / "holes.json"))
+    ours = open_tokenizer(tmp_path / "holes.json")
+    assert ours.size == 70001
+    assert text.dtype_of(ours) == np.uint32
+
+
+def test_a_tokenizer_that_would_leave_characters_out_is_refused(tmp_path):
+    for model in (tokenizers.models.BPE, tokenizers.models.WordLevel):
+        made = tokenizers.Tokenizer(model({"a": 0, "</s>": 1}, [] if model is tokenizers.models.BPE else "[UNK]"))
+        made.save(str(tmp_path / "x.json"))
+        with pytest.raises(ValueError, match=r"would leave out characters|Add a token for unknown words"):
+            open_tokenizer(tmp_path / "x.json").encode(["abba"])

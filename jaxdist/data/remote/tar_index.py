@@ -83,7 +83,8 @@ def key_and_extension(name: str) -> tuple[str, str] | None:
     """Return the key and the extension of a member; None where it belongs to no sample."""
     folder, base = posixpath.split(name)
     stem, dot, extension = base.partition(".")
-    if not dot or not stem or not extension or base.startswith("__"):
+    left_behind = any(part == "__MACOSX" for part in folder.split("/"))
+    if not dot or not stem or not extension or base.startswith("__") or left_behind:
         return None
     return posixpath.join(folder, stem), extension.lower()
 

@@ -17,9 +17,15 @@ from jaxdist.data.sources.source import CorruptExample
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".gif", ".webp", ".tif", ".tiff"),
-    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".tga", ".avif"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".tga", ".avif", ".avifs"),
+    *(".mpo", ".dib"),
 )
-UNREAD_IMAGE_SUFFIXES = (".heic", ".heif", ".jxl", ".svg", ".psd", ".exr", ".dng", ".cr2", ".nef", ".arw")
+UNREAD_IMAGE_SUFFIXES = (
+    *(".heic", ".heif", ".jxl", ".svg", ".psd", ".exr", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw"),
+    *(".ico", ".icns", ".cur", ".pcx", ".dds", ".sgi", ".rgb", ".rgba", ".bw", ".ras", ".xbm", ".xpm", ".pfm", ".fits"),
+    *(".fit", ".qoi", ".eps", ".emf", ".wmf", ".pcd", ".dcx", ".flc", ".fli", ".vda", ".icb", ".vst", ".blp", ".msp"),
+    *(".palm", ".pxr", ".ftc", ".ftu", ".iim"),
+)
 """Kinds of images that a folder may hold and that nothing here reads: they are refused, not left out."""
 MAX_PIXELS = 2 * 89_478_485
 """The size from which Pillow refuses an image as a decompression bomb, too."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from jaxdist.data.remote import addresses, file_cache
 from jaxdist.data.sources.source import CorruptExample
+from jaxdist.data.sources.vocabulary import listed
 
 PREPARED = "prepared.json"
 """The file beside prepared records or tokens that says what they are."""
@@ -43,7 +44,9 @@ def find_local_files(path: str, *patterns: str) -> list[str]:
     """
     named = pathlib.Path(path)
     if not named.exists():
-        raise ValueError(f"No such file or folder: {path}.")
+        is_pattern = any(mark in str(path) for mark in "*?[") or str(path).startswith("~")
+        hint = " Patterns and ~ are not expanded here: give a folder, or what glob.glob returns." if is_pattern else ""
+        raise ValueError(f"No such file or folder: {path}.{hint}")
     if not named.is_dir():
         return [str(named)]
     here: list[str] = []
@@ -57,6 +60,11 @@ def find_local_files(path: str, *patterns: str) -> list[str]:
         raise ValueError(
             f"{path} holds {len(here)} files {' or '.join(patterns)}, and {len(below)} in folders below it, such as "
             f"{min(below)}, would be left out. Name each folder that counts, or move the others elsewhere."
+        )
+    if below:
+        raise ValueError(
+            f"{path} holds no files {' or '.join(patterns)} itself, but {len(below)} in folders below it, such as "
+            f"{min(below)}. Name the folders; what their names say, as in year=2020, is no column."
         )
     return sorted(here)
 
@@ -122,7 +130,9 @@ def list_by_class(
         names = sorted(entry.name for entry in shown if entry.is_dir())
         loose = [entry.name for entry in shown if entry.name.lower().endswith(tuple(suffixes)) and not entry.is_dir()]
     _check_folders(str(folder), names, loose)
-    numbers = {name: number for number, name in enumerate(names if classes is None else classes)}
+    numbers = {
+        name: number for number, name in enumerate(listed(names if classes is None else classes, what="Classes"))
+    }
     unknown = [name for name in names if name not in numbers]
     if unknown:
         raise ValueError(
@@ -143,9 +153,9 @@ def list_by_class(
 
 def _check_folders(root: str, names: Sequence[str], loose: Sequence[str]) -> None:
     """Raise ValueError where the folders are no classes, or files are beside them."""
-    if len(names) > 1 and {name.lower() for name in names} <= _SPLITS:
+    if names and {name.lower() for name in names} <= _SPLITS and (len(names) > 1 or _has_folders(root, names[0])):
         raise ValueError(
-            f"{root} holds {', '.join(names)}, which are parts of a data set and no classes. Name one of them, such as "
+            f"{root} holds {', '.join(names)}, parts of a data set and no classes. Name one of them, such as "
             f"{os.path.join(root, names[-1])}."
         )
     if names and loose:
@@ -156,6 +166,11 @@ def _check_folders(root: str, names: Sequence[str], loose: Sequence[str]) -> Non
     for name in names:
         if name != name.encode("utf-8", "replace").decode():
             raise ValueError(f"The name of a class is not UTF-8: {name!r} in {root}. Rename the folder.")
+
+
+def _has_folders(*parts: str) -> bool:
+    with os.scandir(os.path.join(*parts)) as entries:
+        return any(entry.is_dir() for entry in entries)
 
 
 def _walk(folder: str, suffixes: tuple[str, ...], unread: tuple[str, ...]) -> Iterator[str]:

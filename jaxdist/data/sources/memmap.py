@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from jaxdist.data.decoders.kinds import check_kind, kind_of
 from jaxdist.data.fingerprints import FileList
 from jaxdist.data.sources.listing import PREPARED, file_beside, find_files, one_file
 from jaxdist.data.sources.source import (
@@ -31,6 +32,8 @@ class NpySource(ArraySource):
     """
 
     def __init__(self, paths: Mapping[str, str | os.PathLike]):
+        if not isinstance(paths, Mapping):
+            raise ValueError(f"NpySource takes the file of each field, as in {{'x': 'x.npy'}}; got {paths!r}.")
         self._paths = {name: os.fspath(path) for name, path in paths.items()}
         super().__init__({name: open_npy(path) for name, path in self._paths.items()})
         self.files = FileList(list(self._paths.values()))
@@ -212,19 +215,28 @@ def _noted_end_token(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> 
 
 def text_bytes(paths: str | os.PathLike | Sequence[str | os.PathLike], *, length: int) -> TokenSource:
     """Return the windows of `length` bytes of text files (or of the `.txt` files of a folder): 256 different tokens."""
-    return TokenSource(find_files(paths, "*.txt"), length=length, dtype=np.uint8)
+    found = find_files(paths, "*.txt")
+    for path in found:
+        with open(path, "rb") as file:
+            check_kind(path, file.read(16), wanted="a text", do="Decompress or convert it first.")
+    return TokenSource(found, length=length, dtype=np.uint8)
 
 
 def open_npy(path: str | os.PathLike) -> np.ndarray:
     """Return the array of a `.npy` file, mapped read-only; CorruptExample where the file is not whole."""
+    name, where = os.fspath(path), one_file(path)
+    if not where.is_file():
+        raise ValueError(f"No such file: {name}.")
+    with open(where, "rb") as file:
+        head = file.read(16)
+    if head and not head.startswith((b"\x93NUMPY", b"PK")):
+        raise CorruptExample(f"{name} is no .npy file, but {kind_of(head) or 'another kind'}. Write it with np.save.")
     try:
-        found = np.load(one_file(path), mmap_mode="r", allow_pickle=False)
+        found = np.load(where, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise CorruptExample(f"{os.fspath(path)} is not a whole .npy file of numbers: {error}") from error
-    except FileNotFoundError as error:
-        raise ValueError(f"No such file: {os.fspath(path)}.") from error
+        raise CorruptExample(f"{name} is not a whole .npy file of numbers: {error}") from error
     if not isinstance(found, np.ndarray):
-        raise ValueError(f"{os.fspath(path)} is an .npz archive of several arrays. Save each as a .npy file.")
+        raise ValueError(f"{name} is an .npz archive of several arrays. Save each as a .npy file.")
     return found
 
 

@@ -36,6 +36,9 @@ def mix(
     sizes = tuple(len(source) for source in sources)
     if later is None:
         return Concatenated(sources), order.Mixed(sizes, tuple(weights))
+    broken = [first for first in later if first != int(first)]
+    if broken:
+        raise ValueError(f"Stages begin at whole numbers of examples; got {broken}.")
     stages = {0: tuple(weights), **{int(first): tuple(each) for first, each in later.items()}}
     return Concatenated(sources), ScheduledMix(sizes, tuple(sorted(stages.items())))
 
@@ -50,10 +53,11 @@ def ramp(
     Shares are rounded to thousandths.
     """
     (first, low), (last, high) = begin, end
-    if not (0 <= first < last and num_stages >= 1 and len(low) == len(high) and last - first >= num_stages):
+    are_shares = all(min(each, default=-1) >= 0 and 0 < sum(each) < math.inf for each in (low, high))
+    if not (0 <= first < last and 1 <= num_stages <= last - first and len(low) == len(high) and are_shares):
         raise ValueError(
             f"A ramp goes from one example to a later one, with at most as many stages as examples between them, and "
-            f"a weight of each source at both ends; got {begin}, {end} and {num_stages} stages."
+            f"weights of at least 0, not all 0, one a source, at both ends; got {begin}, {end} and {num_stages} stages."
         )
     shares = [np.asarray(each, np.float64) / sum(each) for each in (low, high)]
     found = {}

@@ -17,9 +17,11 @@ import numpy as np
 from jaxdist import extras
 from jaxdist.data import order
 from jaxdist.data.decoders.columns import Column, JoinedColumns, is_numeric, num_bytes_of, stacked
+from jaxdist.data.decoders.kinds import check_kind
 from jaxdist.data.fingerprints import FileList, fingerprint_files
 from jaxdist.data.sources.listing import find_files
 from jaxdist.data.sources.source import CorruptExample, Example, checked_ids, checked_index, fingerprint_text
+from jaxdist.data.sources.vocabulary import listed
 
 _logger = logging.getLogger(__name__)
 
@@ -61,9 +63,15 @@ class ParquetSource:
         missing: float | None = None,
         cache_bytes: int = 2**30,
     ):
-        self._paths, self._columns, self._missing = find_files(paths, "*.parquet"), columns, missing
-        self._cache_bytes = cache_bytes
-        self.vocabulary = {name: tuple(texts) for name, texts in (categories or {}).items()}
+        self._columns = None if columns is None else listed(columns, what="`columns`")
+        if not isinstance(categories or {}, Mapping):
+            raise ValueError(
+                f"`categories` gives each column's texts, as in {{'colour': ('green', 'red')}}; got {categories!r}."
+            )
+        self.vocabulary = {
+            name: listed(texts, what=f"The texts of {name!r}") for name, texts in (categories or {}).items()
+        }
+        self._paths, self._missing, self._cache_bytes = find_files(paths, "*.parquet"), missing, cache_bytes
         self._open()
 
     def _open(self) -> None:
@@ -262,6 +270,9 @@ def _open_parquet(path: str) -> Any:
     try:
         return extras.require("pyarrow.parquet").ParquetFile(path)
     except extras.require("pyarrow").ArrowException as error:
+        with open(path, "rb") as file:
+            head = file.read(16).removeprefix(b"PAR1")
+        check_kind(path, head, wanted="a Parquet file", do="Write it as Parquet, with pandas for example.")
         raise CorruptExample(f"{path} is not a whole Parquet file: {error}") from error
 
 

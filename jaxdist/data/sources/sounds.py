@@ -44,6 +44,9 @@ class SoundFolder:
         classes: Sequence[str] | None = None,
     ):
         extras.require("soundfile")
+        for name, value in (("num_samples", num_samples), ("sample_rate", sample_rate)):
+            if value is not None and (not isinstance(value, int | np.integer) or value < 1):
+                raise ValueError(f"{name} is a whole number of at least 1; got {value!r}.")
         self._num_samples, self._declared_rate = num_samples, sample_rate
         self.classes, found, self._labels = list_by_class(root, SOUND_SUFFIXES, classes, unread=UNREAD_SOUND_SUFFIXES)
         self.files = FileList(found, root)
@@ -230,7 +233,7 @@ def _ends_within_samples(data: bytes, layout: _Layout) -> bool:
             if size == unknown and data[:4] == b"RF64" and data[12:16] == b"ds64":
                 (size,) = struct.unpack_from("<Q", data, 28)
             end = place + size + (0 if layout.size_includes_head else head)
-            return size != unknown and end > len(data)
+            return size != unknown and (end > len(data) or (size == 0 and end < len(data)))
         size += 0 if layout.size_includes_head else head
         place += max(size + -size % layout.align, head)
     return False

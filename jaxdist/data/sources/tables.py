@@ -1,7 +1,9 @@
 """CSV files held in memory: a row is an example, a column a field. Read by pyarrow, to the values that pandas reads."""
 
+import collections
 import csv
 import io
+import lzma
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -11,9 +13,11 @@ import numpy as np
 
 from jaxdist import extras
 from jaxdist.data.decoders.arrow import as_numpy
+from jaxdist.data.decoders.kinds import check_kind
 from jaxdist.data.fingerprints import FileList
 from jaxdist.data.sources.listing import find_files, read_file
 from jaxdist.data.sources.source import ArraySource, CorruptExample
+from jaxdist.data.sources.vocabulary import listed
 
 MISSING_TEXTS = (
     *("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA"),
@@ -52,7 +56,7 @@ def csv_source(
 
     Args:
       paths: a file, several, or a folder of `.csv` files, which all have the same columns. Files that end with `.gz`,
-        `.bz2`, `.zst` or `.lz4` are decompressed.
+        `.bz2`, `.xz`, `.zst` or `.lz4` are decompressed.
       columns: the columns of numbers to keep; None keeps all. Columns in `categories` are kept in any case.
       categories: columns of texts, which become int32 numbers: the place of the text among the column's sorted texts. A
         mapping gives each column's texts by number, those of the training data for example; another text is refused.
@@ -69,17 +73,20 @@ def csv_source(
       ValueError: a column that is missing, or one that holds something other than numbers and is not a category.
       CorruptExample: a row with more cells than the header, or with fewer unless `short_rows` says otherwise.
     """
-    files = find_files(paths, "*.csv", *(f"*.csv{suffix}" for suffix in _COMPRESSIONS))
-    given = dict(categories) if isinstance(categories, Mapping) else dict.fromkeys(categories)
-    if short_rows not in ("refuse", "fill"):
-        raise ValueError(f"short_rows is 'refuse' or 'fill'; got {short_rows!r}.")
-    style = _Style(delimiter, names, comment, encoding, short_rows == "fill", skip_lines)
+    wanted_columns = None if columns is None else listed(columns, what="`columns`")
+    given: dict[str, tuple[str, ...] | None]
+    if isinstance(categories, Mapping):
+        given = {name: listed(texts, what=f"The texts of {name!r}") for name, texts in categories.items()}
+    else:
+        given = dict.fromkeys(listed(categories, what="`categories`"), None)
+    style = _checked(_Style(delimiter, names, comment, encoding, short_rows, skip_lines))
+    files = find_files(paths, "*.csv", *(f"*.csv{suffix}" for suffix in (*_COMPRESSIONS, ".xz")))
     tables = [_read(path, given, style) for path in files]
     known = tables[0].column_names
-    for name in [*(columns or ()), *given]:
+    for name in [*(wanted_columns or ()), *given]:
         if name not in known:
             raise ValueError(f"{files[0]} has no column {name!r}; its columns are {known}.")
-    wanted = [name for name in known if columns is None or name in columns or name in given]
+    wanted = [name for name in known if wanted_columns is None or name in wanted_columns or name in given]
     table = _joined(tables, files, wanted)
     arrays, vocabulary = {}, {}
     for name in wanted:
@@ -123,8 +130,24 @@ class _Style(NamedTuple):
     names: Sequence[str] | None
     comment: str | None
     encoding: str
-    fills: bool
+    short_rows: str
     skip_lines: int
+
+
+def _checked(style: _Style) -> _Style:
+    """Return the style; ValueError where a setting is none."""
+    mark = style.delimiter
+    if mark is not None and (len(mark) != 1 or not mark.isascii() or mark in '\r\n"'):
+        raise ValueError(f"delimiter is one ASCII character, not a quote or a line's end; got {mark!r}.")
+    if style.comment == "":
+        raise ValueError("comment is the text that lines to skip start with; got ''. None skips no lines.")
+    if not isinstance(style.skip_lines, int) or style.skip_lines < 0:
+        raise ValueError(f"skip_lines is a whole number of at least 0; got {style.skip_lines!r}.")
+    if style.short_rows not in ("refuse", "fill"):
+        raise ValueError(f"short_rows is 'refuse' or 'fill'; got {style.short_rows!r}.")
+    if isinstance(style.names, str):
+        raise ValueError(f"names is a list of the columns' names; got {style.names!r}.")
+    return style
 
 
 def _read(path: str, categories: Mapping[str, Any], style: _Style) -> Any:
@@ -134,7 +157,7 @@ def _read(path: str, categories: Mapping[str, Any], style: _Style) -> Any:
     delimiter = style.delimiter or _delimiter_of(data)
     header, num_lines = _header_of(path, data, delimiter) if style.names is None else (style.names, 0)
     distinct = _distinct(header)
-    if style.fills:
+    if style.short_rows == "fill":
         data = _filled(data, delimiter, len(distinct))
     texts = {name: pyarrow.string() for name in categories}
 
@@ -195,11 +218,10 @@ def _with_row(error: Exception, read: Callable[..., Any]) -> str:
 
 def _text_of(path: str, style: _Style) -> bytes:
     """Return the file's text in UTF-8, decompressed, without lines to skip, comments and byte order mark."""
-    data, comment, encoding = read_file(path), style.comment, style.encoding
-    if (compression := _COMPRESSIONS.get(os.path.splitext(path)[1].lower())) is not None:
-        pyarrow = extras.require("pyarrow")
-        with pyarrow.input_stream(pyarrow.BufferReader(data), compression=compression) as stream:
-            data = stream.read()
+    data, comment, encoding = _decompressed(path, read_file(path)), style.comment, style.encoding
+    check_kind(
+        path, data[:16], wanted="text (CSV)", do="Write it as CSV; compressed files are named .csv.gz and the like."
+    )
     try:
         text = data.decode(encoding) if encoding.lower() not in ("utf-8", "utf8") else None
         if text is None and not data.isascii():
@@ -224,6 +246,22 @@ def _text_of(path: str, style: _Style) -> bytes:
         mark = comment.encode()
         data = b"".join(line for line in io.BytesIO(data) if not line.startswith(mark))
     return data.lstrip(b"\r\n")
+
+
+def _decompressed(path: str, data: bytes) -> Any:
+    """Return the content of a file whose name says that it is compressed; CorruptExample where it is not whole."""
+    suffix, pyarrow = os.path.splitext(path)[1].lower(), extras.require("pyarrow")
+    try:
+        if suffix == ".xz":
+            return lzma.decompress(data)
+        if suffix not in _COMPRESSIONS:
+            return data
+        with pyarrow.input_stream(pyarrow.BufferReader(data), compression=_COMPRESSIONS[suffix]) as stream:
+            return stream.read()
+    except (OSError, lzma.LZMAError) as error:
+        raise CorruptExample(
+            f"{path} cannot be decompressed: {error}. Copy it again, or correct its suffix."
+        ) from error
 
 
 def _filled(data: bytes, delimiter: str, width: int) -> bytes:
@@ -258,12 +296,14 @@ def _header_of(path: str, data: bytes, delimiter: str) -> tuple[list[str], int]:
 def _distinct(names: Sequence[str]) -> list[str]:
     """Return the names, the second of equal ones with .1 behind it, as pandas has them; named columns come first."""
     whole = [name or f"Unnamed: {place}" for place, name in enumerate(names)]
+    given, taken, counts = set(whole), set[str](), collections.Counter[str]()
     found: dict[int, str] = {}
     for place in sorted(range(len(names)), key=lambda place: not names[place]):
-        count, distinct = 0, whole[place]
-        while distinct in found.values() or (count and distinct in whole):
-            count += 1
-            distinct = f"{whole[place]}.{count}"
+        distinct = whole[place]
+        while distinct in taken or (counts[whole[place]] and distinct in given):
+            counts[whole[place]] += 1
+            distinct = f"{whole[place]}.{counts[whole[place]]}"
+        taken.add(distinct)
         found[place] = distinct
     return [found[place] for place in range(len(names))]
 
@@ -295,7 +335,7 @@ def _with_exact_floats(table: Any, names: Sequence[str], read: Callable[..., Any
 
     pyarrow takes those for floats beyond int64, and where one has a plus sign; `signed` says whether there may be one.
     """
-    pyarrow, found = extras.require("pyarrow"), {}
+    pyarrow, found, doubtful = extras.require("pyarrow"), {}, []
     for name in names:
         column = table.column(name)
         low, high = _range(column)
@@ -303,8 +343,12 @@ def _with_exact_floats(table: Any, names: Sequence[str], read: Callable[..., Any
             found[name] = column = _with_nulls(column)
             low, high = _range(column)
         if low <= -(2.0**63) or high >= 2.0**63 or (signed and _are_whole(column)):
-            texts = read({name: pyarrow.string()}).column(name)
-            found[name] = _as_integers(name, [text.strip() for text in texts.to_pylist()], column)
+            doubtful.append(name)
+    if doubtful:
+        texts = read(dict.fromkeys(doubtful, pyarrow.string()))  # once, for all of them
+    for name in doubtful:
+        written = [text.strip() for text in texts.column(name).to_pylist()]
+        found[name] = _as_integers(name, written, found.get(name, table.column(name)))
     for name, column in found.items():
         table = table.set_column(table.column_names.index(name), name, column)
     return table
@@ -346,6 +390,13 @@ def _joined(tables: Sequence[Any], files: Sequence[str], wanted: Sequence[str]) 
             f"Columns have numbers in one file and something else in another: {mixed}. Leave them out of `columns`, or "
             "name them in `categories`."
         ) from error
+    except pyarrow.ArrowInvalid as error:  # negative with beyond 2**63, or beyond 2**53 with floats
+        kinds = {name: sorted({str(table.schema.field(name).type) for table in chosen}) for name in wanted}
+        several = {name: each for name, each in kinds.items() if len(each) > 1}
+        raise ValueError(
+            f"Columns have whole numbers in one file that the type of another cannot hold: {several}; {error}. "
+            "Write all files with one kind of numbers, or leave them out of `columns`."
+        ) from error
 
 
 def _numbers(name: str, column: Any, missing: float | None, files: Sequence[str]) -> np.ndarray:
@@ -367,9 +418,13 @@ def _numbers(name: str, column: Any, missing: float | None, files: Sequence[str]
             f"{', '.join(files[:3])}, row {row + 1}: column {name!r} has no value, as have {column.null_count} rows in "
             "all. Say what stands for a missing value, as in missing=math.nan, or leave the column out of `columns`."
         )
-    floats = (
-        column.cast(pyarrow.float64()) if not types.is_boolean(kind) else column.cast(pyarrow.int8()).cast("float64")
-    )
+    try:
+        floats = (column.cast(pyarrow.int8()) if types.is_boolean(kind) else column).cast(pyarrow.float64())
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(
+            f"{', '.join(files[:3])}: column {name!r} lacks values, which makes it float64, and that would round its "
+            f"whole numbers: {error}. Write a number in the empty cells, or leave the column out of `columns`."
+        ) from error
     return as_numpy(floats, fill=float(missing))
 
 

@@ -1,10 +1,30 @@
 """Names of numbers: which class or category each number of a field stands for."""
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 Vocabulary = Mapping[str, tuple[str, ...]]
 """For each field whose numbers stand for names, the names by number. A source may have it as `vocabulary`."""
+
+
+def listed(names: Any, *, what: str) -> tuple[Any, ...]:
+    """Return names in their order; `what` says whose they are.
+
+    Raises:
+      ValueError: they are one text, whose letters would count; a set or a mapping, whose order says nothing of numbers;
+        or two are alike, also where they differ in how an accent is encoded, which no one sees.
+    """
+    if isinstance(names, str | bytes | Mapping | set | frozenset):
+        hint = f"({names!r},)" if isinstance(names, str) else "a list in the order of their numbers"
+        raise ValueError(f"{what} are a list of names; got {names!r}, a {type(names).__name__}. Give {hint}.")
+    found: dict[Any, Any] = {}
+    for name in names:
+        seen = unicodedata.normalize("NFC", name) if isinstance(name, str) else name
+        if seen in found:
+            raise ValueError(f"{what} are distinct names; got {found[seen]!r} and {name!r}, which look alike.")
+        found[seen] = name
+    return tuple(found.values())
 
 
 def vocabulary_of(source: Any) -> dict[str, tuple[str, ...]]:

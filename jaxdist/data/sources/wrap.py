@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxdist.data.sources.source import Example, Source, fingerprint_array, fingerprint_text, plain_array
+from jaxdist.data.sources.source import Example, Source, fingerprint_example, fingerprint_text, plain_array
+from jaxdist.data.sources.vocabulary import listed
 from jaxdist.data.streams.equivalents import equivalent
 
 _NUM_SAMPLES = 16
@@ -48,13 +49,18 @@ class MapSource:
     def __init__(self, dataset: Any, *, names: Sequence[str] = (), fingerprint: str | None = None):
         if (sentence := equivalent(dataset)) is not None:
             raise ValueError(sentence)
+        if isinstance(dataset, Mapping) or hasattr(dataset, "iloc"):
+            raise ValueError(
+                f"A {type(dataset).__name__} has its columns by name, not its examples by number. Give it as "
+                "data.ArraySource(columns)."
+            )
         for method in ("__len__", "__getitem__"):
             if not hasattr(dataset, method):
                 raise ValueError(
                     f"A source needs random access; {type(dataset).__name__} has no {method}. Give a stream as "
                     "`data.StreamSource`, or load the examples into arrays (`ArraySource`)."
                 )
-        self._dataset, self._names, self._fingerprint = dataset, tuple(names), fingerprint
+        self._dataset, self._names, self._fingerprint = dataset, listed(names, what="`names`"), fingerprint
         if len(dataset):
             self[0]  # items without names are refused here, not in the middle of a run
 
@@ -73,5 +79,4 @@ class MapSource:
         if given is not None:
             return fingerprint_text("map", given, *self._names)
         ids = np.unique(np.linspace(0, len(self) - 1, min(len(self), _NUM_SAMPLES), dtype=np.int64)).tolist()
-        fields = [f"{name}={fingerprint_array(np.asarray(v))}" for i in ids for name, v in sorted(self[i].items())]
-        return fingerprint_text("map", len(self), *fields)
+        return fingerprint_text("map", len(self), *(fingerprint_example(self[number]) for number in ids))

@@ -17,6 +17,7 @@ import numpy as np
 from jaxdist.data.order import Order, Sequential
 from jaxdist.data.sources import wrap
 from jaxdist.data.sources.source import Example, checked_index, fingerprint_example, fingerprint_text
+from jaxdist.data.sources.vocabulary import listed
 from jaxdist.data.streams.endless import EndlessLane
 from jaxdist.data.streams.forward import EndOfShard, ForwardReader, examples_from
 from jaxdist.data.streams.kept_sizes import KeptSizes
@@ -78,7 +79,7 @@ class StreamSource:
         decode_fn: Callable[[Any], Example] | None = None,
         sizes_folder: str | os.PathLike | None = None,
     ):
-        self._open_shard, self._seeks, self._names = open_shard, seeks, tuple(names)
+        self._open_shard, self._seeks, self._names = open_shard, seeks, listed(names, what="`names`")
         self._decode_fn, self._sizes_folder = decode_fn, sizes_folder
         self.num_shards = _checked_count("num_shards", num_shards)
         self.sizes = _checked_sizes(sizes, examples_per_epoch, num_shards)

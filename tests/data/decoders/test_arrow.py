@@ -47,7 +47,7 @@ def test_tables_are_read_without_pandas(tmp_path):
 import sys, pathlib
 from jaxdist.data import ParquetSource, csv_source
 folder = pathlib.Path({str(tmp_path)!r})
-print(ParquetSource(folder / "t.parquet", categories={{"name": "uv"}}, missing=0)[1])
+print(ParquetSource(folder / "t.parquet", categories={{"name": ["u", "v"]}}, missing=0)[1])
 print(csv_source(folder / "t.csv", categories=["b"], missing=0)[1])
 print("pandas" in sys.modules)
 """

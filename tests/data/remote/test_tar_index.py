@@ -24,6 +24,12 @@ def samples_by_hand(content):
     return found
 
 
+def test_what_an_archiver_adds_beside_the_samples_belongs_to_none():
+    added = ("._a.cls", "__MACOSX/a.cls", "x/__MACOSX/a.cls", "x/.DS_Store", "README", "__notes.txt")
+    assert [tar_index.key_and_extension(name) for name in added] == [None] * len(added)
+    assert tar_index.key_and_extension("MACOSX/a.cls") == ("MACOSX/a", "cls")
+
+
 names = st.lists(st.sampled_from(["a", "b.c", "x/y", LONG, "ü"]), min_size=1, max_size=5, unique=True)
 extensions = st.lists(st.sampled_from(["jpg", "cls", "seg.png", "JSON"]), min_size=1, max_size=4, unique=True)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from jaxdist.data import CorruptExample, ImageType
-from jaxdist.data.sources.images import decode_image
+from jaxdist.data.sources.images import IMAGE_SUFFIXES, UNREAD_IMAGE_SUFFIXES, decode_image
 
 RANDOM = np.random.default_rng(0)
 PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -262,3 +262,9 @@ def test_a_file_of_several_pictures_is_refused_or_its_first_is_taken(kind):
     np.testing.assert_array_equal(decode_image(data, ImageType(frames="first"), name="x"), theirs)
     one = encoded(frames[0], kind, save_all=True, **settings)
     np.testing.assert_array_equal(decode_image(one, name="x"), theirs)
+
+
+def test_no_kind_of_image_that_pillow_knows_is_left_out_of_a_folder_without_a_word():
+    Image.init()
+    no_pictures = {".pdf", ".ps", ".h5", ".hdf", ".grib", ".bufr", ".gbr", ".im", ".mpg", ".mpeg"}
+    assert set(Image.registered_extensions()) <= {*IMAGE_SUFFIXES, *UNREAD_IMAGE_SUFFIXES, *no_pictures}

@@ -114,3 +114,17 @@ def test_a_pipe_is_no_file_and_nothing_waits_for_it(tmp_path):
     os.mkfifo(tmp_path / "x.png")
     with pytest.raises(CorruptExample, match=r"x\.png is no file"):
         read_file(str(tmp_path / "x.png"))
+
+
+def test_a_folder_above_the_data_and_a_pattern_say_what_to_name(tmp_path):
+    (tmp_path / "year=2020").mkdir()
+    (tmp_path / "year=2020" / "x.csv").write_text("a")
+    with pytest.raises(ValueError, match=r"holds no files.*1 in folders below it, such as .*is no column"):
+        find_files(tmp_path, "*.csv")
+    for path in (tmp_path / "year=2020" / "*.csv", "~/x.csv"):
+        with pytest.raises(ValueError, match="Patterns and ~ are not expanded"):
+            find_files(path, "*.csv")
+    (tmp_path / "root" / "train" / "cat").mkdir(parents=True)
+    (tmp_path / "root" / "train" / "cat" / "x.png").touch()
+    with pytest.raises(ValueError, match="holds train, parts of a data set and no classes"):
+        list_by_class(tmp_path / "root", [".png"], None)

@@ -75,6 +75,9 @@ def test_a_ramp_ends_at_its_last_weights():
         (lambda: ScheduledMix((3, 0), ((0, (1, 1)),)), "with examples"),
         (lambda: ScheduledMix((3, 3), ((0, (1, 1)),))(7, 0, 0, 0, 7), "6 examples in all"),
         (lambda: ramp((5, (1, 0)), (5, (0, 1))), "later one"),
+        (lambda: ramp((0, (0, 0)), (50, (0, 1))), "not all 0"),
+        (lambda: ramp((0, (1, -0.5)), (50, (0, 1))), "at least 0"),
+        (lambda: mix([ArraySource({"x": np.arange(2)})], (1,), later={2.5: (1,)}), "whole numbers of examples"),
     ],
 )
 def test_impossible_schedules_are_refused(make, message):

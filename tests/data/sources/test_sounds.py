@@ -169,3 +169,21 @@ def test_a_file_in_which_nothing_can_be_sought_is_read_whole(tmp_path):
     path = tmp_path / "sound.wav"
     soundfile.write(path, np.sin(np.arange(8000) / 9), 8000, subtype="GSM610")
     np.testing.assert_array_equal(read_sound(path)[0], soundfile.read(path, dtype="float32")[0])
+
+
+def test_a_header_that_was_never_completed_is_no_empty_sound(tmp_path):
+    soundfile.write(tmp_path / "x.wav", TONE, 8000, subtype="PCM_16")
+    content = bytearray((tmp_path / "x.wav").read_bytes())
+    content[40:44] = bytes(4)  # the size of the samples, as a recorder that is killed leaves it
+    (tmp_path / "x.wav").write_bytes(content)
+    with pytest.raises(CorruptExample, match="Truncated sound"):
+        read_sound(tmp_path / "x.wav")
+    soundfile.write(tmp_path / "x.wav", TONE[:0], 8000, subtype="PCM_16")
+    assert read_sound(tmp_path / "x.wav")[0].shape == (0,)
+
+
+@pytest.mark.parametrize("name", ["num_samples", "sample_rate"])
+@pytest.mark.parametrize("value", [0, -1, 2.5, "8000"])
+def test_lengths_and_rates_are_whole_numbers(sounds, name, value):
+    with pytest.raises(ValueError, match=f"{name} is a whole number of at least 1"):
+        SoundFolder(sounds, **{name: value})

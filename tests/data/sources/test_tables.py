@@ -1,15 +1,20 @@
 """CSV files are what pandas reads, or they are refused with a message."""
 
+import bz2
 import gzip
+import io
+import lzma
 import math
 
 import hypothesis
 import numpy as np
 import pandas
+import pyarrow
 import pytest
 from hypothesis import strategies as st
 
 from jaxdist.data import CorruptExample, csv_source
+from jaxdist.data.sources.tables import _distinct
 
 
 def assert_pandas(path, ours, *, kept=None, **settings):
@@ -242,3 +247,72 @@ def test_a_column_that_is_texts_in_one_file_is_refused_where_it_counts_and_only_
         csv_source(tmp_path)
     assert csv_source(tmp_path, columns=["x"]).arrays["x"].tolist() == [0, 1, 2]
     assert csv_source(tmp_path, categories=["other"]).vocabulary["other"] == ("7", "True", "see page 7")
+
+
+PACKED = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda text: pyarrow.Codec("zstd").compress(text, asbytes=True),
+}
+
+
+@pytest.mark.parametrize("suffix", PACKED)
+def test_a_compressed_table_is_whole_or_refused(tmp_path, suffix):
+    path, packed = tmp_path / f"x.csv{suffix}", PACKED[suffix](b"a,b\n1,2\n" * 3)
+    for content, rows in (
+        (PACKED[suffix](b"a,b\n") + PACKED[suffix](b"1,2\n3,4\n"), 2),
+        (packed[:-3], None),
+        (b"?", None),
+    ):
+        path.write_bytes(content)
+        if rows is None:
+            with pytest.raises(CorruptExample, match="cannot be decompressed"):
+                csv_source(path)
+        else:
+            assert len(csv_source(path)) == rows
+
+
+@hypothesis.given(st.lists(st.sampled_from(["a", "a.1", "a.2", "b", "b.1", ""]), min_size=1, max_size=9))
+def test_names_of_columns_are_made_distinct_as_pandas_does(names):
+    hypothesis.assume(any(names))
+    text = ",".join(names) + "\n" + ",".join("1" * len(names)) + "\n"
+    assert _distinct(names) == pandas.read_csv(io.StringIO(text)).columns.tolist()
+
+
+def test_a_wide_table_takes_no_longer_for_each_of_its_columns(tmp_path):
+    names, rows = ["x"] * 4000, [["+1.0"] * 4000, ["1e30"] * 4000]
+    (tmp_path / "x.csv").write_text("\n".join(map(",".join, [names, *rows])))  # minutes, if each took the whole
+    source = csv_source(tmp_path / "x.csv")
+    assert len(source.arrays) == 4000
+    assert source.arrays["x.3999"].tolist() == [1, 1e30]
+
+
+@pytest.mark.parametrize(
+    ("texts", "settings"),
+    [
+        (["a\n9007199254740993\n", "a\n0.5\n"], {}),
+        (["a\n-1\n", "a\n18446744073709551615\n"], {}),
+        (["a,b\n9007199254740993,1\n,2\n"], {"missing": 0}),
+    ],
+)
+def test_whole_numbers_that_would_be_rounded_are_refused_by_column(tmp_path, texts, settings):
+    paths = [tmp_path / f"{number}.csv" for number in range(len(texts))]
+    for path, text in zip(paths, texts):
+        path.write_text(text)
+    with pytest.raises(ValueError, match=r"'a'.*not in range.*Write"):
+        csv_source(paths, **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"delimiter": value} for value in ("::", "", "¦", "\n", '"')),
+        *({"skip_lines": value} for value in (-1, 1.0)),
+        *({"comment": ""}, {"names": "ab"}, {"short_rows": "cut"}),
+    ],
+)
+def test_a_setting_that_is_none_is_refused(tmp_path, settings):
+    (tmp_path / "x.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match=f"{next(iter(settings))} is .*; got"):
+        csv_source(tmp_path / "x.csv", **settings)

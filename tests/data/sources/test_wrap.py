@@ -1,6 +1,7 @@
 """Map-style data sets of other libraries as sources."""
 
 import numpy as np
+import pandas
 import pytest
 from PIL import Image
 
@@ -64,3 +65,13 @@ def test_the_fingerprint_of_a_data_set_that_has_one_is_taken():
 
 def test_an_empty_data_set_is_a_source_of_nothing():
     assert len(MapSource([])) == 0
+
+
+@pytest.mark.parametrize("table", [{"x": np.arange(3)}, pandas.DataFrame({"x": [1, 2]})])
+def test_columns_by_name_are_no_examples_by_number(table):
+    with pytest.raises(ValueError, match=r"Give it as data\.ArraySource\(columns\)"):
+        MapSource(table)
+
+
+def test_examples_with_fields_that_are_no_numbers_have_fingerprints():
+    assert MapSource([{"x": None}]).fingerprint() != MapSource([{"x": 1}]).fingerprint()
