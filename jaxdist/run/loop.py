@@ -9,7 +9,7 @@ a marked state as it is (see `step.apply_averages`).
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import numpy as np
@@ -38,8 +38,7 @@ class DataPosition(Protocol):
         """Examples of a whole epoch."""
 
 
-@dataclasses.dataclass(frozen=True)
-class StepInfo:
+class StepInfo(NamedTuple):
     """What a hook sees after step `step` was dispatched.
 
     Attributes:
@@ -182,8 +181,7 @@ def _advance(progress: stop_rules.Progress, position: DataPosition, seconds: flo
     progress.seconds = seconds
 
 
-@dataclasses.dataclass(frozen=True)
-class _Dispatched:
+class _Dispatched(NamedTuple):
     """A dispatched step, its flag, and the progress of the run before it."""
 
     step: int

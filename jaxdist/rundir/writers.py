@@ -201,6 +201,7 @@ class TensorBoardWriter:
         from tensorboardX import proto, record_writer, summary
 
         self._Event, self._summary, self._checksum = proto.event_pb2.Event, summary, record_writer.masked_crc32c
+        self._tags: dict[str, str] = {}
         log_dir = pathlib.Path(log_dir)
         log_dir.mkdir(parents=True, exist_ok=True)
         older = sorted(log_dir.glob("events.out.tfevents.*"))
@@ -219,7 +220,9 @@ class TensorBoardWriter:
         """Write one event with all the scalars; see Writer."""
         event = self._Event(wall_time=time.time(), step=step)
         for name, value in metrics.items():
-            event.summary.value.extend(self._summary.scalar(name, float(value)).value)
+            if name not in self._tags:  # asking once: it takes ten times as long as the rest
+                self._tags[name] = self._summary.scalar(name, 0.0).value[0].tag
+            event.summary.value.add(tag=self._tags[name], simple_value=float(value))
         self._put(event)
 
     def write_rich(self, step: int, values: Mapping[str, rich_values.RichValue]) -> None:
@@ -273,7 +276,7 @@ class _Rows:
         self._path = path
         self.header = self.last = ""
         self._last_step = -1
-        self._start = self._end = 0  # byte offsets of the last row
+        self._start = self._end = self._reach = 0  # byte offsets of the last row, and how far the file reaches
         fresh = resumed_step is None or not path.exists()
         self._file = open(path, "x+b" if fresh else "r+b", buffering=0)  # noqa: SIM115 - lives as long as the writer
         if resumed_step is not None:
@@ -302,9 +305,12 @@ class _Rows:
         self._file.seek(self._start)
         # One write over the old row, without a truncation before it: a kill in between must not lose the old row.
         data = line.encode()
+        end = self._start + len(data)
+        self._reach = max(self._reach, self._end, end)  # also of a write that fails half-way
         _write_all(self._path, self._file, data)
-        self._end = self._start + len(data)
-        self._file.truncate(self._end)
+        if end < self._reach:
+            self._file.truncate(end)
+        self._end = self._reach = end
         self._last_step = step
 
     def close(self) -> None:

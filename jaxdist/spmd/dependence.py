@@ -1,4 +1,6 @@
-"""What the jaxpr of a function tells without computing: which results depend on which arguments, and its size."""
+"""What the jaxpr of a function tells without computing: which results depend on which arguments. And a function whose
+results are changed where they appear.
+"""
 
 import functools
 import operator
@@ -32,6 +34,36 @@ def marks(function: Callable[..., Any], args: Sequence[Any], marked: Sequence[An
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
     found = _follow(closed.jaxpr, [int(each) for each in jax.tree.leaves(list(marked))])
     return jax.tree.unflatten(jax.tree.structure(shapes), found)
+
+
+def with_results(function: Callable[..., Any], args: Sequence[Any], changes: Sequence[Callable[[Any], Any]]) -> Any:
+    """Return `function(*args)`, a tree each of whose leaves went through its change.
+
+    A leaf is changed as soon as it is computed, so that what is computed from it uses the changed one.
+
+    Args:
+      function: traced once.
+      args: arrays.
+      changes: one for each leaf of the result.
+    """
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+    jaxpr, leaves = closed.jaxpr, jax.tree.leaves(list(args))
+    known = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*closed.consts, *leaves), strict=True))
+    computed = {variable for equation in jaxpr.eqns for variable in equation.outvars}
+    results = [None if hasattr(atom, "val") else atom for atom in jaxpr.outvars]
+    early = {atom: change for atom, change in zip(results, changes) if atom in computed and results.count(atom) == 1}
+
+    def value_of(atom: Any) -> Any:
+        return atom.val if hasattr(atom, "val") else known[atom]
+
+    for equation in jaxpr.eqns:
+        found = jax_private.results_of(equation, [value_of(atom) for atom in equation.invars])
+        known.update(zip(equation.outvars, found, strict=True))
+        known.update((each, early[each](known[each])) for each in equation.outvars if each in early)
+    is_early = [atom in early for atom in results]
+    values = map(value_of, jaxpr.outvars)
+    last = [value if done else change(value) for value, done, change in zip(values, is_early, changes, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(shapes), last)
 
 
 def uses(jaxpr: Any, primitive: str) -> bool:

@@ -11,7 +11,16 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 from jax._src import cache_key as cache_keys
-from jax._src import cloud_tpu_init, clusters, compilation_cache, compiler, core, distributed, xla_bridge
+from jax._src import (
+    cloud_tpu_init,
+    clusters,
+    compilation_cache,
+    compiler,
+    core,
+    distributed,
+    source_info_util,
+    xla_bridge,
+)
 from jax._src.interpreters import pxla
 from jax._src.lib import _jax, xla_client
 from jax.sharding import Mesh, NamedSharding
@@ -219,3 +228,15 @@ def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
         return params["num_consts"], params["num_carry"]
     constants, carry, _ = (len(list(part.vals)) for part in params["ft_in"].unpack())
     return constants, carry
+
+
+def results_of(equation: Any, values: Sequence[Any]) -> list[Any]:
+    """Return what an equation of a jaxpr gives for these values, with the lines of code that it comes from.
+
+    `jax.core.eval_jaxpr` evaluates whole jaxprs; what is public for one equation forgets where in the code it was made.
+    """
+    names = source_info_util.current_name_stack() + equation.source_info.name_stack
+    origin = source_info_util.user_context(equation.source_info.traceback, name_stack=names)
+    with origin, equation.ctx.manager:
+        found = equation.primitive.bind(*values, **equation.primitive.get_bind_params(equation.params))
+    return list(found) if equation.primitive.multiple_results else [found]

@@ -5,6 +5,7 @@ become the global mean. What a step does with the mean is in one place, `apply_a
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -14,7 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxdist.spmd import keys, precision, reduce
+from jaxdist.spmd import dependence, keys, precision, reduce
 from jaxdist.spmd import metrics as metrics_lib
 from jaxdist.spmd.mesh import DATA_AXIS
 from jaxdist.spmd.metrics import Batch
@@ -179,6 +180,23 @@ def _make_local_step(
     return local_step
 
 
+def chosen_early(stays: jax.Array, update: Callable[..., Any], grads: Any, opt_state: Any, params: Any) -> Any:
+    """Return the updates and the new state of an optimizer; where `stays`, its old state, and updates of no meaning.
+
+    Each leaf is chosen where the new one appears, and the updates are computed from what was chosen. Chosen afterwards,
+    XLA computes the new leaf twice, once for the updates, and copies the old one for that: all moments in each step.
+    """
+    choices = [functools.partial(jnp.where, stays, leaf) for leaf in jax.tree.leaves(opt_state)]
+    unchanged = [lambda update: update] * len(jax.tree.leaves(params))
+    return dependence.with_results(update, (grads, opt_state, params), [*unchanged, *choices])
+
+
+def chosen_afterwards(stays: jax.Array, update: Callable[..., Any], grads: Any, opt_state: Any, params: Any) -> Any:
+    """Return what `chosen_early` does, in the order to which the bits of canonical steps belong."""
+    updates, new_opt_state = update(grads, opt_state, params)
+    return updates, _where(stays, opt_state, new_opt_state)
+
+
 def apply_averages(
     state: TrainState,
     averages: reduce.Averages,
@@ -186,6 +204,7 @@ def apply_averages(
     inputs: jax.Array | None = None,
     *,
     first: jax.Array | None = None,
+    choose: Callable[..., Any] = chosen_early,
 ) -> tuple[TrainState, Metrics]:
     """Return the state after the update, and the step's metrics.
 
@@ -207,31 +226,31 @@ def apply_averages(
       optimizer: gives the updates.
       inputs: of the optimizer, if it has some; see `state.WithInputs`.
       first: what `first_nonfinite` returns, where it is known already.
+      choose: how the optimizer's old state is kept: `chosen_early` or `chosen_afterwards`.
     """
     metrics_lib.check_names(averages.metrics)
     grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), averages.grads, state.params)
-    extra = {"step": state.step, "inputs": inputs} if isinstance(optimizer, WithInputs) else {}
-    updates, opt_state = optax.with_extra_args_support(optimizer).update(grads, state.opt_state, state.params, **extra)
-    new_state = TrainState(
-        state.step + 1, optax.apply_updates(state.params, updates), averages.model_state, opt_state, state.key
-    )
     first = first_nonfinite(averages) if first is None else first
-    loss_scale = precision.loss_scale(state.opt_state)
+    model_state, loss_scale = averages.model_state, precision.loss_scale(state.opt_state)
     if loss_scale is not None:
         # The optimizer skips the update, but statistics of activations that overflowed are kept out here.
-        new_state = dataclasses.replace(
-            new_state, model_state=_where(first >= 0, state.model_state, new_state.model_state)
-        )
+        model_state = _where(first >= 0, state.model_state, model_state)
         excused = jnp.isfinite(averages.loss) & (loss_scale > precision.MIN_LOSS_SCALE)
         first = jnp.where(excused, -1, first)
     marked = state.step < 0
     empty = averages.count == 0
     first = jnp.where(empty, EMPTY_BATCH, first)
     first = jnp.where(marked, jnp.maximum(first, 0), first)
-    next_step = jnp.where(first >= 0, jnp.where(marked, state.step, ~state.step), new_state.step)
-    chosen = dataclasses.replace(_where((first >= 0) | empty, state, new_state), step=next_step)
+    stays = (first >= 0) | empty
+    extra = {"step": state.step, "inputs": inputs} if isinstance(optimizer, WithInputs) else {}
+    update = functools.partial(optax.with_extra_args_support(optimizer).update, **extra)
+    updates, opt_state = choose(stays, update, grads, state.opt_state, state.params)
+    updated = (optax.apply_updates(state.params, updates), model_state)
+    params, model_state = _where(stays, (state.params, state.model_state), updated)
+    next_step = jnp.where(first >= 0, jnp.where(marked, state.step, ~state.step), state.step + 1)
     loss = jnp.where(marked, jnp.nan, averages.loss)
-    return chosen, {"loss": loss, **averages.metrics, GRAD_NORM: averages.grad_norm, NONFINITE_LEAF: first}
+    metrics = {"loss": loss, **averages.metrics, GRAD_NORM: averages.grad_norm, NONFINITE_LEAF: first}
+    return TrainState(next_step, params, model_state, opt_state, state.key), metrics
 
 
 def unmarked(state: TrainState) -> TrainState:

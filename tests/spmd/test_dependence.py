@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from jaxdist.spmd.dependence import depends, marks, uses
+from jaxdist.spmd.dependence import depends, marks, uses, with_results
 
 X = jnp.ones(3)
 
@@ -70,3 +70,26 @@ def test_a_primitive_is_found_in_functions_that_are_called():
     jaxpr = jax.make_jaxpr(jax.jit(inner))(jnp.ones((2, 2)))
     assert uses(jaxpr, "dot_general")
     assert not uses(jaxpr, "conv_general_dilated")
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda a: ((b := a + 1), b * 2), (20.0, 40.0)),  # the second is made from the changed first
+        (lambda a: [(b := a * 2), b + 1], [20.0, 21.0]),
+        (lambda a: (a, jnp.float32(3)), (10.0, 3.0)),  # an argument and a constant
+        (lambda a: 2 * ((b := a + 1), b), (20.0, 20.0, 20.0, 20.0)),  # one value in several places
+        (jax.jit(lambda a: (a + 1, jnp.sin(a) * 0)), (20.0, 0.0)),
+        (lambda a: lax.cond(a > 0, lambda: (a + 1, a), lambda: (a, a)), (20.0, 1.0)),
+    ],
+)
+@pytest.mark.parametrize("jitted", [False, True])
+def test_results_are_changed_where_they_appear(function, expected, jitted):
+    def changed(a):
+        count = len(jax.tree.leaves(expected))
+        same = [lambda value: value] * count
+        both = [lambda value: value * 10] * count if count > 2 else [lambda value: value * 10, same[0]]
+        return with_results(function, (a,), both)
+
+    found = (jax.jit(changed) if jitted else changed)(jnp.float32(1.0))
+    assert jax.tree.map(float, found) == expected

@@ -173,3 +173,11 @@ def test_an_array_of_parts_is_that_of_device_put():
     np.testing.assert_array_equal(found, expected)
     assert jax_private.global_form(whole.shape, whole.dtype, sharding) == expected.aval
     assert (found.aval, found.sharding, found.committed) == (expected.aval, expected.sharding, True)
+
+
+def test_an_equation_is_evaluated():
+    closed = jax.make_jaxpr(lambda a: jnp.split(jax.jit(jnp.sin)(a), 2))(jnp.ones(4))
+    values = [jnp.arange(4.0)]
+    for equation in closed.jaxpr.eqns:
+        values = jax_private.results_of(equation, values)
+    np.testing.assert_allclose(np.concatenate(values), np.sin(np.arange(4.0)), rtol=1e-6)

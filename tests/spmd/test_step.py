@@ -291,3 +291,28 @@ def test_the_first_of_small_and_large_leaves_that_are_not_finite_is_found(first_
             grads[number] = grads[number].at[bad_at].set(jnp.inf)
         averages = reduce.Averages(grads, jnp.float32(np.nan), {}, None, jnp.float32(1), jnp.float32(0))
         assert int(steps.first_nonfinite_of_whole(averages)) == int(steps.first_nonfinite(averages)) == first_bad
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("value", [1.0, np.nan])
+def test_choosing_early_gives_the_numbers_of_choosing_afterwards(name, value):
+    optimizer, state = OPTIMIZERS[name], placed_state(name, mesh_of(1))
+    grads = jax.tree.map(lambda leaf: jnp.full_like(leaf, value), state.params)
+    loss = jnp.float32(2.0)
+    averages = reduce.Averages(grads, loss, {}, state.model_state, jnp.float32(8), jnp.float32(1))
+
+    def updated(choose):
+        return jax.jit(lambda state: steps.apply_averages(state, averages, optimizer, choose=choose)[0])(state)
+
+    early, afterwards = updated(steps.chosen_early), updated(steps.chosen_afterwards)
+    assert_close((early.params, early.opt_state), (afterwards.params, afterwards.opt_state))
+    assert int(early.step) == int(afterwards.step) == (1 if value == 1.0 else -1)
+
+
+def test_no_moment_is_copied_to_keep_the_state_of_a_step_that_is_not_finite():
+    mesh, optimizer = mesh_of(1), optax.adam(1e-3)
+    state = new_state(optimizer, mesh)
+    step = steps.data_parallel_step(loss_fn, optimizer, mesh)
+    text = step.trace(state, place(numpy_batch(0), mesh, "data")).lower().compile().as_text()
+    copied = [line for line in text[text.index("ENTRY") :].splitlines() if " copy(" in line and "_mu_" in line]
+    assert not copied, copied

@@ -9,6 +9,7 @@ that one.
 import contextlib
 import dataclasses
 import faulthandler
+import math
 import os
 import pathlib
 import sys
@@ -21,6 +22,8 @@ from jaxdist.errors import ExitStatus
 from jaxdist.launch.supervising import board
 
 DONE = "done"
+_LEAST_SECONDS = 0.005
+"""Between two reports of the thread that trains."""
 _OWN_WORK = (("input", "eval"), ("other",))
 """Phases in which a process does not wait for others, the most certain first; in all others it may wait."""
 
@@ -221,6 +224,7 @@ class Watchdog:
         self._process, self._num_processes = process, num_processes
         self._limits, self._on_hang = limits, on_hang
         self._every_seconds = min(0.5, limits.hang_seconds / 10) if every_seconds is None else every_seconds
+        self._reported_at = -math.inf
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="jaxdist-watchdog", daemon=True)
 
@@ -235,8 +239,11 @@ class Watchdog:
         self._writer.close()
 
     def report(self) -> None:
-        """Report now, from the thread that trains, so that the board shows every step."""
-        self._writer.write(*self._where())
+        """Report from the thread that trains, unless that was a moment ago: a small step takes less than its report."""
+        now = time.monotonic()
+        if now - self._reported_at >= _LEAST_SECONDS:
+            self._reported_at = now
+            self._writer.write(*self._where())
 
     def _run(self) -> None:
         observer = ReportClock(self._num_processes, clock=OwnTime(10 * self._every_seconds))

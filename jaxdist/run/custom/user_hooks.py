@@ -6,6 +6,7 @@ It never gets the buffers of the state, since the next step donates them.
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -151,7 +152,7 @@ class UserHooks:
 
     def has(self, point: str) -> bool:
         """Return whether any hook is called at `point` on this process."""
-        return any(True for _ in self._methods(point))
+        return bool(self._methods[point])
 
     def call(self, point: str, make_info: Callable[[], HookInfo]) -> None:
         """Call the hooks at `point`, in the order of the experiment; at `on_step`, those whose interval has passed.
@@ -159,18 +160,19 @@ class UserHooks:
         Raises:
           HookError: one of them raised an error.
         """
-        for hook, method in self._methods(point):
+        for hook, method in self._methods[point]:
             with contextlib.closing(make_info()) as info:
                 if point == hook_points.ON_STEP and info.step % getattr(hook, "every_steps", 1):
                     continue
                 with _naming(hook, point, info.step):
                     method(info)
 
-    def _methods(self, point: str) -> Iterator[tuple[Any, Callable[[HookInfo], None]]]:
-        for hook in self.hooks:
-            method = hook_points.method(hook, point)
-            if method is not None and (self.is_first or getattr(hook, "all_processes", False)):
-                yield hook, method
+    @functools.cached_property
+    def _methods(self) -> dict[str, list[tuple[Any, Callable[[HookInfo], None]]]]:
+        """The hooks that are called at each point on this process, with their methods."""
+        called = [hook for hook in self.hooks if self.is_first or getattr(hook, "all_processes", False)]
+        found = {point: [(hook, hook_points.method(hook, point)) for hook in called] for point in hook_points.POINTS}
+        return {point: [(hook, each) for hook, each in pairs if each is not None] for point, pairs in found.items()}
 
 
 @contextlib.contextmanager

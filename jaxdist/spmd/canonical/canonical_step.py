@@ -14,7 +14,7 @@ from jaxdist.spmd.canonical import adding, shard_sums, state_update
 from jaxdist.spmd.mesh import DATA_AXIS
 from jaxdist.spmd.metrics import Batch
 from jaxdist.spmd.state import PlacedInputs, TrainState
-from jaxdist.spmd.step import KeepsKey, Metrics, Step, apply_averages
+from jaxdist.spmd.step import KeepsKey, Metrics, Step, apply_averages, chosen_afterwards
 
 
 class Hashing(Protocol):
@@ -80,7 +80,8 @@ def canonical_step(
 
     def update(state: TrainState, inputs: jax.Array | None, total: jax.Array) -> tuple[TrainState, Metrics]:
         sums, _ = sums_of_shards.unravel(total)
-        return apply_averages(state, reduce.average(sums, state.model_state), optimizer, inputs)
+        averages = reduce.average(sums, state.model_state)
+        return apply_averages(state, averages, optimizer, inputs, choose=chosen_afterwards)
 
     def hash_step(total: jax.Array, params: Any, model_state: Any) -> jax.Array:
         sums, rows = sums_of_shards.unravel(total)

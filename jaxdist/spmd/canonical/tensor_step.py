@@ -14,7 +14,7 @@ from jaxdist.spmd.canonical import canonical_step, group_sums
 from jaxdist.spmd.mesh import DATA_AXIS
 from jaxdist.spmd.metrics import Batch
 from jaxdist.spmd.state import PlacedInputs, TrainState
-from jaxdist.spmd.step import STEP_HASHES, KeepsKey, Metrics, Step, apply_averages
+from jaxdist.spmd.step import STEP_HASHES, KeepsKey, Metrics, Step, apply_averages, chosen_afterwards
 
 
 def tensor_step(
@@ -50,7 +50,8 @@ def tensor_step(
         return group_sums.whole(shared, shapes)._replace(grads=jax.tree.map(group_program.spec_of, shared[0]))
 
     def update(state: TrainState, inputs: jax.Array | None, sums: reduce.Sums) -> tuple[TrainState, Metrics]:
-        return apply_averages(state, reduce.average(sums, state.model_state), optimizer, inputs)
+        averages = reduce.average(sums, state.model_state)
+        return apply_averages(state, averages, optimizer, inputs, choose=chosen_afterwards)
 
     sums_of_shards = group_sums.GroupSums(
         canonical_step.shard_function(loss_fn, num_microbatches),
