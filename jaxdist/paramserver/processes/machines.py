@@ -18,9 +18,10 @@ from collections.abc import Iterable, Sequence
 
 from jaxdist.config.parameter_server import LAST_PORT
 from jaxdist.errors import ExitStatus, RunFailedError, UserError, as_user_error
+from jaxdist.launch.supervising import local_job
 from jaxdist.paramserver.processes import admission, newcomer, run_folder
 from jaxdist.paramserver.processes.crew import LocalCrew
-from jaxdist.paramserver.wire import security
+from jaxdist.paramserver.wire import certificates, security
 from jaxdist.rundir import record
 
 _LOOK_SECONDS = 0.2
@@ -46,11 +47,13 @@ def security_of(hosts: Sequence[str]) -> security.Security:
     """Return how the processes authenticate: as the environment says, or by a new token if all are on one machine.
 
     Raises:
-      ValueError: a host is another machine, and the environment has neither a token nor certificates.
+      ValueError: a host is another machine, and the environment has neither a token nor certificates; or the
+        certificates cannot be used by the first host, which is this machine.
     """
     given = security.Security.read(os.environ)
-    for host in hosts:
+    for host in hosts or (local_job.LOOPBACK,):
         given.check(host)
+    certificates.check(given, hosts[0] if hosts else local_job.LOOPBACK)
     return given if given.token or given.certificate else security.Security(token=security.new_token())
 
 

@@ -103,7 +103,8 @@ class Settings(ParameterServer):
         if self.synchronous and self.global_batch_size < self.num_slices:
             raise ValueError(
                 f"A batch of {self.global_batch_size} examples cannot be divided into {self.num_slices} slices, one "
-                "for each worker. Use fewer workers or larger batches."
+                "for each worker that a step waits for. Set ps.workers to at most "
+                f"{self.global_batch_size + self.backup_workers}, or a larger global_batch_size."
             )
 
     def _check_durability(self) -> None:

@@ -32,8 +32,7 @@ class Security:
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> "Security":
         """Return the settings in `environment`: a token, or the paths of three files; see TOKEN and CERTIFICATE."""
-        paths = [environment.get(name, "") for name in (CERTIFICATE, KEY, ROOT)]
-        return cls(environment.get(TOKEN, ""), *(pathlib.Path(path).read_bytes() if path else b"" for path in paths))
+        return cls(environment.get(TOKEN, ""), *(_content(name, environment) for name in (CERTIFICATE, KEY, ROOT)))
 
     def for_attempt(self, attempt: str) -> "Security":
         """Return a copy with a token for one attempt only, so that processes of an earlier attempt are refused.
@@ -55,6 +54,14 @@ class Security:
                 f"An address that other machines can reach needs authentication, got {host} without any. Set {TOKEN}, "
                 f"set {CERTIFICATE}, {KEY} and {ROOT}, or listen on 127.0.0.1."
             )
+
+
+def _content(name: str, environment: Mapping[str, str]) -> bytes:
+    path = environment.get(name, "")
+    try:
+        return pathlib.Path(path).read_bytes() if path else b""
+    except OSError as error:
+        raise ValueError(f"{name} names a file that cannot be read: {path} ({error.strerror}). Correct it.") from error
 
 
 UNSECURED = Security()

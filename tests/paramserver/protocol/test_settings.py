@@ -25,7 +25,7 @@ from jaxdist.paramserver.protocol.settings import (
         ({"max_staleness": 2}, "ps.max_staleness applies to ps.mode=bounded"),
         ({"mode": "async", "backup_workers": 1, "workers": 2}, "ps.backup_workers needs a synchronous mode"),
         ({"backup_workers": 2, "workers": 2}, "must be smaller than ps.workers"),
-        ({"workers": 7}, "cannot be divided into 7 slices"),
+        ({"workers": 7}, "cannot be divided into 7 slices.* Set ps.workers to at most 6,"),
         ({"durability": "snapshot"}, "needs ps.snapshot_every"),
         ({"snapshot_every": 3}, "has no effect with ps.durability=none"),
         ({"damp_staleness": True}, "no effect without staleness"),
