@@ -32,8 +32,8 @@ def connect(run_dir: pathlib.Path) -> socket.socket:
     starts = [event for event in read_events(run_dir) if event["event"] == "start" and "memory" in event]
     if not starts or not lock.is_locked(run_dir):
         raise UserError(
-            f"Only a running job that was started with --processes can be joined; {run_dir} has none. Start it by "
-            "`jaxdist train EXPERIMENT --processes P`, on this machine."
+            f"Only a running job that was started with --processes, or by a parameter server, can be joined; {run_dir} "
+            "has none. Start it by `jaxdist train EXPERIMENT --processes P`, on this machine."
         )
     channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:

@@ -102,6 +102,7 @@ class History:
             self.events.append([self.clock(), kind, text])
         else:
             self.omitted += 1
+        self._write_at = 0.0  # events are rare, and what causes them may kill this process next
 
     def look(self, *, now: bool = False) -> None:
         """Write the file if it is time; writing takes at most a hundredth of the time."""

@@ -128,3 +128,12 @@ def test_a_restarted_process_continues_the_history(tmp_path):
     assert again.bins.series == history.bins.series
     path.write_text("{")
     assert not lease_history.History("scheduler", tmp_path, clock).continues
+
+
+def test_an_event_is_in_the_file_at_once(tmp_path):
+    """What it tells of may be a fault that kills this process, too."""
+    history = lease_history.History("scheduler", tmp_path)
+    history.look(now=True)
+    history.note("failover", "shard 0: server/0/b took over")
+    history.look()
+    assert len(lease_history.History("scheduler", tmp_path).events) == 1
