@@ -41,10 +41,10 @@ class Wire:
         self.sent.append((to, message))
 
 
-def run(machine, directory, wire=None, *, tick_seconds=0.05, **given):
+def run(machine, directory, wire=None, **given):
     """Run `machine` in a world with what is given."""
     world = process_world.ProcessWorld(directory, **given)
-    return world.run(drivers.Driver(machine, world, tick_seconds=tick_seconds), wire or Wire())
+    return world.run(drivers.Driver(machine, world), wire or Wire())
 
 
 def once(*effects_, replies=()):
@@ -179,9 +179,13 @@ def test_a_gradient_that_fails_ends_the_process(tmp_path, monkeypatch, asked):
         raise SystemExit
 
     monkeypatch.setattr(process_world.os, "_exit", leave)
-    machine = Machine(Tick=lambda message: ([], [asked] if not statuses else [END]))
+    left = [asked]
+
+    def tick(message):
+        return [], [left.pop()] if left else [END] * len(statuses)
+
     failing = {"gradient": lambda compute: 1 / 0, "prepare": lambda lease: 1 / 0}
-    run(machine, tmp_path, **failing, tick_seconds=0.2)
+    run(Machine(Tick=tick), tmp_path, **failing)
     assert statuses == [1]
 
 

@@ -24,7 +24,7 @@ from jaxdist.run import attempt
 from jaxdist.rundir import record
 
 EXPERIMENT = tiny_experiment.__file__
-LIMIT_SECONDS = 240
+LIMIT_SECONDS = 600
 ENGINE = "JAXDIST_TEST_ENGINE"
 """Environment variable: what places the processes; see test_ray_crew.py."""
 REPLICATED = {"steps": 60, "workers": 2, "servers": 1, "durability": "replicated"}
