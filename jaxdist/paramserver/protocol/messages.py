@@ -262,7 +262,8 @@ class Push:
     Blocks of model state are sums over all `num_examples` examples, each with the same weight.
 
     `version` is the shard version it was computed from. `norm_squared` and `finite` describe the mean gradient over all
-    shards.
+    shards. In a synchronous mode it asks for the params of the next step as well, as a Pull with the next sequence
+    number would; the servers answer when they have them.
     """
 
     shard: int

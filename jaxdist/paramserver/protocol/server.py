@@ -163,6 +163,8 @@ class Server:
             self.primary = False
             return
         self.primary = True
+        for push in self.shard.staged.values():
+            self._pull_next(push)
         out.do(effects.Leads(self.number, membership.term))
         if before is None or (before.backup, before.backup_boot) != (place.backup, place.backup_boot):
             self._change_backup(now, out)
@@ -312,14 +314,23 @@ class Server:
             if status == "staged":
                 out.do(effects.Continue(messages.GetReady()))
             self._submit(push, Outcome({(messages.Push, *sums.identity(push))}), now, out)
+            self._pull_next(push)
             return
         if status != "obsolete":
             self.counters["fenced" if status == "fenced" else "duplicates_refused"] += 1
         refusal = Outcome({(messages.Push, *sums.identity(push))})
         if status == "duplicate":
             self._tell_staged(refusal)
+            self._pull_next(push)
         refusal.send(worker_name(push.worker), ack(push, status))
         self._submit(messages.NoOp(), refusal, now, out)
+
+    def _pull_next(self, push: messages.Push) -> None:
+        """Note that a worker waits for the params of the step after its push; a Pull for that would only cost time."""
+        step = push.lease.step + 1
+        if self.settings.synchronous and step > self.shard.version:
+            ahead = messages.Pull(self.number, push.worker, push.incarnation, push.sequence + 1, step, push.clock)
+            self.waiting[push.worker] = ahead
 
     def _tell_staged(self, outcome: Outcome) -> None:
         """Tell the scheduler once the next step is complete here, where it decides with that."""

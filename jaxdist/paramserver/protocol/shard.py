@@ -6,6 +6,7 @@ or a file holds all of them or none. Two shards that apply the same entries in t
 """
 
 import hashlib
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import replace
@@ -353,13 +354,11 @@ class Shard:
 
 
 def _is_finite(values: np.ndarray) -> bool:
-    if np.iscomplexobj(values):
+    if values.dtype.kind == "c":
         return _is_finite(values.real) and _is_finite(values.imag)
-    if values.dtype in (np.float32, np.float64):
-        with np.errstate(all="ignore"):
-            # One pass over the memory. If only the squares overflow, the two passes below give the right answer.
-            if np.isfinite(np.vdot(values, values)):
-                return True
+    # One pass over the memory. If only the squares overflow, the two passes below give the right answer.
+    if values.dtype.char in "fd" and math.isfinite(np.vdot(values, values)):
+        return True
     # The extremes are not finite if any value is not, and need no temporary array.
     return bool(np.isfinite(values.max()) and np.isfinite(values.min()))
 

@@ -33,7 +33,7 @@ class Worker:
         self.asked_at = float("-inf")
         self.pulled: dict[int, messages.Pulled] = {}
         self.pulled_early: dict[int, messages.Pulled] = {}  # for the lease that is not granted yet
-        self.early = (0, 0)  # the sequence number and the version that were asked for early
+        self.early = (0, 0)  # the sequence number and the version that the last push asked for
         self.computed: messages.Computed | None = None
         self.acknowledged: set[int] = set()
         self.reports = True  # whether it says itself that all shards have its push
@@ -163,20 +163,11 @@ class Worker:
     def _send_pulls(self, out: effects.Output) -> None:
         assert self.lease is not None
         version = self.lease.step if self.settings.synchronous else 0
-        self._pull(self.pulled, self.sequence, version, out)
-
-    def _pull(self, known: object, sequence: int, version: int, out: effects.Output) -> None:
         self._to_shards(
-            known,
+            self.pulled,
             out,
-            lambda n: messages.Pull(n, self.worker, self.incarnation, sequence, version, self.clock),
+            lambda n: messages.Pull(n, self.worker, self.incarnation, self.sequence, version, self.clock),
         )
-
-    def _pull_early(self, out: effects.Output) -> None:
-        """Ask for the params of the next step: servers answer once they have them, before the lease is granted."""
-        assert self.lease is not None
-        self.early = (self.sequence + 1, self.lease.step + 1)
-        self._pull((), *self.early, out)
 
     def _on_pulled(self, pulled: messages.Pulled, now: float, out: effects.Output) -> None:
         if (pulled.incarnation, pulled.sequence) == (self.incarnation, self.sequence + 1):
@@ -207,7 +198,8 @@ class Worker:
             self.computed = computed
             self._enter("pushing", now, out)
             if self.settings.synchronous:
-                self._pull_early(out)
+                assert self.lease is not None
+                self.early = (self.sequence + 1, self.lease.step + 1)
 
     def _look_ahead(self, out: effects.Output) -> None:
         """Have the examples of the same slice of the next step read while the servers and the scheduler are busy."""
@@ -249,6 +241,7 @@ class Worker:
         elif ack.status == "fenced":
             self._rejoin(now, out)
         elif ack.status == "obsolete":
+            self.early = (0, 0)
             self._free(now, out)
         else:
             self.acknowledged.add(ack.shard)

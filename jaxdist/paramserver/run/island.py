@@ -1,6 +1,7 @@
 """The island of a worker: computes the gradient sums of a lease, data-parallel over its devices."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +19,25 @@ from jaxdist.paramserver.run.sparse_push import sparse
 from jaxdist.spmd import reduce
 from jaxdist.spmd.state import TrainState
 from jaxdist.spmd.step import GRAD_NORM
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["structure"])
+@dataclasses.dataclass(frozen=True)
+class _Numbers:
+    """A tree of scalars as one array: each array that leaves a compiled program costs as much as a small operation."""
+
+    values: jax.Array
+    structure: Any
+
+    @classmethod
+    def of(cls, tree: Any) -> "_Numbers":
+        leaves, structure = jax.tree.flatten(tree)
+        dtype = functools.reduce(jnp.promote_types, (leaf.dtype for leaf in leaves), jnp.float32)
+        return cls(jnp.stack([leaf.astype(dtype) for leaf in leaves]), structure)
+
+    def tree(self) -> Any:
+        """Return the tree, with Python's numbers."""
+        return jax.tree.unflatten(self.structure, self.values.tolist())
 
 
 class Island:
@@ -48,7 +68,7 @@ class Island:
         finite = jnp.stack([jnp.isfinite(sums.loss.total), *(jnp.isfinite(leaf).all() for leaf in grads)]).all()
         squares = sum(jnp.vdot(leaf, leaf).real for leaf in grads)
         pushed = (*grads, *jax.tree.leaves(sums.model_state))
-        return pushed, sums.loss, sums.num_examples, sums.metrics, finite, squares
+        return pushed, _Numbers.of((sums.loss, sums.num_examples, sums.metrics, finite, squares))
 
     def prepare(self, lease: messages.Lease) -> None:
         """Place the examples of `lease` on the devices, while its params are still on their way."""
@@ -62,18 +82,17 @@ class Island:
         assert self._prepared is not None
         _, batch = self._prepared
         leaves = plan.sharding.join(compute.params)
-        sums, loss, num_examples, metrics, finite, squares = jax.device_get(
-            self._sums(leaves, batch, np.int32(lease.step), np.int32(lease.slice))
-        )
+        sums, numbers = jax.device_get(self._sums(leaves, batch, np.int32(lease.step), np.int32(lease.slice)))
+        loss, num_examples, metrics, finite, squares = numbers.tree()
         flat = plan.sharding.split([leaf.astype(d) for leaf, d in zip(sums, plan.sharding.dtypes, strict=True)])
         pieces = tuple(
             tuple(sparse(piece, block.row) for piece, block in zip(shard, blocks, strict=True))
             for shard, blocks in zip(flat, plan.sharding.shards, strict=True)
         )
-        count = float(loss.count)
-        rows = [messages.Metric("loss", float(loss.total), count)]
-        rows += [messages.Metric(name, float(mean.total), float(mean.count)) for name, mean in metrics.items()]
-        norm_squared = float(squares) / count**2 if count > 0 else 0.0
+        count = loss.count
+        rows = [messages.Metric("loss", loss.total, count)]
+        rows += [messages.Metric(name, mean.total, mean.count) for name, mean in metrics.items()]
+        norm_squared = squares / count**2 if count > 0 else 0.0
         if count > 0 and not plan.settings.synchronous:
             # Such a push is a whole update. For slices of a batch, only the servers know the whole gradient.
             rows.append(messages.Metric(GRAD_NORM, math.sqrt(norm_squared), 1.0))
@@ -81,7 +100,7 @@ class Island:
             compute.incarnation,
             compute.sequence,
             count,
-            float(num_examples),
+            num_examples,
             bool(finite),
             norm_squared,
             pieces,

@@ -10,6 +10,7 @@ import sys
 from types import FrameType
 from typing import Any, cast
 
+import jax
 import numpy as np
 
 from jaxdist.config import hidden_settings, loading, overrides
@@ -127,6 +128,8 @@ class Leaving:
 if __name__ == "__main__":
     parent.die_with_parent()
     signals.leave_to_parent()  # servers must live to be saved
+    # Each result is waited for at once; another thread to compute it would only cost two changes of threads.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     leaving = Leaving()
     if worker_number(sys.argv[1]) is not None:
         signal.signal(signal.SIGTERM, leaving.handle)

@@ -11,7 +11,7 @@ import struct
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import ml_dtypes
@@ -124,6 +124,7 @@ def checksum(pieces: Iterable[Buffer], value: int = 0) -> int:
     return value
 
 
+@lru_cache(maxsize=64)
 def _dtype(name: str) -> np.dtype:
     if name not in DTYPES:
         raise EncodingError(f"Arrays of dtype {name!r} cannot be sent. Use one of {', '.join(DTYPES)}.")
@@ -139,12 +140,16 @@ def _memory(array: np.ndarray) -> memoryview:
     return contiguous.reshape(-1).view(np.uint8).data if contiguous.size else memoryview(b"")
 
 
+@lru_cache(maxsize=4096)
+def _declaration(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    """Return what the head says of an array; messages repeat it, and NumPy takes long to name a dtype."""
+    _dtype(dtype.name)
+    name = dtype.name.encode()
+    return _LENGTH.pack(len(name)) + name + struct.pack(f"<B{len(shape)}q", len(shape), *shape)
+
+
 def _write_array(writer: Encoder, array: np.ndarray) -> None:
-    _dtype(array.dtype.name)
-    _write_str(writer, array.dtype.name)
-    writer.head += _BYTE.pack(array.ndim)
-    for size in array.shape:
-        writer.head += _INT.pack(size)
+    writer.head += _declaration(array.dtype, array.shape)
     writer.arrays.append(_memory(array))
 
 

@@ -103,8 +103,9 @@ class Encoded:
 
     def __iter__(self) -> Iterator[Buffer]:
         """Yield blocks of at most `block_bytes`. Those of a large array are views of its memory."""
-        if not self._arrays and self.num_bytes <= self._block_bytes:
-            yield self._start
+        if self.num_bytes <= self._block_bytes:
+            arrays = [bytes(array) for array in self._arrays]
+            yield b"".join((self._start, *arrays, *(_CHECKSUM.pack(checksum([array])) for array in arrays)))
             return
         pending = bytearray(self._start)
         checksums = bytearray()

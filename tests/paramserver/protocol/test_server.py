@@ -35,6 +35,11 @@ def push(sequence):
     return messages.Push(0, 0, 1, sequence, 0, 0, lease, 2.0, 2.0, True, 0.0, (np.ones(4, np.float32),))
 
 
+FIRST = messages.Lease(0, 0, 0, 0, 2)
+FIRST_PUSH = dataclasses.replace(push(1), lease=FIRST)
+FIRST_COMMIT = messages.Commit(1, 0, 1, False, (messages.Contributor(0, 1, 1, FIRST),))
+
+
 def tell(one, *received):
     sent = []
     for message in received:
@@ -150,8 +155,27 @@ def test_the_update_is_made_before_its_commit_arrives():
     assert (one.shard.version, one.shard.params) == (0, before)
     one.shard.updater.update = None  # is not called again
     sent = tell(one, messages.Commit(1, 0, 1, False, (messages.Contributor(0, 1, 1, first.lease),)))
-    assert (kinds(sent), one.shard.version) == (["CommitAck"], 1)
+    assert (kinds(sent), one.shard.version) == (["CommitAck", "Pulled"], 1)
     assert not np.array_equal(one.shard.params[0], before[0])
+
+
+def test_a_push_asks_for_the_params_of_the_next_step():
+    one = synchronous()
+    tell(one, FIRST_PUSH, FIRST_PUSH)
+    sent = tell(one, FIRST_COMMIT)
+    answers = [m for _, m in sent if isinstance(m, messages.Pulled)]
+    assert [(m.worker, m.sequence, m.version) for m in answers] == [(0, 2, 1)]
+    assert kinds(tell(one, FIRST_PUSH)) == ["PushAck"]  # a late copy asks for nothing more
+    assert one.waiting == {}
+
+
+def test_a_primary_that_takes_over_answers_what_the_pushes_asked_for():
+    one = server(PRIMARY, mode="sync", durability="none", snapshot_every=0, max_steps=3)
+    one.shard.apply(messages.SetMembers(1, (messages.Member(0, 1, 0),)))
+    one.shard.apply(FIRST_PUSH)
+    one.restored = 1
+    tell(one, membership(1, backup="", synced=False))
+    assert kinds(tell(one, FIRST_COMMIT)) == ["CommitAck", "Pulled"]
 
 
 def rolled_back(pushes):
@@ -197,15 +221,12 @@ def in_term_2(**changes):
     return one
 
 
-FIRST = messages.Lease(0, 0, 0, 0, 2)
-
-
 def test_a_commit_from_before_a_rollback_is_ignored():
     """The pushes that it names are gone, and another worker may be computing the step."""
     one = in_term_2()
-    late = messages.Commit(1, 0, 1, False, (messages.Contributor(0, 1, 1, FIRST),))
+    late = FIRST_COMMIT
     assert (tell(one, late), one.shard.version) == ([], 0)
-    assert kinds(tell(one, dataclasses.replace(late, term=2))) == ["CommitAck"]
+    assert kinds(tell(one, dataclasses.replace(late, term=2))) == ["CommitAck", "Pulled"]
 
 
 def test_a_norm_from_before_a_rollback_is_ignored():
@@ -214,7 +235,7 @@ def test_a_norm_from_before_a_rollback_is_ignored():
     one.shard.updater = workload.Momentum(clip=True)
     assert kinds(tell(one, messages.Commit(2, 0, 1, False, (messages.Contributor(0, 1, 1, FIRST),)))) == ["Norms"]
     assert (tell(one, messages.Finish(1, 0, 1, 4.0)), one.shard.version) == ([], 0)
-    assert kinds(tell(one, messages.Finish(2, 0, 1, 4.0))) == ["CommitAck"]
+    assert kinds(tell(one, messages.Finish(2, 0, 1, 4.0))) == ["CommitAck", "Pulled"]
 
 
 def test_an_order_to_save_from_an_earlier_term_writes_nothing():

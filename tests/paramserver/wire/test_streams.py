@@ -62,10 +62,11 @@ def test_a_message_of_many_blocks_arrives_whole_and_in_order(security):
     ids=["no token", "another token", "no certificate"],
 )
 def test_a_stranger_is_not_heard(ours, theirs, monkeypatch):
-    monkeypatch.setattr(outgoing, "GREETING_SECONDS", 0.2)  # a listener with TLS does not speak first
     with listening(ours) as (end, heard), speaking(end, theirs) as stranger, speaking(end, ours) as friend:
-        stranger.send("peer", messages.Register("stranger", 1))
-        stranger.flush(30)
+        with monkeypatch.context() as patch:
+            patch.setattr(outgoing, "GREETING_SECONDS", 0.2)  # a listener with TLS does not speak first
+            stranger.send("peer", messages.Register("stranger", 1))
+            stranger.flush(30)
         friend.send("peer", HELLO)
         assert heard.get(timeout=30) == HELLO
         assert heard.empty()
