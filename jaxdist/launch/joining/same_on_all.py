@@ -143,7 +143,9 @@ def of_experiment(path: str | os.PathLike[str], config: Any) -> dict[str, Any]:
     loaded: list[str] = [file for module in [*sys.modules.values()] if (file := getattr(module, "__file__", None))]
     files = {pathlib.Path(file).resolve() for file in (path, *loaded)}
     beside = sorted(file for file in files if file.is_relative_to(folder) and "site-packages" not in file.parts)
-    hashes = {f"file {file.relative_to(folder)}": _hash(file) for file in beside if file.suffix == ".py"}
+    # A module need not have the file that it names: torch.classes says _classes.py, wherever the run is started.
+    found = [file for file in beside if file.suffix == ".py" and file.is_file()]
+    hashes = {f"file {file.relative_to(folder)}": _hash(file) for file in found}
     return {f"setting {name}": value for name, value in record.flat("", config).items()} | hashes
 
 

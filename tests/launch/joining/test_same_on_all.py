@@ -1,4 +1,6 @@
 import json
+import sys
+import types
 
 import jax
 import pytest
@@ -55,6 +57,17 @@ def test_a_changed_file_of_the_experiment_is_named(tmp_path):
     after = same_on_all.of_experiment(path, {"optimizer": {"learning_rate": 0.2}})
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {"file mine.py", "setting optimizer.learning_rate"}
+
+
+def test_a_module_whose_file_is_none_is_no_part_of_the_experiment(tmp_path, monkeypatch):
+    """torch.classes and torch.ops are such modules: each experiment that imported torch failed in its own folder."""
+    (tmp_path / "e.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    made = types.ModuleType("made")
+    made.__file__ = "_made.py"
+    monkeypatch.setitem(sys.modules, "made", made)
+    files = [name for name in same_on_all.of_experiment("e.py", {}) if name.startswith("file ")]
+    assert files == ["file e.py"]
 
 
 def test_the_start_says_versions_devices_and_every_file_of_the_package():
