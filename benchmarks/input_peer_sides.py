@@ -3,6 +3,7 @@
 All of them decode with the exact inverse transform, cut out a random 224 x 224 and mirror half of the images.
 """
 
+import functools
 import io
 import itertools
 import pathlib
@@ -88,7 +89,10 @@ def litdata_shards(folder: pathlib.Path) -> Iterator[int]:
 
     chunks = folder / "litdata"
     if not chunks.exists():
-        litdata.optimize(as_sample, list(zip(*list_jpegs(folder))), str(chunks), chunk_bytes="8MB", num_workers=1)
+        items = list(zip(*list_jpegs(folder)))
+        # Numbers: paths it would copy first, in two more processes, which import torch before they start.
+        numbers = list(range(len(items)))
+        litdata.optimize(functools.partial(sample_of, items), numbers, str(chunks), chunk_bytes="8MB", num_workers=1)
 
     data = litdata.StreamingDataset(str(chunks), transform=decode_sample, shuffle=True, drop_last=True, seed=0)
     loader = litdata.StreamingDataLoader(data, batch_size=BATCH_SIZE, num_workers=2, persistent_workers=True)
@@ -99,8 +103,9 @@ def decode_sample(sample: tuple[bytes, int]) -> tuple[np.ndarray, int]:
     return decode_augment(sample[0]), sample[1]
 
 
-def as_sample(item: tuple[str, int]) -> tuple[bytes, int]:
-    return pathlib.Path(item[0]).read_bytes(), item[1]
+def sample_of(items: list[tuple[str, int]], number: int) -> tuple[bytes, int]:
+    path, label = items[number]
+    return pathlib.Path(path).read_bytes(), label
 
 
 def spdl_batches(items: Iterator, read: Callable) -> Iterator[int]:
