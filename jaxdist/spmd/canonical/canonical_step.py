@@ -14,7 +14,7 @@ from jaxdist.spmd.canonical import adding, shard_sums, state_update
 from jaxdist.spmd.mesh import DATA_AXIS
 from jaxdist.spmd.metrics import Batch
 from jaxdist.spmd.state import PlacedInputs, TrainState
-from jaxdist.spmd.step import KeepsKey, Metrics, Step, apply_averages, chosen_afterwards
+from jaxdist.spmd.step import KeepsKey, Metrics, Step, apply_averages, chosen_afterwards, first_nonfinite_of_whole
 
 
 class Hashing(Protocol):
@@ -81,7 +81,8 @@ def canonical_step(
     def update(state: TrainState, inputs: jax.Array | None, total: jax.Array) -> tuple[TrainState, Metrics]:
         sums, _ = sums_of_shards.unravel(total)
         averages = reduce.average(sums, state.model_state)
-        return apply_averages(state, averages, optimizer, inputs, choose=chosen_afterwards)
+        first = first_nonfinite_of_whole(averages)
+        return apply_averages(state, averages, optimizer, inputs, first=first, choose=chosen_afterwards)
 
     def hash_step(total: jax.Array, params: Any, model_state: Any) -> jax.Array:
         sums, rows = sums_of_shards.unravel(total)
