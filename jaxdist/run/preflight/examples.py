@@ -114,7 +114,7 @@ def check_labels(
         sets.append((data_fields.setting_of_set(name), each, examples.eval_example_fn))
     for setting, source, example_fn in sets:
         labels = None if example_fn is not None else _labels_in_memory(source, str(field))
-        if labels is not None:
+        if labels is not None and labels.dtype.kind in "iu":  # probabilities are floats, which the loss checks
             try:
                 check_array(labels.reshape(-1), str(field), num_classes)
             except ValueError as error:

@@ -28,6 +28,16 @@ def test_a_label_that_is_no_class_is_refused_before_the_run(part, label):
             components.put_together(wrong, devices=jax.devices()[:1])
 
 
+def test_labels_in_memory_may_be_probabilities():
+    experiment = tiny_experiment.get_config()
+    soft = {
+        part: jaxdist.ArraySource({**source.arrays, "label": np.eye(2, dtype=np.float32)[source.arrays["label"]]})
+        for part, source in (("train", experiment.data.train), ("eval", experiment.data.eval))
+    }
+    changed = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, **soft))
+    components.put_together(changed, devices=jax.devices()[:1])
+
+
 ARRAYS = {"image": np.ones((64, 4), np.float32), "label": np.zeros(64, np.int32)}
 
 
