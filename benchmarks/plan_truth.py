@@ -6,10 +6,10 @@ python benchmarks/plan_truth.py --only bytes|memory|time [--log FILE] [--json]
   JAX compiled for the arrays that training starts from. Bytes sent are compared with the formulas of a ring.
 - memory: "theirs" is how far the resident memory of a process rose in a step above what it held before, and the
   arguments, on one device.
-- time: "ours" is what `jaxdist plan --calibrate` says, from rates that were fitted to other models; "theirs" is the
-  time of a step in a process of its own, the median of nine turns of about a tenth of a second. A shared machine
-  changes its pace for minutes: two fixed programs are timed beside the calibration and beside each model, and a model
-  is left for the next call where they differ by more than 15 %.
+- time: "ours" is what `jaxdist plan --calibrate` says, from rates that were fitted to other models, at the pace of the
+  moment; "theirs" is the time of a step in a process of its own, the median of nine turns of about a tenth of a
+  second. A shared machine changes its pace by 20 to 40 % within a minute: five of the programs of the calibration take
+  turns with the model, and `pace` is the median of how many times as long they take as when it was calibrated.
 
 Rows are printed as they come. With --log, what was measured before is not measured again: it may be run in pieces.
 """
@@ -26,23 +26,21 @@ import pathlib
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
+from plan_models import MEMORY, MODELS, UNSEEN
 
 import jaxdist
-from jaxdist import losses
 from jaxdist.launch.joining import runtime
-from jaxdist.models import cnn, gpt, mlp, resnet, vit
 from jaxdist.plan import chips, estimate, topology
-from jaxdist.plan.calibrated import measuring
+from jaxdist.plan.calibrated import measuring, programs
 from jaxdist.run import components
 
 NUM_DEVICES, TURNS = 8, 9
-PACE_LIMIT = 0.15
+ANCHORS = ("mlp 512x3,", "mlp 128x6,", "gpt 64x2x64,", "vit 128x1,", "cnn 32,")
+"""Programs of the calibration that show the machine's pace."""
 LAYOUTS = ("data-parallel", "zero1", "fsdp")
 LIMITS = {"bytes": 0.02, "sent": 0.05, "memory": 0.10, "time": 0.08}
 NO_CHIP = chips.Chip("cpu", None, 1.0, 1.0, 1.0, 1, "units")
@@ -52,78 +50,6 @@ Known = Mapping[str, Row]
 """Rows that were measured before, by name."""
 Pending = tuple[str, Callable[[], Iterator[Row]]]
 """The name of a row, and what measures it."""
-Model = tuple[str, Callable[[], jaxdist.Experiment]]
-
-
-def experiment(model: Any, fields: dict[str, np.ndarray], batch: int, loss: Any, inputs: str) -> jaxdist.Experiment:
-    return jaxdist.Experiment(
-        model=model,
-        loss=loss,
-        inputs=inputs,
-        data=jaxdist.Data(train=jaxdist.ArraySource(fields), num_threads=0),
-        optimizer=jaxdist.Optimizer(name="adam", learning_rate=1e-5),
-        global_batch_size=batch,
-        stop=jaxdist.Stop(max_steps=1),
-        layout=jaxdist.LayoutSettings(min_size=2),
-    )
-
-
-def noise(*shape: int) -> np.ndarray:
-    """Return random values: with equal ones gradients would vanish, and denormal numbers are slow to compute with."""
-    return np.random.default_rng(0).standard_normal(shape, np.float32)
-
-
-def labels(count: int) -> np.ndarray:
-    return np.arange(count, dtype=np.int32) % 8
-
-
-def dense(width: int, layers: int, batch: int, features: int = 64) -> Model:
-    fields = {"image": noise(batch, features), "label": labels(batch)}
-    model = mlp.MLP(num_classes=8, width=width, num_layers=layers, dropout_rate=0.0)
-    return f"mlp {width}x{layers}, batch {batch}", lambda: experiment(
-        model, fields, batch, losses.classification, "image"
-    )
-
-
-def images(model: Any, name: str, side: int, batch: int, channels: int = 3) -> Model:
-    fields = {"image": noise(batch, side, side, channels), "label": labels(batch)}
-    return f"{name}, batch {batch}", lambda: experiment(model, fields, batch, losses.classification, "image")
-
-
-def text(width: int, layers: int, length: int, batch: int) -> Model:
-    fields = {"tokens": np.random.default_rng(0).integers(0, 64, (batch, length), np.int32)}
-    model = gpt.GPT(64, length, num_layers=layers, num_heads=4, width=width)
-    name = f"gpt {width}x{layers}x{length}, batch {batch}"
-    return name, lambda: experiment(model, fields, batch, losses.next_token, "tokens")
-
-
-def small_vit(width: int, layers: int) -> Any:
-    return vit.ViT(8, 4, num_layers=layers, num_heads=4, width=width)
-
-
-MODELS = (
-    dense(64, 1, 32),
-    dense(128, 3, 16),
-    dense(256, 2, 64),
-    images(cnn.CNN(num_classes=8), "cnn", 16, 16),
-    images(small_vit(32, 1), "vit 32x1", 16, 16),
-    images(small_vit(64, 2), "vit 64x2", 16, 16),
-    text(32, 1, 32, 16),
-    text(64, 2, 16, 16),
-    text(64, 1, 64, 8),
-    images(resnet.ResNet(8, (1, 1), "basic"), "resnet", 16, 16),
-)
-
-UNSEEN = (
-    dense(320, 3, 160, 128), dense(1024, 2, 64, 512), dense(512, 3, 256), dense(2048, 1, 48, 256),
-    text(96, 2, 96, 12), text(160, 2, 48, 8), text(128, 1, 192, 4),
-    images(small_vit(128, 1), "vit 128x1", 32, 8), images(small_vit(48, 3), "vit 48x3", 16, 32),
-    images(cnn.CNN(num_classes=8, width=16), "cnn 16", 20, 32),
-    images(cnn.CNN(num_classes=8, width=32), "cnn 32", 16, 64),
-    images(resnet.ResNet(8, (2, 1), "basic"), "resnet 2-1", 16, 12),
-)  # fmt: skip
-"""Models that `jaxdist plan --calibrate` does not measure, and whose errors had no part in choosing its terms."""
-MEMORY = (dense(1024, 4, 8192, 256), text(128, 2, 256, 32), images(small_vit(128, 2), "vit 128x2", 32, 256))
 
 
 def planned(each: jaxdist.Experiment, devices: Sequence[jax.Device]) -> estimate.Estimate:
@@ -199,23 +125,11 @@ def _resident(field: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
-def time_rows(known: Known) -> Iterator[Pending]:
-    """Predict as `jaxdist plan --calibrate` does, and measure each model at the pace that the calibration saw."""
+def time_rows(_: Known) -> Iterator[Pending]:
+    """Predict as `jaxdist plan --calibrate` does; the calibration is made first where there is none."""
     calibrated_here()
-    pace = known.get("pace") or row("pace", *anchors(), "seconds of two fixed programs")
-
-    def measure(number: int) -> Iterator[Row]:
-        for each in measured_apart("time", number):
-            square, large = each.pop("pace")
-            apart = max(abs(square / pace["ours"] - 1), abs(large / pace["theirs"] - 1))
-            if apart <= PACE_LIMIT:
-                yield each
-            else:
-                print(f"{each['name']}: the machine's pace changed by {apart:.0%}; not counted", file=sys.stderr)
-
-    yield "pace", lambda: iter([pace])
     for number, (name, _) in enumerate(UNSEEN):
-        yield f"time/{name}", functools.partial(measure, number)
+        yield f"time/{name}", functools.partial(measured_apart, "time", number)
 
 
 def calibrated_here() -> topology.Topology:
@@ -225,29 +139,18 @@ def calibrated_here() -> topology.Topology:
 def time_row(number: int) -> Row:
     name, make = UNSEEN[number]
     where = calibrated_here()
-    step = measuring.RunningStep(make(), where.devices)
-    before = anchors()
+    made = where.calibration
+    assert made is not None
+    anchors = [each for each in programs.experiments(1) if each.name.startswith(ANCHORS)]
+    model, *others = (measuring.RunningStep(each, where.devices) for each in (make(), *anchors))
     for _ in range(TURNS):
-        step.turn()
-    pace = [statistics.mean(both) for both in zip(before, anchors(), strict=True)]
+        for step in (model, *others):
+            step.turn()
+    usual = [made.programs[each.name] for each in others]
+    paces = measuring.paces(usual, [each.seconds for each in others])
     predicted = estimate.estimate(make(), where).step_seconds
-    made = row(f"time/{name}", predicted, step.measured().step_seconds, "seconds a step", TURNS)
-    return made | {"pace": pace}
-
-
-def anchors() -> tuple[float, float]:
-    """Return the seconds of two programs that are always the same: a matrix product, and a sum of large arrays."""
-    square, large = np.ones((768, 768), np.float32), np.ones(1 << 22, np.float32)
-    return median_seconds(jax.jit(lambda x: x @ x), square), median_seconds(jax.jit(lambda x: 2 * x + 1), large)
-
-
-def median_seconds(program: Callable[..., Any], argument: np.ndarray) -> float:
-    held, seconds = jax.device_put(argument), []
-    for _ in range(40):
-        start = time.perf_counter()
-        program(held).block_until_ready()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+    taken = model.measured(paces).step_seconds
+    return row(f"time/{name}", predicted, taken, "seconds a step", TURNS) | {"pace": statistics.median(paces)}
 
 
 def row(name: str, ours: float, theirs: float, unit: str, repeats: int = 1) -> Row:

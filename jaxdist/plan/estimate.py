@@ -264,7 +264,8 @@ def _predicted(program: facts.ProgramFacts, topology: Topology) -> dict[str, Any
     made = topology.calibration
     if made is None:
         return {}
-    seconds = made.rates.step_seconds(program.operations, program.temp_bytes)
+    held = program.argument_bytes + program.temp_bytes
+    seconds = made.rates.step_seconds(program.operations, temp_bytes=program.temp_bytes, held_bytes=held)
     return {"predicted_seconds": seconds, "calibration": made.describe()}
 
 

@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 import importlib.util
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -116,6 +115,7 @@ def _described_gpus(name: str, kind: str, count: int) -> Sequence[jax.Device]:
 
 
 def _tpu(name: str, kind: str, shape: str) -> Topology:
+    _check_sides(name, shape)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             f"{name} is compiled for by libtpu, which is not installed. It needs no TPU: pip install 'jaxdist[tpu]'."
@@ -140,13 +140,20 @@ def _without_native_output() -> Iterator[None]:
         os.close(kept)
 
 
-def _described(name: str, kind: str, shape: str) -> Sequence[jax.Device]:
-    sides = [int(side) for side in shape.split("x") if side.isdecimal()]
-    if max(sides, default=0) > LONGEST_SIDE:  # libtpu would end the process
+def _check_sides(name: str, shape: str) -> None:
+    sides = shape.split("x")
+    if not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise UserError(_unknown(name))
+    longest = max(map(int, sides))
+    if longest > LONGEST_SIDE:  # libtpu would end the process
         raise UserError(
-            f"{name} has a side of {max(sides)} chips, and libtpu compiles for at most {LONGEST_SIDE}. "
+            f"{name} has a side of {longest} chips, and libtpu compiles for at most {LONGEST_SIDE}. "
             f"The nearest that it can is {_nearest(name)!r}. {_known()}"
         )
+
+
+def _described(name: str, kind: str, shape: str) -> Sequence[jax.Device]:
+    _check_sides(name, shape)
     try:
         with _without_native_output():
             return topologies.get_topology_desc(f"{kind}:{shape}", "tpu").devices
@@ -209,7 +216,15 @@ def _unknown(name: str) -> str:
 
 
 def _nearest(name: str) -> str:
-    return difflib.get_close_matches(name, EXAMPLES, n=1, cutoff=0.0)[0]
+    """Return the topology whose name is most like `name`; of CPU devices and GPUs with as many as there may be."""
+    nearest = difflib.get_close_matches(name.strip().lower(), EXAMPLES, n=1, cutoff=0.0)[0]
+    platform, _, count = name.rpartition(":")
+    if not count.isdecimal() or not int(count) or nearest.rpartition(":")[0] != platform.strip().lower():
+        return nearest
+    if platform == "cpu":
+        return f"cpu:{min(int(count), MOST_CPU_DEVICES)}"
+    hosts = min(-(-int(count) // chips.HOST_GPUS) * chips.HOST_GPUS, MOST_GPUS)
+    return f"{nearest.rpartition(':')[0]}:{int(count) if _is_count_of_gpus(int(count)) else hosts}"
 
 
 def _known() -> str:
@@ -231,19 +246,20 @@ def _measure_matmul() -> float:
     size = _CALIBRATION_SIZE
     multiply = jax.jit(lambda a: a @ a)
     matrix = jax.device_put(np.ones((size, size), np.float32), jax.devices()[0])
-    return 2 * size**3 / _median_seconds(lambda: multiply(matrix).block_until_ready())
+    return 2 * size**3 / _least_seconds(lambda: multiply(matrix).block_until_ready())
 
 
 def _measure_copy() -> float:
     source, target = np.ones(1 << 22, np.float64), np.empty(1 << 22, np.float64)
-    return 2 * source.nbytes / _median_seconds(lambda: np.copyto(target, source))
+    return 2 * source.nbytes / _least_seconds(lambda: np.copyto(target, source))
 
 
-def _median_seconds(work: Callable[[], object], repeats: int = 7) -> float:
+def _least_seconds(work: Callable[[], object], repeats: int = 15) -> float:
+    """Return the least of some times: what follows from it is a bound also where other programs run."""
     work()
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+    return min(seconds)

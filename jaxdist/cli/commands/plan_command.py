@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -192,7 +193,8 @@ class _Bar:
         if sys.stderr.isatty():
             full = _BAR * done // total
             bar = "#" * full + "-" * (_BAR - full)
-            print(f"\r\x1b[K[{bar}] {done}/{total} {what[:60]}", end="", file=sys.stderr, flush=True)
+            shown = f"[{bar}] {done}/{total} {what}"[: shutil.get_terminal_size().columns - 1]
+            print(f"\r\x1b[K{shown}", end="", file=sys.stderr, flush=True)
         else:
             _say(f"{done} of {total} done; compiled for {what}")
 

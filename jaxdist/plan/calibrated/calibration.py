@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jaxlib
@@ -16,7 +16,7 @@ from jaxdist.plan.calibrated import measuring, operation_rates, programs
 from jaxdist.plan.compiled import facts
 from jaxdist.rundir import files
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,17 +26,17 @@ class Calibration:
     Attributes:
       rates: of operations and steps.
       measured: the day, as in 2026-11-29.
-      programs: how many were measured.
+      programs: name of each that was measured -> seconds of its step.
     """
 
     rates: operation_rates.Rates
     measured: str
-    programs: int
+    programs: Mapping[str, float]
 
     def describe(self) -> str:
         """Return when and with what it was made, and how well it gives what it was made from."""
         return (
-            f"rates measured here on {self.measured}; the {self.programs} programs they are from: median error "
+            f"rates measured here on {self.measured}; the {len(self.programs)} programs they are from: median error "
             f"{self.rates.error:.0%}"
         )
 
@@ -48,7 +48,8 @@ def find(devices: Sequence[jax.Device], *, show: Callable[[int, int, str], None]
         content = json.loads(path.read_text(encoding="utf-8"))
         return Calibration(**content | {"rates": operation_rates.Rates(**content["rates"])})
     measured = measuring.measure(programs.experiments(len(devices)), devices, show=show)
-    found = Calibration(operation_rates.fit(measured), datetime.date.today().isoformat(), len(measured))
+    seconds = {each.name: each.step_seconds for each in measured}
+    found = Calibration(operation_rates.fit(measured), datetime.date.today().isoformat(), seconds)
     with contextlib.suppress(OSError):  # A cache that cannot be written costs time, nothing else.
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write(path, [json.dumps(dataclasses.asdict(found)).encode()])

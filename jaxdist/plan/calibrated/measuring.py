@@ -7,7 +7,7 @@ import pathlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -18,8 +18,8 @@ from jaxdist.plan.calibrated.operation_rates import MeasuredProgram
 from jaxdist.plan.compiled.operations import operations
 from jaxdist.run import components
 
-_TURNS, _TURN_SECONDS = 5, 0.12
-_TRACED_TURNS, _TRACED_STEPS = (1, 2, 4), 4
+_TURNS, _TURN_SECONDS = 7, 0.1
+_TRACED_TURNS, _TRACED_STEPS = (1, 3, 5), 4
 
 
 class RunningStep:
@@ -27,6 +27,7 @@ class RunningStep:
 
     Attributes:
       name: of its experiment.
+      seconds: of a step, in each turn.
     """
 
     def __init__(self, experiment: Experiment, devices: Sequence[jax.Device]):
@@ -36,9 +37,11 @@ class RunningStep:
         self._step = cast("Any", parts.step)
         compiled = self._step.trace(self._state, self._batch).lower().compile()
         self._hlo: str = compiled.as_text()
-        self._temp_bytes: int = compiled.memory_analysis().temp_size_in_bytes
-        self._seconds: list[float] = []
-        self._traces: list[bytes] = []
+        memory: Any = compiled.memory_analysis()
+        self._temp_bytes: int = memory.temp_size_in_bytes
+        self._held_bytes: int = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        self.seconds: list[float] = []
+        self._traces: dict[int, bytes] = {}
         self.run(2)
 
     def run(self, count: int) -> float:
@@ -52,17 +55,18 @@ class RunningStep:
     def turn(self, *, traced: bool = False) -> None:
         """Take steps for about a tenth of a second and note the time of one; `traced`: then some under the profiler."""
         seconds = self.run(1)
-        self._seconds.append(self.run(max(int(_TURN_SECONDS / seconds), 2)))
+        self.seconds.append(self.run(max(int(_TURN_SECONDS / seconds), 2)))
         if traced:
-            self._traces.append(trace(lambda: self.run(_TRACED_STEPS)))
+            self._traces[len(self.seconds) - 1] = trace(lambda: self.run(_TRACED_STEPS))
 
-    def measured(self) -> MeasuredProgram:
-        """Return the medians of all turns.
+    def measured(self, paces: Sequence[float]) -> MeasuredProgram:
+        """Return the medians of all turns, as they would have been had the machine kept its pace: see `paces`.
 
         Raises:
           UserError: the profiler of this version of JAX does not name operations.
         """
-        seconds = operation_seconds(self._traces)
+        step = statistics.median(each / pace for each, pace in zip(self.seconds, paces, strict=True))
+        seconds = operation_seconds({each: self.seconds[turn] / step for turn, each in self._traces.items()})
         found = [each for each in operations(self._hlo) if each.name in seconds]
         if self._traces and not found:
             raise UserError(
@@ -70,7 +74,7 @@ class RunningStep:
                 "Leave --calibrate out: the bounds need no calibration."
             )
         taken = [seconds[each.name] for each in found]
-        return MeasuredProgram(self.name, found, taken, statistics.median(self._seconds), self._temp_bytes)
+        return MeasuredProgram(self.name, found, taken, step, self._temp_bytes, self._held_bytes)
 
 
 def measure(
@@ -81,15 +85,27 @@ def measure(
     for number, experiment in enumerate(experiments):
         show(number, len(experiments), experiment.name)
         steps.append(RunningStep(experiment, devices))
+    show(len(experiments), len(experiments), "their steps, which are timed now")
     return time_together(steps)
 
 
 def time_together(steps: Sequence[RunningStep]) -> list[MeasuredProgram]:
-    """Let the steps take turns, and return what they took: what slows the machine down for a while slows all."""
+    """Let the steps take turns, and return what they took at the pace that the machine kept most of the time."""
     for number in range(_TURNS):
         for step in steps:
             step.turn(traced=number in _TRACED_TURNS)
-    return [step.measured() for step in steps]
+    usual = [statistics.median(step.seconds) for step in steps]
+    found = paces(usual, [step.seconds for step in steps])
+    return [step.measured(found) for step in steps]
+
+
+def paces(usual: Sequence[float], seconds: Sequence[Sequence[float]]) -> list[float]:
+    """Return for each round how many times as long as usual a program took in it: the median of all programs.
+
+    A machine that is shared, or gets warm, changes its pace by some ten percent within a minute.
+    """
+    rounds = zip(*seconds, strict=True)
+    return [statistics.median(taken / each for taken, each in zip(row, usual, strict=True)) for row in rounds]
 
 
 def trace(work: Callable[[], object]) -> bytes:
@@ -104,12 +120,16 @@ def trace(work: Callable[[], object]) -> bytes:
         return file.read_bytes()
 
 
-def operation_seconds(traces: Iterable[bytes]) -> dict[str, float]:
-    """Return for each operation in the traces its seconds, the median over devices and times."""
+def operation_seconds(traces: Mapping[bytes, float]) -> dict[str, float]:
+    """Return for each operation in the traces its seconds, the median over devices and times.
+
+    Args:
+      traces: each with how many times as long as usual its program took then.
+    """
     found: dict[str, list[float]] = collections.defaultdict(list)
-    for each in traces:
+    for each, pace in traces.items():
         for event in json.loads(gzip.decompress(each))["traceEvents"]:
             name = event.get("args", {}).get("hlo_op")
             if name and event.get("ph") == "X":
-                found[name].append(event["dur"] * 1e-6)
+                found[name].append(event["dur"] * 1e-6 / pace)
     return {name: statistics.median(seconds) for name, seconds in found.items()}

@@ -61,10 +61,14 @@ def _vit(width: int, layers: int) -> Any:
 _MAKERS = (
     _dense(256, 1, 128, 256), _dense(512, 3, 256, 512), _dense(1024, 2, 128, 256), _dense(128, 6, 512, 128),
     _dense(2048, 1, 64, 512), _dense(640, 6, 192, 256), _dense(256, 8, 2560, 64),
-    _text(64, 2, 64, 8), _text(128, 1, 128, 6), _text(64, 1, 128, 8),
+    _dense(384, 2, 128, 192), _dense(1280, 1, 96, 128), _dense(128, 3, 64, 64), _dense(192, 5, 256, 96),
+    _text(64, 2, 64, 8), _text(128, 1, 128, 6), _text(64, 1, 128, 8), _text(48, 2, 32, 16),
     _images("vit 64x2", _vit(64, 2), 32, 16), _images("vit 128x1", _vit(128, 1), 32, 12),
+    _images("vit 96x1", _vit(96, 1), 16, 24),
     _images("cnn 32", cnn.CNN(num_classes=_CLASSES), 16, 32), _images("cnn 16", cnn.CNN(_CLASSES, width=16), 16, 64),
+    _images("cnn 20", cnn.CNN(_CLASSES, width=20), 12, 48),
     _images("resnet 32", resnet.ResNet(_CLASSES, (1, 1), width=32), 16, 32),
+    _images("resnet basic", resnet.ResNet(_CLASSES, (1, 1), "basic", width=24), 16, 24),
 )  # fmt: skip
 
 

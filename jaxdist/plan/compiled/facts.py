@@ -21,7 +21,7 @@ from jaxdist.plan.compiled import collectives, live_buffers, operations
 from jaxdist.rundir import files
 
 NUM_BUFFERS = 10
-_FORMAT = 3
+_FORMAT = 4
 """Part of every name: another number makes the older files unused."""
 
 

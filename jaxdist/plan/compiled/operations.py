@@ -24,7 +24,8 @@ _MOVES = frozenset({"broadcast", "reshape", "bitcast", "parameter", "constant", 
                     "tuple", "get-tuple-element", "concatenate", "pad"})  # fmt: skip
 _COSTLY = frozenset({"exponential", "log", "tanh", "logistic", "power", "rsqrt", "sqrt", "divide", "sine", "cosine",
                      "erf", "exponential-minus-one", "log-plus-one", "cbrt", "tan", "atan2", "remainder"})  # fmt: skip
-_INDEXED = frozenset({"gather", "scatter", "sort", "dynamic-slice", "dynamic-update-slice"})
+_UPDATE = "dynamic-update-slice"
+_INDEXED = frozenset({"gather", "scatter", "sort", "dynamic-slice", _UPDATE})
 _DIMS = re.compile(r"\[([\d,]*)\]")
 _MINOR_TO_MAJOR = re.compile(r"\{([\d,]+)[:}]")
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
@@ -112,13 +113,16 @@ def _operation(instruction: Instruction, program: Program, by_name: Mapping[str,
     )
     kind = _kind(inside, by_name)
     if kind == INDEXING:  # only the rows that are named are read or written
+        updates = [by_name[each.operands[1]] for each in inside if each.opcode == _UPDATE]
+        if updates:
+            results = sum(array.num_bytes for each in updates for array in each.arrays)
         operands = min(operands, results)
     partitions = _PARTITIONS.search(instruction.rest)
     made = Operation(
         instruction.name,
         kind,
         num_bytes=results + operands,
-        computed=float(sum(_elements(each) for each in inside if each.opcode not in _MOVES | _COSTLY)),
+        computed=float(sum(_elements(each) for each in inside if each.opcode not in _MOVES | _COSTLY | {_UPDATE})),
         costly=float(sum(_elements(each) for each in inside if each.opcode in _COSTLY)),
         split=bool(partitions and partitions[1]),
         library="kind=kCustom" in instruction.rest,

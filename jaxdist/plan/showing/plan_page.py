@@ -63,7 +63,8 @@ def of_search(found: Sequence[Candidate], text: str, *, price_per_hour: float | 
     if best is None:
         return None
     rows = [[html.escape(" ".join(each.assignments)), *_candidate_cells(each.estimate, each.refused)] for each in found]
-    table = _table(["Settings", "Memory of a device", "A step at least", "Bound by", "Fits"], rows)
+    step = "A step, predicted" if best.predicted_seconds else "A step at least"
+    table = _table(["Settings", "Memory of a device", step, "Bound by", "Fits"], rows)
     return Page(
         f"{best.experiment} on {best.topology}: search",
         best,
@@ -126,7 +127,7 @@ def render(page: Page) -> str:
     badge, verdict = _verdict(made)
     return string.Template((importlib.resources.files(__package__) / "plan_page.html").read_text("utf-8")).substitute(
         title=html.escape(page.title),
-        heading=html.escape(f"{made.num_devices} devices, {made.strategy}"),
+        heading=html.escape(f"{made.num_devices} device(s), {made.strategy}"),
         style=style,
         dark=f":root {dark[1]}",
         made=f"Planned {datetime.datetime.now():%Y-%m-%d %H:%M:%S}",
@@ -175,7 +176,7 @@ def _facts(made: Estimate, price: float | None) -> list[tuple[str, str]]:
         ("input must deliver", f"{size_text(made.input_bytes_per_second)}/s"),
     ]
     facts += [("input delivers here", f"{delivered:,.0f} examples/s")] if delivered else []
-    facts += [(f"{made.steps:,} steps", f"{spent['hours']:,.2f} h")] if spent else []
+    facts += [(f"{made.steps:,} steps", plan_text.hours_text(spent["hours"]))] if spent else []
     return facts + ([("price", f"{spent['price']:,.2f} at {price:g} an hour")] if "price" in spent else [])
 
 
@@ -215,11 +216,12 @@ def _buffers(made: Estimate) -> str:
 
 
 def _bounds(made: Estimate) -> str:
-    longest = made.step_seconds
+    shown = {**made.bound_seconds, **({"predicted": made.predicted_seconds} if made.predicted_seconds else {})}
+    longest = max(shown.values())
     bars = "".join(
         f'<div class="bar"><span>{name}</span><div><i style="width:{100 * seconds / longest:.2f}%"></i></div>'
         f"<b>{seconds_text(seconds)}</b></div>"
-        for name, seconds in made.bound_seconds.items()
+        for name, seconds in shown.items()
     )
     formula = "<p class=quiet>MFU = FLOPs of a step / (time of a step x devices x peak FLOP/s of one)</p>"
     own = f"<p>The compiler's own estimate: {seconds_text(made.compiler_seconds)}</p>" if made.compiler_seconds else ""
@@ -228,10 +230,17 @@ def _bounds(made: Estimate) -> str:
 
 def _roofline(made: Estimate) -> str:
     at = roofline.place(made)
+    reached = "predicted" if made.predicted_seconds else "what the bounds allow"
     return (
-        f"{roofline.draw(made)}<p>{at.intensity:,.1f} FLOPs for each byte of memory traffic: the roof is "
-        f"{at.roof / 1e12:,.3g} TFLOP/s, and the bounds allow {at.reached / 1e12:,.3g} TFLOP/s of one device.</p>"
+        f'<div class="scroll roofline-box">{roofline.draw(made)}</div>'
+        f"<p>{at.intensity:,.1f} FLOPs for each byte of memory traffic: the roof is "
+        f"{_rate_text(at.roof)}, and {reached} is {_rate_text(at.reached)} of one device.</p>"
     )
+
+
+def _rate_text(flops_per_second: float) -> str:
+    factor, unit = (1e12, "T") if flops_per_second >= 1e12 else (1e9, "G")
+    return f"{flops_per_second / factor:,.3g} {unit}FLOP/s"
 
 
 def _collectives(made: Estimate) -> str:

@@ -12,13 +12,15 @@ from jaxdist.plan.estimate import Estimate
 from jaxdist.plan.search import Candidate
 
 MOST_LINES = 5
+WIDTH = 80
+_INSTALLED = pathlib.Path(__file__).parents[3]
 
 
 def render(made: Estimate, *, price_per_hour: float | None = None) -> str:
     """Return the plan of one way to train."""
     mesh = " x ".join(f"{name} {size}" for name, size in made.mesh.items())
     lines = [
-        f"{made.experiment} on {made.topology}: {made.num_devices} devices ({mesh}), {made.strategy}",
+        f"{made.experiment} on {made.topology}: {made.num_devices} device(s) ({mesh}), {made.strategy}",
         f"{made.num_params:,} params, {made.global_batch_size} examples a step, {made.num_microbatches} microbatch(es)",
         "",
         "Memory of one device",
@@ -34,7 +36,7 @@ def render(made: Estimate, *, price_per_hour: float | None = None) -> str:
         *_step(made, price_per_hour),
     ]
     if made.note:
-        lines += ["", *textwrap.wrap(made.note, 80)]
+        lines += ["", *textwrap.wrap(made.note, WIDTH)]
     return "\n".join(lines)
 
 
@@ -47,7 +49,7 @@ def _step(made: Estimate, price_per_hour: float | None) -> list[str]:
         *_rows((name, seconds_text(seconds)) for name, seconds in made.bound_seconds.items()),
     ]
     if made.predicted_seconds:
-        reason = textwrap.wrap(f"predicted by {made.calibration}", 78)
+        reason = textwrap.wrap(f"predicted by {made.calibration}", WIDTH - 2)
         lines += [*_rows([("predicted", seconds_text(made.predicted_seconds))]), *(f"  {each}" for each in reason)]
     lines += [
         f"  bound by {made.bound_by}: {most}{made.examples_per_second:,.0f} examples/s{tokens}",
@@ -63,7 +65,7 @@ def _step(made: Estimate, price_per_hour: float | None) -> list[str]:
     spent = made.cost(price_per_hour)
     if spent:
         price = f", {spent['price']:,.2f} at {price_per_hour:g} an hour" if "price" in spent else ""
-        lines.append(f"  {made.steps:,} steps: {spent['hours']:,.2f} h{price}")
+        lines.append(f"  {made.steps:,} steps: {hours_text(spent['hours'])}{price}")
     return lines
 
 
@@ -76,17 +78,28 @@ def render_search(candidates: Sequence[Candidate], command: Sequence[str]) -> st
     """
     lines = [f"{'bytes/device':>13} {'step':>10}  {'fits':<5} settings"]
     for each in candidates:
-        made, settings = each.estimate, " ".join(each.assignments)
-        if made is None:
-            lines.append(f"{'':>13} {'':>10}  {'-':<5} {settings}: {each.refused.splitlines()[0][:60]}")
-        else:
-            figures = f"{size_text(made.bytes.total):>13} {seconds_text(made.step_seconds):>10}"
-            lines.append(f"{figures}  {_fits_text(made):<5} {settings}")
+        lines += _candidate(each)
     best = candidates[0] if candidates else None
     if best is None or not best.works:
         return "\n".join([*lines, "", "Nothing fits: use more or larger devices."])
     chosen = best.assignments if "--set" in command else ("--set", *best.assignments)
     return "\n".join([*lines, "", f"Best: {shlex.join([*command, *chosen])}"])
+
+
+def _candidate(candidate: Candidate) -> list[str]:
+    """Return a row of a search, and what does not fit beside its figures in lines below."""
+    made, what = candidate.estimate, list(candidate.assignments)
+    if made is None:
+        figures = f"{'':>13} {'':>10}  {'-':<5} "
+        what += [f"refused: {candidate.refused.splitlines()[0]}"]
+    else:
+        figures = f"{size_text(made.bytes.total):>13} {seconds_text(made.step_seconds):>10}  {_fits_text(made):<5} "
+    beside = [line for each in what for line in textwrap.wrap(each, WIDTH - len(figures), break_on_hyphens=False)]
+    rows = [beside[0]]
+    for each in beside[1:]:
+        joined = f"{rows[-1]} {each}"
+        rows[-1:] = [joined] if len(joined) <= WIDTH - len(figures) else [rows[-1], each]
+    return [f"{figures if not number else ' ' * len(figures)}{row}" for number, row in enumerate(rows)]
 
 
 def render_sweep(rows: Sequence[SweepRow]) -> str:
@@ -102,7 +115,7 @@ def render_sweep(rows: Sequence[SweepRow]) -> str:
             f"{size_text(made.bytes.total):>13}  {made.bound_by:<8} {bar}"
         )
     reasons = dict.fromkeys(row.extrapolated for row in rows if row.extrapolated)
-    notes = [line for reason in reasons for line in textwrap.wrap(f"* extrapolated: {reason}", 80)]
+    notes = [line for reason in reasons for line in textwrap.wrap(f"* extrapolated: {reason}", WIDTH)]
     return "\n".join([*lines, "", *_network(rows), *notes])
 
 
@@ -126,6 +139,13 @@ def size_text(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
         size /= 1024
     return f"{size:.2f} TiB"
+
+
+def hours_text(hours: float) -> str:
+    """Return the time of a whole run: hours, or minutes and less where it is short."""
+    if hours >= 1:
+        return f"{hours:,.2f} h"
+    return f"{60 * hours:.1f} min" if hours >= 1 / 60 else seconds_text(3600 * hours)
 
 
 def seconds_text(seconds: float) -> str:
@@ -159,14 +179,24 @@ def _buffer(buffer: Buffer) -> str:
     times = f"{buffer.count} x " if buffer.count > 1 else ""
     what = short_line(buffer.line) if buffer.line else buffer.what
     shown = f"  {times + size_text(buffer.num_bytes):>17}  {buffer.shape:<22} "
-    return shown + what[-max(80 - len(shown), 20) :]
+    return shown + _end(what, max(WIDTH - len(shown), 20))
+
+
+def _end(text: str, most: int) -> str:
+    """Return the end of a text that is longer than `most`, at the beginning of a name where it is a path."""
+    if len(text) <= most:
+        return text
+    kept = text[3 - most :]
+    return f"...{kept[kept.find('/') :] if '/' in kept else kept}"
 
 
 def short_line(line: str) -> str:
-    """Return `FILE:LINE` relative to the working directory, where the file is in it."""
+    """Return `FILE:LINE` relative to the working directory, or to where this package is installed, if it is in one."""
     path, colon, number = line.rpartition(":")
-    here = pathlib.Path.cwd()
-    return f"{pathlib.Path(path).relative_to(here)}{colon}{number}" if pathlib.Path(path).is_relative_to(here) else line
+    for folder in (pathlib.Path.cwd(), _INSTALLED):
+        if pathlib.Path(path).is_relative_to(folder):
+            return f"{pathlib.Path(path).relative_to(folder)}{colon}{number}"
+    return line
 
 
 def _verdict(made: Estimate) -> str:

@@ -73,7 +73,9 @@ def test_more_devices_than_can_be_compiled_for_are_extrapolated_with_the_reason(
 
 
 def test_a_calibrated_plan_predicts_the_step(capsys, monkeypatch):
-    made = calibration.Calibration(rates.Rates({"": [1e-3] + [0.0] * 9}, 0.5, 1.0, error=0.04), "2026-11-29", 10)
+    factors = {"matmul": 1.0, "convolution": 1.0, "": 1.0}
+    found = rates.Rates({"": [1e-3] + [0.0] * 9}, factors, start_seconds=0.5, error=0.04)
+    made = calibration.Calibration(found, "2026-11-29", dict.fromkeys("abcdefghij", 1.0))
     monkeypatch.setattr(topology.calibration, "find", lambda devices, show: made)
     assert main.run(["plan", TINY, "--topology", "cpu:8", "--calibrate", "--json"]) == 0
     content = json.loads(capsys.readouterr().out)

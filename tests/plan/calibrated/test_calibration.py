@@ -30,10 +30,11 @@ def find(count):
 def test_the_second_time_nothing_is_measured(measured):
     first = find(1)
     assert find(1) == first
-    assert first.rates.step_seconds([Operation("", ELEMENTWISE, num_bytes=8)], 0) == pytest.approx(2e-3)
+    assert first.programs == {"any": 2e-3}
     assert "median error 0%" in first.describe()
     find(2)
     assert measured == [1, 2]
+    assert first.rates.of(*measuring.measure([], [], show=None)) == pytest.approx(2e-3)
 
 
 def test_a_damaged_file_is_measured_again(measured):

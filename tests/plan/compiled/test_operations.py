@@ -37,6 +37,16 @@ def test_what_a_loop_runs_counts_once_per_iteration():
     assert one.times * one.flops == 7 * 2 * 32**3
 
 
+def test_an_array_of_which_a_loop_writes_one_row_is_not_all_written_each_time():
+    def loop(x):
+        return jax.lax.scan(lambda carry, row: (carry, jnp.tanh(row)), 0.0, x)[1]
+
+    found = [each for each in compiled(loop, (512, 256)) if each.times == 512]
+    assert found
+    assert max(each.num_bytes for each in found) <= 2 * 4 * 256
+    assert max(each.computed + each.costly for each in found) <= 2 * 256
+
+
 def test_the_arithmetic_of_a_convolution():
     def convolve(x, kernel):
         return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))

@@ -62,4 +62,30 @@ def test_a_search_names_the_best_or_says_that_nothing_fits():
     assert best == "Best: jaxdist train x.py --set strategy=fsdp num_microbatches=1"
     text = plan_text.render_search([large, refused], ["jaxdist", "train", "x.py"])
     assert "Nothing fits" in text
-    assert "num_microbatches=1: It does not divide." in text
+    assert "refused: It does not divide." in text
+
+
+def test_a_search_fits_eighty_columns_whatever_its_settings_are():
+    settings = ("strategy=tensor", "mesh={'data': 128, 'model': 2}", "num_microbatches=8", "model.remat=True")
+    found = [
+        search.Candidate(settings, plan()[1]),
+        search.Candidate(settings, None, "The reason is a long sentence. " * 4),
+    ]
+    rows = plan_text.render_search(found, ["jaxdist", "train", "x.py"]).splitlines()[:-1]
+    assert max(map(len, rows)) <= 80
+    assert all(setting in " ".join(rows) for setting in settings)
+
+
+@pytest.mark.parametrize(
+    ("hours", "text"), [(1234.5, "1,234.50 h"), (1, "1.00 h"), (0.5, "30.0 min"), (1 / 3600, "1 s"), (1e-6, "3.6 ms")]
+)
+def test_short_runs_are_not_zero_hours(hours, text):
+    assert plan_text.hours_text(hours) == text
+
+
+def test_lines_are_shown_relative_to_where_one_works_or_where_the_package_is(monkeypatch, tmp_path):
+    inside = f"{plan_text.__file__}:7"
+    monkeypatch.chdir(tmp_path)
+    assert plan_text.short_line(f"{tmp_path}/mine.py:3") == "mine.py:3"
+    assert plan_text.short_line(inside) == "jaxdist/plan/showing/plan_text.py:7"
+    assert plan_text.short_line("/elsewhere/x.py:1") == "/elsewhere/x.py:1"
