@@ -14,6 +14,7 @@ from typing import TypeAlias
 from jaxdist.config.experiment import Experiment
 from jaxdist.config.overrides import override
 from jaxdist.errors import UserError
+from jaxdist.plan.compiled.facts import TooLargeError
 from jaxdist.plan.estimate import Estimate, estimate
 from jaxdist.plan.topology import Topology
 
@@ -32,11 +33,13 @@ class Candidate:
       assignments: for `--set`.
       estimate: None where it was refused.
       refused: why, empty where it was not.
+      is_too_large: whether it needs more memory than a device has.
     """
 
     assignments: tuple[str, ...]
     estimate: Estimate | None
     refused: str = ""
+    is_too_large: bool = False
 
     @property
     def works(self) -> bool:
@@ -98,7 +101,7 @@ def search(experiment: Experiment, topology: Topology, *, show: Callable[[int, i
                 return
             candidate = _try((*way, *saving), experiment, topology)
             # What saves more memory than is needed would only cost more time.
-            is_last = candidate.works or saving == savings(experiment)[-1]
+            is_last = candidate.works or not candidate.is_too_large or saving == savings(experiment)[-1]
             results.put((candidate, is_last))
             if is_last:
                 return
@@ -168,6 +171,9 @@ def rank(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 def _try(assignments: tuple[str, ...], experiment: Experiment, topology: Topology) -> Candidate:
     try:
-        return Candidate(assignments, estimate(override(experiment, assignments), topology))
+        made = estimate(override(experiment, assignments), topology)
+        return Candidate(assignments, made, is_too_large=made.fits is False)
+    except TooLargeError as error:
+        return Candidate(assignments, None, str(error), is_too_large=True)
     except UserError as error:
         return Candidate(assignments, None, str(error))

@@ -146,9 +146,10 @@ def _check_sides(name: str, shape: str) -> None:
         raise UserError(_unknown(name))
     longest = max(map(int, sides))
     if longest > LONGEST_SIDE:  # libtpu would end the process
+        nearest = f"{name.removesuffix(shape)}{'x'.join(str(min(int(side), LONGEST_SIDE)) for side in sides)}"
         raise UserError(
             f"{name} has a side of {longest} chips, and libtpu compiles for at most {LONGEST_SIDE}. "
-            f"The nearest that it can is {_nearest(name)!r}. {_known()}"
+            f"The nearest that it can is {nearest!r}. {_known()}"
         )
 
 

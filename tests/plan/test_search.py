@@ -11,6 +11,7 @@ from plan_cases import eight_devices, plan
 from jaxdist import errors
 from jaxdist.models import gpt
 from jaxdist.plan import search
+from jaxdist.plan.compiled import facts
 
 
 def test_a_search_ranks_what_works_and_keeps_what_was_refused():
@@ -41,25 +42,29 @@ def test_working_candidates_come_first_and_the_fastest_of_them():
     assert [each.works for each in (fast, slow, large, refused)] == [True, True, False, False]
 
 
-def test_more_microbatches_are_tried_only_until_one_fits(monkeypatch):
+def test_more_microbatches_are_tried_only_until_one_fits_and_only_for_memory(monkeypatch):
     _, made = plan()
     tried = []
 
     def estimate(experiment, topology):
         tried.append((experiment.strategy, experiment.num_microbatches))
         if experiment.strategy == "zero1":
-            raise errors.UserError("no")
+            raise facts.TooLargeError("too large")
+        if experiment.strategy == "tensor":
+            raise errors.UserError("no rules")
         needs = made.bytes.total
         fits = experiment.strategy == "data-parallel" or experiment.num_microbatches >= 4
         return dataclasses.replace(made, device_memory=needs if fits else needs - 1)
 
     monkeypatch.setattr(search, "estimate", estimate)
-    monkeypatch.setattr(search, "MODEL_AXES", ())
+    monkeypatch.setattr(search, "MODEL_AXES", (2,))
     found = search.search(tiny_experiment.get_config(), eight_devices(), show=lambda *what: None)
     assert sorted(tried) == [
-        ("data-parallel", 1), *[("fsdp", count) for count in (1, 2, 4)], *[("zero1", count) for count in (1, 2, 4, 8)],
+        ("data-parallel", 1), *[("fsdp", count) for count in (1, 2, 4)], ("tensor", 1),
+        *[("zero1", count) for count in (1, 2, 4, 8)],
     ]  # fmt: skip
-    assert [each.refused for each in found.candidates if each.estimate is None] == ["no"] * 4
+    refused = [each.refused for each in found.candidates if each.estimate is None]
+    assert sorted(refused) == ["no rules", *["too large"] * 4]
 
 
 def test_an_interrupted_search_keeps_what_it_found(monkeypatch):

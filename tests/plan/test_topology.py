@@ -96,5 +96,5 @@ def test_a_torus_that_would_end_the_process_is_refused(monkeypatch):
 
     monkeypatch.setattr(topology.topologies, "get_topology_desc", get_topology_desc)
     there = topology.Topology("tpu:v5e:16x16", jax.devices()[:1], chips.TPUS["v5e"], runs_here=False)
-    with pytest.raises(errors.UserError, match="tpu:v5e:32x32 has a side of 32 chips"):
+    with pytest.raises(errors.UserError, match=r"32x32 has a side of 32 chips.* 'tpu:v5e:16x16'"):
         topology.with_devices(there, 1024)

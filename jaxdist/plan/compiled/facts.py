@@ -29,6 +29,10 @@ class UnreadableProgramError(UserError):
     """A program that the compiler made and cannot print."""
 
 
+class TooLargeError(UserError):
+    """A program that the compiler did not make, since no device could hold what it needs."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ProgramFacts:
     """What was read off a compiled program; bytes are those of one device.
@@ -73,7 +77,7 @@ def _compiled(lowered: Any, topology: str) -> jax.stages.Compiled:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         # The TPU compiler gives no program that its chip's memory does not hold.
-        raise UserError(
+        raise TooLargeError(
             f"The step does not fit a device of {topology}: {str(error).splitlines()[0]} Use more or larger devices, "
             "sharding, remat or more microbatches; --search tries them."
         ) from error

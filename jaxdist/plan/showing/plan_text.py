@@ -91,7 +91,7 @@ def _candidate(candidate: Candidate) -> list[str]:
     made, what = candidate.estimate, list(candidate.assignments)
     if made is None:
         figures = f"{'':>13} {'':>10}  {'-':<5} "
-        what += [f"refused: {candidate.refused.splitlines()[0]}"]
+        what += [textwrap.shorten(f"refused: {candidate.refused}", 2 * (WIDTH - len(figures)), placeholder=" ...")]
     else:
         figures = f"{size_text(made.bytes.total):>13} {seconds_text(made.step_seconds):>10}  {_fits_text(made):<5} "
     beside = [line for each in what for line in textwrap.wrap(each, WIDTH - len(figures), break_on_hyphens=False)]
