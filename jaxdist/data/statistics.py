@@ -22,6 +22,7 @@ from jaxdist.data.sources.wrap import as_source
 from jaxdist.data.transforms import Chain, Normalise, Transform
 from jaxdist.rundir import files
 
+_ROUNDING = 16 * np.finfo(np.float64).eps
 _AT_A_TIME = 256
 
 
@@ -141,7 +142,9 @@ def _measure(recipe: assembly.Recipe, names: Sequence[str], over_all: frozenset[
         raise ValueError(f"There are no values of the fields {list(names)}: no example counts, or all are empty.")
     fields = {}
     for name, (count, mean, squares) in totals.items():
-        fields[name] = FieldStatistics(tuple(mean.tolist()), tuple(np.sqrt(squares / count).tolist()), count)
+        std = np.sqrt(squares / count)
+        std[std <= _ROUNDING * np.abs(mean)] = 0  # constant, but for the last bits of its mean
+        fields[name] = FieldStatistics(tuple(mean.tolist()), tuple(std.tolist()), count)
     return DataStatistics(fields)
 
 
@@ -185,5 +188,12 @@ def _moments_of(
         rows = values.astype(np.float64).reshape(-1, 1 if is_number else values.shape[-1])
         if len(rows):
             mean = rows.mean(axis=0)
+            if not np.isfinite(mean).all():
+                broken = np.argwhere(~np.isfinite(rows).all(axis=1))
+                place = int(broken[0, 0]) * len(ids) // len(rows) if len(broken) else 0
+                raise ValueError(
+                    f"Field {name!r} of example {ids[place]} holds a number that is not finite, so it has no mean. Say "
+                    "what stands for missing values, or leave such examples out."
+                )
             found[name] = _Moments(len(rows), mean, ((rows - mean) ** 2).sum(axis=0))
     return found

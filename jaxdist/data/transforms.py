@@ -140,9 +140,13 @@ class Normalise:
 
     def __call__(self, example: Example, random: np.random.Generator) -> Mapping[str, Any]:
         """Return the example with the field normalised."""
-        mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
-        values = np.asarray(example[self.field]).astype(np.float32)
-        return {**example, self.field: (values / np.float32(self.scale) - mean) / std}
+        values = np.asarray(example[self.field])
+        # As float32, times in seconds or large counts would be rounded before the mean is taken off.
+        is_wide = values.dtype.kind in "iuf" and values.dtype.itemsize > 4
+        kind: Any = np.float64 if is_wide else np.float32
+        mean, std = np.asarray(self.mean, kind), np.asarray(self.std, kind)
+        made = (values.astype(kind) / kind(self.scale) - mean) / std
+        return {**example, self.field: made.astype(np.float32, copy=False)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Means and deviations by channel equal numpy's over all values, are stored, and normalise to 0 and 1."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -75,8 +76,28 @@ def test_the_run_record_holds_the_numbers():
         ([{"x": np.zeros(3)}], ("y",), "no field 'y'"),
         ([{"x": np.zeros(3, complex)}], ("x",), "complex128"),
         ([{"x": np.zeros((0, 3))}], ("x",), "no values"),
+        ([{"x": 1.0}, {"x": 2.0}, {"x": math.nan}], ("x",), "'x' of example 2 holds a number that is not finite"),
     ],
 )
 def test_what_has_no_statistics_is_named(examples, fields, message):
     with pytest.raises(ValueError, match=message):
         field_statistics(MapSource(examples), fields)
+
+
+@given(st.floats(-1e9, 1e9), st.lists(st.integers(-50, 50), min_size=1, max_size=9))
+def test_columns_far_from_0_keep_their_differences_and_constant_ones_become_0(middle, offsets):
+    """Times in seconds, as float32, would all be one number."""
+    source = ArraySource({"x": middle + np.array(offsets, np.float64)})
+    normalise = field_statistics(source, ("x",)).normalise()
+    found = np.array([normalise(source[number], None)["x"] for number in range(len(source))])
+    values = source.arrays["x"]
+    expected = (values - values.mean()) / (values.std() if len(set(values.tolist())) > 1 else np.inf)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+    assert found.dtype == np.float32
+
+
+def test_an_example_that_has_no_mean_is_named_in_a_source_that_is_read_whole():
+    values = np.ones((700, 3))
+    values[600, 1] = np.inf
+    with pytest.raises(ValueError, match="'x' of example 600 holds"):
+        field_statistics(ArraySource({"x": values}), ("x",))

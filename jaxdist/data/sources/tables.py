@@ -59,7 +59,8 @@ def csv_source(
         `.bz2`, `.xz`, `.zst` or `.lz4` are decompressed.
       columns: the columns of numbers to keep; None keeps all. Columns in `categories` are kept in any case.
       categories: columns of texts, which become int32 numbers: the place of the text among the column's sorted texts. A
-        mapping gives each column's texts by number, those of the training data for example; another text is refused.
+        mapping gives each column's texts by number, those of the training data for example; another text is refused. An
+        empty cell is the text "", and NA is one too.
       missing: what an empty cell, or one such as NA, becomes in a column of numbers (math.nan, for example), which is
         float64 then; None refuses it.
       delimiter: None takes the first of `,`, `;`, tab and `|` that the first line has.
