@@ -3,8 +3,9 @@
 python benchmarks/parameter_server_steps.py [--workers 1 2 4 8] [--steps N] [--bytes B] [--replicated] [--json]
 
 A scheduler, one server (or a server and its backup) and the workers are processes of this machine. A worker pushes
-arrays that it has made once; the server adds them and makes the cheapest update. What counts is the median time between
-two commits to which all workers contributed, and the CPU time that all processes together use for a step.
+arrays that it has made once, in blocks as in a run; the server adds them and makes the cheapest update. What counts is
+the median time between two commits to which all workers contributed, and the CPU time that all processes together use
+for a step.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from jaxdist.paramserver.protocol.server import Server
 from jaxdist.paramserver.protocol.settings import SCHEDULER, Settings, server_shard, worker_name, worker_number
 from jaxdist.paramserver.protocol.shard import Shard
 from jaxdist.paramserver.protocol.worker import Worker
+from jaxdist.paramserver.run.sharding import BLOCK_BYTES
 from jaxdist.paramserver.wire.security import Security
 from jaxdist.paramserver.wire.streams import Wire, reuse_freed_memory
 from jaxdist.rundir import record
@@ -77,8 +79,9 @@ def play(name: str, peers: dict[str, str], settings: Settings, steps: int, num_b
         elif isinstance(effect, effects.ShowCut):
             world.receive(messages.Verdict(effect.cut.step, ""))
 
-    blocks = (np.zeros(num_bytes // 4, np.float32),)
-    grads = (np.full(num_bytes // 4, 1e-3, np.float32),)
+    sizes = [min(BLOCK_BYTES, num_bytes - start) // 4 for start in range(0, num_bytes, BLOCK_BYTES)]
+    blocks = tuple(np.zeros(size, np.float32) for size in sizes)
+    grads = tuple(np.full(size, 1e-3, np.float32) for size in sizes)
     log, gradient = None, None
     if name == SCHEDULER:
         machine: Any = Scheduler(settings=settings)
