@@ -2,9 +2,10 @@
 
 import argparse
 import contextlib
+import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from jaxdist import errors
 from jaxdist.config import hidden_settings
@@ -37,9 +38,24 @@ def shown_command(options: argparse.Namespace, experiment: Experiment) -> str:
     return shlex.join(["jaxdist", *(shown.get(argument, argument) for argument in arguments)])
 
 
-def record_alone_on_stdout(options: argparse.Namespace) -> contextlib.AbstractContextManager[object]:
-    """With --json, send what experiments and writers print to standard error: standard output has one JSON object."""
-    return contextlib.redirect_stdout(sys.stderr) if getattr(options, "json", False) else contextlib.nullcontext()
+@contextlib.contextmanager
+def record_alone_on_stdout(options: argparse.Namespace) -> Iterator[None]:
+    """With --json, send what experiments and writers print to standard error: standard output has one JSON object.
+
+    Also what native code and the commands that an experiment starts write there.
+    """
+    if not getattr(options, "json", False):
+        yield
+        return
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def assignments(options: argparse.Namespace) -> list[str]:

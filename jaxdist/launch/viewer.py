@@ -28,6 +28,8 @@ class Viewer:
     def __enter__(self) -> "Viewer":
         for redirect in (contextlib.redirect_stdout, contextlib.redirect_stderr):
             stream = sys.stdout if redirect is contextlib.redirect_stdout else sys.stderr
+            if stream is None:  # closed by the shell: `>&-`
+                stream = self._streams.enter_context(open(os.devnull, "w"))
             bare = stream.stream if isinstance(stream, _Guarded) else stream
             self._streams.enter_context(redirect(_Guarded(bare, self)))
         return self

@@ -227,12 +227,17 @@ def specs(tree: PyTree, mesh: Mesh, layout: Layout) -> PyTree:
 
     Raises:
       ValueError: a spec names an axis that the mesh lacks, or one that does not divide the leaf's dim, or has more dims
-        than the leaf; or a rule of `by_path` matches no leaf.
+        than the leaf; or a rule of `by_path` matches no leaf; or two leaves have one name.
     """
     leaves: dict[str, Leaf] = {}
 
     def spec_of(path: tuple[Any, ...], node: Any) -> Any:
         name = path_name(path)
+        if name in leaves:
+            raise ValueError(
+                f"Each leaf of a state has a name of its own, and two are called {name}, because the key of one "
+                "contains a slash. Rename it."
+            )
         leaf = leaves[name] = _named_leaf(node) if _has_names(node) else node
         spec = layout(name, leaf)
         check_spec(name, leaf, spec, mesh)

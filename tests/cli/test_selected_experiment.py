@@ -1,5 +1,9 @@
 import argparse
 import dataclasses
+import os
+import subprocess
+
+import pytest
 
 from jaxdist.cli import selected_experiment
 from jaxdist.config import hidden_settings
@@ -54,3 +58,14 @@ def test_the_secrets_that_arguments_hide_come_from_the_environment(monkeypatch):
     monkeypatch.setenv(hidden_settings.SECRETS, '{"api_key=***": "api_key=k3"}')
     options = argparse.Namespace(assignments=["api_key=***"], strategy="fsdp", reduction=None, max_steps=7)
     assert selected_experiment.assignments(options) == ["api_key=k3", "strategy=fsdp", "stop.max_steps=7"]
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_with_json_only_the_record_is_on_standard_output_whoever_writes_there(capfd, as_json):
+    with selected_experiment.record_alone_on_stdout(argparse.Namespace(json=as_json)):
+        print("of Python")
+        os.write(1, b"of native code\n")
+        subprocess.run(["echo", "of a command"], check=True, timeout=60)
+    print("the record")
+    shown = "of Python\nof native code\nof a command\n"
+    assert capfd.readouterr() == (("the record\n", shown) if as_json else (f"{shown}the record\n", ""))

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from jaxdist.launch import viewer
 from jaxdist.rundir import record
 
 RUN = dict.fromkeys(record.KEYS) | {"step": 3, "metrics": {}, "config": {}, "time_seconds": {}, "restarts": 0}
@@ -38,7 +39,7 @@ def lose_reader(log, *, errors=subprocess.PIPE):
     said = process.stderr.read() if process.stderr else ""
     if process.stderr:
         process.stderr.close()
-    return process.wait(timeout=60), said
+    return process.wait(timeout=200), said
 
 
 def test_output_continues_in_the_log_when_its_reader_has_gone(tmp_path):
@@ -70,7 +71,7 @@ def test_a_command_without_a_reader_has_the_status_that_it_has_with_one(tmp_path
         stdout=tell, stderr=tell if closed == "both" else subprocess.PIPE, text=True, cwd=tmp_path,
     )  # fmt: skip
     os.close(tell)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=200)
     assert process.returncode == expected
     assert "Error" not in (said or "")
     assert "Traceback" not in (said or "")
@@ -83,3 +84,14 @@ def test_without_a_log_the_rest_is_dropped():
 def test_a_log_on_a_full_disk_ends_nothing(tmp_path):
     with open("/dev/full", "w") as full:
         assert lose_reader(tmp_path, errors=full) == (0, "")
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_output_that_was_closed_from_the_start_is_dropped(monkeypatch, name):
+    """After `>&-` Python has no stream at all."""
+    monkeypatch.setattr(sys, name, None)
+    with viewer.Viewer(), viewer.Viewer():
+        stream = getattr(sys, name)
+        print("nothing", file=stream, flush=True)
+        assert os.fstat(stream.fileno())
+    assert getattr(sys, name) is None

@@ -28,6 +28,26 @@ def test_replicated_lays_everything_out_whole():
     assert layouts.replicated("params/w", leaf(64, 64)) == P()
 
 
+@given(
+    st.lists(st.lists(st.sampled_from(["a", "b", "a/b", "b/a", ""]), min_size=1, max_size=3), min_size=1, max_size=4)
+)
+def test_two_leaves_of_one_name_are_refused(paths):
+    tree = {}
+    for *folders, last in paths:
+        place = tree
+        for folder in folders:
+            place = place.setdefault(folder, {})
+            if not isinstance(place, dict):
+                return
+        place[last] = leaf(2)
+    names = [layouts.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    if len(set(names)) == len(names):
+        layouts.specs(tree, make_mesh(), layouts.replicated)
+    else:
+        with pytest.raises(ValueError, match="two are called"):
+            layouts.specs(tree, make_mesh(), layouts.replicated)
+
+
 def test_zero1_cuts_the_optimizer_state_alone():
     layout = layouts.zero1(make_mesh())
     assert layout("opt_state/0/mu/w", leaf(64, 32)) == P("data")

@@ -4,19 +4,19 @@ In the first three, the name of an array is its path in the model: `params.Dense
 data, the names of classes for example, is written beside the export, and into the metadata of safetensors.
 """
 
-import io
 import json
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import export as jax_export
 
 from jaxdist import adapters, errors, extras
 from jaxdist.checkpoint import checkpoints
 from jaxdist.data.sources import vocabulary
+from jaxdist.run.use import npz
 from jaxdist.run.use.trained import TrainedRun
 from jaxdist.run.warm_start import hugging_face_files
 from jaxdist.rundir import files
@@ -68,17 +68,30 @@ def _write(run: TrainedRun, path: pathlib.Path, kind: str, names: str) -> None:
         if kind == "safetensors":
             files.write(path, [_safetensors(run)])
         elif kind == "npz":
-            files.write(path, [_npz(run)])
+            files.write(path, [npz.content(named_arrays(run))])
         elif kind == "orbax":
+            named_arrays(run)  # Orbax names its files likewise
             checkpoints.save_plain(path, _tree(run))
         else:
             files.write(path, [compiled(run)])
 
 
 def named_arrays(run: TrainedRun) -> dict[str, np.ndarray]:
-    """Return the arrays of the model, including those of model_state, by name."""
-    leaves = jax.tree_util.tree_leaves_with_path(_tree(run))
-    return {path_name(path, "."): np.asarray(leaf) for path, leaf in leaves}
+    """Return the arrays of the model, including those of model_state, by name.
+
+    Raises:
+      UserError: two have the same name.
+    """
+    found: dict[str, np.ndarray] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(_tree(run)):
+        name = path_name(path, ".")
+        if name in found:
+            raise errors.UserError(
+                f"Each array of an export has a name of its own, and two are called {name}, because a key of the "
+                "params contains a dot. Rename it, or export as jax-export."
+            )
+        found[name] = np.asarray(leaf)
+    return found
 
 
 def _tree(run: TrainedRun) -> dict[str, Any]:
@@ -99,13 +112,6 @@ def _about(run: TrainedRun) -> dict[str, str]:
     return about | ({"vocabulary": json.dumps(known, ensure_ascii=False)} if known else {})
 
 
-def _npz(run: TrainedRun) -> bytes:
-    content = io.BytesIO()
-    arrays: Mapping[str, Any] = named_arrays(run)
-    np.savez(content, **arrays)
-    return content.getvalue()
-
-
 def compiled(run: TrainedRun) -> bytes:
     """Return the model as a serialized function of a dict of its inputs, for any number of rows, with its params.
 
@@ -118,9 +124,11 @@ def compiled(run: TrainedRun) -> bytes:
     names = [run.experiment.inputs] if isinstance(run.experiment.inputs, str) else list(run.experiment.inputs)
     (rows,) = jax_export.symbolic_shape("rows")
     shapes = {name: jax.ShapeDtypeStruct((rows, *run.fields[name].shape[1:]), run.fields[name].dtype) for name in names}
-    params, model_state = jax.device_get((run.params, run.model_state))
+    variables = jax.device_get((run.params, run.model_state))
 
     def call(inputs: dict[str, jax.Array]) -> Any:
+        # As arrays of JAX: a module of NNX that counts its calls would write into those of NumPy, which are read-only.
+        params, model_state = jax.tree.map(jnp.asarray, variables)
         return run.outputs(params, model_state, inputs)
 
     try:

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxdist import errors, extras
 from jaxdist.data import prepare
+from jaxdist.run.use import npz
 from jaxdist.rundir import files
 from jaxdist.spmd.layout import path_name
 
@@ -50,7 +51,7 @@ def write(path: pathlib.Path, outputs: Any) -> None:
         content = io.BytesIO()
         arrays = _named(outputs)
         if path.suffix == ".npz":
-            np.savez(content, **arrays)  # type: ignore[arg-type]
+            content.write(npz.content(arrays))
         elif path.suffix == ".parquet":
             table = extras.require("pyarrow").table(_columns(arrays))
             extras.require("pyarrow.parquet").write_table(table, content)
@@ -68,7 +69,12 @@ def _named(outputs: Any) -> dict[str, np.ndarray]:
     """Return the arrays of a pytree by their paths; a single array is called `output`."""
     leaves = jax.tree_util.tree_leaves_with_path(outputs)
     names = (path_name(path, ".") or "output" for path, _ in leaves)
-    return {name: np.asarray(leaf) for name, (_, leaf) in zip(names, leaves, strict=True)}
+    return {name: _known(np.asarray(leaf)) for name, (_, leaf) in zip(names, leaves, strict=True)}
+
+
+def _known(array: np.ndarray) -> np.ndarray:
+    """Return numbers of bfloat16 and the like, which NumPy and Parquet do not have, exactly as float32."""
+    return array.astype(np.float32) if npz.is_foreign(array) else array
 
 
 def _columns(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -28,6 +28,7 @@ from jaxdist.rundir import chosen_checkpoint, record
 from jaxdist.rundir.remote import fetching
 from jaxdist.rundir.remote.run_address import RunPlace, place_of_run
 from jaxdist.spmd import evaluate, state, strategies
+from jaxdist.spmd.layout import path_name
 
 _USED = ("model", "loss", "inputs", "precision")
 """The settings of an experiment that decide what a trained model computes."""
@@ -83,8 +84,11 @@ class TrainedRun:
         """
         with errors.as_user_error():
             source = self._source(inputs)
-            batches = self._batches(source)
-            outputs = [jax.device_get(self._predict(self.params, self.model_state, batch)) for batch in batches]
+            outputs: list[Any] = []
+            for batch in self._batches(source):
+                if not outputs:
+                    self._check_rows(batch)
+                outputs.append(jax.device_get(self._predict(self.params, self.model_state, batch)))
             # The last batch is padded.
             return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(source)], *outputs)
 
@@ -123,6 +127,27 @@ class TrainedRun:
                 "A model given as adapters.Functions needs a predict_fn(params, batch) to predict; it has none. Add it."
             )
         return self.functions.predict_fn(params, batch, *(() if model_state is None else (model_state,)))
+
+    def _check_rows(self, batch: Mapping[str, Any]) -> None:
+        """Raise UserError where an output of the model has no row for each example."""
+        size = next(iter(batch.values())).shape[0]
+        for rows in (size, 2 * size):  # a table of the model may have as many rows as one batch
+            shapes = {
+                name: jax.ShapeDtypeStruct((rows, *field.shape[1:]), field.dtype) for name, field in batch.items()
+            }
+            try:
+                found = jax.eval_shape(self.outputs, self.params, self.model_state, shapes)
+            except Exception:
+                if rows == size:
+                    raise
+                return  # a model that is made for one number of examples is fine
+            for path, leaf in jax.tree_util.tree_leaves_with_path(found):
+                if leaf.shape[:1] != (rows,):
+                    raise errors.UserError(
+                        f"A prediction has a row for each example, but the output {path_name(path) or 'of the model'} "
+                        f"has shape {leaf.shape} for {rows} examples. Return it in training alone, or compute it by "
+                        "outputs(params, model_state, batch) of the loaded run."
+                    )
 
     @functools.cached_property
     def _predict(self) -> Any:

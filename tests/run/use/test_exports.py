@@ -66,6 +66,16 @@ def test_npz_holds_the_very_bits(run, tmp_path):
         assert_same_bits(dict(content), expected(run))
 
 
+@pytest.mark.parametrize("kind", ["npz", "safetensors", "orbax"])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_two_arrays_of_one_name_are_refused(run, tmp_path, kind, swapped):
+    flat, nested = np.zeros(2), np.ones(2)
+    params = {"a.b": nested, "a": {"b": flat}} if swapped else {"a.b": flat, "a": {"b": nested}}
+    with pytest.raises(errors.UserError, match=r"two are called params\.a\.b"):
+        exports.export(dataclasses.replace(run, params=params), tmp_path / "model", kind)
+    assert not list(tmp_path.iterdir())
+
+
 def test_plain_orbax_opens_its_export(run, tmp_path):
     exports.export(run, tmp_path / "model", "orbax")
     with ocp.StandardCheckpointer() as checkpointer:
@@ -85,6 +95,19 @@ def test_the_compiled_function_is_the_model_for_any_number_of_rows(run, tmp_path
         images = held_out(num_rows)["image"]
         wanted = run.experiment.model.apply(variables, images, train=False)
         np.testing.assert_allclose(function.call({"image": images}), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_module_that_counts_its_calls_can_be_compiled(run, tmp_path):
+    """NNX modules write into their variables: `self.count[...] += 1`."""
+
+    def predict_fn(params, batch, model_state):
+        if isinstance(model_state["count"], np.ndarray):
+            model_state["count"][...] += 1
+        return batch["image"]
+
+    counting = dataclasses.replace(run, functions=run.functions._replace(predict_fn=predict_fn))
+    state = {"count": jnp.zeros(2)}
+    assert exports.compiled(dataclasses.replace(counting, model_state=state))
 
 
 def test_a_model_that_needs_a_fixed_number_of_rows_cannot_be_compiled_for_any(run, tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 
+import ml_dtypes
 import numpy as np
 import pytest
 from pyarrow import parquet
@@ -35,6 +36,15 @@ def test_npz_keeps_the_shapes(tmp_path):
     predictions.write(tmp_path / "out.npz", OUTPUTS.reshape(3, 2, 1))
     with np.load(tmp_path / "out.npz") as content:
         np.testing.assert_array_equal(content["output"], OUTPUTS.reshape(3, 2, 1))
+
+
+@pytest.mark.parametrize(("suffix", "read"), [(".csv", read_csv), (".parquet", read_parquet), (".npz", np.load)])
+def test_outputs_in_bfloat16_and_with_any_name_are_numbers_in_every_format(tmp_path, suffix, read):
+    outputs = OUTPUTS[:, 0].astype(ml_dtypes.bfloat16)
+    predictions.write(tmp_path / f"out{suffix}", {"file": outputs})
+    found = read(tmp_path / f"out{suffix}")["file"]
+    np.testing.assert_array_equal(np.float32(found), outputs.astype(np.float32))
+    assert suffix != ".npz" or found.dtype == np.float32
 
 
 def test_inputs_come_as_arrays_or_as_a_source(tmp_path):

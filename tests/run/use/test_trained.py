@@ -5,6 +5,7 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -51,6 +52,22 @@ def test_predictions_are_those_of_the_plain_model_a_row_an_example(trained, num_
         predicted = run.predict(inputs)
         np.testing.assert_allclose(predicted, expected, rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(predicted, run.predict({"image": inputs}))
+
+
+ROWS = 16  # of a batch
+
+
+@pytest.mark.parametrize("rows_of_others", [(), (3,), (ROWS,), (1,)], ids=str)
+def test_outputs_without_a_row_for_each_example_are_refused_by_name(trained, rows_of_others):
+    """A scalar, and tables with fewer rows, as many as a batch, and one: no row of theirs is an example's."""
+    run = jaxdist.load(trained, devices=jax.devices()[:1])
+
+    def predict_fn(params, batch):
+        return {"logits": batch["image"] * 2, "table": jnp.ones(rows_of_others)}
+
+    broken = dataclasses.replace(run, functions=run.functions._replace(predict_fn=predict_fn))
+    with pytest.raises(errors.UserError, match="a row for each example, but the output table has shape"):
+        broken.predict(held_out(21)["image"])
 
 
 def test_an_evaluation_of_other_data_counts_each_example_once(trained):
