@@ -29,6 +29,7 @@ import numpy as np
 from jaxdist.launch.joining import runtime
 from jaxdist.launch.supervising import local_job
 from jaxdist.spmd import keys, layout
+from jaxdist.spmd.canonical import thread_pool
 
 PyTree: TypeAlias = Any
 
@@ -87,7 +88,7 @@ def run_processes(
 def run_task(text: str) -> None:
     """Run the task of `run_processes` in one of its processes."""
     task = json.loads(text)
-    runtime.start(task["devices"])
+    runtime.start(task["devices"], threads=lambda: thread_pool.LEAST)
     spec = importlib.util.spec_from_file_location(pathlib.Path(task["file"]).stem, task["file"])
     assert spec is not None
     assert spec.loader is not None

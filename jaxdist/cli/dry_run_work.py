@@ -7,7 +7,6 @@ from jaxdist import errors
 from jaxdist.cli import selected_experiment
 from jaxdist.config.experiment import Experiment
 from jaxdist.errors import ExitStatus
-from jaxdist.launch.joining import runtime
 from jaxdist.plan import dry_run as sizing
 from jaxdist.rundir import writers
 
@@ -21,9 +20,9 @@ def dry_run(options: argparse.Namespace) -> int:
             raise errors.UserError(
                 f"--dry-run trains nothing, so --{name.replace('_', '-')} has no effect. Leave one of them out."
             )
-    devices = runtime.start(options.devices)
+    devices, loaded = selected_experiment.start(options)
     with selected_experiment.record_alone_on_stdout(options):
-        experiment = selected_experiment.load(options)
+        experiment = loaded()
         _check(experiment)
         made = sizing.dry_run(experiment, devices)
     print(json.dumps(made.to_json()) if options.json else sizing.render(made))

@@ -2,10 +2,13 @@
 
 import argparse
 import contextlib
+import functools
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
 
 from jaxdist import errors
 from jaxdist.config import hidden_settings
@@ -13,7 +16,34 @@ from jaxdist.config.experiment import Experiment
 from jaxdist.config.loading import load_experiment
 from jaxdist.config.overrides import override
 from jaxdist.launch import own_command_line, waiting
+from jaxdist.launch.joining import runtime
 from jaxdist.run.diagnosis import trials
+from jaxdist.spmd.canonical import thread_pool
+
+
+def start(
+    options: argparse.Namespace, num_devices: int | None = None
+) -> tuple[Sequence[jax.Device], Callable[[], Experiment]]:
+    """Start JAX on `num_devices` devices (default: --devices) as the selected experiment needs it.
+
+    Returns the devices and what returns the experiment, loaded once, or raises UserError: it is loaded before JAX
+    starts, since its settings decide the number of threads, but a job's processes tell its mistakes together.
+    """
+    if options.reduction == "canonical":  # an experiment may start JAX when it is loaded
+        thread_pool.fix(thread_pool.LEAST)
+    loaded = functools.cache(functools.partial(load, options))
+
+    def threads() -> int | None:
+        with contextlib.suppress(errors.UserError):
+            return threads_of(loaded())
+        return None
+
+    return runtime.start(num_devices or options.devices, threads=threads), loaded
+
+
+def threads_of(experiment: Experiment) -> int | None:
+    """Return the number of XLA's threads for CPU devices that the experiment needs; None for any."""
+    return thread_pool.canonical_size(experiment.logical_shards) if experiment.reduction == "canonical" else None
 
 
 def load(options: argparse.Namespace) -> Experiment:

@@ -32,9 +32,9 @@ def train(options: argparse.Namespace, request: StopRequest) -> int:
         with viewer.Viewer():
             return _by_server()(options, request)
     in_reserve = turn.Turn.of_process()
-    devices = runtime.start(options.devices)
+    devices, loaded = selected_experiment.start(options)
     with viewer.Viewer() as shown:
-        return _train_here(options, devices, request, shown, in_reserve)
+        return _train_here(options, devices, loaded, request, shown, in_reserve)
 
 
 def _by_server() -> Callable[..., int]:
@@ -116,12 +116,13 @@ def exit_status(made: record.RunRecord) -> ExitStatus:
 def _train_here(
     options: argparse.Namespace,
     devices: Sequence[jax.Device],
+    loaded: Callable[[], Experiment],
     request: StopRequest,
     shown: viewer.Viewer,
     in_reserve: turn.Turn | None,
 ) -> int:
     with selected_experiment.record_alone_on_stdout(options):
-        experiment, identity, run_dir, begin = _agree(options)
+        experiment, identity, run_dir, begin = _agree(options, loaded)
         resume, traced = begin == _RESUME, _traced(options)
         profiling.check_reached(traced, experiment.stop)
         if experiment.strategy == parser.PARAMETER_SERVER:  # set in the experiment, not on the command line
@@ -174,10 +175,12 @@ def _how_it_ended(run_dir: pathlib.Path) -> tuple[int, str | None] | None:
 _START, _RESUME, _OVERWRITE = "start", "resume", "overwrite"
 
 
-def _agree(options: argparse.Namespace) -> tuple[Experiment, components.Identity, pathlib.Path, str]:
+def _agree(
+    options: argparse.Namespace, loaded: Callable[[], Experiment]
+) -> tuple[Experiment, components.Identity, pathlib.Path, str]:
     """Return the experiment, its identity, its run directory and how to begin: the same on every process."""
     try:
-        experiment = selected_experiment.load(options)
+        experiment = loaded()
         run_dir = options.run_dir or directory.default_run_dir(experiment.name, resume=options.resume)
         facts = same_on_all.of_experiment(options.experiment, record.plain(experiment))
         with errors.as_user_error():

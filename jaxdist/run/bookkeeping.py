@@ -23,6 +23,7 @@ from jaxdist.run import components, directory
 from jaxdist.run.custom import user_hooks
 from jaxdist.run.diagnosis import utilization
 from jaxdist.run.progress_display import Bounds, Silent, deciding, make_display
+from jaxdist.run.replay import comparison
 from jaxdist.run.stopwatch import StepTimes, Stopwatch
 from jaxdist.run.warm_start import beginning
 from jaxdist.rundir import confusion, files, full_disk, origin, record, rich_values, writers
@@ -415,6 +416,7 @@ class Bookkeeper:
             ],
             "checkpoint": self.checkpointer.latest_step(),
             "throughput": self._throughput(),
+            "cpu_threads": comparison.cpu_threads(),
             "peak_memory_bytes": origin.peak_memory_bytes(jax.local_devices()),
             **self._origin,
         }

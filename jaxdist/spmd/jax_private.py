@@ -50,6 +50,11 @@ def process_of_job() -> tuple[int, int]:
     return state.process_id, state.num_processes
 
 
+def has_started() -> bool:
+    """Return whether JAX's backend has started, which fixes its devices and threads; any public question starts it."""
+    return bool(xla_bridge.backends_are_initialized())
+
+
 def use_gloo_at(address: str) -> None:
     """Have the collectives between CPU devices of this job listen at `address`.
 

@@ -11,7 +11,7 @@ from jaxdist.launch.joining import runtime
 
 
 def test_a_dry_run_prints_sizes_and_leaves_nothing(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(runtime, "start", lambda num_devices: jax.devices()[:num_devices])
+    monkeypatch.setattr(runtime, "start", lambda num_devices, threads=None: jax.devices()[:num_devices])
     monkeypatch.chdir(tmp_path)
     assert main.run(["train", tiny_experiment.__file__, "--devices", "2", "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["title"] == "tiny: 2 device(s) (data 2), data-parallel, mean"
@@ -29,6 +29,6 @@ def test_a_dry_run_prints_sizes_and_leaves_nothing(tmp_path, capsys, monkeypatch
     ],
 )
 def test_what_has_no_effect_is_refused(capsys, monkeypatch, more, message):
-    monkeypatch.setattr(runtime, "start", lambda num_devices: jax.devices()[:1])
+    monkeypatch.setattr(runtime, "start", lambda num_devices, threads=None: jax.devices()[:1])
     assert main.run(["train", tiny_experiment.__file__, "--dry-run", *more]) == 2
     assert message in capsys.readouterr().err

@@ -25,7 +25,7 @@ TINY = str(pathlib.Path(tiny_experiment.__file__))
 @pytest.fixture(autouse=True)
 def on_the_test_devices(monkeypatch):
     """A command configures the devices of its process; here it gets those of this process."""
-    monkeypatch.setattr(runtime, "start", lambda num_devices=None: jax.devices()[: num_devices or 1])
+    monkeypatch.setattr(runtime, "start", lambda num_devices=None, threads=None: jax.devices()[: num_devices or 1])
 
 
 @pytest.fixture(scope="module")

@@ -267,7 +267,7 @@ def test_the_table_is_long_enough():
 
 @pytest.mark.parametrize("code", MISTAKES)
 def test_a_mistake_is_one_message_and_leaves_no_run_directory(code, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(runtime, "start", lambda num_devices=None: jax.devices()[: num_devices or 1])
+    monkeypatch.setattr(runtime, "start", lambda num_devices=None, threads=None: jax.devices()[: num_devices or 1])
     monkeypatch.syspath_prepend(str(pathlib.Path(tiny_experiment.__file__).parent))
     experiment = tmp_path / "mistaken.py"
     experiment.write_text(HEADER + code + "\n")

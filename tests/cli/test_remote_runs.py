@@ -90,7 +90,7 @@ def test_commands_that_need_a_directory_on_this_machine_refuse_an_address(words,
 
 @pytest.mark.usefixtures("shared_compilations")
 def test_steps_of_a_run_are_compared_and_computed_again_at_its_address(monkeypatch, capsys):
-    monkeypatch.setattr(runtime, "start", lambda num_devices=None: jax.devices()[: num_devices or 1])
+    monkeypatch.setattr(runtime, "start", lambda num_devices=None, threads=None: jax.devices()[: num_devices or 1])
     folder = f"memory://{uuid.uuid4().hex}"
     canonical = ["--reduction", "canonical", "--max-steps", "3", "--set", "logical_shards=4", "data.eval=None"]
     for name, seed in (("a", 1), ("same", 1), ("other", 2)):

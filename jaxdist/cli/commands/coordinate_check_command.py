@@ -6,7 +6,6 @@ from typing import Any
 
 from jaxdist.cli import selected_experiment
 from jaxdist.errors import ExitStatus, UserError
-from jaxdist.launch.joining import runtime
 from jaxdist.run.diagnosis import coordinate_check as checking
 from jaxdist.run.use.reporting import figure_page
 
@@ -23,9 +22,9 @@ def coordinate_check(options: argparse.Namespace) -> int:
         ) from error
     if options.plot is not None:
         figure_page.check(options.plot)
-    devices = runtime.start(options.devices)
+    devices, loaded = selected_experiment.start(options)
     with selected_experiment.record_alone_on_stdout(options):
-        experiment = selected_experiment.load(options)
+        experiment = loaded()
         found = checking.check(experiment, devices, widths=widths, num_steps=options.steps)
     if options.plot is not None:
         said = "Mean absolute activation of each layer over the width of the model; flat lines are what muP promises"

@@ -53,8 +53,8 @@ def list_warnings(devices: Sequence[jax.Device]) -> list[str]:
     warnings = []
     if devices[0].platform == "cpu" and _usable_cores() == 1:
         warnings.append(
-            "One usable core: canonical reduction needs PJRT_NPROC=8 in the environment to give the bits of other "
-            "machines (jaxdist sets it for the processes it starts)."
+            "One usable core: a script of your own needs PJRT_NPROC=8 in the environment for canonical reduction to "
+            "give the bits of other machines (`jaxdist train` sets it)."
         )
     if devices[0].platform != "cpu":
         warnings.append(

@@ -6,7 +6,6 @@ import pathlib
 
 from jaxdist.cli import selected_experiment
 from jaxdist.errors import ExitStatus
-from jaxdist.launch.joining import runtime
 from jaxdist.run.diagnosis import rate_range
 from jaxdist.run.use.reporting import figure_page
 
@@ -16,9 +15,9 @@ def lr_range(options: argparse.Namespace) -> int:
     low, high = rate_range.parse(options.range)
     if options.plot is not None:
         figure_page.check(options.plot)
-    devices = runtime.start(options.devices)
+    devices, loaded = selected_experiment.start(options)
     with selected_experiment.record_alone_on_stdout(options):
-        experiment = selected_experiment.load(options)
+        experiment = loaded()
         found = rate_range.run(experiment, devices, low=low, high=high, num_steps=options.steps)
     if options.plot is not None:
         _draw(options.plot, experiment.name, found)

@@ -12,9 +12,10 @@ from jaxdist.rundir.remote import fetching
 
 def replay(options: argparse.Namespace) -> int:
     """Compute a step again; exit 1 where it has other bits than recorded."""
-    devices = runtime.start(options.devices)
     choice = fetching.newest_before(options.step)
     with selected_experiment.record_alone_on_stdout(options), fetching.fetched(options.run_dir, choice) as run_dir:
+        made, _ = comparison.chain_of(run_dir)
+        devices = runtime.start(options.devices, threads=lambda: made.extra.get("cpu_threads"))
         found = replaying.replay(run_dir, options.step, devices=devices, experiment=options.experiment)
     print(json.dumps(found.to_json()) if options.json else found)
     return ExitStatus.OK if not found.differences else ExitStatus.FAILED

@@ -127,7 +127,7 @@ def _trial_runs(
     return trial_runs.TrialRuns(
         experiment=experiment,
         sweep_dir=sweep_dir,
-        devices=runtime.start(options.devices),
+        devices=runtime.start(options.devices, threads=lambda: selected_experiment.threads_of(experiment)),
         command=lambda trial: _training_command(options, experiment, trial),
         source=bookkeeping.ExperimentSource(
             str(pathlib.Path(options.experiment).absolute()),

@@ -5,14 +5,13 @@ import json
 
 from jaxdist.cli import selected_experiment
 from jaxdist.errors import ExitStatus
-from jaxdist.launch.joining import runtime
 from jaxdist.run.use import verify as verification
 
 
 def verify(options: argparse.Namespace) -> int:
     """Compare layouts; exit 1 when a promise is broken."""
-    devices = runtime.start(options.devices or 8)
-    experiment = selected_experiment.load(options)
+    devices, loaded = selected_experiment.start(options, options.devices or 8)
+    experiment = loaded()
     with selected_experiment.record_alone_on_stdout(options):
         report = verification.verify(experiment, devices=devices, num_steps=options.steps)
     print(json.dumps(report.to_json()) if options.json else report)

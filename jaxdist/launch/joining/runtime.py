@@ -9,7 +9,7 @@ import sys
 import threading
 import traceback
 import types
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -20,6 +20,7 @@ from jaxdist.errors import ExitStatus, UserError
 from jaxdist.launch import parent
 from jaxdist.launch.joining import coordinator, places, same_on_all
 from jaxdist.spmd import jax_private
+from jaxdist.spmd.canonical import thread_pool
 
 PROCESS_ID, NUM_PROCESSES, COORDINATOR = places.PROCESS_ID, places.NUM_PROCESSES, places.COORDINATOR
 
@@ -27,7 +28,6 @@ LOG = "JAXDIST_LOG"
 """Environment variable: the file that takes what native code prints in a process that shares the user's terminal."""
 LEAST_COMPILE_SECONDS = 0.0
 """Every program is cached, even a small one: at a restart the whole job waits for every compilation."""
-_LEAST_THREADS = 8
 _COLLECTIVE_FLAG = "xla_gpu_nccl_termination_timeout_seconds"
 _COLLECTIVE_SECONDS = 7200
 """More than the watchdog allows a process to compile, evaluate or save while the others wait in a collective."""
@@ -52,7 +52,7 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def start(num_devices: int | None = None) -> Sequence[jax.Device]:
+def start(num_devices: int | None = None, *, threads: Callable[[], int | None] = lambda: None) -> Sequence[jax.Device]:
     """Prepare JAX, join the job if this process belongs to one, and return the devices to train on, of all processes.
 
     It must run before JAX is asked for its devices.
@@ -60,42 +60,40 @@ def start(num_devices: int | None = None) -> Sequence[jax.Device]:
     Args:
       num_devices: devices of each process. Without accelerators, this number of fake CPU devices is made; with them,
         the first ones are used. None uses every accelerator, or one CPU device.
+      threads: called once the job is joined, returns the number of XLA's threads for CPU devices, the same in all
+        processes; None leaves it to XLA, or as it was fixed before.
 
     Raises:
       UserError: there are fewer accelerators than `num_devices`.
     """
     _prepare(num_devices)
     place = places.find()
-    if jax.distributed.is_initialized():  # by the caller, for example Ray Train
-        _compare_and_meet(num_devices)
-    elif place is not None:
-        _join_job(place, num_devices)
+    if place is not None and not jax.distributed.is_initialized():
+        _join_job(place)
+    wanted = threads()
+    if wanted is not None and not jax_private.has_started():
+        thread_pool.fix(wanted)
+    use_compilation_cache(num_devices or 1)
+    if jax.distributed.is_initialized():  # by us, or by the caller, for example Ray Train
+        _compare_and_meet(num_devices, same_threads=wanted is not None)
     return first_of_each_process(num_devices or jax.local_device_count(), jax.local_devices(), jax.devices())
 
 
 def start_by_itself(num_devices: int) -> Sequence[jax.Device]:
     """Do as `start`, but join no job: a worker of a parameter server is not part of the job that it runs in."""
     _prepare(num_devices)
+    thread_pool.fix(thread_pool.LEAST)  # the machines of a run may have other numbers of cores
+    use_compilation_cache(num_devices)
     return first_of_each_process(num_devices, jax.local_devices(), jax.devices())
 
 
 def _prepare(num_devices: int | None) -> None:
-    _fix_threads(os.environ)
+    if len(os.sched_getaffinity(0)) == 1:  # with one thread XLA generates other code
+        os.environ.setdefault("NPROC", "2")
     _bound_gpu_collectives(os.environ)
     jax.config.update("jax_num_cpu_devices", num_devices or 1)
-    use_compilation_cache()
     if not is_alone():
         parent.die_with_parent()
-
-
-def _fix_threads(environment: MutableMapping[str, str]) -> None:
-    """Have XLA's thread pool for the CPU be as large for one device as for eight, unless the user has set its size.
-
-    It has a thread for each usable core, and at least one for each device. By their number XLA divides products of
-    matrices, so canonical reduction of a GPT gave other bits on four devices than on one on a machine of two cores.
-    """
-    if not {"NPROC", "PJRT_NPROC"} & environment.keys():
-        environment["PJRT_NPROC"] = str(max(_LEAST_THREADS, len(os.sched_getaffinity(0))))
 
 
 def _bound_gpu_collectives(environment: MutableMapping[str, str]) -> None:
@@ -120,21 +118,23 @@ def first_of_each_process(
     return [device for _, devices in sorted(by_process.items()) for device in devices[:wanted]]
 
 
-def use_compilation_cache() -> None:
-    """Keep compiled programs on disk between runs, unless the user has configured the cache of JAX."""
+def use_compilation_cache(num_devices: int) -> None:
+    """Keep compiled programs on disk between runs, unless the user has configured the cache of JAX.
+
+    Those for `num_devices` CPU devices belong to the number of XLA's threads.
+    """
     if jax.config.values["jax_compilation_cache_dir"] is None:
         home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "jaxdist" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_COMPILE_SECONDS)
-    jax_private.share_cache_keys(_processor(os.environ))
+    jax_private.share_cache_keys(f"{_processor()} {thread_pool.size(num_devices)}")
 
 
-def _processor(environment: Mapping[str, str], cpuinfo: pathlib.Path = pathlib.Path("/proc/cpuinfo")) -> str:
-    """Return what decides the machine code of programs for the CPU: its kind, and whether XLA has a single thread."""
+def _processor(cpuinfo: pathlib.Path = pathlib.Path("/proc/cpuinfo")) -> str:
+    """Return what the machine code of programs for the CPU is made for."""
     text = cpuinfo.read_text().partition("\n\n")[0] if cpuinfo.exists() else platform.processor()
     kind = [line for line in text.splitlines() if not line.startswith(_CHANGING)]
-    threads = environment.get("PJRT_NPROC") or environment.get("NPROC") or str(len(os.sched_getaffinity(0)))
-    return hashlib.sha256("\n".join([platform.machine(), *kind, str(threads == "1")]).encode()).hexdigest()
+    return hashlib.sha256("\n".join([platform.machine(), *kind]).encode()).hexdigest()
 
 
 def keep_native_output_apart(environment: Mapping[str, str] = os.environ) -> None:
@@ -161,7 +161,7 @@ def print_for_developers(error: BaseException) -> None:
         traceback.print_exception(error, file=sys.__stderr__)
 
 
-def _join_job(place: places.Place, num_devices: int | None) -> None:
+def _join_job(place: places.Place) -> None:
     keep_native_output_apart()
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # JAX's preemption service would consume SIGTERM, which we handle ourselves.
@@ -170,15 +170,16 @@ def _join_job(place: places.Place, num_devices: int | None) -> None:
         print(f"jaxdist: {place}", file=sys.stderr)
     coordinator.join(place)
     sys.excepthook = _fail_at_once
-    _compare_and_meet(num_devices)
 
 
-def _compare_and_meet(num_devices: int | None) -> None:
+def _compare_and_meet(num_devices: int | None, *, same_threads: bool) -> None:
     same_on_all.compare("start", same_on_all.of_start(num_devices))
     local = jax.local_devices()
     facts: dict[str, Any] = {"devices": num_devices or len(local), "kind of device": local[0].device_kind}
     if local[0].platform == "cpu":  # its kind does not tell which instructions XLA compiles to
         facts["CPU instructions"] = same_on_all.instructions()
+        if same_threads:
+            facts["XLA's threads (PJRT_NPROC)"] = thread_pool.size(len(local))
     same_on_all.compare("devices", facts)
     _meet()
 

@@ -6,10 +6,13 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from jaxdist import errors
 from jaxdist.config.experiment import Experiment
 from jaxdist.run.replay import step_chain
 from jaxdist.rundir import record
+from jaxdist.spmd.canonical import thread_pool
 
 _DECIDING = (
     "model",
@@ -27,6 +30,7 @@ _DECIDING = (
 )
 """The settings that may decide the bits of a step. The stop rule is one, because schedules may end with it."""
 _COMPILERS = ("jax", "jaxlib")
+_THREADS = "cpu_threads"
 _PREDICTS = "model.predict_fn "
 _MOST_NAMED = 5
 
@@ -51,7 +55,7 @@ class Comparison:
       compared: how many steps are recorded in both.
       first_difference: the first step that differs, and in what; None if there is none.
       settings: how the settings that decide the bits differ, first -> second.
-      versions: how the versions of JAX differ.
+      versions: how the versions of JAX, or the number of its threads on CPU devices, differ.
       message: all this in sentences.
     """
 
@@ -80,7 +84,7 @@ def compare(first_dir: pathlib.Path, second_dir: pathlib.Path) -> Comparison:
     first, second = _read(first_dir), _read(second_dir)
     chains = _chain(first_dir, first), _chain(second_dir, second)
     settings = _changed(first.config, second.config, _DECIDING)
-    versions = _changed(first.versions, second.versions, _COMPILERS)
+    versions = _changed_compilers(_compilers(first), _compilers(second))
     _check_same_form(chains[0].form, chains[1].form, settings)
     steps = min(first.step, second.step, len(chains[0].entries), len(chains[1].entries))
     compared = _num_in_both(*chains, steps)
@@ -152,8 +156,23 @@ def _num_in_both(first: step_chain.StepChain, second: step_chain.StepChain, step
 
 
 def changed_versions(made: record.RunRecord) -> list[str]:
-    """Return which versions that decide the bits are others now, recorded -> now."""
-    return _changed(made.versions, record.versions(), _COMPILERS)
+    """Return which versions, or number of threads, that decide the bits are others now, recorded -> now."""
+    return _changed_compilers(_compilers(made), {**record.versions(), _THREADS: cpu_threads()})
+
+
+def _compilers(made: record.RunRecord) -> dict[str, Any]:
+    return {**made.versions, _THREADS: made.extra.get(_THREADS)}
+
+
+def _changed_compilers(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """Return the differences; an earlier version did not record the threads, and accelerators have none."""
+    known = None not in (first[_THREADS], second[_THREADS])
+    return _changed(first, second, (*_COMPILERS, _THREADS) if known else _COMPILERS)
+
+
+def cpu_threads() -> int | None:
+    """Return the number of XLA's threads in this process, which decide the bits; None on accelerators."""
+    return thread_pool.size(jax.local_device_count()) if jax.local_devices()[0].platform == "cpu" else None
 
 
 def _message(

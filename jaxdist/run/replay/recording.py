@@ -88,6 +88,16 @@ def _tell(found: step_chain.Difference) -> None:
     )
 
 
+def _tell_changes(changed: list[str], step: int) -> None:
+    if changed:
+        print(
+            f"jaxdist: The bits of a canonical run belong to versions and threads; these have changed: "
+            f"{comparison.shown(changed)}. From step {step + 1} on the run has other bits than it would have had.",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
 def recorder_of(
     parts: components.Parts, run_dir: pathlib.Path, *, step: int, earlier: record.RunRecord | None
 ) -> contextlib.AbstractContextManager[ChainRecorder | None]:
@@ -100,6 +110,8 @@ def recorder_of(
         return contextlib.nullcontext()
     form = step_chain.Form(shards, tuple(step_hashes.names(parts.abstract_state)))
     compares = earlier is not None and comparison.same_bits_expected(parts.experiment, earlier)
+    if earlier is not None and jax.process_index() == 0:
+        _tell_changes(comparison.changed_versions(earlier), step)
     before = earlier.extra.get("chain") if earlier else None
     return recorded(run_dir, form, step=step, compares=compares, earlier=before)
 

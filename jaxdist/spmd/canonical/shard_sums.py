@@ -10,8 +10,7 @@ changes the bits.
 
 import functools
 import math
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, cast
 
 import jax
@@ -22,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxdist.spmd import dependence, device_program
 from jaxdist.spmd.canonical import adding as ways
+from jaxdist.spmd.canonical import thread_pool
 from jaxdist.spmd.canonical.adding import Adding, Site, held_whole
 from jaxdist.spmd.mesh import DATA_AXIS, Dealing, DealtBatch
 from jaxdist.spmd.metrics import Batch
@@ -249,17 +249,5 @@ def check_layout(mesh: Mesh, *, logical_shards: int, axes: Sequence[str] = (DATA
             f"{logical_shards} logical shards. Use {logical_shards} devices or fewer, or raise logical_shards, which "
             "gives other bits."
         )
-    if thread_pool_size(os.environ) < 2 and mesh.devices.flat[0].platform == "cpu":
-        raise ValueError(
-            "Canonical reduction on CPU devices needs a thread pool of two or more threads: XLA generates different "
-            "code for one. It has one here: PJRT_NPROC or NPROC in the environment sets it, or this process may use "
-            "one core only. Set PJRT_NPROC=8 before it starts; more threads than cores are fine."
-        )
-
-
-def thread_pool_size(environment: Mapping[str, str]) -> int:
-    """Return the size of XLA's thread pool on CPU devices: from the environment, or the number of usable cores."""
-    for name in ("PJRT_NPROC", "NPROC"):
-        if environment.get(name, "").isdigit():
-            return int(environment[name])
-    return len(os.sched_getaffinity(0))
+    if mesh.devices.flat[0].platform == "cpu":
+        thread_pool.check(logical_shards, jax.local_device_count("cpu"))

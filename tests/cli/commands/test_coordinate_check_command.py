@@ -18,7 +18,7 @@ def test_sizes_are_printed_and_drawn_and_growth_is_a_failure(tmp_path, capsys, m
     sizes = {"Dense_0": [[1.0, 1.0], [1.0, last]]}
     found = coordinate_check.Coordinates([16, 32], sizes, {"Dense_0": [[0.0, 0.0], [0.5, 0.5]]})
     asked = []
-    monkeypatch.setattr(runtime, "start", lambda num_devices: jax.devices()[:1])
+    monkeypatch.setattr(runtime, "start", lambda num_devices, threads=None: jax.devices()[:1])
     monkeypatch.setattr(coordinate_check, "check", lambda experiment, devices, **more: asked.append(more) or found)
     out = tmp_path / "check.html"
     assert main.run([*COMMAND, "--widths", "16,32", "--steps", "2", "--plot", str(out)]) == status

@@ -11,7 +11,7 @@ from jaxdist.launch.joining import runtime
 
 @pytest.fixture(autouse=True)
 def on_the_test_devices(monkeypatch):
-    monkeypatch.setattr(runtime, "start", lambda num_devices=None: jax.devices()[: num_devices or 1])
+    monkeypatch.setattr(runtime, "start", lambda num_devices=None, threads=None: jax.devices()[: num_devices or 1])
 
 
 def test_text_becomes_tokens(tmp_path, capsys):

@@ -17,7 +17,7 @@ FOUND = rate_range.judge([10.0**-k for k in range(12, 0, -1)], [4.0 - number / 3
 @pytest.fixture
 def asked(monkeypatch):
     given = []
-    monkeypatch.setattr(runtime, "start", lambda num_devices: jax.devices()[:1])
+    monkeypatch.setattr(runtime, "start", lambda num_devices, threads=None: jax.devices()[:1])
     monkeypatch.setattr(rate_range, "run", lambda experiment, devices, **more: given.append(more) or FOUND)
     return given
 

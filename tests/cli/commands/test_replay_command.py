@@ -44,11 +44,17 @@ def test_the_status_of_replay_says_whether_all_steps_are_identical(monkeypatch, 
         asked.update(run_dir=run_dir, step=step, devices=len(devices), experiment=experiment)
         return Result(equal=equal, differences=[] if equal else ["one"])
 
-    monkeypatch.setattr(runtime, "start", lambda num_devices=None: jax.devices()[: num_devices or 1])
+    def start(num_devices, threads):
+        asked["threads"] = threads()
+        return jax.devices()[:num_devices]
+
+    monkeypatch.setattr(runtime, "start", start)
+    made = types.SimpleNamespace(extra={"cpu_threads": 64})
+    monkeypatch.setattr(replay_command.comparison, "chain_of", lambda run_dir: (made, None))
     monkeypatch.setattr(replay_command.replaying, "replay", replay)
     assert main.run(["replay", "runs/a", "--step", "5", "--devices", "3", "--experiment", "e.py"]) == status
     assert capsys.readouterr().out == "a sentence\n"
-    assert asked == {"run_dir": pathlib.Path("runs/a"), "step": 5, "devices": 3, "experiment": "e.py"}
+    assert asked == {"run_dir": pathlib.Path("runs/a"), "step": 5, "devices": 3, "experiment": "e.py", "threads": 64}
 
 
 def test_a_directory_without_a_run_is_the_users_mistake(tmp_path, capsys):

@@ -38,7 +38,7 @@ def recorded(monkeypatch):
         return record.RunRecord.read(options.run_dir)
 
     monkeypatch.setattr(attempt, "train", train)
-    monkeypatch.setattr(runtime, "start", lambda num_devices: jax.devices()[: num_devices or 1])
+    monkeypatch.setattr(runtime, "start", lambda num_devices, threads=None: jax.devices()[: num_devices or 1])
     return trained
 
 

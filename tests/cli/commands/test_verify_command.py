@@ -30,7 +30,7 @@ def test_the_status_says_whether_the_promise_is_kept(monkeypatch, capsys, kept, 
         print("what an experiment prints")
         return Report(kept=kept)
 
-    monkeypatch.setattr(runtime, "start", lambda num_devices=None: jax.devices()[: num_devices or 1])
+    monkeypatch.setattr(runtime, "start", lambda num_devices=None, threads=None: jax.devices()[: num_devices or 1])
     monkeypatch.setattr(verify_command.verification, "verify", verify)
     arguments = ["verify", tiny_experiment.__file__, "--steps", "3", "--set", "seed=9"]
     assert main.run([*arguments, *(["--json"] if as_json else ["--devices", "2"])]) == status

@@ -106,7 +106,7 @@ def test_a_process_that_cannot_find_its_job_is_refused(found, environment, messa
 def test_every_way_to_join_ends_up_in_the_same_call(found, monkeypatch):
     """`runtime.start` asks `find`, and nothing else, for the job."""
     joined = []
-    monkeypatch.setattr(runtime, "_join_job", lambda place, num_devices: joined.append(summary(place)))
+    monkeypatch.setattr(runtime, "_join_job", lambda place: joined.append(summary(place)))
     for environment in (PLAIN, OURS):
         found(environment)
         runtime.start(8)

@@ -32,7 +32,6 @@ def test_more_devices_than_accelerators_are_refused():
 def test_the_start_bounds_gpu_collectives(monkeypatch):
     bounded = []
     monkeypatch.setattr(runtime, "_bound_gpu_collectives", bounded.append)
-    monkeypatch.setattr(runtime, "use_compilation_cache", lambda: None)
     monkeypatch.setattr(runtime.jax.config, "update", lambda name, value: None)
     runtime._prepare(1)
     assert bounded == [os.environ]
@@ -43,7 +42,7 @@ def test_processes_compare_what_their_cpus_compile_to(monkeypatch):
     compared = {}
     monkeypatch.setattr(same_on_all, "compare", lambda name, facts: compared.update(facts))
     monkeypatch.setattr(runtime, "_meet", lambda: None)
-    runtime._compare_and_meet(1)
+    runtime._compare_and_meet(1, same_threads=True)
     assert compared["CPU instructions"] == same_on_all.instructions()
     assert compared["XLA_FLAGS"] == os.environ.get("XLA_FLAGS"), "--xla_cpu_max_isa is one of them"
 
@@ -86,13 +85,20 @@ def test_native_output_goes_to_the_log_of_the_process_and_not_to_the_user(tmp_pa
     assert native == "native 1;native 2;ValueError: trace\n"
 
 
-@pytest.mark.parametrize(
-    ("given", "threads"), [({}, 8), ({"NPROC": "2"}, None), ({"PJRT_NPROC": "3"}, "3"), ({"NPROC": "1"}, None)]
-)
-def test_the_thread_pool_is_as_large_for_one_device_as_for_eight(given, threads):
-    environment = dict(given)
-    runtime._fix_threads(environment)
-    if threads == 8:
-        assert int(environment["PJRT_NPROC"]) == max(8, len(os.sched_getaffinity(0)))
-    else:
-        assert environment == given
+@pytest.mark.parametrize(("reduction", "same"), [("canonical", True), ("mean", False)])
+def test_processes_of_a_canonical_job_compare_their_threads(reduction, same, monkeypatch):
+    """Hosts with other numbers of cores may train with the mean, which promises no bits."""
+    compared = {}
+    monkeypatch.setattr(same_on_all, "compare", lambda name, facts: compared.update(facts))
+    monkeypatch.setattr(runtime, "_meet", lambda: None)
+    runtime._compare_and_meet(1, same_threads=same)
+    assert ("XLA's threads (PJRT_NPROC)" in compared) == same
+
+
+def test_cached_programs_belong_to_the_number_of_threads(monkeypatch):
+    told = []
+    monkeypatch.setattr(runtime.jax_private, "share_cache_keys", told.append)
+    for threads in ("8", "16"):
+        monkeypatch.setenv("PJRT_NPROC", threads)
+        runtime.use_compilation_cache(1)
+    assert len(set(told)) == 2

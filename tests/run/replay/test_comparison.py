@@ -122,12 +122,25 @@ def test_the_same_bits_are_expected_of_the_same_settings(changes, expected):
     experiment = tiny_experiment.get_config()
     config = json.loads(json.dumps(record.plain(experiment)))
     del config["data"]["prefetch"]  # recorded by a version that did not have it yet
-    earlier = types.SimpleNamespace(versions=record.versions(), config=config)
+    earlier = types.SimpleNamespace(versions=record.versions(), extra={}, config=config)
     assert comparison.same_bits_expected(overrides.override(experiment, changes), earlier) is expected
 
 
-def test_other_bits_may_come_of_another_version():
+HERE = -1
+
+
+@pytest.mark.parametrize(
+    ("version", "extra", "expected"),
+    [
+        ({"jaxlib": "0.1"}, {}, False),
+        ({}, {"cpu_threads": 64}, False),
+        ({}, {"cpu_threads": None}, True),
+        ({}, {"cpu_threads": HERE}, True),
+    ],
+)
+def test_other_bits_may_come_of_another_version_or_number_of_threads(version, extra, expected):
     experiment = tiny_experiment.get_config()
     config = json.loads(json.dumps(record.plain(experiment)))
-    earlier = types.SimpleNamespace(versions=record.versions() | {"jaxlib": "0.1"}, config=config)
-    assert not comparison.same_bits_expected(experiment, earlier)
+    extra = {name: comparison.cpu_threads() if threads == HERE else threads for name, threads in extra.items()}
+    earlier = types.SimpleNamespace(versions=record.versions() | version, extra=extra, config=config)
+    assert expected == comparison.same_bits_expected(experiment, earlier)
