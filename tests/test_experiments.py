@@ -69,7 +69,7 @@ FAST = ("breast_cancer", "bytes_gpt", "digits_cnn")
     "name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(TINY.keys() - FAST))]
 )
 def test_an_experiment_trains_tiny(name, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(runtime, "start", lambda num_devices=None: jax.devices()[: num_devices or 1])
+    monkeypatch.setattr(runtime, "start", lambda num_devices=None, threads=None: jax.devices()[: num_devices or 1])
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     load = selected_experiment.load

@@ -32,7 +32,7 @@ def losses(run_dir):
 @pytest.mark.slow
 def test_one_process_stopped_at_step_10_and_two_that_go_on_are_one_process_that_never_stopped(tmp_path, monkeypatch):
     never, stopped = tmp_path / "never", tmp_path / "stopped"
-    monkeypatch.setattr(runtime, "start", lambda num_devices=None: jax.devices()[: num_devices or 1])
+    monkeypatch.setattr(runtime, "start", lambda num_devices=None, threads=None: jax.devices()[: num_devices or 1])
     assert main.run(command(never, 20)) == 0
     assert main.run(command(stopped, 10)) == 0
     assert list(losses(stopped)) == list(range(1, 11))

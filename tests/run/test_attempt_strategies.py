@@ -26,7 +26,7 @@ WAYS = {
 @pytest.fixture(autouse=True)
 def on_the_test_devices(monkeypatch):
     """Commands prepare a process of their own; here they get what this process has."""
-    monkeypatch.setattr(runtime, "start", lambda num_devices=None: jax.devices()[: num_devices or 1])
+    monkeypatch.setattr(runtime, "start", lambda num_devices=None, threads=None: jax.devices()[: num_devices or 1])
 
 
 def train(capsys, name, run_dir, *more):

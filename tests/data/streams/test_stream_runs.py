@@ -30,7 +30,7 @@ def command(run_dir, max_steps, *arguments):
 def test_a_stream_that_is_stopped_and_continues_on_two_processes_gives_the_same_bits(kind, tmp_path, monkeypatch):
     never, stopped = tmp_path / "never", tmp_path / "stopped"
     monkeypatch.setenv("STREAM_KIND", kind)
-    monkeypatch.setattr(runtime, "start", lambda num_devices=None: jax.devices()[: num_devices or 1])
+    monkeypatch.setattr(runtime, "start", lambda num_devices=None, threads=None: jax.devices()[: num_devices or 1])
     assert main.run(command(never, 20)) == 0
     assert main.run(command(stopped, 10)) == 0
 

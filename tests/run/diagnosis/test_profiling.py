@@ -57,7 +57,7 @@ def test_a_run_without_those_steps_says_so(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_run_is_traced(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(runtime, "start", lambda num_devices: jax.devices()[:num_devices])
+    monkeypatch.setattr(runtime, "start", lambda num_devices, threads=None: jax.devices()[:num_devices])
     arguments = ["train", tiny_experiment.__file__, "--run-dir", str(tmp_path / "run"), "--json", "--profile", "2:3"]
     assert main.run([*arguments, "--devices", "2", "--max-steps", "4"]) == 0
     assert json.loads(capsys.readouterr().out)["step"] == 4
@@ -75,7 +75,7 @@ def test_a_run_is_traced(tmp_path, capsys, monkeypatch):
     ],
 )
 def test_a_trace_that_cannot_be_made_is_refused_before_the_run(tmp_path, capsys, monkeypatch, given, message):
-    monkeypatch.setattr(runtime, "start", lambda num_devices: jax.devices()[:num_devices])
+    monkeypatch.setattr(runtime, "start", lambda num_devices, threads=None: jax.devices()[:num_devices])
     command = ["train", tiny_experiment.__file__, "--run-dir", str(tmp_path / "run"), "--profile", *given]
     assert main.run(command) == 2
     assert message in capsys.readouterr().err

@@ -51,7 +51,7 @@ def test_one_batch_is_the_same_in_every_step_whatever_its_transform_draws():
 
 
 def test_one_batch_is_one_without_padding(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(runtime, "start", lambda num_devices: jax.devices()[:num_devices])
+    monkeypatch.setattr(runtime, "start", lambda num_devices, threads=None: jax.devices()[:num_devices])
     tiny = tiny_experiment.get_config()
     lengths = np.array([1] * 3 + [2] * 49)  # the first bucket holds less than a batch
     source = jaxdist.data.Bucketed(tiny.data.train, lengths, boundaries=(1, 2), fields=())
@@ -90,7 +90,7 @@ def test_a_trial_is_short_whatever_the_experiment_says():
 
 def test_a_trial_trains_evaluates_saves_and_leaves_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(runtime, "start", lambda num_devices: jax.devices()[:num_devices])
+    monkeypatch.setattr(runtime, "start", lambda num_devices, threads=None: jax.devices()[:num_devices])
     assert main.run(["train", tiny_experiment.__file__, "--devices", "2", "--fast-dev-run", "--json"]) == 0
     printed = capsys.readouterr()
     made = json.loads(printed.out)

@@ -71,7 +71,7 @@ def test_the_status_says_whether_the_canonical_bits_are_the_same(broken, capsys,
         del key
         return squares(outputs * (1.0 + 2.0**-23 * (next(times_compiled) if broken else 0)), batch)
 
-    monkeypatch.setattr(runtime, "start", lambda num_devices=None: jax.devices()[: num_devices or 1])
+    monkeypatch.setattr(runtime, "start", lambda num_devices=None, threads=None: jax.devices()[: num_devices or 1])
     monkeypatch.setattr(selected_experiment, "load", lambda options: linear(drifting, reduction="canonical"))
     assert main.run(["verify", "any.py", "--devices", "2", "--json"]) == (1 if broken else 0)
     report = json.loads(capsys.readouterr().out)

@@ -66,7 +66,7 @@ def test_an_object_is_created_by_one_of_two_jobs(bucket):
 
 
 def test_a_run_trains_resumes_and_is_used_at_its_address(bucket, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(runtime, "start", lambda num_devices=None: jax.devices()[: num_devices or 1])
+    monkeypatch.setattr(runtime, "start", lambda num_devices=None, threads=None: jax.devices()[: num_devices or 1])
     address, tiny = f"{bucket}/runs/first", str(TESTS / "tiny_experiment.py")
     assert main.run(["train", tiny, "--run-dir", address, "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
