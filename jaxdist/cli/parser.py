@@ -4,9 +4,11 @@ A command's handler is named as text, "module:function", and imported once the c
 """
 
 import argparse
+import difflib
 import importlib
 import importlib.metadata
 import pathlib
+import shlex
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +25,7 @@ _LEAST_STEPS = 10
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
-    parser = argparse.ArgumentParser(prog="jaxdist", description="Train Flax models on many devices.")
+    parser = _Parser(prog="jaxdist", description="Train Flax models on many devices.")
     parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and exit")
     parser.add_argument(
         "--print-completion", action=_PrintCompletion, choices=("bash", "zsh", "tcsh"), help="print a completion script"
@@ -333,6 +335,20 @@ def _whole(text: str) -> int:
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"a whole number is needed; got {text!r}")
     return int(text)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Names the command's nearest option where one is unknown."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            option = unknown[0].partition("=")[0]
+            known = [name for name in self._option_string_actions if name.startswith("--")]
+            near = difflib.get_close_matches(option, known, n=1) if option.startswith("-") else []
+            proposal = f" Did you mean {near[0]!r}?" if near else ""
+            self.error(f"unrecognized arguments: {shlex.join(unknown)}.{proposal}")
+        return found, unknown
 
 
 class _ShowVersion(argparse.Action):

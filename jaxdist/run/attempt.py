@@ -6,7 +6,7 @@ import functools
 import pathlib
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from jaxdist.data import Position
 from jaxdist.data.assembly import BadExampleError, ExampleError
 from jaxdist.guards import nonfinite, recompile, replicas
 from jaxdist.launch.joining import agreement, runtime, same_on_all, turn
-from jaxdist.launch.supervising import watchdog
+from jaxdist.launch.supervising import restart_events, watchdog
 from jaxdist.run import bookkeeping, components, directory, disk_room, header, hooks, loop, recovery, rescue
 from jaxdist.run.custom import user_hooks
 from jaxdist.run.diagnosis import profiling, utilization
@@ -248,6 +248,7 @@ class _Run:
         self.log = hooks.LogMetrics(self.books)
         self.books.before_save = self._flush
         self._change_due = recovery.change_due()
+        self._newest: loop.StepInfo | None = None
 
     def execute(self, stop_rule: stop.StopRule, dog: watchdog.Watchdog) -> record.RunRecord:
         """Train, evaluate the last step if needed, save, and write the record, also of an error before it is raised."""
@@ -276,7 +277,7 @@ class _Run:
         chain = recording.recorder_of(
             self.parts, self.options.run_dir, step=start.progress.step, earlier=books.attempt.earlier
         )
-        with books.shown(), ledger as ledger_hooks, chain as self.chain, self.trace:
+        with books.shown(), ledger as ledger_hooks, chain as self.chain, self.trace, self._saved_at_mistakes():
             books.call_hooks("on_start", start.state)
             self.trace.begin(start.progress.step + 1)
             result = loop.fit(
@@ -284,7 +285,7 @@ class _Run:
                 start.state,
                 self.parts.batches(start.position),
                 stop=stop_rule,
-                hooks=[lambda info: dog.report(), *self._make_hooks(ledger_hooks)],
+                hooks=[lambda info: dog.report(), self._note_newest, *self._make_hooks(ledger_hooks)],
                 progress=books.progress,
                 stop_requested=self.agreed.stop(self._wants_to_end),
                 stopwatch=books.stopwatch,
@@ -306,6 +307,32 @@ class _Run:
             made = books.finish(result.end_reason, self._whole(result.state.params))
             books.call_hooks("on_end", result.state, end_reason=result.end_reason)
             return made
+
+    def _note_newest(self, info: loop.StepInfo) -> None:
+        self._newest = info
+
+    @contextlib.contextmanager
+    def _saved_at_mistakes(self) -> Iterator[None]:
+        """Save the newest step before an error of the user's data or hooks ends the run: the state is as it should be.
+
+        In a job of several processes the others would have to take part; its supervisor saves the newest snapshot.
+        """
+        try:
+            yield
+        except Exception as error:
+            if jax.process_count() == 1 and isinstance(_explained(error), errors.UserError):
+                with contextlib.suppress(Exception):  # the user is told what happened first
+                    self._save_newest()
+            raise
+
+    def _save_newest(self) -> None:
+        """Save the newest step unless its state went into a step that failed, or is not finite."""
+        info = self._newest
+        if info is None or any(leaf.is_deleted() for leaf in jax.tree.leaves(info.state)) or info.state.step < 0:
+            return
+        self.books.save(info.state, info.position)
+        self.start.checkpointer.wait()
+        restart_events.say(f"Step {info.step} is saved: once the error is corrected, --resume continues from it.")
 
     def _found_by_guards(self) -> dict[str, Any]:
         """Return what the guards add to the run record."""
@@ -389,7 +416,7 @@ class _Run:
     def _make_hooks(self, ledger_hooks: Sequence[loop.Hook]) -> list[loop.Hook]:
         books = self.books
         found: list[loop.Hook] = [self._agree_on_time()] if self.experiment.stop.max_seconds is not None else []
-        found.append(self.log)
+        found += [*ledger_hooks, self.log]  # before a hook of the user, whose error ends the run after this step
         if self.chain:
             found.append(self.chain)
         if books.hooks.has(hook_points.ON_STEP):
@@ -400,7 +427,6 @@ class _Run:
         every = self.experiment.guards.check_replicas_every
         if every and self.mesh.size > 1:
             found.append(hooks.every(every, lambda info: replicas.check_replicas(info.state, self.mesh)))
-        found += ledger_hooks
         told = [recovery.tell_recovery(self.options.run_dir), recovery.tell_modules()]
         told.append(recovery.ask_for_reserve(self.experiment.recovery, self.mesh))
         found += [hook for hook in told if hook]

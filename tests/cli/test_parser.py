@@ -102,6 +102,16 @@ def test_a_bad_command_line_is_the_users_mistake(arguments, capsys):
     assert "usage: jaxdist" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", [["train", "x.py"], ["launch", "x.py"]])
+def test_a_misspelt_option_gets_the_nearest(command, capsys):
+    with pytest.raises(SystemExit) as raised:
+        parser.make_parser().parse_args([*command, "--devcies=8"])
+    assert raised.value.code == 2
+    shown = capsys.readouterr().err
+    assert f"usage: jaxdist {command[0]}" in shown
+    assert "unrecognized arguments: --devcies=8. Did you mean '--devices'?" in shown
+
+
 def test_the_version_is_that_of_the_package(capsys):
     with pytest.raises(SystemExit) as raised:
         main.run(["--version"])

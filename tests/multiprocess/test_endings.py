@@ -46,6 +46,7 @@ LINES = {
     "the same without `--processes`, once JAX is imported": [
         "test_a_signal_in_start_up_of_a_lone_process_saves_the_first_step"
     ],
+    "an example, a transform or a hook of the experiment raises an error": ["test_an_error_of_a_hook_loses_no_step"],
     "SIGPIPE": [IN_PHASES],
     "a signal to one process of the job": [
         "test_a_signal_to_one_process_has_the_job_restarted_where_it_stopped",
@@ -133,6 +134,33 @@ def resumes_at(start, step, *, said=None, **settings):
     if said:
         assert said in job.text()
     return job
+
+
+BROKEN = """
+import dataclasses, jaxdist, tiny_experiment
+
+def hook(info):
+    if info.step == 9:
+        raise KeyError("mine")
+
+def get_config():
+    return dataclasses.replace(tiny_experiment.get_config(), hooks=(hook,))
+"""
+
+
+@pytest.mark.parametrize("processes", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_an_error_of_a_hook_loses_no_step(start, tmp_path, processes):
+    broken = tmp_path / "broken.py"
+    broken.write_text(BROKEN)
+    path = {"PYTHONPATH": os.pathsep.join([str(ending_jobs.EXPERIMENT.parent), os.environ.get("PYTHONPATH", "")])}
+    job = start(processes=processes, experiment=broken, environment=path)
+    assert job.end(120) == 2, job.text()
+    assert "mine" in job.text()
+    assert job.saved_step() == 9 if not processes else job.saved_step() >= 7
+    broken.write_text(BROKEN.replace("== 9", "== 0"))
+    again = start("--resume", processes=processes, experiment=broken, environment=path, steps=12)
+    assert again.end(120) == 0, again.text()
+    assert record.RunRecord.read(job.run_dir).step == 12
 
 
 def test_a_stop_and_the_death_of_a_process_lose_no_step(start):

@@ -17,7 +17,7 @@ from jaxdist.config import overrides
 from jaxdist.data import ArraySource, CorruptExample, Loader
 from jaxdist.launch.supervising import supervisor
 from jaxdist.run import attempt, components, directory
-from jaxdist.rundir import record
+from jaxdist.rundir import ledger, record
 from jaxdist.stop import Progress
 
 pytestmark = pytest.mark.usefixtures("shared_compilations")
@@ -244,6 +244,56 @@ def test_corrupt_data_are_one_message_and_may_be_left_out(tmp_path):
     assert read_record(tmp_path / "raise")["end_reason"] == "error"
     skipping = run(tmp_path / "skip", "data.on_bad=skip", "stop.max_epochs=1", experiment=experiment)
     assert (skipping.end_reason, skipping.step) == ("max_epochs", 4)
+
+
+class Broken:
+    """A hook, and a transform, that raise at one place until they are corrected."""
+
+    def __init__(self, where, step=7):
+        self.where, self.step = where, step
+
+    def on_step(self, info):
+        if self.where == "hook" and info.step == self.step:
+            raise KeyError("mine")
+
+    def on_evaluation(self, info):
+        if self.where == "evaluation":
+            raise KeyError("mine")
+
+    def example_fn(self, example, random):
+        if self.where == "example":
+            return corrupt_at_30(example, random)
+        return example
+
+
+@pytest.mark.parametrize("where", ["hook", "evaluation", "example"])
+def test_a_mistake_of_the_user_loses_no_step(tmp_path, where, capsys):
+    broken, config = Broken(where), tiny_experiment.get_config()
+    data = dataclasses.replace(config.data, example_fn=broken.example_fn)
+    experiment = dataclasses.replace(config, data=data, hooks=[broken], recovery=jaxdist.Recovery(ledger=True))
+    experiment = overrides.override(experiment, ["checkpoints.every_steps=100", "reduction=canonical"])
+    with pytest.raises(errors.UserError, match=r"mine|too early"):
+        run(tmp_path / "run", experiment=experiment)
+    made, shown = read_record(tmp_path / "run"), capsys.readouterr().err
+    assert made["end_reason"] == "error"
+    assert made["step"] == {"hook": 7, "evaluation": 4}.get(where, made["step"])
+    if made["step"]:
+        assert f"Step {made['step']} is saved" in shown
+        assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == [str(made["step"])]
+    broken.where = "nowhere"
+    resumed = run(tmp_path / "run", experiment=experiment, resume=True)
+    whole = run(tmp_path / "whole", experiment=experiment)
+    assert resumed.params_sha256 == whole.params_sha256
+    assert [*ledger.read(tmp_path / "run")] == [*ledger.read(tmp_path / "whole")]
+
+
+def test_a_state_that_is_not_finite_is_not_saved_at_a_mistake(tmp_path):
+    broken = Broken("hook", step=2)
+    experiment = dataclasses.replace(with_nan(5), hooks=[broken])
+    experiment = overrides.override(experiment, ["checkpoints.every_steps=100", "stop.max_steps=8"])
+    with pytest.raises(errors.UserError, match="mine"):
+        run(tmp_path / "run", experiment=experiment)
+    assert not (tmp_path / "run/checkpoints").exists()
 
 
 FULL = OSError(errno.ENOSPC, "No space left on device", "runs/a/metrics.csv")
