@@ -7,11 +7,11 @@ python benchmarks/recovery.py snapshot [--rounds N] [--every N ...] [--json]
 
 `kills` is `jaxdist chaos` with SIGKILLs alone and default timers: the seconds from a kill to the next step that had
 not been made, their parts, and whether params and ledger are those of the undisturbed run. `--steps-per-kill` sets how
-far apart they are. `random` is the same with processes that join and leave, for each experiment with each strategy;
-with a log it is run in pieces. `stops` stops processes of a small job and checks whether the watchdog named the right
-one, and how long after its limit. `snapshot` trains with snapshots, at the default interval and every n steps, and
-without any, in turns of the same process, on two devices; the ratio is the median of that of the steps per second of
-neighbouring rounds.
+far apart they are. `random` is the same with processes that join and leave, for each experiment with each strategy,
+three seconds of training a strike; with a log it is run in pieces. `stops` stops processes of a small job and checks
+whether the watchdog named the right one, and how long after its limit. `snapshot` trains with snapshots, at the default
+interval and every n steps, and without any, in turns of the same process, on two devices; the ratio is the median of
+that of the steps per second of neighbouring rounds.
 
 A long run is 100 kills, 20 stops and the snapshots, on a quiet machine.
 """
@@ -23,6 +23,7 @@ import os
 import pathlib
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -45,6 +46,8 @@ ALLOWED_SECONDS = RANDOM_SECONDS = 2.0
 PROGRAMS = ("digits_cnn.py", "digits_mlp.py", "bytes_gpt.py", "digits_resnet.py")
 HANG_SECONDS = 3.0
 ROUND_SECONDS = 1.0
+SECONDS_PER_STRIKE = 3.0
+PILOT_STEPS = 40
 
 
 def main() -> None:
@@ -108,7 +111,8 @@ def random_changes(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def _changed_at_random(experiment: str, strategy: str, options: argparse.Namespace) -> dict[str, Any]:
     arguments = [experiment, "--processes", str(options.processes), "--devices", "1", "--strategy", strategy]
     strikes = options.kills + options.joins + options.leaves
-    arguments += ["--max-steps", str(max(60, options.steps_per_kill * strikes))]
+    steps = int(SECONDS_PER_STRIKE * strikes / _pace([*arguments, "--max-steps", str(PILOT_STEPS)]))
+    arguments += ["--max-steps", str(max(60, steps))]
     wanted = {"kills": options.kills, "joins": options.joins, "leaves": options.leaves}
     found = fire(experiment, arguments, options, **wanted).to_json()
     costs = found["lost_seconds"]
@@ -122,6 +126,14 @@ def _changed_at_random(experiment: str, strategy: str, options: argparse.Namespa
         "longest": costs["max"],
         "report": found,
     }
+
+
+def _pace(arguments: list[str]) -> float:
+    """Return the seconds a step of a short run takes: a job of fast steps would end before it is struck."""
+    with tempfile.TemporaryDirectory(prefix="jaxdist-recovery-") as folder:
+        train = [*_train_command(arguments), "--run-dir", f"{folder}/pilot"]
+        subprocess.run(train, check=True, capture_output=True, timeout=600)
+        return record.RunRecord.read(pathlib.Path(folder, "pilot")).step_seconds["p50"]
 
 
 def stops(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -144,10 +156,7 @@ def stops(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def fire(
     experiment: str, arguments: list[str], options: argparse.Namespace, *settings: str, **strikes: int
 ) -> chaos_runs.ChaosResult:
-    command = [sys.executable, "-m", "jaxdist.cli", "train", *arguments, "--reduction", "canonical"]
-    # Otherwise a run ends when its model is good enough, long before the last strike.
-    command += ["--set", "stop.target=None", "stop.max_epochs=None", "recovery.ledger=true"]
-    command += ["recovery.max_fruitless=1000000", *settings]
+    command = [*_train_command(arguments), *settings]
     with tempfile.TemporaryDirectory(prefix="jaxdist-recovery-") as folder:
         return chaos_runs.run(
             command,
@@ -157,6 +166,13 @@ def fire(
             num_examples=len(loading.load_experiment(experiment).data.train),
             counts={"kills": 0, **strikes},
         )
+
+
+def _train_command(arguments: list[str]) -> list[str]:
+    command = [sys.executable, "-m", "jaxdist.cli", "train", *arguments, "--reduction", "canonical"]
+    # Otherwise a run ends when its model is good enough, long before the last strike.
+    command += ["--set", "stop.target=None", "stop.max_epochs=None", "recovery.ledger=true"]
+    return [*command, "recovery.max_fruitless=1000000"]
 
 
 def snapshots(options: argparse.Namespace) -> Iterator[dict[str, Any]]:

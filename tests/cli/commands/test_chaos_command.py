@@ -21,7 +21,7 @@ def asked(monkeypatch):
     def run(command, directory, **settings):
         found.update(command=command, directory=directory, **settings)
         identical = found["identical"]
-        return types.SimpleNamespace(identical=identical, to_json=lambda: {"identical": identical})
+        return types.SimpleNamespace(proves=identical, to_json=lambda: {"identical": identical})
 
     monkeypatch.setattr(chaos_command.chaos_runs, "run", run)
     before = signal.getsignal(signal.SIGTERM)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -29,7 +30,9 @@ class Run:
 
     def start(self, name):
         sleep = [sys.executable, "-c", "import time; time.sleep(60)", name, str(self.folder / run_folder.SPEC_NAME)]
-        self.running[name] = subprocess.Popen(sleep)
+        process = self.running[name] = subprocess.Popen(sleep)
+        while name not in pathlib.Path(f"/proc/{process.pid}/cmdline").read_text():  # not yet in exec
+            pass
 
     def write(self, *rows, end="\n"):
         with (self.folder / run_folder.STEPS_NAME).open("a") as file:

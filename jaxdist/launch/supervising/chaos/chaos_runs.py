@@ -48,6 +48,11 @@ class ChaosResult:
         """Whether both runs made the same params in the same number of steps, from the same examples."""
         return self.undisturbed == self.disturbed and self.undisturbed[0] is not None and self.ledger == "exact"
 
+    @property
+    def proves(self) -> bool:
+        """Whether they did although something happened to one of them."""
+        return self.identical and bool(self.hits or self.changes)
+
     def to_json(self) -> dict[str, Any]:
         """Return what `--json` prints."""
         stops = [hit for hit in self.hits if hit.strike.kind == "stop"]
@@ -73,18 +78,19 @@ class ChaosResult:
             },
         }
 
-    def _change_costs(self, kind: str) -> dict[str, float]:
+    def _change_costs(self, kind: str) -> dict[str, float | None]:
         costs = [change["seconds_lost"] for change in self.changes if change["kind"] == kind]
         return {"count": len(costs)} | _summary([seconds for seconds in costs if seconds is not None])
 
     def _changes_line(self) -> list[str]:
         costs = {kind: self._change_costs(kind) for kind in ("join", "leave")}
-        if not any(cost["count"] for cost in costs.values()):
-            return []
         parts = [
-            f"{cost['count']} x {kind} (p50 {cost['p50']:.1f}, max {cost['max']:.1f} s lost)"
+            f"{cost['count']} x {kind}" + ("" if cost["p50"] is None else f" ({_shown(cost)} s lost)")
             for kind, cost in costs.items()
+            if cost["count"]
         ]
+        if not parts:
+            return []
         numbers = " ".join(str(change["processes"]) for change in self.changes if change["kind"] != "restart")
         return [f"changes     {', '.join(parts)}", f"processes   {numbers}"]
 
@@ -95,11 +101,11 @@ class ChaosResult:
             return []
         stages = ", ".join(f"{stage} {seconds['p50']:.1f}" for stage, seconds in content["split_seconds"].items())
         right, after = content["verdicts"], content["verdict_seconds"]
-        return [
-            f"of these    p50 {stages}",
-            f"verdicts    {right['right']} of {right['of']} stopped processes named, after p50 {after['p50']:.1f}, "
-            f"max {after['max']:.1f} s",
-        ]
+        lines = [f"of these    p50 {stages}"]
+        if right["of"]:
+            named = "" if after["p50"] is None else f", after {_shown(after)} s"
+            lines.append(f"verdicts    {right['right']} of {right['of']} stopped processes named{named}")
+        return lines
 
     def __str__(self) -> str:
         content = self.to_json()
@@ -110,7 +116,7 @@ class ChaosResult:
             f"struck      {', '.join(f'{name} x {count}' for name, count in content['struck'].items()) or 'none'}",
             *self._changes_line(),
             f"restarts    {self.restarts}",
-            f"seconds     p50 {lost['p50']:.1f}, max {lost['max']:.1f} from a strike to the next new step",
+            *([f"seconds     {_shown(lost)} from a strike to the next new step"] if self.hits else []),
             *self._stages_lines(),
             f"steps       {self.undisturbed[1]} undisturbed, {self.disturbed[1]} disturbed",
             f"params      {self.undisturbed[0]} undisturbed",
@@ -118,6 +124,8 @@ class ChaosResult:
             f"examples    {self.ledger}",
             "identical" if self.identical else "NOT identical",
         ]
+        if self.identical and not self.proves:
+            lines[-1] = "nothing was struck before the run ended, which proves nothing: train longer, with --max-steps"
         return "\n".join(lines)
 
 
@@ -214,5 +222,9 @@ def _train(command: Sequence[str], run_dir: pathlib.Path) -> record.RunRecord:
     raise RunFailedError(f"The {run_dir.name} run ended with status {status}; all it said is in {output_path}.\n{told}")
 
 
-def _summary(seconds: Sequence[float]) -> dict[str, float]:
-    return {"p50": statistics.median(seconds), "max": max(seconds)} if seconds else {"p50": 0.0, "max": 0.0}
+def _summary(seconds: Sequence[float]) -> dict[str, float | None]:
+    return {"p50": statistics.median(seconds), "max": max(seconds)} if seconds else {"p50": None, "max": None}
+
+
+def _shown(summary: Mapping[str, float | None]) -> str:
+    return f"p50 {summary['p50']:.1f}, max {summary['max']:.1f}"

@@ -65,10 +65,18 @@ def test_the_report_says_what_was_done_and_what_it_cost():
     assert content["split_seconds"]["restart"] == {"p50": 2.0, "max": 2.0}
     assert "of these    p50 detect 0.2, restart 2.0, restore 0.5, compile 1.2" in str(make_report())
     assert "1 kills, 0 stops, 0 starved of disk (1 of 2 planned)" in str(make_report())
-    assert chaos_runs.ChaosResult(0, [], 0, ("a", 1), ("a", 1), "exact").to_json()["lost_seconds"] == {
-        "p50": 0.0,
-        "max": 0.0,
-    }
+
+
+def test_runs_that_nothing_happened_to_prove_nothing():
+    untouched = make_report(hits=[], restarts=0)
+    assert untouched.identical
+    assert not untouched.proves
+    assert untouched.to_json()["lost_seconds"] == {"p50": None, "max": None}
+    assert "seconds" not in str(untouched)
+    assert str(untouched).splitlines()[-1].startswith("nothing was struck before the run ended")
+    joined = make_report(hits=[], restarts=0, changes=[{"kind": "join", "processes": 3, "seconds_lost": None}])
+    assert joined.proves
+    assert "changes     1 x join" in str(joined)
 
 
 def test_the_report_says_whether_the_watchdog_named_the_stopped_process():
