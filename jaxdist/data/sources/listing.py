@@ -5,6 +5,7 @@ import os
 import pathlib
 import posixpath
 import stat
+import warnings
 from collections.abc import Iterator, Sequence
 
 from jaxdist.data.remote import addresses, file_cache
@@ -103,6 +104,9 @@ def local_path(path: str | os.PathLike) -> pathlib.Path:
     return pathlib.Path(name)
 
 
+_OF_WINDOWS = ("Thumbs.db", "desktop.ini")
+
+
 def is_hidden(name: str) -> bool:
     """Return whether tools leave files of this name behind: `.ipynb_checkpoints`, `._1.png`, `__MACOSX`."""
     return name.startswith(".") or name == "__MACOSX"
@@ -120,7 +124,10 @@ def list_by_class(
       unread: suffixes of files that belong to the data and cannot be read.
 
     Raises:
-      ValueError: there are no such files, a folder that is not in `classes`, or files that would be left out.
+      ValueError: there are no such files, a folder that is not in `classes`, or files of `unread`.
+
+    Warns:
+      UserWarning: other files are left out.
     """
     folder = local_path(root)
     if not folder.is_dir():
@@ -139,14 +146,22 @@ def list_by_class(
             f"{folder} has folders that are not among the {len(numbers)} classes: {', '.join(unknown[:5])}. The "
             f"classes are {', '.join(list(numbers)[:10])}. Remove these folders, or add them to `classes`."
         )
-    files, labels = [], []
+    files: list[str] = []
+    labels: list[int] = []
+    others: list[str] = []
     for name in names:
-        found = sorted(_walk(os.path.join(folder, name), tuple(suffixes), tuple(unread)))
+        found = sorted(_walk(os.path.join(folder, name), tuple(suffixes), tuple(unread), others))
         files += found
         labels += [numbers[name]] * len(found)
     if not files:
         raise ValueError(
             f"{folder} holds no files {', '.join(suffixes)} in folders named by class, as in {folder}/CLASS/FILE."
+        )
+    if others:
+        warnings.warn(
+            f"{len(others)} files in the folders of {folder} are left out, such as {min(others)}: their names end in "
+            f"none of {', '.join(suffixes)}. Move them elsewhere, or rename those that count.",
+            stacklevel=2,
         )
     return tuple(numbers), files, labels
 
@@ -173,7 +188,8 @@ def _has_folders(*parts: str) -> bool:
         return any(entry.is_dir() for entry in entries)
 
 
-def _walk(folder: str, suffixes: tuple[str, ...], unread: tuple[str, ...]) -> Iterator[str]:
+def _walk(folder: str, suffixes: tuple[str, ...], unread: tuple[str, ...], others: list[str]) -> Iterator[str]:
+    """Yield the files below a folder that end in one of the suffixes; put the rest into `others`."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if is_hidden(entry.name):
@@ -181,7 +197,7 @@ def _walk(folder: str, suffixes: tuple[str, ...], unread: tuple[str, ...]) -> It
             if entry.is_dir():
                 if entry.is_symlink():
                     _check_no_loop(entry.path)
-                yield from _walk(entry.path, suffixes, unread)
+                yield from _walk(entry.path, suffixes, unread, others)
             elif entry.name.lower().endswith(suffixes):  # a link to nothing is listed too, and refused when read
                 yield entry.path
             elif entry.name.lower().endswith(unread):
@@ -189,6 +205,8 @@ def _walk(folder: str, suffixes: tuple[str, ...], unread: tuple[str, ...]) -> It
                     f"Files of this kind cannot be read, and would be left out: {entry.path}. Convert them, or move "
                     "them elsewhere."
                 )
+            elif entry.name not in _OF_WINDOWS:
+                others.append(entry.path)
 
 
 def _check_no_loop(link: str) -> None:

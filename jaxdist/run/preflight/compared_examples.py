@@ -33,25 +33,30 @@ def check_coupling(
     outputs = outputs_of(functions, abstract, shapes)
     for _, two_examples in loader.samples(1, among=1):
         if adapters.are_coupled(loss, outputs, two_examples):
+            advice = "" if _parts_of(experiment) else " losses.WholeBatch(loss) compares those of all devices."
             warnings.warn(
                 f"The loss of an example, by {errors.named(loss)}, depends on the other examples that it is computed "
                 f"with. These are {num_together} of the {batch_size} of a batch here, and another number on other "
-                "devices. losses.WholeBatch(loss) compares those of all devices.",
+                f"devices.{advice}",
                 stacklevel=2,
             )
 
 
 def _check_whole_batch(experiment: Experiment) -> None:
     """Raise ConfigError where the examples of a batch are not on all devices at the same time."""
-    parts = {
-        "strategy": experiment.strategy if experiment.strategy == "parameter-server" else None,
-        "reduction": experiment.reduction if experiment.reduction == "canonical" else None,
-        "num_microbatches": experiment.num_microbatches if experiment.num_microbatches > 1 else None,
+    for setting in _parts_of(experiment):
+        raise ConfigError(
+            f"losses.WholeBatch needs the whole batch at the same time, and {setting} computes parts of it one after "
+            "the other, or far from each other. Change that, or pass the loss without WholeBatch: then it compares the "
+            "examples of a part."
+        )
+
+
+def _parts_of(experiment: Experiment) -> list[str]:
+    """Return the settings by which parts of a batch are computed at different times or places."""
+    settings = {
+        f"strategy={experiment.strategy}": experiment.strategy == "parameter-server",
+        f"reduction={experiment.reduction}": experiment.reduction == "canonical",
+        f"num_microbatches={experiment.num_microbatches}": experiment.num_microbatches > 1,
     }
-    for setting, value in parts.items():
-        if value is not None:
-            raise ConfigError(
-                f"losses.WholeBatch needs the whole batch at the same time, and {setting}={value} computes parts of it "
-                "one after the other, or far from each other. Change that, or pass the loss without WholeBatch: then "
-                "it compares the examples of a part."
-            )
+    return [setting for setting, is_in_parts in settings.items() if is_in_parts]

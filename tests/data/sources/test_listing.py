@@ -77,7 +77,9 @@ def a_folder(root, *names):
 
 def test_files_that_would_be_left_out_are_named(tmp_path):
     root = a_folder(tmp_path, "a/1.png", "a/notes.md", "b/deep/2.png")
-    assert list_by_class(root, (".png",), None, unread=(".heic",))[1] == [f"{root}/a/1.png", f"{root}/b/deep/2.png"]
+    with pytest.warns(UserWarning, match=r"1 files in the folders of .* are left out, such as .*notes\.md"):
+        found = list_by_class(root, (".png",), None, unread=(".heic",))[1]
+    assert found == [f"{root}/a/1.png", f"{root}/b/deep/2.png"]
     a_folder(root, "b/deep/3.HEIC")
     with pytest.raises(ValueError, match=r"would be left out: .*b/deep/3\.HEIC"):
         list_by_class(root, (".png",), None, unread=(".heic",))
@@ -128,3 +130,10 @@ def test_a_folder_above_the_data_and_a_pattern_say_what_to_name(tmp_path):
     (tmp_path / "root" / "train" / "cat" / "x.png").touch()
     with pytest.raises(ValueError, match="holds train, parts of a data set and no classes"):
         list_by_class(tmp_path / "root", [".png"], None)
+
+
+def test_files_without_a_suffix_are_left_out_with_a_word_and_those_of_systems_without(tmp_path):
+    root = a_folder(tmp_path, "a/1.png", "a/2", "b/3.PNG", "b/4.psd", "b/Thumbs.db", "b/.DS_Store")
+    with pytest.warns(UserWarning, match=r"2 files in the folders of .* left out, such as .*a/2: .*none of \.png"):
+        _, files, labels = list_by_class(root, (".png",), None)
+    assert ([os.path.basename(path) for path in files], labels) == (["1.png", "3.PNG"], [0, 1])

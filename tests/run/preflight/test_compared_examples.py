@@ -25,8 +25,9 @@ def test_a_loss_that_compares_the_examples_of_a_part_is_told(changes, num_device
         tiny_experiment.get_config(), loss=compares_examples, stop=jaxdist.Stop(max_steps=1)
     )
     experiment = dataclasses.replace(experiment, global_batch_size=16, **changes)
+    end = r"on other devices\.$" if changes else r"losses\.WholeBatch\(loss\) compares those of all devices\.$"
     expected = contextlib.nullcontext() if together is None else pytest.warns(
-        UserWarning, match=rf"by compares_examples \(.*\), depends on .* These are {together} of the 16"
+        UserWarning, match=rf"by compares_examples \(.*\), depends on .* These are {together} of the 16 .* {end}"
     )  # fmt: skip
     with expected:
         components.put_together(experiment, devices=jax.devices()[:num_devices])
