@@ -76,11 +76,13 @@ except jax.errors.JaxRuntimeError as error:
     assert "NOT_FOUND" in str(error)
 store.wait_at_barrier("b", 1000)
 jax_private.use_gloo_at("127.0.0.1")
+assert not jax_private.has_started()
 assert float(jax.numpy.ones(3).sum()) == 3.0
+assert jax_private.has_started()
 """
 
 
-def test_in_a_job_the_store_keeps_values_and_gloo_listens_where_it_is_told():
+def test_in_a_job_the_store_keeps_values_and_gloo_listens_where_it_is_told_once_jax_has_started():
     done = subprocess.run([sys.executable, "-c", JOB_OF_ONE], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
