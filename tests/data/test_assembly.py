@@ -2,7 +2,6 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 
 from jaxdist import data
 from jaxdist.data import ArraySource, CorruptExample
@@ -74,11 +73,17 @@ class Remembered:
         return self.items[index]
 
 
+def tensor(number):
+    import torch
+
+    return {"x": torch.full((2,), float(number))}
+
+
 SHARED = {
     "rows of an array": lambda: ArraySource({"x": np.arange(12.0).reshape(6, 2)}),
     "arrays": lambda: data.MapSource(Remembered(lambda number: {"x": np.full(2, float(number))})),
     "tuples": lambda: data.MapSource(Remembered(lambda number: (np.full(2, float(number)),)), names=("x",)),
-    "tensors": lambda: data.MapSource(Remembered(lambda number: {"x": torch.full((2,), float(number))})),
+    "tensors": lambda: data.MapSource(Remembered(tensor)),
     "a stream": lambda: data.iterable_stream(
         Remembered(lambda number: {"x": np.full(2, float(number))}).items, sizes=6
     ),
@@ -86,7 +91,9 @@ SHARED = {
 
 
 @pytest.mark.parametrize("wrap", [lambda source: source, lambda source: data.Filtered(source, add_one, version="1")])
-@pytest.mark.parametrize("kind", SHARED)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.torch] if kind == "tensors" else []) for kind in SHARED]
+)
 def test_what_a_users_function_writes_into_an_example_is_not_written_into_the_data(kind, wrap):
     plain, source = SHARED[kind](), wrap(SHARED[kind]())
     settings = {"global_batch_size": 4, "seed": 0, "num_epochs": 3, "shuffle": False}

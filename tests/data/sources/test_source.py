@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import scipy.sparse
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -41,7 +40,6 @@ def test_many_examples_at_once_are_the_examples_one_by_one(ids):
         ({"x": np.float32(1)}, r"got the sizes \{'x': None\}"),
         ({"x": np.array(["a"], object)}, "'x' holds Python objects"),
         ({"x": [[1], [2, 3]]}, "'x' cannot become an array of numbers"),
-        ({"x": torch.ones(2, requires_grad=True)}, "'x' cannot become an array of numbers"),
         ({"x": scipy.sparse.eye(2)}, "'x' holds Python objects.*toarray"),
         ({0: np.zeros(2)}, "Names of fields are texts; got 0"),
         (np.zeros(2), "takes arrays by field"),
@@ -51,6 +49,14 @@ def test_many_examples_at_once_are_the_examples_one_by_one(ids):
 def test_arrays_that_are_no_examples_are_refused(arrays, message):
     with pytest.raises(ValueError, match=message):
         ArraySource(arrays)
+
+
+@pytest.mark.torch
+def test_a_tensor_that_asks_for_its_gradient_is_refused():
+    import torch
+
+    with pytest.raises(ValueError, match="'x' cannot become an array of numbers"):
+        ArraySource({"x": torch.ones(2, requires_grad=True)})
 
 
 def test_labels_out_of_range_are_refused_at_the_start():
