@@ -158,7 +158,7 @@ def fire(
 ) -> chaos_runs.ChaosResult:
     command = [*_train_command(arguments), *settings]
     with tempfile.TemporaryDirectory(prefix="jaxdist-recovery-") as folder:
-        return chaos_runs.run(
+        found = chaos_runs.run(
             command,
             pathlib.Path(folder),
             seed=options.seed,
@@ -166,6 +166,9 @@ def fire(
             num_examples=len(loading.load_experiment(experiment).data.train),
             counts={"kills": 0, **strikes},
         )
+    if not found.hits:
+        raise SystemExit("The job ended before any of its processes was struck: make it longer, with --steps-per-kill.")
+    return found
 
 
 def _train_command(arguments: list[str]) -> list[str]:

@@ -103,7 +103,8 @@ def dry_run(experiment: Experiment, devices: Sequence[jax.Device]) -> DryRun:
     mesh, state = parts.strategy.mesh, parts.abstract_state
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     return DryRun(
-        title=f"{experiment.name}: {mesh.size} device(s) ({axes}), {experiment.strategy}, {experiment.reduction}",
+        title=f"{experiment.name}: {mesh.size} device{'s' if mesh.size > 1 else ''} ({axes}), {experiment.strategy}, "
+        f"{experiment.reduction}",
         batch={name: f"{tuple(leaf.shape)} {leaf.dtype}" for name, leaf in parts.fields.items()},
         leaves={name: leaf_sizes(getattr(state, name)) for name in TREES},
         step=step,

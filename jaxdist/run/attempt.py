@@ -332,7 +332,7 @@ class _Run:
             return
         self.books.save(info.state, info.position)
         self.start.checkpointer.wait()
-        restart_events.say(f"Step {info.step} is saved: once the error is corrected, --resume continues from it.")
+        restart_events.say(bookkeeping.saved_at_mistake(info.step))
 
     def _found_by_guards(self) -> dict[str, Any]:
         """Return what the guards add to the run record."""

@@ -467,3 +467,8 @@ class Bookkeeper:
             "metrics": f"{run_dir}/{writers.JSONL_NAME}",
             "checkpoint": "none was saved" if saved is None else checkpoint,
         }
+
+
+def saved_at_mistake(step: int) -> str:
+    """Return what the user is told when an error of theirs ends a run whose newest step is saved."""
+    return f"Step {step} is saved: once the error is corrected, --resume continues from it."

@@ -14,7 +14,7 @@ def test_a_dry_run_prints_sizes_and_leaves_nothing(tmp_path, capsys, monkeypatch
     monkeypatch.setattr(runtime, "start", lambda num_devices, threads=None: jax.devices()[:num_devices])
     monkeypatch.chdir(tmp_path)
     assert main.run(["train", tiny_experiment.__file__, "--devices", "2", "--dry-run", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["title"] == "tiny: 2 device(s) (data 2), data-parallel, mean"
+    assert json.loads(capsys.readouterr().out)["title"] == "tiny: 2 devices (data 2), data-parallel, mean"
     assert list(tmp_path.iterdir()) == []
 
 

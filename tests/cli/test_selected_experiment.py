@@ -61,7 +61,7 @@ def test_the_secrets_that_arguments_hide_come_from_the_environment(monkeypatch):
 
 
 @pytest.mark.parametrize("as_json", [True, False])
-def test_with_json_only_the_record_is_on_standard_output_whoever_writes_there(capfd, as_json):
+def test_with_json_native_code_and_other_programs_write_to_standard_error(capfd, as_json):
     with selected_experiment.record_alone_on_stdout(argparse.Namespace(json=as_json)):
         print("of Python")
         os.write(1, b"of native code\n")

@@ -103,6 +103,7 @@ LINES = {
     "the program is killed": [
         "test_a_role_that_is_killed_is_restarted_and_a_killed_program_continues_from_its_checkpoint"
     ],
+    "a hook of such a run raises an error": ["test_an_error_of_a_hook_of_a_server_loses_no_step"],
     "the viewer of such a run closes": ["test_a_viewer_that_closes_its_end_ends_nothing_of_a_server"],
     "a stop signal, and the disk stays full for ten seconds": ["test_a_full_disk"],
     "the disk has no room for a checkpoint": ["test_a_full_disk"],

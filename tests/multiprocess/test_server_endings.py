@@ -57,6 +57,41 @@ def made_steps(path):
     )
 
 
+BROKEN = """
+import dataclasses, tiny_experiment
+
+class Broken:
+    def on_step(self, info):
+        if info.step == {step}:
+            raise KeyError("mine")
+
+    def on_evaluation(self, info):
+        if {evaluation}:
+            raise KeyError("mine")
+
+def get_config():
+    return dataclasses.replace(tiny_experiment.get_config(), hooks=(Broken(),))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("step", "evaluation"), [(9, False), (0, True)])
+def test_an_error_of_a_hook_of_a_server_loses_no_step(start, tmp_path, step, evaluation):
+    broken = tmp_path / "broken.py"
+    broken.write_text(BROKEN.format(step=step, evaluation=evaluation))
+    path = {"PYTHONPATH": os.pathsep.join([str(ending_jobs.EXPERIMENT.parent), os.environ.get("PYTHONPATH", "")])}
+    job = start(experiment=broken, environment=path, eval_every=5)
+    assert job.end(120) == 2, job.text()
+    saved = job.saved_step()
+    assert saved >= (5 if evaluation else 9)
+    assert f"Step {saved} is saved" in job.text()
+    assert "failed in on_" in job.text()
+    broken.write_text(BROKEN.format(step=0, evaluation=False))
+    again = start("--resume", experiment=broken, environment=path, steps=saved + 4)
+    assert again.end(120) == 0, again.text()
+    assert record.RunRecord.read(job.run_dir).step == saved + 4
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("target", ["observer", "all"])

@@ -11,7 +11,7 @@ import json
 import pathlib
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -122,6 +122,7 @@ class Observer:
         self.unlogged: tuple[int, dict[str, float], dict[str, float]] = (0, {}, {})
         self.end_reason: str | None = None
         self.halt = ""
+        self.mistake: user_hooks.HookError | None = None
         self.identity, self.room = identity, room.RoomWatch(run_dir, self.directory)
 
     def _header(self, run_dir: pathlib.Path, num_devices: int) -> str:
@@ -150,6 +151,9 @@ class Observer:
                     with contextlib.ExitStack() as self.phase:
                         self._charge("compile")
                         self._watch(crew, send, stop_requested)
+                if self.mistake is not None and self.end_reason != NONFINITE:
+                    restart_events.say(bookkeeping.saved_at_mistake(self.progress.step))
+                    raise self.mistake
                 if self.end_reason == NONFINITE:
                     self._report_nonfinite()
                 self._draw()
@@ -248,7 +252,9 @@ class Observer:
         if row.get("empty"):
             self.progress.count_empty(1)
         named = {f"train/{name}": value for name, value in row["metrics"].items()}
-        self.books.call_hooks(hook_points.ON_STEP, user_hooks.NO_STATE, lambda: named)
+        if self.mistake is None:
+            with self._saved_at_mistakes():
+                self.books.call_hooks(hook_points.ON_STEP, user_hooks.NO_STATE, lambda: named)
         self.unlogged = (step, row["metrics"], bookkeeping.stamp(self.progress))
 
     def _log(self) -> None:
@@ -285,7 +291,16 @@ class Observer:
         """Evaluate if due; a run that is preempted has no time for it, and one that diverged no use."""
         due = self.books.evaluations.due() or bool(cut.end_reason)
         if due and self.halt != "preempted" and not self._diverged(cut):
-            self.books.evaluate(state)
+            with self._saved_at_mistakes():
+                self.books.evaluate(state)
+
+    @contextlib.contextmanager
+    def _saved_at_mistakes(self) -> Iterator[None]:
+        """End the run as a stop signal does if a hook raises an error, which is raised once the step is saved."""
+        try:
+            yield
+        except user_hooks.HookError as error:
+            self.mistake, self.halt = error, self.halt or "preempted"
 
     def _diverged(self, cut: journal.Cut) -> bool:
         """Return whether a gradient or the loss is not finite."""

@@ -127,7 +127,7 @@ def render(page: Page) -> str:
     badge, verdict = _verdict(made)
     return string.Template((importlib.resources.files(__package__) / "plan_page.html").read_text("utf-8")).substitute(
         title=html.escape(page.title),
-        heading=html.escape(f"{made.num_devices} device(s), {made.strategy}"),
+        heading=html.escape(f"{made.num_devices} device{'s' if made.num_devices > 1 else ''}, {made.strategy}"),
         style=style,
         dark=f":root {dark[1]}",
         made=f"Planned {datetime.datetime.now():%Y-%m-%d %H:%M:%S}",

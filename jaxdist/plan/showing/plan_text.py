@@ -19,9 +19,11 @@ _INSTALLED = pathlib.Path(__file__).parents[3]
 def render(made: Estimate, *, price_per_hour: float | None = None) -> str:
     """Return the plan of one way to train."""
     mesh = " x ".join(f"{name} {size}" for name, size in made.mesh.items())
+    devices = f"{made.num_devices} device{'s' if made.num_devices > 1 else ''}"
     lines = [
-        f"{made.experiment} on {made.topology}: {made.num_devices} device(s) ({mesh}), {made.strategy}",
-        f"{made.num_params:,} params, {made.global_batch_size} examples a step, {made.num_microbatches} microbatch(es)",
+        f"{made.experiment} on {made.topology}: {devices} ({mesh}), {made.strategy}",
+        f"{made.num_params:,} params, {made.global_batch_size} examples a step, {made.num_microbatches} "
+        f"microbatch{'es' if made.num_microbatches > 1 else ''}",
         "",
         "Memory of one device",
         *_rows((name, size_text(size)) for name, size in _kinds(made)),
