@@ -98,6 +98,13 @@ def show(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def whole_number(name: str, value: Any, *, least: int = 1) -> int:
+    """Return a count that a user gave as `name`; ValueError where it is none: 2.0, "2" and True are none either."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} is a whole number of at least {least}; got {show(value)}.")
+    return int(value)
+
+
 def fits(hint: Any, value: Any) -> bool:
     """Return whether `value` is of the kind that a type hint declares."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)

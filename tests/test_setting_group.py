@@ -12,7 +12,7 @@ import pytest
 from jaxdist.config import experiment, parameter_server
 from jaxdist.errors import ConfigError
 from jaxdist.rundir import record
-from jaxdist.setting_group import added, fits, setting_group, show
+from jaxdist.setting_group import added, fits, setting_group, show, whole_number
 
 FITS = [
     (int, 3),
@@ -108,3 +108,10 @@ def test_a_field_that_was_added_is_recorded_once_it_has_another_value():
 
     assert sorted(record.plain(Model(3))) == ["class", "width"]
     assert record.plain(Model(3, 1e-5))["epsilon"] == 1e-5
+
+
+@pytest.mark.parametrize("value", [2.0, np.float32(2), "2", None, True, math.nan, [2], 1])
+def test_a_count_is_a_whole_number_that_is_large_enough(value):
+    with pytest.raises(ValueError, match="size is a whole number of at least 2; got "):
+        whole_number("size", value, least=2)
+    assert type(whole_number("size", np.int8(2), least=2)) is int

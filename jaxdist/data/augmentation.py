@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxdist import extras
 from jaxdist.data.sources.source import Example
+from jaxdist.setting_group import whole_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +105,7 @@ class CutOut:
     field: str = "image"
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.size, int | np.integer) and self.size >= 1):
-            raise ValueError(f"size is a whole number of pixels, at least 1; got {self.size}.")
+        whole_number("size, in pixels,", self.size)
 
     def __call__(self, example: Example, random: np.random.Generator) -> Mapping[str, Any]:
         """Return the example with a part of its image erased."""

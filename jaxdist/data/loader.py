@@ -7,6 +7,7 @@ rows of it, which are the same in every process, thread and restart.
 import collections
 import itertools
 import logging
+import numbers
 import os
 import threading
 import weakref
@@ -19,6 +20,7 @@ from jaxdist.data import assembly, assembly_pool, batch_transforms, fingerprints
 from jaxdist.data.position import Position
 from jaxdist.data.sources.source import MASK, Source
 from jaxdist.data.sources.wrap import as_source
+from jaxdist.setting_group import show, whole_number
 
 _logger = logging.getLogger(__name__)
 
@@ -87,7 +89,7 @@ class Loader:
         fingerprint: str | None = None,
     ):
         source = as_source(source)
-        self.source, self.seed, self.example_fn = source, int(seed), example_fn
+        self.source, self.seed, self.example_fn = source, whole_number("seed", seed, least=0), example_fn
         self.global_batch_size, self.num_epochs, self.read_ahead = global_batch_size, num_epochs, read_ahead
         self.on_bad, self.order, self.batch_fn = on_bad, as_order(shuffle, source), batch_fn
         self.timeout_seconds = timeout_seconds
@@ -184,6 +186,15 @@ class Loader:
                 made = self._make_now(plan.epoch, ids)
                 if made.arrays:
                     yield ids, self._changed(assembly.with_mask(made, np.ones(2, np.float32)))
+
+    def any_counts(self, most: int) -> bool:
+        """Return whether one of the first `most` examples of an epoch, in whole batches, counts."""
+        num_batches = min(self.steps_per_epoch, -(-most // self.global_batch_size))
+        for plan in itertools.islice(self.plans(), num_batches):
+            made = self._make_now(plan.epoch, plan.ids)
+            if made.arrays and assembly.with_mask(made, plan.mask)[MASK].any():
+                return True
+        return False
 
     def _make_now(self, epoch: int, ids: np.ndarray) -> assembly.Made:
         """Return the rows of some ids, within the time limit."""
@@ -342,12 +353,13 @@ def _check_stream(loader: Loader) -> None:
 def _check_counts(loader: Loader, *, trains: bool) -> None:
     num_examples, global_batch_size = len(loader.source), loader.global_batch_size
     for name, least in (("global_batch_size", 1), ("num_threads", 0), ("num_workers", 0), ("read_ahead", 0)):
-        if getattr(loader, name) < least:
-            raise ValueError(f"{name} must be at least {least}; got {getattr(loader, name)}.")
-    if loader.timeout_seconds is not None and not 0 < loader.timeout_seconds <= threading.TIMEOUT_MAX:
-        raise ValueError(
-            f"timeout_seconds is finite and above 0, or None to wait forever; got {loader.timeout_seconds}."
-        )
+        setattr(loader, name, whole_number(name, getattr(loader, name), least=least))
+    if loader.num_epochs is not None:
+        whole_number("num_epochs", loader.num_epochs)
+    limit = loader.timeout_seconds
+    if limit is not None and not (isinstance(limit, numbers.Real) and 0 < limit <= threading.TIMEOUT_MAX):
+        raise ValueError(f"timeout_seconds is finite and above 0, or None to wait forever; got {show(limit)}.")
+    loader.timeout_seconds = None if limit is None else float(limit)
     if loader.on_bad not in ("raise", "skip"):
         raise ValueError(f"on_bad is 'raise' or 'skip'; got {loader.on_bad!r}.")
     if num_examples == 0:

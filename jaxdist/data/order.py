@@ -18,6 +18,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from jaxdist.setting_group import whole_number
+
 ORDER_VERSION = 1
 """Changes whenever the same arguments would give other ids, so that a stored position is never misread."""
 
@@ -125,8 +127,7 @@ class BlockShuffled(Contiguous):
     block_size: int
 
     def __post_init__(self) -> None:
-        if self.block_size < 1:
-            raise ValueError(f"block_size must be at least 1; got {self.block_size}.")
+        object.__setattr__(self, "block_size", whole_number("block_size", self.block_size))
 
     @property
     def version(self) -> str:
@@ -168,8 +169,9 @@ class Mixed(Contiguous):
     weights: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if len(self.sizes) != len(self.weights) or not self.sizes or min(self.sizes) < 1:
-            raise ValueError(f"Mixed needs a weight for each non-empty source; got {self.sizes} and {self.weights}.")
+        object.__setattr__(self, "sizes", _whole_numbers(self.sizes))
+        if len(self.sizes) != len(self.weights) or not self.sizes:
+            raise ValueError(f"Mixed needs a weight for each source; got {self.sizes} and {self.weights}.")
         if (
             not all(isinstance(weight, numbers.Integral) and weight > 0 for weight in self.weights)
             or sum(self.weights) > 10**6
@@ -192,6 +194,10 @@ class Mixed(Contiguous):
             raise ValueError(f"These sources have {sum(self.sizes)} examples in all; got num_examples={num_examples}.")
         positions = np.arange(start, stop, dtype=np.int64) + epoch * num_examples
         return drawn_in_turn(self.sizes, self.weights, positions, (0,) * len(self.sizes), seed)
+
+
+def _whole_numbers(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(whole_number("A size of `sizes`, its examples,", size) for size in sizes)
 
 
 def drawn_in_turn(
@@ -278,8 +284,9 @@ class Dealt:
     shuffle: bool = True
 
     def __post_init__(self) -> None:
-        if not self.sizes or min(self.sizes) < 1:
-            raise ValueError(f"Every shard needs at least one example; got the sizes {self.sizes}.")
+        object.__setattr__(self, "sizes", _whole_numbers(self.sizes))
+        if not self.sizes:
+            raise ValueError("There must be at least one shard; got no sizes.")
 
     @property
     def version(self) -> str:

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxdist.data.assembly import ExampleError, HostArrays
 from jaxdist.data.loader import Loader
 from jaxdist.data.position import Position
+from jaxdist.setting_group import whole_number
 from jaxdist.spmd import jax_private
 from jaxdist.spmd.mesh import Dealing, DealtBatch
 from jaxdist.spmd.metrics import MASK, Batch
@@ -173,9 +174,7 @@ def feed(
             f"The loader supplies {len(loader.rows)} rows of the global batch, but this process's devices hold rows "
             f"{rows[0]} to {rows[-1]} ({len(rows)} of them). Leave the loader's `rows` out: feed finds them itself."
         )
-    if prefetch < 1:
-        raise ValueError(f"prefetch must be at least 1; got {prefetch}.")
-    return _prefetched(loader.with_rows(rows), place, prefetch)
+    return _prefetched(loader.with_rows(rows), place, whole_number("prefetch", prefetch))
 
 
 _MOST_AHEAD, _SMALL_BYTES = 16, 1 << 20

@@ -246,13 +246,14 @@ def check_early(
     preflight.check(experiment, functions, abstract, shapes, eval_shapes, collect_fn)
     preflight.check_labels(experiment, functions, abstract, shapes)
     preflight.check_coupling(experiment, functions, abstract, shapes, loader, num_together=num_together)
-    forms = preflight.check_samples(loader, among=preflight.EARLY_BATCHES)
+    forms = preflight.check_samples(loader, "data.train", among=preflight.EARLY_BATCHES)
     preflight.check_forms(functions, abstract, forms, held_out=False)
     same_bits = experiment.reduction == "canonical"
     preflight.check_repeatable(loader, "data.train", same_bits=same_bits)
     for name, each in eval_loaders.items():
-        preflight.check_forms(functions, abstract, preflight.check_samples(each), held_out=True)
-        preflight.check_repeatable(each, data_fields.setting_of_set(name), same_bits=same_bits)
+        setting = data_fields.setting_of_set(name)
+        preflight.check_forms(functions, abstract, preflight.check_samples(each, setting), held_out=True)
+        preflight.check_repeatable(each, setting, same_bits=same_bits)
 
 
 def make_loader(experiment: Experiment, *, fingerprint: str | None = None) -> data.Loader:

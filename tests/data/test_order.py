@@ -231,7 +231,7 @@ def test_impossible_orders_are_refused():
         order.BlockShuffled(0)
     with pytest.raises(ValueError, match="whole numbers"):
         order.Mixed((3, 3), (0.5, 0.5))
-    with pytest.raises(ValueError, match="non-empty"):
+    with pytest.raises(ValueError, match="at least 1; got 0"):
         order.Mixed((3, 0), (1, 1))
     with pytest.raises(ValueError, match="There are 2 weights; the source has 3 examples"):
         order.Resampled((1, 1))(3, 0, 0, 0, 3)

@@ -4,6 +4,7 @@ import fnmatch
 import os
 import pathlib
 import posixpath
+import re
 import stat
 import warnings
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,10 @@ _SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation",
 
 _LEFT_BEHIND = ("~", ".bak", ".orig", ".tmp", ".swp", ".part", ".crdownload")
 """How names of copies and unfinished files end, which would give examples twice or in part."""
+
+
+_DESCRIBES = re.compile(r"_|(readme|licen[cs]e|notice|changelog)\b|.*\.(md|json|ya?ml|crc)$", re.IGNORECASE)
+"""Names of files that are found beside data and describe them."""
 
 
 def find_files(paths: str | os.PathLike | Sequence[str | os.PathLike], *patterns: str) -> list[str]:
@@ -42,6 +47,9 @@ def find_local_files(path: str, *patterns: str) -> list[str]:
 
     Raises:
       ValueError: it does not exist, or such files are also in folders below, and would be left out.
+
+    Warns:
+      UserWarning: other files of the folder are left out, except what describes data, such as a README.
     """
     named = pathlib.Path(path)
     if not named.exists():
@@ -52,11 +60,14 @@ def find_local_files(path: str, *patterns: str) -> list[str]:
         return [str(named)]
     here: list[str] = []
     below: list[str] = []
+    others: list[str] = []
     for folder, folders, names in os.walk(named):
         folders[:] = [name for name in folders if not is_hidden(name)]
         shown = [name for name in names if not is_hidden(name) and not name.endswith(_LEFT_BEHIND)]
         matching = [name for name in shown if any(fnmatch.fnmatchcase(name.lower(), each) for each in patterns)]
         (here if folder == str(named) else below).extend(os.path.join(folder, name) for name in matching)
+        if folder == str(named):
+            others = [name for name in set(shown).difference(matching) if not _DESCRIBES.match(name)]
     if here and below:
         raise ValueError(
             f"{path} holds {len(here)} files {' or '.join(patterns)}, and {len(below)} in folders below it, such as "
@@ -67,6 +78,8 @@ def find_local_files(path: str, *patterns: str) -> list[str]:
             f"{path} holds no files {' or '.join(patterns)} itself, but {len(below)} in folders below it, such as "
             f"{min(below)}. Name the folders; what their names say, as in year=2020, is no column."
         )
+    if here and others:
+        _warn_of_left_out(len(others), path, os.path.join(path, min(others)), patterns)
     return sorted(here)
 
 
@@ -158,12 +171,16 @@ def list_by_class(
             f"{folder} holds no files {', '.join(suffixes)} in folders named by class, as in {folder}/CLASS/FILE."
         )
     if others:
-        warnings.warn(
-            f"{len(others)} files in the folders of {folder} are left out, such as {min(others)}: their names end in "
-            f"none of {', '.join(suffixes)}. Move them elsewhere, or rename those that count.",
-            stacklevel=2,
-        )
+        _warn_of_left_out(len(others), f"the folders of {folder}", min(others), suffixes)
     return tuple(numbers), files, labels
+
+
+def _warn_of_left_out(count: int, where: str, example: str, endings: Sequence[str]) -> None:
+    warnings.warn(
+        f"{count} files in {where} are left out, such as {example}: their names end in none of {', '.join(endings)}. "
+        "Move them elsewhere, or rename those that count.",
+        stacklevel=2,
+    )
 
 
 def _check_folders(root: str, names: Sequence[str], loose: Sequence[str]) -> None:

@@ -23,6 +23,7 @@ from jaxdist.data.sources.source import (
     fingerprint_array,
     fingerprint_text,
 )
+from jaxdist.setting_group import whole_number
 
 
 class NpySource(ArraySource):
@@ -63,9 +64,7 @@ class TokenSource:
         length: int,
         dtype: np.dtype | type | None = None,
     ):
-        if length < 1:
-            raise ValueError(f"length must be at least 1 token; got {length}.")
-        self._paths, self._length, self._dtype = find_files(paths, "*.npy"), length, dtype
+        self._paths, self._length, self._dtype = find_files(paths, "*.npy"), whole_number("length", length), dtype
         self._open()
         if not len(self):
             raise ValueError(f"No file has {length} tokens, the length of a window: {', '.join(self._paths[:5])}.")
@@ -136,8 +135,8 @@ class TokenDocuments:
         longest: int | None = None,
         dtype: np.dtype | type | None = None,
     ):
-        if longest is not None and longest < 1:
-            raise ValueError(f"longest must be at least 1 token; got {longest}.")
+        if longest is not None:
+            whole_number("longest", longest)
         self._paths, self._longest, self._dtype = find_files(paths, "*.npy"), longest, dtype
         self.end_token = _noted_end_token(paths) if end_token is None else int(end_token)
         self._open()

@@ -15,7 +15,8 @@ import numpy as np
 
 from jaxdist.data import order
 from jaxdist.data.sources.source import COUNTS, Example, Source, checked_index, fingerprint_array, fingerprint_text
-from jaxdist.data.sources.vocabulary import vocabulary_of
+from jaxdist.data.sources.vocabulary import listed, vocabulary_of
+from jaxdist.setting_group import whole_number
 
 
 def example_lengths(source: Source, field: str) -> np.ndarray:
@@ -30,7 +31,7 @@ def pack_index(lengths: np.ndarray, row_length: int) -> list[list[int]]:
     shortest, each into the row with the least room that suffices. Rows with equal room are kept together, so that it
     takes O(examples * row_length) at worst.
     """
-    lengths = np.asarray(lengths)
+    lengths, row_length = _checked_lengths(lengths), whole_number("row_length", row_length)
     too_long = np.flatnonzero((lengths > row_length) | (lengths < 1))
     if too_long.size:
         raise ValueError(
@@ -77,11 +78,9 @@ class Packed:
     def __init__(
         self, source: Source, lengths: np.ndarray, *, row_length: int, fields: Sequence[str] = ("tokens",), pad: int = 0
     ):
-        if len(lengths) != len(source):
-            raise ValueError(f"There must be a length for each of the {len(source)} examples; got {len(lengths)}.")
-        self._source, self._lengths, self._row_length = source, np.asarray(lengths), row_length
+        self._source, self._lengths, self._row_length = source, _checked_lengths(lengths, len(source)), row_length
         self.parts = (source,)
-        self._fields, self._pad = tuple(fields), pad
+        self._fields, self._pad = listed(fields, what="`fields`"), pad
         self.vocabulary = {field: names for field, names in vocabulary_of(source).items() if field in self._fields}
         rows = pack_index(self._lengths, row_length)
         self._ids = np.fromiter(itertools.chain.from_iterable(rows), np.int64, len(self._lengths))
@@ -96,9 +95,7 @@ class Packed:
         examples = [self._source[example_id] for example_id in ids]
         lengths = self._lengths[ids].tolist()
         for example_id, example, length in zip(ids, examples, lengths):
-            found = {name: len(np.asarray(example[name])) for name in self._fields}
-            if set(found.values()) != {length}:
-                raise ValueError(f"Example {example_id} was packed with the length {length}; it now has {found}.")
+            _check_length(example_id, example, self._fields, length)
         masks = [np.asarray(example.get(COUNTS, 1)) for example in examples]
         kept = [place for place, mask in enumerate(masks) if mask.any()]
         row = {
@@ -154,14 +151,14 @@ class Bucketed:
         fields: Sequence[str] = ("tokens",),
         pad: int = 0,
     ):
-        self._source, self._lengths, self._boundaries = source, np.asarray(lengths), np.asarray(boundaries)
+        self._source, self._lengths = source, _checked_lengths(lengths, len(source))
+        self._boundaries = np.array([whole_number("A boundary", each) for each in boundaries], np.int64)
         self.parts = (source,)
-        self._fields, self._pad = tuple(fields), pad
-        if len(lengths) != len(source):
-            raise ValueError(f"There must be a length for each of the {len(source)} examples; got {len(lengths)}.")
-        if (np.diff(self._boundaries) <= 0).any() or self._lengths.max() > self._boundaries[-1]:
+        self._fields, self._pad = listed(fields, what="`fields`"), pad
+        longest, block_size = self._lengths.max(initial=0), whole_number("block_size", block_size)
+        if (np.diff(self._boundaries) <= 0).any() or longest > self._boundaries.max(initial=0):
             raise ValueError(
-                f"Boundaries must ascend, and the last one hold the longest example, {self._lengths.max()} elements; "
+                f"Boundaries must ascend, and the last one hold the longest example, {longest} elements; "
                 f"got {self._boundaries.tolist()}."
             )
         self._buckets = np.searchsorted(self._boundaries, self._lengths)
@@ -177,6 +174,7 @@ class Bucketed:
     def __getitem__(self, index: int) -> Example:
         example_id = int(self._ids[checked_index(index, len(self))])
         example, size = self._source[example_id], int(self._boundaries[self._buckets[example_id]])
+        _check_length(example_id, example, self._fields, int(self._lengths[example_id]))
         padded = {name: _pad_to(np.asarray(example[name]), size, self._pad) for name in self._fields}
         if np.ndim(example.get(COUNTS, 1)):  # a mask an element
             padded[COUNTS] = _pad_to(np.asarray(example[COUNTS]), size, 0)
@@ -243,5 +241,37 @@ def _places_of_blocks(sizes: tuple[int, ...], shuffle: bool, seed: int, epoch: i
     return blocks, np.cumsum(counts) - counts
 
 
+def _checked_lengths(lengths: np.ndarray, num_examples: int | None = None) -> np.ndarray:
+    """Return the lengths of examples, int64; ValueError where they are none, or not as many as there are examples."""
+    found = np.asarray(lengths)
+    if found.ndim != 1 or (found.size and (found.dtype.kind not in "iu" or found.min() < 0)):
+        raise ValueError(
+            f"lengths has a whole number for each example, see `example_lengths`; got an array of {found.dtype} and "
+            f"shape {found.shape}{f' whose least is {found.min()}' if found.dtype.kind in 'if' else ''}."
+        )
+    if num_examples is not None and len(found) != num_examples:
+        raise ValueError(f"There must be a length for each of the {num_examples} examples; got {len(found)}.")
+    return found.astype(np.int64)
+
+
+def _check_length(example_id: int, example: Example, fields: Sequence[str], length: int) -> None:
+    """Raise ValueError where the fields of an example are not those whose length is known."""
+    missing = [name for name in fields if name not in example]
+    if missing:
+        raise ValueError(
+            f"Example {example_id} has no field {missing[0]!r}; it has {sorted(example)}. Name its `fields`."
+        )
+    found = {name: np.shape(example[name])[:1] for name in fields}
+    if set(found.values()) != {(length,)}:
+        shown = {name: np.shape(example[name]) for name in fields}
+        raise ValueError(
+            f"`lengths` says that example {example_id} has the length {length}; the shapes of its fields are {shown}."
+        )
+
+
 def _pad_to(array: np.ndarray, size: int, pad: int) -> np.ndarray:
-    return np.concatenate([array, np.full((size - len(array), *array.shape[1:]), pad, array.dtype)])
+    with np.errstate(invalid="ignore"):
+        filled = np.asarray(pad).astype(array.dtype)
+    if not np.array_equal(filled, np.asarray(pad), equal_nan=True):
+        raise ValueError(f"pad={pad!r} is no value of {array.dtype}, the kind of the fields that it fills up.")
+    return np.concatenate([array, np.full((size - len(array), *array.shape[1:]), filled)])

@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import re
 import struct
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from jaxdist.data.decoders import wav
 from jaxdist.data.fingerprints import FileList, fingerprint_files
 from jaxdist.data.sources.listing import list_by_class, read_file
 from jaxdist.data.sources.source import CorruptExample, Example, checked_index
+from jaxdist.setting_group import whole_number
 
 SOUND_SUFFIXES = (
     *(".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".mp3"),
@@ -45,8 +47,8 @@ class SoundFolder:
     ):
         extras.require("soundfile")
         for name, value in (("num_samples", num_samples), ("sample_rate", sample_rate)):
-            if value is not None and (not isinstance(value, int | np.integer) or value < 1):
-                raise ValueError(f"{name} is a whole number of at least 1; got {value!r}.")
+            if value is not None:
+                whole_number(name, value)
         self._num_samples, self._declared_rate = num_samples, sample_rate
         self.classes, found, self._labels = list_by_class(root, SOUND_SUFFIXES, classes, unread=UNREAD_SOUND_SUFFIXES)
         self.files = FileList(found, root)
@@ -117,14 +119,20 @@ def _read_by_libsndfile(data: bytes, name: str) -> tuple[np.ndarray, int]:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             num_samples, rate = file.frames, int(file.samplerate)
             is_float = file.subtype in ("FLOAT", "DOUBLE")
+            if file.format not in _CHECKED:
+                raise ValueError(f"{file.format_info} does not say whether a file is whole")
+            if file.format == "NIST" and (found := _NIST_SAMPLES.search(data, 0, _NIST_HEAD)):
+                num_samples = int(found[1])
             if file.seekable():  # as soundfile.read does: the last bits of an MP3 depend on it
                 file.seek(0)
             if num_samples >= _UNKNOWN:
-                raise ValueError("its header does not say how many samples it has. Write the file again")
+                raise ValueError("its header does not say how many samples it has")
             samples = file.read(num_samples, dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, ValueError, TypeError) as error:
         reason = getattr(error, "error_string", None) or error  # without the address of the buffer made here
-        raise CorruptExample(f"Unreadable sound: {name}: {reason}") from error
+        raise CorruptExample(
+            f"Unreadable sound: {name}: {str(reason).rstrip('.')}. Copy it again, or convert it to FLAC or WAV."
+        ) from error
     if len(samples) < num_samples:  # MP3 and OGG leave out what they cannot decode
         raise CorruptExample(f"Truncated sound: {name} has {num_samples} samples, and {len(samples)} can be read.")
     if is_float and not np.isfinite(samples).all():
@@ -172,6 +180,9 @@ _LAYOUTS = {
 }
 _OGG_BEGIN, _OGG_END, _OGG_HEAD = 2, 4, 27
 _INTEGERS, _FLOATS, _EXTENSIBLE = 1, 3, 0xFFFE
+_CHECKED = ("WAV", "WAVEX", "RF64", "AIFF", "AU", "CAF", "W64", "OGG", "FLAC", "MP3", "NIST")
+"""Kinds of files, as libsndfile names them, of which one that is cut off is known."""
+_NIST_HEAD, _NIST_SAMPLES = 1024, re.compile(rb"sample_count -i (\d+)")
 _UNKNOWN = 2**62
 """More samples than a file has that knows their number, as one that was written to a pipe does not."""
 

@@ -12,6 +12,8 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
+from jaxdist.setting_group import whole_number
+
 Example: TypeAlias = Mapping[str, np.ndarray | np.generic]
 """The fields of one example by name; a scalar field COUNTS of 0 marks an example that does not count."""
 
@@ -101,7 +103,9 @@ class ArraySource:
         if None in sizes.values() or len(set(sizes.values())) != 1:
             raise ValueError(f"Arrays of a source must share dim 0, the examples; got the sizes {sizes}.")
         for name, count in (num_classes or {}).items():
-            check_labels(self.arrays[name], name, count)
+            if name not in self.arrays:
+                raise ValueError(f"num_classes names {name!r}, which is no field: {sorted(self.arrays)}.")
+            check_labels(self.arrays[name], name, whole_number(f"The number of classes of {name!r}", count))
         self._size = next(iter(self.arrays.values())).shape[0]
         self._fingerprint: str | None = None
         self.vocabulary: Mapping[str, tuple[str, ...]] = {}

@@ -4,6 +4,7 @@ Who belongs to which part is a pure function of (seed, number of examples, id): 
 """
 
 import functools
+import numbers
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from jaxdist.data import order
 from jaxdist.data.sources.source import Example, Source, checked_ids, checked_index, fingerprint_array, fingerprint_text
 from jaxdist.data.sources.vocabulary import vocabulary_of
 from jaxdist.data.sources.wrap import as_source
+from jaxdist.setting_group import show, whole_number
 
 Labels = Sequence[Any] | np.ndarray
 
@@ -66,8 +68,8 @@ def held_out(source: Source, fraction: float, *, seed: int, labels: Labels | Non
       seed: the same seed and number of examples choose the same examples.
       labels: the class of each example, (len(source),), to divide each class in the same proportion; None: one class.
     """
-    if not 0 < fraction < 1:
-        raise ValueError(f"The fraction that is held out must be between 0 and 1; got {fraction}.")
+    if not isinstance(fraction, numbers.Real) or not 0 < fraction < 1:
+        raise ValueError(f"The fraction that is held out is a number between 0 and 1; got {show(fraction)}.")
     chosen = np.zeros(len(source), bool)
     for ids in _shuffled_classes(len(source), seed, labels):
         chosen[ids[: round(fraction * len(ids))]] = True
@@ -83,7 +85,7 @@ def folds(source: Source, num_folds: int, *, seed: int, labels: Labels | None = 
 
     Each example is held out once; the held-out sets differ by one in size at most, also within a class.
     """
-    if not 2 <= num_folds <= len(source):
+    if whole_number("num_folds", num_folds, least=2) > len(source):
         raise ValueError(f"num_folds is between 2 and the number of examples, {len(source)}; got {num_folds}.")
     dealt = np.concatenate(list(_shuffled_classes(len(source), seed, labels)))
     number = np.empty(len(source), np.int64)
@@ -114,6 +116,7 @@ def balanced(source: Source, labels: Labels, weights: Sequence[int] | None = Non
 
 def _shuffled_classes(num_examples: int, seed: int, labels: Labels | None) -> Iterator[np.ndarray]:
     """Yield the ids of each class, in an order that `seed` decides."""
+    seed = whole_number("seed", seed, least=0)
     for name, member in _classes(num_examples, labels):
         ids = np.flatnonzero(member)
         yield ids[order.Permutation.make(len(ids), "division", name, seed)(np.arange(len(ids)))]

@@ -18,6 +18,7 @@ from jaxdist.data.fingerprints import FileList
 from jaxdist.data.sources.listing import find_files, read_file
 from jaxdist.data.sources.source import ArraySource, CorruptExample
 from jaxdist.data.sources.vocabulary import listed
+from jaxdist.setting_group import whole_number
 
 MISSING_TEXTS = (
     *("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA"),
@@ -33,6 +34,7 @@ _QUICK = ("", "nan", "NaN", "-nan", "-NaN")
 _BLOCK = 2**20
 _MAX_HEADER = 2**16
 _MAX_BLOCK = 2**31 - 2
+_KINDS = (".csv", ".tsv")
 _COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
 
 
@@ -55,8 +57,8 @@ def csv_source(
     >>> held_out = csv_source("test.csv", categories=train.vocabulary)
 
     Args:
-      paths: a file, several, or a folder of `.csv` files, which all have the same columns. Files that end with `.gz`,
-        `.bz2`, `.xz`, `.zst` or `.lz4` are decompressed.
+      paths: a file, several, or a folder of `.csv` and `.tsv` files, which all have the same columns. Files that end
+        with `.gz`, `.bz2`, `.xz`, `.zst` or `.lz4` are decompressed.
       columns: the columns of numbers to keep; None keeps all. Columns in `categories` are kept in any case.
       categories: columns of texts, which become int32 numbers: the place of the text among the column's sorted texts. A
         mapping gives each column's texts by number, those of the training data for example; another text is refused. An
@@ -81,7 +83,7 @@ def csv_source(
     else:
         given = dict.fromkeys(listed(categories, what="`categories`"), None)
     style = _checked(_Style(delimiter, names, comment, encoding, short_rows, skip_lines))
-    files = find_files(paths, "*.csv", *(f"*.csv{suffix}" for suffix in (*_COMPRESSIONS, ".xz")))
+    files = find_files(paths, *(f"*{kind}{suffix}" for suffix in ("", *_COMPRESSIONS, ".xz") for kind in _KINDS))
     tables = [_read(path, given, style) for path in files]
     known = tables[0].column_names
     for name in [*(wanted_columns or ()), *given]:
@@ -142,8 +144,7 @@ def _checked(style: _Style) -> _Style:
         raise ValueError(f"delimiter is one ASCII character, not a quote or a line's end; got {mark!r}.")
     if style.comment == "":
         raise ValueError("comment is the text that lines to skip start with; got ''. None skips no lines.")
-    if not isinstance(style.skip_lines, int) or style.skip_lines < 0:
-        raise ValueError(f"skip_lines is a whole number of at least 0; got {style.skip_lines!r}.")
+    whole_number("skip_lines", style.skip_lines, least=0)
     if style.short_rows not in ("refuse", "fill"):
         raise ValueError(f"short_rows is 'refuse' or 'fill'; got {style.short_rows!r}.")
     if isinstance(style.names, str):

@@ -1,6 +1,7 @@
 """Streams of what others give: any iterable that can be iterated again, and Hugging Face's streaming data sets."""
 
 import itertools
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -10,8 +11,13 @@ from jaxdist.data.streams.equivalents import reads_forward
 from jaxdist.data.streams.kept_states import KeptState, KeptStates
 from jaxdist.data.streams.stream import StreamSource
 
+_logger = logging.getLogger(__name__)
+
 STATE_EVERY = 10_000
 """After how many examples of a shard the state of its data set is noted."""
+
+MANY_EXAMPLES = 1_000_000
+"""After how many examples of a shard, and then each time that they have doubled, `count_examples` says so."""
 
 _FOLLOWING = 8
 """How many examples say that a state is true."""
@@ -184,5 +190,21 @@ class _CountedShards:
 
 
 def count_examples(stream: StreamSource) -> list[int]:
-    """Return how many examples each shard of a stream has, by reading all of it once; keep the result as `sizes`."""
-    return [sum(1 for _ in stream.open_at(shard, 0)) for shard in range(stream.num_shards)]
+    """Return how many examples each shard of a stream has, by reading all of it once; keep the result as `sizes`.
+
+    A shard that never ends is never counted: warnings say how many examples it has given.
+    """
+    return [_counted(stream, shard) for shard in range(stream.num_shards)]
+
+
+def _counted(stream: StreamSource, shard: int) -> int:
+    number, told = 0, MANY_EXAMPLES
+    for number, _ in enumerate(stream.open_at(shard, 0), 1):
+        if number == told:
+            told *= 2
+            _logger.warning(
+                "%s has given %s examples. If it never ends, give `examples_per_epoch` in place of sizes.",
+                stream.shard_name(shard),
+                f"{number:,}",
+            )
+    return number

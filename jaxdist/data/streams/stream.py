@@ -22,6 +22,7 @@ from jaxdist.data.streams.endless import EndlessLane
 from jaxdist.data.streams.forward import EndOfShard, ForwardReader, examples_from
 from jaxdist.data.streams.kept_sizes import KeptSizes
 from jaxdist.data.streams.lanes import EndlessLanes, Lanes
+from jaxdist.setting_group import whole_number
 
 _logger = logging.getLogger(__name__)
 
@@ -81,13 +82,13 @@ class StreamSource:
     ):
         self._open_shard, self._seeks, self._names = open_shard, seeks, listed(names, what="`names`")
         self._decode_fn, self._sizes_folder = decode_fn, sizes_folder
-        self.num_shards = _checked_count("num_shards", num_shards)
+        self.num_shards = whole_number("num_shards", num_shards)
         self.sizes = _checked_sizes(sizes, examples_per_epoch, num_shards)
         self._size = (
-            sum(self.sizes) if self.sizes is not None else _checked_count("examples_per_epoch", examples_per_epoch)
+            sum(self.sizes) if self.sizes is not None else whole_number("examples_per_epoch", examples_per_epoch)
         )
         self.lanes = _choose_lanes(num_shards) if lanes is None else _checked_lanes(lanes, num_shards, self.sizes)
-        self.window = max(1, _checked_count("window", window) // self.lanes)
+        self.window = max(1, whole_number("window", window) // self.lanes)
         self._shard_names, self._given_fingerprint, self._repeats = tuple(shard_names), fingerprint, repeats
         self.vocabulary: Mapping[str, tuple[str, ...]] = {}
         for name in ("files", "whole_fingerprint"):  # what is known of shards that are files
@@ -273,14 +274,8 @@ def _choose_lanes(num_shards: int) -> int:
     return min(MOST_LANES, 1 << (num_shards.bit_length() - 1))
 
 
-def _checked_count(name: str, value: Any) -> int:
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} is a whole number of at least 1; got {value!r}.")
-    return int(value)
-
-
 def _checked_lanes(lanes: int, num_shards: int, sizes: Sequence[int] | None) -> int:
-    lanes = _checked_count("lanes", lanes)
+    lanes = whole_number("lanes", lanes)
     if sizes is None and lanes > num_shards:
         raise ValueError(
             f"A lane of a stream of unknown size needs a shard of its own: there are {num_shards}; got lanes={lanes}. "

@@ -11,7 +11,7 @@ from jaxdist import adapters, data, errors, losses
 from jaxdist.config import data_fields
 from jaxdist.config.experiment import Experiment
 from jaxdist.data import assembly, assembly_process, placement
-from jaxdist.data.sources.source import ArraySource
+from jaxdist.data.sources.source import MASK, ArraySource
 from jaxdist.data.sources.source import check_labels as check_array
 from jaxdist.data.sources.subset import Subset
 from jaxdist.errors import ConfigError
@@ -21,27 +21,48 @@ from jaxdist.spmd import state
 EARLY_BATCHES = 64
 """Among how many batches of training those are that are looked at before the first step."""
 _SAMPLED_BATCHES = 8
+_MOST_LEFT_OUT = 10_000
+"""How many examples are looked at for one that counts."""
 _REPEATED_BATCHES, _TRIES = 4, 8
 
 
-def check_samples(loader: data.Loader, *, among: int | None = None) -> list[dict[str, jax.ShapeDtypeStruct]]:
+def check_samples(
+    loader: data.Loader, setting: str, *, among: int | None = None
+) -> list[dict[str, jax.ShapeDtypeStruct]]:
     """Read examples of some batches, from the first on; return the forms of a batch that were found, each once.
 
+    `setting` is what they are called in messages, such as `data.train`.
+
     Raises:
-      ValueError: a worker process, a batch or a device could not take them.
+      ValueError: a worker process, a batch or a device could not take them, or none of them counts.
     """
     if loader.num_workers:
         no_source: Any = None  # which may hold all the data
         assembly_process.dump_recipe(loader.recipe._replace(source=no_source))
-    found = []
+    found, counts = [], False
     for ids, arrays in loader.samples(_SAMPLED_BATCHES, among=among):
+        counts |= bool(arrays[MASK].any())
         placement.check_numbers(arrays, functools.partial(np.asarray, ids))
         form = {name: (array.shape[1:], jax.dtypes.canonicalize_dtype(array.dtype)) for name, array in arrays.items()}
         found += [form] if form not in found else []
+    if found and not counts:
+        _check_that_some_count(loader, setting)
     return [
         {name: jax.ShapeDtypeStruct((loader.global_batch_size, *shape), dtype) for name, (shape, dtype) in form.items()}
         for form in found
     ]
+
+
+def _check_that_some_count(loader: data.Loader, setting: str) -> None:
+    """Raise ConfigError where no example counts; warn where that is so of the first ten thousand."""
+    if loader.any_counts(_MOST_LEFT_OUT):
+        return
+    size = len(loader.source)
+    which = f"of its {size}" if size <= _MOST_LEFT_OUT else f"of its first {_MOST_LEFT_OUT}"
+    message = f"{setting}: none {which} examples counts: its filter or its masks leave all of them out."
+    if size <= _MOST_LEFT_OUT:
+        raise ConfigError(f"{message} Correct what chooses them, such as keep_fn of data.Filtered.")
+    warnings.warn(message, stacklevel=2)
 
 
 def check_repeatable(loader: data.Loader, setting: str, *, same_bits: bool) -> None:

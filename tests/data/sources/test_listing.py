@@ -10,10 +10,10 @@ from jaxdist.data.sources.listing import find_files, list_by_class, read_file
 
 
 def test_files_are_found_by_pattern_in_folders_and_taken_as_given_otherwise(tmp_path):
-    for name in ("b.csv", "a.csv", ".hidden.csv", "c.txt"):
+    for name in ("b.csv", "a.csv", ".hidden.csv", "_c.txt"):
         (tmp_path / name).write_text("x")
-    found = find_files([tmp_path, tmp_path / "c.txt"], "*.csv")
-    assert [os.path.basename(path) for path in found] == ["a.csv", "b.csv", "c.txt"]
+    found = find_files([tmp_path, tmp_path / "_c.txt"], "*.csv")
+    assert [os.path.basename(path) for path in found] == ["a.csv", "b.csv", "_c.txt"]
     with pytest.raises(ValueError, match="No such file or folder"):
         find_files(tmp_path / "none", "*.csv")
     with pytest.raises(ValueError, match=r"No file matches \*\.npy"):
@@ -28,17 +28,23 @@ def test_files_of_a_folder_count_in_capitals_but_not_as_copies_and_are_not_left_
         "a.csv~",
         "a.csv.bak",
         "d.csv.tmp",
-        "e.csv.old",
         ".x/f.csv",
         "sub/g.txt",
+        "README.txt",
+        "_SUCCESS",
+        "sizes.json",
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
     found = find_files(tmp_path, "*.csv", "*.csv.gz")
     assert [os.path.basename(path) for path in found] == ["B.CSV", "a.csv", "c.csv.gz"]
+    (tmp_path / "e.csv.old").write_text("x")
+    with pytest.warns(UserWarning, match=r"1 files in .* are left out, such as .*/e\.csv\.old: .* none of \*\.csv, "):
+        assert find_files(tmp_path, "*.csv", "*.csv.gz") == found
     (tmp_path / "sub" / "h.csv").write_text("x")
     with pytest.raises(ValueError, match=r"1 in folders below it, such as .*sub/h\.csv"):
         find_files(tmp_path, "*.csv", "*.csv.gz")
+    (tmp_path / "sub" / "g.txt").unlink()
     assert find_files(tmp_path / "sub", "*.csv") == [str(tmp_path / "sub" / "h.csv")]
 
 

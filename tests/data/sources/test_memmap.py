@@ -57,8 +57,9 @@ def test_raw_tokens_and_text_bytes(tmp_path):
     np.testing.assert_array_equal(
         TokenSource(tmp_path / "tokens.bin", length=5, dtype=np.uint16)[1]["tokens"], np.arange(5, 10)
     )
-    (tmp_path / "book.txt").write_text("to be or not")
-    (window,) = one_epoch(text_bytes(tmp_path, length=6), size=2)
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "one.txt").write_text("to be or not")
+    (window,) = one_epoch(text_bytes(tmp_path / "books", length=6), size=2)
     assert bytes(window["tokens"][1].astype(np.uint8)) == b"or not"
 
 
@@ -76,7 +77,7 @@ def test_unusable_token_files_are_refused(tmp_path):
         TokenSource(tmp_path, length=4)
     np.save(tmp_path / "float.npy", np.zeros(9))
     with pytest.raises(ValueError, match="integers in one dim"):
-        TokenSource(tmp_path, length=4)
+        TokenSource(tmp_path / "float.npy", length=4)
 
 
 def test_examples_are_counted_from_the_end_as_in_any_sequence(tmp_path):

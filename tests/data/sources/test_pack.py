@@ -59,8 +59,23 @@ def test_examples_that_do_not_fit_are_named():
         pack_index(np.array([3, 30, 0]), 25)
     with pytest.raises(ValueError, match="a length for each"):
         Packed(Sentences([3, 4]), np.array([3]), row_length=5)
-    with pytest.raises(ValueError, match="Example 1 was packed with the length 3"):
+    with pytest.raises(ValueError, match="example 1 has the length 3"):
         Packed(Sentences([3, 4]), np.array([3, 3]), row_length=6)[0]
+    with pytest.raises(ValueError, match="example 1 has the length 3"):
+        Bucketed(Sentences([3, 4]), np.array([3, 3]), boundaries=(6,))[1]
+
+
+def test_fields_and_paddings_that_the_examples_cannot_have_are_refused():
+    for pad in (0.5, 2**40, float("nan")):
+        with pytest.raises(ValueError, match="is no value of int32"):
+            Bucketed(Sentences([3, 4]), np.array([3, 4]), boundaries=(6,), pad=pad)[0]
+    with pytest.raises(ValueError, match=r"Example 0 has no field 'words'; it has \['tokens'\]"):
+        Bucketed(Sentences([3, 4]), np.array([3, 4]), boundaries=(6,), fields=("words",))[0]
+    with pytest.raises(ValueError, match="`fields` are a list of names"):
+        Packed(Sentences([3, 4]), np.array([3, 4]), row_length=6, fields="tokens")
+    for lengths in ([3.0, 4.0], [-1, 4], [[3, 4]]):
+        with pytest.raises(ValueError, match="lengths has a whole number for each example"):
+            Bucketed(Sentences([3, 4]), np.array(lengths), boundaries=(6,))
 
 
 @hypothesis.given(lengths, st.integers(1, 9), st.integers(1, 30))

@@ -53,6 +53,16 @@ def test_every_kind_of_file_is_read(tmp_path, kind, subtype, bound):
     np.testing.assert_array_equal(ours, theirs)
 
 
+def test_a_file_of_a_kind_that_does_not_know_its_length_is_refused_whatever_its_name(tmp_path):
+    for kind in ("NIST", "IRCAM"):  # the corpus TIMIT has NIST files, which are named .wav
+        soundfile.write(tmp_path / f"{kind}.wav", np.tile(TONE, 20), 8000, format=kind, subtype="PCM_16")
+    np.testing.assert_array_equal(
+        read_sound(tmp_path / "NIST.wav")[0], soundfile.read(tmp_path / "NIST.wav", dtype="float32")[0]
+    )
+    with pytest.raises(CorruptExample, match=r"IRCAM/CARL\) does not say whether .* convert it to FLAC or WAV"):
+        read_sound(tmp_path / "IRCAM.wav")
+
+
 def test_the_other_byte_order_is_read(tmp_path):
     soundfile.write(tmp_path / "x.wav", TONE, 8000, subtype="PCM_16", endian="BIG", format="WAV")
     assert (tmp_path / "x.wav").read_bytes()[:4] == b"RIFX"
@@ -107,7 +117,7 @@ def test_sounds_are_padded_to_one_length(sounds):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of soundfile's own callbacks
-@pytest.mark.parametrize("kind", ["WAV", "RF64", "AIFF", "AU", "CAF", "W64", "OGG", "MP3", "FLAC"])
+@pytest.mark.parametrize("kind", ["WAV", "RF64", "AIFF", "AU", "CAF", "W64", "OGG", "MP3", "FLAC", "NIST"])
 def test_a_file_of_any_kind_that_is_cut_anywhere_is_corrupt(tmp_path, kind):
     whole, cut = tmp_path / "whole", tmp_path / "x.wav"
     soundfile.write(whole, np.tile(TONE, 20), 8000, format=kind)

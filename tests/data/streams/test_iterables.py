@@ -78,6 +78,16 @@ def test_a_hugging_face_stream_is_divided_by_its_shards(kind):
     assert rest == all_of(data.Loader(stream, global_batch_size=8, seed=0, num_epochs=1))[24:]
 
 
+def test_counting_a_stream_that_may_never_end_says_so(monkeypatch, caplog):
+    monkeypatch.setattr(iterables, "MANY_EXAMPLES", 4)
+    stream = data.StreamSource(lambda shard: ({"x": np.int32(each)} for each in range(9)), examples_per_epoch=3)
+    assert data.count_examples(stream) == [9]
+    assert [record.getMessage().partition(".")[0] for record in caplog.records] == [
+        "shard 0 has given 4 examples",
+        "shard 0 has given 8 examples",
+    ]
+
+
 def test_what_is_no_stream_of_hugging_face_is_refused():
     with pytest.raises(ValueError, match="has num_shards and shard\\(\\); got list"):
         data.hugging_face_stream([1, 2], sizes=2)

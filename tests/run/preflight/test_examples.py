@@ -28,6 +28,25 @@ def test_a_label_that_is_no_class_is_refused_before_the_run(part, label):
             components.put_together(wrong, devices=jax.devices()[:1])
 
 
+@pytest.mark.parametrize("part", ["train", "eval"])
+def test_examples_of_which_none_counts_are_refused_and_one_suffices(part, monkeypatch):
+    experiment = tiny_experiment.get_config()
+    source = getattr(experiment.data, part)
+    last = source.arrays["image"][:, 0].max()
+
+    def keeping(keep_fn):
+        chosen = data.Filtered(source, keep_fn, version="1")
+        changed = dataclasses.replace(experiment.data, **{part: chosen})
+        components.put_together(dataclasses.replace(experiment, data=changed), devices=jax.devices()[:1])
+
+    keeping(lambda example: example["image"][0] == last)
+    with pytest.raises(ConfigError, match=rf"data\.{part}: none of its {len(source)} examples counts: its filter"):
+        keeping(lambda example: False)
+    monkeypatch.setattr(preflight.examples, "_MOST_LEFT_OUT", 4)
+    with pytest.warns(UserWarning, match=rf"data\.{part}: none of its first 4 examples counts"):
+        keeping(lambda example: False)
+
+
 def test_labels_in_memory_may_be_probabilities():
     experiment = tiny_experiment.get_config()
     soft = {
