@@ -98,9 +98,11 @@ def params_of_one_device(folder):
 
 
 def check(job, made, tmp_path):
-    assert (made.end_reason, made.step) == ("max_steps", 1500)
+    assert (made.end_reason, made.step) == ("max_steps", changing_experiment.STEPS)
     ledger.check(ledger.read(job.run_dir), num_examples=52)
-    assert [path.name for path in (job.run_dir / "checkpoints").glob("[0-9]*")] == ["1500"], "from memory alone"
+    assert [path.name for path in (job.run_dir / "checkpoints").glob("[0-9]*")] == [str(changing_experiment.STEPS)], (
+        "from memory alone"
+    )
     assert made.params_sha256 == params_of_one_device(tmp_path / "alone")
 
 
@@ -112,7 +114,7 @@ def test_a_host_that_is_lost_takes_nothing_along_and_the_other_goes_on(tmp_path,
     left = 1 - lost
     with contextlib.ExitStack() as stack:
         job = Job(stack, tmp_path, 2, "--strategy", strategy, "--set", "log_every=1", "recovery.snapshot_every=1")
-        reached = job.await_step(30)
+        reached = job.await_step(5)
         job.kill(lost)
         job.await_that(lambda: job.hosts() == [left])
         starts = [event for event in job.events(left) if event["event"] == "end"]
@@ -127,11 +129,11 @@ def test_a_host_that_is_lost_takes_nothing_along_and_the_other_goes_on(tmp_path,
 def test_of_three_hosts_two_are_lost_one_after_the_other_and_one_comes_back(tmp_path, go):
     with contextlib.ExitStack() as stack:
         job = Job(stack, tmp_path, 3, "--set", "log_every=1", "recovery.snapshot_every=1")
-        job.kill(job.await_step(20) and 2)
+        job.kill(job.await_step(5) and 2)
         job.await_that(lambda: job.hosts() == [0, 1])
-        job.kill(job.await_step(job.newest_step() + 20) and 0)
+        job.kill(job.await_step(job.newest_step() + 3) and 0)
         job.await_that(lambda: job.hosts() == [1])
-        job.await_step(job.newest_step() + 5)
+        job.await_step(job.newest_step() + 3)
         job.start(2)
         job.await_that(lambda: job.hosts() == [1, 2])
         go.touch()
