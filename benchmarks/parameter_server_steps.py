@@ -53,6 +53,16 @@ class Add:
         return tuple(param - grad for param, grad in zip(params, grads)), opt_state
 
 
+class Judged(Scheduler):
+    """Is its own observer: the run may end as soon as it is asked to."""
+
+    def handle(self, message: messages.Message, now: float) -> Any:
+        """Answer an offer of a cut with a verdict."""
+        replies, todo = super().handle(message, now)
+        offers = (reply for _, reply in replies if isinstance(reply, messages.Offer))
+        return replies, [*todo, *(effects.Continue(messages.Verdict(o.step, o.end_reason)) for o in offers)]
+
+
 def settings_of(workers: int, replicated: bool) -> Settings:
     return Settings(
         num_examples=64 * workers,
@@ -76,15 +86,13 @@ def play(name: str, peers: dict[str, str], settings: Settings, steps: int, num_b
                 gaps.append(times[-1] - times[-2])
             if len(gaps) == steps:
                 world.receive(messages.Halt("measured"))
-        elif isinstance(effect, effects.ShowCut):
-            world.receive(messages.Verdict(effect.cut.step, ""))
 
     sizes = [min(BLOCK_BYTES, num_bytes - start) // 4 for start in range(0, num_bytes, BLOCK_BYTES)]
     blocks = tuple(np.zeros(size, np.float32) for size in sizes)
     grads = tuple(np.full(size, 1e-3, np.float32) for size in sizes)
     log, gradient = None, None
     if name == SCHEDULER:
-        machine: Any = Scheduler(settings=settings)
+        machine: Any = Judged(settings=settings)
         log = Log(pathlib.Path(folder, "log"))
     elif (shard := server_shard(name)) is not None:
         machine = Server(

@@ -43,10 +43,11 @@ class Run:
         self.failed = any(event.what.reason == "error" for event in named(self.events, "Exit"))
         if self.failed:
             return  # only the rules of EVEN_IN_FAILURE apply
-        cuts = [event.what.cut for event in named(self.events, "ShowCut")]
+        cuts = [event.what for event in named(self.events, "CutRead")]
         require(bool(cuts), "result", "no one read the params at the end")
-        self.final = cuts[-1].shards
-        require(cuts[-1].step == s.max_steps, "result", f"the params read last are of step {cuts[-1].step}")
+        last = cuts[-1].offer.step
+        require(last == s.max_steps, "result", f"the params read last are of step {last}")
+        self.final, self.final_chains = cuts[-1].params, cuts[-1].chains
         self.paths = [self._path(shard) for shard in range(s.servers)]
 
     def _path(self, shard):
@@ -54,7 +55,7 @@ class Run:
         for event in named(self.events, "Applied"):
             if event.what.shard == shard:
                 parents[event.what.after] = event.what
-        path, chain = [], self.final[shard].chain
+        path, chain = [], self.final_chains[shard]
         while chain:
             require(chain in parents, "history", f"shard {shard} holds an update that was not recorded")
             path.append(parents[chain])
@@ -226,6 +227,26 @@ def snapshots_are_whole(run):
             require(bool(state.seen) or not state.version, "snapshots", f"{name} lacks its exactly-once table")
 
 
+def cuts_are_whole(run):
+    """What the observer reads are all updates of the steps that its offer names, on each shard, and no others."""
+    made = {(e.what.shard, e.what.after): e.what for e in named(run.events, "Applied")}
+    heard = {}
+    for event in named(run.events, "ReadAnswer"):
+        part = event.what
+        chain = heard.setdefault((part.term, part.number, part.shard), part.chain)
+        require(chain == part.chain, "cuts", f"two parts of shard {part.shard} are of other steps: {part.number}")
+    for event in named(run.events, "CutRead"):
+        trained = event.what.offer.trained
+        expected = {*range(trained.step), *trained.beyond}
+        for shard, chain in enumerate(event.what.chains):
+            steps = set()
+            while chain:
+                steps |= {c.lease.step for c in made[shard, chain].contributors}
+                chain = made[shard, chain].before
+            steps = steps if run.sync else steps & expected  # a push that is torn is on some of the shards
+            require(steps == expected, "cuts", f"shard {shard} was read with the steps {steps}, not {expected}")
+
+
 def step_by_hand(run, params, velocity, grads, norm_squared):
     if run.clip:
         factor = np.float32(min(1.0, run.clip / (norm_squared**0.5 + 1e-12)))
@@ -246,7 +267,7 @@ def same_bits(run):
     # The squares of a global norm may be added in another order.
     equal = (lambda a, b: np.allclose(a, b, rtol=1e-5, atol=1e-6)) if run.clip else np.array_equal
     for shard, params in enumerate(replay or ()):
-        for block, (got, want) in enumerate(zip(run.final[shard].pieces, params, strict=True)):
+        for block, (got, want) in enumerate(zip(run.final[shard], params, strict=True)):
             require(equal(got, want), "same bits", f"shard {shard}, block {block}: {got} is not {want}")
 
 
@@ -459,6 +480,7 @@ EVEN_IN_FAILURE = (
     one_primary,
     incarnations_are_new,
     snapshots_are_whole,
+    cuts_are_whole,
     no_resend_storm,
     only_the_silent_are_dropped,
     the_log_stays_short,

@@ -11,6 +11,7 @@ import workload
 
 from jaxdist.paramserver.processes.driver import Driver
 from jaxdist.paramserver.protocol import effects, journal, messages
+from jaxdist.paramserver.protocol.reader import Reader
 from jaxdist.paramserver.protocol.scheduler.scheduler import Scheduler
 from jaxdist.paramserver.protocol.server import Server
 from jaxdist.paramserver.protocol.settings import Settings, saved_cut_file, server_shard, shard_file
@@ -307,6 +308,26 @@ class UngatedShard(Shard):
         return self.version >= pull.version
 
 
+class AnyTermServer(Server):
+    """Answers a read that was asked before a roll-back."""
+
+    def handle(self, message, now):
+        if isinstance(message, messages.Read) and message.term != self.term:
+            replies, todo = super().handle(dataclasses.replace(message, term=self.term), now)
+            sent = [(to, dataclasses.replace(reply, term=message.term)) for to, reply in replies]
+            return [effects.Send(*each) for each in sent], todo
+        return super().handle(message, now)
+
+
+class AnyCutReader(Reader):
+    """Takes a part of an earlier cut for one of the cut that is offered."""
+
+    def _keep(self, answer, out):
+        if self._offer is not None:
+            answer = dataclasses.replace(answer, term=self._offer.term, number=self._offer.number)
+        super()._keep(answer, out)
+
+
 class HastyScheduler(Scheduler):
     """Writes the manifest first."""
 
@@ -326,7 +347,7 @@ class OldCutScheduler(Scheduler):
 
     def handle(self, message, now):
         if isinstance(message, messages.Register):
-            self.state.saved_cut = ("", journal.Trained(0, ()))
+            self.state.saved_cut = ("", messages.Trained(0, ()))
         return super().handle(message, now)
 
 
@@ -339,7 +360,7 @@ def _unlogged_commit(effect):
 def _cut_too_short(effect):
     """Shorten the log to the start of the run."""
     if isinstance(effect, effects.Compact):
-        return [effects.Compact(dataclasses.replace(effect.record, trained=journal.Trained(0, ())))]
+        return [effects.Compact(dataclasses.replace(effect.record, trained=messages.Trained(0, ())))]
     return [effect]
 
 
@@ -434,6 +455,18 @@ BUGS = {
     ),
     "unordered sum": Bug(Roles(shard=UnorderedShard), {"workers": 3, "servers": 2}, {}, "same bits"),
     "unbounded reads": Bug(Roles(shard=UngatedShard), BOUNDED, {}, "bounded reads"),
+    "a cut of two terms": Bug(
+        Roles(server=AnyTermServer),
+        {"servers": 3, "durability": "snapshot", "snapshot_every": 3, "read_every": (1,), "max_steps": 60},
+        {"until": 12.0, "kills": 3.0, "slow": 0.5},
+        "cuts",
+    ),
+    "a cut with parts of another": Bug(
+        Roles(reader=AnyCutReader),
+        {"servers": 3, "read_every": (1,), "max_steps": 40},
+        {"late": 0.5, "until": 9.0},
+        "cuts",
+    ),
     "manifest written first": Bug(
         Roles(scheduler=HastyScheduler), {"durability": "snapshot", "snapshot_every": 2}, {}, "snapshots"
     ),

@@ -85,11 +85,10 @@ class Cast:
         """Return a heartbeat of a process that is up to date."""
         return messages.Heartbeat(name, self.state.boots[name], self.state.term, 0, False)
 
-    def answer_cut(self, end_reason=""):
-        """Answer as the servers and the observer do when a cut is read."""
-        for shard in range(self.settings.servers):
-            self.tell(messages.ReadAnswer(self.state.term, shard, self.state.reading, self.state.step, 7, (), ()))
-        return self.tell(messages.Verdict(self.state.step, end_reason))
+    def answer_cut(self, end_reason=None):
+        """Answer as the observer does when it is offered a cut."""
+        reason = self.state.end_reason() if end_reason is None else end_reason
+        return self.tell(messages.Verdict(self.state.step, reason))
 
     def save_cut(self):
         """Answer as the servers and the disk do when a cut is saved."""

@@ -25,9 +25,9 @@ from typing import Any
 from jaxdist.config import hidden_settings
 from jaxdist.errors import UserError
 from jaxdist.paramserver.processes import peer_addresses, run_folder
-from jaxdist.paramserver.processes.run_folder import OBSERVER, Spec
+from jaxdist.paramserver.processes.run_folder import Spec
 from jaxdist.paramserver.protocol import messages
-from jaxdist.paramserver.protocol.settings import worker_name
+from jaxdist.paramserver.protocol.settings import OBSERVER, worker_name
 from jaxdist.paramserver.wire import greeting, streams
 from jaxdist.paramserver.wire.incoming import GREETING_SECONDS
 from jaxdist.paramserver.wire.security import CERTIFICATE, KEY, ROOT, TOKEN, Security

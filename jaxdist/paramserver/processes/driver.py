@@ -82,7 +82,7 @@ class Driver:
     Args:
       machine: the state machine.
       world: see World.
-      observe: called with every effect after it is done, for example effects.Committed or effects.ShowCut.
+      observe: called with every effect after it is done, for example effects.Committed.
       tick_seconds: seconds between two ticks.
       pulse_seconds: see `pulse`.
       point: called before and after everything this process does; see `faults`.
@@ -107,6 +107,10 @@ class Driver:
         self._beat: tuple[str, messages.Heartbeat] | None = None  # the last one sent
         self._beat_at = 0.0
         self._own: collections.deque[messages.Message] = collections.deque()  # effects.Continue
+
+    def proceed(self, message: messages.Message) -> None:
+        """Have the machine handle `message`, from its own process, in the next turn: ahead of what was received."""
+        self._own.append(message)
 
     def turn(self) -> bool:
         """Handle a heartbeat, a tick that is due, or the next message; return False if none came until the tick.
@@ -177,7 +181,7 @@ class Driver:
             case effects.Warn(text):
                 self.world.warn(text)
             case effects.Continue(message):
-                self._own.append(message)
+                self.proceed(message)
             case effects.Exit():
                 self.exit = effect
         self._observe(effect)

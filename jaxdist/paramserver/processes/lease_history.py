@@ -170,6 +170,8 @@ class SchedulerWatch:
         for _, reply in replies:
             if isinstance(reply, messages.Grant):
                 self._grant(reply)
+            elif isinstance(reply, messages.Offer):
+                self._cut_since = self._cut_since or self.history.clock()
 
     def _grant(self, grant: messages.Grant) -> None:
         held = self._open.get(grant.worker)
@@ -195,8 +197,6 @@ class SchedulerWatch:
             if self._cut_since:
                 self.history.bins.add_span("cut", self._cut_since, now)
                 self._cut_since = 0.0
-        elif isinstance(effect, effects.ShowCut):
-            self._cut_since = now
         elif isinstance(effect, effects.Append) and isinstance(effect.record, journal.MembershipRecord):
             self._compare(effect.record.membership)
         elif isinstance(effect, effects.Append) and isinstance(effect.record, journal.StopRecord):

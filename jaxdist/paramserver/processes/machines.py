@@ -18,9 +18,10 @@ from collections.abc import Iterable, Sequence
 
 from jaxdist.config.parameter_server import LAST_PORT
 from jaxdist.errors import ExitStatus, RunFailedError, UserError, as_user_error
-from jaxdist.launch.supervising import local_job
+from jaxdist.launch.supervising import local_job, restart_events
 from jaxdist.paramserver.processes import admission, newcomer, run_folder
 from jaxdist.paramserver.processes.crew import LocalCrew
+from jaxdist.paramserver.protocol.settings import OBSERVER
 from jaxdist.paramserver.wire import certificates, security
 from jaxdist.rundir import record
 
@@ -40,7 +41,7 @@ def assign(names: Sequence[str], hosts: Sequence[str], first_port: int) -> dict[
 def names_at(peers: dict[str, str], host: str) -> list[str]:
     """Return the processes that run at the address `host`, except the observer."""
     found = [name for name, address in peers.items() if address.rpartition(":")[0] == host]
-    return [name for name in found if name != run_folder.OBSERVER]
+    return [name for name in found if name != OBSERVER]
 
 
 def security_of(hosts: Sequence[str]) -> security.Security:
@@ -122,6 +123,15 @@ def check(hosts: Sequence[str], settings_names: Sequence[str]) -> None:
         )
 
 
+def say_without_address(hosts: Iterable[str]) -> None:
+    """Tell the user of hosts that have no address. They may get one later, for example as pods that start."""
+    for host in hosts:
+        try:
+            socket.getaddrinfo(host, None)
+        except socket.gaierror as error:
+            restart_events.say(f"{host} has no address yet ({error.strerror}). The run waits for its processes.")
+
+
 def check_ports(addresses: Iterable[str]) -> None:
     """Raise ValueError if this machine cannot listen on one of the addresses (HOST:PORT)."""
     for address in addresses:
@@ -138,7 +148,10 @@ def _why_not(address: str) -> str:
     if int(port) > LAST_PORT:
         return f"The last port is {LAST_PORT}"
     try:
+        socket.getaddrinfo(host, None)
         socket.create_server((host, int(port))).close()
+    except socket.gaierror as error:
+        return str(error.strerror)
     except OSError as error:
         return os.strerror(error.errno or 0)
     return ""

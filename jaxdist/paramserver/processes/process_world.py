@@ -112,9 +112,13 @@ class ProcessWorld:
         else:
             self._inbox.put((message, handled))
 
+    def connect(self, wire: Sender) -> None:
+        """Send through `wire` from now on."""
+        self._wire = wire
+
     def run(self, driver: drivers.Driver, wire: Sender) -> effects.Exit:
         """Run the state machine of `driver`, whose world this is, until it exits; return its exit effect."""
-        self._wire = wire
+        self.connect(wire)
         threading.Thread(target=self._pulse, args=(driver,), daemon=True, name="pulse").start()
         while driver.exit is None:
             driver.turn()

@@ -32,9 +32,7 @@ class Part:
 
     def address(self, host: str) -> str:
         """Return `host` with a port that is free on it."""
-        with socket.socket() as probe:
-            probe.bind((host, 0))
-            return f"{host}:{probe.getsockname()[1]}"
+        return _free_address(host)
 
     def run(self, name: str, directory: str, environment: dict[str, str]) -> int:
         """Run the process to its end. If it fails, this actor exits too: Ray starts another, and calls this again."""
@@ -51,6 +49,12 @@ class Part:
         if status and status != LEFT_STATUS:
             os._exit(ExitStatus.FAILED)
         return status
+
+
+def _free_address(host: str) -> str:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return f"{host}:{probe.getsockname()[1]}"
 
 
 def connect() -> Any:
@@ -101,6 +105,10 @@ class RayCrew:
         except BaseException:
             self.close(orderly=False)
             raise
+
+    def own_address(self) -> str:
+        """Return an address of this process at which the actors reach it."""
+        return _free_address(self._ray.util.get_node_ip_address())
 
     def _make_actors(self, names: Sequence[str]) -> dict[str, str]:
         """Make the actors of these processes on the nodes that are alive, in turn; return their addresses."""

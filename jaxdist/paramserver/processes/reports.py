@@ -1,4 +1,4 @@
-"""The reports of the processes of a run, in files that outlive them: counters, one line per step, the newest cut."""
+"""The reports of the processes of a run, in files that outlive them: counters, and one line per step."""
 
 import json
 import os
@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxdist.paramserver.processes.process_world import write_report
-from jaxdist.paramserver.processes.run_folder import CUT_NAME, STATISTICS_NAME, STEPS_NAME, Spec, silent_path
+from jaxdist.paramserver.processes.run_folder import STATISTICS_NAME, STEPS_NAME, Spec, silent_path
 from jaxdist.paramserver.protocol import effects, journal, messages
 from jaxdist.paramserver.protocol.scheduler.scheduler import Scheduler
-from jaxdist.paramserver.wire import encoding
 from jaxdist.rundir import files, full_disk
 from jaxdist.rundir import ledger as ledger_file
 
@@ -54,7 +53,7 @@ def statistics_of(name: str, spec: Spec, machine: Any) -> Statistics:
 
 
 class ReportFiles:
-    """Writes the files of the scheduler for the observer: one line per step, and the params of a cut; and the ledger.
+    """Writes the files of the scheduler for the observer and other readers: one line per step; and the ledger.
 
     On a full disk it waits for room, as the log of the scheduler does.
 
@@ -96,7 +95,7 @@ class ReportFiles:
             self.observe(effects.Committed(machine.state.step, examples, (), empty))
 
     def observe(self, effect: effects.Effect) -> None:
-        """Write a step, a change of the workers, a cut, or the name of a silent process."""
+        """Write a step, a change of the workers, or the name of a silent process."""
         if isinstance(effect, effects.Committed):
             self._step = effect.step
             self._record(effect.step)
@@ -110,9 +109,6 @@ class ReportFiles:
             self._leases = _leases_of(effect.record) or self._leases
             if isinstance(effect.record, journal.MembershipRecord):
                 self._note_members(effect.record.membership)
-        elif isinstance(effect, effects.ShowCut):
-            path = self.directory / CUT_NAME
-            full_disk.until_written(lambda: write_report(path, encoding.encode(effect.cut)), str(path))
         elif isinstance(effect, effects.Replace):
             path = silent_path(self.directory, effect.name)
             full_disk.until_written(lambda: write_report(path, [b""]), str(path))

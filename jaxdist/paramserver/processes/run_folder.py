@@ -10,12 +10,11 @@ from jaxdist.paramserver.processes.process_world import write_file
 from jaxdist.paramserver.protocol.settings import Settings, Timers
 from jaxdist.rundir import full_disk
 
-OBSERVER = "observer"
 DIRECTORY_NAME, STATISTICS_NAME = "ps", "statistics"
 """The folder of the processes in a run directory; the folder of their counters in it."""
 NONFINITE_NAME = "nonfinite"
 """The folder with the reports of workers on gradients that are not finite."""
-STEPS_NAME, CUT_NAME, LOG_NAME, SPEC_NAME = "steps.jsonl", "cut", "scheduler.log", "spec.json"
+STEPS_NAME, LOG_NAME, SPEC_NAME = "steps.jsonl", "scheduler.log", "spec.json"
 ADDRESSES_NAME = "addresses"
 """The folder with the addresses of processes that came or moved after the start (see `peer_addresses`)."""
 HISTORY_NAME = "history"

@@ -119,13 +119,20 @@ class GradNorm:
 
 
 @dataclass(frozen=True, slots=True)
-class ShowCut:
-    """Give `cut` to the observer: for an evaluation, a checkpoint, or the end of the run.
+class Offered:
+    """For the observer: it may read a cut, and answers with messages.Want or, at last, messages.Verdict."""
 
-    No lease is granted until the observer answers with messages.Verdict.
-    """
+    offer: messages.Offer
 
-    cut: journal.Cut
+
+@dataclass(frozen=True, slots=True)
+class CutRead:
+    """For the observer: the parts that it wanted, each with the arrays of one shard after the other."""
+
+    offer: messages.Offer
+    chains: tuple[int, ...]
+    params: tuple[tuple[np.ndarray, ...], ...]
+    opt_state: tuple[tuple[np.ndarray, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +180,8 @@ Effect = (
     | Leads
     | Committed
     | GradNorm
-    | ShowCut
+    | Offered
+    | CutRead
     | Warn
     | Replace
     | Continue

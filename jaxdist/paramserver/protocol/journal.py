@@ -1,4 +1,4 @@
-"""Contents of files: the records of the scheduler's log, saved cuts, and the cut that the observer reads.
+"""Contents of files: the records of the scheduler's log, and saved cuts.
 
 Frozen dataclasses like the messages, and encoded the same way (see `encoding`). A record is durable before the
 scheduler acts on it.
@@ -6,25 +6,7 @@ scheduler acts on it.
 
 from dataclasses import dataclass
 
-from jaxdist.paramserver.protocol.messages import Contributor, Membership, ReadAnswer, Register
-
-
-@dataclass(frozen=True, slots=True)
-class Trained:
-    """The steps whose examples are trained: all steps before `step`, and the ones in `beyond`."""
-
-    step: int
-    beyond: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """All shards after `step`; `end_reason` is empty while the run continues."""
-
-    step: int
-    end_reason: str
-    trained: Trained
-    shards: tuple[ReadAnswer, ...]
+from jaxdist.paramserver.protocol.messages import Contributor, Membership, Register, Trained
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,6 +91,14 @@ class Rows:
 Piece = np.ndarray | Rows
 
 
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """The steps whose examples are trained: all steps before `step`, and the ones in `beyond`."""
+
+    step: int
+    beyond: tuple[int, ...]
+
+
 # Membership: processes <-> scheduler.
 
 
@@ -403,26 +411,48 @@ class CutSaved:
     error: str
 
 
+# A cut: scheduler -> observer <-> primaries.
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """The observer may read the cut after `step`: no shard changes in this term before its verdict.
+
+    `number` grows within a term. `end_reason` is empty while the run continues; `primaries` are in shard order.
+    """
+
+    term: int
+    number: int
+    step: int
+    end_reason: str
+    trained: Trained
+    primaries: tuple[str, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Read:
-    """Ask for a shard's content. Sent while no push is in flight; `number` grows within a term."""
+    """Ask for one part of a shard, PARAMS or OPT_STATE, of the cut with this term and number."""
 
     term: int
     shard: int
     number: int
+    part: str
+
+
+PARAMS, OPT_STATE = "params", "opt_state"
 
 
 @dataclass(frozen=True, slots=True)
 class ReadAnswer:
-    """A shard's params and optimizer state, and the fingerprint of their update history."""
+    """One part of a shard, and the fingerprint of its update history."""
 
     term: int
     shard: int
     number: int
+    part: str
     version: int
     chain: int
-    pieces: tuple[np.ndarray, ...]
-    opt_state: tuple[np.ndarray, ...]
+    arrays: tuple[np.ndarray, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -528,6 +558,13 @@ class Transfer:
 @dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """The observer needs these parts of the cut that is offered."""
+
+    parts: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from jaxdist.paramserver.protocol import effects, messages, sums
-from jaxdist.paramserver.protocol.settings import SCHEDULER, Settings, server_shard, shard_file, worker_name
+from jaxdist.paramserver.protocol.settings import OBSERVER, SCHEDULER, Settings, server_shard, shard_file, worker_name
 from jaxdist.paramserver.protocol.shard import Outcome, Shard, ack
 
 NO_STATE = -1
@@ -390,14 +390,15 @@ class Server:
             self._submit(finish, Outcome({(messages.Finish, finish.step)}), now, out)
 
     def _read(self, read: messages.Read, now: float, out: effects.Output) -> None:
-        if not self.primary:
-            return  # a late one of another term needs no check: the scheduler ignores an answer of that term
+        if not self.primary or read.term != self.term:
+            return  # it may have rolled back since the offer: the other shards would answer with a later step
         shard = self.shard
         answer = Outcome({read})
+        arrays = shard.params if read.part == messages.PARAMS else shard.opt_state
         content = messages.ReadAnswer(
-            read.term, self.number, read.number, shard.version, shard.chain, shard.params, shard.opt_state
+            read.term, self.number, read.number, read.part, shard.version, shard.chain, arrays
         )
-        answer.send(SCHEDULER, content)
+        answer.send(OBSERVER, content)
         self._submit(messages.NoOp(), answer, now, out)
 
     def _save_cut(self, order: messages.SaveCut, now: float, out: effects.Output) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 
 from jaxdist.config.parameter_server import ParameterServer
 
-SCHEDULER = "scheduler"
+SCHEDULER, OBSERVER = "scheduler", "observer"
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Settings(ParameterServer):
       global_batch_size: examples of one step.
       max_steps: the run ends after this step.
       workers: see ParameterServer, as for the other settings under `ps.`.
-      read_every: periods, in steps, after which the observer gets a cut (effects.ShowCut); it always gets the last one.
+      read_every: periods, in steps, after which the observer is offered a cut; it always is after the last step.
       stop_on_nonfinite: end the run, with reason `nonfinite`, at a gradient that is not finite; it is never applied.
       check_copies_every: updates after which the copies of a shard compare params and optimizer state; 0 never does.
       timers: seconds.

@@ -1,8 +1,9 @@
 """The observer of a parameter-server run: it evaluates, saves, decides when the run ends, and writes the record.
 
-It knows the experiment but takes no part in the protocol, so the processes that it watches may die at any time. It
-reads steps and cuts (all params between two steps) from files that the scheduler writes, and answers each cut with a
-verdict: continue, or end the run.
+It knows the experiment and no protocol but that of its Reader, so the processes that it watches may die at any time.
+The scheduler offers it cuts (all shards between two steps); it reads what it needs of one from the servers, and answers
+with a verdict: continue, or end the run. Steps it reads from a file, a few words each: the scheduler has to keep them
+until they are in the metrics files, and other programs read them, too.
 """
 
 import contextlib
@@ -21,20 +22,20 @@ from jaxdist.checkpoint import checkpoints
 from jaxdist.config import hook_points
 from jaxdist.errors import RunFailedError
 from jaxdist.launch.supervising import restart_events
-from jaxdist.paramserver.processes import run_folder
+from jaxdist.paramserver.processes import process_world, run_folder
 from jaxdist.paramserver.processes.crew import Crew
-from jaxdist.paramserver.protocol import journal, messages
+from jaxdist.paramserver.processes.driver import Driver
+from jaxdist.paramserver.protocol import effects, messages
+from jaxdist.paramserver.protocol.reader import Reader
 from jaxdist.paramserver.protocol.settings import SCHEDULER
 from jaxdist.paramserver.run import judge, room, shared_plan, worker_changes
 from jaxdist.paramserver.run.resume import BEYOND, Start, examples_seen, remove_saved_cuts
-from jaxdist.paramserver.wire import encoding
 from jaxdist.run import bookkeeping, components, disk_room, header, stopwatch
 from jaxdist.run.custom import user_hooks
 from jaxdist.run.use.reporting import server_timeline
 from jaxdist.rundir import files, full_disk, record
 from jaxdist.spmd.state import TrainState
 
-POLL_SECONDS = 0.05
 REPEAT_SECONDS = 1.0
 """Time between two sends of the same answer, until the run shows that it arrived."""
 DRAW_SECONDS = 10.0
@@ -42,6 +43,8 @@ DRAW_SECONDS = 10.0
 NONFINITE = "nonfinite"
 KEPT_CUTS = 2
 """Saved cuts that stay: the scheduler may not know of the newest one yet, but knows of the one before it."""
+
+WHOLE = (messages.PARAMS, messages.OPT_STATE)
 
 Send = Callable[[str, messages.Message], None]
 
@@ -116,8 +119,11 @@ class Observer:
         self.last_time: float | None = None
         self.started, self.clock_offset = time.monotonic(), 0.0
         """What turns the scheduler's clock into seconds of training."""
-        self.seen_cut = 0  # when the file of the newest cut was written
-        self.judged: messages.Verdict | None = None
+        self.world = process_world.ProcessWorld(self.directory)
+        self.driver = Driver(Reader(settings.timers.retry), self.world, observe=self._note)
+        self.shown: effects.Offered | effects.CutRead | None = None  # what the reader shows, until it is looked at
+        self.evaluation_due = self.save_due = False  # until the verdict on the cut at which they became due
+        self.evaluated: tuple[int, ...] = ()  # the chains of the cut that was evaluated last
         self.state = start.state
         self.unlogged: tuple[int, dict[str, float], dict[str, float]] = (0, {}, {})
         self.end_reason: str | None = None
@@ -141,8 +147,9 @@ class Observer:
             began_with=self.began_with,
         )
 
-    def run(self, crew: Crew, send: Send, stop_requested: Callable[[], bool]) -> record.RunRecord:
-        """Watch until the run ends; write and return the run record."""
+    def run(self, crew: Crew, wire: process_world.Sender, stop_requested: Callable[[], bool]) -> record.RunRecord:
+        """Watch until the run ends; write and return the run record. `wire` delivers to `world`."""
+        self.world.connect(wire)
         self.end_reason = self.rule(self.progress) if self.progress.step else None
         with self.books.shown():
             try:
@@ -150,7 +157,8 @@ class Observer:
                     self.books.call_hooks("on_start", self.state or user_hooks.NO_STATE)
                     with contextlib.ExitStack() as self.phase:
                         self._charge("compile")
-                        self._watch(crew, send, stop_requested)
+                        self._watch(crew, wire.send, stop_requested)
+                    crew.close(orderly=True)  # the record has their last counters
                 if self.mistake is not None and self.end_reason != NONFINITE:
                     restart_events.say(bookkeeping.saved_at_mistake(self.progress.step))
                     raise self.mistake
@@ -185,7 +193,7 @@ class Observer:
                     crew.progressed()
                     self.books.display.update(self.progress.step, self.progress.metrics, epoch=self.progress.epoch)
                 self.progress.seconds = time.monotonic() - self.started
-                self._judge_cut(steps, send)
+                self._look_at_cut(steps)
                 self._maybe_halt(stop_requested)
                 if time.monotonic() >= repeat_at:
                     repeat_at = time.monotonic() + REPEAT_SECONDS
@@ -195,7 +203,7 @@ class Observer:
                 if time.monotonic() >= draw_at:
                     draw_at = time.monotonic() + DRAW_SECONDS
                     self._draw()
-                time.sleep(POLL_SECONDS)
+                self.driver.turn()  # waits for a message, at most until the next tick
 
     def _charge(self, account: str) -> None:
         """Charge the time from now on to `account`: the time before the first step is not training time."""
@@ -203,9 +211,7 @@ class Observer:
         self.phase.enter_context(self.books.stopwatch.account(account))
 
     def _repeat(self, send: Send) -> None:
-        """Repeat what may not have arrived: messages are lost, and a restarted scheduler asks again."""
-        if self.judged is not None:
-            send(SCHEDULER, self.judged)
+        """Repeat what may not have arrived: messages are lost, and a restarted scheduler does not know."""
         if self.halt:
             send(SCHEDULER, messages.Halt(self.halt))
 
@@ -243,7 +249,6 @@ class Observer:
         # After a rollback, steps are committed again; the metrics files contain each step once.
         if step <= self.progress.step:
             return
-        self.judged = None
         # The row is read late, and its clock may be wrong or set: not before the last row, nor after now.
         now = min(row["time"] + self.clock_offset, time.monotonic() - self.started)
         self.progress.seconds = max(self.progress.seconds, now)
@@ -265,34 +270,70 @@ class Observer:
 
     # Cuts.
 
-    def _judge_cut(self, steps: Any, send: Send) -> None:
-        path = self.directory / run_folder.CUT_NAME
-        written = path.stat().st_mtime_ns if path.exists() else 0
-        if written == self.seen_cut:
+    def _note(self, effect: effects.Effect) -> None:
+        """Keep what the reader shows until its turn is over: an evaluation takes long."""
+        if isinstance(effect, effects.Offered | effects.CutRead):
+            self.shown = effect
+
+    def _look_at_cut(self, steps: Any) -> None:
+        shown, self.shown = self.shown, None
+        if isinstance(shown, effects.Offered):
+            self._read_steps(steps)  # the steps up to the cut were written before it was offered
+            self._log()
+            self._take_offer(shown.offer)
+        elif shown is not None:
+            self._judge(shown)
+
+    def _take_offer(self, offer: messages.Offer) -> None:
+        """Find out what is due, and read what that needs."""
+        if offer.step < self.progress.step and not (self.halt or offer.end_reason):
+            # The shards have returned to a saved cut, and this step was judged before that.
+            self.driver.proceed(messages.Verdict(offer.step, ""))
             return
-        self.seen_cut = written
-        cut = encoding.decode(path.read_bytes())
-        assert isinstance(cut, journal.Cut)
-        self._read_steps(steps)  # the steps up to the cut were written before it
-        self._log()
-        if self.progress.step <= cut.step:
-            # A cut says exactly which batches were trained; between cuts, the examples of each step are added up.
-            self.progress.advance(cut.step, examples_seen(self.plan, cut.trained), self.plan.settings.num_examples)
-        self.state = self.judge.state(cut)
+        # A cut says exactly which batches were trained; between cuts, the examples of each step are added up.
+        seen = examples_seen(self.plan, offer.trained)
+        self.progress.advance(offer.step, seen, self.plan.settings.num_examples)
+        self.evaluation_due |= self.books.evaluations.due() or bool(offer.end_reason)
+        self.save_due |= self.books.saves.due()
+        if self.save_due or self._reason(offer):
+            self.driver.proceed(messages.Want(WHOLE))
+        elif self.evaluation_due:
+            whole = self.judge.needs_opt_state or self.books.hooks.has("on_evaluation")
+            self.driver.proceed(messages.Want(WHOLE if whole else (messages.PARAMS,)))
+        else:
+            self._decide(offer, "")
+
+    def _judge(self, cut: effects.CutRead) -> None:
+        """Evaluate and save what was read; read the rest if the evaluation asks for a checkpoint."""
+        offer, self.state = cut.offer, self.judge.state(cut)
         self._evaluate(cut, self.state)
-        reason = NONFINITE if self._diverged(cut) else self.rule(self.progress) or self.halt or cut.end_reason
-        self._save(cut, self.state, now=self.books.unsaved_best or bool(reason), is_last=bool(reason))
-        self.judged = messages.Verdict(cut.step, reason)
-        send(SCHEDULER, self.judged)
+        reason = self._reason(offer)
+        now = self.books.unsaved_best or bool(reason)
+        if now and not cut.opt_state:
+            self.driver.proceed(messages.Want(WHOLE))
+            return
+        self._save(offer, self.state, now=now, is_last=bool(reason))
+        self._decide(offer, reason)
+
+    def _decide(self, offer: messages.Offer, reason: str) -> None:
+        self.evaluation_due = self.save_due = False
+        self.driver.proceed(messages.Verdict(offer.step, reason))
         self.end_reason = reason or None
         self.books.write_record(None)
 
-    def _evaluate(self, cut: journal.Cut, state: TrainState) -> None:
+    def _reason(self, offer: messages.Offer) -> str:
+        """Return why the run ends with this cut; "" if it continues."""
+        return NONFINITE if self._diverged(offer) else self.rule(self.progress) or self.halt or offer.end_reason
+
+    def _evaluate(self, cut: effects.CutRead, state: TrainState) -> None:
         """Evaluate if due; a run that is preempted has no time for it, and one that diverged no use."""
-        due = self.books.evaluations.due() or bool(cut.end_reason)
-        if due and self.halt != "preempted" and not self._diverged(cut):
-            with self._saved_at_mistakes():
-                self.books.evaluate(state)
+        if not self.evaluation_due or self.halt == "preempted" or self._diverged(cut.offer):
+            return
+        if self.evaluated != cut.chains:
+            self.progress.last_evaluation = 0  # it may have been this step, before a return to a saved cut
+        with self._saved_at_mistakes():
+            self.books.evaluate(state)
+            self.evaluated = cut.chains
 
     @contextlib.contextmanager
     def _saved_at_mistakes(self) -> Iterator[None]:
@@ -302,22 +343,23 @@ class Observer:
         except user_hooks.HookError as error:
             self.mistake, self.halt = error, self.halt or "preempted"
 
-    def _diverged(self, cut: journal.Cut) -> bool:
+    def _diverged(self, offer: messages.Offer) -> bool:
         """Return whether a gradient or the loss is not finite."""
-        return cut.end_reason == NONFINITE or stop.nonfinite()(self.progress) is not None
+        return offer.end_reason == NONFINITE or stop.nonfinite()(self.progress) is not None
 
     def _report_nonfinite(self) -> None:
         """Collect the reports of the workers on gradients that are not finite."""
         found = sorted((self.directory / run_folder.NONFINITE_NAME).glob("*.txt"))
         self.books.report_nonfinite("\n".join(path.read_text() for path in found))
 
-    def _save(self, cut: journal.Cut, state: TrainState, *, now: bool, is_last: bool) -> None:
-        """Save if due, if `now`, and at the end of the run; a run that diverged saves nothing, nor does a full disk."""
-        due = self.books.saves.due() or bool(cut.end_reason) or now
-        if not due or self._diverged(cut):
+    def _save(self, offer: messages.Offer, state: TrainState, *, now: bool, is_last: bool) -> None:
+        """Save if due or if `now`; a run that diverged saves nothing, nor does a full disk."""
+        if not (self.save_due or now) or self._diverged(offer):
             return
-        place = shared_plan.position(self.plan, cut.trained.step)
-        beyond = {BEYOND: list(cut.trained.beyond)} if cut.trained.beyond else {}
+        if (self.books.checkpointer.latest_step() or 0) > offer.step:
+            return  # from before a return to a saved cut: the run resumes from there
+        place = shared_plan.position(self.plan, offer.trained.step)
+        beyond = {BEYOND: list(offer.trained.beyond)} if offer.trained.beyond else {}
         try:
             self.books.save(state, place, **beyond)
             if is_last:

@@ -51,7 +51,7 @@ class Start:
 
 @dataclasses.dataclass(frozen=True)
 class _Found:
-    trained: journal.Trained
+    trained: messages.Trained
     leaves: list[np.ndarray]
     opt_leaves: list[np.ndarray]
     progress: stop.Progress
@@ -105,7 +105,7 @@ def begin_with(plan: shared_plan.Plan, leaves: list[np.ndarray], directory: path
     """Return the start of a new run with these params and model_state, which the servers load as a saved cut."""
     params, _ = jax.tree.unflatten(plan.structure, leaves)
     opt_leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(jax.jit(plan.optimizer.init)(params))]
-    found = _Found(journal.Trained(0, ()), leaves, opt_leaves, stop.Progress())
+    found = _Found(messages.Trained(0, ()), leaves, opt_leaves, stop.Progress())
     return Start(found.progress, _write(plan, found, directory), judge.train_state(plan, 0, leaves, opt_leaves))
 
 
@@ -159,7 +159,7 @@ def _from_checkpoint(plan: shared_plan.Plan, checkpointer: checkpoints.Checkpoin
         )
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves((restored.params, restored.model_state))]
     opt_leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(restored.opt_state)]
-    return _Found(journal.Trained(low, beyond), leaves, opt_leaves, progress)
+    return _Found(messages.Trained(low, beyond), leaves, opt_leaves, progress)
 
 
 def _from_saved_cuts(plan: shared_plan.Plan, directory: pathlib.Path, saved: _Found | None) -> _Found | None:
@@ -186,7 +186,7 @@ def _progress(plan: shared_plan.Plan, saved_cut: journal.SavedCut, before: stop.
     return progress
 
 
-def examples_seen(plan: shared_plan.Plan, trained: journal.Trained) -> int:
+def examples_seen(plan: shared_plan.Plan, trained: messages.Trained) -> int:
     """Return the number of examples in the trained batches."""
     place = shared_plan.position(plan, trained.step)
     ahead = sum(_batch_size(plan.settings, step) for step in trained.beyond)

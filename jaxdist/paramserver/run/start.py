@@ -15,7 +15,7 @@ from jaxdist.launch.supervising import local_job, restart_events
 from jaxdist.paramserver.processes import admission, faults, machines, open_crew, peer_addresses, ray_crew, run_folder
 from jaxdist.paramserver.processes.crew import Crew, LocalCrew
 from jaxdist.paramserver.protocol import succession
-from jaxdist.paramserver.protocol.settings import SCHEDULER, worker_name
+from jaxdist.paramserver.protocol.settings import OBSERVER, SCHEDULER, worker_name
 from jaxdist.paramserver.run import observer, resume, shared_plan
 from jaxdist.paramserver.wire import streams
 from jaxdist.paramserver.wire.security import TOKEN, Security, new_token
@@ -110,6 +110,7 @@ def train(options: Options) -> record.RunRecord:
             seconds = open_crew.LOST_AFTER * plan.settings.timers.dead_after
             crew = open_crew.OpenCrew(kept, door, lost_after_seconds=seconds)
         if spec.door[1] and not options.silent:
+            machines.say_without_address(plan.experiment.ps.hosts)
             restart_events.say(f"Other machines join this run with its token: jaxdist join {spec.door[1]}")
         known = peer_addresses.Addresses(peers, folder)
         return _watch(watcher, crew, known, security.for_attempt(spec.attempt), options.stop_requested)
@@ -163,11 +164,11 @@ def _place(options: Options, plan: shared_plan.Plan, directory: pathlib.Path) ->
         environment = {name: os.environ[name] for name in (faults.FAULTS,) if name in os.environ}
         environment |= hidden_settings.for_other_machines()
         cluster = ray_crew.RayCrew(names, directory, {TOKEN: security.token, **environment}, devices=options.devices)
-        return cluster, {**cluster.peers, **_local_ports([run_folder.OBSERVER])}, security
+        return cluster, {**cluster.peers, OBSERVER: cluster.own_address()}, security
     if chosen.hosts:
         peers = _peers_on_hosts(plan)
         return LocalCrew(machines.names_at(peers, chosen.hosts[0]), directory, security.token), peers, security
-    return LocalCrew(names, directory, security.token), _local_ports([run_folder.OBSERVER, *names]), security
+    return LocalCrew(names, directory, security.token), _local_ports([OBSERVER, *names]), security
 
 
 def _peers_on_hosts(plan: shared_plan.Plan) -> dict[str, str]:
@@ -177,9 +178,9 @@ def _peers_on_hosts(plan: shared_plan.Plan) -> dict[str, str]:
         return {}
     machines.check(chosen.hosts, names)
     peers = machines.assign(names, chosen.hosts, chosen.port)
-    peers[run_folder.OBSERVER] = f"{chosen.hosts[0]}:{chosen.port + len(names)}"
+    peers[OBSERVER] = f"{chosen.hosts[0]}:{chosen.port + len(names)}"
     here = machines.names_at(peers, chosen.hosts[0])
-    machines.check_ports([*(peers[name] for name in (*here, run_folder.OBSERVER)), _door(plan)])
+    machines.check_ports([*(peers[name] for name in (*here, OBSERVER)), _door(plan)])
     return peers
 
 
@@ -200,7 +201,7 @@ def _write_spec(
     fingerprint: str,
 ) -> run_folder.Spec:
     """Remove the files of an earlier attempt; write and return the Spec of this one."""
-    for name in (run_folder.LOG_NAME, run_folder.CUT_NAME, run_folder.STEPS_NAME, run_folder.SPEC_NAME):
+    for name in (run_folder.LOG_NAME, run_folder.STEPS_NAME, run_folder.SPEC_NAME):
         (directory / name).unlink(missing_ok=True)
     folders = [run_folder.STATISTICS_NAME, run_folder.NONFINITE_NAME, run_folder.SILENT_NAME]
     for name in [*folders, run_folder.HISTORY_NAME, run_folder.ADDRESSES_NAME]:
@@ -242,14 +243,9 @@ def _watch(
     security: Security,
     stop_requested: Callable[[], bool],
 ) -> record.RunRecord:
-    line = streams.Wire(
-        listen=peers[run_folder.OBSERVER],
-        peers=peers,
-        receive=lambda message, handled: handled(),
-        security=security,
-    )
+    line = streams.Wire(listen=peers[OBSERVER], peers=peers, receive=watcher.world.receive, security=security)
     try:
-        return watcher.run(crew, line.send, stop_requested)
+        return watcher.run(crew, line, stop_requested)
     finally:
-        crew.close(orderly=watcher.end_reason is not None)
+        crew.close(orderly=False)
         line.close()

@@ -2,10 +2,14 @@
 
 import collections
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 _MOST_STEPS = 50
+
+
+def _count(workers: Collection[int]) -> str:
+    return "1 worker takes part" if len(workers) == 1 else f"{len(workers)} workers take part"
 
 
 class WorkerChanges:
@@ -40,9 +44,9 @@ class WorkerChanges:
                 self.rows.append(row)
                 if kind == "leave":
                     self._gone[worker] = row
-                    told.append(f"Worker {worker} is gone after step {step}; {len(workers)} take part.")
+                    told.append(f"Worker {worker} is gone after step {step}; {_count(workers)}.")
                 elif kind == "join":
-                    told.append(f"Worker {worker} joins after step {step}; {len(workers)} take part.")
+                    told.append(f"Worker {worker} joins after step {step}; {_count(workers)}.")
             else:
                 continue
             self._waiting.append((row, at if self._stepped_at is None else self._stepped_at))

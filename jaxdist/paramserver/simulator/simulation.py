@@ -19,9 +19,17 @@ from jaxdist.paramserver.processes.crew import GRACE_SECONDS
 from jaxdist.paramserver.processes.driver import Driver
 from jaxdist.paramserver.processes.run_folder import BOOT_ROOM, newer_boot
 from jaxdist.paramserver.protocol import effects, journal, messages, succession
+from jaxdist.paramserver.protocol.reader import Reader
 from jaxdist.paramserver.protocol.scheduler.scheduler import Scheduler
 from jaxdist.paramserver.protocol.server import Server
-from jaxdist.paramserver.protocol.settings import SCHEDULER, Settings, server_shard, worker_name, worker_number
+from jaxdist.paramserver.protocol.settings import (
+    OBSERVER,
+    SCHEDULER,
+    Settings,
+    server_shard,
+    worker_name,
+    worker_number,
+)
 from jaxdist.paramserver.protocol.shard import Shard, Updater
 from jaxdist.paramserver.protocol.worker import Worker
 from jaxdist.paramserver.simulator import simulated_world as world
@@ -56,6 +64,7 @@ class Roles:
     scheduler: Callable[..., Scheduler] = Scheduler
     server: Callable[..., Server] = Server
     worker: Callable[..., Worker] = Worker
+    reader: Callable[..., Reader] = Reader
     shard: Callable[..., Shard] = Shard
     driver: Callable[..., Driver] = Driver
     outbox: Callable[..., Outbox] = Outbox
@@ -81,20 +90,18 @@ class Simulation:
         hardware: Hardware = FAST,
         roles: Roles | None = None,
         compute_seconds: Callable[[random.Random, int], float] = lambda rng, worker: rng.uniform(0.02, 0.2),
-        judge: Callable[[journal.Cut], str] = lambda cut: "",
     ) -> None:
         self.seed, self.settings, self.faults, self.hardware = seed, settings, faults, hardware
         self.params, self.gradient, self.make_updater = params, gradient, make_updater
         self.roles = roles or Roles()
         self.compute_seconds = compute_seconds
-        self.judge = judge
         self.timeline = SeededTime(seed)
         self.rng = self.timeline.rng
         self.events: list[Event] = []
         self._heard_at: dict[str, float] = {}  # when the last heartbeat of a process reached the scheduler
         self._heard_boot: dict[str, int] = {}
         self.disk = Disk(self.timeline, faults, hardware)
-        names = [SCHEDULER, *succession.server_names(settings), *map(worker_name, range(settings.workers))]
+        names = [SCHEDULER, OBSERVER, *succession.server_names(settings), *map(worker_name, range(settings.workers))]
         self.processes = {name: SimulatedProcess(name, self) for name in names}
         self._next_worker = settings.workers
         self.network = Network(self.timeline, faults, hardware, self.processes, self.note, self.roles.outbox)
@@ -164,6 +171,8 @@ class Simulation:
     def _make(self, name: str, boot: int) -> Any:
         if name == SCHEDULER:
             return self.roles.scheduler(settings=self.settings, records=self.disk.records())
+        if name == OBSERVER:
+            return self.roles.reader(self.settings.timers.retry)
         worker = worker_number(name)
         if worker is not None:
             return self.roles.worker(worker=worker, boot=boot, settings=self.settings)
@@ -207,8 +216,11 @@ class Simulation:
             action(self.rng.choice(victims))
 
     def _victims(self) -> list[SimulatedProcess]:
-        """Return the processes that may be killed or paused without breaking a promise of this durability."""
-        victims = [p for p in self.processes.values() if p.is_reading() and not p.vanished]
+        """Return the processes that may be killed or paused without breaking a promise of this durability.
+
+        The run ends with its observer.
+        """
+        victims = [p for p in self.processes.values() if p.is_reading() and not p.vanished and p.name != OBSERVER]
         s = self.settings
         # With saved cuts the promise is a rollback, however many copies of a shard are lost at once.
         rollback = s.durability == "snapshot" or (bool(s.snapshot_every) and self.rng.random() < 0.3)
@@ -296,7 +308,7 @@ class Simulation:
             # One that never joined cannot be told from one that starts slowly, and is waited for.
             self.timeline.at(0.1, self._vanish)
             return
-        others = [p for p in self.processes.values() if p.is_up() and p.name != SCHEDULER]
+        others = [p for p in self.processes.values() if p.is_up() and p.name not in (SCHEDULER, OBSERVER)]
         joined = [p for p in others if self._heard_boot.get(p.name) == p.machine.boot]
         every = [p for p in self._victims() if p in joined] or joined
         if every:
@@ -353,15 +365,28 @@ class Simulation:
         if isinstance(effect, effects.Applied) and process.machine.shard.chain == effect.after:
             shard = process.machine.shard
             self.note(process.name, State(shard.shard, shard.chain, _checksum(shard.params, shard.opt_state)))
-        if isinstance(effect, effects.ShowCut):
-            verdict = messages.Verdict(effect.cut.step, self.judge(effect.cut))
-            tell = process.while_alive(lambda: process.receive(verdict, lambda: None))
-            self.timeline.at(self.rng.uniform(0.0, 0.05), tell)
+        if isinstance(effect, effects.Offered | effects.CutRead):
+            self._judge(process, effect)
         elif isinstance(effect, effects.Exit) and process.name == SCHEDULER:
             self.timeline.at(GRACE_SECONDS, self._end_rest)
         elif isinstance(effect, effects.Replace):
             replaced = self.processes[effect.name]
             self.timeline.at(0.0, lambda: self.kill(replaced) if not replaced.exit else None)
+
+    def _judge(self, observer: SimulatedProcess, shown: effects.Offered | effects.CutRead) -> None:
+        """Do what an observer does: read what it needs of a cut, in one or two turns, and come to a verdict."""
+        assert observer.driver is not None
+        observer.spend(self.rng.uniform(0.0, 0.05))
+        has_params = isinstance(shown, effects.CutRead)
+        has_all = isinstance(shown, effects.CutRead) and bool(shown.opt_state)
+        answers: list[messages.Message] = []
+        if not has_params:
+            answers.append(messages.Want((messages.PARAMS,)))
+        if not has_all:
+            answers.append(messages.Want((messages.PARAMS, messages.OPT_STATE)))
+        if has_all or not shown.offer.end_reason:
+            answers.append(messages.Verdict(shown.offer.step, shown.offer.end_reason))
+        observer.driver.proceed(self.rng.choice(answers))
 
 
 @dataclass(frozen=True, slots=True)
@@ -402,5 +427,5 @@ def _brief(machine: Any) -> dict[str, Any]:
     return {name: getattr(known, name) for name in names if hasattr(known, name)}
 
 
-_HEARD = (messages.PushAck, messages.CommitAck, messages.Register, messages.Leave)
+_HEARD = (messages.PushAck, messages.CommitAck, messages.Register, messages.Leave, messages.ReadAnswer)
 _SILENT = (effects.Append, effects.Compact, effects.Write, effects.Load, effects.Prepare, effects.Compute)

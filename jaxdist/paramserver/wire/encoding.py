@@ -71,7 +71,7 @@ KINDS: tuple[type, ...] = (
     messages.ReadAnswer,
     messages.Verdict,
     journal.VerdictRecord,
-    journal.Cut,
+    messages.Offer,
     journal.StateRecord,
     messages.Diverged,
     journal.EmptyRecord,

@@ -6,6 +6,7 @@ import socket
 import threading
 
 from jaxdist.paramserver.processes import crew, run_folder
+from jaxdist.paramserver.protocol.settings import OBSERVER
 from jaxdist.paramserver.run import start
 from jaxdist.paramserver.wire import encoding, greeting, incoming, streams
 
@@ -104,7 +105,7 @@ def between_all(monkeypatch, *, lost, repeated):
         return [*command(name, directory)[:-1], str(path)]
 
     def connected(*, peers, **others):
-        return connect(peers=seen_by(run_folder.OBSERVER, peers), **others)
+        return connect(peers=seen_by(OBSERVER, peers), **others)
 
     monkeypatch.setattr(start, "_place", placed)
     monkeypatch.setattr(crew, "command", started)

@@ -12,6 +12,7 @@ import tiny_experiment
 from jaxdist.errors import UserError
 from jaxdist.launch.supervising import local_job
 from jaxdist.paramserver.processes import admission, peer_addresses, run_folder
+from jaxdist.paramserver.protocol.settings import OBSERVER
 from jaxdist.paramserver.wire.security import KEY, ROOT, Security, new_token
 
 FACTS = admission.facts_of(pathlib.Path(tiny_experiment.__file__))
@@ -24,7 +25,7 @@ def door(tmp_path):
         experiment=tiny_experiment.__file__,
         assignments=[],
         settings={},
-        peers={"worker/0": "127.0.0.2:1", "server/0/a": "127.0.0.2:5", run_folder.OBSERVER: "127.0.0.1:2"},
+        peers={"worker/0": "127.0.0.2:1", "server/0/a": "127.0.0.2:5", OBSERVER: "127.0.0.1:2"},
         directory=str(tmp_path),
         resume="",
         devices=1,

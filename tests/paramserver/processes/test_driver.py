@@ -5,7 +5,7 @@ import pytest
 from jaxdist.paramserver.processes import driver
 from jaxdist.paramserver.protocol import effects, journal, messages
 
-RECORD = journal.SavedCutRecord("cut", journal.Trained(3, (5,)))
+RECORD = journal.SavedCutRecord("cut", messages.Trained(3, (5,)))
 BEAT = messages.Heartbeat("worker/0", 1, 2, 3, True)
 
 

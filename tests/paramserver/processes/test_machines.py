@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 
 import pytest
@@ -10,6 +11,7 @@ import tiny_experiment
 from jaxdist.cli import main
 from jaxdist.launch.supervising import local_job
 from jaxdist.paramserver.processes import admission, machines, run_folder
+from jaxdist.paramserver.protocol.settings import OBSERVER
 from jaxdist.paramserver.wire import security
 from jaxdist.rundir import record
 
@@ -18,7 +20,7 @@ NAMES = ["scheduler", "server/0/a", "server/0/b", "server/1/a", "server/1/b", "w
 
 def test_the_copies_of_a_shard_and_the_workers_go_round_the_hosts():
     peers = machines.assign(NAMES, ["10.0.0.1", "10.0.0.2"], 7800)
-    peers[run_folder.OBSERVER] = "10.0.0.1:7900"
+    peers[OBSERVER] = "10.0.0.1:7900"
     assert machines.names_at(peers, "10.0.0.1") == ["scheduler", "server/0/a", "server/1/a", "worker/0", "worker/2"]
     assert machines.names_at(peers, "10.0.0.2") == ["server/0/b", "server/1/b", "worker/1"]
     assert len(set(peers.values())) == len(peers)
@@ -48,7 +50,7 @@ def door(tmp_path):
         experiment=tiny_experiment.__file__,
         assignments=[],
         settings={},
-        peers={"worker/0": "127.0.0.2:1", "scheduler": "127.0.0.1:1", run_folder.OBSERVER: "127.0.0.1:2"},
+        peers={"worker/0": "127.0.0.2:1", "scheduler": "127.0.0.1:1", OBSERVER: "127.0.0.1:2"},
         directory=str(tmp_path),
         resume="",
         devices=1,
@@ -99,6 +101,16 @@ def test_a_port_that_is_taken_is_said_before_anything_starts(tmp_path, capsys, m
     monkeypatch.setenv(security.TOKEN, "secret")
     assert main.run([*arguments, "--set", "ps.hosts=192.0.2.1", f"ps.port={first}"]) == 2
     assert f"listen on 192.0.2.1:{first}, and it cannot: Cannot assign" in capsys.readouterr().err
+    assert main.run([*arguments, "--set", "ps.hosts=no-such-host.invalid", f"ps.port={first}"]) == 2
+    told = capsys.readouterr().err
+    assert f"listen on no-such-host.invalid:{first}, and it cannot: " in told
+    assert "Unknown error" not in told
+
+
+def test_a_host_without_an_address_is_named_and_waited_for(capsys):
+    """The name of a pod has an address once the pod has started."""
+    machines.say_without_address(["127.0.0.1", "no-such-host.invalid"])
+    assert re.fullmatch(r"jaxdist: no-such-host\.invalid has no address yet \(.+\)\. .*\n", capsys.readouterr().err)
 
 
 def test_a_port_beyond_the_last_is_refused():

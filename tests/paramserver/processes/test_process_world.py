@@ -15,7 +15,7 @@ from jaxdist.paramserver.protocol import effects, journal, messages
 from jaxdist.paramserver.wire import encoding
 from jaxdist.rundir import full_disk
 
-RECORD = journal.SavedCutRecord("cut", journal.Trained(3, (5,)))
+RECORD = journal.SavedCutRecord("cut", messages.Trained(3, (5,)))
 END = effects.Exit(7, "max_steps")
 
 

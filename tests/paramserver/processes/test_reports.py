@@ -1,4 +1,4 @@
-"""What a process leaves in files: counters, a line for each step, the newest cut."""
+"""What a process leaves in files: counters, and a line for each step."""
 
 import contextlib
 import json
@@ -8,7 +8,6 @@ import pytest
 
 from jaxdist.paramserver.processes import reports, run_folder
 from jaxdist.paramserver.protocol import effects, journal, messages
-from jaxdist.paramserver.wire import encoding
 from jaxdist.rundir import ledger
 
 LEASE = messages.Lease(step=2, slice=0, epoch=0, start=10, stop=16)
@@ -84,7 +83,7 @@ def test_a_step_is_a_line_with_the_means_of_its_metrics(tmp_path, open_report):
     assert (row["step"], row["examples"], row["metrics"]) == (3, 16, {"loss": 1.5})
 
 
-def test_steps_and_cuts_wait_for_room(tmp_path, open_report, monkeypatch):
+def test_steps_and_the_names_of_silent_processes_wait_for_room(tmp_path, open_report, monkeypatch):
     """In the order of the steps, each once."""
     report, pauses = open_report(), []
     is_full = lambda: len(pauses) % 3 != 2  # noqa: E731 - full twice, then there is room
@@ -103,19 +102,14 @@ def test_steps_and_cuts_wait_for_room(tmp_path, open_report, monkeypatch):
     monkeypatch.setattr(reports, "write_report", failing(reports.write_report))
     report.observe(effects.Committed(3, 16, ()))
     report.observe(effects.GradNorm(3, 0.5))
-    cut = journal.Cut(4, "", journal.Trained(4, ()), ())
-    report.observe(effects.ShowCut(cut))
+    report.observe(effects.Replace("server/0/a"))
     assert [row["step"] for row in rows(tmp_path)] == [3, 3]
-    assert encoding.decode((tmp_path / run_folder.CUT_NAME).read_bytes()) == cut
+    assert run_folder.take_silent(tmp_path, "server/0/a")
     assert len(pauses) == 9
 
 
-def test_a_cut_and_the_name_of_a_silent_process_are_files(tmp_path, open_report):
-    report = open_report()
-    cut = journal.Cut(4, "", journal.Trained(4, ()), ())
-    report.observe(effects.ShowCut(cut))
-    report.observe(effects.Replace("server/0/a"))
-    assert encoding.decode((tmp_path / run_folder.CUT_NAME).read_bytes()) == cut
+def test_the_name_of_a_silent_process_is_a_file(tmp_path, open_report):
+    open_report().observe(effects.Replace("server/0/a"))
     assert run_folder.take_silent(tmp_path, "server/0/a")
 
 
@@ -168,7 +162,7 @@ def committed(step):
 
 
 ROLLBACK = effects.Append(
-    journal.MembershipRecord(messages.Membership(2, (), (), 2, "cut"), 0, (), journal.Trained(3, ()))
+    journal.MembershipRecord(messages.Membership(2, (), (), 2, "cut"), 0, (), messages.Trained(3, ()))
 )
 HISTORY = [each for step in (1, 2, 3, 4, 5) for each in committed(step)]
 HISTORY += [ROLLBACK, *(each for step in (4, 5, 6, 7) for each in committed(step))]

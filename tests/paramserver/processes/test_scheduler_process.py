@@ -10,7 +10,7 @@ from jaxdist.paramserver.processes import process_world, reports, run_folder, sc
 from jaxdist.paramserver.protocol import journal, messages
 from jaxdist.paramserver.wire import encoding
 
-RESUME = journal.SavedCut("0000000004-start-1", 4, 3, journal.Trained(4, ()), ())
+RESUME = journal.SavedCut("0000000004-start-1", 4, 3, messages.Trained(4, ()), ())
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ CONTRIBUTOR = messages.Contributor(1, 2, 3, LEASE)
 MEMBERSHIP = messages.Membership(
     7, (messages.Member(0, 1, 5),), (messages.ShardPlace("server/0/a", 3, "server/0/b", 4, True),), 2, "0000000002-1-1"
 )
-TRAINED = journal.Trained(4, (6, 7))
+TRAINED = messages.Trained(4, (6, 7))
 MEMBERSHIP_RECORD = journal.MembershipRecord(MEMBERSHIP, 9, (messages.Register("worker/0", 8),), TRAINED)
 SAVED = journal.SavedCutRecord("0000000004-1-2", TRAINED)
 ARRAYS = (np.arange(3, dtype=np.float32),)
@@ -28,7 +28,6 @@ STORED = {
     "VerdictRecord": (journal.VerdictRecord(4, "patience"), "bd3b0ec9d5ecd092"),
     "StopRecord": (journal.StopRecord(9, "max_steps"), "b356814a30e1335c"),
     "SavedCut": (journal.SavedCut("c", 4, 9, TRAINED, (journal.SavedShard(0, "c/shard-0", 77),)), "25d682ad65b6ad64"),
-    "Cut": (journal.Cut(4, "", TRAINED, (messages.ReadAnswer(7, 0, 1, 4, 5, ARRAYS, ARRAYS),)), "1e3b839e7bd00f61"),
     "ShardState": (
         messages.ShardState(
             4,

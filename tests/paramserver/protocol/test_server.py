@@ -83,7 +83,7 @@ def _requests():
     """Return requests by name; the last pull waits for the push, which answers it."""
     pull, later = (messages.Pull(0, 0, 1, 2, version, 0) for version in (0, 1))
     pushed, asked = {"push": [push(1)], "pull and push": [later, push(1)]}, {"pull": [pull]}
-    return pushed | asked | {"read": [messages.Read(1, 0, 1)], "membership": [membership(1)]}
+    return pushed | asked | {"read": [messages.Read(1, 0, 1, messages.PARAMS)], "membership": [membership(1)]}
 
 
 @pytest.mark.parametrize("what", _requests())

@@ -51,9 +51,8 @@ def leaves_of(plan):
 def serve(plan):
     """Train by the protocol, in this process; return the leaves at the end, and the optimizer's."""
     simulation = simulate(plan)
-    cut = [event.what.cut for event in simulation.events if isinstance(event.what, effects.ShowCut)][-1]
-    leaves = plan.sharding.join([answer.pieces for answer in cut.shards])
-    return leaves, plan.optimizer_sharding().join([answer.opt_state for answer in cut.shards])
+    cut = [event.what for event in simulation.events if isinstance(event.what, effects.CutRead)][-1]
+    return plan.sharding.join(cut.params), plan.optimizer_sharding().join(cut.opt_state)
 
 
 def simulate(plan, leaves=None):
@@ -266,8 +265,8 @@ def test_complex_params_and_integer_inputs_train_as_in_plain_optax(model, field,
         updates, state = optimizer.update(jax.tree.map(jnp.conj, grads), state, params)
         params = optax.apply_updates(params, updates)
     simulation = simulate(plan, leaves=before)
-    cut = [event.what.cut for event in simulation.events if isinstance(event.what, effects.ShowCut)][-1]
-    served = plan.sharding.join([answer.pieces for answer in cut.shards])
+    cut = [event.what for event in simulation.events if isinstance(event.what, effects.CutRead)][-1]
+    served = plan.sharding.join(cut.params)
     for got, start, want in zip(served, before, jax.tree.leaves(params), strict=True):
         assert np.abs(got - start).max() > 0.01
         np.testing.assert_allclose(got, want, rtol=0, atol=2e-6)

@@ -1,5 +1,6 @@
 """The state of a cut is that of the shards, and its evaluation is the one of data-parallel training."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,7 +9,7 @@ import tiny_experiment
 
 from jaxdist.config import overrides
 from jaxdist.config.parameter_server import ParameterServer
-from jaxdist.paramserver.protocol import journal, messages
+from jaxdist.paramserver.protocol import effects, messages
 from jaxdist.paramserver.run import judge
 from jaxdist.paramserver.run import shared_plan as plans
 
@@ -25,8 +26,8 @@ def cut_of(plan, state):
     """Return the cut in which the servers hold the arrays of `state`."""
     params = plan.sharding.split([np.asarray(leaf) for leaf in jax.tree.leaves((state.params, state.model_state))])
     opt_state = plan.optimizer_sharding().split([np.asarray(leaf) for leaf in jax.tree.leaves(state.opt_state)])
-    answers = [messages.ReadAnswer(1, shard, 1, STEP, 7, *parts) for shard, parts in enumerate(zip(params, opt_state))]
-    return journal.Cut(STEP, "", journal.Trained(STEP, ()), tuple(answers))
+    offer = messages.Offer(1, 1, STEP, "", messages.Trained(STEP, ()), ("server/0/a", "server/1/a"))
+    return effects.CutRead(offer, (7, 7), tuple(params), tuple(opt_state))
 
 
 def some_state(plan, *, opt_scale=1.0):
@@ -61,3 +62,14 @@ def test_averaged_params_are_evaluated_where_the_optimizer_keeps_them():
     plan = make_plan("optimizer.ema_decay=0.9")
     found = judge.Judge(plan).evaluate(some_state(plan, opt_scale=0.0))
     np.testing.assert_allclose(found["loss"], np.log(2), rtol=1e-6)  # of logits that are zero, as averaged params are
+
+
+def test_an_evaluation_needs_the_params_alone_unless_their_average_is_evaluated():
+    plan = make_plan()
+    state = some_state(plan)
+    cut = dataclasses.replace(cut_of(plan, state), opt_state=())
+    made = judge.Judge(plan)
+    assert made.state(cut).opt_state is None
+    assert made.evaluate(made.state(cut)) == made.evaluate(state)
+    assert not made.needs_opt_state
+    assert judge.Judge(make_plan("optimizer.ema_decay=0.9")).needs_opt_state

@@ -1,4 +1,4 @@
-"""The observer: what it reads from the scheduler's files, what it answers, and what it leaves at the end of the run."""
+"""The observer: what it reads, what it answers, and what it leaves at the end of the run."""
 
 import contextlib
 import functools
@@ -17,38 +17,51 @@ from jaxdist.config.parameter_server import ParameterServer
 from jaxdist.errors import RunFailedError
 from jaxdist.launch.supervising import job_memory
 from jaxdist.paramserver.processes import run_folder
-from jaxdist.paramserver.protocol import journal, messages
+from jaxdist.paramserver.protocol import messages
 from jaxdist.paramserver.run import judge, observer, resume
 from jaxdist.paramserver.run import shared_plan as plans
-from jaxdist.paramserver.wire import encoding
 from jaxdist.run import bookkeeping, components, directory, rescue
 from jaxdist.run.custom import user_hooks
 from jaxdist.rundir import record
 
 
 class Crew:
-    """Writes what the scheduler of a run would write, at its start: `rows` of steps, and a cut after the last."""
+    """Does what the scheduler of a run would do, at its start: write rows of steps, and offer a cut after the last.
+
+    As the wire, it has servers answer what is read of the cut; `reads` are the parts, `sent` all other messages.
+    """
 
     restarts = 0
 
-    def __init__(self, plan, folder, steps, *, end_reason="", examples=16, loss=0.5, trained=None):
-        self.plan, self.folder, self.steps, self.end_reason = plan, folder, steps, end_reason
+    def __init__(self, watcher, steps, *, end_reason="", examples=16, loss=0.5, trained=None):
+        self.world, self.plan, self.folder = watcher.world, watcher.plan, watcher.directory
+        self.steps, self.end_reason = steps, end_reason
         self.examples, self.loss, self.trained = examples, loss, trained
         self.looks, self.progressed_ = 0, 0
-        self.died = {}
+        self.died, self.sent, self.reads = {}, [], []
+
+    def send(self, to, message):
+        if not isinstance(message, messages.Read):
+            self.sent.append((to, message))
+            return
+        self.reads.append(message.part)
+        state = shard_state(message.shard)
+        arrays = state.params if message.part == messages.PARAMS else state.opt_state
+        ends = message.term, message.shard, message.number, message.part, self.steps[-1], 7, arrays
+        self.world.receive(messages.ReadAnswer(*ends))
+
+    def offer(self, number=1):
+        trained = self.trained or messages.Trained(self.steps[-1], ())
+        primaries = tuple(f"server/{n}/a" for n in range(self.plan.settings.servers))
+        offer = messages.Offer(1, number, self.steps[-1], self.end_reason, trained, primaries)
+        self.world.receive(offer)
 
     def start(self):
         rows = [{"step": s, "examples": self.examples, "metrics": {"loss": self.loss}} for s in self.steps]
         rows = [row | {"time": self.time(row["step"])} for row in rows]
         text = "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 99, "torn'
         (self.folder / run_folder.STEPS_NAME).write_text(text)
-        shards = []
-        for number in range(self.plan.settings.servers):
-            state = shard_state(number)
-            shards.append(messages.ReadAnswer(1, number, 1, self.steps[-1], 7, state.params, state.opt_state))
-        trained = self.trained or journal.Trained(self.steps[-1], ())
-        cut = journal.Cut(self.steps[-1], self.end_reason, trained, tuple(shards))
-        (self.folder / run_folder.CUT_NAME).write_bytes(encoding.to_bytes(cut))
+        self.offer()
 
     def time(self, step):
         return step
@@ -60,6 +73,12 @@ class Crew:
 
     def progressed(self):
         self.progressed_ += 1
+
+    def close(self, *, orderly):
+        """End as servers do: they leave their last counters."""
+        content = {"counters": {"updates": 11}, "staleness": {"0": 11}}
+        (self.folder / run_folder.STATISTICS_NAME).mkdir()
+        (self.folder / run_folder.STATISTICS_NAME / "server-0-a-9.json").write_text(json.dumps(content))
 
 
 class Checkpoints:
@@ -93,7 +112,6 @@ def shard_state(number):
 @pytest.fixture
 def watch(tmp_path, monkeypatch):
     """Return a function that makes the observer of a run of `max_steps` steps."""
-    monkeypatch.setattr(observer, "POLL_SECONDS", 0.001)
     monkeypatch.setattr(judge.Judge, "evaluate", lambda self, state: {"accuracy": 0.75})
 
     def make(max_steps=5):
@@ -116,14 +134,13 @@ def watch(tmp_path, monkeypatch):
 
 
 def run(watcher, crew, *, stop_requested=lambda: False):
-    sent = []
-    made = watcher.run(crew, lambda to, message: sent.append((to, message)), stop_requested)
-    return made, sent
+    made = watcher.run(crew, crew, stop_requested)
+    return made, crew.sent
 
 
 def test_a_run_to_its_last_step_is_evaluated_saved_and_recorded(tmp_path, watch):
     watcher = watch(5)
-    crew = Crew(watcher.plan, watcher.directory, [1, 2, 3, 4, 5], end_reason="max_steps")
+    crew = Crew(watcher, [1, 2, 3, 4, 5], end_reason="max_steps")
     crew.died = {"worker/0": 7}
     made, sent = run(watcher, crew)
     assert watcher.books.checkpointer.latest_step() == 5
@@ -132,16 +149,78 @@ def test_a_run_to_its_last_step_is_evaluated_saved_and_recorded(tmp_path, watch)
     # The cut counts exactly: 52 examples of the first epoch and 16 of the second, whatever the rows added up to.
     assert (made.end_reason, made.step, made.examples_seen) == ("max_steps", 5, 52 + 16)
     assert made.params_sha256 == record.params_sha256(watcher.state.params)
+    assert made.extra["ps"]["updates"] == 11
     assert set(made.metrics) >= {"train/loss", "eval/accuracy"}
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     assert record.RunRecord.read(tmp_path).end_reason == "max_steps"
 
 
+def read_at_step_2(watcher, *, saves=False, evaluates=False):
+    """Return what is read of a cut in the middle of a run, where this is due."""
+    watcher.books.saves = types.SimpleNamespace(due=lambda: saves)
+    watcher.books.evaluations = types.SimpleNamespace(due=lambda: evaluates)
+    crew = Crew(watcher, [1, 2])
+    look, verdict = crew.look_after, ("scheduler", messages.Verdict(2, ""))
+
+    def look_after():
+        if verdict in crew.sent and not crew.end_reason:
+            crew.at_two, crew.end_reason = list(crew.reads), "max_steps"
+            crew.steps = [1, 2, 3, 4, 5]
+            crew.offer(number=2)
+        return look()
+
+    crew.look_after = look_after
+    run(watcher, crew)
+    assert crew.sent == [verdict, ("scheduler", messages.Verdict(5, "max_steps"))]
+    return crew.at_two
+
+
+def test_what_is_read_of_a_cut_is_what_is_due(watch):
+    assert read_at_step_2(watch()) == []
+
+
+def test_an_evaluation_reads_the_params_alone(watch):
+    assert read_at_step_2(watch(), evaluates=True) == ["params", "params"]
+
+
+def test_a_checkpoint_reads_the_state_of_the_optimizer_as_well(watch):
+    assert read_at_step_2(watch(), saves=True) == ["params", "params", "opt_state", "opt_state"]
+
+
+def test_a_hook_at_evaluations_may_ask_for_the_state_of_the_optimizer(watch):
+    found = []
+    watcher = watch()
+    hook = types.SimpleNamespace(on_evaluation=lambda info: found.append(info.opt_state))
+    watcher.books.hooks = user_hooks.UserHooks((hook,), True)
+    assert sorted(read_at_step_2(watcher, evaluates=True)) == ["opt_state", "opt_state", "params", "params"]
+    assert all(state is not None for state in found)
+
+
+def test_the_best_evaluation_so_far_reads_the_rest_and_is_saved(watch, monkeypatch):
+    watcher = watch()
+    monkeypatch.setattr(watcher.books, "_is_best", lambda: watcher.progress.step == 2)
+    assert read_at_step_2(watcher, evaluates=True) == ["params", "params", "opt_state", "opt_state"]
+    assert [step for step, _ in watcher.books.checkpointer.saved] == [2, 5]
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_run_that_returned_to_a_saved_cut_and_is_stopped_there_is_saved_as_it_is(watch, saved):
+    """A checkpoint of a later step, from before the return, is worth more and stays the newest."""
+    watcher = watch(50)
+    crew = Crew(watcher, [1, 2, 3, 4, 3], end_reason="preempted")
+    if saved:
+        watcher.books.checkpointer.saved.append((4, {}))
+    made, sent = run(watcher, crew, stop_requested=lambda: True)
+    assert (made.step, made.end_reason) == (3, "preempted")
+    assert watcher.books.checkpointer.latest_step() == (4 if saved else 3)
+    assert ("scheduler", messages.Verdict(3, "preempted")) in sent
+
+
 def test_batches_done_out_of_order_are_counted_and_saved_as_they_are(tmp_path, watch):
     """Batches 0, 1 and 3 are trained: 16 + 16 + 4 examples."""
     watcher = watch(3)
-    crew = Crew(watcher.plan, watcher.directory, [1, 2, 3], end_reason="max_steps", trained=journal.Trained(2, (3,)))
+    crew = Crew(watcher, [1, 2, 3], end_reason="max_steps", trained=messages.Trained(2, (3,)))
     made, _ = run(watcher, crew)
     assert made.examples_seen == 36
     ((step, data_state),) = watcher.books.checkpointer.saved
@@ -153,7 +232,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_without_a_checkpoint(tmp_path, w
     reports = watcher.directory / run_folder.NONFINITE_NAME
     reports.mkdir()
     (reports / "worker-0.txt").write_text("worker/0. Step 2: the loss is nan.")
-    crew = Crew(watcher.plan, watcher.directory, [1, 2], loss=float("nan"))
+    crew = Crew(watcher, [1, 2], loss=float("nan"))
     made, sent = run(watcher, crew)
     assert watcher.books.checkpointer.latest_step() is None
     assert made.end_reason == "nonfinite"
@@ -164,7 +243,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_without_a_checkpoint(tmp_path, w
 def test_a_request_to_stop_is_passed_on_and_repeated_and_ends_the_run_saved(tmp_path, watch, monkeypatch):
     monkeypatch.setattr(observer, "REPEAT_SECONDS", 0.0)
     watcher = watch(50)
-    crew = Crew(watcher.plan, watcher.directory, [1, 2])
+    crew = Crew(watcher, [1, 2])
     start, looks = crew.start, []
     crew.start = lambda: None
 
@@ -185,7 +264,7 @@ def test_a_request_to_stop_is_passed_on_and_repeated_and_ends_the_run_saved(tmp_
 
 def test_steps_after_a_return_to_a_snapshot_are_counted_once(tmp_path, watch):
     watcher = watch(4)
-    crew = Crew(watcher.plan, watcher.directory, [1, 2, 3, 2, 3, 4], end_reason="max_steps")
+    crew = Crew(watcher, [1, 2, 3, 2, 3, 4], end_reason="max_steps")
     made, _ = run(watcher, crew)
     assert (made.step, made.examples_seen) == (4, 52)
     rows = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -200,7 +279,7 @@ def test_a_wall_clock_that_is_set_does_not_change_how_long_the_run_has_trained(t
     )
     monkeypatch.setattr(observer, "time", clock)
     watcher = watch(5)
-    crew = Crew(watcher.plan, watcher.directory, [1, 2, 3, 4, 5], end_reason="max_steps")
+    crew = Crew(watcher, [1, 2, 3, 4, 5], end_reason="max_steps")
     crew.time = lambda step: time.time() + jump
     run(watcher, crew)
     seconds = [json.loads(line)["seconds"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -215,7 +294,7 @@ def test_a_last_state_that_does_not_fit_on_the_disk_is_kept_in_memory(tmp_path, 
     make_directory = functools.partial(job_memory.memory_directory, root=root)
     monkeypatch.setattr(job_memory, "memory_directory", make_directory)
     watcher = watch(5)
-    crew = Crew(watcher.plan, watcher.directory, [1, 2, 3, 4, 5], end_reason="max_steps")
+    crew = Crew(watcher, [1, 2, 3, 4, 5], end_reason="max_steps")
 
     def save(*args):
         raise checkpoints.NoRoomError("no room")
@@ -237,7 +316,7 @@ def test_a_last_state_that_does_not_fit_on_the_disk_is_kept_in_memory(tmp_path, 
 
 def test_a_record_that_a_full_disk_does_not_take_is_one_message(watch, monkeypatch):
     watcher = watch(5)
-    crew = Crew(watcher.plan, watcher.directory, [1, 2, 3, 4, 5], end_reason="max_steps")
+    crew = Crew(watcher, [1, 2, 3, 4, 5], end_reason="max_steps")
     full = OSError(28, "No space left on device", "run.json")
 
     def write_record(end_reason, params=None):
@@ -267,7 +346,7 @@ def test_hooks_see_each_step_once_and_the_state_at_evaluations(watch):
 
     watcher = watch(4)
     watcher.books.hooks = user_hooks.UserHooks((Recorder(),), True)
-    made, _ = run(watcher, Crew(watcher.plan, watcher.directory, [1, 2, 3, 2, 3, 4], end_reason="max_steps"))
+    made, _ = run(watcher, Crew(watcher, [1, 2, 3, 2, 3, 4], end_reason="max_steps"))
     steps = [(step, {"train/loss": 0.5}) for step in (1, 2, 3, 4)]
     evaluation = ("evaluation", 4, {"eval/accuracy": 0.75}, made.params_sha256)
     assert seen == [("start", 0), *steps, evaluation, ("max_steps", 4)]
@@ -275,7 +354,7 @@ def test_hooks_see_each_step_once_and_the_state_at_evaluations(watch):
 
 def test_a_process_that_dies_leaves_the_record_of_an_error(tmp_path, watch):
     watcher = watch()
-    crew = Crew(watcher.plan, watcher.directory, [1])
+    crew = Crew(watcher, [1])
     crew.look_after = lambda: 1 / 0
     with pytest.raises(ZeroDivisionError):
         run(watcher, crew)

@@ -76,7 +76,7 @@ def test_a_snapshot_counts_only_when_it_is_newer_and_intact(tmp_path):
         leaves = [np.zeros(shape, dtype) for shape, dtype in zip(plan.sharding.shapes, plan.sharding.dtypes)]
         opt_leaves = [np.zeros(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(opt_shapes(plan))]
         for step in (4, 8, 9):
-            found = resume._Found(resume.journal.Trained(step, ()), leaves, opt_leaves, stop.Progress())
+            found = resume._Found(resume.messages.Trained(step, ()), leaves, opt_leaves, stop.Progress())
             name = resume._write(plan, found, directory)
         with pytest.raises(errors.ConfigError, match=r"9 steps of 12 examples.*Resume with global_batch_size=12"):
             resume.begin(plan, checkpointer, directory, trained_with=12)

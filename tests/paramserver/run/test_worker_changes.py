@@ -17,7 +17,7 @@ def after_start():
 def test_a_worker_that_joins_costs_what_the_next_step_takes_longer():
     changes = after_start()
     told = changes.note_members({0: 1, 1: 2, 2: 3}, 12, 21.5)
-    assert told == ["Worker 2 joins after step 12; 3 take part."]
+    assert told == ["Worker 2 joins after step 12; 3 workers take part."]
     changes.note_step(24.5)
     assert changes.rows == [{"kind": "join", "step": 12, "processes": 6, "seconds_lost": 2.5}]
     changes.note_members({0: 1, 1: 2}, 13, 24.6)

@@ -163,8 +163,8 @@ def committed_at(simulation):
 
 
 def bits(simulation):
-    cut = checker.named(simulation.events, "ShowCut")[-1].what.cut
-    return [piece.tobytes() for shard in cut.shards for piece in shard.pieces]
+    cut = checker.named(simulation.events, "CutRead")[-1].what
+    return [array.tobytes() for shard in cut.params for array in shard]
 
 
 @pytest.mark.parametrize(("scheduler", "drops"), [(Scheduler, False), (planted.WallClockScheduler, True)])

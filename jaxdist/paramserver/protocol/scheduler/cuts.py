@@ -1,4 +1,4 @@
-"""The cuts stage: all shards at one version, saved to disk or read for the observer, while no push is in flight."""
+"""The cuts stage: all shards at one version, saved to disk or offered to the observer, while no push is in flight."""
 
 from jaxdist.paramserver.protocol import effects, journal, messages
 from jaxdist.paramserver.protocol.effects import Output
@@ -6,7 +6,7 @@ from jaxdist.paramserver.protocol.journal import SavedCut
 from jaxdist.paramserver.protocol.scheduler import ending
 from jaxdist.paramserver.protocol.scheduler.lease_table import StepLeases
 from jaxdist.paramserver.protocol.scheduler.scheduler_state import SchedulerState
-from jaxdist.paramserver.protocol.settings import saved_cut_file, shard_file
+from jaxdist.paramserver.protocol.settings import OBSERVER, saved_cut_file, shard_file
 
 MOST_LOGGED_STEPS = 100
 """Steps in the log after which it is shortened although no cut is taken: a restart reads all of it."""
@@ -38,10 +38,10 @@ def take(state: SchedulerState, now: float, out: Output) -> None:
             state.saving = f"{state.step:010d}-{state.term}-{state.attempts}"
             _order_saves(state, out)
     elif _read_due(state):
-        if not state.reading and not state.judging:
+        if not state.offered:
             state.attempts += 1
-            state.reading = state.attempts
-            _order_reads(state, out)
+            state.offered = state.attempts
+            _offer(state, out)
     else:
         ending.end(state, state.end_reason(), now, out)
 
@@ -58,9 +58,9 @@ def _is_quiet(state: SchedulerState) -> bool:
 
 
 def repeat(state: SchedulerState, out: Output) -> None:
-    """Ask the shards that have not answered again."""
+    """Ask those who have not answered again."""
     _order_saves(state, out)
-    _order_reads(state, out)
+    _offer(state, out)
 
 
 # Saved cuts.
@@ -124,35 +124,23 @@ def _close_save(state: SchedulerState) -> None:
 # Reads.
 
 
-def _order_reads(state: SchedulerState, out: Output) -> None:
-    if not state.reading or state.membership is None:
+def _offer(state: SchedulerState, out: Output) -> None:
+    """Offer the cut to the observer, again and again until its verdict."""
+    if not state.offered or state.membership is None:
         return
-    for number, place in enumerate(state.membership.shards):
-        if number not in state.answers:
-            out.send(place.primary, messages.Read(state.term, number, state.reading))
-
-
-def on_read_answer(state: SchedulerState, answer: messages.ReadAnswer, now: float, out: Output) -> None:
-    """Keep a shard's content; after the last one, show the cut to the observer."""
-    if not state.reading or (answer.term, answer.number) != (state.term, state.reading):
-        return
-    state.answers[answer.shard] = answer
-    if len(state.answers) < state.settings.servers:
-        return
-    answers = tuple(state.answers[number] for number in sorted(state.answers))
-    out.do(effects.ShowCut(journal.Cut(state.step, state.end_reason(), state.lease_table.trained(), answers)))
-    state.reading, state.answers, state.judging = 0, {}, True
+    primaries = tuple(place.primary for place in state.membership.shards)
+    trained = state.lease_table.trained()
+    out.send(OBSERVER, messages.Offer(state.term, state.offered, state.step, state.end_reason(), trained, primaries))
 
 
 def on_verdict(state: SchedulerState, verdict: messages.Verdict, now: float, out: Output) -> None:
-    """Continue after a cut, or end the run with it."""
-    if not state.judging or verdict.step != state.step:
+    """Continue after a cut, or end the run with it: the observer has its state already."""
+    if not state.offered or verdict.step != state.step:
         return
     out.do(effects.Append(journal.VerdictRecord(verdict.step, verdict.end_reason)))
-    state.judging, state.read_at, state.read_last = False, state.step, state.ending()
-    if verdict.end_reason and not state.ending():
-        # This cut is the last one: the observer has the final params already.
-        state.halted, state.read_last = verdict.end_reason, True
+    # A halt that came after the offer is not in the verdict, so the observer gets another offer.
+    state.offered, state.read_at, state.read_last = 0, state.step, bool(verdict.end_reason)
+    state.halted = state.halted or verdict.end_reason
     shorten_log(state, out, longest=0)
 
 

@@ -8,8 +8,7 @@ trained, so the lease of a worker that died is granted again.
 import heapq
 from collections.abc import Callable, Iterable, Sequence
 
-from jaxdist.paramserver.protocol.journal import Trained
-from jaxdist.paramserver.protocol.messages import Contributor, Done, Lease, Metric
+from jaxdist.paramserver.protocol.messages import Contributor, Done, Lease, Metric, Trained
 from jaxdist.paramserver.protocol.settings import Settings
 
 FRESH = Trained(0, ())

@@ -5,8 +5,7 @@ from dataclasses import replace
 
 from jaxdist.paramserver.protocol import effects, messages, succession
 from jaxdist.paramserver.protocol.effects import Output
-from jaxdist.paramserver.protocol.journal import Trained
-from jaxdist.paramserver.protocol.messages import Contributor
+from jaxdist.paramserver.protocol.messages import Contributor, Trained
 from jaxdist.paramserver.protocol.scheduler import commits, ending, lease_table
 from jaxdist.paramserver.protocol.scheduler.lease_table import StepLeases
 from jaxdist.paramserver.protocol.scheduler.scheduler_state import ProcessStatus, SchedulerState, WorkerStatus

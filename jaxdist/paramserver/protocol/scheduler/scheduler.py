@@ -112,7 +112,6 @@ _ACTIONS: dict[type, Callable[..., None]] = {
     messages.Died: membership.on_died,
     messages.Leave: membership.on_leave,
     messages.Norms: commits.on_norms,
-    messages.ReadAnswer: cuts.on_read_answer,
 }
 _FREEING: dict[type, Callable[..., bool | None]] = {
     messages.Heartbeat: membership.on_heartbeat,

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from jaxdist.paramserver.protocol import journal, messages
-from jaxdist.paramserver.protocol.journal import SavedCut, Trained
-from jaxdist.paramserver.protocol.messages import Lease
+from jaxdist.paramserver.protocol.journal import SavedCut
+from jaxdist.paramserver.protocol.messages import Lease, Trained
 from jaxdist.paramserver.protocol.scheduler.lease_table import FRESH, BatchLeases, StepLeases
 from jaxdist.paramserver.protocol.settings import Settings, worker_name
 
@@ -97,9 +97,7 @@ class SchedulerState:
         self.acks: dict[int, messages.MembershipAck] = {}
         self.saving = ""
         self.saved_shards: dict[int, messages.CutSaved] = {}
-        self.reading = 0
-        self.judging = False
-        self.answers: dict[int, messages.ReadAnswer] = {}
+        self.offered = 0  # the number of the cut that waits for its verdict; 0 for none
 
     def replay(self, record: messages.Message) -> None:
         """Apply a record of the log that was written before a restart."""
@@ -124,7 +122,7 @@ class SchedulerState:
             self.saved_cut, self.saved_at = (record.name, record.trained), self.lease_table.step
         elif isinstance(record, journal.VerdictRecord):
             self.read_at, self.halted = record.step, record.end_reason
-            self.read_last = self.ending()
+            self.read_last = bool(record.end_reason)
         elif isinstance(record, journal.StopRecord):
             self.stop = record
 

@@ -5,7 +5,8 @@ import dataclasses
 import stages
 
 from jaxdist.paramserver.protocol import messages
-from jaxdist.paramserver.protocol.journal import Trained
+from jaxdist.paramserver.protocol.messages import Trained
+from jaxdist.paramserver.protocol.settings import OBSERVER
 
 
 def saving(**changes):
@@ -71,7 +72,7 @@ def test_the_log_is_replaced_at_every_cut_and_says_the_same():
         longest = max(longest, len(cast.log))
         if cast.state.saving:
             cast.save_cut()
-        if cast.state.reading:
+        if cast.state.offered:
             cast.answer_cut()
         known, back = cast.state, cast.restarted().state
         assert back.membership == known.membership
@@ -89,7 +90,7 @@ def test_batches_done_out_of_order_survive_in_a_compact_log():
     for _ in range(3):
         cast.tick(0.5)
     cast.tell(messages.Ask(0, cast.state.workers[0].incarnation, 1))  # revoked: it gave its lease back
-    assert cast.state.reading
+    assert cast.state.offered
     cast.answer_cut()
     assert len(cast.log) == 1
     assert cast.restarted().state.lease_table.trained() == Trained(0, (1,))
@@ -109,26 +110,66 @@ def test_a_resumed_run_that_lost_its_scheduler_still_knows_where_it_began():
 def test_the_last_cut_is_shown_before_the_run_ends():
     cast = stages.Cast(stages.settings(max_steps=1)).join()
     cast.step()
-    assert cast.state.reading
-    cast.tell(messages.ReadAnswer(cast.state.term, 0, cast.state.reading, 1, 7, (), ()))
+    assert cast.state.offered
+    assert cast.state.stop is None
     _, done = cast.tell(messages.Verdict(1, "max_steps"))
     assert cast.state.stop is not None
     assert [type(effect.record).__name__ for effect in stages.named(done, "Append")] == ["VerdictRecord", "StopRecord"]
 
 
-def test_an_answer_to_a_read_of_an_earlier_term_is_not_shown():
-    """A scheduler that was started again numbers its reads from 1 again, and shards may have rolled back since."""
+def offers(sent):
+    return [message for to, message in sent if to == OBSERVER]
+
+
+def offered_later(cast):
+    return [offer for _ in range(12) for offer in offers(cast.tick(0.25)[0])]
+
+
+def test_a_cut_is_offered_until_the_verdict():
+    cast = stages.Cast(stages.settings(read_every=(1,), servers=2)).join()
+    sent, _ = cast.step()
+    (offer,) = offers(sent)
+    assert (offer.step, offer.trained, offer.end_reason) == (1, Trained(1, ()), "")
+    assert offer.primaries == ("server/0/a", "server/1/a")
+    assert cast.ask(0, 1) is None
+    assert set(offered_later(cast)) == {offer}
+    cast.answer_cut()
+    assert not cast.state.offered
+    assert not offered_later(cast)
+
+
+def test_a_restarted_scheduler_offers_the_cut_in_its_own_term():
+    """It numbers its offers from 1 again, and shards may have rolled back since."""
     cast = stages.Cast(stages.settings(max_steps=1)).join()
-    cast.step()
-    late = messages.ReadAnswer(cast.state.term, 0, cast.state.reading, 1, 7, (), ())
+    (before,) = offers(cast.step()[0])
     back = cast.restarted()
     back.tick()
     back.enter_term()
     back.tell(back.beat("worker/0"))
-    back.applied(1)
-    assert back.state.reading == late.number
-    assert not stages.named(back.tell(late)[1], "ShowCut")
-    assert stages.named(back.tell(dataclasses.replace(late, term=back.state.term))[1], "ShowCut")
+    (after,) = offers(back.applied(1)[0])
+    assert (after.number, after.step) == (before.number, before.step)
+    assert after.term > before.term
+
+
+def test_a_halt_that_comes_before_a_verdict_gets_an_offer_of_its_own():
+    """The observer has not ended the run with the first one: it waits for the last cut."""
+    cast = stages.Cast(stages.settings(read_every=(1,))).join()
+    (first,) = offers(cast.step()[0])
+    cast.tell(messages.Halt("preempted"))
+    (second,) = offers(cast.answer_cut("")[0])
+    assert (first.end_reason, second.end_reason) == ("", "preempted")
+    assert cast.state.stop is None
+    cast.answer_cut("preempted")
+    assert cast.state.stop.reason == "preempted"
+
+
+def test_what_a_verdict_decided_survives_the_scheduler():
+    cast = stages.Cast(stages.settings(read_every=(1,))).join()
+    cast.step()
+    cast.tell(messages.Halt("preempted"))
+    cast.answer_cut("")
+    back = cast.restarted().state
+    assert (back.read_at, back.read_last, back.halted) == (1, False, "")
 
 
 def test_a_verdict_may_end_the_run_at_this_cut():

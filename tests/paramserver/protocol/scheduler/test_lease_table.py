@@ -3,8 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxdist.paramserver.protocol.journal import Trained
-from jaxdist.paramserver.protocol.messages import Done, Metric
+from jaxdist.paramserver.protocol.messages import Done, Metric, Trained
 from jaxdist.paramserver.protocol.scheduler.lease_table import BatchLeases, StepLeases, add_metrics, lease
 from jaxdist.paramserver.protocol.settings import Settings
 

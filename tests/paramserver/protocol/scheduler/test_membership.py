@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxdist.paramserver.protocol import messages
-from jaxdist.paramserver.protocol.journal import Trained
+from jaxdist.paramserver.protocol.messages import Trained
 from jaxdist.paramserver.protocol.scheduler import lease_table
 from jaxdist.paramserver.wire import encoding
 
