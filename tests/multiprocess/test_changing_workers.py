@@ -47,7 +47,7 @@ class Commands:
         return (self.folder / f"output-{self.running.index(process)}.txt").read_text()
 
     def train(self, run_dir, *settings, **environment):
-        fixed = ["ps.workers=2", "eval.every_steps=5000"]
+        fixed = ["ps.workers=2", "eval.every_steps=5000", "reduction=mean"]
         return self.start(
             *COMMAND, "train", changing_experiment.__file__, "--strategy", "parameter-server", "--run-dir",
             str(run_dir), "--set", *fixed, *settings, **environment,

@@ -78,8 +78,7 @@ def make_plan(
       ValueError: the settings contradict each other, or the parameter server does not support them.
     """
     components.check_experiment(experiment)
-    if experiment.precision == "float16":
-        raise ConfigError("The parameter server does not scale losses, got precision=float16. Use bfloat16 or float32.")
+    _check_has_effect(experiment)
     _check_groups(experiment)
     loader = components.make_loader(experiment, fingerprint=fingerprint)
     functions = components.make_functions(experiment, components.example_batch(loader))
@@ -162,6 +161,25 @@ def _ranks(params: Any) -> tuple[int, ...]:
 def _shape_by_rank(shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
     """Return the shape of a block, with one dim if its leaf has no weight decay."""
     return (math.prod(shape),) if rank == 1 < len(shape) else shape
+
+
+def _check_has_effect(experiment: Experiment) -> None:
+    """Raise ConfigError for settings that the parameter server would ignore: what they promise would not hold."""
+    if experiment.precision == "float16":
+        raise ConfigError("The parameter server does not scale losses, got precision=float16. Use bfloat16 or float32.")
+    if experiment.reduction != "mean":
+        raise ConfigError(
+            "The parameter server adds one slice of a batch for each worker, so its bits depend on ps.workers; got "
+            f"reduction={experiment.reduction}. Use reduction=mean: ps.mode=sync has the same bits whichever processes "
+            "die, join or leave. Or use another strategy."
+        )
+    layout = experiment.layout
+    given = {"mesh": experiment.mesh, "layout.rules": layout.rules, "layout.names": layout.names}
+    if useless := [name for name, value in given.items() if value]:
+        raise ConfigError(
+            f"The devices of a worker of the parameter server are data-parallel; got {', '.join(useless)}, for which "
+            "it has no use. Remove it, or use another strategy."
+        )
 
 
 def _check_groups(experiment: Experiment) -> None:

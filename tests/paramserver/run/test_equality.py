@@ -211,9 +211,18 @@ def test_a_batch_of_which_nothing_counts_makes_no_update_and_training_continues(
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
 
 
-def test_loss_scaling_is_refused():
-    with pytest.raises(ValueError, match="does not scale losses"):
-        make_plan(1, 1, ["precision=float16"])
+@pytest.mark.parametrize(
+    ("assignment", "why"),
+    [
+        ("precision=float16", "does not scale losses"),
+        ("reduction=canonical", r"its bits depend on ps\.workers; got reduction=canonical\. Use reduction=mean"),
+        ("mesh={'data': 2}", "data-parallel; got mesh, for which"),
+        ("layout.rules=(('.*', (None,)),)", r"data-parallel; got layout\.rules, for which"),
+    ],
+)
+def test_what_a_parameter_server_would_ignore_is_refused(assignment, why):
+    with pytest.raises(ValueError, match=why):
+        make_plan(1, 1, [assignment])
 
 
 class _Phases(nn.Module):
