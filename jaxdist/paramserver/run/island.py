@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import jax
@@ -12,8 +12,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxdist.data import Loader, placement
+from jaxdist.data.loader import HostBatch
 from jaxdist.guards import nonfinite
 from jaxdist.paramserver.protocol import effects, messages
+from jaxdist.paramserver.run.sharding import Packing
 from jaxdist.paramserver.run.shared_plan import Plan, rows_of_a_slice
 from jaxdist.paramserver.run.sparse_push import sparse
 from jaxdist.spmd import reduce
@@ -37,7 +39,7 @@ class _Numbers:
 
     def tree(self) -> Any:
         """Return the tree, with Python's numbers."""
-        return jax.tree.unflatten(self.structure, self.values.tolist())
+        return jax.tree.unflatten(self.structure, np.asarray(self.values).tolist())
 
 
 class Island:
@@ -48,12 +50,15 @@ class Island:
         self._placement = NamedSharding(Mesh(np.asarray(devices), ("data",)), PartitionSpec("data"))
         self._key = plan.run_keys().train
         self._sums = jax.jit(self._compute_sums)
+        self._packing = Packing.of(plan.sharding)
         self._rows = rows_of_a_slice(plan, len(devices))
         self._prepared: tuple[messages.Lease, Any] | None = None
+        self._reader: Generator[HostBatch, None, None] | None = None
+        self._reads_next = (-1, -1, b"")  # epoch, position and rows of the batch that the reader yields next
 
-    def _compute_sums(self, leaves: Any, batch: Any, step: jax.Array, slice_: jax.Array) -> Any:
+    def _compute_sums(self, packed: Any, batch: Any, step: jax.Array, slice_: jax.Array) -> Any:
         plan = self.plan
-        params, model_state = jax.tree.unflatten(plan.structure, leaves)
+        params, model_state = jax.tree.unflatten(plan.structure, self._packing.unpack(packed))
         microbatches = plan.experiment.num_microbatches
         sums = reduce.accumulate_sums(
             plan.functions.loss_fn,
@@ -67,7 +72,7 @@ class Island:
         grads = jax.tree.leaves(sums.grads)
         finite = jnp.stack([jnp.isfinite(sums.loss.total), *(jnp.isfinite(leaf).all() for leaf in grads)]).all()
         squares = sum(jnp.vdot(leaf, leaf).real for leaf in grads)
-        pushed = (*grads, *jax.tree.leaves(sums.model_state))
+        pushed = self._packing.pack([*grads, *jax.tree.leaves(sums.model_state)])
         return pushed, _Numbers.of((sums.loss, sums.num_examples, sums.metrics, finite, squares))
 
     def prepare(self, lease: messages.Lease) -> None:
@@ -81,10 +86,10 @@ class Island:
         self.prepare(lease)
         assert self._prepared is not None
         _, batch = self._prepared
-        leaves = plan.sharding.join(compute.params)
-        sums, numbers = jax.device_get(self._sums(leaves, batch, np.int32(lease.step), np.int32(lease.slice)))
+        packed = self._packing.join(compute.params)
+        sums, numbers = self._sums(packed, batch, np.int32(lease.step), np.int32(lease.slice))
         loss, num_examples, metrics, finite, squares = numbers.tree()
-        flat = plan.sharding.split([leaf.astype(d) for leaf, d in zip(sums, plan.sharding.dtypes, strict=True)])
+        flat = self._packing.split([np.asarray(array) for array in sums])
         pieces = tuple(
             tuple(sparse(piece, block.row) for piece, block in zip(shard, blocks, strict=True))
             for shard, blocks in zip(flat, plan.sharding.shards, strict=True)
@@ -122,31 +127,41 @@ class Island:
         within = lease.step % self.plan.settings.steps_per_epoch
         return lease.start - within * self.plan.experiment.global_batch_size
 
-    def _rows_of(self, lease: messages.Lease, begin: int, loader: Loader) -> np.ndarray:
+    def _rows_of(self, lease: messages.Lease, begin: int) -> np.ndarray:
         """Return the rows of the global batch, which begins at position `begin`, that hold the lease's examples."""
         size, first = self.plan.experiment.global_batch_size, lease.start - begin
         rows = np.arange(first, first + max(lease.stop - lease.start, 1))
         if begin + size > self.plan.settings.num_examples:
             # The order says where the examples of a last, ragged batch are: those of streams are not its first rows.
-            filled = np.flatnonzero(next(loader.plans()).mask)
+            filled = np.flatnonzero(next(self._loader_at(lease.epoch, begin).plans()).mask)
             return filled[np.minimum(rows, len(filled) - 1)]
         return np.minimum(rows, size - 1)
 
+    def _loader_at(self, epoch: int, begin: int) -> Loader:
+        loader = self.plan.loader
+        return loader.starting_at(dataclasses.replace(loader.beginning, epoch=epoch, position=begin))
+
+    def _read(self, lease: messages.Lease) -> dict[str, np.ndarray]:
+        """Return the examples of the lease; a lease that follows the last one goes on reading where that one ended."""
+        begin = lease.start - self._first_row(lease)
+        rows = self._rows_of(lease, begin)
+        if self._reads_next != (lease.epoch, begin, rows.tobytes()):
+            if self._reader is not None:
+                self._reader.close()
+            loader = self._loader_at(lease.epoch, begin).with_rows(rows)
+            loader.read_ahead, loader.num_threads = 0, 0
+            self._reader = iter(loader)
+        assert self._reader is not None
+        batch, after = next(self._reader)
+        self._reads_next = after.epoch, after.position, rows.tobytes()
+        placement.check_numbers(batch, lambda: next(self._loader_at(lease.epoch, begin).with_rows(rows).plans()).ids)
+        return batch
+
     def _batch(self, lease: messages.Lease) -> dict[str, np.ndarray]:
         """Return the examples of the lease, padded to a fixed size, so that the gradient is compiled once."""
-        begin = lease.start - self._first_row(lease)
-        whole = self.plan.loader.starting_at(
-            dataclasses.replace(self.plan.loader.beginning, epoch=lease.epoch, position=begin)
-        )
-        loader = whole.with_rows(self._rows_of(lease, begin, whole))
-        loader.read_ahead, loader.num_threads = 0, 0
-        batches = iter(loader)
-        batch = next(batches).batch
-        batches.close()
-        placement.check_numbers(batch, lambda: next(loader.plans()).ids)
         padded = {
             name: np.concatenate([array, np.repeat(array[:1], self._rows - len(array), axis=0)])
-            for name, array in batch.items()
+            for name, array in self._read(lease).items()
         }
         padded["mask"] = padded["mask"] * (np.arange(self._rows) < lease.stop - lease.start)
         return padded

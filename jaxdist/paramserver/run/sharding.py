@@ -6,15 +6,19 @@ Graham), so the sizes of two servers differ by at most the largest block.
 """
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 BLOCK_BYTES = 2 << 20
 """A block of this size fits into one frame, so the receiver need not copy it together."""
+PACKED_BYTES = 256 << 10
+"""Leaves up to this size enter and leave compiled programs as parts of one array."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +78,69 @@ class Sharding:
                 f"{got[wrong] if wrong < len(got) else 'missing'}, expected "
                 f"{want[wrong] if wrong < len(want) else 'none'}. Pass a tree with the structure of the params."
             )
+
+
+@dataclass(frozen=True)
+class Packing:
+    """All leaves in few arrays: each that enters or leaves a compiled program costs as much as a small operation.
+
+    A large leaf is an array of its own, since packing it would cost a copy.
+
+    Attributes:
+      sharding: the leaves and their blocks.
+      places: the array of each leaf, and the first of its elements there.
+      arrays: size and dtype of each array, all with one dim.
+    """
+
+    sharding: Sharding
+    places: tuple[tuple[int, int], ...]
+    arrays: tuple[tuple[int, np.dtype], ...]
+
+    @classmethod
+    def of(cls, sharding: Sharding) -> "Packing":
+        """Return how these leaves are packed."""
+        places: list[tuple[int, int]] = []
+        arrays: list[tuple[int, np.dtype]] = []
+        shared: dict[np.dtype, int] = {}
+        for shape, dtype in zip(sharding.shapes, sharding.dtypes, strict=True):
+            size, is_small = math.prod(shape), math.prod(shape) * dtype.itemsize <= PACKED_BYTES
+            number = shared.setdefault(dtype, len(arrays)) if is_small else len(arrays)
+            if number == len(arrays):
+                arrays.append((0, dtype))
+            before = arrays[number][0]
+            places.append((number, before))
+            arrays[number] = before + size, dtype
+        return cls(sharding, tuple(places), tuple(arrays))
+
+    def join(self, shards: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
+        """Return the arrays, with the leaves whose blocks are `shards`."""
+        arrays = [np.empty(size, dtype) for size, dtype in self.arrays]
+        for blocks, pieces in zip(self.sharding.shards, shards, strict=True):
+            for block, piece in zip(blocks, pieces, strict=True):
+                self._part(arrays, block)[:] = piece
+        return arrays
+
+    def split(self, arrays: Sequence[np.ndarray]) -> tuple[tuple[np.ndarray, ...], ...]:
+        """Return the blocks for each server: views of the arrays."""
+        return tuple(tuple(self._part(arrays, block) for block in shard) for shard in self.sharding.shards)
+
+    def _part(self, arrays: Sequence[np.ndarray], block: LeafBlock) -> np.ndarray:
+        number, first = self.places[block.leaf]
+        return arrays[number][first + block.start : first + block.stop]
+
+    def unpack(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
+        """Return the leaves, in a compiled program, which computes with them as if they had come one by one."""
+        pairs = zip(self.places, self.sharding.shapes, strict=True)
+        leaves = [arrays[number][at : at + math.prod(shape)].reshape(shape) for (number, at), shape in pairs]
+        return jax.lax.optimization_barrier(leaves)
+
+    def pack(self, leaves: Sequence[jax.Array]) -> list[jax.Array]:
+        """Return the arrays, in a compiled program; the inverse of `unpack`."""
+        parts: list[list[jax.Array]] = [[] for _ in self.arrays]
+        kept = jax.lax.optimization_barrier(list(leaves))
+        for leaf, (number, _), dtype in zip(kept, self.places, self.sharding.dtypes, strict=True):
+            parts[number].append(leaf.astype(dtype).reshape(-1))
+        return [each[0] if len(each) == 1 else jnp.concatenate(each) for each in parts]
 
 
 def _bytes(block: LeafBlock, dtypes: Sequence[np.dtype]) -> int:

@@ -105,6 +105,16 @@ def test_the_leases_of_an_epoch_hold_each_example_once_in_any_order(kind, slices
     assert len(set(seen)) == 52 or kind == "endless stream"
 
 
+def test_leases_that_follow_one_another_are_read_on_and_others_from_where_they_are():
+    island = make_island()[0]
+    order = [*range(4), 1, 2, 0, 3, 3, 2]  # the last one of an epoch is ragged
+    for step in order:
+        start, stop = 16 * step, min(16 * step + 8, 52)
+        batch = Island(island.plan, jax.devices()[:1])._batch(messages.Lease(step, 0, 0, start, stop))
+        read = island._batch(messages.Lease(step, 0, 0, start, stop))
+        assert all(np.array_equal(read[name], batch[name]) for name in batch)
+
+
 @pytest.mark.parametrize("prepared", [SECOND_SLICE, FIRST])
 def test_examples_that_were_read_early_are_used_for_their_own_lease_only(prepared):
     wanted = gradient(SECOND_SLICE)

@@ -1,12 +1,16 @@
 """Blocks are disjoint, cover the params, and are spread evenly; what was split is joined again."""
 
+from unittest import mock
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxdist.paramserver.run.sharding import make_sharding
+from jaxdist.paramserver.run import sharding as shardings
+from jaxdist.paramserver.run.sharding import Packing, make_sharding
 
 SHAPES = st.lists(st.lists(st.integers(1, 9), max_size=3).map(tuple), min_size=1, max_size=6)
 
@@ -30,6 +34,24 @@ def test_split_and_join_are_exact_and_even(shapes, servers, block_bytes):
     assert sum(sharding.num_bytes) == sum(leaf.nbytes for leaf in leaves)
     joined = sharding.join(sharding.split(leaves))
     assert all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in zip(leaves, joined, strict=True))
+
+
+@settings(deadline=None, max_examples=15)
+@given(SHAPES, st.integers(1, 3), st.sampled_from([0, 64, 1 << 20]))
+def test_packed_leaves_are_those_that_were_packed_in_few_arrays(shapes, servers, packed_bytes):
+    leaves = tree(shapes)
+    servers = min(servers, len(leaves))
+    sharding = make_sharding(leaves, num_servers=servers)
+    with mock.patch.object(shardings, "PACKED_BYTES", packed_bytes):
+        packing = Packing.of(sharding)
+    large = sum(leaf.nbytes > packed_bytes for leaf in leaves)
+    assert len(packing.arrays) <= large + 2
+    arrays = packing.join(sharding.split(leaves))
+    unpacked = packing.unpack([jnp.asarray(array) for array in arrays])
+    assert all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in zip(leaves, unpacked, strict=True))
+    pieces = packing.split([np.asarray(array) for array in packing.pack(unpacked)])
+    for got, want in zip(pieces, sharding.split(leaves), strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 @given(SHAPES, st.integers(8, 64))
