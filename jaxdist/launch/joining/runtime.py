@@ -79,10 +79,10 @@ def start(num_devices: int | None = None, *, threads: Callable[[], int | None] =
     return first_of_each_process(num_devices or jax.local_device_count(), jax.local_devices(), jax.devices())
 
 
-def start_by_itself(num_devices: int) -> Sequence[jax.Device]:
+def start_by_itself(num_devices: int, threads: int = thread_pool.LEAST) -> Sequence[jax.Device]:
     """Do as `start`, but join no job: a worker of a parameter server is not part of the job that it runs in."""
     _prepare(num_devices)
-    thread_pool.fix(thread_pool.LEAST)  # the machines of a run may have other numbers of cores
+    thread_pool.fix(threads)  # the machines of a run may have other numbers of cores
     use_compilation_cache(num_devices)
     return first_of_each_process(num_devices, jax.local_devices(), jax.devices())
 

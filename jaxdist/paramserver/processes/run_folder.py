@@ -9,6 +9,7 @@ from typing import Any
 from jaxdist.paramserver.processes.process_world import write_file
 from jaxdist.paramserver.protocol.settings import Settings, Timers
 from jaxdist.rundir import full_disk
+from jaxdist.spmd.canonical import thread_pool
 
 DIRECTORY_NAME, STATISTICS_NAME = "ps", "statistics"
 """The folder of the processes in a run directory; the folder of their counters in it."""
@@ -80,6 +81,7 @@ class Spec:
       data: fingerprint of the training data, for workers that join later; empty if it is not compared.
       door: where processes that join connect to: the name of a socket of this machine, and `host:port` or "".
       ledger: whether the scheduler records the examples of each step (`rundir.ledger`).
+      threads: XLA's threads of each process on CPU devices, which decide bits.
     """
 
     attempt: str
@@ -94,6 +96,7 @@ class Spec:
     data: str = ""
     door: tuple[str, str] = ("", "")
     ledger: bool = False
+    threads: int = thread_pool.LEAST
 
     def write(self, path: pathlib.Path) -> None:
         """Write this Spec to a file."""

@@ -15,7 +15,7 @@ from jaxdist.data import Loader, placement
 from jaxdist.data.loader import HostBatch
 from jaxdist.guards import nonfinite
 from jaxdist.paramserver.protocol import effects, messages
-from jaxdist.paramserver.run.sharding import Packing
+from jaxdist.paramserver.run.sharding import LeafPacking
 from jaxdist.paramserver.run.shared_plan import Plan, rows_of_a_slice
 from jaxdist.paramserver.run.sparse_push import sparse
 from jaxdist.spmd import reduce
@@ -50,7 +50,7 @@ class Island:
         self._placement = NamedSharding(Mesh(np.asarray(devices), ("data",)), PartitionSpec("data"))
         self._key = plan.run_keys().train
         self._sums = jax.jit(self._compute_sums)
-        self._packing = Packing.of(plan.sharding)
+        self._packing = LeafPacking.of(plan.sharding)
         self._rows = rows_of_a_slice(plan, len(devices))
         self._prepared: tuple[messages.Lease, Any] | None = None
         self._reader: Generator[HostBatch, None, None] | None = None
@@ -142,7 +142,7 @@ class Island:
         return loader.starting_at(dataclasses.replace(loader.beginning, epoch=epoch, position=begin))
 
     def _read(self, lease: messages.Lease) -> dict[str, np.ndarray]:
-        """Return the examples of the lease; a lease that follows the last one goes on reading where that one ended."""
+        """Return the examples of the lease; a lease that follows the last one continues where that one ended."""
         begin = lease.start - self._first_row(lease)
         rows = self._rows_of(lease, begin)
         if self._reads_next != (lease.epoch, begin, rows.tobytes()):

@@ -34,7 +34,7 @@ from jaxdist.paramserver.run.optimizer_kind import Kind
 
 def make(name: str, spec: Spec) -> role.Cast:
     """Return the driver of the server or worker `name`, its world and its counters."""
-    devices = runtime.start_by_itself(spec.devices)
+    devices = runtime.start_by_itself(spec.devices, spec.threads)
     experiment = overrides.override(loading.load_experiment(spec.experiment), hidden_settings.reveal(spec.assignments))
     plan = shared_plan.make_plan(experiment, experiment.ps, kind=cast(Kind, spec.kind))
     plan = dataclasses.replace(plan, settings=spec.make_settings())

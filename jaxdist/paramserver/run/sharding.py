@@ -81,7 +81,7 @@ class Sharding:
 
 
 @dataclass(frozen=True)
-class Packing:
+class LeafPacking:
     """All leaves in few arrays: each that enters or leaves a compiled program costs as much as a small operation.
 
     A large leaf is an array of its own, since packing it would cost a copy.
@@ -97,7 +97,7 @@ class Packing:
     arrays: tuple[tuple[int, np.dtype], ...]
 
     @classmethod
-    def of(cls, sharding: Sharding) -> "Packing":
+    def of(cls, sharding: Sharding) -> "LeafPacking":
         """Return how these leaves are packed."""
         places: list[tuple[int, int]] = []
         arrays: list[tuple[int, np.dtype]] = []

@@ -25,10 +25,13 @@ from jaxdist.paramserver.run.sharding import Sharding, make_sharding
 from jaxdist.paramserver.run.whole_optimizer import OptimizerSharding
 from jaxdist.run import components, preflight
 from jaxdist.spmd import keys
+from jaxdist.spmd.canonical import thread_pool
 from jaxdist.spmd.layout import path_name
 from jaxdist.spmd.state import TrainState, initial_state
 
 NO_LIMIT = 1 << 40
+SMALL_GRADIENT = 100_000_000
+"""Products of examples, their numbers and params: a smaller gradient takes about a millisecond of one core."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,6 +224,17 @@ def rows_of_a_slice(plan: Plan, num_devices: int) -> int:
     """Return the number of rows that a worker computes at once: the largest slice, padded to its devices."""
     rows = -(-plan.experiment.global_batch_size // plan.settings.num_slices)
     return -(-rows // num_devices) * num_devices
+
+
+def num_threads(plan: Plan) -> int:
+    """Return the number of XLA's threads on CPU devices of every server and worker.
+
+    It follows from the experiment alone, because it decides bits. More threads than are of use take time from each
+    other while they wait for work: with eight, the gradient of `digits_cnn` uses half as much CPU time again.
+    """
+    shapes = [leaf.shape[1:] for leaf in components.example_batch(plan.loader).values()]
+    work = rows_of_a_slice(plan, 1) * max(map(math.prod, shapes)) * sum(map(math.prod, plan.sharding.shapes))
+    return 2 if work <= SMALL_GRADIENT else thread_pool.LEAST
 
 
 def check_microbatches(plan: Plan, num_devices: int) -> None:

@@ -219,6 +219,7 @@ def _write_spec(
         data=fingerprint,
         door=(f"jaxdist-{new_token()}", _door(plan)),
         ledger=plan.experiment.recovery.ledger,
+        threads=shared_plan.num_threads(plan),
     )
     spec.write(directory / run_folder.SPEC_NAME)
     return spec

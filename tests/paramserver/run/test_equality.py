@@ -76,13 +76,9 @@ def simulate(plan, leaves=None):
 
 def one_process(plan):
     """Train on the union batch, slice by slice in ascending order, with the optimizer on whole leaves; return both."""
-    island = Island(plan, jax.devices()[:1])
-    slices = plan.settings.num_slices
-    params, whole = (
-        tuple(leaves_of(plan)),
-        dataclasses.replace(plan, sharding=plans.make_sharding(list(leaves_of(plan)), num_servers=1)),
-    )
-    island.plan = whole
+    slices, params = plan.settings.num_slices, tuple(leaves_of(plan))
+    whole = dataclasses.replace(plan, sharding=plans.make_sharding(list(params), num_servers=1))
+    island = Island(whole, jax.devices()[:1])
     state = plan.optimizer.init(params)
 
     @jax.jit

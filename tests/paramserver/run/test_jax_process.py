@@ -16,7 +16,7 @@ from jaxdist.paramserver.run import jax_process
 
 @pytest.fixture
 def spec(tmp_path, monkeypatch):
-    monkeypatch.setattr(jax_process.runtime, "start_by_itself", lambda count: jax.devices()[:count])
+    monkeypatch.setattr(jax_process.runtime, "start_by_itself", lambda count, threads: jax.devices()[:count])
     experiment = tiny_experiment.get_config()
     settings = Settings.of(experiment.ps, num_examples=52, global_batch_size=16, max_steps=7, read_every=(4,))
     return run_folder.Spec(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxdist.paramserver.run import sharding as shardings
-from jaxdist.paramserver.run.sharding import Packing, make_sharding
+from jaxdist.paramserver.run.sharding import LeafPacking, make_sharding
 
 SHAPES = st.lists(st.lists(st.integers(1, 9), max_size=3).map(tuple), min_size=1, max_size=6)
 
@@ -43,7 +43,7 @@ def test_packed_leaves_are_those_that_were_packed_in_few_arrays(shapes, servers,
     servers = min(servers, len(leaves))
     sharding = make_sharding(leaves, num_servers=servers)
     with mock.patch.object(shardings, "PACKED_BYTES", packed_bytes):
-        packing = Packing.of(sharding)
+        packing = LeafPacking.of(sharding)
     large = sum(leaf.nbytes > packed_bytes for leaf in leaves)
     assert len(packing.arrays) <= large + 2
     arrays = packing.join(sharding.split(leaves))

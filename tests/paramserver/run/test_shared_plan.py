@@ -75,3 +75,12 @@ def test_groups_are_refused_by_name():
     experiment = dataclasses.replace(tiny_experiment.get_config(), optimizer=optimizer)
     with pytest.raises(ValueError, match=r"go by the names of params.* groups for 'Dense_0'"):
         shared_plan.make_plan(experiment, ParameterServer())
+
+
+@pytest.mark.parametrize(("batch", "threads"), [(16, 2), (32, 8)])
+def test_the_experiment_alone_decides_how_many_threads_a_gradient_has(batch, threads, monkeypatch):
+    experiment = dataclasses.replace(tiny_experiment.get_config(), global_batch_size=batch)
+    made = shared_plan.make_plan(experiment, ParameterServer(workers=2), kind="elementwise")
+    size = sum(np.prod(shape) for shape in made.sharding.shapes)
+    monkeypatch.setattr(shared_plan, "SMALL_GRADIENT", 8 * 6 * size)  # of 8 examples of 6 numbers
+    assert shared_plan.num_threads(made) == threads
