@@ -137,6 +137,25 @@ def place_of(error: BaseException) -> str | None:
     return None
 
 
+_CALLBACK = "Callback error calling callback"
+_TRACEBACK_LINE = re.compile(r'^  File "(.+)", line (\d+), in (.+)$', re.MULTILINE)
+
+
+def of_callback(error: BaseException) -> UserError | None:
+    """Return what a callback of a compiled program raised (`jax.debug.callback` and the like); None for other errors.
+
+    JAX hands it on as the text of a traceback, in an error of the program.
+    """
+    text = str(error)
+    if type(error).__name__ not in ("JaxRuntimeError", "XlaRuntimeError") or _CALLBACK not in text:
+        return None
+    body = text.partition("Traceback (most recent call last):")[2].partition("\n-----")[0]
+    frames = list(_TRACEBACK_LINE.finditer(body))
+    places = [f"{_shortest(each[1])}:{each[2]}, in {each[3]}" for each in frames if _is_users(each[1])]
+    said = " ".join((body[frames[-1].end() :] if frames else body).split())
+    return UserError(f"A callback that the step calls failed: {said}{f' ({places[-1]})' if places else ''}")
+
+
 def named(function: Any) -> str:
     """Return the name of a function, with the place of its definition where that is the user's own code."""
     name = getattr(function, "__name__", type(function).__name__)

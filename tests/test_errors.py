@@ -134,3 +134,23 @@ def test_what_tracing_does_not_allow_is_told_in_a_line_with_the_users_own(functi
     first = function.__code__.co_firstlineno
     assert message.endswith(f", in {function.__name__})")
     assert int(re.search(r":(\d+), in", message)[1]) in (first + 1, first + 2)
+
+
+def test_what_a_callback_raises_in_a_compiled_program_is_a_line(capfd):
+    def refuse(value):
+        raise KeyError(f"no {float(value)}\n here")
+
+    def step(x):
+        jax.debug.callback(refuse, x)
+        return x + 1
+
+    def run():
+        jax.block_until_ready(jax.jit(step)(jnp.ones(())))
+        jax.effects_barrier()
+
+    with pytest.raises(jax.errors.JaxRuntimeError) as raised:
+        run()
+    found = str(errors.of_callback(raised.value))
+    assert re.fullmatch(r"A callback that the step calls failed: KeyError: .*no 1\.0.* here.*, in refuse\)", found)
+    assert errors.of_callback(ValueError("Callback error calling callback")) is None
+    capfd.readouterr()  # the traceback that JAX logs

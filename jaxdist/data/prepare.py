@@ -21,16 +21,16 @@ import rich.console
 import rich.progress
 
 from jaxdist import extras
-from jaxdist.data import text
+from jaxdist.data import fingerprints, text
 from jaxdist.data.sources.combine import ShardList
 from jaxdist.data.sources.folders import ImageFolder
 from jaxdist.data.sources.images import IMAGE_SUFFIXES
 from jaxdist.data.sources.listing import PREPARED, find_files, is_hidden, local_path
-from jaxdist.data.sources.parquet import ParquetSource
+from jaxdist.data.sources.parquet import ParquetSource, open_parquet
 from jaxdist.data.sources.records import ArrayRecordSource, encode_example
 from jaxdist.data.sources.sounds import SOUND_SUFFIXES, SoundFolder
 from jaxdist.data.sources.source import Source, fingerprint_array, fingerprint_text
-from jaxdist.data.sources.tables import csv_source
+from jaxdist.data.sources.tables import columns_of, csv_source
 from jaxdist.data.sources.vocabulary import vocabulary_of
 from jaxdist.data.tfds.prepared import TfdsSource
 from jaxdist.rundir import files
@@ -141,11 +141,18 @@ def kind_of_data(name: str) -> str:
     return kinds[0]
 
 
-def open_source(name: str) -> Source:
+def open_source(name: str, *, like: Source | None = None, columns: Sequence[str] | None = None) -> Source:
     """Return the source that `name` names.
 
     `tfds:NAME:SPLIT`; a `.csv` file; a `.parquet` file or a folder of them; a folder of images or of sounds by class.
     Images stay encoded (field `image`, bytes; decode them with `transforms.DecodeImage`).
+
+    Args:
+      name: see above.
+      like: the data that a model was trained on: classes and categories have their numbers, files of the same kind are
+        read with the same settings.
+      columns: the fields that are needed, and must be there; None takes all. Where they leave out the label, folders
+        need not be those of known classes.
 
     Raises:
       ValueError: it is none of these.
@@ -158,11 +165,28 @@ def open_source(name: str) -> Source:
         return TfdsSource(dataset, split=split)
     if kind == "text":
         raise ValueError(f"{name} is text; `data.text_bytes` reads it, and `jaxdist data prepare` makes tokens of it.")
-    if kind == "images":
-        return ImageFolder(name, decode=False)
-    if kind == "sounds":
-        return SoundFolder(name)
-    return csv_source(name) if kind == "csv" else ParquetSource(name)
+    known = {} if like is None else vocabulary_of(like)
+    classes = known.get("label") if columns is None or "label" in columns else None
+    if kind in ("images", "sounds"):
+        folder = ImageFolder if kind == "images" else SoundFolder
+        for leaf in fingerprints.leaves(like):
+            if isinstance(leaf, folder):
+                return leaf.elsewhere(name, classes)
+        return (
+            ImageFolder(name, decode=False, classes=classes) if kind == "images" else SoundFolder(name, classes=classes)
+        )
+    there = columns if columns is not None or not known else column_names(name, kind)
+    categories = {field: texts for field, texts in known.items() if field in (there or ())}
+    wanted = None if columns is None else [each for each in columns if each not in categories]
+    make: Any = csv_source if kind == "csv" else ParquetSource
+    return make(name, columns=wanted, categories=categories)
+
+
+def column_names(name: str, kind: str) -> list[str]:
+    """Return the columns of a table, "csv" or "parquet"."""
+    if kind == "csv":
+        return columns_of(name)
+    return list(open_parquet(find_files(name, "*.parquet")[0]).schema_arrow.names)
 
 
 def prepare_tokens(

@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 
+from jaxdist.models import sizes
 from jaxdist.models.norm import BatchNorm
 
 
@@ -22,6 +23,10 @@ class CNN(nn.Module):
     """Normalise after each convolution; the model then has a model_state."""
     dropout_rate: float = 0.0
     """Probability with which a feature before the last layer is zeroed in training."""
+
+    def __post_init__(self) -> None:
+        sizes.check(self)
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, image: jax.Array, *, train: bool, mask: jax.Array | None = None) -> jax.Array:

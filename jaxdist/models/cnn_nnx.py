@@ -9,6 +9,8 @@ import dataclasses
 import jax
 from flax import nnx
 
+from jaxdist.models import sizes
+
 
 @dataclasses.dataclass(frozen=True)
 class CNN:
@@ -26,6 +28,9 @@ class CNN:
     """Normalise after each convolution; the model then has a model_state."""
     dropout_rate: float = 0.0
     """Probability with which a feature before the last layer is zeroed in training."""
+
+    def __post_init__(self) -> None:
+        sizes.check(self)
 
     def __call__(self, rngs: nnx.Rngs) -> "CNNModule":
         """Return a new module, initialised from `rngs`."""

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn import initializers
 
-from jaxdist.models import mup
+from jaxdist.models import mup, sizes
 from jaxdist.models.transformer import Block
 from jaxdist.setting_group import added
 
@@ -40,6 +40,10 @@ class GPT(nn.Module):
     base_width: int | None = added(None)
     """muP: the width at which settings were found, so that they hold at this one, with as many heads (see `mup`). None:
     no muP."""
+
+    def __post_init__(self) -> None:
+        sizes.check(self)
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, tokens: jax.Array, *, train: bool, segment_ids: jax.Array | None = None) -> jax.Array:

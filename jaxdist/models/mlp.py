@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 from jax.nn import initializers
 
-from jaxdist.models import mup
+from jaxdist.models import mup, sizes
 from jaxdist.setting_group import added
 
 
@@ -21,6 +21,10 @@ class MLP(nn.Module):
     """Probability with which a hidden feature is zeroed in training."""
     base_width: int | None = added(None)
     """muP: the width at which settings were found, so that they hold at this one (see `mup`). None: no muP."""
+
+    def __post_init__(self) -> None:
+        sizes.check(self)
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, image: jax.Array, *, train: bool) -> jax.Array:

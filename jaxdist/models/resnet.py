@@ -9,6 +9,7 @@ import jax
 from jax.nn import initializers
 from jax.nn.initializers import Initializer
 
+from jaxdist.models import sizes
 from jaxdist.models.norm import BatchNorm
 from jaxdist.setting_group import added
 
@@ -90,6 +91,10 @@ class ResNet(nn.Module):
     """Compute each block's activations again in the backward pass instead of keeping them."""
     symmetric_padding: bool = added(False)
     """Pad strided convolutions and the pool as torch does, which its weights need: as many pixels on all sides."""
+
+    def __post_init__(self) -> None:
+        sizes.check(self)
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, image: jax.Array, *, train: bool, mask: jax.Array | None = None) -> jax.Array:

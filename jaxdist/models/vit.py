@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn import initializers
 
+from jaxdist.models import sizes
 from jaxdist.models.transformer import Block
 from jaxdist.setting_group import added
 
@@ -30,6 +31,10 @@ class ViT(nn.Module):
     """What the normalisations add to the variance; the weights of the ViTs in transformers need 1e-12."""
     exact_gelu: bool = added(False)
     """Compute GELU with the error function, as these weights need, in place of its approximation with tanh."""
+
+    def __post_init__(self) -> None:
+        sizes.check(self)
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, image: jax.Array, *, train: bool) -> jax.Array:

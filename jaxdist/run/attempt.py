@@ -486,6 +486,8 @@ def _explained(error: Exception) -> errors.UserError | errors.RunFailedError | N
         return errors.UserError(errors.describe(error))
     if isinstance(error, errors.RunFailedError | user_hooks.HookError):
         return error
+    if (found := errors.of_callback(error)) is not None:
+        return found
     if isinstance(error, checkpoints.CheckpointError) or full_disk.is_full(error):
         return errors.RunFailedError(str(error))
     return None

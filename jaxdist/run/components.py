@@ -476,6 +476,7 @@ def make_optimizer(
 _LEAST = {
     "global_batch_size": 1,
     "num_microbatches": 1,
+    "logical_shards": 1,
     "log_every": 1,
     "eval.every_steps": 1,
     "eval.every_epochs": 1,

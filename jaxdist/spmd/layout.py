@@ -59,7 +59,7 @@ def zero1(mesh: Mesh, *, axis: str = "data", min_size: int = MIN_SIZE) -> Layout
 
     ZeRO's first stage (Rajbhandari et al., 2020): each device updates its part of the params, which are then gathered.
     """
-    return _largest_dim(("opt_state/",), mesh, axis, min_size)
+    return LargestDim(("opt_state/",), _axis_size(mesh, axis), axis, min_size)
 
 
 def fsdp(mesh: Mesh, *, axis: str = "data", min_size: int = MIN_SIZE) -> Layout:
@@ -69,32 +69,55 @@ def fsdp(mesh: Mesh, *, axis: str = "data", min_size: int = MIN_SIZE) -> Layout:
     axis; smaller ones are whole. A batch sharded over a second axis too gives replicas of such groups (hybrid, `hsdp`).
     ZeRO's third stage (Rajbhandari et al., 2020); PyTorch FSDP (Zhao et al., 2023).
 
-    Warns:
-      UserWarning: a leaf that is large enough has no divisible dim, and stays whole.
+    Where a tree is laid out, a warning counts the leaves that are large enough, have no divisible dim, and stay whole.
     """
-    return _largest_dim(("params/", "opt_state/"), mesh, axis, min_size)
+    return LargestDim(("params/", "opt_state/"), _axis_size(mesh, axis), axis, min_size)
 
 
-def _largest_dim(prefixes: tuple[str, ...], mesh: Mesh, axis: str, min_size: int) -> Layout:
-    num_shards = _axis_size(mesh, axis)
+@dataclasses.dataclass(frozen=True)
+class LargestDim:
+    """The layout that `zero1` and `fsdp` return; `tell_whole` warns of leaves that it could not shard, once."""
 
-    def layout(path: str, leaf: Leaf) -> PartitionSpec:
-        size = math.prod(leaf.shape)
-        if not path.startswith(prefixes) or size < min_size or num_shards == 1:
-            return PartitionSpec()
-        # Among equal dims the last: a row-major leaf is then sharded within its rows, by columns.
-        dims = [dim for dim, length in enumerate(leaf.shape) if length % num_shards == 0]
-        if not dims:
-            warnings.warn(
-                f"{path} of shape {tuple(leaf.shape)} stays whole on every device: none of its dims is divisible by "
-                f"{num_shards}, the size of the mesh axis {axis!r}.",
-                stacklevel=2,
-            )
+    prefixes: tuple[str, ...]
+    num_shards: int
+    axis: str
+    min_size: int
+    _told: set[str] = dataclasses.field(default_factory=set, compare=False)
+
+    def __call__(self, path: str, leaf: Leaf) -> PartitionSpec:
+        """Return the spec that shards the largest dim that is divisible, if the leaf is large enough."""
+        dims = self._divisible(leaf)
+        if not self._concerns(path, leaf) or not dims:
             return PartitionSpec()
         best = max(dims, key=lambda dim: (leaf.shape[dim], dim))
-        return PartitionSpec(*[axis if dim == best else None for dim in range(best + 1)])
+        return PartitionSpec(*[self.axis if dim == best else None for dim in range(best + 1)])
 
-    return layout
+    def tell_whole(self, leaves: Mapping[str, Leaf]) -> None:
+        """Warn of the leaves that stay whole although they are large enough, in one sentence."""
+        whole = {
+            path: leaf
+            for path, leaf in leaves.items()
+            if leaf.shape and self._concerns(path, leaf) and not self._divisible(leaf) and path not in self._told
+        }
+        if not whole:
+            return
+        self._told.update(whole)
+        path, leaf = max(whole.items(), key=lambda each: math.prod(each[1].shape))
+        first = f"{path} of shape {tuple(leaf.shape)}"
+        stays = f"{len(whole)} leaves, such as {first}, stay" if len(whole) > 1 else f"{first} stays"
+        warnings.warn(
+            f"{stays} whole on every device: none of {'the' if len(whole) > 1 else 'its'} dims is divisible by "
+            f"{self.num_shards}, the size of the mesh axis {self.axis!r}.",
+            stacklevel=2,
+        )
+
+    def _concerns(self, path: str, leaf: Leaf) -> bool:
+        is_large = math.prod(leaf.shape) >= self.min_size
+        return path.startswith(self.prefixes) and is_large and self.num_shards > 1
+
+    def _divisible(self, leaf: Leaf) -> list[int]:
+        # Among equal dims the last: a row-major leaf is then sharded within its rows, by columns.
+        return [dim for dim, length in enumerate(leaf.shape) if length % self.num_shards == 0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,6 +253,7 @@ def specs(tree: PyTree, mesh: Mesh, layout: Layout) -> PyTree:
         than the leaf; or a rule of `by_path` matches no leaf; or two leaves have one name.
     """
     leaves: dict[str, Leaf] = {}
+    whole: dict[str, Leaf] = {}
 
     def spec_of(path: tuple[Any, ...], node: Any) -> Any:
         name = path_name(path)
@@ -241,10 +265,16 @@ def specs(tree: PyTree, mesh: Mesh, layout: Layout) -> PyTree:
         leaf = leaves[name] = _named_leaf(node) if _has_names(node) else node
         spec = layout(name, leaf)
         check_spec(name, leaf, spec, mesh)
+        if not any(spec):
+            whole[name] = leaf
         return jax.tree.map(lambda _: spec, node) if _has_names(node) else spec
 
     chosen = jax.tree_util.tree_map_with_path(spec_of, tree, is_leaf=_has_names)
     _check_rules(layout, leaves)
+    while isinstance(layout, ByNames | ByPath):
+        layout = layout.otherwise
+    if isinstance(layout, LargestDim):
+        layout.tell_whole(whole)
     return chosen
 
 

@@ -63,7 +63,6 @@ def test_fsdp_cuts_params_and_optimizer_state_alike():
     assert layout("step", leaf()) == P()
 
 
-@pytest.mark.filterwarnings("ignore:.*stays whole")
 @given(st.lists(st.integers(1, 40), max_size=4), st.integers(1, 2000))
 def test_fsdp_cuts_the_largest_dim_that_divides_or_none(shape, min_size):
     spec = layouts.fsdp(make_mesh(), min_size=min_size)("params/w", leaf(*shape))
@@ -72,9 +71,18 @@ def test_fsdp_cuts_the_largest_dim_that_divides_or_none(shape, min_size):
     assert cut == ([max(dividing)] if dividing and np.prod(shape) >= min_size else [])
 
 
-def test_fsdp_says_which_large_leaf_it_cannot_cut():
+def test_fsdp_says_once_how_many_large_leaves_it_cannot_cut():
+    layout, tree = layouts.fsdp(make_mesh()), {"params": {"w": leaf(101, 33), "v": leaf(64, 64)}}
     with pytest.warns(UserWarning, match=r"params/w of shape \(101, 33\) stays whole .* is divisible by 8"):
-        assert layouts.fsdp(make_mesh())("params/w", leaf(101, 33)) == P()
+        assert layouts.specs(tree, make_mesh(), layout)["params"]["w"] == P()
+    layouts.specs(tree, make_mesh(), layout)  # which warns of nothing
+    tree = {"params": {str(number): leaf(101, 33) for number in range(300)}}
+    for whole in (layouts.fsdp(make_mesh()), layouts.by_path([("none", P())], otherwise=layouts.fsdp(make_mesh()))):
+        with pytest.warns(
+            UserWarning, match=r"^300 leaves, such as params/\d+ of shape \(101, 33\), stay whole"
+        ) as told:
+            layouts.specs(tree | {"none": leaf(3)}, make_mesh(), whole)
+        assert len(told) == 1
 
 
 def test_the_first_rule_found_in_a_path_decides():

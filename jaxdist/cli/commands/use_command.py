@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Sequence
 
 from jaxdist.config import data_fields
+from jaxdist.data.sources.source import MASK
 from jaxdist.errors import ExitStatus, UserError
 from jaxdist.launch.joining import runtime
 from jaxdist.run.use import exports, predictions, run_list, trained
@@ -48,7 +49,11 @@ def evaluate(options: argparse.Namespace) -> int:
     settings = run.experiment.data
     sets = {name: source for name, source in data_fields.named_sources(settings.eval).items() if name}
     named = {**sets, "eval": settings.eval, "train": settings.train}
-    found = run.evaluate(named[options.data] if options.data in named else predictions.read_inputs(options.data))
+    if options.data in named:
+        found = run.evaluate(named[options.data])
+    else:
+        columns = _columns_read(run, list(run.fields))
+        found = run.evaluate(predictions.read_inputs(options.data, like=settings.train, columns=columns))
     if options.json:
         print(json.dumps({"run_dir": str(run.run_dir), "step": run.step, "data": options.data, "metrics": found}))
     else:
@@ -57,11 +62,19 @@ def evaluate(options: argparse.Namespace) -> int:
     return ExitStatus.OK
 
 
+def _columns_read(run: trained.TrainedRun, fields: Sequence[str]) -> list[str] | None:
+    """Return the fields that a file needs for these of a batch; None where an `example_fn` makes them, of whatever."""
+    return None if run.experiment.data.eval_example_fn is not None else [each for each in fields if each != MASK]
+
+
 def predict(options: argparse.Namespace) -> int:
     """Write a row of a trained model's outputs for each example of a file."""
     predictions.check_output(options.out)
     run = _load(options)
-    predictions.write(options.out, run.predict(predictions.read_inputs(options.input)))
+    inputs = run.experiment.inputs
+    columns = _columns_read(run, [inputs] if isinstance(inputs, str) else list(inputs))
+    source = predictions.read_inputs(options.input, like=run.experiment.data.train, columns=columns)
+    predictions.write(options.out, run.predict(source))
     print(f"{options.out}: the outputs of step {run.step}")
     return ExitStatus.OK
 

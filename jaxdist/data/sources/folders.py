@@ -1,5 +1,6 @@
 """Folders of images by class: `root/CLASS/FILE`."""
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Literal
@@ -55,6 +56,11 @@ class ImageFolder:
         self.files = FileList(found, root)
         self.vocabulary = {"label": self.classes}
         self._fingerprint: str | None = None
+
+    def elsewhere(self, root: str | os.PathLike, classes: Sequence[str] | None) -> "ImageFolder":
+        """Return the images of another folder, read as these are."""
+        settings = {"decode": False} if self._type is None else dataclasses.asdict(self._type)
+        return ImageFolder(root, classes=classes, **settings)
 
     def __len__(self) -> int:
         return len(self.files)

@@ -78,7 +78,7 @@ class ParquetSource:
         self.files = FileList(self._paths)
         self._lock, self._cache = threading.Lock(), collections.OrderedDict[int, dict[str, Column]]()
         self._fingerprint: str | None = None
-        self._files = [_open_parquet(path) for path in self._paths]
+        self._files = [open_parquet(path) for path in self._paths]
         self._groups = [
             (file, group) for file, opened in enumerate(self._files) for group in range(opened.num_row_groups)
         ]
@@ -266,7 +266,8 @@ def _starts_of(sizes: tuple[int, ...]) -> np.ndarray:
     return np.cumsum([0, *sizes])
 
 
-def _open_parquet(path: str) -> Any:
+def open_parquet(path: str) -> Any:
+    """Return pyarrow's object of a Parquet file; CorruptExample where it is none, or not whole."""
     try:
         return extras.require("pyarrow.parquet").ParquetFile(path)
     except extras.require("pyarrow").ArrowException as error:

@@ -56,6 +56,10 @@ class SoundFolder:
         self._first_rate: int | None = None
         self._fingerprint: str | None = None
 
+    def elsewhere(self, root: str | os.PathLike, classes: Sequence[str] | None) -> "SoundFolder":
+        """Return the sounds of another folder, read as these are, at the same rate."""
+        return SoundFolder(root, num_samples=self._num_samples, sample_rate=self.sample_rate, classes=classes)
+
     @property
     def sample_rate(self) -> int:
         """The samples a second of every example."""

@@ -103,6 +103,12 @@ def csv_source(
     return source
 
 
+def columns_of(path: str) -> list[str]:
+    """Return the names of a CSV file's columns, which its header has."""
+    data = _text_of(path, style := _checked(_Style(None, None, None, "utf-8", "refuse", 0)))
+    return _distinct(_header_of(path, data, style.delimiter or _delimiter_of(data))[0])
+
+
 def numbered(name: str, column: Any, known: Sequence[str] | None) -> tuple[tuple[str, ...], np.ndarray]:
     """Return the names of a column of texts and the number of each row's; ValueError for a text that is not `known`.
 

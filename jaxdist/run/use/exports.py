@@ -70,7 +70,11 @@ def _write(run: TrainedRun, path: pathlib.Path, kind: str, names: str) -> None:
         elif kind == "npz":
             files.write(path, [npz.content(named_arrays(run))])
         elif kind == "orbax":
-            named_arrays(run)  # Orbax names its files likewise
+            empty = [name for name, array in named_arrays(run).items() if not array.size]  # Orbax names files likewise
+            if empty:
+                raise errors.UserError(
+                    f"Orbax saves no arrays without elements, and {empty[0]} has none. Choose another format."
+                )
             checkpoints.save_plain(path, _tree(run))
         else:
             files.write(path, [compiled(run)])

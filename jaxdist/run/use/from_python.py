@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
@@ -38,8 +39,9 @@ def train(
 ) -> trained.TrainedRun:
     """Train an experiment until its stop rule ends it, and return the trained run: its best checkpoint.
 
-    In the main thread Ctrl-C, and a notebook's stop button, end the run after the present step, with a checkpoint. A
-    cell that is run twice makes two runs; with a `run_dir` of its own, say whether to resume or to overwrite it.
+    In the main thread Ctrl-C, and a notebook's stop button, end the run after the present step, with a checkpoint.
+    SIGTERM, SIGHUP and SIGUSR1 then end the script too, with status 75, or are left to a handler of its own. A cell
+    that is run twice makes two runs; with a `run_dir` of its own, say whether to resume or to overwrite it.
 
     Args:
       experiment: what to train, under any strategy but `parameter-server`.
@@ -62,7 +64,7 @@ def train(
         place = place_of_run(os.fspath(run_dir or directory.default_run_dir(experiment.name, resume=resume)))
         chosen = list(jax.devices() if devices is None else devices)
         how = working_copy.HowToBegin(resume=resume, overwrite=overwrite)
-        with _local(place, how) as local, _stopped_by_signal() as stop_requested:
+        with _stopped_by_signal() as stop_requested, _local(place, how) as local:
             made = attempt.train(
                 experiment,
                 attempt.RunOptions(
@@ -94,12 +96,20 @@ def _local(place: pathlib.Path | Address, how: working_copy.HowToBegin) -> Itera
 
 @contextlib.contextmanager
 def _stopped_by_signal() -> Iterator[Callable[[int], bool]]:
-    """Yield what tells the loop of a signal; Python handles signals in its main thread alone."""
+    """Yield what tells the loop of a signal; Python handles signals in its main thread alone.
+
+    One that is sent to end a program is passed on when the run is saved: a script may have more runs to start.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield lambda step: False
         return
     with signals.stop_on_signal() as request:
         yield lambda step: bool(request)
+    if request.signal in (None, signal.SIGINT):
+        return
+    if signal.getsignal(request.signal) == signal.SIG_DFL:
+        raise SystemExit(int(errors.ExitStatus.RETRY))
+    signal.raise_signal(request.signal)
 
 
 @contextlib.contextmanager

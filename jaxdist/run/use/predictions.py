@@ -3,6 +3,7 @@
 import csv
 import io
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 
 from jaxdist import errors, extras
 from jaxdist.data import prepare
+from jaxdist.data.sources.source import Source
 from jaxdist.run.use import npz
 from jaxdist.rundir import files
 from jaxdist.spmd.layout import path_name
@@ -17,8 +19,10 @@ from jaxdist.spmd.layout import path_name
 FORMATS = (".npz", ".csv", ".parquet")
 
 
-def read_inputs(path: pathlib.Path | str) -> Any:
+def read_inputs(path: pathlib.Path | str, *, like: Source | None = None, columns: Sequence[str] | None = None) -> Any:
     """Return the examples of a file or folder: arrays of .npz and .npy, or anything that `jaxdist data prepare` reads.
+
+    See `prepare.open_source` for `like` and `columns`.
 
     Raises:
       UserError: there is no such file, or its kind is none of these.
@@ -32,7 +36,7 @@ def read_inputs(path: pathlib.Path | str) -> Any:
         if isinstance(path, pathlib.Path) and path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as content:
                 return {name: content[name] for name in content.files}
-        return prepare.open_source(str(path))
+        return prepare.open_source(str(path), like=like, columns=columns)
 
 
 def check_output(path: pathlib.Path) -> None:

@@ -78,6 +78,30 @@ def test_a_signal_ends_the_run_with_a_checkpoint(tiny, tmp_path):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("own_handler", [False, True])
+def test_a_signal_that_ends_programs_ends_the_script_when_the_run_is_saved(tiny, tmp_path, own_handler):
+    def end(info):
+        if info.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    handled = []
+    before = signal.signal(signal.SIGTERM, (lambda *_: handled.append(1)) if own_handler else signal.SIG_DFL)
+    experiment = dataclasses.replace(tiny, stop=jaxdist.Stop(max_steps=10**6), hooks=(end,))
+    try:
+        if own_handler:
+            train(experiment, tmp_path)
+        else:
+            with pytest.raises(SystemExit) as left:
+                train(experiment, tmp_path)
+            assert left.value.code == 75
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(handled) == own_handler
+    found = record.RunRecord.read(tmp_path)
+    assert (found.end_reason, found.extra["checkpoint"] is not None) == ("preempted", True)
+
+
 def test_another_thread_trains_without_signals(tiny, tmp_path):
     found = []
     thread = threading.Thread(target=lambda: found.append(train(tiny, tmp_path).step))

@@ -4,10 +4,13 @@ import csv
 
 import ml_dtypes
 import numpy as np
+import PIL.Image
+import pyarrow.csv
 import pytest
+import soundfile
 from pyarrow import parquet
 
-from jaxdist import errors
+from jaxdist import data, errors
 from jaxdist.run.use import predictions
 
 OUTPUTS = np.arange(6, dtype=np.float32).reshape(3, 2) / 3
@@ -69,3 +72,54 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_computed
 def test_an_input_that_is_not_there_is_one_message(tmp_path):
     with pytest.raises(errors.UserError, match=r"there is no .*nothing\.npz"):
         predictions.read_inputs(tmp_path / "nothing.npz")
+
+
+COLOURS = ("blue", "green", "red")
+
+
+def write_table(path, columns, colours=("red", "blue"), sep=","):
+    rows = [{"a": str(number), "colour": colour, "id": f"x{number}"} for number, colour in enumerate(colours)]
+    path.write_text("\n".join([sep.join(columns), *(sep.join(row[name] for name in columns) for row in rows)]))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_table_is_read_with_the_numbers_of_the_training_data_and_the_columns_that_are_needed(tmp_path, kind):
+    like = data.csv_source(write_table(tmp_path / "train.csv", ("a", "colour"), COLOURS), categories=("colour",))
+
+    def read(columns, colours=("red", "blue"), needed=("a", "colour")):
+        path = write_table(tmp_path / "x.csv", columns, colours)
+        if kind == "parquet":
+            table = pyarrow.csv.read_csv(path)
+            path = tmp_path / "x.parquet"
+            parquet.write_table(table, path)
+        return predictions.read_inputs(path, like=like, columns=needed)
+
+    for columns in (("colour", "a"), ("id", "a", "colour")):
+        source = read(columns)
+        assert [dict(source[number]) for number in range(2)] == [{"a": 0, "colour": 2}, {"a": 1, "colour": 0}]
+    assert read(("colour", "a"), needed=None)[1] == {"a": 1, "colour": 0}
+    with pytest.raises(errors.UserError, match="has no column"):
+        read(("a",))
+    with pytest.raises(ValueError, match=r"pink.*not among its known texts"):
+        dict(read(("a", "colour"), ("pink", "red"))[0])  # Parquet is read when asked for an example
+
+
+def test_a_folder_is_read_as_the_training_data_are(tmp_path):
+    for place in ("train/cat/1.png", "train/dog/2.png", "other/dog/3.png", "loose/any/4.png"):
+        (tmp_path / place).parent.mkdir(parents=True)
+        PIL.Image.fromarray(np.full((4, 4), 7, np.uint8)).save(tmp_path / place)
+    like = data.Subset(data.ImageFolder(tmp_path / "train", channels=1), [0, 1])
+    found = predictions.read_inputs(tmp_path / "other", like=like, columns=["image", "label"])[0]
+    assert (found["label"], found["image"].shape) == (1, (4, 4, 1))
+    with pytest.raises(errors.UserError, match="not among the 2 classes"):
+        predictions.read_inputs(tmp_path / "loose", like=like, columns=["image", "label"])
+    assert predictions.read_inputs(tmp_path / "loose", like=like, columns=["image"])[0]["image"].shape == (4, 4, 1)
+    bytes_of = predictions.read_inputs(tmp_path / "other", like=data.ImageFolder(tmp_path / "train", decode=False))[0]
+    assert bytes_of["image"].ndim == 1
+    for name, rate in (("train", 8000), ("other", 16000)):
+        (tmp_path / "sounds" / name / "a").mkdir(parents=True)
+        soundfile.write(tmp_path / "sounds" / name / "a" / "1.wav", np.zeros(rate), rate)
+    like = data.SoundFolder(tmp_path / "sounds" / "train", num_samples=800)
+    other = predictions.read_inputs(tmp_path / "sounds" / "other", like=like)
+    assert (other.sample_rate, other[0]["audio"].shape) == (8000, (800,))
