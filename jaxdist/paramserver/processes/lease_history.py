@@ -13,11 +13,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from jaxdist.paramserver.processes.process_world import write_report
+from jaxdist.paramserver.processes.process_world import try_report
 from jaxdist.paramserver.processes.run_folder import HISTORY_NAME
 from jaxdist.paramserver.protocol import effects, journal, messages
 from jaxdist.paramserver.protocol.settings import SCHEDULER, server_shard
-from jaxdist.rundir import full_disk
 
 MOST_BINS = 240
 MOST_LEASES, MOST_EVENTS = 200, 400
@@ -117,11 +116,7 @@ class History:
             "omitted": self.omitted,
             "written": self.clock(),
         }
-        try:
-            write_report(self.path, [json.dumps(content).encode()])
-        except OSError as error:
-            if not full_disk.is_full(error):  # the next one holds the same, too
-                raise
+        try_report(self.path, content)
         after = time.monotonic()
         self._write_at = after + max(_WRITE_SECONDS, (after - began) / _SHARE_OF_WRITING)
 

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import json
 import logging
 import os
 import pathlib
@@ -76,6 +77,15 @@ def write_report(path: pathlib.Path, parts: Iterable[codec.Buffer]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_unsynced(path, parts)
+
+
+def try_report(path: pathlib.Path, content: Any) -> None:
+    """Write a report as JSON that a later one replaces; if that fails, log why: no process ends for a report."""
+    try:
+        write_report(path, [json.dumps(content).encode()])
+    except OSError as error:
+        if not full_disk.is_full(error):  # then the run waits for room, and says so
+            _logger.warning("A report was not written: %s", error)
 
 
 class ProcessWorld:

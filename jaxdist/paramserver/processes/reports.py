@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxdist.paramserver.processes.process_world import write_report
+from jaxdist.paramserver.processes.process_world import try_report, write_report
 from jaxdist.paramserver.processes.run_folder import STATISTICS_NAME, STEPS_NAME, Spec, silent_path
 from jaxdist.paramserver.protocol import effects, journal, messages
 from jaxdist.paramserver.protocol.scheduler.scheduler import Scheduler
@@ -35,15 +35,10 @@ class Statistics:
             self.write()
 
     def write(self) -> None:
-        """Write the file, unless the disk is full: the next one holds the counters, too."""
+        """Write the file, if the disk takes it: the next one holds the counters, too."""
         self.written_at = time.monotonic()
         counters = {"updates": self.updates, **getattr(self.machine, "counters", {})}
-        content = {"counters": counters, "staleness": self.staleness}
-        try:
-            write_report(self.path, [json.dumps(content).encode()])
-        except OSError as error:
-            if not full_disk.is_full(error):
-                raise
+        try_report(self.path, {"counters": counters, "staleness": self.staleness})
 
 
 def statistics_of(name: str, spec: Spec, machine: Any) -> Statistics:

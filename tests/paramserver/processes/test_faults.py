@@ -41,10 +41,11 @@ pytestmark = [pytest.mark.timeout(600)]
 def test_killed_at_a_labelled_point(tmp_path, monkeypatch, calm, labels):  # noqa: F811
     worker, server, scheduler = labels
     count = 3 if "Membership" in scheduler else 25
+    turn = 1 if worker == "send Pull" else 6  # a push asks for the next params itself
     made = struck(
         tmp_path,
         monkeypatch,
-        f"worker/1 {worker} 6 kill",
+        f"worker/1 {worker} {turn} kill",
         f"scheduler {scheduler} {count} kill",
         f"server/0/a {server} 25 kill",
     )

@@ -1,12 +1,14 @@
 """What a process leaves in files: counters, and a line for each step."""
 
 import contextlib
+import errno
 import json
+import os
 import types
 
 import pytest
 
-from jaxdist.paramserver.processes import reports, run_folder
+from jaxdist.paramserver.processes import process_world, reports, run_folder
 from jaxdist.paramserver.protocol import effects, journal, messages
 from jaxdist.rundir import ledger
 
@@ -41,21 +43,23 @@ def test_each_start_of_a_process_has_counters_of_its_own(tmp_path, monkeypatch):
     assert {path.parent for path in paths} == {tmp_path / run_folder.STATISTICS_NAME}
 
 
-def test_counters_that_a_full_disk_does_not_take_are_left_to_the_next_time(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, errno.ESTALE])
+def test_counters_that_a_disk_does_not_take_are_left_to_the_next_time(tmp_path, monkeypatch, caplog, number):
     is_full = [True]
-    write = reports.write_report
+    write = process_world.write_report
 
     def write_report(path, parts):
         if is_full[0]:
-            raise OSError(28, "No space left on device")
+            raise OSError(number, os.strerror(number))
         return write(path, parts)
 
-    monkeypatch.setattr(reports, "write_report", write_report)
+    monkeypatch.setattr(process_world, "write_report", write_report)
     statistics = reports.Statistics(tmp_path / "counters.json", types.SimpleNamespace(primary=True))
     statistics.observe(applied(1, 0))
     is_full[0] = False
     statistics.observe(effects.Exit(3, "max_steps"))
     assert json.loads(statistics.path.read_text())["counters"] == {"updates": 1}
+    assert ("was not written" in caplog.text) == (number != errno.ENOSPC), "a full disk is told by the observer"
 
 
 @pytest.fixture
