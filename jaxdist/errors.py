@@ -73,12 +73,17 @@ def _show_uncaught(before: Callable[..., Any], kind: type[BaseException], error:
     if not isinstance(error, UserError | RunFailedError):
         before(kind, error, trace)
         return
-    print(f"jaxdist: {describe(error)}", file=sys.stderr)
+    say(describe(error))
     if not hasattr(sys, "ps1"):  # an interactive session continues
         raise SystemExit(int(error.exit_status))
 
 
 sys.excepthook = functools.partial(_show_uncaught, sys.excepthook)
+
+
+def say(message: object) -> None:
+    """Show a line to the user."""
+    print(f"jaxdist: {message}", file=sys.stderr, flush=True)
 
 
 def describe(error: BaseException) -> str:

@@ -13,7 +13,6 @@ has written step n - 2. Therefore all have a step in common, whenever any of the
 import concurrent.futures
 import dataclasses
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -21,6 +20,7 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
+from jaxdist import errors
 from jaxdist.checkpoint import manifest as manifests
 from jaxdist.checkpoint import packing, slots
 from jaxdist.checkpoint.pieces import place
@@ -137,19 +137,17 @@ class Snapshots:
             self._copy_elsewhere(self._process, header, values)
             self.written_step = described["step"]
             if self._told:
-                print("jaxdist: Snapshots are taken again.", file=sys.stderr, flush=True)
+                errors.say("Snapshots are taken again.")
             self._told = False
         self.cost_seconds = seconds_before + time.perf_counter() - begin
 
     def _pause(self, error: OSError) -> None:
         self._retry_at = time.monotonic() + RETRY_SECONDS
         if not self._told:
-            print(
-                f"jaxdist: A snapshot could not be written to {self.directory}: {error.strerror}. The run continues; "
+            errors.say(
+                f"A snapshot could not be written to {self.directory}: {error.strerror}. The run continues; "
                 f"snapshots are tried again every {RETRY_SECONDS:.0f} s. Until then a restart continues from an older "
-                "snapshot or the newest checkpoint.",
-                file=sys.stderr,
-                flush=True,
+                "snapshot or the newest checkpoint."
             )
         self._told = True
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 
 from jaxdist.cli import main as command_line
 from jaxdist.cli import parser
-from jaxdist.errors import TryAgain, UserError
+from jaxdist.errors import TryAgain, UserError, say
 from jaxdist.paramserver.processes import machines
 
 HOSTS = "JAXDIST_PS_HOSTS"
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
         names, index = place(os.environ)
         found = addresses(names, index)
     except UserError as error:
-        print(f"jaxdist: {error}", file=sys.stderr)
+        say(error)
         return error.exit_status
     if index == 0:
         hosts = ["--set", f"ps.hosts={','.join(found)}"] if len(found) > 1 else []

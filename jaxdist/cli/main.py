@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from jaxdist import extras
 from jaxdist.cli import parser
-from jaxdist.errors import ExitStatus, RunFailedError, UserError
+from jaxdist.errors import ExitStatus, RunFailedError, UserError, say
 from jaxdist.launch import viewer
 
 
@@ -35,15 +35,15 @@ def run(arguments: Sequence[str]) -> int:
     except (UserError, RunFailedError) as error:
         if options.traceback:
             traceback.print_exception(error)
-        print(f"jaxdist: {error}", file=sys.stderr)
+        say(error)
         return error.exit_status
     except extras.MissingExtra as error:
         if options.traceback:
             traceback.print_exception(error)
-        print(f"jaxdist: {error}", file=sys.stderr)
+        say(error)
         return ExitStatus.USER
     except KeyboardInterrupt:
-        print("jaxdist: Interrupted; nothing was left to save.", file=sys.stderr)
+        say("Interrupted; nothing was left to save.")
         return ExitStatus.INTERRUPTED
 
 

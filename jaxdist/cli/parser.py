@@ -9,12 +9,11 @@ import importlib
 import importlib.metadata
 import pathlib
 import shlex
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from jaxdist import extras
-from jaxdist.errors import ExitStatus
+from jaxdist.errors import ExitStatus, say
 from jaxdist.rundir.remote.run_address import place_of_run
 
 PARAMETER_SERVER = "parameter-server"
@@ -362,7 +361,7 @@ class _PrintCompletion(argparse.Action):
         try:
             shtab = extras.require("shtab", extra="completion")
         except extras.MissingExtra as missing:
-            print(f"jaxdist: {missing}", file=sys.stderr)
+            say(missing)
             parser.exit(ExitStatus.USER)
         print(shtab.complete(parser, shell))
         parser.exit()

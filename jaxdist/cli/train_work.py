@@ -4,7 +4,6 @@ import argparse
 import functools
 import json
 import pathlib
-import sys
 from collections.abc import Callable, Sequence
 
 import jax
@@ -154,11 +153,10 @@ def _train_here(
     if made.end_reason is None:  # other processes are to take part, and the run continues
         return ExitStatus.RETRY
     if runtime.is_first() and earlier == (made.step, made.end_reason):
-        print(
-            f"jaxdist: The run in {working_copy.shown(run_dir)} had ended at step {made.step} already "
+        errors.say(
+            f"The run in {working_copy.shown(run_dir)} had ended at step {made.step} already "
             f"({made.end_reason}); nothing was trained. To continue, raise the limit that ended it, for example with "
-            "--max-steps.",
-            file=sys.stderr,
+            "--max-steps."
         )
     return report(made, run_dir, as_json=options.json and runtime.is_first())
 

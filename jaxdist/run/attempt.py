@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,7 +19,7 @@ from jaxdist.data import Position
 from jaxdist.data.assembly import BadExampleError, ExampleError
 from jaxdist.guards import nonfinite, recompile, replicas
 from jaxdist.launch.joining import agreement, runtime, same_on_all, turn
-from jaxdist.launch.supervising import restart_events, watchdog
+from jaxdist.launch.supervising import watchdog
 from jaxdist.run import bookkeeping, components, directory, disk_room, header, hooks, loop, recovery, rescue
 from jaxdist.run.custom import user_hooks
 from jaxdist.run.diagnosis import profiling, utilization
@@ -263,7 +262,7 @@ class _Run:
                 if explained is None:
                     runtime.print_for_developers(error)
                 else:
-                    print(f"jaxdist: {explained}", file=sys.stderr)
+                    errors.say(explained)
                 runtime.leave(1 if explained is None else explained.exit_status)
             if explained is None or explained is error:
                 raise
@@ -332,7 +331,7 @@ class _Run:
             return
         self.books.save(info.state, info.position)
         self.start.checkpointer.wait()
-        restart_events.say(bookkeeping.saved_at_mistake(info.step))
+        errors.say(bookkeeping.saved_at_mistake(info.step))
 
     def _found_by_guards(self) -> dict[str, Any]:
         """Return what the guards add to the run record."""

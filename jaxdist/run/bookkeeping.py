@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import jax
 
+from jaxdist import errors
 from jaxdist.checkpoint import checkpoints
 from jaxdist.config.experiment import Experiment
 from jaxdist.data import fingerprints
@@ -193,16 +194,15 @@ class Bookkeeper:
         with contextlib.ExitStack() as stack:
             for writer in self._writers:
                 stack.callback(writer.close)
-            self.display = stack.enter_context(
-                make_display(
-                    bounds,
-                    global_batch_size=attempt.experiment.global_batch_size,
-                    start_step=self.progress.step,
-                    carried_seconds=self.progress.seconds,
-                    deciding=deciding(limits, self.progress),
-                    silent=silent,
-                )
+            self.display = make_display(
+                bounds,
+                global_batch_size=attempt.experiment.global_batch_size,
+                start_step=self.progress.step,
+                carried_seconds=self.progress.seconds,
+                deciding=deciding(limits, self.progress),
+                silent=silent,
             )
+            stack.callback(self.display.close)
             yield
 
     def call_hooks(
@@ -278,11 +278,10 @@ class Bookkeeper:
         bad = [name for name, value in metrics.items() if name.split("/")[-1] == "loss" and not math.isfinite(value)]
         if bad and not self._told_of_lost_loss and jax.process_index() == 0:
             self._told_of_lost_loss = True
-            print(
-                f"jaxdist: {bad[0]} is {metrics[bad[0]]} at step {self.progress.step}, while training continues. A "
+            errors.say(
+                f"{bad[0]} is {metrics[bad[0]]} at step {self.progress.step}, while training continues. A "
                 "label that is no class, or a value that is not finite, in the held-out examples does this; or the "
-                "model overflows on them.",
-                file=sys.stderr,
+                "model overflows on them."
             )
 
     def _is_best(self) -> bool:

@@ -7,7 +7,6 @@ import json
 import os
 import pathlib
 import shutil
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from jaxdist.config import starting_weights
 from jaxdist.config.experiment import Experiment
 from jaxdist.data import fingerprints
 from jaxdist.data.sources import wrap
-from jaxdist.errors import ConfigError
+from jaxdist.errors import ConfigError, say
 from jaxdist.launch.joining import agreement
 from jaxdist.launch.supervising import job_memory, restart_events, supervisor
 from jaxdist.run import components
@@ -97,11 +96,10 @@ def _tell_of_times(experiment: Experiment, earlier: record.RunRecord) -> None:
     """Say where files of equal sizes and samples have other times: their contents may differ elsewhere."""
     then, now = earlier.extra.get("data_files"), fingerprints.times_of(wrap.as_source(experiment.data.train))
     if isinstance(then, dict) and then and now and then.get("times") != now["times"]:
-        print(
-            "jaxdist: The times of the files of data.train have changed since the run was recorded; their names, sizes "
+        say(
+            "The times of the files of data.train have changed since the run was recorded; their names, sizes "
             "and the sampled contents have not. If they were copied, all is well; if some were edited, it continues "
-            "with other data. A run that is started with --strict compares all contents.",
-            file=sys.stderr,
+            "with other data. A run that is started with --strict compares all contents."
         )
 
 
@@ -324,10 +322,9 @@ def tell_what_is_gone(earlier: record.RunRecord | None, run_dir: pathlib.Path, s
     """Say on stderr that a run continues from `step` because the newer checkpoint of its record is gone."""
     saved = None if earlier is None else _saved_step(earlier)
     if saved is not None and step < saved:
-        print(
-            f"jaxdist: {run_dir / record.FILE_NAME} names a checkpoint of step {saved}, which is gone; training "
-            f"continues from step {step}.",
-            file=sys.stderr,
+        say(
+            f"{run_dir / record.FILE_NAME} names a checkpoint of step {saved}, which is gone; training "
+            f"continues from step {step}."
         )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import jax
 
 from jaxdist.checkpoint import checkpoints
-from jaxdist.errors import UserError
+from jaxdist.errors import UserError, say
 from jaxdist.run import rescue
 from jaxdist.rundir import lock
 
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str]) -> None:
     except (UserError, checkpoints.CheckpointError, OSError) as error:
         said += f"The state in {memory} was not saved: {error}"
     with contextlib.suppress(OSError):  # the terminal may be gone, too
-        print(f"jaxdist: {said}", file=sys.stderr, flush=True)
+        say(said)
 
 
 if __name__ == "__main__":

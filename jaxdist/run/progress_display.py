@@ -27,7 +27,7 @@ _WIDE, _NARROW = 20, 10
 
 
 class Display(Protocol):
-    """Shows a run. It is also a context manager, which closes it on exit, also by an exception or Ctrl-C."""
+    """Shows a run; `contextlib.closing` closes it at the end, also by an exception or Ctrl-C."""
 
     def update(self, step: int, metrics: Mapping[str, Any] | None = None, *, epoch: int = 0) -> None:
         """Note that `step` and `epoch` are finished, and the latest metrics (whatever float() takes); redraw if due."""
@@ -37,10 +37,6 @@ class Display(Protocol):
 
     def close(self) -> None:
         """Restore the terminal. May be called twice."""
-
-    def __enter__(self) -> "Display": ...
-
-    def __exit__(self, *error: object) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -215,12 +211,6 @@ class Silent:
     def close(self) -> None:
         """See Display."""
 
-    def __enter__(self) -> "Silent":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
 
 class Lines:
     """Plain lines for a log file: the first step's, one an epoch, one every `every_seconds`, and the last.
@@ -259,12 +249,6 @@ class Lines:
 
     def close(self) -> None:
         """See Display."""
-
-    def __enter__(self) -> "Lines":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     def _say(self) -> None:
         self._unsaid = False
@@ -325,12 +309,6 @@ class Bar:
         """See Display."""
         # Nothing is fetched from a device here: after an error or in a hang that may raise, or block.
         self._bar.stop()
-
-    def __enter__(self) -> "Bar":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     def _text(self) -> str:
         """Return the text next to the bar; where there is not enough room, only step and deciding metric."""

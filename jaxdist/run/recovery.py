@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxdist import errors
 from jaxdist.checkpoint import checkpoints, pieces
 from jaxdist.checkpoint import snapshots as snapshot
 from jaxdist.config.experiment import Recovery
@@ -94,7 +95,7 @@ def tell_recovery(run_dir: pathlib.Path, environment: Mapping[str, str] = os.env
         told = True
         seconds = round(time.monotonic() - since, 3)
         restart_events.Events(run_dir).note("recovered", step=info.step, seconds=seconds)
-        restart_events.say(f"Step {info.step} is made by {jax.process_count()} processes; {seconds:.1f} s were lost.")
+        errors.say(f"Step {info.step} is made by {jax.process_count()} processes; {seconds:.1f} s were lost.")
 
     return tell
 

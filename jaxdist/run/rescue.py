@@ -13,9 +13,10 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
+from jaxdist import errors
 from jaxdist.checkpoint import checkpoints
 from jaxdist.checkpoint import snapshots as snapshot
-from jaxdist.launch.supervising import job_memory, restart_events
+from jaxdist.launch.supervising import job_memory
 from jaxdist.run import components, directory
 from jaxdist.rundir import record
 
@@ -85,10 +86,10 @@ def save_left(left: Rescue) -> record.RunRecord | None:
         try:
             step = left.save(memory, "error")
         except checkpoints.CheckpointError as error:
-            restart_events.say(f"The state in {memory} could not be saved and stays there: {error}")
+            errors.say(f"The state in {memory} could not be saved and stays there: {error}")
             continue
         if step:
-            restart_events.say(f"Step {step} was saved from memory, as a checkpoint.")
+            errors.say(f"Step {step} was saved from memory, as a checkpoint.")
             found = record.RunRecord.read(left.run_dir)
         shutil.rmtree(memory, ignore_errors=True)
     return found

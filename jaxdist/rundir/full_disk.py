@@ -5,10 +5,11 @@ import contextlib
 import errno
 import os
 import pathlib
-import sys
 import time
 from collections.abc import Callable
 from typing import Generic, TypeVar
+
+from jaxdist import errors
 
 Item = TypeVar("Item")
 _ERRORS = (errno.ENOSPC, errno.EDQUOT)
@@ -100,4 +101,4 @@ def has_no_room(directory: pathlib.Path) -> bool:
 def say(message: str) -> None:
     """Show a line to the user; it is dropped if it would go to a file on the full disk."""
     with contextlib.suppress(OSError):
-        print(f"jaxdist: {message}", file=sys.stderr, flush=True)
+        errors.say(message)

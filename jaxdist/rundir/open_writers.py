@@ -8,7 +8,6 @@ import dataclasses
 import importlib
 import importlib.metadata
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -122,8 +121,7 @@ class Tolerant:
             if not self._told:
                 self._told = True
                 said = " ".join(f"{type(error).__name__}: {error}".split())
-                print(
-                    f"jaxdist: The writer {self._name} failed: {said}. The run continues; the rows of this writer are "
-                    "incomplete from here on.",
-                    file=sys.stderr,
+                errors.say(
+                    f"The writer {self._name} failed: {said}. The run continues; the rows of this writer are "
+                    "incomplete from here on."
                 )

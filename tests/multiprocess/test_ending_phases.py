@@ -5,6 +5,7 @@ python -m pytest -m 'soak or root' tests/multiprocess/test_ending_phases.py     
 The experiment waits in the phase until the signal was sent (see phased_experiment.py), so no case depends on time.
 """
 
+import contextlib
 import pathlib
 import re
 import shutil
@@ -41,7 +42,7 @@ CASES = [
 @pytest.fixture(scope="module")
 def forks():
     """Return a fork server for the jobs themselves."""
-    with fork_server.ForkServer(("jaxdist.cli.train_work",)) as server:
+    with contextlib.closing(fork_server.ForkServer(("jaxdist.cli.train_work",))) as server:
         yield server
 
 

@@ -1,5 +1,6 @@
 """Progress: a bar on a terminal, lines in a file, nothing when silent; the time left by the bound that comes first."""
 
+import contextlib
 import io
 import os
 import pathlib
@@ -38,7 +39,7 @@ def run(shown, clock, steps, seconds_per_step=1.0):
 def test_lines_come_by_the_clock_and_the_last_one_with_the_summary():
     clock, stream = Clock(), io.StringIO()
     lines = progress_display.Lines(make_pace(clock, last_step=25), stream, every_seconds=10)
-    with lines:
+    with contextlib.closing(lines):
         run(lines, clock, range(1, 26))
         lines.finish({"ended": "max_steps", "run record": "runs/a/run.json"})
     assert stream.getvalue().splitlines() == [
@@ -124,7 +125,7 @@ def terminal(width=120):
 
 def test_the_bar_shows_step_pace_loss_accuracy_and_time_left():
     clock, console = Clock(), terminal()
-    with progress_display.Bar(make_pace(clock, last_step=50), console) as bar:
+    with contextlib.closing(progress_display.Bar(make_pace(clock, last_step=50), console)) as bar:
         assert "step 0/50  compiling" in console.file.getvalue()
         run(bar, clock, range(1, 21))
         bar.update(20, {"eval/accuracy": 0.985})
@@ -137,7 +138,7 @@ def test_the_bar_shows_step_pace_loss_accuracy_and_time_left():
 
 def test_without_a_bound_the_bar_promises_nothing():
     clock, console = Clock(), terminal()
-    with progress_display.Bar(make_pace(clock), console) as bar:
+    with contextlib.closing(progress_display.Bar(make_pace(clock), console)) as bar:
         run(bar, clock, range(1, 4))
     assert "step 3  32 examples/s  loss 0.3333" in console.file.getvalue()
     assert " left" not in console.file.getvalue()
@@ -164,7 +165,7 @@ def test_a_terminal_is_given_back_after_an_exception():
     console, before = terminal(), (sys.stdout, sys.stderr)
 
     def fail():
-        with progress_display.Bar(make_pace(Clock()), console) as bar:
+        with contextlib.closing(progress_display.Bar(make_pace(Clock()), console)) as bar:
             bar.update(1, {"loss": 1.0})
             raise KeyboardInterrupt
 
@@ -179,11 +180,10 @@ def test_a_terminal_is_given_back_after_an_exception():
 
 
 def test_silence():
-    with progress_display.make_display(
-        progress_display.Bounds(), global_batch_size=1, silent=True, stream=None
-    ) as silent:
-        silent.update(1, {"loss": Untouchable()})
-        silent.finish({"ended": "max_steps"})
+    silent = progress_display.make_display(progress_display.Bounds(), global_batch_size=1, silent=True, stream=None)
+    silent.update(1, {"loss": Untouchable()})
+    silent.finish({"ended": "max_steps"})
+    silent.close()
 
 
 @pytest.mark.parametrize("force_color", [False, True])
@@ -195,8 +195,9 @@ def test_a_log_file_gets_lines(monkeypatch, force_color):
 
 
 SCRIPT = """
+import contextlib
 from jaxdist.run import progress_display as progress
-with progress.make_display(progress.Bounds(last_step=2), global_batch_size=1) as shown:
+with contextlib.closing(progress.make_display(progress.Bounds(last_step=2), global_batch_size=1)) as shown:
     print("kept apart", flush=True)
     shown.update(1, {"loss": 0.5})
     shown.finish({"ended": "max_steps"})
@@ -245,7 +246,7 @@ def test_the_deciding_metric_comes_with_the_best_value_and_the_patience_left():
 def test_the_deciding_metric_is_never_cut_off(width):
     clock, console = Clock(), terminal(width)
     watched = deciding(0.5, 0.75, 0.7, patience=5)
-    with progress_display.Bar(make_pace(clock, last_step=5000), console, deciding=watched) as bar:
+    with contextlib.closing(progress_display.Bar(make_pace(clock, last_step=5000), console, deciding=watched)) as bar:
         run(bar, clock, range(1, 30))
         bar.update(30, {"eval/loss": 0.25, "eval/accuracy": 0.7})
         clock.now += 1.0
@@ -267,19 +268,19 @@ def test_a_line_is_cut_by_whole_parts_that_need_not_be_kept(parts, width):
 def test_the_counts_of_a_confusion_matrix_are_in_no_line():
     clock, stream = Clock(), io.StringIO()
     metrics = {"eval/loss": 0.5, "eval/confusion_0_1": 3.0, "eval/night/confusion_0_1": 3.0}
-    with progress_display.Lines(make_pace(clock), stream) as lines:
+    with contextlib.closing(progress_display.Lines(make_pace(clock), stream)) as lines:
         lines.update(1, metrics)
     assert "eval/loss 0.5" in stream.getvalue()
     assert "confusion" not in stream.getvalue()
     watched = progress_display.Deciding("eval/confusion_0_1", stop.Stop(max_steps=9), lambda: [3.0])
-    with progress_display.Lines(make_pace(clock), stream, deciding=watched) as lines:
+    with contextlib.closing(progress_display.Lines(make_pace(clock), stream, deciding=watched)) as lines:
         lines.update(1, metrics)
     assert "eval/confusion_0_1 3 (best 3)" in stream.getvalue()
 
 
 def test_the_last_line_is_said_once_with_what_came_after_the_last_update():
     clock, stream = Clock(), io.StringIO()
-    with progress_display.Lines(make_pace(clock), stream) as lines:
+    with contextlib.closing(progress_display.Lines(make_pace(clock), stream)) as lines:
         for step, metrics in ((1, {"loss": 1.0}), (1, {"loss": 1.0}), (2, {"loss": 0.5})):
             lines.update(step, metrics)
         assert stream.getvalue().count("\n") == 1
@@ -292,7 +293,7 @@ def test_the_last_line_is_said_once_with_what_came_after_the_last_update():
 @pytest.mark.parametrize(("later", "said"), [(0.5, 1), (0.25, 2)])
 def test_a_line_that_was_said_is_said_again_only_where_a_value_is_another(later, said):
     clock, stream, loss = Clock(), io.StringIO(), 0.5
-    with progress_display.Lines(make_pace(clock), stream) as lines:
+    with contextlib.closing(progress_display.Lines(make_pace(clock), stream)) as lines:
         lines.update(7, {"eval/loss": loss})
         lines.update(7, {"eval/loss": loss if later == loss else later})
         lines.finish({})

@@ -1,5 +1,6 @@
 import errno
 import pathlib
+import sys
 
 import pytest
 
@@ -101,7 +102,7 @@ def test_a_message_that_nobody_can_store_is_dropped(monkeypatch):
         def write(self, text):
             raise full()
 
-    monkeypatch.setattr(full_disk.sys, "stderr", Full())
+    monkeypatch.setattr(sys, "stderr", Full())
     full_disk.say("x")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from jaxdist.cli import selected_experiment
 from jaxdist.config.experiment import Experiment
 from jaxdist.data import inspect as inspection
-from jaxdist.errors import ExitStatus, UserError
+from jaxdist.errors import ExitStatus, UserError, say
 from jaxdist.plan import device_sweep, estimate, search, topology
 from jaxdist.plan.compiled import facts, source_lines
 from jaxdist.plan.showing import plan_page, plan_text
@@ -42,7 +42,7 @@ def plan(options: argparse.Namespace) -> int:
     experiment = selected_experiment.load(options)
     planned = estimate.with_dividing_batch(experiment, where)
     if planned.global_batch_size != experiment.global_batch_size:
-        _say(
+        say(
             f"A batch of {experiment.global_batch_size} does not divide over {len(where.devices)} devices; "
             f"planned with global_batch_size={planned.global_batch_size}."
         )
@@ -58,7 +58,7 @@ def plan(options: argparse.Namespace) -> int:
     print(json.dumps(result.content) if options.json else result.text)
     if options.out and result.page:
         size = plan_page.write(result.page, options.out)
-        _say(f"Wrote {options.out} ({size / 1e3:.0f} kB).")
+        say(f"Wrote {options.out} ({size / 1e3:.0f} kB).")
     return result.status
 
 
@@ -117,7 +117,7 @@ def _search(experiment: Experiment, where: topology.Topology, command: Sequence[
         return _Result(text, content, page)
     # Compilations in threads cannot be stopped, and Python aborts where it ends under them: the process ends itself.
     atexit.register(_exit_at_once)
-    _say(
+    say(
         f"The search was interrupted after {len(found.candidates)} of the ways to train; only those are ranked. "
         "The same command continues: what was compiled is cached."
     )
@@ -196,12 +196,8 @@ class _Bar:
             shown = f"[{bar}] {done}/{total} {what}"[: shutil.get_terminal_size().columns - 1]
             print(f"\r\x1b[K{shown}", end="", file=sys.stderr, flush=True)
         else:
-            _say(f"{done} of {total} done; compiled for {what}")
+            say(f"{done} of {total} done; compiled for {what}")
 
     def __exit__(self, *error: object) -> None:
         if sys.stderr.isatty():
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-
-def _say(text: str) -> None:
-    print(f"jaxdist: {text}", file=sys.stderr)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from jaxdist.cli import selected_experiment
 from jaxdist.config import hidden_settings
 from jaxdist.config.experiment import Experiment
-from jaxdist.errors import ExitStatus
+from jaxdist.errors import ExitStatus, say
 from jaxdist.launch import parent, signals
 from jaxdist.launch.joining import runtime
 from jaxdist.run import bookkeeping, directory, recovery
@@ -51,7 +51,7 @@ def sweep(options: argparse.Namespace) -> int:
         run = _several_processes(options, experiment) if options.parallel > 1 else _one_process(options, experiment)
         with lock.locked(sweep_dir, purpose=options.command):
             conductor = conducting.Conductor(made, sweep_dir, proposals)
-            print(f"jaxdist: {conductor.beginning()}", file=sys.stderr, flush=True)
+            say(conductor.beginning())
             run(conductor, stopped)
         return _report(options, experiment, conductor, interrupted=stopped())
 
@@ -167,7 +167,7 @@ def _report(
             print(f"All curves:      jaxdist report {shlex.quote(str(sweep_dir))}")
     left = conductor.num_left()
     if interrupted and left:
-        print(f"jaxdist: {left} trials are left; the same command with --resume continues.", file=sys.stderr)
+        say(f"{left} trials are left; the same command with --resume continues.")
         return ExitStatus.RETRY
     if best is not None:
         return ExitStatus.OK

@@ -4,13 +4,13 @@ This file imports little, so that signals are handled, and the fork server start
 """
 
 import argparse
+import contextlib
 import os
 import pathlib
-import sys
 import tempfile
 
 from jaxdist.cli import parser
-from jaxdist.errors import ExitStatus
+from jaxdist.errors import ExitStatus, say
 from jaxdist.launch import signals, waiting
 from jaxdist.launch.supervising import fork_server
 from jaxdist.rundir.remote import run_address
@@ -32,7 +32,7 @@ def train(options: argparse.Namespace) -> int:
         options.run_dir = pathlib.Path(folder) / "run"
         status = _train(options)
     how = "ended well" if status == ExitStatus.OK else f"ended with status {int(status)}"
-    print(f"jaxdist: The trial {how}; its run directory was removed. --run-dir keeps one.", file=sys.stderr)
+    say(f"The trial {how}; its run directory was removed. --run-dir keeps one.")
     return status
 
 
@@ -51,6 +51,6 @@ def supervise(options: argparse.Namespace) -> int:
     # The fork server imports what the processes need while this one checks whether to start them.
     with (
         signals.left_at_signals(),  # until the job has its own handlers
-        fork_server.ForkServer((WORK,), experiment=options.experiment) as forks,
+        contextlib.closing(fork_server.ForkServer((WORK,), experiment=options.experiment)) as forks,
     ):
         return parser.find_handler(f"{WORK}:supervise")(options, forks)

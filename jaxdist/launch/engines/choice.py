@@ -1,8 +1,8 @@
 """`jaxdist launch --engine`: shows or starts a job through SLURM, Kubernetes or Ray."""
 
 import os
-import sys
 
+from jaxdist import errors
 from jaxdist.launch.engines import kubernetes, ray, slurm
 from jaxdist.launch.engines.request import Request
 
@@ -27,5 +27,5 @@ def start(engine: str, request: Request) -> int:
         case "kubernetes":
             print(kubernetes.submit(show(engine, request)))
         case _:
-            return ray.run(request, say=lambda message: print(f"jaxdist: {message}", file=sys.stderr))
+            return ray.run(request, say=errors.say)
     return 0

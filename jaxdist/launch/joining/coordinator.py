@@ -7,14 +7,13 @@ interface, and lets gloo listen at whatever address the host name resolves to. H
 import contextlib
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
 
 import jax
 
-from jaxdist.errors import ExitStatus, TryAgain, UserError
+from jaxdist.errors import ExitStatus, TryAgain, UserError, say
 from jaxdist.launch.joining import places
 from jaxdist.spmd import jax_private
 
@@ -135,11 +134,7 @@ def _leaving_at(deadline: float, message: str) -> Iterator[None]:
     """End this process at the deadline unless the context has ended: native code cannot be interrupted."""
 
     def leave() -> None:
-        print(
-            f"jaxdist: {message}. Start all of them. {CONNECT_SECONDS} sets the time limit.",
-            file=sys.stderr,
-            flush=True,
-        )
+        say(f"{message}. Start all of them. {CONNECT_SECONDS} sets the time limit.")
         os._exit(ExitStatus.RETRY)
 
     timer = threading.Timer(max(0.0, deadline - time.monotonic()), leave)

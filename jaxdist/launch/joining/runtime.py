@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdist.errors import ExitStatus, UserError
+from jaxdist.errors import ExitStatus, UserError, say
 from jaxdist.launch import parent
 from jaxdist.launch.joining import coordinator, places, same_on_all
 from jaxdist.spmd import jax_private
@@ -167,7 +167,7 @@ def _join_job(place: places.Place) -> None:
     # JAX's preemption service would consume SIGTERM, which we handle ourselves.
     jax.config.update("jax_enable_preemption_service", False)
     if place.process_id == 0 and place.engine != places.LAUNCHER:
-        print(f"jaxdist: {place}", file=sys.stderr)
+        say(place)
     coordinator.join(place)
     sys.excepthook = _fail_at_once
 

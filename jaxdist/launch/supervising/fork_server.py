@@ -108,12 +108,6 @@ class ForkServer:
             )
         self._channel = ours
 
-    def __enter__(self) -> "ForkServer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def close(self) -> None:
         """End the fork server; the processes it started continue."""
         self._process.kill()

@@ -17,7 +17,7 @@ import socket
 import threading
 from collections.abc import Callable, Sequence
 
-from jaxdist.errors import ExitStatus, UserError
+from jaxdist.errors import ExitStatus, UserError, say
 from jaxdist.launch.joining import coordinator, places
 from jaxdist.launch.supervising import board, job_memory, local_job, restart_events, restart_policy, supervisor
 from jaxdist.launch.supervising.several_hosts import neighbours, taking_part
@@ -153,7 +153,7 @@ class _Attempts:
                 self.make,
                 num_processes=self._host.num_processes,
                 settings=self._settings,
-                say=restart_events.say,
+                say=say,
                 start_step=self._saved.newest_step(self._memory),
                 stopped=self._is_stopped,
             )
@@ -175,7 +175,7 @@ class _Attempts:
         if members is None:
             return self._without_members(num_processes)
         if before is not None and set(members.hosts) != set(before.hosts):
-            restart_events.say(f"The job continues on hosts {', '.join(map(str, sorted(members.hosts)))}.")
+            say(f"The job continues on hosts {', '.join(map(str, sorted(members.hosts)))}.")
         neighbours.gather(self._memory, self._saved.identity, members.others(self._host.index), self._key)
         self._keeper.forget_order()
         (self._memory / restart_events.CHANGE_NAME).unlink(missing_ok=True)
@@ -225,11 +225,9 @@ class _Attempts:
                 self._process_ids = ()
         verdict = board.published(verdicts, earlier=earlier)
         if verdict and first:
-            restart_events.say(f"{verdict['text']}\nEach process's stacks are in its log in {self._run_dir / 'logs'}.")
+            say(f"{verdict['text']}\nEach process's stacks are in its log in {self._run_dir / 'logs'}.")
         elif result.failed_process is not None and result.message:
-            restart_events.say(
-                f"Process {result.failed_process} of host {self._host.index} failed first:\n{result.message}"
-            )
+            say(f"Process {result.failed_process} of host {self._host.index} failed first:\n{result.message}")
         return result
 
     def _end(self, term: int) -> None:
@@ -250,7 +248,7 @@ class _Attempts:
         """Return the attempt of a host that was not needed: it was stopped, or the job ended, or some never came."""
         reason = _end_reason(self._run_dir) if not self._is_stopped() and self._is_over() else None
         if not self._is_stopped() and reason is None:
-            restart_events.say(
+            say(
                 f"Not all {self._host.count} hosts have come within {coordinator.connect_seconds():g} s. Start the "
                 "command on each of them."
             )
@@ -281,10 +279,10 @@ class _Attempts:
         try:
             step = self._saved.save(self._memory, "preempted" if self._is_stopped() else "error")
         except Exception as error:  # after any error the rest of the end must happen
-            restart_events.say(f"The newest state in memory could not be saved: {error}")
+            say(f"The newest state in memory could not be saved: {error}")
             return
         if step:
-            restart_events.say(f"Step {step} was saved from memory, as a checkpoint.")
+            say(f"Step {step} was saved from memory, as a checkpoint.")
 
 
 def _exit_status(result: local_job.JobResult) -> int:

@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any, TypeAlias
 
-from jaxdist.errors import ExitStatus, UserError
+from jaxdist.errors import ExitStatus, UserError, say
 from jaxdist.launch import parent
 from jaxdist.launch import signals as stop_signals
 from jaxdist.launch.supervising import fork_server, joined, local_job
-from jaxdist.launch.supervising.restart_events import read_events, say
+from jaxdist.launch.supervising.restart_events import read_events
 from jaxdist.rundir import lock
 
 Message: TypeAlias = dict[str, Any]
@@ -79,7 +79,7 @@ def join(run_dir: pathlib.Path, num_processes: int, preload: Sequence[str]) -> i
             raise UserError(f"The job in {run_dir} has just ended.")
         os.chdir(greeting["directory"])  # the arguments of the job may be relative to it
         experiment = next((each for each in greeting["arguments"] if each.endswith(".py")), None)
-        with fork_server.ForkServer(preload, experiment=experiment) as forks:
+        with contextlib.closing(fork_server.ForkServer(preload, experiment=experiment)) as forks:
             forks.is_ready()
             forks.preload(memory / joined.MODULES_NAME)
             joiner = _Joiner(channel, num_processes, forks.start)

@@ -17,7 +17,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from types import FrameType
 from typing import IO, Any, Literal, Protocol, TypeAlias
 
@@ -144,12 +144,6 @@ class ProcessGroup:
         self._port = self._stack.enter_context(reserved_port())
         self._stack.callback(_end, self.processes, grace_seconds)
 
-    def __enter__(self) -> "ProcessGroup":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def start(
         self, command: Sequence[str], starters: Sequence[Start], environment: Mapping[str, str] | None = None
     ) -> None:
@@ -234,7 +228,7 @@ def run_group(
       If one ended with ExitStatus.RETRY and none failed, the status is ExitStatus.RETRY.
     """
     processes = group.processes
-    with group:
+    with closing(group):
         signals.processes = processes
         begin()
         if signals.received:  # the processes that started after the signal did not get it

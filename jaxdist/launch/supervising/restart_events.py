@@ -3,11 +3,11 @@
 import contextlib
 import json
 import pathlib
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxdist.errors import say
 from jaxdist.launch.supervising import board
 
 EVENTS_NAME = "restarts.jsonl"
@@ -113,8 +113,3 @@ def changes(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         elif event["event"] == "recovered" and found:
             found[-1]["seconds_lost"] = event["seconds"]
     return found
-
-
-def say(message: str) -> None:
-    """Show a line to the user."""
-    print(f"jaxdist: {message}", file=sys.stderr, flush=True)

@@ -17,10 +17,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from jaxdist.errors import ExitStatus
+from jaxdist.errors import ExitStatus, say
 from jaxdist.launch.supervising import board, job_memory, joined, local_job, roster
 from jaxdist.launch.supervising import stopped as stopped_processes
-from jaxdist.launch.supervising.restart_events import REACHED, Events, Standstill, say
+from jaxdist.launch.supervising.restart_events import REACHED, Events, Standstill
 from jaxdist.launch.supervising.restart_policy import Attempt, End, RestartSettings, decide
 from jaxdist.launch.supervising.standby import reserve, standby_job
 from jaxdist.rundir import lock, record

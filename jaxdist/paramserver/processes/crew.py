@@ -9,10 +9,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from jaxdist.errors import ExitStatus, RunFailedError
+from jaxdist.errors import ExitStatus, RunFailedError, say
 from jaxdist.launch import parent
 from jaxdist.launch.supervising import local_job, stopped
-from jaxdist.launch.supervising.restart_events import say
 from jaxdist.paramserver.processes import run_folder
 from jaxdist.paramserver.processes.role import LEFT_STATUS
 from jaxdist.paramserver.protocol.settings import SCHEDULER, server_shard, worker_number

@@ -17,8 +17,8 @@ import time
 from collections.abc import Iterable, Sequence
 
 from jaxdist.config.parameter_server import LAST_PORT
-from jaxdist.errors import ExitStatus, RunFailedError, UserError, as_user_error
-from jaxdist.launch.supervising import local_job, restart_events
+from jaxdist.errors import ExitStatus, RunFailedError, UserError, as_user_error, say
+from jaxdist.launch.supervising import local_job
 from jaxdist.paramserver.processes import admission, newcomer, run_folder
 from jaxdist.paramserver.processes.crew import LocalCrew
 from jaxdist.paramserver.protocol.settings import OBSERVER
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         return 0 if _keep_processes(pathlib.Path(arguments[0]), arguments[1]) else ExitStatus.RETRY
     except (UserError, RunFailedError) as error:
-        print(f"jaxdist: {error}", file=sys.stderr)
+        say(error)
         return error.exit_status
 
 
@@ -129,7 +129,7 @@ def say_without_address(hosts: Iterable[str]) -> None:
         try:
             socket.getaddrinfo(host, None)
         except socket.gaierror as error:
-            restart_events.say(f"{host} has no address yet ({error.strerror}). The run waits for its processes.")
+            say(f"{host} has no address yet ({error.strerror}). The run waits for its processes.")
 
 
 def check_ports(addresses: Iterable[str]) -> None:

@@ -18,9 +18,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jaxdist.errors import ExitStatus, UserError, as_user_error
+from jaxdist.errors import ExitStatus, UserError, as_user_error, say
 from jaxdist.launch import signals as stop_signals
-from jaxdist.launch.supervising.restart_events import say
 from jaxdist.paramserver.processes import admission, peer_addresses, run_folder
 from jaxdist.paramserver.processes.crew import LocalCrew
 from jaxdist.paramserver.protocol.settings import SCHEDULER, worker_number

@@ -7,7 +7,7 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 
-from jaxdist.launch.supervising.restart_events import say
+from jaxdist.errors import say
 from jaxdist.paramserver.processes import admission, peer_addresses
 from jaxdist.paramserver.processes.crew import Crew, LocalCrew
 from jaxdist.paramserver.protocol.settings import worker_number

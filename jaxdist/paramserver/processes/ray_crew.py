@@ -14,8 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxdist import extras
-from jaxdist.errors import ExitStatus, RunFailedError
-from jaxdist.launch.supervising.restart_events import say
+from jaxdist.errors import ExitStatus, RunFailedError, say
 from jaxdist.paramserver.processes import crew, peer_addresses, run_folder
 from jaxdist.paramserver.processes.process_world import write_file
 from jaxdist.paramserver.processes.role import LEFT_STATUS

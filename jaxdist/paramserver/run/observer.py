@@ -20,8 +20,7 @@ import jax
 from jaxdist import stop
 from jaxdist.checkpoint import checkpoints
 from jaxdist.config import hook_points
-from jaxdist.errors import RunFailedError
-from jaxdist.launch.supervising import restart_events
+from jaxdist.errors import RunFailedError, say
 from jaxdist.paramserver.processes import process_world, run_folder
 from jaxdist.paramserver.processes.crew import Crew
 from jaxdist.paramserver.processes.driver import Driver
@@ -160,7 +159,7 @@ class Observer:
                         self._watch(crew, wire.send, stop_requested)
                     crew.close(orderly=True)  # the record has their last counters
                 if self.mistake is not None and self.end_reason != NONFINITE:
-                    restart_events.say(bookkeeping.saved_at_mistake(self.progress.step))
+                    say(bookkeeping.saved_at_mistake(self.progress.step))
                     raise self.mistake
                 if self.end_reason == NONFINITE:
                     self._report_nonfinite()
@@ -233,7 +232,7 @@ class Observer:
             members = {int(worker): incarnation for worker, incarnation in row["workers"].items()}
             for text in self.changes.note_members(members, self.progress.step, row["time"]):
                 if not self.silent:
-                    restart_events.say(text)
+                    say(text)
             return
         step = row["step"]
         if "grad_norm" in row:

@@ -11,7 +11,7 @@ from jaxdist import errors
 from jaxdist.config import hidden_settings
 from jaxdist.config.loading import load_experiment
 from jaxdist.config.overrides import override
-from jaxdist.launch.supervising import local_job, restart_events
+from jaxdist.launch.supervising import local_job
 from jaxdist.paramserver.processes import admission, faults, machines, open_crew, peer_addresses, ray_crew, run_folder
 from jaxdist.paramserver.processes.crew import Crew, LocalCrew
 from jaxdist.paramserver.protocol import succession
@@ -111,7 +111,7 @@ def train(options: Options) -> record.RunRecord:
             crew = open_crew.OpenCrew(kept, door, lost_after_seconds=seconds)
         if spec.door[1] and not options.silent:
             machines.say_without_address(plan.experiment.ps.hosts)
-            restart_events.say(f"Other machines join this run with its token: jaxdist join {spec.door[1]}")
+            errors.say(f"Other machines join this run with its token: jaxdist join {spec.door[1]}")
         known = peer_addresses.Addresses(peers, folder)
         return _watch(watcher, crew, known, security.for_attempt(spec.attempt), options.stop_requested)
 

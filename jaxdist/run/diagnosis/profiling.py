@@ -3,12 +3,11 @@
 import contextlib
 import pathlib
 import re
-import sys
 from types import TracebackType
 
 import jax
 
-from jaxdist.errors import UserError
+from jaxdist.errors import UserError, say
 from jaxdist.run.loop import StepInfo
 from jaxdist.stop import Stop
 
@@ -84,7 +83,4 @@ class Trace(contextlib.AbstractContextManager["Trace"]):
         if self._running:
             self._stop()
         elif not self._done and error is None:
-            print(
-                f"jaxdist: Nothing was traced: the run made no step of {self._steps[0]} to {self._steps[-1]}.",
-                file=sys.stderr,
-            )
+            say(f"Nothing was traced: the run made no step of {self._steps[0]} to {self._steps[-1]}.")

@@ -1,14 +1,13 @@
 """Audits in a run: every so many steps, before the step, and what happens when one finds something."""
 
 import dataclasses
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxdist.errors import RunFailedError
+from jaxdist.errors import RunFailedError, say
 from jaxdist.guards import shard_audit
 from jaxdist.run import components
 from jaxdist.rundir import record
@@ -129,7 +128,7 @@ class Auditor:
         if self._ends:
             raise FaultyDeviceError(f"{text} {self._advice()}")
         if jax.process_index() == 0:
-            print(f"jaxdist: {text} Training continues (guards.on_faulty_device).", file=sys.stderr, flush=True)
+            say(f"{text} Training continues (guards.on_faulty_device).")
 
     def _advice(self) -> str:
         clean = self._last_clean

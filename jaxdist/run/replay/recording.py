@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxdist import errors
 from jaxdist.guards import step_hashes
 from jaxdist.run import components
 from jaxdist.run.loop import LOOK_EVERY, StepInfo
@@ -79,22 +79,18 @@ class ChainRecorder:
 
 
 def _tell(found: step_chain.Difference) -> None:
-    print(
-        f"jaxdist: A step that is made again must have the same bits in canonical mode; this one had others: {found}. "
+    errors.say(
+        f"A step that is made again must have the same bits in canonical mode; this one had others: {found}. "
         "A device, its memory or its compiler computed wrongly before or now, or the run continues on another kind of "
-        "machine. `jaxdist replay` computes a step once more.",
-        file=sys.stderr,
-        flush=True,
+        "machine. `jaxdist replay` computes a step once more."
     )
 
 
 def _tell_changes(changed: list[str], step: int) -> None:
     if changed:
-        print(
-            f"jaxdist: The bits of a canonical run belong to versions and threads; these have changed: "
-            f"{comparison.shown(changed)}. From step {step + 1} on the run has other bits than it would have had.",
-            file=sys.stderr,
-            flush=True,
+        errors.say(
+            f"The bits of a canonical run belong to versions and threads; these have changed: "
+            f"{comparison.shown(changed)}. From step {step + 1} on the run has other bits than it would have had."
         )
 
 

@@ -3,10 +3,9 @@
 import contextlib
 import pathlib
 import shutil
-import sys
 from collections.abc import Callable
 
-from jaxdist.errors import ExitStatus
+from jaxdist.errors import ExitStatus, say
 from jaxdist.run.sweeps import optuna_proposals, ranking, sweep_record, trial_runs
 from jaxdist.rundir import lock
 from jaxdist.rundir.writers import format_number
@@ -85,7 +84,7 @@ class Conductor:
         trial.refused, trial.failed = outcome.refused, outcome.failed
         self.sweep.write(self.sweep_dir)
         self._tell(trial)
-        print(f"jaxdist: {self._line(trial, outcome)}", file=sys.stderr, flush=True)
+        say(self._line(trial, outcome))
 
     def _tell(self, trial: sweep_record.Trial) -> None:
         if self._proposals is not None:

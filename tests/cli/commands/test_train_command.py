@@ -26,7 +26,7 @@ def test_processes_are_supervised_unless_this_is_one_of_them(monkeypatch, proces
     if in_job:
         monkeypatch.setenv("JAXDIST_NUM_PROCESSES", "2")
     monkeypatch.setattr(train_command.parser, "find_handler", lambda name: lambda *arguments: name)
-    monkeypatch.setattr(train_command.fork_server, "ForkServer", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(train_command.fork_server, "ForkServer", lambda *_, **__: contextlib.ExitStack())
     chosen = {"processes": processes, "strategy": strategy, "experiment": "x.py", "run_dir": None}
     options = argparse.Namespace(**chosen, json=True, dry_run=False, fast_dev_run=False)
     assert train_command.train(options) == f"{train_command.WORK}:{way}"

@@ -45,7 +45,7 @@ def start(server, command, path, **environment):
 
 
 def test_a_child_is_like_a_process_started_afresh_minus_the_imports(module, tmp_path):
-    with fork_server.ForkServer(["colorsys"]) as server:
+    with contextlib.closing(fork_server.ForkServer(["colorsys"])) as server:
         command = module(SHOW, "a", "b")
         children = [start(server, command, tmp_path / name, SAID=name) for name in ("first", "second")]
         assert [child.wait(timeout=60) for child in children] == [3, 3]
@@ -57,7 +57,7 @@ def test_a_child_is_like_a_process_started_afresh_minus_the_imports(module, tmp_
 
 
 def test_a_child_can_be_killed_and_outlives_the_fork_server(module, tmp_path):
-    with fork_server.ForkServer() as server:
+    with contextlib.closing(fork_server.ForkServer()) as server:
         child = start(server, module("import threading; threading.Event().wait()"), tmp_path / "log")
     assert child.poll() is None
     with pytest.raises(subprocess.TimeoutExpired):
@@ -73,28 +73,28 @@ STARTS_A_THREAD = "import threading; threading.Thread(target=threading.Event().w
 @pytest.mark.parametrize("code", [STARTS_A_THREAD, "import jax; jax.devices()"])
 def test_what_has_threads_is_not_forked(module, tmp_path, code):
     (tmp_path / "experiment.py").write_text(code)
-    with fork_server.ForkServer(experiment=str(tmp_path / "experiment.py")) as server:
+    with contextlib.closing(fork_server.ForkServer(experiment=str(tmp_path / "experiment.py"))) as server:
         assert server.start(module(SHOW), os.environ, None) is None
         assert server.start(module(SHOW), os.environ, None) is None
 
 
 def test_an_experiment_that_fails_is_left_to_the_process_that_trains_it(module, tmp_path):
     (tmp_path / "experiment.py").write_text("import colorsys, missing_module")
-    with fork_server.ForkServer(experiment=str(tmp_path / "experiment.py")) as server:
+    with contextlib.closing(fork_server.ForkServer(experiment=str(tmp_path / "experiment.py"))) as server:
         assert (
             start(server, module("import sys; sys.exit('colorsys' not in sys.modules)"), tmp_path / "log").wait() == 0
         )
 
 
 def test_a_fork_server_that_was_killed_starts_nothing(module):
-    with fork_server.ForkServer() as server:
+    with contextlib.closing(fork_server.ForkServer()) as server:
         os.killpg(server._process.pid, signal.SIGKILL)
         server._process.wait()
         assert server.start(module(SHOW), os.environ, None) is None
 
 
 def test_a_fork_server_that_is_stopped_is_not_waited_for(module):
-    with fork_server.ForkServer() as server:
+    with contextlib.closing(fork_server.ForkServer()) as server:
         os.kill(server._process.pid, signal.SIGSTOP)
         begin = time.monotonic()
         assert server.start(module(SHOW), os.environ, None) is None
@@ -103,7 +103,7 @@ def test_a_fork_server_that_is_stopped_is_not_waited_for(module):
 
 
 def test_a_signal_to_the_whole_group_ends_the_children_and_not_the_fork_server(module, tmp_path):
-    with fork_server.ForkServer() as server:
+    with contextlib.closing(fork_server.ForkServer()) as server:
         command = module("import threading; print('ready', flush=True); threading.Event().wait()")
         child = start(server, command, tmp_path / "log")
         while "ready" not in (tmp_path / "log").read_text():
@@ -156,7 +156,7 @@ def loaded(server, module, tmp_path):
 def test_what_children_import_is_imported_for_the_next(module, tmp_path):
     (tmp_path / "threading_starter.py").touch()
     (tmp_path / "names").write_text("wave\nno.such.module\nthreading_starter\n")
-    with fork_server.ForkServer() as server:
+    with contextlib.closing(fork_server.ForkServer()) as server:
         server.preload(tmp_path / "names")
         while loaded(server, module, tmp_path) != "True True":
             pass
@@ -167,7 +167,7 @@ def test_what_starts_threads_is_not_imported_for_the_next(module, tmp_path):
     (tmp_path / "threading_starter.py").write_text(STARTS_A_THREAD)
     (tmp_path / "tried.py").write_text(f"import pathlib; pathlib.Path({str(tmp_path / 'found')!r}).touch()")
     (tmp_path / "names").write_text("wave\nthreading_starter\ntried\n")
-    with fork_server.ForkServer() as server:
+    with contextlib.closing(fork_server.ForkServer()) as server:
         server.preload(tmp_path / "names")
         while not (tmp_path / "found").exists():
             assert loaded(server, module, tmp_path) == "False False"
@@ -182,7 +182,7 @@ def test_a_process_is_started_while_such_imports_are_tried(module, tmp_path):
     code += "if not (folder / 'go').exists(): (folder / 'trying').touch(); (folder / 'gate').read_text()"
     (tmp_path / "threading_starter.py").write_text(code)
     (tmp_path / "names").write_text("wave\nthreading_starter\n")
-    with fork_server.ForkServer() as server:
+    with contextlib.closing(fork_server.ForkServer()) as server:
         server.preload(tmp_path / "names")
         while not (tmp_path / "trying").exists():
             pass
@@ -194,6 +194,6 @@ def test_a_process_is_started_while_such_imports_are_tried(module, tmp_path):
 
 
 def test_a_file_of_names_that_is_gone_harms_nothing(module, tmp_path):
-    with fork_server.ForkServer() as server:
+    with contextlib.closing(fork_server.ForkServer()) as server:
         server.preload(tmp_path / "gone")
         assert start(server, module(SHOW_LOADED), tmp_path / "log").wait(timeout=60) == 0

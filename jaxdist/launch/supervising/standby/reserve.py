@@ -16,9 +16,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from jaxdist.errors import ExitStatus
+from jaxdist.errors import ExitStatus, say
 from jaxdist.launch.supervising import local_job, roster
-from jaxdist.launch.supervising.restart_events import say
 from jaxdist.launch.supervising.standby import standby_job
 
 WANTED_NAME = "standby"
