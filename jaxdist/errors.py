@@ -10,7 +10,7 @@ import site
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -66,6 +66,20 @@ def as_user_error() -> Iterator[None]:
         if place_of(error) is None and not isinstance(error, ValueError | OSError):
             raise
         raise UserError(describe(error)) from error
+
+
+@contextmanager
+def reworded(words: Mapping[str, str]) -> Iterator[None]:
+    """Replace words in the message of what the user can correct: those of another way in, or of another place."""
+    try:
+        yield
+    except (UserError, RunFailedError) as error:
+        if len(error.args) == 1:
+            text = str(error)
+            for word, instead in words.items():
+                text = text.replace(word, instead)
+            error.args = (text,)
+        raise
 
 
 def _show_uncaught(before: Callable[..., Any], kind: type[BaseException], error: BaseException, trace: Any) -> None:

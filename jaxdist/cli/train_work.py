@@ -127,7 +127,7 @@ def _train_here(
         if experiment.strategy == parser.PARAMETER_SERVER:  # set in the experiment, not on the command line
             return _by_server()(options, request, identity)
         shown.log = run_dir / "logs" / "process-0.log"
-        earlier = _how_it_ended(run_dir) if resume else None
+        earlier = record.readable(run_dir) if resume else None
         is_over = recovery.deadline(experiment.recovery)
         made = attempt.train(
             experiment,
@@ -152,22 +152,13 @@ def _train_here(
         )
     if made.end_reason is None:  # other processes are to take part, and the run continues
         return ExitStatus.RETRY
-    if runtime.is_first() and earlier == (made.step, made.end_reason):
+    if runtime.is_first() and earlier and (earlier.step, earlier.end_reason) == (made.step, made.end_reason):
         errors.say(
             f"The run in {working_copy.shown(run_dir)} had ended at step {made.step} already "
             f"({made.end_reason}); nothing was trained. To continue, raise the limit that ended it, for example with "
             "--max-steps."
         )
     return report(made, run_dir, as_json=options.json and runtime.is_first())
-
-
-def _how_it_ended(run_dir: pathlib.Path) -> tuple[int, str | None] | None:
-    """Return step and end reason of the run in `run_dir`, None without a record that can be read."""
-    try:
-        earlier = record.RunRecord.read(run_dir)
-    except (OSError, ValueError):
-        return None
-    return earlier.step, earlier.end_reason
 
 
 _START, _RESUME, _OVERWRITE = "start", "resume", "overwrite"

@@ -137,10 +137,11 @@ class _AssemblyProcess:
             error.add_note(f"In a worker process:\n{report.trace}")
             if report.slot < 0:
                 raise error
-            self._parts.pop(report.slot).fail(error)
+            self._parts.pop(report.slot).batch.fail(error)
         else:
             views = {name: self._slots[report.slot].view(place) for name, place in report.places.items()}
-            self._parts.pop(report.slot).store(views, report.bad)
+            part = self._parts.pop(report.slot)
+            part.batch.store(part.begin, views, report.bad)
         self.free.append(report.slot)
 
     def _died(self) -> AssemblyProcessDied:
@@ -237,14 +238,6 @@ class _Part(NamedTuple):
     begin: int
     epoch: int
     ids: np.ndarray
-
-    def store(self, rows: HostArrays, bad: dict[int, str]) -> None:
-        """Copy the rows into the batch."""
-        self.batch.store(self.begin, rows, bad)
-
-    def fail(self, error: Exception) -> None:
-        """Tell the batch that these rows could not be made."""
-        self.batch.fail(error)
 
 
 def _nameless_file() -> int:

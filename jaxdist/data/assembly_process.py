@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 from importlib.machinery import PathFinder
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,13 +25,6 @@ from jaxdist.data.assembly import BadExampleError, BatchBuffer, HostArrays, Reci
 from jaxdist.errors import ExitStatus
 
 _ALIGNMENT = 64
-
-
-class _Detachable(Protocol):
-    """A file descriptor that the process inherited."""
-
-    def detach(self) -> int:
-        """Return the descriptor, which is now the caller's to close."""
 
 
 class Task(NamedTuple):
@@ -98,11 +91,11 @@ class Slot:
 
 def run_assembly_process(
     connection: multiprocessing.connection.Connection,
-    slot_files: list[_Detachable],
-    current_file: _Detachable,
+    slot_files: list[Any],
+    current_file: Any,
     payload: bytes,
 ) -> None:
-    """Serve tasks until the connection ends; the main function of a worker process.
+    """Serve tasks until the connection ends; the main function of a worker process, which inherits the files (DupFd).
 
     `current_file` always holds `CURRENT`, so that the trainer can name the example if this process dies or hangs.
     """

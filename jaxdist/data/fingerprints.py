@@ -204,7 +204,7 @@ def _cached(settings: Sequence[object], lists: Sequence[FileList], take: Callabl
     state = hashlib.blake2b(digest_size=16)
     for files in lists:
         state.update(files.names.encode() + np.ascontiguousarray(files.stats).tobytes())
-    path = cache_folder() / "fingerprints" / f"{key}.json"
+    path = atomic.cache_folder() / "fingerprints" / f"{key}.json"
     with _one_at_a_time(path) if settings[0] == STRICT else contextlib.nullcontext():
         known = _read(path)
         if known.get("files") == state.hexdigest():
@@ -239,8 +239,3 @@ def _one_at_a_time(path: pathlib.Path) -> Iterator[None]:
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def cache_folder() -> pathlib.Path:
-    """Return the folder of what this machine keeps between runs: `jaxdist` in $XDG_CACHE_HOME or ~/.cache."""
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "jaxdist"

@@ -73,12 +73,10 @@ def stop_on_signal(environment: Mapping[str, str] = os.environ, *, answer: str =
     reader = threading.Thread(target=_read_signals, args=(told, request), name="jaxdist-signals", daemon=True)
     reader.start()
     pipe_before = signal.set_wakeup_fd(tell)
-    before = {number: signal.signal(number, request.handle) for number in heeded()}
     try:
-        yield request
+        with handled(request.handle):
+            yield request
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         signal.set_wakeup_fd(pipe_before)
         os.close(tell)  # ends the reader
         reader.join()
@@ -101,30 +99,25 @@ def leave_at_signals() -> dict[signal.Signals, Any]:
 
 
 @contextmanager
-def left_at_signals() -> Iterator[None]:
-    """Leave at once at a stop signal while the context lasts; see `leave_at_signals`."""
-    before = leave_at_signals()
-    try:
+def handled(handle: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    """Have the stop signals handled so while the context lasts."""
+    with restored({number: signal.signal(number, handle) for number in heeded()}):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
-def answered_by(leave: Callable[[], None]) -> Iterator[None]:
-    """Call `leave` at a stop signal while the context lasts."""
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        del number, frame
-        leave()
-
-    before = {number: signal.signal(number, handle) for number in heeded()}
+def restored(handlers: Mapping[Any, Any]) -> Iterator[None]:
+    """Set the handlers of signals, by number, when the context ends."""
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def left_at_signals() -> contextlib.AbstractContextManager[None]:
+    """Leave at once at a stop signal while the context lasts; see `leave_at_signals`."""
+    return restored(leave_at_signals())
 
 
 def leave_to_parent() -> None:

@@ -9,6 +9,7 @@ import dataclasses
 import datetime
 import math
 import pathlib
+import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -390,7 +391,7 @@ class Bookkeeper:
         is_first = jax.process_index() == 0
         return {
             "started": earlier.get("started") or datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-            "host": origin.host(),
+            "host": socket.gethostname(),
             "git": origin.git(folder) if is_first else None,
             "data_files": fingerprints.times_of(self.attempt.experiment.data.train) if is_first else None,
         }

@@ -288,18 +288,14 @@ def what_stays(experiment: Experiment) -> dict[str, Any]:
 
 def recorded_identity(run_dir: pathlib.Path) -> Any:
     """Return the identity in the run record, None without a record that can be read."""
-    try:
-        return record.RunRecord.read(run_dir).extra.get("identity")
-    except (OSError, ValueError):
-        return None
+    made = record.readable(run_dir)
+    return None if made is None else made.extra.get("identity")
 
 
 def when_started(run_dir: pathlib.Path) -> str | None:
     """Return when the run in `run_dir` began; "" of version 0.1, None without a record that can be read."""
-    try:
-        return str(record.RunRecord.read(run_dir).extra.get("started") or "")
-    except (OSError, ValueError):
-        return None
+    made = record.readable(run_dir)
+    return None if made is None else str(made.extra.get("started") or "")
 
 
 def check_nothing_is_lost(

@@ -72,6 +72,11 @@ def _sync(path: pathlib.Path) -> None:
         os.close(descriptor)
 
 
+def cache_folder() -> pathlib.Path:
+    """Return the folder of what this machine keeps between runs: `jaxdist` in $XDG_CACHE_HOME or ~/.cache."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "jaxdist"
+
+
 @contextlib.contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     """Let every OSError raised inside name `path`: a failed write (disk full) does not name it by itself."""

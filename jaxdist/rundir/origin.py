@@ -1,7 +1,6 @@
 """Where a run was made: the commit of the experiment's code, the host, and how much memory its devices needed."""
 
 import pathlib
-import socket
 import subprocess
 from collections.abc import Sequence
 from typing import Any
@@ -26,11 +25,6 @@ def _git(directory: pathlib.Path, *arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
-
-
-def host() -> str:
-    """Return the name of this host."""
-    return socket.gethostname()
 
 
 def peak_memory_bytes(devices: Sequence[Any]) -> dict[str, int] | None:

@@ -117,6 +117,14 @@ class RunRecord:
             raise ValueError(f"{path} is not a jaxdist run record: {error} {advice}") from error
 
 
+def readable(run_dir: str | os.PathLike[str]) -> RunRecord | None:
+    """Return the record of `run_dir`, None without one that can be read."""
+    try:
+        return RunRecord.read(run_dir)
+    except (OSError, ValueError):
+        return None
+
+
 KEYS = tuple(field.name for field in dataclasses.fields(RunRecord) if field.name != "extra")
 """The top-level keys that every run.json has, in order."""
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 from jaxdist.data.remote import addresses, compression
+from jaxdist.rundir import files
 
 _NUM_LOCKS = 64
 _GB = 10**9
@@ -43,9 +44,7 @@ class FileCache:
     """
 
     def __init__(self, folder: str | os.PathLike | None = None, *, limit_gb: float | None = None):
-        home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-        chosen = folder or os.environ.get("JAXDIST_CACHE") or home / "jaxdist" / "files"
-        self.folder = pathlib.Path(chosen)
+        self.folder = pathlib.Path(folder or os.environ.get("JAXDIST_CACHE") or files.cache_folder() / "files")
         self.limit = int(_GB * (_limit_from_environment() if limit_gb is None else limit_gb))
         if self.limit < 1:
             raise ValueError(f"The limit of a cache is a positive number of GB; got {self.limit / _GB:g}.")

@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from jaxdist.data import fingerprints
+from jaxdist.rundir import files
 
 
 class KeptState(NamedTuple):
@@ -64,7 +64,7 @@ class KeptStates:
 
     def _path(self, shard: int) -> pathlib.Path:
         if self._own is None:
-            folder = fingerprints.cache_folder() / "streams" if self._given is None else pathlib.Path(self._given)
+            folder = files.cache_folder() / "streams" if self._given is None else pathlib.Path(self._given)
             self._own = folder / self._name().replace(":", "-")
             with contextlib.suppress(OSError):
                 self._own.mkdir(parents=True, exist_ok=True)

@@ -104,9 +104,9 @@ def await_coordinator(place: places.Place, deadline: float) -> None:
         time.sleep(_RETRY_SECONDS)
 
 
-def own_address(coordinator: str) -> str:
-    """Return the address of the interface of this machine that leads to the coordinator; nothing is sent."""
-    host, port = split(coordinator)
+def own_address(peer: str) -> str:
+    """Return the address of the interface of this machine that leads to `peer`, HOST:PORT; nothing is sent."""
+    host, port = split(peer)
     family, _, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(target)

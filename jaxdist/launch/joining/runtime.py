@@ -19,6 +19,7 @@ import numpy as np
 from jaxdist.errors import ExitStatus, UserError, say
 from jaxdist.launch import parent
 from jaxdist.launch.joining import coordinator, places, same_on_all
+from jaxdist.rundir import files
 from jaxdist.spmd import jax_private
 from jaxdist.spmd.canonical import thread_pool
 
@@ -124,8 +125,7 @@ def use_compilation_cache(num_devices: int) -> None:
     Those for `num_devices` CPU devices belong to the number of XLA's threads.
     """
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "jaxdist" / "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(files.cache_folder() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_COMPILE_SECONDS)
     jax_private.share_cache_keys(f"{_processor()} {thread_pool.size(num_devices)}")
 

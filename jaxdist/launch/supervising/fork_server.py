@@ -44,7 +44,7 @@ _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Child:
-    """A process forked by the fork server and adopted by this one, with the methods of `subprocess.Popen`."""
+    """A process forked by the fork server and adopted by this one, with methods of `subprocess.Popen`."""
 
     def __init__(self, process_id: int):
         self.pid = process_id
@@ -75,14 +75,6 @@ class Child:
         """Send a signal, unless it has ended."""
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._descriptor, number)
-
-    def terminate(self) -> None:
-        """Send SIGTERM."""
-        self.send_signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        """Send SIGKILL."""
-        self.send_signal(signal.SIGKILL)
 
 
 class ForkServer:

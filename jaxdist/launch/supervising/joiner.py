@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import select
+import signal
 import socket
 import sys
 import threading
@@ -83,7 +84,7 @@ def join(run_dir: pathlib.Path, num_processes: int, preload: Sequence[str]) -> i
             forks.is_ready()
             forks.preload(memory / joined.MODULES_NAME)
             joiner = _Joiner(channel, num_processes, forks.start)
-            with stop_signals.answered_by(joiner.leave):
+            with stop_signals.handled(joiner.leave):
                 return joiner.run()
 
 
@@ -114,7 +115,7 @@ class _Joiner:
                     self._receive()
         finally:
             for process in list(self._running.values()):
-                process.kill()
+                process.send_signal(signal.SIGKILL)
         say(self._over or "The processes have left the job.")
         return ExitStatus.FAILED if self._over == _GONE else ExitStatus.OK
 
@@ -152,7 +153,7 @@ class _Joiner:
         with self._lock:
             del self._running[process.pid]
 
-    def leave(self) -> None:
+    def leave(self, *_: object) -> None:
         """Leave at the end of a step; asked again, a second or more later, at once."""
         if self._asked_at is None:
             self._asked_at = time.monotonic()

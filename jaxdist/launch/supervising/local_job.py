@@ -59,12 +59,6 @@ class Process(Protocol):
     def send_signal(self, sig: int, /) -> None:
         """Send a signal, unless it has ended."""
 
-    def terminate(self) -> None:
-        """Send SIGTERM."""
-
-    def kill(self) -> None:
-        """Send SIGKILL."""
-
 
 def start(command: Sequence[str], environment: Mapping[str, str], output: IO[bytes] | None) -> Process:
     """Start a process in its own session; without `output` it shares the output of this one."""
@@ -341,16 +335,13 @@ def _end(processes: Sequence[Process], grace_seconds: float) -> None:
     """Ask the processes that still run to end, kill them after `grace_seconds`, and kill what they left behind."""
     running = [process for process in processes if process.poll() is None]
     for process in running:
-        if stopped.is_stopped(process.pid):
-            process.kill()
-        else:
-            process.terminate()
+        process.send_signal(signal.SIGKILL if stopped.is_stopped(process.pid) else signal.SIGTERM)
     deadline = time.monotonic() + grace_seconds
     for process in running:
         try:
             process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            process.kill()
+            process.send_signal(signal.SIGKILL)
             process.wait()
     for process in processes:
         _end_group(process.pid)

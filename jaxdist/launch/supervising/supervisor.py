@@ -148,7 +148,7 @@ def run(job: Job, *, num_processes: int, settings: RestartSettings) -> int:
                 stopped=attempts.stopped,
             )
         finally:
-            attempts.restore_record()
+            attempts.record.restore()
             saved = _save(job, memory, "preempted" if attempts.stopped() else "error")
         return ExitStatus.FAILED if status == ExitStatus.OK and not saved else status
 
@@ -189,6 +189,7 @@ class _Attempts:
     Attributes:
       roster: the processes that take part, of which the supervisor's own are `num_processes` at first.
       reserve: the processes of the next attempt.
+      record: the run record, kept.
     """
 
     def __init__(
@@ -203,7 +204,7 @@ class _Attempts:
         self._stopped_seconds = settings.hang_seconds + STOPPED_MARGIN_SECONDS
         self._patience_seconds = settings.patience_seconds
         self._events = Events(job.run_dir)
-        self._record = _KeptRecord(job.run_dir)
+        self.record = _KeptRecord(job.run_dir)
         self._standstill = Standstill(memory)
         self._preloaded = False
         self.roster = roster.Roster(num_processes, job.start, lambda: self.reserve.change())
@@ -216,16 +217,12 @@ class _Attempts:
         """Return whether a signal came or the deadline has passed."""
         return bool(self._signals.received) or time.monotonic() >= self._deadline
 
-    def restore_record(self) -> None:
-        """Write the run record again if it is missing or damaged."""
-        self._record.restore()
-
     def make(self, number: int, num_processes: int) -> Attempt:
         """Run the job once, to its end."""
         job, events = self._job, self._events
         board.clear(self._memory)
         if number:
-            self._record.restore()
+            self.record.restore()
         before = _changed_at(job.run_dir)
         log_dir = self._log_dir(number)
         self._standstill.withdraw()
@@ -297,7 +294,7 @@ class _Attempts:
         return self._job.run_dir / "logs" / f"attempt-{number}"
 
     def _look(self) -> None:
-        self._record.look()
+        self.record.look()
         names = self._memory / joined.MODULES_NAME
         if not self._preloaded and names.exists():
             self._preloaded = True
@@ -356,25 +353,18 @@ class _KeptRecord:
         changed = _changed_at(self._path.parent)
         if changed in (0, self._changed):
             return
-        with contextlib.suppress(OSError, ValueError):
-            record.RunRecord.read(self._path.parent)
-            self._changed, self._content = changed, self._path.read_bytes()
+        with contextlib.suppress(OSError):
+            if record.readable(self._path.parent):
+                self._changed, self._content = changed, self._path.read_bytes()
 
     def restore(self) -> None:
         """Write the record again if it is missing or damaged."""
-        if not self._content or _is_readable(self._path.parent):
+        if not self._content or record.readable(self._path.parent):
             return
         with contextlib.suppress(OSError):  # the next attempt reports the error
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.write_bytes(self._content)
             say(f"{self._path} was removed or damaged; it is written again.")
-
-
-def _is_readable(run_dir: pathlib.Path) -> bool:
-    with contextlib.suppress(OSError, ValueError):
-        record.RunRecord.read(run_dir)
-        return True
-    return False
 
 
 class _StoppedWatch:

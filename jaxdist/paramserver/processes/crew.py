@@ -38,39 +38,31 @@ class Crew(Protocol):
     @property
     def names(self) -> list[str]:
         """The processes that it keeps alive."""
-        ...
 
     @property
     def restarts(self) -> int:
         """How many times processes were restarted."""
-        ...
 
     def start(self) -> None:
         """Start all processes."""
-        ...
 
     def look_after(self) -> dict[str, int]:
         """Restart processes that died; return their names, and the largest boot number that each had.
 
         Raises RunFailedError for a process that dies repeatedly, or if the scheduler ended.
         """
-        ...
 
     def progressed(self) -> None:
         """Note that the run made progress: deaths are counted from zero again."""
-        ...
 
     def retire(self, names: Sequence[str]) -> None:
         """Have workers leave the run after their step; see `take_left`."""
-        ...
 
     def take_left(self) -> list[str]:
         """Return the workers that have left since the last call."""
-        ...
 
     def close(self, *, orderly: bool) -> None:
         """End all processes; `orderly` gives them time to exit by themselves."""
-        ...
 
 
 class LocalCrew:

@@ -25,7 +25,6 @@ class StateMachine(Protocol):
 
     def handle(self, message: messages.Message, now: float) -> tuple[list[effects.Send], list[effects.Effect]]:
         """Handle one message; return what to send after the effects are done."""
-        ...
 
 
 class World(Protocol):
@@ -33,47 +32,36 @@ class World(Protocol):
 
     def now(self) -> float:
         """Return the seconds of a clock that starts anywhere; if it is set back, no time passes for the machine."""
-        ...
 
     def take_heartbeat(self) -> Received | None:
         """Return the next heartbeat that waits, if any, even if other messages were received before it."""
-        ...
 
     def take(self, seconds: float) -> Received | None:
         """Return the next message received; None if none comes for that long."""
-        ...
 
     def send(self, to: str, message: messages.Message) -> None:
         """Send `message` to the process named `to`, or drop it."""
-        ...
 
     def append(self, record: messages.Message) -> None:
         """Append a record to the log; it is durable on return."""
-        ...
 
     def replace(self, record: messages.Message) -> None:
         """Replace the whole log by `record`, atomically; it is durable on return."""
-        ...
 
     def write(self, name: str, content: messages.Message) -> None:
         """Begin to write a file atomically; messages.Written is received later."""
-        ...
 
     def load(self, name: str) -> None:
         """Begin to read a file; messages.Loaded is received later."""
-        ...
 
     def prepare(self, lease: messages.Lease) -> None:
         """Begin to read the examples of `lease`, before its params have arrived."""
-        ...
 
     def warn(self, text: str) -> None:
         """Show a warning to the user."""
-        ...
 
     def compute(self, effect: effects.Compute) -> None:
         """Begin to compute a gradient, after what was prepared; messages.Computed is received later."""
-        ...
 
 
 class Driver:

@@ -20,6 +20,7 @@ from typing import Any
 
 from jaxdist.errors import ExitStatus, UserError, as_user_error, say
 from jaxdist.launch import signals as stop_signals
+from jaxdist.launch.joining import coordinator
 from jaxdist.paramserver.processes import admission, peer_addresses, run_folder
 from jaxdist.paramserver.processes.crew import LocalCrew
 from jaxdist.paramserver.protocol.settings import SCHEDULER, worker_number
@@ -28,11 +29,6 @@ from jaxdist.rundir import lock
 
 _LOOK_SECONDS = 0.1
 GONE = "The run has ended without a word; its workers here are ended too."
-
-
-def is_run(run_dir: pathlib.Path) -> bool:
-    """Return whether a parameter server trains, or has trained, in a run directory."""
-    return (run_dir / run_folder.DIRECTORY_NAME / run_folder.SPEC_NAME).exists()
 
 
 def join(run_dir: pathlib.Path, num_workers: int) -> int:
@@ -93,7 +89,7 @@ def _take_part(line: admission.Line, num_workers: int, directory: pathlib.Path, 
     if not greeting:
         raise UserError("The run has just ended.")
     spec = _spec_here(run_folder.Spec.of(greeting["spec"]), greeting, directory, experiment)
-    host = peer_addresses.own_host(spec.peers[SCHEDULER])
+    host = coordinator.own_address(spec.peers[SCHEDULER])
     given = peer_addresses.free_addresses(host, num_workers)
     line.say(addresses=given, facts=admission.facts_of(pathlib.Path(spec.experiment)))
     answer = line.hear() or {"error": "The run has just ended."}
@@ -148,7 +144,7 @@ class Keeper:
         self._crew.start()
         alive_at = 0.0
         try:
-            with stop_signals.answered_by(self._leave):
+            with stop_signals.handled(self._leave):
                 while self._over is None and self._crew.names:
                     while not self._heard.empty():
                         self._heard.get()()
@@ -190,7 +186,7 @@ class Keeper:
             self._crew.add(name)
             say(f"{name} of a machine that was lost runs here from now on.")
 
-    def _leave(self) -> None:
+    def _leave(self, *_: object) -> None:
         """Have the workers leave after their step; asked again, a second or more later, end them.
 
         The servers of a machine of `ps.hosts` are needed until the run has ended, however often it is asked.

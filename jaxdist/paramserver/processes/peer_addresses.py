@@ -54,15 +54,6 @@ def announce(directory: pathlib.Path, name: str, address: str) -> None:
     write_file(directory / ADDRESSES_NAME / f"{name.replace('/', '-')}{_SUFFIX}", [address.encode()])
 
 
-def own_host(peer: str) -> str:
-    """Return the address of this machine from which it reaches `peer` (`host:port`)."""
-    host, _, port = peer.rpartition(":")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect((host.strip("[]"), int(port)))  # chooses a route, and sends nothing
-        return probe.getsockname()[0]
-
-
 def free_addresses(host: str, count: int) -> list[str]:
     """Return addresses of this machine, `host` with ports that are free."""
     if host == local_job.LOOPBACK:

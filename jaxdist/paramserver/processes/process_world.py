@@ -30,7 +30,6 @@ class Sender(Protocol):
 
     def send(self, to: str, message: messages.Message) -> None:
         """Send `message` to the process named `to`."""
-        ...
 
 
 class Log:

@@ -27,7 +27,6 @@ class Updater(Protocol):
 
     def init(self, params: Arrays) -> Arrays:
         """Return the optimizer state for blocks `params`."""
-        ...
 
     def update(
         self, params: Arrays, opt_state: Arrays, grads: Arrays, *, step: int, scale: float, norm_squared: float
@@ -42,7 +41,6 @@ class Updater(Protocol):
           scale: factor on the update.
           norm_squared: squared norm of the mean gradient over all shards; only meaningful with `needs_norm`.
         """
-        ...
 
 
 class Outcome(effects.Output):

@@ -57,15 +57,12 @@ class Receiver(Protocol):
 
     def is_up(self) -> bool:
         """Return whether the process lives."""
-        ...
 
     def is_reading(self) -> bool:
         """Return whether the process lives and is not stopped."""
-        ...
 
     def receive(self, message: messages.Message, handled: Callable[[], None]) -> None:
         """Take a message; `handled` is called once it has been handled."""
-        ...
 
 
 class Network:

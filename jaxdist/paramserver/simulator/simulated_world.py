@@ -26,15 +26,12 @@ class Owner(Protocol):
 
     def note(self, process: str, what: Any) -> None:
         """Keep an event for the checker."""
-        ...
 
     def computed(self, effect: effects.Compute, worker: int) -> tuple[messages.Computed, float]:
         """Return a gradient, and how long it takes."""
-        ...
 
     def died(self, process: "SimulatedProcess") -> None:
         """Let a process die."""
-        ...
 
 
 @dataclass(slots=True)

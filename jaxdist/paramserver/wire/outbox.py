@@ -20,11 +20,9 @@ class Queued(Protocol):
     @property
     def num_bytes(self) -> int:
         """The length on the wire."""
-        ...
 
     def is_same(self, other: Self) -> bool:
         """Return whether both are the same message, sent twice."""
-        ...
 
 
 P = TypeVar("P", bound=Queued)

@@ -114,8 +114,7 @@ def read(compiled: jax.stages.Compiled) -> ProgramFacts:
 
 def cache_folder() -> pathlib.Path:
     """Return the folder of the cache, beside that of compiled programs."""
-    home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    return home / "jaxdist" / "plans"
+    return files.cache_folder() / "plans"
 
 
 def _key(lowered: Any, devices: Sequence[jax.Device], topology: str) -> str:

@@ -16,9 +16,9 @@ from jaxdist.plan.estimate import Estimate
 from jaxdist.plan.search import Candidate
 from jaxdist.plan.showing import efficiency_chart, plan_text, roofline
 from jaxdist.plan.showing.plan_text import seconds_text, size_text
+from jaxdist.run.use.reporting import report_page
 from jaxdist.rundir import files
 
-_MARK = 'name="generator" content="jaxdist plan"'
 _STYLE_OF = "jaxdist.run.use.reporting"
 _KINDS = {
     "params": 0,
@@ -110,12 +110,7 @@ def write(page: Page, out: pathlib.Path) -> int:
 
 def check_output(out: pathlib.Path) -> None:
     """Raise UserError unless `out` is a new file or an earlier plan, in an existing folder."""
-    if not out.parent.is_dir():
-        raise errors.UserError(f"The folder of the page must exist; there is no {out.parent}. Create it.")
-    with errors.as_user_error():
-        foreign = out.exists() and not (out.is_file() and _MARK in out.read_bytes()[:2000].decode(errors="replace"))
-    if foreign:
-        raise errors.UserError(f"{out} exists and is not a plan, so it is not replaced. Name another file with --out.")
+    report_page.check_output(out, kind="plan", of="page")
 
 
 def render(page: Page) -> str:

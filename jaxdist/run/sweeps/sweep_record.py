@@ -119,10 +119,7 @@ def is_sweep(path: pathlib.Path) -> bool:
 
 def run_of(sweep_dir: pathlib.Path, trial: Trial) -> record.RunRecord | None:
     """Return the run record of a trial; None before it has one, or if it is damaged."""
-    try:
-        return record.RunRecord.read(sweep_dir / trial.name)
-    except (OSError, ValueError):
-        return None
+    return record.readable(sweep_dir / trial.name)
 
 
 def is_over(sweep_dir: pathlib.Path, trial: Trial) -> bool:

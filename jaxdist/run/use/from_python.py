@@ -60,7 +60,7 @@ def train(
     if resume and overwrite:
         raise errors.UserError("resume continues a run and overwrite replaces it; got both. Leave one out.")
     experiment = experiment if experiment.name else dataclasses.replace(experiment, name=_UNNAMED)
-    with _said_in_python():
+    with errors.reworded(_IN_PYTHON):
         place = place_of_run(os.fspath(run_dir or directory.default_run_dir(experiment.name, resume=resume)))
         chosen = list(jax.devices() if devices is None else devices)
         how = working_copy.HowToBegin(resume=resume, overwrite=overwrite)
@@ -110,17 +110,3 @@ def _stopped_by_signal() -> Iterator[Callable[[int], bool]]:
     if signal.getsignal(request.signal) == signal.SIG_DFL:
         raise SystemExit(int(errors.ExitStatus.RETRY))
     signal.raise_signal(request.signal)
-
-
-@contextlib.contextmanager
-def _said_in_python() -> Iterator[None]:
-    """Let messages name arguments of `train` where they name options of the command line."""
-    try:
-        yield
-    except errors.UserError as error:
-        if len(error.args) == 1:
-            text = str(error)
-            for option, argument in _IN_PYTHON.items():
-                text = text.replace(option, argument)
-            error.args = (text,)
-        raise

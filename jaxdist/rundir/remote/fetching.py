@@ -8,8 +8,9 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from jaxdist import errors
 from jaxdist.checkpoint import step_names
-from jaxdist.errors import RunFailedError, UserError
+from jaxdist.errors import UserError
 from jaxdist.rundir import files, lock
 from jaxdist.rundir.remote import job_object, mirror, run_store, uploads
 from jaxdist.rundir.remote.run_address import Address, RunPlace, place_of_run
@@ -194,18 +195,9 @@ def as_address(place: RunPlace | str) -> Address | None:
     return found if isinstance(found, Address) else None
 
 
-@contextlib.contextmanager
-def named_as(address: Address, *paths: pathlib.Path) -> Iterator[None]:
+def named_as(address: Address, *paths: pathlib.Path) -> contextlib.AbstractContextManager[None]:
     """Let the message of a mistake name the address, which the user knows, and not a copy on this machine."""
-    try:
-        yield
-    except (UserError, RunFailedError) as error:
-        if len(error.args) == 1:
-            text = str(error)
-            for path in paths:
-                text = text.replace(str(path), str(address))
-            error.args = (text,)
-        raise
+    return errors.reworded({str(path): str(address) for path in paths})
 
 
 @contextlib.contextmanager

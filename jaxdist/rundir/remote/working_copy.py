@@ -101,8 +101,7 @@ def opened(
 
 def folder_of(address: Address) -> pathlib.Path:
     """Return the folder of the working copy of a remote run directory on this machine."""
-    home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    root = os.environ.get(FOLDER_VARIABLE) or home / "jaxdist" / "remote"
+    root = os.environ.get(FOLDER_VARIABLE) or files.cache_folder() / "remote"
     return pathlib.Path(root).absolute() / address.folder_name
 
 

@@ -62,9 +62,9 @@ def test_a_child_can_be_killed_and_outlives_the_fork_server(module, tmp_path):
     assert child.poll() is None
     with pytest.raises(subprocess.TimeoutExpired):
         child.wait(timeout=0.01)
-    child.kill()
+    child.send_signal(signal.SIGKILL)
     assert child.wait(timeout=60) == -signal.SIGKILL
-    child.terminate()  # it has ended: nothing happens
+    child.send_signal(signal.SIGTERM)  # it has ended: nothing happens
 
 
 STARTS_A_THREAD = "import threading; threading.Thread(target=threading.Event().wait, daemon=True).start()"

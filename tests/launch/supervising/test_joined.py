@@ -95,7 +95,7 @@ def test_a_process_that_joined_is_killed_by_the_supervisor(people, join, tmp_pat
     join(1)
     (process,) = run(people, "wait", tmp_path)
     assert process.poll() is None
-    process.kill()
+    process.send_signal(signal.SIGKILL)
     assert process.wait(SECONDS) == -signal.SIGKILL
 
 
@@ -105,7 +105,7 @@ def test_processes_leave_when_the_command_is_asked_to_end(people, join, tmp_path
     asked.leave()
     until(people.is_due)
     assert people.lost() == 0
-    process.terminate()
+    process.send_signal(signal.SIGTERM)
     assert process.wait(SECONDS) == -signal.SIGTERM
     assert len(people.begin(people.target())) == 1
 

@@ -30,19 +30,15 @@ class JobUnderFire(Protocol):
 
     def target(self, strike: strikes.Strike) -> Target | None:
         """Return the process to strike; None while the moment of `strike` has not come."""
-        ...
 
     def has_size(self, num_processes: int) -> bool:
         """Return whether the job makes steps on so many processes."""
-        ...
 
     def held(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which the job makes no step, if it would not wait by itself for processes that join."""
-        ...
 
     def is_ready(self, num_processes: int) -> bool:
         """Return whether so many processes have started, if the job does not wait for them by itself."""
-        ...
 
 
 class Striker:

@@ -21,8 +21,6 @@ from jaxdist.rundir import files
 
 FILE_NAME = "report.html"
 MOST_BYTES = 4_000_000
-_MARK = 'name="generator" content="jaxdist report"'
-"""Marks a page as a report, which may be replaced; any other file is the user's."""
 
 
 def write(run_dirs: Sequence[pathlib.Path], out: pathlib.Path) -> int:
@@ -45,17 +43,19 @@ def write(run_dirs: Sequence[pathlib.Path], out: pathlib.Path) -> int:
     return len(page)
 
 
-def check_output(out: pathlib.Path) -> None:
-    """Raise UserError unless `out` is a new file or an earlier report, in an existing folder."""
+def check_output(out: pathlib.Path, *, kind: str = "report", of: str = "report") -> None:
+    """Raise UserError unless `out` is a new file or an earlier page of this kind, in an existing folder.
+
+    Pages are marked, and may be replaced; any other file is the user's. `of` is what messages call the page.
+    """
     if not out.parent.is_dir():
-        raise errors.UserError(f"The folder of the report must exist; there is no {out.parent}. Create it.")
-    if not out.exists():
-        return
+        raise errors.UserError(f"The folder of the {of} must exist; there is no {out.parent}. Create it.")
+    mark = f'name="generator" content="jaxdist {kind}"'
     with errors.as_user_error():
-        is_report = out.is_file() and _MARK in out.read_bytes()[:2000].decode(errors="replace")
-    if not is_report:
+        foreign = out.exists() and not (out.is_file() and mark in out.read_bytes()[:2000].decode(errors="replace"))
+    if foreign:
         raise errors.UserError(
-            f"{out} exists and is not a report, so it is not replaced. Name another file with --out."
+            f"{out} exists and is not a {kind}, so it is not replaced. Name another file with --out."
         )
 
 
