@@ -122,12 +122,10 @@ def _add_uses(commands: Any) -> None:
     predict = _add(commands, "predict", "use_command:predict", "write a trained model's outputs for some examples")
     export = _add(commands, "export", "use_command:export", "write a trained model in a format that others read")
     for command in (evaluate, predict, export):
-        command.add_argument("run_dir", type=place_of_run, metavar="RUN_DIR", help="the run directory, or its address")
+        _add_run(command)
         command.add_argument(
             "--checkpoint", type=_checkpoint, default="best", metavar="C", help="best (default), last, or a step"
         )
-        command.add_argument("--experiment", metavar="FILE", help="the experiment, where its file was moved")
-        command.add_argument("--devices", type=_positive, metavar="N", help="devices to compute on")
     predict.add_argument("input", metavar="INPUT", help="a .npz, .npy, .csv or .parquet file, or a folder of images")
     predict.add_argument("out", type=pathlib.Path, metavar="OUT", help="a new .npz, .csv or .parquet file")
     export.add_argument(
@@ -145,16 +143,20 @@ def _add_uses(commands: Any) -> None:
 
 def _add_replay(commands: Any) -> None:
     replay = _add(commands, "replay", "replay_command:replay", "compute a step of a canonical run again and compare")
-    replay.add_argument("run_dir", type=place_of_run, metavar="RUN_DIR", help="the run directory, or its address")
+    _add_run(replay)
     replay.add_argument("--step", type=_positive, required=True, metavar="N", help="the step; the first is 1")
-    replay.add_argument("--experiment", metavar="FILE", help="the experiment, where its file was moved")
-    replay.add_argument("--devices", type=_positive, metavar="N", help="devices to compute on")
     diff = _add(
         commands, "diff", "replay_command:diff", "the first step, leaf and logical shard in which two runs differ"
     )
     diff.add_argument("run_dirs", nargs=2, type=place_of_run, metavar="RUN_DIR", help="two canonical runs")
     for command in (replay, diff):
         command.add_argument("--json", action="store_true", help="print the result as one JSON object")
+
+
+def _add_run(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run_dir", type=place_of_run, metavar="RUN_DIR", help="the run directory, or its address")
+    command.add_argument("--experiment", metavar="FILE", help="the experiment, where its file was moved")
+    command.add_argument("--devices", type=_positive, metavar="N", help="devices to compute on")
 
 
 def _checkpoint(text: str) -> str:
@@ -318,22 +320,18 @@ def _run(text: str) -> str:
     return str(_local(text))
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a positive whole number is needed; got {text!r}")
-    return int(text)
+def _at_least(least: int, kind: str) -> Callable[[str], int]:
+    def whole(text: str) -> int:
+        if not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"a {kind} is needed; got {text!r}")
+        return int(text)
+
+    return whole
 
 
-def _several(text: str) -> int:
-    if not text.isdigit() or int(text) < _LEAST_STEPS:
-        raise argparse.ArgumentTypeError(f"a whole number of at least {_LEAST_STEPS} is needed; got {text!r}")
-    return int(text)
-
-
-def _whole(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"a whole number is needed; got {text!r}")
-    return int(text)
+_positive = _at_least(1, "positive whole number")
+_whole = _at_least(0, "whole number")
+_several = _at_least(_LEAST_STEPS, f"whole number of at least {_LEAST_STEPS}")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -6,7 +6,7 @@ each at its peak rate (roofline model; Williams, Waterman and Patterson, 2009); 
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -247,8 +247,8 @@ def read(program: facts.ProgramFacts, step_flops: float, parts: components.Parts
         bound_seconds=bounds,
         compiler_seconds=program.optimal_seconds,
         collectives=collectives.summarize(found),
-        collective_axes=by_axis(found, mesh.shape),
-        collective_lines=by_line(found),
+        collective_axes=sent_by(lambda each: "+".join(each.axes(mesh.shape)), found),
+        collective_lines=sent_by(lambda each: each.caused_by, found),
         buffers=program.buffers,
         peak_flops_per_second=chip.flops_per_second,
         peak_bytes_per_second=chip.memory_bytes_per_second,
@@ -274,13 +274,14 @@ def network_seconds(found: Sequence[collectives.Collective], chip: Chip) -> floa
     return sum(each.sent_bytes / chip.bytes_per_second(each.devices) for each in found)
 
 
-def by_axis(found: Sequence[collectives.Collective], mesh: Mapping[str, int]) -> dict[str, float]:
-    """Return for each axis, or several at once, the bytes that a device sends across it, most first."""
-    axes: dict[str, float] = {}
+def sent_by(
+    name_of: Callable[[collectives.Collective], str], found: Sequence[collectives.Collective]
+) -> dict[str, float]:
+    """Return for each name that `name_of` gives a collective the bytes that a device sends, most first."""
+    sums: dict[str, float] = {}
     for each in found:
-        name = "+".join(each.axes(mesh))
-        axes[name] = axes.get(name, 0.0) + each.sent_bytes
-    return dict(sorted(axes.items(), key=lambda item: -item[1]))
+        sums[name_of(each)] = sums.get(name_of(each), 0.0) + each.sent_bytes
+    return dict(sorted(sums.items(), key=lambda item: -item[1]))
 
 
 def device_bytes(program: facts.ProgramFacts, parts: components.Parts) -> DeviceBytes:
@@ -303,14 +304,6 @@ def device_bytes(program: facts.ProgramFacts, parts: components.Parts) -> Device
 def batch_bytes(parts: components.Parts) -> int:
     """Return the bytes of a global batch."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in parts.fields.values())
-
-
-def by_line(found: Sequence[collectives.Collective]) -> dict[str, float]:
-    """Return for each line of code the bytes that a device sends because of it, most first."""
-    lines: dict[str, float] = {}
-    for each in found:
-        lines[each.caused_by] = lines.get(each.caused_by, 0.0) + each.sent_bytes
-    return dict(sorted(lines.items(), key=lambda item: -item[1]))
 
 
 def _shard_shape(leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:

@@ -115,7 +115,7 @@ def _described_gpus(name: str, kind: str, count: int) -> Sequence[jax.Device]:
 
 
 def _tpu(name: str, kind: str, shape: str) -> Topology:
-    _check_sides(name, shape)
+    _check_sides(name, shape)  # before anything is started
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             f"{name} is compiled for by libtpu, which is not installed. It needs no TPU: pip install 'jaxdist[tpu]'."

@@ -1,7 +1,7 @@
 """The parts of the report that are text and tables, as HTML: they are readable without a script."""
 
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxdist.run.stopwatch import ACCOUNTS
@@ -177,15 +177,16 @@ def _changes(run: ReportedRun) -> str:
     if not changes:
         return ""
     rows = [
-        [text(each["kind"]), f"{each['step']:,}", f"{each['processes']}", _lost(each["seconds_lost"])]
+        [
+            text(each["kind"]),
+            f"{each['step']:,}",
+            f"{each['processes']}",
+            _known(seconds_in_words, each["seconds_lost"]),
+        ]
         for each in changes
     ]
     head = ["Change", "From step", "Processes", "Lost"]
     return f"<h3>{html.escape(run.name)}</h3>{_table(head, rows)}"
-
-
-def _lost(seconds: float | None) -> str:
-    return _NONE if seconds is None else seconds_in_words(seconds)
 
 
 def _attempts(run: ReportedRun) -> str:
@@ -198,8 +199,7 @@ def _attempts(run: ReportedRun) -> str:
 
 def _attempt_row(event: AttemptEvent) -> list[str]:
     where = f"{event.number} on {event.host}" if event.host else str(event.number)
-    lasted = _NONE if event.seconds is None else seconds_in_words(event.seconds)
-    saved = _NONE if event.saved_step is None else f"{event.saved_step:,}"
+    lasted, saved = _known(seconds_in_words, event.seconds), _known("{:,}".format, event.saved_step)
     return [html.escape(where), seconds_in_words(event.started), lasted, html.escape(event.ended), saved]
 
 
@@ -208,12 +208,11 @@ def _memory(runs: Sequence[ReportedRun]) -> str:
     devices = sorted({device for each in peaks for device in each}, key=lambda device: (len(device), device))
     if not devices:
         return '<p class="quiet">The devices do not report how much memory they use; CPU devices never do.</p>'
-    rows = [[f"device {html.escape(device)}", *(_size(each.get(device)) for each in peaks)] for device in devices]
+    rows = [
+        [f"device {html.escape(device)}", *(_known(bytes_in_words, each.get(device)) for each in peaks)]
+        for device in devices
+    ]
     return _table(["Most memory", *map(_head, range(len(runs)), runs)], rows, numbers=True)
-
-
-def _size(count: int | None) -> str:
-    return _NONE if count is None else bytes_in_words(count)
 
 
 def _servers(runs: Sequence[ReportedRun]) -> str:
@@ -240,6 +239,10 @@ def _settings(run: ReportedRun) -> str:
     flat = record.flat("", run.record.config) | record.flat("versions", run.record.versions)
     rows = [[f"<code>{html.escape(name)}</code>", text(value)] for name, value in flat.items()]
     return f"<details><summary>{html.escape(run.name)}</summary>{_table(['Setting', 'Value'], rows)}</details>"
+
+
+def _known(words: Callable[[Any], str], value: Any) -> str:
+    return _NONE if value is None else words(value)
 
 
 def _head(number: int, run: ReportedRun) -> str:
