@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.random.bit_generator import ISeedSequence
@@ -71,28 +71,18 @@ class Made(NamedTuple):
     bad: dict[int, str]
 
 
-class Assembler(Protocol):
-    """Turns plans into batches, possibly ahead of time."""
-
-    def submit(self, plan: BatchPlan) -> Callable[[], Made]:
-        """Begin a batch; the returned function waits for it, and raises the error of its assembly, if there was one."""
-
-    def close(self) -> None:
-        """Drop unfinished work and end every thread and process."""
-
-
 class SerialAssembler:
-    """Assembles a batch at the moment it is asked for, in the caller's thread."""
+    """Assembles a batch at the moment it is asked for, in the caller's thread; other assemblers work ahead of time."""
 
     def __init__(self, recipe: Recipe):
         self._recipe = recipe
 
     def submit(self, plan: BatchPlan) -> Callable[[], Made]:
-        """See Assembler."""
+        """Begin a batch; the returned function waits for it, and raises the error of its assembly, if there was one."""
         return lambda: make_rows(self._recipe, plan.epoch, plan.ids)
 
     def close(self) -> None:
-        """See Assembler."""
+        """Drop unfinished work and end every thread and process."""
 
 
 class ThreadAssembler:
@@ -104,7 +94,7 @@ class ThreadAssembler:
         self._pool = _Threads(num_threads)
 
     def submit(self, plan: BatchPlan) -> Callable[[], Made]:
-        """See Assembler."""
+        """See SerialAssembler."""
         if self._recipe.whole:
             whole = self._pool.submit(self._make_whole, plan)
             return lambda: self._watch.wait_for(whole)
@@ -126,7 +116,7 @@ class ThreadAssembler:
             return make_rows(self._recipe, plan.epoch, plan.ids)
 
     def close(self) -> None:
-        """See Assembler; does not wait for an example that has taken too long."""
+        """See SerialAssembler; does not wait for an example that has taken too long."""
         self._pool.close(wait=not self._watch.late)
 
 

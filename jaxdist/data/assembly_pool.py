@@ -45,7 +45,7 @@ class ProcessAssembler:
         self._workers = [_AssemblyProcess(number, payload, num_slots) for number in range(num_workers)]
 
     def submit(self, plan: BatchPlan) -> Callable[[], Made]:
-        """See Assembler."""
+        """See SerialAssembler."""
         ranges = split_evenly(len(plan.ids), len(self._workers))
         batch = _Batch(len(plan.ids), len(ranges))
         self._waiting += [_Part(batch, begin, plan.epoch, plan.ids[begin:end]) for begin, end in ranges]
@@ -78,7 +78,7 @@ class ProcessAssembler:
             worker.receive()
 
     def close(self) -> None:
-        """See Assembler. Workers hold no state, so they are killed without a request."""
+        """See SerialAssembler. Workers hold no state, so they are killed without a request."""
         for worker in self._workers:
             worker.process.kill()
         for worker in self._workers:

@@ -32,6 +32,7 @@ class HostBatch(NamedTuple):
     position: Position
 
 
+_Assembler: TypeAlias = assembly.SerialAssembler | assembly.ThreadAssembler | assembly_pool.ProcessAssembler
 _Pending: TypeAlias = tuple[Callable[[], assembly.Made], assembly.BatchPlan, Position]
 
 
@@ -259,7 +260,7 @@ class Loader:
         """Whether batches are made one after the other, in the thread that iterates."""
         return not self.num_workers and self.num_threads == 0 and self.timeout_seconds is None
 
-    def _make_assembler(self) -> assembly.Assembler:
+    def _make_assembler(self) -> _Assembler:
         recipe = self.recipe
         if self.num_workers:
             kept = self._kept.take()

@@ -12,7 +12,7 @@ import pathlib
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 
@@ -31,13 +31,6 @@ from jaxdist.run.warm_start import beginning
 from jaxdist.rundir import confusion, files, full_disk, origin, record, rich_values, writers
 from jaxdist.rundir.remote import working_copy
 from jaxdist.stop import Progress
-
-
-class SavedPosition(Protocol):
-    """A position in the data that a checkpoint can store."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the position as plain data."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,8 +290,11 @@ class Bookkeeper:
         chosen = self.attempt.experiment.checkpoints.every_steps is not None
         return chosen or self.checkpointer.may_save(LARGEST_SHARE_OF_SAVES)
 
-    def save(self, state: Any, place: SavedPosition, **more: Any) -> None:
-        """Save a checkpoint of the present step, unless there is one; `more` goes into its data_state."""
+    def save(self, state: Any, place: Any, **more: Any) -> None:
+        """Save a checkpoint of the present step, unless there is one.
+
+        `place` is the position in the data, which has `to_json`; `more` goes into its data_state.
+        """
         step, self.unsaved_best = self.progress.step, False
         if self._saved_step == step:
             return

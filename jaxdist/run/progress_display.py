@@ -10,7 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 import rich.console
 import rich.progress
@@ -24,19 +24,6 @@ _EPOCH_SECONDS = 1.0
 """Least time between two lines of a log file."""
 _WIDE, _NARROW = 20, 10
 """Columns of the bar, on a terminal of 100 columns or more, and on a smaller one."""
-
-
-class Display(Protocol):
-    """Shows a run; `contextlib.closing` closes it at the end, also by an exception or Ctrl-C."""
-
-    def update(self, step: int, metrics: Mapping[str, Any] | None = None, *, epoch: int = 0) -> None:
-        """Note that `step` and `epoch` are finished, and the latest metrics (whatever float() takes); redraw if due."""
-
-    def finish(self, summary: Mapping[str, object]) -> None:
-        """Close, then print how the run ended, one entry per line: end reason, path of the run record, and so on."""
-
-    def close(self) -> None:
-        """Restore the terminal. May be called twice."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,7 +93,7 @@ def make_display(
     deciding: Deciding | None = None,
     silent: bool = False,
     stream: TextIO | None = None,
-) -> Display:
+) -> "Silent | Lines | Bar":
     """Return a bar if the stream is a terminal, else plain lines; nothing at all when silent.
 
     Args:
@@ -200,16 +187,16 @@ class Pace:
 
 
 class Silent:
-    """Shows nothing."""
+    """Shows nothing; what its methods say holds for every display. `contextlib.closing` closes one at any end."""
 
     def update(self, step: int, metrics: Mapping[str, Any] | None = None, *, epoch: int = 0) -> None:
-        """See Display."""
+        """Note that `step` and `epoch` are finished, and the latest metrics (whatever float() takes); redraw if due."""
 
     def finish(self, summary: Mapping[str, object]) -> None:
-        """See Display."""
+        """Close, then print how the run ended, one entry per line: end reason, path of the run record, and so on."""
 
     def close(self) -> None:
-        """See Display."""
+        """Restore the terminal. May be called twice."""
 
 
 class Lines:
@@ -230,7 +217,7 @@ class Lines:
         self._unsaid = False
 
     def update(self, step: int, metrics: Mapping[str, Any] | None = None, *, epoch: int = 0) -> None:
-        """See Display."""
+        """See Silent."""
         latest = {**self._latest, **(metrics or {})}
         self._unsaid = self._unsaid or step != self._pace.step or latest.keys() != self._latest.keys()
         self._unsaid = self._unsaid or any(value is not self._latest[name] for name, value in latest.items())
@@ -242,13 +229,13 @@ class Lines:
             self._say()
 
     def finish(self, summary: Mapping[str, object]) -> None:
-        """See Display."""
+        """See Silent."""
         if self._unsaid:
             self._say()
         print(format_summary(summary), file=self._stream, flush=True)
 
     def close(self) -> None:
-        """See Display."""
+        """See Silent."""
 
     def _say(self) -> None:
         self._unsaid = False
@@ -291,7 +278,7 @@ class Bar:
         console.show_cursor(True)
 
     def update(self, step: int, metrics: Mapping[str, Any] | None = None, *, epoch: int = 0) -> None:
-        """See Display."""
+        """See Silent."""
         self._latest.update(metrics or {})
         self._pace.step = step
         now = self._pace.clock()
@@ -300,13 +287,13 @@ class Bar:
             self._draw()
 
     def finish(self, summary: Mapping[str, object]) -> None:
-        """See Display."""
+        """See Silent."""
         self._draw()
         self.close()
         self._bar.console.print(format_summary(summary), markup=False, soft_wrap=True)
 
     def close(self) -> None:
-        """See Display."""
+        """See Silent."""
         # Nothing is fetched from a device here: after an error or in a hang that may raise, or block.
         self._bar.stop()
 

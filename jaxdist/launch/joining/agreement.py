@@ -20,7 +20,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import jax
 
@@ -57,40 +57,8 @@ class Decision:
     next_after: int
 
 
-class Channel(Protocol):
-    """Carries decisions from process 0 to all, and requests to stop from all to process 0."""
-
-    def publish(self, decision: Decision) -> None:
-        """Send the next decision without waiting. Called by process 0."""
-
-    def receive(self) -> Decision:
-        """Return the next decision; waits for it. Called by every process."""
-
-    def ask(self) -> None:
-        """Ask process 0 to end training."""
-
-    def asked(self) -> bool:
-        """Return whether any process has asked; this may be known with a delay."""
-
-    def meet(self, name: str) -> None:
-        """Return once every process has called this with the same name; each name once."""
-
-
-class Agreement(Protocol):
-    """What the processes of a run agree on: `Alone` for a job of one process, `Shared` for larger ones."""
-
-    def stop(self, wanted: Callable[[int], bool]) -> Callable[[int], bool]:
-        """Return `stop_requested(step)` for `loop.fit`: true on every process at one step, soon after any wants it."""
-
-    def number(self, name: str, start: float) -> Callable[[float], float]:
-        """Return `agreed(number)`: what process 0 passed some steps ago, `start` at first; equal at equal steps."""
-
-    def meet(self, name: str) -> None:
-        """Return once every process has called this with the same name; each name once in a run."""
-
-
 class Alone:
-    """The agreement of a process with itself."""
+    """The agreement of a process with itself; see `Shared` for that of several."""
 
     def stop(self, wanted: Callable[[int], bool]) -> Callable[[int], bool]:
         """Return `wanted`."""
@@ -114,7 +82,7 @@ class Shared:
       clock: seconds, for the time between two decisions.
     """
 
-    def __init__(self, channel: Channel, *, decides: bool, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, channel: "StoreChannel", *, decides: bool, clock: Callable[[], float] = time.monotonic):
         self._channel, self._decides = channel, decides
         self._pace = _Pace(clock)
         self._measured: dict[str, float] = {}
@@ -123,7 +91,7 @@ class Shared:
         self._asked = False
 
     def number(self, name: str, start: float) -> Callable[[float], float]:
-        """Return a function that all processes call at the same steps; see `Agreement`."""
+        """Return `agreed(number)`: what process 0 passed some steps ago, `start` at first; equal at equal steps."""
 
         def agreed(number: float) -> float:
             self._measured[name] = number
@@ -132,7 +100,7 @@ class Shared:
         return agreed
 
     def stop(self, wanted: Callable[[int], bool]) -> Callable[[int], bool]:
-        """Return a function to be called after every step; see `Agreement`."""
+        """Return `stop_requested(step)` for `loop.fit`: true on every process at one step, soon after any wants it."""
 
         def stop_requested(step: int) -> bool:
             if not self._asked and wanted(step):
@@ -143,7 +111,7 @@ class Shared:
         return stop_requested
 
     def meet(self, name: str) -> None:
-        """Wait for the others at the coordinator; see `Agreement`."""
+        """Return once every process has called this with the same name; each name once in a run."""
         self._channel.meet(name)
 
     def due(self, step: int) -> bool:
@@ -283,6 +251,10 @@ class StoreChannel:
 
     def _key(self, number: int) -> str:
         return f"{self._prefix}/decision/{number}"
+
+
+Agreement: TypeAlias = Alone | Shared
+"""What the processes of a run agree on."""
 
 
 @contextlib.contextmanager

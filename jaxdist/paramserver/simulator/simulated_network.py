@@ -9,7 +9,7 @@ import collections
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from jaxdist.paramserver.protocol import messages
 from jaxdist.paramserver.simulator.fault_rates import Faults, Hardware
@@ -50,19 +50,6 @@ class Arrived:
 
     connection: tuple[str, str, int]
     identity: bytes
-
-
-class Receiver(Protocol):
-    """A process, as the network sees it."""
-
-    def is_up(self) -> bool:
-        """Return whether the process lives."""
-
-    def is_reading(self) -> bool:
-        """Return whether the process lives and is not stopped."""
-
-    def receive(self, message: messages.Message, handled: Callable[[], None]) -> None:
-        """Take a message; `handled` is called once it has been handled."""
 
 
 class Network:
