@@ -1,6 +1,7 @@
 """Compressed files: by Python's own modules, Zstandard by the package zstandard, which only this module imports."""
 
 import bz2
+import functools
 import gzip
 import lzma
 import zlib
@@ -18,19 +19,12 @@ def compression_of(name: str) -> Callable[[BinaryIO], Iterator[bytes]] | None:
     What is returned yields the content in pieces, and raises EOFError where the file is not whole, or another error of
     its library.
     """
-    lower = name.lower()
-    if lower.endswith((".gz", ".tgz")):
-        return _gunzip
-    if lower.endswith(".bz2"):
-        return _unbzip2
-    if lower.endswith(".xz"):
-        return _unxz
-    return _unzstd if lower.endswith((".zst", ".zstd")) else None
+    return next((unpack for suffix, _, unpack in _KINDS if name.lower().endswith(suffix)), None)
 
 
 def without_compression(name: str) -> str:
     """Return the name of the file's content."""
-    for suffix, other in ((".tgz", ".tar"), (".gz", ""), (".bz2", ""), (".xz", ""), (".zstd", ""), (".zst", "")):
+    for suffix, other, _ in _KINDS:
         if name.lower().endswith(suffix):
             return name[: -len(suffix)] + other
     return name
@@ -62,20 +56,8 @@ def _zstd_error() -> type[Exception]:
         return EOFError  # no such error can be raised without it
 
 
-def _gunzip(source: BinaryIO) -> Iterator[bytes]:
-    return _pieces(gzip.GzipFile(fileobj=source))
-
-
-def _unbzip2(source: BinaryIO) -> Iterator[bytes]:
-    return _pieces(bz2.BZ2File(source))
-
-
-def _unxz(source: BinaryIO) -> Iterator[bytes]:
-    return _pieces(lzma.LZMAFile(source))
-
-
-def _pieces(unpacked: Any) -> Iterator[bytes]:
-    with unpacked:
+def _pieces(library: Callable[[BinaryIO], Any], source: BinaryIO) -> Iterator[bytes]:
+    with library(source) as unpacked:
         while piece := unpacked.read(_CHUNK):
             yield piece
 
@@ -93,3 +75,15 @@ def _unzstd(source: BinaryIO) -> Iterator[bytes]:
             frame = None
     if frame is not None:
         raise EOFError("the file ends within a frame")
+
+
+_gunzip = functools.partial(_pieces, lambda source: gzip.GzipFile(fileobj=source))
+_KINDS = (
+    (".tgz", ".tar", _gunzip),
+    (".gz", "", _gunzip),
+    (".bz2", "", functools.partial(_pieces, bz2.BZ2File)),
+    (".xz", "", functools.partial(_pieces, lzma.LZMAFile)),
+    (".zstd", "", _unzstd),
+    (".zst", "", _unzstd),
+)
+"""For each suffix, what the content's name has in its place, and what unpacks it."""

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 import pathlib
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
@@ -103,10 +104,12 @@ class FileCache:
     def _copy(self, address: str, path: pathlib.Path) -> BinaryIO:
         self._make_room(address, addresses.file_facts(address).size or 0)
         with self._part(path.name) as part:
-            if compression.compression_of(address) is None:
-                addresses.download(address, part.name) if addresses.is_address(address) else _copy_local(address, part)
-            else:
+            if compression.compression_of(address) is not None:
                 self._decompress(address, part)
+            elif addresses.is_address(address):
+                addresses.download(address, part.name)
+            else:
+                shutil.copyfile(address, part.name)
             part.flush()
             os.fsync(part.fileno())
             self._make_room(address, 0)
@@ -181,12 +184,6 @@ def _opened(path: pathlib.Path) -> BinaryIO:
     with contextlib.suppress(FileNotFoundError):
         os.utime(path, ns=(time.time_ns(), modified))
     return file
-
-
-def _copy_local(path: str, part: BinaryIO) -> None:
-    with open(path, "rb") as source:
-        while piece := source.read(2**20):
-            part.write(piece)
 
 
 def _copies(folder: pathlib.Path) -> Iterator[tuple[int, int, pathlib.Path]]:

@@ -9,7 +9,7 @@ import sys
 import threading
 import traceback
 import types
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -38,14 +38,9 @@ _LEAVE_SECONDS = 3.0
 """How long a process that exits because of an error waits for the others to exit too."""
 
 
-def in_job(environment: Mapping[str, str] = os.environ) -> bool:
-    """Return whether this process was started by our launcher as one of several."""
-    return NUM_PROCESSES in environment
-
-
-def is_alone(environment: Mapping[str, str] = os.environ) -> bool:
+def is_alone() -> bool:
     """Return whether no launcher of ours started this process."""
-    return parent.PARENT_ID not in environment
+    return parent.PARENT_ID not in os.environ
 
 
 def is_first() -> bool:
@@ -137,7 +132,7 @@ def _processor(cpuinfo: pathlib.Path = pathlib.Path("/proc/cpuinfo")) -> str:
     return hashlib.sha256("\n".join([platform.machine(), *kind]).encode()).hexdigest()
 
 
-def keep_native_output_apart(environment: Mapping[str, str] = os.environ) -> None:
+def keep_native_output_apart() -> None:
     """Let native code print to this process's log, or to standard error without one; Python prints as before.
 
     Gloo and the coordination service say on both streams what only a developer can read. `sys.__stderr__`, and so
@@ -146,9 +141,9 @@ def keep_native_output_apart(environment: Mapping[str, str] = os.environ) -> Non
     sys.stdout.flush()
     sys.stderr.flush()
     sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
-    if LOG in environment:
+    if LOG in os.environ:
         with contextlib.suppress(OSError):  # on a full disk the terminal has to do
-            log = os.open(environment[LOG], os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            log = os.open(os.environ[LOG], os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
             sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
             os.dup2(log, 2)
             os.close(log)

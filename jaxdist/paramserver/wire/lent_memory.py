@@ -25,7 +25,6 @@ MOST_SEGMENTS = 3
 """Segments of one connection; while the receiver has all of them, messages go through the socket."""
 MAGIC = b"jxdm"
 _NOTICE = struct.Struct("<4sIQQ")  # number and size of a segment, and the number of one that is no longer used
-NOTICE_BYTES = _NOTICE.size
 
 
 class Segment:

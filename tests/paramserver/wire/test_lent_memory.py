@@ -188,4 +188,4 @@ def test_what_is_no_memory_of_the_declared_size_is_refused(pair, size, declared,
 
 
 def test_a_notice_is_the_size_of_a_prefix():
-    assert lent_memory.NOTICE_BYTES == encoding.PREFIX_BYTES
+    assert lent_memory._NOTICE.size == encoding.PREFIX_BYTES
