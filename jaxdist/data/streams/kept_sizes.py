@@ -7,6 +7,8 @@ import os
 import pathlib
 from collections.abc import Callable
 
+from jaxdist.rundir import files
+
 
 class KeptSizes(collections.UserDict):
     """Sizes by the number of a shard; each is a small file, written whole, so several processes may share a folder.
@@ -33,7 +35,5 @@ class KeptSizes(collections.UserDict):
         self.data[shard] = size
         if self._own is None:
             return
-        part = self._own / f"{shard}.{os.getpid()}.part"
         with contextlib.suppress(OSError):  # a full disk costs the counting, not the run
-            part.write_text(str(size))
-            os.replace(part, self._own / f"{shard}.size")
+            files.write_unsynced(self._own / f"{shard}.size", [str(size).encode()])

@@ -11,11 +11,13 @@ needs no history: a reader goes back by less than a window.
 """
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from jaxdist.data import order
 from jaxdist.data.order import BatchIds, Permutation
 
 LANES_VERSION = 1
@@ -25,7 +27,7 @@ _IDS_AT_A_TIME = 4096
 
 
 @dataclasses.dataclass(frozen=True)
-class Lanes:
+class Lanes(order.Contiguous):
     """The order of shards whose sizes are known: an epoch is one pass, with each example exactly once.
 
     The shards, in another order in every epoch, are laid end to end, and the whole is cut into lanes of equal length.
@@ -73,19 +75,12 @@ class Lanes:
 
     def batches(self, num_examples: int, seed: int, epoch: int, start: int, size: int) -> Iterator[BatchIds]:
         """See Order."""
-
-        def ids_at(begin: int, end: int) -> np.ndarray:
-            return self(num_examples, seed, epoch, begin, end)
-
+        ids_at = functools.partial(self, num_examples, seed, epoch)
         return _batches(ids_at, num_examples, self.num_lanes, 0, start, size)
-
-    def num_batches(self, num_examples: int, size: int) -> int:
-        """See Order."""
-        return -(-num_examples // size)
 
 
 @dataclasses.dataclass(frozen=True)
-class EndlessLanes:
+class EndlessLanes(order.Contiguous):
     """The order of shards whose sizes are unknown: each lane repeats its own shards, and an epoch has a given length.
 
     The id of a lane's n-th example since the beginning is n * num_lanes + lane, so ids rise from epoch to epoch.
@@ -112,16 +107,9 @@ class EndlessLanes:
 
     def batches(self, num_examples: int, seed: int, epoch: int, start: int, size: int) -> Iterator[BatchIds]:
         """See Order."""
-
-        def ids_at(begin: int, end: int) -> np.ndarray:
-            return self(num_examples, seed, epoch, begin, end)
-
+        ids_at = functools.partial(self, num_examples, seed, epoch)
         first_lane = epoch * num_examples % self.num_lanes
         return _batches(ids_at, num_examples, self.num_lanes, first_lane, start, size)
-
-    def num_batches(self, num_examples: int, size: int) -> int:
-        """See Order."""
-        return -(-num_examples // size)
 
 
 def in_windows(places: np.ndarray, window: int, length: int | None, *name: str | int) -> np.ndarray:

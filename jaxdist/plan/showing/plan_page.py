@@ -8,7 +8,7 @@ import importlib.resources
 import pathlib
 import re
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from jaxdist import errors
 from jaxdist.plan.device_sweep import SweepRow
@@ -16,10 +16,9 @@ from jaxdist.plan.estimate import Estimate
 from jaxdist.plan.search import Candidate
 from jaxdist.plan.showing import efficiency_chart, plan_text, roofline
 from jaxdist.plan.showing.plan_text import seconds_text, size_text
-from jaxdist.run.use.reporting import report_page
+from jaxdist.run.use.reporting import report_page, sections
 from jaxdist.rundir import files
 
-_STYLE_OF = "jaxdist.run.use.reporting"
 _KINDS = {
     "params": 0,
     "opt_state": 6,
@@ -64,7 +63,7 @@ def of_search(found: Sequence[Candidate], text: str, *, price_per_hour: float | 
         return None
     rows = [[html.escape(" ".join(each.assignments)), *_candidate_cells(each.estimate, each.refused)] for each in found]
     step = "A step, predicted" if best.predicted_seconds else "A step at least"
-    table = _table(["Settings", "Memory of a device", step, "Bound by", "Fits"], rows)
+    table = sections.table(["Settings", "Memory of a device", step, "Bound by", "Fits"], rows)
     return Page(
         f"{best.experiment} on {best.topology}: search",
         best,
@@ -87,7 +86,7 @@ def of_sweep(rows: Sequence[SweepRow], text: str) -> Page:
         ]
         for row in rows
     ]
-    table = _table(
+    table = sections.table(
         ["Devices", "A step at least", "Efficiency", "Bound by", "Network no longer bounds with", "Source"], cells
     )
     last = rows[-1].made
@@ -116,7 +115,7 @@ def check_output(out: pathlib.Path) -> None:
 def render(page: Page) -> str:
     """Return the page as HTML."""
     made = page.made
-    style = (importlib.resources.files(_STYLE_OF) / "page.css").read_text(encoding="utf-8")
+    style = report_page.text_of("page.css")
     dark = re.search(r':root\[data-theme="dark"\] (\{.*?\n\})', style, re.DOTALL)
     assert dark is not None, "page.css has no dark theme"
     badge, verdict = _verdict(made)
@@ -207,7 +206,7 @@ def _buffers(made: Estimate) -> str:
          f"<code>{html.escape(plan_text.short_line(each.line) if each.line else '-')}</code>", html.escape(each.what)]
         for each in made.buffers
     ]  # fmt: skip
-    return _table(["Bytes", "Arrays", "Shape", "Line", "Made by"], rows)
+    return sections.table(["Bytes", "Arrays", "Shape", "Line", "Made by"], rows)
 
 
 def _bounds(made: Estimate) -> str:
@@ -241,16 +240,16 @@ def _rate_text(flops_per_second: float) -> str:
 def _collectives(made: Estimate) -> str:
     if not made.collectives:
         return "<p>None.</p>"
-    kinds = _table(
+    kinds = sections.table(
         ["Kind", "A step", "Sent by each device"],
         ([kind, str(count), size_text(sent)] for kind, (count, sent) in made.collectives.items()),
     )
-    axes = _table(
+    axes = sections.table(
         ["Axis of the mesh", "Sent by each device"],
         ([html.escape(axis) or "&ndash;", size_text(sent)] for axis, sent in made.collective_axes.items()),
     )
     lines = [(line, sent) for line, sent in made.collective_lines.items() if line][: plan_text.MOST_LINES]
-    caused = _table(
+    caused = sections.table(
         ["Line", "Sent by each device"],
         ([f"<code>{html.escape(plan_text.short_line(line))}</code>", size_text(sent)] for line, sent in lines),
     )
@@ -262,9 +261,3 @@ def _candidate_cells(made: Estimate | None, refused: str) -> list[str]:
         return ["&ndash;", "&ndash;", "&ndash;", html.escape(f"refused: {refused.splitlines()[0]}")]
     fits = "&ndash;" if made.fits is None else "yes" if made.fits else "no"
     return [size_text(made.bytes.total), seconds_text(made.step_seconds), made.bound_by, fits]
-
-
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    titles = "".join(f"<th>{cell}</th>" for cell in head)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<div class=scroll><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>"

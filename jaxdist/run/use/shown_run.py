@@ -28,12 +28,11 @@ def rows(run_dir: object, step: int, made: record.RunRecord) -> dict[str, str]:
 
 def as_line(run_dir: object, step: int, made: record.RunRecord) -> str:
     """Return a run in a line."""
-    shown = [f"{name}={format_number(value)}" for name, value in made.metrics.items() if _is_evaluated(name, value)]
+    values = confusion.without_entries(made.metrics).items()
+    shown = [
+        f"{name}={format_number(value)}" for name, value in values if name.startswith("eval/") and value is not None
+    ]
     return f"TrainedRun({', '.join([repr(str(run_dir)), f'step={step}', *shown])})"
-
-
-def _is_evaluated(name: str, value: float | None) -> bool:
-    return name.startswith("eval/") and value is not None and name in confusion.without_entries({name: value})
 
 
 def as_table(found: Mapping[str, str]) -> Table:

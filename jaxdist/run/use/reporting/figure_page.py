@@ -1,8 +1,6 @@
 """One chart as a page: a file of HTML that needs no network, as the report, for figures that are no run."""
 
 import html
-import importlib.resources
-import json
 import pathlib
 import string
 from collections.abc import Mapping, Sequence
@@ -85,14 +83,13 @@ def make(
         "</div></section>"
         for index, (heading, _, _) in enumerate(figures)
     )
-    style = (importlib.resources.files(report_page.__package__) / "page.css").read_text(encoding="utf-8")
     return _PAGE.safe_substitute(
         title=html.escape(title),
         said=html.escape(said),
         figures=cards,
-        style=style,
+        style=report_page.text_of("page.css"),
         policy=report_page.policy(live=False),
-        data=json.dumps(content, allow_nan=False).replace("<", "\\u003c"),
+        data=report_page.for_script(content),
         library=report_page.library(),
     )
 

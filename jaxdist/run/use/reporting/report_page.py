@@ -70,17 +70,17 @@ def make(run_dirs: Sequence[pathlib.Path], *, live: str = "") -> str:
         if len(names) == 1
         else f"{len(names)} runs"
     )
-    template = string.Template(_text("page.html"))
+    template = string.Template(text_of("page.html"))
     parts = dict(found["parts"])
     page = template.substitute(
         parts,
         sweep_table=parts.pop("sweep"),
         title=html.escape(title),
         made=html.escape(found["made"]),
-        style=_text("page.css"),
-        script=_text("page.js"),
-        data=_for_script(found["runs"]),
-        sweep=_for_script(found["sweep"]),
+        style=text_of("page.css"),
+        script=text_of("page.js"),
+        data=for_script(found["runs"]),
+        sweep=for_script(found["sweep"]),
         library=library(),
         version=html.escape(importlib.metadata.version("jaxdist")),
         policy=policy(live=bool(live)),
@@ -113,12 +113,13 @@ def policy(*, live: bool) -> str:
     return f"default-src 'none'; {connect}script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
 
-def _for_script(value: Any) -> str:
+def for_script(value: Any) -> str:
     """Return JSON for a script element, such that no string in it can end the element."""
     return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def _text(name: str) -> str:
+def text_of(name: str) -> str:
+    """Return the content of a file of the page: its template, style or script."""
     return (importlib.resources.files(__package__) / name).read_text(encoding="utf-8")
 
 

@@ -133,7 +133,7 @@ def _command(run: ReportedRun) -> str:
 def _last_metrics(runs: Sequence[ReportedRun]) -> str:
     names = dict.fromkeys(name for run in runs for name in run.record.metrics)
     rows = [[html.escape(name), *(_last(run, name) for run in runs)] for name in names if not confusion.is_entry(name)]
-    return _table(["Last value", *map(_head, range(len(runs)), runs)], rows, numbers=True) if rows else ""
+    return table(["Last value", *map(_head, range(len(runs)), runs)], rows, numbers=True) if rows else ""
 
 
 def _last(run: ReportedRun, name: str) -> str:
@@ -152,7 +152,7 @@ def _times(runs: Sequence[ReportedRun]) -> str:
     rows = [[f'<i class="swatch {name}"></i>{name}', *(_account(run, name) for run in runs)] for name in used]
     totals = ["<b>all</b>", *(seconds_in_words(sum(run.record.time_seconds.values())) for run in runs)]
     head = ["Account", *map(_head, range(len(runs)), runs)]
-    return f'<div class="bars">{bars}</div>{_table(head, [*rows, totals], numbers=True)}'
+    return f'<div class="bars">{bars}</div>{table(head, [*rows, totals], numbers=True)}'
 
 
 def _time_bar(number: int, run: ReportedRun, longest: float) -> str:
@@ -186,7 +186,7 @@ def _changes(run: ReportedRun) -> str:
         for each in changes
     ]
     head = ["Change", "From step", "Processes", "Lost"]
-    return f"<h3>{html.escape(run.name)}</h3>{_table(head, rows)}"
+    return f"<h3>{html.escape(run.name)}</h3>{table(head, rows)}"
 
 
 def _attempts(run: ReportedRun) -> str:
@@ -194,7 +194,7 @@ def _attempts(run: ReportedRun) -> str:
         return ""
     rows = [_attempt_row(each) for each in run.attempts]
     head = ["Attempt", "Began after", "Lasted", "Ended", "Newest saved step"]
-    return f"<h3>{html.escape(run.name)}</h3>{run.timeline}{_table(head, rows)}"
+    return f"<h3>{html.escape(run.name)}</h3>{run.timeline}{table(head, rows)}"
 
 
 def _attempt_row(event: AttemptEvent) -> list[str]:
@@ -212,7 +212,7 @@ def _memory(runs: Sequence[ReportedRun]) -> str:
         [f"device {html.escape(device)}", *(_known(bytes_in_words, each.get(device)) for each in peaks)]
         for device in devices
     ]
-    return _table(["Most memory", *map(_head, range(len(runs)), runs)], rows, numbers=True)
+    return table(["Most memory", *map(_head, range(len(runs)), runs)], rows, numbers=True)
 
 
 def _servers(runs: Sequence[ReportedRun]) -> str:
@@ -223,7 +223,7 @@ def _servers(runs: Sequence[ReportedRun]) -> str:
         [words, *(f"{each[name]:,}" if name in each else _NONE for each in counts)] for name, words in _COUNTERS.items()
     ]
     pictures = [f"<h3>{html.escape(run.name)}</h3>{run.leases}" for run in runs if run.leases]
-    return _table(["Parameter server", *map(_head, range(len(runs)), runs)], rows, numbers=True) + "".join(pictures)
+    return table(["Parameter server", *map(_head, range(len(runs)), runs)], rows, numbers=True) + "".join(pictures)
 
 
 def _differences(runs: Sequence[ReportedRun], differences: Mapping[str, Sequence[Any]]) -> str:
@@ -232,13 +232,13 @@ def _differences(runs: Sequence[ReportedRun], differences: Mapping[str, Sequence
     if not differences:
         return '<p class="quiet">The runs have the same settings.</p>'
     rows = [[f"<code>{html.escape(name)}</code>", *map(text, values)] for name, values in differences.items()]
-    return _table(["Setting", *map(_head, range(len(runs)), runs)], rows)
+    return table(["Setting", *map(_head, range(len(runs)), runs)], rows)
 
 
 def _settings(run: ReportedRun) -> str:
     flat = record.flat("", run.record.config) | record.flat("versions", run.record.versions)
     rows = [[f"<code>{html.escape(name)}</code>", text(value)] for name, value in flat.items()]
-    return f"<details><summary>{html.escape(run.name)}</summary>{_table(['Setting', 'Value'], rows)}</details>"
+    return f"<details><summary>{html.escape(run.name)}</summary>{table(['Setting', 'Value'], rows)}</details>"
 
 
 def _known(words: Callable[[Any], str], value: Any) -> str:
@@ -253,7 +253,7 @@ def _swatch(number: int) -> str:
     return f'<i class="swatch" style="background:var(--run-{number % 8})"></i>'
 
 
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]], *, numbers: bool = False) -> str:
+def table(head: Iterable[str], rows: Iterable[Iterable[str]], *, numbers: bool = False) -> str:
     """Return a table of cells that are already HTML; wide tables scroll."""
     body = "".join(f"<tr>{_cells('td', row)}</tr>" for row in rows)
     kind = ' class="numbers"' if numbers else ""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxdist.run.sweeps import ranking, sweep_record
-from jaxdist.run.use.reporting import run_data
+from jaxdist.run.use.reporting import run_data, sections
 from jaxdist.rundir import record
 from jaxdist.rundir.writers import format_number
 
@@ -108,10 +108,9 @@ def table(sweep_dir: pathlib.Path, sweep: sweep_record.Sweep) -> str:
     heads = ranking.columns(sweep)
     names = ["rank", *heads.values(), sweep.metric, "step", "ended", "seconds", "trial"]
     cells = (_cells(place, each, heads) for place, each in enumerate(ranked, 1))
-    rows = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in cells)
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
-    body = f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
-    return body + (_best(sweep_dir, ranked[0]) if ranked and ranked[0].works else "")
+    return sections.table(map(html.escape, names), cells) + (
+        _best(sweep_dir, ranked[0]) if ranked and ranked[0].works else ""
+    )
 
 
 def _cells(place: int, each: ranking.Ranked, heads: dict[str, str]) -> list[str]:
