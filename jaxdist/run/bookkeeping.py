@@ -449,15 +449,10 @@ class Bookkeeper:
         """Return what a user is shown when a run has ended."""
         run_dir, saved = working_copy.shown(self.attempt.run_dir), self.checkpointer.latest_step()
         checkpoint = f"{run_dir}/{directory.CHECKPOINTS_NAME} (step {saved})"
-        evaluated = {
-            name: value
-            for name, value in confusion.without_entries(made.metrics).items()
-            if name.startswith("eval/") and value is not None
-        }
         return {
             "end reason": made.end_reason,
             "step": made.step,
-            **{name: writers.format_number(value) for name, value in evaluated.items()},
+            **{name: writers.format_number(value) for name, value in confusion.evaluated(made.metrics).items()},
             **self._best_value(),
             "run record": f"{run_dir}/{record.FILE_NAME}",
             "metrics": f"{run_dir}/{writers.JSONL_NAME}",

@@ -281,7 +281,24 @@ def make_loader(experiment: Experiment, *, fingerprint: str | None = None) -> da
 def make_eval_loaders(experiment: Experiment) -> dict[str, data.Loader]:
     """Return a loader for each set of held-out examples: each of them once, in the source's order."""
     sources = data_fields.named_sources(experiment.data.eval)
-    return {name: _make_eval_loader(experiment, source) for name, source in sources.items()}
+    settings = {"on_bad": experiment.data.on_bad, "global_batch_size": experiment.global_batch_size}
+    return {name: held_out_loader(experiment, source, **settings) for name, source in sources.items()}
+
+
+def held_out_loader(experiment: Experiment, source: data.Source, **settings: Any) -> data.Loader:
+    """Return the loader of examples that are not trained on; the caller sets `global_batch_size`, perhaps `on_bad`."""
+    return data.Loader(
+        source,
+        seed=experiment.seed,
+        shuffle=False,
+        num_epochs=1,
+        example_fn=experiment.data.eval_example_fn,
+        num_threads=experiment.data.num_threads,
+        num_workers=experiment.data.num_workers,
+        timeout_seconds=experiment.data.timeout_seconds,
+        fingerprint="",  # No position in these data is ever stored.
+        **settings,
+    )
 
 
 def make_collect_fn(experiment: Experiment, functions: adapters.Functions) -> evaluate.CollectFn | None:
@@ -330,22 +347,6 @@ def make_collecting(
         return found
 
     return evaluate.Collecting(make_step(functions.eval_fn, collect_fn), compute)
-
-
-def _make_eval_loader(experiment: Experiment, source: data.Source) -> data.Loader:
-    return data.Loader(
-        source,
-        global_batch_size=experiment.global_batch_size,
-        seed=experiment.seed,
-        shuffle=False,
-        num_epochs=1,
-        example_fn=experiment.data.eval_example_fn,
-        num_threads=experiment.data.num_threads,
-        num_workers=experiment.data.num_workers,
-        on_bad=experiment.data.on_bad,
-        timeout_seconds=experiment.data.timeout_seconds,
-        fingerprint="",  # No position in these data is ever stored.
-    )
 
 
 def example_batch(loader: data.Loader) -> dict[str, jax.ShapeDtypeStruct]:

@@ -20,6 +20,12 @@ def without_entries(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in metrics.items() if not is_entry(name)}
 
 
+def evaluated(metrics: Mapping[str, float | None]) -> dict[str, float]:
+    """Return the finite metrics of an evaluation that are no counts of a confusion matrix."""
+    values = without_entries(metrics).items()
+    return {name: value for name, value in values if name.startswith("eval/") and value is not None}
+
+
 def matrices(metrics: Mapping[str, float | None]) -> dict[str, list[list[float]]]:
     """Return the confusion matrices among the metrics, by the data they are of: counts[label][class]."""
     found: dict[str, dict[tuple[int, int], float]] = {}

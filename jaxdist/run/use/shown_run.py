@@ -28,10 +28,7 @@ def rows(run_dir: object, step: int, made: record.RunRecord) -> dict[str, str]:
 
 def as_line(run_dir: object, step: int, made: record.RunRecord) -> str:
     """Return a run in a line."""
-    values = confusion.without_entries(made.metrics).items()
-    shown = [
-        f"{name}={format_number(value)}" for name, value in values if name.startswith("eval/") and value is not None
-    ]
+    shown = [f"{name}={format_number(value)}" for name, value in confusion.evaluated(made.metrics).items()]
     return f"TrainedRun({', '.join([repr(str(run_dir)), f'step={step}', *shown])})"
 
 

@@ -164,20 +164,10 @@ class TrainedRun:
         return wrap.as_source(inputs)
 
     def _batches(self, source: data.Source) -> Any:
-        settings, mesh = self.experiment.data, self.strategy.mesh
-        loader = data.Loader(
-            source,
-            global_batch_size=math.ceil(self.experiment.global_batch_size / mesh.size) * mesh.size,
-            seed=self.experiment.seed,
-            shuffle=False,
-            num_epochs=1,
-            example_fn=settings.eval_example_fn,
-            num_threads=settings.num_threads,
-            num_workers=settings.num_workers,
-            timeout_seconds=settings.timeout_seconds,
-            fingerprint="",  # No position in these data is ever stored.
-        )
-        return (batch for batch, _ in data.feed(loader, mesh, self.strategy.batch_axes, settings.prefetch))
+        experiment, mesh = self.experiment, self.strategy.mesh
+        size = math.ceil(experiment.global_batch_size / mesh.size) * mesh.size
+        loader = components.held_out_loader(experiment, source, global_batch_size=size)
+        return (batch for batch, _ in data.feed(loader, mesh, self.strategy.batch_axes, experiment.data.prefetch))
 
 
 def load(
