@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
-from jaxdist import setting_group
+from jaxdist import errors, setting_group
 from jaxdist.rundir import files
 from jaxdist.spmd.layout import host_value, path_name
 
@@ -115,6 +115,14 @@ class RunRecord:
             return cls(**{key: content[key] for key in KEYS}, extra=extra)
         except ValueError as error:
             raise ValueError(f"{path} is not a jaxdist run record: {error} {advice}") from error
+
+
+def of_run(run_dir: pathlib.Path) -> RunRecord:
+    """Return the record of `run_dir`; UserError where it holds none, or none that can be read."""
+    if not (run_dir / FILE_NAME).is_file():
+        raise errors.UserError(f"A run directory holds {FILE_NAME}; {run_dir} does not. Name another.")
+    with errors.as_user_error():
+        return RunRecord.read(run_dir)
 
 
 def readable(run_dir: str | os.PathLike[str]) -> RunRecord | None:

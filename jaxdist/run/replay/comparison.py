@@ -81,7 +81,7 @@ def compare(first_dir: pathlib.Path, second_dir: pathlib.Path) -> Comparison:
     Raises:
       UserError: a directory holds no run, the run is not canonical or has no chain, or the chains are of other models.
     """
-    first, second = _read(first_dir), _read(second_dir)
+    first, second = record.of_run(first_dir), record.of_run(second_dir)
     chains = _chain(first_dir, first), _chain(second_dir, second)
     settings = _changed(first.config, second.config, _DECIDING)
     versions = _changed_compilers(_compilers(first), _compilers(second))
@@ -96,13 +96,6 @@ def compare(first_dir: pathlib.Path, second_dir: pathlib.Path) -> Comparison:
     found = step_chain.first_difference(*chains, range(1, steps + 1))
     message = _message(found, steps, compared, (first_dir, second_dir), (first.step, second.step), settings + versions)
     return Comparison(found is None, steps, compared, found, settings, versions, message)
-
-
-def _read(run_dir: pathlib.Path) -> record.RunRecord:
-    if not (run_dir / record.FILE_NAME).is_file():
-        raise errors.UserError(f"A run directory holds {record.FILE_NAME}; {run_dir} does not. Name another.")
-    with errors.as_user_error():
-        return record.RunRecord.read(run_dir)
 
 
 def _chain(run_dir: pathlib.Path, made: record.RunRecord) -> step_chain.StepChain:
@@ -125,7 +118,7 @@ def _chain(run_dir: pathlib.Path, made: record.RunRecord) -> step_chain.StepChai
 
 def chain_of(run_dir: pathlib.Path) -> tuple[record.RunRecord, step_chain.StepChain]:
     """Return the record and the chain of a run; UserError says why it has none."""
-    made = _read(run_dir)
+    made = record.of_run(run_dir)
     return made, _chain(run_dir, made)
 
 

@@ -201,9 +201,7 @@ def _load(
     devices: Sequence[jax.Device] | None,
 ) -> TrainedRun:
     with errors.as_user_error():
-        if not (run_dir / record.FILE_NAME).is_file():
-            raise errors.UserError(f"A run directory holds {record.FILE_NAME}; {run_dir} does not. Name another.")
-        made = record.RunRecord.read(run_dir)
+        made = record.of_run(run_dir)
         found = experiment_of(made, run_dir, experiment)
         _check_same(made, found, run_dir)
         strategy = strategies.build("data-parallel", devices=devices)
