@@ -459,7 +459,7 @@ class _Run:
             self.experiment,
             params=self.parts.abstract_state.params,
             devices=header.describe_devices(self.mesh),
-            share=f"{self.parts.device_batch_size} on each device",
+            share=f"{self.parts.sizes.device_batch_size} on each device",
             steps_per_epoch=self.parts.loader.steps_per_epoch,
             run_dir=self.options.run_dir,
             step=self.start.progress.step,

@@ -35,7 +35,7 @@ class Parts:
       experiment: what was asked for.
       identity: what its run directory belongs to.
       strategy: mesh, layout and how the batch is sharded.
-      device_batch_size: examples of a step on one device.
+      sizes: examples per device and so on.
       loader: the training batches, from the first.
       eval_loaders: the batches of each set of held-out examples by name; '' is the name of one alone.
       functions: of the model, in the experiment's precision.
@@ -51,7 +51,7 @@ class Parts:
     experiment: Experiment
     identity: "Identity"
     strategy: strategies.Strategy
-    device_batch_size: int
+    sizes: mesh.BatchSizes
     loader: data.Loader
     eval_loaders: Mapping[str, data.Loader]
     functions: adapters.Functions
@@ -183,7 +183,7 @@ def put_together(
         names=experiment.layout.names,
         min_size=experiment.layout.min_size,
     )
-    device_batch_size = mesh.device_batch_size(
+    sizes = mesh.batch_sizes(
         experiment.global_batch_size,
         strategy.mesh,
         axes=strategy.batch_axes,
@@ -199,15 +199,15 @@ def put_together(
     abstract = state.abstract_state(functions.init_fn, optimizer, mesh=strategy.mesh, layout=strategy.layout)
     eval_loaders = make_eval_loaders(experiment)
     if not is_checked:
-        parts = strategy.logical_shards or experiment.global_batch_size // device_batch_size
-        together = experiment.global_batch_size // parts // experiment.num_microbatches
+        parts = strategy.logical_shards or sizes.global_batch_size // sizes.device_batch_size
+        together = sizes.global_batch_size // parts // sizes.num_microbatches
         check_early(experiment, functions, abstract, loader, eval_loaders, shapes, num_together=together)
         preflight.check_update(optimizer, abstract)
     return Parts(
         experiment=experiment,
         identity=identity or identity_of(experiment, loader.beginning.fingerprint),
         strategy=strategy,
-        device_batch_size=device_batch_size,
+        sizes=sizes,
         loader=loader,
         eval_loaders=eval_loaders,
         functions=functions,

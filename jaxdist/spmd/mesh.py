@@ -1,5 +1,6 @@
 """Meshes of devices, and the arithmetic that divides a batch over them, in equal parts or by logical shards."""
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -52,15 +53,26 @@ def _fill_sizes(axes: Mapping[str, int], num_devices: int) -> tuple[int, ...]:
     return tuple(num_devices // known if size == -1 else size for size in axes.values())
 
 
-def device_batch_size(
+@dataclasses.dataclass(frozen=True)
+class BatchSizes:
+    """Examples per step, at each level of the mesh. Every field but the counts is in examples."""
+
+    global_batch_size: int
+    host_batch_size: int
+    device_batch_size: int
+    microbatch_size: int
+    num_microbatches: int
+
+
+def batch_sizes(
     global_batch_size: int,
     mesh: Mesh,
     *,
     axes: Sequence[str] = (DATA_AXIS,),
     num_microbatches: int = 1,
     logical_shards: int | None = None,
-) -> int:
-    """Return how many examples of a global batch each device gets.
+) -> BatchSizes:
+    """Return how many examples of a global batch each host, device and microbatch gets.
 
     Args:
       global_batch_size: examples of one step, over all devices.
@@ -80,14 +92,29 @@ def device_batch_size(
             f"global_batch_size must be a positive multiple of {parts} ({over} x {num_microbatches} microbatches); "
             f"got {global_batch_size}. Nearest valid: {_nearest_multiples(global_batch_size, parts)}."
         )
-    if logical_shards is None:
-        return global_batch_size // num_shards
-    return global_batch_size // logical_shards * Dealing(logical_shards, num_shards).num_slots
+    device_batch_size = global_batch_size // num_shards
+    if logical_shards is not None:
+        device_batch_size = global_batch_size // logical_shards * Dealing(logical_shards, num_shards).num_slots
+    return BatchSizes(
+        global_batch_size=global_batch_size,
+        host_batch_size=device_batch_size * _num_local_shards(mesh, axes),
+        device_batch_size=device_batch_size,
+        microbatch_size=device_batch_size // num_microbatches,
+        num_microbatches=num_microbatches,
+    )
 
 
 def _nearest_multiples(number: int, divisor: int) -> str:
     below = number // divisor * divisor
     return f"{below} or {below + divisor}" if below > 0 else f"{divisor}"
+
+
+def _num_local_shards(mesh: Mesh, axes: Sequence[str]) -> int:
+    """Return how many different slices of the batch the devices of this process hold."""
+    dims = [mesh.axis_names.index(axis) for axis in axes]
+    process = jax.process_index()
+    places = np.argwhere(np.vectorize(lambda device: device.process_index == process, otypes=[bool])(mesh.devices))
+    return len({tuple(place[dims]) for place in places})
 
 
 class Dealing(NamedTuple):

@@ -41,7 +41,7 @@ class Strategy:
       name: one of `PURPOSES`.
       mesh: the devices.
       layout: which part of each leaf of the state is on which device; for `state.create_state`.
-      batch_axes: mesh axes the batch is sharded over; for the data feed and `mesh.device_batch_size`.
+      batch_axes: mesh axes the batch is sharded over; for the data feed and `mesh.batch_sizes`.
       logical_shards: number of fixed slices of the batch under canonical reduction, else None.
     """
 

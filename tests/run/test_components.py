@@ -30,7 +30,7 @@ def put_together(experiment, num_devices=2):
 def test_the_parts_fit_each_other(experiment):
     parts = put_together(experiment)
     assert parts.strategy.mesh.size == 2
-    assert parts.device_batch_size == 8
+    assert parts.sizes.device_batch_size == 8
     assert parts.loader.steps_per_epoch == 4
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), parts.create_state())
     assert shapes == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), parts.abstract_state)

@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import jax
 import numpy as np
@@ -48,38 +49,40 @@ def test_sizes_that_do_not_fit_the_devices_are_refused(axes, message):
     st.one_of(st.none(), st.sampled_from([8, 12, 16])),
     st.integers(-3, 200),
 )
-def test_a_batch_divides_over_devices_and_microbatches_or_the_nearest_valid_ones_are_named(
-    num_devices, microbatches, logical_shards, size
-):
+def test_batch_sizes_fit_together_or_the_nearest_valid_ones_are_named(num_devices, microbatches, logical_shards, size):
     mesh = meshes.make_mesh(devices=jax.devices()[:num_devices])
 
-    def each(size):
-        return meshes.device_batch_size(size, mesh, num_microbatches=microbatches, logical_shards=logical_shards)
+    def sizes_of(size):
+        return meshes.batch_sizes(size, mesh, num_microbatches=microbatches, logical_shards=logical_shards)
 
     try:
-        on_device = each(size)
+        sizes = sizes_of(size)
     except ValueError as error:
         proposed = [int(word) for word in str(error).split("Nearest valid: ")[1].rstrip(".").split(" or ")]
-        assert all(each(valid) for valid in proposed)
+        assert all(sizes_of(each).global_batch_size == each for each in proposed)
         assert size not in proposed
         return
-    assert on_device * num_devices >= size
+    assert sizes.global_batch_size == size
+    assert sizes.device_batch_size * num_devices == sizes.host_batch_size >= size
     if logical_shards is None or logical_shards % num_devices == 0:
-        assert on_device * num_devices == size
-    assert on_device % microbatches == 0
+        assert sizes.host_batch_size == size
+    assert sizes.microbatch_size * microbatches == sizes.device_batch_size
     assert size % (logical_shards or 1) == 0
 
 
 @pytest.mark.parametrize(("size", "proposal"), [(31, "16 or 32"), (33, "32 or 48"), (15, "16"), (0, "16"), (-4, "16")])
 def test_the_message_proposes_the_sizes_on_either_side(size, proposal):
     with pytest.raises(ValueError, match=rf"multiple of 16 .*got {size}\. Nearest valid: {proposal}\.$"):
-        meshes.device_batch_size(size, meshes.make_mesh(), num_microbatches=2)
+        meshes.batch_sizes(size, meshes.make_mesh(), num_microbatches=2)
 
 
 def test_the_batch_repeats_over_axes_it_is_not_cut_over():
     mesh = meshes.make_mesh({"data": 2, "model": 4})
-    assert meshes.device_batch_size(32, mesh) == 16
-    assert meshes.device_batch_size(32, mesh, axes=("data", "model")) == 4
+    sizes = meshes.batch_sizes(32, mesh)
+    assert sizes.device_batch_size == 16
+    assert sizes.host_batch_size == 32
+    both = meshes.batch_sizes(32, mesh, axes=("data", "model"))
+    assert both.device_batch_size * math.prod(mesh.shape.values()) == both.host_batch_size == 32
 
 
 DEALINGS = st.integers(1, 40).flatmap(lambda shards: st.builds(Dealing, st.just(shards), st.integers(1, shards)))
