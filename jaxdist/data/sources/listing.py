@@ -23,7 +23,7 @@ _LEFT_BEHIND = ("~", ".bak", ".orig", ".tmp", ".swp", ".part", ".crdownload")
 """How names of copies and unfinished files end, which would give examples twice or in part."""
 
 
-_DESCRIBES = re.compile(r"_|(readme|licen[cs]e|notice|changelog)\b|.*\.(md|json|ya?ml|crc)$", re.IGNORECASE)
+_DESCRIBES = re.compile(r"_|(readme|licen[cs]e|notice|changelog)\b|.*\.(md|json|ya?ml|crc|idx)$", re.IGNORECASE)
 """Names of files that are found beside data and describe them."""
 
 

@@ -14,7 +14,7 @@ def test_ranges():
 
 
 def test_paths_folders_and_addresses(tmp_path):
-    for name in ("b.tar", "a.tar.gz", "notes.txt", ".c.tar"):
+    for name in ("b.tar", "a.tar.gz", "README.txt", ".c.tar"):
         (tmp_path / name).write_bytes(b"")
     folder = [str(tmp_path / "a.tar.gz"), str(tmp_path / "b.tar")]
     assert find_shards(tmp_path, "*.tar*") == folder == find_shards(f"file://{tmp_path}", "*.tar*")
