@@ -15,7 +15,7 @@ def test_a_page_has_its_data_and_loads_nothing(tmp_path):
     page = out.read_text()
     assert "<title>a &lt;b&gt;</title>" in page
     assert "<h2>&lt;Loss&gt;</h2>" in page
-    assert '"name": "\\u003c/script>"' in page
+    assert '"name":"\\u003c/script>"' in page
     assert "default-src 'none'" in page
     assert 'id="figure-1"' in page
     figure_page.check(out)  # it is replaced by the next
