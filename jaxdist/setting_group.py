@@ -44,7 +44,7 @@ def setting_group(cls: type) -> Any:
             )
         for name in values.keys() - fields.keys():
             raise ConfigError(f"{cls.__name__} has no setting {name!r}.{nearest(name, fields)}")
-        values, hints = accept(values), _hints(made)
+        values, hints = accept(values), typing.get_type_hints(made)
         values = {name: _as_declared(hints[name], value) for name, value in values.items()}
         missing = [name for name in required if name not in values]
         if missing:
@@ -161,7 +161,3 @@ def describe_kind(hint: Any) -> str:
     if isinstance(hint, type) and not arguments:
         return f"{'an' if hint.__name__[0] in 'AEIOU' else 'a'} {hint.__name__}"
     return str(hint).replace("typing.", "")
-
-
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)

@@ -99,7 +99,7 @@ def explain_nonfinite(
     names = [f"params/{path_name(path)}".rstrip("/") for path, _ in jax.tree_util.tree_leaves_with_path(state.params)]
     bad_leaves = [name for name, finite in zip(names, leaves, strict=True) if not finite]
     used = rows[MASK]
-    bad_rows = {name: _positions(used & ~finite) for name, finite in rows.items() if name != MASK}
+    bad_rows = {name: tuple(np.flatnonzero(used & ~finite).tolist()) for name, finite in rows.items() if name != MASK}
     own = bad_rows.pop(_OWN)
     return NonFiniteReport(
         step=int(_local(state.step)) + 1 if step is None else step,
@@ -122,10 +122,6 @@ def _local(array: jax.Array) -> jax.Array:
 def _integers(batch: Batch) -> Batch:
     """Return the fields that hold one integer a row."""
     return {name: each for name, each in batch.items() if each.ndim == 1 and jnp.issubdtype(each.dtype, jnp.integer)}
-
-
-def _positions(flags: np.ndarray) -> tuple[int, ...]:
-    return tuple(np.flatnonzero(flags).tolist())
 
 
 def _from(first: int, rows: tuple[int, ...]) -> tuple[int, ...]:

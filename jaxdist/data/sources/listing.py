@@ -35,7 +35,10 @@ def find_files(paths: str | os.PathLike | Sequence[str | os.PathLike], *patterns
     listed = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     found: list[str] = []
     for path in map(addresses.without_file_protocol, listed):
-        found += _find_copies(path, *patterns) if addresses.is_address(path) else find_local_files(path, *patterns)
+        if addresses.is_address(path):
+            found += [file_cache.of_process().pin(each) for each in addresses.list_folder(path, *patterns)]
+        else:
+            found += find_local_files(path, *patterns)
     if not found:
         where = ", ".join(map(str, listed)) or "an empty list of paths"
         raise ValueError(f"No file matches {' or '.join(patterns)} in {where}.")
@@ -81,10 +84,6 @@ def find_local_files(path: str, *patterns: str) -> list[str]:
     if here and others:
         _warn_of_left_out(len(others), path, os.path.join(path, min(others)), patterns)
     return sorted(here)
-
-
-def _find_copies(address: str, *patterns: str) -> list[str]:
-    return [file_cache.of_process().pin(each) for each in addresses.list_folder(address, *patterns)]
 
 
 def file_beside(paths: str | os.PathLike | Sequence[str | os.PathLike], name: str) -> pathlib.Path | None:

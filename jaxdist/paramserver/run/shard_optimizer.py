@@ -18,7 +18,6 @@ from jaxdist.paramserver.run.optimizer_kind import GHOST_SHAPE, Kind, needs_norm
 from jaxdist.spmd.state import WithInputs
 
 Arrays = tuple[np.ndarray, ...]
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)

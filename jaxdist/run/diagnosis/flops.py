@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 from jax.extend import core
 
 
@@ -57,8 +56,3 @@ def _of_convolution(equation: Any) -> float:
     kernel = equation.invars[1].aval.shape
     out_dim = equation.params["dimension_numbers"].rhs_spec[0]
     return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / kernel[out_dim]
-
-
-def of_call(function: Any, *args: Any) -> float:
-    """Return the FLOPs of `function(*args)`; the arguments may be ShapeDtypeStructs."""
-    return count(jax.make_jaxpr(function)(*args))

@@ -10,7 +10,7 @@ import numpy as np
 from jaxdist import extras
 from jaxdist.errors import UserError
 from jaxdist.models import hugging_face
-from jaxdist.run.warm_start.weight_files import CONFIG_NAME, NamedWeights
+from jaxdist.run.warm_start.weight_files import CONFIG_NAME, NamedWeights, with_slashes
 from jaxdist.rundir import files
 
 WEIGHTS_NAME = "model.safetensors"
@@ -29,22 +29,22 @@ def as_ours(model: Any, weights: NamedWeights, config: Mapping[str, Any] | None)
     """
     found = hugging_face.correspondence(model)
     hugging_face.check_config(model, found, config)
-    known = {_slashes(name) for each in found.table for name in each.theirs}
-    prefix = _slashes(found.prefix)
+    known = {with_slashes(name) for each in found.table for name in each.theirs}
+    prefix = with_slashes(found.prefix)
     # Files of the model without a head lack the prefix.
     stored = {prefix + name if prefix + name in known else name: name for name in weights.names}
     _check_copies(found, weights, stored)
-    table = {each.ours: each for each in found.table if all(_slashes(name) in stored for name in each.theirs)}
-    used = {_slashes(name) for each in table.values() for name in each.theirs}
-    ignored = tuple(map(_slashes, found.ignored))
-    left = {name for name in stored if name.endswith(ignored) or name in map(_slashes, found.same_as)} - used
+    table = {each.ours: each for each in found.table if all(with_slashes(name) in stored for name in each.theirs)}
+    used = {with_slashes(name) for each in table.values() for name in each.theirs}
+    ignored = tuple(map(with_slashes, found.ignored))
+    left = {name for name in stored if name.endswith(ignored) or name in map(with_slashes, found.same_as)} - used
     others = tuple(name for name in stored if name not in used and name not in left)
 
     def read(name: str) -> np.ndarray:
         if name in others:
             return weights.read(stored[name])
         each = table[name]
-        return each.to_ours(*(weights.read(stored[_slashes(theirs)]) for theirs in each.theirs))
+        return each.to_ours(*(weights.read(stored[with_slashes(theirs)]) for theirs in each.theirs))
 
     names = (*table, *others)
     return NamedWeights(weights.source, names, read, tuple(sorted(stored[name] for name in left)))
@@ -70,13 +70,9 @@ def write(model: Any, arrays: Mapping[str, np.ndarray], folder: pathlib.Path, me
 
 def _check_copies(found: hugging_face.Correspondence, weights: NamedWeights, stored: Mapping[str, str]) -> None:
     for copy, original in found.same_as.items():
-        names = [stored[_slashes(name)] for name in (copy, original) if _slashes(name) in stored]
+        names = [stored[with_slashes(name)] for name in (copy, original) if with_slashes(name) in stored]
         if len(names) == 2 and not np.array_equal(weights.read(names[0]), weights.read(names[1])):
             raise UserError(
                 f"{copy} and {original} of {weights.source} differ, and this model uses one array for both. Set the "
                 "model's tie_embeddings to False."
             )
-
-
-def _slashes(name: str) -> str:
-    return name.replace(".", "/")

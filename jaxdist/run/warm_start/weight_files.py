@@ -134,7 +134,7 @@ def _of_safetensors(files: list[pathlib.Path], path: pathlib.Path) -> NamedWeigh
     places: dict[str, Callable[[], np.ndarray]] = {}
     for file in opened:
         for stored in file.entries:
-            name = _with_slashes(stored)
+            name = with_slashes(stored)
             if name in places:
                 raise UserError(f"{path} holds two arrays with the name {name}. Remove one.")
             places[name] = functools.partial(file.read, stored)
@@ -171,7 +171,7 @@ def _of_npz(path: pathlib.Path) -> NamedWeights:
 
     stored: dict[str, str] = {}
     for member in opened(None):
-        name = _with_slashes(member)
+        name = with_slashes(member)
         if name in stored:
             raise UserError(f"{path} holds two arrays with the name {name}. Remove one.")
         stored[name] = member
@@ -189,5 +189,6 @@ def _of_tree(tree: Any, path: pathlib.Path) -> NamedWeights:
     return NamedWeights(str(path), tuple(leaves), read)
 
 
-def _with_slashes(name: str) -> str:
+def with_slashes(name: str) -> str:
+    """Return a name whose parts are separated by dots, as our names are."""
     return name.replace(".", "/")

@@ -172,8 +172,10 @@ def folder_fetched(place: RunPlace | str) -> Iterator[pathlib.Path]:
         with reading(store):
             for name in store.folders():
                 if content := store.read(f"{name}/{mirror.RECORD}"):
-                    files.write(_made(pathlib.Path(folder) / name) / mirror.RECORD, [content])
-                    _lock_like(store, name, pathlib.Path(folder) / name, stack)
+                    copy = pathlib.Path(folder) / name
+                    copy.mkdir(parents=True)
+                    files.write(copy / mirror.RECORD, [content])
+                    _lock_like(store, name, copy, stack)
         yield pathlib.Path(folder)
 
 
@@ -182,11 +184,6 @@ def _lock_like(store: RunStore, name: str, copy: pathlib.Path, stack: contextlib
     owner = job_object.owner_of(store, name)
     if owner is not None and not owner.is_dead(job_object.QUIET):
         stack.enter_context(lock.locked(copy, purpose=owner.purpose))
-
-
-def _made(directory: pathlib.Path) -> pathlib.Path:
-    directory.mkdir(parents=True)
-    return directory
 
 
 def as_address(place: RunPlace | str) -> Address | None:
