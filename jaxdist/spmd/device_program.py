@@ -4,6 +4,9 @@
 each differently. Here a function is compiled once, for one device, and its serialized form is loaded as replicas that
 run side by side, one on each device (what `pmap` does, without the collectives). Canonical reduction depends on it: the
 program is not just equivalent but the same. Loading takes milliseconds, and one call dispatches all replicas.
+
+A program in which the devices `exchange` values is compiled for their number. What is to have the same bits for every
+number is then computed `by_itself`.
 """
 
 import time
@@ -12,6 +15,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Primitive
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import stablehlo
+from jax.interpreters import mlir
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxdist.spmd import jax_private
@@ -25,9 +34,9 @@ class PerDeviceProgram:
     """`function`, run by each device of `mesh` on its part of the arguments.
 
     Called with trees of global arrays laid out by `in_specs`: `PartitionSpec()` for what every device holds whole,
-    `PartitionSpec(axis)` for what is sharded in the leading dim. Returns global arrays in the same way. There is no
-    communication, so a replicated result must be computed from replicated arguments only. Compiled at the first call,
-    for its shapes.
+    `PartitionSpec(axis)` for what is sharded in the leading dim. Returns global arrays in the same way. A replicated
+    result must be the same on every device: computed from replicated arguments, or from what all have exchanged.
+    Compiled at the first call, for its shapes.
 
     Args:
       function: of single-device arrays; traced once.
@@ -35,6 +44,7 @@ class PerDeviceProgram:
       in_specs: one for each argument, for all its leaves.
       out_spec: for all leaves of the result.
       donate_argnums: arguments whose memory the result may take.
+      exchanges: whether `function` calls `exchange`.
     """
 
     def __init__(
@@ -45,10 +55,11 @@ class PerDeviceProgram:
         in_specs: tuple[PartitionSpec, ...],
         out_spec: PartitionSpec,
         donate_argnums: tuple[int, ...] = (),
+        exchanges: bool = False,
     ):
         # keep_unused, so that the compiled program's arguments are the leaves of ours, one by one.
         self._function = jax.jit(function, donate_argnums=donate_argnums, keep_unused=True)
-        self._mesh, self._in_specs, self._out_spec = mesh, in_specs, out_spec
+        self._mesh, self._in_specs, self._out_spec, self._exchanges = mesh, in_specs, out_spec, exchanges
         self._program: jax.stages.Compiled | None = None
 
     def __call__(self, *args: PyTree) -> Any:
@@ -73,13 +84,13 @@ class PerDeviceProgram:
             for _ in jax.tree.leaves(arg)
         ]
         leaves, structure = jax.tree.flatten(args)
-        device = self._mesh.local_devices[0]
+        device, devices = self._mesh.local_devices[0], list(self._mesh.devices.flat)
         local = [_local(leaf, sharding, device) for leaf, sharding in zip(leaves, shardings, strict=True)]
         local_args = jax.tree.unflatten(structure, local)
         lowered = self._function.lower(*local_args)
         results = jax.tree.leaves(jax.eval_shape(self._function, *local_args))
         mesh_executable = jax_private.mesh_executable(
-            _load(lowered, device, list(self._mesh.devices.flat)),
+            _load(lowered, devices if self._exchanges else [device], devices),
             self._mesh,
             [_global_aval(leaf, sharding) for leaf, sharding in zip(local, shardings, strict=True)],
             shardings,
@@ -87,6 +98,36 @@ class PerDeviceProgram:
             [NamedSharding(self._mesh, self._out_spec)] * len(results),
         )
         return jax.stages.Compiled(mesh_executable, [], lowered.args_info, lowered.out_tree, no_kwargs=True)
+
+
+def by_itself(function: Callable[..., jax.Array], true: jax.Array, *args: Any) -> jax.Array:
+    """Return `function(*args)`, compiled by itself: a branch of a conditional, which is taken.
+
+    XLA fuses nothing into the branch and nothing out of it. So the branch has the bits of a program of its own, and the
+    rest of the program is what it would be without: a barrier would not do, XLA removes it before it fuses.
+    """
+    shape = jax.eval_shape(function, *args)
+    return jax.lax.cond(true, function, lambda *_: jnp.zeros(shape.shape, shape.dtype), *args)
+
+
+def exchange(value: jax.Array, pairs: Sequence[tuple[int, int]]) -> jax.Array:
+    """Return, inside a `PerDeviceProgram` that exchanges, the value of the device that has this one as its target.
+
+    `pairs` are (source, target), places in the mesh. It is `lax.ppermute` of programs that are not partitioned.
+    """
+    exchanged: jax.Array = _exchange_p.bind(value, pairs=tuple(pairs))
+    return exchanged
+
+
+def _lower_exchange(context: Any, value: Any, *, pairs: tuple[tuple[int, int], ...]) -> Any:
+    del context
+    table: Any = np.array(pairs, np.int64)
+    return [stablehlo.CollectivePermuteOp(value, ir.DenseIntElementsAttr.get(table)).result]
+
+
+_exchange_p = Primitive("exchange")
+_exchange_p.def_abstract_eval(lambda value, *, pairs: value)
+mlir.register_lowering(_exchange_p, _lower_exchange)
 
 
 def waits(mesh: Mesh) -> bool:
@@ -115,33 +156,33 @@ def _global_aval(local: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.co
     return jax.core.ShapedArray(shape, local.dtype, weak_type=bool(local.weak_type))
 
 
-def _load(lowered: jax.stages.Lowered, device: jax.Device, devices: Sequence[jax.Device]) -> Any:
-    """Return XLA's executable of `lowered`, made for the one `device`, with a replica on each of `devices`.
+def _load(lowered: jax.stages.Lowered, made_for: Sequence[jax.Device], devices: Sequence[jax.Device]) -> Any:
+    """Return XLA's executable of `lowered` with a replica on each of `devices`, made for these or for one of them.
 
     JAX's persistent cache is used under a key of our own, the same for all processes and any number of devices, and
     its bytes are loaded with our placement: an executable that JAX loaded from there cannot be serialized again
     (on CPU devices its kernels are lost; jaxlib 0.10 and 0.12).
     """
     module: Any = lowered.compiler_ir()
-    key = jax_private.cache_key(module, device)
+    key = jax_private.cache_key(module, made_for[0])
     cached = None if key is None else _read_cache(key, devices)
     if cached is not None:
         return cached
-    compiled = _compile(module, device, key)
-    return compiled if len(devices) == 1 else jax_private.load_executable(compiled.serialize(), devices)
+    compiled = _compile(module, made_for, key)
+    return compiled if len(devices) == len(made_for) else jax_private.load_executable(compiled.serialize(), devices)
 
 
-def _compile(module: Any, device: jax.Device, key: str | None) -> Any:
-    """Compile `module` for `device`, store the executable in the cache under `key`, and return it."""
+def _compile(module: Any, devices: Sequence[jax.Device], key: str | None) -> Any:
+    """Compile `module` for `devices`, store the executable in the cache under `key`, and return it."""
     name = module.operation.attributes["sym_name"].value
     start = time.monotonic()
-    compiled = jax_private.compile_module(module, [device])
+    compiled = jax_private.compile_module(module, devices)
     seconds = time.monotonic() - start
     jax.monitoring.record_event_duration_secs(_COMPILE_EVENT, seconds, fun_name=name)
     # Only process 0 writes, and only what took long to compile, as JAX does.
     worth_keeping = seconds >= jax.config.values["jax_persistent_cache_min_compile_time_secs"]
     if key is not None and worth_keeping and jax.process_index() == 0:
-        jax_private.write_cache(key, name, compiled, device, seconds=seconds)
+        jax_private.write_cache(key, name, compiled, devices[0], seconds=seconds)
     return compiled
 
 

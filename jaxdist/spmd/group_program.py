@@ -122,7 +122,7 @@ class GroupProgram:
     def _load(self, module: Any) -> list[Any]:
         """Return XLA's executable of a lowered module for each group."""
         first, *others = [list(group.devices.flat) for group in self._groups]
-        compiled = jax_private.compile_module(module, first)
+        compiled = jax_private.compile_module(module, first, len(first))
         serialized = compiled.serialize() if others else b""
         return [compiled, *(jax_private.load_executable(serialized, each, len(each)) for each in others)]
 

@@ -112,14 +112,14 @@ def placement(devices: Sequence[jax.Device], num_partitions: int = 1) -> Placeme
     return xla_client.DeviceList(tuple(devices)), options
 
 
-def compile_module(module: Any, devices: Sequence[jax.Device]) -> Any:
-    """Return XLA's executable of a lowered module, partitioned over `devices`; serializable, which that of
-    `Lowered.compile` may not be.
+def compile_module(module: Any, devices: Sequence[jax.Device], num_partitions: int = 1) -> Any:
+    """Return XLA's executable of a lowered module with a replica on each of `devices`, or on each `num_partitions` of
+    them; serializable, which that of `Lowered.compile` may not be.
 
     An executable that JAX loaded from its persistent cache cannot be serialized again (on CPU devices its kernels are
     lost; jaxlib 0.10 and 0.12), and `Lowered.compile` may return one of these.
     """
-    device_list, options = placement(devices, len(devices))
+    device_list, options = placement(devices, num_partitions)
     return compiler.backend_compile_and_load(devices[0].client, module, device_list, options, [])
 
 

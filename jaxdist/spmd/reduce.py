@@ -319,10 +319,8 @@ def tree_sum_of_slots(vectors: jax.Array, axis: str | tuple[str, ...], slots: Se
 
 
 def _recursive_doubling(vector: jax.Array, axis: str | tuple[str, ...], num_devices: int) -> jax.Array:
-    distance = 1
-    while distance < num_devices:
-        vector = vector + lax.ppermute(vector, axis, _swap_pairs(num_devices, distance))
-        distance *= 2
+    for pairs in doubling(num_devices):
+        vector = vector + lax.ppermute(vector, axis, pairs)
     return vector
 
 
@@ -342,6 +340,11 @@ def _recursive_halving(vector: jax.Array, axis: str | tuple[str, ...], num_devic
     num_bits = num_devices.bit_length() - 1
     order = jnp.array([int(f"{i:0{num_bits}b}"[::-1], 2) if num_bits else 0 for i in range(num_devices)])
     return gathered[order].reshape(-1)[:size]
+
+
+def doubling(num_devices: int) -> list[list[tuple[int, int]]]:
+    """Return the exchanges of recursive doubling among 2^k devices: in each, the pairs (source, target)."""
+    return [_swap_pairs(num_devices, 1 << level) for level in range(num_devices.bit_length() - 1)]
 
 
 def _swap_pairs(num_devices: int, distance: int) -> list[tuple[int, int]]:

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxdist.guards import shard_audit, step_hashes
 from jaxdist.spmd import layout as layouts
 from jaxdist.spmd import step as steps
-from jaxdist.spmd.canonical import canonical_step
+from jaxdist.spmd.canonical import adding, canonical_step
 from jaxdist.spmd.mesh import Dealing, DealtBatch, make_mesh
 from jaxdist.spmd.state import create_state
 
@@ -113,6 +113,16 @@ def setting(num_devices, activation=jnp.tanh):
     return Setting(num_devices, activation)
 
 
+@functools.cache
+def setting_in_stages(num_devices, activation=jnp.tanh):
+    """Its step has a program for the shards alone, which can be made faulty."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adding, "SMALL_SIZE", 0)
+        made = Setting(num_devices, activation)
+        made.own_hashes()  # compiles
+    return made
+
+
 @pytest.mark.parametrize("num_devices", [1, 2, 4])
 def test_honest_devices_agree_with_each_other_and_with_the_step(num_devices):
     honest = setting(num_devices)
@@ -152,8 +162,6 @@ def check_operator(setting, wrong, random, *, lasting):
 def check_step(setting, wrong, random):
     """A device that erred in the step alone is named by the audit of one of its shards, and of no other device's."""
     device = setting.any_device(random)
-    wrong.own_hashes()  # compiles
-    setting.own_hashes()
     honest, sums = _shard_program(setting.step), _shard_program(wrong.step)
     program = OneFaultyDevice(honest, sums, setting.devices[device])
     _set_shard_program(setting.step, program)
@@ -162,8 +170,8 @@ def check_step(setting, wrong, random):
     finally:
         _set_shard_program(setting.step, honest)
     for shard in range(SHARDS):
-        owner = setting.audit.owner(shard)
         votes = setting.audit.votes(setting.state, setting.batch, shard)
+        owner = setting.audit.owner(shard)
         found = shard_audit.judge_step(votes, int(own[shard]), owner, step=2, shard=shard)
         expected = shard_audit.Finding(2, shard, (device,), True, "step") if owner == device else None
         assert found == expected
@@ -189,7 +197,7 @@ def check_all(num_devices, times):
         check_params(right, random)
         check_operator(right, wrong, random, lasting=True)
         check_operator(right, wrong, random, lasting=False)
-        check_step(right, wrong, random)
+        check_step(setting_in_stages(num_devices), setting_in_stages(num_devices, slightly_wrong), random)
 
 
 @pytest.mark.parametrize("num_devices", [4, pytest.param(3, marks=pytest.mark.slow)])

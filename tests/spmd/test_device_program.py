@@ -90,3 +90,25 @@ def test_a_damaged_entry_of_the_cache_is_compiled_anew(tmp_path):
         program = device_program.PerDeviceProgram(jnp.sin, mesh, in_specs=(WHOLE,), out_spec=WHOLE)
         with pytest.warns(UserWarning, match="compilation cache cannot be read"):
             np.testing.assert_allclose(program(x), np.sin(np.ones(4)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("num_devices", [1, 3])
+def test_devices_exchange_values(num_devices, tmp_path):
+    mesh = make_mesh(devices=jax.devices()[num_devices - 1 :: -1])
+    around = [(source, (source + 1) % num_devices) for source in range(num_devices)]
+    x = place(np.arange(2.0 * num_devices, dtype=np.float32), mesh, "data")
+
+    def make():
+        return device_program.PerDeviceProgram(
+            lambda x: device_program.exchange(2 * x, around), mesh, in_specs=(CUT,), out_spec=CUT, exchanges=True
+        )
+
+    with compile_cache.compile_once(tmp_path):
+        found = make()(x)
+        with counted_compiles() as compiles:
+            again = make()(x)
+    assert compiles == []
+    expected = 2 * np.roll(np.arange(2.0 * num_devices), 2)
+    for result in (found, again):
+        for place_, shard in enumerate(result.addressable_shards):
+            np.testing.assert_array_equal(shard.data, expected[2 * place_ : 2 * place_ + 2])

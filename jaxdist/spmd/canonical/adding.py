@@ -40,8 +40,8 @@ class Adding(Protocol):
     def on_devices(self, slots: Iterable[jax.Array]) -> Any:
         """Return what the devices hold after all slots; each slot is [devices, size], a row on each device."""
 
-    def in_program(self, vectors: list[jax.Array]) -> Any:
-        """Return, inside the program of one device, its part of what `on_devices` returns, of all its vectors."""
+    def in_program(self, vectors: Sequence[jax.Array], shards: jax.Array) -> jax.Array:
+        """Return the sum, inside a program of all devices that has this device's vectors, of the shards so numbered."""
 
     def over_devices(self, held: Any) -> jax.Array:
         """Return the sum, replicated."""
@@ -108,9 +108,12 @@ class PairTree:
             rows.push(slot)
         return rows.result()
 
-    def in_program(self, vectors: list[jax.Array]) -> jax.Array:
+    def in_program(self, vectors: Sequence[jax.Array], shards: jax.Array) -> jax.Array:
         """See Adding."""
-        return reduce.tree_sum(vectors)[None]
+        total = _tree_sum_by_itself(shards, *vectors)
+        for pairs in reduce.doubling(self.shards.shape[0]):
+            total = _tree_sum_by_itself(shards, total, device_program.exchange(total, pairs))
+        return total
 
 
 class AnyTree:
@@ -130,9 +133,14 @@ class AnyTree:
         """Return the vectors of each device's shards."""
         return list(slots)
 
-    def in_program(self, vectors: list[jax.Array]) -> list[jax.Array]:
+    def in_program(self, vectors: Sequence[jax.Array], shards: jax.Array) -> jax.Array:
         """See Adding."""
-        return [vector[None] for vector in vectors]
+        num_devices, own = self.shards.shape[0], jnp.stack(vectors)
+        rows = jnp.zeros((int(self.shards.max()) + 1, own.shape[1]), own.dtype).at[shards].set(own)
+        for distance in range(1, num_devices):
+            pairs = [(source, (source + distance) % num_devices) for source in range(num_devices)]
+            rows = rows.at[device_program.exchange(shards, pairs)].set(device_program.exchange(own, pairs))
+        return _tree_sum_by_itself(shards, *rows)
 
 
 class SliceTree:
@@ -169,7 +177,7 @@ class SliceTree:
             del vector, made
         return sums
 
-    def in_program(self, vectors: list[jax.Array]) -> Any:
+    def in_program(self, vectors: Sequence[jax.Array], shards: jax.Array) -> jax.Array:
         """Not possible: slices are exchanged between the shards of a device."""
         raise NotImplementedError
 
@@ -303,6 +311,10 @@ class TreeSum:
         summands, self._partial = self._partial[-count:], self._partial[:-count]
         total = self._add(*(value for _, value in summands))
         self._partial.append((summands[0][0] + count // 2, total))
+
+
+def _tree_sum_by_itself(shards: jax.Array, *vectors: jax.Array) -> jax.Array:
+    return device_program.by_itself(lambda *vectors: reduce.tree_sum(vectors), shards[0] >= 0, *vectors)
 
 
 def _add_in_pairs(*values: jax.Array) -> jax.Array:

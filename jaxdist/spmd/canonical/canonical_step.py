@@ -1,5 +1,6 @@
 """The step of canonical reduction: the same bits on any number of devices, for every layout that shards the state."""
 
+import collections
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jaxdist.spmd import keys, precision, reduce
+from jaxdist.spmd import device_program, keys, precision, reduce
 from jaxdist.spmd import layout as layouts
 from jaxdist.spmd.canonical import adding, shard_sums, state_update
 from jaxdist.spmd.mesh import DATA_AXIS
@@ -41,6 +42,10 @@ class NoHashing:
 
 NO_HASHING = NoHashing()
 
+_MOST_IN_FLIGHT = 16
+"""Steps that are dispatched and not computed. On CPU devices, XLA stops at 32 and then may need the thread of one of
+these for another: with as many devices as threads, both wait forever (jaxlib 0.10)."""
+
 
 def canonical_step(
     loss_fn: reduce.LossFn,
@@ -56,8 +61,8 @@ def canonical_step(
     """Return a data-parallel step that gives the same bits on any number of devices, up to `logical_shards`.
 
     Two stages: the logical shards' sums (see `shard_sums`), then the division and the optimizer, on every device by the
-    same machine code (`device_program`). The bits belong to one jaxlib and one kind of device. `num_microbatches`
-    divides each logical shard, for any number of devices.
+    same machine code (`device_program`). A small model has one program for both. The bits belong to one jaxlib and one
+    kind of device. `num_microbatches` divides each logical shard, for any number of devices.
 
     A `layout` that shards the state changes no bit: params are gathered for the gradients, which are added in slices,
     and the state is updated some leaves at a time (see `state_update`).
@@ -88,11 +93,10 @@ def canonical_step(
         sums, rows = sums_of_shards.unravel(total)
         return jnp.concatenate([hashes_in(rows).reshape(-1), hashing.of_step(sums, params, model_state)])
 
-    hashes = None if hashing is NO_HASHING else hash_step
-    is_scaled: bool | None = None
-    update_state, gather = state_update.StateUpdate(update, mesh, hashes), state_update.gathering(mesh)
+    update_state = state_update.StateUpdate(update, mesh, None if hashing is NO_HASHING else hash_step)
+    gather, is_scaled = state_update.gathering(mesh), None
 
-    def keyless_step(
+    def in_stages(
         state: TrainState, key: keys.PlainKey, inputs: jax.Array | None, batch: Batch
     ) -> tuple[TrainState, Metrics]:
         nonlocal is_scaled
@@ -105,8 +109,43 @@ def canonical_step(
         del shared  # the update needs the memory of gathered params
         return update_state(state, inputs, total)
 
+    made: list[Callable[..., tuple[TrainState, Metrics]]] = []  # at the first call
+
+    def keyless_step(
+        state: TrainState, key: keys.PlainKey, inputs: jax.Array | None, batch: Batch
+    ) -> tuple[TrainState, Metrics]:
+        if not made:
+            small = is_whole and update_state.is_at_once(state)
+            small = small and sums_of_shards.is_small(
+                _shared(state, key), shard_sums.checked(batch, sums_of_shards.dealing)
+            )
+            made.append(_in_one_program(sums_of_shards, update_state) if small else in_stages)
+        return made[0](state, key, inputs, batch)
+
     # Programs compiled for one shape refuse any other, so the recompile check has nothing else to find.
-    return KeepsKey(keyless_step, PlacedInputs(optimizer, mesh), cache_size=lambda: update_state.num_compiles)
+    return KeepsKey(keyless_step, PlacedInputs(optimizer, mesh), cache_size=lambda: len(made))
+
+
+def _in_one_program(
+    sums: shard_sums.LogicalShardSums, update_state: state_update.StateUpdate
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Return the step as one program: of a small step, dispatching several would take most of the time."""
+    program = sums.followed_by(
+        lambda total, state, kept: update_state.at_once(state, kept[1], total),
+        shared_of=lambda state, kept: _shared(state, kept[0]),
+    )
+    flying: collections.deque[jax.Array] = collections.deque()
+
+    def step(
+        state: TrainState, key: keys.PlainKey, inputs: jax.Array | None, batch: Batch
+    ) -> tuple[TrainState, Metrics]:
+        if len(flying) == _MOST_IN_FLIGHT:
+            jax.block_until_ready(flying.popleft())
+        new_state, metrics = program(state, (key, inputs), shard_sums.checked(batch, sums.dealing))
+        flying.append(metrics["loss"])
+        return new_state, metrics
+
+    return step
 
 
 def adding_for(mesh: Mesh, layout: layouts.Layout) -> Callable[[adding.Site, int], adding.Adding]:
@@ -144,7 +183,7 @@ def logical_shard_sums(
         """
         if not num_hashes:
             return flat
-        halves = _halves(shard_sums.by_itself(hashing.of_shard, index >= 0, flat)).astype(flat.dtype)
+        halves = _halves(device_program.by_itself(hashing.of_shard, index >= 0, flat)).astype(flat.dtype)
         begin = flat.size - (logical_shards - index) * halves.size
         return jax.lax.dynamic_update_slice(flat, halves, (begin,))
 
@@ -175,13 +214,11 @@ def shard_function(loss_fn: reduce.LossFn, num_microbatches: int) -> Callable[..
 
 def shared_by_shards(state: TrainState) -> tuple[Any, ...]:
     """Return what the logical shards of a step from `state` have in common."""
-    return (
-        state.params,
-        state.model_state,
-        keys.PlainKey.of(state.key),
-        state.step,
-        precision.loss_scale(state.opt_state),
-    )
+    return _shared(state, keys.PlainKey.of(state.key))
+
+
+def _shared(state: TrainState, key: keys.PlainKey) -> tuple[Any, ...]:
+    return state.params, state.model_state, key, state.step, precision.loss_scale(state.opt_state)
 
 
 def hash_rows(hashes: jax.Array, index: jax.Array, logical_shards: int) -> jax.Array:

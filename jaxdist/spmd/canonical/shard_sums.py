@@ -64,12 +64,14 @@ class LogicalShardSums:
         check_axes(mesh, axes=self.axes)
         check_layout(mesh, logical_shards=logical_shards, axes=self.axes)
         self.mesh, self.dealing = mesh, Dealing(logical_shards, mesh.size)
+        self._site = Site(mesh, self.axes, self.dealing)
         self._shard_fn, self._finish_fn, self._adding = shard_fn, finish_fn, adding
         self._unravel: Callable[[jax.Array], PyTree] | None = None
-        self._programs: _Programs | _OneProgram | None = None
+        self._sums: tuple[device_program.PerDeviceProgram, jax.stages.Traced] | None = None
+        self._programs: Callable[[PyTree, Batch], jax.Array] | None = None
 
     def __call__(self, shared: PyTree, batch: Batch) -> jax.Array:
-        """Return the dispatched sum over all logical shards, shape (size,); on CPU devices, waits for the shards first.
+        """Return the sum over all logical shards, shape (size,); on CPU devices, waits for the shards first.
 
         Args:
           shared: replicated global arrays, given whole to every shard.
@@ -88,8 +90,30 @@ class LogicalShardSums:
         assert self._unravel is not None, "the shards' program is compiled at the first call"
         return self._unravel(total)
 
-    def _make_programs(self, shared: PyTree, batch: Batch) -> "_Programs | _OneProgram":
-        place = Site(self.mesh, self.axes, self.dealing)
+    def is_small(self, shared: PyTree, batch: Batch) -> bool:
+        """Return whether all shards are computed by one program."""
+        traced = self._traced(shared, batch)[1]
+        is_short = bool(traced.out_info.size < ways.SMALL_SIZE)
+        return is_short and not dependence.uses(traced.jaxpr, "conv_general_dilated")
+
+    def followed_by(
+        self, then: Callable[..., PyTree], *, shared_of: Callable[[PyTree, PyTree], PyTree]
+    ) -> "OneProgram":
+        """Return the one program of the shards, their sum and what follows, for what `is_small`."""
+        return OneProgram(self._flat_sums, self._site, self._adding(self._site, 0), shared_of=shared_of, then=then)
+
+    def _make_programs(self, shared: PyTree, batch: Batch) -> Callable[[PyTree, Batch], jax.Array]:
+        sums, traced = self._traced(shared, batch)
+        if not self.is_small(shared, batch):
+            return _Programs(sums, self._site, self._adding(self._site, traced.out_info.size))
+        program = self.followed_by(lambda total, _, shared: total, shared_of=lambda _, shared: shared)
+        return lambda shared, batch: device_program.settled(program(None, shared, batch), self.mesh)
+
+    def _traced(self, shared: PyTree, batch: Batch) -> tuple[device_program.PerDeviceProgram, jax.stages.Traced]:
+        """Return the program of one shard, and what tracing it shows; traces once."""
+        if self._sums is not None:
+            return self._sums
+        place = self._site
         num_placed = self.dealing.num_slots * self.dealing.num_devices
         shard = {
             name: jax.ShapeDtypeStruct((leaf.shape[0] // num_placed, *leaf.shape[1:]), leaf.dtype)
@@ -101,12 +125,8 @@ class LogicalShardSums:
             in_specs=(PartitionSpec(), place.held, place.held),
             out_spec=place.held,
         )
-        traced = sums.trace(shared, shard, jax.ShapeDtypeStruct((1,), jnp.int32))
-        size = traced.out_info.size
-        adding = self._adding(place, size)
-        if size < ways.SMALL_SIZE and not dependence.uses(traced.jaxpr, "conv_general_dilated"):
-            return _OneProgram(self._flat_sums, place, adding)
-        return _Programs(sums, place, adding)
+        self._sums = sums, sums.trace(shared, shard, jax.ShapeDtypeStruct((1,), jnp.int32))
+        return self._sums
 
     def _sums_of_shard(self, shared: PyTree, shard: Batch, index: jax.Array) -> jax.Array:
         return self._flat_sums(shared, shard, index[0])[None]
@@ -150,44 +170,53 @@ class _Programs:
         return jax.make_array_from_callback(slot.shape, self._sharding, slot.__getitem__)
 
 
-class _OneProgram:
-    """One program for all shards of a device, where calls take longer than what they compute.
+class OneProgram:
+    """One program for all shards of all devices, their sum and what follows from it, where calls take longer than what
+    they compute.
 
-    Each shard is computed by itself (`by_itself`), with the bits of a program of its own. Not for convolutions, which
-    take fifteen times as long in a branch on CPU devices.
+    Each shard is computed by itself (see `device_program`), with the bits of a program of its own, and so is each sum.
+    Not for convolutions, which take fifteen times as long in a branch on CPU devices.
+
+    Args:
+      flat_sums: `flat_sums(shared, shard, index) -> vector`.
+      place: of the shards.
+      adding: of their vectors.
+      shared_of: `shared_of(donated, kept) -> shared`.
+      then: `then(total, donated, kept) -> result`, the same on every device.
     """
 
-    def __init__(self, flat_sums: Callable[..., jax.Array], place: Site, adding: Adding):
-        self._adding, self._mesh = adding, place.mesh
+    def __init__(
+        self,
+        flat_sums: Callable[..., jax.Array],
+        place: Site,
+        adding: Adding,
+        *,
+        shared_of: Callable[[PyTree, PyTree], PyTree],
+        then: Callable[..., PyTree],
+    ):
         num_slots, one_shard = adding.shards.shape[1], jax.jit(flat_sums)
 
-        def sums_of_device(shared: PyTree, rows: Batch, indices: jax.Array) -> Any:
-            shards = zip(_equal_parts(rows, num_slots), indices, strict=True)
-            return adding.in_program(
-                [by_itself(one_shard, index >= 0, shared, shard, index) for shard, index in shards]
-            )
+        def of_device(donated: PyTree, kept: PyTree, rows: Batch, indices: jax.Array) -> PyTree:
+            shared, shards = shared_of(donated, kept), zip(_equal_parts(rows, num_slots), indices, strict=True)
+            vectors = [device_program.by_itself(one_shard, index >= 0, shared, shard, index) for shard, index in shards]
+            return then(adding.in_program(vectors, indices), donated, kept)
 
-        self._sums = device_program.PerDeviceProgram(
-            sums_of_device, place.mesh, in_specs=(PartitionSpec(), place.held, place.held), out_spec=place.held
+        self._program = device_program.PerDeviceProgram(
+            of_device,
+            place.mesh,
+            in_specs=(PartitionSpec(), PartitionSpec(), place.held, place.held),
+            out_spec=place.total,
+            donate_argnums=(0,),
+            exchanges=True,
         )
         shards = adding.shards.reshape(-1)
         self._indices = jax.make_array_from_callback(
             shards.shape, NamedSharding(place.mesh, place.held), shards.__getitem__
         )
 
-    def __call__(self, shared: PyTree, batch: Batch) -> jax.Array:
-        held = device_program.settled(self._sums(shared, batch, self._indices), self._mesh)
-        return self._adding.over_devices(held)
-
-
-def by_itself(function: Callable[..., jax.Array], true: jax.Array, *args: Any) -> jax.Array:
-    """Return `function(*args)`, compiled by itself: a branch of a conditional, which is taken.
-
-    XLA fuses nothing into the branch and nothing out of it. So the branch has the bits of a program of its own, and the
-    rest of the program is what it would be without: a barrier would not do, XLA removes it before it fuses.
-    """
-    shape = jax.eval_shape(function, *args)
-    return jax.lax.cond(true, function, lambda *_: jnp.zeros(shape.shape, shape.dtype), *args)
+    def __call__(self, donated: PyTree, kept: PyTree, batch: Batch) -> PyTree:
+        """Return the dispatched result; `donated` and `kept` are replicated, `batch` holds the fields of one."""
+        return self._program(donated, kept, batch, self._indices)
 
 
 def checked(batch: Batch, dealing: Dealing) -> Batch:

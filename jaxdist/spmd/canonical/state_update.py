@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxdist.spmd import dependence, device_program
-from jaxdist.spmd.canonical.shard_sums import by_itself
 from jaxdist.spmd.state import TrainState
 from jaxdist.spmd.step import STEP_HASHES
 
@@ -60,17 +59,17 @@ class StateUpdate:
         everywhere = PartitionSpec()
         # The hashes are sums of whole numbers: the same however XLA divides them.
         self._hash = hash_step and jax.jit(hash_step, out_shardings=NamedSharding(mesh, everywhere))
-        at_once = update if hash_step is None else _with_hashes(update, hash_step)
+        self.at_once = update if hash_step is None else _with_hashes(update, hash_step)
         self._at_once = device_program.PerDeviceProgram(
-            at_once, mesh, in_specs=(everywhere,) * 3, out_spec=everywhere, donate_argnums=(0,)
+            self.at_once, mesh, in_specs=(everywhere,) * 3, out_spec=everywhere, donate_argnums=(0,)
         )
         self._in_turns: list[_GroupProgram] | None = None
         self._is_whole: bool | None = None
 
-    @property
-    def num_compiles(self) -> int:
-        """How often it was compiled; see `PerDeviceProgram`."""
-        return 1 if self._in_turns is not None else self._at_once.num_compiles
+    @staticmethod
+    def is_at_once(state: TrainState) -> bool:
+        """Return whether one program updates the whole of such a state: `at_once`, a function of what a call takes."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(state)) <= WHOLE_BYTES
 
     def __call__(self, state: TrainState, inputs: jax.Array | None, total: jax.Array) -> Any:
         """Return (state, metrics), with the metric STEP_HASHES if the step is hashed; on CPU devices, waits for them
@@ -78,7 +77,7 @@ class StateUpdate:
         """
         if self._is_whole is None:
             self._is_whole = all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state))
-            if sum(leaf.nbytes for leaf in jax.tree.leaves(state)) > WHOLE_BYTES:
+            if not self.is_at_once(state):
                 self._in_turns = self._make_groups(state, inputs, total)
         if self._in_turns is not None:
             return self._updated_in_turns(state, inputs, total)
@@ -143,7 +142,7 @@ def _with_hashes(update: Update, hash_step: Callable[..., jax.Array]) -> Update:
     def update_and_hash(state: TrainState, inputs: jax.Array | None, total: jax.Array) -> Any:
         new_state, metrics = update(state, inputs, total)
         always = state.step != jnp.iinfo(jnp.int32).min
-        hashes = by_itself(hash_step, always, total, new_state.params, new_state.model_state)
+        hashes = device_program.by_itself(hash_step, always, total, new_state.params, new_state.model_state)
         return new_state, {**metrics, STEP_HASHES: hashes}
 
     return update_and_hash

@@ -3,9 +3,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec
 from small_problem import place
 
-from jaxdist.spmd import reduce
+from jaxdist.spmd import device_program, reduce
 from jaxdist.spmd.canonical import adding
 from jaxdist.spmd.mesh import Dealing, make_mesh
 
@@ -68,6 +69,25 @@ def test_slices_add_up_to_the_whole_tree(num_devices, logical_shards, size, monk
     assert set(added.shards.reshape(-1)) == set(range(logical_shards))
     slots = (place(vectors[slot], mesh, "data") for slot in added.shards.T)
     np.testing.assert_array_equal(added.over_devices(added.on_devices(slots)), tree_of(list(vectors)))
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "logical_shards"),
+    [(2, 8), (3, 7), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((1, 5), (8, 8), (5, 8), (4, 12)))],
+)
+def test_a_program_of_all_devices_adds_up_the_whole_tree(num_devices, logical_shards):
+    mesh, size = make_mesh(devices=jax.devices()[:num_devices]), 33
+    added = adding.held_whole(adding.Site(mesh, ("data",), Dealing(logical_shards, num_devices)), size)
+    random = np.random.default_rng(0)
+    vectors = (random.normal(size=(logical_shards, size)) * 10.0 ** random.integers(-3, 4, size)).astype(np.float32)
+    cut = PartitionSpec("data")
+    program = device_program.PerDeviceProgram(
+        added.in_program, mesh, in_specs=(cut, cut), out_spec=PartitionSpec(), exchanges=True
+    )
+    shards = added.shards.reshape(-1)
+    total = program(place(vectors[shards], mesh, "data"), place(shards, mesh, "data"))
+    for replica in total.addressable_shards:
+        np.testing.assert_array_equal(replica.data, tree_of(list(vectors)))
 
 
 def test_the_exchange_of_slices_takes_little_memory_besides_its_operands(monkeypatch):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_problem import (
@@ -25,7 +26,7 @@ from small_problem import (
 
 from jaxdist import adapters, losses
 from jaxdist.guards import recompile
-from jaxdist.models import cnn, gpt
+from jaxdist.models import cnn, gpt, mlp
 from jaxdist.spmd import device_program
 from jaxdist.spmd import layout as layouts
 from jaxdist.spmd import state as states
@@ -463,8 +464,59 @@ def test_memory_is_that_of_the_shards_and_two_vectors(no_size_is_small, monkeypa
     assert vector < most <= own + 2 * vector + vector // 8
 
 
-def test_one_program_for_small_shards_has_the_bits_of_a_call_for_each(monkeypatch):
+class Statistics(linen.Module):
+    """Statistics of the batch and dropout, without convolutions."""
+
+    @linen.compact
+    def __call__(self, x, train, mask=None):
+        x = linen.Dense(24)(x.reshape(len(x), -1))
+        rows = None if mask is None else mask[:, None] > 0
+        x = linen.relu(linen.BatchNorm(use_running_average=not train)(x, mask=rows))
+        return linen.Dense(10)(linen.Dropout(0.2, deterministic=not train)(x))
+
+
+class Recurrent(linen.Module):
+    @linen.compact
+    def __call__(self, x, train):
+        del train
+        return linen.Dense(32)(linen.RNN(linen.LSTMCell(12))(linen.Embed(32, 8)(x)))
+
+
+SMALL_MODELS = {
+    "perceptron": lambda: adapters.linen(mlp.MLP(num_classes=10, width=16), losses.classification, images(0)),
+    "statistics": lambda: adapters.linen(Statistics(), losses.classification, images(0)),
+    "recurrent": lambda: adapters.linen(Recurrent(), losses.next_token, tokens(0), inputs="tokens"),
+    "gpt": lambda: MODELS["gpt with dropout"][0],
+}
+SMALL_OPTIMIZERS = {
+    "adamw": OPTIMIZERS["adamw"],
+    "clipped": optax.chain(optax.clip_by_global_norm(0.1), OPTIMIZERS["momentum"]),
+}
+
+
+def test_one_program_for_a_small_step_has_the_bits_of_a_call_for_each_shard(monkeypatch):
     in_one = [small_train(small_canonical_step.__wrapped__(count, 8), count) for count in (1, 2)]
     monkeypatch.setattr(adding, "SMALL_SIZE", 0)
     in_calls = small_train(small_canonical_step.__wrapped__(2, 8), 2)
     assert {fingerprint(found) for found in in_one} == {fingerprint(in_calls)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL_MODELS)
+@pytest.mark.parametrize(("optimizer", "num_devices"), [("adamw", 2), ("adamw", 8), ("clipped", 3)])
+def test_small_models_have_the_bits_of_a_call_for_each_shard(name, optimizer, num_devices, monkeypatch):
+    functions = SMALL_MODELS[name]()
+    make_batch = tokens if name in ("recurrent", "gpt") else images
+    args = functions, [make_batch(seed) for seed in range(2)], SMALL_OPTIMIZERS[optimizer]
+    in_one = fingerprint(train(*args, num_devices))
+    monkeypatch.setattr(adding, "SMALL_SIZE", 0)
+    assert in_one == fingerprint(train(*args, 1))
+
+
+@pytest.mark.slow
+def test_a_loop_that_waits_for_nothing_does_not_stop_on_as_many_devices_as_threads():
+    mesh, step = make_mesh(), small_canonical_step(8, 8)
+    state, batch = new_state(OPTIMIZERS["adamw"], mesh), place(numpy_batch(), mesh, "data")
+    for _ in range(3000):
+        state, _ = step(state, batch)
+    assert int(state.step) == 3000
