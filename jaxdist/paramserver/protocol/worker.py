@@ -34,6 +34,7 @@ class Worker:
         self.pulled: dict[int, messages.Pulled] = {}
         self.pulled_early: dict[int, messages.Pulled] = {}  # for the lease that is not granted yet
         self.early = (0, 0)  # the sequence number and the version that the last push asked for
+        self.prepared: messages.Lease | None = None  # whose examples were asked for last
         self.computed: messages.Computed | None = None
         self.acknowledged: set[int] = set()
         self.reports = True  # whether it says itself that all shards have its push
@@ -152,7 +153,7 @@ class Worker:
         self.reports = grant.report or not self.settings.shards_report
         early, self.pulled_early = self.pulled_early, {}
         self.pulled = {n: each for n, each in early.items() if each.version == self.lease.step}
-        out.do(effects.Prepare(self.lease))
+        self._prepare(self.lease, out)
         if self.early == (self.sequence, self.lease.step):
             self.phase, self.asked_at = "pulling", now  # the servers answer when they have this version
             self.progress += 1
@@ -205,7 +206,12 @@ class Worker:
         """Have the examples of the same slice of the next step read while the servers and the scheduler are busy."""
         assert self.lease is not None
         if self.lease.step + 1 < self.settings.max_steps:
-            out.do(effects.Prepare(lease_table.lease(self.settings, self.lease.step + 1, self.lease.slice)))
+            self._prepare(lease_table.lease(self.settings, self.lease.step + 1, self.lease.slice), out)
+
+    def _prepare(self, lease: messages.Lease, out: effects.Output) -> None:
+        if lease != self.prepared:
+            self.prepared = lease
+            out.do(effects.Prepare(lease))
 
     def _send_pushes(self, out: effects.Output) -> None:
         self._to_shards(self.acknowledged, out, self._push)

@@ -28,6 +28,8 @@ DTYPES = (
 MAX_ARRAY_BYTES = 1 << 40
 _ALIGNMENT = 64
 """JAX uses the memory of an array without a copy only if it is aligned like its own."""
+_TOGETHER_BYTES = 1 << 20
+"""The arrays of a message up to this size share their memory: they are used, and freed, together."""
 
 Buffer = bytes | memoryview
 
@@ -44,7 +46,7 @@ class Decoder:
     """
 
     def __init__(self, head: bytes, left: int, memory: np.ndarray | None = None) -> None:
-        self.left, self._memory = left, memory
+        self.left, self._memory, self._room = left, memory, _NO_ROOM
         self.arrays: list[np.ndarray] = []
         self._head, self._at = head, 0
 
@@ -79,7 +81,7 @@ class Decoder:
             raise EncodingError(f"A message declares an array of {num_bytes} bytes, but only {self.left} are left.")
         self.left -= num_bytes
         if self._memory is None:
-            memory = _new_memory(num_bytes)
+            memory = self._take_memory(num_bytes)
         else:
             memory, self._memory = self._memory[:num_bytes], self._memory[aligned(num_bytes) :]
             if len(memory) != num_bytes:
@@ -88,10 +90,21 @@ class Decoder:
         self.arrays.append(array)
         return array
 
+    def _take_memory(self, num_bytes: int) -> np.ndarray:
+        size = aligned(num_bytes)
+        if len(self._room) < size:
+            together = num_bytes + self.left
+            self._room = _new_memory(max(together + 16 * _ALIGNMENT if together <= _TOGETHER_BYTES else 0, size))
+        memory, self._room = self._room[:num_bytes], self._room[size:]
+        return memory
+
 
 def aligned(num_bytes: int) -> int:
     """Return the room that an array of this length takes in a memory of several arrays."""
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
+_NO_ROOM = np.empty(0, np.uint8)
 
 
 def _new_memory(num_bytes: int) -> np.ndarray:
@@ -120,7 +133,8 @@ def checksum(pieces: Iterable[Buffer], value: int = 0) -> int:
     """Return the CRC-32C of `pieces`, appended to data whose CRC-32C is `value`."""
     for piece in pieces:
         # The package accepts bytes and arrays, and no memoryviews; it computes the checksum with a CPU instruction.
-        value = _crc32c.extend(value, piece if isinstance(piece, bytes) else np.frombuffer(piece, np.uint8))
+        if len(piece):
+            value = _crc32c.extend(value, piece if isinstance(piece, bytes) else np.frombuffer(piece, np.uint8))
     return value
 
 
@@ -154,14 +168,20 @@ def _write_array(writer: Encoder, array: np.ndarray) -> None:
 
 
 def _read_array(reader: Decoder) -> np.ndarray:
-    dtype = _dtype(_read_str(reader))
-    shape = tuple(reader.unpack(_INT)[0] for _ in range(reader.unpack(_BYTE)[0]))
+    name = reader.take(reader.unpack(_LENGTH)[0])
+    return reader.array(*_declared(name, reader.take(_INT.size * reader.unpack(_BYTE)[0])))
+
+
+@lru_cache(maxsize=4096)
+def _declared(name: bytes, sizes: bytes) -> tuple[tuple[int, ...], np.dtype, int]:
+    """Return shape, dtype and number of bytes of an array; the inverse of `_declaration`."""
+    dtype, shape = _dtype(_as_str(name)), struct.unpack(f"<{len(sizes) // _INT.size}q", sizes)
     count = dtype.itemsize
     for size in shape:
         if not 0 <= size <= MAX_ARRAY_BYTES:
             raise EncodingError(f"A message declares an array of the invalid shape {shape}.")
         count *= size
-    return reader.array(shape, dtype, count)
+    return shape, dtype, count
 
 
 def _write_bytes(writer: Encoder, value: bytes) -> None:
@@ -177,8 +197,12 @@ def _write_str(writer: Encoder, value: str) -> None:
 
 
 def _read_str(reader: Decoder) -> str:
+    return _as_str(_read_bytes(reader))
+
+
+def _as_str(value: bytes) -> str:
     try:
-        return reader.take(reader.unpack(_LENGTH)[0]).decode()
+        return value.decode()
     except UnicodeDecodeError as error:
         raise EncodingError("A string in a message is not valid UTF-8.") from error
 

@@ -19,8 +19,8 @@ from jaxdist.paramserver.wire.codec import Buffer, Decoder, Encoder, EncodingErr
 
 BLOCK_BYTES = 256 << 10
 """A block stays in the cache of a core between its checksum and its copy into a socket."""
-PLACED_BYTES = 512 << 10
-"""A block in memory that both ends see: longer, because each costs a call of either."""
+PLACED_BYTES = 2 << 20
+"""A block in memory that both ends see: longer, because each costs a call of either. A large array of a run is one."""
 SMALL_BYTES = 64 << 10
 MAX_HEAD_BYTES = 64 << 20
 MAGIC = b"jxd2"
@@ -196,6 +196,9 @@ def assemble(prefix: Buffer) -> Generator[memoryview, None, Any]:
     kind, message, arrays = yield from _assemble_head(prefix, None)
     if not arrays:
         return message
+    if (size := sum(array.nbytes for array in arrays)) <= BLOCK_BYTES:
+        yield from _assemble_together(arrays, size, kind)
+        return message
     values = []
     for array in arrays:
         value = 0
@@ -209,6 +212,19 @@ def assemble(prefix: Buffer) -> Generator[memoryview, None, Any]:
     for place, value in enumerate(values):
         _compare(tail[_CHECKSUM.size * place :], value, place, kind)
     return message
+
+
+def _assemble_together(arrays: list[np.ndarray], size: int, kind: str) -> Generator[memoryview, None, None]:
+    """Fill arrays of `size` bytes in all from one piece of memory: one for each would cost more than the copy."""
+    memory = memoryview(bytearray(size + _CHECKSUM.size * len(arrays)))
+    yield from _in_blocks(memory)
+    at = 0
+    for place, array in enumerate(arrays):
+        part = memory[at : at + array.nbytes]
+        _compare(memory[size + _CHECKSUM.size * place :], checksum([part]), place, kind)
+        array.reshape(-1).view(np.uint8).data[:] = part
+        array.flags.writeable = False
+        at += array.nbytes
 
 
 def assemble_placed(prefix: Buffer, memory: np.ndarray) -> Generator[memoryview, None, Any]:
