@@ -11,7 +11,7 @@ import pathlib
 import resource
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 from jaxdist.config.experiment import Experiment
 from jaxdist.errors import UserError, as_user_error
@@ -85,23 +85,19 @@ class ServedJob:
         self._read()
         return self._workers == num_processes
 
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """See `striker.JobUnderFire`: the scheduler is stopped, so all others wait, and a short run does not end."""
-        scheduler = self._running().get(SCHEDULER)
-        if scheduler is None:  # it was killed just now
-            yield
-            return
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(scheduler, signal.SIGSTOP)
+    def hold(self, num_processes: int) -> Generator[bool, None, None]:
+        """See `striker.JobUnderFire`: the scheduler is stopped, so all others wait."""
+        running = self._running()
+        schedulers = [running[SCHEDULER]] if SCHEDULER in running else []  # none: it was killed just now
+        _send(signal.SIGSTOP, schedulers)
         try:
-            yield
+            while True:
+                yield self._is_ready(num_processes)
         finally:
-            with contextlib.suppress(ProcessLookupError):  # its crew has replaced it, after waiting for long
-                os.kill(scheduler, signal.SIGCONT)
+            _send(signal.SIGCONT, schedulers)
 
-    def is_ready(self, num_processes: int) -> bool:
-        """See `striker.JobUnderFire`: a worker takes its boot number when it is about to join."""
+    def _is_ready(self, num_processes: int) -> bool:
+        """Return whether so many workers have started; each takes its boot number when it is about to join."""
         workers = [name for name in self._running() if worker_number(name) is not None]
         return sum(run_folder.last_boot(self._folder, name) > 0 for name in workers) >= num_processes
 
@@ -152,6 +148,12 @@ class ServedJob:
             if spec in words:
                 found[words[words.index(spec) - 1]] = int(folder.name)
         return found
+
+
+def _send(number: int, process_ids: Sequence[int]) -> None:
+    for process_id in process_ids:
+        with contextlib.suppress(ProcessLookupError):  # its crew has replaced it, after waiting for long
+            os.kill(process_id, number)
 
 
 def _release(strike: strikes.Strike, process_id: int) -> None:

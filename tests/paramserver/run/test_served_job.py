@@ -106,13 +106,14 @@ def test_workers_that_joined_and_left_are_counted(run):
 def test_a_run_is_held_until_those_who_join_are_about_to(run):
     run.start("scheduler")
     scheduler = run.running["scheduler"].pid
-    with run.job.held():
-        os.waitpid(scheduler, os.WUNTRACED)
-        assert stopped.is_stopped(scheduler)
-        assert not run.job.is_ready(1), "it has only started"
-        run_folder.next_boot(run.folder, "worker/0")
-        assert run.job.is_ready(1)
-        assert not run.job.is_ready(2)
+    holding = run.job.hold(1)
+    assert not next(holding), "it has only started"
+    os.waitpid(scheduler, os.WUNTRACED)
+    assert stopped.is_stopped(scheduler)
+    run_folder.next_boot(run.folder, "worker/0")
+    assert next(holding)
+    assert not next(run.job.hold(2))
+    holding.close()
     while stopped.is_stopped(scheduler):
         pass
 

@@ -6,7 +6,7 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import IO, Literal, TypeAlias
 
 from jaxdist.errors import UserError
@@ -70,8 +70,11 @@ class Commands:
             command.wait()
         self._log.close()
 
-    def change(self, count: int, *, joins: bool) -> None:
-        """Begin to add `count` processes or to take them out; returns before that is done."""
+    def change(self, count: int, *, joins: bool) -> Callable[[], bool]:
+        """Begin to add `count` processes or to take them out; return whether the job has been told of those to leave.
+
+        It is told of those who join by themselves.
+        """
         if joins:
             self._joined.append(self._start("join", count))
         elif self._joined:
@@ -80,7 +83,9 @@ class Commands:
             newest.send_signal(self._random.choice([signal.SIGTERM, signal.SIGKILL]))
             self._leaving.append(newest)
         else:
-            self._start("leave", count).wait()
+            self._leaving.append(leave := self._start("leave", count))
+            return lambda: leave.poll() is not None
+        return lambda: True
 
     def _start(self, name: str, count: int) -> "subprocess.Popen[bytes]":
         command = [*_COMMAND, name, str(self._run_dir), "--processes", str(count)]

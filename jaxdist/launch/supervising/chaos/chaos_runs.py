@@ -26,8 +26,9 @@ class ChaosResult:
     """The result of a chaos run.
 
     Attributes:
-      planned: number of strikes planned.
+      planned: number of strikes planned, joins and leaves among them.
       hits: those delivered to single processes and recovered from.
+      num_changes: planned joins and leaves that took effect.
       changes: restarts, joins and leaves as the run record has them.
       restarts: attempts after the first.
       undisturbed: params_sha256 and steps of the undisturbed run.
@@ -41,6 +42,7 @@ class ChaosResult:
     undisturbed: tuple[str | None, int]
     disturbed: tuple[str | None, int]
     ledger: str
+    num_changes: int = 0
     changes: Sequence[Mapping[str, Any]] = ()
 
     @property
@@ -49,9 +51,14 @@ class ChaosResult:
         return self.undisturbed == self.disturbed and self.undisturbed[0] is not None and self.ledger == "exact"
 
     @property
+    def made(self) -> int:
+        """How many of the planned strikes took effect."""
+        return len(self.hits) + self.num_changes
+
+    @property
     def proves(self) -> bool:
         """Whether they did although something happened to one of them."""
-        return self.identical and bool(self.hits or self.changes)
+        return self.identical and bool(self.made or self.changes)
 
     def to_json(self) -> dict[str, Any]:
         """Return what `--json` prints."""
@@ -64,6 +71,7 @@ class ChaosResult:
             "steps": {"undisturbed": self.undisturbed[1], "disturbed": self.disturbed[1]},
             "ledger": self.ledger,
             "planned": self.planned,
+            "made": self.made,
             "strikes": {kind: sum(hit.strike.kind == kind for hit in self.hits) for kind in kinds},
             "struck": dict(sorted(collections.Counter(hit.name for hit in self.hits).items())),
             "restarts": self.restarts,
@@ -112,7 +120,7 @@ class ChaosResult:
         counts, lost = content["strikes"], content["lost_seconds"]
         lines = [
             f"strikes     {counts['kill']} kills, {counts['stop']} stops, {counts['starve']} starved of disk "
-            f"({len(self.hits)} of {self.planned} planned)",
+            f"(with joins and leaves {self.made} of {self.planned} planned)",
             f"struck      {', '.join(f'{name} x {count}' for name, count in content['struck'].items()) or 'none'}",
             *self._changes_line(),
             f"restarts    {self.restarts}",
@@ -126,6 +134,11 @@ class ChaosResult:
         ]
         if self.identical and not self.proves:
             lines[-1] = "nothing was struck before the run ended, which proves nothing: train longer, with --max-steps"
+        elif self.identical and self.made < self.planned:
+            lines[-1] += (
+                f" after {self.made} of {self.planned} strikes; the run ended before the others: train longer, with "
+                "--max-steps"
+            )
         return "\n".join(lines)
 
 
@@ -169,8 +182,9 @@ def run(
     ):
         disturbed = _train(command, struck_dir)
     return ChaosResult(
-        planned=sum(strike.num_processes is None for strike in planned),
+        planned=len(planned),
         hits=struck.hits,
+        num_changes=struck.changes,
         restarts=disturbed.restarts,
         undisturbed=(undisturbed.params_sha256, undisturbed.step),
         disturbed=(disturbed.params_sha256, disturbed.step),

@@ -3,7 +3,8 @@
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
 from jaxdist.launch.supervising.chaos import chaos_changes, strikes
@@ -11,6 +12,8 @@ from jaxdist.launch.supervising.chaos import chaos_changes, strikes
 Found = TypeVar("Found")
 
 _POLL_SECONDS = 0.005
+HOLD_SECONDS = 600.0
+"""How long a job is held at most for a change, which may be impossible."""
 
 
 class Target(NamedTuple):
@@ -34,11 +37,11 @@ class JobUnderFire(Protocol):
     def has_size(self, num_processes: int) -> bool:
         """Return whether the job makes steps on so many processes."""
 
-    def held(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which the job makes no step, if it would not wait by itself for processes that join."""
+    def hold(self, num_processes: int) -> Generator[bool, None, None]:
+        """Hold the job, which might end before the change, until closed; yield whether it is about to have this size.
 
-    def is_ready(self, num_processes: int) -> bool:
-        """Return whether so many processes have started, if the job does not wait for them by itself."""
+        From then on it need not be held.
+        """
 
 
 class Striker:
@@ -52,12 +55,14 @@ class Striker:
 
     Attributes:
       hits: the strikes on single processes that the job recovered from.
+      changes: how many joins and leaves took effect.
     """
 
     def __init__(
         self, job: JobUnderFire, planned: Sequence[strikes.Strike], commands: chaos_changes.Commands, *, size: int
     ):
         self.hits: list[strikes.Hit] = []
+        self.changes = 0
         self._job, self._planned, self._commands, self._size = job, planned, commands, size
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="jaxdist-chaos", daemon=True)
@@ -91,9 +96,10 @@ class Striker:
 
     def _change(self, strike: strikes.Strike, num_processes: int) -> None:
         """Have processes join or leave, and wait until the job makes steps on the new number, or ends."""
-        with self._job.held():
-            self._commands.change(abs(num_processes - self._size), joins=strike.kind == "join")
-            if strike.kind == "join":
-                self._await(lambda: self._job.is_ready(num_processes) or None)
+        with contextlib.closing(self._job.hold(num_processes)) as holding:
+            next(holding)
+            is_told = self._commands.change(abs(num_processes - self._size), joins=strike.kind == "join")
+            end = time.monotonic() + HOLD_SECONDS
+            self._await(lambda: (next(holding) and is_told()) or time.monotonic() >= end or None)
         self._size = num_processes
-        self._await(lambda: self._job.has_size(num_processes) or None)
+        self.changes += bool(self._await(lambda: self._job.has_size(num_processes) or None))

@@ -2,9 +2,11 @@
 
 import contextlib
 import functools
+import os
 import pathlib
+import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 from jaxdist.launch.supervising import board, restart_events
@@ -18,6 +20,8 @@ had joined and built what they train. restore: until all had restored their stat
 including compilation (mostly from the cache) and repeated steps.
 """
 _NUM_STAGES = len(STAGES) - 1
+PAUSE_SECONDS = 2.0
+"""How long a job is stopped between some steps while it is held: less than `recovery.hang_seconds`."""
 
 
 class SupervisedJob:
@@ -37,10 +41,9 @@ class SupervisedJob:
             return None
         number = strike.process % len(attempt["process_ids"])
         report = board.read(pathlib.Path(attempt["memory"]), number)
-        if strike.early_seconds is not None:
-            is_due = time.monotonic() - attempt["monotonic"] >= strike.early_seconds
-        else:
-            is_due = report is not None and report.step >= strike.step
+        is_due = report is not None and report.step >= strike.step
+        if strike.early_seconds is not None:  # a short job would end before the seconds have passed
+            is_due = is_due or time.monotonic() - attempt["monotonic"] >= strike.early_seconds
         if not is_due:
             return None
         follow = functools.partial(self._follow, strike, number, attempt, _highest_step(attempt))
@@ -52,13 +55,32 @@ class SupervisedJob:
         newest = changes[-1] if changes else {}
         return newest.get("processes") == num_processes and newest["seconds_lost"] is not None
 
-    def held(self) -> contextlib.AbstractContextManager[None]:
-        """See `striker.JobUnderFire`: this one waits by itself."""
-        return contextlib.nullcontext()
+    def hold(self, num_processes: int) -> Generator[bool, None, None]:
+        """See `striker.JobUnderFire`: until it is asked to end for the change, it makes a step now and then.
 
-    def is_ready(self, num_processes: int) -> bool:
-        """See `striker.JobUnderFire`."""
-        return True
+        Its processes are stopped in between, so that those of the next attempt have the processors to get ready.
+        """
+        while not self._is_changing(num_processes):
+            attempt = self._attempt()
+            step, end = (_highest_step(attempt) if attempt else 0), time.monotonic() + PAUSE_SECONDS
+            _send(signal.SIGSTOP, attempt)
+            try:
+                while time.monotonic() < end and not self._is_changing(num_processes):
+                    yield False
+            finally:
+                _send(signal.SIGCONT, attempt)
+            while attempt and _highest_step(attempt) == step and self._attempt() == attempt:
+                yield self._is_changing(num_processes)
+        while True:
+            yield True
+
+    def _is_changing(self, num_processes: int) -> bool:
+        """Return whether the running attempt was asked to end for a change, or has this size."""
+        attempt = self._attempt()
+        if attempt is None:
+            return False
+        asked = pathlib.Path(attempt["memory"], restart_events.CHANGE_NAME).exists()
+        return asked or len(attempt["process_ids"]) == num_processes
 
     def _follow(
         self, strike: strikes.Strike, number: int, attempt: dict[str, Any], before: int
@@ -90,6 +112,13 @@ class SupervisedJob:
         """Return the start event of the attempt that is running, None between two."""
         events = [event for event in restart_events.read_events(self._run_dir) if event["event"] in ("start", "end")]
         return events[-1] if events and events[-1]["event"] == "start" else None
+
+
+def _send(number: int, attempt: dict[str, Any] | None) -> None:
+    """Send a signal to all processes of an attempt."""
+    for process_id in attempt["process_ids"] if attempt else ():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process_id, number)
 
 
 def _reports(attempt: dict[str, Any]) -> list[board.ProcessReport | None]:

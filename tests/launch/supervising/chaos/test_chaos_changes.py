@@ -25,17 +25,19 @@ def test_too_many_of_a_kind_are_refused(kinds, processes):
 
 
 def test_the_newest_command_leaves_first_and_all_end(tmp_path, monkeypatch):
-    wait = "import sys, time; print(sys.argv[1:], flush=True); time.sleep(60 if sys.argv[1] == 'join' else 0)"
+    wait = "import sys, time; print(sys.argv[1:], flush=True); time.sleep(600 if sys.argv[1] == 'join' else 0)"
     monkeypatch.setattr(chaos_changes, "_COMMAND", (sys.executable, "-c", wait))
     monkeypatch.setattr(chaos_changes, "_END_SECONDS", 0.01)
     run_dir = tmp_path / "run"
     with chaos_changes.Commands(run_dir, seed=0) as commands:
-        commands.change(1, joins=False)  # of the supervisor's own
-        commands.change(1, joins=True)
+        is_told = commands.change(1, joins=False)  # of the supervisor's own
+        while not is_told():
+            pass
+        assert commands.change(1, joins=True)()
         commands.change(2, joins=True)
         first, second = commands._joined
         commands.change(2, joins=False)
-        assert second.wait(30) < 0
+        assert second.wait(200) < 0
         assert first.poll() is None
     assert first.returncode is not None
     assert f"['leave', '{run_dir}', '--processes', '1']" in (tmp_path / "joined.txt").read_text()

@@ -32,7 +32,7 @@ def make_report(**changes):
     stages = {"detect": 0.25, "restart": 2.0, "restore": 0.5, "compile": 1.25}
     hit = strikes.Hit(strikes.Strike("kill", 0, 3), 4.0, stages)
     values = {
-        "planned": 2,
+        "planned": 1,
         "hits": [hit],
         "restarts": 1,
         "undisturbed": ("a", 9),
@@ -64,7 +64,15 @@ def test_the_report_says_what_was_done_and_what_it_cost():
     assert content["lost_seconds"] == {"p50": 4.0, "max": 4.0}
     assert content["split_seconds"]["restart"] == {"p50": 2.0, "max": 2.0}
     assert "of these    p50 detect 0.2, restart 2.0, restore 0.5, compile 1.2" in str(make_report())
-    assert "1 kills, 0 stops, 0 starved of disk (1 of 2 planned)" in str(make_report())
+    assert (content["planned"], content["made"]) == (1, 1)
+    assert "1 kills, 0 stops, 0 starved of disk (with joins and leaves 1 of 1 planned)" in str(make_report())
+
+
+def test_strikes_that_did_not_come_are_not_counted_as_survived():
+    report = make_report(planned=8, num_changes=2)
+    assert report.proves
+    assert "(with joins and leaves 3 of 8 planned)" in str(report)
+    assert str(report).splitlines()[-1].startswith("identical after 3 of 8 strikes; the run ended before the others")
 
 
 def test_runs_that_nothing_happened_to_prove_nothing():
