@@ -572,7 +572,7 @@ def test_a_save_killed_at_any_moment_leaves_the_old_state_or_the_new_one(tmp_pat
         str(step),
         events,
     ]
-    child = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    child = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert child.returncode == 0, child.stderr
     old, new = bits(small_state(1)), bits(small_state(9))
     outcomes = []
@@ -665,7 +665,7 @@ def test_two_processes_save_together_and_any_layout_restores_it(tmp_path):
         for i in range(2)
     ]
     try:
-        outputs = [process.communicate(timeout=100)[0] for process in processes]
+        outputs = [process.communicate(timeout=200)[0] for process in processes]
     finally:
         for process in processes:
             process.send_signal(signal.SIGKILL)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 
+import held_experiment
 import jax
 import numpy as np
 import pytest
@@ -220,15 +221,18 @@ def test_ctrl_c_is_one_line(capsys, monkeypatch):
 
 # Real processes from here on.
 
-NUM_STEPS = 300
+NUM_STEPS, HELD_AT = 300, 280
 LONG = ["--devices", "2", "--max-steps", str(NUM_STEPS), "--json"]
 TELLING = ["--set", "writers=jsonl,console", "checkpoints.every_steps=25"]
 
 
-def start(environment, run_dir, *arguments):
+def start(environment, run_dir, *arguments, go=None):
+    """Start the run, which does not come to its end before the file `go` exists."""
+    held = {held_experiment.AT: str(HELD_AT), held_experiment.GO: str(go)} if go else {}
+    command = [sys.executable, "-m", "jaxdist.cli", "train", held_experiment.__file__, *LONG, *TELLING]
     return subprocess.Popen(
-        [sys.executable, "-m", "jaxdist.cli", "train", TINY, *LONG, *TELLING, "--run-dir", str(run_dir), *arguments],
-        env=environment,
+        [*command, "--run-dir", str(run_dir), *arguments],
+        env=environment | held,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -237,17 +241,18 @@ def start(environment, run_dir, *arguments):
 
 def finish(process):
     """Return the exit status and the run record that was printed."""
-    output, _ = process.communicate(timeout=100)
+    output, _ = process.communicate(timeout=200)
     records = [line for line in output.splitlines() if line.startswith("{")]
     assert len(records) == 1, output
     return process.returncode, records[0]
 
 
-def wait_for_step(process, step):
+def wait_for(process, text):
+    """Wait for a line that begins so."""
     for line in process.stdout:
-        if line.startswith(f"step {step} "):
+        if line.startswith(text):
             return
-    raise AssertionError(f"the run ended before step {step}")
+    raise AssertionError(f"the run ended before it said {text}")
 
 
 @pytest.fixture(scope="module")
@@ -271,9 +276,11 @@ def assert_as_never_stopped(environment, run_dir, never_stopped):
 
 
 def test_sigterm_saves_and_exits_with_75_and_the_resumed_run_ends_the_same(environment, tmp_path, never_stopped):
-    process = start(environment, tmp_path / "run")
-    wait_for_step(process, 40)
+    process = start(environment, tmp_path / "run", go=tmp_path / "go")
+    wait_for(process, "step 40 ")
     process.send_signal(signal.SIGTERM)
+    wait_for(process, "SIGTERM: Saving and stopping")
+    (tmp_path / "go").touch()
     status, _ = finish(process)
     made = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (status, made["end_reason"]) == (75, "preempted")
@@ -283,10 +290,10 @@ def test_sigterm_saves_and_exits_with_75_and_the_resumed_run_ends_the_same(envir
 
 
 def test_a_run_killed_at_a_random_moment_and_resumed_ends_the_same(environment, tmp_path, never_stopped):
-    process = start(environment, tmp_path / "run")
-    wait_for_step(process, random.Random(os.getpid()).randrange(1, NUM_STEPS - 60))
+    process = start(environment, tmp_path / "run", go=tmp_path / "go")
+    wait_for(process, f"step {random.Random(os.getpid()).randrange(1, HELD_AT - 40)} ")
     process.kill()
-    process.communicate(timeout=100)
+    process.communicate(timeout=200)
     assert process.returncode == -signal.SIGKILL
     made = json.loads((tmp_path / "run" / "run.json").read_text())
     assert made["end_reason"] is None
@@ -299,7 +306,7 @@ def test_an_experiment_that_cannot_be_found_in_a_real_process(environment):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=200,
         check=False,
     )
     assert (done.returncode, done.stdout) == (2, "")
@@ -338,7 +345,7 @@ def test_a_signal_during_the_first_imports_is_one_line(number, environment, stat
     """Of a process of a job the supervisor says what is to say."""
     command = [sys.executable, "-c", STARTED, str(int(number))]
     done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | environment, timeout=60, check=False
+        command, capture_output=True, text=True, env=os.environ | environment, timeout=200, check=False
     )
     assert (done.returncode, done.stderr) == (status, said)
 
@@ -356,7 +363,7 @@ except SystemExit:
 
 def test_an_interrupted_command_can_clean_up():
     """After the imports Ctrl-C raises KeyboardInterrupt again."""
-    done = subprocess.run([sys.executable, "-c", VERSION], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", VERSION], capture_output=True, text=True, timeout=200, check=True)
     assert done.stdout.splitlines()[-1] == "True"
 
 

@@ -65,7 +65,7 @@ def test_with_json_native_code_and_other_programs_write_to_standard_error(capfd,
     with selected_experiment.record_alone_on_stdout(argparse.Namespace(json=as_json)):
         print("of Python")
         os.write(1, b"of native code\n")
-        subprocess.run(["echo", "of a command"], check=True, timeout=60)
+        subprocess.run(["echo", "of a command"], check=True, timeout=200)
     print("the record")
     shown = "of Python\nof native code\nof a command\n"
     assert capfd.readouterr() == (("the record\n", shown) if as_json else (f"{shown}the record\n", ""))

@@ -35,6 +35,6 @@ def test_four_times_the_allowed_memory_is_read(tmp_path):
     rows.flush()
     assert rows.nbytes == 4 * LIMIT_BYTES
     command = [sys.executable, "-c", READER, str(tmp_path), str(LIMIT_BYTES)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(number) for number in range(NUM_ROWS)]

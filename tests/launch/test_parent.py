@@ -35,7 +35,7 @@ def test_a_child_dies_with_its_parent():
 def test_a_child_whose_parent_died_first_ends_with_a_message():
     environment = os.environ | {parent.PARENT_ID: str(os.getppid())}
     done = subprocess.run(
-        [sys.executable, "-c", CHILD], env=environment, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", CHILD], env=environment, capture_output=True, text=True, timeout=200, check=False
     )
     assert (done.returncode, done.stdout) == (1, "")
     assert "has ended already" in done.stderr

@@ -60,7 +60,7 @@ def test_the_second_signal_leaves_at_once(first, second):
 def send(first, second, environment, *, patience):
     numbers = {"first": int(signal.Signals[first]), "second": int(signal.Signals[second])}
     command = [sys.executable, "-c", SECOND.format(**numbers, patience=patience)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
 
 
 def test_a_supervised_process_leaves_it_to_its_supervisor_when_to_leave_at_once():
@@ -72,7 +72,7 @@ def test_a_supervised_process_leaves_it_to_its_supervisor_when_to_leave_at_once(
 def test_a_process_may_leave_every_stop_signal_to_its_parent():
     script = "import os; from jaxdist.launch import signals as s; s.leave_to_parent()\n"
     script += "for number in s.STOP_SIGNALS: os.kill(os.getpid(), number)\nprint('lives')"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200, check=True)
     assert done.stdout == "lives\n"
 
 
@@ -90,7 +90,7 @@ def test_a_request_is_noted_when_nobody_can_read_of_it():
     """The thread that reads signals must outlast a terminal that is closed, or the main thread waits for it forever."""
     code = "import os; from jaxdist.launch import signals\nwith signals.stop_on_signal() as request:\n"
     code += " os.close(2); os.kill(os.getpid(), 1)\n assert request"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=200, check=False).returncode == 0
 
 
 STUCK = """
@@ -112,4 +112,4 @@ def test_both_signals_are_heard_in_native_code_that_never_returns():
         assert stuck.stderr.readline().startswith(b"SIGTERM: Saving")
         time.sleep(signals.SAME_REQUEST_SECONDS)
         stuck.terminate()
-        assert stuck.wait(timeout=60) == 128 + signal.SIGTERM
+        assert stuck.wait(timeout=200) == 128 + signal.SIGTERM

@@ -12,7 +12,7 @@ from jaxdist.launch.supervising import board, job_memory, restart_events
 
 EXPERIMENT = pathlib.Path(__file__).parents[1] / "tiny_experiment.py"
 FOREVER = 10_000_000
-WAIT_SECONDS = 180.0
+WAIT_SECONDS = 230.0
 
 
 class Job:
@@ -88,7 +88,7 @@ class Job:
         """Return whether the job has begun to import JAX."""
         return "jaxlib" in pathlib.Path(f"/proc/{self.process.pid}/maps").read_text()
 
-    def end(self, seconds=60.0):
+    def end(self, seconds=WAIT_SECONDS):
         return self.process.wait(timeout=seconds)
 
     def text(self):

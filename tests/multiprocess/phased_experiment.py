@@ -22,7 +22,7 @@ from jaxdist.run import recovery, stopwatch
 
 PHASES = ("start-up", "training", "evaluation", "saving", "restoring", "between attempts")
 _STEPS_BEFORE = 6
-_SECONDS = 60.0
+_SECONDS = 200.0
 
 
 def get_config():

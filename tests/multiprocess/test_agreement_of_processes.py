@@ -1,5 +1,6 @@
 """Two processes whose signals and clocks differ must still decide the same."""
 
+import itertools
 import time
 import types
 
@@ -9,11 +10,9 @@ from jaxdist import testing
 from jaxdist.launch.joining import agreement
 from jaxdist.run import recovery
 
-NUM_STEPS = 400
-
 
 def stops_and_clocks():
-    """Ask process 1 alone to stop after step 20; its clock goes ten times as fast. Return the steps made and clocks."""
+    """Have process 1 alone ask to stop after step 20; its clock goes ten times as fast. Return the steps and clocks."""
     process = jax.process_index()
     clocks, runs = [], []
     for _ in range(2):  # a second run must not read what the first one agreed on
@@ -21,7 +20,7 @@ def stops_and_clocks():
             seconds = agreed.number("seconds", 0.5)
             stop_requested = agreed.stop(lambda step: process == 1 and step >= 20)
             agreed.meet("start")
-            for step in range(1, NUM_STEPS + 1):
+            for step in itertools.count(1):
                 time.sleep(0.01 * (1 + process))
                 clocks.append(seconds(step * (1.0 + 9.0 * process)))
                 if stop_requested(step):
@@ -34,7 +33,7 @@ def test_all_processes_stop_at_one_step_and_have_one_clock():
     ours, theirs = testing.run_processes(stops_and_clocks)
     assert ours == theirs
     runs, clocks = ours
-    assert all(20 < step < NUM_STEPS for step in runs)
+    assert all(step > 20 for step in runs)
     # What process 0 said, which counts steps, and never far from the present one.
     assert clocks[:4] == [0.5, 0.5, 1.0, 2.0]
     assert all(clock in range(1, step + 1) for step, clock in enumerate(clocks[2 : runs[0]], start=2))

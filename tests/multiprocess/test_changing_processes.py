@@ -8,6 +8,7 @@ import sys
 import time
 
 import changing_experiment
+import held_experiment
 import jax
 import pytest
 
@@ -16,7 +17,7 @@ from jaxdist.run import attempt
 from jaxdist.rundir import ledger, record
 
 EXPERIMENT = pathlib.Path(changing_experiment.__file__)
-SECONDS = 240
+SECONDS = 600
 
 
 def start(stack, log, *arguments):
@@ -43,7 +44,7 @@ def await_processes(run_dir, count, job):
 @pytest.mark.timeout(900)
 def test_a_job_on_1_2_4_3_2_4_processes_makes_the_model_of_one_device(tmp_path, monkeypatch):
     run_dir, go = tmp_path / "run", tmp_path / "go"
-    monkeypatch.setenv(changing_experiment.GO, str(go))
+    monkeypatch.setenv(held_experiment.GO, str(go))
     monkeypatch.setenv("PYTHONPATH", str(EXPERIMENT.parents[1]), prepend=":")
     with contextlib.ExitStack() as stack:
         job = start(stack, tmp_path / "job.log", "train", EXPERIMENT, "--processes", 1, "--run-dir", run_dir)

@@ -1,6 +1,6 @@
 """Real processes: workers that join and leave a parameter server, and a lost machine, leave the bits as they are.
 
-The experiment is held open (see changing_experiment.py) until a test has seen all its changes, and `finish` lets it go.
+The experiment is held open (see held_experiment.py) until a test has seen all its changes, and `finish` lets it go.
 """
 
 import json
@@ -12,6 +12,7 @@ import sys
 import time
 
 import changing_experiment
+import held_experiment
 import pytest
 import step_lines
 import tiny_experiment
@@ -36,7 +37,7 @@ class Commands:
         self.folder, self.running, self.go = folder, [], folder / "go"
 
     def start(self, *arguments, token="secret", tls=False):
-        environment = {**os.environ, TOKEN: token, **(TLS if tls else {}), changing_experiment.GO: str(self.go)}
+        environment = {**os.environ, TOKEN: token, **(TLS if tls else {}), held_experiment.GO: str(self.go)}
         environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
         with (self.folder / f"output-{len(self.running)}.txt").open("wb") as output:
             made = subprocess.Popen(arguments, stdout=output, stderr=output, env=environment, cwd=self.folder)

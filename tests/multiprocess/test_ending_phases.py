@@ -52,7 +52,7 @@ def trained(tmp_path_factory, forks):
     folder = tmp_path_factory.mktemp("trained")
     with ending_jobs.starting(folder) as start:
         job = start(processes=0, steps=BEFORE, experiment=EXPERIMENT, forks=forks)
-        assert job.end(120.0) == 0, job.text()
+        assert job.end() == 0, job.text()
     return folder / "run"
 
 
@@ -83,13 +83,13 @@ def test_a_signal_in_a_phase(tmp_path, trained, forks, phase, target, number):
             receivers = receivers + ([] if target == "child" else [job.process.pid])
         ending_jobs.kill(number, *receivers)
         (tmp_path / "go").touch()
-        assert job.end(120.0) == expected(phase, target, number), job.text()
+        assert job.end() == expected(phase, target, number), job.text()
         assert "Traceback" not in job.text()
         if expected(phase, target, number) == 75:
             check_kept(job, phase)
         if expected(phase, target, number):
             again = start("--restartable", processes=0, **common)
-            assert again.end(120.0) == 0, again.text()
+            assert again.end() == 0, again.text()
             assert "Traceback" not in again.text()
     made = record.RunRecord.read(tmp_path / "run")
     assert (made.end_reason, made.step) == ("max_steps", STEPS)

@@ -11,6 +11,7 @@ import sys
 import time
 
 import changing_experiment
+import held_experiment
 import jax
 import pytest
 
@@ -19,7 +20,7 @@ from jaxdist.run import attempt
 from jaxdist.rundir import ledger, record
 
 EXPERIMENT = pathlib.Path(changing_experiment.__file__)
-SECONDS = 300.0
+SECONDS = 600.0
 
 
 class Job:
@@ -87,7 +88,7 @@ class Job:
 
 @pytest.fixture
 def go(tmp_path, monkeypatch):
-    monkeypatch.setenv(changing_experiment.GO, str(tmp_path / "go"))
+    monkeypatch.setenv(held_experiment.GO, str(tmp_path / "go"))
     monkeypatch.setenv("PYTHONPATH", str(EXPERIMENT.parents[1]), prepend=":")
     return tmp_path / "go"
 

@@ -82,14 +82,14 @@ def test_an_error_of_a_hook_of_a_server_loses_no_step(start, tmp_path, step, eva
     broken.write_text(BROKEN.format(step=step, evaluation=evaluation))
     path = {"PYTHONPATH": os.pathsep.join([str(ending_jobs.EXPERIMENT.parent), os.environ.get("PYTHONPATH", "")])}
     job = start(experiment=broken, environment=path, eval_every=5)
-    assert job.end(120) == 2, job.text()
+    assert job.end() == 2, job.text()
     saved = job.saved_step()
     assert saved >= (5 if evaluation else 9)
     assert f"Step {saved} is saved" in job.text()
     assert "failed in on_" in job.text()
     broken.write_text(BROKEN.format(step=0, evaluation=False))
     again = start("--resume", experiment=broken, environment=path, steps=saved + 4)
-    assert again.end(120) == 0, again.text()
+    assert again.end() == 0, again.text()
     assert record.RunRecord.read(job.run_dir).step == saved + 4
 
 
@@ -125,7 +125,7 @@ def test_a_role_that_is_killed_is_restarted_and_a_killed_program_continues_from_
     saved = job.saved_step()
     assert saved
     job = start("--resume", steps=saved + 20, save_every=5)
-    assert job.end(180.0) == 0, job.text()
+    assert job.end() == 0, job.text()
     assert record.RunRecord.read(job.run_dir).step == saved + 20
     assert "Traceback" not in job.text()
 
@@ -136,7 +136,7 @@ def test_a_viewer_that_closes_its_end_ends_nothing_of_a_server(start):
     job = start("--set", "writers=('console','jsonl')", "log_every=1", steps=60, output=tell)
     os.close(tell)
     os.close(told)
-    assert job.end(120.0) == 0, job.text()
+    assert job.end() == 0, job.text()
     assert record.RunRecord.read(job.run_dir).end_reason == "max_steps"
 
 

@@ -212,7 +212,7 @@ def test_a_real_terminal_gets_the_bar_and_standard_output_stays_free(tmp_path):
         stderr=theirs,
         env={**os.environ, "TERM": "xterm", "COLUMNS": "100"},
         cwd=pathlib.Path(__file__).parents[2],
-        timeout=60,
+        timeout=200,
         check=True,
     )
     os.close(theirs)

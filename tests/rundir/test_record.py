@@ -248,7 +248,7 @@ def test_a_script_has_one_name_however_it_is_started(tmp_path):
     script.write_text("from jaxdist.rundir import record\nclass Config: pass\nprint(record.qualified_name(Config))\n")
     for command in (["digits.py"], ["-c", "import digits"]):
         done = subprocess.run(
-            [sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60
+            [sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=200
         )
         assert done.stdout == "digits.Config\n"
 

@@ -35,4 +35,4 @@ def test_processes_are_supervised_unless_this_is_one_of_them(monkeypatch, proces
 def test_the_choice_needs_no_jax():
     """A signal during the imports is heard, and the fork server imports meanwhile."""
     code = "import sys; from jaxdist.cli.commands import train_command; sys.exit('jax' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=200)

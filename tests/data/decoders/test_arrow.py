@@ -51,5 +51,5 @@ print(ParquetSource(folder / "t.parquet", categories={{"name": ["u", "v"]}}, mis
 print(csv_source(folder / "t.csv", categories=["b"], missing=0)[1])
 print("pandas" in sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
     assert done.stdout.strip().endswith("False"), done

@@ -46,7 +46,7 @@ def start(port, number, run_dir, *arguments, seconds=60, environment=None, befor
 
 def ends(process):
     try:
-        output, _ = process.communicate(timeout=90)
+        output, _ = process.communicate(timeout=200)
     finally:
         process.kill()
     return process.returncode, output

@@ -78,7 +78,7 @@ def test_native_output_goes_to_the_log_of_the_process_and_not_to_the_user(tmp_pa
     monkeypatch.delenv(runtime.LOG, raising=False)
     if has_log:
         monkeypatch.setenv(runtime.LOG, str(tmp_path / "log"))
-    done = subprocess.run([sys.executable, "-c", APART], capture_output=True, text=True, timeout=100, check=True)
+    done = subprocess.run([sys.executable, "-c", APART], capture_output=True, text=True, timeout=200, check=True)
     assert done.stdout == "shown 1\n"
     native = (tmp_path / "log").read_text() if has_log else done.stderr.replace("shown 2\n", "")
     assert done.stderr == "shown 2\n" or not has_log

@@ -48,7 +48,7 @@ def test_a_child_is_like_a_process_started_afresh_minus_the_imports(module, tmp_
     with contextlib.closing(fork_server.ForkServer(["colorsys"])) as server:
         command = module(SHOW, "a", "b")
         children = [start(server, command, tmp_path / name, SAID=name) for name in ("first", "second")]
-        assert [child.wait(timeout=60) for child in children] == [3, 3]
+        assert [child.wait(timeout=200) for child in children] == [3, 3]
         assert [child.poll() for child in children] == [3, 3]
     said = [json.loads((tmp_path / name).read_text()) for name in ("first", "second")]
     assert said[0].pop("random") != said[1].pop("random")
@@ -63,7 +63,7 @@ def test_a_child_can_be_killed_and_outlives_the_fork_server(module, tmp_path):
     with pytest.raises(subprocess.TimeoutExpired):
         child.wait(timeout=0.01)
     child.send_signal(signal.SIGKILL)
-    assert child.wait(timeout=60) == -signal.SIGKILL
+    assert child.wait(timeout=200) == -signal.SIGKILL
     child.send_signal(signal.SIGTERM)  # it has ended: nothing happens
 
 
@@ -98,8 +98,8 @@ def test_a_fork_server_that_is_stopped_is_not_waited_for(module):
         os.kill(server._process.pid, signal.SIGSTOP)
         begin = time.monotonic()
         assert server.start(module(SHOW), os.environ, None) is None
-        assert time.monotonic() - begin < 30.0
-        assert server._process.wait(timeout=30) == -signal.SIGKILL
+        assert time.monotonic() - begin < 200.0
+        assert server._process.wait(timeout=200) == -signal.SIGKILL
 
 
 def test_a_signal_to_the_whole_group_ends_the_children_and_not_the_fork_server(module, tmp_path):
@@ -110,8 +110,8 @@ def test_a_signal_to_the_whole_group_ends_the_children_and_not_the_fork_server(m
             time.sleep(0.01)
         for process_id in (server._process.pid, child.pid):
             os.kill(process_id, signal.SIGTERM)
-        assert child.wait(timeout=30) == -signal.SIGTERM
-        assert start(server, module("import sys; sys.exit(7)"), tmp_path / "log").wait(timeout=30) == 7
+        assert child.wait(timeout=200) == -signal.SIGTERM
+        assert start(server, module("import sys; sys.exit(7)"), tmp_path / "log").wait(timeout=200) == 7
 
 
 OWNER = """
@@ -134,12 +134,12 @@ def test_nothing_outlives_an_owner_that_is_killed(module, tmp_path):
     )
     command = [sys.executable, "-c", OWNER, str(tmp_path / "log"), str(tmp_path / "doomed")]
     (tmp_path / "doomed").mkdir()
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=False, timeout=60)
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=False, timeout=200)
     for process_id in map(int, done.stdout.split()):
         with contextlib.suppress(ProcessLookupError):
             # These are not children of this process; a process descriptor can be waited for all the same.
             descriptor = os.pidfd_open(process_id)
-            assert select.select([descriptor], [], [], 60)[0]
+            assert select.select([descriptor], [], [], 200)[0]
             os.close(descriptor)
     assert not (tmp_path / "doomed").exists()
 
@@ -148,11 +148,10 @@ SHOW_LOADED = "import sys; print('wave' in sys.modules, 'threading_starter' in s
 
 
 def loaded(server, module, tmp_path):
-    assert start(server, module(SHOW_LOADED), tmp_path / "log").wait(timeout=60) == 0
+    assert start(server, module(SHOW_LOADED), tmp_path / "log").wait(timeout=200) == 0
     return (tmp_path / "log").read_text().strip()
 
 
-@pytest.mark.timeout(120)
 def test_what_children_import_is_imported_for_the_next(module, tmp_path):
     (tmp_path / "threading_starter.py").touch()
     (tmp_path / "names").write_text("wave\nno.such.module\nthreading_starter\n")
@@ -162,7 +161,6 @@ def test_what_children_import_is_imported_for_the_next(module, tmp_path):
             pass
 
 
-@pytest.mark.timeout(120)
 def test_what_starts_threads_is_not_imported_for_the_next(module, tmp_path):
     (tmp_path / "threading_starter.py").write_text(STARTS_A_THREAD)
     (tmp_path / "tried.py").write_text(f"import pathlib; pathlib.Path({str(tmp_path / 'found')!r}).touch()")
@@ -174,7 +172,6 @@ def test_what_starts_threads_is_not_imported_for_the_next(module, tmp_path):
         assert {loaded(server, module, tmp_path) for _ in range(3)} == {"False False"}
 
 
-@pytest.mark.timeout(120)
 def test_a_process_is_started_while_such_imports_are_tried(module, tmp_path):
     """They take minutes where the processes that train take all the time: a restart must not wait for them."""
     os.mkfifo(tmp_path / "gate")
@@ -196,4 +193,4 @@ def test_a_process_is_started_while_such_imports_are_tried(module, tmp_path):
 def test_a_file_of_names_that_is_gone_harms_nothing(module, tmp_path):
     with contextlib.closing(fork_server.ForkServer()) as server:
         server.preload(tmp_path / "gone")
-        assert start(server, module(SHOW_LOADED), tmp_path / "log").wait(timeout=60) == 0
+        assert start(server, module(SHOW_LOADED), tmp_path / "log").wait(timeout=200) == 0

@@ -17,7 +17,7 @@ with job_memory.memory_directory(pathlib.Path(sys.argv[2]), root=pathlib.Path(sy
 
 
 def leave_behind(root, run_dir):
-    subprocess.run([sys.executable, "-c", KILLED_OWNER, str(root), str(run_dir)], timeout=60, check=False)
+    subprocess.run([sys.executable, "-c", KILLED_OWNER, str(root), str(run_dir)], timeout=200, check=False)
 
 
 def test_memory_of_a_killed_job_is_found_by_its_run_alone_and_stays_for_it(tmp_path):

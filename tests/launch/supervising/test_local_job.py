@@ -26,11 +26,16 @@ def run(code, tmp_path, processes=2, **settings):
     )
 
 
-def wait_until(condition, seconds=30.0):
+def wait_until(condition, seconds=200.0):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "this never came true"
         time.sleep(0.02)
+
+
+def started(folder):
+    """Return the processes that have made a file of their number."""
+    return [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
 
 
 def is_running(process_id):
@@ -96,13 +101,20 @@ def test_a_stopped_process_does_not_outlive_an_orderly_retry_nor_is_waited_for(t
 
 
 def test_a_job_that_takes_too_long_is_ended(tmp_path, monkeypatch):
+    """However far its processes have come by then."""
     monkeypatch.setattr(local_job, "GRACE_SECONDS", 0.2)
-    code = f"open(os.path.join({str(tmp_path)!r}, str(os.getpid())), 'w').close(); {STUCK}"
+    begun = []
+
+    class Noted(subprocess.Popen):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            begun.append(self.pid)
+
+    monkeypatch.setattr(local_job.subprocess, "Popen", Noted)
     with pytest.raises(TimeoutError, match=r"longer than 2.0 s; processes ended: \[\]"):
-        run(code, tmp_path, timeout_seconds=2.0)
-    started = [int(path.name) for path in tmp_path.iterdir() if path.name.isdigit()]
-    assert len(started) == 2
-    assert not any(is_running(each) for each in started)
+        run(STUCK, tmp_path, timeout_seconds=2.0)
+    assert len(begun) == 2
+    assert not any(is_running(each) for each in begun)
 
 
 LAUNCHER = """
@@ -117,8 +129,8 @@ sys.exit(result.exit_status)
 
 def start_launcher(code, tmp_path):
     launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, code, str(tmp_path)])
-    wait_until(lambda: len([path for path in tmp_path.iterdir() if path.name.isdigit()]) == 2)
-    return launcher, [int(path.name) for path in tmp_path.iterdir() if path.name.isdigit()]
+    wait_until(lambda: len(started(tmp_path)) == 2)
+    return launcher, started(tmp_path)
 
 
 def test_signals_to_the_launcher_reach_every_process_once(tmp_path):
@@ -132,7 +144,7 @@ time.sleep(600)
 """
     launcher, _ = start_launcher(code, tmp_path)
     launcher.terminate()
-    assert launcher.wait(timeout=30) == ExitStatus.RETRY
+    assert launcher.wait(timeout=200) == ExitStatus.RETRY
     assert [local_job.log_path(tmp_path, number).read_text() for number in range(2)] == 2 * ["SIGTERM\n"]
 
 
@@ -175,7 +187,7 @@ time.sleep(600)
     launcher, children = start_launcher(code, tmp_path)
     assert all(is_running(child) for child in children)
     launcher.kill()
-    launcher.wait(timeout=30)
+    launcher.wait(timeout=200)
     wait_until(lambda: not any(is_running(child) for child in children))
 
 

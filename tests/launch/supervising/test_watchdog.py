@@ -1,5 +1,6 @@
 """The verdict without processes: a pure function of the last report of each process, and of its age."""
 
+import re
 import subprocess
 import sys
 import threading
@@ -145,11 +146,11 @@ threading.Event().wait()
 def test_both_processes_of_a_hanging_job_show_one_table_and_their_stacks_and_end(tmp_path):
     command = [sys.executable, "-c", HANGING, str(tmp_path)]
     processes = [subprocess.Popen([*command, str(n)], stderr=subprocess.PIPE, text=True) for n in range(2)]
-    ended = [process.communicate(timeout=60)[1] for process in processes]
+    ended = [process.communicate(timeout=200)[1] for process in processes]
     assert [process.returncode for process in processes] == [75, 75]
     tables = [text.partition("This process's stacks:")[0] for text in ended]
     assert tables[0] == tables[1]
-    assert "The job hangs: process 1 is in input for 1 s; the others wait in step 6." in tables[0]
+    assert re.search(r"The job hangs: process 1 is in input for \d+ s; the others wait in step 6\.", tables[0])
     assert all('File "<string>", line 10 in <module>' in text for text in ended)
     assert [path.name for path in tmp_path.glob("reported-by-*")] == ["reported-by-0"]
 

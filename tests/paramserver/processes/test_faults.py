@@ -3,10 +3,8 @@
 Each run is compared with an undisturbed one. Lines in the syntax of `faults` say which point is struck, and how.
 """
 
-import contextlib
 import itertools
 import json
-import os
 import signal
 import socket
 import threading
@@ -16,7 +14,18 @@ import numpy as np
 import proxy
 import pytest
 import tiny_experiment
-from test_processes import REPLICATED, Mischief, calm, options, pid_of, struck  # noqa: F401 (calm is a fixture)
+from test_processes import (  # noqa: F401 (calm is a fixture)
+    REPLICATED,
+    Mischief,
+    calm,
+    disturbed,
+    held,
+    options,
+    pid_of,
+    signal_if_there,
+    struck,
+    train_held,
+)
 
 from jaxdist.paramserver.processes import faults
 from jaxdist.paramserver.protocol import messages
@@ -51,11 +60,6 @@ def test_killed_at_a_labelled_point(tmp_path, monkeypatch, calm, labels):  # noq
     )
     assert made.params_sha256 == calm.params_sha256
     assert made.examples_seen == calm.examples_seen
-
-
-def signal_if_there(pid, number):
-    with contextlib.suppress(ProcessLookupError):  # the run may be over
-        os.kill(pid, number)
 
 
 @pytest.mark.soak
@@ -111,21 +115,22 @@ def test_a_network_that_loses_a_tenth_and_delivers_a_tenth_twice(tmp_path, monke
 
 
 @pytest.mark.soak
-def test_one_worker_five_times_slower(tmp_path, calm):  # noqa: F811
+def test_one_worker_five_times_slower(tmp_path, monkeypatch, calm):  # noqa: F811
     over = threading.Event()
 
     def slow_down(mischief):
         pid = pid_of("worker/1", mischief.directory)
+        mischief.go.touch()
         for number in itertools.cycle((signal.SIGSTOP, signal.SIGCONT)):
             with_it = over.wait(0.2 if number == signal.SIGCONT else 0.05)
             signal_if_there(pid, signal.SIGCONT if with_it else number)
             if with_it:
                 return
 
-    mischief = Mischief(tmp_path, [(3, slow_down)])
-    mischief.start()
-    made = start.train(options(tmp_path, steps=60, workers=2, servers=1))
+    mischief = held(tmp_path, monkeypatch, [(3, slow_down)])
+    made = train_held(tmp_path, steps=60, workers=2, servers=1)
     over.set()
+    mischief.join()
     assert made.params_sha256 == calm.params_sha256
 
 
@@ -165,10 +170,7 @@ def test_noise_strangers_and_wrong_dtypes_on_the_ports(tmp_path, monkeypatch, ca
             end.flush(10.0)
             end.close()
 
-    mischief = Mischief(tmp_path, [(5, disturb)])
-    mischief.start()
-    made = start.train(options(tmp_path, steps=60, workers=2, servers=1))
-    assert mischief.done
+    made = disturbed(tmp_path, monkeypatch, [(2, disturb)], steps=60, workers=2, servers=1)
     assert made.params_sha256 == calm.params_sha256
     assert made.extra["ps"]["refused"] == 1, "the push with the token is refused by name, the other is not even read"
     assert made.examples_seen == 15 * tiny_experiment.NUM_TRAIN

@@ -1,5 +1,6 @@
 """Real processes on this machine: killed, stopped and restarted, they end in the bits of the undisturbed run."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 
+import held_experiment
 import jax
 import pytest
 import root_experiment
@@ -49,11 +51,12 @@ def options(run_dir, *, steps, assignments=(), resume=False, **chosen):
 
 
 class Mischief(threading.Thread):
-    """Acts on a running job once it has finished a number of steps."""
+    """Acts on a running job once it has finished a number of steps, and lets it go after that, if it is held."""
 
     def __init__(self, run_dir, deeds):
         super().__init__(daemon=True)
         self.directory, self.deeds, self.done = pathlib.Path(run_dir) / "ps", deeds, []
+        self.go = pathlib.Path(run_dir) / "go"
 
     def steps(self):
         return step_lines.last_step(self.directory.parent)
@@ -64,6 +67,7 @@ class Mischief(threading.Thread):
                 time.sleep(0.02)
             deed(self)
             self.done.append(after)
+        self.go.touch()
 
 
 def pid_of(name, directory):
@@ -83,11 +87,16 @@ def kill(name):
     return lambda mischief: os.kill(pid_of(name, mischief.directory), signal.SIGKILL)
 
 
+def signal_if_there(pid, number):
+    with contextlib.suppress(ProcessLookupError):  # the run may be over
+        os.kill(pid, number)
+
+
 def freeze(name, seconds):
     def deed(mischief):
         pid = pid_of(name, mischief.directory)
         os.kill(pid, signal.SIGSTOP)
-        threading.Timer(seconds, lambda: os.kill(pid, signal.SIGCONT)).start()
+        threading.Timer(seconds, signal_if_there, (pid, signal.SIGCONT)).start()
 
     return deed
 
@@ -96,10 +105,23 @@ def stop(name):
     return lambda mischief: os.kill(pid_of(name, mischief.directory), signal.SIGSTOP)
 
 
-def disturbed(tmp_path, deeds, **chosen):
+def held(tmp_path, monkeypatch, deeds):
+    """Hold the runs of this test until the deeds are done; return who does them."""
     mischief = Mischief(tmp_path, deeds)
+    monkeypatch.setenv(held_experiment.GO, str(mischief.go))
     mischief.start()
-    made = run.train(options(tmp_path, **chosen))
+    return mischief
+
+
+def train_held(tmp_path, **chosen):
+    return run.train(dataclasses.replace(options(tmp_path, **chosen), experiment=held_experiment.__file__))
+
+
+def disturbed(tmp_path, monkeypatch, deeds, **chosen):
+    """Train while the deeds are done; the run is held until then. Its bits are those of the tiny experiment."""
+    mischief = held(tmp_path, monkeypatch, deeds)
+    made = train_held(tmp_path, **chosen)
+    mischief.join()
     assert len(mischief.done) == len(deeds), "the run was over before the mischief was"
     return made
 
@@ -179,9 +201,9 @@ def test_killed_after_a_decision_and_before_an_answer(tmp_path, monkeypatch, cal
 @pytest.mark.soak
 @pytest.mark.timeout(LIMIT_SECONDS)
 @pytest.mark.parametrize("name", ["worker/1", "server/0/a", "scheduler"])
-def test_a_process_that_stood_still_comes_back_as_a_stranger(tmp_path, calm, name):
-    deeds = [(10, freeze(name, 6.0))]
-    made = disturbed(tmp_path, deeds, steps=60, workers=2, servers=1, durability="replicated")
+def test_a_process_that_stood_still_comes_back_as_a_stranger(tmp_path, monkeypatch, calm, name):
+    deeds = [(3, freeze(name, 6.0))]
+    made = disturbed(tmp_path, monkeypatch, deeds, steps=60, workers=2, servers=1, durability="replicated")
     assert made.params_sha256 == calm.params_sha256
 
 
@@ -191,16 +213,16 @@ def test_a_process_that_stood_still_comes_back_as_a_stranger(tmp_path, calm, nam
 def test_a_process_that_is_stopped_for_good_is_started_again(tmp_path, monkeypatch, name):
     """Without the only worker, or without the scheduler, the run would wait forever."""
     monkeypatch.setattr(crew, "STOPPED_SECONDS", 1.0)
-    made = disturbed(tmp_path, [(10, stop(name))], steps=60, workers=1, servers=1)
+    made = disturbed(tmp_path, monkeypatch, [(3, stop(name))], steps=60, workers=1, servers=1)
     assert made.step == 60
     assert made.restarts == 1
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(LIMIT_SECONDS)
-def test_a_lost_shard_goes_back_to_the_snapshot_and_ends_in_the_same_bits(tmp_path, calm):
-    deeds = [(25, kill("server/0/a"))]
-    made = disturbed(tmp_path, deeds, steps=60, workers=2, servers=1, durability="snapshot", snapshot_every=10)
+def test_a_lost_shard_goes_back_to_the_snapshot_and_ends_in_the_same_bits(tmp_path, monkeypatch, calm):
+    chosen = {"steps": 60, "workers": 2, "servers": 1, "durability": "snapshot", "snapshot_every": 4}
+    made = disturbed(tmp_path, monkeypatch, [(6, kill("server/0/a"))], **chosen)
     assert made.params_sha256 == calm.params_sha256
     assert made.extra["ps"]["rollbacks"] == 1
 
@@ -237,8 +259,8 @@ def test_no_process_outlives_its_parent(tmp_path, number):
         time.sleep(0.1)
     spec = str(tmp_path / "ps" / "spec.json")
     parent.send_signal(number)
-    parent.wait(60)
-    deadline = time.monotonic() + 20
+    parent.wait(200)
+    deadline = time.monotonic() + 200
     while left := [p for p in pathlib.Path("/proc").glob("[0-9]*") if spec in command_line(p)]:
         assert time.monotonic() < deadline, left
         time.sleep(0.1)

@@ -8,6 +8,7 @@ import inspect
 import signal
 import subprocess
 
+import held_experiment
 import pytest
 import test_faults
 import test_processes
@@ -69,28 +70,30 @@ def test_ray_passes(request, case):
     case(**{name: request.getfixturevalue(name) for name in wanted})
 
 
-def test_a_run_on_ray_is_stopped_and_goes_on(tmp_path):
+def test_a_run_on_ray_is_stopped_and_goes_on(tmp_path, monkeypatch):
     steps = ["ps.engine=ray", "ps.servers=2"]
     subprocess.run(test_start.command(tmp_path / "calm", *steps), check=True)
+    monkeypatch.setenv(held_experiment.GO, str(tmp_path / "go"))
     process = subprocess.Popen(test_start.command(tmp_path / "run", *steps))
-    test_start.wait_for_steps(process, tmp_path / "run", 15)
+    test_start.wait_for_steps(process, tmp_path / "run", 6)
     process.send_signal(signal.SIGINT)
     assert process.wait() == 75
+    (tmp_path / "go").touch()
     subprocess.run(test_start.command(tmp_path / "run", *steps, flags=["--resume"]), check=True)
     calm_record, resumed = (test_start.record_of(tmp_path / name) for name in ("calm", "run"))
     assert (resumed["params_sha256"], resumed["step"]) == (calm_record["params_sha256"], 40)
 
 
 @pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # Ray starts its nodes so
-def test_the_processes_of_a_lost_node_run_on_the_others(ray, tmp_path, capsys):
+def test_the_processes_of_a_lost_node_run_on_the_others(ray, tmp_path, monkeypatch, capsys):
     """It takes Ray some seconds to know of the loss: meanwhile the copies of the shards train on."""
     chosen = {**test_processes.REPLICATED, "steps": 5000}
-    undisturbed = test_processes.disturbed(tmp_path / "calm", [], **chosen)
+    undisturbed = test_processes.disturbed(tmp_path / "calm", monkeypatch, [], **chosen)
     extra = ray.add_node(num_cpus=2, object_store_memory=80_000_000)
 
     def lose(mischief):
         ray.remove_node(extra, allow_graceful=False)
 
-    made = test_processes.disturbed(tmp_path / "run", [(10, lose)], **chosen)
+    made = test_processes.disturbed(tmp_path / "run", monkeypatch, [(3, lose)], **chosen)
     assert made.params_sha256 == undisturbed.params_sha256
     assert "A node of the cluster is lost. Its processes run on the others from now on" in capsys.readouterr().err

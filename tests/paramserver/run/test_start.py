@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import held_experiment
 import pytest
 import step_lines
 import tiny_experiment
@@ -17,9 +18,9 @@ pytestmark = [pytest.mark.soak, pytest.mark.timeout(600)]
 
 
 def command(run_dir, *settings, steps=40, flags=()):
-    start = [sys.executable, "-m", "jaxdist.cli", "train", tiny_experiment.__file__, "--strategy", "parameter-server"]
+    start = [sys.executable, "-m", "jaxdist.cli", "train", held_experiment.__file__, "--strategy", "parameter-server"]
     start += ["--run-dir", str(run_dir), "--max-steps", str(steps), "--json", *flags]
-    return [*start, "--set", "eval.every_steps=1000", "checkpoints.every_steps=10", "ps.workers=2", *settings]
+    return [*start, "--set", "eval.every_steps=1000", "checkpoints.every_steps=4", "ps.workers=2", *settings]
 
 
 def record_of(run_dir):
@@ -40,12 +41,16 @@ def calm(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGINT, 75), (signal.SIGTERM, 75)])
-def test_a_run_that_was_stopped_resumes_on_other_servers_with_the_same_bits(tmp_path, calm, number, status):
-    run_dir = tmp_path / "run"
+def test_a_run_that_was_stopped_resumes_on_other_servers_with_the_same_bits(
+    tmp_path, monkeypatch, calm, number, status
+):
+    run_dir, go = tmp_path / "run", tmp_path / "go"
+    monkeypatch.setenv(held_experiment.GO, str(go))
     process = subprocess.Popen(command(run_dir, "ps.servers=1", steps=40))
-    wait_for_steps(process, run_dir, 15)
+    wait_for_steps(process, run_dir, 6)
     process.send_signal(number)
     assert process.wait() == status
+    go.touch()
     assert record_of(run_dir)["end_reason"] == (None if number == signal.SIGKILL else "preempted")
     subprocess.run(command(run_dir, "ps.servers=3", flags=["--resume"]), check=True)
     resumed = record_of(run_dir)

@@ -88,7 +88,7 @@ def test_memory_is_used_again_only_when_no_array_is_in_it(ends):
     held = []
     for number in range(1, 30):
         first.send("peer", large(number))
-        message = heard.get(timeout=60)
+        message = heard.get(timeout=200)
         assert is_whole(message)
         assert not message.state.params[0].flags.writeable
         if number % 10 == 0:
@@ -103,7 +103,7 @@ def test_a_receiver_that_keeps_all_memory_gets_more_through_the_socket(ends):
     kept = []
     for number in range(1, 2 * lent_memory.MOST_SEGMENTS):
         first.send("peer", large(number))
-        kept.append(heard.get(timeout=60))
+        kept.append(heard.get(timeout=200))
     assert all(map(is_whole, kept))
     lender = lender_of(first)
     assert sorted(lender._lent) == [1, 2, 3]
@@ -112,7 +112,7 @@ def test_a_receiver_that_keeps_all_memory_gets_more_through_the_socket(ends):
 def test_arrays_outlive_the_sender_and_the_connection(ends):
     first, second, heard = ends
     first.send("peer", large(1))
-    message = heard.get(timeout=60)
+    message = heard.get(timeout=200)
     first.close()
     second.close()
     assert is_whole(message)
@@ -126,14 +126,14 @@ def test_messages_take_the_socket_if_there_is_no_memory(ends, monkeypatch):
     first, _, heard = ends
     for number in (1, 2):
         first.send("peer", large(number))
-        assert is_whole(heard.get(timeout=60))
+        assert is_whole(heard.get(timeout=200))
 
 
 def test_messages_between_machines_are_not_lent(ends, monkeypatch):
     monkeypatch.setattr(same_machine, "name_of", lambda host, port: None)
     first, _, heard = ends
     first.send("peer", large(1))
-    assert is_whole(heard.get(timeout=60))
+    assert is_whole(heard.get(timeout=200))
     assert lender_of(first)._number == 0
 
 

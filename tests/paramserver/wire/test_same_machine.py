@@ -32,10 +32,10 @@ def test_a_message_takes_it_and_tcp_where_there_is_none(monkeypatch):
     try:
         first.peers["peer"] = second.peers["peer"] = f"127.0.0.1:{end.port}"
         first.send("peer", messages.Register("worker/0", 1))
-        assert heard.get(timeout=30).name == "worker/0"
+        assert heard.get(timeout=200).name == "worker/0"
         monkeypatch.setattr(same_machine, "name_of", lambda host, port: "\0jaxdist-0")
         second.send("peer", messages.Register("worker/1", 1))
-        assert heard.get(timeout=30).name == "worker/1"
+        assert heard.get(timeout=200).name == "worker/1"
         families = {link._transport.get_extra_info("socket").family for link in end._incoming}
         assert families == {socket.AF_UNIX, socket.AF_INET}
     finally:

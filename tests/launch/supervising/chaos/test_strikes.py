@@ -82,7 +82,7 @@ def test_each_kind_of_strike_does_what_it_says(tmp_path):
     os.waitpid(victim.pid, os.WUNTRACED)
     assert stopped.is_stopped(victim.pid)
     assert strikes.deliver(strikes.Strike("kill", 0, 1), victim.pid)
-    assert victim.wait(timeout=30) == -signal.SIGKILL
+    assert victim.wait(timeout=200) == -signal.SIGKILL
     assert not stopped.is_stopped(victim.pid)
     assert not strikes.deliver(strikes.Strike("kill", 0, 1), victim.pid)
     victim.stdin.close()

