@@ -123,6 +123,7 @@ def _changed_at_random(experiment: str, strategy: str, options: argparse.Namespa
         "unit": "s from a kill to the next new step (theirs: what is allowed)",
         "repeats": sum(found["strikes"].values()),
         "identical": found["identical"],
+        "strikes": f"{found['made']} of {found['planned']}",
         "longest": costs["max"],
         "report": found,
     }
