@@ -36,6 +36,13 @@ def load_experiment(path: str) -> Experiment:
     return experiment if experiment.name else dataclasses.replace(experiment, name=file.stem)
 
 
+_HINTS = {
+    "attempted relative import": "Import files of the same folder by their names alone: import NAME.",
+    "name 'get_ipython' is not defined": "Remove the commands of the notebook that it was exported from.",
+}
+"""What to do about errors of files that are part of a package or a notebook elsewhere."""
+
+
 def _run_file(file: pathlib.Path) -> Any:
     # The stem as name makes qualified names in the run record the same however the file was started; a file that runs
     # as a script is loaded a second time under it, which is why experiments only define things.
@@ -51,5 +58,7 @@ def _run_file(file: pathlib.Path) -> Any:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise ConfigError(f"{file} cannot be loaded: {errors.describe(error)}") from error
+        said = errors.describe(error)
+        hints = [hint for text, hint in _HINTS.items() if text in said]
+        raise ConfigError(f"{file} cannot be loaded: {said}{f' {hints[0]}' if hints else ''}") from error
     return module

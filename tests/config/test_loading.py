@@ -48,6 +48,8 @@ BROKEN = {
         "\nimport no_such_module_here\n",
         r"ModuleNotFoundError: No module named .*\(.*given\.py:2, in <module>\)",
     ),
+    "relative": ("from .other import x\n", r"given\.py cannot be loaded: .*relative import.* by their names alone"),
+    "notebook": ("get_ipython().magic('x')\n", r"cannot be loaded: NameError: .* Remove the commands of the notebook"),
     "raises": ("x = 1\n\nx / 0\n", r"cannot be loaded: ZeroDivisionError: .*given\.py:3, in <module>"),
     "absent": ("x = 1\n", r"defines get_config\(\); .*given\.py does not"),
     "no function": ("get_config = 3\n", r"defines get_config\(\)"),

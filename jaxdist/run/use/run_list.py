@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pathlib
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,7 +40,10 @@ def find(folder: pathlib.Path) -> list[RunSummary]:
     """Return the runs in `folder`, the newest last.
 
     Raises:
-      UserError: there is no such folder, or no run in it.
+      UserError: there is no such folder, or no run in it whose record can be read.
+
+    Warns:
+      UserWarning: the record of a run cannot be read, which is left out of the list.
     """
     if not folder.is_dir():
         raise errors.UserError(f"Runs are listed from a folder of run directories; there is no folder {folder}.")
@@ -48,8 +52,16 @@ def find(folder: pathlib.Path) -> list[RunSummary]:
         raise errors.UserError(
             f"{folder} contains no run: there is no {record.FILE_NAME} in any of its folders. Name another."
         )
-    with errors.as_user_error():
-        entries = [_entry(path, record.RunRecord.read(path)) for path in paths]
+    entries, damaged = [], []
+    for path in paths:
+        try:
+            entries.append(_entry(path, record.RunRecord.read(path)))
+        except (ValueError, OSError) as error:
+            damaged.append(error)
+    if not entries:
+        raise errors.UserError(str(damaged[0])) from damaged[0]
+    for each in damaged:
+        warnings.warn(f"A run is left out of the list. {each}", stacklevel=2)
     return sorted(entries, key=lambda entry: (entry.started or "", entry.name))
 
 

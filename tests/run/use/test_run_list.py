@@ -104,6 +104,17 @@ def test_a_comparison_that_is_wider_than_the_terminal_has_a_line_for_each_run(tm
     assert "".join(narrow.split()).count("1" * 64) == 1
 
 
+def test_a_run_whose_record_cannot_be_read_hides_no_other(tmp_path):
+    write(tmp_path / "whole")
+    cut = write(tmp_path / "cut") / record.FILE_NAME
+    cut.write_text(cut.read_text()[:200])
+    with pytest.warns(UserWarning, match=r"left out of the list.*cut/run\.json is not"):
+        assert [entry.name for entry in run_list.find(tmp_path)] == ["whole"]
+    (tmp_path / "whole" / record.FILE_NAME).unlink()
+    with pytest.raises(errors.UserError, match=r"cut/run\.json is not"):
+        run_list.find(tmp_path)
+
+
 def test_what_holds_no_run_is_named(tmp_path):
     with pytest.raises(errors.UserError, match="there is no folder"):
         run_list.find(tmp_path / "missing")

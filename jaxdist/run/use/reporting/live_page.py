@@ -78,7 +78,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return host in (HOST, "localhost")
 
     def _answer(self, kind: str, text: str) -> None:
-        content = text.encode()
+        content = text.encode(errors="surrogateescape")
         self.send_response(HTTPStatus.OK)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content)))
