@@ -63,7 +63,8 @@ class Job:
     def start_event(self):
         """Return the event of the attempt that runs, None between two."""
         events = restart_events.read_events(self.run_dir)[self.earlier :]
-        return events[-1] if events and events[-1]["event"] == "start" else None
+        attempts = [event for event in events if event["event"] in ("start", "end")]  # and "recovered" is neither
+        return attempts[-1] if attempts and attempts[-1]["event"] == "start" else None
 
     def reported_step(self):
         event = self.start_event()

@@ -323,7 +323,7 @@ def test_a_signal_to_one_process_has_the_job_restarted_where_it_stopped(start):
 @pytest.mark.soak
 @pytest.mark.timeout(400)
 def test_fifteen_kills_in_a_row_while_restoring_too(start):
-    job = start()
+    job = start("--set", "recovery.max_fruitless=1000")
     reached = job.reported_step()
     for strike in range(15):
         event = job.wait_for(job.start_event, "an attempt")
