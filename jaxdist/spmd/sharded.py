@@ -73,11 +73,13 @@ class _GivesInputs:
     """A step out of `program(state, optimizer's inputs, batch)`, a jitted function."""
 
     def __init__(self, program: Any, inputs: PlacedInputs):
-        self._program, self._inputs = program, inputs
+        self._program, self._inputs, self._in_flight = program, inputs, steps.InFlight()
         self._cache_size = program._cache_size  # for the recompile sentinel
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, steps.Metrics]:
-        return self._program(state, self._inputs.placed(), batch)
+        new_state, metrics = self._program(state, self._inputs.placed(), batch)
+        self._in_flight.add(metrics["loss"])
+        return new_state, metrics
 
     def with_inputs(self, inputs: PlacedInputs) -> "_GivesInputs":
         """Return a step of the same program with other inputs of the optimizer."""

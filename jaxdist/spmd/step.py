@@ -4,6 +4,7 @@ Each builder takes everything static (loss, optimizer, mesh) and differs from th
 become the global mean. What a step does with the mean is in one place, `apply_averages`.
 """
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -31,6 +32,28 @@ EMPTY_BATCH = -2
 """The value of `nonfinite_leaf` for a batch in which nothing counted."""
 STEP_HASHES = "step_hashes"
 """The metric with the hashes of a canonical step, uint32 of one dim: those of the logical shards, then the step's."""
+
+_MOST_IN_FLIGHT = 16
+
+
+class InFlight:
+    """The newest steps that were dispatched, so that a loop which never looks at a result has few of them open.
+
+    XLA's client for CPU devices admits 32 programs for a device and then may need, for the next one, the thread of one
+    that waits for its neighbours: two fake devices on two cores stopped forever within 3,000 steps of a plain loop
+    (jaxlib 0.10).
+    """
+
+    def __init__(self) -> None:
+        self._results: collections.deque[jax.Array] = collections.deque()
+
+    def add(self, result: jax.Array) -> None:
+        """Take a result of the step that was just dispatched, one that is not donated; wait for the oldest of many."""
+        if isinstance(result, jax.core.Tracer):
+            return
+        self._results.append(result)
+        if len(self._results) > _MOST_IN_FLIGHT:
+            self._results.popleft().block_until_ready()
 
 
 def data_parallel_step(
@@ -90,6 +113,7 @@ class KeepsKey:
     ):
         self._program, self._inputs = program, inputs
         self._key: jax.Array | None = None
+        self._in_flight = InFlight()
         cache_size = cache_size or getattr(program, "_cache_size", None)
         if cache_size is not None:
             self._cache_size = cache_size  # for the recompile sentinel
@@ -99,6 +123,7 @@ class KeepsKey:
         if state.key is not self._key:
             self._key, self._plain_key = state.key, keys.PlainKey.of(state.key)
         new_state, metrics = self._program(with_key(state, None), self._plain_key, self._inputs.placed(), batch)
+        self._in_flight.add(metrics["loss"])
         return with_key(new_state, state.key), metrics
 
     def with_inputs(self, inputs: PlacedInputs) -> "KeepsKey":
@@ -147,10 +172,13 @@ def pmap_step(
     local_step = _make_local_step(loss_fn, optimizer, DATA_AXIS, num_microbatches)
     mapped = jax.pmap(local_step, axis_name=DATA_AXIS, in_axes=(None, None, 0), out_axes=None, devices=devices)
     inputs = optimizer.inputs if isinstance(optimizer, WithInputs) else None
+    in_flight = InFlight()
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         folded = jax.tree.map(lambda leaf: leaf.reshape(len(devices), -1, *leaf.shape[1:]), batch)
-        return mapped(state, inputs, folded)
+        new_state, metrics = mapped(state, inputs, folded)
+        in_flight.add(metrics["loss"])
+        return new_state, metrics
 
     return step
 

@@ -16,6 +16,7 @@ from small_problem import (
     assert_close,
     counted_compiles,
     example_losses,
+    init_params,
     loss_fn,
     new_state,
     numpy_batch,
@@ -23,7 +24,8 @@ from small_problem import (
     reference_params,
 )
 
-from jaxdist.spmd import metrics, reduce
+from jaxdist.spmd import layout as layouts
+from jaxdist.spmd import metrics, reduce, sharded
 from jaxdist.spmd import state as states
 from jaxdist.spmd import step as steps
 from jaxdist.spmd.mesh import make_mesh
@@ -316,3 +318,51 @@ def test_no_moment_is_copied_to_keep_the_state_of_a_step_that_is_not_finite():
     text = step.trace(state, place(numpy_batch(0), mesh, "data")).lower().compile().as_text()
     copied = [line for line in text[text.index("ENTRY") :].splitlines() if " copy(" in line and "_mu_" in line]
     assert not copied, copied
+
+
+class Result:
+    """Stands for an array that is being computed."""
+
+    def __init__(self):
+        self.is_waited_for = False
+
+    def block_until_ready(self):
+        self.is_waited_for = True
+
+
+def test_the_oldest_of_many_steps_is_waited_for():
+    in_flight, results = steps.InFlight(), [Result() for _ in range(40)]
+    for number, result in enumerate(results, 1):
+        in_flight.add(result)
+        assert [result.is_waited_for for result in results].count(True) == max(number - 16, 0)
+    assert all(result.is_waited_for for result in results[:24])
+
+
+def test_a_step_may_be_called_inside_another_program():
+    mesh, optimizer = mesh_of(2), OPTIMIZERS["momentum"]
+    step, state = steps.data_parallel_step(loss_fn, optimizer, mesh), placed_state("momentum", mesh)
+    batch = place(numpy_batch(), mesh, "data")
+    scanned, _ = jax.jit(lambda state: jax.lax.scan(lambda state, _: step(state, batch), state, length=20))(state)
+    for _ in range(20):
+        state, _ = step(state, batch)
+    assert_close(scanned.params, state.params)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_devices", [2, 8])
+@pytest.mark.parametrize("kind", ["data parallel", "pmap", "sharded"])
+def test_a_loop_that_looks_at_no_result_ends(kind, num_devices):
+    """Without a bound, XLA waits forever once 32 programs are admitted to a device whose threads all wait."""
+    mesh, optimizer = mesh_of(num_devices), OPTIMIZERS["sgd"]
+    all_sharded = layouts.fsdp(mesh, min_size=16)
+    step = {
+        "data parallel": lambda: steps.data_parallel_step(loss_fn, optimizer, mesh),
+        "pmap": lambda: steps.pmap_step(loss_fn, optimizer, devices=list(mesh.devices.flat)),
+        "sharded": lambda: sharded.sharded_step(loss_fn, optimizer, mesh, layout=all_sharded),
+    }[kind]()
+    layout = all_sharded if kind == "sharded" else layouts.replicated
+    state = states.create_state(init_params, optimizer, mesh=mesh, seed=0, layout=layout)
+    batch = numpy_batch() if kind == "pmap" else place(numpy_batch(), mesh, "data")
+    for _ in range(3000):
+        state, _ = step(state, batch)
+    assert int(state.step) == 3000

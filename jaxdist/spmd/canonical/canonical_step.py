@@ -1,6 +1,5 @@
 """The step of canonical reduction: the same bits on any number of devices, for every layout that shards the state."""
 
-import collections
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -41,10 +40,6 @@ class NoHashing:
 
 
 NO_HASHING = NoHashing()
-
-_MOST_IN_FLIGHT = 16
-"""Steps that are dispatched and not computed. On CPU devices, XLA stops at 32 and then may need the thread of one of
-these for another: with as many devices as threads, both wait forever (jaxlib 0.10)."""
 
 
 def canonical_step(
@@ -134,16 +129,11 @@ def _in_one_program(
         lambda total, state, kept: update_state.at_once(state, kept[1], total),
         shared_of=lambda state, kept: _shared(state, kept[0]),
     )
-    flying: collections.deque[jax.Array] = collections.deque()
 
     def step(
         state: TrainState, key: keys.PlainKey, inputs: jax.Array | None, batch: Batch
     ) -> tuple[TrainState, Metrics]:
-        if len(flying) == _MOST_IN_FLIGHT:
-            jax.block_until_ready(flying.popleft())
-        new_state, metrics = program(state, (key, inputs), shard_sums.checked(batch, sums.dealing))
-        flying.append(metrics["loss"])
-        return new_state, metrics
+        return program(state, (key, inputs), shard_sums.checked(batch, sums.dealing))
 
     return step
 
