@@ -230,7 +230,7 @@ def num_threads(plan: Plan) -> int:
     """Return the number of XLA's threads on CPU devices of every server and worker.
 
     It follows from the experiment alone, because it decides bits. More threads than are of use take time from each
-    other while they wait for work: with eight, the gradient of `digits_cnn` uses half as much CPU time again.
+    other while they wait for work: the gradient of `digits_cnn` takes 2.5 ms of CPU time with eight, 2.2 with two.
     """
     shapes = [leaf.shape[1:] for leaf in components.example_batch(plan.loader).values()]
     work = rows_of_a_slice(plan, 1) * max(map(math.prod, shapes)) * sum(map(math.prod, plan.sharding.shapes))
