@@ -60,7 +60,7 @@ class Judged(Scheduler):
         """Answer an offer of a cut with a verdict."""
         replies, todo = super().handle(message, now)
         offers = (reply for _, reply in replies if isinstance(reply, messages.Offer))
-        return replies, [*todo, *(effects.Continue(messages.Verdict(o.step, o.end_reason)) for o in offers)]
+        return replies, [*todo, *(effects.Continue(messages.Verdict(o.term, o.number, o.end_reason)) for o in offers)]
 
 
 def settings_of(workers: int, replicated: bool) -> Settings:

@@ -230,15 +230,18 @@ def snapshots_are_whole(run):
 def cuts_are_whole(run):
     """What the observer reads are all updates of the steps that its offer names, on each shard, and no others."""
     made = {(e.what.shard, e.what.after): e.what for e in named(run.events, "Applied")}
-    heard = {}
-    for event in named(run.events, "ReadAnswer"):
-        part = event.what
-        chain = heard.setdefault((part.term, part.number, part.shard), part.chain)
-        require(chain == part.chain, "cuts", f"two parts of shard {part.shard} are of other steps: {part.number}")
-    for event in named(run.events, "CutRead"):
-        trained = event.what.offer.trained
-        expected = {*range(trained.step), *trained.beyond}
-        for shard, chain in enumerate(event.what.chains):
+    heard = defaultdict(set)
+    for event in run.events:
+        kind, what = type(event.what).__name__, event.what
+        if kind == "ReadAnswer":
+            heard[what.term, what.number, what.shard].add(what.chain)
+        if kind != "CutRead":
+            continue
+        offer = what.offer
+        expected = {*range(offer.trained.step), *offer.trained.beyond}
+        for shard, chain in enumerate(what.chains):
+            parts = heard[offer.term, offer.number, shard]
+            require(parts == {chain}, "cuts", f"two parts of shard {shard} are of other steps: {offer.number}")
             steps = set()
             while chain:
                 steps |= {c.lease.step for c in made[shard, chain].contributors}

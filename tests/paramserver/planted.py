@@ -14,7 +14,7 @@ from jaxdist.paramserver.protocol import effects, journal, messages
 from jaxdist.paramserver.protocol.reader import Reader
 from jaxdist.paramserver.protocol.scheduler.scheduler import Scheduler
 from jaxdist.paramserver.protocol.server import Server
-from jaxdist.paramserver.protocol.settings import Settings, saved_cut_file, server_shard, shard_file
+from jaxdist.paramserver.protocol.settings import OBSERVER, Settings, saved_cut_file, server_shard, shard_file
 from jaxdist.paramserver.protocol.shard import Shard
 from jaxdist.paramserver.protocol.worker import Worker
 from jaxdist.paramserver.simulator import FAST, Faults, Hardware, Roles
@@ -328,6 +328,23 @@ class AnyCutReader(Reader):
         super()._keep(answer, out)
 
 
+class AnyVerdictScheduler(Scheduler):
+    """Takes a late verdict on an earlier offer of the same step for one on the cut that is offered now."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.steps = {}
+
+    def handle(self, message, now):
+        state = self.state
+        late = isinstance(message, messages.Verdict) and self.steps.get((message.term, message.number)) == state.step
+        if late and state.offered:
+            message = dataclasses.replace(message, term=state.term, number=state.offered)
+        replies, todo = super().handle(message, now)
+        self.steps |= {(offer.term, offer.number): offer.step for to, offer in replies if to == OBSERVER}
+        return replies, todo
+
+
 class HastyScheduler(Scheduler):
     """Writes the manifest first."""
 
@@ -465,6 +482,12 @@ BUGS = {
         Roles(reader=AnyCutReader),
         {"servers": 3, "read_every": (1,), "max_steps": 40},
         {"late": 0.5, "until": 9.0},
+        "cuts",
+    ),
+    "a cut after a late verdict": Bug(
+        Roles(scheduler=AnyVerdictScheduler),
+        {**ASYNC, "servers": 3, "read_every": (1,), "max_steps": 60},
+        {"joins": 3.0, "leaves": 3.0, "late": 0.5, "repeat": 0.9, "slow": 0.7, "kills": 1.0, "until": 9.0},
         "cuts",
     ),
     "manifest written first": Bug(

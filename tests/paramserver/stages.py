@@ -88,7 +88,7 @@ class Cast:
     def answer_cut(self, end_reason=None):
         """Answer as the observer does when it is offered a cut."""
         reason = self.state.end_reason() if end_reason is None else end_reason
-        return self.tell(messages.Verdict(self.state.step, reason))
+        return self.tell(messages.Verdict(self.state.term, self.state.offered, reason))
 
     def save_cut(self):
         """Answer as the servers and the disk do when a cut is saved."""

@@ -472,9 +472,13 @@ class StopAck:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The observer's answer to the cut after `step`: end for `end_reason`, or continue when it is empty."""
+    """The observer's answer to the offer with this term and number: end for `end_reason`, continue if it is empty.
 
-    step: int
+    The step would not do: a late verdict on it from an earlier term would let shards change while the cut is read.
+    """
+
+    term: int
+    number: int
     end_reason: str
 
 

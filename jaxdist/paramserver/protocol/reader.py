@@ -34,7 +34,7 @@ class Reader:
             case messages.ReadAnswer():
                 self._keep(message, out)
             case messages.Verdict():
-                self._verdict, self._parts = message, ()
+                self._verdict, self._parts, self._answers = message, (), {}
                 out.send(SCHEDULER, message)
             case messages.Tick() if now - self._asked_at >= self._retry:
                 self._ask(now, out)
@@ -63,6 +63,8 @@ class Reader:
         offer = self._offer
         if offer is None or (answer.term, answer.number) != (offer.term, offer.number):
             return
+        if self._verdict is not None:
+            return  # to a late copy of a request: shards change again after the verdict
         self._answers[answer.part, answer.shard] = answer
         shards = range(len(offer.primaries))
         if self._parts and all((part, shard) in self._answers for part in self._parts for shard in shards):

@@ -287,7 +287,7 @@ class Observer:
         """Find out what is due, and read what that needs."""
         if offer.step < self.progress.step and not (self.halt or offer.end_reason):
             # The shards have returned to a saved cut, and this step was judged before that.
-            self.driver.proceed(messages.Verdict(offer.step, ""))
+            self.driver.proceed(messages.Verdict(offer.term, offer.number, ""))
             return
         # A cut says exactly which batches were trained; between cuts, the examples of each step are added up.
         seen = examples_seen(self.plan, offer.trained)
@@ -316,7 +316,7 @@ class Observer:
 
     def _decide(self, offer: messages.Offer, reason: str) -> None:
         self.evaluation_due = self.save_due = False
-        self.driver.proceed(messages.Verdict(offer.step, reason))
+        self.driver.proceed(messages.Verdict(offer.term, offer.number, reason))
         self.end_reason = reason or None
         self.books.write_record(None)
 

@@ -379,13 +379,14 @@ class Simulation:
         observer.spend(self.rng.uniform(0.0, 0.05))
         has_params = isinstance(shown, effects.CutRead)
         has_all = isinstance(shown, effects.CutRead) and bool(shown.opt_state)
+        offer = shown.offer
         answers: list[messages.Message] = []
         if not has_params:
             answers.append(messages.Want((messages.PARAMS,)))
         if not has_all:
             answers.append(messages.Want((messages.PARAMS, messages.OPT_STATE)))
-        if has_all or not shown.offer.end_reason:
-            answers.append(messages.Verdict(shown.offer.step, shown.offer.end_reason))
+        if has_all or not offer.end_reason:
+            answers.append(messages.Verdict(offer.term, offer.number, offer.end_reason))
         observer.driver.proceed(self.rng.choice(answers))
 
 

@@ -64,10 +64,20 @@ def test_the_rest_is_read_later_and_shown_with_what_was_read(reader):
 
 
 def test_a_verdict_is_sent_and_given_again_where_the_cut_is_offered_again(reader):
-    verdict = messages.Verdict(5, "")
+    verdict = messages.Verdict(3, 1, "")
     assert reader.handle(verdict, 0.0) == ([("scheduler", verdict)], [])
     assert reader.handle(offer(), 1.0) == ([("scheduler", verdict)], [])
     assert not reads(reader, messages.Tick(), 9.0)
+
+
+def test_an_answer_after_the_verdict_is_of_no_cut(reader):
+    """A late copy of a request is answered with a later step."""
+    for _, read in reads(reader, messages.Want(PARAMS)):
+        reader.handle(answer_of(read), 0.0)
+    reader.handle(messages.Verdict(3, 1, ""), 0.0)
+    (_, read), _ = reads(reader, messages.Want(PARAMS))
+    assert not reader.handle(answer_of(read, chain=8), 0.0)[1]
+    assert not reader._answers  # nor are the arrays of the cut kept until the next one
 
 
 @given(st.data())

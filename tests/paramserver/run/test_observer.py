@@ -144,7 +144,8 @@ def test_a_run_to_its_last_step_is_evaluated_saved_and_recorded(tmp_path, watch)
     crew.died = {"worker/0": 7}
     made, sent = run(watcher, crew)
     assert watcher.books.checkpointer.latest_step() == 5
-    assert set(sent) == {("scheduler", messages.Died("worker/0", 7)), ("scheduler", messages.Verdict(5, "max_steps"))}
+    said = {messages.Died("worker/0", 7), messages.Verdict(1, 1, "max_steps")}
+    assert set(sent) == {("scheduler", message) for message in said}
     assert crew.progressed_ == 1
     # The cut counts exactly: 52 examples of the first epoch and 16 of the second, whatever the rows added up to.
     assert (made.end_reason, made.step, made.examples_seen) == ("max_steps", 5, 52 + 16)
@@ -161,7 +162,7 @@ def read_at_step_2(watcher, *, saves=False, evaluates=False):
     watcher.books.saves = types.SimpleNamespace(due=lambda: saves)
     watcher.books.evaluations = types.SimpleNamespace(due=lambda: evaluates)
     crew = Crew(watcher, [1, 2])
-    look, verdict = crew.look_after, ("scheduler", messages.Verdict(2, ""))
+    look, verdict = crew.look_after, ("scheduler", messages.Verdict(1, 1, ""))
 
     def look_after():
         if verdict in crew.sent and not crew.end_reason:
@@ -172,7 +173,7 @@ def read_at_step_2(watcher, *, saves=False, evaluates=False):
 
     crew.look_after = look_after
     run(watcher, crew)
-    assert crew.sent == [verdict, ("scheduler", messages.Verdict(5, "max_steps"))]
+    assert crew.sent == [verdict, ("scheduler", messages.Verdict(1, 2, "max_steps"))]
     return crew.at_two
 
 
@@ -214,7 +215,7 @@ def test_a_run_that_returned_to_a_saved_cut_and_is_stopped_there_is_saved_as_it_
     made, sent = run(watcher, crew, stop_requested=lambda: True)
     assert (made.step, made.end_reason) == (3, "preempted")
     assert watcher.books.checkpointer.latest_step() == (4 if saved else 3)
-    assert ("scheduler", messages.Verdict(3, "preempted")) in sent
+    assert ("scheduler", messages.Verdict(1, 1, "preempted")) in sent
 
 
 def test_batches_done_out_of_order_are_counted_and_saved_as_they_are(tmp_path, watch):
@@ -236,7 +237,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_without_a_checkpoint(tmp_path, w
     made, sent = run(watcher, crew)
     assert watcher.books.checkpointer.latest_step() is None
     assert made.end_reason == "nonfinite"
-    assert set(sent) == {("scheduler", messages.Verdict(2, "nonfinite"))}
+    assert set(sent) == {("scheduler", messages.Verdict(1, 1, "nonfinite"))}
     assert "worker/0. Step 2" in (tmp_path / directory.NONFINITE_NAME).read_text()
 
 

@@ -1,10 +1,12 @@
 """Whole runs under the simulator, judged by an independent checker; and proofs that the checker sees what it should."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import checker
 import planted
@@ -12,11 +14,12 @@ import pytest
 import workload
 from planted import HARSH, settings
 
-from jaxdist.paramserver.protocol import messages
+from jaxdist.paramserver.protocol import effects, messages
 from jaxdist.paramserver.protocol.scheduler.scheduler import Scheduler
 from jaxdist.paramserver.protocol.server import Server
 from jaxdist.paramserver.protocol.settings import Timers
 from jaxdist.paramserver.simulator import CALM, FAST, Faults, Roles, Simulation, Stuck
+from jaxdist.paramserver.simulator.simulation import Event
 
 
 def play(seed, **instead):
@@ -50,6 +53,7 @@ def test_a_scheduler_that_was_cut_off_drops_no_last_copy():
 @pytest.mark.parametrize(
     "seed",
     [
+        900_049,  # a late copy of a read was answered after the verdict, and taken for a part of the cut
         1_000_000,  # a server was silent for good before it had joined
         1_000_205,  # after a restart of the scheduler, a report on an earlier lease freed the worker of a later one
         1_000_423,  # the state of a shard took longer to send than its primary waited before it sent a newer one
@@ -65,6 +69,29 @@ def test_schedules_that_once_broke_an_invariant_keep_it(seed):
 def test_a_process_without_its_boot_numbers_joins_although_its_clock_is_behind(seed):
     forgetful = Faults(until=3.0, kills=2.0, lost_disk=0.5, jumps=3.0, drop=0.05, repeat=0.1)
     workload.play(seed, faults=forgetful)
+
+
+@pytest.mark.parametrize(
+    ("heard", "whole"),
+    [
+        ([7, 7, "read"], True),
+        ([7, 8, "read"], False),
+        ([8, 8, "read"], False),
+        ([7, "read", 8], True),  # to a late copy of a request, after the verdict
+        ([7, "read", 8, "read"], False),  # the rest was read later, of another step
+        (["read"], False),
+    ],
+)
+def test_a_cut_is_judged_by_the_parts_that_were_there_when_it_was_read(heard, whole):
+    """Numbers are the histories of the parts that the observer received; the cut is of history 7."""
+    offer = messages.Offer(1, 1, 1, "", messages.Trained(1, ()), ("server/0/a",))
+    lease = messages.Lease(0, 0, 0, 0, 7)
+    update = effects.Applied(0, 1, 1, 0, 7, (messages.Contributor(0, 1, 1, lease),), 0, 0, False)
+    parts = {chain: messages.ReadAnswer(1, 0, 1, "params", 1, chain, ()) for chain in (7, 8)}
+    done = [update, *(parts.get(each, effects.CutRead(offer, (7,), ((),), ())) for each in heard)]
+    events = [Event(0.0, "observer", 0, what) for what in done]
+    with contextlib.nullcontext() if whole else pytest.raises(checker.Broken, match="cuts"):
+        checker.cuts_are_whole(types.SimpleNamespace(events=events, sync=True))
 
 
 def test_the_same_seed_is_the_same_run():

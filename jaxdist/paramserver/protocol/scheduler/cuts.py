@@ -135,9 +135,9 @@ def _offer(state: SchedulerState, out: Output) -> None:
 
 def on_verdict(state: SchedulerState, verdict: messages.Verdict, now: float, out: Output) -> None:
     """Continue after a cut, or end the run with it: the observer has its state already."""
-    if not state.offered or verdict.step != state.step:
+    if (verdict.term, verdict.number) != (state.term, state.offered):
         return
-    out.do(effects.Append(journal.VerdictRecord(verdict.step, verdict.end_reason)))
+    out.do(effects.Append(journal.VerdictRecord(state.step, verdict.end_reason)))
     # A halt that came after the offer is not in the verdict, so the observer gets another offer.
     state.offered, state.read_at, state.read_last = 0, state.step, bool(verdict.end_reason)
     state.halted = state.halted or verdict.end_reason

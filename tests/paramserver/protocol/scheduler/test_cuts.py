@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import pytest
 import stages
 
 from jaxdist.paramserver.protocol import messages
@@ -112,7 +113,7 @@ def test_the_last_cut_is_shown_before_the_run_ends():
     cast.step()
     assert cast.state.offered
     assert cast.state.stop is None
-    _, done = cast.tell(messages.Verdict(1, "max_steps"))
+    _, done = cast.answer_cut()
     assert cast.state.stop is not None
     assert [type(effect.record).__name__ for effect in stages.named(done, "Append")] == ["VerdictRecord", "StopRecord"]
 
@@ -149,6 +150,27 @@ def test_a_restarted_scheduler_offers_the_cut_in_its_own_term():
     (after,) = offers(back.applied(1)[0])
     assert (after.number, after.step) == (before.number, before.step)
     assert after.term > before.term
+
+
+@pytest.mark.parametrize("late", ["an earlier term", "an earlier offer of the term"])
+def test_a_late_verdict_on_the_same_step_does_not_let_shards_change(late):
+    """The observer reads the cut that is offered now. It was of two steps where a lease was granted meanwhile."""
+    cast = stages.Cast(stages.settings(read_every=(1,))).join()
+    (first,) = offers(cast.step()[0])
+    if late == "an earlier term":
+        cast.tell(messages.Register("worker/0", 2))
+        cast.tick()
+        (second,) = offers(cast.enter_term()[0])
+    else:
+        cast.tell(messages.Halt("preempted"))
+        (second,) = offers(cast.answer_cut("")[0])
+    assert (second.step, second.term, second.number) > (first.step, first.term, first.number)
+    cast.ask(0)
+    sent, done = cast.tell(messages.Verdict(first.term, first.number, ""))
+    assert (sent, done) == ([], [])
+    assert cast.state.offered == second.number
+    assert cast.answer_cut()[1]
+    assert not cast.state.offered
 
 
 def test_a_halt_that_comes_before_a_verdict_gets_an_offer_of_its_own():
