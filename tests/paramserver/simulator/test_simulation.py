@@ -54,6 +54,7 @@ def test_a_scheduler_that_was_cut_off_drops_no_last_copy():
     "seed",
     [
         900_049,  # a late copy of a read was answered after the verdict, and taken for a part of the cut
+        900_178,  # a worker was silent for good between its leave and the answer, and was not ended
         1_000_000,  # a server was silent for good before it had joined
         1_000_205,  # after a restart of the scheduler, a report on an earlier lease freed the worker of a later one
         1_000_423,  # the state of a shard took longer to send than its primary waited before it sent a newer one

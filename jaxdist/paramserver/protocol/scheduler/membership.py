@@ -286,7 +286,6 @@ def on_leave(state: SchedulerState, note: messages.Leave, now: float, out: Outpu
     if worker in state.workers and state.boots.get(note.name, -1) <= note.boot:
         assert state.membership is not None
         state.counters["left"] += 1
-        state.processes[note.name].replaced_at = now  # it is not started again
         _drop_worker(state, worker)
         change(state, now, out, members=tuple(m for m in state.membership.members if m.worker != worker))
     out.send(note.name, messages.Fenced(note.name, note.boot))
@@ -374,7 +373,11 @@ def _replace(status: ProcessStatus, name: str, now: float, out: Output) -> None:
 
 
 def _replace_dropped(state: SchedulerState, now: float, out: Output) -> None:
-    """Have processes restarted that were dropped and stay silent: a stopped one does not come back by itself."""
+    """Have processes restarted that were dropped and stay silent: a stopped one does not come back by itself.
+
+    Among them are those that left: a process that hangs before it has ended would keep its memory and its devices. Its
+    crew only ends it, and has nothing to do for one that has ended.
+    """
     limit = PATIENCE * state.settings.timers.dead_after
     late = [name for name, each in state.processes.items() if now - each.seen_at > limit and each.replaced_at is None]
     for name in sorted(set(late).difference(state.all_names() if late else ())):

@@ -7,7 +7,7 @@ import stages
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxdist.paramserver.protocol import messages
+from jaxdist.paramserver.protocol import effects, messages
 from jaxdist.paramserver.protocol.messages import Trained
 from jaxdist.paramserver.protocol.scheduler import lease_table
 from jaxdist.paramserver.wire import encoding
@@ -245,6 +245,13 @@ def test_a_worker_that_leaves_is_answered_and_its_lease_goes_on():
     cast.enter_term()
     assert cast.ask(1) == lease
     assert (cast.state.counters["left"], cast.state.counters["fenced"]) == (1, 0)
+
+
+def test_a_worker_that_left_and_does_not_end_is_ended_by_its_crew():
+    cast = stages.Cast(stages.settings(workers=2)).join()
+    cast.tell(messages.Leave("worker/0", 1))
+    done = silent_for(cast, 40.0, "server/0/a", "worker/1")
+    assert stages.named(done, "Replace") == [effects.Replace("worker/0")]
 
 
 def test_a_worker_that_leaves_before_it_is_a_member_never_becomes_one():
