@@ -382,7 +382,7 @@ def only_the_silent_are_dropped(run):
             boots[event.what.name] = max(event.what.boot, boots.get(event.what.name, 0))
         elif kind == "Waits" and event.process == "scheduler":
             beat = event.what.message
-            if beat.boot >= boots.get(beat.name, 0):  # not a late one, of a start that ended
+            if beat.boot == boots.get(beat.name):  # of the start that may be a member, not the one before or after it
                 arrived[beat.name] = event.time
         elif kind == "Warn" and event.what.text.startswith("Worker") and "is silent" in event.what.text:
             name = "worker/" + event.what.text.split()[1]

@@ -18,7 +18,7 @@ from jaxdist.paramserver.protocol import effects, messages
 from jaxdist.paramserver.protocol.scheduler.scheduler import Scheduler
 from jaxdist.paramserver.protocol.server import Server
 from jaxdist.paramserver.protocol.settings import Timers
-from jaxdist.paramserver.simulator import CALM, FAST, Faults, Roles, Simulation, Stuck
+from jaxdist.paramserver.simulator import CALM, FAST, Faults, Roles, Simulation, Stuck, simulated_world
 from jaxdist.paramserver.simulator.simulation import Event
 
 
@@ -55,6 +55,7 @@ def test_a_scheduler_that_was_cut_off_drops_no_last_copy():
     [
         900_049,  # a late copy of a read was answered after the verdict, and taken for a part of the cut
         900_178,  # a worker was silent for good between its leave and the answer, and was not ended
+        901_133,  # a start that left before it could register sent heartbeats, and the one before it was dropped
         1_000_000,  # a server was silent for good before it had joined
         1_000_205,  # after a restart of the scheduler, a report on an earlier lease freed the worker of a later one
         1_000_423,  # the state of a shard took longer to send than its primary waited before it sent a newer one
@@ -93,6 +94,17 @@ def test_a_cut_is_judged_by_the_parts_that_were_there_when_it_was_read(heard, wh
     events = [Event(0.0, "observer", 0, what) for what in done]
     with contextlib.nullcontext() if whole else pytest.raises(checker.Broken, match="cuts"):
         checker.cuts_are_whole(types.SimpleNamespace(events=events, sync=True))
+
+
+@pytest.mark.parametrize(("boot", "needless"), [(4, False), (5, True), (6, False)])
+def test_only_heartbeats_of_the_start_that_registered_show_that_a_worker_is_there(boot, needless):
+    beat = simulated_world.Waits(messages.Heartbeat("worker/0", boot, 1, 0, False))
+    warning = effects.Warn("Worker 0 is silent. Its lease goes to another worker.")
+    done = [messages.Register("worker/0", 5), beat, warning]
+    events = [Event(float(now), "scheduler", 0, what) for now, what in enumerate(done)]
+    run = types.SimpleNamespace(events=events, settings=settings(timers=Timers(dead_after=4.0)))
+    with pytest.raises(checker.Broken, match="needless") if needless else contextlib.nullcontext():
+        checker.only_the_silent_are_dropped(run)
 
 
 def test_the_same_seed_is_the_same_run():
