@@ -262,7 +262,7 @@ def _check_length(example_id: int, example: Example, fields: Sequence[str], leng
             f"Example {example_id} has no field {missing[0]!r}; it has {sorted(example)}. Name its `fields`."
         )
     found = {name: np.shape(example[name])[:1] for name in fields}
-    if set(found.values()) != {(length,)}:
+    if not set(found.values()) <= {(length,)}:
         shown = {name: np.shape(example[name]) for name in fields}
         raise ValueError(
             f"`lengths` says that example {example_id} has the length {length}; the shapes of its fields are {shown}."
