@@ -378,11 +378,11 @@ def only_the_silent_are_dropped(run):
     arrived, boots = {}, {}
     for event in run.events:
         kind = type(event.what).__name__
-        if kind == "Register":
-            boots[event.what.name] = max(event.what.boot, boots.get(event.what.name, 0))
+        if kind == "MembershipRecord":
+            boots = {row.name: row.boot for row in event.what.boots}
         elif kind == "Waits" and event.process == "scheduler":
             beat = event.what.message
-            if beat.boot == boots.get(beat.name):  # of the start that may be a member, not the one before or after it
+            if beat.boot == boots.get(beat.name):  # of the start that is a member, not the one before or after it
                 arrived[beat.name] = event.time
         elif kind == "Warn" and event.what.text.startswith("Worker") and "is silent" in event.what.text:
             name = "worker/" + event.what.text.split()[1]

@@ -14,7 +14,7 @@ import pytest
 import workload
 from planted import HARSH, settings
 
-from jaxdist.paramserver.protocol import effects, messages
+from jaxdist.paramserver.protocol import effects, journal, messages
 from jaxdist.paramserver.protocol.scheduler.scheduler import Scheduler
 from jaxdist.paramserver.protocol.server import Server
 from jaxdist.paramserver.protocol.settings import Timers
@@ -97,10 +97,13 @@ def test_a_cut_is_judged_by_the_parts_that_were_there_when_it_was_read(heard, wh
 
 
 @pytest.mark.parametrize(("boot", "needless"), [(4, False), (5, True), (6, False)])
-def test_only_heartbeats_of_the_start_that_registered_show_that_a_worker_is_there(boot, needless):
+def test_only_heartbeats_of_the_start_that_is_a_member_show_that_a_worker_is_there(boot, needless):
+    """A later one may have registered with a scheduler that died before it could admit it."""
+    joined = messages.Membership(1, (messages.Member(0, 1, 0),), (), 1, "")
+    record = journal.MembershipRecord(joined, 1, (messages.Register("worker/0", 5),), None)
     beat = simulated_world.Waits(messages.Heartbeat("worker/0", boot, 1, 0, False))
     warning = effects.Warn("Worker 0 is silent. Its lease goes to another worker.")
-    done = [messages.Register("worker/0", 5), beat, warning]
+    done = [record, messages.Register("worker/0", 6), beat, warning]
     events = [Event(float(now), "scheduler", 0, what) for now, what in enumerate(done)]
     run = types.SimpleNamespace(events=events, settings=settings(timers=Timers(dead_after=4.0)))
     with pytest.raises(checker.Broken, match="needless") if needless else contextlib.nullcontext():
