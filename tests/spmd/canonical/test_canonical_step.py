@@ -400,7 +400,7 @@ def test_a_sharded_state_has_the_bits_of_plain_jax_on_one_device(no_size_is_smal
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*stays whole on every device")
+@pytest.mark.filterwarnings("ignore:.*whole on every device")
 @pytest.mark.parametrize(("strategy", "num_devices"), [("hsdp", 4), ("zero1", 3), ("fsdp", 3)])
 def test_a_sharded_state_has_the_bits_of_one_device(strategy, num_devices, no_size_is_small):
     args = OPTIMIZERS["adamw"], batches_of(32)
@@ -409,7 +409,7 @@ def test_a_sharded_state_has_the_bits_of_one_device(strategy, num_devices, no_si
 
 
 @pytest.mark.soak
-@pytest.mark.filterwarnings("ignore:.*stays whole on every device:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*whole on every device:UserWarning")
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_strategy_on_any_devices_with_any_shards_has_the_bits_of_plain_jax(data, no_size_is_small):
