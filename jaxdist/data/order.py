@@ -29,7 +29,10 @@ _IDS_AT_A_TIME = 4096
 _NUM_ROUNDS = 6
 """With so many, pairs of positions are as good as independent, from ten examples on; fewer would need more rounds."""
 
-_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio, odd
+_GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, odd
+_MULTIPLIER = np.uint64(_GOLDEN)
+_WORD = 2**64 - 1
+_FEW = 8
 _HALF = np.uint64(32)
 
 
@@ -361,10 +364,27 @@ class Permutation:
     def _walk(self, values: np.ndarray, rounds: range) -> np.ndarray:
         values = self._encrypt(values.astype(np.uint64), rounds)
         outside = np.flatnonzero(values >= self.size)
-        while outside.size:
+        while outside.size > _FEW:
             values[outside] = self._encrypt(values[outside], rounds)
             outside = outside[values[outside] >= self.size]
+        for place in outside.tolist():
+            values[place] = self._walk_one(int(values[place]), rounds)
         return values
+
+    def _walk_one(self, value: int, rounds: range) -> int:
+        """Do the same as `_walk` for one number: 256 ids take half as long again if all are arrays."""
+        num_bits = max(self.size - 1, 0).bit_length()
+        low_bits = num_bits - num_bits // 2
+        mask, high_mask = (1 << low_bits) - 1, (1 << (num_bits - low_bits)) - 1
+        while value >= self.size:
+            high, low = value >> low_bits, value & mask
+            for index in rounds:
+                if index % 2:
+                    high ^= _mix_one(low, self.round_keys[index]) & high_mask
+                else:
+                    low ^= _mix_one(high, self.round_keys[index]) & mask
+            value = high << low_bits | low
+        return value
 
     def _encrypt(self, values: np.ndarray, rounds: range) -> np.ndarray:
         """Permute the numbers of b bits; the high and the low half take turns, so an odd b needs no special case."""
@@ -390,6 +410,13 @@ def _mix(values: np.ndarray, key: np.uint64, mixed: np.ndarray, scratch: np.ndar
     np.bitwise_xor(mixed, scratch, out=mixed)
     np.multiply(mixed, _MULTIPLIER, out=mixed)
     np.right_shift(mixed, _HALF, out=mixed)
+
+
+def _mix_one(value: int, key: int) -> int:
+    """Do the same as `_mix` for one number."""
+    mixed = (value ^ key) * _GOLDEN & _WORD
+    mixed ^= mixed >> 32
+    return (mixed * _GOLDEN & _WORD) >> 32
 
 
 def check_range(num_examples: int, epoch: int, start: int, stop: int) -> None:

@@ -42,6 +42,14 @@ def test_inverse_finds_the_position(size, data):
     np.testing.assert_array_equal(permutation.inverse(ids), positions)
 
 
+@hypothesis.given(st.integers(1, 2**40), st.integers(0, 2**20))
+def test_few_numbers_are_walked_as_many_are(size, seed):
+    permutation = order.Permutation.make(size, "test", seed)
+    positions = np.arange(seed % size, min(seed % size + 40, size))
+    together = permutation(positions)
+    assert [int(permutation(positions[[i]])[0]) for i in range(len(positions))] == together.tolist()
+
+
 def test_epochs_and_seeds_differ():
     def ids(seed, epoch):
         return order.Shuffled()(1000, seed, epoch, 0, 1000).tolist()

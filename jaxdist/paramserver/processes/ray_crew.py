@@ -6,7 +6,6 @@ valid. When a node is lost, its actors are made again on the nodes that are left
 
 import os
 import pathlib
-import socket
 import subprocess
 import time
 from collections import Counter
@@ -31,7 +30,7 @@ class Part:
 
     def address(self, host: str) -> str:
         """Return `host` with a port that is free on it."""
-        return _free_address(host)
+        return peer_addresses.free_addresses(host, 1)[0]
 
     def run(self, name: str, directory: str, environment: dict[str, str]) -> int:
         """Run the process to its end. If it fails, this actor exits too: Ray starts another, and calls this again."""
@@ -48,12 +47,6 @@ class Part:
         if status and status != LEFT_STATUS:
             os._exit(ExitStatus.FAILED)
         return status
-
-
-def _free_address(host: str) -> str:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return f"{host}:{probe.getsockname()[1]}"
 
 
 def connect() -> Any:
@@ -107,7 +100,7 @@ class RayCrew:
 
     def own_address(self) -> str:
         """Return an address of this process at which the actors reach it."""
-        return _free_address(self._ray.util.get_node_ip_address())
+        return peer_addresses.free_addresses(self._ray.util.get_node_ip_address(), 1)[0]
 
     def _make_actors(self, names: Sequence[str]) -> dict[str, str]:
         """Make the actors of these processes on the nodes that are alive, in turn; return their addresses."""

@@ -22,6 +22,8 @@ from jaxdist.spmd import reduce
 from jaxdist.spmd.state import TrainState
 from jaxdist.spmd.step import GRAD_NORM
 
+_NOTHING = (-1, -1, b"")
+
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["structure"])
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Island:
         self._rows = rows_of_a_slice(plan, len(devices))
         self._prepared: tuple[messages.Lease, Any] | None = None
         self._reader: Generator[HostBatch, None, None] | None = None
-        self._reads_next = (-1, -1, b"")  # epoch, position and rows of the batch that the reader yields next
+        self._reads_next = _NOTHING  # epoch, position and rows of the batch that the reader yields next
 
     def _compute_sums(self, packed: Any, batch: Any, step: jax.Array, slice_: jax.Array) -> Any:
         plan = self.plan
@@ -152,6 +154,7 @@ class Island:
             loader.read_ahead, loader.num_threads = 0, 0
             self._reader = iter(loader)
         assert self._reader is not None
+        self._reads_next = _NOTHING  # unless it can: a reader that raises has ended
         batch, after = next(self._reader)
         self._reads_next = after.epoch, after.position, rows.tobytes()
         placement.check_numbers(batch, lambda: next(self._loader_at(lease.epoch, begin).with_rows(rows).plans()).ids)

@@ -14,6 +14,7 @@ import jaxdist
 from jaxdist import data
 from jaxdist.config import overrides
 from jaxdist.config.parameter_server import ParameterServer
+from jaxdist.data import assembly
 from jaxdist.paramserver.protocol import effects, messages
 from jaxdist.paramserver.run import shared_plan as plans
 from jaxdist.paramserver.run.island import Island
@@ -113,6 +114,25 @@ def test_leases_that_follow_one_another_are_read_on_and_others_from_where_they_a
         batch = Island(island.plan, jax.devices()[:1])._batch(messages.Lease(step, 0, 0, start, stop))
         read = island._batch(messages.Lease(step, 0, 0, start, stop))
         assert all(np.array_equal(read[name], batch[name]) for name in batch)
+
+
+def test_an_example_that_cannot_be_read_is_named_each_time_it_is_asked_for():
+    good = [True] * 8
+
+    def broken(example, random):
+        if not good:
+            raise OSError("disk")
+        good.pop()
+        return example
+
+    experiment = overrides.override(tiny_experiment.get_config(), SETTINGS)
+    plan = make_plan()
+    loader = data.Loader(experiment.data.train, global_batch_size=16, seed=0, shuffle=False, example_fn=broken)
+    island = Island(dataclasses.replace(plan, loader=loader), jax.devices()[:1])
+    island.prepare(FIRST)
+    for _ in range(2):  # prepared early, and when it is needed
+        with pytest.raises(assembly.ExampleError, match="OSError: disk"):
+            island.prepare(messages.Lease(1, 0, 0, 16, 24))
 
 
 @pytest.mark.parametrize("prepared", [SECOND_SLICE, FIRST])
