@@ -36,7 +36,7 @@ class _Numbers:
     @classmethod
     def of(cls, tree: Any) -> "_Numbers":
         leaves, structure = jax.tree.flatten(tree)
-        dtype = functools.reduce(jnp.promote_types, (leaf.dtype for leaf in leaves), jnp.float32)
+        dtype = jnp.result_type(jnp.float32, *(leaf.dtype for leaf in leaves))
         return cls(jnp.stack([leaf.astype(dtype) for leaf in leaves]), structure)
 
     def tree(self) -> Any:
