@@ -194,11 +194,6 @@ class Checkpointer:
         best = max(scores, key=lambda step: scores[step], default=None)
         return best if best is not None and scores[best] > -math.inf else None
 
-    def newest_intact(self) -> int | None:
-        """Return the newest step of this experiment that `verify` finds intact, or None."""
-        self.wait()
-        return self._newest_intact(self.steps())
-
     def verify(self, step: int) -> None:
         """Read all of `step` and compare the hashes; needs no template.
 
@@ -358,20 +353,13 @@ class Checkpointer:
             )
         return manifest
 
-    def _newest_intact(self, steps: Iterable[int]) -> int | None:
-        for step in sorted(steps, reverse=True):
-            try:
-                self.verify(step)
-            except CheckpointError:
-                continue
-            return step
-        return None
-
-    def _advice(self, step: int, path: pathlib.Path) -> str:
-        intact = self._newest_intact(other for other in self.steps() if other != step)
-        if intact is None:
-            return "No other step there is intact: start again, or restore a copy of the directory."
-        return f"Step {intact} is intact: restore that one, or remove {path}."
+    def _advice(self, damaged: int, path: pathlib.Path) -> str:
+        for step in reversed(self.steps()):
+            if step != damaged:
+                with contextlib.suppress(CheckpointError):
+                    self.verify(step)
+                    return f"Step {step} is intact: restore that one, or remove {path}."
+        return "No other step there is intact: start again, or restore a copy of the directory."
 
 
 def is_checkpoint(path: pathlib.Path) -> bool:

@@ -1,11 +1,11 @@
-"""Names of numbers: which class or category each number of a field stands for."""
+"""Names of numbers: which class or category each number of a field stands for.
+
+A source may have a `vocabulary`: for each field whose numbers stand for names, the names by number.
+"""
 
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-Vocabulary = Mapping[str, tuple[str, ...]]
-"""For each field whose numbers stand for names, the names by number. A source may have it as `vocabulary`."""
 
 
 def listed(names: Any, *, what: str) -> tuple[Any, ...]:

@@ -71,12 +71,6 @@ def at_peak(hlo: str) -> list[Buffer]:
     return sorted(found, key=lambda each: (-each.num_bytes, -each.count, each.what))
 
 
-def peak_bytes(hlo: str) -> int:
-    """Return the bytes that the program makes beside its arguments and results and has in memory at the peak."""
-    program = parse(hlo)
-    return sum(made.num_bytes for made in _Walk(program).peak(program.entry))
-
-
 def _origin(by: Instruction, program: Program, by_name: Mapping[str, Instruction]) -> Instruction:
     """Return the instruction that says where `by` comes from: itself, one that it fuses, or one that it copies."""
     for _ in range(_MOST_COPIES):

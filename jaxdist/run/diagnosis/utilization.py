@@ -13,7 +13,30 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxdist.run import components
-from jaxdist.run.diagnosis import flops, peaks
+from jaxdist.run.diagnosis import flops
+
+PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA B200": 2250e12,
+}
+"""Peak FLOPs a second of devices, dense bfloat16, by their kind as JAX names it, from their makers' data sheets.
+
+NVIDIA's figures are without sparsity. `plan.chips` knows more of some of them.
+"""
 
 
 def throughput(
@@ -57,7 +80,7 @@ def tokens_per_example(fields: Mapping[str, Any], inputs: str | tuple[str, ...])
 
 def peak_of(device: jax.Device) -> float | None:
     """Return the peak FLOPs a second of a device, dense bfloat16; None where its kind is not known, as for CPUs."""
-    return peaks.PEAKS.get(device.device_kind)
+    return PEAKS.get(device.device_kind)
 
 
 def batch_of(parts: components.Parts) -> dict[str, jax.ShapeDtypeStruct]:

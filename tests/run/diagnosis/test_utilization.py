@@ -12,7 +12,7 @@ import jaxdist
 from jaxdist.models import mlp
 from jaxdist.plan import chips
 from jaxdist.run import attempt, components
-from jaxdist.run.diagnosis import peaks, utilization
+from jaxdist.run.diagnosis import utilization
 
 KNOWN = {
     "examples_per_second": 1000.0,
@@ -49,9 +49,9 @@ def test_tokens_are_rows_of_whole_numbers():
 
 def test_peaks_are_of_the_chips_that_are_planned_for():
     planned = [*chips.TPUS.values(), *(gpu.chip for gpu in chips.GPUS.values())]
-    assert {chip.flops_per_second for chip in planned} <= set(peaks.PEAKS.values())
-    assert {gpu.title: gpu.chip.flops_per_second for gpu in chips.GPUS.values()}.items() <= peaks.PEAKS.items()
-    assert all(100e12 < peak < 5e15 for peak in peaks.PEAKS.values())
+    assert {chip.flops_per_second for chip in planned} <= set(utilization.PEAKS.values())
+    assert {gpu.title: gpu.chip.flops_per_second for gpu in chips.GPUS.values()}.items() <= utilization.PEAKS.items()
+    assert all(100e12 < peak < 5e15 for peak in utilization.PEAKS.values())
     assert utilization.peak_of(jax.devices()[0]) is None
 
 
@@ -67,7 +67,7 @@ def test_the_flops_of_a_step_are_those_of_its_matrix_products(reduction, counted
 
 
 def test_a_run_on_a_chip_with_a_known_peak_records_its_utilization(tmp_path, monkeypatch):
-    monkeypatch.setitem(peaks.PEAKS, jax.devices()[0].device_kind, 1e9)
+    monkeypatch.setitem(utilization.PEAKS, jax.devices()[0].device_kind, 1e9)
     experiment = tiny_experiment.get_config()
     experiment = dataclasses.replace(
         experiment,
