@@ -93,7 +93,7 @@ def play(name: str, peers: dict[str, str], settings: Settings, steps: int, num_b
     log, gradient = None, None
     if name == SCHEDULER:
         machine: Any = Judged(settings=settings)
-        log = Log(pathlib.Path(folder, "log"))
+        log = Log(pathlib.Path(folder, "log"), outlives_machine=False)
     elif (shard := server_shard(name)) is not None:
         machine = Server(
             name=name,
@@ -109,7 +109,9 @@ def play(name: str, peers: dict[str, str], settings: Settings, steps: int, num_b
 
     world = ProcessWorld(pathlib.Path(folder), log=log, gradient=gradient)
     driver = Driver(machine, world, observe=observe)
-    wire = Wire(listen=peers[name], peers=peers, receive=world.receive, security=TOKEN)
+    wire = Wire(
+        listen=peers[name], peers=peers, receive=world.receive, security=TOKEN, receive_small=world.receive_small
+    )
     world.run(driver, wire)
     wire.flush(5.0)
     wire.close()

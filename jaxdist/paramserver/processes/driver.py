@@ -43,10 +43,10 @@ class World(Protocol):
         """Send `message` to the process named `to`, or drop it."""
 
     def append(self, record: messages.Message) -> None:
-        """Append a record to the log; it is durable on return."""
+        """Append a record to the log; a scheduler that is restarted reads it from then on."""
 
     def replace(self, record: messages.Message) -> None:
-        """Replace the whole log by `record`, atomically; it is durable on return."""
+        """Replace the whole log by `record`, atomically."""
 
     def write(self, name: str, content: messages.Message) -> None:
         """Begin to write a file atomically; messages.Written is received later."""
@@ -99,6 +99,10 @@ class Driver:
     def proceed(self, message: messages.Message) -> None:
         """Have the machine handle `message`, from its own process, in the next turn: ahead of what was received."""
         self._own.append(message)
+
+    def continues(self) -> bool:
+        """Return whether the machine has something to continue with, for which no turn waits."""
+        return bool(self._own)
 
     def turn(self) -> bool:
         """Handle a heartbeat, a tick that is due, or the next message; return False if none came until the tick.

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import pathlib
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -33,13 +32,18 @@ class Sender(Protocol):
 
 
 class Log:
-    """The log of the scheduler: framed records, each of which is durable before `append` returns.
+    """The log of the scheduler: framed records, each of which outlives this process once `append` has returned.
 
     On a full disk it waits for room: a step that is not in the log may be made twice after a restart.
+
+    Args:
+      path: of its file.
+      outlives_machine: whether a scheduler on another machine may read it. Otherwise the run ends with this machine,
+        and waiting for the disk would only make each step longer.
     """
 
-    def __init__(self, path: pathlib.Path) -> None:
-        self.path = path
+    def __init__(self, path: pathlib.Path, *, outlives_machine: bool) -> None:
+        self.path, self._outlives_machine = path, outlives_machine
         path.parent.mkdir(parents=True, exist_ok=True)
         data = path.read_bytes() if path.exists() else b""
         payloads = list(encoding.unframe(data))
@@ -50,10 +54,11 @@ class Log:
         self._file = path.open("ab")
 
     def append(self, record: messages.Message) -> None:
-        """Append a record and make it durable."""
+        """Append a record; see Log."""
         frame, descriptor = encoding.frame(encoding.to_bytes(record)), self._file.fileno()
         full_disk.until_written(lambda: files.append(descriptor, frame), str(self.path))
-        os.fsync(descriptor)
+        if self._outlives_machine:
+            os.fsync(descriptor)
 
     def replace(self, record: messages.Message) -> None:
         """Replace the whole log by `record`, atomically and durably."""
@@ -107,19 +112,53 @@ class ProcessWorld:
     ) -> None:
         self.directory, self._log = directory, log
         self._gradient, self._prepare = gradient, prepare
-        self._inbox: queue.SimpleQueue[drivers.Received | None] = queue.SimpleQueue()  # None: a heartbeat has come
+        self._inbox: collections.deque[drivers.Received] = collections.deque()
         self._heartbeats: collections.deque[drivers.Received] = collections.deque()
+        self._turn = threading.Lock()  # of the thread that handles messages
+        self._called = threading.Event()  # something has come for the thread that waits in `take`
+        self._driver: drivers.Driver | None = None  # set by `run`
+        self._failure: BaseException | None = None  # of another thread than that of `run`
         self._pool = futures.ThreadPoolExecutor(1, "compute")
         self._disk = futures.ThreadPoolExecutor(1, "disk")
         self._wire: Sender
 
     def receive(self, message: messages.Message, handled: Callable[[], None] = lambda: None) -> None:
         """Queue a message, from any thread; `handled` is called when it has been handled."""
-        if isinstance(message, messages.Heartbeat):
-            self._heartbeats.append((message, handled))
-            self._inbox.put(None)
+        self._put(message, handled)
+        self._called.set()
+
+    def receive_small(self, message: messages.Message, handled: Callable[[], None] = lambda: None) -> None:
+        """Handle a message that takes little time in the thread that brings it: waking another one takes as long.
+
+        If another thread is handling messages, it handles this one, too.
+        """
+        self._put(message, handled)
+        if self._driver is None:
+            self._called.set()
         else:
-            self._inbox.put((message, handled))
+            self._handle(self._driver)
+
+    def _put(self, message: messages.Message, handled: Callable[[], None]) -> None:
+        queue = self._heartbeats if isinstance(message, messages.Heartbeat) else self._inbox
+        queue.append((message, handled))
+
+    def _waits(self, driver: drivers.Driver) -> bool:
+        return bool(self._inbox or self._heartbeats or driver.continues()) and driver.exit is None
+
+    def _handle(self, driver: drivers.Driver) -> None:
+        """Handle all that waits, unless another thread does."""
+        # The outer loop is for what another thread put just before this one gave up its turn.
+        while self._waits(driver) and self._turn.acquire(blocking=False):
+            try:
+                while self._waits(driver):
+                    driver.turn()
+            except BaseException as error:
+                self._failure = error
+                break
+            finally:
+                self._turn.release()
+        if driver.exit is not None or self._failure is not None:
+            self._called.set()
 
     def connect(self, wire: Sender) -> None:
         """Send through `wire` from now on."""
@@ -129,11 +168,19 @@ class ProcessWorld:
         """Run the state machine of `driver`, whose world this is, until it exits; return its exit effect."""
         self.connect(wire)
         threading.Thread(target=self._pulse, args=(driver,), daemon=True, name="pulse").start()
+        self._driver = driver
         while driver.exit is None:
-            driver.turn()
+            self.turn(driver)
+            if self._failure is not None:
+                raise self._failure
         self._disk.shutdown()
         self._pool.shutdown(wait=False, cancel_futures=True)
         return driver.exit
+
+    def turn(self, driver: drivers.Driver) -> None:
+        """Let `driver` make a turn, see Driver."""
+        with self._turn:
+            driver.turn()
 
     def _pulse(self, driver: drivers.Driver) -> None:
         while driver.exit is None:
@@ -151,23 +198,25 @@ class ProcessWorld:
         return self._heartbeats.popleft() if self._heartbeats else None
 
     def take(self, seconds: float) -> drivers.Received | None:
-        """Return the next message received; wait for one that long."""
-        try:
-            return self._inbox.get(timeout=seconds) or self.take_heartbeat()
-        except queue.Empty:
-            return None
+        """Return the next message received; wait for one that long, while other threads may have their turn."""
+        self._called.clear()
+        if not self._inbox and not self._heartbeats:
+            self._turn.release()
+            self._called.wait(seconds)
+            self._turn.acquire()
+        return self._inbox.popleft() if self._inbox else self.take_heartbeat()
 
     def send(self, to: str, message: messages.Message) -> None:
         """Send `message` to the process named `to`, or drop it."""
         self._wire.send(to, message)
 
     def append(self, record: messages.Message) -> None:
-        """Append a record to the log; it is durable on return."""
+        """Append a record to the log; a scheduler that is restarted reads it from then on."""
         assert self._log is not None
         self._log.append(record)
 
     def replace(self, record: messages.Message) -> None:
-        """Replace the whole log by `record`, atomically; it is durable on return."""
+        """Replace the whole log by `record`, atomically."""
         assert self._log is not None
         self._log.replace(record)
 
@@ -209,7 +258,7 @@ class ProcessWorld:
 
     def _compute(self, effect: effects.Compute) -> None:
         assert self._gradient is not None
-        self.receive(self._gradient(effect))
+        self.receive_small(self._gradient(effect))  # no other thread sends it sooner
 
     def _in_pool(self, work: Callable[[Any], None], what: effects.Compute | messages.Lease) -> None:
         try:

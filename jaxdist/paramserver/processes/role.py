@@ -44,6 +44,7 @@ def main(arguments: list[str], make: Make) -> int:
             listen=known[name],
             peers=known,
             receive=world.receive,
+            receive_small=world.receive_small,
             security=Security.read(os.environ).for_attempt(spec.attempt),
         )
     except OSError as error:

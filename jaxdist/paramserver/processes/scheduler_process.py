@@ -20,11 +20,13 @@ from jaxdist.paramserver.wire import encoding
 def make_scheduler(name: str, spec: Spec) -> role.Cast:
     """Return the driver of the scheduler, restored from its log, its world and its counters."""
     directory = pathlib.Path(spec.directory)
-    log = Log(directory / LOG_NAME)
+    settings = spec.make_settings()
+    # Only Ray starts the scheduler again elsewhere, when its node is lost.
+    log = Log(directory / LOG_NAME, outlives_machine=settings.engine == "ray")
     resume = None
     if spec.resume and not log.records:
         resume = encoding.decode((directory / spec.resume / "manifest").read_bytes())
-    machine = Scheduler(settings=spec.make_settings(), records=log.records, resume=resume)
+    machine = Scheduler(settings=settings, records=log.records, resume=resume)
     statistics, report = statistics_of(name, spec, machine), ReportFiles(directory, ledger=spec.ledger)
 
     report.catch_up(machine, log.records)

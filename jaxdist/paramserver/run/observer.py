@@ -202,7 +202,7 @@ class Observer:
                 if time.monotonic() >= draw_at:
                     draw_at = time.monotonic() + DRAW_SECONDS
                     self._draw()
-                self.driver.turn()  # waits for a message, at most until the next tick
+                self.world.turn(self.driver)  # waits for a message, at most until the next tick
 
     def _charge(self, account: str) -> None:
         """Charge the time from now on to `account`: the time before the first step is not training time."""

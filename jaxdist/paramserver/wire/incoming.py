@@ -12,7 +12,7 @@ import logging
 import socket
 import struct
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ _logger = logging.getLogger(__name__)
 
 CONTROL, BULK = 0, 1
 """Lanes: a peer sends small and large messages on connections of their own, so a heartbeat never waits for a push."""
-SMALL_BYTES = 64 << 10
+SMALL_BYTES = 256 << 10
 """The longest message on a control connection."""
 GREETING_SECONDS = 5.0
 IDLE_SECONDS = 30.0
@@ -76,7 +76,7 @@ class Incoming(asyncio.BufferedProtocol):
       loop: the event loop.
       token: what the peer must know.
       budget: for messages on the bulk lane.
-      receive: called with every complete message.
+      receive: called with every complete message, by lane.
       connections: the set of open connections, which this one joins and leaves.
       scratch: memory that is used only while bytes are taken, so all connections may share it.
     """
@@ -86,7 +86,7 @@ class Incoming(asyncio.BufferedProtocol):
         loop: asyncio.AbstractEventLoop,
         token: str,
         budget: Budget,
-        receive: Receive,
+        receive: Mapping[int, Receive],
         connections: dict["Incoming", None],
         scratch: memoryview,
     ) -> None:
@@ -255,7 +255,8 @@ class Incoming(asyncio.BufferedProtocol):
         self._delivered += 1
         if self.lane == BULK and self._delivered == self._acked + 1:
             self._loop.call_later(ACK_SECONDS, self._acknowledge)
-        self._receive(message, functools.partial(self._note_handled, self._size))
+        assert self.lane is not None
+        self._receive[self.lane](message, functools.partial(self._note_handled, self._size))
         # Set before the count is read, so that a message that is handled now is either counted or wakes this thread.
         self._paused = True
         if self._delivered - self._handled >= MOST_WAITING:

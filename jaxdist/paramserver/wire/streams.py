@@ -53,6 +53,7 @@ class Wire:
       peers: process name -> `host:port`; asked again when a connection is made, so it may change.
       receive: called from the thread of the wire with every complete message; it must not wait.
       security: see Security.
+      receive_small: called instead of `receive` with messages of at most SMALL_BYTES.
 
     Raises:
       ValueError: the address needs authentication and `security` has none.
@@ -60,11 +61,18 @@ class Wire:
     """
 
     def __init__(
-        self, *, listen: str, peers: Mapping[str, str], receive: Receive, security: Security = UNSECURED
+        self,
+        *,
+        listen: str,
+        peers: Mapping[str, str],
+        receive: Receive,
+        security: Security = UNSECURED,
+        receive_small: Receive | None = None,
     ) -> None:
         host, _, port = listen.rpartition(":")
         security.check(host)
-        self._receive, self._token, self.peers = receive, security.token, peers
+        self._receive = {CONTROL: receive_small or receive, BULK: receive}
+        self._token, self.peers = security.token, peers
         self._tls = tls_of(security)
         listeners = _listen(host.strip("[]"), int(port), local=self._tls is None)
         self.port = listeners[0].getsockname()[1]

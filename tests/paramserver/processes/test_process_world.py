@@ -5,6 +5,7 @@ import os
 import threading
 import time
 import zlib
+from concurrent import futures
 
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ def open_log():
     opened = []
 
     def open_(path):
-        opened.append(process_world.Log(path))
+        opened.append(process_world.Log(path, outlives_machine=False))
         return opened[-1]
 
     yield open_
@@ -208,11 +209,99 @@ def test_a_heartbeat_is_repeated_while_one_message_takes_long(tmp_path):
 
 def test_a_heartbeat_overtakes_the_messages_that_wait(tmp_path):
     beat = messages.Heartbeat("worker/0", 1, 2, 3, True)
+    machine = Machine(NoOp=once(), StopRun=once(END))
     world = process_world.ProcessWorld(tmp_path)
-    for message in (messages.NoOp(), beat, messages.NoOp()):
+    for message in (messages.NoOp(), beat, messages.NoOp(), messages.StopRun(3, "")):
         world.receive(message)
-    assert world.take_heartbeat()[0] is beat
-    assert world.take_heartbeat() is None
-    assert [world.take(0.0) and "NoOp" for _ in range(4)] == ["NoOp", None, "NoOp", None]
-    world.receive(beat)
-    assert world.take(10.0)[0] is beat
+    world.run(drivers.Driver(machine, world), Wire())
+    assert [type(each).__name__ for each in machine.told if each != messages.Tick()] == [
+        "Heartbeat",
+        "NoOp",
+        "NoOp",
+        "StopRun",
+    ]
+
+
+@pytest.fixture
+def running(tmp_path):
+    """Yield a function that runs a machine in a thread of its own, and returns its world once it ticks, and its end."""
+    ends = []
+
+    def start(machine):
+        world, ticks, end = process_world.ProcessWorld(tmp_path), threading.Event(), futures.Future()
+        machine.answers["Tick"] = lambda message: ticks.set() or ([], [])
+        driver = drivers.Driver(machine, world)
+
+        def run():
+            try:
+                end.set_result(world.run(driver, Wire()))
+            except BaseException as error:
+                end.set_exception(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        ends.append((thread, world))
+        assert ticks.wait(60)
+        return world, end
+
+    yield start
+    for thread, world in ends:
+        world.receive(messages.StopRun(0, ""))
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+def test_a_small_message_and_what_follows_are_handled_in_the_thread_that_brings_it(running):
+    threads = []
+    machine = Machine(
+        NoOp=lambda message: ([], [effects.Continue(messages.GetReady())]),
+        GetReady=lambda message: threads.append(threading.get_ident()) or ([], []),
+        StopRun=once(END),
+    )
+    world, end = running(machine)
+    # The other thread may just have begun a turn; then it handles the message.
+    assert until(lambda: world.receive_small(messages.NoOp()) or threading.get_ident() in threads)
+    world.receive_small(messages.StopRun(3, ""))
+    assert end.result(60) is END
+
+
+def test_messages_of_many_threads_are_handled_one_at_a_time_and_all_of_them(running):
+    inside, most, count = [], [], []
+
+    def work(message):
+        inside.append(1)
+        most.append(len(inside))
+        count.append(1)
+        inside.pop()
+        return [], []
+
+    machine = Machine(NoOp=work, StopRun=once(END))
+    world, end = running(machine)
+    bring = [world.receive, world.receive_small] * 2
+    threads = [threading.Thread(target=lambda b=b: [b(messages.NoOp()) for _ in range(300)]) for b in bring]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert until(lambda: len(count) == 1200)
+    assert max(most) == 1
+    world.receive_small(messages.StopRun(3, ""))
+    assert end.result(60) is END
+
+
+def test_a_failure_in_the_thread_that_brings_a_message_ends_the_process(running):
+    def fail(message):
+        raise ArithmeticError("planted")
+
+    world, end = running(Machine(NoOp=fail, StopRun=once(END)))
+    world.receive_small(messages.NoOp())
+    with pytest.raises(ArithmeticError, match="planted"):
+        end.result(60)
+
+
+def until(condition, seconds=60):
+    """Wait until a condition holds; return whether it does."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return condition()

@@ -19,8 +19,8 @@ def close_files(monkeypatch):
     opened = []
 
     class Log(process_world.Log):
-        def __init__(self, path):
-            super().__init__(path)
+        def __init__(self, path, *, outlives_machine):
+            super().__init__(path, outlives_machine=outlives_machine)
             opened.append(self._file)
 
     class Report(reports.ReportFiles):

@@ -28,7 +28,8 @@ from jaxdist.rundir import record
 class Crew:
     """Does what the scheduler of a run would do, at its start: write rows of steps, and offer a cut after the last.
 
-    As the wire, it has servers answer what is read of the cut; `reads` are the parts, `sent` all other messages.
+    As the wire, it has servers answer what is read of the cut; `reads` are the parts, `sent` all other messages. What
+    is asked for again, as on a busy machine, counts once.
     """
 
     restarts = 0
@@ -38,13 +39,15 @@ class Crew:
         self.steps, self.end_reason = steps, end_reason
         self.examples, self.loss, self.trained = examples, loss, trained
         self.looks, self.progressed_ = 0, 0
-        self.died, self.sent, self.reads = {}, [], []
+        self.died, self.sent, self.reads, self.asked = {}, [], [], set()
 
     def send(self, to, message):
         if not isinstance(message, messages.Read):
             self.sent.append((to, message))
             return
-        self.reads.append(message.part)
+        if message not in self.asked:
+            self.reads.append(message.part)
+        self.asked.add(message)
         state = shard_state(message.shard)
         arrays = state.params if message.part == messages.PARAMS else state.opt_state
         ends = message.term, message.shard, message.number, message.part, self.steps[-1], 7, arrays

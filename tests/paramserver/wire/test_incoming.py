@@ -71,7 +71,7 @@ class End:
             self.loop,
             "token",
             self.budget,
-            lambda message, handled: self.got.append((message, handled)),
+            dict.fromkeys((incoming.CONTROL, incoming.BULK), lambda *arrived: self.got.append(arrived)),
             self.open,
             SCRATCH,
         )
@@ -193,18 +193,18 @@ def test_bytes_that_are_no_message_end_the_connection(data, caplog):
 
 def test_a_large_message_on_a_control_connection_is_refused():
     end = End(incoming.CONTROL)
-    end.hear(encoding.to_bytes(transfer(1)))
+    end.hear(encoding.to_bytes(transfer(1, incoming.SMALL_BYTES // 4)))
     assert end.transport.aborted
 
 
 def test_a_stranger_holds_its_connection_for_seconds_and_says_nothing_that_is_read(caplog):
-    end = incoming.Incoming(Loop(), "token", incoming.Budget(1), lambda *_: pytest.fail("heard"), {}, SCRATCH)
+    end = incoming.Incoming(Loop(), "token", incoming.Budget(1), {}, {}, SCRATCH)
     end.connection_made(made := Transport())
     end.look(incoming.GREETING_SECONDS / 2)
     assert not made.aborted
     end.look(incoming.GREETING_SECONDS + 1)
     assert made.aborted
-    guess = incoming.Incoming(Loop(), "token", incoming.Budget(1), lambda *_: pytest.fail("heard"), {}, SCRATCH)
+    guess = incoming.Incoming(Loop(), "token", incoming.Budget(1), {}, {}, SCRATCH)
     guess.connection_made(made := Transport())
     data = greeting.answer("guess", bytes(made.written), 1)[0] + encoding.to_bytes(HELLO)
     guess.get_buffer(-1)[: len(data)] = data
