@@ -7,6 +7,7 @@ waits at that step instead, which suits a run of one process that is stopped or 
 
 import dataclasses
 import os
+import pathlib
 import time
 
 import tiny_experiment
@@ -16,6 +17,19 @@ import jaxdist
 GO, AT = "JAXDIST_TEST_GO", "JAXDIST_TEST_HELD_AT"
 HELD_SECONDS = 0.2
 """Of an example: a step of 16 examples takes 3.2 s on one process, 0.6 s on five."""
+
+
+def written(path, go):
+    """Write and return the same experiment as a file that names GO itself.
+
+    It is for processes that SLURM or Ray start, in an environment that is not the test's.
+    """
+    tests = str(pathlib.Path(__file__).parent)
+    path.write_text(
+        f"import os, sys\nos.environ[{GO!r}] = {str(go)!r}\nsys.path.insert(0, {tests!r})\n"
+        "from held_experiment import get_config as get_config\n"
+    )
+    return path
 
 
 def is_held():

@@ -86,7 +86,7 @@ def worker(slot_file, monkeypatch):
     for connection in connections:
         connection.close()
     for thread in threads:
-        thread.join(timeout=10)
+        thread.join(timeout=200)
         assert not thread.is_alive()
     os.close(current)
 

@@ -97,7 +97,7 @@ def test_feed_reads_only_a_few_batches_ahead():
     batches = feed(loader, make_mesh(data=2), prefetch=3)
     next(batches)
     # One consumed, three placed, two read ahead of them: six batches were asked for, and no seventh can be.
-    assert enough.wait(20)
+    assert enough.wait(200)
     batches.close()
     assert len(read) == wanted
 
@@ -116,7 +116,7 @@ def test_small_batches_that_the_feed_makes_itself_are_placed_further_ahead():
     batches = feed(Loader(Counting({"x": np.zeros((1000, 2))}), global_batch_size=4, seed=0), make_mesh(data=2))
     for _ in range(8):  # room is made for eight at once
         next(batches)
-    assert enough.wait(20)
+    assert enough.wait(200)
     batches.close()
     assert len(read) <= 8 + 16 + 1
 

@@ -193,7 +193,7 @@ def test_a_supervisor_that_is_killed_leaves_a_checkpoint_and_a_resume_waits_for_
 @pytest.mark.parametrize("stopped", [0, pytest.param(1, marks=pytest.mark.soak)])
 def test_a_hang_is_one_message_that_names_the_process(start, stopped):
     """Nothing of Gloo, no stacks: these are in the logs."""
-    job = start("--set", "recovery.hang_seconds=3", processes=2)
+    job = start("--set", "recovery.hang_seconds=6", processes=2)
     event = job.train_to(6)
     kill(signal.SIGSTOP, event["process_ids"][stopped])
     job.wait_for(lambda: job.start_event() not in (None, event), "the next attempt")

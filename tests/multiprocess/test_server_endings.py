@@ -10,20 +10,21 @@ import signal
 import sys
 
 import ending_jobs
+import held_experiment
 import pytest
 
 from jaxdist.rundir import record
 
 STEPS = 60
-MADE = "until [ $(cat run/ps/steps.jsonl 2>/dev/null | wc -l) -ge 6 ]; do sleep 0.1; done"
+MADE = "until [ $(cat run/ps/steps.jsonl 2>/dev/null | wc -l) -ge 2 ]; do sleep 0.1; done"
 """Waits until the run has made some steps."""
 FILL = "dd if=/dev/zero bs=512 2>/dev/null >> fill"
 WAITS = f"until grep -q waits out; do {FILL}; sleep 0.1; done"
 """Fills again what the run frees: it shortens its log and removes old checkpoints."""
 FITS_NO_CHECKPOINT = "dd if=/dev/zero of=fill bs=1024 count=7600 2>/dev/null"
 SCRIPTS = {
-    "room again": f"{{train}} & {MADE}; {FILL}; {WAITS}; rm fill; wait $!; echo status $?",
-    "stopped": f"{{train}} & {MADE}; {FILL}; {WAITS}; kill $!; wait $!; echo status $?; rm fill; "
+    "room again": f"{{train}} & {MADE}; {FILL}; {WAITS}; touch $GO; rm fill; wait $!; echo status $?",
+    "stopped": f"{{train}} & {MADE}; {FILL}; {WAITS}; kill $!; wait $!; echo status $?; touch $GO; rm fill; "
     "{train} --restartable; echo status $?",
     "no checkpoint": f"{FITS_NO_CHECKPOINT}; {{train}}; echo status $?; ls /dev/shm; rm fill; "
     "{train} --restartable; echo status $?",
@@ -145,12 +146,15 @@ def test_a_viewer_that_closes_its_end_ends_nothing_of_a_server(start):
 def test_a_full_disk(tmp_path, case):
     disk = tmp_path / "disk"
     disk.mkdir()
-    train = f"{sys.executable} -m jaxdist.cli train {ending_jobs.EXPERIMENT} --strategy parameter-server --devices 1"
+    # The experiment is held open until the run waits for room.
+    go = tmp_path / "go"
+    train = f"{sys.executable} -m jaxdist.cli train {held_experiment.__file__} --strategy parameter-server --devices 1"
     train += f" --run-dir {disk}/run --max-steps {STEPS} --set ps.workers=1 ps.servers=1 checkpoints.every_steps=20"
     train += " eval.every_steps=20 log_every=1 2>>out"
     mounts = f"mount -t tmpfs -o size=8m tmpfs {disk} && mount -t tmpfs -o size=8m tmpfs /dev/shm && cd {disk} && "
     # What the run says goes to another disk.
-    script = f"{mounts} ln -s {tmp_path}/out out; {SCRIPTS[case].format(train=train)}; cp run/run.json {tmp_path}"
+    held = f"export {held_experiment.GO}={go} GO={go}; " if WAITS in SCRIPTS[case] else ""
+    script = f"{held}{mounts} ln -s {tmp_path}/out out; {SCRIPTS[case].format(train=train)}; cp run/run.json {tmp_path}"
     done = ending_jobs.in_own_mounts(script)
     said = (tmp_path / "out").read_text()
     assert "Traceback" not in said + done.stderr

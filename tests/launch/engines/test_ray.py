@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import held_experiment
 import pytest
 
 from jaxdist.cli import main
@@ -76,8 +77,8 @@ def address():
     process.communicate(timeout=60)
 
 
-def start(address, run_dir, *arguments, processes=1):
-    command = [sys.executable, "-m", "jaxdist.cli", "launch", str(EXPERIMENT), "--engine", "ray", "--hosts", "2"]
+def start(address, run_dir, *arguments, processes=1, experiment=EXPERIMENT):
+    command = [sys.executable, "-m", "jaxdist.cli", "launch", str(experiment), "--engine", "ray", "--hosts", "2"]
     command += ["--processes", str(processes), "--devices", "2", "--reduction", "canonical", "--run-dir", str(run_dir)]
     command += [*arguments, "--with", f"address={address}"]
     return subprocess.Popen(
@@ -97,11 +98,15 @@ def alone(run_dir, *arguments):
     return json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
 
 
-def wait_for_lines(path, count, seconds=300.0):
+def wait_until(condition, seconds=400.0):
     deadline = time.monotonic() + seconds
-    while not path.exists() or path.read_text().count("\n") < count:
-        assert time.monotonic() < deadline, "no step was made"
+    while not condition():
+        assert time.monotonic() < deadline, "this never came true"
         time.sleep(0.1)
+
+
+def wait_for_lines(path, count):
+    wait_until(lambda: path.exists() and path.read_text().count("\n") >= count)
 
 
 def trainers(run_dir):
@@ -123,10 +128,14 @@ def test_a_job_on_two_nodes_ends_in_the_bits_of_one_process(address, tmp_path):
 @pytest.mark.cluster
 @pytest.mark.timeout(900)
 def test_a_process_that_is_preempted_has_the_job_started_again(address, tmp_path):
-    steps = ["--max-steps", "300"]
-    launched = start(address, tmp_path / "run", *steps)
-    wait_for_lines(tmp_path / "run" / "metrics.jsonl", 20)
-    os.kill(trainers(tmp_path / "run")[0], signal.SIGUSR1)
+    steps, go = ["--max-steps", "40"], tmp_path / "go"
+    held = held_experiment.written(tmp_path / "held.py", go)
+    launched = start(address, tmp_path / "run", *steps, experiment=held)
+    wait_for_lines(tmp_path / "run" / "metrics.jsonl", 3)
+    first = trainers(tmp_path / "run")
+    os.kill(first[0], signal.SIGUSR1)
+    wait_until(lambda: (now := trainers(tmp_path / "run")) and not set(first) & set(now))
+    go.touch()
     status, output = ends(launched)
     assert status == 0, output
     assert "status 75; it is restarted (attempt 2)" in output

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 
+import held_experiment
 import pytest
 import slurm_cluster
 
@@ -119,8 +120,8 @@ def cluster():
 TWO_PROCESSES = ("--processes", "2", "--devices", "2", "--reduction", "canonical")
 
 
-def launch(environment, run_dir, *arguments):
-    command = [sys.executable, "-m", "jaxdist.cli", "launch", str(EXPERIMENT), "--engine", "slurm"]
+def launch(environment, run_dir, *arguments, experiment=EXPERIMENT):
+    command = [sys.executable, "-m", "jaxdist.cli", "launch", str(experiment), "--engine", "slurm"]
     command += ["--run-dir", str(run_dir), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -171,20 +172,22 @@ def test_slurm_itself_accepts_the_script(cluster, tmp_path):
 @pytest.mark.cluster
 @pytest.mark.timeout(2000)
 def test_a_job_that_is_preempted_is_requeued_and_ends_in_the_bits_of_one_process(cluster, tmp_path):
-    steps = ["--max-steps", "600"]
-    run_dir = tmp_path / "run"
-    launched = launch(cluster, run_dir, *TWO_PROCESSES, *steps, "--with", "time=20")
+    steps = ["--max-steps", "40"]
+    run_dir, go = tmp_path / "run", tmp_path / "go"
+    held = held_experiment.written(tmp_path / "held.py", go)
+    launched = launch(cluster, run_dir, *TWO_PROCESSES, *steps, "--with", "time=20", experiment=held)
     number = re.match(r"SLURM job (\d+);", launched).group(1)
     metrics = run_dir / "metrics.jsonl"
-    wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 50)
+    wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3)
     subprocess.run(["scancel", "--signal=USR1", number], env=cluster, check=True)
     wait_until(lambda: job_field(cluster, number, "Restarts") == "1")
+    go.touch()
     # SLURM would wait two minutes. As soon as it has cleaned up it may start the job, and not before: it would fail.
     wait_until(lambda: node_state(cluster) == "idle")
     subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now"], env=cluster, check=False)
     wait_for_end(cluster, number, run_dir)
     made = json.loads((run_dir / "run.json").read_text())
-    assert (made["end_reason"], made["step"], made["restarts"]) == ("max_steps", 600, 1)
+    assert (made["end_reason"], made["step"], made["restarts"]) == ("max_steps", 40, 1)
     assert (made["num_processes"], made["num_devices"]) == (2, 4)
     alone = train_here(cluster, tmp_path / "alone", "--devices", "4", "--reduction", "canonical", *steps)
     assert made["params_sha256"] == alone["params_sha256"]

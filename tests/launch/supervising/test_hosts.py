@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 
+import held_experiment
 import pytest
 
 from jaxdist.config.experiment import Recovery
@@ -87,8 +88,8 @@ def hosts():
         yield names
 
 
-def start(hosts, index, run_dir, *arguments):
-    command = ["ip", "netns", "exec", hosts[index], sys.executable, "-m", "jaxdist.cli", "launch", str(EXPERIMENT)]
+def start(hosts, index, run_dir, *arguments, experiment=EXPERIMENT):
+    command = ["ip", "netns", "exec", hosts[index], sys.executable, "-m", "jaxdist.cli", "launch", str(experiment)]
     command += ["--hosts", "2", "--host-index", str(index), "--coordinator", f"{ADDRESSES[0]}:{PORT}"]
     command += ["--devices", "2", "--reduction", "canonical", "--run-dir", str(run_dir), *arguments]
     log = open(run_dir.parent / f"host-{index}.log", "w")  # noqa: SIM115 - the process keeps it
@@ -132,24 +133,26 @@ def alone(run_dir, *arguments):
 @pytest.mark.root
 @pytest.mark.timeout(1500)
 def test_a_job_goes_on_after_the_cable_between_its_hosts_was_cut_and_mended(hosts, tmp_path):
-    run_dir = tmp_path / "run"
-    settings = ["--max-steps", "400", "--set", "recovery.hang_seconds=10", "recovery.max_fruitless=20"]
-    both = [start(hosts, index, run_dir, *settings) for index in range(2)]
+    run_dir, go = tmp_path / "run", tmp_path / "go"
+    held = held_experiment.written(tmp_path / "held.py", go)
+    settings = ["--max-steps", "40", "--set", "recovery.hang_seconds=10", "recovery.max_fruitless=20"]
+    both = [start(hosts, index, run_dir, *settings, experiment=held) for index in range(2)]
     try:
-        wait_for_lines(run_dir / "metrics.jsonl", 40)
+        wait_for_lines(run_dir / "metrics.jsonl", 3)
         assert [listeners(host) for host in hosts] == [{ADDRESSES[0]}, {ADDRESSES[1]}]
         ip("-n", hosts[1], "link", "set", "eth0", "down")
         wait_for_lines(run_dir / "restarts.jsonl", 2)  # the attempt has ended on host 0
         wait_for_lines(run_dir / "host-1" / "restarts.jsonl", 2)
         ip("-n", hosts[1], "link", "set", "eth0", "up")
+        go.touch()
         assert [finish(process) for process in both] == [0, 0], logs(run_dir)
     finally:
         for process in both:
             process.kill()
     made = json.loads((run_dir / "run.json").read_text())
-    assert (made["end_reason"], made["step"], made["num_processes"]) == ("max_steps", 400, 2)
+    assert (made["end_reason"], made["step"], made["num_processes"]) == ("max_steps", 40, 2)
     assert made["restarts"] >= 1
-    assert made["params_sha256"] == alone(tmp_path / "alone", "--max-steps", "400")["params_sha256"]
+    assert made["params_sha256"] == alone(tmp_path / "alone", "--max-steps", "40")["params_sha256"]
 
 
 @pytest.mark.root

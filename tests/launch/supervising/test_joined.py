@@ -15,8 +15,8 @@ import pytest
 
 from jaxdist.launch.supervising import job_memory, joined, joiner, local_job, roster
 
-WORKER = "import sys, time; print('started', flush=True); time.sleep(60 if sys.argv[1] == 'wait' else 0); sys.exit(7)"
-SECONDS = 20
+WORKER = "import sys, time; print('started', flush=True); time.sleep(600 if sys.argv[1] == 'wait' else 0); sys.exit(7)"
+SECONDS = 200
 
 
 @pytest.fixture

@@ -128,7 +128,9 @@ def disturbed(tmp_path, monkeypatch, deeds, **chosen):
 
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory):
-    return run.train(options(tmp_path_factory.mktemp("calm"), steps=60, workers=2, servers=1))
+    # A process that is not heard for a minute is dead: no busy machine makes this run restart one.
+    chosen = {"steps": 60, "workers": 2, "servers": 1, "dead_after_seconds": 60.0}
+    return run.train(options(tmp_path_factory.mktemp("calm"), **chosen))
 
 
 @pytest.mark.timeout(LIMIT_SECONDS)
