@@ -64,9 +64,12 @@ class Progress:
             self.history.setdefault(name, []).append(value)
 
     def record_best(self, metric: str, value: float, mode: Mode) -> bool:
-        """Record the value of the watched metric after the present step; return whether it is the best so far."""
+        """Record the value of the watched metric after the present step; return whether it is the best so far.
+
+        One that is not finite is none.
+        """
         best = self.best if self.best and self.best["metric"] == metric else None
-        if math.isnan(value) or (best and _sign(mode) * value <= _sign(mode) * best["value"]):
+        if not math.isfinite(value) or (best and _sign(mode) * value <= _sign(mode) * best["value"]):
             return False
         self.best = {"metric": metric, "value": value, "step": self.step}
         return True

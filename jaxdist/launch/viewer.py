@@ -56,7 +56,7 @@ class Viewer:
 
 
 class _Guarded:
-    """A text stream whose writes never raise an OSError."""
+    """A text stream whose writes never raise an OSError, nor an error for a character that it cannot show."""
 
     def __init__(self, stream: TextIO, viewer: Viewer):
         self.stream, self._viewer = stream, viewer
@@ -68,6 +68,8 @@ class _Guarded:
         """Write `text`, to the log if the viewer is closed."""
         try:
             return self.stream.write(text)
+        except UnicodeEncodeError:  # a file's name that is no text here, or a stream that takes ASCII only
+            return self.stream.write(text.encode(self.stream.encoding, "backslashreplace").decode(self.stream.encoding))
         except OSError as error:
             self._lost(error)
             if getattr(self.stream, "write_through", False):  # no buffer still holds the text

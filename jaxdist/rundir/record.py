@@ -17,13 +17,13 @@ import platform
 import re
 import sys
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_type_hints
 
 import jax
 import numpy as np
 
 from jaxdist import errors, setting_group
-from jaxdist.rundir import files
+from jaxdist.rundir import files, further_keys, json_kinds
 from jaxdist.spmd.layout import host_value, path_name
 
 FILE_NAME = "run.json"
@@ -103,7 +103,7 @@ class RunRecord:
         advice = "Name another run directory, or move the file away."
         try:
             content = json.loads(path.read_bytes())
-        except ValueError as error:  # not JSON, or not even UTF-8
+        except (ValueError, RecursionError) as error:  # not JSON, or not even UTF-8
             raise ValueError(f"A run record must be JSON; {path} is not ({error}). {advice}") from error
         if not isinstance(content, dict):
             raise ValueError(f"A run record must be a JSON object; {path} holds a {type(content).__name__}. {advice}")
@@ -112,6 +112,8 @@ class RunRecord:
             raise ValueError(f"{path} is not a jaxdist run record: it lacks {', '.join(missing)}. {advice}")
         extra = {key: value for key, value in content.items() if key not in KEYS}
         try:
+            if wrong := json_kinds.first_misfit(content, _kinds()):
+                raise ValueError(f"{wrong}.")
             return cls(**{key: content[key] for key in KEYS}, extra=extra)
         except ValueError as error:
             raise ValueError(f"{path} is not a jaxdist run record: {error} {advice}") from error
@@ -135,6 +137,13 @@ def readable(run_dir: str | os.PathLike[str]) -> RunRecord | None:
 
 KEYS = tuple(field.name for field in dataclasses.fields(RunRecord) if field.name != "extra")
 """The top-level keys that every run.json has, in order."""
+
+
+@functools.cache
+def _kinds() -> dict[str, Any]:
+    """Return the annotations of the keys of run.json as they are read: the experiment is an object by then."""
+    further = get_type_hints(further_keys.FurtherKeys)
+    return get_type_hints(RunRecord) | further | {"config": Mapping[str, Any], "extra": Any}
 
 
 def params_sha256(params: Any) -> str:

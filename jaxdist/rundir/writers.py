@@ -109,8 +109,8 @@ class Patient:
 
 
 def format_number(value: Any) -> str:
-    """Return a number with four significant digits; `value` is anything that `float` accepts."""
-    return f"{float(value):.4g}"
+    """Return a number with four significant digits; `value` is anything that `float` accepts, or None of a record."""
+    return "not finite" if value is None else f"{float(value):.4g}"
 
 
 def format_metrics(metrics: Mapping[str, Any]) -> str:

@@ -10,7 +10,10 @@ import pytest
 from jaxdist.launch import viewer
 from jaxdist.rundir import record
 
-RUN = dict.fromkeys(record.KEYS) | {"step": 3, "metrics": {}, "config": {}, "time_seconds": {}, "restarts": 0}
+COUNTS = dict.fromkeys(("step", "examples_seen", "num_devices", "num_processes", "compile_count", "restarts"), 1)
+TEXTS = dict.fromkeys(("strategy", "reduction", "command"), "")
+RUN = dict.fromkeys(record.KEYS) | COUNTS | TEXTS
+RUN |= {name: {} for name in ("metrics", "config", "versions", "step_seconds", "time_seconds")}
 
 TALKATIVE = """
 import os, pathlib, sys
@@ -75,6 +78,18 @@ def test_a_command_without_a_reader_has_the_status_that_it_has_with_one(tmp_path
     assert process.returncode == expected
     assert "Error" not in (said or "")
     assert "Traceback" not in (said or "")
+
+
+def test_a_name_that_the_terminal_cannot_show_is_shown_otherwise(tmp_path):
+    (tmp_path / "läuf\udcff").mkdir()
+    (tmp_path / "läuf\udcff" / record.FILE_NAME).write_text(json.dumps(RUN))
+    for encoding in ("ascii", "utf-8"):
+        done = subprocess.run(
+            [sys.executable, "-m", "jaxdist.cli", "runs", "."],
+            env={**os.environ, "PYTHONIOENCODING": encoding}, cwd=tmp_path, capture_output=True, timeout=200,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert b"uf\\udcff" in done.stdout
 
 
 def test_without_a_log_the_rest_is_dropped():

@@ -90,7 +90,10 @@ def test_a_record_that_breaks_the_contract_is_refused():
         (b"\xff\xfe\x00", "must be JSON"),
         (b"[1, 2]", "JSON object"),
         (b'{"end_reason": null}', "lacks step, examples_seen"),
-        (json.dumps(dict.fromkeys(CONTRACT) | {"end_reason": "bored"}).encode(), "bored"),
+        (json.dumps(example().to_json() | {"end_reason": "bored"}).encode(), "bored"),
+        (json.dumps(example().to_json() | {"metrics": {"a": "b"}}).encode(), "metrics.a must be a number, got 'b'"),
+        (json.dumps(example().to_json() | {"best": {"metric": "a", "step": 1}}).encode(), "best lacks value"),
+        (b"[" * 100_000, "must be JSON"),
     ],
 )
 def test_a_damaged_or_foreign_file_is_named(tmp_path, content, complaint):

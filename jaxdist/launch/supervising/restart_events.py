@@ -5,10 +5,11 @@ import json
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from jaxdist.errors import say
 from jaxdist.launch.supervising import board
+from jaxdist.rundir import json_kinds
 
 EVENTS_NAME = "restarts.jsonl"
 LOST_SINCE, REACHED = "JAXDIST_LOST_SINCE", "JAXDIST_REACHED"
@@ -16,6 +17,23 @@ LOST_SINCE, REACHED = "JAXDIST_LOST_SINCE", "JAXDIST_REACHED"
 CHANGE_NAME = "change"
 """The file in the directory in memory that asks the processes to end at their next step, so that their number can
 change; process 0 writes into it when they did."""
+
+
+class _Event(TypedDict):
+    """A line, as far as it is read; which keys it has depends on the event."""
+
+    event: str
+    time: NotRequired[float]
+    monotonic: NotRequired[float]
+    attempt: NotRequired[int]
+    process_ids: NotRequired[list[int]]
+    cause: NotRequired[str]
+    reached: NotRequired[int]
+    step: NotRequired[int]
+    seconds: NotRequired[float]
+    failed: NotRequired[int | None]
+    status: NotRequired[int | None]
+    saved: NotRequired[int | None]
 
 
 class Events:
@@ -87,14 +105,14 @@ class Standstill:
 
 
 def read_events(run_dir: pathlib.Path) -> list[dict[str, Any]]:
-    """Return the events of a run directory, oldest first; an incomplete line is omitted."""
+    """Return the events of a run directory, oldest first; a line that is incomplete or damaged is omitted."""
     path = run_dir / EVENTS_NAME
     text = path.read_text() if path.exists() else ""
     found = []
     for line in text[: text.rfind("\n") + 1].splitlines():
-        with contextlib.suppress(ValueError):  # a line that a full disk has cut
+        with contextlib.suppress(ValueError, RecursionError):  # a line that a full disk has cut
             found.append(json.loads(line))
-    return found
+    return [event for event in found if json_kinds.misfit(event, _Event, "") is None]
 
 
 def changes(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ _DECIDING = (
     "optimizer",
     "global_batch_size",
     "stop",
+    "reduction",
     "logical_shards",
     "num_microbatches",
     "precision",

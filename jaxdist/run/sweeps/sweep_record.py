@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, TypeAlias
 
 from jaxdist.errors import ConfigError
-from jaxdist.rundir import files, record
+from jaxdist.rundir import files, json_kinds, record
 
 FILE_NAME = "sweep.json"
 Method: TypeAlias = Literal["grid", "random", "optuna"]
@@ -92,10 +92,12 @@ class Sweep:
         path = sweep_dir / FILE_NAME
         try:
             content = json.loads(path.read_bytes())
+            if wrong := json_kinds.misfit(content, cls, ""):
+                raise ValueError(wrong)
             return cls(**content | {"trials": [Trial(**trial) for trial in content["trials"]]})
         except FileNotFoundError as error:
             raise ConfigError(f"A sweep is resumed from its {FILE_NAME}; {sweep_dir} has none.") from error
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, RecursionError) as error:  # TypeError: a key of a later version
             raise ConfigError(
                 f"{path} is not the record of a sweep: {error}. Move it away, or name another directory."
             ) from error

@@ -209,8 +209,7 @@ def _load(
         functions = components.make_functions(found, fields)
         optimizer, _ = components.make_optimizer(found, components.known_ends(found, steps_per_epoch))
         template = state.abstract_state(functions.init_fn, optimizer, mesh=strategy.mesh, layout=strategy.layout)
-        identity = components.Identity(**made.extra["identity"])
-        with directory.open_checkpoints(found, run_dir, identity) as checkpointer:
+        with directory.open_checkpoints(found, run_dir, _identity_of(made, run_dir)) as checkpointer:
             step = chosen_checkpoint.chosen_step(made, run_dir, checkpointer.steps(), checkpoint)
             restored, _ = checkpointer.restore(template, step)
     params = components.params_in_use(restored)
@@ -252,14 +251,25 @@ def _check_same(made: record.RunRecord, found: Experiment, run_dir: pathlib.Path
         )
 
 
+def _identity_of(made: record.RunRecord, run_dir: pathlib.Path) -> components.Identity:
+    """Return what the run directory belongs to, without what a later version adds to it."""
+    stored = made.extra.get("identity")
+    if not isinstance(stored, dict):
+        raise errors.UserError(f"The run record says whose checkpoints they are; that of {run_dir} lacks identity.")
+    names = [field.name for field in dataclasses.fields(components.Identity) if field.name in stored]
+    return components.Identity(**{name: stored[name] for name in names})
+
+
 def _data_of(made: record.RunRecord, found: Experiment) -> tuple[dict[str, jax.ShapeDtypeStruct], int]:
     """Return the fields of a batch and the steps of an epoch: recorded, or, of version 0.1, found in the data."""
     if "batch" not in made.extra:
         loader = components.make_loader(found, fingerprint="")
         return components.example_batch(loader), loader.steps_per_epoch
     batch = made.extra["batch"]
-    fields = {
-        name: jax.ShapeDtypeStruct(tuple(field["shape"]), np.dtype(field["dtype"]))
-        for name, field in batch["fields"].items()
-    }
+    try:
+        fields = {
+            name: jax.ShapeDtypeStruct(tuple(field["shape"]), field["dtype"]) for name, field in batch["fields"].items()
+        }
+    except (TypeError, ValueError) as error:
+        raise errors.UserError(f"The run record names an array of a batch that cannot be made: {error}.") from error
     return fields, batch["steps_per_epoch"]

@@ -25,7 +25,9 @@ def test_a_line_that_cannot_be_written_is_told_once_and_ends_nothing(tmp_path, c
 
 
 def test_a_line_that_was_cut_hides_no_other(tmp_path):
-    (tmp_path / restart_events.EVENTS_NAME).write_text('{"event": "sta\n{"event": "end"}\n')
+    (tmp_path / restart_events.EVENTS_NAME).write_text(
+        '{"event": "sta\n[]\n{"event": "end", "time": "now"}\n{"event": "end"}\n'
+    )
     assert restart_events.read_events(tmp_path) == [{"event": "end"}]
 
 

@@ -86,6 +86,8 @@ def test_other_settings_or_other_data_are_refused(trained):
     with pytest.raises(errors.UserError, match=r"optimizer\.learning_rate 0\.1 -> 0\.2"):
         replay(trained, 5, experiment=overrides.override(same, ["optimizer.learning_rate=0.2"]))
     other = dataclasses.replace(same.data, train=tiny_experiment.make_source(tiny_experiment.NUM_TRAIN, seed=5))
+    with pytest.raises(errors.UserError, match="reduction canonical -> mean"):
+        replay(trained, 5, experiment=dataclasses.replace(same, reduction="mean"))
     with pytest.raises(errors.UserError, match="training data"):
         replay(trained, 5, experiment=dataclasses.replace(same, data=other))
 

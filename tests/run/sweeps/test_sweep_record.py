@@ -1,6 +1,7 @@
 """The record of a sweep: what a killed sweep continues from, and what is another sweep."""
 
 import dataclasses
+import json
 import pathlib
 
 import pytest
@@ -36,7 +37,10 @@ def test_a_directory_is_named_after_its_trial_whatever_the_values_are():
     assert len(hostile) <= 60
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"trials": [{"number": 0}]}', '{"trials": []}'])
+WRONG = json.dumps(dataclasses.asdict(SWEEP) | {"over": "optimizer.learning_rate=1"})
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"trials": [{"number": 0}]}', '{"trials": []}', WRONG])
 def test_a_damaged_record_is_named(tmp_path, content):
     (tmp_path / "sweep.json").write_text(content)
     with pytest.raises(ConfigError, match="is not the record of a sweep"):

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from jaxdist.rundir import confusion, writers
+from jaxdist.rundir import confusion, json_kinds, writers
 
 SPEED = "examples_per_second"
 """The name of a computed curve: the examples between two rows of metrics, divided by the seconds between them."""
 _PLACES = ("step", "examples_seen", "seconds")
 _DIGITS = 6
+_ROW = Mapping[str, float | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +42,11 @@ def read_rows(run_dir: pathlib.Path) -> list[dict[str, Any]]:
     path = run_dir / writers.JSONL_NAME
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     try:
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-    except ValueError as error:
+        rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        if wrong := next(filter(None, (json_kinds.misfit(row, _ROW, "a row") for row in rows)), None):
+            raise ValueError(wrong)
+        return rows
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} must hold one JSON object per line ({error}). Move the file away for a report without curves."
         ) from error

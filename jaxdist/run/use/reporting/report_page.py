@@ -32,7 +32,8 @@ def write(run_dirs: Sequence[pathlib.Path], out: pathlib.Path) -> int:
     """
     run_data.check_are_runs(sweep_record.expand(run_dirs))
     check_output(out)
-    page = make(run_dirs).encode(errors="surrogateescape")  # names of files in a locale without UTF-8
+    with errors.as_user_error():
+        page = make(run_dirs).encode(errors="surrogateescape")  # names of files in a locale without UTF-8
     if len(page) > MOST_BYTES:
         raise errors.UserError(
             f"A report can have {MOST_BYTES / 1e6:.0f} MB at most; this one would have {len(page) / 1e6:.1f} MB. "

@@ -139,8 +139,7 @@ def _last_metrics(runs: Sequence[ReportedRun]) -> str:
 def _last(run: ReportedRun, name: str) -> str:
     if name not in run.record.metrics:
         return ""
-    value = run.record.metrics[name]
-    return "not finite" if value is None else format_number(value)
+    return format_number(run.record.metrics[name])
 
 
 def _times(runs: Sequence[ReportedRun]) -> str:

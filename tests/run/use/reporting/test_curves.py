@@ -53,7 +53,11 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path):
     assert curves.read_rows(tmp_path) == []
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row(1)) + '\n{"step": 2, "los')
     assert curves.read_rows(tmp_path) == [row(1)]
-    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "los\n')
+
+
+@pytest.mark.parametrize("line", ['{"step": 2, "los', "[]", '{"step": "two"}', '{"step": 2, "loss": "low"}'])
+def test_a_line_that_is_no_row_is_named(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text(line + "\n")
     with pytest.raises(ValueError, match="must hold one JSON object per line"):
         curves.read_rows(tmp_path)
 
