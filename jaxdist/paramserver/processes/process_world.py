@@ -202,7 +202,8 @@ class ProcessWorld:
         self._called.clear()
         if not self._inbox and not self._heartbeats:
             self._turn.release()
-            self._called.wait(seconds)
+            if not self._inbox and not self._heartbeats:  # nor since, from a thread that was refused the turn
+                self._called.wait(seconds)
             self._turn.acquire()
         return self._inbox.popleft() if self._inbox else self.take_heartbeat()
 

@@ -289,6 +289,25 @@ def test_messages_of_many_threads_are_handled_one_at_a_time_and_all_of_them(runn
     assert end.result(60) is END
 
 
+def test_a_small_message_that_comes_while_the_main_thread_begins_to_wait_is_handled_at_once(tmp_path):
+    """Its thread was refused the turn, and the main thread has looked at the inbox before."""
+
+    class Turn:
+        lock = threading.Lock()
+        acquire = lock.acquire
+
+        def release(self):
+            bring = threading.Thread(target=world.receive_small, args=(messages.NoOp(),))
+            bring.start()
+            bring.join(60)
+            self.lock.release()
+
+    world = process_world.ProcessWorld(tmp_path)
+    world._turn, world._driver = Turn(), drivers.Driver(Machine(), world)
+    world._turn.acquire()
+    assert world.take(1e6)[0] == messages.NoOp()
+
+
 def test_a_failure_in_the_thread_that_brings_a_message_ends_the_process(running):
     def fail(message):
         raise ArithmeticError("planted")
