@@ -29,8 +29,8 @@ from jaxdist.data.sources.listing import PREPARED, find_files, is_hidden, local_
 from jaxdist.data.sources.parquet import ParquetSource, open_parquet
 from jaxdist.data.sources.records import ArrayRecordSource, encode_example
 from jaxdist.data.sources.sounds import SOUND_SUFFIXES, SoundFolder
-from jaxdist.data.sources.source import Source, fingerprint_array, fingerprint_text
-from jaxdist.data.sources.tables import columns_of, csv_source
+from jaxdist.data.sources.source import ArraySource, Source, fingerprint_array, fingerprint_text
+from jaxdist.data.sources.tables import csv_like, csv_source
 from jaxdist.data.sources.vocabulary import vocabulary_of
 from jaxdist.data.tfds.prepared import TfdsSource
 from jaxdist.rundir import files
@@ -175,18 +175,22 @@ def open_source(name: str, *, like: Source | None = None, columns: Sequence[str]
         return (
             ImageFolder(name, decode=False, classes=classes) if kind == "images" else SoundFolder(name, classes=classes)
         )
-    there = columns if columns is not None or not known else column_names(name, kind)
+    return _open_table(name, kind, known, columns)
+
+
+def _open_table(
+    name: str, kind: str, known: Mapping[str, Sequence[str]], columns: Sequence[str] | None
+) -> ArraySource | ParquetSource:
+    """Return the rows of a table, "csv" or "parquet"; those columns that are `known` are numbered as there."""
+    if columns is None and kind == "csv":
+        return csv_like(name, known)
+    there = columns
+    if there is None and known:
+        there = open_parquet(find_files(name, "*.parquet")[0]).schema_arrow.names
     categories = {field: texts for field, texts in known.items() if field in (there or ())}
     wanted = None if columns is None else [each for each in columns if each not in categories]
     make: Any = csv_source if kind == "csv" else ParquetSource
     return make(name, columns=wanted, categories=categories)
-
-
-def column_names(name: str, kind: str) -> list[str]:
-    """Return the columns of a table, "csv" or "parquet"."""
-    if kind == "csv":
-        return columns_of(name)
-    return list(open_parquet(find_files(name, "*.parquet")[0]).schema_arrow.names)
 
 
 def prepare_tokens(
@@ -268,8 +272,7 @@ def _encode(path: str, tokenizer: text.Tokenizer, folder: pathlib.Path) -> np.nd
     kept = folder / f"{fingerprint_text('document', path)}.npy"
     if not kept.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        end = np.array([tokenizer.end_token])
-        tokens = np.concatenate([*tokenizer.encode([*text.pieces(path)]), end]).astype(text.dtype_of(tokenizer))
+        tokens = np.append(text.encode_document(tokenizer, path), tokenizer.end_token).astype(text.dtype_of(tokenizer))
         temporary = kept.with_suffix(".tmp")
         with open(temporary, "wb") as file:
             np.save(file, tokens)

@@ -19,6 +19,8 @@ END_TOKENS = (END_TOKEN, "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
 """What the end of a document is called in tokenizers of others."""
 FILE_NAMES = {".json": "tokenizer.json", ".model": "tokenizer.model"}
 _PIECE_CHARACTERS = 2**20
+_AROUND = 1000
+"""Characters on each side of a place where a document may be cut that are encoded to see whether it may."""
 
 
 class Tokenizer(Protocol):
@@ -199,6 +201,31 @@ def pieces(path: str) -> Iterator[str]:
                 yield "".join(lines)
     except UnicodeDecodeError as error:
         raise ValueError(f"Text is UTF-8; {path} is not: {error}. Convert it, or make tokens of its bytes.") from error
+
+
+def encode_document(tokenizer: Tokenizer, path: str) -> np.ndarray:
+    """Return the tokens of a whole document, which is encoded in parts, and several at once, where it may be cut.
+
+    Raises:
+      ValueError: it is not UTF-8.
+    """
+    parts: list[list[str]] = [[]]
+    before = ""
+    for piece in pieces(path):
+        if before and _may_part(tokenizer, before, piece[:_AROUND]):
+            parts.append([])
+        parts[-1].append(piece)
+        before = (before + piece)[-_AROUND:]
+    return np.concatenate(tokenizer.encode(["".join(part) for part in parts]))
+
+
+def _may_part(tokenizer: Tokenizer, before: str, after: str) -> bool:
+    """Return whether two texts have together the tokens that each has.
+
+    They have not where a tokenizer puts a space before each text, and where a token spans the end of a line.
+    """
+    together, *apart = tokenizer.encode([before + after, before, after])
+    return np.array_equal(together, np.concatenate(apart))
 
 
 def dtype_of(tokenizer: Tokenizer) -> Any:

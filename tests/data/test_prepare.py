@@ -1,11 +1,13 @@
 import io
 import os
+import pathlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from jaxdist.data import ArraySource, Loader, prepare, transforms
+from jaxdist.data import ArraySource, Loader, csv_source, prepare, transforms
+from jaxdist.data.decoders import csv_text
 from jaxdist.data.inspect import inspect, render
 from jaxdist.data.sources.combine import Sharded
 from jaxdist.data.sources.memmap import TokenSource
@@ -156,3 +158,14 @@ def test_a_mistake_is_shown_without_a_progress_bar(texts, tmp_path):
     assert stream.getvalue() == ""
     prepare.prepare(str(texts), tmp_path / "out", stream=stream)
     assert "Preparing" in stream.getvalue()
+
+
+def test_a_table_is_read_once_and_its_known_texts_keep_their_numbers(tmp_path, monkeypatch):
+    path, opened = tmp_path / "t.csv", []
+    path.write_text("x,y\n1,b\n2,c\n")
+    train = csv_source(path, categories={"y": ("c", "b", "a")})
+    monkeypatch.setattr(csv_text, "read_file", lambda name: opened.append(name) or pathlib.Path(name).read_bytes())
+    found = prepare.open_source(str(path), like=train)
+    assert (found.arrays["y"].tolist(), opened) == ([1, 0], [str(path)])
+    path.write_text("x\n1\n")
+    assert list(prepare.open_source(str(path), like=train).arrays) == ["x"]

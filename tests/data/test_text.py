@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxdist.cli import main
@@ -129,6 +129,49 @@ def test_tokenizers_of_others_give_their_librarys_tokens(documents, tmp_path, by
     assert [tokens.tolist() for tokens in made.encode(LINES)] == library.encode(LINES)
     prepare.prepare_text(str(documents), tmp_path / "out", str(tmp_path / "pieces.model"))
     assert open_tokenizer(tmp_path / "out").decode(whole_tokens(tmp_path / "out")[:12]).startswith("to be")
+
+
+MODELS = {
+    "plain": {},
+    "lines are tokens": {"user_defined_symbols": ["\n"]},
+    "white space is kept": {
+        "model_type": "bpe",
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+    },
+    "words": {"model_type": "word"},
+}
+
+
+def trained_pieces(settings):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(LINES * 50),
+        model_writer=model,
+        vocab_size=60,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **settings,
+    )
+    return text.SentencePieces(model.getvalue(), "the trained model")
+
+
+@pytest.fixture(scope="module", params=["byte pairs", *MODELS])
+def tokenizer_of_any_kind(request, byte_pairs):
+    return byte_pairs if request.param == "byte pairs" else trained_pieces(MODELS[request.param])
+
+
+@settings(deadline=None, max_examples=50)
+@given(lines=st.lists(st.sampled_from([*LINES, "  \n", "be\n\n"]), min_size=1, max_size=12), size=st.integers(1, 60))
+def test_a_document_that_is_read_in_pieces_has_the_tokens_of_the_whole(
+    tmp_path_factory, tokenizer_of_any_kind, lines, size
+):
+    path = tmp_path_factory.mktemp("document") / "a.txt"
+    path.write_bytes("".join(lines).encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "_PIECE_CHARACTERS", size)
+        found = text.encode_document(tokenizer_of_any_kind, str(path))
+    assert found.tolist() == tokenizer_of_any_kind.encode(["".join(lines)])[0].tolist()
 
 
 @pytest.mark.parametrize(

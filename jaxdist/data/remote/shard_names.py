@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 
 from jaxdist.data.remote import addresses
-from jaxdist.data.sources.listing import find_local_files
+from jaxdist.data.sources.listing import check_distinct, find_local_files
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
@@ -14,13 +14,15 @@ def find_shards(names: str | os.PathLike | Sequence[str | os.PathLike], *pattern
     """Return the shards' paths and addresses; a folder, here or elsewhere, means its files of one of `patterns`.
 
     Raises:
-      ValueError: there are none.
+      ValueError: there are none, or one is named twice.
     """
     listed = [names] if isinstance(names, str | os.PathLike) else list(names)
     found: list[str] = []
-    for name in (each for given in listed for each in expand_ranges(addresses.without_file_protocol(given))):
+    named = [each for given in listed for each in expand_ranges(addresses.without_file_protocol(given))]
+    check_distinct(named)
+    for name in named:
         if not addresses.is_address(name):
-            found += find_local_files(name, *patterns)
+            found += find_local_files(name, *patterns, named=named)
         elif name.endswith("/") or "*" in name:
             found += addresses.list_folder(name, *patterns)
         else:

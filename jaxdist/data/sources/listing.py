@@ -1,5 +1,6 @@
 """Files: listing them, and reading one."""
 
+import collections
 import fnmatch
 import os
 import pathlib
@@ -7,7 +8,7 @@ import posixpath
 import re
 import stat
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 
 from jaxdist.data.remote import addresses, file_cache
 from jaxdist.data.sources.source import CorruptExample
@@ -30,23 +31,36 @@ _DESCRIBES = re.compile(r"_|(readme|licen[cs]e|notice|changelog)\b|.*\.(md|json|
 def find_files(paths: str | os.PathLike | Sequence[str | os.PathLike], *patterns: str) -> list[str]:
     """Return the paths as a list; a folder means its files that match one of `patterns`, sorted by name.
 
-    Of an address such as s3://bucket/x, the copies in the cache are returned, which are kept while this process lives.
+    A file that is named beside its folder is there once, at its own place. Of an address such as s3://bucket/x, the
+    copies in the cache are returned, which are kept while this process lives.
     """
     listed = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     found: list[str] = []
-    for path in map(addresses.without_file_protocol, listed):
+    named = [addresses.without_file_protocol(path) for path in listed]
+    check_distinct(named)
+    for path in named:
         if addresses.is_address(path):
             found += [file_cache.of_process().pin(each) for each in addresses.list_folder(path, *patterns)]
         else:
-            found += find_local_files(path, *patterns)
+            found += find_local_files(path, *patterns, named=named)
     if not found:
         where = ", ".join(map(str, listed)) or "an empty list of paths"
         raise ValueError(f"No file matches {' or '.join(patterns)} in {where}.")
     return found
 
 
-def find_local_files(path: str, *patterns: str) -> list[str]:
+def check_distinct(named: Sequence[str]) -> None:
+    """Raise ValueError where a file or folder is named twice, which would make each of its examples two."""
+    places = [path if addresses.is_address(path) else os.path.abspath(path) for path in named]
+    twice = next((path for path, count in collections.Counter(places).items() if count > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice} is named twice, and its examples would count twice. Name it once.")
+
+
+def find_local_files(path: str, *patterns: str, named: Sequence[str] = ()) -> list[str]:
     """Return a file, or the files of a folder that match one of `patterns`, in capitals too.
+
+    What is `named` beside the folder is no part of it.
 
     Raises:
       ValueError: it does not exist, or such files are also in folders below, and would be left out.
@@ -54,23 +68,14 @@ def find_local_files(path: str, *patterns: str) -> list[str]:
     Warns:
       UserWarning: other files of the folder are left out, except what describes data, such as a README.
     """
-    named = pathlib.Path(path)
-    if not named.exists():
+    root = pathlib.Path(path)
+    if not root.exists():
         is_pattern = any(mark in str(path) for mark in "*?[") or str(path).startswith("~")
         hint = " Patterns and ~ are not expanded here: give a folder, or what glob.glob returns." if is_pattern else ""
         raise ValueError(f"No such file or folder: {path}.{hint}")
-    if not named.is_dir():
-        return [str(named)]
-    here: list[str] = []
-    below: list[str] = []
-    others: list[str] = []
-    for folder, folders, names in os.walk(named):
-        folders[:] = [name for name in folders if not is_hidden(name)]
-        shown = [name for name in names if not is_hidden(name) and not name.endswith(_LEFT_BEHIND)]
-        matching = [name for name in shown if any(fnmatch.fnmatchcase(name.lower(), each) for each in patterns)]
-        (here if folder == str(named) else below).extend(os.path.join(folder, name) for name in matching)
-        if folder == str(named):
-            others = [name for name in set(shown).difference(matching) if not _DESCRIBES.match(name)]
+    if not root.is_dir():
+        return [str(root)]
+    here, below, others = _sorted_out(str(root), patterns, {*map(os.path.abspath, named)} - {os.path.abspath(root)})
     if here and below:
         raise ValueError(
             f"{path} holds {len(here)} files {' or '.join(patterns)}, and {len(below)} in folders below it, such as "
@@ -82,8 +87,29 @@ def find_local_files(path: str, *patterns: str) -> list[str]:
             f"{min(below)}. Name the folders; what their names say, as in year=2020, is no column."
         )
     if here and others:
-        _warn_of_left_out(len(others), path, os.path.join(path, min(others)), patterns)
+        _warn_of_left_out(len(others), path, min(others), patterns)
     return sorted(here)
+
+
+def _sorted_out(root: str, patterns: Sequence[str], named: Set[str]) -> tuple[list[str], list[str], list[str]]:
+    """Return the files of a folder that match, those in folders below, and its others; without what is also `named`."""
+    here: list[str] = []
+    below: list[str] = []
+    others: list[str] = []
+
+    def counts(folder: str, name: str) -> bool:
+        return not is_hidden(name) and not (named and os.path.abspath(os.path.join(folder, name)) in named)
+
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if counts(folder, name)]
+        for name in names:
+            if name.endswith(_LEFT_BEHIND) or not counts(folder, name):
+                continue
+            if any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in patterns):
+                (here if folder == root else below).append(os.path.join(folder, name))
+            elif folder == root and not _DESCRIBES.match(name):
+                others.append(os.path.join(folder, name))
+    return here, below, others
 
 
 def file_beside(paths: str | os.PathLike | Sequence[str | os.PathLike], name: str) -> pathlib.Path | None:

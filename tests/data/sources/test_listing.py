@@ -143,3 +143,14 @@ def test_files_without_a_suffix_are_left_out_with_a_word_and_those_of_systems_wi
     with pytest.warns(UserWarning, match=r"2 files in the folders of .* left out, such as .*a/2: .*none of \.png"):
         _, files, labels = list_by_class(root, (".png",), None)
     assert ([os.path.basename(path) for path in files], labels) == (["1.png", "3.PNG"], [0, 1])
+
+
+def test_what_is_named_beside_its_folder_is_there_once_and_not_left_out(tmp_path, recwarn):
+    root = a_folder(tmp_path, "1.csv", "2.csv", "old.dat", "more/3.csv", "more/4.csv")
+    named = [root / "old.dat", root, root / "more", root / "2.csv"]
+    assert [os.path.basename(path) for path in find_files(named, "*.csv")] == [
+        *("old.dat", "1.csv", "3.csv", "4.csv", "2.csv")
+    ]
+    assert not recwarn.list
+    with pytest.raises(ValueError, match="is named twice"):
+        find_files([root / "1.csv", root / "more" / ".." / "1.csv"], "*.csv")

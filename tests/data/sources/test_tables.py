@@ -2,7 +2,6 @@
 
 import bz2
 import gzip
-import io
 import lzma
 import math
 
@@ -14,7 +13,6 @@ import pytest
 from hypothesis import strategies as st
 
 from jaxdist.data import CorruptExample, csv_source
-from jaxdist.data.sources.tables import _distinct
 
 
 def assert_pandas(path, ours, *, kept=None, **settings):
@@ -271,13 +269,6 @@ def test_a_compressed_table_is_whole_or_refused(tmp_path, suffix):
                 csv_source(path)
         else:
             assert len(csv_source(path)) == rows
-
-
-@hypothesis.given(st.lists(st.sampled_from(["a", "a.1", "a.2", "b", "b.1", ""]), min_size=1, max_size=9))
-def test_names_of_columns_are_made_distinct_as_pandas_does(names):
-    hypothesis.assume(any(names))
-    text = ",".join(names) + "\n" + ",".join("1" * len(names)) + "\n"
-    assert _distinct(names) == pandas.read_csv(io.StringIO(text)).columns.tolist()
 
 
 def test_a_wide_table_takes_no_longer_for_each_of_its_columns(tmp_path):
