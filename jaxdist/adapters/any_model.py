@@ -22,6 +22,7 @@ def from_model(
     *,
     inputs: str | Sequence[str] = "image",
     precision: Precision = "float32",
+    is_checked: bool = False,
 ) -> Functions:
     """Return the functions of whatever an experiment calls its model.
 
@@ -31,6 +32,7 @@ def from_model(
       example_batch: see `linen`.
       inputs: see `linen`; of Functions, the fields that are cast to the compute dtype.
       precision: the compute dtype.
+      is_checked: whether it has been trained with these settings before, so that a module is not tried again.
 
     Raises:
       ValueError: the model is none of these, or its loss is missing.
@@ -42,9 +44,9 @@ def from_model(
     if loss is None:
         raise ValueError("A Flax module needs a loss(outputs, batch); `jaxdist.losses` has the usual ones.")
     if isinstance(model, flax_linen.Module):
-        return linen(model, loss, example_batch, inputs=inputs, precision=precision)
+        return linen(model, loss, example_batch, inputs=inputs, precision=precision, is_checked=is_checked)
     if callable(model):
-        return nnx(model, loss, example_batch, inputs=inputs, precision=precision)
+        return nnx(model, loss, example_batch, inputs=inputs, precision=precision, is_checked=is_checked)
     raise ValueError(
         "A model is a Linen module, a callable from nnx.Rngs to an NNX module, or adapters.Functions; "
         f"got {type(model).__name__}."

@@ -27,6 +27,7 @@ def linen(
     *,
     inputs: str | Sequence[str] = "image",
     precision: Precision = "float32",
+    is_checked: bool = False,
 ) -> Functions:
     """Return the functions of a Linen module.
 
@@ -39,6 +40,7 @@ def linen(
       example_batch: arrays or jax.ShapeDtypeStructs with the shapes of a batch; only shapes and dtypes are used.
       inputs: the batch field, or fields in order, that the module is called with.
       precision: the dtype that the module computes in; params, statistics and the loss are float32 always.
+      is_checked: see `from_model`.
 
     Raises:
       ValueError: a field is missing; the module does not take `train`, or has statistics of the batch and takes no
@@ -74,7 +76,8 @@ def linen(
 
     forward = functions.in_precision(forward, precision)
     _find_streams(streams, forward, shapes, example_batch)
-    module_checks.check_module(type(module), accepted, forward, loss, shapes, example_batch)
+    if not is_checked:
+        module_checks.check_module(type(module), accepted, forward, loss, shapes, example_batch)
     return functions.make_functions(init, forward, loss, stateful=bool(collections))
 
 

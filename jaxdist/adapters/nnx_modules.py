@@ -26,6 +26,7 @@ def nnx(
     *,
     inputs: str | Sequence[str] = "image",
     precision: Precision = "float32",
+    is_checked: bool = False,
 ) -> Functions:
     """Return the functions of an NNX module.
 
@@ -40,6 +41,7 @@ def nnx(
       example_batch: arrays or jax.ShapeDtypeStructs with the shapes of a batch; only its field names are used.
       inputs: the batch field, or fields in order, that the module is called with.
       precision: see `linen`.
+      is_checked: see `from_model`.
 
     Raises:
       ValueError: see `linen`; but `train` need not be taken.
@@ -79,8 +81,9 @@ def nnx(
         return outputs, _to_tree(_split(module)[3], state_template)
 
     forward = functions.in_precision(forward, precision)
-    shapes = jax.eval_shape(init, jax.random.key(0))
-    module_checks.check_module(type(abstract), accepted, forward, loss, shapes, example_batch)
+    if not is_checked:
+        shapes = jax.eval_shape(init, jax.random.key(0))
+        module_checks.check_module(type(abstract), accepted, forward, loss, shapes, example_batch)
     return functions.make_functions(init, forward, loss, stateful=bool(state_template))
 
 

@@ -192,7 +192,7 @@ def put_together(
     )
     loader = make_loader(experiment, fingerprint=identity.data if identity else None)
     shapes = example_batch(loader)
-    functions = make_functions(experiment, shapes)
+    functions = make_functions(experiment, shapes, is_checked=is_checked)
     known_end = known_ends(experiment, loader.steps_per_epoch)
     optimizer, learning_rate = make_optimizer(experiment, known_end)
     # A leaf that cannot be sharded as requested is found here, before anything is written.
@@ -359,10 +359,17 @@ def example_batch(loader: data.Loader) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def make_functions(experiment: Experiment, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> adapters.Functions:
-    """Return the model's functions in the experiment's precision."""
+def make_functions(
+    experiment: Experiment, shapes: Mapping[str, jax.ShapeDtypeStruct], *, is_checked: bool = False
+) -> adapters.Functions:
+    """Return the model's functions in the experiment's precision; `is_checked` as in `put_together`."""
     return adapters.from_model(
-        experiment.model, experiment.loss, shapes, inputs=experiment.inputs, precision=experiment.precision
+        experiment.model,
+        experiment.loss,
+        shapes,
+        inputs=experiment.inputs,
+        precision=experiment.precision,
+        is_checked=is_checked,
     )
 
 

@@ -35,7 +35,9 @@ class PerDeviceProgram:
 
     Called with trees of global arrays laid out by `in_specs`: `PartitionSpec()` for what every device holds whole,
     `PartitionSpec(axis)` for what is sharded in the leading dim. Returns global arrays in the same way. A replicated
-    result must be the same on every device: computed from replicated arguments, or from what all have exchanged.
+    result must be the same on every device: computed from replicated arguments, or from what all have exchanged. One in
+    shards is for programs and for `addressable_shards`: `np.asarray` of it as a whole raises on jax 0.12, whose runtime
+    takes the part of a replica for the whole array ("Shape mismatch during ToLiteral").
     Compiled at the first call, for its shapes.
 
     Args:
@@ -74,8 +76,9 @@ class PerDeviceProgram:
         return int(self._program is not None)
 
     def trace(self, *args: PyTree) -> jax.stages.Traced:
-        """Return the function traced for what one device has of the arguments; compiles nothing."""
-        return self._function.trace(*args)
+        """Return the function traced for what one device has, arrays of these shapes; compiles nothing."""
+        device = self._mesh.local_devices[0]
+        return self._function.trace(*jax.tree.map(lambda leaf: _of_device(leaf, leaf.shape, device), args))
 
     def _compile(self, args: tuple[PyTree, ...]) -> jax.stages.Compiled:
         shardings = [
@@ -145,7 +148,10 @@ def settled(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 def _local(leaf: jax.Array, sharding: NamedSharding, device: jax.Device) -> jax.ShapeDtypeStruct:
-    shape = sharding.shard_shape(leaf.shape)
+    return _of_device(leaf, sharding.shard_shape(leaf.shape), device)
+
+
+def _of_device(leaf: Any, shape: tuple[int, ...], device: jax.Device) -> jax.ShapeDtypeStruct:
     weak_type = bool(jax.typeof(leaf).weak_type)
     return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=SingleDeviceSharding(device), weak_type=weak_type)
 

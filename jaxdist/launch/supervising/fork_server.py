@@ -12,6 +12,7 @@ The fork server outlives the supervisor: it then runs the module that saves what
 
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import pathlib
@@ -218,6 +219,8 @@ def _serve(channel: socket.socket, handlers: Mapping[signal.Signals, Any]) -> di
         if "preload" in request:
             further.begin(pathlib.Path(request["preload"]), channel)
             continue
+        # What is imported stays: the collector of a fork would look at all of it, and so copy it, again and again.
+        gc.freeze()
         process_id = _fork_orphan()
         if not process_id:
             further.forget()

@@ -102,7 +102,8 @@ def decide(attempts: Sequence[Attempt], settings: RestartSettings, *, start_step
             f"{fruitless} attempts in a row failed without saving a new step (the newest saved step is "
             f"{last.saved_step}). Fix the cause and continue with --resume.",
         )
-    delay = 0.0 if not fruitless else FIRST_DELAY_SECONDS * 2.0 ** (fruitless - 1)
+    # One that failed may have been killed while it started, which says nothing of the next.
+    delay = 0.0 if fruitless < 2 else FIRST_DELAY_SECONDS * 2.0 ** (fruitless - 2)
     processes = _next_processes(last.num_processes, fruitless, settings.min_processes)
     return Restart(min(delay, LONGEST_DELAY_SECONDS), processes)
 

@@ -65,8 +65,15 @@ class LogicalShardSums:
         check_layout(mesh, logical_shards=logical_shards, axes=self.axes)
         self.mesh, self.dealing = mesh, Dealing(logical_shards, mesh.size)
         self._site = Site(mesh, self.axes, self.dealing)
-        self._shard_fn, self._finish_fn, self._adding = shard_fn, finish_fn, adding
+        self._adding = adding
         self._unravel: Callable[[jax.Array], PyTree] | None = None
+
+        def flat_sums(shared: PyTree, shard: Batch, index: jax.Array) -> jax.Array:
+            sums, self._unravel = ravel_pytree(shard_fn(shared, shard, index))
+            return finish_fn(sums, index)
+
+        # One function, of which JAX keeps the trace; inlined, it leaves a program as it would be without.
+        self._flat_sums = jax.jit(flat_sums, inline=True)
         self._sums: tuple[device_program.PerDeviceProgram, jax.stages.Traced] | None = None
         self._programs: Callable[[PyTree, Batch], jax.Array] | None = None
 
@@ -130,10 +137,6 @@ class LogicalShardSums:
 
     def _sums_of_shard(self, shared: PyTree, shard: Batch, index: jax.Array) -> jax.Array:
         return self._flat_sums(shared, shard, index[0])[None]
-
-    def _flat_sums(self, shared: PyTree, shard: Batch, index: jax.Array) -> jax.Array:
-        sums, self._unravel = ravel_pytree(self._shard_fn(shared, shard, index))
-        return self._finish_fn(sums, index)
 
     def everywhere(self) -> device_program.PerDeviceProgram:
         """Return the program (shared, shard, index) -> flat sums of one logical shard, computed by every device.

@@ -14,12 +14,12 @@ import pytest
 from jaxdist.launch.supervising import fork_server
 
 SHOW = """
-import json, os, sys
+import gc, json, os, sys
 import numpy as np
 print(json.dumps({
     "name": __name__, "argv": sys.argv[1:], "said": os.environ.get("SAID"), "parent": os.getppid(),
     "leader": os.getsid(0) == os.getpid(), "preloaded": "colorsys" in sys.modules,
-    "random": int(np.random.randint(1 << 30)),
+    "random": int(np.random.randint(1 << 30)), "frozen": gc.get_freeze_count() > 0,
 }))
 sys.exit(3)
 """
@@ -52,7 +52,8 @@ def test_a_child_is_like_a_process_started_afresh_minus_the_imports(module, tmp_
         assert [child.poll() for child in children] == [3, 3]
     said = [json.loads((tmp_path / name).read_text()) for name in ("first", "second")]
     assert said[0].pop("random") != said[1].pop("random")
-    common = {"name": "__main__", "argv": ["a", "b"], "parent": os.getpid(), "leader": True, "preloaded": True}
+    common = {"name": "__main__", "argv": ["a", "b"], "parent": os.getpid(), "leader": True}
+    common |= {"preloaded": True, "frozen": True}
     assert said == [common | {"said": "first"}, common | {"said": "second"}]
 
 

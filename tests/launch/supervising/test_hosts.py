@@ -63,7 +63,7 @@ def test_the_processes_of_a_host_are_restarted_until_they_end_well(tmp_path, cap
     assert supervising_hosts.run(host, command, run_dir=tmp_path, saved=saved, settings=settings) == 0
     ends = [event["status"] for event in restart_events.read_events(tmp_path) if event["event"] == "end"]
     assert ends == [9, 9, 0]
-    assert "The job ended with status 9; it continues from step 0 in 0.02 s." in capfd.readouterr().err
+    assert "The job ended with status 9; it continues from step 0 in 0.01 s." in capfd.readouterr().err
 
 
 def ip(*arguments):

@@ -29,7 +29,7 @@ def test_without_progress_it_backs_off_and_then_gives_up(monkeypatch):
     for _ in range(4):
         attempts.append(failed(7))
         delays.append(restart_policy.decide(attempts, settings).delay_seconds)
-    assert delays == [2.0, 4.0, 7.0, 7.0]
+    assert delays == [0.0, 2.0, 4.0, 7.0]
     end = restart_policy.decide([*attempts, failed(7)], settings)
     assert end.exit_status == KILLED
     assert "5 attempts in a row failed" in end.reason
@@ -37,7 +37,8 @@ def test_without_progress_it_backs_off_and_then_gives_up(monkeypatch):
 
 
 def test_a_step_of_an_earlier_job_is_no_progress_of_this_one():
-    assert restart_policy.decide([failed(7)], Recovery(), start_step=7) == Restart(1.0, 4)
+    assert restart_policy.decide([failed(7)], Recovery(), start_step=7) == Restart(0.0, 4)
+    assert restart_policy.decide(2 * [failed(7)], Recovery(), start_step=7) == Restart(1.0, 4)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,7 @@ def test_a_change_of_the_processes_is_no_failure(available):
     changed = failed(7, exit_status=75, end_reason="preempted", available=available)
     assert restart_policy.decide([changed], Recovery(), start_step=7) == Restart(0.0, available)
     attempts = [failed(7), *[changed] * 9, failed(7, num_processes=available)]
-    assert restart_policy.decide(attempts, Recovery(max_fruitless=2)) == Restart(1.0, available)
+    assert restart_policy.decide(attempts, Recovery(max_fruitless=2)) == Restart(0.0, available)
 
 
 def test_a_number_of_processes_that_does_not_suit_ends_no_job():

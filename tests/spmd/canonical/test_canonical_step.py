@@ -256,6 +256,23 @@ def counted_cache_misses():
         jax.monitoring.unregister_event_listener(listen)
 
 
+@pytest.mark.parametrize("is_small", [True, False])
+def test_the_loss_is_traced_once(is_small, request):
+    if not is_small:
+        request.getfixturevalue("no_size_is_small")
+    calls = []
+
+    def counted(params, batch, key):
+        calls.append(key)
+        return example_losses(params, batch).mean(), {}
+
+    optimizer, mesh = optax.sgd(0.1), make_mesh(devices=jax.devices()[:2])
+    step = canonical_step.canonical_step(counted, optimizer, mesh)
+    batch = {name: field for name, field in numpy_batch().items() if name != "mask"}  # which a trace of its own checks
+    step(new_state(optimizer, mesh), place(batch, mesh, "data"))
+    assert len(calls) == 1
+
+
 def test_a_second_start_compiles_nothing_and_gives_the_same_bits(tmp_path, monkeypatch):
     """A restart after a crash does not wait for the compiler, on another number of devices either, except for the one
     program of all shards of a small model.
