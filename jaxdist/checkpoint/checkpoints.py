@@ -92,6 +92,7 @@ class Checkpointer:
                 f"keep_last={keep_last}, keep_every={keep_every}, best_mode={best_mode!r}."
             )
         self._directory = pathlib.Path(directory).absolute()
+        step_names.check_spelling(self._directory)
         self._identity = identity
         self._keep_last, self._keep_every = keep_last, keep_every
         self._best_metric, self._best_sign = best_metric, 1.0 if best_mode == "max" else -1.0
@@ -384,6 +385,7 @@ def needed_bytes(leaves: Sequence[int]) -> int:
 def save_plain(path: pathlib.Path, tree: PyTree) -> None:
     """Save a tree of arrays as a plain Orbax checkpoint at `path`, which must not exist."""
     _quiet_orbax()
+    step_names.check_spelling(path.absolute())
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path.absolute(), tree)
 

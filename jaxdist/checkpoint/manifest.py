@@ -21,6 +21,7 @@ import jax
 import numpy as np
 import tensorstore
 
+from jaxdist.checkpoint import step_names
 from jaxdist.checkpoint.pieces import owned_pieces
 from jaxdist.spmd import keys
 from jaxdist.spmd.layout import path_name
@@ -198,6 +199,7 @@ def read(directory: pathlib.Path, *, arrays: pathlib.Path) -> Manifest:
       DamagedCheckpointError: there is none, or it is damaged.
       CheckpointError: another version of jaxdist wrote it.
     """
+    step_names.check_spelling(arrays)
     files = sorted(directory.glob(_file_name(0).replace("0", "*")))
     first = directory / _file_name(0)
     if first not in files:

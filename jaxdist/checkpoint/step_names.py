@@ -8,6 +8,17 @@ FOLDER_NAME = "checkpoints"
 _STEP_NAME = re.compile(r"(0|[1-9]\d*)(?:\.([1-9]\d*))?")
 
 
+def check_spelling(directory: pathlib.Path) -> None:
+    """Raise ValueError where the libraries that store arrays cannot be told the name of a directory."""
+    try:
+        str(directory).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"Checkpoints are stored in a directory whose name is text in UTF-8; {str(directory)!r} is not, or not in "
+            "this locale. Name another, or set LC_ALL=C.UTF-8."
+        ) from error
+
+
 def parse(name: str) -> tuple[int, int] | None:
     """Return the step that a directory holds and how often it was saved before; None if it holds no checkpoint."""
     match = _STEP_NAME.fullmatch(name)

@@ -13,12 +13,12 @@ from typing import Any
 import jax
 
 from jaxdist import adapters
-from jaxdist.checkpoint import checkpoints
+from jaxdist.checkpoint import checkpoints, step_names
 from jaxdist.config import starting_weights
 from jaxdist.config.experiment import Experiment
 from jaxdist.data import fingerprints
 from jaxdist.data.sources import wrap
-from jaxdist.errors import ConfigError, say
+from jaxdist.errors import ConfigError, as_user_error, say
 from jaxdist.launch.joining import agreement
 from jaxdist.launch.supervising import job_memory, restart_events, supervisor
 from jaxdist.run import components
@@ -106,6 +106,8 @@ def _tell_of_times(experiment: Experiment, earlier: record.RunRecord) -> None:
 def _check_writable(run_dir: pathlib.Path, *, needs_room: bool) -> None:
     """Create the run directory if needed; raise ConfigError if nothing can be written to it."""
     is_new = not run_dir.exists()
+    with as_user_error():
+        step_names.check_spelling(run_dir.absolute())
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         probe = run_dir / f".writable-{os.getpid()}"
@@ -271,7 +273,8 @@ def open_checkpoints(
     experiment: Experiment, run_dir: pathlib.Path, identity: components.Identity
 ) -> checkpoints.Checkpointer:
     """Return the checkpoints of a run directory."""
-    return checkpoints.Checkpointer(run_dir / CHECKPOINTS_NAME, identity=str(identity), **what_stays(experiment))
+    with as_user_error():
+        return checkpoints.Checkpointer(run_dir / CHECKPOINTS_NAME, identity=str(identity), **what_stays(experiment))
 
 
 def what_stays(experiment: Experiment) -> dict[str, Any]:

@@ -1,6 +1,11 @@
-import pytest
+import os
 
-from jaxdist.checkpoint import step_names
+import pytest
+import tiny_experiment
+
+import jaxdist
+from jaxdist.checkpoint import checkpoints, step_names
+from jaxdist.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -16,3 +21,15 @@ def test_the_last_of_several_directories_of_a_step_is_valid(tmp_path):
     found = step_names.committed(tmp_path)
     assert {step: [path.name for path in paths] for step, paths in found.items()} == {4: ["4"], 8: ["8", "8.2", "8.10"]}
     assert step_names.committed(tmp_path / "none") == {}
+
+
+def test_a_directory_whose_name_is_no_text_is_refused_before_anything_is_written(tmp_path):
+    step_names.check_spelling(tmp_path / "läuft 走")
+    odd = tmp_path / os.fsdecode(b"l\xffuft")
+    with pytest.raises(ValueError, match=r"text in UTF-8; .*udcffuft. is not"):
+        step_names.check_spelling(odd)
+    with pytest.raises(UserError, match="text in UTF-8"):
+        jaxdist.train(tiny_experiment.get_config(), run_dir=odd)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="text in UTF-8"):
+        checkpoints.Checkpointer(odd, identity="tiny")

@@ -4,12 +4,12 @@ import json
 import types
 
 import pytest
+import run_records
 import tiny_experiment
 
 from jaxdist.cli import parser, train_work
 from jaxdist.errors import UserError
 from jaxdist.run import supervised
-from jaxdist.rundir import record
 
 TINY = tiny_experiment.__file__
 
@@ -87,9 +87,6 @@ def test_a_job_whose_weights_are_not_there_starts_no_process(tmp_path, monkeypat
     assert train_work.supervise(parse(*given, "--resume"), forks=None) == 0  # it does not load them again
 
 
-EMPTY = dict.fromkeys(record.KEYS) | {"step": 3, "metrics": {}}
-
-
 def beginning(run_dir, *flags):
     options = parser.make_parser().parse_args(["train", "x.py", "--run-dir", str(run_dir), *flags])
     return train_work._beginning(options, run_dir)
@@ -97,7 +94,7 @@ def beginning(run_dir, *flags):
 
 def write_run(run_dir, started):
     run_dir.mkdir(exist_ok=True)
-    (run_dir / "run.json").write_text(json.dumps(EMPTY | ({"started": started} if started else {})))
+    (run_dir / "run.json").write_text(json.dumps(run_records.EMPTY | ({"started": started} if started else {})))
 
 
 @pytest.mark.parametrize("started", ["2026-11-28T12:00:00+00:00", ""])

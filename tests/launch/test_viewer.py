@@ -6,14 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import run_records
 
 from jaxdist.launch import viewer
 from jaxdist.rundir import record
-
-COUNTS = dict.fromkeys(("step", "examples_seen", "num_devices", "num_processes", "compile_count", "restarts"), 1)
-TEXTS = dict.fromkeys(("strategy", "reduction", "command"), "")
-RUN = dict.fromkeys(record.KEYS) | COUNTS | TEXTS
-RUN |= {name: {} for name in ("metrics", "config", "versions", "step_seconds", "time_seconds")}
 
 TALKATIVE = """
 import os, pathlib, sys
@@ -66,7 +62,7 @@ def test_a_viewer_inside_another_has_the_word(tmp_path, monkeypatch):
 def test_a_command_without_a_reader_has_the_status_that_it_has_with_one(tmp_path, arguments, closed, expected):
     """`jaxdist runs | head -1`: no traceback, on neither stream."""
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / record.FILE_NAME).write_text(json.dumps(RUN))
+    (tmp_path / "run" / record.FILE_NAME).write_text(json.dumps(run_records.EMPTY))
     told, tell = os.pipe()
     os.close(told)
     process = subprocess.Popen(
@@ -82,7 +78,7 @@ def test_a_command_without_a_reader_has_the_status_that_it_has_with_one(tmp_path
 
 def test_a_name_that_the_terminal_cannot_show_is_shown_otherwise(tmp_path):
     (tmp_path / "läuf\udcff").mkdir()
-    (tmp_path / "läuf\udcff" / record.FILE_NAME).write_text(json.dumps(RUN))
+    (tmp_path / "läuf\udcff" / record.FILE_NAME).write_text(json.dumps(run_records.EMPTY))
     for encoding in ("ascii", "utf-8"):
         done = subprocess.run(
             [sys.executable, "-m", "jaxdist.cli", "runs", "."],

@@ -5,6 +5,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import run_records
 
 from jaxdist.checkpoint import snapshots
 from jaxdist.run import rescue
@@ -38,8 +39,7 @@ def leave(tmp_path):
         for step in range(1, 4):
             taken.save(step, make_state(step), DATA_STATE)
     run_dir.mkdir()
-    empty = dict.fromkeys(record.KEYS) | {"step": 1, "restarts": 0, "metrics": {}, "config": {}, "versions": {}}
-    record.RunRecord(**empty | {"step_seconds": {}, "time_seconds": {}}).write(run_dir)
+    record.RunRecord(**run_records.EMPTY | {"step": 1}).write(run_dir)
     keep = {"keep_last": 2, "keep_every": None, "best_metric": None, "best_mode": "max"}
     checkpoints_dir = run_dir / "checkpoints"
     return rescue.Rescue(run_dir=str(run_dir), checkpoints=str(checkpoints_dir), identity="mine", keep=keep), memory

@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+import run_records
 import tiny_experiment
 
 from jaxdist.checkpoint import checkpoints
@@ -43,9 +44,8 @@ def test_the_processes_run_the_command_line(started, tmp_path):
 
 def test_what_is_left_in_memory_is_saved_only_for_the_same_experiment(started, tmp_path):
     identity = components.identity(tiny_experiment.get_config()).to_json()
-    empty = dict.fromkeys(record.KEYS) | {"step": 1, "restarts": 0, "metrics": {}, "config": {}, "versions": {}}
     for found, expected in ((identity, True), (identity | {next(iter(identity)): "another"}, False)):
-        made = record.RunRecord(**empty | {"step_seconds": {}, "time_seconds": {}}, extra={"identity": found})
+        made = record.RunRecord(**run_records.EMPTY, extra={"identity": found})
         (tmp_path / "run").mkdir(exist_ok=True)
         made.write(tmp_path / "run")
         supervise(tmp_path / "run")

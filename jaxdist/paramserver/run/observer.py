@@ -83,6 +83,7 @@ class Observer:
         self.rule = plan.experiment.stop.rule()
         self.judge = judge.Judge(plan)
         settings = plan.settings
+        threads = shared_plan.threads_in_use(plan, num_devices)  # not of this process, which computes no gradient
         servers = settings.servers * (2 if settings.replicated else 1)
         self.books = bookkeeping.Bookkeeper(
             bookkeeping.Facts(
@@ -106,7 +107,7 @@ class Observer:
             start.progress,
             stopwatch.Stopwatch(earlier.time_seconds if earlier else None),
             evaluate=None if plan.experiment.data.eval is None else self.judge.evaluate,
-            extra=lambda: {"ps": self.statistics()},
+            extra=lambda: {"ps": self.statistics(), "cpu_threads": threads},
         )
         self.progress = start.progress
         self.changes = worker_changes.WorkerChanges(

@@ -7,6 +7,7 @@ model_state, the statistics that a model keeps, is replaced by its mean over the
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -235,6 +236,15 @@ def num_threads(plan: Plan) -> int:
     shapes = [leaf.shape[1:] for leaf in components.example_batch(plan.loader).values()]
     work = rows_of_a_slice(plan, 1) * max(map(math.prod, shapes)) * sum(map(math.prod, plan.sharding.shapes))
     return 2 if work <= SMALL_GRADIENT else thread_pool.LEAST
+
+
+def threads_in_use(plan: Plan, num_devices: int) -> int | None:
+    """Return the number of XLA's threads that servers and workers have, by their environment; None on accelerators."""
+    if jax.local_devices()[0].platform != "cpu":
+        return None
+    environment = dict(os.environ)
+    thread_pool.fix(num_threads(plan), environment)
+    return thread_pool.size(num_devices, environment)
 
 
 def check_microbatches(plan: Plan, num_devices: int) -> None:

@@ -6,6 +6,7 @@ import re
 import socket
 
 import pytest
+import run_records
 import tiny_experiment
 
 from jaxdist.cli import main
@@ -71,7 +72,7 @@ def test_a_process_that_missed_the_end_is_no_reason_for_another_attempt(tmp_path
 
     class DeafCrew(machines.LocalCrew):
         def start(self):
-            (tmp_path / record.FILE_NAME).write_text(json.dumps(dict.fromkeys(record.KEYS) | {"end_reason": reason}))
+            (tmp_path / record.FILE_NAME).write_text(json.dumps(run_records.EMPTY | {"end_reason": reason}))
             door.guests[0].line.close()  # as if the machine that trains had ended without a word
 
         def look_after(self):

@@ -84,3 +84,11 @@ def test_the_experiment_alone_decides_how_many_threads_a_gradient_has(batch, thr
     size = sum(np.prod(shape) for shape in made.sharding.shapes)
     monkeypatch.setattr(shared_plan, "SMALL_GRADIENT", 8 * 6 * size)  # of 8 examples of 6 numbers
     assert shared_plan.num_threads(made) == threads
+
+
+@pytest.mark.parametrize(("asked", "num_devices", "threads"), [(None, 1, 2), (None, 4, 4), ("16", 1, 16)])
+def test_the_threads_that_are_recorded_are_those_of_servers_and_workers(monkeypatch, asked, num_devices, threads):
+    for name, value in {"PJRT_NPROC": asked, "NPROC": "5", "JAXDIST_PJRT_NPROC": None}.items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    made = shared_plan.make_plan(tiny_experiment.get_config(), ParameterServer(workers=2), kind="elementwise")
+    assert shared_plan.threads_in_use(made, num_devices) == threads
