@@ -219,6 +219,7 @@ class Grant:
     """Lease number `sequence` of this incarnation, to be computed at `clock`.
 
     `report`: the worker is to say itself when all shards have its push, because another slice waits for it.
+    `made_of`: the fingerprint of the pushes of the last step, 0 if it made no update; see Pulled.
     """
 
     worker: int
@@ -228,6 +229,7 @@ class Grant:
     clock: int
     lease: Lease
     report: bool = False
+    made_of: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +255,11 @@ class Pull:
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
-    """A shard's params, one array per block."""
+    """A shard's params, one array per block.
+
+    With a fingerprint in `ahead`, the step that makes this version is not committed yet: they may be used if it is
+    committed with just these pushes, which the Grant tells. So they travel while the commit is decided.
+    """
 
     shard: int
     worker: int
@@ -261,6 +267,7 @@ class Pulled:
     sequence: int
     version: int
     pieces: tuple[np.ndarray, ...]
+    ahead: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,8 @@ class Server:
         self.asked: set[object] = set()  # the requests that these answer
         self.transfer: messages.Transfer | None = None  # what the new backup receives before any entry
         self.transfer_at = 0.0
-        self.waiting: dict[int, messages.Pull] = {}
+        # By worker; with what Pulled.ahead said if the answer has been sent ahead of the commit, else 0.
+        self.waiting: dict[int, tuple[messages.Pull, int]] = {}
         self.order: messages.SaveCut | None = None  # the newest cut to save
         self.cut_saved: messages.CutSaved | None = None
 
@@ -203,7 +204,7 @@ class Server:
         if extra.requests and extra.requests <= self.asked:
             return
         outcome = self.shard.apply(entry)
-        if isinstance(entry, messages.Push):
+        if isinstance(entry, messages.Push) and not self._place.backup:  # else the backup tells it
             told = Outcome()
             self._tell_staged(told)
             outcome.replies = told.replies + outcome.replies
@@ -277,12 +278,13 @@ class Server:
         while (entry := self.early.pop(self.index + 1, None)) is not None:
             out.effects += self.shard.apply(entry.entry).effects
             self.index += 1
-            if isinstance(entry.entry, messages.Push) and self.settings.synchronous:
-                out.do(effects.Continue(messages.GetReady()))
             if self.shard.chain != entry.chain:
                 self.diverged = f"The copies of shard {self.number} differ after update {self.shard.version}."
                 out.send(SCHEDULER, messages.Diverged(self.name, self.boot, self.diverged))
                 return
+            if isinstance(entry.entry, messages.Push) and self.settings.synchronous:
+                self._tell_staged(out)  # now that both copies have it
+                out.do(effects.Continue(messages.GetReady()))
         self._acknowledge(out)
 
     def _adopt(self, transfer: messages.Transfer, now: float, out: effects.Output) -> None:
@@ -330,9 +332,9 @@ class Server:
         step = push.lease.step + 1
         if self.settings.synchronous and step > self.shard.version:
             ahead = messages.Pull(self.number, push.worker, push.incarnation, push.sequence + 1, step, push.clock)
-            self.waiting[push.worker] = ahead
+            self.waiting[push.worker] = ahead, 0
 
-    def _tell_staged(self, outcome: Outcome) -> None:
+    def _tell_staged(self, outcome: effects.Output) -> None:
         """Tell the scheduler once the next step is complete here, where it decides with that."""
         note = self.shard.staged_note() if self.settings.shards_report else None
         if note is not None:
@@ -340,6 +342,14 @@ class Server:
 
     def _get_ready(self, message: messages.GetReady, now: float, out: effects.Output) -> None:
         self.shard.get_ready()
+        made = self.shard.ahead()
+        if made is None or not self.primary:
+            return
+        fingerprint, params = made
+        for number, (pull, has) in self.waiting.items():
+            if pull.version == self.shard.version + 1 and has != fingerprint:
+                self.waiting[number] = pull, fingerprint
+                out.send(worker_name(number), _pulled(pull, pull.version, params, fingerprint))
 
     def _pull(self, pull: messages.Pull, now: float, out: effects.Output) -> None:
         if not self.primary or not self.shard.is_member(pull.worker, pull.incarnation):
@@ -348,27 +358,28 @@ class Server:
             self.waiting.pop(pull.worker, None)
             self._serve(pull, now, out)
         else:
-            self.waiting[pull.worker] = pull
+            self.waiting[pull.worker] = pull, 0
 
     def _answer_waiting(self, outcome: Outcome) -> None:
         """Answer the pulls that waited for an entry, with it: its copy shows as well who the primary is."""
-        for pull in list(self.waiting.values()):
+        for pull, has in list(self.waiting.values()):
             if not self.shard.is_member(pull.worker, pull.incarnation):
                 del self.waiting[pull.worker]
             elif self.shard.may_read(pull):
                 del self.waiting[pull.worker]
-                self._answer(pull, outcome)
+                self._answer(pull, outcome, has)
 
     def _serve(self, pull: messages.Pull, now: float, out: effects.Output) -> None:
         answer = Outcome()
         self._answer(pull, answer)
         self._submit(messages.NoOp(), answer, now, out)
 
-    def _answer(self, pull: messages.Pull, answer: Outcome) -> None:
+    def _answer(self, pull: messages.Pull, answer: Outcome, has: int = 0) -> None:
+        """Answer a pull, unless the worker has the params already, as those of the fingerprint `has`."""
         shard = self.shard
         answer.requests.add(pull)
-        pulled = messages.Pulled(self.number, pull.worker, pull.incarnation, pull.sequence, shard.version, shard.params)
-        answer.send(worker_name(pull.worker), pulled)
+        if not has or has != shard.made_of:
+            answer.send(worker_name(pull.worker), _pulled(pull, shard.version, shard.params))
         answer.do(effects.Served(self.number, self.term, pull.worker, pull.clock, shard.version, shard.chain))
 
     # The scheduler.
@@ -422,6 +433,10 @@ class Server:
         if not self.stopped:
             self.stopped = True
             out.do(effects.Exit(stop.step, stop.reason))
+
+
+def _pulled(pull: messages.Pull, version: int, params: sums.Arrays, ahead: int = 0) -> messages.Pulled:
+    return messages.Pulled(pull.shard, pull.worker, pull.incarnation, pull.sequence, version, params, ahead)
 
 
 def _let_go(outcome: Outcome, out: effects.Output) -> None:

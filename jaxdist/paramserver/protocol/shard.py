@@ -99,6 +99,7 @@ class Shard:
         self.summed, self.summing = state.summed, state.summing
         # Not part of the state:
         self.squares = -1.0  # squared norm of the last mean gradient; only reported
+        self.made_of = 0  # the fingerprint of the pushes that the last step was made of, if it was made ahead
         self._forget_what_is_ready()
 
     def _forget_what_is_ready(self) -> None:
@@ -235,6 +236,11 @@ class Shard:
         updated = None if self.updater.needs_norm else self._update(mean, scale=1.0, norm_squared=0.0)
         self._ready = sums.Ready(tuple(made.added), mean, updated)
 
+    def ahead(self) -> tuple[int, Arrays] | None:
+        """Return the params after the next step, if they are made, and the fingerprint of its pushes."""
+        ready = self._ready
+        return None if ready is None or ready.updated is None else (ready.fingerprint, ready.updated[0])
+
     def staged_note(self) -> messages.Staged | None:
         """Return what tells the scheduler that the next step is complete here; None if it is not."""
         if len(self._by_slice) < self.settings.num_slices or self.summing is not None:
@@ -290,8 +296,10 @@ class Shard:
         commit = self.summing
         assert commit is not None
         ready = self._ready_for(commit)
+        self.made_of = 0
         if ready is not None and ready.updated is not None:
             self._keep(ready.updated)
+            self.made_of = ready.fingerprint
         elif not commit.skip:
             self._keep(self._update(self.summed, scale=1.0, norm_squared=norm_squared))
         self.summing, self.summed = None, ()

@@ -23,7 +23,11 @@ def identity(push: messages.Push | messages.Contributor | messages.Done) -> Iden
 
 def fingerprint(pushes: Iterable[messages.Push | messages.Contributor | messages.Done]) -> int:
     """Return a fingerprint of which pushes these are, in this order."""
-    numbers = [number for push in pushes for number in identity(push)]
+    return _fingerprint(map(identity, pushes))
+
+
+def _fingerprint(identities: Iterable[Identity]) -> int:
+    numbers = [number for each in identities for number in each]
     digest = hashlib.blake2b(struct.pack(f"<{len(numbers)}q", *numbers), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -95,3 +99,8 @@ class Ready:
     added: tuple[Identity, ...]
     mean: Arrays
     updated: tuple[Arrays, Arrays] | None
+
+    @property
+    def fingerprint(self) -> int:
+        """The fingerprint of the pushes."""
+        return _fingerprint(self.added)

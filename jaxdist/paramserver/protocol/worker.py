@@ -34,6 +34,7 @@ class Worker:
         self.pulled: dict[int, messages.Pulled] = {}
         self.pulled_early: dict[int, messages.Pulled] = {}  # for the lease that is not granted yet
         self.early = (0, 0)  # the sequence number and the version that the last push asked for
+        self.made_of = 0  # see messages.Grant
         self.prepared: messages.Lease | None = None  # whose examples were asked for last
         self.computed: messages.Computed | None = None
         self.acknowledged: set[int] = set()
@@ -151,8 +152,9 @@ class Worker:
         self.lease, self.sequence, self.clock = grant.lease, grant.sequence, grant.clock
         self.computed, self.acknowledged = None, set()
         self.reports = grant.report or not self.settings.shards_report
+        self.made_of = grant.made_of
         early, self.pulled_early = self.pulled_early, {}
-        self.pulled = {n: each for n, each in early.items() if each.version == self.lease.step}
+        self.pulled = {n: each for n, each in early.items() if self._is_current(each)}
         self._prepare(self.lease, out)
         if self.early == (self.sequence, self.lease.step):
             self.phase, self.asked_at = "pulling", now  # the servers answer when they have this version
@@ -176,13 +178,18 @@ class Worker:
             return
         if self.phase != "pulling" or (pulled.incarnation, pulled.sequence) != (self.incarnation, self.sequence):
             return
-        assert self.lease is not None
-        if self.settings.synchronous and pulled.version != self.lease.step:
-            self._free(now, out)  # the step was committed without this lease
+        if self.settings.synchronous and not self._is_current(pulled):
+            if not pulled.ahead:
+                self._free(now, out)  # the step was committed without this lease
             return
         self.pulled[pulled.shard] = pulled
         self.progress += 1
         self._maybe_compute(now, out)
+
+    def _is_current(self, pulled: messages.Pulled) -> bool:
+        """Return whether these params are of the version that the lease is for, and committed."""
+        assert self.lease is not None
+        return pulled.version == self.lease.step and pulled.ahead in (0, self.made_of)
 
     def _maybe_compute(self, now: float, out: effects.Output) -> None:
         """Have the gradient computed once the params of all shards have arrived."""

@@ -151,12 +151,39 @@ def test_the_update_is_made_before_its_commit_arrives():
     one = synchronous()
     first = dataclasses.replace(push(1), lease=messages.Lease(0, 0, 0, 0, 2))
     before = one.shard.params
-    tell(one, first, messages.GetReady())
+    *_, ahead = tell(one, first, messages.GetReady())
     assert (one.shard.version, one.shard.params) == (0, before)
     one.shard.updater.update = None  # is not called again
-    sent = tell(one, messages.Commit(1, 0, 1, False, (messages.Contributor(0, 1, 1, first.lease),)))
-    assert (kinds(sent), one.shard.version) == (["CommitAck", "Pulled"], 1)
+    sent = tell(one, FIRST_COMMIT)
+    assert (kinds(sent), one.shard.version) == (["CommitAck"], 1)
     assert not np.array_equal(one.shard.params[0], before[0])
+    # The params have travelled meanwhile.
+    assert (ahead.message.sequence, ahead.message.version, ahead.message.ahead != 0) == (2, 1, True)
+    assert np.array_equal(ahead.message.pieces[0], one.shard.params[0])
+    (again,) = tell(one, messages.Pull(0, 0, 1, 2, 1, 0))  # they may be lost
+    assert again.message == dataclasses.replace(ahead.message, ahead=0)
+
+
+def test_params_sent_ahead_are_sent_again_if_the_step_is_made_of_other_pushes():
+    """A worker died after its push, and another one has computed the slice again."""
+    one = synchronous()
+    one.shard.apply(messages.SetMembers(2, (messages.Member(0, 1, 0), messages.Member(1, 2, 0))))
+    other = dataclasses.replace(FIRST_PUSH, worker=1, incarnation=2, pieces=(np.full(4, 2.0, np.float32),))
+    early = tell(one, FIRST_PUSH, messages.GetReady(), other, messages.GetReady())
+    sent = tell(one, dataclasses.replace(FIRST_COMMIT, contributors=(messages.Contributor(1, 2, 1, FIRST),)))
+    answers = {m.worker: m for _, m in sent if isinstance(m, messages.Pulled)}
+    assert [m.worker for _, m in early if isinstance(m, messages.Pulled)] == [0, 1]
+    assert [answers[worker].ahead for worker in (0, 1)] == [0, 0]
+    assert np.array_equal(answers[0].pieces[0], one.shard.params[0])
+
+
+def test_a_backup_tells_the_scheduler_that_both_copies_have_a_step():
+    first, second = (server(name, mode="sync") for name in (PRIMARY, BACKUP))
+    tell(second, membership(1))
+    deliver(first, second, tell(first, membership(1)))
+    sent = tell(first, FIRST_PUSH)
+    assert kinds(sent) == ["Replicate"]
+    assert kinds(tell(second, sent[0].message)) == ["Staged", "Replicated"]
 
 
 def test_a_push_asks_for_the_params_of_the_next_step():

@@ -1,5 +1,7 @@
 """A worker by itself, where a run would meet the case too rarely."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -165,6 +167,36 @@ def test_a_grant_that_is_faster_than_the_params_waits_for_them_and_asks_again_on
     assert [(m.sequence, m.version) for _, m in late if isinstance(m, messages.Pull)] == [(2, 1)]
     _, todo = worker.handle(pulled(2, 1), 4.0)
     assert any(isinstance(effect, effects.Compute) for effect in todo)
+
+
+@pytest.mark.parametrize("first", ["the params", "the lease"])
+def test_params_from_ahead_of_the_commit_are_used_if_it_names_their_pushes(first):
+    worker = synchronous()
+    push_all(worker, 1)
+    told = [
+        dataclasses.replace(pulled(2, 1), ahead=7),
+        messages.Grant(0, 1, 1, 2, 0, messages.Lease(1, 0, 0, 0, 6), made_of=7),
+    ]
+    for message in told if first == "the params" else reversed(told):
+        sent, todo = worker.handle(message, 2.0)
+        assert sent == []
+    assert isinstance(todo[-1], effects.Compute)
+
+
+@pytest.mark.parametrize("made_of", [0, 8])
+@pytest.mark.parametrize("first", ["the params", "the lease"])
+def test_params_from_ahead_of_a_commit_of_other_pushes_are_not_used(first, made_of):
+    worker = synchronous()
+    push_all(worker, 1)
+    told = [
+        dataclasses.replace(pulled(2, 1), ahead=7),
+        messages.Grant(0, 1, 1, 2, 0, messages.Lease(1, 0, 0, 0, 6), made_of=made_of),
+    ]
+    for message in told if first == "the params" else reversed(told):
+        assert not any(isinstance(each, effects.Compute) for each in worker.handle(message, 2.0)[1])
+    assert worker.phase == "pulling"
+    _, todo = worker.handle(pulled(2, 1), 2.5)
+    assert isinstance(todo[-1], effects.Compute)
 
 
 def test_params_that_came_early_for_another_step_are_not_used():

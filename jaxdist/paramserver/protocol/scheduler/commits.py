@@ -21,7 +21,7 @@ def decide(state: SchedulerState, out: Output) -> None:
     examples = sum(c.lease.stop - c.lease.start for c in contributors)
     out.do(effects.Committed(record.step, examples, state.lease_table.metrics(), empty))
     state.lease_table.advance()
-    state.last_commit = record
+    state.note_commit(record)
     state.logged_steps += 1
     state.note_nonfinite(empty or not record.skip)
     state.norms, state.norm_squared, state.committed, state.squares = {}, None, set(), {}

@@ -56,7 +56,8 @@ def _may_copy(state: SchedulerState, now: float, number: int, holders: Sequence[
 def _grant(state: SchedulerState, number: int, worker: WorkerStatus, out: Output) -> None:
     assert worker.lease is not None
     several = len(state.workers) < state.settings.num_slices  # some workers compute more than one slice of a step
-    grant = messages.Grant(number, worker.incarnation, state.term, worker.sequence, worker.clock, worker.lease, several)
+    lease = worker.sequence, worker.clock, worker.lease
+    grant = messages.Grant(number, worker.incarnation, state.term, *lease, several, state.made_of)
     out.send(worker_name(number), grant)
 
 

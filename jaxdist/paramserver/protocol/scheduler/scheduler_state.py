@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from jaxdist.paramserver.protocol import journal, messages
+from jaxdist.paramserver.protocol import journal, messages, sums
 from jaxdist.paramserver.protocol.journal import SavedCut
 from jaxdist.paramserver.protocol.messages import Lease, Trained
 from jaxdist.paramserver.protocol.scheduler.lease_table import FRESH, BatchLeases, StepLeases
@@ -68,6 +68,7 @@ class SchedulerState:
         # The lease table, and the commit that not every shard has applied yet.
         self.lease_table = self.make_lease_table(self.saved_cut[1])
         self.last_commit: journal.CommitRecord | None = None
+        self.made_of = 0  # see messages.Grant
         self.logged_steps = 0  # since the log was replaced by one record
         self.committed: set[int] = set()
         self.squares: dict[int, float] = {}
@@ -108,7 +109,8 @@ class SchedulerState:
             self._replay_membership(record)
         elif isinstance(record, journal.CommitRecord):
             assert isinstance(self.lease_table, StepLeases)
-            self.last_commit, self.norm_squared = record, None
+            self.norm_squared = None
+            self.note_commit(record)
             self.lease_table.advance()
             self.note_nonfinite(record.step == self.empty_step or not record.skip)
         elif isinstance(record, journal.EmptyRecord):
@@ -125,6 +127,11 @@ class SchedulerState:
             self.read_last = bool(record.end_reason)
         elif isinstance(record, journal.StopRecord):
             self.stop = record
+
+    def note_commit(self, record: journal.CommitRecord) -> None:
+        """Note the last commit."""
+        self.last_commit = record
+        self.made_of = 0 if record.skip else sums.fingerprint(record.contributors)
 
     def _replay_state(self, record: journal.StateRecord) -> None:
         self._replay_membership(record.membership)
