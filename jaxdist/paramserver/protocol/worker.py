@@ -208,6 +208,7 @@ class Worker:
             if self.settings.synchronous:
                 assert self.lease is not None
                 self.early = (self.sequence + 1, self.lease.step + 1)
+                self._look_ahead(out)
 
     def _look_ahead(self, out: effects.Output) -> None:
         """Have the examples of the same slice of the next step read while the servers and the scheduler are busy."""
@@ -265,8 +266,6 @@ class Worker:
                 self._enter("reporting", now, out)
             else:
                 self.phase, self.asked_at = "reporting", now  # the servers have told it; said again if that takes long
-            if self.settings.synchronous:
-                self._look_ahead(out)
 
     def _send_done(self, out: effects.Output, *, staged: bool = True) -> None:
         assert self.lease is not None

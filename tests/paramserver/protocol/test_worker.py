@@ -136,18 +136,17 @@ def test_a_change_of_membership_makes_a_worker_report():
     assert answer["Done"].staged
 
 
-def test_the_examples_of_the_next_step_are_read_once_the_push_has_arrived():
+def test_the_examples_of_the_next_step_are_read_while_the_push_travels():
     worker = synchronous()
-    worker.handle(messages.Computed(1, 1, 6.0, 6.0, True, 0.0, ((np.ones(2, np.float32),),), ()), 1.0)
-    _, todo = worker.handle(messages.PushAck(0, 0, 1, 1, "staged"), 1.0)
+    _, todo = worker.handle(messages.Computed(1, 1, 6.0, 6.0, True, 0.0, ((np.ones(2, np.float32),),), ()), 1.0)
     assert todo == [effects.Prepare(messages.Lease(1, 0, 0, 6, 12))]
 
 
 def test_nothing_is_read_beyond_the_last_step():
     worker = synchronous()
-    worker.handle(messages.Computed(1, 1, 6.0, 6.0, True, 0.0, ((np.ones(2, np.float32),),), ()), 1.0)
     worker.lease = messages.Lease(8, 0, 2, 0, 6)
-    assert worker.handle(messages.PushAck(0, 0, 1, 1, "staged"), 1.0)[1] == []
+    _, todo = worker.handle(messages.Computed(1, 1, 6.0, 6.0, True, 0.0, ((np.ones(2, np.float32),),), ()), 1.0)
+    assert todo == []
 
 
 def test_a_worker_that_is_granted_nothing_says_itself_that_all_shards_have_its_push():
