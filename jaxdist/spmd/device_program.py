@@ -171,10 +171,16 @@ def _load(lowered: jax.stages.Lowered, made_for: Sequence[jax.Device], devices: 
     """
     module: Any = lowered.compiler_ir()
     key = jax_private.cache_key(module, made_for[0])
-    cached = None if key is None else _read_cache(key, devices)
+    if key is None:
+        return _on_all(_compile(module, made_for, key), made_for, devices)
+    cached = _read_cache(key, devices)
     if cached is not None:
         return cached
-    compiled = _compile(module, made_for, key)
+    with jax_private.turn_to_compile(key):
+        return _read_cache(key, devices) or _on_all(_compile(module, made_for, key), made_for, devices)
+
+
+def _on_all(compiled: Any, made_for: Sequence[jax.Device], devices: Sequence[jax.Device]) -> Any:
     return compiled if len(devices) == len(made_for) else jax_private.load_executable(compiled.serialize(), devices)
 
 
@@ -185,9 +191,8 @@ def _compile(module: Any, devices: Sequence[jax.Device], key: str | None) -> Any
     compiled = jax_private.compile_module(module, devices)
     seconds = time.monotonic() - start
     jax.monitoring.record_event_duration_secs(_COMPILE_EVENT, seconds, fun_name=name)
-    # Only process 0 writes, and only what took long to compile, as JAX does.
-    worth_keeping = seconds >= jax.config.values["jax_persistent_cache_min_compile_time_secs"]
-    if key is not None and worth_keeping and jax.process_index() == 0:
+    # Only what took long to compile, as JAX does.
+    if key is not None and seconds >= jax.config.values["jax_persistent_cache_min_compile_time_secs"]:
         jax_private.write_cache(key, name, compiled, devices[0], seconds=seconds)
     return compiled
 
@@ -197,4 +202,5 @@ def _read_cache(key: str, devices: Sequence[jax.Device]) -> Any:
         return jax_private.read_cache(key, devices)
     except Exception as error:  # a damaged entry is whatever zstandard, zlib or XLA raise
         warnings.warn(f"An entry of the compilation cache cannot be read; compiling again: {error}", stacklevel=2)
+        jax_private.remove_from_cache(key)
         return None

@@ -5,7 +5,9 @@ runs under each supported version of JAX, so that a change in a new version is f
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, TypeAlias
 
 import jax
@@ -162,6 +164,50 @@ def share_cache_keys(cpu: str) -> None:
     cache_keys._hash_serialized_compile_options = hash_without_number  # type: ignore[assignment]
 
 
+def take_turns_compiling(turn: Callable[[str], AbstractContextManager[None]]) -> None:
+    """Have the processes of this machine compile a program once, where several need it at the same time.
+
+    By itself JAX has every process compile what is not in the persistent cache yet, and only process 0 writes it there:
+    not in one move, so that an entry of a process that was killed stays damaged. Such a one is replaced.
+
+    Args:
+      turn: `turn(key)` is entered before a program is compiled for CPU devices; another process may have done so.
+    """
+    compile_now = compiler._compile_and_write_cache
+    if hasattr(compile_now, "by_jax"):
+        return
+
+    def compile_in_turn(
+        backend: Any, computation: Any, devices: Any, options: Any, callbacks: Any, name: str, key: str
+    ) -> Any:
+        if backend.platform != "cpu" or callbacks:
+            return compile_now(backend, computation, devices, options, callbacks, name, key)
+        with turn(key):
+            try:
+                found, _ = compilation_cache.get_executable_and_time(key, options, backend, devices)
+            except Exception:  # whatever zstandard, zlib or XLA raise; JAX has just warned of it
+                found = None
+                remove_from_cache(key)
+            if found is not None:
+                return found
+            compiled = compile_now(backend, computation, devices, options, callbacks, name, key)
+            if distributed.global_state.process_id:  # process 0 has written it
+                with suppress(Exception):  # a full disk, for example
+                    compilation_cache.put_executable_and_time(key, name, compiled, backend, 0)
+            return compiled
+
+    compile_in_turn.by_jax, compile_in_turn.turn = compile_now, turn  # type: ignore[attr-defined]
+    compiler._compile_and_write_cache = compile_in_turn  # type: ignore[assignment]
+
+
+def turn_to_compile(key: str) -> AbstractContextManager[None]:
+    """Return the turn to compile a program, as `take_turns_compiling` was given it; else one that waits for nothing."""
+    turn: Callable[[str], AbstractContextManager[None]] = getattr(
+        compiler._compile_and_write_cache, "turn", lambda key: nullcontext()
+    )
+    return turn(key)
+
+
 def cache_key(module: Any, device: jax.Device) -> str | None:
     """Return the key of `module` in JAX's persistent compilation cache, None where the cache is off.
 
@@ -180,6 +226,12 @@ def read_cache(key: str, devices: Sequence[jax.Device]) -> Any:
     """
     device_list, options = placement(devices)
     return compilation_cache.get_executable_and_time(key, options, devices[0].client, device_list)[0]
+
+
+def remove_from_cache(key: str) -> None:
+    """Remove a damaged entry, which JAX would never write again."""
+    with suppress(OSError):
+        pathlib.Path(jax.config.values["jax_compilation_cache_dir"], f"{key}-cache").unlink()
 
 
 def write_cache(key: str, name: str, executable: Any, device: jax.Device, *, seconds: float) -> None:

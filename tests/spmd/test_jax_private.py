@@ -1,6 +1,7 @@
 """Every private name of JAX that the package uses, each called once: a new version of JAX is checked here first."""
 
 import ast
+import contextlib
 import pathlib
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from jax._src import cache_key, compilation_cache, compiler
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxdist
-from jaxdist.spmd import jax_private
+from jaxdist.spmd import device_program, jax_private
 from jaxdist.spmd.mesh import make_mesh
 
 PACKAGE = pathlib.Path(jaxdist.__file__).parent
@@ -55,7 +56,7 @@ def test_outside_a_job_there_is_no_store_and_one_process():
 
 JOB_OF_ONE = """
 import jax, socket
-from jaxdist.spmd import jax_private
+from jaxdist.spmd import device_program, jax_private
 with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     address = "{}:{}".format(*probe.getsockname())
@@ -120,6 +121,9 @@ def test_the_cache_gives_back_what_was_put_there(tmp_path):
         jax_private.write_cache(key, "double", compiled, device, seconds=1.0)
         assert jax_private.read_cache(key, jax.devices()[:2]) is not None
         assert len(list(tmp_path.iterdir())) >= 1
+        jax_private.remove_from_cache(key)
+        jax_private.remove_from_cache(key)
+        assert jax_private.read_cache(key, [device]) is None
 
 
 @pytest.fixture
@@ -156,6 +160,62 @@ def test_cached_programs_belong_to_a_kind_of_processor(jax_keys, tmp_path, monke
         monkeypatch.undo()
         jax_private.share_cache_keys("another one")
         assert key_on(0) != here
+
+
+@pytest.fixture
+def compiling(monkeypatch):
+    """Take back what `take_turns_compiling` changes."""
+    now = compiler._compile_and_write_cache
+    monkeypatch.setattr(compiler, "_compile_and_write_cache", getattr(now, "by_jax", now))
+
+
+def jitted():
+    jax.jit(lambda x: jnp.sin(x) + 1)(np.arange(3, dtype=np.float32)).block_until_ready()
+
+
+def replicated():
+    mesh, whole = make_mesh(devices=jax.devices()[:2]), PartitionSpec()
+    x = jax.device_put(np.arange(3, dtype=np.float32), NamedSharding(mesh, whole))
+    program = device_program.PerDeviceProgram(lambda x: jnp.sin(x) + 2, mesh, in_specs=(whole,), out_spec=whole)
+    program(x).block_until_ready()
+
+
+@pytest.mark.parametrize("compute", [jitted, replicated])
+def test_a_program_that_another_process_compiles_at_its_turn_is_loaded(compute, compiling, tmp_path):
+    with compile_cache.compile_once(tmp_path):
+        compute()
+        entries = {path: path.read_bytes() for path in tmp_path.iterdir()}
+        for path in entries:
+            path.unlink()
+        jax.clear_caches()
+
+        @contextlib.contextmanager
+        def turn(key):
+            (path,) = (path for path in entries if key in path.name)
+            path.write_bytes(entries[path] + b" ")  # unlike what would be written here
+            yield
+            assert path.read_bytes() == entries[path] + b" "
+            turns.append(key)
+
+        turns = []
+        with jax_private.turn_to_compile("no turns yet"):
+            jax_private.take_turns_compiling(turn)
+        jax_private.take_turns_compiling(turn)
+        compute()
+    assert len(turns) == len(entries) > 0
+
+
+@pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
+def test_an_entry_that_is_damaged_is_written_again(compiling, tmp_path):
+    with compile_cache.compile_once(tmp_path):
+        jitted()
+        (path,) = tmp_path.iterdir()
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        jax.clear_caches()
+        jax_private.take_turns_compiling(lambda key: contextlib.nullcontext())
+        jitted()
+        assert len(path.read_bytes()) > len(whole) // 2
 
 
 def test_constants_and_carry_of_a_scan_are_counted():

@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxdist.errors import ExitStatus, UserError, say
 from jaxdist.launch import parent
-from jaxdist.launch.joining import coordinator, places, same_on_all
+from jaxdist.launch.joining import compile_turns, coordinator, places, same_on_all
 from jaxdist.rundir import files
 from jaxdist.spmd import jax_private
 from jaxdist.spmd.canonical import thread_pool
@@ -122,6 +122,7 @@ def use_compilation_cache(num_devices: int) -> None:
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(files.cache_folder() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_COMPILE_SECONDS)
+        jax_private.take_turns_compiling(compile_turns.turn)
     jax_private.share_cache_keys(f"{_processor()} {thread_pool.size(num_devices)}")
 
 
