@@ -106,7 +106,10 @@ def first_of(*rules: StopRule) -> StopRule:
     """Return the rule that ends when any of `rules` does, with the reason of the first in order."""
 
     def rule(progress: Progress) -> str | None:
-        return next((reason for reason in (each(progress) for each in rules) if reason), None)
+        for each in rules:  # no generator: it would take twice as long, in every step
+            if reason := each(progress):
+                return reason
+        return None
 
     return rule
 

@@ -128,6 +128,7 @@ def fit(
     """
     progress = stop_rules.Progress(step=int(state.step)) if progress is None else progress
     stopwatch = Stopwatch() if stopwatch is None else stopwatch
+    waiting, compiling, stepping = (stopwatch.account(name) for name in ("input", "compile", "compute"))
     iterator, position = iter(batches), None
     unread, pace = _Unread(), _Pace(step_times)
     start_time, seconds_before = time.monotonic(), progress.seconds
@@ -135,17 +136,16 @@ def fit(
     # A resumed run may already have ended: another step would differ from the run that was never stopped.
     reason = (stop(progress) if progress.step else None) or ""
     while not reason:
-        with stopwatch.account("input"):
+        with waiting:
             item = next(iterator, None)
         if item is None:
             reason = "max_epochs"
             break
         batch, next_position = item
-        with stopwatch.account("compute" if pace.started else "compile"):
+        with stepping if pace.started else compiling:
             state, metrics = step(state, batch) if pace.started else _first(step, state, batch)
             unread.add(_Dispatched.after(progress, position, batch, metrics))
-            bad = unread.look(leave=LOOK_EVERY) if unread.count == 2 * LOOK_EVERY else None
-        _count_empty(progress, unread)
+            bad = unread.look(progress, leave=LOOK_EVERY) if unread.count == 2 * LOOK_EVERY else None
         if bad:
             return _ended_nonfinite(bad, state, progress)
         position = next_position
@@ -156,10 +156,9 @@ def fit(
         pace.step_dispatched()
         reason = stop(progress) or ("preempted" if stop_requested(progress.step) else "")
 
-    with stopwatch.account("compute"):
-        bad = unread.look(leave=0)
+    with stepping:
+        bad = unread.look(progress, leave=0)
         jax.block_until_ready(state)
-    _count_empty(progress, unread)
     pace.settle()
     return _ended_nonfinite(bad, state, progress) if bad else FitResult(state, reason, position, progress)
 
@@ -168,11 +167,6 @@ def _first(step: Step, state: TrainState, batch: Batch) -> tuple[TrainState, Met
     """Make the first step. It is traced here, so this is where mistakes in the user's functions appear."""
     with errors.as_user_error():
         return step(state, batch)
-
-
-def _count_empty(progress: stop_rules.Progress, unread: "_Unread") -> None:
-    progress.count_empty(unread.empty_batches)
-    unread.empty_batches = 0
 
 
 def _advance(progress: stop_rules.Progress, position: DataPosition, seconds: float) -> None:
@@ -206,7 +200,6 @@ class _Unread:
 
     def __init__(self) -> None:
         self._steps: list[_Dispatched] = []
-        self.empty_batches = 0
 
     @property
     def count(self) -> int:
@@ -215,8 +208,10 @@ class _Unread:
     def add(self, dispatched: _Dispatched) -> None:
         self._steps.append(dispatched)
 
-    def look(self, *, leave: int) -> _Dispatched | None:
-        """Wait for all but the newest `leave` steps; return the first of them that was not finite."""
+    def look(self, progress: stop_rules.Progress, *, leave: int) -> _Dispatched | None:
+        """Wait for all but the newest `leave` steps; return the first of them that was not finite, else count those
+        whose batch was empty.
+        """
         end = len(self._steps) - leave
         looked, self._steps = self._steps[:end], self._steps[end:]
         # The last one first, for which alone there is anything to wait. Each is read once: with 5 us a step, this is
@@ -224,7 +219,7 @@ class _Unread:
         leaves = [each.leaf() for each in reversed(looked)][::-1]
         bad = next((each for each, leaf in zip(looked, leaves, strict=True) if leaf >= 0), None)
         if bad is None:
-            self.empty_batches += leaves.count(EMPTY_BATCH)
+            progress.count_empty(leaves.count(EMPTY_BATCH))
         return bad
 
 

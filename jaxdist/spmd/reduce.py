@@ -8,6 +8,7 @@ devices).
 """
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -25,6 +26,10 @@ PyTree: TypeAlias = Any
 LossFn: TypeAlias = Callable[..., Any]
 """`loss_fn(params, batch, key) -> (loss, metrics)`; with model_state: `loss_fn(params, batch, key, model_state) ->
 (loss, metrics, model_state)`. loss and each metric: a scalar (mean over the batch's true examples) or a Mean."""
+
+Flatten: TypeAlias = Callable[[PyTree], tuple[list[jax.Array], Any]]
+"""`flatten(tree) -> (arrays, form)`, where `form.unflatten(arrays)` gives a tree like it: `jax.tree.flatten`, or
+`packed` for leaves that a device has whole."""
 
 GatherFn: TypeAlias = Callable[[PyTree, jax.Array], PyTree]
 """`gather_fn(shards, has_examples) -> params`: the whole params, gathered from the devices' shards; see `gather`."""
@@ -97,6 +102,7 @@ def local_sums(
     key: jax.Array,
     loss_scale: jax.Array | None = None,
     gather_fn: GatherFn | None = None,
+    flatten: Flatten = jax.tree.flatten,
 ) -> Sums:
     """Return the Sums over the true examples of `batch`: gradients, loss, metrics, weighted model_state.
 
@@ -126,7 +132,8 @@ def local_sums(
     grads = jax.tree.map(lambda grad: grad / scale, grads) if loss_scale is not None else grads
     weighted = jax.tree.map(lambda leaf: addable(leaf) * num_examples, new_model_state)
     sums = Sums(grads, loss, metrics, weighted, num_examples)
-    kept = jax.tree.map(lambda leaf: jnp.where(num_examples > 0, leaf, jnp.zeros_like(leaf)), sums)
+    arrays, form = flatten(sums)
+    kept: Sums = form.unflatten([jnp.where(num_examples > 0, array, jnp.zeros_like(array)) for array in arrays])
     # The gradients of gathered params already include other devices' examples; `gather` kept the padding out of them.
     return kept if gather_fn is None else kept._replace(grads=grads)
 
@@ -142,6 +149,7 @@ def accumulate_sums(
     first_index: jax.Array | int,
     loss_scale: jax.Array | None = None,
     gather_fn: GatherFn | None = None,
+    flatten: Flatten = jax.tree.flatten,
 ) -> Sums:
     """Return the Sums of `batch`, computed one microbatch after another (gradient accumulation).
 
@@ -155,11 +163,12 @@ def accumulate_sums(
       first_index: index of this device's first microbatch in the global batch.
       loss_scale: see `local_sums`.
       gather_fn: see `local_sums`.
+      flatten: of what is selected; see Flatten.
     """
 
     def sums_of(index: jax.Array | int, microbatch: Batch) -> Sums:
         own_key = jax.random.fold_in(key, first_index + index)
-        return local_sums(loss_fn, params, model_state, microbatch, own_key, loss_scale, gather_fn)
+        return local_sums(loss_fn, params, model_state, microbatch, own_key, loss_scale, gather_fn, flatten)
 
     if num_microbatches == 1:
         return sums_of(0, batch)
@@ -182,19 +191,43 @@ def mean_over_axis(sums: Sums, axis: str | tuple[str, ...]) -> Sums:
     """
     if lax.axis_size(axis) == 1:
         return sums
-    leaves, structure = jax.tree.flatten(sums)
-    packed: dict[Any, list[int]] = {}
+    arrays, form = packed(sums)
+    means: Sums = form.unflatten(lax.pmean(arrays, axis))
+    return means
+
+
+class JoinedLeaves(NamedTuple):
+    """How the leaves of a tree are joined: the places of those that share an array, and the shapes of all."""
+
+    structure: Any
+    joined: list[list[int]]
+    shapes: list[tuple[int, ...]]
+
+    def unflatten(self, arrays: Sequence[jax.Array]) -> PyTree:
+        """Return the tree of the joined arrays."""
+        leaves: dict[int, jax.Array] = {}
+        for array, places in zip(arrays, self.joined, strict=True):
+            ends = list(itertools.accumulate(math.prod(self.shapes[place]) for place in places))
+            pieces = jnp.split(array, ends[:-1]) if len(places) > 1 else [array]
+            leaves |= {place: piece.reshape(self.shapes[place]) for place, piece in zip(places, pieces, strict=True)}
+        return jax.tree.unflatten(self.structure, [leaves[place] for place in range(len(leaves))])
+
+
+def packed(tree: PyTree) -> tuple[list[jax.Array], JoinedLeaves]:
+    """Return the leaves as few arrays, the small ones of a dtype joined, and how they are joined.
+
+    An operation on all elements is then one, where a small model's step would have as many as leaves, each too short to
+    be worth its own start. XLA joins what was divided at no cost.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    joined: dict[Any, list[int]] = {}
     for place, leaf in enumerate(leaves):
-        if leaf.size <= PACKED_MAX_SIZE:
-            packed.setdefault(leaf.dtype, []).append(place)
-    large = {place: leaf for place, leaf in enumerate(leaves) if leaf.size > PACKED_MAX_SIZE}
-    vectors = [jnp.concatenate([leaves[place].reshape(-1) for place in places]) for places in packed.values()]
-    vectors, means = lax.pmean((vectors, large), axis)
-    for vector, places in zip(vectors, packed.values(), strict=True):
-        ends = list(itertools.accumulate(leaves[place].size for place in places))
-        for place, piece in zip(places, jnp.split(vector, ends[:-1]), strict=True):
-            means[place] = piece.reshape(leaves[place].shape)
-    return jax.tree.unflatten(structure, [means[place] for place in range(len(leaves))])
+        joined.setdefault(leaf.dtype if leaf.size <= PACKED_MAX_SIZE else place, []).append(place)
+    arrays = [
+        jnp.concatenate([leaves[place].reshape(-1) for place in places]) if len(places) > 1 else leaves[places[0]]
+        for places in joined.values()
+    ]
+    return arrays, JoinedLeaves(structure, list(joined.values()), [leaf.shape for leaf in leaves])
 
 
 def gather(leaf: jax.Array, spec: PartitionSpec, has_examples: jax.Array) -> jax.Array:
@@ -251,15 +284,16 @@ def sum_over_axes(
     return lax.psum(grad, tuple(left)) if left else grad
 
 
-def average(sums: Sums, model_state: PyTree) -> Averages:
+def average(sums: Sums, model_state: PyTree, flatten: Flatten = jax.tree.flatten) -> Averages:
     """Return the means that `sums` stand for; `model_state` gives the dtypes of its new value."""
-    grads = jax.tree.map(lambda grad: grad / sums.loss.count, sums.grads)
+    arrays, form = flatten(sums.grads)
+    grads = form.unflatten([array / sums.loss.count for array in arrays])
     new_model_state = jax.tree.map(
         lambda old, leaf: from_addable(leaf / sums.num_examples, old.dtype), model_state, sums.model_state
     )
     means = {name: mean.value for name, mean in sums.metrics.items()}
     # Of the sums and not of the means: what the optimizer computes with has no other use, and so keeps its bits.
-    grad_norm = jnp.sqrt(sum_of_squares(sums.grads)) / sums.loss.count
+    grad_norm = jnp.sqrt(sum_of_squares(arrays)) / sums.loss.count
     return Averages(grads, sums.loss.value, means, new_model_state, sums.loss.count, grad_norm)
 
 

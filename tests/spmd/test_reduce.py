@@ -109,9 +109,13 @@ def test_sums_of_parts_add_up_to_the_sums_of_the_whole():
     assert_close(functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), parts), sums_of(batch), tolerance=1e-4)
 
 
-def test_the_average_of_the_sums_is_the_gradient_of_the_mean():
+FLATTENS = pytest.mark.parametrize("flatten", [jax.tree.flatten, reduce.packed])
+
+
+@FLATTENS
+def test_the_average_of_the_sums_is_the_gradient_of_the_mean(flatten):
     batch = numpy_batch(mask=MASK)
-    averages = reduce.average(sums_of(batch), None)
+    averages = reduce.average(sums_of(batch, flatten=flatten), None, flatten)
 
     def mean(params):
         return example_losses(params, batch)[MASK].mean()
@@ -121,11 +125,29 @@ def test_the_average_of_the_sums_is_the_gradient_of_the_mean():
     assert_close(averages.loss, mean(params))
 
 
-def test_padding_alone_gives_exact_zeros_though_its_loss_is_nan():
+@FLATTENS
+def test_padding_alone_gives_exact_zeros_though_its_loss_is_nan(flatten):
     batch = numpy_batch(mask=np.zeros(NUM_EXAMPLES))
     assert jnp.isnan(loss_fn(init_params(jax.random.key(0)), batch, None)[0])
-    for leaf in jax.tree.leaves(sums_of(batch)):
+    for leaf in jax.tree.leaves(sums_of(batch, flatten=flatten)):
         np.testing.assert_array_equal(leaf, np.zeros_like(leaf))
+
+
+def test_packing_joins_the_small_leaves_of_a_dtype_and_loses_nothing():
+    sizes = [3, reduce.PACKED_MAX_SIZE + 1, 0, reduce.PACKED_MAX_SIZE, 5, 1]
+    dtypes = [jnp.float32, jnp.float32, jnp.float32, jnp.float32, jnp.bfloat16, jnp.complex64]
+    tree = {f"leaf {place}": jnp.arange(size, dtype=dtype) for place, (size, dtype) in enumerate(zip(sizes, dtypes))}
+    tree |= {"scalar": jnp.float32(7), "nothing": None, "matrix": (jnp.ones((2, 3), jnp.bfloat16),)}
+    arrays, packing = reduce.packed(tree)
+    assert sorted((str(array.dtype), array.size) for array in arrays) == [
+        ("bfloat16", 11),
+        ("complex64", 1),
+        ("float32", reduce.PACKED_MAX_SIZE + 1),
+        ("float32", reduce.PACKED_MAX_SIZE + 4),
+    ]
+    doubled = packing.unflatten([2 * array for array in arrays])
+    jax.tree.map(np.testing.assert_array_equal, doubled, jax.tree.map(lambda leaf: 2 * leaf, tree))
+    assert jax.tree.map(jnp.shape, doubled) == jax.tree.map(jnp.shape, tree)
 
 
 @pytest.mark.parametrize("num_microbatches", [1, 2, 4])
