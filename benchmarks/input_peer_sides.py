@@ -3,6 +3,7 @@
 All of them decode with the exact inverse transform, cut out a random 224 x 224 and mirror half of the images.
 """
 
+import contextlib
 import functools
 import io
 import itertools
@@ -92,7 +93,10 @@ def litdata_shards(folder: pathlib.Path) -> Iterator[int]:
         items = list(zip(*list_jpegs(folder)))
         # Numbers: paths it would copy first, in two more processes, which import torch before they start.
         numbers = list(range(len(items)))
-        litdata.optimize(functools.partial(sample_of, items), numbers, str(chunks), chunk_bytes="8MB", num_workers=1)
+        with contextlib.redirect_stdout(sys.stderr):  # answers alone go to the standard output
+            litdata.optimize(
+                functools.partial(sample_of, items), numbers, str(chunks), chunk_bytes="8MB", num_workers=1
+            )
 
     data = litdata.StreamingDataset(str(chunks), transform=decode_sample, shuffle=True, drop_last=True, seed=0)
     loader = litdata.StreamingDataLoader(data, batch_size=BATCH_SIZE, num_workers=2, persistent_workers=True)

@@ -2,7 +2,8 @@
 
 python benchmarks/input_tables.py [--json] [--repeats N]
 
-Both sides take turns in this process, CPU seconds are compared, and medians are printed.
+Both sides take turns, CPU seconds are compared, and medians are printed, seconds beside them. The sides share this
+process, in which all packages are imported, or have a process of their own each time, whose start and imports count.
 """
 
 import argparse
@@ -10,7 +11,10 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -61,24 +65,58 @@ def rows_of_pyarrow(path: pathlib.Path) -> None:
                 return
 
 
+OURS_ALONE = """
+from jaxdist import data
+next(iter(data.Loader(data.csv_source({path!r}), global_batch_size=64, seed=0)))
+"""
+PANDAS_ALONE = """
+import numpy as np
+import pandas
+table = pandas.read_csv({path!r})
+ids = np.random.default_rng(0).permutation(len(table))[:64]
+batch = {{name: table[name].to_numpy()[ids] for name in table}}
+"""
+
+
+def alone(program: str, path: pathlib.Path) -> None:
+    subprocess.run([sys.executable, "-c", program.format(path=os.fspath(path))], check=True)
+
+
+def cpu_seconds() -> float:
+    """Return the CPU seconds of this process and of those that it started and that have ended."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + ended.ru_utime + ended.ru_stime
+
+
 def compare(name: str, ours: Callable[[], None], theirs: Callable[[], None], unit: str, repeats: int) -> dict:
     """Return the medians of both sides, which take turns."""
-    times: dict[str, list[float]] = {"ours": [], "theirs": []}
+    cpu: dict[str, list[float]] = {"ours": [], "theirs": []}
+    seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
     for turn in range(-1, repeats):
         for side, function in (("ours", ours), ("theirs", theirs)):
-            start = time.process_time()
+            used, start = cpu_seconds(), time.perf_counter()
             function()
             if turn >= 0:
-                times[side].append(time.process_time() - start)
+                cpu[side].append(cpu_seconds() - used)
+                seconds[side].append(time.perf_counter() - start)
     scale = 1e6 / NUM_READ if unit.startswith("micro") else 1.0
-    medians = {side: scale * statistics.median(values) for side, values in times.items()}
-    return {"name": name, **medians, "ratio": medians["ours"] / medians["theirs"], "unit": unit, "repeats": repeats}
+    medians = {side: scale * statistics.median(values) for side, values in cpu.items()}
+    walls = {f"{side}_seconds": scale * statistics.median(values) for side, values in seconds.items()}
+    return {
+        "name": name,
+        **medians,
+        **walls,
+        "ratio": medians["ours"] / medians["theirs"],
+        "unit": unit,
+        "repeats": repeats,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", type=int, metavar="N", help="the first N works")
     options = parser.parse_args()
     versions = {name: importlib.metadata.version(name) for name in ("numpy", "pandas", "pyarrow")}
     versions |= {"cpus": str(os.cpu_count()), "load before": f"{os.getloadavg()[0]:.1f}"}
@@ -90,14 +128,17 @@ def main() -> None:
             ("CSV 200,000 x 8 to the first batch", "CPU seconds",
              lambda: first_batch(data.csv_source(folder / "t.csv")),
              lambda: pandas_first_batch(folder / "t.csv")),
+            ("the same in a process of its own, imports included", "CPU seconds",
+             lambda: alone(OURS_ALONE, folder / "t.csv"), lambda: alone(PANDAS_ALONE, folder / "t.csv")),
             ("Parquet rows, shuffled (theirs in order)", "microseconds CPU a row", lambda: shuffled_rows(table),
              lambda: rows_of_pyarrow(folder / "t.parquet")),
             ("Parquet lists, shuffled (theirs in order)", "microseconds CPU a row", lambda: shuffled_rows(lists),
              lambda: rows_of_pyarrow(folder / "lists.parquet")),
         ]  # fmt: skip
-        for name, unit, ours, theirs in works:
+        for name, unit, ours, theirs in works if options.only is None else works[: options.only]:
             row = compare(name, ours, theirs, unit, options.repeats)
-            text = f"{name:44} {row['ours']:10.3f} {row['theirs']:10.3f} {row['ratio']:8.2f}x {unit}"
+            text = f"{name:51} {row['ours']:8.3f} {row['theirs']:8.3f} {row['ratio']:6.2f}x {unit}"
+            text += f"; seconds {row['ours_seconds']:.3f} {row['theirs_seconds']:.3f}"
             print(json.dumps(row | {"versions": versions}) if options.json else text, flush=True)
 
 

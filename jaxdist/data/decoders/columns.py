@@ -38,7 +38,8 @@ class Column:
             self.values = np.frombuffer(data, np.uint8) if data is not None else np.empty(0, np.uint8)
             return
         if types.is_decimal(column.type):
-            column = column.cast(pyarrow.float64())
+            # By way of its text, the nearest float: pyarrow's own cast multiplies by 10**-scale, which is none.
+            column = column.cast(pyarrow.string()).cast(pyarrow.float64())
         self.values = as_numpy(column, fill=0)
         if self._ends is not None and self._null is None and len(self._ends) > 1:
             lengths = np.diff(self._ends)

@@ -182,6 +182,7 @@ _LAYOUTS = {
     b"caff": _Layout(8, 4, ">Q", b"data", 1),
     b"riff": _Layout(40, 16, "<Q", b"data", 8, size_includes_head=True),
 }
+_AU = {b".snd": ">II", b"dns.": "<II"}
 _OGG_BEGIN, _OGG_END, _OGG_HEAD = 2, 4, 27
 _INTEGERS, _FLOATS, _EXTENSIBLE = 1, 3, 0xFFFE
 _CHECKED = ("WAV", "WAVEX", "RF64", "AIFF", "AU", "CAF", "W64", "OGG", "FLAC", "MP3", "NIST")
@@ -197,8 +198,8 @@ def _check_whole(data: bytes, path: str) -> None:
     if kind in _LAYOUTS:
         is_short = _ends_within_samples(data, _LAYOUTS[kind])
         _check_width(data, path)
-    elif kind == b".snd" and len(data) >= 12:
-        begin, size = struct.unpack(">II", data[4:12])
+    elif kind in _AU and len(data) >= 12:
+        begin, size = struct.unpack(_AU[kind], data[4:12])
         is_short = size != 2**32 - 1 and begin + size > len(data)
     elif kind == b"OggS":
         is_short = not _ogg_is_whole(data, path)
@@ -251,4 +252,4 @@ def _ends_within_samples(data: bytes, layout: _Layout) -> bool:
             return size != unknown and (end > len(data) or (size == 0 and end < len(data)))
         size += 0 if layout.size_includes_head else head
         place += max(size + -size % layout.align, head)
-    return False
+    return True  # there are no samples

@@ -1,11 +1,16 @@
 """Columns of Parquet files as numpy arrays."""
 
+import decimal
+
+import hypothesis
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import strategies as st
 
 from jaxdist.data import CorruptExample, ParquetSource
+from jaxdist.data.decoders.columns import Column
 
 
 @pytest.mark.parametrize("make", [lambda kind: pa.list_(kind, 2), pa.list_, pa.large_list])
@@ -32,3 +37,16 @@ def test_columns_of_all_groups_become_one_array_whose_rows_cannot_be_changed(tmp
         batch["x"][:] = -1
     with pytest.raises(ValueError, match="read-only"):
         source[3]["y"][0] = 1
+
+
+@hypothesis.given(
+    st.sampled_from([pa.decimal64(18, 5), pa.decimal128(20, 3), pa.decimal128(9, -2), pa.decimal256(50, 30)]), st.data()
+)
+def test_a_decimal_becomes_the_nearest_float_also_in_lists(kind, data):
+    most = 10 ** min(kind.precision, 28) - 1
+    units = data.draw(st.lists(st.integers(-most, most), min_size=2, max_size=20))
+    values = [decimal.Decimal(unit).scaleb(-kind.scale) for unit in units]
+    single = Column("t.parquet", "x", pa.chunked_array([pa.array(values, kind)]), None, None)
+    assert single.values.tolist() == [float(value) for value in values]
+    lists = Column("t.parquet", "x", pa.chunked_array([pa.array([values], pa.list_(kind))]), None, None)
+    assert lists.row(0, "x", 0).tolist() == [float(value) for value in values]
