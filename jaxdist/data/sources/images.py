@@ -44,7 +44,8 @@ class ImageType:
     """The type that every image is decoded to.
 
     Attributes:
-      channels: 1 (grey), 3 (RGB) or 4 (RGBA). Without an alpha channel, colours are those under the transparency.
+      channels: 1 (grey; of a JPEG its luma, which Pillow's RGB made grey can miss by rounding), 3 (RGB) or 4 (RGBA).
+        Without an alpha channel, colours are those under the transparency.
       dtype: "uint8", "uint16" or "float32".
       orient: whether the EXIF orientation is applied (in TIFF files it always is).
       deep: what to do with integers of 16 bits where `dtype` is "uint8": "refuse", or "scale": round value / 257.
