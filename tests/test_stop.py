@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 
@@ -132,3 +133,65 @@ def test_a_limit_must_be_positive(name, limit):
 )
 def test_the_last_step_is_the_earliest_limit_that_is_known(limits, offset, step):
     assert Stop(**limits).last_step(4, step_offset=offset) == step
+
+
+@given(values=st.lists(VALUES, min_size=1, max_size=12), mode=st.sampled_from(["max", "min"]))
+def test_the_best_value_is_the_first_that_no_later_one_exceeds(values, mode):
+    progress, better = Progress(), max if mode == "max" else min
+    for step, value in enumerate(values, start=1):
+        progress.step = step
+        is_best = progress.record_best("m", value, mode)
+        best = better((each for each in values[:step] if not math.isnan(each)), default=None)
+        first = None if best is None else values.index(best) + 1
+        assert progress.best == (None if best is None else {"metric": "m", "value": best, "step": first})
+        assert is_best == (first == step)
+    assert progress.record_best("another", 0.0, mode)
+    assert progress.best == {"metric": "another", "value": 0.0, "step": len(values)}
+
+
+@given(
+    num_examples=st.integers(1, 40),
+    earlier=st.integers(1, 12),
+    present=st.integers(1, 12),
+    steps=st.integers(0, 30),
+    offset=st.integers(-9, 9),
+)
+def test_steps_of_another_batch_size_count_as_those_that_use_as_many_examples(
+    num_examples, earlier, present, steps, offset
+):
+    def used(size):
+        """Yield the examples used after 0, 1, 2, ... steps; the last batch of an epoch is smaller."""
+        total = 0
+        while True:
+            yield total
+            total += min(size, num_examples - total % num_examples)
+
+    seen = next(itertools.islice(used(earlier), steps, None))
+    progress = Progress(step=steps, examples_seen=seen, global_batch_size=earlier, schedule_offset=offset)
+    expected = next(number for number, total in enumerate(used(present)) if total >= seen) - steps
+    steps_per_epoch = -(-num_examples // present)
+    found = stop.schedule_offset(
+        progress, global_batch_size=present, num_examples=num_examples, steps_per_epoch=steps_per_epoch
+    )
+    assert found == (offset if present == earlier else expected)
+
+
+def test_an_epoch_is_finished_with_its_last_example():
+    progress = Progress()
+    for seen, epoch in ((51, 0), (52, 1), (103, 1), (104, 2)):
+        progress.advance(7, seen, 52)
+        assert (progress.step, progress.examples_seen, progress.epoch) == (7, seen, epoch)
+
+
+def test_empty_batches_are_a_metric_once_there_are_some():
+    progress = Progress()
+    progress.count_empty(0)
+    assert progress.metrics == {}
+    progress.count_empty(2)
+    progress.count_empty(1)
+    assert progress.empty_batches == progress.metrics["train/empty_batches"] == 3
+
+
+def test_a_target_that_no_metric_reaches_is_refused():
+    with pytest.raises(ValueError, match=r"stop\.target must be a number that a metric can reach; got nan"):
+        Stop(target=math.nan).rule()

@@ -101,3 +101,20 @@ def test_a_damaged_line_and_a_gap_are_refused(tmp_path):
 def test_a_run_without_a_ledger_says_how_to_record_one(tmp_path):
     with pytest.raises(ledger.LedgerError, match=r"--set recovery\.ledger=true"):
         ledger.read(tmp_path)
+
+
+@pytest.mark.parametrize("back_to", [0, 1, 2, 3])
+def test_a_process_that_goes_back_itself_discards_the_steps_after_that(tmp_path, back_to):
+    """As after a rollback of a parameter server: the same process records the steps again."""
+    recorder = ledger.Recorder(tmp_path)
+    for step in [*range(1, 4), *range(back_to + 1, 5)]:
+        recorder.add_range(step, 0, 2 * step - 2, 2 * step)
+    recorder.close()
+    assert ledger.read(tmp_path) == [ledger.LedgerEntry(step, 0, 2 * step - 2, 2 * step) for step in range(1, 5)]
+
+
+def test_a_step_without_examples_is_no_step():
+    with pytest.raises(ledger.LedgerError, match=r"Step 1 trained on positions \[0, 0\)"):
+        ledger.check([ledger.LedgerEntry(1, 0, 0, 0)], num_examples=8)
+    with pytest.raises(ledger.LedgerError, match=r"positions \[0, 9\) .* was 0 of 8"):
+        ledger.check([ledger.LedgerEntry(1, 0, 0, 9)], num_examples=8)
