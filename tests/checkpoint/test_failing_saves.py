@@ -4,7 +4,6 @@ import logging
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -16,6 +15,7 @@ import pytest
 from small_states import MESH, P, bits, key_struct, saved_steps, small_state, template_of
 
 from jaxdist.checkpoint.checkpoints import Checkpointer, CheckpointError, DamagedCheckpointError
+from jaxdist.launch.supervising import local_job
 
 
 @pytest.fixture
@@ -204,9 +204,7 @@ PROCESS = """
 
 
 def test_two_processes_save_together_and_any_layout_restores_it(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    [port] = map(str, local_job.quiet_ports(1))
     command = [sys.executable, "-c", textwrap.dedent(PROCESS)]
     processes = [
         subprocess.Popen(

@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ import held_experiment
 import jax
 import pytest
 
-from jaxdist.launch.supervising import restart_events
+from jaxdist.launch.supervising import local_job, restart_events
 from jaxdist.run import attempt
 from jaxdist.rundir import ledger, record
 
@@ -29,9 +28,7 @@ class Job:
     def __init__(self, stack, folder, count, *arguments):
         self.run_dir, self._stack, self._folder, self._count, self._arguments = folder / "run", stack, folder, count, []
         self._arguments = list(map(str, arguments))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port = free.getsockname()[1]
+        [self._port] = local_job.quiet_ports(1)
         self.supervisors = {}
         for host in range(count):
             self.start(host)

@@ -55,11 +55,10 @@ def test_outside_a_job_there_is_no_store_and_one_process():
 
 
 JOB_OF_ONE = """
-import jax, socket
+import jax
+from jaxdist.launch.supervising import local_job
 from jaxdist.spmd import device_program, jax_private
-with socket.socket() as probe:
-    probe.bind(("127.0.0.1", 0))
-    address = "{}:{}".format(*probe.getsockname())
+address = f"127.0.0.1:{local_job.quiet_ports(1)[0]}"
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(address, num_processes=1, process_id=0, cluster_detection_method="deactivate")
 store = jax_private.coordinator_store()

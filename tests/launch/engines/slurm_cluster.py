@@ -14,6 +14,8 @@ import subprocess
 import time
 from collections.abc import Iterator
 
+from jaxdist.launch.supervising import local_job
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 NUM_TASKS = 4
 """CPUs that the node says it has, whatever there are: the tasks of a test wait for each other, not for processors."""
@@ -56,7 +58,7 @@ _MUNGE_FILES = {"socket": "socket", "key-file": "key", "pid-file": "pid", "log-f
 
 def _configuration(directory: pathlib.Path) -> str:
     host = socket.gethostname()
-    ports = [_free_port(), _free_port()]
+    ports = local_job.quiet_ports(2)
     lines = [
         "ClusterName=test",
         f"SlurmctldHost={host}(127.0.0.1)",
@@ -86,12 +88,6 @@ def _configuration(directory: pathlib.Path) -> str:
 def _state(environment: dict[str, str]) -> str:
     done = subprocess.run(["sinfo", "--noheader", "--format=%t"], env=environment, capture_output=True, text=True)
     return done.stdout.strip()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _until(condition, seconds: float = 60.0) -> None:

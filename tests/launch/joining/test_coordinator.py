@@ -26,7 +26,7 @@ WITH_CERTIFICATE = {
 }
 
 
-def start(port, number, run_dir, *arguments, seconds=60, environment=None, before=()):
+def start(port, number, run_dir, *arguments, seconds=150, environment=None, before=()):
     place = {
         "JAX_PLATFORMS": "cpu",
         "JAX_COORDINATOR_ADDRESS": f"{local_job.LOOPBACK}:{port}",
@@ -53,9 +53,8 @@ def ends(process):
 
 
 def free_port():
-    with socket.socket() as probe:
-        probe.bind((local_job.LOOPBACK, 0))
-        return probe.getsockname()[1]
+    [port] = local_job.quiet_ports(1)
+    return port
 
 
 def test_processes_that_run_different_settings_are_told_so_and_leave_no_run(tmp_path):
