@@ -402,3 +402,49 @@ def test_a_backup_that_a_rollback_left_behind_does_not_acknowledge_by_its_old_lo
     assert tell(second, entry) == []
     deliver(first, second, tell(first, after))
     assert (second.index, second.restored, second.shard.version) == (first.index, 2, 0)
+
+
+def test_a_server_stops_once_and_says_so_each_time():
+    one = server(PRIMARY)
+    stop, told = messages.StopRun(7, "max_steps"), [effects.Send("scheduler", messages.StopAck(PRIMARY))]
+    assert one.handle(stop, 0.0) == (told, [effects.Exit(7, "max_steps")])
+    assert one.handle(stop, 1.0) == (told, [])
+
+
+def test_a_cut_is_written_once_and_its_answer_repeated():
+    one = server(PRIMARY, durability="snapshot")
+    tell(one, membership(1, backup=""))
+    order = messages.SaveCut(1, 0, 3, "cut-3")
+    (write,) = one.handle(order, 0.0)[1]
+    assert (write.name, write.content.version) == ("cut-3/shard-0", 0)
+    assert one.handle(order, 0.0) == ([], []), "it is not written yet"
+    saved = [("scheduler", messages.CutSaved(0, "cut-3", 17, ""))]
+    assert tell(one, messages.Written("cut-2/shard-0", 16, "")) == []
+    assert tell(one, messages.Written("cut-3/shard-0", 17, "")) == saved
+    assert one.handle(order, 0.0) == (saved, [])
+    for late in (dataclasses.replace(order, term=0), dataclasses.replace(order, number=2, name="cut-2")):
+        assert one.handle(late, 0.0) == ([], []), "of an earlier term, and an earlier order"
+    assert len(one.handle(dataclasses.replace(order, number=4, name="cut-4"), 0.0)[1]) == 1
+    assert server(BACKUP).handle(order, 0.0) == ([], []), "only the primary saves"
+
+
+def test_a_push_that_does_not_fit_is_refused_with_its_reason_and_changes_nothing():
+    one = server(PRIMARY, durability="snapshot")
+    tell(one, membership(1, backup=""))
+    before = one.shard.export()
+    ((to, answer),) = tell(one, dataclasses.replace(push(1), pieces=(np.ones(5, np.float32),)))
+    assert (to, answer.status) == ("worker/0", "refused")
+    assert answer.reason == "Block 0 has shape (4,), its piece has (5,)."
+    assert one.counters == {"duplicates_refused": 0, "fenced": 0, "refused": 1}
+    assert one.shard.version == before.version == 0
+    assert np.array_equal(one.shard.params[0], PARAMS[0])
+    assert kinds(tell(one, push(1))) == ["PushAck"]
+
+
+def test_a_server_without_a_membership_registers_and_then_says_that_it_is_alive():
+    one, later = server(PRIMARY, durability="snapshot"), 100.0
+    assert one.handle(messages.Tick(), 0.0)[0] == [("scheduler", messages.Register(PRIMARY, 1))]
+    tell(one, membership(1, backup=""))
+    assert one.handle(messages.Tick(), later)[0] == [("scheduler", messages.Heartbeat(PRIMARY, 1, 1, 1, False))]
+    one.diverged = "block 0"
+    assert one.handle(messages.Tick(), 2 * later)[0] == [("scheduler", messages.Diverged(PRIMARY, 1, "block 0"))]

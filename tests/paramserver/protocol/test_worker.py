@@ -273,3 +273,41 @@ def test_a_leaving_worker_that_was_dropped_meanwhile_does_not_join_again():
     worker.handle(messages.Computed(1, 1, 6.0, 6.0, True, 0.0, ((np.ones(2, np.float32),),), ()), 1.0)
     sent, _ = worker.handle(messages.PushAck(0, 0, 1, 1, "fenced"), 1.0)
     assert sent == [effects.Send(SCHEDULER, messages.Leave("worker/0", 11))]
+
+
+def test_a_worker_stops_once_and_says_so_each_time():
+    worker = synchronous()
+    stop, told = messages.StopRun(7, "max_steps"), [effects.Send(SCHEDULER, messages.StopAck("worker/0"))]
+    assert worker.handle(stop, 2.0) == (told, [effects.Exit(7, "max_steps")])
+    assert worker.handle(stop, 3.0) == (told, [])
+
+
+def test_a_lease_is_returned_as_long_as_its_params_have_not_arrived():
+    worker = Worker(worker=0, boot=10, settings=SETTINGS)
+    join(worker, 1, 1)
+    worker.handle(messages.Grant(0, 1, 1, 1, 0, LEASE), 0.0)
+    for other in (messages.Revoke(0, 2, 1), messages.Revoke(0, 1, 2)):  # of another life, and of another lease
+        assert worker.handle(other, 0.5) == ([], [])
+    (sent,), _ = worker.handle(messages.Revoke(0, 1, 1), 1.0)
+    assert sent == effects.Send(SCHEDULER, messages.Ask(0, 1, 1))
+    assert worker.lease is None
+    worker.handle(messages.Grant(0, 1, 1, 2, 0, LEASE), 2.0)
+    worker.handle(messages.Pulled(0, 0, 1, 2, 0, (np.zeros(2, np.float32),)), 2.0)
+    assert worker.handle(messages.Revoke(0, 1, 2), 3.0) == ([], []), "it computes already"
+
+
+def test_params_of_a_step_that_was_committed_without_this_lease_release_it():
+    chosen = Settings(num_examples=20, global_batch_size=6, max_steps=9)
+    worker = Worker(worker=0, boot=10, settings=chosen)
+    join(worker, 1, 1)
+    worker.handle(messages.Grant(0, 1, 1, 1, 0, LEASE), 0.0)
+    (sent,), todo = worker.handle(pulled(1, 1), 1.0)
+    assert (sent, todo) == (effects.Send(SCHEDULER, messages.Ask(0, 1, 1)), [])
+    assert worker.lease is None
+
+
+def test_an_older_membership_is_ignored_and_a_newer_one_is_answered():
+    worker = synchronous()
+    assert worker.handle(membership(1, 1), 2.0) == ([], [])
+    (beat,), _ = worker.handle(membership(2, 1), 2.0)
+    assert (beat.to, beat.message.term) == (SCHEDULER, 2)
