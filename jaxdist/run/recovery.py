@@ -27,7 +27,7 @@ from jaxdist.launch.supervising.standby import reserve
 from jaxdist.run import components
 from jaxdist.run.hooks import every
 from jaxdist.run.loop import Hook, StepInfo
-from jaxdist.rundir import ledger
+from jaxdist.rundir import files, ledger
 from jaxdist.spmd import keys
 from jaxdist.spmd.step import NONFINITE_LEAF
 
@@ -120,9 +120,7 @@ def tell_modules() -> Hook | None:
         del info
         if next(calls) == _MODULES_AFTER:
             with contextlib.suppress(OSError):
-                draft = names.with_suffix(".draft")
-                draft.write_text("\n".join(sys.modules))
-                draft.rename(names)
+                files.write_unsynced(names, ["\n".join(sys.modules).encode()])
 
     return tell
 

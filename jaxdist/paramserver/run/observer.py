@@ -48,79 +48,100 @@ WHOLE = (messages.PARAMS, messages.OPT_STATE)
 Send = Callable[[str, messages.Message], None]
 
 
+def facts_of(
+    plan: shared_plan.Plan,
+    run_dir: pathlib.Path,
+    start: Start,
+    earlier: record.RunRecord | None,
+    *,
+    identity: components.Identity,
+    silent: bool,
+    command: str,
+    num_devices: int,
+    source: bookkeeping.ExperimentSource,
+) -> bookkeeping.Facts:
+    """Return what is known of an attempt at its start; `num_devices` are those of each worker."""
+    settings = plan.settings
+    servers = settings.servers * (2 if settings.replicated else 1)
+    return bookkeeping.Facts(
+        experiment=plan.experiment,
+        identity=identity,
+        run_dir=run_dir,
+        strategy="parameter-server",
+        num_devices=settings.workers * num_devices,
+        num_processes=1 + servers + settings.workers,
+        fields=components.example_batch(plan.loader),
+        steps_per_epoch=settings.steps_per_epoch,
+        learning_rate=plan.learning_rate,
+        command=command,
+        silent=silent,
+        earlier=earlier,
+        source=source,
+        began_with=start.began_with,
+        header=functools.partial(_header, plan, run_dir, start, num_devices),
+    )
+
+
+def _header(plan: shared_plan.Plan, run_dir: pathlib.Path, start: Start, num_devices: int) -> str:
+    settings = plan.settings
+    workers, servers = header.count(settings.workers, "worker"), header.count(settings.servers, "server")
+    roles = f"{workers} of {header.count(num_devices, 'device')}, {servers}"
+    shapes = zip(plan.sharding.shapes, plan.sharding.dtypes)
+    return header.render(
+        plan.experiment,
+        params=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes],
+        devices=f"{roles}, {settings.mode}",
+        share=f"in {settings.num_slices} slices" if settings.num_slices > 1 else "each by one worker",
+        steps_per_epoch=settings.steps_per_epoch,
+        run_dir=run_dir,
+        step=start.progress.step,
+        began_with=start.began_with,
+    )
+
+
 class Observer:
     """Watches one attempt at a run.
 
     Args:
       plan: the Plan of the experiment.
-      run_dir: the run directory; the folder `ps` in it belongs to the processes.
       start: the state that the run starts from.
-      earlier: the record of the run that is resumed; None for a new run.
       checkpointer: saves checkpoints in the run directory.
-      identity: identity of the experiment.
-      silent: whether to show nothing.
-      command: the command line, for the run record.
-      num_devices: number of devices of each worker.
-      source: the file of the experiment and its overrides.
+      attempt: see `facts_of`; the folder `ps` in its run directory belongs to the processes.
     """
 
     def __init__(
         self,
         plan: shared_plan.Plan,
-        run_dir: pathlib.Path,
         start: Start,
-        earlier: record.RunRecord | None,
         checkpointer: checkpoints.Checkpointer,
-        *,
-        identity: components.Identity,
-        silent: bool,
-        command: str,
-        num_devices: int,
-        source: bookkeeping.ExperimentSource,
+        attempt: bookkeeping.Facts,
     ) -> None:
-        self.plan, self.directory = plan, run_dir / run_folder.DIRECTORY_NAME
-        self.began_with, self.silent = start.began_with, silent
+        self.plan, self.directory = plan, attempt.run_dir / run_folder.DIRECTORY_NAME
+        self.silent = attempt.silent
         self.rule = plan.experiment.stop.rule()
         self.judge = judge.Judge(plan)
-        settings = plan.settings
-        threads = shared_plan.threads_in_use(plan, num_devices)  # not of this process, which computes no gradient
-        servers = settings.servers * (2 if settings.replicated else 1)
+        devices = attempt.num_devices // plan.settings.workers
+        threads = shared_plan.threads_in_use(plan, devices)  # not of this process, which computes no gradient
         self.books = bookkeeping.Bookkeeper(
-            bookkeeping.Facts(
-                experiment=plan.experiment,
-                identity=identity,
-                run_dir=run_dir,
-                strategy="parameter-server",
-                num_devices=settings.workers * num_devices,
-                num_processes=1 + servers + settings.workers,
-                fields=components.example_batch(plan.loader),
-                steps_per_epoch=settings.steps_per_epoch,
-                learning_rate=plan.learning_rate,
-                command=command,
-                silent=silent,
-                earlier=earlier,
-                source=source,
-                began_with=start.began_with,
-                header=functools.partial(self._header, run_dir, num_devices),
-            ),
+            attempt,
             checkpointer,
             start.progress,
-            stopwatch.Stopwatch(earlier.time_seconds if earlier else None),
+            stopwatch.Stopwatch(attempt.earlier.time_seconds if attempt.earlier else None),
             evaluate=None if plan.experiment.data.eval is None else self.judge.evaluate,
             extra=lambda: {"ps": self.statistics(), "cpu_threads": threads},
         )
         self.progress = start.progress
         self.changes = worker_changes.WorkerChanges(
-            earlier.extra.get("changes", []) if earlier else [],
-            num_workers=settings.workers,
-            num_others=1 + servers,
+            attempt.earlier.extra.get("changes", []) if attempt.earlier else [],
+            num_workers=plan.settings.workers,
+            num_others=attempt.num_processes - plan.settings.workers,
         )
         self.books.worker_changes = self.changes.rows
         self.last_time: float | None = None
         self.started, self.clock_offset = time.monotonic(), 0.0
         """What turns the scheduler's clock into seconds of training."""
         self.world = process_world.ProcessWorld(self.directory)
-        self.driver = Driver(Reader(settings.timers.retry), self.world, observe=self._note)
+        self.driver = Driver(Reader(plan.settings.timers.retry), self.world, observe=self._note)
         self.shown: effects.Offered | effects.CutRead | None = None  # what the reader shows, until it is looked at
         self.evaluation_due = self.save_due = False  # until the verdict on the cut at which they became due
         self.evaluated: tuple[int, ...] = ()  # the chains of the cut that was evaluated last
@@ -129,23 +150,7 @@ class Observer:
         self.end_reason: str | None = None
         self.halt = ""
         self.mistake: user_hooks.HookError | None = None
-        self.identity, self.room = identity, room.RoomWatch(run_dir, self.directory)
-
-    def _header(self, run_dir: pathlib.Path, num_devices: int) -> str:
-        plan, settings = self.plan, self.plan.settings
-        workers, servers = header.count(settings.workers, "worker"), header.count(settings.servers, "server")
-        roles = f"{workers} of {header.count(num_devices, 'device')}, {servers}"
-        shapes = zip(plan.sharding.shapes, plan.sharding.dtypes)
-        return header.render(
-            plan.experiment,
-            params=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes],
-            devices=f"{roles}, {settings.mode}",
-            share=f"in {settings.num_slices} slices" if settings.num_slices > 1 else "each by one worker",
-            steps_per_epoch=settings.steps_per_epoch,
-            run_dir=run_dir,
-            step=self.progress.step,
-            began_with=self.began_with,
-        )
+        self.identity, self.room = attempt.identity, room.RoomWatch(attempt.run_dir, self.directory)
 
     def run(self, crew: Crew, wire: process_world.Sender, stop_requested: Callable[[], bool]) -> record.RunRecord:
         """Watch until the run ends; write and return the run record. `wire` delivers to `world`."""

@@ -8,7 +8,9 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 
 from jaxdist import errors
+from jaxdist.checkpoint import checkpoints
 from jaxdist.config import hidden_settings
+from jaxdist.config.experiment import Experiment
 from jaxdist.config.loading import load_experiment
 from jaxdist.config.overrides import override
 from jaxdist.launch.supervising import local_job
@@ -66,37 +68,22 @@ def train(options: Options) -> record.RunRecord:
             experiment = plan.experiment
             identity = components.identity_of(experiment, plan.loader.beginning.fingerprint)
             weights = None if options.resume else _check_weights(plan, options)
-            earlier = directory.prepare_run_dir(
-                experiment, identity, options.run_dir, resume=options.resume, overwrite=options.overwrite
-            )
-            stack.enter_context(lock.locked(options.run_dir, purpose=options.command))
-            if options.overwrite:
-                directory.set_run_aside(options.run_dir, of_job=False)
-            if options.resume:
-                left = rescue.Rescue.of(options.run_dir, identity, directory.what_stays(experiment))
-                earlier = rescue.save_left(left) or earlier
+            earlier = _take_run_dir(options, experiment, identity, stack)
             folder = options.run_dir / run_folder.DIRECTORY_NAME
             checkpointer = stack.enter_context(
                 contextlib.closing(directory.open_checkpoints(experiment, options.run_dir, identity))
             )
-            trained_with = earlier.config.get("global_batch_size") if earlier else None
-            with directory.naming_what_changed(experiment, earlier):
-                start = resume.begin(plan, checkpointer, folder, trained_with=trained_with)
-            if start.state is None:
-                directory.check_nothing_is_lost(earlier, options.run_dir, checkpointer)
-                weights = weights or _check_weights(plan, options)
-                start = _begin_with(plan, weights, folder, earlier) or start
+            start = _begin(plan, options, checkpointer, folder, earlier, weights)
             # Before the crew: what the spec hides, the processes find in the environment of this one.
             assignments = hidden_settings.hide(options.assignments, experiment, options.assignments)
             kept, peers, security = _place(options, plan, folder)
             stack.callback(kept.close, orderly=False)
             spec = _write_spec(options, assignments, plan, start, folder, peers, identity.data)
-            watcher = observer.Observer(
+            attempt = observer.facts_of(
                 plan,
                 options.run_dir,
                 start,
                 earlier,
-                checkpointer,
                 identity=identity,
                 silent=options.silent,
                 command=options.command,
@@ -106,6 +93,7 @@ def train(options: Options) -> record.RunRecord:
                     tuple(hidden_settings.without(options.assignments, experiment)),
                 ),
             )
+            watcher = observer.Observer(plan, start, checkpointer, attempt)
             door = admission.Admission(spec, folder, security, first_worker=plan.settings.workers)
             seconds = open_crew.LOST_AFTER * plan.settings.timers.dead_after
             crew = open_crew.OpenCrew(kept, door, lost_after_seconds=seconds)
@@ -136,6 +124,40 @@ def _checked_plan(options: Options) -> shared_plan.Plan:
 def _check_weights(plan: shared_plan.Plan, options: Options) -> beginning.WarmStart | None:
     beginning.check_not_removed(plan.experiment, options.run_dir, overwrite=options.overwrite)
     return beginning.check(plan.experiment, shared_plan.initial_shapes(plan))
+
+
+def _take_run_dir(
+    options: Options, experiment: Experiment, identity: components.Identity, stack: contextlib.ExitStack
+) -> record.RunRecord | None:
+    """Lock and prepare the run directory; return the record of the run that is resumed, with what a killed one left."""
+    earlier = directory.prepare_run_dir(
+        experiment, identity, options.run_dir, resume=options.resume, overwrite=options.overwrite
+    )
+    stack.enter_context(lock.locked(options.run_dir, purpose=options.command))
+    if options.overwrite:
+        directory.set_run_aside(options.run_dir, of_job=False)
+    if options.resume:
+        left = rescue.Rescue.of(options.run_dir, identity, directory.what_stays(experiment))
+        earlier = rescue.save_left(left) or earlier
+    return earlier
+
+
+def _begin(
+    plan: shared_plan.Plan,
+    options: Options,
+    checkpointer: checkpoints.Checkpointer,
+    folder: pathlib.Path,
+    earlier: record.RunRecord | None,
+    weights: beginning.WarmStart | None,
+) -> resume.Start:
+    """Return where the run starts: at what is saved, else with the weights of `init_from`, else anew."""
+    trained_with = earlier.config.get("global_batch_size") if earlier else None
+    with directory.naming_what_changed(plan.experiment, earlier):
+        start = resume.begin(plan, checkpointer, folder, trained_with=trained_with)
+    if start.state is not None:
+        return start
+    directory.check_nothing_is_lost(earlier, options.run_dir, checkpointer)
+    return _begin_with(plan, weights or _check_weights(plan, options), folder, earlier) or start
 
 
 def _begin_with(

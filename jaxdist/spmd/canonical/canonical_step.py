@@ -1,7 +1,7 @@
 """The step of canonical reduction: the same bits on any number of devices, for every layout that shards the state."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,9 @@ from jaxdist.spmd.mesh import DATA_AXIS
 from jaxdist.spmd.metrics import Batch
 from jaxdist.spmd.state import PlacedInputs, TrainState
 from jaxdist.spmd.step import KeepsKey, Metrics, Step, apply_averages, chosen_afterwards, first_nonfinite_of_whole
+
+KeylessStep: TypeAlias = Callable[[TrainState, keys.PlainKey, jax.Array | None, Batch], tuple[TrainState, Metrics]]
+"""A step given the state's key as plain numbers and the inputs of the optimizer, already placed."""
 
 
 class Hashing(Protocol):
@@ -89,22 +92,7 @@ def canonical_step(
         return jnp.concatenate([hashes_in(rows).reshape(-1), hashing.of_step(sums, params, model_state)])
 
     update_state = state_update.StateUpdate(update, mesh, None if hashing is NO_HASHING else hash_step)
-    gather, is_scaled = state_update.gathering(mesh), None
-
-    def in_stages(
-        state: TrainState, key: keys.PlainKey, inputs: jax.Array | None, batch: Batch
-    ) -> tuple[TrainState, Metrics]:
-        nonlocal is_scaled
-        if is_scaled is None:  # found once: looking takes as long as a small step's dispatch
-            is_scaled = precision.loss_scale(state.opt_state) is not None
-        held = (state.params, state.model_state)
-        loss_scale = precision.loss_scale(state.opt_state) if is_scaled else None
-        shared = (*(held if is_whole else gather(held)), key, state.step, loss_scale)
-        total = sums_of_shards(shared, batch)
-        del shared  # the update needs the memory of gathered params
-        return update_state(state, inputs, total)
-
-    made: list[Callable[..., tuple[TrainState, Metrics]]] = []  # at the first call
+    made: list[KeylessStep] = []  # at the first call
 
     def keyless_step(
         state: TrainState, key: keys.PlainKey, inputs: jax.Array | None, batch: Batch
@@ -114,16 +102,41 @@ def canonical_step(
             small = small and sums_of_shards.is_small(
                 _shared(state, key), shard_sums.checked(batch, sums_of_shards.dealing)
             )
-            made.append(_in_one_program(sums_of_shards, update_state) if small else in_stages)
+            gather = None if is_whole else state_update.gathering(mesh)
+            made.append(
+                _in_one_program(sums_of_shards, update_state)
+                if small
+                else _in_stages(sums_of_shards, update_state, gather)
+            )
         return made[0](state, key, inputs, batch)
 
     # Programs compiled for one shape refuse any other, so the recompile check has nothing else to find.
     return KeepsKey(keyless_step, PlacedInputs(optimizer, mesh), cache_size=lambda: len(made))
 
 
-def _in_one_program(
-    sums: shard_sums.LogicalShardSums, update_state: state_update.StateUpdate
-) -> Callable[..., tuple[TrainState, Metrics]]:
+def _in_stages(
+    sums: shard_sums.LogicalShardSums, update_state: state_update.StateUpdate, gather: Callable[[Any], Any] | None
+) -> KeylessStep:
+    """Return the step as several programs: what `gather` does, where the state is sharded, the sums, the update."""
+    is_scaled: bool | None = None
+
+    def step(
+        state: TrainState, key: keys.PlainKey, inputs: jax.Array | None, batch: Batch
+    ) -> tuple[TrainState, Metrics]:
+        nonlocal is_scaled
+        if is_scaled is None:  # found once: looking takes as long as a small step's dispatch
+            is_scaled = precision.loss_scale(state.opt_state) is not None
+        loss_scale = precision.loss_scale(state.opt_state) if is_scaled else None
+        held = (state.params, state.model_state)
+        shared = (*(gather(held) if gather else held), key, state.step, loss_scale)
+        total = sums(shared, batch)
+        del shared  # the update needs the memory of gathered params
+        return update_state(state, inputs, total)
+
+    return step
+
+
+def _in_one_program(sums: shard_sums.LogicalShardSums, update_state: state_update.StateUpdate) -> KeylessStep:
     """Return the step as one program: of a small step, dispatching several would take most of the time."""
     program = sums.followed_by(
         lambda total, state, kept: update_state.at_once(state, kept[1], total),

@@ -120,18 +120,19 @@ def watch(tmp_path, monkeypatch):
     def make(max_steps=5):
         (tmp_path / run_folder.DIRECTORY_NAME).mkdir()
         plan = make_plan(max_steps)
-        return observer.Observer(
+        start = resume.Start(stop.Progress())
+        attempt = observer.facts_of(
             plan,
             tmp_path,
-            resume.Start(stop.Progress()),
+            start,
             None,
-            Checkpoints(),
             identity=components.identity_of(plan.experiment, plan.loader.beginning.fingerprint),
             silent=True,
             command="jaxdist train x.py",
             num_devices=1,
             source=bookkeeping.ExperimentSource("x.py"),
         )
+        return observer.Observer(plan, start, Checkpoints(), attempt)
 
     return make
 
