@@ -59,6 +59,8 @@ def leave(run_dir: pathlib.Path, num_processes: int) -> None:
         reply = json.loads(channel.recv(joined.MAX_MESSAGE) or b'{"error": "The job has ended."}')
     if "error" in reply:
         raise UserError(reply["error"])
+    leaves = "1 process leaves" if num_processes == 1 else f"{num_processes} processes leave"
+    say(f"{leaves} the job at the end of a step.")
 
 
 def join(run_dir: pathlib.Path, num_processes: int, preload: Sequence[str]) -> int:
