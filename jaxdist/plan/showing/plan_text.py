@@ -83,7 +83,9 @@ def render_search(candidates: Sequence[Candidate], command: Sequence[str]) -> st
         lines += _candidate(each)
     best = candidates[0] if candidates else None
     if best is None or not best.works:
-        return "\n".join([*lines, "", "Nothing fits: use more or larger devices."])
+        compiled = any(each.estimate for each in candidates)  # not so where a search was interrupted, or all is refused
+        end = "Nothing fits: use more or larger devices." if compiled else "Nothing was compiled, so nothing is known."
+        return "\n".join([*lines, "", end])
     chosen = best.assignments if "--set" in command else ("--set", *best.assignments)
     return "\n".join([*lines, "", f"Best: {shlex.join([*command, *chosen])}"])
 

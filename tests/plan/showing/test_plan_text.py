@@ -62,6 +62,8 @@ def test_a_search_names_the_best_or_says_that_nothing_fits():
     assert best == "Best: jaxdist train x.py --set strategy=fsdp num_microbatches=1"
     text = plan_text.render_search([large, refused], ["jaxdist", "train", "x.py"])
     assert "Nothing fits" in text
+    for found in ([], [refused]):  # interrupted before the first was compiled; or none can be
+        assert plan_text.render_search(found, ["jaxdist"]).endswith("Nothing was compiled, so nothing is known.")
     assert "refused: It does not divide." in text
 
 
