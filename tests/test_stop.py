@@ -195,3 +195,9 @@ def test_empty_batches_are_a_metric_once_there_are_some():
 def test_a_target_that_no_metric_reaches_is_refused():
     with pytest.raises(ValueError, match=r"stop\.target must be a number that a metric can reach; got nan"):
         Stop(target=math.nan).rule()
+
+
+def test_a_new_run_has_made_nothing():
+    new = Progress()
+    assert (new.step, new.epoch, new.examples_seen, new.seconds, new.last_evaluation) == (0, 0, 0, 0.0, 0)
+    assert (new.empty_batches, new.schedule_offset, new.best, new.metrics, new.history) == (0, 0, None, {}, {})

@@ -119,3 +119,9 @@ def test_a_job_that_made_steps_is_not_checked_again():
     assert not recovery.has_made_steps({})
     assert not recovery.has_made_steps({restart_events.REACHED: "0"})
     assert recovery.has_made_steps({restart_events.REACHED: "3"})
+
+
+@pytest.mark.parametrize(("reached", "made"), [(None, False), ("0", False), ("1", True), ("7", True)])
+def test_a_job_has_made_steps_once_its_supervisor_says_so(reached, made):
+    environment = {} if reached is None else {restart_events.REACHED: reached}
+    assert recovery.has_made_steps(environment) == made
