@@ -434,7 +434,8 @@ class _Run:
         if self.start.snapshots:
             settings, step_seconds = self.experiment.recovery, functools.partial(books.step_times.quantile, 0.5)
             agreed = self.agreed.number("snapshot interval", 1.0)
-            found.append(recovery.snapshots_when_due(self.start.snapshots, settings, step_seconds, agreed))
+            take = recovery.snapshots_when_due(self.start.snapshots, settings, step_seconds, agreed, self.log.flush)
+            found.append(take)
         room = self.agreed.number("room on the disk", 1.0)
         save = hooks.save_when_due(books, agreed=self.agreed.number("affordable saves", 1.0))
         return [*found, disk_room.unless_full(save, self.options.run_dir, agreed=room)]

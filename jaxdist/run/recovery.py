@@ -210,10 +210,16 @@ def saved_step(directory: pathlib.Path, checkpointer: checkpoints.Checkpointer, 
     return max(in_memory or 0, checkpointer.latest_step() or 0)
 
 
-def snapshot_hook(snapshots: snapshot.Snapshots) -> Hook:
-    """Return the hook that takes a snapshot after each step it is called with."""
+def snapshot_hook(snapshots: snapshot.Snapshots, before: Callable[[], None] = lambda: None) -> Hook:
+    """Return the hook that takes a snapshot after each step it is called with.
+
+    Args:
+      snapshots: of this process.
+      before: writes what a run that continues from the snapshot will not write again.
+    """
 
     def take(info: StepInfo) -> None:
+        before()
         data_state = {"position": info.position.to_json(), "progress": info.progress.to_json()}
         snapshots.save(info.step, info.state, data_state, nonfinite=info.metrics[NONFINITE_LEAF])
 
@@ -225,9 +231,10 @@ def snapshots_when_due(
     settings: Recovery,
     step_seconds: Callable[[], float | None],
     agreed: Callable[[float], float],
+    before: Callable[[], None] = lambda: None,
 ) -> Hook:
-    """Return the hook that takes snapshots as often as `settings` ask for; see `Paced` for the functions."""
-    take = snapshot_hook(snapshots)
+    """Return the hook that takes snapshots as often as `settings` ask for; see `snapshot_hook` and `Paced`."""
+    take = snapshot_hook(snapshots, before)
     if settings.snapshot_every is not None:
         return every(settings.snapshot_every, take)
     return Paced(

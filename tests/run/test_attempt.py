@@ -137,6 +137,16 @@ def test_a_run_that_was_killed_continues_from_its_last_checkpoint(undisturbed, t
     assert_same_run(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.parametrize("step", [3, 4, 5, 6])
+def test_a_run_that_was_killed_continues_from_memory_and_lacks_no_row(undisturbed, tmp_path, monkeypatch, step):
+    monkeypatch.setenv(supervisor.MEMORY, str(tmp_path / "memory"))
+    (tmp_path / "memory").mkdir()
+    with pytest.raises(Killed):
+        run(tmp_path / "run", "recovery.snapshot_every=1", kill=step)
+    run(tmp_path / "run", "recovery.snapshot_every=1", resume=True)
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
 def test_a_run_that_is_disturbed_again_and_again_ends_the_same(undisturbed, tmp_path):
     run(tmp_path / "run", preempt=3)
     run(tmp_path / "run", preempt=5, resume=True)
