@@ -6,6 +6,20 @@ import pathlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 
+from jaxdist.errors import UserError
+
+
+def check_new(path: pathlib.Path, what: str) -> None:
+    """Raise UserError unless `path` is new and may be made; `what` is to be written there.
+
+    For before the work, whose result would be lost: folders that do not exist yet are made when it is written.
+    """
+    if os.path.lexists(path):
+        raise UserError(f"{what} does not overwrite anything, and {path} exists. Choose another name.")
+    folder = next(each for each in path.absolute().parents if os.path.lexists(each))
+    if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        raise UserError(f"{path} cannot be written: {folder} is no folder that you may write to. Choose another place.")
+
 
 def write(path: pathlib.Path, parts: Iterable[bytes | memoryview]) -> int:
     """Replace the content of the file `path` by the bytes of `parts`; return their CRC-32. Durable on return.

@@ -31,7 +31,7 @@ def test_a_run_with_faults_makes_the_model_of_an_undisturbed_run(tmp_path, strik
     flags = [text for name, count in wanted.items() for text in (f"--{name}", count)]
     done = jaxdist(
         "chaos", EXPERIMENT, "--processes", 2, "--devices", 1, "--seed", 3, "--directory", tmp_path, "--json", *flags,
-        "--max-steps", 200, "--set", "recovery.hang_seconds=4", "checkpoints.every_steps=20",
+        "--max-steps", 800, "--set", "recovery.hang_seconds=4", "checkpoints.every_steps=80",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)

@@ -1,10 +1,12 @@
 """Files that are replaced as a whole: readers see the old content or the new, whatever happens in between."""
 
 import os
+import pathlib
 import zlib
 
 import pytest
 
+from jaxdist.errors import UserError
 from jaxdist.rundir import files
 
 
@@ -79,3 +81,19 @@ def test_a_file_that_need_not_be_durable_is_replaced_without_waiting_for_the_dis
     files.write_unsynced(path, [b"n", memoryview(b"ew")])
     assert path.read_bytes() == b"new"
     assert [each.name for each in tmp_path.iterdir()] == ["report"]
+
+
+def test_a_new_file_has_a_name_that_is_free_and_a_folder_that_can_be_made(tmp_path, monkeypatch):
+    files.check_new(tmp_path / "a" / "b" / "new", "A table")
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to("nothing")
+    for name in ("file", "dangling"):
+        with pytest.raises(UserError, match=f"A table does not overwrite anything, and .*{name} exists"):
+            files.check_new(tmp_path / name, "A table")
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path / "file" / "a" / "new", tmp_path / "dangling" / "new", pathlib.Path("file/new")):
+        with pytest.raises(UserError, match=r"new cannot be written: .*(file|dangling) is no folder"):
+            files.check_new(path, "A table")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write to folders of any mode
+    with pytest.raises(UserError, match="is no folder that you may write to"):
+        files.check_new(tmp_path / "new", "A table")

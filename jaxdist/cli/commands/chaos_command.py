@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import json
 import pathlib
 import signal
@@ -15,6 +16,7 @@ from jaxdist.config.experiment import Experiment
 from jaxdist.errors import ExitStatus
 from jaxdist.launch.supervising import restart_events
 from jaxdist.launch.supervising.chaos import chaos_runs
+from jaxdist.launch.supervising.chaos.supervised_job import SupervisedJob
 from jaxdist.run.use.reporting import timeline
 
 PICTURE_NAME = "changes.svg"
@@ -33,7 +35,8 @@ def chaos(options: argparse.Namespace) -> int:
     options.reduction = options.reduction or "canonical"
     processes = options.processes or 2
     made = [*command(options, before=["recovery.hang_seconds=10"]), "--processes", str(processes)]
-    return compare(options, experiment, made, num_processes=processes)
+    make_job = functools.partial(SupervisedJob, hang_seconds=experiment.recovery.hang_seconds)
+    return compare(options, experiment, made, num_processes=processes, make_job=make_job)
 
 
 def compare(options: argparse.Namespace, experiment: Experiment, command: list[str], **job: Any) -> int:

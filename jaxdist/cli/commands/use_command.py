@@ -81,6 +81,7 @@ def predict(options: argparse.Namespace) -> int:
 
 def export(options: argparse.Namespace) -> int:
     """Write a trained model in a format that others read."""
+    exports.check_output(options.out, options.format, names=options.names)
     run = _load(options)
     exports.export(run, options.out, options.format, names=options.names)
     print(f"{options.out}: the model of step {run.step} as {options.format}")

@@ -31,6 +31,17 @@ _TOLERANCE = 1e-5
 """How far a compiled function may be from the model, relative to the largest output: XLA may fuse it differently."""
 
 
+def check_output(path: pathlib.Path, kind: str, *, names: str = NAMES[0]) -> None:
+    """Raise UserError where no model can be written to `path` in this format and with these names; see `export`."""
+    if kind not in FORMATS:
+        raise errors.UserError(f"A format is one of {', '.join(FORMATS)}; got {kind!r}.")
+    files.check_new(path, "An export")
+    if names not in NAMES or (names != NAMES[0] and kind != "safetensors"):
+        raise errors.UserError(
+            f"Names are {' or '.join(NAMES)}, the latter for safetensors alone; got {names!r} for {kind}."
+        )
+
+
 def export(run: TrainedRun, path: pathlib.Path, kind: str, *, names: str = NAMES[0]) -> None:
     """Write the model of `run` to `path`, which must not exist, in the format `kind`, one of FORMATS.
 
@@ -41,18 +52,11 @@ def export(run: TrainedRun, path: pathlib.Path, kind: str, *, names: str = NAMES
     Raises:
       UserError: `path` exists, the format is unknown, or the model cannot be written in it.
     """
-    if kind not in FORMATS:
-        raise errors.UserError(f"A format is one of {', '.join(FORMATS)}; got {kind!r}.")
-    if path.exists():
-        raise errors.UserError(f"An export does not overwrite anything, and {path} exists. Choose another name.")
-    if names not in NAMES or (names != NAMES[0] and kind != "safetensors"):
-        raise errors.UserError(
-            f"Names are {' or '.join(NAMES)}, the latter for safetensors alone; got {names!r} for {kind}."
-        )
+    check_output(path, kind, names=names)
     known = vocabulary.vocabulary_of(run.experiment.data.train)
     beside = path.with_name(f"{path.name}{VOCABULARY_SUFFIX}")
-    if known and beside.exists():
-        raise errors.UserError(f"An export does not overwrite anything, and {beside} exists. Choose another name.")
+    if known:
+        files.check_new(beside, "An export")
     _write(run, path, kind, names)
     if known:
         files.write_text(beside, json.dumps(known, indent=1, ensure_ascii=False) + "\n")

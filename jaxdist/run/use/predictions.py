@@ -43,8 +43,7 @@ def check_output(path: pathlib.Path) -> None:
     """Raise UserError where predictions cannot be written to `path`."""
     if path.suffix not in FORMATS:
         raise errors.UserError(f"Predictions are written to a file that ends in {', '.join(FORMATS)}; got {path}.")
-    if path.exists():
-        raise errors.UserError(f"Predictions do not overwrite anything, and {path} exists. Choose another name.")
+    files.check_new(path, "A file of predictions")
 
 
 def write(path: pathlib.Path, outputs: Any) -> None:

@@ -61,7 +61,14 @@ def test_inputs_come_as_arrays_or_as_a_source(tmp_path):
         predictions.read_inputs(tmp_path / "nothing")
 
 
-@pytest.mark.parametrize(("name", "message"), [("out.txt", r"ends in \.npz, \.csv, \.parquet"), ("in.csv", "exists")])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("out.txt", r"ends in \.npz, \.csv, \.parquet"),
+        ("in.csv", "exists"),
+        ("in.csv/more/out.csv", r"in\.csv is no folder that you may write to"),
+    ],
+)
 def test_an_output_that_cannot_be_written_is_refused_before_anything_is_computed(tmp_path, name, message):
     (tmp_path / "in.csv").write_text("precious")
     with pytest.raises(errors.UserError, match=message):

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import os
 import pathlib
 import signal
@@ -21,7 +22,7 @@ including compilation (mostly from the cache) and repeated steps.
 """
 _NUM_STAGES = len(STAGES) - 1
 PAUSE_SECONDS = 2.0
-"""How long a job is stopped between some steps while it is held: less than `recovery.hang_seconds`."""
+"""How long a job is stopped between some steps while it is held, unless that would look like a hang."""
 
 
 class SupervisedJob:
@@ -29,10 +30,11 @@ class SupervisedJob:
 
     Args:
       run_dir: of the job.
+      hang_seconds: its `recovery.hang_seconds`.
     """
 
-    def __init__(self, run_dir: pathlib.Path):
-        self._run_dir = run_dir
+    def __init__(self, run_dir: pathlib.Path, *, hang_seconds: float = math.inf):
+        self._run_dir, self._pause_seconds = run_dir, min(PAUSE_SECONDS, hang_seconds / 4)
 
     def target(self, strike: strikes.Strike) -> striker.Target | None:
         """See `striker.JobUnderFire`."""
@@ -62,7 +64,7 @@ class SupervisedJob:
         """
         while not self._is_changing(num_processes):
             attempt = self._attempt()
-            step, end = (_highest_step(attempt) if attempt else 0), time.monotonic() + PAUSE_SECONDS
+            step, end = (_highest_step(attempt) if attempt else 0), time.monotonic() + self._pause_seconds
             _send(signal.SIGSTOP, attempt)
             try:
                 while time.monotonic() < end and not self._is_changing(num_processes):

@@ -72,13 +72,14 @@ def both(number):
     return [(11, number), (12, number)]
 
 
-def test_a_job_that_is_held_makes_a_step_now_and_then_until_it_is_asked_to_end(seen, tmp_path):
-    job = supervised_job.SupervisedJob(tmp_path)
+@pytest.mark.parametrize(("hang_seconds", "pause"), [(300.0, supervised_job.PAUSE_SECONDS), (2.0, 0.5)])
+def test_a_job_that_is_held_makes_a_step_now_and_then_until_it_is_asked_to_end(seen, tmp_path, hang_seconds, pause):
+    job = supervised_job.SupervisedJob(tmp_path, hang_seconds=hang_seconds)
     seen.update(events=[attempt(0, memory=tmp_path)], reports=[Report(7), Report(7)])
     holding = job.hold(4)
     assert not next(holding)
     assert seen["sent"] == both(signal.SIGSTOP)
-    seen["now"] += supervised_job.PAUSE_SECONDS
+    seen["now"] += pause
     assert not next(holding)
     assert seen["sent"] == both(signal.SIGSTOP) + both(signal.SIGCONT)
     seen["now"] += 60.0
