@@ -65,7 +65,7 @@ def _wait_for(phase, directory):
         seen = []
         _before(
             stopwatch.Stopwatch,
-            "account",
+            "enter",
             lambda self, name: name == account and (seen.append(name) or len(seen) >= needed),
             directory,
         )

@@ -29,7 +29,7 @@ STEPS = 24
 
 def signalled_once(phase, number):
     """Send this process a signal when it next enters a phase: an account of the stopwatch, or the writing of files."""
-    owner, name = (checkpoints.manifests, "write") if phase == "writing" else (stopwatch.Stopwatch, "account")
+    owner, name = (checkpoints.manifests, "write") if phase == "writing" else (stopwatch.Stopwatch, "enter")
     original, sent = getattr(owner, name), []
 
     def entered(*args):
