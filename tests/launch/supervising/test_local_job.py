@@ -71,7 +71,7 @@ if place:
     while not os.path.exists({str(ready)!r}): time.sleep(0.01)
     print('[Gloo] Rank 1 is connected'); sys.exit('mine' if {{elsewhere}} else 2)
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))
-open({str(ready)!r}, 'w').close(); print('my mistake', flush=True); time.sleep(600)
+print('my mistake', flush=True); open({str(ready)!r}, 'w').close(); time.sleep(600)
 """
     shown = run("\n" + code.format(elsewhere=False), tmp_path, show_first=True)
     assert shown == local_job.JobResult(2, 1, "")
