@@ -210,7 +210,7 @@ def saved_step(directory: pathlib.Path, checkpointer: checkpoints.Checkpointer, 
     return max(in_memory or 0, checkpointer.latest_step() or 0)
 
 
-def snapshot_hook(snapshots: snapshot.Snapshots, before: Callable[[], None] = lambda: None) -> Hook:
+def snapshot_hook(snapshots: snapshot.Snapshots, before: Callable[[], None]) -> Hook:
     """Return the hook that takes a snapshot after each step it is called with.
 
     Args:
@@ -231,7 +231,7 @@ def snapshots_when_due(
     settings: Recovery,
     step_seconds: Callable[[], float | None],
     agreed: Callable[[float], float],
-    before: Callable[[], None] = lambda: None,
+    before: Callable[[], None],
 ) -> Hook:
     """Return the hook that takes snapshots as often as `settings` ask for; see `snapshot_hook` and `Paced`."""
     take = snapshot_hook(snapshots, before)
