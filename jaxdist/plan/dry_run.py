@@ -16,7 +16,7 @@ from jaxdist import errors
 from jaxdist.config.experiment import Experiment
 from jaxdist.plan import estimate
 from jaxdist.plan.showing.plan_text import size_text
-from jaxdist.run import components
+from jaxdist.run import components, preflight
 from jaxdist.run.diagnosis import utilization
 from jaxdist.spmd.layout import path_name
 
@@ -95,7 +95,7 @@ def dry_run(experiment: Experiment, devices: Sequence[jax.Device]) -> DryRun:
       UserError: anything that would refuse the run.
     """
     with errors.as_user_error():
-        components.check_experiment(experiment)
+        preflight.check_settings(experiment)
         parts = components.put_together(experiment, devices=devices)
         parts.check_weights()
         begin = time.perf_counter()

@@ -20,7 +20,7 @@ from jaxdist.data.assembly import BadExampleError, ExampleError
 from jaxdist.guards import nonfinite, recompile, replicas
 from jaxdist.launch.joining import agreement, runtime, same_on_all, turn
 from jaxdist.launch.supervising import watchdog
-from jaxdist.run import bookkeeping, components, directory, disk_room, header, hooks, loop, recovery, rescue
+from jaxdist.run import bookkeeping, components, directory, disk_room, header, hooks, loop, preflight, recovery, rescue
 from jaxdist.run.custom import user_hooks
 from jaxdist.run.diagnosis import profiling, utilization
 from jaxdist.run.replay import auditing, recording
@@ -79,7 +79,7 @@ def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.
     run: _Run | None = None
     with contextlib.ExitStack() as stack:
         with errors.as_user_error():
-            components.check_experiment(experiment)
+            preflight.check_settings(experiment)
             writers.check(experiment.writers)
             stop_rule = experiment.stop.rule()
             parts = options.put_together(experiment, devices=devices, identity=options.identity)

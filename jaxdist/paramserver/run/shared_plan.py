@@ -81,7 +81,7 @@ def make_plan(
     Raises:
       ValueError: the settings contradict each other, or the parameter server does not support them.
     """
-    components.check_experiment(experiment)
+    preflight.check_settings(experiment)
     _check_has_effect(experiment)
     _check_groups(experiment)
     loader = components.make_loader(experiment, fingerprint=fingerprint)

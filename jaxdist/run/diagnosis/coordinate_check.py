@@ -17,7 +17,7 @@ from jaxdist import errors
 from jaxdist.config.experiment import Experiment
 from jaxdist.config.overrides import override
 from jaxdist.errors import UserError
-from jaxdist.run import components
+from jaxdist.run import components, preflight
 
 GROWS = 0.35
 """An activation that grows faster than this power of the width grows with it; the noise of one seed is below."""
@@ -95,7 +95,7 @@ def _at_width(
 ) -> dict[str, list[tuple[float, float]]]:
     """Return for each layer, after each number of steps, the size of its activation and of its change."""
     with errors.as_user_error():
-        components.check_experiment(experiment)
+        preflight.check_settings(experiment)
         parts = components.put_together(experiment, devices=devices)
         state = parts.create_state()
     batch, _ = next(parts.batches())

@@ -18,7 +18,7 @@ from jaxdist import errors
 from jaxdist.config.experiment import Experiment
 from jaxdist.errors import UserError
 from jaxdist.optimizers import Optimizer, Schedule
-from jaxdist.run import components
+from jaxdist.run import components, preflight
 
 SMOOTHING = 0.9
 DIVERGED = 4.0
@@ -113,7 +113,7 @@ def run(experiment: Experiment, devices: Sequence[jax.Device], *, low: float, hi
     """
     rising = with_rising_rate(experiment, low, high, num_steps)
     with errors.as_user_error():
-        components.check_experiment(rising)
+        preflight.check_settings(rising)
         parts = components.put_together(rising, devices=devices)
         state = parts.create_state()
     rates = [float(rate_at(low, high, num_steps, count)) for count in range(num_steps)]

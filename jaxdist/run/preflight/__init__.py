@@ -12,3 +12,4 @@ from jaxdist.run.preflight.losses_and_metrics import check as check
 from jaxdist.run.preflight.losses_and_metrics import check_forms as check_forms
 from jaxdist.run.preflight.optimizer_updates import check_groups as check_groups
 from jaxdist.run.preflight.optimizer_updates import check_update as check_update
+from jaxdist.run.preflight.setting_values import check_settings as check_settings

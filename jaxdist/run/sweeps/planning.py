@@ -9,7 +9,7 @@ from jaxdist import errors
 from jaxdist.config.experiment import Experiment
 from jaxdist.config.overrides import override
 from jaxdist.errors import ConfigError
-from jaxdist.run import components
+from jaxdist.run import preflight
 from jaxdist.run.sweeps import ranking, shared_programs, space, sweep_record
 from jaxdist.rundir import writers
 from jaxdist.stop import Mode
@@ -106,7 +106,7 @@ def _check(experiment: Experiment, assignments: Sequence[str]) -> Experiment:
     """Return the experiment of a trial; raise ConfigError where it makes no sense on any devices."""
     changed = override(experiment, assignments)
     with errors.as_user_error():
-        components.check_experiment(changed)
+        preflight.check_settings(changed)
         changed.stop.rule()
     return changed
 

@@ -11,7 +11,7 @@ import optax
 
 from jaxdist import errors
 from jaxdist.config.experiment import Experiment, LayoutSettings
-from jaxdist.run import components
+from jaxdist.run import components, preflight
 from jaxdist.rundir import record
 from jaxdist.spmd.step import NONFINITE_LEAF
 
@@ -73,7 +73,7 @@ def verify(experiment: Experiment, *, devices: Sequence[jax.Device], num_steps: 
     if not canonical:
         experiment = dataclasses.replace(experiment, optimizer=optax.sgd(0.1))
     with errors.as_user_error():
-        components.check_experiment(experiment)
+        preflight.check_settings(experiment)
         specification = components.put_together(_on_one_device(experiment), devices=devices[:1])
         counts = _device_counts(experiment.mesh, len(devices))
         parts = {n: components.put_together(experiment, devices=devices[:n]) for n in counts}

@@ -123,7 +123,7 @@ def test_plain_functions_that_return_something_else_are_told_what(returned):
 def test_a_loss_beside_functions_that_have_their_own_is_refused():
     experiment = dataclasses.replace(plain(lambda params, batch: None), loss=losses.classification)
     with pytest.raises(ConfigError, match=r"would never be used; got .*classification.* Set loss=None"):
-        components.check_experiment(experiment)
+        preflight.check_settings(experiment)
 
 
 class DrawsAlways(nn.Module):

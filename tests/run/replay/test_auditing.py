@@ -11,7 +11,7 @@ import tiny_experiment
 from jaxdist import errors
 from jaxdist.config import overrides
 from jaxdist.guards import shard_audit
-from jaxdist.run import attempt, components
+from jaxdist.run import attempt, preflight
 from jaxdist.run.replay import auditing
 from jaxdist.spmd.step import STEP_HASHES
 
@@ -90,7 +90,7 @@ def test_a_finding_may_be_told_while_training_continues(capsys):
 def test_an_audit_needs_canonical_reduction_and_hashes(settings):
     experiment = overrides.override(tiny_experiment.get_config(), ["guards.audit_every=5", *settings])
     with pytest.raises(errors.ConfigError, match=r"guards\.audit_every=5"):
-        components.check_experiment(experiment)
+        preflight.check_settings(experiment)
 
 
 def train(run_dir, monkeypatch, policy):
