@@ -34,6 +34,7 @@ class Run:
         self.gradient = simulation.gradient
         self.troubled_until = simulation.faults.until
         self.clip, self.num_params = simulation.clip, simulation.num_params
+        self.rounded = simulation.rounded
         s = self.settings
         self.sync = s.mode == "sync" or (s.mode == "bounded" and s.max_staleness == 0)
         self.memberships = [event.what.membership for event in named(self.events, "MembershipRecord")]
@@ -45,8 +46,10 @@ class Run:
             return  # only the rules of EVEN_IN_FAILURE apply
         cuts = [event.what for event in named(self.events, "CutRead")]
         require(bool(cuts), "result", "no one read the params at the end")
-        last = cuts[-1].offer.step
-        require(last == s.max_steps, "result", f"the params read last are of step {last}")
+        self.halt_at, self.target_step = simulation.halt_at, simulation.target_step
+        self.end, last = named(self.events, "StopRecord")[-1].what, cuts[-1].offer
+        require(last.step == self.end.step, "result", f"the params read last are of step {last.step}, not {self.end}")
+        self.trained = {*range(last.trained.step), *last.trained.beyond}
         self.final, self.final_chains = cuts[-1].params, cuts[-1].chains
         self.paths = [self._path(shard) for shard in range(s.servers)]
 
@@ -101,7 +104,7 @@ def examples_once(run):
 
 def examples_once_sync(run):
     for shard, path in enumerate(run.paths):
-        require(len(path) == run.settings.max_steps, "complete", f"shard {shard} made {len(path)} steps")
+        require(len(path) == run.end.step, "complete", f"shard {shard} made {len(path)} steps")
         for step, update in enumerate(path):
             epoch, start, stop = batch_range(run.settings, step)
             at = start
@@ -121,7 +124,7 @@ def examples_once_async(run):
             require((c.lease.epoch, c.lease.start, c.lease.stop) == wanted, "examples", f"{c.lease} is {wanted}")
             on_shards[c.lease.step, identity(c)].add(shard)
     whole = Counter(step for (step, _), shards in on_shards.items() if len(shards) == run.settings.servers)
-    expected = dict.fromkeys(range(run.settings.max_steps), 1)
+    expected = dict.fromkeys(run.trained, 1)
     require(dict(whole) == expected, "examples", f"pushes on all shards, by batch: {dict(sorted(whole.items()))}")
 
 
@@ -191,10 +194,24 @@ def stop_together(run):
     ended = {event.process for event in named(run.events, "Ended")}
     require(set(exits) | ended == set(run.processes), "stop", f"only {sorted(exits)} ended")
     ends = {(end.step, end.reason) for end in exits.values() if end.reason != "left"}
-    expected = {(run.settings.max_steps, "max_steps")}
-    require(len(ends) == 1 and (run.failed or ends == expected), "stop", f"the processes ended with {ends}")
+    require(len(ends) == 1, "stop", f"the processes ended with {ends}")
     decided = {(e.what.step, e.what.reason) for e in named(run.events, "StopRecord")}
     require(len(decided) == 1, "stop", f"the end was decided as {decided}")
+    require(run.failed or ends == decided, "stop", f"the processes ended with {ends}, decided was {decided}")
+
+
+def ends_are_due(run):
+    """A run ends at its last step, or earlier for a reason that it has; and soon if it is told to."""
+    step, reason = run.end.step, run.end.reason
+    due = {
+        "max_steps": step == run.settings.max_steps,
+        "preempted": end_of(run) >= run.halt_at,
+        "target_reached": step >= run.target_step,
+        "nonfinite": run.settings.stop_on_nonfinite,  # and see replay_sync
+    }
+    require(due[reason], "end", f"the run ended at step {step} with {reason}")
+    late = end_of(run) - max(run.halt_at, run.troubled_until)
+    require(late < LONGEST_LEAVE, "end", f"the run was told to end {late:.1f} s before it did")
 
 
 def incarnations_are_new(run):
@@ -275,23 +292,33 @@ def same_bits(run):
 
 
 def replay_sync(run):
-    """Train on whole batches, slice by slice in ascending order, without any faults."""
+    """Train on whole batches, slice by slice in ascending order, without any faults.
+
+    Which worker computed a slice matters only if workers round differently.
+    """
     s = run.settings
     slices = s.workers - s.backup_workers
     params = [list(shard) for shard in run.initial]
     velocity = [[np.zeros_like(p) for p in shard] for shard in params]
-    for step in range(s.max_steps):
+    for step in range(run.end.step):
         epoch, start, stop = batch_range(s, step)
         cuts = [start + (stop - start) * i // slices for i in range(slices + 1)]
-        pushes = [run.gradient(Examples(epoch, a, b), params) for a, b in pairwise(cuts)]
-        if not all(push.finite for push in pushes) or not sum(push.count for push in pushes):
+        workers = [c.worker for c in sorted(run.paths[0][step].contributors, key=lambda c: c.lease.slice)]
+        leases = [Examples(epoch, a, b) for a, b in pairwise(cuts)]
+        pushes = [run.rounded(run.gradient(lease, params), w) for lease, w in zip(leases, workers, strict=True)]
+        counted = sum(push.count for push in pushes)
+        if counted and not all(push.finite for push in pushes):
+            due = not s.stop_on_nonfinite or (step + 1, "nonfinite") == (run.end.step, run.end.reason)
+            require(due, "end", f"step {step + 1} is not finite, and the run ended with {run.end}")
+            continue
+        if not counted:
             continue
         grads = []
         for shard in range(s.servers):
             sums = list(pushes[0].pieces[shard])
             for push in pushes[1:]:
                 sums = [a + b for a, b in zip(sums, push.pieces[shard])]
-            counted, examples = sum(p.count for p in pushes), sum(p.num_examples for p in pushes)
+            examples = sum(push.num_examples for push in pushes)
             grads.append([mean_by_hand(run, total, block, counted, examples) for block, total in enumerate(sums)])
         squares = sum(float((g.astype(np.float64) ** 2).sum()) for shard in grads for g in shard[: run.num_params])
         for shard in range(s.servers):
@@ -325,7 +352,7 @@ def replay_async(run):
                     if any(len(states[n]) <= versions[n] for n in versions):
                         break
                     params = [states[n][versions[n]][0] for n in range(len(states))]
-                    gradients[identity(c)] = run.gradient(c.lease, params)
+                    gradients[identity(c)] = run.rounded(run.gradient(c.lease, params), c.worker)
                 push = gradients[identity(c)]
                 after = states[shard][-1]
                 if push.finite and push.count:
@@ -493,6 +520,7 @@ EVEN_IN_FAILURE = (
 )
 RULES = (
     *EVEN_IN_FAILURE,
+    ends_are_due,
     copies_agree,
     applied_once,
     same_contributors,

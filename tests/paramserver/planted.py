@@ -5,6 +5,7 @@ may tell it. `found` says in which of how many seeds.
 """
 
 import dataclasses
+import math
 
 import numpy as np
 import workload
@@ -41,6 +42,7 @@ class Bug:
     updater: type = workload.Momentum
     clip: bool = False
     num_params: int = 9
+    own_bits: bool = False
 
     def play(self, seed, *, planted=True):
         """Play a schedule of this bug, or the same without it."""
@@ -53,6 +55,9 @@ class Bug:
             hardware=self.hardware,
             clip=self.clip,
             num_params=self.num_params,
+            own_bits=self.own_bits,
+            halt_at=math.inf,
+            target_step=math.inf,
             **given,
         )
 
@@ -303,6 +308,20 @@ class UnorderedShard(Shard):
         return sorted(commit.contributors, key=lambda c: arrived.index((c.worker, c.incarnation, c.sequence)))
 
 
+class AnyUpdateShard(Shard):
+    """Keeps the update that is ready, whichever pushes the commit names."""
+
+    def _ready_for(self, commit):
+        return None if commit.skip else self._ready
+
+
+class AheadWorker(Worker):
+    """Uses params that travel ahead of their commit, whichever pushes they were made of."""
+
+    def _is_current(self, pulled):
+        return pulled.version == self.lease.step
+
+
 class UngatedShard(Shard):
     def may_read(self, pull):
         return self.version >= pull.version
@@ -471,6 +490,12 @@ BUGS = {
         Roles(server=ForgetfulServer), {**REPLICATED, "servers": 1, "max_steps": 40}, LONG, "exactly once|examples"
     ),
     "unordered sum": Bug(Roles(shard=UnorderedShard), {"workers": 3, "servers": 2}, {}, "same bits"),
+    "an update of other pushes": Bug(
+        Roles(shard=AnyUpdateShard), {"workers": 3, "servers": 2}, {}, "same bits", own_bits=True
+    ),
+    "params of other pushes": Bug(
+        Roles(worker=AheadWorker), {"workers": 3, "servers": 2}, {}, "same bits", own_bits=True
+    ),
     "unbounded reads": Bug(Roles(shard=UngatedShard), BOUNDED, {}, "bounded reads"),
     "a cut of two terms": Bug(
         Roles(server=AnyTermServer),

@@ -1,6 +1,7 @@
 """A tiny training problem for simulated runs, whose float32 sums depend on their order, and runs drawn from a seed."""
 
 import dataclasses
+import math
 import random
 
 import checker
@@ -59,6 +60,21 @@ def gradient(lease, params):
     squares = sum(float((g.astype(np.float64) ** 2).sum()) for shard in pieces for g in shard) / max(counted, 1) ** 2
     metrics = (messages.Metric("loss", 1.0 * counted, float(counted)),)
     return messages.Computed(0, 0, float(counted), float(count), finite, squares, tuple(pieces), metrics)
+
+
+def rounded(computed, worker):
+    """Return a gradient as the devices of `worker` round it, so that the bits of a sum show whose pushes are in it."""
+    skew = np.float32(1 + worker * 2.0**-18)
+    pieces = tuple(tuple(piece * skew for piece in shard) for shard in computed.pieces)
+    return dataclasses.replace(computed, pieces=pieces)
+
+
+class OwnBits(Simulation):
+    """A run whose workers are of different kinds."""
+
+    def computed(self, effect, worker):
+        computed, seconds = super().computed(effect, worker)
+        return rounded(computed, worker), seconds
 
 
 def draw_settings(rng: random.Random, most_steps=10) -> Settings:
@@ -135,6 +151,12 @@ def draw_hardware(rng: random.Random) -> Hardware:
     )
 
 
+def draw_end(rng: random.Random, settings: Settings, faults: Faults) -> tuple[float, float]:
+    """Draw when a run is told to end and the step at which its target is reached; most have neither."""
+    told, reached = rng.uniform(0.0, 2.0 * faults.until), rng.randint(1, settings.max_steps)
+    return rng.choice([(math.inf, math.inf)] * 6 + [(told, math.inf), (math.inf, reached)])
+
+
 LONG_SHARE = 0.05
 """Share of the runs that have up to 300 steps."""
 
@@ -148,6 +170,9 @@ class Drawn:
     hardware: Hardware
     clip: bool
     num_params: int
+    own_bits: bool = False
+    halt_at: float = math.inf
+    target_step: float = math.inf
 
     @classmethod
     def of(cls, seed):
@@ -156,13 +181,16 @@ class Drawn:
         settings = draw_settings(rng, 300 if long else 10)
         faults = draw_faults(rng, 30.0 if long else 3.0)
         hardware, clip, num_params = draw_hardware(rng), rng.random() < 0.3, rng.choice([9, 9, 1])
-        return cls(settings, draw_changes(rng, faults), hardware, clip, num_params)
+        faults = draw_changes(rng, faults)
+        own_bits, ends = rng.random() < 0.3, draw_end(rng, settings, faults)
+        settings = dataclasses.replace(settings, stop_on_nonfinite=rng.random() < 0.3)
+        return cls(settings, faults, hardware, clip, num_params, own_bits, *ends)
 
 
 def simulate(seed, *, updater=Momentum, roles=None, **instead):
     """Play the run a seed stands for, with what is given instead of drawn."""
     drawn = dataclasses.replace(Drawn.of(seed), **instead)
-    simulation = Simulation(
+    simulation = (OwnBits if drawn.own_bits else Simulation)(
         seed=seed,
         settings=drawn.settings,
         faults=drawn.faults,
@@ -171,9 +199,12 @@ def simulate(seed, *, updater=Momentum, roles=None, **instead):
         gradient=gradient,
         make_updater=lambda: updater(drawn.clip, drawn.num_params),
         roles=roles,
+        halt_at=drawn.halt_at,
+        target_step=drawn.target_step,
     )
     simulation.clip = CLIP if drawn.clip else None
     simulation.num_params = drawn.num_params
+    simulation.rounded = rounded if drawn.own_bits else lambda computed, worker: computed
     return simulation.run(patience=60.0 + 3.0 * drawn.settings.max_steps)
 
 

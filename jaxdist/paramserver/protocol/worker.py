@@ -156,12 +156,11 @@ class Worker:
         early, self.pulled_early = self.pulled_early, {}
         self.pulled = {n: each for n, each in early.items() if self._is_current(each)}
         self._prepare(self.lease, out)
-        if self.early == (self.sequence, self.lease.step):
-            self.phase, self.asked_at = "pulling", now  # the servers answer when they have this version
-            self.progress += 1
-            self._maybe_compute(now, out)
-        else:
-            self._enter("pulling", now, out)
+        self.phase, self.asked_at = "pulling", now
+        self.progress += 1
+        if self.early != (self.sequence, self.lease.step):  # else the servers answer when they have this version
+            self._send_pulls(out)
+        self._maybe_compute(now, out)
 
     def _send_pulls(self, out: effects.Output) -> None:
         assert self.lease is not None

@@ -7,6 +7,7 @@ run must end. The idea is that of FoundationDB's simulation (Zhou et al., 2021).
 """
 
 import functools
+import math
 import random
 import zlib
 from collections.abc import Callable
@@ -76,7 +77,10 @@ class Stuck(AssertionError):
 
 
 class Simulation:
-    """One run. `run` simulates it to its end; `events` is the history for a checker."""
+    """One run. `run` simulates it to its end; `events` is the history for a checker.
+
+    Before `max_steps`, the observer ends it with a signal at `halt_at` seconds, or at its first cut from `target_step`.
+    """
 
     def __init__(
         self,
@@ -90,11 +94,14 @@ class Simulation:
         hardware: Hardware = FAST,
         roles: Roles | None = None,
         compute_seconds: Callable[[random.Random, int], float] = lambda rng, worker: rng.uniform(0.02, 0.2),
+        halt_at: float = math.inf,
+        target_step: float = math.inf,
     ) -> None:
         self.seed, self.settings, self.faults, self.hardware = seed, settings, faults, hardware
         self.params, self.gradient, self.make_updater = params, gradient, make_updater
         self.roles = roles or Roles()
         self.compute_seconds = compute_seconds
+        self.halt_at, self.target_step = halt_at, target_step
         self.timeline = SeededTime(seed)
         self.rng = self.timeline.rng
         self.events: list[Event] = []
@@ -127,6 +134,8 @@ class Simulation:
         for name in self.processes:
             self._boot_soon(name)
         self._plan_faults()
+        if self.halt_at < math.inf:
+            self.timeline.at(self.halt_at, self._halt)
         deadline = self.faults.until + patience
         while not all(process.exit for process in self.processes.values()):
             if not self.timeline.step() or self.now > deadline:
@@ -373,6 +382,19 @@ class Simulation:
             replaced = self.processes[effect.name]
             self.timeline.at(0.0, lambda: self.kill(replaced) if not replaced.exit else None)
 
+    def _halt(self) -> None:
+        """Tell the scheduler that the run is to end, again and again."""
+        if self.processes[OBSERVER].is_reading():
+            self.network.send(OBSERVER, SCHEDULER, messages.Halt("preempted"))
+        if not self.processes[SCHEDULER].exit:
+            self.timeline.at(_ASK_AGAIN_SECONDS, self._halt)
+
+    def _end_reason(self, offer: messages.Offer) -> str:
+        """Return why the observer ends the run with this cut; "" if it continues."""
+        if offer.step >= self.target_step:
+            return "target_reached"
+        return offer.end_reason or ("preempted" if self.now >= self.halt_at else "")
+
     def _judge(self, observer: SimulatedProcess, shown: effects.Offered | effects.CutRead) -> None:
         """Do what an observer does: read what it needs of a cut, in one or two turns, and come to a verdict."""
         assert observer.driver is not None
@@ -385,8 +407,9 @@ class Simulation:
             answers.append(messages.Want((messages.PARAMS,)))
         if not has_all:
             answers.append(messages.Want((messages.PARAMS, messages.OPT_STATE)))
-        if has_all or not offer.end_reason:
-            answers.append(messages.Verdict(offer.term, offer.number, offer.end_reason))
+        reason = self._end_reason(offer)
+        if has_all or not reason:
+            answers.append(messages.Verdict(offer.term, offer.number, reason))
         observer.driver.proceed(self.rng.choice(answers))
 
 

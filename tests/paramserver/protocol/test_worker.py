@@ -217,6 +217,17 @@ def test_a_worker_whose_push_was_too_late_asks_for_params():
     assert [(m.sequence, m.version) for _, m in sent if isinstance(m, messages.Pull)] == [(2, 1)]
 
 
+def test_params_that_came_early_are_enough_although_a_copy_of_the_push_was_too_late():
+    """The push was sent twice: the second came after its step was committed, and was answered first."""
+    worker = synchronous()
+    worker.handle(messages.Computed(1, 1, 6.0, 6.0, True, 0.0, ((np.ones(2, np.float32),),), ()), 1.0)
+    worker.handle(pulled(2, 1), 1.5)
+    worker.handle(messages.PushAck(0, 0, 1, 1, "obsolete"), 1.6)
+    sent, todo = grant(worker, 2, 1)
+    assert not any(isinstance(m, messages.Pull) for _, m in sent)
+    assert "Compute" in todo
+
+
 def test_nothing_is_pulled_early_where_the_next_version_is_not_known():
     worker = Worker(worker=0, boot=10, settings=SETTINGS)
     join(worker, 1, 1)
