@@ -62,7 +62,7 @@ def test_a_scheduler_that_was_cut_off_drops_no_last_copy():
         1_000_423,  # the state of a shard took longer to send than its primary waited before it sent a newer one
         1_000_811,  # a slow connection carried little but entries that were sent again while they were on their way
         1_001_044,  # a simulated proxy counted what it took before the messages ahead of it
-        706_045,  # a worker had the params before it was granted the lease, and waited for them for ever
+        706_045,  # a worker had the params before it was granted the lease, and waited for them forever
     ],
 )
 def test_schedules_that_once_broke_an_invariant_keep_it(seed):
