@@ -204,10 +204,12 @@ class Server:
         if extra.requests and extra.requests <= self.asked:
             return
         outcome = self.shard.apply(entry)
-        if isinstance(entry, messages.Push) and not self._place.backup:  # else the backup tells it
-            told = Outcome()
-            self._tell_staged(told)
-            outcome.replies = told.replies + outcome.replies
+        if self._brings_pushes(entry):
+            out.do(effects.Continue(messages.GetReady()))
+            if not self._place.backup:  # else the backup tells it
+                told = Outcome()
+                self._tell_staged(told)
+                outcome.replies = told.replies + outcome.replies
         outcome.add(extra)
         if acknowledge_membership:
             outcome.send(SCHEDULER, self._membership_ack())
@@ -223,6 +225,13 @@ class Server:
                 out.send(self._place.backup, record)
         else:
             _let_go(outcome, out)
+
+    def _brings_pushes(self, entry: messages.Entry) -> bool:
+        """Return whether the next step has more pushes with `entry`, which is one, or commits the step before.
+
+        Since params travel ahead of their commit, so may pushes that were made of them.
+        """
+        return isinstance(entry, messages.Push | messages.Commit | messages.Finish) and self.shard.has_pushes()
 
     def _membership_ack(self) -> messages.MembershipAck:
         shard = self.shard
@@ -282,7 +291,7 @@ class Server:
                 self.diverged = f"The copies of shard {self.number} differ after update {self.shard.version}."
                 out.send(SCHEDULER, messages.Diverged(self.name, self.boot, self.diverged))
                 return
-            if isinstance(entry.entry, messages.Push) and self.settings.synchronous:
+            if self._brings_pushes(entry.entry):
                 self._tell_staged(out)  # now that both copies have it
                 out.do(effects.Continue(messages.GetReady()))
         self._acknowledge(out)
@@ -313,8 +322,6 @@ class Server:
             return
         status = self.shard.verdict(push)
         if status in ("staged", "applied"):
-            if status == "staged":
-                out.do(effects.Continue(messages.GetReady()))
             self._submit(push, Outcome({(messages.Push, *sums.identity(push))}), now, out)
             self._pull_next(push)
             return

@@ -241,6 +241,10 @@ class Shard:
         ready = self._ready
         return None if ready is None or ready.updated is None else (ready.fingerprint, ready.updated[0])
 
+    def has_pushes(self) -> bool:
+        """Return whether any push of the next step has arrived."""
+        return bool(self._by_slice)
+
     def staged_note(self) -> messages.Staged | None:
         """Return what tells the scheduler that the next step is complete here; None if it is not."""
         if len(self._by_slice) < self.settings.num_slices or self.summing is not None:

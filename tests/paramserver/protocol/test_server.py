@@ -164,6 +164,21 @@ def test_the_update_is_made_before_its_commit_arrives():
     assert again.message == dataclasses.replace(ahead.message, ahead=0)
 
 
+@pytest.mark.parametrize("backup", ["", BACKUP])
+def test_pushes_of_params_that_travelled_ahead_may_come_before_the_commit(backup):
+    """Their step is complete with the commit of the one before: the scheduler need not ask again a second later."""
+    one = synchronous() if not backup else server(PRIMARY, mode="sync")
+    second = server(BACKUP, mode="sync")
+    tell(second, membership(1))
+    deliver(one, second, tell(one, membership(1, backup=backup)))
+    next_push = dataclasses.replace(push(2), lease=messages.Lease(1, 0, 0, 2, 4), version=1)
+    deliver(one, second, tell(one, FIRST_PUSH, messages.GetReady(), next_push, messages.GetReady()))
+    replies, todo = one.handle(FIRST_COMMIT, 0.0)
+    assert effects.Continue(messages.GetReady()) in todo
+    told = [message for _, message in deliver(one, second, replies) if isinstance(message, messages.Staged)]
+    assert [(note.shard, note.step) for note in told] == [(0, 1)]
+
+
 def test_params_sent_ahead_are_sent_again_if_the_step_is_made_of_other_pushes():
     """A worker died after its push, and another one has computed the slice again."""
     one = synchronous()
