@@ -149,6 +149,7 @@ class Observer:
         self.unlogged: tuple[int, dict[str, float], dict[str, float]] = (0, {}, {})
         self.end_reason: str | None = None
         self.halt = ""
+        self.is_untouched = True  # no worker has joined, so nothing is trained
         self.mistake: user_hooks.HookError | None = None
         self.identity, self.room = attempt.identity, room.RoomWatch(attempt.run_dir, self.directory)
 
@@ -163,7 +164,7 @@ class Observer:
                     with contextlib.ExitStack() as self.phase:
                         self._charge("compile")
                         self._watch(crew, wire.send, stop_requested)
-                    crew.close(orderly=True)  # the record has their last counters
+                    crew.close(orderly=not self.is_untouched)  # the record has their last counters
                 if self.mistake is not None and self.end_reason != NONFINITE:
                     say(bookkeeping.saved_at_mistake(self.progress.step))
                     raise self.mistake
@@ -185,7 +186,9 @@ class Observer:
         self.started = time.monotonic() - self.progress.seconds
         self.clock_offset = self.progress.seconds - time.time()
         repeat_at, draw_at = 0.0, time.monotonic() + DRAW_SECONDS
-        crew.start()
+        self._maybe_halt(stop_requested)
+        if self.end_reason is None:
+            crew.start()
         with (self.directory / run_folder.STEPS_NAME).open("a+") as steps:
             steps.seek(0)  # "a+" begins at the end, and the scheduler may have been quick
             while self.end_reason is None:
@@ -234,6 +237,7 @@ class Observer:
             self._take_step(json.loads(line))
 
     def _take_step(self, row: dict[str, Any]) -> None:
+        self.is_untouched = False
         if "workers" in row:
             members = {int(worker): incarnation for worker, incarnation in row["workers"].items()}
             for text in self.changes.note_members(members, self.progress.step, row["time"]):
@@ -390,9 +394,11 @@ class Observer:
         raise disk_room.no_room(run_dir, step, kept)
 
     def _maybe_halt(self, stop_requested: Callable[[], bool]) -> None:
+        """Have the run end if it is to; at once if nothing was trained, since the state is the one of its start."""
         limit = self.plan.experiment.stop.max_seconds
         if not self.halt and stop_requested():
             self.halt = "preempted"
+            self.end_reason = self.halt if self.is_untouched else None
         elif not self.halt and limit is not None and self.progress.seconds >= limit:
             self.halt = "max_seconds"
 

@@ -216,7 +216,7 @@ def test_a_run_that_returned_to_a_saved_cut_and_is_stopped_there_is_saved_as_it_
     crew = Crew(watcher, [1, 2, 3, 4, 3], end_reason="preempted")
     if saved:
         watcher.books.checkpointer.saved.append((4, {}))
-    made, sent = run(watcher, crew, stop_requested=lambda: True)
+    made, sent = run(watcher, crew, stop_requested=lambda: not watcher.is_untouched)
     assert (made.step, made.end_reason) == (3, "preempted")
     assert watcher.books.checkpointer.latest_step() == (4 if saved else 3)
     assert ("scheduler", messages.Verdict(1, 1, "preempted")) in sent
@@ -260,11 +260,25 @@ def test_a_request_to_stop_is_passed_on_and_repeated_and_ends_the_run_saved(tmp_
         return {}
 
     crew.look_after = look_after
+    watcher.is_untouched = False
     made, sent = run(watcher, crew, stop_requested=lambda: True)
     assert watcher.books.checkpointer.latest_step() == 2
     assert made.end_reason == "preempted"
     assert sent.count(("scheduler", messages.Halt("preempted"))) >= 2
     assert not [name for name in made.metrics if name.startswith("eval/")], "a run that is stopped has no time for it"
+
+
+@pytest.mark.parametrize("looks", [0, 3])
+def test_a_run_that_is_stopped_before_a_worker_has_joined_ends_at_once(watch, looks):
+    """A start takes seconds: nothing is started any more, or what is starting is not waited for."""
+    watcher = watch(50)
+    crew = Crew(watcher, [])
+    did = []
+    crew.start, crew.close = lambda: did.append("start"), lambda *, orderly: did.append(orderly)
+    made, sent = run(watcher, crew, stop_requested=lambda: crew.looks == looks)
+    assert (made.end_reason, made.step, sent) == ("preempted", 0, [])
+    assert did == (["start", False] if looks else [False])
+    assert watcher.books.checkpointer.latest_step() is None
 
 
 def test_steps_after_a_return_to_a_snapshot_are_counted_once(tmp_path, watch):
