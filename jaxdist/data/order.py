@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import numbers
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -33,6 +33,7 @@ _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, odd
 _MULTIPLIER = np.uint64(_GOLDEN)
 _WORD = 2**64 - 1
 _FEW = 8
+_MOST_WEIGHT = 10**6
 _HALF = np.uint64(32)
 
 
@@ -160,27 +161,18 @@ class BlockShuffled(Contiguous):
 class Mixed(Contiguous):
     """Several sources, with consecutive ids, drawn in fixed proportions: see `mix`.
 
-    Of any sum(weights) positions that start at a multiple of it, source i has exactly weights[i], evenly spread. Each
-    source is read again and again, every pass in another permutation with each of its examples once. An epoch is
-    as many positions as the sources have examples in all; the next epoch continues where it ended.
+    Of any sum(weights) positions that start at a multiple of it, source i has exactly weights[i], evenly spread; a
+    weight of 0 leaves a source out. Each source is read again and again, every pass in another permutation with each of
+    its examples once. An epoch is as many positions as the sources have examples in all; the next epoch continues where
+    it ended.
     """
 
     sizes: tuple[int, ...]
     weights: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sizes", _whole_numbers(self.sizes))
-        if len(self.sizes) != len(self.weights) or not self.sizes:
-            raise ValueError(f"Mixed needs a weight for each source; got {self.sizes} and {self.weights}.")
-        if (
-            not all(isinstance(weight, numbers.Integral) and weight > 0 for weight in self.weights)
-            or sum(self.weights) > 10**6
-        ):
-            raise ValueError(
-                f"Weights are positive whole numbers that sum to a million or less, such as (7, 2, 1) for 0.7, 0.2 and "
-                f"0.1; got {self.weights}."
-            )
-        object.__setattr__(self, "weights", tuple(map(int, self.weights)))
+        object.__setattr__(self, "sizes", whole_sizes(self.sizes))
+        object.__setattr__(self, "weights", whole_weights(self.weights, len(self.sizes)))
 
     @property
     def version(self) -> str:
@@ -196,8 +188,20 @@ class Mixed(Contiguous):
         return drawn_in_turn(self.sizes, self.weights, positions, (0,) * len(self.sizes), seed)
 
 
-def _whole_numbers(sizes: tuple[int, ...]) -> tuple[int, ...]:
+def whole_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Return the numbers of examples of some sources, each of which has one."""
     return tuple(whole_number("A size of `sizes`, its examples,", size) for size in sizes)
+
+
+def whole_weights(weights: Sequence[int], num_sources: int) -> tuple[int, ...]:
+    """Return the weights of a mixture: one a source, which is left out where it is 0; ValueError where they are not."""
+    are_whole = all(isinstance(weight, numbers.Integral) and weight >= 0 for weight in weights)
+    if len(weights) != num_sources or not are_whole or not 0 < sum(map(int, weights)) <= _MOST_WEIGHT:
+        raise ValueError(
+            f"Weights are whole numbers of at least 0, one for each of the {num_sources} sources, not all of them 0, with "
+            f"a sum of a million or less, such as (7, 2, 1); got {weights}."
+        )
+    return tuple(map(int, weights))
 
 
 def drawn_in_turn(
@@ -284,7 +288,7 @@ class Dealt:
     shuffle: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sizes", _whole_numbers(self.sizes))
+        object.__setattr__(self, "sizes", whole_sizes(self.sizes))
         if not self.sizes:
             raise ValueError("There must be at least one shard; got no sizes.")
 

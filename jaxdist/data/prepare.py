@@ -274,9 +274,8 @@ def _encode(path: str, tokenizer: text.Tokenizer, folder: pathlib.Path) -> np.nd
         folder.mkdir(parents=True, exist_ok=True)
         tokens = np.append(text.encode_document(tokenizer, path), tokenizer.end_token).astype(text.dtype_of(tokenizer))
         temporary = kept.with_suffix(".tmp")
-        with open(temporary, "wb") as file:
+        with files.drafted(kept, temporary), open(temporary, "wb") as file:
             np.save(file, tokens)
-        files.commit(temporary, kept)
     return np.load(kept, mmap_mode="r", allow_pickle=False)
 
 
@@ -374,8 +373,8 @@ class _Shards:
                 num_kept += 1
             else:
                 temporary = self._folder / f".{name}.tmp"
-                write(temporary, begin, end)
-                files.commit(temporary, path)
+                with files.drafted(path, temporary):
+                    write(temporary, begin, end)
             if progress is not None:
                 progress(end, self._total)
         return Prepared([str(self._folder / name) for name in self._names], self._total, num_kept)

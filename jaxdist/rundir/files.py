@@ -5,6 +5,7 @@ import os
 import pathlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from typing import TypeAlias
 
 from jaxdist.errors import UserError
 
@@ -21,6 +22,17 @@ def check_new(path: pathlib.Path, what: str) -> None:
         raise UserError(f"{path} cannot be written: {folder} is no folder that you may write to. Choose another place.")
 
 
+Rename: TypeAlias = Callable[[pathlib.Path, pathlib.Path], None]
+
+
+def commit(draft: pathlib.Path, path: pathlib.Path) -> None:
+    """Make the finished file `draft` durable and rename it to `path`, in the same directory."""
+    _sync(draft)
+    # A rename is atomic only inside one file system, hence the same directory.
+    os.replace(draft, path)
+    _sync(path.parent)  # the rename is durable once the directory is
+
+
 def write(path: pathlib.Path, parts: Iterable[bytes | memoryview]) -> int:
     """Replace the content of the file `path` by the bytes of `parts`; return their CRC-32. Durable on return.
 
@@ -34,23 +46,32 @@ def write_unsynced(path: pathlib.Path, parts: Iterable[bytes | memoryview]) -> i
     return _replace(path, parts, os.replace)
 
 
-def _replace(
-    path: pathlib.Path, parts: Iterable[bytes | memoryview], rename: Callable[[pathlib.Path, pathlib.Path], None]
-) -> int:
+def _replace(path: pathlib.Path, parts: Iterable[bytes | memoryview], rename: Rename) -> int:
     # The name contains the process id, because a replaced process may still be writing the same file.
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     checksum = 0
-    with naming(draft):
-        try:
-            with open(draft, "wb") as file:
-                for part in parts:
-                    file.write(part)
-                    checksum = zlib.crc32(part, checksum)
-            rename(draft, path)
-        except BaseException:
-            draft.unlink(missing_ok=True)
-            raise
+    with drafted(path, draft, rename), open(draft, "wb") as file:
+        for part in parts:
+            file.write(part)
+            checksum = zlib.crc32(part, checksum)
     return checksum
+
+
+@contextlib.contextmanager
+def drafted(path: pathlib.Path, draft: pathlib.Path, rename: Rename = commit) -> Iterator[None]:
+    """Let the block write the file `draft`, which becomes `path` where the block ends well, and is removed if not.
+
+    An OSError about the draft, or about no file (disk full), names `path`, which is what the user knows.
+    """
+    try:
+        yield
+        rename(draft, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        if isinstance(error, OSError) and (error.filename is None or os.fspath(error.filename) == os.fspath(draft)):
+            raise OSError(error.errno, error.strerror or str(error), os.fspath(path)) from error
+        raise
 
 
 def append(descriptor: int, data: bytes) -> None:
@@ -68,14 +89,6 @@ def append(descriptor: int, data: bytes) -> None:
 def write_text(path: pathlib.Path, text: str) -> None:
     """Replace the file `path` by `text` in UTF-8; see `write`."""
     write(path, [text.encode()])
-
-
-def commit(draft: pathlib.Path, path: pathlib.Path) -> None:
-    """Make the finished file `draft` durable and rename it to `path`, in the same directory."""
-    _sync(draft)
-    # A rename is atomic only inside one file system, hence the same directory.
-    os.replace(draft, path)
-    _sync(path.parent)  # the rename is durable once the directory is
 
 
 def _sync(path: pathlib.Path) -> None:

@@ -28,10 +28,26 @@ def failing_parts():
 def test_a_write_that_fails_keeps_the_old_content_leaves_no_draft_and_names_the_file(tmp_path):
     path = tmp_path / "state"
     files.write(path, [b"old"])
-    with pytest.raises(OSError, match=r"state\.\d+\.tmp"):
+    with pytest.raises(OSError, match=r"No space left on device: '.*state'$"):
         files.write(path, failing_parts())
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_cannot_be_made_is_named_as_the_user_named_it(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "folder" / "inside").mkdir(parents=True)
+    for name in ("missing/state", "file/state", "folder", "n" * 300):
+        with pytest.raises(OSError) as raised:
+            files.write(tmp_path / name, [b"new"])
+        assert raised.value.filename == str(tmp_path / name)
+        assert ".tmp" not in str(raised.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_an_error_about_another_file_keeps_its_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match="another"), files.drafted(tmp_path / "state", tmp_path / "draft"):
+        (tmp_path / "another").read_bytes()
 
 
 @pytest.mark.parametrize("room", [0, 1, 6])

@@ -17,8 +17,6 @@ from jaxdist.data import order
 from jaxdist.data.sources.combine import Concatenated
 from jaxdist.data.sources.source import Source
 
-_MOST_WEIGHT = 10**6
-
 
 def mix(
     sources: Sequence[Source], weights: Sequence[int], *, later: Mapping[int, Sequence[int]] | None = None
@@ -30,7 +28,7 @@ def mix(
 
     Args:
       sources: none of them empty.
-      weights: one a source.
+      weights: one a source, at least 0 and not all 0; a source of weight 0 is left out.
       later: weights from an example on, counted from the beginning of the training over all epochs; see `ramp`.
     """
     sizes = tuple(len(source) for source in sources)
@@ -82,23 +80,17 @@ class ScheduledMix(order.Contiguous):
     stages: tuple[tuple[int, tuple[int, ...]], ...]
 
     def __post_init__(self) -> None:
-        if not self.sizes or min(self.sizes) < 1:
-            raise ValueError(f"A mixture needs sources with examples; got the sizes {self.sizes}.")
+        object.__setattr__(self, "sizes", order.whole_sizes(self.sizes))
         begins = [begin for begin, _ in self.stages]
         if not begins or begins[0] != 0 or any(one >= other for one, other in itertools.pairwise(begins)):
             raise ValueError(f"Stages ascend from example 0; got those at {begins}.")
-        for begin, weights in self.stages:
-            is_whole = all(isinstance(weight, int | np.integer) and weight >= 0 for weight in weights)
-            if len(weights) != len(self.sizes) or not is_whole or not 0 < sum(weights) <= _MOST_WEIGHT:
-                raise ValueError(
-                    f"Weights are whole numbers of at least 0, one for each of the {len(self.sizes)} sources, that sum "
-                    f"to a million or less, and not all 0; got {weights} from example {begin} on."
-                )
+        stages = tuple((int(begin), order.whole_weights(each, len(self.sizes))) for begin, each in self.stages)
+        object.__setattr__(self, "stages", stages)
 
     @property
     def version(self) -> str:
         """See Order."""
-        plain = [(int(begin), *map(int, weights)) for begin, weights in self.stages]
+        plain = [(begin, *weights) for begin, weights in self.stages]
         return f"scheduled-{order.ORDER_VERSION}:{hashlib.sha256(str(plain).encode()).hexdigest()[:12]}"
 
     def __call__(self, num_examples: int, seed: int, epoch: int, start: int, stop: int) -> np.ndarray:

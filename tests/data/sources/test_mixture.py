@@ -41,10 +41,21 @@ def test_stages_keep_their_proportions_passes_are_whole_and_any_part_is_found_al
     np.testing.assert_array_equal(scheme(total, seed, epoch, start, stop), whole[start:stop])
 
 
-def test_one_stage_is_the_mixture_without_a_schedule():
-    sizes, weights = (900, 100), (3, 1)
+@settings(max_examples=60)
+@given(st.lists(st.sampled_from([0, 0, 1, 3, np.int8(100), -1, 1.0]), min_size=1, max_size=4), st.integers(0, 3))
+def test_one_stage_is_the_mixture_without_a_schedule_or_both_are_refused(weights, seed):
+    sizes = (90, 10, 7, 3)[: len(weights)]
+    total, weights = sum(sizes), tuple(weights)
+    if min(weights) < 0 or not any(weights) or any(isinstance(weight, float) for weight in weights):
+        for make in (lambda: order.Mixed(sizes, weights), lambda: ScheduledMix(sizes, ((0, weights),))):
+            with pytest.raises(ValueError, match="Weights are whole numbers of at least 0, one for each of the"):
+                make()
+        return
     one, other = ScheduledMix(sizes, ((0, weights),)), order.Mixed(sizes, weights)
-    np.testing.assert_array_equal(one(1000, 7, 3, 100, 900), other(1000, 7, 3, 100, 900))
+    found = np.concatenate([other(total, seed, epoch, 0, total) for epoch in range(3)])
+    np.testing.assert_array_equal(np.concatenate([one(total, seed, epoch, 0, total) for epoch in range(3)]), found)
+    drawn = np.bincount(np.searchsorted(np.cumsum(sizes), found, side="right"), minlength=len(sizes))
+    assert all(not drawn[index] for index, weight in enumerate(weights) if weight == 0)
 
 
 def test_a_schedule_resumes_and_another_one_is_refused():
@@ -70,9 +81,9 @@ def test_a_ramp_ends_at_its_last_weights():
     [
         (lambda: ScheduledMix((3, 3), ((1, (1, 1)),)), "ascend from example 0"),
         (lambda: ScheduledMix((3, 3), ((0, (1, 1)), (0, (1, 2)))), "ascend"),
-        (lambda: ScheduledMix((3, 3), ((0, (0, 0)),)), "not all 0"),
+        (lambda: ScheduledMix((3, 3), ((0, (0, 0)),)), "not all of them 0"),
         (lambda: ScheduledMix((3, 3), ((0, (0.5, 0.5)),)), "whole numbers"),
-        (lambda: ScheduledMix((3, 0), ((0, (1, 1)),)), "with examples"),
+        (lambda: ScheduledMix((3, 0), ((0, (1, 1)),)), "at least 1; got 0"),
         (lambda: ScheduledMix((3, 3), ((0, (1, 1)),))(7, 0, 0, 0, 7), "6 examples in all"),
         (lambda: ramp((5, (1, 0)), (5, (0, 1))), "later one"),
         (lambda: ramp((0, (0, 0)), (50, (0, 1))), "not all 0"),
