@@ -198,8 +198,8 @@ def whole_weights(weights: Sequence[int], num_sources: int) -> tuple[int, ...]:
     are_whole = all(isinstance(weight, numbers.Integral) and weight >= 0 for weight in weights)
     if len(weights) != num_sources or not are_whole or not 0 < sum(map(int, weights)) <= _MOST_WEIGHT:
         raise ValueError(
-            f"Weights are whole numbers of at least 0, one for each of the {num_sources} sources, not all of them 0, with "
-            f"a sum of a million or less, such as (7, 2, 1); got {weights}."
+            f"Weights are whole numbers of at least 0, one for each of the {num_sources} sources, not all of them 0, "
+            f"with a sum of a million or less, such as (7, 2, 1); got {weights}."
         )
     return tuple(map(int, weights))
 

@@ -44,8 +44,8 @@ class ImageType:
     """The type that every image is decoded to.
 
     Attributes:
-      channels: 1 (grey; of a JPEG its luma, which Pillow's RGB made grey can miss by rounding), 3 (RGB) or 4 (RGBA).
-        Without an alpha channel, colours are those under the transparency.
+      channels: 1 (grey; of a JPEG its luma, which differs from Pillow's RGB made grey by rounding and where RGB is cut
+        off), 3 (RGB) or 4 (RGBA). Without an alpha channel, colours are those under the transparency.
       dtype: "uint8", "uint16" or "float32".
       orient: whether the EXIF orientation is applied (in TIFF files it always is).
       deep: what to do with integers of 16 bits where `dtype` is "uint8": "refuse", or "scale": round value / 257.
@@ -149,6 +149,8 @@ def _decode_with_pillow(data: bytes, image_type: ImageType) -> tuple[np.ndarray,
     with extras.require("PIL.Image").open(io.BytesIO(data)) as picture:
         if image_type.frames == "refuse":
             _check_one_frame(picture)
+        if picture.format == "JPEG" and image_type.channels == 1:
+            picture.draft("L", None)  # its luma, as of the files that libjpeg-turbo decodes
         deep = _is_deep(picture, data)
         if picture.mode[:1] not in "IF" and _integers_of_tiff(picture)[1]:
             raise _Refused("its numbers of 8 bits have a sign, which Pillow would leave out. Write them with 16 bits.")
@@ -164,7 +166,8 @@ def _decode_with_pillow(data: bytes, image_type: ImageType) -> tuple[np.ndarray,
 def _channels_of(picture: Any, image_type: ImageType) -> np.ndarray:
     """Return the pixels of a picture of 8 bits, uint8 (height, width, channels)."""
     mode = _PILLOW_MODES[image_type.channels]
-    if picture.mode in ("P", "PA") and mode != "RGBA":  # transparency would not survive a direct conversion
+    if picture.mode in ("P", "PA", "LAB") and mode != "RGBA":
+        # Transparency would not survive a direct conversion, and of LAB there is none to grey.
         picture = picture.convert("RGBA")
     pixels = np.array(picture if picture.mode == mode else picture.convert(mode))
     return pixels.reshape(*pixels.shape[:2], image_type.channels)

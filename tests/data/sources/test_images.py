@@ -181,6 +181,26 @@ def test_a_jpeg_with_stray_bytes_is_read_as_pillow_reads_it():
     np.testing.assert_array_equal(ours, decode_image(data, name="x"))
 
 
+@pytest.mark.parametrize("settings", [{}, {"progressive": True}, {"subsampling": 0}, {"exif": b"Exif\0\0broken"}])
+def test_a_jpeg_made_grey_is_its_luma_whichever_library_decodes_it(monkeypatch, settings):
+    data = encoded(Image.fromarray(RANDOM.integers(0, 255, (33, 21, 3), np.uint8)), "JPEG", **settings)
+    ours = decode_image(data, ImageType(1), name="x")
+
+    def too_strict(*_):
+        raise ValueError("Invalid JPEG file")
+
+    monkeypatch.setattr("simplejpeg.decode_jpeg", too_strict)
+    np.testing.assert_array_equal(decode_image(data, ImageType(1), name="x"), ours)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_lab_is_pillows_rgb(channels):
+    picture = Image.new("LAB", (3, 2), (50, 100, 150))
+    theirs = np.asarray(picture.convert("RGB").convert(PILLOW_MODES[channels])).reshape(2, 3, channels)
+    ours = decode_image(encoded(picture, "TIFF"), ImageType(channels), name="x")
+    np.testing.assert_array_equal(ours, theirs)
+
+
 def broken_in_the_middle():
     """A PNG whose pixels end in nonsense: Pillow, asked a second time, would show the half that it has."""
     data = bytearray(encoded(Image.fromarray(RANDOM.integers(0, 255, (64, 64, 3), np.uint8)), "PNG"))
