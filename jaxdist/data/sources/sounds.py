@@ -145,10 +145,15 @@ def _read_by_libsndfile(data: bytes, name: str) -> tuple[np.ndarray, int]:
 
 
 def resample(audio: np.ndarray, rate: int, wanted: int) -> np.ndarray:
-    """Return the sound with `wanted` samples a second, by a polyphase filter."""
+    """Return the sound with `wanted` samples a second, by a polyphase filter; CorruptExample for rates out of reach."""
     if rate == wanted:
         return audio
     divisor = math.gcd(rate, wanted)
+    if max(rate, wanted) // divisor > _MOST_PHASES:
+        raise CorruptExample(
+            f"A sound of {rate} samples a second cannot be resampled to {wanted}: the filter would have "
+            f"{2 * _HALF_WIDTH * max(rate, wanted) // divisor} numbers. The header of the file may be damaged."
+        )
     resampled = extras.require("scipy.signal").resample_poly(audio, wanted // divisor, rate // divisor)
     return resampled.astype(np.float32)
 
@@ -188,6 +193,8 @@ _INTEGERS, _FLOATS, _EXTENSIBLE = 1, 3, 0xFFFE
 _CHECKED = ("WAV", "WAVEX", "RF64", "AIFF", "AU", "CAF", "W64", "OGG", "FLAC", "MP3", "NIST")
 """Kinds of files, as libsndfile names them, of which one that is cut off is known."""
 _NIST_HEAD, _NIST_SAMPLES = 1024, re.compile(rb"sample_count -i (\d+)")
+_HALF_WIDTH, _MOST_PHASES = 10, 10**6
+"""Of the filter that resamples: samples on each side, as SciPy has it, and the most parts that one is divided into."""
 _UNKNOWN = 2**62
 """More samples than a file has that knows their number, as one that was written to a pipe does not."""
 

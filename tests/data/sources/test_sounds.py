@@ -99,6 +99,12 @@ def test_sounds_are_resampled_to_the_declared_rate(sounds):
     assert [int(example["label"]) for example in source] == [0, 1, 1]
 
 
+def test_a_rate_that_no_filter_reaches_is_a_bad_example_and_takes_no_memory(sounds):
+    soundfile.write(sounds / "no/x.wav", TONE, 2**31 - 1, subtype="PCM_16")
+    with pytest.raises(CorruptExample, match=r"2147483647 samples a second cannot be resampled to 16000"):
+        SoundFolder(sounds, sample_rate=16000)[0]
+
+
 def test_mixed_rates_are_refused_where_none_is_declared(sounds):
     source = SoundFolder(sounds)
     assert source.sample_rate == 8000
