@@ -50,6 +50,7 @@ def linen(
     accepted = inspect.signature(type(module).__call__).parameters
     module_checks.check_call(type(module), accepted, fields, example_batch, required="train")
 
+    @functools.partial(jax.jit, inline=True)  # traced once, where its shapes and those of the state are looked at
     def init(key: jax.Array) -> tuple[PyTree, PyTree]:
         rows = [jnp.zeros((1, *example_batch[name].shape[1:]), example_batch[name].dtype) for name in fields]
         variables = module.init(key, *rows, train=False)

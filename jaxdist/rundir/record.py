@@ -179,6 +179,7 @@ def versions() -> dict[str, str | None]:
     return {"python": platform.python_version()} | {name: _version(names.get(name, name)) for name in packages}
 
 
+@functools.cache
 def _version(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)

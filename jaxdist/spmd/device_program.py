@@ -109,8 +109,9 @@ def by_itself(function: Callable[..., jax.Array], true: jax.Array, *args: Any) -
     XLA fuses nothing into the branch and nothing out of it. So the branch has the bits of a program of its own, and the
     rest of the program is what it would be without: a barrier would not do, XLA removes it before it fuses.
     """
-    shape = jax.eval_shape(function, *args)
-    return jax.lax.cond(true, function, lambda *_: jnp.zeros(shape.shape, shape.dtype), *args)
+    once = jax.jit(function, inline=True)  # traced once, by eval_shape
+    shape = jax.eval_shape(once, *args)
+    return jax.lax.cond(true, once, lambda *_: jnp.zeros(shape.shape, shape.dtype), *args)
 
 
 def exchange(value: jax.Array, pairs: Sequence[tuple[int, int]]) -> jax.Array:

@@ -5,6 +5,7 @@ since collectives depend on what is compared. Each process writes its facts once
 """
 
 import collections
+import functools
 import hashlib
 import json
 import os
@@ -139,14 +140,21 @@ def instructions(cpuinfo: str | None = None, machine: str | None = None) -> str:
 
 def of_experiment(path: str | os.PathLike[str], config: Any) -> dict[str, Any]:
     """Return the facts of an experiment: each setting, and the hashes of its file and of loaded files beside it."""
-    folder = pathlib.Path(path).resolve().parent
+    folder = os.path.join(os.path.dirname(os.path.realpath(path)), "")
     loaded: list[str] = [file for module in [*sys.modules.values()] if (file := getattr(module, "__file__", None))]
-    files = {pathlib.Path(file).resolve() for file in (path, *loaded)}
-    beside = sorted(file for file in files if file.is_relative_to(folder) and "site-packages" not in file.parts)
+    beside = sorted(pathlib.Path(file) for file in _resolved([os.fspath(path), *loaded]) if file.startswith(folder))
     # A module need not have the file that it names: torch.classes says _classes.py, wherever the run is started.
-    found = [file for file in beside if file.suffix == ".py" and file.is_file()]
+    found = [file for file in beside if file.suffix == ".py" and "site-packages" not in file.parts and file.is_file()]
     hashes = {f"file {file.relative_to(folder)}": _hash(file) for file in found}
     return {f"setting {name}": value for name, value in record.flat("", config).items()} | hashes
+
+
+def _resolved(files: Sequence[str]) -> set[str]:
+    """Return the files without symbolic links, each folder looked at once: a process has loaded 1,600 modules."""
+    folder = functools.cache(os.path.realpath)
+    own = [os.path.realpath(file) for file in files if os.path.islink(file)]
+    others = [file for file in files if not os.path.islink(file)]
+    return {*own, *(os.path.join(folder(os.path.dirname(file)), os.path.basename(file)) for file in others)}
 
 
 def _hashes(folder: pathlib.Path, pattern: str) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """The turn of a process in reserve: it has prepared everything, and waits until the attempt before its own has ended.
 
 The supervisor starts it with a directory in memory in its environment. There it says that it is ready, and reads from a
-pipe when to begin. Until then its output goes to its log, and its priority is low where it may be raised again.
+pipe when to begin. Until then its output goes to its log.
 """
 
 import contextlib
@@ -9,17 +9,12 @@ import json
 import os
 import pathlib
 import sys
-import time
 from collections.abc import Mapping
 
 from jaxdist.launch.joining import places, runtime
 
 DIRECTORY = "JAXDIST_STANDBY"
 """Environment variable: the directory in memory of the processes in reserve."""
-NICENESS = 3
-"""How much lower the priority is; with as many busy processes, a third of the processors is left."""
-_CAP_SYS_NICE = 1 << 23
-_TRIES, _TRY_SECONDS = 20, 0.05
 _MOST_BYTES = 1 << 16
 
 
@@ -31,38 +26,6 @@ def ready_path(directory: pathlib.Path, process: int) -> pathlib.Path:
 def pipe_path(directory: pathlib.Path, process: int) -> pathlib.Path:
     """Return the pipe from which it reads when to begin."""
     return directory / f"begin-{process}"
-
-
-def may_raise_priority(status: str | None = None) -> bool:
-    """Return whether this user may undo a lower priority."""
-    text = pathlib.Path("/proc/self/status").read_text() if status is None else status
-    capabilities = next((line.split()[1] for line in text.splitlines() if line.startswith("CapEff:")), "0")
-    return bool(int(capabilities, 16) & _CAP_SYS_NICE)
-
-
-def set_niceness(process_id: int, niceness: int) -> None:
-    """Set the priority of all threads of a process that still run, and of its session.
-
-    Linux may divide the processors among sessions first; a process of a job has a session of its own.
-    """
-    with contextlib.suppress(OSError):
-        for thread in os.listdir(f"/proc/{process_id}/task"):
-            with contextlib.suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, int(thread), niceness)
-    try:
-        if os.getsid(process_id) != process_id:
-            return
-    except ProcessLookupError:
-        return
-    for _ in range(_TRIES):
-        try:
-            pathlib.Path(f"/proc/{process_id}/autogroup").write_text(str(niceness))
-        except BlockingIOError:  # the kernel allows a user few of these a second
-            time.sleep(_TRY_SECONDS)
-        except OSError:
-            return
-        else:
-            return
 
 
 class Turn:
@@ -77,9 +40,6 @@ class Turn:
     def __init__(self, directory: pathlib.Path, process: int, log: pathlib.Path | None):
         self._directory, self._process = directory, process
         self._streams: list[int] = []
-        self._niceness = os.getpriority(os.PRIO_PROCESS, 0)
-        if may_raise_priority():
-            set_niceness(os.getpid(), self._niceness + NICENESS)
         if log is not None:
             self._hold_output(log)
 
@@ -110,7 +70,6 @@ class Turn:
             ready_path(self._directory, self._process).touch()
             content = pipe.read(_MOST_BYTES)
         os.environ.update(json.loads(content))
-        set_niceness(os.getpid(), self._niceness)
         for held, stream in zip(self._streams, (sys.stdout, sys.stderr)):
             stream.flush()
             os.dup2(held, stream.fileno())

@@ -60,31 +60,3 @@ def test_its_output_is_shown_from_its_turn_on(directory, capfd):
 
 def test_a_process_that_is_not_in_reserve_has_no_turn():
     assert turn.Turn.of_process({}) is None
-
-
-@pytest.mark.parametrize(
-    ("capabilities", "may"), [("0000000000800000", True), ("000001ffff7fffff", False), ("0", False)]
-)
-def test_a_lower_priority_is_taken_only_where_it_can_be_undone(capabilities, may):
-    assert turn.may_raise_priority(f"Name:\tpython\nCapEff:\t{capabilities}\n") == may
-
-
-def test_the_priority_of_all_threads_is_set(monkeypatch):
-    over = threading.Event()
-    thread = threading.Thread(target=over.wait)
-    thread.start()
-    before = os.getpriority(os.PRIO_PROCESS, 0)
-    try:
-        if not turn.may_raise_priority():
-            pytest.skip("needs the right to raise a priority again")
-        turn.set_niceness(os.getpid(), before + 2)
-        assert os.getpriority(os.PRIO_PROCESS, thread.native_id) == before + 2
-        turn.set_niceness(os.getpid(), before)
-        assert os.getpriority(os.PRIO_PROCESS, thread.native_id) == before
-    finally:
-        over.set()
-        thread.join()
-
-
-def test_a_process_that_has_ended_is_no_error():
-    turn.set_niceness(2**22, 1)

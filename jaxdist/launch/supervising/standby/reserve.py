@@ -1,9 +1,10 @@
 """The reserve: while an attempt runs, the processes of the next one are made ready, so that it begins at once.
 
 Starting processes again takes seconds, most of them for tracing and loading the programs; with a reserve it takes a
-word. Being ready costs as much as one start, in the background, and the memory of the processes. So the reserve is
-made only once the attempt has made steps for as long as it took to start, or for a few seconds: a job that keeps
-failing sooner than that gains nothing by it, and at worst the reserve costs about as much as the starts do.
+word. Being ready costs as much as one start, in the background, and the memory of the processes. So the reserve of the
+first attempt is made only once that has made steps for as long as it took to start, or for a few seconds: many jobs
+are short. Failures come in groups, so that after one the reserve is made at once. The next attempt takes it even if
+it is not ready yet: what it has done until then need not be done again.
 
 If the number of processes is to change, the reserve is made for the new number, and the running attempt is asked to
 end only when it is ready.
@@ -35,15 +36,16 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 Make = Callable[[int, Sequence[local_job.Start]], standby_job.StandbyJob]
 
 
-def is_due(*, now: float, started: float, wanted: float | None) -> bool:
-    """Return whether to make a reserve: the attempt has made steps for as long as it took to start, or long enough.
+def is_due(*, number: int, now: float, started: float, wanted: float | None) -> bool:
+    """Return whether to make a reserve: the attempt has made steps, the first for as long as it took to start.
 
     Args:
+      number: of the attempt, from 0.
       now: by the clock of the other times.
       started: when the attempt began.
       wanted: when it was first seen to make steps; None if it was not.
     """
-    return wanted is not None and now - wanted >= min(wanted - started, _LONG_SECONDS)
+    return wanted is not None and (number > 0 or now - wanted >= min(wanted - started, _LONG_SECONDS))
 
 
 @dataclasses.dataclass
@@ -141,7 +143,8 @@ class Reserve:
             watched.change_since, watched.asked = None, False
         slots = self._roster.slots(self._roster.target()) if changing else self._roster.running()
         self._check(watched, slots)
-        due = watched.change_since is not None or is_due(now=now, started=watched.started, wanted=watched.wanted)
+        made_steps = is_due(number=watched.number, now=now, started=watched.started, wanted=watched.wanted)
+        due = watched.change_since is not None or made_steps
         if self._job is None and due and slots and self._failures < _MOST_FAILURES and self._has_room(watched):
             self._start(watched.number + 1, slots)
         if watched.change_since is None or watched.asked:

@@ -25,7 +25,6 @@ class StandbyJob:
         directory.mkdir(mode=0o700)
         self.group, self._directory = group, directory
         self._pipes: list[int] = []
-        self._niceness = os.getpriority(os.PRIO_PROCESS, 0)
         group.on_close(self._clean)
 
     def start(
@@ -46,8 +45,7 @@ class StandbyJob:
     def begin(self, environment: Mapping[str, str]) -> None:
         """Have the processes begin, with these environment variables; those that are not ready yet, once they are."""
         word = json.dumps(environment).encode()
-        for pipe, process in zip(self._pipes, self.group.processes, strict=True):
-            turn.set_niceness(process.pid, self._niceness)
+        for pipe in self._pipes:
             os.write(pipe, word)
 
     def _clean(self) -> None:

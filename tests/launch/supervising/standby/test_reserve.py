@@ -83,11 +83,19 @@ class Bench:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "now", "due"),
-    [(None, 1e9, False), (102.0, 103.9, False), (102.0, 104.0, True), (160.0, 164.9, False), (160.0, 165.0, True)],
+    ("number", "wanted", "now", "due"),
+    [
+        (0, None, 1e9, False),
+        (0, 102.0, 103.9, False),
+        (0, 102.0, 104.0, True),
+        (0, 160.0, 164.9, False),
+        (0, 160.0, 165.0, True),
+        (1, None, 1e9, False),
+        (1, 102.0, 102.0, True),
+    ],
 )
-def test_it_is_made_once_the_attempt_has_run_as_long_as_it_took_to_start(wanted, now, due):
-    assert reserve.is_due(now=now, started=100.0, wanted=wanted) == due
+def test_it_is_made_once_the_first_attempt_has_run_as_long_as_it_took_to_start_later_at_once(number, wanted, now, due):
+    assert reserve.is_due(number=number, now=now, started=100.0, wanted=wanted) == due
 
 
 def test_the_next_attempt_takes_it(tmp_path, now):
