@@ -1,12 +1,14 @@
 """Whatever an experiment calls its model: which adapter takes it, and what no adapter takes."""
 
 import functools
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flax import linen as flax_linen
 from flax import nnx as flax_nnx
 
+from jaxdist import errors
 from jaxdist.adapters.functions import Functions, Loss
 from jaxdist.adapters.linen_modules import linen
 from jaxdist.adapters.nnx_modules import nnx
@@ -65,8 +67,45 @@ def check_model(model: Any) -> None:
         )
     if isinstance(model, Functions) and not all(map(callable, model[:3])):
         raise ConfigError(f"adapters.Functions needs three functions, init_fn, loss_fn and eval_fn; got {model[:3]}.")
+    if isinstance(model, Functions):
+        _check_called(model)
     if not (isinstance(model, flax_linen.Module | Functions) or callable(model)):
         raise ConfigError(
             "Experiment.model takes a Linen module, a callable from nnx.Rngs to an NNX module, or adapters.Functions; "
             f"got an object of the class {kind}."
         )
+
+
+_CALLS = {
+    "init_fn": "key",
+    "loss_fn": "params, batch, key[, model_state]",
+    "eval_fn": "params, batch, key[, model_state]",
+    "predict_fn": "params, batch[, model_state]",
+}
+"""How the functions of a model are called, those with a state with one argument more."""
+
+
+def _check_called(functions: Functions) -> None:
+    """Raise ConfigError where a function cannot be called with the arguments it gets."""
+    for name, called in _CALLS.items():
+        function, plain = getattr(functions, name), called.partition("[")[0].split(", ")
+        if function is None:
+            continue
+        counts = {len(plain), len(plain) + called.count("[")}
+        try:
+            signature = inspect.signature(function)
+        except (TypeError, ValueError):  # native code may have none
+            continue
+        if not any(_takes(signature, count) for count in counts):
+            raise ConfigError(
+                f"{name} of adapters.Functions is called as {name}({called}); {errors.named(function)} takes "
+                f"{signature}. Change its parameters."
+            )
+
+
+def _takes(signature: inspect.Signature, count: int) -> bool:
+    try:
+        signature.bind(*range(count))
+    except TypeError:
+        return False
+    return True

@@ -36,8 +36,14 @@ def checked_loss(loss: Loss, outputs: Any, batch: Batch) -> tuple[Values, dict[s
     name = errors.named(loss)
     kind = _kind(outputs)
     rule = f"A loss is called as loss(outputs, batch): with what the model returns, here {kind}, and a dict of fields"
-    with first_call(rule, name):
-        result = loss(outputs, batch)
+    try:
+        with first_call(rule, name):
+            result = loss(outputs, batch)
+    except KeyError as error:
+        if error.args[:1] and error.args[0] in batch:
+            raise
+        fields = ", ".join(sorted(batch))
+        raise ConfigError(f"{name} fails with KeyError: {error}. The fields of the batch are: {fields}.") from error
     if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], Mapping):
         kinds = ", ".join(map(_kind, result)) if type(result) is tuple else _kind(result)
         raise ConfigError(

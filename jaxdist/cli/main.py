@@ -4,11 +4,12 @@ import functools
 import pathlib
 import shlex
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
 
-from jaxdist import extras
+from jaxdist import errors, extras
 from jaxdist.cli import parser
 from jaxdist.errors import ExitStatus, RunFailedError, UserError, say
 from jaxdist.launch import viewer
@@ -20,9 +21,27 @@ def main(experiment: str | None = None) -> None:
     warnings.formatwarning = functools.partial(_format_warning, warnings.formatwarning)
     with viewer.Viewer():  # `| head -1` ends no command: what it has no reader for is dropped
         status = run(arguments)
+    told = threading.Timer(_EXIT_SECONDS, tell_what_holds)
+    told.daemon = True
+    told.start()
     # A process that joined a job must leave it cleanly; a process that did not never imported this module.
     runtime = sys.modules.get("jaxdist.launch.joining.runtime")
     (runtime.leave if runtime else sys.exit)(status)
+
+
+_EXIT_SECONDS = 5.0
+"""How long the end of a process may take before it is told why it takes so long."""
+
+
+def tell_what_holds() -> None:
+    """Name the threads that Python waits for before this process can end: some that an experiment has left behind."""
+    held = [each for each in threading.enumerate() if not each.daemon and each is not threading.main_thread()]
+    if held:
+        names = ", ".join(each.name for each in held)
+        say(
+            f"The command is done, and Python waits for threads that are still running: {names}. Ctrl-C ends them; "
+            "start such threads with daemon=True."
+        )
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -41,6 +60,9 @@ def run(arguments: Sequence[str]) -> int:
         if options.traceback:
             traceback.print_exception(error)
         say(error)
+        return ExitStatus.USER
+    except SystemExit as error:  # of the user's code: a status of its own would say something else of the run
+        say(f"sys.exit() was called in the middle of a command: {errors.describe(error)}. Raise an error instead.")
         return ExitStatus.USER
     except KeyboardInterrupt:
         say("Interrupted; nothing was left to save.")

@@ -80,11 +80,14 @@ def _add_data(command: argparse.ArgumentParser) -> None:
         "--tokenizer", metavar="T", help="of text: bpe:SIZE trains one; or a .json or .model file (default: bytes)"
     )
     inspect = _add(commands, "inspect", "data_command:inspect", "shapes, examples, throughput, and where the time goes")
-    _add_experiment(inspect)
+    unused = "without effect on the data"
+    _add_experiment(inspect, strategy=unused, reduction=unused, max_steps=unused)
 
 
 def _add_plan(command: argparse.ArgumentParser) -> None:
-    _add_experiment(command)
+    _add_experiment(
+        command, devices="refused: the topology says how many", max_steps="steps whose time and price are shown"
+    )
     command.add_argument("--topology", required=True, metavar="T", help="cpu:64, tpu:v5e:16x16, gpu:h100:8")
     command.add_argument(
         "--search", action="store_true", help="try strategies, microbatches and remat, and rank what fits"
@@ -218,7 +221,7 @@ def _add_train(command: argparse.ArgumentParser) -> None:
 
 
 def _add_verify(command: argparse.ArgumentParser) -> None:
-    _add_experiment(command)
+    _add_experiment(command, devices="the most devices to try (default 8)", max_steps=_STEPS_DECIDES)
     command.add_argument("--steps", type=_positive, default=5, metavar="K", help="steps on each layout (default 5)")
     command.add_argument("--json", action="store_true", help="print the table as one JSON object")
 
@@ -262,7 +265,7 @@ def _add_sweep(command: argparse.ArgumentParser) -> None:
 
 
 def _add_lr_range(command: argparse.ArgumentParser) -> None:
-    _add_experiment(command)
+    _add_experiment(command, max_steps=_STEPS_DECIDES)
     command.add_argument("--range", default="1e-6:1", metavar="LOW:HIGH", help="first and last rate (default 1e-6:1)")
     command.add_argument("--steps", type=_several, default=100, metavar="K", help="steps between them (default 100)")
     command.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="draw the curve as an HTML page")
@@ -284,14 +287,18 @@ def _add_join(commands: Any) -> None:
 
 
 def _add_coordinate_check(command: argparse.ArgumentParser) -> None:
-    _add_experiment(command)
+    _add_experiment(command, max_steps=_STEPS_DECIDES)
     command.add_argument("--widths", default="64,128,256", metavar="N,N", help="of the model (default 64,128,256)")
     command.add_argument("--steps", type=_positive, default=4, metavar="K", help="steps to train (default 4)")
     command.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="draw the activations as an HTML page")
     command.add_argument("--json", action="store_true", help="print all sizes as one JSON object")
 
 
-def _add_experiment(command: argparse.ArgumentParser) -> None:
+_STEPS_DECIDES = "without effect: --steps decides"
+
+
+def _add_experiment(command: argparse.ArgumentParser, **other_help: str) -> None:
+    """Add the experiment and what changes it; `other_help` says what some of that means for this command."""
     command.add_argument("experiment", metavar="EXPERIMENT", help="a Python file with get_config()")
     command.add_argument(
         "--devices", type=_positive, metavar="N", help="devices per process; fake CPU devices without accelerators"
@@ -308,6 +315,8 @@ def _add_experiment(command: argparse.ArgumentParser) -> None:
         metavar="A.B=VALUE",
         help="override a setting",
     )
+    for action in command._actions:
+        action.help = other_help.get(action.dest, action.help)
 
 
 def _local(text: str) -> pathlib.Path:

@@ -1,14 +1,18 @@
 """Loading an experiment file: a Python file whose `get_config()` returns an Experiment."""
 
+import contextlib
 import dataclasses
 import importlib.util
+import os
 import pathlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from jaxdist import errors
 from jaxdist.config.experiment import Experiment
 from jaxdist.errors import ConfigError
+from jaxdist.setting_group import nearest, show
 
 
 def load_experiment(path: str) -> Experiment:
@@ -21,19 +25,45 @@ def load_experiment(path: str) -> Experiment:
     if not file.is_file() or file.suffix != ".py":
         what = "there is none" if not file.exists() else "it is something else"
         raise ConfigError(f"An experiment is a Python file, NAME.py; at {path!r} {what}. Check the path.")
-    module = _run_file(file)
-    get_config = getattr(module, "get_config", None)
-    if not callable(get_config):
-        raise ConfigError(f"An experiment file defines get_config(); {path} does not. Add one that returns Experiment.")
-    try:
-        experiment = get_config()
-    except (Exception, SystemExit) as error:
-        raise ConfigError(f"get_config() of {path} failed: {errors.describe(error)}") from error
+    with _same_folder(path):
+        module = _run_file(file)
+        get_config = getattr(module, "get_config", None)
+        if not callable(get_config):
+            what = "does not" if get_config is None else f"has {show(get_config)} in its place"
+            proposal = "" if get_config is not None else nearest("get_config", _functions(module))
+            raise ConfigError(
+                f"An experiment file defines get_config(); {path} {what}.{proposal} Add one that returns Experiment."
+            )
+        try:
+            experiment = get_config()
+        except (Exception, SystemExit) as error:
+            raise ConfigError(f"get_config() of {path} failed: {errors.describe(error)}") from error
     if not isinstance(experiment, Experiment):
         raise ConfigError(
             f"get_config() must return a jaxdist.Experiment; that of {path} returned {type(experiment).__name__}."
         )
     return experiment if experiment.name else dataclasses.replace(experiment, name=file.stem)
+
+
+@contextlib.contextmanager
+def _same_folder(path: str) -> Iterator[None]:
+    """Raise ConfigError where the working directory is another one afterwards.
+
+    The paths of a command line would then name other files: the run directory would be made elsewhere.
+    """
+    before = os.getcwd()
+    yield
+    if os.getcwd() != before:
+        after = os.getcwd()
+        os.chdir(before)
+        raise ConfigError(
+            "An experiment file leaves the working directory as it is, since the paths of a command belong to it; "
+            f"{path} changed it to {after}. Build paths from pathlib.Path(__file__).parent instead."
+        )
+
+
+def _functions(module: Any) -> list[str]:
+    return [name for name, value in vars(module).items() if callable(value) and not isinstance(value, type)]
 
 
 _HINTS = {

@@ -319,10 +319,14 @@ def _nearest_path(pattern: str, paths: Iterable[str]) -> str:
 def shardings(tree: PyTree, mesh: Mesh, layout: Layout) -> PyTree:
     """Return a tree of NamedSharding, one for each leaf of `tree` (arrays or ShapeDtypeStructs), chosen by `layout`.
 
+    Axes of one device are left out: the compiler leaves them out of what a step returns, and the next step would be
+    compiled again for another sharding.
+
     Raises:
       ValueError: see `specs`.
     """
-    return map_specs(lambda spec: NamedSharding(mesh, spec), specs(tree, mesh, layout))
+    several = [axis for axis, size in mesh.shape.items() if size > 1]
+    return map_specs(lambda spec: NamedSharding(mesh, keep_axes(spec, several)), specs(tree, mesh, layout))
 
 
 def constrain(tree: PyTree, mesh: Mesh, layout: Layout) -> PyTree:

@@ -1,7 +1,7 @@
 """The training state: what one step hands to the next, created with its final sharding on the mesh."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -202,10 +202,23 @@ def _make_state_fn(init_fn: InitFn, optimizer: optax.GradientTransformation) -> 
         run = keys.run_keys(key)
         params, model_state = initial_state(init_fn, run.init)
         params, model_state = _strongly_typed((params, model_state))
-        opt_state = _strongly_typed(optimizer.init(params))
+        opt_state = _strongly_typed(_initialised(optimizer, params))
         return TrainState(jnp.zeros((), jnp.int32), params, model_state, opt_state, run.train)
 
     return make
+
+
+def _initialised(optimizer: optax.GradientTransformation, params: PyTree) -> PyTree:
+    try:
+        return optimizer.init(params)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        names = ", ".join(sorted(map(str, params))) if isinstance(params, Mapping) else str(jax.tree.structure(params))
+        said = str(error).strip().rstrip(".")
+        raise ValueError(
+            f"The optimizer cannot begin with these params: {said}. What selects params (optax.masked, "
+            f"optax.multi_transform) takes a tree of their structure, or a function that makes one of them; theirs has "
+            f"{names}."
+        ) from error
 
 
 def _strongly_typed(tree: PyTree) -> PyTree:

@@ -23,12 +23,24 @@ def test_plain_functions_compute_with_rounded_inputs_and_exact_targets():
     assert fns.eval_fn({"w": jnp.zeros(())}, batch, jax.random.key(0))[0].value == 257.0
 
 
+def plain(params, batch, key):
+    return params
+
+
+def test_functions_with_defaults_states_and_keywords_of_their_own_are_taken():
+    adapters.check_model(adapters.Functions(dict, lambda p, b, k, s=None, *, t=0: p, lambda *args: args, max))
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
         (cnn.CNN, r"takes a module, not its class. Call the class: CNN\(...\)"),
         (3, "an object of the class int"),
         (adapters.Functions(None, len, len), "needs three functions"),
+        (adapters.Functions(lambda: 0, plain, plain), r"init_fn\(key\); <lambda> \(.*takes \(\)\. Change"),
+        (adapters.Functions(dict, lambda p, b: p, plain), r"loss_fn\(params, batch, key\[, model_state\]\)"),
+        (adapters.Functions(dict, plain, lambda p, b, k, s, t: p), r"eval_fn of .* takes \(p, b, k, s, t\)"),
+        (adapters.Functions(dict, plain, plain, lambda p: p), r"predict_fn\(params, batch\[, model_state\]\)"),
     ],
 )
 def test_what_is_no_model_is_refused_with_what_to_write(model, message):

@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import warnings
 
 import held_experiment
@@ -217,6 +218,24 @@ def test_ctrl_c_is_one_line(capsys, monkeypatch):
     monkeypatch.setattr(main.parser, "find_handler", interrupted)
     assert main.run(["verify", TINY]) == 130
     assert capsys.readouterr().err == "jaxdist: Interrupted; nothing was left to save.\n"
+
+
+def test_an_exit_in_the_middle_of_a_command_is_no_status_of_the_command(capsys, monkeypatch):
+    monkeypatch.setattr(main.parser, "find_handler", lambda name: lambda options: sys.exit(0))
+    assert main.run(["verify", TINY]) == 2
+    assert "sys.exit() was called in the middle of a command: SystemExit: 0 (" in capsys.readouterr().err
+
+
+def test_a_thread_that_keeps_the_process_alive_is_named(capsys):
+    ended = threading.Event()
+    held = threading.Thread(target=ended.wait, name="of-an-experiment")
+    held.start()
+    try:
+        main.tell_what_holds()
+    finally:
+        ended.set()
+        held.join()
+    assert "of-an-experiment" in capsys.readouterr().err
 
 
 # Real processes from here on.

@@ -50,6 +50,9 @@ def called_loss(outputs, batch):
 def broken(example, random):
     return {**example, "image": example["picture"]}
 
+def misspelt(outputs, batch):
+    return outputs[:, 0] - batch["labl"], {}
+
 def no_tuple(outputs, batch):
     return losses.classification(outputs, batch)[0]
 
@@ -146,6 +149,7 @@ MISTAKES = {
     "change(data=IMAGES)": "takes a Data",
     "change(inputs='pixels')": "inputs must be fields of the batch",
     "change(inputs=3)": "takes a string or a tuple",
+    "change(loss=misspelt)": "The fields of the batch are: image, label, mask.",
     "change(loss=no_tuple)": "returns an array. Change its return statement.",
     "change(loss=list_metrics)": ") returns an array, [",
     "change(loss=text_metric)": "'state' of text_metric",
@@ -216,6 +220,7 @@ MISTAKES = {
     "change(optimizer=Optimizer(name='sgd', learning_rate=0.1, groups=(jaxdist.Group(pattern='.', frozen=True),)))": (
         "freeze every one"
     ),
+    "change(optimizer=optax.multi_transform({'x': optax.sgd(0.1)}, {'head': 'x'}))": "takes a tree of their structure",
     "change(eval=Evaluation(metrics=losses.F1()))": "Evaluation.metrics takes a tuple",
     "change(eval=Evaluation(metrics=(losses.F1(),)), data=data())": "has no data.eval",
     "change(seed=np.int64(2**33))": "from 0 to 4294967295",

@@ -15,6 +15,18 @@ class Sample:
         pass
 
 
+async def waits(info):
+    pass
+
+
+def yields(info):
+    yield info
+
+
+async def streams(info):
+    yield info
+
+
 def test_functions_and_objects_with_a_known_method_are_hooks():
     hook_points.check([print, lambda info: None, Sample(), types.SimpleNamespace(on_end=print)])
 
@@ -28,6 +40,10 @@ def test_functions_and_objects_with_a_known_method_are_hooks():
         (3, "or objects with any of on_start"),
         (types.SimpleNamespace(on_step=print, every_steps=0), "positive whole number"),
         (types.SimpleNamespace(on_step=print, every_steps=True), "positive whole number"),
+        (waits, r"waits \(.*test_hook_points.py:\d+\) is an async function, so that a call would run nothing"),
+        (yields, "has a yield"),
+        (streams, "is an async function"),
+        (types.SimpleNamespace(on_step=print, on_end=waits), "is an async function"),
     ],
 )
 def test_anything_else_is_refused(hook, message):

@@ -1,3 +1,4 @@
+import pathlib
 import sys
 import textwrap
 
@@ -52,7 +53,12 @@ BROKEN = {
     "notebook": ("get_ipython().magic('x')\n", r"cannot be loaded: NameError: .* Remove the commands of the notebook"),
     "raises": ("x = 1\n\nx / 0\n", r"cannot be loaded: ZeroDivisionError: .*given\.py:3, in <module>"),
     "absent": ("x = 1\n", r"defines get_config\(\); .*given\.py does not"),
-    "no function": ("get_config = 3\n", r"defines get_config\(\)"),
+    "misspelt": ("def get_confg():\n    pass\n", r"does not\. Did you mean 'get_confg'\?"),
+    "no function": ("get_config = 3\n", r"defines get_config\(\); .*given\.py has 3 in its place"),
+    "moves": (
+        "import os\ndef get_config():\n    os.chdir('/')\n",
+        r"leaves the working directory as it is.*given\.py changed it to /\. Build paths",
+    ),
     "wrong type": ("def get_config():\n    return {'seed': 0}\n", r"must return a jaxdist\.Experiment.* returned dict"),
     "none": ("def get_config():\n    pass\n", r"returned NoneType"),
     "fails": (
@@ -73,10 +79,12 @@ BROKEN = {
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_broken_file_is_one_clear_message(tmp_path, what):
     text, message = BROKEN[what]
+    before = pathlib.Path.cwd()
     path = tmp_path / "given.py"
     path.write_text(text)
     with pytest.raises(ConfigError, match=message) as raised:
         loading.load_experiment(str(path))
+    assert pathlib.Path.cwd() == before
     assert isinstance(raised.value, UserError)
     assert "\n" not in str(raised.value).strip()
 

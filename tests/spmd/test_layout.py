@@ -115,6 +115,19 @@ def test_a_rule_that_cannot_be_followed_names_leaf_shape_axis_and_remedy(rule, m
         layouts.shardings(TREE, mesh, layouts.by_path([rule]))
 
 
+def test_axes_of_one_device_are_in_no_sharding():
+    """The compiler leaves them out of a step's results, for which the step would be compiled a second time."""
+    specs = [P(None, "model"), P(("data", "model")), P("model", "data")]
+    rules = layouts.by_path(list(zip("abc", specs, strict=True)))
+    tree = {name: leaf(8, 8) for name in "abc"}
+    for sizes, expected in (((2, 1), [P(), P("data"), P(None, "data")]), ((1, 1), [P()] * 3), ((2, 2), specs)):
+        mesh = make_mesh(dict(zip(("data", "model"), sizes, strict=True)), devices=jax.devices()[: sizes[0] * sizes[1]])
+        found = layouts.shardings(tree, mesh, rules)
+        for name, spec in zip("abc", expected, strict=True):
+            assert found[name].is_equivalent_to(jax.sharding.NamedSharding(mesh, spec), 2)
+            assert {axis for axis in layouts.spec_axes(found[name].spec) if mesh.shape[axis] == 1} == set()
+
+
 def test_an_axis_the_mesh_has_not_is_refused_before_any_leaf():
     with pytest.raises(ValueError, match="names the mesh axis 'fsdp', but the mesh has"):
         layouts.fsdp(make_mesh(), axis="fsdp")

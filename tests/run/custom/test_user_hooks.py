@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sys
 
 import jax
 import numpy as np
@@ -101,6 +102,14 @@ def make_info(*, step=6, written=None):
         state=user_hooks.NO_STATE,
         write=lambda numbers, rich: [] if written is None else written.append((numbers, rich)),
     )
+
+
+def test_a_hook_that_exits_has_failed_and_does_not_end_the_run_with_a_status_of_its_own():
+    def leaves(info):
+        sys.exit(0)
+
+    with pytest.raises(user_hooks.HookError, match=r"The hook leaves \(.*after step 6: SystemExit: 0"):
+        user_hooks.UserHooks((leaves,), True).call("on_step", make_info)
 
 
 def test_on_other_processes_only_the_hooks_that_ask_for_it_are_called():
