@@ -15,7 +15,14 @@ from jaxdist.paramserver.protocol import effects, journal, messages
 from jaxdist.paramserver.protocol.reader import Reader
 from jaxdist.paramserver.protocol.scheduler.scheduler import Scheduler
 from jaxdist.paramserver.protocol.server import Server
-from jaxdist.paramserver.protocol.settings import OBSERVER, Settings, saved_cut_file, server_shard, shard_file
+from jaxdist.paramserver.protocol.settings import (
+    OBSERVER,
+    SCHEDULER,
+    Settings,
+    saved_cut_file,
+    server_shard,
+    shard_file,
+)
 from jaxdist.paramserver.protocol.shard import Shard
 from jaxdist.paramserver.protocol.worker import Worker
 from jaxdist.paramserver.simulator import FAST, Faults, Hardware, Roles
@@ -204,7 +211,7 @@ class UncountedScheduler(Scheduler):
 class Flaky(workload.Momentum):
     """Computes one update wrongly, on one of the copies."""
 
-    made = 0
+    computes_wrongly, made = True, 0
 
     def update(self, *args, **kwargs):
         Flaky.made += 1
@@ -320,6 +327,76 @@ class AheadWorker(Worker):
 
     def _is_current(self, pulled):
         return pulled.version == self.lease.step
+
+
+def _of_this_lease(worker, pulled):
+    """Take params of an earlier lease for those of this one."""
+    return dataclasses.replace(pulled, sequence=max(pulled.sequence, worker.sequence))
+
+
+class GapServer(Server):
+    """Applies an entry of the log although one before it is missing."""
+
+    def handle(self, message, now):
+        if isinstance(message, messages.Replicate) and self._is_my_primary(message.term) and self.restored >= 0:
+            self.index = max(self.index, message.index - 1)
+        return super().handle(message, now)
+
+
+class EarlySynced(Server):
+    """Says that its backup has everything before it has sent it anything."""
+
+    def _change_backup(self, now, out):
+        super()._change_backup(now, out)
+        place = self._place
+        if place.backup and not place.synced:
+            out.send(SCHEDULER, messages.Synced(self.number, self.term, place.backup, place.backup_boot))
+
+
+class OptimizerlessServer(Server):
+    """Sends the params where the state of the optimizer is asked for."""
+
+    def handle(self, message, now):
+        if not isinstance(message, messages.Read):
+            return super().handle(message, now)
+        right, self.shard.opt_state = self.shard.opt_state, self.shard.params
+        found = super().handle(message, now)
+        self.shard.opt_state = right
+        return found
+
+
+class UnsettledScheduler(Scheduler):
+    """Grants leases before all shards have entered the term."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.state.settled = lambda: True
+
+
+class ForgetfulScheduler(Scheduler):
+    """Grants leases after a restart before the workers have told what they hold."""
+
+    def handle(self, message, now):
+        found = super().handle(message, now)
+        self.state.unreported = set()
+        return found
+
+
+def _no_last_pushes(scheduler, ack):
+    """Do not count the last push of a worker that died, although all shards have it."""
+    return dataclasses.replace(ack, seen=())
+
+
+def _late_ask_is_new(scheduler, ask):
+    """Take a late request for one of a worker that has returned its lease."""
+    worker = scheduler.state.worker(ask.worker, ask.incarnation)
+    return ask if worker is None else dataclasses.replace(ask, sequence=max(ask.sequence, worker.sequence))
+
+
+def _unlogged_members(effect):
+    """Act on a membership that is not logged."""
+    is_change = isinstance(effect, effects.Append) and isinstance(effect.record, journal.MembershipRecord)
+    return [] if is_change and effect.record.membership.term > 1 else [effect]
 
 
 class UngatedShard(Shard):
@@ -495,6 +572,32 @@ BUGS = {
     ),
     "params of other pushes": Bug(
         Roles(worker=AheadWorker), {"workers": 3, "servers": 2}, {}, "same bits", own_bits=True
+    ),
+    "params of an earlier lease": Bug(
+        Roles(worker=hearing(Worker, Pulled=_of_this_lease)),
+        {**BOUNDED, "max_steps": 40},
+        {"late": 0.5, "repeat": 0.5, "slow": 0.7, "until": 6.0},
+        "bounded reads",
+    ),
+    "an entry of the log is missing": Bug(Roles(server=GapServer), REPLICATED),
+    "a backup without the state": Bug(
+        Roles(server=EarlySynced), {**SYNC_COPIES, "max_steps": 30}, {"kills": 4.0, "until": 6.0}
+    ),
+    "no state of the optimizer": Bug(Roles(server=OptimizerlessServer), {"servers": 2}, {}, "same bits"),
+    "leases before the term": Bug(
+        Roles(scheduler=UnsettledScheduler), {**REPLICATED, "max_steps": 30}, {"kills": 4.0, "until": 6.0}
+    ),
+    "leases before the reports": Bug(
+        Roles(scheduler=ForgetfulScheduler), {**ASYNC, "max_steps": 30}, {"kills": 4.0, "until": 6.0}, "examples"
+    ),
+    "a last push is not counted": Bug(
+        Roles(scheduler=hearing(Scheduler, MembershipAck=_no_last_pushes)), ASYNC, {"kills": 4.0}, "examples"
+    ),
+    "a late request is a new one": Bug(
+        Roles(scheduler=hearing(Scheduler, Ask=_late_ask_is_new)), ASYNC, {"late": 0.5, "slow": 0.7}, "examples"
+    ),
+    "members not logged": Bug(
+        Roles(scheduler=doing(Scheduler, _unlogged_members)), {"workers": 2, "servers": 2}, {"kills": 4.0}
     ),
     "unbounded reads": Bug(Roles(shard=UngatedShard), BOUNDED, {}, "bounded reads"),
     "a cut of two terms": Bug(

@@ -21,6 +21,8 @@ CLIP = 0.5
 class Momentum:
     """Heavy-ball SGD in numpy: order and number of updates show in the bits. Model state becomes its mean."""
 
+    computes_wrongly = False  # on one of the copies of a shard
+
     def __init__(self, clip=False, num_params=9):
         self.needs_norm, self.num_params = clip, num_params
 
@@ -204,6 +206,7 @@ def simulate(seed, *, updater=Momentum, roles=None, **instead):
     )
     simulation.clip = CLIP if drawn.clip else None
     simulation.num_params = drawn.num_params
+    simulation.computes_wrongly = updater.computes_wrongly
     simulation.rounded = rounded if drawn.own_bits else lambda computed, worker: computed
     return simulation.run(patience=60.0 + 3.0 * drawn.settings.max_steps)
 

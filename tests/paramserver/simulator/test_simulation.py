@@ -22,13 +22,15 @@ from jaxdist.paramserver.protocol.settings import Timers
 from jaxdist.paramserver.simulator import CALM, FAST, Faults, Roles, Simulation, Stuck, simulated_world
 from jaxdist.paramserver.simulator.simulation import Event
 
+PLAIN = {"hardware": FAST, "num_params": 9, "own_bits": False, "halt_at": math.inf, "target_step": math.inf}
+
 
 def play(seed, **instead):
-    return workload.play(seed, **{"hardware": FAST, "num_params": 9, **instead})
+    return workload.play(seed, **{**PLAIN, **instead})
 
 
 def simulate(seed, **instead):
-    return workload.simulate(seed, **{"hardware": FAST, "num_params": 9, **instead})
+    return workload.simulate(seed, **{**PLAIN, **instead})
 
 
 @pytest.mark.parametrize("block", range(10))

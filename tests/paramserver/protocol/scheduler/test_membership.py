@@ -138,6 +138,14 @@ def test_a_silent_primary_hands_over_and_a_pair_of_silent_copies_does_not():
     assert cast.state.counters["failovers"] == 1
 
 
+def test_a_primary_that_starts_again_before_it_was_missed_becomes_the_backup_of_its_copy():
+    cast = stages.Cast(stages.settings(durability="replicated", snapshot_every=2)).join()
+    cast.tell(messages.Register("server/0/a", 2))
+    place = cast.state.membership.shards[0]
+    assert place == messages.ShardPlace("server/0/b", 1, "server/0/a", 2, False)
+    assert (cast.state.counters["failovers"], cast.state.counters["rollbacks"]) == (1, 0)
+
+
 def test_a_lost_shard_returns_all_to_the_saved_cut():
     cast = stages.Cast(stages.settings(durability="snapshot", snapshot_every=2)).join()
     cast.step()
