@@ -227,10 +227,11 @@ class StreamSource:
         if hasattr(self._open_shard, "fingerprint"):
             return fingerprint_text("stream", *layout, self._open_shard.fingerprint())
         shards = np.unique(np.linspace(0, self.num_shards - 1, min(self.num_shards, MOST_LANES), dtype=np.int64))
-        first = [example for shard in shards.tolist() for example in self._first(shard)]
+        first = {shard: self._first(shard) for shard in shards.tolist()}
         if self._seeks:
             self._check_seeks(first)
-        return fingerprint_text("stream", *layout, *map(fingerprint_example, first))
+        examples = itertools.chain.from_iterable(first.values())
+        return fingerprint_text("stream", *layout, *map(fingerprint_example, examples))
 
     def _no_fingerprint(self) -> str:
         _logger.warning("--strict cannot compare the contents of a stream that differs whenever it is opened.")
@@ -248,15 +249,15 @@ class StreamSource:
             raise ValueError(f"{self.shard_name(shard)} cannot be read: {type(error).__name__}: {error}") from error
         return found
 
-    def _check_seeks(self, first: Sequence[Example]) -> None:
-        """Raise ValueError where the first shard, opened at its second example, begins with another."""
-        if len(first) < _SAMPLED:
+    def _check_seeks(self, first: Mapping[int, Sequence[Example]]) -> None:
+        """Raise ValueError where a shard, opened at its second example, begins with another."""
+        shard = next((shard for shard, examples in first.items() if len(examples) > 1), None)
+        if shard is None:
             return
-        opened = iter(self._open_shard(0, 1))
-        found = next(opened, None)
-        if found is None or fingerprint_example(self._decoded(found)) != fingerprint_example(first[1]):
+        found = next(iter(self._open_shard(shard, 1)), None)
+        if found is None or fingerprint_example(self._decoded(found)) != fingerprint_example(first[shard][1]):
             raise ValueError(
-                f"{self.shard_name(0)} opened at number 1 does not begin with the second of its examples. With "
+                f"{self.shard_name(shard)} opened at number 1 does not begin with the second of its examples. With "
                 "seeks=True, open_shard(shard, start) returns those from number `start` on; leave seeks out if it "
                 "cannot."
             )

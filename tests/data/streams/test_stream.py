@@ -300,6 +300,21 @@ def test_an_iterator_that_is_used_up_is_refused():
         two_epochs_of(lambda shard: numbers, examples_per_epoch=1600)
 
 
+@pytest.mark.parametrize("sizes", [(1, 3), (0, 5), (2, 0, 7), (1, 1, 1, 1), (3, 9)])
+def test_a_seek_is_tried_in_a_shard_that_has_two_examples_wherever_it_is(sizes):
+    def seeking(shard, start):
+        return ({"x": 10 * shard + number} for number in range(start, sizes[shard]))
+
+    stream = data.StreamSource(seeking, num_shards=len(sizes), sizes=sizes, seeks=True)
+    loader = data.Loader(stream, global_batch_size=1, seed=0, num_epochs=1)
+    found = sorted(int(batch["x"][0]) for batch, _ in loader)
+    assert found == [10 * shard + number for shard, size in enumerate(sizes) for number in range(size)]
+    if max(sizes) > 1:
+        ignoring = data.StreamSource(lambda shard, _: seeking(shard, 0), num_shards=len(sizes), sizes=sizes, seeks=True)
+        with pytest.raises(ValueError, match="opened at number 1 does not begin with the second"):
+            ignoring.fingerprint()
+
+
 def test_a_seek_that_does_not_seek_is_refused_at_the_start():
     def from_its_beginning(shard, start):
         return ({"x": x} for x in range(6))
