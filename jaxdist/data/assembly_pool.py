@@ -8,12 +8,13 @@ runs in one thread, the one that iterates.
 import collections
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.util
 import os
 import pathlib
 import signal
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.reduction import DupFd
 from typing import Any, NamedTuple
 
@@ -42,7 +43,11 @@ class ProcessAssembler:
         self._waiting: collections.deque[_Part] = collections.deque()
         self._recipe = recipe
         payload = dump_recipe(recipe)
-        self._workers = [_AssemblyProcess(number, payload, num_slots) for number in range(num_workers)]
+        self._workers: list[_AssemblyProcess] = []
+        # Workers ignore SIGTERM: where a script ends within an iteration, multiprocessing would wait for them forever.
+        self._kill = multiprocessing.util.Finalize(self, _kill_all, args=(self._workers,), exitpriority=0)
+        for number in range(num_workers):
+            self._workers.append(_AssemblyProcess(number, payload, num_slots))
 
     def submit(self, plan: BatchPlan) -> Callable[[], Made]:
         """See SerialAssembler."""
@@ -79,10 +84,14 @@ class ProcessAssembler:
 
     def close(self) -> None:
         """See SerialAssembler. Workers hold no state, so they are killed without a request."""
-        for worker in self._workers:
-            worker.process.kill()
+        self._kill()
         for worker in self._workers:
             worker.close()
+
+
+def _kill_all(workers: "Sequence[_AssemblyProcess]") -> None:
+    for worker in workers:
+        worker.process.kill()
 
 
 class _AssemblyProcess:

@@ -165,6 +165,32 @@ def test_nothing_is_alive_and_no_memory_is_left_after_the_trainer_was_killed(tmp
     assert not used & set(os.listdir("/dev/shm"))
 
 
+ENDS = """
+import multiprocessing, numpy as np
+from jaxdist.data import ArraySource, Loader
+
+def same(example, random):
+    return example
+
+if __name__ == "__main__":
+    source = ArraySource({"id": np.arange(8)})
+    kept = Loader(source, global_batch_size=4, seed=0, num_epochs=1, example_fn=same, num_workers=1)
+    assert len(list(kept)) == 2
+    batches = iter(Loader(source, global_batch_size=4, seed=0, example_fn=same, num_workers=1))
+    next(batches)
+    assert len(multiprocessing.active_children()) == 2
+    raise SystemExit(3)
+"""
+
+
+def test_a_script_ends_within_an_iteration_and_with_workers_that_are_kept(tmp_path):
+    script = tmp_path / "ends.py"
+    script.write_text(ENDS)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300)
+    assert (ended.returncode, ended.stderr) == (3, "")
+
+
 def shared_memory(pid):
     """Return the names in /dev/shm that a process has open or mapped."""
     links = [os.readlink(link) for link in pathlib.Path(f"/proc/{pid}/fd").iterdir()]
