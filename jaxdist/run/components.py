@@ -1,5 +1,6 @@
 """The parts of one experiment on given devices: loaders, functions, optimizer, state, steps. Nothing runs here."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -141,6 +142,15 @@ class Parts:
             return evaluate.evaluate(step, params, model_state, batches, self.collecting)
 
         return of_all_sets({name: evaluate_set(loader) for name, loader in self.eval_loaders.items()})
+
+    def evaluate_one_batch(self, train_state: state.TrainState) -> None:
+        """Evaluate the first batch of each set of held-out examples, so that all that it needs is compiled."""
+        step = self.collecting.step if self.collecting else self.eval_step
+        for loader in self.eval_loaders.values():
+            with contextlib.closing(self._feed(loader)) as batches:  # type: ignore[type-var]
+                batch, _ = next(batches)
+            assert step is not None
+            jax.block_until_ready(step(params_in_use(train_state), train_state.model_state, batch))
 
 
 def of_all_sets(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

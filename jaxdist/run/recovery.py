@@ -146,9 +146,10 @@ def ask_for_reserve(settings: Recovery, mesh: jax.sharding.Mesh) -> Hook | None:
 
 
 def rehearse(parts: components.Parts) -> None:
-    """Make two steps from a state of zeros and drop them, so that all that they need is compiled and loaded.
+    """Make two steps from a state of zeros and drop them, so that all that a run needs is compiled and loaded.
 
-    The second is a step from the result of the first, as all others are.
+    The second is a step from the result of the first, as all others are. A job that is killed while it evaluates has to
+    evaluate again before its next step.
     """
     state = jax.tree.map(_zeros, parts.abstract_state)
     with contextlib.closing(parts.batches()) as batches:  # type: ignore[type-var]
@@ -156,6 +157,7 @@ def rehearse(parts: components.Parts) -> None:
     for _ in range(2):
         state, metrics = parts.step(state, batch)
     snapshot.copy(state)
+    parts.evaluate_one_batch(state)
     if parts.learning_rate is not None:
         parts.learning_rate(1)
     jax.block_until_ready((state, metrics))

@@ -1,16 +1,21 @@
 """How often snapshots are taken; deadlines and pauses, measured by a clock that is never set."""
 
+import contextlib
+import dataclasses
 import itertools
 import time
 import types
 
+import jax
 import pytest
+import tiny_experiment
 from hypothesis import given
 from hypothesis import strategies as st
+from small_problem import counted_compiles
 
 from jaxdist.config.experiment import Recovery
 from jaxdist.launch.supervising import board, joined, restart_events, supervisor
-from jaxdist.run import recovery
+from jaxdist.run import components, recovery
 
 
 @pytest.mark.parametrize("jump", [-1e9, 1e9])
@@ -125,3 +130,17 @@ def test_a_job_that_made_steps_is_not_checked_again():
 def test_a_job_has_made_steps_once_its_supervisor_says_so(reached, made):
     environment = {} if reached is None else {restart_events.REACHED: reached}
     assert recovery.has_made_steps(environment) == made
+
+
+@pytest.mark.parametrize("reduction", ["mean", "canonical"])
+def test_after_a_rehearsal_steps_and_evaluations_compile_nothing(reduction):
+    experiment = dataclasses.replace(tiny_experiment.get_config(), reduction=reduction)
+    parts = components.put_together(experiment, devices=jax.devices()[:2])
+    state = parts.create_state()
+    with contextlib.closing(parts.batches()) as batches:
+        batch, _ = next(batches)
+    recovery.rehearse(parts)
+    with counted_compiles() as compiles:
+        state, _ = parts.step(state, batch)
+        assert parts.evaluate(state)["loss"] > 0
+    assert not compiles
