@@ -50,6 +50,8 @@ class Island:
     def __init__(self, plan: Plan, devices: Sequence[jax.Device]) -> None:
         self.plan = plan
         self._placement = NamedSharding(Mesh(np.asarray(devices), ("data",)), PartitionSpec("data"))
+        # A compiled program takes NumPy's arrays to the one CPU device itself, in a fifth of device_put's time.
+        self._is_host = len(devices) == 1 and devices[0].platform == "cpu"
         self._key = plan.run_keys().train
         self._sums = jax.jit(self._compute_sums)
         self._packing = LeafPacking.of(plan.sharding)
@@ -80,7 +82,8 @@ class Island:
     def prepare(self, lease: messages.Lease) -> None:
         """Place the examples of `lease` on the devices, while its params are still on their way."""
         if self._prepared is None or self._prepared[0] != lease:
-            self._prepared = lease, jax.device_put(self._batch(lease), self._placement)
+            batch = self._batch(lease)
+            self._prepared = lease, batch if self._is_host else jax.device_put(batch, self._placement)
 
     def gradient(self, compute: effects.Compute) -> messages.Computed:
         """Return the gradient sums of the lease, as the worker pushes them."""
