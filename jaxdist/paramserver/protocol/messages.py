@@ -580,7 +580,9 @@ class Want:
 
 @dataclass(frozen=True, slots=True)
 class GetReady:
-    """Add up what has arrived for the next step, ahead of its commit."""
+    """Add up what has arrived for the next step, ahead of its commit; then send `acks`, which are less urgent."""
+
+    acks: tuple[PushAck, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

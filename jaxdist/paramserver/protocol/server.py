@@ -205,8 +205,10 @@ class Server:
             return
         outcome = self.shard.apply(entry)
         if self._brings_pushes(entry):
-            out.do(effects.Continue(messages.GetReady()))
-            if not self._place.backup:  # else the backup tells it
+            if self._place.backup:  # which tells the scheduler
+                out.do(effects.Continue(messages.GetReady()))
+            else:
+                out.do(effects.Continue(messages.GetReady(outcome.take_acks())))
                 told = Outcome()
                 self._tell_staged(told)
                 outcome.replies = told.replies + outcome.replies
@@ -350,9 +352,12 @@ class Server:
     def _get_ready(self, message: messages.GetReady, now: float, out: effects.Output) -> None:
         self.shard.get_ready()
         made = self.shard.ahead()
-        if made is None or not self.primary:
-            return
-        fingerprint, params = made
+        if made is not None and self.primary:
+            self._send_ahead(*made, out)
+        for each in message.acks:
+            out.send(worker_name(each.worker), each)
+
+    def _send_ahead(self, fingerprint: int, params: sums.Arrays, out: effects.Output) -> None:
         for number, (pull, has) in self.waiting.items():
             if pull.version == self.shard.version + 1 and has != fingerprint:
                 self.waiting[number] = pull, fingerprint

@@ -115,8 +115,9 @@ def test_a_step_that_is_complete_is_told_to_the_scheduler_and_again_with_every_c
     one = synchronous()
     first = dataclasses.replace(push(1), lease=messages.Lease(0, 0, 0, 0, 2))
     replies, todo = one.handle(first, 0.0)
-    assert kinds(replies) == ["Staged", "PushAck"]
-    assert effects.Continue(messages.GetReady()) in todo
+    assert kinds(replies) == ["Staged"]
+    (ready,) = [effect.message for effect in todo if isinstance(effect, effects.Continue)]
+    assert kinds(tell(one, ready)) == ["Pulled", "PushAck"]  # the worker waits for the params, not for the answer
     replies, todo = one.handle(first, 1.0)
     assert kinds(replies) == ["Staged", "PushAck"]
     assert replies[1].message.status == "duplicate"
@@ -137,7 +138,7 @@ def test_a_pull_that_waited_for_a_commit_is_answered_once_the_backup_has_it():
 def test_a_brief_commit_means_the_pushes_that_the_shard_told_of():
     one = synchronous()
     first = dataclasses.replace(push(1), lease=messages.Lease(0, 0, 0, 0, 2))
-    (note, _) = tell(one, first)
+    (note,) = tell(one, first)
     brief = messages.Commit(1, 0, 1, False, (), note.message.fingerprint)
     assert tell(one, dataclasses.replace(brief, fingerprint=brief.fingerprint + 1)) == []
     assert one.shard.version == 0
