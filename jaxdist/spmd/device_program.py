@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Primitive
+from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import mlir
@@ -27,6 +27,8 @@ from jaxdist.spmd import jax_private
 
 PyTree: TypeAlias = Any
 
+_SMALL_SIZE = 1 << 18
+"""Elements below which several threads are no help."""
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
@@ -104,14 +106,60 @@ class PerDeviceProgram:
 
 
 def by_itself(function: Callable[..., jax.Array], true: jax.Array, *args: Any) -> jax.Array:
-    """Return `function(*args)`, compiled by itself: a branch of a conditional, which is taken.
+    """Return `function(*args)`, compiled by itself: XLA fuses nothing into it and nothing out of it.
 
-    XLA fuses nothing into the branch and nothing out of it. So the branch has the bits of a program of its own, and the
-    rest of the program is what it would be without: a barrier would not do, XLA removes it before it fuses.
+    So it has the bits of a program of its own, and the rest of the program is what it would be without: a barrier would
+    not do, XLA removes it before it fuses. On CPU devices it is a call that XLA must not inline. Elsewhere it is a
+    branch of a conditional, which is taken, and costs more: `true` is a value that XLA cannot know to be true.
     """
-    once = jax.jit(function, inline=True)  # traced once, by eval_shape
-    shape = jax.eval_shape(once, *args)
-    return jax.lax.cond(true, once, lambda *_: jnp.zeros(shape.shape, shape.dtype), *args)
+    return _apart(function, true, args, {"inlineable": "false"})
+
+
+def hashed(function: Callable[..., jax.Array], true: jax.Array, vector: jax.Array) -> jax.Array:
+    """Return `function(vector)`, whole numbers that stand for the bits of a vector, compiled by itself.
+
+    A small vector is hashed by one kernel on CPU devices: XLA hands the kernels of a program to threads one by one,
+    which takes longer than these compute. Only whole numbers keep their bits in it, and only of one argument does XLA's
+    older emitter, which makes such kernels, compile every function (it aborts where the arguments share memory).
+    """
+    is_small = vector.size < _SMALL_SIZE and vector.dtype == jnp.float32
+    kernel = {"xla_cpu_small_call": "true"} if is_small else {}
+    return _apart(function, true, (vector,), {"inlineable": "false", **kernel})
+
+
+def _apart(
+    function: Callable[..., jax.Array], true: jax.Array, args: tuple[Any, ...], attributes: dict[str, str]
+) -> jax.Array:
+    leaves, structure = jax.tree.flatten(args)
+    traced = jax.make_jaxpr(lambda *leaves: function(*jax.tree.unflatten(structure, leaves)))(*leaves)
+    found: jax.Array = _apart_p.bind(true, *leaves, traced=traced, attributes=tuple(attributes.items()))
+    return found
+
+
+def _lower_conditional(context: Any, *operands: Any, traced: ClosedJaxpr, attributes: Any) -> Any:
+    del attributes
+    (result,) = traced.out_avals
+
+    def taken(true: jax.Array, *leaves: jax.Array) -> jax.Array:
+        compute = jaxpr_as_fun(traced)
+        found: jax.Array = jax.lax.cond(true, compute, lambda *_: [jnp.zeros(result.shape, result.dtype)], *leaves)[0]
+        return found
+
+    return mlir.lower_fun(taken, multiple_results=False)(context, *operands)
+
+
+def _lower_call(context: Any, *operands: Any, traced: ClosedJaxpr, attributes: tuple[tuple[str, str], ...]) -> Any:
+    compute = jax.jit(jaxpr_as_fun(traced))
+    results: Any = mlir.lower_fun(lambda _, *leaves: compute(*leaves), multiple_results=True)(context, *operands)
+    named: dict[str, ir.Attribute] = {name: ir.StringAttr.get(value) for name, value in attributes}
+    results[0].owner.attributes["mhlo.frontend_attributes"] = ir.DictAttr.get(named)
+    return results
+
+
+_apart_p = Primitive("apart")
+_apart_p.def_abstract_eval(lambda *operands, traced, attributes: traced.out_avals[0])
+mlir.register_lowering(_apart_p, _lower_conditional)
+mlir.register_lowering(_apart_p, _lower_call, platform="cpu")
 
 
 def exchange(value: jax.Array, pairs: Sequence[tuple[int, int]]) -> jax.Array:

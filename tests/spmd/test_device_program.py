@@ -6,6 +6,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from small_problem import counted_compiles, place
 
+from jaxdist.guards import array_hash
 from jaxdist.spmd import device_program
 from jaxdist.spmd.mesh import make_mesh
 
@@ -116,3 +117,19 @@ def test_devices_exchange_values(num_devices, tmp_path):
     for result in (found, again):
         for place_, shard in enumerate(result.addressable_shards):
             np.testing.assert_array_equal(shard.data, expected[2 * place_ : 2 * place_ + 2])
+
+
+def test_what_is_computed_by_itself_is_a_call_on_cpu_devices_and_a_branch_elsewhere():
+    def compute(x):
+        apart = device_program.by_itself(lambda x: 3 * x, x[0] < 9, x)
+        return apart + device_program.hashed(array_hash.of_array, x[0] < 9, x).astype(jnp.float32)
+
+    traced = jax.jit(compute).trace(np.arange(4000, dtype=np.float32))
+    compiled = traced.lower().compile()
+    assert compiled.as_text().count(" call(") == 2
+    assert compiled.as_text().count('xla_cpu_small_call="true"') >= 1
+    x = np.random.default_rng(0).normal(size=4000).astype(np.float32)
+    np.testing.assert_array_equal(compiled(x), 3 * x + np.float32(jax.jit(array_hash.of_array)(x)))
+    elsewhere = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert elsewhere.count("stablehlo.case") == 2
+    assert "inlineable" not in elsewhere

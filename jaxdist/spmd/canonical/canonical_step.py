@@ -186,7 +186,7 @@ def logical_shard_sums(
         """
         if not num_hashes:
             return flat
-        halves = _halves(device_program.by_itself(hashing.of_shard, index >= 0, flat)).astype(flat.dtype)
+        halves = _halves(device_program.hashed(hashing.of_shard, index >= 0, flat)).astype(flat.dtype)
         begin = flat.size - (logical_shards - index) * halves.size
         return jax.lax.dynamic_update_slice(flat, halves, (begin,))
 
