@@ -3,8 +3,11 @@ import json
 import jax
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import AxisType
 
+from jaxdist import data
 from jaxdist.data import ArraySource, Loader
 from jaxdist.data.placement import host_shards
 from jaxdist.data.sources.combine import Concatenated, Filtered, Sharded, ShardList
@@ -131,3 +134,57 @@ def test_the_order_of_a_source_that_needs_one_is_taken_by_itself():
         found = Loader(sharded, shuffle=shuffle, global_batch_size=8, seed=3, num_epochs=1)
         assert found.beginning == asked.beginning
         assert true_ids(sharded, shuffle=shuffle) == list(range(20))
+
+
+class KeepMost:
+    """Leaves out the numbers that have a rest."""
+
+    def __init__(self, divisor, rest):
+        self.divisor, self.rest = divisor, rest
+
+    def __call__(self, example):
+        return example["x"] % self.divisor != self.rest
+
+
+def composed(draw, depth, first=0):
+    """Return a source put together at random, and (number, whether it counts) of each of its examples."""
+    kind = draw(st.sampled_from(["leaf", "subset", "filter", "concatenate", "fold"])) if depth else "leaf"
+    if kind == "leaf":
+        numbers = list(range(first, first + draw(st.integers(1, 12))))
+        return ArraySource({"x": np.array(numbers)}), [(number, True) for number in numbers]
+    source, model = composed(draw, depth - 1, first)
+    if kind == "subset":
+        ids = draw(st.lists(st.integers(0, len(model) - 1), min_size=1, max_size=15))
+        return data.Subset(source, ids), [model[index] for index in ids]
+    if kind == "filter":
+        keep = KeepMost(draw(st.integers(2, 4)), draw(st.integers(0, 1)))
+        counts = [(number, counted and number % keep.divisor != keep.rest) for number, counted in model]
+        return data.Filtered(source, keep, version=f"{keep.divisor} {keep.rest}"), counts
+    if kind == "fold" and len(model) > 1:
+        part = draw(st.sampled_from(draw(st.sampled_from(data.folds(source, 2, seed=draw(st.integers(0, 3)))))))
+        return part, [model[index] for index in part.ids]
+    other, others = composed(draw, depth - 1, first + 100 * 2**depth)
+    return data.Concatenated([source, other]), [*model, *others]
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_any_composition_has_the_examples_that_a_list_of_them_would_have_and_resumes_anywhere(drawn):
+    source, model = composed(drawn.draw, drawn.draw(st.integers(0, 3)))
+    size = drawn.draw(st.integers(1, min(len(model), 6)))
+    orders = st.sampled_from([True, False, data.BlockShuffled(3)])
+    loader = data.Loader(
+        source, global_batch_size=size, seed=drawn.draw(st.integers(0, 9)), shuffle=drawn.draw(orders), num_epochs=2
+    )
+    batches = list(loader)
+    for epoch in range(2):
+        mine = [batch for batch, position in batches if position.epoch == epoch]
+        found = [int(number) for batch in mine for number in batch["x"][batch["mask"] == 1]]
+        assert sorted(found) == sorted(number for number, counted in model if counted)
+    at, rows = drawn.draw(st.integers(1, len(batches))), drawn.draw(st.integers(1, size))
+    for part in np.array_split(np.arange(size), rows):
+        again = loader.with_rows(part).starting_at(batches[at - 1][1])
+        for (batch, position), (whole, expected) in zip(again, batches[at:], strict=True):
+            assert position == expected
+            for name in whole:
+                np.testing.assert_array_equal(batch[name], whole[name][part])
