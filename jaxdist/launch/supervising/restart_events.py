@@ -23,8 +23,8 @@ class _Event(TypedDict):
     """A line, as far as it is read; which keys it has depends on the event."""
 
     event: str
-    time: NotRequired[float]
-    monotonic: NotRequired[float]
+    time: float
+    monotonic: float
     attempt: NotRequired[int]
     process_ids: NotRequired[list[int]]
     cause: NotRequired[str]
@@ -34,6 +34,17 @@ class _Event(TypedDict):
     failed: NotRequired[int | None]
     status: NotRequired[int | None]
     saved: NotRequired[int | None]
+
+
+_NEEDED = {"start": {"attempt", "process_ids"}, "end": {"attempt"}, "recovered": {"step", "seconds"}}
+
+
+def _is_whole(event: Any) -> bool:
+    """Return whether a line has what its readers take from it, each of its kind."""
+    if json_kinds.misfit(event, _Event, "") is not None:
+        return False
+    needed = _NEEDED.get(event["event"], set()) | ({"reached"} if "cause" in event else set())
+    return needed <= event.keys()
 
 
 class Events:
@@ -112,7 +123,7 @@ def read_events(run_dir: pathlib.Path) -> list[dict[str, Any]]:
     for line in text[: text.rfind("\n") + 1].splitlines():
         with contextlib.suppress(ValueError, RecursionError):  # a line that a full disk has cut
             found.append(json.loads(line))
-    return [event for event in found if json_kinds.misfit(event, _Event, "") is None]
+    return [event for event in found if _is_whole(event)]
 
 
 def changes(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

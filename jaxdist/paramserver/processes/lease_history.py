@@ -6,8 +6,6 @@ server_timeline` draws it.
 """
 
 import collections
-import contextlib
-import json
 import pathlib
 import time
 from collections.abc import Callable
@@ -17,6 +15,7 @@ from jaxdist.paramserver.processes.process_world import try_report
 from jaxdist.paramserver.processes.run_folder import HISTORY_NAME
 from jaxdist.paramserver.protocol import effects, journal, messages
 from jaxdist.paramserver.protocol.settings import SCHEDULER, server_shard
+from jaxdist.run.use.reporting import server_timeline
 
 MOST_BINS = 240
 MOST_LEASES, MOST_EVENTS = 200, 400
@@ -84,9 +83,7 @@ class History:
 
     def __init__(self, name: str, directory: pathlib.Path, clock: Clock = time.time) -> None:
         self.path, self.clock = directory / HISTORY_NAME / f"{name.replace('/', '-')}.json", clock
-        found: dict[str, Any] = {}
-        with contextlib.suppress(OSError, ValueError):
-            found = json.loads(self.path.read_text())
+        found = server_timeline.read_one(self.path) or {}
         self.continues = bool(found)
         self.bins = Bins(**found["bins"]) if found else Bins(clock())
         self.leases = collections.deque[list[Any]](found.get("leases", ()), MOST_LEASES)

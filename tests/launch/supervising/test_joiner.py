@@ -11,7 +11,7 @@ from jaxdist.rundir import lock
 
 
 def write_start(run_dir, memory):
-    event = {"event": "start", "process_ids": [1], "memory": str(memory)}
+    event = {"event": "start", "time": 1.0, "monotonic": 1.0, "attempt": 0, "process_ids": [1], "memory": str(memory)}
     (run_dir / restart_events.EVENTS_NAME).write_text(json.dumps(event) + "\n")
 
 

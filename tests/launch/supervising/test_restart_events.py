@@ -1,5 +1,9 @@
 """The file restarts.jsonl."""
 
+import json
+
+import pytest
+
 from jaxdist.launch.supervising import restart_events
 
 
@@ -24,11 +28,28 @@ def test_a_line_that_cannot_be_written_is_told_once_and_ends_nothing(tmp_path, c
     assert restart_events.read_events(tmp_path / "gone") == []
 
 
-def test_a_line_that_was_cut_hides_no_other(tmp_path):
-    (tmp_path / restart_events.EVENTS_NAME).write_text(
-        '{"event": "sta\n[]\n{"event": "end", "time": "now"}\n{"event": "end"}\n'
-    )
-    assert restart_events.read_events(tmp_path) == [{"event": "end"}]
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"event": "sta',
+        "[]",
+        '{"event": ["start"], "time": 1.0, "monotonic": 1.0}',
+        '{"event": "end", "time": "now", "monotonic": 1.0}',
+        '{"event": "end", "attempt": 0}',
+        '{"event": "end", "time": 1.0, "monotonic": 1.0}',
+        '{"event": "start", "time": 1.0, "monotonic": 1.0, "attempt": 0}',
+        '{"event": "start", "time": 1.0, "monotonic": 1.0, "process_ids": [1]}',
+        '{"event": "start", "time": 1.0, "monotonic": 1.0, "attempt": 1, "process_ids": [1], "cause": "join"}',
+        '{"event": "recovered", "time": 1.0, "monotonic": 1.0, "step": 6}',
+        '{"event": "recovered", "time": 1.0, "monotonic": 1.0, "seconds": 2.5}',
+    ],
+)
+def test_a_line_that_is_damaged_or_incomplete_hides_no_other(tmp_path, line):
+    whole = {"event": "end", "time": 2.0, "monotonic": 2.0, "attempt": 0}
+    (tmp_path / restart_events.EVENTS_NAME).write_text(f"{line}\n{json.dumps(whole)}\n")
+    found = restart_events.read_events(tmp_path)
+    assert found == [whole]
+    assert restart_events.changes(found) == []
 
 
 def test_each_change_has_what_it_cost(tmp_path):

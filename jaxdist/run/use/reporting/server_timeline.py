@@ -10,7 +10,9 @@ import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, TypedDict
+
+from jaxdist.rundir import json_kinds
 
 FILE_NAME = "timeline.svg"
 HISTORIES = "ps/history"
@@ -58,13 +60,68 @@ def _style() -> str:
     return "".join(f"svg.leases{selector}{{{rule}}}" for selector, rule in rules.items())
 
 
+class _Bins(TypedDict):
+    began: float
+    width: float
+    series: dict[str, list[float]]
+
+
+class _History(TypedDict):
+    """A file, but for its rows."""
+
+    bins: _Bins
+    leases: list[list[Any]]
+    lost: list[list[Any]]
+    events: list[list[Any]]
+    omitted: int
+    written: float
+
+
+_LEASE = (int, int, int, float, float)  # worker, step, slice, since, until
+_SCHEDULER_ROWS = {
+    "leases": (*_LEASE, Literal["done", "returned"]),
+    "lost": (*_LEASE, Literal["lost"]),
+    "events": (float, Literal["join", "leave", "failover", "rollback", "restart", "end"], str),
+}
+_WORKER_ROWS = _SCHEDULER_ROWS | {"leases": (*_LEASE, float, float)}  # ..., since, seconds of each phase
+_MOST, _MOST_BINS = 1e12, 1e5
+
+
 def read(run_dir: pathlib.Path) -> dict[str, History]:
     """Return the histories of the processes of a run, by the name of their file; one that is damaged is omitted."""
-    found = {}
-    for path in sorted((run_dir / HISTORIES).glob("*.json")):
-        with contextlib.suppress(OSError, ValueError):
-            found[path.stem] = json.loads(path.read_text())
-    return found
+    found = {path.stem: read_one(path) for path in sorted((run_dir / HISTORIES).glob("*.json"))}
+    return {name: history for name, history in found.items() if history is not None}
+
+
+def read_one(path: pathlib.Path) -> History | None:
+    """Return the history of a process; None if it cannot be read, or is damaged."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        found = json.loads(path.read_text())
+        if json_kinds.misfit(found, _History, "") is None and _fits(found, path.stem):
+            return dict(found)
+    return None
+
+
+def _fits(history: History, name: str) -> bool:
+    """Return whether the rows of a history are complete, and its names and times can be drawn."""
+    role, _, number = name.partition("-")
+    rows = _WORKER_ROWS if role == "worker" else _SCHEDULER_ROWS
+    for key, kinds in rows.items():
+        for row in history[key]:
+            if len(row) != len(kinds) or json_kinds.first_misfit(row, dict(enumerate(kinds))):
+                return False
+    bins = history["bins"]
+    workers = [series.partition("/")[2] for series in bins["series"] if series.startswith("worker/")]
+    workers += [number] if role == "worker" else []
+    times = [bins["began"], history["written"], *(event[0] for event in history["events"])]
+    values = [*times, bins["width"], *(value for series in bins["series"].values() for value in series)]
+    values += [value for key in rows for row in history[key] for value in row if not isinstance(value, str)]
+    return (
+        all(each.isdecimal() for each in workers)
+        and bins["width"] > 0
+        and all(abs(value) < _MOST for value in values)
+        and max(times) - bins["began"] <= _MOST_BINS * bins["width"]
+    )
 
 
 def draw(histories: Mapping[str, History]) -> str:

@@ -50,7 +50,6 @@ def draw(events: Sequence[Mapping[str, Any]]) -> str:
 
 def _of_last_job(events: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
     """Return the events from the last start of a supervisor on: its clock is that of all."""
-    events = [event for event in events if event["event"] != "start" or "process_ids" in event]
     begins = [number for number, event in enumerate(events) if event["event"] == "start" and event["attempt"] == 0]
     return events[begins[-1] :] if begins else []
 

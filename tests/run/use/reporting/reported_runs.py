@@ -40,9 +40,9 @@ def write_run(run_dir, *, rows=3, config=None, events=(), extra=None, **fields):
 
 
 KILLED = (
-    {"event": "start", "time": 100.0, "attempt": 0},
-    {"event": "end", "time": 130.0, "attempt": 0, "status": 137, "failed": 1, "saved": 2},
-    {"event": "start", "time": 131.0, "attempt": 1},
-    {"event": "end", "time": 140.0, "attempt": 1, "status": 0, "failed": None, "saved": 3},
+    {"event": "start", "time": 100.0, "monotonic": 100.0, "process_ids": [7], "attempt": 0},
+    {"event": "end", "time": 130.0, "monotonic": 130.0, "attempt": 0, "status": 137, "failed": 1, "saved": 2},
+    {"event": "start", "time": 131.0, "monotonic": 131.0, "process_ids": [7], "attempt": 1},
+    {"event": "end", "time": 140.0, "monotonic": 140.0, "attempt": 1, "status": 0, "failed": None, "saved": 3},
 )
 SERVERS = {"updates": 80, "failovers": 1, "rollbacks": 0, "fenced": 2, "duplicates_refused": 3, "torn_pushes": 0}

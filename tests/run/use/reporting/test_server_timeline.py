@@ -1,5 +1,7 @@
 """The picture of a parameter-server run."""
 
+import copy
+import functools
 import json
 import xml.etree.ElementTree as ET
 
@@ -74,3 +76,44 @@ def test_a_run_without_a_parameter_server_has_no_picture(tmp_path):
     (folder / "scheduler.json").write_text(json.dumps(SCHEDULER))
     (folder / "worker-0.json").write_text("{")
     assert list(server_timeline.read(tmp_path)) == ["scheduler"]
+
+
+def _with(path, value):
+    """Return the history of the scheduler with another value at a path of keys."""
+    found = copy.deepcopy(SCHEDULER)
+    inner = functools.reduce(lambda part, key: part[key], path[:-1], found)
+    inner[path[-1]] = value
+    return found
+
+
+DAMAGED = [
+    None,
+    [1, 2],
+    {},
+    {**SCHEDULER, "bins": {}},
+    _with(("bins", "width"), 0.0),
+    _with(("bins", "width"), 1e-300),
+    _with(("bins", "began"), "1000"),
+    _with(("bins", "series", "steps"), [0.0, "2"]),
+    _with(("bins", "series", "steps"), [1e300]),
+    _with(("bins", "series", "worker/x"), [0.0]),
+    _with(("leases", 0), [0, 4, 0]),
+    _with(("leases", 0, 5), "><script>"),
+    _with(("lost", 0, 3), None),
+    _with(("events", 0, 1), '"><script>'),
+    _with(("events", 0, 0), 1e300),
+    _with(("written",), 1e11),
+]
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_damaged_history_is_omitted(tmp_path, content):
+    folder = tmp_path / server_timeline.HISTORIES
+    folder.mkdir(parents=True)
+    (folder / "scheduler.json").write_text(json.dumps(content))
+    (folder / "worker-0.json").write_text(json.dumps(WORKER))
+    (folder / "worker-x.json").write_text(json.dumps(WORKER))
+    assert server_timeline.read(tmp_path) == {"worker-0": WORKER}
+    (folder / "worker-0.json").write_text(json.dumps(content))
+    (folder / "scheduler.json").write_text(json.dumps(SCHEDULER))
+    assert titles(server_timeline.draw(server_timeline.read(tmp_path)))
