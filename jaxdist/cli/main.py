@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from jaxdist import errors, extras
 from jaxdist.cli import parser
 from jaxdist.errors import ExitStatus, RunFailedError, UserError, say
-from jaxdist.launch import viewer
+from jaxdist.launch import signals, viewer
 
 
 def main(experiment: str | None = None) -> None:
@@ -50,7 +50,9 @@ def run(arguments: Sequence[str]) -> int:
     options.arguments = arguments
     options.command = shlex.join(["jaxdist", *arguments])
     try:
-        return parser.find_handler(options.handler)(options)
+        handler = parser.find_handler(options.handler)
+        with signals.interruptible():
+            return handler(options)
     except (UserError, RunFailedError) as error:
         if options.traceback:
             traceback.print_exception(error)

@@ -99,6 +99,77 @@ def leave_at_signals() -> dict[signal.Signals, Any]:
 
 
 @contextmanager
+def interruptible() -> Iterator[None]:
+    """Have Ctrl-C end what the context does by KeyboardInterrupt; what handled SIGINT before does so again afterwards.
+
+    That is so wherever the exception is raised. Python drops it in a callback of the garbage collector (JAX has one)
+    and in a finaliser, and tells `sys.unraisablehook` alone; the signal is then repeated a moment later. A library may
+    turn it into an error of its own, which is turned back here.
+    """
+    in_main = threading.current_thread() is threading.main_thread()  # where alone Python handles signals
+    if not in_main or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        yield
+        return
+    usual, asked, again = sys.unraisablehook, threading.Event(), _Again()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        asked.set()
+        if not again.is_pending:  # or it would be raised in what notes the one before
+            signal.default_int_handler(number, frame)
+
+    def repeat(dropped: Any) -> None:
+        if asked.is_set() and issubclass(dropped.exc_type, KeyboardInterrupt):
+            again.soon()
+        else:
+            usual(dropped)
+
+    with restored({signal.SIGINT: signal.signal(signal.SIGINT, interrupt)}):
+        sys.unraisablehook = repeat
+        try:
+            yield
+            again.now()
+        except Exception as error:
+            if asked.is_set():
+                raise KeyboardInterrupt from error
+            raise
+        finally:
+            again.never()
+            sys.unraisablehook = usual
+
+
+class _Again:
+    """An interrupt that is repeated once, a moment after it was dropped."""
+
+    def __init__(self) -> None:
+        self.is_pending = False
+        self._timer = threading.Timer(0, self._repeat)
+
+    def soon(self) -> None:
+        if not self.is_pending:
+            self.is_pending = True
+            self._timer = threading.Timer(_REPEAT_SECONDS, self._repeat)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def now(self) -> None:
+        if self.is_pending:
+            raise KeyboardInterrupt
+
+    def never(self) -> None:
+        self._timer.cancel()
+
+    def _repeat(self) -> None:
+        self.is_pending = False
+        main = threading.main_thread().ident
+        assert main is not None
+        signal.pthread_kill(main, signal.SIGINT)  # which also ends a wait in the main thread
+
+
+_REPEAT_SECONDS = 0.05
+"""Long enough for the callback that dropped an interrupt to have returned."""
+
+
+@contextmanager
 def handled(handle: Callable[[int, FrameType | None], object]) -> Iterator[None]:
     """Have the stop signals handled so while the context lasts."""
     with restored({number: signal.signal(number, handle) for number in heeded()}):

@@ -1,8 +1,10 @@
 import contextlib
+import gc
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -113,3 +115,55 @@ def test_both_signals_are_heard_in_native_code_that_never_returns():
         time.sleep(signals.SAME_REQUEST_SECONDS)
         stuck.terminate()
         assert stuck.wait(timeout=200) == 128 + signal.SIGTERM
+
+
+def interrupt(*_):
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+class Finalised:
+    def __del__(self):
+        interrupt()
+
+
+def in_a_finaliser():
+    Finalised()  # dropped at once
+
+
+def in_a_callback_of_the_garbage_collector():
+    gc.callbacks.append(interrupt)
+    try:
+        gc.collect()
+    finally:
+        gc.callbacks.remove(interrupt)
+
+
+@pytest.mark.parametrize("lose", [in_a_finaliser, in_a_callback_of_the_garbage_collector])
+def test_an_interrupt_that_python_drops_is_repeated(lose):
+    before, hook = signal.getsignal(signal.SIGINT), sys.unraisablehook
+    with pytest.raises(KeyboardInterrupt), signals.interruptible():  # noqa: PT012
+        lose()
+        threading.Event().wait(timeout=100)
+        pytest.fail("the interrupt was lost")
+    assert (signal.getsignal(signal.SIGINT), sys.unraisablehook) == (before, hook)
+
+
+def test_an_interrupt_that_is_dropped_at_the_very_end_counts():
+    with pytest.raises(KeyboardInterrupt), signals.interruptible():
+        in_a_finaliser()
+
+
+def test_an_interrupt_that_a_library_turns_into_an_error_is_one_again():
+    with pytest.raises(KeyboardInterrupt) as raised, signals.interruptible():  # noqa: PT012
+        try:
+            interrupt()
+        except KeyboardInterrupt as error:
+            raise RuntimeError("the computation failed") from error
+    assert isinstance(raised.value.__cause__, RuntimeError)
+
+
+def test_errors_without_an_interrupt_are_as_they_were():
+    with pytest.raises(RuntimeError, match="of its own"), signals.interruptible():
+        raise RuntimeError("of its own")
+    with signals.interruptible(), pytest.raises(ZeroDivisionError):
+        _ = 1 / 0
