@@ -24,7 +24,8 @@ class Progress:
       epoch: finished epochs.
       examples_seen: true examples trained on, counted again in each epoch.
       seconds: wall time of training over all attempts.
-      metrics: the last value of each metric: `train/loss`, `eval/accuracy` and the like.
+      metrics: the last value of each metric: `train/loss`, `eval/accuracy` and the like. The training metrics of a step
+        are here from the next step on.
       history: every value an evaluation gave, by metric name.
       last_evaluation: the step of the newest evaluation, 0 before the first.
       global_batch_size: examples of a step; None in a checkpoint of an older version.
@@ -32,6 +33,7 @@ class Progress:
         of them were made with another batch size; see `schedule_offset`.
       empty_batches: steps without an update, because nothing in their batch counted.
       best: {metric, value, step} of the best value so far of the metric that is watched, None before the first.
+      of_this_step: training metrics of the present step, where they were read already.
     """
 
     step: int = 0
@@ -45,10 +47,26 @@ class Progress:
     schedule_offset: int = 0
     empty_batches: int = 0
     best: dict[str, Any] | None = None
+    of_this_step: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def advance(self, step: int, examples_seen: int, num_examples: int) -> None:
         """Note that `step` is finished; an epoch is finished with the last of its `num_examples` examples."""
         self.step, self.examples_seen, self.epoch = step, examples_seen, examples_seen // num_examples
+        if self.of_this_step:
+            self.metrics.update(self.of_this_step)
+            self.of_this_step = {}
+
+    def record_training(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the training metrics of `step`.
+
+        They are usually read one step late, but before the step is saved. A rule must not see them sooner then: the run
+        would end at another step when it is saved at other steps.
+        """
+        (self.metrics if step < self.step else self.of_this_step).update(metrics)
+
+    def newest_metrics(self) -> dict[str, float]:
+        """Return the last value of each metric that was read, those of the present step too."""
+        return self.metrics | self.of_this_step
 
     def count_empty(self, steps: int) -> None:
         """Note steps without an update, because nothing in their batch counted."""

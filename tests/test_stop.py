@@ -80,6 +80,24 @@ def test_every_rule_says_the_same_after_a_checkpoint(step, epoch, seconds, evalu
         assert rule(progress) == rule(restored)
 
 
+@given(st.lists(st.booleans(), min_size=1, max_size=12), st.integers(0, 11))
+def test_rules_see_training_metrics_one_step_late_whenever_they_were_read(early, stored_at):
+    """Read at once, or by the next step; and across a checkpoint."""
+    progress, pending = Progress(), None
+    for step, at_once in enumerate(early, 1):
+        progress.advance(step, step, 100)
+        if pending:
+            progress.record_training(pending, {"train/loss": float(pending)})
+        pending = step
+        if at_once:
+            progress.record_training(step, {"train/loss": float(step)})
+            pending = None
+            assert progress.newest_metrics() == {"train/loss": float(step)}
+        if stored_at == step and at_once:
+            progress = Progress.from_json(json.loads(json.dumps(progress.to_json())))
+        assert progress.metrics == ({"train/loss": step - 1.0} if step > 1 else {})
+
+
 def test_recording_an_evaluation_keeps_the_last_value_the_history_and_the_step():
     progress = Progress(step=7)
     progress.record_evaluation({"eval/a": 1.0, "eval/b": 2.0})

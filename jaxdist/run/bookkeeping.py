@@ -219,7 +219,7 @@ class Bookkeeper:
             return user_hooks.HookInfo(
                 self.progress,
                 self.attempt.run_dir,
-                metrics=metrics or (lambda: self.progress.metrics),
+                metrics=metrics or self.progress.newest_metrics,
                 state=state,
                 write=self._write_own,
                 end_reason=end_reason,
@@ -249,7 +249,7 @@ class Bookkeeper:
         rate = self.attempt.learning_rate
         values = metrics if rate is None else {**metrics, "learning_rate": rate(step)}
         named = {f"train/{name}": value for name, value in values.items()}
-        self.progress.metrics.update(named)
+        self.progress.record_training(step, named)
         self._write_metrics(step, stamped, named)
 
     def evaluate(self, state: Any) -> None:
@@ -283,7 +283,7 @@ class Bookkeeper:
         metric, mode = components.watched_metric(self.attempt.experiment)
         if metric is None or self._measured.get(metric) != self.progress.step:
             return False
-        return self.progress.record_best(metric, self.progress.metrics[metric], mode)
+        return self.progress.record_best(metric, self.progress.newest_metrics()[metric], mode)
 
     def may_save(self) -> bool:
         """Return whether a due step is saved: always where the experiment chose the steps, else if it costs little."""
@@ -303,7 +303,8 @@ class Bookkeeper:
         with self.stopwatch.account("checkpoint"):
             data_state = {"position": place.to_json(), "progress": self.progress.to_json(), **more}
             # The best checkpoint is chosen by the metrics of its own step, not of an earlier one.
-            own = {name: value for name, value in self.progress.metrics.items() if self._measured.get(name) == step}
+            newest = self.progress.newest_metrics()
+            own = {name: value for name, value in newest.items() if self._measured.get(name) == step}
             self.checkpointer.save(step, state, data_state, own)
         self._saved_step = step
         self._forget_replaced()
@@ -315,7 +316,7 @@ class Bookkeeper:
         self.checkpointer.wait()
         self._forget_replaced()
         made = self.write_record(end_reason, params)
-        self.display.update(made.step, self.progress.metrics, epoch=self.progress.epoch)
+        self.display.update(made.step, made.metrics, epoch=self.progress.epoch)
         self.display.finish(self._summary(made))
         return made
 
@@ -347,7 +348,7 @@ class Bookkeeper:
             step=self.progress.step,
             examples_seen=self.progress.examples_seen,
             params_sha256=None if params is None else record.params_sha256(params),
-            metrics=self.progress.metrics,
+            metrics=self.progress.newest_metrics(),
             strategy=attempt.strategy,
             reduction=attempt.experiment.reduction,
             num_devices=attempt.num_devices,

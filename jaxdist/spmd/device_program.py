@@ -119,8 +119,8 @@ def hashed(function: Callable[..., jax.Array], true: jax.Array, vector: jax.Arra
     """Return `function(vector)`, whole numbers that stand for the bits of a vector, compiled by itself.
 
     A small vector is hashed by one kernel on CPU devices: XLA hands the kernels of a program to threads one by one,
-    which takes longer than these compute. Only whole numbers keep their bits in it, and only of one argument does XLA's
-    older emitter, which makes such kernels, compile every function (it aborts where the arguments share memory).
+    which takes longer than these compute. Only whole numbers keep their bits in it, and it must have one argument: with
+    several, XLA's older emitter, which makes such kernels, has aborted the process.
     """
     is_small = vector.size < _SMALL_SIZE and vector.dtype == jnp.float32
     kernel = {"xla_cpu_small_call": "true"} if is_small else {}

@@ -106,7 +106,7 @@ def test_a_run_leaves_its_record_its_metrics_and_its_checkpoints(undisturbed):
     assert (made["num_processes"], made["compile_count"], made["command"]) == (1, 1, "a command")
     state, progress, position = read_checkpoint(undisturbed)
     assert made["params_sha256"] == record.params_sha256(state.params)
-    assert made["metrics"] == progress.metrics
+    assert made["metrics"] == progress.newest_metrics()
     assert set(made["metrics"]) == {f"{part}/{name}" for part in ("train", "eval") for name in ("loss", "accuracy")} | {
         "train/learning_rate",
         "train/grad_norm",
@@ -205,6 +205,36 @@ def test_a_reached_target_ends_the_run(tmp_path):
     made = run(tmp_path / "run", "stop.target=0.3", "stop.max_steps=None", "eval.every_steps=3")
     assert (made.end_reason, made.step) == ("target_reached", 3)
     assert made.metrics["eval/accuracy"] >= 0.3
+
+
+@pytest.mark.parametrize("beyond", [-1, 0])
+def test_a_training_metric_ends_the_run_at_the_same_step_however_it_is_saved_and_stopped(
+    undisturbed, tmp_path, monkeypatch, beyond
+):
+    """Rules see the metrics of a step after the next one, since they are usually read then."""
+    losses = {row["step"]: row["train/loss"] for row in read_metrics(undisturbed) if "train/loss" in row}
+    good = min(range(2, 8), key=losses.__getitem__)
+    assert losses[1] > losses[good]
+    step = good + beyond
+    ends = [
+        "stop.target_metric=train/loss",
+        f"stop.target={losses[good]}",
+        "stop.mode=min",
+        "checkpoints.best_metric=eval/accuracy",
+    ]
+    made = run(tmp_path / "never", *ends)
+    assert (made.end_reason, made.step) == ("target_reached", good + 1)
+    assert run(tmp_path / "saved", *ends, "checkpoints.every_steps=1").params_sha256 == made.params_sha256
+    first = run(tmp_path / "stopped", *ends, preempt=step)
+    assert first.metrics["train/loss"] == losses[step]
+    run(tmp_path / "stopped", *ends, resume=True)
+    assert_same_run(tmp_path / "stopped", tmp_path / "never", *ends)
+    (tmp_path / "memory").mkdir()
+    monkeypatch.setenv(supervisor.MEMORY, str(tmp_path / "memory"))
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", *ends, "recovery.snapshot_every=1", kill=step)
+    run(tmp_path / "killed", *ends, "recovery.snapshot_every=1", resume=True)
+    assert_same_run(tmp_path / "killed", tmp_path / "never", *ends)
 
 
 def test_max_epochs_counts_ragged_epochs(tmp_path):

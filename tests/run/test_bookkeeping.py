@@ -118,7 +118,8 @@ def test_training_metrics_are_written_with_their_learning_rate_the_first_step_al
         }
         for step in (1, 3, 6)
     ]
-    assert books.progress.metrics == {"train/loss": 6.0, "train/learning_rate": 0.06}
+    assert books.progress.metrics == {"train/loss": 3.0, "train/learning_rate": 0.03}
+    assert books.progress.newest_metrics() == {"train/loss": 6.0, "train/learning_rate": 0.06}
 
 
 def test_a_loss_on_held_out_examples_that_is_not_finite_is_explained_once(tmp_path, capsys):
