@@ -408,21 +408,23 @@ def no_resend_storm(run):
 
 
 def only_the_silent_are_dropped(run):
-    """Who is dropped as silent has sent no heartbeat for long, not even one that waits to be read."""
-    arrived, boots = {}, {}
+    """A start that is dropped as silent has said nothing for long: no heartbeat, not even one that waits, no request.
+
+    What the starts before and after it say is no sign that it is there.
+    """
+    said, boots = {}, {}
     for event in run.events:
         kind = type(event.what).__name__
         if kind == "MembershipRecord":
             boots = {row.name: row.boot for row in event.what.boots}
-        elif kind == "Waits" and event.process == "scheduler":
-            beat = event.what.message
-            if beat.boot == boots.get(beat.name):  # of the start that is a member, not the one before or after it
-                arrived[beat.name] = event.time
+        elif kind in ("Waits", "Register") and event.process == "scheduler":
+            message = event.what.message if kind == "Waits" else event.what
+            said[message.name, message.boot] = event.time
         elif kind == "Warn" and event.what.text.startswith("Worker") and "is silent" in event.what.text:
             name = "worker/" + event.what.text.split()[1]
-            since = event.time - arrived.get(name, -1e9)
+            since = event.time - said.get((name, boots[name]), -1e9)
             least = run.settings.timers.dead_after / 2
-            require(since >= least, "needless eviction", f"{name} was dropped {since:.2f} s after its heartbeat came")
+            require(since >= least, "needless eviction", f"{name} was dropped {since:.2f} s after it was heard")
 
 
 def the_log_stays_short(run):

@@ -65,6 +65,7 @@ def test_a_scheduler_that_was_cut_off_drops_no_last_copy():
         1_000_811,  # a slow connection carried little but entries that were sent again while they were on their way
         1_001_044,  # a simulated proxy counted what it took before the messages ahead of it
         706_045,  # a worker had the params before it was granted the lease, and waited for them forever
+        713_346,  # a worker that had not heard that it had joined, and registered again and again, counted as silent
     ],
 )
 def test_schedules_that_once_broke_an_invariant_keep_it(seed):
@@ -101,18 +102,27 @@ def test_a_cut_is_judged_by_the_parts_that_were_there_when_it_was_read(heard, wh
         checker.cuts_are_whole(types.SimpleNamespace(events=events, sync=True))
 
 
+@pytest.mark.parametrize("heard", ["heartbeat", "request"])
 @pytest.mark.parametrize(("boot", "needless"), [(4, False), (5, True), (6, False)])
-def test_only_heartbeats_of_the_start_that_is_a_member_show_that_a_worker_is_there(boot, needless):
-    """A later one may have registered with a scheduler that died before it could admit it."""
-    joined = messages.Membership(1, (messages.Member(0, 1, 0),), (), 1, "")
-    record = journal.MembershipRecord(joined, 1, (messages.Register("worker/0", 5),), None)
+def test_only_the_start_that_is_a_member_shows_that_a_worker_is_there(boot, needless, heard):
+    """One before it is gone; one after it may have registered with a scheduler that died before it could admit it."""
     beat = simulated_world.Waits(messages.Heartbeat("worker/0", boot, 1, 0, False))
+    said = beat if heard == "heartbeat" else messages.Register("worker/0", boot)
     warning = effects.Warn("Worker 0 is silent. Its lease goes to another worker.")
-    done = [record, messages.Register("worker/0", 6), beat, warning]
-    events = [Event(float(now), "scheduler", 0, what) for now, what in enumerate(done)]
-    run = types.SimpleNamespace(events=events, settings=settings(timers=Timers(dead_after=4.0)))
-    with pytest.raises(checker.Broken, match="needless") if needless else contextlib.nullcontext():
-        checker.only_the_silent_are_dropped(run)
+    before, joined = (
+        journal.MembershipRecord(
+            messages.Membership(term, (messages.Member(0, term, 0),), (), 1, ""),
+            term,
+            (messages.Register("worker/0", member),),
+            None,
+        )
+        for term, member in ((1, 4), (2, 5))
+    )
+    for done in ([before, said, joined, warning], [before, joined, said, warning]):
+        events = [Event(float(now), "scheduler", 0, what) for now, what in enumerate(done)]
+        run = types.SimpleNamespace(events=events, settings=settings(timers=Timers(dead_after=6.0)))
+        with pytest.raises(checker.Broken, match="needless") if needless else contextlib.nullcontext():
+            checker.only_the_silent_are_dropped(run)
 
 
 def test_the_same_seed_is_the_same_run():

@@ -63,7 +63,7 @@ def on_register(state: SchedulerState, request: messages.Register, now: float, o
         _tell_newest(state, request, known, now, out)
         return
     if request.boot == known and request.name in state.processes:
-        _greet_again(state, request, out)
+        _greet_again(state, request, now, out)
         return
     worker = worker_number(request.name)
     if worker is not None and (state.membership is None or request.boot < state.joining.get(worker, -1)):
@@ -102,18 +102,19 @@ def _tell_newest(state: SchedulerState, request: messages.Register, newest: int,
         out.send(request.name, messages.Fenced(request.name, request.boot, newest))
 
 
-def _greet_again(state: SchedulerState, request: messages.Register, out: Output) -> None:
-    worker = worker_number(request.name)
-    if state.membership is None:
-        return
-    if worker is None:
-        out.send(request.name, state.membership)
-    elif worker in state.joining:
-        return  # the next tick answers
-    elif worker in state.workers:
-        _welcome(state, worker, out)
-    else:
+def _greet_again(state: SchedulerState, request: messages.Register, now: float, out: Output) -> None:
+    """Answer once more; until it has an answer, a process sends no heartbeats, so that its requests stand for them."""
+    worker, status = worker_number(request.name), state.processes[request.name]
+    if status.boot != request.boot:
+        return  # the next tick answers a newer start
+    if worker is not None and worker not in state.workers:
         out.send(request.name, messages.Fenced(request.name, request.boot))
+        return
+    status.hear(now)
+    if worker is not None:
+        _welcome(state, worker, out)
+    elif state.membership is not None:
+        out.send(request.name, state.membership)
 
 
 def _welcome(state: SchedulerState, worker: int, out: Output) -> None:

@@ -25,8 +25,12 @@ class ProcessStatus:
         """Note a heartbeat."""
         if beat.progress != self.progress or not beat.busy:
             self.progress, self.progress_at = beat.progress, now
-        self.seen_at, self.busy = now, beat.busy
-        self.warned, self.replaced_at = False, None
+        self.busy = beat.busy
+        self.hear(now)
+
+    def hear(self, now: float) -> None:
+        """Note a sign of life."""
+        self.seen_at, self.warned, self.replaced_at = now, False, None
 
 
 @dataclass(slots=True)

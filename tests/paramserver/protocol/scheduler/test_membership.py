@@ -108,6 +108,22 @@ def test_silent_workers_are_dropped_together():
     assert len(stages.named(done, "Warn")) == 2
 
 
+def test_a_worker_that_registers_again_and_again_is_not_silent():
+    """It sends no heartbeats before a Welcome reaches it."""
+    cast = stages.Cast(stages.settings(workers=2)).join()
+    for _ in range(4 * 6):
+        cast.tell(messages.Register("worker/0", 1), cast.beat("worker/1"), cast.beat("server/0/a"))
+        cast.tick(0.25)
+    assert {number: worker.incarnation for number, worker in cast.state.workers.items()} == {0: 1, 1: 2}
+    cast.tell(messages.Register("worker/0", 2))
+    cast.tick()
+    term = cast.state.term
+    silent_for(cast, 3.0, "worker/1", "server/0/a")
+    assert cast.tell(messages.Register("worker/0", 1)) == ([], [])  # a late copy says nothing of the newer start
+    silent_for(cast, 3.0, "worker/1", "server/0/a")
+    assert (set(cast.state.workers), cast.state.term) == ({1}, term + 1)
+
+
 def test_a_scheduler_that_stood_still_drops_no_one():
     """After a pause it handles a tick before the heartbeats in its inbox."""
     cast = stages.Cast(stages.settings(workers=2, servers=2, durability="replicated")).join()

@@ -55,6 +55,20 @@ def test_servers_that_do_not_join_are_named_once():
     assert warning.text == "The run waits for servers that have not joined yet: server/1/a."
 
 
+@pytest.mark.parametrize("durability", ["none", "snapshot", "replicated"])
+def test_those_that_waited_long_for_the_last_one_to_join_are_not_silent(durability):
+    """They register again and again meanwhile."""
+    saved = {"snapshot_every": 2} if durability == "snapshot" else {}
+    cast = stages.Cast(stages.settings(servers=2, durability=durability, **saved))
+    *early, last = cast.servers()
+    for _ in range(4 * 40):
+        cast.tell(*(messages.Register(name, 1) for name in early))
+        cast.tick(0.25)
+    cast.tell(messages.Register(last, 1))
+    assert cast.tick()[1] == []
+    assert (cast.state.term, cast.state.stop) == (1, None)
+
+
 def test_one_that_comes_back_in_time_is_forgiven():
     scheduler = running(durability="snapshot", snapshot_every=2)
     ticks(scheduler, 0, 29)
