@@ -12,6 +12,7 @@ from jaxdist import adapters, errors
 from jaxdist.config import data_fields
 from jaxdist.config.experiment import Experiment
 from jaxdist.errors import ConfigError
+from jaxdist.run.preflight import host_draws
 from jaxdist.spmd import evaluate, metrics, reduce, state
 from jaxdist.spmd.dependence import depends
 from jaxdist.spmd.step import GRAD_NORM
@@ -38,14 +39,19 @@ def check(
       collect_fn: collects the rows of the metrics that are no means; None without any.
 
     Raises:
-      ConfigError: a metric has a name that the run uses itself, or a rule needs a metric that is never reported.
+      ConfigError: a metric has a name that the run uses itself, a rule needs a metric that is never reported, or a
+        model draws from Python's or NumPy's generator in a run that promises the same bits.
       UserError: the user's model or loss raises, with the place where.
     """
     if not jax.tree.leaves(abstract.params):
         raise ConfigError("A model that is trained has params, and this one has none. Give it a layer that learns.")
     reduce.check_params(abstract.params)
-    reported = [f"train/{name}" for name in _trained(functions.loss_fn, abstract, shapes)]
-    _check_gradient(functions.loss_fn, abstract, shapes)
+    draws = host_draws.Draws()
+    with draws.noticed():
+        reported = [f"train/{name}" for name in _trained(functions.loss_fn, abstract, shapes)]
+    with draws.noticed():
+        _check_gradient(functions.loss_fn, abstract, shapes)
+    draws.check(same_bits=experiment.reduction == "canonical")
     is_plain = isinstance(experiment.model, adapters.Functions)  # others are checked by their adapter
     if is_plain:
         _check_means(functions.loss_fn, abstract, shapes)
