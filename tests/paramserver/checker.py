@@ -486,16 +486,22 @@ LONGEST_LEAVE, LONGEST_SILENCE = 10.0, 10.0
 
 
 def who_left(run):
-    """Return the (worker, incarnation) of workers that the scheduler took out because they asked."""
-    found, members, leaver = set(), {}, None
+    """Return the (worker, incarnation) of workers that the scheduler took out because they asked.
+
+    A start that is asked to leave before it has joined takes out the one before it, which was killed.
+    """
+    found, members, boots, leave = set(), {}, {}, None
     for event in run.events:
         kind = type(event.what).__name__
         if kind == "Leave" and event.process == "scheduler":
-            leaver = event.time, int(event.what.name.split("/")[1])
+            leave = event
         elif kind == "MembershipRecord":
             before, members = members, {m.worker: m.incarnation for m in event.what.membership.members}
-            if leaver and leaver[0] == event.time and leaver[1] in before and leaver[1] not in members:
-                found.add((leaver[1], before[leaver[1]]))
+            if leave and leave.time == event.time and leave.what.boot == boots.get(leave.what.name):
+                worker = int(leave.what.name.split("/")[1])
+                if worker in before and worker not in members:
+                    found.add((worker, before[worker]))
+            boots = {row.name: row.boot for row in event.what.boots}
     return found
 
 

@@ -125,6 +125,20 @@ def test_only_the_start_that_is_a_member_shows_that_a_worker_is_there(boot, need
             checker.only_the_silent_are_dropped(run)
 
 
+@pytest.mark.parametrize(("boot", "left"), [(5, {(0, 1)}), (6, set())])
+def test_a_start_that_leaves_before_it_has_joined_is_not_the_one_before_it(boot, left):
+    """That one was killed, and may have been in the middle of a push."""
+    members = (messages.Member(0, 1, 0),), ()
+    before, after = (
+        journal.MembershipRecord(
+            messages.Membership(term, each, (), 1, ""), 1, (messages.Register("worker/0", 5),), None
+        )
+        for term, each in enumerate(members, 1)
+    )
+    events = [Event(0.0, "scheduler", 0, what) for what in (before, messages.Leave("worker/0", boot), after)]
+    assert checker.who_left(types.SimpleNamespace(events=events)) == left
+
+
 def test_the_same_seed_is_the_same_run():
     first, second = (simulate(11, faults=HARSH) for _ in range(2))
     assert [repr(event) for event in first.events] == [repr(event) for event in second.events]
