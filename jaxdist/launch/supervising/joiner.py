@@ -33,8 +33,8 @@ def connect(run_dir: pathlib.Path) -> socket.socket:
     starts = [event for event in read_events(run_dir) if event["event"] == "start" and "memory" in event]
     if not starts or not lock.is_locked(run_dir):
         raise UserError(
-            f"Only a running job that was started with --processes, or by a parameter server, can be joined; {run_dir} "
-            "has none. Start it by `jaxdist train EXPERIMENT --processes P`, on this machine."
+            "Only a running job that was started with --processes, or by a parameter server, can be joined or left; "
+            f"{run_dir} has none. Start it by `jaxdist train EXPERIMENT --processes P`, on this machine."
         )
     channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
@@ -42,8 +42,8 @@ def connect(run_dir: pathlib.Path) -> socket.socket:
     except OSError as error:
         channel.close()
         raise UserError(
-            f"The job in {run_dir} cannot be reached from here: {error.strerror}. Join it on the machine, and as the "
-            "user, that started it."
+            f"The job in {run_dir} cannot be reached from here: {error.strerror}. Join or leave it on the machine, "
+            "and as the user, that started it."
         ) from error
     return channel
 
