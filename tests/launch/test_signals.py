@@ -27,11 +27,13 @@ with signals.stop_on_signal() as request:
 
 
 @pytest.fixture(autouse=True)
-def heeded_hangup():
-    """Under nohup, SIGHUP is ignored, and the processes that a test starts inherit that."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def heeded_signals():
+    """Under nohup SIGHUP is ignored, in the background SIGINT, and the processes that a test starts inherit that."""
+    handlers = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     yield
-    signal.signal(signal.SIGHUP, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", signals.STOP_SIGNALS)

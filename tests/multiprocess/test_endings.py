@@ -97,6 +97,7 @@ LINES = {
         "test_a_lone_process_keeps_a_last_state_that_does_not_fit_on_the_disk_in_memory",
     ],
     "a stop signal, to the program or to all its processes": ["test_a_stop_signal"],
+    "a stop signal before a worker has joined": ["test_a_stop_signal_before_a_worker_has_joined"],
     "a process of the server is killed": [
         "test_a_role_that_is_killed_is_restarted_and_a_killed_program_continues_from_its_checkpoint"
     ],

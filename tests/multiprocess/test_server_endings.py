@@ -94,6 +94,19 @@ def test_an_error_of_a_hook_of_a_server_loses_no_step(start, tmp_path, step, eva
     assert record.RunRecord.read(job.run_dir).step == saved + 4
 
 
+@pytest.mark.slow
+def test_a_stop_signal_before_a_worker_has_joined(start):
+    """Its processes have begun to start, which takes them seconds."""
+    job = start()
+    job.wait_for((job.run_dir / "ps" / "spec.json").exists, "its processes")
+    ending_jobs.kill(signal.SIGTERM, job.process.pid)
+    assert job.end() == 75, job.text()
+    assert "Traceback" not in job.text()
+    again = start("--resume", steps=4)
+    assert again.end() == 0, again.text()
+    assert record.RunRecord.read(job.run_dir).step == 4
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("target", ["observer", "all"])
