@@ -263,6 +263,7 @@ def check_early(
         setting = data_fields.setting_of_set(name)
         preflight.check_forms(functions, abstract, preflight.check_samples(each, setting), held_out=True)
         preflight.check_repeatable(each, setting, same_bits=same_bits)
+    preflight.check_no_sums(experiment, functions, abstract, loader, eval_loaders)
 
 
 def make_loader(experiment: Experiment, *, fingerprint: str | None = None) -> data.Loader:

@@ -5,7 +5,7 @@ results are changed where they appear.
 import functools
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 
@@ -23,16 +23,23 @@ def depends(function: Callable[..., Any], args: Sequence[Any], marked: Sequence[
     return jax.tree.map(bool, marks(function, args, marked))
 
 
-def marks(function: Callable[..., Any], args: Sequence[Any], marked: Sequence[Any]) -> Any:
+Added: TypeAlias = Callable[[Any, Sequence[int]], int]
+"""`added(equation, marks of its inputs) -> marks`: what its results get beside those of its inputs."""
+
+
+def marks(
+    function: Callable[..., Any], args: Sequence[Any], marked: Sequence[Any], added: Added = lambda equation, inputs: 0
+) -> Any:
     """Return a tree like the result of `function(*args)`: the marks of all leaves that each leaf depends on, joined.
 
     Args:
       function: traced once.
       args: arrays, or descriptions of arrays.
       marked: whole numbers whose bits are marks, in the tree structure of `args`.
+      added: further marks of the results of an equation that has marked inputs.
     """
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
-    found = _follow(closed.jaxpr, [int(each) for each in jax.tree.leaves(list(marked))])
+    found = _follow(closed.jaxpr, [int(each) for each in jax.tree.leaves(list(marked))], added)
     return jax.tree.unflatten(jax.tree.structure(shapes), found)
 
 
@@ -78,7 +85,7 @@ def _values(params: Any) -> list[Any]:
     return [each for value in params.values() for each in (value if isinstance(value, tuple | list) else [value])]
 
 
-def _follow(jaxpr: Any, marked: Sequence[int]) -> list[int]:
+def _follow(jaxpr: Any, marked: Sequence[int], added: Added) -> list[int]:
     """Return the marks of each output."""
     known = dict(zip(jaxpr.invars, marked, strict=True))
 
@@ -87,7 +94,7 @@ def _follow(jaxpr: Any, marked: Sequence[int]) -> list[int]:
 
     for equation in jaxpr.eqns:
         inputs = [marks_of(atom) for atom in equation.invars]
-        known.update(zip(equation.outvars, _through(equation, inputs), strict=True))
+        known.update(zip(equation.outvars, _through(equation, inputs, added), strict=True))
     return [marks_of(atom) for atom in jaxpr.outvars]
 
 
@@ -95,28 +102,29 @@ def _joined(marked: Iterable[int]) -> int:
     return functools.reduce(operator.or_, marked, 0)
 
 
-def _through(equation: Any, inputs: list[int]) -> list[int]:
+def _through(equation: Any, inputs: list[int], added: Added) -> list[int]:
     """Return the marks of each result of an equation; looks into the functions it calls."""
     everything = [_joined(inputs)] * len(equation.outvars)
     if not any(inputs):
         return everything
+    more = added(equation, inputs)
     if equation.primitive.name == "cond":
         inner = [branch.jaxpr for branch in equation.params["branches"]]
-        branches = zip(*(_follow(j, inputs[1:]) for j in inner), strict=True)
-        return [_joined([inputs[0], *each]) for each in branches]
+        branches = zip(*(_follow(j, inputs[1:], added) for j in inner), strict=True)
+        return [_joined([more, inputs[0], *each]) for each in branches]
     calls = [_plain(value) for value in equation.params.values() if hasattr(_plain(value), "eqns")]
     fits = len(calls) == 1 and len(calls[0].invars) == len(inputs) and len(calls[0].outvars) == len(everything)
     if not fits:
-        return everything
+        return [each | more for each in everything]
     if equation.primitive.name != "scan":
-        return _follow(calls[0], inputs)
-    return _through_scan(calls[0], inputs, *jax_private.scan_counts(equation.params))
+        return _follow(calls[0], inputs, added)
+    return _through_scan(calls[0], inputs, added, *jax_private.scan_counts(equation.params))
 
 
-def _through_scan(body: Any, inputs: list[int], num_consts: int, num_carry: int) -> list[int]:
+def _through_scan(body: Any, inputs: list[int], added: Added, num_consts: int, num_carry: int) -> list[int]:
     """Return the marks of each result of a scan; they spread through the carry."""
     while True:
-        found = _follow(body, inputs)
+        found = _follow(body, inputs, added)
         carry = slice(num_consts, num_consts + num_carry)
         joined = [a | b for a, b in zip(inputs[carry], found[:num_carry], strict=True)]
         if joined == inputs[carry]:

@@ -1,9 +1,11 @@
 """Checks before a run directory exists: model, loss, metrics, examples and optimizer are tried as a run will use them.
 
-Model and loss are traced with the shapes of a batch, as compiling would do later; some examples are read.
+Model and loss are traced with the shapes of a batch, as compiling would do later; some examples are read,
+and plain functions that may return sums are tried on two of them.
 """
 
 from jaxdist.run.preflight.compared_examples import check_coupling as check_coupling
+from jaxdist.run.preflight.doubled_examples import check_no_sums as check_no_sums
 from jaxdist.run.preflight.examples import EARLY_BATCHES as EARLY_BATCHES
 from jaxdist.run.preflight.examples import check_labels as check_labels
 from jaxdist.run.preflight.examples import check_repeatable as check_repeatable

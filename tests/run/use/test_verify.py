@@ -54,8 +54,13 @@ def test_where_each_device_draws_its_own_nothing_is_promised():
 
 
 def test_a_loss_that_depends_on_the_devices_breaks_the_mean():
-    """It adds up a device's examples, where the package averages over all of them."""
-    report = check(linear(lambda outputs, batch, key: jnp.sum(batch["mask"] * (outputs - batch["label"]) ** 2) / 16))
+    """It divides by the root of the number of a device's examples."""
+
+    def rooted(outputs, batch, key):
+        del key
+        return jnp.sum(batch["mask"] * (outputs - batch["label"]) ** 2) / jnp.sqrt(jnp.sum(batch["mask"]))
+
+    report = check(linear(rooted))
     assert not report.kept
     assert [row.verdict for row in report.rows] == ["identical", "BROKEN: too far apart"]
     assert report.rows[1].largest_difference > 0.01
