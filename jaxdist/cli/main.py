@@ -1,6 +1,7 @@
 """The command line's entry point: parse, find the command's handler, run it, and exit as the contract says."""
 
 import functools
+import os
 import pathlib
 import shlex
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from jaxdist import errors, extras
 from jaxdist.cli import parser
-from jaxdist.errors import ExitStatus, RunFailedError, UserError, say
+from jaxdist.errors import ConfigError, ExitStatus, RunFailedError, UserError, say
 from jaxdist.launch import signals, viewer
 
 
@@ -27,6 +28,16 @@ def main(experiment: str | None = None) -> None:
     # A process that joined a job must leave it cleanly; a process that did not never imported this module.
     runtime = sys.modules.get("jaxdist.launch.joining.runtime")
     (runtime.leave if runtime else sys.exit)(status)
+
+
+def _check_folder() -> None:
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise ConfigError(
+            "A command reads the paths it is given from the working directory, and that cannot be found "
+            f"({error.strerror}). It may have been removed meanwhile: change to another one."
+        ) from error
 
 
 _EXIT_SECONDS = 5.0
@@ -50,6 +61,7 @@ def run(arguments: Sequence[str]) -> int:
     options.arguments = arguments
     options.command = shlex.join(["jaxdist", *arguments])
     try:
+        _check_folder()
         handler = parser.find_handler(options.handler)
         with signals.interruptible():
             return handler(options)

@@ -226,6 +226,16 @@ def test_an_exit_in_the_middle_of_a_command_is_no_status_of_the_command(capsys, 
     assert "sys.exit() was called in the middle of a command: SystemExit: 0 (" in capsys.readouterr().err
 
 
+def test_a_working_directory_that_was_removed_is_the_users_mistake(tmp_path, capsys, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert main.run(["train", TINY, "--run-dir", str(tmp_path / "run")]) == 2
+    assert "change to another" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_thread_that_keeps_the_process_alive_is_named(capsys):
     ended = threading.Event()
     held = threading.Thread(target=ended.wait, name="of-an-experiment")
