@@ -121,8 +121,7 @@ def compare(run_dirs: Sequence[str | os.PathLike[str]]) -> dict[str, dict[str, l
     """
     if len(run_dirs) < 2:
         raise errors.UserError(f"A comparison needs two or more run directories; got {len(run_dirs)}.")
-    with errors.as_user_error():
-        made = [record.RunRecord.read(run_dir) for run_dir in run_dirs]
+    made = [record.of_run(pathlib.Path(run_dir)) for run_dir in run_dirs]
     configs = [record.flat("", each.config) for each in made]
     return {"config": _differing(configs), "result": _differing([_result(each) for each in made])}
 
