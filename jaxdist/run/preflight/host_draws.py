@@ -1,7 +1,6 @@
 """Whether a function draws from Python's or NumPy's generator while it is traced: its numbers would be constants."""
 
 import contextlib
-import pickle
 import random
 import warnings
 from collections.abc import Callable, Iterator
@@ -34,8 +33,8 @@ class Draws:
     """
 
     def __init__(self) -> None:
-        self._left: list[dict[str, bytes]] = []
-        self._untouched: list[dict[str, bytes]] = []
+        self._left: list[dict[str, str]] = []
+        self._untouched: list[dict[str, str]] = []
 
     @contextlib.contextmanager
     def noticed(self) -> Iterator[None]:
@@ -79,5 +78,9 @@ class Draws:
         warnings.warn(message, stacklevel=2)
 
 
-def _states() -> dict[str, bytes]:
-    return {each.module: pickle.dumps(each.state()) for each in _GENERATORS}
+def _states() -> dict[str, str]:
+    return {each.module: _text(each.state()) for each in _GENERATORS}
+
+
+def _text(state: tuple[Any, ...]) -> str:
+    return repr([part.tobytes() if isinstance(part, np.ndarray) else part for part in state])
