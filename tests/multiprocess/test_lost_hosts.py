@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import held_experiment
 import jax
 import pytest
 
-from jaxdist.launch.supervising import local_job, restart_events
+from jaxdist.launch.supervising import job_memory, local_job, restart_events
 from jaxdist.run import attempt
 from jaxdist.rundir import ledger, record
 
@@ -30,6 +31,7 @@ class Job:
         self._arguments = list(map(str, arguments))
         [self._port] = local_job.quiet_ports(1)
         self.supervisors = {}
+        stack.callback(self.forget)
         for host in range(count):
             self.start(host)
 
@@ -52,6 +54,11 @@ class Job:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(number, signal.SIGKILL)
         self.supervisors[host].wait(60)
+
+    def forget(self):
+        """Remove the snapshots in memory that killed hosts have left."""
+        for memory in job_memory.left_behind(self.run_dir):
+            shutil.rmtree(memory)
 
     def log(self):
         return "\n".join(path.read_text() for path in sorted(self._folder.glob("host-*.log")))
