@@ -30,16 +30,6 @@ def main(experiment: str | None = None) -> None:
     (runtime.leave if runtime else sys.exit)(status)
 
 
-def _check_folder() -> None:
-    try:
-        os.getcwd()
-    except OSError as error:
-        raise ConfigError(
-            "A command reads the paths it is given from the working directory, and that cannot be found "
-            f"({error.strerror}). It may have been removed meanwhile: change to another one."
-        ) from error
-
-
 _EXIT_SECONDS = 5.0
 """How long the end of a process may take before it is told why it takes so long."""
 
@@ -53,6 +43,16 @@ def tell_what_holds() -> None:
             f"The command is done, and Python waits for threads that are still running: {names}. Ctrl-C ends them; "
             "start such threads with daemon=True."
         )
+
+
+def _check_folder() -> None:
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise ConfigError(
+            "A command reads the paths it is given from the working directory, and that cannot be found "
+            f"({error.strerror}). It may have been removed meanwhile: change to another one."
+        ) from error
 
 
 def run(arguments: Sequence[str]) -> int:
