@@ -178,6 +178,21 @@ def test_full_memory_is_said_once_and_tried_again_and_the_earlier_snapshots_stay
     assert "Snapshots are taken again." in capsys.readouterr().err
 
 
+def test_what_stops_the_thread_that_writes_is_raised_by_the_next_save_and_by_the_end(tmp_path):
+    def fail(process, header, buffers):
+        raise ValueError("no such host")
+
+    mesh = make_mesh({"data": -1})
+    snapshots = snapshot.Snapshots(tmp_path, identity="a", copy=fail)
+    snapshots.begin(0)
+    snapshots.save(1, make_state(mesh, 1), {})
+    with pytest.raises(ValueError, match="no such host"):
+        snapshots.save(2, make_state(mesh, 2), {})
+    snapshots.save(3, make_state(mesh, 3), {})
+    with pytest.raises(ValueError, match="no such host"):
+        snapshots.close()
+
+
 def test_a_snapshot_that_does_not_fit_takes_no_memory_and_harms_no_older_one(tmp_path, monkeypatch, capsys):
     mesh = make_mesh({"data": -1})
     save_steps(tmp_path, mesh, [1])

@@ -66,6 +66,24 @@ def test_snapshots_cost_no_more_than_their_share_and_no_run_goes_without(cost, s
     assert gap == 1 or cost > share * (gap - 1) * step_seconds * (1 - 1e-9)
 
 
+@pytest.mark.parametrize(
+    ("on_disk", "in_memory", "found"),
+    [
+        (None, None, None),
+        (3, None, ("disk", None)),
+        (None, 2, ("memory", 2)),
+        (3, 2, ("disk", None)),
+        (3, 3, ("memory", 3)),
+        (3, 4, ("memory", 4)),
+    ],
+)
+def test_the_newest_state_is_restored_and_of_two_of_one_step_that_in_memory(on_disk, in_memory, found):
+    def saved(where, newest):
+        return types.SimpleNamespace(latest_step=lambda: newest, restore=lambda template, step=None: (where, step))
+
+    assert recovery.restore_newest(None, saved("disk", on_disk), saved("memory", in_memory)) == found
+
+
 def test_a_change_of_the_processes_is_asked_for_by_a_file(tmp_path, monkeypatch):
     assert not recovery.change_due({})()
     environment = {supervisor.MEMORY: str(tmp_path)}

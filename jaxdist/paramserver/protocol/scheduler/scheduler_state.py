@@ -139,7 +139,6 @@ class SchedulerState:
 
     def _replay_state(self, record: journal.StateRecord) -> None:
         self._replay_membership(record.membership)
-        self.logged_steps = 0
         self.saved_cut = (record.saved.name, record.saved.trained)
         self.lease_table, self.last_commit = self.make_lease_table(record.trained), None
         self.saved_at, self.read_at = record.saved_at, record.read_at

@@ -37,13 +37,13 @@ def test_a_batch_of_which_nothing_counts_is_applied_nowhere_and_training_continu
     assert [commit.skip for commit in stages.named(sent, "Commit")] == [True]
     (told,) = stages.named(done, "Committed")
     assert (told.step, told.empty) == (1, True)
-    assert cast.state.end_reason() == ""
+    assert (cast.state.end_reason(), cast.state.empty_step) == ("", 1)
     assert "no update was made" in stages.named(done, "Warn")[0].text
     records = [effect.record for effect in stages.named(done, "Append")]
     assert [type(record).__name__ for record in records] == ["EmptyRecord", "CommitRecord"]
     # A scheduler that restarts reads the same off its log.
     again = cast.restarted().state
-    assert (again.step, again.end_reason()) == (1, "")
+    assert (again.step, again.end_reason(), again.empty_step) == (1, "", 1)
 
 
 def test_a_slice_may_count_nothing_if_another_counts_something():

@@ -7,6 +7,7 @@ import stages
 
 from jaxdist.paramserver.protocol import messages
 from jaxdist.paramserver.protocol.messages import Trained
+from jaxdist.paramserver.protocol.scheduler import cuts
 from jaxdist.paramserver.protocol.settings import OBSERVER
 
 
@@ -81,6 +82,24 @@ def test_the_log_is_replaced_at_every_cut_and_says_the_same():
         assert back.lease_table.trained() == known.lease_table.trained()
         assert (back.saved_cut, back.saved_at, back.read_at) == (known.saved_cut, known.saved_at, known.read_at)
     assert longest < 12
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_the_log_of_a_run_without_cuts_stays_short_also_over_a_restart(mode):
+    cast = stages.Cast(stages.settings(mode=mode, max_steps=1000)).join()
+    for step in range(1, 3 * cuts.MOST_LOGGED_STEPS):
+        worker = cast.state.workers[0]
+        lease = worker.lease or cast.ask(0, worker.finished)
+        cast.finish(0, lease, sequence=cast.state.workers[0].sequence)
+        cast.applied(step)
+        assert cast.state.step == step
+        assert len(cast.log) < cuts.MOST_LOGGED_STEPS + 10  # some records of memberships
+        if step == cuts.MOST_LOGGED_STEPS // 2:
+            held, cast = cast.state.workers[0], cast.restarted()
+            cast.tick()
+            cast.enter_term()
+            cast.applied(step)
+            cast.tell(dataclasses.replace(cast.beat("worker/0"), sequence=held.sequence, lease=held.lease))
 
 
 def test_batches_done_out_of_order_survive_in_a_compact_log():
