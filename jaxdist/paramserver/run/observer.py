@@ -297,13 +297,13 @@ class Observer:
         """Find out what is due, and read what that needs."""
         if offer.step < self.progress.step and not (self.halt or offer.end_reason):
             # The shards have returned to a saved cut, and this step was judged before that.
-            self.driver.proceed(messages.Verdict(offer.term, offer.number, ""))
+            self._answer(offer, "")
             return
         # A cut says exactly which batches were trained; between cuts, the examples of each step are added up.
         seen = examples_seen(self.plan, offer.trained)
         self.progress.advance(offer.step, seen, self.plan.settings.num_examples)
         self.evaluation_due |= self.books.evaluations.due() or bool(offer.end_reason)
-        self.save_due |= self.books.saves.due()
+        self.save_due |= self.books.saves.due() and self.books.may_save()
         if self.save_due or self._reason(offer):
             self.driver.proceed(messages.Want(WHOLE))
         elif self.evaluation_due:
@@ -321,12 +321,22 @@ class Observer:
         if now and not cut.opt_state:
             self.driver.proceed(messages.Want(WHOLE))
             return
-        self._save(offer, self.state, now=now, is_last=bool(reason))
-        self._decide(offer, reason)
+        due = self.save_due or now
+        if not reason:
+            self._decide(offer, "")  # first: training continues while this process saves what it has read
+        if due:
+            self._save(offer, self.state, is_last=bool(reason))
+        if reason:
+            self._decide(offer, reason)
+
+    def _answer(self, offer: messages.Offer, reason: str) -> None:
+        """Send the verdict at once."""
+        self.driver.proceed(messages.Verdict(offer.term, offer.number, reason))
+        self.world.turn(self.driver)
 
     def _decide(self, offer: messages.Offer, reason: str) -> None:
         self.evaluation_due = self.save_due = False
-        self.driver.proceed(messages.Verdict(offer.term, offer.number, reason))
+        self._answer(offer, reason)
         self.end_reason = reason or None
         self.books.write_record(None)
 
@@ -361,9 +371,9 @@ class Observer:
         found = sorted((self.directory / run_folder.NONFINITE_NAME).glob("*.txt"))
         self.books.report_nonfinite("\n".join(path.read_text() for path in found))
 
-    def _save(self, offer: messages.Offer, state: TrainState, *, now: bool, is_last: bool) -> None:
-        """Save if due or if `now`; a run that diverged saves nothing, nor does a full disk."""
-        if not (self.save_due or now) or self._diverged(offer):
+    def _save(self, offer: messages.Offer, state: TrainState, *, is_last: bool) -> None:
+        """Save the state of a cut; a run that diverged saves nothing, nor does a full disk."""
+        if self._diverged(offer):
             return
         if (self.books.checkpointer.latest_step() or 0) > offer.step:
             return  # from before a return to a saved cut: the run resumes from there

@@ -89,12 +89,14 @@ class Checkpoints:
 
     def __init__(self):
         self.saved = []
+        self.sent, self.sent_before = [], []  # what the observer has sent, and how much of it before each save
 
     def latest_step(self):
         return self.saved[-1][0] if self.saved else None
 
     def save(self, step, state, data_state, metrics):
         assert int(state.step) == step
+        self.sent_before.append(len(self.sent))
         self.saved.append((step, data_state))
 
     def wait(self):
@@ -166,6 +168,7 @@ def read_at_step_2(watcher, *, saves=False, evaluates=False):
     watcher.books.saves = types.SimpleNamespace(due=lambda: saves)
     watcher.books.evaluations = types.SimpleNamespace(due=lambda: evaluates)
     crew = Crew(watcher, [1, 2])
+    watcher.books.checkpointer.sent = crew.sent
     look, verdict = crew.look_after, ("scheduler", messages.Verdict(1, 1, ""))
 
     def look_after():
@@ -191,6 +194,19 @@ def test_an_evaluation_reads_the_params_alone(watch):
 
 def test_a_checkpoint_reads_the_state_of_the_optimizer_as_well(watch):
     assert read_at_step_2(watch(), saves=True) == ["params", "params", "opt_state", "opt_state"]
+
+
+def test_a_checkpoint_that_would_take_too_much_of_the_time_is_left_out(watch, monkeypatch):
+    watcher = watch()
+    monkeypatch.setattr(watcher.books, "may_save", lambda: False)
+    assert read_at_step_2(watcher, saves=True) == []
+    assert [step for step, _ in watcher.books.checkpointer.saved] == [5]
+
+
+def test_training_continues_before_a_checkpoint_is_saved_and_ends_after_it(watch):
+    watcher = watch()
+    read_at_step_2(watcher, saves=True)
+    assert watcher.books.checkpointer.sent_before == [1, 1]
 
 
 def test_a_hook_at_evaluations_may_ask_for_the_state_of_the_optimizer(watch):
