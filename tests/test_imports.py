@@ -25,7 +25,7 @@ FLOORS = (
     ("launch.supervising",),
     ("launch.joining",),
     ("launch.own_command_line", "launch.signals", "launch.viewer", "launch.waiting"),
-    ("launch.parent",),
+    ("launch.own_cores", "launch.parent"),
     ("data",),
     ("rundir",),
     ("guards",),

@@ -15,9 +15,9 @@ import numpy as np
 
 from jaxdist.config import hidden_settings, loading, overrides
 from jaxdist.errors import UserError
-from jaxdist.launch import parent, signals
+from jaxdist.launch import own_cores, parent, signals
 from jaxdist.launch.joining import runtime
-from jaxdist.paramserver.processes import faults, lease_history, role
+from jaxdist.paramserver.processes import faults, lease_history, peer_addresses, role
 from jaxdist.paramserver.processes.driver import Driver
 from jaxdist.paramserver.processes.process_world import ProcessWorld, write_file
 from jaxdist.paramserver.processes.reports import statistics_of
@@ -25,7 +25,7 @@ from jaxdist.paramserver.processes.run_folder import NONFINITE_NAME, Spec, next_
 from jaxdist.paramserver.protocol import effects, messages
 from jaxdist.paramserver.protocol.scheduler import lease_table
 from jaxdist.paramserver.protocol.server import Server
-from jaxdist.paramserver.protocol.settings import server_shard, worker_number
+from jaxdist.paramserver.protocol.settings import Settings, server_shard, worker_name, worker_number
 from jaxdist.paramserver.protocol.worker import Worker
 from jaxdist.paramserver.run import shared_plan
 from jaxdist.paramserver.run.island import Island
@@ -69,9 +69,12 @@ def _make_worker(number: int, plan: Any, devices: Any, name: str, spec: Spec) ->
     directory = pathlib.Path(spec.directory)
     machine = Worker(worker=number, boot=next_boot(directory, name), settings=plan.settings)
     statistics = statistics_of(name, spec, machine)
+    cores = _cores(number, devices, spec, plan.settings)
 
     def gradient(compute: effects.Compute) -> messages.Computed:
         computed = island.gradient(compute)
+        # Not before the first one is compiled. Where workers are missing, this one has the cores of others, too.
+        cores.keep(own=not (plan.settings.shards_report and machine.reports))
         if not computed.finite:
             # The report is written before the push, so that it exists when the run ends.
             path = directory / NONFINITE_NAME / f"worker-{number}.txt"
@@ -82,6 +85,17 @@ def _make_worker(number: int, plan: Any, devices: Any, name: str, spec: Spec) ->
     point = faults.faults_of(name, directory)
     watched = lease_history.watched(name, machine, directory)
     return Driver(watched, world, observe=statistics.observe, point=point), world, statistics
+
+
+def _cores(number: int, devices: Any, spec: Spec, settings: Settings) -> own_cores.OwnCores:
+    """Return the cores of a worker: a share of those of its machine, as all workers that the run began with have."""
+    known = peer_addresses.Addresses(spec.peers, pathlib.Path(spec.directory))
+    hosts = {name: address.rpartition(":")[0] for name, address in known.items()}
+    here = hosts.get(worker_name(number))
+    workers = [each for each in range(settings.workers) if here and hosts.get(worker_name(each)) == here]
+    if number not in workers or devices[0].platform != "cpu":
+        return own_cores.OwnCores(0, 1)
+    return own_cores.OwnCores(workers.index(number), len(workers))
 
 
 def _make_server(name: str, plan: Any, spec: Spec) -> role.Cast:
