@@ -10,7 +10,7 @@ import site
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -150,9 +150,15 @@ def place_of(error: BaseException) -> str | None:
         made = [found.groups() for found in _LEAK_FRAME.finditer(str(error)) if _is_users(found[1])]
         if made:
             return f"{_shortest(made[-1][0])}:{made[-1][1]}, in {made[-1][2]}"
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if _is_users(frame.filename):
-            return f"{_shortest(frame.filename)}:{frame.lineno}, in {frame.name}"
+    frames = reversed(traceback.extract_tb(error.__traceback__))
+    return place_among((frame.filename, frame.lineno, frame.name) for frame in frames)
+
+
+def place_among(lines: Iterable[tuple[str, int | None, str]]) -> str | None:
+    """Return "FILE:LINE, in FUNCTION" of the first line of the user's own code; None if there is none."""
+    for filename, line, function in lines:
+        if _is_users(filename):
+            return f"{_shortest(filename)}:{line}, in {function}"
     return None
 
 

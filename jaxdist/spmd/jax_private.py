@@ -297,3 +297,12 @@ def results_of(equation: Any, values: Sequence[Any]) -> list[Any]:
     with origin, equation.ctx.manager:
         found = equation.primitive.bind(*values, **equation.primitive.get_bind_params(equation.params))
     return list(found) if equation.primitive.multiple_results else [found]
+
+
+def lines_of(equation: Any) -> list[tuple[str, int, str]]:
+    """Return file, line and function of the calls that made an equation of a jaxpr, the innermost first.
+
+    What is public of them is the text of a whole jaxpr.
+    """
+    trace = equation.source_info.traceback
+    return [] if trace is None else [(each.file_name, each.line_num, each.function_name) for each in trace.frames]

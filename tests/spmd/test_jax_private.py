@@ -242,3 +242,9 @@ def test_an_equation_is_evaluated():
     for equation in closed.jaxpr.eqns:
         values = jax_private.results_of(equation, values)
     np.testing.assert_allclose(np.concatenate(values), np.sin(np.arange(4.0)), rtol=1e-6)
+
+
+def test_the_lines_of_code_of_an_equation_are_known():
+    (equation,) = jax.make_jaxpr(lambda x: x + 1)(1.0).jaxpr.eqns
+    lines = jax_private.lines_of(equation)
+    assert any(file == __file__ and function.endswith("<lambda>") for file, _, function in lines)

@@ -1,7 +1,7 @@
 """Whether the loss, the evaluation and the metrics are what a run needs: they are traced, and nothing is computed."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -12,7 +12,7 @@ from jaxdist import adapters, errors
 from jaxdist.config import data_fields
 from jaxdist.config.experiment import Experiment
 from jaxdist.errors import ConfigError
-from jaxdist.run.preflight import host_draws
+from jaxdist.run.preflight.repeated_traces import check_same_trace
 from jaxdist.spmd import evaluate, metrics, reduce, state
 from jaxdist.spmd.dependence import depends
 from jaxdist.spmd.step import GRAD_NORM
@@ -40,18 +40,16 @@ def check(
 
     Raises:
       ConfigError: a metric has a name that the run uses itself, a rule needs a metric that is never reported, or a
-        model draws from Python's or NumPy's generator in a run that promises the same bits.
+        model is another at each trace in a run that promises the same bits.
       UserError: the user's model or loss raises, with the place where.
     """
     if not jax.tree.leaves(abstract.params):
         raise ConfigError("A model that is trained has params, and this one has none. Give it a layer that learns.")
     reduce.check_params(abstract.params)
-    draws = host_draws.Draws()
-    with draws.noticed():
-        reported = [f"train/{name}" for name in _trained(functions.loss_fn, abstract, shapes)]
-    with draws.noticed():
-        _check_gradient(functions.loss_fn, abstract, shapes)
-    draws.check(same_bits=experiment.reduction == "canonical")
+    same_bits = experiment.reduction == "canonical"
+    check_same_trace("What creates the params", functions.init_fn, [abstract.key], same_bits=same_bits)
+    reported = [f"train/{name}" for name in _trained(functions.loss_fn, abstract, shapes, same_bits=same_bits)]
+    _check_gradient(functions.loss_fn, abstract, shapes)
     is_plain = isinstance(experiment.model, adapters.Functions)  # others are checked by their adapter
     if is_plain:
         _check_means(functions.loss_fn, abstract, shapes)
@@ -90,7 +88,7 @@ def check_forms(
             if held_out:
                 _evaluated(functions.eval_fn, abstract, form)
             else:
-                _trained(functions.loss_fn, abstract, form)
+                jax.eval_shape(_loss_of(functions.loss_fn), *_arguments(abstract, form))
         except Exception as error:
             what, setting = ("The evaluation", "data.eval") if held_out else ("Training", "data.train")
             shapes = ", ".join(f"{name} {field.shape[1:]}" for name, field in form.items() if name != metrics.MASK)
@@ -99,15 +97,20 @@ def check_forms(
             ) from error
 
 
-def _trained(loss_fn: Any, abstract: state.TrainState, shapes: Shapes) -> list[str]:
+def _trained(loss_fn: Any, abstract: state.TrainState, shapes: Shapes, *, same_bits: bool) -> list[str]:
     """Return the names of the training metrics, after checking all that a step would refuse."""
-
-    def evaluate_loss(params: Any, model_state: Any, batch: Any, key: Any) -> dict[str, Any]:
-        return reduce.evaluate_loss(loss_fn, params, model_state, batch, key)[1]
-
-    found = jax.eval_shape(evaluate_loss, abstract.params, abstract.model_state, dict(shapes), abstract.key)
+    args = _arguments(abstract, shapes)
+    found = check_same_trace("The model with its loss", _loss_of(loss_fn), args, same_bits=same_bits)[1]
     metrics.check_names(found)
     return ["loss", *found, GRAD_NORM]
+
+
+def _loss_of(loss_fn: Any) -> Callable[..., Any]:
+    return lambda *args: reduce.evaluate_loss(loss_fn, *args)
+
+
+def _arguments(abstract: state.TrainState, shapes: Shapes) -> list[Any]:
+    return [abstract.params, abstract.model_state, dict(shapes), abstract.key]
 
 
 def _check_means(loss_fn: Any, abstract: state.TrainState, shapes: Shapes) -> None:
@@ -143,8 +146,8 @@ def _check_gradient(loss_fn: Any, abstract: state.TrainState, shapes: Shapes) ->
 
         return jax.grad(loss)(params)
 
-    args = (abstract.params, abstract.model_state, dict(shapes), abstract.key)
-    if any(jax.tree.leaves(depends(gradient, args, jax.tree.map(lambda _: True, list(args))))):
+    args = _arguments(abstract, shapes)
+    if any(jax.tree.leaves(depends(gradient, args, jax.tree.map(lambda _: True, args)))):
         return
     # It is the same for any arguments, so these do.
     zeros = [jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), arg) for arg in args[:3]]
