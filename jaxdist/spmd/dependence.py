@@ -1,5 +1,5 @@
 """What the jaxpr of a function tells without computing: which results depend on which arguments. And a function whose
-results are changed where they appear.
+results are changed where they appear, and an order of two values that do not depend on each other.
 """
 
 import functools
@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 
 from jaxdist.spmd import jax_private
 
@@ -71,6 +74,30 @@ def with_results(function: Callable[..., Any], args: Sequence[Any], changes: Seq
     values = map(value_of, jaxpr.outvars)
     last = [value if done else change(value) for value, done, change in zip(values, is_early, changes, strict=True)]
     return jax.tree.unflatten(jax.tree.structure(shapes), last)
+
+
+def after(value: jax.Array, flag: jax.Array) -> jax.Array:
+    """Return `flag`, a bool scalar; on CPU devices, what uses it is computed after `value`, a float array.
+
+    A barrier would not do: XLA removes it before it compiles for the CPU. Other devices compute in one order anyway.
+    """
+    found: jax.Array = _after_p.bind(value, flag)
+    return found
+
+
+def _lower_after_on_cpu(context: Any, *operands: Any) -> Any:
+    def compute(value: jax.Array, flag: jax.Array) -> jax.Array:
+        first = value.reshape(-1)[0]
+        bit = jax.lax.bitcast_convert_type(first, f"uint{jnp.finfo(value.dtype).bits}") & 1
+        return flag | (bit > 1)  # never, which XLA does not see
+
+    return mlir.lower_fun(compute, multiple_results=False)(context, *operands)
+
+
+_after_p = Primitive("after")
+_after_p.def_abstract_eval(lambda value, flag: flag)
+mlir.register_lowering(_after_p, lambda context, value, flag: [flag])
+mlir.register_lowering(_after_p, _lower_after_on_cpu, platform="cpu")
 
 
 def uses(jaxpr: Any, primitive: str) -> bool:

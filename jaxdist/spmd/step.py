@@ -33,6 +33,8 @@ STEP_HASHES = "step_hashes"
 """The metric with the hashes of a canonical step, uint32 of one dim: those of the logical shards, then the step's."""
 
 _MOST_IN_FLIGHT = 16
+_ABREAST = 4
+"""Small leaves whose updates may be ready together: with all else, too few to wake a thread (see `keep_in_turn`)."""
 
 
 class InFlight:
@@ -204,26 +206,54 @@ def _make_local_step(
             flatten=reduce.packed,
         )
         averages = reduce.average(reduce.mean_over_axis(sums, axis), state.model_state, reduce.packed)
-        return apply_averages(state, averages, optimizer, inputs, first=first_nonfinite_of_whole(averages))
+        first = first_nonfinite_of_whole(averages)
+        return apply_averages(state, averages, optimizer, inputs, first=first, keep_where=keep_in_turn)
 
     return local_step
 
 
-def chosen_early(stays: jax.Array, update: Callable[..., Any], grads: Any, opt_state: Any, params: Any) -> Any:
-    """Return the updates and the new state of an optimizer; where `stays`, its old state, and updates of no meaning.
+Keep: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
+"""`keep(old, new) -> leaf`: the old leaf where the state stays as it is."""
+
+
+def keep_at_once(stays: jax.Array) -> Keep:
+    """Return the choice between old and new leaves, for leaves that may be sharded."""
+    return lambda old, new: jnp.where(stays, old, new)
+
+
+def keep_in_turn(stays: jax.Array) -> Keep:
+    """Return the choice between old and new leaves that a device has whole; on CPU devices small ones follow in turn.
+
+    All updates are ready at the moment the check of all gradients is. Once more than eight operations are ready, XLA's
+    executor wakes another thread for half of them, which takes longer than the update of small leaves.
+    """
+    chosen: list[jax.Array] = []
+
+    def keep(old: jax.Array, new: jax.Array) -> jax.Array:
+        waits = len(chosen) >= _ABREAST and new.size <= reduce.PACKED_MAX_SIZE
+        leaf = jnp.where(dependence.after(chosen[-_ABREAST], stays) if waits else stays, old, new)
+        if 0 < leaf.size <= reduce.PACKED_MAX_SIZE and jnp.issubdtype(leaf.dtype, jnp.floating):
+            chosen.append(leaf)
+        return leaf
+
+    return keep
+
+
+def chosen_early(keep: Keep, update: Callable[..., Any], grads: Any, opt_state: Any, params: Any) -> Any:
+    """Return the updates and the new state of an optimizer; its old state, and updates of no meaning, where that stays.
 
     Each leaf is chosen where the new one appears, and the updates are computed from what was chosen. Chosen afterwards,
     XLA computes the new leaf twice, once for the updates, and copies the old one for that: all moments in each step.
     """
-    choices = [functools.partial(jnp.where, stays, leaf) for leaf in jax.tree.leaves(opt_state)]
+    choices = [functools.partial(keep, leaf) for leaf in jax.tree.leaves(opt_state)]
     unchanged = [lambda update: update] * len(jax.tree.leaves(params))
     return dependence.with_results(update, (grads, opt_state, params), [*unchanged, *choices])
 
 
-def chosen_afterwards(stays: jax.Array, update: Callable[..., Any], grads: Any, opt_state: Any, params: Any) -> Any:
+def chosen_afterwards(keep: Keep, update: Callable[..., Any], grads: Any, opt_state: Any, params: Any) -> Any:
     """Return what `chosen_early` does, in the order to which the bits of canonical steps belong."""
     updates, new_opt_state = update(grads, opt_state, params)
-    return updates, _where(stays, opt_state, new_opt_state)
+    return updates, jax.tree.map(keep, opt_state, new_opt_state)
 
 
 def apply_averages(
@@ -234,6 +264,7 @@ def apply_averages(
     *,
     first: jax.Array | None = None,
     choose: Callable[..., Any] = chosen_early,
+    keep_where: Callable[[jax.Array], Keep] = keep_at_once,
 ) -> tuple[TrainState, Metrics]:
     """Return the state after the update, and the step's metrics.
 
@@ -255,7 +286,8 @@ def apply_averages(
       optimizer: gives the updates.
       inputs: of the optimizer, if it has some; see `state.WithInputs`.
       first: what `first_nonfinite` returns, where it is known already.
-      choose: how the optimizer's old state is kept: `chosen_early` or `chosen_afterwards`.
+      choose: when the optimizer's old state is kept: `chosen_early` or `chosen_afterwards`.
+      keep_where: makes the choice of each leaf: `keep_at_once` or `keep_in_turn`.
     """
     metrics_lib.check_names(averages.metrics)
     grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), averages.grads, state.params)
@@ -263,19 +295,19 @@ def apply_averages(
     model_state, loss_scale = averages.model_state, precision.loss_scale(state.opt_state)
     if loss_scale is not None:
         # The optimizer skips the update, but statistics of activations that overflowed are kept out here.
-        model_state = _where(first >= 0, state.model_state, model_state)
+        model_state = jax.tree.map(keep_at_once(first >= 0), state.model_state, model_state)
         excused = jnp.isfinite(averages.loss) & (loss_scale > precision.MIN_LOSS_SCALE)
         first = jnp.where(excused, -1, first)
     marked = state.step < 0
     empty = averages.count == 0
     first = jnp.where(empty, EMPTY_BATCH, first)
     first = jnp.where(marked, jnp.maximum(first, 0), first)
-    stays = (first >= 0) | empty
+    keep = keep_where((first >= 0) | empty)
     extra = {"step": state.step, "inputs": inputs} if isinstance(optimizer, WithInputs) else {}
     update = functools.partial(optax.with_extra_args_support(optimizer).update, **extra)
-    updates, opt_state = choose(stays, update, grads, state.opt_state, state.params)
+    updates, opt_state = choose(keep, update, grads, state.opt_state, state.params)
     updated = (optax.apply_updates(state.params, updates), model_state)
-    params, model_state = _where(stays, (state.params, state.model_state), updated)
+    params, model_state = jax.tree.map(keep, (state.params, state.model_state), updated)
     next_step = jnp.where(first >= 0, jnp.where(marked, state.step, ~state.step), state.step + 1)
     loss = jnp.where(marked, jnp.nan, averages.loss)
     metrics = {"loss": loss, **averages.metrics, GRAD_NORM: averages.grad_norm, NONFINITE_LEAF: first}
@@ -334,7 +366,3 @@ def _exponent_bits(value: jax.Array) -> tuple[jax.Array, jax.Array]:
     unsigned = jnp.dtype(f"uint{jnp.finfo(value.dtype).bits}")
     full_exponent = jax.lax.bitcast_convert_type(jnp.asarray(jnp.inf, value.dtype), unsigned)
     return jax.lax.bitcast_convert_type(value, unsigned) & full_exponent, full_exponent
-
-
-def _where(condition: jax.Array, chosen: Any, otherwise: Any) -> Any:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), chosen, otherwise)

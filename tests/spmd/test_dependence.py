@@ -1,9 +1,10 @@
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 
-from jaxdist.spmd.dependence import depends, marks, uses, with_results
+from jaxdist.spmd.dependence import after, depends, marks, uses, with_results
 
 X = jnp.ones(3)
 
@@ -93,3 +94,15 @@ def test_results_are_changed_where_they_appear(function, expected, jitted):
 
     found = (jax.jit(changed) if jitted else changed)(jnp.float32(1.0))
     assert jax.tree.map(float, found) == expected
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("flag", [True, False])
+def test_a_flag_that_waits_for_a_value_keeps_its_own(dtype, flag):
+    values = [*np.array([0, 1, -1, np.nan, np.inf, -np.inf, 1e-7, 3.14159], dtype)]
+    assert all(bool(jax.jit(after)(jnp.full(3, value), flag)) is flag for value in values)
+
+
+def test_the_program_computes_the_value_before_the_flag():
+    text = jax.jit(lambda x, flag: after(jnp.sort(x), flag)).lower(X, True).compile().as_text()
+    assert "sort(" in text

@@ -297,18 +297,34 @@ def test_the_first_of_small_and_large_leaves_that_are_not_finite_is_found(first_
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("value", [1.0, np.nan])
-def test_choosing_early_gives_the_numbers_of_choosing_afterwards(name, value):
+def test_choosing_early_and_in_turn_gives_the_numbers_of_choosing_afterwards(name, value):
     optimizer, state = OPTIMIZERS[name], placed_state(name, mesh_of(1))
     grads = jax.tree.map(lambda leaf: jnp.full_like(leaf, value), state.params)
     loss = jnp.float32(2.0)
     averages = reduce.Averages(grads, loss, {}, state.model_state, jnp.float32(8), jnp.float32(1))
 
-    def updated(choose):
-        return jax.jit(lambda state: steps.apply_averages(state, averages, optimizer, choose=choose)[0])(state)
+    def updated(**how):
+        return jax.jit(lambda state: steps.apply_averages(state, averages, optimizer, **how)[0])(state)
 
-    early, afterwards = updated(steps.chosen_early), updated(steps.chosen_afterwards)
-    assert_close((early.params, early.opt_state), (afterwards.params, afterwards.opt_state))
-    assert int(early.step) == int(afterwards.step) == (1 if value == 1.0 else -1)
+    early, afterwards = updated(choose=steps.chosen_early), updated(choose=steps.chosen_afterwards)
+    in_turn = updated(keep_where=steps.keep_in_turn)
+    for each in (early, in_turn):
+        assert_close((each.params, each.opt_state), (afterwards.params, afterwards.opt_state))
+    assert int(early.step) == int(in_turn.step) == int(afterwards.step) == (1 if value == 1.0 else -1)
+
+
+def test_the_choices_of_small_leaves_follow_in_turn_and_others_do_not():
+    def kept(leaves):
+        keep = steps.keep_in_turn(jnp.array(True))
+        return [keep(leaf, leaf + 1) for leaf in leaves]
+
+    def num_waits(leaves):
+        return sum(each.primitive.name == "after" for each in jax.make_jaxpr(kept)(leaves).eqns)
+
+    small, large = jnp.ones(3), jnp.ones(reduce.PACKED_MAX_SIZE + 1)
+    assert num_waits([small] * 9) == 9 - steps._ABREAST
+    assert num_waits([large] * 9) == num_waits([jnp.ones(3, jnp.int32)] * 9) == num_waits([jnp.ones(0)] * 9) == 0
+    assert [float(leaf[0]) for leaf in jax.jit(kept)([small] * 9)] == [1.0] * 9
 
 
 def test_no_moment_is_copied_to_keep_the_state_of_a_step_that_is_not_finite():
