@@ -3,8 +3,9 @@
 A server updates only its own blocks. This gives the right result if the update of an element depends only on that
 element (`elementwise`), or also on the global norm of the gradients, which servers exchange (`global_norm`); or if the
 update of a leaf depends only on that leaf (`leafwise`) and servers hold whole leaves. Running an optimizer cannot prove
-this, because a warm-up or a branch may hide a dependence. So `init` and `update` are traced, on the whole params and on
-the blocks of every server, and each value gets a digest of how it was computed. Equal digests mean equal computations.
+this, because a warm-up or a branch may hide a dependence. So `init` and `update` are traced, on the tree of params, on
+the whole params as servers have them (see `Marked`) and on the blocks of every server, and each value gets a digest of
+how it was computed. Equal digests mean equal computations.
 """
 
 import hashlib
@@ -18,13 +19,22 @@ import optax
 from jax.extend import core
 
 from jaxdist.spmd import keys
+from jaxdist.spmd.layout import path_name
 
 Kind = Literal["elementwise", "global_norm", "leafwise", "leafwise_global_norm"]
-Shapes = Sequence[jax.ShapeDtypeStruct]
 
 KINDS: tuple[Kind, ...] = ("elementwise", "global_norm", "leafwise", "leafwise_global_norm")
 GHOST_SHAPE = (1,)
 
+_ONLY_A_LIST = (
+    "This optimizer cannot run on a parameter server, which gives it only gradients and params, as a list with the "
+    "paths of the leaves"
+)
+_MASKS = (
+    "Use one that needs nothing else. Masks and labels must be functions, which may look at the rank of a leaf and at "
+    "the text of its path: 'kernel' in jax.tree_util.keystr(path)."
+)
+_GHOST = jax.ShapeDtypeStruct(GHOST_SHAPE, np.float32)
 _EVERYWHERE, _SEVERAL = -1, -2
 """Owners of a value that is the same for all leaves, and of one that depends on several leaves."""
 _ELEMENTWISE = frozenset(
@@ -40,21 +50,34 @@ _KEEPS_ZERO = {"square", "copy", "copy_p", "convert_element_type", "broadcast_in
 _ZERO, _GRAD = "zero", "grad"
 
 
-@jax.tree_util.register_pytree_node_class
+@jax.tree_util.register_pytree_with_keys_class
 class Marked:
-    """A tuple of params that can be distinguished from all other tuples in the state of an optimizer."""
+    """The params as a server gives them to its optimizer: a list, each under the whole path of its leaf (`a/kernel`).
 
-    def __init__(self, items: Sequence[Any]) -> None:
-        self.items = tuple(items)
+    Two blocks of a leaf have the same path. In the state of an optimizer it can be distinguished from all other lists.
+    """
 
-    def tree_flatten(self) -> tuple[tuple[Any, ...], None]:
-        """Return the params."""
-        return self.items, None
+    def __init__(self, items: Sequence[Any], names: Sequence[str]) -> None:
+        self.items, self.names = tuple(items), tuple(names)
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], tuple[str, ...]]:
+        """Return the params with their paths."""
+        return tuple(zip(map(jax.tree_util.DictKey, self.names), self.items, strict=True)), self.names
 
     @classmethod
-    def tree_unflatten(cls, _: None, items: Sequence[Any]) -> "Marked":
+    def tree_unflatten(cls, names: tuple[str, ...], items: Sequence[Any]) -> "Marked":
         """Return a Marked that holds these params."""
-        return cls(items)
+        return cls(items, names)
+
+
+def path_names(params: Any) -> tuple[str, ...]:
+    """Return the paths of the leaves of a tree."""
+    return tuple(path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params))
+
+
+def with_ghost(params: Marked, value: Any = _GHOST) -> Marked:
+    """Return the params of a shard and its ghost; see `shard_optimizer`."""
+    return Marked([*params.items, value], [*params.names, "ghost"])
 
 
 def needs_norm(kind: Kind) -> bool:
@@ -68,34 +91,33 @@ def needs_whole_leaves(kind: Kind) -> bool:
 
 
 def choose_kind(
-    optimizer: optax.GradientTransformation, leaves: Shapes, shards_of: Callable[[bool], Sequence[Sequence[Any]]]
+    optimizer: optax.GradientTransformation, params: Any, shards_of: Callable[[bool], Sequence[Sequence[Any]]]
 ) -> Kind:
     """Return how `optimizer` runs on shards.
 
     Args:
       optimizer: the optax optimizer.
-      leaves: the params.
+      params: shapes and dtypes of the params, in their tree.
       shards_of: called with whether leaves stay whole; returns the blocks of each server as (leaf, shape) pairs.
 
     Raises:
       ValueError: an update on shards would differ from one on the whole params, or cannot be shown to be equal.
     """
+    listed = Marked(jax.tree.leaves(params), path_names(params))
     try:
-        whole = _Program(optimizer, leaves)
-    except Exception as error:  # an optimizer may raise anything for params without names
-        raise ValueError(
-            "This optimizer cannot run on a parameter server, which gives it only gradients and params, without the "
-            f"names of the leaves: {error}. Use one that needs nothing else; masks may look at the rank of a leaf."
-        ) from error
-    if any(map(keys.is_key, jax.tree.leaves(jax.eval_shape(optimizer.init, tuple(leaves))))):
+        whole = _Program(optimizer, listed)
+    except Exception as error:  # an optimizer may raise anything for a list
+        raise ValueError(f"{_ONLY_A_LIST}: {error}. {_MASKS}") from error
+    if any(map(keys.is_key, jax.tree.leaves(jax.eval_shape(optimizer.init, listed)))):
         raise ValueError(
             "This optimizer cannot run on a parameter server: its state holds a random key, and each shard would draw "
             "other noise than the whole. Use one without noise, or another strategy."
         )
+    _check_same_in_tree(optimizer, params, whole)
     reason = ""
     for kind in KINDS:
         try:
-            _check(optimizer, leaves, whole, shards_of(needs_whole_leaves(kind)), kind)
+            _check(optimizer, listed, whole, shards_of(needs_whole_leaves(kind)), kind)
         except _DiffersError as error:
             reason = str(error)
         else:
@@ -111,20 +133,30 @@ class _DiffersError(Exception):
     """The program on a shard differs from the one on the whole params, or may differ."""
 
 
+def _check_same_in_tree(optimizer: optax.GradientTransformation, params: Any, listed: "_Program") -> None:
+    """Raise ValueError unless the optimizer does the same with the tree of params as with their list."""
+    in_tree = _Program(optimizer, params, like=listed)
+    strongest = KINDS[-1]
+    if in_tree.outcome(strongest) != listed.outcome(strongest):
+        raise ValueError(f"{_ONLY_A_LIST}: it treats these params otherwise than the same in their tree. {_MASKS}")
+
+
 def _check(
     optimizer: optax.GradientTransformation,
-    leaves: Shapes,
+    whole_params: Marked,
     whole: "_Program",
     shards: Sequence[Sequence[tuple[int, tuple[int, ...]]]],
     kind: Kind,
 ) -> None:
+    leaves, names = whole_params.items, whole_params.names
     wanted = whole.digests(range(len(leaves)), kind)
     for blocks in shards:
         shapes = [jax.ShapeDtypeStruct(shape, leaves[leaf].dtype) for leaf, shape in blocks]
-        if needs_norm(kind):
-            shapes.append(jax.ShapeDtypeStruct(GHOST_SHAPE, np.float32))
+        given = Marked(shapes, [names[leaf] for leaf, _ in blocks])
         try:
-            found = _Program(optimizer, shapes).digests(range(len(blocks)), kind)
+            found = _Program(optimizer, with_ghost(given) if needs_norm(kind) else given).digests(
+                range(len(blocks)), kind
+            )
         except Exception as error:
             if isinstance(error, _DiffersError):
                 raise
@@ -133,7 +165,7 @@ def _check(
             raise _DiffersError("the state that it keeps for all leaves together differs on a shard")
         for number, (leaf, _) in enumerate(blocks):
             if found[number] != wanted[leaf]:
-                raise _DiffersError(f"the update of leaf {leaf} differs on a shard")
+                raise _DiffersError(f"the update of {names[leaf]} differs on a shard")
 
 
 # Values of a program.
@@ -171,14 +203,24 @@ def _constant(value: Any) -> _Value:
 class _Program:
     """The traced `init` and `update` of an optimizer."""
 
-    def __init__(self, optimizer: optax.GradientTransformation, leaves: Shapes) -> None:
-        params = Marked(leaves)
-        self.num_leaves = len(leaves)
+    def __init__(self, optimizer: optax.GradientTransformation, params: Any, like: "_Program | None" = None) -> None:
+        self.num_leaves = len(jax.tree.leaves(params))
         self.init, state = jax.make_jaxpr(optimizer.init, return_shape=True)(params)
         self.update, (updates, after) = jax.make_jaxpr(optimizer.update, return_shape=True)(params, state, params)
         if str(jax.tree.structure(after)) != str(jax.tree.structure(state)):
             raise ValueError("the structure of its state changes in an update")
-        self.states, self.updates = _parts_of(state, "state"), _parts_of(updates, "update")
+        self.num_states = len(jax.tree.leaves(state))
+        self.states: list[_Part] = like.states if like else _parts_of(state, "state")
+        self.updates: list[_Part] = like.updates if like else _parts_of(updates, "update")
+
+    def outcome(self, kind: Kind) -> Any:
+        """Return the digests of everything, or why there are none."""
+        if self.num_states != len(self.states):
+            return "its state has other leaves"
+        try:
+            return self.digests(range(self.num_leaves), kind)
+        except _DiffersError as error:
+            return str(error)
 
     def digests(self, leaves: Sequence[int], kind: Kind) -> dict[Any, list[str]]:
         """Return digests of everything computed for each leaf and, under `shared`, for all leaves together."""
@@ -198,12 +240,12 @@ class _Program:
 def _accepted(part: "_Part", value: _Value, *, whole_leaves: bool) -> str:
     name, owner = part.name, part.owner
     if value.owner not in (owner, _EVERYWHERE):
-        whom = "leaves together" if owner == _EVERYWHERE else f"leaf {owner}"
+        whom = "leaves together" if owner == _EVERYWHERE else part.path
         raise _DiffersError(
             f"what it computes for {whom} depends on other leaves, and not only through the global norm"
         )
     if owner != _EVERYWHERE and not value.elementwise and not whole_leaves:
-        raise _DiffersError(f"the update of an element of leaf {owner} depends on other elements")
+        raise _DiffersError(f"the update of an element of {part.path} depends on other elements")
     return _digest(name, value.digest)
 
 
@@ -327,6 +369,7 @@ class _Part:
     name: str
     owner: int
     uniform: bool
+    path: str = ""
 
 
 def _parts_of(tree: Any, kind: str) -> list[_Part]:
@@ -335,6 +378,7 @@ def _parts_of(tree: Any, kind: str) -> list[_Part]:
         if not isinstance(node, Marked):
             found.append(_Part(f"{kind} {number}", _EVERYWHERE, node.shape == ()))
             continue
-        for owner, kept in enumerate(node.items):
-            found += [_Part(f"{kind} {number} {place}", owner, True) for place in range(len(jax.tree.leaves(kept)))]
+        for owner, (kept, path) in enumerate(zip(node.items, node.names, strict=True)):
+            places = range(len(jax.tree.leaves(kept)))
+            found += [_Part(f"{kind} {number} {place}", owner, True, path) for place in places]
     return found

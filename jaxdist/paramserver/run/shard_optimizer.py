@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxdist.paramserver.run.optimizer_kind import GHOST_SHAPE, Kind, needs_norm
+from jaxdist.paramserver.run.optimizer_kind import GHOST_SHAPE, Kind, Marked, needs_norm, with_ghost
 from jaxdist.spmd.state import WithInputs
 
 Arrays = tuple[np.ndarray, ...]
@@ -52,13 +51,19 @@ class OptaxUpdater:
       kind: the result of `choose_kind`.
       shapes: the shape of each block of params. Further blocks are model state (batch statistics), which an update
         replaces by the pushed mean.
+      names: the path of the leaf of each block of params.
     """
 
     def __init__(
-        self, optimizer: optax.GradientTransformation, *, kind: Kind, shapes: Sequence[tuple[int, ...]]
+        self,
+        optimizer: optax.GradientTransformation,
+        *,
+        kind: Kind,
+        shapes: Sequence[tuple[int, ...]],
+        names: Sequence[str],
     ) -> None:
         self.needs_norm = needs_norm(kind)
-        self.shapes, self.num_params = tuple(shapes), len(shapes)
+        self.shapes, self.names, self.num_params = tuple(shapes), tuple(names), len(shapes)
         self._optimizer = optimizer
         self._inputs = optimizer.inputs if isinstance(optimizer, WithInputs) else None
         self._structure: Any = None
@@ -88,9 +93,10 @@ class OptaxUpdater:
         self._made = made
         return (*made.params, *grads[n:]), made.opt_state
 
-    def _tree(self, blocks: Arrays, rest: float) -> Arrays:
-        ghost = (np.full(GHOST_SHAPE, rest, np.float32),) if self.needs_norm else ()
-        return (*(block.reshape(shape) for block, shape in zip(blocks, self.shapes, strict=True)), *ghost)
+    def _tree(self, blocks: Sequence[Any], rest: float) -> Marked:
+        shaped = [block.reshape(shape) for block, shape in zip(blocks, self.shapes, strict=True)]
+        params = Marked(shaped, self.names)
+        return with_ghost(params, np.full(GHOST_SHAPE, rest, np.float32)) if self.needs_norm else params
 
     def _update(
         self,
@@ -102,12 +108,12 @@ class OptaxUpdater:
         inputs: jax.Array | None,
     ) -> tuple[Any, Any]:
         state = jax.tree.unflatten(self._structure, opt_state)
-        blocks = tuple(block.reshape(shape) for block, shape in zip(params, self.shapes, strict=True))
-        whole = (*blocks, jnp.zeros(GHOST_SHAPE, jnp.float32)) if self.needs_norm else blocks
+        whole = self._tree(params, 0.0)
+        blocks = whole.items[: self.num_params]
         # The learning rate goes by all steps, as on devices: its own count leaves out those without an update.
         extra = {"step": step, "inputs": inputs} if isinstance(self._optimizer, WithInputs) else {}
         updates, state = optax.with_extra_args_support(self._optimizer).update(grads, state, whole, **extra)
-        updates = updates[: len(blocks)]
+        updates = updates.items[: self.num_params]
         if scale is not None:
             updates = jax.tree.map(lambda update: update * scale, updates)
         updated = optax.apply_updates(blocks, updates)

@@ -20,7 +20,7 @@ from jaxdist.config.parameter_server import ParameterServer
 from jaxdist.errors import ConfigError
 from jaxdist.paramserver.protocol.settings import Settings
 from jaxdist.paramserver.protocol.shard import Shard
-from jaxdist.paramserver.run.optimizer_kind import Kind, choose_kind, needs_norm, needs_whole_leaves
+from jaxdist.paramserver.run.optimizer_kind import Kind, choose_kind, needs_norm, needs_whole_leaves, path_names
 from jaxdist.paramserver.run.shard_optimizer import OptaxUpdater
 from jaxdist.paramserver.run.sharding import Sharding, make_sharding
 from jaxdist.paramserver.run.whole_optimizer import OptimizerSharding
@@ -47,9 +47,8 @@ class Plan:
     learning_rate: Callable[[int], float] | None
     sharding: Sharding
     structure: Any
-    num_params: int
+    names: tuple[str, ...]
     kind: Kind
-    ranks: tuple[int, ...]
 
     def run_keys(self) -> keys.RunKeys:
         """Return the keys made from the seed of the experiment."""
@@ -57,7 +56,7 @@ class Plan:
 
     def optimizer_sharding(self) -> OptimizerSharding:
         """Return how the optimizer state is divided among the shards."""
-        return OptimizerSharding(self.optimizer, self.sharding, self.num_params, needs_norm(self.kind))
+        return OptimizerSharding(self.optimizer, self.sharding, self.names, needs_norm(self.kind))
 
     def resharded(self, num_servers: int) -> "Plan":
         """Return the plan for another number of servers."""
@@ -101,8 +100,7 @@ def make_plan(
         check_copies_every=experiment.guards.check_replicas_every or 0,
     )
     _check_ledger(experiment, settings)
-    num_params = len(jax.tree.leaves(params))
-    kind = kind or _choose_kind(optimizer, leaves, num_params, chosen.servers)
+    kind = kind or _choose_kind(optimizer, params, leaves, chosen.servers)
     sharding = make_sharding(leaves, num_servers=chosen.servers, whole_leaves=needs_whole_leaves(kind))
     plan = Plan(
         experiment,
@@ -113,9 +111,8 @@ def make_plan(
         learning_rate,
         sharding,
         structure,
-        num_params,
+        path_names(params),
         kind,
-        _ranks(params),
     )
     _check_order(plan)
     plan.optimizer_sharding()  # raises if the state cannot be divided
@@ -148,23 +145,14 @@ def check_early(plan: Plan) -> None:
     preflight.check_update(plan.optimizer, dataclasses.replace(abstract, opt_state=opt_state))
 
 
-def _choose_kind(optimizer: Any, leaves: Sequence[jax.ShapeDtypeStruct], num_params: int, num_servers: int) -> Kind:
+def _choose_kind(optimizer: Any, params: Any, leaves: Sequence[jax.ShapeDtypeStruct], num_servers: int) -> Kind:
+    num_params = len(jax.tree.leaves(params))
+
     def shards_of(whole_leaves: bool) -> list[list[tuple[int, tuple[int, ...]]]]:
         sharding = make_sharding(leaves, num_servers=num_servers, whole_leaves=whole_leaves)
         return [[(b.leaf, sharding.shape(b)) for b in blocks if b.leaf < num_params] for blocks in sharding.shards]
 
-    return choose_kind(optimizer, leaves[:num_params], shards_of)
-
-
-def _ranks(params: Any) -> tuple[int, ...]:
-    """Return the number of dims of each param, 1 if it has no weight decay: the optimizer of a shard sees no names."""
-    leaves = [(path_name(path), leaf.ndim) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
-    return tuple(ndim if ndim < 2 or optimizers.decays(name, ndim) else 1 for name, ndim in leaves)
-
-
-def _shape_by_rank(shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
-    """Return the shape of a block, with one dim if its leaf has no weight decay."""
-    return (math.prod(shape),) if rank == 1 < len(shape) else shape
+    return choose_kind(optimizer, params, shards_of)
 
 
 def _check_has_effect(experiment: Experiment) -> None:
@@ -278,13 +266,10 @@ def initial_shapes(plan: Plan) -> Any:
 
 def make_shard(plan: Plan, number: int) -> Shard:
     """Return shard `number` before the first step."""
-    blocks = plan.sharding.shards[number]
-    shapes = [
-        _shape_by_rank(plan.sharding.shape(block), plan.ranks[block.leaf])
-        for block in blocks
-        if block.leaf < plan.num_params
-    ]
-    updater = OptaxUpdater(plan.optimizer, kind=plan.kind, shapes=shapes)
+    blocks = [block for block in plan.sharding.shards[number] if block.leaf < len(plan.names)]
+    shapes = [plan.sharding.shape(block) for block in blocks]
+    names = [plan.names[block.leaf] for block in blocks]
+    updater = OptaxUpdater(plan.optimizer, kind=plan.kind, shapes=shapes, names=names)
     params = plan.sharding.split(initial_leaves(plan))[number]
     return Shard(shard=number, settings=plan.settings, updater=updater, params=params)
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import optax
 
-from jaxdist.paramserver.run.optimizer_kind import GHOST_SHAPE, Marked
+from jaxdist.paramserver.run.optimizer_kind import GHOST_SHAPE, Marked, with_ghost
 from jaxdist.paramserver.run.sharding import LeafBlock, Sharding
 
 
@@ -24,7 +24,7 @@ class OptimizerSharding:
     Attributes:
       optimizer: the optax optimizer.
       sharding: sharding of the params, followed by the model state.
-      num_params: number of leaves that are params.
+      names: the path of each leaf that is a param.
       ghost: whether each shard has one additional element (see `shard_optimizer`).
 
     Raises:
@@ -33,13 +33,13 @@ class OptimizerSharding:
 
     optimizer: optax.GradientTransformation
     sharding: Sharding
-    num_params: int
+    names: tuple[str, ...]
     ghost: bool
 
     def __post_init__(self) -> None:
         params = self._params()
         for part in _parts(self._state(params))[0]:
-            for kept, param in zip(part.items, params) if isinstance(part, Marked) else ():
+            for kept, param in zip(part.items, params.items) if isinstance(part, Marked) else ():
                 if _is_array(kept) and kept.shape != param.shape and not self.sharding.whole_leaves:
                     raise ValueError(
                         "The parameter server divides the optimizer state in the same way as the params. This "
@@ -68,20 +68,22 @@ class OptimizerSharding:
                     whole[block.leaf] = values
                 elif _is_array(values):
                     whole[block.leaf].reshape(-1)[block.start : block.stop] = np.reshape(values, -1)
-        return Marked(whole)
+        return Marked(whole, part.names)
 
     def split(self, leaves: Sequence[np.ndarray]) -> list[tuple[np.ndarray, ...]]:
         """Return the leaves of the state of each shard, given the leaves of the whole state."""
         structure = jax.tree.structure(self._state(self._params()))
         parts, _ = _parts(jax.tree.unflatten(structure, leaves))
-        ghosts, _ = _parts(self.optimizer.init(Marked([np.zeros(GHOST_SHAPE, np.float32)] if self.ghost else [])))
+        nothing = Marked((), ())
+        only = with_ghost(nothing, np.zeros(GHOST_SHAPE, np.float32)) if self.ghost else nothing
+        ghosts, _ = _parts(self.optimizer.init(only))
         return [self._split_shard(shard, parts, ghosts) for shard in range(len(self.sharding.shards))]
 
     def _split_shard(self, shard: int, parts: Sequence[Any], ghosts: Sequence[Any]) -> tuple[np.ndarray, ...]:
         blocks, made = self._param_blocks(shard), []
         for part, ghost in zip(parts, ghosts, strict=True):
             if isinstance(part, Marked):
-                made.append(Marked([*(self._part(part.items[block.leaf], block) for block in blocks), *ghost.items]))
+                made.append([*(self._part(part.items[block.leaf], block) for block in blocks), *ghost.items])
             else:
                 made.append(part)
         return tuple(np.asarray(leaf) for leaf in jax.tree.leaves(made))
@@ -92,20 +94,21 @@ class OptimizerSharding:
             return kept
         return np.reshape(kept, -1)[block.start : block.stop].reshape(self.sharding.shape(block))
 
-    def _state(self, params: Sequence[Any]) -> Any:
-        return jax.eval_shape(self.optimizer.init, Marked(params))
+    def _state(self, params: Marked) -> Any:
+        return jax.eval_shape(self.optimizer.init, params)
 
-    def _params(self) -> list[jax.ShapeDtypeStruct]:
-        pairs = zip(self.sharding.shapes[: self.num_params], self.sharding.dtypes)
-        return [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in pairs]
+    def _params(self) -> Marked:
+        pairs = zip(self.sharding.shapes[: len(self.names)], self.sharding.dtypes)
+        return Marked([jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in pairs], self.names)
 
     def _param_blocks(self, shard: int) -> list[LeafBlock]:
-        return [block for block in self.sharding.shards[shard] if block.leaf < self.num_params]
+        return [block for block in self.sharding.shards[shard] if block.leaf < len(self.names)]
 
-    def _blocks(self, shard: int) -> list[jax.ShapeDtypeStruct]:
+    def _blocks(self, shard: int) -> Marked:
         blocks = self._param_blocks(shard)
-        found = [jax.ShapeDtypeStruct(self.sharding.shape(b), self.sharding.dtypes[b.leaf]) for b in blocks]
-        return [*found, *([jax.ShapeDtypeStruct(GHOST_SHAPE, np.float32)] if self.ghost else [])]
+        shapes = [jax.ShapeDtypeStruct(self.sharding.shape(b), self.sharding.dtypes[b.leaf]) for b in blocks]
+        found = Marked(shapes, [self.names[b.leaf] for b in blocks])
+        return with_ghost(found) if self.ghost else found
 
 
 def _parts(tree: Any) -> tuple[list[Any], Any]:

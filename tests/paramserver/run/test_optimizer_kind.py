@@ -25,6 +25,20 @@ def matrices(params):
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
+def kernels(params):
+    """Return which leaves are kernels, by the text of their paths."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: "kernel" in jax.tree_util.keystr(path), params)
+
+
+def last_is_kernel(params):
+    """Return the same, by the last key, which a parameter server does not give."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+
+def labels(params):
+    return jax.tree.map(lambda is_kernel: "kernel" if is_kernel else "other", kernels(params))
+
+
 def clipped(*after, norm=1.0):
     return optax.chain(optax.clip_by_global_norm(norm), *after)
 
@@ -58,6 +72,17 @@ ELEMENTWISE = {
     "clipped by value": optax.chain(optax.clip(1.0), optax.adam(1e-3)),
     "masked decay": optax.adamw(1e-2, weight_decay=0.1, mask=matrices),
     "masked": optax.masked(optax.adam(1e-2), matrices),
+    "masked by path": optax.masked(optax.adam(1e-2), kernels),
+    "decay by path": optax.adamw(1e-2, weight_decay=0.5, mask=kernels),
+    "labels by path": optax.multi_transform({"kernel": optax.adam(1e-2), "other": optax.sgd(0.1)}, labels),
+    "our decay": optimizers.build(
+        optimizers.Optimizer(name="adamw", learning_rate=1e-2, weight_decay=0.5), global_batch_size=8
+    ),
+    "our rates by path": optimizers.build(
+        optimizers.Optimizer(name="adamw", learning_rate=1e-2),
+        global_batch_size=8,
+        rate_factors=lambda path: 0.25 if "kernel" in path else 1.0,
+    ),
     "injected": optax.inject_hyperparams(optax.adamw)(learning_rate=WARMUP),
     "accumulated adam": accumulated(optax.adam(1e-2)),
     "averaged": optax.chain(optax.adam(1e-2), optimizers.ema(0.99)),
@@ -72,6 +97,9 @@ LEAFWISE = {
     "lamb in a warm-up": optax.lamb(WARMUP),
     "lars": optax.lars(1e-2),
     "factored": optax.adafactor(1e-3, min_dim_size_to_factor=2),
+    "our lamb with decay": optimizers.build(
+        optimizers.Optimizer(name="lamb", learning_rate=1e-2, weight_decay=0.5), global_batch_size=8
+    ),
     "adaptive clipping": optax.chain(optax.adaptive_grad_clip(0.01), optax.sgd(0.1)),
     "clipped by block": optax.chain(optax.clip_by_block_rms(0.1), optax.sgd(0.1)),
     "accumulated lamb": accumulated(optax.lamb(1e-2)),
@@ -85,10 +113,19 @@ REFUSED = {
     "prodigy in a warm-up": optax.contrib.prodigy(WARMUP),
     "noise": optax.chain(optax.add_noise(0.1, 0.5, key=0), optax.sgd(0.1)),
     "skipped if not finite": optax.apply_if_finite(optax.sgd(0.1), 5),
+    "masked by keys": optax.masked(optax.adam(0.1), last_is_kernel),
+    "decay by keys": optax.adamw(1e-2, weight_decay=0.5, mask=last_is_kernel),
     "named leaves": optax.masked(optax.sgd(0.1), {"kernel": True, "bias": False}),
 }
 GIVEN = {**ELEMENTWISE, **NORM, **LEAFWISE, **LEAFWISE_NORM, **REFUSED}
 LEAVES = [jax.ShapeDtypeStruct(shape, np.float32) for shape in SHAPES]
+NAMES = ("in/bias", "in/kernel", "scale")
+
+
+def tree_of(leaves):
+    """Return the params as a user has them. A bias has two dims, so that its name and its rank say different things."""
+    bias, kernel, scale = leaves
+    return {"in": {"bias": bias, "kernel": kernel}, "scale": scale}
 
 
 def choose(optimizer, servers):
@@ -98,7 +135,7 @@ def choose(optimizer, servers):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what optax deprecates
-        return optimizer_kind.choose_kind(optimizer, LEAVES, shards_of)
+        return optimizer_kind.choose_kind(optimizer, tree_of(LEAVES), shards_of)
 
 
 @functools.cache
@@ -111,12 +148,12 @@ def gradients():
 
 
 def one_process(optimizer):
-    params, *steps = jax.tree.map(jnp.asarray, [gradients()[0], *gradients()[1]])
+    params, *steps = [jax.tree.map(jnp.asarray, tree_of(leaves)) for leaves in [gradients()[0], *gradients()[1]]]
     state = optimizer.init(params)
     for grads in steps:
         updates, state = optimizer.update(grads, state, params)
         params = optax.apply_updates(params, updates)
-    return params, jax.tree.leaves(state)
+    return jax.tree.leaves(params), jax.tree.leaves(state)
 
 
 def on_servers(optimizer, kind, servers):
@@ -125,10 +162,11 @@ def on_servers(optimizer, kind, servers):
     sharding = make_sharding(LEAVES, num_servers=servers, block_bytes=BLOCK_BYTES, whole_leaves=whole)
     leaves, steps = gradients()
     shards = []
-    cut = whole_optimizer.OptimizerSharding(optimizer, sharding, len(SHAPES), optimizer_kind.needs_norm(kind))
+    cut = whole_optimizer.OptimizerSharding(optimizer, sharding, NAMES, optimizer_kind.needs_norm(kind))
     for blocks, params in zip(sharding.shards, sharding.split(leaves)):
         shapes = [sharding.shape(block) for block in blocks]
-        shards.append((shard_optimizer.OptaxUpdater(optimizer, kind=kind, shapes=shapes), params))
+        names = [NAMES[block.leaf] for block in blocks]
+        shards.append((shard_optimizer.OptaxUpdater(optimizer, kind=kind, shapes=shapes, names=names), params))
     states = [updater.init(params) for updater, params in shards]
     params = [params for _, params in shards]
     for step, grads in enumerate(steps):
@@ -179,7 +217,7 @@ def test_what_runs_how(kind, names):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_mixes_leaves_is_refused_by_what_it_does(name):
-    with pytest.raises(ValueError, match=r"depends on other leaves|differs on a shard|without the names|random key"):
+    with pytest.raises(ValueError, match=r"depends on other leaves|differs on a shard|as a list|random key"):
         choose(REFUSED[name], 2)
 
 

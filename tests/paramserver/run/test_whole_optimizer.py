@@ -29,7 +29,7 @@ def test_an_optimizers_state_is_cut_and_joined_without_loss(optimizer, servers):
     leaves = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
     state = jax.tree.map(lambda leaf: rng.normal(size=np.shape(leaf)).astype(leaf.dtype), optimizer.init(leaves[:4]))
     sharding = make_sharding(leaves, num_servers=servers, block_bytes=20)
-    cut = whole_optimizer.OptimizerSharding(optimizer, sharding, num_params=4, ghost=True)
+    cut = whole_optimizer.OptimizerSharding(optimizer, sharding, names=tuple("abcd"), ghost=True)
     assert same(cut.join(cut.split(jax.tree.leaves(state))), [np.asarray(leaf) for leaf in jax.tree.leaves(state)])
 
 
@@ -37,4 +37,4 @@ def test_what_is_not_shaped_like_the_params_is_refused():
     sharding = make_sharding([np.zeros((8, 8), np.float32)], num_servers=1)
     odd = optax.GradientTransformation(lambda params: jax.tree.map(lambda p: np.zeros(p.shape[0]), params), None)
     with pytest.raises(ValueError, match=r"shape \(8,\) for a param of shape \(8, 8\)"):
-        whole_optimizer.OptimizerSharding(odd, sharding, num_params=1, ghost=False)
+        whole_optimizer.OptimizerSharding(odd, sharding, names=("a",), ghost=False)
