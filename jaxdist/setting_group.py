@@ -66,18 +66,6 @@ def _as_declared(hint: Any, value: Any) -> Any:
     return tuple(value) if isinstance(value, list) and tuple in declared and list not in declared else value
 
 
-ADDED = "left out of records at its default"
-"""Key in the metadata of a field, see `added`."""
-
-
-def added(default: Any) -> Any:
-    """Return a field that a class got after runs had recorded it: at its default, records leave it out.
-
-    The identity of a run is made from the record of its model, and so stays what it was.
-    """
-    return dataclasses.field(default=default, metadata={ADDED: True})
-
-
 def nearest(name: str, known: collections.abc.Iterable[str]) -> str:
     """Return " Did you mean ...?" with the nearest known name; "" where none is near."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

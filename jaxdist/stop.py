@@ -28,7 +28,7 @@ class Progress:
         are here from the next step on.
       history: every value an evaluation gave, by metric name.
       last_evaluation: the step of the newest evaluation, 0 before the first.
-      global_batch_size: examples of a step; None in a checkpoint of an older version.
+      global_batch_size: examples of a step; None before the first attempt has said it.
       schedule_offset: steps of the present batch size that the steps made so far lack, or have too many, because some
         of them were made with another batch size; see `schedule_offset`.
       empty_batches: steps without an update, because nothing in their batch counted.

@@ -11,8 +11,7 @@ import pytest
 
 from jaxdist.config import experiment, parameter_server
 from jaxdist.errors import ConfigError
-from jaxdist.rundir import record
-from jaxdist.setting_group import added, fits, setting_group, show, whole_number
+from jaxdist.setting_group import fits, setting_group, show, whole_number
 
 FITS = [
     (int, 3),
@@ -98,16 +97,6 @@ def test_objects_are_shown_by_their_kind_and_long_values_shortened():
     assert show(math) == "the module math"
     assert show(Sound(volume=1)) == "an object of the class Sound"
     assert len(show("x" * 999)) == 80
-
-
-def test_a_field_that_was_added_is_recorded_once_it_has_another_value():
-    @dataclasses.dataclass(frozen=True)
-    class Model:
-        width: int
-        epsilon: float = added(1e-6)
-
-    assert sorted(record.plain(Model(3))) == ["class", "width"]
-    assert record.plain(Model(3, 1e-5))["epsilon"] == 1e-5
 
 
 @pytest.mark.parametrize("value", [2.0, np.float32(2), "2", None, True, math.nan, [2], 1])

@@ -225,7 +225,7 @@ class Checkpointer:
         with_paths, treedef = jax.tree_util.tree_flatten_with_path(template)
         structs = _template_leaves(with_paths)
         try:
-            manifest = self._manifest(path).named_as(path for path, _ in with_paths)
+            manifest = self._manifest(path)
             manifest.check_fits(structs)
             read = _each_ahead(manifest.read_leaf, structs)
             leaves = [place(values, struct) for values, struct in zip(read, structs.values(), strict=True)]

@@ -14,7 +14,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -30,9 +30,6 @@ PyTree: TypeAlias = Any
 JSON: TypeAlias = dict[str, Any]
 
 FORMAT = 2
-"""Format 1 differs in the names of leaves: `params['dense']['kernel']` in place of `params/dense/kernel`."""
-
-_READABLE = (1, FORMAT)
 
 
 class CheckpointError(ValueError):
@@ -143,13 +140,6 @@ class Manifest:
     leaves: dict[str, JSON]
     extra: JSON
 
-    def named_as(self, paths: Iterable[Sequence[Any]]) -> "Manifest":
-        """Return the manifest with the leaves at the given tree paths named in the present format."""
-        if self.extra["format"] == FORMAT:
-            return self
-        names = {jax.tree_util.keystr(tuple(path)).removeprefix("."): path_name(tuple(path)) for path in paths}
-        return dataclasses.replace(self, leaves={names.get(name, name): leaf for name, leaf in self.leaves.items()})
-
     def check_fits(self, structs: Mapping[str, Any]) -> None:
         """Check that the checkpoint has the leaves of `structs` (path -> shape and dtype), and no others.
 
@@ -205,9 +195,9 @@ def read(directory: pathlib.Path, *, arrays: pathlib.Path) -> Manifest:
     if first not in files:
         raise DamagedCheckpointError(f"{first} is missing: the checkpoint is damaged, or jaxdist did not write it.")
     body = _read_file(first)
-    if body["extra"]["format"] not in _READABLE:
+    if body["extra"]["format"] != FORMAT:
         raise CheckpointError(
-            f"{first} has format {body['extra']['format']}; this version of jaxdist reads formats 1 to {FORMAT}. "
+            f"{first} has format {body['extra']['format']}; this version of jaxdist reads format {FORMAT}. "
             "Restore it with the version that saved it."
         )
     others = [_read_file(file) for file in files if file != first]

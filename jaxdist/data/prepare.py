@@ -306,10 +306,9 @@ def prepare_records(
 def read_shard_list(folder: str | os.PathLike) -> ShardList:
     """Return the shard list of a folder of prepared records."""
     values = json.loads((pathlib.Path(folder) / PREPARED).read_text())
-    found = values.get("shards", values.get("manifest"))  # version 0.1 wrote "manifest"
-    if found is None:
+    if "shards" not in values:
         raise ValueError(f"{os.fspath(folder)} has no shard list: it holds {values['kind']}, or is not finished.")
-    return ShardList.from_json(found)
+    return ShardList.from_json(values["shards"])
 
 
 class _Numbers:

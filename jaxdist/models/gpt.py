@@ -13,7 +13,6 @@ from jax.nn import initializers
 
 from jaxdist.models import mup, sizes
 from jaxdist.models.transformer import Block
-from jaxdist.setting_group import added
 
 
 class GPT(nn.Module):
@@ -35,9 +34,9 @@ class GPT(nn.Module):
     """Use the token embedding as the last layer's matrix, too."""
     remat: bool = False
     """Compute each block's activations again in the backward pass instead of keeping them."""
-    norm_epsilon: float = added(1e-6)
+    norm_epsilon: float = 1e-6
     """What the normalisations add to the variance; the weights of GPT-2 need 1e-5."""
-    base_width: int | None = added(None)
+    base_width: int | None = None
     """muP: the width at which settings were found, so that they hold at this one, with as many heads (see `mup`). None:
     no muP."""
 

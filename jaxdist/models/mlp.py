@@ -5,7 +5,6 @@ import jax
 from jax.nn import initializers
 
 from jaxdist.models import mup, sizes
-from jaxdist.setting_group import added
 
 
 class MLP(nn.Module):
@@ -19,7 +18,7 @@ class MLP(nn.Module):
     """Number of hidden layers; 0 makes the model linear."""
     dropout_rate: float = 0.0
     """Probability with which a hidden feature is zeroed in training."""
-    base_width: int | None = added(None)
+    base_width: int | None = None
     """muP: the width at which settings were found, so that they hold at this one (see `mup`). None: no muP."""
 
     def __post_init__(self) -> None:

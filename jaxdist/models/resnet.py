@@ -11,7 +11,6 @@ from jax.nn.initializers import Initializer
 
 from jaxdist.models import sizes
 from jaxdist.models.norm import BatchNorm
-from jaxdist.setting_group import added
 
 EXPANSION = {"basic": 1, "bottleneck": 4}
 """Channels that leave a block of each kind, as a multiple of its width."""
@@ -89,7 +88,7 @@ class ResNet(nn.Module):
     """Take the stem for images of about 32x32: one 3x3 convolution, in place of 7x7 with stride 2 and a max pool."""
     remat: bool = False
     """Compute each block's activations again in the backward pass instead of keeping them."""
-    symmetric_padding: bool = added(False)
+    symmetric_padding: bool = False
     """Pad strided convolutions and the pool as torch does, which its weights need: as many pixels on all sides."""
 
     def __post_init__(self) -> None:

@@ -7,7 +7,6 @@ from jax.nn import initializers
 
 from jaxdist.models import sizes
 from jaxdist.models.transformer import Block
-from jaxdist.setting_group import added
 
 
 class ViT(nn.Module):
@@ -27,9 +26,9 @@ class ViT(nn.Module):
     """Probability with which a feature is zeroed in training."""
     remat: bool = False
     """Compute each block's activations again in the backward pass instead of keeping them."""
-    norm_epsilon: float = added(1e-6)
+    norm_epsilon: float = 1e-6
     """What the normalisations add to the variance; the weights of the ViTs in transformers need 1e-12."""
-    exact_gelu: bool = added(False)
+    exact_gelu: bool = False
     """Compute GELU with the error function, as these weights need, in place of its approximation with tanh."""
 
     def __post_init__(self) -> None:

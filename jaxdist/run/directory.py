@@ -296,16 +296,16 @@ def recorded_identity(run_dir: pathlib.Path) -> Any:
 
 
 def when_started(run_dir: pathlib.Path) -> str | None:
-    """Return when the run in `run_dir` began; "" of version 0.1, None without a record that can be read."""
+    """Return when the run in `run_dir` began, None without a record that can be read."""
     made = record.readable(run_dir)
-    return None if made is None else str(made.extra.get("started") or "")
+    return None if made is None else made.extra.get("started")
 
 
 def check_nothing_is_lost(
     earlier: record.RunRecord | None, run_dir: pathlib.Path, checkpointer: checkpoints.Checkpointer
 ) -> None:
     """Raise ConfigError where the run that is resumed had a checkpoint, and has none now."""
-    saved = None if earlier is None else _saved_step(earlier)
+    saved = None if earlier is None else earlier.extra.get("checkpoint")
     if saved is None or checkpointer.latest_step() is not None:
         return
     moved = run_dir / REPLACED_NAME / CHECKPOINTS_NAME
@@ -319,20 +319,12 @@ def check_nothing_is_lost(
 
 def tell_what_is_gone(earlier: record.RunRecord | None, run_dir: pathlib.Path, step: int) -> None:
     """Say on stderr that a run continues from `step` because the newer checkpoint of its record is gone."""
-    saved = None if earlier is None else _saved_step(earlier)
+    saved = None if earlier is None else earlier.extra.get("checkpoint")
     if saved is not None and step < saved:
         say(
             f"{run_dir / record.FILE_NAME} names a checkpoint of step {saved}, which is gone; training "
             f"continues from step {step}."
         )
-
-
-def _saved_step(earlier: record.RunRecord) -> int | None:
-    if "checkpoint" in earlier.extra:
-        return earlier.extra["checkpoint"]
-    # Records of version 0.1 lack the key; runs with these end reasons always saved their last step.
-    saved = earlier.end_reason is not None and earlier.end_reason not in ("nonfinite", "hang", "error")
-    return earlier.step if saved and earlier.step else None
 
 
 def go_back(

@@ -89,9 +89,9 @@ class RecordedServer(TypedDict, total=False):
 
 
 class FurtherKeys(TypedDict, total=False):
-    """Each may be absent: versions wrote more of them over time."""
+    """Each may be absent: not every kind of run writes all of them."""
 
-    identity: RecordedIdentity | str
+    identity: RecordedIdentity
     init_from: Mapping[str, Any] | None
     experiment: RecordedExperiment | None
     batch: RecordedBatch

@@ -22,7 +22,7 @@ from typing import Any, TypeAlias, get_type_hints
 import jax
 import numpy as np
 
-from jaxdist import errors, setting_group
+from jaxdist import errors
 from jaxdist.rundir import files, further_keys, json_kinds
 from jaxdist.spmd.layout import host_value, path_name
 
@@ -284,9 +284,7 @@ def _plain_setting(name: str, value: Any) -> Plain:
 def _plain_object(value: Any) -> Plain:
     name = qualified_name(type(value))
     if dataclasses.is_dataclass(value):
-        fields = {
-            field.name: getattr(value, field.name) for field in dataclasses.fields(value) if _is_kept(field, value)
-        }
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.repr}
         return {"class": name} | {field: _plain_setting(field, found) for field, found in fields.items()}
     if names := getattr(value, "vocabulary", None):  # a data source: what its numbers stand for
         return {"class": name, "vocabulary": plain(names)}
@@ -295,11 +293,6 @@ def _plain_object(value: Any) -> Plain:
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return name
-
-
-def _is_kept(field: Any, value: Any) -> bool:
-    at_default = field.metadata.get(setting_group.ADDED) and getattr(value, field.name) == field.default
-    return field.repr and not at_default
 
 
 def qualified_name(definition: Any) -> str:

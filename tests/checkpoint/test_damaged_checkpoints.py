@@ -19,7 +19,6 @@ from small_states import (
 
 from jaxdist.checkpoint import manifest
 from jaxdist.checkpoint.checkpoints import Checkpointer, CheckpointError, DamagedCheckpointError
-from jaxdist.spmd.layout import path_name
 
 
 def all_files(directory):
@@ -167,22 +166,8 @@ def test_a_directory_of_another_tool_and_another_format_are_refused(two_steps, t
     shutil.rmtree(tmp_path / "3")
     body = json.loads((tmp_path / "2" / "manifest" / "process-0.json").read_text())["body"]
     manifest.write(tmp_path / "2" / "manifest", body["leaves"], body["extra"] | {"format": 99})
-    with pytest.raises(CheckpointError, match="has format 99; this version of jaxdist reads formats 1 to 2"):
+    with pytest.raises(CheckpointError, match="has format 99; this version of jaxdist reads format 2"):
         Checkpointer(tmp_path, identity="test").restore(template_of(small_state(0)))
-
-
-def test_a_checkpoint_of_format_1_with_its_other_names_of_leaves_is_restored(two_steps, tmp_path):
-    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(small_state(0))]
-    old_names = {path_name(path): jax.tree_util.keystr(path).removeprefix(".") for path in paths}
-    body = json.loads((tmp_path / "2" / "manifest" / "process-0.json").read_text())["body"]
-    leaves = {old_names[name]: leaf for name, leaf in body["leaves"].items()}
-    assert set(leaves).isdisjoint(body["leaves"])
-    manifest.write(tmp_path / "2" / "manifest", leaves, body["extra"] | {"format": 1})
-    with Checkpointer(tmp_path, identity="test") as checkpointer:
-        checkpointer.verify(2)
-        state, data_state = checkpointer.restore(template_of(small_state(0)))
-    assert (bits(state), data_state) == (bits(small_state(2)), {"position": 2})
 
 
 def test_wrong_settings_and_wrong_states_are_refused(tmp_path):

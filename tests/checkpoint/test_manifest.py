@@ -138,10 +138,3 @@ def test_a_state_of_another_form_is_named(tmp_path, wanted, message):
         return
     with pytest.raises(manifest.CheckpointError, match=message):
         made.check_fits(wanted)
-
-
-def test_names_of_the_first_format_are_translated(tmp_path):
-    written(tmp_path)
-    old = manifest.Manifest(tmp_path, {"params['dense']['kernel']": {}}, {"format": 1})
-    path = (jax.tree_util.GetAttrKey("params"), jax.tree_util.DictKey("dense"), jax.tree_util.DictKey("kernel"))
-    assert list(old.named_as([path]).leaves) == ["params/dense/kernel"]

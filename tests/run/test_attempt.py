@@ -605,13 +605,9 @@ def test_a_checkpoint_is_not_judged_by_the_evaluation_of_another_step(tmp_path, 
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["2", "6"]
 
 
-@pytest.mark.parametrize("of_version_0_1", [False, True])
-def test_a_resume_whose_checkpoints_are_gone_is_refused_and_changes_nothing(tmp_path, of_version_0_1):
+def test_a_resume_whose_checkpoints_are_gone_is_refused_and_changes_nothing(tmp_path):
     run(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    if of_version_0_1:
-        content = {key: value for key, value in read_record(tmp_path / "run").items() if key != "checkpoint"}
-        (tmp_path / "run" / "run.json").write_text(json.dumps(content))
     before = {name: (tmp_path / "run" / name).read_bytes() for name in ("run.json", "metrics.jsonl")}
     with pytest.raises(errors.UserError, match=r"a checkpoint of step 10, and .*checkpoints holds none"):
         run(tmp_path / "run", "stop.max_steps=20", resume=True)

@@ -111,8 +111,7 @@ def _chain(run_dir: pathlib.Path, made: record.RunRecord) -> step_chain.StepChai
     if found is None or not len(found.entries):
         raise errors.UserError(
             f"{run_dir} has no chain of step hashes ({step_chain.FILE_NAME}): it was trained with "
-            "guards.step_hashes=false, by an earlier version, or by a parameter server, or made no step. Train with "
-            "guards.step_hashes=true."
+            "guards.step_hashes=false, or by a parameter server, or made no step. Train with guards.step_hashes=true."
         )
     return found
 
@@ -159,7 +158,7 @@ def _compilers(made: record.RunRecord) -> dict[str, Any]:
 
 
 def _changed_compilers(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
-    """Return the differences; an earlier version did not record the threads, and accelerators have none."""
+    """Return the differences; accelerators have no threads to compare."""
     known = None not in (first[_THREADS], second[_THREADS])
     return _changed(first, second, (*_COMPILERS, _THREADS) if known else _COMPILERS)
 

@@ -19,7 +19,7 @@ class RunSummary:
 
     Attributes:
       name: name of its directory.
-      started: when its first attempt began, ISO 8601; None in records of version 0.1.
+      started: when its first attempt began, ISO 8601; None where the record does not say.
       ended: see `how_ended`.
       step: finished steps.
       seconds: wall time over all attempts.

@@ -205,7 +205,7 @@ def _load(
         found = experiment_of(made, run_dir, experiment)
         _check_same(made, found, run_dir)
         strategy = strategies.build("data-parallel", devices=devices)
-        fields, steps_per_epoch = _data_of(made, found)
+        fields, steps_per_epoch = _data_of(made, run_dir)
         functions = components.make_functions(found, fields)
         optimizer, _ = components.make_optimizer(found, components.known_ends(found, steps_per_epoch))
         template = state.abstract_state(functions.init_fn, optimizer, mesh=strategy.mesh, layout=strategy.layout)
@@ -230,8 +230,8 @@ def experiment_of(
     file = trained.get("file") if given is None else os.fspath(given)
     if file is None:
         raise errors.UserError(
-            f"The record of {run_dir} names no experiment file: it was trained from Python, or by version 0.1. Pass "
-            "experiment=, the file or the Experiment."
+            f"The record of {run_dir} names no experiment file: it was trained from Python. Pass experiment=, the "
+            "file or the Experiment."
         )
     if not pathlib.Path(file).is_file():
         raise errors.UserError(
@@ -252,20 +252,15 @@ def _check_same(made: record.RunRecord, found: Experiment, run_dir: pathlib.Path
 
 
 def _identity_of(made: record.RunRecord, run_dir: pathlib.Path) -> components.Identity:
-    """Return what the run directory belongs to, without what a later version adds to it."""
-    stored = made.extra.get("identity")
-    if not isinstance(stored, dict):
-        raise errors.UserError(f"The run record says whose checkpoints they are; that of {run_dir} lacks identity.")
+    """Return what the run directory belongs to."""
+    stored = _recorded(made, run_dir, "identity")
     names = [field.name for field in dataclasses.fields(components.Identity) if field.name in stored]
     return components.Identity(**{name: stored[name] for name in names})
 
 
-def _data_of(made: record.RunRecord, found: Experiment) -> tuple[dict[str, jax.ShapeDtypeStruct], int]:
-    """Return the fields of a batch and the steps of an epoch: recorded, or, of version 0.1, found in the data."""
-    if "batch" not in made.extra:
-        loader = components.make_loader(found, fingerprint="")
-        return components.example_batch(loader), loader.steps_per_epoch
-    batch = made.extra["batch"]
+def _data_of(made: record.RunRecord, run_dir: pathlib.Path) -> tuple[dict[str, jax.ShapeDtypeStruct], int]:
+    """Return the fields of a batch and the steps of an epoch."""
+    batch = _recorded(made, run_dir, "batch")
     try:
         fields = {
             name: jax.ShapeDtypeStruct(tuple(field["shape"]), field["dtype"]) for name, field in batch["fields"].items()
@@ -273,3 +268,9 @@ def _data_of(made: record.RunRecord, found: Experiment) -> tuple[dict[str, jax.S
     except (TypeError, ValueError) as error:
         raise errors.UserError(f"The run record names an array of a batch that cannot be made: {error}.") from error
     return fields, batch["steps_per_epoch"]
+
+
+def _recorded(made: record.RunRecord, run_dir: pathlib.Path, key: str) -> Any:
+    if key not in made.extra:
+        raise errors.UserError(f"A run is loaded with what its record says of it; that of {run_dir} lacks {key}.")
+    return made.extra[key]

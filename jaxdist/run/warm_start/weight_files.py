@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxdist import adapters
 from jaxdist.checkpoint import checkpoints, step_names
-from jaxdist.checkpoint.manifest import FORMAT, CheckpointError
+from jaxdist.checkpoint.manifest import CheckpointError
 from jaxdist.config.starting_weights import InitFrom
 from jaxdist.errors import UserError
 from jaxdist.run.warm_start import safetensors_file
@@ -103,8 +103,6 @@ def _of_run(run_dir: pathlib.Path, settings: InitFrom) -> NamedWeights:
 def _of_checkpoint(path: pathlib.Path, source: str) -> NamedWeights:
     """Return params and model_state of a checkpoint; the averaged params, where its optimizer kept them."""
     manifest = checkpoints.open_manifest(path)
-    if manifest.extra["format"] != FORMAT:
-        raise UserError(f"{path} was saved by version 0.1. Resume its run for a step, which saves it anew.")
     stored = weights_of_state(manifest.leaves)
 
     def read(name: str) -> np.ndarray:

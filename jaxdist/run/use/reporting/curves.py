@@ -24,15 +24,15 @@ class Curve:
 
     Attributes:
       steps: the step of each value.
-      examples: the examples trained on until then; None if the rows do not have them.
-      seconds: the seconds of training until then; None if the rows do not have them.
+      examples: the examples trained on until then.
+      seconds: the seconds of training until then.
       values: the values; None for one that was not finite.
       rows: number of values before thinning.
     """
 
     steps: Sequence[int]
-    examples: Sequence[float] | None
-    seconds: Sequence[float] | None
+    examples: Sequence[float]
+    seconds: Sequence[float]
     values: Sequence[float | None]
     rows: int
 
@@ -66,11 +66,10 @@ def curves(rows: Sequence[Mapping[str, Any]], *, most_points: int) -> dict[str, 
 def _curve(rows: Sequence[Mapping[str, Any]], name: str, most_points: int) -> Curve:
     values = np.array([np.nan if row[name] is None else row[name] for row in rows], np.float64)
     kept = [rows[index] for index in thin(values, most_points)]
-    stamped = all(place in row for row in kept for place in _PLACES)
     return Curve(
         steps=[row["step"] for row in kept],
-        examples=[row["examples_seen"] for row in kept] if stamped else None,
-        seconds=[round(row["seconds"], 2) for row in kept] if stamped else None,
+        examples=[row["examples_seen"] for row in kept],
+        seconds=[round(row["seconds"], 2) for row in kept],
         values=[None if row[name] is None else float(f"{row[name]:.{_DIGITS}g}") for row in kept],
         rows=len(rows),
     )
@@ -78,10 +77,9 @@ def _curve(rows: Sequence[Mapping[str, Any]], name: str, most_points: int) -> Cu
 
 def _speeds(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return rows with the examples per second since the row before."""
-    stamped = [row for row in rows if all(place in row for place in _PLACES)]
     return [
         {**{place: row[place] for place in _PLACES}, SPEED: (row["examples_seen"] - before["examples_seen"]) / seconds}
-        for before, row in itertools.pairwise(stamped)
+        for before, row in itertools.pairwise(rows)
         if (seconds := row["seconds"] - before["seconds"]) > 0 and row["examples_seen"] > before["examples_seen"]
     ]
 

@@ -142,9 +142,6 @@ function drawCurves(plots) {
     const section = place(group), data = traces(names);
     const title = group === SPEED ? "examples per second" : group.replaceAll("_", " ");
     const notes = names.size > 1 || section === "metrics" ? keys(names) : [];
-    const missing = runs.filter((run, number) => !hidden.has(number) && [...names].some((name) => run.curves[name]) &&
-      ![...names].some((name) => run.curves[name] && run.curves[name][across()])).map((run) => run.name);
-    if (missing.length) notes.push(make("span", { textContent: `No ${AXES[across()]} recorded: ${missing.join(", ")}` }));
     const plot = chart(section, group, title, notes);
     plots.push(() => Plotly.react(plot, data, curveLayout(), OPTIONS));
   }

@@ -44,11 +44,6 @@ def test_the_speed_is_that_between_two_rows():
     assert curves.curves(rows, most_points=9)[curves.SPEED] == curves.Curve([3], [48], [0.75], [64.0], 1)
 
 
-def test_rows_of_an_earlier_version_have_steps_alone():
-    found = curves.curves([{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}], most_points=9)
-    assert found == {"loss": curves.Curve([1, 2], None, None, [0.5, 0.25], 2)}
-
-
 def test_a_line_that_is_being_written_is_left_out(tmp_path):
     assert curves.read_rows(tmp_path) == []
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row(1)) + '\n{"step": 2, "los')
