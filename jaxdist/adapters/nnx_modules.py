@@ -47,17 +47,8 @@ def nnx(
       ValueError: see `linen`; but `train` need not be taken.
     """
     fields = module_checks.input_fields(inputs, example_batch)
-    rule, name = (
-        "A model that is no Linen module is a callable from nnx.Rngs to an NNX module",
-        errors.named(make_module),
-    )
+    abstract = _abstract_module(make_module)
     make_module = _without_mesh(make_module)
-    with first_calls.first_call(rule, name):
-        abstract = flax_nnx.eval_shape(lambda: make_module(flax_nnx.Rngs(0)))
-    if not isinstance(abstract, flax_nnx.Module):
-        raise ConfigError(f"{rule}; {name} returns an object of the class {type(abstract).__name__}.")
-    if not callable(abstract):
-        raise ConfigError(f"A module is called with its inputs; {type(abstract).__name__} has no __call__. Add it.")
     graph, *templates = _split(abstract)
     param_template, random_template, state_template = (dict(flax_nnx.to_flat_state(part)) for part in templates)
     accepted = inspect.signature(type(abstract).__call__).parameters
@@ -85,6 +76,19 @@ def nnx(
         shapes = jax.eval_shape(init, jax.random.key(0))
         module_checks.check_module(type(abstract), accepted, forward, loss, shapes, example_batch)
     return functions.make_functions(init, forward, loss, stateful=bool(state_template))
+
+
+def _abstract_module(make_module: Callable[[flax_nnx.Rngs], flax_nnx.Module]) -> flax_nnx.Module:
+    """Return the module with shapes in place of arrays; ConfigError where `make_module` makes none."""
+    rule = "A model that is no Linen module is a callable from nnx.Rngs to an NNX module"
+    name, make = errors.named(make_module), _without_mesh(make_module)
+    with first_calls.first_call(rule, name):
+        abstract = flax_nnx.eval_shape(lambda: make(flax_nnx.Rngs(0)))
+    if not isinstance(abstract, flax_nnx.Module):
+        raise ConfigError(f"{rule}; {name} returns an object of the class {type(abstract).__name__}.")
+    if not callable(abstract):
+        raise ConfigError(f"A module is called with its inputs; {type(abstract).__name__} has no __call__. Add it.")
+    return abstract
 
 
 def _split(module: flax_nnx.Module) -> tuple[Any, flax_nnx.State, flax_nnx.State, flax_nnx.State]:

@@ -207,12 +207,7 @@ def prepare_tokens(
         raise ValueError(f"There is no text in {', '.join(found[:5])}: every file is empty.")
     made_of = fingerprint_text("text", *(fingerprint_array(part) for part in characters.parts))
     shards = _Shards(out, "tokens", made_of, len(characters), tokens_per_shard, ".npy")
-
-    def write(path: pathlib.Path, begin: int, end: int) -> None:
-        with open(path, "wb") as file:
-            np.save(file, characters.read(begin, end))
-
-    return shards.write_all(write, progress)
+    return shards.write_all(characters.save, progress)
 
 
 def prepare_text(
@@ -248,12 +243,7 @@ def prepare_text(
     parts = _Numbers([_encode(path, kept, folder / f".{made_of}") for path in documents])
     shards = _Shards(out, "tokens", made_of, len(parts), tokens_per_shard, ".npy")
     files.write(folder / text.FILE_NAMES[kept.suffix], [kept.to_bytes()])
-
-    def write(path: pathlib.Path, begin: int, end: int) -> None:
-        with open(path, "wb") as file:
-            np.save(file, parts.read(begin, end))
-
-    made = shards.write_all(write, progress)
+    made = shards.write_all(parts.save, progress)
     num_bytes = sum(map(os.path.getsize, documents))
     shards.note(vocab_size=kept.size, end_token=kept.end_token, bytes_per_token=num_bytes / made.total)
     shutil.rmtree(folder / f".{made_of}")
@@ -321,7 +311,7 @@ class _Numbers:
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def read(self, begin: int, end: int) -> np.ndarray:
+    def save(self, path: pathlib.Path, begin: int, end: int) -> None:
         pieces = []
         while begin < end:
             number = bisect.bisect_right(self._ends, begin)
@@ -329,7 +319,8 @@ class _Numbers:
             offset = self._ends[number] - len(self.parts[number])
             pieces.append(self.parts[number][begin - offset : stop - offset])
             begin = stop
-        return np.concatenate(pieces)
+        with open(path, "wb") as file:
+            np.save(file, np.concatenate(pieces))
 
 
 def _check_same(folder: pathlib.Path, notes: Mapping[str, Any]) -> None:

@@ -82,11 +82,8 @@ def tell_recovery(run_dir: pathlib.Path, environment: Mapping[str, str] = os.env
     """Return the hook that notes, on process 0, when the job makes new steps again; None if it made none before."""
     if restart_events.LOST_SINCE not in environment or jax.process_index() != 0:
         return None
-    since, reached, told = (
-        float(environment[restart_events.LOST_SINCE]),
-        int(environment[restart_events.REACHED]),
-        False,
-    )
+    since, reached = float(environment[restart_events.LOST_SINCE]), int(environment[restart_events.REACHED])
+    told = False
 
     def tell(info: StepInfo) -> None:
         nonlocal told
@@ -114,15 +111,20 @@ def tell_modules() -> Hook | None:
     if directory is None or jax.process_index() != 0 or (directory / joined.MODULES_NAME).exists():
         return None
     names = directory / joined.MODULES_NAME
+    return _once_imported(lambda: files.write_unsynced(names, ["\n".join(sys.modules).encode()]))
+
+
+def _once_imported(tell: Callable[[], object]) -> Hook:
+    """Return the hook that calls `tell` once, when the attempt has imported what it needs; a full disk is no matter."""
     calls = itertools.count(1)
 
-    def tell(info: StepInfo) -> None:
+    def hook(info: StepInfo) -> None:
         del info
         if next(calls) == _MODULES_AFTER:
             with contextlib.suppress(OSError):
-                files.write_unsynced(names, ["\n".join(sys.modules).encode()])
+                tell()
 
-    return tell
+    return hook
 
 
 def ask_for_reserve(settings: Recovery, mesh: jax.sharding.Mesh) -> Hook | None:
@@ -134,15 +136,7 @@ def ask_for_reserve(settings: Recovery, mesh: jax.sharding.Mesh) -> Hook | None:
     wanted = on_cpu if settings.standby is None else settings.standby
     if directory is None or jax.process_index() != 0 or not wanted:
         return None
-    calls = itertools.count(1)
-
-    def ask(info: StepInfo) -> None:
-        del info
-        if next(calls) == _MODULES_AFTER:
-            with contextlib.suppress(OSError):
-                (directory / reserve.WANTED_NAME).touch()
-
-    return ask
+    return _once_imported((directory / reserve.WANTED_NAME).touch)
 
 
 def rehearse(parts: components.Parts) -> None:
@@ -239,12 +233,7 @@ def snapshots_when_due(
     take = snapshot_hook(snapshots, before)
     if settings.snapshot_every is not None:
         return every(settings.snapshot_every, take)
-    return Paced(
-        take,
-        cost_seconds=lambda: snapshots.cost_seconds,
-        step_seconds=step_seconds,
-        agreed=agreed,
-    )
+    return Paced(take, cost_seconds=lambda: snapshots.cost_seconds, step_seconds=step_seconds, agreed=agreed)
 
 
 class Paced:

@@ -111,6 +111,16 @@ def create_state(
 
     One jitted program makes it, so no device ever holds more than its own shards, and the train step, which sees the
     same shardings from its first call to its last, compiles once.
+
+    Args:
+      init_fn: `init_fn(key) -> params`, or `(params, model_state)`; see `InitialState`.
+      optimizer: makes the opt_state of the params.
+      mesh: the devices.
+      seed: of the params and of the key in the state; from 0, up to 64 bits.
+      layout: `layout(path, leaf) -> PartitionSpec` of each leaf; by default every device holds all of the state.
+
+    Raises:
+      ValueError: the optimizer cannot begin with these params, or a leaf cannot be sharded as the layout says.
     """
     return state_program(init_fn, optimizer, mesh=mesh, layout=layout)(keys.from_seed(seed))
 
@@ -128,18 +138,9 @@ def create_state_with(
 
     `replace` keeps shapes, dtypes and shardings. The optimizer's state is made from what it returns.
     """
-
-    def make_initial(key: jax.Array) -> tuple[PyTree, PyTree, jax.Array, jax.Array]:
-        run = keys.run_keys(key)
-        params, model_state = _strongly_typed(tuple(initial_state(init_fn, run.init)))
-        return params, model_state, jnp.zeros((), jnp.int32), run.train
-
-    abstract = abstract_state(init_fn, optimizer, mesh=mesh, layout=layout)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    placed = (shardings.params, shardings.model_state, shardings.step, shardings.key)
-    params, model_state, step, key = jax.jit(make_initial, out_shardings=placed)(keys.from_seed(seed))
-    params, model_state = replace(params, model_state)
-    return TrainState(step, params, model_state, _make_opt_state(optimizer, params, shardings.opt_state), key)
+    drawn = create_state(init_fn, optax.identity(), mesh=mesh, seed=seed, layout=layout)
+    shardings = _shardings(init_fn, optimizer, mesh, layout)
+    return _begun_with(drawn, replace(drawn.params, drawn.model_state), optimizer, shardings)
 
 
 def create_same_state(
@@ -157,16 +158,22 @@ def create_same_state(
     device makes the params whole, and keeps its shards of them. `replace` is that of `create_state_with`.
     """
     whole = create_state(init_fn, optax.identity(), mesh=mesh, seed=seed)
-    abstract = abstract_state(init_fn, optimizer, mesh=mesh, layout=layout)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    shardings = _shardings(init_fn, optimizer, mesh, layout)
     shard = jax.jit(lambda tree: tree, out_shardings=(shardings.params, shardings.model_state))
-    params, model_state = replace(*shard((whole.params, whole.model_state)))
-    opt_state = _make_opt_state(optimizer, params, shardings.opt_state)
-    return TrainState(whole.step, params, model_state, opt_state, whole.key)
+    return _begun_with(whole, replace(*shard((whole.params, whole.model_state))), optimizer, shardings)
 
 
-def _make_opt_state(optimizer: optax.GradientTransformation, params: PyTree, shardings: PyTree) -> PyTree:
-    return jax.jit(lambda params: _strongly_typed(optimizer.init(params)), out_shardings=shardings)(params)
+def _shardings(init_fn: InitFn, optimizer: optax.GradientTransformation, mesh: Mesh, layout: layouts.Layout) -> Any:
+    abstract = abstract_state(init_fn, optimizer, mesh=mesh, layout=layout)
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def _begun_with(
+    drawn: TrainState, own: tuple[PyTree, PyTree], optimizer: optax.GradientTransformation, shardings: TrainState
+) -> TrainState:
+    """Return a state of step and key as drawn, with params and model_state of its own, and its opt_state from these."""
+    make = jax.jit(lambda params: _strongly_typed(optimizer.init(params)), out_shardings=shardings.opt_state)
+    return TrainState(drawn.step, *own, make(own[0]), drawn.key)
 
 
 def state_program(

@@ -5,6 +5,7 @@ A strategy is a mesh, a layout and the step that goes with them. Models and loss
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import optax
@@ -60,37 +61,16 @@ class Strategy:
         hashing: canonical_step.Hashing = canonical_step.NO_HASHING,
     ) -> steps.Step:
         """Return `step(state, batch) -> (state, metrics)`; the state is donated. Only canonical steps are hashed."""
-        if self.logical_shards is not None and self.name == "tensor":
-            return tensor_step.tensor_step(
-                loss_fn,
-                optimizer,
-                self.mesh,
-                logical_shards=self.logical_shards,
-                batch_axes=self.batch_axes,
-                num_microbatches=num_microbatches,
-                hashing=hashing,
-            )
-        if self.logical_shards is not None:
-            return canonical_step.canonical_step(
-                loss_fn,
-                optimizer,
-                self.mesh,
-                logical_shards=self.logical_shards,
-                batch_axes=self.batch_axes,
-                num_microbatches=num_microbatches,
-                layout=self.layout,
-                hashing=hashing,
-            )
-        if self.layout is layouts.replicated and len(self.batch_axes) == 1:
-            return steps.data_parallel_step(loss_fn, optimizer, self.mesh, num_microbatches=num_microbatches)
-        return sharded.sharded_step(
-            loss_fn,
-            optimizer,
-            self.mesh,
-            layout=self.layout,
-            batch_axes=self.batch_axes,
-            num_microbatches=num_microbatches,
-        )
+        settings: dict[str, Any] = {"num_microbatches": num_microbatches}
+        if self.logical_shards is None and self.layout is layouts.replicated and len(self.batch_axes) == 1:
+            return steps.data_parallel_step(loss_fn, optimizer, self.mesh, **settings)
+        settings |= {"batch_axes": self.batch_axes}
+        if self.logical_shards is None:
+            return sharded.sharded_step(loss_fn, optimizer, self.mesh, layout=self.layout, **settings)
+        settings |= {"logical_shards": self.logical_shards, "hashing": hashing}
+        if self.name == "tensor":
+            return tensor_step.tensor_step(loss_fn, optimizer, self.mesh, **settings)
+        return canonical_step.canonical_step(loss_fn, optimizer, self.mesh, layout=self.layout, **settings)
 
     def make_eval_step(self, eval_fn: evaluate.EvalFn) -> evaluate.EvalStep:
         """Return the evaluation of one global batch, with the reduction of the step."""

@@ -60,12 +60,21 @@ def canonical_step(
 
     Two stages: the logical shards' sums (see `shard_sums`), then the division and the optimizer, on every device by the
     same machine code (`device_program`). A small model has one program for both. The bits belong to one jaxlib and one
-    kind of device. `num_microbatches` divides each logical shard, for any number of devices.
+    kind of device.
 
     A `layout` that shards the state changes no bit: params are gathered for the gradients, which are added in slices,
     and the state is updated some leaves at a time (see `state_update`).
 
-    With a `hashing`, its hashes are the metric STEP_HASHES, the only one that is no scalar.
+    Args:
+      loss_fn: see `reduce.LossFn`.
+      optimizer: applied to the mean gradients.
+      mesh: the devices; the batch is sharded over all of them.
+      logical_shards: the fixed number of parts of the global batch, which it divides.
+      batch_axes: mesh axes that the batch's leading dim is sharded over.
+      num_microbatches: parts of each logical shard, computed one after another.
+      layout: the layout the state was created with, by `create_state` or, for the same bits under every layout,
+        `jaxdist.spmd.state.create_same_state`.
+      hashing: its hashes are the metric STEP_HASHES, the only one that is no scalar.
 
     Raises:
       ValueError: the mesh has more devices than logical shards, or axes that do not shard the batch.
@@ -81,6 +90,30 @@ def canonical_step(
         choose=adding_for(mesh, layout),
     )
 
+    update_state = _state_update(sums_of_shards, optimizer, mesh, hashing)
+    made: list[KeylessStep] = []  # at the first call
+
+    def keyless_step(
+        state: TrainState, key: keys.PlainKey, inputs: jax.Array | None, batch: Batch
+    ) -> tuple[TrainState, Metrics]:
+        if not made:
+            dealt = shard_sums.checked(batch, sums_of_shards.dealing)
+            gather = None if is_whole else state_update.gathering(mesh)
+            if is_whole and update_state.is_at_once(state) and sums_of_shards.is_small(_shared(state, key), dealt):
+                made.append(_in_one_program(sums_of_shards, update_state))
+            else:
+                made.append(_in_stages(sums_of_shards, update_state, gather))
+        return made[0](state, key, inputs, batch)
+
+    # Programs compiled for one shape refuse any other, so the recompile check has nothing else to find.
+    return KeepsKey(keyless_step, PlacedInputs(optimizer, mesh), cache_size=lambda: len(made))
+
+
+def _state_update(
+    sums_of_shards: shard_sums.LogicalShardSums, optimizer: optax.GradientTransformation, mesh: Mesh, hashing: Hashing
+) -> state_update.StateUpdate:
+    """Return what makes the new state, its metrics and its hashes from the sums of the batch."""
+
     def update(state: TrainState, inputs: jax.Array | None, total: jax.Array) -> tuple[TrainState, Metrics]:
         sums, _ = sums_of_shards.unravel(total)
         averages = reduce.average(sums, state.model_state)
@@ -91,27 +124,7 @@ def canonical_step(
         sums, rows = sums_of_shards.unravel(total)
         return jnp.concatenate([hashes_in(rows).reshape(-1), hashing.of_step(sums, params, model_state)])
 
-    update_state = state_update.StateUpdate(update, mesh, None if hashing is NO_HASHING else hash_step)
-    made: list[KeylessStep] = []  # at the first call
-
-    def keyless_step(
-        state: TrainState, key: keys.PlainKey, inputs: jax.Array | None, batch: Batch
-    ) -> tuple[TrainState, Metrics]:
-        if not made:
-            small = is_whole and update_state.is_at_once(state)
-            small = small and sums_of_shards.is_small(
-                _shared(state, key), shard_sums.checked(batch, sums_of_shards.dealing)
-            )
-            gather = None if is_whole else state_update.gathering(mesh)
-            made.append(
-                _in_one_program(sums_of_shards, update_state)
-                if small
-                else _in_stages(sums_of_shards, update_state, gather)
-            )
-        return made[0](state, key, inputs, batch)
-
-    # Programs compiled for one shape refuse any other, so the recompile check has nothing else to find.
-    return KeepsKey(keyless_step, PlacedInputs(optimizer, mesh), cache_size=lambda: len(made))
+    return state_update.StateUpdate(update, mesh, None if hashing is NO_HASHING else hash_step)
 
 
 def _in_stages(

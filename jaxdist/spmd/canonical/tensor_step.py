@@ -37,30 +37,18 @@ def tensor_step(
       ValueError: there are fewer logical shards than groups, or the batch axes are not the first of the mesh.
     """
     is_hashed = hashing is not canonical_step.NO_HASHING
-
-    def hash_shard(sums: reduce.Sums, index: jax.Array) -> jax.Array:
-        each = [hashing.of_shard(leaf.reshape(-1)) for leaf in jax.tree.leaves(sums)]
-        return canonical_step.hash_rows(hashing.of_shard(jnp.concatenate(each)), index, logical_shards)
+    sums_of_shards = _sums_of_shards(
+        canonical_step.shard_function(loss_fn, num_microbatches), mesh, logical_shards, batch_axes, hashing
+    )
 
     def hash_step(sums: reduce.Sums, rows: jax.Array, params: Any, model_state: Any) -> jax.Array:
         of_shards = canonical_step.hashes_in(rows).reshape(-1)
         return jnp.concatenate([of_shards, hashing.of_step(sums, params, model_state)])
 
-    def sum_specs(shared: Any, shapes: Any) -> Any:
-        return group_sums.whole(shared, shapes)._replace(grads=jax.tree.map(group_program.spec_of, shared[0]))
-
     def update(state: TrainState, inputs: jax.Array | None, sums: reduce.Sums) -> tuple[TrainState, Metrics]:
         averages = reduce.average(sums, state.model_state)
         return apply_averages(state, averages, optimizer, inputs, choose=chosen_afterwards)
 
-    sums_of_shards = group_sums.GroupSums(
-        canonical_step.shard_function(loss_fn, num_microbatches),
-        mesh,
-        logical_shards=logical_shards,
-        axes=batch_axes,
-        sum_specs=sum_specs,
-        look_fn=hash_shard if is_hashed else None,
-    )
     looking = group_program.GroupProgram(
         hash_step, mesh, batch_axes=batch_axes, out_specs=lambda shapes: PartitionSpec()
     )
@@ -76,13 +64,37 @@ def tensor_step(
         new, metrics = device_program.settled(updating[0](state, inputs, sums), mesh)
         if not is_hashed:
             return new, metrics
-        return new, {
-            **metrics,
-            STEP_HASHES: device_program.settled(looking(sums, rows, new.params, new.model_state), mesh),
-        }
+        hashes = device_program.settled(looking(sums, rows, new.params, new.model_state), mesh)
+        return new, {**metrics, STEP_HASHES: hashes}
 
     inputs = PlacedInputs(optimizer, mesh)
     return KeepsKey(keyless_step, inputs, cache_size=lambda: sum(program.num_compiles for program in updating))
+
+
+def _sums_of_shards(
+    shard_fn: Callable[..., reduce.Sums],
+    mesh: Mesh,
+    logical_shards: int,
+    batch_axes: Sequence[str],
+    hashing: canonical_step.Hashing,
+) -> group_sums.GroupSums:
+    """Return the sums of the logical shards, their gradients sharded as the params, with the hashes of each shard."""
+
+    def hash_shard(sums: reduce.Sums, index: jax.Array) -> jax.Array:
+        each = [hashing.of_shard(leaf.reshape(-1)) for leaf in jax.tree.leaves(sums)]
+        return canonical_step.hash_rows(hashing.of_shard(jnp.concatenate(each)), index, logical_shards)
+
+    def sum_specs(shared: Any, shapes: Any) -> Any:
+        return group_sums.whole(shared, shapes)._replace(grads=jax.tree.map(group_program.spec_of, shared[0]))
+
+    return group_sums.GroupSums(
+        shard_fn,
+        mesh,
+        logical_shards=logical_shards,
+        axes=batch_axes,
+        sum_specs=sum_specs,
+        look_fn=None if hashing is canonical_step.NO_HASHING else hash_shard,
+    )
 
 
 def _updating(

@@ -64,9 +64,7 @@ class SchedulerState:
         self.joining: dict[int, int] = {}
         self.missing_at: float | None = None  # when to tell which servers have not joined
         self.idle: set[int] = set()  # workers that asked for a lease and have none
-        self.unreported: set[int] = (
-            set()
-        )  # after a restart of the scheduler: workers that have not reported their lease
+        self.unreported: set[int] = set()  # after a restart: workers that have not reported their lease
         self.incarnations = resume.incarnations if resume else 0
         self.membership: messages.Membership | None = None
         # The lease table, and the commit that not every shard has applied yet.
