@@ -125,6 +125,9 @@ def fit(
 
     Returns:
       The state after the last step, and why it was the last.
+
+    Raises:
+      UserError: the first step cannot be traced; the message says where in the user's functions.
     """
     progress = stop_rules.Progress(step=int(state.step)) if progress is None else progress
     stopwatch = Stopwatch() if stopwatch is None else stopwatch

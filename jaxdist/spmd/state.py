@@ -53,7 +53,15 @@ def initial_state(init_fn: InitFn, key: jax.Array) -> InitialState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Arrays only. `step` counts finished updates (int32, scalar); `model_state` is None for stateless models."""
+    """What one step hands to the next: arrays only, each with the sharding of its layout.
+
+    Attributes:
+      step: the number of finished steps, int32, a scalar; `~step` after one that was not finite.
+      params: what is trained.
+      model_state: what the model keeps besides, such as statistics; None for a model without any.
+      opt_state: of the optimizer.
+      key: a typed key, a scalar, the same in every step: a step folds in its number.
+    """
 
     step: jax.Array
     params: PyTree

@@ -78,6 +78,14 @@ def data_parallel_step(
       mesh: a mesh with the axis `axis`.
       axis: the mesh axis the batch is sharded over.
       num_microbatches: parts of each device's batch, computed one after the other.
+
+    Returns:
+      `step(state, batch) -> (state, metrics)`. The metrics are scalars on the devices, replicated: `loss`, those of
+      `loss_fn` and `grad_norm`, the norm of the mean gradient before clipping, float32; and `nonfinite_leaf`, int32,
+      negative unless the loss or a gradient was not finite, where the state stays as it was (see `apply_averages`).
+
+    Raises:
+      ValueError: at the first call, of a `loss_fn` that does not return what `reduce.LossFn` says.
     """
     local_step = _make_local_step(loss_fn, optimizer, axis, num_microbatches)
     # check_vma=False: gradients taken inside stay local, as `reduce` expects, and a loss_fn written for one device

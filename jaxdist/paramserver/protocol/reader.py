@@ -7,6 +7,8 @@ after the other: the params for an evaluation, and the optimizer's state, often 
 from jaxdist.paramserver.protocol import effects, messages
 from jaxdist.paramserver.protocol.settings import SCHEDULER
 
+_NO_OFFER = messages.Offer(-1, -1, 0, "", messages.Trained(0, ()), ())
+
 
 class Reader:
     """Reads the cut that is offered. `handle` is the whole interface; the observer tells it Want and Verdict.
@@ -17,7 +19,7 @@ class Reader:
 
     def __init__(self, retry: float) -> None:
         self._retry, self._asked_at = retry, 0.0
-        self._offer: messages.Offer | None = None
+        self._offer = _NO_OFFER
         self._parts: tuple[str, ...] = ()
         self._answers: dict[tuple[str, int], messages.ReadAnswer] = {}
         self._verdict: messages.Verdict | None = None
@@ -41,18 +43,15 @@ class Reader:
         return out.replies, out.effects
 
     def _take(self, offer: messages.Offer, out: effects.Output) -> None:
-        newest = (self._offer.term, self._offer.number) if self._offer else (-1, -1)
-        if (offer.term, offer.number) > newest:
+        if (offer.term, offer.number) > (self._offer.term, self._offer.number):
             self._offer, self._parts, self._answers, self._verdict = offer, (), {}, None
             out.do(effects.Offered(offer))
-        elif (offer.term, offer.number) == newest and self._verdict is not None:
+        elif self._verdict is not None:
             out.send(SCHEDULER, self._verdict)
 
     def _ask(self, now: float, out: effects.Output) -> None:
         """Ask for the parts that are missing."""
         self._asked_at, offer = now, self._offer
-        if offer is None:
-            return
         for part in self._parts:
             for shard, primary in enumerate(offer.primaries):
                 if (part, shard) not in self._answers:
@@ -61,7 +60,7 @@ class Reader:
     def _keep(self, answer: messages.ReadAnswer, out: effects.Output) -> None:
         """Keep a part; show the cut once it was the last one that is wanted."""
         offer = self._offer
-        if offer is None or (answer.term, answer.number) != (offer.term, offer.number):
+        if (answer.term, answer.number) != (offer.term, offer.number):
             return
         if self._verdict is not None:
             return  # to a late copy of a request: shards change again after the verdict

@@ -99,7 +99,8 @@ def test_a_cut_has_only_parts_of_its_own_term_and_number(data):
         else:
             message = messages.Tick()
         replies, todo = reader.handle(message, float(now))
-        asked += [sent for _, sent in replies if isinstance(sent, messages.Read)]
+        assert all(isinstance(sent, messages.Read) for _, sent in replies), "there is no verdict to repeat"
+        asked += [sent for _, sent in replies]
         shown += [(newest, effect) for effect in todo if isinstance(effect, effects.CutRead)]
     for (term, number), cut in shown:
         assert (cut.offer.term, cut.offer.number) == (term, number)
