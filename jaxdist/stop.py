@@ -108,11 +108,7 @@ def schedule_offset(progress: Progress, *, global_batch_size: int, num_examples:
     It is computed only where the batch size changes, so that a run that is resumed without a change has the bits of
     one that was never stopped.
 
-    Args:
-      progress: of the run that is resumed.
-      global_batch_size: the present one.
-      num_examples: of an epoch.
-      steps_per_epoch: with the present batch size.
+    `global_batch_size` and `steps_per_epoch` are the present ones; `num_examples` are those of an epoch.
     """
     if progress.global_batch_size == global_batch_size:
         return progress.schedule_offset
@@ -206,9 +202,7 @@ class Stop:
     def last_step(self, steps_per_epoch: int, *, step_offset: int = 0) -> int | None:
         """Return the step at which a run ends at the latest, None if no limit in steps or epochs is set.
 
-        Args:
-          steps_per_epoch: with the present batch size.
-          step_offset: see `Progress.schedule_offset`.
+        `steps_per_epoch` is that of the present batch size; for `step_offset` see `Progress.schedule_offset`.
         """
         ends = [] if self.max_steps is None else [self.max_steps]
         ends += [] if self.max_epochs is None else [math.ceil(self.max_epochs * steps_per_epoch) - step_offset]

@@ -16,10 +16,7 @@ def are_coupled(loss: Loss, outputs: Any, batch: Mapping[str, Any]) -> bool:
     It is tried, with outputs drawn at random: once beside the second example, once beside a copy of the first. A loss
     that fails on two examples, or gives no value for each, is taken to be fine.
 
-    Args:
-      loss: see `Loss`.
-      outputs: shapes and dtypes of what the model returns, for any number of examples.
-      batch: two examples.
+    `outputs` are shapes and dtypes of what the model returns, for any number of examples.
     """
     random = np.random.default_rng(0)
 

@@ -115,11 +115,7 @@ class Checkpointer:
         Waits for the previous save, then for the state to be computed and copied to the host; hashing, writing and the
         removal of old steps happen in the background. An existing step is replaced.
 
-        Args:
-          step: number of finished steps.
-          state: pytree of jax.Arrays, typed keys included, on any mesh.
-          data_state: position in the data; anything JSON can hold.
-          metrics: the values that decide which step is best.
+        `data_state` is the position in the data, anything JSON can hold; `metrics` decide which step is best.
 
         Raises:
           CheckpointError: the directory cannot be written, or belongs to another experiment; the previous save failed.

@@ -63,10 +63,8 @@ class Slots:
 def header_of(described: JSON, structure: str, buffers: Sequence[np.ndarray]) -> bytes:
     """Return the header of a snapshot.
 
-    Args:
-      described: names its step, among others.
-      structure: the JSON object that lists `leaves` and `pieces`, in the order of the buffers.
-      buffers: the data, bytes.
+    `described` names its step, among others; `structure` is the JSON object that lists `leaves` and `pieces`, in the
+    order of the buffers.
     """
     own = json.dumps(described | {"buffers": [[buffer.nbytes, checksum(buffer)] for buffer in buffers]})
     text = f"{own[:-1]}, {structure[1:]}".encode()

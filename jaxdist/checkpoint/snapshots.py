@@ -95,11 +95,8 @@ class Snapshots:
         If a snapshot cannot be written, for example because the memory is full, it and those of the next
         `RETRY_SECONDS` are skipped, with a warning. Older snapshots stay.
 
-        Args:
-          step: number of finished steps.
-          state: pytree of jax.Arrays.
-          data_state: position in the data; anything JSON can hold.
-          nonfinite: the step's flag; a step that is not finite is not applied, and gets no snapshot.
+        `data_state` is anything JSON can hold. A step that is not finite, by its flag `nonfinite`, is not applied, and
+        gets no snapshot.
         """
         if time.monotonic() < self._retry_at:
             return
@@ -179,9 +176,7 @@ class Snapshots:
     def restore(self, template: PyTree, step: int) -> tuple[PyTree, dict[str, Any]]:
         """Return the state and data_state of `step`, bit for bit, with the shardings of the template.
 
-        Args:
-          template: the structure of the state; leaves are jax.ShapeDtypeStructs with a sharding (or jax.Arrays).
-          step: one that `latest_step` returned.
+        The template's leaves are jax.ShapeDtypeStructs with a sharding (or jax.Arrays).
 
         Raises:
           SnapshotError: the snapshot has other leaves, shapes or dtypes.

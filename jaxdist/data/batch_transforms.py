@@ -156,12 +156,7 @@ def change(
 ) -> HostArrays:
     """Return the rows `keep` of the batch that `batch_fn` makes of `batch`, whose rows are `rows`; None keeps all.
 
-    Args:
-      batch_fn: see BatchFn.
-      batch: its rows, with the mask.
-      rows: which rows they are.
-      keep: row numbers of the global batch.
-      identity: seed, epoch, and the position after the batch.
+    `identity` is the seed, the epoch, and the position after the batch.
 
     Raises:
       ExampleError: the function fails, or returns something other than these rows.

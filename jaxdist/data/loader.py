@@ -170,9 +170,7 @@ class Loader:
     ) -> Iterator[tuple[np.ndarray, assembly.HostArrays]]:
         """Yield the ids of the first and the last example of some batches of an epoch, and both as a batch has them.
 
-        Args:
-          num_batches: how many batches, from the first to the last.
-          among: the number of batches to choose from, since later ones take time to find; None for all of an epoch.
+        `among` is the number of batches to choose from, since later ones take time to find; None for all of an epoch.
 
         Raises:
           ValueError: an example cannot be read, or cannot be in one batch with the other.

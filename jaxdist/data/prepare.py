@@ -221,14 +221,8 @@ def prepare_text(
     """Write the tokens of text files as `.npy` files for `TokenSource`, an end token after each file.
 
     The tokenizer is stored beside them. Each file's tokens are kept in a hidden folder until all are known, so an
-    interrupted preparation encodes no file twice.
-
-    Args:
-      paths: a text file, several, or a folder of `.txt` files; each is a document.
-      out: see `prepare`.
-      tokenizer: see `prepare`.
-      tokens_per_shard: tokens of a shard.
-      progress: called with the tokens in finished shards, and the total.
+    interrupted preparation encodes no file twice. `paths` are a text file, several, or a folder of `.txt` files, each
+    of them a document. For `out` and `tokenizer` see `prepare`.
 
     Raises:
       ValueError: a file is not UTF-8, there is no text, or the tokenizer cannot be had.

@@ -91,10 +91,8 @@ class RecompileSentinel:
     ) -> Recompile | None:
         """Return what changed if the call just made was the first of its form, so that the step was compiled again.
 
-        Args:
-          step_fn: the step; one sentinel watches one step.
-          args: what it was called with. Donated arrays are fine: only their form is looked at.
-          names: of the arguments, for the report.
+        One sentinel watches one step. Donated arrays are fine: only the form of `args` is looked at; `names` are for
+        the report.
         """
         if not self._may_have_compiled(step_fn, args):
             return None

@@ -30,9 +30,7 @@ def check_replicas(tree: PyTree, mesh: Mesh) -> None:
     what it costs, and waiting for it. A single changed element is always found; larger changes escape with a chance
     of 2**-32. Every process of the job must call it, and all get the same result.
 
-    Args:
-      tree: arrays laid out over `mesh`; those sharded over some axes are compared along the others.
-      mesh: the mesh.
+    Arrays that are sharded over some axes of the mesh are compared along the others.
 
     Raises:
       ReplicaDriftError: copies differ; names leaves and devices.
@@ -87,10 +85,8 @@ def _fingerprints_fn(mesh: Mesh, specs: tuple[PartitionSpec, ...]) -> Callable[[
 def _odd_devices(prints: np.ndarray, spec: PartitionSpec, mesh: Mesh) -> list[str]:
     """Return the devices whose fingerprint is not the one most holders of the same shard have.
 
-    Args:
-      prints: uint32 [devices], in the order of the mesh.
-      spec: the axes over which the leaf is sharded; devices that differ in other axes only hold the same shard.
-      mesh: the mesh.
+    `prints` are uint32 [devices], in the order of the mesh. Devices that differ in other axes than those of `spec` hold
+    the same shard.
     """
     sharded = spec_axes(spec)
     kept = [dim for dim, axis in enumerate(mesh.axis_names) if axis in sharded]

@@ -24,15 +24,9 @@ from jaxdist.spmd.state import TrainState
 
 
 class ShardAudit:
-    """Computes one logical shard on every device of a mesh.
+    """Computes one logical shard on every device of a mesh; the arguments are those of the step.
 
-    Args:
-      loss_fn: of the step.
-      mesh: of the step.
-      logical_shards: of the step.
-      num_microbatches: of the step.
-      batch_axes: of the step.
-      layout: of the step. Of a state in shards, devices gather equal copies, so a fault in a shard is not found.
+    Under a layout that shards the state, devices gather equal copies, so a fault in a shard is not found.
     """
 
     def __init__(
@@ -147,14 +141,8 @@ def judge(votes: np.ndarray, *, step: int, shard: int) -> Finding | None:
 
 
 def judge_step(votes: np.ndarray, own: int, owner: int, *, step: int, shard: int) -> Finding | None:
-    """Return what it says that the step itself made `own` of the shard, on the device `owner`; None if the same.
-
-    Args:
-      votes: of devices that agree.
-      own: the hash of the shard's sums in the step.
-      owner: position of the device that computed it.
-      step: the audited step.
-      shard: the audited logical shard.
+    """Return what it says that in the step itself the shard's sums, of the device at position `owner`, have the hash
+    `own`, where the votes of all devices agree; None if it is theirs.
     """
     return None if own == int(votes[0, 1]) else Finding(step, shard, (owner,), len(votes) > 1, "step")
 

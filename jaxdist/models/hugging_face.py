@@ -81,10 +81,7 @@ def correspondence(model: Any) -> Correspondence:
 def check_config(model: Any, found: Correspondence, config: Mapping[str, Any] | None) -> None:
     """Raise UserError where weights would compute something else in `model` than they were trained for.
 
-    Args:
-      model: of ours.
-      found: its correspondence.
-      config: the content of their config.json; None without one, when the values of all known weights are assumed.
+    `config` is the content of their config.json; None without one, when the values of all known weights are assumed.
     """
     names = found.settings if config is not None else found.unseen
     for name in names:
@@ -99,12 +96,7 @@ def check_config(model: Any, found: Correspondence, config: Mapping[str, Any] | 
 
 
 def config_of(model: Any, shapes: Shapes) -> dict[str, Any]:
-    """Return the content of a config.json with which transformers builds the same model.
-
-    Args:
-      model: of ours.
-      shapes: of our leaves by name.
-    """
+    """Return the content of a config.json with which transformers builds the same model, given its leaves' shapes."""
     found = correspondence(model)
     config = {name: ours for name, (ours, _, _) in found.settings.items()}
     if isinstance(model, GPT):
@@ -121,13 +113,8 @@ def config_of(model: Any, shapes: Shapes) -> dict[str, Any]:
         more = {"image_size": side * model.patch_size, "hidden_dropout_prob": model.dropout_rate}
         more |= {"num_channels": shapes["params/patch_embedding/kernel"][2], "attention_probs_dropout_prob": 0.0}
         return {"architectures": ["ViTForImageClassification"], "model_type": "vit", **config, **more}
-    channels = shapes["params/stem_conv/kernel"][2]
-    return {
-        "architectures": ["ResNetForImageClassification"],
-        "model_type": "resnet",
-        **config,
-        "num_channels": channels,
-    }
+    config |= {"num_channels": shapes["params/stem_conv/kernel"][2]}
+    return {"architectures": ["ResNetForImageClassification"], "model_type": "resnet", **config}
 
 
 # The layers that the models share.

@@ -39,9 +39,7 @@ def rate_factor(role: Role, optimizer: str, m: float) -> float:
 def rate_factors(model: Any, optimizer: str | None) -> Callable[[str], float] | None:
     """Return the factor of the learning rate of each param by its path; None for a model without muP.
 
-    Args:
-      model: of an experiment.
-      optimizer: its name in `jaxdist.Optimizer`; None for an optimizer of optax itself.
+    `optimizer` is its name in `jaxdist.Optimizer`; None for an optimizer of optax itself.
 
     Raises:
       ValueError: the factors of this optimizer are not known.

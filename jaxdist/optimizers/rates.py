@@ -106,10 +106,8 @@ def units(optimizer: Optimizer, *, global_batch_size: int, ends_in_epochs: bool)
     Where that is epochs, a run that is resumed with another batch size continues where the examples it was trained on
     have brought it. Where it is both, such a change would move the parts against each other.
 
-    Args:
-      optimizer: the description.
-      global_batch_size: decides whether the learning rate is scaled up, and warms up for so many epochs.
-      ends_in_epochs: whether a decay without a length ends after so many epochs.
+    `global_batch_size` decides whether the learning rate is scaled up, and warms up for so many epochs;
+    `ends_in_epochs` is whether a decay without a length ends after so many epochs.
     """
     schedule = optimizer.schedule
     if callable(schedule) or callable(optimizer.learning_rate):

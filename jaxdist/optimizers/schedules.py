@@ -99,14 +99,10 @@ class Schedule:
 
 
 def factor(schedule: Schedule, count: jax.Array, done: jax.Array, *, warmup: int, steps_per_unit: float) -> jax.Array:
-    """Return the fraction of the peak after the warm-up.
+    """Return the fraction of the peak after the warm-up of so many steps.
 
-    Args:
-      schedule: the description.
-      count: finished steps, float32.
-      done: the part of the decay that is over, in [0, 1]; unused by schedules without an end.
-      warmup: steps of the warm-up.
-      steps_per_unit: steps of one `schedule.unit`.
+    `count` are the finished steps, float32; `done` is the part of the decay that is over, in [0, 1], unused by
+    schedules without an end; `schedule.unit` has `steps_per_unit`.
     """
     match schedule.name:
         case "constant":

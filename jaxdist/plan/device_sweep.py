@@ -30,9 +30,7 @@ class SweepRow:
 def rows(made: Sequence[Estimate], extrapolated: Mapping[int, str] = MappingProxyType({})) -> list[SweepRow]:
     """Return a row for each plan, in their order; the first is what efficiency is relative to.
 
-    Args:
-      made: the plans.
-      extrapolated: of plans that were not compiled, number of devices -> why.
+    `extrapolated` says of plans that were not compiled, by their number of devices, why.
     """
     base = _rate(made[0])
     return [SweepRow(each, _rate(each) / base, relief(each), extrapolated.get(each.num_devices, "")) for each in made]

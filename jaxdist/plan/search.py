@@ -86,10 +86,8 @@ def search(experiment: Experiment, topology: Topology, *, show: Callable[[int, i
 
     Ctrl-C ends it with what was found until then; a compilation that is running is not waited for.
 
-    Args:
-      experiment: what to train; its strategy, mesh, microbatches and remat are replaced.
-      topology: where.
-      show: told how many ways are done, how many there are, and what was compiled last.
+    Strategy, mesh, microbatches and remat of the experiment are replaced. `show` is told how many ways are done, how
+    many there are, and what was compiled last.
     """
     results: queue.Queue[_Result] = queue.Queue()
     stop = threading.Event()

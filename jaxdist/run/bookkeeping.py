@@ -208,11 +208,8 @@ class Bookkeeper:
     ) -> None:
         """Call the experiment's hooks at a point of the run.
 
-        Args:
-          point: one of `hook_points.POINTS`.
-          state: that of the present step, or `user_hooks.NO_STATE`.
-          metrics: returns those of this point; None for the last value of each.
-          end_reason: of the run, at its end.
+        `state` is that of the present step, or `user_hooks.NO_STATE`; `metrics` returns those of this point, None for
+        the last value of each.
         """
 
         def make_info() -> user_hooks.HookInfo:

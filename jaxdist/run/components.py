@@ -269,9 +269,7 @@ def check_early(
 def make_loader(experiment: Experiment, *, fingerprint: str | None = None) -> data.Loader:
     """Return the loader of the training examples; it never ends, since the stop rules say when to end.
 
-    Args:
-      experiment: what is trained.
-      fingerprint: of the training data, where it is known already.
+    `fingerprint` is that of the training data, where it is known already.
     """
     return data.Loader(
         experiment.data.train,
@@ -467,10 +465,7 @@ def make_optimizer(
 ) -> tuple[optax.GradientTransformation, Callable[[int], float] | None]:
     """Return the optimizer of `experiment`, and step -> learning rate (None where the optimizer is optax's own).
 
-    Args:
-      experiment: what to train.
-      known_end: see `known_ends`.
-      offset: see `optimizers.build`.
+    `known_end` is that of `known_ends`; for `offset` see `optimizers.build`.
     """
     described = experiment.optimizer
     settings: dict[str, Any] = {"global_batch_size": experiment.global_batch_size, "offset": offset, **known_end}

@@ -95,7 +95,7 @@ def prepare_run_dir(
 def _tell_of_times(experiment: Experiment, earlier: record.RunRecord) -> None:
     """Say where files of equal sizes and samples have other times: their contents may differ elsewhere."""
     then, now = earlier.extra.get("data_files"), fingerprints.times_of(wrap.as_source(experiment.data.train))
-    if isinstance(then, dict) and then and now and then.get("times") != now["times"]:
+    if then and now and then.get("times") != now["times"]:
         say(
             "The times of the files of data.train have changed since the run was recorded; their names, sizes "
             "and the sampled contents have not. If they were copied, all is well; if some were edited, it continues "
@@ -130,8 +130,7 @@ def _check_continues(
     *,
     resume: bool,
 ) -> None:
-    stored = earlier.extra.get("identity")
-    theirs = stored if isinstance(stored, dict) else {}
+    theirs = earlier.extra.get("identity") or {}
     if theirs != identity.to_json():
         raise ConfigError(
             f"{run_dir} holds a run of another experiment: {_what_differs(experiment, identity, theirs, earlier)}. To "
@@ -179,13 +178,7 @@ def _changed_data(
 
 
 def changed_settings(experiment: Experiment, config: Any, names: Sequence[str]) -> str:
-    """Return how the settings `names` differ from a recorded `config`: "model.width 64 -> 32; seed 0 -> 1".
-
-    Args:
-      experiment: as it is now.
-      config: that of a run record.
-      names: of the settings, or groups of settings, to compare.
-    """
+    """Return how settings, or groups of them, differ from a recorded `config`: "model.width 64 -> 32; seed 0 -> 1"."""
     now, then = json.loads(json.dumps(record.plain(experiment))), dict(config)
     for settings in (now, then):
         model = settings.get("model")
@@ -221,9 +214,8 @@ def set_run_aside(run_dir: pathlib.Path, *, of_job: bool) -> None:
     killed one of the two can be continued. A run that has saved none has replaced nothing yet: it is removed, and what
     it was to replace is kept. What the run left in memory is removed.
 
-    Args:
-      run_dir: holds a run; its lock is held.
-      of_job: whether a supervisor wrote logs of the present job there, which stay.
+    The lock of the directory is held. Of a supervised job, `of_job`, the logs of the present one are there already, and
+    stay.
     """
     aside = run_dir / REPLACED_NAME
     saved = run_dir / CHECKPOINTS_NAME
@@ -249,9 +241,7 @@ def forget_replaced(run_dir: pathlib.Path) -> None:
 def forget_refused(run_dir: pathlib.Path, before: Collection[str] | None) -> None:
     """Remove what a job that was refused left in its run directory, which holds no run.
 
-    Args:
-      run_dir: of the job.
-      before: the names that were there before it; None if the directory did not exist.
+    `before` are the names that were there before the job; None if the directory did not exist.
     """
     if (run_dir / record.FILE_NAME).exists() or (run_dir / CHECKPOINTS_NAME).exists():
         return

@@ -33,11 +33,7 @@ def unless_full(
 ) -> Hook:
     """Return the hook `save`, called only while `directory` has room for a checkpoint of the state.
 
-    Args:
-      save: saves at the steps that are due.
-      directory: on the disk that checkpoints go to.
-      agreed: makes one number of what the processes see; see `agreement.Agreement.number`.
-      clock: seconds.
+    `agreed` makes one number of what the processes see; see `agreement.Agreement.number`.
     """
     told, looked_at, fits = False, -float("inf"), True
 
@@ -85,13 +81,8 @@ def keep_in_memory(
 ) -> str:
     """Keep the last state of a run whose disk is full in memory; return where it is, "" if nowhere.
 
-    Args:
-      directory: of the run.
-      ours: the snapshots of a supervised job, whose directory is the supervisor's; None without a supervisor.
-      identity: of the run's checkpoints.
-      step: number of finished steps.
-      state: the state; all processes call this.
-      data: the data_state of a checkpoint.
+    All processes call this. `ours` are the snapshots of a supervised job, whose directory is the supervisor's; None
+    without a supervisor. `identity` and `data` are as for a checkpoint.
     """
     with contextlib.ExitStack() as stack:
         if ours is None:

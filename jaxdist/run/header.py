@@ -25,15 +25,8 @@ def render(
 ) -> str:
     """Return the header, a fact a line.
 
-    Args:
-      experiment: what is trained.
-      params: its params, or their shapes.
-      devices: what it is trained on.
-      share: how the examples of a step are divided.
-      steps_per_epoch: batches of an epoch.
-      run_dir: where the run's files are written.
-      step: the step that a resumed run continues from.
-      began_with: the weights that a new run begins with; None for random params.
+    `params` may be shapes alone; `share` says how the examples of a step are divided. A resumed run continues from
+    `step`; a new one begins with random params unless `began_with` names its weights.
     """
     data, stop = experiment.data, experiment.stop
     sets = data_fields.named_sources(data.eval)

@@ -61,9 +61,7 @@ def evaluate_when_due(books: Bookkeeper) -> Hook:
 def save_when_due(books: Bookkeeper, *, agreed: Callable[[float], float]) -> Hook:
     """Return the hook that saves a checkpoint when it is time, or the state is the best so far.
 
-    Args:
-      books: of the attempt; they say which steps are due.
-      agreed: makes one number of what the processes see; see `agreement.Agreement.number`.
+    `agreed` makes one number of what the processes see; see `agreement.Agreement.number`.
     """
 
     def save(info: StepInfo) -> None:

@@ -209,9 +209,7 @@ def saved_step(directory: pathlib.Path, checkpointer: checkpoints.Checkpointer, 
 def snapshot_hook(snapshots: snapshot.Snapshots, before: Callable[[], None]) -> Hook:
     """Return the hook that takes a snapshot after each step it is called with.
 
-    Args:
-      snapshots: of this process.
-      before: writes what a run that continues from the snapshot will not write again.
+    `before` writes what a run that continues from the snapshot will not write again.
     """
 
     def take(info: StepInfo) -> None:

@@ -8,13 +8,9 @@ from jaxdist.rundir import record
 
 
 def chosen_step(made: record.RunRecord, run_dir: pathlib.Path, steps: Sequence[int], checkpoint: int | str) -> int:
-    """Return the step of the checkpoint that is meant.
+    """Return the step of the checkpoint that is meant, one of `steps`, which ascend.
 
-    Args:
-      made: the run record.
-      run_dir: for messages.
-      steps: that have a checkpoint, ascending.
-      checkpoint: "best" (the last, where the run watched no metric), "last", or a step.
+    `checkpoint` is "best" (the last, where the run watched no metric), "last", or a step.
 
     Raises:
       UserError: there is none.

@@ -32,9 +32,7 @@ def locked(directory: pathlib.Path, *, purpose: str) -> Iterator[None]:
 
     Processes started inside do not inherit the lock: it belongs to this process alone.
 
-    Args:
-      directory: what only one job may write to.
-      purpose: shown to a job that is refused, for example "jaxdist train x.py".
+    `purpose` is shown to a job that is refused, for example "jaxdist train x.py".
 
     Raises:
       LockedError: another process holds it; the message names it.

@@ -18,10 +18,8 @@ from jaxdist.spmd import jax_private
 def depends(function: Callable[..., Any], args: Sequence[Any], marked: Sequence[Any]) -> Any:
     """Return a tree like the result of `function(*args)`: whether each leaf depends on a marked leaf of the arguments.
 
-    Args:
-      function: traced once.
-      args: arrays, or descriptions of arrays.
-      marked: bools, in the tree structure of `args`.
+    The function is traced once. `marked` are bools, in the tree structure of `args`, which may be descriptions of
+    arrays.
     """
     return jax.tree.map(bool, marks(function, args, marked))
 
@@ -35,11 +33,8 @@ def marks(
 ) -> Any:
     """Return a tree like the result of `function(*args)`: the marks of all leaves that each leaf depends on, joined.
 
-    Args:
-      function: traced once.
-      args: arrays, or descriptions of arrays.
-      marked: whole numbers whose bits are marks, in the tree structure of `args`.
-      added: further marks of the results of an equation that has marked inputs.
+    `marked` are whole numbers whose bits are marks; `added` gives further marks of the results of an equation that has
+    marked inputs. For the rest see `depends`.
     """
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
     found = _follow(closed.jaxpr, [int(each) for each in jax.tree.leaves(list(marked))], added)
@@ -51,10 +46,7 @@ def with_results(function: Callable[..., Any], args: Sequence[Any], changes: Seq
 
     A leaf is changed as soon as it is computed, so that what is computed from it uses the changed one.
 
-    Args:
-      function: traced once.
-      args: arrays.
-      changes: one for each leaf of the result.
+    The function is traced once; `changes` are one for each leaf of its result.
     """
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
     jaxpr, leaves = closed.jaxpr, jax.tree.leaves(list(args))

@@ -138,10 +138,7 @@ def check_averages(results: Mapping[str, Any], loss_fn: Callable[..., Any], args
     A plain scalar is trusted to be a mean over the true examples. One that depends on the rows of the batch and not on
     its mask cannot be. To find out, the function is traced a second time; a Mean needs no such check.
 
-    Args:
-      results: the loss and the metrics, by name.
-      loss_fn: what returned them.
-      args: what it was called with; the second is the batch.
+    `args` are what the function was called with; the second is the batch.
 
     Raises:
       ValueError: a result is neither a scalar nor a Mean, is not floating, or counts rows of padding.
@@ -165,10 +162,7 @@ def check_rows_left_out(results: Mapping[str, Any], function: Callable[..., Any]
     A scalar, or the total of a Mean, that depends on the rows of the batch and not on its mask counts all of them. So
     does a Mean whose count does not depend on the mask.
 
-    Args:
-      results: scalars and Means of what the function returns, by name.
-      function: `function(*args) -> (loss, metrics, ...)`.
-      args: what it is called with, arrays or descriptions of arrays; the second is a dict of fields with the mask.
+    `args` are arrays or descriptions of arrays; the second is a dict of fields with the mask.
 
     Raises:
       ValueError: an average counts rows of padding.

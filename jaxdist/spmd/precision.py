@@ -34,10 +34,7 @@ def apply_precision(loss_fn: LossFn, precision: Precision, *, inputs: Sequence[s
     fields arrive as they are, because rounding a target changes the loss that is reported. model_state arrives as it is
     and keeps its dtypes. loss and metrics come back in float32, and so do gradients of float32 params.
 
-    Args:
-      loss_fn: the function.
-      precision: the compute dtype.
-      inputs: batch fields that the model computes with.
+    `inputs` are the batch fields that the model computes with.
     """
     _check_precision(precision)
     if precision == "float32":

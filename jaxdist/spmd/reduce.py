@@ -153,17 +153,9 @@ def accumulate_sums(
 ) -> Sums:
     """Return the Sums of `batch`, computed one microbatch after another (gradient accumulation).
 
-    Args:
-      loss_fn: see LossFn.
-      params: parameters, whole.
-      model_state: statistics every microbatch starts from; their new values are averaged by example count.
-      batch: this device's examples; the leading dim is a multiple of `num_microbatches`.
-      key: the step's key; each microbatch folds in its own index, counted over the global batch.
-      num_microbatches: parts to divide `batch` into.
-      first_index: index of this device's first microbatch in the global batch.
-      loss_scale: see `local_sums`.
-      gather_fn: see `local_sums`.
-      flatten: of what is selected; see Flatten.
+    The leading dim of this device's examples is a multiple of `num_microbatches`. Each microbatch starts from the same
+    `model_state`, of which the new values are averaged by example count, and folds its own index, counted over the
+    global batch from `first_index` on, into the step's `key`. For the rest see `local_sums`.
     """
 
     def sums_of(index: jax.Array | int, microbatch: Batch) -> Sums:
@@ -316,10 +308,8 @@ def tree_sum_over_axis(vector: jax.Array, axis: str | tuple[str, ...], num_devic
     its own logical shards. Large vectors use recursive halving and an all-gather, at the cost of a ring; small ones
     recursive doubling (Thakur, Rabenseifner and Gropp 2005). Both add the same numbers in the same order.
 
-    Args:
-      vector: float array of one dim, different on each device.
-      axis: name of the mesh axis, or of several that are one.
-      num_devices: size of the axis, a power of two.
+    The vector is a float array of one dim, different on each device. The axis, or several that are one, has
+    `num_devices` devices, a power of two.
     """
     if vector.size < HALVING_MIN_SIZE:
         return _recursive_doubling(vector, axis, num_devices)
@@ -340,10 +330,8 @@ def tree_sum_of_slots(vectors: jax.Array, axis: str | tuple[str, ...], slots: Se
     Each device receives its slice of every vector (an all-to-all), adds the slices, and all get all sums. The bits are
     those of `tree_sum_over_axis` where both can be used: the tree depends on the number of summands alone.
 
-    Args:
-      vectors: this device's vectors, float, shape (vectors a device, size).
-      axis: name of the mesh axis, or of several that are one.
-      slots: the summands in order, each a place among all devices' vectors.
+    `vectors` are this device's, float, shape (vectors a device, size); `slots` are the summands in order, each a place
+    among all devices' vectors. The axis may be several that are one.
     """
     num_devices, size = lax.axis_size(axis), vectors.shape[1]
     padded = jnp.pad(vectors, ((0, 0), (0, -size % num_devices)))

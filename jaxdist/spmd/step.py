@@ -288,14 +288,9 @@ def apply_averages(
     Under dynamic loss scaling (float16) an overflow is not an error while the scale can still fall: the optimizer
     skips that update and lowers the scale, and `nonfinite_leaf` is -1.
 
-    Args:
-      state: the state before the step.
-      averages: the global means.
-      optimizer: gives the updates.
-      inputs: of the optimizer, if it has some; see `state.WithInputs`.
-      first: what `first_nonfinite` returns, where it is known already.
-      choose: when the optimizer's old state is kept: `chosen_early` or `chosen_afterwards`.
-      keep_where: makes the choice of each leaf: `keep_at_once` or `keep_in_turn`.
+    `first` is what `first_nonfinite` returns, where it is known already. `choose` says when the optimizer's old state is
+    kept, `chosen_early` or `chosen_afterwards`, and `keep_where` makes the choice of each leaf, `keep_at_once` or
+    `keep_in_turn`. For `inputs` see `state.WithInputs`.
     """
     metrics_lib.check_names(averages.metrics)
     grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), averages.grads, state.params)

@@ -14,9 +14,7 @@ from jaxdist import extras
 def as_numpy(column: Any, *, fill: float | None = None) -> np.ndarray:
     """Return a column of numbers or booleans; read-only where it shares Arrow's memory.
 
-    Args:
-      column: an Array or a ChunkedArray.
-      fill: what stands for nulls, of which there are none where it is None.
+    `fill` stands for nulls, of which there are none where it is None.
     """
     chunks = getattr(column, "chunks", None)
     if chunks is None:

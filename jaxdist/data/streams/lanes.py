@@ -115,11 +115,8 @@ class EndlessLanes(order.Contiguous):
 def in_windows(places: np.ndarray, window: int, length: int | None, *name: str | int) -> np.ndarray:
     """Return where the examples at `places` of a lane come from: each window of the lane is permuted in itself.
 
-    Args:
-      places: numbers in [0, length).
-      window: examples of a window; the first and the last may be shorter.
-      length: of the lane; None where it never ends.
-      name: of the lane in this epoch: each has windows of its own.
+    The first and the last window may be shorter. `length` is None where the lane never ends; `name` is that of the lane
+    in this epoch, since each has windows of its own.
     """
     if window <= 1 or not len(places):
         return places

@@ -32,10 +32,7 @@ _WAIT_SECONDS = 60
 def script(request: Request, *, directory: str, python: str = sys.executable) -> str:
     """Return the batch script.
 
-    Args:
-      request: `settings` are long options of sbatch, for example partition; an empty value makes a bare option.
-      directory: directory in which the job runs.
-      python: Python interpreter on the nodes.
+    The request's `settings` are long options of sbatch, for example partition; an empty value makes a bare option.
 
     Raises:
       UserError: a setting that is not a long option, or is set by this module.

@@ -117,10 +117,8 @@ class ForkServer:
     def start(self, command: Sequence[str], environment: Mapping[str, str], output: IO[bytes] | None) -> Child | None:
         """Start a process and return it; None if the fork server cannot, or has ended.
 
-        Args:
-          command: `[sys.executable, "-m", module, arguments...]`.
-          environment: of the process.
-          output: takes its standard output and error; None shares this process's.
+        `command` is `[sys.executable, "-m", module, arguments...]`. Without `output` the process shares that of this
+        one.
         """
         if not self.is_ready():
             return None

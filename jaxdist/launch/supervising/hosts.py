@@ -80,12 +80,8 @@ def run(
 ) -> int:
     """Run this host's part of the job to its end, through its failures; return its exit status.
 
-    Args:
-      host: which one this is.
-      command: the program and its arguments; it must be able to continue an existing run.
-      run_dir: of the run, on a file system that all hosts share.
-      saved: what is saved of it.
-      settings: when to restart; without `min_processes`, since each host always has as many.
+    `command` must be able to continue an existing run, in a directory on a file system that all hosts share. `settings`
+    are without `min_processes`, since each host always has as many.
 
     Raises:
       LockedError: another job works in the run directory.

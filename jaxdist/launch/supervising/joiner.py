@@ -66,10 +66,7 @@ def leave(run_dir: pathlib.Path, num_processes: int) -> None:
 def join(run_dir: pathlib.Path, num_processes: int, preload: Sequence[str]) -> int:
     """Join the job in `run_dir` with so many processes, until it ends or they have left; return the exit status.
 
-    Args:
-      run_dir: of the job.
-      num_processes: how many to offer.
-      preload: modules that the processes import.
+    The processes import the modules `preload` first.
 
     Raises:
       UserError: no job that can be joined runs there.

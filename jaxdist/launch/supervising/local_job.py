@@ -174,18 +174,9 @@ def run_job(
     show_first: bool = False,
     timeout_seconds: float | None = None,
 ) -> JobResult:
-    """Run `command` in `num_processes` processes and wait for all of them.
+    """Run `command` in `num_processes` processes and wait for all of them; see `ProcessGroup` and `run_group`.
 
-    Args:
-      command: the program and its arguments, the same for every process.
-      num_processes: how many.
-      log_dir: see `ProcessGroup`.
-      environment: set for every process, besides this process's own.
-      show_first: see `ProcessGroup`.
-      timeout_seconds: see `run_group`.
-
-    Returns:
-      See `run_group`.
+    `environment` is set for every process, besides this process's own.
     """
     with Signals() as signals:
         group = ProcessGroup(log_dir, show_first=show_first)

@@ -53,13 +53,8 @@ def supervise(
 ) -> int:
     """Make attempts until `decide` ends it; return the exit status.
 
-    Args:
-      attempt: `attempt(number, num_processes)` runs one to its end; the first number is 0.
-      num_processes: number of processes of the first attempt.
-      settings: when to restart.
-      say: shows a line to the user.
-      start_step: the newest saved step before the first attempt.
-      stopped: returns whether the supervisor was asked to stop; then no further attempt is made.
+    `attempt(number, num_processes)` runs one to its end; the first number is 0. `start_step` is the newest saved step
+    before it. Once `stopped()` is true, no further attempt is made.
     """
     attempts: list[Attempt] = []
     while True:

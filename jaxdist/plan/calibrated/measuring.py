@@ -123,8 +123,7 @@ def trace(work: Callable[[], object]) -> bytes:
 def operation_seconds(traces: Mapping[bytes, float]) -> dict[str, float]:
     """Return for each operation in the traces its seconds, the median over devices and times.
 
-    Args:
-      traces: each with how many times as long as usual its program took then.
+    `traces` says of each how many times as long as usual its program took then.
     """
     found: dict[str, list[float]] = collections.defaultdict(list)
     for each, pace in traces.items():

@@ -74,9 +74,7 @@ def _step(made: Estimate, price_per_hour: float | None) -> list[str]:
 def render_search(candidates: Sequence[Candidate], command: Sequence[str]) -> str:
     """Return the candidates of a search as a table, and the command that trains in the best way.
 
-    Args:
-      candidates: best first.
-      command: what trains the experiment that was planned; it ends with the assignments of `--set`, if any.
+    `command` trains the experiment that was planned; it ends with the assignments of `--set`, if any.
     """
     lines = [f"{'bytes/device':>13} {'step':>10}  {'fits':<5} settings"]
     for each in candidates:

@@ -50,13 +50,8 @@ def throughput(
 ) -> dict[str, float | None]:
     """Return the figures of one device, None for each that is not known.
 
-    Args:
-      examples_per_second: over all devices.
-      global_batch_size: examples of a step.
-      num_devices: of the run.
-      tokens_per_example: None where the examples are no tokens.
-      flops_per_step: over all devices.
-      peak: FLOPs a second of one device.
+    Examples and FLOPs are given over all devices, `peak`, in FLOPs a second, of one. `tokens_per_example` is None where
+    the examples are no tokens.
     """
     each = None if examples_per_second is None else examples_per_second / num_devices
     known = each is not None and flops_per_step is not None and peak is not None

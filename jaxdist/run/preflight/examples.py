@@ -68,10 +68,7 @@ def _check_that_some_count(loader: data.Loader, setting: str) -> None:
 def check_repeatable(loader: data.Loader, setting: str, *, same_bits: bool) -> None:
     """Make some examples a second time, and warn where they come out different.
 
-    Args:
-      loader: of the examples.
-      setting: what they are called in messages, such as `data.train`.
-      same_bits: the run promises the same bits anywhere, which such examples break.
+    `setting` is what they are called in messages, such as `data.train`.
 
     Raises:
       ConfigError: they do, and `same_bits`.

@@ -30,13 +30,8 @@ def check(
 ) -> None:
     """Trace the loss, and the evaluation where there is one; check what they report.
 
-    Args:
-      experiment: what was asked for.
-      functions: of its model.
-      abstract: the state's shapes and dtypes.
-      shapes: of a training batch.
-      eval_shapes: of a batch of each set of held-out examples, by name.
-      collect_fn: collects the rows of the metrics that are no means; None without any.
+    `shapes` are those of a training batch, `eval_shapes` those of a batch of each set of held-out examples, by name.
+    `collect_fn` collects the rows of the metrics that are no means; None without any.
 
     Raises:
       ConfigError: a metric has a name that the run uses itself, a rule needs a metric that is never reported, or a

@@ -116,14 +116,9 @@ def recorder_of(
 def recorded(
     run_dir: pathlib.Path, form: step_chain.Form, *, step: int, compares: bool, earlier: Mapping[str, Any] | None
 ) -> Iterator[ChainRecorder]:
-    """Yield the hook that records steps; close its file.
+    """Yield the hook that records the steps after `step`; close its file.
 
-    Args:
-      run_dir: the run directory.
-      form: what the hashes are of.
-      step: the step that training continues from.
-      compares: see `step_chain.ChainFile`.
-      earlier: what the run record of an earlier attempt says of the chain.
+    `earlier` is what the run record of an earlier attempt says of the chain; for `compares` see `step_chain.ChainFile`.
     """
     if jax.process_index() != 0:
         yield ChainRecorder(None, earlier)

@@ -72,10 +72,7 @@ _MOST_SHOWN = 4
 def entries(form: Form, first_step: int, hashes: np.ndarray) -> np.ndarray:
     """Return the entries of consecutive steps.
 
-    Args:
-      form: what the hashes are of.
-      first_step: the number of the first of the steps.
-      hashes: uint32 [steps, logical shards and leaves].
+    `hashes` are uint32 [steps, logical shards and leaves].
     """
     made = np.zeros(len(hashes), form.entry)
     made["step"] = np.arange(first_step, first_step + len(hashes))

@@ -32,16 +32,9 @@ def plan(
 ) -> sweep_record.Sweep:
     """Return the sweep, with its trials where these are known beforehand.
 
-    Args:
-      experiment: what every trial changes.
-      settings: what `--over` names, parsed.
-      over: what `--over` said.
-      assignments: what the command line changes in every trial, without secrets.
-      method: how trials are chosen.
-      num_trials: how many are drawn; None for a grid, which says it itself.
-      seed: of what is drawn.
-      metric: to rank by; None takes that of the experiment.
-      mode: which of its values are good; None takes that of the experiment.
+    `over` is what `--over` said, and `settings` what it names, parsed; `assignments` are what the command line changes
+    in every trial, without secrets. A grid says itself how many trials it has. `metric` and `mode` are those of the
+    experiment where they are None.
 
     Raises:
       ConfigError: anything that is wrong with these, or with the experiment that a trial would be.

@@ -93,9 +93,7 @@ def settings_of(experiment: Experiment) -> InitFrom | None:
 def check(experiment: Experiment, initial: tuple[PyTree, PyTree]) -> WarmStart | None:
     """Return what the run begins with, after reading all of it; None for random params.
 
-    Args:
-      experiment: names the weights.
-      initial: shapes and dtypes of params and model_state.
+    `initial` are shapes and dtypes of params and model_state.
 
     Raises:
       UserError: the weights are missing, damaged, or do not fit the model.

@@ -19,10 +19,7 @@ WEIGHTS_NAME = "model.safetensors"
 def as_ours(model: Any, weights: NamedWeights, config: Mapping[str, Any] | None) -> NamedWeights:
     """Return weights under our names; what transformers keeps besides weights is among those left out.
 
-    Args:
-      model: that they are for.
-      weights: under the names of transformers.
-      config: that of their model, None where it is not known.
+    `config` is that of their model, None where it is not known.
 
     Raises:
       UserError: the model is of an unknown kind, or was not made for these weights.

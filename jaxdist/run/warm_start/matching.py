@@ -34,11 +34,8 @@ class Match:
 def match(names: Sequence[str], model: Mapping[str, str], settings: InitFrom, *, source: str) -> Match:
     """Return what becomes of each leaf.
 
-    Args:
-      names: of the leaves of the file.
-      model: each name that a leaf of the model may have -> its own name.
-      settings: the rules.
-      source: of the leaves, for messages.
+    `names` are those of the leaves of the file; `model` maps each name that a leaf of the model may have to its own
+    name; `source` is for messages.
 
     Raises:
       ConfigError: a leaf of the file has no place in the model or one of the model no value, unless a rule or `fresh`

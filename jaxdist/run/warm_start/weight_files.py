@@ -142,8 +142,7 @@ def _of_safetensors(files: list[pathlib.Path], path: pathlib.Path) -> NamedWeigh
 def read_config(path: pathlib.Path) -> Mapping[str, Any] | None:
     """Return the settings that transformers stored beside its weights, None without.
 
-    Args:
-      path: of the weights, or of their folder.
+    `path` is that of the weights, or of their folder.
 
     Raises:
       UserError: the file is damaged.

@@ -135,12 +135,8 @@ def take(
 ) -> RemoteLock:
     """Return the lock of a remote run directory, held.
 
-    Args:
-      store: of the directory.
-      purpose: shown to a job that is refused.
-      waits: whether to watch a lock of a job that may have been killed, until it is stale, in place of refusing.
-      say: shows a line to the user.
-      sleep: waits for so many seconds.
+    `purpose` is shown to a job that is refused. Where it `waits`, a lock of a job that may have been killed is watched
+    until it is stale, in place of refusing.
 
     Raises:
       LockedError: a job holds it; the message names it.

@@ -111,12 +111,7 @@ def superfluous(
 ) -> set[str]:
     """Return which remote checkpoints are kept no longer, by the rules of the run's own directory.
 
-    Args:
-      names: the checkpoints that are remote.
-      kept: those that are on this machine, which decides about them itself.
-      keep_last: how many of the newest steps are kept.
-      keep_every: steps divisible by this are kept forever.
-      best: the best step.
+    Those that are `kept` on this machine are left to it, which decides about them itself. `best` is the best step.
     """
     steps = sorted({order(name)[0] for name in names | kept})
     newest, stays = max(steps, default=0), {*steps[-keep_last:], best}

@@ -57,11 +57,7 @@ def opened(
 ) -> Iterator[pathlib.Path]:
     """Yield the run directory to train in; what is written there is uploaded, all of it before the context ends.
 
-    Args:
-      address: of the remote run directory.
-      how: to begin there.
-      purpose: the command line, shown to a job that is refused.
-      ending: entered while the last files are uploaded; see Ending.
+    `purpose` is shown to a job that is refused; `ending` is entered while the last files are uploaded.
 
     Raises:
       UserError: the remote directory cannot be used so; what the context raised, with the address for its path.

@@ -80,9 +80,8 @@ class LogicalShardSums:
     def __call__(self, shared: PyTree, batch: Batch) -> jax.Array:
         """Return the sum over all logical shards, shape (size,); on CPU devices, waits for the shards first.
 
-        Args:
-          shared: replicated global arrays, given whole to every shard.
-          batch: global arrays, sharded over the axes in their leading dim.
+        `shared` are replicated global arrays, given whole to every shard; those of the batch are sharded over the axes
+        in their leading dim.
 
         Raises:
           ValueError: the batch is not placed as this number of devices needs it.
@@ -180,12 +179,8 @@ class OneProgram:
     Each shard is computed by itself (see `device_program`), with the bits of a program of its own, and so is each sum.
     Not for convolutions, which take fifteen times as long in a branch on CPU devices.
 
-    Args:
-      flat_sums: `flat_sums(shared, shard, index) -> vector`.
-      place: of the shards.
-      adding: of their vectors.
-      shared_of: `shared_of(donated, kept) -> shared`.
-      then: `then(total, donated, kept) -> result`, the same on every device.
+    The functions are `flat_sums(shared, shard, index) -> vector`, `shared_of(donated, kept) -> shared` and
+    `then(total, donated, kept) -> result`, the same on every device.
     """
 
     def __init__(

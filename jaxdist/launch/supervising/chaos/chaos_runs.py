@@ -155,15 +155,8 @@ def run(
 ) -> ChaosResult:
     """Run `command` (with `--run-dir` added) undisturbed and with faults; return the report.
 
-    Args:
-      command: trains in several processes and records the ledger.
-      directory: gets the two run directories, `undisturbed` and `disturbed`.
-      seed: seed of the plan.
-      num_processes: that the command starts.
-      num_examples: of an epoch, for the ledger.
-      counts: kills, stops, starves, joins, leaves; see `strikes.plan`.
-      make_job: returns the job in a run directory.
-      num_changing: how many of the processes may leave; default all.
+    The command trains in several processes and records the ledger. `directory` gets the run directories `undisturbed`
+    and `disturbed`, in each of which `make_job` returns the job; for `counts` and `num_changing` see `strikes.plan`.
 
     Raises:
       UserError: joins and leaves differ too much, `directory` has runs already, or the command refuses the experiment.

@@ -81,16 +81,8 @@ def plan(
 ) -> list[Strike]:
     """Return the strikes in the order of their steps; every process is struck in turn, process 0 in any case.
 
-    Args:
-      seed: the plan is a pure function of it and of the other arguments.
-      num_processes: of the job.
-      num_steps: of the undisturbed run.
-      kills: how many processes are killed.
-      stops: how many are stopped.
-      starves: how many are starved of disk.
-      joins: how often processes join.
-      leaves: how often processes leave.
-      num_changing: how many of the processes may leave; default all.
+    They are a pure function of the arguments: how many processes are killed, stopped and starved of disk, and how often
+    some join and leave, in as many steps as the undisturbed run has. `num_changing` of them may leave, by default all.
 
     Raises:
       UserError: joins and leaves differ too much, see `chaos_changes.sizes`.

@@ -26,12 +26,7 @@ PAUSE_SECONDS = 2.0
 
 
 class SupervisedJob:
-    """See `striker.JobUnderFire`.
-
-    Args:
-      run_dir: of the job.
-      hang_seconds: its `recovery.hang_seconds`.
-    """
+    """See `striker.JobUnderFire`; `hang_seconds` is the job's `recovery.hang_seconds`."""
 
     def __init__(self, run_dir: pathlib.Path, *, hang_seconds: float = math.inf):
         self._run_dir, self._pause_seconds = run_dir, min(PAUSE_SECONDS, hang_seconds / 4)

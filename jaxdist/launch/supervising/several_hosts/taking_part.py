@@ -116,10 +116,8 @@ class Assembly:
     def next(self, *, patience_seconds: float, first_seconds: float, stopped: Callable[[], bool]) -> Members | None:
         """Wait for the hosts of the next attempt and return them; None if stopped, or if not all came to the first.
 
-        Args:
-          patience_seconds: how long to wait for hosts of the attempt before that do not answer.
-          first_seconds: how long to wait for all hosts before the first attempt.
-          stopped: says whether the job is to stop, or over.
+        All hosts are waited for before the first attempt, for `first_seconds`; later those of the attempt before that
+        do not answer, for `patience_seconds`.
         """
         began = time.monotonic()
         needed = len(self.members.hosts) if self.members else self.count

@@ -39,11 +39,8 @@ Make = Callable[[int, Sequence[local_job.Start]], standby_job.StandbyJob]
 def is_due(*, number: int, now: float, started: float, wanted: float | None) -> bool:
     """Return whether to make a reserve: the attempt has made steps, the first for as long as it took to start.
 
-    Args:
-      number: of the attempt, from 0.
-      now: by the clock of the other times.
-      started: when the attempt began.
-      wanted: when it was first seen to make steps; None if it was not.
+    Times are by one clock: when attempt `number`, from 0, began, and when it was first seen to make steps, None if it
+    was not.
     """
     return wanted is not None and (number > 0 or now - wanted >= min(wanted - started, _LONG_SECONDS))
 

@@ -32,9 +32,7 @@ _COUNTERS = {
 def sections(runs: Sequence[ReportedRun], differences: Mapping[str, Sequence[Any]]) -> dict[str, str]:
     """Return the HTML of each part by its place on the page; a part without content is empty.
 
-    Args:
-      runs: the runs of the report.
-      differences: settings that differ, each with its value in every run.
+    `differences` are the settings that differ, each with its value in every run.
     """
     return {
         "runs": "".join(_card(number, run) for number, run in enumerate(runs)),
