@@ -33,10 +33,8 @@ class AssemblyProcessDied(RuntimeError):
 class ProcessAssembler:
     """Divides each batch among worker processes; `close` ends them.
 
-    Args:
-      recipe: how examples are made; its source and example_fn must be picklable.
-      num_workers: number of processes.
-      num_slots: number of parts of batches that each worker may have in work or finished at a time.
+    Source and example_fn of the recipe must be picklable. `num_slots` is how many parts of batches each worker may have
+    in work or finished at a time.
     """
 
     def __init__(self, recipe: Recipe, num_workers: int, num_slots: int):

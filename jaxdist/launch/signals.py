@@ -25,9 +25,8 @@ SAVING = "Saving and stopping after this step."
 class StopRequest:
     """Whether a stop was requested.
 
-    Args:
-      supervised: whether to ignore a second signal: the supervisor then ends this process.
-      answer: what is done about a signal, as a sentence.
+    Where this process is `supervised`, a second signal is ignored: the supervisor then ends it. `answer` says, as a
+    sentence, what is done about a signal.
     """
 
     def __init__(self, *, supervised: bool = False, answer: str = SAVING) -> None:

@@ -21,12 +21,8 @@ class _Place(NamedTuple):
 class EndlessLane:
     """The endless sequence of one lane's examples; a pure function of the shards' contents.
 
-    Args:
-      lane: its number, which the order of its shards in each pass follows from.
-      shards: the numbers of its shards.
-      reader: reads them.
-      sizes: of the shards that were read to their end; what is learned is added, and may be known from before.
-      describe: the name of a shard in messages.
+    The order of its shards in each pass follows from its number, `lane`. `sizes` are those of the shards that were read
+    to their end, to which what is learned is added. `describe` names a shard in messages.
     """
 
     def __init__(

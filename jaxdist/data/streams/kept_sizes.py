@@ -13,9 +13,8 @@ from jaxdist.rundir import files
 class KeptSizes(collections.UserDict):
     """Sizes by the number of a shard; each is a small file, written whole, so several processes may share a folder.
 
-    Args:
-      folder: of the files; None keeps the sizes in memory alone.
-      fingerprint: called when sizes are first asked for; those of other data are not used.
+    Without a folder, they are kept in memory alone. `fingerprint` is called when sizes are first asked for; those of
+    other data are not used.
     """
 
     def __init__(self, folder: str | os.PathLike | None, fingerprint: Callable[[], str]):

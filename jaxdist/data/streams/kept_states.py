@@ -25,9 +25,8 @@ class KeptState(NamedTuple):
 class KeptStates:
     """The states of the shards of one data set; a file a shard, to which a line is appended at a time.
 
-    Args:
-      folder: of the files of all data sets; None takes `streams` in the cache folder of `fingerprints`.
-      name: called once, when states are first asked for; that of a folder of this data set's own.
+    `folder` has the files of all data sets; None takes `streams` in the cache folder of `fingerprints`. `name` is
+    called once, when states are first asked for: the name of a folder of this data set's own.
     """
 
     def __init__(self, folder: str | os.PathLike | None, name: Callable[[], str]):

@@ -76,10 +76,7 @@ class Alone:
 class Shared:
     """The agreement of several processes; each makes one, and calls its functions at the same steps.
 
-    Args:
-      channel: to the others.
-      decides: whether this is process 0.
-      clock: seconds, for the time between two decisions.
+    Process 0 `decides`; the clock measures the time between two decisions.
     """
 
     def __init__(self, channel: "StoreChannel", *, decides: bool, clock: Callable[[], float] = time.monotonic):
@@ -155,10 +152,8 @@ class _Pace:
 class StoreChannel:
     """A channel through the coordinator's store. A thread uses the store, so that training does not wait for it.
 
-    Args:
-      store: see `jax_private.coordinator_store`.
-      prefix: prefix of the keys, the same on every process, and different from that of earlier runs.
-      process: number of this process; process 0 publishes.
+    `store` is that of `jax_private.coordinator_store`. The prefix of its keys is the same on every process, and
+    different from that of earlier runs. Process 0 publishes.
     """
 
     def __init__(self, store: Any, prefix: str, *, process: int):

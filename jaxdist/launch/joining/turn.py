@@ -31,10 +31,8 @@ def pipe_path(directory: pathlib.Path, process: int) -> pathlib.Path:
 class Turn:
     """From its creation until `wait` has returned, this process is in reserve.
 
-    Args:
-      directory: of the processes in reserve.
-      process: number of this one.
-      log: the file for what it prints until then; None leaves its output alone.
+    `directory` is that of the processes in reserve; `log` is the file for what this one prints until then, None leaves
+    its output alone.
     """
 
     def __init__(self, directory: pathlib.Path, process: int, log: pathlib.Path | None):

@@ -178,10 +178,8 @@ def _receive(channel: socket.socket) -> dict[str, Any]:
 class Reception:
     """While entered, takes in the commands that connect to the socket in `directory`; a thread serves each.
 
-    Args:
-      directory: in memory, of the job; only this user may open it.
-      taking_part: the roster of the job.
-      arguments: the command line of the job's processes, which tells a command what to import.
+    `directory` is in memory, and only this user may open it. `arguments`, the command line of the job's processes,
+    tells a command what to import.
     """
 
     def __init__(self, directory: pathlib.Path, taking_part: roster.Roster, arguments: Sequence[str]):

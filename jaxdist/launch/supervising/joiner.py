@@ -90,10 +90,8 @@ def join(run_dir: pathlib.Path, num_processes: int, preload: Sequence[str]) -> i
 class _Joiner:
     """Starts the processes of one connection and reports how they end.
 
-    Args:
-      channel: to the supervisor.
-      num_processes: how many to offer.
-      fork: starts a process without imports, or returns None.
+    `num_processes` are offered through the channel to the supervisor; `fork` starts a process without imports, or
+    returns None.
     """
 
     def __init__(self, channel: socket.socket, num_processes: int, fork: Callable[..., local_job.Process | None]):

@@ -75,9 +75,6 @@ class Events:
 class Standstill:
     """The time in which a job makes no new steps: from a failure or a change of its processes until it has recovered.
 
-    Args:
-      memory: the directory in memory of the job.
-
     Attributes:
       cause: why the next attempt is made: "restart", "join" or "leave".
       reached: the newest step that was made.

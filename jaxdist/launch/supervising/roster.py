@@ -41,11 +41,8 @@ def usable(available: int, unsuitable: Collection[int]) -> int:
 class Roster:
     """The processes of a job, in order: the supervisor's own first, then those of each member.
 
-    Args:
-      own: number of the supervisor's own processes.
-      start: starts one of them.
-      on_due: called, by any thread, when the running attempt should end at its next step, so that the number of its
-        processes can change.
+    `own` is the number of the supervisor's own, which `start` starts. `on_due` is called, by any thread, when the
+    running attempt should end at its next step, so that the number of its processes can change.
     """
 
     def __init__(self, own: int, start: local_job.Start, on_due: Callable[[], object] = lambda: None):

@@ -197,14 +197,8 @@ class ReportClock:
 class Watchdog:
     """The thread that reports for this process, reads what the others report, and acts on the verdict.
 
-    Args:
-      directory: directory of the board.
-      process: number of this process.
-      num_processes: of the job.
-      where: returns this process's step and phase; called from the thread.
-      limits: what counts as a stall.
-      on_hang: called with the verdict, on the process it names as the reporter; for the run record.
-      every_seconds: how often to report and look.
+    `where` returns this process's step and phase; the thread calls it. `on_hang` is called with the verdict, for the
+    run record, on the process that it names as the reporter.
     """
 
     def __init__(

@@ -48,9 +48,7 @@ def _is_possible(kind: ChangeKind, num_processes: int, most: int) -> bool:
 class Commands:
     """Runs the commands that change a job, and ends those that still run when it is left.
 
-    Args:
-      run_dir: of the job.
-      seed: decides whether processes leave or are killed.
+    `seed` decides whether processes leave or are killed.
     """
 
     def __init__(self, run_dir: pathlib.Path, seed: int):

@@ -47,11 +47,8 @@ class JobUnderFire(Protocol):
 class Striker:
     """The thread that delivers strikes, one after the other.
 
-    Args:
-      job: the job under fire.
-      planned: the strikes in order; the next is due once the job has recovered from the one before.
-      commands: change the number of processes.
-      size: number of processes at the start, of those that may join and leave.
+    Of the `planned` strikes, in order, the next is due once the job has recovered from the one before. `size` is the
+    number of processes at the start, of those that may join and leave.
 
     Attributes:
       hits: the strikes on single processes that the job recovered from.

@@ -63,12 +63,8 @@ class _Watched:
 class Reserve:
     """Keeps a job in reserve while an attempt runs; from `watch` to `take` of the next attempt.
 
-    Args:
-      memory: the directory in memory of the job.
-      taking_part: the roster of the job.
-      make: `make(number, starters)` starts the processes of attempt `number`, to wait.
-      ask: asks the running attempt to end at its next step.
-      sparing: whether a reserve is made only where there is memory for it.
+    `make(number, starters)` starts the processes of attempt `number`, to wait; `ask` asks the running attempt to end at
+    its next step. A `sparing` reserve is made only where there is memory for it.
     """
 
     def __init__(

@@ -13,9 +13,7 @@ from jaxdist.launch.supervising import local_job
 class StandbyJob:
     """Processes that are started in advance; `begin` makes them the running attempt.
 
-    Args:
-      directory: in memory, new, for these processes alone.
-      group: takes the processes.
+    `directory` is in memory, new, for these processes alone.
 
     Attributes:
       group: as given; closing it ends the processes and removes the directory.
