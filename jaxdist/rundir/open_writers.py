@@ -44,6 +44,11 @@ class WrittenRun:
     config: Any
     resumed_step: int | None
 
+    def noted(self, file_name: str) -> str | None:
+        """Return what a writer of the run that is resumed noted in a file of the run directory; None if nothing."""
+        path = self.run_dir / file_name
+        return path.read_text().strip() if self.resumed_step is not None and path.exists() else None
+
 
 def check_name(name: str) -> None:
     """Raise ConfigError if there is no writer `name`; nothing is imported."""

@@ -288,8 +288,8 @@ def apply_averages(
     Under dynamic loss scaling (float16) an overflow is not an error while the scale can still fall: the optimizer
     skips that update and lowers the scale, and `nonfinite_leaf` is -1.
 
-    `first` is what `first_nonfinite` returns, where it is known already. `choose` says when the optimizer's old state is
-    kept, `chosen_early` or `chosen_afterwards`, and `keep_where` makes the choice of each leaf, `keep_at_once` or
+    `first` is what `first_nonfinite` returns, where it is known already. `choose` says when the optimizer's old state
+    is kept, `chosen_early` or `chosen_afterwards`, and `keep_where` makes the choice of each leaf, `keep_at_once` or
     `keep_in_turn`. For `inputs` see `state.WithInputs`.
     """
     metrics_lib.check_names(averages.metrics)

@@ -11,6 +11,7 @@ from jaxdist.rundir.open_writers import WrittenRun
 from jaxdist.rundir.rich_values import Histogram, Image, RichValue, Table
 
 URI = "MLFLOW_TRACKING_URI"
+_ID_FILE = "mlflow-id.txt"
 _MOST_PARAMS, _MOST_CHARACTERS = 100, 500
 """Params of a request, and characters of a param; MLflow's limits."""
 
@@ -36,15 +37,14 @@ class MlflowWriter:
     def __init__(self, mlflow: Any, run: WrittenRun) -> None:
         self._entities = mlflow.entities
         self._client = mlflow.MlflowClient(tracking_uri=os.environ[URI])
-        id_file = run.run_dir / "mlflow-id.txt"
-        if run.resumed_step is not None and id_file.exists():
-            self._id = id_file.read_text().strip()
-            self._client.update_run(self._id, status="RUNNING")
+        if (begun := run.noted(_ID_FILE)) is not None:
+            self._id = begun
+            self._client.update_run(begun, status="RUNNING")
             return
         known = self._client.get_experiment_by_name(run.name)
         experiment = known.experiment_id if known else self._client.create_experiment(run.name)
         self._id = self._client.create_run(experiment, run_name=run.run_dir.name).info.run_id
-        id_file.write_text(self._id)
+        (run.run_dir / _ID_FILE).write_text(self._id)
         self._log_params(record.flat("", run.config))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import os
-import pathlib
 import uuid
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +12,7 @@ from jaxdist.rundir.open_writers import WrittenRun
 from jaxdist.rundir.rich_values import Histogram, Image, RichValue, Table
 
 PROJECT = "jaxdist"
+_NAME_FILE = "trackio-name.txt"
 
 
 def check() -> None:
@@ -30,7 +30,7 @@ class TrackioWriter:
 
     def __init__(self, trackio: Any, run: WrittenRun) -> None:
         self._trackio = trackio
-        begun = None if run.resumed_step is None else _begun(run)
+        begun = run.noted(_NAME_FILE)
         # Runs are found by their names, so that of a run directory needs an ending that no other has.
         name = begun or f"{run.run_dir.name}-{uuid.uuid4().hex[:6]}"
         with _silent():
@@ -44,7 +44,7 @@ class TrackioWriter:
                 auto_log_cpu=False,
                 auto_log_gpu=False,
             )
-        _name_file(run).write_text(name)
+        (run.run_dir / _NAME_FILE).write_text(name)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log a row; see Writer."""
@@ -74,13 +74,3 @@ class TrackioWriter:
 def _silent() -> contextlib.AbstractContextManager[Any]:
     """Keep what Trackio prints off standard output, where the run record may be."""
     return contextlib.redirect_stdout(io.StringIO())
-
-
-def _name_file(run: WrittenRun) -> pathlib.Path:
-    return run.run_dir / "trackio-name.txt"
-
-
-def _begun(run: WrittenRun) -> str | None:
-    """Return the name of this run's run of Trackio; None if it has none."""
-    path = _name_file(run)
-    return path.read_text().strip() if path.exists() else None

@@ -2,7 +2,6 @@
 
 import html
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from jaxdist.rundir.open_writers import WrittenRun
 from jaxdist.rundir.rich_values import Histogram, Image, RichValue, Table
 
 PROJECT = "jaxdist"
+_ID_FILE = "wandb-id.txt"
 
 
 def check() -> None:
@@ -42,13 +42,13 @@ class WandbWriter:
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=run.run_dir.name,
             group=run.name,
-            id=None if run.resumed_step is None else _begun(run),
+            id=run.noted(_ID_FILE),
             resume=None if run.resumed_step is None else "allow",
             dir=str(run.run_dir),
             config=run.config,
             settings=wandb.Settings(console="off", silent=True),
         )
-        _id_file(run).write_text(self._run.id)
+        (run.run_dir / _ID_FILE).write_text(self._run.id)
         self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -73,13 +73,3 @@ class WandbWriter:
                 rows = [list(row) for row in value.rows]
                 return self._wandb.Table(columns=list(value.columns), data=rows, allow_mixed_types=True)
         return self._wandb.Html(f"<pre>{html.escape(value.text)}</pre>", inject=False)
-
-
-def _id_file(run: WrittenRun) -> pathlib.Path:
-    return run.run_dir / "wandb-id.txt"
-
-
-def _begun(run: WrittenRun) -> str | None:
-    """Return the id of this run's run of W&B; None if it has none."""
-    path = _id_file(run)
-    return path.read_text().strip() if path.exists() else None

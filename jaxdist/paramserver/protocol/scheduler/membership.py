@@ -358,12 +358,10 @@ def _drop_worker(state: SchedulerState, worker: int) -> None:
     gone = state.workers.pop(worker, None)
     state.idle.discard(worker)
     state.unreported.discard(worker)
-    if gone is None:
-        return
-    if isinstance(state.lease_table, StepLeases):
-        state.lease_table.leave(worker)
-    # A batch that may be on some shards stays leased until all shards have reported what they applied (_settle).
-    if gone.lease is not None and isinstance(state.lease_table, StepLeases):
+    if gone is None or not isinstance(state.lease_table, StepLeases):
+        return  # a batch may be on some shards, and stays leased until all have reported what they applied (_settle)
+    state.lease_table.leave(worker)
+    if gone.lease is not None:
         state.lease_table.give_back(worker, gone.lease)
 
 
