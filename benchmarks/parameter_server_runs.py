@@ -27,7 +27,7 @@ PARAMETER_SERVER = ("--strategy", "parameter-server")
 RECOVERY_LIMIT = 2.0
 DEATHS = (
     "worker/0 send Done",
-    "server/0/a send PushAck",
+    "server/0/a send CommitAck",
     "server/0/b send Replicated",
     "scheduler did CommitRecord",
 )

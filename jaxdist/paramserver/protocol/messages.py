@@ -580,9 +580,7 @@ class Want:
 
 @dataclass(frozen=True, slots=True)
 class GetReady:
-    """Add up what has arrived for the next step, ahead of its commit; then send `acks`, which are less urgent."""
-
-    acks: tuple[PushAck, ...] = ()
+    """Add up what has arrived for the next step, ahead of its commit."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,7 @@ class Server:
         self.early: dict[int, messages.Replicate] = {}  # entries that arrived before an earlier one
         self.held: deque[tuple[int, Outcome]] = deque()  # answers that wait for the backup
         self.asked: set[object] = set()  # the requests that these answer
+        self.unhurried: dict[int, effects.Send] = {}  # by worker, the answer to its last push, sent at the next tick
         self.transfer: messages.Transfer | None = None  # what the new backup receives before any entry
         self.transfer_at = 0.0
         # By worker; with what Pulled.ahead said if the answer has been sent ahead of the commit, else 0.
@@ -80,6 +81,8 @@ class Server:
                 out.send(SCHEDULER, messages.Heartbeat(self.name, self.boot, self.term, self.progress, False))
         if self.primary:
             self._retry(now, out)
+            out.replies += self.unhurried.values()
+            self.unhurried.clear()
 
     def _retry(self, now: float, out: effects.Output) -> None:
         """Send again what the backup has not acknowledged, if it has acknowledged nothing for a while.
@@ -162,6 +165,7 @@ class Server:
         place = self._place
         if place.primary != self.name:
             self.primary = False
+            self.unhurried.clear()
             return
         self.primary = True
         for push in self.shard.staged.values():
@@ -205,10 +209,8 @@ class Server:
             return
         outcome = self.shard.apply(entry)
         if self._brings_pushes(entry):
-            if self._place.backup:  # which tells the scheduler
-                out.do(effects.Continue(messages.GetReady()))
-            else:
-                out.do(effects.Continue(messages.GetReady(outcome.take_acks())))
+            out.do(effects.Continue(messages.GetReady()))
+            if not self._place.backup:  # which would tell the scheduler
                 told = Outcome()
                 self._tell_staged(told)
                 outcome.replies = told.replies + outcome.replies
@@ -226,7 +228,25 @@ class Server:
             if self.transfer is None:
                 out.send(self._place.backup, record)
         else:
-            _let_go(outcome, out)
+            self._let_go(outcome, out)
+
+    def _let_go(self, outcome: Outcome, out: effects.Output) -> None:
+        """Pass on an outcome, but not yet the answers to pushes that tell their workers nothing new.
+
+        The next lease tells a worker that its push is on all shards, unless another slice of the step waits for it.
+        """
+        out.effects += outcome.effects
+        unhurried = self._lease_tells_of_pushes()
+        for reply in outcome.replies:
+            answer = reply.message
+            if unhurried and isinstance(answer, messages.PushAck) and answer.status == "staged":
+                self.unhurried[answer.worker] = reply
+            else:
+                out.replies.append(reply)
+
+    def _lease_tells_of_pushes(self) -> bool:
+        """Return whether a worker is granted its next lease only when its push is on all shards."""
+        return self.settings.shards_report and len(self.shard.members) >= self.settings.num_slices
 
     def _brings_pushes(self, entry: messages.Entry) -> bool:
         """Return whether the next step has more pushes with `entry`, which is one, or commits the step before.
@@ -256,7 +276,7 @@ class Server:
         while self.held and self.held[0][0] <= index:
             outcome = self.held.popleft()[1]
             self.asked -= outcome.requests
-            _let_go(outcome, out)
+            self._let_go(outcome, out)
 
     def _replicated(self, answer: messages.Replicated, now: float, out: effects.Output) -> None:
         if not self.primary or answer.term != self.term:
@@ -354,8 +374,6 @@ class Server:
         made = self.shard.ahead()
         if made is not None and self.primary:
             self._send_ahead(*made, out)
-        for each in message.acks:
-            out.send(worker_name(each.worker), each)
 
     def _send_ahead(self, fingerprint: int, params: sums.Arrays, out: effects.Output) -> None:
         for number, (pull, has) in self.waiting.items():
@@ -449,11 +467,6 @@ class Server:
 
 def _pulled(pull: messages.Pull, version: int, params: sums.Arrays, ahead: int = 0) -> messages.Pulled:
     return messages.Pulled(pull.shard, pull.worker, pull.incarnation, pull.sequence, version, params, ahead)
-
-
-def _let_go(outcome: Outcome, out: effects.Output) -> None:
-    out.replies += outcome.replies
-    out.effects += outcome.effects
 
 
 _ACTIONS: dict[type, Callable[..., None]] = {

@@ -59,12 +59,6 @@ class Outcome(effects.Output):
         self.effects += other.effects
         self.requests |= other.requests
 
-    def take_acks(self) -> tuple[messages.PushAck, ...]:
-        """Return the answers to pushes, which are no longer part of this."""
-        taken = tuple(reply.message for reply in self.replies if isinstance(reply.message, messages.PushAck))
-        self.replies = [reply for reply in self.replies if not isinstance(reply.message, messages.PushAck)]
-        return taken
-
 
 def _extend(chain: int, contributors: Sequence[messages.Contributor], version: int) -> int:
     digest = hashlib.blake2b(struct.pack("<Qq", chain, version), digest_size=8)

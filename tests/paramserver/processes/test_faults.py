@@ -40,10 +40,10 @@ pytestmark = [pytest.mark.timeout(600)]
     "labels",
     [
         ("hear Grant", "hear Push", "do CommitRecord"),
-        ("do Compute", "send PushAck", "did CommitRecord"),
+        ("do Compute", "send CommitAck", "did CommitRecord"),
         ("send Push", "send Replicate", "send Commit"),
         ("send Done", "hear Commit", "send Grant"),
-        ("hear PushAck", "send Staged", "do MembershipRecord"),
+        ("hear Pulled", "send Staged", "do MembershipRecord"),
         ("send Pull", "send Pulled", "did MembershipRecord"),
     ],
 )
@@ -85,9 +85,10 @@ def test_stopped_for_twenty_seconds(tmp_path, monkeypatch, calm, process):  # no
 
 @pytest.mark.soak
 def test_answers_lost_after_they_were_applied(tmp_path, monkeypatch, calm):  # noqa: F811
-    kinds = ["PushAck", "Pulled", "CommitAck", "Replicated"]
+    kinds = ["Pulled", "CommitAck", "Replicated"]
     lines = [f"server/0/{'b' if kind == 'Replicated' else 'a'} send {kind} 9 lose" for kind in kinds]
-    made = struck(tmp_path, monkeypatch, *lines, "server/0/b send Staged 9 lose", "scheduler send Grant 11 lose")
+    lines += ["server/0/b send Staged 9 lose", "scheduler send Grant 11 lose", "worker/0 send Push 13 repeat"]
+    made = struck(tmp_path, monkeypatch, *lines)
     assert made.params_sha256 == calm.params_sha256
     assert made.extra["ps"]["duplicates_refused"] >= 1
     assert made.restarts == 0

@@ -192,7 +192,7 @@ def test_killed_after_a_decision_and_before_an_answer(tmp_path, monkeypatch, cal
         monkeypatch,
         "worker/0 send Done 4 kill",
         "scheduler did CommitRecord 20 kill",
-        "server/0/a send PushAck 70 kill",
+        "server/0/a send CommitAck 35 kill",
     )
     assert made.params_sha256 == calm.params_sha256
     assert made.examples_seen == calm.examples_seen

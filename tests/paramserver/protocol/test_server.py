@@ -117,10 +117,39 @@ def test_a_step_that_is_complete_is_told_to_the_scheduler_and_again_with_every_c
     replies, todo = one.handle(first, 0.0)
     assert kinds(replies) == ["Staged"]
     (ready,) = [effect.message for effect in todo if isinstance(effect, effects.Continue)]
-    assert kinds(tell(one, ready)) == ["Pulled", "PushAck"]  # the worker waits for the params, not for the answer
+    assert kinds(tell(one, ready)) == ["Pulled"]
     replies, todo = one.handle(first, 1.0)
     assert kinds(replies) == ["Staged", "PushAck"]
     assert replies[1].message.status == "duplicate"
+
+
+def tick(one):
+    return [message for _, message in tell(one, messages.Tick()) if not isinstance(message, messages.Heartbeat)]
+
+
+def test_a_staged_push_is_answered_at_the_next_tick_because_the_next_lease_tells_the_same():
+    one = synchronous()
+    assert "PushAck" not in kinds(tell(one, FIRST_PUSH))
+    assert tick(one) == [messages.PushAck(0, 0, 1, 1, "staged")]
+    assert tick(one) == []
+
+
+def test_a_staged_push_is_answered_at_once_where_another_slice_waits_for_the_worker():
+    one = server(PRIMARY, mode="sync", durability="snapshot", workers=2)
+    tell(one, membership(1, backup=""))  # of one worker
+    assert kinds(tell(one, FIRST_PUSH)) == ["PushAck"]
+    assert tick(one) == []
+
+
+def test_a_replaced_primary_answers_no_push_at_its_next_tick():
+    """Another primary may have rolled back since, or have lost the push with this one."""
+    one = synchronous()
+    tell(one, FIRST_PUSH)
+    place = messages.ShardPlace(BACKUP, 1, PRIMARY, 1, True)
+    tell(one, dataclasses.replace(membership(2), shards=(place,)))
+    assert tick(one) == []
+    tell(one, membership(3, backup=""))
+    assert tick(one) == []
 
 
 def test_a_pull_that_waited_for_a_commit_is_answered_once_the_backup_has_it():
