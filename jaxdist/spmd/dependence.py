@@ -68,28 +68,31 @@ def with_results(function: Callable[..., Any], args: Sequence[Any], changes: Seq
     return jax.tree.unflatten(jax.tree.structure(shapes), last)
 
 
-def after(value: jax.Array, flag: jax.Array) -> jax.Array:
-    """Return `flag`, a bool scalar; on CPU devices, what uses it is computed after `value`, a float array.
+def false_after(value: jax.Array) -> jax.Array:
+    """Return False; on CPU devices, what uses it is computed after `value`, an array that is not empty.
 
     A barrier would not do: XLA removes it before it compiles for the CPU. Other devices compute in one order anyway.
     """
-    found: jax.Array = _after_p.bind(value, flag)
+    found: jax.Array = _false_after_p.bind(value.reshape(-1)[0])
     return found
 
 
-def _lower_after_on_cpu(context: Any, *operands: Any) -> Any:
-    def compute(value: jax.Array, flag: jax.Array) -> jax.Array:
-        first = value.reshape(-1)[0]
-        bit = jax.lax.bitcast_convert_type(first, f"uint{jnp.finfo(value.dtype).bits}") & 1
-        return flag | (bit > 1)  # never, which XLA does not see
+def _lower_on_cpu(context: Any, value: Any) -> Any:
+    def compute(value: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(value, f"uint{8 * value.dtype.itemsize}")
+        return (bits & 1) > 1  # which XLA does not see through
 
-    return mlir.lower_fun(compute, multiple_results=False)(context, *operands)
+    return mlir.lower_fun(compute, multiple_results=False)(context, value)
 
 
-_after_p = Primitive("after")
-_after_p.def_abstract_eval(lambda value, flag: flag)
-mlir.register_lowering(_after_p, lambda context, value, flag: [flag])
-mlir.register_lowering(_after_p, _lower_after_on_cpu, platform="cpu")
+def _lower_elsewhere(context: Any, value: Any) -> Any:
+    return mlir.lower_fun(lambda value: jnp.zeros((), bool), multiple_results=False)(context, value)
+
+
+_false_after_p = Primitive("false_after")
+_false_after_p.def_abstract_eval(lambda value: value.update(dtype=jnp.dtype(bool), weak_type=False))
+mlir.register_lowering(_false_after_p, _lower_elsewhere)
+mlir.register_lowering(_false_after_p, _lower_on_cpu, platform="cpu")
 
 
 def uses(jaxpr: Any, primitive: str) -> bool:
@@ -123,6 +126,8 @@ def _joined(marked: Iterable[int]) -> int:
 
 def _through(equation: Any, inputs: list[int], added: Added) -> list[int]:
     """Return the marks of each result of an equation; looks into the functions it calls."""
+    if equation.primitive is _false_after_p:
+        return [0]
     everything = [_joined(inputs)] * len(equation.outvars)
     if not any(inputs):
         return everything

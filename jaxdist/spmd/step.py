@@ -33,7 +33,7 @@ STEP_HASHES = "step_hashes"
 """The metric with the hashes of a canonical step, uint32 of one dim: those of the logical shards, then the step's."""
 
 _MOST_IN_FLIGHT = 16
-_ABREAST = 4
+ABREAST = 4
 """Small leaves whose updates may be ready together: with all else, too few to wake a thread (see `keep_in_turn`)."""
 
 
@@ -238,10 +238,10 @@ def keep_in_turn(stays: jax.Array) -> Keep:
     chosen: list[jax.Array] = []
 
     def keep(old: jax.Array, new: jax.Array) -> jax.Array:
-        waits = len(chosen) >= _ABREAST and new.size <= reduce.PACKED_MAX_SIZE
-        leaf = jnp.where(dependence.after(chosen[-_ABREAST], stays) if waits else stays, old, new)
-        if 0 < leaf.size <= reduce.PACKED_MAX_SIZE and jnp.issubdtype(leaf.dtype, jnp.floating):
-            chosen.append(leaf)
+        is_small = 0 < new.size <= reduce.PACKED_MAX_SIZE and jnp.issubdtype(new.dtype, jnp.floating)
+        waits = is_small and len(chosen) >= ABREAST
+        leaf = jnp.where(stays | dependence.false_after(chosen[-ABREAST]) if waits else stays, old, new)
+        chosen.extend([leaf] if is_small else [])
         return leaf
 
     return keep

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxdist.spmd.dependence import after, depends, marks, uses, with_results
+from jaxdist.spmd.dependence import depends, false_after, marks, uses, with_results
 
 X = jnp.ones(3)
 
@@ -96,13 +96,18 @@ def test_results_are_changed_where_they_appear(function, expected, jitted):
     assert jax.tree.map(float, found) == expected
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("flag", [True, False])
-def test_a_flag_that_waits_for_a_value_keeps_its_own(dtype, flag):
-    values = [*np.array([0, 1, -1, np.nan, np.inf, -np.inf, 1e-7, 3.14159], dtype)]
-    assert all(bool(jax.jit(after)(jnp.full(3, value), flag)) is flag for value in values)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.uint32, jnp.int8])
+def test_false_after_any_value_is_false(dtype):
+    values = np.array([0, 1, 3, 100], dtype)
+    if jnp.issubdtype(dtype, jnp.floating):
+        values = np.append(values, np.array([-1, np.nan, np.inf, -np.inf, 1e-7, 3.14159], dtype))
+    assert not any(bool(jax.jit(false_after)(jnp.full(3, value))) for value in values)
 
 
-def test_the_program_computes_the_value_before_the_flag():
-    text = jax.jit(lambda x, flag: after(jnp.sort(x), flag)).lower(X, True).compile().as_text()
+def test_a_value_is_computed_before_what_is_false_after_it():
+    text = jax.jit(lambda x: false_after(jnp.sort(x))).lower(X).compile().as_text()
     assert "sort(" in text
+
+
+def test_what_is_false_after_a_value_does_not_depend_on_it():
+    assert depends(lambda x, y: (y | false_after(x), x), (X, True), (True, False)) == (False, True)

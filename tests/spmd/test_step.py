@@ -319,10 +319,10 @@ def test_the_choices_of_small_leaves_follow_in_turn_and_others_do_not():
         return [keep(leaf, leaf + 1) for leaf in leaves]
 
     def num_waits(leaves):
-        return sum(each.primitive.name == "after" for each in jax.make_jaxpr(kept)(leaves).eqns)
+        return sum(each.primitive.name == "false_after" for each in jax.make_jaxpr(kept)(leaves).eqns)
 
     small, large = jnp.ones(3), jnp.ones(reduce.PACKED_MAX_SIZE + 1)
-    assert num_waits([small] * 9) == 9 - steps._ABREAST
+    assert num_waits([small] * 9) == 9 - steps.ABREAST
     assert num_waits([large] * 9) == num_waits([jnp.ones(3, jnp.int32)] * 9) == num_waits([jnp.ones(0)] * 9) == 0
     assert [float(leaf[0]) for leaf in jax.jit(kept)([small] * 9)] == [1.0] * 9
 

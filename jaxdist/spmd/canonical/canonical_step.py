@@ -10,11 +10,12 @@ from jax.sharding import Mesh
 
 from jaxdist.spmd import device_program, keys, precision, reduce
 from jaxdist.spmd import layout as layouts
+from jaxdist.spmd import step as steps
 from jaxdist.spmd.canonical import adding, shard_sums, state_update
 from jaxdist.spmd.mesh import DATA_AXIS
 from jaxdist.spmd.metrics import Batch
 from jaxdist.spmd.state import PlacedInputs, TrainState
-from jaxdist.spmd.step import KeepsKey, Metrics, Step, apply_averages, chosen_afterwards, first_nonfinite_of_whole
+from jaxdist.spmd.step import KeepsKey, Metrics, Step
 
 KeylessStep: TypeAlias = Callable[[TrainState, keys.PlainKey, jax.Array | None, Batch], tuple[TrainState, Metrics]]
 """A step given the state's key as plain numbers and the inputs of the optimizer, already placed."""
@@ -117,8 +118,16 @@ def _state_update(
     def update(state: TrainState, inputs: jax.Array | None, total: jax.Array) -> tuple[TrainState, Metrics]:
         sums, _ = sums_of_shards.unravel(total)
         averages = reduce.average(sums, state.model_state)
-        first = first_nonfinite_of_whole(averages)
-        return apply_averages(state, averages, optimizer, inputs, first=first, choose=chosen_afterwards)
+        first = steps.first_nonfinite_of_whole(averages)
+        return steps.apply_averages(
+            state,
+            averages,
+            optimizer,
+            inputs,
+            first=first,
+            choose=steps.chosen_afterwards,
+            keep_where=steps.keep_in_turn,
+        )
 
     def hash_step(total: jax.Array, params: Any, model_state: Any) -> jax.Array:
         sums, rows = sums_of_shards.unravel(total)
