@@ -85,14 +85,20 @@ def test_a_line_cut_short_by_a_death_does_not_count(tmp_path):
     assert ledger.check(ledger.read(tmp_path), num_examples=8) == 1
 
 
-def test_a_damaged_line_and_a_gap_are_refused(tmp_path):
+@pytest.mark.parametrize("damaged", ["2 0 2", "2 1", "from", "from 1 2"])
+def test_a_damaged_line_is_refused(tmp_path, damaged):
     record(tmp_path, 0, 3, 8, 2)
     path = tmp_path / ledger.FILE_NAME
-    whole = path.read_text()
-    path.write_text(whole.replace("2 0 2 4\n", "2 0 2\n"))
+    path.write_text(path.read_text().replace("2 0 2 4\n", f"{damaged}\n"))
     with pytest.raises(ledger.LedgerError, match="Line 4 of the ledger cannot be read"):
         ledger.read(tmp_path)
-    path.write_text(whole)
+
+
+def test_a_gap_in_the_steps_is_refused_also_where_no_example_is_missing(tmp_path):
+    record(tmp_path, 0, 3, 8, 2)
+    entries = ledger.read(tmp_path)
+    with pytest.raises(ledger.LedgerError, match="After step 2 the ledger continues with step 4"):
+        ledger.check([*entries[:2], dataclasses.replace(entries[2], step=4)], num_examples=8)
     record(tmp_path, 5, 6, 8, 2)
     with pytest.raises(ledger.LedgerError, match="continues from step 5, but the last recorded step is 3"):
         ledger.read(tmp_path)
