@@ -34,14 +34,9 @@ def nnx(
     other variables model_state, except random state: that is created from the key given to loss_fn in each call, so
     that a step remains a function of its arguments and a checkpoint needs no hidden counters.
 
-    Args:
-      make_module: `make_module(rngs)` builds the module. It is called as `module(*inputs)`, with `train=` and `mask=`
-        if it takes them, after `module.train()` or `module.eval()`.
-      loss: see `Loss`; `jaxdist.losses` has the usual ones.
-      example_batch: arrays or jax.ShapeDtypeStructs with the shapes of a batch; only its field names are used.
-      inputs: the batch field, or fields in order, that the module is called with.
-      precision: see `linen`.
-      is_checked: see `from_model`.
+    `make_module(rngs)` builds the module. It is called as `module(*inputs)`, with `train=` and `mask=` if it takes
+    them, after `module.train()` or `module.eval()`. Of the example batch only the field names are used; for the rest
+    see `linen`.
 
     Raises:
       ValueError: see `linen`; but `train` need not be taken.

@@ -114,13 +114,8 @@ def stamp(progress: Progress) -> dict[str, float]:
 class Bookkeeper:
     """Keeps the records of one attempt; once it exists, the run directory belongs to this run and can be resumed.
 
-    Args:
-      attempt: the attempt.
-      checkpointer: of the run directory.
-      progress: at the start of the attempt; the loop advances it in place.
-      stopwatch: already running.
-      evaluate: returns the metrics of a state on the held-out data; None without such data.
-      extra: further keys of the run record.
+    The stopwatch is running already, and the loop advances `progress` in place. `evaluate` returns the metrics of a
+    state on the held-out data, None without such data; `extra` returns further keys of the run record.
     """
 
     def __init__(

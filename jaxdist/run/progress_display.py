@@ -96,14 +96,10 @@ def make_display(
 ) -> "Silent | Lines | Bar":
     """Return a bar if the stream is a terminal, else plain lines; nothing at all when silent.
 
-    Args:
-      bounds: what is known about the end; `max_seconds` counts from this call, less the carried seconds.
-      global_batch_size: turns steps/s into examples/s (for people: a ragged last batch counts as a whole one).
-      start_step: the step that a resumed run continues from.
-      carried_seconds: what a resumed run has used of its time already.
-      deciding: the metric that decides when the run ends; it is always shown.
-      silent: with --json, and on every process but process 0.
-      stream: standard error unless given, so that standard output stays free for results.
+    `max_seconds` of the bounds counts from this call, less the seconds that a resumed run has used already. Examples a
+    second are for people: a ragged last batch counts as a whole one. The deciding metric is always shown. A run is
+    `silent` with --json, and on every process but process 0. Standard output stays free for results: without a stream,
+    standard error is written to.
     """
     if silent:
         return Silent()
@@ -117,11 +113,7 @@ def make_display(
 
 
 class Pace:
-    """The speed and the remaining time of a run, from the last `window` samples; the first step starts the count.
-
-    Args:
-      clock: seconds, monotonic.
-    """
+    """The speed and the remaining time of a run, from the last `window` samples; the first step starts the count."""
 
     def __init__(
         self,

@@ -240,12 +240,8 @@ class Paced:
     The first step is always included, so a run that makes any progress keeps it. The duration of a call and of a step
     are measured during the run; the idea is CheckFreq's (Mohan et al., FAST 2021).
 
-    Args:
-      take: the hook that is called.
-      cost_seconds: the duration of a call, as far as it is known.
-      step_seconds: the duration of a step; None while it is not known.
-      agreed: combines the processes' measurements into one number; see `agreement.Agreement.number`.
-      share: of the time that the calls may take.
+    The duration of a call is `cost_seconds`, as far as it is known, that of a step `step_seconds`, None while it is
+    not. `agreed` combines the processes' measurements into one number; see `agreement.Agreement.number`.
     """
 
     def __init__(

@@ -17,9 +17,7 @@ class Stopwatch:
     Accounts nest: `with watch.account("compile")` inside `with watch.account("compute")` takes its time from the outer
     one, and time outside all accounts is `other`; so the accounts always add up to the wall time. For one thread.
 
-    Args:
-      carried: time_seconds of the run that this one resumes; counted on.
-      clock: seconds, monotonic.
+    `carried` are the time_seconds of the run that this one resumes, which are counted on.
     """
 
     def __init__(

@@ -29,10 +29,8 @@ def is_full(error: BaseException) -> bool:
 class Backlog(Generic[Item]):
     """Writes items in their order; from a full disk on they wait, and each further one tries again.
 
-    Args:
-      write: writes one item, which is written again, whole, if this raises OSError.
-      what: is being written; for the warning, which is shown once a time that the disk is full.
-      most_kept: items that wait for room; beyond that the oldest are dropped.
+    `write` writes one item, which is written again, whole, if this raises OSError. `what` is for the warning, which is
+    shown once a time that the disk is full. Beyond `most_kept` items the oldest are dropped.
     """
 
     def __init__(self, write: Callable[[Item], object], what: str, *, most_kept: int = 100_000):

@@ -46,10 +46,8 @@ class LedgerError(ValueError):
 class Recorder:
     """Writes the ledger; in one process only, since all processes train on parts of one batch.
 
-    Args:
-      run_dir: the directory of ledger.txt; an existing file is appended to.
-      step: the step that training continues from, 0 for a new run.
-      place: the position in the data after that step; None at the very beginning.
+    An existing file is appended to. `place` is the position in the data after `step`, from which training continues;
+    None at the very beginning.
     """
 
     def __init__(self, run_dir: pathlib.Path, *, step: int = 0, place: EpochPosition | None = None):

@@ -42,13 +42,8 @@ class PerDeviceProgram:
     takes the part of a replica for the whole array ("Shape mismatch during ToLiteral").
     Compiled at the first call, for its shapes.
 
-    Args:
-      function: of single-device arrays; traced once.
-      mesh: devices of one kind.
-      in_specs: one for each argument, for all its leaves.
-      out_spec: for all leaves of the result.
-      donate_argnums: arguments whose memory the result may take.
-      exchanges: whether `function` calls `exchange`.
+    The function is traced once. There is one of `in_specs` for each argument, for all its leaves; the result may take
+    the memory of `donate_argnums`. `exchanges` is whether the function calls `exchange`.
     """
 
     def __init__(

@@ -47,13 +47,8 @@ class GroupProgram:
     Called with trees of global arrays: what is sharded over the batch axes, in its leading dim, is divided among the
     groups; the rest all groups hold. Compiled at the first call, for its shapes.
 
-    Args:
-      function: of a group's arrays; traced once.
-      mesh: the devices, with the batch axes first.
-      batch_axes: along which the groups stand.
-      out_specs: `out_specs(shapes of the result) -> specs` of the global result; a replicated one must be computed
-        from replicated arguments only.
-      donate_argnums: arguments whose memory the result may take.
+    The function is traced once. `out_specs(shapes of the result)` gives the specs of the global result; a replicated
+    one must be computed from replicated arguments only. The result may take the memory of `donate_argnums`.
     """
 
     def __init__(

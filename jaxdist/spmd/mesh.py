@@ -74,12 +74,9 @@ def batch_sizes(
 ) -> BatchSizes:
     """Return how many examples of a global batch each host, device and microbatch gets.
 
-    Args:
-      global_batch_size: examples of one step, over all devices.
-      mesh: the mesh; the batch is sharded over `axes` and replicated over the others.
-      axes: names of the mesh axes the batch is sharded over.
-      num_microbatches: parts of a device's batch whose gradients are summed before the update.
-      logical_shards: for canonical reduction, the number of fixed slices of the batch.
+    The batch is sharded over `axes` and replicated over the others. `num_microbatches` are parts of a device's batch
+    whose gradients are summed before the update; `logical_shards` are the fixed slices of the batch under canonical
+    reduction.
 
     Raises:
       ValueError: the batch does not divide; the message proposes the nearest sizes that do.

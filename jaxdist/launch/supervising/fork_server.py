@@ -81,10 +81,8 @@ class Child:
 class ForkServer:
     """Starts processes that run a module as `python -m MODULE` does, without the time for imports.
 
-    Args:
-      preload: modules to import in advance, not those to run.
-      experiment: a Python file whose imports are made in advance, too. It is run under another name, and again by each
-        process, which reports its errors.
+    The modules `preload`, not those to run, are imported in advance, and so is what `experiment` imports: that file is
+    run under another name, and again by each process, which reports its errors.
     """
 
     def __init__(self, preload: Sequence[str] = (), *, experiment: str | None = None):

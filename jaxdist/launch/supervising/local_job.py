@@ -201,12 +201,8 @@ def run_group(
     A process that ends with `ExitStatus.RETRY` (preempted, or the watchdog found a hang) has not failed: the others,
     which received the same signal or verdict, get `ORDERLY_SECONDS` to end too.
 
-    Args:
-      group: of the job.
-      begin: starts the processes, or has those that were started begin.
-      signals: passes on the signals.
-      timeout_seconds: the job is ended when it takes longer.
-      started: called with the process ids once all have started.
+    `begin` starts the processes, or has those that were started begin; `started` is called with their ids once all
+    have. A job that takes longer than `timeout_seconds` is ended.
 
     Returns:
       The exit status: 0 if all processes ended with 0, else that of the first that failed (128 + signal when killed).

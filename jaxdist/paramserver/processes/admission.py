@@ -112,11 +112,8 @@ class Guest:
 class Admission:
     """Takes in commands while it is open. `deaths` and the like are called by the thread that watches the run.
 
-    Args:
-      spec: of the run; its `door` says where to listen.
-      directory: folder of the run.
-      security: of the run, not of one attempt.
-      first_worker: number of the first worker that joins.
+    The `door` of the spec says where to listen; `security` is that of the run, not of one attempt. `first_worker` is
+    the number of the first worker that joins.
     """
 
     def __init__(self, spec: Spec, directory: pathlib.Path, security: Security, *, first_worker: int) -> None:

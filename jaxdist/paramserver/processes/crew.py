@@ -68,10 +68,8 @@ class Crew(Protocol):
 class LocalCrew:
     """Processes of this machine.
 
-    Args:
-      names: names of the processes.
-      directory: folder of the run, with the file `run_folder.SPEC_NAME` and the logs.
-      token: secret of the run.
+    `directory` is the folder of the run, with the file `run_folder.SPEC_NAME` and the logs; the token is the run's
+    secret.
     """
 
     def __init__(self, names: Sequence[str], directory: pathlib.Path, token: str) -> None:

@@ -67,13 +67,8 @@ class World(Protocol):
 class Driver:
     """Runs one state machine; `exit` is not None once it has exited.
 
-    Args:
-      machine: the state machine.
-      world: see World.
-      observe: called with every effect after it is done, for example effects.Committed.
-      tick_seconds: seconds between two ticks.
-      pulse_seconds: see `pulse`.
-      point: called before and after everything this process does; see `faults`.
+    `observe` is called with every effect after it is done, for example effects.Committed; `point` before and after
+    everything this process does, see `faults`. For `pulse_seconds` see `pulse`.
     """
 
     def __init__(

@@ -75,10 +75,7 @@ class Bins:
 class History:
     """The history of one process, continued from its file by a process that is restarted.
 
-    Args:
-      name: of the process.
-      directory: folder of the run.
-      clock: seconds since 1970, the same for all processes of a machine.
+    The clock counts seconds since 1970, the same for all processes of a machine.
     """
 
     def __init__(self, name: str, directory: pathlib.Path, clock: Clock = time.time) -> None:

@@ -44,10 +44,8 @@ def join(run_dir: pathlib.Path, num_workers: int) -> int:
 def join_at(address: str, num_workers: int, experiment: pathlib.Path | None) -> int:
     """Join the run at an address with workers of this machine; return the exit status.
 
-    Args:
-      address: the `host:port` that the run shows at its start.
-      num_workers: how many join.
-      experiment: its experiment file on this machine; None where it has the same path.
+    `address` is the `host:port` that the run shows at its start; `experiment` is its file on this machine, None where
+    it has the same path.
 
     Raises:
       UserError: there is no such run, the token is wrong, or this machine differs.
@@ -126,10 +124,8 @@ def _spec_here(
 class Keeper:
     """Keeps the processes of a guest alive until the run is over or they have left.
 
-    Args:
-      line: the connection to the process that started the run.
-      crew: of this machine; not started yet.
-      host: address at which processes of a lost machine would listen here.
+    `line` is the connection to the process that started the run. The crew of this machine is not started yet. At `host`
+    the processes of a lost machine would listen here.
     """
 
     def __init__(self, line: admission.Line, crew: LocalCrew, host: str = "") -> None:

@@ -19,11 +19,8 @@ LOST_AFTER = 2.0
 class OpenCrew:
     """See `crew.Crew`.
 
-    Args:
-      crew: the processes of this machine, or of a cluster.
-      door: admits the others.
-      lost_after_seconds: how long a machine may be away before its processes are placed elsewhere.
-      clock: seconds, monotonic.
+    `crew` has the processes of this machine, or of a cluster; `door` admits the others. A machine may be away for
+    `lost_after_seconds` before its processes are placed elsewhere.
     """
 
     def __init__(

@@ -14,9 +14,7 @@ from jaxdist.paramserver.processes.run_folder import ADDRESSES_NAME
 class Addresses(Mapping[str, str]):
     """Process name -> `host:port`, as it is at the time of the question.
 
-    Args:
-      given: the addresses at the start of the run.
-      directory: folder of the run, with a file for each process that came or moved later.
+    `given` are the addresses at the start of the run; its folder has a file for each process that came or moved later.
     """
 
     def __init__(self, given: Mapping[str, str], directory: pathlib.Path) -> None:

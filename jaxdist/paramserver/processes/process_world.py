@@ -95,11 +95,8 @@ def try_report(path: pathlib.Path, content: Any) -> None:
 class ProcessWorld:
     """The World of a process of a run. `run` drives a state machine in it.
 
-    Args:
-      directory: the directory of its files.
-      log: the log of a scheduler; None for other roles.
-      gradient: computes the gradients of a worker, in a thread of its own.
-      prepare: reads the examples of a lease before its params have arrived, in the same thread.
+    `log` is that of a scheduler, None for other roles. `gradient` computes the gradients of a worker in a thread of its
+    own, where `prepare` reads the examples of a lease before its params have arrived.
     """
 
     def __init__(

@@ -52,9 +52,7 @@ class ReportFiles:
 
     On a full disk it waits for room, as the log of the scheduler does.
 
-    Args:
-      directory: folder of the run.
-      ledger: whether to record the examples of each step in the run directory.
+    `directory` is the folder of the run; `ledger` is whether to record the examples of each step in the run directory.
     """
 
     def __init__(self, directory: pathlib.Path, *, ledger: bool = False) -> None:

@@ -14,10 +14,7 @@ STOP_SECONDS = 10.0
 class RoomWatch:
     """Tells the user that the run waits for room, once for each time that the disk is full.
 
-    Args:
-      run_dir: the run directory, for messages.
-      directory: the folder that the processes write to.
-      clock: seconds, monotonic.
+    `directory` is the folder that the processes write to; the run directory is for messages.
     """
 
     def __init__(

@@ -56,9 +56,7 @@ def names_of(experiment: Experiment) -> list[str]:
 class ServedJob:
     """See `striker.JobUnderFire`; the processes that join and leave are the workers.
 
-    Args:
-      run_dir: of the run.
-      names: its processes at the start.
+    `names` are the processes of the run at its start.
     """
 
     def __init__(self, run_dir: pathlib.Path, names: Sequence[str]) -> None:

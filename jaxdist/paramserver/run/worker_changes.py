@@ -15,10 +15,8 @@ def _count(workers: Collection[int]) -> str:
 class WorkerChanges:
     """Collects the changes as run.json has them.
 
-    Args:
-      earlier: those of the attempts before.
-      num_workers: of the configuration; their first start is no change.
-      num_others: processes that are no workers.
+    `earlier` are those of the attempts before. The first start of the `num_workers` of the configuration is no change;
+    `num_others` processes are no workers.
     """
 
     def __init__(self, earlier: Sequence[Mapping[str, Any]], *, num_workers: int, num_others: int) -> None:

@@ -72,13 +72,8 @@ class Budget:
 class Incoming(asyncio.BufferedProtocol):
     """One connection that a peer opened. All methods but `_note_handled` run in the thread of the event loop.
 
-    Args:
-      loop: the event loop.
-      token: what the peer must know.
-      budget: for messages on the bulk lane.
-      receive: called with every complete message, by lane.
-      connections: the set of open connections, which this one joins and leaves.
-      scratch: memory that is used only while bytes are taken, so all connections may share it.
+    `receive` is called with every complete message, by lane; `budget` is for those on the bulk lane. `connections` are
+    the open ones, which this joins and leaves. `scratch` is used only while bytes are taken, so all may share it.
     """
 
     def __init__(

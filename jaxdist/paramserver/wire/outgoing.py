@@ -30,12 +30,8 @@ class Outgoing(asyncio.Protocol):
 
     `_turn` is held by the thread that sends or changes the connection.
 
-    Args:
-      loop: the event loop.
-      address: returns the present `host:port` of the peer; called in the loop.
-      lane: CONTROL or BULK.
-      token: what both ends must know.
-      tls: for a connection by mutual TLS.
+    `address` returns the present `host:port` of the peer, and is called in the loop; `lane` is CONTROL or BULK; `tls`
+    is for a connection by mutual TLS.
     """
 
     def __init__(

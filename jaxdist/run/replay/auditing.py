@@ -53,12 +53,8 @@ class Auditor:
 
     All processes call it at the same steps and come to the same result.
 
-    Args:
-      audit: computes the votes.
-      schedule: which steps are audited.
-      devices: of the mesh, in its order.
-      ends: whether a finding ends the run; otherwise it is told and recorded, and training continues.
-      earlier: what the run record of an earlier attempt says of audits.
+    Unless a finding `ends` the run, it is told and recorded, and training continues. `earlier` is what the run record
+    of an earlier attempt says of audits.
     """
 
     def __init__(

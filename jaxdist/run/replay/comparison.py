@@ -124,12 +124,7 @@ def chain_of(run_dir: pathlib.Path) -> tuple[record.RunRecord, step_chain.StepCh
 
 def _changed(first: Mapping[str, Any], second: Mapping[str, Any], names: tuple[str, ...]) -> list[str]:
     changes = [change for name in names for change in record.differences(name, first.get(name), second.get(name))]
-    return [change for change in changes if not _is_no_change(change)]
-
-
-def _is_no_change(change: str) -> bool:
-    """Return whether it decides nothing: a setting that another version lacks, or what only predictions use."""
-    return "not set" in change.split(" -> ")[0] or change.endswith("-> not set") or change.startswith(_PREDICTS)
+    return [change for change in changes if not change.startswith(_PREDICTS)]  # which decides predictions alone
 
 
 def _check_same_form(first: step_chain.Form, second: step_chain.Form, settings: list[str]) -> None:

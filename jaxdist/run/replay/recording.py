@@ -27,10 +27,8 @@ _MOST_TOLD = 3
 class ChainRecorder:
     """A hook that reads the hashes of steps some steps late, when they are computed, and writes them to the chain.
 
-    Args:
-      recorder: writes the chain; None on processes other than the first, which only keep step.
-      earlier: what the run record of an earlier attempt says of the chain.
-      clock: seconds.
+    There is a recorder on process 0 alone; the others only keep step. `earlier` is what the run record of an earlier
+    attempt says of the chain.
     """
 
     def __init__(

@@ -139,12 +139,9 @@ def read(run_dir: pathlib.Path) -> StepChain | None:
 class ChainFile:
     """Writes the chain of a run directory; on process 0 only, since the hashes are the same on all.
 
-    Args:
-      run_dir: the run directory.
-      form: what the hashes are of. A file of another form is set aside.
-      step: the step that training continues from, 0 for a new run.
-      compares: whether the steps after it, where they were recorded, must have the same bits; otherwise, after
-        settings were changed for example, they are forgotten.
+    Training continues from `step`, 0 for a new run. Where it `compares`, the steps after it that were recorded must
+    have the same bits; otherwise, after settings were changed for example, they are forgotten. A file of another form
+    is set aside.
     """
 
     def __init__(self, run_dir: pathlib.Path, form: Form, *, step: int, compares: bool):

@@ -17,10 +17,7 @@ LOGS = "logs"
 class Conductor:
     """Gives out the trials of a sweep that are left, and records what became of each.
 
-    Args:
-      sweep: what is tried.
-      sweep_dir: its directory, which exists.
-      proposals: asked for trials that the sweep does not plan beforehand; None for a sweep that does.
+    `proposals` are asked for trials that the sweep does not plan beforehand; None for a sweep that does.
     """
 
     def __init__(

@@ -14,11 +14,7 @@ class OptunaProposals:
     The study is in memory. A sweep that is resumed tells it again what its trials gave, so that nothing but the record
     of the sweep need be kept.
 
-    Args:
-      settings: what to search.
-      mode: whether larger or smaller values are better.
-      seed: of the sampler.
-      known: number of trials that were proposed before: what the sampler draws then continues, not repeats.
+    `known` trials were proposed before: what the sampler draws then continues, not repeats.
 
     Raises:
       UserError: Optuna is not installed.

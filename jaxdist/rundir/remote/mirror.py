@@ -37,12 +37,9 @@ class LostError(Exception):
 class Mirror:
     """Uploads a run directory; `once` makes one pass, `start` and `finish` run it beside a run.
 
-    Args:
-      run_dir: on this machine.
-      store: where it is uploaded to.
-      lock: of the store; None if nothing else writes there.
-      known: the files that are the same on both sides, with their signatures; see `signatures`.
-      replaces: whether a run in the store is to be replaced, once this one has saved a checkpoint.
+    `lock` is that of the store, None if nothing else writes there. `known` are the files that are the same on both
+    sides, with their `signatures`. `replaces` is whether a run in the store is to be replaced, once this one has saved
+    a checkpoint.
     """
 
     def __init__(

@@ -39,10 +39,7 @@ class StoreError(OSError):
 class RunStore:
     """The objects below an address.
 
-    Args:
-      address: of the run directory.
-      files: the file system of fsspec.
-      root: the path of the run directory in it.
+    `files` is the file system of fsspec, and `root` the path of the run directory in it.
     """
 
     def __init__(self, address: Address, files: Any, root: str):

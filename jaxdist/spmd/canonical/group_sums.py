@@ -39,13 +39,8 @@ class GroupSums:
     Calling it with (shared, batch) returns (the tree of the sums over the global batch, what `look_fn` gives of all
     shards, added), which all groups have. The programs are compiled at the first call.
 
-    Args:
-      shard_fn: traced once, for the shapes of one logical shard.
-      mesh: the axes of the batch come first.
-      logical_shards: at least as many as groups.
-      axes: that the batch is sharded over.
-      sum_specs: how a group holds the sums.
-      look_fn: computed by a program of its own: XLA would partition that of the sums otherwise for its sake.
+    `shard_fn` is traced once, for the shapes of one logical shard. `sum_specs` says how a group holds the sums.
+    `look_fn` is computed by a program of its own: XLA would partition that of the sums otherwise for its sake.
     """
 
     def __init__(

@@ -40,14 +40,10 @@ class LogicalShardSums:
     Calling it with (shared, batch) returns the sum over the global batch, a replicated flat vector that `unravel`
     turns into a tree. The programs are compiled at the first call, once.
 
-    Args:
-      shard_fn: traced once, for the shapes of one logical shard.
-      mesh: of the axes `axes`, with at most `logical_shards` devices. Where their number does not divide
-        `logical_shards`, the batch is placed as a `mesh.DealtBatch`.
-      logical_shards: any number; a power of two that the devices divide takes the fewest messages.
-      axes: that the batch is sharded over.
-      finish_fn: `finish_fn(flat, index) -> flat`, applied to the flat vector of each logical shard.
-      adding: chooses how the vectors are added, by what takes the fewest messages or the least memory.
+    `shard_fn` is traced once, for the shapes of one logical shard. The axes have at most as many devices as there are
+    logical shards; where their number does not divide that, the batch is placed as a `mesh.DealtBatch`, and a power of
+    two takes the fewest messages. `finish_fn(flat, index)` is applied to the vector of each logical shard; `adding`
+    chooses how the vectors are added, by what takes the fewest messages or the least memory.
     """
 
     def __init__(

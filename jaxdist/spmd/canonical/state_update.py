@@ -48,10 +48,8 @@ def gathering(mesh: Mesh) -> Callable[[PyTree], PyTree]:
 class StateUpdate:
     """Updates a state, which it donates, and keeps its layout. What it compiles, it compiles at the first call.
 
-    Args:
-      update: pure; traced for the whole state.
-      mesh: of the state.
-      hash_step: `hash_step(total, params, model_state) -> hashes` of a step, whole numbers; None for no hashes.
+    `update` is pure, and traced for the whole state. `hash_step(total, params, model_state)` gives the hashes of a
+    step, whole numbers; None for no hashes.
     """
 
     def __init__(self, update: Update, mesh: Mesh, hash_step: Callable[..., jax.Array] | None = None):

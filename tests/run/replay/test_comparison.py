@@ -121,7 +121,6 @@ def test_steps_that_one_run_has_not_recorded_are_counted(tmp_path):
 def test_the_same_bits_are_expected_of_the_same_settings(changes, expected):
     experiment = tiny_experiment.get_config()
     config = json.loads(json.dumps(record.plain(experiment)))
-    del config["data"]["prefetch"]  # recorded by a version that did not have it yet
     earlier = types.SimpleNamespace(versions=record.versions(), extra={}, config=config)
     assert comparison.same_bits_expected(overrides.override(experiment, changes), earlier) is expected
 
@@ -144,3 +143,11 @@ def test_other_bits_may_come_of_another_version_or_number_of_threads(version, ex
     extra = {name: comparison.cpu_threads() if threads == HERE else threads for name, threads in extra.items()}
     earlier = types.SimpleNamespace(versions=record.versions() | version, extra=extra, config=config)
     assert expected == comparison.same_bits_expected(experiment, earlier)
+
+
+def test_a_setting_that_one_of_two_runs_has_may_decide_the_bits():
+    experiment = tiny_experiment.get_config()
+    config = json.loads(json.dumps(record.plain(experiment)))
+    config["optimizer"]["arguments"] = {"b1": 0.5}
+    earlier = types.SimpleNamespace(versions=record.versions(), extra={}, config=config)
+    assert comparison.changed_since(earlier, experiment) == ["optimizer.arguments.b1 0.5 -> not set"]

@@ -65,12 +65,8 @@ def announced(folder: pathlib.Path) -> dict[int, str]:
 class CopyKeeper:
     """While entered, answers the other hosts, in threads.
 
-    Args:
-      memory: this host's directory in memory.
-      key: the secret.
-      host: at which address to listen, without port.
-      is_running: says whether processes of this host train.
-      ended: called with the term of an attempt that has ended on another host.
+    `host` is the address to listen at, without port. `is_running` says whether processes of this host train; `ended` is
+    called with the term of an attempt that has ended on another host.
 
     Attributes:
       address: HOST:PORT.
