@@ -4,7 +4,7 @@ import contextlib
 import functools
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
@@ -15,7 +15,7 @@ from flax import linen as flax_linen
 
 from jaxdist.adapters import first_calls, functions, module_checks
 from jaxdist.adapters.flax_trees import unboxed
-from jaxdist.adapters.functions import Forward, Functions, Loss, PyTree
+from jaxdist.adapters.functions import Functions, Loss, PyTree
 from jaxdist.spmd.metrics import Batch
 from jaxdist.spmd.precision import Precision
 
@@ -61,23 +61,29 @@ def linen(
     with first_calls.first_call(rule, type(module).__name__):
         shapes = jax.eval_shape(init, jax.random.key(0))
     collections = sorted(shapes[1])
-    streams: list[str] = []
 
-    def forward(
-        params: PyTree, model_state: PyTree, batch: Batch, key: jax.Array, *, train: bool
+    def call(
+        streams: Sequence[str], params: PyTree, model_state: PyTree, batch: Batch, key: jax.Array, *, train: bool
     ) -> tuple[Any, PyTree]:
         outputs, new_state = module.apply(
             {"params": unboxed(params), **(model_state or {})},
             *(batch[name] for name in fields),
-            rngs=_stream_keys(streams, key) if train else {},
+            rngs=_stream_keys(streams, key),
             mutable=collections if train else [],
             **functions.switches(accepted, batch, train),
         )
         return outputs, new_state
 
+    given = (*shapes, dict(example_batch), jax.eval_shape(jax.random.key, 0))
+    # Found when the module is first called: where process 0 traces for all, the others never call it.
+    streams = functools.cache(lambda: _streams_of(lambda names: functools.partial(call, names, train=True), given))
+
+    def forward(*args: Any, train: bool) -> tuple[Any, PyTree]:
+        return call(streams() if train else (), *args, train=train)
+
     forward = functions.in_precision(forward, precision)
-    _find_streams(streams, forward, shapes, example_batch)
     if not is_checked:
+        streams()
         module_checks.check_module(type(module), accepted, forward, loss, shapes, example_batch)
     return functions.make_functions(init, forward, loss, stateful=bool(collections))
 
@@ -87,20 +93,23 @@ def _stream_keys(streams: Sequence[str], key: jax.Array) -> dict[str, jax.Array]
     return {name: jax.random.fold_in(key, index) if index else key for index, name in enumerate(streams)}
 
 
-def _find_streams(
-    streams: list[str], forward: Forward, shapes: tuple[PyTree, PyTree], example_batch: Mapping[str, Any]
-) -> None:
-    """Fill `streams` with the names of the random streams that a Linen module draws from in training.
+def _streams_of(call_with: Callable[[Sequence[str]], Callable[..., Any]], args: Sequence[Any]) -> tuple[str, ...]:
+    """Return the names of the random streams that a Linen module draws from in training.
 
     With no stream given, Linen raises an error that names the one it asked for. Given the stream `params` alone, it
     would draw from that in place of every other, and lifted transformations (`nn.scan`, `nn.vmap`, `nn.RNN`), which
     split streams by name, would not find the one they are to split: every time step would drop the same features.
+
+    Args:
+      call_with: `call_with(streams)` calls the module with keys of these streams.
+      args: shapes of what it is called with; no values, which would enter a program that is being traced.
     """
+    streams: list[str] = []
     while True:
         looked_for: list[str] = []
         try:
             with _noting_has_rng(looked_for):
-                jax.eval_shape(functools.partial(forward, train=True), *shapes, dict(example_batch), jax.random.key(0))
+                jax.eval_shape(call_with(streams), *args)
         except flax_errors.InvalidRngError as error:
             asked = re.search(r'PRNG for "([^"]+)"', str(error))
             if asked is None or asked[1] in streams:
@@ -110,7 +119,7 @@ def _find_streams(
         # A module that draws only where it finds a stream raises nothing, and would never draw.
         missing = [name for name in dict.fromkeys(looked_for) if name not in (*streams, "params")]
         if not missing:
-            return
+            return tuple(streams)
         streams += missing
 
 

@@ -7,12 +7,19 @@ program is not just equivalent but the same. Loading takes milliseconds, and one
 
 A program in which the devices `exchange` values is compiled for their number. What is to have the same bits for every
 number is then computed `by_itself`.
+
+In a job process 0 traces and lowers a program, which takes longer than to load it, and tells the others what came out.
+So all run the very same program, and where they share processors the job starts sooner.
 """
 
+import functools
+import hashlib
+import itertools
+import json
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +33,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from jaxdist.spmd import jax_private
 
 PyTree: TypeAlias = Any
+Found = TypeVar("Found")
 
 _SMALL_SIZE = 1 << 18
 """Elements below which several threads are no help."""
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+_WAIT_SECONDS = 60.0
+"""How long to wait for what process 0 finds out; after that a process finds it out by itself."""
+_MOST_TOLD_BYTES = 1 << 21
+_LEAF = jax.tree.structure(0)
 
 
 class PerDeviceProgram:
@@ -58,6 +70,7 @@ class PerDeviceProgram:
     ):
         # keep_unused, so that the compiled program's arguments are the leaves of ours, one by one.
         self._function = jax.jit(function, donate_argnums=donate_argnums, keep_unused=True)
+        self._name, self._donated = getattr(function, "__qualname__", str(type(function))), donate_argnums
         self._mesh, self._in_specs, self._out_spec, self._exchanges = mesh, in_specs, out_spec, exchanges
         self._program: jax.stages.Compiled | None = None
 
@@ -87,17 +100,139 @@ class PerDeviceProgram:
         device, devices = self._mesh.local_devices[0], list(self._mesh.devices.flat)
         local = [_local(leaf, sharding, device) for leaf, sharding in zip(leaves, shardings, strict=True)]
         local_args = jax.tree.unflatten(structure, local)
-        lowered = self._function.lower(*local_args)
-        results = jax.tree.leaves(jax.eval_shape(self._function, *local_args))
+        shapes = [(leaf.shape, str(leaf.dtype), leaf.weak_type) for leaf in local]
+        lowered = told_by_first(
+            json.dumps([self._name, shapes, str(self._in_specs), str(self._out_spec)]),
+            lambda: _Lowered.of(self._function.lower(*local_args)),
+            self._mesh,
+            write=lambda found: found.to_bytes(local_args),
+            read=lambda content: _Lowered.from_bytes(content, local_args),
+        )
         mesh_executable = jax_private.mesh_executable(
-            _load(lowered, devices if self._exchanges else [device], devices),
+            _load(lowered.module, devices if self._exchanges else [device], devices),
             self._mesh,
             [_global_aval(leaf, sharding) for leaf, sharding in zip(local, shardings, strict=True)],
             shardings,
-            [_global_aval(leaf, NamedSharding(self._mesh, self._out_spec)) for leaf in results],
-            [NamedSharding(self._mesh, self._out_spec)] * len(results),
+            [_global_aval(leaf, NamedSharding(self._mesh, self._out_spec)) for leaf in lowered.results],
+            [NamedSharding(self._mesh, self._out_spec)] * len(lowered.results),
         )
-        return jax.stages.Compiled(mesh_executable, [], lowered.args_info, lowered.out_tree, no_kwargs=True)
+        info = tuple(
+            jax.tree.map(lambda leaf, donated=number in self._donated: _argument(leaf, donated), arg)
+            for number, arg in enumerate(local_args)
+        )
+        return jax.stages.Compiled(mesh_executable, [], (info, {}), lowered.structure, no_kwargs=True)
+
+
+class _Lowered(NamedTuple):
+    """A program that is traced and lowered: its module, and the leaves and the structure of its result.
+
+    `is_portable` says whether another process can load it: one that calls back into Python has addresses in it.
+    """
+
+    module: Any
+    results: Sequence[jax.ShapeDtypeStruct]
+    structure: Any
+    is_portable: bool = True
+
+    @classmethod
+    def of(cls, lowered: jax.stages.Lowered) -> "_Lowered":
+        results, structure = jax.tree.flatten(lowered.out_info)
+        return cls(lowered.compiler_ir(), results, structure, jax_private.is_portable(lowered))
+
+    def to_bytes(self, args: tuple[PyTree, ...]) -> bytes | None:
+        """Return the program for the other processes, None if they have to trace it by themselves.
+
+        Of the structure of the result only tuples, lists and dicts are written; other parts must be structured as an
+        argument is, for example the new state.
+        """
+        described = _described(self.structure, args) if self.is_portable else None
+        if described is None:
+            return None
+        results = [(leaf.shape, str(leaf.dtype), bool(leaf.weak_type)) for leaf in self.results]
+        return json.dumps([described, results]).encode() + b"\n" + jax_private.module_bytes(self.module)
+
+    @classmethod
+    def from_bytes(cls, content: bytes, args: tuple[PyTree, ...]) -> "_Lowered":
+        head, _, module = content.partition(b"\n")
+        described, found = json.loads(head)
+        results = [jax.ShapeDtypeStruct(tuple(shape), dtype, weak_type=weak) for shape, dtype, weak in found]
+        return cls(jax_private.module_of(module), results, jax.tree.structure(_built(described, args)))
+
+
+def _described(structure: Any, args: tuple[PyTree, ...]) -> Any:
+    """Return JSON for a structure: the number of an argument with this structure, or kind and parts; None for others.
+
+    A leaf is an empty list. See `_built`.
+    """
+    if structure == _LEAF:
+        return []
+    same = [number for number, arg in enumerate(args) if jax.tree.structure(arg) == structure]
+    if same:
+        return same[0]
+    kind, names = structure.node_data() or (None, None)
+    parts = [_described(child, args) for child in structure.children()]
+    if None in parts:
+        return None
+    if kind is dict and names is not None and all(isinstance(name, str) for name in names):
+        return ["dict", dict(zip(names, parts, strict=True))]
+    return [kind.__name__, parts] if kind in (tuple, list) else None
+
+
+def _built(described: Any, args: tuple[PyTree, ...]) -> PyTree:
+    """Return a tree of the structure that `_described` has described."""
+    if described == []:
+        return 0
+    if isinstance(described, int):
+        return args[described]
+    kind, parts = described
+    if kind == "dict":
+        return {name: _built(part, args) for name, part in parts.items()}
+    return {"tuple": tuple, "list": list}[kind](_built(part, args) for part in parts)
+
+
+def told_by_first(
+    name: str,
+    find: Callable[[], Found],
+    mesh: Mesh,
+    *,
+    write: Callable[[Found], bytes | None],
+    read: Callable[[bytes], Found],
+) -> Found:
+    """Return what process 0 of a job has found out, and told by the coordinator's store; find it without a job.
+
+    All processes of the mesh call this in the same order for each name. The others find it by themselves where it
+    cannot be written (None), is large, or does not come in time, for example because process 0 has raised an error.
+    """
+    client, (process, count) = jax_private.coordinator_store(), jax_private.process_of_job()
+    if client is None or count == 1 or not _spans(mesh, count):
+        return find()
+    hashed_name = hashlib.sha256(name.encode()).hexdigest()
+    key = f"jaxdist/found/{hashed_name}/{next(_numbers(hashed_name))}"
+    if process:
+        try:
+            told = client.blocking_key_value_get_bytes(key, int(1000 * _WAIT_SECONDS))
+        except jax.errors.JaxRuntimeError:  # not in time, or the coordinator is gone
+            told = b""
+        return read(told[1:]) if told[:1] == b"+" else find()
+    told = b"-"
+    try:
+        found = find()
+        content = write(found)
+        told = b"-" if content is None or len(content) > _MOST_TOLD_BYTES else b"+" + content
+    finally:
+        client.key_value_set_bytes(key, told)
+    return found
+
+
+def _spans(mesh: Mesh, num_processes: int) -> bool:
+    """Return whether all processes of a job have devices in the mesh."""
+    return len({device.process_index for device in mesh.devices.flat}) == num_processes
+
+
+@functools.cache
+def _numbers(name: str) -> Iterator[int]:
+    """Return the numbers of what this process asks for by one name: a step that is made again has the same."""
+    return itertools.count()
 
 
 def by_itself(function: Callable[..., jax.Array], true: jax.Array, *args: Any) -> jax.Array:
@@ -206,14 +341,17 @@ def _global_aval(local: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.co
     return jax.core.ShapedArray(shape, local.dtype, weak_type=bool(local.weak_type))
 
 
-def _load(lowered: jax.stages.Lowered, made_for: Sequence[jax.Device], devices: Sequence[jax.Device]) -> Any:
-    """Return XLA's executable of `lowered` with a replica on each of `devices`, made for these or for one of them.
+def _argument(leaf: jax.ShapeDtypeStruct, donated: bool) -> jax.stages.ArgInfo:
+    return jax.stages.ArgInfo(jax.core.ShapedArray(leaf.shape, leaf.dtype, weak_type=bool(leaf.weak_type)), donated)
+
+
+def _load(module: Any, made_for: Sequence[jax.Device], devices: Sequence[jax.Device]) -> Any:
+    """Return XLA's executable of a lowered module with a replica on each of `devices`, made for all or for one of them.
 
     JAX's persistent cache is used under a key of our own, the same for all processes and any number of devices, and
     its bytes are loaded with our placement: an executable that JAX loaded from there cannot be serialized again
     (on CPU devices its kernels are lost; jaxlib 0.10 and 0.12).
     """
-    module: Any = lowered.compiler_ir()
     key = jax_private.cache_key(module, made_for[0])
     if key is None:
         return _on_all(_compile(module, made_for, key), made_for, devices)

@@ -23,8 +23,9 @@ from jax._src import (
     source_info_util,
     xla_bridge,
 )
-from jax._src.interpreters import pxla
+from jax._src.interpreters import mlir, pxla
 from jax._src.lib import _jax, xla_client
+from jax.extend.mlir import ir, passmanager
 from jax.sharding import Mesh, NamedSharding
 
 Engine: TypeAlias = type[clusters.ClusterEnv]
@@ -123,6 +124,28 @@ def compile_module(module: Any, devices: Sequence[jax.Device], num_partitions: i
     """
     device_list, options = placement(devices, num_partitions)
     return compiler.backend_compile_and_load(devices[0].client, module, device_list, options, [])
+
+
+def is_portable(lowered: jax.stages.Lowered) -> bool:
+    """Return whether another process can load a lowered program: it does not call back into Python of this one."""
+    made = lowered._lowering.compile_args
+    return not (made["host_callbacks"] or made["keepalive"])
+
+
+def module_bytes(module: Any) -> bytes:
+    """Return a lowered module as bytes, without the lines of code that it comes from; see `module_of`.
+
+    `jax.export` serializes too, but lowers in another way, which gives other machine code.
+    """
+    with module.context:
+        copy: Any = module.operation.clone()
+        passmanager.PassManager.parse("builtin.module(strip-debuginfo)").run(copy.operation)
+    return mlir.module_to_bytecode(copy)
+
+
+def module_of(content: bytes) -> Any:
+    """Return the module that `module_bytes` has written, in a process with the same version of JAX."""
+    return ir.Module.parse(content, context=mlir.make_ir_context())
 
 
 def load_executable(serialized: bytes, devices: Sequence[jax.Device], num_partitions: int = 1) -> Any:

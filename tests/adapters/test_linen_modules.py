@@ -24,6 +24,19 @@ def test_fields_and_random_streams_of_any_name_reach_a_linen_module():
     assert fns.loss_fn(params, batch, jax.random.key(0)) != fns.loss_fn(params, batch, jax.random.key(1))
 
 
+def test_streams_that_are_looked_for_while_a_step_is_traced_change_nothing_in_it():
+    """A job that has trained before does not try its model again at a restart."""
+    batch = {"a": jnp.ones((2, 1)), "b": jnp.full((2, 1), 3.0)}
+    lowered = []
+    for is_checked in (False, True):
+        fns = adapters.linen(
+            _TwoInputs(), lambda out, batch: (out[:, 0], {}), batch, inputs=["b", "a"], is_checked=is_checked
+        )
+        params = fns.init_fn(jax.random.key(0))
+        lowered.append(jax.jit(fns.loss_fn).lower(params, batch, jax.random.key(0)).as_text())
+    assert lowered[0] == lowered[1]
+
+
 class _DropCell(nn.Module):
     """Drops half of its input, and keeps what was left as its output."""
 

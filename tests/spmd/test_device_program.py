@@ -1,13 +1,20 @@
+import json
+
 import compile_cache
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 from small_problem import counted_compiles, place
+from two_processes import TwoProcesses
 
 from jaxdist.guards import array_hash
 from jaxdist.spmd import device_program
+from jaxdist.spmd import state as states
 from jaxdist.spmd.mesh import make_mesh
 
 WHOLE, CUT = PartitionSpec(), PartitionSpec("data")
@@ -133,3 +140,96 @@ def test_what_is_computed_by_itself_is_a_call_on_cpu_devices_and_a_branch_elsewh
     elsewhere = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert elsewhere.count("stablehlo.case") == 2
     assert "inlineable" not in elsewhere
+
+
+def scaled(factor, traced):
+    def update(state, rows):
+        traced.append(factor)
+        new = jax.tree.map(lambda leaf: leaf * factor + rows.sum(), state)
+        return new, {"norm": rows.sum(), "pair": (rows[0], [rows[1]])}
+
+    return update
+
+
+def results_of_two_programs(traced):
+    """They differ in a number alone, as a step that is made again with another schedule may."""
+    mesh = make_mesh(devices=jax.devices()[:2])
+    state = states.TrainState(np.int32(3), {"w": np.ones(4, np.float32)}, None, optax.EmptyState(), None)
+    args = place(state, mesh), place(np.arange(3, dtype=np.float32), mesh)
+    programs = [
+        device_program.PerDeviceProgram(scaled(factor, traced), mesh, in_specs=(WHOLE, WHOLE), out_spec=WHOLE)
+        for factor in (2, 3)
+    ]
+    return [program(*args) for program in programs]
+
+
+def test_process_0_traces_and_the_others_run_what_it_has_traced(monkeypatch):
+    job, traced = TwoProcesses(monkeypatch), []
+    with job.run(0):
+        first = results_of_two_programs(traced)
+    assert traced == [2, 3]
+    with job.run(1):
+        second = results_of_two_programs(traced)
+    assert traced == [2, 3]
+    assert jax.tree.structure(second) == jax.tree.structure(first)
+    jax.tree.map(np.testing.assert_array_equal, second, first)
+    assert float(second[1][0].params["w"][0]) == 6.0
+
+
+def test_a_process_that_is_told_nothing_traces_by_itself(monkeypatch):
+    job, traced = TwoProcesses(monkeypatch), []
+    with job.run(1):
+        results_of_two_programs(traced)
+    assert traced == [2, 3]
+
+
+def test_an_error_of_process_0_is_found_by_the_others_too(monkeypatch):
+    job, mesh = TwoProcesses(monkeypatch), make_mesh(devices=jax.devices()[:1])
+
+    def broken(x):
+        raise ValueError("a mistake")
+
+    for process in (0, 1):
+        program = device_program.PerDeviceProgram(broken, mesh, in_specs=(WHOLE,), out_spec=WHOLE)
+        with job.run(process), pytest.raises(ValueError, match="a mistake"):
+            program(place(np.ones(3, np.float32), mesh))
+    assert list(job.kept.values()) == [b"-"]
+
+
+def test_a_program_that_calls_back_into_python_is_not_told(monkeypatch):
+    """It has the address of the function in it."""
+    job, mesh, called = TwoProcesses(monkeypatch), make_mesh(devices=jax.devices()[:1]), []
+
+    def calls(x):
+        jax.debug.callback(called.append, x)
+        return x + 1
+
+    for process in (0, 1):
+        program = device_program.PerDeviceProgram(calls, mesh, in_specs=(WHOLE,), out_spec=WHOLE)
+        with job.run(process):
+            lowered = device_program._Lowered.of(program._function.lower(np.ones(3, np.float32)))
+            assert lowered.to_bytes((np.ones(3, np.float32),)) is None
+
+
+def structures(arguments):
+    leaves = st.just(0) | st.sampled_from(arguments)
+    return st.recursive(
+        leaves,
+        lambda parts: st.lists(parts) | st.lists(parts).map(tuple) | st.dictionaries(st.text(), parts),
+        max_leaves=8,
+    )
+
+
+ARGUMENTS = [states.TrainState(0, {"a": 0}, None, optax.EmptyState(), None), None, {"b": (0, 0)}, optax.TraceState(0)]
+
+
+@given(structures(ARGUMENTS))
+def test_structures_of_results_are_told(tree):
+    structure = jax.tree.structure(tree)
+    described = json.loads(json.dumps(device_program._described(structure, tuple(ARGUMENTS))))
+    assert jax.tree.structure(device_program._built(described, tuple(ARGUMENTS))) == structure
+
+
+@pytest.mark.parametrize("tree", [optax.TraceState(0), {1: 0}, [None, 0], {"a": {"b": optax.EmptyState()}}])
+def test_other_structures_are_traced_by_each_process(tree):
+    assert device_program._described(jax.tree.structure(tree), ({"a": 0}, 0)) is None

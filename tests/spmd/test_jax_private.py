@@ -110,6 +110,27 @@ def test_a_module_compiled_for_one_device_is_loaded_on_several():
         np.testing.assert_array_equal(shard.data, expected)
 
 
+def test_a_lowered_program_travels_as_bytes():
+    lowered = lowered_double()
+    device = jax.devices()[0]
+    content = jax_private.module_bytes(lowered.compiler_ir())
+    module = jax_private.module_of(content)
+    assert jax_private.module_bytes(module) == content
+    assert b"test_jax_private" not in content  # the lines of code
+    loaded = jax_private.compile_module(module, [device])
+    found = loaded.execute([jax.device_put(np.arange(3, dtype=np.float32), device)])
+    np.testing.assert_array_equal(found[0], [0, 2, 4])
+
+
+def test_a_program_that_calls_back_into_python_is_not_portable():
+    def calls(x):
+        jax.debug.callback(print, x)
+        return x
+
+    assert jax_private.is_portable(lowered_double())
+    assert not jax_private.is_portable(jax.jit(calls).lower(np.float32(1)))
+
+
 def test_the_cache_gives_back_what_was_put_there(tmp_path):
     device = jax.devices()[0]
     with compile_cache.compile_once(tmp_path):

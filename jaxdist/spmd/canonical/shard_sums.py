@@ -9,6 +9,7 @@ changes the bits.
 """
 
 import functools
+import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, cast
@@ -70,7 +71,12 @@ class LogicalShardSums:
 
         # One function, of which JAX keeps the trace; inlined, it leaves a program as it would be without.
         self._flat_sums = jax.jit(flat_sums, inline=True)
-        self._sums: tuple[device_program.PerDeviceProgram, jax.stages.Traced] | None = None
+        held = self._site.held
+        self._program = device_program.PerDeviceProgram(
+            self._sums_of_shard, mesh, in_specs=(PartitionSpec(), held, held), out_spec=held
+        )
+        self._shapes: tuple[PyTree, PyTree, jax.ShapeDtypeStruct] | None = None
+        self._facts: tuple[int, bool] | None = None
         self._programs: Callable[[PyTree, Batch], jax.Array] | None = None
 
     def __call__(self, shared: PyTree, batch: Batch) -> jax.Array:
@@ -89,14 +95,15 @@ class LogicalShardSums:
 
     def unravel(self, total: jax.Array) -> PyTree:
         """Return the tree of sums that a flat vector holds; known after the first call."""
-        assert self._unravel is not None, "the shards' program is compiled at the first call"
+        if self._unravel is None:  # process 0 has traced them
+            assert self._shapes is not None, "the shards' shapes are known at the first call"
+            self._program.trace(*self._shapes)
+            assert self._unravel is not None
         return self._unravel(total)
 
     def is_small(self, shared: PyTree, batch: Batch) -> bool:
         """Return whether all shards are computed by one program."""
-        traced = self._traced(shared, batch)[1]
-        is_short = bool(traced.out_info.size < ways.SMALL_SIZE)
-        return is_short and not dependence.uses(traced.jaxpr, "conv_general_dilated")
+        return self._look(shared, batch)[1]
 
     def followed_by(
         self, then: Callable[..., PyTree], *, shared_of: Callable[[PyTree, PyTree], PyTree]
@@ -105,30 +112,32 @@ class LogicalShardSums:
         return OneProgram(self._flat_sums, self._site, self._adding(self._site, 0), shared_of=shared_of, then=then)
 
     def _make_programs(self, shared: PyTree, batch: Batch) -> Callable[[PyTree, Batch], jax.Array]:
-        sums, traced = self._traced(shared, batch)
-        if not self.is_small(shared, batch):
-            return _Programs(sums, self._site, self._adding(self._site, traced.out_info.size))
+        size, is_small = self._look(shared, batch)
+        if not is_small:
+            return _Programs(self._program, self._site, self._adding(self._site, size))
         program = self.followed_by(lambda total, _, shared: total, shared_of=lambda _, shared: shared)
         return lambda shared, batch: device_program.settled(program(None, shared, batch), self.mesh)
 
-    def _traced(self, shared: PyTree, batch: Batch) -> tuple[device_program.PerDeviceProgram, jax.stages.Traced]:
-        """Return the program of one shard, and what tracing it shows; traces once."""
-        if self._sums is not None:
-            return self._sums
-        place = self._site
-        num_placed = self.dealing.num_slots * self.dealing.num_devices
-        shard = {
-            name: jax.ShapeDtypeStruct((leaf.shape[0] // num_placed, *leaf.shape[1:]), leaf.dtype)
-            for name, leaf in batch.items()
-        }
-        sums = device_program.PerDeviceProgram(
-            self._sums_of_shard,
-            self.mesh,
-            in_specs=(PartitionSpec(), place.held, place.held),
-            out_spec=place.held,
-        )
-        self._sums = sums, sums.trace(shared, shard, jax.ShapeDtypeStruct((1,), jnp.int32))
-        return self._sums
+    def _look(self, shared: PyTree, batch: Batch) -> tuple[int, bool]:
+        """Return the length of a shard's vector, and whether the shards are small; they are traced once in a job."""
+        if self._facts is None:
+            num_placed = self.dealing.num_slots * self.dealing.num_devices
+            shard = {name: _shape(leaf, (leaf.shape[0] // num_placed, *leaf.shape[1:])) for name, leaf in batch.items()}
+            shared = jax.tree.map(lambda leaf: _shape(leaf, leaf.shape), shared)
+            self._shapes = shapes = shared, shard, jax.ShapeDtypeStruct((1,), jnp.int32)
+            self._facts = device_program.told_by_first(
+                json.dumps(["a shard's sums", [leaf.shape for leaf in jax.tree.leaves(shapes)]]),
+                lambda: self._trace(shapes),
+                self.mesh,
+                write=lambda facts: json.dumps(facts).encode(),
+                read=lambda told: cast(tuple[int, bool], tuple(json.loads(told))),
+            )
+        return self._facts
+
+    def _trace(self, shapes: tuple[PyTree, PyTree, jax.ShapeDtypeStruct]) -> tuple[int, bool]:
+        traced = self._program.trace(*shapes)
+        is_short = bool(traced.out_info.size < ways.SMALL_SIZE)
+        return traced.out_info.size, is_short and not dependence.uses(traced.jaxpr, "conv_general_dilated")
 
     def _sums_of_shard(self, shared: PyTree, shard: Batch, index: jax.Array) -> jax.Array:
         return self._flat_sums(shared, shard, index[0])[None]
@@ -211,6 +220,10 @@ class OneProgram:
     def __call__(self, donated: PyTree, kept: PyTree, batch: Batch) -> PyTree:
         """Return the dispatched result; `donated` and `kept` are replicated, `batch` holds the fields of one."""
         return self._program(donated, kept, batch, self._indices)
+
+
+def _shape(leaf: jax.Array, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, leaf.dtype, weak_type=bool(jax.typeof(leaf).weak_type))
 
 
 def checked(batch: Batch, dealing: Dealing) -> Batch:
