@@ -211,7 +211,7 @@ def _read_file(file: pathlib.Path) -> JSON:
         content = json.loads(file.read_bytes())
         body, sha256 = content["body"], content["sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedCheckpointError(f"{file} cannot be read: {error!r}.") from error
+        raise DamagedCheckpointError(f"{file} cannot be read: {type(error).__name__}: {error}.") from error
     if _json_sha256(body) != sha256:
         raise DamagedCheckpointError(f"{file} is damaged: it does not hold what was saved (its SHA-256 differs).")
     return body

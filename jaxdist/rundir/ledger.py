@@ -88,7 +88,7 @@ def read(run_dir: pathlib.Path) -> list[LedgerEntry]:
         from a step that was not recorded.
     """
     try:
-        text = (run_dir / FILE_NAME).read_text()
+        text = (run_dir / FILE_NAME).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError as error:
         raise LedgerError(f"{run_dir} has no ledger. Record one: --set recovery.ledger=true.") from error
     return lineage(text.split("\n"))
@@ -102,9 +102,11 @@ def lineage(lines: Sequence[str]) -> list[LedgerEntry]:
         is_incomplete = number == len(lines) or (number + 1 < len(lines) and lines[number].startswith("from "))
         if not words:
             continue
-        if words[0] == "from" and len(words) == 2:
+        is_start = words[0] == "from" and len(words) == 2
+        are_numbers = all(map(str.isdecimal, words[is_start:]))
+        if is_start and are_numbers:
             entries = _until(entries, int(words[1]))
-        elif len(words) == 4 and number < len(lines):
+        elif len(words) == 4 and are_numbers and number < len(lines):
             entries.append(LedgerEntry(*map(int, words)))
         elif not is_incomplete:
             raise LedgerError(f"Line {number} of the ledger cannot be read: {line!r}. The file was changed or damaged.")

@@ -85,11 +85,11 @@ def test_a_line_cut_short_by_a_death_does_not_count(tmp_path):
     assert ledger.check(ledger.read(tmp_path), num_examples=8) == 1
 
 
-@pytest.mark.parametrize("damaged", ["2 0 2", "2 1", "from", "from 1 2"])
+@pytest.mark.parametrize("damaged", ["2 0 2", "2 1", "from", "from 1 2", "2 0 2 x", "from two", "2 0 2 \xfd"])
 def test_a_damaged_line_is_refused(tmp_path, damaged):
     record(tmp_path, 0, 3, 8, 2)
     path = tmp_path / ledger.FILE_NAME
-    path.write_text(path.read_text().replace("2 0 2 4\n", f"{damaged}\n"))
+    path.write_text(path.read_text().replace("2 0 2 4\n", f"{damaged}\n"), encoding="latin-1")
     with pytest.raises(ledger.LedgerError, match="Line 4 of the ledger cannot be read"):
         ledger.read(tmp_path)
 

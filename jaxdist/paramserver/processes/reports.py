@@ -79,7 +79,7 @@ class ReportFiles:
             return
         self._steps.seek(0)
         rows = [json.loads(line) for line in self._steps if line.endswith(b"\n")]
-        reported = [row["step"] for row in rows if "workers" not in row]
+        reported = [row["step"] for row in rows if not {"workers", "warning"} & row.keys()]
         if reported[-1:] == [machine.state.step]:
             self._record(machine.state.step)
         else:
@@ -88,7 +88,7 @@ class ReportFiles:
             self.observe(effects.Committed(machine.state.step, examples, (), empty))
 
     def observe(self, effect: effects.Effect) -> None:
-        """Write a step, a change of the workers, or the name of a silent process."""
+        """Write a step, a change of the workers, a warning, or the name of a silent process."""
         if isinstance(effect, effects.Committed):
             self._step = effect.step
             self._record(effect.step)
@@ -102,6 +102,8 @@ class ReportFiles:
             self._leases = _leases_of(effect.record) or self._leases
             if isinstance(effect.record, journal.MembershipRecord):
                 self._note_members(effect.record.membership)
+        elif isinstance(effect, effects.Warn):
+            self._add({"step": self._step, "warning": effect.text})
         elif isinstance(effect, effects.Replace):
             path = silent_path(self.directory, effect.name)
             full_disk.until_written(lambda: write_report(path, [b""]), str(path))
@@ -116,7 +118,8 @@ class ReportFiles:
         before, after = self._members, {member.worker: member.incarnation for member in membership.members}
         self._members = after
         if before is not None and before != after:
-            self._add({"step": self._step, "workers": after, "time": time.time()})
+            returned = {"returned": True} if membership.restore_term == membership.term else {}
+            self._add({"step": self._step, "workers": after, "time": time.time(), **returned})
 
     def _add(self, row: Mapping[str, Any]) -> None:
         data = (json.dumps(row) + "\n").encode()

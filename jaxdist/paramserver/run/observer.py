@@ -12,7 +12,7 @@ import json
 import pathlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -238,11 +238,13 @@ class Observer:
 
     def _take_step(self, row: dict[str, Any]) -> None:
         self.is_untouched = False
+        if "warning" in row:
+            self._tell([row["warning"]])
+            return
         if "workers" in row:
             members = {int(worker): incarnation for worker, incarnation in row["workers"].items()}
-            for text in self.changes.note_members(members, self.progress.step, row["time"]):
-                if not self.silent:
-                    say(text)
+            returned = row.get("returned", False)
+            self._tell(self.changes.note_members(members, self.progress.step, row["time"], returned=returned))
             return
         step = row["step"]
         if "grad_norm" in row:
@@ -270,6 +272,11 @@ class Observer:
             with self._saved_at_mistakes():
                 self.books.call_hooks(hook_points.ON_STEP, user_hooks.NO_STATE, lambda: named)
         self.unlogged = (step, row["metrics"], bookkeeping.stamp(self.progress))
+
+    def _tell(self, texts: Iterable[str]) -> None:
+        for text in texts:
+            if not self.silent:
+                say(text)
 
     def _log(self) -> None:
         """Write the metrics of the last step, once the line with its gradient norm has been read."""

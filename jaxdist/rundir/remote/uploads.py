@@ -70,7 +70,7 @@ class UploadedCheckpoint:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, DamagedUploadError):
                 raise
-            raise DamagedUploadError(f"{object_name(name)} cannot be read: {error!r}.") from error
+            raise DamagedUploadError(f"{object_name(name)} cannot be read: {type(error).__name__}: {error}.") from error
         return cls(name, files)
 
     def check(self, directory: pathlib.Path) -> None:

@@ -204,3 +204,19 @@ def test_the_ledger_has_each_step_once_whenever_the_scheduler_is_killed(tmp_path
     entries = ledger.read(tmp_path)
     assert ledger.check(entries, num_examples=16) == 1
     assert [entry.step for entry in entries] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_warnings_and_returns_to_a_saved_cut_are_reported(tmp_path, open_report):
+    report = open_report()
+    member = messages.Member(0, 1, 0)
+    places = [((member,), 0), ((), 2), ((messages.Member(0, 2, 0),), 2)]
+    for term, (members, restore_term) in enumerate(places, 1):
+        record = journal.MembershipRecord(messages.Membership(term, members, (), restore_term, ""), 0, (), None)
+        report.observe(effects.Append(record))
+    report.observe(effects.Warn("Shard 0 was lost."))
+    found = [{name: value for name, value in row.items() if name != "time"} for row in rows(tmp_path)]
+    assert found == [
+        {"step": 0, "workers": {}, "returned": True},
+        {"step": 0, "workers": {"0": 2}},
+        {"step": 0, "warning": "Shard 0 was lost."},
+    ]

@@ -28,12 +28,24 @@ def test_a_worker_that_joins_costs_what_the_next_step_takes_longer():
 def test_a_worker_that_died_and_is_back_has_restarted():
     changes = after_start()
     changes.note_members({0: 1}, 12, 21.2)
-    changes.note_step(22.0)
-    changes.note_members({0: 1, 1: 5}, 13, 25.0)
-    changes.note_step(27.0)
-    assert changes.rows == [{"kind": "restart", "step": 12, "processes": 5, "seconds_lost": 4.0}]
+    changes.note_step(24.0)
+    changes.note_members({0: 1, 1: 5}, 13, 26.0)
+    changes.note_step(29.0)
+    assert changes.rows == [{"kind": "restart", "step": 12, "processes": 5, "seconds_lost": 6.0}]
     changes.note_members({0: 1, 1: 6}, 14, 27.5)  # the scheduler heard of both at once
     assert changes.rows[1:] == [{"kind": "restart", "step": 14, "processes": 5, "seconds_lost": None}]
+
+
+def test_a_return_to_a_saved_cut_is_one_restart_and_no_worker_has_left():
+    changes = after_start()
+    assert changes.note_members({}, 12, 21.2, returned=True) == []
+    assert changes.note_members({1: 8}, 12, 22.0) == []
+    assert changes.note_members({0: 9, 1: 8}, 12, 22.1) == []
+    changes.note_step(25.0)
+    assert changes.rows == [{"kind": "restart", "step": 12, "processes": 5, "seconds_lost": 3.0}]
+    changes.note_members({1: 8}, 13, 25.1)
+    changes.note_step(26.0)
+    assert changes.rows[1:] == [{"kind": "leave", "step": 13, "processes": 4, "seconds_lost": 0.0}]
 
 
 def test_the_changes_of_earlier_attempts_stay():

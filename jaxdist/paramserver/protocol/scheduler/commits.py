@@ -34,7 +34,9 @@ def note_empty(state: SchedulerState, step: int, count: float, out: Output) -> b
     if count <= 0:
         # Logged before the step, because a step without an update would be taken for one that is not finite.
         out.do(effects.Append(journal.EmptyRecord(step)))
-        out.do(effects.Warn(f"The loss counted no example in step {step}, so no update was made."))
+        if not state.empty_step:
+            counted = "Further steps of this kind are counted in train/empty_batches."
+            out.do(effects.Warn(f"The loss counted no example in step {step}, so no update was made. {counted}"))
         state.empty_step = step
     return count <= 0
 

@@ -13,6 +13,10 @@ from jaxdist.paramserver.protocol.settings import server_shard, worker_name, wor
 
 PATIENCE = 6
 """How many times `dead_after` a process may be silent before its crew is asked to restart it."""
+_NO_CUT = (
+    "and there is no saved cut. --resume continues from the last checkpoint; ps.durability=replicated keeps a copy of "
+    "each shard."
+)
 
 
 def change(
@@ -163,7 +167,7 @@ def _lost(state: SchedulerState, number: int, request: messages.Register, now: f
     """Return all shards and the lease table to the last saved cut: no copy of a shard is left."""
     assert state.membership is not None
     if not state.settings.snapshot_every:
-        out.do(effects.Warn(f"Shard {number} was lost with {request.name}, and there is no saved cut."))
+        out.do(effects.Warn(f"Shard {number} was lost with {request.name}, {_NO_CUT}"))
         ending.end(state, "error", now, out)
         return
     place = messages.ShardPlace(request.name, request.boot, *succession.NO_BACKUP, False)
@@ -400,7 +404,7 @@ def _replace_silent_servers(state: SchedulerState, now: float, out: Output) -> N
         if silent <= PATIENCE * dead:
             continue
         if not state.settings.snapshot_every:
-            out.do(effects.Warn(f"Server {place.primary} was silent for {silent:.0f} s, and there is no saved cut."))
+            out.do(effects.Warn(f"Server {place.primary} was silent for {silent:.0f} s, {_NO_CUT}"))
             ending.end(state, "error", now, out)
         elif status.replaced_at is None:
             out.do(effects.Warn(f"Server {place.primary} was silent for {silent:.0f} s. It is restarted."))

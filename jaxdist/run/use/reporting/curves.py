@@ -40,8 +40,8 @@ class Curve:
 def read_rows(run_dir: pathlib.Path) -> list[dict[str, Any]]:
     """Return the rows of metrics.jsonl, or none if there is no file; an incomplete last line is left out."""
     path = run_dir / writers.JSONL_NAME
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
     try:
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
         rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
         if wrong := next(filter(None, (json_kinds.misfit(row, _ROW, "a row") for row in rows)), None):
             raise ValueError(wrong)
