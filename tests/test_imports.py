@@ -4,6 +4,8 @@ import ast
 import collections
 import graphlib
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -12,6 +14,7 @@ import jaxdist
 PACKAGE = pathlib.Path(jaxdist.__file__).parent
 
 FLOORS = (
+    ("__main__",),
     ("cli",),
     ("paramserver.run", "paramserver.simulator"),
     ("paramserver.processes",),
@@ -175,7 +178,7 @@ def test_every_floor_is_of_the_house():
 
 
 def test_no_folder_is_crowded():
-    entries = [path for path in PACKAGE.iterdir() if path.name != "__pycache__"]
+    entries = [path for path in PACKAGE.iterdir() if path.name not in ("__main__.py", "__pycache__")]
     assert len(entries) <= MOST_ENTRIES, sorted(path.name for path in entries)
     files = collections.Counter(path.parent for path in PACKAGE.rglob("*.py"))
     assert {str(folder): count for folder, count in files.items() if count > MOST_FILES} == {}
@@ -236,3 +239,9 @@ def test_a_heavy_package_is_imported_by_one_module(package):
 @pytest.mark.parametrize("name", sorted(set(MODULES) - LAZY))
 def test_imports_stand_at_the_top_unless_they_wrap_a_heavy_package(name):
     assert top_packages(late_imports(MODULES[name])) <= HEAVY
+
+
+def test_the_package_runs_as_a_module():
+    shown = subprocess.run([sys.executable, "-m", "jaxdist", "--version"], capture_output=True, text=True, timeout=60)
+    assert shown.returncode == 0, shown.stderr
+    assert "jaxdist" in shown.stdout

@@ -46,8 +46,9 @@ def check_call(
     packed = SEGMENT_IDS in example_batch and SEGMENT_IDS not in fields
     for name in [*([required] if required else []), *([SEGMENT_IDS] if packed else [])]:
         if name not in accepted:
+            taken = ", ".join(list(accepted)[1:]) or "nothing"
             raise ValueError(
-                f"{module_type.__name__}.__call__ takes {list(accepted)[1:]}, but the module {reasons[name]}; "
+                f"{module_type.__name__}.__call__ takes {taken}, but the module {reasons[name]}; "
                 f"add a parameter named {name!r}."
             )
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.util
+import inspect
 import os
 import pathlib
 import sys
@@ -38,6 +39,8 @@ def load_experiment(path: str) -> Experiment:
             experiment = get_config()
         except (Exception, SystemExit) as error:
             raise ConfigError(f"get_config() of {path} failed: {errors.describe(error)}") from error
+    if inspect.iscoroutine(experiment):
+        experiment.close()  # so that Python does not warn, too
     if not isinstance(experiment, Experiment):
         raise ConfigError(
             f"get_config() must return a jaxdist.Experiment; that of {path} returned {type(experiment).__name__}."

@@ -286,6 +286,12 @@ def _check_rules(layout: Layout, leaves: Mapping[str, Leaf]) -> None:
         layout = layout.otherwise
     if isinstance(layout, ByPath) and (unmatched := layout.unmatched(leaves)) and not (names and layout.for_any_model):
         nearest = _nearest_path(unmatched[0], leaves)
+        if layout.for_any_model:
+            raise ValueError(
+                "The rules of this strategy are for the package's GPT, and no param here matches "
+                f"{', '.join(map(repr, unmatched))}. Write layout.rules for its params, name the dims in its modules, "
+                f"or choose another strategy. Its params are, for example, {', '.join(list(leaves)[:8])}."
+            )
         raise ValueError(
             f"Every rule of a layout must match a leaf; nothing matches {', '.join(map(repr, unmatched))}. "
             f"Change or remove it; the nearest to {unmatched[0]!r} is {nearest} of shape {leaves[nearest].shape}. "

@@ -160,7 +160,7 @@ def check_rows_left_out(results: Mapping[str, Any], function: Callable[..., Any]
     """Check that no average counts rows that the batch's mask leaves out; the function is traced once more.
 
     A scalar, or the total of a Mean, that depends on the rows of the batch and not on its mask counts all of them. So
-    does a Mean whose count does not depend on the mask.
+    does a Mean whose count does not depend on the mask; where its total depends on the mask alone, it is a sum.
 
     `args` are arrays or descriptions of arrays; the second is a dict of fields with the mask.
 
@@ -172,7 +172,7 @@ def check_rows_left_out(results: Mapping[str, Any], function: Callable[..., Any]
     on_rows, on_mask = (_dependence(function, args, is_mask=is_mask) for is_mask in (False, True))
     for name, value in results.items():
         rows, mask = on_rows[name], on_mask[name]
-        if not (rows.total if isinstance(value, Mean) else rows) or all(jax.tree.leaves(mask)):
+        if not (rows.total or mask.total if isinstance(value, Mean) else rows) or all(jax.tree.leaves(mask)):
             continue
         what = "total or count of the Mean" if isinstance(value, Mean) else "the scalar"
         raise ValueError(
@@ -194,6 +194,6 @@ def _dependence(function: Callable[..., Any], args: Sequence[Any], *, is_mask: b
 def as_mean(value: jax.Array | Mean, batch: Batch) -> Mean:
     """Return `value` as a Mean; a plain scalar is a mean over the true examples of `batch`."""
     if isinstance(value, Mean):
-        return value
+        return Mean(*map(jnp.asarray, value))
     value, count = jnp.asarray(value), num_examples(batch)
     return Mean(jnp.where(count > 0, value.astype(jnp.float32) * count, 0.0), count)

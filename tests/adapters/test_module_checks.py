@@ -9,6 +9,7 @@ from flax import nnx
 from small_cnns import EXAMPLE, make_batch
 
 from jaxdist import adapters, losses
+from jaxdist.adapters import module_checks
 from jaxdist.models import cnn, cnn_nnx, gpt
 
 
@@ -159,3 +160,12 @@ def test_statistics_that_no_row_enters_need_no_mask(module):
     *_, new_state = fns.loss_fn(params, make_batch(), jax.random.key(0), model_state)
     assert jax.tree.structure(new_state) == jax.tree.structure(model_state)
     assert not all(jax.tree.leaves(jax.tree.map(np.array_equal, new_state, model_state)))
+
+
+def test_a_module_that_takes_nothing_is_told_so():
+    class Nothing(nn.Module):
+        def __call__(self):
+            return jnp.zeros(3)
+
+    with pytest.raises(ValueError, match=r"Nothing\.__call__ takes nothing, but .* add a parameter named 'train'"):
+        module_checks.check_call(Nothing, {"self": None}, ["image"], {"image": jnp.zeros((2, 3))}, required="train")

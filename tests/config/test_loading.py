@@ -60,6 +60,7 @@ BROKEN = {
         r"leaves the working directory as it is.*given\.py changed it to /\. Build paths",
     ),
     "wrong type": ("def get_config():\n    return {'seed': 0}\n", r"must return a jaxdist\.Experiment.* returned dict"),
+    "async": ("async def get_config():\n    pass\n", r"returned coroutine"),
     "none": ("def get_config():\n    pass\n", r"returned NoneType"),
     "fails": (
         "def get_config():\n    return {}['x']\n",

@@ -106,7 +106,7 @@ MODEL_AXIS = "mesh={'data': 2, 'model': 4}"
     [
         ("pipeline", [], "There is no strategy 'pipeline'"),
         ("tensor", ["reduction=canonical"], "others for each size of another axis, so that must be fixed"),
-        ("tensor", [MODEL_AXIS], "nothing matches 'attention/qkv/kernel'"),
+        ("tensor", [MODEL_AXIS], "for the package's GPT, and no param here matches 'attention/qkv/kernel'"),
         (
             "tensor",
             [MODEL_AXIS, "layout.rules=[('Dens_0/kernel', (None, 'model'))]"],

@@ -48,7 +48,7 @@ def test_a_plain_scalar_stands_for_the_true_examples():
     batch = {"mask": jnp.array([1.0, 1.0, 0.0])}
     mean = metrics.as_mean(jnp.float32(5.0), batch)
     assert (float(mean.total), float(mean.count)) == (10.0, 2.0)
-    assert metrics.as_mean(mean, batch) is mean
+    assert metrics.as_mean(mean, batch) == mean
     empty = metrics.as_mean(jnp.float32(jnp.nan), {"mask": jnp.zeros(3)})
     assert (float(empty.total), float(empty.count)) == (0.0, 0.0)
 
@@ -63,3 +63,19 @@ def test_values_with_a_second_dim_of_examples_are_refused_where_the_number_of_ex
     assert mean(examples, 5).total.shape == ()
     with pytest.raises(metrics.ShapeError, match=r"got the shape \(B, B\), where B is the number of examples"):
         mean(examples, examples)
+
+
+def test_a_mean_of_python_numbers_is_one_of_arrays():
+    mean = metrics.as_mean(metrics.Mean(3, 2.0), {})
+    assert isinstance(mean.total, jax.Array)
+    assert mean.value == 1.5
+
+
+def test_a_mean_whose_total_counts_rows_and_whose_count_does_not_is_refused():
+    def loss_fn(params, batch):
+        return metrics.Mean(batch[metrics.MASK].sum(), 1.0), {}
+
+    with pytest.raises(ValueError, match="the Mean 'loss' does not depend on it"):
+        metrics.check_rows_left_out(
+            {"loss": metrics.Mean(jnp.ones(()), 1.0)}, loss_fn, [(), {metrics.MASK: jnp.ones(4)}]
+        )

@@ -179,7 +179,7 @@ class UserHooks:
 def _naming(hook: Any, point: str, step: int) -> Iterator[None]:
     try:
         yield
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit, KeyboardInterrupt) as error:  # Ctrl-C itself has a handler that raises nothing
         raise HookError(
             f"The hook {errors.named(hook)} failed in {point} after step {step}: {errors.describe(error)}. Repair it "
             "or remove it from Experiment.hooks."

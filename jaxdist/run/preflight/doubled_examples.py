@@ -1,4 +1,4 @@
-"""Whether the loss or a metric of plain functions is a sum over the examples, and so another on more devices."""
+"""Whether the loss or a metric of plain functions is a sum over the examples, or counts rows of padding as examples."""
 
 import collections
 import math
@@ -54,18 +54,16 @@ def check_no_sums(
     if plain.eval_fn is not plain.loss_fn:
         tried += [(plain.eval_fn, functions.eval_fn, each) for each in [*eval_loaders.values()][:1]]
     for named, function, own_loader in tried:
-        for name, once, twice in _sums(function, abstract, own_loader):
+        for name, what in _sums(function, abstract, own_loader):
             raise ConfigError(
                 "The loss and the metrics of plain functions are means over the examples that count, because those of "
-                f"several devices are averaged, but {name!r} of {errors.named(named)} is a sum: {once:.6g} for two "
-                f"examples, and {twice:.6g} for the same two twice. Return jaxdist.masked_mean(values, batch['mask'])."
+                f"several devices are averaged, but {name!r} of {errors.named(named)} is a {what}. Return "
+                "jaxdist.masked_mean(values, batch['mask'])."
             )
 
 
-def _sums(
-    function: Callable[..., Any], abstract: state.TrainState, loader: data.Loader
-) -> list[tuple[str, float, float]]:
-    """Return the results that are sums: their names, and their values for two examples and for the same two twice."""
+def _sums(function: Callable[..., Any], abstract: state.TrainState, loader: data.Loader) -> list[tuple[str, str]]:
+    """Return the results that are no means of the examples that count: their names, and what they are."""
     if sum(leaf.size for leaf in jax.tree.leaves((abstract.params, abstract.model_state))) > _MOST_VALUES:
         return []
     try:
@@ -139,13 +137,13 @@ def _evaluation(
     return evaluate
 
 
-def _doubled(of_two: _Evaluate, of_four: _Evaluate, names: Sequence[str]) -> list[tuple[str, float, float]]:
-    """Return the first of the results that is a sum, for any params that are drawn.
+def _doubled(of_two: _Evaluate, of_four: _Evaluate, names: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the first of the results that is no mean, for any params that are drawn, and what it is.
 
-    It doubles where the copies of the examples count, too, is the same where there are no copies, and is what the two
-    examples give one by one.
+    It doubles where the copies of the examples count, too, and is what the two examples give one by one. Where there
+    are no copies, a sum is the same, and a mean of all rows twice as much.
     """
-    left, agreeing = list(names), collections.Counter[str]()
+    left, agreeing = list(names), collections.Counter[tuple[str, bool]]()
     for seed in range(_DRAWS):
         once, twice = of_four((1, 1, 0, 0), seed), of_four((1, 1, 1, 1), seed)
         left = [name for name in left if _are_close(twice[name], 2 * once[name])]
@@ -154,15 +152,18 @@ def _doubled(of_two: _Evaluate, of_four: _Evaluate, names: Sequence[str]) -> lis
         if all(once[name] == 0 for name in left):
             continue
         first, second, both = (of_two(counting, seed) for counting in ((1, 0), (0, 1), (1, 1)))
-        left = [
-            name
-            for name in left
-            if _are_close(both[name], once[name]) and _are_close(both[name], first[name] + second[name])
-        ]
-        agreeing.update(name for name in left if abs(once[name]) >= _SMALLEST)
+        left = [name for name in left if _are_close(both[name], first[name] + second[name])]
+        sums = [name for name in left if _are_close(both[name], once[name])]
+        padded = [name for name in left if _are_close(both[name], 2 * once[name]) and name not in sums]
+        left = [*sums, *padded]
+        agreeing.update((name, name in sums) for name in left if abs(once[name]) >= _SMALLEST)
         for name in left:
-            if agreeing[name] == _AGREEING:
-                return [(name, once[name], twice[name])]
+            if agreeing[name, True] == _AGREEING:
+                return [(name, f"sum: {once[name]:.6g} for two examples, and {twice[name]:.6g} for the same two twice")]
+            if agreeing[name, False] == _AGREEING:
+                of_all = "mean that counts the rows of padding, which the mask marks"
+                values = f"{both[name]:.6g} for two examples, and {once[name]:.6g} for them and two rows of padding"
+                return [(name, f"{of_all}: {values}")]
     return []
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import sys
 
 import jax
 import numpy as np
@@ -104,11 +103,12 @@ def make_info(*, step=6, written=None):
     )
 
 
-def test_a_hook_that_exits_has_failed_and_does_not_end_the_run_with_a_status_of_its_own():
+@pytest.mark.parametrize("left_by", [SystemExit(0), KeyboardInterrupt()])
+def test_a_hook_that_exits_has_failed_and_does_not_end_the_run_with_a_status_of_its_own(left_by):
     def leaves(info):
-        sys.exit(0)
+        raise left_by
 
-    with pytest.raises(user_hooks.HookError, match=r"The hook leaves \(.*after step 6: SystemExit: 0"):
+    with pytest.raises(user_hooks.HookError, match=rf"The hook leaves \(.*after step 6: {type(left_by).__name__}"):
         user_hooks.UserHooks((leaves,), True).call("on_step", make_info)
 
 

@@ -65,7 +65,6 @@ SUMS = {
 }
 COUNTED = {
     "rows": lambda params, batch: batch["mask"].sum(),
-    "rows of each call": lambda params, batch: jaxdist.Mean(batch["mask"].sum(), jnp.float32(1)),
     "whole numbers": lambda params, batch: (batch["mask"] > 0).sum(),
     "right answers": lambda params, batch: right(params, batch).sum(),
 }
@@ -84,6 +83,20 @@ def test_a_metric_that_is_a_sum_is_refused_also_where_only_the_evaluation_has_it
         tried(with_metric(metric), num_devices=2)
     with pytest.raises(ConfigError, match=message):
         tried(with_loss(mean), with_metric(metric))
+
+
+OF_ALL_ROWS = {
+    "values": lambda params, batch: (squares(params, batch) * batch["mask"]).mean(),
+    "counts": lambda params, batch: batch["mask"].mean(),
+    "right answers": lambda params, batch: jnp.where(batch["mask"] > 0, right(params, batch), 0).mean(),
+}
+
+
+@pytest.mark.parametrize("metric", OF_ALL_ROWS.values(), ids=OF_ALL_ROWS)
+def test_a_mean_that_counts_rows_of_padding_is_refused(metric):
+    message = r"'each' of <lambda> \(.*\) is a mean that counts the rows of padding.* for them and two rows of padding"
+    with pytest.raises(ConfigError, match=message):
+        tried(with_metric(metric))
 
 
 def ratio(params, batch):
@@ -127,7 +140,6 @@ MEANS = {
     "by positives of each class, or 1": by_positives_of_classes,
     "a Mean": mean,
     "a ratio": ratio,
-    "where every row counts": lambda params, batch: (squares(params, batch) * batch["mask"]).mean(),
     "with weight decay": lambda params, batch: ratio(params, batch) + 0.1 * jnp.square(params["w"]).sum(),
     "contrastive": contrasted,
     "pairs": pairs,
