@@ -66,7 +66,7 @@ def on_register(state: SchedulerState, request: messages.Register, now: float, o
     if request.boot < known:
         _tell_newest(state, request, known, now, out)
         return
-    if request.boot == known and request.name in state.processes:
+    if request.boot == known:
         _greet_again(state, request, now, out)
         return
     worker = worker_number(request.name)
@@ -101,8 +101,7 @@ def _tell_newest(state: SchedulerState, request: messages.Register, newest: int,
     Boot numbers come from the wall clock: on another machine, or without the numbers of earlier starts, it may be
     behind.
     """
-    status = state.processes.get(request.name)
-    if status is None or now - status.seen_at > state.settings.timers.dead_after:
+    if now - state.processes[request.name].seen_at > state.settings.timers.dead_after:
         out.send(request.name, messages.Fenced(request.name, request.boot, newest))
 
 
@@ -130,8 +129,9 @@ def _welcome(state: SchedulerState, worker: int, out: Output) -> None:
 
 def admit(state: SchedulerState, now: float, out: Output) -> None:
     """Make the workers that registered since the last tick members, all in one new term."""
-    if not state.joining or state.membership is None:
+    if not state.joining:
         return
+    assert state.membership is not None
     members = state.membership.members
     # Its first clock is set once all clocks are known (see leases._bench); until then no reader waits for it.
     benched = state.gated()
@@ -263,8 +263,9 @@ def _last_pushes(state: SchedulerState) -> dict[tuple[int, int, int, int], int]:
 
 def on_synced(state: SchedulerState, note: messages.Synced, now: float, out: Output) -> None:
     """Note that a backup holds everything and may take over."""
-    if state.membership is None or note.term != state.term:
+    if note.term != state.term:
         return
+    assert state.membership is not None
     place = state.membership.shards[note.shard]
     if (place.backup, place.backup_boot, place.synced) == (note.backup, note.backup_boot, False):
         synced = messages.ShardPlace(place.primary, place.primary_boot, place.backup, place.backup_boot, True)

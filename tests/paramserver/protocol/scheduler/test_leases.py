@@ -47,6 +47,20 @@ def test_a_worker_that_reports_its_push_is_granted_the_next_lease_without_asking
     assert not stages.named(cast.tell(messages.Ask(0, cast.state.workers[0].incarnation, 2))[0], "DoneAck")
 
 
+def test_a_late_request_is_granted_nothing():
+    cast = stages.Cast(stages.settings(workers=1)).join()
+    cast.step()
+    incarnation = cast.state.workers[0].incarnation
+    assert cast.tell(messages.Ask(0, incarnation, 0)) == ([], [])
+    back = cast.restarted()
+    back.tick()
+    back.enter_term()
+    back.applied(1)
+    back.tell(dataclasses.replace(back.beat("worker/0"), sequence=5))
+    sent, _ = back.tell(messages.Ask(0, incarnation, 3))
+    assert [grant.sequence for grant in stages.named(sent, "Grant")] == [6]
+
+
 def test_a_late_copy_of_a_report_does_not_free_the_lease_that_its_worker_holds_now():
     cast = stages.Cast(stages.settings(workers=1, mode="async")).join()
     first = cast.ask(0)

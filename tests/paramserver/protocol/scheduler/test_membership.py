@@ -103,9 +103,70 @@ def test_silent_workers_are_dropped_together():
     cast = stages.Cast(stages.settings(workers=3)).join()
     term = cast.state.term
     done = silent_for(cast, 6.0, "worker/1", "server/0/a")
-    assert set(cast.state.workers) == {1}
+    assert set(cast.state.workers) == {member.worker for member in cast.state.membership.members} == {1}
     assert cast.state.term == term + 1
     assert len(stages.named(done, "Warn")) == 2
+    assert not stages.named(done, "Replace")  # one that was only paused comes back by itself
+
+
+def test_a_worker_that_is_busy_without_progress_is_dropped_and_started_again():
+    cast = stages.Cast(stages.settings(workers=3)).join()
+    done = []
+    for turn in range(4 * 62):
+        cast.now += 0.25
+        stuck, computing = (dataclasses.replace(cast.beat(f"worker/{n}"), busy=True) for n in (0, 1))
+        beats = stuck, dataclasses.replace(computing, progress=turn), cast.beat("worker/2"), cast.beat("server/0/a")
+        cast.tell(*beats)
+        done += cast.tell(messages.Tick())[1]
+    assert {member.worker for member in cast.state.membership.members} == {1, 2}
+    assert stages.named(done, "Replace") == [effects.Replace("worker/0")]
+    assert "Worker 0 makes no progress" in stages.named(done, "Warn")[0].text
+
+
+def test_starts_that_are_no_members_are_told_so_if_they_are_newer_and_passed_over_if_older():
+    cast = stages.Cast(stages.settings(workers=2)).join()
+    beat = cast.beat("worker/0")
+    for strange in (dataclasses.replace(beat, name="worker/7", boot=3), dataclasses.replace(beat, boot=2)):
+        fenced = messages.Fenced(strange.name, strange.boot)
+        assert cast.tell(strange) == ([(strange.name, fenced)], [])
+    server = cast.beat("server/0/a")
+    for passed in (dataclasses.replace(beat, boot=0), dataclasses.replace(server, boot=2)):
+        assert cast.tell(passed) == ([], [])
+    assert cast.tell(dataclasses.replace(server, name="server/9/a")) == ([], [])
+    cast.tell(messages.Died("worker/0", 1))
+    fenced = [("worker/0", messages.Fenced("worker/0", 1))]
+    assert cast.tell(beat)[0] == cast.tell(messages.Register("worker/0", 1))[0] == fenced
+
+
+def test_of_two_starts_of_a_worker_within_one_tick_the_newer_joins():
+    early = stages.Cast(stages.settings())
+    early.tell(messages.Register("worker/0", 1))
+    assert not early.state.joining  # it repeats its request once the servers have joined
+    cast = stages.Cast(stages.settings()).join()
+    cast.tell(messages.Register("worker/7", 5), messages.Register("worker/7", 4), messages.Register("worker/0", 2))
+    assert cast.tell(messages.Register("worker/0", 1)) == ([], [])  # a late copy
+    assert cast.state.joining == {7: 5, 0: 2}
+
+
+def test_a_copy_that_does_not_hold_everything_yet_takes_over_nothing():
+    cast = stages.Cast(stages.settings(durability="replicated")).join()
+    cast.tell(messages.Register("server/0/b", 2))
+    place = messages.ShardPlace("server/0/a", 1, "server/0/b", 2, False)
+    cast.tell(messages.Synced(0, cast.state.term, "server/0/b", 1))  # of its earlier start
+    silent_for(cast, 10.0, "worker/0", "server/0/b")
+    cast.tell(messages.Died("server/0/a", 1))
+    assert cast.state.membership.shards == (place,)
+    assert cast.state.counters["failovers"] == 0
+
+
+def test_a_shard_enters_a_term_once_by_its_primary():
+    cast = stages.Cast(stages.settings(durability="replicated")).join()
+    cast.finish(0, cast.ask(0))
+    assert cast.tell(cast.entered(0)) == ([], [])  # nothing is said again
+    cast.tell(messages.Register("worker/0", 2))
+    cast.tick()
+    cast.tell(dataclasses.replace(cast.entered(0), name="server/0/b"))
+    assert not cast.state.settled()
 
 
 def test_a_worker_that_registers_again_and_again_is_not_silent():
@@ -198,8 +259,12 @@ def test_a_push_that_reached_some_shards_only_is_counted_as_torn_and_its_batch_g
     cast.tick()
     row = messages.Seen(0, 1, 1, lease.step)
     cast.tell(cast.entered(0, seen=(row,)), cast.entered(1))
-    assert cast.state.counters["torn_pushes"] == 1
     assert cast.ask(1) == lease
+    cast.tell(messages.Register("worker/0", 3))
+    cast.tick()
+    cast.tell(cast.entered(0, seen=(row,)), cast.entered(1))
+    assert cast.state.counters["torn_pushes"] == 1
+    assert cast.ask(0) != lease  # another worker still computes it
 
 
 def test_a_push_that_reached_all_shards_counts_though_its_worker_died():
@@ -210,6 +275,7 @@ def test_a_push_that_reached_all_shards_counts_though_its_worker_died():
     row = messages.Seen(0, 1, 1, lease.step)
     cast.tell(cast.entered(0, seen=(row,)), cast.entered(1, seen=(row,)))
     assert cast.state.lease_table.is_done(lease.step)
+    assert cast.state.counters["torn_pushes"] == 0
 
 
 def test_a_worker_whose_death_is_told_is_replaced_at_once():
