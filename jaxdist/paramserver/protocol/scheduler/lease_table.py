@@ -107,8 +107,7 @@ class StepLeases:
         """Take back a lease that `worker` will not finish."""
         if held.step == self.step and worker in self.holders[held.slice]:
             self.holders[held.slice].remove(worker)
-            if not self.holders[held.slice]:
-                heapq.heappush(self.free, held.slice)
+            heapq.heappush(self.free, held.slice)  # which is passed over while others hold it
 
     def leave(self, worker: int) -> None:
         """Forget what a worker has computed that is not known to be on every shard: it has left."""

@@ -50,6 +50,30 @@ def test_without_backup_workers_a_slice_is_out_once():
     assert leases.pick(2) == held
 
 
+def test_what_is_of_an_earlier_step_or_of_another_worker_changes_nothing():
+    leases = StepLeases(settings(workers=2))
+    old = leases.pick(0)
+    leases.advance()
+    leases.finish(done(old))
+    leases.hold(1, old)
+    leases.give_back(0, old)
+    held = leases.pick(0)
+    leases.hold(0, held)  # it reports what is known
+    leases.give_back(1, held)
+    assert (leases.done, leases.holders) == ({}, [[0], []])
+    leases.give_back(0, held)
+    assert [leases.pick(worker).slice for worker in (1, 0)] == [0, 1]
+
+
+def test_a_batch_that_is_trained_is_not_held_and_only_its_holder_gives_one_back():
+    leases = BatchLeases(settings())
+    first, second = leases.pick(0), leases.pick(1)
+    leases.complete(first.step)
+    leases.hold(0, first)
+    leases.give_back(0, second)
+    assert leases.out == {second.step: 1}
+
+
 @given(
     st.integers(0, 2), st.lists(st.tuples(st.sampled_from(["pick", "finish", "lose"]), st.integers(0, 4)), max_size=60)
 )
