@@ -250,7 +250,9 @@ class WorkerWatch:
             self._enter(phase)
         for _, reply in replies:
             if isinstance(reply, (messages.Pull, messages.Push, messages.Done)):
-                key = (type(reply), getattr(reply, "shard", 0), reply.sequence)
+                # Done is sent with the pushes, and another time if this worker says itself that they are staged.
+                which = reply.staged if isinstance(reply, messages.Done) else reply.shard
+                key = (type(reply), which, reply.sequence)
                 if key in self._sent:
                     self.history.bins.add("again", self.history.clock())
                 self._sent.add(key)

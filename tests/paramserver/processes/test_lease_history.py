@@ -88,6 +88,9 @@ def test_a_worker_records_its_phases_and_the_requests_that_it_sent_again(tmp_pat
     watch = lease_history.WorkerWatch(history, machine)
     pull = effects.Send("server/0/a", messages.Pull(0, 3, 1, 1, 0, 0))
 
+    def done(*, staged):
+        return effects.Send("scheduler", messages.Done(3, 1, 1, 0, lease(9, 2), 8.0, True, (), staged))
+
     def enter(phase, seconds, replies=()):
         clock.now += seconds
         machine.phase = phase
@@ -97,8 +100,8 @@ def test_a_worker_records_its_phases_and_the_requests_that_it_sent_again(tmp_pat
     enter("pulling", 1.0, [pull])
     enter("pulling", 0.5, [pull])
     enter("computing", 0.5)
-    enter("pushing", 4.0)
-    enter("reporting", 0.25)
+    enter("pushing", 4.0, [done(staged=False)])
+    enter("reporting", 0.25, [done(staged=True)])  # says more than the first, and is not that again
     enter("asking", 0.125)
     assert list(history.leases) == [[3, 9, 2, 1001.0, 1.0, 4.0, 0.25]]
     assert {name: sum(row) for name, row in history.bins.series.items()} == pytest.approx(
