@@ -8,13 +8,18 @@ from collections.abc import Iterator
 
 
 class Files:
-    """The contents by path; `fail` answers the next requests for content with a status, `cut` ends them early."""
+    """The contents by path; `fail` answers the next requests for content with a status, `cut` ends them early.
+
+    Where `stalls`, half of a content is sent, and then nothing until the block ends.
+    """
 
     def __init__(self):
         self.contents: dict[str, bytes] = {}
         self.asked: collections.Counter[str] = collections.Counter()
         self.fail: list[int] = []
         self.cut = False
+        self.stalls = False
+        self.ended = threading.Event()
         self.url = ""
 
 
@@ -42,7 +47,10 @@ def serving() -> Iterator[Files]:
             self.send_header("ETag", str(hash(body)))
             self.end_headers()
             if with_content:
-                self.wfile.write(body[: len(body) // 2] if files.cut else body)
+                self.wfile.write(body[: len(body) // 2] if files.cut or files.stalls else body)
+                if files.stalls:
+                    self.wfile.flush()
+                    files.ended.wait()
 
         def log_message(self, *args):
             pass
@@ -54,6 +62,7 @@ def serving() -> Iterator[Files]:
     try:
         yield files
     finally:
+        files.ended.set()
         server.shutdown()
         server.server_close()
         thread.join()

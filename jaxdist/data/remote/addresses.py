@@ -25,6 +25,8 @@ _VERSION_KEYS = (
 )
 _PAUSES = (0.5, 2.0)
 """Seconds before the attempts that follow a failed one."""
+_SILENCE_SECONDS = 60.0
+"""How long an HTTP server may send nothing."""
 
 
 class FileFacts(NamedTuple):
@@ -89,7 +91,10 @@ def opened(address: str) -> Iterator[Any]:
     else:
         file = _attempt(address, lambda system, path: system.open(path, "rb", cache_type="readahead"))
     with file:
-        yield file
+        try:
+            yield file
+        except TimeoutError as error:
+            raise ValueError(f"{address} cannot be read: {_reason(error)}. {_ADVICE}") from error
 
 
 def list_folder(address: str, *patterns: str) -> list[str]:
@@ -133,7 +138,7 @@ def _attempt(address: str, use: Callable[[Any, str], _Result]) -> _Result:
     fsspec = extras.require("fsspec", extra="remote")
     protocol = address.split("://", 1)[0]
     try:
-        system, path = fsspec.core.url_to_fs(address)
+        system, path = fsspec.core.url_to_fs(address, **_limits(fsspec, protocol))
     except ImportError as error:
         raise extras.MissingExtra(f"{protocol}:// needs a package of its own: {error}.") from error
     except OSError as error:  # some protocols connect here
@@ -155,9 +160,29 @@ def _attempt(address: str, use: Callable[[Any, str], _Result]) -> _Result:
             if isinstance(true, FileNotFoundError) or getattr(true, "status", None) == 404:
                 raise ValueError(f"There is no file {address}. Check the address.") from error
             if pause is None:
-                raise ValueError(
-                    f"{address} cannot be read: {type(true).__name__}: {true}. Check the address, the network and the "
-                    "credentials."
-                ) from error
+                raise ValueError(f"{address} cannot be read: {_reason(true)}. {_ADVICE}") from error
         time.sleep(pause)
     raise AssertionError("the last attempt returns or raises")
+
+
+_ADVICE = "Check the address, the network and the credentials."
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, TimeoutError):
+        return "nothing came for too long"
+    return f"{type(error).__name__}: {error}"
+
+
+def _limits(fsspec: Any, protocol: str) -> dict[str, Any]:
+    """Return the settings of a file system that limit how long a server is silent.
+
+    Storage services have such a limit. For HTTP aiohttp has only one of five minutes for a whole file, too long for a
+    server that has stopped and too short for a large file. Settings of fsspec's own configuration are kept.
+    """
+    if protocol not in ("http", "https"):
+        return {}
+    aiohttp = extras.require("aiohttp", extra="remote")
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_SILENCE_SECONDS, sock_read=_SILENCE_SECONDS)
+    configured = fsspec.config.conf.get(protocol, {}).get("client_kwargs", {})
+    return {"client_kwargs": {"timeout": timeout, **configured}}

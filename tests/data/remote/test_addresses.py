@@ -64,6 +64,28 @@ def test_what_is_wrong_is_one_message(tmp_path, no_pauses):
         addresses.file_facts("/none")
 
 
+def test_a_server_that_sends_nothing_more_is_not_waited_for(tmp_path, no_pauses, monkeypatch):
+    monkeypatch.setattr(addresses, "_SILENCE_SECONDS", 0.2)
+    with file_server.serving() as files:
+        files.contents["/a"], files.stalls = b"x" * 1000, True
+        with pytest.raises(ValueError, match=r"/a cannot be read: nothing came for too long\. Check the address"):
+            addresses.download(f"{files.url}/a", str(tmp_path / "a"))
+        with (
+            pytest.raises(ValueError, match=r"/a cannot be read: nothing came for too long"),
+            addresses.opened(f"{files.url}/a") as file,
+        ):
+            file.read()
+        assert files.asked["/a"] >= 4
+
+
+def test_settings_of_fsspec_for_a_protocol_are_kept(monkeypatch):
+    monkeypatch.setitem(fsspec.config.conf, "https", {"client_kwargs": {"trust_env": True}})
+    limits = addresses._limits(fsspec, "https")["client_kwargs"]
+    assert limits["trust_env"]
+    assert (limits["timeout"].total, limits["timeout"].sock_read) == (None, 60.0)
+    assert addresses._limits(fsspec, "s3") == {}
+
+
 def test_an_unknown_protocol_and_a_missing_package(monkeypatch):
     with pytest.raises(ValueError, match="what://x cannot be read: Protocol not known: what"):
         addresses.file_facts("what://x")
