@@ -100,13 +100,15 @@ def in_precision(forward: Forward, precision: Precision) -> Forward:
 
 
 def switches(accepted: Mapping[str, Any], batch: Batch, train: bool) -> dict[str, Any]:
-    """Return `train`, `mask` and `segment_ids` for a module that takes them; in a batch of padding, every row counts.
+    """Return `train`, `mask` (B,) and `segment_ids` for a module that takes them.
 
-    Statistics over no rows would be NaN, and a NaN activation makes NaN gradients even where the loss is masked out.
+    Every row counts where the batch has no mask, and in one of padding: statistics over no rows would be NaN, and a
+    NaN activation makes NaN gradients even where the loss is masked out.
     """
-    mask = _mask_of(batch[MASK].shape[:1], batch[MASK]) if MASK in batch else None
-    mask = None if mask is None else mask > 0
-    switches = {"train": train, "mask": None if mask is None else mask | ~mask.any()}
+    rows = next(iter(batch.values())).shape[:1]
+    given = _mask_of(rows, batch.get(MASK))
+    mask = jnp.ones(rows, bool) if given is None else given > 0
+    switches = {"train": train, "mask": mask | ~mask.any()}
     switches |= {SEGMENT_IDS: batch[SEGMENT_IDS]} if SEGMENT_IDS in batch else {}
     return {name: value for name, value in switches.items() if name in accepted}
 

@@ -16,7 +16,7 @@ from flax import linen as flax_linen
 from jaxdist.adapters import first_calls, functions, module_checks
 from jaxdist.adapters.flax_trees import unboxed
 from jaxdist.adapters.functions import Functions, Loss, PyTree
-from jaxdist.spmd.metrics import Batch
+from jaxdist.spmd.metrics import SEGMENT_IDS, Batch
 from jaxdist.spmd.precision import Precision
 
 
@@ -52,8 +52,10 @@ def linen(
 
     @functools.partial(jax.jit, inline=True)  # traced once, where its shapes and those of the state are looked at
     def init(key: jax.Array) -> tuple[PyTree, PyTree]:
-        rows = [jnp.zeros((1, *example_batch[name].shape[1:]), example_batch[name].dtype) for name in fields]
-        variables = module.init(key, *rows, train=False)
+        taken = [name for name in example_batch if name in (*fields, SEGMENT_IDS)]
+        row = {name: jnp.zeros((1, *example_batch[name].shape[1:]), example_batch[name].dtype) for name in taken}
+        switches = functions.switches(accepted, row, train=False)
+        variables = module.init(key, *(row[name] for name in fields), **switches)
         model_state = {name: variables[name] for name in variables if name != "params"}
         return variables.get("params", {}), model_state
 

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 from small_cnns import EXAMPLE, make_batch
@@ -35,6 +36,26 @@ def test_streams_that_are_looked_for_while_a_step_is_traced_change_nothing_in_it
         params = fns.init_fn(jax.random.key(0))
         lowered.append(jax.jit(fns.loss_fn).lower(params, batch, jax.random.key(0)).as_text())
     assert lowered[0] == lowered[1]
+
+
+class _NeedsAll(nn.Module):
+    """Has no defaults, and computes with all that it is given."""
+
+    @nn.compact
+    def __call__(self, x, mask, segment_ids, train):
+        kept = jnp.where(mask[:, None], x, 0.0) + segment_ids
+        return nn.Dense(3)(kept / jnp.maximum(mask.sum(), 1))
+
+
+def test_a_module_may_need_a_mask_and_the_ids_of_packed_rows_without_defaults():
+    batch = {"x": jnp.ones((4, 2)), "segment_ids": jnp.ones((4, 2), jnp.int32), "mask": jnp.array([1.0, 1, 0, 0])}
+    fns = adapters.linen(_NeedsAll(), lambda outputs, batch: (outputs.sum(1), {}), batch, inputs="x")
+    params = fns.init_fn(jax.random.key(0))
+    loss = float(fns.loss_fn(params, batch, jax.random.key(0))[0].value)
+    assert loss == pytest.approx(float(params["Dense_0"]["kernel"].sum()), rel=1e-6)  # the rows that count are ones
+    whole = batch | {"mask": jnp.ones(4)}
+    del batch["mask"]  # as in a prediction: every row counts
+    np.testing.assert_array_equal(fns.predict_fn(params, batch), fns.predict_fn(params, whole))
 
 
 class _DropCell(nn.Module):
