@@ -113,6 +113,10 @@ def _check_writable(run_dir: pathlib.Path, *, needs_room: bool) -> None:
         probe = run_dir / f".writable-{os.getpid()}"
         probe.touch()
         probe.unlink()
+    except FileExistsError as error:
+        raise ConfigError(
+            f"A run directory is a folder; {run_dir} is a file, or a link to nothing. Choose another, or remove it."
+        ) from error
     except OSError as error:
         raise ConfigError(f"The run directory must be writable; {run_dir} is not: {error.strerror}.") from error
     if needs_room and full_disk.has_no_room(run_dir):

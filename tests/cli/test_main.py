@@ -180,6 +180,9 @@ def test_a_bad_run_directory_is_the_users_mistake_and_stays_as_it_was(tmp_path, 
     refused(capsys, "got both. Leave one out", TINY, "--run-dir", run_dir, "--overwrite", "--resume")
     refused(capsys, "'size'", TINY, "--run-dir", run_dir, "--overwrite", "--set", "inputs=size")
     refused(capsys, "--resume needs a run", TINY, "--run-dir", tmp_path / "absent", "--resume")
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    for name in ("file", "link"):
+        refused(capsys, "is a file, or a link to nothing", TINY, "--run-dir", tmp_path / name)
     refused(capsys, "must be writable", TINY, "--run-dir", tmp_path / "file" / "run")
     refused(capsys, "must be writable", TINY, "--run-dir", "/proc/jaxdist")
     assert contents(tmp_path) == before
