@@ -94,13 +94,12 @@ def beginning(run_dir, *flags):
 
 def write_run(run_dir, started):
     run_dir.mkdir(exist_ok=True)
-    (run_dir / "run.json").write_text(json.dumps(run_records.EMPTY | ({"started": started} if started else {})))
+    (run_dir / "run.json").write_text(json.dumps(run_records.EMPTY | {"started": started}))
 
 
-@pytest.mark.parametrize("started", ["2026-11-28T12:00:00+00:00", ""])
-def test_an_attempt_after_the_replacing_one_resumes(tmp_path, started):
+def test_an_attempt_after_the_replacing_one_resumes(tmp_path):
     """A restart must replace the earlier run if that was not done yet, and must not replace the run it belongs to."""
-    run_dir = tmp_path / "run"
+    run_dir, started = tmp_path / "run", "2026-11-28T12:00:00+00:00"
     write_run(run_dir, started)
     assert beginning(run_dir, "--replace", started) == "overwrite"
     assert beginning(run_dir, "--replace", started, "--resume") == "overwrite"
@@ -115,8 +114,9 @@ def test_how_a_run_begins(tmp_path):
         "overwrite",
         "resume",
     ]
-    assert beginning(run_dir, "--replace", "") == "start"  # removed, and the new one not recorded yet
-    write_run(run_dir, "")
+    started = "2026-11-28T12:00:00+00:00"
+    assert beginning(run_dir, "--replace", started) == "start"  # removed, and the new one not recorded yet
+    write_run(run_dir, started)
     assert [beginning(run_dir), beginning(run_dir, "--restartable")] == ["start", "resume"]
 
 

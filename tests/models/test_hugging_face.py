@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxdist.models import gpt, hugging_face, resnet, vit
-from jaxdist.rundir import record
 from jaxdist.spmd.layout import path_name
 
 
@@ -57,16 +56,6 @@ def test_the_table_of_vit(layers, heads, features):
 def test_the_table_of_resnet(block, sizes):
     model = resnet.ResNet(3, sizes, block, width=2, symmetric_padding=True)
     check_table(model, jnp.zeros((1, 16, 16, 3)))
-
-
-def test_options_at_their_defaults_are_in_no_record_and_so_in_no_identity():
-    models = (
-        gpt.GPT(5, 4, num_layers=1, num_heads=1, width=2),
-        vit.ViT(3, 2, num_layers=1, num_heads=1, width=2),
-        resnet.ResNet(3, (1,)),
-    )
-    recorded = [name for model in models for name in record.plain(model)]
-    assert not {"norm_epsilon", "exact_gelu", "symmetric_padding"} & set(recorded)
 
 
 def test_a_config_names_what_transformers_needs_to_build_the_model():
