@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import math
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -153,7 +154,7 @@ class _Threads:
                 self._tasks.get_nowait()
         for _ in self._threads:
             self._tasks.put(None)
-        for thread in self._threads if wait else ():
+        for thread in self._threads if wait and not sys.is_finalizing() else ():  # by then Python has stopped them
             thread.join()
 
 

@@ -9,6 +9,7 @@ import functools
 import itertools
 import math
 import queue
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -246,9 +247,10 @@ def _prefetched(loader: Loader, place: _Place, prefetch: int) -> Iterator[tuple[
             room.give_back()
             yield item
     finally:
-        stopped.set()
-        room.end()
-        thread.join()
+        if not sys.is_finalizing():  # by then Python has stopped the thread where it was, and never ends it
+            stopped.set()
+            room.end()
+            thread.join()
 
 
 def _place_ahead(

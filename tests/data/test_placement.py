@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import threading
 
 import jax
@@ -199,3 +201,22 @@ def test_a_float_that_would_become_infinite_is_refused_and_infinity_is_not():
     values[3] = 3e38
     ((batch, _),) = feed(loader, make_mesh(data=1))
     np.testing.assert_array_equal(batch["x"], values.astype(np.float32))
+
+
+LEFT_IN_THE_MIDDLE = """
+import jax, numpy as np
+from jaxdist.data import ArraySource, Loader, feed
+
+loader = Loader(ArraySource({"x": np.zeros((64, 3), np.float32)}), global_batch_size=4, seed=0, num_threads=2)
+mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+batches, examples = iter(feed(loader, mesh)), iter(loader)
+next(batches), next(examples)
+raise KeyError("mine")
+"""
+
+
+def test_a_script_that_ends_within_an_iteration_ends():
+    """What holds an iterator then, such as an error's traceback, is dropped when Python has stopped the threads."""
+    ended = subprocess.run([sys.executable, "-c", LEFT_IN_THE_MIDDLE], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1
+    assert ended.stderr.endswith("KeyError: 'mine'\n")
