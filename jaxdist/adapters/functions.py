@@ -105,12 +105,15 @@ def switches(accepted: Mapping[str, Any], batch: Batch, train: bool) -> dict[str
     Every row counts where the batch has no mask, and in one of padding: statistics over no rows would be NaN, and a
     NaN activation makes NaN gradients even where the loss is masked out.
     """
-    rows = next(iter(batch.values())).shape[:1]
-    given = _mask_of(rows, batch.get(MASK))
-    mask = jnp.ones(rows, bool) if given is None else given > 0
-    switches = {"train": train, "mask": mask | ~mask.any()}
-    switches |= {SEGMENT_IDS: batch[SEGMENT_IDS]} if SEGMENT_IDS in batch else {}
-    return {name: value for name, value in switches.items() if name in accepted}
+    switches: dict[str, Any] = {"train": train} if "train" in accepted else {}
+    if "mask" in accepted:
+        rows = next(iter(batch.values())).shape[:1]
+        given = _mask_of(rows, batch.get(MASK))
+        mask = jnp.ones(rows, bool) if given is None else given > 0
+        switches["mask"] = mask | ~mask.any()
+    if SEGMENT_IDS in accepted and SEGMENT_IDS in batch:
+        switches[SEGMENT_IDS] = batch[SEGMENT_IDS]
+    return switches
 
 
 def _average(loss: Loss, outputs: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:

@@ -58,6 +58,18 @@ def test_a_module_may_need_a_mask_and_the_ids_of_packed_rows_without_defaults():
     np.testing.assert_array_equal(fns.predict_fn(params, batch), fns.predict_fn(params, whole))
 
 
+class _Constant(nn.Module):
+    @nn.compact
+    def __call__(self, train):
+        return self.param("w", nn.initializers.ones, (2,))
+
+
+def test_a_module_may_have_no_inputs():
+    batch = {"x": jnp.full((4, 2), 3.0)}
+    fns = adapters.linen(_Constant(), lambda out, batch: ((batch["x"] * out).sum(1), {}), batch, inputs=[])
+    assert float(fns.loss_fn(fns.init_fn(jax.random.key(0)), batch, jax.random.key(0))[0].value) == 6.0
+
+
 class _DropCell(nn.Module):
     """Drops half of its input, and keeps what was left as its output."""
 
