@@ -253,6 +253,8 @@ def check_early(
     collect_fn = make_collect_fn(experiment, functions)
     eval_shapes = {name: example_batch(each) for name, each in eval_loaders.items()}
     preflight.check(experiment, functions, abstract, shapes, eval_shapes, collect_fn)
+    if num_together < experiment.global_batch_size:
+        preflight.check_order(functions, abstract, shapes)
     preflight.check_labels(experiment, functions, abstract, shapes)
     preflight.check_coupling(experiment, functions, abstract, shapes, loader, num_together=num_together)
     forms = preflight.check_samples(loader, "data.train", among=preflight.EARLY_BATCHES)

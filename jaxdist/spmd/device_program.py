@@ -109,12 +109,13 @@ class PerDeviceProgram:
             read=lambda content: _Lowered.from_bytes(content, local_args),
         )
         mesh_executable = jax_private.mesh_executable(
-            _load(lowered.module, devices if self._exchanges else [device], devices),
+            _load(lowered, devices if self._exchanges else [device], devices),
             self._mesh,
             [_global_aval(leaf, sharding) for leaf, sharding in zip(local, shardings, strict=True)],
             shardings,
             [_global_aval(leaf, NamedSharding(self._mesh, self._out_spec)) for leaf in lowered.results],
             [NamedSharding(self._mesh, self._out_spec)] * len(lowered.results),
+            lowered.python,
         )
         info = tuple(
             jax.tree.map(lambda leaf, donated=number in self._donated: _argument(leaf, donated), arg)
@@ -126,18 +127,18 @@ class PerDeviceProgram:
 class _Lowered(NamedTuple):
     """A program that is traced and lowered: its module, and the leaves and the structure of its result.
 
-    `is_portable` says whether another process can load it: one that calls back into Python has addresses in it.
+    Another process cannot load one that uses `python` of this one.
     """
 
     module: Any
     results: Sequence[jax.ShapeDtypeStruct]
     structure: Any
-    is_portable: bool = True
+    python: jax_private.Python = jax_private.NO_PYTHON
 
     @classmethod
     def of(cls, lowered: jax.stages.Lowered) -> "_Lowered":
         results, structure = jax.tree.flatten(lowered.out_info)
-        return cls(lowered.compiler_ir(), results, structure, jax_private.is_portable(lowered))
+        return cls(lowered.compiler_ir(), results, structure, jax_private.python_of(lowered))
 
     def to_bytes(self, args: tuple[PyTree, ...]) -> bytes | None:
         """Return the program for the other processes, None if they have to trace it by themselves.
@@ -145,7 +146,7 @@ class _Lowered(NamedTuple):
         Of the structure of the result only tuples, lists and dicts are written; other parts must be structured as an
         argument is, for example the new state.
         """
-        described = _described(self.structure, args) if self.is_portable else None
+        described = None if any(self.python) else _described(self.structure, args)
         if described is None:
             return None
         results = [(leaf.shape, str(leaf.dtype), bool(leaf.weak_type)) for leaf in self.results]
@@ -345,32 +346,37 @@ def _argument(leaf: jax.ShapeDtypeStruct, donated: bool) -> jax.stages.ArgInfo:
     return jax.stages.ArgInfo(jax.core.ShapedArray(leaf.shape, leaf.dtype, weak_type=bool(leaf.weak_type)), donated)
 
 
-def _load(module: Any, made_for: Sequence[jax.Device], devices: Sequence[jax.Device]) -> Any:
-    """Return XLA's executable of a lowered module with a replica on each of `devices`, made for all or for one of them.
+def _load(lowered: _Lowered, made_for: Sequence[jax.Device], devices: Sequence[jax.Device]) -> Any:
+    """Return XLA's executable of a program with a replica on each of `devices`, made for all or for one of them.
 
     JAX's persistent cache is used under a key of our own, the same for all processes and any number of devices, and
     its bytes are loaded with our placement: an executable that JAX loaded from there cannot be serialized again
     (on CPU devices its kernels are lost; jaxlib 0.10 and 0.12).
     """
-    key = jax_private.cache_key(module, made_for[0])
+    callbacks = lowered.python.callbacks
+    key = None if any(lowered.python) else jax_private.cache_key(lowered.module, made_for[0])
     if key is None:
-        return _on_all(_compile(module, made_for, key), made_for, devices)
+        return _on_all(_compile(lowered.module, made_for, key, callbacks), made_for, devices, callbacks)
     cached = _read_cache(key, devices)
     if cached is not None:
         return cached
     with jax_private.turn_to_compile(key):
-        return _read_cache(key, devices) or _on_all(_compile(module, made_for, key), made_for, devices)
+        return _read_cache(key, devices) or _on_all(_compile(lowered.module, made_for, key), made_for, devices)
 
 
-def _on_all(compiled: Any, made_for: Sequence[jax.Device], devices: Sequence[jax.Device]) -> Any:
-    return compiled if len(devices) == len(made_for) else jax_private.load_executable(compiled.serialize(), devices)
+def _on_all(
+    compiled: Any, made_for: Sequence[jax.Device], devices: Sequence[jax.Device], callbacks: Sequence[Any] = ()
+) -> Any:
+    if len(devices) == len(made_for):
+        return compiled
+    return jax_private.load_executable(compiled.serialize(), devices, callbacks=callbacks)
 
 
-def _compile(module: Any, devices: Sequence[jax.Device], key: str | None) -> Any:
+def _compile(module: Any, devices: Sequence[jax.Device], key: str | None, callbacks: Sequence[Any] = ()) -> Any:
     """Compile `module` for `devices`, store the executable in the cache under `key`, and return it."""
     name = module.operation.attributes["sym_name"].value
     start = time.monotonic()
-    compiled = jax_private.compile_module(module, devices)
+    compiled = jax_private.compile_module(module, devices, callbacks=callbacks)
     seconds = time.monotonic() - start
     jax.monitoring.record_event_duration_secs(_COMPILE_EVENT, seconds, fun_name=name)
     # Only what took long to compile, as JAX does.

@@ -101,8 +101,9 @@ class GroupProgram:
         own = layouts.map_specs(lambda spec: NamedSharding(first, self._own(spec)), specs)
         function = jax.jit(self._function, donate_argnums=self._donate, out_shardings=own, keep_unused=True)
         lowered = function.lower(*local_args)
+        python = jax_private.python_of(lowered)
         gives = [sharding.spec for sharding in jax.tree.leaves(own)]
-        for group, executable in zip(self._groups, self._load(lowered.compiler_ir()), strict=True):
+        for group, executable in zip(self._groups, self._load(lowered.compiler_ir(), python.callbacks), strict=True):
             on_group = jax_private.mesh_executable(
                 executable,
                 group,
@@ -110,16 +111,17 @@ class GroupProgram:
                 [NamedSharding(group, spec) for spec in given],
                 [_shape(leaf) for leaf in jax.tree.leaves(results)],
                 [NamedSharding(group, spec) for spec in gives],
+                python,
             )
             program = jax.stages.Compiled(on_group, [], lowered.args_info, lowered.out_tree, no_kwargs=True)
             self._programs.append(program)
 
-    def _load(self, module: Any) -> list[Any]:
+    def _load(self, module: Any, callbacks: Sequence[Any]) -> list[Any]:
         """Return XLA's executable of a lowered module for each group."""
         first, *others = [list(group.devices.flat) for group in self._groups]
-        compiled = jax_private.compile_module(module, first, len(first))
+        compiled = jax_private.compile_module(module, first, len(first), callbacks)
         serialized = compiled.serialize() if others else b""
-        return [compiled, *(jax_private.load_executable(serialized, each, len(each)) for each in others)]
+        return [compiled, *(jax_private.load_executable(serialized, each, len(each), callbacks) for each in others)]
 
     def _own(self, spec: PartitionSpec) -> PartitionSpec:
         return layouts.keep_axes(spec, self._own_axes)

@@ -8,7 +8,7 @@ import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -20,6 +20,7 @@ from jax._src import (
     compiler,
     core,
     distributed,
+    effects,
     source_info_util,
     xla_bridge,
 )
@@ -115,21 +116,38 @@ def placement(devices: Sequence[jax.Device], num_partitions: int = 1) -> Placeme
     return xla_client.DeviceList(tuple(devices)), options
 
 
-def compile_module(module: Any, devices: Sequence[jax.Device], num_partitions: int = 1) -> Any:
+def compile_module(
+    module: Any, devices: Sequence[jax.Device], num_partitions: int = 1, callbacks: Sequence[Any] = ()
+) -> Any:
     """Return XLA's executable of a lowered module with a replica on each of `devices`, or on each `num_partitions` of
-    them; serializable, which that of `Lowered.compile` may not be.
+    them; serializable, which that of `Lowered.compile` may not be. `callbacks` are those of `python_of`.
 
     An executable that JAX loaded from its persistent cache cannot be serialized again (on CPU devices its kernels are
     lost; jaxlib 0.10 and 0.12), and `Lowered.compile` may return one of these.
     """
     device_list, options = placement(devices, num_partitions)
-    return compiler.backend_compile_and_load(devices[0].client, module, device_list, options, [])
+    return compiler.backend_compile_and_load(devices[0].client, module, device_list, options, callbacks)
 
 
-def is_portable(lowered: jax.stages.Lowered) -> bool:
-    """Return whether another process can load a lowered program: it does not call back into Python of this one."""
+class Python(NamedTuple):
+    """What a program uses of this process: functions that it calls by number, and objects whose addresses it has."""
+
+    callbacks: Sequence[Any] = ()
+    kept: Sequence[Any] = ()
+
+
+NO_PYTHON = Python()
+
+
+def python_of(lowered: jax.stages.Lowered) -> Python:
+    """Return what a lowered program uses of this process; another process can load one that uses nothing."""
     made = lowered._lowering.compile_args
-    return not (made["host_callbacks"] or made["keepalive"])
+    return Python(made["host_callbacks"] or (), made["keepalive"] or ())
+
+
+def has_order(jaxpr: Any) -> bool:
+    """Return whether a jaxpr has effects that happen in order, such as `jax.debug.print(..., ordered=True)`."""
+    return bool(effects.ordered_effects.filter_in(jaxpr.effects))
 
 
 def module_bytes(module: Any) -> bytes:
@@ -148,12 +166,14 @@ def module_of(content: bytes) -> Any:
     return ir.Module.parse(content, context=mlir.make_ir_context())
 
 
-def load_executable(serialized: bytes, devices: Sequence[jax.Device], num_partitions: int = 1) -> Any:
+def load_executable(
+    serialized: bytes, devices: Sequence[jax.Device], num_partitions: int = 1, callbacks: Sequence[Any] = ()
+) -> Any:
     """Return the executable with a replica on each of `devices`, or on each `num_partitions` of them.
 
     `jax.experimental.serialize_executable` loads only onto as many devices as the program was compiled for.
     """
-    return devices[0].client.deserialize_executable(serialized, *placement(devices, num_partitions))
+    return devices[0].client.deserialize_executable(serialized, *placement(devices, num_partitions), callbacks)
 
 
 def share_cache_keys(cpu: str) -> None:
@@ -269,6 +289,7 @@ def mesh_executable(
     input_shardings: list[NamedSharding],
     output_avals: list[jax.core.ShapedArray],
     output_shardings: list[NamedSharding],
+    python: Python = NO_PYTHON,
 ) -> Any:
     """Return what `jax.stages.Compiled` wraps: it takes and returns global arrays, by JAX's fast path.
 
@@ -287,8 +308,8 @@ def mesh_executable(
         name="per_device_program",
         unordered_effects=[],
         ordered_effects=[],
-        keepalive=[],
-        host_callbacks=[],
+        keepalive=python.kept,
+        host_callbacks=python.callbacks,
         kept_var_idx=set(range(len(input_avals))),
         mut=None,
         xla_in_layouts=[None] * len(input_avals),

@@ -1,3 +1,4 @@
+import gc
 import json
 
 import compile_cache
@@ -55,6 +56,26 @@ def test_what_it_returns_feeds_it_and_other_programs():
     np.testing.assert_array_equal(jax.jit(lambda x: x)(program(x)), np.ones((8, 3)))
     total = device_program.PerDeviceProgram(lambda x: x * 2, mesh, in_specs=(WHOLE,), out_spec=WHOLE)
     np.testing.assert_array_equal(total(place(np.ones(3, np.float32), mesh)), 2 * np.ones(3))
+
+
+@pytest.mark.parametrize("exchanges", [False, True])
+def test_callbacks_are_called_for_every_device_and_live_as_long_as_the_program(exchanges):
+    mesh, seen = make_mesh(devices=jax.devices()[:4]), []
+
+    def function(x):
+        jax.debug.callback(lambda value: seen.append(float(value)), x[0])
+        moved = device_program.exchange(x, [(i, i ^ 1) for i in range(4)]) if exchanges else x
+        return jax.pure_callback(np.negative, jax.ShapeDtypeStruct(x.shape, x.dtype), moved)
+
+    program = device_program.PerDeviceProgram(function, mesh, in_specs=(CUT,), out_spec=CUT, exchanges=exchanges)
+    x = place(np.arange(4, dtype=np.float32), mesh, "data")
+    del function
+    for _ in range(2):
+        gc.collect()
+        result = jax.jit(lambda x: x)(program(x))
+        np.testing.assert_array_equal(result, [-1, -0, -3, -2] if exchanges else [-0, -1, -2, -3])
+    jax.effects_barrier()
+    assert sorted(seen) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_donation_holds_on_every_device():

@@ -122,13 +122,16 @@ def test_a_lowered_program_travels_as_bytes():
     np.testing.assert_array_equal(found[0], [0, 2, 4])
 
 
-def test_a_program_that_calls_back_into_python_is_not_portable():
-    def calls(x):
-        jax.debug.callback(print, x)
+def test_what_a_program_uses_of_its_process_and_whether_it_has_an_order_are_known():
+    def calls(x, ordered):
+        jax.debug.callback(print, x, ordered=ordered)
         return x
 
-    assert jax_private.is_portable(lowered_double())
-    assert not jax_private.is_portable(jax.jit(calls).lower(np.float32(1)))
+    assert not any(jax_private.python_of(lowered_double()))
+    called = jax.jit(calls, static_argnums=1).lower(np.float32(1), False)
+    assert len(jax_private.python_of(called).callbacks) == 1
+    for ordered in (False, True):
+        assert jax_private.has_order(jax.make_jaxpr(calls, static_argnums=1)(1.0, ordered).jaxpr) == ordered
 
 
 def test_the_cache_gives_back_what_was_put_there(tmp_path):

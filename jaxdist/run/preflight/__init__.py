@@ -12,6 +12,7 @@ from jaxdist.run.preflight.examples import check_repeatable as check_repeatable
 from jaxdist.run.preflight.examples import check_samples as check_samples
 from jaxdist.run.preflight.losses_and_metrics import check as check
 from jaxdist.run.preflight.losses_and_metrics import check_forms as check_forms
+from jaxdist.run.preflight.losses_and_metrics import check_order as check_order
 from jaxdist.run.preflight.optimizer_updates import check_groups as check_groups
 from jaxdist.run.preflight.optimizer_updates import check_update as check_update
 from jaxdist.run.preflight.setting_values import check_settings as check_settings

@@ -13,7 +13,7 @@ from jaxdist.config import data_fields
 from jaxdist.config.experiment import Experiment
 from jaxdist.errors import ConfigError
 from jaxdist.run.preflight.repeated_traces import check_same_trace
-from jaxdist.spmd import evaluate, metrics, reduce, state
+from jaxdist.spmd import evaluate, jax_private, metrics, reduce, state
 from jaxdist.spmd.dependence import depends
 from jaxdist.spmd.step import GRAD_NORM
 
@@ -68,6 +68,16 @@ def outputs_of(functions: adapters.Functions, abstract: state.TrainState, shapes
     assert functions.predict_fn is not None
     model_state = () if abstract.model_state is None else (abstract.model_state,)
     return jax.eval_shape(functions.predict_fn, abstract.params, dict(shapes), *model_state)
+
+
+def check_order(functions: adapters.Functions, abstract: state.TrainState, shapes: Shapes) -> None:
+    """Raise ConfigError where the loss calls back in order, which parts of a batch on several devices do not have."""
+    if jax_private.has_order(jax.make_jaxpr(_loss_of(functions.loss_fn))(*_arguments(abstract, shapes)).jaxpr):
+        raise ConfigError(
+            "The model or its loss has a callback with ordered=True (jax.debug.print and the like), and the parts of a "
+            "batch are computed side by side here, in no order. Leave `ordered` out, or train on one device with "
+            "reduction=mean."
+        )
 
 
 def check_forms(

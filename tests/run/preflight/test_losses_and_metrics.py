@@ -137,3 +137,20 @@ def test_a_module_that_draws_in_evaluation_is_told_so():
     experiment = dataclasses.replace(tiny_experiment.get_config(), model=DrawsAlways())
     with pytest.raises(ConfigError, match=r'needs PRNG for "noise"\. Evaluation and prediction draw nothing'):
         components.put_together(experiment, devices=jax.devices()[:1])
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_callbacks_in_order_are_refused_where_a_batch_has_parts_at_the_same_time(ordered):
+    def loss(params, batch):
+        values = ((batch["image"] @ params["w"])[:, 0] - batch["label"]) ** 2
+        jax.debug.print("{}", values.shape[0], ordered=ordered)
+        return masked_mean(values, batch["mask"])
+
+    experiment = plain(loss)
+    components.put_together(experiment, devices=jax.devices()[:1])
+    for devices, changed in ((2, experiment), (1, dataclasses.replace(experiment, reduction="canonical"))):
+        if ordered:
+            with pytest.raises(ConfigError, match=r"callback with ordered=True .* Leave `ordered` out"):
+                components.put_together(changed, devices=jax.devices()[:devices])
+        else:
+            components.put_together(changed, devices=jax.devices()[:devices])
