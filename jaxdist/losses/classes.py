@@ -93,6 +93,11 @@ def labels_of(outputs: jax.Array, batch: Batch, field: str, *, needed_by: str) -
             f"{needed_by} needs logits (B, classes) and labels (B,); got {outputs.shape} and {labels.shape}. "
             "Labels are class indices, not one-hot rows of integers; probabilities are floats of the logits' shape."
         )
+    if outputs.shape[1] == 1:
+        raise ValueError(
+            f"{needed_by} needs a logit for each of two classes or more: of a single one the probability is 1 whatever "
+            "it is. Give the model two outputs, or one, of shape (B,), and train with losses.BinaryClassification."
+        )
     check_real("the model's output", outputs, needed_by=needed_by)
     return labels
 

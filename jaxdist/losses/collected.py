@@ -56,6 +56,8 @@ class ConfusionMatrix:
 
     def collect(self, outputs: jax.Array, batch: Batch) -> dict[str, jax.Array]:
         """Return label and predicted class."""
+        if outputs.ndim == 2 and outputs.shape[1] > self.num_classes:
+            raise ValueError(f"ConfusionMatrix needs num_classes={outputs.shape[1]}, as many as there are logits.")
         return _decisions(outputs, batch, self.label, needed_by="ConfusionMatrix")
 
     def compute(self, rows: Rows) -> dict[str, float]:

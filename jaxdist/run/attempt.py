@@ -21,7 +21,6 @@ from jaxdist.guards import nonfinite, recompile, replicas
 from jaxdist.launch.joining import agreement, runtime, same_on_all, turn
 from jaxdist.launch.supervising import watchdog
 from jaxdist.run import bookkeeping, components, directory, disk_room, header, hooks, loop, preflight, recovery, rescue
-from jaxdist.run.custom import user_hooks
 from jaxdist.run.diagnosis import profiling, utilization
 from jaxdist.run.replay import auditing, recording
 from jaxdist.run.stopwatch import Stopwatch
@@ -484,7 +483,7 @@ def _explained(error: Exception) -> errors.UserError | errors.RunFailedError | N
         return errors.UserError(f"{error}. Repair or remove it, or skip such examples with data.on_bad=skip.")
     if isinstance(error, ExampleError):
         return errors.UserError(errors.describe(error))
-    if isinstance(error, errors.RunFailedError | user_hooks.HookError):
+    if isinstance(error, errors.RunFailedError | errors.UserError):
         return error
     if (found := errors.of_callback(error)) is not None:
         return found

@@ -11,12 +11,12 @@ import jax
 import numpy as np
 import optax
 
-from jaxdist import adapters, data, optimizers, stop
+from jaxdist import adapters, data, errors, optimizers, stop
 from jaxdist.config import data_fields
 from jaxdist.config.experiment import Experiment
 from jaxdist.data import fingerprints
 from jaxdist.data.sources import wrap
-from jaxdist.errors import ConfigError
+from jaxdist.errors import ConfigError, UserError
 from jaxdist.guards import step_hashes
 from jaxdist.models import mup
 from jaxdist.run import preflight
@@ -350,10 +350,19 @@ def make_collecting(
     def compute(rows: Sequence[Any]) -> dict[str, float]:
         found: dict[str, float] = {}
         for metric, own in zip(experiment.eval.metrics, rows, strict=True):
-            values = metric.compute(own)
+            try:
+                values = {name: float(value) for name, value in dict(metric.compute(own)).items()}
+            except Exception as error:
+                raise UserError(
+                    f"The metric {errors.named(metric)} of eval.metrics failed: {errors.describe(error)}. Its "
+                    "`compute` returns a dict with a number for each of its names."
+                ) from error
             if set(values) != set(metric.names):
-                raise ConfigError(f"{metric} reports {sorted(values)}, but its names are {sorted(metric.names)}.")
-            found |= {name: float(value) for name, value in values.items()}
+                raise UserError(
+                    f"The metric {errors.named(metric)} reports {sorted(values)}, but its names are "
+                    f"{sorted(metric.names)}."
+                )
+            found |= values
         return found
 
     return evaluate.Collecting(make_step(functions.eval_fn, collect_fn), compute)

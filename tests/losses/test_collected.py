@@ -95,7 +95,9 @@ def test_perplexity_is_the_exponential_of_the_mean_over_all_tokens():
 
 def test_what_cannot_be_right_is_refused():
     logits, labels = drawn(0, 3)
-    with pytest.raises(ValueError, match=r"0 to 1; found 2"):
+    with pytest.raises(ValueError, match="a logit for each of two classes or more"):
+        measured(losses.F1(), logits[:, :1], {"label": labels})
+    with pytest.raises(ValueError, match="needs num_classes=3, as many as"):
         measured(losses.ConfusionMatrix(num_classes=2), logits, {"label": labels})
     with pytest.raises(ValueError, match=r"numbered from 0.*found -1"):
         measured(losses.F1(), logits, {"label": labels * 0 - 1})

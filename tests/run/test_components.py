@@ -1,4 +1,5 @@
 import dataclasses
+import types
 
 import compile_cache
 import jax
@@ -13,7 +14,7 @@ from sklearn import metrics as sklearn_metrics
 import jaxdist
 from jaxdist import adapters, losses, optimizers
 from jaxdist.config import overrides
-from jaxdist.errors import ConfigError
+from jaxdist.errors import ConfigError, UserError
 from jaxdist.models import mlp
 from jaxdist.run import components
 
@@ -107,6 +108,7 @@ class SameName(Twice):
         ({"eval": jaxdist.Evaluation(metrics=(Twice(),))}, "a row for each of 16 examples"),
         ({"eval": jaxdist.Evaluation(metrics=(SameName(),))}, "accuracy comes twice"),
         ({"eval": jaxdist.Evaluation(metrics=(losses.R2(),))}, "needs the batch field 'target'"),
+        ({"eval": jaxdist.Evaluation(metrics=(losses.ConfusionMatrix(num_classes=1),))}, "needs num_classes=2"),
         ({"stop": jaxdist.Stop(max_steps=3, target=0.9, target_metric="eval/f2")}, "Did you mean 'eval/f1'"),
     ],
 )
@@ -114,6 +116,24 @@ def test_a_score_that_cannot_be_is_refused_before_the_run(experiment, changes, m
     experiment = dataclasses.replace(experiment, eval=jaxdist.Evaluation(metrics=(losses.F1(),)))
     with pytest.raises(ConfigError, match=message):
         put_together(dataclasses.replace(experiment, **changes), 1)
+
+
+@pytest.mark.parametrize(
+    ("compute", "message"),
+    [
+        (lambda rows: 1 / 0, r"ZeroDivisionError: division by zero \(.*test_components\.py:\d+, in "),
+        (lambda rows: None, "NoneType"),
+        (lambda rows: {"own": rows["rows"]}, "a number for each"),
+        (lambda rows: {"other": 1}, r"reports \['other'\], but its names are \['own'\]"),
+    ],
+)
+def test_a_metric_that_fails_is_named_and_what_was_trained_is_kept(experiment, tmp_path, compute, message):
+    metric = types.SimpleNamespace(names=("own",), collect=SameName().collect, compute=compute)
+    experiment = dataclasses.replace(experiment, eval=jaxdist.Evaluation(metrics=(metric,), every_steps=2))
+    with pytest.raises(UserError, match=message) as raised:
+        jaxdist.train(experiment, tmp_path / "run", devices=jax.devices()[:1], silent=True)
+    assert "eval.metrics" in str(raised.value) or "its names" in str(raised.value)
+    assert jaxdist.load(tmp_path / "run", experiment=experiment, devices=jax.devices()[:1]).step == 2
 
 
 def test_averaged_params_are_evaluated_where_the_optimizer_keeps_them(experiment):

@@ -20,7 +20,7 @@ import jax
 from jaxdist import stop
 from jaxdist.checkpoint import checkpoints
 from jaxdist.config import hook_points
-from jaxdist.errors import RunFailedError, say
+from jaxdist.errors import RunFailedError, UserError, say
 from jaxdist.paramserver.processes import process_world, run_folder
 from jaxdist.paramserver.processes.crew import Crew
 from jaxdist.paramserver.processes.driver import Driver
@@ -150,7 +150,7 @@ class Observer:
         self.end_reason: str | None = None
         self.halt = ""
         self.is_untouched = True  # no worker has joined, so nothing is trained
-        self.mistake: user_hooks.HookError | None = None
+        self.mistake: UserError | None = None
         self.identity, self.room = attempt.identity, room.RoomWatch(attempt.run_dir, self.directory)
 
     def run(self, crew: Crew, wire: process_world.Sender, stop_requested: Callable[[], bool]) -> record.RunRecord:
@@ -363,10 +363,10 @@ class Observer:
 
     @contextlib.contextmanager
     def _saved_at_mistakes(self) -> Iterator[None]:
-        """End the run as a stop signal does if a hook raises an error, which is raised once the step is saved."""
+        """End the run as a stop signal does if a hook or a metric fails, which is raised once the step is saved."""
         try:
             yield
-        except user_hooks.HookError as error:
+        except UserError as error:
             self.mistake, self.halt = error, self.halt or "preempted"
 
     def _diverged(self, offer: messages.Offer) -> bool:

@@ -24,10 +24,6 @@ Write: TypeAlias = Callable[[dict[str, float], dict[str, RichValue]], None]
 _TAKEN = ("step", "examples_seen", "seconds")
 
 
-class HookError(errors.UserError):
-    """A hook of the experiment raised an error; the message names the hook, the error and the user's line."""
-
-
 @dataclasses.dataclass(kw_only=True)
 class _Sources:
     """Where a HookInfo reads its values; empty once the hook has returned."""
@@ -158,7 +154,7 @@ class UserHooks:
         """Call the hooks at `point`, in the order of the experiment; at `on_step`, those whose interval has passed.
 
         Raises:
-          HookError: one of them raised an error.
+          UserError: one of them raised an error; the message names it, the error and the line.
         """
         for hook, method in self._methods[point]:
             with contextlib.closing(make_info()) as info:
@@ -180,7 +176,7 @@ def _naming(hook: Any, point: str, step: int) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit, KeyboardInterrupt) as error:  # Ctrl-C itself has a handler that raises nothing
-        raise HookError(
+        raise errors.UserError(
             f"The hook {errors.named(hook)} failed in {point} after step {step}: {errors.describe(error)}. Repair it "
             "or remove it from Experiment.hooks."
         ) from error

@@ -11,6 +11,7 @@ import tiny_experiment
 import trained_tiny
 
 import jaxdist
+from jaxdist import errors
 from jaxdist.run.custom import user_hooks
 from jaxdist.rundir import rich_values
 from jaxdist.stop import Progress
@@ -83,7 +84,7 @@ def broken(info):
 
 
 def test_a_hook_that_raises_is_named_with_its_line_and_the_run_is_recorded(tmp_path):
-    with pytest.raises(user_hooks.HookError) as raised:
+    with pytest.raises(errors.UserError) as raised:
         train(tmp_path / "a", broken)
     message = str(raised.value)
     line = broken.__code__.co_firstlineno + 1
@@ -108,7 +109,7 @@ def test_a_hook_that_exits_has_failed_and_does_not_end_the_run_with_a_status_of_
     def leaves(info):
         raise left_by
 
-    with pytest.raises(user_hooks.HookError, match=rf"The hook leaves \(.*after step 6: {type(left_by).__name__}"):
+    with pytest.raises(errors.UserError, match=rf"The hook leaves \(.*after step 6: {type(left_by).__name__}"):
         user_hooks.UserHooks((leaves,), True).call("on_step", make_info)
 
 
@@ -167,5 +168,5 @@ def test_what_is_logged_becomes_numbers_and_images_stay(tmp_path):
 
 
 def test_an_image_that_no_writer_takes_is_refused(tmp_path):
-    with pytest.raises(user_hooks.HookError, match=r"need a writer that takes them; jsonl take numbers only"):
+    with pytest.raises(errors.UserError, match=r"need a writer that takes them; jsonl take numbers only"):
         train(tmp_path / "a", lambda info: info.log({"mine/text": rich_values.Text("a text")}))
