@@ -7,13 +7,14 @@ import pathlib
 import sys
 from collections.abc import Callable
 
-from jaxdist.errors import UserError
+from jaxdist.errors import UserError, as_user_error
 from jaxdist.paramserver.processes import peer_addresses
 from jaxdist.paramserver.processes.driver import Driver
 from jaxdist.paramserver.processes.process_world import ProcessWorld
 from jaxdist.paramserver.processes.reports import Statistics
 from jaxdist.paramserver.processes.run_folder import Spec
 from jaxdist.paramserver.protocol import effects
+from jaxdist.paramserver.wire import certificates
 from jaxdist.paramserver.wire.security import Security
 from jaxdist.paramserver.wire.streams import Wire, reuse_freed_memory
 
@@ -33,6 +34,9 @@ def main(arguments: list[str], make: Make) -> int:
     known = peer_addresses.Addresses(spec.peers, pathlib.Path(spec.directory))
     logger = logging.getLogger(__name__)
     try:
+        with as_user_error():
+            security = Security.read(os.environ)
+            certificates.check(security, known[name].rpartition(":")[0])  # they may have expired since the run began
         driver, world, statistics = make(name, spec)
     except UserError as error:
         logger.error(str(error))
@@ -45,7 +49,7 @@ def main(arguments: list[str], make: Make) -> int:
             peers=known,
             receive=world.receive,
             receive_small=world.receive_small,
-            security=Security.read(os.environ).for_attempt(spec.attempt),
+            security=security.for_attempt(spec.attempt),
         )
     except OSError as error:
         logger.error(str(error))

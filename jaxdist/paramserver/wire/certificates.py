@@ -17,7 +17,7 @@ def check(security: Security, host: str) -> None:
         if tls is not None:
             _shake_hands(tls, host)
     except (ssl.SSLError, ValueError) as error:  # ValueError: a file that is not text
-        reason = (getattr(error, "verify_message", "") or str(error)).partition(" (_ssl.c")[0]
+        reason = (getattr(error, "verify_message", "") or str(error)).partition(" (_ssl.c")[0].rstrip(".")
         raise ValueError(
             f"The certificate of {CERTIFICATE}, its {KEY} and the {ROOT} that signed it do not fit each other or the "
             f"address {host}, or have expired: {reason}. Correct the files; `openssl verify -CAfile ROOT CERTIFICATE` "

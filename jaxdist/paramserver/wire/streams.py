@@ -174,8 +174,13 @@ def tls_of(security: Security) -> Tls | None:
             context.minimum_version = ssl.TLSVersion.TLSv1_3
             context.verify_mode = ssl.CERT_REQUIRED
             context.load_verify_locations(cadata=security.root.decode())
-            context.load_cert_chain(pem.name)
+            context.load_cert_chain(pem.name, password=_refuse_encrypted)
     return contexts
+
+
+def _refuse_encrypted() -> str:
+    # Without this function OpenSSL would ask at the terminal, once for every process of the run.
+    raise ValueError("the key is encrypted")
 
 
 def _listen(host: str, port: int, *, local: bool) -> list[socket.socket]:

@@ -1,5 +1,6 @@
 """A process that plays a role: it listens where the Spec says, and its exit status says how its part ended."""
 
+import pathlib
 import socket
 
 import pytest
@@ -9,6 +10,7 @@ from jaxdist.paramserver.processes.driver import Driver
 from jaxdist.paramserver.processes.process_world import ProcessWorld
 from jaxdist.paramserver.processes.reports import statistics_of
 from jaxdist.paramserver.protocol import effects
+from jaxdist.paramserver.wire.security import CERTIFICATE, KEY, ROOT
 
 
 class Ending:
@@ -47,3 +49,14 @@ def test_a_port_that_is_taken_is_named(tmp_path, caplog):
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         assert play(tmp_path, effects.Exit(4, "max_steps"), address) == 1
     assert address in caplog.text
+
+
+def test_certificates_that_others_would_refuse_end_a_process_as_a_mistake_of_the_user(tmp_path, caplog, monkeypatch):
+    """It could never join: they expired while the run trained, for example, and this process was restarted."""
+    folder = pathlib.Path(__file__).parents[1] / "certificates"
+    for name, file in {CERTIFICATE: "node.pem", KEY: "key.pem", ROOT: "root.pem"}.items():
+        monkeypatch.setenv(name, str(folder / file))
+    assert play(tmp_path, effects.Exit(4, "max_steps")) == 0
+    assert play(tmp_path, effects.Exit(4, "max_steps"), "127.0.0.2:0") == 2
+    assert "127.0.0.2" in caplog.text
+    assert CERTIFICATE in caplog.text

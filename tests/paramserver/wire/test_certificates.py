@@ -27,6 +27,7 @@ def test_certificates_that_fit_are_accepted_and_none_are_needed():
         ({ROOT: "node.pem"}, "127.0.0.1"),  # it did not sign the certificate
         ({CERTIFICATE: "root.pem"}, "127.0.0.1"),  # the key is of another one
         ({KEY: "README.md"}, "127.0.0.1"),
+        ({KEY: "encrypted.pem"}, "127.0.0.1"),  # no process may wait for a pass phrase
         ({ROOT: "README.md"}, "127.0.0.1"),
     ],
 )
