@@ -377,7 +377,7 @@ def failures_are_due(run):
     """A run ends with an error only where a shard is lost for good or copies differ, and it says so."""
     if not run.failed:
         return
-    why = [event.what.text for event in named(run.events, "Warn")]
+    why = [event.what.text for event in named(run.events, "Fail")]
     differ = run.computes_wrongly and any("computed wrongly" in text for text in why)
     require(bool(named(run.events, "Vanished")) or differ, "failure", f"no process vanished, and the run ended: {why}")
     require(differ or any("there is no saved cut" in text for text in why), "failure", f"the reason is not told: {why}")

@@ -159,7 +159,7 @@ class LocalCrew:
             if status is None or (status == 0 and name != SCHEDULER and not self._left_early(name)):
                 continue  # running, or exited at the end of the run before the observer knew of it
             if status == 0 and name == SCHEDULER:
-                raise RunFailedError(f"The scheduler ended the run.\n{log_tail(self.directory, name)}")
+                raise end_by_scheduler(self.directory)
             if status == ExitStatus.USER:  # it would end in the same way again
                 raise RunFailedError(f"{name} cannot run here.\n{log_tail(self.directory, name)}")
             self._deaths[name] += 1
@@ -245,7 +245,12 @@ def log_path(directory: pathlib.Path, name: str) -> pathlib.Path:
     return directory / "logs" / f"{name.replace('/', '-')}.log"
 
 
-def log_tail(directory: pathlib.Path, name: str) -> str:
+def log_tail(directory: pathlib.Path, name: str, lines: int = LOG_TAIL_LINES) -> str:
     """Return the last lines of the log of a process."""
     path = log_path(directory, name)
-    return "\n".join(path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]) if path.exists() else ""
+    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.exists() else ""
+
+
+def end_by_scheduler(directory: pathlib.Path) -> RunFailedError:
+    """Return the error of a run that its scheduler ended, with the reason; earlier warnings the observer has told."""
+    return RunFailedError(f"The scheduler ended the run.\n{log_tail(directory, SCHEDULER, lines=1)}")

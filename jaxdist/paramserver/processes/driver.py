@@ -165,7 +165,7 @@ class Driver:
                 self.world.prepare(lease)
             case effects.Compute():
                 self.world.compute(effect)
-            case effects.Warn(text):
+            case effects.Warn(text) | effects.Fail(text):
                 self.world.warn(text)
             case effects.Continue(message):
                 self.proceed(message)

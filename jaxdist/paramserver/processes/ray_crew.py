@@ -161,7 +161,7 @@ class RayCrew:
             if status == LEFT_STATUS:
                 self._forget(ended[ref])
             elif ended[ref] == SCHEDULER:
-                raise RunFailedError(f"The scheduler ended the run.\n{crew.log_tail(self.directory, SCHEDULER)}")
+                raise crew.end_by_scheduler(self.directory)
         for name, count in (self._starts() - self._seen).items():
             if count > crew.MOST_DEATHS + 1:
                 tail = crew.log_tail(self.directory, name)

@@ -143,6 +143,13 @@ class Warn:
 
 
 @dataclass(frozen=True, slots=True)
+class Fail:
+    """Log why the run ends by an error; the crew shows it when the scheduler has exited."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Replace:
     """Have the crew restart the process `name`, which does not answer."""
 
@@ -183,6 +190,7 @@ Effect = (
     | Offered
     | CutRead
     | Warn
+    | Fail
     | Replace
     | Continue
     | Exit

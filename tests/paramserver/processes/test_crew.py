@@ -124,3 +124,11 @@ def test_gpus_are_counted_where_the_user_names_none(tmp_path):
     for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
         (tmp_path / name).touch()
     assert crew.list_gpus({}, tmp_path) == ["0", "1"]
+
+
+def test_the_end_by_an_error_is_told_without_the_warnings_before_it(tmp_path):
+    """The observer has told these."""
+    path = crew.log_path(tmp_path, "scheduler")
+    path.parent.mkdir()
+    path.write_text("scheduler: Server server/0/a is silent.\nscheduler: Shard 0 was lost.\n")
+    assert str(crew.end_by_scheduler(tmp_path)) == "The scheduler ended the run.\nscheduler: Shard 0 was lost."

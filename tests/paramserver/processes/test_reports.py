@@ -214,6 +214,7 @@ def test_warnings_and_returns_to_a_saved_cut_are_reported(tmp_path, open_report)
         record = journal.MembershipRecord(messages.Membership(term, members, (), restore_term, ""), 0, (), None)
         report.observe(effects.Append(record))
     report.observe(effects.Warn("Shard 0 was lost."))
+    report.observe(effects.Fail("There is no saved cut."))  # the crew shows it
     found = [{name: value for name, value in row.items() if name != "time"} for row in rows(tmp_path)]
     assert found == [
         {"step": 0, "workers": {}, "returned": True},

@@ -280,7 +280,7 @@ def test_a_lost_shard_without_durability_ends_the_run_and_says_so():
     run = simulate(1, settings=settings(servers=1), faults=CALM, roles=Roles(server=Fragile))
     ends = {(event.what.reason) for event in checker.named(run.events, "Exit")}
     assert ends == {"error"}
-    assert any("there is no saved cut" in event.what.text for event in checker.named(run.events, "Warn"))
+    assert any("there is no saved cut" in event.what.text for event in checker.named(run.events, "Fail"))
 
 
 def test_no_server_is_killed_while_the_other_copy_of_its_shard_is_cut_off():

@@ -19,6 +19,12 @@ def end(state: SchedulerState, reason: str, now: float, out: Output) -> None:
     _send_stop(state, state.awaiting_stop, out)
 
 
+def fail(state: SchedulerState, text: str, now: float, out: Output) -> None:
+    """End the run by an error, which `text` explains."""
+    out.do(effects.Fail(text))
+    end(state, "error", now, out)
+
+
 def _send_stop(state: SchedulerState, names: Iterable[str], out: Output) -> None:
     assert state.stop is not None
     for name in sorted(names):  # sorted, so that a simulation replays in another process

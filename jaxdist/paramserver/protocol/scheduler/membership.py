@@ -167,8 +167,7 @@ def _lost(state: SchedulerState, number: int, request: messages.Register, now: f
     """Return all shards and the lease table to the last saved cut: no copy of a shard is left."""
     assert state.membership is not None
     if not state.settings.snapshot_every:
-        out.do(effects.Warn(f"Shard {number} was lost with {request.name}, {_NO_CUT}"))
-        ending.end(state, "error", now, out)
+        ending.fail(state, f"Shard {number} was lost with {request.name}, {_NO_CUT}", now, out)
         return
     place = messages.ShardPlace(request.name, request.boot, *succession.NO_BACKUP, False)
     name, trained = state.saved_cut
@@ -275,8 +274,7 @@ def on_synced(state: SchedulerState, note: messages.Synced, now: float, out: Out
 def on_diverged(state: SchedulerState, note: messages.Diverged, now: float, out: Output) -> None:
     """End the run: two copies of a shard differ, and it is unknown which one is right."""
     if state.boots.get(note.name) == note.boot:
-        out.do(effects.Warn(f"{note.reason} One of them was computed wrongly. The newest checkpoint is kept."))
-        ending.end(state, "error", now, out)
+        ending.fail(state, f"{note.reason} One of them was computed wrongly. The newest checkpoint is kept.", now, out)
 
 
 # Processes that leave.
@@ -405,14 +403,12 @@ def _replace_silent_servers(state: SchedulerState, now: float, out: Output) -> N
         if silent <= PATIENCE * dead:
             continue
         if not state.settings.snapshot_every:
-            out.do(effects.Warn(f"Server {place.primary} was silent for {silent:.0f} s, {_NO_CUT}"))
-            ending.end(state, "error", now, out)
+            ending.fail(state, f"Server {place.primary} was silent for {silent:.0f} s, {_NO_CUT}", now, out)
         elif status.replaced_at is None:
             out.do(effects.Warn(f"Server {place.primary} was silent for {silent:.0f} s. It is restarted."))
             _replace(status, place.primary, now, out)
         elif now - status.replaced_at > state.settings.timers.stuck_after:
-            out.do(effects.Warn(f"Server {place.primary} did not restart. Resume the run without its machine."))
-            ending.end(state, "error", now, out)
+            ending.fail(state, f"Server {place.primary} did not restart. Resume the run without its machine.", now, out)
 
 
 def _drop_silent_servers(state: SchedulerState, now: float, out: Output) -> None:

@@ -241,7 +241,7 @@ def test_a_lost_shard_without_a_saved_cut_ends_the_run():
     cast = stages.Cast(stages.settings()).join()
     _, done = cast.tell(messages.Register("server/0/a", 2))
     assert cast.state.stop.reason == "error"
-    assert "there is no saved cut" in stages.named(done, "Warn")[0].text
+    assert "there is no saved cut" in stages.named(done, "Fail")[0].text
 
 
 def test_copies_that_differ_end_the_run_and_are_named():
@@ -249,7 +249,7 @@ def test_copies_that_differ_end_the_run_and_are_named():
     assert cast.tell(messages.Diverged("server/0/b", 0, "an earlier boot")) == ([], [])
     _, done = cast.tell(messages.Diverged("server/0/b", 1, "The copies of shard 0 differ after update 4."))
     assert cast.state.stop.reason == "error"
-    assert "shard 0 differ after update 4" in stages.named(done, "Warn")[0].text
+    assert "shard 0 differ after update 4" in stages.named(done, "Fail")[0].text
 
 
 def test_a_push_that_reached_some_shards_only_is_counted_as_torn_and_its_batch_granted_again():

@@ -30,7 +30,7 @@ def ticks(scheduler, first, last):
 def test_a_silent_server_is_named_and_then_ends_the_run():
     scheduler = running()
     found = ticks(scheduler, 0, 31)
-    assert [second for second, effect in found if isinstance(effect, effects.Warn)] == [5, 30]
+    assert [(second, type(effect)) for second, effect in found] == [(5, effects.Warn), (30, effects.Fail)]
     assert f"Server {SERVER} is silent. It holds the only copy of shard 0." in found[0][1].text
     assert f"Server {SERVER} was silent for 30 s, and there is no saved cut." in found[-1][1].text
     assert scheduler.state.stop.reason == "error"
