@@ -46,48 +46,64 @@ def linen(
       ValueError: a field is missing; the module does not take `train`, or has statistics of the batch and takes no
         `mask`, or takes no `segment_ids` of packed rows; or the loss does not give values of examples or tokens.
     """
-    fields = module_checks.input_fields(inputs, example_batch)
-    accepted = inspect.signature(type(module).__call__).parameters
-    module_checks.check_call(type(module), accepted, fields, example_batch, required="train")
-
-    @functools.partial(jax.jit, inline=True)  # traced once, where its shapes and those of the state are looked at
-    def init(key: jax.Array) -> tuple[PyTree, PyTree]:
-        taken = [name for name in example_batch if name in (*fields, SEGMENT_IDS)]
-        row = {name: jnp.zeros((1, *example_batch[name].shape[1:]), example_batch[name].dtype) for name in taken}
-        switches = functions.switches(accepted, row, train=False)
-        variables = module.init(key, *(row[name] for name in fields), **switches)
-        model_state = {name: variables[name] for name in variables if name != "params"}
-        return variables.get("params", {}), model_state
-
-    rule = f"A module is called with its inputs, here {', '.join(fields)}, and train"
+    called = _Called(module, module_checks.input_fields(inputs, example_batch), example_batch)
+    module_checks.check_call(type(module), called.accepted, called.fields, example_batch, required="train")
+    init = jax.jit(called.init, inline=True)  # traced once, where its shapes and those of the state are looked at
+    rule = f"A module is called with its inputs, here {', '.join(called.fields)}, and train"
     with first_calls.first_call(rule, type(module).__name__):
         shapes = jax.eval_shape(init, jax.random.key(0))
     collections = sorted(shapes[1])
-
-    def call(
-        streams: Sequence[str], params: PyTree, model_state: PyTree, batch: Batch, key: jax.Array, *, train: bool
-    ) -> tuple[Any, PyTree]:
-        outputs, new_state = module.apply(
-            {"params": unboxed(params), **(model_state or {})},
-            *(batch[name] for name in fields),
-            rngs=_stream_keys(streams, key),
-            mutable=collections if train else [],
-            **functions.switches(accepted, batch, train),
-        )
-        return outputs, new_state
-
+    training = functools.partial(called.apply, mutable=collections, train=True)
     given = (*shapes, dict(example_batch), jax.eval_shape(jax.random.key, 0))
     # Found when the module is first called: where process 0 traces for all, the others never call it.
-    streams = functools.cache(lambda: _streams_of(lambda names: functools.partial(call, names, train=True), given))
+    streams = functools.cache(lambda: _streams_of(lambda names: functools.partial(training, names), given))
 
     def forward(*args: Any, train: bool) -> tuple[Any, PyTree]:
-        return call(streams() if train else (), *args, train=train)
+        return training(streams(), *args) if train else called.apply((), *args, mutable=(), train=False)
 
     forward = functions.in_precision(forward, precision)
     if not is_checked:
         streams()
-        module_checks.check_module(type(module), accepted, forward, loss, shapes, example_batch)
+        module_checks.check_module(type(module), called.accepted, forward, loss, shapes, example_batch)
     return functions.make_functions(init, forward, loss, stateful=bool(collections))
+
+
+class _Called:
+    """A module, and how it is called with fields of a batch."""
+
+    def __init__(self, module: flax_linen.Module, fields: Sequence[str], example_batch: Mapping[str, Any]):
+        self.fields, self.accepted = fields, inspect.signature(type(module).__call__).parameters
+        self._module, self._example_batch = module, example_batch
+
+    def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
+        """Return new params and model_state."""
+        taken = {name: leaf for name, leaf in self._example_batch.items() if name in (*self.fields, SEGMENT_IDS)}
+        row = {name: jnp.zeros((1, *leaf.shape[1:]), leaf.dtype) for name, leaf in taken.items()}
+        switches = functions.switches(self.accepted, row, train=False)
+        variables = self._module.init(key, *(row[name] for name in self.fields), **switches)
+        model_state = {name: variables[name] for name in variables if name != "params"}
+        return variables.get("params", {}), model_state
+
+    def apply(
+        self,
+        streams: Sequence[str],
+        params: PyTree,
+        model_state: PyTree,
+        batch: Batch,
+        key: jax.Array,
+        *,
+        mutable: Sequence[str],
+        train: bool,
+    ) -> tuple[Any, PyTree]:
+        """Return the outputs and the new variables of the `mutable` collections, with keys of these random streams."""
+        outputs, new_state = self._module.apply(
+            {"params": unboxed(params), **(model_state or {})},
+            *(batch[name] for name in self.fields),
+            rngs=_stream_keys(streams, key),
+            mutable=list(mutable),
+            **functions.switches(self.accepted, batch, train),
+        )
+        return outputs, new_state
 
 
 def _stream_keys(streams: Sequence[str], key: jax.Array) -> dict[str, jax.Array]:

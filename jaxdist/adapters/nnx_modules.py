@@ -42,8 +42,8 @@ def nnx(
       ValueError: see `linen`; but `train` need not be taken.
     """
     fields = module_checks.input_fields(inputs, example_batch)
-    abstract = _abstract_module(make_module)
-    make_module = _without_mesh(make_module)
+    name, make_module = errors.named(make_module), _without_mesh(make_module)
+    abstract = _abstract_module(make_module, name)
     graph, *templates = _split(abstract)
     param_template, random_template, state_template = (dict(flax_nnx.to_flat_state(part)) for part in templates)
     accepted = inspect.signature(type(abstract).__call__).parameters
@@ -73,12 +73,11 @@ def nnx(
     return functions.make_functions(init, forward, loss, stateful=bool(state_template))
 
 
-def _abstract_module(make_module: Callable[[flax_nnx.Rngs], flax_nnx.Module]) -> flax_nnx.Module:
+def _abstract_module(make_module: Callable[[flax_nnx.Rngs], flax_nnx.Module], name: str) -> flax_nnx.Module:
     """Return the module with shapes in place of arrays; ConfigError where `make_module` makes none."""
     rule = "A model that is no Linen module is a callable from nnx.Rngs to an NNX module"
-    name, make = errors.named(make_module), _without_mesh(make_module)
     with first_calls.first_call(rule, name):
-        abstract = flax_nnx.eval_shape(lambda: make(flax_nnx.Rngs(0)))
+        abstract = flax_nnx.eval_shape(lambda: make_module(flax_nnx.Rngs(0)))
     if not isinstance(abstract, flax_nnx.Module):
         raise ConfigError(f"{rule}; {name} returns an object of the class {type(abstract).__name__}.")
     if not callable(abstract):
