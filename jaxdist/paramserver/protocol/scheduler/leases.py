@@ -69,20 +69,19 @@ def _bench(state: SchedulerState, now: float, out: Output) -> None:
     wrong = {number: state.workers[number] for number in sorted(state.idle) if state.workers[number].benched == work}
     if not wrong:
         return
-    floor = _front(state)
+    front = _front(state)
     members = {}
     for number, worker in wrong.items():
-        worker.benched = not work
-        worker.clock = worker.clock if worker.benched else max(floor, worker.clock)
-        bound = messages.BENCHED if worker.benched else worker.clock
-        members[number] = messages.Member(number, worker.incarnation, bound)
+        worker.benched, worker.clock = not work, front
+        floor = messages.BENCHED if worker.benched else front
+        members[number] = messages.Member(number, worker.incarnation, floor)
     membership.change(state, now, out, members=succession.with_members(state.membership.members, members))
 
 
 def _front(state: SchedulerState) -> int:
     """Return the highest clock that any reader ever had: a worker that joins there owes no update."""
     clocks = [worker.clock for worker in state.workers.values()]
-    return max([*clocks, *(ack.front for ack in state.acks.values())], default=0)
+    return max([*clocks, *(ack.front for ack in state.acks.values())])
 
 
 def revoke(state: SchedulerState, out: Output) -> None:
@@ -95,7 +94,7 @@ def revoke(state: SchedulerState, out: Output) -> None:
 def on_ask(state: SchedulerState, ask: messages.Ask, now: float, out: Output) -> bool:
     """Note that a worker is free; return whether it may be granted something new."""
     worker = state.worker(ask.worker, ask.incarnation)
-    if worker is None or ask.worker in state.unreported or ask.sequence < worker.finished:
+    if worker is None or ask.sequence < worker.finished:
         return False
     if worker.lease is not None and ask.sequence < worker.sequence:
         _grant(state, ask.worker, worker, out)  # the first grant was lost

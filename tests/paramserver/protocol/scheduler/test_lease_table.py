@@ -50,6 +50,24 @@ def test_without_backup_workers_a_slice_is_out_once():
     assert leases.pick(2) == held
 
 
+def test_a_slice_whose_push_came_after_all_is_not_leased_again_to_the_worker_that_gave_it_back():
+    leases = StepLeases(settings(workers=2))
+    held = leases.pick(0)
+    leases.give_back(0, held)
+    leases.finish(done(held))
+    assert leases.pick(0).slice == 1 - held.slice
+
+
+def test_a_report_on_a_finished_slice_or_an_earlier_step_counts_for_no_slice():
+    leases = StepLeases(settings(workers=2))
+    first, second = leases.pick(0), leases.pick(1)
+    leases.finish(done(first))
+    assert not leases.note_computed(done(first, 1))
+    leases.advance()
+    assert not leases.note_computed(done(second, 1))
+    assert not leases.note_computed(done(leases.pick(0)))
+
+
 def test_what_is_of_an_earlier_step_or_of_another_worker_changes_nothing():
     leases = StepLeases(settings(workers=2))
     old = leases.pick(0)

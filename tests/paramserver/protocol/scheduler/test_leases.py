@@ -39,9 +39,10 @@ def test_a_worker_that_reports_its_push_is_granted_the_next_lease_without_asking
     sent, _ = cast.finish(0, leases[0])
     assert not stages.named(sent, "Grant")  # the step has no other slice
     sent, _ = cast.finish(1, leases[1])
-    assert [(grant.worker, grant.sequence, grant.lease.step) for grant in stages.named(sent, "Grant")] == [
-        (0, 2, 1),
-        (1, 2, 1),
+    grants = stages.named(sent, "Grant")
+    assert [(grant.worker, grant.sequence, grant.clock, grant.lease.step) for grant in grants] == [
+        (0, 2, 1, 1),
+        (1, 2, 1, 1),
     ]
     assert len(stages.named(sent, "Commit")) == 1
     assert not stages.named(cast.tell(messages.Ask(0, cast.state.workers[0].incarnation, 2))[0], "DoneAck")
@@ -129,6 +130,20 @@ def test_what_a_worker_computed_does_not_count_once_it_has_left():
     assert cast.state.step == 0
 
 
+def test_what_a_worker_gave_back_after_its_report_does_not_count():
+    cast = stages.Cast(stages.settings(servers=1, workers=2)).join()
+    dones = [reported(cast, number, cast.ask(number)) for number in range(2)]
+    cast.tell(dones[0], messages.Ask(0, dones[0].incarnation, 1), dones[1], staged(0, *dones))
+    assert cast.state.step == 0
+
+
+@pytest.mark.parametrize(("count", "reason"), [(0.0, ""), (0.5, "nonfinite"), (2.0, "nonfinite")])
+def test_a_push_that_is_not_finite_ends_the_run_unless_it_counts_no_example(count, reason):
+    cast = stages.Cast(stages.settings(mode="async", stop_on_nonfinite=True)).join()
+    cast.finish(0, cast.ask(0), count=count, finite=False)
+    assert cast.state.halted == reason
+
+
 def test_a_worker_that_heard_all_shards_finishes_its_push_whatever_they_told():
     cast = stages.Cast(stages.settings(servers=2)).join()
     done = reported(cast, 0, cast.ask(0))
@@ -161,11 +176,35 @@ def test_the_fastest_worker_is_served_first():
 @pytest.mark.parametrize(("waited", "copies"), [(0.5, False), (1.5, True)])
 def test_a_worker_that_had_its_part_waits_as_long_again_before_it_copies(waited, copies):
     cast = stages.Cast(stages.settings(workers=3, backup_workers=1)).join()
+    cast.wait(2.0)
     first, _ = cast.ask(0), cast.ask(1)
     cast.wait(1.0)
     cast.finish(0, first)
     cast.wait(waited)
     assert (cast.ask(0, 1) is not None) == copies
+
+
+def test_a_worker_without_a_part_of_the_step_copies_at_once():
+    cast = stages.Cast(stages.settings(workers=3, backup_workers=1)).join()
+    leases = [cast.ask(number) for number in range(3)]
+    assert [lease.slice for lease in leases] == [0, 1, 0]
+
+
+def test_leases_are_asked_back_from_those_that_hold_one_when_a_cut_is_due():
+    """Its worker may wait for the clock of one that gets no lease before the cut."""
+    chosen = stages.settings(workers=2, mode="async", durability="snapshot", snapshot_every=1)
+    cast = stages.Cast(chosen).join()
+    first, _ = cast.ask(0), cast.ask(1)
+    cast.finish(0, first)
+    sent = [message for _ in range(8) for message in cast.tick(0.25)[0]]
+    assert {(each.worker, each.sequence) for each in stages.named(sent, "Revoke")} == {(1, 1)}
+
+
+def test_no_lease_of_a_step_is_asked_back():
+    cast = stages.Cast(stages.settings(workers=2)).join()
+    cast.ask(0)
+    cast.tell(messages.Halt("target_reached"))
+    assert not [each for _ in range(8) for each in stages.named(cast.tick(0.25)[0], "Revoke")]
 
 
 def test_a_worker_of_an_earlier_incarnation_gets_nothing():
