@@ -322,3 +322,108 @@ def test_an_older_membership_is_ignored_and_a_newer_one_is_answered():
     assert worker.handle(membership(1, 1), 2.0) == ([], [])
     (beat,), _ = worker.handle(membership(2, 1), 2.0)
     assert (beat.to, beat.message.term) == (SCHEDULER, 2)
+
+
+COMPUTED = messages.Computed(1, 1, 6.0, 6.0, True, 0.0, ((np.ones(2, np.float32),),), ())
+ANSWERS = {
+    "joining": messages.Welcome("worker/0", 10, 1, membership(1, 1)),
+    "asking": messages.Grant(0, 1, 1, 1, 0, LEASE),
+    "pulling": pulled(1, 0),
+    "computing": COMPUTED,
+    "pushing": messages.PushAck(0, 0, 1, 1, "applied"),
+    "reporting": messages.DoneAck(0, 1, 1),
+}
+"""What ends each phase of the first lease."""
+PHASES = [*ANSWERS, "leaving", "stopped"]
+
+
+def reach(phase):
+    """Return a worker in this phase, of its first lease if it has one."""
+    worker = Worker(worker=0, boot=10, settings=SETTINGS)
+    if phase == "stopped":
+        worker.handle(messages.StopRun(0, "max_steps"), 0.0)
+    elif phase == "leaving":
+        worker.handle(messages.Retire(), 0.0)
+    else:
+        for before, answer in ANSWERS.items():
+            if before == phase:
+                break
+            worker.handle(answer, 0.0)
+    assert worker.phase == phase
+    return worker
+
+
+def of_others(worker):
+    """Return messages about another start, another life, another term or another lease of this worker."""
+    boot, term, incarnation, last = worker.boot, worker.term, worker.incarnation, worker.sequence
+    lives = ((incarnation + 6, last), (incarnation + 6, last + 1), (incarnation, last - 1), (incarnation, last + 5))
+    about_leases = (
+        dataclasses.replace(answer, incarnation=life, sequence=sequence)
+        for answer in (pulled(1, 0), COMPUTED, ANSWERS["pushing"], ANSWERS["reporting"], messages.Revoke(0, 1, 1))
+        for life, sequence in lives
+    )
+    grants = ((incarnation + 6, term, last + 1), (incarnation, term - 1, last + 1), (incarnation, term, last))
+    return [
+        *about_leases,
+        *(messages.Grant(0, *each, 0, LEASE) for each in grants),
+        messages.Welcome(worker.name, boot + 1, 7, membership(9, 7)),
+        messages.Fenced(worker.name, boot - 1),
+        membership(term, incarnation),
+    ]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_what_is_about_another_life_or_lease_changes_nothing(phase):
+    worker = reach(phase)
+    before = repr(vars(worker))
+    for message in of_others(worker):
+        assert worker.handle(message, 0.5) == ([], []), message
+        assert repr(vars(worker)) == before, message
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_an_answer_that_comes_again_changes_nothing(phase):
+    worker = reach(phase)
+    before = repr(vars(worker))
+    for waiting, answer in ANSWERS.items():
+        if waiting == phase:
+            break
+        assert worker.handle(answer, 0.5) == ([], []), answer
+        assert repr(vars(worker)) == before, answer
+
+
+def test_every_answer_is_progress_and_a_life_begins_without_any():
+    worker = reach("joining")
+    for number, answer in enumerate(ANSWERS.values()):
+        before = worker.progress
+        worker.handle(answer, 0.0)
+        assert worker.progress > before, answer
+        if number == 0:
+            beat = next(
+                each.message for each in worker.handle(messages.Tick(), 5.0)[0] if hasattr(each.message, "clock")
+            )
+            assert (beat.sequence, beat.clock, beat.lease) == (0, 0, None)
+
+
+def test_a_newer_membership_has_the_open_request_sent_again():
+    """A shard may be served by another process now."""
+    sent, _ = reach("pulling").handle(membership(2, 1), 0.5)
+    assert [type(each.message).__name__ for each in sent] == ["Heartbeat", "Pull"]
+
+
+def test_examples_that_are_read_ahead_are_not_read_again():
+    worker = synchronous()
+    push_all(worker, 1)
+    next_slice = messages.Lease(1, 0, 0, 6, 12)
+    assert worker.handle(messages.Grant(0, 1, 1, 2, 0, next_slice), 2.0) == ([], [])
+
+
+def test_a_leaving_worker_says_itself_that_all_shards_have_its_push():
+    worker = synchronous()
+    worker.handle(messages.Retire(), 0.5)
+    _, answer = push_all(worker, 1)
+    assert answer["Done"].staged
+
+
+def test_a_stopped_worker_says_nothing_more():
+    assert reach("stopped").handle(messages.Tick(), 100.0) == ([], [])

@@ -1,0 +1,148 @@
+"""Attempts that end otherwise than planned: what is said, what is saved, and how they continue."""
+
+import dataclasses
+import errno
+import re
+
+import jax
+import numpy as np
+import pytest
+import tiny_experiment
+from tiny_runs import read_record, run
+
+import jaxdist
+from jaxdist import errors
+from jaxdist.checkpoint import checkpoints
+from jaxdist.config import overrides
+from jaxdist.data import CorruptExample
+from jaxdist.run import attempt
+from jaxdist.rundir import ledger, record
+
+pytestmark = pytest.mark.usefixtures("shared_compilations")
+
+
+def test_an_error_is_recorded_and_raised(tmp_path):
+    def fail(step):
+        if step == 6:
+            raise RuntimeError("broken")
+        return False
+
+    options = attempt.RunOptions(run_dir=tmp_path / "run", silent=True, stop_requested=fail)
+    with pytest.raises(RuntimeError, match="broken"):
+        attempt.train(tiny_experiment.get_config(), options, devices=jax.devices()[:2])
+    made = read_record(tmp_path / "run")
+    assert (made["end_reason"], made["step"]) == ("error", 6)
+    assert run(tmp_path / "run", resume=True).end_reason == "max_steps"
+
+
+def corrupt_at_30(example, random):
+    if (example["image"] == tiny_experiment.get_config().data.train[30]["image"]).all():
+        raise CorruptExample("pictures/30.png: it ends too early")
+    return example
+
+
+def test_corrupt_data_are_one_message_and_may_be_left_out(tmp_path):
+    config = tiny_experiment.get_config()
+    experiment = dataclasses.replace(config, data=dataclasses.replace(config.data, example_fn=corrupt_at_30))
+    with pytest.raises(errors.UserError, match=r"Example 30 .epoch 0.: pictures/30.png.*data\.on_bad=skip"):
+        run(tmp_path / "raise", experiment=experiment)
+    assert read_record(tmp_path / "raise")["end_reason"] == "error"
+    skipping = run(tmp_path / "skip", "data.on_bad=skip", "stop.max_epochs=1", experiment=experiment)
+    assert (skipping.end_reason, skipping.step) == ("max_epochs", 4)
+
+
+class Broken:
+    """A hook, and a transform, that raise at one place until they are corrected."""
+
+    def __init__(self, where, step=7):
+        self.where, self.step = where, step
+
+    def on_step(self, info):
+        if self.where == "hook" and info.step == self.step:
+            raise KeyError("mine")
+
+    def on_evaluation(self, info):
+        if self.where == "evaluation":
+            raise KeyError("mine")
+
+    def example_fn(self, example, random):
+        if self.where == "example":
+            return corrupt_at_30(example, random)
+        return example
+
+
+@pytest.mark.parametrize("where", ["hook", "evaluation", "example"])
+def test_a_mistake_of_the_user_loses_no_step(tmp_path, where, capsys):
+    broken, config = Broken(where), tiny_experiment.get_config()
+    data = dataclasses.replace(config.data, example_fn=broken.example_fn)
+    experiment = dataclasses.replace(config, data=data, hooks=[broken], recovery=jaxdist.Recovery(ledger=True))
+    experiment = overrides.override(experiment, ["checkpoints.every_steps=100", "reduction=canonical"])
+    with pytest.raises(errors.UserError, match=r"mine|too early"):
+        run(tmp_path / "run", experiment=experiment)
+    made, shown = read_record(tmp_path / "run"), capsys.readouterr().err
+    assert made["end_reason"] == "error"
+    assert made["step"] == {"hook": 7, "evaluation": 4}.get(where, made["step"])
+    if made["step"]:
+        assert f"Step {made['step']} is saved" in shown
+        assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == [str(made["step"])]
+    broken.where = "nowhere"
+    resumed = run(tmp_path / "run", experiment=experiment, resume=True)
+    whole = run(tmp_path / "whole", experiment=experiment)
+    assert resumed.params_sha256 == whole.params_sha256
+    assert [*ledger.read(tmp_path / "run")] == [*ledger.read(tmp_path / "whole")]
+
+
+def with_nan(number):
+    """Return the tiny experiment, whose training example `number` holds a NaN."""
+    experiment = tiny_experiment.get_config()
+    fields = {name: values.copy() for name, values in experiment.data.train.arrays.items()}
+    fields["image"][number, 2] = np.nan
+    source = jaxdist.ArraySource(fields)
+    unshuffled = dataclasses.replace(experiment.data, train=source, shuffle=False)
+    return dataclasses.replace(experiment, data=unshuffled)
+
+
+def test_a_state_that_is_not_finite_is_not_saved_at_a_mistake(tmp_path):
+    broken = Broken("hook", step=2)
+    experiment = dataclasses.replace(with_nan(5), hooks=[broken])
+    experiment = overrides.override(experiment, ["checkpoints.every_steps=100", "stop.max_steps=8"])
+    with pytest.raises(errors.UserError, match="mine"):
+        run(tmp_path / "run", experiment=experiment)
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_a_step_that_is_not_finite_is_explained_and_the_good_checkpoint_kept(tmp_path, capsys):
+    """Example 37 is row 5 of step 3; the checkpoint of step 2 is the last good one."""
+    made = run(tmp_path / "run", "checkpoints.every_steps=1", experiment=with_nan(37))
+    # Two updates were made, of 16 examples each; the record says what the state says.
+    assert (made.end_reason, made.step, made.examples_seen) == ("nonfinite", 2, 32)
+    report = (tmp_path / "run" / "nonfinite.txt").read_text()
+    assert "Step 3: the loss is nan" in report
+    assert re.search(r"First gradient that is not finite: params\S+", report)
+    assert re.search(r"not finite: 5\.", report)
+    assert report in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["1", "2"]
+    # The params are those of a finite update.
+    assert made.metrics["train/loss"] != made.metrics["train/loss"]
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device", "runs/a/metrics.csv")
+
+
+@pytest.mark.parametrize("error", [FULL, checkpoints.CheckpointError("Free space")])
+def test_a_full_disk_is_one_message_and_the_run_can_be_resumed(tmp_path, error, monkeypatch):
+    def fail(step):
+        if step == 6:
+            monkeypatch.setattr(record.RunRecord, "write", write)
+            raise error
+        return False
+
+    def write(*_):
+        raise FULL
+
+    options = attempt.RunOptions(run_dir=tmp_path / "run", silent=True, stop_requested=fail)
+    with pytest.raises(errors.RunFailedError, match="space") as raised:
+        attempt.train(tiny_experiment.get_config(), options, devices=jax.devices()[:2])
+    assert raised.value.__cause__ is error
+    monkeypatch.undo()
+    assert run(tmp_path / "run", resume=True).end_reason == "max_steps"
