@@ -5,7 +5,6 @@ here needs JAX.
 """
 
 import dataclasses
-import io
 import itertools
 import json
 import os
@@ -24,8 +23,6 @@ _PREFIX = 32
 """Bytes of the header's length and checksum."""
 _SLACK = 1 << 16
 """Bytes reserved beyond a snapshot, since the numbers in its header grow."""
-_MOST_PARTS = 256
-"""Of one call: fewer than any system allows."""
 _WORD = 8
 _FOLD = 512
 """Words of 64 bits that a buffer is folded into before its checksum is computed."""
@@ -36,6 +33,7 @@ class Slots:
 
     def __init__(self, directory: pathlib.Path, process: int):
         self._paths = of_process(directory, process)
+        self._mapped: dict[pathlib.Path, tuple[int, np.ndarray]] = {}
         self.sort()
 
     def sort(self) -> None:
@@ -48,16 +46,36 @@ class Slots:
         """Overwrite the oldest snapshot in place.
 
         The length is written last, so that a slot that a process left incomplete when it died is recognized. The file
-        is overwritten in place, because freeing and allocating memory costs more than the copy.
+        stays mapped and is overwritten in place: opening it, or freeing and allocating memory, costs more than the
+        copy. Its memory is reserved before, since nothing could be done where a copy to mapped memory finds none.
 
         Raises:
           OSError: there is no memory; the other slots are as they were.
         """
-        _reserve(self._paths, _PREFIX + len(header) + sum(buffer.nbytes for buffer in buffers))
-        with _opened(self._paths[0]) as file:
-            _write_all(file, [b" " * _PREFIX, header, *buffers])
-            os.pwrite(file.fileno(), f"{len(header):16d}{zlib.crc32(header):16d}".encode(), 0)
+        content = self._content(_PREFIX + len(header) + sum(buffer.nbytes for buffer in buffers))
+        content[:_PREFIX] = ord(" ")
+        end = _PREFIX
+        for part in (np.frombuffer(header, np.uint8), *buffers):
+            content[end : end + part.nbytes] = part.reshape(-1).view(np.uint8)
+            end += part.nbytes
+        prefix = f"{len(header):16d}{zlib.crc32(header):16d}".encode()
+        content[:_PREFIX] = np.frombuffer(prefix, np.uint8)
         self._paths.append(self._paths.pop(0))
+
+    def _content(self, num_bytes: int) -> np.ndarray:
+        """Return the oldest slot's memory, at least so many bytes."""
+        path = self._paths[0]
+        inode, content = self._mapped.get(path, (None, np.empty(0, np.uint8)))
+        try:
+            is_there = os.stat(path).st_ino == inode
+        except FileNotFoundError:
+            is_there = False
+        if is_there and content.nbytes >= num_bytes:
+            return content
+        _reserve(self._paths, num_bytes)
+        content = np.asarray(np.memmap(path, np.uint8, mode="r+"))
+        self._mapped[path] = os.stat(path).st_ino, content
+        return content
 
 
 def header_of(described: JSON, structure: str, buffers: Sequence[np.ndarray]) -> bytes:
@@ -193,26 +211,13 @@ def _reserve(slots: Sequence[pathlib.Path], num_bytes: int) -> None:
         return
     try:
         for path in slots:
-            with _opened(path) as file:
-                os.posix_fallocate(file.fileno(), 0, num_bytes + _SLACK)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.posix_fallocate(descriptor, 0, num_bytes + _SLACK)
+            finally:
+                os.close(descriptor)
     except OSError:
         for path, size in sizes.items():
             if path.exists():
                 os.truncate(path, size)
         raise
-
-
-def _opened(path: pathlib.Path) -> io.FileIO:
-    return io.FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+")
-
-
-def _write_all(file: io.FileIO, parts: Sequence[Any]) -> None:
-    """Write all of `parts`: one call may write only some, if memory runs out or they are very large or many."""
-    left, written = [memoryview(part).cast("B") for part in parts if len(part)], 0
-    while left:
-        count = os.pwritev(file.fileno(), left[:_MOST_PARTS], written)
-        written += count
-        while left and count >= len(left[0]):
-            count -= len(left.pop(0))
-        if left:
-            left[0] = left[0][count:]

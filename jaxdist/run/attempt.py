@@ -84,7 +84,7 @@ def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.
             parts = options.put_together(experiment, devices=devices, identity=options.identity)
             began_with = None if options.resume else _check_weights(parts, options)
             if options.in_reserve is not None:
-                recovery.rehearse(parts)
+                recovery.rehearse(parts, options.in_reserve.has_come)
                 options.in_reserve.wait()
             earlier = directory.prepare_run_dir(
                 experiment, parts.identity, options.run_dir, resume=options.resume, overwrite=options.overwrite

@@ -4,6 +4,7 @@ The supervisor (`launch.supervising.supervisor`) starts the processes and keeps 
 """
 
 import contextlib
+import functools
 import itertools
 import math
 import os
@@ -35,7 +36,7 @@ SNAPSHOT_SHARE = 0.01
 """Share of the time that snapshots may take where the run decides how often. Their indirect cost, caches and the
 devices' order, is about the same: two percent in all."""
 _MODULES_AFTER = 3
-"""Steps of an attempt after which it has imported what it needs."""
+"""Steps of the first attempt after which it has imported what it needs."""
 MOST_STEPS = 1000
 """Between two snapshots, for steps of any length."""
 
@@ -83,18 +84,13 @@ def tell_recovery(run_dir: pathlib.Path, environment: Mapping[str, str] = os.env
     if restart_events.LOST_SINCE not in environment or jax.process_index() != 0:
         return None
     since, reached = float(environment[restart_events.LOST_SINCE]), int(environment[restart_events.REACHED])
-    told = False
 
     def tell(info: StepInfo) -> None:
-        nonlocal told
-        if told or info.step <= reached:
-            return
-        told = True
         seconds = round(time.monotonic() - since, 3)
         restart_events.Events(run_dir).note("recovered", step=info.step, seconds=seconds)
         errors.say(f"Step {info.step} is made by {jax.process_count()} processes; {seconds:.1f} s were lost.")
 
-    return tell
+    return _once(lambda info: info.step > reached, tell)
 
 
 def has_made_steps(environment: Mapping[str, str] = os.environ) -> bool:
@@ -117,12 +113,19 @@ def tell_modules() -> Hook | None:
 def _once_imported(tell: Callable[[], object]) -> Hook:
     """Return the hook that calls `tell` once, when the attempt has imported what it needs; a full disk is no matter."""
     calls = itertools.count(1)
+    return _once(lambda info: next(calls) == _MODULES_AFTER, lambda info: tell())
+
+
+def _once(is_time: Callable[[StepInfo], bool], tell: Callable[[StepInfo], object]) -> Hook:
+    """Return the hook that calls `tell` after the first step for which `is_time`."""
+    told = False
 
     def hook(info: StepInfo) -> None:
-        del info
-        if next(calls) == _MODULES_AFTER:
+        nonlocal told
+        if not told and is_time(info):
+            told = True
             with contextlib.suppress(OSError):
-                tell()
+                tell(info)
 
     return hook
 
@@ -130,31 +133,43 @@ def _once_imported(tell: Callable[[], object]) -> Hook:
 def ask_for_reserve(settings: Recovery, mesh: jax.sharding.Mesh) -> Hook | None:
     """Return the hook that has the supervisor keep processes ready, on process 0; None if it should not.
 
-    It asks when the attempt has made some steps.
+    It asks when the attempt has made some steps; after a failure at the first new one, since failures come in groups.
     """
     directory, on_cpu = memory(), mesh.devices.flat[0].platform == "cpu"
     wanted = on_cpu if settings.standby is None else settings.standby
     if directory is None or jax.process_index() != 0 or not wanted:
         return None
-    return _once_imported((directory / reserve.WANTED_NAME).touch)
+    ask, reached = (directory / reserve.WANTED_NAME).touch, int(os.environ.get(restart_events.REACHED, 0))
+    return _once(lambda info: info.step > reached, lambda info: ask()) if reached else _once_imported(ask)
 
 
-def rehearse(parts: components.Parts) -> None:
+def rehearse(parts: components.Parts, is_wanted: Callable[[], bool] = lambda: False) -> None:
     """Make two steps from a state of zeros and drop them, so that all that a run needs is compiled and loaded.
 
     The second is a step from the result of the first, as all others are. A job that is killed while it evaluates has to
-    evaluate again before its next step.
+    evaluate again before its next step. Once process 0 finds that the job waits for these processes (`is_wanted`), the
+    rest is left out: the run compiles and loads it when it needs it.
     """
+    for number, stage in enumerate(_rehearsal(parts)):
+        if same_on_all.from_first(f"rehearsal {number}", "over" if is_wanted() else ""):
+            return
+        stage()
+
+
+def _rehearsal(parts: components.Parts) -> Iterator[Callable[[], object]]:
+    """Yield what is rehearsed, in turn."""
     state = jax.tree.map(_zeros, parts.abstract_state)
-    with contextlib.closing(parts.batches()) as batches:  # type: ignore[type-var]
-        batch, _ = next(batches)
-    for _ in range(2):
+
+    def step() -> None:
+        nonlocal state
+        with contextlib.closing(parts.batches()) as batches:  # type: ignore[type-var]
+            batch, _ = next(batches)
         state, metrics = parts.step(state, batch)
-    snapshot.copy(state)
-    parts.evaluate_one_batch(state)
+        jax.block_until_ready((state, metrics))
+
+    yield from (step, lambda: snapshot.copy(state), step, lambda: parts.evaluate_one_batch(state))
     if parts.learning_rate is not None:
-        parts.learning_rate(1)
-    jax.block_until_ready((state, metrics))
+        yield functools.partial(parts.learning_rate, 1)
 
 
 def _zeros(struct: jax.ShapeDtypeStruct) -> jax.Array:

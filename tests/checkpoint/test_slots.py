@@ -11,7 +11,7 @@ STRUCTURE = json.dumps({"leaves": [["a", "uint8", "uint8", [5]]], "pieces": [{"l
 
 
 def write(made, step, values=(1, 2, 3, 4, 5)):
-    buffers = [np.asarray(values, np.uint8)]
+    buffers = [np.asarray(values).astype(np.uint8)]
     made.write(slots.header_of({"identity": "a", "step": step}, STRUCTURE, buffers), buffers)
 
 
@@ -36,15 +36,35 @@ def test_the_oldest_slot_is_overwritten_also_by_the_next_process(tmp_path):
     assert sorted(slots.by_step(tmp_path, "a")) == [3, 4, 5]
 
 
-@pytest.mark.parametrize("at_most", [1, 7, 40])
-def test_a_system_that_writes_only_a_part_at_once_is_asked_for_the_rest(tmp_path, monkeypatch, at_most):
-    whole = slots.os.pwritev
-
-    def some_of(descriptor, parts, offset):
-        return whole(descriptor, [parts[0][:at_most]], offset)
-
-    monkeypatch.setattr(slots.os, "pwritev", some_of)
-    write(slots.Slots(tmp_path, 3), 8, range(5))
-    (file,) = slots.by_step(tmp_path, "a")[8]
+def test_a_slot_that_was_removed_or_is_too_small_is_made_again(tmp_path):
+    made = slots.Slots(tmp_path, 3)
+    for step in (1, 2, 3):
+        write(made, step)
+    slots.of_process(tmp_path, 3)[0].unlink()
+    write(made, 4)
+    assert sorted(slots.by_step(tmp_path, "a")) == [2, 3, 4]
+    large = range(200_000)
+    write(made, 5, np.asarray(large).astype(np.uint8))
+    (file,) = slots.by_step(tmp_path, "a")[5]
     assert file.is_intact()
-    assert bytes(file.content[file.offset : file.offset + 5]) == bytes(range(5))
+    assert file.data() == np.asarray(large).astype(np.uint8).tobytes()
+    assert sorted(slots.by_step(tmp_path, "a")) == [3, 4, 5]
+
+
+@settings(max_examples=40, deadline=None)
+@given(lengths=some.lists(some.integers(0, 9000), max_size=4))
+def test_what_an_interrupted_write_has_left_is_no_snapshot(tmp_path_factory, lengths):
+    directory, killed = tmp_path_factory.mktemp("slots"), RuntimeError("killed")
+    made = slots.Slots(directory, 0)
+    for step in (1, 2, 3):
+        write(made, step, np.full(9000, step))
+
+    class Killed(np.ndarray):
+        def reshape(self, *shape):
+            raise killed
+
+    buffers = [np.zeros(length, np.uint8) for length in lengths]
+    header = slots.header_of({"identity": "a", "step": 4}, STRUCTURE, buffers)
+    with pytest.raises(RuntimeError):
+        made.write(header, [*buffers, np.zeros(1, np.uint8).view(Killed)])
+    assert sorted(slots.by_step(directory, "a")) == [2, 3]

@@ -7,6 +7,7 @@ import time
 import types
 
 import jax
+import numpy as np
 import pytest
 import tiny_experiment
 from hypothesis import given
@@ -15,6 +16,7 @@ from small_problem import counted_compiles
 
 from jaxdist.config.experiment import Recovery
 from jaxdist.launch.supervising import board, joined, restart_events, supervisor
+from jaxdist.launch.supervising.standby import reserve
 from jaxdist.run import components, recovery
 
 
@@ -162,3 +164,36 @@ def test_after_a_rehearsal_steps_and_evaluations_compile_nothing(reduction):
         state, _ = parts.step(state, batch)
         assert parts.evaluate(state)["loss"] > 0
     assert not compiles
+
+
+@pytest.mark.parametrize("stages", [0, 1, 3])
+def test_a_rehearsal_ends_when_the_job_waits_for_its_processes(stages):
+    done: list[str] = []
+
+    def note(name, result=None):
+        return lambda *_: (done.append(name), result)[1]
+
+    parts = types.SimpleNamespace(
+        abstract_state={},
+        batches=lambda: (item for item in [(None, None)]),
+        step=note("step", ({}, {})),
+        evaluate_one_batch=note("evaluation"),
+        learning_rate=note("rate"),
+    )
+    recovery.rehearse(parts, lambda: len(done) >= stages)
+    assert done == ["step", "step", "evaluation", "rate"][:stages]
+
+
+def test_a_reserve_is_asked_for_with_the_first_new_step_after_a_failure(tmp_path, monkeypatch):
+    monkeypatch.setenv(supervisor.MEMORY, str(tmp_path))
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("data",))
+    wanted = tmp_path / reserve.WANTED_NAME
+    for reached, steps, expected in [(None, (8, 9, 10), 10), ("9", (8, 9, 10, 11), 10)]:
+        wanted.unlink(missing_ok=True)
+        if reached:
+            monkeypatch.setenv(restart_events.REACHED, reached)
+        ask = recovery.ask_for_reserve(Recovery(), mesh)
+        for step in steps:
+            assert wanted.exists() == (step > expected)
+            ask(types.SimpleNamespace(step=step))
+        assert wanted.exists()

@@ -20,7 +20,7 @@ from jaxdist.spmd import jax_private
 CONNECT_SECONDS = "JAXDIST_CONNECT_SECONDS"
 """Environment variable: how many seconds the processes of a job wait for each other at its start."""
 _DEFAULT_CONNECT_SECONDS = 300.0
-_RETRY_SECONDS = 0.2
+_RETRY_SECONDS, _LONGEST_RETRY_SECONDS = 0.01, 0.2
 _TRY_SECONDS = 3.0
 _TLS = ("jax_mtls_cert_file", "jax_mtls_key_file", "jax_mtls_ca_file", "jax_mtls_peer_uri_prefix")
 
@@ -89,19 +89,20 @@ def check_free(address: str) -> None:
 def await_coordinator(place: places.Place, deadline: float) -> None:
     """Return once the coordinator takes connections; raise TryAgain with the reason at the deadline."""
     address = split(place.coordinator)
-    begun = time.monotonic()
+    begun, pause = time.monotonic(), _RETRY_SECONDS
     while True:
         try:
             with socket.create_connection(address, timeout=min(_TRY_SECONDS, max(0.1, deadline - time.monotonic()))):
                 return
         except OSError as error:
-            if time.monotonic() + _RETRY_SECONDS >= deadline:
+            if time.monotonic() + pause >= deadline:
                 raise TryAgain(
                     f"Process {place.process_id} could not reach the coordinator at {place.coordinator} within "
                     f"{time.monotonic() - begun:.0f} s: {error.strerror or error}. Check that process 0 is running, "
                     f"the address, and the firewall. {CONNECT_SECONDS} sets the time limit."
                 ) from error
-        time.sleep(_RETRY_SECONDS)
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_RETRY_SECONDS)
 
 
 def own_address(peer: str) -> str:

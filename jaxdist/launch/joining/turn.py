@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import pathlib
+import select
 import sys
 from collections.abc import Mapping
 
@@ -61,6 +62,11 @@ class Turn:
                 stream.flush()
                 os.dup2(opened, stream.fileno())
             os.close(opened)
+
+    def has_come(self) -> bool:
+        """Return whether the job waits for this process already; `wait` then returns at once."""
+        with open(os.open(pipe_path(self._directory, self._process), os.O_RDONLY | os.O_NONBLOCK), "rb") as pipe:
+            return bool(select.select([pipe], [], [], 0)[0])
 
     def wait(self) -> None:
         """Say that this process is ready, and return when it is to begin, with the environment of the attempt."""

@@ -325,11 +325,12 @@ def _end(processes: Sequence[Process], grace_seconds: float) -> None:
         process.send_signal(signal.SIGKILL if stopped.is_stopped(process.pid) else signal.SIGTERM)
     deadline = time.monotonic() + grace_seconds
     for process in running:
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+    for process in running:  # all of them before the first is waited for: to give back its memory takes it a while
+        process.send_signal(signal.SIGKILL)
+    for process in running:
+        process.wait()
     for process in processes:
         _end_group(process.pid)
 

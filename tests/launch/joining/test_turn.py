@@ -34,6 +34,17 @@ def test_it_waits_until_told_and_takes_the_environment_of_the_attempt(directory,
     assert (seen, os.environ["JAXDIST_TOLD"]) == (["before"], "now")
 
 
+def test_a_process_that_prepares_itself_can_see_that_its_turn_has_come(directory):
+    waiting, pipe = turn.Turn(directory, 1, None), os.open(turn.pipe_path(directory, 1), os.O_RDWR)
+    assert not waiting.has_come()
+    os.write(pipe, b"{}")
+    assert waiting.has_come()
+    assert waiting.has_come(), "the word is left for wait"
+    waiting.wait()
+    assert not waiting.has_come()
+    os.close(pipe)
+
+
 def test_its_output_is_shown_from_its_turn_on(directory, capfd):
     pipe = os.open(turn.pipe_path(directory, 1), os.O_RDWR)
     os.write(pipe, b"{}")
