@@ -48,7 +48,7 @@ class Data:
       order: an Order of `data.order`; replaces `shuffle`.
       num_threads: threads that assemble batches; None chooses.
       num_workers: processes that assemble batches instead of threads, for an example_fn written in Python.
-      prefetch: batches placed on the devices ahead of the step; up to 16 small ones that need no worker.
+      prefetch: batches placed on the devices ahead of the step; of small ones that need no worker 8 to 16.
       on_bad: whether an example that cannot be read ends the run, or is skipped (mask 0) and reported.
       timeout_seconds: an example that takes longer to read and transform ends the run, and is named; None waits.
       strict: whether the fingerprint of the training examples is of all contents instead of samples; `--strict`.

@@ -365,8 +365,9 @@ def with_mask(made: Made, mask: np.ndarray) -> HostArrays:
             f"{MASK!r} is the name of the package's own field, which says which rows of a batch count, and the data "
             "have a field of this name. Rename it, for example with data.example_fn."
         )
-    mask = mask.copy()
-    mask[list(made.bad)] = 0
+    if made.bad:
+        mask = mask.copy()
+        mask[list(made.bad)] = 0
     fields = {name: array for name, array in made.arrays.items() if name != COUNTS}
     if COUNTS not in made.arrays:
         return {**fields, MASK: mask}

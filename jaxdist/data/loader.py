@@ -258,6 +258,12 @@ class Loader:
         """Whether batches are made one after the other, in the thread that iterates."""
         return not self.num_workers and self.num_threads == 0 and self.timeout_seconds is None
 
+    @property
+    def takes_rows_from_memory(self) -> bool:
+        """Whether making a batch is to copy some rows of arrays in memory, and so takes a moment, always."""
+        in_memory = getattr(self.source, "in_memory", False)
+        return in_memory and self.assembles_itself and self.recipe.whole and self.batch_fn is None
+
     def _make_assembler(self) -> _Assembler:
         recipe = self.recipe
         if self.num_workers:
@@ -270,7 +276,7 @@ class Loader:
     def _plans(self, chosen: np.ndarray | None) -> Iterator[tuple[assembly.BatchPlan, Position]]:
         """Yield what to read for the chosen rows of each batch (None: all), and the position after it."""
         num_examples, epoch, position = len(self.source), self.start.epoch, self.start.position
-        rows = slice(None) if chosen is None else chosen
+        rows = slice(None) if chosen is None else as_slice(chosen)
         names = self.beginning.order_version, self.beginning.fingerprint
         while self.num_epochs is None or epoch < self.num_epochs:
             for batch in self.order.batches(num_examples, self.seed, epoch, position, self.global_batch_size):
@@ -318,6 +324,11 @@ def as_order(shuffle: bool | order.Order, source: Source) -> order.Order:
     if hasattr(source, "order"):
         return source.order(shuffle=shuffle)
     return order.Shuffled() if shuffle else order.Sequential()
+
+
+def as_slice(rows: np.ndarray) -> slice | np.ndarray:
+    """Return ascending rows as a slice where they follow each other, so that taking them is no copy."""
+    return slice(int(rows[0]), int(rows[-1]) + 1) if (np.diff(rows) == 1).all() else rows
 
 
 def _checked_rows(rows: np.ndarray, global_batch_size: int) -> np.ndarray:

@@ -82,9 +82,11 @@ class Contiguous(abc.ABC):
 
 def padded_batch(ids: np.ndarray, size: int, start: int) -> BatchIds:
     """Return the batch of `ids`, which start at position `start`; it is padded with the first one."""
-    mask = (np.arange(size) < len(ids)).astype(np.float32)
-    rows = ids if len(ids) == size else np.concatenate([ids, np.full(size - len(ids), ids[0])])
-    return BatchIds(rows, mask, start + len(ids))
+    count = len(ids)
+    if count == size:
+        return BatchIds(ids, np.ones(size, np.float32), start + size)
+    mask = (np.arange(size) < count).astype(np.float32)
+    return BatchIds(np.concatenate([ids, np.full(size - count, ids[0])]), mask, start + count)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,19 +12,21 @@ import queue
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxdist.data.assembly import ExampleError, HostArrays
-from jaxdist.data.loader import Loader
+from jaxdist.data.loader import HostBatch, Loader, as_slice
 from jaxdist.data.position import Position
 from jaxdist.setting_group import whole_number
 from jaxdist.spmd import jax_private
 from jaxdist.spmd.mesh import Dealing, DealtBatch
 from jaxdist.spmd.metrics import MASK, Batch
+
+Item = TypeVar("Item")
 
 
 def batch_sharding(mesh: Mesh, axes: Sequence[str] = ("data",)) -> NamedSharding:
@@ -84,10 +86,7 @@ def _place_of(mesh: Mesh, global_batch_size: int, axes: Sequence[str], logical_s
         assert index is not None  # only devices of other processes have none
         held.append((device, placed[index[0]]))
     needed = np.unique(np.concatenate([rows for _, rows in held]))
-    places = [np.searchsorted(needed, rows) for _, rows in held]
-    rows: list[slice | np.ndarray] = [
-        slice(int(each[0]), int(each[-1]) + 1) if (np.diff(each) == 1).all() else each for each in places
-    ]
+    rows = [as_slice(np.searchsorted(needed, rows)) for _, rows in held]
     return _Place(sharding, needed, [device for device, _ in held], rows, len(placed), dealing)
 
 
@@ -158,11 +157,13 @@ def feed(
     logical_shards: int | None = None,
 ) -> Iterator[tuple[Batch, Position]]:
     """Yield (batch, Position after it), the batch as global arrays spread over `axes`; `prefetch` batches are placed
-    ahead, small ones that are made in one thread up to 16.
+    ahead, small ones that are made in one thread 8 to 16.
 
-    Closing the iterator (or dropping it) ends its thread and those of the loader. An exception of the loader is raised
-    here, in its turn. `logical_shards` is that of a canonical step: where the devices do not divide them, batches are
-    placed as that step needs them (see `spmd.mesh.Dealing`).
+    Batches of a few kilobytes that are rows of arrays in memory are placed in the thread that asks for them, eight at a
+    time: that takes less than taking turns with another thread. Closing the iterator (or dropping it) ends its thread
+    and those of the loader. An exception of the loader is raised here, in its turn. `logical_shards` is that of a
+    canonical step: where the devices do not divide them, batches are placed as that step needs them (see
+    `spmd.mesh.Dealing`).
 
     Raises:
       ValueError: global_batch_size does not divide over `axes`; the loader's rows are not those that this process
@@ -175,7 +176,45 @@ def feed(
             f"The loader supplies {len(loader.rows)} rows of the global batch, but this process's devices hold rows "
             f"{rows[0]} to {rows[-1]} ({len(rows)} of them). Leave the loader's `rows` out: feed finds them itself."
         )
-    return _prefetched(loader.with_rows(rows), place, whole_number("prefetch", prefetch))
+    loader, prefetch = loader.with_rows(rows), whole_number("prefetch", prefetch)
+    if loader.takes_rows_from_memory and _example_bytes(loader) * len(rows) <= _TINY_BYTES:
+        return _placed_in_turn(loader, place)
+    return _prefetched(loader, place, prefetch)
+
+
+_TINY_BYTES, _AT_A_TIME = 1 << 16, 8
+"""Batches that are placed in the thread that trains, and how many of them at a time: the code and what it looks up
+leave the processor's caches in a step."""
+
+
+def _example_bytes(loader: Loader) -> int:
+    return sum(array.nbytes for array in loader.source.__getitems__([0]).values())  # type: ignore[attr-defined]
+
+
+def _placed_in_turn(loader: Loader, place: _Place) -> Iterator[tuple[Batch, Position]]:
+    with contextlib.closing(iter(loader)) as batches:
+        placed = _with_its_error(_placed(loader, batches, place))
+        while some := list(itertools.islice(placed, _AT_A_TIME)):
+            for item in some:
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+
+
+def _with_its_error(items: Iterator[Item]) -> Iterator[Item | Exception]:
+    """Yield the items, and what is raised after them."""
+    try:
+        yield from items
+    except Exception as error:
+        yield error
+
+
+def _placed(loader: Loader, batches: Iterator[HostBatch], place: _Place) -> Iterator[tuple[Batch, Position]]:
+    """Yield the batches of a loader as they are placed."""
+    place_batch = _Placer(place)
+    for count, (batch, position) in enumerate(batches):
+        check_numbers(batch, functools.partial(_ids_of_batch, loader, count))
+        yield place_batch(batch), position
 
 
 _MOST_AHEAD, _SMALL_BYTES = 16, 1 << 20
@@ -257,19 +296,19 @@ def _place_ahead(
     loader: Loader, place: _Place, ready: queue.SimpleQueue, room: _Room, stopped: threading.Event
 ) -> None:
     """Place batches while there is room for them; the last item is None, or the exception that ended it."""
-    place_batch = _Placer(place)
     try:
         with contextlib.closing(iter(loader)) as batches:
-            for count in itertools.count():
+            placed, is_first = _placed(loader, batches, place), True
+            while True:
                 room.wait()
-                item = None if stopped.is_set() else next(batches, None)
+                item = None if stopped.is_set() else next(placed, None)
                 if item is None:
                     break
-                check_numbers(item.batch, functools.partial(_ids_of_batch, loader, count))
-                if count == 0 and loader.assembles_itself:
-                    num_bytes = sum(array.nbytes for array in item.batch.values())
+                if is_first and loader.assembles_itself:
+                    num_bytes = sum(array.nbytes for array in item[0].values())
                     room.grow(min(_SMALL_BYTES // max(num_bytes, 1), _MOST_AHEAD))
-                ready.put((place_batch(item.batch), item.position))
+                is_first = False
+                ready.put(item)
         ready.put(None)
     except Exception as error:  # handed to the consumer, who raises it
         ready.put(error)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from jaxdist.data import ArraySource, Loader, feed, process_rows
+from jaxdist.data import ArraySource, Loader, Subset, feed, process_rows
 from jaxdist.data.assembly import ExampleError
 from jaxdist.spmd.mesh import Dealing, DealtBatch
 
@@ -129,6 +129,39 @@ def test_batches_with_the_same_mask_share_it_on_the_devices():
     assert [mask.sum() for mask in placed] == [8, 8, 4, 8, 8, 4]
     assert placed[0] is placed[1]
     assert placed[3] is placed[4]
+
+
+def feed_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "jaxdist-feed"]
+
+
+def test_tiny_batches_of_arrays_in_memory_are_placed_without_a_thread(tmp_path):
+    x = np.arange(40.0, dtype=np.float32).reshape(20, 2)
+    mapped = np.lib.format.open_memmap(tmp_path / "x.npy", mode="w+", dtype=x.dtype, shape=x.shape)
+    mapped[:] = x
+    sources = {"arrays": ArraySource({"x": x}), "file": ArraySource({"x": mapped})}
+    sources["part"] = Subset(sources["arrays"], np.arange(19, -1, -1))
+    found, before = {}, set(feed_threads())
+    for name, source in sources.items():
+        batches = feed(Loader(source, global_batch_size=8, seed=0, shuffle=False, num_epochs=1), make_mesh(data=2))
+        first = next(batches)
+        found[name] = len(set(feed_threads()) - before)
+        rows = np.concatenate([np.asarray(batch["x"]) for batch, _ in [first, *batches]])
+        np.testing.assert_array_equal(rows[:20], x[::-1] if name == "part" else x)
+    assert found == {"arrays": 0, "file": 1, "part": 0}
+    for settings in ({"batch_fn": lambda batch, random, rows: batch}, {"num_threads": 1}, {"timeout_seconds": 100}):
+        batches = feed(Loader(sources["arrays"], global_batch_size=8, seed=0, **settings), make_mesh(data=2))
+        next(batches)
+        assert len(set(feed_threads()) - before) == 1, settings
+        batches.close()
+
+
+def test_a_number_that_devices_do_not_have_is_refused_in_its_turn():
+    source = ArraySource({"x": np.where(np.arange(40) == 17, 2**40, 0)})
+    batches = feed(Loader(source, global_batch_size=4, seed=0, shuffle=False), make_mesh(data=2))
+    assert [next(batches)[1].position for _ in range(4)] == [4, 8, 12, 16]
+    with pytest.raises(ExampleError, match="Field 'x' of example 17"):
+        next(batches)
 
 
 def test_closing_or_finishing_ends_every_thread():

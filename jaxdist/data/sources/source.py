@@ -35,7 +35,8 @@ class Source(Protocol):
     A source may also have `__getitems__(ids) -> dict`, which returns many examples with their fields stacked on dim 0,
     in arrays that nothing else holds; `location(index) -> str`, the file of an example, for messages; `vocabulary`, the
     names that numbers stand for (see `vocabulary`); `order(shuffle=...) -> Order`, the order it has to be read in;
-    `files`, the FileList of what it reads; and `parts`, the sources that it is made of (see `fingerprints`).
+    `files`, the FileList of what it reads; `parts`, the sources that it is made of (see `fingerprints`); and
+    `in_memory`, whether `__getitems__` copies rows of arrays that are there and does nothing else.
     """
 
     def __len__(self) -> int:
@@ -110,6 +111,8 @@ class ArraySource:
         self._fingerprint: str | None = None
         self.vocabulary: Mapping[str, tuple[str, ...]] = {}
         self.files: Any
+        is_plain = type(self).__getitems__ is ArraySource.__getitems__
+        self.in_memory = is_plain and not any(isinstance(array, np.memmap) for array in self.arrays.values())
 
     def __len__(self) -> int:
         return self._size

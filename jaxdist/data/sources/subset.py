@@ -36,6 +36,7 @@ class Subset:
         self.vocabulary = vocabulary_of(self.source)
         if hasattr(self.source, "__getitems__"):  # only then: the loader asks whether a source reads whole batches
             self.__getitems__ = functools.partial(_gather, self.source, self.ids)
+            self.in_memory = getattr(self.source, "in_memory", False)
 
     def __len__(self) -> int:
         return len(self.ids)
