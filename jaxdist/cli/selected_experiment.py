@@ -6,6 +6,7 @@ import functools
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -50,7 +51,9 @@ def load(options: argparse.Namespace) -> Experiment:
     """Return the experiment that the command line selects, with its overrides."""
     silent = getattr(options, "json", False)
     with record_alone_on_stdout(options), waiting.shown(f"loading {options.experiment}", silent=silent):
-        experiment = override(load_experiment(options.experiment), assignments(options))
+        given = assignments(options)
+        _tell_repeated(given)
+        experiment = override(load_experiment(options.experiment), given)
         with errors.as_user_error():
             if getattr(options, "fast_dev_run", False):
                 experiment = trials.few_steps(experiment)
@@ -59,6 +62,13 @@ def load(options: argparse.Namespace) -> Experiment:
     options.command = shown_command(options, experiment)
     own_command_line.cover(hidden_settings.shown(options.assignments, experiment))
     return experiment
+
+
+def _tell_repeated(given: Sequence[str]) -> None:
+    """Warn of a setting that the command line gives several values; they are not shown, one may be a secret."""
+    names = [each.partition("=")[0] for each in dict.fromkeys(given)]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        warnings.warn(f"The command line sets {name} to {names.count(name)} values; the last one counts.", stacklevel=2)
 
 
 def shown_command(options: argparse.Namespace, experiment: Experiment) -> str:

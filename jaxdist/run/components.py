@@ -211,7 +211,7 @@ def put_together(
         parts = strategy.logical_shards or sizes.global_batch_size // sizes.device_batch_size
         together = sizes.global_batch_size // parts // sizes.num_microbatches
         check_early(experiment, functions, abstract, loader, eval_loaders, shapes, num_together=together)
-        preflight.check_update(optimizer, abstract)
+        preflight.check_update(optimizer, abstract, same_bits=experiment.reduction == "canonical")
     return Parts(
         experiment=experiment,
         identity=identity or identity_of(experiment, loader.beginning.fingerprint),

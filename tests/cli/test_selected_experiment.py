@@ -4,8 +4,9 @@ import os
 import subprocess
 
 import pytest
+import tiny_experiment
 
-from jaxdist.cli import selected_experiment
+from jaxdist.cli import parser, selected_experiment
 from jaxdist.config import hidden_settings
 from jaxdist.rundir import record
 
@@ -69,3 +70,11 @@ def test_with_json_native_code_and_other_programs_write_to_standard_error(capfd,
     print("the record")
     shown = "of Python\nof native code\nof a command\n"
     assert capfd.readouterr() == (("the record\n", shown) if as_json else (f"{shown}the record\n", ""))
+
+
+def test_a_setting_with_several_values_is_told_and_the_last_counts():
+    words = ["train", tiny_experiment.__file__, "--set", "seed=3", "stop.max_steps=9", "--set", "seed=4"]
+    options = parser.make_parser().parse_args([*words, "--max-steps", "9"])
+    with pytest.warns(UserWarning, match="sets seed to 2 values; the last one counts"):
+        experiment = selected_experiment.load(options)
+    assert (experiment.seed, experiment.stop.max_steps) == (4, 9)

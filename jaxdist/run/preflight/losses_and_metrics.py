@@ -43,8 +43,9 @@ def check(
     reduce.check_params(abstract.params)
     same_bits = experiment.reduction == "canonical"
     check_same_trace("What creates the params", functions.init_fn, [abstract.key], same_bits=same_bits)
-    reported = [f"train/{name}" for name in _trained(functions.loss_fn, abstract, shapes, same_bits=same_bits)]
-    _check_gradient(functions.loss_fn, abstract, shapes)
+    gradient = _gradient_of(functions.loss_fn)
+    reported = [f"train/{name}" for name in _trained(gradient, abstract, shapes, same_bits=same_bits)]
+    _check_gradient(gradient, abstract, shapes)
     is_plain = isinstance(experiment.model, adapters.Functions)  # others are checked by their adapter
     if is_plain:
         _check_means(functions.loss_fn, abstract, shapes)
@@ -52,7 +53,7 @@ def check(
         setting = data_fields.setting_of_set(name)
         _check_fields(shapes, own_shapes, setting)
         try:
-            found = _evaluated(functions.eval_fn, abstract, own_shapes)
+            found = _evaluated(functions.eval_fn, abstract, own_shapes, same_bits=same_bits)
             if is_plain:
                 _check_means(functions.eval_fn, abstract, own_shapes)
             collected = _collected(experiment, collect_fn, abstract, own_shapes)
@@ -91,7 +92,7 @@ def check_forms(
     for form in forms[1:]:
         try:
             if held_out:
-                _evaluated(functions.eval_fn, abstract, form)
+                jax.eval_shape(evaluate.eval_step(functions.eval_fn), *_arguments(abstract, form)[:3])
             else:
                 jax.eval_shape(_loss_of(functions.loss_fn), *_arguments(abstract, form))
         except Exception as error:
@@ -102,12 +103,22 @@ def check_forms(
             ) from error
 
 
-def _trained(loss_fn: Any, abstract: state.TrainState, shapes: Shapes, *, same_bits: bool) -> list[str]:
+def _trained(gradient: Any, abstract: state.TrainState, shapes: Shapes, *, same_bits: bool) -> list[str]:
     """Return the names of the training metrics, after checking all that a step would refuse."""
     args = _arguments(abstract, shapes)
-    found = check_same_trace("The model with its loss", _loss_of(loss_fn), args, same_bits=same_bits)[1]
+    _, (_, found, _) = check_same_trace("The model with its loss", gradient, args, same_bits=same_bits)
     metrics.check_names(found)
     return ["loss", *found, GRAD_NORM]
+
+
+def _gradient_of(loss_fn: Any) -> Callable[..., Any]:
+    """Return the gradient of the total, with loss, metrics and model_state; a function that is traced once."""
+
+    def total(*args: Any) -> Any:
+        loss, *others = reduce.evaluate_loss(loss_fn, *args)
+        return loss.total, (loss, *others)
+
+    return jax.grad(total, has_aux=True)
 
 
 def _loss_of(loss_fn: Any) -> Callable[..., Any]:
@@ -142,30 +153,24 @@ def _check_means(loss_fn: Any, abstract: state.TrainState, shapes: Shapes) -> No
         return  # functions that are made for one number of examples are fine
 
 
-def _check_gradient(loss_fn: Any, abstract: state.TrainState, shapes: Shapes) -> None:
+def _check_gradient(gradient: Any, abstract: state.TrainState, shapes: Shapes) -> None:
     """Raise ConfigError where the gradient of every param is 0 whatever the params and the batch are."""
-
-    def gradient(params: Any, model_state: Any, batch: Any, key: Any) -> Any:
-        def loss(params: Any) -> jax.Array:
-            return reduce.evaluate_loss(loss_fn, params, model_state, batch, key)[0].total
-
-        return jax.grad(loss)(params)
-
     args = _arguments(abstract, shapes)
-    if any(jax.tree.leaves(depends(gradient, args, jax.tree.map(lambda _: True, args)))):
+    if any(jax.tree.leaves(depends(gradient, args, jax.tree.map(lambda _: True, args))[0])):
         return
     # It is the same for any arguments, so these do.
     zeros = [jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), arg) for arg in args[:3]]
-    if not any(leaf.any() for leaf in jax.tree.leaves(jax.jit(gradient)(*zeros, jax.random.key(0)))):
+    if not any(leaf.any() for leaf in jax.tree.leaves(jax.jit(gradient)(*zeros, jax.random.key(0))[0])):
         raise ConfigError(
             "Training needs a loss with a gradient, and that of every param is 0 here, whatever the batch. Remove what "
             "has no gradient (argmax, round, a comparison, stop_gradient) between the params and the loss."
         )
 
 
-def _evaluated(eval_fn: Any, abstract: state.TrainState, shapes: Shapes) -> list[str]:
+def _evaluated(eval_fn: Any, abstract: state.TrainState, shapes: Shapes, *, same_bits: bool) -> list[str]:
     """Return the names of the evaluation's metrics."""
-    return list(jax.eval_shape(evaluate.eval_step(eval_fn), abstract.params, abstract.model_state, dict(shapes)))
+    step, args = evaluate.eval_step(eval_fn), _arguments(abstract, shapes)[:3]
+    return list(check_same_trace("The evaluation", step, args, same_bits=same_bits))
 
 
 def _collected(

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-import jax
 import optax
 
 from jaxdist import errors, optimizers
 from jaxdist.errors import ConfigError
+from jaxdist.run.preflight.repeated_traces import check_same_trace
 from jaxdist.spmd import state
 
 
@@ -20,15 +20,24 @@ def check_groups(optimizer: optimizers.Optimizer, params: Any) -> None:
         )
 
 
-def check_update(optimizer: optax.GradientTransformation, abstract: state.TrainState) -> None:
-    """Trace an update with gradients like the params; raise ConfigError where it fails."""
+def check_update(
+    optimizer: optax.GradientTransformation, abstract: state.TrainState, *, same_bits: bool = False
+) -> None:
+    """Trace an update with gradients like the params; warn where it is another each time, for example by a clock.
+
+    Raises:
+      ConfigError: it fails; or it is another each time, and `same_bits`.
+    """
     extra = {"step": abstract.step, "inputs": optimizer.inputs} if isinstance(optimizer, state.WithInputs) else {}
 
     def update(grads: Any, opt_state: Any, params: Any, extra: Any) -> Any:
         return optax.with_extra_args_support(optimizer).update(grads, opt_state, params, **extra)
 
     try:
-        jax.eval_shape(update, abstract.params, abstract.opt_state, abstract.params, extra)
+        args = [abstract.params, abstract.opt_state, abstract.params, extra]
+        check_same_trace("The update of the optimizer", update, args, same_bits=same_bits)
+    except ConfigError:
+        raise
     except Exception as error:
         raise ConfigError(
             "An optimizer is called as update(grads, opt_state, params), without the value of the loss. Called so, "

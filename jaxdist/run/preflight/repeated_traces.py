@@ -30,7 +30,7 @@ def check_same_trace(what: str, function: Callable[..., Any], args: Sequence[Any
       ConfigError: it is another, and `same_bits`; or it uses a value that another trace has left.
     """
     # JAX keeps the jaxprs of functions that it has seen, and those of functions under jit within them, by context.
-    traced, shapes = jax.make_jaxpr(lambda *args: function(*args), return_shape=True)(*args)
+    traced, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
     with xla_metadata.set_xla_metadata(traced="again"):
         again = jax.make_jaxpr(lambda *args: function(*args))(*args)
     _check_nothing_kept(what, again)

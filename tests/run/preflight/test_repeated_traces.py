@@ -9,10 +9,13 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny_experiment
 from flax import linen as nn
 
+import jaxdist
+from jaxdist import adapters
 from jaxdist.errors import ConfigError
 from jaxdist.run import components
 from jaxdist.run.preflight.repeated_traces import check_same_trace
@@ -67,7 +70,7 @@ def test_what_is_another_at_each_trace_is_told_with_its_place(name):
     with pytest.warns(UserWarning, match=r"another each time.*test_repeated_traces\.py:\d+|an(other)? .*traced\. What"):
         check_same_trace("It", IMPURE[name], [jnp.ones(3)], same_bits=False)
     with pytest.raises(ConfigError, match="is another each time that it is traced"):
-        check_same_trace("It", IMPURE[name], [jnp.ones(3)], same_bits=True)
+        check_same_trace("It", lambda x: IMPURE[name](x), [jnp.ones(3)], same_bits=True)  # not seen before
 
 
 @pytest.mark.parametrize("name", PURE)
@@ -113,3 +116,42 @@ def test_a_model_that_draws_from_numpy_is_told_so_and_refused_where_bits_are_pro
     same_bits = dataclasses.replace(experiment, reduction="canonical")
     with pytest.raises(ConfigError, match=rf"{what}.*another"), jax.numpy_rank_promotion("allow"):
         components.put_together(same_bits, devices=jax.devices()[:1])
+
+
+@jax.custom_vjp
+def scaled_backward(x):
+    return x
+
+
+scaled_backward.defvjp(lambda x: (x, None), lambda _, grads: (grads * next(COUNTER),))
+
+
+def plain_functions(train=lambda x: x, evaluate=lambda x: x):
+    def function(change):
+        def mean(params, batch, key):
+            return jaxdist.masked_mean(change(batch["image"] @ params["w"]) ** 2, batch["mask"]), {}
+
+        return mean
+
+    params = {"w": jnp.ones(tiny_experiment.NUM_FEATURES)}
+    return adapters.Functions(lambda key: params, function(train), function(evaluate))
+
+
+def scale_by_a_counter():
+    return optax.stateless(lambda updates, params: jax.tree.map(lambda leaf: leaf * next(COUNTER), updates))
+
+
+@pytest.mark.parametrize(
+    ("what", "changes"),
+    [
+        ("The model with its loss", {"model": plain_functions(train=scaled_backward), "loss": None}),
+        ("The evaluation", {"model": plain_functions(evaluate=lambda x: x * next(COUNTER)), "loss": None}),
+        ("The update of the optimizer", {"optimizer": optax.chain(scale_by_a_counter(), optax.sgd(0.1))}),
+    ],
+)
+def test_backward_pass_evaluation_and_optimizer_are_the_same_at_each_trace(what, changes):
+    experiment = dataclasses.replace(tiny_experiment.get_config(), **changes)
+    with pytest.warns(UserWarning, match=rf"{what} is another each time that it is traced, first at .*test_repe"):
+        components.put_together(experiment, devices=jax.devices()[:1])
+    with pytest.raises(ConfigError, match=f"{what} is another each time"):
+        components.put_together(dataclasses.replace(experiment, reduction="canonical"), devices=jax.devices()[:1])
