@@ -68,3 +68,36 @@ def test_what_an_interrupted_write_has_left_is_no_snapshot(tmp_path_factory, len
     with pytest.raises(RuntimeError):
         made.write(header, [*buffers, np.zeros(1, np.uint8).view(Killed)])
     assert sorted(slots.by_step(directory, "a")) == [2, 3]
+
+
+def described(*pieces, shape=(5, 2)):
+    """Return a header whose pieces are rows of one leaf."""
+    indices = [[list(bounds), [0, shape[1]]] for bounds in pieces]
+    return {"leaves": [["a", "a", "uint8", list(shape)]], "pieces": [{"leaf": 0, "index": index} for index in indices]}
+
+
+@pytest.mark.parametrize(
+    ("headers", "whole"),
+    [
+        ([], False),
+        ([described((0, 5))], True),
+        ([described((0, 3)), described((3, 5))], True),
+        ([described((0, 3)), described((0, 3), (3, 5))], True),
+        ([described((0, 4))], False),
+        ([described((0, 2), (0, 2)), described((4, 5))], False),
+    ],
+)
+def test_pieces_cover_a_leaf_whoever_wrote_them_and_copies_count_once(headers, whole):
+    assert slots.covers(headers) == whole
+
+
+def test_a_slot_that_was_cut_off_is_not_opened(tmp_path):
+    write(slots.Slots(tmp_path, 0), 1)
+    path = next(path for _, path in slots.paths_in(tmp_path) if slots.open_slot(path))
+    file = slots.open_slot(path)
+    content = path.read_bytes()[: file.offset + 5]
+    assert file.data() == bytes([1, 2, 3, 4, 5])
+    path.write_bytes(content)
+    assert slots.open_slot(path) is not None
+    path.write_bytes(content[:-1])
+    assert slots.open_slot(path) is None

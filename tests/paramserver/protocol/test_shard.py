@@ -49,6 +49,27 @@ def test_a_push_that_does_not_fit_is_refused_with_a_reason(changes, words):
     assert shard().complaint(push()) == ""
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"count": 0.0, "num_examples": 0.0},
+        {"pieces": (PARAMS[0] * np.nan, PARAMS[1]), "finite": False},
+        {"pieces": (messages.Rows(np.array([2, 0]), np.ones((2, 2), np.float32)), PARAMS[1])},
+        {"pieces": (messages.Rows(np.zeros(0, np.int64), np.ones((0, 2), np.float32)), PARAMS[1])},
+    ],
+)
+def test_pushes_that_fit_although_they_are_empty_sparse_or_not_finite(changes):
+    assert shard().complaint(push(**changes)) == ""
+
+
+@pytest.mark.parametrize("value", [np.nan, 1j * np.nan, np.inf, -1j * np.inf])
+def test_no_part_of_a_complex_push_may_be_infinite(value):
+    params = (np.ones(3, np.complex64),)
+    one = Shard(shard=0, settings=settings(), updater=workload.Momentum(), params=params)
+    assert one.complaint(push(params)) == ""
+    assert "declared finite" in one.complaint(push((np.array([1, value, 1], np.complex64),)))
+
+
 def test_a_huge_but_finite_push_is_finite():
     assert shard().complaint(push((np.full(6, 3e38, np.float32), PARAMS[1]))) == ""
 
@@ -75,6 +96,90 @@ def test_a_push_counts_once_and_zombies_do_not():
     assert one.verdict(push(incarnation=3)) == "applied"
 
 
+def stepped(updater, grads, *, norm_squared=0.0):
+    """Return the params after one step of the optimizer alone."""
+    return updater.update(PARAMS, updater.init(PARAMS), grads, step=0, scale=1.0, norm_squared=norm_squared)[0]
+
+
+def assert_params(one, wanted):
+    for param, other in zip(one.params, wanted, strict=True):
+        np.testing.assert_array_equal(param, other)
+
+
+@pytest.mark.parametrize(("count", "counts"), [(0.0, False), (0.5, True), (1.0, True), (4.0, True)])
+def test_a_push_is_one_step_of_the_optimizer_along_its_mean_unless_it_counts_no_example(count, counts):
+    one = shard()
+    outcome = one.apply(push(count=count))
+    grads = tuple(np.ones_like(param) / np.float32(count or 1) for param in PARAMS)
+    assert_params(one, stepped(workload.Momentum(), grads) if counts else PARAMS)
+    assert [(each.version, each.skipped) for each in outcome.effects] == [(1, not counts)]
+
+
+def sync(*, clip=False):
+    made = Shard(shard=0, settings=settings(mode="sync"), updater=workload.Momentum(clip=clip), params=PARAMS)
+    made.apply(messages.SetMembers(1, (messages.Member(0, 1, 0),)))
+    return made
+
+
+COMMIT = messages.Commit(1, 0, 1, False, (messages.Contributor(0, 1, 1, messages.Lease(0, 0, 0, 0, 2)),))
+
+
+@pytest.mark.parametrize("ready", [False, True])
+def test_an_optimizer_that_needs_the_global_norm_steps_once_it_has_it(ready):
+    """The shard tells its part of the norm, and waits for that of all."""
+    one, half = sync(clip=True), tuple(np.full_like(param, 0.5) for param in PARAMS)
+    one.apply(push())
+    if ready:
+        one.get_ready()
+    assert one.ahead() is None
+    (norms,) = one.apply(COMMIT).replies
+    assert norms.message == messages.Norms(0, 1, (1.5, 0.5))
+    assert one.apply(messages.Finish(1, 0, 5, 9.0)).replies == []  # of another step
+    assert one.verdict(push(sequence=2)) == "obsolete"  # the step is decided
+    assert_params(one, PARAMS)
+    for _ in range(2):  # the second copy is answered alike
+        (answer,) = one.apply(messages.Finish(1, 0, 1, 100.0)).replies
+        assert (answer.message.step, answer.message.squares, one.version) == (1, 2.0, 1)
+        assert_params(one, stepped(workload.Momentum(clip=True), half, norm_squared=100.0))
+
+
+def test_a_push_of_a_step_that_is_committed_is_obsolete_and_one_of_the_next_step_is_kept_for_it():
+    one = sync()
+    next_ = push(sequence=2, lease=messages.Lease(1, 0, 0, 2, 4))
+    one.apply(next_)
+    assert one.staged_note() is None
+    one.apply(push())
+    assert one.staged_note().step == 0
+    one.apply(COMMIT)
+    assert one.verdict(push(sequence=3)) == "obsolete"
+    assert one.staged_note().step == 1
+
+
+def test_the_chain_tells_who_made_the_updates():
+    first, other = shard(), shard()
+    first.apply(push())
+    other.apply(push(worker=1, incarnation=2))
+    assert first.chain != other.chain
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "clock"),
+    [
+        ((), messages.Member(0, 1, 0), 5),
+        ((), messages.Member(0, 1, 7), 7),
+        ((), messages.Member(0, 3, 2), 2),
+        ((messages.Member(0, 1, messages.BENCHED),), messages.Member(0, 1, 6), 6),
+    ],
+    ids=["stays", "is set to the front", "started again", "returns from the bench"],
+)
+def test_the_clock_of_a_member(before, after, clock):
+    one = shard(mode="bounded", max_staleness=1)
+    one.apply(push(clock=4))
+    for term, member in enumerate((*before, after), start=2):
+        one.apply(messages.SetMembers(term, (member,)))
+    assert one.clocks == {0: clock}
+
+
 def test_staleness_damps_the_step():
     plain, damped = shard(), shard(damp_staleness=True)
     for one in (plain, damped):
@@ -85,6 +190,7 @@ def test_staleness_damps_the_step():
     for one in (plain, damped):
         outcome = one.apply(push(sequence=2, version=0))
         assert outcome.effects[0].staleness == 2
+    assert not np.array_equal(before, plain.params[0])
     assert np.allclose((before - plain.params[0]) / 3, before - damped.params[0])
 
 
