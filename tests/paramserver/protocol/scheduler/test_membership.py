@@ -172,7 +172,7 @@ def test_a_shard_enters_a_term_once_by_its_primary():
 def test_a_worker_that_registers_again_and_again_is_not_silent():
     """It sends no heartbeats before a Welcome reaches it."""
     cast = stages.Cast(stages.settings(workers=2)).join()
-    for _ in range(4 * 6):
+    for _ in range(4 * round(stages.TIMERS.stuck_after + 2)):
         cast.tell(messages.Register("worker/0", 1), cast.beat("worker/1"), cast.beat("server/0/a"))
         cast.tick(0.25)
     assert {number: worker.incarnation for number, worker in cast.state.workers.items()} == {0: 1, 1: 2}
@@ -354,6 +354,14 @@ def test_a_worker_that_leaves_before_it_is_a_member_never_becomes_one():
     # A late one of the process before, which no longer hears it; or one whose clock is behind: it was never a member.
     assert cast.tell(messages.Leave("worker/0", 1)) == ([("worker/0", messages.Fenced("worker/0", 1))], [])
     assert set(cast.state.workers) == {0}
+
+
+@pytest.mark.parametrize(("died", "joins"), [(4, True), (5, False), (6, False)])
+def test_a_worker_that_dies_before_it_is_a_member_never_becomes_one(died, joins):
+    cast = stages.Cast(stages.settings(workers=1)).join()
+    cast.tell(messages.Register("worker/7", 5), messages.Died("worker/7", died))
+    cast.tick()
+    assert (7 in cast.state.workers) == joins
 
 
 @pytest.mark.parametrize("servers", [0, 1])
