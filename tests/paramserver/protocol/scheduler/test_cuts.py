@@ -4,6 +4,9 @@ import dataclasses
 
 import pytest
 import stages
+from hypothesis import given
+from hypothesis import settings as runs
+from hypothesis import strategies as st
 
 from jaxdist.paramserver.protocol import messages
 from jaxdist.paramserver.protocol.messages import Trained
@@ -218,3 +221,46 @@ def test_a_verdict_may_end_the_run_at_this_cut():
     cast.step()
     cast.answer_cut("patience")
     assert (cast.state.stop.step, cast.state.stop.reason) == (1, "patience")
+
+
+@runs(max_examples=25, deadline=None)
+@given(every=st.integers(1, 4), reads=st.lists(st.integers(1, 4), max_size=2), last=st.integers(1, 9))
+def test_cuts_are_taken_at_every_multiple_of_their_periods_and_at_the_end(every, reads, last):
+    chosen = {"durability": "snapshot", "snapshot_every": every, "read_every": tuple(reads), "max_steps": last}
+    cast, saved, read = stages.Cast(stages.settings(**chosen)).join(), [], []
+    for _ in range(40):
+        if cast.state.stop is not None:
+            break
+        if cast.state.saving:
+            saved.append(cast.state.step)
+            _, done = cast.save_cut()
+            assert cast.state.step == last or stages.named(done, "Compact")
+        elif cast.state.offered:
+            read.append(cast.state.step)
+            cast.answer_cut()
+        else:
+            cast.step()
+    assert cast.state.stop is not None
+    steps = range(1, last + 1)
+    assert saved == [step for step in steps if step % every == 0 or step == last]
+    assert read == [step for step in steps if any(step % period == 0 for period in reads) or step == last]
+
+
+def test_a_cut_is_complete_once_every_shard_has_saved_it_under_its_name():
+    cast = stages.Cast(stages.settings(servers=2, durability="snapshot", snapshot_every=1)).join()
+    cast.step()
+    name = cast.state.saving
+    others = (messages.CutSaved(shard, "another", 5, "") for shard in range(2))
+    _, done = cast.tell(*others, messages.CutSaved(0, name, 5, ""))
+    assert not stages.named(done, "Write")
+    asked = [order for _ in range(6) for order in stages.named(cast.tick(0.25)[0], "SaveCut")]
+    assert {order.shard for order in asked} == {1}
+    _, done = cast.tell(messages.CutSaved(1, name, 6, ""))
+    (written,) = stages.named(done, "Write")
+    assert [shard.checksum for shard in written.content.shards] == [5, 6]
+
+
+def test_the_first_reason_to_end_is_the_one():
+    cast = stages.Cast(stages.settings()).join()
+    cast.tell(messages.Halt("target_reached"), messages.Halt("patience"))
+    assert cast.state.end_reason() == "target_reached"
