@@ -101,6 +101,20 @@ def begin(
     return Start(found.progress, name, judge.train_state(plan, found.step, found.leaves, found.opt_leaves))
 
 
+def clear(directory: pathlib.Path) -> None:
+    """Prepare the folder of the processes of a new run; ConfigError if it holds saved cuts of steps of another one.
+
+    A start that was killed before there was a run record leaves a saved cut of step 0.
+    """
+    cuts = saved_cuts(directory)
+    if any(int(path.name[:10]) for path in cuts):
+        raise ConfigError(
+            f"A new run needs a directory without saved state; {directory} holds saved cuts, and no run record says "
+            "which run they belong to. Choose another --run-dir, or move them away."
+        )
+    remove_saved_cuts(directory, keep=0)
+
+
 def begin_with(plan: shared_plan.Plan, leaves: list[np.ndarray], directory: pathlib.Path) -> Start:
     """Return the start of a new run with these params and model_state, which the servers load as a saved cut."""
     params, _ = jax.tree.unflatten(plan.structure, leaves)

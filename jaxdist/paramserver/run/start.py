@@ -136,6 +136,8 @@ def _take_run_dir(
     stack.enter_context(lock.locked(options.run_dir, purpose=options.command))
     if options.overwrite:
         directory.set_run_aside(options.run_dir, of_job=False)
+    if earlier is None:
+        resume.clear(options.run_dir / run_folder.DIRECTORY_NAME)
     if options.resume:
         left = rescue.Rescue.of(options.run_dir, identity, directory.what_stays(experiment))
         earlier = rescue.save_left(left) or earlier
@@ -226,7 +228,7 @@ def _write_spec(
     for name in (run_folder.LOG_NAME, run_folder.STEPS_NAME, run_folder.SPEC_NAME):
         (directory / name).unlink(missing_ok=True)
     folders = [run_folder.STATISTICS_NAME, run_folder.NONFINITE_NAME, run_folder.SILENT_NAME]
-    for name in [*folders, run_folder.HISTORY_NAME, run_folder.ADDRESSES_NAME]:
+    for name in [*folders, run_folder.HISTORY_NAME, run_folder.ADDRESSES_NAME, run_folder.BOOTS_NAME]:
         shutil.rmtree(directory / name, ignore_errors=True)
     spec = run_folder.Spec(
         attempt=new_token(),

@@ -141,3 +141,17 @@ def test_a_run_begins_with_weights_as_with_a_saved_cut_and_finds_it_again(tmp_pa
     with contextlib.closing(run_directory.open_checkpoints(experiment_of(), tmp_path / "none", identity)) as none:
         again = resume.begin(plan, none, tmp_path)
     assert same(jax.tree.leaves(again.state.params), jax.tree.leaves(start.state.params))
+
+
+def test_a_new_run_does_not_begin_with_the_saved_cuts_of_another(tmp_path):
+    """Its record, which would say what they are of, is gone."""
+    plan = plan_of()
+    leaves = [np.zeros(shape, dtype) for shape, dtype in zip(plan.sharding.shapes, plan.sharding.dtypes)]
+    resume.begin_with(plan, leaves, tmp_path)  # a start that was killed
+    resume.clear(tmp_path)
+    assert resume.saved_cuts(tmp_path) == []
+    opt_leaves = [np.zeros(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(opt_shapes(plan))]
+    resume._write(plan, resume._Found(resume.messages.Trained(4, ()), leaves, opt_leaves, stop.Progress()), tmp_path)
+    with pytest.raises(errors.ConfigError, match="holds saved cuts"):
+        resume.clear(tmp_path)
+    assert len(resume.saved_cuts(tmp_path)) == 1
