@@ -34,6 +34,7 @@ from jaxdist.run.custom import user_hooks
 from jaxdist.run.use.reporting import server_timeline
 from jaxdist.rundir import files, full_disk, record
 from jaxdist.spmd.state import TrainState
+from jaxdist.spmd.step import GRAD_NORM
 
 REPEAT_SECONDS = 1.0
 """Time between two sends of the same answer, until the run shows that it arrived."""
@@ -199,7 +200,7 @@ class Observer:
                     if self.books.stopwatch.phase == "compile":
                         self._charge("compute")
                     crew.progressed()
-                    self.books.display.update(self.progress.step, self.progress.metrics, epoch=self.progress.epoch)
+                self._show_step()
                 self.progress.seconds = time.monotonic() - self.started
                 self._look_at_cut(steps)
                 self._maybe_halt(stop_requested)
@@ -236,6 +237,11 @@ class Observer:
                 return self.progress.step != before
             self._take_step(json.loads(line))
 
+    def _show_step(self) -> None:
+        """Show the last step, unless its gradient norm is still to come: that of another one would be shown with it."""
+        if GRAD_NORM in self.unlogged[1]:
+            self.books.display.update(self.progress.step, self.progress.metrics, epoch=self.progress.epoch)
+
     def _take_step(self, row: dict[str, Any]) -> None:
         self.is_untouched = False
         if "warning" in row:
@@ -249,8 +255,8 @@ class Observer:
         step = row["step"]
         if "grad_norm" in row:
             if step == self.unlogged[0]:
-                self.unlogged[1]["grad_norm"] = row["grad_norm"]
-                self.progress.metrics["train/grad_norm"] = row["grad_norm"]
+                self.unlogged[1][GRAD_NORM] = row["grad_norm"]
+                self.progress.metrics[f"train/{GRAD_NORM}"] = row["grad_norm"]
             return
         self._log()
         if self.last_time is not None:

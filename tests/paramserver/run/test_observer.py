@@ -306,6 +306,21 @@ def test_steps_after_a_return_to_a_snapshot_are_counted_once(tmp_path, watch):
     assert rows == [1, 2, 3, 4]
 
 
+def test_a_step_is_shown_with_its_own_gradient_norm(watch):
+    """Which is told after the step."""
+    watcher, shown = watch(4), []
+    with watcher.books.shown():
+        watcher.books.display = types.SimpleNamespace(
+            update=lambda step, metrics, epoch: shown.append((step, metrics["train/grad_norm"]))
+        )
+        for step in (1, 2):
+            watcher._take_step({"step": step, "examples": 16, "metrics": {"loss": 0.5}, "time": step})
+            watcher._show_step()
+            watcher._take_step({"step": step, "grad_norm": float(step)})
+            watcher._show_step()
+    assert shown == [(1, 1.0), (2, 2.0)]
+
+
 @pytest.mark.parametrize("jump", [-1e6, 1e6])
 def test_a_wall_clock_that_is_set_does_not_change_how_long_the_run_has_trained(tmp_path, watch, monkeypatch, jump):
     set_after = itertools.chain([0.0], itertools.repeat(jump))
