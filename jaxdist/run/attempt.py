@@ -82,6 +82,7 @@ def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.
             writers.check(experiment.writers)
             stop_rule = experiment.stop.rule()
             parts = options.put_together(experiment, devices=devices, identity=options.identity)
+            recovery.load_ahead(parts.strategy.mesh)
             began_with = None if options.resume else _check_weights(parts, options)
             if options.in_reserve is not None:
                 recovery.rehearse(parts, options.in_reserve.has_come)
@@ -427,6 +428,7 @@ class _Run:
             found.append(hooks.every(every, lambda info: replicas.check_replicas(info.state, self.mesh)))
         told = [recovery.tell_recovery(self.options.run_dir), recovery.tell_modules()]
         told.append(recovery.ask_for_reserve(self.experiment.recovery, self.mesh))
+        told.append(recovery.tell_programs(self.mesh))
         found += [hook for hook in told if hook]
         if self.options.profile:
             found.append(self.trace)

@@ -4,12 +4,15 @@ The supervisor (`launch.supervising.supervisor`) starts the processes and keeps 
 """
 
 import contextlib
+import fcntl
 import functools
 import itertools
+import json
 import math
 import os
 import pathlib
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -29,7 +32,7 @@ from jaxdist.run import components
 from jaxdist.run.hooks import every
 from jaxdist.run.loop import Hook, StepInfo
 from jaxdist.rundir import files, ledger
-from jaxdist.spmd import keys
+from jaxdist.spmd import device_program, keys
 from jaxdist.spmd.step import NONFINITE_LEAF
 
 SNAPSHOT_SHARE = 0.01
@@ -108,6 +111,42 @@ def tell_modules() -> Hook | None:
         return None
     names = directory / joined.MODULES_NAME
     return _once_imported(lambda: files.write_unsynced(names, ["\n".join(sys.modules).encode()]))
+
+
+def tell_programs(mesh: jax.sharding.Mesh) -> Hook:
+    """Return the hook that names the programs which a step on as many devices needs, once, for `load_ahead`."""
+
+    def tell() -> None:
+        device_program.AHEAD.forget()
+        directory = memory()
+        if directory is not None and jax.process_index() == 0 and not _programs(directory, mesh.size).exists():
+            needed = json.dumps(device_program.AHEAD.needed()).encode()
+            files.write_unsynced(_programs(directory, mesh.size), [needed])
+
+    return _once_imported(tell)
+
+
+def load_ahead(mesh: jax.sharding.Mesh) -> None:
+    """Load, in a thread, what an attempt on as many devices has needed, while process 0 traces and the others wait.
+
+    Process 0 has a processor for itself: of the others, as many load at a time as there are more.
+    """
+    directory, process = memory(), jax.process_index()
+    if directory is None or not process or not _programs(directory, mesh.size).exists():
+        return
+    lanes = max(1, len(os.sched_getaffinity(0)) - 1)
+
+    def load() -> None:
+        with contextlib.suppress(OSError, ValueError), open(directory / f"load-{process % lanes}", "wb") as lane:
+            fcntl.flock(lane, fcntl.LOCK_EX)
+            keys = json.loads(_programs(directory, mesh.size).read_bytes())
+            device_program.AHEAD.load(keys, list(mesh.devices.flat))
+
+    threading.Thread(target=load, name="jaxdist-load-ahead", daemon=True).start()
+
+
+def _programs(directory: pathlib.Path, num_devices: int) -> pathlib.Path:
+    return directory / f"programs-{num_devices}"
 
 
 def _once_imported(tell: Callable[[], object]) -> Hook:

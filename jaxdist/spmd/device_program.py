@@ -12,10 +12,12 @@ In a job process 0 traces and lowers a program, which takes longer than to load 
 So all run the very same program, and where they share processors the job starts sooner.
 """
 
+import concurrent.futures
 import functools
 import hashlib
 import itertools
 import json
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -386,9 +388,56 @@ def _compile(module: Any, devices: Sequence[jax.Device], key: str | None, callba
 
 
 def _read_cache(key: str, devices: Sequence[jax.Device]) -> Any:
+    found = AHEAD.take(key, devices)
+    if found is not None:
+        return found
     try:
         return jax_private.read_cache(key, devices)
     except Exception as error:  # a damaged entry is whatever zstandard, zlib or XLA raise
         warnings.warn(f"An entry of the compilation cache cannot be read; compiling again: {error}", stacklevel=2)
         jax_private.remove_from_cache(key)
         return None
+
+
+class LoadedAhead:
+    """Executables that are loaded from the cache while it is not known yet whether a program needs them.
+
+    To load a program takes as long as to trace it, and nothing of Python. What is traced decides: an executable is used
+    by the program that has its key in the cache, and by no other.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._needed: dict[str, None] = {}
+        self._found: dict[tuple[str, tuple[jax.Device, ...]], concurrent.futures.Future[Any]] = {}
+
+    def needed(self) -> list[str]:
+        """Return the keys of what the programs of this process have needed so far."""
+        return list(self._needed)
+
+    def load(self, keys: Sequence[str], devices: Sequence[jax.Device]) -> None:
+        """Load the executables with these keys for `devices`, until the first program needs one."""
+        for key in keys:
+            with self._lock:
+                if self._needed:
+                    return
+                found = self._found[key, tuple(devices)] = concurrent.futures.Future()
+            try:
+                found.set_result(jax_private.read_cache(key, devices))
+            except Exception:  # of a damaged entry: the program that needs it reads it again, and says so
+                found.set_result(None)
+
+    def take(self, key: str, devices: Sequence[jax.Device]) -> Any:
+        """Return an executable that a program needs, None if it is not here."""
+        with self._lock:
+            self._needed[key] = None
+            found = self._found.pop((key, tuple(devices)), None)
+        return None if found is None else found.result()
+
+    def forget(self) -> None:
+        """Drop what no program has needed."""
+        self._found.clear()
+
+
+AHEAD = LoadedAhead()
+"""That of this process, as it has one cache."""
