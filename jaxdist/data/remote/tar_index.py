@@ -130,8 +130,23 @@ def _members(file: Any, name: str, mode: str) -> Iterator[tuple[tarfile.TarInfo,
                 last = f"after {member.name}"
                 yield member, archive
                 archive.members.clear()  # it would keep all of them
+            _check_end(archive, name)
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(_damaged(name, last, error)) from error
+
+
+def _check_end(archive: tarfile.TarFile, name: str) -> None:
+    """Raise ValueError where something follows the end of a tar file, whose members nobody would read."""
+    rest: Any = archive.fileobj
+    while block := rest.read(_BLOCK):
+        if block.count(0) < len(block):
+            raise ValueError(
+                f"{name} has more after the end of its tar file, which would be left out: perhaps it is several tar "
+                "files one after another. Keep each in a file of its own, or join them with `tar --concatenate`."
+            )
+
+
+_BLOCK = 1 << 20
 
 
 def _damaged(name: str, where: str, error: Exception) -> str:

@@ -66,7 +66,11 @@ def _whole_number(content: bytes) -> np.int64:
 
 
 def _array(content: bytes) -> np.ndarray:
-    return np.load(io.BytesIO(content), allow_pickle=False)
+    stream = io.BytesIO(content)
+    found = np.load(stream, allow_pickle=False)
+    if content.startswith(b"\x93NUMPY") and stream.read(1):
+        raise ValueError("it has more after the end of its array")
+    return found
 
 
 _DECODERS: dict[str, Callable[[bytes], Any]] = {

@@ -236,6 +236,11 @@ def open_npy(path: str | os.PathLike) -> np.ndarray:
         raise CorruptExample(f"{name} is not a whole .npy file of numbers: {error}") from error
     if not isinstance(found, np.ndarray):
         raise ValueError(f"{name} is an .npz archive of several arrays. Save each as a .npy file.")
+    if isinstance(found, np.memmap) and found.offset + found.nbytes < os.path.getsize(where):
+        raise CorruptExample(
+            f"{name} has more after the end of its array, which would be left out: perhaps np.save has written several "
+            "arrays to it. Save each as a .npy file."
+        )
     return found
 
 

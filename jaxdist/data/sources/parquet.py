@@ -155,6 +155,12 @@ class ParquetSource:
                 table = self._files[file].read_row_group(group, columns=self._kept)
             except (OSError, extras.require("pyarrow").ArrowException) as error:
                 raise CorruptExample(f"{self._paths[file]}, row group {group}, cannot be read: {error}") from error
+            num_rows = self._files[file].metadata.row_group(group).num_rows
+            if table.num_rows != num_rows:  # pyarrow takes a damaged head of a page for the end
+                raise CorruptExample(
+                    f"{self._paths[file]}, row group {group}, is damaged: {table.num_rows} of its {num_rows} rows can "
+                    "be read. Copy it or write it again."
+                )
             path = self._paths[file]
             columns = {
                 name: Column(path, name, table.column(name), self.vocabulary.get(name), self._missing)
@@ -269,7 +275,7 @@ def _starts_of(sizes: tuple[int, ...]) -> np.ndarray:
 def open_parquet(path: str) -> Any:
     """Return pyarrow's object of a Parquet file; CorruptExample where it is none, or not whole."""
     try:
-        return extras.require("pyarrow.parquet").ParquetFile(path)
+        return extras.require("pyarrow.parquet").ParquetFile(path, page_checksum_verification=True)
     except extras.require("pyarrow").ArrowException as error:
         with open(path, "rb") as file:
             head = file.read(16).removeprefix(b"PAR1")

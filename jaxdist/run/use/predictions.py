@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxdist import errors, extras
 from jaxdist.data import prepare
+from jaxdist.data.sources.memmap import open_npy
 from jaxdist.data.sources.source import Source
 from jaxdist.run.use import npz
 from jaxdist.rundir import files
@@ -32,7 +33,7 @@ def read_inputs(path: pathlib.Path | str, *, like: Source | None = None, columns
         raise errors.UserError(f"INPUT is a file or folder of examples, and there is no {path}. Check the path.")
     with errors.as_user_error():
         if isinstance(path, pathlib.Path) and path.suffix == ".npy":
-            return np.load(path, allow_pickle=False)
+            return open_npy(path)
         if isinstance(path, pathlib.Path) and path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as content:
                 return {name: content[name] for name in content.files}

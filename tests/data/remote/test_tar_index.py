@@ -76,6 +76,15 @@ def test_a_file_that_is_not_whole_is_refused_also_where_it_is_cut_between_member
         tar_index.index_tar(io.BytesIO(damaged), "x.tar")
 
 
+@pytest.mark.parametrize("more", [tar_files.tar_of([("9.cls", b"9")]), bytes(1 << 20) + b"x"], ids=["a tar", "bytes"])
+def test_what_follows_the_end_of_a_tar_file_is_not_left_out_silently(more):
+    whole = tar_files.tar_of([("0.cls", b"0"), ("1.cls", b"1")])
+    for read in (tar_index.index_tar, lambda *given: list(tar_index.read_samples(*given))):
+        assert len(read(io.BytesIO(whole + bytes(1 << 20)), "x.tar")) == 2
+        with pytest.raises(ValueError, match=r"x\.tar has more after the end of its tar file"):
+            read(io.BytesIO(whole + more), "x.tar")
+
+
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
 def test_a_part_that_is_a_link_is_refused(tmp_path, kind):
     with tarfile.open(tmp_path / "x.tar", "w") as archive:

@@ -30,6 +30,7 @@ def test_fields_choose_and_name_the_parts():
         ({"png": b"no image"}, "x: 3.png"),
         ({"cls": b"cat"}, "x: 3.cls cannot be decoded: invalid literal"),
         ({"npy": b"\x93NUMPY"}, "x: 3.npy cannot be decoded"),
+        ({"npy": 2 * tar_files.sample(3)[0]["npy"]}, "x: 3.npy cannot be decoded: it has more after the end"),
         ({"json": b"{"}, "x: 3.json cannot be decoded"),
         ({"txt": b"\xff"}, "x: 3.txt cannot be decoded"),
     ],

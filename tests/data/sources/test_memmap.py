@@ -38,6 +38,17 @@ def test_a_truncated_npy_file_is_named(npy, tmp_path):
         NpySource({"x": tmp_path / "z.npy"})
 
 
+@pytest.mark.parametrize("open_file", [lambda path: NpySource({"x": path}), lambda path: TokenSource(path, length=2)])
+def test_an_array_behind_the_array_of_a_npy_file_is_not_left_out_silently(tmp_path, open_file):
+    with open(tmp_path / "x.npy", "wb") as file:
+        np.save(file, np.arange(4))
+        file.flush()
+        assert len(open_file(tmp_path / "x.npy")) in (2, 4)
+        np.save(file, np.arange(4))
+    with pytest.raises(CorruptExample, match=r"x\.npy has more after the end of its array"):
+        open_file(tmp_path / "x.npy")
+
+
 def test_each_token_is_in_one_window(tmp_path):
     np.save(tmp_path / "a.npy", np.arange(11, dtype=np.uint16))
     np.save(tmp_path / "b.npy", np.arange(100, 109, dtype=np.uint16))

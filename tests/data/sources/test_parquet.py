@@ -149,6 +149,18 @@ def test_a_broken_file_is_named(tmp_path):
         ParquetSource(tmp_path / "c.parquet")
 
 
+def test_a_page_that_is_not_what_was_written_is_a_bad_example(tmp_path):
+    settings = {"write_page_checksum": True, "use_dictionary": False, "compression": "none"}
+    content = write(tmp_path / "t.parquet", {"x": np.arange(64.0)}, **settings).read_bytes()
+    in_page, in_head = content.index(np.float64(7).tobytes()) + 6, 5
+    for place, message in ((in_page, "cannot be read.*CRC"), (in_head, "is damaged: 0 of its 64 rows")):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        (tmp_path / "t.parquet").write_bytes(changed)
+        with pytest.raises(CorruptExample, match=rf"t\.parquet, row group 0, {message}"):
+            ParquetSource(tmp_path / "t.parquet")[0]
+
+
 @hypothesis.settings(max_examples=40)
 @hypothesis.given(st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(any), st.integers(1, 4), st.data())
 def test_groups_are_read_together_each_row_once_and_any_part_is_found_alone(sizes, together, data):
