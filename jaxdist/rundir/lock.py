@@ -61,11 +61,11 @@ def locked(directory: pathlib.Path, *, purpose: str) -> Iterator[None]:
 def is_locked(directory: pathlib.Path) -> bool:
     """Return whether a living process holds the lock of `directory`."""
     try:
-        descriptor = os.open(directory / FILE_NAME, os.O_RDWR | os.O_CLOEXEC)
+        descriptor = os.open(directory / FILE_NAME, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # a file that is only read gives no other lock on NFS
     except BlockingIOError:
         return True
     finally:

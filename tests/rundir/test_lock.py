@@ -1,3 +1,4 @@
+import errno
 import fcntl
 import json
 import os
@@ -101,3 +102,18 @@ def test_a_job_is_not_refused_because_another_process_looks_whether_it_runs(tmp_
     threading.Timer(0.02, os.close, [look]).start()
     with lock.locked(tmp_path, purpose="job"):
         assert lock.is_locked(tmp_path)
+
+
+def test_whether_a_job_runs_is_seen_where_nothing_can_be_written(tmp_path, monkeypatch):
+    opened = os.open
+
+    def on_a_read_only_disk(path, flags, *rest, **named):
+        if flags & (os.O_WRONLY | os.O_RDWR):
+            raise OSError(errno.EROFS, "Read-only file system")
+        return opened(path, flags, *rest, **named)
+
+    with lock.locked(tmp_path, purpose="train"), monkeypatch.context() as patched:
+        patched.setattr(os, "open", on_a_read_only_disk)
+        assert lock.is_locked(tmp_path)
+    monkeypatch.setattr(os, "open", on_a_read_only_disk)
+    assert not lock.is_locked(tmp_path)
