@@ -136,7 +136,7 @@ def _members(file: Any, name: str, mode: str) -> Iterator[tuple[tarfile.TarInfo,
 
 
 def _check_end(archive: tarfile.TarFile, name: str) -> None:
-    """Raise ValueError where something follows the end of a tar file, whose members nobody would read."""
+    """Raise ValueError where something follows the end of a tar file, whose members would be left out."""
     rest: Any = archive.fileobj
     while block := rest.read(_BLOCK):
         if block.count(0) < len(block):
