@@ -8,6 +8,7 @@ import html
 import importlib.metadata
 import importlib.resources
 import json
+import os
 import pathlib
 import string
 from collections.abc import Mapping, Sequence
@@ -51,6 +52,10 @@ def check_output(out: pathlib.Path, *, kind: str = "report", of: str = "report")
     """
     if not out.parent.is_dir():
         raise errors.UserError(f"The folder of the {of} must exist; there is no {out.parent}. Create it.")
+    if not os.access(out.parent, os.W_OK):
+        raise errors.UserError(
+            f"The folder of the {of} must be writable; {out.parent} is not. Name a file in another one with --out."
+        )
     mark = f'name="generator" content="jaxdist {kind}"'
     with errors.as_user_error():
         foreign = out.exists() and not (out.is_file() and mark in out.read_bytes()[:2000].decode(errors="replace"))

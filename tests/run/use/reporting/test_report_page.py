@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -87,6 +88,15 @@ def test_an_older_report_is_replaced_and_any_other_file_kept(tmp_path, two):
         with pytest.raises(errors.UserError, match=message):
             report_page.write([run_dir], tmp_path / out)
     assert (tmp_path / "mine.html").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_written_is_named_with_what_helps(tmp_path, monkeypatch):
+    """By default it is the run directory, of another user for example."""
+    run_dir = write_run(tmp_path / "a")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != run_dir)
+    with pytest.raises(errors.UserError, match=r"must be writable; .*/a is not.*--out"):
+        report_page.write([run_dir], run_dir / "report.html")
+    report_page.write([run_dir], tmp_path / "report.html")
 
 
 def test_a_run_that_is_not_there_is_named_and_not_the_folder_of_the_page(tmp_path):
