@@ -22,6 +22,7 @@ import json
 import os
 import pathlib
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -69,6 +70,8 @@ def main() -> None:
     parser.add_argument("--every", type=int, nargs="+", default=[1, 10])
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     options = parser.parse_args()
+    # Like Ctrl-C, so that the running job ends too.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     rows = {"kills": kills, "random": random_changes, "stops": stops, "snapshot": snapshots}[options.what](options)
     for row in rows:
         row |= {"versions": record.versions(), "machine": f"{os.cpu_count()} cores, {platform.machine()}"}
@@ -217,7 +220,7 @@ class _Trainer:
         """Return the hook that takes them every n steps, or as often as by default."""
         settings = config.Recovery(snapshot_every=every)
         return recovery.snapshots_when_due(
-            self._snapshots, settings, lambda: self._times.quantile(0.5), lambda value: value
+            self._snapshots, settings, lambda: self._times.quantile(0.5), lambda value: value, lambda: None
         )
 
     def rate(self, hook: loop.Hook | None) -> float:
