@@ -3,9 +3,11 @@
 import collections
 import csv
 import io
+import itertools
 import lzma
 import os
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -74,6 +76,12 @@ def open_text(path: str, style: Style) -> CsvText:
         if not any(map(str.strip, lines)):
             raise ValueError(f"{path} needs a header line and at least one row, or `names` of its columns.")
         names = distinct(header)
+        if style.names is None and _are_values(header):
+            warnings.warn(
+                f"{path}: the first line, {', '.join(header[:4])}, was read as the names of the columns, and holds "
+                "numbers. If it is an example, give `names`.",
+                stacklevel=2,
+            )
         data = data if style.short_rows == "refuse" else _filled(data, delimiter, len(names))
     except csv.Error as error:
         raise ValueError(
@@ -161,6 +169,15 @@ def _filled(data: bytes, delimiter: str, width: int) -> bytes:
     writer = csv.writer(made, delimiter=delimiter, lineterminator="\n")
     writer.writerows([*row, *[""] * (width - len(row))] for row in rows)
     return made.getvalue().encode()
+
+
+def _are_values(header: Sequence[str]) -> bool:
+    """Return whether all names are numbers, and do not just number the columns from 0 or 1."""
+    try:
+        numbers = [float(name) for name in header]
+    except ValueError:
+        return False
+    return numbers[0] not in (0, 1) or any(after - before != 1 for before, after in itertools.pairwise(numbers))
 
 
 def distinct(names: Sequence[str]) -> list[str]:

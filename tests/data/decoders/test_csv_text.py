@@ -53,3 +53,17 @@ def test_names_of_columns_are_made_distinct_as_pandas_does(names):
     hypothesis.assume(any(names))
     text = ",".join(names) + "\n" + ",".join("1" * len(names)) + "\n"
     assert csv_text.distinct(names) == pandas.read_csv(io.StringIO(text)).columns.tolist()
+
+
+@pytest.mark.parametrize("header", ["5.1,3.5", "3", "1,1", "-1,0"])
+def test_a_header_that_is_a_row_of_numbers_is_told(tmp_path, header):
+    (tmp_path / "x.csv").write_text(f"{header}\n1,2\n")
+    with pytest.warns(UserWarning, match=rf"x\.csv: the first line, {header[0]}.* holds numbers.*give `names`"):
+        csv_text.open_text(str(tmp_path / "x.csv"), csv_text.Style())
+    csv_text.open_text(str(tmp_path / "x.csv"), csv_text.Style(names=["a", "b"]))
+
+
+@pytest.mark.parametrize("header", ["0,1,2", "1,2", "label,1,2", "0", "a"])
+def test_names_that_number_the_columns_are_names(tmp_path, header):
+    (tmp_path / "x.csv").write_text(f"{header}\n1,2\n")
+    csv_text.open_text(str(tmp_path / "x.csv"), csv_text.Style())
