@@ -121,6 +121,7 @@ class Observer:
         self.silent = attempt.silent
         self.rule = plan.experiment.stop.rule()
         self.judge = judge.Judge(plan)
+        self.counted_before = attempt.earlier.extra.get("ps", {}) if attempt.earlier else {}
         devices = attempt.num_devices // plan.settings.workers
         threads = shared_plan.threads_in_use(plan, devices)  # not of this process, which computes no gradient
         self.books = bookkeeping.Bookkeeper(
@@ -439,9 +440,9 @@ class Observer:
                 raise
 
     def statistics(self) -> dict[str, Any]:
-        """Return the `ps` entry of run.json: the counters of all processes, including those that died."""
-        counters: Counter[str] = Counter()
-        staleness: Counter[int] = Counter()
+        """Return the `ps` entry of run.json: the counters of all processes, of those that died and earlier attempts."""
+        counters = Counter({name: count for name, count in self.counted_before.items() if name != "staleness"})
+        staleness = Counter({int(key): count for key, count in self.counted_before.get("staleness", {}).items()})
         for path in (self.directory / run_folder.STATISTICS_NAME).glob("*.json"):
             with contextlib.suppress(json.JSONDecodeError):
                 content = json.loads(path.read_text())

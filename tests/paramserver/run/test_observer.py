@@ -420,7 +420,11 @@ def test_counters_of_all_processes_are_added_those_that_died_too(tmp_path, watch
         (folder / f"server-0-a-{number}.json").write_text(json.dumps(content))
     (folder / "worker-0-7.json").write_text("{")
     found = watcher.statistics()
+    watcher.counted_before = json.loads(json.dumps(found))  # as the record of an attempt that is resumed has it
+    again = watcher.statistics()
     with watcher.books.shown():  # closes the metrics files
         pass
     assert (found["updates"], found["fenced"], found["failovers"]) == (7, 2, 0)
     assert found["staleness"] == {0: 2, 1: 5}
+    assert (again["updates"], again["fenced"], again["failovers"]) == (14, 4, 0)
+    assert again["staleness"] == {0: 4, 1: 10}
