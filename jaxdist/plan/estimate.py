@@ -14,7 +14,6 @@ import jax
 from jaxdist import errors
 from jaxdist.config.experiment import Experiment
 from jaxdist.errors import UserError
-from jaxdist.plan.chips import Chip
 from jaxdist.plan.compiled import collectives, facts, live_buffers
 from jaxdist.plan.topology import Topology
 from jaxdist.run import components
@@ -228,7 +227,8 @@ def read(program: facts.ProgramFacts, step_flops: float, parts: components.Parts
     bounds = {
         "compute": step_flops / mesh.size / chip.flops_per_second,
         "memory": held.moved / chip.memory_bytes_per_second,
-        "network": network_seconds(found, chip),
+        # Each collective at the rate of the slowest link it crosses.
+        "network": sum(each.sent_bytes / chip.bytes_per_second(each.devices) for each in found),
     }
     return Estimate(
         experiment=experiment.name,
@@ -267,11 +267,6 @@ def _predicted(program: facts.ProgramFacts, topology: Topology) -> dict[str, Any
     held = program.argument_bytes + program.temp_bytes
     seconds = made.rates.step_seconds(program.operations, temp_bytes=program.temp_bytes, held_bytes=held)
     return {"predicted_seconds": seconds, "calibration": made.describe()}
-
-
-def network_seconds(found: Sequence[collectives.Collective], chip: Chip) -> float:
-    """Return the time that sending takes at least: each collective at the rate of the slowest link it crosses."""
-    return sum(each.sent_bytes / chip.bytes_per_second(each.devices) for each in found)
 
 
 def sent_by(

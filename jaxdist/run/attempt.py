@@ -94,7 +94,8 @@ def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.
                 # After the checks: a refused run leaves no files. A supervisor holds the lock for its processes.
                 stack.enter_context(lock.locked(options.run_dir, purpose=options.command))
                 if options.resume and jax.process_count() == 1:
-                    earlier = rescue.save_left(_rescue_of(parts, options.run_dir)) or earlier
+                    stays = directory.what_stays(parts.experiment)
+                    earlier = rescue.save_left(rescue.Rescue.of(options.run_dir, parts.identity, stays)) or earlier
             for eval_loader in parts.eval_loaders.values():
                 stack.enter_context(eval_loader)
             stopwatch = Stopwatch(earlier.time_seconds if earlier else None)
@@ -121,10 +122,6 @@ def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.
             run = _Run(parts, options, start, stopwatch, earlier, agreed)
         dog.report()
         return run.execute(stop_rule, dog)
-
-
-def _rescue_of(parts: components.Parts, run_dir: pathlib.Path) -> rescue.Rescue:
-    return rescue.Rescue.of(run_dir, parts.identity, directory.what_stays(parts.experiment))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,7 +283,7 @@ class _Run:
                 stop=stop_rule,
                 hooks=[lambda info: dog.report(), self._note_newest, *self._make_hooks(ledger_hooks)],
                 progress=books.progress,
-                stop_requested=self.agreed.stop(self._wants_to_end),
+                stop_requested=self.agreed.stop(lambda step: self._change_due() or self.options.stop_requested(step)),
                 stopwatch=books.stopwatch,
                 step_times=books.step_times,
             )
@@ -343,9 +340,6 @@ class _Run:
         self.log.flush()
         if self.chain:
             self.chain.flush()
-
-    def _wants_to_end(self, step: int) -> bool:
-        return self._change_due() or self.options.stop_requested(step)
 
     def _is_kept_for_change(self, result: loop.FitResult) -> bool:
         """Return whether the run ended only so that the number of its processes can change, and is kept in memory."""

@@ -82,11 +82,6 @@ class TarSource:
         self._open: collections.OrderedDict[int, HeldFile] = collections.OrderedDict()
         self._open_lock = threading.Lock()
 
-    @property
-    def is_copied(self) -> bool:
-        """Whether any shard has to be copied to the cache before it can be read."""
-        return any(map(_needs_copy, self.shards))
-
     def __len__(self) -> int:
         return self._ends[-1]
 
@@ -107,11 +102,9 @@ class TarSource:
         """Return the order of the examples: in lanes where shards are copied, so that few are needed at a time."""
         if not shuffle:
             return Sequential()
-        return (
-            Lanes(tuple(self.sizes or ()), self._lanes, max(1, self._window // self._lanes))
-            if self.is_copied
-            else Shuffled()
-        )
+        if not any(map(_needs_copy, self.shards)):
+            return Shuffled()
+        return Lanes(tuple(self.sizes or ()), self._lanes, max(1, self._window // self._lanes))
 
     def fingerprint(self) -> str:
         """Return the hash of the shards' names, numbers of samples and contents; see `fingerprint_shards`."""
@@ -141,11 +134,8 @@ class TarSource:
     def _kept_index(self, shard: int) -> list[TarSample]:
         """Return the index of a shard that is copied, without a copy where it was read before."""
         self._cache = self._cache or FileCache()
-        make = functools.partial(self._index_text, shard)
-        return tar_index.from_json(self._cache.kept_text(self.shards[shard], ".index", make))
-
-    def _index_text(self, shard: int) -> str:
-        return tar_index.to_json(self._read_index(shard))
+        text = self._cache.kept_text(self.shards[shard], ".index", lambda: tar_index.to_json(self._read_index(shard)))
+        return tar_index.from_json(text)
 
     def _read_index(self, shard: int) -> list[TarSample]:
         held = self._file(shard)

@@ -87,7 +87,8 @@ class StreamSource:
         self._size = (
             sum(self.sizes) if self.sizes is not None else whole_number("examples_per_epoch", examples_per_epoch)
         )
-        self.lanes = _choose_lanes(num_shards) if lanes is None else _checked_lanes(lanes, num_shards, self.sizes)
+        usual = min(MOST_LANES, 1 << (num_shards.bit_length() - 1))
+        self.lanes = usual if lanes is None else _checked_lanes(lanes, num_shards, self.sizes)
         self.window = max(1, whole_number("window", window) // self.lanes)
         self._shard_names, self._given_fingerprint, self._repeats = tuple(shard_names), fingerprint, repeats
         self.vocabulary: Mapping[str, tuple[str, ...]] = {}
@@ -269,10 +270,6 @@ class StreamSource:
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         self._begin()
-
-
-def _choose_lanes(num_shards: int) -> int:
-    return min(MOST_LANES, 1 << (num_shards.bit_length() - 1))
 
 
 def _checked_lanes(lanes: int, num_shards: int, sizes: Sequence[int] | None) -> int:

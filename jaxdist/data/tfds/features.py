@@ -190,7 +190,7 @@ def _features(
         for key, inner in declared["featuresDict"].get("features", {}).items():
             below = f"{file}-{key.replace('/', '.')}" if file else key.replace("/", ".")
             yield from _features(inner, f"{name}/{key}" if name else key, folder, below, lengths)
-    elif "sequence" in declared and _class_of(declared) == "Sequence":
+    elif "sequence" in declared and str(declared.get("pythonClassName")).rpartition(".")[2] == "Sequence":
         length = int(declared["sequence"].get("length", -1))
         more = (*lengths, None if length == -1 else length)
         yield from _features(declared["sequence"]["feature"], name, folder, file, more)
@@ -199,10 +199,6 @@ def _features(
             yield Feature(f"{name}/{language}", "text", np.dtype(np.uint8), (None,), lengths)
     else:
         yield dataclasses.replace(_leaf(declared, name, folder, file), lengths=_more_lengths(declared, lengths))
-
-
-def _class_of(declared: Mapping[str, Any]) -> str:
-    return str(declared.get("pythonClassName", "")).rpartition(".")[2]
 
 
 def _more_lengths(declared: Mapping[str, Any], lengths: tuple[int | None, ...]) -> tuple[int | None, ...]:

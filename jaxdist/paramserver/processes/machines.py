@@ -85,7 +85,7 @@ def _keep_processes(run_dir: pathlib.Path, host: str) -> bool:
         crew = LocalCrew(names, directory, os.environ.get(security.TOKEN, ""))
         status = newcomer.Keeper(line, crew, host).run()
     # A process that is restarted after the end learns of it only from the run record.
-    return status == ExitStatus.OK or _has_ended(run_dir)
+    return status == ExitStatus.OK or record.RunRecord.read(run_dir).end_reason is not None
 
 
 def _wait_for_run(directory: pathlib.Path) -> run_folder.Spec:
@@ -97,11 +97,6 @@ def _wait_for_run(directory: pathlib.Path) -> run_folder.Spec:
             if _answers(spec.door[1]):
                 return spec
         time.sleep(_LOOK_SECONDS)
-
-
-def _has_ended(run_dir: pathlib.Path) -> bool:
-    """Return whether the run record has an end reason."""
-    return record.RunRecord.read(run_dir).end_reason is not None
 
 
 def _answers(address: str) -> bool:

@@ -24,12 +24,8 @@ class Disk:
         self.files: dict[str, bytes] = {}
         self.boots: dict[str, int] = {}
 
-    @property
-    def _troubled(self) -> bool:
-        return self._timeline.now < self._faults.until
-
     def _chance(self, share: float) -> bool:
-        return bool(share) and self._troubled and self._timeline.rng.random() < share
+        return bool(share) and self._timeline.now < self._faults.until and self._timeline.rng.random() < share
 
     def records(self) -> list[messages.Message]:
         """Return the records of the log; an incomplete one is removed before anything is appended after it."""

@@ -95,7 +95,8 @@ def _candidate(candidate: Candidate) -> list[str]:
         figures = f"{'':>13} {'':>10}  {'-':<5} "
         what += [textwrap.shorten(f"refused: {candidate.refused}", 2 * (WIDTH - len(figures)), placeholder=" ...")]
     else:
-        figures = f"{size_text(made.bytes.total):>13} {seconds_text(made.step_seconds):>10}  {_fits_text(made):<5} "
+        fits = "-" if made.fits is None else "yes" if made.fits else "no"
+        figures = f"{size_text(made.bytes.total):>13} {seconds_text(made.step_seconds):>10}  {fits:<5} "
     beside = [line for each in what for line in textwrap.wrap(each, WIDTH - len(figures), break_on_hyphens=False)]
     rows = [beside[0]]
     for each in beside[1:]:
@@ -207,7 +208,3 @@ def _verdict(made: Estimate) -> str:
     spare = made.device_memory - made.bytes.total
     what = f"fits, {size_text(spare)} to spare" if spare >= 0 else f"DOES NOT FIT, {size_text(-spare)} too much"
     return f"of {size_text(made.device_memory)}: {what}"
-
-
-def _fits_text(made: Estimate) -> str:
-    return "-" if made.fits is None else "yes" if made.fits else "no"

@@ -146,9 +146,8 @@ def _aligned(cells: Sequence[Sequence[str]], width: int) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     while sum(widths) + 2 * len(widths) - 2 > width and max(widths) > 4:
         widths[widths.index(max(widths))] -= 1
-    lines = ["  ".join(_cut(cell, size).ljust(size) for cell, size in zip(row, widths, strict=True)) for row in cells]
+    lines = []
+    for row in cells:
+        cut = [cell if len(cell) <= size else f"{cell[: size - 1]}…" for cell, size in zip(row, widths, strict=True)]
+        lines.append("  ".join(cell.ljust(size) for cell, size in zip(cut, widths, strict=True)))
     return [line.rstrip()[:width] for line in lines]
-
-
-def _cut(cell: str, size: int) -> str:
-    return cell if len(cell) <= size else f"{cell[: size - 1]}…"

@@ -74,7 +74,8 @@ def verify(experiment: Experiment, *, devices: Sequence[jax.Device], num_steps: 
         experiment = dataclasses.replace(experiment, optimizer=optax.sgd(0.1))
     with errors.as_user_error():
         preflight.check_settings(experiment)
-        specification = components.put_together(_on_one_device(experiment), devices=devices[:1])
+        alone = dataclasses.replace(experiment, strategy="data-parallel", mesh=None, layout=LayoutSettings())
+        specification = components.put_together(alone, devices=devices[:1])
         counts = _device_counts(experiment.mesh, len(devices))
         parts = {n: components.put_together(experiment, devices=devices[:n]) for n in counts}
     exact = not canonical and _is_deterministic(specification)
@@ -84,10 +85,6 @@ def verify(experiment: Experiment, *, devices: Sequence[jax.Device], num_steps: 
     rows = [_compare(n, trained[n], reference, canonical=canonical, exact=exact) for n in parts]
     kept = all(row.verdict in ("identical", "equal", "apart") for row in rows)
     return Verification(_title(experiment, num_steps), rows, kept, _conclude(rows, canonical=canonical, exact=exact))
-
-
-def _on_one_device(experiment: Experiment) -> Experiment:
-    return dataclasses.replace(experiment, strategy="data-parallel", mesh=None, layout=LayoutSettings())
 
 
 def _device_counts(axes: Mapping[str, int] | None, available: int) -> list[int]:

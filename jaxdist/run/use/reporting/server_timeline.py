@@ -223,7 +223,7 @@ class _Picture:
         steps = " ".join(f"V{bottom - _CURVE * v / most:.1f}H{min(x + step, WIDTH - _RIGHT):.1f}" for x, v in points)
         return [
             f'<path class="{kind}" d="M{_LEFT} {bottom}{steps}V{bottom}Z"/>',
-            _axis_line(bottom),
+            f'<line class="axis" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{bottom:.1f}" y2="{bottom:.1f}"/>',
             f'<text x="{_LEFT - 6}" y="{top + 9}" text-anchor="end">{most:.3g}</text>',
             f'<text x="{_LEFT - 6}" y="{bottom}" text-anchor="end">{words}</text>',
         ]
@@ -356,10 +356,6 @@ class _Picture:
             x += 24 + 7 * len(words)
         parts.append(f'<text x="{x}" y="{self.y}">white: the worker waits for a lease</text>')
         return parts
-
-
-def _axis_line(y: float) -> str:
-    return f'<line class="axis" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
 
 
 def _seconds(seconds: float) -> str:
