@@ -311,6 +311,7 @@ def replay_sync(run):
         epoch, start, stop = batch_range(s, step)
         cuts = [start + (stop - start) * i // slices for i in range(slices + 1)]
         workers = [c.worker for c in sorted(run.paths[0][step].contributors, key=lambda c: c.lease.slice)]
+        require(len(workers) == slices, "examples", f"step {step + 1} has {len(workers)} pushes for {slices} slices")
         leases = [Examples(epoch, a, b) for a, b in pairwise(cuts)]
         pushes = [run.rounded(run.gradient(lease, params), w) for lease, w in zip(leases, workers, strict=True)]
         counted = sum(push.count for push in pushes)
