@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxdist.guards import array_hash
 from jaxdist.spmd import reduce
+from jaxdist.spmd.canonical.canonical_step import Applied, together
 from jaxdist.spmd.layout import path_name
 from jaxdist.spmd.state import TrainState
 
@@ -27,10 +28,13 @@ class StepHashing:
         """Return the hash of the sums of one logical shard, a vector: shape (1,)."""
         return array_hash.of_array(flat)[None]
 
-    def of_step(self, sums: reduce.Sums, params: Any, model_state: Any) -> jax.Array:
-        """Return the hashes of the sums of the whole batch, and of the state after the step; see `names`."""
+    def of_step(self, sums: reduce.Sums, params: Any, model_state: Any, applied: Applied = together) -> jax.Array:
+        """Return the hashes of the sums of the whole batch, and of the state after the step; see `names`.
+
+        `applied(function, vector)` computes the hash of each leaf.
+        """
         rest = array_hash.of_arrays(jax.tree.leaves(sums._replace(grads=None)))
-        return jnp.concatenate([_each(sums.grads), rest[None], _each((params, model_state))])
+        return jnp.concatenate([_each(sums.grads, applied), rest[None], _each((params, model_state), applied)])
 
 
 def of_state(state: TrainState) -> jax.Array:
@@ -49,9 +53,13 @@ def state_names(state: TrainState) -> list[str]:
     return [*_names({"params": state.params}), *_names({"model_state": state.model_state})]
 
 
-def _each(tree: Any) -> jax.Array:
-    prints = [array_hash.of_array(leaf) for leaf in jax.tree.leaves(tree)]
-    return jnp.stack(prints) if prints else jnp.zeros(0, jnp.uint32)
+def _each(tree: Any, applied: Applied = together) -> jax.Array:
+    prints = [applied(_of_vector, leaf.reshape(-1)) for leaf in jax.tree.leaves(tree)]
+    return jnp.concatenate(prints) if prints else jnp.zeros(0, jnp.uint32)
+
+
+def _of_vector(vector: jax.Array) -> jax.Array:
+    return array_hash.of_array(vector)[None]
 
 
 def _names(tree: Any) -> list[str]:

@@ -21,14 +21,26 @@ KeylessStep: TypeAlias = Callable[[TrainState, keys.PlainKey, jax.Array | None, 
 """A step given the state's key as plain numbers and the inputs of the optimizer, already placed."""
 
 
+Applied: TypeAlias = Callable[[Callable[[jax.Array], jax.Array], jax.Array], jax.Array]
+"""`applied(function, vector)` is `function(vector)`, perhaps computed by itself."""
+
+
+def together(function: Callable[[jax.Array], jax.Array], vector: jax.Array) -> jax.Array:
+    """Return `function(vector)`, compiled together with all else."""
+    return function(vector)
+
+
 class Hashing(Protocol):
     """What a canonical step computes of itself besides its result: whole numbers, which change no bit of it."""
 
     def of_shard(self, flat: jax.Array) -> jax.Array:
         """Return the hashes of the sums of one logical shard, a vector: uint32, one dim, always of the same length."""
 
-    def of_step(self, sums: reduce.Sums, params: Any, model_state: Any) -> jax.Array:
-        """Return the hashes of the sums of the whole batch and of what the step made: uint32, one dim."""
+    def of_step(self, sums: reduce.Sums, params: Any, model_state: Any, applied: Applied = together) -> jax.Array:
+        """Return the hashes of the sums of the whole batch and of what the step made: uint32, one dim.
+
+        `applied(function, vector)` computes the hash of one array.
+        """
 
 
 class NoHashing:
@@ -38,7 +50,7 @@ class NoHashing:
         """Return no hash."""
         return jnp.zeros(0, jnp.uint32)
 
-    def of_step(self, sums: reduce.Sums, params: Any, model_state: Any) -> jax.Array:
+    def of_step(self, sums: reduce.Sums, params: Any, model_state: Any, applied: Applied = together) -> jax.Array:
         """Return no hash."""
         return jnp.zeros(0, jnp.uint32)
 
@@ -129,9 +141,9 @@ def _state_update(
             keep_where=steps.keep_in_turn,
         )
 
-    def hash_step(total: jax.Array, params: Any, model_state: Any) -> jax.Array:
+    def hash_step(total: jax.Array, params: Any, model_state: Any, applied: Applied = together) -> jax.Array:
         sums, rows = sums_of_shards.unravel(total)
-        return jnp.concatenate([hashes_in(rows).reshape(-1), hashing.of_step(sums, params, model_state)])
+        return jnp.concatenate([hashes_in(rows).reshape(-1), hashing.of_step(sums, params, model_state, applied)])
 
     return state_update.StateUpdate(update, mesh, None if hashing is NO_HASHING else hash_step)
 

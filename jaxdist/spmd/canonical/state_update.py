@@ -49,7 +49,7 @@ class StateUpdate:
     """Updates a state, which it donates, and keeps its layout. What it compiles, it compiles at the first call.
 
     `update` is pure, and traced for the whole state. `hash_step(total, params, model_state)` gives the hashes of a
-    step, whole numbers; None for no hashes.
+    step, whole numbers, each by what it may be given as `applied`; None for no hashes.
     """
 
     def __init__(self, update: Update, mesh: Mesh, hash_step: Callable[..., jax.Array] | None = None):
@@ -140,10 +140,19 @@ def _with_hashes(update: Update, hash_step: Callable[..., jax.Array]) -> Update:
     def update_and_hash(state: TrainState, inputs: jax.Array | None, total: jax.Array) -> Any:
         new_state, metrics = update(state, inputs, total)
         always = state.step != jnp.iinfo(jnp.int32).min
-        hashes = device_program.by_itself(hash_step, always, total, new_state.params, new_state.model_state)
+        one_by_one = functools.partial(hash_step, applied=_hashed_by_one_kernel)
+        hashes = device_program.by_itself(one_by_one, always, total, new_state.params, new_state.model_state)
         return new_state, {**metrics, STEP_HASHES: hashes}
 
     return update_and_hash
+
+
+def _hashed_by_one_kernel(function: Callable[[jax.Array], jax.Array], vector: jax.Array) -> jax.Array:
+    """Return the hash of a leaf, that of a small one by one kernel: XLA divides the hash of several thousand elements
+    among all its threads, and to wake those takes longer than to compute it.
+    """
+    is_plain = vector.size and vector.dtype == jnp.float32
+    return device_program.hashed(function, jnp.bool_(True), vector) if is_plain else function(vector)
 
 
 @functools.partial(jax.jit, static_argnums=1)
