@@ -1,39 +1,33 @@
-"""Checkpoints with Orbax: written while training continues, committed atomically, verified when read.
+"""Checkpoints: written while training continues, committed atomically, verified when read.
 
 A committed step is a directory named by its number (`40`, or `40.1` where it was saved a second time). In it, `state/`
-holds one array per leaf and `manifest/` their hashes, with the position in the data, the metrics and the identity of
-the experiment. Orbax copies the state off the devices, writes it from a background thread and renames the finished
-directory into place. Reading verifies every hash: it returns exactly the bits that were saved, or raises an
-error that names the leaf.
+holds one array per leaf, in a database that plain Orbax opens, and `manifest/` their hashes, with the position in the
+data, the metrics and the identity of the experiment. A save copies the state off the devices, writes it from a
+background thread into a draft, which is renamed when all processes have written. Reading verifies every hash: it
+returns exactly the bits that were saved, or raises an error that names the leaf.
 """
 
 import collections
 import concurrent.futures
 import contextlib
-import dataclasses
-import functools
 import itertools
 import json
-import logging
 import math
 import os
 import pathlib
 import shutil
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
+from jaxdist.checkpoint import arrays, step_names
 from jaxdist.checkpoint import manifest as manifests
-from jaxdist.checkpoint import step_names
 from jaxdist.checkpoint.manifest import CheckpointError, DamagedCheckpointError
+from jaxdist.checkpoint.outcomes import NoRoomError, Outcomes
 from jaxdist.checkpoint.pieces import place
-from jaxdist.spmd import jax_private
 from jaxdist.spmd.layout import path_name
 
 __all__ = ["CheckpointError", "Checkpointer", "DamagedCheckpointError", "NoRoomError"]
@@ -43,17 +37,10 @@ PyTree: TypeAlias = Any
 FOLDER_NAME = step_names.FOLDER_NAME
 _STATE, _MANIFEST = "state", "manifest"
 _REMOVED = "removed-"
-_ORBAX_UNFINISHED = ".orbax-checkpoint-tmp"
+_DRAFT = "draft-"
 _NUM_READERS = 8
-_BARRIER_TIMEOUT_SECONDS = 1200
-_BESIDES, _BESIDES_EACH = 1 << 20, 1 << 14
+_BESIDES, _BESIDES_EACH = 1 << 20, 1 << 10
 """Bytes for the manifest and metadata of a checkpoint, and for those of each leaf."""
-_SAVES = itertools.count()
-"""Numbers the saves of this process, so that each has a key of its own in the coordinator's store."""
-
-
-class NoRoomError(CheckpointError):
-    """The disk has no room for a checkpoint. Nothing was written, and every process of the job raises this."""
 
 
 class Checkpointer:
@@ -97,9 +84,8 @@ class Checkpointer:
         self._keep_last, self._keep_every = keep_last, keep_every
         self._best_metric, self._best_sign = best_metric, 1.0 if best_mode == "max" else -1.0
         self._scores: dict[pathlib.Path, float] = {}
-        self._orbax: ocp.AsyncCheckpointer | None = None
         self._saving: tuple[int, concurrent.futures.Future[None]] | None = None
-        self._clock = clock
+        self._clock, self._is_ours = clock, False
         self._began, self._took = -math.inf, 0.0
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
 
@@ -136,16 +122,13 @@ class Checkpointer:
             "metrics": {name: float(value) for name, value in metrics.items()},
         }
         json.dumps(extra)  # Raises here, in the caller, if JSON cannot hold a value.
-        if self._orbax is None:
+        if not self._is_ours:
             self._refuse_foreign()
-            self._orbax = _async_checkpointer()
-        self._make_ready()
-        self._check_room(step, leaves)
-        try:
-            self._orbax.save(self._new_path(step), args=_save_args(leaves, extra))
-        except OSError as error:
-            raise self._write_error(f"of step {step}", error) from error
-        self._saving = step, self._thread.submit(self._finish, self._orbax, step)
+            self._is_ours = True
+        path, outcomes = self._new_path(step), Outcomes()
+        outcomes.of_first(lambda: self._begin(path, step, leaves))
+        pieces = manifests.host_pieces(leaves)
+        self._saving = step, self._thread.submit(self._finish, path, step, leaves, pieces, extra, outcomes)
 
     def may_save(self, share: float) -> bool:
         """Return whether saves that come as fast as one now would take at most that share of the time."""
@@ -171,9 +154,6 @@ class Checkpointer:
             self.wait()
         finally:
             self._thread.shutdown()
-            if self._orbax is not None:
-                self._orbax.close()
-                self._orbax = None
 
     def steps(self) -> list[int]:
         """Return the committed steps, ascending. Interrupted saves are not included."""
@@ -257,47 +237,57 @@ class Checkpointer:
             with contextlib.suppress(DamagedCheckpointError):
                 self._manifest(paths[-1])
 
-    def _make_ready(self) -> None:
-        """Create the directory, check that it can be written, and remove remains of interrupted saves."""
-        if jax.process_index() != 0:
-            return
+    def _begin(self, path: pathlib.Path, step: int, leaves: Sequence[manifests.Leaf]) -> None:
+        """Create the draft of `path`, and remove what interrupted saves left.
+
+        Raises:
+          CheckpointError: the directory cannot be written, or the disk has no room for `leaves` (NoRoomError).
+        """
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self._directory):
-                for path in list(self._directory.iterdir()):
-                    if path.name.startswith(_REMOVED) or _ORBAX_UNFINISHED in path.name:
-                        shutil.rmtree(path)
-        except OSError as error:
-            raise self._write_error("", error) from error
-
-    def _check_room(self, step: int, leaves: Sequence[manifests.Leaf]) -> None:
-        """Raise NoRoomError, on every process, if process 0 sees that the disk has no room for `leaves`.
-
-        Orbax would fail half-way, on one process, and leave the others in a barrier.
-        """
-        fits, store, key = True, jax_private.coordinator_store(), f"jaxdist/checkpoint/{next(_SAVES)}"
-        if jax.process_index() == 0:
+            for each in list(self._directory.iterdir()):
+                if each.name.startswith((_REMOVED, _DRAFT)):
+                    shutil.rmtree(each)
+            for folder in (_STATE, _MANIFEST):
+                (_draft(path) / folder).mkdir(parents=True)
             disk = shutil.disk_usage(self._directory)
-            needed = needed_bytes([leaf.data.nbytes for leaf in leaves])
-            fits = disk.free >= needed or not disk.total  # a file system that does not tell its size
-            if store is not None and jax.process_count() > 1:
-                store.key_value_set(key, str(fits))
-        elif store is not None:
-            fits = store.blocking_key_value_get(key, _BARRIER_TIMEOUT_SECONDS * 1000) == str(True)
-        if not fits:
+        except OSError as error:
+            raise self._write_error(f"of step {step}", error) from error
+        needed = needed_bytes([leaf.data.nbytes for leaf in leaves])
+        if disk.free < needed and disk.total:  # there are file systems that do not tell their size
             raise NoRoomError(f"The disk of {self._directory} has no room for the checkpoint of step {step}.")
 
-    def _finish(self, orbax: ocp.AsyncCheckpointer, step: int) -> None:
-        """Wait for the commit, then remove steps that are not kept; all processes return when this is done."""
-        orbax.wait_until_finished()
-        if jax.process_index() == 0:
-            for path in self._superfluous(step):
-                # The rename comes first: an interrupted removal must not leave a step that looks complete.
-                removed = path.rename(path.with_name(f"{_REMOVED}{path.name}"))
-                shutil.rmtree(removed)
-        barrier = ocp.multihost.get_barrier_sync_fn(processes=_all_processes())
-        barrier(key=f"jaxdist_checkpoint_{step}", timeout_ms=_BARRIER_TIMEOUT_SECONDS * 1000)
+    def _finish(
+        self,
+        path: pathlib.Path,
+        step: int,
+        leaves: Sequence[manifests.Leaf],
+        pieces: Sequence[manifests.HostPieces],
+        extra: dict[str, Any],
+        outcomes: Outcomes,
+    ) -> None:
+        """Write, commit, and remove steps that are not kept; all processes return when this is done."""
+        draft = _draft(path)
+        try:
+            outcomes.of_all(
+                lambda: _write(draft, leaves, pieces, extra),
+                lambda: self._commit(path, step, [leaf.file for leaf in leaves if leaf.data.size]),
+            )
+        finally:
+            if jax.process_index() == 0:
+                shutil.rmtree(draft, ignore_errors=True)  # if it was not committed, it takes room
         self._took = self._clock() - self._began
+
+    def _commit(self, path: pathlib.Path, step: int, names: Sequence[str]) -> None:
+        draft = _draft(path)
+        arrays.join(draft / _STATE, jax.process_count(), names)
+        for folder in (draft / _STATE, draft / _MANIFEST, draft):
+            _make_durable(folder)
+        draft.rename(path)
+        _make_durable(self._directory)
+        for each in self._superfluous(step):
+            # The rename comes first: an interrupted removal must not leave a step that looks complete.
+            shutil.rmtree(each.rename(each.with_name(f"{_REMOVED}{each.name}")))
 
     def _superfluous(self, saved: int) -> list[pathlib.Path]:
         committed = self._committed()
@@ -378,114 +368,35 @@ def needed_bytes(leaves: Sequence[int]) -> int:
     return sum(leaves) + _BESIDES_EACH * len(leaves) + _BESIDES
 
 
-def save_plain(path: pathlib.Path, tree: PyTree) -> None:
-    """Save a tree of arrays as a plain Orbax checkpoint at `path`, which must not exist."""
-    _quiet_orbax()
-    step_names.check_spelling(path.absolute())
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path.absolute(), tree)
+def _draft(path: pathlib.Path) -> pathlib.Path:
+    return path.with_name(f"{_DRAFT}{path.name}")
 
 
-def read_plain(path: pathlib.Path) -> PyTree:
-    """Return the tree of a plain Orbax checkpoint as NumPy arrays, whatever devices it was saved from."""
-    _quiet_orbax()
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = checkpointer.metadata(path.absolute()).item_metadata.tree
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        return checkpointer.restore(path.absolute(), restore_args=as_numpy)
+def _write(
+    draft: pathlib.Path,
+    leaves: Sequence[manifests.Leaf],
+    pieces: Sequence[manifests.HostPieces],
+    extra: dict[str, Any],
+) -> None:
+    """Write what this process owns, and its part of the manifest: both from the same memory."""
+    each = [
+        (leaf.file, leaf.data.shape, index, values)
+        for leaf, owned in zip(leaves, pieces, strict=True)
+        for index, values in owned
+        if values.size  # the shape in the manifest is sufficient
+    ]
+    arrays.write(draft / _STATE, jax.process_index(), jax.process_count(), each)
+    described = {leaf.path: manifests.describe(leaf, owned) for leaf, owned in zip(leaves, pieces, strict=True)}
+    manifests.write(draft / _MANIFEST, described, extra)
 
 
-@dataclasses.dataclass
-class _ManifestSave(ocp.args.CheckpointArgs):
-    leaves: list[manifests.Leaf]
-    extra: dict[str, Any]
-
-
-class _ManifestHandler(ocp.AsyncCheckpointHandler):
-    """Hashes the leaves and writes the manifest, as one more item of what Orbax commits together."""
-
-    async def async_save(self, directory: Any, args: _ManifestSave) -> list[Any]:
-        pieces = [manifests.host_pieces(leaf) for leaf in args.leaves]
-        return [ocp.future.CommitFutureAwaitingContractedSignals(self._write(directory, args, pieces))]
-
-    async def _write(self, directory: Any, args: _ManifestSave, pieces: list[Any]) -> None:
-        # Runs in a thread of Orbax, once the directory exists.
-        described = {leaf.path: manifests.describe(leaf, owned) for leaf, owned in zip(args.leaves, pieces)}
-        manifests.write(pathlib.Path(directory), described, args.extra)
-
-    def save(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError("Manifests are written as part of an asynchronous save.")
-
-    def restore(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError("Manifests are read by Checkpointer.restore.")
-
-
-# Orbax identifies a handler by its arguments for saving and restoring; this one is not used for restoring.
-ocp.args.register_with_handler(_ManifestHandler, for_save=True, for_restore=True)(_ManifestSave)
-
-
-def _save_args(leaves: list[manifests.Leaf], extra: dict[str, Any]) -> ocp.args.Composite:
-    # Orbax refuses arrays without elements; their shape in the manifest is sufficient.
-    arrays = {leaf.file: leaf.data for leaf in leaves if leaf.data.size}
-    return ocp.args.Composite(**{_STATE: ocp.args.PyTreeSave(arrays), _MANIFEST: _ManifestSave(leaves, extra)})
-
-
-def _async_checkpointer() -> ocp.AsyncCheckpointer:
-    _quiet_orbax()
-    # With the processes named, Orbax synchronizes through the coordinator. Otherwise it runs programs on the devices,
-    # some of them from its background thread, between training steps that differ between processes.
-    processes = ocp.options.MultiprocessingOptions(active_processes=_all_processes())
-    # Each piece is written by one process, so that its hash and its bytes come from the same memory.
-    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False, enable_write_sharding_file=False)
-    state = ocp.PyTreeCheckpointHandler(
-        # One directory per leaf, uncompressed (floats hardly shrink): damage can be located, and writing is fast.
-        use_ocdbt=False,
-        use_compression=False,
-        # Without pinned memory, Orbax and the hashes use the same copy of the state on the host.
-        enable_pinned_host_transfer=False,
-        type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, arrays)),
-        multiprocessing_options=processes,
-    )
-    items = ocp.CompositeCheckpointHandler(
-        composite_options=ocp.CompositeOptions(multiprocessing_options=processes),
-        **{_STATE: state, _MANIFEST: _ManifestHandler()},
-    )
-    return ocp.AsyncCheckpointer(items, timeout_secs=_BARRIER_TIMEOUT_SECONDS, multiprocessing_options=processes)
-
-
-def _all_processes() -> set[int]:
-    return set(range(jax.process_count()))
-
-
-def _quiet_orbax() -> None:
-    """Keep the messages of Orbax out of the log; its errors are raised."""
-    logging.getLogger("absl").addFilter(_is_not_orbax)
-    logging.getLogger("asyncio").addFilter(_is_not_of_store)
-    _quiet_late_callbacks()
-
-
-def _is_not_orbax(record: logging.LogRecord) -> bool:
-    return f"{os.sep}orbax{os.sep}" not in record.pathname
-
-
-@functools.cache
-def _quiet_late_callbacks() -> None:
-    """Drop what a thread of tensorstore reports that finds Orbax's event loop closed: what it waited for is done.
-
-    It reports through Python's hook for errors, which in a job ends the process.
-    """
-    unraisable, uncaught = sys.unraisablehook, sys.excepthook
-    sys.unraisablehook = lambda found: None if _is_late(found.exc_value) else unraisable(found)
-    sys.excepthook = lambda kind, error, trace: None if _is_late(error) else uncaught(kind, error, trace)
-
-
-def _is_late(error: BaseException | None) -> bool:
-    return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
-
-
-def _is_not_of_store(record: logging.LogRecord) -> bool:
-    """Return whether a record is not of a task of Orbax that failed together with one whose error is raised."""
-    return record.exc_info is None or "tensorstore_spec" not in str(record.exc_info[1])
+def _make_durable(directory: pathlib.Path) -> None:
+    """Wait until the entries of a directory are on the disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _template_leaves(with_paths: Sequence[tuple[Any, Any]]) -> dict[str, Any]:

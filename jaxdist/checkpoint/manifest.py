@@ -19,8 +19,8 @@ from typing import Any, TypeAlias
 
 import jax
 import numpy as np
-import tensorstore
 
+from jaxdist.checkpoint import arrays as stored_arrays
 from jaxdist.checkpoint import step_names
 from jaxdist.checkpoint.pieces import owned_pieces
 from jaxdist.spmd import keys
@@ -87,16 +87,23 @@ def _make_leaf(path: str, file: str, leaf: Any) -> Leaf:
     return Leaf(path, file, str(leaf.dtype), keys.plain(leaf))
 
 
-def host_pieces(leaf: Leaf) -> list[tuple[list[list[int]], np.ndarray]]:
-    """Return the pieces of `leaf` that this process owns, each with its position: `[start, stop]` for every dim.
+HostPieces: TypeAlias = list[tuple[list[list[int]], np.ndarray]]
+"""Pieces of a leaf, each with its position: `[start, stop]` for every dim."""
+
+
+def host_pieces(leaves: Sequence[Leaf]) -> list[HostPieces]:
+    """Return the pieces of each leaf that this process owns.
 
     Waits for the values. On CPU devices they are views of the device's memory: the runtime never reuses a buffer that
     is referenced from outside, not even a donated one; the program that it was donated to gets new memory instead.
     """
-    return [(piece.index, np.asarray(piece.data)) for piece in owned_pieces(leaf.data)]
+    owned = [owned_pieces(leaf.data) for leaf in leaves]
+    for piece in itertools.chain.from_iterable(owned):
+        piece.data.copy_to_host_async()
+    return [[(piece.index, np.asarray(piece.data)) for piece in pieces] for pieces in owned]
 
 
-def describe(leaf: Leaf, pieces: Sequence[tuple[list[list[int]], np.ndarray]]) -> JSON:
+def describe(leaf: Leaf, pieces: HostPieces) -> JSON:
     """Return the entry of `leaf` in the manifest, with the hashes of its pieces."""
     return {
         "file": leaf.file,
@@ -108,10 +115,12 @@ def describe(leaf: Leaf, pieces: Sequence[tuple[list[list[int]], np.ndarray]]) -
 
 
 def write(directory: pathlib.Path, leaves: Mapping[str, JSON], extra: JSON) -> None:
-    """Write this process's part of a manifest into `directory`."""
+    """Write this process's part of a manifest into `directory`; durable on return."""
     body = {"leaves": dict(leaves), "extra": extra}
-    file = directory / _file_name(jax.process_index())
-    file.write_text(json.dumps({"body": body, "sha256": _json_sha256(body)}))
+    with (directory / _file_name(jax.process_index())).open("w") as file:
+        file.write(json.dumps({"body": body, "sha256": _json_sha256(body)}))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _file_name(process: int) -> str:
@@ -169,7 +178,7 @@ class Manifest:
           DamagedCheckpointError: the values are not what was saved, or cannot be read.
         """
         leaf = self.leaves[path]
-        values = _read_array(self.directory / leaf["file"], path, leaf)
+        values = _read_array(self.directory, path, leaf)
         if sum(math.prod(stop - start for start, stop in piece["index"]) for piece in leaf["pieces"]) != values.size:
             raise DamagedCheckpointError(f"The manifest of {self.directory} lacks hashes of leaf {path}.")
         for piece in leaf["pieces"]:
@@ -221,8 +230,7 @@ def _read_array(directory: pathlib.Path, path: str, leaf: JSON) -> np.ndarray:
     shape, dtype = tuple(leaf["stored_shape"]), np.dtype(leaf["stored_dtype"])
     if math.prod(shape) == 0:
         return np.zeros(shape, dtype)
-    spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{directory}{os.sep}"}}
-    store = _result(tensorstore.open(spec, read=True, open=True), directory, path)
+    store = _result(stored_arrays.open_array(directory, leaf["file"]), directory, path)
     # Before reading, because a damaged shape may need more memory than there is.
     if (store.shape, store.dtype.numpy_dtype) != (shape, dtype):
         raise DamagedCheckpointError(

@@ -1,8 +1,8 @@
 """A full disk costs checkpoints, not the run: a save that does not fit is left out, with one warning.
 
-A save that fails half-way leaves the other processes in a barrier, and the supervisor has to restart the job. So the
-free space is compared with the size of the state first; process 0 checks, and all use its answer. At the end of a
-run the state that does not fit stays in memory, where the next start of the run finds it.
+The free space is compared with the size of the state before anything is copied; process 0 checks, and all use its
+answer. A quota shows only when the files are written: what fails on one process then fails on all of them. At the end
+of a run the state that does not fit stays in memory, where the next start of the run finds it.
 """
 
 import contextlib
@@ -66,9 +66,8 @@ def _saves(save: Hook, info: StepInfo) -> bool:
 
 
 def is_no_room(error: checkpoints.CheckpointError) -> bool:
-    """Return whether a save failed on every process because the disk is full, so that all of them can continue."""
-    half_way = jax.process_count() == 1 and full_disk.is_full(error)  # of several processes one alone has failed
-    return isinstance(error, checkpoints.NoRoomError) or half_way
+    """Return whether a save failed because the disk is full. Every process gets the error, so all can continue."""
+    return isinstance(error, checkpoints.NoRoomError) or full_disk.is_full(error)
 
 
 def keep_in_memory(

@@ -174,9 +174,8 @@ def _local_value(path: tuple[Any, ...], leaf: Any) -> np.ndarray:
 
 def versions() -> dict[str, str | None]:
     """Return the version of Python and of each package that shapes the numbers; None for one that is not installed."""
-    names = {"orbax": "orbax-checkpoint"}
-    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax", "jaxdist")
-    return {"python": platform.python_version()} | {name: _version(names.get(name, name)) for name in packages}
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "jaxdist")
+    return {"python": platform.python_version()} | {name: _version(name) for name in packages}
 
 
 @functools.cache

@@ -184,7 +184,7 @@ def test_a_step_that_is_saved_again_is_replaced(tmp_path):
 
 def test_only_committed_steps_count(tmp_path):
     saved_steps(tmp_path, 1)
-    for name in ("2.orbax-checkpoint-tmp", "removed-3", "notes", "4.5.6", "007"):
+    for name in ("draft-2", "removed-3", "notes", "4.5.6", "007"):
         shutil.copytree(tmp_path / "1", tmp_path / name)
     checkpointer = Checkpointer(tmp_path, identity="test")
     assert checkpointer.steps() == [1]

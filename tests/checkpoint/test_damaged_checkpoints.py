@@ -67,13 +67,36 @@ def test_no_damage_to_any_file_is_ever_restored_as_if_it_were_the_state(two_step
             assert data_state == {"position": 2}
 
 
+def place_of(step, values):
+    """Return the file of a checkpoint that holds these values, and where in it."""
+    found = [(file, file.read_bytes().find(np.asarray(values).tobytes())) for file in all_files(step / "state")]
+    (place,) = [(file, offset) for file, offset in found if offset >= 0]
+    return place
+
+
+def test_an_array_with_other_values_is_named(tmp_path):
+    state = {name: jnp.full((64, 64), number, jnp.float32) for number, name in enumerate("abc", 1)}
+    with Checkpointer(tmp_path, identity="test") as checkpointer:
+        checkpointer.save(1, state, {}, {})
+    for name, values in state.items():
+        file, offset = place_of(tmp_path / "1", values)
+        content = file.read_bytes()
+        damage(file, "flip", (offset + 5000) / len(content), 3)
+        with pytest.raises(
+            DamagedCheckpointError, match=rf"Leaf {name} is damaged: .*1/state/\d+\.{name} does not hold"
+        ):
+            Checkpointer(tmp_path, identity="test").verify(1)
+        file.write_bytes(content)
+    Checkpointer(tmp_path, identity="test").verify(1)
+
+
 @pytest.mark.parametrize("kind", ["flip", "cut", "delete"])
 def test_a_damaged_array_is_named(two_steps, tmp_path, kind):
     shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
-    (file,) = [file for file in all_files(tmp_path / "2") if file.parent.name.endswith("params.w") and file.name == "0"]
-    damage(file, kind, 0.5, 3)
+    (file,) = (tmp_path / "2" / "state" / "d").iterdir()
+    damage(file, kind, 0.2, 3)
     checkpointer = Checkpointer(tmp_path, identity="test")
-    with pytest.raises(DamagedCheckpointError, match=r"params/w .*2/state/\d+\.params\.w") as error:
+    with pytest.raises(DamagedCheckpointError, match=r"Leaf [a-z/]+ is damaged: .*2/state") as error:
         checkpointer.restore(template_of(small_state(0)))
     assert "Step 1 is intact: restore that one, or remove" in str(error.value)
     restored, data_state = checkpointer.restore(template_of(small_state(0)), step=1)
@@ -84,13 +107,14 @@ def test_a_damaged_array_is_named(two_steps, tmp_path, kind):
 
 
 def test_an_array_swapped_for_another_is_found(tmp_path):
-    state = {"a": small_state(1)["params"]["w"], "b": small_state(2)["params"]["w"]}
+    state = {name: small_state(value, 1 << 10)["params"]["w"] for value, name in enumerate("ab", 1)}
     with Checkpointer(tmp_path, identity="test") as checkpointer:
         checkpointer.save(1, state, {}, {})
-    first, second = sorted((tmp_path / "1" / "state").glob("0*"))
-    first.rename(tmp_path / "kept")
-    second.rename(first)
-    (tmp_path / "kept").rename(second)
+    (file, first), (_, second) = (place_of(tmp_path / "1", state[leaf]) for leaf in "ab")
+    content, size = bytearray(file.read_bytes()), state["a"].nbytes
+    values = [content[start : start + size] for start in (second, first)]
+    content[first : first + size], content[second : second + size] = values
+    file.write_bytes(content)
     with pytest.raises(DamagedCheckpointError, match=r"a is damaged"):
         Checkpointer(tmp_path, identity="test").restore(template_of(state))
 
@@ -98,8 +122,7 @@ def test_an_array_swapped_for_another_is_found(tmp_path):
 def test_a_leaf_that_is_gone_is_named_without_the_specification_of_the_store(tmp_path):
     with Checkpointer(tmp_path, identity="test") as checkpointer:
         checkpointer.save(1, small_state(1), {}, {})
-    for path in (tmp_path / "1" / "state").rglob(".zarray"):
-        path.unlink()
+    (tmp_path / "1" / "state" / "manifest.ocdbt").unlink()
     with pytest.raises(DamagedCheckpointError, match=r"is damaged: .* cannot be read") as error:
         Checkpointer(tmp_path, identity="test").restore(template_of(small_state(0)))
     assert "tensorstore_spec" not in str(error.value)

@@ -16,8 +16,10 @@ STATE = {"w": jnp.arange(6.0).reshape(2, 3), "key": jax.random.key(3), "empty": 
 
 
 def written(directory, state=STATE, **extra):
+    """Write a manifest, and the arrays as earlier versions did: a directory for each."""
     leaves = manifest.leaves_of(state)
-    described = {leaf.path: manifest.describe(leaf, manifest.host_pieces(leaf)) for leaf in leaves}
+    pieces = manifest.host_pieces(leaves)
+    described = {leaf.path: manifest.describe(leaf, owned) for leaf, owned in zip(leaves, pieces, strict=True)}
     for leaf in leaves:
         values = np.asarray(leaf.data)
         if values.size:

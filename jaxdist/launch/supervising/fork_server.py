@@ -1,6 +1,6 @@
 """The fork server: a process that has imported what the processes of a job need, and forks one on request.
 
-Importing JAX, Flax and Orbax costs every process seconds of processor time, and at a restart all of them pay at once.
+Importing JAX and Flax costs every process seconds of processor time, and at a restart all of them pay at once.
 A fork of a process that has imported them pays nothing. Forking is safe while the process has one thread and no
 backend of JAX runs. The fork server therefore starts no thread, counts its threads before it offers a fork, and
 declines if an import (for example of the user's experiment) has started any. The supervisor then starts new processes

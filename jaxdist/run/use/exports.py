@@ -14,7 +14,7 @@ import numpy as np
 from jax import export as jax_export
 
 from jaxdist import adapters, errors, extras
-from jaxdist.checkpoint import checkpoints
+from jaxdist.checkpoint import orbax_trees
 from jaxdist.data.sources import vocabulary
 from jaxdist.run.use import npz
 from jaxdist.run.use.trained import TrainedRun
@@ -79,7 +79,7 @@ def _write(run: TrainedRun, path: pathlib.Path, kind: str, names: str) -> None:
                 raise errors.UserError(
                     f"Orbax saves no arrays without elements, and {empty[0]} has none. Choose another format."
                 )
-            checkpoints.save_plain(path, _tree(run))
+            orbax_trees.save(path, _tree(run))
         else:
             files.write(path, [compiled(run)])
 

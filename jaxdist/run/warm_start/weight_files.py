@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from jaxdist import adapters
-from jaxdist.checkpoint import checkpoints, step_names
+from jaxdist.checkpoint import checkpoints, orbax_trees, step_names
 from jaxdist.checkpoint.manifest import CheckpointError
 from jaxdist.config.starting_weights import InitFrom
 from jaxdist.errors import UserError
@@ -80,7 +80,7 @@ def _open(path: pathlib.Path, settings: InitFrom) -> NamedWeights:
         if checkpoints.is_checkpoint(path):
             return _of_checkpoint(path, str(path))
         if any((path / name).exists() for name in ("_CHECKPOINT_METADATA", "_METADATA")):
-            return _of_tree(checkpoints.read_plain(path), path)
+            return _of_tree(orbax_trees.read(path), path)
         files = sorted(path.glob("*.safetensors"))
         if files:
             return _of_safetensors(files, path)
