@@ -19,7 +19,16 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 from numpy.random.bit_generator import ISeedSequence
 
-from jaxdist.data.sources.source import COUNTS, MASK, CorruptExample, Example, Source, own_fields, plain_array
+from jaxdist.data.sources.source import (
+    COUNTS,
+    MASK,
+    CorruptExample,
+    Example,
+    Source,
+    own_fields,
+    plain_array,
+    reads_batches,
+)
 
 ExampleFn: TypeAlias = Callable[[Example, np.random.Generator], Example]
 """Maps an example to what the model sees; `random` depends on (seed, epoch, example id) and nothing else."""
@@ -59,7 +68,7 @@ class Recipe(NamedTuple):
     @property
     def whole(self) -> bool:
         """Whether the source returns whole batches whose examples need no further work."""
-        return self.example_fn is None and self.on_bad == "raise" and hasattr(self.source, "__getitems__")
+        return self.example_fn is None and self.on_bad == "raise" and reads_batches(self.source)
 
 
 class Made(NamedTuple):

@@ -7,11 +7,13 @@ import threading
 
 import hypothesis
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import strategies as st
 
-from jaxdist.data import ArraySource, Loader, Position
-from jaxdist.data.sources.source import COUNTS
+from jaxdist.data import ArraySource, Loader, ParquetSource, Position, Subset, TokenSource
+from jaxdist.data.sources.source import COUNTS, MASK, reads_batches
 
 
 def source_of(num_examples):
@@ -304,3 +306,39 @@ def test_batches_own_their_memory():
 def test_impossible_rows_are_refused(rows):
     with pytest.raises(ValueError, match="ascending"):
         Loader(source_of(20), global_batch_size=8, seed=0, rows=np.array(rows, int))
+
+
+class Doubled:
+    """A class that users write over a source: its examples are twice those of the source."""
+
+    def __getitem__(self, index):
+        return {name: 2 * value for name, value in super().__getitem__(index).items()}
+
+
+def subclassed_sources(folder):
+    numbers = np.arange(12)
+    np.save(folder / "tokens.npy", numbers)
+    pq.write_table(pa.table({"x": numbers}), folder / "x.parquet")
+    arrays = ArraySource({"x": numbers})
+    return [
+        type("Arrays", (Doubled, ArraySource), {})({"x": numbers}),
+        type("Chosen", (Doubled, Subset), {})(arrays, numbers),
+        Subset(type("Arrays", (Doubled, ArraySource), {})({"x": numbers}), numbers),
+        type("Tokens", (Doubled, TokenSource), {})(folder / "tokens.npy", length=1),
+        type("Rows", (Doubled, ParquetSource), {})(folder / "x.parquet"),
+    ]
+
+
+def test_a_subclass_that_defines_the_examples_alone_is_trained_on_as_it_defines_them(tmp_path):
+    for source in subclassed_sources(tmp_path):
+        batches, _ = collect(Loader(source, global_batch_size=4, seed=0, shuffle=False, num_epochs=1))
+        found = np.concatenate([next(value for name, value in each.items() if name != MASK) for each in batches])
+        np.testing.assert_array_equal(found.reshape(-1), 2 * np.arange(12), err_msg=type(source).__name__)
+
+
+def test_a_subclass_that_defines_both_reads_batches():
+    class Both(Doubled, ArraySource):
+        def __getitems__(self, ids):
+            return {name: 2 * value for name, value in super().__getitems__(ids).items()}
+
+    assert reads_batches(Both({"x": np.arange(12)}))

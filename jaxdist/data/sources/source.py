@@ -33,10 +33,11 @@ class Source(Protocol):
     """A data set with random access.
 
     A source may also have `__getitems__(ids) -> dict`, which returns many examples with their fields stacked on dim 0,
-    in arrays that nothing else holds; `location(index) -> str`, the file of an example, for messages; `vocabulary`, the
-    names that numbers stand for (see `vocabulary`); `order(shuffle=...) -> Order`, the order it has to be read in;
-    `files`, the FileList of what it reads; `parts`, the sources that it is made of (see `fingerprints`); and
-    `in_memory`, whether `__getitems__` copies rows of arrays that are there and does nothing else.
+    in arrays that nothing else holds, and is used in place of `__getitem__` (see `reads_batches`); `location(index) ->
+    str`, the file of an example, for messages; `vocabulary`, the names that numbers stand for (see `vocabulary`);
+    `order(shuffle=...) -> Order`, the order it has to be read in; `files`, the FileList of what it reads; `parts`, the
+    sources that it is made of (see `fingerprints`); and `in_memory`, whether `__getitems__` copies rows of arrays that
+    are there and does nothing else.
     """
 
     def __len__(self) -> int:
@@ -47,6 +48,19 @@ class Source(Protocol):
 
     def fingerprint(self) -> str:
         """Return a short text that is equal where the data are equal: across restarts, processes and machines."""
+
+
+def reads_batches(source: Source) -> bool:
+    """Return whether the source has a `__getitems__` that returns what its `__getitem__` does.
+
+    A subclass that defines `__getitem__` alone has other examples than the `__getitems__` that it inherits.
+    """
+    for each in type(source).__mro__:
+        if "__getitems__" in vars(each):
+            return True
+        if "__getitem__" in vars(each):
+            break
+    return "__getitems__" in getattr(source, "__dict__", {})
 
 
 class CorruptExample(ValueError):

@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 
 from jaxdist.data import order
-from jaxdist.data.sources.source import Example, Source, checked_ids, checked_index, fingerprint_array, fingerprint_text
+from jaxdist.data.sources.source import (
+    Example,
+    Source,
+    checked_ids,
+    checked_index,
+    fingerprint_array,
+    fingerprint_text,
+    reads_batches,
+)
 from jaxdist.data.sources.vocabulary import vocabulary_of
 from jaxdist.data.sources.wrap import as_source
 from jaxdist.setting_group import show, whole_number
@@ -34,7 +42,8 @@ class Subset:
         if wrong.size:
             raise ValueError(f"There is no example {wrong[0]}: the source has {len(self.source)}.")
         self.vocabulary = vocabulary_of(self.source)
-        if hasattr(self.source, "__getitems__"):  # only then: the loader asks whether a source reads whole batches
+        is_plain = type(self).__getitem__ is Subset.__getitem__
+        if is_plain and reads_batches(self.source):  # only then: the loader asks whether a source reads whole batches
             self.__getitems__ = functools.partial(_gather, self.source, self.ids)
             self.in_memory = getattr(self.source, "in_memory", False)
 

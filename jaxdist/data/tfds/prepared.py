@@ -54,7 +54,8 @@ class TfdsSource:
         self.files = FileList([part.path for part in self._parts])
         self._records = _open_records(self._info.file_format, self._parts)
         self._decode = _decoder_of(self._folder, name, self._fields)
-        if self._decode.is_light:  # only then: threads wait for each other longer than they decode
+        is_plain = type(self).__getitem__ is TfdsSource.__getitem__
+        if is_plain and self._decode.is_light:  # only then: threads wait for each other longer than they decode
             self.__getitems__ = functools.partial(_read_batch, self._records, self._decode)
         self.vocabulary = self._decode.vocabulary
 
