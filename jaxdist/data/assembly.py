@@ -335,6 +335,11 @@ class HashedSeed(ISeedSequence):
 def gather(source: Source, ids: np.ndarray) -> HostArrays:
     """Return the examples `ids` of a source that reads whole batches, in arrays that only the batch holds."""
     batch = source.__getitems__(ids)  # type: ignore[attr-defined]
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            f"__getitems__ returns a dict of fields, each stacked on dim 0; that of {type(source).__name__} returned "
+            f"an object of {type(batch)}. Stack them, or leave it out: examples are then read one by one."
+        )
     check_fields(batch, int(ids[0]))
     for name, array in batch.items():
         if array.shape[:1] != (len(ids),):

@@ -125,8 +125,8 @@ class ArraySource:
         self._fingerprint: str | None = None
         self.vocabulary: Mapping[str, tuple[str, ...]] = {}
         self.files: Any
-        is_plain = type(self).__getitems__ is ArraySource.__getitems__
-        self.in_memory = is_plain and not any(isinstance(array, np.memmap) for array in self.arrays.values())
+        held = rows_of(self)
+        self.in_memory = held is not None and not any(isinstance(array, np.memmap) for array in held.values())
 
     def __len__(self) -> int:
         return self._size
@@ -146,6 +146,14 @@ class ArraySource:
             parts = [f"{name}={fingerprint_array(array)}" for name, array in sorted(self.arrays.items())]
             self._fingerprint = fingerprint_text("arrays", *parts)
         return self._fingerprint
+
+
+def rows_of(source: Source) -> Mapping[str, np.ndarray] | None:
+    """Return the arrays whose rows are the examples; None where the source makes them in another way."""
+    if not isinstance(source, ArraySource):
+        return None
+    own = (type(source).__getitem__, type(source).__getitems__)
+    return source.arrays if own == (ArraySource.__getitem__, ArraySource.__getitems__) else None
 
 
 def independent(item: Any) -> Any:

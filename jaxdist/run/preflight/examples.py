@@ -11,7 +11,7 @@ from jaxdist import adapters, data, errors, losses
 from jaxdist.config import data_fields
 from jaxdist.config.experiment import Experiment
 from jaxdist.data import assembly, assembly_process, placement
-from jaxdist.data.sources.source import MASK, ArraySource
+from jaxdist.data.sources.source import MASK, Example, rows_of
 from jaxdist.data.sources.source import check_labels as check_array
 from jaxdist.data.sources.subset import Subset
 from jaxdist.errors import ConfigError
@@ -71,15 +71,16 @@ def check_repeatable(loader: data.Loader, setting: str, *, same_bits: bool) -> N
     `setting` is what they are called in messages, such as `data.train`.
 
     Raises:
-      ConfigError: they do, and `same_bits`.
+      ConfigError: they do, and `same_bits`; or the source has others in a batch than alone.
     """
-    is_fixed = isinstance(loader.source, ArraySource) and loader.example_fn is loader.batch_fn is None
+    is_fixed = rows_of(loader.source) is not None and loader.example_fn is loader.batch_fn is None
     if is_fixed or getattr(loader.source, "reads_forward", False):
         return  # readers of streams are tried when the stream is made
     once, again = (loader.samples(_REPEATED_BATCHES, among=EARLY_BATCHES) for _ in range(2))
     for (ids, first), (_, second) in zip(once, again):
         changed = [name for name, array in first.items() if not _are_equal(array, second.get(name))]
         if not changed:
+            _check_batch(loader.recipe, ids, setting)
             continue
         message = (
             f"{setting}: {changed[0]!r} of example {ids[0]} or {ids[-1]} was another one when it was made again. Same "
@@ -90,6 +91,31 @@ def check_repeatable(loader: data.Loader, setting: str, *, same_bits: bool) -> N
             raise ConfigError(message)
         warnings.warn(message, stacklevel=2)
         return
+
+
+def _check_batch(recipe: assembly.Recipe, ids: np.ndarray, setting: str) -> None:
+    """Raise ConfigError where `__getitems__` of the source returns others than `__getitem__`, up to rounding."""
+    if not recipe.whole:
+        return
+    batch = assembly.gather(recipe.source, ids)
+    for row, example_id in enumerate(ids.tolist()):
+        alone = assembly.make_example(recipe, 0, example_id)
+        differing = [name for name in {**batch, **alone} if not _are_close(batch, alone, name, row)]
+        if differing:
+            raise ConfigError(
+                f"{setting}: {differing[0]!r} of example {example_id} is another one in a batch, which "
+                f"{type(recipe.source).__name__}.__getitems__ returns, than alone. Correct it, or leave it out: "
+                "examples are then read one by one."
+            )
+
+
+def _are_close(batch: assembly.HostArrays, alone: Example, name: str, row: int) -> bool:
+    if name not in batch or name not in alone:
+        return False
+    one, other = np.asarray(batch[name][row]), np.asarray(alone[name])
+    if one.dtype.kind in "fc" and one.shape == other.shape:
+        return np.allclose(one, other, rtol=1e-3, equal_nan=True)
+    return np.array_equal(one, other)
 
 
 def _are_equal(first: np.ndarray, second: np.ndarray | None) -> bool:
@@ -144,4 +170,5 @@ def _labels_in_memory(source: Any, field: str) -> np.ndarray | None:
     if isinstance(source, Subset):
         whole = _labels_in_memory(source.source, field)
         return None if whole is None else whole[source.ids]
-    return source.arrays.get(field) if isinstance(source, ArraySource) else None
+    rows = rows_of(source)
+    return None if rows is None else rows.get(field)

@@ -133,6 +133,50 @@ def test_examples_that_are_the_same_each_time_pass(settings):
     preflight.check_repeatable(make_loader(**settings), "data.train", same_bits=True)
 
 
+class Tripled:
+    """A source whose batches are three times its examples, or nearly the same where `factor` says so."""
+
+    def __init__(self, factor=3.0):
+        self.factor = factor
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        return {"image": np.full(4, index, np.float32), "label": index % 3}
+
+    def __getitems__(self, ids):
+        image = np.repeat(np.asarray(ids, np.float32)[:, None], 4, axis=1)
+        return {"image": image * np.float32(self.factor), "label": np.asarray(ids) % 3}
+
+    def fingerprint(self):
+        return "tripled"
+
+
+class Listed(Tripled):
+    def __getitems__(self, ids):
+        return [self[each] for each in ids]
+
+
+def test_a_source_whose_batches_are_not_its_examples_is_refused():
+    message = r"data\.train: 'image' of example \d+ is another one in a batch, which Tripled\.__getitems__ returns"
+    with pytest.raises(ConfigError, match=message):
+        preflight.check_repeatable(make_loader(Tripled()), "data.train", same_bits=False)
+    preflight.check_repeatable(make_loader(Tripled(1 + 1e-6)), "data.train", same_bits=True)
+    with pytest.raises(ValueError, match=r"that of Listed returned an object of <class 'list'>"):
+        preflight.check_samples(make_loader(Listed()), "data.train")
+
+
+def test_a_subclass_of_arrays_that_draws_by_itself_is_told():
+    class Noisy(data.ArraySource):
+        def __getitem__(self, index):
+            example = super().__getitem__(index)
+            return {**example, "image": example["image"] + SHARED.normal(size=example["image"].shape)}
+
+    with pytest.raises(ConfigError, match="The source draws by itself"):
+        preflight.check_repeatable(make_loader(Noisy(ARRAYS)), "data.train", same_bits=True)
+
+
 def test_training_and_evaluation_are_both_looked_at():
     experiment = tiny_experiment.get_config()
     for name, setting in {"example_fn": "data.train", "eval_example_fn": "data.eval"}.items():
