@@ -6,7 +6,7 @@ therefore wants to see them whole, on the global view or on replicated gradients
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxdist.optimizers.averages import ema
-from jaxdist.optimizers.described import SETTINGS, STEPS_GIVE_NONE, Optimizer, check_settings
-from jaxdist.optimizers.param_settings import decay_mask, freeze, scale_by_group, scale_by_path
+from jaxdist.optimizers.described import SETTINGS, STEPS_GIVE_NONE, Group, Optimizer, check_settings
+from jaxdist.optimizers.param_settings import check_groups, decay_mask, freeze, scale_by_group, scale_by_path
 from jaxdist.optimizers.rates import RateSchedule
 from jaxdist.spmd.state import WithInputs
 
@@ -30,6 +30,7 @@ def build(
     max_steps: int | None = None,
     offset: int = 0,
     rate_factors: Callable[[str], float] | None = None,
+    of_some_params: bool = False,
 ) -> optax.GradientTransformation:
     """Return the optax optimizer; an optax optimizer is returned unchanged.
 
@@ -43,6 +44,8 @@ def build(
       offset: steps to add to the count, after a change of the batch size; see `RateSchedule`.
       rate_factors: what the update of each param is multiplied by, by its path, before decoupled weight decay is
         added: the factors of muP; see `models.mup`.
+      of_some_params: whether it may be given some of the params, as on a parameter server. Else its `init` raises
+        ValueError where a group matches none.
 
     Raises:
       ValueError: settings that contradict each other, have no effect, or need an unknown length.
@@ -65,7 +68,13 @@ def build(
         *([scale_by_group(groups)] if groups else []),
         *([] if ema_decay is None else [ema(ema_decay)]),
     )
-    return WithInputs.make(chain, schedule.inputs)
+    init = chain.init if of_some_params else functools.partial(_init_of_all, groups, chain.init)
+    return WithInputs.make(optax.GradientTransformationExtraArgs(init, chain.update), schedule.inputs)
+
+
+def _init_of_all(groups: Sequence[Group], init: Callable[[PyTree], PyTree], params: PyTree) -> PyTree:
+    check_groups(groups, params)
+    return init(params)
 
 
 def _updates(

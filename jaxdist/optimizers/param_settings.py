@@ -34,6 +34,12 @@ def describe(optimizer: Optimizer, params: PyTree) -> list[ParamSettings]:
     Raises:
       ValueError: a group matches no param.
     """
+    found = _settings(optimizer, params)
+    check_groups(optimizer.groups, params)
+    return found
+
+
+def _settings(optimizer: Optimizer, params: PyTree) -> list[ParamSettings]:
     found = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = path_name(path)
@@ -42,7 +48,6 @@ def describe(optimizer: Optimizer, params: PyTree) -> list[ParamSettings]:
         decayed = asked if group is None or group.decay is None else group.decay
         rate, frozen = (1.0, False) if group is None else (group.learning_rate, group.frozen)
         found.append(ParamSettings(name, decayed and bool(optimizer.weight_decay) and not frozen, rate, frozen))
-    _check_groups(optimizer.groups, [each.path for each in found])
     return found
 
 
@@ -67,8 +72,8 @@ def decays(path: str, num_dims: int) -> bool:
 
 
 def decay_mask(optimizer: Optimizer, params: PyTree) -> PyTree:
-    """Return a tree like `params`: whether each leaf decays."""
-    settings = describe(optimizer, params)
+    """Return a tree like `params`, which may be some of all: whether each leaf decays."""
+    settings = _settings(optimizer, params)
     return jax.tree.unflatten(jax.tree.structure(params), [each.decays for each in settings])
 
 
@@ -76,7 +81,9 @@ def _group_of(groups: Sequence[Group], path: str) -> Group | None:
     return next((group for group in groups if re.search(group.pattern, path)), None)
 
 
-def _check_groups(groups: Sequence[Group], paths: Sequence[str]) -> None:
+def check_groups(groups: Sequence[Group], params: PyTree) -> None:
+    """Raise ValueError where a group matches none of the params."""
+    paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     for group in groups:
         if not any(re.search(group.pattern, path) for path in paths):
             nearest = difflib.get_close_matches(group.pattern, paths, n=1, cutoff=0.0)
@@ -89,15 +96,10 @@ def _check_groups(groups: Sequence[Group], paths: Sequence[str]) -> None:
 def freeze(groups: Sequence[Group]) -> optax.GradientTransformation:
     """Return what drops the gradients of frozen params, before a norm is taken of all gradients."""
 
-    def init(params: PyTree) -> optax.EmptyState:
-        _check_groups(groups, [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)])
-        return optax.EmptyState()
+    def frozen(group: Group, leaf: jax.Array) -> jax.Array:
+        return jnp.zeros_like(leaf) if group.frozen else leaf
 
-    def update(updates: PyTree, state: optax.EmptyState, params: PyTree = None) -> tuple[PyTree, optax.EmptyState]:
-        del params
-        return _map_groups(groups, updates, lambda group, leaf: jnp.zeros_like(leaf) if group.frozen else leaf), state
-
-    return optax.GradientTransformation(init, update)
+    return optax.stateless(lambda updates, params: _map_groups(groups, updates, frozen))
 
 
 def scale_by_group(groups: Sequence[Group]) -> optax.GradientTransformation:

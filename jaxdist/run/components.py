@@ -481,7 +481,8 @@ def make_optimizer(
     described = experiment.optimizer
     settings: dict[str, Any] = {"global_batch_size": experiment.global_batch_size, "offset": offset, **known_end}
     name = described.name if isinstance(described, optimizers.Optimizer) else None
-    built = optimizers.build(described, **settings, rate_factors=mup.rate_factors(experiment.model, name))
+    factors = mup.rate_factors(experiment.model, name)
+    built = optimizers.build(described, **settings, rate_factors=factors, of_some_params=True)  # preflight looks at all
     optimizer = precision.with_loss_scale(built, experiment.precision)
     if not isinstance(described, optimizers.Optimizer):
         return optimizer, None

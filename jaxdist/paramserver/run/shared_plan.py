@@ -82,7 +82,6 @@ def make_plan(
     """
     preflight.check_settings(experiment)
     _check_has_effect(experiment)
-    _check_groups(experiment)
     loader = components.make_loader(experiment, fingerprint=fingerprint)
     functions = components.make_functions(experiment, components.example_batch(loader))
     known_end = components.known_ends(experiment, loader.steps_per_epoch)
@@ -90,6 +89,8 @@ def make_plan(
     make_initial = functools.partial(initial_state, functions.init_fn)
     params, model_state = jax.eval_shape(make_initial, jax.random.key(0))
     _check_counters(model_state)
+    if isinstance(experiment.optimizer, optimizers.Optimizer):
+        preflight.check_groups(experiment.optimizer, params)
     leaves, structure = jax.tree.flatten((params, model_state))
     settings = Settings.of(
         chosen,
@@ -171,16 +172,6 @@ def _check_has_effect(experiment: Experiment) -> None:
         raise ConfigError(
             f"The devices of a worker of the parameter server are data-parallel; got {', '.join(useless)}, for which "
             "it has no use. Remove it, or use another strategy."
-        )
-
-
-def _check_groups(experiment: Experiment) -> None:
-    optimizer = experiment.optimizer
-    if isinstance(optimizer, optimizers.Optimizer) and optimizer.groups:
-        patterns = ", ".join(repr(group.pattern) for group in optimizer.groups)
-        raise ConfigError(
-            "optimizer.groups go by the names of params, which the optimizers of a parameter server do not get; got "
-            f"groups for {patterns}. Use another strategy to freeze params or give them learning rates of their own."
         )
 
 

@@ -67,6 +67,10 @@ def aliases():
 
 
 ALIASES = aliases()
+GROUPS = (
+    optimizers.Group(pattern="kernel", learning_rate=0.25, decay=False),
+    optimizers.Group(pattern="scale", frozen=True),
+)
 ELEMENTWISE = {
     "momentum": optax.sgd(0.1, momentum=0.9, nesterov=True),
     "clipped by value": optax.chain(optax.clip(1.0), optax.adam(1e-3)),
@@ -82,6 +86,11 @@ ELEMENTWISE = {
         optimizers.Optimizer(name="adamw", learning_rate=1e-2),
         global_batch_size=8,
         rate_factors=lambda path: 0.25 if "kernel" in path else 1.0,
+    ),
+    "our groups": optimizers.build(
+        optimizers.Optimizer(name="adamw", learning_rate=1e-2, weight_decay=0.5, groups=GROUPS),
+        global_batch_size=8,
+        of_some_params=True,
     ),
     "injected": optax.inject_hyperparams(optax.adamw)(learning_rate=WARMUP),
     "accumulated adam": accumulated(optax.adam(1e-2)),
@@ -115,6 +124,11 @@ REFUSED = {
     "skipped if not finite": optax.apply_if_finite(optax.sgd(0.1), 5),
     "masked by keys": optax.masked(optax.adam(0.1), last_is_kernel),
     "decay by keys": optax.adamw(1e-2, weight_decay=0.5, mask=last_is_kernel),
+    "clipped, some frozen": optimizers.build(
+        optimizers.Optimizer(name="sgd", learning_rate=0.1, clip_norm=1.0, groups=GROUPS),
+        global_batch_size=8,
+        of_some_params=True,
+    ),
     "named leaves": optax.masked(optax.sgd(0.1), {"kernel": True, "bias": False}),
 }
 GIVEN = {**ELEMENTWISE, **NORM, **LEAFWISE, **LEAFWISE_NORM, **REFUSED}

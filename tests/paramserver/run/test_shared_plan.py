@@ -68,12 +68,18 @@ def test_held_out_examples_and_the_gradient_are_checked_here_too():
     shared_plan.check_early(shared_plan.make_plan(tiny, ParameterServer(workers=1)))
 
 
-def test_groups_are_refused_by_name():
-    optimizer = jaxdist.Optimizer(
-        name="sgd", learning_rate=0.1, groups=(jaxdist.Group(pattern="Dense_0", frozen=True),)
-    )
+@pytest.mark.parametrize(
+    ("pattern", "frozen", "message"),
+    [("Dense_9", True, "nothing matches 'Dense_9'"), ("", True, "freeze every one"), ("Dense_0", True, None)],
+)
+def test_groups_have_to_match_and_to_leave_something(pattern, frozen, message):
+    groups = (jaxdist.Group(pattern=pattern, frozen=frozen),)
+    optimizer = jaxdist.Optimizer(name="sgd", learning_rate=0.1, groups=groups)
     experiment = dataclasses.replace(tiny_experiment.get_config(), optimizer=optimizer)
-    with pytest.raises(ValueError, match=r"go by the names of params.* groups for 'Dense_0'"):
+    if message is None:
+        assert shared_plan.make_plan(experiment, ParameterServer()).kind == "elementwise"
+        return
+    with pytest.raises(ValueError, match=message):
         shared_plan.make_plan(experiment, ParameterServer())
 
 
