@@ -379,8 +379,8 @@ def with_mask(made: Made, mask: np.ndarray) -> HostArrays:
             f"{MASK!r} is the name of the package's own field, which says which rows of a batch count, and the data "
             "have a field of this name. Rename it, for example with data.example_fn."
         )
+    mask = mask.copy()  # a batch owns its arrays, which its user may write into
     if made.bad:
-        mask = mask.copy()
         mask[list(made.bad)] = 0
     fields = {name: array for name, array in made.arrays.items() if name != COUNTS}
     if COUNTS not in made.arrays:
