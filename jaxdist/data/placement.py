@@ -4,6 +4,7 @@ The rows that a process supplies follow from the sharding, so they are right for
 devices (and processes) hold copies of the same rows, and each process computes the rows it needs by itself.
 """
 
+import atexit
 import contextlib
 import functools
 import itertools
@@ -270,12 +271,25 @@ class _Placer:
         return {**_place_batch(rest, self._place), **self._placed_mask}
 
 
+_EXIT_SECONDS = 5.0
+"""How long the end of Python waits for a batch that is being made."""
+
+
 def _prefetched(loader: Loader, place: _Place, prefetch: int) -> Iterator[tuple[Batch, Position]]:
     ready: queue.SimpleQueue = queue.SimpleQueue()
     room, stopped = _Room(prefetch), threading.Event()
     arguments = (loader, place, ready, room, stopped)
     thread = threading.Thread(target=_place_ahead, args=arguments, name="jaxdist-feed", daemon=True)
     thread.start()
+
+    def end(seconds: float | None = None) -> None:
+        stopped.set()
+        room.end()
+        thread.join(seconds)
+
+    # At its end Python stops the threads where they are; one that is in JAX would take the process with it (SIGABRT).
+    at_exit = functools.partial(end, _EXIT_SECONDS)
+    atexit.register(at_exit)
     try:
         while True:
             item = ready.get()
@@ -286,10 +300,9 @@ def _prefetched(loader: Loader, place: _Place, prefetch: int) -> Iterator[tuple[
             room.give_back()
             yield item
     finally:
+        atexit.unregister(at_exit)
         if not sys.is_finalizing():  # by then Python has stopped the thread where it was, and never ends it
-            stopped.set()
-            room.end()
-            thread.join()
+            end()
 
 
 def _place_ahead(

@@ -237,9 +237,11 @@ def test_a_float_that_would_become_infinite_is_refused_and_infinity_is_not():
 
 
 LEFT_IN_THE_MIDDLE = """
+import atexit, threading
 import jax, numpy as np
 from jaxdist.data import ArraySource, Loader, feed
 
+atexit.register(lambda: print(*(thread.name for thread in threading.enumerate())))
 loader = Loader(ArraySource({"x": np.zeros((64, 3), np.float32)}), global_batch_size=4, seed=0, num_threads=2)
 mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
 batches, examples = iter(feed(loader, mesh)), iter(loader)
@@ -253,3 +255,4 @@ def test_a_script_that_ends_within_an_iteration_ends():
     ended = subprocess.run([sys.executable, "-c", LEFT_IN_THE_MIDDLE], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 1
     assert ended.stderr.endswith("KeyError: 'mine'\n")
+    assert "jaxdist-feed" not in ended.stdout  # Python stops no thread that may be in JAX
