@@ -87,7 +87,7 @@ def described(*pieces, shape=(5, 2)):
         ([described((0, 2), (0, 2)), described((4, 5))], False),
     ],
 )
-def test_pieces_cover_a_leaf_whoever_wrote_them_and_copies_count_once(headers, whole):
+def test_pieces_of_several_processes_cover_a_leaf_and_copies_count_once(headers, whole):
     assert slots.covers(headers) == whole
 
 

@@ -29,7 +29,7 @@ def main(arguments: list[str], make: Make) -> int:
     """Run the role that `make` returns; return the exit status."""
     name, path = arguments
     reuse_freed_memory()
-    # "force": Orbax, once imported, has given the root logger a handler of its own.
+    # "force": a package that is imported may have given the root logger a handler of its own.
     logging.basicConfig(level=logging.WARNING, format=f"{name}: %(message)s", stream=sys.stderr, force=True)
     spec = Spec.read(pathlib.Path(path))
     known = peer_addresses.Addresses(spec.peers, pathlib.Path(spec.directory))
