@@ -32,11 +32,10 @@ def read_inputs(path: pathlib.Path | str, *, like: Source | None = None, columns
     if isinstance(path, pathlib.Path) and not path.exists():
         raise errors.UserError(f"INPUT is a file or folder of examples, and there is no {path}. Check the path.")
     with errors.as_user_error():
-        if isinstance(path, pathlib.Path) and path.suffix == ".npy":
+        if isinstance(path, pathlib.Path) and path.suffix.lower() == ".npy":
             return open_npy(path)
-        if isinstance(path, pathlib.Path) and path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as content:
-                return {name: content[name] for name in content.files}
+        if isinstance(path, pathlib.Path) and path.suffix.lower() == ".npz":
+            return npz.read(path, columns)
         return prepare.open_source(str(path), like=like, columns=columns)
 
 

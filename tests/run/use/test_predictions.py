@@ -56,6 +56,10 @@ def test_inputs_come_as_arrays_or_as_a_source(tmp_path):
     (tmp_path / "in.csv").write_text("a,b\n1,2.5\n3,4.5\n")
     np.testing.assert_array_equal(predictions.read_inputs(tmp_path / "in.npz")["image"], OUTPUTS)
     np.testing.assert_array_equal(predictions.read_inputs(tmp_path / "in.npy"), OUTPUTS)
+    (tmp_path / "in.npz").rename(tmp_path / "IN.NPZ")
+    assert [*predictions.read_inputs(tmp_path / "IN.NPZ", columns=["image"])] == ["image"]
+    with pytest.raises(errors.UserError, match=r"IN\.NPZ has no array 'label'"):
+        predictions.read_inputs(tmp_path / "IN.NPZ", columns=["image", "label"])
     assert predictions.read_inputs(tmp_path / "in.csv")[1] == {"a": 3, "b": 4.5}
     with pytest.raises(errors.UserError, match="nothing"):
         predictions.read_inputs(tmp_path / "nothing")
