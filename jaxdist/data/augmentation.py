@@ -121,9 +121,8 @@ class RandAugment:
 
     Cubuk et al., "RandAugment" (2020): identity, auto-contrast, equalise, rotate, solarise, colour, posterise,
     contrast, brightness, sharpness, shear and translate by x and y. `magnitude` goes from 0 to 10: rotation to 30
-    degrees, shear
-    to 0.3, translation to 0.45 of the image, factors to 1 +- 0.9, posterise down to 4 bits. What moves in from outside
-    is `fill`.
+    degrees, shear to 0.3, translation to 0.45 of the image, factors to 1 +- 0.9, posterise down to 4 bits. What moves
+    in from outside is `fill`.
     """
 
     num_operations: int = 2
