@@ -25,7 +25,7 @@ from jaxdist.run.diagnosis import profiling, utilization
 from jaxdist.run.replay import auditing, recording
 from jaxdist.run.stopwatch import Stopwatch
 from jaxdist.run.warm_start import beginning
-from jaxdist.rundir import full_disk, lock, record, writers
+from jaxdist.rundir import full_disk, record, writers
 from jaxdist.setting_group import setting_group
 from jaxdist.spmd.state import TrainState
 
@@ -87,15 +87,22 @@ def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.
             if options.in_reserve is not None:
                 recovery.rehearse(parts, options.in_reserve.has_come)
                 options.in_reserve.wait()
-            earlier = directory.prepare_run_dir(
-                experiment, parts.identity, options.run_dir, resume=options.resume, overwrite=options.overwrite
+            prepare = functools.partial(
+                directory.prepare_run_dir,
+                experiment,
+                parts.identity,
+                options.run_dir,
+                resume=options.resume,
+                overwrite=options.overwrite,
             )
-            if runtime.is_alone() and runtime.is_first():
-                # After the checks: a refused run leaves no files. A supervisor holds the lock for its processes.
-                stack.enter_context(lock.locked(options.run_dir, purpose=options.command))
+            if not (runtime.is_alone() and runtime.is_first()):  # a supervisor holds the lock for its processes
+                earlier = prepare()
+            else:
+                earlier = directory.take_run_dir(options.run_dir, prepare, stack, purpose=options.command)
                 if options.resume and jax.process_count() == 1:
                     stays = directory.what_stays(parts.experiment)
                     earlier = rescue.save_left(rescue.Rescue.of(options.run_dir, parts.identity, stays)) or earlier
+            directory.tell_of_times(experiment, earlier)
             for eval_loader in parts.eval_loaders.values():
                 stack.enter_context(eval_loader)
             stopwatch = Stopwatch(earlier.time_seconds if earlier else None)

@@ -22,7 +22,9 @@ from jaxdist.errors import ConfigError, as_user_error, say
 from jaxdist.launch.joining import agreement
 from jaxdist.launch.supervising import job_memory, restart_events, supervisor
 from jaxdist.run import components
+from jaxdist.run.diagnosis import profiling
 from jaxdist.run.replay import step_chain
+from jaxdist.run.use.reporting import server_timeline
 from jaxdist.rundir import full_disk, ledger, lock, record, writers
 
 CHECKPOINTS_NAME = checkpoints.FOLDER_NAME
@@ -36,6 +38,27 @@ SERVERS_NAME = "ps"
 _RUN_FILES = (CHECKPOINTS_NAME, writers.JSONL_NAME, writers.CSV_NAME, writers.TENSORBOARD_NAME)
 _MORE_RUN_FILES = (SET_ASIDE_NAME, ledger.FILE_NAME, step_chain.FILE_NAME, NONFINITE_NAME, SERVERS_NAME)
 _JOB_FILES = ("logs", restart_events.EVENTS_NAME, supervisor.BOARD_NAME)
+_FOLDERS = (
+    CHECKPOINTS_NAME,
+    writers.TENSORBOARD_NAME,
+    SET_ASIDE_NAME,
+    REPLACED_NAME,
+    SERVERS_NAME,
+    profiling.FOLDER,
+    "logs",
+    supervisor.BOARD_NAME,
+)
+_FILES = (
+    record.FILE_NAME,
+    lock.FILE_NAME,
+    writers.JSONL_NAME,
+    writers.CSV_NAME,
+    ledger.FILE_NAME,
+    step_chain.FILE_NAME,
+    NONFINITE_NAME,
+    restart_events.EVENTS_NAME,
+    server_timeline.FILE_NAME,
+)
 _SHAPING = ("model", "loss", "inputs", "optimizer", "precision")
 """The settings that decide the form of the saved state."""
 _PARTS = {"init_from": [f"init_from.{field.name}" for field in dataclasses.fields(starting_weights.InitFrom)]}
@@ -74,6 +97,7 @@ def prepare_run_dir(
       ConfigError: not writable, holding another experiment's run, or a run that `resume` does not ask for; or
         nothing to resume. Nothing is overwritten.
     """
+    check_names(run_dir)
     exists = (run_dir / record.FILE_NAME).exists()
     if resume and not exists:
         raise ConfigError(f"--resume needs a run to continue; {run_dir} holds none. Leave --resume out to start one.")
@@ -86,14 +110,51 @@ def prepare_run_dir(
             f"{run_dir} holds {', '.join(leftovers)} but no {record.FILE_NAME}, so it is unclear which run they belong "
             "to. Choose another --run-dir, or move them away."
         )
-    if earlier is not None and resume and not experiment.data.strict and jax.process_index() == 0:
-        _tell_of_times(experiment, earlier)
     _check_writable(run_dir, needs_room=not exists)
     return None if overwrite else earlier
 
 
-def _tell_of_times(experiment: Experiment, earlier: record.RunRecord) -> None:
-    """Say where files of equal sizes and samples have other times: their contents may differ elsewhere."""
+def take_run_dir(
+    run_dir: pathlib.Path,
+    prepare: Callable[[], record.RunRecord | None],
+    stack: contextlib.ExitStack,
+    *,
+    purpose: str,
+) -> record.RunRecord | None:
+    """Lock the run directory until `stack` is closed; return what `prepare`, see `prepare_run_dir`, returns under it.
+
+    A run that `prepare` refuses leaves no files, so it is called before there is a lock; and again with the lock, since
+    another job may have begun, or ended, in between.
+
+    Raises:
+      LockedError: another job works there. To be told that comes first: what it writes is not there to be resumed yet.
+      ConfigError: see `prepare_run_dir`.
+    """
+    lock.check_free(run_dir)
+    prepare()
+    stack.enter_context(lock.locked(run_dir, purpose=purpose))
+    return prepare()
+
+
+def check_names(run_dir: pathlib.Path) -> None:
+    """Raise ConfigError where something else has the name of a file or folder of a run: it would end the run later."""
+    for name in (*_FOLDERS, *_FILES):
+        path, kind = run_dir / name, "file" if name in _FILES else "folder"
+        if path.exists() and not (path.is_file() if kind == "file" else path.is_dir()):
+            found = "a folder" if path.is_dir() else "a file" if path.is_file() else "neither a file nor a folder"
+            raise ConfigError(
+                f"The {kind} {name} of a run directory belongs to its run; {path} is {found}. Move it away, or choose "
+                "another --run-dir."
+            )
+
+
+def tell_of_times(experiment: Experiment, earlier: record.RunRecord | None) -> None:
+    """Say where files of equal sizes and samples have other times than in the run that is resumed, if one is.
+
+    Their contents may differ elsewhere.
+    """
+    if earlier is None or experiment.data.strict or jax.process_index() != 0:
+        return
     then, now = earlier.extra.get("data_files"), fingerprints.times_of(wrap.as_source(experiment.data.train))
     if then and now and then.get("times") != now["times"]:
         say(

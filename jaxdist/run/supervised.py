@@ -32,6 +32,7 @@ def supervise(
     continue from that step, and newer ones are set aside; a restart after a failure continues from the newest.
     With `overwrite` they replace the run in `run_dir`, once all their checks have passed.
     """
+    directory.check_names(run_dir)
     replaced = directory.when_started(run_dir) if overwrite else None
 
     def start(command: Sequence[str], environment: Mapping[str, str], output: IO[bytes] | None) -> local_job.Process:
@@ -75,6 +76,7 @@ def supervise(
 
 def supervise_host(experiment: Experiment, arguments: Sequence[str], host: hosts.Host, *, run_dir: pathlib.Path) -> int:
     """Run one host's part of a job on several, the command line `arguments` in each process; return the exit status."""
+    directory.check_names(run_dir)
     identity = components.identity(experiment)
     with contextlib.closing(directory.open_checkpoints(experiment, run_dir, identity)) as checkpointer:
         return hosts.run(

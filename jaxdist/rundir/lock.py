@@ -58,6 +58,18 @@ def locked(directory: pathlib.Path, *, purpose: str) -> Iterator[None]:
         os.close(descriptor)
 
 
+def check_free(directory: pathlib.Path) -> None:
+    """Raise LockedError if a job works in `directory`, after waiting for one that only saves; write nothing."""
+    try:
+        descriptor = os.open(directory / FILE_NAME, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # there is none, or `locked` will say what is the matter with it
+        return
+    try:
+        _take(descriptor, directory, fcntl.LOCK_SH)  # a file that is only read gives no other lock on NFS
+    finally:
+        os.close(descriptor)
+
+
 def is_locked(directory: pathlib.Path) -> bool:
     """Return whether a living process holds the lock of `directory`."""
     try:
@@ -73,11 +85,11 @@ def is_locked(directory: pathlib.Path) -> bool:
     return False
 
 
-def _take(descriptor: int, directory: pathlib.Path) -> None:
+def _take(descriptor: int, directory: pathlib.Path, kind: int = fcntl.LOCK_EX) -> None:
     deadline, looked_again = time.monotonic() + _SAVING_SECONDS, False
     while True:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
             return
         except BlockingIOError as error:
             said = os.pread(descriptor, 4096, 0).decode(errors="replace")

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import datetime
 import os
@@ -6,11 +7,13 @@ import re
 import types
 
 import pytest
+import run_records
 import tiny_experiment
 
 from jaxdist import data, errors
 from jaxdist.data import fingerprints
 from jaxdist.run import components, directory
+from jaxdist.rundir import lock, record
 
 
 def test_the_default_run_dir_is_the_newest_when_resuming(tmp_path):
@@ -115,21 +118,25 @@ def test_a_resume_says_where_only_the_times_of_the_files_have_changed(tmp_path, 
     identity = components.identity(experiment)
     extra = {"identity": identity.to_json(), "data_files": fingerprints.times_of(experiment.data.train)}
     run_dir = tmp_path / "run"
+
+    def resume(experiment, identity):
+        directory.tell_of_times(experiment, directory.prepare_run_dir(experiment, identity, run_dir, resume=True))
+
     run_dir.mkdir()
     (run_dir / "run.json").write_text("{}")
     monkeypatch.setattr(directory.record.RunRecord, "read", lambda path: types.SimpleNamespace(extra=extra, config={}))
-    directory.prepare_run_dir(experiment, identity, run_dir, resume=True)
+    resume(experiment, identity)
     assert capsys.readouterr().err == ""
     os.utime(table, (1, 1))
     again = experiment_on(table)
     assert components.identity(again) == identity
-    directory.prepare_run_dir(again, identity, run_dir, resume=True)
+    resume(again, identity)
     assert "times of the files of data.train have changed" in capsys.readouterr().err
     strict = experiment_on(table, strict=True)
     with pytest.raises(errors.UserError, match=r"data\.train was compared by samples only"):
         directory.prepare_run_dir(strict, components.identity(strict), run_dir, resume=True)
     extra["identity"] = components.identity(strict).to_json()
-    directory.prepare_run_dir(strict, components.identity(experiment_on(table, strict=True)), run_dir, resume=True)
+    resume(strict, components.identity(experiment_on(table, strict=True)))
     assert capsys.readouterr().err == ""  # contents were compared
     table.write_text("image,label\n1,0\n2,0\n")
     changed = experiment_on(table, strict=True)
@@ -154,3 +161,81 @@ def test_a_job_that_was_refused_keeps_a_run(tmp_path):
         (tmp_path / name).touch()
     directory.forget_refused(tmp_path, None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lock", "run.json"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("name", [*directory._FOLDERS, *directory._FILES])
+def test_something_else_that_has_the_name_of_a_file_or_folder_of_a_run_is_named(tmp_path, name, kind):
+    """It would end the run later: at its first row, at its end, or with an error number alone."""
+    path = tmp_path / name
+    if kind == "file":
+        path.touch()
+    else:
+        path.mkdir()
+    if (kind == "folder") == (name in directory._FOLDERS):
+        directory.check_names(tmp_path)
+        return
+    with pytest.raises(errors.ConfigError, match=rf"belongs to its run; {re.escape(str(path))} is a {kind}\. Move it"):
+        directory.prepare_run_dir(None, None, tmp_path, resume=False)
+    assert [each.name for each in tmp_path.iterdir()] == [name]
+
+
+def test_the_names_of_a_run_directory_that_are_checked_are_those_that_runs_write():
+    """A file that is new to run directories is missing from the check until it is named there."""
+    assert {*directory._RUN_FILES, *directory._MORE_RUN_FILES, *directory._JOB_FILES} <= {
+        *directory._FOLDERS,
+        *directory._FILES,
+    }
+
+
+def test_a_pipe_that_has_the_name_of_a_file_of_a_run_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "run.json")
+    with pytest.raises(errors.ConfigError, match="is neither a file nor a folder"):
+        directory.prepare_run_dir(None, None, tmp_path, resume=False)
+
+
+def test_a_run_that_begins_and_ends_while_another_command_starts_is_not_taken_for_none(tmp_path):
+    """Two commands at one moment: the second finds no run, and has the lock only when the first has ended."""
+    experiment = tiny_experiment.get_config()
+    identity = components.identity(experiment)
+    run_dir, calls = tmp_path / "run", []
+
+    def prepare():
+        found = directory.prepare_run_dir(experiment, identity, run_dir, resume=False)
+        calls.append(found)
+        record.RunRecord(**run_records.EMPTY, extra={"identity": identity.to_json()}).write(run_dir)  # by the first
+        return found
+
+    with contextlib.ExitStack() as stack, pytest.raises(errors.ConfigError, match="already holds a run"):
+        directory.take_run_dir(run_dir, prepare, stack, purpose="the second")
+    assert calls == [None]
+    assert not lock.is_locked(run_dir)
+
+
+def test_a_resume_reads_the_record_that_the_run_before_it_leaves_at_its_end(tmp_path):
+    experiment = tiny_experiment.get_config()
+    identity = components.identity(experiment)
+    made = record.RunRecord(**run_records.EMPTY, extra={"identity": identity.to_json()})
+    made.write(tmp_path)
+
+    def prepare():
+        found = directory.prepare_run_dir(experiment, identity, tmp_path, resume=True)
+        dataclasses.replace(made, step=9).write(tmp_path)
+        return found
+
+    with contextlib.ExitStack() as stack:
+        assert directory.take_run_dir(tmp_path, prepare, stack, purpose="resume").step == 9
+
+
+def test_who_works_in_a_directory_is_said_before_anything_else_of_it(tmp_path):
+    """What a running job will leave is not there yet: whether that can be resumed is another question."""
+
+    def prepare():
+        raise AssertionError("the lock comes first")
+
+    with (
+        lock.locked(tmp_path, purpose="a job"),
+        contextlib.ExitStack() as stack,
+        pytest.raises(lock.LockedError, match=r"\(a job\) does"),
+    ):
+        directory.take_run_dir(tmp_path, prepare, stack, purpose="another")

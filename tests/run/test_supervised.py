@@ -6,6 +6,7 @@ import pytest
 import run_records
 import tiny_experiment
 
+from jaxdist import errors
 from jaxdist.checkpoint import checkpoints
 from jaxdist.launch.supervising import hosts, supervisor
 from jaxdist.run import attempt, components, supervised
@@ -70,3 +71,11 @@ def test_a_host_is_told_its_place_and_the_same_command(monkeypatch, tmp_path):
     assert supervised.supervise_host(experiment, ["train", "x.py"], host, run_dir=tmp_path / "run") == 0
     assert told["arguments"] == (host, [sys.executable, "-m", "jaxdist.cli", "train", "x.py"])
     assert told["run_dir"] == tmp_path / "run"
+
+
+@pytest.mark.parametrize("name", ["run.json", "restarts.jsonl", "lock"])
+def test_a_folder_that_has_the_name_of_a_file_of_a_run_is_named_before_a_process_starts(started, tmp_path, name):
+    (tmp_path / "run" / name).mkdir(parents=True)
+    with pytest.raises(errors.ConfigError, match=f"{name} is a folder"):
+        supervise(tmp_path / "run")
+    assert not started

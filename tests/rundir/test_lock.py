@@ -117,3 +117,13 @@ def test_whether_a_job_runs_is_seen_where_nothing_can_be_written(tmp_path, monke
         assert lock.is_locked(tmp_path)
     monkeypatch.setattr(os, "open", on_a_read_only_disk)
     assert not lock.is_locked(tmp_path)
+
+
+def test_a_directory_is_found_free_or_taken_without_a_trace(tmp_path):
+    lock.check_free(tmp_path / "new")
+    lock.check_free(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    with lock.locked(tmp_path, purpose="a test"), pytest.raises(lock.LockedError, match=r"\(a test\) does"):
+        lock.check_free(tmp_path)
+    lock.check_free(tmp_path)
+    assert not lock.is_locked(tmp_path)

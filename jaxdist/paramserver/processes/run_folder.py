@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 import time
 from typing import Any
 
@@ -42,6 +43,28 @@ BOOTS_NAME = "boots"
 """The folder with the last boot number of each process."""
 BOOT_ROOM = 1_000_000
 """Space between boot numbers: a process that rejoins without a restart adds one to its own."""
+
+
+_OF_ATTEMPT = (
+    STEPS_NAME,
+    LOG_NAME,
+    SPEC_NAME,
+    STATISTICS_NAME,
+    NONFINITE_NAME,
+    ADDRESSES_NAME,
+    HISTORY_NAME,
+    SILENT_NAME,
+    BOOTS_NAME,
+)
+
+
+def remove_earlier(directory: pathlib.Path) -> None:
+    """Remove what the processes of an earlier attempt wrote for each other, whatever it has become since."""
+    for path in (directory / name for name in _OF_ATTEMPT):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def newer_boot(wall: int, before: int) -> int:

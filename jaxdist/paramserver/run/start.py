@@ -2,9 +2,9 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 
 from jaxdist import errors
@@ -23,7 +23,7 @@ from jaxdist.paramserver.wire import streams
 from jaxdist.paramserver.wire.security import TOKEN, Security, new_token
 from jaxdist.run import bookkeeping, components, directory, rescue
 from jaxdist.run.warm_start import beginning
-from jaxdist.rundir import lock, record, writers
+from jaxdist.rundir import record, writers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,10 +130,16 @@ def _take_run_dir(
     options: Options, experiment: Experiment, identity: components.Identity, stack: contextlib.ExitStack
 ) -> record.RunRecord | None:
     """Lock and prepare the run directory; return the record of the run that is resumed, with what a killed one left."""
-    earlier = directory.prepare_run_dir(
-        experiment, identity, options.run_dir, resume=options.resume, overwrite=options.overwrite
+    prepare = functools.partial(
+        directory.prepare_run_dir,
+        experiment,
+        identity,
+        options.run_dir,
+        resume=options.resume,
+        overwrite=options.overwrite,
     )
-    stack.enter_context(lock.locked(options.run_dir, purpose=options.command))
+    earlier = directory.take_run_dir(options.run_dir, prepare, stack, purpose=options.command)
+    directory.tell_of_times(experiment, earlier)
     if options.overwrite:
         directory.set_run_aside(options.run_dir, of_job=False)
     if earlier is None:
@@ -225,11 +231,7 @@ def _write_spec(
     fingerprint: str,
 ) -> run_folder.Spec:
     """Remove the files of an earlier attempt; write and return the Spec of this one."""
-    for name in (run_folder.LOG_NAME, run_folder.STEPS_NAME, run_folder.SPEC_NAME):
-        (directory / name).unlink(missing_ok=True)
-    folders = [run_folder.STATISTICS_NAME, run_folder.NONFINITE_NAME, run_folder.SILENT_NAME]
-    for name in [*folders, run_folder.HISTORY_NAME, run_folder.ADDRESSES_NAME, run_folder.BOOTS_NAME]:
-        shutil.rmtree(directory / name, ignore_errors=True)
+    run_folder.remove_earlier(directory)
     spec = run_folder.Spec(
         attempt=new_token(),
         experiment=str(pathlib.Path(options.experiment).absolute()),

@@ -2,6 +2,9 @@
 
 import time
 
+import pytest
+
+from jaxdist.paramserver.processes import run_folder
 from jaxdist.paramserver.processes.run_folder import last_boot, next_boot
 
 
@@ -14,3 +17,18 @@ def test_boot_numbers_grow_though_the_clock_is_set_back(tmp_path, monkeypatch):
     assert first + 1000 < died < second  # a death that is told concerns all rejoins of that start, and no later start
     assert last_boot(tmp_path, "worker/0") == 0
     assert next_boot(tmp_path, "worker/0") == 1_000_000
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_what_an_earlier_attempt_left_is_removed_whatever_it_has_become(tmp_path, is_folder):
+    """A log of the scheduler that is a folder ended a resume with the number of an error."""
+    names = [getattr(run_folder, name) for name in dir(run_folder) if name.endswith("_NAME")]
+    names.remove(run_folder.DIRECTORY_NAME)
+    for name in names:
+        if is_folder:
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "old").touch()
+        else:
+            (tmp_path / name).write_text("old")
+    run_folder.remove_earlier(tmp_path)
+    assert list(tmp_path.iterdir()) == []
