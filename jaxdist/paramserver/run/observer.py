@@ -316,7 +316,7 @@ class Observer:
         # A cut says exactly which batches were trained; between cuts, the examples of each step are added up.
         seen = examples_seen(self.plan, offer.trained)
         self.progress.advance(offer.step, seen, self.plan.settings.num_examples)
-        self.evaluation_due |= self.books.evaluations.due() or bool(offer.end_reason)
+        self.evaluation_due |= self.books.evaluations.due() or offer.end_reason not in ("", "preempted")
         self.save_due |= self.books.saves.due() and self.books.may_save()
         if self.save_due or self._reason(offer):
             self.driver.proceed(messages.Want(WHOLE))
@@ -359,8 +359,8 @@ class Observer:
         return NONFINITE if self._diverged(offer) else self.rule(self.progress) or self.halt or offer.end_reason
 
     def _evaluate(self, cut: effects.CutRead, state: TrainState) -> None:
-        """Evaluate if due; a run that is preempted has no time for it, and one that diverged no use."""
-        if not self.evaluation_due or self.halt == "preempted" or self._diverged(cut.offer):
+        """Evaluate if due: also before a stop, since a resume continues after it; not what is of no use."""
+        if not self.evaluation_due or self.mistake is not None or self._diverged(cut.offer):
             return
         if self.evaluated != cut.chains:
             self.progress.last_evaluation = 0  # it may have been this step, before a return to a saved cut

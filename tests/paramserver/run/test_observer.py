@@ -284,6 +284,15 @@ def test_a_request_to_stop_is_passed_on_and_repeated_and_ends_the_run_saved(tmp_
     assert not [name for name in made.metrics if name.startswith("eval/")], "a run that is stopped has no time for it"
 
 
+def test_an_evaluation_that_is_due_at_the_step_of_a_stop_is_made(tmp_path, watch):
+    """A resume continues after that step: the row would be missing, and a rule of patience would see one less."""
+    watcher = watch(50)
+    crew = Crew(watcher, [1, 2, 3, 4], end_reason="preempted")  # the first epoch, after which one is due
+    made, _ = run(watcher, crew, stop_requested=lambda: not watcher.is_untouched)
+    assert (made.step, made.end_reason, made.metrics["eval/accuracy"]) == (4, "preempted", 0.75)
+    assert watcher.progress.last_evaluation == watcher.books.checkpointer.latest_step() == 4
+
+
 @pytest.mark.parametrize("looks", [0, 3])
 def test_a_run_that_is_stopped_before_a_worker_has_joined_ends_at_once(watch, looks):
     """A start takes seconds: nothing is started any more, or what is starting is not waited for."""
