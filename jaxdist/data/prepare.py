@@ -22,6 +22,8 @@ import rich.progress
 
 from jaxdist import extras
 from jaxdist.data import fingerprints, text
+from jaxdist.data.decoders.csv_text import COMPRESSIONS
+from jaxdist.data.decoders.csv_text import KINDS as CSV_KINDS
 from jaxdist.data.sources.combine import ShardList
 from jaxdist.data.sources.folders import ImageFolder
 from jaxdist.data.sources.images import IMAGE_SUFFIXES
@@ -29,8 +31,8 @@ from jaxdist.data.sources.listing import PREPARED, find_files, is_hidden, local_
 from jaxdist.data.sources.parquet import ParquetSource, open_parquet
 from jaxdist.data.sources.records import ArrayRecordSource, encode_example
 from jaxdist.data.sources.sounds import SOUND_SUFFIXES, SoundFolder
-from jaxdist.data.sources.source import ArraySource, Source, fingerprint_array, fingerprint_text
-from jaxdist.data.sources.tables import csv_like, csv_source
+from jaxdist.data.sources.source import Source, fingerprint_array, fingerprint_text
+from jaxdist.data.sources.tables import TableSettings, csv_like
 from jaxdist.data.sources.vocabulary import vocabulary_of
 from jaxdist.data.tfds.prepared import TfdsSource
 from jaxdist.rundir import files
@@ -107,6 +109,16 @@ def _prepare(
     return prepare_records(opened, out, examples_per_shard=shard_size or EXAMPLES_PER_SHARD, progress=show)
 
 
+_KINDS = {".txt": "text", **dict.fromkeys(CSV_KINDS, "csv"), ".parquet": "parquet"}
+"""What a file holds, by its suffix."""
+
+
+def _suffix(path: pathlib.PurePath) -> str:
+    """Return what says the kind of a file: of a compressed CSV file, the suffix before that."""
+    inner = pathlib.PurePath(path.stem).suffix.lower()
+    return inner if path.suffix.lower() in COMPRESSIONS and inner in CSV_KINDS else path.suffix.lower()
+
+
 def kind_of_data(name: str) -> str:
     """Return the kind of data that `name` names: "tfds", "text", "csv", "parquet", "images" or "sounds".
 
@@ -117,10 +129,11 @@ def kind_of_data(name: str) -> str:
         return "tfds"
     path = local_path(name)
     if path.is_dir():
-        here = {file.suffix.lower() for file in path.iterdir() if file.is_file() and not is_hidden(file.name)}
+        here = {_suffix(file) for file in path.iterdir() if file.is_file() and not is_hidden(file.name)}
         below = {file.suffix.lower() for file in path.glob("*/**/*")}
         tests = (
             ("text", ".txt" in here),
+            ("csv", bool(here & set(CSV_KINDS))),
             ("parquet", ".parquet" in here),
             ("images", bool(below & set(IMAGE_SUFFIXES))),
             ("sounds", bool(below & set(SOUND_SUFFIXES))),
@@ -131,12 +144,11 @@ def kind_of_data(name: str) -> str:
                 f"{path} holds several kinds of data: {' and '.join(kinds)}. Move all but one of them to other folders."
             )
     else:
-        kinds = [kind for kind in ("txt", "csv", "tsv", "parquet") if path.suffix.lower() == f".{kind}"]
-        kinds = [{"txt": "text", "tsv": "csv"}.get(kind, kind) for kind in kinds]
+        kinds = [_KINDS[suffix] for suffix in [_suffix(path)] if suffix in _KINDS]
     if not kinds:
         raise ValueError(
-            f"Cannot tell how to read {name!r}. A source is a .txt, .csv or .parquet file, a folder of .txt or "
-            ".parquet files, a folder of images or sounds in folders by class, or tfds:NAME:SPLIT."
+            f"Cannot tell how to read {name!r}. A source is a .txt, .csv, .tsv or .parquet file, a folder of such "
+            "files, a folder of images or sounds in folders by class, or tfds:NAME:SPLIT."
         )
     return kinds[0]
 
@@ -144,8 +156,8 @@ def kind_of_data(name: str) -> str:
 def open_source(name: str, *, like: Source | None = None, columns: Sequence[str] | None = None) -> Source:
     """Return the source that `name` names.
 
-    `tfds:NAME:SPLIT`; a `.csv` file; a `.parquet` file or a folder of them; a folder of images or of sounds by class.
-    Images stay encoded (field `image`, bytes; decode them with `transforms.DecodeImage`).
+    `tfds:NAME:SPLIT`; a `.csv`, `.tsv` or `.parquet` file or a folder of them; a folder of images or of sounds by
+    class. Images stay encoded (field `image`, bytes; decode them with `transforms.DecodeImage`).
 
     Args:
       name: see above.
@@ -175,22 +187,19 @@ def open_source(name: str, *, like: Source | None = None, columns: Sequence[str]
         return (
             ImageFolder(name, decode=False, classes=classes) if kind == "images" else SoundFolder(name, classes=classes)
         )
-    return _open_table(name, kind, known, columns)
+    table = TableSettings.of(like)
+    return csv_like(name, table, known, columns) if kind == "csv" else _open_parquet(name, table, known, columns)
 
 
-def _open_table(
-    name: str, kind: str, known: Mapping[str, Sequence[str]], columns: Sequence[str] | None
-) -> ArraySource | ParquetSource:
-    """Return the rows of a table, "csv" or "parquet"; those columns that are `known` are numbered as there."""
-    if columns is None and kind == "csv":
-        return csv_like(name, known)
-    there = columns
-    if there is None and known:
-        there = open_parquet(find_files(name, "*.parquet")[0]).schema_arrow.names
-    categories = {field: texts for field, texts in known.items() if field in (there or ())}
-    wanted = None if columns is None else [each for each in columns if each not in categories]
-    make: Any = csv_source if kind == "csv" else ParquetSource
-    return make(name, columns=wanted, categories=categories)
+def _open_parquet(
+    name: str, like: TableSettings, known: Mapping[str, Sequence[str]], columns: Sequence[str] | None
+) -> ParquetSource:
+    """Return the rows of Parquet files; see `csv_like`."""
+    there = open_parquet(find_files(name, "*.parquet")[0]).schema_arrow.names
+    wanted = like.columns_in(there) if columns is None else columns
+    categories = {field: texts for field, texts in known.items() if field in (wanted or there)}
+    numbers = None if wanted is None else [each for each in wanted if each not in categories]
+    return ParquetSource(name, columns=numbers, categories=categories, missing=like.missing)
 
 
 def prepare_tokens(

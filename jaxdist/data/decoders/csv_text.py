@@ -65,11 +65,7 @@ def open_text(path: str, style: Style) -> CsvText:
       ValueError: it is of another kind or encoding, or has no header or no row.
       CorruptExample: it cannot be decompressed.
     """
-    data = _decompressed(path, read_file(path))
-    check_kind(
-        path, data[:16], wanted="text (CSV)", do="Write it as CSV; compressed files are named .csv.gz and the like."
-    )
-    data, delimiter = _table_in(_as_utf8(path, data, style.encoding), style)
+    data, delimiter = _table_of(path, style)
     lines = _lines(data)
     try:
         header, num_lines = _header_of(lines, delimiter) if style.names is None else (style.names, 0)
@@ -88,6 +84,24 @@ def open_text(path: str, style: Style) -> CsvText:
             f"{path} has a cell that cannot be read: {error}. A quote may be open, or `delimiter` another."
         ) from error
     return CsvText(path, data, delimiter, names, num_lines)
+
+
+def header_of(path: str, style: Style) -> list[str]:
+    """Return the cells of the first line of a file's table, which is its header if it has one; see `open_text`."""
+    data, delimiter = _table_of(path, style)
+    try:
+        return _header_of(_lines(data), delimiter)[0]
+    except csv.Error:
+        return []
+
+
+def _table_of(path: str, style: Style) -> tuple[bytes, str]:
+    """Return the text of a file from its table on, and its delimiter."""
+    data = _decompressed(path, read_file(path))
+    check_kind(
+        path, data[:16], wanted="text (CSV)", do="Write it as CSV; compressed files are named .csv.gz and the like."
+    )
+    return _table_in(_as_utf8(path, data, style.encoding), style)
 
 
 def _decompressed(path: str, data: bytes) -> bytes:

@@ -21,6 +21,7 @@ from jaxdist.data.decoders.kinds import check_kind
 from jaxdist.data.fingerprints import FileList, fingerprint_files
 from jaxdist.data.sources.listing import find_files
 from jaxdist.data.sources.source import CorruptExample, Example, checked_ids, checked_index, fingerprint_text
+from jaxdist.data.sources.tables import TableSettings
 from jaxdist.data.sources.vocabulary import listed
 
 _logger = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ class ParquetSource:
         rows = [self._files[file].metadata.row_group(group).num_rows for file, group in self._groups]
         self._sizes, self._ends = tuple(rows), list(itertools.accumulate(rows))
         self._kept = self._check_schemas()
+        self.table = TableSettings(tuple(self._kept), self._missing)
         self._joined = JoinedColumns(self._ends) if self._expected_bytes() <= self._cache_bytes else None
 
     def _check_schemas(self) -> list[str]:

@@ -125,6 +125,7 @@ class ArraySource:
         self._fingerprint: str | None = None
         self.vocabulary: Mapping[str, tuple[str, ...]] = {}
         self.files: Any
+        self.table: Any
         held = rows_of(self)
         self.in_memory = held is not None and not any(isinstance(array, np.memmap) for array in held.values())
 

@@ -10,7 +10,7 @@ from jaxdist import extras
 from jaxdist.data.decoders import csv_text
 from jaxdist.data.decoders.arrow import as_numpy
 from jaxdist.data.decoders.csv_table import MISSING_TEXTS, read_table
-from jaxdist.data.fingerprints import FileList
+from jaxdist.data.fingerprints import FileList, leaves
 from jaxdist.data.sources.listing import find_files
 from jaxdist.data.sources.source import ArraySource
 from jaxdist.data.sources.vocabulary import listed
@@ -58,15 +58,48 @@ def csv_source(
     """
     chosen = _Chosen.of(columns, categories, missing)
     style = csv_text.Style(delimiter, names, comment, encoding, short_rows, skip_lines).checked()
+    return _source(_files(paths), chosen, style)
+
+
+class TableSettings(NamedTuple):
+    """How a table was read: the columns that it gave, what a missing number became, and how the text is written."""
+
+    columns: tuple[str, ...] | None = None
+    missing: float | None = None
+    style: csv_text.Style = csv_text.Style()
+
+    @classmethod
+    def of(cls, source: Any) -> "TableSettings":
+        """Return the settings of a source, or of the first table among those that it is made of; else the defaults."""
+        found = (getattr(leaf, "table", None) for leaf in leaves(source))
+        return next((table for table in found if isinstance(table, cls)), cls())
+
+    def columns_in(self, names: Sequence[str]) -> list[str] | None:
+        """Return those of the columns that are among `names`; None for all that is there."""
+        return None if self.columns is None else [name for name in self.columns if name in names]
+
+
+def csv_like(
+    paths: str, like: TableSettings, vocabulary: Mapping[str, Sequence[str]], columns: Sequence[str] | None
+) -> ArraySource:
+    """Return the rows of files that are written as those of `like`, or have a header where those have none.
+
+    `vocabulary` numbers the columns of texts. `columns` must be there; None takes what is there of the columns of
+    `like`.
+    """
+    files, style = _files(paths), like.style
+    if style.names is not None and {*(columns or style.names)} <= {*csv_text.header_of(files[0], style)}:
+        style = style._replace(names=None)
+    first = csv_text.open_text(files[0], style)
+    wanted = like.columns_in(first.names) if columns is None else columns
+    categories = {name: texts for name, texts in vocabulary.items() if name in (wanted or first.names)}
+    numbers = None if wanted is None else [name for name in wanted if name not in categories]
+    return _source(files, _Chosen.of(numbers, categories, like.missing), style, first=first)
+
+
+def _files(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
     endings = ["", *csv_text.COMPRESSIONS]
-    return _source(find_files(paths, *(f"*{kind}{end}" for end in endings for kind in csv_text.KINDS)), chosen, style)
-
-
-def csv_like(path: str, vocabulary: Mapping[str, Sequence[str]]) -> ArraySource:
-    """Return all rows and columns of a file; those of its columns that `vocabulary` has are numbered as it says."""
-    text = csv_text.open_text(path, csv_text.Style())
-    known = {name: texts for name, texts in vocabulary.items() if name in text.names}
-    return _source([path], _Chosen.of(None, known, None), csv_text.Style(), first=text)
+    return find_files(paths, *(f"*{kind}{end}" for end in endings for kind in csv_text.KINDS))
 
 
 class _Chosen(NamedTuple):
@@ -121,6 +154,7 @@ def _source(
             arrays[name] = _numbers(name, table.column(name), chosen.missing, shown)
     source = ArraySource(arrays)
     source.vocabulary, source.files = vocabulary, FileList(files)
+    source.table = TableSettings(tuple(wanted), chosen.missing, style)
     return source
 
 

@@ -19,6 +19,14 @@ from jaxdist.spmd.layout import path_name
 
 FORMATS = (".npz", ".csv", ".parquet")
 
+_VALUE = "A file is read as the training data were: write a number there, or leave out its row."
+_OF_A_FILE = {
+    "A source is a ": "A source is a .npz, .npy, ",
+    "Say what stands for a missing value, as in missing=math.nan, or leave the column out of `columns`.": _VALUE,
+    "Leave the column out of `columns`, or name it in `categories`.": _VALUE,
+}
+"""Words of messages to those who write a source, in those to who names a file of examples for a trained model."""
+
 
 def read_inputs(path: pathlib.Path | str, *, like: Source | None = None, columns: Sequence[str] | None = None) -> Any:
     """Return the examples of a file or folder: arrays of .npz and .npy, or anything that `jaxdist data prepare` reads.
@@ -31,7 +39,7 @@ def read_inputs(path: pathlib.Path | str, *, like: Source | None = None, columns
     path = pathlib.Path(path) if not str(path).startswith("tfds:") else path
     if isinstance(path, pathlib.Path) and not path.exists():
         raise errors.UserError(f"INPUT is a file or folder of examples, and there is no {path}. Check the path.")
-    with errors.as_user_error():
+    with errors.reworded(_OF_A_FILE), errors.as_user_error():
         if isinstance(path, pathlib.Path) and path.suffix.lower() == ".npy":
             return open_npy(path)
         if isinstance(path, pathlib.Path) and path.suffix.lower() == ".npz":

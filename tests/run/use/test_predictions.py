@@ -1,6 +1,8 @@
 """Predictions as files, read back by pandas and NumPy."""
 
 import csv
+import gzip
+import math
 
 import ml_dtypes
 import numpy as np
@@ -114,6 +116,62 @@ def test_a_table_is_read_with_the_numbers_of_the_training_data_and_the_columns_t
         read(("a",))
     with pytest.raises(ValueError, match=r"pink.*not among its known texts"):
         dict(read(("a", "colour"), ("pink", "red"))[0])  # Parquet is read when asked for an example
+
+
+STYLES = [
+    ("a,b,note,t\n1,,x,ö\nNA,4,y,u\n", {"missing": math.nan}),
+    ("a,b,note,t\n1,,x,ö\nNA,4,y,u\n", {"missing": -1.0}),
+    ("a;b;note;t\n1;2;x,y;ö\n3;4;;u\n", {"delimiter": ";"}),
+    ("from a lab, 2020\na,b,note,t\n1,2,x,ö\n3,4,y,u\n", {"skip_lines": 1}),
+    ("a,b,note,t\n# pause\n1,2,x,ö\n3,4,y,u\n", {"comment": "#"}),
+    ("a,b,t,note\n1,2,ö\n3,4,u,y\n", {"short_rows": "fill"}),
+    ("1,2,x,ö\n3,4,y,u\n", {"names": ("a", "b", "note", "t")}),
+    ("1,2,x,ö\n3,4,y,u\n", {"names": ("a", "b", "note", "t"), "encoding": "latin-1"}),
+]
+
+
+@pytest.mark.parametrize("needed", [("b", "a", "t"), ("a", "b"), ("t",), None])
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize(("text", "settings"), STYLES)
+def test_a_table_is_written_as_that_of_training_is(tmp_path, text, settings, compressed, needed):
+    content = text.encode(settings.get("encoding", "utf-8"))
+    path = tmp_path / ("x.csv.gz" if compressed else "x.csv")
+    path.write_bytes(gzip.compress(content) if compressed else content)
+    like = data.csv_source(path, columns=("a", "b"), categories=("t",), **settings)
+    for given in (path, tmp_path):
+        found = predictions.read_inputs(given, like=data.Subset(like, [1]), columns=needed)
+        assert {*found.arrays} == {*(needed or like.arrays)}
+        for name, array in found.arrays.items():
+            np.testing.assert_array_equal(array, like.arrays[name], strict=True)
+
+
+def test_a_file_may_have_a_header_where_that_of_training_has_none(tmp_path):
+    (tmp_path / "train.csv").write_text("1,red\n2,blue\n")
+    like = data.csv_source(tmp_path / "train.csv", names=("a", "colour"), categories=("colour",))
+    (tmp_path / "x.csv").write_text("id,colour,a\n8,blue,3\n")
+    for needed in (("a", "colour"), None):
+        assert predictions.read_inputs(tmp_path / "x.csv", like=like, columns=needed)[0] == {"a": 3, "colour": 0}
+
+
+def test_what_is_missing_in_parquet_is_what_it_was_in_training(tmp_path):
+    (tmp_path / "train.csv").write_text("a,b\n1,2\n,3\n")
+    table = pyarrow.table({"a": [None, 4.0], "b": [5.0, 6.0], "note": ["x", "y"]})
+    parquet.write_table(table, tmp_path / "x.parquet")
+    like = data.csv_source(tmp_path / "train.csv", missing=-1.0)
+    again = data.ParquetSource(tmp_path / "x.parquet", columns=("a", "b"), missing=-1.0)
+    for each in (like, again):
+        found = predictions.read_inputs(tmp_path / "x.parquet", like=each, columns=None)
+        assert [dict(found[number]) for number in range(2)] == [{"a": -1, "b": 5}, {"a": 4, "b": 6}]
+
+
+@pytest.mark.parametrize("cells", ["1,\n", "1,NA\n", "1,many\n"])
+def test_a_cell_that_is_no_number_is_told_to_who_has_the_file_and_not_the_source(tmp_path, cells):
+    (tmp_path / "x.csv").write_text("a,b\n3,4\n" + cells)
+    with pytest.raises(errors.UserError, match=r"x\.csv, row 2: column 'b' .* write a number there") as told:
+        predictions.read_inputs(tmp_path / "x.csv", columns=["a", "b"])
+    assert "`" not in str(told.value)
+    with pytest.raises(errors.UserError, match=r"A source is a \.npz, \.npy, \.txt, \.csv"):
+        predictions.read_inputs(__file__)
 
 
 def test_a_folder_is_read_as_the_training_data_are(tmp_path):
