@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from jaxdist.paramserver.protocol import journal, messages
+from jaxdist.paramserver.wire import lent_memory
 from jaxdist.paramserver.wire.codec import Buffer, Decoder, Encoder, EncodingError, aligned, checksum, codec
 
 BLOCK_BYTES = 256 << 10
@@ -90,7 +91,7 @@ class Encoded:
         head = bytes(writer.head)
         size = sum(map(len, writer.arrays))
         self._start = _PREFIX.pack(MAGIC, len(head), zlib.crc32(head), size, len(writer.arrays)) + head
-        self._arrays, self._block_bytes = writer.arrays, block_bytes
+        self.arrays, self._block_bytes = writer.arrays, block_bytes
         self.num_bytes = len(self._start) + size + _CHECKSUM.size * len(writer.arrays)
 
     def identity(self) -> bytes:
@@ -101,15 +102,19 @@ class Encoded:
         """Return whether both are the same message, sent twice: their heads are equal."""
         return self._start == other._start
 
+    def forget_arrays(self) -> None:
+        """Let go of the memory of the arrays: all blocks have been made, and will not be again."""
+        self.arrays = []
+
     def __iter__(self) -> Iterator[Buffer]:
         """Yield blocks of at most `block_bytes`. Those of a large array are views of its memory."""
         if self.num_bytes <= self._block_bytes:
-            arrays = [bytes(array) for array in self._arrays]
+            arrays = [bytes(array) for array in self.arrays]
             yield b"".join((self._start, *arrays, *(_CHECKSUM.pack(checksum([array])) for array in arrays)))
             return
         pending = bytearray(self._start)
         checksums = bytearray()
-        for array in self._arrays:
+        for array in self.arrays:
             if len(array) < SMALL_BYTES:
                 small = bytes(array)
                 checksums += _CHECKSUM.pack(checksum([small]))
@@ -128,12 +133,12 @@ class Encoded:
     @property
     def placed_bytes(self) -> int:
         """The length of the memory that `place` needs."""
-        return sum(aligned(len(array)) for array in self._arrays)
+        return sum(aligned(len(array)) for array in self.arrays)
 
     def place(self, memory: np.ndarray) -> Iterator[bytes]:
         """Put the arrays into `memory`, and yield what is to be sent: the head, and checksums after their blocks."""
         pending, placed, at = bytearray(self._start), 0, 0
-        for array in self._arrays:
+        for array in self.arrays:
             value = 0
             for start in range(0, len(array), PLACED_BYTES):
                 block = array[start : start + PLACED_BYTES]
@@ -147,6 +152,10 @@ class Encoded:
             at += aligned(len(array))
         if pending:
             yield bytes(pending)
+
+    def placed(self, checksums: bytes) -> bytes:
+        """Return what is to be sent if the arrays are placed already, and these are the checksums of their blocks."""
+        return self._start + checksums
 
     def _blocks_of(self, data: bytearray) -> Iterator[bytes]:
         for start in range(0, len(data), self._block_bytes):
@@ -227,16 +236,18 @@ def _assemble_together(arrays: list[np.ndarray], size: int, kind: str) -> Genera
         at += array.nbytes
 
 
-def assemble_placed(prefix: Buffer, memory: np.ndarray) -> Generator[memoryview, None, Any]:
-    """Return the message that begins with `prefix` and whose arrays the sender puts into `memory`; see `assemble`."""
-    kind, message, arrays = yield from _assemble_head(prefix, memory)
-    expected = memoryview(bytearray(_CHECKSUM.size))
+def assemble_placed(prefix: Buffer, loan: lent_memory.Loan) -> Generator[memoryview, None, Any]:
+    """Return the message that begins with `prefix` and whose arrays the sender puts into `loan`; see `assemble`."""
+    kind, message, arrays = yield from _assemble_head(prefix, np.asarray(loan))
+    expected, checksums = memoryview(bytearray(_CHECKSUM.size)), bytearray()
     for place, array in enumerate(arrays):
         value, data = 0, array.reshape(-1).view(np.uint8).data
         for start in range(0, len(data), PLACED_BYTES):
             yield expected
             value = checksum([data[start : start + PLACED_BYTES]], value)
             _compare(expected, value, place, kind)
+            checksums += expected
+    loan.sizes, loan.checksums = [array.nbytes for array in arrays], bytes(checksums)
     return message
 
 

@@ -15,8 +15,6 @@ import threading
 from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
-import numpy as np
-
 from jaxdist.paramserver.protocol import messages
 from jaxdist.paramserver.wire import codec, encoding, greeting, lent_memory, same_machine
 
@@ -98,7 +96,7 @@ class Incoming(asyncio.BufferedProtocol):
         self._size = 0  # its length
         self._socket: socket.socket | None = None  # another one for the same connection, if it carries descriptors
         self._borrowed = lent_memory.Borrowed(self._return_soon)
-        self._memory_lent: np.ndarray | None = None  # where the arrays of the message are whose prefix comes next
+        self._loan: lent_memory.Loan | None = None  # where the arrays of the message are whose prefix comes next
         self._left = memoryview(b"")  # bytes that arrived before reading was paused
         self._paused = False
         self._delivered = self._handled = self._acked = 0
@@ -119,7 +117,7 @@ class Incoming(asyncio.BufferedProtocol):
             self._loop.remove_reader(self._socket)
             self._socket.close()
         self._borrowed.close()
-        self._memory_lent = None
+        self._loan = None
         if self._parts is not None:
             self._parts = None
             self._give(self._size)
@@ -215,7 +213,7 @@ class Incoming(asyncio.BufferedProtocol):
     def _begin(self) -> None:
         """Begin to receive the message whose prefix has arrived, once there is memory for it."""
         if self._socket is not None and self._memory.startswith(lent_memory.MAGIC):
-            self._memory_lent = self._borrowed.memory(bytes(self._memory))
+            self._loan = self._borrowed.loan(bytes(self._memory))
             self._expect_prefix()
             return
         self._size = encoding.declared_bytes(memoryview(self._memory))
@@ -224,8 +222,8 @@ class Incoming(asyncio.BufferedProtocol):
         if self.lane == BULK and not self._budget.take(self._size, self._wake):
             self._pause()
             return
-        prefix, memory, self._memory_lent = bytes(self._memory), self._memory_lent, None
-        self._parts = encoding.assemble(prefix) if memory is None else encoding.assemble_placed(prefix, memory)
+        prefix, loan, self._loan = bytes(self._memory), self._loan, None
+        self._parts = encoding.assemble(prefix) if loan is None else encoding.assemble_placed(prefix, loan)
         self._next_part()
 
     def _next_part(self) -> None:

@@ -4,6 +4,9 @@ Over a socket the kernel copies each byte twice, which takes three times as long
 message into a *segment* and sends the rest through the connection; the arrays that the receiver makes are views of the
 segment. When the last of them is gone, the receiver returns the segment, and the sender uses it again: new memory would
 cost as much as a copy. Segments have no names, so the system frees them when both processes have ended, however.
+
+A receiver that sends just these arrays on passes the segment on, with the checksums it came with, and copies nothing: a
+primary does that with the pushes that its backup needs. It returns the segment when neither uses it any more.
 """
 
 import contextlib
@@ -13,11 +16,13 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
-from jaxdist.paramserver.wire.codec import EncodingError
+from jaxdist.paramserver.wire.codec import EncodingError, aligned
 
 LEAST_BYTES = 1 << 20
 """Smaller messages go through the socket: the return of a segment costs more than copying them."""
@@ -28,7 +33,7 @@ _NOTICE = struct.Struct("<4sIQQ")  # number and size of a segment, and the numbe
 
 
 class Segment:
-    """Memory of a sender. `descriptor` names it for the receiver until it is sent, and is -1 then.
+    """Memory of a sender. `descriptor` names it for the receiver until it is taken to be sent, and is -1 then.
 
     Raises:
       OSError: the system has no memory for it, or no more descriptors.
@@ -45,11 +50,15 @@ class Segment:
             self.close()
             raise
 
+    def take_descriptor(self) -> int:
+        """Return the descriptor, which the caller closes; -1 if it has been taken before."""
+        descriptor, self.descriptor = self.descriptor, -1
+        return descriptor
+
     def close(self) -> None:
         """Close the descriptor; the memory stays while an array refers to it."""
         if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
+            os.close(self.take_descriptor())
 
 
 class Lender:
@@ -60,6 +69,8 @@ class Lender:
         self._number = 0
         self._free: list[Segment] = []
         self._lent: dict[int, Segment] = {}
+        self._known: dict[int, weakref.ref[_Mapped]] = {}  # segments of others that the receiver knows
+        self._passed: dict[int, list[Loan]] = {}  # those that it has not returned
 
     def lend(self, size: int) -> tuple[Segment, bytes] | None:
         """Return a segment of at least this size, and what tells the receiver of it; None if none can be lent."""
@@ -84,12 +95,36 @@ class Lender:
             return Segment(self._number, size)
         return None
 
+    def pass_on(self, loan: "Loan") -> tuple[int, bytes] | None:
+        """Return a descriptor to be sent, -1 if it need not be, and what tells the receiver of a segment of another.
+
+        The loan is held until the receiver returns it. The result is None if the system has no more descriptors.
+        """
+        with self._lock:
+            number = next((each for each, mapped in self._known.items() if mapped() is loan.mapped), 0)
+            descriptor = -1
+            if not number:
+                try:
+                    descriptor = os.dup(loan.mapped.descriptor)
+                except OSError:
+                    return None
+                self._number += 1
+                number = self._number
+                self._known[number] = weakref.ref(loan.mapped)
+            gone = next((each for each, mapped in self._known.items() if mapped() is None), 0)
+            self._known.pop(gone, None)
+            self._passed.setdefault(number, []).append(loan)
+            return descriptor, _NOTICE.pack(MAGIC, number, loan.mapped.size, gone)
+
     def give_back(self, number: int) -> None:
         """Take back a segment."""
         with self._lock:
             segment = self._lent.pop(number, None)
             if segment is not None:
                 self._free.append(segment)
+            loans = self._passed.get(number)
+            loan = loans.pop() if loans else None
+        del loan  # without the lock: it may return the segment to its owner
 
     def close(self) -> None:
         """Forget all segments: the connection has ended."""
@@ -97,17 +132,50 @@ class Lender:
             for segment in (*self._free, *self._lent.values()):
                 segment.close()
             self._free, self._lent = [], {}
+            passed, self._known, self._passed = self._passed, {}, {}
+        del passed
 
 
-class _Loan:
-    """What arrays in a segment refer to; the segment is returned when it is gone."""
+class _Mapped:
+    """A segment of a sender in the memory of this process."""
 
-    def __init__(self, mapping: mmap.mmap, give_back: Callable[[], None]) -> None:
-        self._mapping, self._give_back = mapping, give_back
-        self.__array_interface__ = np.frombuffer(mapping, np.uint8).__array_interface__
+    def __init__(self, descriptor: int, size: int) -> None:
+        self.descriptor, self.size = descriptor, size
+        self.mapping = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
+class Loan:
+    """What arrays in a segment refer to; the segment is returned when it is gone.
+
+    `sizes` are the lengths of these arrays in bytes, and `checksums` what was sent for them, once all have arrived.
+    """
+
+    def __init__(self, mapped: _Mapped, give_back: Callable[[], None]) -> None:
+        self.mapped, self._give_back = mapped, give_back
+        self.__array_interface__ = np.frombuffer(mapped.mapping, np.uint8).__array_interface__
+        self.sizes: list[int] = []
+        self.checksums = b""
 
     def __del__(self) -> None:
         self._give_back()
+
+
+def loan_of(arrays: Sequence[memoryview]) -> Loan | None:
+    """Return the loan that these arrays are, all of them and in their order; None if they are not one."""
+    owner: Any = next((array.obj for array in arrays if len(array)), None)
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    if not isinstance(owner, Loan) or owner.sizes != [len(array) for array in arrays]:
+        return None
+    at = owner.__array_interface__["data"][0]
+    for array in arrays:
+        if len(array) and np.frombuffer(array, np.uint8).__array_interface__["data"][0] != at:
+            return None
+        at += aligned(len(array))
+    return owner
 
 
 class Borrowed:
@@ -119,7 +187,7 @@ class Borrowed:
 
     def __init__(self, give_back: Callable[[int], None]) -> None:
         self._give_back = give_back
-        self._mappings: dict[int, mmap.mmap] = {}
+        self._mapped: dict[int, _Mapped] = {}
         self._arrived: list[int] = []  # descriptors without a notice yet
 
     def receive(self, connected: socket.socket, memory: memoryview) -> int:
@@ -131,20 +199,19 @@ class Borrowed:
                 self._arrived += struct.unpack(f"{len(data) // 4}i", data[: len(data) // 4 * 4])
         return count
 
-    def memory(self, notice: bytes) -> np.ndarray:
-        """Return the memory of the segment that `notice` tells of, as bytes that cannot be written.
+    def loan(self, notice: bytes) -> Loan:
+        """Return the loan of the segment that `notice` tells of; as an array, it is bytes that cannot be written.
 
         Raises:
           EncodingError: the notice does not belong to a segment.
         """
         _, number, size, dropped = _NOTICE.unpack(notice)
-        self._mappings.pop(dropped, None)
-        if number not in self._mappings:
-            self._mappings[number] = self._map(size)
-        mapping = self._mappings[number]
-        return np.asarray(_Loan(mapping, lambda: self._give_back(number)))
+        self._mapped.pop(dropped, None)
+        if number not in self._mapped:
+            self._mapped[number] = self._map(size)
+        return Loan(self._mapped[number], lambda: self._give_back(number))
 
-    def _map(self, size: int) -> mmap.mmap:
+    def _map(self, size: int) -> _Mapped:
         if not self._arrived:
             raise EncodingError("A message is in a segment of memory that was not sent.")
         descriptor = self._arrived.pop(0)
@@ -153,7 +220,7 @@ class Borrowed:
             sealed = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
             if not sealed or not 0 < size <= os.fstat(descriptor).st_size:
                 raise EncodingError(f"A segment of memory is not one of {size} bytes.")
-            return mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
+            return _Mapped(os.dup(descriptor), size)
         except OSError as error:
             raise EncodingError(f"A segment of memory cannot be used: {error.strerror}.") from error
         finally:
@@ -161,7 +228,7 @@ class Borrowed:
 
     def close(self) -> None:
         """Forget all segments: the connection has ended."""
-        self._mappings = {}
+        self._mapped = {}
         while self._arrived:
             with contextlib.suppress(OSError):
                 os.close(self._arrived.pop())

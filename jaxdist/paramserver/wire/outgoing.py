@@ -8,6 +8,7 @@ sends through another socket of the same connection, because asyncio's own copie
 import asyncio
 import contextlib
 import itertools
+import os
 import socket
 import ssl
 import threading
@@ -53,6 +54,7 @@ class Outgoing(asyncio.Protocol):
         self._transport: Any = None
         self._socket: socket.socket | None = None
         self._lender = lent_memory.Lender()
+        self._descriptor = -1  # of memory that the peer does not know yet
         self._forget()
 
     def _forget(self) -> None:
@@ -62,6 +64,7 @@ class Outgoing(asyncio.Protocol):
         self._heard = bytearray()
         self._expected = b""  # the proof that the listener must send; empty before its challenge
         self._outbox.begin()
+        self._sending: encoding.Encoded | None = None
         self._blocks: Iterator[Buffer] | None = None  # of the message being sent
         self._left: Buffer = b""  # of a block that the socket did not take at once
         if self._socket is not None:
@@ -69,7 +72,7 @@ class Outgoing(asyncio.Protocol):
             self._socket.close()
         self._socket = None  # another one for the same connection, without TLS
         self._lender.close()
-        self._segment: lent_memory.Segment | None = None  # one that the peer does not know yet
+        self._close_descriptor()
         self._moved_at, self._moved = self._loop.time(), (0, 0)
         self._num_blocks = 0
 
@@ -113,12 +116,16 @@ class Outgoing(asyncio.Protocol):
     def _send(self) -> int:
         """Send some bytes, and with the first ones about a new segment of memory its descriptor."""
         assert self._socket is not None
-        if self._segment is None:
+        if self._descriptor < 0:
             return self._socket.send(self._left)
-        sent = socket.send_fds(self._socket, [self._left], [self._segment.descriptor])
-        self._segment.close()
-        self._segment = None
+        sent = socket.send_fds(self._socket, [self._left], [self._descriptor])
+        self._close_descriptor()
         return sent
+
+    def _close_descriptor(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
     # The connection.
 
@@ -294,24 +301,31 @@ class Outgoing(asyncio.Protocol):
             block = next(self._blocks, None)
             if block is not None:
                 return block
-            self._blocks = None
+            assert self._sending is not None
+            self._sending.forget_arrays()
+            self._sending = self._blocks = None
         taken = self._outbox.take()
         if not taken:
             return None
         if self._lane == BULK:
-            self._blocks = self._blocks_of(taken[0])
+            self._sending = taken[0]
+            self._blocks = self._blocks_of(self._sending)
             return next(self._blocks)
         return b"".join(part for each in taken for part in each)
 
     def _blocks_of(self, message: encoding.Encoded) -> Iterator[Buffer]:
         """Return the blocks of a large message; within a machine, its arrays are put into lent memory instead."""
         shared = self._socket is not None and self._socket.family == socket.AF_UNIX
-        lent = (
-            self._lender.lend(message.placed_bytes) if shared and message.num_bytes >= lent_memory.LEAST_BYTES else None
-        )
+        if not shared or message.num_bytes < lent_memory.LEAST_BYTES:
+            return iter(message)
+        loan = lent_memory.loan_of(message.arrays)
+        passed = None if loan is None else self._lender.pass_on(loan)
+        if loan is not None and passed is not None:
+            self._descriptor, notice = passed
+            return iter([notice, message.placed(loan.checksums)])
+        lent = self._lender.lend(message.placed_bytes)
         if lent is None:
             return iter(message)
         segment, notice = lent
-        if segment.descriptor >= 0:
-            self._segment = segment
+        self._descriptor = segment.take_descriptor()
         return itertools.chain([notice], message.place(segment.memory))

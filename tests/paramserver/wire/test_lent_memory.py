@@ -1,5 +1,6 @@
 """Lent memory holds what was sent while any array is in it, is used again after that, and is refused if it is none."""
 
+import dataclasses
 import fcntl
 import os
 import queue
@@ -31,9 +32,16 @@ def is_whole(message):
     return encoding.to_bytes(message) == encoding.to_bytes(large(message.index))
 
 
-def assemble(sent, memory):
-    """Return the message in `memory` whose other bytes are `sent`."""
-    parts, data = encoding.assemble_placed(sent, memory), sent[encoding.PREFIX_BYTES :]
+def loan(size):
+    """Return a loan of so many bytes, and the memory that its owner writes to."""
+    segment = lent_memory.Segment(1, max(size, 1))
+    mapped = lent_memory._Mapped(segment.take_descriptor(), segment.size)
+    return lent_memory.Loan(mapped, lambda: None), segment.memory
+
+
+def assemble(sent, lent):
+    """Return the message in a loan whose other bytes are `sent`."""
+    parts, data = encoding.assemble_placed(sent, lent), sent[encoding.PREFIX_BYTES :]
     try:
         while True:
             part = next(parts)
@@ -48,21 +56,49 @@ def assemble(sent, memory):
 def test_a_message_is_the_same_if_its_arrays_are_placed(sizes):
     message = transfer(1, *(np.arange(size).astype(np.uint8) for size in sizes))
     encoded = encoding.encode(message)
-    memory = np.zeros(encoded.placed_bytes, np.uint8)
-    found = assemble(b"".join(encoded.place(memory)), memory)
+    lent, memory = loan(encoded.placed_bytes)
+    found = assemble(b"".join(encoded.place(memory)), lent)
     assert encoding.to_bytes(found) == encoding.to_bytes(message)
+    again = encoding.encode(dataclasses.replace(found, index=2))
+    if any(sizes):
+        assert lent_memory.loan_of(again.arrays) is lent
+    passed = assemble(again.placed(lent.checksums), lent)
+    assert encoding.to_bytes(passed) == encoding.to_bytes(dataclasses.replace(message, index=2))
+    memory = np.asarray(lent)
     assert all(array.ctypes.data % 64 == memory.ctypes.data % 64 for array in found.state.params if array.size)
 
 
 def test_damage_and_too_little_memory_are_noticed():
     encoded = encoding.encode(large(1))
-    memory = np.zeros(encoded.placed_bytes, np.uint8)
+    lent, memory = loan(encoded.placed_bytes)
     sent = b"".join(encoded.place(memory))
     with pytest.raises(EncodingError, match="ends before an array"):
-        assemble(sent, memory[:-64])
+        assemble(sent, loan(encoded.placed_bytes - 64)[0])
+    assert is_whole(assemble(sent, lent))
     memory[1_599_999] ^= 1
-    with pytest.raises(EncodingError, match="Array 0 of a Transfer message is damaged"):
-        assemble(sent, memory)
+    for damaged in (sent, encoded.placed(lent.checksums)):
+        with pytest.raises(EncodingError, match="Array 0 of a Transfer message is damaged"):
+            assemble(damaged, lent)
+
+
+def test_other_arrays_than_all_of_a_loan_are_not_passed_on():
+    encoded = encoding.encode(large(1))
+    lent, memory = loan(encoded.placed_bytes)
+    sent = b"".join(encoded.place(memory))
+    arrays = assemble(sent, lent).state.params
+
+    def found(*given):
+        return lent_memory.loan_of(encoding.encode(transfer(1, *given)).arrays)
+
+    assert found(*arrays) is lent
+    assert (
+        found(arrays[0])
+        is found(*arrays[::-1])
+        is found(arrays[0][:-1], arrays[1])
+        is found(*arrays, np.ones(3))
+        is None
+    )
+    assert found(arrays[0], arrays[1].copy()) is found(*map(np.copy, arrays)) is found() is None
 
 
 @pytest.fixture
@@ -116,6 +152,98 @@ def test_arrays_outlive_the_sender_and_the_connection(ends):
     first.close()
     second.close()
     assert is_whole(message)
+
+
+@pytest.fixture
+def chain(ends):
+    """The ends and their queue, another end that the second one passes messages on to, and its queue."""
+    first, second, heard = ends
+    passed = queue.Queue()
+    third = streams.Wire(
+        listen="127.0.0.1:0", peers={}, receive=lambda message, handled: (handled(), passed.put(message))
+    )
+    second.peers["peer"] = f"127.0.0.1:{third.port}"
+    yield first, second, heard, third, passed
+    third.close()
+
+
+def pass_on(chain, number):
+    """Send a message from the first end over the second to the third; return what both receive."""
+    first, second, heard, _, passed = chain
+    first.send("peer", large(number))
+    message = heard.get(timeout=200)
+    second.send("peer", messages.Transfer(0, 7, message.index, message.state))
+    return message, passed.get(timeout=200)
+
+
+def test_arrays_that_are_sent_on_stay_in_the_memory_of_the_first_sender(chain):
+    returned = queue.Queue()
+    for number in range(1, 20):
+        message, passed = pass_on(chain, number)
+        if number == 1:
+            lender_of(chain[0]).give_back = returned.put
+        assert (passed.term, passed.index) == (7, number)
+        assert encoding.to_bytes(passed.state) == encoding.to_bytes(message.state)
+        assert is_whole(message)
+        del message, passed
+        lent_memory.Lender.give_back(lender_of(chain[0]), returned.get(timeout=200))
+    first, second = map(lender_of, chain[:2])
+    assert first._number == 1
+    assert (second._free, second._lent) == ([], {})
+    assert len(second._known) == 1
+
+
+def test_memory_is_used_again_only_when_the_last_of_all_receivers_has_returned_it(chain):
+    kept = [pass_on(chain, number)[1] for number in range(1, 1 + lent_memory.MOST_SEGMENTS)]
+    first = lender_of(chain[0])
+    for number in range(4, 8):  # through the socket, so the memory of the third sees none of them
+        pass_on(chain, number)
+    assert sorted(first._lent) == [1, 2, 3]
+    assert [each.state.params[0][0] for each in kept] == [1, 2, 3]
+
+
+def test_what_was_passed_on_outlives_both_connections_and_is_returned_with_the_last_one():
+    returned = []
+    borrowed, lender = lent_memory.Borrowed(returned.append), lent_memory.Lender()
+    segment = lent_memory.Segment(5, 4096)
+    borrowed._arrived.append(segment.take_descriptor())
+    lent = borrowed.loan(lent_memory._NOTICE.pack(lent_memory.MAGIC, 5, 4096, 0))
+    descriptor, _ = lender.pass_on(lent)
+    assert lender.pass_on(lent)[0] == -1  # sent again, for example in another term
+    borrowed.close()
+    del lent
+    lender.give_back(1)
+    lender.give_back(9)  # of no segment
+    assert returned == []
+    lender.close()
+    assert returned == [5]
+    os.close(descriptor)
+
+
+def test_a_receiver_is_told_of_memory_whose_owner_is_gone():
+    lender = lent_memory.Lender()
+    notices = []
+    for _ in range(3):
+        lent, _ = loan(4096)
+        descriptor, notice = lender.pass_on(lent)
+        os.close(descriptor)
+        del lent
+        lender.give_back(lender._number)
+        notices.append(lent_memory._NOTICE.unpack(notice)[1::2])
+    assert notices == [(1, 0), (2, 1), (3, 2)]
+    assert sorted(lender._known) == [3]
+
+
+def test_without_a_descriptor_what_is_sent_on_is_copied(chain, monkeypatch):
+    def fail(_):
+        raise OSError("too many open files")
+
+    monkeypatch.setattr(lent_memory.Lender, "pass_on", lambda *_: None)
+    assert is_whole(pass_on(chain, 1)[0])
+    monkeypatch.undo()
+    lent, _ = loan(4096)
+    monkeypatch.setattr(os, "dup", fail)
+    assert lent_memory.Lender().pass_on(lent) is None
 
 
 def test_messages_take_the_socket_if_there_is_no_memory(ends, monkeypatch):
@@ -181,7 +309,7 @@ def test_what_is_no_memory_of_the_declared_size_is_refused(pair, size, declared,
     memory = memoryview(bytearray(100))
     assert bytes(memory[: borrowed.receive(theirs, memory)]) == b"notice"
     with pytest.raises(EncodingError, match="segment of memory"):
-        borrowed.memory(lent_memory._NOTICE.pack(lent_memory.MAGIC, 1, declared, 0))
+        borrowed.loan(lent_memory._NOTICE.pack(lent_memory.MAGIC, 1, declared, 0))
     assert not borrowed._arrived
     for each in descriptors:
         os.close(each)
