@@ -99,16 +99,18 @@ def lineage(lines: Sequence[str]) -> list[LedgerEntry]:
     entries: list[LedgerEntry] = []
     for number, line in enumerate(lines, start=1):
         words = line.split()
-        is_incomplete = number == len(lines) or (number + 1 < len(lines) and lines[number].startswith("from "))
         if not words:
             continue
+        # Of a line that ends with the file, or where the next process continued it, digits may be missing.
+        may_be_part = number == len(lines) or lines[number].startswith("from ")
         is_start = words[0] == "from" and len(words) == 2
         are_numbers = all(map(str.isdecimal, words[is_start:]))
         if is_start and are_numbers:
-            entries = _until(entries, int(words[1]))
+            # A whole one directly before another has no effect: that one goes further back.
+            entries = entries if may_be_part else _until(entries, int(words[1]))
         elif len(words) == 4 and are_numbers and number < len(lines):
             entries.append(LedgerEntry(*map(int, words)))
-        elif not is_incomplete:
+        elif not may_be_part:
             raise LedgerError(f"Line {number} of the ledger cannot be read: {line!r}. The file was changed or damaged.")
     return entries
 
@@ -148,4 +150,4 @@ def check(entries: Iterable[LedgerEntry], *, num_examples: int) -> int:
                 f"unused one was {position} of {num_examples}, so examples were {happened}."
             )
         step, position = entry.step, entry.end
-    return epoch + (num_examples > 0 and position == num_examples)
+    return epoch + (position == num_examples)

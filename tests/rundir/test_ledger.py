@@ -124,3 +124,28 @@ def test_a_step_without_examples_is_no_step():
         ledger.check([ledger.LedgerEntry(1, 0, 0, 0)], num_examples=8)
     with pytest.raises(ledger.LedgerError, match=r"positions \[0, 9\) .* was 0 of 8"):
         ledger.check([ledger.LedgerEntry(1, 0, 0, 9)], num_examples=8)
+
+
+@given(
+    attempts=st.lists(st.tuples(st.integers(0, 4), st.integers(1, 4), st.integers(0, 3)), min_size=1, max_size=4),
+    cut=st.integers(1, 10_000),
+    steps_back=st.integers(0, 3),
+)
+def test_a_file_that_ends_anywhere_is_continued_from_any_step_that_is_whole_in_it(attempts, cut, steps_back):
+    """A full disk ends a line at any character: also the one that says where a process continues."""
+    text, reached = "", 9  # a step of two digits is soon reached: a part of its number is another step's
+    text += "\nfrom 0\n" + "".join(f"{step} 0 {step - 1} {step}\n" for step in range(1, 10))
+    for steps_before, steps, steps_again in attempts:
+        begin = max(0, reached - steps_before)
+        reached = begin + steps
+        text += f"\nfrom {begin}\n" + "".join(f"{step} 0 {step - 1} {step}\n" for step in range(begin + 1, reached + 1))
+        if steps_again:  # a process that goes back itself writes no line break before that
+            reached = max(1, reached - steps_again + 1)
+            text += f"from {reached - 1}\n{reached} 0 {reached - 1} {reached}\n"
+    text = text[: max(1, len(text) - cut % len(text))]
+    whole = ledger.lineage(text[: text.rfind("\n") + 1].split("\n"))
+    assert ledger.lineage(text.split("\n")) == whole
+    resumed = max(0, len(whole) - steps_back)
+    again = f"\nfrom {resumed}\n{resumed + 1} 0 {resumed} {resumed + 1}\n"
+    entries = ledger.lineage((text + again).split("\n"))
+    assert entries == [ledger.LedgerEntry(step, 0, step - 1, step) for step in range(1, resumed + 2)]
