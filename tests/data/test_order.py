@@ -1,4 +1,5 @@
 import itertools
+from unittest import mock
 
 import hypothesis
 import numpy as np
@@ -31,6 +32,22 @@ def test_any_part_of_the_order_is_found_alone(num_examples, data):
         np.testing.assert_array_equal(
             scheme(num_examples, 3, 1, start, stop), scheme(num_examples, 3, 1, 0, num_examples)[start:stop]
         )
+
+
+@hypothesis.given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 60), st.integers(1, 40))
+def test_batches_are_runs_of_the_order_however_many_ids_are_made_at_a_time(num_examples, size, start, at_a_time):
+    whole = order.Shuffled()(num_examples, 3, 1, 0, num_examples)
+    with mock.patch.object(order, "_IDS_AT_A_TIME", at_a_time):
+        found = list(order.Shuffled().batches(num_examples, 3, 1, start, size))
+    assert [batch.after for batch in found] == [
+        min(first + size, num_examples) for first in range(start, num_examples, size)
+    ]
+    for batch, first in zip(found, range(start, num_examples, size), strict=True):
+        expected = whole[first : first + size]
+        assert batch.ids.tolist() == [*expected, *[expected[0]] * (size - len(expected))]
+        assert batch.mask.tolist() == [1.0] * len(expected) + [0.0] * (size - len(expected))
+        assert (batch.ids.dtype, batch.mask.dtype) == (np.int64, np.float32)
+    assert order.Shuffled().num_batches(num_examples, size) == len(range(0, num_examples, size))
 
 
 @hypothesis.given(st.integers(1, 2**62), st.data())

@@ -33,4 +33,5 @@ def test_a_position_of_other_data_is_refused(change, message):
 def test_a_position_outside_the_data_is_refused(epoch, position):
     with pytest.raises(ValueError, match="Not a position of a data set of 100 examples"):
         dataclasses.replace(HERE, epoch=epoch, position=position).check_resumable(HERE)
-    dataclasses.replace(HERE, epoch=5, position=100).check_resumable(HERE)
+    for epoch, position in ((5, 100), (0, 0)):
+        dataclasses.replace(HERE, epoch=epoch, position=position).check_resumable(HERE)
