@@ -150,6 +150,7 @@ WALL_CLOCK = {
     "jaxdist.launch.supervising.restart_events": "restarts.jsonl says when attempts began and ended",
     "jaxdist.paramserver.processes.reports": "steps.jsonl says when a step was made",
     "jaxdist.paramserver.run.observer": "reads that, bounded by the monotonic clock",
+    "jaxdist.paramserver.wire.certificates": "certificates expire by it; only a message follows",
     "jaxdist.rundir.trackers.mlflow_tracker": "MLflow's time of a value",
     "jaxdist.rundir.writers": "TensorBoard's time of a value",
 }

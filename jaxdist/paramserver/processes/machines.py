@@ -44,8 +44,10 @@ def names_at(peers: dict[str, str], host: str) -> list[str]:
     return [name for name in found if name != OBSERVER]
 
 
-def security_of(hosts: Sequence[str]) -> security.Security:
+def security_of(hosts: Sequence[str], *, is_told: bool = False) -> security.Security:
     """Return how the processes authenticate: as the environment says, or by a new token if all are on one machine.
+
+    With `is_told` the user is told of certificates that expire soon.
 
     Raises:
       ValueError: a host is another machine, and the environment has neither a token nor certificates; or the
@@ -54,7 +56,9 @@ def security_of(hosts: Sequence[str]) -> security.Security:
     given = security.Security.read(os.environ)
     for host in hosts or (local_job.LOOPBACK,):
         given.check(host)
-    certificates.check(given, hosts[0] if hosts else local_job.LOOPBACK)
+    expires = certificates.check(given, hosts[0] if hosts else local_job.LOOPBACK)
+    if is_told:
+        certificates.say_if_soon(expires)
     return given if given.token or given.certificate else security.Security(token=security.new_token())
 
 
@@ -71,7 +75,7 @@ def _keep_processes(run_dir: pathlib.Path, host: str) -> bool:
     """Keep the processes of `host` until they are no longer needed; return whether the run has ended."""
     directory = run_dir / run_folder.DIRECTORY_NAME
     with as_user_error():
-        security_of([host])
+        security_of([host], is_told=True)
         spec = _wait_for_run(directory)
         check_ports(spec.peers[name] for name in names_at(spec.peers, host))
     with admission.knock(("", spec.door[1]), security.Security.read(os.environ)) as line:

@@ -188,7 +188,7 @@ def _begin_with(
 def _place(options: Options, plan: shared_plan.Plan, directory: pathlib.Path) -> tuple[Crew, dict[str, str], Security]:
     """Return the crew that keeps the processes running, their addresses, and how they authenticate to each other."""
     chosen, names = plan.experiment.ps, process_names(plan)
-    security = machines.security_of(chosen.hosts)
+    security = machines.security_of(chosen.hosts, is_told=not options.silent)
     if chosen.engine == "ray":
         # Actors have the environment variables of the cluster, not those of this process.
         environment = {name: os.environ[name] for name in (faults.FAULTS,) if name in os.environ}

@@ -1,6 +1,7 @@
 """Certificates that others would not accept are refused before a run begins."""
 
 import pathlib
+import ssl
 
 import pytest
 
@@ -18,6 +19,17 @@ def secured(**files):
 def test_certificates_that_fit_are_accepted_and_none_are_needed():
     certificates.check(secured(), "127.0.0.1")
     certificates.check(Security(token="secret"), "10.0.0.1")
+
+
+def test_certificates_that_expire_soon_are_told_with_the_time(monkeypatch, capsys):
+    expires = certificates.check(secured(), "127.0.0.1")
+    assert expires == ssl.cert_time_to_seconds("Nov  1 15:19:21 2126 GMT")  # the root; the other one a second later
+    certificates.say_if_soon(expires)
+    certificates.say_if_soon(certificates.check(Security(token="secret"), "10.0.0.1"))
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(certificates.time, "time", lambda: expires - 24 * 3600)
+    certificates.say_if_soon(expires)
+    assert "signed it, expires on 01 November 2126, 15:19 UTC" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
