@@ -72,6 +72,8 @@ class Scheduler:
             action(state, message, now, out)
         elif (freeing := _FREEING.get(type(message))) is not None and freeing(state, message, now, out) is not False:
             leases.dispatch(state, now, out)
+        # Workers wait for their leases; a shard has made the step, and needs the commit when they have pushed again.
+        out.replies.sort(key=lambda reply: isinstance(reply.message, messages.Commit))
         return out.replies, out.effects
 
     def _tick(self, now: float, out: effects.Output) -> None:

@@ -22,6 +22,15 @@ def test_a_term_that_a_shard_did_not_enter_is_announced_again():
     assert {to for to, message in sent if type(message).__name__ == "Membership"} == {"server/1/a"}
 
 
+def test_leases_leave_before_the_commit_of_the_step_before():
+    """Each message costs the scheduler the time to wake a process, and workers wait for nothing but their leases."""
+    cast = stages.Cast(stages.settings(workers=2, servers=2)).join()
+    leases = [cast.ask(0), cast.ask(1)]
+    cast.finish(1, leases[1])
+    sent, _ = cast.finish(0, leases[0])
+    assert [type(message).__name__ for _, message in sent] == ["DoneAck", "Grant", "Grant", "Commit", "Commit"]
+
+
 def lines_a_step(workers):
     """Return how many lines run in a step, turns of loops within a line too: a time would depend on the machine."""
     chosen = stages.settings(
