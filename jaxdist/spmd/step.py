@@ -238,6 +238,7 @@ def keep_in_turn(stays: jax.Array) -> Keep:
     chosen: list[jax.Array] = []
 
     def keep(old: jax.Array, new: jax.Array) -> jax.Array:
+        new = jnp.asarray(new)  # a constant of the optimizer may be a number of Python's
         is_small = 0 < new.size <= reduce.PACKED_MAX_SIZE and jnp.issubdtype(new.dtype, jnp.floating)
         waits = is_small and len(chosen) >= ABREAST
         leaf = jnp.where(stays | dependence.false_after(chosen[-ABREAST]) if waits else stays, old, new)

@@ -327,6 +327,17 @@ def test_the_choices_of_small_leaves_follow_in_turn_and_others_do_not():
     assert [float(leaf[0]) for leaf in jax.jit(kept)([small] * 9)] == [1.0] * 9
 
 
+def test_a_state_with_a_constant_of_python_is_kept_in_turn():
+    optimizer, params = optax.optimistic_gradient_descent(0.1), {"w": jnp.ones(3)}
+
+    @jax.jit
+    def update(state):
+        return steps.chosen_early(steps.keep_in_turn(jnp.array(False)), optimizer.update, params, state, params)
+
+    state = optimizer.init(params)
+    assert_close(update(state), optimizer.update(params, state, params))
+
+
 def test_no_moment_is_copied_to_keep_the_state_of_a_step_that_is_not_finite():
     mesh, optimizer = mesh_of(1), optax.adam(1e-3)
     state = new_state(optimizer, mesh)
