@@ -12,7 +12,7 @@ from jaxdist import errors
 from jaxdist.adapters.functions import Loss, Values
 from jaxdist.errors import ConfigError
 from jaxdist.setting_group import show
-from jaxdist.spmd.metrics import Batch, Mean, Weighted, check_rows_left_out
+from jaxdist.spmd.metrics import Batch, Mean, Weighted, check_rows_left_out, unshared
 
 
 @contextlib.contextmanager
@@ -38,7 +38,7 @@ def checked_loss(loss: Loss, outputs: Any, batch: Batch) -> tuple[Values, dict[s
     rule = f"A loss is called as loss(outputs, batch): with what the model returns, here {kind}, and a dict of fields"
     try:
         with first_call(rule, name):
-            result = loss(outputs, batch)
+            result = loss(*unshared((outputs, batch)))
     except KeyError as error:
         if error.args[:1] and error.args[0] in batch:
             raise

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdist.spmd import precision as precisions
-from jaxdist.spmd.metrics import MASK, SEGMENT_IDS, Batch, Mean, Weighted, masked_mean
+from jaxdist.spmd.metrics import MASK, SEGMENT_IDS, Batch, Mean, Weighted, masked_mean, unshared
 from jaxdist.spmd.precision import Precision
 
 PyTree: TypeAlias = Any
@@ -117,7 +117,7 @@ def switches(accepted: Mapping[str, Any], batch: Batch, train: bool) -> dict[str
 
 
 def _average(loss: Loss, outputs: Any, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
-    values, metrics = loss(outputs, batch)
+    values, metrics = loss(*unshared((outputs, batch)))
     mask = batch.get(MASK)
 
     def average(name: str, each: Values) -> Mean:

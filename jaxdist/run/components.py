@@ -24,7 +24,7 @@ from jaxdist.run.warm_start import beginning
 from jaxdist.rundir import record
 from jaxdist.spmd import evaluate, mesh, precision, state, step, strategies
 from jaxdist.spmd.canonical import canonical_step
-from jaxdist.spmd.metrics import Batch
+from jaxdist.spmd.metrics import Batch, unshared
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -327,8 +327,8 @@ def make_collect_fn(experiment: Experiment, functions: adapters.Functions) -> ev
         )
 
     def collect(params: Any, model_state: Any, batch: Batch) -> list[Any]:
-        outputs = predict_fn(params, batch, *(() if model_state is None else (model_state,)))
-        return [dict(metric.collect(outputs, batch)) for metric in metrics]
+        outputs = predict_fn(params, unshared(batch), *(() if model_state is None else (model_state,)))
+        return [dict(metric.collect(*unshared((outputs, batch)))) for metric in metrics]
 
     return collect
 

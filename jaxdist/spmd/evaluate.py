@@ -184,7 +184,7 @@ def _means(eval_fn: EvalFn, params: PyTree, model_state: PyTree, batch: Batch) -
     batch = metrics_lib.without_masked_rows(batch)
     # Evaluation is deterministic; loss functions that take a key nevertheless get a constant one.
     args = (params, batch, jax.random.key(0), *(() if model_state is None else (model_state,)))
-    found = eval_fn(*args)
+    found = eval_fn(*metrics_lib.unshared(args))
     if not isinstance(found, tuple) or isinstance(found, Mean) or len(found) != 2:
         raise ValueError(f"eval_fn must return (loss, metrics); it returned {type(found).__name__}.")
     loss, metrics = found

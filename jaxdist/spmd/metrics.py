@@ -101,6 +101,18 @@ def without_masked_rows(batch: Batch) -> Batch:
     return {name: field if name == MASK else fill(field) for name, field in batch.items()}
 
 
+def unshared(tree: Any) -> Any:
+    """Return the tree in dicts and lists of its own, for a function of the user.
+
+    What that writes into them, or takes out of them, is then not seen by others that use the same batch or outputs.
+    """
+    if type(tree) is dict:
+        return {name: unshared(each) for name, each in tree.items()}  # in its order, in which a function may add
+    if type(tree) in (list, tuple):
+        return type(tree)(map(unshared, tree))
+    return tree
+
+
 def counted_rows(batch: Batch) -> jax.Array:
     """Return which rows of the batch count, bools of shape (B,): of a row of tokens, whether any of them does."""
     if MASK not in batch:

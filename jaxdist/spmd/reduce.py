@@ -78,7 +78,7 @@ def evaluate_loss(
     """
     batch = metrics_lib.without_masked_rows(batch)
     args = (params, batch, key) if model_state is None else (params, batch, key, model_state)
-    results = loss_fn(*args)
+    results = loss_fn(*metrics_lib.unshared(args))
     expected = "(loss, metrics)" if model_state is None else "(loss, metrics, model_state)"
     whole = isinstance(results, tuple) and not isinstance(results, Mean)  # a Mean alone is a tuple of two, too
     if not whole or len(results) != len(args) - 1:

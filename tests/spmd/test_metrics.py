@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxdist.spmd import metrics
+from jaxdist.spmd.metrics import Mean
 
 ROWS = st.lists(st.tuples(st.floats(-100, 100, width=32), st.booleans()), min_size=1, max_size=12)
 
@@ -79,3 +80,14 @@ def test_a_mean_whose_total_counts_rows_and_whose_count_does_not_is_refused():
         metrics.check_rows_left_out(
             {"loss": metrics.Mean(jnp.ones(()), 1.0)}, loss_fn, [(), {metrics.MASK: jnp.ones(4)}]
         )
+
+
+def test_what_is_written_into_an_unshared_tree_is_not_seen_in_the_tree():
+    tree = {"b": [1, (2, {"c": 3})], "a": Mean(4, 5)}
+    own = metrics.unshared(tree)
+    assert own == tree
+    assert list(own) == ["b", "a"]
+    own["b"][1][1]["c"] = 0
+    own["b"].append(0)
+    del own["a"]
+    assert tree == {"b": [1, (2, {"c": 3})], "a": Mean(4, 5)}

@@ -56,7 +56,7 @@ def check(
             found = _evaluated(functions.eval_fn, abstract, own_shapes, same_bits=same_bits)
             if is_plain:
                 _check_means(functions.eval_fn, abstract, own_shapes)
-            collected = _collected(experiment, collect_fn, abstract, own_shapes)
+            collected = _collected(experiment, collect_fn, abstract, own_shapes, same_bits=same_bits)
         except Exception as error:
             raise ConfigError(f"The evaluation fails on the examples of {setting}: {errors.describe(error)}") from error
         _check_collected(found, collected)
@@ -174,12 +174,18 @@ def _evaluated(eval_fn: Any, abstract: state.TrainState, shapes: Shapes, *, same
 
 
 def _collected(
-    experiment: Experiment, collect_fn: evaluate.CollectFn | None, abstract: state.TrainState, shapes: Shapes
+    experiment: Experiment,
+    collect_fn: evaluate.CollectFn | None,
+    abstract: state.TrainState,
+    shapes: Shapes,
+    *,
+    same_bits: bool,
 ) -> list[str]:
     """Return the names of the metrics that are no means, whose rows are checked to be one for each example."""
     if collect_fn is None:
         return []
-    rows = jax.eval_shape(collect_fn, abstract.params, abstract.model_state, dict(shapes))
+    args = _arguments(abstract, shapes)[:3]
+    rows = check_same_trace("What eval.metrics collect", collect_fn, args, same_bits=same_bits)
     size = next(iter(shapes.values())).shape[0]
     for metric, own in zip(experiment.eval.metrics, rows, strict=True):
         wrong = [name for name, leaf in own.items() if leaf.shape[:1] != (size,)]

@@ -141,15 +141,26 @@ def scale_by_a_counter():
     return optax.stateless(lambda updates, params: jax.tree.map(lambda leaf: leaf * next(COUNTER), updates))
 
 
+class CollectsAnother:
+    names = ("score",)
+
+    def collect(self, outputs, batch):
+        return {"score": outputs[:, 0] * next(COUNTER)}
+
+    def compute(self, rows):
+        return {"score": float(rows["score"].mean())}
+
+
 @pytest.mark.parametrize(
     ("what", "changes"),
     [
+        ("What eval.metrics collect", {"eval": jaxdist.Evaluation(metrics=(CollectsAnother(),))}),
         ("The model with its loss", {"model": plain_functions(train=scaled_backward), "loss": None}),
         ("The evaluation", {"model": plain_functions(evaluate=lambda x: x * next(COUNTER)), "loss": None}),
         ("The update of the optimizer", {"optimizer": optax.chain(scale_by_a_counter(), optax.sgd(0.1))}),
     ],
 )
-def test_backward_pass_evaluation_and_optimizer_are_the_same_at_each_trace(what, changes):
+def test_backward_pass_evaluation_metrics_and_optimizer_are_the_same_at_each_trace(what, changes):
     experiment = dataclasses.replace(tiny_experiment.get_config(), **changes)
     with pytest.warns(UserWarning, match=rf"{what} is another each time that it is traced, first at .*test_repe"):
         components.put_together(experiment, devices=jax.devices()[:1])
