@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxdist import errors
 from jaxdist.data import ArraySource, MapSource, Source
+from jaxdist.data.sources.source import plain_array
 from jaxdist.data.streams import equivalents
 from jaxdist.errors import ConfigError
 from jaxdist.setting_group import show
@@ -98,14 +99,23 @@ def _are_sets(examples: Any) -> bool:
     return any(map(is_set, examples.values()))
 
 
+def _check_names(names: Sequence[Any]) -> None:
+    """Raise ConfigError where two fields or columns would have the same name."""
+    twice = sorted({str(name) for name in names if [*map(str, names)].count(str(name)) > 1})
+    if twice:
+        raise ConfigError(f"Each field has a name of its own, and {twice[0]!r} comes twice. Rename one.")
+
+
 def _arrays(examples: Any) -> dict[str, np.ndarray] | None:
     """Return named arrays as a dict; None where something else was given."""
+    if isinstance(examples, Mapping) or (hasattr(examples, "columns") and hasattr(examples, "to_numpy")):
+        _check_names(list(examples))
     if isinstance(examples, Mapping):
-        return {str(name): np.asarray(values) for name, values in examples.items()}
+        return {str(name): plain_array(str(name), values) for name, values in examples.items()}
     if hasattr(examples, "columns") and hasattr(examples, "to_numpy"):  # a DataFrame of pandas or polars
         return {str(name): np.asarray(examples[name].to_numpy()) for name in examples.columns}
     if isinstance(examples, tuple) and len(examples) == len(PAIR) and all(hasattr(part, "shape") for part in examples):
-        return dict(zip(PAIR, map(np.asarray, examples)))
+        return {name: plain_array(name, values) for name, values in zip(PAIR, examples, strict=True)}
     if isinstance(examples, str | bytes | tuple) or hasattr(examples, "shape") or not hasattr(examples, "__len__"):
         raise ConfigError(
             f"Examples are a Source, a dict of arrays, a DataFrame or a pair of arrays (x, y); got {show(examples)}. "

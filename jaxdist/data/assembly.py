@@ -12,7 +12,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -217,7 +217,7 @@ class BatchBuffer:
 
     def write(self, row: int, example_id: int, example: Example) -> None:
         """Copy `example` into `row`; ValueError where its fields, shapes or dtypes differ from those of other rows."""
-        fields = {name: _native(plain_array(name, value)) for name, value in example.items()}
+        fields = {name: native(plain_array(name, value)) for name, value in example.items()}
         with self._lock:
             if not self.arrays:
                 check_fields(fields, example_id)
@@ -334,21 +334,58 @@ class HashedSeed(ISeedSequence):
 
 def gather(source: Source, ids: np.ndarray) -> HostArrays:
     """Return the examples `ids` of a source that reads whole batches, in arrays that only the batch holds."""
-    batch = source.__getitems__(ids)  # type: ignore[attr-defined]
-    if not isinstance(batch, Mapping):
+    result = Result.of(source.__getitems__, ids)  # type: ignore[attr-defined]
+    if not isinstance(result.made, Mapping):
         raise ValueError(
             f"__getitems__ returns a dict of fields, each stacked on dim 0; that of {type(source).__name__} returned "
-            f"an object of {type(batch)}. Stack them, or leave it out: examples are then read one by one."
+            f"an object of {type(result.made)}. Stack them, or leave it out: examples are then read one by one."
         )
+    batch = own_arrays(result)
     check_fields(batch, int(ids[0]))
     for name, array in batch.items():
         if array.shape[:1] != (len(ids),):
             raise ValueError(f"__getitems__ of {len(ids)} ids returned field {name!r} of shape {array.shape}.")
-    # A view might belong to the source, which could then change under JAX's alias of it.
-    return {name: _native(array if array.flags.owndata else array.copy()) for name, array in batch.items()}
+    return batch
 
 
-def _native(array: np.ndarray) -> np.ndarray:
+class Result(NamedTuple):
+    """What a function of the user returned, and how many references there were to it, and to each value if it is a
+    dict.
+    """
+
+    made: Any
+    references: int
+    to_values: Mapping[str, int]
+
+    @classmethod
+    def of(cls, function: Callable[..., Any], *args: Any) -> "Result":
+        """Return the result of a call."""
+        made = function(*args)
+        to_values = {name: sys.getrefcount(value) for name, value in made.items()} if type(made) is dict else {}
+        return cls(made, sys.getrefcount(made), to_values)
+
+
+_NEW = Result.of(lambda: {"": np.empty(1)})
+"""A result to which there are no other references than to any result."""
+
+
+def own_arrays(result: Result, given: Iterable[np.ndarray] = ()) -> HostArrays:
+    """Return a mapping that a function made as arrays into which nothing else writes.
+
+    JAX may compute with the very memory of a batch. So a view is copied, whose memory is another's, and so is an array
+    that something else refers to: a function may fill the same arrays for each batch. `given` are the arrays that the
+    function was given, and may return as they are.
+    """
+    is_new, kept = result.references <= _NEW.references, set(map(id, given))
+    arrays = {}
+    for name, value in result.made.items():
+        array = plain_array(name, value)
+        alone = is_new and result.to_values.get(name, math.inf) <= _NEW.to_values[""] and array.flags.owndata
+        arrays[name] = native(array if array is value and (alone or id(value) in kept) else array.copy())
+    return arrays
+
+
+def native(array: np.ndarray) -> np.ndarray:
     """Return the array in this machine's byte order, which devices hold."""
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 

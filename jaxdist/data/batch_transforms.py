@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from jaxdist.data.assembly import ExampleError, HashedSeed, HostArrays
+from jaxdist.data.assembly import ExampleError, HashedSeed, HostArrays, Result, own_arrays
 from jaxdist.data.sources.source import MASK, check_labels
 
 
@@ -165,11 +165,11 @@ def change(
     text = f"jaxdist batch {seed} {epoch} {after}".encode()
     random = np.random.Generator(np.random.PCG64(HashedSeed(hashlib.blake2b(text, digest_size=32).digest())))  # type: ignore[arg-type]
     try:
-        made = batch_fn(batch, random, rows)
+        result = Result.of(batch_fn, batch, random, rows)
     except Exception as error:  # whatever the user's function raises: say which batch it was
         raise ExampleError(f"batch_fn, epoch {epoch}, the batch before example {after}: {error}") from error
-    _check_made(made, batch)
-    arrays = {name: np.asarray(value) for name, value in made.items()}
+    _check_made(result.made, batch)
+    arrays = own_arrays(result, batch.values())
     if keep is None or len(keep) == len(rows.numbers):
         return arrays
     places = np.searchsorted(rows.numbers, keep)

@@ -261,10 +261,12 @@ def check_early(
     preflight.check_forms(functions, abstract, forms, held_out=False)
     same_bits = experiment.reduction == "canonical"
     preflight.check_repeatable(loader, "data.train", same_bits=same_bits)
+    preflight.check_arrays_of_their_own(loader, "data.train", alone=not eval_loaders)
     for name, each in eval_loaders.items():
         setting = data_fields.setting_of_set(name)
         preflight.check_forms(functions, abstract, preflight.check_samples(each, setting), held_out=True)
         preflight.check_repeatable(each, setting, same_bits=same_bits)
+        preflight.check_arrays_of_their_own(each, setting, alone=False)
     preflight.check_no_sums(experiment, functions, abstract, loader, eval_loaders)
 
 

@@ -50,6 +50,27 @@ def test_what_are_no_examples_is_refused_with_what_to_write(given):
         data_fields.as_source(given, "Data.train")
 
 
+MASKED = np.ma.array(IMAGES, mask=IMAGES > 2)
+
+
+@pytest.mark.parametrize(
+    "given", [{"image": MASKED}, (MASKED, LABELS), [{"image": MASKED[2]}]], ids=["dict", "pair", "items"]
+)
+def test_masked_elements_are_refused_however_they_are_given(given):
+    with pytest.raises(ConfigError, match=r"Field 'image' has \d masked elements"):
+        data_fields.as_source(given, "Data.train")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [pandas.DataFrame(IMAGES, columns=["a", "a"]), {1: LABELS, "1": LABELS}],
+    ids=["columns", "fields"],
+)
+def test_two_fields_of_one_name_are_refused(given):
+    with pytest.raises(ConfigError, match=r"Each field has a name of its own, and '.' comes twice"):
+        data_fields.as_source(given, "Data.train")
+
+
 @pytest.mark.parametrize(
     "given",
     [{}, {"image": IMAGES, "label": LABELS[:3]}, {"name": np.array(["a"], object)}, [1, 2]],

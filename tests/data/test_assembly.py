@@ -11,10 +11,12 @@ from jaxdist.data.assembly import (
     ExampleError,
     Made,
     Recipe,
+    Result,
     copy_into,
     example_random,
     make_example,
     make_rows,
+    own_arrays,
     split_evenly,
     with_mask,
 )
@@ -155,6 +157,77 @@ def test_numbers_of_every_byte_order_and_width_become_a_batch(dtype, example_fn)
     assert made.arrays["x"].dtype == np.dtype(dtype).newbyteorder("=")
     np.testing.assert_array_equal(made.arrays["x"].astype(float), values[[2, 0]].astype(float))
     jax.device_put(made.arrays)
+
+
+X = np.arange(48, dtype=np.float32).reshape(24, 2)
+FILLED = {
+    "the same array": lambda size: np.empty((size, 2), np.float32),
+    "a view": lambda size: np.empty((99, 2), np.float32)[:size],
+    "another view": lambda size: np.empty((size, 4), np.float32)[:, ::2],
+    "big-endian": lambda size: np.empty((size, 2), ">f4"),
+}
+
+
+class _Filling:
+    """A source that fills its own arrays in turn, one with each batch, and may keep the dict that it returns."""
+
+    def __init__(self, make, num_arrays=1, keeps_dict=False):
+        self._made = [{"x": make(8)} for _ in range(num_arrays)]
+        self._turn, self._keeps_dict = 0, keeps_dict
+
+    def __len__(self):
+        return len(X)
+
+    def __getitem__(self, index):
+        return {"x": X[index]}
+
+    def fill(self, values):
+        made = self._made[self._turn]
+        self._turn = (self._turn + 1) % len(self._made)
+        made["x"][: len(values)] = values
+        array = made["x"] if len(values) == 8 else made["x"][: len(values)]
+        return made if self._keeps_dict else {"x": array}
+
+    def __getitems__(self, ids):
+        return self.fill(X[ids])
+
+    def fingerprint(self):
+        return "filling"
+
+
+@pytest.mark.parametrize("of_batches", [True, False], ids=["__getitems__", "batch_fn"])
+@pytest.mark.parametrize("settings", [{}, {"num_arrays": 3}, {"keeps_dict": True}], ids=str)
+@pytest.mark.parametrize("make", FILLED.values(), ids=FILLED)
+def test_a_batch_stays_as_it_is_whatever_arrays_the_user_fills_for_the_next(make, settings, of_batches):
+    filling = _Filling(make, **settings)
+    changes = {} if of_batches else {"batch_fn": lambda batch, random, rows: {**batch, **filling.fill(batch["x"])}}
+    source = filling if of_batches else ArraySource({"x": X})
+    loader = data.Loader(source, global_batch_size=8, seed=0, shuffle=False, num_epochs=1, **changes)
+    batches = [batch for batch, _ in loader]
+    np.testing.assert_array_equal(np.concatenate([batch["x"] for batch in batches]), X)
+
+
+def test_what_a_user_makes_anew_is_not_copied():
+    def own(function, given=()):
+        made = []
+        return own_arrays(Result.of(lambda: function(made)), given)["x"], made
+
+    def new(made):
+        array = np.ones(3)
+        made.append(array.ctypes.data)
+        return {"x": array}
+
+    array, (address,) = own(new)
+    assert array.ctypes.data == address
+    given = np.ones(3)
+    assert own(lambda made: {"x": given}, [given])[0] is given
+    assert own(lambda made: {"x": given})[0] is not given
+
+
+def test_masked_elements_of_a_whole_batch_are_refused():
+    masked = np.ma.array(np.ones((3, 2)), mask=np.eye(3, 2))
+    with pytest.raises(ValueError, match="Field 'x' has 2 masked elements"):
+        own_arrays(Result.of(lambda: {"x": masked}))
 
 
 class _Whole:

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxdist.data import placement
+from jaxdist.data import assembly, placement
+from jaxdist.data.sources.source import plain_array
 
 MASK = "mask"
 UNKNOWN = 2**62
@@ -75,7 +76,7 @@ def _batches(
     for epoch in range(num_epochs):
         position = 0
         for item in made:
-            batch = _named(item, fields)
+            batch = _named(item, fields, seen)
             count = len(next(iter(batch.values())))
             size = size or count
             placement.process_rows(mesh, size, axes)  # which refuses a size that does not divide
@@ -92,7 +93,8 @@ def _length(made: Any) -> int:
         return UNKNOWN
 
 
-def _named(item: Any, fields: Sequence[str] | None) -> dict[str, np.ndarray]:
+def _named(item: Any, fields: Sequence[str] | None, seen: int) -> dict[str, np.ndarray]:
+    """Return a batch that comes after `seen` examples as a dict of arrays."""
     if isinstance(item, Mapping):
         found = dict(item)
     elif isinstance(item, tuple | list) and fields is not None and len(item) == len(fields):
@@ -103,10 +105,12 @@ def _named(item: Any, fields: Sequence[str] | None) -> dict[str, np.ndarray]:
             f"A batch is a dict of arrays, or a tuple whose parts `fields` names; got a {parts} and fields={fields}. "
             'Pass fields=("image", "label"), for example.'
         )
-    arrays = {name: np.asarray(values) for name, values in found.items()}
+    arrays = {name: assembly.native(plain_array(name, values)) for name, values in found.items()}
     lengths = {name: len(values) if values.ndim else None for name, values in arrays.items()}
     if not arrays or len(set(lengths.values())) != 1 or None in lengths.values():
         raise ValueError(f"All fields of a batch have a row for each example; got the lengths {lengths}.")
+    assembly.check_fields(arrays, seen)
+    placement.check_numbers(arrays, lambda: np.arange(seen, seen + len(next(iter(arrays.values())))))
     if MASK in arrays:
         raise ValueError("The field `mask` is jaxdist's own: it says which rows count. Rename yours.")
     return arrays

@@ -1,6 +1,8 @@
 """Whether examples can be read, are the same each time, and have labels that the model knows."""
 
+import concurrent.futures
 import functools
+import itertools
 import warnings
 from typing import Any
 
@@ -11,7 +13,7 @@ from jaxdist import adapters, data, errors, losses
 from jaxdist.config import data_fields
 from jaxdist.config.experiment import Experiment
 from jaxdist.data import assembly, assembly_process, placement
-from jaxdist.data.sources.source import MASK, Example, rows_of
+from jaxdist.data.sources.source import MASK, Example, plain_array, rows_of
 from jaxdist.data.sources.source import check_labels as check_array
 from jaxdist.data.sources.subset import Subset
 from jaxdist.errors import ConfigError
@@ -93,6 +95,44 @@ def check_repeatable(loader: data.Loader, setting: str, *, same_bits: bool) -> N
         return
 
 
+def check_arrays_of_their_own(loader: data.Loader, setting: str, *, alone: bool) -> None:
+    """Read an example while another is kept, in another thread, as batches are made.
+
+    With `alone`, nothing but the loader reads from its source and calls its example_fn.
+
+    Raises:
+      ConfigError: the one that was kept has changed.
+    """
+    in_turn = alone and loader.num_threads <= 1
+    if in_turn or loader.num_workers or loader.recipe.whole or getattr(loader.source, "reads_forward", False):
+        return  # worker processes have copies of the source
+    for plan in itertools.islice(loader.plans(), _REPEATED_BATCHES):
+        kept_id, read_id = map(int, plan.ids[np.flatnonzero(plan.mask)[[0, -1]]])
+        name = _changed_by_reading(loader.recipe, kept_id, read_id)
+        if name is None:
+            continue
+        in_source = _changed_by_reading(loader.recipe._replace(example_fn=None), kept_id, read_id) is not None
+        what = f"{type(loader.source).__name__}.__getitem__" if in_source else errors.named(loader.recipe.example_fn)
+        raise ConfigError(
+            f"{setting}: {name!r} of example {kept_id} changed when another thread read example {read_id}: "
+            f"{what} fills the same array for each example, and several threads make batches. Return a new array for "
+            "each, such as a copy."
+        )
+
+
+def _changed_by_reading(recipe: assembly.Recipe, kept_id: int, read_id: int) -> str | None:
+    """Return a field of an example that changes when another thread reads another example; None if none does."""
+    try:
+        kept = assembly.make_example(recipe, 0, kept_id)
+        arrays = {name: plain_array(name, value) for name, value in kept.items()}
+        before = {name: array.copy() for name, array in arrays.items()}
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            thread.submit(assembly.make_example, recipe, 0, read_id).result()
+    except ValueError:
+        return None  # of examples that cannot be read, what makes batches says more
+    return next((name for name, array in arrays.items() if not _are_equal(before[name], array)), None)
+
+
 def _check_batch(recipe: assembly.Recipe, ids: np.ndarray, setting: str) -> None:
     """Raise ConfigError where `__getitems__` of the source returns others than `__getitem__`, up to rounding."""
     if not recipe.whole:
@@ -135,6 +175,8 @@ def _cause(loader: data.Loader, ids: np.ndarray) -> str:
     recipe = loader.recipe
     if any(differs(recipe._replace(example_fn=None), int(each)) for each in ids):
         return "The source draws by itself: draw in example_fn, which gets a generator."
+    if recipe.example_fn is None and loader.batch_fn is None:
+        return "The source has other examples under the same numbers than before."
     by_example = recipe.example_fn is not None and any(differs(recipe, int(each)) for each in ids)
     function = recipe.example_fn if by_example else loader.batch_fn
     return f"{errors.named(function)} has to draw from its second argument, a generator, and from nothing else."

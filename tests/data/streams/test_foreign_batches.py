@@ -72,13 +72,25 @@ def test_epochs_are_counted_where_their_length_is_known():
         ([{"x": np.ones(2), "mask": np.ones(2)}], {}, "Rename yours"),
         (rows(2, 4), {}, "larger than the first"),
         (rows(3), {}, "multiple|divi"),
+        ([*rows(2), {"x": np.ones((2, 1)), "y": np.array([1, 2**40])}], {}, "'y' of example 3 holds 1099511627776"),
+        ([{"x": np.array([1e39, 1.0])}], {}, "'x' of example 0 holds 1e.39.*would become infinite"),
+        ([{"x": np.ma.array([1.0, 2.0], mask=[0, 1])}], {}, "'x' has 1 masked elements"),
+        ([{"x": np.array(["a", "b"])}], {}, "'x' of example 0 has the dtype <U1"),
         (iter(rows(2)), {"num_epochs": 2}, "iterated once"),
     ],
-    ids=["no names", "other names", "ragged", "mask", "larger", "indivisible", "generator"],
+    ids=[
+        *("no names", "other names", "ragged", "mask", "larger", "indivisible"),
+        *("whole numbers", "floats", "masked", "texts", "generator"),
+    ],
 )
 def test_what_is_no_batch_is_refused(made, options, message):
     with pytest.raises(ValueError, match=message):
         list(data.batches(made, mesh(), **options))
+
+
+def test_numbers_of_any_byte_order_are_taken():
+    ((batch, _),) = data.batches([{"x": np.array([1.5, 2.5], ">f8")}], mesh())
+    np.testing.assert_array_equal(batch["x"], [1.5, 2.5])
 
 
 @pytest.mark.torch

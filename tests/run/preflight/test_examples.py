@@ -1,6 +1,7 @@
 import dataclasses
 import random as of_python
 import re
+import threading
 
 import jax
 import numpy as np
@@ -183,3 +184,68 @@ def test_training_and_evaluation_are_both_looked_at():
         changed = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, **{name: halves}))
         with pytest.warns(UserWarning, match=re.escape(f"{setting}: 'image' of example")):
             components.put_together(changed, devices=jax.devices()[:1])
+
+
+class Filling:
+    """A source that fills one array for each example, or one for each thread."""
+
+    def __init__(self, holder):
+        self._holder = holder
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        if not hasattr(self._holder, "image"):
+            self._holder.image = np.zeros(4, np.float32)
+        self._holder.image[:] = index
+        return {"image": self._holder.image, "label": np.int32(0)}
+
+    def fingerprint(self):
+        return "filling"
+
+
+def filling_fn(example, random, image=np.zeros(4, np.float32)):  # noqa: B008
+    image[:] = random.random()
+    return {**example, "image": image}
+
+
+class Holder:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("settings", "who"),
+    [
+        ({"source": Filling(Holder())}, r"Filling\.__getitem__"),
+        ({"source": data.MapSource(Filling(Holder()))}, r"MapSource\.__getitem__"),
+        ({"example_fn": filling_fn}, r"filling_fn \(.*\)"),
+    ],
+)
+def test_examples_in_one_array_are_refused_where_several_threads_would_fill_it(settings, who):
+    message = rf"data\.train: 'image' of example \d+ changed when another thread read example \d+: {who} fills the same"
+    for num_threads, alone in ((2, True), (0, False)):
+        with pytest.raises(ConfigError, match=message):
+            preflight.check_arrays_of_their_own(
+                make_loader(num_threads=num_threads, **settings), "data.train", alone=alone
+            )
+    preflight.check_arrays_of_their_own(make_loader(num_threads=0, **settings), "data.train", alone=True)
+    preflight.check_arrays_of_their_own(make_loader(num_workers=1, **settings), "data.train", alone=False)
+
+
+def test_an_array_for_each_thread_is_enough():
+    source = Filling(threading.local())
+    preflight.check_arrays_of_their_own(make_loader(source, num_threads=2), "data.train", alone=False)
+
+
+def test_a_run_looks_at_the_arrays_of_training_and_evaluation():
+    experiment = tiny_experiment.get_config()
+    for name, setting in {"example_fn": "data.train", "eval_example_fn": "data.eval"}.items():
+        changed = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, **{name: filling_six}))
+        with pytest.raises(ConfigError, match=re.escape(f"{setting}: 'image' of example")):
+            components.put_together(changed, devices=jax.devices()[:1])
+
+
+def filling_six(example, random, image=np.zeros(6, np.float32)):  # noqa: B008
+    image[:] = example["image"]
+    return {**example, "image": image}
