@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow soak lint docs bench clean
+.PHONY: demo test slow soak lint docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/jaxdist train experiments/digits_cnn.py --devices 8

@@ -172,9 +172,9 @@ def best_of(values: Sequence[float], mode: Mode) -> tuple[float, int]:
     return values[best], len(values) - 1 - best
 
 
-def nonfinite(metric: str = "train/loss") -> StopRule:
-    """End when `metric` is NaN or infinite."""
-    return lambda progress: "nonfinite" if not math.isfinite(progress.metrics.get(metric, 0.0)) else None
+def nonfinite() -> StopRule:
+    """End when the training loss is NaN or infinite."""
+    return lambda progress: "nonfinite" if not math.isfinite(progress.metrics.get("train/loss", 0.0)) else None
 
 
 @setting_group

@@ -33,8 +33,8 @@ class RandomResizedCrop:
     field: str = "image"
 
     def __post_init__(self) -> None:
-        _check_range("area", self.area, 0.0, 1.0)
-        _check_range("aspect", self.aspect, 0.0, math.inf)
+        _check_range("area", self.area, 1.0)
+        _check_range("aspect", self.aspect, math.inf)
 
     def __call__(self, example: Example, random: np.random.Generator) -> Mapping[str, Any]:
         """Return the example with its image cut and scaled."""
@@ -246,7 +246,7 @@ def _array(picture: Any, like: Any) -> np.ndarray:
     return array[..., None] if array.ndim < np.ndim(like) else array
 
 
-def _check_range(name: str, given: tuple[float, float], least: float, most: float) -> None:
+def _check_range(name: str, given: tuple[float, float], most: float) -> None:
     low, high = given
-    if not least < low <= high <= most:
-        raise ValueError(f"{name} is a range (low, high) above {least} and up to {most}; got {given}.")
+    if not 0 < low <= high <= most:
+        raise ValueError(f"{name} is a range (low, high) above 0 and up to {most}; got {given}.")

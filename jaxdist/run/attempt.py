@@ -87,21 +87,7 @@ def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.
             if options.in_reserve is not None:
                 recovery.rehearse(parts, options.in_reserve.has_come)
                 options.in_reserve.wait()
-            prepare = functools.partial(
-                directory.prepare_run_dir,
-                experiment,
-                parts.identity,
-                options.run_dir,
-                resume=options.resume,
-                overwrite=options.overwrite,
-            )
-            if not (runtime.is_alone() and runtime.is_first()):  # a supervisor holds the lock for its processes
-                earlier = prepare()
-            else:
-                earlier = directory.take_run_dir(options.run_dir, prepare, stack, purpose=options.command)
-                if options.resume and jax.process_count() == 1:
-                    stays = directory.what_stays(parts.experiment)
-                    earlier = rescue.save_left(rescue.Rescue.of(options.run_dir, parts.identity, stays)) or earlier
+            earlier = _take_run_dir(parts, options, stack)
             directory.tell_of_times(experiment, earlier)
             for eval_loader in parts.eval_loaders.values():
                 stack.enter_context(eval_loader)
@@ -129,6 +115,25 @@ def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.
             run = _Run(parts, options, start, stopwatch, earlier, agreed)
         dog.report()
         return run.execute(stop_rule, dog)
+
+
+def _take_run_dir(parts: components.Parts, options: RunOptions, stack: contextlib.ExitStack) -> record.RunRecord | None:
+    """Prepare the run directory and return the record of the run that is resumed, None for a new run."""
+    prepare = functools.partial(
+        directory.prepare_run_dir,
+        parts.experiment,
+        parts.identity,
+        options.run_dir,
+        resume=options.resume,
+        overwrite=options.overwrite,
+    )
+    if not (runtime.is_alone() and runtime.is_first()):  # a supervisor holds the lock for its processes
+        return prepare()
+    earlier = directory.take_run_dir(options.run_dir, prepare, stack, purpose=options.command)
+    if not options.resume or jax.process_count() > 1:
+        return earlier
+    stays = directory.what_stays(parts.experiment)
+    return rescue.save_left(rescue.Rescue.of(options.run_dir, parts.identity, stays)) or earlier
 
 
 @dataclasses.dataclass(frozen=True)

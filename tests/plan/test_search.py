@@ -96,7 +96,7 @@ def test_remat_is_tried_before_more_microbatches_where_the_model_has_it():
     assert search.savings(with_remat)[:3] == expected
 
 
-@pytest.mark.parametrize(("devices", "host"), [(8, None), (16, None), (64, 8), (256, None), (1, None)])
+@pytest.mark.parametrize(("devices", "host"), [(8, None), (16, None), (16, 4), (6, 4), (64, 8), (256, None), (1, None)])
 @pytest.mark.parametrize("has_mesh", [False, True])
 def test_every_mesh_has_all_devices(devices, host, has_mesh):
     for strategy, *mesh in search.ways(devices, host, has_mesh=has_mesh):
@@ -104,3 +104,11 @@ def test_every_mesh_has_all_devices(devices, host, has_mesh):
         assert all(each is None or math.prod(each.values()) == devices for each in axes), strategy
         assert axes or not has_mesh, "the mesh of the experiment would stay"
         assert has_mesh or None not in axes
+
+
+@pytest.mark.parametrize(
+    ("devices", "host", "fsdp"), [(8, None, []), (16, None, [8]), (16, 4, [4]), (6, 4, []), (4, 4, []), (64, 8, [8])]
+)
+def test_hsdp_shards_over_the_devices_of_a_host_where_there_are_several_whole_ones(devices, host, fsdp):
+    meshes = [mesh for strategy, mesh in search.ways(devices, host, has_mesh=True) if strategy == "strategy=hsdp"]
+    assert [ast.literal_eval(mesh.removeprefix("mesh="))["fsdp"] for mesh in meshes] == fsdp

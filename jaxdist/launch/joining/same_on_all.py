@@ -121,7 +121,7 @@ def of_start(num_devices: int | None) -> dict[str, Any]:
         "XLA_FLAGS": os.environ.get("XLA_FLAGS"),
         **{f"version of {name}": version for name, version in record.versions().items()},
         **{name: str(jax.config.values.get(name)) for name in _SETTINGS},
-        **_hashes(pathlib.Path(__file__).parents[2], "*.py"),
+        **_hashes(pathlib.Path(__file__).parents[2]),
     }
 
 
@@ -157,8 +157,8 @@ def _resolved(files: Sequence[str]) -> set[str]:
     return {*own, *(os.path.join(folder(os.path.dirname(file)), os.path.basename(file)) for file in others)}
 
 
-def _hashes(folder: pathlib.Path, pattern: str) -> dict[str, str]:
-    return {f"file {path.relative_to(folder.parent)}": _hash(path) for path in sorted(folder.rglob(pattern))}
+def _hashes(folder: pathlib.Path) -> dict[str, str]:
+    return {f"file {path.relative_to(folder.parent)}": _hash(path) for path in sorted(folder.rglob("*.py"))}
 
 
 def _hash(path: pathlib.Path) -> str:
