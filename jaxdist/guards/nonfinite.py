@@ -16,7 +16,7 @@ from jaxdist.spmd.state import TrainState
 
 PyTree: TypeAlias = Any
 
-_MAX_SHOWN = 8
+_MAX_SHOWN = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +47,21 @@ class NonFiniteReport:
         return bool(self.leaf or self.positions or self.params or not np.isfinite(self.loss))
 
     def __str__(self) -> str:
-        if not self.found:
-            return (
-                f"Step {self.step} reported a value that is not finite, and computing it again gives finite ones "
-                f"(loss {self.loss:g}). It depends on the random key (dropout), on the order of the additions, "
-                "or on a device that computes wrongly."
-            )
+        lines = self._fault() if self.found else self._no_fault()
+        for field, rows in self.fields.items():
+            lines.append(f"The batch's {field!r} holds values that are not finite in rows {_show(rows)}.")
+        if self.params:
+            lines.append(f"Already not finite before the step: {_show(self.params)}.")
+        return "\n".join(lines)
+
+    def _no_fault(self) -> list[str]:
+        return [
+            f"Step {self.step} reported a value that is not finite, and computing it again gives finite ones "
+            f"(loss {self.loss:g}). It depends on the random key (dropout), on the order of the additions, "
+            "or on a device that computes wrongly."
+        ]
+
+    def _fault(self) -> list[str]:
         lines = [f"Step {self.step}: the loss is {self.loss:g}."]
         lines += [f"First gradient that is not finite: {self.leaf}."] if self.leaf else ["All gradients are finite."]
         if self.positions:
@@ -61,16 +70,12 @@ class NonFiniteReport:
             lines.append("No row has a loss or gradient that is not finite by itself: the rows overflow together.")
         for field, values in self.integers.items():
             lines.append(f"Their {field!r}: {_show(values)}.")
-        for field, rows in self.fields.items():
-            lines.append(f"The batch's {field!r} holds values that are not finite in rows {_show(rows)}.")
-        if self.params:
-            lines.append(f"Already not finite before the step: {', '.join(self.params[:_MAX_SHOWN])}.")
-        return "\n".join(lines)
+        return lines
 
 
-def _show(numbers: tuple[int, ...]) -> str:
-    more = f" and {len(numbers) - 2 * _MAX_SHOWN} more" if len(numbers) > 2 * _MAX_SHOWN else ""
-    return ", ".join(map(str, numbers[: 2 * _MAX_SHOWN])) + more
+def _show(found: tuple[int, ...] | tuple[str, ...]) -> str:
+    more = f" and {len(found) - _MAX_SHOWN} more" if len(found) > _MAX_SHOWN else ""
+    return ", ".join(map(str, found[:_MAX_SHOWN])) + more
 
 
 def explain_nonfinite(

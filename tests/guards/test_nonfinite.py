@@ -1,3 +1,6 @@
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -110,3 +113,39 @@ def test_a_batch_on_one_device_is_examined_too():
     state = TrainState(jnp.int32(0), PARAMS, None, (), jax.random.key(0))
     report = nonfinite.explain_nonfinite(mean_loss, state, {"x": jnp.ones((4, 3)).at[3].set(0)})
     assert (report.step, report.positions) == (1, (3,))
+
+
+@pytest.mark.parametrize(
+    ("count", "end"), [(1, "0."), (16, "14, 15."), (17, "14, 15 and 1 more."), (40, "14, 15 and 24 more.")]
+)
+def test_of_many_rows_and_leaves_the_first_are_shown_and_the_others_counted(count, end):
+    rows, leaves = tuple(range(count)), tuple(map(str, range(count)))
+    report = nonfinite.NonFiniteReport(3, math.nan, None, rows, {"image": rows}, {"label": rows}, leaves)
+    shown = [line for line in str(report).splitlines() if " 0" in line]
+    assert len(shown) == 4
+    assert all(line.endswith(end) for line in shown)
+    assert report.found
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({}, False),
+        ({"loss": math.inf}, True),
+        ({"leaf": "params/w"}, True),
+        ({"positions": (0,)}, True),
+        ({"params": ("params/w",)}, True),
+    ],
+)
+def test_one_value_that_is_not_finite_is_enough(changes, found):
+    sound = nonfinite.NonFiniteReport(3, 1.0, None, (), {}, {}, ())
+    report = dataclasses.replace(sound, **changes)
+    assert report.found == found
+    assert ("computing it again gives finite ones" in str(report)) != found
+
+
+def test_inputs_that_are_not_finite_are_named_also_where_the_fault_does_not_show_again():
+    """Dropout may have kept in the step what it drops here."""
+    report = str(nonfinite.NonFiniteReport(3, 1.0, None, (), {"image": (5,)}, {}, ()))
+    assert "computing it again gives finite ones" in report
+    assert "'image' holds values that are not finite in rows 5." in report

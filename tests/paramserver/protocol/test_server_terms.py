@@ -266,3 +266,33 @@ def test_a_state_that_is_no_newer_than_the_copy_is_acknowledged_and_not_taken(be
     ((to, answer),) = tell(second, messages.Transfer(0, 1, second.index - behind, other))
     assert (to, answer) == (PRIMARY, messages.Replicated(0, 1, second.index))
     assert second.shard.params is params
+
+
+def test_what_is_not_acknowledged_is_sent_again_after_the_retry_time_and_not_before():
+    first, _ = pair()
+    tell(first, push(1))
+    replacing = server(PRIMARY)
+    tell(replacing, membership(1, synced=False))
+    for one, kind in ((first, messages.Replicate), (replacing, messages.Transfer)):
+        again = [sum(isinstance(each, kind) for each in at(one, now, messages.Tick())) for now in (0.9, 1.0, 1.9, 2.0)]
+        assert again == [0, 1, 0, 1]
+
+
+def test_no_more_entries_are_sent_again_than_a_backup_keeps():
+    first, _ = pair()
+    for sequence in range(1, MAX_EARLY + 2):
+        tell(first, push(sequence))
+    again = [each for each in at(first, 9.0, messages.Tick()) if isinstance(each, messages.Replicate)]
+    assert [each.index for each in again] == list(range(2, MAX_EARLY + 2))
+
+
+def test_a_replaced_primary_sends_its_entries_no_more():
+    first, _ = pair()
+    tell(first, push(1))
+    place = messages.ShardPlace(BACKUP, 1, PRIMARY, 1, True)
+    tell(first, dataclasses.replace(membership(2), shards=(place,)))
+    assert [type(each) for each in at(first, 9.0, messages.Tick())] == [messages.Heartbeat]
+
+
+def test_a_message_for_another_role_is_left_alone():
+    assert synchronous().handle(messages.StopAck(PRIMARY), 0.0) == ([], [])
