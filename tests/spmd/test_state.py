@@ -117,3 +117,12 @@ def test_params_that_are_a_pair_can_be_trained():
     w, _ = jax.device_get(state.params)
     state, _ = steps.data_parallel_step(loss, optimizer, mesh)(state, batch)
     np.testing.assert_allclose(state.params[1], -0.1 * 2 * w.sum(), rtol=1e-5)
+
+
+def test_the_inputs_of_an_optimizer_are_placed_by_each_process_without_asking_the_others(monkeypatch):
+    mesh = make_mesh({"data": -1})
+    values = np.float32([0.5, 2.0, 3.0])
+    monkeypatch.setattr(jax, "device_put", lambda *_: pytest.fail("it compares the values of all processes"))
+    placed = states.PlacedInputs(states.WithInputs.make(optax.sgd(0.1), values), mesh).placed()
+    assert placed.sharding == NamedSharding(mesh, PartitionSpec())
+    np.testing.assert_array_equal(placed, values)
