@@ -11,7 +11,7 @@ import jax
 
 from jaxdist import errors
 from jaxdist.cli import parser, selected_experiment
-from jaxdist.config import hidden_settings
+from jaxdist.config import hidden_settings, overrides
 from jaxdist.config.experiment import Experiment
 from jaxdist.errors import ExitStatus
 from jaxdist.launch import viewer
@@ -23,6 +23,12 @@ from jaxdist.run.diagnosis import profiling
 from jaxdist.run.warm_start import beginning
 from jaxdist.rundir import record, writers
 from jaxdist.rundir.remote import working_copy
+
+
+def prepare() -> None:
+    """Do what each of the processes that are forked from this one would do by itself."""
+    same_on_all.look_ahead()
+    overrides.prepare()
 
 
 def train(options: argparse.Namespace, request: StopRequest) -> int:

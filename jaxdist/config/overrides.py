@@ -18,6 +18,11 @@ from jaxdist.errors import ConfigError
 from jaxdist.setting_group import describe_kind, fits, nearest
 
 
+def prepare() -> None:
+    """Have pydantic look for its plugins, as it does once in a process, before others are forked from this one."""
+    pydantic.TypeAdapter(int)
+
+
 def override(experiment: Experiment, assignments: Sequence[str]) -> Experiment:
     """Return `experiment` with each `a.b=value` applied; values are parsed by the type the field declares.
 

@@ -1,4 +1,7 @@
 import dataclasses
+import pathlib
+import subprocess
+import sys
 
 import optax
 import pytest
@@ -112,3 +115,18 @@ def test_an_optimizer_of_optax_has_no_settings(experiment):
         overrides.override(ready, ["optimizer.learning_rate=1"])
     with pytest.raises(ConfigError, match="optimizer cannot be set on the command line; edit the experiment file"):
         overrides.override(ready, ["optimizer=adam"])
+
+
+def test_a_process_that_was_prepared_does_not_look_for_plugins_again():
+    code = """
+from importlib import metadata
+import tiny_experiment
+from jaxdist.config import overrides
+overrides.prepare()
+metadata.distributions = lambda *_: 1 / 0
+print(overrides.override(tiny_experiment.get_config(), ["seed=7"]).seed)
+"""
+    folder = str(pathlib.Path(tiny_experiment.__file__).parent)
+    code = f"import sys; sys.path.insert(0, {folder!r}){code}"
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert made.stdout == "7\n"

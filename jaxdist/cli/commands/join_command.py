@@ -29,7 +29,7 @@ def join(options: argparse.Namespace) -> int:
         run_dir = pathlib.Path(run)
         if _is_served(run_dir):
             return parser.find_handler(f"{_NEWCOMER}:join")(run_dir, options.processes)
-        return joiner.join(run_dir, options.processes, (train_command.WORK,))
+        return joiner.join(run_dir, options.processes, (train_command.PREPARED,))
 
 
 def leave(options: argparse.Namespace) -> int:

@@ -16,7 +16,9 @@ from jaxdist.launch.supervising import fork_server
 from jaxdist.rundir.remote import run_address
 
 WORK = "jaxdist.cli.train_work"
-"""What trains, and what the processes of a job import beforehand."""
+"""What trains."""
+PREPARED = f"{WORK}:prepare"
+"""What is imported and called once for the processes of a job, before they are forked."""
 _IN_JOB = "JAXDIST_NUM_PROCESSES"
 
 
@@ -51,6 +53,6 @@ def supervise(options: argparse.Namespace) -> int:
     # The fork server imports what the processes need while this one checks whether to start them.
     with (
         signals.left_at_signals(),  # until the job has its own handlers
-        contextlib.closing(fork_server.ForkServer((WORK,), experiment=options.experiment)) as forks,
+        contextlib.closing(fork_server.ForkServer((PREPARED,), experiment=options.experiment)) as forks,
     ):
         return parser.find_handler(f"{WORK}:supervise")(options, forks)

@@ -23,6 +23,7 @@ from jaxdist.errors import TryAgain, UserError
 from jaxdist.rundir import record
 from jaxdist.spmd import jax_private
 
+_PACKAGE = pathlib.Path(__file__).parents[2]
 _SECONDS = 3600.0
 """How long to wait for a process that loads its data; one that dies is noticed by its missing heartbeat."""
 _HOST = "host"
@@ -113,6 +114,15 @@ def describe(told: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([rule, *lines[:_MOST_NAMED], *more])
 
 
+def look_ahead() -> None:
+    """Look at the code that is imported, once for all processes that are forked from this one: they run that code.
+
+    Each would take 25 ms for it, when a job starts again all at the same time.
+    """
+    _hashes(_PACKAGE)
+    _without_links(_loaded())
+
+
 def of_start(num_devices: int | None) -> dict[str, Any]:
     """Return what must be equal before any computation: versions, code, number of devices, and settings of JAX."""
     return {
@@ -121,7 +131,7 @@ def of_start(num_devices: int | None) -> dict[str, Any]:
         "XLA_FLAGS": os.environ.get("XLA_FLAGS"),
         **{f"version of {name}": version for name, version in record.versions().items()},
         **{name: str(jax.config.values.get(name)) for name in _SETTINGS},
-        **_hashes(pathlib.Path(__file__).parents[2]),
+        **_hashes(_PACKAGE),
     }
 
 
@@ -141,22 +151,37 @@ def instructions(cpuinfo: str | None = None, machine: str | None = None) -> str:
 def of_experiment(path: str | os.PathLike[str], config: Any) -> dict[str, Any]:
     """Return the facts of an experiment: each setting, and the hashes of its file and of loaded files beside it."""
     folder = os.path.join(os.path.dirname(os.path.realpath(path)), "")
-    loaded: list[str] = [file for module in [*sys.modules.values()] if (file := getattr(module, "__file__", None))]
-    beside = sorted(pathlib.Path(file) for file in _resolved([os.fspath(path), *loaded]) if file.startswith(folder))
+    loaded = {os.path.realpath(path), *_without_links(_loaded())}
+    beside = sorted(pathlib.Path(file) for file in loaded if file.startswith(folder))
     # A module need not have the file that it names: torch.classes says _classes.py, wherever the run is started.
     found = [file for file in beside if file.suffix == ".py" and "site-packages" not in file.parts and file.is_file()]
     hashes = {f"file {file.relative_to(folder)}": _hash(file) for file in found}
     return {f"setting {name}": value for name, value in record.flat("", config).items()} | hashes
 
 
-def _resolved(files: Sequence[str]) -> set[str]:
-    """Return the files without symbolic links, each folder looked at once: a process has loaded 1,600 modules."""
-    folder = functools.cache(os.path.realpath)
-    own = [os.path.realpath(file) for file in files if os.path.islink(file)]
-    others = [file for file in files if not os.path.islink(file)]
-    return {*own, *(os.path.join(folder(os.path.dirname(file)), os.path.basename(file)) for file in others)}
+def _loaded() -> list[str]:
+    """Return the files of the modules of this process."""
+    here = os.getcwd()
+    files = [file for module in [*sys.modules.values()] if (file := getattr(module, "__file__", None))]
+    return [os.path.join(here, file) for file in files]
 
 
+def _without_links(files: Sequence[str]) -> set[str]:
+    """Return absolute paths without symbolic links, each looked at once: a process has loaded 1,600 modules."""
+    return {_without_link(file) for file in files}
+
+
+@functools.cache
+def _without_link(file: str) -> str:
+    if os.path.islink(file):
+        return os.path.realpath(file)
+    return os.path.join(_without_link_folder(os.path.dirname(file)), os.path.basename(file))
+
+
+_without_link_folder = functools.cache(os.path.realpath)
+
+
+@functools.cache
 def _hashes(folder: pathlib.Path) -> dict[str, str]:
     return {f"file {path.relative_to(folder.parent)}": _hash(path) for path in sorted(folder.rglob("*.py"))}
 

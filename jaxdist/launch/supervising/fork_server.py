@@ -82,7 +82,8 @@ class ForkServer:
     """Starts processes that run a module as `python -m MODULE` does, without the time for imports.
 
     The modules `preload`, not those to run, are imported in advance, and so is what `experiment` imports: that file is
-    run under another name, and again by each process, which reports its errors.
+    run under another name, and again by each process, which reports its errors. Of `module:function` in `preload` the
+    function is then called.
     """
 
     def __init__(self, preload: Sequence[str] = (), *, experiment: str | None = None):
@@ -175,7 +176,8 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _preload(modules: Sequence[str], experiment: str) -> None:
-    for module in modules:
+    prepared = [name.partition(":") for name in modules]
+    for module, _, _ in prepared:
         __import__(module)
     if experiment:
         sys.path.insert(0, str(pathlib.Path(experiment).resolve().parent))
@@ -183,6 +185,9 @@ def _preload(modules: Sequence[str], experiment: str) -> None:
         with contextlib.suppress(Exception):
             runpy.run_path(experiment, run_name="jaxdist_preloaded")
         sys.path.pop(0)
+    for module, _, function in prepared:
+        if function:
+            getattr(sys.modules[module], function)()
 
 
 def _may_fork() -> bool:

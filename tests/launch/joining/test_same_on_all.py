@@ -1,4 +1,5 @@
 import json
+import os
 import sys
 import types
 
@@ -74,6 +75,16 @@ def test_the_start_says_versions_devices_and_every_file_of_the_package():
     facts = same_on_all.of_start(3)
     assert facts["--devices"] == 3
     assert {"version of jax", "version of python", "file jaxdist/cli/main.py", "jax_enable_x64"} <= set(facts)
+
+
+def test_code_that_was_looked_at_is_not_read_again(monkeypatch):
+    """A process that was forked runs what was imported before, whatever its file has become."""
+    same_on_all.look_ahead()
+    before = same_on_all.of_start(1)
+    monkeypatch.setattr(same_on_all, "_hash", lambda path: "another")
+    monkeypatch.setattr(os.path, "islink", lambda path: pytest.fail(f"looked at {path} again"))
+    assert same_on_all.of_start(1) == before
+    assert same_on_all._without_links([same_on_all.__file__]) == {os.path.realpath(same_on_all.__file__)}
 
 
 def test_outside_a_job_there_is_nobody_to_differ_from():

@@ -57,6 +57,14 @@ def test_a_child_is_like_a_process_started_afresh_minus_the_imports(module, tmp_
     assert said == [common | {"said": "first"}, common | {"said": "second"}]
 
 
+def test_what_is_prepared_is_there_in_every_child(module, tmp_path):
+    (tmp_path / "prepared.py").write_text("made = []\ndef prepare():\n    made.append(1)\n")
+    command = module("import prepared, sys\nsys.exit(5 + len(prepared.made))\n")
+    with contextlib.closing(fork_server.ForkServer(["prepared:prepare"])) as server:
+        children = [start(server, command, tmp_path / name) for name in ("first", "second")]
+        assert [child.wait(timeout=200) for child in children] == [6, 6]
+
+
 def test_a_child_can_be_killed_and_outlives_the_fork_server(module, tmp_path):
     with contextlib.closing(fork_server.ForkServer()) as server:
         child = start(server, module("import threading; threading.Event().wait()"), tmp_path / "log")
