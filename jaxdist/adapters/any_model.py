@@ -10,6 +10,7 @@ from flax import nnx as flax_nnx
 
 from jaxdist import errors
 from jaxdist.adapters.functions import Functions, Loss
+from jaxdist.adapters.initial_shapes import InitialShapes
 from jaxdist.adapters.linen_modules import linen
 from jaxdist.adapters.nnx_modules import nnx
 from jaxdist.errors import ConfigError
@@ -25,6 +26,7 @@ def from_model(
     inputs: str | Sequence[str] = "image",
     precision: Precision = "float32",
     is_checked: bool = False,
+    initial: InitialShapes | None = None,
 ) -> Functions:
     """Return the functions of whatever an experiment calls its model.
 
@@ -35,6 +37,7 @@ def from_model(
       inputs: see `linen`; of Functions, the fields that are cast to the compute dtype.
       precision: the compute dtype.
       is_checked: whether it has been trained with these settings before, so that a module is not tried again.
+      initial: finds the shapes of new params and model_state, of a Linen module; by default this process traces it.
 
     Raises:
       ValueError: the model is none of these, or its loss is missing.
@@ -46,7 +49,9 @@ def from_model(
     if loss is None:
         raise ValueError("A Flax module needs a loss(outputs, batch); `jaxdist.losses` has the usual ones.")
     if isinstance(model, flax_linen.Module):
-        return linen(model, loss, example_batch, inputs=inputs, precision=precision, is_checked=is_checked)
+        return linen(
+            model, loss, example_batch, inputs=inputs, precision=precision, is_checked=is_checked, initial=initial
+        )
     if callable(model):
         return nnx(model, loss, example_batch, inputs=inputs, precision=precision, is_checked=is_checked)
     raise ValueError(

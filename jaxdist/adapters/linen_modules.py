@@ -16,6 +16,7 @@ from flax import linen as flax_linen
 from jaxdist.adapters import first_calls, functions, module_checks
 from jaxdist.adapters.flax_trees import unboxed
 from jaxdist.adapters.functions import Functions, Loss, PyTree
+from jaxdist.adapters.initial_shapes import InitialShapes
 from jaxdist.spmd.metrics import SEGMENT_IDS, Batch
 from jaxdist.spmd.precision import Precision
 
@@ -28,6 +29,7 @@ def linen(
     inputs: str | Sequence[str] = "image",
     precision: Precision = "float32",
     is_checked: bool = False,
+    initial: InitialShapes | None = None,
 ) -> Functions:
     """Return the functions of a Linen module.
 
@@ -41,6 +43,7 @@ def linen(
       inputs: the batch field, or fields in order, that the module is called with.
       precision: the dtype that the module computes in; params, statistics and the loss are float32 always.
       is_checked: see `from_model`.
+      initial: see `from_model`.
 
     Raises:
       ValueError: a field is missing; the module does not take `train`, or has statistics of the batch and takes no
@@ -51,7 +54,7 @@ def linen(
     init = jax.jit(called.init, inline=True)  # traced once, where its shapes and those of the state are looked at
     rule = f"A module is called with its inputs, here {', '.join(called.fields)}, and train"
     with first_calls.first_call(rule, type(module).__name__):
-        shapes = jax.eval_shape(init, jax.random.key(0))
+        shapes = (initial or InitialShapes()).of(init, type(module).__name__)
     collections = sorted(shapes[1])
     training = functools.partial(called.apply, mutable=collections, train=True)
     given = (*shapes, dict(example_batch), jax.eval_shape(jax.random.key, 0))

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from jaxdist import adapters, data, errors, optimizers, stop
+from jaxdist.adapters.initial_shapes import InitialShapes
 from jaxdist.config import data_fields
 from jaxdist.config.experiment import Experiment
 from jaxdist.data import fingerprints
@@ -201,11 +202,13 @@ def put_together(
     )
     loader = make_loader(experiment, fingerprint=identity.data if identity else None)
     shapes = example_batch(loader)
-    functions = make_functions(experiment, shapes, is_checked=is_checked)
+    initial = InitialShapes(strategy.mesh if is_checked else None)
+    functions = make_functions(experiment, shapes, is_checked=is_checked, initial=initial)
     known_end = known_ends(experiment, loader.steps_per_epoch)
     optimizer, learning_rate = make_optimizer(experiment, known_end)
     # A leaf that cannot be sharded as requested is found here, before anything is written.
-    abstract = state.abstract_state(functions.init_fn, optimizer, mesh=strategy.mesh, layout=strategy.layout)
+    init_fn = initial.alike(functions.init_fn)
+    abstract = state.abstract_state(init_fn, optimizer, mesh=strategy.mesh, layout=strategy.layout)
     eval_loaders = make_eval_loaders(experiment)
     if not is_checked:
         parts = strategy.logical_shards or sizes.global_batch_size // sizes.device_batch_size
@@ -381,7 +384,11 @@ def example_batch(loader: data.Loader) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def make_functions(
-    experiment: Experiment, shapes: Mapping[str, jax.ShapeDtypeStruct], *, is_checked: bool = False
+    experiment: Experiment,
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    *,
+    is_checked: bool = False,
+    initial: InitialShapes | None = None,
 ) -> adapters.Functions:
     """Return the model's functions in the experiment's precision; `is_checked` as in `put_together`."""
     return adapters.from_model(
@@ -391,6 +398,7 @@ def make_functions(
         inputs=experiment.inputs,
         precision=experiment.precision,
         is_checked=is_checked,
+        initial=initial,
     )
 
 
