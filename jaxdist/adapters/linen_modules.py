@@ -9,7 +9,7 @@ from typing import Any
 from unittest import mock
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from flax import errors as flax_errors
 from flax import linen as flax_linen
 
@@ -51,7 +51,12 @@ def linen(
     """
     called = _Called(module, module_checks.input_fields(inputs, example_batch), example_batch)
     module_checks.check_call(type(module), called.accepted, called.fields, example_batch, required="train")
-    init = jax.jit(called.init, inline=True)  # traced once, where its shapes and those of the state are looked at
+    make = jax.jit(called.make, inline=True)  # traced once, where its shapes and those of the state are looked at
+    row = called.row()
+
+    def init(key: jax.Array) -> tuple[PyTree, PyTree]:
+        return make(key, row)
+
     rule = f"A module is called with its inputs, here {', '.join(called.fields)}, and train"
     with first_calls.first_call(rule, type(module).__name__):
         shapes = (initial or InitialShapes()).of(init, type(module).__name__)
@@ -67,6 +72,7 @@ def linen(
     forward = functions.in_precision(forward, precision)
     if not is_checked:
         streams()
+        module_checks.check_begins_without_inputs(type(module), make, row)
         module_checks.check_module(type(module), called.accepted, forward, loss, shapes, example_batch)
     return functions.make_functions(init, forward, loss, stateful=bool(collections))
 
@@ -78,10 +84,13 @@ class _Called:
         self.fields, self.accepted = fields, inspect.signature(type(module).__call__).parameters
         self._module, self._example_batch = module, example_batch
 
-    def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
-        """Return new params and model_state."""
+    def row(self) -> dict[str, np.ndarray]:
+        """Return a row of zeros, which the module is created with."""
         taken = {name: leaf for name, leaf in self._example_batch.items() if name in (*self.fields, SEGMENT_IDS)}
-        row = {name: jnp.zeros((1, *leaf.shape[1:]), leaf.dtype) for name, leaf in taken.items()}
+        return {name: np.zeros((1, *leaf.shape[1:]), leaf.dtype) for name, leaf in taken.items()}
+
+    def make(self, key: jax.Array, row: Batch) -> tuple[PyTree, PyTree]:
+        """Return new params and model_state."""
         switches = functions.switches(self.accepted, row, train=False)
         variables = self._module.init(key, *(row[name] for name in self.fields), **switches)
         model_state = {name: variables[name] for name in variables if name != "params"}

@@ -53,6 +53,22 @@ def check_call(
             )
 
 
+def check_begins_without_inputs(module_type: type, make: Any, row: Mapping[str, np.ndarray]) -> None:
+    """Raise ConfigError where the first values of params depend on the inputs: `make(key, row) -> (params, state)`.
+
+    There are none when a module is created.
+    """
+    marked = [False, dict.fromkeys(row, True)]
+    dependent = depends(make, [jax.eval_shape(lambda: jax.random.key(0)), dict(row)], marked)[0]
+    names = [path_name(path) for path, found in jax.tree_util.tree_leaves_with_path(dependent) if found]
+    if names:
+        raise ConfigError(
+            f"{module_type.__name__} begins with params that depend on its inputs, such as {names[0]}, and no example "
+            "is read when it is created: its inputs would be zeros. Let the params depend on the key alone, or give "
+            "the model as adapters.Functions, whose init_fn may look at examples."
+        )
+
+
 def check_module(
     module_type: type,
     accepted: Mapping[str, Any],

@@ -10,6 +10,7 @@ from small_cnns import EXAMPLE, make_batch
 
 from jaxdist import adapters, losses
 from jaxdist.adapters import module_checks
+from jaxdist.errors import ConfigError
 from jaxdist.models import cnn, cnn_nnx, gpt
 
 
@@ -169,3 +170,22 @@ def test_a_module_that_takes_nothing_is_told_so():
 
     with pytest.raises(ValueError, match=r"Nothing\.__call__ takes nothing, but .* add a parameter named 'train'"):
         module_checks.check_call(Nothing, {"self": None}, ["image"], {"image": jnp.zeros((2, 3))}, required="train")
+
+
+class _BegunByInputs(nn.Module):
+    scales: bool
+
+    @nn.compact
+    def __call__(self, image, *, train):
+        x = image.reshape(len(image), -1)
+        shift = self.param("shift", lambda key: x.mean(axis=0) if self.scales else jnp.zeros_like(x.mean(axis=0)))
+        size = self.param("size", nn.initializers.ones, x.shape[1:])
+        return nn.Dense(10)((x - shift) * size)
+
+
+def test_params_that_begin_with_the_inputs_are_refused_and_those_of_their_shapes_are_not():
+    """In plain Flax they would begin with the examples that `init` is given; here there would be zeros."""
+    with jax.numpy_rank_promotion("allow"):
+        adapters.linen(_BegunByInputs(scales=False), losses.classification, EXAMPLE)
+        with pytest.raises(ConfigError, match=r"_BegunByInputs begins with params that .* its inputs, such as shift"):
+            adapters.linen(_BegunByInputs(scales=True), losses.classification, EXAMPLE)
