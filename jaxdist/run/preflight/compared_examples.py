@@ -1,10 +1,11 @@
-"""Whether the loss compares examples with each other, of which a device sees only some."""
+"""Whether the loss, or the model, lets an example depend on others, of which a device sees only some."""
 
 import warnings
 
 from jaxdist import adapters, data, errors, losses
 from jaxdist.config.experiment import Experiment
 from jaxdist.errors import ConfigError
+from jaxdist.run.preflight import mixed_examples
 from jaxdist.run.preflight.losses_and_metrics import Shapes, outputs_of
 from jaxdist.spmd import state
 
@@ -18,7 +19,7 @@ def check_coupling(
     *,
     num_together: int,
 ) -> None:
-    """Warn where the loss of an example depends on others, and sees only `num_together` of the batch.
+    """Warn where the loss of an example depends on others, and sees only `num_together` of the batch, or padding.
 
     Raises:
       ConfigError: the loss is a WholeBatch, and parts of the batch are computed one after the other.
@@ -27,19 +28,50 @@ def check_coupling(
     if isinstance(loss, losses.WholeBatch):
         _check_whole_batch(experiment)
         return
-    of_package = str(getattr(loss, "__module__", "")).startswith(losses.__name__)  # its tests show that they do not
-    if loss is None or of_package or num_together == batch_size or functions.predict_fn is None:
+    if num_together < batch_size and _compares(experiment, functions, abstract, shapes, loader):
+        advice = "" if _parts_of(experiment) else " losses.WholeBatch(loss) compares those of all devices."
+        _warn_of_parts(errors.named(loss), num_together, batch_size, advice)
         return
+    is_padded = len(loader.source) % batch_size != 0
+    if num_together == batch_size and not is_padded:
+        return
+    found = mixed_examples.find_mixing(functions, abstract, loader)
+    model = experiment.model
+    name = errors.named(model.loss_fn if isinstance(model, adapters.Functions) else model)
+    if found.of_examples and num_together < batch_size:
+        advice = " Return a mean with a count of its own as jaxdist.Mean(total, count)." if loss is None else ""
+        _warn_of_parts(name, num_together, batch_size, advice)
+    if found.of_padding and is_padded:
+        warnings.warn(
+            f"The loss of an example, by {name}, depends on rows of padding, of which the last batch of an epoch has "
+            "some: copies of a row that counts. Leave out rows that the mask does not mark (a module gets it as a "
+            "parameter named 'mask'), or choose a global_batch_size that divides the number of examples.",
+            stacklevel=2,
+        )
+
+
+def _warn_of_parts(name: str, num_together: int, batch_size: int, advice: str) -> None:
+    warnings.warn(
+        f"The loss of an example, by {name}, depends on the other examples that it is computed with. These are "
+        f"{num_together} of the {batch_size} of a batch here, and another number on other devices.{advice}",
+        stacklevel=3,
+    )
+
+
+def _compares(
+    experiment: Experiment,
+    functions: adapters.Functions,
+    abstract: state.TrainState,
+    shapes: Shapes,
+    loader: data.Loader,
+) -> bool:
+    """Return whether the loss of a module compares outputs with each other."""
+    loss = experiment.loss
+    of_package = str(getattr(loss, "__module__", "")).startswith(losses.__name__)  # its tests show that they do not
+    if loss is None or of_package or functions.predict_fn is None:
+        return False
     outputs = outputs_of(functions, abstract, shapes)
-    for _, two_examples in loader.samples(1, among=1):
-        if adapters.are_coupled(loss, outputs, two_examples):
-            advice = "" if _parts_of(experiment) else " losses.WholeBatch(loss) compares those of all devices."
-            warnings.warn(
-                f"The loss of an example, by {errors.named(loss)}, depends on the other examples that it is computed "
-                f"with. These are {num_together} of the {batch_size} of a batch here, and another number on other "
-                f"devices.{advice}",
-                stacklevel=2,
-            )
+    return any(adapters.are_coupled(loss, outputs, two_examples) for _, two_examples in loader.samples(1, among=1))
 
 
 def _check_whole_batch(experiment: Experiment) -> None:

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxdist import adapters, data, errors
 from jaxdist.config.experiment import Experiment
 from jaxdist.errors import ConfigError
+from jaxdist.run.preflight import drawn_params
 from jaxdist.spmd import dependence, state
 from jaxdist.spmd.metrics import MASK, Mean
 
@@ -19,16 +19,8 @@ _Evaluate: TypeAlias = Callable[[Sequence[int], int], dict[str, float]]
 """`evaluate(counting, seed)`: results by name, where these of the examples count and params are drawn from the seed."""
 
 _OF_MASK, _OF_ROWS, _OF_KEY, _MORE = 1, 2, 4, 8
-_EXAMPLES = 1009
-"""A number of examples, for tracing: a prime, so that a shape tells whether an array still has a value for each."""
-_LINEAR = frozenset(
-    {"add", "add_any", "sub", "neg", "convert_element_type", "reshape", "squeeze", "reduce_sum", "copy"}
-)
 _DRAWS, _AGREEING = 16, 3
 """How often params are drawn, and how many draws have to show a sum: what only counts right answers is often 0."""
-_MOST_VALUES = 1 << 26
-_OPAQUE = frozenset({"while", "pure_callback"})
-"""What is not looked into: it may divide by such numbers."""
 _TOLERANCE, _SMALLEST = 1e-3, 1e-4
 
 
@@ -64,7 +56,7 @@ def check_no_sums(
 
 def _sums(function: Callable[..., Any], abstract: state.TrainState, loader: data.Loader) -> list[tuple[str, str]]:
     """Return the results that are no means of the examples that count: their names, and what they are."""
-    if sum(leaf.size for leaf in jax.tree.leaves((abstract.params, abstract.model_state))) > _MOST_VALUES:
+    if not drawn_params.are_few(abstract):
         return []
     try:
         for _, two in loader.samples(1, among=1):
@@ -79,8 +71,8 @@ def _sums(function: Callable[..., Any], abstract: state.TrainState, loader: data
 
 def _suspects(function: Callable[..., Any], abstract: state.TrainState, batch: Mapping[str, np.ndarray]) -> list[str]:
     """Return the results that may be sums: linear in the mask, with no count that depends on it, and not random."""
-    fields = {name: jax.ShapeDtypeStruct((_EXAMPLES, *field.shape[1:]), field.dtype) for name, field in batch.items()}
-    args = _arguments(abstract.params, abstract.model_state, fields, abstract.key)
+    fields = drawn_params.described(batch)
+    args = drawn_params.arguments(abstract.params, abstract.model_state, fields, abstract.key)
     marked: list[Any] = [jax.tree.map(lambda _: 0, arg) for arg in args]
     marked[1:3] = {name: _OF_MASK if name == MASK else _OF_ROWS for name in batch}, _OF_KEY
     loss, found, *_ = dependence.marks(function, args, marked, _more_than_sum)
@@ -99,19 +91,10 @@ def _more_than_sum(equation: Any, inputs: Sequence[int]) -> int:
 
     A division by the number of right answers, or by 1 if there are none, is a sum for examples that have none.
     """
-    joined = [mark and not _has_examples(atom) for atom, mark in zip(equation.invars, inputs, strict=True)]
-    name = equation.primitive.name
-    is_linear = name in _LINEAR or (name == "mul" and not all(inputs)) or (name == "div" and not inputs[1])
-    stays_joined = is_linear and not any(map(_has_examples, equation.outvars))
-    return _MORE if name in _OPAQUE or (any(joined) and not stays_joined) else 0
-
-
-def _has_examples(atom: Any) -> bool:
-    return any(size and size % _EXAMPLES == 0 for size in getattr(atom.aval, "shape", ()))
-
-
-def _arguments(params: Any, model_state: Any, batch: Any, key: Any) -> list[Any]:
-    return [params, batch, key, *([] if model_state is None else [model_state])]
+    has_examples, name = drawn_params.has_examples, equation.primitive.name
+    joined = [mark and not has_examples(atom) for atom, mark in zip(equation.invars, inputs, strict=True)]
+    stays_joined = drawn_params.is_linear(name, inputs) and not any(map(has_examples, equation.outvars))
+    return _MORE if name in drawn_params.OPAQUE or (any(joined) and not stays_joined) else 0
 
 
 def _evaluation(
@@ -121,17 +104,12 @@ def _evaluation(
 
     @jax.jit
     def results_of(params: Any, model_state: Any, batch: Any) -> dict[str, jax.Array]:
-        loss, found, *_ = function(*_arguments(params, model_state, batch, jax.random.key(0)))
+        loss, found, *_ = function(*drawn_params.arguments(params, model_state, batch, jax.random.key(0)))
         results = {"loss": loss, **found}
         return {name: each.value if isinstance(each := results[name], Mean) else each for name in names}
 
     def evaluate(counting: Sequence[int], seed: int) -> dict[str, float]:
-        values = np.random.default_rng(seed).normal(scale=0.1, size=1021)
-        params = jax.tree.map(lambda leaf: np.resize(values, leaf.shape).astype(leaf.dtype), abstract.params)
-        model_state = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), abstract.model_state)
-        mask = batch[MASK]
-        counted = np.array(counting, mask.dtype).reshape(-1, *[1] * (mask.ndim - 1)) * mask
-        found = results_of(params, model_state, {**batch, MASK: counted})
+        found = results_of(*drawn_params.draw(abstract, seed), drawn_params.counting(batch, counting))
         return {name: float(each) for name, each in found.items()}
 
     return evaluate
