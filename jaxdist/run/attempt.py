@@ -111,6 +111,8 @@ def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.
                     agreed.meet("the earlier run is removed")
             with directory.naming_what_changed(experiment, earlier):
                 start = _begin(stack, parts, options, stopwatch, earlier, agreed, began_with)
+            if runtime.is_first():
+                directory.leave_servers(options.run_dir, start.progress.step)
             parts = parts.continued(start.progress)
             run = _Run(parts, options, start, stopwatch, earlier, agreed)
         dog.report()

@@ -35,6 +35,10 @@ REPLACED_NAME = "replaced"
 NONFINITE_NAME = "nonfinite.txt"
 SERVERS_NAME = "ps"
 """Folder of the processes of a parameter server."""
+SERVERS_SPEC_NAME = "spec.json"
+"""File in it that exists if a parameter server trains in the run directory, or has trained there last."""
+SAVED_CUTS = "[0-9]" * 10 + "-*"
+"""The names of saved cuts in it: each begins with its step."""
 _RUN_FILES = (CHECKPOINTS_NAME, writers.JSONL_NAME, writers.CSV_NAME, writers.TENSORBOARD_NAME)
 _MORE_RUN_FILES = (SET_ASIDE_NAME, ledger.FILE_NAME, step_chain.FILE_NAME, NONFINITE_NAME, SERVERS_NAME)
 _JOB_FILES = ("logs", restart_events.EVENTS_NAME, supervisor.BOARD_NAME)
@@ -379,6 +383,28 @@ def tell_what_is_gone(earlier: record.RunRecord | None, run_dir: pathlib.Path, s
         say(
             f"{run_dir / record.FILE_NAME} names a checkpoint of step {saved}, which is gone; training "
             f"continues from step {step}."
+        )
+
+
+def leave_servers(run_dir: pathlib.Path, step: int) -> None:
+    """Note that the run continues from `step` without the parameter server that trained it before, if one did.
+
+    What it saved since the checkpoint is of another future: it would be taken for the newest state later. Who joins
+    the run is not sent to its processes.
+    """
+    folder = run_dir / SERVERS_NAME
+    (folder / SERVERS_SPEC_NAME).unlink(missing_ok=True)
+    newest = 0
+    for path in sorted(folder.glob(SAVED_CUTS)):
+        newest = int(path.name[:10])
+        aside = run_dir / SET_ASIDE_NAME / SERVERS_NAME / path.name
+        _remove(aside)
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(aside)
+    if newest > step:
+        say(
+            f"The parameter server that trained here has saved a cut of step {newest}, which only a parameter server "
+            f"continues from. Training continues from step {step}; the cut is in {run_dir / SET_ASIDE_NAME}."
         )
 
 

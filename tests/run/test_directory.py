@@ -11,6 +11,7 @@ import run_records
 import tiny_experiment
 
 from jaxdist import data, errors
+from jaxdist.cli.commands import join_command
 from jaxdist.data import fingerprints
 from jaxdist.run import components, directory
 from jaxdist.rundir import lock, record
@@ -239,3 +240,28 @@ def test_who_works_in_a_directory_is_said_before_anything_else_of_it(tmp_path):
         pytest.raises(lock.LockedError, match=r"\(a job\) does"),
     ):
         directory.take_run_dir(tmp_path, prepare, stack, purpose="another")
+
+
+@pytest.mark.parametrize("step", [3, 9])
+def test_what_a_parameter_server_has_saved_is_not_taken_for_the_newest_state_of_a_run_that_went_on_without(
+    tmp_path, capsys, step
+):
+    folder = tmp_path / directory.SERVERS_NAME
+    for name in ("0000000004-a", "0000000009-b"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "manifest").touch()
+    (folder / directory.SERVERS_SPEC_NAME).touch()
+    (folder / "history").mkdir()
+    for _ in range(2):  # a second attempt finds nothing
+        directory.leave_servers(tmp_path, step)
+    assert [path.name for path in folder.iterdir()] == ["history"]
+    aside = tmp_path / directory.SET_ASIDE_NAME / directory.SERVERS_NAME
+    assert sorted(path.name for path in aside.iterdir()) == ["0000000004-a", "0000000009-b"]
+    said = capsys.readouterr().err
+    assert ("has saved a cut of step 9" in said) == (step == 3)
+    assert not join_command._is_served(tmp_path)
+
+
+def test_a_run_that_no_parameter_server_has_trained_is_left_alone(tmp_path):
+    directory.leave_servers(tmp_path, 3)
+    assert list(tmp_path.iterdir()) == []

@@ -22,14 +22,13 @@ from jaxdist.paramserver.protocol import journal, messages
 from jaxdist.paramserver.protocol.settings import Settings, saved_cut_file, shard_file
 from jaxdist.paramserver.run import judge, shared_plan
 from jaxdist.paramserver.wire import encoding
+from jaxdist.run import directory as run_directory
 from jaxdist.run.warm_start import beginning
 from jaxdist.spmd import mesh
 from jaxdist.spmd import state as states
 
 BEYOND = "beyond"
 """Key in the data_state of a checkpoint: batches trained although an earlier one is not (bounded and async)."""
-
-_CUT_NAMES = "[0-9]" * 10 + "-*"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,14 +132,14 @@ def remove_remnants(directory: pathlib.Path) -> None:
     for draft in [*directory.rglob("*.tmp"), *directory.rglob("*.part")]:
         draft.unlink(missing_ok=True)
     whole = set(saved_cuts(directory))
-    for path in directory.glob(_CUT_NAMES):
+    for path in directory.glob(run_directory.SAVED_CUTS):
         if path not in whole:
             shutil.rmtree(path)
 
 
 def _remove_overtaken(directory: pathlib.Path, newest: pathlib.Path) -> None:
     """Remove incomplete saved cuts of earlier steps than `newest`."""
-    for path in directory.glob(_CUT_NAMES):
+    for path in directory.glob(run_directory.SAVED_CUTS):
         if path.name[:10] < newest.name[:10] and not (path / "manifest").exists():
             shutil.rmtree(path, ignore_errors=True)
 
