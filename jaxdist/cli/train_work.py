@@ -135,7 +135,7 @@ def _train_here(
     in_reserve: turn.Turn | None,
 ) -> int:
     with selected_experiment.record_alone_on_stdout(options):
-        experiment, identity, run_dir, begin = _agree(options, loaded)
+        experiment, identity, run_dir, begin, hashes = _agree(options, loaded)
         resume, traced = begin == _RESUME, _traced(options)
         profiling.check_reached(traced, experiment.stop)
         if experiment.strategy == parser.PARAMETER_SERVER:  # set in the experiment, not on the command line
@@ -160,6 +160,7 @@ def _train_here(
                 source=bookkeeping.ExperimentSource(
                     str(pathlib.Path(options.experiment).absolute()),
                     tuple(hidden_settings.without(selected_experiment.assignments(options), experiment)),
+                    hashes,
                 ),
             ),
             devices=devices,
@@ -180,12 +181,13 @@ _START, _RESUME, _OVERWRITE = "start", "resume", "overwrite"
 
 def _agree(
     options: argparse.Namespace, loaded: Callable[[], Experiment]
-) -> tuple[Experiment, components.Identity, pathlib.Path, str]:
-    """Return the experiment, its identity, its run directory and how to begin: the same on every process."""
+) -> tuple[Experiment, components.Identity, pathlib.Path, str, dict[str, str]]:
+    """Return the experiment, its identity, its run directory, how to begin and its files: same on every process."""
     try:
         experiment = loaded()
         run_dir = options.run_dir or directory.default_run_dir(experiment.name, resume=options.resume)
-        facts = same_on_all.of_experiment(options.experiment, record.plain(experiment))
+        hashes = same_on_all.files_of(options.experiment)
+        facts = same_on_all.of_experiment(record.plain(experiment), hashes)
         with errors.as_user_error():
             identity = components.identity(experiment)
         facts |= {"data and model": str(identity), "--resume": options.resume, "--checkpoint": options.checkpoint}
@@ -195,7 +197,7 @@ def _agree(
         raise
     same_on_all.compare("experiment", facts | {"--run-dir": str(options.run_dir)})
     run_dir = pathlib.Path(same_on_all.from_first("run directory", str(run_dir)))
-    return experiment, identity, run_dir, same_on_all.from_first("restart", _beginning(options, run_dir))
+    return experiment, identity, run_dir, same_on_all.from_first("restart", _beginning(options, run_dir)), hashes
 
 
 def _beginning(options: argparse.Namespace, run_dir: pathlib.Path) -> str:

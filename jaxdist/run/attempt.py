@@ -89,6 +89,7 @@ def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.
                 options.in_reserve.wait()
             earlier = _take_run_dir(parts, options, stack)
             directory.tell_of_times(experiment, earlier)
+            directory.tell_of_edits(experiment, earlier, options.source.hashes if options.source else {})
             for eval_loader in parts.eval_loaders.values():
                 stack.enter_context(eval_loader)
             stopwatch = Stopwatch(earlier.time_seconds if earlier else None)

@@ -35,10 +35,14 @@ from jaxdist.stop import Progress
 
 @dataclasses.dataclass(frozen=True)
 class ExperimentSource:
-    """Where an experiment comes from: its file, and the assignments that override its settings."""
+    """Where an experiment comes from: its file, and the assignments that override its settings.
+
+    `hashes` are those of the file and of loaded files beside it, by name; empty if they are not known.
+    """
 
     file: str
     assignments: tuple[str, ...] = ()
+    hashes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

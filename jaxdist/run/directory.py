@@ -168,6 +168,20 @@ def tell_of_times(experiment: Experiment, earlier: record.RunRecord | None) -> N
         )
 
 
+def tell_of_edits(experiment: Experiment, earlier: record.RunRecord | None, hashes: Mapping[str, str]) -> None:
+    """Say what of the experiment was changed since the run that is resumed was recorded, if one is.
+
+    `hashes` are those of its files. Another rate, or another function of one name, leaves the state its form.
+    """
+    if earlier is None or not earlier.config or jax.process_index() != 0:
+        return
+    then = (earlier.extra.get("experiment") or {}).get("hashes") or {}
+    edited = [f"the file {name}" for name, found in hashes.items() if then.get(name, found) != found]
+    changed = "; ".join(filter(None, (changed_settings(experiment, earlier.config, _SHAPING), *edited)))
+    if changed:
+        say(f"Since the run was recorded, this was changed: {changed}. It continues so.")
+
+
 def _check_writable(run_dir: pathlib.Path, *, needs_room: bool) -> None:
     """Create the run directory if needed; raise ConfigError if nothing can be written to it."""
     is_new = not run_dir.exists()

@@ -29,10 +29,11 @@ class RecordedChange(TypedDict):
 
 
 class RecordedExperiment(TypedDict):
-    """The file of the experiment, and what `--set` changed."""
+    """The file of the experiment, what `--set` changed, and the hashes of the file and of those beside it."""
 
     file: str
     assignments: NotRequired[list[str]]
+    hashes: NotRequired[Mapping[str, str]]
 
 
 class RecordedField(TypedDict):

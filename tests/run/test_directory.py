@@ -12,7 +12,9 @@ import tiny_experiment
 
 from jaxdist import data, errors
 from jaxdist.cli.commands import join_command
+from jaxdist.config import overrides
 from jaxdist.data import fingerprints
+from jaxdist.launch.joining import same_on_all
 from jaxdist.run import components, directory
 from jaxdist.rundir import lock, record
 
@@ -265,3 +267,23 @@ def test_what_a_parameter_server_has_saved_is_not_taken_for_the_newest_state_of_
 def test_a_run_that_no_parameter_server_has_trained_is_left_alone(tmp_path):
     directory.leave_servers(tmp_path, 3)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_resume_says_what_of_the_experiment_has_changed(tmp_path, capsys):
+    """A loss that computes something else, or another rate, leaves the state its form: it would continue silently."""
+    file = tmp_path / "experiment.py"
+    file.write_text("WEIGHT = 1\n")
+    experiment = tiny_experiment.get_config()
+    made = record.RunRecord(
+        **run_records.EMPTY | {"config": record.plain(experiment)},
+        extra={"experiment": {"hashes": same_on_all.files_of(file)}},
+    )
+    directory.tell_of_edits(experiment, None, {})
+    directory.tell_of_edits(experiment, made, same_on_all.files_of(file))
+    directory.tell_of_edits(experiment, made, {})
+    assert capsys.readouterr().err == ""
+    file.write_text("WEIGHT = 2\n")
+    faster = overrides.override(experiment, ["optimizer.learning_rate=0.5", "stop.max_steps=9"])
+    directory.tell_of_edits(faster, made, same_on_all.files_of(file))
+    told = "this was changed: optimizer.learning_rate 0.1 -> 0.5; the file experiment.py. It continues so."
+    assert told in capsys.readouterr().err

@@ -148,15 +148,20 @@ def instructions(cpuinfo: str | None = None, machine: str | None = None) -> str:
     return f"{machine}, {newest}"
 
 
-def of_experiment(path: str | os.PathLike[str], config: Any) -> dict[str, Any]:
-    """Return the facts of an experiment: each setting, and the hashes of its file and of loaded files beside it."""
+def of_experiment(config: Any, hashes: Mapping[str, str]) -> dict[str, Any]:
+    """Return the facts of an experiment: each setting, and the hashes of its files (see `files_of`)."""
+    settings = {f"setting {name}": value for name, value in record.flat("", config).items()}
+    return settings | {f"file {name}": found for name, found in hashes.items()}
+
+
+def files_of(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Return the hashes of an experiment's file and of loaded files beside it, by their names in its folder."""
     folder = os.path.join(os.path.dirname(os.path.realpath(path)), "")
     loaded = {os.path.realpath(path), *_without_links(_loaded())}
     beside = sorted(pathlib.Path(file) for file in loaded if file.startswith(folder))
     # A module need not have the file that it names: torch.classes says _classes.py, wherever the run is started.
     found = [file for file in beside if file.suffix == ".py" and "site-packages" not in file.parts and file.is_file()]
-    hashes = {f"file {file.relative_to(folder)}": _hash(file) for file in found}
-    return {f"setting {name}": value for name, value in record.flat("", config).items()} | hashes
+    return {str(file.relative_to(folder)): _hash(file) for file in found}
 
 
 def _loaded() -> list[str]:

@@ -13,6 +13,7 @@ from jaxdist.config import hidden_settings
 from jaxdist.config.experiment import Experiment
 from jaxdist.config.loading import load_experiment
 from jaxdist.config.overrides import override
+from jaxdist.launch.joining import same_on_all
 from jaxdist.launch.supervising import local_job
 from jaxdist.paramserver.processes import admission, faults, machines, open_crew, peer_addresses, ray_crew, run_folder
 from jaxdist.paramserver.processes.crew import Crew, LocalCrew
@@ -69,6 +70,8 @@ def train(options: Options) -> record.RunRecord:
             identity = components.identity_of(experiment, plan.loader.beginning.fingerprint)
             weights = None if options.resume else _check_weights(plan, options)
             earlier = _take_run_dir(options, experiment, identity, stack)
+            hashes = same_on_all.files_of(options.experiment)
+            directory.tell_of_edits(experiment, earlier, hashes)
             folder = options.run_dir / run_folder.DIRECTORY_NAME
             checkpointer = stack.enter_context(
                 contextlib.closing(directory.open_checkpoints(experiment, options.run_dir, identity))
@@ -91,6 +94,7 @@ def train(options: Options) -> record.RunRecord:
                 source=bookkeeping.ExperimentSource(
                     str(pathlib.Path(options.experiment).absolute()),
                     tuple(hidden_settings.without(options.assignments, experiment)),
+                    hashes,
                 ),
             )
             watcher = observer.Observer(plan, start, checkpointer, attempt)

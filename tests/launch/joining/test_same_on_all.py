@@ -53,9 +53,9 @@ def test_a_long_list_of_differences_is_cut():
 def test_a_changed_file_of_the_experiment_is_named(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("a = 1\n")
-    before = same_on_all.of_experiment(path, {"optimizer": {"learning_rate": 0.1}})
+    before = same_on_all.of_experiment({"optimizer": {"learning_rate": 0.1}}, same_on_all.files_of(path))
     path.write_text("a = 2\n")
-    after = same_on_all.of_experiment(path, {"optimizer": {"learning_rate": 0.2}})
+    after = same_on_all.of_experiment({"optimizer": {"learning_rate": 0.2}}, same_on_all.files_of(path))
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {"file mine.py", "setting optimizer.learning_rate"}
 
@@ -67,7 +67,7 @@ def test_a_module_whose_file_is_none_is_no_part_of_the_experiment(tmp_path, monk
     made = types.ModuleType("made")
     made.__file__ = "_made.py"
     monkeypatch.setitem(sys.modules, "made", made)
-    files = [name for name in same_on_all.of_experiment("e.py", {}) if name.startswith("file ")]
+    files = [f"file {name}" for name in same_on_all.files_of("e.py")]
     assert files == ["file e.py"]
 
 
