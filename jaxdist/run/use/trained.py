@@ -9,10 +9,12 @@ import functools
 import math
 import os
 import pathlib
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxdist import adapters, data, errors
@@ -90,7 +92,9 @@ class TrainedRun:
                     self._check_rows(batch)
                 outputs.append(jax.device_get(self._predict(self.params, self.model_state, batch)))
             # The last batch is padded.
-            return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(source)], *outputs)
+            found = jax.tree.map(lambda *parts: np.concatenate(parts)[: len(source)], *outputs)
+        _warn_of_nan(found)
+        return found
 
     def evaluate(self, source: Any = None) -> dict[str, float]:
         """Return the loss and the metrics on `source`, by default the experiment's held-out data, each example once.
@@ -167,7 +171,45 @@ class TrainedRun:
         experiment, mesh = self.experiment, self.strategy.mesh
         size = math.ceil(experiment.global_batch_size / mesh.size) * mesh.size
         loader = components.held_out_loader(experiment, source, global_batch_size=size)
-        return (batch for batch, _ in data.feed(loader, mesh, self.strategy.batch_axes, experiment.data.prefetch))
+        for number, (batch, _) in enumerate(
+            data.feed(loader, mesh, self.strategy.batch_axes, experiment.data.prefetch)
+        ):
+            if number == 0:
+                _warn_of_other_fields(self.fields, batch)
+            yield batch
+
+
+def _warn_of_other_fields(trained: Mapping[str, jax.ShapeDtypeStruct], given: Mapping[str, Any]) -> None:
+    """Warn where a field is of another kind than in training, which many models compute with all the same.
+
+    Images of 0 to 255 are to one that was trained on 0 to 1 just bright. Sizes may differ: sequences are longer.
+    """
+    for name in sorted({*trained} & {*given}):
+        was, is_now = trained[name], given[name]
+        if (_kind(was.dtype), len(was.shape)) != (_kind(is_now.dtype), len(is_now.shape)):
+            warnings.warn(
+                f"An example has {name} as {is_now.dtype} of shape {is_now.shape[1:]}; the model was trained on "
+                f"{was.dtype} of shape {was.shape[1:]}. The outputs are of use if it means the same.",
+                stacklevel=3,
+            )
+
+
+def _kind(dtype: Any) -> str:
+    kinds: dict[str, Any] = {"whole numbers": jnp.integer, "real numbers": jnp.floating, "truths": jnp.bool_}
+    return next((kind for kind, of in kinds.items() if jnp.issubdtype(dtype, of)), str(dtype))
+
+
+def _warn_of_nan(outputs: Any) -> None:
+    """Warn where outputs are NaN: what a model makes of an input that is not finite, or of an id past an embedding."""
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(outputs)]
+    rows = [np.isnan(leaf).reshape(len(leaf), -1).any(1) for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    bad = np.flatnonzero(np.any(rows, axis=0)) if rows else np.empty(0, np.int64)
+    if bad.size:
+        warnings.warn(
+            f"The outputs of {bad.size} of {len(rows[0])} examples are NaN, first those of example {bad[0]} (counted "
+            "from 0). Inputs that are not finite do this, and ids that are not below the size of an embedding.",
+            stacklevel=3,
+        )
 
 
 def load(
@@ -235,8 +277,8 @@ def experiment_of(
         )
     if not pathlib.Path(file).is_file():
         raise errors.UserError(
-            f"The experiment of {run_dir} was {file}, which is not there. Name its new place: experiment= (in a "
-            "command, --experiment)."
+            f"The experiment of {run_dir} {'was' if given is None else 'is to be'} {file}, which is not there. Name "
+            "its new place: experiment= (in a command, --experiment)."
         )
     return override(load_experiment(file), trained.get("assignments", ()))
 

@@ -70,6 +70,33 @@ def test_outputs_without_a_row_for_each_example_are_refused_by_name(trained, row
         broken.predict(held_out(21)["image"])
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda image: (255 * image).astype(np.uint8), r"has image as uint8 of shape .*trained on float32"),
+        (lambda image: image > 0.5, r"has image as bool"),
+        (lambda image: image[:, None], r"of shape \(1, \d+\); the model was trained on"),
+    ],
+)
+def test_a_field_of_another_kind_than_in_training_is_told_once(trained, change, says):
+    run = jaxdist.load(trained, devices=jax.devices()[:1])
+    images = held_out(21)["image"]
+    rows = run.functions._replace(predict_fn=lambda params, batch: batch["image"].reshape(len(batch["image"]), -1) * 2)
+    run = dataclasses.replace(run, functions=rows)
+    with pytest.warns(UserWarning, match=says) as told:
+        run.predict(change(images))
+    assert len(told) == 1
+    run.predict(images.astype(np.float64))  # devices hold it as float32
+
+
+def test_outputs_that_are_nan_are_counted(trained):
+    run, images = jaxdist.load(trained, devices=jax.devices()[:1]), held_out(21)["image"].copy()
+    images[[3, 20]] = np.nan
+    with pytest.warns(UserWarning, match=r"outputs of 2 of 21 examples are NaN, first those of example 3 "):
+        found = run.predict(images)
+    np.testing.assert_array_equal(np.isnan(found).any(1), np.isin(np.arange(21), [3, 20]))
+
+
 def test_an_evaluation_of_other_data_counts_each_example_once(trained):
     run, arrays = jaxdist.load(trained, devices=jax.devices()[:2]), held_out(37)
     outputs = run.experiment.model.apply({"params": jax.device_get(run.params)}, arrays["image"], train=False)
