@@ -326,7 +326,7 @@ class Bookkeeper:
 
         While the run lasts, a record that a full disk does not take is written at the next occasion.
         """
-        made = self.make_record(end_reason, params)
+        made = self._of_its_makers(self.make_record(end_reason, params))
         if jax.process_index() == 0:
             if self._is_recorded and (end_reason is None or self.kept_for_supervisor):
                 self._records.add(made)
@@ -334,6 +334,19 @@ class Bookkeeper:
                 made.write(self.attempt.run_dir)
             self._is_recorded = True
         return made
+
+    def _of_its_makers(self, made: record.RunRecord) -> record.RunRecord:
+        """Return the record; where the run had ended and was not trained further, with what the earlier one says.
+
+        This attempt may have other settings and devices, which did not make the params.
+        """
+        earlier = self.attempt.earlier
+        if earlier is None or made.params_sha256 is None or made.metrics != earlier.metrics:
+            return made
+        if any(getattr(made, name) != getattr(earlier, name) for name in ("end_reason", "step", "params_sha256")):
+            return made
+        extra = {**earlier.extra, "changes": made.extra["changes"]}
+        return dataclasses.replace(earlier, restarts=made.restarts, time_seconds=made.time_seconds, extra=extra)
 
     def make_record(self, end_reason: str | None, params: Any | None = None) -> record.RunRecord:
         """Return the run record; the hash of the params is taken at the end only, when they are given."""

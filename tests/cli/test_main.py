@@ -112,6 +112,19 @@ def test_the_default_directory_and_its_resume(tmp_path, capsys, monkeypatch):
     assert "had ended at step 2 already (max_steps); nothing was trained." in capsys.readouterr().err
 
 
+def test_a_resume_that_trains_nothing_leaves_what_the_record_says_of_the_training(tmp_path, capsys):
+    run = ["train", TINY, "--max-steps", "2", "--json", "--run-dir", str(tmp_path / "run")]
+    assert main.run([*run, "--reduction", "canonical", "--set", "stop.target=none"]) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert main.run([*run, "--resume", "--set", "optimizer.learning_rate=0.5", "stop.target=none"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert {name for name in first if first[name] != again[name]} <= {"restarts", "time_seconds", "changes"}
+    assert again["restarts"] == 1
+    assert json.loads((tmp_path / "run" / "run.json").read_text()) == {
+        name: value for name, value in again.items() if name != "run_dir"
+    }
+
+
 def refused(capsys, match, *arguments):
     """Assert exit 2 and one clear message: no traceback, nothing on standard output."""
     assert main.run(["train", *map(str, arguments)]) == 2
