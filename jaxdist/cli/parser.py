@@ -14,7 +14,7 @@ from typing import Any
 
 from jaxdist import extras
 from jaxdist.errors import ExitStatus, say
-from jaxdist.rundir.remote.run_address import place_of_run
+from jaxdist.rundir.remote.run_address import RunPlace, place_of_run
 
 PARAMETER_SERVER = "parameter-server"
 """The strategy whose processes have different roles."""
@@ -108,7 +108,7 @@ def _add_uses(commands: Any) -> None:
     )
     runs.add_argument("--json", action="store_true", help="print JSON")
     report = _add(commands, "report", "use_command:report", "show one run or several as a page of charts")
-    report.add_argument("run_dirs", nargs="+", type=place_of_run, metavar="RUN_DIR", help="run directories")
+    report.add_argument("run_dirs", nargs="+", type=_place, metavar="RUN_DIR", help="run directories")
     report.add_argument(
         "--out",
         type=pathlib.Path,
@@ -151,13 +151,13 @@ def _add_replay(commands: Any) -> None:
     diff = _add(
         commands, "diff", "replay_command:diff", "the first step, leaf and logical shard in which two runs differ"
     )
-    diff.add_argument("run_dirs", nargs=2, type=place_of_run, metavar="RUN_DIR", help="two canonical runs")
+    diff.add_argument("run_dirs", nargs=2, type=_place, metavar="RUN_DIR", help="two canonical runs")
     for command in (replay, diff):
         command.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
 
 def _add_run(command: argparse.ArgumentParser) -> None:
-    command.add_argument("run_dir", type=place_of_run, metavar="RUN_DIR", help="the run directory, or its address")
+    command.add_argument("run_dir", type=_place, metavar="RUN_DIR", help="the run directory, or its address")
     command.add_argument("--experiment", metavar="FILE", help="the experiment, where its file was moved")
     command.add_argument("--devices", type=_positive, metavar="N", help="devices to compute on")
 
@@ -173,7 +173,7 @@ def _add_launch(command: argparse.ArgumentParser) -> None:
     command.set_defaults(resume=False)
     command.add_argument(
         "--run-dir",
-        type=place_of_run,
+        type=_place,
         metavar="DIR",
         help="on a file system that all hosts share",
     )
@@ -198,7 +198,7 @@ def _add_train(command: argparse.ArgumentParser) -> None:
     _add_experiment(command)
     command.add_argument("--processes", type=_positive, metavar="P", help="processes on this machine (default 1)")
     command.add_argument(
-        "--run-dir", type=place_of_run, metavar="DIR", help="of the run, or s3://... (default runs/NAME-TIME)"
+        "--run-dir", type=_place, metavar="DIR", help="of the run, or s3://... (default runs/NAME-TIME)"
     )
     command.add_argument("--resume", action="store_true", help="continue the run in --run-dir (default: the newest)")
     command.add_argument(
@@ -319,8 +319,14 @@ def _add_experiment(command: argparse.ArgumentParser, **other_help: str) -> None
         action.help = other_help.get(action.dest, action.help)
 
 
+def _place(text: str) -> RunPlace:
+    if not text.strip():  # of a variable that is not set
+        raise argparse.ArgumentTypeError(f"a run directory, or its address, is needed; got {text!r}")
+    return place_of_run(text)
+
+
 def _local(text: str) -> pathlib.Path:
-    if "://" in text:
+    if "://" in text or not text.strip():
         raise argparse.ArgumentTypeError(f"a run directory on this machine is needed; got {text!r}")
     return pathlib.Path(text)
 

@@ -128,6 +128,8 @@ def kind_of_data(name: str) -> str:
     if name.startswith("tfds:"):
         return "tfds"
     path = local_path(name)
+    if not path.exists():
+        raise ValueError(f"There is no file or folder {name}. Check the path; TFDS data are named tfds:NAME:SPLIT.")
     if path.is_dir():
         here = {_suffix(file) for file in path.iterdir() if file.is_file() and not is_hidden(file.name)}
         below = {file.suffix.lower() for file in path.glob("*/**/*")}

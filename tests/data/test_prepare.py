@@ -118,8 +118,10 @@ def test_folders_of_images_keep_their_encoding(tmp_path):
 def test_tables_are_opened_and_unknown_sources_explained(tmp_path):
     (tmp_path / "t.csv").write_text("a,b\n1,2\n")
     assert len(prepare.open_source(str(tmp_path / "t.csv"))) == 1
-    with pytest.raises(ValueError, match="Cannot tell how to read"):
+    with pytest.raises(ValueError, match=r"There is no file or folder .*nothing"):
         prepare.open_source(str(tmp_path / "nothing"))
+    with pytest.raises(ValueError, match="Cannot tell how to read"):
+        prepare.open_source(__file__)
     with pytest.raises(ValueError, match="tfds:NAME:SPLIT"):
         prepare.open_source("tfds:mnist")
 

@@ -52,6 +52,10 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.data in named:
         found = run.evaluate(named[options.data])
     else:
+        if not options.data.startswith("tfds:") and not pathlib.Path(options.data).exists():
+            raise UserError(
+                f"--data is {', '.join(named)}, a file or folder, or tfds:NAME:SPLIT; there is no {options.data}."
+            )
         columns = _columns_read(run, list(run.fields))
         found = run.evaluate(predictions.read_inputs(options.data, like=settings.train, columns=columns))
     if options.json:

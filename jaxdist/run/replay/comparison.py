@@ -96,6 +96,9 @@ def compare(first_dir: pathlib.Path, second_dir: pathlib.Path) -> Comparison:
         )
     found = step_chain.first_difference(*chains, range(1, steps + 1))
     message = _message(found, steps, compared, (first_dir, second_dir), (first.step, second.step), settings + versions)
+    for run_dir, made, chain in zip((first_dir, second_dir), (first, second), chains):
+        if found is None and len(chain.entries) < made.step:
+            message += f" The chain of {run_dir} ends at step {len(chain.entries)} of {made.step}: the rest is unknown."
     return Comparison(found is None, steps, compared, found, settings, versions, message)
 
 

@@ -1,5 +1,6 @@
 """Lists and comparisons of runs, read from their run records."""
 
+import collections
 import dataclasses
 import os
 import pathlib
@@ -149,11 +150,18 @@ def _differing(parts: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
 
 
+def distinct_names(run_dirs: Sequence[pathlib.Path]) -> list[str]:
+    """Return the names of the directories; their paths where two share a name."""
+    names = [run_dir.resolve().name for run_dir in run_dirs]
+    shared = collections.Counter(names)
+    return [str(run_dir) if shared[name] > 1 else name for name, run_dir in zip(names, run_dirs, strict=True)]
+
+
 def show_comparison(
     run_dirs: Sequence[str | os.PathLike[str]], found: Mapping[str, Mapping[str, list[Any]]], *, width: int
 ) -> str:
     """Return a comparison as a table with a column for each run; if it is wider than `width`, with a line for each."""
-    names = [pathlib.Path(run_dir).name for run_dir in run_dirs]
+    names = distinct_names([pathlib.Path(run_dir) for run_dir in run_dirs])
     rows = [(name, *map(_cell, each)) for values in found.values() for name, each in values.items()]
     table = _table([("", *names), *rows])
     if max(map(len, table.splitlines()), default=0) <= width:

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pandas
 import pytest
 import tiny_experiment
 
@@ -29,6 +30,19 @@ def test_a_mistake_is_one_message(arguments, tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.splitlines()[-1].startswith("jaxdist: ")
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_what_cannot_be_prepared_says_what_a_command_can_do(kind, tmp_path, capsys):
+    table, out = tmp_path / f"t.{kind}", tmp_path / "out"
+    pandas.DataFrame({"a": [1], "note": ["x"]}).to_csv(tmp_path / "t.csv", index=False)
+    pandas.DataFrame({"a": [1], "note": ["x"]}).to_parquet(tmp_path / "t.parquet")
+    assert main.run(["data", "prepare", str(table), str(out)]) == 2
+    assert "'note'" in (error := capsys.readouterr().err)
+    assert "Leave the column out of the file, or prepare a source from Python" in error
+    assert main.run(["data", "prepare", str(tmp_path / "t.cvs"), str(out)]) == 2
+    assert f"There is no file or folder {tmp_path}/t.cvs" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_the_data_of_an_experiment_are_shown(capsys):

@@ -77,6 +77,14 @@ def test_metrics_are_those_of_the_named_data(run_dir, capsys, tmp_path, name):
     assert f"step {run.step}, {data}: " in shown(capsys, "eval", run_dir, "--data", data)
 
 
+def test_data_that_are_not_there_are_told_with_the_names_that_are(run_dir, capsys, tmp_path):
+    assert main.run(["eval", str(run_dir), "--data", "val", "--json"]) == 2
+    told = capsys.readouterr()
+    assert (told.out, "--data is eval, train, a file or folder, or tfds:" in told.err) == ("", True)
+    assert main.run(["eval", str(run_dir), "--experiment", str(tmp_path / "x.py")]) == 2
+    assert f"is to be {tmp_path}/x.py, which is not there" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("checkpoint", ["last", "8"])
 def test_a_checkpoint_can_be_named(run_dir, capsys, checkpoint):
     step = json.loads(shown(capsys, "eval", run_dir, "--checkpoint", checkpoint, "--json"))["step"]

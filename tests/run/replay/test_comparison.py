@@ -54,6 +54,15 @@ def test_equal_runs_are_equal_as_far_as_both_went(tmp_path):
     assert json.loads(json.dumps(found.to_json()))["equal"] is True
 
 
+def test_a_chain_that_ends_before_its_run_is_told(tmp_path):
+    cut = write(tmp_path / "b", hashes(9)) / step_chain.FILE_NAME
+    size = len(cut.read_bytes())
+    cut.write_bytes(cut.read_bytes()[: size * 2 // 3])
+    found = comparison.compare(write(tmp_path / "a", hashes(9)), tmp_path / "b")
+    assert found.equal
+    assert f"The chain of {tmp_path / 'b'} ends at step {found.steps} of 9" in str(found)
+
+
 @pytest.mark.parametrize(
     ("places", "shards", "leaves", "meaning"),
     [

@@ -89,6 +89,12 @@ def test_a_comparison_names_what_differs_and_nothing_else(tmp_path):
     ]
 
 
+def test_runs_of_one_name_are_compared_by_their_paths(tmp_path):
+    runs = [write(tmp_path / folder / "run", metrics={"x": number}) for number, folder in enumerate("ab")]
+    shown = run_list.show_comparison(runs, run_list.compare(runs), width=1000)
+    assert shown.splitlines()[0].split() == [str(run) for run in runs]
+
+
 def test_a_comparison_that_is_wider_than_the_terminal_has_a_line_for_each_run(tmp_path):
     names = [f"{name * 20}-20261128-120000-000000" for name in ("a", "b", "c")]
     found = {"config": {"model.width": [32, 64, 128]}, "result": {"params_sha256": ["0" * 64, "1" * 64, None]}}

@@ -40,15 +40,21 @@ class Curve:
 def read_rows(run_dir: pathlib.Path) -> list[dict[str, Any]]:
     """Return the rows of metrics.jsonl, or none if there is no file; an incomplete last line is left out."""
     path = run_dir / writers.JSONL_NAME
+    text = path.read_bytes() if path.exists() else b""
+    lines = text[: text.rfind(b"\n") + 1].splitlines()
+    return [_row(path, number, line) for number, line in enumerate(lines, start=1)]
+
+
+def _row(path: pathlib.Path, number: int, line: bytes) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-        if wrong := next(filter(None, (json_kinds.misfit(row, _ROW, "a row") for row in rows)), None):
+        row: dict[str, Any] = json.loads(line)
+        if wrong := json_kinds.misfit(row, _ROW, "a row"):
             raise ValueError(wrong)
-        return rows
+        return row
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path} must hold one JSON object per line ({error}). Move the file away for a report without curves."
+            f"{path} must hold one JSON object per line, and line {number} is none ({error}). Remove the line, or move "
+            "the file away for a report without curves."
         ) from error
 
 

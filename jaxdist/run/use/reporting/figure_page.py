@@ -69,7 +69,7 @@ def write(
 
 def check(out: pathlib.Path) -> None:
     """Raise UserError where `write` could not, before the work that it shows."""
-    report_page.check_output(out)
+    report_page.check_output(out, of="page", option="--plot")
     report_page.library()
 
 

@@ -45,23 +45,24 @@ def write(run_dirs: Sequence[pathlib.Path], out: pathlib.Path) -> int:
     return len(page)
 
 
-def check_output(out: pathlib.Path, *, kind: str = "report", of: str = "report") -> None:
+def check_output(out: pathlib.Path, *, kind: str = "report", of: str = "report", option: str = "--out") -> None:
     """Raise UserError unless `out` is a new file or an earlier page of this kind, in an existing folder.
 
-    Pages are marked, and may be replaced; any other file is the user's. `of` is what messages call the page.
+    Pages are marked, and may be replaced; any other file is the user's. `of` is what messages call the page, `option`
+    the option that names it.
     """
     if not out.parent.is_dir():
         raise errors.UserError(f"The folder of the {of} must exist; there is no {out.parent}. Create it.")
     if not os.access(out.parent, os.W_OK):
         raise errors.UserError(
-            f"The folder of the {of} must be writable; {out.parent} is not. Name a file in another one with --out."
+            f"The folder of the {of} must be writable; {out.parent} is not. Name a file in another one with {option}."
         )
     mark = f'name="generator" content="jaxdist {kind}"'
     with errors.as_user_error():
         foreign = out.exists() and not (out.is_file() and mark in out.read_bytes()[:2000].decode(errors="replace"))
     if foreign:
         raise errors.UserError(
-            f"{out} exists and is not a {kind}, so it is not replaced. Name another file with --out."
+            f"{out} exists and is not a {kind}, so it is not replaced. Name another file with {option}."
         )
 
 

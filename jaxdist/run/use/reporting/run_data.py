@@ -4,7 +4,6 @@ import dataclasses
 import pathlib
 import shlex
 import signal
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -108,17 +107,11 @@ def read(run_dirs: Sequence[pathlib.Path]) -> list[ReportedRun]:
         rows = [curves.read_rows(run_dir) for run_dir in run_dirs]
         num_curves = sum(len({name for row in each for name in row}) for each in rows)
         most = max(LEAST_OF_A_CURVE, min(MOST_OF_A_CURVE, MOST_POINTS // max(num_curves, 1)))
-        names = _names(run_dirs)
+        names = run_list.distinct_names(run_dirs)
         return [
             _run(name, run_dir, curves.curves(each, most_points=most))
             for name, run_dir, each in zip(names, run_dirs, rows, strict=True)
         ]
-
-
-def _names(run_dirs: Sequence[pathlib.Path]) -> list[str]:
-    names = [run_dir.resolve().name for run_dir in run_dirs]
-    shared = Counter(names)
-    return [str(run_dir) if shared[name] > 1 else name for name, run_dir in zip(names, run_dirs, strict=True)]
 
 
 def _run(name: str, run_dir: pathlib.Path, found: Mapping[str, curves.Curve]) -> ReportedRun:

@@ -24,8 +24,9 @@ def test_a_page_has_its_data_and_loads_nothing(tmp_path):
 def test_a_file_of_another_kind_is_kept(tmp_path):
     (tmp_path / "mine.html").write_text("mine")
     for name in ("mine.html", "nowhere/x.html"):
-        with pytest.raises(errors.UserError):
+        with pytest.raises(errors.UserError) as told:
             figure_page.check(tmp_path / name)
+        assert "--out" not in str(told.value)  # these commands call it --plot
 
 
 def test_axes_make_room_for_their_labels_and_keep_their_settings():
