@@ -72,7 +72,7 @@ class Cast:
         return self.tell(messages.Done(number, incarnation, sequence, 0, lease, count, finite, metrics))
 
     def applied(self, step):
-        return self.tell(*(messages.CommitAck(shard, step) for shard in range(self.settings.servers)))
+        return self.tell(*(messages.CommitAck(self.state.term, shard, step) for shard in range(self.settings.servers)))
 
     def step(self):
         """Train one step with every worker (sync mode without backup workers)."""

@@ -372,8 +372,9 @@ class Commit:
 
 @dataclass(frozen=True, slots=True)
 class Norms:
-    """The squared norm of each block of the summed gradient, in the shard's block order."""
+    """The squared norm of each block of the summed gradient, in the shard's block order. `term`: of the commit."""
 
+    term: int
     shard: int
     step: int
     squares: tuple[float, ...]
@@ -391,8 +392,12 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class CommitAck:
-    """The shard has applied `step`, or a later one. `squares`: squared norm of its mean gradient, -1 if unknown."""
+    """The shard has applied `step`, or a later one, as it was told in `term`.
 
+    `squares`: squared norm of its mean gradient, -1 if unknown.
+    """
+
+    term: int
     shard: int
     step: int
     squares: float = -1.0

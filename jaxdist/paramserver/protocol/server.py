@@ -437,7 +437,7 @@ class Server:
                 self._submit(whole, Outcome({(messages.Commit, commit.step)}), now, out)
         else:
             known = Outcome({(messages.Commit, commit.step)})
-            known.send(SCHEDULER, messages.CommitAck(self.number, self.shard.version, self.shard.squares))
+            known.send(SCHEDULER, messages.CommitAck(self.term, self.number, self.shard.version, self.shard.squares))
             self._submit(messages.NoOp(), known, now, out)
 
     def _finish(self, finish: messages.Finish, now: float, out: effects.Output) -> None:

@@ -278,9 +278,9 @@ class Shard:
         if self.updater.needs_norm and not commit.skip:
             wide = (g.astype(np.promote_types(g.dtype, np.float64)) for g in self._grads())
             squares = tuple(float(np.vdot(g, g).real) for g in wide)
-            outcome.send(SCHEDULER, messages.Norms(self.shard, commit.step, squares))
+            outcome.send(SCHEDULER, messages.Norms(commit.term, self.shard, commit.step, squares))
         else:
-            self._finish_commit(outcome, 0.0)
+            self._finish_commit(outcome, commit.term, 0.0)
 
     def _mean_of(self, commit: messages.Commit, pushes: Sequence[messages.Push]) -> Arrays:
         ready = self._ready_for(commit)
@@ -292,11 +292,11 @@ class Shard:
 
     def _finish(self, outcome: Outcome, finish: messages.Finish) -> None:
         if self.summing is not None and finish.step == self.summing.step:
-            self._finish_commit(outcome, finish.norm_squared)
+            self._finish_commit(outcome, finish.term, finish.norm_squared)
         elif finish.step <= self.version:
-            outcome.send(SCHEDULER, messages.CommitAck(self.shard, self.version, self.squares))
+            self._tell_applied(outcome, finish.term)
 
-    def _finish_commit(self, outcome: Outcome, norm_squared: float) -> None:
+    def _finish_commit(self, outcome: Outcome, term: int, norm_squared: float) -> None:
         commit = self.summing
         assert commit is not None
         ready = self._ready_for(commit)
@@ -310,7 +310,10 @@ class Shard:
         self._record(outcome, commit.contributors, messages.NO_CLOCK, 0, commit.skip)
         self.staged = {key: push for key, push in self.staged.items() if push.lease.step >= self.version}
         self._forget_what_is_ready()
-        outcome.send(SCHEDULER, messages.CommitAck(self.shard, self.version, self.squares))
+        self._tell_applied(outcome, term)
+
+    def _tell_applied(self, outcome: Outcome, term: int) -> None:
+        outcome.send(SCHEDULER, messages.CommitAck(term, self.shard, self.version, self.squares))
 
     def _ordered(self, commit: messages.Commit) -> list[messages.Contributor]:
         # By slice, so that the sum has the same bits whichever worker computed a slice.

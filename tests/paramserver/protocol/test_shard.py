@@ -133,7 +133,7 @@ def test_an_optimizer_that_needs_the_global_norm_steps_once_it_has_it(ready):
         one.get_ready()
     assert one.ahead() is None
     (norms,) = one.apply(COMMIT).replies
-    assert norms.message == messages.Norms(0, 1, (1.5, 0.5))
+    assert norms.message == messages.Norms(COMMIT.term, 0, 1, (1.5, 0.5))
     assert one.apply(messages.Finish(1, 0, 5, 9.0)).replies == []  # of another step
     assert one.verdict(push(sequence=2)) == "obsolete"  # the step is decided
     assert_params(one, PARAMS)

@@ -65,7 +65,9 @@ def _send(state: SchedulerState, fingerprint: int, out: Output) -> None:
 
 def on_norms(state: SchedulerState, norms: messages.Norms, now: float, out: Output) -> None:
     """Add up the shards' parts of the gradient's global norm, and send them the sum."""
-    if state.last_commit is None or norms.step != state.last_commit.step or state.norm_squared is not None:
+    if not _is_of_this_history(state, norms.term) or state.last_commit is None or state.norm_squared is not None:
+        return
+    if norms.step != state.last_commit.step:
         return
     state.norms[norms.shard] = norms.squares
     if len(state.norms) == state.settings.servers:
@@ -76,9 +78,14 @@ def on_norms(state: SchedulerState, norms: messages.Norms, now: float, out: Outp
             repeat(state, out)
 
 
+def _is_of_this_history(state: SchedulerState, term: int) -> bool:
+    """Return whether a message was sent since the last rollback: a step from before it is another one of its number."""
+    return state.membership is not None and term >= state.membership.restore_term
+
+
 def on_commit_ack(state: SchedulerState, ack: messages.CommitAck, now: float, out: Output) -> bool:
     """Note that a shard applied the step; return whether all have, so that the next may begin."""
-    if state.last_commit is None or ack.step < state.last_commit.step:
+    if not _is_of_this_history(state, ack.term) or state.last_commit is None or ack.step < state.last_commit.step:
         return False
     state.committed.add(ack.shard)
     state.squares[ack.shard] = ack.squares if ack.step == state.last_commit.step else -1.0

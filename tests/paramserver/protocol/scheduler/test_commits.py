@@ -67,7 +67,7 @@ def test_an_asynchronous_run_ends_at_what_is_not_finite_and_not_at_an_empty_batc
 def test_only_shards_that_have_not_acknowledged_hear_it_again():
     cast, lease = half_done()
     cast.finish(0, lease)
-    cast.tell(messages.CommitAck(0, 1))
+    cast.tell(messages.CommitAck(cast.state.term, 0, 1))
     for _ in range(4):
         sent, _ = cast.tick(0.5)
     assert {commit.shard for commit in stages.named(cast.tick(1.0)[0] + sent, "Commit")} == {1}
@@ -76,7 +76,27 @@ def test_only_shards_that_have_not_acknowledged_hear_it_again():
 def test_norms_are_added_in_shard_order_and_logged():
     cast, lease = half_done()
     cast.finish(0, lease)
-    cast.tell(messages.Norms(1, 1, (4.0,)))
-    sent, done = cast.tell(messages.Norms(0, 1, (1.0, 2.0)))
+    cast.tell(messages.Norms(cast.state.term, 1, 1, (4.0,)))
+    sent, done = cast.tell(messages.Norms(cast.state.term, 0, 1, (1.0, 2.0)))
     assert [effect.record.norm_squared for effect in stages.named(done, "Append")] == [7.0]
     assert [finish.norm_squared for finish in stages.named(sent, "Finish")] == [7.0, 7.0]
+
+
+@pytest.mark.parametrize("late", [messages.CommitAck, messages.Norms])
+def test_what_a_shard_told_before_a_rollback_says_nothing_of_a_step_after_it(late):
+    cast = stages.Cast(stages.settings(servers=2, durability="snapshot", snapshot_every=2)).join()
+    before = cast.state.term
+    cast.tell(messages.Died("server/0/a", 1), messages.Register("server/0/a", 2))
+    assert cast.state.counters["rollbacks"] == 1
+    cast.enter_term()
+    cast.tell(messages.Register("worker/0", 2))
+    cast.tick()
+    cast.enter_term()
+    cast.finish(0, cast.ask(0))
+    step = cast.state.last_commit.step
+    told = {messages.CommitAck: (step, 4.0), messages.Norms: (step, (4.0,))}[late]
+    for term in (before, cast.state.term):
+        assert cast.state.last_commit is not None
+        assert cast.state.norm_squared is None
+        cast.tell(*(late(term, shard, *told) for shard in range(2)))
+    assert cast.state.last_commit is None or cast.state.norm_squared == 8.0

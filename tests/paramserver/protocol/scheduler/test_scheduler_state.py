@@ -66,7 +66,7 @@ def test_the_end_is_remembered():
 def test_a_norm_is_remembered_with_its_commit():
     cast = stages.Cast(stages.settings()).join()
     cast.finish(0, cast.ask(0))
-    cast.tell(messages.Norms(0, 1, (2.0,)))
+    cast.tell(messages.Norms(cast.state.term, 0, 1, (2.0,)))
     back = cast.restarted()
     back.tick()
     sent, _ = back.enter_term()
