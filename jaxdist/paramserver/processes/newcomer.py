@@ -75,10 +75,16 @@ def leave(run_dir: pathlib.Path, num_workers: int) -> None:
 
 
 def _door(run_dir: pathlib.Path) -> tuple[str, str]:
-    spec = run_folder.Spec.read(run_dir / run_folder.DIRECTORY_NAME / run_folder.SPEC_NAME)
     if not lock.is_locked(run_dir):
         raise UserError(f"Only a run that is training can be joined or left; the one in {run_dir} is not. Start it.")
-    return spec.door[0], ""
+    path = run_dir / run_folder.DIRECTORY_NAME / run_folder.SPEC_NAME
+    try:
+        return run_folder.Spec.read(path).door[0], ""
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"A run is joined and left through what {path} says, and that file cannot be read: {error}. Stop the run "
+            "and continue it with --resume, which writes the file anew."
+        ) from error
 
 
 def _take_part(line: admission.Line, num_workers: int, directory: pathlib.Path, experiment: pathlib.Path | None) -> int:

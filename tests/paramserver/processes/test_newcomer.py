@@ -128,6 +128,15 @@ def test_a_run_that_has_ended_is_said_to(tmp_path, run_dir, capsys):
         assert "Only a run that is training can be joined" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"door": 1}', b'{"other": 1}', b"\xff"])
+def test_a_damaged_description_of_the_run_is_said_to_be(run_dir, capsys, content):
+    path = run_dir / "ps" / run_folder.SPEC_NAME
+    path.write_bytes(content)
+    for command in ("join", "leave"):
+        assert main.run([command, str(run_dir)]) == 2
+        assert f"{path} says, and that file cannot be read" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_machine_without_the_experiment_is_told_what_to_do(tmp_path):
     spec = spec_of("/nowhere/x.py")
     with pytest.raises(ValueError, match="This machine needs the experiment file of the run; there is no /nowhere"):

@@ -165,7 +165,7 @@ def test_a_damaged_checkpoint_is_refused(run_dir, tmp_path):
     file = max((path for path in state.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     content = file.read_bytes()
     try:
-        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        file.write_bytes(bytes(byte ^ 1 for byte in content))  # one byte alone may be of a leaf that is not read
         with pytest.raises(UserError, match=r"damaged.* Name another checkpoint"):
             weights.read("params/Dense_0/kernel")
     finally:
