@@ -167,7 +167,8 @@ def _train_here(
         )
     if made.end_reason is None:  # other processes are to take part, and the run continues
         return ExitStatus.RETRY
-    if runtime.is_first() and earlier and (earlier.step, earlier.end_reason) == (made.step, made.end_reason):
+    is_as_before = earlier is not None and (earlier.step, earlier.end_reason) == (made.step, made.end_reason)
+    if runtime.is_first() and is_as_before and options.checkpoint is None:  # from another one, steps are made again
         errors.say(
             f"The run in {working_copy.shown(run_dir)} had ended at step {made.step} already "
             f"({made.end_reason}); nothing was trained. To continue, raise the limit that ended it, for example with "

@@ -155,7 +155,7 @@ class Bookkeeper:
             progress, every_steps=experiment.eval.every_steps, every_epochs=experiment.eval.every_epochs
         )
         self.saves = Due(progress, every_steps=experiment.checkpoints.period)
-        self._saved_step = checkpointer.latest_step()
+        self._saved_step, self._began_at = checkpointer.latest_step(), progress.step
         self._origin = self._find_origin()
         self.kept_for_supervisor = False
         """Whether the last state is in memory alone, since the disk is full; the supervisor tries to save it."""
@@ -336,14 +336,15 @@ class Bookkeeper:
         return made
 
     def _of_its_makers(self, made: record.RunRecord) -> record.RunRecord:
-        """Return the record; where the run had ended and was not trained further, with what the earlier one says.
+        """Return the record; where the run had ended and this attempt trained nothing, with what the earlier one says.
 
         This attempt may have other settings and devices, which did not make the params.
         """
         earlier = self.attempt.earlier
-        if earlier is None or made.params_sha256 is None or made.metrics != earlier.metrics:
+        if earlier is None or made.params_sha256 is None or self.progress.step > self._began_at:
             return made
-        if any(getattr(made, name) != getattr(earlier, name) for name in ("end_reason", "step", "params_sha256")):
+        same = ("end_reason", "step", "params_sha256", "metrics")
+        if any(getattr(made, name) != getattr(earlier, name) for name in same):
             return made
         extra = {**earlier.extra, "changes": made.extra["changes"]}
         return dataclasses.replace(earlier, restarts=made.restarts, time_seconds=made.time_seconds, extra=extra)

@@ -125,6 +125,18 @@ def test_a_resume_that_trains_nothing_leaves_what_the_record_says_of_the_trainin
     }
 
 
+def test_a_resume_that_makes_steps_again_does_not_say_that_it_trained_nothing(tmp_path, capsys):
+    run = ["train", TINY, "--max-steps", "4", "--json", "--run-dir", str(tmp_path / "run")]
+    run += ["--set", "checkpoints.every_steps=2", "stop.target=none"]
+    made = []
+    for more in ([], ["--resume", "--checkpoint", "2"], ["--resume"]):
+        assert main.run([*run, *more]) == 0
+        shown = capsys.readouterr()
+        made.append(json.loads(shown.out))
+        assert ("nothing was trained" in shown.err) == (more == ["--resume"])
+    assert len({each["params_sha256"] for each in made}) == 1
+
+
 def refused(capsys, match, *arguments):
     """Assert exit 2 and one clear message: no traceback, nothing on standard output."""
     assert main.run(["train", *map(str, arguments)]) == 2

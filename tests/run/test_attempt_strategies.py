@@ -41,8 +41,11 @@ def test_strategies_agree_on_the_loss_and_a_run_of_one_resumes_under_another(cap
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
     for name in ("tensor", "data-parallel"):
         resumed = train(capsys, name, tmp_path / "fsdp", "--resume")
-        assert (resumed["strategy"], resumed["step"]) == (name, 6)
+        assert (resumed["strategy"], resumed["step"]) == ("fsdp", 6)  # nothing was trained under another
         assert resumed["params_sha256"] == records["fsdp"]["params_sha256"]
+    for step, name in enumerate(("tensor", "data-parallel"), 7):
+        resumed = train(capsys, name, tmp_path / "fsdp", "--resume", "--max-steps", str(step))
+        assert (resumed["strategy"], resumed["step"]) == (name, step)
 
 
 @pytest.mark.slow

@@ -37,7 +37,8 @@ def test_a_trial_is_a_run_that_says_how_to_repeat_it_and_goes_on_where_it_was_st
     made = record.RunRecord.read(tmp_path / first.name)
     assert (made.step, made.restarts) == (2, 1)
     assert made.command == "jaxdist train x.py --set optimizer.learning_rate=0.02"
-    assert made.extra["experiment"] == {"file": "x.py", "assignments": ["seed=0", "optimizer.learning_rate=0.02"]}
+    settings = {"file": "x.py", "assignments": ["seed=0", "optimizer.learning_rate=0.02"]}
+    assert made.extra["experiment"] == {**settings, "hashes": {}}
 
 
 @pytest.mark.parametrize(
