@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,9 +12,10 @@ import numpy as np
 
 from jaxdist import errors
 from jaxdist.adapters import first_calls
+from jaxdist.adapters.flax_trees import unboxed
 from jaxdist.adapters.functions import Forward, Loss, PyTree, Values, refuse_scalar, shape_of
 from jaxdist.errors import ConfigError
-from jaxdist.spmd.dependence import depends
+from jaxdist.spmd.dependence import depends, marks
 from jaxdist.spmd.layout import path_name
 from jaxdist.spmd.metrics import MASK, SEGMENT_IDS, Batch, Mean, check_names
 
@@ -67,6 +69,43 @@ def check_begins_without_inputs(module_type: type, make: Any, row: Mapping[str, 
             "is read when it is created: its inputs would be zeros. Let the params depend on the key alone, or give "
             "the model as adapters.Functions, whose init_fn may look at examples."
         )
+
+
+def check_params_stay(
+    module_type: type, params_after: Any, shapes: tuple[PyTree, PyTree], example_batch: Mapping[str, Any]
+) -> None:
+    """Warn where a call assigns or makes params, which holds for that call alone: only the optimizer changes them.
+
+    `params_after(params, model_state, batch, key)` returns the values of all params after a call, by their paths.
+    """
+    flat, structure = jax.tree_util.tree_flatten_with_path(unboxed(shapes[0]))
+    own = {path_name(path): _FIRST_PARAM << index for index, (path, _) in enumerate(flat)}
+    nothing = jax.tree.map(lambda _: 0, (shapes[1], dict(example_batch)))
+    args = (
+        jax.tree.unflatten(structure, [leaf for _, leaf in flat]),
+        shapes[1],
+        dict(example_batch),
+        jax.random.key(0),
+    )
+    found = marks(params_after, args, [jax.tree.unflatten(structure, own.values()), *nothing, 0], _made_by)
+    for name, mark in found.items():
+        if mark != own.get(name) and not mark & _UNKNOWN:
+            warnings.warn(
+                f"{module_type.__name__}.__call__ {'assigns' if name in own else 'makes'} {name}, an nnx.Param. The "
+                "optimizer alone changes params, so this holds for that call and is lost after it. What a call is to "
+                "keep is another kind of nnx.Variable, such as nnx.BatchStat, that __init__ makes.",
+                stacklevel=2,
+            )
+            return
+
+
+_MADE, _UNKNOWN, _FIRST_PARAM = 1, 2, 4
+
+
+def _made_by(equation: Any, inputs: Sequence[int]) -> int:
+    """Return the mark of what an equation computes; nothing is known of one with functions that are not looked into."""
+    nested = any(hasattr(getattr(each, "jaxpr", each), "eqns") for each in jax.tree.leaves(equation.params))
+    return _UNKNOWN if nested else _MADE
 
 
 def check_module(

@@ -53,9 +53,9 @@ def nnx(
         _, params, _, state = _split(make_module(flax_nnx.Rngs(key)))
         return _to_tree(params, param_template), _to_tree(state, state_template)
 
-    def forward(
+    def call(
         params: PyTree, model_state: PyTree, batch: Batch, key: jax.Array, *, train: bool
-    ) -> tuple[Any, PyTree]:
+    ) -> tuple[Any, flax_nnx.Module]:
         module = flax_nnx.merge(
             graph,
             _from_tree(params, param_template),
@@ -63,13 +63,23 @@ def nnx(
             _from_tree(model_state or {}, state_template),
         )
         module.train() if train else module.eval()
-        outputs = module(*(batch[name] for name in fields), **functions.switches(accepted, batch, train))
+        return module(*(batch[name] for name in fields), **functions.switches(accepted, batch, train)), module
+
+    def forward(
+        params: PyTree, model_state: PyTree, batch: Batch, key: jax.Array, *, train: bool
+    ) -> tuple[Any, PyTree]:
+        outputs, module = call(params, model_state, batch, key, train=train)
         return outputs, _to_tree(_split(module)[3], state_template)
+
+    def params_after(params: PyTree, model_state: PyTree, batch: Batch, key: jax.Array) -> dict[str, Any]:
+        flat = flax_nnx.to_flat_state(_split(call(params, model_state, batch, key, train=True)[1])[1])
+        return {"/".join(map(str, path)): variable.get_value() for path, variable in flat}
 
     forward = functions.in_precision(forward, precision)
     if not is_checked:
         shapes = jax.eval_shape(init, jax.random.key(0))
         module_checks.check_module(type(abstract), accepted, forward, loss, shapes, example_batch)
+        module_checks.check_params_stay(type(abstract), params_after, shapes, example_batch)
     return functions.make_functions(init, forward, loss, stateful=bool(state_template))
 
 
