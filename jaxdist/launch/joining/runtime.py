@@ -27,6 +27,8 @@ PROCESS_ID, NUM_PROCESSES, COORDINATOR = places.PROCESS_ID, places.NUM_PROCESSES
 
 LOG = "JAXDIST_LOG"
 """Environment variable: the file that takes what native code prints in a process that shares the user's terminal."""
+MOST_DEVICES = 4096
+"""So many fake CPU devices take 0.6 GB and three seconds before anything is computed."""
 LEAST_COMPILE_SECONDS = 0.0
 """Every program is cached, even a small one: at a restart the whole job waits for every compilation."""
 _COLLECTIVE_FLAG = "xla_gpu_nccl_termination_timeout_seconds"
@@ -60,7 +62,7 @@ def start(num_devices: int | None = None, *, threads: Callable[[], int | None] =
         processes; None leaves it to XLA, or as it was fixed before.
 
     Raises:
-      UserError: there are fewer accelerators than `num_devices`.
+      UserError: there are fewer accelerators than `num_devices`, or it is above MOST_DEVICES.
     """
     _prepare(num_devices)
     place = places.find()
@@ -84,6 +86,11 @@ def start_by_itself(num_devices: int, threads: int = thread_pool.LEAST) -> Seque
 
 
 def _prepare(num_devices: int | None) -> None:
+    if num_devices and num_devices > MOST_DEVICES:
+        raise UserError(
+            f"A process has at most {MOST_DEVICES:,} devices; --devices asks for {num_devices:,}. What more of them "
+            "would need, jaxdist plan says."
+        )
     if len(os.sched_getaffinity(0)) == 1:  # with one thread XLA generates other code
         os.environ.setdefault("NPROC", "2")
     _bound_gpu_collectives(os.environ)

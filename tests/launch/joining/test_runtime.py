@@ -29,6 +29,15 @@ def test_more_devices_than_accelerators_are_refused():
         runtime.first_of_each_process(5, DEVICES[:4], DEVICES)
 
 
+def test_more_fake_devices_than_fit_are_refused_before_they_are_made(monkeypatch):
+    set_to = []
+    monkeypatch.setattr(runtime.jax.config, "update", lambda name, value: set_to.append(value))
+    runtime._prepare(runtime.MOST_DEVICES)
+    with pytest.raises(UserError, match="at most 4,096 devices; --devices asks for 100,000"):
+        runtime._prepare(100_000)
+    assert set_to == [runtime.MOST_DEVICES]
+
+
 def test_the_start_bounds_gpu_collectives(monkeypatch):
     bounded = []
     monkeypatch.setattr(runtime, "_bound_gpu_collectives", bounded.append)

@@ -30,9 +30,10 @@ def serve(run_dirs: Sequence[pathlib.Path], port: int = 0) -> http.server.Thread
     try:
         return http.server.ThreadingHTTPServer((HOST, port), functools.partial(_Handler, run_dirs))
     except (OSError, OverflowError) as error:
+        reason = str(error).rstrip(".")
         raise errors.UserError(
-            f"The report needs a free port of {HOST}; {port} is not free: {error}. Name another with --port, or leave "
-            "it out for any free port."
+            f"The report needs a free port of {HOST}; {port} is none: {reason}. Name another, or leave --port out for "
+            "any free one."
         ) from error
 
 

@@ -61,7 +61,7 @@ def test_a_port_that_is_taken_is_one_message(tmp_path):
     run_dir = write_run(tmp_path / "a")
     with served(run_dir) as server:
         for port in (server.server_port, 70_000):
-            with pytest.raises(errors.UserError, match=f"{port} is not free"):
+            with pytest.raises(errors.UserError, match=f"{port} is none: [^.]*[.] Name another"):
                 live_page.serve([run_dir], port)
 
 
