@@ -109,8 +109,8 @@ class Sweep:
             more = field.name == "num_trials" and self.method != "grid" and ours > theirs
             if field.name != "trials" and ours != theirs and not more:
                 raise ConfigError(
-                    f"{sweep_dir} holds another sweep: its {field.name} is {theirs}, and this one has {ours}. Set it "
-                    "as it was, or choose another --sweep-dir."
+                    f"{sweep_dir} holds another sweep: {field.name} was {theirs} there, and is {ours} now. Set it as "
+                    "it was, or choose another --sweep-dir."
                 )
 
 

@@ -78,7 +78,7 @@ def test_a_sweep_is_continued_when_asked_for(tmp_path):
     first.write(tmp_path)
     with pytest.raises(ConfigError, match="already holds this sweep"):
         planning.begin(drawn(2), tmp_path, resume=False, experiment=BASE)
-    with pytest.raises(ConfigError, match="another sweep: its over is"):
+    with pytest.raises(ConfigError, match="another sweep: over was"):
         planning.begin(drawn(2, "model.width=4:99"), tmp_path, resume=True, experiment=BASE)
     more = planning.begin(drawn(4), tmp_path, resume=True, experiment=BASE)
     assert more.trials == [*first.trials, *drawn(4).trials[2:]]

@@ -68,14 +68,14 @@ def test_a_sweep_continues_what_it_is(change, differs):
     if differs is None:
         changed.check_continues(SWEEP, pathlib.Path("s"))
         return
-    with pytest.raises(ConfigError, match=f"another sweep: its {differs} is"):
+    with pytest.raises(ConfigError, match=f"another sweep: {differs} was"):
         changed.check_continues(SWEEP, pathlib.Path("s"))
 
 
 def test_a_sweep_of_drawn_trials_may_get_more_and_not_fewer():
     drawn = dataclasses.replace(SWEEP, method="random", num_trials=4)
     dataclasses.replace(drawn, num_trials=6).check_continues(drawn, pathlib.Path("s"))
-    with pytest.raises(ConfigError, match="num_trials is 4, and this one has 2"):
+    with pytest.raises(ConfigError, match="num_trials was 4 there, and is 2 now"):
         dataclasses.replace(drawn, num_trials=2).check_continues(drawn, pathlib.Path("s"))
 
 
