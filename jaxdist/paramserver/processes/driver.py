@@ -1,6 +1,6 @@
 """Runs a state machine: what it is told next, its effects in order, then its replies.
 
-Everything outside of the machine (clock, inbox, connections, log, disk, the threads that compute) is a World, given by
+Everything outside of the machine (clock, inbox, connections, log, disk, the thread that computes) is a World, given by
 the caller: `process_world` in production, a seeded one in the simulator. Effects are done before the replies are sent,
 as `effects` requires.
 """

@@ -20,12 +20,8 @@ from jaxdist.rundir import files, full_disk
 
 _logger = logging.getLogger(__name__)
 
-SHORT_SECONDS = 0.01
-"""A gradient that took less is computed by the thread that brings its params, which brings nothing else meanwhile."""
-
 Gradient = Callable[[effects.Compute], messages.Computed]
 Prepare = Callable[[messages.Lease], None]
-Work = tuple[Callable[[Any], None], effects.Compute | messages.Lease]
 
 
 class Sender(Protocol):
@@ -99,9 +95,8 @@ def try_report(path: pathlib.Path, content: Any) -> None:
 class ProcessWorld:
     """The World of a process of a run. `run` drives a state machine in it.
 
-    `log` is that of a scheduler, None for other roles. `gradient` computes the gradients of a worker, and `prepare`
-    reads the examples of a lease before its params have arrived. They run in a thread of their own, or, while they are
-    short, in the one that brings small messages: waking another one takes a tenth of the time of a small gradient.
+    `log` is that of a scheduler, None for other roles. `gradient` computes the gradients of a worker in a thread of its
+    own, where `prepare` reads the examples of a lease before its params have arrived.
     """
 
     def __init__(
@@ -120,10 +115,6 @@ class ProcessWorld:
         self._called = threading.Event()  # something has come for the thread that waits in `take`
         self._driver: drivers.Driver | None = None  # set by `run`
         self._failure: BaseException | None = None  # of another thread than that of `run`
-        self._is_brought = False  # by the thread of the wire: the message that is being handled
-        self._short: collections.deque[Work] = collections.deque()  # to be done by that thread
-        self._works = threading.Lock()  # of the thread that reads examples or computes
-        self._took: dict[type, float] = {}  # seconds, the last time
         self._pool = futures.ThreadPoolExecutor(1, "compute")
         self._disk = futures.ThreadPoolExecutor(1, "disk")
         self._wire: Sender
@@ -143,7 +134,6 @@ class ProcessWorld:
             self._called.set()
         else:
             self._handle(self._driver)
-            self._do_short()
 
     def _put(self, message: messages.Message, handled: Callable[[], None]) -> None:
         queue = self._heartbeats if isinstance(message, messages.Heartbeat) else self._inbox
@@ -156,7 +146,6 @@ class ProcessWorld:
         """Handle all that waits, unless another thread does."""
         # The outer loop is for what another thread put just before this one gave up its turn.
         while self._waits(driver) and self._turn.acquire(blocking=False):
-            self._is_brought = True
             try:
                 while self._waits(driver):
                     driver.turn()
@@ -164,7 +153,6 @@ class ProcessWorld:
                 self._failure = error
                 break
             finally:
-                self._is_brought = False
                 self._turn.release()
         if driver.exit is not None or self._failure is not None:
             self._called.set()
@@ -243,14 +231,8 @@ class ProcessWorld:
         self._pool.submit(self._in_pool, self._prepare, lease)
 
     def compute(self, effect: effects.Compute) -> None:
-        """Compute a gradient, see ProcessWorld."""
-        self._begin(self._compute, effect)
-
-    def _begin(self, work: Callable[[Any], None], what: effects.Compute | messages.Lease) -> None:
-        if self._is_brought and self._took.get(type(what), SHORT_SECONDS) < SHORT_SECONDS:
-            self._short.append((work, what))  # done after the turn, so that this machine has its ticks meanwhile
-        else:
-            self._pool.submit(self._in_pool, work, what)
+        """Compute a gradient in its thread."""
+        self._pool.submit(self._in_pool, self._compute, effect)
 
     def warn(self, text: str) -> None:
         """Log a warning."""
@@ -277,24 +259,8 @@ class ProcessWorld:
         self.receive_small(self._gradient(effect))  # no other thread sends it sooner
 
     def _in_pool(self, work: Callable[[Any], None], what: effects.Compute | messages.Lease) -> None:
-        with self._works:
-            self._do(work, what)
-        self._do_short()
-
-    def _do_short(self) -> None:
-        """Do the short work that waits, unless a thread does: that one looks once more when it is done."""
-        while self._short and self._works.acquire(blocking=False):
-            try:
-                while self._short:
-                    self._do(*self._short.popleft())
-            finally:
-                self._works.release()
-
-    def _do(self, work: Callable[[Any], None], what: effects.Compute | messages.Lease) -> None:
-        began = time.monotonic()
         try:
             work(what)
-            self._took[type(what)] = time.monotonic() - began
         except Exception:
             # The state machine would wait forever. The process ends instead, and another worker gets the lease.
             lease = what.lease if isinstance(what, effects.Compute) else what

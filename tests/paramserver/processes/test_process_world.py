@@ -265,47 +265,6 @@ def test_a_small_message_and_what_follows_are_handled_in_the_thread_that_brings_
     assert end.result(60) is END
 
 
-@pytest.mark.parametrize(("seconds", "is_short"), [(1e9, True), (0.0, False)])
-def test_a_short_gradient_is_computed_in_the_thread_that_brings_its_params_beside_the_machine(
-    running, monkeypatch, seconds, is_short
-):
-    monkeypatch.setattr(process_world, "SHORT_SECONDS", seconds)
-    computed, threads, order = messages.Computed(1, 2, 4.0, 4.0, True, 1.0, (), ()), [], []
-    asked = effects.Compute(1, 2, messages.Lease(0, 0, 0, 0, 4), ())
-    machine = Machine(
-        NoOp=lambda message: ([], [asked]),
-        Computed=lambda message: ([effects.Send("server/0/a", messages.NoOp())], [effects.Prepare(asked.lease)]),
-        StopRun=once(END),
-    )
-
-    def num_ticks():
-        return sum(isinstance(each, messages.Tick) for each in machine.told)
-
-    def gradient(compute):
-        threads.append(threading.get_ident())
-        before = num_ticks()
-        assert until(lambda: num_ticks() > before)
-        return computed
-
-    def note(lease):
-        order.append((threading.get_ident(), len(world._wire.sent)))
-
-    def bring():
-        before = len(order)
-        world.receive_small(messages.NoOp())
-        return until(lambda: len(order) == before + 1)
-
-    world, end = running(machine)
-    world._gradient, world._prepare = gradient, note
-    assert all(bring() for _ in range(10))
-    # The first one is never short, and now and then the other thread has just begun a turn and handles the message.
-    assert (threading.get_ident() in threads) == is_short
-    mine = [(turn, sent) for turn, (thread, sent) in enumerate(order, 1) if thread == threading.get_ident()]
-    assert all(turn == sent for turn, sent in mine)  # examples are read once the push has left
-    world.receive_small(messages.StopRun(3, ""))
-    assert end.result(60) is END
-
-
 def test_messages_of_many_threads_are_handled_one_at_a_time_and_all_of_them(running):
     inside, most, count = [], [], []
 
