@@ -489,15 +489,6 @@ class EagerServer(Server):
         self._release(self.index, out)
 
 
-class BlindBackup(Server):
-    """Acknowledges an entry of the log that comes before one that is missing."""
-
-    def _acknowledge(self, out):
-        before, self.index = self.index, max(self.index, *self.early, -1)
-        super()._acknowledge(out)
-        self.index = before
-
-
 ASYNC = {"mode": "async", "workers": 4, "servers": 2, "max_steps": 12}
 REPLICATED = {**ASYNC, "durability": "replicated"}
 SYNC_COPIES = {"workers": 3, "servers": 2, "durability": "replicated", "max_steps": 12}
@@ -640,7 +631,6 @@ BUGS = {
     "log cut too short": Bug(
         Roles(scheduler=doing(Scheduler, _cut_too_short)), {**ASYNC, "read_every": (3,)}, {"kills": 4.0}
     ),
-    "a missing entry is acknowledged": Bug(Roles(server=BlindBackup), REPLICATED, {"kills": 4.0}),
     "acknowledged before copied": Bug(
         Roles(server=EagerServer), REPLICATED, {"kills": 4.0}, "acknowledged|reads|examples"
     ),

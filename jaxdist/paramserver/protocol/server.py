@@ -3,11 +3,6 @@
 The primary turns requests into log entries, applies each at once, sends it to its backup, and delays the answer until
 the backup has the entry. Reads are (empty) entries too, so a primary that was replaced without knowing it cannot
 answer. The scheduler names the primary in the membership; if it names no backup, answers are sent at once.
-
-What a step waits for: a step is committed once its pushes are on both copies, and both make the same update of them. So
-the backup tells the scheduler that a step is staged, since entries arrive in order, and the primary does not wait for
-the backup before it sends the new params ahead: they count only with that commit. The answers to staged pushes are not
-urgent, because the next lease tells as much, so the backup acknowledges pushes with the commit or at the next tick.
 """
 
 from collections import deque
@@ -47,7 +42,6 @@ class Server:
         self.index = 0  # the last log entry applied here
         self.unsent: deque[tuple[float, messages.Replicate]] = deque()  # not acknowledged by the backup
         self.copied_at = float("-inf")  # when it last acknowledged one of them, or its whole state
-        self.owes = False  # as a backup: an acknowledgement to the primary
         self.early: dict[int, messages.Replicate] = {}  # entries that arrived before an earlier one
         self.held: deque[tuple[int, Outcome]] = deque()  # answers that wait for the backup
         self.asked: set[object] = set()  # the requests that these answer
@@ -89,8 +83,6 @@ class Server:
             self._retry(now, out)
             out.replies += self.unhurried.values()
             self.unhurried.clear()
-        elif self.owes and not self.diverged:
-            self._acknowledge(out)
 
     def _retry(self, now: float, out: effects.Output) -> None:
         """Send again what the backup has not acknowledged, if it has acknowledged nothing for a while.
@@ -314,10 +306,7 @@ class Server:
             return
         if self.index < record.index <= self.index + MAX_EARLY:
             self.early[record.index] = record
-        waits = self._lease_tells_of_pushes()
-        urgent = record.index <= self.index  # the acknowledgement was lost
         while (entry := self.early.pop(self.index + 1, None)) is not None:
-            urgent = urgent or not (waits and isinstance(entry.entry, messages.Push))
             out.effects += self.shard.apply(entry.entry).effects
             self.index += 1
             if self.shard.chain != entry.chain:
@@ -327,9 +316,7 @@ class Server:
             if self._brings_pushes(entry.entry):
                 self._tell_staged(out)  # now that both copies have it
                 out.do(effects.Continue(messages.GetReady()))
-        self.owes = True
-        if urgent:
-            self._acknowledge(out)
+        self._acknowledge(out)
 
     def _adopt(self, transfer: messages.Transfer, now: float, out: effects.Output) -> None:
         if not self._is_my_primary(transfer.term):
@@ -342,7 +329,6 @@ class Server:
         self._acknowledge(out)
 
     def _acknowledge(self, out: effects.Output) -> None:
-        self.owes = False
         answer = messages.Replicated(self.number, self.term, self.index)
         out.send(self._place.primary, answer)
 

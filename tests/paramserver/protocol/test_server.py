@@ -177,61 +177,7 @@ def test_a_backup_tells_the_scheduler_that_both_copies_have_a_step():
     deliver(first, second, tell(first, membership(1)))
     sent = tell(first, FIRST_PUSH)
     assert kinds(sent) == ["Replicate"]
-    assert kinds(tell(second, sent[0].message)) == ["Staged"]
-
-
-def two_copies(**changes):
-    """Return two copies in sync mode, and the entry with the first push on its way to the backup."""
-    first, second = (server(name, mode="sync", **changes) for name in (PRIMARY, BACKUP))
-    tell(second, membership(1))
-    deliver(first, second, tell(first, membership(1)))
-    (sent,) = tell(first, FIRST_PUSH)
-    return first, second, sent.message
-
-
-def test_a_backup_acknowledges_pushes_together_with_the_commit():
-    first, second, entry = two_copies()
-    tell(second, entry)
-    (commit,) = tell(first, FIRST_COMMIT)
-    (answer,) = tell(second, commit.message)
-    assert answer == (PRIMARY, messages.Replicated(0, 1, entry.index + 1))
-    assert kinds(tell(first, answer.message)) == ["CommitAck", "Pulled"]
-    assert not first.unsent
-    assert "Replicated" not in kinds(tell(second, messages.Tick()))
-
-
-def test_a_backup_acknowledges_a_push_whose_commit_does_not_come_at_the_next_tick():
-    """Or the primary would keep it, and send it again, for as long as another worker computes."""
-    _, second, entry = two_copies()
-    tell(second, entry)
-    second.heartbeat_at = 1.0
-    assert tell(second, messages.Tick()) == [(PRIMARY, messages.Replicated(0, 1, entry.index))]
-    assert tell(second, messages.Tick()) == []
-
-
-@pytest.mark.parametrize("why", ["sent again", "a worker is missing", "a read follows", "asynchronous"])
-def test_a_backup_acknowledges_at_once_what_an_answer_waits_for(why):
-    mode = "async" if why == "asynchronous" else "sync"
-    first, second, entry = two_copies(workers=2 if why == "a worker is missing" else 1)
-    if mode == "async":
-        first, second = pair()
-        entry = tell(first, push(1))[0].message
-    heard = [entry]
-    if why == "sent again":
-        heard.append(entry)
-    elif why == "a read follows":
-        heard.append(tell(first, messages.Read(1, 0, 1, messages.PARAMS))[0].message)
-    answers = [m for _, m in tell(second, *heard) if isinstance(m, messages.Replicated)]
-    assert answers == [messages.Replicated(0, 1, heard[-1].index)]
-
-
-def test_a_backup_that_differs_acknowledges_nothing_at_the_next_tick():
-    """Although it owes an acknowledgement of the push before."""
-    first, second, entry = two_copies(check_copies_every=1)
-    tell(second, entry)
-    second.shard.params = tuple(np.nextafter(array, np.float32(9)) for array in second.shard.params)
-    (commit,) = tell(first, FIRST_COMMIT)
-    assert kinds(tell(second, commit.message, messages.Tick())) == ["Diverged", "Diverged"]
+    assert kinds(tell(second, sent[0].message)) == ["Staged", "Replicated"]
 
 
 def test_a_push_asks_for_the_params_of_the_next_step():
