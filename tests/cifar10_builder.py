@@ -3,6 +3,8 @@
 import contextlib
 import io
 import sys
+import tempfile
+from unittest import mock
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -41,5 +43,8 @@ class Cifar10(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 def prepare(data_dir):
     """Prepare the data set below `data_dir`."""
     tfds.disable_progress_bar()
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(mock.patch.object(tempfile, "tempdir", folder))  # TFDS leaves an empty folder there
         Cifar10(data_dir=str(data_dir), file_format="array_record").download_and_prepare()

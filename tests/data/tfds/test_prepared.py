@@ -5,6 +5,8 @@ import pathlib
 import pickle
 import shutil
 import sys
+import tempfile
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +31,8 @@ def prepared(tmp_path_factory):
     the records that it wrote as ArrayRecord.
     """
     root = tmp_path_factory.mktemp("tfds")
-    source = pathlib.Path(digits_builder.prepare(root))
+    with mock.patch.object(tempfile, "tempdir", str(root)):  # TFDS leaves an empty folder there
+        source = pathlib.Path(digits_builder.prepare(root))
     return {name: str(convert(source, root / name, name)) for name in ("tfrecord", "parquet")} | {
         "array_record": str(source)
     }
