@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,24 +44,18 @@ def nnx(
     fields = module_checks.input_fields(inputs, example_batch)
     name, make_module = errors.named(make_module), _without_mesh(make_module)
     abstract = _abstract_module(make_module, name)
-    graph, *templates = _split(abstract)
-    param_template, random_template, state_template = (dict(flax_nnx.to_flat_state(part)) for part in templates)
+    template = _Template.of(abstract)
     accepted = inspect.signature(type(abstract).__call__).parameters
     module_checks.check_call(type(abstract), accepted, fields, example_batch)
 
     def init(key: jax.Array) -> tuple[PyTree, PyTree]:
         _, params, _, state = _split(make_module(flax_nnx.Rngs(key)))
-        return _to_tree(params, param_template), _to_tree(state, state_template)
+        return _to_tree(params, template.params), _to_tree(state, template.state)
 
     def call(
         params: PyTree, model_state: PyTree, batch: Batch, key: jax.Array, *, train: bool
     ) -> tuple[Any, flax_nnx.Module]:
-        module = flax_nnx.merge(
-            graph,
-            _from_tree(params, param_template),
-            _random_state(key, random_template),
-            _from_tree(model_state or {}, state_template),
-        )
+        module = template.module(params, model_state, key)
         module.train() if train else module.eval()
         return module(*(batch[name] for name in fields), **functions.switches(accepted, batch, train)), module
 
@@ -69,7 +63,7 @@ def nnx(
         params: PyTree, model_state: PyTree, batch: Batch, key: jax.Array, *, train: bool
     ) -> tuple[Any, PyTree]:
         outputs, module = call(params, model_state, batch, key, train=train)
-        return outputs, _to_tree(_split(module)[3], state_template)
+        return outputs, _to_tree(_split(module)[3], template.state)
 
     def params_after(params: PyTree, model_state: PyTree, batch: Batch, key: jax.Array) -> dict[str, Any]:
         flat = flax_nnx.to_flat_state(_split(call(params, model_state, batch, key, train=True)[1])[1])
@@ -80,7 +74,32 @@ def nnx(
         shapes = jax.eval_shape(init, jax.random.key(0))
         module_checks.check_module(type(abstract), accepted, forward, loss, shapes, example_batch)
         module_checks.check_params_stay(type(abstract), params_after, shapes, example_batch)
-    return functions.make_functions(init, forward, loss, stateful=bool(state_template))
+    return functions.make_functions(init, forward, loss, stateful=bool(template.state))
+
+
+class _Template(NamedTuple):
+    """A module without its arrays: its graph, and its variables by their paths."""
+
+    graph: Any
+    params: Mapping[tuple, Any]
+    random_state: Mapping[tuple, Any]
+    state: Mapping[tuple, Any]
+
+    @classmethod
+    def of(cls, module: flax_nnx.Module) -> "_Template":
+        """Return that of a module."""
+        graph, *states = _split(module)
+        return cls(graph, *(dict(flax_nnx.to_flat_state(each)) for each in states))
+
+    def module(self, params: PyTree, model_state: PyTree, key: jax.Array) -> flax_nnx.Module:
+        """Return the module with these arrays, and random state made from the key."""
+        made: flax_nnx.Module = flax_nnx.merge(
+            self.graph,
+            _from_tree(params, self.params),
+            _random_state(key, self.random_state),
+            _from_tree(model_state or {}, self.state),
+        )
+        return made
 
 
 def _abstract_module(make_module: Callable[[flax_nnx.Rngs], flax_nnx.Module], name: str) -> flax_nnx.Module:
