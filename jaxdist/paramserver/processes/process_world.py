@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from jaxdist.errors import ExitStatus
 from jaxdist.paramserver.processes import driver as drivers
 from jaxdist.paramserver.protocol import effects, messages
-from jaxdist.paramserver.wire import codec, encoding
+from jaxdist.paramserver.wire import codec, encoding, log_frames
 from jaxdist.rundir import files, full_disk
 
 _logger = logging.getLogger(__name__)
@@ -40,29 +40,32 @@ class Log:
       path: of its file.
       outlives_machine: whether a scheduler on another machine may read it. Otherwise the run ends with this machine,
         and waiting for the disk would only make each step longer.
+
+    Raises:
+      DamagedLogError: the file is damaged. A record that its process did not write to the end is dropped instead.
     """
 
     def __init__(self, path: pathlib.Path, *, outlives_machine: bool) -> None:
         self.path, self._outlives_machine = path, outlives_machine
         path.parent.mkdir(parents=True, exist_ok=True)
         data = path.read_bytes() if path.exists() else b""
-        payloads = list(encoding.unframe(data))
-        self.records = [encoding.decode(bytes(payload)) for payload in payloads]
-        whole = b"".join(encoding.frame(payload) for payload in payloads)
-        if len(whole) < len(data):  # an incomplete record was never acted on
-            write_file(path, [whole])
+        self._frames = log_frames.LogFrames()
+        self.records = [encoding.decode(bytes(record)) for record in self._frames.read(data)]
+        if self._frames.size < len(data):  # an incomplete record was never acted on
+            write_file(path, [data[: self._frames.size]])
         self._file = path.open("ab")
 
     def append(self, record: messages.Message) -> None:
         """Append a record; see Log."""
-        frame, descriptor = encoding.frame(encoding.to_bytes(record)), self._file.fileno()
+        frame, descriptor = self._frames.frame(encoding.to_bytes(record)), self._file.fileno()
         full_disk.until_written(lambda: files.append(descriptor, frame), str(self.path))
         if self._outlives_machine:
             os.fsync(descriptor)
 
     def replace(self, record: messages.Message) -> None:
         """Replace the whole log by `record`, atomically and durably."""
-        frame = encoding.frame(encoding.to_bytes(record))
+        self._frames = log_frames.LogFrames()
+        frame = self._frames.frame(encoding.to_bytes(record))
         full_disk.until_written(lambda: write_file(self.path, [frame]), str(self.path))
         self._file.close()
         self._file = self.path.open("ab")

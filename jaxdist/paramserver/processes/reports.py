@@ -11,6 +11,7 @@ from jaxdist.paramserver.processes.process_world import try_report, write_report
 from jaxdist.paramserver.processes.run_folder import STATISTICS_NAME, STEPS_NAME, Spec, silent_path
 from jaxdist.paramserver.protocol import effects, journal, messages
 from jaxdist.paramserver.protocol.scheduler.scheduler import Scheduler
+from jaxdist.paramserver.wire import log_frames
 from jaxdist.rundir import files, full_disk
 from jaxdist.rundir import ledger as ledger_file
 
@@ -61,13 +62,21 @@ class ReportFiles:
         self._leases: Sequence[messages.Lease] = ()  # of the step whose record was logged last
         self._steps = (directory / STEPS_NAME).open("a+b", buffering=0)
         self._members: dict[int, int] | None = None  # worker -> incarnation
+        self._restore_term = 0  # of the last rollback, from which on the steps count
         self._step = 0
 
     def catch_up(self, machine: Scheduler, records: Sequence[messages.Message]) -> None:
-        """Write the line of a step committed before the restart but not yet reported; its metrics are lost."""
+        """Write the line of a step committed before the restart but not yet reported; its metrics are lost.
+
+        Raises:
+          DamagedLogError: a step was reported that the log does not have.
+        """
         if machine.state.membership is not None:
-            self._members = {member.worker: member.incarnation for member in machine.state.membership.members}
+            self._note_membership(machine.state.membership)
         self._step = machine.state.step
+        self._steps.seek(0)
+        rows = [json.loads(line) for line in self._steps if line.endswith(b"\n")]
+        self._check_log(rows)
         kinds = (journal.CommitRecord, journal.CompleteRecord, journal.MembershipRecord)
         last = next((record for record in reversed(records) if isinstance(record, kinds)), None)
         self._leases = _leases_of(last)
@@ -77,8 +86,6 @@ class ReportFiles:
             self._recorder = ledger_file.Recorder(self.directory.parent, step=step)
         if not self._leases:
             return
-        self._steps.seek(0)
-        rows = [json.loads(line) for line in self._steps if line.endswith(b"\n")]
         reported = [row["step"] for row in rows if not {"workers", "warning"} & row.keys()]
         if reported[-1:] == [machine.state.step]:
             self._record(machine.state.step)
@@ -94,6 +101,7 @@ class ReportFiles:
             self._record(effect.step)
             metrics = {m.name: m.total / m.count for m in effect.metrics if m.count}
             row = {"step": effect.step, "examples": effect.examples, "metrics": metrics, "time": time.time()}
+            row["restore_term"] = self._restore_term
             row |= {"empty": True} if effect.empty else {}
             self._add(row)
         elif isinstance(effect, effects.GradNorm):
@@ -101,7 +109,7 @@ class ReportFiles:
         elif isinstance(effect, effects.Append):
             self._leases = _leases_of(effect.record) or self._leases
             if isinstance(effect.record, journal.MembershipRecord):
-                self._note_members(effect.record.membership)
+                self._tell_members(effect.record.membership)
         elif isinstance(effect, effects.Warn):
             self._add({"step": self._step, "warning": effect.text})
         elif isinstance(effect, effects.Replace):
@@ -114,9 +122,20 @@ class ReportFiles:
             for epoch, start, stop in ranges(self._leases):
                 self._recorder.add_range(step, epoch, start, stop)
 
-    def _note_members(self, membership: messages.Membership) -> None:
-        before, after = self._members, {member.worker: member.incarnation for member in membership.members}
-        self._members = after
+    def _check_log(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Raise DamagedLogError if a step was reported, after the last rollback, that the log does not have."""
+        reported = max(((row["restore_term"], row["step"]) for row in rows if "restore_term" in row), default=(0, 0))
+        if reported > (self._restore_term, self._step):
+            raise log_frames.DamagedLogError(f"It ends after step {self._step}, and step {reported[1]} was made.")
+
+    def _note_membership(self, membership: messages.Membership) -> None:
+        self._members = {member.worker: member.incarnation for member in membership.members}
+        self._restore_term = membership.restore_term
+
+    def _tell_members(self, membership: messages.Membership) -> None:
+        before = self._members
+        self._note_membership(membership)
+        after = self._members
         if before is not None and before != after:
             returned = {"returned": True} if membership.restore_term == membership.term else {}
             self._add({"step": self._step, "workers": after, "time": time.time(), **returned})

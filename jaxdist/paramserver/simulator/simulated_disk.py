@@ -6,7 +6,7 @@ from collections.abc import Callable
 from jaxdist.paramserver.protocol import messages
 from jaxdist.paramserver.simulator.fault_rates import Faults, Hardware
 from jaxdist.paramserver.simulator.seeded_time import SeededTime
-from jaxdist.paramserver.wire import encoding
+from jaxdist.paramserver.wire import encoding, log_frames
 
 SLOWEST = 1.5
 
@@ -20,7 +20,7 @@ class Disk:
 
     def __init__(self, timeline: SeededTime, faults: Faults, hardware: Hardware) -> None:
         self._timeline, self._faults, self._hardware = timeline, faults, hardware
-        self.log = bytearray()
+        self.log, self._frames = bytearray(), log_frames.LogFrames()
         self.files: dict[str, bytes] = {}
         self.boots: dict[str, int] = {}
 
@@ -29,8 +29,9 @@ class Disk:
 
     def records(self) -> list[messages.Message]:
         """Return the records of the log; an incomplete one is removed before anything is appended after it."""
-        records = [encoding.decode(payload) for payload in encoding.unframe(bytes(self.log))]
-        self.log = bytearray(b"".join(map(_framed, records)))
+        self._frames = log_frames.LogFrames()
+        records = [encoding.decode(record) for record in self._frames.read(bytes(self.log))]
+        del self.log[self._frames.size :]
         return records
 
     def sync_seconds(self) -> float:
@@ -43,7 +44,7 @@ class Disk:
 
     def append(self, record: messages.Message, note: Callable[[], None]) -> None:
         """Append a record and call `note`; or die before, in the middle of it, or after it."""
-        data, rng = _framed(record), self._timeline.rng
+        data, rng = self._frames.frame(encoding.to_bytes(record)), self._timeline.rng
         crash = self._chance(self._faults.crash_at_append)
         if crash and rng.random() < 0.7:
             self.log += data[: rng.randrange(len(data))]  # before the fsync: any part may have reached the disk
@@ -58,7 +59,8 @@ class Disk:
         crash = self._chance(self._faults.crash_at_append)
         if crash and self._timeline.rng.random() < 0.5:
             raise Death  # before the rename: the log is still the old one
-        self.log = bytearray(_framed(record))
+        self._frames = log_frames.LogFrames()
+        self.log = bytearray(self._frames.frame(encoding.to_bytes(record)))
         note()
         if crash:
             raise Death
@@ -95,7 +97,3 @@ class Disk:
             done(None if data is None else encoding.decode(data))
 
         self._timeline.at(self._timeline.rng.uniform(0.001, 0.02), finish)
-
-
-def _framed(record: messages.Message) -> bytes:
-    return encoding.frame(encoding.to_bytes(record))

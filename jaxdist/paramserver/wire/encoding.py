@@ -1,4 +1,4 @@
-"""Messages as bytes: blocks for the network and for files, frames for a log.
+"""Messages as bytes: blocks for the network and for files.
 
 A message consists of a *prefix*, a *head* (its numbers and names, and the dtype and shape of each array), the bytes of
 the arrays, and their CRC-32Cs. The head has its own checksum. It is written and read as blocks of at most BLOCK_BYTES:
@@ -25,7 +25,6 @@ PLACED_BYTES = 2 << 20
 SMALL_BYTES = 64 << 10
 MAX_HEAD_BYTES = 64 << 20
 MAGIC = b"jxd2"
-_FRAME = struct.Struct("<4sII")
 _PREFIX = struct.Struct("<4sIIQI")
 PREFIX_BYTES = _PREFIX.size
 _CHECKSUM = struct.Struct("<I")
@@ -311,20 +310,3 @@ def decode(data: Buffer) -> Any:
 def to_bytes(message: messages.Message) -> bytes:
     """Return `message` as one bytes object."""
     return b"".join(encode(message))
-
-
-def frame(payload: Buffer) -> bytes:
-    """Return `payload` after a header with its length and CRC-32: one record of a log."""
-    return b"".join((_FRAME.pack(MAGIC, len(payload), zlib.crc32(payload)), payload))
-
-
-def unframe(data: Buffer) -> Iterator[memoryview]:
-    """Yield the payloads of the frames in `data` up to the first frame that is incomplete or damaged."""
-    view = memoryview(data)
-    while len(view) >= _FRAME.size:
-        magic, size, checksum = _FRAME.unpack(view[: _FRAME.size])
-        payload = view[_FRAME.size : _FRAME.size + size]
-        if magic != MAGIC or len(payload) != size or zlib.crc32(payload) != checksum:
-            return
-        yield payload
-        view = view[_FRAME.size + size :]

@@ -10,6 +10,7 @@ import pytest
 
 from jaxdist.paramserver.processes import process_world, reports, run_folder
 from jaxdist.paramserver.protocol import effects, journal, messages
+from jaxdist.paramserver.wire import log_frames
 from jaxdist.rundir import ledger
 
 LEASE = messages.Lease(step=2, slice=0, epoch=0, start=10, stop=16)
@@ -183,9 +184,9 @@ def test_the_ledger_has_each_step_once_whenever_the_scheduler_is_killed(tmp_path
         for record in records:
             step = record.step if isinstance(record, journal.CommitRecord) else record.trained.step
         report = reports.ReportFiles(tmp_path / "ps", ledger=True)
-        report.catch_up(
-            types.SimpleNamespace(state=types.SimpleNamespace(membership=None, step=step, empty_step=0)), records
-        )
+        membership = ROLLBACK.record.membership if ROLLBACK in done else None
+        state = types.SimpleNamespace(membership=membership, step=step, empty_step=0)
+        report.catch_up(types.SimpleNamespace(state=state), records)
         yield report
         report._steps.close()
         report._recorder.close()
@@ -204,6 +205,20 @@ def test_the_ledger_has_each_step_once_whenever_the_scheduler_is_killed(tmp_path
     entries = ledger.read(tmp_path)
     assert ledger.check(entries, num_examples=16) == 1
     assert [entry.step for entry in entries] == [1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(("step", "restore_term", "is_whole"), [(3, 1, True), (2, 1, False), (2, 2, True)])
+def test_steps_that_were_reported_and_are_not_in_the_log_are_noticed(
+    tmp_path, open_report, step, restore_term, is_whole
+):
+    first = open_report()
+    first.observe(effects.Append(JOINED))
+    for made in (1, 2, 3):
+        first.observe(effects.Committed(made, 6, ()))
+    membership = messages.Membership(restore_term, (), (), restore_term, "")
+    state = types.SimpleNamespace(membership=membership, step=step, empty_step=0)
+    with contextlib.nullcontext() if is_whole else pytest.raises(log_frames.DamagedLogError, match="step 3 was made"):
+        open_report().catch_up(types.SimpleNamespace(state=state), [])
 
 
 def test_warnings_and_returns_to_a_saved_cut_are_reported(tmp_path, open_report):
