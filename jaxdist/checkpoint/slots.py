@@ -92,7 +92,7 @@ def header_of(described: JSON, structure: str, buffers: Sequence[np.ndarray]) ->
 def checksum(data: np.ndarray) -> int:
     """Return the CRC-32 of `data` (bytes) after folding it by exclusive or: as fast as memory is read.
 
-    Any flipped bit, and any change within 4096 bytes, gives another one.
+    Any flipped bit gives another one; so does any change within 4096 bytes, but for a chance of 2**-32.
     """
     end = data.nbytes // (_WORD * _FOLD) * (_WORD * _FOLD)
     folded = np.bitwise_xor.reduce(data[:end].view(np.uint64).reshape(-1, _FOLD), axis=0)

@@ -310,13 +310,7 @@ class Dealt:
     def batch(self, num_examples: int, seed: int, epoch: int, start: int, size: int) -> BatchIds:
         """Return the batch that starts at position `start`, which is below num_examples."""
         check_range(num_examples, epoch, start, num_examples)
-        if size % len(self.sizes) or num_examples != sum(self.sizes):
-            raise ValueError(
-                f"A batch takes equally many rows of each of the {len(self.sizes)} shards (with {sum(self.sizes)} "
-                f"examples), so global_batch_size must be a multiple of {len(self.sizes)}; got {size}, and "
-                f"{num_examples} examples."
-            )
-        rows, first = size // len(self.sizes), self._taken_from_each(start)
+        rows, first = self._rows_of_each(num_examples, size), self._taken_from_each(start)
         ids, mask, offset = [], [], 0
         for shard, shard_size in enumerate(self.sizes):
             places = np.arange(first, first + rows, dtype=np.int64)
@@ -331,7 +325,17 @@ class Dealt:
 
     def num_batches(self, num_examples: int, size: int) -> int:
         """See Order."""
-        return -(-max(self.sizes) // (size // len(self.sizes)))
+        return -(-max(self.sizes) // self._rows_of_each(num_examples, size))
+
+    def _rows_of_each(self, num_examples: int, size: int) -> int:
+        """Return how many of the `size` rows of a batch each shard fills."""
+        if size % len(self.sizes) or num_examples != sum(self.sizes):
+            raise ValueError(
+                f"A batch takes equally many rows of each of the {len(self.sizes)} shards (with {sum(self.sizes)} "
+                f"examples), so global_batch_size must be a multiple of {len(self.sizes)}; got {size}, and "
+                f"{num_examples} examples."
+            )
+        return size // len(self.sizes)
 
     def _position(self, taken: int) -> int:
         """Return the number of examples read after each shard was asked for `taken`."""

@@ -144,10 +144,12 @@ def check(entries: Iterable[LedgerEntry], *, num_examples: int) -> int:
                 f"{epoch} were used."
             )
         if entry.begin != position or not entry.begin < entry.end <= num_examples:
-            happened = "lost" if entry.begin > position else "used twice"
+            happened = "examples were lost" if entry.begin > position else "examples were used twice"
+            if entry.begin == position:
+                happened = "it has no example, or more than are left"
             raise LedgerError(
                 f"Step {entry.step} trained on positions [{entry.begin}, {entry.end}) of epoch {epoch}; the next "
-                f"unused one was {position} of {num_examples}, so examples were {happened}."
+                f"unused one was {position} of {num_examples}, so {happened}."
             )
         step, position = entry.step, entry.end
     return epoch + (position == num_examples)

@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
@@ -26,14 +28,52 @@ def test_the_checksum_notices_every_change_of_a_byte(size, where, flipped):
     assert slots.checksum(data) == before
 
 
-def test_the_oldest_slot_is_overwritten_also_by_the_next_process(tmp_path):
+@settings(max_examples=60, deadline=None)
+@given(
+    begin=some.integers(0, 16_000),
+    places=some.sets(some.integers(0, 4095), min_size=2, max_size=2),
+    flipped=some.integers(1, 255),
+)
+def test_the_checksum_notices_the_same_change_of_two_bytes_that_are_close(begin, places, flipped):
+    data = np.random.default_rng(0).integers(0, 256, 20_101, dtype=np.uint8)
+    before = slots.checksum(data)
+    data[[begin + place for place in places]] ^= flipped
+    assert slots.checksum(data) != before
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_the_next_process_fills_an_empty_slot_and_overwrites_the_oldest_only_without_one(tmp_path, count):
     first = slots.Slots(tmp_path, 0)
-    for step in (1, 2, 3, 4):
+    for step in range(1, count + 1):
         write(first, step)
-    assert sorted(slots.by_step(tmp_path, "a")) == [2, 3, 4]
-    next_ = slots.Slots(tmp_path, 0)
-    write(next_, 5)
-    assert sorted(slots.by_step(tmp_path, "a")) == [3, 4, 5]
+    write(slots.Slots(tmp_path, 0), count + 1)
+    assert sorted(slots.by_step(tmp_path, "a")) == list(range(max(1, count - 1), count + 2))
+
+
+@pytest.mark.parametrize("fitting", [0, 1, 2])
+def test_slots_that_do_not_fit_take_no_memory_and_the_error_says_why(tmp_path, monkeypatch, fitting):
+    reserve, reserved = os.posix_fallocate, []
+
+    def nearly_full(descriptor, offset, length):
+        if len(reserved) == fitting:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        reserved.append(reserve(descriptor, offset, length))
+
+    monkeypatch.setattr(os, "posix_fallocate", nearly_full)
+    with pytest.raises(OSError, match="No space left"):
+        write(slots.Slots(tmp_path, 0), 1)
+    assert [path.stat().st_size for path in tmp_path.iterdir()] == [0] * (fitting + 1)
+
+
+def test_a_snapshot_that_is_copied_is_the_same(tmp_path):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    write(slots.Slots(tmp_path / "here", 0), 1)
+    (file,) = slots.by_step(tmp_path / "here", "a")[1]
+    slots.Slots(tmp_path / "there", 0).write(file.header_text(), [np.frombuffer(file.data(), np.uint8)])
+    (copied,) = slots.by_step(tmp_path / "there", "a")[1]
+    assert (copied.header, copied.header_text(), copied.data()) == (file.header, file.header_text(), file.data())
+    assert copied.offset % 8 == 0, "numbers begin at a multiple of their size"
 
 
 def test_a_slot_that_was_removed_or_is_too_small_is_made_again(tmp_path):

@@ -227,7 +227,7 @@ def test_rare_examples_come_in_some_epochs():
 )
 def test_dealt_shards_give_each_example_once_with_changing_batch_sizes(shard_sizes, rows_each, shuffle):
     scheme, total = order.Dealt(tuple(shard_sizes), shuffle), sum(shard_sizes)
-    position, seen, step = 0, [], 0
+    position, seen, step, batches = 0, [], 0, []
     bounds = np.cumsum([0, *shard_sizes])
     while position < total:
         rows = rows_each[step % len(rows_each)]
@@ -238,8 +238,11 @@ def test_dealt_shards_give_each_example_once_with_changing_batch_sizes(shard_siz
         seen += true_ids
         assert batch.after == position + len(true_ids)
         position, step = batch.after, step + 1
+        batches.append(batch)
     assert sorted(seen) == list(range(total))
     if len(rows_each) == 1:
+        whole = list(scheme.batches(total, 5, 2, 0, rows_each[0] * len(shard_sizes)))
+        np.testing.assert_equal([each._asdict() for each in whole], [each._asdict() for each in batches])
         assert scheme.num_batches(total, rows_each[0] * len(shard_sizes)) == step
 
 
@@ -255,8 +258,11 @@ def test_impossible_orders_are_refused():
     for weights in ((), (0, 0), (1, -1), (1, float("nan")), (1, float("inf")), (1e308, 1e308)):
         with pytest.raises(ValueError, match="at least 0 and not all of them 0"):
             order.Resampled(weights)
-    with pytest.raises(ValueError, match="multiple of 3"):
-        order.Dealt((2, 2, 2)).batch(6, 0, 0, 0, 4)
+    for num_examples, size in ((6, 2), (6, 4), (7, 6)):
+        with pytest.raises(ValueError, match="multiple of 3"):
+            order.Dealt((2, 2, 2)).batch(num_examples, 0, 0, 0, size)
+        with pytest.raises(ValueError, match="multiple of 3"):
+            order.Dealt((2, 2, 2)).num_batches(num_examples, size)
 
 
 def test_a_trillion_examples_are_ordered_without_holding_any():
