@@ -15,7 +15,7 @@ from jaxdist.config import hidden_settings
 from jaxdist.config.experiment import Experiment
 from jaxdist.errors import ExitStatus, say
 from jaxdist.launch import parent, signals
-from jaxdist.launch.joining import runtime
+from jaxdist.launch.joining import runtime, same_on_all
 from jaxdist.run import bookkeeping, directory, recovery
 from jaxdist.run.sweeps import (
     conducting,
@@ -132,6 +132,7 @@ def _trial_runs(
         source=bookkeeping.ExperimentSource(
             str(pathlib.Path(options.experiment).absolute()),
             tuple(hidden_settings.without(selected_experiment.assignments(options), experiment)),
+            same_on_all.files_of(options.experiment),
         ),
         stop_requested=stopped,
     )

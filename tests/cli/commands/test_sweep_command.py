@@ -31,6 +31,7 @@ def recorded(monkeypatch):
 
     def train(experiment, options, *, devices):
         trained.append(options.run_dir.name)
+        assert options.source.hashes[os.path.basename(tiny_experiment.__file__)]  # as of a run of `train`
         if experiment.model.width == 7:
             raise errors.UserError("7 is no width.")
         value = experiment.optimizer.learning_rate / experiment.model.width
