@@ -324,15 +324,25 @@ def forget_replaced(run_dir: pathlib.Path) -> None:
 def forget_refused(run_dir: pathlib.Path, before: Collection[str] | None) -> None:
     """Remove what a job that was refused left in its run directory, which holds no run.
 
-    `before` are the names that were there before the job; None if the directory did not exist.
+    `before` are the names that were there before the job; None if the directory did not exist. Another job that has
+    begun there since the lock was released keeps its files.
     """
-    if (run_dir / record.FILE_NAME).exists() or (run_dir / CHECKPOINTS_NAME).exists():
+    if _holds_run(run_dir) or not run_dir.is_dir():
         return
-    for name in {*_JOB_FILES, lock.FILE_NAME} - set(before or ()):
-        _remove(run_dir / name)
-    if before is None:
-        with contextlib.suppress(OSError):  # a user put something there meanwhile
-            run_dir.rmdir()
+    with contextlib.suppress(lock.LockedError), lock.locked(run_dir, purpose="removing what a refused job left"):
+        if _holds_run(run_dir):
+            return
+        for name in set(_JOB_FILES) - set(before or ()):
+            _remove(run_dir / name)
+        if lock.FILE_NAME not in (before or ()):  # last: it keeps other jobs away
+            _remove(run_dir / lock.FILE_NAME)
+        if before is None:
+            with contextlib.suppress(OSError):  # a user put something there meanwhile
+                run_dir.rmdir()
+
+
+def _holds_run(run_dir: pathlib.Path) -> bool:
+    return (run_dir / record.FILE_NAME).exists() or (run_dir / CHECKPOINTS_NAME).exists()
 
 
 def _remove(path: pathlib.Path) -> None:

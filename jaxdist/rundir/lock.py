@@ -39,22 +39,39 @@ def locked(directory: pathlib.Path, *, purpose: str) -> Iterator[None]:
       UserError: the directory cannot be written.
       OSError: its file system has no locks.
     """
+    descriptor = _open_locked(directory)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(directory / FILE_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        os.fchmod(descriptor, 0o600)  # a user who may open the file may lock it
-    except OSError as error:
-        raise UserError(
-            f"The directory of a job must be writable; {directory} is not: {error.strerror}. Choose another."
-        ) from error
-    try:
-        _take(descriptor, directory)
         owner = {"process": os.getpid(), "host": socket.gethostname(), "purpose": purpose}
         with contextlib.suppress(OSError):  # on a full disk the lock is still held
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(owner).encode(), 0)
         yield
     finally:
+        os.close(descriptor)
+
+
+def _open_locked(directory: pathlib.Path) -> int:
+    """Return the file of the lock, which is held."""
+    while True:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(directory / FILE_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            os.fchmod(descriptor, 0o600)  # a user who may open the file may lock it
+        except FileNotFoundError:  # its owner has just removed the directory
+            continue
+        except OSError as error:
+            raise UserError(
+                f"The directory of a job must be writable; {directory} is not: {error.strerror}. Choose another."
+            ) from error
+        try:
+            _take(descriptor, directory)
+            # An owner may remove its lock. A job that waits for it then holds a file that no other job will find.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(directory / FILE_NAME)):
+                    return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
         os.close(descriptor)
 
 

@@ -166,6 +166,19 @@ def test_a_job_that_was_refused_keeps_a_run(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lock", "run.json"]
 
 
+def test_a_job_that_has_begun_where_another_was_refused_keeps_its_files(tmp_path):
+    run_dir = tmp_path / "run"
+    with lock.locked(run_dir, purpose="the next job"):
+        (run_dir / "logs").mkdir()
+        directory.forget_refused(run_dir, None)
+        assert sorted(path.name for path in run_dir.iterdir()) == ["lock", "logs"]
+        with pytest.raises(lock.LockedError, match="the next job"):
+            lock.check_free(run_dir)
+    directory.forget_refused(run_dir, None)
+    directory.forget_refused(run_dir, None)  # another refused job was faster
+    assert not run_dir.exists()
+
+
 @pytest.mark.parametrize("kind", ["file", "folder"])
 @pytest.mark.parametrize("name", [*directory._FOLDERS, *directory._FILES])
 def test_something_else_that_has_the_name_of_a_file_or_folder_of_a_run_is_named(tmp_path, name, kind):

@@ -127,3 +127,34 @@ def test_a_directory_is_found_free_or_taken_without_a_trace(tmp_path):
         lock.check_free(tmp_path)
     lock.check_free(tmp_path)
     assert not lock.is_locked(tmp_path)
+
+
+@pytest.mark.parametrize("with_folder", [False, True])
+def test_a_lock_that_its_owner_removes_is_not_held_by_the_next_job_alone(tmp_path, monkeypatch, with_folder):
+    """The next job had opened the file before it was removed: a third one would find no lock, or a new one."""
+    directory, take = tmp_path / "run", lock._take
+
+    def remove_first(*arguments):
+        monkeypatch.setattr(lock, "_take", take)
+        (directory / lock.FILE_NAME).unlink()
+        if with_folder:
+            directory.rmdir()
+        take(*arguments)
+
+    monkeypatch.setattr(lock, "_take", remove_first)
+    with lock.locked(directory, purpose="the next"):
+        assert json.loads((directory / lock.FILE_NAME).read_text())["purpose"] == "the next"
+        assert lock.is_locked(directory)
+
+
+def test_a_folder_that_goes_before_the_lock_is_opened_is_made_again(tmp_path, monkeypatch):
+    opened = os.open
+
+    def remove_first(*arguments):
+        monkeypatch.setattr(os, "open", opened)
+        (tmp_path / "run").rmdir()
+        return opened(*arguments)
+
+    monkeypatch.setattr(os, "open", remove_first)
+    with lock.locked(tmp_path / "run", purpose="the next"):
+        assert lock.is_locked(tmp_path / "run")
