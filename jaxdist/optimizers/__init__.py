@@ -4,7 +4,7 @@ The one idea: `Optimizer` only describes, `build` builds. Whatever the descripti
 an `optax.GradientTransformation` is taken in its place everywhere.
 """
 
-from jaxdist.optimizers.averages import EmaState, ema, ema_params
+from jaxdist.optimizers.averages import EmaState, ema, ema_params, keeps_average, params_in_use, schedule_free_average
 from jaxdist.optimizers.building import build
 from jaxdist.optimizers.described import SETTINGS, Group, Optimizer, of_optax
 from jaxdist.optimizers.param_settings import ParamSettings, decays, describe
@@ -24,8 +24,11 @@ __all__ = [
     "describe",
     "ema",
     "ema_params",
+    "keeps_average",
     "learning_rate_at",
     "make_schedule",
     "of_optax",
+    "params_in_use",
+    "schedule_free_average",
     "units",
 ]

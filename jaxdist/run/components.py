@@ -165,8 +165,7 @@ def of_all_sets(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 def params_in_use(train_state: state.TrainState) -> Any:
     """Return the params that a trained model is used with: the averaged ones, where the optimizer keeps them."""
-    averaged = optimizers.ema_params(train_state.opt_state)
-    return train_state.params if averaged is None else averaged
+    return optimizers.params_in_use(train_state.params, train_state.opt_state)
 
 
 def put_together(

@@ -1,4 +1,4 @@
-"""The moving average of the params."""
+"""The params in use: the moving average of the params, and the average that schedule-free optimizers train."""
 
 import functools
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from optax import contrib
 from optimizer_cases import make_params, train
 
 from jaxdist import optimizers
@@ -56,3 +57,28 @@ def test_the_average_of_complex_params_keeps_their_imaginary_part():
     params = {"w": jnp.full(2, 1 + 2j)}
     _, state = average.update(jax.tree.map(jnp.zeros_like, params), average.init(params), params)
     np.testing.assert_allclose(state.params["w"], params["w"])
+
+
+def test_the_params_of_a_schedule_free_optimizer_are_used_as_optax_says():
+    optimizer = contrib.schedule_free_sgd(0.1)
+    params, opt_state = train(optimizer)
+    expected = contrib.schedule_free_eval_params(opt_state, params)
+    assert np.abs(expected["kernel"] - params["kernel"]).max() > 0.01
+    clipped, clipped_state = train(optax.chain(optax.clip(9.0), optimizer))
+    for found in (optimizers.params_in_use(params, opt_state), optimizers.params_in_use(clipped, clipped_state)):
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), found, expected)
+    assert optimizers.keeps_average(opt_state)
+
+
+@pytest.mark.parametrize("average", [lambda: contrib.schedule_free_sgd(0.1), lambda: optimizers.ema(0.9)])
+def test_params_without_an_average_are_used_as_they_are(average):
+    labels = {"kernel": "averaged", "bias": "plain", "scale": "plain"}
+    optimizer = optax.multi_transform({"averaged": average(), "plain": optax.sgd(0.1)}, labels)
+    params, opt_state = train(optimizer)
+    found = optimizers.params_in_use(params, opt_state)
+    assert np.abs(found["kernel"] - params["kernel"]).max() > 0.01
+    assert found["bias"] is params["bias"]
+    assert found["scale"] is params["scale"]
+    plain, plain_state = train(optax.sgd(0.1))
+    assert optimizers.params_in_use(plain, plain_state) is plain
+    assert not optimizers.keeps_average(plain_state)

@@ -9,6 +9,7 @@ import optax
 import pytest
 import small_problem
 import tiny_experiment
+from optax import contrib
 from sklearn import metrics as sklearn_metrics
 
 import jaxdist
@@ -149,6 +150,33 @@ def test_averaged_params_are_evaluated_where_the_optimizer_keeps_them(experiment
     )
     assert averaging.evaluate(with_zeros)["loss"] == pytest.approx(np.log(2), rel=1e-5)
     assert averaging.evaluate(state)["loss"] != pytest.approx(np.log(2), rel=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["data-parallel", "zero1"])
+def test_schedule_free_params_are_evaluated_as_in_plain_optax(experiment, strategy):
+    """The run trains y, at which gradients are taken; what is used is their average x."""
+    optimizer = contrib.schedule_free_sgd(0.5)
+    changes = {"optimizer": optimizer, "strategy": strategy, "layout": jaxdist.LayoutSettings(min_size=1)}
+    experiment = dataclasses.replace(experiment, model=mlp.MLP(num_classes=2, width=8, num_layers=1), **changes)
+    parts = put_together(experiment)
+    state, batches = parts.create_state(), parts.batches()
+    params = jax.device_get(state.params)
+    opt_state = optimizer.init(params)
+
+    def loss(params, fields):
+        outputs = experiment.model.apply({"params": params}, fields["image"], train=False)
+        return optax.softmax_cross_entropy_with_integer_labels(outputs, fields["label"]).mean()
+
+    for _ in range(3):
+        batch, _ = next(batches)
+        updates, opt_state = optimizer.update(jax.grad(loss)(params, jax.device_get(batch)), opt_state, params)
+        params = optax.apply_updates(params, updates)
+        state, _ = parts.step(state, batch)
+    batches.close()
+    held_out = experiment.data.eval.arrays
+    expected = loss(contrib.schedule_free_eval_params(opt_state, params), held_out)
+    assert abs(expected - loss(params, held_out)) > 1e-3
+    assert parts.evaluate(state)["loss"] == pytest.approx(float(expected), rel=1e-4)
 
 
 def is_ema(node):

@@ -51,7 +51,7 @@ class Judge:
         """Whether the optimizer's state holds the params that are evaluated."""
         leaves = [jax.ShapeDtypeStruct(*each) for each in zip(self.plan.sharding.shapes, self.plan.sharding.dtypes)]
         params, _ = jax.tree.unflatten(self.plan.structure, leaves)
-        return optimizers.ema_params(jax.eval_shape(self.plan.optimizer.init, params)) is not None
+        return optimizers.keeps_average(jax.eval_shape(self.plan.optimizer.init, params))
 
     def state(self, cut: effects.CutRead) -> TrainState:
         """Return the training state of a cut, with what was read of it."""

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxdist import adapters
+from jaxdist import adapters, optimizers
 from jaxdist.checkpoint import checkpoints, orbax_trees, step_names
 from jaxdist.checkpoint.manifest import CheckpointError
 from jaxdist.config.starting_weights import InitFrom
@@ -104,10 +104,14 @@ def _of_checkpoint(path: pathlib.Path, source: str) -> NamedWeights:
     """Return params and model_state of a checkpoint; the averaged params, where its optimizer kept them."""
     manifest = checkpoints.open_manifest(path)
     stored = weights_of_state(manifest.leaves)
+    averaged = schedule_free_leaves(manifest.leaves)
 
     def read(name: str) -> np.ndarray:
         try:
-            return manifest.read_leaf(stored[name])
+            own = manifest.read_leaf(stored[name])
+            if name not in averaged:
+                return own
+            return np.asarray(optimizers.schedule_free_average(own, *map(manifest.read_leaf, averaged[name])))
         except CheckpointError as error:
             raise UserError(f"init_from cannot read {path}: {error} Name another checkpoint.") from error
 
@@ -125,6 +129,23 @@ def weights_of_state(leaves: Iterable[str]) -> dict[str, str]:
         if all(prefix + name in leaves for name in params):
             return found | {name: prefix + name for name in params}
     return found
+
+
+def schedule_free_leaves(leaves: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Return, for each param that optax.contrib.schedule_free trained, the leaves z and b1 that its average needs."""
+    leaves = set(leaves)
+    weights = (name.removesuffix("weight_sum") for name in leaves if re.match(r"opt_state/(.*/)?weight_sum$", name))
+    return {
+        name: (own, f"{prefix}b1")
+        for prefix in weights
+        for name in leaves
+        if f"{prefix}b1" in leaves and name.startswith("params") and (own := _beside(prefix, name)) in leaves
+    }
+
+
+def _beside(prefix: str, name: str) -> str:
+    """Return the name of the leaf z of the state of schedule_free that belongs to the param of this name."""
+    return f"{prefix}z{name.removeprefix('params')}"
 
 
 def _of_safetensors(files: list[pathlib.Path], path: pathlib.Path) -> NamedWeights:

@@ -10,11 +10,14 @@ import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 import tiny_experiment
+from optax import contrib
 from trained_tiny import train
 
 import jaxdist
+from jaxdist.checkpoint import checkpoints
 from jaxdist.errors import UserError
 from jaxdist.run.warm_start import weight_files
+from jaxdist.spmd.layout import path_name
 
 TREE = {"params": {"Dense_0": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3), "bias": np.ones(3, np.float32)}}}
 NAMED = {
@@ -178,3 +181,17 @@ def test_averaged_params_are_found_by_their_count_and_their_names():
     assert weight_files.weights_of_state(state) == {name: name for name in ("params/a", "params/b", "model_state/m")}
     assert weight_files.weights_of_state([*state, *average])["params/b"] == "opt_state/1/params/b"
     assert weight_files.weights_of_state([*state, average[0]])["params/a"] == "params/a"
+
+
+def test_the_average_of_a_schedule_free_run_is_read_from_its_checkpoint(tmp_path):
+    experiment = dataclasses.replace(tiny_experiment.get_config(), optimizer=contrib.schedule_free_sgd(0.5))
+    with compile_cache.compile_once(tmp_path / "xla"):
+        train(tmp_path / "run", experiment=experiment, file=None)
+    trained = jaxdist.load(tmp_path / "run", experiment=experiment, devices=jax.devices()[:1])
+    weights = opened(tmp_path / "run")
+    leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path({"params": trained.params})}
+    assert set(weights.names) == set(leaves)
+    for name, leaf in leaves.items():
+        np.testing.assert_allclose(weights.read(name), leaf, rtol=1e-6, atol=1e-6)
+        plain = checkpoints.open_manifest(tmp_path / "run" / "checkpoints" / "10").read_leaf(name)
+        assert np.abs(plain - leaf).max() > 1e-4
