@@ -71,35 +71,37 @@ def check_begins_without_inputs(module_type: type, make: Any, row: Mapping[str, 
         )
 
 
-def check_params_stay(
-    module_type: type, params_after: Any, shapes: tuple[PyTree, PyTree], example_batch: Mapping[str, Any]
+def check_assigns_none(
+    module_type: type, fixed_after: Any, fixed: PyTree, model_state: PyTree, example_batch: Mapping[str, Any]
 ) -> None:
-    """Warn where a call assigns or makes params, which holds for that call alone: only the optimizer changes them.
+    """Warn where a call assigns or makes params, or assigns constants, which holds for that call alone.
 
-    `params_after(params, model_state, batch, key)` returns the values of all params after a call, by their paths.
+    `fixed` are both, or their shapes; `fixed_after(fixed, model_state, batch, key)` returns both by their paths after
+    a call.
     """
-    flat, structure = jax.tree_util.tree_flatten_with_path(unboxed(shapes[0]))
-    own = {path_name(path): _FIRST_PARAM << index for index, (path, _) in enumerate(flat)}
-    nothing = jax.tree.map(lambda _: 0, (shapes[1], dict(example_batch)))
+    flat, structure = jax.tree_util.tree_flatten_with_path(unboxed(fixed))
+    own = {path_name(path): _FIRST << index for index, (path, _) in enumerate(flat)}
+    nothing = jax.tree.map(lambda _: 0, (model_state, dict(example_batch)))
     args = (
         jax.tree.unflatten(structure, [leaf for _, leaf in flat]),
-        shapes[1],
+        model_state,
         dict(example_batch),
         jax.random.key(0),
     )
-    found = marks(params_after, args, [jax.tree.unflatten(structure, own.values()), *nothing, 0], _made_by)
+    found = marks(fixed_after, args, [jax.tree.unflatten(structure, own.values()), *nothing, 0], _made_by)
     for name, mark in found.items():
         if mark != own.get(name) and not mark & _UNKNOWN:
             warnings.warn(
-                f"{module_type.__name__}.__call__ {'assigns' if name in own else 'makes'} {name}, an nnx.Param. The "
-                "optimizer alone changes params, so this holds for that call and is lost after it. What a call is to "
-                "keep is another kind of nnx.Variable, such as nnx.BatchStat, that __init__ makes.",
+                f"{module_type.__name__}.__call__ {'assigns' if name in own else 'makes'} {name}, an nnx.Param or an "
+                "array that is no variable. The optimizer alone changes params, so this holds for that call and is "
+                "lost after it. What a call is to keep is another kind of nnx.Variable, such as nnx.BatchStat, that "
+                "__init__ makes.",
                 stacklevel=2,
             )
             return
 
 
-_MADE, _UNKNOWN, _FIRST_PARAM = 1, 2, 4
+_MADE, _UNKNOWN, _FIRST = 1, 2, 4
 
 
 def _made_by(equation: Any, inputs: Sequence[int]) -> int:

@@ -5,6 +5,7 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from small_cnns import EXAMPLE, make_batch, random_variables
@@ -52,6 +53,7 @@ class _Assigns(nnx.Module):
 
     def __init__(self, what, rngs):
         self.head, self.scale, self._what = nnx.Linear(64, 10, rngs=rngs), nnx.Param(jnp.ones(10)), what
+        self.table = jnp.ones(10)
 
     def __call__(self, image):
         self._what(self)
@@ -74,8 +76,16 @@ def _make(module):
     module.late = nnx.Param(jnp.ones(10))
 
 
-@pytest.mark.parametrize("what", [_shrink, _set, _swap, _make, nnx.jit(_shrink)])
-def test_a_param_that_a_call_assigns_is_told(what):
+def _count(module):
+    module.table = module.table + 1
+
+
+def _replace(module):
+    module.table = np.zeros(10)
+
+
+@pytest.mark.parametrize("what", [_shrink, _set, _swap, _make, nnx.jit(_shrink), _count, _replace])
+def test_a_param_or_constant_that_a_call_assigns_is_told(what):
     with pytest.warns(UserWarning, match=r"_Assigns.__call__ (assigns|makes) [a-z/]*, an nnx.Param"):
         adapters.nnx(functools.partial(_Assigns, what), losses.classification, EXAMPLE)
 
@@ -87,18 +97,20 @@ class _Usual(nnx.Module):
         self.blocks = nnx.vmap(lambda rngs: nnx.Linear(64, 64, rngs=rngs))(rngs.split(3))
         self.norm, self.dropout = nnx.BatchNorm(64, rngs=rngs), nnx.Dropout(0.1, rngs=rngs)
         self.head = nnx.Linear(64, 10, rngs=rngs, kernel_metadata={"out_sharding": ("model", None)})
-        self.tied, self.same = self.head, nnx.Param(jnp.ones(10))
+        self.tied, self.same, self.last, self.table = self.head, nnx.Param(jnp.ones(10)), None, np.ones(10)
+        self.spectral = nnx.SpectralNorm(nnx.Linear(64, 64, rngs=rngs), rngs=rngs)
+        self.weight = nnx.WeightNorm(nnx.Linear(64, 64, rngs=rngs), rngs=rngs)
 
     def __call__(self, image, mask):
         @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
         def through(x, block):
             return jnp.tanh(block(x))
 
-        x = through(image.reshape(-1, 64), self.blocks)
+        x = self.weight(self.spectral(through(image.reshape(-1, 64), self.blocks)))
         x = self.dropout(self.norm(x, mask=mask[:, None] > 0))
         x = nnx.remat(lambda head, x: head(x))(self.head, x)
         x = nnx.jit(lambda head, x: x + head.bias[None])(self.tied, x)
-        self.same[...] = self.same[...]
+        self.same[...], self.last, self.table = self.same[...], x, self.table
         return nnx.cond(x.sum() > 0, lambda head, x: x * 2, lambda head, x: x + head.bias[None], self.head, x)
 
 

@@ -66,7 +66,8 @@ def nnx_forward(make_module):
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         }
         flat = [
-            (path, variable.replace(leaves["/".join(map(str, path))])) for path, variable in nnx.to_flat_state(like)
+            (path, each.replace(leaves["/".join(map(str, path))]) if isinstance(each, nnx.Variable) else each)
+            for path, each in nnx.to_flat_state(like)
         ]
         return nnx.from_flat_state(flat)
 
@@ -78,7 +79,7 @@ def nnx_forward(make_module):
         module.train()
         logits = module(inputs)
         new = nnx.to_flat_state(nnx.split(module, nnx.Param, nnx.RngState, ...)[3])
-        values = {"/".join(map(str, path)): variable.get_value() for path, variable in new}
+        values = {"/".join(map(str, path)): each.get_value() for path, each in new if isinstance(each, nnx.Variable)}
         named = jax.tree_util.tree_map_with_path(
             lambda path, _: values[jax.tree_util.keystr(path, simple=True, separator="/")], model_state
         )

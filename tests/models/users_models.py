@@ -170,6 +170,15 @@ class NnxSpectralNorm(nnx.Module):
         return self.head(nnx.tanh(self.norm(x.mean(axis=1))))
 
 
+class NnxWeightNorm(nnx.Module):
+    def __init__(self, rngs):
+        self.norm = nnx.WeightNorm(nnx.Linear(WIDTH, WIDTH, rngs=rngs), rngs=rngs)
+        self.head = nnx.Linear(WIDTH, CLASSES, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(nnx.tanh(self.norm(x.mean(axis=1))))
+
+
 class NnxRemat(nnx.Module):
     def __init__(self, rngs):
         self.layer = NnxLayer(rngs)
@@ -208,6 +217,7 @@ NNX = {
     "batch norm": NnxBatchNorm,
     "group norm": NnxGroupNorm,
     "spectral norm": NnxSpectralNorm,
+    "weight norm": NnxWeightNorm,
     "remat": NnxRemat,
     "vmap": NnxVmap,
 }
