@@ -109,6 +109,16 @@ def test_a_fault_that_does_not_show_again_is_said_not_to():
     assert "computing it again gives finite" in str(report)
 
 
+def test_rows_that_several_devices_hold_a_part_of_are_examined_whole():
+    mesh = make_mesh({"data": 4, "model": 2})
+    x = np.ones((8, 4), np.float32)
+    x[5] = 0.0
+    batch = jax.device_put({"x": x}, NamedSharding(mesh, P("data", "model")))
+    state = TrainState(jnp.int32(0), PARAMS | {"b": jnp.ones(4)}, None, (), jax.random.key(0))
+    report = nonfinite.explain_nonfinite(mean_loss, jax.device_put(state, NamedSharding(mesh, P())), batch)
+    assert (report.leaf, report.positions) == ("params/b", (5,))
+
+
 def test_a_batch_on_one_device_is_examined_too():
     state = TrainState(jnp.int32(0), PARAMS, None, (), jax.random.key(0))
     report = nonfinite.explain_nonfinite(mean_loss, state, {"x": jnp.ones((4, 3)).at[3].set(0)})

@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import json
 
 import jax.numpy as jnp
@@ -10,7 +11,9 @@ from hypothesis import strategies as st
 
 from jaxdist.config import overrides
 from jaxdist.run import bookkeeping, components
+from jaxdist.run.custom import user_hooks
 from jaxdist.run.stopwatch import Stopwatch
+from jaxdist.run.warm_start import beginning
 from jaxdist.rundir import record
 from jaxdist.stop import Progress
 
@@ -128,7 +131,9 @@ def test_a_loss_on_held_out_examples_that_is_not_finite_is_explained_once(tmp_pa
     for step in (1, 2):
         books.progress.step = step
         books.evaluate("state")
-    assert capsys.readouterr().err.count("eval/night/loss is nan at step 1") == 1
+    shown = capsys.readouterr().err
+    assert "eval/night/loss is nan at step 1" in shown
+    assert shown.count("is nan") == 1
 
 
 def test_a_step_is_evaluated_once_and_its_time_accounted(tmp_path):
@@ -271,3 +276,129 @@ def test_a_checkpoint_has_the_metrics_of_its_own_step_alone(tmp_path):
         (3, {}),
         (4, {"eval/accuracy": 0.9}),
     ]
+
+
+def test_the_best_state_so_far_is_asked_for_and_one_that_is_as_good_is_not(tmp_path):
+    values = iter([0.5, 0.7, 0.7, 0.6])
+    books = make_books(
+        tmp_path / "run", "checkpoints.best_metric=eval/accuracy", evaluate=lambda state: {"accuracy": next(values)}
+    )
+    asked = []
+    for step in range(1, 5):
+        books.progress.step = step
+        books.evaluate("state")
+        asked.append(books.unsaved_best)
+    assert asked == [True, True, False, False]
+    assert books.make_record(None).extra["best"] == {"metric": "eval/accuracy", "value": 0.7, "step": 2}
+
+
+def test_a_watched_metric_of_training_is_looked_at_where_its_own_step_is_saved(tmp_path):
+    books = make_books(tmp_path / "run", "checkpoints.best_metric=train/loss", "checkpoints.best_mode=min")
+    for step, loss in ((1, 3.0), (2, None), (3, 5.0), (4, 2.0)):
+        books.progress.advance(step, step, 100)
+        if loss is not None:
+            books.log(step, {"loss": loss}, {})
+        books.save("state", Place())
+        assert books.progress.best["step"] == (4 if step == 4 else 1)
+
+
+class Heard:
+    """A hook that keeps what it was told."""
+
+    def __init__(self):
+        self.calls = []
+
+    def on_evaluation(self, info):
+        self.calls.append(("on_evaluation", info.step, info.metrics))
+
+    def on_checkpoint(self, info):
+        self.calls.append(("on_checkpoint", info.step, info.metrics))
+
+
+def test_hooks_hear_of_evaluations_and_checkpoints_each_once(tmp_path):
+    books, heard = make_books(tmp_path / "run", evaluate=lambda state: {"accuracy": 0.5}), Heard()
+    books.hooks = user_hooks.UserHooks((heard,), is_first=True)
+    books.progress.step = 4
+    books.log(4, {"loss": 2.0}, {})
+    for _ in range(2):
+        books.evaluate("state")
+        books.save("state", Place())
+    assert heard.calls == [
+        ("on_evaluation", 4, {"eval/accuracy": 0.5}),
+        ("on_checkpoint", 4, {"train/loss": 2.0, "eval/accuracy": 0.5}),
+    ]
+
+
+def test_a_full_disk_ends_no_run_that_has_a_record_and_its_last_record_is_not_left_out_silently(tmp_path, monkeypatch):
+    def full(made, run_dir):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    books = make_books(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(record.RunRecord, "write", full)
+        with pytest.raises(OSError, match="No space"):
+            make_books(tmp_path / "other")  # a run without a record does not begin
+        books.write_record(None)
+        make_books(tmp_path / "run", earlier=books.make_record(None))
+        with pytest.raises(OSError, match="No space"):
+            books.write_record("max_steps")
+        books.kept_for_supervisor = True
+        books.write_record("preempted")
+    books.progress.step = 9
+    books.write_record(None)
+    assert record.RunRecord.read(tmp_path / "run").step == 9
+
+
+def test_what_a_run_began_with_and_when_is_kept_by_those_that_resume_it(tmp_path):
+    began = beginning.WarmStart("runs/a", ("params/w",), (), (), "00")
+    first = make_books(tmp_path / "run")
+    assert first.make_record(None).extra["init_from"] is None
+    first.attempt = dataclasses.replace(first.attempt, began_with=began)
+    made = first.make_record(None)
+    made.extra["started"] = "2026-01-01T00:00:00+00:00"
+    resumed = make_books(tmp_path / "run", earlier=made).make_record(None)
+    assert made.extra["init_from"] == resumed.extra["init_from"] == dataclasses.asdict(began)
+    assert resumed.extra["started"] == made.extra["started"]
+
+
+@pytest.mark.parametrize(
+    ("end_reason", "value", "step", "is_kept"),
+    [
+        ("max_steps", 1.0, 6, True),
+        ("preempted", 1.0, 6, False),
+        ("max_steps", 2.0, 6, False),
+        ("max_steps", 1.0, 7, False),
+    ],
+)
+def test_an_attempt_that_trains_nothing_leaves_the_record_as_its_makers_wrote_it(
+    tmp_path, end_reason, value, step, is_kept
+):
+    earlier = make_books(tmp_path / "run", progress=Progress(step=6)).write_record("max_steps", {"w": jnp.ones(3)})
+    books = make_books(tmp_path / "run", "log_every=5", progress=Progress(step=6), earlier=earlier)
+    books.attempt = dataclasses.replace(books.attempt, num_devices=5)
+    books.progress.step = step
+    made = books.write_record(end_reason, {"w": value * jnp.ones(3)})
+    assert (made.num_devices, made.config.log_every) == ((2, 1) if is_kept else (5, 5))
+    assert made.restarts == 1
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_the_header_is_shown_first_unless_the_attempt_is_silent_and_the_display_is_closed(
+    tmp_path, monkeypatch, capsys, silent
+):
+    class Shown(bookkeeping.Silent):
+        closed = 0
+
+        def close(self):
+            self.closed += 1
+
+    display, given = Shown(), []
+    monkeypatch.setattr(bookkeeping, "make_display", lambda bounds, **options: given.append(options) or display)
+    books = make_books(tmp_path / "run")
+    books.attempt = dataclasses.replace(books.attempt, silent=silent, header=lambda: "a header")
+    with books.shown():
+        assert books.display is display
+        assert not display.closed
+    assert display.closed == 1
+    assert given[0]["silent"] == silent
+    assert capsys.readouterr().err == ("" if silent else "a header\n")
