@@ -125,7 +125,7 @@ class Finding:
         unclear = (
             "With three devices or more, the odd one would be named" if len(devices) < 3 else "There is no majority"
         )
-        return f"{shown} disagree in the audit of step {self.step}: {how}. {unclear}."
+        return f"{shown} disagree{'' if plural else 's'} in the audit of step {self.step}: {how}. {unclear}."
 
 
 def judge(votes: np.ndarray, *, step: int, shard: int) -> Finding | None:

@@ -360,7 +360,7 @@ def _recursive_halving(vector: jax.Array, axis: str | tuple[str, ...], num_devic
     # Device i ends with the chunk whose number has i's bits reversed: its first exchange chose the largest half.
     gathered = lax.all_gather(chunk, axis)
     num_bits = num_devices.bit_length() - 1
-    order = jnp.array([int(f"{i:0{num_bits}b}"[::-1], 2) if num_bits else 0 for i in range(num_devices)])
+    order = jnp.array([int(f"{i:0{num_bits}b}"[::-1], 2) for i in range(num_devices)])
     return gathered[order].reshape(-1)[:size]
 
 
@@ -375,8 +375,7 @@ def _swap_pairs(num_devices: int, distance: int) -> list[tuple[int, int]]:
 
 def _descent_direction(grad: jax.Array) -> jax.Array:
     """Return a gradient from JAX as an optimizer subtracts it: at least float32, conjugated for a complex param."""
-    grad = grad.astype(jnp.promote_types(grad.dtype, jnp.float32))
-    return jnp.conj(grad) if jnp.iscomplexobj(grad) else grad
+    return jnp.conj(grad.astype(jnp.promote_types(grad.dtype, jnp.float32)))
 
 
 def check_params(params: PyTree) -> None:

@@ -248,9 +248,23 @@ def test_a_finding_is_a_sentence_that_names_the_device():
         "bits than the others, from equal params."
     )
     two = shard_audit.Finding(40, 3, (0, 1), False, "params").tell(devices[:2])
-    assert "disagree" in two
-    assert "With three devices or more" in two
+    assert two == (
+        f"{devices[0]} (process 0), {devices[1]} (process 0) disagree in the audit of step 40: their copy of the "
+        "params is not that of the others. With three devices or more, the odd one would be named."
+    )
+    three = shard_audit.Finding(40, 3, (0, 1, 2), False, "computation").tell(devices[:3])
+    assert "they computed logical shard 3 with other bits" in three
+    assert three.endswith("There is no majority.")
     assert "a fault that has passed" in shard_audit.Finding(40, 3, (0,), True, "step").tell(devices[:4])
+
+
+def test_a_step_that_differs_from_its_audit_names_the_owner_of_the_shard_unless_it_is_alone():
+    votes = np.array([[1, 7], [1, 7]], np.uint32)
+    assert shard_audit.judge_step(votes, 7, 1, step=5, shard=3) is None
+    assert shard_audit.judge_step(votes, 9, 1, step=5, shard=3) == shard_audit.Finding(5, 3, (1,), True, "step")
+    alone = shard_audit.judge_step(votes[:1], 9, 0, step=5, shard=3)
+    assert alone == shard_audit.Finding(5, 3, (0,), False, "step")
+    assert f"{jax.devices()[0]} (process 0) disagrees in the audit of step 5: the step" in alone.tell(jax.devices()[:1])
 
 
 @pytest.mark.parametrize(
@@ -274,7 +288,9 @@ def test_the_owner_of_a_shard(num_devices, layout, owners):
 
 def test_each_shard_has_its_turn_in_an_order_by_chance():
     turns = [
-        [shard_audit.chosen_shard(8 * turn + place, logical_shards=8, seed=1) for place in range(8)] for turn in (0, 1)
+        [shard_audit.chosen_shard(8 * turn + place, logical_shards=8, seed=seed) for place in range(8)]
+        for seed in (1, 2)
+        for turn in (0, 1)
     ]
-    assert [sorted(turn) for turn in turns] == [list(range(8))] * 2
-    assert turns[0] != turns[1]
+    assert [sorted(turn) for turn in turns] == [list(range(8))] * 4
+    assert len(set(map(tuple, turns))) == 4

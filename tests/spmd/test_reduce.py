@@ -95,6 +95,65 @@ def test_large_vectors_are_halved_and_small_ones_doubled():
     assert "all_gather" in program(reduce.HALVING_MIN_SIZE)
 
 
+@pytest.mark.parametrize("num_devices", [1, 4])
+def test_the_mean_over_an_axis_is_that_of_each_leaf(num_devices):
+    random = np.random.default_rng(0)
+
+    def values(*shape):
+        return random.normal(size=(num_devices, *shape)).astype(np.float32)
+
+    means = {"error": metrics.Mean(values(), values())}
+    grads = {"large": values(reduce.PACKED_MAX_SIZE + 1), "matrix": values(2, 3), "scalar": values()}
+    sums = reduce.Sums(grads, metrics.Mean(values(), values()), means, {"mean": values(5)}, values())
+    averaged = jax.shard_map(
+        lambda sums: reduce.mean_over_axis(jax.tree.map(lambda leaf: leaf[0], sums), AXIS),
+        mesh=make_mesh(devices=jax.devices()[:num_devices]),
+        in_specs=PartitionSpec(AXIS),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+    expected = jax.tree.map(lambda leaf: leaf.mean(axis=0), sums)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), jax.jit(averaged)(sums), expected)
+
+
+@pytest.mark.parametrize(
+    ("param_spec", "grad_spec"),
+    [
+        (PartitionSpec(), PartitionSpec()),
+        (PartitionSpec(), PartitionSpec("a")),
+        (PartitionSpec(), PartitionSpec(None, ("a", "b"))),
+        (PartitionSpec("a"), PartitionSpec("a")),
+        (PartitionSpec("a"), PartitionSpec("a", "b")),
+        (PartitionSpec("b", "a"), PartitionSpec("b", "a")),
+    ],
+    ids=str,
+)
+def test_a_gathered_leaf_is_whole_and_its_gradient_is_summed_over_the_devices_that_have_examples(param_spec, grad_spec):
+    """The last device holds padding alone, whose gradient is NaN."""
+    mesh, random = make_mesh({"a": 4, "b": 2}), np.random.default_rng(0)
+    leaf, factors = random.normal(size=(8, 16)).astype(np.float32), random.normal(size=(8, 8, 16)).astype(np.float32)
+    factors[7] = np.nan
+
+    def local(shard, factor):
+        def loss(shard):
+            whole = reduce.gather(shard, param_spec, ~jnp.isnan(factor).any())
+            return (factor[0] * whole**2).sum(), whole
+
+        grad, whole = jax.grad(loss, has_aux=True)(shard)
+        return whole, reduce.sum_over_axes(grad, ("a", "b"), param_spec=param_spec, grad_spec=grad_spec)
+
+    mapped = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(param_spec, PartitionSpec(("a", "b"))),
+        out_specs=(PartitionSpec(), grad_spec),
+        check_vma=False,
+    )
+    whole, grad = jax.jit(mapped)(leaf, factors)
+    np.testing.assert_array_equal(whole, leaf)
+    np.testing.assert_allclose(grad, 2 * factors[:7].sum(axis=0) * leaf, rtol=1e-4, atol=1e-5)
+
+
 MASK = np.arange(NUM_EXAMPLES) % 3 > 0
 
 
