@@ -38,7 +38,9 @@ class InitialShapes:
 
         if self._mesh is None:
             return trace()
-        return device_program.told_by_first(f"initial shapes of {name}", trace, self._mesh, write=_written, read=read)
+        asked = f"initial shapes of {name}"
+        with device_program.TOLD.kept():
+            return device_program.told_by_first(asked, trace, self._mesh, write=_written, read=read)
 
     def alike(self, init_fn: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
         """Return a function that gives arrays of the shapes of `init_fn`, perhaps other numbers, sooner traced."""

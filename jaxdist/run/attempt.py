@@ -20,7 +20,19 @@ from jaxdist.data.assembly import BadExampleError, ExampleError
 from jaxdist.guards import nonfinite, recompile, replicas
 from jaxdist.launch.joining import agreement, runtime, same_on_all, turn
 from jaxdist.launch.supervising import watchdog
-from jaxdist.run import bookkeeping, components, directory, disk_room, header, hooks, loop, preflight, recovery, rescue
+from jaxdist.run import (
+    bookkeeping,
+    components,
+    directory,
+    disk_room,
+    handover,
+    header,
+    hooks,
+    loop,
+    preflight,
+    recovery,
+    rescue,
+)
 from jaxdist.run.diagnosis import profiling, utilization
 from jaxdist.run.replay import auditing, recording
 from jaxdist.run.stopwatch import Stopwatch
@@ -81,15 +93,17 @@ def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.
             preflight.check_settings(experiment)
             writers.check(experiment.writers)
             stop_rule = experiment.stop.rule()
+            hashes = options.source.hashes if options.source else None
+            handed = handover.Handover(recovery.memory(), experiment, options.identity, hashes, len(devices))
+            handed.take_over()
             parts = options.put_together(experiment, devices=devices, identity=options.identity)
-            recovery.load_ahead(parts.strategy.mesh)
             began_with = None if options.resume else _check_weights(parts, options)
             if options.in_reserve is not None:
                 recovery.rehearse(parts, options.in_reserve.has_come)
                 options.in_reserve.wait()
             earlier = _take_run_dir(parts, options, stack)
             directory.tell_of_times(experiment, earlier)
-            directory.tell_of_edits(experiment, earlier, options.source.hashes if options.source else {})
+            directory.tell_of_edits(experiment, earlier, hashes or {})
             for eval_loader in parts.eval_loaders.values():
                 stack.enter_context(eval_loader)
             stopwatch = Stopwatch(earlier.time_seconds if earlier else None)
@@ -114,8 +128,10 @@ def train(experiment: Experiment, options: RunOptions, *, devices: Sequence[jax.
                 start = _begin(stack, parts, options, stopwatch, earlier, agreed, began_with)
             if runtime.is_first():
                 directory.leave_servers(options.run_dir, start.progress.step)
-            parts = parts.continued(start.progress)
-            run = _Run(parts, options, start, stopwatch, earlier, agreed)
+            continued = parts.continued(start.progress)
+            if continued is not parts:
+                handed.end()
+            run = _Run(continued, options, start, stopwatch, earlier, agreed, handed)
         dog.report()
         return run.execute(stop_rule, dog)
 
@@ -224,8 +240,10 @@ class _Run:
         stopwatch: Stopwatch,
         earlier: record.RunRecord | None,
         agreed: agreement.Agreement,
+        handed: handover.Handover,
     ):
         self.parts, self.options, self.start, self.agreed = parts, options, start, agreed
+        self._handed = handed
         self.chain: recording.ChainRecorder | None = None
         self.auditor = auditing.auditor_of(parts, earlier)
         self.experiment, self.mesh = parts.experiment, parts.strategy.mesh
@@ -437,7 +455,7 @@ class _Run:
             found.append(hooks.every(every, lambda info: replicas.check_replicas(info.state, self.mesh)))
         told = [recovery.tell_recovery(self.options.run_dir), recovery.tell_modules()]
         told.append(recovery.ask_for_reserve(self.experiment.recovery, self.mesh))
-        told.append(recovery.tell_programs(self.mesh))
+        told.append(self._handed.leave())
         found += [hook for hook in told if hook]
         if self.options.profile:
             found.append(self.trace)

@@ -4,15 +4,12 @@ The supervisor (`launch.supervising.supervisor`) starts the processes and keeps 
 """
 
 import contextlib
-import fcntl
 import functools
 import itertools
-import json
 import math
 import os
 import pathlib
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -32,7 +29,7 @@ from jaxdist.run import components
 from jaxdist.run.hooks import every
 from jaxdist.run.loop import Hook, StepInfo
 from jaxdist.rundir import files, ledger
-from jaxdist.spmd import device_program, keys
+from jaxdist.spmd import keys
 from jaxdist.spmd.step import NONFINITE_LEAF
 
 SNAPSHOT_SHARE = 0.01
@@ -93,7 +90,7 @@ def tell_recovery(run_dir: pathlib.Path, environment: Mapping[str, str] = os.env
         restart_events.Events(run_dir).note("recovered", step=info.step, seconds=seconds)
         errors.say(f"Step {info.step} is made by {jax.process_count()} processes; {seconds:.1f} s were lost.")
 
-    return _once(lambda info: info.step > reached, tell)
+    return once(lambda info: info.step > reached, tell)
 
 
 def has_made_steps(environment: Mapping[str, str] = os.environ) -> bool:
@@ -113,50 +110,14 @@ def tell_modules() -> Hook | None:
     return _once_imported(lambda: files.write_unsynced(names, ["\n".join(sys.modules).encode()]))
 
 
-def tell_programs(mesh: jax.sharding.Mesh) -> Hook:
-    """Return the hook that names the programs which a step on as many devices needs, once, for `load_ahead`."""
-
-    def tell() -> None:
-        device_program.AHEAD.forget()
-        directory = memory()
-        if directory is not None and jax.process_index() == 0 and not _programs(directory, mesh.size).exists():
-            needed = json.dumps(device_program.AHEAD.needed()).encode()
-            files.write_unsynced(_programs(directory, mesh.size), [needed])
-
-    return _once_imported(tell)
-
-
-def load_ahead(mesh: jax.sharding.Mesh) -> None:
-    """Load, in a thread, what an attempt on as many devices has needed, while process 0 traces and the others wait.
-
-    Process 0 has a processor for itself: of the others, as many load at a time as there are more.
-    """
-    directory, process = memory(), jax.process_index()
-    if directory is None or not process or not _programs(directory, mesh.size).exists():
-        return
-    lanes = max(1, len(os.sched_getaffinity(0)) - 1)
-
-    def load() -> None:
-        with contextlib.suppress(OSError, ValueError), open(directory / f"load-{process % lanes}", "wb") as lane:
-            fcntl.flock(lane, fcntl.LOCK_EX)
-            keys = json.loads(_programs(directory, mesh.size).read_bytes())
-            device_program.AHEAD.load(keys, list(mesh.devices.flat))
-
-    threading.Thread(target=load, name="jaxdist-load-ahead", daemon=True).start()
-
-
-def _programs(directory: pathlib.Path, num_devices: int) -> pathlib.Path:
-    return directory / f"programs-{num_devices}"
-
-
 def _once_imported(tell: Callable[[], object]) -> Hook:
-    """Return the hook that calls `tell` once, when the attempt has imported what it needs; a full disk is no matter."""
+    """Return the hook that calls `tell` once, when the attempt has imported what it needs."""
     calls = itertools.count(1)
-    return _once(lambda info: next(calls) == _MODULES_AFTER, lambda info: tell())
+    return once(lambda info: next(calls) == _MODULES_AFTER, lambda info: tell())
 
 
-def _once(is_time: Callable[[StepInfo], bool], tell: Callable[[StepInfo], object]) -> Hook:
-    """Return the hook that calls `tell` after the first step for which `is_time`."""
+def once(is_time: Callable[[StepInfo], bool], tell: Callable[[StepInfo], object]) -> Hook:
+    """Return the hook that calls `tell` after the first step for which `is_time`; a full disk is no matter."""
     told = False
 
     def hook(info: StepInfo) -> None:
@@ -179,7 +140,7 @@ def ask_for_reserve(settings: Recovery, mesh: jax.sharding.Mesh) -> Hook | None:
     if directory is None or jax.process_index() != 0 or not wanted:
         return None
     ask, reached = (directory / reserve.WANTED_NAME).touch, int(os.environ.get(restart_events.REACHED, 0))
-    return _once(lambda info: info.step > reached, lambda info: ask()) if reached else _once_imported(ask)
+    return once(lambda info: info.step > reached, lambda info: ask()) if reached else _once_imported(ask)
 
 
 def rehearse(parts: components.Parts, is_wanted: Callable[[], bool] = lambda: False) -> None:

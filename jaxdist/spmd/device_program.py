@@ -9,18 +9,18 @@ A program in which the devices `exchange` values is compiled for their number. W
 number is then computed `by_itself`.
 
 In a job process 0 traces and lowers a program, which takes longer than to load it, and tells the others what came out.
-So all run the very same program, and where they share processors the job starts sooner.
+So all run the very same program, and where they share processors the job starts sooner. Process 0 of the next attempt
+takes over what was told of the step: after a crash the job runs the programs that it ran before.
 """
 
-import concurrent.futures
+import contextlib
 import functools
 import hashlib
 import itertools
 import json
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
@@ -211,6 +211,9 @@ def told_by_first(
         return find()
     hashed_name = hashlib.sha256(name.encode()).hexdigest()
     key = f"jaxdist/found/{hashed_name}/{next(_numbers(hashed_name))}"
+    if not process and (known := TOLD.known(key)) is not None:
+        client.key_value_set_bytes(key, b"+" + known)
+        return read(known)
     if process:
         try:
             told = client.blocking_key_value_get_bytes(key, int(1000 * _WAIT_SECONDS))
@@ -221,10 +224,59 @@ def told_by_first(
     try:
         found = find()
         content = write(found)
-        told = b"-" if content is None or len(content) > _MOST_TOLD_BYTES else b"+" + content
+        if content is not None and len(content) <= _MOST_TOLD_BYTES:
+            TOLD.note(key, content)
+            told = b"+" + content
     finally:
         client.key_value_set_bytes(key, told)
     return found
+
+
+class Told:
+    """What process 0 tells the others, kept for process 0 of the next attempt, which need not find it out again.
+
+    Only what is asked for within `kept` is noted and used again, and only from `begin` on: of a function that is traced
+    at other times too, or in another order, the name and the number would not say which program is meant.
+    """
+
+    def __init__(self) -> None:
+        self._known: Mapping[str, bytes] | None = None
+        self._told: dict[str, bytes] = {}
+        self._is_kept = False
+
+    def begin(self, known: Mapping[str, bytes]) -> None:
+        """Use what an attempt before has told, for the same programs, and note what is new."""
+        self._known, self._told = known, dict(known)
+
+    def end(self) -> None:
+        """Use and note nothing any more."""
+        self._known, self._told = None, {}
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Keep what is found out within this context."""
+        before, self._is_kept = self._is_kept, True
+        try:
+            yield
+        finally:
+            self._is_kept = before
+
+    def all(self) -> dict[str, bytes]:
+        """Return what is known and noted, for `begin` of the next attempt."""
+        return dict(self._told)
+
+    def known(self, key: str) -> bytes | None:
+        """Return what was told under this key before; None if it has to be found out."""
+        return self._known.get(key) if self._known and self._is_kept else None
+
+    def note(self, key: str, content: bytes) -> None:
+        """Note what is told."""
+        if self._known is not None and self._is_kept:
+            self._told[key] = content
+
+
+TOLD = Told()
+"""That of this process, as it is of one job."""
 
 
 def _spans(mesh: Mesh, num_processes: int) -> bool:
@@ -388,56 +440,9 @@ def _compile(module: Any, devices: Sequence[jax.Device], key: str | None, callba
 
 
 def _read_cache(key: str, devices: Sequence[jax.Device]) -> Any:
-    found = AHEAD.take(key, devices)
-    if found is not None:
-        return found
     try:
         return jax_private.read_cache(key, devices)
     except Exception as error:  # a damaged entry is whatever zstandard, zlib or XLA raise
         warnings.warn(f"An entry of the compilation cache cannot be read; compiling again: {error}", stacklevel=2)
         jax_private.remove_from_cache(key)
         return None
-
-
-class LoadedAhead:
-    """Executables that are loaded from the cache while it is not known yet whether a program needs them.
-
-    To load a program takes as long as to trace it, and nothing of Python. What is traced decides: an executable is used
-    by the program that has its key in the cache, and by no other.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._needed: dict[str, None] = {}
-        self._found: dict[tuple[str, tuple[jax.Device, ...]], concurrent.futures.Future[Any]] = {}
-
-    def needed(self) -> list[str]:
-        """Return the keys of what the programs of this process have needed so far."""
-        return list(self._needed)
-
-    def load(self, keys: Sequence[str], devices: Sequence[jax.Device]) -> None:
-        """Load the executables with these keys for `devices`, until the first program needs one."""
-        for key in keys:
-            with self._lock:
-                if self._needed:
-                    return
-                found = self._found[key, tuple(devices)] = concurrent.futures.Future()
-            try:
-                found.set_result(jax_private.read_cache(key, devices))
-            except Exception:  # of a damaged entry: the program that needs it reads it again, and says so
-                found.set_result(None)
-
-    def take(self, key: str, devices: Sequence[jax.Device]) -> Any:
-        """Return an executable that a program needs, None if it is not here."""
-        with self._lock:
-            self._needed[key] = None
-            found = self._found.pop((key, tuple(devices)), None)
-        return None if found is None else found.result()
-
-    def forget(self) -> None:
-        """Drop what no program has needed."""
-        self._found.clear()
-
-
-AHEAD = LoadedAhead()
-"""That of this process, as it has one cache."""

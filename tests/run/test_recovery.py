@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import itertools
-import threading
 import time
 import types
 
@@ -198,26 +197,3 @@ def test_a_reserve_is_asked_for_with_the_first_new_step_after_a_failure(tmp_path
             assert wanted.exists() == (step > expected)
             ask(types.SimpleNamespace(step=step))
         assert wanted.exists()
-
-
-def test_the_programs_of_an_attempt_are_named_once_and_loaded_ahead_by_all_but_the_first_process(tmp_path, monkeypatch):
-    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:2]), ("data",))
-    monkeypatch.setenv(supervisor.MEMORY, str(tmp_path))
-    found: list[list[str]] = []
-    ahead = types.SimpleNamespace(
-        needed=lambda: ["a", "b"], forget=lambda: None, load=lambda keys, _: found.append(keys)
-    )
-    monkeypatch.setattr(recovery.device_program, "AHEAD", ahead)
-    for _ in range(2):
-        recovery.load_ahead(mesh)
-        told = recovery.tell_programs(mesh)
-        for step in range(1, 5):
-            told(types.SimpleNamespace(step=step))
-        ahead.needed = lambda: ["a", "b", "an evaluation after a rehearsal"]
-    assert not found, "process 0 traces"
-    monkeypatch.setattr(jax, "process_index", lambda: 1)
-    recovery.load_ahead(mesh)
-    for thread in threading.enumerate():
-        if thread.name == "jaxdist-load-ahead":
-            thread.join(60)
-    assert found == [["a", "b"]]

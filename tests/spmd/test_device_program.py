@@ -1,3 +1,4 @@
+import contextlib
 import gc
 import json
 
@@ -256,43 +257,28 @@ def test_other_structures_are_traced_by_each_process(tree):
     assert device_program._described(jax.tree.structure(tree), ({"a": 0}, 0)) is None
 
 
-def test_what_is_loaded_ahead_is_used_by_the_program_that_has_its_key_and_by_no_other(tmp_path, monkeypatch):
-    mesh = make_mesh(devices=jax.devices()[:2])
-    devices, tree_and_rows = list(mesh.devices.flat), arguments(mesh)
+def test_what_was_told_is_taken_over_where_it_is_kept_and_begun(monkeypatch):
+    monkeypatch.setattr(device_program, "TOLD", device_program.Told())
+    traced: list[int] = []
 
-    def make(function):
-        return device_program.PerDeviceProgram(function, mesh, in_specs=(WHOLE, CUT), out_spec=CUT)
+    def attempt(known, *, kept=True):
+        job = TwoProcesses(monkeypatch)
+        if known is not None:
+            device_program.TOLD.begin(known)
+        for process in (0, 1):
+            with job.run(process), device_program.TOLD.kept() if kept else contextlib.nullcontext():
+                found = results_of_two_programs(traced)
+        left = device_program.TOLD.all()
+        device_program.TOLD.end()
+        told, traced[:] = list(traced), []
+        return found, left, told
 
-    with compile_cache.compile_once(tmp_path):
-        monkeypatch.setattr(device_program, "AHEAD", device_program.LoadedAhead())
-        expected = make(product)(*tree_and_rows)
-        (key,) = device_program.AHEAD.needed()
-        ahead = device_program.LoadedAhead()
-        monkeypatch.setattr(device_program, "AHEAD", ahead)
-        ahead.load([key, "no such key"], devices)
-        read: list[str] = []
-        whole = device_program.jax_private.read_cache
-        monkeypatch.setattr(
-            device_program.jax_private, "read_cache", lambda key, devices: (read.append(key), whole(key, devices))[1]
-        )
-        np.testing.assert_array_equal(
-            make(product)(*tree_and_rows)["sum"].addressable_data(0), expected["sum"].addressable_data(0)
-        )
-        assert not read
-        assert ahead.needed() == [key]
-        make(lambda tree, rows: rows * 3)(*tree_and_rows)
-        assert read, "another program is looked for in the cache"
-        ahead.load([key], devices)
-        assert ahead.take(key, devices) is None, "nothing is loaded ahead once programs are needed"
-
-
-def test_an_entry_that_cannot_be_loaded_ahead_is_left_to_its_program(monkeypatch):
-    def damaged(key, devices):
-        raise RuntimeError("damaged")
-
-    monkeypatch.setattr(device_program.jax_private, "read_cache", damaged)
-    ahead = device_program.LoadedAhead()
-    ahead.load(["key", "other"], jax.devices()[:1])
-    assert ahead.take("key", jax.devices()[:1]) is None
-    ahead.forget()
-    assert ahead.take("other", jax.devices()[:1]) is None
+    assert attempt(None)[1:] == ({}, [2, 3])
+    assert attempt({}, kept=False)[1:] == ({}, [2, 3])
+    first, left, told = attempt({})
+    assert len(left) == 2
+    assert told == [2, 3]
+    second, left_again, told = attempt(left)
+    assert (left_again, told) == (left, [])
+    jax.tree.map(np.testing.assert_array_equal, second, first)
+    assert attempt(left, kept=False)[2] == [2, 3]

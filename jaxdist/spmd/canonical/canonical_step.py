@@ -109,14 +109,16 @@ def canonical_step(
     def keyless_step(
         state: TrainState, key: keys.PlainKey, inputs: jax.Array | None, batch: Batch
     ) -> tuple[TrainState, Metrics]:
-        if not made:
+        if made:
+            return made[0](state, key, inputs, batch)
+        with device_program.TOLD.kept():
             dealt = shard_sums.checked(batch, sums_of_shards.dealing)
             gather = None if is_whole else state_update.gathering(mesh)
             if is_whole and update_state.is_at_once(state) and sums_of_shards.is_small(_shared(state, key), dealt):
                 made.append(_in_one_program(sums_of_shards, update_state))
             else:
                 made.append(_in_stages(sums_of_shards, update_state, gather))
-        return made[0](state, key, inputs, batch)
+            return made[0](state, key, inputs, batch)
 
     # Programs compiled for one shape refuse any other, so the recompile check has nothing else to find.
     return KeepsKey(keyless_step, PlacedInputs(optimizer, mesh), cache_size=lambda: len(made))
