@@ -16,7 +16,8 @@ from jaxdist.spmd.mesh import make_mesh
 @st.composite
 def needs_of_results(draw):
     num_leaves = draw(st.integers(1, 8))
-    needs = draw(st.lists(st.integers(0, 2**num_leaves - 1), min_size=num_leaves, max_size=num_leaves + 3))
+    few = st.sets(st.integers(0, num_leaves - 1), max_size=2).map(lambda places: sum(1 << place for place in places))
+    needs = draw(st.lists(few, min_size=num_leaves, max_size=num_leaves + 3))  # with many, all would be one group
     leaves = sorted(draw(st.sets(st.integers(0, num_leaves - 1))))
     mask = sum(1 << place for place in leaves)
     return [need & mask for need in needs], {place: draw(st.integers(1, 9)) for place in leaves}
@@ -35,6 +36,16 @@ def test_no_result_needs_leaves_of_two_groups(example, least_bytes):
         assert all(needs[place] & ~own == 0 for place in (*group.leaves, *group.others))
     for group in groups[:-1]:
         assert sum(num_bytes[place] for place in group.leaves) >= least_bytes
+
+
+def test_the_grouping_which_decides_bits_has_not_changed():
+    """Leaves 0 and 2 are updated together, result 6 needs none, and a group ends as soon as it has the least bytes."""
+    needs = [0b000101, 0b000010, 0b000101, 0b001000, 0b010000, 0b100000, 0, 0b001000]
+    assert state_update.grouped(needs, dict.fromkeys(range(6), 4), 8) == [
+        state_update.LeafGroup((0, 2), (6,)),
+        state_update.LeafGroup((1, 3), (7,)),
+        state_update.LeafGroup((4, 5), ()),
+    ]
 
 
 OPTIMIZERS = {
