@@ -42,11 +42,12 @@ class Decoder:
     """Reads a head from start to end. Arrays are made as the head declares them; their data is filled in later.
 
     `left` is the number of bytes of array data that the message declares and no array has claimed yet. With `memory`,
-    the arrays are in it already, one after the other, each in the room that `aligned` gives.
+    the arrays are in it already, one after the other, each in the room that `aligned` gives; if they are `padded`, then
+    `left` is in terms of that room.
     """
 
-    def __init__(self, head: bytes, left: int, memory: np.ndarray | None = None) -> None:
-        self.left, self._memory, self._room = left, memory, _NO_ROOM
+    def __init__(self, head: bytes, left: int, memory: np.ndarray | None = None, *, padded: bool = False) -> None:
+        self.left, self._memory, self._room, self._padded = left, memory, _NO_ROOM, padded
         self.arrays: list[np.ndarray] = []
         self._head, self._at = head, 0
 
@@ -77,9 +78,10 @@ class Decoder:
 
     def array(self, shape: tuple[int, ...], dtype: np.dtype, num_bytes: int) -> np.ndarray:
         """Return a new array of the message; its values are undefined until its data has arrived."""
-        if num_bytes > self.left:
+        claimed = aligned(num_bytes) if self._padded else num_bytes
+        if claimed > self.left:
             raise EncodingError(f"A message declares an array of {num_bytes} bytes, but only {self.left} are left.")
-        self.left -= num_bytes
+        self.left -= claimed
         if self._memory is None:
             memory = self._take_memory(num_bytes)
         else:
@@ -94,7 +96,7 @@ class Decoder:
         size = aligned(num_bytes)
         if len(self._room) < size:
             together = num_bytes + self.left
-            self._room = _new_memory(max(together + 16 * _ALIGNMENT if together <= _TOGETHER_BYTES else 0, size))
+            self._room = new_memory(max(together + 16 * _ALIGNMENT if together <= _TOGETHER_BYTES else 0, size))
         memory, self._room = self._room[:num_bytes], self._room[size:]
         return memory
 
@@ -107,7 +109,8 @@ def aligned(num_bytes: int) -> int:
 _NO_ROOM = np.empty(0, np.uint8)
 
 
-def _new_memory(num_bytes: int) -> np.ndarray:
+def new_memory(num_bytes: int) -> np.ndarray:
+    """Return memory for arrays, aligned like that of JAX."""
     try:
         memory = np.empty(num_bytes + _ALIGNMENT, np.uint8)
     except MemoryError as error:
