@@ -130,6 +130,7 @@ def local_sums(
     grads, (loss, metrics, new_model_state) = jax.grad(summed_loss, has_aux=True)(params)
     grads = jax.tree.map(_descent_direction, grads)
     grads = jax.tree.map(lambda grad: grad / scale, grads) if loss_scale is not None else grads
+    check_model_state(new_model_state)
     weighted = jax.tree.map(lambda leaf: addable(leaf) * num_examples, new_model_state)
     sums = Sums(grads, loss, metrics, weighted, num_examples)
     arrays, form = flatten(sums)
@@ -385,6 +386,22 @@ def check_params(params: PyTree) -> None:
             raise ValueError(
                 f"Params must be floating or complex, because a gradient is taken of each; params/{path_name(path)} is "
                 f"{leaf.dtype}{list(leaf.shape)}. Keep counters and tables in model_state, or make it floating."
+            )
+
+
+def check_model_state(model_state: PyTree) -> None:
+    """Raise ValueError where a leaf of the model's state cannot be averaged over the devices."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model_state):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            raise ValueError(
+                f"The model's state is averaged over the devices, and a random key has no mean; "
+                f"model_state/{path_name(path)} is {leaf.dtype}. Draw from the key that the loss is given (a module "
+                "has make_rng or nnx.Rngs), which is another one in each step."
+            )
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact) and leaf.dtype.itemsize > 4:
+            raise ValueError(
+                f"Integers of the model's state have at most 32 bits; model_state/{path_name(path)} is {leaf.dtype}. "
+                "Make it int32."
             )
 
 

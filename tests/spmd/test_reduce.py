@@ -336,3 +336,9 @@ def test_a_scalar_that_counts_padding_rows_is_refused_and_one_of_the_params_alon
 def test_a_loss_that_returns_something_else_is_refused(model_state, results, message):
     with pytest.raises(ValueError, match=message):
         reduce.local_sums(lambda *args: results, {"w": jnp.ones(2)}, model_state, numpy_batch(), jax.random.key(0))
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint64])
+def test_a_state_of_long_integers_is_refused_by_name(dtype):
+    with pytest.raises(ValueError, match=r"at most 32 bits; model_state/n/seen is u?int64\. Make it int32"):
+        reduce.check_model_state({"n": {"seen": np.zeros((), dtype)}})

@@ -17,3 +17,4 @@ from jaxdist.run.preflight.losses_and_metrics import check_order as check_order
 from jaxdist.run.preflight.optimizer_updates import check_groups as check_groups
 from jaxdist.run.preflight.optimizer_updates import check_update as check_update
 from jaxdist.run.preflight.setting_values import check_settings as check_settings
+from jaxdist.run.preflight.summed_state import check_state as check_state

@@ -41,6 +41,7 @@ def check(
     if not jax.tree.leaves(abstract.params):
         raise ConfigError("A model that is trained has params, and this one has none. Give it a layer that learns.")
     reduce.check_params(abstract.params)
+    reduce.check_model_state(abstract.model_state)
     same_bits = experiment.reduction == "canonical"
     check_same_trace("What creates the params", functions.init_fn, [abstract.key], same_bits=same_bits)
     gradient = _gradient_of(functions.loss_fn)
