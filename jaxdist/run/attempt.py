@@ -342,26 +342,32 @@ class _Run:
 
     @contextlib.contextmanager
     def _saved_at_mistakes(self) -> Iterator[None]:
-        """Save the newest step before an error of the user's data or hooks ends the run: the state is as it should be.
+        """Save the newest step before an error that left the state as it should be ends the run.
+
+        That is one of the user's data or hooks, or of a file that cannot be written: then the state stays in memory.
 
         In a job of several processes the others would have to take part; its supervisor saves the newest snapshot.
         """
         try:
             yield
         except Exception as error:
-            if jax.process_count() == 1 and isinstance(_explained(error), errors.UserError):
+            of_files = isinstance(error, full_disk.UnwritableError | checkpoints.CheckpointError)
+            if jax.process_count() == 1 and (of_files or isinstance(_explained(error), errors.UserError)):
                 with contextlib.suppress(Exception):  # the user is told what happened first
-                    self._save_newest()
+                    self._keep_newest(of_files)
             raise
 
-    def _save_newest(self) -> None:
-        """Save the newest step unless its state went into a step that failed, or is not finite."""
+    def _keep_newest(self, in_memory: bool) -> None:
+        """Keep the newest step unless its state went into a step that failed, or is not finite."""
         info = self._newest
         if info is None or any(leaf.is_deleted() for leaf in jax.tree.leaves(info.state)) or info.state.step < 0:
             return
-        self.books.save(info.state, info.position)
-        self.start.checkpointer.wait()
-        errors.say(bookkeeping.saved_at_mistake(info.step))
+        if not in_memory:
+            self.books.save(info.state, info.position)
+            self.start.checkpointer.wait()
+            errors.say(bookkeeping.saved_at_mistake(info.step))
+        elif kept := self._put_in_memory(info.state, info.position):
+            errors.say(disk_room.where_kept(info.step, kept))
 
     def _found_by_guards(self) -> dict[str, Any]:
         """Return what the guards add to the run record."""
@@ -408,15 +414,18 @@ class _Run:
         Raises:
           RunFailedError: there is no supervisor; the message says where the state is.
         """
-        books, run_dir, step = self.books, self.options.run_dir, self.books.progress.step
-        data_state = {"position": position.to_json(), "progress": books.progress.to_json()}
-        kept = disk_room.keep_in_memory(
-            run_dir, self.start.snapshots, str(self.parts.identity), step, state, data_state
-        )
+        kept = self._put_in_memory(state, position)
         if kept and self.start.snapshots:
-            books.kept_for_supervisor = True
+            self.books.kept_for_supervisor = True
             return
-        raise disk_room.no_room(run_dir, step, kept)
+        raise disk_room.no_room(self.options.run_dir, self.books.progress.step, kept)
+
+    def _put_in_memory(self, state: TrainState, position: Position) -> str:
+        """Keep a state that cannot be saved in memory; return where it is, "" if nowhere."""
+        progress, identity = self.books.progress, str(self.parts.identity)
+        data_state = {"position": position.to_json(), "progress": progress.to_json()}
+        where = self.options.run_dir, self.start.snapshots, identity
+        return disk_room.keep_in_memory(*where, progress.step, state, data_state)
 
     def _watched_step(self, state: TrainState, batch: Any) -> Any:
         if self.auditor:

@@ -107,6 +107,11 @@ def no_room(run_dir: pathlib.Path, step: int, kept: str) -> errors.RunFailedErro
     return errors.RunFailedError(f"The disk of {run_dir} has no room for the checkpoint of step {step}. {where}.")
 
 
+def where_kept(step: int, kept: str) -> str:
+    """Return what the user is told of a state that could not be saved and is in memory, in `kept`."""
+    return f"The state of step {step} stays in {kept}; continue with --resume on this machine."
+
+
 def has_room(state: Any, directory: pathlib.Path) -> bool:
     """Return whether the disk of `directory` has room for `state`; true if its size is unknown."""
     try:

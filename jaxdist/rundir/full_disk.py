@@ -19,6 +19,18 @@ _RETRY_SECONDS = 0.5
 _PROBE_BYTES = 4096
 
 
+class UnwritableError(errors.RunFailedError, OSError):
+    """A file of a run cannot be written, and not because the disk is full: waiting for room would not help."""
+
+
+def _unwritable(what: str, error: OSError) -> UnwritableError:
+    reason = error.strerror or str(error)
+    return UnwritableError(
+        f"A run needs to write its files, and {error.filename or what} cannot be written: {reason}. Correct that and "
+        "continue with --resume."
+    )
+
+
 def is_full(error: BaseException) -> bool:
     """Return whether a full disk, or a quota, caused an error."""
     cause = error.__cause__ or error.__context__
@@ -39,7 +51,11 @@ class Backlog(Generic[Item]):
         self._dropped = 0
 
     def add(self, item: Item) -> None:
-        """Write the item, after those that wait; raises every OSError but that of a full disk."""
+        """Write the item, after those that wait.
+
+        Raises:
+          UnwritableError: for every OSError but that of a full disk.
+        """
         self._dropped += len(self._waiting) == self._waiting.maxlen
         self._waiting.append(item)
         self.flush()
@@ -58,7 +74,7 @@ class Backlog(Generic[Item]):
                 self._waiting.popleft()
         except OSError as error:
             if not is_full(error):
-                raise
+                raise _unwritable(self._what, error) from error
             if not self._told:
                 say(f"The disk is full: {self._what} cannot be written. The run continues, and writes later what fits.")
             self._told = True
@@ -70,6 +86,9 @@ def until_written(write: Callable[[], Item], what: str) -> Item:
     """Call `write` until the disk has room for it, and return its result; the first time without room is announced.
 
     It is for what the caller must not continue without.
+
+    Raises:
+      UnwritableError: for every OSError but that of a full disk.
     """
     told = False
     while True:
@@ -77,7 +96,7 @@ def until_written(write: Callable[[], Item], what: str) -> Item:
             return write()
         except OSError as error:
             if not is_full(error):
-                raise
+                raise _unwritable(what, error) from error
             if not told:
                 say(f"The disk is full: {what} cannot be written. This process waits for room.")
             told = True

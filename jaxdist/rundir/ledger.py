@@ -76,8 +76,10 @@ class Recorder:
 
     def close(self) -> None:
         """Write what waits, as far as there is room, say what is lost, and close the file."""
-        self._lines.close()
-        os.close(self._file)
+        try:
+            self._lines.close()
+        finally:
+            os.close(self._file)
 
 
 def read(run_dir: pathlib.Path) -> list[LedgerEntry]:

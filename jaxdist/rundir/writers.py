@@ -104,8 +104,10 @@ class Patient:
 
     def close(self) -> None:
         """Write the waiting rows as far as there is room, and report those that are lost; see Writer."""
-        self._rows.close()
-        self._writer.close()
+        try:
+            self._rows.close()
+        finally:
+            self._writer.close()
 
 
 def format_number(value: Any) -> str:

@@ -79,6 +79,12 @@ LINES = {
         "test_a_hang_is_one_message_that_names_the_process",
         "test_the_only_process_of_a_job_is_killed_when_it_was_stopped_too_long_and_the_job_goes_on",
     ],
+    "a file of the run cannot be written for another reason: its directory becomes read-only, the file may not grow": [
+        "test_a_file_that_cannot_be_written_is_one_message_and_loses_no_step"
+    ],
+    "a file of such a run cannot be written for another reason": [
+        "test_a_file_of_a_server_that_cannot_be_written_is_one_message"
+    ],
     "one of [several hosts](clusters.md) fails": [
         "test_a_host_that_is_lost_takes_nothing_along_and_the_other_goes_on",
         "test_of_three_hosts_two_are_lost_one_after_the_other_and_one_comes_back",
@@ -420,6 +426,23 @@ def test_a_run_directory_that_is_damaged_meanwhile_is_no_traceback(start, damage
     assert job.end() == 75, job.text()
     assert "Traceback" not in job.text()
     assert record.RunRecord.read(job.run_dir).step == job.saved_step() >= 4
+
+
+@pytest.mark.slow
+def test_a_file_that_cannot_be_written_is_one_message_and_loses_no_step(start):
+    """No file may grow beyond 200 kB, which the ledger is about to do."""
+    job = start("--set", "recovery.ledger=true", processes=0, before=("prlimit", "--fsize=200000"))
+    path = job.run_dir / "ledger.txt"
+    job.wait_for(lambda: path.exists() and path.read_text().count("\n") > 5, "some steps")
+    with path.open("a") as file:
+        file.write("\n" * 199_900)
+    assert job.end() == 1, job.text()
+    assert "A run needs to write its files, and ledger.txt cannot be written: File too large" in job.text()
+    assert "Traceback" not in job.text()
+    (step,) = re.findall(r"The state of step (\d+) stays in /dev/shm", job.text())
+    again = start("--resume", processes=0, steps=int(step) + 10)
+    assert again.end() == 0, again.text()
+    assert f"Step {step} was saved from memory" in again.text()
 
 
 @pytest.mark.soak

@@ -146,6 +146,19 @@ def test_a_role_that_is_killed_is_restarted_and_a_killed_program_continues_from_
     assert "Traceback" not in job.text()
 
 
+@pytest.mark.slow
+def test_a_file_of_a_server_that_cannot_be_written_is_one_message(start):
+    """The record of the run is a folder, once the run trains; the processes of the server write their own files."""
+    job = start(save_every=10)
+    train_to(job, 6)
+    job.wait_for((job.run_dir / record.FILE_NAME).exists, "its record")
+    (job.run_dir / record.FILE_NAME).unlink()
+    (job.run_dir / record.FILE_NAME).mkdir()
+    assert job.end() == 1, job.text()
+    assert "run.json cannot be written: Is a directory" in job.text()
+    assert "Traceback" not in job.text()
+
+
 @pytest.mark.soak
 def test_a_viewer_that_closes_its_end_ends_nothing_of_a_server(start):
     told, tell = os.pipe()

@@ -15,8 +15,9 @@ from jaxdist import errors
 from jaxdist.checkpoint import checkpoints
 from jaxdist.config import overrides
 from jaxdist.data import CorruptExample
+from jaxdist.launch.supervising import job_memory
 from jaxdist.run import attempt
-from jaxdist.rundir import ledger, record
+from jaxdist.rundir import ledger, record, writers
 
 pytestmark = pytest.mark.usefixtures("shared_compilations")
 
@@ -124,6 +125,37 @@ def test_a_step_that_is_not_finite_is_explained_and_the_good_checkpoint_kept(tmp
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["1", "2"]
     # The params are those of a finite update.
     assert made.metrics["train/loss"] != made.metrics["train/loss"]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "error"),
+    [
+        (writers.JsonlWriter, "write", lambda: OSError(errno.EFBIG, "File too large", "runs/a/metrics.jsonl")),
+        (checkpoints.Checkpointer, "save", lambda: checkpoints.CheckpointError("A checkpoint could not be written")),
+    ],
+    ids=["metrics", "checkpoint"],
+)
+def test_a_file_that_cannot_be_written_is_one_message_and_loses_no_step(
+    tmp_path, owner, name, error, monkeypatch, capsys
+):
+    original = getattr(owner, name)
+
+    def write(self, step, *rest):
+        if step >= 6:
+            raise error()
+        return original(self, step, *rest)
+
+    monkeypatch.setattr(owner, name, write)
+    with pytest.raises(errors.RunFailedError, match=r"(metrics\.jsonl|checkpoint) (cannot|could not) be written"):
+        run(tmp_path / "run", "checkpoints.every_steps=3")
+    shown = capsys.readouterr().err
+    (step,) = re.findall(r"The state of step (\d+) stays in /dev/shm/\S+; continue with --resume", shown)
+    assert int(step) >= 6
+    monkeypatch.undo()
+    resumed = run(tmp_path / "run", resume=True)
+    assert f"Step {step} was saved from memory, as a checkpoint." in capsys.readouterr().err
+    assert not list(job_memory.left_behind(tmp_path / "run"))
+    assert resumed.params_sha256 == run(tmp_path / "whole").params_sha256
 
 
 FULL = OSError(errno.ENOSPC, "No space left on device", "runs/a/metrics.csv")

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from jaxdist import errors
 from jaxdist.rundir import full_disk, ledger, writers
 
 
@@ -106,12 +107,23 @@ def test_a_message_that_nobody_can_store_is_dropped(monkeypatch):
     full_disk.say("x")
 
 
-def test_only_the_newest_wait_and_other_errors_are_raised():
+def test_only_the_newest_wait():
     backlog = full_disk.Backlog(lambda item: (_ for _ in ()).throw(full()), "x", most_kept=1)
     backlog.add(1)
     backlog.add(2)
-    with pytest.raises(OSError, match="Input/output"):
-        full_disk.Backlog(lambda item: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")), "x").add(1)
+
+
+@pytest.mark.parametrize(("named", "said"), [((), "x"), (("a/metrics.jsonl",), "a/metrics.jsonl")])
+def test_a_file_that_cannot_be_written_is_named_with_the_reason(named, said):
+    """By one message, and still as an OSError: the record of a run that ends is left out then."""
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error", *named)
+
+    for write in (full_disk.Backlog(fail, "x").add, lambda item: full_disk.until_written(fail, "x")):
+        with pytest.raises(errors.RunFailedError, match=f"and {said} cannot be written: Input/output error") as raised:
+            write(1)
+        assert isinstance(raised.value, OSError)
 
 
 def test_a_library_that_raises_no_os_error_is_understood():
