@@ -221,6 +221,62 @@ def test_what_a_parameter_server_would_ignore_is_refused(assignment, why):
         make_plan(1, 1, [assignment])
 
 
+OPTIMIZERS = {
+    "sgd": (["optimizer.name=sgd", "optimizer.learning_rate=0.5"], optax.sgd(0.5)),
+    "adamw, clipped, warmed up": (
+        [
+            "optimizer.name=adamw",
+            "optimizer.learning_rate=0.03",
+            "optimizer.weight_decay=0.1",
+            "optimizer.clip_norm=0.3",
+            "optimizer.schedule.warmup=4",
+        ],
+        optax.chain(
+            optax.clip_by_global_norm(0.3),
+            optax.adamw(
+                lambda count: 0.03 * jnp.minimum((count + 1) / 4, 1.0),
+                weight_decay=0.1,
+                mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
+            ),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("workers", "servers"),
+    [
+        pytest.param(workers, servers, marks=() if (workers, servers) in ((3, 2), (1, 3)) else pytest.mark.soak)
+        for workers in (1, 2, 3)
+        for servers in (1, 2, 3)
+    ],
+)
+def test_any_number_of_workers_and_servers_trains_as_a_loop_of_plain_jax(workers, servers, name):
+    """Over shuffled examples, and the ragged last batch of an epoch: 4 examples, for up to 3 workers."""
+    settings, optimizer = OPTIMIZERS[name]
+    plan = make_plan(workers, servers, settings)
+    params, _ = jax.tree.unflatten(plan.structure, leaves_of(plan))
+    model, state = plan.experiment.model, optimizer.init(params)
+
+    def mean_loss(params, images, labels):
+        logits = model.apply({"params": params}, images, train=False)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    sizes = []
+    for _, found in zip(range(STEPS), plan.loader):
+        rows = found.batch["mask"] > 0
+        sizes.append(int(rows.sum()))
+        grads = jax.grad(mean_loss)(params, found.batch["image"][rows], found.batch["label"][rows])
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    assert sizes == [16, 16, 16, 4, 16, 16]
+    served, _ = serve(plan)
+    for got, start, want in zip(served, leaves_of(plan), jax.tree.leaves(params), strict=True):
+        assert np.abs(want - start).max() > 0.005
+        np.testing.assert_allclose(got, want, rtol=0, atol=3e-6)
+
+
 class _Phases(nn.Module):
     """Two logits of one complex product."""
 

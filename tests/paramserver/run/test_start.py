@@ -8,11 +8,17 @@ import sys
 import time
 
 import held_experiment
+import jax
+import numpy as np
+import optax
 import pytest
 import step_lines
 import tiny_experiment
 
+from jaxdist.config import overrides
 from jaxdist.paramserver.run import start
+from jaxdist.run import components
+from jaxdist.run.use import trained
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(600)]
 
@@ -68,6 +74,37 @@ def test_a_run_that_begins_with_weights_has_the_bits_of_one_device(tmp_path):
     assert served["params_sha256"] == one["params_sha256"]
     assert served["init_from"] == one["init_from"]
     assert served["init_from"]["source"] == f"{tmp_path / 'first'}, step 5"
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum"])
+def test_servers_then_all_reduce_then_servers_train_as_a_loop_of_plain_optax(tmp_path, name):
+    """Each part continues from the checkpoint of the one before, in the middle of an epoch and at the end of one."""
+    settings = ["model.dropout_rate=0.0", f"optimizer.name={name}", "optimizer.learning_rate=0.3"]
+    alone = [sys.executable, "-m", "jaxdist.cli", "train", held_experiment.__file__, "--devices", "2", "--resume"]
+    run_dir = tmp_path / "run"
+    subprocess.run(command(run_dir, *settings, "ps.servers=2", steps=3), check=True)
+    subprocess.run([*alone, "--run-dir", str(run_dir), "--max-steps", "8", "--set", *settings], check=True)
+    subprocess.run(command(run_dir, *settings, "ps.servers=1", steps=11, flags=["--resume"]), check=True)
+    made = record_of(run_dir)
+    assert (made["step"], made["examples_seen"]) == (11, 2 * 52 + 3 * 16)
+    experiment = overrides.override(tiny_experiment.get_config(), settings)
+    parts = components.put_together(experiment, devices=jax.devices()[:1])
+    params = parts.create_state().params
+    optimizer = optax.sgd(0.3, momentum=0.9 if name == "momentum" else None)
+    state = optimizer.init(params)
+
+    def mean_loss(params, images, labels):
+        logits = experiment.model.apply({"params": params}, images, train=False)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    for _, found in zip(range(11), parts.loader):
+        rows = found.batch["mask"] > 0
+        grads = jax.grad(mean_loss)(params, found.batch["image"][rows], found.batch["label"][rows])
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    served = trained.load(run_dir, "last", experiment=experiment).params
+    for got, want in zip(jax.tree.leaves(served), jax.tree.leaves(params), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize(
