@@ -73,7 +73,12 @@ def test_a_snapshot_that_is_copied_is_the_same(tmp_path):
     slots.Slots(tmp_path / "there", 0).write(file.header_text(), [np.frombuffer(file.data(), np.uint8)])
     (copied,) = slots.by_step(tmp_path / "there", "a")[1]
     assert (copied.header, copied.header_text(), copied.data()) == (file.header, file.header_text(), file.data())
-    assert copied.offset % 8 == 0, "numbers begin at a multiple of their size"
+
+
+@pytest.mark.parametrize("step", [10**digits for digits in range(8)])
+def test_numbers_begin_at_a_multiple_of_their_size_whatever_the_length_of_the_header(tmp_path, step):
+    write(slots.Slots(tmp_path, 0), step)
+    assert slots.by_step(tmp_path, "a")[step][0].offset % 8 == 0
 
 
 def test_a_slot_that_was_removed_or_is_too_small_is_made_again(tmp_path):
