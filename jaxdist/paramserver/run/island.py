@@ -1,9 +1,7 @@
 """The island of a worker: computes the gradient sums of a lease, data-parallel over its devices."""
 
-import collections
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Generator, Sequence
 from typing import Any
@@ -14,7 +12,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxdist.data import Loader, placement
-from jaxdist.data.assembly import HostArrays
 from jaxdist.data.loader import HostBatch
 from jaxdist.guards import nonfinite
 from jaxdist.paramserver.protocol import effects, messages
@@ -26,9 +23,6 @@ from jaxdist.spmd.state import TrainState
 from jaxdist.spmd.step import GRAD_NORM
 
 _NOTHING = (-1, -1, b"")
-MOST_AT_ONCE, BYTES_AT_ONCE = 8, 256 << 10
-"""Small batches that are rows of arrays in memory are read several at once: one alone costs up to nine times as much,
-since what reads it has left the processor's caches after each gradient."""
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["structure"])
@@ -62,11 +56,9 @@ class Island:
         self._sums = jax.jit(self._compute_sums)
         self._packing = LeafPacking.of(plan.sharding)
         self._rows = rows_of_a_slice(plan, len(devices))
-        self._at_once = 1
         self._prepared: tuple[messages.Lease, Any] | None = None
         self._reader: Generator[HostBatch, None, None] | None = None
-        self._ahead: collections.deque[HostBatch] = collections.deque()  # read already
-        self._reads_next = _NOTHING  # epoch, position and rows of the batch that these, or else the reader, have next
+        self._reads_next = _NOTHING  # epoch, position and rows of the batch that the reader yields next
 
     def _compute_sums(self, packed: Any, batch: Any, step: jax.Array, slice_: jax.Array) -> Any:
         plan = self.plan
@@ -164,31 +156,18 @@ class Island:
             loader = self._loader_at(lease.epoch, begin).with_rows(rows)
             loader.read_ahead, loader.num_threads = 0, 0
             self._reader = iter(loader)
-            self._ahead.clear()
         assert self._reader is not None
         self._reads_next = _NOTHING  # unless it can: a reader that raises has ended
-        if not self._ahead:
-            self._ahead.extend(itertools.islice(self._reader, self._at_once))
-            self._at_once = self._num_at_once(self._ahead[0].batch)
-        batch, after = self._ahead.popleft()
+        batch, after = next(self._reader)
         self._reads_next = after.epoch, after.position, rows.tobytes()
         placement.check_numbers(batch, lambda: next(self._loader_at(lease.epoch, begin).with_rows(rows).plans()).ids)
         return batch
 
-    def _num_at_once(self, batch: HostArrays) -> int:
-        if not self.plan.loader.takes_rows_from_memory:
-            return 1
-        size = sum(array.nbytes for array in batch.values())
-        return min(max(BYTES_AT_ONCE // max(size, 1), 1), MOST_AT_ONCE)
-
     def _batch(self, lease: messages.Lease) -> dict[str, np.ndarray]:
         """Return the examples of the lease, padded to a fixed size, so that the gradient is compiled once."""
-        batch = self._read(lease)
-        if lease.stop - lease.start == len(batch["mask"]) == self._rows:
-            return batch
         padded = {
             name: np.concatenate([array, np.repeat(array[:1], self._rows - len(array), axis=0)])
-            for name, array in batch.items()
+            for name, array in self._read(lease).items()
         }
         padded["mask"] = padded["mask"] * (np.arange(self._rows) < lease.stop - lease.start)
         return padded

@@ -77,7 +77,7 @@ class Network:
 
     def send(self, source: str, to: str, message: messages.Message) -> None:
         """Queue `message` for the process named `to`."""
-        parcel = Parcel(message, encoding.encode(message, together=True))
+        parcel = Parcel(message, encoding.encode(message))
         large = parcel.num_bytes > self.hardware.small_bytes
         link = self._links.get((source, to, large))
         if link is None:

@@ -42,12 +42,11 @@ class Decoder:
     """Reads a head from start to end. Arrays are made as the head declares them; their data is filled in later.
 
     `left` is the number of bytes of array data that the message declares and no array has claimed yet. With `memory`,
-    the arrays are in it already, one after the other, each in the room that `aligned` gives; if they are `padded`, then
-    `left` is in terms of that room.
+    the arrays are in it already, one after the other, each in the room that `aligned` gives.
     """
 
-    def __init__(self, head: bytes, left: int, memory: np.ndarray | None = None, *, padded: bool = False) -> None:
-        self.left, self._memory, self._room, self._padded = left, memory, _NO_ROOM, padded
+    def __init__(self, head: bytes, left: int, memory: np.ndarray | None = None) -> None:
+        self.left, self._memory, self._room = left, memory, _NO_ROOM
         self.arrays: list[np.ndarray] = []
         self._head, self._at = head, 0
 
@@ -78,10 +77,9 @@ class Decoder:
 
     def array(self, shape: tuple[int, ...], dtype: np.dtype, num_bytes: int) -> np.ndarray:
         """Return a new array of the message; its values are undefined until its data has arrived."""
-        claimed = aligned(num_bytes) if self._padded else num_bytes
-        if claimed > self.left:
+        if num_bytes > self.left:
             raise EncodingError(f"A message declares an array of {num_bytes} bytes, but only {self.left} are left.")
-        self.left -= claimed
+        self.left -= num_bytes
         if self._memory is None:
             memory = self._take_memory(num_bytes)
         else:
@@ -96,7 +94,7 @@ class Decoder:
         size = aligned(num_bytes)
         if len(self._room) < size:
             together = num_bytes + self.left
-            self._room = new_memory(max(together + 16 * _ALIGNMENT if together <= _TOGETHER_BYTES else 0, size))
+            self._room = _new_memory(max(together + 16 * _ALIGNMENT if together <= _TOGETHER_BYTES else 0, size))
         memory, self._room = self._room[:num_bytes], self._room[size:]
         return memory
 
@@ -109,8 +107,7 @@ def aligned(num_bytes: int) -> int:
 _NO_ROOM = np.empty(0, np.uint8)
 
 
-def new_memory(num_bytes: int) -> np.ndarray:
-    """Return memory for arrays, aligned like that of JAX."""
+def _new_memory(num_bytes: int) -> np.ndarray:
     try:
         memory = np.empty(num_bytes + _ALIGNMENT, np.uint8)
     except MemoryError as error:

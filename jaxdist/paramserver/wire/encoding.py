@@ -2,10 +2,9 @@
 
 A message consists of a *prefix*, a *head* (its numbers and names, and the dtype and shape of each array), the bytes of
 the arrays, and their CRC-32Cs. The head has its own checksum. It is written and read as blocks of at most BLOCK_BYTES:
-the memory of a large array is not copied, and its bytes arrive in the memory of the new array. On the wire, the arrays
-of a message that is one block are *together*: each aligned, as they will be in memory, with one CRC-32C. Within a
-machine the arrays may instead be placed in memory that both ends see, block by block, and for each block a checksum is
-sent. A message whose checksums do not match is refused.
+the memory of a large array is not copied, and its bytes arrive in the memory of the new array. Within a machine the
+arrays may instead be placed in memory that both ends see, block by block, and for each block a checksum is sent. A
+message whose checksums do not match is refused.
 """
 
 import struct
@@ -17,7 +16,7 @@ import numpy as np
 
 from jaxdist.paramserver.protocol import journal, messages
 from jaxdist.paramserver.wire import lent_memory
-from jaxdist.paramserver.wire.codec import Buffer, Decoder, Encoder, EncodingError, aligned, checksum, codec, new_memory
+from jaxdist.paramserver.wire.codec import Buffer, Decoder, Encoder, EncodingError, aligned, checksum, codec
 
 BLOCK_BYTES = 256 << 10
 """A block stays in the cache of a core between its checksum and its copy into a socket."""
@@ -26,8 +25,6 @@ PLACED_BYTES = 2 << 20
 SMALL_BYTES = 64 << 10
 MAX_HEAD_BYTES = 64 << 20
 MAGIC = b"jxd2"
-_TOGETHER = b"jxd3"
-"""Begins a message of one block that has arrays."""
 _PREFIX = struct.Struct("<4sIIQI")
 PREFIX_BYTES = _PREFIX.size
 _CHECKSUM = struct.Struct("<I")
@@ -89,18 +86,12 @@ _NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
 class Encoded:
     """An encoded message. Iterating yields its blocks; the memory of the arrays is not copied before that."""
 
-    def __init__(self, writer: Encoder, *, block_bytes: int, together: bool) -> None:
+    def __init__(self, writer: Encoder, *, block_bytes: int) -> None:
         head = bytes(writer.head)
+        size = sum(map(len, writer.arrays))
+        self._start = _PREFIX.pack(MAGIC, len(head), zlib.crc32(head), size, len(writer.arrays)) + head
         self.arrays, self._block_bytes = writer.arrays, block_bytes
-        size, num_checksums = self.placed_bytes, 1
-        start = PREFIX_BYTES + len(head)
-        fits = start + size + _CHECKSUM.size <= min(block_bytes, BLOCK_BYTES)
-        self._together = together and bool(self.arrays) and fits
-        if not self._together:
-            size, num_checksums = sum(map(len, writer.arrays)), len(writer.arrays)
-        magic = _TOGETHER if self._together else MAGIC
-        self._start = _PREFIX.pack(magic, len(head), zlib.crc32(head), size, len(writer.arrays)) + head
-        self.num_bytes = start + size + _CHECKSUM.size * num_checksums
+        self.num_bytes = len(self._start) + size + _CHECKSUM.size * len(writer.arrays)
 
     def identity(self) -> bytes:
         """Return what distinguishes this message from others: its numbers and names."""
@@ -116,11 +107,9 @@ class Encoded:
 
     def __iter__(self) -> Iterator[Buffer]:
         """Yield blocks of at most `block_bytes`. Those of a large array are views of its memory."""
-        if self._together:
-            yield self._one_block()
-            return
-        if not self.arrays and self.num_bytes <= self._block_bytes:
-            yield self._start
+        if self.num_bytes <= self._block_bytes:
+            arrays = [bytes(array) for array in self.arrays]
+            yield b"".join((self._start, *arrays, *(_CHECKSUM.pack(checksum([array])) for array in arrays)))
             return
         pending = bytearray(self._start)
         checksums = bytearray()
@@ -139,17 +128,6 @@ class Encoded:
                 yield block
             checksums += _CHECKSUM.pack(value)
         yield from self._blocks_of(pending + checksums)
-
-    def _one_block(self) -> memoryview:
-        block, at = memoryview(bytearray(self.num_bytes)), len(self._start)
-        block[:at] = self._start
-        arrays = block[at : -_CHECKSUM.size]
-        at = 0
-        for array in self.arrays:
-            arrays[at : at + len(array)] = array
-            at += aligned(len(array))
-        block[-_CHECKSUM.size :] = _CHECKSUM.pack(checksum([arrays]))
-        return block
 
     @property
     def placed_bytes(self) -> int:
@@ -183,10 +161,8 @@ class Encoded:
             yield bytes(data[start : start + self._block_bytes])
 
 
-def encode(message: messages.Message, *, block_bytes: int = BLOCK_BYTES, together: bool = False) -> Encoded:
+def encode(message: messages.Message, *, block_bytes: int = BLOCK_BYTES) -> Encoded:
     """Return `message` as blocks, each of which is made when it is needed.
-
-    `together` is for messages that are sent; the bytes of what is stored never change.
 
     Raises:
       EncodingError: the message has no number in KINDS, or an array in it has a dtype that cannot be sent.
@@ -196,17 +172,13 @@ def encode(message: messages.Message, *, block_bytes: int = BLOCK_BYTES, togethe
     writer = Encoder()
     writer.head.append(_NUMBERS[type(message)])
     codec(KINDS[_NUMBERS[type(message)]])[0](writer, message)
-    return Encoded(writer, block_bytes=block_bytes, together=together)
+    return Encoded(writer, block_bytes=block_bytes)
 
 
 def declared_bytes(prefix: Buffer) -> int:
     """Return the length in bytes of the message that begins with `prefix`; raises EncodingError if it is invalid."""
     head_size, _, size, num_arrays = _declared(prefix)
-    return PREFIX_BYTES + head_size + size + _CHECKSUM.size * (1 if _is_together(prefix) else num_arrays)
-
-
-def _is_together(prefix: Buffer) -> bool:
-    return bytes(prefix[: len(_TOGETHER)]) == _TOGETHER
+    return PREFIX_BYTES + head_size + size + _CHECKSUM.size * num_arrays
 
 
 def _declared(prefix: Buffer) -> tuple[int, int, int, int]:
@@ -214,10 +186,8 @@ def _declared(prefix: Buffer) -> tuple[int, int, int, int]:
     if len(prefix) < PREFIX_BYTES:
         raise EncodingError(f"A message has at least {PREFIX_BYTES} bytes, got {len(prefix)}.")
     magic, head_size, head_checksum, size, num_arrays = _PREFIX.unpack_from(prefix)
-    if magic not in (MAGIC, _TOGETHER):
-        raise EncodingError(f"A message must begin with {MAGIC!r} or {_TOGETHER!r}, got {bytes(magic)!r}.")
-    if magic == _TOGETHER and size > BLOCK_BYTES:
-        raise EncodingError(f"A message of one block has arrays of at most {BLOCK_BYTES} bytes, got {size}.")
+    if magic != MAGIC:
+        raise EncodingError(f"A message must begin with {MAGIC!r}, got {bytes(magic)!r}.")
     if not 0 < head_size <= MAX_HEAD_BYTES:
         raise EncodingError(f"The head of a message has 1 to {MAX_HEAD_BYTES} bytes, got {head_size}.")
     return head_size, head_checksum, size, num_arrays
@@ -231,10 +201,11 @@ def assemble(prefix: Buffer) -> Generator[memoryview, None, Any]:
     Raises:
       EncodingError: lengths, types, dtypes, shapes or checksums are not valid.
     """
-    if _is_together(prefix):
-        return (yield from _assemble_together(prefix))
     kind, message, arrays = yield from _assemble_head(prefix, None)
     if not arrays:
+        return message
+    if (size := sum(array.nbytes for array in arrays)) <= BLOCK_BYTES:
+        yield from _assemble_together(arrays, size, kind)
         return message
     values = []
     for array in arrays:
@@ -251,16 +222,17 @@ def assemble(prefix: Buffer) -> Generator[memoryview, None, Any]:
     return message
 
 
-def _assemble_together(prefix: Buffer) -> Generator[memoryview, None, Any]:
-    """Return a message of one block, whose arrays arrive in one piece of memory, where they stay."""
-    size = _declared(prefix)[2]
-    memory = new_memory(size + _CHECKSUM.size)
-    kind, message, arrays = yield from _assemble_head(prefix, memory[:size], padded=True)
-    yield memory.data
-    _compare(memory.data[size:], checksum([memory.data[:size]]), 0, kind)
-    for array in arrays:
+def _assemble_together(arrays: list[np.ndarray], size: int, kind: str) -> Generator[memoryview, None, None]:
+    """Fill arrays of `size` bytes in all from one piece of memory: one for each would cost more than the copy."""
+    memory = memoryview(bytearray(size + _CHECKSUM.size * len(arrays)))
+    yield from _in_blocks(memory)
+    at = 0
+    for place, array in enumerate(arrays):
+        part = memory[at : at + array.nbytes]
+        _compare(memory[size + _CHECKSUM.size * place :], checksum([part]), place, kind)
+        array.reshape(-1).view(np.uint8).data[:] = part
         array.flags.writeable = False
-    return message
+        at += array.nbytes
 
 
 def assemble_placed(prefix: Buffer, loan: lent_memory.Loan) -> Generator[memoryview, None, Any]:
@@ -279,12 +251,12 @@ def assemble_placed(prefix: Buffer, loan: lent_memory.Loan) -> Generator[memoryv
 
 
 def _assemble_head(
-    prefix: Buffer, memory: np.ndarray | None, *, padded: bool = False
+    prefix: Buffer, memory: np.ndarray | None
 ) -> Generator[memoryview, None, tuple[str, Any, list[np.ndarray]]]:
     head_size, head_checksum, size, num_arrays = _declared(prefix)
     head = bytearray(head_size)
     yield from _in_blocks(memoryview(head))
-    kind, message, arrays = _read(head, head_checksum, Decoder(bytes(head), size, memory, padded=padded))
+    kind, message, arrays = _read(head, head_checksum, size, memory)
     if len(arrays) != num_arrays:
         raise EncodingError(f"A {kind} message declares {num_arrays} arrays and has {len(arrays)}.")
     return kind, message, arrays
@@ -300,13 +272,15 @@ def _in_blocks(memory: memoryview) -> Iterator[memoryview]:
         yield memory[start : start + BLOCK_BYTES]
 
 
-def _read(head: bytearray, head_checksum: int, reader: Decoder) -> tuple[str, Any, list[np.ndarray]]:
-    """Return the name of a message's type, the message, and its arrays."""
+def _read(
+    head: bytearray, head_checksum: int, size: int, memory: np.ndarray | None
+) -> tuple[str, Any, list[np.ndarray]]:
+    """Return the name of a message's type, the message, and its arrays, `size` bytes in all."""
     if zlib.crc32(head) != head_checksum:
         raise EncodingError("The head of a message is damaged: its checksum differs.")
     if head[0] >= len(KINDS):
         raise EncodingError(f"A message has the unknown number {head[0]}. It was sent by another version of jaxdist.")
-    kind = KINDS[head[0]]
+    kind, reader = KINDS[head[0]], Decoder(bytes(head), size, memory)
     reader.take(1)
     message = codec(kind)[1](reader)
     if reader.head_left or reader.left:

@@ -311,8 +311,7 @@ class Outgoing(asyncio.Protocol):
             self._sending = taken[0]
             self._blocks = self._blocks_of(self._sending)
             return next(self._blocks)
-        parts = [part for each in taken for part in each]
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return b"".join(part for each in taken for part in each)
 
     def _blocks_of(self, message: encoding.Encoded) -> Iterator[Buffer]:
         """Return the blocks of a large message; within a machine, its arrays are put into lent memory instead."""

@@ -125,7 +125,7 @@ class Wire:
 
     def send(self, to: str, message: messages.Message) -> None:
         """Queue `message` for the process named `to`; it is dropped if that process cannot be reached."""
-        encoded = encoding.encode(message, together=True)
+        encoded = encoding.encode(message)
         lane = CONTROL if encoded.num_bytes <= SMALL_BYTES else BULK
         link = self._outgoing.get((to, lane))
         if link is None:

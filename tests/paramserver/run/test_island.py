@@ -116,29 +116,6 @@ def test_leases_that_follow_one_another_are_read_on_and_others_from_where_they_a
         assert all(np.array_equal(read[name], batch[name]) for name in batch)
 
 
-class Counting(data.ArraySource):
-    """Arrays that count how many batches of them were read."""
-
-    reads = 0
-
-    def __getitems__(self, ids):
-        self.reads += 1
-        return super().__getitems__(ids)
-
-
-@pytest.mark.parametrize(("width", "reads"), [(6, 1 + 8), (20_000, 3)])
-def test_small_batches_are_read_several_at_once_and_large_ones_when_they_are_needed(width, reads):
-    images = np.arange(64, dtype=np.float32)[:, None].repeat(width, 1)
-    source = Counting({"image": images, "label": np.zeros(64, np.int32)})
-    source.in_memory = True  # as of arrays that count nothing
-    loader = data.Loader(source, global_batch_size=16, seed=0, shuffle=False, fingerprint="counted")
-    island = Island(dataclasses.replace(make_plan(), loader=loader), jax.devices()[:1])
-    for step in range(3):
-        batch = island._batch(messages.Lease(step, 1, 0, 16 * step + 8, 16 * step + 16))
-        assert batch["image"][:, 0].tolist() == list(range(16 * step + 8, 16 * step + 16))
-    assert source.reads == reads
-
-
 def test_an_example_that_cannot_be_read_is_named_each_time_it_is_asked_for():
     good = [True] * 8
 

@@ -60,7 +60,6 @@ def same(a, b):
 def test_every_message_survives(kind, data):
     message = example(kind, data.draw)
     assert same(message, encoding.decode(encoding.to_bytes(message)))
-    assert same(message, encoding.decode(b"".join(encoding.encode(message, together=True))))
 
 
 def push(pieces):
@@ -88,39 +87,9 @@ def test_a_large_array_is_not_copied_and_arrives_aligned_where_it_stays():
     assert all(piece.ctypes.data % 64 == 0 and not piece.flags.writeable for piece in got)
 
 
-def test_the_small_arrays_of_a_message_are_one_block_and_arrive_in_one_piece_of_memory():
-    pieces = tuple(np.arange(size, dtype=np.float32) for size in (3, 0, 20, 1))
-    (block,) = encoding.encode(push(pieces), together=True)
-    parts, at, filled = encoding.assemble(block[: encoding.PREFIX_BYTES]), encoding.PREFIX_BYTES, []
-    try:
-        while True:
-            filled.append(next(parts))
-            filled[-1][:] = block[at : at + len(filled[-1])]
-            at += len(filled[-1])
-    except StopIteration as end:
-        got = end.value.pieces
-    assert len(filled) == 2  # the head and the arrays
-    for piece, wanted in zip(got, pieces, strict=True):
-        assert np.array_equal(piece, wanted)
-        assert not piece.flags.writeable
-        assert not piece.size or np.shares_memory(piece, np.frombuffer(filled[1], np.uint8))
-        assert piece.ctypes.data % 64 == 0
-
-
-def test_a_message_of_one_block_is_not_longer_than_one_and_has_just_its_arrays():
-    data = b"".join(encoding.encode(push((np.arange(3, dtype=np.float32),)), together=True))
-    magic, head, check, size, arrays = encoding._PREFIX.unpack_from(data)
-    for wrong, match in ((encoding.BLOCK_BYTES + 1, "at most"), (size + 64, "shorter"), (size - 64, "0 are left")):
-        prefix = encoding._PREFIX.pack(magic, head, check, wrong, arrays)
-        missing = wrong - size
-        body = data[encoding.PREFIX_BYTES :] + bytes(max(missing, 0))
-        with pytest.raises(encoding.EncodingError, match=match):
-            encoding.decode(prefix + (body if missing > 0 else body[:missing]))
-
-
-@given(position=st.integers(0), value=st.integers(1, 255), together=st.booleans())
-def test_a_flipped_byte_is_noticed(position, value, together):
-    data = bytearray(b"".join(encoding.encode(push((np.arange(100, dtype=np.float32),)), together=together)))
+@given(position=st.integers(0), value=st.integers(1, 255))
+def test_a_flipped_byte_is_noticed(position, value):
+    data = bytearray(encoding.to_bytes(push((np.arange(100, dtype=np.float32),))))
     data[position % len(data)] ^= value
     with pytest.raises(encoding.EncodingError):
         encoding.decode(bytes(data))
@@ -151,10 +120,10 @@ def test_big_endian_arrays_travel_as_little_endian():
 SIZES = st.lists(st.integers(0, 40_000), max_size=5)
 
 
-@given(sizes=SIZES, block_bytes=st.integers(100, 200_000), together=st.booleans())
-def test_blocks_are_bounded_and_hold_the_message(sizes, block_bytes, together):
+@given(sizes=SIZES, block_bytes=st.integers(100, 200_000))
+def test_blocks_are_bounded_and_hold_the_message(sizes, block_bytes):
     message = push(tuple(np.arange(size, dtype=np.float32) for size in sizes))
-    encoded = encoding.encode(message, block_bytes=block_bytes, together=together)
+    encoded = encoding.encode(message, block_bytes=block_bytes)
     blocks = list(encoded)
     data = b"".join(blocks)
     assert len(data) == encoded.num_bytes
