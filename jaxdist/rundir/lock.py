@@ -57,9 +57,9 @@ def _open_locked(directory: pathlib.Path) -> int:
             directory.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(directory / FILE_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             os.fchmod(descriptor, 0o600)  # a user who may open the file may lock it
-        except FileNotFoundError:  # its owner has just removed the directory
-            continue
         except OSError as error:
+            if str(error.filename) == str(directory / FILE_NAME) and not directory.exists():
+                continue  # its owner has just removed the directory
             raise UserError(
                 f"The directory of a job must be writable; {directory} is not: {error.strerror}. Choose another."
             ) from error

@@ -2,6 +2,7 @@ import errno
 import fcntl
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -158,3 +159,10 @@ def test_a_folder_that_goes_before_the_lock_is_opened_is_made_again(tmp_path, mo
     monkeypatch.setattr(os, "open", remove_first)
     with lock.locked(tmp_path / "run", purpose="the next"):
         assert lock.is_locked(tmp_path / "run")
+
+
+def test_a_directory_that_cannot_be_made_or_locked_is_refused_at_once(tmp_path):
+    (tmp_path / lock.FILE_NAME).symlink_to(tmp_path / "missing" / "file")
+    for directory in (pathlib.Path("/proc/missing"), tmp_path):
+        with pytest.raises(errors.UserError, match="must be writable"), lock.locked(directory, purpose="a test"):
+            pass
