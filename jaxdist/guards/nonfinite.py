@@ -8,15 +8,23 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxdist.spmd import dependence
 from jaxdist.spmd.layout import path_name
 from jaxdist.spmd.metrics import MASK, Batch, Mean
-from jaxdist.spmd.state import TrainState
+from jaxdist.spmd.state import TrainState, WithInputs
+from jaxdist.spmd.step import update_of
 
 PyTree: TypeAlias = Any
 
 _MAX_SHOWN = 16
+
+OPTIMIZER_ADVICE = (
+    "Correct the optimizer or its schedule, which is called with the number of finished steps: a division by 0, a "
+    "logarithm or root of a negative number, an epsilon of 0, or a rate that is negative or far too large."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +39,7 @@ class NonFiniteReport:
       fields: field of the batch -> rows of true examples in which it is not finite.
       integers: field with one integer a row, for example a label -> its values in `positions`.
       params: leaves of the params that are not finite themselves.
+      of_all_rows: whether `positions` are all rows that count.
     """
 
     step: int
@@ -40,6 +49,7 @@ class NonFiniteReport:
     fields: Mapping[str, tuple[int, ...]]
     integers: Mapping[str, tuple[int, ...]]
     params: tuple[str, ...]
+    of_all_rows: bool = False
 
     @property
     def found(self) -> bool:
@@ -47,12 +57,27 @@ class NonFiniteReport:
         return bool(self.leaf or self.positions or self.params or not np.isfinite(self.loss))
 
     def __str__(self) -> str:
+        if self.params and self.of_all_rows:
+            return "\n".join(self._of_params())
         lines = self._fault() if self.found else self._no_fault()
         for field, rows in self.fields.items():
             lines.append(f"The batch's {field!r} holds values that are not finite in rows {_show(rows)}.")
         if self.params:
             lines.append(f"Already not finite before the step: {_show(self.params)}.")
         return "\n".join(lines)
+
+    def _of_params(self) -> list[str]:
+        """Return what is said where no row can be to blame: with such params, each has a loss that is not finite."""
+        lines = [f"Step {self.step}: the loss is {self.loss:g}."]
+        lines.append(
+            f"Already not finite before the step: {_show(self.params)}. So the rows of its batch tell nothing."
+        )
+        if self.step > 1:
+            lines.append(
+                f"The loss and the gradients of step {self.step - 1} were finite, so it was the update of the "
+                f"optimizer. {OPTIMIZER_ADVICE}"
+            )
+        return lines
 
     def _no_fault(self) -> list[str]:
         return [
@@ -76,6 +101,57 @@ class NonFiniteReport:
 def _show(found: tuple[int, ...] | tuple[str, ...]) -> str:
     more = f" and {len(found) - _MAX_SHOWN} more" if len(found) > _MAX_SHOWN else ""
     return ", ".join(map(str, found[:_MAX_SHOWN])) + more
+
+
+def leaves_with_nan(params: PyTree) -> tuple[str, ...]:
+    """Return the paths of the leaves of params with a NaN; every process must call it, and waits for them."""
+    named = [
+        (path_name(path), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if jnp.issubdtype(leaf.dtype, jnp.inexact)
+    ]
+    found = jax.device_get([_local(each) for each in _have_nan([leaf for _, leaf in named])])
+    return tuple(f"params/{name}".rstrip("/") for (name, _), bad in zip(named, found, strict=True) if bad)
+
+
+@jax.jit
+def _have_nan(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.isnan(leaf).any() for leaf in leaves]
+
+
+def explain_params(names: tuple[str, ...], *, step: int) -> str:
+    """Return why a run ends whose params are no numbers after a step with a finite loss and finite gradients."""
+    return (
+        f"Not finite after step {step}: {_show(names)}. The loss and the gradients of that step were finite, so it was "
+        f"the update of the optimizer. {OPTIMIZER_ADVICE}"
+    )
+
+
+def explain_factors(
+    optimizer: optax.GradientTransformation, state: TrainState, *, step: int, learning_rate: float | None
+) -> str:
+    """Return why a step was not made whose optimizer multiplies its updates by a number that is not finite.
+
+    Every process must call it.
+
+    Args:
+      optimizer: that of the step.
+      state: the state before the step.
+      step: its number.
+      learning_rate: the rate of the step, None where it is not known.
+    """
+
+    def values(step: jax.Array, params: PyTree, opt_state: PyTree) -> list[jax.Array]:
+        inputs = jnp.asarray(optimizer.inputs) if isinstance(optimizer, WithInputs) else None
+        return dependence.factors(update_of(optimizer, step, inputs), params, opt_state, params)
+
+    found = [float(_local(each)) for each in jax.jit(values)(state.step, state.params, state.opt_state)]
+    shown = ", ".join(f"{each:g}" for each in found if not np.isfinite(each))
+    rate = "" if learning_rate is None else f" The learning rate of step {step} is {learning_rate:g}."
+    return (
+        f"Step {step}: the loss and all gradients are finite, but the optimizer would multiply its updates by {shown}."
+        f"{rate} No update was made: the params are those of step {step - 1}. {OPTIMIZER_ADVICE}"
+    )
 
 
 def explain_nonfinite(
@@ -114,6 +190,7 @@ def explain_nonfinite(
         fields={name: _from(first_row, rows) for name, rows in bad_rows.items() if rows},
         integers={name: tuple(values[list(own)].tolist()) for name, values in integers.items() if own},
         params=tuple(name for name, finite in zip(names, params, strict=True) if not finite),
+        of_all_rows=len(own) == int(used.sum()),
     )
 
 

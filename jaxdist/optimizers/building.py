@@ -69,7 +69,9 @@ def build(
         *([] if ema_decay is None else [ema(ema_decay)]),
     )
     init = chain.init if of_some_params else functools.partial(_init_of_all, groups, chain.init)
-    return WithInputs.make(optax.GradientTransformationExtraArgs(init, chain.update), schedule.inputs)
+    is_described = optimizer.name in SETTINGS and not schedule.is_given
+    made = optax.GradientTransformationExtraArgs(init, chain.update)
+    return WithInputs.make(made, schedule.inputs, has_finite_rates=is_described)
 
 
 def _init_of_all(groups: Sequence[Group], init: Callable[[PyTree], PyTree], params: PyTree) -> PyTree:
@@ -117,7 +119,9 @@ def _scale_by_rate(schedule: RateSchedule) -> optax.GradientTransformationExtraA
 
 def _rate_at(schedule: RateSchedule, count: jax.Array, inputs: jax.Array | None) -> jax.Array:
     rates = jnp.asarray(schedule.inputs) if inputs is None else inputs
-    return schedule.rate(count.astype(jnp.float32), rates)
+    rate = schedule.rate(count.astype(jnp.float32), rates)
+    # A negative rate climbs: the step refuses an update that is not finite (see `spmd.dependence.factors`).
+    return jnp.where(rate < 0, jnp.nan, rate) if schedule.is_given else rate
 
 
 def _ready_made(optimizer: Optimizer, schedule: RateSchedule) -> optax.GradientTransformationExtraArgs:

@@ -20,11 +20,13 @@ class RateSchedule(NamedTuple):
 
     `inputs` (float32, 3 elements: where the warm-up starts, its rise per step, the peak) enter the compiled step as an
     argument, so that another learning rate needs no new compile. `offset` corrects the count after a change of the
-    batch size: the difference in steps of the present size.
+    batch size: the difference in steps of the present size. `is_given`: a function of the user
+    gives the rate, so it may be anything.
     """
 
     rate: Callable[[jax.Array, jax.Array], jax.Array]
     inputs: np.ndarray
+    is_given: bool = False
 
     def __call__(self, count: jax.Array | int) -> jax.Array:
         """Return the learning rate after `count` finished steps, float32."""
@@ -94,7 +96,7 @@ class RateSchedule(NamedTuple):
         def rate(count: jax.Array, inputs: jax.Array) -> jax.Array:
             return inputs[2] * jnp.asarray(function(count.astype(jnp.int32)), jnp.float32)
 
-        return cls(rate, np.array([0.0, 0.0, peak], np.float32))
+        return cls(rate, np.array([0.0, 0.0, peak], np.float32), is_given=True)
 
 
 make_schedule = RateSchedule.make

@@ -329,6 +329,10 @@ class _Run:
                 return books.make_record(None)
             if result.nonfinite:
                 self._report_nonfinite(result.state, result.nonfinite)
+            elif result.position is not None and (names := nonfinite.leaves_with_nan(result.state.params)):
+                start.checkpointer.wait()
+                self.books.report_nonfinite(nonfinite.explain_params(names, step=result.progress.step))
+                result = dataclasses.replace(result, end_reason="nonfinite")
             else:
                 self._finish(result)
             if result.end_reason != "preempted" and utilization.peak_of(self.mesh.devices.flat[0]) is not None:
@@ -505,8 +509,13 @@ class _Run:
         )
 
     def _report_nonfinite(self, state: TrainState, found: loop.NonFinite) -> None:
-        report = nonfinite.explain_nonfinite(self.parts.functions.loss_fn, state, found.batch, step=found.step)
-        self.books.report_nonfinite(str(report))
+        if found.leaf > len(jax.tree.leaves(state.params)):
+            rate = self.parts.learning_rate and self.parts.learning_rate(found.step)
+            report = nonfinite.explain_factors(self.parts.optimizer, state, step=found.step, learning_rate=rate)
+        else:
+            functions = self.parts.functions
+            report = str(nonfinite.explain_nonfinite(functions.loss_fn, state, found.batch, step=found.step))
+        self.books.report_nonfinite(report)
 
     def _whole(self, params: Any) -> Any:
         """Return `params` gathered on each process; every process must call it."""

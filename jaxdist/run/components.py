@@ -214,6 +214,9 @@ def put_together(
         together = sizes.global_batch_size // parts // sizes.num_microbatches
         check_early(experiment, functions, abstract, loader, eval_loaders, shapes, num_together=together)
         preflight.check_update(optimizer, abstract, same_bits=experiment.reduction == "canonical")
+        if isinstance(experiment.optimizer, optimizers.Optimizer):
+            size = experiment.global_batch_size
+            preflight.check_rates(experiment.optimizer, global_batch_size=size, **known_end)
     return Parts(
         experiment=experiment,
         identity=identity or identity_of(experiment, loader.beginning.fingerprint),

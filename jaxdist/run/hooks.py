@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from jaxdist.guards import nonfinite
 from jaxdist.run.bookkeeping import Bookkeeper, stamp
 from jaxdist.run.loop import Hook, StepInfo
 from jaxdist.spmd.step import EMPTY_BATCH, NONFINITE_LEAF, STEP_HASHES, Metrics
@@ -61,13 +62,15 @@ def evaluate_when_due(books: Bookkeeper) -> Hook:
 def save_when_due(books: Bookkeeper, *, agreed: Callable[[float], float]) -> Hook:
     """Return the hook that saves a checkpoint when it is time, or the state is the best so far.
 
+    Where finite gradients became params that are not finite, none is saved; the next step tells.
+
     `agreed` makes one number of what the processes see; see `agreement.Agreement.number`.
     """
 
     def save(info: StepInfo) -> None:
         affordable = bool(agreed(float(books.may_save())))
         due = (books.saves.due() and affordable) or books.unsaved_best
-        if due and _was_made(info):
+        if due and _was_made(info) and not nonfinite.leaves_with_nan(info.state.params):
             books.save(info.state, info.position)
 
     return save

@@ -69,7 +69,8 @@ class NonFinite:
 
     Attributes:
       step: number of the step.
-      leaf: index in tree order of the first such gradient leaf, the number of leaves where only the loss is.
+      leaf: index in tree order of the first such gradient leaf, the number of leaves where only the loss is, one more
+        where the loss is finite too and what the optimizer multiplies its updates by is not.
       batch: the step's batch.
     """
 

@@ -1,10 +1,11 @@
-"""What the jaxpr of a function tells without computing: which results depend on which arguments. And a function whose
-results are changed where they appear, and an order of two values that do not depend on each other.
+"""What the jaxpr of a function tells without computing: which results depend on which arguments, and which scalars make
+them infinite or NaN. And a function whose results are changed where they appear, and an order of two values that do not
+depend on each other.
 """
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -13,6 +14,12 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from jaxdist.spmd import jax_private
+
+PyTree: TypeAlias = Any
+
+_KEEPS = ("mul", "add", "add_any", "sub", "neg", "copy", "convert_element_type", "broadcast_in_dim", "reshape")
+"""Operations whose result is not finite wherever an input is not."""
+_SAME = ("copy", "convert_element_type", "neg", "reshape")
 
 
 def depends(function: Callable[..., Any], args: Sequence[Any], marked: Sequence[Any]) -> Any:
@@ -52,11 +59,11 @@ def with_results(function: Callable[..., Any], args: Sequence[Any], changes: Seq
     jaxpr, leaves = closed.jaxpr, jax.tree.leaves(list(args))
     known = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*closed.consts, *leaves), strict=True))
     computed = {variable for equation in jaxpr.eqns for variable in equation.outvars}
-    results = [None if hasattr(atom, "val") else atom for atom in jaxpr.outvars]
+    results = [None if _is_literal(atom) else atom for atom in jaxpr.outvars]
     early = {atom: change for atom, change in zip(results, changes) if atom in computed and results.count(atom) == 1}
 
     def value_of(atom: Any) -> Any:
-        return atom.val if hasattr(atom, "val") else known[atom]
+        return atom.val if _is_literal(atom) else known[atom]
 
     for equation in jaxpr.eqns:
         found = jax_private.results_of(equation, [value_of(atom) for atom in equation.invars])
@@ -66,6 +73,22 @@ def with_results(function: Callable[..., Any], args: Sequence[Any], changes: Seq
     values = map(value_of, jaxpr.outvars)
     last = [value if done else change(value) for value, done, change in zip(values, is_early, changes, strict=True)]
     return jax.tree.unflatten(jax.tree.structure(shapes), last)
+
+
+def factors(update: Callable[..., Any], grads: PyTree, opt_state: PyTree, params: PyTree) -> list[jax.Array]:
+    """Return the scalars that make the updates infinite or NaN if they are, and that depend on no array.
+
+    `update(grads, opt_state, params) -> (updates, opt_state)` is traced. What depends on gradients, params or arrays of
+    the optimizer's state is left out: it would have to be computed first.
+    """
+    closed = jax.make_jaxpr(update)(grads, opt_state, params)
+    jaxpr = closed.jaxpr
+    of_state = jax.tree.leaves(opt_state)
+    first = len(jax.tree.leaves(grads))
+    state = zip(jaxpr.invars[first : first + len(of_state)], of_state, strict=True)
+    known: dict[Any, Any] = {variable: value for variable, value in state if not jnp.shape(value)}
+    known |= zip(jaxpr.constvars, closed.consts, strict=True)
+    return _evaluated(jaxpr, known, _reached(jaxpr, _independent(jaxpr, known), first))
 
 
 def false_after(value: jax.Array) -> jax.Array:
@@ -112,7 +135,7 @@ def _follow(jaxpr: Any, marked: Sequence[int], added: Added) -> list[int]:
     known = dict(zip(jaxpr.invars, marked, strict=True))
 
     def marks_of(atom: Any) -> int:
-        return 0 if hasattr(atom, "val") else known.get(atom, 0)
+        return 0 if _is_literal(atom) else known.get(atom, 0)
 
     for equation in jaxpr.eqns:
         inputs = [marks_of(atom) for atom in equation.invars]
@@ -159,3 +182,50 @@ def _through_scan(body: Any, inputs: list[int], added: Added, num_consts: int, n
 def _plain(value: Any) -> Any:
     """Return the jaxpr of a closed jaxpr; return anything else unchanged."""
     return getattr(value, "jaxpr", value)
+
+
+def _independent(jaxpr: Any, known: Mapping[Any, Any]) -> set[Any]:
+    """Return the variables that depend on nothing but known ones."""
+    free = set(known)
+    for equation in jaxpr.eqns:
+        if all(_is_literal(atom) or atom in free for atom in equation.invars) and not equation.effects:
+            free |= set(equation.outvars)
+    return free
+
+
+def _reached(jaxpr: Any, free: set[Any], num_updates: int) -> list[Any]:
+    """Return the free scalars from which a value that is not finite reaches an update, in the order of the updates."""
+    made_by = {variable: equation for equation in jaxpr.eqns for variable in equation.outvars}
+    found: dict[Any, None] = {}
+    seen: set[Any] = set()
+    waiting = jaxpr.outvars[:num_updates][::-1]
+    while waiting:
+        atom = waiting.pop()
+        if _is_literal(atom) or atom in seen or not jnp.issubdtype(atom.aval.dtype, jnp.inexact):
+            continue
+        seen.add(atom)
+        equation = made_by.get(atom)
+        name = equation.primitive.name if equation else ""
+        if atom in free and not atom.aval.shape and name not in _SAME:
+            found[atom] = None
+        elif equation is not None:
+            waiting += equation.invars[::-1] if name in _KEEPS else equation.invars[:1] if name == "div" else []
+    return list(found)
+
+
+def _evaluated(jaxpr: Any, known: Mapping[Any, Any], wanted: Sequence[Any]) -> list[jax.Array]:
+    """Return the values of variables that depend on the known ones alone; nothing else is computed."""
+    needed, equations = set(wanted), []
+    for equation in reversed(jaxpr.eqns):
+        if needed & set(equation.outvars):
+            equations.append(equation)
+            needed |= {atom for atom in equation.invars if not _is_literal(atom)}
+    known = dict(known)
+    for equation in reversed(equations):
+        values = [atom.val if _is_literal(atom) else known[atom] for atom in equation.invars]
+        known.update(zip(equation.outvars, jax_private.results_of(equation, values), strict=True))
+    return [jnp.asarray(known[atom]) for atom in wanted]
+
+
+def _is_literal(atom: Any) -> bool:
+    return hasattr(atom, "val")

@@ -77,12 +77,15 @@ class WithInputs(optax.GradientTransformationExtraArgs):
     """
 
     inputs: np.ndarray
+    has_finite_rates: bool
 
     @classmethod
-    def make(cls, optimizer: optax.GradientTransformation, inputs: np.ndarray) -> "WithInputs":
-        """Return `optimizer` with its inputs."""
+    def make(
+        cls, optimizer: optax.GradientTransformation, inputs: np.ndarray, *, has_finite_rates: bool = False
+    ) -> "WithInputs":
+        """Return `optimizer` with its inputs; its rates need no look in each step if they cannot but be finite."""
         made = cls(optimizer.init, optax.with_extra_args_support(optimizer).update)
-        made.inputs = inputs
+        made.inputs, made.has_finite_rates = inputs, has_finite_rates
         return made
 
 

@@ -279,9 +279,11 @@ def apply_averages(
 
     Where the loss or a gradient is not finite the state stays as it was, so that the failure can be examined with
     the same params. `nonfinite_leaf` (int32) is then the first such leaf in tree order, or the number of
-    leaves when the gradients are fine and the loss is not; otherwise it is negative. The state is marked by `~step` in
-    place of its step. A step from a marked state leaves it alone, with a loss of NaN and a `nonfinite_leaf` of at least
-    0: a loop that looks only after several steps has lost nothing. `unmarked` gives the state to continue from.
+    leaves when the gradients are fine and the loss is not; otherwise it is negative. The state also stays where a
+    number that the optimizer multiplies updates by is not finite, such as a learning rate (see `dependence.factors`):
+    `nonfinite_leaf` is then the number of leaves and one. The state is marked by `~step` in place of its step. A step
+    from a marked state leaves it alone, with a loss of NaN and a `nonfinite_leaf` of at least 0: a loop that looks only
+    after several steps has lost nothing. `unmarked` gives the state to continue from.
 
     A batch in which nothing counts makes no update. The step is counted, the loss is NaN and `nonfinite_leaf` is
     EMPTY_BATCH.
@@ -302,13 +304,16 @@ def apply_averages(
         model_state = jax.tree.map(keep_at_once(first >= 0), state.model_state, model_state)
         excused = jnp.isfinite(averages.loss) & (loss_scale > precision.MIN_LOSS_SCALE)
         first = jnp.where(excused, -1, first)
+    update = update_of(optimizer, state.step, inputs)
+    if not (isinstance(optimizer, WithInputs) and optimizer.has_finite_rates):
+        found = dependence.factors(update, grads, state.opt_state, state.params)
+        for each in found:
+            first = jnp.where((first == -1) & ~jnp.isfinite(each), len(jax.tree.leaves(grads)) + 1, first)
     marked = state.step < 0
     empty = averages.count == 0
     first = jnp.where(empty, EMPTY_BATCH, first)
     first = jnp.where(marked, jnp.maximum(first, 0), first)
     keep = keep_where((first >= 0) | empty)
-    extra = {"step": state.step, "inputs": inputs} if isinstance(optimizer, WithInputs) else {}
-    update = functools.partial(optax.with_extra_args_support(optimizer).update, **extra)
     updates, opt_state = choose(keep, update, grads, state.opt_state, state.params)
     updated = (optax.apply_updates(state.params, updates), model_state)
     params, model_state = jax.tree.map(keep, (state.params, state.model_state), updated)
@@ -316,6 +321,14 @@ def apply_averages(
     loss = jnp.where(marked, jnp.nan, averages.loss)
     metrics = {"loss": loss, **averages.metrics, GRAD_NORM: averages.grad_norm, NONFINITE_LEAF: first}
     return TrainState(next_step, params, model_state, opt_state, state.key), metrics
+
+
+def update_of(
+    optimizer: optax.GradientTransformation, step: jax.Array, inputs: jax.Array | None
+) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
+    """Return `update(grads, opt_state, params)` of an optimizer after so many steps; see `state.WithInputs`."""
+    extra = {"step": step, "inputs": inputs} if isinstance(optimizer, WithInputs) else {}
+    return functools.partial(optax.with_extra_args_support(optimizer).update, **extra)
 
 
 def unmarked(state: TrainState) -> TrainState:

@@ -103,6 +103,37 @@ def test_params_that_were_not_finite_before_the_step_are_named():
     assert "Already not finite before the step: params/c" in str(report)
 
 
+def test_the_optimizer_and_no_row_is_blamed_for_params_that_were_not_finite():
+    bad = PARAMS | {"b": PARAMS["b"] * jnp.nan}
+    report = nonfinite.explain_nonfinite(mean_loss, make_state(bad), make_batch(np.ones((8, 3))), step=7)
+    text = str(report)
+    assert report.positions == tuple(range(8))
+    assert "Rows of the batch" not in text
+    assert "The loss and the gradients of step 6 were finite" in text
+    assert "Correct the optimizer" in text
+
+
+def test_a_row_is_blamed_where_an_infinity_belongs_to_the_params():
+    def loss_fn(params, batch, key):
+        return masked_mean(
+            jnp.where(jnp.isfinite(params["m"]), params["m"], 0.0) + params["w"][0] * batch["x"][:, 0], None
+        ), {}
+
+    x = np.ones((8, 3))
+    x[2] = np.nan
+    params = {"w": jnp.ones(3), "m": jnp.float32(-jnp.inf)}
+    text = str(nonfinite.explain_nonfinite(loss_fn, make_state(params), make_batch(x), step=7))
+    assert "Rows of the batch whose own loss or gradient is not finite: 2." in text
+    assert "Already not finite before the step: params/m" in text
+    assert "optimizer" not in text
+
+
+def test_leaves_with_a_nan_are_found_by_name():
+    params = {"a": jnp.array([1.0, jnp.nan]), "b": jnp.array(-jnp.inf), "c": jnp.array(1), "d": jnp.ones(2)}
+    assert nonfinite.leaves_with_nan(params) == ("params/a",)
+    assert nonfinite.leaves_with_nan(jnp.float32(jnp.nan)) == ("params",)
+
+
 def test_a_fault_that_does_not_show_again_is_said_not_to():
     report = nonfinite.explain_nonfinite(mean_loss, make_state(PARAMS), make_batch(np.ones((8, 3))))
     assert not report.found

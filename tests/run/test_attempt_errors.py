@@ -5,7 +5,9 @@ import errno
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny_experiment
 from tiny_runs import read_record, run
@@ -16,7 +18,7 @@ from jaxdist.checkpoint import checkpoints
 from jaxdist.config import overrides
 from jaxdist.data import CorruptExample
 from jaxdist.launch.supervising import job_memory
-from jaxdist.run import attempt
+from jaxdist.run import attempt, preflight
 from jaxdist.rundir import ledger, record, writers
 
 pytestmark = pytest.mark.usefixtures("shared_compilations")
@@ -125,6 +127,47 @@ def test_a_step_that_is_not_finite_is_explained_and_the_good_checkpoint_kept(tmp
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["1", "2"]
     # The params are those of a finite update.
     assert made.metrics["train/loss"] != made.metrics["train/loss"]
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.adam(lambda count: jnp.where(count == 4, jnp.nan, 0.1)),
+        jaxdist.Optimizer(name="sgd", learning_rate=lambda count: jnp.where(count == 4, -1.0, 0.1)),
+    ],
+)
+def test_a_learning_rate_that_is_none_is_named_and_its_update_not_made(tmp_path, optimizer):
+    options = ["checkpoints.every_steps=2"]
+    experiment = dataclasses.replace(tiny_experiment.get_config(), optimizer=optimizer, stop=jaxdist.Stop(max_epochs=9))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preflight, "check_rates", lambda *args, **kwargs: None)  # as for a run without a last step
+        made = run(tmp_path / "run", *options, experiment=experiment)
+        good = run(tmp_path / "good", *options, "stop.max_steps=4", experiment=experiment)
+    assert (made.end_reason, made.step, made.params_sha256) == ("nonfinite", 4, good.params_sha256)
+    report = (tmp_path / "run/nonfinite.txt").read_text()
+    assert report.startswith("Step 5: the loss and all gradients are finite, but the optimizer would multiply")
+    assert "The checkpoint of step 4 is kept." in report
+    assert "Rows" not in report
+    assert isinstance(optimizer, optax.GradientTransformation) or "rate of step 5 is -1." in report
+
+
+@pytest.mark.parametrize("steps", [5, 6])
+def test_params_that_an_update_made_no_numbers_are_not_saved(tmp_path, steps, capsys):
+    """An optimizer divides arrays by 0 in step 5: no scalar tells, so the next step does, or the end of the run."""
+
+    def update(grads, count, params=None):
+        return jax.tree.map(lambda grad: -0.1 * jnp.where(count == 4, 0 * grad / (0 * grad), grad), grads), count + 1
+
+    optimizer = optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update)
+    experiment = dataclasses.replace(tiny_experiment.get_config(), optimizer=optimizer)
+    made = run(tmp_path / "run", "checkpoints.every_steps=1", f"stop.max_steps={steps}", experiment=experiment)
+    assert made.end_reason == "nonfinite"
+    report = (tmp_path / "run/nonfinite.txt").read_text()
+    assert "step 5 were finite" in report or "of that step were finite" in report
+    assert "The checkpoint of step 4 is kept." in report
+    assert "Rows" not in report
+    assert (tmp_path / "run/checkpoints/4").exists()
+    assert not (tmp_path / "run/checkpoints/5").exists()
 
 
 @pytest.mark.parametrize(

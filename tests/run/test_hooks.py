@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from jaxdist.run import hooks
 from jaxdist.run.loop import StepInfo
+from jaxdist.spmd.state import TrainState
 from jaxdist.spmd.step import NONFINITE_LEAF
 from jaxdist.stop import Progress
 
@@ -44,11 +45,15 @@ class Books:
         self.calls.append(("save", state, place))
 
 
+def state_of(step):
+    return TrainState(step, (), None, (), None)
+
+
 def make_info(step, *, loss=0.0, flag=-1, position=None, progress=None):
     metrics = {"loss": jnp.float32(loss), NONFINITE_LEAF: jnp.int32(flag)}
     progress = progress or Progress(step=step)
     progress.step = step
-    return StepInfo(step, f"state {step}", metrics, position or Place(), progress)
+    return StepInfo(step, state_of(step), metrics, position or Place(), progress)
 
 
 @given(num_steps=st.integers(1, 7))
@@ -107,14 +112,14 @@ def test_evaluating_and_saving_happen_when_they_are_due(due):
     info = make_info(3, position=Place(3))
     hooks.evaluate_when_due(books)(info)
     hooks.save_when_due(books, agreed=float)(info)
-    assert books.calls == ([("evaluate", "state 3"), ("save", "state 3", Place(3))] if due else [])
+    assert books.calls == ([("evaluate", state_of(3)), ("save", state_of(3), Place(3))] if due else [])
 
 
 @pytest.mark.parametrize("best", [True, False])
 def test_a_save_that_would_cost_too_much_is_left_out_unless_the_state_is_the_best(best):
     books = Books(best=best, may_save=False)
     hooks.save_when_due(books, agreed=float)(make_info(3, position=Place(3)))
-    assert books.calls == ([("save", "state 3", Place(3))] if best else [])
+    assert books.calls == ([("save", state_of(3), Place(3))] if best else [])
 
 
 def test_process_0_decides_which_saves_cost_too_much():
@@ -126,7 +131,7 @@ def test_process_0_decides_which_saves_cost_too_much():
 def test_the_best_state_is_saved_at_once():
     books = Books(due=lambda: False, best=True)
     hooks.save_when_due(books, agreed=float)(make_info(3, position=Place(3)))
-    assert books.calls == [("save", "state 3", Place(3))]
+    assert books.calls == [("save", state_of(3), Place(3))]
 
 
 def test_a_step_that_was_not_finite_is_neither_evaluated_nor_saved():

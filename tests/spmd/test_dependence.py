@@ -1,10 +1,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import lax
 
-from jaxdist.spmd.dependence import depends, false_after, marks, uses, with_results
+from jaxdist.spmd.dependence import depends, factors, false_after, marks, uses, with_results
 
 X = jnp.ones(3)
 
@@ -111,3 +112,50 @@ def test_a_value_is_computed_before_what_is_false_after_it():
 
 def test_what_is_false_after_a_value_does_not_depend_on_it():
     assert depends(lambda x, y: (y | false_after(x), x), (X, True), (True, False)) == (False, True)
+
+
+def bad_at_three(count):
+    return jnp.where(count == 3, jnp.nan, 0.1)
+
+
+PARAMS = {"a": jnp.ones((3, 2)), "b": jnp.ones(3)}
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.sgd(bad_at_three),
+        optax.adamw(bad_at_three),
+        optax.chain(optax.clip_by_global_norm(1.0), optax.lion(bad_at_three)),
+        optax.inject_hyperparams(optax.adam)(learning_rate=bad_at_three),
+        optax.multi_transform({"a": optax.sgd(bad_at_three), "b": optax.sgd(0.1)}, {"a": "a", "b": "b"}),
+        optax.chain(optax.scale_by_adam(), optax.scale_by_schedule(bad_at_three)),
+    ],
+)
+def test_the_factors_of_an_update_tell_beforehand_that_it_cannot_be_finite(optimizer):
+    state = optimizer.init(PARAMS)
+    for count in range(5):
+        found = jax.jit(lambda state: factors(optimizer.update, PARAMS, state, PARAMS))(state)
+        updates, state = optimizer.update(PARAMS, state, PARAMS)
+        finite = all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(updates))
+        assert all(bool(jnp.isfinite(each)) for each in found) == finite == (count != 3)
+        assert found
+        assert len(found) <= 4
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.apply_if_finite(optax.sgd(bad_at_three), 10),
+        optax.MultiSteps(optax.sgd(bad_at_three), 2).gradient_transformation(),
+        optax.lamb(0.1),
+        optax.chain(optax.scale(jnp.inf), optax.scale_by_sign(), optax.scale(0.1)),
+        optax.clip_by_global_norm(1.0),
+    ],
+)
+def test_nothing_is_said_of_scalars_that_may_be_chosen_away(optimizer):
+    state = optimizer.init(PARAMS)
+    zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+    for _ in range(5):
+        assert all(bool(jnp.isfinite(each)) for each in factors(optimizer.update, zeros, state, PARAMS))
+        _, state = optimizer.update(zeros, state, PARAMS)

@@ -295,6 +295,20 @@ def test_the_first_of_small_and_large_leaves_that_are_not_finite_is_found(first_
         assert int(steps.first_nonfinite_of_whole(averages)) == int(steps.first_nonfinite(averages)) == first_bad
 
 
+@pytest.mark.parametrize("rate", [np.nan, np.inf])
+@pytest.mark.parametrize("choose", [steps.chosen_early, steps.chosen_afterwards])
+def test_an_update_times_a_rate_that_is_not_finite_is_not_made(choose, rate):
+    optimizer = optax.adamw(lambda count: jnp.where(count == 1, rate, 0.1))
+    state = states.create_state(lambda key: {"w": jnp.ones(3)}, optimizer, mesh=mesh_of(1), seed=0)
+    averages = reduce.Averages({"w": jnp.ones(3)}, jnp.float32(2), {}, None, jnp.float32(8), jnp.float32(1))
+    update = jax.jit(lambda state: steps.apply_averages(state, averages, optimizer, choose=choose))
+    first, metrics = update(state)
+    assert int(metrics["nonfinite_leaf"]) < 0
+    second, metrics = update(first)
+    assert (int(metrics["nonfinite_leaf"]), int(second.step)) == (2, ~1)
+    assert_close((second.params, second.opt_state), (first.params, first.opt_state))
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("value", [1.0, np.nan])
 def test_choosing_early_and_in_turn_gives_the_numbers_of_choosing_afterwards(name, value):

@@ -11,6 +11,7 @@ from jaxdist.run.preflight.examples import check_arrays_of_their_own as check_ar
 from jaxdist.run.preflight.examples import check_labels as check_labels
 from jaxdist.run.preflight.examples import check_repeatable as check_repeatable
 from jaxdist.run.preflight.examples import check_samples as check_samples
+from jaxdist.run.preflight.learning_rates import check_rates as check_rates
 from jaxdist.run.preflight.losses_and_metrics import check as check
 from jaxdist.run.preflight.losses_and_metrics import check_forms as check_forms
 from jaxdist.run.preflight.losses_and_metrics import check_order as check_order
