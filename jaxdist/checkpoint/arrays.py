@@ -68,7 +68,7 @@ def open_array(directory: pathlib.Path, name: str) -> Any:
     if (directory / _DATABASE).exists():
         kvstore = _database(directory) | {"path": f"{name}/"}
     else:
-        kvstore = {"driver": "file", "path": f"{directory / name}{os.sep}"}
+        kvstore = {"driver": "file", "path": _folder(directory / name)}
     return tensorstore.open({"driver": "zarr", "kvstore": kvstore}, read=True, open=True)
 
 
@@ -80,8 +80,12 @@ def _opened(directory: pathlib.Path, context: Any) -> Any:
     return tensorstore.KvStore.open(_database(directory), context=context).result()
 
 
+def _folder(directory: pathlib.Path) -> str:
+    return f"{directory.resolve()}{os.sep}"  # TensorStore refuses a path with `..`
+
+
 def _database(directory: pathlib.Path) -> dict[str, Any]:
-    base = {"driver": "file", "path": f"{directory}{os.sep}"}
+    base = {"driver": "file", "path": _folder(directory)}
     return {"driver": "ocdbt", "base": base, "config": {"compression": None}}
 
 

@@ -1,5 +1,7 @@
 """The arrays of a checkpoint: read back as they were, by us and by Orbax, whichever processes wrote them."""
 
+import pathlib
+
 import jax
 import ml_dtypes
 import numpy as np
@@ -78,3 +80,15 @@ def test_arrays_with_a_directory_for_each_are_read(tmp_path):
     spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{tmp_path}/w/"}}
     tensorstore.open(spec, create=True, dtype="float32", shape=WHOLE.shape).result().write(WHOLE).result()
     assert np.array_equal(read(tmp_path, "w"), WHOLE)
+
+
+def test_a_path_that_goes_up_is_written_and_read(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "a" / "b")
+    monkeypatch.chdir(tmp_path / "a")
+    for directory in (pathlib.Path("../kept"), pathlib.Path("../link/../kept too")):
+        directory.mkdir()
+        values = np.arange(6, dtype=np.float32)
+        arrays.write(directory, 0, 1, [piece("x", values)])
+        np.testing.assert_array_equal(read(directory, "x"), values)
+    assert (tmp_path / "a" / "kept too" / "manifest.ocdbt").exists()
