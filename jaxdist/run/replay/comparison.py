@@ -90,16 +90,26 @@ def compare(first_dir: pathlib.Path, second_dir: pathlib.Path) -> Comparison:
     steps = min(first.step, second.step, len(chains[0].entries), len(chains[1].entries))
     compared = _num_in_both(*chains, steps)
     if not compared:
+        damage = "".join(_damage(chain, run_dir) for chain, run_dir in zip(chains, (first_dir, second_dir)))
         raise errors.UserError(
             f"The chains of {first_dir} and {second_dir} have no step in common, so there is nothing to compare. Train "
-            "both with guards.step_hashes=true from the first step on."
+            f"both with guards.step_hashes=true from the first step on.{damage}"
         )
     found = step_chain.first_difference(*chains, range(1, steps + 1))
     message = _message(found, steps, compared, (first_dir, second_dir), (first.step, second.step), settings + versions)
     for run_dir, made, chain in zip((first_dir, second_dir), (first, second), chains):
         if found is None and len(chain.entries) < made.step:
             message += f" The chain of {run_dir} ends at step {len(chain.entries)} of {made.step}: the rest is unknown."
+        message += _damage(chain, run_dir)
     return Comparison(found is None, steps, compared, found, settings, versions, message)
+
+
+def _damage(chain: step_chain.StepChain, run_dir: pathlib.Path) -> str:
+    """Return which steps of a chain were not compared because their entries are damaged; "" if none."""
+    if not chain.damaged:
+        return ""
+    named = ", ".join(map(str, chain.damaged[:_MOST_NAMED])) + (" and more" if chain.damaged[_MOST_NAMED:] else "")
+    return f" {run_dir / step_chain.FILE_NAME} is damaged at step {named}: this was not compared."
 
 
 def _chain(run_dir: pathlib.Path, made: record.RunRecord) -> step_chain.StepChain:

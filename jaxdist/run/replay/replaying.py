@@ -90,7 +90,7 @@ def _check_recorded(chain: step_chain.StepChain, made: record.RunRecord, run_dir
     held = f"steps {recorded[0]} to {recorded[-1]}" if len(recorded) else "no step"
     raise errors.UserError(
         f"A step is compared with its hashes; the chain of {run_dir} holds {held}, of {made.step} steps of the run. "
-        f"Choose one of these with --step; got {step}."
+        f"Choose one of these with --step; got {step}{', whose entry is damaged' if step in chain.damaged else ''}."
     )
 
 

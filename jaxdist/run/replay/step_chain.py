@@ -110,15 +110,19 @@ def _crc(entry: np.void) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class StepChain:
-    """The hashes of a run's steps: `entries[step - 1]`; a step that was not recorded has step 0 there."""
+    """The hashes of a run's steps: `entries[step - 1]`; a step that was not recorded has step 0 there.
+
+    So has a step whose entry is damaged, and these are `damaged`.
+    """
 
     form: Form
     entries: np.ndarray
+    damaged: tuple[int, ...] = ()
 
     def entry(self, step: int) -> np.void | None:
         """Return the entry of a step, None where there is none."""
         found = self.entries[step - 1] if 1 <= step <= len(self.entries) else None
-        return found if found is not None and int(found["step"]) == step and is_whole(found) else None
+        return found if found is not None and found["step"] else None
 
 
 def read(run_dir: pathlib.Path) -> StepChain | None:
@@ -133,7 +137,20 @@ def read(run_dir: pathlib.Path) -> StepChain | None:
     except FileNotFoundError:
         return None
     size = form.entry.itemsize
-    return StepChain(form, content[: len(content) // size * size].view(form.entry))
+    content = content[: len(content) // size * size]
+    damaged = _damaged(content.reshape(-1, size))
+    entries = content.view(form.entry)
+    entries[list(damaged)] = np.zeros((), form.entry)
+    return StepChain(form, entries, tuple(place + 1 for place in damaged))
+
+
+def _damaged(content: np.ndarray) -> tuple[int, ...]:
+    """Return the places of entries that are not what was written there; one of zeros was not written."""
+    fields = np.ascontiguousarray(content[:, :8]).view("<u4")
+    places = np.arange(len(content))
+    wrong = [place for place in places if int(fields[place, 0]) != zlib.crc32(content[place, 4:].tobytes())]
+    moved = places[fields[:, 1] != places + 1].tolist()
+    return tuple(sorted(place for place in {*wrong, *moved} if content[place].any()))
 
 
 class ChainFile:

@@ -104,6 +104,18 @@ def test_runs_that_have_no_chain_or_are_not_canonical_or_of_other_models_are_sen
             comparison.compare(good, second)
 
 
+@pytest.mark.parametrize("place", [2, 5, 9, 20, -1])
+def test_a_damaged_entry_is_told_and_not_called_equal(tmp_path, place):
+    path = write(tmp_path / "b", hashes(9)) / step_chain.FILE_NAME
+    content, line = bytearray(path.read_bytes()), len(FORM.line())
+    size = FORM.entry.itemsize
+    content[line + 3 * size + place % size] ^= 4
+    path.write_bytes(content)
+    found = comparison.compare(write(tmp_path / "a", hashes(9)), tmp_path / "b")
+    assert (found.equal, found.compared) == (True, 8)
+    assert f"{path} is damaged at step 4: this was not compared." in str(found)
+
+
 def test_steps_that_one_run_has_not_recorded_are_counted(tmp_path):
     first, second = write(tmp_path / "a", hashes(5)), write(tmp_path / "b", hashes(0))
     record_path = second / record.FILE_NAME

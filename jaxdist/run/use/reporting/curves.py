@@ -48,7 +48,9 @@ def read_rows(run_dir: pathlib.Path) -> list[dict[str, Any]]:
 def _row(path: pathlib.Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         row: dict[str, Any] = json.loads(line)
-        if wrong := json_kinds.misfit(row, _ROW, "a row"):
+        wrong = json_kinds.misfit(row, _ROW, "a row")
+        wrong = wrong or next((f"{name} must be a number" for name in _PLACES if row.get(name) is None), None)
+        if wrong:
             raise ValueError(wrong)
         return row
     except (ValueError, RecursionError) as error:

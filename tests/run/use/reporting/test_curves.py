@@ -50,7 +50,9 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path):
     assert curves.read_rows(tmp_path) == [row(1)]
 
 
-@pytest.mark.parametrize("line", ['{"step": 2, "los', "[]", '{"step": "two"}', '{"step": 2, "loss": "low"}', "\xfd"])
+@pytest.mark.parametrize(
+    "line", ['{"step": 2, "los', "[]", '{"step": "two"}', '{"step": 2, "loss": "low"}', "\xfd", "{}"]
+)
 def test_a_line_that_is_no_row_is_named(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(row(1))}\n{line}\n", encoding="latin-1")
     with pytest.raises(ValueError, match="must hold one JSON object per line, and line 2 is none"):
