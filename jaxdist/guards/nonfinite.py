@@ -143,7 +143,8 @@ def explain_factors(
 
     def values(step: jax.Array, params: PyTree, opt_state: PyTree) -> list[jax.Array]:
         inputs = jnp.asarray(optimizer.inputs) if isinstance(optimizer, WithInputs) else None
-        return dependence.factors(update_of(optimizer, step, inputs), params, opt_state, params)
+        update = update_of(optimizer, step, inputs, jnp.float32(0))  # what depends on the loss is no factor
+        return dependence.factors(update, params, opt_state, params)
 
     found = [float(_local(each)) for each in jax.jit(values)(state.step, state.params, state.opt_state)]
     shown = ", ".join(f"{each:g}" for each in found if not np.isfinite(each))

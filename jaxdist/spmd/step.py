@@ -304,7 +304,7 @@ def apply_averages(
         model_state = jax.tree.map(keep_at_once(first >= 0), state.model_state, model_state)
         excused = jnp.isfinite(averages.loss) & (loss_scale > precision.MIN_LOSS_SCALE)
         first = jnp.where(excused, -1, first)
-    update = update_of(optimizer, state.step, inputs)
+    update = update_of(optimizer, state.step, inputs, averages.loss)
     if not (isinstance(optimizer, WithInputs) and optimizer.has_finite_rates):
         found = dependence.factors(update, grads, state.opt_state, state.params)
         for each in found:
@@ -324,10 +324,15 @@ def apply_averages(
 
 
 def update_of(
-    optimizer: optax.GradientTransformation, step: jax.Array, inputs: jax.Array | None
+    optimizer: optax.GradientTransformation, step: jax.Array, inputs: jax.Array | None, loss: jax.Array | None
 ) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
-    """Return `update(grads, opt_state, params)` of an optimizer after so many steps; see `state.WithInputs`."""
-    extra = {"step": step, "inputs": inputs} if isinstance(optimizer, WithInputs) else {}
+    """Return `update(grads, opt_state, params)` of an optimizer after so many steps.
+
+    For `step` and `inputs` see `state.WithInputs`. Any other optimizer that takes more than gradients is given `loss`,
+    the mean over the whole batch, as `value`; that is optax's name. None: there is none to be given.
+    """
+    with_value = {} if loss is None else {"value": loss}
+    extra = {"step": step, "inputs": inputs} if isinstance(optimizer, WithInputs) else with_value
     return functools.partial(optax.with_extra_args_support(optimizer).update, **extra)
 
 

@@ -215,7 +215,7 @@ MISTAKES = {
     "change(optimizer=Optimizer(name='sgd', learning_rate=-1))": "optimizer.learning_rate must be at least 0",
     "change(optimizer=Optimizer(name='sgd', learning_rate=0.1, momentum=0.9))": "has no effect on sgd",
     "change(optimizer=Optimizer(name='adam', learning_rate=0.1, weight_decay=0.1))": "Use adamw",
-    "change(optimizer=optax.polyak_sgd(0.1))": "without the value of the loss",
+    "change(optimizer=optax.lbfgs(0.1))": "without a function that computes the loss again",
     "change(optimizer=Optimizer(name='adamax', learning_rate=0.1, arguments={'b1': 'x'}))": "Correct its arguments",
     "change(optimizer=Optimizer(name='sgd', learning_rate=0.1, groups=(jaxdist.Group(pattern='.', frozen=True),)))": (
         "freeze every one"

@@ -28,6 +28,7 @@ from jaxdist.spmd import layout as layouts
 from jaxdist.spmd import metrics, reduce, sharded
 from jaxdist.spmd import state as states
 from jaxdist.spmd import step as steps
+from jaxdist.spmd.canonical import canonical_step
 from jaxdist.spmd.mesh import make_mesh
 
 DEVICES = (1, 2, 4, 8)
@@ -293,6 +294,35 @@ def test_the_first_of_small_and_large_leaves_that_are_not_finite_is_found(first_
             grads[number] = grads[number].at[bad_at].set(jnp.inf)
         averages = reduce.Averages(grads, jnp.float32(np.nan), {}, None, jnp.float32(1), jnp.float32(0))
         assert int(steps.first_nonfinite_of_whole(averages)) == int(steps.first_nonfinite(averages)) == first_bad
+
+
+@pytest.mark.parametrize("kind", ["all-reduce", "canonical"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.polyak_sgd(0.1),
+        optax.contrib.momo(0.1),
+        optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(factor=0.5, patience=1, rtol=1.0)),
+    ],
+)
+def test_an_optimizer_that_takes_the_value_gets_the_loss_of_the_whole_batch(optimizer, kind):
+    """Beside plain optax on one device, with ragged batches: the mean of the devices' means is another number."""
+    batches = [numpy_batch(seed, mask) for seed, mask in enumerate([*RAGGED, *RAGGED])]
+    params = init_params(jax.random.key(0))
+    expected, opt_state = params, optimizer.init(params)
+    for batch in batches:
+
+        def mean_loss(params, batch=batch):
+            return jnp.sum(example_losses(params, batch) * batch["mask"]) / jnp.sum(batch["mask"])
+
+        value, grads = jax.value_and_grad(mean_loss)(expected)
+        updates, opt_state = optimizer.update(grads, opt_state, expected, value=value)
+        expected = optax.apply_updates(expected, updates)
+    mesh = mesh_of(4)
+    make = steps.data_parallel_step if kind == "all-reduce" else canonical_step.canonical_step
+    state = states.create_state(lambda key: params, optimizer, mesh=mesh, seed=0)
+    state, _ = train(make(loss_fn, optimizer, mesh), state, mesh, batches)
+    assert_close(state.params, expected, 1e-5)
 
 
 @pytest.mark.parametrize("rate", [np.nan, np.inf])

@@ -143,7 +143,7 @@ def check_early(plan: Plan) -> None:
         num_together=rows_of_a_slice(plan, 1) // plan.experiment.num_microbatches,
     )
     opt_state = jax.eval_shape(plan.optimizer.init, params)
-    preflight.check_update(plan.optimizer, dataclasses.replace(abstract, opt_state=opt_state))
+    preflight.check_update(plan.optimizer, dataclasses.replace(abstract, opt_state=opt_state), gives_value=False)
 
 
 def _choose_kind(optimizer: Any, params: Any, leaves: Sequence[jax.ShapeDtypeStruct], num_servers: int) -> Kind:
