@@ -153,4 +153,8 @@ def _keep_if_empty(batch: Batch, new_state: PyTree, old_state: PyTree) -> PyTree
     if MASK not in batch:
         return new_state
     any_true = (batch[MASK] > 0).any()
-    return jax.tree.map(lambda new, old: jnp.where(any_true, new, old), new_state, old_state)
+
+    def keep(new: jax.Array, old: jax.Array) -> jax.Array:
+        return old if new is old else jnp.where(any_true, new, old)  # `reduce.changed` looks for the very object
+
+    return jax.tree.map(keep, new_state, old_state)

@@ -106,6 +106,7 @@ def local_sums(
 ) -> Sums:
     """Return the Sums over the true examples of `batch`: gradients, loss, metrics, weighted model_state.
 
+    A leaf of model_state that the model hands back as it was is left out, an array of no elements: see `average`.
     A batch of padding only contributes exact zeros, even where its loss is 0/0. `loss_scale` multiplies the loss
     before differentiation and divides the gradients after it (float16). With a `gather_fn`, `params` are this device's
     shards and so are the gradients, which are then sums over all devices.
@@ -125,7 +126,7 @@ def local_sums(
 
     def summed_loss(params: PyTree) -> tuple[jax.Array, Any]:
         loss, metrics, new_model_state = evaluate(params)
-        return loss.total * scale, (loss, metrics, new_model_state)
+        return loss.total * scale, (loss, metrics, changed(new_model_state, model_state))
 
     grads, (loss, metrics, new_model_state) = jax.grad(summed_loss, has_aux=True)(params)
     grads = jax.tree.map(_descent_direction, grads)
@@ -137,6 +138,33 @@ def local_sums(
     kept: Sums = form.unflatten([jnp.where(num_examples > 0, array, jnp.zeros_like(array)) for array in arrays])
     # The gradients of gathered params already include other devices' examples; `gather` kept the padding out of them.
     return kept if gather_fn is None else kept._replace(grads=grads)
+
+
+_UNCHANGED = (0,)
+
+
+def changed(new: PyTree, old: PyTree) -> PyTree:
+    """Return the new tree without the leaves that are those of the old one, the very objects: arrays of no elements."""
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (new, old)]
+    if structures[0] != structures[1]:
+        return new  # which is told where the state is created
+    return jax.tree.map(
+        lambda after, before: jnp.zeros(_UNCHANGED, after.dtype) if after is before else after, new, old
+    )
+
+
+def with_unchanged(sums: Sums, model_state: PyTree) -> PyTree:
+    """Return the weighted model_state of `sums` with the leaves that were left out, of their value in `model_state`."""
+
+    def whole(old: jax.Array, leaf: jax.Array) -> jax.Array:
+        return addable(old) * sums.num_examples if is_unchanged(old, leaf) else leaf
+
+    return jax.tree.map(whole, model_state, sums.model_state)
+
+
+def is_unchanged(old: jax.Array, leaf: jax.Array) -> bool:
+    """Return whether a leaf of the sums of model_state was left out."""
+    return leaf.shape in (_UNCHANGED, (2, *_UNCHANGED)) and old.shape != _UNCHANGED
 
 
 def accumulate_sums(
@@ -278,12 +306,18 @@ def sum_over_axes(
 
 
 def average(sums: Sums, model_state: PyTree, flatten: Flatten = jax.tree.flatten) -> Averages:
-    """Return the means that `sums` stand for; `model_state` gives the dtypes of its new value."""
+    """Return the means that `sums` stand for; `model_state` gives the dtypes of its new value.
+
+    It also gives the leaves that the model handed back as they were. Those may be constants: a sum divided by a number
+    that is no power of two has other last bits, and that of a mask of large numbers is infinite.
+    """
     arrays, form = flatten(sums.grads)
     grads = form.unflatten([array / sums.loss.count for array in arrays])
-    new_model_state = jax.tree.map(
-        lambda old, leaf: from_addable(leaf / sums.num_examples, old.dtype), model_state, sums.model_state
-    )
+
+    def averaged(old: jax.Array, leaf: jax.Array) -> jax.Array:
+        return old if is_unchanged(old, leaf) else from_addable(leaf / sums.num_examples, old.dtype)
+
+    new_model_state = jax.tree.map(averaged, model_state, sums.model_state)
     means = {name: mean.value for name, mean in sums.metrics.items()}
     # Of the sums and not of the means: what the optimizer computes with has no other use, and so keeps its bits.
     grad_norm = jnp.sqrt(sum_of_squares(arrays)) / sums.loss.count

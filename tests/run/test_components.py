@@ -9,6 +9,8 @@ import optax
 import pytest
 import small_problem
 import tiny_experiment
+from flax import linen as nn
+from flax import nnx
 from optax import contrib
 from sklearn import metrics as sklearn_metrics
 
@@ -326,3 +328,44 @@ def test_a_sweep_over_learning_rates_compiles_the_step_once(experiment, tmp_path
             counts.append(len(missed))
     jax.monitoring.unregister_event_listener(listen)
     assert 0 < counts[0] == counts[1]
+
+
+class LinenHolding(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train):
+        held = self.variable("constants", "held", lambda: jnp.full((1, x.shape[-1]), 0.1, jnp.float32))
+        self.variable("constants", "mask", lambda: jnp.float32(jnp.finfo(jnp.float32).min))
+        return nn.Dense(2)(x * held.value)
+
+
+class NnxHolding(nnx.Module):
+    def __init__(self, rngs):
+        self.held, self.layer = nnx.Variable(jnp.full((1, 4), 0.1)), nnx.Linear(4, 2, rngs=rngs)
+        self.mask = nnx.Variable(jnp.float32(jnp.finfo(jnp.float32).min))
+
+    def __call__(self, x):
+        return self.layer(x * self.held[...])
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model", [LinenHolding(), lambda rngs: NnxHolding(rngs)])
+def test_constants_of_a_module_keep_their_bits_in_training(model, precision):
+    """The batch is of 14 examples, of which the last has 11: no power of two."""
+    fields = {"x": np.ones((25, 4), np.float32), "label": np.zeros(25, np.int32)}
+    experiment = jaxdist.Experiment(
+        model=model,
+        loss=losses.classification,
+        inputs="x",
+        data=jaxdist.Data(train=fields),
+        optimizer=jaxdist.Optimizer(name="sgd", learning_rate=0.1),
+        global_batch_size=14,
+        precision=precision,
+        stop=jaxdist.Stop(max_steps=4),
+    )
+    parts = components.put_together(experiment, devices=jax.devices()[:2])
+    state = parts.create_state()
+    before = jax.device_get(state.model_state)
+    for (batch, _), _ in zip(parts.batches(), range(4)):
+        state, _ = parts.step(state, batch)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.model_state), before)
+    assert len(jax.tree.leaves(before)) == 2

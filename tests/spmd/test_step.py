@@ -163,6 +163,44 @@ def test_model_state_is_averaged_by_example_counts():
     assert_close(state.params["w"], 1 - 0.1 * 2 * np.square(batch["x"][:21, 0]).mean())
 
 
+def constants_loss(params, batch, key, model_state):
+    value, _ = loss_fn(params, batch, key)
+    held = model_state["held"]
+    return value, {}, {"held": held, "mean": 0.5 * model_state["mean"] + 0.5 * batch["x"][:, 0].mean()}
+
+
+@pytest.mark.parametrize("kind", ["all-reduce", "sharded", "canonical"])
+@pytest.mark.parametrize("num_microbatches", [1, 2])
+def test_constants_of_model_state_keep_their_bits(kind, num_microbatches):
+    """A mean over 21 examples would give 0.1 other last bits, and make float32's largest number infinite."""
+    held = {
+        "tenth": jnp.full(3, 0.1, jnp.float32),
+        "mask": jnp.float32(jnp.finfo(jnp.float32).min),
+        "infinite": jnp.float32(-jnp.inf),
+        "half": jnp.bfloat16(0.3),
+        "count": jnp.int32(2**31 - 1),
+        "empty": jnp.zeros((0, 2)),
+    }
+    mesh, optimizer = mesh_of(4), optax.sgd(0.1)
+
+    def init(key):
+        return init_params(key), {"held": held, "mean": jnp.float32(2.0)}
+
+    state = states.create_state(init, optimizer, mesh=mesh, seed=0)
+    if kind == "canonical":
+        step = canonical_step.canonical_step(constants_loss, optimizer, mesh, num_microbatches=num_microbatches)
+    elif kind == "sharded":
+        step = sharded.sharded_step(
+            constants_loss, optimizer, mesh, layout=layouts.replicated, num_microbatches=num_microbatches
+        )
+    else:
+        step = steps.data_parallel_step(constants_loss, optimizer, mesh, num_microbatches=num_microbatches)
+    state, _ = train(step, state, mesh, [numpy_batch(0, RAGGED[0])] * 3)
+    assert float(state.model_state["mean"]) != 2.0
+    for name, value in held.items():
+        assert np.asarray(state.model_state["held"][name]).tobytes() == np.asarray(value).tobytes(), name
+
+
 def test_compiles_once_from_the_first_state_on():
     mesh = mesh_of(8)
     step = steps.data_parallel_step(loss_fn, OPTIMIZERS["adamw"], mesh)

@@ -76,7 +76,7 @@ class Island:
         grads = jax.tree.leaves(sums.grads)
         finite = jnp.stack([jnp.isfinite(sums.loss.total), *(jnp.isfinite(leaf).all() for leaf in grads)]).all()
         squares = sum(jnp.vdot(leaf, leaf).real for leaf in grads)
-        pushed = self._packing.pack([*grads, *jax.tree.leaves(sums.model_state)])
+        pushed = self._packing.pack([*grads, *jax.tree.leaves(reduce.with_unchanged(sums, model_state))])
         return pushed, _Numbers.of((sums.loss, sums.num_examples, sums.metrics, finite, squares))
 
     def prepare(self, lease: messages.Lease) -> None:
