@@ -1,7 +1,7 @@
 """Whether the state of a model is a mean over the examples: what the parts of a batch make of it is averaged.
 
-The trace tells which leaves depend on the examples. Two examples are then given once, twice and four times: of a mean
-nothing changes, and a sum grows with their number.
+The trace tells which leaves depend on the examples, and on the largest or the smallest of them. Two examples are then
+given once, twice and four times: of a mean nothing changes, and a sum grows with their number.
 """
 
 import warnings
@@ -18,7 +18,8 @@ from jaxdist.spmd import dependence, reduce, state
 from jaxdist.spmd.layout import path_name
 from jaxdist.spmd.metrics import MASK
 
-_OF_ROWS, _OF_MASK, _OF_KEY, _MORE = 1, 2, 4, 8
+_OF_ROWS, _OF_MASK, _OF_KEY, _MORE, _EXTREME = 1, 2, 4, 8, 16
+_EXTREMES = frozenset({"reduce_max", "reduce_min", "argmax", "argmin", "sort", "top_k"})
 _TIMES, _DRAWS = (1, 2, 4), 3
 _TOLERANCE, _SMALLEST = 1e-2, 1e-3
 
@@ -26,7 +27,9 @@ _TOLERANCE, _SMALLEST = 1e-2, 1e-3
 def check_state(
     functions: adapters.Functions, abstract: state.TrainState, loader: data.Loader, *, num_together: int
 ) -> None:
-    """Warn where a leaf of model_state is a sum over the examples, or a whole number that depends on them.
+    """Warn where a leaf of model_state is no mean over the examples.
+
+    It is a sum over them, depends on the largest or smallest of them, or is a whole number that depends on them.
 
     `num_together` is how many examples of a batch one call of the loss sees. Nothing is said of models of more than
     64 Mi values, and of functions that call back or fail on so few examples.
@@ -57,6 +60,8 @@ def _no_means(loss_fn: Any, abstract: state.TrainState, loader: data.Loader) -> 
             tried = [name for name, mark in marks.items() if mark and not mark & cleared[name] and name not in by_rows]
             grown = _grown(loss_fn, abstract, two, tried)
             found = dict.fromkeys(by_rows | grown & whole, "a whole number, or a bool, that depends on the examples")
+            extremes = {name for name, mark in marks.items() if mark & _EXTREME} - by_rows
+            found |= dict.fromkeys(extremes, "made of the largest, the smallest or the middle of the examples")
             return found | dict.fromkeys(grown - whole, "a sum over the examples")
     except Exception:
         return {}  # what is wrong with examples and functions is told by other checks
@@ -77,11 +82,22 @@ def _marks(loss_fn: Any, abstract: state.TrainState, batch: Mapping[str, np.ndar
 def _more_than_sum(equation: Any, inputs: Sequence[int]) -> int:
     """Return the mark of what is not linear in numbers of all examples, such as the division of a mean."""
     name, results = equation.primitive.name, equation.outvars
+    if name in _EXTREMES and inputs[0] & _OF_ROWS and _goes_over_examples(equation):
+        return _MORE | _EXTREME
     if all(each.aval.dtype == bool for each in results) or name == "select_n":
         return 0  # whether any example counts, and what is kept where none does
     joined = [mark and not drawn_params.has_examples(atom) for atom, mark in zip(equation.invars, inputs, strict=True)]
     stays_joined = drawn_params.is_linear(name, inputs) and not any(map(drawn_params.has_examples, results))
     return _MORE if name in drawn_params.OPAQUE or (any(joined) and not stays_joined) else 0
+
+
+def _goes_over_examples(equation: Any) -> bool:
+    """Return whether an equation chooses among the examples, and not among the values of each."""
+    dims = drawn_params.dims_of_examples(equation.invars[0])
+    params = equation.params
+    over = params.get("axes", (params.get("dimension", params.get("axis", -1)),))
+    rank = len(equation.invars[0].aval.shape)
+    return any(axis % rank in dims for axis in over)
 
 
 def _leaves(tree: Any) -> dict[str, Any]:

@@ -37,9 +37,14 @@ CHANGES = {
     "a running sum": (jnp.float32, lambda old, x, mask: 0.9 * old + 0.1 * (x * mask).sum()),
     "a sum of squares": (jnp.float32, lambda old, x, mask: old + (jnp.square(x) * mask).sum()),
     "a whole count": (jnp.int32, lambda old, x, mask: old + mask.sum().astype(jnp.int32)),
+    "a maximum": (jnp.float32, lambda old, x, mask: jnp.maximum(old, jnp.abs(x * mask).max())),
+    "a running minimum": (jnp.float32, lambda old, x, mask: 0.9 * old + 0.1 * jnp.where(mask > 0, x, 9.0).min()),
+    "a median": (jnp.float32, lambda old, x, mask: jnp.median(x[:, 0])),
+    "a mean of maxima": (jnp.float32, lambda old, x, mask: (x.max(axis=1, keepdims=True) * mask).sum() / mask.sum()),
     "a flag": (bool, lambda old, x, mask: mask.sum() > 4),
 }
 SUMS = ["a count", "a sum", "a running sum", "a sum of squares"]
+EXTREMES = ["a maximum", "a running minimum", "a median"]
 WHOLE = ["a whole count", "a flag"]
 
 
@@ -87,8 +92,9 @@ def put_together(model, num_devices):
 @pytest.mark.parametrize("kept", CHANGES)
 def test_a_state_that_is_no_mean_is_told_and_no_other(kept):
     parts, said = put_together(Keeping(kept), 4)
-    is_sum, is_whole = (f"model_state/kept/value is {what}" in said for what in ("a sum over", "a whole number"))
-    assert (is_sum, is_whole) == (kept in SUMS, kept in WHOLE), said
+    kinds = {"a sum over": SUMS, "a whole number": WHOLE, "made of the largest": EXTREMES}
+    for what, names in kinds.items():
+        assert (f"model_state/kept/value is {what}" in said) == (kept in names), said
     state, batches = parts.create_state(), parts.batches()
     batch, _ = next(batches)
     batches.close()
@@ -103,7 +109,7 @@ def test_a_state_that_is_no_mean_is_told_and_no_other(kept):
         parts.step(state, batch)[0].model_state["kept"]["value"], expected["kept"]["value"], rtol=1e-5
     )
     if kept != "a variance":  # of four rows it is told nowhere, as of batch normalisation
-        assert is_same == (kept not in SUMS + WHOLE)
+        assert is_same == (kept not in SUMS + WHOLE + EXTREMES)
 
 
 def test_nothing_is_told_where_the_batch_is_together_or_a_module_normalises():
