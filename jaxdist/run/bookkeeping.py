@@ -424,6 +424,7 @@ class Bookkeeper:
             "checkpoint": self.checkpointer.latest_step(),
             "throughput": self._throughput(),
             "cpu_threads": comparison.cpu_threads(),
+            "jax_settings": record.jax_settings(),
             "peak_memory_bytes": origin.peak_memory_bytes(jax.local_devices()),
             **self._origin,
         }

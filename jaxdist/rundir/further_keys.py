@@ -101,6 +101,7 @@ class FurtherKeys(TypedDict, total=False):
     checkpoint: int | None
     throughput: Mapping[str, float | None] | None
     cpu_threads: int | None
+    jax_settings: Mapping[str, str] | None
     peak_memory_bytes: Mapping[str, int] | None
     started: str | None
     host: str | None

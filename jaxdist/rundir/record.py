@@ -178,6 +178,23 @@ def versions() -> dict[str, str | None]:
     return {"python": platform.python_version()} | {name: _version(name) for name in packages}
 
 
+JAX_SETTINGS = (
+    "jax_enable_x64",
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_threefry_partitionable",
+    "jax_numpy_dtype_promotion",
+    "jax_disable_jit",
+    "jax_debug_nans",
+)
+"""The settings of JAX that change the numbers of a program, or how it is computed."""
+
+
+def jax_settings() -> dict[str, str]:
+    """Return the values of JAX_SETTINGS in this process, as text."""
+    return {name: str(jax.config.values.get(name)) for name in JAX_SETTINGS}
+
+
 @functools.cache
 def _version(distribution: str) -> str | None:
     try:

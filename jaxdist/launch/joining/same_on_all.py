@@ -36,7 +36,6 @@ _INSTRUCTIONS = {
 }
 """Name -> the CPU features that Linux reports for it, newest first."""
 _MOST_NAMED = 8
-_SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_threefry_partitionable")
 
 
 def compare(name: str, facts: Mapping[str, Any], *, timeout_seconds: float = _SECONDS) -> None:
@@ -130,7 +129,7 @@ def of_start(num_devices: int | None) -> dict[str, Any]:
         "JAX_PLATFORMS": jax.config.values.get("jax_platforms"),
         "XLA_FLAGS": os.environ.get("XLA_FLAGS"),
         **{f"version of {name}": version for name, version in record.versions().items()},
-        **{name: str(jax.config.values.get(name)) for name in _SETTINGS},
+        **record.jax_settings(),
         **_hashes(_PACKAGE),
     }
 

@@ -3,6 +3,8 @@
 import functools
 from typing import Any
 
+import jax
+
 from jaxdist import adapters, setting_group
 from jaxdist.config.experiment import Experiment
 from jaxdist.errors import ConfigError
@@ -42,6 +44,11 @@ def check_settings(experiment: Experiment) -> None:
     if not experiment.recovery.patience_seconds >= 0:
         raise ConfigError(
             f"recovery.patience_seconds must not be negative; got {experiment.recovery.patience_seconds}."
+        )
+    if experiment.reduction == "canonical" and jax.config.values.get("jax_disable_jit"):
+        raise ConfigError(
+            "The bits of reduction=canonical are those of compiled programs, and jax_disable_jit compiles none. Unset "
+            "it (JAX_DISABLE_JIT=0), or use --reduction mean."
         )
     if experiment.guards.audit_every and not (experiment.reduction == "canonical" and experiment.guards.step_hashes):
         raise ConfigError(

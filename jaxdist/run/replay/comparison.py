@@ -32,6 +32,7 @@ _DECIDING = (
 """The settings that may decide the bits of a step. The stop rule is one, because schedules may end with it."""
 _COMPILERS = ("jax", "jaxlib")
 _THREADS = "cpu_threads"
+_SETTINGS = "jax_settings"
 _PREDICTS = "model.predict_fn "
 _MOST_NAMED = 5
 
@@ -56,7 +57,7 @@ class Comparison:
       compared: how many steps are recorded in both.
       first_difference: the first step that differs, and in what; None if there is none.
       settings: how the settings that decide the bits differ, first -> second.
-      versions: how the versions of JAX, or the number of its threads on CPU devices, differ.
+      versions: how the versions of JAX, its settings, or the number of its threads on CPU devices, differ.
       message: all this in sentences.
     """
 
@@ -157,18 +158,32 @@ def _num_in_both(first: step_chain.StepChain, second: step_chain.StepChain, step
 
 
 def changed_versions(made: record.RunRecord) -> list[str]:
-    """Return which versions, or number of threads, that decide the bits are others now, recorded -> now."""
-    return _changed_compilers(_compilers(made), {**record.versions(), _THREADS: cpu_threads()})
+    """Return which versions, threads and settings of JAX that decide the bits are others now, recorded -> now."""
+    now = {**record.versions(), _THREADS: cpu_threads(), _SETTINGS: record.jax_settings()}
+    return _changed_compilers(_compilers(made), now)
+
+
+def changed_jax_settings(made: record.RunRecord) -> list[str]:
+    """Return which settings of JAX that change numbers are others now, recorded -> now."""
+    recorded = made.extra.get(_SETTINGS)
+    return [] if recorded is None else _differing_settings(recorded, record.jax_settings())
+
+
+def _differing_settings(first: Mapping[str, str], second: Mapping[str, str]) -> list[str]:
+    """Return the settings that differ; one that only one of two versions of the package recorded is left out."""
+    common = [name for name in first if name in second]
+    return [f"{name} {first[name]} -> {second[name]}" for name in common if first[name] != second[name]]
 
 
 def _compilers(made: record.RunRecord) -> dict[str, Any]:
-    return {**made.versions, _THREADS: made.extra.get(_THREADS)}
+    return {**made.versions, _THREADS: made.extra.get(_THREADS), _SETTINGS: made.extra.get(_SETTINGS)}
 
 
 def _changed_compilers(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
-    """Return the differences; accelerators have no threads to compare."""
+    """Return the differences; accelerators have no threads to compare, and older records no settings of JAX."""
     known = None not in (first[_THREADS], second[_THREADS])
-    return _changed(first, second, (*_COMPILERS, _THREADS) if known else _COMPILERS)
+    settings = _differing_settings(first[_SETTINGS] or {}, second[_SETTINGS] or {})
+    return _changed(first, second, (*_COMPILERS, _THREADS) if known else _COMPILERS) + settings
 
 
 def cpu_threads() -> int | None:

@@ -87,8 +87,16 @@ def _tell(found: step_chain.Difference) -> None:
 def _tell_changes(changed: list[str], step: int) -> None:
     if changed:
         errors.say(
-            f"The bits of a canonical run belong to versions and threads; these have changed: "
+            f"The bits of a canonical run belong to versions, threads and settings of JAX; these have changed: "
             f"{comparison.shown(changed)}. From step {step + 1} on the run has other bits than it would have had."
+        )
+
+
+def _tell_settings(changed: list[str], step: int) -> None:
+    if changed:
+        errors.say(
+            f"Settings of JAX that change numbers are others than in the steps so far: {comparison.shown(changed)}. "
+            f"They hold from step {step + 1} on; unset them to continue as before."
         )
 
 
@@ -100,6 +108,8 @@ def recorder_of(
     `earlier` is the record of the attempt before.
     """
     shards = parts.strategy.logical_shards
+    if shards is None and earlier is not None and jax.process_index() == 0:
+        _tell_settings(comparison.changed_jax_settings(earlier), step)
     if shards is None or not parts.experiment.guards.step_hashes:
         return contextlib.nullcontext()
     form = step_chain.Form(shards, tuple(step_hashes.names(parts.abstract_state)))

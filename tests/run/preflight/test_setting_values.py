@@ -1,5 +1,6 @@
 import dataclasses
 
+import jax
 import pytest
 import tiny_experiment
 
@@ -47,3 +48,11 @@ def test_a_target_or_patience_on_held_out_data_needs_some(experiment):
             preflight.check_settings(dataclasses.replace(alone, stop=jaxdist.Stop(**limits)))
     preflight.check_settings(dataclasses.replace(alone, stop=jaxdist.Stop(target=0.9, target_metric="train/accuracy")))
     preflight.check_settings(alone)
+
+
+def test_canonical_steps_are_not_made_without_compiling(experiment):
+    canonical = overrides.override(experiment, ["reduction=canonical"])
+    with jax.disable_jit():
+        preflight.check_settings(experiment)
+        with pytest.raises(ConfigError, match="jax_disable_jit compiles none"):
+            preflight.check_settings(canonical)

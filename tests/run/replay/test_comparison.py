@@ -156,6 +156,9 @@ HERE = -1
         ({}, {"cpu_threads": 64}, False),
         ({}, {"cpu_threads": None}, True),
         ({}, {"cpu_threads": HERE}, True),
+        ({}, {"jax_settings": None}, True),
+        ({}, {"jax_settings": record.jax_settings() | {"jax_of_another_version": "1"}}, True),
+        ({}, {"jax_settings": record.jax_settings() | {"jax_enable_x64": "True"}}, False),
     ],
 )
 def test_other_bits_may_come_of_another_version_or_number_of_threads(version, extra, expected):
@@ -172,3 +175,14 @@ def test_a_setting_that_one_of_two_runs_has_may_decide_the_bits():
     config["optimizer"]["arguments"] = {"b1": 0.5}
     earlier = types.SimpleNamespace(versions=record.versions(), extra={}, config=config)
     assert comparison.changed_since(earlier, experiment) == ["optimizer.arguments.b1 0.5 -> not set"]
+
+
+def test_another_setting_of_jax_is_told_by_name(tmp_path):
+    first, second = write(tmp_path / "a", hashes(3)), write(tmp_path / "b", changed(2, 0, num_steps=3))
+    for run_dir, kind in ((first, "threefry2x32"), (second, "rbg")):
+        content = json.loads((run_dir / record.FILE_NAME).read_text())
+        content["jax_settings"] = record.jax_settings() | {"jax_default_prng_impl": kind}
+        (run_dir / record.FILE_NAME).write_text(json.dumps(content))
+    found = comparison.compare(first, second)
+    assert found.versions == ["jax_default_prng_impl threefry2x32 -> rbg"]
+    assert "Other bits are expected" in str(found)

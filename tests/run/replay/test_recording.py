@@ -1,13 +1,19 @@
 """The hook that records hashes: some steps late, on the first process, and it tells of steps made with other bits."""
 
 import itertools
+import json
 import types
 
+import jax
 import jax.numpy as jnp
 import pytest
+import tiny_experiment
 
+from jaxdist.config import overrides
+from jaxdist.run import components
 from jaxdist.run.loop import LOOK_EVERY
 from jaxdist.run.replay import recording, step_chain
+from jaxdist.rundir import record
 from jaxdist.spmd.step import STEP_HASHES
 
 
@@ -76,3 +82,21 @@ def test_the_file_of_a_run_is_closed_with_what_was_recorded(tmp_path):
     found = step_chain.read(tmp_path)
     assert found.form == form
     assert found.entry(1)["shards"].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "canonical"])
+def test_a_resumed_run_tells_that_settings_of_jax_have_changed(tmp_path, capsys, reduction):
+    experiment = overrides.override(tiny_experiment.get_config(), [f"reduction={reduction}"])
+    parts = components.put_together(experiment, devices=jax.devices()[:1])
+    settings = record.jax_settings() | {"jax_enable_x64": "True"}
+    config = json.loads(json.dumps(record.plain(experiment)))
+    earlier = types.SimpleNamespace(versions=record.versions(), extra={"jax_settings": settings}, config=config)
+    with recording.recorder_of(parts, tmp_path, step=3, earlier=earlier):
+        pass
+    said = capsys.readouterr().err
+    assert "jax_enable_x64 True -> False" in said
+    assert "rom step 4 on" in said
+    earlier.extra = {"jax_settings": record.jax_settings()}
+    with recording.recorder_of(parts, tmp_path, step=3, earlier=earlier):
+        pass
+    assert capsys.readouterr().err == ""
