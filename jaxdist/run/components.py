@@ -262,6 +262,7 @@ def check_early(
         preflight.check_order(functions, abstract, shapes)
     preflight.check_labels(experiment, functions, abstract, shapes)
     preflight.check_coupling(experiment, functions, abstract, shapes, loader, num_together=num_together)
+    preflight.check_evaluation(experiment, functions, abstract, eval_loaders)
     preflight.check_state(functions, abstract, loader, num_together=num_together)
     forms = preflight.check_samples(loader, "data.train", among=preflight.EARLY_BATCHES)
     preflight.check_forms(functions, abstract, forms, held_out=False)

@@ -5,6 +5,7 @@ and plain functions that may return sums are tried on two of them.
 """
 
 from jaxdist.run.preflight.compared_examples import check_coupling as check_coupling
+from jaxdist.run.preflight.compared_examples import check_evaluation as check_evaluation
 from jaxdist.run.preflight.doubled_examples import check_no_sums as check_no_sums
 from jaxdist.run.preflight.examples import EARLY_BATCHES as EARLY_BATCHES
 from jaxdist.run.preflight.examples import check_arrays_of_their_own as check_arrays_of_their_own

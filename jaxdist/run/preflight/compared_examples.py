@@ -1,6 +1,7 @@
 """Whether the loss, or the model, lets an example depend on others, of which a device sees only some."""
 
 import warnings
+from collections.abc import Mapping
 
 from jaxdist import adapters, data, errors, losses
 from jaxdist.config.experiment import Experiment
@@ -48,6 +49,35 @@ def check_coupling(
             "parameter named 'mask'), or choose a global_batch_size that divides the number of examples.",
             stacklevel=2,
         )
+
+
+def check_evaluation(
+    experiment: Experiment,
+    functions: adapters.Functions,
+    abstract: state.TrainState,
+    eval_loaders: Mapping[str, data.Loader],
+) -> None:
+    """Warn where a metric of the held-out examples depends on which of them are in one batch.
+
+    A ratio computed for each batch, such as F1, is then averaged over batches. Of the value of a loss that is trained
+    nothing is said here.
+    """
+    model, size = experiment.model, experiment.global_batch_size
+    function = model.eval_fn if isinstance(model, adapters.Functions) else experiment.loss or model
+    is_trained = not isinstance(model, adapters.Functions) or model.eval_fn is model.loss_fn
+    for loader in list(eval_loaders.values())[:1]:
+        is_whole = len(loader.source) <= size and experiment.reduction != "canonical"
+        if is_whole or isinstance(experiment.loss, losses.WholeBatch):
+            return
+        found = mixed_examples.mixing_results(functions.eval_fn, abstract, loader)
+        if named := ", ".join(name for name in found if name != "loss" or not is_trained):
+            warnings.warn(
+                f"{named}, of {errors.named(function)}, depends on which held-out examples are in a batch. What is "
+                f"reported is the mean of batches of up to {size}, and another number with another batch size. Return "
+                "a mean of values of the examples (with a count of its own as jaxdist.Mean(total, count)), or name a "
+                "metric that is computed from all of them in Evaluation.metrics, such as losses.F1().",
+                stacklevel=2,
+            )
 
 
 def _warn_of_parts(name: str, num_together: int, batch_size: int, advice: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxdist import adapters, data
 from jaxdist.run.preflight import drawn_params
 from jaxdist.spmd import dependence, reduce, state
-from jaxdist.spmd.metrics import MASK, Batch, Mean
+from jaxdist.spmd.metrics import MASK, Batch, Mean, as_mean
 
 _OF_ROWS, _OF_KEY, _MIXED = 1, 2, 4
 _DRAWS, _TOLERANCE = 3, 1e-3
@@ -45,6 +45,55 @@ def find_mixing(functions: adapters.Functions, abstract: state.TrainState, loade
     except Exception:
         return none  # what is wrong with examples and functions is told by other checks
     return none
+
+
+def mixing_results(function: Any, abstract: state.TrainState, loader: data.Loader) -> list[str]:
+    """Return which results of an eval_fn, "loss" and metrics, let the examples of a batch enter those of others.
+
+    The results of two examples together, times their counts, are then not the sum of those of each alone. For what is
+    left out see `find_mixing`.
+    """
+    if not drawn_params.are_few(abstract):
+        return []
+    try:
+        for _, two in loader.samples(1, among=1):
+            fields = drawn_params.described(two)
+            args = drawn_params.arguments(abstract.params, abstract.model_state, fields, abstract.key)
+            marked: list[Any] = [jax.tree.map(lambda _: 0, arg) for arg in args]
+            marked[1:3] = {name: 0 if name == MASK else _OF_ROWS for name in two}, _OF_KEY
+            loss, metrics, *_ = dependence.marks(function, args, marked, _mixed_by)
+            totals = {name: each.total if isinstance(each, Mean) else each for name, each in _named(loss, metrics)}
+            names = [name for name, mark in totals.items() if mark & _MIXED and not mark & _OF_KEY]
+            if names and not jax.make_jaxpr(function)(*args).effects:
+                return _mixing_of(function, abstract, two, names)
+    except Exception:
+        return []  # what is wrong with examples and functions is told by other checks
+    return []
+
+
+def _named(loss: Any, metrics: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return [("loss", loss), *metrics.items()]
+
+
+def _mixing_of(
+    function: Any, abstract: state.TrainState, two: Mapping[str, np.ndarray], names: Sequence[str]
+) -> list[str]:
+    """Return those of the results that two examples together and alone show to be mixed, for some params."""
+
+    @jax.jit
+    def totals(params: Any, model_state: Any, batch: Batch) -> dict[str, jax.Array]:
+        loss, metrics, *_ = function(*drawn_params.arguments(params, model_state, batch, jax.random.key(0)))
+        found = {name: as_mean(each, batch) for name, each in _named(loss, metrics) if name in names}
+        return {name: jnp.stack(each) for name, each in found.items()}
+
+    mixed: set[str] = set()
+    for seed in range(_DRAWS):
+        variables = drawn_params.draw(abstract, seed)
+        first, second, both = (
+            totals(*variables, drawn_params.counting(two, which)) for which in ((1, 0), (0, 1), (1, 1))
+        )
+        mixed |= {name for name in names if _differ(both[name], first[name] + second[name])}
+    return [name for name in names if name in mixed]
 
 
 def _marks(loss_fn: Any, abstract: state.TrainState, batch: Mapping[str, np.ndarray]) -> int:
