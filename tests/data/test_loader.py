@@ -288,6 +288,16 @@ def test_a_loader_starts_at_positions_of_its_own_data_only():
         loader.starting_at(Loader(source_of(8), global_batch_size=4, seed=1).beginning)
 
 
+def test_a_source_whose_arrays_were_filled_anew_is_another():
+    source = ArraySource({"x": np.zeros((8, 2), np.float32)})
+    first = Loader(source, global_batch_size=4, seed=0)
+    (batch, position), *_ = itertools.islice(first, 1)
+    source.arrays["x"][:] = 1
+    assert not batch["x"].any()  # a batch is a copy
+    with pytest.raises(ValueError, match="data"):
+        Loader(source, global_batch_size=4, seed=0).starting_at(position)
+
+
 def test_batches_own_their_memory():
     """A batch may be aliased by JAX, so neither the source nor a later batch may ever write into it."""
 

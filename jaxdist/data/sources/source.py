@@ -122,7 +122,6 @@ class ArraySource:
                 raise ValueError(f"num_classes names {name!r}, which is no field: {sorted(self.arrays)}.")
             check_labels(self.arrays[name], name, whole_number(f"The number of classes of {name!r}", count))
         self._size = next(iter(self.arrays.values())).shape[0]
-        self._fingerprint: str | None = None
         self.vocabulary: Mapping[str, tuple[str, ...]] = {}
         self.files: Any
         self.table: Any
@@ -143,10 +142,9 @@ class ArraySource:
 
     def fingerprint(self) -> str:
         """Return the hash of names, dtypes, shapes and contents (a fixed sample of them where arrays are large)."""
-        if self._fingerprint is None:
-            parts = [f"{name}={fingerprint_array(array)}" for name, array in sorted(self.arrays.items())]
-            self._fingerprint = fingerprint_text("arrays", *parts)
-        return self._fingerprint
+        # Anew each time: the arrays are the caller's, who may have filled them with other examples since.
+        parts = [f"{name}={fingerprint_array(array)}" for name, array in sorted(self.arrays.items())]
+        return fingerprint_text("arrays", *parts)
 
 
 def rows_of(source: Source) -> Mapping[str, np.ndarray] | None:
