@@ -25,6 +25,7 @@ from jaxdist.data.sources.source import (
     CorruptExample,
     Example,
     Source,
+    location_of,
     own_fields,
     plain_array,
     reads_batches,
@@ -197,7 +198,7 @@ class Watch:
 
 def late(recipe: Recipe, epoch: int, example_id: int) -> ExampleTimeout:
     """Return the error for an example that takes longer than the limit."""
-    location = recipe.source.location(example_id) if hasattr(recipe.source, "location") else ""
+    location = location_of(recipe.source, example_id)
     return ExampleTimeout(
         f"Example {example_id} (epoch {epoch}){f', {location},' if location else ''} was not ready within "
         f"{recipe.timeout_seconds:g} s. Look at the source and "
@@ -306,7 +307,7 @@ def make_example(recipe: Recipe, epoch: int, example_id: int) -> Example:
         # An example that a filter excluded stays excluded if the function makes a new dict.
         return {**made, COUNTS: example[COUNTS]} if COUNTS in example and COUNTS not in made else made
     except Exception as error:  # whatever the user's source or function raises: say which example it was
-        location = recipe.source.location(example_id) if hasattr(recipe.source, "location") else ""
+        location = location_of(recipe.source, example_id)
         where = f", {location}" if location and location not in str(error) else ""
         place = f"Example {example_id} (epoch {epoch}){where}"
         if isinstance(error, CorruptExample):

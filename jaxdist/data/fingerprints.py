@@ -14,12 +14,12 @@ import itertools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, overload
 
 import numpy as np
 
-from jaxdist.data.sources.source import fingerprint_example, fingerprint_text
+from jaxdist.data.sources.source import ArraySource, fingerprint_example, fingerprint_text
 from jaxdist.rundir import files as atomic
 
 _MANY = 4096
@@ -124,13 +124,13 @@ def strict_fingerprint(source: Any) -> str:
     def whole() -> str:
         return fingerprint_text(STRICT, sampled, *map(_whole, found))
 
-    lists = [leaf.files for leaf in found if hasattr(leaf, "files")]
+    lists = [files for files in map(_files_of, found) if files is not None]
     return _cached((STRICT, sampled), lists, whole) if len(lists) == len(found) else whole()
 
 
 def times_of(source: Any) -> dict[str, Any]:
     """Return the number of files that a source reads, their bytes, and a hash of their times; empty without files."""
-    lists = [leaf.files for leaf in leaves(source) if hasattr(leaf, "files")]
+    lists = [files for files in map(_files_of, leaves(source)) if files is not None]
     if not lists:
         return {}
     stats = np.concatenate([each.stats for each in lists])
@@ -141,25 +141,32 @@ def times_of(source: Any) -> dict[str, Any]:
 def leaves(source: Any) -> Iterator[Any]:
     """Yield the sources that read data, of which `source` is made."""
     parts = getattr(source, "parts", None)
-    if parts is None:
-        yield source
-    else:
+    # A source of a user may call anything its parts: names of files, arrays, pieces of an image.
+    if isinstance(parts, list | tuple) and all(callable(getattr(part, "fingerprint", None)) for part in parts):
         for part in parts:
             yield from leaves(part)
+    else:
+        yield source
+
+
+def _files_of(source: Any) -> FileList | None:
+    """Return the files that a source reads; None where it does not say, or `files` is something of its own."""
+    files = getattr(source, "files", None)
+    return files if isinstance(files, FileList) else None
 
 
 def _whole(source: Any) -> str:
     """Return the hash of everything that a source reads."""
     if hasattr(source, "whole_fingerprint"):
         return source.whole_fingerprint()
-    if hasattr(source, "files"):
+    if (files := _files_of(source)) is not None:
         with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
             digest = hashlib.blake2b(digest_size=16)
-            for each in pool.map(_hash_file, source.files, chunksize=64):
+            for each in pool.map(_hash_file, files, chunksize=64):
                 digest.update(each)
         return digest.hexdigest()
-    if hasattr(source, "arrays"):
-        arrays: Mapping[str, np.ndarray] = source.arrays
+    if isinstance(source, ArraySource):  # arrays of another class need not be all that its examples are made of
+        arrays = source.arrays
         return fingerprint_text("arrays", *(f"{name}={_hash_array(array)}" for name, array in sorted(arrays.items())))
     digest = hashlib.blake2b(digest_size=16)
     for index in range(len(source)):

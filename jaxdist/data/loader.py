@@ -321,8 +321,8 @@ def as_order(shuffle: bool | order.Order, source: Source) -> order.Order:
     """Return the order that `shuffle` asks for; the source's own if it needs one, as buckets do."""
     if not isinstance(shuffle, bool):
         return shuffle
-    if hasattr(source, "order"):
-        return source.order(shuffle=shuffle)
+    if callable(own := getattr(source, "order", None)):  # an array of that name is something of the user's own
+        return own(shuffle=shuffle)
     return order.Shuffled() if shuffle else order.Sequential()
 
 

@@ -191,3 +191,38 @@ def test_stats_are_those_of_each_file_wherever_it_is(tmp_path, monkeypatch):
             assert found == [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino], path
         else:
             assert found == [-1] * 4, path
+
+
+class Own:
+    """A source of a user, whose attributes have names that sources of the package have, too."""
+
+    def __init__(self, values, **attributes):
+        self.values = values
+        self.__dict__.update(attributes)
+
+    def __len__(self):
+        return len(self.values)
+
+    def __getitem__(self, index):
+        return {"x": self.values[index]}
+
+    def fingerprint(self):
+        return "own"
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"files": ["a.png", "b.png"]},
+        {"files": 2},
+        {"parts": ["a.npz", "b.npz"]},
+        {"parts": 4},
+        {"arrays": [np.zeros(3)]},
+        {"arrays": {"something else": np.zeros(3)}},
+    ],
+    ids=str,
+)
+def test_attributes_of_a_users_source_may_have_any_name_and_every_example_is_read(attributes):
+    assert times_of(Own(np.zeros(3), **attributes)) == {}
+    one, other = (strict_fingerprint(Own(values, **attributes)) for values in (np.zeros(3), np.arange(3.0)))
+    assert one != other

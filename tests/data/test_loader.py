@@ -352,3 +352,26 @@ def test_a_subclass_that_defines_both_reads_batches():
             return {name: 2 * value for name, value in super().__getitems__(ids).items()}
 
     assert reads_batches(Both({"x": np.arange(12)}))
+
+
+class Placed:
+    """A source of a user that keeps a folder and an array under names that sources of the package give to methods."""
+
+    location, order = "/data/pictures", np.arange(5)[::-1]
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, index):
+        if index == 3:
+            raise KeyError("torn")
+        return {"id": np.int32(index)}
+
+    def fingerprint(self):
+        return "placed"
+
+
+@pytest.mark.parametrize("make", [Placed, lambda: Subset(Placed(), range(5))], ids=["itself", "subset"])
+def test_a_location_or_order_that_is_no_method_hides_no_error_of_an_example(make):
+    with pytest.raises(Exception, match=r"Example 3 \(epoch 0\).*torn"):
+        collect(Loader(make(), global_batch_size=5, seed=0, num_epochs=1, shuffle=True))

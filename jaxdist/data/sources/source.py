@@ -63,6 +63,12 @@ def reads_batches(source: Source) -> bool:
     return "__getitems__" in getattr(source, "__dict__", {})
 
 
+def location_of(source: Any, index: int) -> str:
+    """Return the file of an example, for messages; "" where the source does not say."""
+    location = getattr(source, "location", None)
+    return str(location(index)) if callable(location) else ""  # it may be a folder or an address of a user's own
+
+
 class CorruptExample(ValueError):
     """An example that cannot be read; the message names its file and number."""
 

@@ -18,6 +18,7 @@ from jaxdist.data.sources.source import (
     checked_index,
     fingerprint_array,
     fingerprint_text,
+    location_of,
     reads_batches,
 )
 from jaxdist.data.sources.vocabulary import vocabulary_of
@@ -56,7 +57,7 @@ class Subset:
     def location(self, index: int) -> str:
         """See Source."""
         inner = int(self.ids[index])
-        where = self.source.location(inner) if hasattr(self.source, "location") else ""
+        where = location_of(self.source, inner)
         return f"example {inner} of the whole{f', {where}' if where else ''}"
 
     def fingerprint(self) -> str:

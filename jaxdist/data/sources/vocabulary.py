@@ -28,8 +28,10 @@ def listed(names: Any, *, what: str) -> tuple[Any, ...]:
 
 
 def vocabulary_of(source: Any) -> dict[str, tuple[str, ...]]:
-    """Return the vocabulary of a source; empty where it has none."""
-    return {field: tuple(names) for field, names in (getattr(source, "vocabulary", None) or {}).items()}
+    """Return the vocabulary of a source; empty where it has none, or one of its own, such as a list of words."""
+    known = getattr(source, "vocabulary", None)
+    lists = isinstance(known, Mapping) and all(isinstance(names, list | tuple) for names in known.values())
+    return {field: tuple(names) for field, names in known.items()} if lists and known else {}
 
 
 def check_same_vocabulary(sources: Sequence[Any], *, what: str) -> dict[str, tuple[str, ...]]:

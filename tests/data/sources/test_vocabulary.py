@@ -63,3 +63,10 @@ def test_what_has_no_order_of_names_is_refused_wherever_names_are_given(names, t
     ):
         with pytest.raises(ValueError, match="a list of names"):
             call()
+
+
+@pytest.mark.parametrize("own", [["the", "cat"], {"the": 0, "cat": 1}, {0: "the"}, "words.txt"], ids=repr)
+def test_a_vocabulary_that_is_something_of_the_users_own_numbers_no_field(own):
+    source = Named()
+    source.vocabulary = own
+    assert vocabulary_of(source) == {}
