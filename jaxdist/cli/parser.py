@@ -359,6 +359,9 @@ class _Parser(argparse.ArgumentParser):
             known = [name for name in self._option_string_actions if name.startswith("--")]
             near = difflib.get_close_matches(option, known, n=1) if option.startswith("-") else []
             proposal = f" Did you mean {near[0]!r}?" if near else ""
+            setting = unknown[0].lstrip("-")
+            if not near and "=" in setting and "--set" in known:
+                proposal = f" Settings of the experiment follow --set: --set {shlex.quote(setting)}."
             self.error(f"unrecognized arguments: {shlex.join(unknown)}.{proposal}")
         return found, unknown
 

@@ -115,6 +115,14 @@ def test_a_misspelt_option_gets_the_nearest(command, capsys):
     assert "unrecognized arguments: --devcies=8. Did you mean '--devices'?" in shown
 
 
+@pytest.mark.parametrize("given", ["log_every=1", "--optimizer.learning_rate=0.1"])
+def test_a_setting_without_set_is_told_where_it_goes(given, capsys):
+    with pytest.raises(SystemExit) as raised:
+        parser.make_parser().parse_args(["train", "x.py", "--devices", "1", given])
+    assert raised.value.code == 2
+    assert f"Settings of the experiment follow --set: --set {given.lstrip('-')}." in capsys.readouterr().err
+
+
 def test_the_version_is_that_of_the_package(capsys):
     with pytest.raises(SystemExit) as raised:
         main.run(["--version"])
