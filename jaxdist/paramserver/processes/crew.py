@@ -180,13 +180,14 @@ class LocalCrew:
         self._left.append(name)
 
     def _is_missed(self, name: str) -> bool:
-        """Return whether a restart of a process is asked for, unless the process before it was meant.
-
-        A process that has no boot number yet cannot have joined, so it is not the one that the scheduler misses.
-        """
+        """Return whether a restart of a process is asked for, unless the process before it was meant."""
         asked = run_folder.take_silent(self.directory, name) or name in self._missed
         self._missed.discard(name)
-        return asked and run_folder.last_boot(self.directory, name) > self._boots_before[name]
+        return asked and self._has_started(name)
+
+    def _has_started(self, name: str) -> bool:
+        """Return whether a process has taken its boot number, which it does right before it joins."""
+        return run_folder.last_boot(self.directory, name) > self._boots_before[name]
 
     def _is_stopped_for_long(self, name: str, process_id: int, passed: float) -> bool:
         """Return whether a process has been stopped for long, now that `passed` seconds have passed."""
@@ -206,7 +207,10 @@ class LocalCrew:
         self._deaths.clear()
 
     def close(self, *, orderly: bool) -> None:
-        """End all processes; `orderly` gives them time to exit by themselves."""
+        """End all processes; `orderly` gives them time to exit by themselves, but not those that only start."""
+        for name, child in self._children.items():
+            if name != SCHEDULER and not self._has_started(name):  # it has not joined, so it was not told of the end
+                child.kill()
         deadline = time.monotonic() + (GRACE_SECONDS if orderly else 0.0)
         while time.monotonic() < deadline and not self.all_ended():
             time.sleep(_LOOK_SECONDS)

@@ -71,6 +71,16 @@ def test_a_process_that_left_early_is_started_again(tmp_path, monkeypatch):
     assert started == ["worker/0"]
 
 
+def test_the_end_does_not_wait_for_a_process_that_only_starts(tmp_path, monkeypatch):
+    made, _ = crew_of(tmp_path, monkeypatch, scheduler=0, worker_0=None, worker_1=None)
+    run_folder.next_boot(tmp_path, "worker/0")
+    joined, starting = made._children["worker/0"], made._children["worker/1"]
+    monkeypatch.setattr(made, "all_ended", lambda: pytest.fail("it waits") if starting.status is None else True)
+    monkeypatch.setattr(crew, "GRACE_SECONDS", 60.0)
+    made.close(orderly=True)
+    assert starting.status == joined.status == -9
+
+
 def test_a_silent_process_is_ended_and_started_again_once(tmp_path, monkeypatch):
     made, started = crew_of(tmp_path, monkeypatch, server_0_a=None, worker_0=None)
     path = run_folder.silent_path(tmp_path, "server/0/a")
