@@ -129,7 +129,11 @@ def _add_uses(commands: Any) -> None:
         command.add_argument(
             "--checkpoint", type=_checkpoint, default="best", metavar="C", help="best (default), last, or a step"
         )
-    predict.add_argument("input", metavar="INPUT", help="a .npz, .npy, .csv or .parquet file, or a folder of images")
+    predict.add_argument(
+        "input",
+        metavar="INPUT",
+        help="a .npz, .npy, .csv or .parquet file, or a folder with a folder of images for each class",
+    )
     predict.add_argument("out", type=pathlib.Path, metavar="OUT", help="a new .npz, .csv or .parquet file")
     export.add_argument(
         "out", type=pathlib.Path, metavar="OUT", help="a new file, or folder for orbax and hugging-face"

@@ -214,9 +214,6 @@ def put_together(
         together = sizes.global_batch_size // parts // sizes.num_microbatches
         check_early(experiment, functions, abstract, loader, eval_loaders, shapes, num_together=together)
         preflight.check_update(optimizer, abstract, same_bits=experiment.reduction == "canonical")
-        if isinstance(experiment.optimizer, optimizers.Optimizer):
-            size = experiment.global_batch_size
-            preflight.check_rates(experiment.optimizer, global_batch_size=size, **known_end)
     return Parts(
         experiment=experiment,
         identity=identity or identity_of(experiment, loader.beginning.fingerprint),
@@ -255,6 +252,8 @@ def check_early(
     experiment.stop.rule()
     if isinstance(experiment.optimizer, optimizers.Optimizer):
         preflight.check_groups(experiment.optimizer, abstract.params)
+        ends, size = known_ends(experiment, loader.steps_per_epoch), experiment.global_batch_size
+        preflight.check_rates(experiment.optimizer, global_batch_size=size, **ends)
     collect_fn = make_collect_fn(experiment, functions)
     eval_shapes = {name: example_batch(each) for name, each in eval_loaders.items()}
     preflight.check(experiment, functions, abstract, shapes, eval_shapes, collect_fn)

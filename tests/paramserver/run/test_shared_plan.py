@@ -46,6 +46,15 @@ def test_what_every_strategy_checks_before_the_first_step_is_checked_here_too(as
         shared_plan.check_early(shared_plan.make_plan(experiment, ParameterServer(workers=1)))
 
 
+def test_a_schedule_that_gives_no_rate_is_refused_here_too():
+    """A server cannot tell a rate that is not finite from gradients that are not."""
+    optimizer = jaxdist.Optimizer(name="sgd", learning_rate=0.1, schedule=lambda step: 1 / (step - 3.0))
+    stop = jaxdist.Stop(max_steps=8)
+    experiment = dataclasses.replace(tiny_experiment.get_config(), optimizer=optimizer, stop=stop)
+    with pytest.raises(ValueError, match=r"optimizer\.schedule must give a finite rate of at least 0"):
+        shared_plan.check_early(shared_plan.make_plan(experiment, ParameterServer(workers=1)))
+
+
 def test_a_ledger_needs_the_order_of_sync_mode():
     experiment = overrides.override(tiny_experiment.get_config(), ["recovery.ledger=true"])
     shared_plan.make_plan(experiment, ParameterServer(mode="bounded", max_staleness=0))
