@@ -148,7 +148,7 @@ def test_imports_go_downward_only(name):
 WALL_CLOCK = {
     "jaxdist.launch.supervising.board": "a report says when it was written",
     "jaxdist.launch.supervising.restart_events": "restarts.jsonl says when attempts began and ended",
-    "jaxdist.paramserver.processes.reports": "steps.jsonl says when a step was made",
+    "jaxdist.paramserver.processes.run_folder": "an attempt's times begin at it, and count on by the monotonic clock",
     "jaxdist.paramserver.run.observer": "reads that, bounded by the monotonic clock",
     "jaxdist.paramserver.wire.certificates": "certificates expire by it; only a message follows",
     "jaxdist.rundir.trackers.mlflow_tracker": "MLflow's time of a value",

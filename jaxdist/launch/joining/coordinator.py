@@ -22,6 +22,7 @@ CONNECT_SECONDS = "JAXDIST_CONNECT_SECONDS"
 _DEFAULT_CONNECT_SECONDS = 300.0
 _RETRY_SECONDS, _LONGEST_RETRY_SECONDS = 0.01, 0.2
 _TRY_SECONDS = 3.0
+_HEARTBEAT_SECONDS, _NO_HEARTBEAT_SECONDS = 100, 100_000_000
 _TLS = ("jax_mtls_cert_file", "jax_mtls_key_file", "jax_mtls_ca_file", "jax_mtls_peer_uri_prefix")
 
 
@@ -54,8 +55,19 @@ def join(place: places.Place) -> None:
             cluster_detection_method="deactivate",
             # At the end of this time JAX aborts; our own limit comes first.
             initialization_timeout=int(2 * seconds) + 60,
+            heartbeat_timeout_seconds=_heartbeat_seconds(place),
         )
     jax_private.use_gloo_at(own_address(place.coordinator if place.process_id else place.bind_address))
+
+
+def _heartbeat_seconds(place: places.Place) -> int:
+    """Return after how many seconds of silence JAX aborts a job: of one machine that has a supervisor, never.
+
+    JAX reads the clock of the machine for it, and aborts all healthy processes when that is set. The supervisor of one
+    machine is told by the system of a process that ended, and by the watchdog of one that is stuck or stopped.
+    """
+    is_here = split(place.coordinator)[0] == places.LOOPBACK
+    return _NO_HEARTBEAT_SECONDS if place.engine == places.LAUNCHER and is_here else _HEARTBEAT_SECONDS
 
 
 def connect_seconds() -> float:

@@ -24,10 +24,10 @@ from typing import IO, Any, Literal, Protocol, TypeAlias
 from jaxdist.errors import ExitStatus
 from jaxdist.launch import parent
 from jaxdist.launch import signals as stop_signals
-from jaxdist.launch.joining import runtime
+from jaxdist.launch.joining import places, runtime
 from jaxdist.launch.supervising import stopped
 
-LOOPBACK = "127.0.0.1"
+LOOPBACK = places.LOOPBACK
 GRACE_SECONDS = 5.0
 ORDERLY_SECONDS = 15.0
 """How long the others may take to end once one process has ended with ExitStatus.RETRY."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxdist.paramserver.processes.process_world import try_report
-from jaxdist.paramserver.processes.run_folder import HISTORY_NAME
+from jaxdist.paramserver.processes.run_folder import HISTORY_NAME, Spec
 from jaxdist.paramserver.protocol import effects, journal, messages
 from jaxdist.paramserver.protocol.settings import SCHEDULER, server_shard
 from jaxdist.run.use.reporting import server_timeline
@@ -75,14 +75,16 @@ class Bins:
 class History:
     """The history of one process, continued from its file by a process that is restarted.
 
-    The clock counts seconds since 1970, the same for all processes of a machine.
+    The clock counts seconds since 1970, the same for all processes of a machine (see `Spec.make_clock`).
     """
 
-    def __init__(self, name: str, directory: pathlib.Path, clock: Clock = time.time) -> None:
-        self.path, self.clock = directory / HISTORY_NAME / f"{name.replace('/', '-')}.json", clock
+    def __init__(self, name: str, directory: pathlib.Path, clock: Clock) -> None:
+        self.path = directory / HISTORY_NAME / f"{name.replace('/', '-')}.json"
         found = server_timeline.read_one(self.path) or {}
         self.continues = bool(found)
-        self.bins = Bins(**found["bins"]) if found else Bins(clock())
+        behind = max(found.get("written", 0.0) - clock(), 0.0)  # of an attempt before the machine's clock was set back
+        self.clock: Clock = lambda: clock() + behind
+        self.bins = Bins(**found["bins"]) if found else Bins(self.clock())
         self.leases = collections.deque[list[Any]](found.get("leases", ()), MOST_LEASES)
         self.lost = collections.deque[list[Any]](found.get("lost", ()), MOST_LEASES)
         self.events: list[list[Any]] = found.get("events", [])
@@ -130,9 +132,9 @@ class Watched:
         return replies, todo
 
 
-def watched(name: str, machine: Any, directory: pathlib.Path) -> Watched:
-    """Return the state machine of the process `name` with its history recorded in `directory`."""
-    history = History(name, directory)
+def watched(name: str, machine: Any, spec: Spec) -> Watched:
+    """Return the state machine of the process `name` with its history recorded in the folder of the run."""
+    history = History(name, pathlib.Path(spec.directory), spec.make_clock())
     if name == SCHEDULER:
         return Watched(machine, SchedulerWatch(history, machine.state.membership))
     return Watched(machine, WorkerWatch(history, machine) if server_shard(name) is None else ServerWatch(history))

@@ -4,7 +4,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxdist.paramserver.processes.process_world import try_report, write_report
@@ -53,11 +53,12 @@ class ReportFiles:
 
     On a full disk it waits for room, as the log of the scheduler does.
 
-    `directory` is the folder of the run; `ledger` is whether to record the examples of each step in the run directory.
+    `directory` is the folder of the run; `clock` that of its Spec; `ledger` is whether to record the examples of each
+    step in the run directory.
     """
 
-    def __init__(self, directory: pathlib.Path, *, ledger: bool = False) -> None:
-        self.directory, self._keeps_ledger = directory, ledger
+    def __init__(self, directory: pathlib.Path, clock: Callable[[], float], *, ledger: bool = False) -> None:
+        self.directory, self._clock, self._keeps_ledger = directory, clock, ledger
         self._recorder: ledger_file.Recorder | None = None
         self._leases: Sequence[messages.Lease] = ()  # of the step whose record was logged last
         self._steps = (directory / STEPS_NAME).open("a+b", buffering=0)
@@ -100,7 +101,7 @@ class ReportFiles:
             self._step = effect.step
             self._record(effect.step)
             metrics = {m.name: m.total / m.count for m in effect.metrics if m.count}
-            row = {"step": effect.step, "examples": effect.examples, "metrics": metrics, "time": time.time()}
+            row = {"step": effect.step, "examples": effect.examples, "metrics": metrics, "time": self._clock()}
             row["restore_term"] = self._restore_term
             row |= {"empty": True} if effect.empty else {}
             self._add(row)
@@ -138,7 +139,7 @@ class ReportFiles:
         after = self._members
         if before is not None and before != after:
             returned = {"returned": True} if membership.restore_term == membership.term else {}
-            self._add({"step": self._step, "workers": after, "time": time.time(), **returned})
+            self._add({"step": self._step, "workers": after, "time": self._clock(), **returned})
 
     def _add(self, row: Mapping[str, Any]) -> None:
         data = (json.dumps(row) + "\n").encode()

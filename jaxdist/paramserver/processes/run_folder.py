@@ -5,6 +5,7 @@ import json
 import pathlib
 import shutil
 import time
+from collections.abc import Callable
 from typing import Any
 
 from jaxdist.paramserver.processes.process_world import write_file
@@ -87,6 +88,15 @@ def last_boot(directory: pathlib.Path, name: str) -> int:
     return int(path.read_text()) + BOOT_ROOM - 1 if path.exists() else 0
 
 
+def clock_of_machine() -> tuple[str, float]:
+    """Return what identifies this machine since its start, and what turns its monotonic clock into seconds since 1970.
+
+    The second is of now: when the machine's clock is set later, times that are made from it are not moved.
+    """
+    boot = pathlib.Path("/proc/sys/kernel/random/boot_id")
+    return boot.read_text().strip() if boot.exists() else "", time.time() - time.monotonic()
+
+
 @dataclasses.dataclass(frozen=True)
 class Spec:
     """What every process of a run needs to know.
@@ -105,6 +115,7 @@ class Spec:
       door: where processes that join connect to: the name of a socket of this machine, and `host:port` or "".
       ledger: whether the scheduler records the examples of each step (`rundir.ledger`).
       threads: XLA's threads of each process on CPU devices, which decide bits.
+      clock: `clock_of_machine` of the observer's machine when the attempt began.
     """
 
     attempt: str
@@ -120,6 +131,7 @@ class Spec:
     door: tuple[str, str] = ("", "")
     ledger: bool = False
     threads: int = thread_pool.LEAST
+    clock: tuple[str, float] = ("", 0.0)
 
     def write(self, path: pathlib.Path) -> None:
         """Write this Spec to a file."""
@@ -133,7 +145,18 @@ class Spec:
     @classmethod
     def of(cls, content: dict[str, Any]) -> "Spec":
         """Return the Spec with these fields, as JSON has them."""
-        return cls(**{**content, "door": tuple(content.get("door", ("", "")))})
+        pairs: dict[str, Any] = {name: tuple(content[name]) for name in ("door", "clock") if name in content}
+        return cls(**content | pairs)
+
+    def make_clock(self) -> Callable[[], float]:
+        """Return a clock of seconds since 1970: one for all processes of the observer's machine, also after a restart.
+
+        A clock that counts on from when the attempt began does not jump when that of the machine is set.
+        """
+        here, offset = clock_of_machine()
+        if here == self.clock[0]:
+            offset = self.clock[1]
+        return lambda: time.monotonic() + offset
 
     def make_settings(self) -> Settings:
         """Return the settings of the protocol."""

@@ -31,7 +31,8 @@ def make_scheduler(name: str, spec: Spec) -> role.Cast:
     if spec.resume and not log.records:
         resume = encoding.decode((directory / spec.resume / "manifest").read_bytes())
     machine = Scheduler(settings=settings, records=log.records, resume=resume)
-    statistics, report = statistics_of(name, spec, machine), ReportFiles(directory, ledger=spec.ledger)
+    statistics = statistics_of(name, spec, machine)
+    report = ReportFiles(directory, spec.make_clock(), ledger=spec.ledger)
 
     with _telling_of_damage(log.path):
         report.catch_up(machine, log.records)
@@ -42,7 +43,7 @@ def make_scheduler(name: str, spec: Spec) -> role.Cast:
 
     point = faults.faults_of(name, directory)
     world = ProcessWorld(directory, log=log)
-    watched = lease_history.watched(name, machine, directory)
+    watched = lease_history.watched(name, machine, spec)
     return Driver(watched, world, observe=observe, point=point), world, statistics
 
 

@@ -83,7 +83,7 @@ def _make_worker(number: int, plan: Any, devices: Any, name: str, spec: Spec) ->
 
     world = ProcessWorld(directory, gradient=gradient, prepare=island.prepare)
     point = faults.faults_of(name, directory)
-    watched = lease_history.watched(name, machine, directory)
+    watched = lease_history.watched(name, machine, spec)
     return Driver(watched, world, observe=statistics.observe, point=point), world, statistics
 
 
@@ -114,7 +114,7 @@ def _make_server(name: str, plan: Any, spec: Spec) -> role.Cast:
     statistics = statistics_of(name, spec, machine)
     point = faults.faults_of(name, directory)
     world = ProcessWorld(directory)
-    watched = lease_history.watched(name, machine, directory)
+    watched = lease_history.watched(name, machine, spec)
     return Driver(watched, world, observe=statistics.observe, point=point), world, statistics
 
 

@@ -250,6 +250,7 @@ def _write_spec(
         door=(f"jaxdist-{new_token()}", _door(plan)),
         ledger=plan.experiment.recovery.ledger,
         threads=shared_plan.num_threads(plan),
+        clock=run_folder.clock_of_machine(),
     )
     spec.write(directory / run_folder.SPEC_NAME)
     return spec

@@ -12,7 +12,7 @@ import pytest
 
 from jaxdist.errors import UserError
 from jaxdist.launch.joining import coordinator as meeting
-from jaxdist.launch.joining import same_on_all
+from jaxdist.launch.joining import places, same_on_all
 from jaxdist.launch.supervising import local_job
 
 EXPERIMENT = pathlib.Path(__file__).parents[2] / "tiny_experiment.py"
@@ -169,3 +169,23 @@ def test_with_tls_a_process_without_a_certificate_is_turned_away(tmp_path):
     # With TLS there is a coordinator, which does not answer; without it there is none.
     assert ("Not all 2 processes connected" if has_tls else "could not reach the coordinator") in strange_output
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("engine", "coordinator", "aborts"),
+    [(places.LAUNCHER, "127.0.0.1:99", False), (places.LAUNCHER, "10.0.0.1:99", True), ("SLURM", "127.0.0.1:99", True)],
+)
+def test_jax_aborts_no_job_that_has_a_supervisor_on_its_machine_because_a_clock_is_set(
+    monkeypatch, engine, coordinator, aborts
+):
+    """Its heartbeats are timed by the clock of the machine: two hours forward, and all processes count as dead."""
+    given = {}
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: given.update(arguments))
+    for name in ("await_coordinator", "own_address"):
+        monkeypatch.setattr(meeting, name, lambda *_: "127.0.0.1")
+    monkeypatch.setattr(meeting.jax_private, "use_gloo_at", lambda _: None)
+    place = places.Place(
+        engine=engine, coordinator=coordinator, num_processes=2, process_id=1, bind_address=coordinator
+    )
+    meeting.join(place)
+    assert (given["heartbeat_timeout_seconds"] < 7200) == aborts

@@ -135,8 +135,20 @@ def test_a_restarted_process_continues_the_history(tmp_path):
 
 def test_an_event_is_in_the_file_at_once(tmp_path):
     """What it tells of may be a fault that kills this process, too."""
-    history = lease_history.History("scheduler", tmp_path)
+    history = lease_history.History("scheduler", tmp_path, Clock())
     history.look(now=True)
     history.note("failover", "shard 0: server/0/b took over")
     history.look()
-    assert len(lease_history.History("scheduler", tmp_path).events) == 1
+    assert len(lease_history.History("scheduler", tmp_path, Clock()).events) == 1
+
+
+def test_an_attempt_after_the_clock_was_set_back_follows_the_attempt_before(tmp_path):
+    clock = Clock()
+    history = lease_history.History("scheduler", tmp_path, clock)
+    history.bins.add("steps", history.clock())
+    history.look(now=True)
+    clock.now -= 900
+    again = lease_history.History("scheduler", tmp_path, clock)
+    clock.now += 5
+    again.note("join", "worker 0 joined")
+    assert again.events == [[1005.0, "join", "worker 0 joined"]]

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import time
 import types
 
 import pytest
@@ -69,7 +70,7 @@ def open_report(tmp_path):
     opened = []
 
     def open_():
-        opened.append(reports.ReportFiles(tmp_path))
+        opened.append(reports.ReportFiles(tmp_path, time.time))
         return opened[-1]
 
     yield open_
@@ -183,7 +184,7 @@ def test_the_ledger_has_each_step_once_whenever_the_scheduler_is_killed(tmp_path
         records, step = [each.record for each in done if isinstance(each, effects.Append)], 0
         for record in records:
             step = record.step if isinstance(record, journal.CommitRecord) else record.trained.step
-        report = reports.ReportFiles(tmp_path / "ps", ledger=True)
+        report = reports.ReportFiles(tmp_path / "ps", time.time, ledger=True)
         membership = ROLLBACK.record.membership if ROLLBACK in done else None
         state = types.SimpleNamespace(membership=membership, step=step, empty_step=0)
         report.catch_up(types.SimpleNamespace(state=state), records)

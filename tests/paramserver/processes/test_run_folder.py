@@ -1,5 +1,6 @@
 """Boot numbers grow with every start of a process, whatever the clock says."""
 
+import dataclasses
 import time
 
 import pytest
@@ -17,6 +18,19 @@ def test_boot_numbers_grow_though_the_clock_is_set_back(tmp_path, monkeypatch):
     assert first + 1000 < died < second  # a death that is told concerns all rejoins of that start, and no later start
     assert last_boot(tmp_path, "worker/0") == 0
     assert next_boot(tmp_path, "worker/0") == 1_000_000
+
+
+def test_setting_the_clock_moves_no_time_of_a_run(tmp_path, monkeypatch):
+    spec = run_folder.Spec("a", "x.py", [], {}, {}, "", "", 1, "whole", clock=run_folder.clock_of_machine())
+    spec.write(tmp_path / run_folder.SPEC_NAME)
+    before = run_folder.Spec.read(tmp_path / run_folder.SPEC_NAME).make_clock()
+    assert before() == pytest.approx(time.time(), abs=5.0)
+    moved = time.time() - 7200.0
+    monkeypatch.setattr(time, "time", lambda: moved)
+    restarted = run_folder.Spec.read(tmp_path / run_folder.SPEC_NAME)
+    assert restarted.make_clock()() == pytest.approx(before(), abs=5.0)
+    elsewhere = dataclasses.replace(restarted, clock=("another machine", 0.0))
+    assert elsewhere.make_clock()() == pytest.approx(moved, abs=5.0)
 
 
 @pytest.mark.parametrize("is_folder", [False, True])

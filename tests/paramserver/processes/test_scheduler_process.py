@@ -25,8 +25,8 @@ def close_files(monkeypatch):
             opened.append(self._file)
 
     class Report(reports.ReportFiles):
-        def __init__(self, directory, *, ledger):
-            super().__init__(directory, ledger=ledger)
+        def __init__(self, directory, clock, *, ledger):
+            super().__init__(directory, clock, ledger=ledger)
             opened.append(self._steps)
 
     monkeypatch.setattr(scheduler_process, "Log", Log)

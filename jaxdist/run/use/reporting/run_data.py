@@ -135,27 +135,37 @@ def _run(name: str, run_dir: pathlib.Path, found: Mapping[str, curves.Curve]) ->
 
 def attempts(run_dir: pathlib.Path) -> list[AttemptEvent]:
     """Return the attempts of a supervised job, of all its hosts."""
-    found = [
-        (host, event)
-        for host in ("", *sorted(path.name for path in run_dir.glob("host-*") if path.is_dir()))
-        for event in restart_events.read_events(run_dir / host)
-    ]
-    first = min((event["time"] for _, event in found), default=0.0)
-    ends = {(host, event["attempt"]): event for host, event in found if event["event"] == "end"}
-    return [
-        _attempt(host, event, ends.get((host, event["attempt"])), first)
-        for host, event in found
-        if event["event"] == "start"
-    ]
+    hosts = ["", *sorted(path.name for path in run_dir.glob("host-*") if path.is_dir())]
+    found = [each for host in hosts for each in _attempts_on(host, restart_events.read_events(run_dir / host))]
+    first = min((each.started for each in found), default=0.0)
+    return [dataclasses.replace(each, started=each.started - first) for each in found]
 
 
-def _attempt(host: str, start: Mapping[str, Any], end: Mapping[str, Any] | None, first: float) -> AttemptEvent:
-    began, number = start["time"] - first, start["attempt"]
-    if end is None:
-        return AttemptEvent(host, number, began, None, "no end recorded", None)
+def _attempts_on(host: str, events: Sequence[Mapping[str, Any]]) -> list[AttemptEvent]:
+    """Return the attempts on one host, each `started` in seconds since 1970.
+
+    The clock of a machine may be set while a job runs; so it is read where the job begins, and the monotonic clock,
+    which is valid as long as one supervisor lives, says the rest.
+    """
+    found: list[AttemptEvent] = []
+    job: Mapping[str, Any] = {}
+    begun: Mapping[str, Any] = {}
+    for event in events:
+        if event["event"] == "start":
+            if not begun or event["attempt"] <= begun["attempt"]:
+                job = event  # another supervisor, which counts its attempts anew
+            begun = event
+            started = job["time"] + event["monotonic"] - job["monotonic"]
+            found.append(AttemptEvent(host, event["attempt"], started, None, "no end recorded", None))
+        elif event["event"] == "end" and begun and event["attempt"] == begun["attempt"]:
+            found[-1] = _ended(found[-1], event, event["monotonic"] - begun["monotonic"])
+    return found
+
+
+def _ended(attempt: AttemptEvent, end: Mapping[str, Any], seconds: float) -> AttemptEvent:
     failed, status = end.get("failed"), end.get("status")
     ended = _status_in_words(status) if failed is None else f"process {failed} {_status_in_words(status)}"
-    return AttemptEvent(host, number, began, end["time"] - start["time"], ended, end.get("saved"))
+    return dataclasses.replace(attempt, seconds=seconds, ended=ended, saved_step=end.get("saved"))
 
 
 def _status_in_words(status: int | None) -> str:

@@ -32,6 +32,17 @@ def test_attempts_say_who_failed_and_how_on_every_host(tmp_path):
     ]
 
 
+def test_a_clock_that_is_set_while_a_job_runs_moves_no_attempt(tmp_path):
+    events = [event | {"time": event["time"] + hours * 3600} for event, hours in zip(KILLED, (0, 3, -6, -6))]
+    again = {"event": "start", "time": 500.0, "monotonic": 7.0, "process_ids": [7], "attempt": 0}
+    ended = {"event": "end", "time": 501.0, "monotonic": 8.0, "attempt": 0, "status": 0, "failed": None, "saved": 9}
+    assert run_data.attempts(write_run(tmp_path / "a", events=[*events, again, ended])) == [
+        run_data.AttemptEvent("", 0, 0.0, 30.0, "process 1 killed by SIGKILL", 2),
+        run_data.AttemptEvent("", 1, 31.0, 9.0, "ended well", 3),
+        run_data.AttemptEvent("", 0, 400.0, 1.0, "ended well", 9),  # after the machine was started again
+    ]
+
+
 def test_runs_of_one_name_are_told_apart(tmp_path):
     runs = run_data.read([write_run(tmp_path / "x" / "a"), write_run(tmp_path / "y" / "a"), write_run(tmp_path / "b")])
     assert [run.name for run in runs] == [str(tmp_path / "x" / "a"), str(tmp_path / "y" / "a"), "b"]
