@@ -3,9 +3,11 @@
 The one idea: a module is turned into functions of (params, batch, key, model_state) once, at the rim, and everything
 behind it sees pytrees of arrays only. No folder but this one and `jaxdist.models` imports Flax.
 
-A module is called as `module(*inputs, train=bool)`, where the inputs are batch fields. One that also takes `mask` gets
-the batch's mask as booleans of shape (B,), or None, so that batch normalisation can leave padding rows out. One that
-takes `segment_ids` gets the field of that name, which packed rows have, so that attention keeps their examples apart.
+A module is called as `module(*inputs)`, where the inputs are batch fields. One that takes `train` gets True in training
+and False in evaluation; a switch of another name is refused, since it would keep its default. One that takes `mask`
+gets the batch's mask as booleans of shape (B,), or None, so that batch normalisation can leave padding rows out. One
+that takes `segment_ids` gets the field of that name, which packed rows have, so that attention keeps their examples
+apart.
 
 Every module is traced once when its functions are made, at two batch sizes: what can be known to be wrong is refused
 there.

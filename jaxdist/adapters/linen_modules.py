@@ -37,7 +37,7 @@ def linen(
     that the module draws from (`dropout` and others) has a key of its own, made of the key given to loss_fn.
 
     Args:
-      module: called as `module(*inputs, train=bool)`, and with `mask=` if it takes one.
+      module: called as `module(*inputs)`, with `train=` and `mask=` if it takes them.
       loss: see `Loss`; `jaxdist.losses` has the usual ones.
       example_batch: arrays or jax.ShapeDtypeStructs with the shapes of a batch; only shapes and dtypes are used.
       inputs: the batch field, or fields in order, that the module is called with.
@@ -46,18 +46,20 @@ def linen(
       initial: see `from_model`.
 
     Raises:
-      ValueError: a field is missing; the module does not take `train`, or has statistics of the batch and takes no
-        `mask`, or takes no `segment_ids` of packed rows; or the loss does not give values of examples or tokens.
+      ValueError: a field is missing; the module takes a switch of another name than `train`, or has statistics of the
+        batch and takes no `mask`, or takes no `segment_ids` of packed rows; or the loss does not give values of
+        examples or tokens.
     """
     called = _Called(module, module_checks.input_fields(inputs, example_batch), example_batch)
-    module_checks.check_call(type(module), called.accepted, called.fields, example_batch, required="train")
+    module_checks.check_call(type(module), called.accepted, called.fields, example_batch)
     make = jax.jit(called.make, inline=True)  # traced once, where its shapes and those of the state are looked at
     row = called.row()
 
     def init(key: jax.Array) -> tuple[PyTree, PyTree]:
         return make(key, row)
 
-    rule = f"A module is called with its inputs, here {', '.join(called.fields)}, and train"
+    train = " and train" if "train" in called.accepted else ""
+    rule = f"A module is called with its inputs, here {', '.join(called.fields)}{train}"
     with first_calls.first_call(rule, type(module).__name__):
         shapes = (initial or InitialShapes()).of(init, type(module).__name__)
     collections = sorted(shapes[1])

@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import inspect
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -34,25 +36,42 @@ def input_fields(inputs: str | Sequence[str], example_batch: Mapping[str, Any]) 
 
 def check_call(
     module_type: type,
-    accepted: Mapping[str, Any],
+    accepted: Mapping[str, inspect.Parameter],
     fields: Sequence[str],
     example_batch: Mapping[str, Any],
-    *,
-    required: str | None = None,
 ) -> None:
-    """Raise ValueError where `__call__` does not take what the module will be called with."""
-    reasons = {
-        "train": "is called with train=True or train=False, which turns dropout and batch statistics on and off",
-        SEGMENT_IDS: "gets rows of several packed examples, which it must keep apart",
-    }
-    packed = SEGMENT_IDS in example_batch and SEGMENT_IDS not in fields
-    for name in [*([required] if required else []), *([SEGMENT_IDS] if packed else [])]:
-        if name not in accepted:
-            taken = ", ".join(list(accepted)[1:]) or "nothing"
-            raise ValueError(
-                f"{module_type.__name__}.__call__ takes {taken}, but the module {reasons[name]}; "
-                f"add a parameter named {name!r}."
-            )
+    """Raise ValueError where `__call__` lacks what the module is called with, or takes a switch that none sets."""
+    name = f"{module_type.__name__}.__call__"
+    if SEGMENT_IDS in example_batch and SEGMENT_IDS not in fields and SEGMENT_IDS not in accepted:
+        taken = ", ".join(list(accepted)[1:]) or "nothing"
+        raise ValueError(
+            f"{name} takes {taken}, but the module gets rows of several packed examples, which it must keep apart; add "
+            f"a parameter named {SEGMENT_IDS!r}."
+        )
+    unset = (
+        [] if "train" in accepted else [each for each in accepted if each not in fields and _is_switch(accepted[each])]
+    )
+    if unset and _is_of_user(module_type):
+        raise ValueError(
+            f"{name} takes {', '.join(unset)}, which is not given: a module is called with its inputs and, where it "
+            "names it, train, which is True in training and False in evaluation. Name this parameter train; for "
+            "layers that ask for it, deterministic=not train."
+        )
+
+
+_SWITCH_NAMES = re.compile("train|determin|running_average|eval|infer")
+
+
+def _is_switch(parameter: inspect.Parameter) -> bool:
+    """Return whether a parameter, or one that it hides, may tell training from evaluation; None tells neither."""
+    if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+        return True
+    return bool(_SWITCH_NAMES.search(parameter.name)) and parameter.default is not None
+
+
+def _is_of_user(module_type: type) -> bool:
+    """Return whether a `__call__` is not Flax's own, whose layers raise where they are not told the mode."""
+    return str(getattr(module_type.__call__, "__module__", "")).partition(".")[0] != "flax"
 
 
 def check_begins_without_inputs(module_type: type, make: Any, row: Mapping[str, np.ndarray]) -> None:
@@ -112,7 +131,7 @@ def _made_by(equation: Any, inputs: Sequence[int]) -> int:
 
 def check_module(
     module_type: type,
-    accepted: Mapping[str, Any],
+    accepted: Mapping[str, inspect.Parameter],
     forward: Forward,
     loss: Loss,
     shapes: tuple[PyTree, PyTree],

@@ -34,7 +34,7 @@ def nnx(
     see `linen`.
 
     Raises:
-      ValueError: see `linen`; but `train` need not be taken.
+      ValueError: see `linen`.
     """
     fields = module_checks.input_fields(inputs, example_batch)
     template = nnx_templates.Template.of(make_module)

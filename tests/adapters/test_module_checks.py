@@ -3,21 +3,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
 from small_cnns import EXAMPLE, make_batch
 
 from jaxdist import adapters, losses
-from jaxdist.adapters import module_checks
 from jaxdist.errors import ConfigError
 from jaxdist.models import cnn, cnn_nnx, gpt
-
-
-class _NoTrain(nn.Module):
-    @nn.compact
-    def __call__(self, image):
-        return nn.Dense(10)(image)
 
 
 class _NoMask(nn.Module):
@@ -37,7 +31,6 @@ class _NNXNoMask(nnx.Module):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: adapters.linen(_NoTrain(), losses.classification, EXAMPLE), "_NoTrain.*'train'"),
         (lambda: adapters.linen(_NoMask(), losses.classification, EXAMPLE), "_NoMask.*padding.*'mask'"),
         (lambda: adapters.nnx(_NNXNoMask, losses.classification, EXAMPLE), "_NNXNoMask.*padding.*'mask'"),
         (lambda: adapters.linen(cnn.CNN(10), losses.classification, EXAMPLE, inputs="pixels"), "'pixels'.*'image'"),
@@ -168,8 +161,49 @@ def test_a_module_that_takes_nothing_is_told_so():
         def __call__(self):
             return jnp.zeros(3)
 
-    with pytest.raises(ValueError, match=r"Nothing\.__call__ takes nothing, but .* add a parameter named 'train'"):
-        module_checks.check_call(Nothing, {"self": None}, ["image"], {"image": jnp.zeros((2, 3))}, required="train")
+    with pytest.raises(ConfigError, match=r"called with its inputs, here image\. Called so, Nothing raises TypeError"):
+        adapters.linen(Nothing(), losses.classification, EXAMPLE)
+
+
+class _Sized(nn.Module):
+    @nn.compact
+    def __call__(self, image, size=10, *, in_training=None):
+        return nn.Dense(size)(image.reshape(len(image), -1))
+
+
+@pytest.mark.parametrize("module", [_Sized(), nn.Sequential([lambda x: x.reshape(len(x), -1), nn.Dense(10)])])
+def test_a_module_without_a_switch_is_trained_as_flax_computes_it(module):
+    fns = adapters.linen(module, losses.classification, EXAMPLE)
+    params, batch = fns.init_fn(jax.random.key(3)), make_batch()
+    logits = module.apply({"params": params}, batch["image"])
+    expected = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).sum()
+    for function in (fns.loss_fn, fns.eval_fn):
+        found = function(params, batch, jax.random.key(0))
+        np.testing.assert_allclose((found["loss"] if isinstance(found, dict) else found[0]).total, expected, rtol=1e-6)
+
+
+def _hidden(self, image, **options):
+    return image if options.get("train") else -image
+
+
+def _required(self, image, training):
+    return image if training else -image
+
+
+def _named(self, image, deterministic=True):
+    return -image if deterministic else image
+
+
+@pytest.mark.parametrize(("call", "named"), [(_hidden, "options"), (_required, "training"), (_named, "deterministic")])
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_a_switch_that_would_keep_its_default_is_refused(kind, call, named):
+    """A model whose dropout is off in training learns, and nothing shows it."""
+    if kind == "linen":
+        module = type("Switched", (nn.Module,), {"__call__": call, "__module__": __name__})()
+    else:
+        module = type("Switched", (nnx.Module,), {"__call__": call, "__init__": lambda self, rngs: None})
+    with pytest.raises(ValueError, match=rf"Switched.__call__ takes {named}, which is not given.*Name this .* train"):
+        getattr(adapters, kind)(module, losses.classification, EXAMPLE)
 
 
 class _BegunByInputs(nn.Module):
