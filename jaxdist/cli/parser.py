@@ -132,7 +132,7 @@ def _add_uses(commands: Any) -> None:
     predict.add_argument(
         "input",
         metavar="INPUT",
-        help="a .npz, .npy, .csv or .parquet file, or a folder with a folder of images for each class",
+        help="a .npz, .npy, .csv or .parquet file; or a file or folder of images or sounds",
     )
     predict.add_argument("out", type=pathlib.Path, metavar="OUT", help="a new .npz, .csv or .parquet file")
     export.add_argument(

@@ -137,8 +137,8 @@ def kind_of_data(name: str) -> str:
             ("text", ".txt" in here),
             ("csv", bool(here & set(CSV_KINDS))),
             ("parquet", ".parquet" in here),
-            ("images", bool(below & set(IMAGE_SUFFIXES))),
-            ("sounds", bool(below & set(SOUND_SUFFIXES))),
+            ("images", bool((here | below) & set(IMAGE_SUFFIXES))),
+            ("sounds", bool((here | below) & set(SOUND_SUFFIXES))),
         )
         kinds = [kind for kind, found in tests if found]
         if len(kinds) > 1:

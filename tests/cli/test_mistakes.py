@@ -110,10 +110,10 @@ class TwoOutputs(nn.Module):
     def __call__(self, image, train):
         return nn.Dense(2)(image), nn.Dense(2)(image)
 
-class NoTrain(nn.Module):
+class NeverDrops(nn.Module):
     @nn.compact
-    def __call__(self, image):
-        return nn.Dense(2)(image)
+    def __call__(self, image, deterministic=True):
+        return nn.Dense(2)(nn.Dropout(0.5, deterministic=deterministic)(image))
 
 class Deeper(nn.Module):
     @nn.compact
@@ -132,7 +132,7 @@ MISTAKES = {
     # What the experiment is made of.
     "change(model=mlp.MLP)": "Call the class",
     "change(model='mlp')": "takes a Linen module",
-    "change(model=NoTrain())": "train",
+    "change(model=NeverDrops())": "takes deterministic, which is not given",
     "change(model=NoMask())": "mask",
     "change(model=Deeper())": "in __call__)",
     "change(loss=None)": "needs a loss",
@@ -167,7 +167,7 @@ MISTAKES = {
     "change(model=lambda rngs: nnx.Module())": "Module has no __call__",
     "change(loss=tree_of_values)": "'loss' of tree_of_values",
     "change(inputs=())": "got none. Name one.",
-    "change(inputs=('image', 'label'))": "called with its inputs, here image, label, and train",
+    "change(inputs=('image', 'label'))": "called with its inputs, here image, label and train",
     "change(optimizer=Optimizer('sgd', 0.1))": "takes its settings by name",
     "change(optimizer=Optimizer(name='sgd'))": "needs the required setting 'learning_rate'",
     "change(optimizer=Optimizer(name='sgd', learning_rate='0.1'))": "Optimizer.learning_rate takes a number",

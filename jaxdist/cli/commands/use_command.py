@@ -76,9 +76,10 @@ def predict(options: argparse.Namespace) -> int:
     predictions.check_output(options.out)
     run = _load(options)
     inputs = run.experiment.inputs
-    columns = _columns_read(run, [inputs] if isinstance(inputs, str) else list(inputs))
-    source = predictions.read_inputs(options.input, like=run.experiment.data.train, columns=columns)
-    predictions.write(options.out, run.predict(source))
+    fields = [inputs] if isinstance(inputs, str) else list(inputs)
+    read = predictions.read_inputs if "label" in fields else predictions.read_unlabelled
+    source = read(options.input, like=run.experiment.data.train, columns=_columns_read(run, fields))
+    predictions.write(options.out, run.predict(source), predictions.files_of(source))
     print(f"{options.out}: the outputs of step {run.step}")
     return ExitStatus.OK
 

@@ -1,8 +1,9 @@
-"""Folders of images by class: `root/CLASS/FILE`."""
+"""Folders of images by class: `root/CLASS/FILE`; and files of which no class is known."""
 
 import dataclasses
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -15,7 +16,7 @@ from jaxdist.data.sources.images import (
     decode_image,
     require_decoders,
 )
-from jaxdist.data.sources.listing import list_by_class, read_file
+from jaxdist.data.sources.listing import list_all, list_by_class, read_file
 from jaxdist.data.sources.source import Example, checked_index
 
 
@@ -62,15 +63,16 @@ class ImageFolder:
         settings = {"decode": False} if self._type is None else dataclasses.asdict(self._type)
         return ImageFolder(root, classes=classes, **settings)
 
+    def unlabelled(self, root: str | os.PathLike) -> "UnlabelledFiles":
+        """Return an image file, or the images of a folder and of those below it, read as these are."""
+        return unlabelled_images(root, self._type)
+
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Example:
         index = checked_index(index, len(self))
-        path = self.files[index]
-        data = read_file(path)
-        image = np.frombuffer(data, np.uint8) if self._type is None else decode_image(data, self._type, name=path)
-        return {"image": image, "label": np.int32(self._labels[index])}
+        return {**_read_image(self.files[index], self._type), "label": np.int32(self._labels[index])}
 
     def location(self, index: int) -> str:
         """Return the file of an example."""
@@ -81,3 +83,52 @@ class ImageFolder:
         if self._fingerprint is None:
             self._fingerprint = fingerprint_files("images", self.files, self._type, *self.classes)
         return self._fingerprint
+
+
+def unlabelled_images(root: str | os.PathLike, image_type: ImageType | None) -> "UnlabelledFiles":
+    """Return an image file, or the images of a folder and of those below it; None leaves them encoded."""
+    return UnlabelledFiles(
+        root, IMAGE_SUFFIXES, unread=UNREAD_IMAGE_SUFFIXES, read=functools.partial(_read_image, image_type=image_type)
+    )
+
+
+def _read_image(path: str, image_type: ImageType | None) -> Example:
+    data = read_file(path)
+    return {"image": np.frombuffer(data, np.uint8) if image_type is None else decode_image(data, image_type, name=path)}
+
+
+class UnlabelledFiles:
+    """Images or sounds to predict of: what `read(path)` returns, and `label` int32, which is -1: no class.
+
+    An `example_fn` that hands the label on reads them as it reads the training data.
+
+    Args:
+      root: a file, or a folder: its files with one of the suffixes, and those of the folders below it.
+      suffixes: in lower case.
+      unread: suffixes of files that belong to the data and cannot be read.
+      read: returns the other fields of a file; raises CorruptExample.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        suffixes: Sequence[str],
+        *,
+        unread: Sequence[str],
+        read: Callable[[str], Example],
+    ):
+        self.files, self._read = FileList(list_all(root, suffixes, unread=unread)), read
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Example:
+        return {**self._read(self.location(checked_index(index, len(self)))), "label": np.int32(-1)}
+
+    def location(self, index: int) -> str:
+        """Return the file of an example."""
+        return self.files[index]
+
+    def fingerprint(self) -> str:
+        """Return the hash of the files' sizes and contents (in samples)."""
+        return fingerprint_files("unlabelled", self.files)

@@ -200,6 +200,22 @@ def list_by_class(
     return tuple(numbers), files, labels
 
 
+def list_all(root: str | os.PathLike, suffixes: Sequence[str], *, unread: Sequence[str] = ()) -> list[str]:
+    """Return the file `root`, or all files of a folder and of those below it that end in one of the suffixes, sorted.
+
+    For the arguments, what is raised and what is warned of see `list_by_class`.
+    """
+    folder, others = local_path(root), list[str]()
+    if not folder.is_dir():
+        return [str(folder)]
+    found = [*_walk(str(folder), tuple(suffixes), tuple(unread), others)]
+    if not found:
+        raise ValueError(f"{folder} and the folders below it hold no files {', '.join(suffixes)}.")
+    if others:
+        _warn_of_left_out(len(others), str(folder), min(others), suffixes)
+    return sorted(found, key=lambda path: path.split(os.sep))  # those of a folder stay together
+
+
 def _warn_of_left_out(count: int, where: str, example: str, endings: Sequence[str]) -> None:
     warnings.warn(
         f"{count} files in {where} are left out, such as {example}: their names end in none of {', '.join(endings)}. "

@@ -1,5 +1,6 @@
 """Sound files: read by libsndfile (WAV of every kind, FLAC, OGG, MP3), resampled to one declared rate by SciPy."""
 
+import functools
 import io
 import math
 import os
@@ -13,6 +14,7 @@ import numpy as np
 from jaxdist import extras
 from jaxdist.data.decoders import wav
 from jaxdist.data.fingerprints import FileList, fingerprint_files
+from jaxdist.data.sources.folders import UnlabelledFiles
 from jaxdist.data.sources.listing import list_by_class, read_file
 from jaxdist.data.sources.source import CorruptExample, Example, checked_index
 from jaxdist.setting_group import whole_number
@@ -60,6 +62,11 @@ class SoundFolder:
         """Return the sounds of another folder, read as these are, at the same rate."""
         return SoundFolder(root, num_samples=self._num_samples, sample_rate=self.sample_rate, classes=classes)
 
+    def unlabelled(self, root: str | os.PathLike) -> UnlabelledFiles:
+        """Return a sound file, or the sounds of a folder and of those below it, read as these are."""
+        read = functools.partial(_read_as, num_samples=self._num_samples, sample_rate=self.sample_rate)
+        return UnlabelledFiles(root, SOUND_SUFFIXES, unread=UNREAD_SOUND_SUFFIXES, read=read)
+
     @property
     def sample_rate(self) -> int:
         """The samples a second of every example."""
@@ -81,13 +88,8 @@ class SoundFolder:
                 f"{path} has {sample_rate} samples a second, the first file {self.sample_rate}. Declare one rate to "
                 f"resample all sounds to, as in SoundFolder(..., sample_rate={self.sample_rate})."
             )
-        audio = resample(audio, sample_rate, self.sample_rate)
-        label = np.int32(self._labels[index])
-        if self._num_samples is None:
-            return {"audio": audio, "label": label}
-        audio = audio[: self._num_samples]
-        padded = np.pad(audio, (0, self._num_samples - len(audio)))
-        return {"audio": padded, "length": np.int32(len(audio)), "label": label}
+        fields = _fields(resample(audio, sample_rate, self.sample_rate), self._num_samples)
+        return {**fields, "label": np.int32(self._labels[index])}
 
     def location(self, index: int) -> str:
         """Return the file of an example."""
@@ -99,6 +101,19 @@ class SoundFolder:
             settings = (self._num_samples, self._declared_rate, *self.classes)
             self._fingerprint = fingerprint_files("sounds", self.files, *settings)
         return self._fingerprint
+
+
+def _read_as(path: str, *, num_samples: int | None, sample_rate: int) -> Example:
+    audio, rate = read_sound(path)
+    return _fields(resample(audio, rate, sample_rate), num_samples)
+
+
+def _fields(audio: np.ndarray, num_samples: int | None) -> Example:
+    """Return `audio`, with `num_samples` shortened or padded to so many, and then `length`, how many are sound."""
+    if num_samples is None:
+        return {"audio": audio}
+    audio = audio[:num_samples]
+    return {"audio": np.pad(audio, (0, num_samples - len(audio))), "length": np.int32(len(audio))}
 
 
 def read_sound(path: str | os.PathLike) -> tuple[np.ndarray, int]:

@@ -9,6 +9,7 @@ import numpy as np
 import PIL.Image
 import pyarrow.csv
 import pytest
+import scipy.signal
 import soundfile
 from pyarrow import parquet
 
@@ -192,3 +193,58 @@ def test_a_folder_is_read_as_the_training_data_are(tmp_path):
     like = data.SoundFolder(tmp_path / "sounds" / "train", num_samples=800)
     other = predictions.read_inputs(tmp_path / "sounds" / "other", like=like)
     assert (other.sample_rate, other[0]["audio"].shape) == (8000, (800,))
+
+
+def test_images_to_predict_of_need_no_class(tmp_path):
+    """A single one, those of a folder, or of folders by any name: each by Pillow's pixels, in the order of names."""
+    rng = np.random.default_rng(0)
+    pixels = {name: rng.integers(0, 256, (3, 5, 3), np.uint8) for name in ("b.png", "a.png", "cat/z.png", "x/1.png")}
+    for name, image in pixels.items():
+        (tmp_path / "all" / name).parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(image).save(tmp_path / "all" / name)
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    PIL.Image.fromarray(pixels["b.png"]).save(tmp_path / "train" / "cat" / "1.png")
+    like = data.ImageFolder(tmp_path / "train")
+    found = predictions.read_unlabelled(tmp_path / "all", like=data.Subset(like, [0]))
+    order = ["a.png", "b.png", "cat/z.png", "x/1.png"]
+    assert predictions.files_of(found) == [str(tmp_path / "all" / name) for name in order]
+    assert [example["label"] for example in map(found.__getitem__, range(4))] == [-1] * 4
+    for number, name in enumerate(order):
+        np.testing.assert_array_equal(found[number]["image"], pixels[name])
+    single = predictions.read_unlabelled(tmp_path / "all" / "b.png", like=like)
+    np.testing.assert_array_equal(single[0]["image"], pixels["b.png"])
+    encoded = predictions.read_unlabelled(
+        tmp_path / "all" / "b.png", like=data.ArraySource({"image": np.zeros((2, 9))})
+    )
+    assert encoded[0]["image"].tobytes() == (tmp_path / "all" / "b.png").read_bytes()
+    (tmp_path / "none").mkdir()
+    with pytest.raises(errors.UserError, match=r"none and the folders below it hold no files \.jpg"):
+        predictions.read_unlabelled(tmp_path / "none", like=like)
+    with pytest.raises(errors.UserError, match="there is no "):
+        predictions.read_unlabelled(tmp_path / "missing.png", like=like)
+
+
+def test_sounds_to_predict_of_are_brought_to_the_rate_of_training(tmp_path):
+    sound = np.sin(np.arange(1600) / 50).astype(np.float32)
+    for name, rate in (("train/a/1.wav", 8000), ("new.wav", 16000)):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(tmp_path / name, sound, rate, subtype="FLOAT")
+    like = data.SoundFolder(tmp_path / "train", num_samples=900)
+    (example,) = predictions.read_unlabelled(tmp_path / "new.wav", like=like)
+    expected = scipy.signal.resample_poly(sound, 1, 2)
+    np.testing.assert_allclose(example["audio"], np.pad(expected, (0, 100)), atol=1e-6)
+    assert (example["length"], example["label"]) == (800, -1)
+
+
+def test_a_row_says_which_file_it_is_of(tmp_path):
+    files = [f"{tmp_path}/a, b.png", f"{tmp_path}/é.png"]
+    outputs = np.array([[0.5, 1.5], [2.0, 3.0]], np.float32)
+    for name in ("x.csv", "x.npz", "x.parquet"):
+        predictions.write(tmp_path / name, outputs, files)
+    with (tmp_path / "x.csv").open(newline="") as file:
+        rows = [*csv.reader(file)]
+    assert rows == [["file", "output_0", "output_1"], [files[0], "0.5", "1.5"], [files[1], "2.0", "3.0"]]
+    with np.load(tmp_path / "x.npz") as content:
+        assert content["file"].tolist() == files
+    assert parquet.read_table(tmp_path / "x.parquet")["file"].to_pylist() == files
+    assert predictions.files_of(data.ArraySource({"x": outputs})) is None
